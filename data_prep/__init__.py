@@ -1,0 +1,1 @@
+"""Images into shards that training streams from."""

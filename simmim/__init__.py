@@ -1,0 +1,1 @@
+"""The SimMIM pretraining pipeline on a Swin Transformer V2 encoder."""

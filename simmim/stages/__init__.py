@@ -1,0 +1,1 @@
+"""The jobs that run on the training loop, a file each."""

@@ -1,0 +1,1 @@
+"""Swin Transformer V2: the encoder, its weights and its bridges to other libraries."""

@@ -1,0 +1,1 @@
+"""Bridges between the encoder and other libraries, a file for each format."""
