@@ -1,18 +1,224 @@
-"""Recipes: typed, strict settings read from one YAML file."""
+"""Recipes: typed, strict settings read from one YAML file.
 
+Each component owns the schema of its settings, a class made with `settings`; a recipe is a class
+of such classes. Everything that is wrong with a file is listed at once, before anything starts.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+import types
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from pydantic import ConfigDict
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import dataclass_transform
 
-SettingsType = TypeVar("SettingsType")
+Settings = TypeVar("Settings")
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the text lists every mistake in it."""
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
-def settings(cls: type[SettingsType]) -> type[SettingsType]:
-    """Make a class of fields into frozen, keyword-only, strictly validated settings."""
+def settings(cls: type[Settings]) -> type[Settings]:
+    """Make a class of fields into frozen, keyword-only, strictly validated settings.
+
+    A docstring below each field says what it is and its unit; it is shown by `--help`.
+    """
     cls.__pydantic_config__ = ConfigDict(  # type: ignore[attr-defined]
         extra="forbid", strict=True, use_attribute_docstrings=True
     )
     return dataclass(frozen=True, kw_only=True)(cls)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which `1e-4` is a number and a key given twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            line = node.start_mark.line + 1
+            raise RecipeError(f"below line {line}, given twice: {', '.join(twice)}. Keep one.")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a recipe file and lay `--a.b value` arguments over it, without checking either.
+
+    Raises:
+        RecipeError: the file is missing or not YAML, or an argument is not of that form.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise RecipeError(
+            f"recipe {path} cannot be read: {reason}. Give the path of a YAML recipe, "
+            "one of jobs/ for example."
+        ) from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {path} is not valid YAML: {error}") from None
+    except RecipeError as error:
+        raise RecipeError(f"recipe {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"recipe {path} must be a mapping of keys to values.")
+    for keys, value in _parse_overrides(overrides):
+        _assign(values, keys, value)
+    return values
+
+
+def _parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[list[str], Any]]:
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--"):
+            raise RecipeError(f"{argument!r} is not understood: overrides read --key.key value.")
+        name, separator, text = argument[2:].partition("=")
+        if not separator:
+            if not rest:
+                raise RecipeError(f"--{name} has no value: overrides read --key.key value.")
+            text = rest.pop(0)
+        try:
+            yield name.split("."), yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        except yaml.YAMLError:
+            raise RecipeError(f"--{name}: {text!r} is not a YAML value.") from None
+
+
+def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        inner = values.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"--{'.'.join(keys)}: {key!r} is a value, it has no keys below it.")
+        values = inner
+    values[keys[-1]] = value
+
+
+def parse(recipe_type: type[Settings], values: dict[str, Any], source: str) -> Settings:
+    """Check `values` against `recipe_type` and build it.
+
+    Args:
+        recipe_type: a class made with `settings`.
+        values: what the YAML file says.
+        source: where the values come from, for the message.
+
+    Raises:
+        RecipeError: lists every unknown key, missing key, wrong type and impossible value.
+    """
+    try:
+        return TypeAdapter(recipe_type).validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        lines = [_describe_mistake(recipe_type, mistake) for mistake in error.errors()]
+        number = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+        raise RecipeError("\n  ".join([f"{source} has {number}:", *lines])) from None
+
+
+def load(recipe_type: type[Settings], path: Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read, override and check a recipe file; see `read_values` and `parse`."""
+    return parse(recipe_type, read_values(path, overrides), f"recipe {path}")
+
+
+def _describe_mistake(recipe_type: type[Any], mistake: Any) -> str:
+    path = [str(part) for part in mistake["loc"]]
+    where = ".".join(path) or "the recipe"
+    if mistake["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        legal = _field_names(recipe_type, path[:-1])
+        close = difflib.get_close_matches(path[-1], legal, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"legal here: {', '.join(legal)}."
+        return f"{where}: unknown key; {hint}"
+    if mistake["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{where}: missing; add it."
+    message = mistake["msg"].removeprefix("Value error, ")
+    if mistake["type"] == "value_error":
+        return f"{where}: {message}"
+    return f"{where}: {message}, got {mistake['input']!r}"
+
+
+def _field_names(recipe_type: type[Any], path: list[str]) -> list[str]:
+    for part in path:
+        inner = get_type_hints(recipe_type).get(part)
+        found = [kind for kind in (inner, *get_args(inner)) if dataclasses.is_dataclass(kind)]
+        if not found:
+            break
+        recipe_type = found[0]  # type: ignore[assignment]
+    return [field.name for field in dataclasses.fields(recipe_type)]
+
+
+def to_values(recipe: Any) -> dict[str, Any]:
+    """Return a recipe as plain values, every default written out; `parse` is its inverse."""
+    values = TypeAdapter(type(recipe)).dump_python(recipe, mode="json")
+    assert isinstance(values, dict)
+    return values
+
+
+def to_yaml(recipe: Any) -> str:
+    """Return a recipe as the text of a YAML file, every default written out."""
+    return yaml.safe_dump(to_values(recipe), sort_keys=False)
+
+
+def recipe_hash(recipe: Any) -> str:
+    """Return the first 16 hex digits of the SHA-256 of everything a recipe says."""
+    text = json.dumps(to_values(recipe), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return what differs between two recipes' values: dotted key → `old → new`."""
+    found: dict[str, str] = {}
+    for key in [*old, *(key for key in new if key not in old)]:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found |= differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found[f"{prefix}{key}"] = f"{before} → {after}"
+    return found
+
+
+def describe(recipe_type: type[Any]) -> str:
+    """Return every field of a recipe with type, default and documentation, a line or two each."""
+    return "\n".join(_describe_fields(recipe_type, ""))
+
+
+def _describe_fields(recipe_type: type[Any], prefix: str) -> Iterator[str]:
+    properties = TypeAdapter(recipe_type).json_schema()["properties"]
+    hints = get_type_hints(recipe_type)
+    for field in dataclasses.fields(recipe_type):
+        hint = hints[field.name]
+        inner = [kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)]
+        documentation = properties[field.name].get("description", "")
+        text = " ".join(documentation.split())
+        if inner:
+            yield f"  {prefix}{field.name}: {text}".rstrip(": ")
+            yield from _describe_fields(inner[0], f"{prefix}{field.name}.")  # type: ignore[arg-type]
+            continue
+        default = (
+            "required" if field.default is dataclasses.MISSING else f"default {field.default!r}"
+        )
+        yield f"  --{prefix}{field.name}  ({_type_name(hint)}, {default})"
+        if text:
+            yield f"        {text}"
+
+
+def _type_name(hint: Any) -> str:
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_type_name(part) for part in get_args(hint))
+    if hint is type(None):
+        return "null"
+    arguments = get_args(hint)
+    if arguments and get_origin(hint) is not tuple:
+        return " | ".join(str(argument) for argument in arguments)
+    return getattr(hint, "__name__", str(hint)) if not arguments else "list"

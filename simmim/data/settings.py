@@ -1,0 +1,47 @@
+"""Settings of the data that every stage reads."""
+
+from pathlib import Path
+
+from simmim.data.reading import ShardSet
+from simmim.recipe import settings
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@settings
+class DataSettings:
+    """Shards, and how they are read."""
+
+    shards: str
+    """Folder of shards that data-prep made: tars, indexes and manifest.json."""
+    validation_shards: int = 1
+    """Shards at the end of the set that are held out for validation; 0 holds out none."""
+    workers: int = 2
+    """Worker processes that decode, for each training process; 0 decodes in the process itself."""
+    slots: int = 64
+    """Equal parts that an epoch is cut into; the batch size must be a multiple of it, and the
+    number of processes must divide it. Another number is another order."""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    """Mean of each channel, on a scale from 0 to 1."""
+    std: tuple[float, ...] = IMAGENET_STD
+    """Standard deviation of each channel, on a scale from 0 to 1."""
+    max_pixels: int = 178_956_970
+    """Images of more pixels are refused from their header, before anything is decoded."""
+
+    def __post_init__(self) -> None:
+        for name in ("validation_shards", "workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        if self.slots < 1 or self.max_pixels < 1:
+            raise ValueError("slots and max_pixels must be 1 or more.")
+        if len(self.mean) != len(self.std) or min(self.std, default=0) <= 0:
+            raise ValueError("mean and std need a number a channel each, every std above 0.")
+
+    def open_shards(self) -> ShardSet:
+        """Open the shards.
+
+        Raises:
+            ValueError: there is no such folder, or no good manifest in it.
+        """
+        return ShardSet(Path(self.shards))

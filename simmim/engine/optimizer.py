@@ -1,0 +1,155 @@
+"""AdamW and its parameter groups: what decays, and how fast each layer learns."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from simmim.recipe import settings
+
+
+@settings
+class OptimizerSettings:
+    """AdamW."""
+
+    lr: float
+    """Learning rate at the end of the warm-up, for the recipe's batch size: it is not scaled."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the running mean of the gradient and of its square."""
+    eps: float = 1e-8
+    """Added to the root of the running mean square."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay; 1-D parameters, biases, position bias, logit scale and mask token
+    have none."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from each encoder layer to the one below it; 1 is off."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"lr is {self.lr}; it must be above 0.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are {self.betas}; each must be at least 0 and below 1.")
+        if self.eps <= 0 or self.weight_decay < 0:
+            raise ValueError("eps must be above 0, weight_decay 0 or more.")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay is {self.layer_decay}; above 0, at most 1.")
+
+
+EXCLUDED_FROM_DECAY = ("position_bias", "logit_scale", "mask_token")
+"""Parts of names that never decay, whatever their shape."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterGroup:
+    """Parameters that share weight decay and learning-rate factor."""
+
+    names: tuple[str, ...]
+    weight_decay: float
+    lr_factor: float
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Tell whether weight decay applies to a parameter."""
+    parts = name.split(".")
+    return parameter.ndim > 1 and not any(part in EXCLUDED_FROM_DECAY for part in parts)
+
+
+def layer_of(name: str, depths: tuple[int, ...]) -> int:
+    """Return the layer of a parameter, for layer-wise learning-rate decay.
+
+    Patch embedding and mask token are layer 0, blocks count from 1 over all stages, a patch
+    merging belongs to the last block before it, and whatever comes after the stages (the final
+    norm and the heads) is the top layer, sum(depths) + 1. The numbering is the SimMIM code's.
+
+    Args:
+        name: dotted name, with or without a prefix before the encoder's own name.
+        depths: blocks of each stage.
+    """
+    parts = name.split(".")
+    if "patch_embed" in parts or "mask_token" in parts:
+        return 0
+    for kind in ("stages", "merges"):
+        if kind in parts:
+            at = parts.index(kind)
+            stage = int(parts[at + 1])
+            if kind == "merges":
+                return sum(depths[: stage + 1])
+            below = sum(depths[:stage])
+            match parts[at + 2]:
+                case "blocks":
+                    return below + int(parts[at + 3]) + 1
+                case "extra_norms":
+                    # The norm of index k follows the block of index 6k + 5.
+                    return min(below + 6 * (int(parts[at + 3]) + 1), sum(depths[: stage + 1]))
+                case other:
+                    raise ValueError(f"parameter {name}: no layer is known for {other!r}.")
+    return sum(depths) + 1
+
+
+def parameter_groups(
+    model: nn.Module, optimizer: OptimizerSettings, depths: tuple[int, ...]
+) -> list[ParameterGroup]:
+    """Sort the trainable parameters of `model` into groups; each is in exactly one.
+
+    Raises:
+        ValueError: an exclusion of the encoder matches nothing, so a name must have changed.
+    """
+    top = sum(depths) + 1
+    members: dict[tuple[float, float], list[str]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decay = optimizer.weight_decay if decays(name, parameter) else 0.0
+        factor = optimizer.layer_decay ** (top - layer_of(name, depths))
+        members.setdefault((factor, decay), []).append(name)
+    every = [name for names in members.values() for name in names]
+    for excluded in ("position_bias", "logit_scale"):
+        if every and not any(excluded in name.split(".") for name in every):
+            raise ValueError(f"no parameter is named {excluded}; weight decay would reach it.")
+    return [
+        ParameterGroup(names=tuple(names), weight_decay=decay, lr_factor=factor)
+        for (factor, decay), names in sorted(members.items())
+    ]
+
+
+def build_optimizer(
+    model: nn.Module, optimizer: OptimizerSettings, groups: list[ParameterGroup]
+) -> torch.optim.AdamW:
+    """Build AdamW over `groups`; fused where the parameters are on a CUDA device."""
+    parameters = dict(model.named_parameters())
+    on_cuda = any(parameter.is_cuda for parameter in parameters.values())
+    return torch.optim.AdamW(
+        [
+            {
+                "params": [parameters[name] for name in group.names],
+                "weight_decay": group.weight_decay,
+                "lr_factor": group.lr_factor,
+            }
+            for group in groups
+        ],
+        lr=optimizer.lr,
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        fused=on_cuda or None,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group to `lr` times the group's factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]
+
+
+def depth_table(model: nn.Module, groups: list[ParameterGroup], depths: tuple[int, ...]) -> str:
+    """Return a table of layers: learning-rate factor and parameters, for a person to check."""
+    counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    rows: dict[int, tuple[float, int]] = {}
+    for group in groups:
+        for name in group.names:
+            layer = layer_of(name, depths)
+            rows[layer] = (group.lr_factor, rows.get(layer, (0.0, 0))[1] + counts[name])
+    lines = [
+        f"{layer:5d}  {factor:9.4f}  {count:12,d}"
+        for layer, (factor, count) in sorted(rows.items())
+    ]
+    return "\n".join(["layer  lr factor    parameters", *lines])

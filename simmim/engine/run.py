@@ -1,0 +1,111 @@
+"""The run folder: where a training keeps its recipe, metrics, checkpoints, pictures and encoder."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from simmim.recipe import differences, to_values, to_yaml
+from swinv2.weights import atomic_write_text
+
+FREE_TO_CHANGE = (
+    "data.workers",
+    "probe.workers",
+    "training.accumulation",
+    "training.log_every",
+    "training.checkpoint_every",
+    "training.keep_last",
+    "training.validate_every",
+    "training.look_every",
+)
+"""Recipe keys that may differ on resume: they change no weight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """The paths of one run, and what may be done with them."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe, every default written out."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line, a line for each logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of `step-00001000/` folders."""
+        return self.path / "checkpoints"
+
+    @property
+    def reconstructions(self) -> Path:
+        """The folder of `step-….png` pictures."""
+        return self.path / "reconstructions"
+
+    @property
+    def encoder(self) -> Path:
+        """The encoder directory, the latest export."""
+        return self.path / "encoder"
+
+    def check(self, recipe: Any, *, resume: bool, allow_changes: bool = False) -> None:
+        """Refuse to mix runs, before anything is written.
+
+        Raises:
+            ValueError: the folder holds something and `resume` was not asked for, or the recipe
+                differs from the saved one in what changes the weights.
+        """
+        if not resume:
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise ValueError(
+                    f"run folder {self.path} is not empty. Continue that run with --resume auto, "
+                    "or choose another folder with --run."
+                )
+            return
+        if not self.recipe.is_file() or allow_changes:
+            return
+        saved = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
+        changed = differences(saved, to_values(recipe))
+        refused = [f"{key}: {text}" for key, text in changed.items() if key not in FREE_TO_CHANGE]
+        if refused:
+            listed = "\n  ".join(refused)
+            raise ValueError(
+                f"the recipe differs from the one that {self.path} was started with:\n  {listed}\n"
+                f"Resume with {self.recipe}, start another run, or accept this with "
+                "--allow-recipe-changes."
+            )
+
+    def begin(self, recipe: Any, *, step: int) -> None:
+        """Write the recipe, and drop metrics of steps after `step`, which will be taken again."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(self.recipe, to_yaml(recipe))
+        if self.metrics.is_file():
+            kept = [line for line in self._metric_lines() if line["step"] <= step]
+            atomic_write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def _metric_lines(self) -> list[dict[str, Any]]:
+        lines = []
+        for text in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break  # the line that a kill cut short
+        return lines
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the logged lines; empty if there are none yet."""
+        return self._metric_lines() if self.metrics.is_file() else []
+
+    def log(self, metrics: dict[str, float | int | str]) -> None:
+        """Append one line to `metrics.jsonl`."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
