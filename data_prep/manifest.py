@@ -1,0 +1,308 @@
+"""The shard format: what a folder of shards holds, written down once and checked on every read.
+
+A folder of shards is a set of WebDataset tars, one index for each, and `manifest.json`, which is
+written last: a folder that has one is complete. An index holds, for every sample of its shard,
+where the bytes of the image lie in the tar, so that any sample is one read away.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = "simmim-shards"
+VERSION = 1
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+"""Extensions of image members, all that a shard may hold."""
+
+_SHARD_NAME = re.compile(r"[^/\\\x00.][^/\\\x00]*\.tar")
+_INDEX_NAME = re.compile(r"[^/\\\x00.][^/\\\x00]*\.npy")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_REMEDY = (
+    "Make the shards again with `data-prep shard`, or index them again with `data-prep index`."
+)
+
+
+class ManifestError(ValueError):
+    """A manifest or an index is missing, damaged or does not fit its shard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """What the manifest says of one shard."""
+
+    name: str
+    """File name of the tar, without a folder."""
+    samples: int
+    """Samples in the shard, at least 1."""
+    bytes: int
+    """Length of the tar in bytes."""
+    sha256: str
+    """SHA-256 of the tar, 64 hexadecimal digits."""
+    index: str
+    """File name of the shard's index, without a folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A complete set of shards."""
+
+    folder: Path
+    """Folder that holds the shards, their indexes and the manifest."""
+    shards: tuple[ShardEntry, ...]
+    """The shards in order, at least 1."""
+    classes: tuple[str, ...] = ()
+    """Class names; a sample's label is a position in them. Empty where nothing is labelled."""
+    rejected: int = 0
+    """Inputs that were found but kept out, named in `rejected.jsonl`."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The options the shards were made with."""
+    fingerprint: str = ""
+    """Digest of the inputs' paths, sizes and dates."""
+
+    @property
+    def samples(self) -> int:
+        """Samples in all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardIndex:
+    """Where the samples of one shard lie; every array is of shape (samples,)."""
+
+    offsets: NDArray[np.int64]
+    """First byte of the image in the tar."""
+    sizes: NDArray[np.int64]
+    """Length of the image in bytes."""
+    labels: NDArray[np.int64]
+    """Class of the sample, -1 where it has none."""
+    keys: NDArray[np.str_]
+    """WebDataset key."""
+    extensions: NDArray[np.str_]
+    """Extension of the image member, one of `IMAGE_EXTENSIONS`."""
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
+    """Read and check `manifest.json` of a folder of shards.
+
+    Raises:
+        ManifestError: the folder has no manifest, or it is not one this version can read.
+    """
+    path = Path(folder) / MANIFEST_NAME
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ManifestError(_describe_absence(Path(folder))) from None
+    except OSError as error:
+        raise ManifestError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{path} is not valid JSON ({error}). {_REMEDY}") from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise ManifestError(f"{path} is not a manifest of shards. {_REMEDY}")
+    if values.get("version") != VERSION:
+        raise ManifestError(
+            f"{path} is of version {values.get('version')!r}, and this program reads version "
+            f"{VERSION}. {_REMEDY}"
+        )
+    return _parse(values, path)
+
+
+def write_manifest(manifest: Manifest) -> None:
+    """Write `manifest.json` into the manifest's folder, aside and then renamed.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    values = {
+        "format": FORMAT,
+        "version": VERSION,
+        "samples": manifest.samples,
+        "rejected": manifest.rejected,
+        "classes": list(manifest.classes),
+        "options": dict(manifest.options),
+        "fingerprint": manifest.fingerprint,
+        "shards": [vars(shard) for shard in manifest.shards],
+    }
+    text = json.dumps(values, indent=1) + "\n"
+    write_aside(manifest.folder / MANIFEST_NAME, text.encode())
+
+
+def read_index(folder: str | os.PathLike[str], shard: ShardEntry) -> ShardIndex:
+    """Read the index of one shard and check it against the manifest and the tar's length.
+
+    Raises:
+        ManifestError: tar or index is missing, damaged, or they do not fit each other.
+    """
+    path = Path(folder) / shard.index
+    _check_length(Path(folder) / shard.name, shard)
+    try:
+        # A memory map, for the length of the file is then checked before any memory is taken.
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise ManifestError(f"index {path} is missing. {_REMEDY}") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise ManifestError(f"index {path} cannot be read ({error}). {_REMEDY}") from None
+    expected = _row_type(1).names
+    if not isinstance(rows, np.ndarray) or rows.ndim != 1 or rows.dtype.names != expected:
+        raise ManifestError(f"index {path} is not an index of a shard. {_REMEDY}")
+    if rows.dtype != _row_type(rows.dtype["key"].itemsize):
+        raise ManifestError(f"index {path} has columns of a wrong type. {_REMEDY}")
+    if len(rows) != shard.samples:
+        raise ManifestError(
+            f"index {path} has {len(rows)} samples and the manifest says {shard.samples}. {_REMEDY}"
+        )
+    return _unpack(rows, path, shard)
+
+
+def write_index(path: Path, index: ShardIndex) -> None:
+    """Write the index of a shard as one NumPy array of rows, aside and then renamed."""
+    keys = np.char.encode(index.keys, "utf-8")
+    rows = np.zeros(len(index), dtype=_row_type(max(1, keys.dtype.itemsize)))
+    rows["offset"], rows["size"], rows["label"] = index.offsets, index.sizes, index.labels
+    rows["extension"], rows["key"] = np.char.encode(index.extensions, "ascii"), keys
+    buffer = io.BytesIO()
+    np.save(buffer, rows, allow_pickle=False)
+    write_aside(path, buffer.getvalue())
+
+
+def write_aside(path: Path, data: bytes) -> None:
+    """Write a whole file so that it is there complete or not at all."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _row_type(key_bytes: int) -> np.dtype[np.void]:
+    return np.dtype(
+        [
+            ("offset", "<i8"),
+            ("size", "<i8"),
+            ("label", "<i8"),
+            ("extension", "S4"),
+            ("key", f"S{key_bytes}"),
+        ]
+    )
+
+
+def _unpack(rows: NDArray[np.void], path: Path, shard: ShardEntry) -> ShardIndex:
+    try:
+        keys = np.char.decode(rows["key"], "utf-8")
+        extensions = np.char.decode(rows["extension"], "ascii")
+    except UnicodeDecodeError:
+        raise ManifestError(f"index {path} has keys that are not text. {_REMEDY}") from None
+    index = ShardIndex(
+        offsets=np.array(rows["offset"], dtype=np.int64),
+        sizes=np.array(rows["size"], dtype=np.int64),
+        labels=np.array(rows["label"], dtype=np.int64),
+        keys=keys,
+        extensions=extensions,
+    )
+    # Compared by subtraction, since a sum of two hostile numbers may run over.
+    fits = (index.offsets >= 0) & (index.sizes > 0) & (index.sizes <= shard.bytes - index.offsets)
+    wrong = np.flatnonzero(~fits | (index.labels < -1) | ~np.isin(extensions, IMAGE_EXTENSIONS))
+    if len(wrong):
+        raise ManifestError(
+            f"index {path} is damaged: sample {wrong[0]} (key {keys[wrong[0]]}) lies outside of "
+            f"{shard.name}, or has an impossible label or extension. {_REMEDY}"
+        )
+    return index
+
+
+def _check_length(path: Path, shard: ShardEntry) -> None:
+    try:
+        length = path.stat().st_size
+    except OSError as error:
+        raise ManifestError(
+            f"shard {path} cannot be read: {error.strerror}. Bring it back, or make it again."
+        ) from None
+    if length != shard.bytes:
+        raise ManifestError(
+            f"shard {path} has {length:,} bytes and the manifest says {shard.bytes:,}: it was cut "
+            f"or changed. {_REMEDY}"
+        )
+
+
+def _describe_absence(folder: Path) -> str:
+    if not folder.exists():
+        return f"folder of shards {folder} does not exist. Make it: data-prep shard SRC {folder}"
+    if not folder.is_dir():
+        return f"{folder} is not a folder of shards. Make one: data-prep shard SRC DST"
+    if any(folder.glob("*.tar")):
+        return f"{folder} has tars but no {MANIFEST_NAME}. Make it: data-prep index {folder}"
+    return f"{folder} has no {MANIFEST_NAME}. Make shards in it: data-prep shard SRC {folder}"
+
+
+def _parse(values: dict[str, Any], path: Path) -> Manifest:
+    shards = _field(values, "shards", list, path)
+    entries = tuple(_parse_shard(shard, number, path) for number, shard in enumerate(shards))
+    classes = _field(values, "classes", list, path)
+    if not entries:
+        raise ManifestError(f"{path} lists no shards. {_REMEDY}")
+    if len({entry.name for entry in entries}) < len(entries):
+        raise ManifestError(f"{path} lists a shard twice. {_REMEDY}")
+    if not all(isinstance(name, str) for name in classes) or len(set(classes)) < len(classes):
+        raise ManifestError(f"{path}: `classes` must be names, each once. {_REMEDY}")
+    manifest = Manifest(
+        folder=path.parent,
+        shards=entries,
+        classes=tuple(classes),
+        rejected=_count(values, "rejected", 0, path),
+        options=_field(values, "options", dict, path),
+        fingerprint=_field(values, "fingerprint", str, path),
+    )
+    if _count(values, "samples", 1, path) != manifest.samples:
+        raise ManifestError(
+            f"{path} says {values['samples']} samples, and its shards have {manifest.samples}. "
+            f"{_REMEDY}"
+        )
+    return manifest
+
+
+def _parse_shard(values: Any, number: int, path: Path) -> ShardEntry:
+    if not isinstance(values, dict):
+        raise ManifestError(f"{path}: shard {number} must be a mapping. {_REMEDY}")
+    entry = ShardEntry(
+        name=_field(values, "name", str, path),
+        samples=_count(values, "samples", 1, path),
+        bytes=_count(values, "bytes", 1, path),
+        sha256=_field(values, "sha256", str, path),
+        index=_field(values, "index", str, path),
+    )
+    for pattern, text in (
+        (_SHARD_NAME, entry.name),
+        (_INDEX_NAME, entry.index),
+        (_SHA256, entry.sha256),
+    ):
+        if not pattern.fullmatch(text):
+            raise ManifestError(f"{path}: shard {number} has the impossible value {text!r}.")
+    return entry
+
+
+def _field(values: dict[str, Any], name: str, kind: type, path: Path) -> Any:
+    value = values.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ManifestError(f"{path}: `{name}` must be a {kind.__name__}, got {value!r}. {_REMEDY}")
+    return value
+
+
+def _count(values: dict[str, Any], name: str, least: int, path: Path) -> int:
+    value = _field(values, name, int, path)
+    if value < least:
+        raise ManifestError(f"{path}: `{name}` must be at least {least}, got {value}. {_REMEDY}")
+    return int(value)
