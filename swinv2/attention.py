@@ -1,0 +1,273 @@
+"""Attention within windows: scaled cosine scores and a log-spaced continuous position bias."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from swinv2.config import Pair, clamp_window
+
+LARGEST_LOGIT_SCALE = math.log(100)
+ACROSS_REGIONS = -100.0  # added to scores between regions that only the shift brought together
+BIAS_HIDDEN = 512
+
+
+@dataclass(frozen=True)
+class WindowGrid:
+    """How a map of tokens is cut into windows; every pair is (rows, columns) in tokens."""
+
+    resolution: Pair
+    window: Pair
+    shift: Pair
+
+    @property
+    def padding(self) -> Pair:
+        """Rows and columns added below and to the right, to fill the last windows."""
+        return -self.resolution[0] % self.window[0], -self.resolution[1] % self.window[1]
+
+    @property
+    def windows(self) -> Pair:
+        """Rows and columns of windows."""
+        return -(-self.resolution[0] // self.window[0]), -(-self.resolution[1] // self.window[1])
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether some pair of tokens in one window may not attend to each other."""
+        return any(self.shift) or any(self.padding)
+
+
+def window_grid(resolution: Pair, window: Pair, *, shifted: bool) -> WindowGrid:
+    """Fit windows to a map of tokens, each axis by itself; a shift is half a window.
+
+    Shapes are (rows, columns) in tokens. Where a window spans an axis there is no shift along it.
+    """
+    (height, rows_move), (width, columns_move) = (
+        clamp_window(tokens, side) for tokens, side in zip(resolution, window, strict=True)
+    )
+    shift = (
+        height // 2 if shifted and rows_move else 0,
+        width // 2 if shifted and columns_move else 0,
+    )
+    return WindowGrid(resolution, (height, width), shift)
+
+
+def shift_tokens(tokens: Tensor, grid: WindowGrid) -> Tensor:
+    """Pad (batch, rows, columns, channels) to whole windows, then roll it by the shift."""
+    below, right = grid.padding
+    if below or right:
+        tokens = F.pad(tokens, (0, 0, 0, right, 0, below))
+    if any(grid.shift):
+        tokens = tokens.roll((-grid.shift[0], -grid.shift[1]), dims=(1, 2))
+    return tokens
+
+
+def unshift_tokens(tokens: Tensor, grid: WindowGrid) -> Tensor:
+    """Undo shift_tokens: roll back, then crop the padding."""
+    if any(grid.shift):
+        tokens = tokens.roll(grid.shift, dims=(1, 2))
+    rows, columns = grid.resolution
+    return tokens[:, :rows, :columns]
+
+
+def partition(tokens: Tensor, grid: WindowGrid, num_heads: int) -> Tensor:
+    """Cut (batch, rows, columns, heads·d) into (batch, windows, heads, tokens of a window, d)."""
+    return rearrange(
+        tokens,
+        "batch (rows h) (columns w) (heads d) -> batch (rows columns) heads (h w) d",
+        h=grid.window[0],
+        w=grid.window[1],
+        heads=num_heads,
+    )
+
+
+def reverse(windows: Tensor, grid: WindowGrid) -> Tensor:
+    """Undo partition."""
+    return rearrange(
+        windows,
+        "batch (rows columns) heads (h w) d -> batch (rows h) (columns w) (heads d)",
+        h=grid.window[0],
+        rows=grid.windows[0],
+        w=grid.window[1],
+    )
+
+
+def window_mask(grid: WindowGrid, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Give what is added to the scores of each window, (windows, 1, queries, keys).
+
+    Minus infinity on padded keys, which nothing may attend to; -100, as in the reference code,
+    between tokens that are neighbours only because the shift wrapped the map around; 0 elsewhere.
+    The result is cached, and not to be changed.
+    """
+    build = _window_mask.__wrapped__ if torch.compiler.is_compiling() else _window_mask
+    return build(grid, dtype, device)
+
+
+@lru_cache(maxsize=32)
+def _window_mask(grid: WindowGrid, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def windows_of(token_map: Tensor) -> Tensor:
+        return partition(token_map[None, :, :, None], grid, num_heads=1)[0, :, 0, :, 0]
+
+    # A cached tensor outlives the inference mode it may be first needed in.
+    with torch.inference_mode(mode=False):
+        rows, columns = (_axis_regions(grid, axis, device) for axis in (0, 1))
+        regions = windows_of(rows[:, None] * 3 + columns)
+        real_rows, real_columns = (_axis_is_real(grid, axis, device) for axis in (0, 1))
+        real = windows_of(real_rows[:, None] & real_columns)
+        mask = torch.zeros(*regions.shape, regions.shape[1], dtype=dtype, device=device)
+        mask.masked_fill_(regions[:, :, None] != regions[:, None, :], ACROSS_REGIONS)
+        mask.masked_fill_(~real[:, None, :], -math.inf)
+        return mask[:, None]
+
+
+def _axis_regions(grid: WindowGrid, axis: int, device: torch.device) -> Tensor:
+    """Number, along one axis of the shifted map, the stretches that were apart before."""
+    window, shift = grid.window[axis], grid.shift[axis]
+    length = grid.windows[axis] * window
+    positions = torch.arange(length, device=device)
+    if not shift:
+        return torch.zeros_like(positions)
+    return (positions >= length - window).long() + (positions >= length - shift).long()
+
+
+def _axis_is_real(grid: WindowGrid, axis: int, device: torch.device) -> Tensor:
+    """Tell, along one axis of the shifted map, tokens of the image from padding."""
+    length = grid.windows[axis] * grid.window[axis]
+    before_shift = (torch.arange(length, device=device) + grid.shift[axis]) % length
+    return before_shift < grid.resolution[axis]
+
+
+def offset_coordinates(
+    window: Pair, reference: Pair, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Give log-spaced coordinates of all offsets in a window, ((2h-1)·(2w-1), 2).
+
+    Paper, equation 4, in the scale of the reference code: offsets are divided by the largest one
+    of the reference window, times 8, then sign(x)·log2(|x| + 1) / log2(8). The result is cached,
+    and not to be changed.
+    """
+    build = (
+        _offset_coordinates.__wrapped__ if torch.compiler.is_compiling() else _offset_coordinates
+    )
+    return build(window, reference, dtype, device)
+
+
+@lru_cache(maxsize=128)
+def _offset_coordinates(
+    window: Pair, reference: Pair, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    with torch.inference_mode(mode=False):
+        rows, columns = (
+            torch.arange(1 - side, side, device=device, dtype=torch.float64)
+            * (8 / max(reference_side - 1, 1))
+            for side, reference_side in zip(window, reference, strict=True)
+        )
+        offsets = torch.cartesian_prod(rows, columns)
+        return (offsets.sign() * torch.log2(offsets.abs() + 1) / math.log2(8)).to(dtype)
+
+
+def offset_index(window: Pair, device: torch.device) -> Tensor:
+    """Give the row of offset_coordinates for each (query, key) of a window, int64.
+
+    The result is cached, and not to be changed.
+    """
+    build = _offset_index.__wrapped__ if torch.compiler.is_compiling() else _offset_index
+    return build(window, device)
+
+
+@lru_cache(maxsize=32)
+def _offset_index(window: Pair, device: torch.device) -> Tensor:
+    height, width = window
+    with torch.inference_mode(mode=False):
+        rows = torch.arange(height, device=device).repeat_interleave(width)
+        columns = torch.arange(width, device=device).repeat(height)
+        row_offsets = rows[:, None] - rows + height - 1
+        column_offsets = columns[:, None] - columns + width - 1
+        return row_offsets * (2 * width - 1) + column_offsets
+
+
+def cosine_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: Tensor, bias: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Attend by scaled cosine similarity: softmax(scale · cos(query, key) + bias + mask) · value.
+
+    Paper, equation 2. Query, key, value and result are (batch, windows, heads, tokens, d), scale
+    (heads, 1, 1), bias (heads, tokens, tokens), mask (windows, 1, tokens, tokens). All but the
+    two products is at least float32, under autocast too.
+    """
+    query, key = query.to(scale.dtype), key.to(scale.dtype)
+    query = query * (scale / _length(query))
+    key = key / _length(key)
+    scores = query @ key.transpose(-2, -1) + bias
+    if mask is not None:
+        scores += mask
+    return scores.softmax(dim=-1).to(value.dtype) @ value
+
+
+def _length(vectors: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return length.clamp_min(1e-12)
+
+
+@contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Compute in the precision of the tensors, whatever autocast says."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            yield
+    else:
+        yield
+
+
+class PositionBias(nn.Module):
+    """Bias of each head for each offset between two tokens, from a small MLP (section 3.3)."""
+
+    def __init__(self, num_heads: int, reference_window: Pair) -> None:
+        super().__init__()
+        self.reference_window = reference_window
+        self.expand = nn.Linear(2, BIAS_HIDDEN)
+        self.reduce = nn.Linear(BIAS_HIDDEN, num_heads, bias=False)
+
+    def forward(self, window: Pair) -> Tensor:
+        """Give the bias within a window (height, width), as (heads, queries, keys)."""
+        weight = self.expand.weight
+        offsets = offset_coordinates(window, self.reference_window, weight.dtype, weight.device)
+        with without_autocast(weight.device):
+            table = 16 * torch.sigmoid(self.reduce(F.relu(self.expand(offsets))))
+        # Unlike indexing, the backward of an embedding adds up in a fixed order.
+        bias = F.embedding(offset_index(window, weight.device), table)
+        return bias.permute(2, 0, 1)
+
+
+class WindowAttention(nn.Module):
+    """Scaled cosine attention within windows of a map of tokens, with heads projected together."""
+
+    def __init__(self, dim: int, num_heads: int, reference_window: Pair) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.query_bias = nn.Parameter(torch.zeros(dim))
+        self.value_bias = nn.Parameter(torch.zeros(dim))
+        self.logit_scale = nn.Parameter(torch.full((num_heads,), math.log(10)))
+        self.position_bias = PositionBias(num_heads, reference_window)
+        self.projection = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor, grid: WindowGrid) -> Tensor:
+        """Mix (batch, rows, columns, channels) within the windows of the grid."""
+        qkv_bias = torch.cat((self.query_bias, torch.zeros_like(self.query_bias), self.value_bias))
+        qkv = F.linear(shift_tokens(tokens, grid), self.qkv.weight, qkv_bias)
+        query, key, value = (partition(part, grid, self.num_heads) for part in qkv.chunk(3, -1))
+
+        precise = torch.promote_types(self.logit_scale.dtype, torch.float32)
+        scale = self.logit_scale.to(precise).clamp(max=LARGEST_LOGIT_SCALE).exp()[:, None, None]
+        bias = self.position_bias(grid.window).to(precise)
+        mask = window_mask(grid, precise, tokens.device) if grid.needs_mask else None
+        mixed = cosine_attention(query, key, value, scale=scale, bias=bias, mask=mask)
+
+        output: Tensor = self.projection(unshift_tokens(reverse(mixed, grid), grid))
+        return output

@@ -1,0 +1,143 @@
+"""The parts of a stage: patch embedding, the residual-post-norm block, patch merging."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swinv2.attention import WindowAttention, window_grid
+from swinv2.config import Pair
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm in the precision of its weights.
+
+    Every branch ends in a norm, so under autocast the residual stream stays in float32.
+    """
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Normalise the last axis."""
+        return super().forward(tokens.to(self.weight.dtype))
+
+
+def drop_path(branch: Tensor, rate: float, *, training: bool) -> Tensor:
+    """Drop a residual branch of (batch, ...) for whole samples, each with probability rate.
+
+    Kept samples are scaled by 1 / (1 - rate), so that the mean stays. Identity in evaluation.
+    Source: Deep Networks with Stochastic Depth, arXiv 1603.09382.
+    """
+    if not training or rate == 0:
+        return branch
+    kept = branch.new_empty(len(branch), *[1] * (branch.ndim - 1)).bernoulli_(1 - rate)
+    return branch * (kept / (1 - rate))
+
+
+class PatchEmbed(nn.Module):
+    """Project square patches of an image to tokens, then normalise them."""
+
+    def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.projection = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.norm = LayerNorm(dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Turn (batch, channels, height, width) into (batch, rows, columns, dim).
+
+        Images are padded with zeros, below and to the right, to whole patches.
+        """
+        below, right = (-side % self.patch_size for side in images.shape[2:])
+        if below or right:
+            images = F.pad(images, (0, right, 0, below))
+        tokens: Tensor = self.norm(self.projection(images).permute(0, 2, 3, 1))
+        return tokens
+
+
+class PatchMerging(nn.Module):
+    """Join each 2x2 neighbourhood into one token of twice the channels."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = LayerNorm(2 * dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Turn (batch, rows, columns, dim) into (batch, rows/2, columns/2, 2·dim), rounded up.
+
+        Odd maps are padded with zeros. Neighbours are joined column by column, as the reference
+        code does.
+        """
+        below, right = tokens.shape[1] % 2, tokens.shape[2] % 2
+        if below or right:
+            tokens = F.pad(tokens, (0, 0, 0, right, 0, below))
+        neighbours = [tokens[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+        merged: Tensor = self.norm(self.reduction(torch.cat(neighbours, dim=-1)))
+        return merged
+
+
+class MLP(nn.Module):
+    """Two linear layers with an exact GELU between them."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(dim, hidden)
+        self.reduce = nn.Linear(hidden, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map each token (..., dim) by itself."""
+        output: Tensor = self.reduce(F.gelu(self.expand(tokens)))
+        return output
+
+
+class Block(nn.Module):
+    """Window attention and an MLP, each normalised before it joins the main branch (section 3.2).
+
+    Both norms start at zero, so a fresh block is the identity.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        window: Pair,
+        shifted: bool,
+        reference_window: Pair,
+        mlp_ratio: float,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        self.window = window
+        self.shifted = shifted
+        self.drop_path = drop_path
+        self.attention = WindowAttention(dim, num_heads, reference_window)
+        self.norm1 = LayerNorm(dim)
+        self.mlp = MLP(dim, int(mlp_ratio * dim))
+        self.norm2 = LayerNorm(dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map (batch, rows, columns, dim) to the same shape."""
+        grid = window_grid((tokens.shape[1], tokens.shape[2]), self.window, shifted=self.shifted)
+        tokens = tokens + self._drop(self.norm1(self.attention(tokens, grid)))
+        return tokens + self._drop(self.norm2(self.mlp(tokens)))
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        return drop_path(branch, self.drop_path, training=self.training)
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, with an extra norm after every so many of them (appendix)."""
+
+    def __init__(self, blocks: list[Block], dim: int, extra_norm_every: int) -> None:
+        super().__init__()
+        self.extra_norm_every = extra_norm_every
+        num_extra_norms = len(blocks) // extra_norm_every if extra_norm_every else 0
+        self.blocks = nn.ModuleList(blocks)
+        self.extra_norms = nn.ModuleList(LayerNorm(dim) for _ in range(num_extra_norms))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map (batch, rows, columns, dim) to the same shape."""
+        for count, block in enumerate(self.blocks, start=1):
+            tokens = block(tokens)
+            if self.extra_norm_every and count % self.extra_norm_every == 0:
+                tokens = self.extra_norms[count // self.extra_norm_every - 1](tokens)
+        return tokens

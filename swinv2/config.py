@@ -1,0 +1,269 @@
+"""The sizes of a Swin Transformer V2, its published variants, and the rule that fits windows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from types import MappingProxyType
+from typing import Any
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What tells one variant from another (paper, section 3.4)."""
+
+    embed_dim: int
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    extra_norm_every: int = 0
+
+
+# Heads of huge and giant are not published: both follow the head size of the others, 32.
+VARIANTS: Mapping[str, Architecture] = MappingProxyType(
+    {
+        "tiny": Architecture(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
+        "small": Architecture(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
+        "base": Architecture(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
+        "large": Architecture(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48)),
+        "huge": Architecture(
+            embed_dim=352, depths=(2, 2, 18, 2), num_heads=(11, 22, 44, 88), extra_norm_every=6
+        ),
+        "giant": Architecture(
+            embed_dim=512, depths=(2, 2, 42, 4), num_heads=(16, 32, 64, 128), extra_norm_every=6
+        ),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwinV2Config:
+    """Every size of an encoder.
+
+    Sizes with two axes are (height, width); a single int means the same on both, and a list
+    will do for a tuple, so that a config read from JSON is built without conversions.
+    """
+
+    variant: str | None = None
+    """Name in VARIANTS whose architecture this is, or None for sizes of one's own."""
+
+    image_size: Pair = (256, 256)
+    """Nominal input, (height, width) in pixels. Inputs of any other size work too."""
+
+    patch_size: int = 4
+    """Side of a patch, in pixels."""
+
+    in_channels: int = 3
+    """Channels of the images."""
+
+    embed_dim: int
+    """Channels of the first stage; every further stage has twice as many."""
+
+    depths: tuple[int, ...]
+    """Blocks in each stage."""
+
+    num_heads: tuple[int, ...]
+    """Attention heads in each stage."""
+
+    window_size: Pair = (8, 8)
+    """Attention window, (height, width) in tokens, before it is fitted to a stage."""
+
+    mlp_ratio: float = 4.0
+    """Hidden units of a block's MLP for each of its channels."""
+
+    drop_path: float = 0.0
+    """Stochastic depth of the last block, a probability; it rises linearly from 0 at the first."""
+
+    extra_norm_every: int = 0
+    """A LayerNorm on the main branch after every this many blocks of a stage; 0 for none."""
+
+    pretrained_window_sizes: tuple[Pair, ...] | None = None
+    """Window of each stage in pretraining, (height, width) in tokens, or None for the present."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "window_size"):
+            object.__setattr__(self, name, _pair(name, getattr(self, name)))
+        for name in ("depths", "num_heads"):
+            object.__setattr__(self, name, _counts(name, getattr(self, name)))
+        for name in ("patch_size", "in_channels", "embed_dim"):
+            _check_count(name, getattr(self, name), least=1)
+        _check_count("extra_norm_every", self.extra_norm_every, least=0)
+        _check_number("mlp_ratio", self.mlp_ratio)
+        _check_number("drop_path", self.drop_path)
+        if self.mlp_ratio * self.embed_dim < 1:
+            raise ValueError(f"mlp_ratio is {self.mlp_ratio}; it must leave at least one unit")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path is {self.drop_path}; it must be at least 0 and below 1")
+        if min(self.image_size) < self.patch_size:
+            raise ValueError(
+                f"image_size is {self.image_size}, less than one patch "
+                f"of {self.patch_size} pixels; enlarge image_size or lower patch_size"
+            )
+        self._check_heads()
+        self._check_pretrained_windows()
+        self._check_variant()
+
+    def _check_heads(self) -> None:
+        if len(self.num_heads) != len(self.depths):
+            raise ValueError(
+                f"num_heads {self.num_heads} and depths {self.depths} must name as many stages"
+            )
+        for stage, (dim, heads) in enumerate(zip(self.stage_dims, self.num_heads, strict=True)):
+            if dim % heads:
+                raise ValueError(
+                    f"num_heads[{stage}] is {heads}; it must divide the {dim} channels of stage "
+                    f"{stage} (embed_dim {self.embed_dim} doubled {stage} times)"
+                )
+
+    def _check_pretrained_windows(self) -> None:
+        name, windows = "pretrained_window_sizes", self.pretrained_window_sizes
+        if windows is None:
+            return
+        if not isinstance(windows, list | tuple) or len(windows) != len(self.depths):
+            raise ValueError(
+                f"{name} is {windows!r}; it must have one window for each of the "
+                f"{len(self.depths)} stages"
+            )
+        pairs = tuple(_pair(f"{name}[{stage}]", window) for stage, window in enumerate(windows))
+        object.__setattr__(self, name, pairs)
+
+    def _check_variant(self) -> None:
+        if self.variant is None:
+            return
+        expected = _architecture(self.variant)
+        for field in fields(Architecture):
+            published, present = getattr(expected, field.name), getattr(self, field.name)
+            if published != present:
+                raise ValueError(
+                    f"{field.name} is {present}, but the variant {self.variant!r} has {published}; "
+                    "pass variant=None for an architecture of your own"
+                )
+
+    @property
+    def stage_dims(self) -> tuple[int, ...]:
+        """Channels of each stage."""
+        return tuple(self.embed_dim * 2**stage for stage in range(len(self.depths)))
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the last stage."""
+        return self.stage_dims[-1]
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels between neighbouring tokens of each stage."""
+        return tuple(self.patch_size * 2**stage for stage in range(len(self.depths)))
+
+    @property
+    def stage_resolutions(self) -> tuple[Pair, ...]:
+        """Tokens of each stage, (rows, columns), for an input of the nominal size."""
+        height, width = self.image_size
+        return tuple((-(-height // stride), -(-width // stride)) for stride in self.strides)
+
+    @property
+    def stage_windows(self) -> tuple[Pair, ...]:
+        """Window of each stage, (height, width), for an input of the nominal size."""
+        return tuple(
+            (
+                clamp_window(rows, self.window_size[0])[0],
+                clamp_window(columns, self.window_size[1])[0],
+            )
+            for rows, columns in self.stage_resolutions
+        )
+
+
+def clamp_window(resolution: int, window: int) -> tuple[int, bool]:
+    """Fit a window to one axis of a stage, as the reference code does.
+
+    Returns the window, at most the resolution, and whether windows may be shifted along the
+    axis: one window that spans it leaves nothing to shift. All in tokens.
+    """
+    if resolution <= window:
+        return resolution, False
+    return window, True
+
+
+def record_windows(config: SwinV2Config) -> tuple[Pair, ...]:
+    """Give the windows of each stage, (height, width) in tokens, to record with its weights.
+
+    These are what position offsets are divided by (paper, section 3.3): the windows of the first
+    training, which a change of image or window size keeps. 192 pixels with window 12 record
+    12, 12, 12 and 6.
+    """
+    return config.pretrained_window_sizes or config.stage_windows
+
+
+def variant_config(name: str, **overrides: Any) -> SwinV2Config:
+    """Make the config of a published variant, with any fields of SwinV2Config overridden.
+
+    A changed architecture is no longer the variant, and loses its name.
+
+    Raises:
+        ValueError: the variant or a field is unknown, or a size cannot work.
+    """
+    architecture = _architecture(name)
+    config = SwinV2Config(
+        embed_dim=architecture.embed_dim,
+        depths=architecture.depths,
+        num_heads=architecture.num_heads,
+        extra_norm_every=architecture.extra_norm_every,
+    )
+    config = replace_config(config, **overrides)
+    if "variant" in overrides or any(
+        getattr(config, field.name) != getattr(architecture, field.name)
+        for field in fields(Architecture)
+    ):
+        return config
+    return replace(config, variant=name)
+
+
+def replace_config(config: SwinV2Config, **overrides: Any) -> SwinV2Config:
+    """Change fields of a config.
+
+    Raises:
+        ValueError: a field is unknown (the closest names are given), or a size cannot work.
+    """
+    known = [field.name for field in fields(SwinV2Config)]
+    for name in overrides:
+        if name not in known:
+            close = get_close_matches(name, known) or known
+            raise ValueError(f"SwinV2Config has no field {name!r}; did you mean {_listed(close)}?")
+    return replace(config, **overrides)
+
+
+def _architecture(name: str) -> Architecture:
+    if name not in VARIANTS:
+        raise ValueError(f"there is no variant {name!r}; choose one of {_listed(list(VARIANTS))}")
+    return VARIANTS[name]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:-1]) + (" or " if len(names) > 1 else "") + names[-1]
+
+
+def _check_count(name: str, value: object, *, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} is {value!r}; it must be a number")
+
+
+def _counts(name: str, values: object) -> tuple[int, ...]:
+    if not isinstance(values, list | tuple) or not values:
+        raise ValueError(f"{name} is {values!r}; it must list one number for each stage")
+    for index, value in enumerate(values):
+        _check_count(f"{name}[{index}]", value, least=1)
+    return tuple(values)
+
+
+def _pair(name: str, value: object) -> Pair:
+    values = (value, value) if isinstance(value, int) else value
+    if not isinstance(values, list | tuple) or len(values) != 2:
+        raise ValueError(f"{name} is {value!r}; it must be a number or (height, width)")
+    height, width = values
+    _check_count(name, height, least=1)
+    _check_count(name, width, least=1)
+    return height, width

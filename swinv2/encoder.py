@@ -1,0 +1,173 @@
+"""Swin Transformer V2 (arXiv 2111.09883): images → tokens → features."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swinv2.blocks import Block, LayerNorm, PatchEmbed, PatchMerging, Stage
+from swinv2.config import Pair, SwinV2Config, record_windows, replace_config, variant_config
+
+
+class SwinV2(nn.Module):
+    """A hierarchical encoder with shifted-window attention.
+
+    The two halves of the forward pass are apart, so that what stands between them, such as
+    hiding tokens, is composition: `encoder(images)` is `encoder.encode(encoder.embed(images))`.
+    Any height and width will do; they are padded where they do not divide, and what the padding
+    holds never reaches a feature of an image token through attention.
+    """
+
+    def __init__(self, config: SwinV2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config.patch_size, config.in_channels, config.embed_dim)
+        self.stages = nn.ModuleList(build_stages(config))
+        self.merges = nn.ModuleList(PatchMerging(dim) for dim in config.stage_dims[:-1])
+        self.norm = LayerNorm(config.num_features)
+        initialise(self)
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the last stage."""
+        return self.config.num_features
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels between neighbouring tokens of each stage."""
+        return self.config.strides
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Turn images into tokens.
+
+        Floating-point (batch, channels, height, width) becomes (batch, height/patch, width/patch,
+        embed_dim), rounded up.
+
+        Raises:
+            ValueError: the images have another shape, number of channels, or integer values.
+        """
+        channels = self.config.in_channels
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}; this encoder takes (batch, {channels}, "
+                "height, width). Another number of channels is set by in_channels"
+            )
+        if not images.is_floating_point():
+            raise ValueError(
+                f"images are {images.dtype}; make them floating point and normalise them first"
+            )
+        tokens: Tensor = self.patch_embed(images)
+        return tokens
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Turn the tokens of `embed` into the normalised tokens of the last stage.
+
+        (batch, rows, columns, embed_dim) becomes (batch, rows/8, columns/8, 8·embed_dim) for four
+        stages, rounded up.
+
+        Raises:
+            ValueError: the tokens have another shape.
+        """
+        return self._stage_outputs(tokens)[-1]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed images, then encode them."""
+        return self.encode(self.embed(images))
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Give a map of each stage, for dense heads.
+
+        Stage i gives (batch, embed_dim·2^i, height/stride, width/stride), rounded up, at
+        `strides[i]`. Maps are what a stage hands on, before merging and without a norm; only the
+        last is normalised: it is the result of `encode`, channels first.
+        """
+        outputs = self._stage_outputs(self.embed(images))
+        return [tokens.permute(0, 3, 1, 2) for tokens in outputs]
+
+    def _stage_outputs(self, tokens: Tensor) -> list[Tensor]:
+        if tokens.ndim != 4 or tokens.shape[-1] != self.config.embed_dim:
+            raise ValueError(
+                f"tokens have shape {tuple(tokens.shape)}; encode takes what embed gives, "
+                f"(batch, rows, columns, {self.config.embed_dim})"
+            )
+        outputs: list[Tensor] = []
+        for index, stage in enumerate(self.stages):
+            tokens = stage(self.merges[index - 1](outputs[-1]) if index else tokens)
+            outputs.append(tokens)
+        outputs[-1] = self.norm(outputs[-1])
+        return outputs
+
+    def set_input(
+        self,
+        image_size: int | Pair | None = None,
+        window_size: int | Pair | None = None,
+    ) -> None:
+        """Change the nominal image size (pixels) or window size (tokens), keeping all weights.
+
+        The first change records the windows trained with, which position offsets stay relative
+        to (section 3.3, transfer across window resolutions).
+
+        Raises:
+            ValueError: a size cannot work.
+        """
+        config = replace_config(
+            self.config,
+            image_size=self.config.image_size if image_size is None else image_size,
+            window_size=self.config.window_size if window_size is None else window_size,
+        )
+        if config == self.config:
+            return
+        self.config = replace(config, pretrained_window_sizes=record_windows(self.config))
+        for module in self.stages.modules():
+            if isinstance(module, Block):
+                module.window = self.config.window_size
+
+
+def build_encoder(encoder: str | SwinV2Config, **overrides: Any) -> SwinV2:
+    """Build an encoder with fresh weights, from the name of a variant or a config.
+
+    Overrides are fields of SwinV2Config: `build_encoder("base", image_size=192, window_size=12)`.
+
+    Raises:
+        ValueError: the variant or a field is unknown, or a size cannot work.
+    """
+    if isinstance(encoder, str):
+        return SwinV2(variant_config(encoder, **overrides))
+    return SwinV2(replace_config(encoder, **overrides))
+
+
+def build_stages(config: SwinV2Config) -> list[Stage]:
+    """Build the stages of an encoder; every second block of each is shifted."""
+    rates = torch.linspace(0, config.drop_path, sum(config.depths), device="cpu").tolist()
+    windows = record_windows(config)
+    stages = []
+    for index, (dim, depth) in enumerate(zip(config.stage_dims, config.depths, strict=True)):
+        blocks = [
+            Block(
+                dim,
+                config.num_heads[index],
+                window=config.window_size,
+                shifted=position % 2 == 1,
+                reference_window=windows[index],
+                mlp_ratio=config.mlp_ratio,
+                drop_path=rates[sum(config.depths[:index]) + position],
+            )
+            for position in range(depth)
+        ]
+        stages.append(Stage(blocks, dim, config.extra_norm_every))
+    return stages
+
+
+def initialise(encoder: SwinV2) -> None:
+    """Draw fresh weights as the reference code does; each block starts as the identity."""
+    for module in encoder.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in encoder.modules():
+        if isinstance(module, Block):
+            for norm in (module.norm1, module.norm2):
+                nn.init.zeros_(norm.weight)
+                nn.init.zeros_(norm.bias)
