@@ -1,0 +1,141 @@
+"""Files and folders that appear whole or not at all.
+
+Everything is written under a hidden sibling name, forced to disk, and renamed into place, so that a
+reader, or a run that died, never meets half of it.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+class OccupiedError(ValueError):
+    """The place to write to holds something that must not be replaced."""
+
+
+def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` as UTF-8 to ``path``, replacing what was there in one step."""
+    atomic_write_bytes(path, text.encode())
+
+
+def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write ``data`` to ``path``, replacing what was there in one step; its folder must exist."""
+    destination = _resolved(path)
+    partial = _sibling(destination, "partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(destination)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _fsync(destination.parent)
+
+
+@contextmanager
+def atomic_folder(
+    path: str | os.PathLike[str], *, may_replace: Callable[[Path], bool] = lambda _: False
+) -> Iterator[Path]:
+    """Yield a fresh folder to fill, which takes the place of ``path`` when the block ends well.
+
+    Where the block raises, the folder is removed and ``path`` stays as it was. An empty folder at
+    ``path`` is always replaced, a filled one only where ``may_replace(path)`` is true. The swap is
+    two renames: a machine that dies between them leaves the earlier folder beside ``path`` as
+    ``.NAME.replaced-PID``.
+
+    Raises:
+        OccupiedError: ``path`` is a file, or a filled folder that may not be replaced.
+    """
+    destination = _resolved(path)
+    _check_replaceable(destination, may_replace)
+    made = _make_parents(destination.parent)
+    partial = _sibling(destination, "partial")
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir()
+        yield partial
+        _fsync_tree(partial)
+        _check_replaceable(destination, may_replace)
+        _swap(partial, destination)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        _remove_empty(made)
+        raise
+
+
+def _swap(partial: Path, destination: Path) -> None:
+    replaced = _sibling(destination, "replaced")
+    if destination.exists():
+        destination.rename(replaced)
+        try:
+            partial.rename(destination)
+        except BaseException:
+            replaced.rename(destination)
+            raise
+        _fsync(destination.parent)
+        shutil.rmtree(replaced)
+    else:
+        partial.rename(destination)
+        _fsync(destination.parent)
+
+
+def _check_replaceable(destination: Path, may_replace: Callable[[Path], bool]) -> None:
+    if not destination.exists():
+        return
+    if not destination.is_dir():
+        raise OccupiedError(
+            f"{destination} is a file, and a folder of that name is to be written: "
+            "choose another destination, or move the file away."
+        )
+    if any(destination.iterdir()) and not may_replace(destination):
+        raise OccupiedError(
+            f"{destination} holds something else and is not replaced: "
+            "choose an empty or new destination, or remove that folder first."
+        )
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Create ``folder`` and its ancestors; return those that were absent, the deepest first."""
+    absent = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise OccupiedError(
+            f"{folder} cannot be made, since a part of that path is a file: choose another place."
+        ) from error
+    return absent
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with suppress(OSError):  # another writer may have put something there
+        for folder in folders:
+            folder.rmdir()
+
+
+def _resolved(path: str | os.PathLike[str]) -> Path:
+    # A link keeps pointing where it did: what it points at is replaced, not the link.
+    return Path(os.path.realpath(path))
+
+
+def _sibling(destination: Path, role: str) -> Path:
+    return destination.with_name(f".{destination.name}.{role}-{os.getpid()}")
+
+
+def _fsync_tree(folder: Path) -> None:
+    for place, _, names in os.walk(folder):
+        for name in names:
+            _fsync(Path(place, name))
+        _fsync(Path(place))
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

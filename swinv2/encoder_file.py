@@ -1,0 +1,234 @@
+"""What ``config.json`` of an encoder directory says, and how it is written and checked."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swinv2.config import SwinV2Config
+
+FORMAT = "swinv2-encoder"
+FORMAT_VERSION = 1
+
+
+class WeightsError(ValueError):
+    """Weights, or the file that describes them, that cannot be used as they are."""
+
+
+def present_versions() -> dict[str, str]:
+    """Return the versions of torch and, where it is installed, of simmim."""
+    versions = {"torch": str(torch.__version__)}
+    with suppress(PackageNotFoundError):  # swinv2 also lives without the pipeline around it
+        versions["simmim"] = version("simmim")
+    return versions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where the weights of an encoder come from; ``None`` says that it is not known."""
+
+    step: int | None = None
+    """Optimiser steps taken."""
+    samples_seen: int | None = None
+    """Images the training has consumed, over all epochs."""
+    recipe_hash: str | None = None
+    """Fingerprint of the resolved recipe."""
+    versions: Mapping[str, str] = field(default_factory=present_versions)
+    """Versions of the packages that wrote the file, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderFile:
+    """What ``config.json`` of an encoder directory says."""
+
+    config: SwinV2Config
+    """Every size of the encoder, with the windows it was pretrained with."""
+    mean: tuple[float, ...]
+    """Subtracted from each channel of an image in [0, 1]."""
+    std: tuple[float, ...]
+    """Each channel is divided by it after that."""
+    provenance: Provenance
+
+    def __post_init__(self) -> None:
+        channels = self.config.in_channels
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != channels or not all(map(math.isfinite, values)):
+                raise WeightsError(
+                    f"{name} is {values} and the images have {channels} channels: "
+                    f"give {channels} finite values."
+                )
+        if min(self.std) <= 0:
+            raise WeightsError(f"std is {self.std}: give values greater than 0.")
+
+
+def to_json(description: EncoderFile) -> str:
+    """Return the text of ``config.json``."""
+    provenance = description.provenance
+    content = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "config": asdict(description.config),
+        "mean": description.mean,
+        "std": description.std,
+        "provenance": {
+            "step": provenance.step,
+            "samples_seen": provenance.samples_seen,
+            "recipe_hash": provenance.recipe_hash,
+            "versions": dict(provenance.versions),
+        },
+    }
+    return json.dumps(content, indent=2) + "\n"
+
+
+def from_json(text: str, source: Path) -> EncoderFile:
+    """Return what the text of the ``config.json`` at ``source`` says.
+
+    Raises:
+        WeightsError: it is no JSON, of another format or version, or has wrong or missing fields;
+            the message names the file and all of them.
+    """
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise WeightsError(f"{source} is not valid JSON ({error}): export it again.") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise WeightsError(
+            f'{source} does not describe an encoder (no "format": "{FORMAT}"): '
+            "give a directory that `save_encoder` or `simmim export --format native` wrote."
+        )
+    if content.get("version") != FORMAT_VERSION:
+        raise WeightsError(
+            f"{source} has format version {content.get('version')!r} and this version of swinv2 "
+            f"reads {FORMAT_VERSION}: install the swinv2 that wrote it, or export it again."
+        )
+    problems: list[str] = []
+    top = _read_fields(content, _TOP_FIELDS, "", problems)
+    config = _read_fields(content.get("config"), _CONFIG_FIELDS, "config.", problems)
+    provenance = _read_fields(
+        content.get("provenance"), _PROVENANCE_FIELDS, "provenance.", problems
+    )
+    if problems:
+        raise WeightsError(f"{source} is wrong in:\n  " + "\n  ".join(problems))
+    try:
+        return EncoderFile(
+            config=SwinV2Config(**config),
+            mean=top["mean"],
+            std=top["std"],
+            provenance=Provenance(**provenance),
+        )
+    except ValueError as error:
+        raise WeightsError(f"{source}: {error}") from error
+
+
+def _integer(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError("a whole number")
+    return value
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError("a number")
+    return float(value)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a text")
+    return value
+
+
+def _texts_by_name(value: object) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise TypeError("texts by name")
+    return value
+
+
+def _anything(value: object) -> object:
+    return value
+
+
+def _optional(read: Callable[[object], Any]) -> Callable[[object], Any]:
+    def read_optional(value: object) -> Any:
+        if value is None:
+            return None
+        try:
+            return read(value)
+        except TypeError as error:
+            raise TypeError(f"{error} or null") from None
+
+    return read_optional
+
+
+def _list_of(read: Callable[[object], Any], length: int = 0) -> Callable[[object], Any]:
+    def read_list(value: object) -> tuple[Any, ...]:
+        count = f"{length} entries" if length else "entries"
+        if not isinstance(value, list) or (length and len(value) != length):
+            raise TypeError(f"a list of {count}")
+        try:
+            return tuple(read(entry) for entry in value)
+        except TypeError as error:
+            raise TypeError(f"a list of {count}, each {error}") from None
+
+    return read_list
+
+
+_PAIR = _list_of(_integer, 2)
+
+_TOP_FIELDS: dict[str, Callable[[object], Any]] = {
+    "format": _text,
+    "version": _integer,
+    "config": _anything,
+    "provenance": _anything,
+    "mean": _list_of(_number),
+    "std": _list_of(_number),
+}
+_CONFIG_FIELDS: dict[str, Callable[[object], Any]] = {
+    "variant": _optional(_text),
+    "image_size": _PAIR,
+    "patch_size": _integer,
+    "in_channels": _integer,
+    "embed_dim": _integer,
+    "depths": _list_of(_integer),
+    "num_heads": _list_of(_integer),
+    "window_size": _PAIR,
+    "mlp_ratio": _number,
+    "drop_path": _number,
+    "extra_norm_every": _integer,
+    "pretrained_window_sizes": _list_of(_PAIR),
+}
+_PROVENANCE_FIELDS: dict[str, Callable[[object], Any]] = {
+    "step": _optional(_integer),
+    "samples_seen": _optional(_integer),
+    "recipe_hash": _optional(_text),
+    "versions": _texts_by_name,
+}
+
+
+def _read_fields(
+    content: object,
+    readers: Mapping[str, Callable[[object], Any]],
+    prefix: str,
+    problems: list[str],
+) -> dict[str, Any]:
+    """Read every field of ``content``; what is wrong is added to ``problems``."""
+    if not isinstance(content, dict):
+        problems.append(f"{prefix.rstrip('.')}: expected fields by name")
+        return {}
+    problems += [f"{prefix}{name}: unknown" for name in content if name not in readers]
+    values = {}
+    for name, read in readers.items():
+        if name not in content:
+            problems.append(f"{prefix}{name}: missing")
+            continue
+        try:
+            values[name] = read(content[name])
+        except TypeError as error:
+            problems.append(f"{prefix}{name}: {content[name]!r}, expected {error}")
+    return values

@@ -1,0 +1,201 @@
+"""The encoder directory, ``model.safetensors`` and ``config.json``: saved whole, loaded strictly.
+
+The folder holds all that is needed to use the encoder: every size, the windows it was pretrained
+with, how its images were normalised and where it comes from. Nothing in it can run code.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from swinv2.atomic import OccupiedError, atomic_folder, atomic_write_bytes, atomic_write_text
+from swinv2.config import record_windows
+from swinv2.encoder import SwinV2
+from swinv2.encoder_file import FORMAT, EncoderFile, Provenance, WeightsError, from_json, to_json
+
+__all__ = [
+    "EncoderFile",
+    "OccupiedError",
+    "Provenance",
+    "WeightsError",
+    "atomic_folder",
+    "atomic_write_bytes",
+    "atomic_write_text",
+    "load_encoder",
+    "load_strictly",
+    "read_encoder_config",
+    "read_tensors",
+    "save_encoder",
+]
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+def save_encoder(
+    encoder: SwinV2,
+    path: str | os.PathLike[str],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    provenance: Provenance | None = None,
+) -> Path:
+    """Write ``encoder`` as the directory ``path`` and return it; an earlier encoder is replaced.
+
+    The windows of the present sizes are recorded as pretraining windows, unless some are recorded
+    already: whatever size the encoder is loaded at, its position bias keeps its coordinates.
+
+    Args:
+        encoder: on any device; it is left as it is.
+        path: a new or empty folder, or an encoder directory.
+        mean: one value a channel, for images in [0, 1].
+        std: one positive value a channel.
+        provenance: steps, samples and recipe behind the weights.
+
+    Raises:
+        ValueError: ``mean`` or ``std`` does not fit the channels, or ``path`` is occupied.
+    """
+    config = encoder.config
+    if config.pretrained_window_sizes is None:
+        config = replace(config, pretrained_window_sizes=record_windows(config))
+    description = EncoderFile(
+        config=config,
+        mean=tuple(float(value) for value in mean),
+        std=tuple(float(value) for value in std),
+        provenance=provenance or Provenance(),
+    )
+    tensors = {
+        name: tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in encoder.state_dict().items()
+    }
+    with atomic_folder(path, may_replace=is_encoder_directory) as folder:
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        (folder / CONFIG_FILE).write_text(to_json(description), encoding="utf-8")
+    return Path(path)
+
+
+def load_encoder(
+    path: str | os.PathLike[str],
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    window_size: int | tuple[int, int] | None = None,
+    drop_path: float | None = None,
+) -> SwinV2:
+    """Build the encoder that the directory ``path`` holds, on the CPU, in evaluation mode.
+
+    Args:
+        path: what `save_encoder` wrote.
+        image_size: nominal (height, width) in pixels, where it differs from the saved one.
+        window_size: window (height, width) in tokens, where it differs from the saved one. The
+            position bias is evaluated on the new window, in coordinates of the pretraining window.
+        drop_path: greatest rate of stochastic depth, where it differs from the saved one.
+
+    Raises:
+        ValueError: ``path`` is no encoder directory, or does not hold every tensor of the encoder.
+    """
+    folder = Path(path)
+    config = read_encoder_config(folder).config
+    sizes: dict[str, Any] = {
+        "image_size": image_size,
+        "window_size": window_size,
+        "drop_path": drop_path,
+    }
+    config = replace(config, **{name: size for name, size in sizes.items() if size is not None})
+    encoder = SwinV2(config)
+    load_strictly(encoder, read_tensors(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE))
+    return encoder.eval()
+
+
+def read_encoder_config(path: str | os.PathLike[str]) -> EncoderFile:
+    """Return what the ``config.json`` of the encoder directory ``path`` says.
+
+    Raises:
+        ValueError: there is none, or it is not one that this version can read.
+    """
+    folder = Path(path)
+    _check_encoder_directory(folder)
+    file = folder / CONFIG_FILE
+    return from_json(file.read_text(encoding="utf-8", errors="replace"), file)
+
+
+def is_encoder_directory(path: Path) -> bool:
+    """Tell whether ``path`` is a folder that `save_encoder` wrote, and holds nothing else."""
+    if not path.is_dir() or {place.name for place in path.iterdir()} != {CONFIG_FILE, WEIGHTS_FILE}:
+        return False
+    try:
+        content = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read a safetensors file on to the CPU.
+
+    Raises:
+        ValueError: the file is absent, cut short, or of a format that can run code when read.
+    """
+    file = Path(path)
+    if file.suffix != ".safetensors":
+        raise WeightsError(
+            f"{file} is not a .safetensors file, and formats that can run code are not read: "
+            "convert it with safetensors.torch.save_file first."
+        )
+    if not file.is_file():
+        raise WeightsError(f"{file} is absent: the weights are missing; export the encoder again.")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise WeightsError(
+            f"{file} is cut short or no safetensors file ({error}): export the encoder again."
+        ) from error
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy ``tensors`` into ``module``, which must match them name for name and shape for shape.
+
+    Args:
+        module: every persistent tensor of it is overwritten.
+        tensors: by name; they are converted to the module's type.
+        source: where the tensors come from, for the message.
+
+    Raises:
+        ValueError: some are missing, unexpected or of another shape; all of them are listed and the
+            module is left as it was.
+    """
+    expected = module.state_dict()
+    problems = [f"missing: {name}" for name in expected if name not in tensors]
+    problems += [f"unexpected: {name}" for name in tensors if name not in expected]
+    problems += [
+        f"shape of {name}: {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    if problems:
+        raise WeightsError(
+            f"{source} does not fit {type(module).__name__}; use the weights of the same variant "
+            "and sizes, or change the configuration to theirs:\n  " + "\n  ".join(problems)
+        )
+    module.load_state_dict(dict(tensors), strict=True)
+
+
+def _check_encoder_directory(path: Path) -> None:
+    if not path.exists():
+        raise WeightsError(f"{path} does not exist: give an encoder directory.")
+    if not path.is_dir():
+        raise WeightsError(
+            f"{path} is a file: give an encoder directory, a folder with {CONFIG_FILE} and "
+            f"{WEIGHTS_FILE}. Pickled weights (.pth, .pt, .bin) can run code and are not read."
+        )
+    if not (path / CONFIG_FILE).is_file():
+        raise WeightsError(
+            f"{path} holds no {CONFIG_FILE}: give an encoder directory, "
+            "as `simmim export --format native` and `save_encoder` write it."
+        )
