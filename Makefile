@@ -1,0 +1,22 @@
+# `make quickstart` and `make test` do all set-up from a bare Python 3.10+ with pip and venv.
+PYTHON ?= python3
+VENV ?= .venv
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: quickstart test setup
+
+quickstart: setup
+	$(VENV)/bin/simmim quickstart
+
+test: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/pytest
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

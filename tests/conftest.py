@@ -1,0 +1,25 @@
+"""What all tests share: nothing that a test starts outlives the test run."""
+
+import os
+import uuid
+
+import psutil
+import pytest
+
+MARK = "SIMMIM_TEST_RUN"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ[MARK] = uuid.uuid4().hex
+    # Two threads a process on two cores thrash as soon as a test starts a second process.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Kill every process that some test started and lost, its ranks and workers among them."""
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get(MARK) == os.environ[MARK]:
+                process.kill()
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
