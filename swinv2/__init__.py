@@ -2,12 +2,17 @@
 
 from swinv2.config import VARIANTS, SwinV2Config, record_windows, variant_config
 from swinv2.encoder import SwinV2, build_encoder
+from swinv2.weights import Provenance, load_encoder, read_encoder_config, save_encoder
 
 __all__ = [
     "VARIANTS",
+    "Provenance",
     "SwinV2",
     "SwinV2Config",
     "build_encoder",
+    "load_encoder",
+    "read_encoder_config",
     "record_windows",
+    "save_encoder",
     "variant_config",
 ]

@@ -2,9 +2,9 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -56,15 +56,23 @@ class EncoderFile:
     provenance: Provenance
 
     def __post_init__(self) -> None:
-        channels = self.config.in_channels
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != channels or not all(map(math.isfinite, values)):
-                raise WeightsError(
-                    f"{name} is {values} and the images have {channels} channels: "
-                    f"give {channels} finite values."
-                )
-        if min(self.std) <= 0:
-            raise WeightsError(f"std is {self.std}: give values greater than 0.")
+        check_normalisation(self.mean, self.std, self.config.in_channels)
+
+
+def check_normalisation(mean: Sequence[float], std: Sequence[float], channels: int) -> None:
+    """Check that there is a finite mean and a positive std for each channel.
+
+    Raises:
+        WeightsError: there is not.
+    """
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels or not all(map(math.isfinite, values)):
+            raise WeightsError(
+                f"{name} is {list(values)} and the images have {channels} channels: "
+                f"give {channels} finite values."
+            )
+    if min(std) <= 0:
+        raise WeightsError(f"std is {list(std)}: give values greater than 0.")
 
 
 def to_json(description: EncoderFile) -> str:
@@ -94,7 +102,7 @@ def from_json(text: str, source: Path) -> EncoderFile:
             the message names the file and all of them.
     """
     try:
-        content = json.loads(text)
+        content = json.loads(text, parse_constant=_refuse_constant)
     except ValueError as error:
         raise WeightsError(f"{source} is not valid JSON ({error}): export it again.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -124,6 +132,10 @@ def from_json(text: str, source: Path) -> EncoderFile:
         )
     except ValueError as error:
         raise WeightsError(f"{source}: {error}") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _integer(value: object) -> int:
@@ -166,20 +178,17 @@ def _optional(read: Callable[[object], Any]) -> Callable[[object], Any]:
     return read_optional
 
 
-def _list_of(read: Callable[[object], Any], length: int = 0) -> Callable[[object], Any]:
+def _list_of(read: Callable[[object], Any]) -> Callable[[object], Any]:
     def read_list(value: object) -> tuple[Any, ...]:
-        count = f"{length} entries" if length else "entries"
-        if not isinstance(value, list) or (length and len(value) != length):
-            raise TypeError(f"a list of {count}")
+        if not isinstance(value, list):
+            raise TypeError("a list")
         try:
             return tuple(read(entry) for entry in value)
         except TypeError as error:
-            raise TypeError(f"a list of {count}, each {error}") from None
+            raise TypeError(f"a list, each entry {error}") from None
 
     return read_list
 
-
-_PAIR = _list_of(_integer, 2)
 
 _TOP_FIELDS: dict[str, Callable[[object], Any]] = {
     "format": _text,
@@ -189,19 +198,11 @@ _TOP_FIELDS: dict[str, Callable[[object], Any]] = {
     "mean": _list_of(_number),
     "std": _list_of(_number),
 }
+# The config checks its own values, and takes lists for tuples; these two it lets through.
 _CONFIG_FIELDS: dict[str, Callable[[object], Any]] = {
+    **{config_field.name: _anything for config_field in fields(SwinV2Config)},
     "variant": _optional(_text),
-    "image_size": _PAIR,
-    "patch_size": _integer,
-    "in_channels": _integer,
-    "embed_dim": _integer,
-    "depths": _list_of(_integer),
-    "num_heads": _list_of(_integer),
-    "window_size": _PAIR,
-    "mlp_ratio": _number,
-    "drop_path": _number,
-    "extra_norm_every": _integer,
-    "pretrained_window_sizes": _list_of(_PAIR),
+    "pretrained_window_sizes": _list_of(_anything),
 }
 _PROVENANCE_FIELDS: dict[str, Callable[[object], Any]] = {
     "step": _optional(_integer),
