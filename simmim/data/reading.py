@@ -1,0 +1,209 @@
+"""Random access to the samples of shards, through the indexes that `data-prep` writes."""
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.manifest import Manifest, ShardEntry, read_index, read_manifest
+from simmim.data.errors import DataError
+from simmim.data.randomness import shuffled
+
+OPEN_SHARDS = 320
+"""Shards a process keeps open at a time: what one rank's slots touch while they shuffle a block."""
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A sample as it lies in its shard; `image` is the encoded file."""
+
+    key: str
+    image: bytes
+    label: int | None
+    shard_name: str
+
+    @property
+    def name(self) -> str:
+        """Shard and key: what messages call the sample, and what seeds its randomness."""
+        return f"{self.shard_name}/{self.key}"
+
+
+class OpenShard:
+    """One shard file with its index. Reads never move a file position, so forks may share it.
+
+    Read rather than mapped: a file that is cut off while it is in use is then an error with a
+    name, where a memory map would end the process.
+    """
+
+    def __init__(self, folder: Path, entry: ShardEntry) -> None:
+        self.path = folder / entry.name
+        index = read_index(folder, entry)
+        self.labels = index.labels
+        self._offsets, self._sizes = index.offsets, index.sizes
+        self._keys = np.char.encode(index.keys, "utf-8")  # a quarter of the memory
+        try:
+            self._file = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(
+                f"shard {self.path} cannot be opened ({error.strerror}): make it readable, or"
+                " write the shards anew with `data-prep shard`"
+            ) from None
+
+    def key(self, row: int) -> str:
+        """Return the key of sample `row`."""
+        return bytes(self._keys[row]).decode()
+
+    def image(self, row: int) -> bytes:
+        """Return the encoded image of sample `row`."""
+        size, offset = int(self._sizes[row]), int(self._offsets[row])
+        try:
+            data = os.pread(self._file, size, offset)
+        except OSError as error:
+            raise DataError(f"shard {self.path} cannot be read: {error.strerror}") from None
+        if len(data) < size:
+            raise DataError(
+                f"shard {self.path} ends within sample {self.key(row)}: it was cut off while it"
+                " was in use; copy it again, or write the shards anew with `data-prep shard`"
+            )
+        return data
+
+    def close(self) -> None:
+        """Close the file; nothing can be read afterwards."""
+        os.close(self._file)
+
+
+class ShardSet:
+    """The shards in `folder`, or some of them, with every sample one read away.
+
+    `shards` are numbers of the manifest's shards; here they count from 0 in the order given.
+    Files open when first read, in each process for itself. Raises ValueError where the folder or
+    its manifest cannot be used.
+    """
+
+    def __init__(self, folder: str | Path, *, shards: Iterable[int] | slice | None = None) -> None:
+        self.folder = Path(folder)
+        self.manifest: Manifest = read_manifest(self.folder)
+        total = len(self.manifest.shards)
+        match shards:
+            case None:
+                self.numbers = tuple(range(total))
+            case slice():
+                self.numbers = tuple(range(total)[shards])
+            case _:
+                self.numbers = tuple(shards)
+        outside = [number for number in self.numbers if not 0 <= number < total]
+        if outside:
+            raise ValueError(
+                f"{self.folder} has shards 0 to {total - 1}; there is no shard {outside[0]}"
+            )
+        self._rows: tuple[np.ndarray, ...] | None = None
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_open": OrderedDict()}
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes; a label is a place in this list."""
+        return tuple(self.manifest.classes)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Samples in each shard."""
+        if self._rows is not None:
+            return [len(rows) for rows in self._rows]
+        return [self.manifest.shards[number].samples for number in self.numbers]
+
+    @property
+    def samples(self) -> int:
+        """Samples in all shards."""
+        return sum(self.sizes)
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def read(self, shard: int, sample: int) -> RawSample:
+        """Return a sample; raises DataError naming the shard where it cannot be read."""
+        opened = self._opened(shard)
+        row = sample if self._rows is None else int(self._rows[shard][sample])
+        label = int(opened.labels[row])
+        return RawSample(
+            key=opened.key(row),
+            image=opened.image(row),
+            label=None if label < 0 else label,
+            shard_name=opened.path.stem,
+        )
+
+    def labels(self, shard: int) -> np.ndarray:
+        """Return the label of each sample of a shard, int64, -1 where there is none."""
+        labels = self._opened(shard).labels
+        return labels if self._rows is None else labels[self._rows[shard]]
+
+    def require_labels(self) -> None:
+        """Raise ValueError unless the images have at least two classes."""
+        if len(self.classes) < 2:
+            raise ValueError(
+                f"the shards in {self.folder} name {len(self.classes)} classes, and telling classes"
+                " apart needs two: keep each class's images in a folder of its own and run"
+                " `data-prep shard` again"
+            )
+
+    def split(self, validation_shards: int) -> tuple["ShardSet", "ShardSet"]:
+        """Return (training, validation): the last shards are held out.
+
+        Raises ValueError where that leaves nothing to train on.
+        """
+        total = len(self.numbers)
+        if not 0 <= validation_shards < total:
+            raise ValueError(
+                f"{validation_shards} shards cannot be held out of the {total} in {self.folder};"
+                f" hold out at most {total - 1}, or write more and smaller shards with"
+                " `data-prep shard --samples-per-shard`"
+            )
+        cut = total - validation_shards
+        return self._only(range(cut)), self._only(range(cut, total))
+
+    def share(self, share: float, *, seed: int) -> "ShardSet":
+        """Return this share of each class's samples, at least one of each class, in order.
+
+        Which ones is a pure function of the seed; a larger share contains every smaller one.
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"share is {share}; it must be above 0 and at most 1")
+        labels = [self.labels(shard) for shard in range(len(self.numbers))]
+        joined = np.concatenate(labels)
+        chosen = np.zeros(len(joined), dtype=bool)
+        for label in np.unique(joined).tolist():
+            members = np.flatnonzero(joined == label)
+            count = max(1, round(share * len(members)))
+            chosen[members[shuffled(len(members), "share", seed, label)[:count]]] = True
+        edges = np.cumsum([len(part) for part in labels])[:-1]
+        rows = [np.flatnonzero(part) for part in np.split(chosen, edges)]
+        if self._rows is not None:
+            rows = [known[part] for known, part in zip(self._rows, rows, strict=True)]
+        selection = self._only(range(len(self.numbers)))
+        selection._rows = tuple(rows)
+        return selection
+
+    def _only(self, places: range) -> "ShardSet":
+        """Return some of these shards, keeping the samples chosen in them."""
+        selection = object.__new__(ShardSet)
+        selection.__dict__ |= self.__getstate__()
+        selection.numbers = tuple(self.numbers[place] for place in places)
+        if self._rows is not None:
+            selection._rows = tuple(self._rows[place] for place in places)
+        return selection
+
+    def _opened(self, shard: int) -> OpenShard:
+        """Return an open shard; the least recently used is closed where too many are."""
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        while len(self._open) >= OPEN_SHARDS:
+            self._open.popitem(last=False)[1].close()
+        opened = OpenShard(self.folder, self.manifest.shards[self.numbers[shard]])
+        self._open[shard] = opened
+        return opened

@@ -1,0 +1,91 @@
+"""From a raw sample to model input, each a pure function of the seed, the epoch and the sample."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from simmim.data.images import MAX_PIXELS, center_crop_resize, decode, random_resized_crop
+from simmim.data.order import Address
+from simmim.data.randomness import numpy_stream, torch_stream
+from simmim.data.reading import RawSample
+
+MaskDraw = Callable[[torch.Generator], Tensor]
+"""Draws one mask, bool (rows, columns) of mask cells, True = hidden."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image ready to be batched."""
+
+    image: Tensor
+    """uint8 (channels, height, width)."""
+    mask: Tensor | None
+    """bool (rows, columns) of mask cells, True = hidden."""
+    label: int
+    """Place in the list of classes, -1 where there is none."""
+
+
+Transform = Callable[[RawSample, Address], Sample]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTransform:
+    """Random crop, flip and mask. A sample looks different in each epoch, but always the same."""
+
+    size: tuple[int, int]
+    """Height and width, pixels."""
+    seed: int
+    scale: tuple[float, float] = (0.67, 1.0)
+    """Least and greatest share of the image's area."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Least and greatest width-to-height ratio."""
+    flip: float = 0.5
+    """Probability of mirroring."""
+    channels: int = 3
+    """1 grey, 3 colour, 4 colour and transparency."""
+    mask: MaskDraw | None = None
+    max_pixels: int = MAX_PIXELS
+    """Pixels of the largest image that is decoded."""
+
+    def __call__(self, raw: RawSample, address: Address) -> Sample:
+        """Return the sample as this epoch shows it."""
+        image = decode(raw.image, channels=self.channels, max_pixels=self.max_pixels)
+        crop = random_resized_crop(
+            image,
+            self.size,
+            numpy_stream("crop", self.seed, address.epoch, raw.name),
+            scale=self.scale,
+            ratio=self.ratio,
+            flip=self.flip,
+        )
+        mask = None
+        if self.mask is not None:
+            mask = self.mask(torch_stream("mask", self.seed, address.epoch, raw.name))
+        return Sample(crop, mask, -1 if raw.label is None else raw.label)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalTransform:
+    """The middle of the image and a mask that is the sample's own, the same in every epoch."""
+
+    size: tuple[int, int]
+    """Height and width, pixels."""
+    seed: int = 0
+    crop_pct: float = 1.0
+    """Share of the covering side that is kept."""
+    channels: int = 3
+    """1 grey, 3 colour, 4 colour and transparency."""
+    mask: MaskDraw | None = None
+    max_pixels: int = MAX_PIXELS
+    """Pixels of the largest image that is decoded."""
+
+    def __call__(self, raw: RawSample, address: Address) -> Sample:  # noqa: ARG002
+        """Return the sample as evaluation sees it."""
+        image = decode(raw.image, channels=self.channels, max_pixels=self.max_pixels)
+        crop = center_crop_resize(image, self.size, crop_pct=self.crop_pct)
+        mask = None
+        if self.mask is not None:
+            mask = self.mask(torch_stream("evaluation mask", self.seed, raw.name))
+        return Sample(crop, mask, -1 if raw.label is None else raw.label)
