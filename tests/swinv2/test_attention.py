@@ -1,0 +1,194 @@
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from swinv2.attention import (
+    PositionBias,
+    WindowAttention,
+    cosine_attention,
+    offset_coordinates,
+    offset_index,
+    partition,
+    reverse,
+    shift_tokens,
+    unshift_tokens,
+    window_grid,
+    window_mask,
+)
+
+CPU = torch.device("cpu")
+sides = st.integers(1, 20)
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=sides, columns=sides, height=sides, width=sides, shifted=st.booleans())
+def test_cutting_into_windows_and_back_is_the_identity(
+    rows: int, columns: int, height: int, width: int, shifted: bool
+) -> None:
+    grid = window_grid((rows, columns), (height, width), shifted=shifted)
+    tokens = torch.arange(2 * rows * columns * 6).reshape(2, rows, columns, 6)
+    windows = partition(shift_tokens(tokens, grid), grid, num_heads=3)
+    assert windows.shape == (2, math.prod(grid.windows), 3, math.prod(grid.window), 2)
+    assert torch.equal(unshift_tokens(reverse(windows, grid), grid), tokens)
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=sides, columns=sides, height=sides, width=sides, shifted=st.booleans())
+def test_the_mask_lets_every_token_see_its_own_stretch_only(
+    rows: int, columns: int, height: int, width: int, shifted: bool
+) -> None:
+    grid = window_grid((rows, columns), (height, width), shifted=shifted)
+    mask = window_mask(grid, torch.float64, CPU)[:, 0]
+    numbers = torch.arange(1, rows * columns + 1).reshape(1, rows, columns, 1)
+    names = partition(shift_tokens(numbers, grid), grid, num_heads=1)[0, :, 0, :, 0]
+    seen = {
+        (query, key)
+        for window, allowed in zip(names.tolist(), (mask == 0).tolist(), strict=True)
+        for query, row in zip(window, allowed, strict=True)
+        for key, is_allowed in zip(window, row, strict=True)
+        if is_allowed and query
+    }
+
+    def stretch(position: int, axis: int) -> int:
+        return (position - grid.shift[axis]) // grid.window[axis]
+
+    places = list(itertools.product(range(rows), range(columns)))
+    expected = {
+        (1 + columns * places[a][0] + places[a][1], 1 + columns * places[b][0] + places[b][1])
+        for a, b in itertools.product(range(len(places)), repeat=2)
+        if all(stretch(places[a][i], i) == stretch(places[b][i], i) for i in (0, 1))
+    }
+    assert seen == expected
+    padded = (names == 0)[:, None, :].expand_as(mask)
+    assert mask[padded].isneginf().all()
+    assert set(mask[~padded].tolist()) <= {0.0, -100.0}
+
+
+@pytest.mark.parametrize(
+    ("resolution", "window", "shifted"),
+    [
+        ((12, 12), (4, 4), True),  # the plain case
+        ((9, 13), (4, 4), False),  # padding
+        ((9, 13), (4, 4), True),  # padding before the shift; two windows hold padded rows
+        ((5, 11), (8, 4), True),  # one axis clamped and unshifted, the other shifted
+        ((7, 9), (3, 5), True),  # windows that are not square, odd shifts
+        ((5, 6), (1, 1), True),
+        ((1, 3), (2, 2), True),
+    ],
+)
+@pytest.mark.parametrize("reference", [(12, 12), (3, 6), (1, 1)])
+def test_attention_equals_one_softmax_for_every_query(
+    resolution: tuple[int, int],
+    window: tuple[int, int],
+    shifted: bool,
+    reference: tuple[int, int],
+    randomise: Callable[[nn.Module], None],
+    attend_by_hand: Callable[..., Tensor],
+) -> None:
+    attention = WindowAttention(12, 3, reference).double()
+    randomise(attention)
+    tokens = torch.randn(2, *resolution, 12, dtype=torch.float64)
+    output = attention(tokens, window_grid(resolution, window, shifted=shifted))
+    for tokens_of_one, output_of_one in zip(tokens, output, strict=True):
+        expected = attend_by_hand(
+            attention, tokens_of_one, window=window, shifted=shifted, reference=reference
+        )
+        torch.testing.assert_close(output_of_one, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_logit_scale_is_clamped_at_100() -> None:
+    attention = WindowAttention(8, 2, (4, 4)).double()
+    grid = window_grid((4, 4), (4, 4), shifted=False)
+    tokens = torch.randn(1, 4, 4, 8, dtype=torch.float64)
+    outputs = []
+    for scale in (100, 1e6):
+        nn.init.constant_(attention.logit_scale, math.log(scale))
+        outputs.append(attention(tokens, grid))
+    assert torch.equal(*outputs)
+
+
+def test_scores_do_not_depend_on_the_length_of_queries_and_keys() -> None:
+    query, key, value = torch.randn(3, 1, 1, 2, 5, 4, dtype=torch.float64)
+    rest = {"scale": torch.full((2, 1, 1), 10.0), "bias": torch.zeros(2, 5, 5), "mask": None}
+    rest = {name: x.double() if x is not None else None for name, x in rest.items()}
+    expected = cosine_attention(query, key, value, **rest)
+    torch.testing.assert_close(cosine_attention(7 * query, 0.1 * key, value, **rest), expected)
+
+
+def test_a_zero_query_attends_evenly_and_has_finite_gradients() -> None:
+    query = torch.zeros(1, 1, 1, 3, 4, requires_grad=True)
+    key, value = torch.randn(2, 1, 1, 1, 3, 4)
+    mixed = cosine_attention(
+        query, key, value, scale=torch.ones(1, 1, 1), bias=torch.zeros(1, 3, 3), mask=None
+    )
+    torch.testing.assert_close(mixed, value.mean(-2, keepdim=True).expand_as(mixed))
+    mixed.sum().backward()
+    assert query.grad is not None
+    assert query.grad.isfinite().all()
+
+
+def test_offset_coordinates_of_the_pretraining_window_end_at_its_border() -> None:
+    edge = math.log2(9) / 3
+    same = offset_coordinates((8, 8), (8, 8), torch.float64, CPU)
+    assert same.shape == (15 * 15, 2)
+    torch.testing.assert_close(same[0], torch.tensor([-edge, -edge], dtype=torch.float64))
+    torch.testing.assert_close(same[15 * 7 + 7], torch.zeros(2, dtype=torch.float64))
+    torch.testing.assert_close(same, -same.flip(0))
+    transferred = offset_coordinates((16, 4), (8, 8), torch.float64, CPU)
+    assert transferred.shape == (31 * 7, 2)
+    assert transferred[-1, 0] == pytest.approx(math.log2(8 * 15 / 7 + 1) / 3)
+    assert transferred[-1, 1] == pytest.approx(math.log2(8 * 3 / 7 + 1) / 3)
+
+
+def test_position_bias_depends_on_the_offset_alone() -> None:
+    bias = PositionBias(3, (4, 4)).double()
+    table = bias((3, 5))
+    assert table.shape == (3, 15, 15)
+    assert ((table > 0) & (table < 16)).all()
+    index = offset_index((3, 5), CPU)
+    assert index.unique().tolist() == list(range(5 * 9))
+    for query, key in itertools.product(range(15), repeat=2):
+        offset = (query // 5 - key // 5, query % 5 - key % 5)
+        assert index[query, key] == (offset[0] + 2) * 9 + offset[1] + 4
+
+
+def test_tables_made_in_inference_mode_serve_training() -> None:
+    attention = WindowAttention(8, 2, (4, 4))
+    grid = window_grid((19, 23), (5, 3), shifted=True)
+    tokens = torch.randn(1, 19, 23, 8)
+    with torch.inference_mode():
+        attention(tokens, grid)
+    attention(tokens, grid).sum().backward()
+
+
+def test_under_autocast_only_the_products_are_rounded(
+    randomise: Callable[[nn.Module], None],
+) -> None:
+    attention = WindowAttention(32, 4, (4, 4))
+    randomise(attention)
+    grid = window_grid((10, 10), (4, 4), shifted=True)
+    tokens = torch.randn(2, 10, 10, 32)
+    exact = attention(tokens, grid)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = attention(tokens, grid)
+        assert attention.position_bias((4, 4)).dtype == torch.float32
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded - exact).norm() / exact.norm() < 2e-2
+
+
+def test_repeated_runs_give_the_same_gradients_bit_for_bit() -> None:
+    attention = WindowAttention(16, 2, (6, 6))
+    tokens = torch.randn(3, 13, 13, 16)
+    grid = window_grid((13, 13), (6, 6), shifted=True)
+    gradients = []
+    for _ in range(2):
+        attention.zero_grad()
+        attention(tokens, grid).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in attention.parameters()])
+    assert all(torch.equal(first, again) for first, again in zip(*gradients, strict=True))
