@@ -100,6 +100,36 @@ def to_transformers(encoder: SwinV2) -> dict[str, Tensor]:
     return converted
 
 
+def to_transformers_masked(encoder: SwinV2, head: MaskedImageHead) -> dict[str, Tensor]:
+    """Return all tensors under the names of ``Swinv2ForMaskedImageModeling``, on the CPU.
+
+    Raises:
+        BridgeError: transformers has no such model, or the head is not one of this encoder.
+    """
+    height, width = encoder.config.image_size
+    stride = encoder.strides[-1]
+    if height != width or height % stride:
+        raise BridgeError(
+            "transformers' Swinv2ForMaskedImageModeling decodes square images of a multiple of "
+            f"{stride} pixels, not {height}x{width}: set another image_size, or leave the head out."
+        )
+    channels = stride * stride * encoder.config.in_channels
+    shapes = {
+        "mask_token": (head.mask_token.numel(), encoder.config.embed_dim),
+        "weight": (tuple(head.weight.shape), (channels, encoder.num_features, 1, 1)),
+        "bias": (tuple(head.bias.shape), (channels,)),
+    }
+    wrong = [f"{name} is {is_}, not {due}" for name, (is_, due) in shapes.items() if is_ != due]
+    if wrong:
+        raise BridgeError(f"the head does not fit the encoder: {'; '.join(wrong)}.")
+    return {
+        **{f"swinv2.{name}": tensor for name, tensor in to_transformers(encoder).items()},
+        "swinv2.embeddings.mask_token": head.mask_token.detach().cpu().reshape(1, 1, -1),
+        "decoder.0.weight": head.weight.detach().cpu().contiguous(),
+        "decoder.0.bias": head.bias.detach().cpu().contiguous(),
+    }
+
+
 def export_transformers(
     encoder: SwinV2,
     path: str | os.PathLike[str],
@@ -130,7 +160,7 @@ def export_transformers(
     tensors = to_transformers(encoder)
     backbone = {name: part for name, part in tensors.items() if not name.startswith("layernorm.")}
     stages = [f"stage{index + 1}" for index in range(len(encoder.config.depths))]
-    with_head = None if head is None else _with_head(encoder, tensors, head)
+    masked = None if head is None else to_transformers_masked(encoder, head)
     with atomic_folder(path, may_replace=is_transformers_export) as folder:
         _write_model(folder, "Swinv2Model", config, tensors)
         _write_processor(folder, encoder.config, mean, std)
@@ -140,9 +170,9 @@ def export_transformers(
             {**config, "out_features": stages},
             backbone,
         )
-        if with_head is not None:
+        if masked is not None:
             _write_model(
-                folder / MASKED_IMAGE_FOLDER, "Swinv2ForMaskedImageModeling", config, with_head
+                folder / MASKED_IMAGE_FOLDER, "Swinv2ForMaskedImageModeling", config, masked
             )
         if find_spec("transformers") is not None:
             check_transformers_export(folder)
@@ -287,33 +317,6 @@ _BLOCK_NAMES = {
     "mlp.reduce.weight": "output.dense.weight",
     "mlp.reduce.bias": "output.dense.bias",
 }
-
-
-def _with_head(
-    encoder: SwinV2, tensors: Mapping[str, Tensor], head: MaskedImageHead
-) -> dict[str, Tensor]:
-    height, width = encoder.config.image_size
-    stride = encoder.strides[-1]
-    if height != width or height % stride:
-        raise BridgeError(
-            "transformers' Swinv2ForMaskedImageModeling decodes square images of a multiple of "
-            f"{stride} pixels, not {height}x{width}: set another image_size, or leave the head out."
-        )
-    channels = stride * stride * encoder.config.in_channels
-    shapes = {
-        "mask_token": (head.mask_token.numel(), encoder.config.embed_dim),
-        "weight": (tuple(head.weight.shape), (channels, encoder.num_features, 1, 1)),
-        "bias": (tuple(head.bias.shape), (channels,)),
-    }
-    wrong = [f"{name} is {is_}, not {due}" for name, (is_, due) in shapes.items() if is_ != due]
-    if wrong:
-        raise BridgeError(f"the head does not fit the encoder: {'; '.join(wrong)}.")
-    return {
-        **{f"swinv2.{name}": tensor for name, tensor in tensors.items()},
-        "swinv2.embeddings.mask_token": head.mask_token.detach().cpu().reshape(1, 1, -1),
-        "decoder.0.weight": head.weight.detach().cpu().contiguous(),
-        "decoder.0.bias": head.bias.detach().cpu().contiguous(),
-    }
 
 
 def _write_model(
