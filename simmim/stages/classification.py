@@ -1,0 +1,275 @@
+"""Fine-tuning for classification: average pool, a linear head, and the whole encoder trained."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from simmim.data.batches import Batch, TrainingBatches, evaluation_batches
+from simmim.data.order import SampleOrder
+from simmim.data.reading import ShardSet
+from simmim.data.settings import DataSettings
+from simmim.data.transforms import EvalTransform, TrainTransform
+from simmim.engine.loop import TrainingSettings
+from simmim.engine.run import RunFolder
+from simmim.recipe import recipe_hash, settings
+from simmim.stages.classifier import Classifier, Scores, save_head, score
+from simmim.stages.encoder_settings import EncoderSettings
+from simmim.stages.labelled import open_labelled
+from simmim.stages.normalisation import Normalise
+from swinv2 import SwinV2, build_encoder, load_encoder, save_encoder
+from swinv2.weights import Provenance, read_encoder_config
+
+SCRATCH = "scratch"
+
+HEAD_FOLDER = "classifier"
+"""Folder in the run with the head and the names of its classes."""
+
+
+@settings
+class ClassificationData(DataSettings):
+    """Labelled shards and their augmentation."""
+
+    image_size: int = 224
+    """Side of the square images in pixels."""
+    validation: str | None = None
+    """Folder of other shards, all of them for validation; null holds out `validation_shards`."""
+    fraction: float = 1.0
+    """Share of each class's training images that is used, above 0 and at most 1. Which ones
+    depends on `fraction_seed` alone, and a larger share contains every smaller one."""
+    fraction_seed: int = 0
+    """Seed of that choice; apart from training.seed, so that runs of other seeds see the same."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Share of the image's area that the random crop takes, from and to."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width to height of the random crop, from and to."""
+    flip: float = 0.5
+    """Probability of mirroring an image."""
+    crop_pct: float = 0.875
+    """Validation: share of the short side that the central crop keeps, above 0 and at most 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.image_size < 1:
+            raise ValueError(f"image_size is {self.image_size}; it must be 1 or more.")
+        for name in ("fraction", "crop_pct"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; above 0, at most 1.")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip is {self.flip}; a probability is between 0 and 1.")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale is {self.scale}; from and to, above 0 and at most 1.")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio is {self.ratio}; from and to, both above 0.")
+
+
+@settings
+class ClassificationRecipe:
+    """Classification on a Swin Transformer V2, pretrained or from scratch."""
+
+    task: Literal["classification"]
+    """What this recipe does."""
+    init: str = SCRATCH
+    """`scratch`, or an encoder directory to start from. A directory brings its architecture
+    (variant, patch, channels, sizes) and its mean and std: of `encoder` only `window_size` and
+    `drop_path` then apply, and data.mean and data.std do not."""
+    encoder: EncoderSettings
+    """The encoder."""
+    data: ClassificationData
+    """The images."""
+    label_smoothing: float = 0.1
+    """Share of the target that is spread evenly over all classes, 0 to below 1."""
+    training: TrainingSettings
+    """The training."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"label_smoothing is {self.label_smoothing}; it must be 0 or more and below 1."
+            )
+        if self.training.batch_size % self.data.slots:
+            raise ValueError(
+                f"training.batch_size {self.training.batch_size} is no multiple of data.slots "
+                f"{self.data.slots}; every batch takes equally from each slot. Change either."
+            )
+        if self.init == SCRATCH:
+            if len(self.data.mean) != self.encoder.in_channels:
+                raise ValueError(
+                    f"data.mean has {len(self.data.mean)} numbers, encoder.in_channels is "
+                    f"{self.encoder.in_channels}; give one for each channel."
+                )
+            self.encoder.config(self.data.image_size)  # raises where sizes cannot work together
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartingPoint:
+    """What training starts from."""
+
+    encoder: SwinV2
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def starting_point(recipe: ClassificationRecipe) -> StartingPoint:
+    """Build the encoder that `recipe.init` asks for, with the normalisation that goes with it.
+
+    Fresh weights depend on the recipe's seed alone.
+
+    Raises:
+        ValueError: `recipe.init` is no encoder directory, or its encoder cannot take the sizes.
+    """
+    size = recipe.data.image_size
+    if recipe.init == SCRATCH:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.training.seed)
+            encoder = build_encoder(recipe.encoder.config(size))
+        return StartingPoint(encoder=encoder, mean=recipe.data.mean, std=recipe.data.std)
+    directory = read_encoder_config(recipe.init)
+    encoder = load_encoder(
+        recipe.init,
+        image_size=size,
+        window_size=recipe.encoder.window_size,
+        drop_path=recipe.encoder.drop_path,
+    )
+    return StartingPoint(encoder=encoder, mean=directory.mean, std=directory.std)
+
+
+class ClassificationModule(nn.Module):
+    """Cross entropy with label smoothing over uint8 batches."""
+
+    def __init__(self, model: Classifier, start: StartingPoint, *, label_smoothing: float) -> None:
+        super().__init__()
+        self.model = model
+        self.normalise = Normalise(start.mean, start.std)
+        self.label_smoothing = label_smoothing
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the mean loss over a batch."""
+        assert batch.labels is not None
+        logits = self.model(self.normalise(batch.images))
+        return F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.label_smoothing)
+
+
+class ClassificationStage:
+    """Classification, as the training loop sees it.
+
+    Raises:
+        ValueError: the shards have no classes, too few samples, or the start cannot be loaded.
+    """
+
+    def __init__(self, recipe: ClassificationRecipe) -> None:
+        self.recipe = recipe
+        self.training_shards, self.validation_shards = open_split(recipe.data)
+        self.classes = self.training_shards.classes
+        self.order = SampleOrder(
+            self.training_shards.sizes, seed=recipe.training.seed, slots=recipe.data.slots
+        )
+        self.samples_per_epoch = self.order.samples_per_epoch
+        self.start = starting_point(recipe)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.training.seed)
+            self.model = Classifier(self.start.encoder, len(self.classes))
+        self.module = ClassificationModule(
+            self.model, self.start, label_smoothing=recipe.label_smoothing
+        )
+        self.depths = self.start.encoder.config.depths
+
+    def batches(self, *, rank: int, world: int, start: int, end: int) -> Iterable[Batch]:
+        """Yield this rank's micro-batches; see `simmim.engine.loop.Stage`."""
+        data, training = self.recipe.data, self.recipe.training
+        transform = TrainTransform(
+            size=(data.image_size, data.image_size),
+            seed=training.seed,
+            scale=data.scale,
+            ratio=data.ratio,
+            flip=data.flip,
+            channels=self.start.encoder.config.in_channels,
+            max_pixels=data.max_pixels,
+        )
+        return TrainingBatches(
+            self.training_shards,
+            self.order,
+            transform,
+            batch_size=training.batch_size,
+            start_position=start,
+            end_position=end,
+            accumulation=training.accumulation,
+            rank=rank,
+            world=world,
+            workers=data.workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def validate(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return top-1 and top-5 in percent and the mean cross entropy on held-out images.
+
+        Every image counts once, however many ranks there are.
+        """
+        if self.validation_shards is None:
+            return {}
+        data, training = self.recipe.data, self.recipe.training
+        transform = EvalTransform(
+            size=(data.image_size, data.image_size),
+            crop_pct=data.crop_pct,
+            channels=self.start.encoder.config.in_channels,
+            max_pixels=data.max_pixels,
+        )
+        batches = evaluation_batches(
+            self.validation_shards,
+            transform,
+            batch_size=max(accelerator.num_processes, training.batch_size // training.accumulation),
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            workers=data.workers,
+        )
+        total = Scores()
+        for batch in batches:
+            images, labels = batch.images.to(accelerator.device), batch.labels
+            assert labels is not None
+            with accelerator.autocast():
+                logits = self.model(self.module.normalise(images))
+            total += score(logits, labels.to(accelerator.device))
+        sums = torch.tensor([total.top1, total.top5, total.loss, total.samples])
+        top1, top5, loss, count = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()
+        return {
+            "top1": 100 * top1 / count,
+            "top5": 100 * top5 / count,
+            "validation_loss": loss / count,
+        }
+
+    def look(self, run: RunFolder, step: int) -> None:
+        """Draw nothing: classification has no pictures."""
+
+    def hand_on(self, run: RunFolder, step: int, samples: int) -> None:
+        """Write the encoder directory and the classifier's head into the run."""
+        save_encoder(
+            self.model.encoder,
+            run.encoder,
+            mean=self.start.mean,
+            std=self.start.std,
+            provenance=Provenance(
+                step=step, samples_seen=samples, recipe_hash=recipe_hash(self.recipe)
+            ),
+        )
+        save_head(self.model.head, run.path / HEAD_FOLDER, self.classes)
+
+
+def open_split(data: ClassificationData) -> tuple[ShardSet, ShardSet | None]:
+    """Open the training and validation shards; no validation is None.
+
+    Raises:
+        ValueError: there are no shards, no classes, samples without a class, or the validation
+            shards have other classes.
+    """
+    return open_labelled(
+        Path(data.shards),
+        validation=None if data.validation is None else Path(data.validation),
+        validation_shards=data.validation_shards,
+        fraction=data.fraction,
+        seed=data.fraction_seed,
+    )

@@ -1,0 +1,135 @@
+"""A classifier: the encoder, its average-pooled features, and a linear head."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from swinv2 import SwinV2
+from swinv2.weights import (
+    atomic_folder,
+    load_encoder,
+    load_strictly,
+    read_encoder_config,
+    read_tensors,
+)
+
+HEAD_FILE = "model.safetensors"
+CLASSES_FILE = "classes.json"
+
+
+def pooled_features(encoder: SwinV2, images: Tensor) -> Tensor:
+    """Return the mean over all places of the encoder's output.
+
+    Normalised images (batch, channels, height, width) become (batch, num_features).
+    """
+    tokens: Tensor = encoder(images)
+    return tokens.mean(dim=(1, 2))
+
+
+class Classifier(nn.Module):
+    """Encoder, average pool and a linear layer, whose fresh weights are small (std 0.02)."""
+
+    def __init__(self, encoder: SwinV2, num_classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.num_features, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Turn normalised images (batch, channels, height, width) into (batch, classes) logits."""
+        logits: Tensor = self.head(pooled_features(self.encoder, images))
+        return logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Sums over classified images, so that parts can be added up."""
+
+    top1: float = 0.0
+    """Images whose class has the highest score."""
+    top5: float = 0.0
+    """Images whose class is among the five highest."""
+    loss: float = 0.0
+    """Sum of the cross entropy."""
+    samples: int = 0
+
+    def __add__(self, other: "Scores") -> "Scores":
+        return Scores(
+            top1=self.top1 + other.top1,
+            top5=self.top5 + other.top5,
+            loss=self.loss + other.loss,
+            samples=self.samples + other.samples,
+        )
+
+
+def score(logits: Tensor, labels: Tensor) -> Scores:
+    """Score (samples, classes) logits against int64 (samples,) labels."""
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    hits = best == labels[:, None]
+    return Scores(
+        top1=float(hits[:, 0].sum()),
+        top5=float(hits.sum()),
+        loss=float(F.cross_entropy(logits.float(), labels, reduction="sum")),
+        samples=len(labels),
+    )
+
+
+def save_head(head: nn.Linear, path: Path, classes: Sequence[str]) -> None:
+    """Write a head and the names of its classes as the folder `path`."""
+    tensors = {name: part.detach().cpu().contiguous() for name, part in head.state_dict().items()}
+    with atomic_folder(path, may_replace=_is_head) as folder:
+        save_file(tensors, folder / HEAD_FILE)
+        text = json.dumps({"classes": list(classes)}, indent=1, ensure_ascii=False)
+        (folder / CLASSES_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedClassifier:
+    """A classifier as a finished run holds it, with what using it needs."""
+
+    model: Classifier
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def load_classifier(encoder: Path, head: Path) -> TrainedClassifier:
+    """Load the classifier of a run, on the CPU, in evaluation mode.
+
+    Args:
+        encoder: the run's encoder directory.
+        head: the run's `classifier` folder.
+
+    Raises:
+        ValueError: a file is absent or damaged, or the two do not belong together.
+    """
+    description = read_encoder_config(encoder)
+    classes = _read_classes(head / CLASSES_FILE)
+    with torch.random.fork_rng(devices=[]):
+        model = Classifier(load_encoder(encoder), len(classes))
+    load_strictly(model.head, read_tensors(head / HEAD_FILE), str(head / HEAD_FILE))
+    return TrainedClassifier(
+        model=model.eval(), classes=classes, mean=description.mean, std=description.std
+    )
+
+
+def _read_classes(file: Path) -> tuple[str, ...]:
+    try:
+        classes = json.loads(file.read_text(encoding="utf-8"))["classes"]
+        return tuple(str(name) for name in classes)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{file} does not hold the names of classes: give the `classifier` folder of a "
+            "fine-tuning run that has ended."
+        ) from None
+
+
+def _is_head(path: Path) -> bool:
+    return {place.name for place in path.iterdir()} == {HEAD_FILE, CLASSES_FILE}
