@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.index import IndexedTar, index_beside
-from data_prep.manifest import MANIFEST_NAME, Manifest, ManifestError, write_manifest
+from data_prep.index import index_name, index_tar
+from data_prep.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    ManifestError,
+    ShardEntry,
+    read_manifest,
+    write_index,
+    write_manifest,
+)
 from data_prep.workers import Tick, map_tasks
+
+_PARTIAL_NAME = ".partial-index"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +31,13 @@ class Adopted:
     """Samples left out since they hold no image."""
     empty: tuple[str, ...]
     """Names of tars left out since no sample of theirs holds an image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    entry: ShardEntry
+    without_image: int
+    largest_label: int
 
 
 def adopt_shards(
@@ -35,41 +53,61 @@ def adopt_shards(
         OSError: the folder cannot be read or written.
     """
     folder = folder.resolve()
+    paths = _find_tars(folder, overwrite)
+    partial = folder / _PARTIAL_NAME
+    partial.mkdir(exist_ok=True)
+    try:
+        workers = max(1, min(workers, len(paths)))
+        found = list(map_tasks(_index_aside, paths, workers=workers, tick=tick))
+        found.sort(key=lambda one: one.entry.name)
+        full = [one for one in found if one.entry.samples]
+        if not full:
+            raise ManifestError(
+                f"the tars of {folder} hold no images: a WebDataset sample's image is a member "
+                "KEY.jpg, KEY.jpeg, KEY.png or KEY.webp."
+            )
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)
+        for one in full:
+            (partial / one.entry.index).replace(folder / one.entry.index)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    largest = max(one.largest_label for one in full)
+    manifest = Manifest(
+        folder=folder,
+        shards=tuple(one.entry for one in full),
+        classes=tuple(str(label) for label in range(largest + 1)),
+    )
+    write_manifest(manifest)
+    return Adopted(
+        manifest=manifest,
+        without_image=sum(one.without_image for one in found),
+        empty=tuple(one.entry.name for one in found if not one.entry.samples),
+    )
+
+
+def _find_tars(folder: Path, overwrite: bool) -> list[Path]:
     if not folder.is_dir():
         raise ManifestError(f"{folder} is not a folder. Give a folder of WebDataset tars.")
     paths = sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
     if not paths:
         raise ManifestError(f"{folder} holds no tars. Give a folder of WebDataset tars.")
-    if (folder / MANIFEST_NAME).exists() and not overwrite:
-        raise ManifestError(f"{folder} has a {MANIFEST_NAME} already; --overwrite makes it anew.")
-    tasks = list(enumerate(paths))
-    workers = max(1, min(workers, len(tasks)))
-    found = dict(map_tasks(_index_numbered, tasks, workers=workers, tick=tick))
-    indexed = {paths[number].name: found[number] for number in range(len(paths))}
-    full = {name: tar for name, tar in indexed.items() if len(tar.index)}
-    if not full:
-        raise ManifestError(
-            f"the tars of {folder} hold no images: a WebDataset sample's image is a member "
-            "KEY.jpg, KEY.jpeg, KEY.png or KEY.webp."
-        )
-    manifest = Manifest(
-        folder=folder,
-        shards=tuple(tar.entry(name) for name, tar in full.items()),
-        classes=_number_classes(list(full.values())),
+    if (folder / MANIFEST_NAME).exists():
+        if not overwrite:
+            raise ManifestError(f"{folder} has a {MANIFEST_NAME}; --overwrite makes it anew.")
+        if "source" in read_manifest(folder).options:
+            raise ManifestError(
+                f"{folder} was written by `data-prep shard` and has its indexes and class names. "
+                f"To lose those, remove its {MANIFEST_NAME} first."
+            )
+    return paths
+
+
+def _index_aside(path: Path, tick: Tick) -> _Found:
+    indexed = index_tar(path, tick)
+    if len(indexed.index):
+        write_index(path.parent / _PARTIAL_NAME / index_name(path.name), indexed.index)
+    return _Found(
+        entry=indexed.entry(path.name),
+        without_image=indexed.without_image,
+        largest_label=int(indexed.index.labels.max(initial=-1)),
     )
-    write_manifest(manifest)
-    return Adopted(
-        manifest=manifest,
-        without_image=sum(tar.without_image for tar in indexed.values()),
-        empty=tuple(name for name in indexed if name not in full),
-    )
-
-
-def _index_numbered(task: tuple[int, Path], tick: Tick) -> tuple[int, IndexedTar]:
-    number, path = task
-    return number, index_beside(path, tick)
-
-
-def _number_classes(tars: list[IndexedTar]) -> tuple[str, ...]:
-    largest = max(int(tar.index.labels.max()) for tar in tars)
-    return tuple(str(label) for label in range(largest + 1))

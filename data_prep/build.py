@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,9 +84,8 @@ def build_shards(
     """
     progress = progress or Progress()
     source_path, folder = source_path.resolve(), folder.resolve()
-    source = open_source(source_path)
-    listing = list_source(source, options.selection)
-    source.close()
+    with closing(open_source(source_path)) as source:
+        listing = list_source(source, options.selection)
     identity = Identity(
         options={"source": source_path.name, **options.values()}, fingerprint=listing.fingerprint()
     )

@@ -121,7 +121,7 @@ def _index(arguments: argparse.Namespace) -> int:
     manifest = adopted.manifest
     print(
         f"{manifest.samples:,} samples in {len(manifest.shards):,} shards, "
-        f"{len(manifest.classes):,} classes: {manifest.folder}"
+        f"classes: {len(manifest.classes):,}, in {manifest.folder}"
     )
     if adopted.without_image:
         print(f"left out: {adopted.without_image:,} samples that hold no image")
@@ -183,8 +183,7 @@ def _add_shard_parser(commands: argparse._SubParsersAction[argparse.ArgumentPars
     numbers = {
         "--samples-per-shard": (
             None,
-            "most samples in a shard; None: 10,000, or as many as make "
-            "256 MiB, or an 8th of all, whichever is least",
+            "most samples in a shard; None: the least of 10,000, 256 MiB and an 8th of all",
         ),
         "--max-pixels": (MAX_PIXELS, "largest image taken, in pixels"),
         "--max-bytes": (Selection().max_bytes, "largest image file taken, in bytes"),
@@ -232,7 +231,7 @@ def _bar(total: int | None = None) -> tqdm[NoReturn]:
 
 
 def _describe_plan(plan: Plan, source: Path) -> str:
-    text = f"found {plan.found:,} images of {plan.classes:,} classes in {source}"
+    text = f"found {plan.found:,} images, classes: {plan.classes:,}, in {source}"
     if plan.finished:
         text += f"; {plan.finished:,} of {plan.shards:,} shards are finished already"
     return f"{text}; writing {plan.shards - plan.finished:,} shards, {plan.workers} at a time"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.manifest import IMAGE_EXTENSIONS, ShardEntry, ShardIndex, write_index
+from data_prep.manifest import IMAGE_EXTENSIONS, ShardEntry, ShardIndex
 from data_prep.tars import TarError, describe_problem, walk_tar
 from data_prep.workers import Tick
 
@@ -103,14 +103,6 @@ def index_tar(path: Path, tick: Tick) -> IndexedTar:
     return IndexedTar(index=index, bytes=length, sha256=checksum(path), without_image=without_image)
 
 
-def index_beside(path: Path, tick: Tick) -> IndexedTar:
-    """Index a tar that someone else wrote, and write the index beside it; see `index_tar`."""
-    indexed = index_tar(path, tick)
-    if len(indexed.index):
-        write_index(path.with_name(index_name(path.name)), indexed.index)
-    return indexed
-
-
 def checksum(path: Path) -> str:
     """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
@@ -140,8 +132,7 @@ def _samples(path: Path) -> Iterator[_Sample]:
             if sample is None or sample.key != key:
                 if sample is not None:
                     yield sample
-                if key in seen or "\0" in key:
-                    raise TarError(f"{path}: the members of sample {key!r} are not side by side.")
+                _check_key(key, seen, path)
                 seen.add(key)
                 sample = _Sample(key)
             if extension in IMAGE_EXTENSIONS:
@@ -157,6 +148,15 @@ def _samples(path: Path) -> Iterator[_Sample]:
                 sample.label = _parse_label(data, path, member.name)
     if sample is not None:
         yield sample
+
+
+def _check_key(key: str, seen: set[str], path: Path) -> None:
+    if key in seen:
+        raise TarError(f"{path}: the members of sample {key!r} are not side by side. Sort them.")
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        raise TarError(f"{path}: the name of sample {key!r} is not UTF-8. Rename it.") from None
 
 
 def _parse_label(data: bytes, path: Path, name: str) -> int:

@@ -41,7 +41,9 @@ def describe_shards(manifest: Manifest) -> str:
     lines = [f"{name:<11} {value}" for name, value in rows]
     per_class = np.bincount(labels[labels >= 0], minlength=len(manifest.classes))
     for name, count in list(zip(manifest.classes, per_class, strict=False))[:_MOST_CLASSES]:
-        lines.append(f"  {count:>9,} {name}")
+        # A folder's name need not be text, and must not break the table.
+        shown = name.encode("utf-8", "backslashreplace").decode()
+        lines.append(f"  {count:>9,} {shown}")
     if len(manifest.classes) > _MOST_CLASSES:
         lines.append(f"  and {len(manifest.classes) - _MOST_CLASSES:,} more classes")
     return "\n".join(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -115,8 +116,7 @@ def _write_tar(path: Path, task: ShardTask, tick: Tick) -> list[Rejection]:
     from webdataset.writer import TarWriter  # noqa: PLC0415
 
     rejected: list[Rejection] = []
-    source = open_source(task.source)
-    with path.open("wb") as stream:
+    with closing(open_source(task.source)) as source, path.open("wb") as stream:
         writer = TarWriter(stream, user="", group="", mtime=0, encoder=False)
         for position, file in enumerate(task.plan.files, start=task.plan.first):
             try:
@@ -129,7 +129,6 @@ def _write_tar(path: Path, task: ShardTask, tick: Tick) -> list[Rejection]:
         writer.close()
         stream.flush()
         os.fsync(stream.fileno())
-    source.close()
     return rejected
 
 
