@@ -1,0 +1,108 @@
+"""Files and folders appear whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from swinv2.atomic import OccupiedError, atomic_folder, atomic_write_bytes, atomic_write_text
+
+
+def everything_under(folder: Path) -> list[str]:
+    return sorted(str(place.relative_to(folder)) for place in folder.rglob("*"))
+
+
+def write_half(destination: Path, failure: type[BaseException]) -> None:
+    with atomic_folder(destination, may_replace=lambda _: True) as folder:
+        (folder / "file").write_text("half")
+        raise failure
+
+
+def test_a_folder_appears_with_all_its_files(tmp_path: Path) -> None:
+    destination = tmp_path / "a" / "b" / "run"
+    with atomic_folder(destination) as folder:
+        assert folder.parent == destination.parent
+        (folder / "inner").mkdir()
+        (folder / "inner" / "file").write_text("text")
+        assert not destination.exists()
+    assert everything_under(destination.parent) == ["run", "run/inner", "run/inner/file"]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_leaves_nothing(tmp_path: Path, failure: type[BaseException]) -> None:
+    with pytest.raises(failure):
+        write_half(tmp_path / "a" / "b" / "run", failure)
+    assert everything_under(tmp_path) == []
+
+
+def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
+    destination = tmp_path / "run"
+    destination.mkdir()
+    (destination / "file").write_text("earlier")
+    with pytest.raises(RuntimeError):
+        write_half(destination, RuntimeError)
+    assert everything_under(tmp_path) == ["run", "run/file"]
+    assert (destination / "file").read_text() == "earlier"
+
+
+def test_a_folder_is_replaced_only_where_it_may_be(tmp_path: Path) -> None:
+    destination = tmp_path / "run"
+    with atomic_folder(destination) as folder:
+        (folder / "old").touch()
+    with pytest.raises(OccupiedError, match="run"), atomic_folder(destination):
+        pytest.fail("the block must not start")
+    with atomic_folder(destination, may_replace=lambda place: (place / "old").exists()) as folder:
+        (folder / "new").touch()
+    assert everything_under(tmp_path) == ["run", "run/new"]
+
+
+def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    destination = tmp_path / "run"
+    writing = atomic_folder(destination)
+    (writing.__enter__() / "mine").touch()
+    destination.mkdir()
+    (destination / "theirs").touch()
+    with pytest.raises(OccupiedError):
+        writing.__exit__(None, None, None)
+    assert everything_under(tmp_path) == ["run", "run/theirs"]
+
+
+def test_an_empty_folder_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with atomic_folder(tmp_path / "run") as folder:
+        (folder / "file").touch()
+    assert everything_under(tmp_path) == ["run", "run/file"]
+
+
+def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for destination in (tmp_path / "file", tmp_path / "file" / "inner"):
+        with pytest.raises(OccupiedError, match="file"), atomic_folder(destination):
+            pytest.fail("the block must not start")
+    assert everything_under(tmp_path) == ["file"]
+
+
+def test_what_a_link_points_at_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk", target_is_directory=True)
+    with atomic_folder(tmp_path / "link") as folder:
+        (folder / "file").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "file").exists()
+
+
+def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
+    atomic_write_text(tmp_path / "file", "first")
+    with (tmp_path / "file").open() as reader:
+        atomic_write_text(tmp_path / "file", "zweite, größer")
+        assert reader.read() == "first"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "zweite, größer"
+    atomic_write_bytes(tmp_path / "file", b"\x00\xff")
+    assert (tmp_path / "file").read_bytes() == b"\x00\xff"
+    assert everything_under(tmp_path) == ["file"]
+
+
+def test_a_file_that_cannot_be_placed_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        atomic_write_text(tmp_path / "folder", "text")
+    assert everything_under(tmp_path) == ["folder"]
