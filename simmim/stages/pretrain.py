@@ -1,0 +1,284 @@
+"""Pretraining: SimMIM on unlabelled shards. The recipe, and what the training loop needs of it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from simmim.data.batches import Batch, TrainingBatches, evaluation_batches
+from simmim.data.order import SampleOrder
+from simmim.data.settings import DataSettings
+from simmim.data.transforms import EvalTransform, TrainTransform
+from simmim.engine.checkpoint import TrainingState, find_checkpoint, load_model, load_state
+from simmim.engine.loop import TrainingSettings
+from simmim.engine.run import RunFolder
+from simmim.losses import LossName
+from simmim.masking import MaskDrawer, MaskSettings
+from simmim.model import LossArea, SimMIM
+from simmim.recipe import load, recipe_hash, settings
+from simmim.report.panels import reconstruction_panel
+from simmim.stages.encoder_settings import EncoderSettings
+from simmim.stages.normalisation import Normalise
+from swinv2 import build_encoder, save_encoder
+from swinv2.weights import Provenance
+
+PANEL_IMAGES = 8
+
+
+@settings
+class PretrainData(DataSettings):
+    """Unlabelled shards and their augmentation."""
+
+    image_size: int = 192
+    """Side of the square images in pixels."""
+    scale: tuple[float, float] = (0.67, 1.0)
+    """Share of the image's area that the random crop takes, from and to."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width to height of the random crop, from and to."""
+    flip: float = 0.5
+    """Probability of mirroring an image."""
+
+
+@settings
+class LossSettings:
+    """What is asked for, and how an answer is measured."""
+
+    name: LossName = "l1"
+    """Distance between prediction and pixel: l1, smooth_l1 or l2."""
+    area: LossArea = "masked"
+    """Pixels that the loss is taken over: masked, or all."""
+    norm_target: bool = False
+    """Normalise each target pixel by mean and variance of its 47x47 neighbourhood."""
+
+
+@settings
+class PretrainRecipe:
+    """SimMIM pretraining of a Swin Transformer V2."""
+
+    task: Literal["pretrain"]
+    """What this recipe does."""
+    encoder: EncoderSettings
+    """The encoder."""
+    data: PretrainData
+    """The images."""
+    mask: MaskSettings = MaskSettings()
+    """What is hidden."""
+    loss: LossSettings = LossSettings()
+    """What is asked for."""
+    training: TrainingSettings
+    """The training."""
+
+    def __post_init__(self) -> None:
+        size, cell = self.data.image_size, self.mask.cell
+        if cell % self.encoder.patch_size:
+            raise ValueError(
+                f"mask.cell {cell} is no multiple of encoder.patch_size "
+                f"{self.encoder.patch_size}, so cells would cut through patches."
+            )
+        self.draw_mask()
+        if len(self.data.mean) != self.encoder.in_channels:
+            raise ValueError(
+                f"data.mean has {len(self.data.mean)} numbers, encoder.in_channels is "
+                f"{self.encoder.in_channels}; give one for each channel."
+            )
+        if self.training.batch_size % self.data.slots:
+            raise ValueError(
+                f"training.batch_size {self.training.batch_size} is no multiple of data.slots "
+                f"{self.data.slots}; every batch takes equally from each slot. Change either."
+            )
+        if self.training.optimizer.layer_decay != 1.0:
+            raise ValueError("training.optimizer.layer_decay belongs to fine-tuning; leave it 1.")
+        self.encoder.config(size)  # raises where the sizes cannot work together
+
+    def draw_mask(self) -> MaskDrawer:
+        """Return what draws the mask of an image.
+
+        Raises:
+            ValueError: mask cells do not tile the image, or hide all of it.
+        """
+        return self.mask.drawer((self.data.image_size, self.data.image_size))
+
+
+def build_model(recipe: PretrainRecipe) -> SimMIM:
+    """Build the model with its initial weights, which depend on the recipe's seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.training.seed)
+        return SimMIM(
+            build_encoder(recipe.encoder.config(recipe.data.image_size)),
+            mask_cell=recipe.mask.cell,
+            norm_target=recipe.loss.norm_target,
+            loss=recipe.loss.name,
+            loss_area=recipe.loss.area,
+        )
+
+
+class PretrainModule(nn.Module):
+    """SimMIM over uint8 batches: images are normalised on the device."""
+
+    def __init__(self, model: SimMIM, data: DataSettings) -> None:
+        super().__init__()
+        self.model = model
+        self.normalise = Normalise(data.mean, data.std)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the mean loss over a batch."""
+        assert batch.masks is not None
+        loss: Tensor = self.model(self.normalise(batch.images), batch.masks).loss
+        return loss
+
+
+class PretrainStage:
+    """Pretraining, as the training loop sees it."""
+
+    def __init__(self, recipe: PretrainRecipe) -> None:
+        self.recipe = recipe
+        shards = recipe.data.open_shards()
+        self.training_shards, self.validation_shards = shards.split(recipe.data.validation_shards)
+        self.order = SampleOrder(
+            self.training_shards.sizes, seed=recipe.training.seed, slots=recipe.data.slots
+        )
+        self.samples_per_epoch = self.order.samples_per_epoch
+        self.model = build_model(recipe)
+        self.module = PretrainModule(self.model, recipe.data)
+        self.depths = self.model.encoder.config.depths
+        self.draw_mask = recipe.draw_mask()
+
+    def batches(self, *, rank: int, world: int, start: int, end: int) -> Iterable[Batch]:
+        """Yield this rank's micro-batches; see `simmim.engine.loop.Stage`."""
+        data, training = self.recipe.data, self.recipe.training
+        transform = TrainTransform(
+            size=(data.image_size, data.image_size),
+            seed=training.seed,
+            scale=data.scale,
+            ratio=data.ratio,
+            flip=data.flip,
+            channels=self.recipe.encoder.in_channels,
+            mask=self.draw_mask,
+            max_pixels=data.max_pixels,
+        )
+        return TrainingBatches(
+            self.training_shards,
+            self.order,
+            transform,
+            batch_size=training.batch_size,
+            start_position=start,
+            end_position=end,
+            accumulation=training.accumulation,
+            rank=rank,
+            world=world,
+            workers=data.workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def held_out_batches(
+        self, *, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
+    ) -> Iterable[Batch]:
+        """Yield this rank's part of the held-out images; their masks are always the same."""
+        data = self.recipe.data
+        transform = EvalTransform(
+            size=(data.image_size, data.image_size),
+            channels=self.recipe.encoder.in_channels,
+            mask=self.draw_mask,
+            max_pixels=data.max_pixels,
+        )
+        return evaluation_batches(
+            self.validation_shards,
+            transform,
+            batch_size=batch_size,
+            rank=rank,
+            world=world,
+            workers=workers,
+        )
+
+    def validate(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return the loss on held-out images, beside that of answering with the mean colour."""
+        if not self.validation_shards.samples:
+            return {}
+        training = self.recipe.training
+        sums = torch.zeros(3, dtype=torch.float64)
+        for batch in self.held_out_batches(
+            batch_size=max(1, training.batch_size // training.accumulation),
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            workers=self.recipe.data.workers,
+        ):
+            batch = batch.to(accelerator.device)  # noqa: PLW2901
+            loss = self.module(batch)
+            assert batch.masks is not None
+            baseline = self.model.mean_color_loss(self.module.normalise(batch.images), batch.masks)
+            count = len(batch)
+            sums += torch.tensor([loss.item() * count, baseline.item() * count, count])
+        total = accelerator.reduce(sums.to(accelerator.device, torch.float32), "sum").cpu()
+        return {
+            "validation_loss": float(total[0] / total[2]),
+            "mean_color_loss": float(total[1] / total[2]),
+        }
+
+    def look(self, run: RunFolder, step: int) -> None:
+        """Draw reconstructions of the first held-out images into the run."""
+        if not self.validation_shards.samples:
+            return
+        batches = self.held_out_batches(batch_size=PANEL_IMAGES)
+        batch = next(iter(batches)).to(self.model.mask_token.device)
+        assert batch.masks is not None
+        images = self.module.normalise(batch.images)
+        self.module.eval()
+        with torch.no_grad():
+            reconstruction = self.model(images, batch.masks).reconstruction
+        reconstruction_panel(
+            images,
+            batch.masks,
+            reconstruction,
+            mean=self.recipe.data.mean,
+            std=self.recipe.data.std,
+            path=run.reconstructions / f"step-{step:08d}.png",
+        )
+
+    def hand_on(self, run: RunFolder, step: int, samples: int) -> None:
+        """Write the encoder directory into the run."""
+        save_pretrained(self.model, self.recipe, run.encoder, step=step, samples=samples)
+
+
+def save_pretrained(
+    model: SimMIM, recipe: PretrainRecipe, path: Path, *, step: int, samples: int
+) -> None:
+    """Write the encoder of a pretrained model as an encoder directory."""
+    save_encoder(
+        model.encoder,
+        path,
+        mean=recipe.data.mean,
+        std=recipe.data.std,
+        provenance=Provenance(step=step, samples_seen=samples, recipe_hash=recipe_hash(recipe)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """A model as a checkpoint of a pretraining run holds it."""
+
+    model: SimMIM
+    recipe: PretrainRecipe
+    state: TrainingState
+
+
+def load_pretrained(run: RunFolder, checkpoint: str = "auto") -> Pretrained:
+    """Rebuild the model of a run from a checkpoint, on the CPU, in evaluation mode.
+
+    Args:
+        run: a pretraining run folder.
+        checkpoint: `auto` for the last complete one, or its path.
+
+    Raises:
+        ValueError: the run holds no readable recipe or no complete checkpoint.
+    """
+    recipe = load(PretrainRecipe, run.recipe)
+    path = find_checkpoint(run.checkpoints, checkpoint)
+    if path is None:
+        raise ValueError(f"{run.checkpoints} holds no complete checkpoint; train it further first.")
+    module = PretrainModule(build_model(recipe), recipe.data)
+    load_model(path, module)
+    return Pretrained(model=module.model.eval(), recipe=recipe, state=load_state(path))

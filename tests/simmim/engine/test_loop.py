@@ -1,0 +1,159 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from simmim.engine.checkpoint import complete_checkpoints
+from simmim.engine.loop import Diverged, TrainingResult, TrainingSettings, build_accelerator, train
+from simmim.engine.optimizer import OptimizerSettings
+from simmim.engine.run import RunFolder
+from simmim.recipe import parse
+from simmim.stages.pretrain import PretrainRecipe, PretrainStage
+
+
+def run_training(
+    values: dict[str, Any], folder: Path, resume: str | None = None, **training: Any
+) -> TrainingResult:
+    values = values | {"training": values["training"] | training}
+    stage = PretrainStage(parse(PretrainRecipe, values, "test"))
+    return train(stage, RunFolder(path=folder), build_accelerator("fp32"), resume)
+
+
+def losses(folder: Path) -> dict[int, float]:
+    lines = RunFolder(path=folder).read_metrics()
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(complete_checkpoints(folder / "checkpoints")[-1] / "model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_training_learns_and_fills_its_run_folder(
+    pretrain_values: dict[str, Any], tmp_path: Path
+) -> None:
+    result = run_training(pretrain_values, tmp_path, steps=60, validate_every=60, look_every=60)
+    assert result.step == 60
+    assert not result.stopped
+    logged = losses(tmp_path)
+    assert list(logged) == list(range(2, 61, 2))
+    assert logged[60] < 0.8 * logged[2]
+    assert result.figures["validation_loss"] < logged[2]
+    assert (tmp_path / "recipe.yaml").is_file()
+    assert (tmp_path / "reconstructions" / "step-00000060.png").is_file()
+    assert (tmp_path / "encoder" / "model.safetensors").is_file()
+    steps = [path.name for path in complete_checkpoints(tmp_path / "checkpoints")]
+    assert steps == ["step-00000052", "step-00000056", "step-00000060"]
+
+
+def test_two_runs_are_equal_bit_for_bit(pretrain_values: dict[str, Any], tmp_path: Path) -> None:
+    run_training(pretrain_values, tmp_path / "one")
+    run_training(pretrain_values, tmp_path / "two")
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+    assert_same_weights(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("killed_at", [5, 7, 10])
+def test_resume_equals_the_uninterrupted_run(
+    pretrain_values: dict[str, Any],
+    tmp_path: Path,
+    killed_at: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run_training(pretrain_values, whole)
+
+    def die(stage: PretrainStage, run: RunFolder, step: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PretrainStage, "look", die)
+        with pytest.raises(KeyboardInterrupt):
+            run_training(pretrain_values, broken, look_every=killed_at)
+    result = run_training(pretrain_values, broken, resume="auto")
+    assert result.step == 12
+    assert losses(broken) == losses(whole)
+    assert_same_weights(whole, broken)
+
+
+def test_resume_from_a_named_checkpoint(pretrain_values: dict[str, Any], tmp_path: Path) -> None:
+    run_training(pretrain_values, tmp_path)
+    before = losses(tmp_path)
+    run_training(pretrain_values, tmp_path, resume=str(tmp_path / "checkpoints/step-00000004"))
+    assert losses(tmp_path) == before
+
+
+def test_resume_auto_starts_anew_where_nothing_was_saved(
+    pretrain_values: dict[str, Any], tmp_path: Path
+) -> None:
+    assert run_training(pretrain_values, tmp_path, resume="auto").step == 12
+
+
+def test_resume_refuses_another_batch_size(pretrain_values: dict[str, Any], tmp_path: Path) -> None:
+    run_training(pretrain_values, tmp_path)
+    with pytest.raises(ValueError, match="batch size 8"):
+        run_training(pretrain_values, tmp_path, resume="auto", batch_size=16)
+
+
+def test_accumulation_changes_nothing_but_rounding(
+    pretrain_values: dict[str, Any], tmp_path: Path
+) -> None:
+    pretrain_values["encoder"]["drop_path"] = 0.0
+    run_training(pretrain_values, tmp_path / "one")
+    run_training(pretrain_values, tmp_path / "four", accumulation=4)
+    one, four = losses(tmp_path / "one"), losses(tmp_path / "four")
+    assert one.keys() == four.keys()
+    assert all(abs(one[step] - four[step]) < 1e-5 * one[step] for step in one)
+
+
+def test_workers_change_nothing(pretrain_values: dict[str, Any], tmp_path: Path) -> None:
+    run_training(pretrain_values, tmp_path / "none")
+    pretrain_values["data"]["workers"] = 2
+    run_training(pretrain_values, tmp_path / "two")
+    assert losses(tmp_path / "none") == losses(tmp_path / "two")
+
+
+def test_bfloat16_trains(pretrain_values: dict[str, Any], tmp_path: Path) -> None:
+    values = pretrain_values
+    values["training"]["precision"] = "bf16"
+    stage = PretrainStage(parse(PretrainRecipe, values, "test"))
+    train(stage, RunFolder(path=tmp_path), build_accelerator("bf16"), None)
+    logged = losses(tmp_path)
+    assert logged[12] < logged[2]
+    assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path).values())
+
+
+def test_a_loss_that_is_no_number_ends_training_before_it_is_saved(
+    pretrain_values: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(Diverged, match="Lower"):
+        run_training(pretrain_values, tmp_path, clip_norm=None, optimizer={"lr": 1e30}, steps=40)
+    for path in complete_checkpoints(tmp_path / "checkpoints"):
+        tensors = load_file(path / "model.safetensors")
+        assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+def test_metrics_drop_what_is_taken_again(pretrain_values: dict[str, Any], tmp_path: Path) -> None:
+    run_training(pretrain_values, tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 99, "loss": 1.0}) + '\n{"step": 10')
+    run_training(pretrain_values, tmp_path, resume="auto")
+    assert max(losses(tmp_path)) == 12
+
+
+def test_settings_say_what_is_wrong() -> None:
+    optimizer = OptimizerSettings(lr=1e-3)
+    with pytest.raises(ValueError, match="either epochs or steps"):
+        TrainingSettings(batch_size=8, optimizer=optimizer)
+    with pytest.raises(ValueError, match="log_every is 0"):
+        TrainingSettings(batch_size=8, steps=1, log_every=0, optimizer=optimizer)
+    settings = TrainingSettings(batch_size=8, epochs=2.5, optimizer=optimizer)
+    assert settings.total_steps(100) == 31

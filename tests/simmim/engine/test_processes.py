@@ -1,0 +1,126 @@
+"""Training in processes of its own: several ranks, signals and kills."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from simmim.engine.checkpoint import complete_checkpoints
+from simmim.engine.run import RunFolder
+
+PRETRAIN = ["-m", "simmim", "pretrain"]
+TWO_PROCESSES = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+
+
+@contextmanager
+def started(arguments: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Start python in a session of its own; whatever of it is left at the end is killed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=environment,
+        )
+    try:
+        yield process
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait(timeout=30)
+
+
+def finish(arguments: list[str], log: Path) -> None:
+    with started(arguments, log) as process:
+        assert process.wait(timeout=120) == 0, log.read_text()
+
+
+def wait_for_step(run: Path, step: int, log: Path) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if any(line["step"] >= step for line in RunFolder(path=run).read_metrics()):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached:\n{log.read_text()}")
+
+
+def losses(run: Path) -> dict[int, float]:
+    lines = RunFolder(path=run).read_metrics()
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def assert_same_ending(one: Path, other: Path) -> None:
+    assert losses(one) == losses(other)
+    ends = [complete_checkpoints(run / "checkpoints")[-1] for run in (one, other)]
+    first, second = (load_file(end / "model.safetensors") for end in ends)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def arguments(config: Path, run: Path, *more: str) -> list[str]:
+    return [*PRETRAIN, "--config", str(config), "--run", str(run), *more]
+
+
+def test_one_and_two_processes_train_alike(pretrain_config: Path, tmp_path: Path) -> None:
+    still = ("--encoder.drop_path", "0", "--training.steps", "6", "--data.workers", "1")
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish(arguments(pretrain_config, one, *still), tmp_path / "one.log")
+    finish(
+        [*TWO_PROCESSES, *arguments(pretrain_config, two, *still)],
+        tmp_path / "two.log",
+    )
+    assert {line.get("processes", 2) for line in RunFolder(path=two).read_metrics()} == {2}
+    for step, loss in losses(one).items():
+        assert losses(two)[step] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_with_a_checkpoint_and_resume_goes_on(
+    pretrain_config: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    log = tmp_path / "log"
+    steps = ("--training.steps", "40", "--training.checkpoint_every", "1000", "--data.workers", "1")
+    with started(arguments(pretrain_config, broken, *steps), log) as process:
+        wait_for_step(broken, 4, log)
+        os.killpg(process.pid, number)  # the workers get it too
+        assert process.wait(timeout=60) == 75, log.read_text()
+    assert "--resume auto" in log.read_text()
+    stopped_at = complete_checkpoints(broken / "checkpoints")[-1].name
+    assert "step-00000004" <= stopped_at < "step-00000040"
+    finish(arguments(pretrain_config, broken, *steps, "--resume", "auto"), log)
+    finish(arguments(pretrain_config, whole, *steps), log)
+    assert_same_ending(whole, broken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_two_ranks_stop_and_go_on(
+    pretrain_config: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    log = tmp_path / "log"
+    steps = ("--training.steps", "60", "--training.checkpoint_every", "10", "--data.workers", "1")
+    launched = [*TWO_PROCESSES, *arguments(pretrain_config, broken, *steps)]
+    with started(launched, log) as process:
+        wait_for_step(broken, 14, log)
+        os.killpg(process.pid, number)
+        assert process.wait(timeout=60) != 0
+    if number != signal.SIGKILL:
+        steps_saved = complete_checkpoints(broken / "checkpoints")[-1].name
+        assert f"Stopped at step {int(steps_saved.removeprefix('step-'))}" in log.read_text()
+    finish([*launched, "--resume", "auto"], log)
+    finish([*TWO_PROCESSES, *arguments(pretrain_config, whole, *steps)], log)
+    assert_same_ending(whole, broken)
