@@ -1,0 +1,278 @@
+"""Which cells of an image are hidden, and how far what is hidden lies from what is visible.
+
+Masks are bool, True = hidden, one value for each mask cell. Every strategy hides exactly
+``hidden_count`` cells of every image and draws from an explicit generator.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from simmim.recipe import settings
+
+Strategy = Literal["random", "square", "block"]
+Grid = tuple[int, int]
+
+BLOCK_ASPECT = (0.3, 1 / 0.3)
+"""Height over width of a block of `block_mask`, as BEiT draws it."""
+
+
+@settings
+class MaskSettings:
+    """What is hidden from the encoder during pretraining."""
+
+    cell: int = 32
+    """Side of a mask cell in pixels: a multiple of the patch size that divides the image."""
+
+    ratio: float = 0.6
+    """Share of the mask cells hidden, between 0 and 1; rounded up to whole cells."""
+
+    strategy: Strategy = "random"
+    """Which cells are hidden: random cells, one square, or blocks (block-wise, as BEiT)."""
+
+    def __post_init__(self) -> None:
+        if self.cell < 1:
+            raise ValueError(f"cell is {self.cell} pixels; it must be at least 1.")
+        if not 0 < self.ratio < 1:
+            raise ValueError(f"ratio is {self.ratio}; it must lie between 0 and 1, as 0.6 does.")
+
+    def drawer(self, image_size: Grid) -> "MaskDrawer":
+        """Return what draws the masks of images of this height and width in pixels.
+
+        Raises:
+            ValueError: the cells do not tile the image, or no cell would stay visible.
+        """
+        grid = mask_grid(image_size, self.cell)
+        if hidden_count(grid, self.ratio) == math.prod(grid):
+            raise ValueError(
+                f"mask ratio {self.ratio} hides all of the {grid[0]}x{grid[1]} mask cells of an "
+                f"image: lower the ratio, or choose cells smaller than {self.cell} pixels."
+            )
+        return MaskDrawer(grid=grid, ratio=self.ratio, strategy=self.strategy)
+
+
+@dataclass(frozen=True)
+class MaskDrawer:
+    """Draws the mask of one image; picklable, so that worker processes can hold it."""
+
+    grid: Grid
+    ratio: float
+    strategy: Strategy = "random"
+
+    def __call__(self, generator: torch.Generator | None = None) -> Tensor:
+        """Return a bool mask (rows, columns), True = hidden."""
+        return mask_function(self.strategy)(1, self.grid, self.ratio, generator)[0]
+
+
+def mask_function(
+    strategy: Strategy,
+) -> Callable[[int, Grid, float, torch.Generator | None], Tensor]:
+    """Return the function that draws the masks of a strategy."""
+    match strategy:
+        case "random":
+            return random_mask
+        case "square":
+            return square_mask
+        case "block":
+            return block_mask
+        case _:
+            raise ValueError(
+                f"mask strategy {strategy!r} is unknown: choose random, square or block."
+            )
+
+
+def mask_grid(image_size: Grid, cell: int) -> Grid:
+    """Return (rows, columns) of mask cells of an image of this height and width in pixels.
+
+    Raises:
+        ValueError: the cells do not tile the image; names the sides that would.
+    """
+    height, width = image_size
+    if cell < 1 or height % cell or width % cell:
+        common = math.gcd(height, width)
+        legal = ", ".join(str(side) for side in range(2, common + 1) if common % side == 0)
+        raise ValueError(
+            f"mask cells of {cell} pixels do not divide an image of {height}x{width} pixels: "
+            f"choose a cell of {legal or 1} pixels, or another image size."
+        )
+    return height // cell, width // cell
+
+
+def hidden_count(grid: Grid, ratio: float) -> int:
+    """Return how many cells of a grid are hidden: ceil(ratio x cells).
+
+    Raises:
+        ValueError: an empty grid, or a ratio outside 0 to 1.
+    """
+    if min(grid) < 1:
+        raise ValueError(f"the grid of mask cells is {grid[0]}x{grid[1]}; both must be at least 1.")
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"the mask ratio is {ratio}; it must lie between 0 and 1.")
+    # 0.55 * 100 is 55.00000000000001 in binary, and means 55.
+    return math.ceil(ratio * math.prod(grid) - 1e-9)
+
+
+def random_mask(
+    batch: int, grid: Grid, ratio: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Hide cells drawn uniformly without replacement (SimMIM, section 3.2).
+
+    Args:
+        batch: number of masks.
+        grid: rows and columns of mask cells.
+        ratio: share of the cells to hide, 0 to 1.
+        generator: where the random numbers come from; the mask lives on its device.
+
+    Returns:
+        bool (batch, rows, columns), True = hidden, exactly ``hidden_count(grid, ratio)`` in each.
+    """
+    rows, columns = grid
+    hidden = hidden_count(grid, ratio)
+    noise = torch.rand(
+        batch, rows * columns, generator=generator, device=_device(generator), dtype=torch.float64
+    )
+    mask = torch.zeros_like(noise, dtype=torch.bool)
+    mask.scatter_(1, noise.argsort(dim=1, stable=True)[:, :hidden], True)
+    return mask.view(batch, rows, columns)
+
+
+def square_mask(
+    batch: int, grid: Grid, ratio: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Hide one square at a random place; arguments and result as of `random_mask`.
+
+    The exact count decides the shape: the box nearest to a square that holds it, with its last
+    column (last row, where the grid is too narrow for a square) hidden in part.
+    """
+    rows, columns = grid
+    hidden = hidden_count(grid, ratio)
+    mask = torch.zeros(batch, rows, columns, dtype=torch.bool)
+    if hidden:
+        height = min(rows, round(math.sqrt(hidden)))
+        width = math.ceil(hidden / height)
+        if width <= columns:
+            box = (torch.arange(height * width) < hidden).view(width, height).T
+        else:
+            height = math.ceil(hidden / columns)
+            box = (torch.arange(height * columns) < hidden).view(height, columns)
+        height, width = box.shape
+        for image in mask:
+            top = _draw_integer(rows - height + 1, generator)
+            left = _draw_integer(columns - width + 1, generator)
+            image[top : top + height, left : left + width] = box
+    return mask.to(_device(generator))
+
+
+def block_mask(
+    batch: int, grid: Grid, ratio: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Hide blocks until the count is reached (BEiT, algorithm 1); as `random_mask` otherwise.
+
+    Blocks of random area and aspect ratio are laid at random places, and may overlap. A block that
+    would hide too much is drawn again; the last cells grow at the edge of what is hidden.
+    """
+    hidden = hidden_count(grid, ratio)
+    masks = [_grow_blocks(grid, hidden, generator) for _ in range(batch)]
+    mask = torch.stack(masks) if masks else torch.zeros(0, *grid, dtype=torch.bool)
+    return mask.to(_device(generator))
+
+
+def _grow_blocks(grid: Grid, hidden: int, generator: torch.Generator | None) -> Tensor:
+    rows, columns = grid
+    mask = torch.zeros(grid, dtype=torch.bool)
+    # BEiT's smallest block is 16 of the 75 cells that it hides.
+    smallest = max(1, hidden // 5)
+    remaining, attempts = hidden, 0
+    while remaining >= smallest and attempts < 10:
+        area = smallest + _draw(generator) * (remaining - smallest)
+        low, high = (math.log(aspect) for aspect in BLOCK_ASPECT)
+        aspect = math.exp(low + _draw(generator) * (high - low))
+        height = min(rows, max(1, round(math.sqrt(area * aspect))))
+        width = min(columns, max(1, round(math.sqrt(area / aspect))))
+        top = _draw_integer(rows - height + 1, generator)
+        left = _draw_integer(columns - width + 1, generator)
+        block = mask[top : top + height, left : left + width]
+        new = int((~block).sum())
+        attempts += 1
+        if 0 < new <= remaining:
+            block.fill_(True)
+            remaining, attempts = remaining - new, 0
+    for _ in range(remaining):
+        edge = _edge(mask).nonzero()
+        row, column = edge[_draw_integer(len(edge), generator)].tolist()
+        mask[row, column] = True
+    return mask
+
+
+def _edge(mask: Tensor) -> Tensor:
+    """Return the visible cells that touch a hidden one; all of them where nothing is hidden."""
+    edge = torch.zeros_like(mask)
+    edge[1:] |= mask[:-1]
+    edge[:-1] |= mask[1:]
+    edge[:, 1:] |= mask[:, :-1]
+    edge[:, :-1] |= mask[:, 1:]
+    edge &= ~mask
+    return edge if edge.any() else ~mask
+
+
+def average_distance(mask: Tensor, cell: int) -> float:
+    """Return AvgDist: the mean distance in pixels from a hidden pixel to the nearest visible one.
+
+    Computed exactly, between pixel centres (SimMIM, section 4.1.2).
+
+    Args:
+        mask: bool (batch, rows, columns), True = hidden.
+        cell: side of a mask cell in pixels.
+
+    Raises:
+        ValueError: an image with nothing hidden or nothing visible has no such distance.
+    """
+    hidden = mask.flatten(1)
+    if bool((hidden.all(1) | ~hidden.any(1)).any()):
+        raise ValueError(
+            "AvgDist needs something hidden and something visible in each image: "
+            "choose a mask ratio that leaves both."
+        )
+    _, rows, columns = mask.shape
+    from_row = _squared_distance_to_cells(rows, cell).to(mask.device)
+    from_column = _squared_distance_to_cells(columns, cell).to(mask.device)
+    total = 0.0
+    for image in mask:
+        # The nearest visible pixel of each column of cells, then the nearest of all columns.
+        visible = torch.where(image, torch.inf, 0.0)
+        within = (from_row[:, :, None] + visible).amin(dim=1)
+        nearest = (within[:, None] + from_column).amin(dim=2)
+        total += float(nearest.sqrt().sum(dtype=torch.float64))
+    return total / (int(mask.sum()) * cell * cell)
+
+
+def _squared_distance_to_cells(count: int, cell: int) -> Tensor:
+    """Return (pixels, cells): squared distance along an axis to the nearest pixel of a cell."""
+    pixel = torch.arange(count * cell, dtype=torch.float32)[:, None]
+    first = torch.arange(count, dtype=torch.float32) * cell
+    outside = torch.maximum(first - pixel, pixel - (first + cell - 1))
+    return outside.clamp(min=0).square()
+
+
+def enlarge_mask(mask: Tensor, factor: int) -> Tensor:
+    """Repeat each value of (batch, rows, columns) over ``factor`` x ``factor`` finer cells."""
+    finer = mask[:, :, None, :, None].expand(-1, -1, factor, -1, factor)
+    return rearrange(finer, "batch row i column j -> batch (row i) (column j)")
+
+
+def _draw(generator: torch.Generator | None) -> float:
+    noise = torch.rand((), generator=generator, device=_device(generator), dtype=torch.float64)
+    return float(noise)
+
+
+def _draw_integer(below: int, generator: torch.Generator | None) -> int:
+    return min(below - 1, int(_draw(generator) * below))
+
+
+def _device(generator: torch.Generator | None) -> torch.device:
+    return torch.device("cpu") if generator is None else generator.device
