@@ -1,10 +1,11 @@
 """Attention within windows: scaled cosine scores and a log-spaced continuous position bias."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
+from typing import ParamSpec
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,32 @@ from swinv2.config import Pair, clamp_window
 
 LARGEST_LOGIT_SCALE = math.log(100)
 ACROSS_REGIONS = -100.0  # added to scores between regions that only the shift brought together
+PADDING = -1  # the region of tokens that only fill a window
 BIAS_HIDDEN = 512
+
+Sizes = ParamSpec("Sizes")
+
+
+def kept(build: Callable[Sizes, Tensor]) -> Callable[Sizes, Tensor]:
+    """Keep the tables that a pure function of sizes, dtype and device has built lately.
+
+    A kept table is shared: it must not be changed in place.
+    """
+
+    @lru_cache(maxsize=64)
+    def build_once(*args: Sizes.args, **kwargs: Sizes.kwargs) -> Tensor:
+        # A kept table outlives the inference mode that it may be first needed in.
+        with torch.inference_mode(False):
+            return build(*args, **kwargs)
+
+    @wraps(build)
+    def table(*args: Sizes.args, **kwargs: Sizes.kwargs) -> Tensor:
+        # What is built while a graph is traced belongs to the trace.
+        if torch.compiler.is_compiling():
+            return build(*args, **kwargs)
+        return build_once(*args, **kwargs)  # type: ignore[arg-type]  # sizes do hash
+
+    return table
 
 
 @dataclass(frozen=True)
@@ -97,98 +123,70 @@ def reverse(windows: Tensor, grid: WindowGrid) -> Tensor:
     )
 
 
-def window_mask(grid: WindowGrid, dtype: torch.dtype, device: torch.device) -> Tensor:
+def window_mask(grid: WindowGrid, device: torch.device) -> Tensor:
     """Give what is added to the scores of each window, (windows, 1, queries, keys).
 
     Minus infinity on padded keys, which nothing may attend to; -100, as in the reference code,
     between tokens that are neighbours only because the shift wrapped the map around; 0 elsewhere.
-    The result is cached, and not to be changed.
     """
-    build = _window_mask.__wrapped__ if torch.compiler.is_compiling() else _window_mask
-    return build(grid, dtype, device)
+    regions = window_regions(grid, device)
+    queries, keys = regions[:, None, :, None], regions[:, None, None, :]
+    mask = torch.where(queries == keys, 0.0, ACROSS_REGIONS)
+    if any(grid.padding):
+        mask = mask.masked_fill(keys == PADDING, -math.inf)
+    return mask
 
 
-@lru_cache(maxsize=32)
-def _window_mask(grid: WindowGrid, dtype: torch.dtype, device: torch.device) -> Tensor:
-    def windows_of(token_map: Tensor) -> Tensor:
-        return partition(token_map[None, :, :, None], grid, num_heads=1)[0, :, 0, :, 0]
+@kept
+def window_regions(grid: WindowGrid, device: torch.device) -> Tensor:
+    """Number the stretches of the map that each window holds, (windows, tokens), int64.
 
-    # A cached tensor outlives the inference mode it may be first needed in.
-    with torch.inference_mode(mode=False):
-        rows, columns = (_axis_regions(grid, axis, device) for axis in (0, 1))
-        regions = windows_of(rows[:, None] * 3 + columns)
-        real_rows, real_columns = (_axis_is_real(grid, axis, device) for axis in (0, 1))
-        real = windows_of(real_rows[:, None] & real_columns)
-        mask = torch.zeros(*regions.shape, regions.shape[1], dtype=dtype, device=device)
-        mask.masked_fill_(regions[:, :, None] != regions[:, None, :], ACROSS_REGIONS)
-        mask.masked_fill_(~real[:, None, :], -math.inf)
-        return mask[:, None]
+    Tokens of one window have the same number where they were neighbours before the shift, and
+    PADDING where there is no token.
+    """
+    rows, columns = (_axis_regions(grid, axis, device) for axis in (0, 1))
+    padded = (rows == PADDING)[:, None] | (columns == PADDING)
+    regions = (rows[:, None] * 3 + columns).masked_fill(padded, PADDING)
+    return partition(regions[None, :, :, None], grid, num_heads=1)[0, :, 0, :, 0]
 
 
 def _axis_regions(grid: WindowGrid, axis: int, device: torch.device) -> Tensor:
-    """Number, along one axis of the shifted map, the stretches that were apart before."""
+    """Number the stretches along one axis of the shifted map."""
     window, shift = grid.window[axis], grid.shift[axis]
     length = grid.windows[axis] * window
     positions = torch.arange(length, device=device)
-    if not shift:
-        return torch.zeros_like(positions)
-    return (positions >= length - window).long() + (positions >= length - shift).long()
+    before_shift = (positions + shift) % length
+    regions = (positions >= length - window).long() + (before_shift < shift)
+    return regions.masked_fill(before_shift >= grid.resolution[axis], PADDING)
 
 
-def _axis_is_real(grid: WindowGrid, axis: int, device: torch.device) -> Tensor:
-    """Tell, along one axis of the shifted map, tokens of the image from padding."""
-    length = grid.windows[axis] * grid.window[axis]
-    before_shift = (torch.arange(length, device=device) + grid.shift[axis]) % length
-    return before_shift < grid.resolution[axis]
-
-
+@kept
 def offset_coordinates(
     window: Pair, reference: Pair, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Give log-spaced coordinates of all offsets in a window, ((2h-1)·(2w-1), 2).
 
     Paper, equation 4, in the scale of the reference code: offsets are divided by the largest one
-    of the reference window, times 8, then sign(x)·log2(|x| + 1) / log2(8). The result is cached,
-    and not to be changed.
+    of the reference window, times 8, then sign(x)·log2(|x| + 1) / log2(8).
     """
-    build = (
-        _offset_coordinates.__wrapped__ if torch.compiler.is_compiling() else _offset_coordinates
+    rows, columns = (
+        torch.arange(1 - side, side, device="cpu", dtype=torch.float64)
+        * (8 / max(reference_side - 1, 1))
+        for side, reference_side in zip(window, reference, strict=True)
     )
-    return build(window, reference, dtype, device)
+    offsets = torch.cartesian_prod(rows, columns)
+    return (offsets.sign() * torch.log2(offsets.abs() + 1) / math.log2(8)).to(device, dtype)
 
 
-@lru_cache(maxsize=128)
-def _offset_coordinates(
-    window: Pair, reference: Pair, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    with torch.inference_mode(mode=False):
-        rows, columns = (
-            torch.arange(1 - side, side, device=device, dtype=torch.float64)
-            * (8 / max(reference_side - 1, 1))
-            for side, reference_side in zip(window, reference, strict=True)
-        )
-        offsets = torch.cartesian_prod(rows, columns)
-        return (offsets.sign() * torch.log2(offsets.abs() + 1) / math.log2(8)).to(dtype)
-
-
+@kept
 def offset_index(window: Pair, device: torch.device) -> Tensor:
-    """Give the row of offset_coordinates for each (query, key) of a window, int64.
-
-    The result is cached, and not to be changed.
-    """
-    build = _offset_index.__wrapped__ if torch.compiler.is_compiling() else _offset_index
-    return build(window, device)
-
-
-@lru_cache(maxsize=32)
-def _offset_index(window: Pair, device: torch.device) -> Tensor:
+    """Give the row of offset_coordinates for each (query, key) of a window, int64."""
     height, width = window
-    with torch.inference_mode(mode=False):
-        rows = torch.arange(height, device=device).repeat_interleave(width)
-        columns = torch.arange(width, device=device).repeat(height)
-        row_offsets = rows[:, None] - rows + height - 1
-        column_offsets = columns[:, None] - columns + width - 1
-        return row_offsets * (2 * width - 1) + column_offsets
+    rows = torch.arange(height, device=device).repeat_interleave(width)
+    columns = torch.arange(width, device=device).repeat(height)
+    row_offsets = rows[:, None] - rows + height - 1
+    column_offsets = columns[:, None] - columns + width - 1
+    return row_offsets * (2 * width - 1) + column_offsets
 
 
 def cosine_attention(
@@ -266,7 +264,7 @@ class WindowAttention(nn.Module):
         precise = torch.promote_types(self.logit_scale.dtype, torch.float32)
         scale = self.logit_scale.to(precise).clamp(max=LARGEST_LOGIT_SCALE).exp()[:, None, None]
         bias = self.position_bias(grid.window).to(precise)
-        mask = window_mask(grid, precise, tokens.device) if grid.needs_mask else None
+        mask = window_mask(grid, tokens.device) if grid.needs_mask else None
         mixed = cosine_attention(query, key, value, scale=scale, bias=bias, mask=mask)
 
         output: Tensor = self.projection(unshift_tokens(reverse(mixed, grid), grid))

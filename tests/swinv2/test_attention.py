@@ -20,6 +20,7 @@ from swinv2.attention import (
     unshift_tokens,
     window_grid,
     window_mask,
+    window_regions,
 )
 
 CPU = torch.device("cpu")
@@ -44,7 +45,7 @@ def test_the_mask_lets_every_token_see_its_own_stretch_only(
     rows: int, columns: int, height: int, width: int, shifted: bool
 ) -> None:
     grid = window_grid((rows, columns), (height, width), shifted=shifted)
-    mask = window_mask(grid, torch.float64, CPU)[:, 0]
+    mask = window_mask(grid, CPU)[:, 0]
     numbers = torch.arange(1, rows * columns + 1).reshape(1, rows, columns, 1)
     names = partition(shift_tokens(numbers, grid), grid, num_heads=1)[0, :, 0, :, 0]
     seen = {
@@ -192,3 +193,22 @@ def test_repeated_runs_give_the_same_gradients_bit_for_bit() -> None:
         attention(tokens, grid).square().sum().backward()
         gradients.append([parameter.grad.clone() for parameter in attention.parameters()])
     assert all(torch.equal(first, again) for first, again in zip(*gradients, strict=True))
+
+
+def test_tables_are_built_once_and_again_in_a_trace() -> None:
+    attention = WindowAttention(8, 2, (4, 4)).eval()
+    grid = window_grid((9, 7), (4, 3), shifted=True)
+    tokens = torch.randn(1, 9, 7, 8)
+
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = attention
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.attention(tokens, grid)
+
+    traced = torch.export.export(Fixed(), (tokens,)).module()
+    assert window_regions(grid, CPU) is window_regions(grid, CPU)
+    assert type(window_regions(grid, CPU)) is Tensor
+    torch.testing.assert_close(traced(tokens), attention(tokens, grid))
