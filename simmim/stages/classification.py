@@ -205,6 +205,7 @@ class ClassificationStage:
             pin_memory=torch.cuda.is_available(),
         )
 
+    @torch.no_grad()
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         """Return top-1 and top-5 in percent and the mean cross entropy on held-out images.
 

@@ -1,0 +1,221 @@
+"""Export: a run's or a directory's encoder, as an encoder directory or for transformers."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from simmim.engine.checkpoint import complete_checkpoints, load_state
+from simmim.engine.run import RunFolder
+from simmim.recipe import RecipeError, load, read_values, recipe_hash
+from simmim.stages.classification import ClassificationRecipe, starting_point
+from simmim.stages.pretrain import load_pretrained
+from swinv2 import SwinV2
+from swinv2.bridges.transformers import MASKED_IMAGE_FOLDER, MaskedImageHead, export_transformers
+from swinv2.weights import (
+    Provenance,
+    load_encoder,
+    load_strictly,
+    read_encoder_config,
+    read_tensors,
+    save_encoder,
+)
+
+Format = Literal["native", "transformers"]
+
+FORMATS: tuple[Format, ...] = ("native", "transformers")
+
+ENCODER_PREFIX = "model.encoder."
+"""What precedes the encoder's names in a checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exportable:
+    """An encoder with all that an export of it says."""
+
+    encoder: SwinV2
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    provenance: Provenance
+    head: MaskedImageHead | None
+    """Mask token and decoder, from a pretraining run."""
+    origin: str
+    """Where the weights come from, for a person."""
+
+
+def export(source: Path, destination: Path, form: Format) -> list[str]:
+    """Write the encoder of `source` as the folder `destination`.
+
+    Args:
+        source: a run folder, of which the last complete checkpoint is taken (or, without one, the
+            encoder directory in it); or an encoder directory.
+        destination: a new or empty folder, or an earlier export of the same format.
+        form: `native` is the encoder directory; `transformers` is folders for its model classes.
+
+    Returns:
+        Lines to print: what was written, and how far it is from the source after loading it.
+
+    Raises:
+        ValueError: there is no such source, the destination is occupied, or transformers has no
+            such model.
+    """
+    found = read_source(source)
+    lines = [f"Exported the encoder of {found.origin} as {destination}"]
+    match form:
+        case "native":
+            save_encoder(
+                found.encoder,
+                destination,
+                mean=found.mean,
+                std=found.std,
+                provenance=found.provenance,
+            )
+            lines += _native_report(found.encoder, destination)
+        case "transformers":
+            export_transformers(
+                found.encoder, destination, mean=found.mean, std=found.std, head=found.head
+            )
+            lines += _transformers_report(found, destination)
+    return lines
+
+
+def read_source(source: Path) -> Exportable:
+    """Load the encoder of a run folder or an encoder directory, on the CPU.
+
+    Raises:
+        ValueError: `source` is neither, or cannot be read.
+    """
+    run = RunFolder(path=source)
+    if run.recipe.is_file():
+        return _read_run(run)
+    if (source / "config.json").is_file():
+        return _read_directory(source, str(source))
+    state = "does not exist" if not source.exists() else "is neither"
+    raise ValueError(
+        f"{source} {state}: give a run folder (with recipe.yaml and checkpoints/) or an encoder "
+        "directory (with config.json and model.safetensors)."
+    )
+
+
+def _read_directory(path: Path, origin: str) -> Exportable:
+    description = read_encoder_config(path)
+    return Exportable(
+        encoder=load_encoder(path),
+        mean=description.mean,
+        std=description.std,
+        provenance=description.provenance,
+        head=None,
+        origin=origin,
+    )
+
+
+def _read_run(run: RunFolder) -> Exportable:
+    checkpoints = complete_checkpoints(run.checkpoints)
+    if not checkpoints:
+        if run.encoder.is_dir():
+            return _read_directory(run.encoder, str(run.encoder))
+        raise ValueError(
+            f"{run.path} holds no complete checkpoint and no encoder yet: train it further first."
+        )
+    match read_values(run.recipe).get("task"):
+        case "pretrain":
+            return _read_pretraining(run, checkpoints[-1])
+        case "classification":
+            return _read_classification(run, checkpoints[-1])
+        case other:
+            raise RecipeError(f"{run.recipe} is of task {other!r}, which has no encoder to export.")
+
+
+def _read_pretraining(run: RunFolder, checkpoint: Path) -> Exportable:
+    pretrained = load_pretrained(run, str(checkpoint))
+    model, recipe = pretrained.model, pretrained.recipe
+    projection = model.decoder.projection
+    assert projection.bias is not None
+    return Exportable(
+        encoder=model.encoder,
+        mean=recipe.data.mean,
+        std=recipe.data.std,
+        provenance=_provenance(checkpoint, recipe_hash(recipe)),
+        head=MaskedImageHead(
+            mask_token=model.mask_token.detach(),
+            weight=projection.weight.detach(),
+            bias=projection.bias.detach(),
+        ),
+        origin=str(checkpoint),
+    )
+
+
+def _read_classification(run: RunFolder, checkpoint: Path) -> Exportable:
+    recipe = load(ClassificationRecipe, run.recipe)
+    provenance = _provenance(checkpoint, recipe_hash(recipe))
+    if run.encoder.is_dir():
+        # A finished run needs the directory that it started from no more.
+        ended = _read_directory(run.encoder, str(run.encoder))
+        if ended.provenance.step == provenance.step:
+            return ended
+    start = starting_point(recipe)
+    file = checkpoint / "model.safetensors"
+    tensors = {
+        name.removeprefix(ENCODER_PREFIX): tensor
+        for name, tensor in read_tensors(file).items()
+        if name.startswith(ENCODER_PREFIX)
+    }
+    load_strictly(start.encoder, tensors, str(file))
+    return Exportable(
+        encoder=start.encoder.eval(),
+        mean=start.mean,
+        std=start.std,
+        provenance=provenance,
+        head=None,
+        origin=str(checkpoint),
+    )
+
+
+def _provenance(checkpoint: Path, recipe: str) -> Provenance:
+    state = load_state(checkpoint)
+    return Provenance(step=state.step, samples_seen=state.cursor, recipe_hash=recipe)
+
+
+def _native_report(encoder: SwinV2, destination: Path) -> list[str]:
+    images = _trial_images(encoder)
+    with torch.no_grad():
+        difference = _largest_difference(encoder(images), load_encoder(destination)(images))
+    return [
+        f"  load it with swinv2.load_encoder({str(destination)!r})",
+        f"  largest difference of its features after loading: {difference:.1e}",
+    ]
+
+
+def _transformers_report(found: Exportable, destination: Path) -> list[str]:
+    folders = [
+        f"  {destination}: Swinv2Model",
+        f"  {destination / 'backbone'}: Swinv2Backbone",
+    ]
+    if found.head is not None:
+        folders.append(f"  {destination / MASKED_IMAGE_FOLDER}: Swinv2ForMaskedImageModeling")
+    if find_spec("transformers") is None:
+        return [
+            *folders,
+            "  not compared: transformers is not installed (pip install 'simmim[export]')",
+        ]
+    from transformers import Swinv2Model  # noqa: PLC0415 - an optional part
+
+    peer = Swinv2Model.from_pretrained(destination).eval()
+    images = _trial_images(found.encoder)
+    with torch.no_grad():
+        theirs = peer(images).last_hidden_state
+        ours = found.encoder(images).flatten(1, 2)
+    difference = _largest_difference(ours, theirs)
+    return [*folders, f"  largest difference of Swinv2Model's features to ours: {difference:.1e}"]
+
+
+def _trial_images(encoder: SwinV2) -> Tensor:
+    shape = (1, encoder.config.in_channels, *encoder.config.image_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _largest_difference(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max())

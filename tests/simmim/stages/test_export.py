@@ -1,0 +1,152 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from simmim.engine.loop import build_accelerator, train
+from simmim.engine.run import RunFolder
+from simmim.recipe import parse
+from simmim.stages.classification import ClassificationRecipe, ClassificationStage
+from simmim.stages.export import export, read_source
+from simmim.stages.pretrain import PretrainRecipe, PretrainStage
+from swinv2.weights import load_encoder, read_encoder_config
+
+
+@pytest.fixture
+def pretrained(pretrain_values: dict[str, Any], tmp_path: Path) -> tuple[Path, PretrainStage]:
+    """A finished pretraining run and the stage that made it."""
+    stage = PretrainStage(parse(PretrainRecipe, pretrain_values, "test"))
+    train(stage, RunFolder(path=tmp_path / "run"), build_accelerator("fp32"), None)
+    stage.module.eval()
+    return tmp_path / "run", stage
+
+
+@pytest.fixture
+def classified(
+    classification_values: dict[str, Any], encoder_directory: Path, tmp_path: Path
+) -> tuple[Path, ClassificationStage]:
+    """A finished fine-tuning run on an encoder directory, and the stage that made it."""
+    values = classification_values | {"init": str(encoder_directory)}
+    stage = ClassificationStage(parse(ClassificationRecipe, values, "test"))
+    train(stage, RunFolder(path=tmp_path / "tuned"), build_accelerator("fp32"), None)
+    return tmp_path / "tuned", stage
+
+
+def assert_same_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    first, second = one.state_dict(), other.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_native_export_of_a_run_is_its_trained_encoder(
+    pretrained: tuple[Path, PretrainStage], tmp_path: Path
+) -> None:
+    run, stage = pretrained
+    lines = export(run, tmp_path / "out", "native")
+    assert_same_weights(load_encoder(tmp_path / "out"), stage.model.encoder)
+    assert "step-00000012" in lines[0]
+    assert lines[-1].endswith("0.0e+00")
+    ours, handed_on = read_encoder_config(tmp_path / "out"), read_encoder_config(run / "encoder")
+    assert ours == handed_on
+
+
+def test_native_export_of_a_run_that_has_not_ended(
+    pretrained: tuple[Path, PretrainStage], tmp_path: Path
+) -> None:
+    run, _ = pretrained
+    (run / "checkpoints" / "step-00000012" / "complete").unlink()
+    (run / "encoder").rename(tmp_path / "ended")
+    export(run, tmp_path / "out", "native")
+    provenance = read_encoder_config(tmp_path / "out").provenance
+    assert (provenance.step, provenance.samples_seen) == (8, 64)
+
+
+def test_a_run_without_checkpoints_gives_its_encoder_directory(
+    pretrained: tuple[Path, PretrainStage],
+) -> None:
+    run, stage = pretrained
+    (run / "checkpoints").rename(run / "gone")
+    found = read_source(run)
+    assert found.head is None
+    assert_same_weights(found.encoder, stage.model.encoder)
+
+
+def test_native_export_of_a_directory_keeps_what_it_says(
+    encoder_directory: Path, tmp_path: Path
+) -> None:
+    export(encoder_directory, tmp_path / "out", "native")
+    assert read_encoder_config(tmp_path / "out") == read_encoder_config(encoder_directory)
+    assert_same_weights(load_encoder(tmp_path / "out"), load_encoder(encoder_directory))
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_native_export_of_a_fine_tuned_encoder(
+    classified: tuple[Path, ClassificationStage], tmp_path: Path, ended: bool
+) -> None:
+    run, stage = classified
+    if ended:
+        (tmp_path / "encoder").rename(tmp_path / "the start is gone")
+    else:
+        (run / "encoder").rename(tmp_path / "not yet written")
+    export(run, tmp_path / "out", "native")
+    assert_same_weights(load_encoder(tmp_path / "out"), stage.model.encoder)
+    description = read_encoder_config(tmp_path / "out")
+    assert description.mean == (0.4, 0.5, 0.6)
+    assert description.config.pretrained_window_sizes == ((4, 4), (4, 4))
+    assert description.provenance.step == 8
+
+
+@pytest.mark.peer
+def test_transformers_loads_a_run_with_its_decoder(
+    pretrained: tuple[Path, PretrainStage], tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    run, stage = pretrained
+    lines = export(run, tmp_path / "out", "transformers")
+    assert float(lines[-1].split()[-1]) < 1e-4
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    hidden = torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(1)) < 0.6
+    peer, report = transformers.Swinv2ForMaskedImageModeling.from_pretrained(
+        tmp_path / "out" / "masked-image-modeling", output_loading_info=True
+    )
+    assert not any(report.values())
+    tokens = hidden.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)
+    with torch.no_grad():
+        theirs = peer.eval()(images, bool_masked_pos=tokens)
+        ours = stage.model(images, hidden)
+    torch.testing.assert_close(ours.reconstruction, theirs.reconstruction, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.peer
+def test_transformers_export_of_a_directory_has_no_decoder(
+    encoder_directory: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    lines = export(encoder_directory, tmp_path / "out", "transformers")
+    assert not any("MaskedImage" in line for line in lines)
+    assert not (tmp_path / "out" / "masked-image-modeling").exists()
+
+
+def test_sources_that_are_none_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        export(tmp_path / "nowhere", tmp_path / "out", "native")
+    with pytest.raises(ValueError, match="is neither"):
+        export(tmp_path, tmp_path / "out", "native")
+    (tmp_path / "recipe.yaml").write_text("task: pretrain\n")
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        export(tmp_path, tmp_path / "out", "native")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["native", "transformers"])
+def test_an_occupied_destination_is_left_alone(
+    encoder_directory: Path, tmp_path: Path, form: Any
+) -> None:
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="occupied"):
+        export(encoder_directory, occupied, form)
+    assert [path.name for path in occupied.iterdir()] == ["thesis.txt"]
