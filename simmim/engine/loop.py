@@ -70,10 +70,9 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give either epochs or steps, the length of training.")
-        for name in (
-            "batch_size epochs steps accumulation clip_norm log_every checkpoint_every "
-            "keep_last validate_every look_every"
-        ).split():
+        positive = ("batch_size", "epochs", "steps", "accumulation", "clip_norm", "keep_last")
+        intervals = ("log_every", "checkpoint_every", "validate_every", "look_every")
+        for name in positive + intervals:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}; it must be above 0.")
@@ -89,14 +88,21 @@ class TrainingSettings:
 class Stage(Protocol):
     """What a job brings to the training loop."""
 
-    recipe: Any
-    """The recipe, with a `training: TrainingSettings`."""
-    module: nn.Module
-    """Takes a Batch on its device and returns the mean loss over it, a scalar."""
-    depths: tuple[int, ...]
-    """Blocks of each encoder stage, for layer-wise learning rates."""
-    samples_per_epoch: int
-    """Samples that the data order visits in one epoch."""
+    @property
+    def recipe(self) -> Any:
+        """The recipe, with a `training: TrainingSettings`."""
+
+    @property
+    def module(self) -> nn.Module:
+        """Takes a Batch on its device and returns the mean loss over it, a scalar."""
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Blocks of each encoder stage, for layer-wise learning rates."""
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples that the data order visits in one epoch."""
 
     def batches(self, *, rank: int, world: int, start: int, end: int) -> Iterable[Batch]:
         """Yield this rank's micro-batches, from `start` to `end` samples of the global stream."""
@@ -122,7 +128,7 @@ class TrainingResult:
     """The last validation."""
 
 
-class Diverged(ValueError):
+class DivergedError(ValueError):
     """The loss is no longer a number."""
 
 
@@ -174,7 +180,7 @@ def train(
         resume: None to start anew, `auto`, or the path of a checkpoint.
 
     Raises:
-        Diverged: the loss is not finite; the last checkpoint is from before.
+        DivergedError: the loss is not finite; the last checkpoint is from before.
     """
     trainer = _Trainer(stage, run, accelerator)
     if resume is not None:
@@ -285,13 +291,13 @@ class _Trainer:
         """Return the losses of the steps since the last log, each the mean over ranks.
 
         Raises:
-            Diverged: one is not finite.
+            DivergedError: one is not finite.
         """
         if not self.losses:
             return torch.zeros(0)
         losses: Tensor = self.accelerator.reduce(torch.stack(self.losses), "mean").cpu()
         if not losses.isfinite().all():
-            raise Diverged(
+            raise DivergedError(
                 f"the loss is not finite at step {self.step}; nothing was saved since the last "
                 f"checkpoint in {self.run.checkpoints}. Lower training.optimizer.lr or "
                 "training.clip_norm, or lengthen the warm-up, and go on from there."

@@ -236,6 +236,7 @@ class PretrainStage:
             mean=self.recipe.data.mean,
             std=self.recipe.data.std,
             path=run.reconstructions / f"step-{step:08d}.png",
+            norm_target=self.recipe.loss.norm_target,
         )
 
     def hand_on(self, run: RunFolder, step: int, samples: int) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 import data_prep.cli
@@ -30,6 +31,12 @@ def draw(folder: Path, count: int) -> None:
         pixels[inside] += random.integers(100, 190, 3, dtype=np.uint8)
         (folder / name).mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(folder / name / f"{number:04d}.png")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> None:
+    """Let each test choose its precision: accelerate keeps the first for the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

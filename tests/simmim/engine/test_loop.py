@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from simmim.engine.checkpoint import complete_checkpoints
-from simmim.engine.loop import Diverged, TrainingResult, TrainingSettings, build_accelerator, train
+from simmim.engine.loop import DivergedError, TrainingResult, TrainingSettings, build_accelerator, train
 from simmim.engine.optimizer import OptimizerSettings
 from simmim.engine.run import RunFolder
 from simmim.recipe import parse
@@ -40,7 +40,14 @@ def assert_same_weights(one: Path, other: Path) -> None:
 def test_training_learns_and_fills_its_run_folder(
     pretrain_values: dict[str, Any], tmp_path: Path
 ) -> None:
-    result = run_training(pretrain_values, tmp_path, steps=60, validate_every=60, look_every=60)
+    result = run_training(
+        pretrain_values,
+        tmp_path,
+        steps=60,
+        validate_every=60,
+        look_every=60,
+        optimizer={"lr": 4e-3},
+    )
     assert result.step == 60
     assert not result.stopped
     logged = losses(tmp_path)
@@ -134,7 +141,7 @@ def test_bfloat16_trains(pretrain_values: dict[str, Any], tmp_path: Path) -> Non
 def test_a_loss_that_is_no_number_ends_training_before_it_is_saved(
     pretrain_values: dict[str, Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(Diverged, match="Lower"):
+    with pytest.raises(DivergedError, match="Lower"):
         run_training(pretrain_values, tmp_path, clip_norm=None, optimizer={"lr": 1e30}, steps=40)
     for path in complete_checkpoints(tmp_path / "checkpoints"):
         tensors = load_file(path / "model.safetensors")

@@ -1,0 +1,168 @@
+"""The command line: `simmim quickstart|pretrain|finetune|probe|export`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+
+from simmim.quickstart import DEFAULT_FOLDER, quickstart
+from simmim.recipe import describe, load
+from simmim.stages.classification import ClassificationRecipe, ClassificationStage
+from simmim.stages.export import FORMATS, export
+from simmim.stages.launch import STOPPED, launch, run_folder
+from simmim.stages.pretrain import PretrainRecipe, PretrainStage
+from simmim.stages.probe import ProbeRecipe, compare, table
+
+BAD_INPUT = 2
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def run() -> None:
+    """Run the command of this process and exit: 0, 2 on bad input, 75 when stopped on request."""
+    sys.exit(main())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command in `argv` and return its exit code."""
+    parser = build_parser()
+    arguments, overrides = parser.parse_known_args(argv)
+    if overrides and not arguments.takes_overrides:
+        parser.error(f"not understood: {' '.join(overrides)}")
+    try:
+        code: int = arguments.handler(arguments, overrides)
+    except (ValueError, OSError) as error:
+        print(f"simmim {arguments.command}: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"simmim {arguments.command}: interrupted", file=sys.stderr)
+        return 128 + 2
+    return code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands."""
+    parser = argparse.ArgumentParser(prog="simmim", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_quickstart(commands)
+    add_training(commands, "pretrain", "pretrain an encoder on unlabelled shards", PretrainRecipe)
+    add_training(commands, "finetune", "train a classifier on an encoder", ClassificationRecipe)
+    add_probe(commands)
+    add_export(commands)
+    return parser
+
+
+def add_quickstart(commands: Commands) -> None:
+    """Add `simmim quickstart`."""
+    command = commands.add_parser(
+        "quickstart",
+        help="run the whole pipeline on a small set, in minutes",
+        description="Images → shards → pretraining → encoder → comparison with a random encoder.",
+        allow_abbrev=False,
+    )
+    command.add_argument(
+        "--images", type=Path, help="folder, zip or tar of images (default: draw some)"
+    )
+    command.add_argument(
+        "--folder", type=Path, default=DEFAULT_FOLDER, help="where to write (default: %(default)s)"
+    )
+    command.set_defaults(handler=run_quickstart, takes_overrides=False)
+
+
+def run_quickstart(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Run `simmim quickstart`."""
+    del overrides
+    outcome = quickstart(arguments.images, arguments.folder)
+    print(outcome.text)
+    return STOPPED if outcome.stopped else 0
+
+
+def add_training(commands: Commands, name: str, summary: str, recipe_type: type) -> None:
+    """Add a command that trains from a recipe."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary.capitalize()}. Any field of the recipe is replaced by --KEY VALUE.",
+        epilog=f"fields of the recipe:\n{describe(recipe_type)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_argument("--config", required=True, type=Path, help="the recipe, a YAML file")
+    command.add_argument("--run", help="run folder (default: runs/ and the recipe's name)")
+    command.add_argument(
+        "--resume", metavar="auto|PATH", help="go on from the last complete checkpoint, or from one"
+    )
+    command.add_argument(
+        "--allow-recipe-changes",
+        action="store_true",
+        help="resume although the recipe differs from the one the run was started with",
+    )
+    command.set_defaults(handler=run_training, takes_overrides=True)
+
+
+def run_training(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Run `simmim pretrain` or `simmim finetune`."""
+    folder = run_folder(arguments.run, arguments.config)
+    resume, changes = arguments.resume, arguments.allow_recipe_changes
+    if arguments.command == "pretrain":
+        recipe = load(PretrainRecipe, arguments.config, overrides)
+        result = launch(PretrainStage, recipe, run=folder, resume=resume, allow_changes=changes)
+    else:
+        labelled = load(ClassificationRecipe, arguments.config, overrides)
+        result = launch(
+            ClassificationStage, labelled, run=folder, resume=resume, allow_changes=changes
+        )
+    return STOPPED if result.stopped else 0
+
+
+def add_probe(commands: Commands) -> None:
+    """Add `simmim probe`."""
+    command = commands.add_parser(
+        "probe",
+        help="compare frozen features, pretrained and random, by kNN and a linear classifier",
+        description="Train nothing but a classifier on frozen features, and print its accuracy. "
+        "Any field of the recipe is replaced by --KEY VALUE.",
+        epilog=f"fields of the recipe:\n{describe(ProbeRecipe)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_argument("--config", required=True, type=Path, help="the recipe, a YAML file")
+    command.set_defaults(handler=run_probe, takes_overrides=True)
+
+
+def run_probe(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Run `simmim probe`."""
+    recipe = load(ProbeRecipe, arguments.config, overrides)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    print(table(compare(recipe, device or "cpu")))
+    return 0
+
+
+def add_export(commands: Commands) -> None:
+    """Add `simmim export`."""
+    command = commands.add_parser(
+        "export",
+        help="write a run's encoder for others to load",
+        description="Write the encoder of a run's last checkpoint, or of an encoder directory.",
+        allow_abbrev=False,
+    )
+    command.add_argument("source", metavar="RUN", type=Path, help="run folder or encoder directory")
+    command.add_argument("destination", metavar="DST", type=Path, help="folder to write")
+    command.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="native",
+        help="native is an encoder directory, transformers what that library loads "
+        "(default: %(default)s)",
+    )
+    command.set_defaults(handler=run_export, takes_overrides=False)
+
+
+def run_export(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Run `simmim export`."""
+    del overrides
+    print("\n".join(export(arguments.source, arguments.destination, arguments.format)))
+    return 0

@@ -1,0 +1,144 @@
+"""The whole pipeline on one machine in minutes: images → shards → pretraining → encoder → probe."""
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.manifest import read_manifest
+from simmim.data.procedural import draw_images
+from simmim.engine.run import RunFolder
+from simmim.recipe import parse
+from simmim.stages.launch import launch
+from simmim.stages.pretrain import PretrainRecipe, PretrainStage
+from simmim.stages.probe import ProbeRecipe, compare, table
+
+DEFAULT_FOLDER = Path("runs/quickstart")
+NUM_IMAGES = 4096
+IMAGE_SIZE = 64
+SAMPLES_PER_SHARD = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a quickstart ended."""
+
+    text: str
+    """What to print."""
+    stopped: bool
+    """A signal ended it early."""
+
+
+def quickstart(images: Path | None, folder: Path) -> Outcome:
+    """Run the pipeline in `folder`; the same call goes on where an earlier one was stopped.
+
+    Args:
+        images: a folder, zip or tar of images; None draws labelled procedural ones.
+        folder: where images, shards and the run are written.
+
+    Raises:
+        ValueError: the images cannot be used, or the folder holds another run.
+    """
+    began = time.perf_counter()
+    if images is None:
+        say(f"1/4 drawing {NUM_IMAGES} images of shapes, textures and backgrounds")
+        images = folder / "images"
+        draw_images(images, count=NUM_IMAGES, size=IMAGE_SIZE, seed=0)
+    else:
+        say(f"1/4 taking the images of {images}")
+    say("2/4 writing shards")
+    shards = folder / "shards"
+    make_shards(images, shards)
+    say("3/4 pretraining a small SwinV2")
+    run = RunFolder(path=folder / "run")
+    recipe = quickstart_recipe(shards)
+    result = launch(PretrainStage, recipe, run=run, resume="auto", allow_changes=False)
+    if result.stopped:
+        return Outcome(text="Go on with the same command.", stopped=True)
+    say("4/4 looking at what it learnt")
+    return Outcome(text=summarise(run, shards, began), stopped=False)
+
+
+def say(text: str) -> None:
+    """Print one line on what happens now."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def make_shards(images: Path, shards: Path) -> None:
+    """Write shards with data-prep, in a process of its own.
+
+    Raises:
+        ValueError: it failed; it has said why.
+    """
+    command = ["shard", str(images), str(shards), "--samples-per-shard", str(SAMPLES_PER_SHARD)]
+    done = subprocess.run([sys.executable, "-m", "data_prep", *command], check=False)
+    if done.returncode:
+        raise ValueError(f"no shards could be made of {images}; the reason stands above.")
+
+
+def quickstart_recipe(shards: Path) -> PretrainRecipe:
+    """Return the embedded recipe, sized for two CPU cores and fitted to a small set.
+
+    Raises:
+        ValueError: there are too few images to learn from and hold some out.
+    """
+    manifest = read_manifest(shards)
+    if len(manifest.shards) < 2:
+        raise ValueError(
+            f"{manifest.samples} images are too few: the quickstart wants more than "
+            f"{SAMPLES_PER_SHARD}, to train on some and hold others out."
+        )
+    return parse(
+        PretrainRecipe,
+        {
+            "task": "pretrain",
+            "encoder": {
+                "variant": "tiny",
+                "window_size": 8,
+                "embed_dim": 64,
+                "depths": [2, 2, 4],
+                "num_heads": [2, 4, 8],
+            },
+            "data": {"shards": str(shards), "image_size": IMAGE_SIZE, "workers": 1, "slots": 16},
+            "mask": {"cell": 8, "ratio": 0.6},
+            "training": {
+                "batch_size": 64,
+                "steps": 500,
+                "log_every": 10,
+                "checkpoint_every": 100,
+                "validate_every": 250,
+                "look_every": 250,
+                "optimizer": {"lr": 2e-3},
+                "schedule": {"warmup_steps": 50, "warmup_lr": 2e-5, "min_lr": 2e-5},
+            },
+        },
+        "the quickstart's recipe",
+    )
+
+
+def summarise(run: RunFolder, shards: Path, began: float) -> str:
+    """Return what the run reached and where everything is."""
+    validated = [line for line in run.read_metrics() if "validation_loss" in line][-1]
+    lines = [
+        "",
+        f"L1 on hidden pixels, held-out images:   {validated['validation_loss']:.3f}",
+        f"the same, answering with the mean colour: {validated['mean_color_loss']:.3f}",
+    ]
+    if len(read_manifest(shards).classes) >= 2:
+        values = {"encoder": str(run.encoder), "data": {"shards": str(shards), "workers": 1}}
+        lines += ["", table(compare(parse(ProbeRecipe, values, "the quickstart's probe")))]
+    else:
+        lines += ["", "No classes (a folder for each) in these images, so nothing to probe with."]
+    lines += [
+        "",
+        f"Pictures  {run.reconstructions}",
+        f"Encoder   {run.encoder}",
+        f"Recipe    {run.recipe}",
+        f"Shards    {shards}",
+        "",
+        "Next: simmim export, finetune and probe take the encoder; jobs/ has recipes for more.",
+        f"That took {(time.perf_counter() - began) / 60:.1f} minutes.",
+    ]
+    return "\n".join(lines)
