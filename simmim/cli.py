@@ -91,7 +91,7 @@ def add_training(commands: Commands, name: str, summary: str, recipe_type: type)
         allow_abbrev=False,
     )
     command.add_argument("--config", required=True, type=Path, help="the recipe, a YAML file")
-    command.add_argument("--run", help="run folder (default: runs/ and the recipe's name)")
+    command.add_argument("--folder", help="run folder (default: runs/ and the recipe's name)")
     command.add_argument(
         "--resume", metavar="auto|PATH", help="go on from the last complete checkpoint, or from one"
     )
@@ -105,7 +105,7 @@ def add_training(commands: Commands, name: str, summary: str, recipe_type: type)
 
 def run_training(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run `simmim pretrain` or `simmim finetune`."""
-    folder = run_folder(arguments.run, arguments.config)
+    folder = run_folder(arguments.folder, arguments.config)
     resume, changes = arguments.resume, arguments.allow_recipe_changes
     if arguments.command == "pretrain":
         recipe = load(PretrainRecipe, arguments.config, overrides)

@@ -66,7 +66,7 @@ class RunFolder:
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise ValueError(
                     f"run folder {self.path} is not empty. Continue that run with --resume auto, "
-                    "or choose another folder with --run."
+                    "or choose another with --folder."
                 )
             return
         if not self.recipe.is_file() or allow_changes:

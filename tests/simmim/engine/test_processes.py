@@ -68,7 +68,7 @@ def assert_same_ending(one: Path, other: Path) -> None:
 
 
 def arguments(config: Path, run: Path, *more: str) -> list[str]:
-    return [*PRETRAIN, "--config", str(config), "--run", str(run), *more]
+    return [*PRETRAIN, "--config", str(config), "--folder", str(run), *more]
 
 
 def test_one_and_two_processes_train_alike(pretrain_config: Path, tmp_path: Path) -> None:
