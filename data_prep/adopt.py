@@ -94,12 +94,19 @@ def _find_tars(folder: Path, overwrite: bool) -> list[Path]:
     if (folder / MANIFEST_NAME).exists():
         if not overwrite:
             raise ManifestError(f"{folder} has a {MANIFEST_NAME}; --overwrite makes it anew.")
-        if "source" in read_manifest(folder).options:
+        if _has_source(folder):
             raise ManifestError(
                 f"{folder} was written by `data-prep shard` and has its indexes and class names. "
                 f"To lose those, remove its {MANIFEST_NAME} first."
             )
     return paths
+
+
+def _has_source(folder: Path) -> bool:
+    try:
+        return "source" in read_manifest(folder).options
+    except ManifestError:
+        return False  # damaged, so there is nothing in it to keep
 
 
 def _index_aside(path: Path, tick: Tick) -> _Found:

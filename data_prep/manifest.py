@@ -150,10 +150,11 @@ def read_index(folder: str | os.PathLike[str], shard: ShardEntry) -> ShardIndex:
     _check_length(Path(folder) / shard.name, shard)
     try:
         # A memory map, for the length of the file is then checked before any memory is taken.
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        rows = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise ManifestError(f"index {path} is missing. {_REMEDY}") from None
-    except (OSError, ValueError, EOFError) as error:
+    # NumPy raises nearly any type when a header is hostile.
+    except Exception as error:
         raise ManifestError(f"index {path} cannot be read ({error}). {_REMEDY}") from None
     expected = _row_type(1).names
     if not isinstance(rows, np.ndarray) or rows.ndim != 1 or rows.dtype.names != expected:

@@ -117,16 +117,15 @@ def _write_tar(path: Path, task: ShardTask, tick: Tick) -> list[Rejection]:
 
     rejected: list[Rejection] = []
     with closing(open_source(task.source)) as source, path.open("wb") as stream:
-        writer = TarWriter(stream, user="", group="", mtime=0, encoder=False)
-        for position, file in enumerate(task.plan.files, start=task.plan.first):
-            try:
-                image = _read_image(source, file, task.options)
-            except (RejectedImageError, UnreadableFileError) as error:
-                rejected.append(Rejection(path=file.path, reason=str(error)))
-            else:
-                writer.write(_sample(f"{position:09d}", file, image, task))
-            tick(1)
-        writer.close()
+        with TarWriter(stream, user="", group="", mtime=0, encoder=False) as writer:
+            for position, file in enumerate(task.plan.files, start=task.plan.first):
+                try:
+                    image = _read_image(source, file, task.options)
+                except (RejectedImageError, UnreadableFileError) as error:
+                    rejected.append(Rejection(path=file.path, reason=str(error)))
+                else:
+                    writer.write(_sample(f"{position:09d}", file, image, task))
+                tick(1)
         stream.flush()
         os.fsync(stream.fileno())
     return rejected

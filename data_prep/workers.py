@@ -80,10 +80,7 @@ def _share_out(
                 kind, value = connection.recv()
             except (EOFError, ConnectionResetError):
                 pool[connection].join()
-                raise WorkerError(
-                    f"a worker died (exit code {pool[connection].exitcode}), perhaps for want of "
-                    "memory. Run the same command again with fewer --workers."
-                ) from None
+                raise WorkerError(_describe_death(pool[connection].exitcode)) from None
             if kind == "ticks":
                 tick(value)
             elif kind == "error":
@@ -92,6 +89,15 @@ def _share_out(
                 yield value
                 if not _send_next(connection, tasks):
                     busy.remove(connection)
+
+
+def _describe_death(exit_code: int | None) -> str:
+    if exit_code == -signal.SIGKILL:
+        return (
+            "a worker was killed, perhaps for want of memory. Run the same command again with "
+            "fewer --workers."
+        )
+    return f"a worker died with exit code {exit_code}; what it wrote is above."
 
 
 def _send_next(connection: Connection, tasks: Iterator[Any]) -> bool:

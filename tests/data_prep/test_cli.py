@@ -1,0 +1,198 @@
+"""The command: exit codes, one message for a mistake, and interrupts that leave nothing half."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from data_prep.cli import main
+from data_prep.manifest import read_manifest
+
+_DATA = Path(__file__).parents[2].parent / "shared" / "data"
+
+
+def test_shard_info_and_verify(
+    image_zip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tmp_path / "out")
+    assert main(["shard", str(image_zip), folder, "--workers", "1"]) == 0
+    output = capsys.readouterr()
+    assert "accepted 24 + rejected 0 = 24 found" in output.out
+    assert output.err == ""
+    assert main(["verify", folder, "--workers", "1"]) == 0
+    assert "24 samples in 8 shards: checksums, indexes and images are right" in (
+        capsys.readouterr().out
+    )
+    assert main(["info", folder]) == 0
+    assert "samples     24" in capsys.readouterr().out
+    (tmp_path / "out" / "manifest.json").unlink()
+    assert main(["index", folder, "--workers", "1"]) == 0
+    assert "24 samples in 8 shards, classes: 3" in capsys.readouterr().out
+
+
+def _bad_sources(folder: Path, whole: bytes) -> dict[str, tuple[Path, str]]:
+    for name in ("empty", "text", "cut", "other"):
+        (folder / name).mkdir()
+    (folder / "text" / "a.jpg").write_text("not an image")
+    (folder / "cut" / "a.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "other" / "a.txt").write_text("text")
+    (folder / "broken.zip").write_bytes(b"PK\x03\x04 and nothing else")
+    return {
+        "empty": (folder / "empty", "is empty"),
+        "text": (folder / "text", "a.jpg: it is not an image of a known format"),
+        "cut": (folder / "cut", "a.jpg: it does not decode"),
+        "other": (folder / "other", "holds no images"),
+        "missing": (folder / "missing", "does not exist"),
+        "broken": (folder / "broken.zip", "neither a folder, a zip nor a tar"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "cut", "other", "missing", "broken"])
+def test_bad_input_gives_one_message_and_leaves_nothing(
+    kind: str,
+    tmp_path: Path,
+    draw_image: Callable[..., bytes],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source, message = _bad_sources(tmp_path, draw_image(0))[kind]
+    assert main(["shard", str(source), str(tmp_path / "new" / "out")]) == 2
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.err.startswith("data-prep: ")
+    assert "Traceback" not in output.err
+    assert not (tmp_path / "new").exists()
+
+
+def test_mistakes_in_other_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("info", "verify", "index"):
+        assert main([command, str(tmp_path / "nowhere")]) == 2
+        assert "nowhere" in capsys.readouterr().err
+    for arguments in (["shard", "a", "b", "--workers", "0"], ["shard", "a"], [], ["reed"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+    capsys.readouterr()
+
+
+def test_a_folder_that_cannot_be_made(image_zip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["shard", str(image_zip), "/proc/nothing/out"]) == 2
+    assert re.search(r"cannot go on .*/proc/nothing", capsys.readouterr().err)
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["shard", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for option in ("samples-per-shard", "include", "exclude", "seed", "workers", "overwrite"):
+        assert f"--{option}" in text
+
+
+@contextmanager
+def _running(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Run the command in a session of its own, which does not outlive the block."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "data_prep", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=Path(__file__).parents[2],
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):  # all of it may have ended by itself
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+
+
+def _wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.communicate(timeout=60)
+        assert time.monotonic() < deadline, "nothing happened for a minute"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def many_images(tmp_path: Path, draw_image: Callable[..., bytes]) -> Path:
+    """240 images that take a second or two to check."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    data = draw_image(0, size=300, image_format="PNG")
+    first = folder / "0.png"
+    first.write_bytes(data)
+    for number in range(1, 240):
+        (folder / f"{number}.png").hardlink_to(first)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("sent", "to_group", "code"),
+    [
+        (signal.SIGINT, True, 130),
+        (signal.SIGTERM, False, 143),
+        (signal.SIGKILL, False, -9),
+    ],
+)
+def test_an_interrupt_stops_all_processes_and_a_rerun_resumes(
+    sent: signal.Signals, to_group: bool, code: int, many_images: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    arguments = ("shard", str(many_images), str(folder), "--samples-per-shard", "4")
+    with _running(*arguments, "--workers", "2") as process:
+        _wait_for(lambda: len(list(folder.glob(".partial/*.report.json"))) >= 2, process)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        if to_group:
+            os.killpg(process.pid, sent)
+        else:
+            process.send_signal(sent)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == code, errors
+        _, alive = psutil.wait_procs(workers, timeout=30)
+        assert not alive
+    assert "Traceback" not in errors
+    if code > 0:
+        assert errors == "data-prep: stopped; run the same command again to go on.\n"
+    assert [path.name for path in folder.iterdir()] == [".partial"]
+    # A rerun must keep the finished shards, not write them again.
+    finished = {path.name: path.stat().st_mtime_ns for path in folder.glob(".partial/shard-*.tar")}
+    assert finished
+    assert main([*arguments, "--workers", "1"]) == 0
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*.tar")}
+    assert finished.items() <= kept.items()
+    assert read_manifest(folder).samples == 240
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "samples", "classes"), [("cifar10.zip", 60_000, 10), ("photos.zip", 122, 1)]
+)
+def test_real_sets(name: str, samples: int, classes: int, tmp_path: Path) -> None:
+    if not (_DATA / name).exists():
+        pytest.skip(f"{_DATA / name} is not there")
+    folder = tmp_path / "out"
+    assert main(["shard", str(_DATA / name), str(folder)]) == 0
+    assert main(["verify", str(folder)]) == 0
+    manifest = read_manifest(folder)
+    assert (manifest.samples, len(manifest.classes)) == (samples, classes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from webdataset import WebDataset
+
+        urls = [str(folder / shard.name) for shard in manifest.shards]
+        keys = {sample["__key__"] for sample in WebDataset(urls, shardshuffle=False)}
+    assert len(keys) == samples

@@ -1,0 +1,80 @@
+"""Verification passes what was written and names every kind of damage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_prep.build import build_shards
+from data_prep.index import checksum
+from data_prep.manifest import Manifest, read_index, read_manifest, write_index
+from data_prep.plan import ShardOptions
+from data_prep.verify import verify_shards
+
+
+@pytest.fixture
+def shards(image_zip: Path, tmp_path: Path) -> Manifest:
+    """Four shards of six images."""
+    built = build_shards(image_zip, tmp_path / "out", ShardOptions(samples_per_shard=6))
+    return built.manifest
+
+
+def _problem(shards: Manifest, *, decode: bool = True) -> str:
+    (problem,) = verify_shards(read_manifest(shards.folder), decode=decode)
+    return problem
+
+
+def test_a_whole_set_has_no_problems(shards: Manifest) -> None:
+    ticks: list[int] = []
+    assert verify_shards(shards, tick=ticks.append) == []
+    assert sum(ticks) == shards.samples
+    assert verify_shards(shards, decode=False) == []
+
+
+def test_a_flipped_bit_is_found(shards: Manifest) -> None:
+    path = shards.folder / "shard-000002.tar"
+    data = bytearray(path.read_bytes())
+    index = read_index(shards.folder, shards.shards[2])
+    data[int(index.offsets[3]) + 40] ^= 1
+    path.write_bytes(data)
+    assert _problem(shards, decode=False).startswith("shard-000002.tar: its SHA-256 is")
+
+
+def test_lost_cut_and_stray_tars_are_found(shards: Manifest) -> None:
+    path = shards.folder / "shard-000001.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-512])
+    assert "was cut" in _problem(shards)
+    path.unlink()
+    assert "cannot be read" in _problem(shards)
+    path.write_bytes(whole)
+    (shards.folder / "more.tar").write_bytes(whole)
+    assert _problem(shards) == "more.tar: not in the manifest"
+
+
+def test_an_index_that_does_not_fit_is_found(shards: Manifest) -> None:
+    index = read_index(shards.folder, shards.shards[0])
+    index.offsets[[0, 1]] = index.offsets[[1, 0]]
+    write_index(shards.folder / shards.shards[0].index, index)
+    assert "does not fit" in _problem(shards, decode=False)
+
+
+def test_a_bad_image_and_a_bad_label_are_found(shards: Manifest) -> None:
+    path = shards.folder / "shard-000000.tar"
+    index = read_index(shards.folder, shards.shards[0])
+    data = bytearray(path.read_bytes())
+    start = int(index.offsets[2])
+    data[start : start + 4] = b"none"
+    path.write_bytes(data)
+    text = (shards.folder / "manifest.json").read_text()
+    text = text.replace(shards.shards[0].sha256, checksum(path))
+    (shards.folder / "manifest.json").write_text(text)
+    assert f"image {index.keys[2]}" in _problem(shards)
+    assert verify_shards(read_manifest(shards.folder), decode=False) == []
+    values = json.loads(text) | {"classes": ["cat", "dog"]}
+    (shards.folder / "manifest.json").write_text(json.dumps(values))
+    problems = verify_shards(read_manifest(shards.folder), decode=False)
+    assert problems
+    assert all("labels beyond the 2 classes" in problem for problem in problems)
