@@ -100,7 +100,7 @@ def add_training(commands: Commands, name: str, summary: str, recipe_type: type)
         action="store_true",
         help="resume although the recipe differs from the one the run was started with",
     )
-    command.set_defaults(handler=run_training, takes_overrides=True)
+    command.set_defaults(handler=run_training, recipe_type=recipe_type, takes_overrides=True)
 
 
 def run_training(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -130,7 +130,7 @@ def add_probe(commands: Commands) -> None:
         allow_abbrev=False,
     )
     command.add_argument("--config", required=True, type=Path, help="the recipe, a YAML file")
-    command.set_defaults(handler=run_probe, takes_overrides=True)
+    command.set_defaults(handler=run_probe, recipe_type=ProbeRecipe, takes_overrides=True)
 
 
 def run_probe(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:

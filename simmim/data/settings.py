@@ -45,3 +45,28 @@ class DataSettings:
             ValueError: there is no such folder, or no good manifest in it.
         """
         return ShardSet(Path(self.shards))
+
+
+@settings
+class AugmentedDataSettings(DataSettings):
+    """Shards whose images are cropped and mirrored at random for training."""
+
+    image_size: int
+    """Side of the square images in pixels."""
+    scale: tuple[float, float]
+    """Share of the image's area that the random crop takes, from and to."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width to height of the random crop, from and to."""
+    flip: float = 0.5
+    """Probability of mirroring an image."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.image_size < 1:
+            raise ValueError(f"image_size is {self.image_size}; it must be 1 or more.")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip is {self.flip}; a probability is between 0 and 1.")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale is {self.scale}; from and to, above 0 and at most 1.")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio is {self.ratio}; from and to, both above 0.")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from simmim.data.batches import Batch, TrainingBatches, evaluation_batches
 from simmim.data.order import SampleOrder
 from simmim.data.reading import ShardSet
-from simmim.data.settings import DataSettings
+from simmim.data.settings import AugmentedDataSettings
 from simmim.data.transforms import EvalTransform, TrainTransform
 from simmim.engine.loop import TrainingSettings
 from simmim.engine.run import RunFolder
@@ -32,7 +32,7 @@ HEAD_FOLDER = "classifier"
 
 
 @settings
-class ClassificationData(DataSettings):
+class ClassificationData(AugmentedDataSettings):
     """Labelled shards and their augmentation."""
 
     image_size: int = 224
@@ -46,26 +46,14 @@ class ClassificationData(DataSettings):
     """Seed of that choice; apart from training.seed, so that runs of other seeds see the same."""
     scale: tuple[float, float] = (0.08, 1.0)
     """Share of the image's area that the random crop takes, from and to."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width to height of the random crop, from and to."""
-    flip: float = 0.5
-    """Probability of mirroring an image."""
     crop_pct: float = 0.875
     """Validation: share of the short side that the central crop keeps, above 0 and at most 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.image_size < 1:
-            raise ValueError(f"image_size is {self.image_size}; it must be 1 or more.")
         for name in ("fraction", "crop_pct"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; above 0, at most 1.")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"flip is {self.flip}; a probability is between 0 and 1.")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale is {self.scale}; from and to, above 0 and at most 1.")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio is {self.ratio}; from and to, both above 0.")
 
 
 @settings

@@ -28,6 +28,13 @@ class EncoderSettings:
     drop_path: float = 0.0
     """Largest rate of stochastic depth, reached by the last block."""
 
+    def __post_init__(self) -> None:
+        for name in ("window_size", "patch_size", "in_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path is {self.drop_path}; it must be 0 or more and below 1.")
+
     def config(self, image_size: int) -> SwinV2Config:
         """Return the encoder's configuration for square images of `image_size` pixels.
 

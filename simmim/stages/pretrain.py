@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from simmim.data.batches import Batch, TrainingBatches, evaluation_batches
 from simmim.data.order import SampleOrder
-from simmim.data.settings import DataSettings
+from simmim.data.settings import AugmentedDataSettings, DataSettings
 from simmim.data.transforms import EvalTransform, TrainTransform
 from simmim.engine.checkpoint import TrainingState, find_checkpoint, load_model, load_state
 from simmim.engine.loop import TrainingSettings
@@ -30,17 +30,13 @@ PANEL_IMAGES = 8
 
 
 @settings
-class PretrainData(DataSettings):
+class PretrainData(AugmentedDataSettings):
     """Unlabelled shards and their augmentation."""
 
     image_size: int = 192
     """Side of the square images in pixels."""
     scale: tuple[float, float] = (0.67, 1.0)
     """Share of the image's area that the random crop takes, from and to."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width to height of the random crop, from and to."""
-    flip: float = 0.5
-    """Probability of mirroring an image."""
 
 
 @settings

@@ -1,0 +1,118 @@
+"""Bad input: one clear message, exit code 2, and nothing left behind."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from simmim.cli import main
+from simmim.engine.checkpoint import complete_checkpoints
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the message that a command is refused with."""
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (["--mask.cell", "5"], "mask.cell 5 is no multiple of encoder.patch_size 2"),
+        (["--mask.cell", "6"], "do not divide"),
+        (["--mask.ratio", "1.5"], "between 0 and 1"),
+        (["--mask.ratio", "0.99"], "hides all"),
+        (["--mask.strategy", "stripes"], "random"),
+        (["--encoder.window_size", "0"], "window_size is 0"),
+        (["--encoder.num_heads", "[3, 6]"], "embed_dim"),
+        (["--data.image_size", "0"], "image"),
+        (["--encoder.widow_size", "4"], "did you mean window_size?"),
+        (["--training.batch_size", "6"], "data.slots"),
+        (["--training.batch_size", "-8"], "batch_size is -8"),
+        (["--training.precision", "fp64"], "fp32"),
+        (["--data.shards", "nowhere"], "nowhere does not exist"),
+        (["--data.validation_shards", "8"], "validation_shards|held out"),
+        (["--loss.name", "l3"], "l1"),
+        (["--training.optimizer.lr", "fast"], "valid number"),
+        (["--data.mean", "[0.5]"], "data"),
+        (["--training.steps"], "has no value"),
+        (["loose"], "--key.key value"),
+    ],
+)
+def test_pretrain_says_what_is_wrong(
+    pretrain_config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    override: list[str],
+    message: str,
+) -> None:
+    run = tmp_path / "run"
+    text = refused(
+        ["pretrain", "--config", str(pretrain_config), "--folder", str(run), *override], capsys
+    )
+    assert any(part in text for part in message.split("|")), text
+    assert not run.exists()
+
+
+def test_every_mistake_is_listed(
+    pretrain_values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain_values["encoder"]["window_size"] = "big"
+    pretrain_values["data"]["colour"] = 3
+    del pretrain_values["training"]["optimizer"]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(pretrain_values))
+    text = refused(["pretrain", "--config", str(path)], capsys)
+    assert all(part in text for part in ("3 mistakes", "window_size", "colour", "optimizer"))
+
+
+def test_missing_and_broken_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "cannot be read" in refused(["pretrain", "--config", str(tmp_path / "no.yaml")], capsys)
+    path = tmp_path / "recipe.yaml"
+    path.write_text("a: [1, 2")
+    assert "not valid YAML" in refused(["pretrain", "--config", str(path)], capsys)
+
+
+def test_a_run_folder_is_never_mixed_up(
+    pretrain_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    command = ["pretrain", "--config", str(pretrain_config), "--folder", str(run)]
+    short = ["--training.steps", "4"]
+    assert main([*command, *short]) == 0
+    output = capsys.readouterr().out
+    assert f"Encoder  {run / 'encoder'}" in output
+    assert "--resume auto" in refused([*command, *short], capsys)
+    longer = [*command, "--resume", "auto", "--training.steps", "8"]
+    assert "training.steps: 4 → 8" in refused(longer, capsys)
+    assert main([*longer, "--allow-recipe-changes"]) == 0
+    assert complete_checkpoints(run / "checkpoints")[-1].name == "step-00000008"
+    # More workers change nothing, so they need no leave.
+    more = ["--resume", "auto", "--training.steps", "8", "--data.workers", "1"]
+    assert main([*command, *more]) == 0
+
+
+def test_export_and_help(
+    pretrain_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "does not exist" in refused(
+        ["export", str(tmp_path / "none"), str(tmp_path / "out")], capsys
+    )
+    assert not (tmp_path / "out").exists()
+    for command in ("pretrain", "finetune", "probe"):
+        with pytest.raises(SystemExit) as exit_:
+            main([command, "--help"])
+        assert exit_.value.code == 0
+        text = capsys.readouterr().out
+        assert "default" in text
+        assert "required" in text
+
+
+def test_what_is_no_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["export", "a", "b", "--speed", "3"])
+    assert exit_.value.code == 2
+    assert "--speed" in capsys.readouterr().err
