@@ -33,7 +33,7 @@ def settings(cls: type[Settings]) -> type[Settings]:
     A docstring below each field says what it is and its unit; it is shown by `--help`.
     """
     cls.__pydantic_config__ = ConfigDict(  # type: ignore[attr-defined]
-        extra="forbid", strict=True, use_attribute_docstrings=True
+        extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
     return dataclass(frozen=True, kw_only=True)(cls)
 
@@ -41,20 +41,33 @@ def settings(cls: type[Settings]) -> type[Settings]:
 class _Loader(yaml.SafeLoader):
     """YAML in which `1e-4` is a number and a key given twice is a mistake."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        # Here the file is as written; later on merge keys (<<) bring in what it says only once.
+        node = super().compose_mapping_node(anchor)
+        line = node.start_mark.line + 1
+        keys = []
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise RecipeError(f"below line {line}, a key is a list or a mapping; use a name.")
+            if key.tag != "tag:yaml.org,2002:merge":
+                key.tag = "tag:yaml.org,2002:str"  # also a key that looks like a number or a date
+            keys.append(key.value)
         twice = sorted({key for key in keys if keys.count(key) > 1})
         if twice:
-            line = node.start_mark.line + 1
             raise RecipeError(f"below line {line}, given twice: {', '.join(twice)}. Keep one.")
-        return super().construct_mapping(node, deep)
+        return node
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """The inverse of the loader: text that it would take for a number is quoted."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
+        list("-+.0123456789"),
+    )
 
 
 def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -93,6 +106,8 @@ def _parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[list[str], Any]
             if not rest:
                 raise RecipeError(f"--{name} has no value: overrides read --key.key value.")
             text = rest.pop(0)
+            if text.startswith("--"):
+                raise RecipeError(f"--{name} has no value: {text} follows. Put one between them.")
         try:
             yield name.split("."), yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
         except yaml.YAMLError:
@@ -101,7 +116,9 @@ def _parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[list[str], Any]
 
 def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
-        inner = values.setdefault(key, {})
+        if values.get(key) is None:  # absent, or a section with nothing in it
+            values[key] = {}
+        inner = values[key]
         if not isinstance(inner, dict):
             raise RecipeError(f"--{'.'.join(keys)}: {key!r} is a value, it has no keys below it.")
         values = inner
@@ -120,11 +137,26 @@ def parse(recipe_type: type[Settings], values: dict[str, Any], source: str) -> S
         RecipeError: lists every unknown key, missing key, wrong type and impossible value.
     """
     try:
-        return TypeAdapter(recipe_type).validate_json(json.dumps(values, default=str))
+        text = json.dumps(values, default=str)
+    except ValueError:
+        raise RecipeError(f"{source} has an alias (*name) within what it names; undo it.") from None
+    try:
+        recipe: Settings = _adapter(recipe_type).validate_json(text)
     except ValidationError as error:
         lines = [_describe_mistake(recipe_type, mistake) for mistake in error.errors()]
         number = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
         raise RecipeError("\n  ".join([f"{source} has {number}:", *lines])) from None
+    return recipe
+
+
+_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
+
+
+def _adapter(recipe_type: type[Any]) -> TypeAdapter[Any]:
+    """Return what checks `recipe_type`; building it takes longer than all the checking."""
+    if recipe_type not in _ADAPTERS:
+        _ADAPTERS[recipe_type] = TypeAdapter(recipe_type)
+    return _ADAPTERS[recipe_type]
 
 
 def load(recipe_type: type[Settings], path: Path, overrides: Sequence[str] = ()) -> Settings:
@@ -160,14 +192,14 @@ def _field_names(recipe_type: type[Any], path: list[str]) -> list[str]:
 
 def to_values(recipe: Any) -> dict[str, Any]:
     """Return a recipe as plain values, every default written out; `parse` is its inverse."""
-    values = TypeAdapter(type(recipe)).dump_python(recipe, mode="json")
+    values = _adapter(type(recipe)).dump_python(recipe, mode="json")
     assert isinstance(values, dict)
     return values
 
 
 def to_yaml(recipe: Any) -> str:
     """Return a recipe as the text of a YAML file, every default written out."""
-    return yaml.safe_dump(to_values(recipe), sort_keys=False)
+    return yaml.dump(to_values(recipe), Dumper=_Dumper, sort_keys=False)
 
 
 def recipe_hash(recipe: Any) -> str:
@@ -194,13 +226,12 @@ def describe(recipe_type: type[Any]) -> str:
 
 
 def _describe_fields(recipe_type: type[Any], prefix: str) -> Iterator[str]:
-    properties = TypeAdapter(recipe_type).json_schema()["properties"]
+    documentation = _documentation(recipe_type)
     hints = get_type_hints(recipe_type)
     for field in dataclasses.fields(recipe_type):
         hint = hints[field.name]
         inner = [kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)]
-        documentation = properties[field.name].get("description", "")
-        text = " ".join(documentation.split())
+        text = " ".join(documentation[field.name].split())
         if inner:
             yield f"  {prefix}{field.name}: {text}".rstrip(": ")
             yield from _describe_fields(inner[0], f"{prefix}{field.name}.")  # type: ignore[arg-type]
@@ -211,6 +242,16 @@ def _describe_fields(recipe_type: type[Any], prefix: str) -> Iterator[str]:
         yield f"  --{prefix}{field.name}  ({_type_name(hint)}, {default})"
         if text:
             yield f"        {text}"
+
+
+def _documentation(recipe_type: type[Any]) -> dict[str, str]:
+    """Return the docstring of each field; pydantic reads those of one class, not of its bases."""
+    found: dict[str, str] = {}
+    for base in reversed(recipe_type.__mro__):
+        if dataclasses.is_dataclass(base):
+            for name, field in _adapter(base).json_schema()["properties"].items():
+                found[name] = field.get("description") or found.get(name, "")
+    return found
 
 
 def _type_name(hint: Any) -> str:
