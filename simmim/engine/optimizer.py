@@ -95,17 +95,17 @@ def parameter_groups(
         ValueError: an exclusion of the encoder matches nothing, so a name must have changed.
     """
     top = sum(depths) + 1
+    parameters = dict(model.named_parameters())
+    for excluded in ("position_bias", "logit_scale"):
+        if not any(excluded in name.split(".") for name in parameters):
+            raise ValueError(f"no parameter is named {excluded}; weight decay would reach it.")
     members: dict[tuple[float, float], list[str]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         if not parameter.requires_grad:
             continue
         decay = optimizer.weight_decay if decays(name, parameter) else 0.0
         factor = optimizer.layer_decay ** (top - layer_of(name, depths))
         members.setdefault((factor, decay), []).append(name)
-    every = [name for names in members.values() for name in names]
-    for excluded in ("position_bias", "logit_scale"):
-        if every and not any(excluded in name.split(".") for name in every):
-            raise ValueError(f"no parameter is named {excluded}; weight decay would reach it.")
     return [
         ParameterGroup(names=tuple(names), weight_decay=decay, lr_factor=factor)
         for (factor, decay), names in sorted(members.items())
@@ -115,13 +115,16 @@ def parameter_groups(
 def build_optimizer(
     model: nn.Module, optimizer: OptimizerSettings, groups: list[ParameterGroup]
 ) -> torch.optim.AdamW:
-    """Build AdamW over `groups`; fused where the parameters are on a CUDA device."""
+    """Build AdamW over `groups`; fused where the parameters are on a CUDA device.
+
+    Its state knows the names of the parameters, for `simmim.engine.checkpoint.load_optimizer`.
+    """
     parameters = dict(model.named_parameters())
     on_cuda = any(parameter.is_cuda for parameter in parameters.values())
     return torch.optim.AdamW(
         [
             {
-                "params": [parameters[name] for name in group.names],
+                "params": [(name, parameters[name]) for name in group.names],
                 "weight_decay": group.weight_decay,
                 "lr_factor": group.lr_factor,
             }

@@ -11,7 +11,7 @@ class ScheduleSettings:
     """How the learning rate runs over training."""
 
     kind: Literal["cosine", "multistep", "linear"] = "cosine"
-    """Shape after warm-up: cosine to min_lr, steps by gamma at the milestones, or linear to min_lr."""
+    """Shape after warm-up: cosine or linear to min_lr, or multistep, by gamma at milestones."""
     warmup_epochs: float = 0.0
     """Length of the linear warm-up in epochs; not together with warmup_steps."""
     warmup_steps: int = 0
@@ -33,8 +33,12 @@ class ScheduleSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
         if (self.kind == "multistep") != bool(self.milestones):
             raise ValueError("milestones belong to kind multistep, which needs at least one.")
-        if list(self.milestones) != sorted(self.milestones):
-            raise ValueError(f"milestones {self.milestones} must rise.")
+        if list(self.milestones) != sorted({epoch for epoch in self.milestones if epoch > 0}):
+            raise ValueError(
+                f"milestones are {self.milestones}; they must rise, the first above 0."
+            )
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma is {self.gamma}; it must be above 0 and at most 1.")
 
 
 def learning_rate(

@@ -1,0 +1,225 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from simmim import SimMIM
+from simmim.engine.optimizer import (
+    OptimizerSettings,
+    build_optimizer,
+    decays,
+    depth_table,
+    layer_of,
+    parameter_groups,
+    set_learning_rate,
+)
+from swinv2 import VARIANTS, build_encoder
+
+
+class Classifier(nn.Module):
+    """An encoder with a head, as fine-tuning has it."""
+
+    def __init__(self, encoder: nn.Module, features: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(features, 10)
+
+
+def tiny_model() -> SimMIM:
+    torch.manual_seed(0)
+    encoder = build_encoder(
+        "tiny", image_size=32, window_size=4, embed_dim=8, depths=(2, 1), num_heads=(1, 2)
+    )
+    return SimMIM(encoder, mask_cell=8)
+
+
+def layers_by_module(model: SimMIM) -> Iterator[tuple[nn.Parameter, int]]:
+    """Count layers as SimMIM's fine-tuning code does, along the modules instead of the names.
+
+    Patch embedding and mask token 0; block after block 1, 2, …; a merging counts with the block
+    before it; all the rest one more than the last block. An extra norm, which that code does not
+    have, counts with the block it follows.
+    """
+    encoder = model.encoder
+    counted: set[nn.Parameter] = set()
+    count = 0
+    places: list[tuple[nn.Module, int]] = [(encoder.patch_embed, 0)]
+    for index, stage in enumerate(encoder.stages):
+        for number, block in enumerate(stage.blocks, start=1):
+            count += 1
+            places.append((block, count))
+            every = stage.extra_norm_every
+            if every and number % every == 0:
+                places.append((stage.extra_norms[number // every - 1], count))
+        if index < len(encoder.merges):
+            places.append((encoder.merges[index], count))
+    for module, layer in places:
+        for parameter in module.parameters():
+            counted.add(parameter)
+            yield parameter, layer
+    counted.add(model.mask_token)
+    yield model.mask_token, 0
+    for parameter in model.parameters():
+        if parameter not in counted:
+            yield parameter, count + 1
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_groups_of_every_variant(variant: str) -> None:
+    with torch.device("meta"):
+        model = SimMIM(build_encoder(variant, image_size=192, window_size=12), mask_cell=32)
+    depths = VARIANTS[variant].depths
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    expected = {names[parameter]: layer for parameter, layer in layers_by_module(model)}
+    assert {name: layer_of(name, depths) for name in names.values()} == expected
+    assert set(expected.values()) == set(range(sum(depths) + 2))
+
+    optimizer = OptimizerSettings(lr=1e-3, weight_decay=0.05, layer_decay=0.75)
+    groups = parameter_groups(model, optimizer, depths)
+    listed = [name for group in groups for name in group.names]
+    assert sorted(listed) == sorted(names.values())  # each parameter, once
+    assert len({(group.lr_factor, group.weight_decay) for group in groups}) == len(groups)
+    for group in groups:
+        for name in group.names:
+            assert group.lr_factor == 0.75 ** (sum(depths) + 1 - expected[name])
+
+    parameters = dict(model.named_parameters())
+    undecayed = {name for group in groups if not group.weight_decay for name in group.names}
+    excluded = {
+        "1-D": {name for name in parameters if parameters[name].ndim == 1},
+        "bias": {name for name in parameters if name.endswith("bias")},
+        "position": {name for name in parameters if ".position_bias." in name},
+        "scale": {name for name in parameters if name.endswith(".logit_scale")},
+        "token": {"mask_token"} & set(parameters),
+    }
+    assert all(excluded.values())
+    assert undecayed == set().union(*excluded.values())
+    blocks = sum(depths)
+    assert len(excluded["scale"]) == blocks
+    assert len(excluded["position"]) == 3 * blocks
+    decayed = set(parameters) - undecayed
+    assert {name.rsplit(".", 2)[-2] for name in decayed} == {
+        "projection",  # of the patch embedding, the attention and the decoder
+        "qkv",
+        "expand",
+        "reduce",
+        "reduction",
+    }
+
+
+def test_published_factors_of_fine_tuning() -> None:
+    with torch.device("meta"):
+        encoder = build_encoder("base", image_size=224, window_size=14)
+        model = Classifier(encoder, encoder.num_features)
+    depths = VARIANTS["base"].depths
+    groups = parameter_groups(model, OptimizerSettings(lr=5e-3, layer_decay=0.75), depths)
+    factors = {name: group.lr_factor for group in groups for name in group.names}
+    assert factors["head.weight"] == factors["encoder.norm.bias"] == 1
+    assert factors["encoder.stages.3.blocks.1.mlp.expand.weight"] == 0.75
+    assert factors["encoder.patch_embed.projection.weight"] == 0.75**25
+    assert factors["encoder.stages.0.blocks.0.norm1.weight"] == 0.75**24
+    last_of_stage_2 = factors["encoder.stages.2.blocks.17.attention.qkv.weight"]
+    assert factors["encoder.merges.2.reduction.weight"] == last_of_stage_2 == 0.75**3
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("patch_embed.norm.weight", 0),
+        ("model.mask_token", 0),
+        ("stages.0.blocks.0.norm1.weight", 1),
+        ("encoder.stages.1.blocks.1.norm1.weight", 4),
+        ("merges.0.norm.weight", 2),
+        ("merges.2.norm.weight", 22),
+        ("stages.2.extra_norms.0.weight", 10),
+        ("stages.2.extra_norms.2.weight", 22),
+        ("stages.3.blocks.1.norm2.bias", 24),
+        ("norm.weight", 25),
+        ("decoder.projection.bias", 25),
+    ],
+)
+def test_layers_of_known_names(name: str, layer: int) -> None:
+    assert layer_of(name, (2, 2, 18, 2)) == layer
+
+
+def test_an_unknown_part_of_a_stage_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"stages\.0\.gates\.0\.weight: no layer is known"):
+        layer_of("stages.0.gates.0.weight", (2, 2))
+
+
+@pytest.mark.parametrize("renamed", ["position_bias", "logit_scale"])
+def test_an_exclusion_that_matches_nothing_is_refused(renamed: str) -> None:
+    model = nn.ParameterDict(
+        {name: nn.Parameter(torch.ones(2, 2)) for name in ("position_bias", "logit_scale")}
+    )
+    model["other"] = model.pop(renamed)
+    with pytest.raises(ValueError, match=f"no parameter is named {renamed}"):
+        parameter_groups(model, OptimizerSettings(lr=1.0), (1,))
+
+
+def test_a_part_of_a_word_excludes_nothing() -> None:
+    matrix = nn.Parameter(torch.ones(2, 2))
+    assert decays("encoder.position_bias_projection.weight", matrix)
+    assert not decays("encoder.position_bias.expand.weight", matrix)
+
+
+def test_frozen_parameters_are_in_no_group() -> None:
+    encoder = tiny_model().encoder
+    for parameter in encoder.parameters():
+        parameter.requires_grad_(False)
+    model = Classifier(encoder, encoder.num_features)
+    groups = parameter_groups(model, OptimizerSettings(lr=1e-3), (2, 1))
+    assert {name for group in groups for name in group.names} == {"head.weight", "head.bias"}
+
+
+def test_without_gradient_only_decaying_parameters_shrink_by_their_layers_rate() -> None:
+    model = tiny_model()
+    settings = OptimizerSettings(lr=0.1, weight_decay=0.5, layer_decay=0.5)
+    groups = parameter_groups(model, settings, (2, 1))
+    optimizer = build_optimizer(model, settings, groups)
+    set_learning_rate(optimizer, 0.04)
+    for parameter in model.parameters():
+        parameter.data.uniform_(1, 2)
+        parameter.grad = torch.zeros_like(parameter)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    optimizer.step()
+    layers = {name: layer_of(name, (2, 1)) for name in before}
+    for name, after in model.named_parameters():
+        shrunk = 1 - 0.04 * 0.5 ** (4 - layers[name]) * 0.5 if decays(name, after) else 1
+        torch.testing.assert_close(after.detach(), before[name] * shrunk, rtol=1e-6, atol=0)
+
+
+def test_the_first_step_moves_every_weight_by_its_layers_rate() -> None:
+    model = tiny_model()
+    settings = OptimizerSettings(lr=1.0, weight_decay=0, layer_decay=0.5, betas=(0.9, 0.95))
+    optimizer = build_optimizer(model, settings, parameter_groups(model, settings, (2, 1)))
+    assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
+    set_learning_rate(optimizer, 0.01)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, -3.0)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    optimizer.step()
+    for name, after in model.named_parameters():
+        moved = (after.detach() - before[name]).mean().item()
+        assert moved == pytest.approx(0.01 * 0.5 ** (4 - layer_of(name, (2, 1))), rel=1e-3)
+
+
+def test_layer_decay_of_1_leaves_two_groups() -> None:
+    model = tiny_model()
+    groups = parameter_groups(model, OptimizerSettings(lr=1e-3), (2, 1))
+    assert [(group.weight_decay, group.lr_factor) for group in groups] == [(0.0, 1.0), (0.05, 1.0)]
+
+
+def test_the_table_counts_every_parameter() -> None:
+    model = tiny_model()
+    groups = parameter_groups(model, OptimizerSettings(lr=1e-3, layer_decay=0.5), (2, 1))
+    rows = [
+        line.replace(",", "").split() for line in depth_table(model, groups, (2, 1)).split("\n")
+    ]
+    assert [row[0] for row in rows[1:]] == ["0", "1", "2", "3", "4"]
+    assert [float(row[1]) for row in rows[1:]] == pytest.approx(
+        [0.5**4, 0.5**3, 0.5**2, 0.5, 1], abs=1e-4
+    )
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert sum(int(row[2]) for row in rows[1:]) == total
