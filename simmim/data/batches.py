@@ -288,12 +288,13 @@ def take(batches: Iterator[Batch | Failure]) -> Batch | None:
     """Return the next batch, None at the end; raise what kept it from being made."""
     try:
         batch = next(batches, None)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+        # The last three come of tensors whose sender is no more.
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         raise DataError(
-            f"a data worker died ({error}); the machine ran out of memory or of shared memory"
-            " (/dev/shm): use fewer workers, or a smaller batch or prefetch"
+            f"a data worker died ({error or 'it left nothing'}); most often the machine ran out"
+            " of memory or of shared memory (/dev/shm): use fewer workers, or smaller batches"
         ) from error
     if isinstance(batch, Failure):
         raise DataError(batch.message)

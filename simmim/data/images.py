@@ -15,7 +15,7 @@ from torch import Tensor
 from simmim.data.errors import DataError
 
 MAX_PIXELS = 178_956_970
-"""Pixels of the largest image that is decoded: where Pillow suspects a bomb."""
+"""Pixels of the largest image that is decoded, and that Pillow agrees to decode."""
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's mode for each number of channels that images can have."""
@@ -44,7 +44,6 @@ DAMAGED = (
     OverflowError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,
 )
 """What Pillow raises on files that are not whole or not images."""
 
@@ -65,7 +64,9 @@ def decode(data: bytes, *, channels: int = 3, max_pixels: int = MAX_PIXELS) -> I
             width, height = image.size
             if width * height <= max_pixels:
                 image.load()
-                return _convert(_upright(image), MODES[channels])
+                return to_mode(_upright(image), MODES[channels])
+        except Image.DecompressionBombError as error:
+            raise DataError(f"the image is too large, scale it down: {error}") from None
         except DAMAGED as error:
             raise DataError(f"the image is damaged or of no known format: {error}") from error
     raise DataError(
@@ -83,7 +84,7 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def _convert(image: Image.Image, mode: str) -> Image.Image:
+def to_mode(image: Image.Image, mode: str) -> Image.Image:
     """Return the image in mode L, RGB or RGBA."""
     if image.mode == mode and not (mode != "RGBA" and image.has_transparency_data):
         return image
@@ -93,9 +94,10 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         profile = ImageCms.buildTransform(lab, srgb, "LAB", "RGB")
         image = ImageCms.applyTransform(image, profile) or image
+    if image.mode == "La":
+        image = image.convert("LA")  # the one mode Pillow takes it to
     if image.has_transparency_data and mode != "RGBA":
-        # Some modes (premultiplied ones) reach RGBA only by way of their straight sibling.
-        seen = image.convert({"La": "LA"}.get(image.mode, image.mode)).convert("RGBA")
+        seen = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
     return image.convert(mode)
 

@@ -1,6 +1,7 @@
 """Random access to the samples of shards, through the indexes that `data-prep` writes."""
 
 import os
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class OpenShard:
         self._keys = np.char.encode(index.keys, "utf-8")  # a quarter of the memory
         try:
             self._file = os.open(self.path, os.O_RDONLY)
+            self.close = weakref.finalize(self, os.close, self._file)
         except OSError as error:
             raise DataError(
                 f"shard {self.path} cannot be opened ({error.strerror}): make it readable, or"
@@ -69,10 +71,6 @@ class OpenShard:
                 " was in use; copy it again, or write the shards anew with `data-prep shard`"
             )
         return data
-
-    def close(self) -> None:
-        """Close the file; nothing can be read afterwards."""
-        os.close(self._file)
 
 
 class ShardSet:
