@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import torch
-import yaml
+from accelerate.commands import config, launch
 
 RANK_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -37,48 +37,65 @@ def start_processes() -> None:
 
 
 def requested_cpu_processes() -> int:
-    """Return how many processes `accelerate launch` was asked for and did not start; 1 if none."""
-    if "ACCELERATE_MIXED_PRECISION" not in os.environ or torch.accelerator.is_available():
+    """Return how many processes `accelerate launch` was asked for and did not start; 1 if none.
+
+    Raises:
+        ValueError: it was asked for more than one machine.
+    """
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ:  # accelerate launch always sets it
         return 1
     if any(name in os.environ for name in RANK_VARIABLES):
         return 1
-    parent = psutil.Process().parent()
-    arguments = parent.cmdline() if parent is not None else []
-    if "launch" not in arguments and not any("accelerate" in part for part in arguments[:3]):
+    forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if torch.accelerator.is_available() and not forced:
+        return 1
+    try:
+        parent = psutil.Process().parent()
+        arguments = parent.cmdline() if parent is not None else []
+    except psutil.Error:
         return 1
     return processes_asked_for(arguments)
 
 
 def processes_asked_for(arguments: list[str]) -> int:
-    """Return `num_processes` of an `accelerate launch` command line or its config file.
+    """Return the number of processes that an `accelerate launch` command line asks for.
+
+    What the line leaves open stands in its config file, or in the one `accelerate config` wrote.
+
+    Args:
+        arguments: the command line of any process; 1 is the answer if it is another one.
 
     Raises:
         ValueError: it asks for more than one machine.
     """
-    ours = arguments.index("simmim") if "simmim" in arguments else len(arguments)
-    options = _options(arguments[:ours])
-    if "config_file" in options:
-        try:
-            values = yaml.safe_load(Path(options["config_file"]).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError):
-            values = None
-        if isinstance(values, dict):
-            options = {key: str(value) for key, value in values.items()} | options
-    if int(options.get("num_machines", "1")) > 1:
+    launch_arguments = _launch_arguments(arguments)
+    if launch_arguments is None:
+        return 1
+    asked = launch.launch_command_parser().parse_args(launch_arguments)
+    processes, machines = asked.num_processes, asked.num_machines
+    file = asked.config_file
+    if file is None and not asked.cpu and Path(config.default_config_file).is_file():
+        file = config.default_config_file
+    if file is not None:
+        defaults = config.load_config_from_file(file)
+        processes = defaults.num_processes if processes is None else processes
+        machines = defaults.num_machines if machines is None else machines
+    if (machines or 1) > 1:
         raise ValueError(
             "accelerate launch cannot start CPU processes on several machines; start them with "
             "torchrun --nnodes … -m simmim …, which this command understands."
         )
-    return int(options.get("num_processes", "1"))
+    return max(1, processes or 1)
 
 
-def _options(arguments: list[str]) -> dict[str, str]:
-    options: dict[str, str] = {}
-    for position, argument in enumerate(arguments):
-        if not argument.startswith("--"):
-            continue
-        name, separator, value = argument[2:].partition("=")
-        if not separator and position + 1 < len(arguments):
-            value = arguments[position + 1]
-        options[name.replace("-", "_")] = value
-    return options
+def _launch_arguments(arguments: list[str]) -> list[str] | None:
+    """Return what follows `accelerate launch` in a command line; None if that is not in it."""
+    # python itself comes first, perhaps with -m; what is launched comes later.
+    for position, argument in enumerate(arguments[:4]):
+        rest = arguments[position + 1 :]
+        match argument.removesuffix(".py").replace("/", ".").split(".")[-3:]:
+            case [*_, "accelerate-launch"] | ["accelerate", "commands", "launch"]:
+                return rest
+            case [*_, "accelerate"] | ["accelerate", "commands", "accelerate_cli"]:
+                return rest[1:] if rest[:1] == ["launch"] else None
+    return None

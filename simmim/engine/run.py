@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from simmim.recipe import differences, to_values, to_yaml
+from simmim.engine.checkpoint import remove_later_checkpoints
+from simmim.recipe import differences, read_values, to_values, to_yaml
 from swinv2.weights import atomic_write_text
 
 FREE_TO_CHANGE = (
@@ -71,8 +70,7 @@ class RunFolder:
             return
         if not self.recipe.is_file() or allow_changes:
             return
-        saved = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
-        changed = differences(saved, to_values(recipe))
+        changed = differences(read_values(self.recipe), to_values(recipe))
         refused = [f"{key}: {text}" for key, text in changed.items() if key not in FREE_TO_CHANGE]
         if refused:
             listed = "\n  ".join(refused)
@@ -83,21 +81,18 @@ class RunFolder:
             )
 
     def begin(self, recipe: Any, *, step: int) -> None:
-        """Write the recipe, and drop metrics of steps after `step`, which will be taken again."""
+        """Write the recipe, and drop what is of steps after `step`, which will be taken again."""
         self.path.mkdir(parents=True, exist_ok=True)
+        remove_later_checkpoints(self.checkpoints, step)
         atomic_write_text(self.recipe, to_yaml(recipe))
         if self.metrics.is_file():
             kept = [line for line in self._metric_lines() if line["step"] <= step]
             atomic_write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _metric_lines(self) -> list[dict[str, Any]]:
-        lines = []
-        for text in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break  # the line that a kill cut short
-        return lines
+        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        # A line without its end is one that a kill cut short, or that is being written.
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the logged lines; empty if there are none yet."""

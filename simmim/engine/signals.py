@@ -39,9 +39,10 @@ class StopRequest:
         trace: TracebackType | None,
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # None: installed by other code than Python's, which cannot be named here.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int, _frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
 
     def agreed(self) -> bool:
