@@ -12,7 +12,6 @@ from swinv2.weights import atomic_write_text
 
 FREE_TO_CHANGE = (
     "data.workers",
-    "probe.workers",
     "training.accumulation",
     "training.log_every",
     "training.checkpoint_every",

@@ -310,7 +310,8 @@ def killed_at(number: int, writer: Callable[[Path], None], folder: Path) -> bool
 
         def kill(event: str, arguments: tuple[Any, ...]) -> None:
             nonlocal changes
-            if event in WRITES and str(folder) in str(arguments[0]):
+            # Folders are emptied by bare names.
+            if event in WRITES and (event != "open" or str(folder) in str(arguments[0])):
                 changes += 1
                 if changes == number:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -371,5 +372,6 @@ def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
+    os.fsync = lambda descriptor: None  # slow, and for power cuts: kills lose nothing written
     print(kill_everywhere(write_next, Path(sys.argv[1]) / "next", {2, 3}, [2, 3]))
     print(kill_everywhere(write_again, Path(sys.argv[1]) / "again", {1, 2}, [1, 2]))

@@ -1,0 +1,179 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from simmim.engine.run import FREE_TO_CHANGE, RunFolder
+from simmim.recipe import RecipeError, load, parse, to_values
+from simmim.stages.pretrain import PretrainRecipe
+
+VALUES: dict[str, Any] = {
+    "task": "pretrain",
+    "encoder": {"variant": "tiny", "window_size": 6},
+    "data": {"shards": "shards", "image_size": 192},
+    "training": {"batch_size": 64, "steps": 10, "optimizer": {"lr": 1e-3}},
+}
+
+
+def recipe_with(**changes: Any) -> PretrainRecipe:
+    values = json.loads(json.dumps(VALUES))
+    for dotted, value in changes.items():
+        *sections, key = dotted.split("__")
+        inner = values
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[key] = value
+    return parse(PretrainRecipe, values, "test")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """A run that was begun."""
+    run = RunFolder(path=tmp_path / "runs" / "one")
+    run.check(recipe_with(), resume=False)
+    run.begin(recipe_with(), step=0)
+    return run
+
+
+def test_everything_lies_in_the_folder_under_the_names_of_the_design(tmp_path: Path) -> None:
+    run = RunFolder(path=tmp_path)
+    names = [run.recipe, run.metrics, run.checkpoints, run.reconstructions, run.encoder]
+    assert [path.name for path in names] == [
+        "recipe.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+        "reconstructions",
+        "encoder",
+    ]
+    assert {path.parent for path in names} == {tmp_path}
+
+
+def test_the_saved_recipe_is_resolved_and_can_be_run_again(run: RunFolder) -> None:
+    assert load(PretrainRecipe, run.recipe) == recipe_with()
+    assert yaml.safe_load(run.recipe.read_text()) == to_values(recipe_with())
+
+
+def test_checking_writes_nothing(tmp_path: Path) -> None:
+    run = RunFolder(path=tmp_path / "absent")
+    run.check(recipe_with(), resume=False)
+    run.check(recipe_with(), resume=True)
+    assert not run.path.exists()
+
+
+def test_a_new_run_wants_an_empty_folder(tmp_path: Path) -> None:
+    RunFolder(path=tmp_path).check(recipe_with(), resume=False)
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file"):
+        with pytest.raises(ValueError, match=r"is not empty.*--resume auto"):
+            RunFolder(path=path).check(recipe_with(), resume=False)
+
+
+def test_a_run_goes_on_with_its_own_recipe(run: RunFolder) -> None:
+    run.check(recipe_with(), resume=True)
+    run.check(load(PretrainRecipe, run.recipe), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training__optimizer__lr": 2e-3}, "training.optimizer.lr: 0.001 → 0.002"),
+        ({"training__steps": 11}, "training.steps: 10 → 11"),
+        ({"training__seed": 1}, "training.seed: 0 → 1"),
+        ({"training__precision": "bf16"}, "training.precision: fp32 → bf16"),
+        ({"encoder__drop_path": 0.1}, "encoder.drop_path: 0.0 → 0.1"),
+        ({"mask__ratio": 0.5}, "mask.ratio: 0.6 → 0.5"),
+        ({"data__slots": 32}, "data.slots: 64 → 32"),
+    ],
+)
+def test_a_change_of_the_weights_is_refused_unless_allowed(
+    run: RunFolder, changes: dict[str, Any], message: str
+) -> None:
+    changed = recipe_with(**changes)
+    with pytest.raises(ValueError, match="differs from the one") as caught:
+        run.check(changed, resume=True)
+    assert f"\n  {message}\n" in str(caught.value)
+    run.check(changed, resume=True, allow_changes=True)
+
+
+def test_what_changes_no_weight_may_change(run: RunFolder) -> None:
+    changed = recipe_with(
+        data__workers=7,
+        training__accumulation=2,
+        training__log_every=3,
+        training__checkpoint_every=4,
+        training__keep_last=5,
+        training__validate_every=6,
+        training__look_every=7,
+    )
+    run.check(changed, resume=True)
+
+
+def test_every_key_that_is_free_to_change_is_one_of_the_recipe() -> None:
+    resolved = to_values(recipe_with())
+    for dotted in FREE_TO_CHANGE:
+        section, key = dotted.split(".")
+        assert key in resolved[section]
+
+
+def test_a_saved_recipe_edited_by_hand_is_read_as_recipes_are(run: RunFolder) -> None:
+    text = run.recipe.read_text()
+    assert "lr: 0.001" in text
+    run.recipe.write_text(text.replace("lr: 0.001", "lr: 1e-3"))
+    run.check(recipe_with(), resume=True)
+
+
+@pytest.mark.parametrize("text", ["", "[1", "- 1"])
+def test_a_broken_saved_recipe_is_named(run: RunFolder, text: str) -> None:
+    run.recipe.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        run.check(recipe_with(), resume=True)
+    assert str(run.recipe) in str(caught.value)
+
+
+def test_metrics_read_as_they_were_logged(run: RunFolder) -> None:
+    assert run.read_metrics() == []
+    logged: list[dict[str, float | int | str]] = [
+        {"step": 1, "loss": 0.1 + 0.2, "lr": 5e-7},
+        {"step": 1, "validation_loss": 1 / 3},
+        {"step": 2, "loss": 1e-30},
+    ]
+    for line in logged:
+        run.log(line)
+    assert run.read_metrics() == logged
+    assert len(run.metrics.read_text().splitlines()) == 3
+
+
+def test_going_on_drops_what_will_be_taken_again(run: RunFolder) -> None:
+    for step in range(1, 9):
+        run.log({"step": step, "loss": 1.0 / step})
+        folder = run.checkpoints / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "complete").touch()
+    before = run.read_metrics()
+    run.begin(recipe_with(), step=5)
+    assert run.read_metrics() == before[:5]
+    assert sorted(path.name[-1] for path in run.checkpoints.iterdir()) == list("12345")
+    run.begin(recipe_with(), step=0)
+    assert run.read_metrics() == []
+
+
+@pytest.mark.parametrize("cut", [1, 5, 20])
+def test_a_line_that_a_kill_cut_short_is_dropped(run: RunFolder, cut: int) -> None:
+    run.log({"step": 1, "loss": 0.5})
+    whole = run.metrics.read_bytes()
+    run.log({"step": 2, "loss": 0.25})
+    run.metrics.write_bytes(run.metrics.read_bytes()[:-cut])
+    assert run.read_metrics() == [{"step": 1, "loss": 0.5}]
+    run.begin(recipe_with(), step=2)
+    assert run.metrics.read_bytes() == whole
+    run.log({"step": 3, "loss": 0.125})
+    assert [line["step"] for line in run.read_metrics()] == [1, 3]
+
+
+def test_beginning_again_leaves_no_partial_files(run: RunFolder) -> None:
+    run.log({"step": 1})
+    run.begin(recipe_with(training__log_every=3), step=1)
+    assert {path.name for path in run.path.iterdir()} == {"recipe.yaml", "metrics.jsonl"}
+    assert load(PretrainRecipe, run.recipe).training.log_every == 3
