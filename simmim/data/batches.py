@@ -1,7 +1,7 @@
 """Batches: samples read, decoded and stacked by workers, in an order they cannot change."""
 
-import atexit
 import multiprocessing
+import os
 import signal
 import threading
 import warnings
@@ -21,11 +21,6 @@ from simmim.data.reading import ShardSet
 from simmim.data.transforms import Transform
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-RUNNING: dict[object, Iterator[Any]] = {}
-"""Loaders at work. Workers do not heed SIGTERM, so they must be let go before Python waits."""
-
-atexit.register(RUNNING.clear)
 
 
 @dataclass(frozen=True)
@@ -132,18 +127,21 @@ class BatchStream:
             num_workers=self.workers,
             collate_fn=as_it_is,
             pin_memory=self.pin_memory,
-            worker_init_fn=ignore_stop_signals,
+            worker_init_fn=heed_only_the_parent,
             prefetch_factor=self.prefetch if self.workers else None,
             # Its own, so that starting a loader does not draw from the global generator.
             generator=torch.Generator().manual_seed(0),
         )
-        this = object()
-        RUNNING[this] = start_without_stop_signals(loader)
+        batches = start_without_stop_signals(loader)
         try:
-            while (batch := take(RUNNING[this])) is not None:
+            while (batch := fetch(batches)) is not None:
+                if isinstance(batch, Failure):
+                    raise DataError(batch.message)
                 yield batch
         finally:
-            RUNNING.pop(this, None)
+            # Ends the workers now. Left to the traceback of an error, they would go with a heap
+            # of garbage, their queues first, and could not be told.
+            del batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,21 +282,18 @@ def evaluation_batches(
     return BatchStream(dataset, plan, workers=workers, prefetch=prefetch, pin_memory=pin_memory)
 
 
-def take(batches: Iterator[Batch | Failure]) -> Batch | None:
-    """Return the next batch, None at the end; raise what kept it from being made."""
+def fetch(batches: Iterator[Batch | Failure]) -> Batch | Failure | None:
+    """Return the next batch, what kept it from being made, or None at the end."""
     try:
-        batch = next(batches, None)
+        return next(batches, None)
     except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
         # The last three come of tensors whose sender is no more.
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
-        raise DataError(
+        return Failure(
             f"a data worker died ({error or 'it left nothing'}); most often the machine ran out"
             " of memory or of shared memory (/dev/shm): use fewer workers, or smaller batches"
-        ) from error
-    if isinstance(batch, Failure):
-        raise DataError(batch.message)
-    return batch
+        )
 
 
 def as_it_is(batch: Any) -> Any:
@@ -326,9 +321,22 @@ def start_without_stop_signals(
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def ignore_stop_signals(_worker: int) -> None:
-    """Leave SIGINT and SIGTERM to the main process; workers end when it ends or asks them to."""
-    assert threading.current_thread() is threading.main_thread()
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+def heed_only_the_parent(_worker: int) -> None:
+    """Make a worker end when its parent asks for it or is gone, and at no other's signal."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    if hasattr(signal, "sigtimedwait"):  # SIGTERM stays blocked, for the thread to receive
+        threading.Thread(target=end_with_parent, args=(parent.pid,), daemon=True).start()
+    else:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def end_with_parent(parent: int) -> None:
+    """Wait until the parent is gone or itself sends SIGTERM, as Python does before it ends."""
+    while os.getppid() == parent:
+        received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+        if received is not None and received.si_pid == parent:
+            break
+    os._exit(0)

@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
 from simmim.data.errors import DataError
@@ -67,8 +67,10 @@ def decode(data: bytes, *, channels: int = 3, max_pixels: int = MAX_PIXELS) -> I
                 return to_mode(_upright(image), MODES[channels])
         except Image.DecompressionBombError as error:
             raise DataError(f"the image is too large, scale it down: {error}") from None
+        except UnidentifiedImageError:
+            raise DataError("the image is damaged or of no known format") from None
         except DAMAGED as error:
-            raise DataError(f"the image is damaged or of no known format: {error}") from error
+            raise DataError(f"the image is damaged: {error}") from error
     raise DataError(
         f"the image has {width}x{height} pixels, more than the {max_pixels:,} allowed:"
         " scale it down, or raise max_pixels"

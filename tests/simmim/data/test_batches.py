@@ -197,8 +197,10 @@ def test_a_bad_image_is_named_in_one_message(write_shards: WriteShards, workers:
     images[5] = b"no image at all"
     shards = ShardSet(write_shards([4, 4], images=images))
     batches = evaluation_batches(shards, EVALUATE, batch_size=2, workers=workers)
+    before = set(psutil.Process().children())
     with pytest.raises(DataError) as caught:
         list(batches)
+    assert set(psutil.Process().children()) == before
     message = str(caught.value)
     assert "shard-000001/001000001" in message
     assert "damaged or of no known format" in message
@@ -240,12 +242,12 @@ def test_workers_end_when_the_loop_is_left(shards: ShardSet) -> None:
 
 def test_a_worker_that_dies_is_reported(shards: ShardSet) -> None:
     before = set(psutil.Process().children())
-    batches = iter(training(shards, workers=1, end_position=16 * 400))
+    batches = iter(training(shards, workers=2, end_position=16 * 400))
     next(batches)
-    for worker in set(psutil.Process().children()) - before:
-        worker.kill()
+    (set(psutil.Process().children()) - before).pop().kill()
     with pytest.raises(DataError, match="a data worker died"):
         list(batches)
+    assert set(psutil.Process().children()) == before
 
 
 STOPPED = """
@@ -270,8 +272,6 @@ for step, batch in enumerate(batches):
         break
     time.sleep(0.002)
 print("stopped by itself", flush=True)
-if sys.argv[2] == "raise":
-    raise SystemExit(3)
 """
 
 ENDS = """
@@ -282,7 +282,10 @@ batches = iter(evaluation_batches(
     ShardSet(sys.argv[1]), EvalTransform(size=(8, 8)), batch_size=1, workers=2
 ))
 next(batches)
-raise ValueError("with its workers still at work")
+if sys.argv[2] == "leave":
+    raise ValueError("with its workers still at work")
+for batch in batches:
+    pass
 """
 
 
@@ -309,7 +312,7 @@ def group_ends(group: int, timeout: float = 15) -> bool:
 
 
 def test_signals_to_the_whole_group_leave_workers_to_the_main_process(shards: ShardSet) -> None:
-    process = run(STOPPED, shards.folder, "leave")
+    process = run(STOPPED, shards.folder)
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
@@ -323,19 +326,25 @@ def test_signals_to_the_whole_group_leave_workers_to_the_main_process(shards: Sh
         stop(process)
 
 
-def test_an_error_while_workers_work_ends_the_program(shards: ShardSet) -> None:
-    process = run(ENDS, shards.folder)
+@pytest.mark.parametrize("reason", ["leave", "read on"])
+def test_an_error_while_workers_work_ends_the_program(
+    write_shards: WriteShards, reason: str
+) -> None:
+    images = random_images(60)
+    images[9] = b"no image at all"
+    process = run(ENDS, write_shards([60], images=images), reason)
     try:
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 1
-        assert errors.endswith("ValueError: with its workers still at work\n")
+        words = "with its workers still at work" if reason == "leave" else "of no known format"
+        assert words in errors.splitlines()[-1]
         assert group_ends(process.pid)
     finally:
         stop(process)
 
 
 def test_workers_do_not_outlive_a_killed_main_process(shards: ShardSet) -> None:
-    process = run(STOPPED, shards.folder, "leave")
+    process = run(STOPPED, shards.folder)
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
