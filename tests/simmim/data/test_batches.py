@@ -240,6 +240,8 @@ def test_workers_end_when_the_loop_is_left(shards: ShardSet) -> None:
     assert psutil.wait_procs(workers, timeout=20)[1] == []
 
 
+# torch may notice the death a second time while it lets the other workers go.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_worker_that_dies_is_reported(shards: ShardSet) -> None:
     before = set(psutil.Process().children())
     batches = iter(training(shards, workers=2, end_position=16 * 400))
