@@ -37,6 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"simmim {arguments.command}: {error}", file=sys.stderr)
         return BAD_INPUT
+    except RuntimeError as error:
+        # torch raises this wherever the main thread happens to be when a data worker is killed.
+        if "DataLoader worker" not in str(error):
+            raise
+        print(f"simmim {arguments.command}: {error}", file=sys.stderr)
+        return BAD_INPUT
     except KeyboardInterrupt:
         print(f"simmim {arguments.command}: interrupted", file=sys.stderr)
         return 128 + 2
