@@ -23,7 +23,7 @@ def l1(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def smooth_l1(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return l2 / 2 where l1 is below 1, and l1 - 1/2 beyond."""
+    """Return half of l2 where the difference is below 1, and l1 - 1/2 beyond."""
     return F.smooth_l1_loss(prediction, target, reduction="none")
 
 

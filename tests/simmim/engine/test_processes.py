@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -46,13 +46,16 @@ def finish(arguments: list[str], log: Path) -> None:
         assert process.wait(timeout=120) == 0, log.read_text()
 
 
-def wait_for_step(run: Path, step: int, log: Path) -> None:
+def wait_until(reached: Callable[[], bool], log: Path) -> None:
     deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        if any(line["step"] >= step for line in RunFolder(path=run).read_metrics()):
-            return
+    while not reached():
+        assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached:\n{log.read_text()}")
+
+
+def wait_for_step(run: Path, step: int, log: Path) -> None:
+    metrics = RunFolder(path=run)
+    wait_until(lambda: any(line["step"] >= step for line in metrics.read_metrics()), log)
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -115,6 +118,8 @@ def test_two_ranks_stop_and_go_on(
     with started(launched, log) as process:
         wait_for_step(broken, 14, log)
         os.killpg(process.pid, number)
+        if number != signal.SIGKILL:  # the launcher may be gone before the ranks have stopped
+            wait_until(lambda: "Stopped at step" in log.read_text(), log)
         assert process.wait(timeout=60) != 0
     if number != signal.SIGKILL:
         steps_saved = complete_checkpoints(broken / "checkpoints")[-1].name
