@@ -1,7 +1,7 @@
 """Labelled images that the project draws itself: textured shapes before soft backgrounds.
 
-The class is the shape. Its colours, texture, size, place and turn, and the background, say nothing
-about it, so that telling classes apart takes more than a colour histogram.
+The class is the shape. Its colours, texture, size and place, and the background, say nothing about
+it, so that telling classes apart takes more than a colour histogram.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ NUM_DRAWS = 40
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 Shape = Callable[[Array, Array], Array]
-"""Signed distance to an outline that fits the unit circle: (x, y) → negative inside."""
+"""Signed distance to an outline that fits the unit circle: (up, right) → negative inside."""
 
 
 def draw_images(folder: Path, *, count: int, size: int, seed: int) -> None:
@@ -95,12 +95,15 @@ def render(shape: str, numbers: Sequence[int], size: int, seed: int) -> np.ndarr
         uint8 (len(numbers), size, size, 3).
     """
     draws = _Draws(numbers, seed)
-    axis = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
+    axis: Array = (np.arange(size, dtype=np.float32) + 0.5) * np.float32(2 / size) - 1
     x, y = axis[None, None, :], axis[None, :, None]
 
-    radius = draws.between(0.6, 0.95)
-    place_x, place_y = draws.between(-0.2, 0.2), draws.between(-0.2, 0.2)
-    inside = _turn((x - place_x) / radius, (y - place_y) / radius, draws.between(0, 2 * np.pi))
+    # Nearly in the middle and nearly upright: what is hidden follows from what the shape is, and
+    # not only from the colours around, so that filling it in takes knowing the shape.
+    radius = draws.between(0.7, 0.95)
+    right, down = draws.between(-0.1, 0.1), draws.between(-0.1, 0.1)
+    lean = draws.between(-0.25, 0.25)
+    inside = _turn((down - y) / radius, (x - right) / radius, lean)
     distance = SHAPES[shape](*inside) * radius * (size / 2)  # in pixels
     cover = np.clip(0.5 - distance, 0, 1)
 
@@ -193,7 +196,7 @@ def square(x: Array, y: Array) -> Array:
 
 def triangle(x: Array, y: Array) -> Array:
     """Signed distance to a triangle of equal sides."""
-    return _polygon(x, y, 3)
+    return _polygon(-x, y, 3)
 
 
 def cross(x: Array, y: Array) -> Array:
@@ -224,8 +227,8 @@ def crescent(x: Array, y: Array) -> Array:
 
 def hourglass(x: Array, y: Array) -> Array:
     """Signed distance to two triangles that touch."""
-    sides = (np.abs(x) - np.abs(y) - np.float32(0.1)) * np.float32(np.sqrt(0.5))
-    distance: Array = np.maximum(sides, np.abs(y) - np.float32(0.8))
+    sides = (np.abs(y) - np.abs(x) - np.float32(0.1)) * np.float32(np.sqrt(0.5))
+    distance: Array = np.maximum(sides, np.abs(x) - np.float32(0.8))
     return distance
 
 
