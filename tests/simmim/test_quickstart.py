@@ -1,0 +1,37 @@
+"""The quickstart on its embedded default: the pretrained encoder must really win."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from simmim.data.procedural import draw_images
+from simmim.quickstart import make_shards, quickstart, quickstart_recipe
+
+
+def test_too_few_images_are_refused_by_name(tmp_path: Path) -> None:
+    draw_images(tmp_path / "images", count=7, size=32, seed=0)
+    make_shards(tmp_path / "images", tmp_path / "shards")
+    with pytest.raises(ValueError, match="too few"):
+        quickstart_recipe(tmp_path / "shards")
+
+
+def test_images_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no shards could be made"):
+        quickstart(tmp_path / "nowhere", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_pretrained_encoder_wins(tmp_path: Path) -> None:
+    outcome = quickstart(None, tmp_path)
+    assert not outcome.stopped
+    loss, baseline = re.findall(r": +(\d\.\d+)$", outcome.text, re.MULTILINE)
+    assert float(loss) < 0.6 * float(baseline)
+    rows = re.findall(r"^(pretrained|scratch) +([\d.]+) +([\d.]+)", outcome.text, re.MULTILINE)
+    assert [name for name, _, _ in rows] == ["pretrained", "scratch"]
+    (_, knn, linear), (_, random_knn, random_linear) = rows
+    assert float(knn) > float(random_knn)
+    assert float(linear) > 1.3 * float(random_linear)
+    assert len(list((tmp_path / "run" / "reconstructions").glob("*.png"))) == 2
