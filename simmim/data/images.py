@@ -48,6 +48,15 @@ DAMAGED = (
 """What Pillow raises on files that are not whole or not images."""
 
 
+def check_channels(channels: int) -> None:
+    """Raise ValueError unless images can be decoded to this many channels."""
+    if channels not in MODES:
+        raise ValueError(
+            f"images have 1 (grey), 3 (colour) or 4 channels (with transparency), not {channels}:"
+            " change in_channels"
+        )
+
+
 def decode(data: bytes, *, channels: int = 3, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Return an encoded image upright, in mode L, RGB or RGBA for 1, 3 or 4 channels.
 
@@ -55,8 +64,7 @@ def decode(data: bytes, *, channels: int = 3, max_pixels: int = MAX_PIXELS) -> I
     8 bits are scaled, not cut off. Raises DataError on damaged files, and on images of more than
     `max_pixels` before they are decoded.
     """
-    if channels not in MODES:
-        raise ValueError(f"images have 1, 3 or 4 channels, not {channels}")
+    check_channels(channels)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what matters raises; the rest would flood the console
         try:

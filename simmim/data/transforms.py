@@ -6,7 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from simmim.data.images import MAX_PIXELS, center_crop_resize, decode, random_resized_crop
+from simmim.data.images import (
+    MAX_PIXELS,
+    center_crop_resize,
+    check_channels,
+    decode,
+    random_resized_crop,
+)
 from simmim.data.order import Address
 from simmim.data.randomness import numpy_stream, torch_stream
 from simmim.data.reading import RawSample
@@ -49,6 +55,9 @@ class TrainTransform:
     max_pixels: int = MAX_PIXELS
     """Pixels of the largest image that is decoded."""
 
+    def __post_init__(self) -> None:
+        check_channels(self.channels)
+
     def __call__(self, raw: RawSample, address: Address) -> Sample:
         """Return the sample as this epoch shows it."""
         image = decode(raw.image, channels=self.channels, max_pixels=self.max_pixels)
@@ -80,6 +89,9 @@ class EvalTransform:
     mask: MaskDraw | None = None
     max_pixels: int = MAX_PIXELS
     """Pixels of the largest image that is decoded."""
+
+    def __post_init__(self) -> None:
+        check_channels(self.channels)
 
     def __call__(self, raw: RawSample, address: Address) -> Sample:  # noqa: ARG002
         """Return the sample as evaluation sees it."""

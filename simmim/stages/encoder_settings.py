@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from simmim.data.images import check_channels
 from simmim.recipe import settings
 from swinv2 import SwinV2Config
 from swinv2.config import variant_config
@@ -18,7 +19,7 @@ class EncoderSettings:
     patch_size: int = 4
     """Side of a patch in pixels."""
     in_channels: int = 3
-    """Channels of the images."""
+    """Channels of the images: 1 grey, 3 colour, 4 colour and transparency."""
     embed_dim: int | None = None
     """Channels of the first stage; null keeps the variant's."""
     depths: tuple[int, ...] | None = None
@@ -29,9 +30,10 @@ class EncoderSettings:
     """Largest rate of stochastic depth, reached by the last block."""
 
     def __post_init__(self) -> None:
-        for name in ("window_size", "patch_size", "in_channels"):
+        for name in ("window_size", "patch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        check_channels(self.in_channels)
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path is {self.drop_path}; it must be 0 or more and below 1.")
 

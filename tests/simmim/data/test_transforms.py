@@ -85,3 +85,11 @@ def test_limits_reach_the_decoder() -> None:
     for transform in (TRAIN, EVALUATE):
         with pytest.raises(DataError, match="more than the 10 allowed"):
             dataclasses.replace(transform, max_pixels=10)(RAW[0], Address(0, 0, 0))
+
+
+@pytest.mark.parametrize("kind", [TrainTransform, EvalTransform])
+def test_impossible_channels_are_refused_before_any_image(
+    kind: type[TrainTransform] | type[EvalTransform],
+) -> None:
+    with pytest.raises(ValueError, match="not 2: change in_channels"):
+        kind(size=(12, 16), seed=5, channels=2)
