@@ -76,6 +76,8 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}; it must be above 0.")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; it must fit into 64 bits.")
 
     def total_steps(self, samples_per_epoch: int) -> int:
         """Return the number of optimiser steps."""
@@ -185,12 +187,13 @@ def train(
     trainer = _Trainer(stage, run, accelerator)
     if resume is not None:
         trainer.restore(find_checkpoint(run.checkpoints, resume))
+    stream = trainer.batches()  # refuses what cannot be dealt out, before anything is written
     if accelerator.is_main_process:
         run.begin(stage.recipe, step=trainer.step)
     accelerator.wait_for_everyone()
     bar = Bar(trainer.total, trainer.step, visible=accelerator.is_main_process, label=run.path.name)
     with StopRequest() as stop, bar:
-        batches = iter(trainer.batches())
+        batches = iter(stream)
         trainer.clock.skip()
         while trainer.step < trainer.total and not stop.agreed():
             trainer.advance(batches, bar)
@@ -246,6 +249,11 @@ class _Trainer:
             raise ValueError(
                 f"{path} was trained with batch size {state.batch_size}, the recipe says "
                 f"{self.training.batch_size}; its place in the data would be lost."
+            )
+        if state.step > self.total:
+            raise ValueError(
+                f"{path} is of step {state.step} and training ends at step {self.total}: lengthen "
+                "training.steps or training.epochs, or resume from an earlier checkpoint."
             )
         load_model(path, self.accelerator.unwrap_model(self.module))
         load_optimizer(path, self.optimizer)

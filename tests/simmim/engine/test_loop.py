@@ -116,6 +116,16 @@ def test_resume_refuses_another_batch_size(pretrain_values: dict[str, Any], tmp_
         run_training(pretrain_values, tmp_path, resume="auto", batch_size=16)
 
 
+def test_resume_refuses_to_end_before_it_begins(
+    pretrain_values: dict[str, Any], tmp_path: Path
+) -> None:
+    run_training(pretrain_values, tmp_path)
+    recipe = (tmp_path / "recipe.yaml").read_text()
+    with pytest.raises(ValueError, match="is of step 12 and training ends at step 8"):
+        run_training(pretrain_values, tmp_path, resume="auto", steps=8)
+    assert (tmp_path / "recipe.yaml").read_text() == recipe
+
+
 def test_accumulation_changes_nothing_but_rounding(
     pretrain_values: dict[str, Any], tmp_path: Path
 ) -> None:
