@@ -33,6 +33,7 @@ __all__ = [
     "read_encoder_config",
     "read_tensors",
     "save_encoder",
+    "write_tensors",
 ]
 
 CONFIG_FILE = "config.json"
@@ -76,7 +77,7 @@ def save_encoder(
         for name, tensor in encoder.state_dict().items()
     }
     with atomic_folder(path, may_replace=is_encoder_directory) as folder:
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_tensors(folder / WEIGHTS_FILE, tensors)
         (folder / CONFIG_FILE).write_text(to_json(description), encoding="utf-8")
     return Path(path)
 
@@ -156,6 +157,18 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise WeightsError(
             f"{file} is cut short or no safetensors file ({error}): export the encoder again."
         ) from error
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+    """Write contiguous tensors as a safetensors file.
+
+    Raises:
+        OSError: the file cannot be written, for want of space for example.
+    """
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{os.fspath(path)} cannot be written ({error}).") from error
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:

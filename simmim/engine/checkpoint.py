@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-from swinv2.weights import atomic_folder, atomic_write_text, load_strictly
+from swinv2.weights import atomic_folder, atomic_write_text, load_strictly, write_tensors
 
 COMPLETE = "complete"
 UNREADABLE = (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, UnpicklingError)
@@ -49,17 +49,28 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 def save_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState
 ) -> Path:
-    """Write the checkpoint of `state.step` so that a kill at any moment leaves the old ones."""
+    """Write the checkpoint of `state.step` so that a kill at any moment leaves the old ones.
+
+    Raises:
+        OSError: it cannot be written, for want of space for example.
+    """
     path = checkpoint_path(folder, state.step)
     if path.exists():  # left unmarked by a kill between rename and mark, or taken again
         _remove(path)
     with atomic_folder(path) as partial:
         tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        save_file(tensors, partial / "model.safetensors")
-        torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+        write_tensors(partial / "model.safetensors", tensors)
+        _write_pickle(partial / "optimizer.pt", optimizer.state_dict())
         (partial / "state.json").write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
     atomic_write_text(path / COMPLETE, "")
     return path
+
+
+def _write_pickle(file: Path, content: dict[str, Any]) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:  # torch hides what the system said
+        raise OSError(f"{file} cannot be written; is the disk full? ({error})") from error
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from swinv2 import SwinV2
@@ -17,6 +16,7 @@ from swinv2.weights import (
     load_strictly,
     read_encoder_config,
     read_tensors,
+    write_tensors,
 )
 
 HEAD_FILE = "model.safetensors"
@@ -85,7 +85,7 @@ def save_head(head: nn.Linear, path: Path, classes: Sequence[str]) -> None:
     """Write a head and the names of its classes as the folder `path`."""
     tensors = {name: part.detach().cpu().contiguous() for name, part in head.state_dict().items()}
     with atomic_folder(path, may_replace=_is_head) as folder:
-        save_file(tensors, folder / HEAD_FILE)
+        write_tensors(folder / HEAD_FILE, tensors)
         text = json.dumps({"classes": list(classes)}, indent=1, ensure_ascii=False)
         (folder / CLASSES_FILE).write_text(text + "\n", encoding="utf-8")
 

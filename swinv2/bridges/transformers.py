@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from swinv2.atomic import atomic_folder
@@ -24,6 +23,7 @@ from swinv2.attention import window_grid
 from swinv2.config import Pair, SwinV2Config, clamp_window
 from swinv2.encoder import SwinV2
 from swinv2.encoder_file import check_normalisation
+from swinv2.weights import write_tensors
 
 BACKBONE_FOLDER = "backbone"
 MASKED_IMAGE_FOLDER = "masked-image-modeling"
@@ -343,7 +343,7 @@ def _write_model(
     content = {"architectures": [architecture], **config}
     if len(dtypes) == 1:
         content["dtype"] = dtypes.pop()
-    save_file(dict(tensors), folder / _WEIGHTS_FILE, metadata={"format": "pt"})
+    write_tensors(folder / _WEIGHTS_FILE, tensors)
     _write_json(folder / _CONFIG_FILE, content)
 
 

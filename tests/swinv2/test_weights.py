@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,18 @@ def test_an_earlier_encoder_is_replaced_and_nothing_else(
         save_encoder(encoder, saved, mean=MEAN, std=STD)
     assert read_encoder_config(saved).mean == (0.5,) * 3
     assert [place.name for place in tmp_path.iterdir()] == ["encoder"]
+
+
+def test_a_full_disk_leaves_the_earlier_encoder(
+    encoder: SwinV2, saved: Path, no_file_above: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    with (
+        no_file_above(10_000),
+        pytest.raises(OSError, match=r"model\.safetensors cannot be written"),
+    ):
+        save_encoder(encoder, saved, mean=MEAN, std=STD)
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+    load_encoder(saved)
 
 
 def test_a_normalisation_that_does_not_fit_writes_nothing(encoder: SwinV2, tmp_path: Path) -> None:

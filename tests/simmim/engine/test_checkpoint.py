@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +282,20 @@ def test_an_error_while_writing_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="share memory"):
         save_checkpoint(tmp_path, model, optimizer, state_of(2))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize(("length", "file"), [(200, "model.safetensors"), (1500, "optimizer.pt")])
+def test_a_full_disk_leaves_the_earlier_checkpoint(
+    tmp_path: Path,
+    no_file_above: Callable[[int], AbstractContextManager[None]],
+    length: int,
+    file: str,
+) -> None:
+    save(tmp_path, 1)
+    with no_file_above(length), pytest.raises(OSError, match=f"{file} cannot be written"):
+        save(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert_whole(tmp_path / "step-00000001")
 
 
 def write_next(folder: Path) -> None:
