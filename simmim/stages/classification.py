@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from simmim.data.batches import Batch, TrainingBatches, evaluation_batches
+from simmim.data.batches import Batch, evaluation_batches
 from simmim.data.order import SampleOrder
 from simmim.data.reading import ShardSet
 from simmim.data.settings import AugmentedDataSettings
-from simmim.data.transforms import EvalTransform, TrainTransform
+from simmim.data.transforms import EvalTransform
 from simmim.engine.loop import TrainingSettings
 from simmim.engine.run import RunFolder
 from simmim.recipe import recipe_hash, settings
+from simmim.stages.batches import training_batches
 from simmim.stages.classifier import Classifier, Scores, save_head, score
 from simmim.stages.encoder_settings import EncoderSettings
 from simmim.stages.labelled import open_labelled
@@ -169,28 +170,16 @@ class ClassificationStage:
 
     def batches(self, *, rank: int, world: int, start: int, end: int) -> Iterable[Batch]:
         """Yield this rank's micro-batches; see `simmim.engine.loop.Stage`."""
-        data, training = self.recipe.data, self.recipe.training
-        transform = TrainTransform(
-            size=(data.image_size, data.image_size),
-            seed=training.seed,
-            scale=data.scale,
-            ratio=data.ratio,
-            flip=data.flip,
-            channels=self.start.encoder.config.in_channels,
-            max_pixels=data.max_pixels,
-        )
-        return TrainingBatches(
+        return training_batches(
             self.training_shards,
             self.order,
-            transform,
-            batch_size=training.batch_size,
-            start_position=start,
-            end_position=end,
-            accumulation=training.accumulation,
+            self.recipe.data,
+            self.recipe.training,
+            channels=self.start.encoder.config.in_channels,
             rank=rank,
             world=world,
-            workers=data.workers,
-            pin_memory=torch.cuda.is_available(),
+            start=start,
+            end=end,
         )
 
     @torch.no_grad()

@@ -9,10 +9,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from simmim.data.batches import Batch, TrainingBatches, evaluation_batches
+from simmim.data.batches import Batch, evaluation_batches
 from simmim.data.order import SampleOrder
 from simmim.data.settings import AugmentedDataSettings, DataSettings
-from simmim.data.transforms import EvalTransform, TrainTransform
+from simmim.data.transforms import EvalTransform
 from simmim.engine.checkpoint import TrainingState, find_checkpoint, load_model, load_state
 from simmim.engine.loop import TrainingSettings
 from simmim.engine.run import RunFolder
@@ -21,6 +21,7 @@ from simmim.masking import MaskDrawer, MaskSettings
 from simmim.model import LossArea, SimMIM
 from simmim.recipe import load, recipe_hash, settings
 from simmim.report.panels import reconstruction_panel
+from simmim.stages.batches import training_batches
 from simmim.stages.encoder_settings import EncoderSettings
 from simmim.stages.normalisation import Normalise
 from swinv2 import build_encoder, save_encoder
@@ -145,29 +146,17 @@ class PretrainStage:
 
     def batches(self, *, rank: int, world: int, start: int, end: int) -> Iterable[Batch]:
         """Yield this rank's micro-batches; see `simmim.engine.loop.Stage`."""
-        data, training = self.recipe.data, self.recipe.training
-        transform = TrainTransform(
-            size=(data.image_size, data.image_size),
-            seed=training.seed,
-            scale=data.scale,
-            ratio=data.ratio,
-            flip=data.flip,
-            channels=self.recipe.encoder.in_channels,
-            mask=self.draw_mask,
-            max_pixels=data.max_pixels,
-        )
-        return TrainingBatches(
+        return training_batches(
             self.training_shards,
             self.order,
-            transform,
-            batch_size=training.batch_size,
-            start_position=start,
-            end_position=end,
-            accumulation=training.accumulation,
+            self.recipe.data,
+            self.recipe.training,
+            channels=self.recipe.encoder.in_channels,
+            mask=self.draw_mask,
             rank=rank,
             world=world,
-            workers=data.workers,
-            pin_memory=torch.cuda.is_available(),
+            start=start,
+            end=end,
         )
 
     def held_out_batches(

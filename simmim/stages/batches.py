@@ -1,0 +1,62 @@
+"""Training batches from a recipe: the same for every stage that trains on cropped images."""
+
+import torch
+
+from simmim.data.batches import TrainingBatches
+from simmim.data.order import SampleOrder
+from simmim.data.reading import ShardSet
+from simmim.data.settings import AugmentedDataSettings
+from simmim.data.transforms import MaskDraw, TrainTransform
+from simmim.engine.loop import TrainingSettings
+
+
+def training_batches(
+    shards: ShardSet,
+    order: SampleOrder,
+    data: AugmentedDataSettings,
+    training: TrainingSettings,
+    *,
+    channels: int,
+    mask: MaskDraw | None = None,
+    rank: int,
+    world: int,
+    start: int,
+    end: int,
+) -> TrainingBatches:
+    """Return this rank's micro-batches, from `start` to `end` samples of the global stream.
+
+    Args:
+        shards: to train on.
+        order: of their samples.
+        data: size and augmentation of the images, and how they are read.
+        training: batch size, accumulation and seed.
+        channels: of the images.
+        mask: draws the mask of an image, where the stage wants one.
+        rank: number of this process.
+        world: number of processes.
+        start: cursor of the first batch.
+        end: cursor behind the last one.
+    """
+    transform = TrainTransform(
+        size=(data.image_size, data.image_size),
+        seed=training.seed,
+        scale=data.scale,
+        ratio=data.ratio,
+        flip=data.flip,
+        channels=channels,
+        mask=mask,
+        max_pixels=data.max_pixels,
+    )
+    return TrainingBatches(
+        shards,
+        order,
+        transform,
+        batch_size=training.batch_size,
+        start_position=start,
+        end_position=end,
+        accumulation=training.accumulation,
+        rank=rank,
+        world=world,
+        workers=data.workers,
+        pin_memory=torch.cuda.is_available(),
+    )
