@@ -4,7 +4,9 @@ accelerate leaves the processes of a CPU job to MPI: without it, `--num_processe
 one process and drops the number unseen. Here the number is found again and torchrun starts them.
 """
 
+import ctypes
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +15,20 @@ import torch
 from accelerate.commands import config, launch
 
 RANK_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+PR_SET_PDEATHSIG = 1
+"""Number of Linux's prctl option: the signal that a process gets when its parent is gone."""
+
+
+def end_with_launcher() -> None:
+    """Ask Linux for SIGTERM when the launcher of this process is gone.
+
+    accelerate passes no signal on, and ranks outlive a torchrun that was killed: they would go on
+    writing into the run folder, beside the run that resumes it.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if launched and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))  # outlives an exec
 
 
 def start_processes() -> None:

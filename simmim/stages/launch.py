@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from simmim.engine.launcher import start_processes
+from simmim.engine.launcher import end_with_launcher, start_processes
 from simmim.engine.loop import Stage, TrainingResult, build_accelerator, train
 from simmim.engine.run import RunFolder
 from simmim.stages.classification import ClassificationRecipe
@@ -33,6 +33,7 @@ def launch(
     Raises:
         ValueError: the run folder, the shards or the sizes cannot be used.
     """
+    end_with_launcher()
     if int(os.environ.get("RANK", "0")) == 0:  # the others would meet what rank 0 has begun
         run.check(recipe, resume=resume is not None, allow_changes=allow_changes)
         recipe.data.open_shards()

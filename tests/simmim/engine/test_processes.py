@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -117,8 +118,12 @@ def test_two_ranks_stop_and_go_on(
     launched = [*TWO_PROCESSES, *arguments(pretrain_config, broken, *steps)]
     with started(launched, log) as process:
         wait_for_step(broken, 14, log)
-        os.killpg(process.pid, number)
-        if number != signal.SIGKILL:  # the launcher may be gone before the ranks have stopped
+        if number == signal.SIGKILL:  # as a power cut: nobody is left to write a checkpoint
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+        else:  # the launcher may be gone before the ranks have stopped
+            os.killpg(process.pid, number)
             wait_until(lambda: "Stopped at step" in log.read_text(), log)
         assert process.wait(timeout=60) != 0
     if number != signal.SIGKILL:
@@ -127,3 +132,35 @@ def test_two_ranks_stop_and_go_on(
     finish([*launched, "--resume", "auto"], log)
     finish([*TWO_PROCESSES, *arguments(pretrain_config, whole, *steps)], log)
     assert_same_ending(whole, broken)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's end")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ranks_stop_when_only_their_launcher_is_told_to(
+    pretrain_config: Path, tmp_path: Path, processes: int
+) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--cpu"]
+    steps = ("--training.steps", "5000", "--training.checkpoint_every", "5000")
+    with started([*launch, *arguments(pretrain_config, run, *steps)], log) as process:
+        wait_for_step(run, 4, log)
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        _, left = psutil.wait_procs(ranks, timeout=30)
+    assert not left, log.read_text()
+    stopped_at = complete_checkpoints(run / "checkpoints")[-1].name.removeprefix("step-")
+    assert f"Stopped at step {int(stopped_at)}" in log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's end")
+def test_no_rank_outlives_its_killed_launchers(pretrain_config: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    steps = ("--training.steps", "5000", "--training.checkpoint_every", "5000")
+    with started([*TWO_PROCESSES, *arguments(pretrain_config, run, *steps)], log) as process:
+        wait_for_step(run, 4, log)
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGKILL)  # accelerate and torchrun; ranks have sessions
+        _, left = psutil.wait_procs(ranks, timeout=30)
+    assert not left, log.read_text()
