@@ -104,6 +104,10 @@ class ProbeRecipe:
     probe: ProbeSettings = ProbeSettings()
     """The classifiers."""
 
+    def __post_init__(self) -> None:
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; it must fit into 64 bits.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult:

@@ -166,6 +166,12 @@ def test_impossible_settings_are_refused(data: dict[str, object], message: str) 
         parse(ProbeRecipe, values, "test")
 
 
+def test_a_seed_beyond_64_bits_is_refused() -> None:
+    values = {"encoder": "e", "seed": 2**63, "data": {"shards": "s"}}
+    with pytest.raises(RecipeError, match="seed is 9223372036854775808"):
+        parse(ProbeRecipe, values, "test")
+
+
 def test_a_folder_that_is_no_encoder_is_refused(shards: Path, tmp_path: Path) -> None:
     values = {"encoder": str(tmp_path), "data": {"shards": str(shards)}}
     with pytest.raises(ValueError, match=r"config\.json"):
