@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from simmim.data.images import MAX_PIXELS
 from simmim.data.reading import ShardSet
 from simmim.recipe import settings
 
@@ -26,7 +27,7 @@ class DataSettings:
     """Mean of each channel, on a scale from 0 to 1."""
     std: tuple[float, ...] = IMAGENET_STD
     """Standard deviation of each channel, on a scale from 0 to 1."""
-    max_pixels: int = 178_956_970
+    max_pixels: int = MAX_PIXELS
     """Images of more pixels are refused from their header, before anything is decoded."""
 
     def __post_init__(self) -> None:
