@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.manifest import read_manifest
+from simmim.data.order import slots_for
 from simmim.data.procedural import draw_images
 from simmim.engine.run import RunFolder
 from simmim.recipe import parse
@@ -17,7 +18,7 @@ from simmim.stages.probe import ProbeRecipe, compare, table
 DEFAULT_FOLDER = Path("runs/quickstart")
 NUM_IMAGES = 4096
 IMAGE_SIZE = 64
-SAMPLES_PER_SHARD = 512
+BATCH_SIZE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +73,8 @@ def make_shards(images: Path, shards: Path) -> None:
     Raises:
         ValueError: it failed; it has said why.
     """
-    command = ["shard", str(images), str(shards), "--samples-per-shard", str(SAMPLES_PER_SHARD)]
-    done = subprocess.run([sys.executable, "-m", "data_prep", *command], check=False)
+    command = [sys.executable, "-m", "data_prep", "shard", str(images), str(shards)]
+    done = subprocess.run(command, check=False)
     if done.returncode:
         raise ValueError(f"no shards could be made of {images}; the reason stands above.")
 
@@ -87,8 +88,8 @@ def quickstart_recipe(shards: Path) -> PretrainRecipe:
     manifest = read_manifest(shards)
     if len(manifest.shards) < 2:
         raise ValueError(
-            f"{manifest.samples} images are too few: the quickstart wants more than "
-            f"{SAMPLES_PER_SHARD}, to train on some and hold others out."
+            f"{manifest.samples} image is too few: the quickstart trains on some and holds "
+            "others out."
         )
     return parse(
         PretrainRecipe,
@@ -101,10 +102,15 @@ def quickstart_recipe(shards: Path) -> PretrainRecipe:
                 "depths": [2, 2, 4],
                 "num_heads": [2, 4, 8],
             },
-            "data": {"shards": str(shards), "image_size": IMAGE_SIZE, "workers": 1, "slots": 16},
+            "data": {
+                "shards": str(shards),
+                "image_size": IMAGE_SIZE,
+                "workers": 1,
+                "slots": slots_for(BATCH_SIZE, sum(s.samples for s in manifest.shards[:-1])),
+            },
             "mask": {"cell": 8, "ratio": 0.6},
             "training": {
-                "batch_size": 64,
+                "batch_size": BATCH_SIZE,
                 "steps": 350,
                 "log_every": 10,
                 "checkpoint_every": 100,

@@ -1,5 +1,6 @@
 """Random access to the samples of shards, through the indexes that `data-prep` writes."""
 
+import hashlib
 import os
 import weakref
 from collections import OrderedDict
@@ -119,6 +120,17 @@ class ShardSet:
     def samples(self) -> int:
         """Samples in all shards."""
         return sum(self.sizes)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over names, sizes and checksums of these shards and the choice among them."""
+        digest = hashlib.sha256()
+        for number in self.numbers:
+            shard = self.manifest.shards[number]
+            digest.update(f"{shard.name} {shard.samples} {shard.sha256}\n".encode())
+        for rows in self._rows or ():
+            digest.update(rows.astype("<i8").tobytes())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return self.samples

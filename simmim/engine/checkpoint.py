@@ -37,6 +37,8 @@ class TrainingState:
     """The random state: each step's generators are seeded with (seed, step, rank)."""
     losses: tuple[float, ...]
     """Losses of the steps since the last line in the metrics."""
+    data_digest: str
+    """Digest of the training shards: the cursor means nothing in others."""
     recipe_hash: str
     """Hash of the recipe in force."""
 

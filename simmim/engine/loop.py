@@ -106,6 +106,10 @@ class Stage(Protocol):
     def samples_per_epoch(self) -> int:
         """Samples that the data order visits in one epoch."""
 
+    @property
+    def data_digest(self) -> str:
+        """Digest of the shards that are trained on."""
+
     def batches(self, *, rank: int, world: int, start: int, end: int) -> Iterable[Batch]:
         """Yield this rank's micro-batches, from `start` to `end` samples of the global stream."""
 
@@ -217,6 +221,7 @@ class _Trainer:
         self.total = self.training.total_steps(stage.samples_per_epoch)
         self.step = 0
         self.saved_step = -1
+        self.lr = 0.0
         self.figures: dict[str, float] = {}
         self.losses: list[Tensor] = []
         self.clock = Clock()
@@ -250,6 +255,11 @@ class _Trainer:
                 f"{path} was trained with batch size {state.batch_size}, the recipe says "
                 f"{self.training.batch_size}; its place in the data would be lost."
             )
+        if state.data_digest != self.stage.data_digest:
+            raise ValueError(
+                f"{path} was trained on other shards than the recipe names now; its place in the "
+                "data would be lost. Name the shards it was started with, or start another run."
+            )
         if state.step > self.total:
             raise ValueError(
                 f"{path} is of step {state.step} and training ends at step {self.total}: lengthen "
@@ -264,14 +274,7 @@ class _Trainer:
         """Take one step and do what is due after it."""
         training = self.training
         torch.manual_seed(step_seed(training.seed, self.step, self.accelerator.process_index))
-        lr = learning_rate(
-            training.schedule,
-            self.step,
-            peak=training.optimizer.lr,
-            total_steps=self.total,
-            steps_per_epoch=self.steps_per_epoch,
-        )
-        set_learning_rate(self.optimizer, lr)
+        set_learning_rate(self.optimizer, self._learning_rate)
         began = time.perf_counter()
         micro_batches = [next(batches) for _ in range(training.accumulation)]
         self.clock.add(training.batch_size, time.perf_counter() - began)
@@ -280,10 +283,11 @@ class _Trainer:
             self.accelerator, self.module, self.optimizer, micro_batches, training.clip_norm
         )
         self.losses.append(loss)
+        self.lr = self._learning_rate(1.0)
         self.step += 1
         bar.advance()
         if self._due(training.log_every):
-            self._log(lr, norm, bar)
+            self._log(norm, bar)
         if self._due(training.validate_every):
             self._validate(bar)
         if self._due(training.look_every) and self.accelerator.is_main_process:
@@ -291,6 +295,16 @@ class _Trainer:
             self.clock.skip()
         if self.step % training.checkpoint_every == 0:
             self.save()
+
+    def _learning_rate(self, factor: float) -> float:
+        """Return the rate of a layer: its factor scales the peak, but neither end."""
+        return learning_rate(
+            self.training.schedule,
+            self.step,
+            peak=self.training.optimizer.lr * factor,
+            total_steps=self.total,
+            steps_per_epoch=self.steps_per_epoch,
+        )
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.total
@@ -312,11 +326,11 @@ class _Trainer:
             )
         return losses
 
-    def _log(self, lr: float, norm: Tensor, bar: Bar) -> None:
+    def _log(self, norm: Tensor, bar: Bar) -> None:
         loss = float(self._losses_since_log().mean())
         self.losses.clear()
         images_per_second, data_wait = self.clock.read()
-        bar.show(loss, lr, images_per_second, data_wait)
+        bar.show(loss, self.lr, images_per_second, data_wait)
         if self.accelerator.is_main_process:
             self.run.log(
                 {
@@ -324,7 +338,7 @@ class _Trainer:
                     "epoch": round(self.step / self.steps_per_epoch, 4),
                     "samples": self.cursor,
                     "loss": loss,
-                    "lr": lr,
+                    "lr": self.lr,
                     "grad_norm": float(norm),
                     "images_per_second": round(images_per_second, 2),
                     "data_wait": round(data_wait, 4),
@@ -357,6 +371,7 @@ class _Trainer:
                 batch_size=self.training.batch_size,
                 seed=self.training.seed,
                 losses=losses,
+                data_digest=self.stage.data_digest,
                 recipe_hash=recipe_hash(self.stage.recipe),
             )
             model = self.accelerator.unwrap_model(self.module)

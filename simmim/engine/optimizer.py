@@ -1,5 +1,6 @@
 """AdamW and its parameter groups: what decays, and how fast each layer learns."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -137,10 +138,12 @@ def build_optimizer(
     )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every group to `lr` times the group's factor."""
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, learning_rate: Callable[[float], float]
+) -> None:
+    """Set the learning rate of every group to `learning_rate` of the group's factor."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_factor"]
+        group["lr"] = learning_rate(group["lr_factor"])
 
 
 def depth_table(model: nn.Module, groups: list[ParameterGroup], depths: tuple[int, ...]) -> str:

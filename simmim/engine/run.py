@@ -1,7 +1,10 @@
 """The run folder: where a training keeps its recipe, metrics, checkpoints, pictures and encoder."""
 
+import errno
+import fcntl
 import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,9 @@ from typing import Any
 from simmim.engine.checkpoint import remove_later_checkpoints
 from simmim.recipe import differences, read_values, to_values, to_yaml
 from swinv2.weights import atomic_write_text
+
+LOCK = ".lock"
+"""File in the run folder that the process which writes there has locked."""
 
 FREE_TO_CHANGE = (
     "data.workers",
@@ -19,7 +25,7 @@ FREE_TO_CHANGE = (
     "training.validate_every",
     "training.look_every",
 )
-"""Recipe keys that may differ on resume: they change no weight."""
+"""Recipe keys that may differ on resume: they change no batch and no schedule."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +67,7 @@ class RunFolder:
                 differs from the saved one in what changes the weights.
         """
         if not resume:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            if self.path.exists() and not (self.path.is_dir() and self._is_empty()):
                 raise ValueError(
                     f"run folder {self.path} is not empty. Continue that run with --resume auto, "
                     "or choose another with --folder."
@@ -78,6 +84,37 @@ class RunFolder:
                 f"Resume with {self.recipe}, start another run, or accept this with "
                 "--allow-recipe-changes."
             )
+
+    def _is_empty(self) -> bool:
+        return all(path.name == LOCK for path in self.path.iterdir())
+
+    def lock(self, patience: float = 10.0) -> None:
+        """Keep every other process from writing into the run, until this one ends.
+
+        Args:
+            patience: seconds to wait for another to end: ranks outlive a kill by a moment.
+
+        Raises:
+            ValueError: another process still writes into the run.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + patience
+        # Never closed: it is open, and so locked, as long as the process lives.
+        file = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    return  # a file system without locks
+                if time.monotonic() > deadline:
+                    raise ValueError(
+                        f"another process is writing into {self.path}: wait for it, stop it, or "
+                        "choose another folder with --folder."
+                    ) from None
+                time.sleep(0.1)
+            else:
+                return
 
     def begin(self, recipe: Any, *, step: int) -> None:
         """Write the recipe, and drop what is of steps after `step`, which will be taken again."""

@@ -159,6 +159,7 @@ class ClassificationStage:
             self.training_shards.sizes, seed=recipe.training.seed, slots=recipe.data.slots
         )
         self.samples_per_epoch = self.order.samples_per_epoch
+        self.data_digest = self.training_shards.digest
         self.start = starting_point(recipe)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.training.seed)

@@ -6,7 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from simmim.engine.launcher import end_with_launcher, start_processes
+from simmim.engine.launcher import (
+    end_with_launcher,
+    requested_cpu_processes,
+    start_processes,
+)
 from simmim.engine.loop import Stage, TrainingResult, build_accelerator, train
 from simmim.engine.run import RunFolder
 from simmim.stages.classification import ClassificationRecipe
@@ -36,10 +40,14 @@ def launch(
     end_with_launcher()
     if int(os.environ.get("RANK", "0")) == 0:  # the others would meet what rank 0 has begun
         run.check(recipe, resume=resume is not None, allow_changes=allow_changes)
-        recipe.data.open_shards()
+    stage = make_stage(recipe)
+    world = max(requested_cpu_processes(), int(os.environ.get("WORLD_SIZE", "1")))
+    stage.batches(rank=0, world=world, start=0, end=recipe.training.batch_size)
     start_processes()
     accelerator = build_accelerator(recipe.training.precision)
-    stage = make_stage(recipe)
+    if accelerator.is_main_process:
+        run.lock()
+    accelerator.wait_for_everyone()
     result = train(stage, run, accelerator, resume)
     if accelerator.is_main_process:
         say_result(result, run)

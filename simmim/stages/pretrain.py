@@ -139,6 +139,7 @@ class PretrainStage:
             self.training_shards.sizes, seed=recipe.training.seed, slots=recipe.data.slots
         )
         self.samples_per_epoch = self.order.samples_per_epoch
+        self.data_digest = self.training_shards.digest
         self.model = build_model(recipe)
         self.module = PretrainModule(self.model, recipe.data)
         self.depths = self.model.encoder.config.depths

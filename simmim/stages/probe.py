@@ -227,6 +227,7 @@ def probe(
         extract_features(encoder, shards, data=data, mean=mean, std=std, device=device, label=text)
         for shards, text in ((training, f"{label}: training"), (validation, f"{label}: validation"))
     )
+    known, asked = standardise(known, asked)
     votes = knn_votes(
         known,
         asked.values,
@@ -289,6 +290,18 @@ def _frozen(encoder: SwinV2) -> Iterator[None]:
         encoder.train(was_training)
 
 
+def standardise(known: Features, asked: Features) -> tuple[Features, Features]:
+    """Shift and scale both so that each feature of the known ones has mean 0 and deviation 1.
+
+    Without it a few strong features, and what all images share, decide every cosine.
+    """
+    mean, std = known.values.mean(dim=0), known.values.std(dim=0, correction=0).clamp(min=1e-6)
+    return (
+        Features(values=(known.values - mean) / std, labels=known.labels),
+        Features(values=(asked.values - mean) / std, labels=asked.labels),
+    )
+
+
 def knn_votes(
     known: Features, asked: Tensor, *, num_classes: int, neighbours: int, temperature: float
 ) -> Tensor:
@@ -319,12 +332,10 @@ def knn_votes(
 def linear_logits(known: Features, asked: Tensor, *, num_classes: int, steps: int) -> Tensor:
     """Fit a linear classifier to the known features and apply it: (samples, num_classes).
 
-    Features are standardised by mean and deviation of the known ones. The penalty on the weights
-    is the one of `L2_STRENGTHS` that does best on a fifth of the known features, after fitting
-    the others.
+    Both should be standardised. The penalty on the weights is the one of `L2_STRENGTHS` that does
+    best on a fifth of the known features, after fitting the others.
     """
-    mean, std = known.values.mean(dim=0), known.values.std(dim=0, correction=0).clamp(min=1e-6)
-    values, labels = (known.values - mean) / std, known.labels
+    values, labels = known.values, known.labels
     order = torch.from_numpy(shuffled(len(labels), "probe penalty")).to(labels.device)
     held, kept = order[: len(order) // 5], order[len(order) // 5 :]
     losses = []
@@ -332,7 +343,7 @@ def linear_logits(known: Features, asked: Tensor, *, num_classes: int, steps: in
         line = _fit_line(values[kept], labels[kept], num_classes, strength, steps)
         losses.append(score(line(values[held]), labels[held]).loss)
     strength = L2_STRENGTHS[losses.index(min(losses))]
-    return _fit_line(values, labels, num_classes, strength, steps)((asked - mean) / std)
+    return _fit_line(values, labels, num_classes, strength, steps)(asked)
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,22 @@ import pytest
 
 from simmim.data.procedural import draw_images
 from simmim.quickstart import make_shards, quickstart, quickstart_recipe
+from simmim.stages.pretrain import PretrainStage
 
 
 def test_too_few_images_are_refused_by_name(tmp_path: Path) -> None:
-    draw_images(tmp_path / "images", count=7, size=32, seed=0)
+    draw_images(tmp_path / "images", count=1, size=32, seed=0)
     make_shards(tmp_path / "images", tmp_path / "shards")
     with pytest.raises(ValueError, match="too few"):
         quickstart_recipe(tmp_path / "shards")
+
+
+def test_the_recipe_fits_a_few_images(tmp_path: Path) -> None:
+    draw_images(tmp_path / "images", count=20, size=32, seed=0)
+    make_shards(tmp_path / "images", tmp_path / "shards")
+    stage = PretrainStage(quickstart_recipe(tmp_path / "shards"))
+    assert len(next(iter(stage.batches(rank=0, world=1, start=0, end=64)))) == 64
+    assert 0 < stage.validation_shards.samples < 20
 
 
 def test_images_that_cannot_be_used_are_refused(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def state_of(step: int) -> TrainingState:
         batch_size=8,
         seed=3,
         losses=(0.1 + step, 1 / 3),
+        data_digest="d1",
         recipe_hash="0123456789abcdef",
     )
 

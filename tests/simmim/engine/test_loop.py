@@ -126,6 +126,15 @@ def test_resume_refuses_to_end_before_it_begins(
     assert (tmp_path / "recipe.yaml").read_text() == recipe
 
 
+def test_resume_refuses_other_shards_in_the_same_place(
+    pretrain_values: dict[str, Any], tmp_path: Path
+) -> None:
+    run_training(pretrain_values, tmp_path)
+    pretrain_values["data"]["validation_shards"] = 2
+    with pytest.raises(ValueError, match="other shards"):
+        run_training(pretrain_values, tmp_path, resume="auto")
+
+
 def test_accumulation_changes_nothing_but_rounding(
     pretrain_values: dict[str, Any], tmp_path: Path
 ) -> None:

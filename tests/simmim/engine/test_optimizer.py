@@ -178,7 +178,7 @@ def test_without_gradient_only_decaying_parameters_shrink_by_their_layers_rate()
     settings = OptimizerSettings(lr=0.1, weight_decay=0.5, layer_decay=0.5)
     groups = parameter_groups(model, settings, (2, 1))
     optimizer = build_optimizer(model, settings, groups)
-    set_learning_rate(optimizer, 0.04)
+    set_learning_rate(optimizer, lambda factor: 0.04 * factor)
     for parameter in model.parameters():
         parameter.data.uniform_(1, 2)
         parameter.grad = torch.zeros_like(parameter)
@@ -195,7 +195,7 @@ def test_the_first_step_moves_every_weight_by_its_layers_rate() -> None:
     settings = OptimizerSettings(lr=1.0, weight_decay=0, layer_decay=0.5, betas=(0.9, 0.95))
     optimizer = build_optimizer(model, settings, parameter_groups(model, settings, (2, 1)))
     assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
-    set_learning_rate(optimizer, 0.01)
+    set_learning_rate(optimizer, lambda factor: 0.01 * factor)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, -3.0)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +179,28 @@ def test_beginning_again_leaves_no_partial_files(run: RunFolder) -> None:
     run.begin(recipe_with(training__log_every=3), step=1)
     assert {path.name for path in run.path.iterdir()} == {"recipe.yaml", "metrics.jsonl"}
     assert load(PretrainRecipe, run.recipe).training.log_every == 3
+
+
+def test_a_run_has_one_writer(tmp_path: Path) -> None:
+    run = RunFolder(path=tmp_path / "run")
+    hold = (
+        "import sys, time; from pathlib import Path; from simmim.engine.run import RunFolder;"
+        "RunFolder(path=Path(sys.argv[1])).lock(); print('locked', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", hold, str(run.path)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match="another process is writing"):
+            run.lock(patience=0.2)
+    finally:
+        process.kill()
+        process.communicate(timeout=30)
+    run.lock(patience=5)  # a kill gives it free
+    assert run.path.is_dir()
