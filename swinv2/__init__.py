@@ -1,11 +1,12 @@
 """Swin Transformer V2: the encoder, its weights and its bridges to other libraries."""
 
-from swinv2.config import VARIANTS, SwinV2Config, record_windows, variant_config
+from swinv2.config import VARIANTS, Execution, SwinV2Config, record_windows, variant_config
 from swinv2.encoder import SwinV2, build_encoder
 from swinv2.weights import Provenance, load_encoder, read_encoder_config, save_encoder
 
 __all__ = [
     "VARIANTS",
+    "Execution",
     "Provenance",
     "SwinV2",
     "SwinV2Config",

@@ -12,12 +12,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from swinv2.config import Pair, clamp_window
+from swinv2.config import AttentionPath, Pair, clamp_window
+from swinv2.linear import Linear, linear
+from swinv2.sequential import SHORTEST, sequential_attention
 
 LARGEST_LOGIT_SCALE = math.log(100)
 ACROSS_REGIONS = -100.0  # added to scores between regions that only the shift brought together
 PADDING = -1  # the region of tokens that only fill a window
 BIAS_HIDDEN = 512
+SCORES_IN_CACHE = 2**22  # 16 MiB in float32: fewer are as fast all at once
 
 Sizes = ParamSpec("Sizes")
 
@@ -101,14 +104,13 @@ def unshift_tokens(tokens: Tensor, grid: WindowGrid) -> Tensor:
     return tokens[:, :rows, :columns]
 
 
-def partition(tokens: Tensor, grid: WindowGrid, num_heads: int) -> Tensor:
-    """Cut (batch, rows, columns, heads·d) into (batch, windows, heads, tokens of a window, d)."""
+def partition(tokens: Tensor, grid: WindowGrid) -> Tensor:
+    """Cut (batch, rows, columns, channels) into (batch, windows, tokens of a window, channels)."""
     return rearrange(
         tokens,
-        "batch (rows h) (columns w) (heads d) -> batch (rows columns) heads (h w) d",
+        "batch (rows h) (columns w) channels -> batch (rows columns) (h w) channels",
         h=grid.window[0],
         w=grid.window[1],
-        heads=num_heads,
     )
 
 
@@ -116,7 +118,7 @@ def reverse(windows: Tensor, grid: WindowGrid) -> Tensor:
     """Undo partition."""
     return rearrange(
         windows,
-        "batch (rows columns) heads (h w) d -> batch (rows h) (columns w) (heads d)",
+        "batch (rows columns) (h w) channels -> batch (rows h) (columns w) channels",
         h=grid.window[0],
         rows=grid.windows[0],
         w=grid.window[1],
@@ -147,7 +149,7 @@ def window_regions(grid: WindowGrid, device: torch.device) -> Tensor:
     rows, columns = (_axis_regions(grid, axis, device) for axis in (0, 1))
     padded = (rows == PADDING)[:, None] | (columns == PADDING)
     regions = (rows[:, None] * 3 + columns).masked_fill(padded, PADDING)
-    return partition(regions[None, :, :, None], grid, num_heads=1)[0, :, 0, :, 0]
+    return partition(regions[None, :, :, None], grid)[0, :, :, 0]
 
 
 def _axis_regions(grid: WindowGrid, axis: int, device: torch.device) -> Tensor:
@@ -189,27 +191,51 @@ def offset_index(window: Pair, device: torch.device) -> Tensor:
     return row_offsets * (2 * width - 1) + column_offsets
 
 
-def cosine_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: Tensor, bias: Tensor, mask: Tensor | None
-) -> Tensor:
+def explicit_attention(qkv: Tensor, *, scale: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
     """Attend by scaled cosine similarity: softmax(scale · cos(query, key) + bias + mask) · value.
 
-    Paper, equation 2. Query, key, value and result are (batch, windows, heads, tokens, d), scale
-    (heads, 1, 1), bias (heads, tokens, tokens), mask (windows, 1, tokens, tokens). All but the
-    two products is at least float32, under autocast too.
+    Paper, equation 2. From (batch, windows, tokens, 3·heads·d), queries, keys and values in a row,
+    to (batch, windows, tokens, heads·d); scale is (heads, 1, 1), bias (heads, tokens, tokens), mask
+    (windows, 1, tokens, tokens). All but the two products is at least float32, under autocast too.
     """
-    query, key = query.to(scale.dtype), key.to(scale.dtype)
-    query = query * (scale / _length(query))
-    key = key / _length(key)
+    query, key, value = _directions_and_values(qkv, scale)
     scores = query @ key.transpose(-2, -1) + bias
     if mask is not None:
         scores += mask
-    return scores.softmax(dim=-1).to(value.dtype) @ value
+    mixed = scores.softmax(dim=-1).to(value.dtype) @ value
+    return mixed.transpose(2, 3).flatten(3)
+
+
+def sdpa_attention(qkv: Tensor, *, scale: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+    """Do as explicit_attention does, with torch's scaled_dot_product_attention."""
+    query, key, value = _directions_and_values(qkv, scale)
+    added = bias[None] if mask is None else (bias + mask).expand(len(qkv), -1, -1, -1, -1)
+    query, key, value = (part.flatten(0, 1).to(value.dtype) for part in (query, key, value))
+    mixed = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=added.reshape(-1, *bias.shape).to(value.dtype), scale=1.0
+    )
+    return rearrange(
+        mixed,
+        "(batch windows) heads tokens d -> batch windows tokens (heads d)",
+        windows=qkv.shape[1],
+    )
+
+
+def _directions_and_values(qkv: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Split into (batch, windows, heads, tokens, d), normalise all but values, scale queries."""
+    query, key, value = rearrange(
+        qkv,
+        "batch windows tokens (roles heads d) -> roles batch windows heads tokens d",
+        roles=3,
+        heads=len(scale),
+    )
+    query, key = query.to(scale.dtype), key.to(scale.dtype)
+    return query * (scale / _length(query)), key / _length(key), value
 
 
 def _length(vectors: Tensor) -> Tensor:
     length: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    return length.clamp_min(1e-12)
+    return length.clamp_min(SHORTEST)
 
 
 @contextmanager
@@ -222,6 +248,25 @@ def without_autocast(device: torch.device) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True, eq=False)
+class KeptBias:
+    """A position bias computed without gradients, and what it was computed of."""
+
+    window: Pair
+    made_of: tuple[Tensor, ...]
+    bias: Tensor
+
+    def fits(self, window: Pair, weights: tuple[Tensor, ...]) -> bool:
+        """Tell whether it is that of these weights.
+
+        They are compared by value: version counters do not see what is written through `.data`.
+        """
+        return window == self.window and all(
+            kept.dtype == now.dtype and kept.device == now.device and torch.equal(kept, now)
+            for kept, now in zip(self.made_of, weights, strict=True)
+        )
+
+
 class PositionBias(nn.Module):
     """Bias of each head for each offset between two tokens, from a small MLP (section 3.3)."""
 
@@ -231,8 +276,21 @@ class PositionBias(nn.Module):
         self.expand = nn.Linear(2, BIAS_HIDDEN)
         self.reduce = nn.Linear(BIAS_HIDDEN, num_heads, bias=False)
 
+        self._kept: KeptBias | None = None
+
     def forward(self, window: Pair) -> Tensor:
         """Give the bias within a window (height, width), as (heads, queries, keys)."""
+        weights = (self.expand.weight, self.expand.bias, self.reduce.weight)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not weights[0].is_cpu:
+            return self._compute(window)
+        if self._kept is None or not self._kept.fits(window, weights):
+            # What is kept outlives the inference mode that it may be first needed in.
+            with torch.inference_mode(False), torch.no_grad():
+                made_of = tuple(weight.detach().clone() for weight in weights)
+                self._kept = KeptBias(window, made_of, self._compute(window))
+        return self._kept.bias
+
+    def _compute(self, window: Pair) -> Tensor:
         weight = self.expand.weight
         offsets = offset_coordinates(window, self.reference_window, weight.dtype, weight.device)
         with without_autocast(weight.device):
@@ -248,24 +306,47 @@ class WindowAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, reference_window: Pair) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.path: AttentionPath = "auto"
+        self.scores_at_a_time = 2**19
+        self.qkv = Linear(dim, 3 * dim, bias=False)
         self.query_bias = nn.Parameter(torch.zeros(dim))
         self.value_bias = nn.Parameter(torch.zeros(dim))
         self.logit_scale = nn.Parameter(torch.full((num_heads,), math.log(10)))
         self.position_bias = PositionBias(num_heads, reference_window)
-        self.projection = nn.Linear(dim, dim)
+        self.projection = Linear(dim, dim)
 
     def forward(self, tokens: Tensor, grid: WindowGrid) -> Tensor:
         """Mix (batch, rows, columns, channels) within the windows of the grid."""
         qkv_bias = torch.cat((self.query_bias, torch.zeros_like(self.query_bias), self.value_bias))
-        qkv = F.linear(shift_tokens(tokens, grid), self.qkv.weight, qkv_bias)
-        query, key, value = (partition(part, grid, self.num_heads) for part in qkv.chunk(3, -1))
+        windows = partition(shift_tokens(tokens, grid), grid)
+        qkv = linear(windows, self.qkv.weight, qkv_bias)
 
         precise = torch.promote_types(self.logit_scale.dtype, torch.float32)
         scale = self.logit_scale.to(precise).clamp(max=LARGEST_LOGIT_SCALE).exp()[:, None, None]
         bias = self.position_bias(grid.window).to(precise)
         mask = window_mask(grid, tokens.device) if grid.needs_mask else None
-        mixed = cosine_attention(query, key, value, scale=scale, bias=bias, mask=mask)
+        mixed = self._attend(qkv, scale, bias, mask)
 
-        output: Tensor = self.projection(unshift_tokens(reverse(mixed, grid), grid))
-        return output
+        output: Tensor = self.projection(mixed)
+        return unshift_tokens(reverse(output, grid), grid)
+
+    def _attend(self, qkv: Tensor, scale: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+        match self._path(qkv):
+            case "sequential":
+                size = self.scores_at_a_time
+                return sequential_attention(
+                    qkv, scale=scale, bias=bias, mask=mask, scores_at_a_time=size
+                )
+            case "sdpa":
+                return sdpa_attention(qkv, scale=scale, bias=bias, mask=mask)
+            case _:
+                return explicit_attention(qkv, scale=scale, bias=bias, mask=mask)
+
+    def _path(self, qkv: Tensor) -> AttentionPath:
+        if self.path != "auto":
+            return self.path
+        if torch.compiler.is_compiling() or torch._C._is_tracing() or qkv.device.type != "cpu":
+            return "explicit"
+        batch, windows, tokens, _ = qkv.shape
+        scores = batch * windows * self.num_heads * tokens**2
+        return "sequential" if scores > SCORES_IN_CACHE else "explicit"

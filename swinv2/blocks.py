@@ -1,11 +1,16 @@
 """The parts of a stage: patch embedding, the residual-post-norm block, patch merging."""
 
+from collections.abc import Callable
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from swinv2.attention import WindowAttention, window_grid
-from swinv2.config import Pair
+from swinv2.attention import WindowAttention, WindowGrid, window_grid
+from swinv2.config import AttentionPath, Checkpointing, Execution, Pair
+from swinv2.linear import Linear
 
 
 class LayerNorm(nn.LayerNorm):
@@ -25,10 +30,16 @@ def drop_path(branch: Tensor, rate: float, *, training: bool) -> Tensor:
     Kept samples are scaled by 1 / (1 - rate), so that the mean stays. Identity in evaluation.
     Source: Deep Networks with Stochastic Depth, arXiv 1603.09382.
     """
+    factor = survival(branch, rate, training=training)
+    return branch if factor is None else branch * factor
+
+
+def survival(tokens: Tensor, rate: float, *, training: bool) -> Tensor | None:
+    """Draw for each sample of (batch, ...) what drop_path multiplies its branch by."""
     if not training or rate == 0:
-        return branch
-    kept = branch.new_empty(len(branch), *[1] * (branch.ndim - 1)).bernoulli_(1 - rate)
-    return branch * (kept / (1 - rate))
+        return None
+    kept = tokens.new_empty(len(tokens), *[1] * (tokens.ndim - 1)).bernoulli_(1 - rate)
+    return kept / (1 - rate)
 
 
 class PatchEmbed(nn.Module):
@@ -57,7 +68,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
         self.norm = LayerNorm(2 * dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -79,8 +90,8 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.expand = nn.Linear(dim, hidden)
-        self.reduce = nn.Linear(hidden, dim)
+        self.expand = Linear(dim, hidden)
+        self.reduce = Linear(hidden, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map each token (..., dim) by itself."""
@@ -109,6 +120,7 @@ class Block(nn.Module):
         self.window = window
         self.shifted = shifted
         self.drop_path = drop_path
+        self.checkpointing: Checkpointing = "none"
         self.attention = WindowAttention(dim, num_heads, reference_window)
         self.norm1 = LayerNorm(dim)
         self.mlp = MLP(dim, int(mlp_ratio * dim))
@@ -117,11 +129,42 @@ class Block(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Map (batch, rows, columns, dim) to the same shape."""
         grid = window_grid((tokens.shape[1], tokens.shape[2]), self.window, shifted=self.shifted)
-        tokens = tokens + self._drop(self.norm1(self.attention(tokens, grid)))
-        return tokens + self._drop(self.norm2(self.mlp(tokens)))
+        # Drawn out here, chance and its rate are no part of what is compiled or computed again.
+        factors = [survival(tokens, self.drop_path, training=self.training) for _ in range(2)]
+        if self.checkpointing == "full" and torch.is_grad_enabled():
+            return _computed_again(self.run, tokens, grid, *factors)
+        return self.run(tokens, grid, *factors)
 
-    def _drop(self, branch: Tensor) -> Tensor:
-        return drop_path(branch, self.drop_path, training=self.training)
+    def set_execution(self, execution: Execution) -> None:
+        """Take the path of attention and the checkpointing of one stage."""
+        self.checkpointing = cast(Checkpointing, execution.checkpointing)
+        self.attention.path = cast(AttentionPath, execution.attention)
+        self.attention.scores_at_a_time = execution.scores_at_a_time
+
+    def compile_run(self, **options: Any) -> None:
+        """Compile `run`, without graph breaks; options are those of torch.compile."""
+        self.run = torch.compile(self.run, fullgraph=True, **options)  # type: ignore[method-assign]
+
+    def run(
+        self, tokens: Tensor, grid: WindowGrid, mixing: Tensor | None, mapping: Tensor | None
+    ) -> Tensor:
+        """Do what forward does in a given grid, with the factors of drop_path for both branches."""
+        if self.checkpointing == "attention" and torch.is_grad_enabled():
+            branch = _computed_again(self.attention, tokens, grid)
+        else:
+            branch = self.attention(tokens, grid)
+        tokens = _join(tokens, self.norm1(branch), mixing)
+        return _join(tokens, self.norm2(self.mlp(tokens)), mapping)
+
+
+def _join(tokens: Tensor, branch: Tensor, factor: Tensor | None) -> Tensor:
+    return tokens + (branch if factor is None else branch * factor)
+
+
+def _computed_again(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Compute without keeping anything but the arguments; the backward computes it again."""
+    output: Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return output
 
 
 class Stage(nn.Module):

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, get_args
 
 Pair = tuple[int, int]
+AttentionPath = Literal["auto", "explicit", "sdpa", "sequential"]
+Checkpointing = Literal["none", "attention", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +172,67 @@ class SwinV2Config:
             )
             for rows, columns in self.stage_resolutions
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How an encoder computes what it computes: results are equal, time and memory are not.
+
+    A path or a checkpointing is one for all stages, or one for each.
+    """
+
+    attention: AttentionPath | tuple[AttentionPath, ...] = "auto"
+    """explicit: all scores at once, in plain operations; the only path that can be differentiated
+    twice. sdpa: torch's scaled_dot_product_attention. sequential: the scores of one group of
+    windows after the other, computed again in the backward. auto: on a CPU sequential
+    where the scores exceed the cache; explicit elsewhere, and in a compiled or exported graph."""
+
+    checkpointing: Checkpointing | tuple[Checkpointing, ...] = "none"
+    """What is computed again in the backward instead of kept: nothing, the attention branch of a
+    block, or the whole block."""
+
+    scores_at_a_time: int = 2**19
+    """Numbers in the scores of a group of sequential attention: 2**19 are two megabytes in float32,
+    which a CPU's cache holds."""
+
+    def __post_init__(self) -> None:
+        for name, legal in (("attention", AttentionPath), ("checkpointing", Checkpointing)):
+            value = getattr(self, name)
+            choices = [value] if isinstance(value, str) else list(value)
+            for choice in choices:
+                if choice not in get_args(legal):
+                    raise ValueError(
+                        f"{name} is {choice!r}; choose {_listed(list(get_args(legal)))}"
+                    )
+            if not isinstance(value, str):
+                object.__setattr__(self, name, tuple(choices))
+        _check_count("scores_at_a_time", self.scores_at_a_time, least=1)
+
+    def by_stage(self, stages: int) -> list["Execution"]:
+        """Give the settings of each stage.
+
+        Raises:
+            ValueError: there are choices for another number of stages.
+        """
+        for name in ("attention", "checkpointing"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and len(value) != stages:
+                raise ValueError(
+                    f"{name} is {value}; it must be one choice, or one for each of the "
+                    f"{stages} stages"
+                )
+        return [
+            replace(
+                self,
+                attention=_of_stage(self.attention, stage),
+                checkpointing=_of_stage(self.checkpointing, stage),
+            )
+            for stage in range(stages)
+        ]
+
+
+def _of_stage(value: Any, stage: int) -> Any:
+    return value if isinstance(value, str) else value[stage]
 
 
 def clamp_window(resolution: int, window: int) -> tuple[int, bool]:

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from swinv2.blocks import Block, LayerNorm, PatchEmbed, PatchMerging, Stage
-from swinv2.config import Pair, SwinV2Config, record_windows, replace_config, variant_config
+from swinv2.config import (
+    Execution,
+    Pair,
+    SwinV2Config,
+    record_windows,
+    replace_config,
+    variant_config,
+)
 
 
 class SwinV2(nn.Module):
@@ -26,6 +33,7 @@ class SwinV2(nn.Module):
         self.stages = nn.ModuleList(build_stages(config))
         self.merges = nn.ModuleList(PatchMerging(dim) for dim in config.stage_dims[:-1])
         self.norm = LayerNorm(config.num_features)
+        self.execution = Execution()
         initialise(self)
 
     @property
@@ -122,6 +130,34 @@ class SwinV2(nn.Module):
         for module in self.stages.modules():
             if isinstance(module, Block):
                 module.window = self.config.window_size
+
+    def set_execution(self, **changes: Any) -> None:
+        """Change how the encoder computes, not what: fields of `Execution` by name.
+
+        For very large inputs `set_execution(attention=("sequential", "sequential", "auto", "auto"),
+        checkpointing="full")` trades time for memory.
+
+        Raises:
+            ValueError: a choice does not exist, or there is not one for each stage.
+            TypeError: a field does not exist.
+        """
+        execution = replace(self.execution, **changes)
+        choices = execution.by_stage(len(self.stages))
+        self.execution = execution
+        for stage, choice in zip(self.stages, choices, strict=True):
+            for block in stage.modules():
+                if isinstance(block, Block):
+                    block.set_execution(choice)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile what every block computes, so that compiling does not take longer with depth.
+
+        A stage takes one graph for its blocks, and one for those that are shifted. Options are
+        those of torch.compile.
+        """
+        for module in self.stages.modules():
+            if isinstance(module, Block):
+                module.compile_run(**options)
 
 
 def build_encoder(encoder: str | SwinV2Config, **overrides: Any) -> SwinV2:

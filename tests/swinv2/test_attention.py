@@ -1,6 +1,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from swinv2.attention import (
     PositionBias,
     WindowAttention,
-    cosine_attention,
+    explicit_attention,
     offset_coordinates,
     offset_index,
     partition,
@@ -22,6 +23,7 @@ from swinv2.attention import (
     window_mask,
     window_regions,
 )
+from swinv2.sequential import sequential_attention
 
 CPU = torch.device("cpu")
 sides = st.integers(1, 20)
@@ -34,8 +36,8 @@ def test_cutting_into_windows_and_back_is_the_identity(
 ) -> None:
     grid = window_grid((rows, columns), (height, width), shifted=shifted)
     tokens = torch.arange(2 * rows * columns * 6).reshape(2, rows, columns, 6)
-    windows = partition(shift_tokens(tokens, grid), grid, num_heads=3)
-    assert windows.shape == (2, math.prod(grid.windows), 3, math.prod(grid.window), 2)
+    windows = partition(shift_tokens(tokens, grid), grid)
+    assert windows.shape == (2, math.prod(grid.windows), math.prod(grid.window), 6)
     assert torch.equal(unshift_tokens(reverse(windows, grid), grid), tokens)
 
 
@@ -47,7 +49,7 @@ def test_the_mask_lets_every_token_see_its_own_stretch_only(
     grid = window_grid((rows, columns), (height, width), shifted=shifted)
     mask = window_mask(grid, CPU)[:, 0]
     numbers = torch.arange(1, rows * columns + 1).reshape(1, rows, columns, 1)
-    names = partition(shift_tokens(numbers, grid), grid, num_heads=1)[0, :, 0, :, 0]
+    names = partition(shift_tokens(numbers, grid), grid)[0, :, :, 0]
     seen = {
         (query, key)
         for window, allowed in zip(names.tolist(), (mask == 0).tolist(), strict=True)
@@ -114,21 +116,36 @@ def test_the_logit_scale_is_clamped_at_100() -> None:
     assert torch.equal(*outputs)
 
 
+def join(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Lay (heads, tokens, d) each as a window of one image, (1, 1, tokens, 3·heads·d)."""
+    return torch.stack((query, key, value)).permute(2, 0, 1, 3).flatten(1)[None, None]
+
+
 def test_scores_do_not_depend_on_the_length_of_queries_and_keys() -> None:
-    query, key, value = torch.randn(3, 1, 1, 2, 5, 4, dtype=torch.float64)
-    rest = {"scale": torch.full((2, 1, 1), 10.0), "bias": torch.zeros(2, 5, 5), "mask": None}
-    rest = {name: x.double() if x is not None else None for name, x in rest.items()}
-    expected = cosine_attention(query, key, value, **rest)
-    torch.testing.assert_close(cosine_attention(7 * query, 0.1 * key, value, **rest), expected)
-
-
-def test_a_zero_query_attends_evenly_and_has_finite_gradients() -> None:
-    query = torch.zeros(1, 1, 1, 3, 4, requires_grad=True)
-    key, value = torch.randn(2, 1, 1, 1, 3, 4)
-    mixed = cosine_attention(
-        query, key, value, scale=torch.ones(1, 1, 1), bias=torch.zeros(1, 3, 3), mask=None
+    query, key, value = torch.randn(3, 2, 5, 4, dtype=torch.float64)
+    rest: dict[str, Tensor | None] = {
+        "scale": torch.full((2, 1, 1), 10.0, dtype=torch.float64),
+        "bias": torch.zeros(2, 5, 5, dtype=torch.float64),
+        "mask": None,
+    }
+    expected = explicit_attention(join(query, key, value), **rest)
+    torch.testing.assert_close(
+        explicit_attention(join(7 * query, 0.1 * key, value), **rest), expected
     )
-    torch.testing.assert_close(mixed, value.mean(-2, keepdim=True).expand_as(mixed))
+
+
+@pytest.mark.parametrize(
+    "attend", [explicit_attention, partial(sequential_attention, scores_at_a_time=1)]
+)
+def test_a_zero_query_attends_evenly_and_has_finite_gradients(
+    attend: Callable[..., Tensor],
+) -> None:
+    query = torch.zeros(1, 3, 4, requires_grad=True)
+    key, value = torch.randn(2, 1, 3, 4)
+    mixed = attend(
+        join(query, key, value), scale=torch.ones(1, 1, 1), bias=torch.zeros(1, 3, 3), mask=None
+    )
+    torch.testing.assert_close(mixed[0, 0], value.mean(-2).expand(3, 4))
     mixed.sum().backward()
     assert query.grad is not None
     assert query.grad.isfinite().all()

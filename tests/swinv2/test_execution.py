@@ -1,0 +1,179 @@
+"""However the encoder computes, it computes the same."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from swinv2 import Execution, SwinV2, build_encoder
+from swinv2.linear import Linear, linear
+
+SIZES: dict[str, Any] = {
+    "image_size": 64,
+    "window_size": 4,
+    "embed_dim": 16,
+    "depths": (2, 2, 2, 2),
+    "num_heads": (1, 2, 4, 8),
+}
+EXECUTIONS: list[dict[str, Any]] = [
+    {"attention": "sdpa"},
+    {"attention": "sequential"},
+    {"attention": "sequential", "scores_at_a_time": 1},
+    {"attention": "sequential", "scores_at_a_time": 16**2 * 3},
+    {"attention": ("sequential", "sequential", "auto", "explicit")},
+    {"checkpointing": "attention"},
+    {"checkpointing": "full"},
+    {"checkpointing": ("full", "attention", "none", "full"), "attention": "explicit"},
+]
+
+
+def outcome(encoder: SwinV2, images: Tensor) -> dict[str, Tensor]:
+    encoder.zero_grad()
+    torch.manual_seed(3)
+    images = images.clone().requires_grad_()
+    features = encoder(images)
+    features.square().sum().backward()
+    assert images.grad is not None
+    gradients = {name: one.grad.clone() for name, one in encoder.named_parameters()}
+    return {"features": features.detach(), "images": images.grad, **gradients}
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS, ids=str)
+@pytest.mark.parametrize("size", [(64, 64), (50, 78)])
+def test_features_and_gradients_are_equal(
+    execution: dict[str, Any], size: tuple[int, int], randomise: Callable[[nn.Module], None]
+) -> None:
+    encoder = build_encoder("tiny", **SIZES, drop_path=0.2).double()
+    randomise(encoder)
+    images = torch.randn(3, 3, *size, dtype=torch.float64)
+    encoder.set_execution(attention="explicit")
+    expected = outcome(encoder, images)
+    encoder.set_execution(**execution)
+    found = outcome(encoder, images)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("execution", [{}, *EXECUTIONS], ids=str)
+def test_bfloat16_stays_near_double(
+    execution: dict[str, Any], randomise: Callable[[nn.Module], None]
+) -> None:
+    encoder = build_encoder("tiny", **SIZES | {"embed_dim": 32}).eval()
+    randomise(encoder)
+    encoder.set_execution(**execution)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = encoder(images)
+    exact = encoder.double()(images.double())
+    assert (rounded - exact).norm() / exact.norm() < 2e-2
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_repeat_bit_for_bit(
+    autocast: bool, randomise: Callable[[nn.Module], None]
+) -> None:
+    encoder = build_encoder("tiny", **SIZES)
+    randomise(encoder)
+    images = torch.randn(2, 3, 64, 64)
+    found = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found.append(outcome(encoder, images))
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor, found[1][name]), name
+
+
+def test_checkpointing_keeps_less() -> None:
+    encoder = build_encoder("tiny", **SIZES)
+    images = torch.randn(2, 3, 64, 64)
+
+    def kept(**execution: Any) -> int:
+        encoder.set_execution(**execution)
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            encoder(images)
+        return sum(sizes.values())
+
+    explicit = kept(attention="explicit")
+    sequential = kept(attention="sequential")
+    attention = kept(attention="explicit", checkpointing="attention")
+    full = kept(attention="explicit", checkpointing="full")
+    assert full < attention < explicit
+    assert sequential < explicit
+
+
+def test_impossible_executions_are_explained() -> None:
+    encoder = build_encoder("tiny", **SIZES)
+    with pytest.raises(ValueError, match="attention is 'fast'; choose auto, explicit, sdpa or"):
+        encoder.set_execution(attention="fast")
+    with pytest.raises(ValueError, match="one for each of the 4 stages"):
+        encoder.set_execution(checkpointing=("full", "none"))
+    with pytest.raises(ValueError, match="scores_at_a_time is 0"):
+        Execution(scores_at_a_time=0)
+    assert encoder.execution == Execution()
+
+
+def test_the_bias_is_kept_in_evaluation_until_its_weights_change() -> None:
+    attention = build_encoder("tiny", **SIZES).stages[0].blocks[0].attention
+    bias = attention.position_bias
+    with torch.inference_mode():
+        first = bias((4, 4))
+        assert bias((4, 4)) is first
+        assert bias((4, 2)).shape == (1, 8, 8)
+    assert bias((4, 4)).requires_grad
+    bias.reduce.weight.data.add_(1)
+    with torch.no_grad():
+        assert not torch.equal(bias((4, 4)), first)
+        torch.testing.assert_close(bias((4, 4)), bias._compute((4, 4)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 1500])
+def test_a_linear_layer_is_one(dtype: torch.dtype, rows: int) -> None:
+    layer = Linear(24, 40)
+    tokens = torch.randn(2, rows, 24, requires_grad=True)
+    outcomes = []
+    for product in (linear, torch.nn.functional.linear):
+        layer.zero_grad()
+        tokens.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            mapped = product(tokens, layer.weight, layer.bias)
+        mapped.float().square().mean().backward()
+        outcomes.append([mapped, tokens.grad, layer.weight.grad, layer.bias.grad])
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for ours, theirs in zip(*outcomes, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).norm() <= tolerance * theirs.norm()
+    empty = linear(torch.randn(0, 24), layer.weight, layer.bias)
+    assert empty.shape == (0, 40)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it
+@pytest.mark.parametrize("drop_path", [0.0, 0.2])
+def test_compiled_blocks_are_equal_and_few(
+    drop_path: float, randomise: Callable[[nn.Module], None]
+) -> None:
+    torch._dynamo.reset()
+    sizes = SIZES | {"depths": (2, 6), "num_heads": (1, 2), "embed_dim": 16}
+    encoder = build_encoder("tiny", **sizes, drop_path=drop_path)
+    randomise(encoder)
+    images = torch.randn(2, 3, 64, 64)
+    expected = outcome(encoder, images)
+    torch._dynamo.utils.counters.clear()
+    encoder.compile_blocks(backend="aot_eager")
+    found = outcome(encoder, images)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs <= (4 if drop_path == 0 else 5)  # one more for the first, which never drops
