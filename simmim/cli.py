@@ -16,7 +16,7 @@ from simmim.stages.import_encoder import IMPORT_FORMATS, Known, import_encoder
 from simmim.stages.launch import STOPPED, launch, run_folder
 from simmim.stages.pretrain import PretrainRecipe, PretrainStage
 from simmim.stages.probe import ProbeRecipe, compare, table
-from swinv2.bridges.layers import PretrainedWindows
+from swinv2.bridges.sizes import PretrainedWindows
 
 BAD_INPUT = 2
 

@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 
 from simmim.stages.export import largest_difference, trial_images
-from swinv2.bridges.layers import Imported, PretrainedWindows
+from swinv2.bridges.layers import Imported
 from swinv2.bridges.reference import import_reference
+from swinv2.bridges.sizes import PretrainedWindows
 from swinv2.bridges.timm import import_timm
 from swinv2.weights import load_encoder, save_encoder
 

@@ -5,26 +5,22 @@ the next. The learned tensors tell every size but three: the image size, the win
 windows of pretraining. The buffers that older files also hold tell these too.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from swinv2.attention import window_grid
 from swinv2.bridges.transformers import BridgeError, MaskedImageHead
-from swinv2.config import VARIANTS, Pair, SwinV2Config
+from swinv2.config import VARIANTS, SwinV2Config
 from swinv2.encoder import SwinV2
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 BUFFERS = ("relative_coords_table", "relative_position_index", "attn_mask")
 """What both compute from sizes and neither learns."""
-
-PretrainedWindows = Sequence[int | Pair] | Literal["same"] | None
-"""Pretraining window of each stage; "same" for the present ones; None where it is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +47,6 @@ class Imported:
     """From a classification."""
     dropped: tuple[str, ...]
     """Buffers of the file, which are computed from the sizes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """What the learned tensors do not tell, as far as one origin knows it."""
-
-    origin: str
-    image_size: Pair | None = None
-    window_size: Pair | None = None
-    pretrained_window_sizes: tuple[Pair, ...] | Literal["same"] | None = None
 
 
 def to_layers(encoder: SwinV2, merge_shift: int) -> dict[str, Tensor]:
@@ -136,9 +122,9 @@ def refuse_other_models(tensors: Mapping[str, Tensor], source: str) -> None:
     if "relative_position_bias_table" in leaves and "layers" in firsts:
         reason = "a Swin Transformer V1 (it has relative_position_bias_table)"
     elif "logit_scale" in leaves and firsts & {"swinv2", "embeddings"}:
-        reason = "a model of transformers (it has embeddings): use load_encoder's format or theirs"
+        reason = "a model in the layout of transformers (it has embeddings), which is not read"
     elif "logit_scale" in leaves and "stages" in firsts:
-        reason = "an encoder of this package: use load_encoder"
+        reason = "an encoder of this package, which load_encoder reads"
     elif leaves & {"cls_token", "pos_embed", "gamma_1"} and "blocks" in firsts:
         reason = "a ViT (it has blocks without stages, and position or class tokens)"
     elif "absolute_pos_embed" in leaves:
@@ -147,7 +133,9 @@ def refuse_other_models(tensors: Mapping[str, Tensor], source: str) -> None:
         some = ", ".join(list(tensors)[:3])
         reason = f"no Swin Transformer V2 (no block has attn.logit_scale; it begins with {some})"
     if reason is not None:
-        raise BridgeError(f"{source} holds {reason}, and a Swin Transformer V2 is expected.")
+        raise BridgeError(
+            f"{source} holds {reason}: give a Swin Transformer V2 of the published code or timm."
+        )
 
 
 def read_architecture(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
@@ -206,161 +194,6 @@ def _needed(tensors: Mapping[str, Tensor], name: str, ndim: int, source: str) ->
     return tensors[name]
 
 
-def read_buffers(tensors: Mapping[str, Tensor], architecture: Mapping[str, Any]) -> Sizes:
-    """Return the sizes that buffers tell, for a square image; none where they are not whole."""
-    origin = "its buffers"
-    tables = [
-        tensors.get(f"layers.{stage}.blocks.0.attn.relative_coords_table")
-        for stage in range(len(architecture["depths"]))
-    ]
-    if any(table is None or table.ndim != 4 for table in tables):
-        return Sizes(origin=origin)
-    windows = tuple(
-        ((table.shape[1] + 1) // 2, (table.shape[2] + 1) // 2)
-        for table in tables
-        if table is not None
-    )
-    references = [
-        _reference_window(table, window)
-        for table, window in zip(tables, windows, strict=True)
-        if table is not None
-    ]
-    window = max(windows)
-    side = _image_side(tensors, windows, architecture)
-    if side is not None:
-        fitted = SwinV2Config(**architecture, image_size=(side, side), window_size=window)
-        # Masks that somebody left out would make the stages seem smaller than they are.
-        side = side if fitted.stage_windows == windows else None
-    return Sizes(
-        origin=origin,
-        image_size=None if side is None else (side, side),
-        window_size=window,
-        pretrained_window_sizes=(
-            None if None in references else tuple(pair for pair in references if pair is not None)
-        ),
-    )
-
-
-def _reference_window(table: Tensor, window: Pair) -> Pair | None:
-    """Return the window that the log-spaced coordinates of a table are relative to."""
-    sides = []
-    for axis, side in enumerate(window):
-        farthest = float(table[0, -1, -1, axis])
-        if side == 1 or not math.isfinite(farthest) or farthest <= 0:
-            sides.append(side)
-            continue
-        reference = round(8 * (side - 1) / (8**farthest - 1)) + 1
-        again = math.log2(8 * (side - 1) / max(reference - 1, 1) + 1) / 3
-        if abs(again - farthest) > 2e-3:
-            return None
-        sides.append(reference)
-    return sides[0], sides[1]
-
-
-def _image_side(
-    tensors: Mapping[str, Tensor], windows: Sequence[Pair], architecture: Mapping[str, Any]
-) -> int | None:
-    """Return the side in pixels from the first stage that has a shifted block."""
-    for stage, (depth, window) in enumerate(zip(architecture["depths"], windows, strict=True)):
-        if depth < 2:
-            continue
-        mask = tensors.get(f"layers.{stage}.blocks.1.attn_mask")
-        tokens = window[0] * window[1] if mask is None else mask.shape[0] * mask.shape[1]
-        rows = math.isqrt(tokens)
-        stride: int = architecture["patch_size"] * 2**stage
-        return rows * stride if rows * rows == tokens else None
-    return None
-
-
-def given_sizes(
-    image_size: int | Pair | None,
-    window_size: int | Pair | None,
-    pretrained_window_sizes: PretrainedWindows,
-) -> Sizes:
-    """Return what a caller says."""
-    return Sizes(
-        origin="your arguments",
-        image_size=None if image_size is None else as_pair(image_size),
-        window_size=None if window_size is None else as_pair(window_size),
-        pretrained_window_sizes=as_windows(pretrained_window_sizes),
-    )
-
-
-def as_pair(size: int | Sequence[int]) -> Pair:
-    """Return (height, width) of a size with one number or two."""
-    if isinstance(size, int):
-        return size, size
-    height, width = size
-    return int(height), int(width)
-
-
-def as_windows(windows: PretrainedWindows) -> tuple[Pair, ...] | Literal["same"] | None:
-    """Return the windows as pairs; zeros stand for the present windows."""
-    if windows is None or windows == "same":
-        return windows
-    pairs = tuple(as_pair(window) for window in windows)
-    return "same" if all(pair == (0, 0) for pair in pairs) else pairs
-
-
-def settle(
-    architecture: Mapping[str, Any], known: Sequence[Sizes], source: str, drop_path: float
-) -> SwinV2Config:
-    """Return the config of an encoder, from what its tensors and each origin tell.
-
-    Raises:
-        BridgeError: a size is told by none, or told differently by two.
-    """
-    told = {
-        name: [(one.origin, value) for one in known if (value := getattr(one, name)) is not None]
-        for name in (field.name for field in fields(Sizes) if field.name != "origin")
-    }
-    unknown = [name for name, values in told.items() if not values]
-    if unknown:
-        raise BridgeError(
-            f"{source} does not tell {', '.join(unknown)}: give "
-            + " and ".join(_ARGUMENTS[name] for name in unknown)
-            + ". The tensors are the same for every one of them, the features are not."
-        )
-    sizes = {name: told[name][0][1] for name in ("image_size", "window_size")}
-    present = SwinV2Config(**architecture, **sizes)
-    windows = told["pretrained_window_sizes"][0][1]
-    for name, values in told.items():
-        resolved = [(one, present.stage_windows if v == "same" else v) for one, v in values]
-        first, value = resolved[0]
-        for other, another in resolved[1:]:
-            if not _agree(value, another):
-                raise BridgeError(
-                    f"{source}: {name} is {value} by {first} and {another} by {other}. Convert it "
-                    "with the size it was saved at; set_input or load_encoder change it afterwards."
-                )
-    return SwinV2Config(
-        **architecture,
-        **sizes,
-        pretrained_window_sizes=None if windows == "same" else windows,
-        drop_path=drop_path,
-    )
-
-
-_ARGUMENTS = {
-    "image_size": "image_size (pixels)",
-    "window_size": "window_size (tokens)",
-    "pretrained_window_sizes": (
-        'pretrained_window_sizes (tokens, one a stage, or "same" where it was trained at these)'
-    ),
-}
-
-
-def _agree(one: Any, other: Any) -> bool:
-    """Compare two sizes; windows of one token and of two have the same coordinates."""
-    if one and isinstance(one[0], tuple):
-        return len(one) == len(other) and all(
-            max(ours, 2) == max(theirs, 2)
-            for pair, another in zip(one, other, strict=True)
-            for ours, theirs in zip(pair, another, strict=True)
-        )
-    return bool(one == other)
-
-
 def place(
     tensors: Mapping[str, Tensor],
     config: SwinV2Config,
@@ -368,6 +201,7 @@ def place(
     merge_shift: int,
     source: str,
     also: Mapping[str, tuple[int, ...]],
+    prefix: str = "",
 ) -> SwinV2:
     """Build the encoder of `config` from learned tensors under their names.
 
@@ -377,6 +211,7 @@ def place(
         merge_shift: 0 where a stage ends with merging, 1 where the next one starts with it.
         source: where the tensors come from, for the message.
         also: names and shapes that must be there beside the encoder's own.
+        prefix: what stands before the names of the encoder's own.
 
     Raises:
         BridgeError: a tensor is missing, unexpected or of another shape; all are listed.
@@ -384,7 +219,7 @@ def place(
     with torch.device("meta"):
         encoder = SwinV2(config)
     ours = encoder.state_dict()
-    names = {name: layer_name(name, merge_shift) for name in ours}
+    names = {name: prefix + layer_name(name, merge_shift) for name in ours}
     expected = {
         names[name]: tuple(_reshaped(name, part).shape) for name, part in ours.items()
     } | dict(also)

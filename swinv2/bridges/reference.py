@@ -23,21 +23,23 @@ from swinv2.bridges.layers import (
     IMAGENET_STD,
     Classifier,
     Imported,
+    obstacles,
+    place,
+    read_architecture,
+    refuse_other_models,
+    same_tensors,
+    their_windows,
+    to_layers,
+    without_buffers,
+)
+from swinv2.bridges.sizes import (
     PretrainedWindows,
     Sizes,
     as_pair,
     as_windows,
     given_sizes,
-    obstacles,
-    place,
-    read_architecture,
     read_buffers,
-    refuse_other_models,
-    same_tensors,
     settle,
-    their_windows,
-    to_layers,
-    without_buffers,
 )
 from swinv2.bridges.transformers import BridgeError, MaskedImageHead
 from swinv2.config import Pair, SwinV2Config, clamp_window
@@ -221,26 +223,22 @@ def import_reference(
         } | beside
     refuse_other_models(tensors, source)
     _refuse_settings_of_another(checkpoint.extras, source)
-    if "layers.0.downsample.norm.weight" not in tensors and "layers.1.blocks.0.norm1.weight" in (
-        tensors
-    ):
-        raise BridgeError(
-            f"{source} is laid out as timm does it (it has no layers.0.downsample): "
-            "import it with the timm format."
-        )
     architecture = read_architecture(tensors, source)
+    _refuse_layout_of_timm(tensors, len(architecture["depths"]), source)
     given = given_sizes(image_size, window_size, pretrained_window_sizes)
     told, drop_path = _read_settings(checkpoint.extras)
     config = settle(
         architecture, [given, told, read_buffers(buffers, architecture)], source, drop_path
     )
     also = _masked_shapes(config) if masked else {}
-    also = {name.removeprefix(_PREFIX): shape for name, shape in also.items()}
     if "head.weight" in tensors or "head.bias" in tensors:
         weight = tensors.get("head.weight", tensors.get("head.bias"))
         assert weight is not None
         also |= _classifier_shapes(config, len(weight))
-    encoder = place(tensors, config, merge_shift=_MERGE_SHIFT, source=source, also=also)
+    prefix = _PREFIX if masked else ""
+    encoder = place(
+        named, config, merge_shift=_MERGE_SHIFT, source=source, also=also, prefix=prefix
+    )
     norms = checkpoint.extras.get("normalisation")
     norms = norms if isinstance(norms, Mapping) else {}
     mean = tuple(mean or norms.get("mean") or IMAGENET_MEAN)
@@ -332,6 +330,20 @@ def _settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
             "SWINV2": swin,
         },
     }
+
+
+def _refuse_layout_of_timm(tensors: Mapping[str, Tensor], num_stages: int, source: str) -> None:
+    merges = {
+        stage
+        for stage in range(num_stages)
+        for name in tensors
+        if name.startswith(f"layers.{stage}.downsample.")
+    }
+    if 0 not in merges and num_stages - 1 in merges:
+        raise BridgeError(
+            f"{source} is laid out as timm does it (it has no layers.0.downsample): "
+            "import it with the timm format."
+        )
 
 
 def _refuse_settings_of_another(extras: Mapping[str, Any], source: str) -> None:

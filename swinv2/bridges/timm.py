@@ -24,21 +24,23 @@ from swinv2.bridges.layers import (
     IMAGENET_STD,
     Classifier,
     Imported,
+    obstacles,
+    place,
+    read_architecture,
+    refuse_other_models,
+    same_tensors,
+    their_windows,
+    to_layers,
+    without_buffers,
+)
+from swinv2.bridges.sizes import (
     PretrainedWindows,
     Sizes,
     as_pair,
     as_windows,
     given_sizes,
-    obstacles,
-    place,
-    read_architecture,
     read_buffers,
-    refuse_other_models,
-    same_tensors,
     settle,
-    their_windows,
-    to_layers,
-    without_buffers,
 )
 from swinv2.bridges.transformers import BridgeError
 from swinv2.config import Pair, SwinV2Config
