@@ -1,4 +1,4 @@
-"""The command line: `simmim quickstart|pretrain|finetune|probe|export`."""
+"""The command line: `simmim quickstart|pretrain|finetune|probe|export|import`."""
 
 import argparse
 import sys
@@ -12,9 +12,11 @@ from simmim.quickstart import DEFAULT_FOLDER, quickstart
 from simmim.recipe import describe, load
 from simmim.stages.classification import ClassificationRecipe, ClassificationStage
 from simmim.stages.export import FORMATS, export
+from simmim.stages.import_encoder import IMPORT_FORMATS, Known, import_encoder
 from simmim.stages.launch import STOPPED, launch, run_folder
 from simmim.stages.pretrain import PretrainRecipe, PretrainStage
 from simmim.stages.probe import ProbeRecipe, compare, table
+from swinv2.bridges.sizes import PretrainedWindows
 
 BAD_INPUT = 2
 
@@ -58,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_training(commands, "finetune", "train a classifier on an encoder", ClassificationRecipe)
     add_probe(commands)
     add_export(commands)
+    add_import(commands)
     return parser
 
 
@@ -161,8 +164,8 @@ def add_export(commands: Commands) -> None:
         "--format",
         choices=FORMATS,
         default="native",
-        help="native is an encoder directory, transformers what that library loads "
-        "(default: %(default)s)",
+        help="native is an encoder directory, transformers and timm what these libraries load, "
+        "reference a checkpoint of the published code (default: %(default)s)",
     )
     command.set_defaults(handler=run_export, takes_overrides=False)
 
@@ -172,3 +175,78 @@ def run_export(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     del overrides
     print("\n".join(export(arguments.source, arguments.destination, arguments.format)))
     return 0
+
+
+def add_import(commands: Commands) -> None:
+    """Add `simmim import`."""
+    command = commands.add_parser(
+        "import",
+        help="make an encoder directory of a checkpoint of others",
+        description="Write the encoder of a Swin Transformer V2 checkpoint as an encoder "
+        "directory. The sizes below are looked for in the file, and asked for where it does not "
+        "tell them. Nothing in the file is run.",
+        allow_abbrev=False,
+    )
+    command.add_argument("source", metavar="SRC", type=Path, help="checkpoint file or folder")
+    command.add_argument("destination", metavar="DST", type=Path, help="folder to write")
+    command.add_argument(
+        "--format",
+        required=True,
+        choices=IMPORT_FORMATS,
+        help="reference is the published code's (Swin Transformer, SimMIM), timm its swinv2 models",
+    )
+    command.add_argument(
+        "--architecture", metavar="NAME", help="timm's name of the model, which tells all sizes"
+    )
+    command.add_argument(
+        "--image-size", metavar="N|H,W", type=_size, help="that it was trained at, in pixels"
+    )
+    command.add_argument("--window-size", metavar="N|H,W", type=_size, help="in tokens")
+    command.add_argument(
+        "--pretrained-windows",
+        metavar="same|N,N,...",
+        type=_windows,
+        help="window of each stage in pretraining, in tokens; same where it was trained at these",
+    )
+    for name in ("mean", "std"):
+        command.add_argument(
+            f"--{name}",
+            metavar="X,X,...",
+            type=_numbers,
+            help=f"{name} of each channel, for images in [0, 1] (default: what the file says, "
+            "or ImageNet's)",
+        )
+    command.set_defaults(handler=run_import, takes_overrides=False)
+
+
+def run_import(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Run `simmim import`."""
+    del overrides
+    known = Known(
+        architecture=arguments.architecture,
+        image_size=arguments.image_size,
+        window_size=arguments.window_size,
+        pretrained_window_sizes=arguments.pretrained_windows,
+        mean=arguments.mean,
+        std=arguments.std,
+    )
+    lines = import_encoder(arguments.source, arguments.destination, arguments.format, known)
+    print("\n".join(lines))
+    return 0
+
+
+def _size(text: str) -> int | tuple[int, int]:
+    match [int(part) for part in text.split(",")]:
+        case [side]:
+            return side
+        case [height, width]:
+            return height, width
+    raise argparse.ArgumentTypeError(f"{text!r} is no size: give a number, or height,width")
+
+
+def _windows(text: str) -> PretrainedWindows:
+    return "same" if text == "same" else [int(part) for part in text.split(",")]
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]

@@ -1,9 +1,9 @@
-"""Export: a run's or a directory's encoder, as an encoder directory or for transformers."""
+"""Export: a run's or a directory's encoder, as an encoder directory or for other libraries."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from simmim.recipe import RecipeError, load, read_values, recipe_hash
 from simmim.stages.classification import ClassificationRecipe, starting_point
 from simmim.stages.pretrain import load_pretrained
 from swinv2 import SwinV2
+from swinv2.bridges.reference import export_reference, import_reference
+from swinv2.bridges.timm import export_timm, find_timm, import_timm, load_in_timm
 from swinv2.bridges.transformers import MASKED_IMAGE_FOLDER, MaskedImageHead, export_transformers
 from swinv2.weights import (
     Provenance,
@@ -24,9 +26,9 @@ from swinv2.weights import (
     save_encoder,
 )
 
-Format = Literal["native", "transformers"]
+Format = Literal["native", "transformers", "reference", "timm"]
 
-FORMATS: tuple[Format, ...] = ("native", "transformers")
+FORMATS: tuple[Format, ...] = ("native", "transformers", "reference", "timm")
 
 ENCODER_PREFIX = "model.encoder."
 """What precedes the encoder's names in a checkpoint."""
@@ -53,14 +55,15 @@ def export(source: Path, destination: Path, form: Format) -> list[str]:
         source: a run folder, of which the last complete checkpoint is taken (or, without one, the
             encoder directory in it); or an encoder directory.
         destination: a new or empty folder, or an earlier export of the same format.
-        form: `native` is the encoder directory; `transformers` is folders for its model classes.
+        form: `native` is the encoder directory; `transformers` is folders for its model classes,
+            `reference` a checkpoint of the published code, `timm` weights for its create_model.
 
     Returns:
         Lines to print: what was written, and how far it is from the source after loading it.
 
     Raises:
-        ValueError: there is no such source, the destination is occupied, or transformers has no
-            such model.
+        ValueError: there is no such source, the destination is occupied, or the other library
+            has no such model.
     """
     found = read_source(source)
     lines = [f"Exported the encoder of {found.origin} as {destination}"]
@@ -79,6 +82,14 @@ def export(source: Path, destination: Path, form: Format) -> list[str]:
                 found.encoder, destination, mean=found.mean, std=found.std, head=found.head
             )
             lines += _transformers_report(found, destination)
+        case "reference":
+            export_reference(
+                found.encoder, destination, mean=found.mean, std=found.std, head=found.head
+            )
+            lines += _reference_report(found, destination)
+        case "timm":
+            export_timm(found.encoder, destination, mean=found.mean, std=found.std)
+            lines += _timm_report(found, destination)
     return lines
 
 
@@ -180,9 +191,9 @@ def _provenance(checkpoint: Path, recipe: str) -> Provenance:
 
 
 def _native_report(encoder: SwinV2, destination: Path) -> list[str]:
-    images = _trial_images(encoder)
+    images = trial_images(encoder)
     with torch.no_grad():
-        difference = _largest_difference(encoder(images), load_encoder(destination)(images))
+        difference = largest_difference(encoder(images), load_encoder(destination)(images))
     return [
         f"  load it with swinv2.load_encoder({str(destination)!r})",
         f"  largest difference of its features after loading: {difference:.1e}",
@@ -204,18 +215,52 @@ def _transformers_report(found: Exportable, destination: Path) -> list[str]:
     from transformers import Swinv2Model  # noqa: PLC0415 - an optional part
 
     peer = Swinv2Model.from_pretrained(destination).eval()
-    images = _trial_images(found.encoder)
+    images = trial_images(found.encoder)
     with torch.no_grad():
         theirs = peer(images).last_hidden_state
         ours = found.encoder(images).flatten(1, 2)
-    difference = _largest_difference(ours, theirs)
+    difference = largest_difference(ours, theirs)
     return [*folders, f"  largest difference of Swinv2Model's features to ours: {difference:.1e}"]
 
 
-def _trial_images(encoder: SwinV2) -> Tensor:
+def _reference_report(found: Exportable, destination: Path) -> list[str]:
+    images = trial_images(found.encoder)
+    back = import_reference(destination).encoder
+    with torch.no_grad():
+        difference = largest_difference(found.encoder(images), back(images))
+    holds = "encoder" if found.head is None else "encoder, mask token and decoder"
+    return [
+        f"  checkpoint.pth: {holds}; README.md has the lines that load it",
+        f"  largest difference of its features after reading it back: {difference:.1e}",
+    ]
+
+
+def _timm_report(found: Exportable, destination: Path) -> list[str]:
+    lines = ["  model.safetensors: the encoder; README.md has the lines that load it"]
+    if found.head is not None:
+        lines.append("  left out: mask token and decoder, which timm has not")
+    images = trial_images(found.encoder)
+    timm, reason = find_timm()
+    with torch.no_grad():
+        ours = found.encoder(images)
+        if timm is None:
+            difference = largest_difference(ours, import_timm(destination).encoder(images))
+            return [
+                *lines,
+                f"  not compared in timm: {reason}",
+                f"  largest difference of its features after reading it back: {difference:.1e}",
+            ]
+        peer: Any = load_in_timm(timm, destination)
+        difference = largest_difference(ours, peer.forward_features(images))
+    return [*lines, f"  largest difference of timm's features to ours: {difference:.1e}"]
+
+
+def trial_images(encoder: SwinV2) -> Tensor:
+    """Return the image that exports are compared on, in the encoder's size."""
     shape = (1, encoder.config.in_channels, *encoder.config.image_size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def _largest_difference(one: Tensor, other: Tensor) -> float:
+def largest_difference(one: Tensor, other: Tensor) -> float:
+    """Return the largest absolute difference of two tensors."""
     return float((one - other).abs().max())

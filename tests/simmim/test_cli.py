@@ -4,10 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from simmim.cli import main
 from simmim.engine.checkpoint import complete_checkpoints
+from swinv2 import SwinV2, SwinV2Config, read_encoder_config
+from swinv2.bridges.reference import to_reference
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -112,6 +115,32 @@ def test_export_and_help(
         text = capsys.readouterr().out
         assert "default" in text
         assert "required" in text
+
+
+def test_import_asks_for_what_a_checkpoint_does_not_tell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2)}
+    encoder = SwinV2(SwinV2Config(image_size=32, window_size=4, **sizes))
+    file, out = tmp_path / "bare.pth", tmp_path / "out"
+    command = ["import", str(file), str(out), "--format", "reference"]
+    assert "does not exist" in refused(command, capsys)
+    torch.save({"model": to_reference(encoder)}, file)
+    assert "give image_size (pixels) and window_size (tokens)" in refused(command, capsys)
+    assert "no names of models" in refused([*command, "--architecture", "swinv2_a"], capsys)
+    command += ["--image-size", "32", "--window-size", "4,4"]
+    assert "pretrained_window_sizes" in refused(command, capsys)
+    assert not out.exists()
+    command += ["--pretrained-windows", "3,2", "--std", "0.5,0.5,0.5"]
+    assert main(command) == 0
+    assert "32x32 pixels, window 4x4" in capsys.readouterr().out
+    description = read_encoder_config(out)
+    assert description.config.pretrained_window_sizes == ((3, 3), (2, 2))
+    assert description.std == (0.5, 0.5, 0.5)
+    assert main([*command, "--mean", "0,0,0"]) == 0  # an earlier encoder is replaced
+    with pytest.raises(SystemExit):
+        main([*command, "--window-size", "a"])
+    assert "--window-size" in capsys.readouterr().err
 
 
 def test_what_is_no_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

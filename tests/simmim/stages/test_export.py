@@ -8,7 +8,8 @@ from simmim.engine.loop import build_accelerator, train
 from simmim.engine.run import RunFolder
 from simmim.recipe import parse
 from simmim.stages.classification import ClassificationRecipe, ClassificationStage
-from simmim.stages.export import export, read_source
+from simmim.stages.export import FORMATS, export, read_source
+from simmim.stages.import_encoder import Known, import_encoder
 from simmim.stages.pretrain import PretrainRecipe, PretrainStage
 from swinv2.weights import load_encoder, read_encoder_config
 
@@ -129,6 +130,22 @@ def test_transformers_export_of_a_directory_has_no_decoder(
     assert not (tmp_path / "out" / "masked-image-modeling").exists()
 
 
+@pytest.mark.parametrize("form", ["reference", "timm"])
+def test_an_exported_run_is_imported_again(
+    pretrained: tuple[Path, PretrainStage], tmp_path: Path, form: Any
+) -> None:
+    run, stage = pretrained
+    lines = export(run, tmp_path / "out", form)
+    assert float(lines[-1].split()[-1]) < 1e-5
+    assert any("mask token and decoder" in line for line in lines)
+    lines = import_encoder(tmp_path / "out", tmp_path / "back", form, Known())
+    assert lines[-1].endswith("0.0e+00")
+    assert any("left out: mask token" in line for line in lines) == (form == "reference")
+    assert_same_weights(load_encoder(tmp_path / "back"), stage.model.encoder)
+    ours, back = read_encoder_config(run / "encoder"), read_encoder_config(tmp_path / "back")
+    assert (back.config, back.mean, back.std) == (ours.config, ours.mean, ours.std)
+
+
 def test_sources_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere does not exist"):
         export(tmp_path / "nowhere", tmp_path / "out", "native")
@@ -140,7 +157,7 @@ def test_sources_that_are_none_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("form", ["native", "transformers"])
+@pytest.mark.parametrize("form", FORMATS)
 def test_an_occupied_destination_is_left_alone(
     encoder_directory: Path, tmp_path: Path, form: Any
 ) -> None:

@@ -1,0 +1,91 @@
+"""Checkpoint files of other libraries: read without running anything that they hold."""
+
+import argparse
+import os
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swinv2.bridges.transformers import BridgeError
+from swinv2.weights import read_tensors
+
+WRAPPERS = ("module.", "_orig_mod.")
+"""What data parallelism and torch.compile put before every name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What a file holds."""
+
+    source: str
+    """The file, for messages."""
+    tensors: dict[str, Tensor]
+    """By their own names, without wrappers."""
+    extras: dict[str, Any]
+    """What stands beside the tensors, by name; empty for a file of tensors alone."""
+
+
+def read_checkpoint(path: str | os.PathLike[str], entries: Iterable[str]) -> Checkpoint:
+    """Read a safetensors file or a pickle of tensors and plain values on to the CPU.
+
+    Args:
+        path: ends in .safetensors where it is one.
+        entries: under which names the tensors may stand, the preferred one first.
+
+    Raises:
+        BridgeError: the file is absent or damaged, holds no tensors, or needs code to be read.
+    """
+    file = Path(path)
+    if not file.is_file():
+        state = "is a folder" if file.is_dir() else "does not exist"
+        raise BridgeError(f"{file} {state}: give a checkpoint file.")
+    content: Any = read_tensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+    if not isinstance(content, Mapping):
+        raise BridgeError(f"{file} holds a {type(content).__name__}, not tensors by name.")
+    held = next((name for name in entries if isinstance(content.get(name), Mapping)), None)
+    named = content if held is None else content[held]
+    extras = {} if held is None else {k: part for k, part in content.items() if k != held}
+    tensors = {
+        _unwrapped(str(name)): part for name, part in named.items() if isinstance(part, Tensor)
+    }
+    strange = [str(name) for name, part in named.items() if not isinstance(part, Tensor)]
+    if strange or not tensors:
+        raise BridgeError(
+            f"{file} holds no tensors by name, at its top or under {', '.join(entries)}"
+            + (f"; it has {', '.join(strange[:5])}" if strange else "")
+            + ": give a checkpoint of a model."
+        )
+    return Checkpoint(source=str(file), tensors=tensors, extras=extras)
+
+
+def _read_pickle(file: Path) -> Any:
+    # Published checkpoints carry their settings too: those of timm are a plain namespace, and the
+    # nodes of yacs are read as dictionaries, without yacs.
+    known: list[Any] = [(OrderedDict, "yacs.config.CfgNode"), argparse.Namespace]
+    try:
+        with torch.serialization.safe_globals(known):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused is None:
+            raise BridgeError(
+                f"{file} is cut short, or no checkpoint of PyTorch with tensors and plain values "
+                "alone: copy it again."
+            ) from error
+        raise BridgeError(
+            f"{file} was not read: it holds {refused[1]}, and reading that would run code. Where "
+            "you trust it, keep its tensors alone with torch.save({'model': state_dict}, ...)."
+        ) from error
+
+
+def _unwrapped(name: str) -> str:
+    while name.startswith(WRAPPERS):
+        name = name.partition(".")[2]
+    return name

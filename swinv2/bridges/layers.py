@@ -1,0 +1,293 @@
+"""What the reference code and timm share: names of tensors, and what these tell of an encoder.
+
+Both call stages ``layers``; the one merges patches at the end of a stage, the other at the start of
+the next. The learned tensors tell every size but three: the image size, the window size, and the
+windows of pretraining. The buffers that older files also hold tell these too.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swinv2.attention import window_grid
+from swinv2.bridges.transformers import BridgeError, MaskedImageHead
+from swinv2.config import VARIANTS, SwinV2Config
+from swinv2.encoder import SwinV2
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+BUFFERS = ("relative_coords_table", "relative_position_index", "attn_mask")
+"""What both compute from sizes and neither learns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier:
+    """A linear head on average-pooled features."""
+
+    weight: Tensor
+    """(classes, num_features)."""
+    bias: Tensor
+    """(classes,)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """What a checkpoint of another library holds, as ours."""
+
+    encoder: SwinV2
+    """In float32, on the CPU, in evaluation mode."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    head: MaskedImageHead | None
+    """Mask token and decoder, from a SimMIM pretraining."""
+    classifier: Classifier | None
+    """From a classification."""
+    dropped: tuple[str, ...]
+    """Buffers of the file, which are computed from the sizes."""
+
+
+def to_layers(encoder: SwinV2, merge_shift: int) -> dict[str, Tensor]:
+    """Return the encoder's tensors under their names, on the CPU.
+
+    Args:
+        encoder: without extra norms, which neither library has.
+        merge_shift: 0 where a stage ends with merging, 1 where the next one starts with it.
+    """
+    return {
+        layer_name(name, merge_shift): _reshaped(name, tensor.detach())
+        .to("cpu", copy=True)
+        .contiguous()
+        for name, tensor in encoder.state_dict().items()
+    }
+
+
+def layer_name(name: str, merge_shift: int) -> str:
+    """Return what they call our tensor `name`."""
+    module, _, leaf = name.rpartition(".")
+    match module.split("."):
+        case ["patch_embed", "projection"]:
+            return f"patch_embed.proj.{leaf}"
+        case ["patch_embed", "norm"] | ["norm"]:
+            return name
+        case ["merges", stage, part]:
+            return f"layers.{int(stage) + merge_shift}.downsample.{part}.{leaf}"
+        case ["stages", stage, "blocks", block, *part]:
+            return f"layers.{stage}.blocks.{block}.{_BLOCK_NAMES['.'.join([*part, leaf])]}"
+    raise AssertionError(f"no name for {name}")
+
+
+_BLOCK_NAMES = {
+    "attention.qkv.weight": "attn.qkv.weight",
+    "attention.query_bias": "attn.q_bias",
+    "attention.value_bias": "attn.v_bias",
+    "attention.logit_scale": "attn.logit_scale",
+    "attention.position_bias.expand.weight": "attn.cpb_mlp.0.weight",
+    "attention.position_bias.expand.bias": "attn.cpb_mlp.0.bias",
+    "attention.position_bias.reduce.weight": "attn.cpb_mlp.2.weight",
+    "attention.projection.weight": "attn.proj.weight",
+    "attention.projection.bias": "attn.proj.bias",
+    "norm1.weight": "norm1.weight",
+    "norm1.bias": "norm1.bias",
+    "norm2.weight": "norm2.weight",
+    "norm2.bias": "norm2.bias",
+    "mlp.expand.weight": "mlp.fc1.weight",
+    "mlp.expand.bias": "mlp.fc1.bias",
+    "mlp.reduce.weight": "mlp.fc2.weight",
+    "mlp.reduce.bias": "mlp.fc2.bias",
+}
+
+
+def _reshaped(name: str, tensor: Tensor) -> Tensor:
+    return tensor[:, None, None] if name.endswith("logit_scale") else tensor
+
+
+def without_buffers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Return the learned tensors, and the names of those that are none."""
+    dropped = tuple(name for name in tensors if name.rpartition(".")[2] in BUFFERS)
+    return {name: part for name, part in tensors.items() if name not in dropped}, dropped
+
+
+def refuse_other_models(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise where the names are those of another model, and say of which.
+
+    Raises:
+        BridgeError: they are.
+    """
+    leaves = {name.rpartition(".")[2] for name in tensors}
+    firsts = {name.partition(".")[0] for name in tensors}
+    reason = None
+    if "relative_position_bias_table" in leaves and "layers" in firsts:
+        reason = "a Swin Transformer V1 (it has relative_position_bias_table)"
+    elif "logit_scale" in leaves and firsts & {"swinv2", "embeddings"}:
+        reason = "a model in the layout of transformers (it has embeddings), which is not read"
+    elif "logit_scale" in leaves and "stages" in firsts:
+        reason = "an encoder of this package, which load_encoder reads"
+    elif leaves & {"cls_token", "pos_embed", "gamma_1"} and "blocks" in firsts:
+        reason = "a ViT (it has blocks without stages, and position or class tokens)"
+    elif "absolute_pos_embed" in leaves:
+        reason = "a Swin Transformer with absolute_pos_embed, which this encoder has not"
+    elif "logit_scale" not in leaves:
+        some = ", ".join(list(tensors)[:3])
+        reason = f"no Swin Transformer V2 (no block has attn.logit_scale; it begins with {some})"
+    if reason is not None:
+        raise BridgeError(
+            f"{source} holds {reason}: give a Swin Transformer V2 of the published code or timm."
+        )
+
+
+def read_architecture(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
+    """Return the fields of `SwinV2Config` that the learned tensors tell.
+
+    Raises:
+        BridgeError: a tensor that tells one is missing.
+    """
+    patches = _needed(tensors, "patch_embed.proj.weight", 4, source)
+    depths: list[int] = []
+    for name in tensors:
+        match name.split("."):
+            case ["layers", stage, "blocks", block, *_] if stage.isdigit() and block.isdigit():
+                depths += [0] * (int(stage) + 1 - len(depths))
+                depths[int(stage)] = max(depths[int(stage)], int(block) + 1)
+    if not depths or not all(depths):
+        raise BridgeError(f"{source} has no blocks in some stage (layers.N.blocks): a part of it.")
+    dim, channels, rows, columns = patches.shape
+    if rows != columns:
+        raise BridgeError(f"{source}: patches of {rows}x{columns} pixels are not square.")
+    heads = [
+        len(_needed(tensors, f"layers.{stage}.blocks.0.attn.logit_scale", 3, source))
+        for stage in range(len(depths))
+    ]
+    hidden = len(_needed(tensors, "layers.0.blocks.0.mlp.fc1.weight", 2, source))
+    architecture = {
+        "embed_dim": dim,
+        "depths": tuple(depths),
+        "num_heads": tuple(heads),
+        "extra_norm_every": 0,
+    }
+    variant = next(
+        (
+            name
+            for name, published in VARIANTS.items()
+            if all(getattr(published, key) == value for key, value in architecture.items())
+        ),
+        None,
+    )
+    return {
+        **architecture,
+        "variant": variant,
+        "in_channels": channels,
+        "patch_size": rows,
+        "mlp_ratio": hidden / dim,
+    }
+
+
+def _needed(tensors: Mapping[str, Tensor], name: str, ndim: int, source: str) -> Tensor:
+    if name not in tensors:
+        raise BridgeError(f"{source} does not fit a Swin Transformer V2:\n  missing: {name}")
+    if tensors[name].ndim != ndim:
+        raise BridgeError(
+            f"{source}: shape of {name}: {tuple(tensors[name].shape)}, expected {ndim} axes"
+        )
+    return tensors[name]
+
+
+def place(
+    tensors: Mapping[str, Tensor],
+    config: SwinV2Config,
+    *,
+    merge_shift: int,
+    source: str,
+    also: Mapping[str, tuple[int, ...]],
+    prefix: str = "",
+) -> SwinV2:
+    """Build the encoder of `config` from learned tensors under their names.
+
+    Args:
+        tensors: without buffers.
+        config: of the encoder.
+        merge_shift: 0 where a stage ends with merging, 1 where the next one starts with it.
+        source: where the tensors come from, for the message.
+        also: names and shapes that must be there beside the encoder's own.
+        prefix: what stands before the names of the encoder's own.
+
+    Raises:
+        BridgeError: a tensor is missing, unexpected or of another shape; all are listed.
+    """
+    with torch.device("meta"):
+        encoder = SwinV2(config)
+    ours = encoder.state_dict()
+    names = {name: prefix + layer_name(name, merge_shift) for name in ours}
+    expected = {
+        names[name]: tuple(_reshaped(name, part).shape) for name, part in ours.items()
+    } | dict(also)
+    problems = [f"missing: {name}" for name in expected if name not in tensors]
+    problems += [f"unexpected: {name}" for name in tensors if name not in expected]
+    problems += [
+        f"shape of {name}: {tuple(tensors[name].shape)}, expected {shape}"
+        for name, shape in expected.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    if problems:
+        raise BridgeError(
+            f"{source} does not fit a Swin Transformer V2 of {config.variant or 'these'} sizes:\n  "
+            + "\n  ".join(problems)
+        )
+    # Copies, since a tensor that lies askew in a file's memory is multiplied by other kernels.
+    placed = {
+        name: tensors[names[name]].reshape(part.shape).float().clone()
+        for name, part in ours.items()
+    }
+    encoder.load_state_dict(placed, strict=True, assign=True)
+    return encoder.requires_grad_().eval()
+
+
+def obstacles(config: SwinV2Config) -> list[str]:
+    """Say what of `config` neither library can express, each with its remedy if there is one."""
+    problems = []
+    if 0 < config.extra_norm_every <= max(config.depths):
+        problems.append(
+            f"it has a norm after every {config.extra_norm_every} blocks, and theirs has none: "
+            "use the native format"
+        )
+    if any(side % config.patch_size for side in config.image_size):
+        problems.append(
+            f"image_size {config.image_size} is not made of whole patches of {config.patch_size} "
+            "pixels: load it with one that is"
+        )
+        return problems
+    for stage, resolution in enumerate(config.stage_resolutions):
+        grid = window_grid(resolution, config.window_size, shifted=True)
+        if any(grid.padding):
+            problems.append(
+                f"stage {stage + 1} of {resolution[0]}x{resolution[1]} tokens, window "
+                f"{grid.window[0]}x{grid.window[1]}: theirs attends to the padding that fills the "
+                "last windows, or fails: load it with an image_size or window_size whose windows "
+                "divide the stage"
+            )
+    return problems
+
+
+def their_windows(config: SwinV2Config) -> list[int | list[int]]:
+    """Return a pretraining window for each stage, 0 where offsets are relative to the present one.
+
+    A window of one token has no offsets, and theirs divide by zero; a window of two divides by the
+    same 1 as ours.
+    """
+    windows = config.pretrained_window_sizes
+    if windows is None:
+        if all(min(pair) > 1 for pair in config.stage_windows):
+            return [0] * len(config.depths)
+        windows = config.stage_windows
+    pairs = [[max(side, 2) for side in pair] for pair in windows]
+    return [rows if rows == columns else [rows, columns] for rows, columns in pairs]
+
+
+def same_tensors(one: SwinV2, other: SwinV2) -> bool:
+    """Tell whether two encoders hold the same numbers, one of them in float32 on the CPU."""
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name].detach().cpu().float(), second[name].cpu()) for name in first
+    )

@@ -1,0 +1,183 @@
+"""What the learned tensors of a checkpoint do not tell: image size and windows.
+
+They are looked for in the position buffers that older files hold, in settings, in names, and in
+what a caller says; two that contradict each other are refused.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from torch import Tensor
+
+from swinv2.bridges.transformers import BridgeError
+from swinv2.config import Pair, SwinV2Config
+
+PretrainedWindows = Sequence[int | Pair] | Literal["same"] | None
+"""Pretraining window of each stage; "same" for the present ones; None where it is not known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What the learned tensors do not tell, as far as one origin knows it."""
+
+    origin: str
+    image_size: Pair | None = None
+    window_size: Pair | None = None
+    pretrained_window_sizes: tuple[Pair, ...] | Literal["same"] | None = None
+
+
+def read_buffers(tensors: Mapping[str, Tensor], architecture: Mapping[str, Any]) -> Sizes:
+    """Return the sizes that buffers tell, for a square image; none where they are not whole."""
+    origin = "its buffers"
+    tables = [
+        tensors.get(f"layers.{stage}.blocks.0.attn.relative_coords_table")
+        for stage in range(len(architecture["depths"]))
+    ]
+    if any(table is None or table.ndim != 4 for table in tables):
+        return Sizes(origin=origin)
+    windows = tuple(
+        ((table.shape[1] + 1) // 2, (table.shape[2] + 1) // 2)
+        for table in tables
+        if table is not None
+    )
+    references = [
+        _reference_window(table, window)
+        for table, window in zip(tables, windows, strict=True)
+        if table is not None
+    ]
+    window = max(windows)
+    side = _image_side(tensors, windows, architecture)
+    if side is not None:
+        fitted = SwinV2Config(**architecture, image_size=(side, side), window_size=window)
+        # Masks that somebody left out would make the stages seem smaller than they are.
+        side = side if fitted.stage_windows == windows else None
+    return Sizes(
+        origin=origin,
+        image_size=None if side is None else (side, side),
+        window_size=window,
+        pretrained_window_sizes=(
+            None if None in references else tuple(pair for pair in references if pair is not None)
+        ),
+    )
+
+
+def _reference_window(table: Tensor, window: Pair) -> Pair | None:
+    """Return the window that the log-spaced coordinates of a table are relative to."""
+    sides = []
+    for axis, side in enumerate(window):
+        farthest = float(table[0, -1, -1, axis])
+        if side == 1 or not math.isfinite(farthest) or farthest <= 0:
+            sides.append(side)
+            continue
+        reference = round(8 * (side - 1) / (8**farthest - 1)) + 1
+        again = math.log2(8 * (side - 1) / max(reference - 1, 1) + 1) / 3
+        if abs(again - farthest) > 2e-3:
+            return None
+        sides.append(reference)
+    return sides[0], sides[1]
+
+
+def _image_side(
+    tensors: Mapping[str, Tensor], windows: Sequence[Pair], architecture: Mapping[str, Any]
+) -> int | None:
+    """Return the side in pixels from the first stage that has a shifted block."""
+    for stage, (depth, window) in enumerate(zip(architecture["depths"], windows, strict=True)):
+        if depth < 2:
+            continue
+        mask = tensors.get(f"layers.{stage}.blocks.1.attn_mask")
+        tokens = window[0] * window[1] if mask is None else mask.shape[0] * mask.shape[1]
+        rows = math.isqrt(tokens)
+        stride: int = architecture["patch_size"] * 2**stage
+        return rows * stride if rows * rows == tokens else None
+    return None
+
+
+def given_sizes(
+    image_size: int | Pair | None,
+    window_size: int | Pair | None,
+    pretrained_window_sizes: PretrainedWindows,
+) -> Sizes:
+    """Return what a caller says."""
+    return Sizes(
+        origin="your arguments",
+        image_size=None if image_size is None else as_pair(image_size),
+        window_size=None if window_size is None else as_pair(window_size),
+        pretrained_window_sizes=as_windows(pretrained_window_sizes),
+    )
+
+
+def as_pair(size: int | Sequence[int]) -> Pair:
+    """Return (height, width) of a size with one number or two."""
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return int(height), int(width)
+
+
+def as_windows(windows: PretrainedWindows) -> tuple[Pair, ...] | Literal["same"] | None:
+    """Return the windows as pairs; zeros stand for the present windows."""
+    if windows is None or windows == "same":
+        return windows
+    pairs = tuple(as_pair(window) for window in windows)
+    return "same" if all(pair == (0, 0) for pair in pairs) else pairs
+
+
+def settle(
+    architecture: Mapping[str, Any], known: Sequence[Sizes], source: str, drop_path: float
+) -> SwinV2Config:
+    """Return the config of an encoder, from what its tensors and each origin tell.
+
+    Raises:
+        BridgeError: a size is told by none, or told differently by two.
+    """
+    told = {
+        name: [(one.origin, value) for one in known if (value := getattr(one, name)) is not None]
+        for name in (field.name for field in fields(Sizes) if field.name != "origin")
+    }
+    unknown = [name for name, values in told.items() if not values]
+    if unknown:
+        raise BridgeError(
+            f"{source} does not tell {', '.join(unknown)}: give "
+            + " and ".join(_ARGUMENTS[name] for name in unknown)
+            + ". The tensors are the same for every one of them, the features are not."
+        )
+    sizes = {name: told[name][0][1] for name in ("image_size", "window_size")}
+    present = SwinV2Config(**architecture, **sizes)
+    windows = told["pretrained_window_sizes"][0][1]
+    for name, values in told.items():
+        resolved = [(one, present.stage_windows if v == "same" else v) for one, v in values]
+        first, value = resolved[0]
+        for other, another in resolved[1:]:
+            if not _agree(value, another):
+                raise BridgeError(
+                    f"{source}: {name} is {value} by {first} and {another} by {other}. Convert it "
+                    "with the size it was saved at; set_input or load_encoder change it afterwards."
+                )
+    return SwinV2Config(
+        **architecture,
+        **sizes,
+        pretrained_window_sizes=None if windows == "same" else windows,
+        drop_path=drop_path,
+    )
+
+
+_ARGUMENTS = {
+    "image_size": "image_size (pixels)",
+    "window_size": "window_size (tokens)",
+    "pretrained_window_sizes": (
+        'pretrained_window_sizes (tokens, one a stage, or "same" where it was trained at these)'
+    ),
+}
+
+
+def _agree(one: Any, other: Any) -> bool:
+    """Compare two sizes; windows of one token and of two have the same coordinates."""
+    if one and isinstance(one[0], tuple):
+        return len(one) == len(other) and all(
+            max(ours, 2) == max(theirs, 2)
+            for pair, another in zip(one, other, strict=True)
+            for ours, theirs in zip(pair, another, strict=True)
+        )
+    return bool(one == other)

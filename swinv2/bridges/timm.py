@@ -1,0 +1,428 @@
+"""timm's ``swinv2_*`` models: written as ``timm.create_model`` loads them, and read.
+
+timm ends nothing with merging: a stage starts with it. Its classifier is ``head.fc``. Writing and
+reading need no timm; where it can be imported, it has to agree before an export is kept.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from swinv2.atomic import atomic_folder
+from swinv2.bridges.checkpoints import read_checkpoint
+from swinv2.bridges.layers import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Classifier,
+    Imported,
+    obstacles,
+    place,
+    read_architecture,
+    refuse_other_models,
+    same_tensors,
+    their_windows,
+    to_layers,
+    without_buffers,
+)
+from swinv2.bridges.sizes import (
+    PretrainedWindows,
+    Sizes,
+    as_pair,
+    as_windows,
+    given_sizes,
+    read_buffers,
+    settle,
+)
+from swinv2.bridges.transformers import BridgeError
+from swinv2.config import Pair, SwinV2Config
+from swinv2.encoder import SwinV2
+from swinv2.encoder_file import check_normalisation
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+README_FILE = "README.md"
+_PICKLE_FILE = "pytorch_model.bin"
+_MERGE_SHIFT = 1
+_HEAD = "head.fc."
+_NAME = re.compile(r"swinv2_(\w+?)_window(\d+)(?:to(\d+))?_(\d+)(?:to(\d+))?(?=\.|$)")
+
+
+def timm_arguments(encoder: SwinV2) -> tuple[str, dict[str, Any]]:
+    """Return the name and the arguments for ``timm.create_model`` of the model that is the same.
+
+    Raises:
+        BridgeError: timm has no such model; all reasons are listed.
+    """
+    config = encoder.config
+    problems = obstacles(config)
+    if config.window_size[0] != config.window_size[1] and len(config.depths) == 2:
+        problems.append(
+            f"window {config.window_size} is not square, and theirs takes two numbers for the "
+            "windows of two stages: load it with a square window"
+        )
+    if problems:
+        raise BridgeError(
+            "timm's swinv2 cannot compute what this encoder computes:\n  " + "\n  ".join(problems)
+        )
+    height, width = config.image_size
+    rows, columns = config.window_size
+    arguments: dict[str, Any] = {
+        "img_size": height if height == width else [height, width],
+        "window_size": rows if rows == columns else [rows, columns],
+        "pretrained_window_sizes": their_windows(config),
+        "drop_path_rate": config.drop_path,
+    }
+    if config.variant is None:
+        arguments |= {
+            "embed_dim": config.embed_dim,
+            "depths": list(config.depths),
+            "num_heads": list(config.num_heads),
+        }
+    usual = {"patch_size": 4, "in_chans": 3, "mlp_ratio": 4}
+    own = (config.patch_size, config.in_channels, config.mlp_ratio)
+    named = zip(usual.items(), own, strict=True)
+    arguments |= {name: value for (name, theirs), value in named if value != theirs}
+    return _model_name(config, arguments), arguments
+
+
+def to_timm(encoder: SwinV2, *, classifier: Classifier | None = None) -> dict[str, Tensor]:
+    """Return the encoder's tensors under the names of timm's ``swinv2_*``, on the CPU.
+
+    Raises:
+        BridgeError: timm has no such model, or the classifier does not fit the encoder.
+    """
+    timm_arguments(encoder)
+    tensors = to_layers(encoder, _MERGE_SHIFT)
+    if classifier is None:
+        return tensors
+    features = encoder.num_features
+    if (
+        classifier.weight.shape != (len(classifier.bias), features)
+        or classifier.bias.ndim != 1
+        or not len(classifier.bias)
+    ):
+        raise BridgeError(
+            f"the classifier is {tuple(classifier.weight.shape)} with a bias of "
+            f"{tuple(classifier.bias.shape)}, not (classes, {features}) and (classes,)."
+        )
+    return tensors | {
+        f"{_HEAD}weight": classifier.weight.detach().cpu().contiguous(),
+        f"{_HEAD}bias": classifier.bias.detach().cpu().contiguous(),
+    }
+
+
+def export_timm(
+    encoder: SwinV2,
+    path: str | os.PathLike[str],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    classifier: Classifier | None = None,
+) -> Path:
+    """Write ``encoder`` as a folder for ``timm.create_model``, and read it back before it is kept.
+
+    ``model.safetensors`` loads strictly by ``checkpoint_path``, the folder by ``local-dir:``;
+    ``README.md`` has the lines.
+
+    Args:
+        encoder: left as it is; use `SwinV2.set_input` first to export it at another size.
+        path: a new or empty folder, or an earlier export.
+        mean: one value a channel, for images in [0, 1].
+        std: one positive value a channel.
+        classifier: a linear head on average-pooled features.
+
+    Raises:
+        BridgeError: timm has no such model, the installed timm disagrees, or the classifier does
+            not fit.
+        ValueError: ``mean`` or ``std`` does not fit the channels, or ``path`` is occupied.
+    """
+    check_normalisation(mean, std, encoder.config.in_channels)
+    name, arguments = timm_arguments(encoder)
+    tensors = to_timm(encoder, classifier=classifier)
+    classes = 0 if classifier is None else len(classifier.bias)
+    content = {
+        "architecture": name,
+        "num_classes": classes,
+        "num_features": encoder.num_features,
+        "global_pool": "avg",
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "num_classes": classes,
+            "input_size": [encoder.config.in_channels, *encoder.config.image_size],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 0.9,
+            "mean": [float(value) for value in mean],
+            "std": [float(value) for value in std],
+            "first_conv": "patch_embed.proj",
+            "classifier": "head.fc",
+        },
+    }
+    with atomic_folder(path, may_replace=is_timm_export) as folder:
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        text = json.dumps(content, indent=2) + "\n"
+        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        (folder / README_FILE).write_text(_readme(name, arguments, classes), encoding="utf-8")
+        if not same_tensors(encoder, import_timm(folder).encoder):
+            raise BridgeError("what was written is not what was read back: try again.")
+        timm, _ = find_timm()
+        if timm is not None:
+            _check_shapes(timm, name, arguments, classes, tensors)
+    return Path(path)
+
+
+def import_timm(
+    path: str | os.PathLike[str],
+    *,
+    architecture: str | None = None,
+    image_size: int | Pair | None = None,
+    window_size: int | Pair | None = None,
+    pretrained_window_sizes: PretrainedWindows = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Imported:
+    """Read the weights of a ``swinv2_*`` model of timm.
+
+    The learned tensors tell the architecture. Image size, window size and pretraining windows are
+    taken from ``config.json`` beside the weights, from the name of the model, or from the position
+    buffers that old files hold; what none of them tells has to be given.
+
+    Args:
+        path: a folder as on the model hub (config.json and model.safetensors or pytorch_model.bin),
+            or a file (.safetensors, .pth, .bin).
+        architecture: timm's name of the model, such as ``swinv2_base_window12to16_192to256``.
+        image_size: (height, width) in pixels.
+        window_size: (height, width) in tokens.
+        pretrained_window_sizes: of each stage, in tokens; "same" where it was trained at these.
+        mean: of each channel; by default what the folder says, or ImageNet's, as timm has it.
+        std: of each channel, in the same way.
+
+    Raises:
+        BridgeError: it is of another model, a tensor is missing, unexpected or misshapen, a size is
+            unknown or contradicts the file, or reading the file would run code.
+    """
+    place_ = Path(path)
+    folder = place_ if place_.is_dir() else None
+    content = {} if folder is None else _read_config(folder / CONFIG_FILE)
+    file = place_ if folder is None else folder / WEIGHTS_FILE
+    if folder is not None and not file.is_file() and (folder / _PICKLE_FILE).is_file():
+        file = folder / _PICKLE_FILE
+    # The order in which timm itself takes them.
+    entries = ("state_dict_ema", "model_ema", "state_dict", "model")
+    checkpoint = read_checkpoint(file, entries)
+    source = checkpoint.source
+    tensors, dropped = without_buffers(checkpoint.tensors)
+    refuse_other_models(tensors, source)
+    if "layers.0.downsample.reduction.weight" in tensors or "head.weight" in tensors:
+        raise BridgeError(
+            f"{source} is laid out as the published code does it (it has "
+            f"{'head' if 'head.weight' in tensors else 'layers.0.downsample'}): "
+            "import it with the reference format."
+        )
+    fields = read_architecture(tensors, source)
+    stages = len(fields["depths"])
+    told, drop_path = _read_arguments(content)
+    known = [
+        given_sizes(image_size, window_size, pretrained_window_sizes),
+        told,
+        _named_sizes("the name you gave", architecture, stages),
+        _only_missing(told, _named_sizes("its model's name", content.get("architecture"), stages)),
+        read_buffers({name: checkpoint.tensors[name] for name in dropped}, fields),
+    ]
+    config = settle(fields, known, source, drop_path)
+    also: dict[str, tuple[int, ...]] = {}
+    if f"{_HEAD}weight" in tensors or f"{_HEAD}bias" in tensors:
+        first = tensors.get(f"{_HEAD}weight", tensors.get(f"{_HEAD}bias"))
+        assert first is not None
+        also = {
+            f"{_HEAD}weight": (len(first), config.num_features),
+            f"{_HEAD}bias": (len(first),),
+        }
+    encoder = place(tensors, config, merge_shift=_MERGE_SHIFT, source=source, also=also)
+    described = content.get("pretrained_cfg", content)
+    mean = tuple(mean or described.get("mean") or IMAGENET_MEAN)
+    std = tuple(std or described.get("std") or IMAGENET_STD)
+    check_normalisation(mean, std, config.in_channels)
+    return Imported(
+        encoder=encoder,
+        mean=mean,
+        std=std,
+        head=None,
+        classifier=Classifier(
+            weight=tensors[f"{_HEAD}weight"].float(), bias=tensors[f"{_HEAD}bias"].float()
+        )
+        if also
+        else None,
+        dropped=dropped,
+    )
+
+
+def find_timm() -> tuple[ModuleType | None, str]:
+    """Return timm, or ``None`` and why it cannot be used."""
+    if find_spec("timm") is None:
+        return None, "timm is not installed (pip install timm)"
+    try:
+        import timm  # noqa: PLC0415 - an optional part
+    except (ImportError, RuntimeError, OSError) as error:  # a torchvision of another torch
+        return None, f"timm cannot be imported ({error})"
+    return timm, ""
+
+
+def load_in_timm(timm: ModuleType, path: str | os.PathLike[str]) -> torch.nn.Module:
+    """Build the model of an export in timm and load its weights strictly."""
+    folder = Path(path)
+    content = _read_config(folder / CONFIG_FILE)
+    model: torch.nn.Module = timm.create_model(
+        content["architecture"],
+        num_classes=content["num_classes"],
+        checkpoint_path=str(folder / WEIGHTS_FILE),
+        **content["model_args"],
+    )
+    return model.eval()
+
+
+def is_timm_export(path: Path) -> bool:
+    """Tell whether ``path`` is what `export_timm` wrote, and holds nothing else."""
+    names = {CONFIG_FILE, WEIGHTS_FILE, README_FILE}
+    if not path.is_dir() or {place.name for place in path.iterdir()} != names:
+        return False
+    try:
+        content = _read_config(path / CONFIG_FILE)
+    except BridgeError:
+        return False
+    return str(content.get("architecture", "")).startswith("swinv2_")
+
+
+def _model_name(config: SwinV2Config, arguments: Mapping[str, Any]) -> str:
+    """Return timm's name for these sizes, or for a model of the variant at other sizes."""
+    sizes = (arguments["img_size"], arguments["window_size"])
+    windows = config.pretrained_window_sizes or config.stage_windows
+    if config.variant in ("tiny", "small") or config.variant is None:
+        size = "window16_256" if sizes == (256, 16) else "window8_256"
+        return f"swinv2_{config.variant or 'tiny'}_{size}"
+    transferred = windows == ((12, 12), (12, 12), (12, 12), (6, 6))
+    if transferred and sizes == (256, 16):
+        size = "window12to16_192to256"
+    elif transferred and sizes == (384, 24):
+        size = "window12to24_192to384"
+    elif config.variant == "base" and sizes in ((256, 8), (256, 16)):
+        size = f"window{sizes[1]}_256"
+    else:
+        size = "window12_192"
+    return f"swinv2_{config.variant}_{size}"
+
+
+def _named_sizes(origin: str, name: object, num_stages: int) -> Sizes:
+    """Return what a name such as swinv2_base_window12to16_192to256 says."""
+    if not isinstance(name, str):
+        return Sizes(origin=origin)
+    parts = _NAME.match(name)
+    if parts is None:
+        raise BridgeError(
+            f"{name!r} is no swinv2 model of timm: they have names such as "
+            "swinv2_tiny_window8_256 or swinv2_base_window12to16_192to256."
+        )
+    _, window, to_window, size, to_size = parts.groups()
+    windows: Any = "same"
+    if to_window is not None:
+        tokens = [int(size) // (4 * 2**stage) for stage in range(num_stages)]
+        windows = tuple(as_pair(min(int(window), side)) for side in tokens)
+    return Sizes(
+        origin=origin,
+        image_size=as_pair(int(to_size or size)),
+        window_size=as_pair(int(to_window or window)),
+        pretrained_window_sizes=windows,
+    )
+
+
+def _read_arguments(content: Mapping[str, Any]) -> tuple[Sizes, float]:
+    """Return the sizes and the stochastic depth that a ``config.json`` tells."""
+    origin = f"its {CONFIG_FILE}"
+    arguments = content.get("model_args") or {}
+    image, window = arguments.get("img_size"), arguments.get("window_size")
+    windows = arguments.get("pretrained_window_sizes")
+    if isinstance(window, list | tuple) and window and isinstance(window[0], list | tuple):
+        window = max(window, key=max)
+    return Sizes(
+        origin=origin,
+        image_size=None if image is None else as_pair(image),
+        window_size=None if window is None else as_pair(window),
+        pretrained_window_sizes=as_windows(windows),
+    ), float(arguments.get("drop_path_rate", 0.0))
+
+
+def _only_missing(told: Sizes, other: Sizes) -> Sizes:
+    """Return what `other` says about what `told` leaves open."""
+    return Sizes(
+        origin=other.origin,
+        image_size=None if told.image_size is not None else other.image_size,
+        window_size=None if told.window_size is not None else other.window_size,
+        pretrained_window_sizes=None
+        if told.pretrained_window_sizes is not None
+        else other.pretrained_window_sizes,
+    )
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BridgeError(f"{file} is not valid JSON ({error}): export it again.") from error
+    if not isinstance(content, dict):
+        raise BridgeError(f"{file} does not describe a model: export it again.")
+    return content
+
+
+def _check_shapes(
+    timm: ModuleType,
+    name: str,
+    arguments: Mapping[str, Any],
+    classes: int,
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Hold the tensors to the model that the installed timm builds; no weights are made for it."""
+    with torch.device("meta"):
+        expected = timm.create_model(name, num_classes=classes, **arguments).state_dict()
+    different = sorted(
+        key
+        for key in expected.keys() | tensors.keys()
+        if key not in expected or key not in tensors or expected[key].shape != tensors[key].shape
+    )
+    if different:
+        raise BridgeError(
+            f"{name} of the installed timm has other tensors than those written for it "
+            f"({', '.join(different)}): install timm 1.0.20 or newer."
+        )
+
+
+def _readme(name: str, arguments: Mapping[str, Any], classes: int) -> str:
+    listed = "".join(f"    {key}={value!r},\n" for key, value in arguments.items())
+    return f"""# Swin Transformer V2 for timm
+
+In this folder (timm 1.0):
+
+```python
+import timm
+
+model = timm.create_model(
+    "{name}",
+    checkpoint_path="model.safetensors",
+    num_classes={classes},
+{listed})
+```
+
+`model.forward_features(images)` gives (batch, rows, columns, channels). Elsewhere the folder is
+`timm.create_model("local-dir:FOLDER", pretrained=True)`; `config.json` has the mean and std of its
+images.
+"""

@@ -1,0 +1,236 @@
+"""Peers and lists of their tensors for the bridges; timm imports without torchvision here."""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+from swinv2 import SwinV2, SwinV2Config
+
+RECORDED = Path(__file__).with_name("timm_tensors.json")
+
+
+class AnyName(type):
+    """A class whose attributes are classes."""
+
+    def __getattr__(cls, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return AnyName(name, (), {})
+
+
+class AnyModule(ModuleType):
+    """A module that has every name."""
+
+    __path__: Sequence[str] = ()
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return AnyName(name, (), {})
+
+
+class StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports torchvision where there is none: timm's models use its names alone."""
+
+    def find_spec(
+        self, name: str, path: object = None, target: object = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name.partition(".")[0] == "torchvision":
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        return AnyModule(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+def import_with_stand_in(name: str) -> ModuleType:
+    """Import a module; the stand-in is gone afterwards, so that nobody else meets it."""
+    finder = StandIn()
+    sys.meta_path.append(finder)  # the last resort: a real torchvision comes first
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+    finally:
+        sys.meta_path.remove(finder)
+        for module in [one for one in sys.modules if one.partition(".")[0] == "torchvision"]:
+            if isinstance(sys.modules[module], AnyModule):
+                del sys.modules[module]
+
+
+@pytest.fixture(scope="session")
+def timm() -> ModuleType:
+    """timm, where it is installed."""
+    if find_spec("timm") is None:
+        pytest.skip("timm is not installed: its recorded tensors are tested, loading in it is not")
+    return import_with_stand_in("timm")
+
+
+@pytest.fixture(scope="session")
+def timm_shapes() -> dict[str, dict[str, tuple[int, ...]]]:
+    """Tensors by model, recorded from timm 1.0.31 on the meta device, with 1000 classes."""
+    recorded = json.loads(RECORDED.read_text())
+    return {
+        model: {
+            re.sub(r"\{.*\}", str(number), name): tuple(shape)
+            for name, shape in tensors.items()
+            for number in _numbers(name)
+        }
+        for model, tensors in recorded.items()
+    }
+
+
+def _numbers(name: str) -> Iterator[int]:
+    """Numbers of the blocks that a recorded name such as layers.0.blocks.{0-1}.x stands for."""
+    block = re.search(r"\{(\d+)-(\d+)\}", name)
+    return iter(range(int(block[1]), int(block[2]) + 1) if block else (0,))
+
+
+@pytest.fixture(scope="session")
+def reference_shapes(
+    timm_shapes: dict[str, dict[str, tuple[int, ...]]],
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The published code's: a stage ends with merging, and the classifier is head."""
+
+    def rename(name: str) -> str:
+        name = name.replace("head.fc.", "head.")
+        return re.sub(
+            r"layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", name
+        )
+
+    return {
+        model: {rename(name): shape for name, shape in shapes.items()}
+        for model, shapes in timm_shapes.items()
+    }
+
+
+@pytest.fixture
+def build(randomise: Callable[[nn.Module], None]) -> Callable[..., SwinV2]:
+    def build_small(**sizes: object) -> SwinV2:
+        sizes = {
+            "embed_dim": 8,
+            "depths": (1, 2, 2, 1),
+            "num_heads": (1, 1, 2, 4),
+            "image_size": 64,
+            "window_size": 8,
+            **sizes,
+        }
+        encoder = SwinV2(SwinV2Config(**sizes))
+        randomise(encoder)
+        return encoder.eval()
+
+    return build_small
+
+
+@pytest.fixture
+def assert_same_weights() -> Callable[[nn.Module, nn.Module], None]:
+    def check(one: nn.Module, other: nn.Module) -> None:
+        first, second = one.state_dict(), other.state_dict()
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+    return check
+
+
+class RunsCode:
+    """A pickle of it makes a folder when it is read without care."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.fixture
+def malicious(tmp_path: Path) -> tuple[Path, Path]:
+    """A checkpoint that runs code when it is read, and the folder that this would make."""
+    file, folder = tmp_path / "malicious.pth", tmp_path / "made by the pickle"
+    torch.save({"model": {"patch_embed.proj.weight": RunsCode(folder)}}, file)
+    return file, folder
+
+
+def swin_v1_tensors() -> dict[str, torch.Tensor]:
+    block = "layers.0.blocks.0.attn."
+    return {
+        "patch_embed.proj.weight": torch.zeros(8, 3, 4, 4),
+        f"{block}relative_position_bias_table": torch.zeros(49, 1),
+        f"{block}relative_position_index": torch.zeros(16, 16),
+        f"{block}qkv.weight": torch.zeros(24, 8),
+        f"{block}qkv.bias": torch.zeros(24),
+    }
+
+
+def vit_tensors() -> dict[str, torch.Tensor]:
+    return {
+        "cls_token": torch.zeros(1, 1, 8),
+        "pos_embed": torch.zeros(1, 5, 8),
+        "patch_embed.proj.weight": torch.zeros(8, 3, 4, 4),
+        "blocks.0.attn.qkv.weight": torch.zeros(24, 8),
+    }
+
+
+OTHER_MODELS = {
+    "swin-v1": (swin_v1_tensors, "Swin Transformer V1.*relative_position_bias_table"),
+    "vit": (vit_tensors, "a ViT"),
+    "resnet": (lambda: {"conv1.weight": torch.zeros(1)}, "no Swin Transformer V2.*conv1.weight"),
+    "transformers": (
+        lambda: (
+            {"encoder.layers.0.blocks.0.attention.self.logit_scale": torch.zeros(1)}
+            | {"embeddings.norm.weight": torch.zeros(1)}
+        ),
+        "transformers",
+    ),
+    "ours": (lambda: {"stages.0.blocks.0.attention.logit_scale": torch.zeros(1)}, "load_encoder"),
+}
+
+
+@pytest.fixture(params=OTHER_MODELS)
+def other_model(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str]:
+    """A checkpoint of another architecture, and what the refusal says."""
+    tensors, reason = OTHER_MODELS[request.param]
+    file = tmp_path / "other.pth"
+    torch.save({"model": tensors()}, file)
+    return file, reason
+
+
+def spoil_missing(tensors: dict[str, torch.Tensor]) -> str:
+    del tensors["layers.1.blocks.1.attn.cpb_mlp.0.bias"]
+    return r"missing: layers\.1\.blocks\.1\.attn\.cpb_mlp\.0\.bias"
+
+
+def spoil_extra(tensors: dict[str, torch.Tensor]) -> str:
+    tensors["layers.2.blocks.1.norm3.weight"] = torch.zeros(32)
+    return r"unexpected: layers\.2\.blocks\.1\.norm3\.weight"
+
+
+def spoil_shape(tensors: dict[str, torch.Tensor]) -> str:
+    tensors["layers.2.blocks.1.norm2.weight"] = torch.zeros(31)
+    return r"shape of layers\.2\.blocks\.1\.norm2\.weight: \(31,\), expected \(32,\)"
+
+
+def spoil_what_tells_sizes(tensors: dict[str, torch.Tensor]) -> str:
+    del tensors["patch_embed.proj.weight"]
+    return r"missing: patch_embed\.proj\.weight"
+
+
+@pytest.fixture(params=[spoil_missing, spoil_extra, spoil_shape, spoil_what_tells_sizes])
+def spoil(request: pytest.FixtureRequest) -> Callable[[dict[str, torch.Tensor]], str]:
+    """Spoils a checkpoint of the encoder of `build`, and gives what the refusal says."""
+    return request.param
