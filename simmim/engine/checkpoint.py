@@ -202,7 +202,11 @@ def load_state(path: Path) -> TrainingState:
 
 
 def _refuse(file: Path, error: Exception) -> NoReturn:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, ValidationError):
+        mistakes = [(".".join(map(str, found["loc"])), found["msg"]) for found in error.errors()]
+        reason = "; ".join(f"{where}: {what}" if where else what for where, what in mistakes)
+    else:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise ValueError(
         f"{file} cannot be read: {reason}. Resume from an earlier checkpoint with --resume PATH."
     ) from None

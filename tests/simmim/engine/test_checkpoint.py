@@ -390,3 +390,12 @@ if __name__ == "__main__":
     os.fsync = lambda descriptor: None  # slow, and for power cuts: kills lose nothing written
     print(kill_everywhere(write_next, Path(sys.argv[1]) / "next", {2, 3}, [2, 3]))
     print(kill_everywhere(write_again, Path(sys.argv[1]) / "again", {1, 2}, [1, 2]))
+
+
+def test_a_state_of_another_version_names_what_is_absent(tmp_path: Path) -> None:
+    path = save(tmp_path, 4)
+    values = json.loads((path / "state.json").read_text())
+    del values["data_digest"]
+    (path / "state.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="data_digest: Field required"):
+        load_state(path)
