@@ -94,10 +94,6 @@ class SampleOrder:
                 f" use one of {', '.join(map(str, legal))} processes"
             )
 
-    def epoch_at(self, position: int) -> float:
-        """Return how many epochs (with fraction) have passed at this cursor."""
-        return position / self.samples_per_epoch
-
     def batch(self, position: int, batch_size: int, rank: int = 0, world: int = 1) -> list[Address]:
         """Return the part of `rank` in the global batch that starts at cursor `position`.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from simmim.data.batches import STOP_SIGNALS
 
 
 class StopRequest:

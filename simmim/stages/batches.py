@@ -5,9 +5,22 @@ import torch
 from simmim.data.batches import TrainingBatches
 from simmim.data.order import SampleOrder
 from simmim.data.reading import ShardSet
-from simmim.data.settings import AugmentedDataSettings
+from simmim.data.settings import AugmentedDataSettings, DataSettings
 from simmim.data.transforms import MaskDraw, TrainTransform
 from simmim.engine.loop import TrainingSettings
+
+
+def check_batches(data: DataSettings, training: TrainingSettings) -> None:
+    """Check what a batch and the order of the data ask of each other.
+
+    Raises:
+        ValueError: the batch cannot take equally from each slot.
+    """
+    if training.batch_size % data.slots:
+        raise ValueError(
+            f"training.batch_size {training.batch_size} is no multiple of data.slots "
+            f"{data.slots}; every batch takes equally from each slot. Change either."
+        )
 
 
 def training_batches(

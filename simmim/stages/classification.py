@@ -18,7 +18,7 @@ from simmim.data.transforms import EvalTransform
 from simmim.engine.loop import TrainingSettings
 from simmim.engine.run import RunFolder
 from simmim.recipe import recipe_hash, settings
-from simmim.stages.batches import training_batches
+from simmim.stages.batches import check_batches, training_batches
 from simmim.stages.classifier import Classifier, Scores, save_head, score
 from simmim.stages.encoder_settings import EncoderSettings
 from simmim.stages.labelled import open_labelled
@@ -81,17 +81,9 @@ class ClassificationRecipe:
             raise ValueError(
                 f"label_smoothing is {self.label_smoothing}; it must be 0 or more and below 1."
             )
-        if self.training.batch_size % self.data.slots:
-            raise ValueError(
-                f"training.batch_size {self.training.batch_size} is no multiple of data.slots "
-                f"{self.data.slots}; every batch takes equally from each slot. Change either."
-            )
+        check_batches(self.data, self.training)
         if self.init == SCRATCH:
-            if len(self.data.mean) != self.encoder.in_channels:
-                raise ValueError(
-                    f"data.mean has {len(self.data.mean)} numbers, encoder.in_channels is "
-                    f"{self.encoder.in_channels}; give one for each channel."
-                )
+            self.encoder.check_channels(self.data.mean)
             self.encoder.config(self.data.image_size)  # raises where sizes cannot work together
 
 

@@ -37,6 +37,18 @@ class EncoderSettings:
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path is {self.drop_path}; it must be 0 or more and below 1.")
 
+    def check_channels(self, mean: tuple[float, ...]) -> None:
+        """Check that images are normalised channel by channel.
+
+        Raises:
+            ValueError: `mean` has not one number a channel.
+        """
+        if len(mean) != self.in_channels:
+            raise ValueError(
+                f"data.mean has {len(mean)} numbers, encoder.in_channels is {self.in_channels}; "
+                "give one for each channel."
+            )
+
     def config(self, image_size: int) -> SwinV2Config:
         """Return the encoder's configuration for square images of `image_size` pixels.
 

@@ -21,7 +21,7 @@ from simmim.masking import MaskDrawer, MaskSettings
 from simmim.model import LossArea, SimMIM
 from simmim.recipe import load, recipe_hash, settings
 from simmim.report.panels import reconstruction_panel
-from simmim.stages.batches import training_batches
+from simmim.stages.batches import check_batches, training_batches
 from simmim.stages.encoder_settings import EncoderSettings
 from simmim.stages.normalisation import Normalise
 from swinv2 import build_encoder, save_encoder
@@ -77,16 +77,8 @@ class PretrainRecipe:
                 f"{self.encoder.patch_size}, so cells would cut through patches."
             )
         self.draw_mask()
-        if len(self.data.mean) != self.encoder.in_channels:
-            raise ValueError(
-                f"data.mean has {len(self.data.mean)} numbers, encoder.in_channels is "
-                f"{self.encoder.in_channels}; give one for each channel."
-            )
-        if self.training.batch_size % self.data.slots:
-            raise ValueError(
-                f"training.batch_size {self.training.batch_size} is no multiple of data.slots "
-                f"{self.data.slots}; every batch takes equally from each slot. Change either."
-            )
+        self.encoder.check_channels(self.data.mean)
+        check_batches(self.data, self.training)
         if self.training.optimizer.layer_decay != 1.0:
             raise ValueError("training.optimizer.layer_decay belongs to fine-tuning; leave it 1.")
         self.encoder.config(size)  # raises where the sizes cannot work together
