@@ -13,14 +13,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from swinv2.config import AttentionPath, Pair, clamp_window
-from swinv2.linear import Linear, linear
+from swinv2.linear import Linear, being_exported, linear
 from swinv2.sequential import SHORTEST, sequential_attention
 
 LARGEST_LOGIT_SCALE = math.log(100)
 ACROSS_REGIONS = -100.0  # added to scores between regions that only the shift brought together
 PADDING = -1  # the region of tokens that only fill a window
 BIAS_HIDDEN = 512
-SCORES_IN_CACHE = 2**22  # 16 MiB in float32: fewer are as fast all at once
+SCORES_ON_CPU, SCORES_ELSEWHERE = 2**19, 2**27
+"""Numbers in the scores that sequential attention computes together."""
 
 Sizes = ParamSpec("Sizes")
 
@@ -307,7 +308,7 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.path: AttentionPath = "auto"
-        self.scores_at_a_time = 2**19
+        self.scores_at_a_time: int | None = None
         self.qkv = Linear(dim, 3 * dim, bias=False)
         self.query_bias = nn.Parameter(torch.zeros(dim))
         self.value_bias = nn.Parameter(torch.zeros(dim))
@@ -333,7 +334,8 @@ class WindowAttention(nn.Module):
     def _attend(self, qkv: Tensor, scale: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
         match self._path(qkv):
             case "sequential":
-                size = self.scores_at_a_time
+                on_cpu = qkv.device.type == "cpu"
+                size = self.scores_at_a_time or (SCORES_ON_CPU if on_cpu else SCORES_ELSEWHERE)
                 return sequential_attention(
                     qkv, scale=scale, bias=bias, mask=mask, scores_at_a_time=size
                 )
@@ -345,8 +347,5 @@ class WindowAttention(nn.Module):
     def _path(self, qkv: Tensor) -> AttentionPath:
         if self.path != "auto":
             return self.path
-        if torch.compiler.is_compiling() or torch._C._is_tracing() or qkv.device.type != "cpu":
-            return "explicit"
-        batch, windows, tokens, _ = qkv.shape
-        scores = batch * windows * self.num_heads * tokens**2
-        return "sequential" if scores > SCORES_IN_CACHE else "explicit"
+        compiled_for_gpu = torch.compiler.is_compiling() and qkv.device.type != "cpu"
+        return "explicit" if being_exported() or compiled_for_gpu else "sequential"

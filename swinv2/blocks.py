@@ -5,12 +5,13 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from swinv2.attention import WindowAttention, WindowGrid, window_grid
 from swinv2.config import AttentionPath, Checkpointing, Execution, Pair
-from swinv2.linear import Linear
+from swinv2.linear import Linear, linear
 
 
 class LayerNorm(nn.LayerNorm):
@@ -59,7 +60,15 @@ class PatchEmbed(nn.Module):
         below, right = (-side % self.patch_size for side in images.shape[2:])
         if below or right:
             images = F.pad(images, (0, right, 0, below))
-        tokens: Tensor = self.norm(self.projection(images).permute(0, 2, 3, 1))
+        # A convolution whose stride is its kernel, as a product that leaves channels last.
+        patches = rearrange(
+            images,
+            "batch channels (rows h) (columns w) -> batch rows columns (channels h w)",
+            h=self.patch_size,
+            w=self.patch_size,
+        )
+        weight = self.projection.weight.flatten(1)
+        tokens: Tensor = self.norm(linear(patches, weight, self.projection.bias))
         return tokens
 
 
@@ -80,8 +89,14 @@ class PatchMerging(nn.Module):
         below, right = tokens.shape[1] % 2, tokens.shape[2] % 2
         if below or right:
             tokens = F.pad(tokens, (0, 0, 0, right, 0, below))
-        neighbours = [tokens[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
-        merged: Tensor = self.norm(self.reduction(torch.cat(neighbours, dim=-1)))
+        neighbours = rearrange(
+            tokens,
+            "batch (rows down) (columns right) channels"
+            " -> batch rows columns (right down channels)",
+            down=2,
+            right=2,
+        )
+        merged: Tensor = self.norm(self.reduction(neighbours))
         return merged
 
 
@@ -143,7 +158,9 @@ class Block(nn.Module):
 
     def compile_run(self, **options: Any) -> None:
         """Compile `run`, without graph breaks; options are those of torch.compile."""
-        self.run = torch.compile(self.run, fullgraph=True, **options)  # type: ignore[method-assign]
+        # Stages differ in every size: one graph that fits all of them takes far longer to compile.
+        options = {"fullgraph": True, "dynamic": False, **options}
+        self.run = torch.compile(self.run, **options)  # type: ignore[method-assign]
 
     def run(
         self, tokens: Tensor, grid: WindowGrid, mixing: Tensor | None, mapping: Tensor | None

@@ -183,17 +183,17 @@ class Execution:
 
     attention: AttentionPath | tuple[AttentionPath, ...] = "auto"
     """explicit: all scores at once, in plain operations; the only path that can be differentiated
-    twice. sdpa: torch's scaled_dot_product_attention. sequential: the scores of one group of
-    windows after the other, computed again in the backward. auto: on a CPU sequential
-    where the scores exceed the cache; explicit elsewhere, and in a compiled or exported graph."""
+    twice, or exported. sdpa: torch's scaled_dot_product_attention. sequential: the scores of one
+    group of windows after the other, computed again in the backward instead of kept. auto:
+    sequential, but explicit in an exported graph and in a compiled one for a GPU."""
 
     checkpointing: Checkpointing | tuple[Checkpointing, ...] = "none"
     """What is computed again in the backward instead of kept: nothing, the attention branch of a
     block, or the whole block."""
 
-    scores_at_a_time: int = 2**19
-    """Numbers in the scores of a group of sequential attention: 2**19 are two megabytes in float32,
-    which a CPU's cache holds."""
+    scores_at_a_time: int | None = None
+    """Numbers in the scores of a group of sequential attention; None for 2**19 on a CPU, two
+    megabytes in float32, which its cache holds, and 2**27 elsewhere."""
 
     def __post_init__(self) -> None:
         for name, legal in (("attention", AttentionPath), ("checkpointing", Checkpointing)):
@@ -206,7 +206,8 @@ class Execution:
                     )
             if not isinstance(value, str):
                 object.__setattr__(self, name, tuple(choices))
-        _check_count("scores_at_a_time", self.scores_at_a_time, least=1)
+        if self.scores_at_a_time is not None:
+            _check_count("scores_at_a_time", self.scores_at_a_time, least=1)
 
     def by_stage(self, stages: int) -> list["Execution"]:
         """Give the settings of each stage.

@@ -1,8 +1,8 @@
 """The product of a linear layer on the kernel that is fastest on the machine at hand.
 
-For float32, PyTorch's CPU builds call MKL, which runs AVX2 kernels on AMD processors: half the rate
-of oneDNN's AVX-512 kernels, which are in PyTorch too and serve bfloat16. This calls them for
-float32 as well. Both compute in IEEE float32 and add up in an order fixed by the shapes.
+On a CPU these are oneDNN's, which are in PyTorch. For float32 PyTorch calls MKL instead, which is
+slower on AMD processors; for bfloat16 it calls oneDNN, but copies the bias into the output first.
+Both compute in IEEE arithmetic and add up in an order fixed by the shapes.
 """
 
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 ROWS_AT_A_TIME = 1024  # of a weight gradient: both operands are read across, so keep them in cache
 
@@ -28,34 +27,38 @@ def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
     `torch.backends.mkldnn.flags(enabled=False)` turns oneDNN off here as everywhere.
     """
-    if not _onednn_serves(tokens, weight):
+    if torch.is_autocast_enabled(tokens.device.type):
+        # Windows are cast and laid out in a row by one copy.
+        dtype = torch.get_autocast_dtype(tokens.device.type)
+        tokens = tokens.to(dtype, memory_format=torch.contiguous_format)
+    elif tokens.dtype != weight.dtype:
+        return F.linear(tokens, weight, bias)  # which says what is wrong
+    if not _onednn_serves(tokens):
         return F.linear(tokens, weight, bias)
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        tokens, weight = tokens.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
     rows = tokens.reshape(-1, tokens.shape[-1])
-    mapped: Tensor
-    if torch.is_grad_enabled():
-        mapped = _Linear.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
-    else:
-        mapped = _map(rows, weight, bias)
+    mapped: Tensor = _map(
+        rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype)
+    )
     return mapped.view(*tokens.shape[:-1], len(weight))
 
 
-def _onednn_serves(tokens: Tensor, weight: Tensor) -> bool:
-    """Tell whether oneDNN is there, fast, and given tensors that it takes."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or tokens.device.type != "cpu":
-        return False
-    taken = (torch.float32, torch.bfloat16)
-    if torch.is_autocast_enabled("cpu"):
-        fits = torch.get_autocast_dtype("cpu") == torch.bfloat16 and tokens.dtype in taken
-    else:
-        fits = tokens.dtype == weight.dtype and tokens.dtype in taken
-    plain = type(tokens) is Tensor and type(weight) in (Tensor, nn.Parameter)
-    return fits and plain and tokens.numel() > 0 and _onednn_is_fast()
+def being_exported() -> bool:
+    """Tell whether a graph is made for other programs, which have PyTorch's own operators alone."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
+def _onednn_serves(tokens: Tensor) -> bool:
+    """Tell whether oneDNN is there, fast, and given tokens that it takes."""
+    return (
+        tokens.dtype in (torch.float32, torch.bfloat16)
+        and tokens.device.type == "cpu"
+        and tokens.numel() > 0
+        and not being_exported()
+        and _onednn_is_fast()
+    )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _onednn_is_fast() -> bool:
     return (
         bool(torch._C._get_mkldnn_enabled())
@@ -64,36 +67,60 @@ def _onednn_is_fast() -> bool:
     )
 
 
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return product
+
+
+@torch.library.custom_op(
+    "swinv2::linear",
+    mutates_args=(),
+    schema="(Tensor rows, Tensor weight, Tensor? bias) -> Tensor",
+)
 def _map(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    mapped: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-    return mapped
+    return _product(rows, weight, bias)
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(rows, weight)
-        return _map(rows, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        rows, weight = ctx.saved_tensors
-        for_rows, for_weight, for_bias = ctx.needs_input_grad
-        return (
-            _map(gradient, weight.t(), None) if for_rows else None,
-            _weight_gradient(gradient, rows) if for_weight else None,
-            gradient.sum(0) if for_bias else None,
-        )
-
-
+@torch.library.custom_op(
+    "swinv2::linear_weight_gradient",
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor rows) -> Tensor",
+)
 def _weight_gradient(gradient: Tensor, rows: Tensor) -> Tensor:
     if gradient.dtype != torch.float32:
         return gradient.t() @ rows
     total: Tensor | None = None
     for start in range(0, len(rows), ROWS_AT_A_TIME):
         piece = slice(start, start + ROWS_AT_A_TIME)
-        product = _map(gradient[piece].t(), rows[piece].t(), None)
+        product = _product(gradient[piece].t(), rows[piece].t(), None)
         total = product if total is None else total.add_(product)
     assert total is not None
     return total
+
+
+@_map.register_fake
+def _(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001
+    return rows.new_empty(len(rows), len(weight))
+
+
+@_weight_gradient.register_fake
+def _(gradient: Tensor, rows: Tensor) -> Tensor:
+    return rows.new_empty(gradient.shape[1], rows.shape[1])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    rows, weight, _ = inputs
+    ctx.save_for_backward(rows, weight)
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    rows, weight = ctx.saved_tensors
+    for_rows, for_weight, for_bias = ctx.needs_input_grad
+    return (
+        _map(gradient, weight.t(), None) if for_rows else None,
+        _weight_gradient(gradient, rows) if for_weight else None,
+        gradient.sum(0) if for_bias else None,
+    )
+
+
+_map.register_autograd(_differentiate, setup_context=_keep)

@@ -7,17 +7,22 @@ and inputs of any size take a fixed memory (paper, section 3.5, sequential self-
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 SHORTEST = 1e-12
 """What a query or key is divided by where it is shorter than this."""
 
-Group = tuple[slice, slice, slice]
+
+class Group(NamedTuple):
+    """Which scores are computed together."""
+
+    images: slice
+    windows: slice
+    heads: slice
 
 
 def sequential_attention(
@@ -35,72 +40,102 @@ def sequential_attention(
     Returns:
         (batch, windows, tokens, heads·d). It can be differentiated once.
     """
-    mixed: Tensor = _SequentialAttention.apply(  # type: ignore[no-untyped-call]
-        qkv, scale, bias, mask, scores_at_a_time
-    )
+    mixed: Tensor = _attend(qkv, scale, bias, mask, scores_at_a_time)
     return mixed
 
 
-class _SequentialAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(  # noqa: PLR0917  # apply takes no keywords
-        ctx: Any,
-        qkv: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        mask: Tensor | None,
-        scores_at_a_time: int,
-    ) -> Tensor:
-        ctx.scores_at_a_time = scores_at_a_time
-        roles = _by_head(qkv, 3, len(scale))
-        mixed = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
-        (mixed_by_head,) = _by_head(mixed, 1, len(scale))
-        for group in _groups(roles.shape[1:], scores_at_a_time):
-            directions, _ = _directions(roles[:2][_of_both(group)], scale[group[2]])
-            weights = _weights(directions, bias, mask, group)
-            value = roles[2][group].contiguous()
-            mixed_by_head[group] = _product(weights.to(value.dtype), value)
-        ctx.save_for_backward(qkv, mixed, scale, bias, mask)
-        return mixed
+@torch.library.custom_op(
+    "swinv2::sequential_attention",
+    mutates_args=(),
+    schema="(Tensor qkv, Tensor scale, Tensor bias, Tensor? mask, int scores_at_a_time) -> Tensor",
+)
+def _attend(
+    qkv: Tensor, scale: Tensor, bias: Tensor, mask: Tensor | None, scores_at_a_time: int
+) -> Tensor:
+    roles = _by_head(qkv, 3, len(scale))
+    mixed = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
+    (mixed_by_head,) = _by_head(mixed, 1, len(scale))
+    for group in _groups(roles.shape[1:], scores_at_a_time):
+        directions, _ = _directions(roles[:2][_of_both(group)], scale[group.heads])
+        value = roles[2][group].contiguous()
+        weights = _weights(directions.to(value.dtype), _added(bias, mask, group))
+        mixed_by_head[group] = _product(weights.to(value.dtype), value)
+    return mixed
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, mixed, scale, bias, mask = ctx.saved_tensors
-        heads = len(scale)
-        roles = _by_head(qkv, 3, heads)
-        (mixed_by_head,), (gradient_by_head,) = (
-            _by_head(tensor, 1, heads) for tensor in (mixed, gradient)
+
+@torch.library.custom_op(
+    "swinv2::sequential_attention_backward",
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor qkv, Tensor scale, Tensor bias, Tensor? mask, "
+    "int scores_at_a_time) -> (Tensor, Tensor, Tensor)",
+)
+def _attend_backward(  # noqa: PLR0917  # an operator takes no keywords
+    gradient: Tensor,
+    qkv: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    scores_at_a_time: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Give the gradients of qkv, scale and bias."""
+    roles = _by_head(qkv, 3, len(scale))
+    (gradient_by_head,) = _by_head(gradient, 1, len(scale))
+    for_qkv, for_bias = torch.empty_like(qkv), torch.zeros_like(bias)
+    for_scale = torch.zeros_like(scale)
+    for_roles = _by_head(for_qkv, 3, len(scale))
+    for group in _groups(roles.shape[1:], scores_at_a_time):
+        scale_of_group = scale[group.heads]
+        precise, factors = _directions(roles[:2][_of_both(group)], scale_of_group)
+        value = roles[2][group].contiguous()
+        directions = precise.to(value.dtype)
+        weights = _weights(directions, _added(bias, mask, group))
+        outcome = gradient_by_head[group].contiguous()
+        for_roles[2][group] = _product(weights.to(value.dtype).transpose(-2, -1), outcome)
+
+        for_scores = _product(outcome, value.transpose(-2, -1)).to(scale.dtype)
+        torch._softmax_backward_data(
+            for_scores, weights, -1, for_scores.dtype, grad_input=for_scores
         )
-        for_qkv, for_bias = torch.empty_like(qkv), torch.zeros_like(bias)
-        for_scale = torch.zeros_like(scale)
-        for_roles = _by_head(for_qkv, 3, heads)
-        for group in _groups(roles.shape[1:], ctx.scores_at_a_time):
-            scale_of_group = scale[group[2]]
-            directions, factors = _directions(roles[:2][_of_both(group)], scale_of_group)
-            query, key = directions
-            weights = _weights(directions, bias, mask, group)
-            outcome = gradient_by_head[group].contiguous()
-            value = roles[2][group].contiguous()
-            for_roles[2][group] = _product(weights.to(value.dtype).transpose(-2, -1), outcome)
+        for_bias[group.heads] += for_scores.sum((0, 1))
 
-            # The backward of softmax: what a row of it yields is already summed in `mixed`.
-            yielded = (outcome.to(scale.dtype) * mixed_by_head[group]).sum(-1, keepdim=True)
-            for_scores = _product(outcome, value.transpose(-2, -1)).to(scale.dtype)
-            for_scores.sub_(yielded).mul_(weights)
-            for_bias[group[2]] += for_scores.sum((0, 1))
+        # The backward of a normalisation: what lies along the direction has no effect.
+        for_directions = _for_directions(for_scores.to(value.dtype), directions).to(scale.dtype)
+        along = _sum_of_rows(for_directions * precise)
+        for_scale[group.heads] += along[0].sum((0, 1, 3), keepdim=True)[0, 0] / scale_of_group
+        along[0] /= scale_of_group.square()
+        for_directions.addcmul_(precise, along, value=-1)
+        for_roles[:2][_of_both(group)] = for_directions.mul_(factors)
+    return for_qkv, for_scale, for_bias
 
-            # The backward of a normalisation: what lies along the direction has no effect.
-            for_scores = for_scores.to(value.dtype)
-            for_directions = torch.stack(
-                (_product(for_scores, key), _product(for_scores.transpose(-2, -1), query))
-            ).to(scale.dtype)
-            along = (for_directions * directions).sum(-1, keepdim=True)
-            for_scale[group[2]] += along[0].sum((0, 1, 3), keepdim=True)[0, 0] / scale_of_group
-            along[0] /= scale_of_group.square()
-            for_directions -= directions * along
-            for_roles[:2][_of_both(group)] = for_directions.mul_(factors)
-        return for_qkv, for_scale, for_bias, None, None
+
+@_attend.register_fake
+def _(qkv: Tensor, *rest: object) -> Tensor:  # noqa: ARG001
+    return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
+
+
+@_attend_backward.register_fake
+def _(  # noqa: PLR0917
+    gradient: Tensor,  # noqa: ARG001
+    qkv: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,  # noqa: ARG001
+    scores_at_a_time: int,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(qkv), torch.empty_like(scale), torch.empty_like(bias)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    *tensors, ctx.scores_at_a_time = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = _attend_backward(gradient, *ctx.saved_tensors, ctx.scores_at_a_time)
+    return (*gradients, None, None)
+
+
+_attend.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _by_head(tensor: Tensor, roles: int, heads: int) -> Tensor:
@@ -114,15 +149,23 @@ def _by_head(tensor: Tensor, roles: int, heads: int) -> Tensor:
 
 
 def _groups(shape: torch.Size, scores_at_a_time: int) -> Iterator[Group]:
-    """Cut (batch, windows, heads, tokens, d) along its first axes, as late as possible."""
+    """Cut (batch, windows, heads, tokens, d) along its first axes.
+
+    A group has one window of many images rather than many windows of one: what is added to its
+    scores is then made once for all of them.
+    """
     batch, windows, heads, tokens = shape[:4]
     heads_at_a_time = max(1, scores_at_a_time // tokens**2)
-    windows_at_a_time = max(1, heads_at_a_time // heads)
-    images_at_a_time = max(1, windows_at_a_time // windows)
-    for images in _slices(batch, images_at_a_time):
-        for several in _slices(windows, windows_at_a_time):
-            for some in _slices(heads, heads_at_a_time):
-                yield images, several, some
+    images_at_a_time = min(batch, max(1, heads_at_a_time // heads))
+    windows_at_a_time = max(1, heads_at_a_time // (heads * images_at_a_time))
+    for several in _slices(windows, windows_at_a_time):
+        for some in _slices(heads, heads_at_a_time):
+            for images in _slices(batch, images_at_a_time):
+                yield Group(images, several, some)
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
 def _of_both(group: Group) -> tuple[slice, ...]:
@@ -130,30 +173,44 @@ def _of_both(group: Group) -> tuple[slice, ...]:
     return (slice(None), *group)
 
 
-def _slices(length: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, length)) for start in range(0, length, size))
-
-
 def _directions(vectors: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Normalise queries and keys, (2, ..., heads, tokens, d), and scale the queries.
 
-    Returns the result, contiguous, and the factors (2, ..., heads, tokens, 1) that led to it.
+    Returns the result, contiguous and in the precision of scale, and the factors
+    (2, ..., heads, tokens, 1) that led to it.
     """
-    length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=scale.dtype)
-    factors = length.clamp_min_(SHORTEST).reciprocal_()
+    directions = vectors.to(scale.dtype, memory_format=torch.contiguous_format, copy=True)
+    factors = _sum_of_rows(directions.square()).clamp_min_(SHORTEST**2).rsqrt_()
     factors[0] *= scale
-    directions = torch.empty(vectors.shape, dtype=vectors.dtype, device=vectors.device)
-    return torch.mul(vectors, factors, out=directions), factors
+    return directions.mul_(factors), factors
 
 
-def _weights(directions: Tensor, bias: Tensor, mask: Tensor | None, group: Group) -> Tensor:
+def _sum_of_rows(vectors: Tensor) -> Tensor:
+    """Sum (..., d) to (..., 1): of so short rows, a product with ones is faster than a sum."""
+    ones = vectors.new_ones(vectors.shape[-1])
+    return torch.mv(vectors.flatten(0, -2), ones).view(*vectors.shape[:-1], 1)
+
+
+def _added(bias: Tensor, mask: Tensor | None, group: Group) -> Tensor:
+    """Give what is added to the scores of a group, whichever the image."""
+    return bias[group.heads] if mask is None else bias[group.heads] + mask[group.windows]
+
+
+def _weights(directions: Tensor, added: Tensor) -> Tensor:
     """Give the attention of each query to each key, (images, windows, heads, queries, keys)."""
     query, key = directions
-    scores = _product(query, key.transpose(-2, -1)).to(bias.dtype)
-    scores += bias[group[2]]
-    if mask is not None:
-        scores += mask[group[1]]
+    scores = _product(query, key.transpose(-2, -1)).to(added.dtype)
+    scores += added
     return torch.softmax(scores, dim=-1, out=scores)
+
+
+def _for_directions(for_scores: Tensor, directions: Tensor) -> Tensor:
+    """Give the gradients of queries and keys, one behind the other as these are."""
+    (query, key), for_scores = directions.flatten(1, 3), for_scores.flatten(0, 2)
+    gradients = torch.empty_like(directions)
+    torch.bmm(for_scores, key, out=gradients[0].flatten(0, 2))
+    torch.bmm(for_scores.transpose(-2, -1), query, out=gradients[1].flatten(0, 2))
+    return gradients
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

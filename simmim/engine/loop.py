@@ -21,6 +21,7 @@ from simmim.engine.checkpoint import (
     remove_old_checkpoints,
     save_checkpoint,
 )
+from simmim.engine.memory import keep_freed_memory
 from simmim.engine.optimizer import (
     OptimizerSettings,
     build_optimizer,
@@ -140,6 +141,8 @@ class DivergedError(ValueError):
 
 def build_accelerator(precision: str) -> Accelerator:
     """Build the accelerator: this machine's devices, or its CPU, and the recipe's precision."""
+    if not torch.accelerator.is_available():
+        keep_freed_memory()
     return Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision="bf16" if precision == "bf16" else "no",

@@ -1,123 +1,149 @@
-"""Time a SimMIM step, forward and backward, on one CPU thread, next to transformers' Swinv2.
+"""Time a SimMIM step and its memory, ours next to timm's and transformers', in one run.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/step.py --variants tiny base --precisions f32 bf16
+    OMP_NUM_THREADS=1 python tests/benchmarks/step.py --variants tiny base --threads 1 2
 
-Every repeat runs each contestant once, and the matrix products that the limit is measured by. Time
-is what the processor spent on this process, which other processes disturb less than the clock. The
-limit is the rate of a square product (torch.mm, and oneDNN's where PyTorch has it) divided by the
-operations of a step; work that a contestant adds, such as computing scores again, is not counted.
+Each contestant has a process of its own (contestants.py); repeats go round, so that all of them
+meet the same disturbances, and medians are compared. The limit is the rate of torch.mm, measured
+in between, divided by the operations of the peer's step: work that a contestant adds or leaves out
+changes none of it. Peers are compiled as ours are, block by block.
 """
 
 import argparse
-import contextlib
+import json
+import os
+import platform
 import statistics
-import time
-from collections.abc import Callable
-from typing import Any
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from simmim import SimMIM
-from swinv2 import SwinV2, build_encoder
+from swinv2 import build_encoder
 from swinv2.bridges.transformers import transformers_config
 
-IMAGE, WINDOW, SIDE = 192, 12, 1024
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+CONTESTANTS = Path(__file__).with_name("contestants.py")
+
+
+@dataclass(kw_only=True)
+class Contestant:
+    """A process, and what was measured of it."""
+
+    name: str
+    process: "subprocess.Popen[str]"
+    seconds: list[float] = field(default_factory=list)
+    products: list[float] = field(default_factory=list)
+    peak: float = 0.0
+
+    def ask(self, question: str) -> float:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{question}\n")
+        self.process.stdin.flush()
+        return float(json.loads(self.process.stdout.readline()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--variants", nargs="+", default=["tiny", "base"])
-    parser.add_argument("--precisions", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--precisions", nargs="+", default=["f32", "bf16"])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1])
+    parser.add_argument("--modes", nargs="+", default=["eager"], choices=["eager", "compiled"])
+    parser.add_argument("--peers", nargs="*", default=["timm", "transformers"])
+    parser.add_argument("--ours", nargs="+", default=["ours"], choices=["ours", "checkpointed"])
+    parser.add_argument("--size", type=int, default=192, help="pixels")
+    parser.add_argument("--window", type=int, default=12, help="tokens")
     parser.add_argument("--batch", type=int, default=8, help="images a step")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--paths", nargs="+", default=["auto", "explicit", "sdpa"])
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {processor()}")
     for variant in options.variants:
-        for precision in options.precisions:
-            compare(variant, precision, options.batch, options.repeats, options.paths)
+        operations = operations_of_peer(variant, options.size, options.window)
+        for threads in options.threads:
+            for precision in options.precisions:
+                for mode in options.modes:
+                    title = f"{variant} {precision}, {threads} thread(s), {mode}"
+                    print(f"\n{title}: {operations / 1e9:.1f} GFLOP an image", flush=True)
+                    compare(options, variant, precision, threads, mode, operations)
 
 
-def compare(variant: str, precision: str, batch: int, repeats: int, paths: list[str]) -> None:
-    encoder = build_encoder(variant, image_size=IMAGE, window_size=WINDOW)
-    images = torch.randn(batch, 3, IMAGE, IMAGE)
-    mask = (torch.arange(36) < 22).view(6, 6).expand(batch, 6, 6)
-    peer = peer_step(encoder, images, mask)
-    with FlopCounterMode(display=False) as counter:
-        peer()
-    operations = counter.get_total_flops() / batch
-    contestants = {"transformers": peer}
-    model = SimMIM(encoder).train()
-    for path in paths:
-        contestants[f"ours, {path}"] = our_step(model, path, images, mask)
-    products = matrix_products(DTYPES[precision])
-
-    seconds: dict[str, list[float]] = {name: [] for name in [*contestants, *products]}
-    for repeat in range(repeats + 1):
-        for name, run in [*contestants.items(), *products.items()]:
-            with autocast(precision) if name in contestants else contextlib.nullcontext():
-                spent = timed(run)
-            if repeat:
-                seconds[name].append(spent)
-    median = {name: statistics.median(spent) for name, spent in seconds.items()}
-    rates = {name: 2 * SIDE**3 / median[name] for name in products}
-    print(f"\n{variant} {precision}: {operations / 1e9:.1f} GFLOP an image, batch {batch}")
-    print("".join(f"  {name} {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items()))
-    for name in contestants:
-        speed = batch / median[name]
-        shares = ", ".join(f"{speed * operations / rate:.0%} of {of}" for of, rate in rates.items())
-        ratio = median["transformers"] / median[name]
-        print(f"  {name:16} {speed:6.2f} images/s  x{ratio:.2f}  {shares}", flush=True)
-
-
-def timed(run: Callable[[], Any]) -> float:
-    before = time.process_time()
-    run()
-    return time.process_time() - before
+def compare(
+    options: argparse.Namespace,
+    variant: str,
+    precision: str,
+    threads: int,
+    mode: str,
+    operations: float,
+) -> None:
+    contestants = [
+        start(name, options, variant, precision, threads, mode)
+        for name in [*options.peers, *options.ours]
+    ]
+    for _ in range(options.repeats):
+        for contestant in contestants:
+            contestant.products.append(contestant.ask("products"))
+            contestant.seconds.append(contestant.ask("step"))
+    for contestant in contestants:
+        contestant.peak = contestant.ask("peak")
+        contestant.process.communicate()
+    products = [seconds for one in contestants for seconds in one.products]
+    limit = 16 * 2 * 1024**3 / statistics.median(products)
+    best = max(
+        options.batch / statistics.median(one.seconds) for one in contestants[: len(options.peers)]
+    )
+    print(f"  torch.mm: {limit / 1e9:.0f} GFLOP/s")
+    for one in contestants:
+        speed = options.batch / statistics.median(one.seconds)
+        print(
+            f"  {one.name:14} {speed:7.2f} images/s  x{speed / best:.2f} of the best peer  "
+            f"{speed * operations / limit:4.0%} of the limit  peak {one.peak / 2**20:6.0f} MiB",
+            flush=True,
+        )
 
 
-def autocast(precision: str) -> contextlib.AbstractContextManager[Any]:
-    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+def start(
+    name: str, options: argparse.Namespace, variant: str, precision: str, threads: int, mode: str
+) -> Contestant:
+    sizes = ["--size", str(options.size), "--window", str(options.window)]
+    settings = ["--batch", str(options.batch), "--precision", precision, "--threads", str(threads)]
+    command = [sys.executable, str(CONTESTANTS), name, "--variant", variant, *sizes, *settings]
+    process = subprocess.Popen(
+        command + (["--compile"] if mode == "compiled" else []),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+    )
+    assert process.stdout is not None
+    if json.loads(process.stdout.readline() or "null") != "ready":
+        raise SystemExit(f"{name} could not be built; see above")
+    return Contestant(name=name, process=process)
 
 
-def our_step(model: SimMIM, path: str, images: Tensor, mask: Tensor) -> Callable[[], None]:
-    def step() -> None:
-        model.encoder.set_execution(attention=path)
-        model.zero_grad()
-        backward(model(images, mask).loss)
-
-    return step
-
-
-def peer_step(encoder: SwinV2, images: Tensor, mask: Tensor) -> Callable[[], None]:
+def operations_of_peer(variant: str, size: int, window: int) -> float:
+    """Operations of transformers' step, forward and backward, for an image."""
     import transformers
 
+    encoder = build_encoder(variant, image_size=size, window_size=window)
     config = transformers.Swinv2Config(**transformers_config(encoder))
-    model = transformers.Swinv2ForMaskedImageModeling(config).train()
-    hidden = mask.repeat_interleave(8, 1).repeat_interleave(8, 2).flatten(1)
-
-    def step() -> None:
-        model.zero_grad()
-        backward(model(images, bool_masked_pos=hidden).loss)
-
-    return step
-
-
-def backward(loss: Tensor) -> None:
-    with torch.autocast("cpu", enabled=False):
-        loss.backward()
+    with torch.device("meta"):
+        model = transformers.Swinv2ForMaskedImageModeling(config)
+        images = torch.randn(1, 3, size, size)
+        hidden = torch.zeros(1, (size // 4) ** 2, dtype=torch.bool)
+        with FlopCounterMode(display=False) as counter:
+            model(images, bool_masked_pos=hidden).loss.backward()
+    return float(counter.get_total_flops())
 
 
-def matrix_products(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    left, right = torch.randn(2, SIDE, SIDE).to(dtype)
-    products: dict[str, Callable[[], Any]] = {"torch.mm": lambda: torch.mm(left, right)}
-    if torch.backends.mkldnn.is_available():
-        onednn = torch.ops.mkldnn._linear_pointwise
-        products["oneDNN"] = lambda: onednn(left, right, None, "none", [], "")
-    return products
+def processor() -> str:
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return f"{len(names)} cores of {names[0]}" if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,185 @@
+"""A SimMIM step, forward and backward, of ours and of its peers, each as its users would write it.
+
+Run by `step.py` as a process of its own: it says "ready", then answers each line on standard input
+with a line of JSON. "step" takes a step, "products" multiplies matrices, and each gives seconds;
+"peak" gives the memory that a step adds to what the process had before the model, in bytes.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from stand_in import import_with_stand_in
+from torch import Tensor, nn
+
+from simmim import SimMIM
+from simmim.engine.memory import keep_freed_memory
+from swinv2 import SwinV2, build_encoder
+from swinv2.bridges.timm import timm_arguments
+from swinv2.bridges.transformers import transformers_config
+
+SIDE = 1024
+"""Of the matrices that the limit is measured by."""
+PRODUCTS = 16
+"""Of them at a time: as many operations as a step of a few images."""
+
+Step = Callable[[], None]
+
+
+class TimmSimMIM(nn.Module):
+    """SimMIM on timm's encoder, as the published SimMIM code has it on the published encoder."""
+
+    def __init__(self, encoder: nn.Module, stride: int, channels: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, 1, encoder.embed_dim))
+        self.decoder = nn.Sequential(
+            nn.Conv2d(encoder.num_features, stride**2 * channels, kernel_size=1),
+            nn.PixelShuffle(stride),
+        )
+
+    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
+        tokens = self.encoder.patch_embed(images)
+        hidden = mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[..., None].type_as(tokens)
+        tokens = tokens * (1 - hidden) + self.mask_token * hidden
+        features = self.encoder.norm(self.encoder.layers(tokens)).permute(0, 3, 1, 2)
+        pixels = mask.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None].float()
+        loss = F.l1_loss(self.decoder(features), images, reduction="none")
+        return (loss * pixels).sum() / (pixels.sum() + 1e-5) / images.shape[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("contestant", choices=["ours", "checkpointed", "timm", "transformers"])
+    parser.add_argument("--variant", required=True)
+    parser.add_argument("--size", type=int, required=True)
+    parser.add_argument("--window", type=int, required=True)
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--precision", choices=["f32", "bf16"], required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--compile", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch._dynamo.config.recompile_limit = 64
+    baseline = memory("VmRSS")
+    step = build(options)
+    with torch.random.fork_rng():
+        step()  # compiles where it should, and fills what is kept
+    keep_freed_memory()  # as training does, for all alike
+    products = matrix_products(options.precision)
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        match line.strip():
+            case "step":
+                answer = timed(step, options.threads)
+            case "products":
+                answer = timed(products, options.threads)
+            case _:
+                Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+                step()
+                answer = memory("VmHWM") - baseline
+        print(json.dumps(answer), flush=True)
+
+
+def build(options: argparse.Namespace) -> Step:
+    torch.manual_seed(0)
+    encoder = build_encoder(options.variant, image_size=options.size, window_size=options.window)
+    cells = options.size // 32
+    images = torch.randn(options.batch, 3, options.size, options.size)
+    hidden = (torch.arange(cells**2) < round(0.6 * cells**2)).view(cells, cells)
+    mask = hidden.expand(options.batch, cells, cells)
+    build_loss = {
+        "ours": our_loss,
+        "checkpointed": checkpointed_loss,
+        "timm": timm_loss,
+        "transformers": transformers_loss,
+    }[options.contestant]
+    model, loss = build_loss(encoder, images, mask, options.compile)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16")
+
+    def step() -> None:
+        model.zero_grad()
+        with autocast:
+            value = loss()
+        value.backward()
+
+    return step
+
+
+Built = tuple[nn.Module, Callable[[], Tensor]]
+
+
+def our_loss(encoder: SwinV2, images: Tensor, mask: Tensor, compiled: bool) -> Built:
+    model = SimMIM(encoder).train()
+    if compiled:
+        encoder.compile_blocks()
+    return model, lambda: model(images, mask).loss
+
+
+def checkpointed_loss(encoder: SwinV2, images: Tensor, mask: Tensor, compiled: bool) -> Built:
+    encoder.set_execution(checkpointing="full")
+    return our_loss(encoder, images, mask, compiled)
+
+
+def timm_loss(encoder: SwinV2, images: Tensor, mask: Tensor, compiled: bool) -> Built:
+    timm: Any = import_with_stand_in("timm")
+    name, arguments = timm_arguments(encoder)
+    model = TimmSimMIM(timm.create_model(name, num_classes=0, **arguments), 32, 3).train()
+    if compiled:
+        for layer in model.encoder.layers:
+            for block in layer.blocks:
+                block.compile(dynamic=False)
+    return model, lambda: model(images, mask)
+
+
+def transformers_loss(encoder: SwinV2, images: Tensor, mask: Tensor, compiled: bool) -> Built:
+    import transformers
+
+    config = transformers.Swinv2Config(**transformers_config(encoder))
+    model = transformers.Swinv2ForMaskedImageModeling(config).train()
+    hidden = mask.repeat_interleave(8, 1).repeat_interleave(8, 2).flatten(1)
+    if compiled:
+        for layer in model.swinv2.encoder.layers:
+            for block in layer.blocks:
+                block.compile(dynamic=False)
+    return model, lambda: model(images, bool_masked_pos=hidden).loss
+
+
+def matrix_products(precision: str) -> Step:
+    left, right = torch.randn(2, SIDE, SIDE).to(
+        torch.bfloat16 if precision == "bf16" else torch.float32
+    )
+
+    def multiply() -> None:
+        for _ in range(PRODUCTS):
+            torch.mm(left, right)
+
+    return multiply
+
+
+def timed(run: Step, threads: int) -> float:
+    """Seconds: of the processor on one thread, which others disturb less than the clock."""
+    clock = time.process_time if threads == 1 else time.perf_counter
+    before = clock()
+    run()
+    return clock() - before
+
+
+def memory(what: str) -> int:
+    """What Linux says of this process, in bytes."""
+    with contextlib.suppress(FileNotFoundError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(what):
+                return int(line.split()[1]) * 1024
+    raise SystemExit("memory is read from Linux's /proc")
+
+
+if __name__ == "__main__":
+    main()
