@@ -20,8 +20,6 @@ LARGEST_LOGIT_SCALE = math.log(100)
 ACROSS_REGIONS = -100.0  # added to scores between regions that only the shift brought together
 PADDING = -1  # the region of tokens that only fill a window
 BIAS_HIDDEN = 512
-SCORES_ON_CPU, SCORES_ELSEWHERE = 2**19, 2**27
-"""Numbers in the scores that sequential attention computes together."""
 
 Sizes = ParamSpec("Sizes")
 
@@ -239,6 +237,12 @@ def _length(vectors: Tensor) -> Tensor:
     return length.clamp_min(SHORTEST)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def default_scores_at_a_time(device: torch.device) -> int:
+    """Give how many scores sequential attention computes together."""
+    return 2**19 * torch.get_num_threads() if device.type == "cpu" else 2**27
+
+
 @contextmanager
 def without_autocast(device: torch.device) -> Iterator[None]:
     """Compute in the precision of the tensors, whatever autocast says."""
@@ -334,8 +338,7 @@ class WindowAttention(nn.Module):
     def _attend(self, qkv: Tensor, scale: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
         match self._path(qkv):
             case "sequential":
-                on_cpu = qkv.device.type == "cpu"
-                size = self.scores_at_a_time or (SCORES_ON_CPU if on_cpu else SCORES_ELSEWHERE)
+                size = self.scores_at_a_time or default_scores_at_a_time(qkv.device)
                 return sequential_attention(
                     qkv, scale=scale, bias=bias, mask=mask, scores_at_a_time=size
                 )

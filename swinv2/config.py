@@ -192,8 +192,8 @@ class Execution:
     block, or the whole block."""
 
     scores_at_a_time: int | None = None
-    """Numbers in the scores of a group of sequential attention; None for 2**19 on a CPU, two
-    megabytes in float32, which its cache holds, and 2**27 elsewhere."""
+    """Numbers in the scores of a group of sequential attention; None for 2**19 a thread on a
+    CPU, two megabytes in float32, which its cache holds, and 2**27 elsewhere."""
 
     def __post_init__(self) -> None:
         for name, legal in (("attention", AttentionPath), ("checkpointing", Checkpointing)):
