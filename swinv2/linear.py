@@ -100,7 +100,7 @@ def _weight_gradient(gradient: Tensor, rows: Tensor) -> Tensor:
 
 @_map.register_fake
 def _(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001
-    return rows.new_empty(len(rows), len(weight))
+    return rows.new_empty(rows.shape[0], weight.shape[0])
 
 
 @_weight_gradient.register_fake
