@@ -1,6 +1,7 @@
 """The encoder and SimMIM equal transformers' independent implementation."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,45 @@ inputs = pytest.mark.parametrize(
     INPUTS,
     ids=["256-w8", "256-w16", "192-w12", "256-w16-from-w12"],
 )
+
+EXECUTIONS: list[dict[str, Any]] = [
+    {},
+    {"attention": "explicit"},
+    {"attention": "sdpa"},
+    {"attention": "sequential", "scores_at_a_time": 1},
+    {"checkpointing": "attention"},
+    {"checkpointing": "full"},
+    {"compile": True},
+]
+
+
+COMPILING = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch, by torch
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),  # dynamo looks at it
+]
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(one, id=str(one or "default"), marks=COMPILING if "compile" in one else ())
+        for one in EXECUTIONS
+    ]
+)
+def execution(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """How the encoder computes: it equals its peer however it does."""
+    chosen: dict[str, Any] = request.param
+    return chosen
+
+
+def executed(encoder: SwinV2, execution: dict[str, Any]) -> SwinV2:
+    if "compile" in execution:
+        torch._dynamo.reset()
+        encoder.compile_blocks()
+    else:
+        encoder.set_execution(**execution)
+    return encoder
+
 
 # Their position tables are float32 whatever the weights are: that leaves about 1e-8 in double.
 IN_DOUBLE = 1e-6
@@ -79,6 +119,7 @@ def gradients(encoder: SwinV2) -> dict[str, Tensor]:
 )
 def test_features_of_every_stage_are_equal(
     randomise: Callable[[nn.Module], None],
+    execution: dict[str, Any],
     image_size: int,
     window_size: int,
     pretrained: tuple[tuple[int, int], ...] | None,
@@ -87,6 +128,7 @@ def test_features_of_every_stage_are_equal(
 ) -> None:
     encoder = small_encoder(image_size, window_size, pretrained).to(dtype).eval()
     randomise(encoder)
+    executed(encoder, execution)
     images = draw_images(encoder)
     config = transformers.Swinv2Config(
         **transformers_config(encoder), out_features=["stage1", "stage2", "stage3", "stage4"]
@@ -111,6 +153,7 @@ def test_features_of_every_stage_are_equal(
 @inputs
 def test_gradients_of_every_parameter_are_equal(
     randomise: Callable[[nn.Module], None],
+    execution: dict[str, Any],
     image_size: int,
     window_size: int,
     pretrained: tuple[tuple[int, int], ...] | None,
@@ -118,6 +161,7 @@ def test_gradients_of_every_parameter_are_equal(
     encoder = small_encoder(image_size, window_size, pretrained).double()
     randomise(encoder)
     peer = peer_of(encoder)
+    executed(encoder, execution)
     images = draw_images(encoder, batch=1).requires_grad_()
     peer_images = images.detach().clone().requires_grad_()
 
@@ -151,6 +195,7 @@ def test_published_tiny_is_equal(randomise: Callable[[nn.Module], None]) -> None
 @inputs
 def test_simmim_loss_and_its_gradients_are_equal(
     randomise: Callable[[nn.Module], None],
+    execution: dict[str, Any],
     image_size: int,
     window_size: int,
     pretrained: tuple[tuple[int, int], ...] | None,
@@ -159,6 +204,7 @@ def test_simmim_loss_and_its_gradients_are_equal(
     encoder = small_encoder(image_size, window_size, pretrained)
     model = simmim.SimMIM(encoder, mask_cell=32).double()
     randomise(model)
+    executed(encoder, execution)
     head = MaskedImageHead(
         mask_token=model.mask_token,
         weight=model.decoder.projection.weight,
@@ -193,12 +239,14 @@ def test_simmim_loss_and_its_gradients_are_equal(
 @inputs
 def test_bfloat16_stays_near_double(
     randomise: Callable[[nn.Module], None],
+    execution: dict[str, Any],
     image_size: int,
     window_size: int,
     pretrained: tuple[tuple[int, int], ...] | None,
 ) -> None:
     encoder = small_encoder(image_size, window_size, pretrained).eval()
     randomise(encoder)
+    executed(encoder, execution)
     images = draw_images(encoder)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         rounded = encoder.features(images)
