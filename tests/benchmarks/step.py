@@ -60,7 +60,7 @@ def main() -> None:
     options = parser.parse_args()
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {processor()}")
     for variant in options.variants:
-        operations = operations_of_peer(variant, options.size, options.window)
+        operations = operations_of_peer(variant, options.size, options.window, options.batch)
         for threads in options.threads:
             for precision in options.precisions:
                 for mode in options.modes:
@@ -122,19 +122,19 @@ def start(
     return Contestant(name=name, process=process)
 
 
-def operations_of_peer(variant: str, size: int, window: int) -> float:
-    """Operations of transformers' step, forward and backward, for an image."""
+def operations_of_peer(variant: str, size: int, window: int, batch: int) -> float:
+    """Operations of transformers' step, forward and backward, an image."""
     import transformers
 
     encoder = build_encoder(variant, image_size=size, window_size=window)
     config = transformers.Swinv2Config(**transformers_config(encoder))
     with torch.device("meta"):
         model = transformers.Swinv2ForMaskedImageModeling(config)
-        images = torch.randn(1, 3, size, size)
-        hidden = torch.zeros(1, (size // 4) ** 2, dtype=torch.bool)
+        images = torch.randn(batch, 3, size, size)
+        hidden = torch.zeros(batch, (size // 4) ** 2, dtype=torch.bool)
         with FlopCounterMode(display=False) as counter:
             model(images, bool_masked_pos=hidden).loss.backward()
-    return float(counter.get_total_flops())
+    return counter.get_total_flops() / batch
 
 
 def processor() -> str:

@@ -1,77 +1,21 @@
 """Peers and lists of their tensors for the bridges; timm imports without torchvision here."""
 
-import importlib
-import importlib.abc
-import importlib.machinery
 import json
 import os
 import re
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from stand_in import import_with_stand_in
 from torch import nn
 
 from swinv2 import SwinV2, SwinV2Config
 
 RECORDED = Path(__file__).with_name("timm_tensors.json")
-
-
-class AnyName(type):
-    """A class whose attributes are classes."""
-
-    def __getattr__(cls, name: str) -> type:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return AnyName(name, (), {})
-
-
-class AnyModule(ModuleType):
-    """A module that has every name."""
-
-    __path__: Sequence[str] = ()
-
-    def __getattr__(self, name: str) -> type:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return AnyName(name, (), {})
-
-
-class StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports torchvision where there is none: timm's models use its names alone."""
-
-    def find_spec(
-        self, name: str, path: object = None, target: object = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name.partition(".")[0] == "torchvision":
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        return AnyModule(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        pass
-
-
-def import_with_stand_in(name: str) -> ModuleType:
-    """Import a module; the stand-in is gone afterwards, so that nobody else meets it."""
-    finder = StandIn()
-    sys.meta_path.append(finder)  # the last resort: a real torchvision comes first
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return importlib.import_module(name)
-    finally:
-        sys.meta_path.remove(finder)
-        for module in [one for one in sys.modules if one.partition(".")[0] == "torchvision"]:
-            if isinstance(sys.modules[module], AnyModule):
-                del sys.modules[module]
 
 
 @pytest.fixture(scope="session")
