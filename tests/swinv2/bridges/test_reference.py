@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,14 +15,15 @@ import yaml
 from torch import Tensor, nn
 
 from swinv2 import SwinV2, load_encoder, save_encoder, variant_config
-from swinv2.bridges.layers import Classifier, place
+from swinv2.bridges.contents import BridgeError, Classifier, MaskedImageHead
+from swinv2.bridges.layers import layer_parts
+from swinv2.bridges.placement import place
 from swinv2.bridges.reference import (
     export_reference,
     import_reference,
     reference_config,
     to_reference,
 )
-from swinv2.bridges.transformers import BridgeError, MaskedImageHead
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 SIZES = {"image_size": 64, "window_size": 8, "pretrained_window_sizes": "same"}
@@ -31,6 +33,7 @@ PUBLISHED = {
     "base": "swinv2_base_window12_192",
     "large": "swinv2_large_window12_192",
 }
+SPLIT = partial(layer_parts, merge_shift=0)
 Build = Callable[..., SwinV2]
 Same = Callable[[nn.Module, nn.Module], None]
 
@@ -85,7 +88,7 @@ def test_the_published_tensors_of_each_variant_are_placed_one_to_one(
     head = {name: shape for name, shape in shapes.items() if name.startswith("head.")}
     assert head.keys() == {"head.weight", "head.bias"}
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    encoder = place(tensors, variant_config(variant), merge_shift=0, source="list", also=head)
+    encoder = place(tensors, variant_config(variant), SPLIT, source="list", also=head)
     assert len(encoder.state_dict()) == len(shapes) - 2
 
 
