@@ -41,6 +41,7 @@ from swinv2.bridges.transformers_layout import (
     layout_of,
     obstacles,
     read_their_config,
+    refuse_other_configs,
     split,
     transformers_config,
 )
@@ -202,11 +203,12 @@ def import_transformers(
     """
     folder = Path(path)
     content = read_json(folder / _CONFIG_FILE, "give a folder that save_pretrained wrote")
-    source, named = _read_weights(folder)
     config_source = str(folder / _CONFIG_FILE)
-    told = read_their_config(content, named.keys(), config_source)
+    refuse_other_configs(content, config_source)
+    source, named = _read_weights(folder)
     tensors, dropped = without_buffers(named)
     refuse_other_models(tensors, source, "transformers")
+    told = read_their_config(content, tensors.keys(), config_source)
     their_mean, their_std = _read_processor(folder / _PROCESSOR_FILE)
     features = told.architecture["embed_dim"] * 2 ** (len(told.architecture["depths"]) - 1)
     fresh = {"norm.weight": torch.ones(features), "norm.bias": torch.zeros(features)}
@@ -367,14 +369,19 @@ def _readme(config: SwinV2Config, classes: Sequence[ModelClass]) -> str:
         for name in classes
     )
     height, width = config.image_size
-    called = 'processor(images=image, return_tensors="pt")'
+    options = ['return_tensors="pt"']
+    resizes = "resizes and "
     if config.in_channels not in (1, 3):
-        called = called.replace(")", ', input_data_format="channels_last")')
+        options.append('input_data_format="channels_last"')
+    if config.in_channels > 4:  # which Pillow cannot resize
+        options.append("do_resize=False")
+        resizes = ""
     return f"""# Swin Transformer V2 for transformers
 
 In this folder (transformers 5), for each class that it holds:
 
 {blocks}
-`model(**{called})` takes images of {width}x{height} pixels and
-{config.in_channels} channels, which the processor resizes and normalises.
+`model(**processor(images=image, {", ".join(options)}))` takes images of
+{width}x{height} pixels and {config.in_channels} channels, which the processor \
+{resizes}normalises.
 """

@@ -163,6 +163,15 @@ def _model_class() -> type[Any]:
             )
             self.post_init()
 
+        @classmethod
+        def is_custom_code(cls) -> bool:
+            """Let transformers initialise blocks too, which have no weights of their own.
+
+            It passes modules without weights over where it takes a class for one that does not
+            mind what was loaded; the functions that `_initialise` calls do.
+            """
+            return False
+
         def _init_weights(self, module: nn.Module) -> None:
             _initialise(module)
 

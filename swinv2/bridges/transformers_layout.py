@@ -97,10 +97,9 @@ def read_their_config(
         source: the file, for messages.
 
     Raises:
-        BridgeError: it is of another model, or says something that this encoder cannot do; each
+        BridgeError: it is of another class, or says something that this encoder cannot do; each
             such field is listed with its value and a remedy.
     """
-    _refuse_other_models(content, source)
     model = _model_class(content, names, source)
     told = _DEFAULTS | {name: value for name, value in content.items() if value is not None}
     try:
@@ -144,7 +143,12 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def _refuse_other_models(content: Mapping[str, Any], source: str) -> None:
+def refuse_other_configs(content: Mapping[str, Any], source: str) -> None:
+    """Raise where a ``config.json`` is not of a Swin Transformer V2 of transformers.
+
+    Raises:
+        BridgeError: it is not; the message says what it is of, and what reads that.
+    """
     kind = content.get("model_type")
     if kind == "swinv2":
         return
