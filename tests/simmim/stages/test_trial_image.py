@@ -1,12 +1,9 @@
 """The picture that exports are compared on is a real one, whatever is left of a run."""
 
-import io
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from simmim.data.images import center_crop_resize, decode
 from simmim.data.reading import ShardSet
@@ -43,10 +40,8 @@ def test_without_shards_it_is_drawn(channels: int, size: int | tuple[int, int]) 
     assert float(trial.images.abs().max()) <= 2
     again = trial_image(described, (0.5,) * channels, (0.25,) * channels)
     assert torch.equal(trial.images, again.images)
-    pixels = trial.images[0].permute(1, 2, 0)[..., :1].numpy() * 64 + 128
-    written = io.BytesIO()
-    Image.fromarray(pixels[..., 0].astype(np.uint8)).save(written, format="PNG")
-    assert written.tell() < described.image_size[0] * described.image_size[1]  # noise is no smaller
+    # Neighbours are alike in a picture, and not in noise.
+    assert trial.images.diff(dim=-1).abs().mean() < 0.8 * trial.images.std()
 
 
 def test_gone_and_damaged_shards_are_no_obstacle(shards: Path, tmp_path: Path) -> None:
