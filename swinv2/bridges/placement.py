@@ -52,7 +52,7 @@ class Found:
     architecture: Mapping[str, Any]
     """Fields of `SwinV2Config`."""
     known: Sequence[Sizes]
-    """Other sizes by origin, the most trusted first."""
+    """Other sizes by origin in the checkpoint, the most trusted first."""
     drop_path: float
     recorded: object
     """The config that an export of ours wrote beside the tensors."""
@@ -77,12 +77,17 @@ def convert(encoder: SwinV2, split: Split) -> dict[str, Tensor]:
 
 
 def assemble(
-    found: Found, *, mean: Sequence[float] | None, std: Sequence[float] | None
+    found: Found,
+    given: Sizes,
+    *,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
 ) -> Imported:
     """Make an encoder of a checkpoint, with its heads and normalisation.
 
     Args:
         found: what the checkpoint holds.
+        given: sizes that the caller says, which may not contradict it.
         mean: of each channel; by default what the checkpoint tells, or ImageNet's.
         std: of each channel, in the same way.
 
@@ -91,15 +96,16 @@ def assemble(
             differently by two.
         ValueError: mean or std does not fit the channels.
     """
-    config = settle(found.architecture, found.known, found.source, found.drop_path, found.recorded)
-    layout, tensors = found.layout, found.tensors
+    known = [given, *found.known]
+    config = settle(found.architecture, known, found.source, found.drop_path, found.recorded)
+    layout = found.layout
     also: Shapes = {}
     if layout.mask is not None:
         also |= decoder_shapes(config, layout)
     if found.num_classes is not None:
         also |= classifier_shapes(config, layout.classifier, found.num_classes)
     encoder = place(
-        tensors,
+        found.tensors,
         config,
         layout.split,
         source=found.source,
@@ -114,22 +120,30 @@ def assemble(
         encoder=encoder,
         mean=mean,
         std=std,
-        head=None
-        if layout.mask is None
-        else MaskedImageHead(
-            mask_token=tensors[layout.mask].float().reshape(1, 1, 1, -1),
-            weight=tensors["decoder.0.weight"].float(),
-            bias=tensors["decoder.0.bias"].float(),
-        ),
-        classifier=None
-        if found.num_classes is None
-        else Classifier(
-            weight=tensors[f"{layout.classifier}weight"].float(),
-            bias=tensors[f"{layout.classifier}bias"].float(),
-        ),
+        head=_masked_image_head(found),
+        classifier=_classifier(found),
         dropped=found.dropped,
         classes=found.classes,
         fresh=tuple(found.fresh or ()),
+    )
+
+
+def _masked_image_head(found: Found) -> MaskedImageHead | None:
+    if found.layout.mask is None:
+        return None
+    return MaskedImageHead(
+        mask_token=found.tensors[found.layout.mask].float().reshape(1, 1, 1, -1),
+        weight=found.tensors["decoder.0.weight"].float(),
+        bias=found.tensors["decoder.0.bias"].float(),
+    )
+
+
+def _classifier(found: Found) -> Classifier | None:
+    if found.num_classes is None:
+        return None
+    return Classifier(
+        weight=found.tensors[f"{found.layout.classifier}weight"].float(),
+        bias=found.tensors[f"{found.layout.classifier}bias"].float(),
     )
 
 

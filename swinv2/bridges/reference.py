@@ -217,10 +217,15 @@ def import_reference(
         BridgeError: it is of another model, a tensor is missing, unexpected or misshapen, a size is
             unknown or contradicts the file, or reading the file would run code.
     """
-    place_ = Path(path)
-    file = place_ / CHECKPOINT_FILE if place_.is_dir() else place_
+    place = Path(path)
+    found = _find(place / CHECKPOINT_FILE if place.is_dir() else place)
+    given = given_sizes(image_size, window_size, pretrained_window_sizes)
+    return assemble(found, given, mean=mean, std=std)
+
+
+def _find(file: Path) -> Found:
     checkpoint = read_checkpoint(file, entries=("model", "state_dict"))
-    source = checkpoint.source
+    source, extras = checkpoint.source, checkpoint.extras
     named = {
         name.replace(".rpe_mlp.", ".cpb_mlp."): part for name, part in checkpoint.tensors.items()
     }
@@ -228,31 +233,25 @@ def import_reference(
     layout = _SIMMIM if any(name.startswith(_SIMMIM.prefix) for name in learned) else _ENCODER
     tensors = {name.removeprefix(layout.prefix): part for name, part in learned.items()}
     refuse_other_models(tensors, source, "layers")
-    _refuse_settings_of_another(checkpoint.extras, source)
+    _refuse_settings_of_another(extras, source)
     architecture = read_architecture(tensors, source)
     _refuse_layout_of_timm(tensors, len(architecture["depths"]), source)
-    told, drop_path = _read_settings(checkpoint.extras)
+    told, drop_path = _read_settings(extras)
     buffers = {name.removeprefix(layout.prefix): named[name] for name in dropped}
-    norms = checkpoint.extras.get("normalisation")
-    norms = norms if isinstance(norms, Mapping) else {}
-    found = Found(
+    norms = _node(extras, "normalisation")
+    return Found(
         source=source,
         tensors=learned,
         dropped=dropped,
         layout=layout,
         architecture=architecture,
-        known=[
-            given_sizes(image_size, window_size, pretrained_window_sizes),
-            told,
-            read_buffers(buffers, architecture),
-        ],
+        known=[told, read_buffers(buffers, architecture)],
         drop_path=drop_path,
-        recorded=checkpoint.extras.get(RECORD),
+        recorded=extras.get(RECORD),
         num_classes=count_classes(learned, layout.classifier),
         mean=norms.get("mean"),
         std=norms.get("std"),
     )
-    return assemble(found, mean=mean, std=std)
 
 
 def is_reference_export(path: Path) -> bool:

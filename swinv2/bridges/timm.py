@@ -40,13 +40,10 @@ from swinv2.bridges.placement import (
 )
 from swinv2.bridges.sizes import (
     PretrainedWindows,
-    Sizes,
-    as_pair,
-    as_windows,
     given_sizes,
     read_buffers,
 )
-from swinv2.bridges.timm_names import model_name, named_sizes, only_missing
+from swinv2.bridges.timm_names import model_name, named_sizes, only_missing, read_arguments
 from swinv2.bridges.verification import (
     Report,
     compare,
@@ -55,7 +52,7 @@ from swinv2.bridges.verification import (
     plain_copy,
     zone_plate,
 )
-from swinv2.config import Pair
+from swinv2.config import Pair, SwinV2Config
 from swinv2.encoder import SwinV2
 from swinv2.encoder_file import check_normalisation
 
@@ -170,18 +167,8 @@ def export_timm(
         "num_features": encoder.num_features,
         "global_pool": "avg",
         "model_args": arguments,
+        "pretrained_cfg": _pretrained_cfg(encoder.config, classes, mean, std),
         RECORD: asdict(encoder.config),
-        "pretrained_cfg": {
-            "num_classes": classes,
-            "input_size": [encoder.config.in_channels, *encoder.config.image_size],
-            "fixed_input_size": True,
-            "interpolation": "bicubic",
-            "crop_pct": 0.9,
-            "mean": [float(value) for value in mean],
-            "std": [float(value) for value in std],
-            "first_conv": "patch_embed.proj",
-            "classifier": "head.fc",
-        },
     }
     with atomic_folder(path, may_replace=is_timm_export) as folder:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -198,6 +185,22 @@ def export_timm(
             _check_shapes(timm, name, arguments, classes, tensors)
             _compare(timm, folder, encoder, classifier=classifier, images=images, report=report)
     return Path(path)
+
+
+def _pretrained_cfg(
+    config: SwinV2Config, classes: int, mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Any]:
+    return {
+        "num_classes": classes,
+        "input_size": [config.in_channels, *config.image_size],
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        "crop_pct": 0.9,
+        "mean": [float(value) for value in mean],
+        "std": [float(value) for value in std],
+        "first_conv": "patch_embed.proj",
+        "classifier": "head.fc",
+    }
 
 
 def _compare(
@@ -251,42 +254,40 @@ def import_timm(
         BridgeError: it is of another model, a tensor is missing, unexpected or misshapen, a size is
             unknown or contradicts the file, or reading the file would run code.
     """
-    place_ = Path(path)
-    folder = place_ if place_.is_dir() else None
+    found = _find(Path(path), architecture)
+    given = given_sizes(image_size, window_size, pretrained_window_sizes)
+    return assemble(found, given, mean=mean, std=std)
+
+
+def _find(path: Path, name: str | None) -> Found:
+    """Read a file or folder; `name` is what the caller calls the model."""
+    folder = path if path.is_dir() else None
     content = {} if folder is None else _read_config(folder / CONFIG_FILE)
-    file = place_ if folder is None else folder / WEIGHTS_FILE
+    file = path if folder is None else folder / WEIGHTS_FILE
     if folder is not None and not file.is_file() and (folder / _PICKLE_FILE).is_file():
         file = folder / _PICKLE_FILE
     # The order in which timm itself takes them.
-    entries = ("state_dict_ema", "model_ema", "state_dict", "model")
-    checkpoint = read_checkpoint(file, entries)
+    checkpoint = read_checkpoint(file, ("state_dict_ema", "model_ema", "state_dict", "model"))
     source = checkpoint.source
     tensors, dropped = without_buffers(checkpoint.tensors)
     refuse_other_models(tensors, source, "layers")
-    if "layers.0.downsample.reduction.weight" in tensors or "head.weight" in tensors:
-        raise BridgeError(
-            f"{source} is laid out as the published code does it (it has "
-            f"{'head' if 'head.weight' in tensors else 'layers.0.downsample'}): "
-            "import it with --format reference."
-        )
+    _refuse_layout_of_reference(tensors, source)
     fields = read_architecture(tensors, source)
     stages = len(fields["depths"])
-    told, drop_path = _read_arguments(content)
+    told, drop_path = read_arguments(content)
+    named = named_sizes("its model's name", content.get("architecture"), stages)
     described = content.get("pretrained_cfg", content)
-    found = Found(
+    return Found(
         source=source,
         tensors=tensors,
         dropped=dropped,
         layout=_LAYOUT,
         architecture=fields,
         known=[
-            given_sizes(image_size, window_size, pretrained_window_sizes),
             told,
-            named_sizes("the name you gave", architecture, stages),
-            only_missing(
-                told, named_sizes("its model's name", content.get("architecture"), stages)
-            ),
-            read_buffers({name: checkpoint.tensors[name] for name in dropped}, fields),
+            named_sizes("the name you gave", name, stages),
+            only_missing(told, named),
+            read_buffers({key: checkpoint.tensors[key] for key in dropped}, fields),
         ],
         drop_path=drop_path,
         recorded=content.get(RECORD),
@@ -294,7 +295,15 @@ def import_timm(
         mean=described.get("mean"),
         std=described.get("std"),
     )
-    return assemble(found, mean=mean, std=std)
+
+
+def _refuse_layout_of_reference(tensors: Mapping[str, Tensor], source: str) -> None:
+    if "layers.0.downsample.reduction.weight" in tensors or "head.weight" in tensors:
+        raise BridgeError(
+            f"{source} is laid out as the published code does it (it has "
+            f"{'head' if 'head.weight' in tensors else 'layers.0.downsample'}): "
+            "import it with --format reference."
+        )
 
 
 def find_timm() -> tuple[ModuleType | None, str]:
@@ -331,22 +340,6 @@ def is_timm_export(path: Path) -> bool:
     except BridgeError:
         return False
     return str(content.get("architecture", "")).startswith("swinv2_")
-
-
-def _read_arguments(content: Mapping[str, Any]) -> tuple[Sizes, float]:
-    """Return the sizes and the stochastic depth that a ``config.json`` tells."""
-    origin = f"its {CONFIG_FILE}"
-    arguments = content.get("model_args") or {}
-    image, window = arguments.get("img_size"), arguments.get("window_size")
-    windows = arguments.get("pretrained_window_sizes")
-    if isinstance(window, list | tuple) and window and isinstance(window[0], list | tuple):
-        window = max(window, key=max)
-    return Sizes(
-        origin=origin,
-        image_size=None if image is None else as_pair(image),
-        window_size=None if window is None else as_pair(window),
-        pretrained_window_sizes=as_windows(windows),
-    ), float(arguments.get("drop_path_rate", 0.0))
 
 
 def _read_config(file: Path) -> dict[str, Any]:

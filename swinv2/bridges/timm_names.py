@@ -1,11 +1,11 @@
-"""Names of timm's swinv2 models, and what they tell of sizes."""
+"""What names and arguments of timm's swinv2 models tell of sizes."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from swinv2.bridges.contents import BridgeError
-from swinv2.bridges.sizes import Sizes, as_pair
+from swinv2.bridges.sizes import Sizes, as_pair, as_windows
 from swinv2.config import SwinV2Config
 
 _NAME = re.compile(r"swinv2_(\w+?)_window(\d+)(?:to(\d+))?_(\d+)(?:to(\d+))?(?=\.|$)")
@@ -63,3 +63,19 @@ def only_missing(told: Sizes, other: Sizes) -> Sizes:
         if told.pretrained_window_sizes is not None
         else other.pretrained_window_sizes,
     )
+
+
+def read_arguments(content: Mapping[str, Any]) -> tuple[Sizes, float]:
+    """Return the sizes and the stochastic depth that a ``config.json`` tells."""
+    origin = "its config.json"
+    arguments = content.get("model_args") or {}
+    image, window = arguments.get("img_size"), arguments.get("window_size")
+    windows = arguments.get("pretrained_window_sizes")
+    if isinstance(window, list | tuple) and window and isinstance(window[0], list | tuple):
+        window = max(window, key=max)
+    return Sizes(
+        origin=origin,
+        image_size=None if image is None else as_pair(image),
+        window_size=None if window is None else as_pair(window),
+        pretrained_window_sizes=as_windows(windows),
+    ), float(arguments.get("drop_path_rate", 0.0))

@@ -203,39 +203,44 @@ def import_transformers(
     """
     folder = Path(path)
     content = read_json(folder / _CONFIG_FILE, "give a folder that save_pretrained wrote")
+    given = given_sizes(image_size, window_size, pretrained_window_sizes)
+    imported = assemble(_find(folder, content), given, mean=mean, std=std)
+    problems = obstacles(imported.encoder.config)
+    if problems:
+        raise BridgeError(
+            f"{folder / _CONFIG_FILE}: at its image_size {content.get('image_size')} and "
+            f"window_size {content.get('window_size')} this encoder computes something else than "
+            "transformers; change them there if other sizes will do:\n  " + "\n  ".join(problems)
+        )
+    return imported
+
+
+def _find(folder: Path, content: Mapping[str, Any]) -> Found:
+    """Read what stands beside a ``config.json`` of that content."""
     config_source = str(folder / _CONFIG_FILE)
     refuse_other_configs(content, config_source)
     source, named = _read_weights(folder)
     tensors, dropped = without_buffers(named)
     refuse_other_models(tensors, source, "transformers")
     told = read_their_config(content, tensors.keys(), config_source)
-    their_mean, their_std = _read_processor(folder / _PROCESSOR_FILE)
+    mean, std = _read_processor(folder / _PROCESSOR_FILE)
     features = told.architecture["embed_dim"] * 2 ** (len(told.architecture["depths"]) - 1)
-    fresh = {"norm.weight": torch.ones(features), "norm.bias": torch.zeros(features)}
-    found = Found(
+    norm = {"norm.weight": torch.ones(features), "norm.bias": torch.zeros(features)}
+    return Found(
         source=source,
         tensors=tensors,
         dropped=dropped,
         layout=layout_of(told.model),
         architecture=told.architecture,
-        known=[given_sizes(image_size, window_size, pretrained_window_sizes), told.sizes],
+        known=[told.sizes],
         drop_path=told.drop_path,
         recorded=content.get(RECORD),
         num_classes=told.num_classes,
-        mean=their_mean,
-        std=their_std,
+        mean=mean,
+        std=std,
         classes=told.classes if told.num_classes else (),
-        fresh=fresh if told.model == "Swinv2Backbone" else None,
+        fresh=norm if told.model == "Swinv2Backbone" else None,
     )
-    imported = assemble(found, mean=mean, std=std)
-    problems = obstacles(imported.encoder.config)
-    if problems:
-        raise BridgeError(
-            f"{config_source}: at its image_size {content.get('image_size')} and window_size "
-            f"{content.get('window_size')} this encoder computes something else than transformers; "
-            "change them there if other sizes will do:\n  " + "\n  ".join(problems)
-        )
-    return imported
 
 
 def is_transformers_export(path: Path) -> bool:
