@@ -193,7 +193,8 @@ def add_import(commands: Commands) -> None:
         "--format",
         required=True,
         choices=IMPORT_FORMATS,
-        help="reference is the published code's (Swin Transformer, SimMIM), timm its swinv2 models",
+        help="reference is the published code's (Swin Transformer, SimMIM), timm its swinv2 "
+        "models, transformers a folder that save_pretrained of a Swinv2 class wrote",
     )
     command.add_argument(
         "--architecture", metavar="NAME", help="timm's name of the model, which tells all sizes"

@@ -94,6 +94,33 @@ def to_json(description: EncoderFile) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
+def to_readme(description: EncoderFile) -> str:
+    """Return the text of ``README.md``: the lines that load the directory, and what it holds."""
+    config = description.config
+    height, width = config.image_size
+    return f"""# Swin Transformer V2 encoder
+
+In this folder, with `swinv2` installed:
+
+```python
+from swinv2 import load_encoder, read_encoder_config
+
+encoder = load_encoder(".")
+description = read_encoder_config(".")
+```
+
+`encoder.features(images)` gives {len(config.depths)} maps, at strides \
+{", ".join(map(str, config.strides))}; `encoder(images)` the last as
+(batch, rows, columns, {config.num_features}). Images have {config.in_channels} channels; from \
+values in [0, 1] subtract `description.mean`,
+{list(description.mean)}, then divide by `description.std`, {list(description.std)}.
+
+It is of {config.variant or "own"} sizes and made for {width}x{height} pixels; \
+`load_encoder(".", image_size=..., window_size=...)`
+takes it to others.
+"""
+
+
 def from_json(text: str, source: Path) -> EncoderFile:
     """Return what the text of the ``config.json`` at ``source`` says.
 

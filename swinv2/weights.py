@@ -1,12 +1,13 @@
 """The encoder directory, ``model.safetensors`` and ``config.json``: saved whole, loaded strictly.
 
 The folder holds all that is needed to use the encoder: every size, the windows it was pretrained
-with, how its images were normalised and where it comes from. Nothing in it can run code.
+with, how its images were normalised and where it comes from; ``README.md`` has the lines that load
+it. Nothing in it can run code.
 """
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,15 @@ from torch import Tensor, nn
 from swinv2.atomic import OccupiedError, atomic_folder, atomic_write_bytes, atomic_write_text
 from swinv2.config import record_windows
 from swinv2.encoder import SwinV2
-from swinv2.encoder_file import FORMAT, EncoderFile, Provenance, WeightsError, from_json, to_json
+from swinv2.encoder_file import (
+    FORMAT,
+    EncoderFile,
+    Provenance,
+    WeightsError,
+    from_json,
+    to_json,
+    to_readme,
+)
 
 __all__ = [
     "EncoderFile",
@@ -38,6 +47,7 @@ __all__ = [
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+README_FILE = "README.md"
 
 
 def save_encoder(
@@ -47,6 +57,7 @@ def save_encoder(
     mean: Sequence[float],
     std: Sequence[float],
     provenance: Provenance | None = None,
+    check: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write ``encoder`` as the directory ``path`` and return it; an earlier encoder is replaced.
 
@@ -59,6 +70,8 @@ def save_encoder(
         mean: one value a channel, for images in [0, 1].
         std: one positive value a channel.
         provenance: steps, samples and recipe behind the weights.
+        check: is given the written folder before it takes its place; where it raises, ``path``
+            stays as it was.
 
     Raises:
         ValueError: ``mean`` or ``std`` does not fit the channels, or ``path`` is occupied.
@@ -79,6 +92,9 @@ def save_encoder(
     with atomic_folder(path, may_replace=is_encoder_directory) as folder:
         write_tensors(folder / WEIGHTS_FILE, tensors)
         (folder / CONFIG_FILE).write_text(to_json(description), encoding="utf-8")
+        (folder / README_FILE).write_text(to_readme(description), encoding="utf-8")
+        if check is not None:
+            check(folder)
     return Path(path)
 
 
@@ -128,7 +144,8 @@ def read_encoder_config(path: str | os.PathLike[str]) -> EncoderFile:
 
 def is_encoder_directory(path: Path) -> bool:
     """Tell whether ``path`` is a folder that `save_encoder` wrote, and holds nothing else."""
-    if not path.is_dir() or {place.name for place in path.iterdir()} != {CONFIG_FILE, WEIGHTS_FILE}:
+    names = {place.name for place in path.iterdir()} if path.is_dir() else set()
+    if names - {README_FILE} != {CONFIG_FILE, WEIGHTS_FILE}:  # early versions wrote no README
         return False
     try:
         content = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))

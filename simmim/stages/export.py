@@ -1,22 +1,28 @@
 """Export: a run's or a directory's encoder, as an encoder directory or for other libraries."""
 
-from dataclasses import dataclass
-from importlib.util import find_spec
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from simmim.data.reading import ShardSet
 from simmim.engine.checkpoint import complete_checkpoints, load_state
 from simmim.engine.run import RunFolder
 from simmim.recipe import RecipeError, load, read_values, recipe_hash
-from simmim.stages.classification import ClassificationRecipe, starting_point
+from simmim.stages.classification import HEAD_FOLDER, ClassificationRecipe, starting_point
+from simmim.stages.classifier import load_classifier
 from simmim.stages.pretrain import load_pretrained
+from simmim.stages.trial_image import trial_image
 from swinv2 import SwinV2
-from swinv2.bridges.reference import export_reference, import_reference
-from swinv2.bridges.timm import export_timm, find_timm, import_timm, load_in_timm
-from swinv2.bridges.transformers import MASKED_IMAGE_FOLDER, MaskedImageHead, export_transformers
+from swinv2.bridges.contents import Classifier, MaskedImageHead
+from swinv2.bridges.reference import export_reference
+from swinv2.bridges.timm import export_timm
+from swinv2.bridges.transformers import export_transformers
+from swinv2.bridges.transformers_layout import FOLDERS
+from swinv2.bridges.verification import Report, compare, plain_copy
 from swinv2.weights import (
     Provenance,
     load_encoder,
@@ -33,6 +39,9 @@ FORMATS: tuple[Format, ...] = ("native", "transformers", "reference", "timm")
 ENCODER_PREFIX = "model.encoder."
 """What precedes the encoder's names in a checkpoint."""
 
+HEAD_PREFIX = "model.head."
+"""What precedes the names of a linear head in a checkpoint."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Exportable:
@@ -44,6 +53,12 @@ class Exportable:
     provenance: Provenance
     head: MaskedImageHead | None
     """Mask token and decoder, from a pretraining run."""
+    classifier: Classifier | None
+    """Linear head, from a classification run."""
+    classes: tuple[str, ...]
+    """Names of its classes; empty where they are not known any more."""
+    shards: Path | None
+    """What a run was trained on."""
     origin: str
     """Where the weights come from, for a person."""
 
@@ -62,35 +77,63 @@ def export(source: Path, destination: Path, form: Format) -> list[str]:
         Lines to print: what was written, and how far it is from the source after loading it.
 
     Raises:
-        ValueError: there is no such source, the destination is occupied, or the other library
-            has no such model.
+        ValueError: there is no such source, the destination is occupied, the other library has no
+            such model, or what was written computes something else; the destination is left as it
+            was then.
     """
     found = read_source(source)
-    lines = [f"Exported the encoder of {found.origin} as {destination}"]
+    trial = trial_image(found.encoder.config, found.mean, found.std, found.shards)
+    compared = [f"compared on {trial.origin}:"]
+    written = _write(found, destination, form, trial.images, compared.append)
+    title = f"Exported the encoder of {found.origin} as {destination}"
+    return [title, *(f"  {line}" for line in [*written, *compared])]
+
+
+def _write(
+    found: Exportable, destination: Path, form: Format, images: Tensor, report: Report
+) -> list[str]:
+    """Write an export and return what it holds, a line each; `report` is told how it compares."""
+    encoder, head, classifier = found.encoder, found.head, found.classifier
+    prepared: dict[str, Any] = {"mean": found.mean, "std": found.std}
+    verified = {**prepared, "images": images, "report": report}
+    loads = "README.md has the lines that load"
     match form:
         case "native":
             save_encoder(
-                found.encoder,
+                encoder,
                 destination,
-                mean=found.mean,
-                std=found.std,
+                **prepared,
                 provenance=found.provenance,
+                check=lambda folder: report(compare_native(encoder, folder, images)),
             )
-            lines += _native_report(found.encoder, destination)
+            return [f"model.safetensors and config.json; {loads} them"]
         case "transformers":
-            export_transformers(
-                found.encoder, destination, mean=found.mean, std=found.std, head=found.head
-            )
-            lines += _transformers_report(found, destination)
+            heads: dict[str, Any] = {"head": head, "classifier": classifier}
+            export_transformers(encoder, destination, **verified, **heads, classes=found.classes)
+            places = {name: destination / folder for name, folder in FOLDERS.items()}
+            lines = [f"{place}: {name}" for name, place in places.items() if place.is_dir()]
+            return [*lines, f"{loads} them"]
         case "reference":
-            export_reference(
-                found.encoder, destination, mean=found.mean, std=found.std, head=found.head
-            )
-            lines += _reference_report(found, destination)
+            export_reference(encoder, destination, **verified, head=head, classifier=classifier)
+            beside = "" if classifier is None else " and classifier"
+            beside = beside if head is None else ", mask token and decoder"
+            return [f"checkpoint.pth: encoder{beside}; {loads} it"]
         case "timm":
-            export_timm(found.encoder, destination, mean=found.mean, std=found.std)
-            lines += _timm_report(found, destination)
-    return lines
+            export_timm(encoder, destination, **verified, classifier=classifier)
+            lines = [f"model.safetensors and config.json; {loads} them"]
+            left_out = "left out: mask token and decoder, which timm has not"
+            return lines if head is None else [*lines, left_out]
+
+
+def compare_native(encoder: SwinV2, folder: Path, images: Tensor) -> str:
+    """Return a line on the features of an encoder directory, which have to be the encoder's own.
+
+    Raises:
+        ValueError: they are not, bit for bit.
+    """
+    with torch.no_grad():
+        ours, loaded = plain_copy(encoder)(images), load_encoder(folder)(images)
+    return compare("its features after loading", ours, loaded, tolerance=0)
 
 
 def read_source(source: Path) -> Exportable:
@@ -119,19 +162,24 @@ def _read_directory(path: Path, origin: str) -> Exportable:
         std=description.std,
         provenance=description.provenance,
         head=None,
+        classifier=None,
+        classes=(),
+        shards=None,
         origin=origin,
     )
 
 
 def _read_run(run: RunFolder) -> Exportable:
+    task = read_values(run.recipe).get("task")
     checkpoints = complete_checkpoints(run.checkpoints)
     if not checkpoints:
         if run.encoder.is_dir():
-            return _read_directory(run.encoder, str(run.encoder))
+            ended = _read_directory(run.encoder, str(run.encoder))
+            return _with_head(ended, run) if task == "classification" else ended
         raise ValueError(
             f"{run.path} holds no complete checkpoint and no encoder yet: train it further first."
         )
-    match read_values(run.recipe).get("task"):
+    match task:
         case "pretrain":
             return _read_pretraining(run, checkpoints[-1])
         case "classification":
@@ -155,6 +203,9 @@ def _read_pretraining(run: RunFolder, checkpoint: Path) -> Exportable:
             weight=projection.weight.detach(),
             bias=projection.bias.detach(),
         ),
+        classifier=None,
+        classes=(),
+        shards=Path(recipe.data.shards),
         origin=str(checkpoint),
     )
 
@@ -166,101 +217,50 @@ def _read_classification(run: RunFolder, checkpoint: Path) -> Exportable:
         # A finished run needs the directory that it started from no more.
         ended = _read_directory(run.encoder, str(run.encoder))
         if ended.provenance.step == provenance.step:
-            return ended
+            return replace(_with_head(ended, run), shards=Path(recipe.data.shards))
     start = starting_point(recipe)
     file = checkpoint / "model.safetensors"
-    tensors = {
-        name.removeprefix(ENCODER_PREFIX): tensor
-        for name, tensor in read_tensors(file).items()
-        if name.startswith(ENCODER_PREFIX)
-    }
-    load_strictly(start.encoder, tensors, str(file))
+    tensors = read_tensors(file)
+    load_strictly(start.encoder, _below(tensors, ENCODER_PREFIX), str(file))
+    head = _below(tensors, HEAD_PREFIX)
     return Exportable(
         encoder=start.encoder.eval(),
         mean=start.mean,
         std=start.std,
         provenance=provenance,
         head=None,
+        classifier=Classifier(weight=head["weight"], bias=head["bias"]),
+        classes=_class_names(recipe, len(head["bias"])),
+        shards=Path(recipe.data.shards),
         origin=str(checkpoint),
     )
+
+
+def _with_head(ended: Exportable, run: RunFolder) -> Exportable:
+    """Add the classifier that a finished run has beside its encoder directory."""
+    trained = load_classifier(run.encoder, run.path / HEAD_FOLDER)
+    head = trained.model.head
+    classifier = Classifier(weight=head.weight.detach(), bias=head.bias.detach())
+    return replace(ended, classifier=classifier, classes=trained.classes)
+
+
+def _class_names(recipe: ClassificationRecipe, count: int) -> tuple[str, ...]:
+    """Return the classes of the shards; none where these are gone, or are others by now."""
+    try:
+        classes = ShardSet(recipe.data.shards).classes
+    except ValueError:
+        return ()
+    return classes if len(classes) == count else ()
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def _provenance(checkpoint: Path, recipe: str) -> Provenance:
     state = load_state(checkpoint)
     return Provenance(step=state.step, samples_seen=state.cursor, recipe_hash=recipe)
-
-
-def _native_report(encoder: SwinV2, destination: Path) -> list[str]:
-    images = trial_images(encoder)
-    with torch.no_grad():
-        difference = largest_difference(encoder(images), load_encoder(destination)(images))
-    return [
-        f"  load it with swinv2.load_encoder({str(destination)!r})",
-        f"  largest difference of its features after loading: {difference:.1e}",
-    ]
-
-
-def _transformers_report(found: Exportable, destination: Path) -> list[str]:
-    folders = [
-        f"  {destination}: Swinv2Model",
-        f"  {destination / 'backbone'}: Swinv2Backbone",
-    ]
-    if found.head is not None:
-        folders.append(f"  {destination / MASKED_IMAGE_FOLDER}: Swinv2ForMaskedImageModeling")
-    if find_spec("transformers") is None:
-        return [
-            *folders,
-            "  not compared: transformers is not installed (pip install 'simmim[export]')",
-        ]
-    from transformers import Swinv2Model  # noqa: PLC0415 - an optional part
-
-    peer = Swinv2Model.from_pretrained(destination).eval()
-    images = trial_images(found.encoder)
-    with torch.no_grad():
-        theirs = peer(images).last_hidden_state
-        ours = found.encoder(images).flatten(1, 2)
-    difference = largest_difference(ours, theirs)
-    return [*folders, f"  largest difference of Swinv2Model's features to ours: {difference:.1e}"]
-
-
-def _reference_report(found: Exportable, destination: Path) -> list[str]:
-    images = trial_images(found.encoder)
-    back = import_reference(destination).encoder
-    with torch.no_grad():
-        difference = largest_difference(found.encoder(images), back(images))
-    holds = "encoder" if found.head is None else "encoder, mask token and decoder"
-    return [
-        f"  checkpoint.pth: {holds}; README.md has the lines that load it",
-        f"  largest difference of its features after reading it back: {difference:.1e}",
-    ]
-
-
-def _timm_report(found: Exportable, destination: Path) -> list[str]:
-    lines = ["  model.safetensors: the encoder; README.md has the lines that load it"]
-    if found.head is not None:
-        lines.append("  left out: mask token and decoder, which timm has not")
-    images = trial_images(found.encoder)
-    timm, reason = find_timm()
-    with torch.no_grad():
-        ours = found.encoder(images)
-        if timm is None:
-            difference = largest_difference(ours, import_timm(destination).encoder(images))
-            return [
-                *lines,
-                f"  not compared in timm: {reason}",
-                f"  largest difference of its features after reading it back: {difference:.1e}",
-            ]
-        peer: Any = load_in_timm(timm, destination)
-        difference = largest_difference(ours, peer.forward_features(images))
-    return [*lines, f"  largest difference of timm's features to ours: {difference:.1e}"]
-
-
-def trial_images(encoder: SwinV2) -> Tensor:
-    """Return the image that exports are compared on, in the encoder's size."""
-    shape = (1, encoder.config.in_channels, *encoder.config.image_size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def largest_difference(one: Tensor, other: Tensor) -> float:
-    """Return the largest absolute difference of two tensors."""
-    return float((one - other).abs().max())

@@ -1,22 +1,22 @@
-"""Import: a checkpoint of the published code or of timm, as an encoder directory."""
+"""Import: a checkpoint of the published code, timm or transformers, as an encoder directory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import torch
-
-from simmim.stages.export import largest_difference, trial_images
-from swinv2.bridges.layers import Imported
+from simmim.stages.export import compare_native
+from simmim.stages.trial_image import trial_image
+from swinv2.bridges.contents import Imported
 from swinv2.bridges.reference import import_reference
 from swinv2.bridges.sizes import PretrainedWindows
 from swinv2.bridges.timm import import_timm
-from swinv2.weights import load_encoder, save_encoder
+from swinv2.bridges.transformers import import_transformers
+from swinv2.weights import save_encoder
 
-ImportFormat = Literal["reference", "timm"]
+ImportFormat = Literal["reference", "timm", "transformers"]
 
-IMPORT_FORMATS: tuple[ImportFormat, ...] = ("reference", "timm")
+IMPORT_FORMATS: tuple[ImportFormat, ...] = ("reference", "timm", "transformers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +55,15 @@ def import_encoder(source: Path, destination: Path, form: ImportFormat, known: K
     """
     imported = _read(source, form, known)
     encoder, config = imported.encoder, imported.encoder.config
-    save_encoder(encoder, destination, mean=imported.mean, std=imported.std)
-    images = trial_images(encoder)
-    with torch.no_grad():
-        difference = largest_difference(encoder(images), load_encoder(destination)(images))
+    trial = trial_image(config, imported.mean, imported.std)
+    compared = [f"compared on {trial.origin}:"]
+    save_encoder(
+        encoder,
+        destination,
+        mean=imported.mean,
+        std=imported.std,
+        check=lambda folder: compared.append(compare_native(encoder, folder, trial.images)),
+    )
     height, width = config.image_size
     rows, columns = config.window_size
     sizes = (
@@ -77,29 +82,27 @@ def import_encoder(source: Path, destination: Path, form: ImportFormat, known: K
         lines.append(f"  left out: the classifier of {classes} classes, since this is an encoder")
     if imported.dropped:
         lines.append(f"  left out: {len(imported.dropped)} position buffers, which are computed")
-    return [*lines, f"  largest difference of its features after loading: {difference:.1e}"]
+    if imported.fresh:
+        lines.append(
+            f"  not in it: {', '.join(imported.fresh)}; the final norm starts with ones and zeros"
+        )
+    return [*lines, *(f"  {line}" for line in compared)]
 
 
 def _read(source: Path, form: ImportFormat, known: Known) -> Imported:
+    told: dict[str, Any] = {
+        "image_size": known.image_size,
+        "window_size": known.window_size,
+        "pretrained_window_sizes": known.pretrained_window_sizes,
+        "mean": known.mean,
+        "std": known.std,
+    }
+    if known.architecture is not None and form != "timm":
+        raise ValueError(f"the {form} format has no names of models: give the sizes.")
     match form:
         case "reference":
-            if known.architecture is not None:
-                raise ValueError("the reference format has no names of models: give the sizes.")
-            return import_reference(
-                source,
-                image_size=known.image_size,
-                window_size=known.window_size,
-                pretrained_window_sizes=known.pretrained_window_sizes,
-                mean=known.mean,
-                std=known.std,
-            )
+            return import_reference(source, **told)
         case "timm":
-            return import_timm(
-                source,
-                architecture=known.architecture,
-                image_size=known.image_size,
-                window_size=known.window_size,
-                pretrained_window_sizes=known.pretrained_window_sizes,
-                mean=known.mean,
-                std=known.std,
-            )
+            return import_timm(source, architecture=known.architecture, **told)
+        case "transformers":
+            return import_transformers(source, **told)

@@ -1,6 +1,7 @@
 """Checkpoint files of other libraries: read without running anything that they hold."""
 
 import argparse
+import json
 import os
 import pickle
 import re
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swinv2.bridges.transformers import BridgeError
+from swinv2.bridges.contents import BridgeError
 from swinv2.weights import read_tensors
 
 WRAPPERS = ("module.", "_orig_mod.")
@@ -63,6 +64,23 @@ def read_checkpoint(path: str | os.PathLike[str], entries: Iterable[str]) -> Che
             + ": give a checkpoint of a model."
         )
     return Checkpoint(source=str(file), tensors=tensors, extras=extras)
+
+
+def read_json(file: Path, remedy: str) -> dict[str, Any]:
+    """Read a file of fields by name.
+
+    Raises:
+        BridgeError: it is absent or holds something else; the message ends with the remedy.
+    """
+    if not file.is_file():
+        raise BridgeError(f"{file} does not exist: {remedy}.")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BridgeError(f"{file} is not valid JSON ({error}): {remedy}.") from error
+    if not isinstance(content, dict):
+        raise BridgeError(f"{file} does not hold fields by name: {remedy}.")
+    return content
 
 
 def _read_pickle(file: Path) -> Any:

@@ -6,62 +6,32 @@ windows of pretraining. The buffers that older files also hold tell these too.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from swinv2.attention import window_grid
-from swinv2.bridges.transformers import BridgeError, MaskedImageHead
-from swinv2.config import VARIANTS, SwinV2Config
-from swinv2.encoder import SwinV2
+from swinv2.bridges.contents import BridgeError
+from swinv2.bridges.sizes import variant_of
+from swinv2.config import SwinV2Config
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 BUFFERS = ("relative_coords_table", "relative_position_index", "attn_mask")
 """What both compute from sizes and neither learns."""
+POSITIONS = {"cls_token", "pos_embed", "absolute_pos_embed", "position_embeddings", "gamma_1"}
+"""Leaves of names that tell of position embeddings, or of a ViT."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Classifier:
-    """A linear head on average-pooled features."""
-
-    weight: Tensor
-    """(classes, num_features)."""
-    bias: Tensor
-    """(classes,)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Imported:
-    """What a checkpoint of another library holds, as ours."""
-
-    encoder: SwinV2
-    """In float32, on the CPU, in evaluation mode."""
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    head: MaskedImageHead | None
-    """Mask token and decoder, from a SimMIM pretraining."""
-    classifier: Classifier | None
-    """From a classification."""
-    dropped: tuple[str, ...]
-    """Buffers of the file, which are computed from the sizes."""
-
-
-def to_layers(encoder: SwinV2, merge_shift: int) -> dict[str, Tensor]:
-    """Return the encoder's tensors under their names, on the CPU.
+def layer_parts(name: str, tensor: Tensor, *, merge_shift: int) -> dict[str, Tensor]:
+    """Return our tensor under their name.
 
     Args:
-        encoder: without extra norms, which neither library has.
+        name: ours; extra norms, which neither library has, are no names.
+        tensor: of any device.
         merge_shift: 0 where a stage ends with merging, 1 where the next one starts with it.
     """
-    return {
-        layer_name(name, merge_shift): _reshaped(name, tensor.detach())
-        .to("cpu", copy=True)
-        .contiguous()
-        for name, tensor in encoder.state_dict().items()
-    }
+    if name.endswith("logit_scale"):
+        tensor = tensor[:, None, None]
+    return {layer_name(name, merge_shift): tensor}
 
 
 def layer_name(name: str, merge_shift: int) -> str:
@@ -100,42 +70,49 @@ _BLOCK_NAMES = {
 }
 
 
-def _reshaped(name: str, tensor: Tensor) -> Tensor:
-    return tensor[:, None, None] if name.endswith("logit_scale") else tensor
-
-
 def without_buffers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Return the learned tensors, and the names of those that are none."""
     dropped = tuple(name for name in tensors if name.rpartition(".")[2] in BUFFERS)
     return {name: part for name, part in tensors.items() if name not in dropped}, dropped
 
 
-def refuse_other_models(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raise where the names are those of another model, and say of which.
+def refuse_other_models(
+    tensors: Mapping[str, Tensor], source: str, naming: Literal["layers", "transformers"]
+) -> None:
+    """Raise where the names are those of another model or library, and say of which.
+
+    Args:
+        tensors: by name.
+        source: where they come from, for the message.
+        naming: whose names they should have; ``layers`` are the published code's and timm's.
 
     Raises:
-        BridgeError: they are.
+        BridgeError: they are not.
     """
     leaves = {name.rpartition(".")[2] for name in tensors}
     firsts = {name.partition(".")[0] for name in tensors}
-    reason = None
-    if "relative_position_bias_table" in leaves and "layers" in firsts:
+    found = "transformers" if firsts & {"swinv2", "embeddings"} else "layers"
+    remedy = "give a Swin Transformer V2 of the published code, timm or transformers"
+    if "relative_position_bias_table" in leaves:
         reason = "a Swin Transformer V1 (it has relative_position_bias_table)"
-    elif "logit_scale" in leaves and firsts & {"swinv2", "embeddings"}:
-        reason = "a model in the layout of transformers (it has embeddings), which is not read"
-    elif "logit_scale" in leaves and "stages" in firsts:
-        reason = "an encoder of this package, which load_encoder reads"
-    elif leaves & {"cls_token", "pos_embed", "gamma_1"} and "blocks" in firsts:
-        reason = "a ViT (it has blocks without stages, and position or class tokens)"
-    elif "absolute_pos_embed" in leaves:
-        reason = "a Swin Transformer with absolute_pos_embed, which this encoder has not"
+    elif "logit_scale" not in leaves and leaves & POSITIONS:
+        reason = "a ViT (it has position or class tokens, and no logit_scale)"
     elif "logit_scale" not in leaves:
         some = ", ".join(list(tensors)[:3])
-        reason = f"no Swin Transformer V2 (no block has attn.logit_scale; it begins with {some})"
-    if reason is not None:
-        raise BridgeError(
-            f"{source} holds {reason}: give a Swin Transformer V2 of the published code or timm."
-        )
+        reason = f"no Swin Transformer V2 (no block has a logit_scale; it begins with {some})"
+    elif "stages" in firsts:
+        reason, remedy = "an encoder of this package", "load_encoder reads its directory"
+    elif found != naming and found == "transformers":
+        reason = "a model in the layout of transformers (it has embeddings)"
+        remedy = "import its folder with --format transformers"
+    elif found != naming:
+        reason = "a model in the layout of the published code or timm (it has no embeddings)"
+        remedy = "import it with --format reference or --format timm"
+    elif leaves & POSITIONS:
+        reason = "a Swin Transformer with position embeddings, which this encoder has not"
+    else:
+        return
+    raise BridgeError(f"{source} holds {reason}: {remedy}.")
 
 
 def read_architecture(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
@@ -167,17 +144,9 @@ def read_architecture(tensors: Mapping[str, Tensor], source: str) -> dict[str, A
         "num_heads": tuple(heads),
         "extra_norm_every": 0,
     }
-    variant = next(
-        (
-            name
-            for name, published in VARIANTS.items()
-            if all(getattr(published, key) == value for key, value in architecture.items())
-        ),
-        None,
-    )
     return {
         **architecture,
-        "variant": variant,
+        "variant": variant_of(architecture),
         "in_channels": channels,
         "patch_size": rows,
         "mlp_ratio": hidden / dim,
@@ -192,56 +161,6 @@ def _needed(tensors: Mapping[str, Tensor], name: str, ndim: int, source: str) ->
             f"{source}: shape of {name}: {tuple(tensors[name].shape)}, expected {ndim} axes"
         )
     return tensors[name]
-
-
-def place(
-    tensors: Mapping[str, Tensor],
-    config: SwinV2Config,
-    *,
-    merge_shift: int,
-    source: str,
-    also: Mapping[str, tuple[int, ...]],
-    prefix: str = "",
-) -> SwinV2:
-    """Build the encoder of `config` from learned tensors under their names.
-
-    Args:
-        tensors: without buffers.
-        config: of the encoder.
-        merge_shift: 0 where a stage ends with merging, 1 where the next one starts with it.
-        source: where the tensors come from, for the message.
-        also: names and shapes that must be there beside the encoder's own.
-        prefix: what stands before the names of the encoder's own.
-
-    Raises:
-        BridgeError: a tensor is missing, unexpected or of another shape; all are listed.
-    """
-    with torch.device("meta"):
-        encoder = SwinV2(config)
-    ours = encoder.state_dict()
-    names = {name: prefix + layer_name(name, merge_shift) for name in ours}
-    expected = {
-        names[name]: tuple(_reshaped(name, part).shape) for name, part in ours.items()
-    } | dict(also)
-    problems = [f"missing: {name}" for name in expected if name not in tensors]
-    problems += [f"unexpected: {name}" for name in tensors if name not in expected]
-    problems += [
-        f"shape of {name}: {tuple(tensors[name].shape)}, expected {shape}"
-        for name, shape in expected.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
-    ]
-    if problems:
-        raise BridgeError(
-            f"{source} does not fit a Swin Transformer V2 of {config.variant or 'these'} sizes:\n  "
-            + "\n  ".join(problems)
-        )
-    # Copies, since a tensor that lies askew in a file's memory is multiplied by other kernels.
-    placed = {
-        name: tensors[names[name]].reshape(part.shape).float().clone()
-        for name, part in ours.items()
-    }
-    encoder.load_state_dict(placed, strict=True, assign=True)
-    return encoder.requires_grad_().eval()
 
 
 def obstacles(config: SwinV2Config) -> list[str]:
@@ -283,11 +202,3 @@ def their_windows(config: SwinV2Config) -> list[int | list[int]]:
         windows = config.stage_windows
     pairs = [[max(side, 2) for side in pair] for pair in windows]
     return [rows if rows == columns else [rows, columns] for rows, columns in pairs]
-
-
-def same_tensors(one: SwinV2, other: SwinV2) -> bool:
-    """Tell whether two encoders hold the same numbers, one of them in float32 on the CPU."""
-    first, second = one.state_dict(), other.state_dict()
-    return first.keys() == second.keys() and all(
-        torch.equal(first[name].detach().cpu().float(), second[name].cpu()) for name in first
-    )

@@ -9,6 +9,8 @@ without them, so an export has none.
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +20,26 @@ from torch import Tensor
 from swinv2.atomic import atomic_folder
 from swinv2.attention import window_grid
 from swinv2.bridges.checkpoints import read_checkpoint
+from swinv2.bridges.contents import BridgeError, Classifier, Imported, MaskedImageHead
 from swinv2.bridges.layers import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Classifier,
-    Imported,
+    layer_parts,
     obstacles,
-    place,
     read_architecture,
     refuse_other_models,
-    same_tensors,
     their_windows,
-    to_layers,
     without_buffers,
+)
+from swinv2.bridges.placement import (
+    RECORD,
+    Found,
+    Layout,
+    assemble,
+    check_read_back,
+    checked_head,
+    classifier_shapes,
+    convert,
+    count_classes,
+    decoder_shapes,
 )
 from swinv2.bridges.sizes import (
     PretrainedWindows,
@@ -39,9 +48,8 @@ from swinv2.bridges.sizes import (
     as_windows,
     given_sizes,
     read_buffers,
-    settle,
 )
-from swinv2.bridges.transformers import BridgeError, MaskedImageHead
+from swinv2.bridges.verification import Report, compare_read_back, ignore
 from swinv2.config import Pair, SwinV2Config, clamp_window
 from swinv2.encoder import SwinV2
 from swinv2.encoder_file import check_normalisation
@@ -49,9 +57,11 @@ from swinv2.encoder_file import check_normalisation
 CHECKPOINT_FILE = "checkpoint.pth"
 CONFIG_FILE = "config.yaml"
 README_FILE = "README.md"
-_PREFIX = "encoder."
-_MERGE_SHIFT = 0
 _CHANNELS = 3  # that the published decoder predicts, whatever goes in
+_ENCODER = Layout(split=partial(layer_parts, merge_shift=0), classifier="head.")
+_SIMMIM = replace(
+    _ENCODER, prefix="encoder.", mask="encoder.mask_token", decoder_channels=_CHANNELS
+)
 
 
 def reference_config(encoder: SwinV2) -> dict[str, Any]:
@@ -99,11 +109,11 @@ def to_reference(
     reference_config(encoder)
     if head is not None and classifier is not None:
         raise BridgeError("a checkpoint has a decoder or a classifier: leave one of them out.")
-    tensors = to_layers(encoder, _MERGE_SHIFT)
+    tensors = convert(encoder, _ENCODER.split)
     if classifier is not None:
         added = {"head.weight": classifier.weight, "head.bias": classifier.bias}
-        _check_shapes(added, _classifier_shapes(encoder.config, len(classifier.bias)))
-        return tensors | {name: part.detach().cpu().contiguous() for name, part in added.items()}
+        shapes = classifier_shapes(encoder.config, "head.", len(classifier.bias))
+        return tensors | checked_head(added, shapes)
     if head is None:
         return tensors
     if encoder.config.in_channels != _CHANNELS:
@@ -116,11 +126,8 @@ def to_reference(
         "decoder.0.weight": head.weight,
         "decoder.0.bias": head.bias,
     }
-    _check_shapes(added, _masked_shapes(encoder.config))
-    return {
-        **{f"{_PREFIX}{name}": part for name, part in tensors.items()},
-        **{name: part.detach().cpu().contiguous() for name, part in added.items()},
-    }
+    masked = {_SIMMIM.prefix + name: part for name, part in tensors.items()}
+    return masked | checked_head(added, decoder_shapes(encoder.config, _SIMMIM))
 
 
 def export_reference(
@@ -131,6 +138,8 @@ def export_reference(
     std: Sequence[float],
     head: MaskedImageHead | None = None,
     classifier: Classifier | None = None,
+    images: Tensor | None = None,
+    report: Report = ignore,
 ) -> Path:
     """Write ``encoder`` as a folder for the published code, and read it back before it is kept.
 
@@ -144,9 +153,13 @@ def export_reference(
         std: one positive value a channel.
         head: mask token and decoder, for a checkpoint of SimMIM.
         classifier: for a checkpoint of a classification.
+        images: normalised (batch, channels, height, width), to compare features on before the
+            folder takes its place; by default a chart.
+        report: is told how far they are apart.
 
     Raises:
-        BridgeError: the published code has no such model, or a head does not fit.
+        BridgeError: the published code has no such model, a head does not fit, or what was read
+            back computes something else.
         ValueError: ``mean`` or ``std`` does not fit the channels, or ``path`` is occupied.
     """
     check_normalisation(mean, std, encoder.config.in_channels)
@@ -158,6 +171,7 @@ def export_reference(
     content = {
         "model": tensors,
         "config": settings,
+        RECORD: asdict(encoder.config),
         "normalisation": {
             "mean": [float(value) for value in mean],
             "std": [float(value) for value in std],
@@ -171,8 +185,9 @@ def export_reference(
         (folder / README_FILE).write_text(
             _readme(arguments, masked=head is not None), encoding="utf-8"
         )
-        if not same_tensors(encoder, import_reference(folder).encoder):
-            raise BridgeError("what was written is not what was read back: try again.")
+        back = import_reference(folder).encoder
+        check_read_back(encoder, back)
+        report(compare_read_back(encoder, back, images))
     return Path(path)
 
 
@@ -202,63 +217,40 @@ def import_reference(
         BridgeError: it is of another model, a tensor is missing, unexpected or misshapen, a size is
             unknown or contradicts the file, or reading the file would run code.
     """
-    place_ = Path(path)
-    file = place_ / CHECKPOINT_FILE if place_.is_dir() else place_
+    place = Path(path)
+    found = _find(place / CHECKPOINT_FILE if place.is_dir() else place)
+    given = given_sizes(image_size, window_size, pretrained_window_sizes)
+    return assemble(found, given, mean=mean, std=std)
+
+
+def _find(file: Path) -> Found:
     checkpoint = read_checkpoint(file, entries=("model", "state_dict"))
-    source = checkpoint.source
+    source, extras = checkpoint.source, checkpoint.extras
     named = {
         name.replace(".rpe_mlp.", ".cpb_mlp."): part for name, part in checkpoint.tensors.items()
     }
-    masked = any(name.startswith(_PREFIX) for name in named)
-    named, dropped = without_buffers(named)
-    buffers = {
-        name.replace(".rpe_mlp.", ".cpb_mlp.").removeprefix(_PREFIX): checkpoint.tensors[name]
-        for name in dropped
-    }
-    beside = {name: part for name, part in named.items() if not name.startswith(_PREFIX)}
-    tensors = named
-    if masked:
-        tensors = {
-            name.removeprefix(_PREFIX): part for name, part in named.items() if name not in beside
-        } | beside
-    refuse_other_models(tensors, source)
-    _refuse_settings_of_another(checkpoint.extras, source)
+    learned, dropped = without_buffers(named)
+    layout = _SIMMIM if any(name.startswith(_SIMMIM.prefix) for name in learned) else _ENCODER
+    tensors = {name.removeprefix(layout.prefix): part for name, part in learned.items()}
+    refuse_other_models(tensors, source, "layers")
+    _refuse_settings_of_another(extras, source)
     architecture = read_architecture(tensors, source)
     _refuse_layout_of_timm(tensors, len(architecture["depths"]), source)
-    given = given_sizes(image_size, window_size, pretrained_window_sizes)
-    told, drop_path = _read_settings(checkpoint.extras)
-    config = settle(
-        architecture, [given, told, read_buffers(buffers, architecture)], source, drop_path
-    )
-    also = _masked_shapes(config) if masked else {}
-    if "head.weight" in tensors or "head.bias" in tensors:
-        weight = tensors.get("head.weight", tensors.get("head.bias"))
-        assert weight is not None
-        also |= _classifier_shapes(config, len(weight))
-    prefix = _PREFIX if masked else ""
-    encoder = place(
-        named, config, merge_shift=_MERGE_SHIFT, source=source, also=also, prefix=prefix
-    )
-    norms = checkpoint.extras.get("normalisation")
-    norms = norms if isinstance(norms, Mapping) else {}
-    mean = tuple(mean or norms.get("mean") or IMAGENET_MEAN)
-    std = tuple(std or norms.get("std") or IMAGENET_STD)
-    check_normalisation(mean, std, config.in_channels)
-    return Imported(
-        encoder=encoder,
-        mean=mean,
-        std=std,
-        head=None
-        if not masked
-        else MaskedImageHead(
-            mask_token=tensors["mask_token"].float().reshape(1, 1, 1, -1),
-            weight=tensors["decoder.0.weight"].float(),
-            bias=tensors["decoder.0.bias"].float(),
-        ),
-        classifier=None
-        if "head.weight" not in tensors
-        else Classifier(weight=tensors["head.weight"].float(), bias=tensors["head.bias"].float()),
+    told, drop_path = _read_settings(extras)
+    buffers = {name.removeprefix(layout.prefix): named[name] for name in dropped}
+    norms = _node(extras, "normalisation")
+    return Found(
+        source=source,
+        tensors=learned,
         dropped=dropped,
+        layout=layout,
+        architecture=architecture,
+        known=[told, read_buffers(buffers, architecture)],
+        drop_path=drop_path,
+        recorded=extras.get(RECORD),
+        num_classes=count_classes(learned, layout.classifier),
+        mean=norms.get("mean"),
+        std=norms.get("std"),
     )
 
 
@@ -291,29 +283,6 @@ def _obstacles(config: SwinV2Config) -> list[str]:
     return problems
 
 
-def _check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    wrong = [
-        f"{name} is {tuple(tensors[name].shape)}, not {shape}"
-        for name, shape in shapes.items()
-        if tuple(tensors[name].shape) != shape
-    ]
-    if wrong:
-        raise BridgeError(f"the head does not fit the encoder: {'; '.join(wrong)}.")
-
-
-def _masked_shapes(config: SwinV2Config) -> dict[str, tuple[int, ...]]:
-    pixels = config.strides[-1] ** 2 * _CHANNELS
-    return {
-        "encoder.mask_token": (1, 1, config.embed_dim),
-        "decoder.0.weight": (pixels, config.num_features, 1, 1),
-        "decoder.0.bias": (pixels,),
-    }
-
-
-def _classifier_shapes(config: SwinV2Config, classes: int) -> dict[str, tuple[int, ...]]:
-    return {"head.weight": (classes, config.num_features), "head.bias": (classes,)}
-
-
 def _settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments as the published code's settings, with its names and nesting."""
     swin = {
@@ -342,7 +311,7 @@ def _refuse_layout_of_timm(tensors: Mapping[str, Tensor], num_stages: int, sourc
     if 0 not in merges and num_stages - 1 in merges:
         raise BridgeError(
             f"{source} is laid out as timm does it (it has no layers.0.downsample): "
-            "import it with the timm format."
+            "import it with --format timm."
         )
 
 

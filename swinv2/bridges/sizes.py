@@ -6,13 +6,13 @@ what a caller says; two that contradict each other are refused.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
-from swinv2.bridges.transformers import BridgeError
-from swinv2.config import Pair, SwinV2Config
+from swinv2.bridges.contents import BridgeError
+from swinv2.config import VARIANTS, Pair, SwinV2Config, record_windows
 
 PretrainedWindows = Sequence[int | Pair] | Literal["same"] | None
 """Pretraining window of each stage; "same" for the present ones; None where it is not known."""
@@ -94,6 +94,18 @@ def _image_side(
     return None
 
 
+def variant_of(architecture: Mapping[str, Any]) -> str | None:
+    """Return the published variant that has these fields; None where there is none."""
+    return next(
+        (
+            name
+            for name, published in VARIANTS.items()
+            if all(getattr(published, key) == value for key, value in architecture.items())
+        ),
+        None,
+    )
+
+
 def given_sizes(
     image_size: int | Pair | None,
     window_size: int | Pair | None,
@@ -125,9 +137,21 @@ def as_windows(windows: PretrainedWindows) -> tuple[Pair, ...] | Literal["same"]
 
 
 def settle(
-    architecture: Mapping[str, Any], known: Sequence[Sizes], source: str, drop_path: float
+    architecture: Mapping[str, Any],
+    known: Sequence[Sizes],
+    source: str,
+    drop_path: float,
+    recorded: object = None,
 ) -> SwinV2Config:
     """Return the config of an encoder, from what its tensors and each origin tell.
+
+    Args:
+        architecture: fields that the tensors tell.
+        known: other sizes by origin, the most trusted first.
+        source: where they come from, for messages.
+        drop_path: greatest rate of stochastic depth.
+        recorded: fields of the config that an export of ours wrote. They are taken where they
+            compute the same: they also have what no other library can say, such as a name.
 
     Raises:
         BridgeError: a size is told by none, or told differently by two.
@@ -155,12 +179,35 @@ def settle(
                     f"{source}: {name} is {value} by {first} and {another} by {other}. Convert it "
                     "with the size it was saved at; set_input or load_encoder change it afterwards."
                 )
-    return SwinV2Config(
+    config = SwinV2Config(
         **architecture,
         **sizes,
         pretrained_window_sizes=None if windows == "same" else windows,
         drop_path=drop_path,
     )
+    return _as_recorded(config, recorded)
+
+
+def _as_recorded(config: SwinV2Config, recorded: object) -> SwinV2Config:
+    """Return the recorded config, unless it computes something else than `config`."""
+    if not isinstance(recorded, Mapping):
+        return config
+    try:
+        ours = SwinV2Config(**recorded)
+        alike = replace(
+            ours,
+            variant=config.variant,
+            mlp_ratio=config.mlp_ratio,
+            pretrained_window_sizes=config.pretrained_window_sizes,
+        )
+    except (TypeError, ValueError):  # somebody has changed it
+        return config
+    same = (
+        alike == config
+        and _agree(record_windows(ours), record_windows(config))
+        and int(ours.mlp_ratio * ours.embed_dim) == int(config.mlp_ratio * config.embed_dim)
+    )
+    return ours if same else config
 
 
 _ARGUMENTS = {

@@ -6,8 +6,9 @@ reading need no timm; where it can be imported, it has to agree before an export
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -18,31 +19,39 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from swinv2.atomic import atomic_folder
-from swinv2.bridges.checkpoints import read_checkpoint
+from swinv2.bridges.checkpoints import read_checkpoint, read_json
+from swinv2.bridges.contents import BridgeError, Classifier, Imported
 from swinv2.bridges.layers import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Classifier,
-    Imported,
+    layer_parts,
     obstacles,
-    place,
     read_architecture,
     refuse_other_models,
-    same_tensors,
     their_windows,
-    to_layers,
     without_buffers,
+)
+from swinv2.bridges.placement import (
+    RECORD,
+    Found,
+    Layout,
+    assemble,
+    check_read_back,
+    convert,
+    count_classes,
 )
 from swinv2.bridges.sizes import (
     PretrainedWindows,
-    Sizes,
-    as_pair,
-    as_windows,
     given_sizes,
     read_buffers,
-    settle,
 )
-from swinv2.bridges.transformers import BridgeError
+from swinv2.bridges.timm_names import model_name, named_sizes, only_missing, read_arguments
+from swinv2.bridges.verification import (
+    Report,
+    compare,
+    compare_read_back,
+    ignore,
+    plain_copy,
+    zone_plate,
+)
 from swinv2.config import Pair, SwinV2Config
 from swinv2.encoder import SwinV2
 from swinv2.encoder_file import check_normalisation
@@ -51,9 +60,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 README_FILE = "README.md"
 _PICKLE_FILE = "pytorch_model.bin"
-_MERGE_SHIFT = 1
-_HEAD = "head.fc."
-_NAME = re.compile(r"swinv2_(\w+?)_window(\d+)(?:to(\d+))?_(\d+)(?:to(\d+))?(?=\.|$)")
+_LAYOUT = Layout(split=partial(layer_parts, merge_shift=1), classifier="head.fc.")
 
 
 def timm_arguments(encoder: SwinV2) -> tuple[str, dict[str, Any]]:
@@ -91,7 +98,7 @@ def timm_arguments(encoder: SwinV2) -> tuple[str, dict[str, Any]]:
     own = (config.patch_size, config.in_channels, config.mlp_ratio)
     named = zip(usual.items(), own, strict=True)
     arguments |= {name: value for (name, theirs), value in named if value != theirs}
-    return _model_name(config, arguments), arguments
+    return model_name(config, arguments), arguments
 
 
 def to_timm(encoder: SwinV2, *, classifier: Classifier | None = None) -> dict[str, Tensor]:
@@ -101,7 +108,7 @@ def to_timm(encoder: SwinV2, *, classifier: Classifier | None = None) -> dict[st
         BridgeError: timm has no such model, or the classifier does not fit the encoder.
     """
     timm_arguments(encoder)
-    tensors = to_layers(encoder, _MERGE_SHIFT)
+    tensors = convert(encoder, _LAYOUT.split)
     if classifier is None:
         return tensors
     features = encoder.num_features
@@ -115,8 +122,8 @@ def to_timm(encoder: SwinV2, *, classifier: Classifier | None = None) -> dict[st
             f"{tuple(classifier.bias.shape)}, not (classes, {features}) and (classes,)."
         )
     return tensors | {
-        f"{_HEAD}weight": classifier.weight.detach().cpu().contiguous(),
-        f"{_HEAD}bias": classifier.bias.detach().cpu().contiguous(),
+        f"{_LAYOUT.classifier}weight": classifier.weight.detach().cpu().contiguous(),
+        f"{_LAYOUT.classifier}bias": classifier.bias.detach().cpu().contiguous(),
     }
 
 
@@ -127,6 +134,8 @@ def export_timm(
     mean: Sequence[float],
     std: Sequence[float],
     classifier: Classifier | None = None,
+    images: Tensor | None = None,
+    report: Report = ignore,
 ) -> Path:
     """Write ``encoder`` as a folder for ``timm.create_model``, and read it back before it is kept.
 
@@ -139,10 +148,13 @@ def export_timm(
         mean: one value a channel, for images in [0, 1].
         std: one positive value a channel.
         classifier: a linear head on average-pooled features.
+        images: normalised (batch, channels, height, width), to compare features on before the
+            folder takes its place; by default a chart.
+        report: is told how far they are apart.
 
     Raises:
-        BridgeError: timm has no such model, the installed timm disagrees, or the classifier does
-            not fit.
+        BridgeError: timm has no such model, the installed timm computes something else, or the
+            classifier does not fit.
         ValueError: ``mean`` or ``std`` does not fit the channels, or ``path`` is occupied.
     """
     check_normalisation(mean, std, encoder.config.in_channels)
@@ -155,29 +167,61 @@ def export_timm(
         "num_features": encoder.num_features,
         "global_pool": "avg",
         "model_args": arguments,
-        "pretrained_cfg": {
-            "num_classes": classes,
-            "input_size": [encoder.config.in_channels, *encoder.config.image_size],
-            "fixed_input_size": True,
-            "interpolation": "bicubic",
-            "crop_pct": 0.9,
-            "mean": [float(value) for value in mean],
-            "std": [float(value) for value in std],
-            "first_conv": "patch_embed.proj",
-            "classifier": "head.fc",
-        },
+        "pretrained_cfg": _pretrained_cfg(encoder.config, classes, mean, std),
+        RECORD: asdict(encoder.config),
     }
     with atomic_folder(path, may_replace=is_timm_export) as folder:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         text = json.dumps(content, indent=2) + "\n"
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
         (folder / README_FILE).write_text(_readme(name, arguments, classes), encoding="utf-8")
-        if not same_tensors(encoder, import_timm(folder).encoder):
-            raise BridgeError("what was written is not what was read back: try again.")
-        timm, _ = find_timm()
-        if timm is not None:
+        back = import_timm(folder).encoder
+        check_read_back(encoder, back)
+        timm, reason = find_timm()
+        if timm is None:
+            report(f"not compared in timm: {reason}")
+            report(compare_read_back(encoder, back, images))
+        else:
             _check_shapes(timm, name, arguments, classes, tensors)
+            _compare(timm, folder, encoder, classifier=classifier, images=images, report=report)
     return Path(path)
+
+
+def _pretrained_cfg(
+    config: SwinV2Config, classes: int, mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Any]:
+    return {
+        "num_classes": classes,
+        "input_size": [config.in_channels, *config.image_size],
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        "crop_pct": 0.9,
+        "mean": [float(value) for value in mean],
+        "std": [float(value) for value in std],
+        "first_conv": "patch_embed.proj",
+        "classifier": "head.fc",
+    }
+
+
+def _compare(
+    timm: ModuleType,
+    folder: Path,
+    encoder: SwinV2,
+    *,
+    classifier: Classifier | None,
+    images: Tensor | None,
+    report: Report,
+) -> None:
+    """Compare what timm computes with the export, and report it."""
+    images = zone_plate(encoder.config) if images is None else images
+    peer: Any = load_in_timm(timm, folder)
+    with torch.no_grad():
+        features = plain_copy(encoder)(images)
+        theirs = peer.forward_features(images)
+        report(compare("timm's features to ours", features, theirs))
+        if classifier is not None:
+            logits = classifier.logits(features)
+            report(compare("timm's logits to ours", logits, peer.forward_head(theirs)))
 
 
 def import_timm(
@@ -210,60 +254,56 @@ def import_timm(
         BridgeError: it is of another model, a tensor is missing, unexpected or misshapen, a size is
             unknown or contradicts the file, or reading the file would run code.
     """
-    place_ = Path(path)
-    folder = place_ if place_.is_dir() else None
+    found = _find(Path(path), architecture)
+    given = given_sizes(image_size, window_size, pretrained_window_sizes)
+    return assemble(found, given, mean=mean, std=std)
+
+
+def _find(path: Path, name: str | None) -> Found:
+    """Read a file or folder; `name` is what the caller calls the model."""
+    folder = path if path.is_dir() else None
     content = {} if folder is None else _read_config(folder / CONFIG_FILE)
-    file = place_ if folder is None else folder / WEIGHTS_FILE
+    file = path if folder is None else folder / WEIGHTS_FILE
     if folder is not None and not file.is_file() and (folder / _PICKLE_FILE).is_file():
         file = folder / _PICKLE_FILE
     # The order in which timm itself takes them.
-    entries = ("state_dict_ema", "model_ema", "state_dict", "model")
-    checkpoint = read_checkpoint(file, entries)
+    checkpoint = read_checkpoint(file, ("state_dict_ema", "model_ema", "state_dict", "model"))
     source = checkpoint.source
     tensors, dropped = without_buffers(checkpoint.tensors)
-    refuse_other_models(tensors, source)
+    refuse_other_models(tensors, source, "layers")
+    _refuse_layout_of_reference(tensors, source)
+    fields = read_architecture(tensors, source)
+    stages = len(fields["depths"])
+    told, drop_path = read_arguments(content)
+    named = named_sizes("its model's name", content.get("architecture"), stages)
+    described = content.get("pretrained_cfg", content)
+    return Found(
+        source=source,
+        tensors=tensors,
+        dropped=dropped,
+        layout=_LAYOUT,
+        architecture=fields,
+        known=[
+            told,
+            named_sizes("the name you gave", name, stages),
+            only_missing(told, named),
+            read_buffers({key: checkpoint.tensors[key] for key in dropped}, fields),
+        ],
+        drop_path=drop_path,
+        recorded=content.get(RECORD),
+        num_classes=count_classes(tensors, _LAYOUT.classifier),
+        mean=described.get("mean"),
+        std=described.get("std"),
+    )
+
+
+def _refuse_layout_of_reference(tensors: Mapping[str, Tensor], source: str) -> None:
     if "layers.0.downsample.reduction.weight" in tensors or "head.weight" in tensors:
         raise BridgeError(
             f"{source} is laid out as the published code does it (it has "
             f"{'head' if 'head.weight' in tensors else 'layers.0.downsample'}): "
-            "import it with the reference format."
+            "import it with --format reference."
         )
-    fields = read_architecture(tensors, source)
-    stages = len(fields["depths"])
-    told, drop_path = _read_arguments(content)
-    known = [
-        given_sizes(image_size, window_size, pretrained_window_sizes),
-        told,
-        _named_sizes("the name you gave", architecture, stages),
-        _only_missing(told, _named_sizes("its model's name", content.get("architecture"), stages)),
-        read_buffers({name: checkpoint.tensors[name] for name in dropped}, fields),
-    ]
-    config = settle(fields, known, source, drop_path)
-    also: dict[str, tuple[int, ...]] = {}
-    if f"{_HEAD}weight" in tensors or f"{_HEAD}bias" in tensors:
-        first = tensors.get(f"{_HEAD}weight", tensors.get(f"{_HEAD}bias"))
-        assert first is not None
-        also = {
-            f"{_HEAD}weight": (len(first), config.num_features),
-            f"{_HEAD}bias": (len(first),),
-        }
-    encoder = place(tensors, config, merge_shift=_MERGE_SHIFT, source=source, also=also)
-    described = content.get("pretrained_cfg", content)
-    mean = tuple(mean or described.get("mean") or IMAGENET_MEAN)
-    std = tuple(std or described.get("std") or IMAGENET_STD)
-    check_normalisation(mean, std, config.in_channels)
-    return Imported(
-        encoder=encoder,
-        mean=mean,
-        std=std,
-        head=None,
-        classifier=Classifier(
-            weight=tensors[f"{_HEAD}weight"].float(), bias=tensors[f"{_HEAD}bias"].float()
-        )
-        if also
-        else None,
-        dropped=dropped,
-    )
 
 
 def find_timm() -> tuple[ModuleType | None, str]:
@@ -302,86 +342,8 @@ def is_timm_export(path: Path) -> bool:
     return str(content.get("architecture", "")).startswith("swinv2_")
 
 
-def _model_name(config: SwinV2Config, arguments: Mapping[str, Any]) -> str:
-    """Return timm's name for these sizes, or for a model of the variant at other sizes."""
-    sizes = (arguments["img_size"], arguments["window_size"])
-    windows = config.pretrained_window_sizes or config.stage_windows
-    if config.variant in ("tiny", "small") or config.variant is None:
-        size = "window16_256" if sizes == (256, 16) else "window8_256"
-        return f"swinv2_{config.variant or 'tiny'}_{size}"
-    transferred = windows == ((12, 12), (12, 12), (12, 12), (6, 6))
-    if transferred and sizes == (256, 16):
-        size = "window12to16_192to256"
-    elif transferred and sizes == (384, 24):
-        size = "window12to24_192to384"
-    elif config.variant == "base" and sizes in ((256, 8), (256, 16)):
-        size = f"window{sizes[1]}_256"
-    else:
-        size = "window12_192"
-    return f"swinv2_{config.variant}_{size}"
-
-
-def _named_sizes(origin: str, name: object, num_stages: int) -> Sizes:
-    """Return what a name such as swinv2_base_window12to16_192to256 says."""
-    if not isinstance(name, str):
-        return Sizes(origin=origin)
-    parts = _NAME.match(name)
-    if parts is None:
-        raise BridgeError(
-            f"{name!r} is no swinv2 model of timm: they have names such as "
-            "swinv2_tiny_window8_256 or swinv2_base_window12to16_192to256."
-        )
-    _, window, to_window, size, to_size = parts.groups()
-    windows: Any = "same"
-    if to_window is not None:
-        tokens = [int(size) // (4 * 2**stage) for stage in range(num_stages)]
-        windows = tuple(as_pair(min(int(window), side)) for side in tokens)
-    return Sizes(
-        origin=origin,
-        image_size=as_pair(int(to_size or size)),
-        window_size=as_pair(int(to_window or window)),
-        pretrained_window_sizes=windows,
-    )
-
-
-def _read_arguments(content: Mapping[str, Any]) -> tuple[Sizes, float]:
-    """Return the sizes and the stochastic depth that a ``config.json`` tells."""
-    origin = f"its {CONFIG_FILE}"
-    arguments = content.get("model_args") or {}
-    image, window = arguments.get("img_size"), arguments.get("window_size")
-    windows = arguments.get("pretrained_window_sizes")
-    if isinstance(window, list | tuple) and window and isinstance(window[0], list | tuple):
-        window = max(window, key=max)
-    return Sizes(
-        origin=origin,
-        image_size=None if image is None else as_pair(image),
-        window_size=None if window is None else as_pair(window),
-        pretrained_window_sizes=as_windows(windows),
-    ), float(arguments.get("drop_path_rate", 0.0))
-
-
-def _only_missing(told: Sizes, other: Sizes) -> Sizes:
-    """Return what `other` says about what `told` leaves open."""
-    return Sizes(
-        origin=other.origin,
-        image_size=None if told.image_size is not None else other.image_size,
-        window_size=None if told.window_size is not None else other.window_size,
-        pretrained_window_sizes=None
-        if told.pretrained_window_sizes is not None
-        else other.pretrained_window_sizes,
-    )
-
-
 def _read_config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BridgeError(f"{file} is not valid JSON ({error}): export it again.") from error
-    if not isinstance(content, dict):
-        raise BridgeError(f"{file} does not describe a model: export it again.")
-    return content
+    return read_json(file, "export it again") if file.is_file() else {}
 
 
 def _check_shapes(

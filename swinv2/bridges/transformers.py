@@ -1,91 +1,62 @@
-"""An encoder as the folders that Hugging Face transformers loads.
+"""Hugging Face transformers: folders that its classes load, written and read.
 
-One file cannot be loaded by three classes without a missing or an unexpected key, so an export has
-three folders: the encoder (``Swinv2Model``), ``backbone`` (``Swinv2Backbone``, which has no final
-norm) and, with the decoder, ``masked-image-modeling`` (``Swinv2ForMaskedImageModeling``).
-Writing them needs no transformers; where it is installed, it has to agree before they are kept.
+One file cannot be loaded by several classes without a missing or an unexpected key, so an export
+has a folder for each: the encoder (``Swinv2Model``), ``backbone`` (``Swinv2Backbone``, which has no
+final norm), with a decoder ``masked-image-modeling`` (``Swinv2ForMaskedImageModeling``) and with a
+classifier ``image-classification`` (``Swinv2ForImageClassification``). Writing and reading need no
+transformers; where it is installed, it has to agree before an export is kept.
 """
 
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from swinv2.atomic import atomic_folder
-from swinv2.attention import window_grid
-from swinv2.config import Pair, SwinV2Config, clamp_window
+from swinv2.bridges.checkpoints import read_checkpoint, read_json
+from swinv2.bridges.contents import BridgeError, Classifier, Imported, MaskedImageHead
+from swinv2.bridges.layers import refuse_other_models, without_buffers
+from swinv2.bridges.placement import (
+    RECORD,
+    Found,
+    assemble,
+    check_read_back,
+    checked_head,
+    classifier_shapes,
+    convert,
+    decoder_shapes,
+)
+from swinv2.bridges.sizes import PretrainedWindows, given_sizes
+from swinv2.bridges.transformers_check import check_transformers_export, compare_transformers
+from swinv2.bridges.transformers_layout import (
+    FOLDERS,
+    WEIGHTS_FILE,
+    ModelClass,
+    layout_of,
+    obstacles,
+    read_their_config,
+    refuse_other_configs,
+    split,
+    transformers_config,
+)
+from swinv2.bridges.verification import Report, compare_read_back, ignore
+from swinv2.config import Pair, SwinV2Config
 from swinv2.encoder import SwinV2
 from swinv2.encoder_file import check_normalisation
 from swinv2.weights import write_tensors
 
-BACKBONE_FOLDER = "backbone"
-MASKED_IMAGE_FOLDER = "masked-image-modeling"
 _CONFIG_FILE = "config.json"
-_WEIGHTS_FILE = "model.safetensors"
+_SHARDS_FILE = "model.safetensors.index.json"
+_PICKLE_FILE = "pytorch_model.bin"
 _PROCESSOR_FILE = "preprocessor_config.json"
+_README_FILE = "README.md"
 _BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, as the file stores it
-
-
-class BridgeError(ValueError):
-    """An encoder that the other format cannot express as it is."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskedImageHead:
-    """The tensors that SimMIM adds to an encoder."""
-
-    mask_token: Tensor
-    """What stands for a hidden token, ``embed_dim`` values in any shape."""
-    weight: Tensor
-    """The decoder's 1x1 convolution (stride² · in_channels, num_features, 1, 1)."""
-    bias: Tensor
-    """Its bias (stride² · in_channels,)."""
-
-
-def transformers_config(encoder: SwinV2) -> dict[str, Any]:
-    """Return the fields of the ``Swinv2Config`` that computes what ``encoder`` computes.
-
-    It does so at the encoder's nominal image size: transformers fixes its windows by that size.
-
-    Raises:
-        BridgeError: transformers has no such model; all reasons are listed.
-    """
-    config = encoder.config
-    problems = _obstacles(config)
-    if problems:
-        raise BridgeError(
-            "transformers' Swinv2 cannot compute what this encoder computes:\n  "
-            + "\n  ".join(problems)
-        )
-    height, width = config.image_size
-    return {
-        "model_type": "swinv2",
-        "image_size": height if height == width else [height, width],
-        "patch_size": config.patch_size,
-        "num_channels": config.in_channels,
-        "embed_dim": config.embed_dim,
-        "depths": list(config.depths),
-        "num_heads": list(config.num_heads),
-        "window_size": config.window_size[0],
-        "pretrained_window_sizes": _their_pretraining_windows(config),
-        "mlp_ratio": config.mlp_ratio,
-        "qkv_bias": True,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "drop_path_rate": config.drop_path,
-        "hidden_act": "gelu",
-        "use_absolute_embeddings": False,
-        "initializer_range": 0.02,
-        "layer_norm_eps": 1e-5,
-        "encoder_stride": encoder.strides[-1],
-    }
 
 
 def to_transformers(encoder: SwinV2) -> dict[str, Tensor]:
@@ -95,11 +66,7 @@ def to_transformers(encoder: SwinV2) -> dict[str, Tensor]:
         BridgeError: transformers has no such model.
     """
     transformers_config(encoder)
-    converted: dict[str, Tensor] = {}
-    for name, tensor in encoder.state_dict().items():
-        for theirs, part in _rename(name, tensor.detach()).items():
-            converted[theirs] = part.to("cpu", copy=True).contiguous()
-    return converted
+    return convert(encoder, split)
 
 
 def to_transformers_masked(encoder: SwinV2, head: MaskedImageHead) -> dict[str, Tensor]:
@@ -115,20 +82,33 @@ def to_transformers_masked(encoder: SwinV2, head: MaskedImageHead) -> dict[str, 
             "transformers' Swinv2ForMaskedImageModeling decodes square images of a multiple of "
             f"{stride} pixels, not {height}x{width}: set another image_size, or leave the head out."
         )
-    channels = stride * stride * encoder.config.in_channels
-    shapes = {
-        "mask_token": (head.mask_token.numel(), encoder.config.embed_dim),
-        "weight": (tuple(head.weight.shape), (channels, encoder.num_features, 1, 1)),
-        "bias": (tuple(head.bias.shape), (channels,)),
+    layout = layout_of("Swinv2ForMaskedImageModeling")
+    added = {
+        f"{layout.mask}": head.mask_token.reshape(1, 1, -1),
+        "decoder.0.weight": head.weight,
+        "decoder.0.bias": head.bias,
     }
-    wrong = [f"{name} is {is_}, not {due}" for name, (is_, due) in shapes.items() if is_ != due]
-    if wrong:
-        raise BridgeError(f"the head does not fit the encoder: {'; '.join(wrong)}.")
     return {
-        **{f"swinv2.{name}": tensor for name, tensor in to_transformers(encoder).items()},
-        "swinv2.embeddings.mask_token": head.mask_token.detach().cpu().reshape(1, 1, -1),
-        "decoder.0.weight": head.weight.detach().cpu().contiguous(),
-        "decoder.0.bias": head.bias.detach().cpu().contiguous(),
+        **{layout.prefix + name: tensor for name, tensor in to_transformers(encoder).items()},
+        **checked_head(added, decoder_shapes(encoder.config, layout)),
+    }
+
+
+def to_transformers_classifier(encoder: SwinV2, classifier: Classifier) -> dict[str, Tensor]:
+    """Return all tensors under the names of ``Swinv2ForImageClassification``, on the CPU.
+
+    Raises:
+        BridgeError: transformers has no such model, or the classifier is not one of this encoder.
+    """
+    layout = layout_of("Swinv2ForImageClassification")
+    added = {
+        f"{layout.classifier}weight": classifier.weight,
+        f"{layout.classifier}bias": classifier.bias,
+    }
+    shapes = classifier_shapes(encoder.config, layout.classifier, len(classifier.bias))
+    return {
+        **{layout.prefix + name: tensor for name, tensor in to_transformers(encoder).items()},
+        **checked_head(added, shapes),
     }
 
 
@@ -139,12 +119,19 @@ def export_transformers(
     mean: Sequence[float],
     std: Sequence[float],
     head: MaskedImageHead | None = None,
+    classifier: Classifier | None = None,
+    classes: Sequence[str] = (),
+    images: Tensor | None = None,
+    report: Report = ignore,
 ) -> Path:
     """Write ``encoder`` as folders that transformers loads with no missing and no unexpected key.
 
-    ``path`` is for ``Swinv2Model`` (and ``AutoModel``), ``path/backbone`` for ``Swinv2Backbone``
-    and, with ``head``, ``path/masked-image-modeling`` for ``Swinv2ForMaskedImageModeling``. For
-    images of 1 or 3 channels ``path`` also describes their preparation (``ViTImageProcessor``).
+    ``path`` is for ``Swinv2Model`` (and ``AutoModel``), ``path/backbone`` for ``Swinv2Backbone``,
+    with ``head`` ``path/masked-image-modeling`` for ``Swinv2ForMaskedImageModeling``, and with
+    ``classifier`` ``path/image-classification`` for ``Swinv2ForImageClassification``. Each also
+    describes how its images are prepared (``ViTImageProcessor``), and ``README.md`` has the lines
+    that load them. Before the folder takes its place it is read back; transformers, where it is
+    installed, has to compute the same from it.
 
     Args:
         encoder: left as it is; use `SwinV2.set_input` first to export it at another size.
@@ -152,82 +139,120 @@ def export_transformers(
         mean: one value a channel, for images in [0, 1].
         std: one positive value a channel.
         head: mask token and decoder.
+        classifier: a linear head on average-pooled features.
+        classes: names of its classes, if they have some.
+        images: normalised (batch, channels, height, width), to compare features on; by default a
+            chart.
+        report: is told how far they are apart.
 
     Raises:
-        BridgeError: transformers has no such model.
+        BridgeError: transformers has no such model, or computes something else.
         ValueError: ``mean`` or ``std`` does not fit the channels, or ``path`` is occupied.
     """
     check_normalisation(mean, std, encoder.config.in_channels)
-    config = transformers_config(encoder)
-    tensors = to_transformers(encoder)
-    backbone = {name: part for name, part in tensors.items() if not name.startswith("layernorm.")}
-    stages = [f"stage{index + 1}" for index in range(len(encoder.config.depths))]
-    masked = None if head is None else to_transformers_masked(encoder, head)
+    config = transformers_config(encoder) | {RECORD: asdict(encoder.config)}
+    contents = _contents(encoder, config, head, classifier, classes)
     with atomic_folder(path, may_replace=is_transformers_export) as folder:
-        _write_model(folder, "Swinv2Model", config, tensors)
-        _write_processor(folder, encoder.config, mean, std)
-        _write_model(
-            folder / BACKBONE_FOLDER,
-            "Swinv2Backbone",
-            {**config, "out_features": stages},
-            backbone,
-        )
-        if masked is not None:
-            _write_model(
-                folder / MASKED_IMAGE_FOLDER, "Swinv2ForMaskedImageModeling", config, masked
-            )
-        if find_spec("transformers") is not None:
+        for name, (described, tensors) in contents.items():
+            place = folder / FOLDERS[name]
+            _write_model(place, name, described, tensors)
+            _write_processor(place, encoder.config, mean, std)
+        text = _readme(encoder.config, tuple(contents))
+        (folder / _README_FILE).write_text(text, encoding="utf-8")
+        back = import_transformers(folder).encoder
+        check_read_back(encoder, back)
+        if find_spec("transformers") is None:
+            report("not compared: transformers is not installed (pip install 'simmim[export]')")
+            report(compare_read_back(encoder, back, images))
+        else:
             check_transformers_export(folder)
+            compare_transformers(
+                folder, encoder, head=head, classifier=classifier, images=images, report=report
+            )
     return Path(path)
 
 
-def check_transformers_export(path: str | os.PathLike[str]) -> None:
-    """Hold every folder of an export to the model transformers builds from its ``config.json``.
+def import_transformers(
+    path: str | os.PathLike[str],
+    *,
+    image_size: int | Pair | None = None,
+    window_size: int | Pair | None = None,
+    pretrained_window_sizes: PretrainedWindows = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Imported:
+    """Read a folder that ``save_pretrained`` of a Swin Transformer V2 class wrote.
 
-    transformers must be installed. No weights are read, so this is cheap for the largest variants.
+    ``config.json`` tells every size and which class it is: one of ``Swinv2Model``,
+    ``Swinv2Backbone``, ``Swinv2ForMaskedImageModeling`` and ``Swinv2ForImageClassification``. A
+    backbone has no final norm; ours starts with ones and zeros then, as `Imported.fresh` tells.
+
+    Args:
+        path: with config.json and model.safetensors, in one file or in shards, or
+            pytorch_model.bin.
+        image_size: (height, width) in pixels; here and below, what contradicts config.json is
+            refused.
+        window_size: (height, width) in tokens.
+        pretrained_window_sizes: of each stage, in tokens; "same" for the present ones.
+        mean: of each channel; by default what preprocessor_config.json says, or ImageNet's.
+        std: of each channel, in the same way.
 
     Raises:
-        BridgeError: a folder lacks a tensor, has one too many or one of another shape.
+        BridgeError: it is of another model, a field asks for what this encoder has not, a tensor is
+            missing, unexpected or misshapen, or reading a file would run code.
     """
-    from transformers import (  # noqa: PLC0415 - an optional part
-        Swinv2Backbone,
-        Swinv2Config,
-        Swinv2ForMaskedImageModeling,
-        Swinv2Model,
-    )
-
-    root = Path(path)
-    classes = {
-        root: Swinv2Model,
-        root / BACKBONE_FOLDER: Swinv2Backbone,
-        root / MASKED_IMAGE_FOLDER: Swinv2ForMaskedImageModeling,
-    }
-    for folder, model in classes.items():
-        if not folder.is_dir():
-            continue
-        with torch.device("meta"):
-            expected = model(Swinv2Config.from_pretrained(folder)).state_dict()
-        expected_shapes = {name: list(tensor.shape) for name, tensor in expected.items()}
-        with safe_open(folder / _WEIGHTS_FILE, framework="pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-        different = sorted(
-            name
-            for name in shapes.keys() | expected_shapes.keys()
-            if shapes.get(name) != expected_shapes.get(name)
+    folder = Path(path)
+    content = read_json(folder / _CONFIG_FILE, "give a folder that save_pretrained wrote")
+    given = given_sizes(image_size, window_size, pretrained_window_sizes)
+    imported = assemble(_find(folder, content), given, mean=mean, std=std)
+    problems = obstacles(imported.encoder.config)
+    if problems:
+        raise BridgeError(
+            f"{folder / _CONFIG_FILE}: at its image_size {content.get('image_size')} and "
+            f"window_size {content.get('window_size')} this encoder computes something else than "
+            "transformers; change them there if other sizes will do:\n  " + "\n  ".join(problems)
         )
-        if different:
-            raise BridgeError(
-                f"{model.__name__} of the installed transformers has other tensors than those "
-                f"written for it ({', '.join(different)}): install transformers 5."
-            )
+    return imported
+
+
+def _find(folder: Path, content: Mapping[str, Any]) -> Found:
+    """Read what stands beside a ``config.json`` of that content."""
+    config_source = str(folder / _CONFIG_FILE)
+    refuse_other_configs(content, config_source)
+    source, named = _read_weights(folder)
+    tensors, dropped = without_buffers(named)
+    refuse_other_models(tensors, source, "transformers")
+    told = read_their_config(content, tensors.keys(), config_source)
+    mean, std = _read_processor(folder / _PROCESSOR_FILE)
+    features = told.architecture["embed_dim"] * 2 ** (len(told.architecture["depths"]) - 1)
+    norm = {"norm.weight": torch.ones(features), "norm.bias": torch.zeros(features)}
+    return Found(
+        source=source,
+        tensors=tensors,
+        dropped=dropped,
+        layout=layout_of(told.model),
+        architecture=told.architecture,
+        known=[told.sizes],
+        drop_path=told.drop_path,
+        recorded=content.get(RECORD),
+        num_classes=told.num_classes,
+        mean=mean,
+        std=std,
+        classes=told.classes if told.num_classes else (),
+        fresh=norm if told.model == "Swinv2Backbone" else None,
+    )
 
 
 def is_transformers_export(path: Path) -> bool:
     """Tell whether ``path`` is what `export_transformers` wrote, and holds nothing else."""
-    known = {_CONFIG_FILE, _WEIGHTS_FILE, _PROCESSOR_FILE, BACKBONE_FOLDER, MASKED_IMAGE_FOLDER}
-    required = {_CONFIG_FILE, _WEIGHTS_FILE, BACKBONE_FOLDER}
+    files = {_CONFIG_FILE, WEIGHTS_FILE, _PROCESSOR_FILE}
+    places = {place for name, place in FOLDERS.items() if name != "Swinv2Model"}
     names = {place.name for place in path.iterdir()} if path.is_dir() else set()
-    if not required <= names <= known:
+    required = {_CONFIG_FILE, WEIGHTS_FILE, FOLDERS["Swinv2Backbone"]}
+    if not required <= names <= files | places | {_README_FILE}:
+        return False
+    inside = {part.name for name in names & places for part in (path / name).iterdir()}
+    if not inside <= files:
         return False
     try:
         content = json.loads((path / _CONFIG_FILE).read_text(encoding="utf-8"))
@@ -236,103 +261,39 @@ def is_transformers_export(path: Path) -> bool:
     return isinstance(content, dict) and content.get("model_type") == "swinv2"
 
 
-def _obstacles(config: SwinV2Config) -> list[str]:
-    """Say what of ``config`` transformers cannot express, each with its remedy if there is one."""
-    problems = []
-    if 0 < config.extra_norm_every <= max(config.depths):
-        problems.append(
-            f"it has a norm after every {config.extra_norm_every} blocks, and theirs has none: "
-            "use the native format"
-        )
-    if config.window_size[0] != config.window_size[1]:
-        problems.append(f"window {config.window_size} is not square: load it with a square window")
-        return problems
-    for stage, resolution in enumerate(config.stage_resolutions):
-        ours = window_grid(resolution, config.window_size, shifted=True)
-        rows, columns = ours.window
-        place = (
-            f"stage {stage + 1} of {resolution[0]}x{resolution[1]} tokens, window {rows}x{columns}"
-        )
-        if (ours.window, ours.shift) != _their_window(config, stage):
-            problems.append(
-                f"{place}: theirs takes window and shift from the rows, counted before padding: "
-                "load it with a square image_size that its strides divide"
+def _contents(
+    encoder: SwinV2,
+    config: Mapping[str, Any],
+    head: MaskedImageHead | None,
+    classifier: Classifier | None,
+    classes: Sequence[str],
+) -> dict[ModelClass, tuple[Mapping[str, Any], dict[str, Tensor]]]:
+    """Return config and tensors of each class that is written."""
+    tensors = to_transformers(encoder)
+    backbone = {name: part for name, part in tensors.items() if not name.startswith("layernorm.")}
+    stages = [f"stage{index + 1}" for index in range(len(encoder.config.depths))]
+    contents: dict[ModelClass, tuple[Mapping[str, Any], dict[str, Tensor]]] = {
+        "Swinv2Model": (config, tensors),
+        "Swinv2Backbone": ({**config, "out_features": stages}, backbone),
+    }
+    if head is not None:
+        contents["Swinv2ForMaskedImageModeling"] = (config, to_transformers_masked(encoder, head))
+    if classifier is not None:
+        count = len(classifier.bias)
+        if classes and len(classes) != count:
+            raise BridgeError(
+                f"there are {len(classes)} names for {count} classes: give one for each, or none."
             )
-        elif any(ours.padding):
-            problems.append(
-                f"{place}: theirs attends to the padding that fills the last windows: "
-                "load it with an image_size or window_size whose windows divide the stage"
-            )
-    for stage, reference in enumerate(config.pretrained_window_sizes or ()):
-        if reference[0] != reference[1]:
-            problems.append(f"stage {stage + 1}: pretraining window {reference} is not square")
-    return problems
-
-
-def _their_window(config: SwinV2Config, stage: int) -> tuple[Pair, Pair]:
-    """Return (window, shift) as ``Swinv2Layer`` fits them, from the height for both axes."""
-    rows = config.image_size[0] // config.patch_size // 2**stage
-    window, moves = clamp_window(rows, config.window_size[0])
-    shift = config.window_size[0] // 2 if moves else 0
-    return (window, window), (shift, shift)
-
-
-def _their_pretraining_windows(config: SwinV2Config) -> list[int]:
-    """Return a window for each stage, 0 where offsets are relative to the present window.
-
-    A pretraining window of one token has no offsets, and theirs would divide by zero; a window of
-    two divides by the same 1 as ours.
-    """
-    if config.pretrained_window_sizes is None:
-        return [0] * len(config.depths)
-    return [max(rows, 2) for rows, _ in config.pretrained_window_sizes]
-
-
-def _rename(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Return the tensor, or the parts of it, under the names of ``Swinv2Model``."""
-    module, _, leaf = name.rpartition(".")
-    match module.split("."):
-        case ["patch_embed", "projection"]:
-            return {f"embeddings.patch_embeddings.projection.{leaf}": tensor}
-        case ["patch_embed", "norm"]:
-            return {f"embeddings.norm.{leaf}": tensor}
-        case ["merges", stage, part]:
-            return {f"encoder.layers.{stage}.downsample.{part}.{leaf}": tensor}
-        case ["norm"]:
-            return {f"layernorm.{leaf}": tensor}
-        case ["stages", stage, "blocks", block, *part]:
-            prefix = f"encoder.layers.{stage}.blocks.{block}"
-            parts = _rename_in_block(".".join([*part, leaf]), tensor)
-            return {f"{prefix}.{theirs}": tensor for theirs, tensor in parts.items()}
-    raise AssertionError(f"no name in transformers for {name}")
-
-
-def _rename_in_block(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    if name == "attention.qkv.weight":
-        roles = zip(("query", "key", "value"), tensor.chunk(3), strict=True)
-        return {f"attention.self.{role}.weight": part for role, part in roles}
-    if name == "attention.logit_scale":
-        return {"attention.self.logit_scale": tensor[:, None, None]}
-    return {_BLOCK_NAMES[name]: tensor}
-
-
-_BLOCK_NAMES = {
-    "attention.query_bias": "attention.self.query.bias",
-    "attention.value_bias": "attention.self.value.bias",
-    "attention.position_bias.expand.weight": "attention.self.continuous_position_bias_mlp.0.weight",
-    "attention.position_bias.expand.bias": "attention.self.continuous_position_bias_mlp.0.bias",
-    "attention.position_bias.reduce.weight": "attention.self.continuous_position_bias_mlp.2.weight",
-    "attention.projection.weight": "attention.output.dense.weight",
-    "attention.projection.bias": "attention.output.dense.bias",
-    "norm1.weight": "layernorm_before.weight",
-    "norm1.bias": "layernorm_before.bias",
-    "norm2.weight": "layernorm_after.weight",
-    "norm2.bias": "layernorm_after.bias",
-    "mlp.expand.weight": "intermediate.dense.weight",
-    "mlp.expand.bias": "intermediate.dense.bias",
-    "mlp.reduce.weight": "output.dense.weight",
-    "mlp.reduce.bias": "output.dense.bias",
-}
+        names = list(classes) or [f"LABEL_{number}" for number in range(count)]
+        labels = {
+            "id2label": {str(number): name for number, name in enumerate(names)},
+            "label2id": {name: number for number, name in enumerate(names)},
+        }
+        contents["Swinv2ForImageClassification"] = (
+            {**config, **labels},
+            to_transformers_classifier(encoder, classifier),
+        )
+    return contents
 
 
 def _write_model(
@@ -343,15 +304,13 @@ def _write_model(
     content = {"architectures": [architecture], **config}
     if len(dtypes) == 1:
         content["dtype"] = dtypes.pop()
-    write_tensors(folder / _WEIGHTS_FILE, tensors)
+    write_tensors(folder / WEIGHTS_FILE, tensors)
     _write_json(folder / _CONFIG_FILE, content)
 
 
 def _write_processor(
     folder: Path, config: SwinV2Config, mean: Sequence[float], std: Sequence[float]
 ) -> None:
-    if config.in_channels not in (1, 3):
-        return
     height, width = config.image_size
     content = {
         "image_processor_type": "ViTImageProcessor",
@@ -369,3 +328,65 @@ def _write_processor(
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_weights(folder: Path) -> tuple[str, dict[str, Tensor]]:
+    """Return where the tensors of a folder stand, for messages, and all of them by name."""
+    entries = ("state_dict", "model")
+    shards = folder / _SHARDS_FILE
+    if (folder / WEIGHTS_FILE).is_file() or not shards.is_file():
+        pickled = not (folder / WEIGHTS_FILE).is_file() and (folder / _PICKLE_FILE).is_file()
+        checkpoint = read_checkpoint(folder / (_PICKLE_FILE if pickled else WEIGHTS_FILE), entries)
+        return checkpoint.source, checkpoint.tensors
+    places = read_json(shards, "copy the folder again").get("weight_map")
+    files = sorted(set(places.values())) if isinstance(places, Mapping) else []
+    if not files or any(Path(str(name)).name != name for name in files):
+        raise BridgeError(f"{shards} does not name files beside it: copy the folder again.")
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        tensors |= read_checkpoint(folder / name, entries).tensors
+    return str(shards), tensors
+
+
+def _read_processor(file: Path) -> tuple[list[float] | None, list[float] | None]:
+    """Return mean and std of each channel, for images in [0, 1], where the file tells them."""
+    if not file.is_file():
+        return None, None
+    content = read_json(file, "copy it again, or remove it and give mean and std")
+    if not content.get("do_normalize", True):
+        raise BridgeError(
+            f"{file} normalises no images (do_normalize is false): give mean and std."
+        )
+    factor = content.get("rescale_factor", 1 / 255)
+    if not content.get("do_rescale", True) or factor != 1 / 255:
+        raise BridgeError(
+            f"{file} scales images by rescale_factor {factor!r}, and here mean and std are for "
+            "images in [0, 1]: set do_rescale true and rescale_factor 1/255, and scale them too."
+        )
+    return content.get("image_mean"), content.get("image_std")
+
+
+def _readme(config: SwinV2Config, classes: Sequence[ModelClass]) -> str:
+    blocks = "\n".join(
+        f"```python\nfrom transformers import AutoImageProcessor, {name}\n\n"
+        f'processor = AutoImageProcessor.from_pretrained("{FOLDERS[name]}")\n'
+        f'model = {name}.from_pretrained("{FOLDERS[name]}")\n```\n'
+        for name in classes
+    )
+    height, width = config.image_size
+    options = ['return_tensors="pt"']
+    resizes = "resizes and "
+    if config.in_channels not in (1, 3):
+        options.append('input_data_format="channels_last"')
+    if config.in_channels > 4:  # which Pillow cannot resize
+        options.append("do_resize=False")
+        resizes = ""
+    return f"""# Swin Transformer V2 for transformers
+
+In this folder (transformers 5), for each class that it holds:
+
+{blocks}
+`model(**processor(images=image, {", ".join(options)}))` takes images of
+{width}x{height} pixels and {config.in_channels} channels, which the processor \
+{resizes}normalises.
+"""

@@ -9,7 +9,7 @@ import yaml
 
 from simmim.cli import main
 from simmim.engine.checkpoint import complete_checkpoints
-from swinv2 import SwinV2, SwinV2Config, read_encoder_config
+from swinv2 import SwinV2, SwinV2Config, read_encoder_config, save_encoder
 from swinv2.bridges.reference import to_reference
 
 
@@ -141,6 +141,26 @@ def test_import_asks_for_what_a_checkpoint_does_not_tell(
     with pytest.raises(SystemExit):
         main([*command, "--window-size", "a"])
     assert "--window-size" in capsys.readouterr().err
+
+
+def test_a_folder_of_transformers_goes_through(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2)}
+    encoder = SwinV2(SwinV2Config(image_size=32, window_size=4, **sizes))
+    start, there, back = tmp_path / "start", tmp_path / "there", tmp_path / "back"
+    save_encoder(encoder, start, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    assert main(["export", str(start), str(there), "--format", "transformers"]) == 0
+    assert "largest difference of " in capsys.readouterr().out
+    assert main(["import", str(there), str(back), "--format", "transformers"]) == 0
+    assert "its features after loading: 0.0e+00" in capsys.readouterr().out
+    ours, again = read_encoder_config(start), read_encoder_config(back)
+    assert (again.config, again.mean, again.std) == (ours.config, ours.mean, ours.std)
+    command = ["import", str(there), str(tmp_path / "no"), "--format", "timm"]
+    assert "--format transformers" in refused(command, capsys)
+    command[-1] = "transformers"
+    assert "image_size is (64, 64)" in refused([*command, "--image-size", "64"], capsys)
+    assert not (tmp_path / "no").exists()
 
 
 def test_what_is_no_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """The encoder directory: what is saved comes back, and what does not fit is refused."""
 
 import json
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,10 +21,16 @@ from swinv2 import (
     read_encoder_config,
     save_encoder,
 )
-from swinv2.weights import load_strictly
+from swinv2.weights import is_encoder_directory, load_strictly
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+
+
+def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
+    first, second = one.state_dict(), other.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.fixture
@@ -65,8 +72,9 @@ def test_what_is_saved_comes_back(encoder: SwinV2, saved: Path) -> None:
             assert torch.equal(expected, found)
 
 
-def test_the_folder_holds_safetensors_and_json_alone(encoder: SwinV2, saved: Path) -> None:
-    assert sorted(place.name for place in saved.iterdir()) == ["config.json", "model.safetensors"]
+def test_the_folder_holds_safetensors_json_and_text_alone(encoder: SwinV2, saved: Path) -> None:
+    names = sorted(place.name for place in saved.iterdir())
+    assert names == ["README.md", "config.json", "model.safetensors"]
     assert load_file(saved / "model.safetensors").keys() == dict(encoder.named_parameters()).keys()
 
 
@@ -254,3 +262,37 @@ def test_a_normalisation_that_does_not_fit_writes_nothing(encoder: SwinV2, tmp_p
 def test_weights_of_another_type_are_converted(encoder: SwinV2, tmp_path: Path) -> None:
     path = save_encoder(encoder.to(torch.bfloat16), tmp_path / "encoder", mean=MEAN, std=STD)
     assert load_encoder(path).norm.weight.dtype == torch.float32
+
+
+def test_the_lines_in_its_readme_load_it(
+    encoder: SwinV2, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = re.search(r"```python\n(.*?)```", (saved / "README.md").read_text(), re.DOTALL)
+    assert lines is not None
+    monkeypatch.chdir(saved)
+    names: dict[str, Any] = {}
+    exec(compile(lines[1], "README", "exec"), names)
+    assert_same_weights(names["encoder"], encoder)
+    assert (names["description"].mean, names["description"].std) == (MEAN, STD)
+
+
+def test_a_directory_of_an_early_version_is_loaded_and_replaced(
+    encoder: SwinV2, saved: Path
+) -> None:
+    (saved / "README.md").unlink()
+    assert is_encoder_directory(saved)
+    assert_same_weights(load_encoder(saved), encoder)
+    save_encoder(encoder, saved, mean=MEAN, std=STD)
+    assert (saved / "README.md").is_file()
+
+
+def test_a_check_that_fails_leaves_what_was_there(encoder: SwinV2, saved: Path) -> None:
+    before = (saved / "config.json").read_bytes()
+
+    def check(folder: Path) -> None:
+        assert_same_weights(load_encoder(folder), encoder)
+        raise ValueError("not good enough")
+
+    with pytest.raises(ValueError, match="not good enough"):
+        save_encoder(encoder, saved, mean=(0.1,) * 3, std=STD, check=check)
+    assert (saved / "config.json").read_bytes() == before

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from simmim.engine.loop import build_accelerator, train
 from simmim.engine.run import RunFolder
@@ -11,6 +12,8 @@ from simmim.stages.classification import ClassificationRecipe, ClassificationSta
 from simmim.stages.export import FORMATS, export, read_source
 from simmim.stages.import_encoder import Known, import_encoder
 from simmim.stages.pretrain import PretrainRecipe, PretrainStage
+from swinv2.bridges.reference import import_reference
+from swinv2.bridges.timm import import_timm
 from swinv2.weights import load_encoder, read_encoder_config
 
 
@@ -47,6 +50,7 @@ def test_native_export_of_a_run_is_its_trained_encoder(
     lines = export(run, tmp_path / "out", "native")
     assert_same_weights(load_encoder(tmp_path / "out"), stage.model.encoder)
     assert "step-00000012" in lines[0]
+    assert lines[-2].startswith("  compared on shard-000000/")
     assert lines[-1].endswith("0.0e+00")
     ours, handed_on = read_encoder_config(tmp_path / "out"), read_encoder_config(run / "encoder")
     assert ours == handed_on
@@ -121,13 +125,129 @@ def test_transformers_loads_a_run_with_its_decoder(
 
 
 @pytest.mark.peer
-def test_transformers_export_of_a_directory_has_no_decoder(
+def test_transformers_export_of_a_directory_has_no_heads(
     encoder_directory: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("transformers")
     lines = export(encoder_directory, tmp_path / "out", "transformers")
-    assert not any("MaskedImage" in line for line in lines)
-    assert not (tmp_path / "out" / "masked-image-modeling").exists()
+    assert "  compared on a picture that was drawn for it:" in lines
+    assert sum("largest difference of Swinv2" in line for line in lines) == 2
+    held = {place.name for place in (tmp_path / "out").iterdir() if place.is_dir()}
+    assert held == {"backbone"}
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("left", ["all", "no-encoder", "no-checkpoints", "no-shards"])
+def test_transformers_loads_a_fine_tuned_run_with_its_classifier(
+    classified: tuple[Path, ClassificationStage], tmp_path: Path, left: str
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    run, stage = classified
+    match left:
+        case "no-encoder":
+            (run / "encoder").rename(tmp_path / "gone")
+        case "no-checkpoints":
+            (run / "checkpoints").rename(tmp_path / "gone")
+        case "no-shards":
+            (run / "encoder").rename(tmp_path / "gone")
+            recipe = run / "recipe.yaml"
+            recipe.write_text(recipe.read_text().replace(stage.recipe.data.shards, "nowhere"))
+    lines = export(run, tmp_path / "out", "transformers")
+    assert sum("largest difference of Swinv2" in line for line in lines) == 3
+    real = left in ("all", "no-encoder")
+    assert any("compared on shard-000000/" in line for line in lines) == real
+    assert float(lines[-1].split()[-1]) < 1e-4
+    peer, report = transformers.Swinv2ForImageClassification.from_pretrained(
+        tmp_path / "out" / "image-classification", output_loading_info=True
+    )
+    assert not any(report.values())
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    stage.module.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(peer(images).logits, stage.model(images), rtol=1e-4, atol=1e-5)
+    named = dict(enumerate(("circle", "square", "stripe")))
+    unnamed = {number: f"LABEL_{number}" for number in named}
+    assert peer.config.id2label == (unnamed if left == "no-shards" else named)
+
+
+@pytest.mark.parametrize("form", ["reference", "timm"])
+def test_a_fine_tuned_run_is_exported_with_its_classifier(
+    classified: tuple[Path, ClassificationStage], tmp_path: Path, form: Any
+) -> None:
+    run, stage = classified
+    export(run, tmp_path / "out", form)
+    read = {"reference": import_reference, "timm": import_timm}[form]
+    imported = read(tmp_path / "out")
+    assert imported.classifier is not None
+    assert torch.equal(imported.classifier.weight, stage.model.head.weight)
+    assert torch.equal(imported.classifier.bias, stage.model.head.bias)
+    lines = import_encoder(tmp_path / "out", tmp_path / "back", form, Known())
+    assert any("left out: the classifier of 3 classes" in line for line in lines)
+
+
+def spoilt(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    last = list(tensors)[-1]
+    return {**tensors, last: tensors[last] + 1e-3}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_is_written_wrong_is_not_kept(
+    encoder_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Any
+) -> None:
+    def contents() -> dict[Path, bytes]:
+        return {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+
+    def save_wrong_file(tensors: Any, path: Path, metadata: Any) -> None:
+        save_file(spoilt(tensors), path, metadata)
+
+    def save_wrong_pickle(content: Any, path: Path) -> None:
+        save(content | {"model": spoilt(content["model"])}, path)
+
+    out, save = tmp_path / "out", torch.save
+    export(encoder_directory, out, form)
+    before = contents()
+    monkeypatch.setattr("swinv2.weights.save_file", save_wrong_file)
+    monkeypatch.setattr("swinv2.bridges.timm.save_file", save_wrong_file)
+    monkeypatch.setattr(torch, "save", save_wrong_pickle)
+    with pytest.raises(ValueError, match="not exported: "):
+        export(encoder_directory, out, form)
+    assert contents() == before
+    assert {place.name for place in tmp_path.iterdir()} == {"encoder", "out"}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_export_has_a_readme_with_lines_to_load_it(
+    encoder_directory: Path, tmp_path: Path, form: Any
+) -> None:
+    lines = export(encoder_directory, tmp_path / "out", form)
+    assert "```python\n" in (tmp_path / "out" / "README.md").read_text()
+    assert any("README.md has the lines that load" in line for line in lines)
+    assert float(lines[-1].split()[-1]) < 1e-4
+
+
+@pytest.mark.peer
+def test_a_run_goes_to_transformers_and_back(
+    pretrained: tuple[Path, PretrainStage], tmp_path: Path
+) -> None:
+    run, stage = pretrained
+    export(run, tmp_path / "out", "transformers")
+    for folder in (".", "masked-image-modeling"):
+        lines = import_encoder(
+            tmp_path / "out" / folder, tmp_path / "back", "transformers", Known()
+        )
+        assert any("left out: mask token" in line for line in lines) == (folder != ".")
+        assert lines[-1].endswith("0.0e+00")
+        assert_same_weights(load_encoder(tmp_path / "back"), stage.model.encoder)
+        ours, back = read_encoder_config(run / "encoder"), read_encoder_config(tmp_path / "back")
+        assert (back.config, back.mean, back.std) == (ours.config, ours.mean, ours.std)
+    lines = import_encoder(
+        tmp_path / "out" / "backbone", tmp_path / "back", "transformers", Known()
+    )
+    assert "  not in it: norm.weight, norm.bias" in "\n".join(lines)
+    with pytest.raises(ValueError, match="no names of models"):
+        import_encoder(
+            tmp_path / "out", tmp_path / "back", "transformers", Known(architecture="tiny")
+        )
 
 
 @pytest.mark.parametrize("form", ["reference", "timm"])

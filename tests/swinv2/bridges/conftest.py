@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from stand_in import import_with_stand_in
 from torch import nn
 
 from swinv2 import SwinV2, SwinV2Config
+from swinv2.bridges.contents import Classifier, MaskedImageHead
+from swinv2.bridges.transformers import export_transformers
 
 RECORDED = Path(__file__).with_name("timm_tensors.json")
 
@@ -178,3 +181,34 @@ def spoil_what_tells_sizes(tensors: dict[str, torch.Tensor]) -> str:
 def spoil(request: pytest.FixtureRequest) -> Callable[[dict[str, torch.Tensor]], str]:
     """Spoils a checkpoint of the encoder of `build`, and gives what the refusal says."""
     return request.param
+
+
+def heads_of(encoder: SwinV2) -> dict[str, Any]:
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+    channels = encoder.strides[-1] ** 2 * encoder.config.in_channels
+    return {
+        "head": MaskedImageHead(
+            mask_token=draw(1, 1, 1, encoder.config.embed_dim),
+            weight=draw(channels, encoder.num_features, 1, 1),
+            bias=draw(channels),
+        ),
+        "classifier": Classifier(weight=draw(5, encoder.num_features), bias=draw(5)),
+    }
+
+
+@pytest.fixture
+def draw_heads() -> Callable[[SwinV2], dict[str, Any]]:
+    """Draws decoder and classifier of an encoder."""
+    return heads_of
+
+
+@pytest.fixture
+def exported(build: Callable[..., SwinV2], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An export with every class of transformers, written as if that were not installed."""
+    monkeypatch.setattr("swinv2.bridges.transformers.find_spec", lambda name: None)
+    encoder, mean, std = build(), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    return export_transformers(
+        encoder, tmp_path / "export", mean=mean, std=std, **heads_of(encoder)
+    )

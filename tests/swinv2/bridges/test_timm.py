@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from swinv2 import SwinV2, build_encoder, variant_config
-from swinv2.bridges.layers import Classifier, place
+from swinv2.bridges.contents import BridgeError, Classifier
+from swinv2.bridges.layers import layer_parts
+from swinv2.bridges.placement import place
 from swinv2.bridges.reference import to_reference
 from swinv2.bridges.timm import (
     export_timm,
@@ -25,7 +28,6 @@ from swinv2.bridges.timm import (
     timm_arguments,
     to_timm,
 )
-from swinv2.bridges.transformers import BridgeError
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 SIZES = {"image_size": 64, "window_size": 8, "pretrained_window_sizes": "same"}
@@ -36,6 +38,7 @@ RECORDED = {
     "base": "swinv2_base_window12_192",
     "large": "swinv2_large_window12_192",
 }
+SPLIT = partial(layer_parts, merge_shift=1)
 Build = Callable[..., SwinV2]
 Same = Callable[[nn.Module, nn.Module], None]
 Shapes = dict[str, dict[str, tuple[int, ...]]]
@@ -46,8 +49,8 @@ shapes_of_models = pytest.mark.parametrize(
         {},
         {"image_size": 32, "patch_size": 2, "drop_path": 0.2},
         {"image_size": 32},
-        {"in_channels": 1, "mlp_ratio": 2.5},
-        {"pretrained_window_sizes": ((4, 4), (4, 4), (2, 2), (2, 2))},
+        {"in_channels": 1, "mlp_ratio": 2.7},
+        {"pretrained_window_sizes": ((4, 4), (4, 4), (2, 2), (1, 1))},
         {"image_size": (64, 128), "window_size": (8, 16)},
         {"image_size": (64, 128), "window_size": 16},
     ],
@@ -81,7 +84,7 @@ def test_the_recorded_tensors_of_each_variant_are_placed_one_to_one(
     head = {name: shape for name, shape in shapes.items() if name.startswith("head.fc.")}
     assert head.keys() == {"head.fc.weight", "head.fc.bias"}
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    encoder = place(tensors, variant_config(variant), merge_shift=1, source="list", also=head)
+    encoder = place(tensors, variant_config(variant), SPLIT, source="list", also=head)
     assert len(encoder.state_dict()) == len(shapes) - 2
 
 
@@ -106,8 +109,7 @@ def test_a_round_trip_is_bit_identical(
     back = import_timm(path)
     assert_same_weights(encoder, back.encoder)
     assert {"mean": back.mean, "std": back.std} == normalisation(encoder)
-    for field in ("image_size", "window_size", "patch_size", "mlp_ratio", "drop_path", "depths"):
-        assert getattr(back.encoder.config, field) == getattr(encoder.config, field)
+    assert back.encoder.config == encoder.config
     with torch.no_grad():
         assert torch.equal(encoder(draw_images(encoder)), back.encoder(draw_images(encoder)))
     assert (back.classifier is None) == (classifier is None)
@@ -223,6 +225,27 @@ def test_a_timm_of_other_tensors_is_found(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.peer
+def test_an_export_that_timm_computes_otherwise_is_not_kept(
+    build: Build, timm: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    encoder = build()
+    options: dict[str, Any] = {"mean": MEAN, "std": STD, "classifier": draw_classifier(encoder)}
+    export_timm(encoder, tmp_path / "out", **options, report=lines.append)
+    assert [line.rpartition(":")[0] for line in lines] == [
+        "largest difference of timm's features to ours",
+        "largest difference of timm's logits to ours",
+    ]
+    name, arguments = timm_arguments(encoder)
+    wrong = (name, arguments | {"pretrained_window_sizes": [3, 3, 3, 3]})
+    monkeypatch.setattr("swinv2.bridges.timm.timm_arguments", lambda encoder: wrong)
+    monkeypatch.setattr("swinv2.bridges.timm.check_read_back", lambda one, other: None)
+    with pytest.raises(BridgeError, match="not exported: the largest difference of timm's feat"):
+        export_timm(encoder, tmp_path / "other", **options)
+    assert [place.name for place in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize(
     ("variant", "sizes", "expected"),
     [
@@ -329,9 +352,9 @@ def test_the_layout_of_the_published_code_is_sent_to_its_bridge(
 
     encoder = build()
     torch.save({"model": to_reference(encoder)}, tmp_path / "reference.pth")
-    with pytest.raises(BridgeError, match="import it with the reference format"):
+    with pytest.raises(BridgeError, match="import it with --format reference"):
         import_timm(tmp_path / "reference.pth", **SIZES)
-    with pytest.raises(BridgeError, match="import it with the timm format"):
+    with pytest.raises(BridgeError, match="import it with --format timm"):
         import_reference(bare(encoder, tmp_path), **SIZES)
 
 

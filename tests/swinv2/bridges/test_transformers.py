@@ -1,10 +1,12 @@
 """Exports load in transformers as they are, and what it cannot compute is refused."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,35 +14,25 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from swinv2 import SwinV2, SwinV2Config, build_encoder
-from swinv2.bridges.transformers import (
-    BridgeError,
-    MaskedImageHead,
-    check_transformers_export,
-    export_transformers,
-    transformers_config,
-)
+from swinv2 import SwinV2, build_encoder
+from swinv2.bridges.contents import BridgeError, Classifier, MaskedImageHead
+from swinv2.bridges.transformers import export_transformers, import_transformers
+from swinv2.bridges.transformers_check import check_transformers_export
+from swinv2.bridges.transformers_layout import transformers_config
 
 peer = pytest.mark.peer
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
-def small_config(**sizes: object) -> SwinV2Config:
-    sizes = {"image_size": 64, "window_size": 8, **sizes}
-    return SwinV2Config(embed_dim=8, depths=(1, 2, 2, 1), num_heads=(1, 1, 2, 4), **sizes)
-
-
-@pytest.fixture
-def build(randomise: Callable[[nn.Module], None]) -> Callable[..., SwinV2]:
-    def build_small(**sizes: object) -> SwinV2:
-        encoder = SwinV2(small_config(**sizes))
-        randomise(encoder)
-        return encoder.eval()
-
-    return build_small
+def draw_classifier(encoder: SwinV2, classes: int = 5) -> Classifier:
+    generator = torch.Generator().manual_seed(8)
+    return Classifier(
+        weight=torch.randn(classes, encoder.num_features, generator=generator),
+        bias=torch.randn(classes, generator=generator),
+    )
 
 
 def draw_head(encoder: SwinV2) -> MaskedImageHead:
@@ -88,15 +80,21 @@ def test_every_folder_loads_whole_and_computes_the_same(
     transformers = pytest.importorskip("transformers")
     encoder = build(**sizes)
     channels = encoder.config.in_channels
-    head = draw_head(encoder)
+    head, classifier = draw_head(encoder), draw_classifier(encoder)
     path = export_transformers(
-        encoder, tmp_path / "export", mean=(0.5,) * channels, std=(0.25,) * channels, head=head
+        encoder,
+        tmp_path / "export",
+        mean=(0.5,) * channels,
+        std=(0.25,) * channels,
+        head=head,
+        classifier=classifier,
     )
     models = {}
     for folder, name in (
         (path, "Swinv2Model"),
         (path / "backbone", "Swinv2Backbone"),
         (path / "masked-image-modeling", "Swinv2ForMaskedImageModeling"),
+        (path / "image-classification", "Swinv2ForImageClassification"),
     ):
         models[name], report = getattr(transformers, name).from_pretrained(
             folder, output_loading_info=True
@@ -114,6 +112,11 @@ def test_every_folder_loads_whole_and_computes_the_same(
         maps = models["Swinv2Backbone"](images).feature_maps
         masked = models["Swinv2ForMaskedImageModeling"](images, bool_masked_pos=hidden.flatten(1))
         reconstruction, loss = reconstruct(encoder, head, images, hidden)
+        logits = models["Swinv2ForImageClassification"](images).logits
+    pooled = features[-1].mean((2, 3))
+    torch.testing.assert_close(
+        pooled @ classifier.weight.T + classifier.bias, logits, rtol=1e-4, atol=1e-4
+    )
     torch.testing.assert_close(
         features[-1].flatten(2).transpose(1, 2), theirs.last_hidden_state, rtol=1e-4, atol=1e-5
     )
@@ -122,6 +125,142 @@ def test_every_folder_loads_whole_and_computes_the_same(
         torch.testing.assert_close(ours, their_map, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(reconstruction, masked.reconstruction, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(loss, masked.loss, rtol=1e-5, atol=0)
+
+
+@peer
+def test_a_classifier_has_the_names_of_its_classes(
+    build: Callable[..., SwinV2], tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    encoder, names = build(), ("cat", "dog", "cat's whisker")
+    options: dict[str, Any] = {"mean": MEAN, "std": STD, "classifier": draw_classifier(encoder, 3)}
+    path = export_transformers(encoder, tmp_path / "out", **options, classes=names)
+    model = transformers.AutoModelForImageClassification.from_pretrained(
+        path / "image-classification"
+    )
+    assert model.config.id2label == dict(enumerate(names))
+    assert import_transformers(path / "image-classification").classes == names
+    export_transformers(encoder, path, **options)
+    assert import_transformers(path / "image-classification").classes == ()
+    with pytest.raises(BridgeError, match="2 names for 3 classes"):
+        export_transformers(encoder, path, **options, classes=names[:2])
+
+
+@peer
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_the_lines_in_its_readme_load_it(
+    build: Callable[..., SwinV2],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    channels: int,
+) -> None:
+    pytest.importorskip("transformers")
+    encoder = build(in_channels=channels)
+    mean = tuple(0.1 * (channel + 1) for channel in range(channels))
+    path = export_transformers(
+        encoder,
+        tmp_path / "export",
+        mean=mean,
+        std=(0.5,) * channels,
+        head=draw_head(encoder),
+        classifier=draw_classifier(encoder),
+    )
+    text = (path / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    call = re.search(r"`model\(\*\*(processor\(.*?\))\)`", text)
+    assert call is not None
+    monkeypatch.chdir(path)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, channels), dtype=np.uint8)
+    image = pixels if channels != 1 else Image.fromarray(pixels[..., 0])
+    loaded = []
+    for block in blocks:
+        names: dict[str, Any] = {"image": image}
+        exec(compile(block, "README", "exec"), names)
+        prepared = eval(call[1], names)
+        expected = (torch.from_numpy(pixels) / 255 - torch.tensor(mean)) / 0.5
+        torch.testing.assert_close(
+            prepared.pixel_values[0], expected.permute(2, 0, 1), rtol=1e-5, atol=1e-5
+        )
+        with torch.no_grad():
+            loaded.append((names["model"], names["model"](**prepared)))
+    kinds = ["", "Backbone", "ForMaskedImageModeling", "ForImageClassification"]
+    assert [type(model).__name__ for model, _ in loaded] == [
+        f"Swinv2{kind or 'Model'}" for kind in kinds
+    ]
+    with torch.no_grad():
+        features = encoder(prepared.pixel_values).flatten(1, 2)
+    torch.testing.assert_close(loaded[0][1].last_hidden_state, features, rtol=1e-4, atol=1e-5)
+
+
+@peer
+@pytest.mark.parametrize(
+    ("broken", "named"),
+    [
+        ("pretrained_window_sizes", "Swinv2Model's features"),
+        ("window_size", "Swinv2Model's features"),
+    ],
+)
+def test_an_export_that_computes_something_else_is_not_kept(
+    build: Callable[..., SwinV2],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    broken: str,
+    named: str,
+) -> None:
+    pytest.importorskip("transformers")
+    right = transformers_config(build())
+    wrong = right | {broken: 4 if broken == "window_size" else [3, 3, 3, 3]}
+    monkeypatch.setattr("swinv2.bridges.transformers.transformers_config", lambda encoder: wrong)
+    monkeypatch.setattr("swinv2.bridges.transformers.check_read_back", lambda one, other: None)
+    with pytest.raises(BridgeError, match=f"not exported: the largest difference of {named}"):
+        export_transformers(build(), tmp_path / "export", mean=MEAN, std=STD)
+    assert list(tmp_path.iterdir()) == []
+
+
+@peer
+def test_every_class_is_compared_on_the_image_given(
+    build: Callable[..., SwinV2], tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    encoder, lines = build(), list[str]()
+    export_transformers(
+        encoder,
+        tmp_path / "export",
+        mean=MEAN,
+        std=STD,
+        head=draw_head(encoder),
+        classifier=draw_classifier(encoder),
+        images=torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)),
+        report=lines.append,
+    )
+    kinds = ["Model's features", "Backbone's maps", "ForMaskedImageModeling's reconstruction"]
+    kinds.append("ForImageClassification's logits")
+    assert [line.rpartition(":")[0] for line in lines] == [
+        f"largest difference of Swinv2{kind} to ours" for kind in kinds
+    ]
+    assert all(0 < float(line.split()[-1]) < 1e-3 for line in lines)
+    with pytest.raises(BridgeError, match="not finite"):
+        export_transformers(
+            encoder,
+            tmp_path / "other",
+            mean=MEAN,
+            std=STD,
+            images=torch.full((1, 3, 64, 64), torch.nan),
+        )
+    assert not (tmp_path / "other").exists()
+
+
+@peer
+def test_an_encoder_of_half_precision_is_compared_in_full(
+    build: Callable[..., SwinV2], tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    encoder, lines = build().to(torch.bfloat16), list[str]()
+    path = export_transformers(
+        encoder, tmp_path / "export", mean=MEAN, std=STD, report=lines.append
+    )
+    assert json.loads((path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert all(float(line.split()[-1]) < 1e-4 for line in lines)
 
 
 @peer
@@ -163,6 +302,7 @@ export_transformers(SwinV2(config), sys.argv[1], mean=(0.5,) * 3, std=(0.5,) * 3
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
+        "README.md",
         "backbone",
     }
 
@@ -173,10 +313,14 @@ def test_an_earlier_export_is_replaced_and_nothing_else(
     path = export_transformers(build(), tmp_path / "export", mean=MEAN, std=STD)
     export_transformers(build(window_size=4), path, mean=MEAN, std=STD)
     assert json.loads((path / "config.json").read_text())["window_size"] == 4
-    (path / "backbone" / "notes.txt").touch()
-    (path / "notes.txt").touch()
-    with pytest.raises(ValueError, match="not replaced"):
-        export_transformers(build(), path, mean=MEAN, std=STD)
+    for file in (path / "backbone" / "notes.txt", path / "notes.txt"):
+        file.touch()
+        with pytest.raises(ValueError, match="not replaced"):
+            export_transformers(build(), path, mean=MEAN, std=STD)
+        file.unlink()
+    (path / "README.md").unlink()  # as early versions wrote it
+    (path / "backbone" / "preprocessor_config.json").unlink()
+    export_transformers(build(window_size=4), path, mean=MEAN, std=STD)
     assert json.loads((path / "config.json").read_text())["window_size"] == 4
 
 

@@ -1,0 +1,60 @@
+"""The picture that exports are compared on: the first of a run's shards, or one that is drawn."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from simmim.data.images import MODES, center_crop_resize, decode
+from simmim.data.procedural import SMALLEST_SIZE, render
+from simmim.data.reading import ShardSet
+from simmim.stages.normalisation import Normalise
+from swinv2 import SwinV2Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialImage:
+    """A picture as the encoder takes it."""
+
+    images: Tensor
+    """Normalised (1, channels, height, width) of the encoder's size."""
+    origin: str
+    """Where it comes from, for a person."""
+
+
+def trial_image(
+    config: SwinV2Config,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    shards: Path | None = None,
+) -> TrialImage:
+    """Prepare a picture with the size, mean and std of an encoder.
+
+    Args:
+        config: of the encoder, of any number of channels.
+        mean: of each channel, for images in [0, 1].
+        std: of each channel.
+        shards: whose first image is taken, where they are still there and it can be read.
+    """
+    pixels, origin = None, "a picture that was drawn for it"
+    if shards is not None and config.in_channels in MODES:
+        try:
+            sample = ShardSet(shards).read(0, 0)
+            image = decode(sample.image, channels=config.in_channels)
+            pixels = center_crop_resize(image, config.image_size)
+            origin = f"{sample.name} of {shards}"
+        except ValueError:  # gone, or damaged since: what follows needs no shards
+            pixels = None
+    if pixels is None:
+        pixels = draw_image(config)
+    return TrialImage(images=Normalise(mean, std)(pixels[None]), origin=origin)
+
+
+def draw_image(config: SwinV2Config) -> Tensor:
+    """Draw a star, uint8 (channels, height, width); beyond three, its colours come again."""
+    side = max(*config.image_size, SMALLEST_SIZE)
+    drawn = Image.fromarray(render("star", [0], side, seed=0)[0])
+    planes = center_crop_resize(drawn, config.image_size)
+    return planes[torch.arange(config.in_channels) % len(planes)]

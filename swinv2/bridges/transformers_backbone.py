@@ -1,0 +1,243 @@
+"""Our encoder as a backbone for the dense heads of transformers (UperNet, Mask2Former, DETR, ...).
+
+It is our code that runs, so that every size works: images of any shape, oblong windows, extra
+norms. Each map is normalised by a LayerNorm of its own, as transformers' Swin backbone does.
+`SwinV2BackboneConfig` and `SwinV2Backbone` are classes of transformers, made when first asked for.
+
+    register_backbone()
+    backbone = backbone_from_encoder("encoders/mine", out_features=["stage1", "stage2", "stage3"])
+    model = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone.config))
+    model.backbone.load_state_dict(backbone.state_dict())
+
+A folder that a backbone's ``save_pretrained`` wrote is loaded by ``SwinV2Backbone.from_pretrained``
+(``AutoBackbone.from_pretrained`` looks on the model hub alone).
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+from torch import Tensor, nn
+
+from swinv2.attention import WindowAttention
+from swinv2.blocks import Block, LayerNorm
+from swinv2.config import SwinV2Config, record_windows
+from swinv2.encoder import SwinV2
+from swinv2.weights import load_encoder
+
+MODEL_TYPE = "simmim_swinv2"
+FIELDS = fields(SwinV2Config)
+
+
+def __getattr__(name: str) -> type[Any]:
+    """Return a class of transformers by its name, so that models can be pickled and imported."""
+    if name == "SwinV2BackboneConfig":
+        return _config_class()
+    if name == "SwinV2Backbone":
+        return _model_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def register_backbone() -> None:
+    """Make ``AutoConfig`` and ``AutoBackbone`` of transformers know the backbone; again is fine.
+
+    Raises:
+        ValueError: transformers is not installed.
+    """
+    config, model = _config_class(), _model_class()
+    from transformers import AutoBackbone, AutoConfig  # noqa: PLC0415 - an optional part
+
+    AutoConfig.register(MODEL_TYPE, config, exist_ok=True)
+    AutoBackbone.register(config, model, exist_ok=True)
+
+
+def backbone_from_encoder(
+    encoder: SwinV2 | str | os.PathLike[str], *, out_features: Sequence[str] | None = None
+) -> Any:
+    """Return a backbone with the weights of an encoder, in training mode.
+
+    The norm of the last map is the encoder's own; those of the others are fresh.
+
+    Args:
+        encoder: it is copied; or an encoder directory.
+        out_features: names of the maps, of stem, stage1, stage2, ...; by default all stages.
+
+    Raises:
+        ValueError: transformers is not installed, a name is unknown, or the directory is none.
+    """
+    config_class, model_class = _config_class(), _model_class()
+    source = encoder if isinstance(encoder, SwinV2) else load_encoder(encoder)
+    stages = [f"stage{index + 1}" for index in range(len(source.config.depths))]
+    names = stages if out_features is None else list(out_features)
+    described = asdict(source.config) | {"pretrained_window_sizes": record_windows(source.config)}
+    backbone = model_class(config_class(**described, out_features=names))
+    tensors = {name: tensor.detach().cpu() for name, tensor in source.state_dict().items()}
+    final = {leaf: tensors.pop(f"norm.{leaf}") for leaf in ("weight", "bias")}
+    backbone.encoder.load_state_dict(tensors, strict=True)
+    if stages[-1] in names:
+        backbone.hidden_states_norms[stages[-1]].load_state_dict(final, strict=True)
+    return backbone
+
+
+@cache
+def _config_class() -> type[Any]:
+    _check_transformers()
+    from transformers import PreTrainedConfig  # noqa: PLC0415 - an optional part
+    from transformers.backbone_utils import BackboneConfigMixin  # noqa: PLC0415
+
+    class SwinV2BackboneConfig(BackboneConfigMixin, PreTrainedConfig):  # type: ignore[misc]
+        """Fields of `SwinV2Config`, and which maps are given (out_features or out_indices).
+
+        Raises:
+            ValueError: a size cannot work, or there is no such map.
+        """
+
+        model_type = MODEL_TYPE
+        attribute_map = {"num_channels": "in_channels", "drop_path_rate": "drop_path"}  # noqa: RUF012
+        variant: str | None = None
+        image_size: Any = (256, 256)
+        patch_size: int = 4
+        in_channels: int = 3
+        embed_dim: int = 96
+        depths: Any = (2, 2, 6, 2)
+        num_heads: Any = (3, 6, 12, 24)
+        window_size: Any = (8, 8)
+        mlp_ratio: float = 4.0
+        drop_path: float = 0.0
+        extra_norm_every: int = 0
+        pretrained_window_sizes: Any = None
+        _out_features: list[str] | None = None
+        _out_indices: list[int] | None = None
+
+        def __post_init__(self, **kwargs: Any) -> None:
+            config = self.encoder_config()
+            names = ["stem", *(f"stage{index + 1}" for index in range(len(config.depths)))]
+            kwargs |= {"stage_names": names, "hidden_size": config.num_features}
+            self.stage_names = names
+            self.set_output_features_output_indices(
+                out_features=kwargs.pop("out_features", None),
+                out_indices=kwargs.pop("out_indices", None),
+            )
+            super().__post_init__(**kwargs)
+
+        def encoder_config(self) -> SwinV2Config:
+            """Return the config of the encoder."""
+            return SwinV2Config(**{one.name: getattr(self, one.name) for one in FIELDS})
+
+    SwinV2BackboneConfig.__qualname__ = SwinV2BackboneConfig.__name__  # where pickle finds it
+    return SwinV2BackboneConfig
+
+
+@cache
+def _model_class() -> type[Any]:
+    _check_transformers()
+    from transformers import PreTrainedModel  # noqa: PLC0415 - an optional part
+    from transformers.backbone_utils import BackboneMixin  # noqa: PLC0415
+    from transformers.modeling_outputs import BackboneOutput  # noqa: PLC0415
+
+    class SwinV2Backbone(BackboneMixin, PreTrainedModel):  # type: ignore[misc]
+        """An encoder that gives the maps of some stages, each with a norm of its own."""
+
+        config_class = _config_class()
+        main_input_name = "pixel_values"
+        base_model_prefix = "encoder"
+        has_attentions = False
+        _no_split_modules = ["Block"]  # noqa: RUF012
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            sizes: SwinV2Config = config.encoder_config()
+            self.num_features = [sizes.embed_dim, *sizes.stage_dims]
+            self.encoder = SwinV2(sizes)
+            # Its place is among the norms of all maps.
+            self.encoder.norm = nn.Identity()  # type: ignore[assignment]
+            self.hidden_states_norms = nn.ModuleDict(
+                {
+                    name: LayerNorm(channels)
+                    for name, channels in zip(self.out_features, self.channels, strict=True)
+                }
+            )
+            self.post_init()
+
+        @classmethod
+        def is_custom_code(cls) -> bool:
+            """Let transformers initialise blocks too, which have no weights of their own.
+
+            It passes modules without weights over where it takes a class for one that does not
+            mind what was loaded; the functions that `_initialise` calls do.
+            """
+            return False
+
+        def _init_weights(self, module: nn.Module) -> None:
+            _initialise(module)
+
+        def forward(
+            self,
+            pixel_values: Tensor,
+            output_hidden_states: bool | None = None,
+            output_attentions: bool | None = None,
+            return_dict: bool | None = None,
+            **_: Any,
+        ) -> Any:
+            """Turn (batch, channels, height, width) of any size into a `BackboneOutput`.
+
+            Its ``feature_maps`` are (batch, embed_dim·2^i, height/stride, width/stride), rounded
+            up, for stage i + 1; ``hidden_states``, on demand, all maps before their norms.
+
+            Raises:
+                ValueError: attentions are asked for.
+            """
+            if output_attentions:
+                raise ValueError("this backbone keeps no attentions: leave output_attentions out.")
+            maps = self.encoder.features(pixel_values)
+            if output_hidden_states or "stem" in self.out_features:
+                maps = [self.encoder.embed(pixel_values).permute(0, 3, 1, 2), *maps]
+            named = dict(zip(reversed(self.stage_names), reversed(maps), strict=False))
+            output = BackboneOutput(
+                feature_maps=tuple(
+                    norm(named[name].permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
+                    for name, norm in self.hidden_states_norms.items()
+                ),
+                hidden_states=tuple(maps) if output_hidden_states else None,
+            )
+            as_dict = self.config.return_dict if return_dict is None else return_dict
+            return output if as_dict else output.to_tuple()
+
+    SwinV2Backbone.__qualname__ = SwinV2Backbone.__name__
+    return SwinV2Backbone
+
+
+def _check_transformers() -> None:
+    if find_spec("transformers") is None:
+        raise ValueError(
+            "backbones need transformers 5: install it with pip install 'simmim[export]'."
+        )
+
+
+def _initialise(module: nn.Module) -> None:
+    """Draw the fresh weights of one module as `swinv2.encoder.initialise` does.
+
+    transformers calls it from the leaves to the root, and lets what was loaded alone.
+    """
+    match module:
+        case nn.Linear():
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        case nn.Conv2d():
+            module.reset_parameters()
+        case nn.LayerNorm():
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        case WindowAttention():
+            nn.init.constant_(module.logit_scale, math.log(10))
+            nn.init.zeros_(module.query_bias)
+            nn.init.zeros_(module.value_bias)
+        case Block():
+            for norm in (module.norm1, module.norm2):
+                nn.init.zeros_(norm.weight)
+                nn.init.zeros_(norm.bias)
