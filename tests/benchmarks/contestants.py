@@ -23,7 +23,7 @@ from simmim import SimMIM
 from simmim.engine.memory import keep_freed_memory
 from swinv2 import SwinV2, build_encoder
 from swinv2.bridges.timm import timm_arguments
-from swinv2.bridges.transformers import transformers_config
+from swinv2.bridges.transformers_layout import transformers_config
 
 SIDE = 1024
 """Of the matrices that the limit is measured by."""

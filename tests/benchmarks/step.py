@@ -22,7 +22,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from swinv2 import build_encoder
-from swinv2.bridges.transformers import transformers_config
+from swinv2.bridges.transformers_layout import transformers_config
 
 CONTESTANTS = Path(__file__).with_name("contestants.py")
 
