@@ -14,8 +14,10 @@ from simmim.recipe import RecipeError, load, read_values, recipe_hash
 from simmim.stages.classification import ClassificationRecipe, starting_point
 from simmim.stages.pretrain import load_pretrained
 from swinv2 import SwinV2
+from swinv2.bridges.onnx import export_onnx
 from swinv2.bridges.reference import export_reference, import_reference
 from swinv2.bridges.timm import export_timm, find_timm, import_timm, load_in_timm
+from swinv2.bridges.torch_export import export_program
 from swinv2.bridges.transformers import MASKED_IMAGE_FOLDER, MaskedImageHead, export_transformers
 from swinv2.weights import (
     Provenance,
@@ -26,9 +28,19 @@ from swinv2.weights import (
     save_encoder,
 )
 
-Format = Literal["native", "transformers", "reference", "timm"]
+Format = Literal["native", "transformers", "reference", "timm", "onnx", "torch-export"]
 
-FORMATS: tuple[Format, ...] = ("native", "transformers", "reference", "timm")
+FORMATS: tuple[Format, ...] = (
+    "native",
+    "transformers",
+    "reference",
+    "timm",
+    "onnx",
+    "torch-export",
+)
+
+GRAPHS: tuple[Format, ...] = ("onnx", "torch-export")
+"""Those that can leave the size of images open."""
 
 ENCODER_PREFIX = "model.encoder."
 """What precedes the encoder's names in a checkpoint."""
@@ -48,7 +60,7 @@ class Exportable:
     """Where the weights come from, for a person."""
 
 
-def export(source: Path, destination: Path, form: Format) -> list[str]:
+def export(source: Path, destination: Path, form: Format, *, any_size: bool = False) -> list[str]:
     """Write the encoder of `source` as the folder `destination`.
 
     Args:
@@ -56,15 +68,22 @@ def export(source: Path, destination: Path, form: Format) -> list[str]:
             encoder directory in it); or an encoder directory.
         destination: a new or empty folder, or an earlier export of the same format.
         form: `native` is the encoder directory; `transformers` is folders for its model classes,
-            `reference` a checkpoint of the published code, `timm` weights for its create_model.
+            `reference` a checkpoint of the published code, `timm` weights for its create_model,
+            `onnx` and `torch-export` a graph that runs without this code.
+        any_size: leave height and width of a graph's images open.
 
     Returns:
         Lines to print: what was written, and how far it is from the source after loading it.
 
     Raises:
         ValueError: there is no such source, the destination is occupied, or the other library
-            has no such model.
+            has no such model; or `any_size` is for a format that is no graph.
     """
+    if any_size and form not in GRAPHS:
+        raise ValueError(
+            f"any_size is for {' and '.join(GRAPHS)}; {form} takes images of any size or of one as "
+            "its library has it."
+        )
     found = read_source(source)
     lines = [f"Exported the encoder of {found.origin} as {destination}"]
     match form:
@@ -90,6 +109,16 @@ def export(source: Path, destination: Path, form: Format) -> list[str]:
         case "timm":
             export_timm(found.encoder, destination, mean=found.mean, std=found.std)
             lines += _timm_report(found, destination)
+        case "onnx":
+            run = export_onnx(
+                found.encoder, destination, mean=found.mean, std=found.std, any_size=any_size
+            )
+            lines += _graph_report("model.onnx", found.encoder, run, any_size=any_size)
+        case "torch-export":
+            run = export_program(
+                found.encoder, destination, mean=found.mean, std=found.std, any_size=any_size
+            )
+            lines += _graph_report("model.pt2", found.encoder, run, any_size=any_size)
     return lines
 
 
@@ -253,6 +282,22 @@ def _timm_report(found: Exportable, destination: Path) -> list[str]:
         peer: Any = load_in_timm(timm, destination)
         difference = largest_difference(ours, peer.forward_features(images))
     return [*lines, f"  largest difference of timm's features to ours: {difference:.1e}"]
+
+
+def _graph_report(
+    file: str, encoder: SwinV2, difference: float | None, *, any_size: bool
+) -> list[str]:
+    height, width = encoder.config.image_size
+    size = "any size" if any_size else f"{height}x{width} pixels"
+    lines = [
+        f"  {file}: maps of all stages for images of {size}; README.md has the lines to run it"
+    ]
+    if difference is None:
+        return [
+            *lines,
+            "  not compared: onnxruntime is not installed (pip install 'simmim[export]')",
+        ]
+    return [*lines, f"  largest difference of its maps, of their largest value: {difference:.1e}"]
 
 
 def trial_images(encoder: SwinV2) -> Tensor:
