@@ -14,10 +14,10 @@ from simmim.recipe import RecipeError, load, read_values, recipe_hash
 from simmim.stages.classification import ClassificationRecipe, starting_point
 from simmim.stages.pretrain import load_pretrained
 from swinv2 import SwinV2
-from swinv2.bridges.onnx import export_onnx
+from swinv2.bridges.onnx import MODEL_FILE, export_onnx
 from swinv2.bridges.reference import export_reference, import_reference
 from swinv2.bridges.timm import export_timm, find_timm, import_timm, load_in_timm
-from swinv2.bridges.torch_export import export_program
+from swinv2.bridges.torch_export import PROGRAM_FILE, export_program
 from swinv2.bridges.transformers import MASKED_IMAGE_FOLDER, MaskedImageHead, export_transformers
 from swinv2.weights import (
     Provenance,
@@ -81,8 +81,7 @@ def export(source: Path, destination: Path, form: Format, *, any_size: bool = Fa
     """
     if any_size and form not in GRAPHS:
         raise ValueError(
-            f"any_size is for {' and '.join(GRAPHS)}; {form} takes images of any size or of one as "
-            "its library has it."
+            f"any_size is for the formats {' and '.join(GRAPHS)}, not for {form}: leave it out."
         )
     found = read_source(source)
     lines = [f"Exported the encoder of {found.origin} as {destination}"]
@@ -109,16 +108,8 @@ def export(source: Path, destination: Path, form: Format, *, any_size: bool = Fa
         case "timm":
             export_timm(found.encoder, destination, mean=found.mean, std=found.std)
             lines += _timm_report(found, destination)
-        case "onnx":
-            run = export_onnx(
-                found.encoder, destination, mean=found.mean, std=found.std, any_size=any_size
-            )
-            lines += _graph_report("model.onnx", found.encoder, run, any_size=any_size)
-        case "torch-export":
-            run = export_program(
-                found.encoder, destination, mean=found.mean, std=found.std, any_size=any_size
-            )
-            lines += _graph_report("model.pt2", found.encoder, run, any_size=any_size)
+        case "onnx" | "torch-export":
+            lines += _export_graph(found, destination, form, any_size=any_size)
     return lines
 
 
@@ -284,10 +275,14 @@ def _timm_report(found: Exportable, destination: Path) -> list[str]:
     return [*lines, f"  largest difference of timm's features to ours: {difference:.1e}"]
 
 
-def _graph_report(
-    file: str, encoder: SwinV2, difference: float | None, *, any_size: bool
+def _export_graph(
+    found: Exportable, destination: Path, form: Literal["onnx", "torch-export"], *, any_size: bool
 ) -> list[str]:
-    height, width = encoder.config.image_size
+    write, file = (export_onnx, MODEL_FILE) if form == "onnx" else (export_program, PROGRAM_FILE)
+    difference = write(
+        found.encoder, destination, mean=found.mean, std=found.std, any_size=any_size
+    )
+    height, width = found.encoder.config.image_size
     size = "any size" if any_size else f"{height}x{width} pixels"
     lines = [
         f"  {file}: maps of all stages for images of {size}; README.md has the lines to run it"

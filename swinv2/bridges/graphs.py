@@ -9,7 +9,7 @@ with the default execution, whatever the encoder's own state, which is left as i
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -116,8 +116,8 @@ def largest_difference(
             if not difference <= TOLERANCE:
                 raise BridgeError(
                     f"for images of {size} {name} of the graph is {difference:.1e} of its largest "
-                    f"value away from PyTorch's, more than {TOLERANCE:.0e}: nothing was written. "
-                    "Other versions of what wrote it may do better."
+                    f"value away from PyTorch's, more than {TOLERANCE:.0e}: nothing is "
+                    "written. Another version of torch, onnxscript or onnxruntime may agree."
                 )
             largest = max(largest, difference)
     return largest
@@ -212,4 +212,4 @@ def is_graph_export(path: Path, kind: GraphKind, files: set[str]) -> bool:
         return False
     if not isinstance(content, dict):
         return False
-    return (content.get("format"), content.get("kind")) == (_FORMAT, cast(str, kind))
+    return (content.get("format"), content.get("kind")) == (_FORMAT, kind)

@@ -197,4 +197,4 @@ def test_the_command_leaves_sizes_open_where_they_can_be(
     assert main([*arguments, "--format", "torch-export"]) == 0
     assert "images of any size" in capsys.readouterr().out
     assert main([*arguments, "--format", "timm"]) == 2
-    assert "any_size is for onnx and torch-export" in capsys.readouterr().err
+    assert "any_size is for the formats onnx and torch-export" in capsys.readouterr().err
