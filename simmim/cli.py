@@ -165,7 +165,13 @@ def add_export(commands: Commands) -> None:
         choices=FORMATS,
         default="native",
         help="native is an encoder directory, transformers and timm what these libraries load, "
-        "reference a checkpoint of the published code (default: %(default)s)",
+        "reference a checkpoint of the published code, onnx and torch-export a graph that runs "
+        "without this code (default: %(default)s)",
+    )
+    command.add_argument(
+        "--any-size",
+        action="store_true",
+        help="onnx and torch-export: leave height and width open (default: the encoder's size)",
     )
     command.set_defaults(handler=run_export, takes_overrides=False)
 
@@ -173,7 +179,10 @@ def add_export(commands: Commands) -> None:
 def run_export(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run `simmim export`."""
     del overrides
-    print("\n".join(export(arguments.source, arguments.destination, arguments.format)))
+    lines = export(
+        arguments.source, arguments.destination, arguments.format, any_size=arguments.any_size
+    )
+    print("\n".join(lines))
     return 0
 
 

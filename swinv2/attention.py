@@ -237,12 +237,6 @@ def _length(vectors: Tensor) -> Tensor:
     return length.clamp_min(SHORTEST)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def default_scores_at_a_time(device: torch.device) -> int:
-    """Give how many scores sequential attention computes together."""
-    return 2**19 * torch.get_num_threads() if device.type == "cpu" else 2**27
-
-
 @contextmanager
 def without_autocast(device: torch.device) -> Iterator[None]:
     """Compute in the precision of the tensors, whatever autocast says."""
@@ -338,7 +332,7 @@ class WindowAttention(nn.Module):
     def _attend(self, qkv: Tensor, scale: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
         match self._path(qkv):
             case "sequential":
-                size = self.scores_at_a_time or default_scores_at_a_time(qkv.device)
+                size = self.scores_at_a_time
                 return sequential_attention(
                     qkv, scale=scale, bias=bias, mask=mask, scores_at_a_time=size
                 )

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 ROWS_AT_A_TIME = 1024  # of a weight gradient: both operands are read across, so keep them in cache
 
+ONEDNN_IS_FAST = torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(
+    torch.ops.mkldnn, "_linear_pointwise"
+)
+
 
 class Linear(nn.Linear):
     """nn.Linear on the fastest kernel."""
@@ -54,16 +58,8 @@ def _onednn_serves(tokens: Tensor) -> bool:
         and tokens.device.type == "cpu"
         and tokens.numel() > 0
         and not being_exported()
-        and _onednn_is_fast()
-    )
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _onednn_is_fast() -> bool:
-    return (
-        bool(torch._C._get_mkldnn_enabled())
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and ONEDNN_IS_FAST
+        and (torch.compiler.is_compiling() or bool(torch._C._get_mkldnn_enabled()))
     )
 
 

@@ -26,7 +26,12 @@ class Group(NamedTuple):
 
 
 def sequential_attention(
-    qkv: Tensor, *, scale: Tensor, bias: Tensor, mask: Tensor | None, scores_at_a_time: int
+    qkv: Tensor,
+    *,
+    scale: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    scores_at_a_time: int | None,
 ) -> Tensor:
     """Attend within windows: softmax(scale · cos(query, key) + bias + mask) · value.
 
@@ -35,7 +40,8 @@ def sequential_attention(
         scale: (heads, 1, 1), at least float32.
         bias: (heads, tokens, tokens), in the precision of scale.
         mask: (windows, 1, tokens, tokens), added to the scores of each window, or None.
-        scores_at_a_time: numbers in the scores of a group, which has one window and head at least.
+        scores_at_a_time: numbers in the scores of a group, which has one window and head at least;
+            None for 2**19 a thread on a CPU, whose cache holds them, and 2**27 elsewhere.
 
     Returns:
         (batch, windows, tokens, heads·d). It can be differentiated once.
@@ -47,15 +53,15 @@ def sequential_attention(
 @torch.library.custom_op(
     "swinv2::sequential_attention",
     mutates_args=(),
-    schema="(Tensor qkv, Tensor scale, Tensor bias, Tensor? mask, int scores_at_a_time) -> Tensor",
+    schema="(Tensor qkv, Tensor scale, Tensor bias, Tensor? mask, int? scores_at_a_time) -> Tensor",
 )
 def _attend(
-    qkv: Tensor, scale: Tensor, bias: Tensor, mask: Tensor | None, scores_at_a_time: int
+    qkv: Tensor, scale: Tensor, bias: Tensor, mask: Tensor | None, scores_at_a_time: int | None
 ) -> Tensor:
     roles = _by_head(qkv, 3, len(scale))
     mixed = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
     (mixed_by_head,) = _by_head(mixed, 1, len(scale))
-    for group in _groups(roles.shape[1:], scores_at_a_time):
+    for group in _groups(roles, scores_at_a_time):
         directions, _ = _directions(roles[:2][_of_both(group)], scale[group.heads])
         value = roles[2][group].contiguous()
         weights = _weights(directions.to(value.dtype), _added(bias, mask, group))
@@ -67,7 +73,7 @@ def _attend(
     "swinv2::sequential_attention_backward",
     mutates_args=(),
     schema="(Tensor gradient, Tensor qkv, Tensor scale, Tensor bias, Tensor? mask, "
-    "int scores_at_a_time) -> (Tensor, Tensor, Tensor)",
+    "int? scores_at_a_time) -> (Tensor, Tensor, Tensor)",
 )
 def _attend_backward(  # noqa: PLR0917  # an operator takes no keywords
     gradient: Tensor,
@@ -75,7 +81,7 @@ def _attend_backward(  # noqa: PLR0917  # an operator takes no keywords
     scale: Tensor,
     bias: Tensor,
     mask: Tensor | None,
-    scores_at_a_time: int,
+    scores_at_a_time: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Give the gradients of qkv, scale and bias."""
     roles = _by_head(qkv, 3, len(scale))
@@ -83,7 +89,7 @@ def _attend_backward(  # noqa: PLR0917  # an operator takes no keywords
     for_qkv, for_bias = torch.empty_like(qkv), torch.zeros_like(bias)
     for_scale = torch.zeros_like(scale)
     for_roles = _by_head(for_qkv, 3, len(scale))
-    for group in _groups(roles.shape[1:], scores_at_a_time):
+    for group in _groups(roles, scores_at_a_time):
         scale_of_group = scale[group.heads]
         precise, factors = _directions(roles[:2][_of_both(group)], scale_of_group)
         value = roles[2][group].contiguous()
@@ -120,7 +126,7 @@ def _(  # noqa: PLR0917
     scale: Tensor,
     bias: Tensor,
     mask: Tensor | None,  # noqa: ARG001
-    scores_at_a_time: int,  # noqa: ARG001
+    scores_at_a_time: int | None,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(qkv), torch.empty_like(scale), torch.empty_like(bias)
 
@@ -148,13 +154,15 @@ def _by_head(tensor: Tensor, roles: int, heads: int) -> Tensor:
     )
 
 
-def _groups(shape: torch.Size, scores_at_a_time: int) -> Iterator[Group]:
-    """Cut (batch, windows, heads, tokens, d) along its first axes.
+def _groups(roles: Tensor, scores_at_a_time: int | None) -> Iterator[Group]:
+    """Cut (roles, batch, windows, heads, tokens, d) along its axes but the first and last.
 
     A group has one window of many images rather than many windows of one: what is added to its
     scores is then made once for all of them.
     """
-    batch, windows, heads, tokens = shape[:4]
+    _, batch, windows, heads, tokens, _ = roles.shape
+    if scores_at_a_time is None:
+        scores_at_a_time = 2**19 * torch.get_num_threads() if roles.is_cpu else 2**27
     heads_at_a_time = max(1, scores_at_a_time // tokens**2)
     images_at_a_time = min(batch, max(1, heads_at_a_time // heads))
     windows_at_a_time = max(1, heads_at_a_time // (heads * images_at_a_time))

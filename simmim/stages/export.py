@@ -18,8 +18,10 @@ from simmim.stages.pretrain import load_pretrained
 from simmim.stages.trial_image import trial_image
 from swinv2 import SwinV2
 from swinv2.bridges.contents import Classifier, MaskedImageHead
+from swinv2.bridges.onnx import MODEL_FILE, export_onnx
 from swinv2.bridges.reference import export_reference
 from swinv2.bridges.timm import export_timm
+from swinv2.bridges.torch_export import PROGRAM_FILE, export_program
 from swinv2.bridges.transformers import export_transformers
 from swinv2.bridges.transformers_layout import FOLDERS
 from swinv2.bridges.verification import Report, compare, plain_copy
@@ -32,9 +34,19 @@ from swinv2.weights import (
     save_encoder,
 )
 
-Format = Literal["native", "transformers", "reference", "timm"]
+Format = Literal["native", "transformers", "reference", "timm", "onnx", "torch-export"]
 
-FORMATS: tuple[Format, ...] = ("native", "transformers", "reference", "timm")
+FORMATS: tuple[Format, ...] = (
+    "native",
+    "transformers",
+    "reference",
+    "timm",
+    "onnx",
+    "torch-export",
+)
+
+GRAPHS: tuple[Format, ...] = ("onnx", "torch-export")
+"""Those that can leave the size of images open."""
 
 ENCODER_PREFIX = "model.encoder."
 """What precedes the encoder's names in a checkpoint."""
@@ -63,7 +75,7 @@ class Exportable:
     """Where the weights come from, for a person."""
 
 
-def export(source: Path, destination: Path, form: Format) -> list[str]:
+def export(source: Path, destination: Path, form: Format, *, any_size: bool = False) -> list[str]:
     """Write the encoder of `source` as the folder `destination`.
 
     Args:
@@ -71,26 +83,38 @@ def export(source: Path, destination: Path, form: Format) -> list[str]:
             encoder directory in it); or an encoder directory.
         destination: a new or empty folder, or an earlier export of the same format.
         form: `native` is the encoder directory; `transformers` is folders for its model classes,
-            `reference` a checkpoint of the published code, `timm` weights for its create_model.
+            `reference` a checkpoint of the published code, `timm` weights for its create_model,
+            `onnx` and `torch-export` a graph that runs without this code.
+        any_size: leave height and width of a graph's images open.
 
     Returns:
         Lines to print: what was written, and how far it is from the source after loading it.
 
     Raises:
         ValueError: there is no such source, the destination is occupied, the other library has no
-            such model, or what was written computes something else; the destination is left as it
-            was then.
+            such model, `any_size` is for a format that is no graph, or what was written computes
+            something else; the destination is left as it was then.
     """
+    if any_size and form not in GRAPHS:
+        raise ValueError(
+            f"any_size is for the formats {' and '.join(GRAPHS)}, not for {form}: leave it out."
+        )
     found = read_source(source)
     trial = trial_image(found.encoder.config, found.mean, found.std, found.shards)
     compared = [f"compared on {trial.origin}:"]
-    written = _write(found, destination, form, trial.images, compared.append)
+    written = _write(found, destination, form, trial.images, compared.append, any_size=any_size)
     title = f"Exported the encoder of {found.origin} as {destination}"
     return [title, *(f"  {line}" for line in [*written, *compared])]
 
 
 def _write(
-    found: Exportable, destination: Path, form: Format, images: Tensor, report: Report
+    found: Exportable,
+    destination: Path,
+    form: Format,
+    images: Tensor,
+    report: Report,
+    *,
+    any_size: bool,
 ) -> list[str]:
     """Write an export and return what it holds, a line each; `report` is told how it compares."""
     encoder, head, classifier = found.encoder, found.head, found.classifier
@@ -123,6 +147,15 @@ def _write(
             lines = [f"model.safetensors and config.json; {loads} them"]
             left_out = "left out: mask token and decoder, which timm has not"
             return lines if head is None else [*lines, left_out]
+        case "onnx" | "torch-export":
+            export_graph = export_onnx if form == "onnx" else export_program
+            export_graph(encoder, destination, **verified, any_size=any_size)
+            height, width = encoder.config.image_size
+            size = "any size" if any_size else f"{height}x{width} pixels"
+            file = MODEL_FILE if form == "onnx" else PROGRAM_FILE
+            lines = [f"{file}: maps of all stages for images of {size}; {loads} it"]
+            left_out = "left out: the head, since a graph is of the encoder alone"
+            return lines if head is None and classifier is None else [*lines, left_out]
 
 
 def compare_native(encoder: SwinV2, folder: Path, images: Tensor) -> str:

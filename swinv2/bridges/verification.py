@@ -64,11 +64,11 @@ def compare_read_back(encoder: SwinV2, back: SwinV2, images: Tensor | None) -> s
 
 
 def plain_copy(encoder: SwinV2) -> SwinV2:
-    """Return the encoder in float32, on the CPU, in evaluation mode, as it would be loaded."""
+    """Return an encoder that shares the weights: float32, CPU, evaluation, nothing else set."""
     with torch.device("meta"):
         plain = SwinV2(encoder.config)
     tensors = {
-        name: tensor.detach().to("cpu", torch.float32, copy=True)
+        name: tensor.detach().to("cpu", torch.float32)
         for name, tensor in encoder.state_dict().items()
     }
     plain.load_state_dict(tensors, assign=True)

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -5,11 +6,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from simmim.cli import main
 from simmim.engine.loop import build_accelerator, train
 from simmim.engine.run import RunFolder
 from simmim.recipe import parse
 from simmim.stages.classification import ClassificationRecipe, ClassificationStage
-from simmim.stages.export import FORMATS, export, read_source
+from simmim.stages.export import FORMATS, GRAPHS, export, read_source
 from simmim.stages.import_encoder import Known, import_encoder
 from simmim.stages.pretrain import PretrainRecipe, PretrainStage
 from swinv2.bridges.reference import import_reference
@@ -190,7 +192,7 @@ def spoilt(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**tensors, last: tensors[last] + 1e-3}
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", [form for form in FORMATS if form not in GRAPHS])
 def test_what_is_written_wrong_is_not_kept(
     encoder_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Any
 ) -> None:
@@ -287,3 +289,32 @@ def test_an_occupied_destination_is_left_alone(
     with pytest.raises(ValueError, match="occupied"):
         export(encoder_directory, occupied, form)
     assert [path.name for path in occupied.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(("form", "file"), [("onnx", "model.onnx"), ("torch-export", "model.pt2")])
+def test_a_graph_of_a_directory_says_how_far_it_is(
+    encoder_directory: Path, tmp_path: Path, form: Any, file: str
+) -> None:
+    if form == "onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    lines = export(encoder_directory, tmp_path / "out", form)
+    assert file in lines[1]
+    assert "16x16 pixels" in lines[1]
+    assert float(lines[-1].split()[-1]) < 1e-5
+    assert (tmp_path / "out" / file).is_file()
+    assert json.loads((tmp_path / "out" / "preprocessing.json").read_text())["input"]["mean"] == [
+        0.4,
+        0.5,
+        0.6,
+    ]
+
+
+def test_the_command_leaves_sizes_open_where_they_can_be(
+    encoder_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["export", str(encoder_directory), str(tmp_path / "out"), "--any-size"]
+    assert main([*arguments, "--format", "torch-export"]) == 0
+    assert "images of any size" in capsys.readouterr().out
+    assert main([*arguments, "--format", "timm"]) == 2
+    assert "any_size is for the formats onnx and torch-export" in capsys.readouterr().err

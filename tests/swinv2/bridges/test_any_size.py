@@ -1,0 +1,73 @@
+"""The encoder with open sizes, run as it is: equal to the encoder at every size."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from swinv2 import SwinV2
+from swinv2.bridges.any_size import AnySizeFeatures, bias_table
+from swinv2.bridges.verification import plain_copy
+
+SIZES = [(64, 64), (70, 133), (33, 35), (9, 100), (4, 4), (1, 1), (31, 65)]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"window_size": (3, 5), "patch_size": 2, "in_channels": 1},
+        {"window_size": (1, 6), "depths": (2, 3), "num_heads": (1, 2), "extra_norm_every": 2},
+        {"window_size": 1, "depths": (2, 2), "num_heads": (1, 2), "in_channels": 4},
+        {"window_size": 16, "pretrained_window_sizes": ((8, 8),) * 4},
+    ],
+)
+def test_any_size_is_the_encoder(build: Callable[..., SwinV2], sizes: dict[str, object]) -> None:
+    encoder = build(**sizes)
+    graph = AnySizeFeatures(plain_copy(encoder)).eval()
+    for height, width in SIZES:
+        images = torch.randn(2, encoder.config.in_channels, height, width)
+        with torch.no_grad():
+            for ours, theirs in zip(encoder.features(images), graph(images), strict=True):
+                torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_the_bias_of_a_window_is_a_part_of_the_table(build: Callable[..., SwinV2]) -> None:
+    attention = build().stages[1].blocks[0].attention
+    table = bias_table(attention, (4, 5))
+    with torch.no_grad():
+        small = attention.position_bias((2, 3))
+    for query in range(6):
+        for key in range(6):
+            down, right = query // 3 - key // 3, query % 3 - key % 3
+            row = (down + 3) * 9 + right + 4
+            torch.testing.assert_close(table[row], small[:, query, key])
+
+
+def test_a_plain_copy_shares_weights_and_leaves_the_rest(build: Callable[..., SwinV2]) -> None:
+    encoder = build(drop_path=0.5, window_size=4)
+    encoder.set_input(window_size=8)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = encoder(images)
+    encoder.train()
+    encoder.set_execution(attention="sequential", checkpointing="full")
+    encoder.compile_blocks(backend="eager")
+    execution, run = encoder.execution, encoder.stages[0].blocks[0].run
+    plain = plain_copy(encoder)
+    assert encoder.training
+    assert all(parameter.requires_grad for parameter in encoder.parameters())
+    assert encoder.execution is execution
+    assert encoder.stages[0].blocks[0].run is run
+    assert not plain.training
+    assert plain.execution != execution
+    ours, theirs = encoder.state_dict(), plain.state_dict()
+    assert all(ours[name].data_ptr() == theirs[name].data_ptr() for name in ours)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_plain_copy_of_half_precision_is_float32(build: Callable[..., SwinV2]) -> None:
+    encoder = build().bfloat16()
+    assert {tensor.dtype for tensor in plain_copy(encoder).state_dict().values()} == {torch.float32}
+    assert encoder.norm.weight.dtype == torch.bfloat16

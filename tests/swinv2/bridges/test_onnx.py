@@ -1,0 +1,242 @@
+"""The graphs, ONNX and torch.export, run by others and held to PyTorch."""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from swinv2 import SwinV2, build_encoder
+from swinv2.bridges import graphs, onnx
+from swinv2.bridges.onnx import export_onnx
+from swinv2.bridges.torch_export import export_program
+from swinv2.bridges.verification import plain_copy
+
+MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+NARROW = {"depths": (2, 1), "num_heads": (1, 2)}
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One kind of export."""
+
+    export: Callable[..., Path]
+    file: str
+
+    def load(self, folder: Path) -> Callable[[Tensor], Sequence[Any]]:
+        if self.export is export_program:
+            program: Callable[[Tensor], Sequence[Any]] = torch.export.load(
+                folder / self.file
+            ).module()
+            return program
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        session = onnxruntime.InferenceSession(folder / self.file, options)
+        return lambda images: session.run(None, {"images": images.numpy()})
+
+
+@pytest.fixture(params=["onnx", "torch-export"])
+def graph(request: pytest.FixtureRequest) -> Graph:
+    if request.param == "torch-export":
+        return Graph(export_program, "model.pt2")
+    if not all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
+        pytest.skip("the export extra is not installed")
+    return Graph(export_onnx, "model.onnx")
+
+
+def reported(lines: list[str]) -> float:
+    """The difference that an export reports, in a line of its own."""
+    (line,) = lines
+    return float(line.rpartition(" ")[2])
+
+
+def assert_same_maps(encoder: SwinV2, run: Callable[[Tensor], Sequence[Any]], *shape: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(shape[0], encoder.config.in_channels, *shape[1:], generator=generator)
+    with torch.no_grad():
+        ours, theirs = encoder.features(images), run(images)
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.shape == other.shape
+        difference = (one - torch.as_tensor(other)).abs().max()
+        assert difference <= 1e-4 * one.std(correction=0)
+
+
+def test_one_size_of_an_encoder_in_training(
+    graph: Graph, build: Callable[..., SwinV2], tmp_path: Path
+) -> None:
+    sizes = {"in_channels": 1, "image_size": (36, 70), "extra_norm_every": 2, "drop_path": 0.5}
+    plain = build(**NARROW, window_size=(4, 3), **sizes)
+    encoder = build(**NARROW, window_size=(4, 3), **sizes).train()
+    encoder.set_execution(attention="sequential", checkpointing="full")
+    encoder.compile_blocks()
+    lines: list[str] = []
+    graph.export(encoder, tmp_path / "out", mean=[0.5], std=[0.5], report=lines.append)
+    assert reported(lines) < 1e-5
+    assert encoder.training
+    run = graph.load(tmp_path / "out")
+    for batch in (1, 2, 5):
+        assert_same_maps(plain, run, batch, 36, 70)
+    with pytest.raises(Exception, match=r"images|dimensions"):
+        run(torch.zeros(1, 1, 40, 70))
+
+
+def test_any_size(graph: Graph, build: Callable[..., SwinV2], tmp_path: Path) -> None:
+    encoder = build(**NARROW, in_channels=4, window_size=(12, 10))
+    lines: list[str] = []
+    normalisation = {"mean": [0.5] * 4, "std": [0.5] * 4}
+    graph.export(encoder, tmp_path / "out", **normalisation, any_size=True, report=lines.append)
+    assert reported(lines) < 1e-5
+    run = graph.load(tmp_path / "out")
+    for side in (192, 256, 384):
+        assert_same_maps(encoder, run, 1, side, side)
+    for shape in ((3, 64, 64), (2, 101, 67), (5, 7, 60), (1, 1, 3), (2, 1, 1)):
+        assert_same_maps(encoder, run, *shape)
+
+
+def test_the_lines_of_the_readme_run(
+    graph: Graph, build: Callable[..., SwinV2], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = build(**NARROW)
+    graph.export(encoder, tmp_path / "out", mean=MEAN, std=STD)
+    monkeypatch.chdir(tmp_path / "out")
+    text = Path("README.md").read_text()
+    (lines,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(lines, names)
+    images = torch.as_tensor(np.asarray(names["images"]))
+    for ours, theirs in zip(encoder.features(images), names["maps"], strict=True):
+        torch.testing.assert_close(torch.as_tensor(theirs), ours.detach(), rtol=1e-4, atol=1e-5)
+    for name in ("`stage1`: 8 channels, at stride 4", "`stage2`: 16 channels, at stride 8"):
+        assert name in text
+    description = json.loads(Path("preprocessing.json").read_text())
+    assert description["input"] == {
+        "name": "images",
+        "dtype": "float32",
+        "layout": ["batch", "channels", "height", "width"],
+        "channels": 3,
+        "image_size": [64, 64],
+        "any_size": False,
+        "scale": [0.0, 1.0],
+        "mean": list(MEAN),
+        "std": list(STD),
+    }
+    assert description["outputs"][1] == {"name": "stage2", "channels": 16, "stride": 8}
+
+
+def test_a_model_names_its_axes_and_keeps_large_weights_aside(
+    build: Callable[..., SwinV2], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr(onnx, "LARGEST_FILE", 1000)
+    encoder = build(**NARROW)
+    for _ in range(2):  # the second replaces the first
+        export_onnx(encoder, tmp_path / "out", mean=MEAN, std=STD)
+    files = {file.name: file.stat().st_size for file in (tmp_path / "out").iterdir()}
+    assert files.keys() == {"model.onnx", "model.onnx.data", "preprocessing.json", "README.md"}
+    weights = 4 * sum(parameter.numel() for parameter in encoder.parameters())
+    assert files["model.onnx.data"] > 0.9 * weights
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
+    assert [(one.name, one.shape) for one in session.get_inputs()] == [
+        ("images", ["batch", 3, 64, 64])
+    ]
+    assert [(one.name, one.shape) for one in session.get_outputs()] == [
+        ("stage1", ["batch", 8, 16, 16]),
+        ("stage2", ["batch", 16, 8, 8]),
+    ]
+
+
+def test_a_program_replaces_its_like_and_nothing_else(
+    build: Callable[..., SwinV2], tmp_path: Path
+) -> None:
+    encoder = build(**NARROW)
+    for _ in range(2):
+        export_program(encoder, tmp_path / "out", mean=MEAN, std=STD)
+    if all(find_spec(name) for name in ("onnx", "onnxscript")):
+        with pytest.raises(ValueError, match="not replaced"):
+            export_onnx(encoder, tmp_path / "out", mean=MEAN, std=STD)
+    (tmp_path / "out" / "notes.txt").touch()
+    with pytest.raises(ValueError, match="not replaced"):
+        export_program(encoder, tmp_path / "out", mean=MEAN, std=STD)
+    with pytest.raises(ValueError, match="mean"):
+        export_program(encoder, tmp_path / "other", mean=[0.5], std=[0.5])
+
+
+def test_a_graph_that_is_refused_leaves_nothing(
+    graph: Graph, build: Callable[..., SwinV2], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "TOLERANCE", -1.0)  # equal maps would pass any other
+    with pytest.raises(ValueError, match=r"stage1 of the graph is .* away from PyTorch's"):
+        graph.export(build(**NARROW), tmp_path / "new" / "out", mean=MEAN, std=STD)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda maps: [maps[0], maps[1] + 2e-4 * maps[1].abs().max()], "stage2 of the graph"),
+        (lambda maps: [maps[0], maps[1] * torch.nan], "stage2 of the graph is nan"),
+        (lambda maps: [maps[0], maps[1][:, :, :, :1]], "the graph gives"),
+        (lambda maps: maps[:1], "the graph gives"),
+    ],
+)
+def test_maps_that_differ_are_refused(
+    build: Callable[..., SwinV2], change: Callable[[list[Tensor]], list[Tensor]], reason: str
+) -> None:
+    plain = plain_copy(build(**NARROW))
+    assert reported([graphs.compare_maps(plain, plain.features, None, any_size=True)]) == 0
+    with pytest.raises(ValueError, match=reason):
+        graphs.compare_maps(
+            plain, lambda images: change(plain.features(images)), None, any_size=True
+        )
+
+
+def test_what_is_missing_is_named_with_its_remedy(
+    build: Callable[..., SwinV2], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ValueError, match=r"onnxscript.*pip install 'simmim\[export\]'"):
+        export_onnx(build(**NARROW), tmp_path / "out", mean=MEAN, std=STD)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_is_written_without_onnxruntime(
+    build: Callable[..., SwinV2], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxscript")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    lines: list[str] = []
+    export_onnx(build(**NARROW), tmp_path / "out", mean=MEAN, std=STD, report=lines.append)
+    assert "onnxruntime is not installed" in lines[0]
+    assert (tmp_path / "out" / "model.onnx").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize(("image_size", "window_size"), [(256, 8), (192, 12)])
+@pytest.mark.parametrize("any_size", [False, True])
+def test_the_published_tiny(
+    graph: Graph,
+    randomise: Callable[[torch.nn.Module], None],
+    tmp_path: Path,
+    image_size: int,
+    window_size: int,
+    any_size: bool,
+) -> None:
+    encoder = build_encoder("tiny", image_size=image_size, window_size=window_size).eval()
+    randomise(encoder)
+    graph.export(encoder, tmp_path / "out", mean=MEAN, std=STD, any_size=any_size)
+    run = graph.load(tmp_path / "out")
+    for side in (192, 256, 384) if any_size else (image_size,):
+        assert_same_maps(encoder, run, 2, side, side)
