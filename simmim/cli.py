@@ -1,4 +1,4 @@
-"""The command line: `simmim quickstart|pretrain|finetune|probe|export|import`."""
+"""The command line: `simmim quickstart|pretrain|finetune|probe|export|import|bench`."""
 
 import argparse
 import sys
@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import torch
 
+from simmim.bench.command import add_bench
 from simmim.quickstart import DEFAULT_FOLDER, quickstart
 from simmim.recipe import describe, load
 from simmim.stages.classification import ClassificationRecipe, ClassificationStage
@@ -61,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_probe(commands)
     add_export(commands)
     add_import(commands)
+    add_bench(commands)
     return parser
 
 
@@ -109,6 +111,11 @@ def add_training(commands: Commands, name: str, summary: str, recipe_type: type)
         action="store_true",
         help="resume although the recipe differs from the one the run was started with",
     )
+    command.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the encoder's blocks, as --execution.compile true does",
+    )
     command.set_defaults(handler=run_training, recipe_type=recipe_type, takes_overrides=True)
 
 
@@ -116,6 +123,8 @@ def run_training(arguments: argparse.Namespace, overrides: Sequence[str]) -> int
     """Run `simmim pretrain` or `simmim finetune`."""
     folder = run_folder(arguments.folder, arguments.config)
     resume, changes = arguments.resume, arguments.allow_recipe_changes
+    if arguments.compile:
+        overrides = [*overrides, "--execution.compile", "true"]
     if arguments.command == "pretrain":
         recipe = load(PretrainRecipe, arguments.config, overrides)
         result = launch(PretrainStage, recipe, run=folder, resume=resume, allow_changes=changes)

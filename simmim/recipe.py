@@ -143,7 +143,8 @@ def parse(recipe_type: type[Settings], values: dict[str, Any], source: str) -> S
     try:
         recipe: Settings = _adapter(recipe_type).validate_json(text)
     except ValidationError as error:
-        lines = [_describe_mistake(recipe_type, mistake) for mistake in error.errors()]
+        mistakes = _one_for_each_field(error.errors())
+        lines = [_describe_mistake(recipe_type, mistake) for mistake in mistakes]
         number = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
         raise RecipeError("\n  ".join([f"{source} has {number}:", *lines])) from None
     return recipe
@@ -164,10 +165,36 @@ def load(recipe_type: type[Settings], path: Path, overrides: Sequence[str] = ())
     return parse(recipe_type, read_values(path, overrides), f"recipe {path}")
 
 
+UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
+
+
+def _one_for_each_field(mistakes: Sequence[Any]) -> Iterator[Any]:
+    """Join what pydantic says of each type that a field may have, and is not.
+
+    It puts the type into the location, in square brackets. Where the value fits one of the types
+    but for a part of it, only that part is the mistake.
+    """
+    found: dict[tuple[Any, ...], Any] = {}
+    for mistake in mistakes:
+        place = tuple(
+            part
+            for part in mistake["loc"]
+            if mistake["type"] in UNKNOWN_KEY or not (isinstance(part, str) and "[" in part)
+        )
+        message = mistake["msg"]
+        if place in found:
+            message = f"{found[place]['msg']}, or {message.removeprefix('Input should be ')}"
+        found[place] = mistake | {"loc": place, "msg": message}
+    for place, mistake in found.items():
+        parts_of_it = (other for other in found if other != place and other[: len(place)] == place)
+        if not any(parts_of_it):
+            yield mistake
+
+
 def _describe_mistake(recipe_type: type[Any], mistake: Any) -> str:
     path = [str(part) for part in mistake["loc"]]
     where = ".".join(path) or "the recipe"
-    if mistake["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    if mistake["type"] in UNKNOWN_KEY:
         legal = _field_names(recipe_type, path[:-1])
         close = difflib.get_close_matches(path[-1], legal, n=1)
         hint = f"did you mean {close[0]}?" if close else f"legal here: {', '.join(legal)}."

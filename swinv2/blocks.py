@@ -1,6 +1,7 @@
 """The parts of a stage: patch embedding, the residual-post-norm block, patch merging."""
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -136,6 +137,7 @@ class Block(nn.Module):
         self.shifted = shifted
         self.drop_path = drop_path
         self.checkpointing: Checkpointing = "none"
+        self.compiled_run: Callable[..., Tensor] | None = None
         self.attention = WindowAttention(dim, num_heads, reference_window)
         self.norm1 = LayerNorm(dim)
         self.mlp = MLP(dim, int(mlp_ratio * dim))
@@ -146,21 +148,18 @@ class Block(nn.Module):
         grid = window_grid((tokens.shape[1], tokens.shape[2]), self.window, shifted=self.shifted)
         # Drawn out here, chance and its rate are no part of what is compiled or computed again.
         factors = [survival(tokens, self.drop_path, training=self.training) for _ in range(2)]
+        # A graph that is traced around the block takes in what the block does, not a graph of it.
+        traced = torch.compiler.is_compiling() or torch._C._is_tracing()
+        run = Block.run if traced or self.compiled_run is None else self.compiled_run
         if self.checkpointing == "full" and torch.is_grad_enabled():
-            return _computed_again(self.run, tokens, grid, *factors)
-        return self.run(tokens, grid, *factors)
+            return _computed_again(run, self, tokens, grid, *factors)
+        return run(self, tokens, grid, *factors)
 
     def set_execution(self, execution: Execution) -> None:
         """Take the path of attention and the checkpointing of one stage."""
         self.checkpointing = cast(Checkpointing, execution.checkpointing)
         self.attention.path = cast(AttentionPath, execution.attention)
         self.attention.scores_at_a_time = execution.scores_at_a_time
-
-    def compile_run(self, **options: Any) -> None:
-        """Compile `run`, without graph breaks; options are those of torch.compile."""
-        # Stages differ in every size: one graph that fits all of them takes far longer to compile.
-        options = {"fullgraph": True, "dynamic": False, **options}
-        self.run = torch.compile(self.run, **options)  # type: ignore[method-assign]
 
     def run(
         self, tokens: Tensor, grid: WindowGrid, mixing: Tensor | None, mapping: Tensor | None
@@ -172,6 +171,17 @@ class Block(nn.Module):
             branch = self.attention(tokens, grid)
         tokens = _join(tokens, self.norm1(branch), mixing)
         return _join(tokens, self.norm2(self.mlp(tokens)), mapping)
+
+
+def compile_run(**options: Any) -> Callable[..., Tensor]:
+    """Compile `Block.run`, without graph breaks; options are those of torch.compile.
+
+    Graphs are looked up, counted and made dynamic by code object. A copy of the code has its own,
+    so that blocks which differ in their shapes or their grid do not use up each other's.
+    """
+    run = FunctionType(Block.run.__code__.replace(), Block.run.__globals__, "run")
+    compiled: Callable[..., Tensor] = torch.compile(run, fullgraph=True, **options)
+    return compiled
 
 
 def _join(tokens: Tensor, branch: Tensor, factor: Tensor | None) -> Tensor:
@@ -193,6 +203,13 @@ class Stage(nn.Module):
         num_extra_norms = len(blocks) // extra_norm_every if extra_norm_every else 0
         self.blocks = nn.ModuleList(blocks)
         self.extra_norms = nn.ModuleList(LayerNorm(dim) for _ in range(num_extra_norms))
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile what the blocks compute: one function for all, and one for those shifted."""
+        compiled = {shifted: compile_run(**options) for shifted in (False, True)}
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.compiled_run = compiled[block.shifted]
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map (batch, rows, columns, dim) to the same shape."""

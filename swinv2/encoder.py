@@ -152,12 +152,13 @@ class SwinV2(nn.Module):
     def compile_blocks(self, **options: Any) -> None:
         """Compile what every block computes, so that compiling does not take longer with depth.
 
-        A stage takes one graph for its blocks, and one for those that are shifted. Options are
-        those of torch.compile.
+        A stage takes one graph for its blocks and one for those that are shifted; training and
+        evaluation take one each. Weights and their names stay as they are. Options are those of
+        torch.compile.
         """
-        for module in self.stages.modules():
-            if isinstance(module, Block):
-                module.compile_run(**options)
+        for stage in self.stages:
+            assert isinstance(stage, Stage)
+            stage.compile_blocks(**options)
 
 
 def build_encoder(encoder: str | SwinV2Config, **overrides: Any) -> SwinV2:

@@ -50,14 +50,10 @@ def sequential_attention(
     return mixed
 
 
-@torch.library.custom_op(
-    "swinv2::sequential_attention",
-    mutates_args=(),
-    schema="(Tensor qkv, Tensor scale, Tensor bias, Tensor? mask, int? scores_at_a_time) -> Tensor",
-)
-def _attend(
+def attend(
     qkv: Tensor, scale: Tensor, bias: Tensor, mask: Tensor | None, scores_at_a_time: int | None
 ) -> Tensor:
+    """Do what `sequential_attention` does, without a gradient."""
     roles = _by_head(qkv, 3, len(scale))
     mixed = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
     (mixed_by_head,) = _by_head(mixed, 1, len(scale))
@@ -69,13 +65,7 @@ def _attend(
     return mixed
 
 
-@torch.library.custom_op(
-    "swinv2::sequential_attention_backward",
-    mutates_args=(),
-    schema="(Tensor gradient, Tensor qkv, Tensor scale, Tensor bias, Tensor? mask, "
-    "int? scores_at_a_time) -> (Tensor, Tensor, Tensor)",
-)
-def _attend_backward(  # noqa: PLR0917  # an operator takes no keywords
+def attend_backward(  # noqa: PLR0917  # an operator takes no keywords
     gradient: Tensor,
     qkv: Tensor,
     scale: Tensor,
@@ -112,6 +102,21 @@ def _attend_backward(  # noqa: PLR0917  # an operator takes no keywords
         for_directions.addcmul_(precise, along, value=-1)
         for_roles[:2][_of_both(group)] = for_directions.mul_(factors)
     return for_qkv, for_scale, for_bias
+
+
+_attend = torch.library.custom_op(
+    "swinv2::sequential_attention",
+    attend,
+    mutates_args=(),
+    schema="(Tensor qkv, Tensor scale, Tensor bias, Tensor? mask, int? scores_at_a_time) -> Tensor",
+)
+_attend_backward = torch.library.custom_op(
+    "swinv2::sequential_attention_backward",
+    attend_backward,
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor qkv, Tensor scale, Tensor bias, Tensor? mask, "
+    "int? scores_at_a_time) -> (Tensor, Tensor, Tensor)",
+)
 
 
 @_attend.register_fake

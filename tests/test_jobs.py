@@ -15,7 +15,7 @@ TYPES = {
     "classification": ClassificationRecipe,
     "probe": ProbeRecipe,
 }
-RECIPES = sorted(JOBS.glob("*/*.yaml"))
+RECIPES = sorted(path for path in JOBS.glob("*/*.yaml") if path.parent.name != "accelerate")
 PAPER = {
     # variant, window, epochs, batch, lr, schedule, weight decay, clip, drop path
     "base-100ep": ("base", 6, 100, 2048, 8e-4, "cosine", 0.05, 5, 0),

@@ -18,6 +18,7 @@ LOCK = ".lock"
 
 FREE_TO_CHANGE = (
     "data.workers",
+    "execution",
     "training.accumulation",
     "training.log_every",
     "training.checkpoint_every",
@@ -25,7 +26,7 @@ FREE_TO_CHANGE = (
     "training.validate_every",
     "training.look_every",
 )
-"""Recipe keys that may differ on resume: they change no batch and no schedule."""
+"""Recipe keys, or sections, that may differ on resume: they change no batch and no schedule."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ class RunFolder:
         if not self.recipe.is_file() or allow_changes:
             return
         changed = differences(read_values(self.recipe), to_values(recipe))
-        refused = [f"{key}: {text}" for key, text in changed.items() if key not in FREE_TO_CHANGE]
+        refused = [f"{key}: {text}" for key, text in changed.items() if not _is_free(key)]
         if refused:
             listed = "\n  ".join(refused)
             raise ValueError(
@@ -140,3 +141,8 @@ class RunFolder:
             file.write(json.dumps(metrics) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _is_free(key: str) -> bool:
+    """Tell whether the dotted key, or a section around it, is in FREE_TO_CHANGE."""
+    return any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)

@@ -20,7 +20,7 @@ from simmim.engine.run import RunFolder
 from simmim.recipe import recipe_hash, settings
 from simmim.stages.batches import check_batches, training_batches
 from simmim.stages.classifier import Classifier, Scores, save_head, score
-from simmim.stages.encoder_settings import EncoderSettings
+from simmim.stages.encoder_settings import EncoderSettings, ExecutionSettings
 from simmim.stages.labelled import open_labelled
 from simmim.stages.normalisation import Normalise
 from swinv2 import SwinV2, build_encoder, load_encoder, save_encoder
@@ -73,6 +73,8 @@ class ClassificationRecipe:
     """The images."""
     label_smoothing: float = 0.1
     """Share of the target that is spread evenly over all classes, 0 to below 1."""
+    execution: ExecutionSettings = ExecutionSettings()
+    """How the encoder is computed."""
     training: TrainingSettings
     """The training."""
 
@@ -84,7 +86,8 @@ class ClassificationRecipe:
         check_batches(self.data, self.training)
         if self.init == SCRATCH:
             self.encoder.check_channels(self.data.mean)
-            self.encoder.config(self.data.image_size)  # raises where sizes cannot work together
+            config = self.encoder.config(self.data.image_size)  # raises where sizes cannot work
+            self.execution.check_stages(len(config.depths))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +156,7 @@ class ClassificationStage:
         self.samples_per_epoch = self.order.samples_per_epoch
         self.data_digest = self.training_shards.digest
         self.start = starting_point(recipe)
+        recipe.execution.apply(self.start.encoder)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.training.seed)
             self.model = Classifier(self.start.encoder, len(self.classes))

@@ -1,11 +1,11 @@
-"""The encoder of a recipe: a variant of the paper, or sizes of one's own."""
+"""The encoder of a recipe, a variant of the paper or sizes of one's own; how it is computed."""
 
 from typing import Literal
 
 from simmim.data.images import check_channels
 from simmim.recipe import settings
-from swinv2 import SwinV2Config
-from swinv2.config import variant_config
+from swinv2 import Execution, SwinV2, SwinV2Config
+from swinv2.config import AttentionPath, Checkpointing, variant_config
 
 
 @settings
@@ -69,3 +69,65 @@ class EncoderSettings:
             drop_path=self.drop_path,
             **replaced,
         )
+
+
+@settings
+class ExecutionSettings:
+    """How the encoder computes what it computes: time and memory change, results only by rounding.
+
+    A run may be resumed with others, and its checkpoints and encoders are the same.
+    """
+
+    attention: AttentionPath | tuple[AttentionPath, ...] = "auto"
+    """Path of attention, one for all stages or a list with one for each. sequential: the scores of
+    one group of windows after the other, which takes the least memory; sdpa: torch's fused kernels;
+    explicit: all scores at once; auto: sequential, but explicit where compiled for a GPU."""
+    checkpointing: Checkpointing | tuple[Checkpointing, ...] = "none"
+    """What is computed again in the backward instead of kept, for all stages or a list with one for
+    each: none, attention (the attention branch of each block), full (each block)."""
+    scores_at_a_time: int | None = None
+    """Attention scores that sequential attention holds at a time; null for 2**19 a thread on a CPU,
+    2 MiB in float32, and 2**27 on a GPU."""
+    compile: bool = False
+    """Compile the encoder's blocks with torch.compile: minutes at the start, faster steps after.
+    --compile is short for --execution.compile true."""
+
+    def __post_init__(self) -> None:
+        self.execution()  # raises where a choice cannot work
+
+    def execution(self) -> Execution:
+        """Return the part of these settings that the encoder itself knows."""
+        return Execution(
+            attention=self.attention,
+            checkpointing=self.checkpointing,
+            scores_at_a_time=self.scores_at_a_time,
+        )
+
+    def check_stages(self, stages: int) -> None:
+        """Check that a list has one choice for each of the encoder's stages.
+
+        Raises:
+            ValueError: it has more or fewer.
+        """
+        for name in ("attention", "checkpointing"):
+            choices = getattr(self, name)
+            if not isinstance(choices, str) and len(choices) != stages:
+                raise ValueError(
+                    f"execution.{name} lists {len(choices)} choices and the encoder has {stages} "
+                    "stages; give one for each, or a single one for all."
+                )
+
+    def apply(self, encoder: SwinV2) -> None:
+        """Let `encoder` compute in this way.
+
+        Raises:
+            ValueError: a list has not one choice for each of its stages.
+        """
+        self.check_stages(len(encoder.stages))
+        encoder.set_execution(
+            attention=self.attention,
+            checkpointing=self.checkpointing,
+            scores_at_a_time=self.scores_at_a_time,
+        )
+        if self.compile:
+            encoder.compile_blocks()

@@ -22,7 +22,7 @@ from simmim.model import LossArea, SimMIM
 from simmim.recipe import load, recipe_hash, settings
 from simmim.report.panels import reconstruction_panel
 from simmim.stages.batches import check_batches, training_batches
-from simmim.stages.encoder_settings import EncoderSettings
+from simmim.stages.encoder_settings import EncoderSettings, ExecutionSettings
 from simmim.stages.normalisation import Normalise
 from swinv2 import build_encoder, save_encoder
 from swinv2.weights import Provenance
@@ -66,6 +66,8 @@ class PretrainRecipe:
     """What is hidden."""
     loss: LossSettings = LossSettings()
     """What is asked for."""
+    execution: ExecutionSettings = ExecutionSettings()
+    """How the encoder is computed."""
     training: TrainingSettings
     """The training."""
 
@@ -81,7 +83,8 @@ class PretrainRecipe:
         check_batches(self.data, self.training)
         if self.training.optimizer.layer_decay != 1.0:
             raise ValueError("training.optimizer.layer_decay belongs to fine-tuning; leave it 1.")
-        self.encoder.config(size)  # raises where the sizes cannot work together
+        config = self.encoder.config(size)  # raises where the sizes cannot work together
+        self.execution.check_stages(len(config.depths))
 
     def draw_mask(self) -> MaskDrawer:
         """Return what draws the mask of an image.
@@ -133,6 +136,7 @@ class PretrainStage:
         self.samples_per_epoch = self.order.samples_per_epoch
         self.data_digest = self.training_shards.digest
         self.model = build_model(recipe)
+        recipe.execution.apply(self.model.encoder)
         self.module = PretrainModule(self.model, recipe.data)
         self.depths = self.model.encoder.config.depths
         self.draw_mask = recipe.draw_mask()

@@ -1,0 +1,115 @@
+"""FSDP2: weights, gradients and optimiser state cut into as many parts as there are devices.
+
+Each block of the encoder is a unit, gathered for its forward and its backward and let go after
+each; what is left, the embedding, merges, norms and heads, is one more.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+
+from swinv2 import SwinV2
+from swinv2.blocks import Block
+
+OUTSIDE_FORWARD = ("embed", "encode", "features")
+"""Methods of the encoder that are called like its forward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardingUnit:
+    """Parameters that are gathered together."""
+
+    name: str
+    """Dotted name of the block; empty for what is outside all blocks."""
+    parameters: tuple[str, ...]
+    """Dotted names."""
+    size: int
+    """Numbers in them."""
+
+
+def sharding_units(model: nn.Module) -> list[ShardingUnit]:
+    """Return the units that `shard_by_block` makes of a model, what is outside the blocks last.
+
+    The model may be on the meta device.
+
+    Raises:
+        ValueError: there is no block in it.
+    """
+    blocks = [name for name, module in model.named_modules() if isinstance(module, Block)]
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no blocks of an encoder to shard by.")
+    members: dict[str, list[tuple[str, int]]] = {name: [] for name in [*blocks, ""]}
+    for name, parameter in model.named_parameters():
+        unit = next((block for block in blocks if name.startswith(f"{block}.")), "")
+        members[unit].append((name, parameter.numel()))
+    return [
+        ShardingUnit(
+            name=unit,
+            parameters=tuple(name for name, _ in found),
+            size=sum(size for _, size in found),
+        )
+        for unit, found in members.items()
+    ]
+
+
+def shard_size(model: nn.Module, *, rank: int, world: int) -> int:
+    """Return how many numbers of its parameters one of `world` devices keeps.
+
+    Each parameter is cut along its first axis into equal parts, the last of them shorter or empty.
+    """
+    total = 0
+    for parameter in model.parameters():
+        rows = len(parameter)
+        part = -(-rows // world)
+        kept = min(max(rows - rank * part, 0), part)
+        total += parameter.numel() // rows * kept
+    return total
+
+
+def shard_by_block(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    param_dtype: torch.dtype | None = torch.bfloat16,
+    reduce_dtype: torch.dtype | None = torch.float32,
+    reshard_after_forward: bool = True,
+) -> None:
+    """Shard a model with an encoder in it over the devices of a mesh, in place.
+
+    Optimisers are to be built afterwards: parameters become DTensors. Checkpointing and compiling
+    of blocks (`SwinV2.set_execution`, `compile_blocks`) work as before.
+
+    Args:
+        model: an encoder, or a module that holds one and whose forward calls it.
+        mesh: one-dimensional.
+        param_dtype: what weights are gathered and computed in; None for their own. The shards,
+            which the optimiser updates, keep theirs: float32, if that is what the model is in.
+        reduce_dtype: what gradients are averaged in; None for `param_dtype`.
+        reshard_after_forward: let a block's weights go after its forward, and gather them again
+            for its backward: less memory, and half as much traffic again.
+
+    Raises:
+        ValueError: the model has no blocks, or the mesh has more than one dimension.
+    """
+    if mesh.ndim != 1:
+        raise ValueError(f"the mesh has {mesh.ndim} dimensions; sharding takes one of its axes.")
+    sharding_units(model)  # raises where there are no blocks
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    for module in list(model.modules()):
+        if isinstance(module, Block):
+            fully_shard(
+                module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
+            )
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    if isinstance(model, SwinV2):
+        for name in OUTSIDE_FORWARD:
+            register_fsdp_forward_method(model, name)
+    assert isinstance(model, FSDPModule)

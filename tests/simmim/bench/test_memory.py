@@ -1,0 +1,208 @@
+"""What a step takes of a device: the arithmetic by hand, the counting against a measured step."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from simmim.bench.memory import (
+    GIB,
+    MANY,
+    ModelSize,
+    Placement,
+    largest_batch,
+    model_size,
+    need,
+    run_cases,
+    worst_peak,
+)
+from simmim.bench.step import Peak, Precision, Simulation, StepCase
+from simmim.cli import main
+
+NONE = Placement(sharding="none", devices=1)
+ZERO1 = Placement(sharding="zero1", devices=8)
+FSDP2 = Placement(sharding="fsdp2", devices=8)
+
+SIZE = ModelSize(parameters=800, gathered=300, largest_unit=100, shards={1: 800, 8: 100})
+SIMULATION = Simulation(
+    peaks=(Peak(gradients=0, activations=5000), Peak(gradients=800, activations=3000))
+)
+
+
+def case(**changes: object) -> StepCase:
+    values = {
+        "variant": "tiny",
+        "image_size": 64,
+        "window_size": 8,
+        "attention": "explicit",
+        "checkpointing": "none",
+        "precision": "fp32",
+        "batch": 2,
+    }
+    return StepCase(**{**values, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("placement", "precision", "weights", "optimizer", "gathered", "gradients", "activations"),
+    [
+        # 4 bytes each for weights, gradients and AdamW's two states.
+        (NONE, "fp32", 3200, 6400, 0, 3200, 3000),
+        (NONE, "bf16", 3200, 6400, 0, 3200, 3000),
+        # Gradients of 2 bytes are too few to make up for the activations of the first peak.
+        (NONE, "bf16-weights", 1600, 3200, 0, 0, 5000),
+        (ZERO1, "fp32", 3200, 800, 0, 3200, 3000),
+        # 2 bytes a weight, and 4 a master weight, of which there is an eighth.
+        (ZERO1, "bf16", 1600 + 400, 800, 0, 0, 5000),
+        (FSDP2, "fp32", 400, 800, 4 * (300 + 100), 0, 5000),
+        (FSDP2, "bf16", 400, 800, 2 * (300 + 100), 0, 5000),
+    ],
+)
+def test_what_a_device_needs(
+    placement: Placement,
+    precision: Precision,
+    weights: int,
+    optimizer: int,
+    gathered: int,
+    gradients: int,
+    activations: int,
+) -> None:
+    found = need(SIZE, SIMULATION, placement, precision, optimizer=True)
+    assert (found.weights, found.optimizer, found.gathered) == (weights, optimizer, gathered)
+    assert (found.gradients, found.activations) == (gradients, activations)
+    assert found.total == weights + optimizer + gathered + gradients + activations
+    assert need(SIZE, SIMULATION, placement, precision, optimizer=False).optimizer == 0
+
+
+def test_the_worst_moment_depends_on_the_bytes_of_a_gradient() -> None:
+    assert worst_peak(SIMULATION.peaks, 4).gradients == 800
+    assert worst_peak(SIMULATION.peaks, 0.5).gradients == 0
+
+
+def test_the_largest_batch_is_on_a_straight_line() -> None:
+    def needed(images: int) -> int:
+        return 1000 + 10 * images
+
+    assert largest_batch(2000, 4, needed(4), needed(4 * MANY)) == 100
+    assert largest_batch(500, 4, needed(4), needed(4 * MANY)) == 0
+
+
+def test_the_largest_variant_is_as_large_as_published() -> None:
+    size = model_size(case(variant="giant", image_size=192, window_size=12), {1, 64})
+    assert size.parameters == pytest.approx(3.0e9, rel=0.01)
+    assert size.shards[1] == size.parameters
+    assert size.parameters / 64 <= size.shards[64] < 1.01 * size.parameters / 64
+
+
+def test_a_simulated_step_follows_what_is_kept() -> None:
+    cases = {
+        "plain": case(),
+        "twice": case(batch=4),
+        "four times": case(batch=8),
+        "sequential": case(attention="sequential"),
+        "attention": case(checkpointing="attention"),
+        "full": case(checkpointing="full"),
+        "bf16": case(precision="bf16"),
+        "bf16 weights": case(precision="bf16-weights"),
+    }
+    found = dict(zip(cases, run_cases("simulate", list(cases.values())), strict=True))
+    parameters = model_size(case(), {1}).parameters
+    for simulation in found.values():
+        gradients = [peak.gradients for peak in simulation.peaks]
+        assert gradients == sorted(set(gradients))
+        assert gradients[-1] <= parameters
+        activations = [peak.activations for peak in simulation.peaks]
+        assert activations == sorted(activations, reverse=True)
+    most = {name: simulation.peaks[0].activations for name, simulation in found.items()}
+    assert most["full"] < most["attention"] < most["plain"]
+    assert most["sequential"] < most["plain"]
+    assert most["bf16 weights"] < 0.6 * most["plain"]
+    assert most["bf16"] > most["bf16 weights"] + parameters  # weights are kept in bf16, too
+    two_images = most["twice"] - most["plain"]
+    assert most["four times"] - most["twice"] == pytest.approx(2 * two_images, rel=0.02)
+
+
+FEW_AND_ALL = """
+from contextlib import nullcontext
+from simmim.bench import step
+
+case = step.StepCase(variant="tiny", image_size=64, window_size=8, attention="sequential",
+    checkpointing="full", precision="fp32", batch=2)
+build = step.build_step_model
+
+def one_window_at_a_time(case):
+    model = build(case)
+    model.encoder.set_execution(scores_at_a_time=2 * 64**2)
+    return model
+
+step.build_step_model = one_window_at_a_time
+few = step.simulate(case)
+step.few_groups = nullcontext
+all_groups = step.simulate(case)
+print(*[peak.activations for found in (few, all_groups) for peak in found.peaks[:1]])
+"""
+
+
+def test_few_groups_of_sequential_attention_tell_of_all() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FEW_AND_ALL], capture_output=True, text=True, check=True
+    )
+    few, all_groups = map(int, done.stdout.split())
+    assert few == pytest.approx(all_groups, rel=1e-3)
+
+
+def test_counted_and_measured_agree(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "memory.json"
+    command = ["bench", "memory", "--variants", "tiny", "--sizes", "128/8", "--batch", "8"]
+    more = ["--precision", "fp32", "--checkpointing", "none", "--devices", "1", "--json", str(file)]
+    assert main([*command, *more]) == 0
+    (row,) = json.loads(file.read_text())
+    assert 0.9 < row["ratio"] < 1.3
+    assert row["ratio"] == row["measured"]["peak"] / row["needs"]["none"]["total"]
+    printed = capsys.readouterr().out
+    assert f"{row['ratio']:.2f}" in printed
+    assert "ratio: measured / none" in printed
+
+
+def test_the_tables_are_aligned_and_complete(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "memory.json"
+    command = ["bench", "memory", "--variants", "tiny", "--sizes", "64/8", "32/4"]
+    more = ["--checkpointing", "full", "--no-measure", "--devices", "1", "8"]
+    last = ["--device-memory", "2", "--json", str(file)]
+    assert main([*command, *more, *last]) == 0
+    rows = json.loads(file.read_text())
+    assert len(rows) == 2
+    printed = capsys.readouterr().out.splitlines()
+    heads = [line for line in printed if line.startswith("variant")]
+    assert [head.split()[-3:] for head in heads] == [["none", "zero1/8", "fsdp2/8"]] * 2
+    lines = [line for line in printed if line.startswith("tiny")]
+    assert len(lines) == 2 * len(rows)
+    assert {len(line) for line in lines[: len(rows)]} == {len(heads[0])}
+    for row, line in zip(rows, lines, strict=False):
+        assert line.split()[-3:] == [
+            f"{row['needs'][name]['total'] / GIB:.2f}" for name in ("none", "zero1/8", "fsdp2/8")
+        ]
+        assert row["measured"] is None
+        assert row["ratio"] is None
+        assert row["largest_batch"]["fsdp2/8"] > 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--sizes", "192"], "give IMAGE/WINDOW"),
+        (["--sizes", "100/8"], "not whole mask cells of 32"),
+        (["--variants", "huger"], "invalid choice: 'huger'"),
+        (["--devices", "0"], "0 is below 1"),
+    ],
+)
+def test_what_cannot_be_is_explained(
+    wrong: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["bench", "memory", *wrong])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
