@@ -330,19 +330,24 @@ class WindowAttention(nn.Module):
         return unshift_tokens(reverse(output, grid), grid)
 
     def _attend(self, qkv: Tensor, scale: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
-        match self._path(qkv):
-            case "sequential":
-                size = self.scores_at_a_time
-                return sequential_attention(
-                    qkv, scale=scale, bias=bias, mask=mask, scores_at_a_time=size
-                )
+        path = self.path
+        if path == "auto" and (being_exported() or _compiled_for_gpu(qkv)):
+            path = "explicit"
+        match path:
+            case "explicit":
+                return explicit_attention(qkv, scale=scale, bias=bias, mask=mask)
             case "sdpa":
                 return sdpa_attention(qkv, scale=scale, bias=bias, mask=mask)
             case _:
-                return explicit_attention(qkv, scale=scale, bias=bias, mask=mask)
+                return sequential_attention(
+                    qkv,
+                    scale=scale,
+                    bias=bias,
+                    mask=mask,
+                    scores_at_a_time=self.scores_at_a_time,
+                    keep=path == "auto",
+                )
 
-    def _path(self, qkv: Tensor) -> AttentionPath:
-        if self.path != "auto":
-            return self.path
-        compiled_for_gpu = torch.compiler.is_compiling() and qkv.device.type != "cpu"
-        return "explicit" if being_exported() or compiled_for_gpu else "sequential"
+
+def _compiled_for_gpu(tokens: Tensor) -> bool:
+    return torch.compiler.is_compiling() and tokens.device.type != "cpu"

@@ -184,16 +184,17 @@ class Execution:
     attention: AttentionPath | tuple[AttentionPath, ...] = "auto"
     """explicit: all scores at once, in plain operations; the only path that can be differentiated
     twice, or exported. sdpa: torch's scaled_dot_product_attention. sequential: the scores of one
-    group of windows after the other, computed again in the backward instead of kept. auto:
-    sequential, but explicit in an exported graph and in a compiled one for a GPU."""
+    group of windows after the other, computed again in the backward instead of kept: the least
+    memory. auto: so too, but attention weights are kept for the backward, which is faster, in the
+    precision of the values; explicit in an exported graph and in a compiled one for a GPU."""
 
     checkpointing: Checkpointing | tuple[Checkpointing, ...] = "none"
     """What is computed again in the backward instead of kept: nothing, the attention branch of a
     block, or the whole block."""
 
     scores_at_a_time: int | None = None
-    """Numbers in the scores of a group of sequential attention; None for 2**19 a thread on a
-    CPU, two megabytes in float32, which its cache holds, and 2**27 elsewhere."""
+    """Numbers in the scores of a group of windows; None for 2**21 on a CPU, eight megabytes in
+    float32, which its cache holds, and 2**27 elsewhere."""
 
     def __post_init__(self) -> None:
         for name, legal in (("attention", AttentionPath), ("checkpointing", Checkpointing)):

@@ -6,6 +6,7 @@ small group stays in the processor's cache, which is faster than writing scores 
 and inputs of any size take a fixed memory (paper, section 3.5, sequential self-attention).
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ def sequential_attention(
     bias: Tensor,
     mask: Tensor | None,
     scores_at_a_time: int | None,
+    keep: bool,
 ) -> Tensor:
     """Attend within windows: softmax(scale · cos(query, key) + bias + mask) · value.
 
@@ -41,36 +43,50 @@ def sequential_attention(
         bias: (heads, tokens, tokens), in the precision of scale.
         mask: (windows, 1, tokens, tokens), added to the scores of each window, or None.
         scores_at_a_time: numbers in the scores of a group, which has one window and head at least;
-            None for 2**19 a thread on a CPU, whose cache holds them, and 2**27 elsewhere.
+            None for 2**21 on a CPU, whose cache holds them, and 2**27 elsewhere.
+        keep: keep the attention weights for the backward, in the precision of qkv, instead of
+            computing them again.
 
     Returns:
         (batch, windows, tokens, heads·d). It can be differentiated once.
     """
-    mixed: Tensor = _attend(qkv, scale, bias, mask, scores_at_a_time)
+    keep = keep and torch.is_grad_enabled()
+    mixed: Tensor = _attend(qkv, scale, bias, mask, scores_at_a_time, keep)[0]
     return mixed
 
 
-def attend(
-    qkv: Tensor, scale: Tensor, bias: Tensor, mask: Tensor | None, scores_at_a_time: int | None
-) -> Tensor:
-    """Do what `sequential_attention` does, without a gradient."""
+def attend(  # noqa: PLR0917  # an operator takes no keywords
+    qkv: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    scores_at_a_time: int | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Do what `sequential_attention` does, without a gradient; give the kept weights, too."""
     roles = _by_head(qkv, 3, len(scale))
     mixed = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
+    kept = qkv.new_empty(_kept_size(roles) if keep else 0)
     (mixed_by_head,) = _by_head(mixed, 1, len(scale))
+    place = 0
     for group in _groups(roles, scores_at_a_time):
         directions, _ = _directions(roles[:2][_of_both(group)], scale[group.heads])
         value = roles[2][group].contiguous()
         weights = _weights(directions.to(value.dtype), _added(bias, mask, group))
+        if keep:
+            weights = kept[place : place + weights.numel()].view(weights.shape).copy_(weights)
+            place += weights.numel()
         mixed_by_head[group] = _product(weights.to(value.dtype), value)
-    return mixed
+    return mixed, kept
 
 
-def attend_backward(  # noqa: PLR0917  # an operator takes no keywords
+def attend_backward(  # noqa: PLR0917
     gradient: Tensor,
     qkv: Tensor,
     scale: Tensor,
     bias: Tensor,
     mask: Tensor | None,
+    kept: Tensor,
     scores_at_a_time: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Give the gradients of qkv, scale and bias."""
@@ -79,14 +95,22 @@ def attend_backward(  # noqa: PLR0917  # an operator takes no keywords
     for_qkv, for_bias = torch.empty_like(qkv), torch.zeros_like(bias)
     for_scale = torch.zeros_like(scale)
     for_roles = _by_head(for_qkv, 3, len(scale))
+    place = 0
     for group in _groups(roles, scores_at_a_time):
         scale_of_group = scale[group.heads]
         precise, factors = _directions(roles[:2][_of_both(group)], scale_of_group)
         value = roles[2][group].contiguous()
         directions = precise.to(value.dtype)
-        weights = _weights(directions, _added(bias, mask, group))
+        if len(kept):
+            shape = (*value.shape[:-1], value.shape[-2])
+            rounded = kept[place : place + math.prod(shape)].view(shape)
+            place += rounded.numel()
+            weights = rounded.to(scale.dtype)
+        else:
+            weights = _weights(directions, _added(bias, mask, group))
+            rounded = weights.to(value.dtype)
         outcome = gradient_by_head[group].contiguous()
-        for_roles[2][group] = _product(weights.to(value.dtype).transpose(-2, -1), outcome)
+        for_roles[2][group] = _product(rounded.transpose(-2, -1), outcome)
 
         for_scores = _product(outcome, value.transpose(-2, -1)).to(scale.dtype)
         torch._softmax_backward_data(
@@ -108,45 +132,60 @@ _attend = torch.library.custom_op(
     "swinv2::sequential_attention",
     attend,
     mutates_args=(),
-    schema="(Tensor qkv, Tensor scale, Tensor bias, Tensor? mask, int? scores_at_a_time) -> Tensor",
+    schema="(Tensor qkv, Tensor scale, Tensor bias, Tensor? mask, int? scores_at_a_time, "
+    "bool keep) -> (Tensor, Tensor)",
 )
 _attend_backward = torch.library.custom_op(
     "swinv2::sequential_attention_backward",
     attend_backward,
     mutates_args=(),
-    schema="(Tensor gradient, Tensor qkv, Tensor scale, Tensor bias, Tensor? mask, "
+    schema="(Tensor gradient, Tensor qkv, Tensor scale, Tensor bias, Tensor? mask, Tensor kept, "
     "int? scores_at_a_time) -> (Tensor, Tensor, Tensor)",
 )
 
 
 @_attend.register_fake
-def _(qkv: Tensor, *rest: object) -> Tensor:  # noqa: ARG001
-    return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
+def _(  # noqa: PLR0917
+    qkv: Tensor,
+    scale: Tensor,
+    bias: Tensor,  # noqa: ARG001
+    mask: Tensor | None,  # noqa: ARG001
+    scores_at_a_time: int | None,  # noqa: ARG001
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    mixed = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
+    return mixed, qkv.new_empty(_kept_size(_by_head(qkv, 3, len(scale))) if keep else 0)
 
 
 @_attend_backward.register_fake
-def _(  # noqa: PLR0917
+def _(
     gradient: Tensor,  # noqa: ARG001
     qkv: Tensor,
     scale: Tensor,
     bias: Tensor,
-    mask: Tensor | None,  # noqa: ARG001
-    scores_at_a_time: int | None,  # noqa: ARG001
+    *rest: object,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(qkv), torch.empty_like(scale), torch.empty_like(bias)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    *tensors, ctx.scores_at_a_time = inputs
-    ctx.save_for_backward(*tensors)
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scores_at_a_time, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output[1])
 
 
-def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor | None, ...]:
     gradients = _attend_backward(gradient, *ctx.saved_tensors, ctx.scores_at_a_time)
-    return (*gradients, None, None)
+    return (*gradients, None, None, None)
 
 
 _attend.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _kept_size(roles: Tensor) -> int:
+    """Give the number of attention weights, of which each query has one for each key."""
+    _, batch, windows, heads, tokens, _ = roles.shape
+    return batch * windows * heads * tokens**2
 
 
 def _by_head(tensor: Tensor, roles: int, heads: int) -> Tensor:
@@ -167,7 +206,7 @@ def _groups(roles: Tensor, scores_at_a_time: int | None) -> Iterator[Group]:
     """
     _, batch, windows, heads, tokens, _ = roles.shape
     if scores_at_a_time is None:
-        scores_at_a_time = 2**19 * torch.get_num_threads() if roles.is_cpu else 2**27
+        scores_at_a_time = 2**21 if roles.is_cpu else 2**27
     heads_at_a_time = max(1, scores_at_a_time // tokens**2)
     images_at_a_time = min(batch, max(1, heads_at_a_time // heads))
     windows_at_a_time = max(1, heads_at_a_time // (heads * images_at_a_time))

@@ -81,13 +81,14 @@ class ExecutionSettings:
     attention: AttentionPath | tuple[AttentionPath, ...] = "auto"
     """Path of attention, one for all stages or a list with one for each. sequential: the scores of
     one group of windows after the other, which takes the least memory; sdpa: torch's fused kernels;
-    explicit: all scores at once; auto: sequential, but explicit where compiled for a GPU."""
+    explicit: all scores at once; auto: groups too, with attention weights kept for the backward,
+    but explicit where compiled for a GPU."""
     checkpointing: Checkpointing | tuple[Checkpointing, ...] = "none"
     """What is computed again in the backward instead of kept, for all stages or a list with one for
     each: none, attention (the attention branch of each block), full (each block)."""
     scores_at_a_time: int | None = None
-    """Attention scores that sequential attention holds at a time; null for 2**19 a thread on a CPU,
-    2 MiB in float32, and 2**27 on a GPU."""
+    """Attention scores that are computed together; null for 2**21 on a CPU, 8 MiB in float32, and
+    2**27 on a GPU."""
     compile: bool = False
     """Compile the encoder's blocks with torch.compile: minutes at the start, faster steps after.
     --compile is short for --execution.compile true."""

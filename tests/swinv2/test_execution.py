@@ -21,6 +21,8 @@ SIZES: dict[str, Any] = {
 }
 EXECUTIONS: list[dict[str, Any]] = [
     {"attention": "sdpa"},
+    {"attention": "auto"},
+    {"attention": "auto", "scores_at_a_time": 16**2 * 3},
     {"attention": "sequential"},
     {"attention": "sequential", "scores_at_a_time": 1},
     {"attention": "sequential", "scores_at_a_time": 16**2 * 3},

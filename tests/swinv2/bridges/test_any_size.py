@@ -53,12 +53,13 @@ def test_a_plain_copy_shares_weights_and_leaves_the_rest(build: Callable[..., Sw
     encoder.train()
     encoder.set_execution(attention="sequential", checkpointing="full")
     encoder.compile_blocks(backend="eager")
-    execution, run = encoder.execution, encoder.stages[0].blocks[0].run
+    execution, compiled = encoder.execution, encoder.stages[0].blocks[0].compiled_run
+    assert compiled is not None
     plain = plain_copy(encoder)
     assert encoder.training
     assert all(parameter.requires_grad for parameter in encoder.parameters())
     assert encoder.execution is execution
-    assert encoder.stages[0].blocks[0].run is run
+    assert encoder.stages[0].blocks[0].compiled_run is compiled
     assert not plain.training
     assert plain.execution != execution
     ours, theirs = encoder.state_dict(), plain.state_dict()
