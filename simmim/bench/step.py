@@ -147,7 +147,7 @@ def simulate(case: StepCase) -> Simulation:
             parameter.grad = None
 
         for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(finish)
+            parameter.register_post_accumulate_grad_hook(finish)  # type: ignore[no-untyped-call]
         device = torch.device("cpu")
         forward_backward(model, case.precision, device, batch=case.batch, side=case.image_size)
         close()
@@ -277,9 +277,10 @@ def _peak_of_process() -> int:
 def main(arguments: Sequence[str]) -> None:
     """Answer the cases on stdin one after the other."""
     (action,) = arguments
-    answer = {"simulate": simulate, "measure": measure}[action]
     for values in json.load(sys.stdin):
-        sys.stdout.write(json.dumps(asdict(answer(StepCase(**values)))) + "\n")
+        case = StepCase(**values)
+        answer = simulate(case) if action == "simulate" else measure(case)
+        sys.stdout.write(json.dumps(asdict(answer)) + "\n")
         sys.stdout.flush()
 
 

@@ -9,7 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from swinv2 import SwinV2
 from swinv2.blocks import Block
@@ -105,8 +109,5 @@ def shard_by_block(
             )
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     if isinstance(model, SwinV2):
-        from torch.distributed.fsdp import register_fsdp_forward_method
-
         for name in OUTSIDE_FORWARD:
             register_fsdp_forward_method(model, name)
-    assert isinstance(model, FSDPModule)

@@ -1,13 +1,15 @@
 """However the encoder computes, it computes the same."""
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from swinv2 import Execution, SwinV2, build_encoder
+from swinv2 import Execution, SwinV2, build_encoder, load_encoder, save_encoder
 from swinv2.linear import Linear, linear
 
 SIZES: dict[str, Any] = {
@@ -156,18 +158,25 @@ def test_a_linear_layer_is_one(dtype: torch.dtype, rows: int) -> None:
     assert empty.shape == (0, 40)
 
 
+SEEN_BY_DYNAMO = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+
+
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it
+@pytest.mark.timeout(900)
+@SEEN_BY_DYNAMO
 @pytest.mark.parametrize("drop_path", [0.0, 0.2])
+@pytest.mark.parametrize("checkpointing", ["none", "attention", "full"])
 def test_compiled_blocks_are_equal_and_few(
-    drop_path: float, randomise: Callable[[nn.Module], None]
+    drop_path: float, checkpointing: str, randomise: Callable[[nn.Module], None]
 ) -> None:
     torch._dynamo.reset()
     sizes = SIZES | {"depths": (2, 6), "num_heads": (1, 2), "embed_dim": 16}
     encoder = build_encoder("tiny", **sizes, drop_path=drop_path)
+    encoder.set_execution(checkpointing=checkpointing)
     randomise(encoder)
     images = torch.randn(2, 3, 64, 64)
     expected = outcome(encoder, images)
+    names = list(encoder.state_dict())
     torch._dynamo.utils.counters.clear()
     encoder.compile_blocks(backend="aot_eager")
     found = outcome(encoder, images)
@@ -177,3 +186,58 @@ def test_compiled_blocks_are_equal_and_few(
     assert not counters["graph_break"]
     graphs = counters["stats"]["unique_graphs"]
     assert graphs <= (4 if drop_path == 0 else 5)  # one more for the first, which never drops
+    assert list(encoder.state_dict()) == names
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@SEEN_BY_DYNAMO
+def test_stages_do_not_use_up_each_others_graphs(randomise: Callable[[nn.Module], None]) -> None:
+    """Four kinds of blocks, in training and evaluation, with batches of several sizes."""
+    torch._dynamo.reset()
+    encoder = build_encoder("tiny", **SIZES | {"depths": (2, 2), "num_heads": (1, 2)})
+    randomise(encoder)
+    torch._dynamo.utils.counters.clear()
+    encoder.compile_blocks(backend="aot_eager")
+    for batch, training in ((2, True), (2, False), (3, False), (5, False), (4, True), (6, True)):
+        encoder.train(training)
+        with torch.set_grad_enabled(training):
+            features = encoder(torch.randn(batch, 3, 64, 64))
+            if training:
+                features.sum().backward()
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    # Training and evaluation each have one for the first batch and one for all others: more than
+    # the eight that torch allows one piece of code.
+    assert 8 < counters["stats"]["unique_graphs"] <= 4 * 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@SEEN_BY_DYNAMO
+def test_a_compiled_encoder_is_copied_saved_and_exported_like_any(
+    tmp_path: Path, randomise: Callable[[nn.Module], None]
+) -> None:
+    torch._dynamo.reset()
+    encoder = build_encoder("tiny", **SIZES).eval()
+    randomise(encoder)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = encoder(images)
+        encoder.compile_blocks(backend="aot_eager")
+        torch.testing.assert_close(encoder(images), expected)
+
+        save_encoder(encoder, tmp_path / "encoder", mean=(0.5,) * 3, std=(0.5,) * 3)
+        loaded = load_encoder(tmp_path / "encoder")
+        assert loaded.state_dict().keys() == encoder.state_dict().keys()
+        torch.testing.assert_close(loaded(images), expected)
+
+        copied = copy.deepcopy(encoder)
+        for parameter in encoder.parameters():
+            parameter.zero_()
+        torch.testing.assert_close(copied(images), expected)  # of weights of its own
+
+        program = torch.export.export(copied, (images,)).module()
+        torch.testing.assert_close(program(images), expected)
+        encoder.load_state_dict(program.state_dict())
+        torch.testing.assert_close(encoder(images), expected)

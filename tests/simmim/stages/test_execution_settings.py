@@ -1,6 +1,5 @@
 """How the encoder is computed, as recipes say it: it changes no result and blocks no resume."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,13 @@ from swinv2.blocks import Block
 
 def is_compiled(encoder: torch.nn.Module) -> bool:
     (answer,) = {
-        module.compiled_run is not None
-        for module in encoder.modules()
-        if isinstance(module, Block)
+        module.compiled_run is not None for module in encoder.modules() if isinstance(module, Block)
     }
     return answer
 
 
 def test_a_recipe_reaches_the_encoder(
-    pretrain_values: dict[str, Any], finetune_values: dict[str, Any]
+    pretrain_values: dict[str, Any], classification_values: dict[str, Any]
 ) -> None:
     execution = {
         "attention": "sequential",
@@ -44,7 +41,7 @@ def test_a_recipe_reaches_the_encoder(
     stages = [
         PretrainStage(parse(PretrainRecipe, pretrain_values | {"execution": execution}, "test")),
         ClassificationStage(
-            parse(ClassificationRecipe, finetune_values | {"execution": execution}, "test")
+            parse(ClassificationRecipe, classification_values | {"execution": execution}, "test")
         ),
     ]
     expected = Execution(
@@ -67,15 +64,12 @@ def test_by_default_nothing_is_compiled(pretrain_values: dict[str, Any]) -> None
     [
         (
             {"attention": "fast"},
-            [
-                "execution.attention: Input should be 'auto', 'explicit', 'sdpa' or 'sequential', "
-                "or a valid array, got 'fast'"
-            ],
+            ["execution.attention: Input should be 'auto', ", "or a valid array, got 'fast'"],
         ),
         ({"checkpointing": ["full", "half"]}, ["execution.checkpointing.1: ", "got 'half'"]),
         (
             {"checkpointing": ["full"]},
-            ["execution.checkpointing lists 1 choices and the encoder has 2 stages"],
+            ["execution.checkpointing is a list of 1, and the encoder has 2 stages"],
         ),
         ({"scores_at_a_time": 0}, ["scores_at_a_time is 0; it must be a whole number"]),
         (
@@ -96,13 +90,13 @@ def test_every_mistake_is_named(
 
 
 def test_a_directory_with_other_stages_is_compared_with_the_lists(
-    finetune_values: dict[str, Any], pretrained: Path
+    classification_values: dict[str, Any], encoder_directory: Path
 ) -> None:
-    values = finetune_values | {
-        "init": str(pretrained),
+    values = classification_values | {
+        "init": str(encoder_directory),
         "execution": {"checkpointing": ["full", "none", "none"]},
     }
-    with pytest.raises(ValueError, match="lists 3 choices and the encoder has 2 stages"):
+    with pytest.raises(ValueError, match="is a list of 3, and the encoder has 2 stages"):
         ClassificationStage(parse(ClassificationRecipe, values, "test"))
 
 
@@ -121,22 +115,24 @@ def test_the_command_line_asks_for_compiling(
     given: list[str],
     expected: bool,
     pretrain_values: dict[str, Any],
-    finetune_values: dict[str, Any],
+    classification_values: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Launched(Exception):
+    class LaunchedError(Exception):
         pass
 
     def launch(_: Any, recipe: Any, **options: Any) -> None:
         assert recipe.execution.compile is expected
         assert recipe.execution.checkpointing == ("full" if "full" in given else "none")
-        raise Launched
+        raise LaunchedError
 
     monkeypatch.setattr(simmim.cli, "launch", launch)
     config = tmp_path / "recipe.yaml"
-    config.write_text(yaml.dump(pretrain_values if command == "pretrain" else finetune_values))
-    with pytest.raises(Launched):
+    config.write_text(
+        yaml.dump(pretrain_values if command == "pretrain" else classification_values)
+    )
+    with pytest.raises(LaunchedError):
         main([command, "--config", str(config), *given])
 
 
@@ -176,16 +172,15 @@ def compiled_training(config: Path, tmp_path: Path, *more: str, tolerance: float
     counters.clear()
     compiled = train(config, tmp_path / "compiled", "--compile", *more)
     assert not counters["graph_break"]
-    # Of two stages, with a shifted block each: training, evaluation, and another size of batch;
-    # and once more for the very first block, which never drops a path.
-    assert 0 < counters["stats"]["unique_graphs"] <= 2 * 2 * 3 + 1
+    # Three blocks that differ: each in training, in evaluation, and for another size of batch.
+    assert 0 < counters["stats"]["unique_graphs"] <= 3 * 3
     assert compiled == pytest.approx(eager, rel=tolerance)
     assert last_weights(tmp_path / "compiled").keys() == last_weights(tmp_path / "eager").keys()
     assert not [name for name in last_weights(tmp_path / "compiled") if "_orig_mod" in name]
 
 
 STEPS = [
-    *("--encoder.depths", "[2,3]", "--training.batch_size", "16", "--training.accumulation", "2"),
+    *("--encoder.depths", "[2,1]", "--training.batch_size", "16", "--training.accumulation", "2"),
     *("--training.steps", "4", "--training.log_every", "1", "--training.validate_every", "2"),
 ]
 
@@ -194,10 +189,9 @@ STEPS = [
 @pytest.mark.timeout(1800)
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler
 def test_a_compiled_run_equals_an_eager_one_and_goes_on_as_one(
-    pretrain_config: Path, finetune_values: dict[str, Any], tmp_path: Path
+    pretrain_config: Path, classification_values: dict[str, Any], tmp_path: Path
 ) -> None:
     compiled_training(pretrain_config, tmp_path, *STEPS, tolerance=1e-5)
-    graphs = counters["stats"]["unique_graphs"]
 
     run = RunFolder(path=tmp_path / "compiled")
     images = torch.randn(2, 3, 16, 16)
@@ -216,29 +210,20 @@ def test_a_compiled_run_equals_an_eager_one_and_goes_on_as_one(
     train(pretrain_config, tmp_path / "eager", "--compile", *longer, "auto")
 
     config = tmp_path / "finetune.yaml"
-    config.write_text(yaml.dump(finetune_values | {"init": str(exported)}))
+    config.write_text(yaml.dump(classification_values | {"init": str(exported)}))
     short = ["--training.steps", "2", "--training.log_every", "1"]
     counters.clear()
     of_compiled = train(config, tmp_path / "c", "--compile", *short, command="finetune")
     assert not counters["graph_break"]
     of_eager = train(config, tmp_path / "e", *short, command="finetune")
     assert of_compiled == pytest.approx(of_eager, rel=1e-5)
-    assert graphs > 0
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler
-@pytest.mark.parametrize(
-    ("more", "tolerance"),
-    [
-        (["--execution.checkpointing", "full"], 1e-5),
-        (["--execution.checkpointing", "attention"], 1e-5),
-        (["--training.precision", "bf16", "--execution.checkpointing", "full"], 5e-3),
-    ],
-    ids=["full", "attention", "bf16 full"],
-)
 def test_compiling_goes_with_checkpointing_and_autocast(
-    more: list[str], tolerance: float, pretrain_config: Path, tmp_path: Path
+    pretrain_config: Path, tmp_path: Path
 ) -> None:
-    compiled_training(pretrain_config, tmp_path, *STEPS, *more, tolerance=tolerance)
+    more = ["--training.precision", "bf16", "--execution.checkpointing", '["full","attention"]']
+    compiled_training(pretrain_config, tmp_path, *STEPS, *more, tolerance=5e-3)
