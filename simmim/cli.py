@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import torch
 
-from simmim.bench.command import add_bench
+from simmim.bench.cli import add_bench
 from simmim.quickstart import DEFAULT_FOLDER, quickstart
 from simmim.recipe import describe, load
 from simmim.stages.classification import ClassificationRecipe, ClassificationStage

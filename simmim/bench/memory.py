@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, Literal
 
 import psutil
@@ -24,22 +24,25 @@ from simmim.engine.sharding import shard_size, sharding_units
 Sharding = Literal["none", "zero1", "fsdp2"]
 
 GIB = 2**30
-MANY = 64
-"""Times the batch of the second step that tells what an image adds."""
+MULTIPLES = (1, 64, 128)
+"""Of the batch, in the steps that tell what images add: with many of them the peak is elsewhere."""
 ADAMW_STATES = 2
 MEMORY_TO_LEAVE = 0.8
 """Share of the free memory that a measured step may be expected to take."""
 
 ASSUMPTIONS = """\
-weights, gradients and AdamW's two states are float32; with bf16, arithmetic is bf16 by autocast,
-  and zero1 and fsdp2 hold bf16 weights (fsdp2: of a unit) and float32 master weights in shards;
-  zero1's gradients are then bf16, fsdp2's are averaged and kept in float32
-zero1: AdamW's states and the master weights are shared out; weights and gradients are whole
-fsdp2: all of these are shared out; two blocks and what is outside the blocks are gathered at a
-  time, and the gradients of one block
-one micro-batch a step, gradients set to none after it; buckets are views of the gradients
-activations: every tensor that is alive at once; the allocator's rounding and fragmentation, and
-  what a GPU's context and libraries take, come on top"""
+weights   float32; with bf16, zero1 and fsdp2 compute with bf16 weights and share out float32 ones
+gradients as the weights that are computed with; fsdp2 averages and keeps them in float32
+AdamW     two states, float32
+zero1     shares out AdamW's states and the float32 weights of bf16; the rest is whole
+fsdp2     shares out everything; two blocks, what is outside the blocks, and the gradients of one
+          block are gathered at a time
+bf16-weights: weights, gradients and states are all bf16
+activations: every tensor that is alive at once, in a step on tensors without content; bf16 is
+          autocast where weights are whole, with its bf16 copies of them
+One micro-batch a step. Gradients are none during the forward pass, and no second copy of them is
+kept for their exchange. What an allocator leaves unused, and what a GPU's context and libraries
+take, come on top."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,17 +176,19 @@ def worst_peak(peaks: Iterable[Peak], gradient_bytes: float) -> Peak:
     return max(peaks, key=lambda peak: peak.activations + gradient_bytes * peak.gradients)
 
 
-def largest_batch(device_memory: int, batch: int, few: int, many: int) -> int:
-    """Return how many images fit a device, by a straight line through two steps.
+def largest_batch(device_memory: int, needed: Mapping[int, int]) -> int:
+    """Return how many images fit a device, by straight lines between some that were counted.
 
     Args:
         device_memory: bytes.
-        batch: images of the first step; the other has MANY times as many.
-        few: bytes of the first.
-        many: bytes of the other.
+        needed: bytes that two or more numbers of images need.
     """
-    for_each = (many - few) / ((MANY - 1) * batch)
-    return max(0, int(batch + (device_memory - few) / for_each))
+    points = sorted(needed.items())
+    for (few, less), (many, more) in pairwise(points):
+        fit = few + (device_memory - less) * (many - few) / (more - less)
+        if fit < many:
+            break
+    return max(0, int(fit))
 
 
 def run_cases(action: Literal["simulate", "measure"], cases: Sequence[StepCase]) -> Iterator[Any]:
@@ -264,13 +269,13 @@ def simulations(
 ) -> Iterator[tuple[StepCase, dict[StepCase, Simulation]]]:
     """Yield each case with the simulations that its row is made of.
 
-    They are those of every precision that a placement computes in; with `many`, of a batch MANY
-    times as large, too.
+    They are those of every precision that a placement computes in; with `many`, of all MULTIPLES of
+    its batch.
     """
     asked = {
         case: [
             replace(case, precision=precision, batch=times * case.batch)
-            for times in ((1, MANY) if many else (1,))
+            for times in (MULTIPLES if many else (1,))
             for precision in dict.fromkeys(
                 compute_precision(case.precision, place.sharding) for place in placements
             )
@@ -313,9 +318,12 @@ def count(
     few = needs(case.batch)
     largest = {}
     if device_memory is not None:
+        by_batch = {times * case.batch: needs(times * case.batch) for times in MULTIPLES}
         largest = {
-            name: largest_batch(device_memory, case.batch, few[name].total, many.total)
-            for name, many in needs(MANY * case.batch).items()
+            name: largest_batch(
+                device_memory, {batch: of_batch[name].total for batch, of_batch in by_batch.items()}
+            )
+            for name in few
         }
     return Row(
         case=case,

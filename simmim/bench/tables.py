@@ -10,11 +10,18 @@ NUMBER = 10
 
 
 def memory_table(rows: Sequence[Row], placements: Sequence[Placement]) -> str:
-    """Return what each step needs of a device, in GiB, a column for each placement."""
+    """Return what each step needs of a device, in GiB, a column for each placement.
+
+    Under it stands how the measured ones were measured.
+    """
     names = [str(placement) for placement in placements]
     measured = any(row.measured for row in rows)
     heads = ["params", "activ.", *names, *(["measured", "ratio", "seconds"] if measured else [])]
-    lines = [_line(_STEP_HEADS, heads)]
+    case = rows[0].case
+    images = "1 image" if case.batch == 1 else f"{case.batch} images"
+    step = "a step" if case.optimizer else "forward and backward"
+    how = f"{case.precision}, attention {case.attention}"
+    lines = [f"GiB that {step} of {images} takes of a device: {how}\n", _line(_STEP_HEADS, heads)]
     for row in rows:
         cells = [f"{row.parameters / 1e6:,.0f} M", _gib(row.activations)]
         cells += [_gib(row.needs[name].total) for name in names]
@@ -25,6 +32,9 @@ def memory_table(rows: Sequence[Row], placements: Sequence[Placement]) -> str:
                 f"{row.measured.seconds:.0f}",
             ]
         lines.append(_line(_step_cells(row), cells))
+    if measured:
+        meters = sorted({row.measured.meter for row in rows if row.measured})
+        lines.append(f"\nmeasured: {', '.join(meters)}. ratio: measured / none.")
     return "\n".join(lines)
 
 

@@ -26,7 +26,7 @@ FREE_TO_CHANGE = (
     "training.validate_every",
     "training.look_every",
 )
-"""Recipe keys, or sections, that may differ on resume: they change no batch and no schedule."""
+"""Recipe keys and sections that may differ on resume: they change no batch and no schedule."""
 
 
 @dataclass(frozen=True, kw_only=True)

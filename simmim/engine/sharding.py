@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
-    FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
@@ -112,4 +111,3 @@ def shard_by_block(
     if isinstance(model, SwinV2):
         for name in OUTSIDE_FORWARD:
             register_fsdp_forward_method(model, name)
-    assert isinstance(model, FSDPModule)

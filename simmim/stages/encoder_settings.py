@@ -114,7 +114,7 @@ class ExecutionSettings:
             choices = getattr(self, name)
             if not isinstance(choices, str) and len(choices) != stages:
                 raise ValueError(
-                    f"execution.{name} lists {len(choices)} choices and the encoder has {stages} "
+                    f"execution.{name} is a list of {len(choices)}, and the encoder has {stages} "
                     "stages; give one for each, or a single one for all."
                 )
 

@@ -9,7 +9,6 @@ import pytest
 
 from simmim.bench.memory import (
     GIB,
-    MANY,
     ModelSize,
     Placement,
     largest_batch,
@@ -80,12 +79,27 @@ def test_the_worst_moment_depends_on_the_bytes_of_a_gradient() -> None:
     assert worst_peak(SIMULATION.peaks, 0.5).gradients == 0
 
 
-def test_the_largest_batch_is_on_a_straight_line() -> None:
+@pytest.mark.parametrize(
+    ("device_memory", "expected"),
+    [
+        (500, 0),
+        (1010, 1),
+        (1500, 50),
+        (1999, 99),
+        (2000, 100),
+        (2010, 100),
+        (2500, 125),
+        (4000, 200),
+    ],
+)
+def test_the_largest_batch_is_on_lines_between_those_counted(
+    device_memory: int, expected: int
+) -> None:
     def needed(images: int) -> int:
-        return 1000 + 10 * images
+        return 1000 + 10 * min(images, 100) + 20 * max(0, images - 100)
 
-    assert largest_batch(2000, 4, needed(4), needed(4 * MANY)) == 100
-    assert largest_batch(500, 4, needed(4), needed(4 * MANY)) == 0
+    batches = {images: needed(images) for images in (1, 100, 200)}
+    assert largest_batch(device_memory, batches) == expected
 
 
 def test_the_largest_variant_is_as_large_as_published() -> None:

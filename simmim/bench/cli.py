@@ -107,7 +107,27 @@ def add_memory(benches: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 def run_memory(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run `simmim bench memory`."""
     del overrides
-    cases = [
+    placements = _placements(arguments)
+    memory: float | None = arguments.device_memory
+    rows = make_rows(
+        _cases(arguments),
+        placements,
+        device_memory=None if memory is None else int(memory * GIB),
+        measure=arguments.measure,
+        say=_say,
+    )
+    print(memory_table(rows, placements))
+    if memory is not None:
+        print(f"\nImages that a device of {memory:g} GiB takes at most:\n")
+        print(batch_table(rows, placements))
+    print(f"\nWhat is counted:\n{ASSUMPTIONS}")
+    if arguments.json is not None:
+        atomic_write_text(arguments.json, json.dumps(to_json(rows), indent=1) + "\n")
+    return 0
+
+
+def _cases(arguments: argparse.Namespace) -> list[StepCase]:
+    return [
         StepCase(
             variant=variant,
             image_size=image_size,
@@ -122,36 +142,16 @@ def run_memory(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         for image_size, window_size in arguments.sizes
         for checkpointing in arguments.checkpointing
     ]
-    placements = [Placement(sharding="none", devices=1)] + [
+
+
+def _placements(arguments: argparse.Namespace) -> list[Placement]:
+    """Return one whole device, and each sharding over each number of several."""
+    return [Placement(sharding="none", devices=1)] + [
         Placement(sharding=sharding, devices=devices)
         for sharding in arguments.sharding
         for devices in arguments.devices
         if sharding != "none" and devices > 1
     ]
-    memory = arguments.device_memory
-    rows = make_rows(
-        cases,
-        placements,
-        device_memory=None if memory is None else int(memory * GIB),
-        measure=arguments.measure,
-        say=_say,
-    )
-    print(
-        f"GiB of one device for a step of {arguments.batch} "
-        f"image{'s' if arguments.batch > 1 else ''}: {arguments.precision}, "
-        f"{arguments.attention} attention" + ("" if arguments.optimizer else ", no optimizer")
-    )
-    print(memory_table(rows, placements))
-    print(f"\ncounted:\n{ASSUMPTIONS}")
-    meters = {row.measured.meter for row in rows if row.measured}
-    if meters:
-        print(f"measured: {', '.join(sorted(meters))}; ratio: measured / none")
-    if memory is not None:
-        print(f"\nlargest batch a device of {memory:g} GiB takes, images:")
-        print(batch_table(rows, placements))
-    if arguments.json is not None:
-        atomic_write_text(arguments.json, json.dumps(to_json(rows), indent=1) + "\n")
-    return 0
 
 
 def _say(text: str) -> None:
