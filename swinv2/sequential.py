@@ -1,9 +1,9 @@
 """Scaled cosine attention, one group of windows after the other, with a backward of its own.
 
 Scores are the largest tensors of the encoder: (windows, heads, tokens, tokens). Here only those of
-one group exist at a time, in the forward pass and in the backward, which computes them again. A
-small group stays in the processor's cache, which is faster than writing scores and reading them;
-and inputs of any size take a fixed memory (paper, section 3.5, sequential self-attention).
+one group exist at a time, which stays in the processor's cache. For the backward the weights that
+come of them are either kept, once and in the precision of the values, or computed again: then
+inputs of any size take a fixed memory (paper, section 3.5, sequential self-attention).
 """
 
 import math

@@ -135,7 +135,12 @@ def test_scores_do_not_depend_on_the_length_of_queries_and_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    "attend", [explicit_attention, partial(sequential_attention, scores_at_a_time=1, keep=False)]
+    "attend",
+    [
+        explicit_attention,
+        partial(sequential_attention, scores_at_a_time=1, keep=False),
+        partial(sequential_attention, scores_at_a_time=None, keep=True),
+    ],
 )
 def test_a_zero_query_attends_evenly_and_has_finite_gradients(
     attend: Callable[..., Tensor],
