@@ -1,6 +1,7 @@
 """The parts of a stage: patch embedding, the residual-post-norm block, patch merging."""
 
 from collections.abc import Callable
+from itertools import count
 from types import FunctionType
 from typing import Any, cast
 
@@ -13,6 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from swinv2.attention import WindowAttention, WindowGrid, window_grid
 from swinv2.config import AttentionPath, Checkpointing, Execution, Pair
 from swinv2.linear import Linear, linear
+
+COPIES = count()
+"""Numbers for the copies of the code that blocks compile."""
 
 
 class LayerNorm(nn.LayerNorm):
@@ -176,10 +180,12 @@ class Block(nn.Module):
 def compile_run(**options: Any) -> Callable[..., Tensor]:
     """Compile `Block.run`, without graph breaks; options are those of torch.compile.
 
-    Graphs are looked up, counted and made dynamic by code object. A copy of the code has its own,
-    so that blocks which differ in their shapes or their grid do not use up each other's.
+    Graphs are looked up and counted by code object, and sizes that change are made dynamic by the
+    name of the code. A copy with a name of its own has its own, so that blocks which differ in
+    their shapes or their grid do not use up each other's, and only the batch may become dynamic.
     """
-    run = FunctionType(Block.run.__code__.replace(), Block.run.__globals__, "run")
+    name = f"run_{next(COPIES)}"
+    run = FunctionType(Block.run.__code__.replace(co_name=name), Block.run.__globals__, name)
     compiled: Callable[..., Tensor] = torch.compile(run, fullgraph=True, **options)
     return compiled
 
@@ -213,8 +219,8 @@ class Stage(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map (batch, rows, columns, dim) to the same shape."""
-        for count, block in enumerate(self.blocks, start=1):
+        for number, block in enumerate(self.blocks, start=1):
             tokens = block(tokens)
-            if self.extra_norm_every and count % self.extra_norm_every == 0:
-                tokens = self.extra_norms[count // self.extra_norm_every - 1](tokens)
+            if self.extra_norm_every and number % self.extra_norm_every == 0:
+                tokens = self.extra_norms[number // self.extra_norm_every - 1](tokens)
         return tokens
