@@ -1,6 +1,6 @@
 """Train at window 8, test at larger windows without fine-tuning (paper, table 1), on CIFAR-10.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/transfer.py --data ../shared/data/cifar10.zip
+    OMP_NUM_THREADS=1 nice -n 15 python tests/benchmarks/transfer.py --data cifar10.zip
 
 Three classifiers differ in the position bias of their encoder alone: log-spaced coordinates (the
 product's), linear coordinates, and a table of one number for each offset, as in Swin Transformer
@@ -41,7 +41,7 @@ from swinv2.attention import PositionBias, WindowAttention, offset_index
 Kind = Literal["table", "linear", "log-spaced"]
 Pair = tuple[int, int]
 
-DATA = Path("../shared/data/cifar10.zip")
+DATA = Path(__file__).parents[2] / "../shared/data/cifar10.zip"
 SIZES = {8: 64, 12: 96, 16: 128, 24: 192}
 """Window in tokens: image in pixels. The first is trained at."""
 ENCODER = SwinV2Config(
@@ -210,7 +210,7 @@ def top1(model: Classifier, data: Labelled, window: int, *, label: str) -> float
     return 100 * right / len(data.images)
 
 
-def table(results: dict[Kind, list[dict[int, float]]]) -> str:
+def results_table(results: dict[Kind, list[dict[int, float]]]) -> str:
     """Return the mean over seeds for each kind and window, and each seed's figure."""
     sizes = [f"W{window}, {side} px" for window, side in SIZES.items()]
     lines = [f"| position bias | {' | '.join(sizes)} |", "|---" * (len(SIZES) + 1) + "|"]
@@ -244,7 +244,7 @@ def main() -> None:
             figures = {window: top1(model, testing, window, label=label) for window in SIZES}
             results[kind].append(figures)
             tqdm.write(f"{label}: {figures}")
-        print(f"\ntop-1, %, {len(testing.images):,} test images\n{table(results)}\n", flush=True)
+        print(f"\ntop-1, %, {len(testing.images):,} test images", results_table(results), sep="\n")
 
 
 if __name__ == "__main__":

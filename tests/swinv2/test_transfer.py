@@ -22,7 +22,7 @@ Step = tuple[int | Pair, int | Pair]
 
 NORMALISATION = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 STEPS: list[Step] = [(224, 14), (384, 24), (1536, 48)]
-OBLONG_STEPS: list[Step] = [((128, 224), (8, 14)), (256, 16), ((320, 96), (10, 3))]
+OBLONG_STEPS: list[Step] = [(256, 16), ((128, 224), (8, 14)), ((160, 96), (20, 10))]
 FIRST_WINDOWS = ((12, 12), (12, 12), (12, 12), (6, 6))
 BARE: dict[str, Any] = {
     "image_size": 32,
@@ -105,8 +105,10 @@ def test_steps_equal_a_direct_transfer(
     path = save_encoder(encoder, tmp_path / "first", **NORMALISATION)
     for way, step in zip(ways, steps, strict=False):
         encoder = way(encoder, step, tmp_path)
+        direct = load_encoder(path, image_size=step[0], window_size=step[1])
+        assert encoder.config == direct.config
         assert encoder.config.pretrained_window_sizes == FIRST_WINDOWS
-        assert_equal(encoder, load_encoder(path, image_size=step[0], window_size=step[1]))
+    assert_equal(encoder, direct)
 
 
 def test_a_direct_transfer_is_the_encoder_by_hand(
@@ -137,7 +139,7 @@ def test_the_way_to_the_largest_images_equals_a_direct_transfer(
         assert torch.equal(encoder(strip), direct(strip))
 
 
-@pytest.mark.parametrize("step", STEPS[:2] + OBLONG_STEPS, ids=str)
+@pytest.mark.parametrize("step", [(224, 14), ((128, 224), (8, 14)), (64, 3)], ids=str)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_the_way_back_restores_the_features(
     way: Callable[[SwinV2, Step, Path], SwinV2], step: Step, encoder: SwinV2, tmp_path: Path
