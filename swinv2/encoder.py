@@ -111,13 +111,21 @@ class SwinV2(nn.Module):
         image_size: int | Pair | None = None,
         window_size: int | Pair | None = None,
     ) -> None:
-        """Change the nominal image size (pixels) or window size (tokens), keeping all weights.
+        """Change the nominal image size or the window size in place, keeping all weights.
 
-        The first change records the windows trained with, which position offsets stay relative
-        to (section 3.3, transfer across window resolutions).
+        `encoder.set_input(image_size=384, window_size=24)` does to an encoder in memory what
+        `load_encoder` does to a saved one. The first change records the windows trained with, which
+        position offsets stay relative to (section 3.3, transfer across window resolutions); later
+        ones, saving and loading keep them. Windows should grow with the images.
+
+        Args:
+            image_size: (height, width) in pixels, or None to keep it. Images of other sizes are
+                taken as before: it decides nothing but what `config` says of the stages.
+            window_size: (height, width) in tokens, or None to keep it. A stage of fewer tokens
+                takes one window over all of it.
 
         Raises:
-            ValueError: a size cannot work.
+            ValueError: a size cannot work; the encoder is left as it was.
         """
         config = replace_config(
             self.config,

@@ -107,15 +107,23 @@ def load_encoder(
 ) -> SwinV2:
     """Build the encoder that the directory ``path`` holds, on the CPU, in evaluation mode.
 
+    ``load_encoder("encoders/mine", image_size=384, window_size=24)`` transfers an encoder to larger
+    images. Windows should grow with the images: each then covers the same part of the image, in
+    more tokens. No weight changes: the position bias comes from an MLP, evaluated on the offsets of
+    the new window, in coordinates of the windows that `save_encoder` recorded (paper, section 3.3).
+    Those stay recorded whatever is saved, loaded or set afterwards, so that a transfer in steps
+    equals a direct one, and the way back restores the features, bit for bit.
+
     Args:
         path: what `save_encoder` wrote.
         image_size: nominal (height, width) in pixels, where it differs from the saved one.
-        window_size: window (height, width) in tokens, where it differs from the saved one. The
-            position bias is evaluated on the new window, in coordinates of the pretraining window.
+        window_size: window (height, width) in tokens, where it differs from the saved one. A stage
+            of fewer tokens takes one window over all of it.
         drop_path: greatest rate of stochastic depth, where it differs from the saved one.
 
     Raises:
-        ValueError: ``path`` is no encoder directory, or does not hold every tensor of the encoder.
+        ValueError: ``path`` is no encoder directory, does not hold every tensor of the encoder, or
+            a size cannot work.
     """
     folder = Path(path)
     config = read_encoder_config(folder).config

@@ -2,14 +2,18 @@
 
 import re
 import shlex
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import data_prep.cli
 import simmim.cli
 from simmim.recipe import load
 from simmim.stages.pretrain import PretrainRecipe
+from swinv2 import build_encoder, save_encoder
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -52,6 +56,25 @@ def test_simmim_commands_are_understood(words: list[str], monkeypatch: pytest.Mo
 @pytest.mark.parametrize("words", ours("data-prep"), ids=" ".join)
 def test_data_prep_commands_are_understood(words: list[str]) -> None:
     data_prep.cli._parser().parse_args(words)
+
+
+def test_its_python_moves_an_encoder_to_larger_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sizes = {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1)}
+    pretrained = build_encoder("tiny", image_size=192, window_size=12, **sizes)
+    save_encoder(pretrained, "encoders/mine", mean=(0.5,) * 3, std=(0.5,) * 3)
+    text = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert text is not None
+    names: dict[str, Any] = {"images": torch.randn(1, 3, 64, 96)}
+    exec(textwrap.dedent(text[1]), names)
+    assert [feature_map.shape[2:] for feature_map in names["maps"]] == [
+        (64 // stride, 96 // stride) for stride in (4, 8, 16, 32)
+    ]
+    config = names["encoder"].config
+    assert (config.image_size, config.window_size) == ((1536, 1536), (48, 48))
+    assert config.pretrained_window_sizes == ((12, 12), (12, 12), (12, 12), (6, 6))
 
 
 def test_files_and_folders_it_names_exist() -> None:

@@ -99,6 +99,28 @@ def test_a_directory_brings_weights_sizes_and_normalisation(
     )
 
 
+def test_fine_tuning_at_other_sizes_hands_on_the_first_windows(
+    classification_values: dict[str, Any], encoder_directory: Path, tmp_path: Path
+) -> None:
+    values = changed(classification_values, "training", steps=2, validate_every=2)
+    start, first = encoder_directory, read_encoder_config(encoder_directory).config
+    for image_size, window_size in ((24, 6), (32, 8)):
+        run = tmp_path / f"at-{image_size}"
+        sized = changed(values, "encoder", window_size=window_size)
+        stage = build_stage(changed(sized, "data", image_size=image_size) | {"init": str(start)})
+        run_training(stage, run)
+        start = run / "encoder"
+        handed_on, trained = load_encoder(start), stage.model.encoder.eval()
+        assert handed_on.config == replace(
+            first, image_size=image_size, window_size=window_size, drop_path=0.1
+        )
+        images = torch.randn(1, 3, image_size, image_size)
+        with torch.no_grad():
+            assert torch.equal(handed_on(images), trained(images))
+    assert first.pretrained_window_sizes == ((4, 4), (4, 4))
+    assert load_encoder(start, image_size=16, window_size=4, drop_path=0).config == first
+
+
 def test_initial_weights_depend_on_the_seed_alone(classification_values: dict[str, Any]) -> None:
     state = torch.get_rng_state()
     one, two = build_stage(classification_values), build_stage(classification_values)
