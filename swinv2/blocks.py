@@ -22,12 +22,25 @@ COPIES = count()
 class LayerNorm(nn.LayerNorm):
     """LayerNorm in the precision of its weights.
 
-    Every branch ends in a norm, so under autocast the residual stream stays in float32.
+    So under autocast the residual stream starts in float32, and stays in it.
     """
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Normalise the last axis."""
         return super().forward(tokens.to(self.weight.dtype))
+
+
+class BranchNorm(nn.LayerNorm):
+    """LayerNorm at the end of a residual branch.
+
+    Under autocast a CPU gives what it is given, bfloat16 of a branch in bfloat16, with sums in
+    float32; a GPU gives float32. What is added to the residual stream is rounded once, not more.
+    """
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """Normalise the last axis."""
+        rounded = torch.is_autocast_enabled(branch.device.type)
+        return super().forward(branch if rounded else branch.to(self.weight.dtype))
 
 
 def drop_path(branch: Tensor, rate: float, *, training: bool) -> Tensor:
@@ -143,9 +156,9 @@ class Block(nn.Module):
         self.checkpointing: Checkpointing = "none"
         self.compiled_run: Callable[..., Tensor] | None = None
         self.attention = WindowAttention(dim, num_heads, reference_window)
-        self.norm1 = LayerNorm(dim)
+        self.norm1 = BranchNorm(dim)
         self.mlp = MLP(dim, int(mlp_ratio * dim))
-        self.norm2 = LayerNorm(dim)
+        self.norm2 = BranchNorm(dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map (batch, rows, columns, dim) to the same shape."""

@@ -193,7 +193,7 @@ class Execution:
     block, or the whole block."""
 
     scores_at_a_time: int | None = None
-    """Numbers in the scores of a group of windows; None for 2**21 on a CPU, eight megabytes in
+    """Numbers in the scores of a group of windows; None for 2**19 on a CPU, two megabytes in
     float32, which its cache holds, and 2**27 elsewhere."""
 
     def __post_init__(self) -> None:

@@ -165,15 +165,17 @@ def last_weights(folder: Path) -> dict[str, Tensor]:
     return load_file(complete_checkpoints(folder / "checkpoints")[-1] / "model.safetensors")
 
 
-def compiled_training(config: Path, tmp_path: Path, *more: str, tolerance: float) -> None:
+def compiled_training(
+    config: Path, tmp_path: Path, *more: str, tolerance: float, occasions: int = 3
+) -> None:
     """Hold a compiled training to the same one in eager mode."""
     eager = train(config, tmp_path / "eager", *more)
     torch._dynamo.reset()
     counters.clear()
     compiled = train(config, tmp_path / "compiled", "--compile", *more)
     assert not counters["graph_break"]
-    # Three blocks that differ: each in training, in evaluation, and for another size of batch.
-    assert 0 < counters["stats"]["unique_graphs"] <= 3 * 3
+    # Three blocks that differ, each in training, in evaluation, and for another size of batch.
+    assert 0 < counters["stats"]["unique_graphs"] <= 3 * occasions
     assert compiled == pytest.approx(eager, rel=tolerance)
     assert last_weights(tmp_path / "compiled").keys() == last_weights(tmp_path / "eager").keys()
     assert not [name for name in last_weights(tmp_path / "compiled") if "_orig_mod" in name]
@@ -226,4 +228,5 @@ def test_compiling_goes_with_checkpointing_and_autocast(
     pretrain_config: Path, tmp_path: Path
 ) -> None:
     more = ["--training.precision", "bf16", "--execution.checkpointing", '["full","attention"]']
-    compiled_training(pretrain_config, tmp_path, *STEPS, *more, tolerance=5e-3)
+    # What is computed again in the backward, beside autocast's cache, may take graphs of its own.
+    compiled_training(pretrain_config, tmp_path, *STEPS, *more, tolerance=5e-3, occasions=4)
