@@ -194,7 +194,8 @@ class Execution:
 
     scores_at_a_time: int | None = None
     """Numbers in the scores of a group of windows; None for 2**19 on a CPU, two megabytes in
-    float32, which its cache holds, and 2**27 elsewhere."""
+    float32, which its cache holds, 2**21 where windows have more than 256 tokens, and 2**27
+    elsewhere."""
 
     def __post_init__(self) -> None:
         for name, legal in (("attention", AttentionPath), ("checkpointing", Checkpointing)):

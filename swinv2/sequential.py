@@ -17,6 +17,9 @@ from torch import Tensor
 SHORTEST = 1e-12
 """What a query or key is divided by where it is shorter than this."""
 
+LARGE_WINDOW = 256
+"""Tokens of a window above which the scores of one head are too few for a fast product."""
+
 
 class Group(NamedTuple):
     """Which scores are computed together."""
@@ -43,7 +46,8 @@ def sequential_attention(
         bias: (heads, tokens, tokens), in the precision of scale.
         mask: (windows, 1, tokens, tokens), added to the scores of each window, or None.
         scores_at_a_time: numbers in the scores of a group, which has one window and head at least;
-            None for 2**19 on a CPU, whose cache holds them, and 2**27 elsewhere.
+            None for 2**19 on a CPU, whose cache holds them, or 2**21 in large windows, and 2**27
+            elsewhere.
         keep: keep the attention weights for the backward, in the precision of qkv, instead of
             computing them again.
 
@@ -206,7 +210,8 @@ def _groups(roles: Tensor, scores_at_a_time: int | None) -> Iterator[Group]:
     """
     _, batch, windows, heads, tokens, _ = roles.shape
     if scores_at_a_time is None:
-        scores_at_a_time = 2**19 if roles.is_cpu else 2**27
+        large = tokens > LARGE_WINDOW
+        scores_at_a_time = (2**21 if large else 2**19) if roles.is_cpu else 2**27
     heads_at_a_time = max(1, scores_at_a_time // tokens**2)
     images_at_a_time = min(batch, max(1, heads_at_a_time // heads))
     windows_at_a_time = max(1, heads_at_a_time // (heads * images_at_a_time))

@@ -87,8 +87,8 @@ class ExecutionSettings:
     """What is computed again in the backward instead of kept, for all stages or a list with one for
     each: none, attention (the attention branch of each block), full (each block)."""
     scores_at_a_time: int | None = None
-    """Attention scores that are computed together; null for 2**19 on a CPU, 2 MiB in float32, and
-    2**27 on a GPU."""
+    """Attention scores that are computed together; null for 2**19 on a CPU, 2**21 in windows of
+    more than 256 tokens, and 2**27 on a GPU."""
     compile: bool = False
     """Compile the encoder's blocks with torch.compile: minutes at the start, faster steps after.
     --compile is short for --execution.compile true."""
