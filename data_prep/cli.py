@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +16,18 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from data_prep.adopt import adopt_shards
-from data_prep.build import Built, Plan, Progress, build_shards
+from data_prep.build import Built, Plan, Progress, build_shards, merge_parts
 from data_prep.destination import REJECTED_NAME
-from data_prep.images import MAX_PIXELS
 from data_prep.info import describe_bytes, describe_shards
-from data_prep.manifest import read_manifest
-from data_prep.plan import ShardOptions
-from data_prep.sources import Selection
+from data_prep.manifest import Manifest, read_manifest
+from data_prep.shard import ShardReport
+from data_prep.shard_arguments import (
+    add_max_rejected,
+    add_shard_arguments,
+    parse_execution,
+    parse_options,
+    positive,
+)
 from data_prep.verify import verify_shards
 from data_prep.workers import WorkerError, available_cores
 
@@ -53,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _raise_on_signals():
             return _dispatch(arguments)
     except InterruptedBySignal as interrupt:
-        remedy = "; run the same command again to go on" if arguments.command == "shard" else ""
+        remedy = "; run the same command again to go on" if "source" in arguments else ""
         print(f"data-prep: stopped{remedy}.", file=sys.stderr)
         return 128 + interrupt.number
     except (ValueError, OSError) as error:
@@ -66,8 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: argparse.Namespace) -> int:
     match arguments.command:
-        case "shard":
+        case "shard" | "reshard":
             return _shard(arguments)
+        case "merge":
+            manifest = merge_parts(arguments.folder, max_rejected=arguments.max_rejected)
+            print(_describe_set(manifest, "complete"))
+            return 0
         case "index":
             return _index(arguments)
         case "verify":
@@ -79,18 +89,6 @@ def _dispatch(arguments: argparse.Namespace) -> int:
 
 
 def _shard(arguments: argparse.Namespace) -> int:
-    options = ShardOptions(
-        samples_per_shard=arguments.samples_per_shard,
-        selection=Selection(
-            include=tuple(arguments.include),
-            exclude=tuple(arguments.exclude),
-            max_bytes=arguments.max_bytes,
-        ),
-        seed=arguments.seed,
-        shuffle=not arguments.no_shuffle,
-        check=not arguments.no_check,
-        max_pixels=arguments.max_pixels,
-    )
     with _bar() as bar:
 
         def planned(plan: Plan) -> None:
@@ -101,13 +99,29 @@ def _shard(arguments: argparse.Namespace) -> int:
         built = build_shards(
             arguments.source,
             arguments.folder,
-            options,
-            workers=arguments.workers,
+            parse_options(arguments),
+            shards=arguments.command == "reshard",
+            execution=parse_execution(arguments),
             overwrite=arguments.overwrite,
-            progress=Progress(planned=planned, tick=bar.update),
+            progress=Progress(planned=planned, tick=bar.update, finished=_ShardCounter(bar)),
         )
-    print(_describe_built(built))
+    print(_describe_built(built, arguments.folder))
     return 0
+
+
+class _ShardCounter:
+    """Shows megabytes a second and bad images beside the bar, shard by shard."""
+
+    def __init__(self, bar: tqdm[NoReturn]) -> None:
+        self._bar = bar
+        self._bytes = self._bad = 0
+        self._started = time.monotonic()
+
+    def __call__(self, report: ShardReport) -> None:
+        self._bytes += report.entry.bytes if report.entry else 0
+        self._bad += len(report.rejected)
+        seconds = max(1e-3, time.monotonic() - self._started)
+        self._bar.set_postfix_str(f"{self._bytes / seconds / 1e6:.1f} MB/s, bad {self._bad:,}")
 
 
 def _index(arguments: argparse.Namespace) -> int:
@@ -152,12 +166,17 @@ def _parser() -> argparse.ArgumentParser:
         description="Images into WebDataset shards that training streams from.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_shard_parser(commands)
+    shard = _add_command(commands, "shard", "write images as shards, classes from parent folders")
+    reshard = _add_command(commands, "reshard", "write the samples of other shards as shards")
+    for command in (shard, reshard):
+        add_shard_arguments(command)
+    merge = _add_command(commands, "merge", "make a set of what the parts of a run have written")
+    add_max_rejected(merge)
     index = _add_command(commands, "index", "make manifest and indexes for tars someone else wrote")
     index.add_argument("--overwrite", action="store_true", help="replace a manifest that is there")
     verify = _add_command(commands, "verify", "read shards back and compare with the manifest")
     verify.add_argument("--fast", action="store_true", help="do not decode the images")
-    for command in (index, verify):
+    for command in (shard, reshard, index, verify):
         _add_workers(command)
     _add_command(commands, "info", "show what a folder of shards holds")
     return parser
@@ -173,56 +192,22 @@ def _add_command(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     if name == "shard":
-        parser.add_argument("source", type=Path, help="folder, zip or uncompressed tar of images")
+        about = "folder, zip, uncompressed tar or list (txt, csv, parquet) of images"
+        parser.add_argument("source", type=Path, help=about)
+    elif name == "reshard":
+        parser.add_argument("source", type=Path, help="folder of WebDataset tars")
     parser.add_argument("folder", type=Path, help="folder of shards")
     return parser
-
-
-def _add_shard_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = _add_command(commands, "shard", "write images as shards, classes from parent folders")
-    numbers = {
-        "--samples-per-shard": (
-            None,
-            "most samples in a shard; None: the least of 10,000, 256 MiB and an 8th of all",
-        ),
-        "--max-pixels": (MAX_PIXELS, "largest image taken, in pixels"),
-        "--max-bytes": (Selection().max_bytes, "largest image file taken, in bytes"),
-    }
-    for name, (default, about) in numbers.items():
-        parser.add_argument(name, type=_positive, metavar="N", default=default, help=about)
-    globs = {
-        "--include": "take paths that match, whatever their suffix; * also matches /",
-        "--exclude": "leave out paths that match; * also matches /",
-    }
-    for name, about in globs.items():
-        parser.add_argument(
-            name, action="append", metavar="GLOB", default=[], help=f"{about}; may be repeated"
-        )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle over all samples")
-    switches = {
-        "--no-shuffle": "keep samples in the order of their paths",
-        "--no-check": "read image headers only, do not decode",
-        "--overwrite": "replace shards made from other options or other input",
-    }
-    for name, about in switches.items():
-        parser.add_argument(name, action="store_true", help=about)
-    _add_workers(parser)
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
-        type=_positive,
+        type=positive,
         default=available_cores(),
         metavar="N",
         help="processes; what is written does not depend on it",
     )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return int(text)
 
 
 def _bar(total: int | None = None) -> tqdm[NoReturn]:
@@ -237,15 +222,19 @@ def _describe_plan(plan: Plan, source: Path) -> str:
     return f"{text}; writing {plan.shards - plan.finished:,} shards, {plan.workers} at a time"
 
 
-def _describe_built(built: Built) -> str:
-    manifest = built.manifest
+def _describe_built(built: Built, folder: Path) -> str:
+    if built.manifest is None:
+        return f"this part is complete; when all are: data-prep merge {folder}"
+    verb = "already complete" if built.was_complete else "complete"
+    return _describe_set(built.manifest, verb)
+
+
+def _describe_set(manifest: Manifest, verb: str) -> str:
     length = describe_bytes(sum(shard.bytes for shard in manifest.shards))
-    counts = (
-        f"accepted {manifest.samples:,} + rejected {manifest.rejected:,} = {built.found:,} found"
-    )
+    found = manifest.samples + manifest.rejected
+    counts = f"accepted {manifest.samples:,} + rejected {manifest.rejected:,} = {found:,} found"
     if manifest.rejected:
         counts += f"; see {manifest.folder / REJECTED_NAME}"
-    verb = "already complete" if built.was_complete else "complete"
     return f"{counts}\n{verb}: {len(manifest.shards):,} shards, {length}, in {manifest.folder}"
 
 

@@ -8,11 +8,13 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data_prep.files import SourceFile, UnreadableFileError
 from data_prep.images import CheckedImage, RejectedImageError, check_image
 from data_prep.index import index_name, index_tar
+from data_prep.listing import LISTING_NAME, class_name, read_files
 from data_prep.manifest import ShardEntry, write_aside, write_index
-from data_prep.plan import ShardOptions, ShardPlan, class_name
-from data_prep.sources import Source, SourceFile, UnreadableFileError, open_source
+from data_prep.plan import ShardOptions, ShardPlan
+from data_prep.sources import Source, open_source
 from data_prep.workers import Tick
 
 
@@ -21,9 +23,11 @@ class ShardTask:
     """All a worker needs to write one shard."""
 
     source: Path
-    """Folder, zip or tar to read from."""
+    """What to read from."""
+    shards: bool
+    """Whether the source is a folder of shards."""
     folder: Path
-    """Folder to write to."""
+    """Folder to write to; the listing lies in it."""
     plan: ShardPlan
     """What the shard is to hold."""
     labels: dict[str, int]
@@ -40,6 +44,8 @@ class Rejection:
     """Path inside the source."""
     reason: str
     """Why, as a clause."""
+    key: str | None = None
+    """Key that it would have had; None where it was kept out before keys were given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +88,7 @@ def write_shard(task: ShardTask, tick: Tick) -> ShardReport:
     try:
         rejected = _write_tar(partial, task, tick)
         entry = None
-        if len(rejected) < len(task.plan.files):
+        if len(rejected) < task.plan.samples:
             # Read back rather than computed, so that what is promised is what lies on the disk.
             indexed = index_tar(partial, lambda _: None)
             entry = indexed.entry(name)
@@ -116,15 +122,18 @@ def _write_tar(path: Path, task: ShardTask, tick: Tick) -> list[Rejection]:
     from webdataset.writer import TarWriter  # noqa: PLC0415
 
     rejected: list[Rejection] = []
-    with closing(open_source(task.source)) as source, path.open("wb") as stream:
+    opened = open_source(task.source, task.options.selection, shards=task.shards)
+    files = read_files(task.folder / LISTING_NAME, task.plan.start, task.plan.length)
+    with closing(opened) as source, path.open("wb") as stream:
         with TarWriter(stream, user="", group="", mtime=0, encoder=False) as writer:
-            for position, file in enumerate(task.plan.files, start=task.plan.first):
+            for position, file in enumerate(files, start=task.plan.first):
+                key = f"{position:09d}"
                 try:
                     image = _read_image(source, file, task.options)
                 except (RejectedImageError, UnreadableFileError) as error:
-                    rejected.append(Rejection(path=file.path, reason=str(error)))
+                    rejected.append(Rejection(path=file.path, reason=str(error), key=key))
                 else:
-                    writer.write(_sample(f"{position:09d}", file, image, task))
+                    writer.write(_sample(key, file, image, task))
                 tick(1)
         stream.flush()
         os.fsync(stream.fileno())
@@ -139,7 +148,8 @@ def _read_image(source: Source, file: SourceFile, options: ShardOptions) -> Chec
 def _sample(
     key: str, file: SourceFile, image: CheckedImage, task: ShardTask
 ) -> dict[str, str | bytes]:
-    about = {
+    about = json.loads(file.fields) if file.fields else {}
+    about |= {
         "path": file.path,
         "width": image.width,
         "height": image.height,
@@ -147,7 +157,7 @@ def _sample(
     }
     sample: dict[str, str | bytes] = {"__key__": key, image.extension: image.data}
     sample["json"] = json.dumps(about).encode()
-    name = class_name(file.path)
+    name = class_name(file)
     if name is not None:
         sample["cls"] = str(task.labels[name]).encode()
     return sample
