@@ -109,6 +109,8 @@ class TarSource:
                 if not member.isdir():
                     file = _describe_member(member)
                     place = tar.offset + file.offset
+                    if file.offset + file.size > tar.size and not file.problem:
+                        file = file._replace(problem="the tar it is in is cut before its end")
                     yield file._replace(path=f"{tar.path}/{file.path}", offset=place, label=label)
         except TarError:
             yield tar._replace(problem="it is a cut, damaged or compressed tar")
