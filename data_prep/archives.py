@@ -13,6 +13,8 @@ from pathlib import Path, PurePosixPath
 from data_prep.files import SourceError, SourceFile, UnreadableFileError
 from data_prep.tars import TarError, describe_path_problem, describe_problem, walk_tar
 
+_MOST_OFFSET = 2**62
+
 
 class ZipSource:
     """A zip, whose members are read by their position so that no process need hold its listing."""
@@ -138,7 +140,12 @@ def _describe_zip_problem(member: zipfile.ZipInfo) -> str:
         return "it is a link"
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         return f"its compression method {member.compress_type} is not read here"
-    if member.compress_type == zipfile.ZIP_STORED and member.compress_size != member.file_size:
+    if not 0 <= member.header_offset < _MOST_OFFSET:
+        return "its place in the zip is impossible"
+    # Deflate adds 5 bytes to a block that it cannot shrink.
+    most = member.file_size + (member.file_size // 1000 + 64) * (member.compress_type != 0)
+    least = 0 if member.compress_type else member.file_size
+    if not least <= member.compress_size <= most:
         return "its lengths in the zip contradict each other"
     return describe_path_problem(member.filename) or ""
 

@@ -30,6 +30,8 @@ from data_prep.sources import Source
 LISTING_NAME = "listing.jsonl"
 REFUSED_NAME = "listing-refused.jsonl"
 _SUMMARY_NAME = "listing.json"
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+_DEFAULTS = [SourceFile._field_defaults.get(name, ...) for name in SourceFile._fields]
 Listed = Iterator[tuple[SourceFile, int]]
 """Files, each with the window that it is shuffled in."""
 DropDuplicates = Callable[[Listed], Listed]
@@ -152,10 +154,10 @@ def read_files(path: Path, start: int, length: int) -> Iterator[SourceFile]:
 
 def encode_file(file: SourceFile) -> str:
     """Return a file as one line of ASCII."""
-    values = list(file)
-    while values[-1] == SourceFile._field_defaults.get(SourceFile._fields[len(values) - 1], ...):
-        values.pop()
-    return json.dumps(values, separators=(",", ":"))
+    length = len(file)
+    while file[length - 1] == _DEFAULTS[length - 1]:
+        length -= 1
+    return _encode(file[:length])
 
 
 def decode_file(line: str) -> SourceFile:

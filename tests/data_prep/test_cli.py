@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import subprocess
@@ -196,3 +197,27 @@ def test_real_sets(name: str, samples: int, classes: int, tmp_path: Path) -> Non
         urls = [str(folder / shard.name) for shard in manifest.shards]
         keys = {sample["__key__"] for sample in WebDataset(urls, shardshuffle=False)}
     assert len(keys) == samples
+
+
+def test_three_kills_leave_the_bytes_of_an_uninterrupted_run(
+    many_images: Path, tmp_path: Path
+) -> None:
+    draw = random.Random(0)
+    arguments = ("--samples-per-shard", "4", "--workers", "2", "--deduplicate")
+    for number in range(0, 240, 3):  # files of one name share their bytes unless told apart
+        path = many_images / f"{number}.png"
+        data = path.read_bytes()
+        path.unlink()
+        path.write_bytes(data + str(number).encode())
+    folder = tmp_path / "out"
+    assert main(["shard", str(many_images), str(tmp_path / "whole"), *arguments]) == 0
+    for _ in range(3):
+        with _running("shard", str(many_images), str(folder), *arguments) as process:
+            time.sleep(draw.uniform(0.5, 2.5))
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert main(["shard", str(many_images), str(folder), *arguments[:2], "--deduplicate"]) == 0
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert sorted(path.name for path in folder.iterdir()) == names
+    for name in names:
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -190,10 +190,11 @@ def test_reshard_of_shards_that_someone_else_wrote(
     assert samples["one.tar/2.png"][1] is None
     lines = (tmp_path / "b" / "rejected.jsonl").read_text().splitlines()
     assert {row["path"]: row["reason"] for row in map(json.loads, lines)} == {
+        "one.tar/3": "its sample has no image",
         "one.tar/4.jpg": "its JSON is damaged",
         "one.tar/5.png": "its sample '5' has another image already",
     }
-    assert built.found == len(samples) + 2
+    assert built.found == len(samples) + 3
     with pytest.raises(SourceError, match="holds no tars"):
         build_shards(tmp_path, tmp_path / "c", ShardOptions(), shards=True)
 
