@@ -10,12 +10,13 @@ from pathlib import Path
 
 from data_prep.files import SourceFile, UnreadableFileError
 from data_prep.images import CheckedImage, RejectedImageError, check_image
-from data_prep.index import index_name, index_tar
+from data_prep.index import IndexedTar, index_name
 from data_prep.listing import LISTING_NAME, class_name, read_files
 from data_prep.manifest import ShardEntry, write_aside, write_index
 from data_prep.plan import ShardOptions, ShardPlan
 from data_prep.sources import Source, open_source
 from data_prep.workers import Tick
+from data_prep.writing import ShardWriter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +87,9 @@ def write_shard(task: ShardTask, tick: Tick) -> ShardReport:
     name = shard_name(task.plan.number)
     partial = task.folder / f".{name}.partial-{os.getpid()}"
     try:
-        rejected = _write_tar(partial, task, tick)
+        indexed, rejected = _write_tar(partial, task, tick)
         entry = None
-        if len(rejected) < task.plan.samples:
-            # Read back rather than computed, so that what is promised is what lies on the disk.
-            indexed = index_tar(partial, lambda _: None)
+        if len(indexed.index):
             entry = indexed.entry(name)
             write_index(task.folder / index_name(name), indexed.index)
             partial.replace(task.folder / name)
@@ -117,27 +116,23 @@ def read_report(folder: Path, number: int) -> ShardReport | None:
     return ShardReport(number=number, entry=entry, rejected=rejected)
 
 
-def _write_tar(path: Path, task: ShardTask, tick: Tick) -> list[Rejection]:
-    # Imported here because it takes a second, which `--help` and `info` need not wait for.
-    from webdataset.writer import TarWriter  # noqa: PLC0415
-
+def _write_tar(path: Path, task: ShardTask, tick: Tick) -> tuple[IndexedTar, list[Rejection]]:
     rejected: list[Rejection] = []
     opened = open_source(task.source, task.options.selection, shards=task.shards)
     files = read_files(task.folder / LISTING_NAME, task.plan.start, task.plan.length)
-    with closing(opened) as source, path.open("wb") as stream:
-        with TarWriter(stream, user="", group="", mtime=0, encoder=False) as writer:
-            for position, file in enumerate(files, start=task.plan.first):
-                key = f"{position:09d}"
-                try:
-                    image = _read_image(source, file, task.options)
-                except (RejectedImageError, UnreadableFileError) as error:
-                    rejected.append(Rejection(path=file.path, reason=str(error), key=key))
-                else:
-                    writer.write(_sample(key, file, image, task))
-                tick(1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return rejected
+    with closing(opened) as source, closing(ShardWriter(path)) as writer:
+        for position, file in enumerate(files, start=task.plan.first):
+            key = f"{position:09d}"
+            try:
+                image = _read_image(source, file, task.options)
+            except (RejectedImageError, UnreadableFileError) as error:
+                rejected.append(Rejection(path=file.path, reason=str(error), key=key))
+            else:
+                name = class_name(file)
+                label = -1 if name is None else task.labels[name]
+                writer.write(key, _members(file, image, label, task), label)
+            tick(1)
+        return writer.finish(), rejected
 
 
 def _read_image(source: Source, file: SourceFile, options: ShardOptions) -> CheckedImage:
@@ -145,9 +140,9 @@ def _read_image(source: Source, file: SourceFile, options: ShardOptions) -> Chec
     return check_image(data, max_pixels=options.max_pixels, decode=options.check)
 
 
-def _sample(
-    key: str, file: SourceFile, image: CheckedImage, task: ShardTask
-) -> dict[str, str | bytes]:
+def _members(
+    file: SourceFile, image: CheckedImage, label: int, task: ShardTask
+) -> dict[str, bytes]:
     about = json.loads(file.fields) if file.fields else {}
     about |= {
         "path": file.path,
@@ -155,9 +150,7 @@ def _sample(
         "height": image.height,
         "source": task.source.name,
     }
-    sample: dict[str, str | bytes] = {"__key__": key, image.extension: image.data}
-    sample["json"] = json.dumps(about).encode()
-    name = class_name(file)
-    if name is not None:
-        sample["cls"] = str(task.labels[name]).encode()
-    return sample
+    members = {image.extension: image.data, "json": json.dumps(about).encode()}
+    if label >= 0:
+        members["cls"] = str(label).encode()
+    return members

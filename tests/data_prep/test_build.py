@@ -15,6 +15,7 @@ import pytest
 from data_prep.build import Execution, Progress, build_shards
 from data_prep.destination import DestinationError
 from data_prep.files import Selection, SourceError
+from data_prep.index import index_tar
 from data_prep.manifest import Manifest, read_index, read_manifest
 from data_prep.plan import ShardOptions
 
@@ -233,3 +234,14 @@ def test_no_check_reads_headers_only(image_folder: Path, tmp_path: Path) -> None
     options = ShardOptions(selection=Selection(include=("train/cat/0.jpg",)), max_pixels=100)
     with pytest.raises(SourceError, match="--max-pixels 100"):
         _build(image_folder, tmp_path / "c", options)
+
+
+def test_indexes_say_what_a_reader_of_the_tars_finds(image_folder: Path, tmp_path: Path) -> None:
+    (image_folder / "top.jpg").write_bytes((image_folder / "train/cat/0.jpg").read_bytes())
+    manifest = _build(image_folder, tmp_path / "out").manifest
+    for shard in manifest.shards:
+        found = index_tar(tmp_path / "out" / shard.name, lambda _: None)
+        index = read_index(tmp_path / "out", shard)
+        assert found.entry(shard.name) == shard
+        for name, column in vars(found.index).items():
+            assert (column == getattr(index, name)).all()
