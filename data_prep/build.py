@@ -206,10 +206,10 @@ def _take_listing(
 
 def _list(destination: Destination, job: _Job, source: Source) -> Listing:
     dropper = None
-    if job.options.deduplicate:
+    if job.options.deduplicate or job.options.near_duplicates is not None:
         dropper = duplicate_dropper(
             job.source,
-            job.options.selection,
+            job.options,
             destination.partial,
             shards=job.shards,
             workers=job.execution.workers,

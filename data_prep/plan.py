@@ -35,6 +35,8 @@ class ShardOptions:
     """Share of samples, chosen by their paths, that the last shards hold."""
     deduplicate: bool = False
     """Whether of files with the same bytes only the one with the smallest path is kept."""
+    near_duplicates: int | None = None
+    """Bits of 64 by which perceptual hashes of duplicates may differ; None looks at bytes alone."""
     check: bool = True
     """Whether every image is decoded; else only its header is read."""
     max_pixels: int = MAX_PIXELS
@@ -50,6 +52,8 @@ class ShardOptions:
         ):
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}.")
+        if self.near_duplicates is not None and not 0 <= self.near_duplicates <= 16:
+            raise ValueError(f"--near-duplicates must be 0 to 16, got {self.near_duplicates}.")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(
                 f"--validation-fraction must be at least 0 and below 1, got "

@@ -64,7 +64,7 @@ def _gather(
     for file in listing.refused():
         _add(sorter, Rejection(path=file.path, reason=file.problem))
         rejected += 1
-        damaged += not file.problem.startswith("a duplicate of ")
+        damaged += not file.problem.startswith(("a duplicate of ", "a near duplicate of "))
     for plan in listing.shards:
         report = read_report(destination.partial, plan.number)
         if report is None:

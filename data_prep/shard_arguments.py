@@ -51,6 +51,12 @@ def add_shard_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="share of samples, chosen by path and seed, that the last shards hold",
     )
+    parser.add_argument(
+        "--near-duplicates",
+        type=int,
+        metavar="BITS",
+        help="drop images whose perceptual hashes differ by at most BITS of 64 from a smaller path",
+    )
     switches = {
         "--no-shuffle": "keep samples in the order of their paths",
         "--no-check": "read image headers only, do not decode",
@@ -91,6 +97,7 @@ def parse_options(arguments: argparse.Namespace) -> ShardOptions:
         shuffle_window=arguments.shuffle_window,
         validation_fraction=arguments.validation_fraction,
         deduplicate=arguments.deduplicate,
+        near_duplicates=arguments.near_duplicates,
         check=not arguments.no_check,
         max_pixels=arguments.max_pixels,
     )

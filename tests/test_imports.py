@@ -32,7 +32,7 @@ ALLOWED = {
     },
 }
 """What a package may import at the top of its files, besides Python's own modules and itself."""
-OPTIONAL = {"onnxruntime", "pyarrow", "ray", "timm", "transformers"}
+OPTIONAL = {"imagehash", "onnxruntime", "pyarrow", "ray", "timm", "transformers"}
 """What an extra brings: imported where it is used, inside a function."""
 FROM_DATA_PREP = {"data_prep.manifest"}
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
