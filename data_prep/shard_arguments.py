@@ -43,20 +43,7 @@ def add_shard_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             name, action="append", metavar="GLOB", default=[], help=f"{about}; may be repeated"
         )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle over all samples")
-    parser.add_argument(
-        "--validation-fraction",
-        type=float,
-        metavar="SHARE",
-        default=0.0,
-        help="share of samples, chosen by path and seed, that the last shards hold",
-    )
-    parser.add_argument(
-        "--near-duplicates",
-        type=int,
-        metavar="BITS",
-        help="drop images whose perceptual hashes differ by at most BITS of 64 from a smaller path",
-    )
+    _add_shares(parser)
     switches = {
         "--no-shuffle": "keep samples in the order of their paths",
         "--no-check": "read image headers only, do not decode",
@@ -119,6 +106,23 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
     return int(text)
+
+
+def _add_shares(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle over all samples")
+    parser.add_argument(
+        "--validation-fraction",
+        type=float,
+        metavar="SHARE",
+        default=0.0,
+        help="share of samples, chosen by path and seed, that the last shards hold",
+    )
+    parser.add_argument(
+        "--near-duplicates",
+        type=int,
+        metavar="BITS",
+        help="drop images whose perceptual hashes differ by at most BITS of 64 from a smaller path",
+    )
 
 
 def _add_execution(parser: argparse.ArgumentParser) -> None:
