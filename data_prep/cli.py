@@ -17,6 +17,7 @@ from tqdm import tqdm
 from data_prep.adopt import adopt_shards
 from data_prep.build import Built, Plan, Progress, build_shards
 from data_prep.destination import REJECTED_NAME
+from data_prep.encoding import FORMATS, Encoding
 from data_prep.images import MAX_PIXELS
 from data_prep.info import describe_bytes, describe_shards
 from data_prep.manifest import read_manifest
@@ -90,6 +91,12 @@ def _shard(arguments: argparse.Namespace) -> int:
         shuffle=not arguments.no_shuffle,
         check=not arguments.no_check,
         max_pixels=arguments.max_pixels,
+        encoding=Encoding(
+            max_side=arguments.max_side,
+            short_side=arguments.short_side,
+            format=arguments.format,
+            quality=arguments.quality,
+        ),
     )
     with _bar() as bar:
 
@@ -187,9 +194,18 @@ def _add_shard_parser(commands: argparse._SubParsersAction[argparse.ArgumentPars
         ),
         "--max-pixels": (MAX_PIXELS, "largest image taken, in pixels"),
         "--max-bytes": (Selection().max_bytes, "largest image file taken, in bytes"),
+        "--max-side": (None, "shrink pictures whose longer side has more pixels"),
+        "--short-side": (None, "shrink pictures whose shorter side has more pixels"),
+        "--quality": (Encoding().quality, "of JPEG and WebP written anew; JPEG is 4:4:4 from 90"),
     }
     for name, (default, about) in numbers.items():
         parser.add_argument(name, type=_positive, metavar="N", default=default, help=about)
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default=Encoding().format,
+        help="of all pictures; keep: bytes of JPEG, PNG and WebP as they are, others to PNG",
+    )
     globs = {
         "--include": "take paths that match, whatever their suffix; * also matches /",
         "--exclude": "leave out paths that match; * also matches /",
@@ -245,6 +261,8 @@ def _describe_built(built: Built) -> str:
     )
     if manifest.rejected:
         counts += f"; see {manifest.folder / REJECTED_NAME}"
+    for note, count in sorted(manifest.notes.items()):
+        counts += f"\n{note}: {count:,}"
     verb = "already complete" if built.was_complete else "complete"
     return f"{counts}\n{verb}: {len(manifest.shards):,} shards, {length}, in {manifest.folder}"
 

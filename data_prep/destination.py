@@ -10,6 +10,7 @@ import fcntl
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +20,7 @@ from typing import Any
 from data_prep.index import index_name
 from data_prep.manifest import (
     MANIFEST_NAME,
+    STATISTICS_NAME,
     Manifest,
     ShardEntry,
     read_index,
@@ -32,7 +34,7 @@ REJECTED_NAME = "rejected.jsonl"
 _PARTIAL_NAME = ".partial"
 _NOTE_NAME = "made-from.json"
 _OURS = re.compile(r"shard-\d{6,}\.(tar|index\.npy)")
-_KNOWN = {MANIFEST_NAME, REJECTED_NAME, _PARTIAL_NAME, "lost+found"}
+_KNOWN = {MANIFEST_NAME, REJECTED_NAME, STATISTICS_NAME, _PARTIAL_NAME, "lost+found"}
 
 
 class DestinationError(ValueError):
@@ -69,7 +71,8 @@ class Destination:
         self, reports: Sequence[ShardReport], classes: Sequence[str], rejected: Sequence[Rejection]
     ) -> Manifest:
         """Move finished shards up, numbered without gaps, and write the manifest."""
-        (self.folder / MANIFEST_NAME).unlink(missing_ok=True)
+        for name in (MANIFEST_NAME, STATISTICS_NAME):
+            (self.folder / name).unlink(missing_ok=True)
         for path in self.folder.iterdir():
             if _OURS.fullmatch(path.name):
                 path.unlink()
@@ -81,6 +84,9 @@ class Destination:
             shards=moved,
             classes=tuple(classes),
             rejected=len(rejected),
+            notes=dict(
+                sorted(sum((Counter(report.notes) for report in reports), Counter()).items())
+            ),
             options=self.identity.options,
             fingerprint=self.identity.fingerprint,
         )

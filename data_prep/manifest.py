@@ -20,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 MANIFEST_NAME = "manifest.json"
+STATISTICS_NAME = "statistics.json"
 FORMAT = "simmim-shards"
 VERSION = 1
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-"""Extensions of image members, all that a shard may hold."""
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "npy")
+"""Extensions of image members, all that a shard may hold; npy is a NumPy array."""
 
 _SHARD_NAME = re.compile(r"[^/\\\x00.][^/\\\x00]*\.tar")
 _INDEX_NAME = re.compile(r"[^/\\\x00.][^/\\\x00]*\.npy")
@@ -65,6 +66,8 @@ class Manifest:
     """Class names; a sample's label is a position in them. Empty where nothing is labelled."""
     rejected: int = 0
     """Inputs that were found but kept out, named in `rejected.jsonl`."""
+    notes: Mapping[str, int] = field(default_factory=dict)
+    """What is to be known of the samples, and of how many of them."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The options the shards were made with."""
     fingerprint: str = ""
@@ -131,6 +134,7 @@ def write_manifest(manifest: Manifest) -> None:
         "version": VERSION,
         "samples": manifest.samples,
         "rejected": manifest.rejected,
+        "notes": dict(manifest.notes),
         "classes": list(manifest.classes),
         "options": dict(manifest.options),
         "fingerprint": manifest.fingerprint,
@@ -264,6 +268,7 @@ def _parse(values: dict[str, Any], path: Path) -> Manifest:
         shards=entries,
         classes=tuple(classes),
         rejected=_count(values, "rejected", 0, path),
+        notes=_parse_notes(values, path),
         options=_field(values, "options", dict, path),
         fingerprint=_field(values, "fingerprint", str, path),
     )
@@ -273,6 +278,11 @@ def _parse(values: dict[str, Any], path: Path) -> Manifest:
             f"{_REMEDY}"
         )
     return manifest
+
+
+def _parse_notes(values: dict[str, Any], path: Path) -> dict[str, int]:
+    notes = _field({"notes": {}} | values, "notes", dict, path)
+    return {name: _count(notes, name, 1, path) for name in notes}
 
 
 def _parse_shard(values: Any, number: int, path: Path) -> ShardEntry:

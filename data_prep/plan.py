@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
+from data_prep.encoding import Encoding
 from data_prep.images import MAX_PIXELS
 from data_prep.sources import Selection, SourceFile
 
@@ -33,6 +34,8 @@ class ShardOptions:
     """Whether every image is decoded; else only its header is read."""
     max_pixels: int = MAX_PIXELS
     """Largest image taken, in pixels."""
+    encoding: Encoding = field(default_factory=Encoding)
+    """Size and format that pictures are to have."""
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -49,8 +52,9 @@ class ShardOptions:
         """Return the options as plain values, for the manifest."""
         values: dict[str, Any] = asdict(self)
         selection: dict[str, Any] = values.pop("selection")
+        encoding: dict[str, Any] = values.pop("encoding")
         lists = {name: list(selection[name]) for name in ("include", "exclude")}
-        return {**values, **selection, **lists}
+        return {**values, **encoding, **selection, **lists}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,6 +53,8 @@ class ShardReport:
     """What was written; None where every image was rejected."""
     rejected: tuple[Rejection, ...]
     """Inputs that were kept out, in order."""
+    notes: dict[str, int]
+    """What is to be known of the images, and of how many; see `CheckedImage.notes`."""
 
     @property
     def found(self) -> int:
@@ -80,7 +83,7 @@ def write_shard(task: ShardTask, tick: Tick) -> ShardReport:
     name = shard_name(task.plan.number)
     partial = task.folder / f".{name}.partial-{os.getpid()}"
     try:
-        rejected = _write_tar(partial, task, tick)
+        rejected, notes = _write_tar(partial, task, tick)
         entry = None
         if len(rejected) < len(task.plan.files):
             # Read back rather than computed, so that what is promised is what lies on the disk.
@@ -90,7 +93,9 @@ def write_shard(task: ShardTask, tick: Tick) -> ShardReport:
             partial.replace(task.folder / name)
     finally:
         partial.unlink(missing_ok=True)
-    report = ShardReport(number=task.plan.number, entry=entry, rejected=tuple(rejected))
+    report = ShardReport(
+        number=task.plan.number, entry=entry, rejected=tuple(rejected), notes=notes
+    )
     text = json.dumps(asdict(report))
     write_aside(task.folder / report_name(report.number), text.encode())
     return report
@@ -108,14 +113,15 @@ def read_report(folder: Path, number: int) -> ShardReport | None:
     except FileNotFoundError:
         return None
     rejected = tuple(Rejection(**rejection) for rejection in values["rejected"])
-    return ShardReport(number=number, entry=entry, rejected=rejected)
+    return ShardReport(number=number, entry=entry, rejected=rejected, notes=values["notes"])
 
 
-def _write_tar(path: Path, task: ShardTask, tick: Tick) -> list[Rejection]:
+def _write_tar(path: Path, task: ShardTask, tick: Tick) -> tuple[list[Rejection], Counter[str]]:
     # Imported here because it takes a second, which `--help` and `info` need not wait for.
     from webdataset.writer import TarWriter  # noqa: PLC0415
 
     rejected: list[Rejection] = []
+    notes: Counter[str] = Counter()
     with closing(open_source(task.source)) as source, path.open("wb") as stream:
         with TarWriter(stream, user="", group="", mtime=0, encoder=False) as writer:
             for position, file in enumerate(task.plan.files, start=task.plan.first):
@@ -125,15 +131,21 @@ def _write_tar(path: Path, task: ShardTask, tick: Tick) -> list[Rejection]:
                     rejected.append(Rejection(path=file.path, reason=str(error)))
                 else:
                     writer.write(_sample(f"{position:09d}", file, image, task))
+                    notes.update(image.notes)
                 tick(1)
         stream.flush()
         os.fsync(stream.fileno())
-    return rejected
+    return rejected, notes
 
 
 def _read_image(source: Source, file: SourceFile, options: ShardOptions) -> CheckedImage:
     data = source.read(file)
-    return check_image(data, max_pixels=options.max_pixels, decode=options.check)
+    return check_image(
+        data,
+        max_pixels=options.max_pixels,
+        decode=options.check,
+        encoding=options.encoding,
+    )
 
 
 def _sample(
