@@ -116,7 +116,7 @@ def read_report(folder: Path, number: int) -> ShardReport | None:
     return ShardReport(number=number, entry=entry, rejected=rejected, notes=values["notes"])
 
 
-def _write_tar(path: Path, task: ShardTask, tick: Tick) -> tuple[list[Rejection], Counter[str]]:
+def _write_tar(path: Path, task: ShardTask, tick: Tick) -> tuple[list[Rejection], dict[str, int]]:
     # Imported here because it takes a second, which `--help` and `info` need not wait for.
     from webdataset.writer import TarWriter  # noqa: PLC0415
 
@@ -135,7 +135,7 @@ def _write_tar(path: Path, task: ShardTask, tick: Tick) -> tuple[list[Rejection]
                 tick(1)
         stream.flush()
         os.fsync(stream.fileno())
-    return rejected, notes
+    return rejected, dict(sorted(notes.items()))
 
 
 def _read_image(source: Source, file: SourceFile, options: ShardOptions) -> CheckedImage:
