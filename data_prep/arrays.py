@@ -122,7 +122,8 @@ def count_missing(values: NDArray[Any]) -> int:
 
 def _check_shape(shape: tuple[int, ...]) -> None:
     text = "x".join(map(str, shape)) or "no axes"
-    if len(shape) not in (2, 3) or min(shape) < 1:
+    # The header's parser lets True pass for 1, which nothing else does.
+    if len(shape) not in (2, 3) or any(type(side) is bool or side < 1 for side in shape):
         raise ArrayError(f"its shape is {text}: an image's is height x width (x channels)")
     if len(shape) == 2:
         return

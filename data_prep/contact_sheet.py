@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from data_prep.images import RejectedImageError
 from data_prep.info import printable
@@ -58,8 +58,7 @@ def _draw_tile(data: bytes, extension: str) -> Image.Image:
         draw.text((_SIDE / 2, _SIDE / 2), "does not decode", fill=_INK, anchor="mm")
         return tile
     picture = Image.fromarray(_to_colour(values))
-    picture.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-    return picture
+    return ImageOps.contain(picture, (_SIDE, _SIDE), Image.Resampling.LANCZOS)
 
 
 def _to_colour(values: NDArray[Any]) -> NDArray[np.uint8]:
