@@ -94,7 +94,7 @@ def encode(
         OSError, ValueError: the format cannot hold a picture of this size.
     """
     profile = image.info.get("icc_profile")
-    upright = ImageOps.exif_transpose(image)
+    upright = turn_upright(image)
     if upright.mode == "I":
         low, high = np.asarray(upright).min(), np.asarray(upright).max()
         if low >= 0 and high < 2**16:
@@ -113,6 +113,17 @@ def encode(
         height=resized.height,
         notes=tuple(notes),
     )
+
+
+def turn_upright(image: Image.Image) -> Image.Image:
+    """Return a loaded picture as its EXIF orientation says; EXIF that is damaged says nothing."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    # Pillow raises nearly any type on damaged EXIF, which is no fault of the pixels.
+    except Exception:
+        return image
 
 
 def _encode_values(image: Image.Image) -> Encoded:

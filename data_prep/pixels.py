@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from data_prep.arrays import read_array
+from data_prep.encoding import turn_upright
 from data_prep.images import RejectedImageError
 from data_prep.manifest import ShardIndex
 
@@ -74,7 +75,7 @@ def spread_rows(samples: list[int], most: int) -> list[NDArray[np.int64]]:
 def _read_picture(data: bytes) -> NDArray[Any]:
     with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as opened:
         opened.load()
-        image = ImageOps.exif_transpose(opened)
+        image = turn_upright(opened)
     if image.mode in _WIDE_MODES:
         return np.asarray(image).astype(np.uint16)
     if image.has_transparency_data:

@@ -11,6 +11,7 @@ from PIL import Image, ImageCms, ImageFile
 
 from data_prep.encoding import Encoding, encode
 from data_prep.images import CheckedImage, check_image
+from data_prep.pixels import read_pixels
 
 DrawImage = Callable[..., bytes]
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -174,3 +175,13 @@ def test_a_lossless_webp_stays_so() -> None:
     data = _save(image, "WEBP", lossless=True)
     with _open(check_image(data, encoding=Encoding(max_side=20))) as small:
         assert small.getcolors() == [(400, (250, 3, 77))]
+
+
+def test_damaged_exif_costs_no_picture(draw_image: DrawImage) -> None:
+    with Image.open(io.BytesIO(draw_image(0))) as image:
+        image.load()
+        image.info["exif"] = b"Exif\0\0MM\0*\xff\xff\xff\xff"
+        data = _save(image, "PNG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3")
+        encoded = encode(image, "png", Encoding(max_side=14))
+    assert (encoded.width, encoded.height) == (14, 12)
+    assert read_pixels(data, "png").shape == (24, 28, 3)

@@ -26,8 +26,8 @@ from data_prep.plan import ShardOptions
 from data_prep.verify import verify_shards
 
 SECONDS_AN_IMAGE = 5.0
-FULL = 3_000
-FEW = 400
+FULL = 30_000
+FEW = 2_500
 
 
 def _save(image: Image.Image, image_format: str, **options: Any) -> bytes:
