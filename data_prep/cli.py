@@ -163,7 +163,9 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _info(arguments: argparse.Namespace) -> int:
     manifest = read_manifest(arguments.folder)
-    print(describe_shards(manifest, workers=arguments.workers))
+    with _bar(manifest.samples) as bar:
+        text = describe_shards(manifest, workers=arguments.workers, tick=bar.update)
+    print(text)
     if arguments.contact_sheet is not None:
         draw_contact_sheet(manifest, arguments.contact_sheet)
         print(f"contact sheet in {arguments.contact_sheet}")

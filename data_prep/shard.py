@@ -151,12 +151,14 @@ def _read_image(source: Source, file: SourceFile, options: ShardOptions) -> Chec
 def _sample(
     key: str, file: SourceFile, image: CheckedImage, task: ShardTask
 ) -> dict[str, str | bytes]:
-    about = {
+    about: dict[str, object] = {
         "path": file.path,
         "width": image.width,
         "height": image.height,
         "source": task.source.name,
     }
+    if image.notes:
+        about["notes"] = image.notes
     sample: dict[str, str | bytes] = {"__key__": key, image.extension: image.data}
     sample["json"] = json.dumps(about).encode()
     name = class_name(file.path)
