@@ -29,6 +29,22 @@ class DamageError(ValueError):
     """The pixels of an image are damaged; the text says how that shows."""
 
 
+def check_jpeg(data: bytes, size: tuple[int, int]) -> bool:
+    """Decode a JPEG strictly, at an eighth of its size and in grey, which reads all of it.
+
+    Args:
+        data: the file, whose header has been read.
+        size: (width, height) by its header, which is held to.
+
+    Returns:
+        Whether that could be done; else it is left to Pillow, which passes over damage.
+
+    Raises:
+        DamageError: libjpeg says that pixels are damaged.
+    """
+    return _decode(data, size, "GRAY", min_factor=8) is not None
+
+
 def decode_jpeg(data: bytes, size: tuple[int, int]) -> NDArray[np.uint8] | None:
     """Decode a JPEG strictly; None where that is left to Pillow, which passes over damage.
 
@@ -42,14 +58,22 @@ def decode_jpeg(data: bytes, size: tuple[int, int]) -> NDArray[np.uint8] | None:
     Raises:
         DamageError: libjpeg says that pixels are damaged.
     """
+    return _decode(data, size, "RGB", min_factor=1)
+
+
+def _decode(
+    data: bytes, size: tuple[int, int], colours: str, *, min_factor: int
+) -> NDArray[np.uint8] | None:
     if simplejpeg is None:
         return None
     # The library has no limit of its own, and what it allocates is what its own reading says.
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, stored, _ = simplejpeg.decode_jpeg_header(data)
         if (width, height) != size:
             return None
-        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, _COLOURS.get(colours, "RGB"))
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+            data, _COLOURS.get(stored, colours), min_factor=min_factor
+        )
     except ValueError as error:
         reason = " ".join(str(error).split())
         if reason.startswith(_DAMAGE):

@@ -22,7 +22,14 @@ from data_prep.arrays import (
     write_array,
 )
 from data_prep.bit_depth import lost_bits
-from data_prep.damage import DamageError, check_png, check_scans, check_webp, decode_jpeg
+from data_prep.damage import (
+    DamageError,
+    check_jpeg,
+    check_png,
+    check_scans,
+    check_webp,
+    decode_jpeg,
+)
 from data_prep.encoding import Encoding, encode
 
 MAX_PIXELS = 89_478_485
@@ -124,7 +131,7 @@ def _check_picture(data: bytes, max_pixels: int, decode: bool, encoding: Encodin
         target = encoding.target_format(own)
         if own != target or encoding.target_size(*image.size) != image.size:
             return _write_anew(image, data, target, encoding)
-        notes = _load(image, data)[1] if decode else ()
+        notes = _check_pixels(image, data) if decode else ()
         return CheckedImage(
             data=data,
             extension=_EXTENSIONS[own],
@@ -163,21 +170,30 @@ def _write_anew(image: Image.Image, data: bytes, target: str, encoding: Encoding
 
 def _load(image: Image.Image, data: bytes) -> tuple[Image.Image, tuple[str, ...]]:
     """Decode every pixel, by the strictest way there is; return the picture and notes on it."""
-    own = _KEPT.get(image.format or "")
-    if own == "png":
-        check_png(data)
-    elif own == "webp":
-        check_webp(data)
-    elif own == "jpeg":
+    if _KEPT.get(image.format or "") == "jpeg" and image.mode in ("L", "RGB"):
         check_scans(data, image.width * image.height)
         pixels = decode_jpeg(data, image.size)
-        if pixels is not None and image.mode in ("L", "RGB"):
+        if pixels is not None:
             loaded = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
             if loaded.mode == image.mode:
                 kept = ("exif", "icc_profile", "xmp")
                 loaded.info = {name: image.info[name] for name in kept if name in image.info}
                 return loaded, ()
-        image.load()
-        return image, () if pixels is not None else ("JPEG checked by Pillow alone",)
+    notes = _check_pixels(image, data)
     image.load()
-    return image, ()
+    return image, notes
+
+
+def _check_pixels(image: Image.Image, data: bytes) -> tuple[str, ...]:
+    """Look for damage by the strictest way there is; return notes on how that went."""
+    match _KEPT.get(image.format or ""):
+        case "png":
+            check_png(data)
+        case "webp":
+            check_webp(data)
+        case "jpeg":
+            check_scans(data, image.width * image.height)
+            if check_jpeg(data, image.size):
+                return ()
+    image.load()
+    return ("JPEG checked by Pillow alone",) if image.format in ("JPEG", "MPO") else ()

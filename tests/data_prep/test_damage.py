@@ -13,7 +13,14 @@ import pytest
 from PIL import Image
 
 from data_prep import damage
-from data_prep.damage import DamageError, check_png, check_scans, check_webp, decode_jpeg
+from data_prep.damage import (
+    DamageError,
+    check_jpeg,
+    check_png,
+    check_scans,
+    check_webp,
+    decode_jpeg,
+)
 from data_prep.images import RejectedImageError, check_image
 
 strict = pytest.mark.skipif(damage.simplejpeg is None, reason="simplejpeg is not installed")
@@ -52,6 +59,29 @@ def test_the_strict_decoder_gives_pillows_pixels(
         assert np.array_equal(pixels.squeeze(), np.asarray(image))
         # Sizes that contradict each other are left to Pillow, and nothing is allocated for them.
         assert decode_jpeg(data, (60_000, 60_000)) is None
+
+
+@strict
+def test_the_check_and_the_whole_decode_agree(draw_image: Callable[..., bytes]) -> None:
+    rng = np.random.default_rng(0)
+    files = [draw_image(seed, size=64, mode=mode) for seed, mode in enumerate(["L", "RGB", "CMYK"])]
+    refused = 0
+    for number in range(300):
+        data = bytearray(files[number % 3])
+        for _ in range(3):
+            data[int(rng.integers(len(data) // 4, len(data)))] ^= 1 << int(rng.integers(8))
+        with Image.open(io.BytesIO(data)) as image:
+            size = image.size
+        verdicts = []
+        for look in (check_jpeg, decode_jpeg):
+            try:
+                look(bytes(data), size)
+                verdicts.append("")
+            except DamageError as error:
+                verdicts.append(str(error))
+        assert verdicts[0] == verdicts[1]
+        refused += verdicts[0] != ""
+    assert 30 < refused < 300
 
 
 NO_SIMPLEJPEG = """
