@@ -22,6 +22,7 @@ _DAMAGE = ("Corrupt JPEG data", "Premature end", "Inconsistent progression")
 """How libjpeg's warnings begin that mean wrong pixels; others mean odd headers."""
 _COLOURS = {"Gray": "GRAY", "CMYK": "CMYK", "YCCK": "CMYK"}
 _MOST_WORK = 20 * 89_478_485
+"""Most pixels times scans of a JPEG: 20 scans, of a dozen in use, over the largest by default."""
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 
 

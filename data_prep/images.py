@@ -36,6 +36,8 @@ MAX_PIXELS = 89_478_485
 """Largest image taken unless told otherwise, in pixels; Pillow warns of larger ones."""
 KEEP = Encoding()
 """The encoding that keeps the bytes of what shards can hold."""
+WRITTEN_ANEW = "written anew"
+"""Note on a picture whose bytes were not kept."""
 
 _KEPT = {"JPEG": "jpeg", "MPO": "jpeg", "PNG": "png", "WEBP": "webp"}
 _EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
@@ -164,7 +166,7 @@ def _write_anew(image: Image.Image, data: bytes, target: str, encoding: Encoding
         extension=encoded.extension,
         width=encoded.width,
         height=encoded.height,
-        notes=(*found, *notes, *encoded.notes, "written anew"),
+        notes=(*found, *notes, *encoded.notes, WRITTEN_ANEW),
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.images import RejectedImageError, check_image
+from data_prep.images import WRITTEN_ANEW, RejectedImageError, check_image
 from data_prep.index import index_tar
 from data_prep.manifest import Manifest, ManifestError, ShardEntry, ShardIndex, read_index
 from data_prep.pixels import read_images
@@ -128,7 +128,10 @@ def _decode_all(path: Path, index: ShardIndex, found: _Found, tick: Tick) -> Non
     images = read_images(path, index, np.arange(len(index)))
     for data, key in zip(images, index.keys, strict=True):
         try:
-            found.notes.update(check_image(data, max_pixels=_NO_LIMIT).notes)
+            notes = check_image(data, max_pixels=_NO_LIMIT).notes
+            if WRITTEN_ANEW in notes:
+                raise RejectedImageError("it is of a format that shards do not hold")
+            found.notes.update(notes)
         except RejectedImageError as error:
             found.add([f"{path.name}: image {key}: {error}"], _MOST_OF_ONE_SHARD)
         tick(1)

@@ -128,3 +128,13 @@ def test_sets_that_others_wrote_are_verified_too(
     manifest = adopt_shards(tmp_path).manifest
     assert verify_shards(manifest, decode=False).count == 0
     assert "image 003: it is cut" in _problem(manifest)
+
+
+def test_a_format_that_shards_do_not_hold_is_found(
+    tmp_path: Path,
+    write_tar: Callable[[Path, dict[str, bytes]], None],
+    draw_image: Callable[..., bytes],
+) -> None:
+    write_tar(tmp_path / "theirs.tar", {"a.jpg": draw_image(0, image_format="BMP")})
+    manifest = adopt_shards(tmp_path).manifest
+    assert "image a: it is of a format that shards do not hold" in _problem(manifest)
