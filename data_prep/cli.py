@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from data_prep.adopt import adopt_shards
 from data_prep.build import Built, Plan, Progress, build_shards, merge_parts
+from data_prep.contact_sheet import draw_contact_sheet
 from data_prep.destination import REJECTED_NAME
-from data_prep.info import describe_bytes, describe_shards
-from data_prep.manifest import Manifest, read_manifest
+from data_prep.info import describe_bytes, describe_shards, describe_statistics
+from data_prep.manifest import STATISTICS_NAME, Manifest, read_manifest, write_statistics
 from data_prep.shard import ShardReport
 from data_prep.shard_arguments import (
     add_max_rejected,
@@ -28,7 +29,8 @@ from data_prep.shard_arguments import (
     parse_options,
     positive,
 )
-from data_prep.verify import verify_shards
+from data_prep.statistics import measure_set
+from data_prep.verify import MOST_PROBLEMS, verify_shards
 from data_prep.workers import WorkerError, available_cores
 
 
@@ -84,8 +86,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
             return _verify(arguments)
         case command:
             assert command == "info", command
-            print(describe_shards(read_manifest(arguments.folder)))
-            return 0
+            return _info(arguments)
 
 
 def _shard(arguments: argparse.Namespace) -> int:
@@ -147,16 +148,47 @@ def _index(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     manifest = read_manifest(arguments.folder)
     with _bar(manifest.samples) as bar:
-        problems = verify_shards(
-            manifest, decode=not arguments.fast, workers=arguments.workers, tick=bar.update
+        found = verify_shards(
+            manifest, decode=arguments.deep, workers=arguments.workers, tick=bar.update
         )
-    if problems:
-        number = "1 problem" if len(problems) == 1 else f"{len(problems):,} problems"
-        lines = [f"data-prep: {manifest.folder} has {number}; make the shards again:", *problems]
+    for note, count in sorted(found.notes.items()):
+        print(f"{note}: {count:,}")
+    if found.count:
+        number = "1 problem" if found.count == 1 else f"{found.count:,} problems"
+        lines = [f"data-prep: {manifest.folder} has {number}; make the shards again:"]
+        lines += found.problems
+        if found.count > len(found.problems):
+            lines.append(f"and {found.count - len(found.problems):,} more")
         print("\n  ".join(lines), file=sys.stderr)
         return 2
-    looked = "checksums and indexes" if arguments.fast else "checksums, indexes and images"
+    looked = "checksums, indexes and images" if arguments.deep else "checksums and indexes"
     print(f"{manifest.samples:,} samples in {len(manifest.shards):,} shards: {looked} are right")
+    if not arguments.deep and manifest.options.get("check") is not True:
+        print("the images of this set were never decoded: --deep does that")
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    manifest = read_manifest(arguments.folder)
+    with _bar(manifest.samples) as bar:
+        text = describe_shards(manifest, workers=arguments.workers, tick=bar.update)
+    print(text)
+    if arguments.contact_sheet is not None:
+        draw_contact_sheet(manifest, arguments.contact_sheet)
+        print(f"contact sheet in {arguments.contact_sheet}")
+    if not arguments.statistics:
+        return 0
+    with _bar(manifest.samples) as bar:
+        measured = measure_set(manifest, workers=arguments.workers, tick=bar.update)
+    if measured.unreadable:
+        count = len(measured.unreadable)
+        lines = [f"data-prep: {count:,} images do not decode, so nothing is written of the others:"]
+        lines += measured.unreadable[:MOST_PROBLEMS]
+        print("\n  ".join(lines), file=sys.stderr)
+        return 2
+    write_statistics(manifest, measured.statistics)
+    print(describe_statistics(measured.statistics))
+    print(f"written to {manifest.folder / STATISTICS_NAME}")
     return 0
 
 
@@ -175,10 +207,27 @@ def _parser() -> argparse.ArgumentParser:
     index = _add_command(commands, "index", "make manifest and indexes for tars someone else wrote")
     index.add_argument("--overwrite", action="store_true", help="replace a manifest that is there")
     verify = _add_command(commands, "verify", "read shards back and compare with the manifest")
-    verify.add_argument("--fast", action="store_true", help="do not decode the images")
-    for command in (shard, reshard, index, verify):
+    depth = verify.add_mutually_exclusive_group()
+    depth.add_argument(
+        "--fast",
+        action="store_true",
+        help="compare lengths, checksums and indexes; what is done unless --deep is given, since "
+        "`shard` decodes every image before it writes it, and a checksum tells that none changed",
+    )
+    depth.add_argument(
+        "--deep", action="store_true", help="decode every image as well, as after `index`"
+    )
+    info = _add_command(commands, "info", "show what a folder of shards holds")
+    info.add_argument(
+        "--statistics",
+        action="store_true",
+        help="measure mean and standard deviation of each channel, and write statistics.json",
+    )
+    info.add_argument(
+        "--contact-sheet", type=Path, metavar="PNG", help="draw samples of the set as a picture"
+    )
+    for command in (shard, reshard, index, verify, info):
         _add_workers(command)
-    _add_command(commands, "info", "show what a folder of shards holds")
     return parser
 
 
@@ -235,6 +284,8 @@ def _describe_set(manifest: Manifest, verb: str) -> str:
     counts = f"accepted {manifest.samples:,} + rejected {manifest.rejected:,} = {found:,} found"
     if manifest.rejected:
         counts += f"; see {manifest.folder / REJECTED_NAME}"
+    for note, count in sorted(manifest.notes.items()):
+        counts += f"\n{note}: {count:,}"
     return f"{counts}\n{verb}: {len(manifest.shards):,} shards, {length}, in {manifest.folder}"
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from data_prep.index import index_name
 from data_prep.manifest import (
     MANIFEST_NAME,
+    STATISTICS_NAME,
     Manifest,
     ShardEntry,
     read_index,
@@ -37,7 +38,8 @@ _PARTIAL_NAME = ".partial"
 _NOTE_NAME = "made-from.json"
 _OURS = re.compile(r"shard-\d{6,}\.(tar|index\.npy)")
 _FOUND_OUT = {VALIDATION_SHARDS}  # options of the manifest that say what came out
-_KNOWN = {MANIFEST_NAME, REJECTED_NAME, _PARTIAL_NAME, "lost+found"}
+_KNOWN = {MANIFEST_NAME, REJECTED_NAME, STATISTICS_NAME, _PARTIAL_NAME, "lost+found"}
+_ASIDE = tuple(f".{name}.partial" for name in (MANIFEST_NAME, REJECTED_NAME, STATISTICS_NAME))
 
 
 class DestinationError(ValueError):
@@ -111,6 +113,7 @@ class Destination:
         entries: Sequence[ShardEntry],
         classes: Sequence[str],
         rejected: Iterable[Rejection],
+        notes: Mapping[str, int],
         options: Mapping[str, Any],
     ) -> Manifest:
         """Move finished shards up, numbered without gaps, and write the manifest.
@@ -119,11 +122,13 @@ class Destination:
             entries: the shards in order.
             classes: names of the classes.
             rejected: what was kept out, in order.
+            notes: what is to be known of the samples, and of how many.
             options: what the manifest says of the set beside what it is made from.
         """
         identity = self.identity()
         assert identity is not None
-        (self.folder / MANIFEST_NAME).unlink(missing_ok=True)
+        for name in (MANIFEST_NAME, STATISTICS_NAME):
+            (self.folder / name).unlink(missing_ok=True)
         for path in self.folder.iterdir():
             if _OURS.fullmatch(path.name):
                 path.unlink()
@@ -133,6 +138,7 @@ class Destination:
             shards=moved,
             classes=tuple(classes),
             rejected=self._write_rejected(rejected),
+            notes=dict(sorted(notes.items())),
             options={**identity.options, **options},
             fingerprint=identity.fingerprint,
         )
@@ -253,7 +259,7 @@ def refuse_foreign(folder: Path) -> None:
         for name in names
         if name not in _KNOWN
         and not (ours and _OURS.fullmatch(name))
-        and not name.startswith((f".{MANIFEST_NAME}.partial", f".{REJECTED_NAME}.partial"))
+        and not name.startswith(_ASIDE)
     ]
     if foreign:
         shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from data_prep.encoding import Encoding
 from data_prep.files import Selection, SourceFile
 from data_prep.images import MAX_PIXELS
 
@@ -22,7 +23,7 @@ class ShardOptions:
     samples_per_shard: int | None = None
     """Most samples in a shard. None: 10,000, fewer where that makes > 256 MiB or < 8 shards."""
     bytes_per_shard: int | None = None
-    """Most bytes of images in a shard, one larger image excepted. None: no limit of its own."""
+    """Most bytes of images, as the source has them, in a shard unless one is larger. None: any."""
     selection: Selection = field(default_factory=Selection)
     """Which files are taken."""
     seed: int = 0
@@ -41,6 +42,8 @@ class ShardOptions:
     """Whether every image is decoded; else only its header is read."""
     max_pixels: int = MAX_PIXELS
     """Largest image taken, in pixels."""
+    encoding: Encoding = field(default_factory=Encoding)
+    """Size and format that pictures are to have."""
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -67,8 +70,9 @@ class ShardOptions:
         values: dict[str, Any] = asdict(self)
         selection: dict[str, Any] = values.pop("selection")
         del selection["root"]  # a place on one machine; the fingerprint says what is there
+        encoding: dict[str, Any] = values.pop("encoding")
         lists = {name: list(selection[name]) for name in ("include", "exclude")}
-        return {**values, **selection, **lists}
+        return {**values, **encoding, **selection, **lists}
 
 
 @dataclass(frozen=True, kw_only=True)

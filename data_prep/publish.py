@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 
 from data_prep.destination import VALIDATION_SHARDS, Destination, DestinationError
@@ -18,6 +19,17 @@ from data_prep.shard import Rejection, read_report
 
 class TooManyRejectedError(SourceError):
     """More images were rejected than may be; the work is kept."""
+
+
+@dataclass(kw_only=True)
+class _Gathered:
+    entries: list[ShardEntry] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+    validation_shards: int = 0
+    damaged: int = 0
+    """Images rejected for damage."""
+    rejected: int = 0
+    """All rejected, duplicates too."""
 
 
 def publish(destination: Destination, listing: Listing, *, max_rejected: float) -> Manifest:
@@ -34,37 +46,38 @@ def publish(destination: Destination, listing: Listing, *, max_rejected: float) 
     """
     sorter = ExternalSort(destination.partial, "rejected")
     try:
-        entries, validation_shards, damaged, rejected = _gather(destination, listing, sorter)
+        gathered = _gather(destination, listing, sorter)
         found = listing.survey.found
         rows = _rejections(sorter)
-        if rejected == found:
+        if gathered.rejected == found:
             first = list(islice(rows, 5))
             destination.abandon()
             raise SourceError(_describe_uselessness(found, first))
-        if damaged > max_rejected * found:
+        if gathered.damaged > max_rejected * found:
             reasons = "\n  ".join(f"{row.path}: {row.reason}" for row in islice(rows, 5))
             raise TooManyRejectedError(
-                f"{damaged:,} of {found:,} images were rejected, more than --max-rejected "
+                f"{gathered.damaged:,} of {found:,} images were rejected, more than --max-rejected "
                 f"{max_rejected:g}. The work is kept: mend the source, or run the same command "
                 f"again with a larger --max-rejected. The first are:\n  {reasons}"
             )
-        options = {VALIDATION_SHARDS: validation_shards} if listing.validation_shards else {}
-        return destination.publish(entries, listing.survey.classes, rows, options)
+        options = {}
+        if listing.validation_shards:
+            options[VALIDATION_SHARDS] = gathered.validation_shards
+        return destination.publish(
+            gathered.entries, listing.survey.classes, rows, gathered.notes, options
+        )
     finally:
         sorter.discard()
 
 
-def _gather(
-    destination: Destination, listing: Listing, sorter: ExternalSort
-) -> tuple[list[ShardEntry], int, int, int]:
-    """Return the shards, those for validation, images rejected for damage, and all rejected."""
-    entries: list[ShardEntry] = []
+def _gather(destination: Destination, listing: Listing, sorter: ExternalSort) -> _Gathered:
+    gathered = _Gathered()
     missing: list[int] = []
-    validation_shards = damaged = rejected = 0
     for file in listing.refused():
         _add(sorter, Rejection(path=file.path, reason=file.problem))
-        rejected += 1
-        damaged += not file.problem.startswith(("a duplicate of ", "a near duplicate of "))
+        gathered.rejected += 1
+        is_duplicate = file.problem.startswith(("a duplicate of ", "a near duplicate of "))
+        gathered.damaged += not is_duplicate
     for plan in listing.shards:
         report = read_report(destination.partial, plan.number)
         if report is None:
@@ -72,12 +85,13 @@ def _gather(
             continue
         for rejection in report.rejected:
             _add(sorter, rejection)
-        rejected += len(report.rejected)
-        damaged += len(report.rejected)
+        gathered.rejected += len(report.rejected)
+        gathered.damaged += len(report.rejected)
+        gathered.notes.update(report.notes)
         if report.entry is not None:
-            entries.append(report.entry)
+            gathered.entries.append(report.entry)
             is_validation = plan.number >= len(listing.shards) - listing.validation_shards
-            validation_shards += is_validation
+            gathered.validation_shards += is_validation
     if missing:
         some = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
         raise DestinationError(
@@ -85,7 +99,7 @@ def _gather(
             f"({some}): part i of n writes shards i-1, i-1+n, ... Run the missing parts, then "
             "merge again."
         )
-    return entries, validation_shards, damaged, rejected
+    return gathered
 
 
 def _add(sorter: ExternalSort, rejection: Rejection) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from data_prep.files import SourceFile, UnreadableFileError
 from data_prep.images import CheckedImage, RejectedImageError, check_image
@@ -59,6 +61,8 @@ class ShardReport:
     """What was written; None where every image was rejected."""
     rejected: tuple[Rejection, ...]
     """Inputs that were kept out, in order."""
+    notes: dict[str, int]
+    """What is to be known of the images, and of how many; see `CheckedImage.notes`."""
 
     @property
     def found(self) -> int:
@@ -87,7 +91,7 @@ def write_shard(task: ShardTask, tick: Tick) -> ShardReport:
     name = shard_name(task.plan.number)
     partial = task.folder / f".{name}.partial-{os.getpid()}"
     try:
-        indexed, rejected = _write_tar(partial, task, tick)
+        indexed, rejected, notes = _write_tar(partial, task, tick)
         entry = None
         if len(indexed.index):
             entry = indexed.entry(name)
@@ -95,7 +99,9 @@ def write_shard(task: ShardTask, tick: Tick) -> ShardReport:
             partial.replace(task.folder / name)
     finally:
         partial.unlink(missing_ok=True)
-    report = ShardReport(number=task.plan.number, entry=entry, rejected=tuple(rejected))
+    report = ShardReport(
+        number=task.plan.number, entry=entry, rejected=tuple(rejected), notes=notes
+    )
     text = json.dumps(asdict(report))
     write_aside(task.folder / report_name(report.number), text.encode())
     return report
@@ -113,11 +119,14 @@ def read_report(folder: Path, number: int) -> ShardReport | None:
     except FileNotFoundError:
         return None
     rejected = tuple(Rejection(**rejection) for rejection in values["rejected"])
-    return ShardReport(number=number, entry=entry, rejected=rejected)
+    return ShardReport(number=number, entry=entry, rejected=rejected, notes=values["notes"])
 
 
-def _write_tar(path: Path, task: ShardTask, tick: Tick) -> tuple[IndexedTar, list[Rejection]]:
+def _write_tar(
+    path: Path, task: ShardTask, tick: Tick
+) -> tuple[IndexedTar, list[Rejection], dict[str, int]]:
     rejected: list[Rejection] = []
+    notes: Counter[str] = Counter()
     opened = open_source(task.source, task.options.selection, shards=task.shards)
     files = read_files(task.folder / LISTING_NAME, task.plan.start, task.plan.length)
     with closing(opened) as source, closing(ShardWriter(path)) as writer:
@@ -131,25 +140,33 @@ def _write_tar(path: Path, task: ShardTask, tick: Tick) -> tuple[IndexedTar, lis
                 name = class_name(file)
                 label = -1 if name is None else task.labels[name]
                 writer.write(key, _members(file, image, label, task), label)
+                notes.update(image.notes)
             tick(1)
-        return writer.finish(), rejected
+        return writer.finish(), rejected, dict(sorted(notes.items()))
 
 
 def _read_image(source: Source, file: SourceFile, options: ShardOptions) -> CheckedImage:
     data = source.read(file)
-    return check_image(data, max_pixels=options.max_pixels, decode=options.check)
+    return check_image(
+        data,
+        max_pixels=options.max_pixels,
+        decode=options.check,
+        encoding=options.encoding,
+    )
 
 
 def _members(
     file: SourceFile, image: CheckedImage, label: int, task: ShardTask
 ) -> dict[str, bytes]:
-    about = json.loads(file.fields) if file.fields else {}
+    about: dict[str, Any] = json.loads(file.fields) if file.fields else {}
     about |= {
         "path": file.path,
         "width": image.width,
         "height": image.height,
         "source": task.source.name,
     }
+    if image.notes:
+        about["notes"] = image.notes
     members = {image.extension: image.data, "json": json.dumps(about).encode()}
     if label >= 0:
         members["cls"] = str(label).encode()

@@ -6,6 +6,7 @@ import argparse
 import re
 
 from data_prep.build import Execution
+from data_prep.encoding import FORMATS, Encoding
 from data_prep.files import Selection
 from data_prep.images import MAX_PIXELS
 from data_prep.plan import ShardOptions
@@ -21,7 +22,10 @@ def add_shard_arguments(parser: argparse.ArgumentParser) -> None:
             None,
             "most samples in a shard; None: the least of 10,000, 256 MiB and an 8th of all",
         ),
-        "--bytes-per-shard": (None, "most bytes of images in a shard, filled one after another"),
+        "--bytes-per-shard": (
+            None,
+            "most bytes of the source's images in a shard, filled one after another",
+        ),
         "--max-pixels": (MAX_PIXELS, "largest image taken, in pixels"),
         "--max-bytes": (Selection().max_bytes, "largest image file taken, in bytes"),
         "--shuffle-window": (None, "shuffle among N files in the source's order; None: all"),
@@ -43,6 +47,7 @@ def add_shard_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             name, action="append", metavar="GLOB", default=[], help=f"{about}; may be repeated"
         )
+    _add_encoding(parser)
     _add_shares(parser)
     switches = {
         "--no-shuffle": "keep samples in the order of their paths",
@@ -87,6 +92,12 @@ def parse_options(arguments: argparse.Namespace) -> ShardOptions:
         near_duplicates=arguments.near_duplicates,
         check=not arguments.no_check,
         max_pixels=arguments.max_pixels,
+        encoding=Encoding(
+            max_side=arguments.max_side,
+            short_side=arguments.short_side,
+            format=arguments.format,
+            quality=arguments.quality,
+        ),
     )
 
 
@@ -106,6 +117,22 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
     return int(text)
+
+
+def _add_encoding(parser: argparse.ArgumentParser) -> None:
+    numbers = {
+        "--max-side": (None, "shrink pictures whose longer side has more pixels"),
+        "--short-side": (None, "shrink pictures whose shorter side has more pixels"),
+        "--quality": (Encoding().quality, "of JPEG and WebP written anew; JPEG is 4:4:4 from 90"),
+    }
+    for name, (default, about) in numbers.items():
+        parser.add_argument(name, type=positive, metavar="N", default=default, help=about)
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default=Encoding().format,
+        help="of all pictures; keep: bytes of JPEG, PNG and WebP as they are, others to PNG",
+    )
 
 
 def _add_shares(parser: argparse.ArgumentParser) -> None:

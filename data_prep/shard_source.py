@@ -102,6 +102,7 @@ class ShardSource:
             if key:
                 yield SourceFile(f"{name}/{key}", 0, 0, problem="its sample has no image")
             return
+        images = _leave_out_arrays(images)
         fields = _parse_fields(metadata.get("json", b"{}"))
         label = metadata.get("cls", b"").decode("utf-8", "replace").strip()
         first, *others = images
@@ -126,6 +127,12 @@ class ShardSource:
         if label.isascii() and label.isdecimal() and int(label[:9]) < len(self.classes):
             return file._replace(label=self.classes[int(label[:9])])
         return file._replace(problem=f"its label {label[:40]!r} is no class of the manifest")
+
+
+def _leave_out_arrays(images: list[SourceFile]) -> list[SourceFile]:
+    """Return the pictures of a sample, or its array if it has none, as an index takes them."""
+    pictures = [file for file in images if not file.path.lower().endswith(".npy")]
+    return pictures or images
 
 
 def _parse_fields(data: bytes) -> dict[str, Any] | None:

@@ -42,7 +42,7 @@ class ShardWriter:
 
         Args:
             key: its key, ASCII and at most 90 characters.
-            members: extension → data; one of them is the image.
+            members: extension → data; exactly one of them is an image.
             label: its class, -1 where it has none.
         """
         for extension in sorted(members):

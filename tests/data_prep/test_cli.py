@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from data_prep.cli import main
-from data_prep.manifest import read_manifest
+from data_prep.manifest import ManifestError, read_manifest, read_statistics
 
 _DATA = Path(__file__).parents[2].parent / "shared" / "data"
 
@@ -32,6 +32,8 @@ def test_shard_info_and_verify(
     assert "accepted 24 + rejected 0 = 24 found" in output.out
     assert output.err == ""
     assert main(["verify", folder, "--workers", "1"]) == 0
+    assert capsys.readouterr().out == "24 samples in 8 shards: checksums and indexes are right\n"
+    assert main(["verify", folder, "--deep", "--workers", "1"]) == 0
     assert "24 samples in 8 shards: checksums, indexes and images are right" in (
         capsys.readouterr().out
     )
@@ -40,6 +42,47 @@ def test_shard_info_and_verify(
     (tmp_path / "out" / "manifest.json").unlink()
     assert main(["index", folder, "--workers", "1"]) == 0
     assert "24 samples in 8 shards, classes: 3" in capsys.readouterr().out
+    assert main(["verify", folder, "--workers", "1"]) == 0
+    assert "never decoded: --deep does that" in capsys.readouterr().out
+
+
+def test_pictures_are_shrunk_measured_and_shown(
+    image_zip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, sheet = str(tmp_path / "out"), tmp_path / "sheet.png"
+    small = ("shard", str(image_zip), folder, "--short-side", "12", "--format", "webp")
+    assert main([*small, "--workers", "1"]) == 0
+    assert "written anew: 24" in capsys.readouterr().out
+    assert main(["info", folder, "--statistics", "--contact-sheet", str(sheet)]) == 0
+    output = capsys.readouterr().out
+    assert "short side  12 to 12 pixels" in output
+    assert "statistics  24 pictures, channels: 3, 0 to 1" in output
+    assert sheet.read_bytes().startswith(b"\x89PNG")
+    (measured,) = read_statistics(read_manifest(folder))
+    assert len(measured.mean) == 3
+    # What was measured does not stand in the way of the same command, nor outlive other pictures.
+    assert main([*small, "--workers", "1"]) == 0
+    assert "already complete" in capsys.readouterr().out
+    assert main([*small, "--overwrite", "--quality", "80", "--workers", "1"]) == 0
+    with pytest.raises(ManifestError, match="--statistics"):
+        read_statistics(read_manifest(folder))
+
+
+def test_verify_fails_with_every_problem_named(
+    image_zip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    assert main(["shard", str(image_zip), str(folder), "--workers", "1"]) == 0
+    for name in ("shard-000001.tar", "shard-000005.tar"):
+        with (folder / name).open("r+b") as file:
+            file.seek(600)
+            file.write(b"0000")
+    capsys.readouterr()
+    assert main(["verify", str(folder), "--workers", "2"]) == 2
+    errors = capsys.readouterr().err
+    assert "has 2 problems" in errors
+    assert "shard-000001.tar: " in errors
+    assert "shard-000005.tar: " in errors
 
 
 def _bad_sources(folder: Path, whole: bytes) -> dict[str, tuple[Path, str]]:
@@ -187,7 +230,7 @@ def test_real_sets(name: str, samples: int, classes: int, tmp_path: Path) -> Non
         pytest.skip(f"{_DATA / name} is not there")
     folder = tmp_path / "out"
     assert main(["shard", str(_DATA / name), str(folder)]) == 0
-    assert main(["verify", str(folder)]) == 0
+    assert main(["verify", str(folder), "--deep"]) == 0
     manifest = read_manifest(folder)
     assert (manifest.samples, len(manifest.classes)) == (samples, classes)
     with warnings.catch_warnings():

@@ -182,12 +182,14 @@ def test_reshard_of_shards_that_someone_else_wrote(
     members = {"x/1.jpg": image, "x/1.cls": b"7", "x/1.json": b'{"caption": "an owl", "path": 3}'}
     members |= {"2.png": draw_image(1, image_format="PNG"), "3.txt": b"text"}
     members |= {"4.jpg": image, "4.json": b"{", "5.jpg": image, "5.png": image}
+    members |= {"6.npy": b"depth", "6.jpg": image}  # beside a picture an array is something else
     write_tar(tmp_path / "a" / "one.tar", members)
     built = build_shards(tmp_path / "a", tmp_path / "b", ShardOptions(), shards=True)
     samples = _samples(tmp_path / "b")
     about, name = samples["one.tar/x/1.jpg"]
     assert (about["caption"], about["key"], name) == ("an owl", "x/1", "7")
     assert samples["one.tar/2.png"][1] is None
+    assert "one.tar/6.jpg" in samples
     lines = (tmp_path / "b" / "rejected.jsonl").read_text().splitlines()
     assert {row["path"]: row["reason"] for row in map(json.loads, lines)} == {
         "one.tar/3": "its sample has no image",
