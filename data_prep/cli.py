@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 from tqdm import tqdm
@@ -20,6 +16,7 @@ from data_prep.build import Built, Plan, Progress, build_shards, merge_parts
 from data_prep.contact_sheet import draw_contact_sheet
 from data_prep.destination import REJECTED_NAME
 from data_prep.info import describe_bytes, describe_shards, describe_statistics
+from data_prep.interrupts import InterruptedBySignal, Interruption, raise_on_signals
 from data_prep.manifest import STATISTICS_NAME, Manifest, read_manifest, write_statistics
 from data_prep.shard import ShardReport
 from data_prep.shard_arguments import (
@@ -32,14 +29,6 @@ from data_prep.shard_arguments import (
 from data_prep.statistics import measure_set
 from data_prep.verify import MOST_PROBLEMS, verify_shards
 from data_prep.workers import WorkerError, available_cores
-
-
-class InterruptedBySignal(KeyboardInterrupt):
-    """SIGINT or SIGTERM was received."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
 
 
 def run() -> None:
@@ -58,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
-        with _raise_on_signals():
-            return _dispatch(arguments)
+        with raise_on_signals() as interruption:
+            return _dispatch(arguments, interruption)
     except InterruptedBySignal as interrupt:
         remedy = "; run the same command again to go on" if "source" in arguments else ""
         print(f"data-prep: stopped{remedy}.", file=sys.stderr)
@@ -72,24 +61,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _dispatch(arguments: argparse.Namespace) -> int:
+def _dispatch(arguments: argparse.Namespace, interruption: Interruption) -> int:
     match arguments.command:
         case "shard" | "reshard":
-            return _shard(arguments)
+            return _shard(arguments, interruption)
         case "merge":
             manifest = merge_parts(arguments.folder, max_rejected=arguments.max_rejected)
             print(_describe_set(manifest, "complete"))
             return 0
         case "index":
-            return _index(arguments)
+            return _index(arguments, interruption)
         case "verify":
-            return _verify(arguments)
+            return _verify(arguments, interruption)
         case command:
             assert command == "info", command
-            return _info(arguments)
+            return _info(arguments, interruption)
 
 
-def _shard(arguments: argparse.Namespace) -> int:
+def _shard(arguments: argparse.Namespace, interruption: Interruption) -> int:
     with _bar() as bar:
 
         def planned(plan: Plan) -> None:
@@ -104,7 +93,9 @@ def _shard(arguments: argparse.Namespace) -> int:
             shards=arguments.command == "reshard",
             execution=parse_execution(arguments),
             overwrite=arguments.overwrite,
-            progress=Progress(planned=planned, tick=bar.update, finished=_ShardCounter(bar)),
+            progress=Progress(
+                planned=planned, tick=interruption.watch(bar.update), finished=_ShardCounter(bar)
+            ),
         )
     print(_describe_built(built, arguments.folder))
     return 0
@@ -125,13 +116,13 @@ class _ShardCounter:
         self._bar.set_postfix_str(f"{self._bytes / seconds / 1e6:.1f} MB/s, bad {self._bad:,}")
 
 
-def _index(arguments: argparse.Namespace) -> int:
+def _index(arguments: argparse.Namespace, interruption: Interruption) -> int:
     with _bar() as bar:
         adopted = adopt_shards(
             arguments.folder,
             overwrite=arguments.overwrite,
             workers=arguments.workers,
-            tick=bar.update,
+            tick=interruption.watch(bar.update),
         )
     manifest = adopted.manifest
     print(
@@ -145,12 +136,11 @@ def _index(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _verify(arguments: argparse.Namespace) -> int:
+def _verify(arguments: argparse.Namespace, interruption: Interruption) -> int:
     manifest = read_manifest(arguments.folder)
     with _bar(manifest.samples) as bar:
-        found = verify_shards(
-            manifest, decode=arguments.deep, workers=arguments.workers, tick=bar.update
-        )
+        tick = interruption.watch(bar.update)
+        found = verify_shards(manifest, decode=arguments.deep, workers=arguments.workers, tick=tick)
     for note, count in sorted(found.notes.items()):
         print(f"{note}: {count:,}")
     if found.count:
@@ -168,10 +158,11 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _info(arguments: argparse.Namespace) -> int:
+def _info(arguments: argparse.Namespace, interruption: Interruption) -> int:
     manifest = read_manifest(arguments.folder)
     with _bar(manifest.samples) as bar:
-        text = describe_shards(manifest, workers=arguments.workers, tick=bar.update)
+        tick = interruption.watch(bar.update)
+        text = describe_shards(manifest, workers=arguments.workers, tick=tick)
     print(text)
     if arguments.contact_sheet is not None:
         draw_contact_sheet(manifest, arguments.contact_sheet)
@@ -179,7 +170,8 @@ def _info(arguments: argparse.Namespace) -> int:
     if not arguments.statistics:
         return 0
     with _bar(manifest.samples) as bar:
-        measured = measure_set(manifest, workers=arguments.workers, tick=bar.update)
+        tick = interruption.watch(bar.update)
+        measured = measure_set(manifest, workers=arguments.workers, tick=tick)
     if measured.unreadable:
         count = len(measured.unreadable)
         lines = [f"data-prep: {count:,} images do not decode, so nothing is written of the others:"]
@@ -294,23 +286,3 @@ def _describe(error: ValueError | OSError) -> str:
         place = f" {error.filename}" if error.filename else ""
         return f"cannot go on{place}: {error.strerror}."
     return str(error)
-
-
-@contextmanager
-def _raise_on_signals() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into an exception, so that what is half done is cleared away."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, _: FrameType | None) -> None:
-        for each in before:
-            signal.signal(each, signal.SIG_IGN)
-        raise InterruptedBySignal(number)
-
-    before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
