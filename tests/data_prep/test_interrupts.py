@@ -41,16 +41,18 @@ def test_a_signal_that_a_finalizer_swallows_is_raised_at_the_next_tick(
 
 
 def test_a_signal_is_raised_at_once() -> None:
-    went_on = False
-    try:
+    steps = []
+
+    def work() -> None:
         with raise_on_signals():
+            steps.append("before")
             os.kill(os.getpid(), signal.SIGINT)
-            went_on = True
-    except InterruptedBySignal as interrupt:
-        assert interrupt.number == signal.SIGINT
-    else:
-        pytest.fail("nothing was raised")
-    assert not went_on
+            steps.append("after")
+
+    with pytest.raises(InterruptedBySignal) as raised:
+        work()
+    assert raised.value.number == signal.SIGINT
+    assert steps == ["before"]
 
 
 def test_other_threads_leave_signals_alone() -> None:
