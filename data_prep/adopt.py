@@ -64,7 +64,7 @@ def adopt_shards(
         if not full:
             raise ManifestError(
                 f"the tars of {folder} hold no images: a WebDataset sample's image is a member "
-                "KEY.jpg, KEY.jpeg, KEY.png or KEY.webp."
+                "KEY.jpg, KEY.jpeg, KEY.png, KEY.webp or KEY.npy."
             )
         (folder / MANIFEST_NAME).unlink(missing_ok=True)
         for one in full:

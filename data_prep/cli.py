@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 from tqdm import tqdm
 
 from data_prep.adopt import adopt_shards
-from data_prep.build import Built, Plan, Progress, build_shards
+from data_prep.build import Built, Plan, Progress, build_shards, merge_parts
+from data_prep.contact_sheet import draw_contact_sheet
 from data_prep.destination import REJECTED_NAME
-from data_prep.images import MAX_PIXELS
-from data_prep.info import describe_bytes, describe_shards
-from data_prep.manifest import read_manifest
-from data_prep.plan import ShardOptions
-from data_prep.sources import Selection
-from data_prep.verify import verify_shards
+from data_prep.info import describe_bytes, describe_shards, describe_statistics
+from data_prep.interrupts import InterruptedBySignal, Interruption, raise_on_signals
+from data_prep.manifest import STATISTICS_NAME, Manifest, read_manifest, write_statistics
+from data_prep.shard import ShardReport
+from data_prep.shard_arguments import (
+    add_max_rejected,
+    add_shard_arguments,
+    parse_execution,
+    parse_options,
+    positive,
+)
+from data_prep.statistics import measure_set
+from data_prep.verify import MOST_PROBLEMS, verify_shards
 from data_prep.workers import WorkerError, available_cores
-
-
-class InterruptedBySignal(KeyboardInterrupt):
-    """SIGINT or SIGTERM was received."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
 
 
 def run() -> None:
@@ -50,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
-        with _raise_on_signals():
-            return _dispatch(arguments)
+        with raise_on_signals() as interruption:
+            return _dispatch(arguments, interruption)
     except InterruptedBySignal as interrupt:
-        remedy = "; run the same command again to go on" if arguments.command == "shard" else ""
+        remedy = "; run the same command again to go on" if "source" in arguments else ""
         print(f"data-prep: stopped{remedy}.", file=sys.stderr)
         return 128 + interrupt.number
     except (ValueError, OSError) as error:
@@ -64,33 +61,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _dispatch(arguments: argparse.Namespace) -> int:
+def _dispatch(arguments: argparse.Namespace, interruption: Interruption) -> int:
     match arguments.command:
-        case "shard":
-            return _shard(arguments)
+        case "shard" | "reshard":
+            return _shard(arguments, interruption)
+        case "merge":
+            manifest = merge_parts(arguments.folder, max_rejected=arguments.max_rejected)
+            print(_describe_set(manifest, "complete"))
+            return 0
         case "index":
-            return _index(arguments)
+            return _index(arguments, interruption)
         case "verify":
-            return _verify(arguments)
+            return _verify(arguments, interruption)
         case command:
             assert command == "info", command
-            print(describe_shards(read_manifest(arguments.folder)))
-            return 0
+            return _info(arguments, interruption)
 
 
-def _shard(arguments: argparse.Namespace) -> int:
-    options = ShardOptions(
-        samples_per_shard=arguments.samples_per_shard,
-        selection=Selection(
-            include=tuple(arguments.include),
-            exclude=tuple(arguments.exclude),
-            max_bytes=arguments.max_bytes,
-        ),
-        seed=arguments.seed,
-        shuffle=not arguments.no_shuffle,
-        check=not arguments.no_check,
-        max_pixels=arguments.max_pixels,
-    )
+def _shard(arguments: argparse.Namespace, interruption: Interruption) -> int:
     with _bar() as bar:
 
         def planned(plan: Plan) -> None:
@@ -101,22 +89,40 @@ def _shard(arguments: argparse.Namespace) -> int:
         built = build_shards(
             arguments.source,
             arguments.folder,
-            options,
-            workers=arguments.workers,
+            parse_options(arguments),
+            shards=arguments.command == "reshard",
+            execution=parse_execution(arguments),
             overwrite=arguments.overwrite,
-            progress=Progress(planned=planned, tick=bar.update),
+            progress=Progress(
+                planned=planned, tick=interruption.watch(bar.update), finished=_ShardCounter(bar)
+            ),
         )
-    print(_describe_built(built))
+    print(_describe_built(built, arguments.folder))
     return 0
 
 
-def _index(arguments: argparse.Namespace) -> int:
+class _ShardCounter:
+    """Shows megabytes a second and bad images beside the bar, shard by shard."""
+
+    def __init__(self, bar: tqdm[NoReturn]) -> None:
+        self._bar = bar
+        self._bytes = self._bad = 0
+        self._started = time.monotonic()
+
+    def __call__(self, report: ShardReport) -> None:
+        self._bytes += report.entry.bytes if report.entry else 0
+        self._bad += len(report.rejected)
+        seconds = max(1e-3, time.monotonic() - self._started)
+        self._bar.set_postfix_str(f"{self._bytes / seconds / 1e6:.1f} MB/s, bad {self._bad:,}")
+
+
+def _index(arguments: argparse.Namespace, interruption: Interruption) -> int:
     with _bar() as bar:
         adopted = adopt_shards(
             arguments.folder,
             overwrite=arguments.overwrite,
             workers=arguments.workers,
-            tick=bar.update,
+            tick=interruption.watch(bar.update),
         )
     manifest = adopted.manifest
     print(
@@ -130,19 +136,51 @@ def _index(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _verify(arguments: argparse.Namespace) -> int:
+def _verify(arguments: argparse.Namespace, interruption: Interruption) -> int:
     manifest = read_manifest(arguments.folder)
     with _bar(manifest.samples) as bar:
-        problems = verify_shards(
-            manifest, decode=not arguments.fast, workers=arguments.workers, tick=bar.update
-        )
-    if problems:
-        number = "1 problem" if len(problems) == 1 else f"{len(problems):,} problems"
-        lines = [f"data-prep: {manifest.folder} has {number}; make the shards again:", *problems]
+        tick = interruption.watch(bar.update)
+        found = verify_shards(manifest, decode=arguments.deep, workers=arguments.workers, tick=tick)
+    for note, count in sorted(found.notes.items()):
+        print(f"{note}: {count:,}")
+    if found.count:
+        number = "1 problem" if found.count == 1 else f"{found.count:,} problems"
+        lines = [f"data-prep: {manifest.folder} has {number}; make the shards again:"]
+        lines += found.problems
+        if found.count > len(found.problems):
+            lines.append(f"and {found.count - len(found.problems):,} more")
         print("\n  ".join(lines), file=sys.stderr)
         return 2
-    looked = "checksums and indexes" if arguments.fast else "checksums, indexes and images"
+    looked = "checksums, indexes and images" if arguments.deep else "checksums and indexes"
     print(f"{manifest.samples:,} samples in {len(manifest.shards):,} shards: {looked} are right")
+    if not arguments.deep and manifest.options.get("check") is not True:
+        print("the images of this set were never decoded: --deep does that")
+    return 0
+
+
+def _info(arguments: argparse.Namespace, interruption: Interruption) -> int:
+    manifest = read_manifest(arguments.folder)
+    with _bar(manifest.samples) as bar:
+        tick = interruption.watch(bar.update)
+        text = describe_shards(manifest, workers=arguments.workers, tick=tick)
+    print(text)
+    if arguments.contact_sheet is not None:
+        draw_contact_sheet(manifest, arguments.contact_sheet)
+        print(f"contact sheet in {arguments.contact_sheet}")
+    if not arguments.statistics:
+        return 0
+    with _bar(manifest.samples) as bar:
+        tick = interruption.watch(bar.update)
+        measured = measure_set(manifest, workers=arguments.workers, tick=tick)
+    if measured.unreadable:
+        count = len(measured.unreadable)
+        lines = [f"data-prep: {count:,} images do not decode, so nothing is written of the others:"]
+        lines += measured.unreadable[:MOST_PROBLEMS]
+        print("\n  ".join(lines), file=sys.stderr)
+        return 2
+    write_statistics(manifest, measured.statistics)
+    print(describe_statistics(measured.statistics))
+    print(f"written to {manifest.folder / STATISTICS_NAME}")
     return 0
 
 
@@ -152,14 +190,36 @@ def _parser() -> argparse.ArgumentParser:
         description="Images into WebDataset shards that training streams from.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_shard_parser(commands)
+    shard = _add_command(commands, "shard", "write images as shards, classes from parent folders")
+    reshard = _add_command(commands, "reshard", "write the samples of other shards as shards")
+    for command in (shard, reshard):
+        add_shard_arguments(command)
+    merge = _add_command(commands, "merge", "make a set of what the parts of a run have written")
+    add_max_rejected(merge)
     index = _add_command(commands, "index", "make manifest and indexes for tars someone else wrote")
     index.add_argument("--overwrite", action="store_true", help="replace a manifest that is there")
     verify = _add_command(commands, "verify", "read shards back and compare with the manifest")
-    verify.add_argument("--fast", action="store_true", help="do not decode the images")
-    for command in (index, verify):
+    depth = verify.add_mutually_exclusive_group()
+    depth.add_argument(
+        "--fast",
+        action="store_true",
+        help="compare lengths, checksums and indexes; what is done unless --deep is given, since "
+        "`shard` decodes every image before it writes it, and a checksum tells that none changed",
+    )
+    depth.add_argument(
+        "--deep", action="store_true", help="decode every image as well, as after `index`"
+    )
+    info = _add_command(commands, "info", "show what a folder of shards holds")
+    info.add_argument(
+        "--statistics",
+        action="store_true",
+        help="measure mean and standard deviation of each channel, and write statistics.json",
+    )
+    info.add_argument(
+        "--contact-sheet", type=Path, metavar="PNG", help="draw samples of the set as a picture"
+    )
+    for command in (shard, reshard, index, verify, info):
         _add_workers(command)
-    _add_command(commands, "info", "show what a folder of shards holds")
     return parser
 
 
@@ -173,56 +233,22 @@ def _add_command(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     if name == "shard":
-        parser.add_argument("source", type=Path, help="folder, zip or uncompressed tar of images")
+        about = "folder, zip, uncompressed tar or list (txt, csv, parquet) of images"
+        parser.add_argument("source", type=Path, help=about)
+    elif name == "reshard":
+        parser.add_argument("source", type=Path, help="folder of WebDataset tars")
     parser.add_argument("folder", type=Path, help="folder of shards")
     return parser
-
-
-def _add_shard_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = _add_command(commands, "shard", "write images as shards, classes from parent folders")
-    numbers = {
-        "--samples-per-shard": (
-            None,
-            "most samples in a shard; None: the least of 10,000, 256 MiB and an 8th of all",
-        ),
-        "--max-pixels": (MAX_PIXELS, "largest image taken, in pixels"),
-        "--max-bytes": (Selection().max_bytes, "largest image file taken, in bytes"),
-    }
-    for name, (default, about) in numbers.items():
-        parser.add_argument(name, type=_positive, metavar="N", default=default, help=about)
-    globs = {
-        "--include": "take paths that match, whatever their suffix; * also matches /",
-        "--exclude": "leave out paths that match; * also matches /",
-    }
-    for name, about in globs.items():
-        parser.add_argument(
-            name, action="append", metavar="GLOB", default=[], help=f"{about}; may be repeated"
-        )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle over all samples")
-    switches = {
-        "--no-shuffle": "keep samples in the order of their paths",
-        "--no-check": "read image headers only, do not decode",
-        "--overwrite": "replace shards made from other options or other input",
-    }
-    for name, about in switches.items():
-        parser.add_argument(name, action="store_true", help=about)
-    _add_workers(parser)
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
-        type=_positive,
+        type=positive,
         default=available_cores(),
         metavar="N",
         help="processes; what is written does not depend on it",
     )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return int(text)
 
 
 def _bar(total: int | None = None) -> tqdm[NoReturn]:
@@ -237,15 +263,21 @@ def _describe_plan(plan: Plan, source: Path) -> str:
     return f"{text}; writing {plan.shards - plan.finished:,} shards, {plan.workers} at a time"
 
 
-def _describe_built(built: Built) -> str:
-    manifest = built.manifest
+def _describe_built(built: Built, folder: Path) -> str:
+    if built.manifest is None:
+        return f"this part is complete; when all are: data-prep merge {folder}"
+    verb = "already complete" if built.was_complete else "complete"
+    return _describe_set(built.manifest, verb)
+
+
+def _describe_set(manifest: Manifest, verb: str) -> str:
     length = describe_bytes(sum(shard.bytes for shard in manifest.shards))
-    counts = (
-        f"accepted {manifest.samples:,} + rejected {manifest.rejected:,} = {built.found:,} found"
-    )
+    found = manifest.samples + manifest.rejected
+    counts = f"accepted {manifest.samples:,} + rejected {manifest.rejected:,} = {found:,} found"
     if manifest.rejected:
         counts += f"; see {manifest.folder / REJECTED_NAME}"
-    verb = "already complete" if built.was_complete else "complete"
+    for note, count in sorted(manifest.notes.items()):
+        counts += f"\n{note}: {count:,}"
     return f"{counts}\n{verb}: {len(manifest.shards):,} shards, {length}, in {manifest.folder}"
 
 
@@ -254,23 +286,3 @@ def _describe(error: ValueError | OSError) -> str:
         place = f" {error.filename}" if error.filename else ""
         return f"cannot go on{place}: {error.strerror}."
     return str(error)
-
-
-@contextmanager
-def _raise_on_signals() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into an exception, so that what is half done is cleared away."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, _: FrameType | None) -> None:
-        for each in before:
-            signal.signal(each, signal.SIG_IGN)
-        raise InterruptedBySignal(number)
-
-    before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)

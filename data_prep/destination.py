@@ -1,17 +1,19 @@
 """The folder that shards are written to: nothing in it is replaced or left half by accident.
 
-Shards are written into `.partial` inside it, beside a note of what they are made from. When all
-are there they are moved up, and the manifest is written last: a folder with one is complete.
+Shards are written into `.partial` inside it, beside the listing of the source and a note of what
+they are made from. When all are there they are moved up, and the manifest is written last: a folder
+with one is complete. Several parts of a run may write at once; what ends a run has it alone.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 from data_prep.index import index_name
 from data_prep.manifest import (
     MANIFEST_NAME,
+    STATISTICS_NAME,
     Manifest,
     ShardEntry,
     read_index,
@@ -26,13 +29,17 @@ from data_prep.manifest import (
     write_aside,
     write_manifest,
 )
-from data_prep.shard import Rejection, ShardReport, shard_name
+from data_prep.shard import Rejection, shard_name
 
 REJECTED_NAME = "rejected.jsonl"
+VALIDATION_SHARDS = "validation_shards"
+"""Option of the manifest that counts the shards, at the end, that are for validation."""
 _PARTIAL_NAME = ".partial"
 _NOTE_NAME = "made-from.json"
 _OURS = re.compile(r"shard-\d{6,}\.(tar|index\.npy)")
-_KNOWN = {MANIFEST_NAME, REJECTED_NAME, _PARTIAL_NAME, "lost+found"}
+_FOUND_OUT = {VALIDATION_SHARDS}  # options of the manifest that say what came out
+_KNOWN = {MANIFEST_NAME, REJECTED_NAME, STATISTICS_NAME, _PARTIAL_NAME, "lost+found"}
+_ASIDE = tuple(f".{name}.partial" for name in (MANIFEST_NAME, REJECTED_NAME, STATISTICS_NAME))
 
 
 class DestinationError(ValueError):
@@ -51,38 +58,89 @@ class Identity:
 
 @dataclass(frozen=True, kw_only=True)
 class Destination:
-    """A folder that is being written to by this process alone."""
+    """A folder that is being written to, by this process alone or as one of several parts."""
 
     folder: Path
     """Where the set will be."""
     created: Path | None
     """Outermost folder that had to be made for it."""
-    identity: Identity
-    """What the set is made from."""
 
     @property
     def partial(self) -> Path:
         """Folder that unfinished work is in."""
         return self.folder / _PARTIAL_NAME
 
+    def identity(self) -> Identity | None:
+        """Return what the unfinished work is made from, None where there is none."""
+        try:
+            return Identity(**json.loads((self.partial / _NOTE_NAME).read_text()))
+        except FileNotFoundError:
+            return None
+
+    def begin(self, identity: Identity) -> None:
+        """Note what the work is made from, once its listing is complete."""
+        write_aside(self.partial / _NOTE_NAME, json.dumps(asdict(identity), indent=1).encode())
+
+    def refuse_other(self, identity: Identity) -> None:
+        """Check that unfinished work is made from the same.
+
+        Raises:
+            DestinationError: it is made from other options or other input.
+        """
+        made_from = self.identity()
+        if made_from is not None and made_from != identity:
+            raise DestinationError(
+                f"{self.folder} holds an interrupted run made from "
+                f"{_difference(made_from, identity)}. Give the same to go on with it, or start "
+                "anew with --overwrite."
+            )
+
+    def clear(self) -> None:
+        """Remove all unfinished work."""
+        for path in self.partial.iterdir():
+            if not path.name.endswith("lock"):
+                path.unlink()
+
+    @contextmanager
+    def listing_lock(self) -> Iterator[None]:
+        """Wait until no other part lists the source."""
+        with (self.partial / "listing.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
     def publish(
-        self, reports: Sequence[ShardReport], classes: Sequence[str], rejected: Sequence[Rejection]
+        self,
+        entries: Sequence[ShardEntry],
+        classes: Sequence[str],
+        rejected: Iterable[Rejection],
+        notes: Mapping[str, int],
+        options: Mapping[str, Any],
     ) -> Manifest:
-        """Move finished shards up, numbered without gaps, and write the manifest."""
-        (self.folder / MANIFEST_NAME).unlink(missing_ok=True)
+        """Move finished shards up, numbered without gaps, and write the manifest.
+
+        Args:
+            entries: the shards in order.
+            classes: names of the classes.
+            rejected: what was kept out, in order.
+            notes: what is to be known of the samples, and of how many.
+            options: what the manifest says of the set beside what it is made from.
+        """
+        identity = self.identity()
+        assert identity is not None
+        for name in (MANIFEST_NAME, STATISTICS_NAME):
+            (self.folder / name).unlink(missing_ok=True)
         for path in self.folder.iterdir():
             if _OURS.fullmatch(path.name):
                 path.unlink()
-        entries = [report.entry for report in reports if report.entry is not None]
         moved = tuple(self._move(entry, number) for number, entry in enumerate(entries))
-        self._write_rejected(rejected)
         manifest = Manifest(
             folder=self.folder,
             shards=moved,
             classes=tuple(classes),
-            rejected=len(rejected),
-            options=self.identity.options,
-            fingerprint=self.identity.fingerprint,
+            rejected=self._write_rejected(rejected),
+            notes=dict(sorted(notes.items())),
+            options={**identity.options, **options},
+            fingerprint=identity.fingerprint,
         )
         write_manifest(manifest)
         shutil.rmtree(self.partial)
@@ -106,13 +164,22 @@ class Destination:
         (self.partial / entry.index).replace(self.folder / moved.index)
         return moved
 
-    def _write_rejected(self, rejected: Sequence[Rejection]) -> None:
+    def _write_rejected(self, rejected: Iterable[Rejection]) -> int:
         path = self.folder / REJECTED_NAME
-        if rejected:
-            lines = [json.dumps(asdict(rejection)) + "\n" for rejection in rejected]
-            write_aside(path, "".join(lines).encode())
+        partial = self.partial / REJECTED_NAME
+        count = 0
+        with partial.open("w", encoding="ascii") as file:
+            for count, rejection in enumerate(rejected, start=1):  # noqa: B007 - used below
+                values = {"key": rejection.key} if rejection.key is not None else {}
+                values |= {"path": rejection.path, "reason": rejection.reason}
+                file.write(json.dumps(values) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if count:
+            partial.replace(path)
         else:
             path.unlink(missing_ok=True)
+        return count
 
 
 def find_complete(folder: Path, identity: Identity) -> Manifest | None:
@@ -121,11 +188,12 @@ def find_complete(folder: Path, identity: Identity) -> Manifest | None:
     Raises:
         DestinationError: the folder holds something else.
     """
-    _refuse_foreign(folder)
+    refuse_foreign(folder)
     if not (folder / MANIFEST_NAME).exists():
         return None
     manifest = read_manifest(folder)
-    made_from = Identity(options=dict(manifest.options), fingerprint=manifest.fingerprint)
+    options = {name: value for name, value in manifest.options.items() if name not in _FOUND_OUT}
+    made_from = Identity(options=options, fingerprint=manifest.fingerprint)
     if made_from != identity:
         raise DestinationError(
             f"{folder} holds a finished set of {manifest.samples:,} samples made from "
@@ -139,47 +207,47 @@ def find_complete(folder: Path, identity: Identity) -> Manifest | None:
 
 
 @contextmanager
-def open_destination(folder: Path, identity: Identity, *, overwrite: bool) -> Iterator[Destination]:
-    """Take a folder for writing; what an interrupted run of the same identity finished is kept.
+def open_destination(folder: Path, *, part: int | None = None) -> Iterator[Destination]:
+    """Take a folder for writing, with what unfinished work is in it.
+
+    Args:
+        folder: where the set will be.
+        part: number of the part of a run that writes, beside other parts; None is alone.
 
     Raises:
         DestinationError: it holds something else, or another process writes to it.
         OSError: it cannot be written.
     """
-    _refuse_foreign(folder)
+    refuse_foreign(folder)
     created = _first_missing(folder)
     partial = folder / _PARTIAL_NAME
     partial.mkdir(parents=True, exist_ok=True)
-    with (partial / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DestinationError(
-                f"another data-prep is writing to {folder}. Wait for it, or choose another folder."
-            ) from None
-        _settle_unfinished(partial, identity, overwrite)
-        yield Destination(folder=folder, created=created, identity=identity)
+    with ExitStack() as stack:
+        _lock(stack, partial / "lock", folder, shared=part is not None)
+        if part is None:
+            for path in partial.glob(".*"):
+                path.unlink()  # half written by a process that is gone
+        else:
+            _lock(stack, partial / f"part-{part}.lock", folder, shared=False)
+        yield Destination(folder=folder, created=created)
 
 
-def _settle_unfinished(partial: Path, identity: Identity, overwrite: bool) -> None:
-    """Keep unfinished work of the same identity; clear away any other, if that is allowed."""
-    note = partial / _NOTE_NAME
-    text = json.dumps(asdict(identity), indent=1)
-    if note.exists() and note.read_text() != text and not overwrite:
-        made_from = Identity(**json.loads(note.read_text()))
+def _lock(stack: ExitStack, path: Path, folder: Path, *, shared: bool) -> None:
+    file = stack.enter_context(path.open("w"))
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
         raise DestinationError(
-            f"{partial.parent} holds an interrupted run made from "
-            f"{_difference(made_from, identity)}. Give the same to go on with it, or start anew "
-            "with --overwrite."
-        )
-    keep = note.exists() and note.read_text() == text
-    for path in partial.iterdir():
-        if path.name != "lock" and (not keep or ".partial-" in path.name):
-            path.unlink()
-    write_aside(note, text.encode())
+            f"another data-prep is writing to {folder}. Wait for it, or choose another folder."
+        ) from None
 
 
-def _refuse_foreign(folder: Path) -> None:
+def refuse_foreign(folder: Path) -> None:
+    """Check that a folder holds nothing but a set of shards or unfinished work on one.
+
+    Raises:
+        DestinationError: it holds something else.
+    """
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -191,7 +259,7 @@ def _refuse_foreign(folder: Path) -> None:
         for name in names
         if name not in _KNOWN
         and not (ours and _OURS.fullmatch(name))
-        and not name.startswith((f".{MANIFEST_NAME}.partial", f".{REJECTED_NAME}.partial"))
+        and not name.startswith(_ASIDE)
     ]
     if foreign:
         shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")

@@ -73,7 +73,8 @@ def index_tar(path: Path, tick: Tick) -> IndexedTar:
     """Read the headers of a WebDataset tar and take its checksum.
 
     A sample is a run of members with one key: the path up to the first dot of the file name. Its
-    image is its one member named jpg, jpeg, png or webp; its label is the integer in `cls`.
+    image is its one member named jpg, jpeg, png or webp, or npy where it has none of these; its
+    label is the integer in `cls`.
 
     Raises:
         TarError: the tar is damaged, holds links, devices, sparse files or unsafe paths, two images
@@ -83,6 +84,8 @@ def index_tar(path: Path, tick: Tick) -> IndexedTar:
     without_image = 0
     for sample in _samples(path):
         tick(1)
+        if len(sample.images) > 1:
+            sample.images.pop("npy", None)  # beside a picture it is something else
         if not sample.images:
             without_image += 1
             continue

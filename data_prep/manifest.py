@@ -7,12 +7,14 @@ where the bytes of the image lie in the tar, so that any sample is one read away
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import math
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 MANIFEST_NAME = "manifest.json"
+STATISTICS_NAME = "statistics.json"
 FORMAT = "simmim-shards"
 VERSION = 1
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-"""Extensions of image members, all that a shard may hold."""
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "npy")
+"""Extensions of image members, all that a shard may hold; npy is a NumPy array."""
 
 _SHARD_NAME = re.compile(r"[^/\\\x00.][^/\\\x00]*\.tar")
 _INDEX_NAME = re.compile(r"[^/\\\x00.][^/\\\x00]*\.npy")
@@ -65,6 +68,8 @@ class Manifest:
     """Class names; a sample's label is a position in them. Empty where nothing is labelled."""
     rejected: int = 0
     """Inputs that were found but kept out, named in `rejected.jsonl`."""
+    notes: Mapping[str, int] = field(default_factory=dict)
+    """What is to be known of the samples, and of how many of them."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The options the shards were made with."""
     fingerprint: str = ""
@@ -131,6 +136,7 @@ def write_manifest(manifest: Manifest) -> None:
         "version": VERSION,
         "samples": manifest.samples,
         "rejected": manifest.rejected,
+        "notes": dict(manifest.notes),
         "classes": list(manifest.classes),
         "options": dict(manifest.options),
         "fingerprint": manifest.fingerprint,
@@ -264,6 +270,7 @@ def _parse(values: dict[str, Any], path: Path) -> Manifest:
         shards=entries,
         classes=tuple(classes),
         rejected=_count(values, "rejected", 0, path),
+        notes=_parse_notes(values, path),
         options=_field(values, "options", dict, path),
         fingerprint=_field(values, "fingerprint", str, path),
     )
@@ -273,6 +280,11 @@ def _parse(values: dict[str, Any], path: Path) -> Manifest:
             f"{_REMEDY}"
         )
     return manifest
+
+
+def _parse_notes(values: dict[str, Any], path: Path) -> dict[str, int]:
+    notes = _field({"notes": {}} | values, "notes", dict, path)
+    return {name: _count(notes, name, 1, path) for name in notes}
 
 
 def _parse_shard(values: Any, number: int, path: Path) -> ShardEntry:
@@ -307,3 +319,77 @@ def _count(values: dict[str, Any], name: str, least: int, path: Path) -> int:
     if value < least:
         raise ManifestError(f"{path}: `{name}` must be at least {least}, got {value}. {_REMEDY}")
     return int(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Mean and spread of each channel, over every value of the images of one kind."""
+
+    images: int
+    """Images measured."""
+    is_array: bool
+    """Whether they are arrays rather than pictures."""
+    scale: str
+    """`0 to 1`: integers divided by the largest of their type; `as stored`: other numbers."""
+    mean: tuple[float, ...]
+    """Mean of each channel."""
+    std: tuple[float, ...]
+    """Standard deviation of each channel."""
+    missing: int
+    """Values that are not numbers, and do not count."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return len(self.mean)
+
+
+def write_statistics(manifest: Manifest, statistics: Sequence[Statistics]) -> None:
+    """Write `statistics.json` beside the manifest, which stays as it is.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    values = {
+        "format": "simmim-statistics",
+        "shards": _digest_shards(manifest),
+        "statistics": [asdict(one) for one in statistics],
+    }
+    text = json.dumps(values, indent=1) + "\n"
+    write_aside(manifest.folder / STATISTICS_NAME, text.encode())
+
+
+def read_statistics(manifest: Manifest) -> tuple[Statistics, ...]:
+    """Return what was measured of a set, of each kind of image, the most frequent kind first.
+
+    Raises:
+        ManifestError: nothing was measured, or it was measured of other shards.
+    """
+    path = manifest.folder / STATISTICS_NAME
+    remedy = f"Measure them: data-prep info {manifest.folder} --statistics"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        measured = [_parse_statistics(one) for one in values["statistics"]]
+        shards = values["shards"]
+    except FileNotFoundError:
+        raise ManifestError(f"{manifest.folder} has no {STATISTICS_NAME}. {remedy}") from None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ManifestError(f"{path} is damaged ({error}). {remedy}") from None
+    if shards != _digest_shards(manifest) or not measured:
+        raise ManifestError(f"{path} is of other shards than are there now. {remedy}")
+    return tuple(measured)
+
+
+def _parse_statistics(values: dict[str, Any]) -> Statistics:
+    mean, std = (tuple(map(float, values[name])) for name in ("mean", "std"))
+    one = Statistics(**values | {"mean": mean, "std": std})
+    if len(mean) != len(std) or not mean or not all(map(math.isfinite, mean + std)):
+        raise ValueError("mean and std must be numbers, one a channel")
+    return one
+
+
+def _digest_shards(manifest: Manifest) -> str:
+    digest = hashlib.sha256()
+    for shard in manifest.shards:
+        digest.update(f"{shard.name} {shard.samples} {shard.sha256}\n".encode())
+    return digest.hexdigest()

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from data_prep.files import SourceFile, UnreadableFileError
 from data_prep.images import CheckedImage, RejectedImageError, check_image
-from data_prep.index import index_name, index_tar
+from data_prep.index import IndexedTar, index_name
+from data_prep.listing import LISTING_NAME, class_name, read_files
 from data_prep.manifest import ShardEntry, write_aside, write_index
-from data_prep.plan import ShardOptions, ShardPlan, class_name
-from data_prep.sources import Source, SourceFile, UnreadableFileError, open_source
+from data_prep.plan import ShardOptions, ShardPlan
+from data_prep.sources import Source, open_source
 from data_prep.workers import Tick
+from data_prep.writing import ShardWriter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +26,11 @@ class ShardTask:
     """All a worker needs to write one shard."""
 
     source: Path
-    """Folder, zip or tar to read from."""
+    """What to read from."""
+    shards: bool
+    """Whether the source is a folder of shards."""
     folder: Path
-    """Folder to write to."""
+    """Folder to write to; the listing lies in it."""
     plan: ShardPlan
     """What the shard is to hold."""
     labels: dict[str, int]
@@ -40,6 +47,8 @@ class Rejection:
     """Path inside the source."""
     reason: str
     """Why, as a clause."""
+    key: str | None = None
+    """Key that it would have had; None where it was kept out before keys were given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +61,8 @@ class ShardReport:
     """What was written; None where every image was rejected."""
     rejected: tuple[Rejection, ...]
     """Inputs that were kept out, in order."""
+    notes: dict[str, int]
+    """What is to be known of the images, and of how many; see `CheckedImage.notes`."""
 
     @property
     def found(self) -> int:
@@ -80,17 +91,17 @@ def write_shard(task: ShardTask, tick: Tick) -> ShardReport:
     name = shard_name(task.plan.number)
     partial = task.folder / f".{name}.partial-{os.getpid()}"
     try:
-        rejected = _write_tar(partial, task, tick)
+        indexed, rejected, notes = _write_tar(partial, task, tick)
         entry = None
-        if len(rejected) < len(task.plan.files):
-            # Read back rather than computed, so that what is promised is what lies on the disk.
-            indexed = index_tar(partial, lambda _: None)
+        if len(indexed.index):
             entry = indexed.entry(name)
             write_index(task.folder / index_name(name), indexed.index)
             partial.replace(task.folder / name)
     finally:
         partial.unlink(missing_ok=True)
-    report = ShardReport(number=task.plan.number, entry=entry, rejected=tuple(rejected))
+    report = ShardReport(
+        number=task.plan.number, entry=entry, rejected=tuple(rejected), notes=notes
+    )
     text = json.dumps(asdict(report))
     write_aside(task.folder / report_name(report.number), text.encode())
     return report
@@ -108,46 +119,55 @@ def read_report(folder: Path, number: int) -> ShardReport | None:
     except FileNotFoundError:
         return None
     rejected = tuple(Rejection(**rejection) for rejection in values["rejected"])
-    return ShardReport(number=number, entry=entry, rejected=rejected)
+    return ShardReport(number=number, entry=entry, rejected=rejected, notes=values["notes"])
 
 
-def _write_tar(path: Path, task: ShardTask, tick: Tick) -> list[Rejection]:
-    # Imported here because it takes a second, which `--help` and `info` need not wait for.
-    from webdataset.writer import TarWriter  # noqa: PLC0415
-
+def _write_tar(
+    path: Path, task: ShardTask, tick: Tick
+) -> tuple[IndexedTar, list[Rejection], dict[str, int]]:
     rejected: list[Rejection] = []
-    with closing(open_source(task.source)) as source, path.open("wb") as stream:
-        with TarWriter(stream, user="", group="", mtime=0, encoder=False) as writer:
-            for position, file in enumerate(task.plan.files, start=task.plan.first):
-                try:
-                    image = _read_image(source, file, task.options)
-                except (RejectedImageError, UnreadableFileError) as error:
-                    rejected.append(Rejection(path=file.path, reason=str(error)))
-                else:
-                    writer.write(_sample(f"{position:09d}", file, image, task))
-                tick(1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return rejected
+    notes: Counter[str] = Counter()
+    opened = open_source(task.source, task.options.selection, shards=task.shards)
+    files = read_files(task.folder / LISTING_NAME, task.plan.start, task.plan.length)
+    with closing(opened) as source, closing(ShardWriter(path)) as writer:
+        for position, file in enumerate(files, start=task.plan.first):
+            key = f"{position:09d}"
+            try:
+                image = _read_image(source, file, task.options)
+            except (RejectedImageError, UnreadableFileError) as error:
+                rejected.append(Rejection(path=file.path, reason=str(error), key=key))
+            else:
+                name = class_name(file)
+                label = -1 if name is None else task.labels[name]
+                writer.write(key, _members(file, image, label, task), label)
+                notes.update(image.notes)
+            tick(1)
+        return writer.finish(), rejected, dict(sorted(notes.items()))
 
 
 def _read_image(source: Source, file: SourceFile, options: ShardOptions) -> CheckedImage:
     data = source.read(file)
-    return check_image(data, max_pixels=options.max_pixels, decode=options.check)
+    return check_image(
+        data,
+        max_pixels=options.max_pixels,
+        decode=options.check,
+        encoding=options.encoding,
+    )
 
 
-def _sample(
-    key: str, file: SourceFile, image: CheckedImage, task: ShardTask
-) -> dict[str, str | bytes]:
-    about = {
+def _members(
+    file: SourceFile, image: CheckedImage, label: int, task: ShardTask
+) -> dict[str, bytes]:
+    about: dict[str, Any] = json.loads(file.fields) if file.fields else {}
+    about |= {
         "path": file.path,
         "width": image.width,
         "height": image.height,
         "source": task.source.name,
     }
-    sample: dict[str, str | bytes] = {"__key__": key, image.extension: image.data}
-    sample["json"] = json.dumps(about).encode()
-    name = class_name(file.path)
-    if name is not None:
-        sample["cls"] = str(task.labels[name]).encode()
-    return sample
+    if image.notes:
+        about["notes"] = image.notes
+    members = {image.extension: image.data, "json": json.dumps(about).encode()}
+    if label >= 0:
+        members["cls"] = str(label).encode()
+    return members

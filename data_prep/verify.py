@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.images import RejectedImageError, check_image
+from data_prep.images import WRITTEN_ANEW, RejectedImageError, check_image
 from data_prep.index import index_tar
 from data_prep.manifest import Manifest, ManifestError, ShardEntry, ShardIndex, read_index
+from data_prep.pixels import read_images
 from data_prep.tars import TarError
 from data_prep.workers import Tick, map_tasks
 
-_MOST_PROBLEMS = 20
+MOST_PROBLEMS = 100
+"""Problems that are named; all are counted."""
+
+_MOST_OF_ONE_SHARD = 20
 _NO_LIMIT = 2**62
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What came of reading a set back."""
+
+    problems: tuple[str, ...]
+    """The first problems by name of shard, at most `MOST_PROBLEMS`; none where all is right."""
+    count: int
+    """Problems in all."""
+    notes: Counter[str]
+    """What is to be known of the images that were decoded, and of how many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +43,31 @@ class _Task:
     decode: bool
 
 
+@dataclass(kw_only=True)
+class _Found:
+    problems: list[str] = field(default_factory=list)
+    count: int = 0
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, problems: Iterable[str], most: int) -> None:
+        for problem in problems:
+            self.problems.append(problem)
+            self.count += 1
+        if len(self.problems) > 2 * most:
+            self.keep_first(most)
+
+    def keep_first(self, most: int) -> None:
+        self.problems = sorted(self.problems)[:most]
+
+
 def verify_shards(
     manifest: Manifest,
     *,
-    decode: bool = True,
+    decode: bool,
     workers: int = 1,
     tick: Tick = lambda _: None,
-) -> list[str]:
-    """Return every problem of a set: lengths, checksums, indexes, labels, images, stray tars.
+) -> Verification:
+    """Look for every problem of a set: lengths, checksums, indexes, labels, images, stray tars.
 
     Args:
         manifest: the set.
@@ -49,12 +83,14 @@ def verify_shards(
         for shard in manifest.shards
     )
     workers = max(1, min(workers, len(manifest.shards)))
-    problems = [
-        problem
-        for found in map_tasks(_verify_shard, tasks, workers=workers, tick=tick)
-        for problem in found
-    ]
-    return sorted(problems) + _find_strays(manifest)
+    total = _Found()
+    for found in map_tasks(_verify_shard, tasks, workers=workers, tick=tick):
+        total.add(found.problems, MOST_PROBLEMS)
+        total.count += found.count - len(found.problems)
+        total.notes += found.notes
+    total.add(_find_strays(manifest), MOST_PROBLEMS)
+    total.keep_first(MOST_PROBLEMS)
+    return Verification(problems=tuple(total.problems), count=total.count, notes=total.notes)
 
 
 def _find_strays(manifest: Manifest) -> list[str]:
@@ -65,41 +101,41 @@ def _find_strays(manifest: Manifest) -> list[str]:
     return [f"{name}: not in the manifest" for name in sorted(stray)]
 
 
-def _verify_shard(task: _Task, tick: Tick) -> list[str]:
-    path = task.folder / task.shard.name
+def _verify_shard(task: _Task, tick: Tick) -> _Found:
+    found = _Found()
+    name, path = task.shard.name, task.folder / task.shard.name
     try:
         promised = read_index(task.folder, task.shard)
-        found = index_tar(path, lambda _: None)
+        actual = index_tar(path, (lambda _: None) if task.decode else tick)
     except (ManifestError, TarError) as error:
-        return [f"{task.shard.name}: {error}"]
-    if found.sha256 != task.shard.sha256:
-        return [f"{task.shard.name}: its SHA-256 is {found.sha256}, not {task.shard.sha256}"]
-    if not _equal(promised, found.index):
-        return [f"{task.shard.name}: its index {task.shard.index} does not fit it"]
+        found.add([f"{name}: {error}"], _MOST_OF_ONE_SHARD)
+        return found
     problems = []
+    if actual.sha256 != task.shard.sha256:
+        problems.append(f"{name}: its SHA-256 is {actual.sha256}, not {task.shard.sha256}")
+    if not _equal(promised, actual.index):
+        problems.append(f"{name}: its index {task.shard.index} does not fit it")
     if promised.labels.max() >= task.classes:
-        problems.append(f"{task.shard.name}: labels beyond the {task.classes} classes")
+        problems.append(f"{name}: labels beyond the {task.classes} classes")
+    found.add(problems, _MOST_OF_ONE_SHARD)
     if task.decode:
-        problems += _decode_all(path, promised, tick)
-    else:
-        tick(len(promised))
-    return problems
+        # What the tar holds, since an index that does not fit would name the wrong images.
+        _decode_all(path, actual.index, found, tick)
+    return found
 
 
-def _decode_all(path: Path, index: ShardIndex, tick: Tick) -> list[str]:
-    problems = []
-    with path.open("rb") as file:
-        for offset, size, key in zip(index.offsets, index.sizes, index.keys, strict=True):
-            file.seek(int(offset))
-            try:
-                check_image(file.read(int(size)), max_pixels=_NO_LIMIT)
-            except RejectedImageError as error:
-                problems.append(f"{path.name}: image {key}: {error}")
-            tick(1)
-    if len(problems) > _MOST_PROBLEMS:
-        more = len(problems) - _MOST_PROBLEMS
-        problems = [*problems[:_MOST_PROBLEMS], f"{path.name}: and {more:,} more images"]
-    return problems
+def _decode_all(path: Path, index: ShardIndex, found: _Found, tick: Tick) -> None:
+    images = read_images(path, index, np.arange(len(index)))
+    for data, key in zip(images, index.keys, strict=True):
+        try:
+            notes = check_image(data, max_pixels=_NO_LIMIT).notes
+            if WRITTEN_ANEW in notes:
+                raise RejectedImageError("it is of a format that shards do not hold")
+            found.notes.update(notes)
+        except RejectedImageError as error:
+            found.add([f"{path.name}: image {key}: {error}"], _MOST_OF_ONE_SHARD)
+        tick(1)
+    found.keep_first(_MOST_OF_ONE_SHARD)
 
 
 def _equal(one: ShardIndex, other: ShardIndex) -> bool:

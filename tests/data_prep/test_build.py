@@ -6,22 +6,36 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from data_prep.build import Built, Progress, build_shards
+from data_prep.build import Execution, Progress, build_shards
 from data_prep.destination import DestinationError
-from data_prep.manifest import read_index, read_manifest
+from data_prep.files import Selection, SourceError
+from data_prep.index import index_tar
+from data_prep.manifest import Manifest, read_index, read_manifest
 from data_prep.plan import ShardOptions
-from data_prep.sources import Selection, SourceError
 
 _OPTIONS = ShardOptions(samples_per_shard=5)
 
 
-def _build(source: Path, folder: Path, options: ShardOptions = _OPTIONS, **rest: Any) -> Built:
-    return build_shards(source, folder, options, **rest)
+@dataclass(frozen=True, kw_only=True)
+class _Complete:
+    manifest: Manifest
+    found: int
+    was_complete: bool
+
+
+def _build(
+    source: Path, folder: Path, options: ShardOptions = _OPTIONS, workers: int = 1, **rest: Any
+) -> _Complete:
+    execution = Execution(workers=workers)
+    built = build_shards(source, folder, options, execution=execution, **rest)
+    assert built.manifest is not None
+    return _Complete(manifest=built.manifest, found=built.found, was_complete=built.was_complete)
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -220,3 +234,14 @@ def test_no_check_reads_headers_only(image_folder: Path, tmp_path: Path) -> None
     options = ShardOptions(selection=Selection(include=("train/cat/0.jpg",)), max_pixels=100)
     with pytest.raises(SourceError, match="--max-pixels 100"):
         _build(image_folder, tmp_path / "c", options)
+
+
+def test_indexes_say_what_a_reader_of_the_tars_finds(image_folder: Path, tmp_path: Path) -> None:
+    (image_folder / "top.jpg").write_bytes((image_folder / "train/cat/0.jpg").read_bytes())
+    manifest = _build(image_folder, tmp_path / "out").manifest
+    for shard in manifest.shards:
+        found = index_tar(tmp_path / "out" / shard.name, lambda _: None)
+        index = read_index(tmp_path / "out", shard)
+        assert found.entry(shard.name) == shard
+        for name, column in vars(found.index).items():
+            assert (column == getattr(index, name)).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import psutil
 import pytest
 
 from data_prep.cli import main
-from data_prep.manifest import read_manifest
+from data_prep.manifest import ManifestError, read_manifest, read_statistics
 
 _DATA = Path(__file__).parents[2].parent / "shared" / "data"
 
@@ -31,6 +32,8 @@ def test_shard_info_and_verify(
     assert "accepted 24 + rejected 0 = 24 found" in output.out
     assert output.err == ""
     assert main(["verify", folder, "--workers", "1"]) == 0
+    assert capsys.readouterr().out == "24 samples in 8 shards: checksums and indexes are right\n"
+    assert main(["verify", folder, "--deep", "--workers", "1"]) == 0
     assert "24 samples in 8 shards: checksums, indexes and images are right" in (
         capsys.readouterr().out
     )
@@ -39,6 +42,47 @@ def test_shard_info_and_verify(
     (tmp_path / "out" / "manifest.json").unlink()
     assert main(["index", folder, "--workers", "1"]) == 0
     assert "24 samples in 8 shards, classes: 3" in capsys.readouterr().out
+    assert main(["verify", folder, "--workers", "1"]) == 0
+    assert "never decoded: --deep does that" in capsys.readouterr().out
+
+
+def test_pictures_are_shrunk_measured_and_shown(
+    image_zip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, sheet = str(tmp_path / "out"), tmp_path / "sheet.png"
+    small = ("shard", str(image_zip), folder, "--short-side", "12", "--format", "webp")
+    assert main([*small, "--workers", "1"]) == 0
+    assert "written anew: 24" in capsys.readouterr().out
+    assert main(["info", folder, "--statistics", "--contact-sheet", str(sheet)]) == 0
+    output = capsys.readouterr().out
+    assert "short side  12 to 12 pixels" in output
+    assert "statistics  24 pictures, channels: 3, 0 to 1" in output
+    assert sheet.read_bytes().startswith(b"\x89PNG")
+    (measured,) = read_statistics(read_manifest(folder))
+    assert len(measured.mean) == 3
+    # What was measured does not stand in the way of the same command, nor outlive other pictures.
+    assert main([*small, "--workers", "1"]) == 0
+    assert "already complete" in capsys.readouterr().out
+    assert main([*small, "--overwrite", "--quality", "80", "--workers", "1"]) == 0
+    with pytest.raises(ManifestError, match="--statistics"):
+        read_statistics(read_manifest(folder))
+
+
+def test_verify_fails_with_every_problem_named(
+    image_zip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    assert main(["shard", str(image_zip), str(folder), "--workers", "1"]) == 0
+    for name in ("shard-000001.tar", "shard-000005.tar"):
+        with (folder / name).open("r+b") as file:
+            file.seek(600)
+            file.write(b"0000")
+    capsys.readouterr()
+    assert main(["verify", str(folder), "--workers", "2"]) == 2
+    errors = capsys.readouterr().err
+    assert "has 2 problems" in errors
+    assert "shard-000001.tar: " in errors
+    assert "shard-000005.tar: " in errors
 
 
 def _bad_sources(folder: Path, whole: bytes) -> dict[str, tuple[Path, str]]:
@@ -169,7 +213,10 @@ def test_an_interrupt_stops_all_processes_and_a_rerun_resumes(
         assert errors == "data-prep: stopped; run the same command again to go on.\n"
     assert [path.name for path in folder.iterdir()] == [".partial"]
     # A rerun must keep the finished shards, not write them again.
-    finished = {path.name: path.stat().st_mtime_ns for path in folder.glob(".partial/shard-*.tar")}
+    # A shard is finished with its report: one whose tar alone is there is written again.
+    reports = folder.glob(".partial/shard-*.report.json")
+    tars = [path.with_name(path.name.replace(".report.json", ".tar")) for path in reports]
+    finished = {path.name: path.stat().st_mtime_ns for path in tars}
     assert finished
     assert main([*arguments, "--workers", "1"]) == 0
     kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*.tar")}
@@ -186,7 +233,7 @@ def test_real_sets(name: str, samples: int, classes: int, tmp_path: Path) -> Non
         pytest.skip(f"{_DATA / name} is not there")
     folder = tmp_path / "out"
     assert main(["shard", str(_DATA / name), str(folder)]) == 0
-    assert main(["verify", str(folder)]) == 0
+    assert main(["verify", str(folder), "--deep"]) == 0
     manifest = read_manifest(folder)
     assert (manifest.samples, len(manifest.classes)) == (samples, classes)
     with warnings.catch_warnings():
@@ -196,3 +243,27 @@ def test_real_sets(name: str, samples: int, classes: int, tmp_path: Path) -> Non
         urls = [str(folder / shard.name) for shard in manifest.shards]
         keys = {sample["__key__"] for sample in WebDataset(urls, shardshuffle=False)}
     assert len(keys) == samples
+
+
+def test_three_kills_leave_the_bytes_of_an_uninterrupted_run(
+    many_images: Path, tmp_path: Path
+) -> None:
+    draw = random.Random(0)
+    arguments = ("--samples-per-shard", "4", "--workers", "2", "--deduplicate")
+    for number in range(0, 240, 3):  # files of one name share their bytes unless told apart
+        path = many_images / f"{number}.png"
+        data = path.read_bytes()
+        path.unlink()
+        path.write_bytes(data + str(number).encode())
+    folder = tmp_path / "out"
+    assert main(["shard", str(many_images), str(tmp_path / "whole"), *arguments]) == 0
+    for _ in range(3):
+        with _running("shard", str(many_images), str(folder), *arguments) as process:
+            time.sleep(draw.uniform(0.5, 2.5))
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert main(["shard", str(many_images), str(folder), *arguments[:2], "--deduplicate"]) == 0
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert sorted(path.name for path in folder.iterdir()) == names
+    for name in names:
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

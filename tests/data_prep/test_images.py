@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep.encoding import Encoding
 from data_prep.images import RejectedImageError, check_image
 
 
@@ -62,21 +63,61 @@ def test_sixteen_bits_survive() -> None:
 
 
 @pytest.mark.parametrize(
-    "image",
-    [
-        Image.fromarray(_pixels(4, 4, 3)).convert("CMYK"),
-        Image.fromarray(np.ones((4, 4), dtype=np.float32)),
-        Image.fromarray(np.full((4, 4), 70_000, dtype=np.int32)),
-    ],
+    "values",
+    [np.linspace(-1, 3, 20, dtype=np.float32), np.arange(20, dtype=np.int32) * 40_000_000],
+    ids=["float", "32 bits"],
 )
-def test_what_png_cannot_hold_is_rejected(image: Image.Image) -> None:
-    with pytest.raises(RejectedImageError, match=f"mode {image.mode}"):
-        check_image(_save(image, "TIFF"))
+def test_what_only_an_array_can_hold_becomes_one(values: np.ndarray) -> None:
+    checked = check_image(_save(Image.fromarray(values.reshape(4, 5)), "TIFF"))
+    assert (checked.extension, checked.width, checked.height) == ("npy", 5, 4)
+    stored = np.load(io.BytesIO(checked.data), allow_pickle=False)
+    assert np.array_equal(stored, values.reshape(4, 5))
+
+
+def test_cmyk_is_kept_as_jpeg_and_becomes_rgb_elsewhere() -> None:
+    image = Image.fromarray(_pixels(16, 16, 3)).convert("CMYK")
+    data = _save(image, "JPEG")
+    assert check_image(data).data == data
+    checked = check_image(_save(image, "TIFF"))
+    assert "CMYK converted to RGB" in checked.notes
+    with Image.open(io.BytesIO(checked.data)) as stored:
+        assert stored.mode == "RGB"
+        assert np.array_equal(np.asarray(stored), np.asarray(image.convert("RGB")))
+
+
+def _deep_ppm() -> bytes:
+    return b"P6 3 2 # deep\n65535\n" + np.arange(18, dtype=">u2").tobytes()
+
+
+def _deep_png() -> bytes:
+    rows = b"".join(b"\0" + np.arange(9, dtype=">u2").tobytes() for _ in range(2))
+    header = struct.pack(">IIBBBBB", 3, 2, 16, 2, 0, 0, 0)
+    return _png(header, zlib.compress(rows))
+
+
+def _png(header: bytes, rows: bytes) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + checksum
+
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def test_colour_of_16_bits_is_kept_or_refused_never_cut_unasked() -> None:
+    deep = _deep_png()
+    assert check_image(deep).data == deep
+    with pytest.raises(RejectedImageError, match="16 bits a channel"):
+        check_image(deep, encoding=Encoding(max_side=2))
+    with pytest.raises(RejectedImageError, match="16 bits a channel"):
+        check_image(_deep_ppm())
+    checked = check_image(_deep_ppm(), encoding=Encoding(format="jpeg"))
+    assert "16 bits cut to 8" in checked.notes
 
 
 def test_a_cut_jpeg_is_rejected_only_when_decoded() -> None:
     data = _save(Image.fromarray(_pixels(64, 64, 3)), "JPEG")[:-800]
-    with pytest.raises(RejectedImageError, match="truncated"):
+    with pytest.raises(RejectedImageError, match="does not decode"):
         check_image(data)
     assert check_image(data, decode=False).width == 64
 
@@ -88,12 +129,7 @@ def test_what_is_no_image_is_rejected(data: bytes) -> None:
 
 
 def test_a_bomb_is_rejected_by_its_header() -> None:
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        checksum = struct.pack(">I", zlib.crc32(kind + body))
-        return struct.pack(">I", len(body)) + kind + body + checksum
-
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    bomb = _png(struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0), b"")
     with pytest.raises(RejectedImageError, match=r"pixels"):
         check_image(bomb)
     small = _save(Image.fromarray(_pixels(10, 11, 3)), "PNG")

@@ -9,25 +9,46 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
-from data_prep.sources import (
-    Listing,
-    Selection,
-    SourceError,
-    SourceFile,
-    UnreadableFileError,
-    list_source,
-    open_source,
-)
+from data_prep.files import Selection, SourceError, SourceFile, UnreadableFileError
+from data_prep.listing import Listing, survey_source, write_listing
+from data_prep.plan import ShardOptions
+from data_prep.sources import open_source
 from data_prep.tars import TarError
 
 
-def _list(path: Path, **options: object) -> Listing:
-    with closing(open_source(path)) as source:
-        return list_source(source, Selection(**options))
+@dataclass(frozen=True, kw_only=True)
+class _Listed:
+    files: list[SourceFile]
+    rejected: list[SourceFile]
+    others: int
+    fingerprint: str
+
+    @property
+    def found(self) -> int:
+        return len(self.files) + len(self.rejected)
+
+
+def _list(path: Path, **options: object) -> _Listed:
+    selection = Selection(**options)
+    chosen = ShardOptions(selection=selection, shuffle=False)
+    with closing(open_source(path, selection)) as source, TemporaryDirectory() as folder:
+        wanted = [selection.wants(file, chosen=source.chosen) for file in source.files()]
+        listing: Listing = write_listing(source, chosen, Path(folder), None)
+        assert survey_source(source, chosen) == listing.survey
+        listed = _Listed(
+            files=[file for plan in listing.shards for file in listing.files(plan)],
+            rejected=list(listing.refused()),
+            others=wanted.count(False),
+            fingerprint=listing.survey.fingerprint,
+        )
+    assert listed.found == listing.survey.found == wanted.count(True)
+    return listed
 
 
 def _problems(path: Path, **options: object) -> dict[str, str]:
@@ -44,7 +65,7 @@ def test_every_kind_lists_and_reads_alike(
     assert listing.found == len(image_files)
     with closing(open_source(path)) as source:
         assert {file.path: source.read(file) for file in listing.files} == image_files
-    assert _list(path).fingerprint() == listing.fingerprint()
+    assert _list(path).fingerprint == listing.fingerprint
 
 
 @pytest.mark.parametrize("kind", ["image_folder", "image_zip", "image_tar"])
@@ -81,11 +102,11 @@ def test_links_in_a_folder_are_followed_but_not_in_circles(image_folder: Path) -
 
 
 def test_a_change_changes_the_fingerprint(image_folder: Path) -> None:
-    before = _list(image_folder).fingerprint()
+    before = _list(image_folder).fingerprint
     os.utime(image_folder / "train/cat/0.jpg", (1, 1))
-    touched = _list(image_folder).fingerprint()
+    touched = _list(image_folder).fingerprint
     (image_folder / "train/cat/0.jpg").unlink()
-    assert len({before, touched, _list(image_folder).fingerprint()}) == 3
+    assert len({before, touched, _list(image_folder).fingerprint}) == 3
 
 
 def test_empty_and_overlong_files_are_rejected(image_folder: Path) -> None:
@@ -162,7 +183,7 @@ def test_a_file_that_vanished_is_unreadable(image_folder: Path) -> None:
 
 def test_what_is_no_source_is_refused(tmp_path: Path, image_tar: Path) -> None:
     for name, data, message in (
-        ("a.txt", b"text", "neither a folder, a zip nor a tar"),
+        ("a.bin", b"text", "neither a folder, a zip nor a tar"),
         ("a.tar.gz", gzip.compress(image_tar.read_bytes()), "compressed tar"),
         ("b.tar", image_tar.read_bytes()[10:], "not a tar"),
     ):

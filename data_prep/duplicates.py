@@ -1,0 +1,143 @@
+"""Files with the same bytes found among any number of files, in bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from data_prep.external_sort import ExternalSort
+from data_prep.files import SourceFile, UnreadableFileError
+from data_prep.listing import Listed, decode_file, encode_file
+from data_prep.near_duplicates import SimilarImages, perceptual_hash, require_hashes
+from data_prep.plan import ShardOptions, path_key
+from data_prep.sources import open_source
+from data_prep.workers import Tick, map_tasks
+
+_FILES_AT_ONCE = 2_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DigestTask:
+    source: Path
+    options: ShardOptions
+    shards: bool
+    files: tuple[tuple[SourceFile, int], ...]
+
+
+class _Row(NamedTuple):
+    file: SourceFile
+    window: int
+    perceptual: int | None
+
+
+def duplicate_dropper(
+    source: Path, options: ShardOptions, folder: Path, *, shards: bool, workers: int
+) -> Callable[[Listed], Listed]:
+    """Return a function that names duplicates: of equal files the smallest path is kept.
+
+    Args:
+        source: what the files are read from.
+        options: how the source is opened, and how near images may be to one another.
+        folder: where digests are sorted.
+        shards: whether the source is a folder of shards.
+        workers: processes that read.
+
+    Raises:
+        MissingHashError: near duplicates are asked for, and the library for them is missing.
+    """
+    if options.near_duplicates is not None:
+        require_hashes()
+
+    def drop(files: Listed) -> Listed:
+        digests, paths = ExternalSort(folder, "digests"), ExternalSort(folder, "paths")
+        tasks = (
+            _DigestTask(source=source, options=options, shards=shards, files=files)
+            for files in _in_groups(files)
+        )
+        try:
+            for rows in map_tasks(_digest_files, tasks, workers=workers, tick=lambda _: None):
+                for key, line in rows:
+                    digests.add(key, line)
+            rows_ = _name_duplicates(digests)
+            if options.near_duplicates is not None:
+                for row in rows_:
+                    paths.add(path_key(row.file.path), _encode(row))
+                rows_ = _name_near(paths, options.near_duplicates)
+            yield from ((row.file, row.window) for row in rows_)
+        finally:
+            digests.discard()
+            paths.discard()
+
+    return drop
+
+
+def _in_groups(files: Listed) -> Iterator[tuple[tuple[SourceFile, int], ...]]:
+    group: list[tuple[SourceFile, int]] = []
+    for file in files:
+        group.append(file)
+        if len(group) == _FILES_AT_ONCE:
+            yield tuple(group)
+            group = []
+    if group:
+        yield tuple(group)
+
+
+def _digest_files(task: _DigestTask, tick: Tick) -> list[tuple[str, str]]:
+    rows = []
+    selection = task.options.selection
+    with closing(open_source(task.source, selection, shards=task.shards)) as source:
+        for file, window in task.files:
+            digest, perceptual = "-", None  # what cannot be read is no duplicate
+            if not file.problem:
+                try:
+                    data = source.read(file)
+                    digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+                    if task.options.near_duplicates is not None:
+                        perceptual = perceptual_hash(data, max_pixels=task.options.max_pixels)
+                except UnreadableFileError:
+                    pass
+            row = _Row(file, window, perceptual)
+            rows.append((f"{digest}.{path_key(file.path)}", _encode(row)))
+            tick(1)
+    return rows
+
+
+def _name_duplicates(sorter: ExternalSort) -> Iterator[_Row]:
+    kept, kept_digest = "", ""
+    for key, line in sorter.merged():
+        digest = key.partition(".")[0]
+        row = _decode(line)
+        if digest == "-":
+            yield row
+        elif digest == kept_digest:
+            yield row._replace(file=row.file._replace(problem=f"a duplicate of {kept}"))
+        else:
+            kept, kept_digest = row.file.path, digest
+            yield row
+
+
+def _name_near(sorter: ExternalSort, distance: int) -> Iterator[_Row]:
+    seen = SimilarImages(distance)
+    for _, line in sorter.merged():
+        row = _decode(line)
+        if row.perceptual is not None and not row.file.problem:
+            near = seen.find(row.perceptual)
+            if near is None:
+                seen.add(row.perceptual, row.file.path)
+            else:
+                row = row._replace(file=row.file._replace(problem=f"a near duplicate of {near}"))
+        yield row
+
+
+def _encode(row: _Row) -> str:
+    return json.dumps([encode_file(row.file), row.window, row.perceptual])
+
+
+def _decode(line: str) -> _Row:
+    text, window, perceptual = json.loads(line)
+    return _Row(decode_file(text), window, perceptual)

@@ -1,0 +1,73 @@
+"""Lines sorted on disk: any number of them in bounded memory."""
+
+from __future__ import annotations
+
+import heapq
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+_LINES_IN_MEMORY = 50_000
+_RUNS_AT_ONCE = 200
+
+
+class ExternalSort:
+    """Lines gathered in any order and given back sorted by their key, then by themselves.
+
+    Runs of lines are sorted in memory, written to files and merged.
+    """
+
+    def __init__(self, folder: Path, name: str, *, lines_in_memory: int = _LINES_IN_MEMORY) -> None:
+        self._folder, self._name = folder, f"{name}-{os.getpid()}"
+        self._lines_in_memory = lines_in_memory
+        self._lines: list[str] = []
+        self._runs: list[Path] = []
+        self._made = 0
+
+    def add(self, key: str, line: str) -> None:
+        """Add a line; neither it nor its key may hold a tab or a line's end, nor non-ASCII."""
+        self._lines.append(f"{key}\t{line}\n")
+        if len(self._lines) >= self._lines_in_memory:
+            self._write_run(sorted(self._lines))
+            self._lines = []
+
+    def merged(self) -> Iterator[tuple[str, str]]:
+        """Yield (key, line) in order; the files are removed at the end.
+
+        Raises:
+            OSError: the disk is full or cannot be read.
+        """
+        self._lines.sort()
+        try:
+            while len(self._runs) > _RUNS_AT_ONCE:
+                runs, self._runs = self._runs[:_RUNS_AT_ONCE], self._runs[_RUNS_AT_ONCE:]
+                self._write_run(self._merge(runs))
+                for run in runs:
+                    run.unlink()
+            for line in heapq.merge(self._lines, self._merge(self._runs)):
+                key, _, text = line.rstrip("\n").partition("\t")
+                yield key, text
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Remove all files and forget all lines."""
+        for run in self._runs:
+            run.unlink(missing_ok=True)
+        self._runs, self._lines = [], []
+
+    def _write_run(self, lines: Iterator[str] | list[str]) -> None:
+        path = self._folder / f".{self._name}-{self._made}.run"
+        self._made += 1
+        self._runs.append(path)
+        with path.open("w", encoding="ascii", newline="\n") as file:
+            file.writelines(lines)
+
+    def _merge(self, runs: list[Path]) -> Iterator[str]:
+        with ExitStack() as stack:
+            files = [
+                stack.enter_context(run.open(encoding="ascii", newline="\n", buffering=2**16))
+                for run in runs
+            ]
+            yield from heapq.merge(*files)

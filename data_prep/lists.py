@@ -1,0 +1,139 @@
+"""Lists of paths as sources: a text file, a CSV or a Parquet file, read a few rows at a time."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from data_prep.files import Selection, SourceError, SourceFile
+from data_prep.folders import FolderSource
+from data_prep.tars import describe_path_problem
+
+LIST_SUFFIXES = (".txt", ".tsv", ".csv", ".parquet")
+"""File name suffixes of lists."""
+
+
+class ListSource:
+    """A list of paths below a folder, with labels, splits and other fields where it has them.
+
+    A text list has one path a line, and a label after a tab if wanted. CSV and Parquet have a
+    column `path`, optionally `label` and a split, and any other columns become JSON fields.
+    """
+
+    chosen = True
+    classes: tuple[str, ...] | None = None
+
+    def __init__(self, path: Path, selection: Selection) -> None:
+        self.path = path
+        self._split_column = selection.split_column
+        self._folder = FolderSource(Path(selection.root) if selection.root else path.parent)
+
+    def files(self) -> Iterator[SourceFile]:
+        """Yield every file that the list names, in its order.
+
+        Raises:
+            SourceError: the list is damaged, is not UTF-8 or has no column `path`.
+        """
+        match self.path.suffix.lower():
+            case ".csv":
+                rows = _read_csv(self.path)
+            case ".parquet":
+                rows = _read_parquet(self.path)
+            case _:
+                rows = _read_text(self.path)
+        for row in rows:
+            yield self._describe(row)
+
+    def read(self, file: SourceFile) -> bytes:
+        """Return the bytes of a file.
+
+        Raises:
+            UnreadableFileError: it is gone or may not be read.
+        """
+        return self._folder.read(file)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def _describe(self, row: Mapping[str, Any]) -> SourceFile:
+        rest = dict(row)
+        path, label = _text(rest.pop("path")), rest.pop("label", None)
+        split = rest.get(self._split_column)
+        file = SourceFile(
+            path=path,
+            size=0,
+            stamp=0,
+            label=None if label is None or label == "" else _text(label),
+            split="" if split is None else _text(split),
+            fields=_describe_fields(rest),
+        )
+        problem = describe_path_problem(path) if path else "its row has no path"
+        if problem:
+            return file._replace(problem=problem)
+        try:
+            status = os.stat(self._folder.path / path)  # noqa: PTH116 - one call for each of many
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "its name is impossible"
+            return file._replace(problem=f"it cannot be read: {reason}")
+        if not stat.S_ISREG(status.st_mode):
+            return file._replace(problem="it is not a file")
+        return file._replace(size=status.st_size, stamp=status.st_mtime_ns)
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else "" if value is None else str(value)
+
+
+def _describe_fields(fields: Mapping[str, Any]) -> str:
+    given = {name: value for name, value in fields.items() if value is not None and name}
+    return json.dumps(given, default=str) if given else ""
+
+
+def _read_text(path: Path) -> Iterator[dict[str, Any]]:
+    # Read as bytes would name files that are not UTF-8 too.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+        for line in file:
+            name, _, label = line.rstrip("\r\n").partition("\t")
+            if name.strip():
+                yield {"path": name, "label": label.strip()}
+
+
+def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        rows = csv.DictReader(file, restkey="", restval="")
+        try:
+            if "path" not in (rows.fieldnames or ()):
+                raise SourceError(
+                    f"{path} has no column `path`: its first line must name the columns, and is "
+                    f"{','.join(rows.fieldnames or ())[:100]!r}."
+                )
+            for row in rows:
+                if "" in row:
+                    row["path"] = ""  # more values than columns: which is which is unknown
+                yield row
+        except csv.Error as error:
+            raise SourceError(f"{path} is a damaged CSV, line {rows.line_num}: {error}.") from None
+
+
+def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        import pyarrow  # noqa: PLC0415
+        import pyarrow.parquet  # noqa: PLC0415
+    except ImportError:
+        raise SourceError(
+            f"{path} is read with pyarrow, which is missing: pip install 'simmim[parquet]'"
+        ) from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if "path" not in file.schema_arrow.names:
+                names = ", ".join(file.schema_arrow.names)
+                raise SourceError(f"{path} has no column `path`, only {names}.")
+            for batch in file.iter_batches(batch_size=4096):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise SourceError(f"{path} is a damaged Parquet file ({error}).") from None

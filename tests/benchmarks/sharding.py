@@ -1,0 +1,152 @@
+"""Images a second of `data-prep shard`, beside `tar` of the same files and beside decoding them.
+
+    python tests/benchmarks/sharding.py FOLDER_OF_ZIPS --workers 1 2
+
+FOLDER_OF_ZIPS holds cifar10.zip and photos.zip. Photographs are repeated under other names up to
+10,000. Every figure is the median of `--repeats` runs, ours and `tar` in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from PIL import Image
+
+_PHOTOS = 10_000
+_DECODED = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run of a command."""
+
+    seconds: float
+    """Wall time."""
+    peak: float
+    """Largest memory of the process and its children together, MiB, sampled."""
+
+
+def main() -> None:
+    """Measure, and print a table for RESULTS.md."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("data", type=Path, help="folder of cifar10.zip and photos.zip")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--photos", type=int, default=_PHOTOS)
+    parser.add_argument("--work", type=Path, default=None, help="folder for what is written")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.work) as folder_name:
+        work = Path(folder_name)
+        cifar = _unpack(arguments.data / "cifar10.zip", work / "cifar10")
+        photos = _repeat(arguments.data / "photos.zip", work / "photos", arguments.photos)
+        few = _repeat(arguments.data / "photos.zip", work / "few", arguments.photos // 10)
+        print("| set | images | workers | tar | no check | to tar | decode | checked | to decode |")
+        print("|---|---|---|---|---|---|---|---|---|")
+        for name, source, folder in (
+            ("cifar10.zip", arguments.data / "cifar10.zip", cifar),
+            ("photographs", photos, photos),
+        ):
+            for workers in arguments.workers:
+                _print_rates(name, source, folder, work, workers, arguments.repeats)
+        for label, folder in (("1x", few), ("10x", photos)):
+            run = _shard(folder, work / "peak", 1, check=True)
+            print(f"peak memory with one worker, {label} the photographs: {run.peak:.0f} MiB")
+
+
+def _print_rates(
+    name: str, source: Path, folder: Path, work: Path, workers: int, repeats: int
+) -> None:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    tars, unchecked, checked = [], [], []
+    for _ in range(repeats):
+        tars.append(_tar(folder, work / "floor.tar").seconds)
+        unchecked.append(_shard(source, work / "out", workers, check=False).seconds)
+        checked.append(_shard(source, work / "out", workers, check=True).seconds)
+    tar, plain, full = (len(files) / statistics.median(all_) for all_ in (tars, unchecked, checked))
+    decode = statistics.median(_decode_rate(files[:_DECODED]) for _ in range(repeats)) * workers
+    print(
+        f"| {name} | {len(files):,} | {workers} | {tar:,.0f} | {plain:,.0f} | {plain / tar:.2f} | "
+        f"{decode:,.0f} | {full:,.0f} | {full / decode:.2f} |"
+    )
+
+
+def _shard(source: Path, folder: Path, workers: int, *, check: bool) -> Run:
+    command = [sys.executable, "-m", "data_prep", "shard", str(source), str(folder)]
+    command += ["--workers", str(workers), *([] if check else ["--no-check"])]
+    return _measure(command, lambda: _remove(folder))
+
+
+def _tar(folder: Path, path: Path) -> Run:
+    # To a file, since tar reads nothing when it writes to /dev/null.
+    return _measure(["tar", "cf", str(path), str(folder)], path.unlink)
+
+
+def _measure(command: list[str], clean: Callable[[], None]) -> Run:
+    started = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        peak = 0.0
+        watched = psutil.Process(process.pid)
+        while process.poll() is None:
+            peak = max(peak, _memory(watched))
+            time.sleep(0.02)
+        seconds = time.perf_counter() - started
+        assert process.stderr is not None
+        errors = process.stderr.read().decode()
+    if process.returncode:
+        raise RuntimeError(f"{command} failed: {errors}")
+    clean()
+    return Run(seconds=seconds, peak=peak)
+
+
+def _memory(process: psutil.Process) -> float:
+    try:
+        family = [process, *process.children(recursive=True)]
+        return float(sum(each.memory_info().rss for each in family)) / 2**20
+    except psutil.NoSuchProcess:
+        return 0.0
+
+
+def _decode_rate(paths: list[Path]) -> float:
+    data = [path.read_bytes() for path in paths]
+    started = time.perf_counter()
+    for each in data:
+        Image.open(io.BytesIO(each)).load()
+    return len(data) / (time.perf_counter() - started)
+
+
+def _unpack(path: Path, folder: Path) -> Path:
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def _repeat(path: Path, folder: Path, count: int) -> Path:
+    """Write the images of a zip again and again under other names, until there are enough."""
+    with zipfile.ZipFile(path) as archive:
+        images = [archive.read(name) for name in archive.namelist() if not name.endswith("/")]
+    for number in range(count):
+        target = folder / f"{number // 1000}" / f"{number}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(images[number % len(images)])
+    return folder
+
+
+def _remove(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+if __name__ == "__main__":
+    main()
