@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 MANIFEST_NAME = "manifest.json"
 FORMAT = "simmim-shards"
 VERSION = 1
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "npy")
 """Extensions of image members, all that a shard may hold."""
 
 _SHARD_NAME = re.compile(r"[^/\\\x00.][^/\\\x00]*\.tar")

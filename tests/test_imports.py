@@ -25,6 +25,7 @@ ALLOWED = {
         "psutil",
         "pydantic",
         "safetensors",
+        "simplejpeg",
         "torch",
         "tqdm",
         "typing_extensions",  # torch brings it

@@ -4,7 +4,7 @@ import hashlib
 import os
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ class RawSample:
     image: bytes
     label: int | None
     shard_name: str
+    extension: str
 
     @property
     def name(self) -> str:
@@ -46,6 +47,7 @@ class OpenShard:
         self.labels = index.labels
         self._offsets, self._sizes = index.offsets, index.sizes
         self._keys = np.char.encode(index.keys, "utf-8")  # a quarter of the memory
+        self._extensions = np.char.encode(index.extensions, "ascii")
         try:
             self._file = os.open(self.path, os.O_RDONLY)
             self.close = weakref.finalize(self, os.close, self._file)
@@ -58,6 +60,10 @@ class OpenShard:
     def key(self, row: int) -> str:
         """Return the key of sample `row`."""
         return bytes(self._keys[row]).decode()
+
+    def extension(self, row: int) -> str:
+        """Return the extension of the image member of sample `row`."""
+        return bytes(self._extensions[row]).decode()
 
     def image(self, row: int) -> bytes:
         """Return the encoded image of sample `row`."""
@@ -99,6 +105,7 @@ class ShardSet:
                 f"{self.folder} has shards 0 to {total - 1}; there is no shard {outside[0]}"
             )
         self._rows: tuple[np.ndarray, ...] | None = None
+        self._chosen: tuple[int, ...] = tuple(range(len(self.manifest.classes)))
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
 
     def __getstate__(self) -> dict[str, object]:
@@ -107,7 +114,11 @@ class ShardSet:
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes; a label is a place in this list."""
-        return tuple(self.manifest.classes)
+        return tuple(self.manifest.classes[label] for label in self._chosen)
+
+    def folder_of(self, _shard: int) -> str:
+        """Return the folder of a shard."""
+        return str(self.folder)
 
     @property
     def sizes(self) -> list[int]:
@@ -130,6 +141,8 @@ class ShardSet:
             digest.update(f"{shard.name} {shard.samples} {shard.sha256}\n".encode())
         for rows in self._rows or ():
             digest.update(rows.astype("<i8").tobytes())
+        if self._narrowed:
+            digest.update(repr(self._chosen).encode())
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -140,17 +153,30 @@ class ShardSet:
         opened = self._opened(shard)
         row = sample if self._rows is None else int(self._rows[shard][sample])
         label = int(opened.labels[row])
+        if label >= 0 and self._narrowed:
+            label = self._chosen.index(label)
         return RawSample(
             key=opened.key(row),
             image=opened.image(row),
             label=None if label < 0 else label,
             shard_name=opened.path.stem,
+            extension=opened.extension(row),
         )
 
     def labels(self, shard: int) -> np.ndarray:
         """Return the label of each sample of a shard, int64, -1 where there is none."""
         labels = self._opened(shard).labels
-        return labels if self._rows is None else labels[self._rows[shard]]
+        if self._rows is not None:
+            labels = labels[self._rows[shard]]
+        if self._narrowed:
+            numbers = np.full(len(self.manifest.classes) + 1, -1)  # the last is for no label, -1
+            numbers[list(self._chosen)] = np.arange(len(self._chosen))
+            labels = numbers[labels]
+        return labels
+
+    @property
+    def _narrowed(self) -> bool:
+        return len(self._chosen) < len(self.manifest.classes)
 
     def require_labels(self) -> None:
         """Raise ValueError unless the images have at least two classes."""
@@ -191,7 +217,27 @@ class ShardSet:
             count = max(1, round(share * len(members)))
             chosen[members[shuffled(len(members), "share", seed, label)[:count]]] = True
         edges = np.cumsum([len(part) for part in labels])[:-1]
-        rows = [np.flatnonzero(part) for part in np.split(chosen, edges)]
+        return self._keeping([np.flatnonzero(part) for part in np.split(chosen, edges)])
+
+    def only_classes(self, names: Sequence[str]) -> "ShardSet":
+        """Return the samples of these classes; labels then count within them, in the set's order.
+
+        Raises ValueError naming the classes that there are not.
+        """
+        unknown = [name for name in names if name not in self.classes]
+        if unknown or not names:
+            raise ValueError(
+                f"the shards in {self.folder} have no class {', '.join(unknown) or '(none given)'};"
+                f" choose of {', '.join(self.classes) or 'none: nothing is labelled'}"
+            )
+        labels = [self.labels(shard) for shard in range(len(self.numbers))]
+        wanted = [label for label, name in enumerate(self.classes) if name in names]
+        selection = self._keeping([np.flatnonzero(np.isin(part, wanted)) for part in labels])
+        selection._chosen = tuple(self._chosen[label] for label in wanted)
+        return selection
+
+    def _keeping(self, rows: list[np.ndarray]) -> "ShardSet":
+        """Return these samples of each shard, by their places among those that are there now."""
         if self._rows is not None:
             rows = [known[part] for known, part in zip(self._rows, rows, strict=True)]
         selection = self._only(range(len(self.numbers)))

@@ -24,7 +24,8 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from simmim.data.images import center_crop_resize, decode, random_resized_crop
+from simmim.data.cropping import center_crop_resize, random_resized_crop
+from simmim.data.images import decode
 from simmim.data.randomness import numpy_stream, shuffled
 from simmim.engine.optimizer import (
     OptimizerSettings,
