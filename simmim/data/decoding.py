@@ -20,7 +20,7 @@ from simmim.data.images import (
     decode,
     to_mode,
     too_large,
-    upright,
+    turning,
 )
 
 try:
@@ -31,6 +31,8 @@ except ImportError:  # Pillow alone does
 ARRAY_EXTENSION = "npy"
 
 JPEG_START = b"\xff\xd8\xff"
+
+START_OF_SCAN = 0xDA
 
 FAST_COLOURS = ("YCbCr", "Gray", "RGB")
 """Colour spaces of JPEG files that simplejpeg turns into RGB as Pillow does."""
@@ -92,15 +94,26 @@ def as_pixels(image: Image.Image) -> np.ndarray:
 
 def _as_pillow_would(pixels: np.ndarray, data: bytes, channels: int) -> np.ndarray:
     """Turn RGB pixels as the file's orientation says, and bring them to the channels."""
-    turned = any(mark in data for mark in MAY_BE_TURNED)
-    if channels == 3 and not turned:
-        return pixels
-    image = Image.fromarray(pixels)
-    if turned:
+    method = None
+    head = data[: _length_of_head(data)]
+    if any(mark in head for mark in MAY_BE_TURNED):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Exif that is no good
-            image = upright(image, Image.open(io.BytesIO(data)))
-    return as_pixels(to_mode(image, MODES[channels]))
+            method = turning(Image.open(io.BytesIO(data)))
+    if channels == 3 and method is None:
+        return pixels
+    image = Image.fromarray(pixels)
+    turned = image if method is None else image.transpose(method)
+    return as_pixels(to_mode(turned, MODES[channels]))
+
+
+def _length_of_head(data: bytes) -> int:
+    """Return where the first scan of a JPEG file begins; all that describes it comes before."""
+    place = 2
+    while place + 4 <= len(data) and data[place] == 0xFF and data[place + 1] != START_OF_SCAN:
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    known = place + 4 <= len(data) and data[place] == 0xFF
+    return place if known else len(data)  # filling bytes, for example: all of it is looked through
 
 
 def read_array(data: bytes, *, channels: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:

@@ -76,7 +76,9 @@ def decode(data: bytes, *, channels: int = 3, max_pixels: int = MAX_PIXELS) -> I
             width, height = image.size
             if width * height <= max_pixels:
                 image.load()
-                return to_mode(upright(image, image), MODES[channels])
+                method = turning(image)
+                turned = image if method is None else image.transpose(method)
+                return to_mode(turned, MODES[channels])
         except Image.DecompressionBombError as error:
             raise BadSampleError(f"the image is too large, scale it down: {error}") from None
         except UnidentifiedImageError:
@@ -86,13 +88,12 @@ def decode(data: bytes, *, channels: int = 3, max_pixels: int = MAX_PIXELS) -> I
     raise too_large(width, height, max_pixels)
 
 
-def upright(image: Image.Image, source: Image.Image) -> Image.Image:
-    """Turn an image as the EXIF orientation of `source` says; unreadable EXIF says nothing."""
+def turning(image: Image.Image) -> Image.Transpose | None:
+    """Return what turns an image as its EXIF orientation says; unreadable EXIF says nothing."""
     try:
-        method = UPRIGHT.get(source.getexif().get(ORIENTATION_TAG, 1))
+        return UPRIGHT.get(image.getexif().get(ORIENTATION_TAG, 1))
     except DAMAGED:
-        return image
-    return image if method is None else image.transpose(method)
+        return None
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
