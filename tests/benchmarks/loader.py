@@ -146,6 +146,15 @@ class Contestant:
         return statistics.mean(sizes) / 2**20
 
 
+def settle(contestants: list[Contestant]) -> None:
+    """Wait until all workers have prepared what they may, and rest."""
+    processes = [process for one in contestants for process in one.processes]
+    before, used = -1.0, 0.0
+    while used - before > 0.02:
+        time.sleep(0.3)
+        before, used = used, sum(sum(process.cpu_times()[:2]) for process in processes)
+
+
 def start(name: str, workers: int, make: Callable[[int], Iterator[Any]]) -> Contestant:
     before = set(psutil.Process().children())
     batches = make(workers)
@@ -279,9 +288,11 @@ def main() -> None:
         ]
         floor = []
         for _ in range(options.repeats):
+            settle(running)
             floor.append(floor_rate(files))
             for one in running:
                 one.measure(options.images)
+                settle(running)
         report(running, floor)
 
 
