@@ -12,6 +12,7 @@ from functools import partial
 from multiprocessing import resource_tracker
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -51,6 +52,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.images)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Send only the images through shared memory: a file of its own costs more than bytes."""
+        small = (self.masks, self.labels, self.addresses, self.flips)
+        arrays = [None if part is None else part.cpu().numpy() for part in small]
+        return unpacked, (self.images, arrays, self.bad)
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Return the batch on a device."""
         return self._each(lambda part: part.to(device, non_blocking=non_blocking))
@@ -67,6 +74,16 @@ class Batch:
             labels=None if self.labels is None else change(self.labels),
             flips=None if self.flips is None else change(self.flips),
         )
+
+
+def unpacked(
+    images: Tensor, arrays: Sequence[np.ndarray | None], bad: tuple[BadSample, ...]
+) -> Batch:
+    """Return a batch as it was before it was sent."""
+    small = [None if part is None else torch.from_numpy(part) for part in arrays]
+    masks, labels, addresses, flips = small
+    assert addresses is not None
+    return Batch(images, masks, labels, addresses, flips, bad)
 
 
 @dataclass(frozen=True)
