@@ -131,14 +131,20 @@ class Contestant:
     batches: Iterator[Any]
     processes: set[psutil.Process] = field(default_factory=set)
     rates: list[float] = field(default_factory=list)
+    costs: list[float] = field(default_factory=list)
+    """Processor seconds of all workers for an image."""
 
     def measure(self, images: int) -> None:
+        """Take images from resting workers, and let them come to rest again."""
+        used, ahead = processor_seconds(self.processes), 0
         for _ in range(PREFETCH * self.workers + 1):
-            next(self.batches)
+            ahead += len(next(self.batches))
         count, began = 0, time.perf_counter()
         while count < images:
             count += len(next(self.batches))
         self.rates.append(count / (time.perf_counter() - began))
+        settle(self.processes)
+        self.costs.append((processor_seconds(self.processes) - used) / (ahead + count))
 
     def memory(self) -> float:
         """Return the private memory of a worker in MiB, the mean over workers."""
@@ -146,13 +152,16 @@ class Contestant:
         return statistics.mean(sizes) / 2**20
 
 
-def settle(contestants: list[Contestant]) -> None:
+def processor_seconds(processes: set[psutil.Process]) -> float:
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+
+def settle(processes: set[psutil.Process]) -> None:
     """Wait until all workers have prepared what they may, and rest."""
-    processes = [process for one in contestants for process in one.processes]
     before, used = -1.0, 0.0
     while used - before > 0.02:
         time.sleep(0.3)
-        before, used = used, sum(sum(process.cpu_times()[:2]) for process in processes)
+        before, used = used, processor_seconds(processes)
 
 
 def start(name: str, workers: int, make: Callable[[int], Iterator[Any]]) -> Contestant:
@@ -222,17 +231,17 @@ def report(contestants: list[Contestant], floor: list[float]) -> None:
     median = {(one.name, one.workers): statistics.median(one.rates) for one in contestants}
     limit = statistics.median(floor)
     print(f"\nfloor, libjpeg-turbo alone, one thread: {limit:.0f} images/s")
-    print(
-        "| loader | workers | images/s | to stock | of the floor | to one worker | MiB a worker |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    print("µs: processor time of the workers for an image; MiB: private memory of a worker")
+    print("| loader | workers | images/s | to stock | of the floor | to one worker | µs | MiB |")
+    print("|---|---|---|---|---|---|---|---|")
     for one in contestants:
         rate = median[one.name, one.workers]
         print(
             f"| {one.name} | {one.workers} | {rate:.0f}"
             f" | {rate / median['stock webdataset', one.workers]:.2f}"
             f" | {rate / limit / one.workers:.0%}"
-            f" | {rate / median.get((one.name, 1), math.nan):.2f} | {one.memory():.0f} |"
+            f" | {rate / median.get((one.name, 1), math.nan):.2f}"
+            f" | {1e6 * statistics.median(one.costs):.0f} | {one.memory():.0f} |"
         )
 
 
@@ -286,13 +295,13 @@ def main() -> None:
             for workers in options.workers
             for name, make in makers.items()
         ]
+        for one in running:
+            settle(one.processes)
         floor = []
         for _ in range(options.repeats):
-            settle(running)
             floor.append(floor_rate(files))
             for one in running:
                 one.measure(options.images)
-                settle(running)
         report(running, floor)
 
 
