@@ -1,6 +1,5 @@
 """Batches: samples read, decoded and stacked by workers, in an order they cannot change."""
 
-import math
 import multiprocessing
 import os
 import signal
@@ -15,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from data_prep.manifest import ManifestError
 from simmim.data.bad_samples import BadSample, BadSamples
@@ -53,10 +52,10 @@ class Batch:
         return len(self.images)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Send only the images through shared memory: a file of its own costs more than bytes."""
-        small = (self.masks, self.labels, self.addresses, self.flips)
-        arrays = [None if part is None else part.cpu().numpy() for part in small]
-        return unpacked, (self.images, arrays, self.bad)
+        """Travel as bytes: shared memory costs more, for every page of it is cleared anew."""
+        parts = (self.masks, self.labels, self.addresses, self.flips)
+        arrays = [None if part is None else part.cpu().numpy() for part in parts]
+        return unpacked, (self.images.permute(0, 2, 3, 1).cpu().numpy(), arrays, self.bad)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Return the batch on a device."""
@@ -77,13 +76,14 @@ class Batch:
 
 
 def unpacked(
-    images: Tensor, arrays: Sequence[np.ndarray | None], bad: tuple[BadSample, ...]
+    images: np.ndarray, arrays: Sequence[np.ndarray | None], bad: tuple[BadSample, ...]
 ) -> Batch:
-    """Return a batch as it was before it was sent."""
-    small = [None if part is None else torch.from_numpy(part) for part in arrays]
-    masks, labels, addresses, flips = small
+    """Return a batch as it was before it was sent; `images` has its channels last."""
+    parts = [None if part is None else torch.from_numpy(part) for part in arrays]
+    masks, labels, addresses, flips = parts
     assert addresses is not None
-    return Batch(images, masks, labels, addresses, flips, bad)
+    planes = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return Batch(planes, masks, labels, addresses, flips, bad)
 
 
 @dataclass(frozen=True)
@@ -176,21 +176,11 @@ class AddressedSamples(Dataset[Batch | Failure]):
 
 
 def stacked(images: Sequence[Tensor]) -> Tensor:
-    """Return images (channels, height, width) as one batch, channels last in memory.
-
-    In a worker it is made in shared memory, so that handing it over copies nothing.
-    """
+    """Return images (channels, height, width) as one batch, channels last in memory."""
     if not images:
         return torch.zeros(0, 0, 0, 0, dtype=torch.uint8)
     channels, height, width = images[0].shape
-    shape = (len(images), height, width, channels)
-    if get_worker_info() is None:
-        batch = torch.empty(shape, dtype=images[0].dtype)
-    else:
-        size = math.prod(shape) * images[0].itemsize
-        # As torch's own collate function does; there is no public name for it.
-        storage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
-        batch = torch.empty(0, dtype=images[0].dtype).set_(storage).view(shape)
+    batch = torch.empty((len(images), height, width, channels), dtype=images[0].dtype)
     for row, image in zip(batch, images, strict=True):
         row.copy_(image.permute(1, 2, 0))
     return batch.permute(0, 3, 1, 2)
