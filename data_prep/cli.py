@@ -22,6 +22,7 @@ from data_prep.info import describe_bytes, describe_shards
 from data_prep.manifest import read_manifest
 from data_prep.plan import ShardOptions
 from data_prep.sources import Selection
+from data_prep.storage import locate
 from data_prep.verify import verify_shards
 from data_prep.workers import WorkerError, available_cores
 
@@ -74,7 +75,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
             return _verify(arguments)
         case command:
             assert command == "info", command
-            print(describe_shards(read_manifest(arguments.folder)))
+            print(describe_shards(read_manifest(locate(arguments.folder))))
             return 0
 
 
@@ -113,7 +114,8 @@ def _shard(arguments: argparse.Namespace) -> int:
 def _index(arguments: argparse.Namespace) -> int:
     with _bar() as bar:
         adopted = adopt_shards(
-            arguments.folder,
+            locate(arguments.folder),
+            output=arguments.output,
             overwrite=arguments.overwrite,
             workers=arguments.workers,
             tick=bar.update,
@@ -131,7 +133,7 @@ def _index(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    manifest = read_manifest(arguments.folder)
+    manifest = read_manifest(locate(arguments.folder))
     with _bar(manifest.samples) as bar:
         problems = verify_shards(
             manifest, decode=not arguments.fast, workers=arguments.workers, tick=bar.update
@@ -155,6 +157,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_shard_parser(commands)
     index = _add_command(commands, "index", "make manifest and indexes for tars someone else wrote")
     index.add_argument("--overwrite", action="store_true", help="replace a manifest that is there")
+    index.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="folder for manifest and indexes, where that of the tars cannot be written to",
+    )
     verify = _add_command(commands, "verify", "read shards back and compare with the manifest")
     verify.add_argument("--fast", action="store_true", help="do not decode the images")
     for command in (index, verify):
@@ -174,7 +182,10 @@ def _add_command(
     )
     if name == "shard":
         parser.add_argument("source", type=Path, help="folder, zip or uncompressed tar of images")
-    parser.add_argument("folder", type=Path, help="folder of shards")
+    if name == "shard":
+        parser.add_argument("folder", type=Path, help="folder of shards")
+    else:
+        parser.add_argument("folder", help="folder of shards, or its URL (s3, gs, http)")
     return parser
 
 

@@ -5,6 +5,7 @@ from simmim.data.errors import DataError
 from simmim.data.images import center_crop_resize, decode, random_resized_crop
 from simmim.data.order import Address, SampleOrder, slots_for
 from simmim.data.reading import RawSample, ShardSet
+from simmim.data.remote import RemoteReading
 from simmim.data.transforms import EvalTransform, MaskDraw, Sample, TrainTransform, Transform
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "EvalTransform",
     "MaskDraw",
     "RawSample",
+    "RemoteReading",
     "Sample",
     "SampleOrder",
     "ShardSet",

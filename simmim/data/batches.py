@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from typing import Any
@@ -18,6 +18,7 @@ from data_prep.manifest import ManifestError
 from simmim.data.errors import DataError
 from simmim.data.order import Address, SampleOrder
 from simmim.data.reading import ShardSet
+from simmim.data.remote import AheadOfBatches
 from simmim.data.transforms import Transform
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -123,7 +124,7 @@ class BatchStream:
         loader: DataLoader[Batch | Failure] = DataLoader(
             self.dataset,
             batch_size=None,
-            sampler=self.plan,
+            sampler=self._addresses(),
             num_workers=self.workers,
             collate_fn=as_it_is,
             pin_memory=self.pin_memory,
@@ -142,6 +143,11 @@ class BatchStream:
             # Ends the workers now. Left to the traceback of an error, they would go with a heap
             # of garbage, their queues first, and could not be told.
             del batches
+
+    def _addresses(self) -> Iterable[Sequence[Address]]:
+        """Return the plan, with the shards of coming batches fetched ahead where that helps."""
+        shards = self.dataset.shards
+        return AheadOfBatches(self.plan, shards.fetch) if shards.fetches_whole_shards else self.plan
 
 
 @dataclass(frozen=True, kw_only=True)

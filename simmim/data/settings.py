@@ -1,9 +1,12 @@
 """Settings of the data that every stage reads."""
 
 from pathlib import Path
+from typing import Literal
 
+from simmim.data.cache import DEFAULT_CACHE_BYTES
 from simmim.data.images import MAX_PIXELS
 from simmim.data.reading import ShardSet
+from simmim.data.remote import RemoteReading
 from simmim.recipe import settings
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -15,7 +18,18 @@ class DataSettings:
     """Shards, and how they are read."""
 
     shards: str
-    """Folder of shards that data-prep made: tars, indexes and manifest.json."""
+    """Folder of shards that data-prep made: tars, indexes and manifest.json. Or its URL, of s3,
+    gs, http or https."""
+    remote: Literal["auto", "shards", "ranges"] = "auto"
+    """How shards at a URL are read: `shards` fetches whole ones into a cache and checks them,
+    `ranges` single samples; `auto` takes ranges where the cache is too small for the shuffle."""
+    cache_dir: str | None = None
+    """Folder of fetched shards, shared by the processes of a machine; null is one in the user's
+    cache directory."""
+    cache_bytes: int = DEFAULT_CACHE_BYTES
+    """Most bytes of fetched shards that are kept."""
+    attempts: int = 8
+    """Times that a request to a store is made, with growing pauses, before the run ends."""
     validation_shards: int = 1
     """Shards at the end of the set that are held out for validation; 0 holds out none."""
     workers: int = 2
@@ -34,6 +48,8 @@ class DataSettings:
         for name in ("validation_shards", "workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        if self.cache_bytes < 1 or self.attempts < 1:
+            raise ValueError("cache_bytes and attempts must be 1 or more.")
         if self.slots < 1 or self.max_pixels < 1:
             raise ValueError("slots and max_pixels must be 1 or more.")
         if len(self.mean) != len(self.std) or min(self.std, default=0) <= 0:
@@ -45,7 +61,14 @@ class DataSettings:
         Raises:
             ValueError: there is no such folder, or no good manifest in it.
         """
-        return ShardSet(Path(self.shards))
+        remote = RemoteReading(
+            mode=self.remote,
+            cache_dir=None if self.cache_dir is None else Path(self.cache_dir),
+            cache_bytes=self.cache_bytes,
+            attempts=self.attempts,
+            slots=self.slots,
+        )
+        return ShardSet(self.shards, remote=remote)
 
 
 @settings
