@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -22,7 +27,8 @@ from data_prep.info import describe_bytes, describe_shards
 from data_prep.manifest import read_manifest
 from data_prep.plan import ShardOptions
 from data_prep.sources import Selection
-from data_prep.storage import locate
+from data_prep.storage import RemotePath, locate
+from data_prep.upload import upload_set
 from data_prep.verify import verify_shards
 from data_prep.workers import WorkerError, available_cores
 
@@ -92,6 +98,9 @@ def _shard(arguments: argparse.Namespace) -> int:
         check=not arguments.no_check,
         max_pixels=arguments.max_pixels,
     )
+    destination = locate(arguments.folder)
+    # Shards for a store are made on this machine first, where a stopped run finds them again.
+    folder = destination if isinstance(destination, Path) else _staging(destination, arguments)
     with _bar() as bar:
 
         def planned(plan: Plan) -> None:
@@ -101,14 +110,25 @@ def _shard(arguments: argparse.Namespace) -> int:
 
         built = build_shards(
             arguments.source,
-            arguments.folder,
+            folder,
             options,
             workers=arguments.workers,
             overwrite=arguments.overwrite,
             progress=Progress(planned=planned, tick=bar.update),
         )
+    if isinstance(destination, RemotePath):
+        uploaded = upload_set(built.manifest, destination, overwrite=arguments.overwrite)
+        shutil.rmtree(folder)
+        built = replace(built, manifest=uploaded)
     print(_describe_built(built))
     return 0
+
+
+def _staging(destination: RemotePath, arguments: argparse.Namespace) -> Path:
+    """Return the folder that the shards of a remote set are made in, the same for every run."""
+    parent = arguments.staging or Path(tempfile.gettempdir()) / f"data-prep-{os.getuid()}"
+    parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return Path(parent, hashlib.sha256(destination.url.encode()).hexdigest()[:16])
 
 
 def _index(arguments: argparse.Namespace) -> int:
@@ -182,10 +202,7 @@ def _add_command(
     )
     if name == "shard":
         parser.add_argument("source", type=Path, help="folder, zip or uncompressed tar of images")
-    if name == "shard":
-        parser.add_argument("folder", type=Path, help="folder of shards")
-    else:
-        parser.add_argument("folder", help="folder of shards, or its URL (s3, gs, http)")
+    parser.add_argument("folder", help="folder of shards, or its URL (s3, gs, http)")
     return parser
 
 
@@ -209,6 +226,12 @@ def _add_shard_parser(commands: argparse._SubParsersAction[argparse.ArgumentPars
         parser.add_argument(
             name, action="append", metavar="GLOB", default=[], help=f"{about}; may be repeated"
         )
+    parser.add_argument(
+        "--staging",
+        type=Path,
+        metavar="FOLDER",
+        help="folder that shards for a URL are made in before they are uploaded; None: a temporary",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle over all samples")
     switches = {
         "--no-shuffle": "keep samples in the order of their paths",

@@ -176,13 +176,14 @@ def locate(place: str | os.PathLike[str] | RemotePath) -> Location:
     """
     if isinstance(place, RemotePath):
         return place
-    text = os.fspath(place)
-    if not isinstance(place, str) or (not _URL.fullmatch(text) and not text.startswith("pipe:")):
-        return Path(text)
-    match = _URL.fullmatch(text)
-    protocol = match.group(1) if match else text.partition(":")[0]
-    if "::" in text:
+    if not isinstance(place, str):
+        return Path(place)
+    text, match = place, _URL.fullmatch(place)
+    if "::" in text and "://" in text:
         raise StorageError(f"{text!r} chains file systems with `::`, which is refused.")
+    if match is None and not text.startswith("pipe:"):
+        return Path(text)
+    protocol = match.group(1) if match else "pipe"
     if protocol not in PROTOCOLS:
         raise StorageError(
             f"{text!r}: the protocol {protocol!r} is refused. Give a path, or a URL of "

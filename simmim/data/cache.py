@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from data_prep.manifest import ShardEntry
 from simmim.data.errors import DataError
@@ -150,8 +150,8 @@ class ShardCache:
             yield
 
 
-def _checksum(file: Iterable[bytes]) -> str:
+def _checksum(file: BinaryIO) -> str:
     digest = hashlib.sha256()
-    for line in file:
-        digest.update(line)
+    while block := file.read(2**20):
+        digest.update(block)
     return digest.hexdigest()
