@@ -38,7 +38,7 @@ def store(folder: Path) -> Iterator[RemotePath]:
     system.store.clear()
 
 
-def batches(shards: ShardSet, workers: int = 0) -> TrainingBatches:
+def batches(shards: ShardSet, workers: int = 0, end: int = 88) -> TrainingBatches:
     order = SampleOrder(shards.sizes, seed=1, slots=4)
     return TrainingBatches(
         shards,
@@ -46,7 +46,7 @@ def batches(shards: ShardSet, workers: int = 0) -> TrainingBatches:
         TRAIN,
         batch_size=8,
         start_position=0,
-        end_position=88,
+        end_position=end,
         workers=workers,
     )
 
@@ -166,7 +166,7 @@ def test_only_the_shards_of_the_plan_are_fetched_ahead_in_their_order() -> None:
             done.set()
 
     found = []
-    for batch in AheadOfBatches(plan, fetch, most=2):
+    for batch in AheadOfBatches(plan, fetch):
         found.append(batch)
         if len(found) == len(plan):
             assert done.wait(5)
