@@ -65,9 +65,9 @@ class Unreliable(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URL of an empty bucket behind the proxy."""
-    pytest.importorskip("s3fs")
+def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """The URL of an empty prefix of a bucket behind the proxy."""
+    s3fs = pytest.importorskip("s3fs")
     server_module = pytest.importorskip("moto.server")
     boto3 = pytest.importorskip("boto3")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -81,7 +81,9 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     proxy = ThreadingHTTPServer(("127.0.0.1", 0), Unreliable)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_address[1]}")
-    yield f"s3://{BUCKET}/set"
+    s3fs.S3FileSystem.clear_instance_cache()  # they keep the address of an earlier server
+    yield f"s3://{BUCKET}/{tmp_path.name}"
+    s3fs.S3FileSystem.clear_instance_cache()
     proxy.shutdown()
     proxy.server_close()
     server.stop()
