@@ -6,7 +6,6 @@ object stores and web servers are reached: nothing that runs a command or chains
 
 from __future__ import annotations
 
-import importlib
 import os
 import random
 import re
@@ -17,6 +16,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO, TypeVar, cast
+
+import fsspec
 
 PROTOCOLS = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "memory": "fsspec"}
 """Protocols that are read, each with the package that it needs."""
@@ -197,10 +198,9 @@ def _file_system(url: str) -> Any:
     protocol = url.partition("://")[0]
     package = PROTOCOLS[protocol]
     try:
-        importlib.import_module(package)
-        fsspec = importlib.import_module("fsspec")
         return fsspec.filesystem(protocol, use_listings_cache=False)
     except ImportError:
-        extra = _EXTRAS.get(package)
-        command = f"pip install 'simmim[{extra}]'" if extra else "pip install fsspec"
-        raise StorageError(f"{url} needs the package {package}: {command}") from None
+        extra = _EXTRAS[package]
+        raise StorageError(
+            f"{url} needs the package {package}: pip install 'simmim[{extra}]'"
+        ) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import fsspec
@@ -80,6 +81,12 @@ def test_urls_that_run_commands_or_chain_are_refused(url: str, reason: str) -> N
         locate(url)
     with pytest.raises(ValueError, match=reason):
         read_manifest(url)
+
+
+@pytest.mark.skipif(find_spec("gcsfs") is not None, reason="the extra is installed")
+def test_a_missing_extra_is_named_with_its_command() -> None:
+    with pytest.raises(ValueError, match=r"pip install 'simmim\[gcs\]'"):
+        read_manifest("gs://bucket/set")
 
 
 def test_failed_requests_are_made_again_and_then_reported(
