@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -126,7 +125,8 @@ def _shard(arguments: argparse.Namespace) -> int:
 
 def _staging(destination: RemotePath, arguments: argparse.Namespace) -> Path:
     """Return the folder that the shards of a remote set are made in, the same for every run."""
-    parent = arguments.staging or Path(tempfile.gettempdir()) / f"data-prep-{os.getuid()}"
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    parent = arguments.staging or caches / "data-prep"
     parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     return Path(parent, hashlib.sha256(destination.url.encode()).hexdigest()[:16])
 
@@ -230,7 +230,7 @@ def _add_shard_parser(commands: argparse._SubParsersAction[argparse.ArgumentPars
         "--staging",
         type=Path,
         metavar="FOLDER",
-        help="folder that shards for a URL are made in before they are uploaded; None: a temporary",
+        help="folder that shards for a URL are made in until uploaded; None: in the user's cache",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle over all samples")
     switches = {

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 from data_prep.manifest import MANIFEST_NAME, Manifest, read_manifest
 from data_prep.storage import RemotePath, StorageError
 
 _NOTE_NAME = "uploading.sha256"
+_OURS = re.compile(
+    r"shard-\d{6,}\.(tar|index\.npy)|manifest\.json|rejected\.jsonl|uploading\.sha256"
+)
 
 
 def upload_set(manifest: Manifest, destination: RemotePath, *, overwrite: bool = False) -> Manifest:
@@ -30,7 +34,6 @@ def upload_set(manifest: Manifest, destination: RemotePath, *, overwrite: bool =
                 f"{destination} holds another finished set. Choose another prefix, or replace it "
                 "with --overwrite."
             )
-        (destination / MANIFEST_NAME).unlink()
     present = _settle(destination, content, overwrite)
     for path in sorted(manifest.folder.iterdir()):
         if path.is_file() and path.name != MANIFEST_NAME:
@@ -50,14 +53,18 @@ def _settle(destination: RemotePath, content: bytes, overwrite: bool) -> set[str
     except FileNotFoundError:
         present = set()
     note = destination / _NOTE_NAME
+    foreign = [name for name in sorted(present) if not _OURS.fullmatch(name)]
+    if foreign:
+        raise StorageError(
+            f"{destination} holds other things ({', '.join(foreign[:3])}). Give an empty prefix."
+        )
     if present and not (_NOTE_NAME in present and note.read_bytes() == digest):
         if not overwrite:
-            shown = ", ".join(sorted(present)[:3])
             raise StorageError(
-                f"{destination} holds other things ({shown}). Give an empty prefix, or replace "
-                "them with --overwrite."
+                f"{destination} holds shards of another set ({min(present)}). Give an empty "
+                "prefix, or replace them with --overwrite."
             )
-        for name in present:
+        for name in sorted(present, key=lambda name: name != MANIFEST_NAME):
             (destination / name).unlink(missing_ok=True)
         present = set()
     note.write_bytes(digest)

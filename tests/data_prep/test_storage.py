@@ -157,6 +157,11 @@ def test_a_stopped_upload_goes_on_and_ends_with_the_local_bytes(
     upload_set(other.manifest, store, overwrite=True)
     assert len(read_manifest(store).shards) == 4
     assert len(list(store.glob("*.tar"))) == 4
+    (store / "foreign.txt").write_bytes(b"keep")
+    with pytest.raises(StorageError, match="foreign"):
+        upload_set(built.manifest, store, overwrite=True)
+    assert (store / "foreign.txt").read_bytes() == b"keep"
+    assert len(list(store.glob("*.tar"))) == 4
 
 
 @pytest.mark.parametrize("place", ["folder", "pattern"])
