@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import os
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -22,6 +26,8 @@ from data_prep.info import describe_bytes, describe_shards
 from data_prep.manifest import read_manifest
 from data_prep.plan import ShardOptions
 from data_prep.sources import Selection
+from data_prep.storage import RemotePath, locate
+from data_prep.upload import upload_set
 from data_prep.verify import verify_shards
 from data_prep.workers import WorkerError, available_cores
 
@@ -74,7 +80,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
             return _verify(arguments)
         case command:
             assert command == "info", command
-            print(describe_shards(read_manifest(arguments.folder)))
+            print(describe_shards(read_manifest(locate(arguments.folder))))
             return 0
 
 
@@ -91,6 +97,9 @@ def _shard(arguments: argparse.Namespace) -> int:
         check=not arguments.no_check,
         max_pixels=arguments.max_pixels,
     )
+    destination = locate(arguments.folder)
+    # Shards for a store are made on this machine first, where a stopped run finds them again.
+    folder = destination if isinstance(destination, Path) else _staging(destination, arguments)
     with _bar() as bar:
 
         def planned(plan: Plan) -> None:
@@ -100,20 +109,33 @@ def _shard(arguments: argparse.Namespace) -> int:
 
         built = build_shards(
             arguments.source,
-            arguments.folder,
+            folder,
             options,
             workers=arguments.workers,
             overwrite=arguments.overwrite,
             progress=Progress(planned=planned, tick=bar.update),
         )
+    if isinstance(destination, RemotePath):
+        uploaded = upload_set(built.manifest, destination, overwrite=arguments.overwrite)
+        shutil.rmtree(folder)
+        built = replace(built, manifest=uploaded)
     print(_describe_built(built))
     return 0
+
+
+def _staging(destination: RemotePath, arguments: argparse.Namespace) -> Path:
+    """Return the folder that the shards of a remote set are made in, the same for every run."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    parent = arguments.staging or caches / "data-prep"
+    parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return Path(parent, hashlib.sha256(destination.url.encode()).hexdigest()[:16])
 
 
 def _index(arguments: argparse.Namespace) -> int:
     with _bar() as bar:
         adopted = adopt_shards(
-            arguments.folder,
+            locate(arguments.folder),
+            output=arguments.output,
             overwrite=arguments.overwrite,
             workers=arguments.workers,
             tick=bar.update,
@@ -131,7 +153,7 @@ def _index(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    manifest = read_manifest(arguments.folder)
+    manifest = read_manifest(locate(arguments.folder))
     with _bar(manifest.samples) as bar:
         problems = verify_shards(
             manifest, decode=not arguments.fast, workers=arguments.workers, tick=bar.update
@@ -155,6 +177,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_shard_parser(commands)
     index = _add_command(commands, "index", "make manifest and indexes for tars someone else wrote")
     index.add_argument("--overwrite", action="store_true", help="replace a manifest that is there")
+    index.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="folder for manifest and indexes, where that of the tars cannot be written to",
+    )
     verify = _add_command(commands, "verify", "read shards back and compare with the manifest")
     verify.add_argument("--fast", action="store_true", help="do not decode the images")
     for command in (index, verify):
@@ -174,7 +202,7 @@ def _add_command(
     )
     if name == "shard":
         parser.add_argument("source", type=Path, help="folder, zip or uncompressed tar of images")
-    parser.add_argument("folder", type=Path, help="folder of shards")
+    parser.add_argument("folder", help="folder of shards, or its URL (s3, gs, http)")
     return parser
 
 
@@ -198,6 +226,12 @@ def _add_shard_parser(commands: argparse._SubParsersAction[argparse.ArgumentPars
         parser.add_argument(
             name, action="append", metavar="GLOB", default=[], help=f"{about}; may be repeated"
         )
+    parser.add_argument(
+        "--staging",
+        type=Path,
+        metavar="FOLDER",
+        help="folder that shards for a URL are made in until uploaded; None: in the user's cache",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle over all samples")
     switches = {
         "--no-shuffle": "keep samples in the order of their paths",

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
+
+from data_prep.storage import Location
 
 
 class TarError(ValueError):
     """A tar is compressed, cut or damaged."""
 
 
-def walk_tar(path: Path) -> Iterator[tarfile.TarInfo]:
+def walk_tar(path: Location) -> Iterator[tarfile.TarInfo]:
     """Yield every member of an uncompressed tar in order, holding none of them.
 
     Raises:
@@ -31,7 +33,7 @@ def walk_tar(path: Path) -> Iterator[tarfile.TarInfo]:
         raise TarError(_describe(path, error)) from None
 
 
-def is_tar(path: Path) -> bool:
+def is_tar(path: Location) -> bool:
     """Tell whether a file is an uncompressed tar."""
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:"):
@@ -59,9 +61,9 @@ def describe_path_problem(name: str) -> str | None:
     return None
 
 
-def _describe(path: Path, error: tarfile.TarError) -> str:
+def _describe(path: Location, error: tarfile.TarError) -> str:
     try:
-        with tarfile.open(path, mode="r:*"):
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:*"):
             compressed = not is_tar(path)
     except (tarfile.TarError, OSError, EOFError):
         compressed = False

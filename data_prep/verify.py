@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from data_prep.images import RejectedImageError, check_image
 from data_prep.index import index_tar
 from data_prep.manifest import Manifest, ManifestError, ShardEntry, ShardIndex, read_index
+from data_prep.storage import Location
 from data_prep.tars import TarError
 from data_prep.workers import Tick, map_tasks
 
@@ -20,7 +20,7 @@ _NO_LIMIT = 2**62
 
 @dataclass(frozen=True, kw_only=True)
 class _Task:
-    folder: Path
+    folder: Location
     shard: ShardEntry
     classes: int
     decode: bool
@@ -66,7 +66,7 @@ def _find_strays(manifest: Manifest) -> list[str]:
 
 
 def _verify_shard(task: _Task, tick: Tick) -> list[str]:
-    path = task.folder / task.shard.name
+    path = task.shard.location(task.folder)
     try:
         promised = read_index(task.folder, task.shard)
         found = index_tar(path, lambda _: None)
@@ -86,7 +86,7 @@ def _verify_shard(task: _Task, tick: Tick) -> list[str]:
     return problems
 
 
-def _decode_all(path: Path, index: ShardIndex, tick: Tick) -> list[str]:
+def _decode_all(path: Location, index: ShardIndex, tick: Tick) -> list[str]:
     problems = []
     with path.open("rb") as file:
         for offset, size, key in zip(index.offsets, index.sizes, index.keys, strict=True):

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 OURS = {"swinv2", "data_prep", "simmim", "jobs", "tests"}
 ALLOWED = {
     "swinv2": {"torch", "einops", "safetensors", "numpy"},
-    "data_prep": {"numpy", "PIL", "tqdm", "webdataset"},
+    "data_prep": {"fsspec", "numpy", "PIL", "tqdm", "webdataset"},
     "simmim": {
         "PIL",
         "accelerate",

@@ -9,6 +9,7 @@ from simmim.data.images import decode
 from simmim.data.mixture import MixedOrder, MixedShards
 from simmim.data.order import Address, SampleOrder, slots_for
 from simmim.data.reading import RawSample, ShardSet
+from simmim.data.remote import RemoteReading
 from simmim.data.transforms import EvalTransform, MaskDraw, Sample, TrainTransform, Transform
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "MixedOrder",
     "MixedShards",
     "RawSample",
+    "RemoteReading",
     "Sample",
     "SampleOrder",
     "ShardSet",

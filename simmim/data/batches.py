@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import resource_tracker
@@ -23,6 +23,7 @@ from simmim.data.mixture import Order, Shards
 from simmim.data.order import Address
 from simmim.data.plans import EvaluationPlan, TrainingPlan
 from simmim.data.randomness import shuffled
+from simmim.data.remote import AheadOfBatches
 from simmim.data.transforms import Sample, Transform
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -221,7 +222,7 @@ class BatchStream:
         loader: DataLoader[Batch | Failure] = DataLoader(
             self.dataset,
             batch_size=None,
-            sampler=self.plan,
+            sampler=self._addresses(),
             num_workers=self.workers,
             collate_fn=as_it_is,
             pin_memory=self.pin_memory,
@@ -243,6 +244,11 @@ class BatchStream:
             # Ends the workers now. Left to the traceback of an error, they would go with a heap
             # of garbage, their queues first, and could not be told.
             del batches
+
+    def _addresses(self) -> Iterable[Sequence[Address]]:
+        """Return the plan, with the shards of coming batches fetched ahead where that helps."""
+        shards = self.dataset.shards
+        return AheadOfBatches(self.plan, shards.fetch) if shards.fetches_whole_shards else self.plan
 
 
 class TrainingBatches(BatchStream):

@@ -75,6 +75,16 @@ class MixedShards:
         number, own = self._place(shard)
         return self.sets[number].read(own, sample)
 
+    @property
+    def fetches_whole_shards(self) -> bool:
+        """Whether reading any set brings whole shards into a cache."""
+        return any(one.fetches_whole_shards for one in self.sets)
+
+    def fetch(self, shard: int) -> None:
+        """Bring a shard into the cache where its set has one; see `ShardSet.fetch`."""
+        number, own = self._place(shard)
+        self.sets[number].fetch(own)
+
     def labels(self, shard: int) -> np.ndarray:
         """Return the label of each sample of a shard, int64, -1 where there is none."""
         number, own = self._place(shard)

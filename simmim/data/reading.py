@@ -5,14 +5,24 @@ import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.manifest import Manifest, ShardEntry, read_index, read_manifest
+from data_prep.manifest import (
+    Location,
+    Manifest,
+    RemotePath,
+    ShardEntry,
+    locate,
+    read_index,
+    read_manifest,
+)
+from simmim.data.cache import ShardCache
 from simmim.data.errors import DataError
 from simmim.data.randomness import shuffled
+from simmim.data.remote import RemoteReading, RemoteShard
 
 OPEN_SHARDS = 320
 """Shards a process keeps open at a time: what one rank's slots touch while they shuffle a block."""
@@ -34,28 +44,53 @@ class RawSample:
         return f"{self.shard_name}/{self.key}"
 
 
-class OpenShard:
-    """One shard file with its index. Reads never move a file position, so forks may share it.
+class LocalShard:
+    """The bytes of one shard on this machine. Reads move no file position: forks may share it.
 
     Read rather than mapped: a file that is cut off while it is in use is then an error with a
     name, where a memory map would end the process.
     """
 
-    def __init__(self, folder: Path, entry: ShardEntry) -> None:
-        self.path = folder / entry.name
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(
+                f"shard {path} cannot be opened ({error.strerror}): make it readable, or"
+                " write the shards anew with `data-prep shard`"
+            ) from None
+        self.close = weakref.finalize(self, os.close, self._file)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return bytes of the shard. Raises DataError naming it where it cannot be read."""
+        try:
+            return os.pread(self._file, size, offset)
+        except OSError as error:
+            raise DataError(f"shard {self.path} cannot be read: {error.strerror}") from None
+
+
+class OpenShard:
+    """One shard with its index, here or at a URL."""
+
+    def __init__(
+        self, folder: Location, entry: ShardEntry, *, cache: ShardCache | None = None
+    ) -> None:
+        self.path = entry.location(folder)
         index = read_index(folder, entry)
         self.labels = index.labels
         self._offsets, self._sizes = index.offsets, index.sizes
         self._keys = np.char.encode(index.keys, "utf-8")  # a quarter of the memory
         self._extensions = np.char.encode(index.extensions, "ascii")
-        try:
-            self._file = os.open(self.path, os.O_RDONLY)
-            self.close = weakref.finalize(self, os.close, self._file)
-        except OSError as error:
-            raise DataError(
-                f"shard {self.path} cannot be opened ({error.strerror}): make it readable, or"
-                " write the shards anew with `data-prep shard`"
-            ) from None
+        self._shard = (
+            RemoteShard(self.path, entry, cache)
+            if isinstance(self.path, RemotePath)
+            else LocalShard(self.path)
+        )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._shard.close()
 
     def key(self, row: int) -> str:
         """Return the key of sample `row`."""
@@ -68,10 +103,7 @@ class OpenShard:
     def image(self, row: int) -> bytes:
         """Return the encoded image of sample `row`."""
         size, offset = int(self._sizes[row]), int(self._offsets[row])
-        try:
-            data = os.pread(self._file, size, offset)
-        except OSError as error:
-            raise DataError(f"shard {self.path} cannot be read: {error.strerror}") from None
+        data = self._shard.read(offset, size)
         if len(data) < size:
             raise DataError(
                 f"shard {self.path} ends within sample {self.key(row)}: it was cut off while it"
@@ -83,13 +115,23 @@ class OpenShard:
 class ShardSet:
     """The shards in `folder`, or some of them, with every sample one read away.
 
+    The folder is a path or a URL (s3, gs, http), which is then read as `remote` says.
     `shards` are numbers of the manifest's shards; here they count from 0 in the order given.
     Files open when first read, in each process for itself. Raises ValueError where the folder or
     its manifest cannot be used.
     """
 
-    def __init__(self, folder: str | Path, *, shards: Iterable[int] | slice | None = None) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        shards: Iterable[int] | slice | None = None,
+        remote: RemoteReading | None = None,
+    ) -> None:
+        self.remote = remote or RemoteReading()
+        self.folder = locate(folder)
+        if isinstance(self.folder, RemotePath):
+            self.folder = replace(self.folder, attempts=self.remote.attempts)
         self.manifest: Manifest = read_manifest(self.folder)
         total = len(self.manifest.shards)
         match shards:
@@ -260,6 +302,25 @@ class ShardSet:
             return self._open[shard]
         while len(self._open) >= OPEN_SHARDS:
             self._open.popitem(last=False)[1].close()
-        opened = OpenShard(self.folder, self.manifest.shards[self.numbers[shard]])
+        entry = self.manifest.shards[self.numbers[shard]]
+        opened = OpenShard(self.folder, entry, cache=self._cache_for(entry))
         self._open[shard] = opened
         return opened
+
+    def _cache_for(self, entry: ShardEntry) -> ShardCache | None:
+        if not isinstance(entry.location(self.folder), RemotePath):
+            return None
+        known = sum(self.manifest.shards[number].samples for number in self.numbers)
+        return self.remote.cache_for(self.manifest, self.samples / max(1, known))
+
+    @property
+    def fetches_whole_shards(self) -> bool:
+        """Whether reading brings whole shards into a cache, so that fetching ahead helps."""
+        return self._cache_for(self.manifest.shards[0]) is not None
+
+    def fetch(self, shard: int) -> None:
+        """Bring a shard into the cache before it is read; raises DataError where that fails."""
+        entry = self.manifest.shards[self.numbers[shard]]
+        place = entry.location(self.folder)
+        if isinstance(place, RemotePath):
+            RemoteShard(place, entry, self._cache_for(entry)).fetch()

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from simmim.data.bad_samples import MAX_BAD_SHARE, BadSamples
+from simmim.data.cache import DEFAULT_CACHE_BYTES
 from simmim.data.images import MAX_PIXELS
 from simmim.data.mixture import MixedShards, Shards
 from simmim.data.reading import ShardSet
+from simmim.data.remote import RemoteReading
 from simmim.data.statistics import measured_statistics
 from simmim.recipe import settings
 
@@ -23,7 +25,7 @@ class WeightedShards:
     """One set of a mixture."""
 
     shards: str
-    """Folder of shards that data-prep made."""
+    """Folder of shards that data-prep made, or its URL."""
     weight: float = 1.0
     """Share of the samples that come from this set, to those of the others."""
 
@@ -33,7 +35,7 @@ class WeightedShards:
 
 
 ShardsSetting = str | tuple[WeightedShards, ...]
-"""A folder of shards, or several with weights."""
+"""A folder of shards or its URL, or several with weights."""
 
 
 @settings
@@ -41,8 +43,19 @@ class DataSettings:
     """Shards, and how they are read."""
 
     shards: ShardsSetting
-    """Folder of shards that data-prep made: tars, indexes and manifest.json. Or a list of
-    {shards: folder, weight: number}: every batch takes from each set in proportion."""
+    """Folder of shards that data-prep made: tars, indexes and manifest.json. Or its URL, of s3,
+    gs, http or https. Or a list of {shards: folder or URL, weight: number}: every batch takes
+    from each set in proportion."""
+    remote: Literal["auto", "shards", "ranges"] = "auto"
+    """How shards at a URL are read: `shards` fetches whole ones into a cache and checks them,
+    `ranges` single samples; `auto` takes ranges where the cache is too small for the shuffle."""
+    cache_dir: str | None = None
+    """Folder of fetched shards, shared by the processes of a machine; null is one in the user's
+    cache directory."""
+    cache_bytes: int = DEFAULT_CACHE_BYTES
+    """Most bytes of fetched shards that are kept."""
+    attempts: int = 8
+    """Times that a request to a store is made, with growing pauses, before the run ends."""
     validation_shards: int = 1
     """Shards at the end of each set that are held out for validation; 0 holds out none."""
     classes: tuple[str, ...] | None = None
@@ -72,6 +85,8 @@ class DataSettings:
         for name in ("validation_shards", "workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        if self.cache_bytes < 1 or self.attempts < 1:
+            raise ValueError("cache_bytes and attempts must be 1 or more.")
         if self.slots < 1 or self.max_pixels < 1:
             raise ValueError("slots and max_pixels must be 1 or more.")
         if not 0 < self.fraction <= 1:
@@ -98,8 +113,19 @@ class DataSettings:
         Raises:
             ValueError: there is no such folder, no good manifest in it, or no such class.
         """
-        shards = open_sets(self.shards)
+        shards = open_sets(self.shards, self.remote_reading)
         return shards if self.classes is None else shards.only_classes(self.classes)
+
+    @property
+    def remote_reading(self) -> RemoteReading:
+        """How shards at URLs are read."""
+        return RemoteReading(
+            mode=self.remote,
+            cache_dir=None if self.cache_dir is None else Path(self.cache_dir),
+            cache_bytes=self.cache_bytes,
+            attempts=self.attempts,
+            slots=self.slots,
+        )
 
     def split_shards(self) -> tuple[Shards, Shards]:
         """Open the shards and return (training, validation); see `open_shards`."""
@@ -124,25 +150,27 @@ def with_statistics(data: Data) -> Data:
     """
     if MEASURED not in (data.mean, data.std):
         return data
-    found = measured_statistics(list(folders_of(data.shards)), weights_of(data.shards))
+    found = measured_statistics(folders_of(data.shards), weights_of(data.shards))
     mean = found.mean if isinstance(data.mean, str) else data.mean
     std = found.std if isinstance(data.std, str) else data.std
     return replace(data, mean=mean, std=std)
 
 
-def open_sets(shards: ShardsSetting) -> Shards:
-    """Open a folder of shards, or several as a mixture.
+def open_sets(shards: ShardsSetting, remote: RemoteReading | None = None) -> Shards:
+    """Open a folder of shards, or several as a mixture; those at URLs are read as `remote` says.
 
     Raises:
         ValueError: a folder cannot be used.
     """
+    folders = folders_of(shards)
     if isinstance(shards, str):
-        return ShardSet(shards)
-    return MixedShards([ShardSet(folder) for folder in folders_of(shards)], weights_of(shards))
+        return ShardSet(shards, remote=remote)
+    remote = replace(remote or RemoteReading(), sets=len(folders))
+    return MixedShards([ShardSet(one, remote=remote) for one in folders], weights_of(shards))
 
 
 def folders_of(shards: ShardsSetting) -> tuple[str, ...]:
-    """Return the folders that are named, at least one."""
+    """Return the folders or URLs that are named, at least one."""
     return (shards,) if isinstance(shards, str) else tuple(one.shards for one in shards)
 
 
@@ -151,9 +179,9 @@ def weights_of(shards: ShardsSetting) -> Sequence[float]:
     return [1.0] if isinstance(shards, str) else [one.weight for one in shards]
 
 
-def first_folder(shards: ShardsSetting) -> Path:
-    """Return the first folder that is named: where an example may be taken from."""
-    return Path(folders_of(shards)[0])
+def first_folder(shards: ShardsSetting) -> str:
+    """Return the first folder or URL that is named: where an example may be taken from."""
+    return folders_of(shards)[0]
 
 
 @settings

@@ -3,9 +3,10 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+
+from data_prep.manifest import Location, locate
 
 STATISTICS_NAME = "statistics.json"
 """File beside the manifest: `mean` and `std`, a number a channel each, and `samples`."""
@@ -27,7 +28,7 @@ def measured_statistics(
     Raises:
         ValueError: a set was not measured, or the sets have different channels.
     """
-    found = [_read(Path(folder) / STATISTICS_NAME, folder) for folder in folders]
+    found = [_read(locate(folder) / STATISTICS_NAME, folder) for folder in folders]
     if len(found) == 1:
         return found[0]
     if len({len(one.mean) for one in found}) > 1:
@@ -42,7 +43,7 @@ def measured_statistics(
     return ChannelStatistics(mean=tuple(mean.tolist()), std=tuple(spread.tolist()))
 
 
-def _read(path: Path, folder: str) -> ChannelStatistics:
+def _read(path: Location, folder: str) -> ChannelStatistics:
     remedy = f"measure them with `data-prep info --statistics {folder}`, or write mean and std out"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -240,7 +240,9 @@ def open_split(data: ClassificationData) -> tuple[Shards, Shards | None]:
         ValueError: there are no shards, no classes, samples without a class, or the validation
             shards have other classes.
     """
-    validation = None if data.validation is None else open_sets(data.validation)
+    validation = None
+    if data.validation is not None:
+        validation = open_sets(data.validation, data.remote_reading)
     if validation is not None and data.classes is not None:
         validation = validation.only_classes(data.classes)
     return open_labelled(

@@ -69,7 +69,7 @@ class Exportable:
     """Linear head, from a classification run."""
     classes: tuple[str, ...]
     """Names of its classes; empty where they are not known any more."""
-    shards: Path | None
+    shards: str | None
     """What a run was trained on."""
     origin: str
     """Where the weights come from, for a person."""

@@ -10,6 +10,7 @@ from simmim.data.cropping import center_crop_resize
 from simmim.data.decoding import decode_pixels
 from simmim.data.procedural import SMALLEST_SIZE, render
 from simmim.data.reading import ShardSet
+from simmim.data.remote import RemoteReading
 from simmim.stages.normalisation import Normalise
 from swinv2 import SwinV2Config
 
@@ -28,7 +29,7 @@ def trial_image(
     config: SwinV2Config,
     mean: tuple[float, ...],
     std: tuple[float, ...],
-    shards: Path | None = None,
+    shards: str | Path | None = None,
 ) -> TrialImage:
     """Prepare a picture with the size, mean and std of an encoder.
 
@@ -41,7 +42,9 @@ def trial_image(
     pixels, origin = None, "a picture that was drawn for it"
     if shards is not None:
         try:
-            sample = ShardSet(shards).read(0, 0)
+            # By range: one picture is not worth a shard.
+            reading = RemoteReading(mode="ranges", attempts=2)
+            sample = ShardSet(shards, remote=reading).read(0, 0)
             image = decode_pixels(sample.image, sample.extension, channels=config.in_channels)
             pixels = center_crop_resize(image.pixels, config.image_size)
             origin = f"{sample.name} of {shards}"
