@@ -89,7 +89,13 @@ class RemotePath:
             data: bytes = system.cat_file(self.url, start=offset, end=offset + size)
             return data
 
-        return self._try(read)
+        data = self._try(read)
+        if len(data) > size:  # a web server may answer with the whole file
+            raise StorageError(
+                f"{self} cannot be read by range: its server sends whole files only. Read whole "
+                "shards, in training with data.remote=shards, or serve them from one that can."
+            )
+        return data
 
     def read_text(self, encoding: str = "utf-8") -> str:
         """Return the whole file as text."""
@@ -102,9 +108,54 @@ class RemotePath:
 
     def blocks(self, start: int = 0) -> Iterator[bytes]:
         """Yield the file's bytes from `start`, a block at a time."""
+        if not self._gives_ranges():
+            yield from self._stream(start)
+            return
         size = self.stat().st_size
         for offset in range(start, size, _BLOCK):
             yield self.read_range(offset, min(_BLOCK, size - offset))
+
+    def _gives_ranges(self) -> bool:
+        """Tell whether parts can be asked for, which some web servers ignore."""
+
+        def probe(system: Any) -> bool:
+            try:
+                with system.open(self.url, "rb", _BLOCK) as file:
+                    file.seek(1)
+                    file.read(1)
+            except ValueError:
+                return False
+            return True
+
+        return not self.url.startswith("http") or self._try(probe)
+
+    def _stream(self, start: int) -> Iterator[bytes]:
+        """Yield the bytes from `start` of one request for all; a failed one is made anew."""
+        place, stream = 0, None
+
+        def read(system: Any) -> bytes:
+            nonlocal place, stream
+            if stream is None:
+                place, stream = 0, system.open(self.url, "rb", block_size=0)
+            try:
+                data: bytes = stream.read(_BLOCK)
+            except BaseException:
+                stream.close()
+                stream = None
+                raise
+            return data
+
+        had = start
+        try:
+            while block := self._try(read):
+                new = block[max(0, had - place) :]
+                place += len(block)
+                had += len(new)
+                if new:
+                    yield new
+        finally:
+            if stream is not None:
+                stream.close()
 
     def stat(self) -> SimpleNamespace:
         """Return `st_size`, the length in bytes."""

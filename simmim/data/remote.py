@@ -86,7 +86,9 @@ class RemoteShard:
         if self.cache is not None:
             try:
                 self.cache.fetch(self.entry, self.source)
-            except OSError as error:
+            except DataError:
+                raise
+            except (OSError, ValueError) as error:
                 raise DataError(self._describe(error)) from None
 
     def close(self) -> None:

@@ -31,7 +31,7 @@ def store(folder: Path) -> Iterator[RemotePath]:
     """The shards of `folder` in a store in memory."""
     system = fsspec.filesystem("memory")
     system.store.clear()
-    place = RemotePath("memory://bucket/set", attempts=1)
+    place = RemotePath("memory://training/set", attempts=1)
     for path in folder.iterdir():
         (place / path.name).upload(path)
     yield place
