@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import dataclass
+import re
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_prep.index import index_name, index_tar
+from data_prep.index import index_tar
 from data_prep.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -16,9 +17,12 @@ from data_prep.manifest import (
     write_index,
     write_manifest,
 )
+from data_prep.storage import Location
 from data_prep.workers import Tick, map_tasks
 
 _PARTIAL_NAME = ".partial-index"
+_RANGE = re.compile(r"([^{}]*)\{(\d+)\.\.(\d+)\}([^{}]*\.tar)")
+_MOST_TARS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,44 +44,56 @@ class _Found:
     largest_label: int
 
 
-def adopt_shards(
-    folder: Path, *, overwrite: bool = False, workers: int = 1, tick: Tick = lambda _: None
-) -> Adopted:
-    """Index every tar of a folder and write its manifest; the tars are not changed.
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    path: Location
+    partial: Path
+    place: str
 
-    Labels are taken from `cls` members; their classes are named by their numbers.
+
+def adopt_shards(
+    source: Location,
+    *,
+    output: Path | None = None,
+    overwrite: bool = False,
+    workers: int = 1,
+    tick: Tick = lambda _: None,
+) -> Adopted:
+    """Index tars and write their manifest; the tars are not changed.
+
+    Labels are taken from `cls` members; their classes are named by their numbers. The whole of
+    each tar is read, for its checksum.
+
+    Args:
+        source: folder of tars, or tars with numbers in braces: `shard-{000000..000099}.tar`.
+        output: folder for manifest and indexes; that of the tars if None.
+        overwrite: whether a manifest that is there may be replaced.
+        workers: processes to use.
+        tick: called with the number of samples looked at.
 
     Raises:
         ManifestError: there are no tars, no images in them, or a manifest is there already.
         TarError: a tar is damaged or hostile; see `data_prep.index.index_tar`.
+        StorageError: a store does not answer.
         OSError: the folder cannot be read or written.
     """
-    folder = folder.resolve()
-    paths = _find_tars(folder, overwrite)
-    partial = folder / _PARTIAL_NAME
-    partial.mkdir(exist_ok=True)
-    try:
-        workers = max(1, min(workers, len(paths)))
-        found = list(map_tasks(_index_aside, paths, workers=workers, tick=tick))
+    source = source.resolve() if isinstance(source, Path) else source
+    paths = _find_tars(source)
+    folder: Location = output.resolve() if output is not None else paths[0].parent
+    _refuse_replacing(folder, overwrite)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+    # Made aside, and moved or uploaded when every tar has been read.
+    beside = folder if isinstance(folder, Path) else None
+    with tempfile.TemporaryDirectory(prefix=_PARTIAL_NAME, dir=beside) as partial:
+        tasks = [
+            _Task(path=path, partial=Path(partial), place=str(path) if output is not None else "")
+            for path in paths
+        ]
+        workers = max(1, min(workers, len(tasks)))
+        found = list(map_tasks(_index_aside, tasks, workers=workers, tick=tick))
         found.sort(key=lambda one: one.entry.name)
-        full = [one for one in found if one.entry.samples]
-        if not full:
-            raise ManifestError(
-                f"the tars of {folder} hold no images: a WebDataset sample's image is a member "
-                "KEY.jpg, KEY.jpeg, KEY.png, KEY.webp or KEY.npy."
-            )
-        (folder / MANIFEST_NAME).unlink(missing_ok=True)
-        for one in full:
-            (partial / one.entry.index).replace(folder / one.entry.index)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    largest = max(one.largest_label for one in full)
-    manifest = Manifest(
-        folder=folder,
-        shards=tuple(one.entry for one in full),
-        classes=tuple(str(label) for label in range(largest + 1)),
-    )
-    write_manifest(manifest)
+        manifest = _publish(folder, Path(partial), found)
     return Adopted(
         manifest=manifest,
         without_image=sum(one.without_image for one in found),
@@ -85,12 +101,61 @@ def adopt_shards(
     )
 
 
-def _find_tars(folder: Path, overwrite: bool) -> list[Path]:
-    if not folder.is_dir():
-        raise ManifestError(f"{folder} is not a folder. Give a folder of WebDataset tars.")
-    paths = sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
+def _publish(folder: Location, partial: Path, found: list[_Found]) -> Manifest:
+    """Bring the indexes to their folder, then the manifest."""
+    full = [one for one in found if one.entry.samples]
+    if not full:
+        raise ManifestError(
+            f"the tars of {folder} hold no images: a WebDataset sample's image is a member "
+            "KEY.jpg, KEY.jpeg, KEY.png, KEY.webp or KEY.npy."
+        )
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
+    for one in full:
+        index = folder / one.entry.index
+        if isinstance(index, Path):
+            (partial / one.entry.index).replace(index)
+        else:
+            index.upload(partial / one.entry.index)
+    largest = max(one.largest_label for one in full)
+    manifest = Manifest(
+        folder=folder,
+        shards=tuple(one.entry for one in full),
+        classes=tuple(str(label) for label in range(largest + 1)),
+    )
+    write_manifest(manifest)
+    return manifest
+
+
+def _find_tars(source: Location) -> list[Location]:
+    pattern = _RANGE.fullmatch(source.name)
+    if pattern:
+        return _expand(source, pattern)
+    if not source.is_dir():
+        raise ManifestError(
+            f"{source} is not a folder. Give a folder of WebDataset tars, or their names with "
+            "numbers in braces: shard-{000000..000099}.tar"
+        )
+    paths: list[Location] = sorted(
+        (path for path in source.glob("*.tar") if not path.name.startswith(".")),
+        key=lambda path: path.name,
+    )
     if not paths:
-        raise ManifestError(f"{folder} holds no tars. Give a folder of WebDataset tars.")
+        raise ManifestError(f"{source} holds no tars. Give a folder of WebDataset tars.")
+    return paths
+
+
+def _expand(source: Location, pattern: re.Match[str]) -> list[Location]:
+    """Return the tars that a name with a range of numbers in braces stands for."""
+    head, first, last, tail = pattern.groups()
+    if int(last) < int(first) or int(last) - int(first) >= _MOST_TARS:
+        raise ManifestError(
+            f"{source}: numbers in braces count up, over at most {_MOST_TARS:,} tars."
+        )
+    numbers = range(int(first), int(last) + 1)
+    return [source.parent / f"{head}{number:0{len(first)}}{tail}" for number in numbers]
+
+
+def _refuse_replacing(folder: Location, overwrite: bool) -> None:
     if (folder / MANIFEST_NAME).exists():
         if not overwrite:
             raise ManifestError(f"{folder} has a {MANIFEST_NAME}; --overwrite makes it anew.")
@@ -99,22 +164,27 @@ def _find_tars(folder: Path, overwrite: bool) -> list[Path]:
                 f"{folder} was written by `data-prep shard` and has its indexes and class names. "
                 f"To lose those, remove its {MANIFEST_NAME} first."
             )
-    return paths
 
 
-def _has_source(folder: Path) -> bool:
+def _has_source(folder: Location) -> bool:
     try:
         return "source" in read_manifest(folder).options
     except ManifestError:
         return False  # damaged, so there is nothing in it to keep
 
 
-def _index_aside(path: Path, tick: Tick) -> _Found:
-    indexed = index_tar(path, tick)
+def _index_aside(task: _Task, tick: Tick) -> _Found:
+    try:
+        indexed = index_tar(task.path, tick)
+    except FileNotFoundError:
+        raise ManifestError(
+            f"{task.path} is missing. Bring it back, or index the others."
+        ) from None
+    entry = replace(indexed.entry(task.path.name), place=task.place)
     if len(indexed.index):
-        write_index(path.parent / _PARTIAL_NAME / index_name(path.name), indexed.index)
+        write_index(task.partial / entry.index, indexed.index)
     return _Found(
-        entry=indexed.entry(path.name),
+        entry=entry,
         without_image=indexed.without_image,
         largest_label=int(indexed.index.labels.max(initial=-1)),
     )

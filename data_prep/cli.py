@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,6 +31,8 @@ from data_prep.shard_arguments import (
     positive,
 )
 from data_prep.statistics import measure_set
+from data_prep.storage import RemotePath, locate
+from data_prep.upload import upload_set
 from data_prep.verify import MOST_PROBLEMS, verify_shards
 from data_prep.workers import WorkerError, available_cores
 
@@ -66,7 +72,7 @@ def _dispatch(arguments: argparse.Namespace, interruption: Interruption) -> int:
         case "shard" | "reshard":
             return _shard(arguments, interruption)
         case "merge":
-            manifest = merge_parts(arguments.folder, max_rejected=arguments.max_rejected)
+            manifest = merge_parts(Path(arguments.folder), max_rejected=arguments.max_rejected)
             print(_describe_set(manifest, "complete"))
             return 0
         case "index":
@@ -79,6 +85,11 @@ def _dispatch(arguments: argparse.Namespace, interruption: Interruption) -> int:
 
 
 def _shard(arguments: argparse.Namespace, interruption: Interruption) -> int:
+    destination = locate(arguments.folder)
+    # Shards for a store are made on this machine first, where a stopped run finds them again.
+    folder = destination if isinstance(destination, Path) else _staging(destination, arguments)
+    if arguments.part is not None and folder is not destination:
+        raise ValueError("--part writes to a folder that all parts share, not to a URL.")
     with _bar() as bar:
 
         def planned(plan: Plan) -> None:
@@ -88,7 +99,7 @@ def _shard(arguments: argparse.Namespace, interruption: Interruption) -> int:
 
         built = build_shards(
             arguments.source,
-            arguments.folder,
+            folder,
             parse_options(arguments),
             shards=arguments.command == "reshard",
             execution=parse_execution(arguments),
@@ -97,6 +108,10 @@ def _shard(arguments: argparse.Namespace, interruption: Interruption) -> int:
                 planned=planned, tick=interruption.watch(bar.update), finished=_ShardCounter(bar)
             ),
         )
+    if isinstance(destination, RemotePath) and built.manifest is not None:
+        uploaded = upload_set(built.manifest, destination, overwrite=arguments.overwrite)
+        shutil.rmtree(folder)
+        built = replace(built, manifest=uploaded)
     print(_describe_built(built, arguments.folder))
     return 0
 
@@ -116,10 +131,19 @@ class _ShardCounter:
         self._bar.set_postfix_str(f"{self._bytes / seconds / 1e6:.1f} MB/s, bad {self._bad:,}")
 
 
+def _staging(destination: RemotePath, arguments: argparse.Namespace) -> Path:
+    """Return the folder that the shards of a remote set are made in, the same for every run."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    parent = arguments.staging or caches / "data-prep"
+    parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return Path(parent, hashlib.sha256(destination.url.encode()).hexdigest()[:16])
+
+
 def _index(arguments: argparse.Namespace, interruption: Interruption) -> int:
     with _bar() as bar:
         adopted = adopt_shards(
-            arguments.folder,
+            locate(arguments.folder),
+            output=arguments.output,
             overwrite=arguments.overwrite,
             workers=arguments.workers,
             tick=interruption.watch(bar.update),
@@ -137,7 +161,7 @@ def _index(arguments: argparse.Namespace, interruption: Interruption) -> int:
 
 
 def _verify(arguments: argparse.Namespace, interruption: Interruption) -> int:
-    manifest = read_manifest(arguments.folder)
+    manifest = read_manifest(locate(arguments.folder))
     with _bar(manifest.samples) as bar:
         tick = interruption.watch(bar.update)
         found = verify_shards(manifest, decode=arguments.deep, workers=arguments.workers, tick=tick)
@@ -159,7 +183,7 @@ def _verify(arguments: argparse.Namespace, interruption: Interruption) -> int:
 
 
 def _info(arguments: argparse.Namespace, interruption: Interruption) -> int:
-    manifest = read_manifest(arguments.folder)
+    manifest = read_manifest(locate(arguments.folder))
     with _bar(manifest.samples) as bar:
         tick = interruption.watch(bar.update)
         text = describe_shards(manifest, workers=arguments.workers, tick=tick)
@@ -198,6 +222,12 @@ def _parser() -> argparse.ArgumentParser:
     add_max_rejected(merge)
     index = _add_command(commands, "index", "make manifest and indexes for tars someone else wrote")
     index.add_argument("--overwrite", action="store_true", help="replace a manifest that is there")
+    index.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="folder for manifest and indexes, where that of the tars cannot be written to",
+    )
     verify = _add_command(commands, "verify", "read shards back and compare with the manifest")
     depth = verify.add_mutually_exclusive_group()
     depth.add_argument(
@@ -237,7 +267,7 @@ def _add_command(
         parser.add_argument("source", type=Path, help=about)
     elif name == "reshard":
         parser.add_argument("source", type=Path, help="folder of WebDataset tars")
-    parser.add_argument("folder", type=Path, help="folder of shards")
+    parser.add_argument("folder", help="folder of shards, or its URL (s3, gs, http)")
     return parser
 
 
@@ -263,7 +293,7 @@ def _describe_plan(plan: Plan, source: Path) -> str:
     return f"{text}; writing {plan.shards - plan.finished:,} shards, {plan.workers} at a time"
 
 
-def _describe_built(built: Built, folder: Path) -> str:
+def _describe_built(built: Built, folder: str) -> str:
     if built.manifest is None:
         return f"this part is complete; when all are: data-prep merge {folder}"
     verb = "already complete" if built.was_complete else "complete"

@@ -38,7 +38,7 @@ def draw_contact_sheet(manifest: Manifest, path: Path) -> None:
         if not len(chosen):
             continue
         index = read_index(manifest.folder, shard)
-        images = read_images(manifest.folder / shard.name, index, chosen)
+        images = read_images(shard.location(manifest.folder), index, chosen)
         for row, data in zip(chosen, images, strict=True):
             label = int(index.labels[row])
             named = 0 <= label < len(manifest.classes)

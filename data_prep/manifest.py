@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,32 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from data_prep.storage import Location, RemotePath, StorageError, locate
+
+__all__ = [
+    "FORMAT",
+    "IMAGE_EXTENSIONS",
+    "MANIFEST_NAME",
+    "STATISTICS_NAME",
+    "VERSION",
+    "Location",
+    "Manifest",
+    "ManifestError",
+    "RemotePath",
+    "ShardEntry",
+    "ShardIndex",
+    "Statistics",
+    "StorageError",
+    "locate",
+    "read_index",
+    "read_manifest",
+    "read_statistics",
+    "write_aside",
+    "write_index",
+    "write_manifest",
+    "write_statistics",
+]
 
 MANIFEST_NAME = "manifest.json"
 STATISTICS_NAME = "statistics.json"
@@ -54,14 +81,21 @@ class ShardEntry:
     """SHA-256 of the tar, 64 hexadecimal digits."""
     index: str
     """File name of the shard's index, without a folder."""
+    place: str = ""
+    """Path or URL of the tar where it lies outside of the folder, as `data-prep index --output`
+    leaves it; empty where it lies inside."""
+
+    def location(self, folder: Location) -> Location:
+        """Return where the tar is, of a set in `folder`."""
+        return locate(self.place) if self.place else folder / self.name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """A complete set of shards."""
 
-    folder: Path
-    """Folder that holds the shards, their indexes and the manifest."""
+    folder: Location
+    """Folder that holds the shards, their indexes and the manifest, here or at a URL."""
     shards: tuple[ShardEntry, ...]
     """The shards in order, at least 1."""
     classes: tuple[str, ...] = ()
@@ -100,17 +134,20 @@ class ShardIndex:
         return len(self.offsets)
 
 
-def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
-    """Read and check `manifest.json` of a folder of shards.
+def read_manifest(folder: str | os.PathLike[str] | RemotePath) -> Manifest:
+    """Read and check `manifest.json` of a folder of shards, given as a path or a URL.
 
     Raises:
         ManifestError: the folder has no manifest, or it is not one this version can read.
     """
-    path = Path(folder) / MANIFEST_NAME
+    place = locate(folder)
+    path = place / MANIFEST_NAME
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ManifestError(_describe_absence(Path(folder))) from None
+        raise ManifestError(_describe_absence(place)) from None
+    except StorageError as error:
+        raise ManifestError(str(error)) from None
     except OSError as error:
         raise ManifestError(f"{path} cannot be read: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:
@@ -140,23 +177,23 @@ def write_manifest(manifest: Manifest) -> None:
         "classes": list(manifest.classes),
         "options": dict(manifest.options),
         "fingerprint": manifest.fingerprint,
-        "shards": [vars(shard) for shard in manifest.shards],
+        "shards": [_values_of(shard) for shard in manifest.shards],
     }
     text = json.dumps(values, indent=1) + "\n"
     write_aside(manifest.folder / MANIFEST_NAME, text.encode())
 
 
-def read_index(folder: str | os.PathLike[str], shard: ShardEntry) -> ShardIndex:
+def read_index(folder: str | os.PathLike[str] | RemotePath, shard: ShardEntry) -> ShardIndex:
     """Read the index of one shard and check it against the manifest and the tar's length.
 
     Raises:
         ManifestError: tar or index is missing, damaged, or they do not fit each other.
     """
-    path = Path(folder) / shard.index
-    _check_length(Path(folder) / shard.name, shard)
+    place = locate(folder)
+    path = place / shard.index
+    _check_length(shard.location(place), shard)
     try:
-        # A memory map, for the length of the file is then checked before any memory is taken.
-        rows = np.lib.format.open_memmap(path, mode="r")
+        rows = _map_rows(path)
     except FileNotFoundError:
         raise ManifestError(f"index {path} is missing. {_REMEDY}") from None
     # NumPy raises nearly any type when a header is hostile.
@@ -174,7 +211,21 @@ def read_index(folder: str | os.PathLike[str], shard: ShardEntry) -> ShardIndex:
     return _unpack(rows, path, shard)
 
 
-def write_index(path: Path, index: ShardIndex) -> None:
+def _values_of(shard: ShardEntry) -> dict[str, Any]:
+    return {name: value for name, value in vars(shard).items() if name != "place" or value}
+
+
+def _map_rows(path: Location) -> NDArray[Any]:
+    """Return the rows of an index as a memory map: no memory is taken for what is not there."""
+    if isinstance(path, Path):
+        return np.lib.format.open_memmap(path, mode="r")
+    with tempfile.NamedTemporaryFile(suffix=".npy") as copy:
+        copy.write(path.read_bytes())
+        copy.flush()
+        return np.lib.format.open_memmap(copy.name, mode="r")
+
+
+def write_index(path: Location, index: ShardIndex) -> None:
     """Write the index of a shard as one NumPy array of rows, aside and then renamed."""
     keys = np.char.encode(index.keys, "utf-8")
     rows = np.zeros(len(index), dtype=_row_type(max(1, keys.dtype.itemsize)))
@@ -185,8 +236,11 @@ def write_index(path: Path, index: ShardIndex) -> None:
     write_aside(path, buffer.getvalue())
 
 
-def write_aside(path: Path, data: bytes) -> None:
+def write_aside(path: Location, data: bytes) -> None:
     """Write a whole file so that it is there complete or not at all."""
+    if isinstance(path, RemotePath):
+        path.write_bytes(data)
+        return
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with partial.open("wb") as file:
         file.write(data)
@@ -207,7 +261,7 @@ def _row_type(key_bytes: int) -> np.dtype[np.void]:
     )
 
 
-def _unpack(rows: NDArray[np.void], path: Path, shard: ShardEntry) -> ShardIndex:
+def _unpack(rows: NDArray[np.void], path: Location, shard: ShardEntry) -> ShardIndex:
     try:
         keys = np.char.decode(rows["key"], "utf-8")
         extensions = np.char.decode(rows["extension"], "ascii")
@@ -231,12 +285,15 @@ def _unpack(rows: NDArray[np.void], path: Path, shard: ShardEntry) -> ShardIndex
     return index
 
 
-def _check_length(path: Path, shard: ShardEntry) -> None:
+def _check_length(path: Location, shard: ShardEntry) -> None:
     try:
         length = path.stat().st_size
+    except StorageError as error:
+        raise ManifestError(str(error)) from None
     except OSError as error:
         raise ManifestError(
-            f"shard {path} cannot be read: {error.strerror}. Bring it back, or make it again."
+            f"shard {path} cannot be read: {error.strerror or 'it is missing'}. "
+            "Bring it back, or make it again."
         ) from None
     if length != shard.bytes:
         raise ManifestError(
@@ -245,7 +302,7 @@ def _check_length(path: Path, shard: ShardEntry) -> None:
         )
 
 
-def _describe_absence(folder: Path) -> str:
+def _describe_absence(folder: Location) -> str:
     if not folder.exists():
         return f"folder of shards {folder} does not exist. Make it: data-prep shard SRC {folder}"
     if not folder.is_dir():
@@ -255,7 +312,7 @@ def _describe_absence(folder: Path) -> str:
     return f"{folder} has no {MANIFEST_NAME}. Make shards in it: data-prep shard SRC {folder}"
 
 
-def _parse(values: dict[str, Any], path: Path) -> Manifest:
+def _parse(values: dict[str, Any], path: Location) -> Manifest:
     shards = _field(values, "shards", list, path)
     entries = tuple(_parse_shard(shard, number, path) for number, shard in enumerate(shards))
     classes = _field(values, "classes", list, path)
@@ -282,12 +339,12 @@ def _parse(values: dict[str, Any], path: Path) -> Manifest:
     return manifest
 
 
-def _parse_notes(values: dict[str, Any], path: Path) -> dict[str, int]:
+def _parse_notes(values: dict[str, Any], path: Location) -> dict[str, int]:
     notes = _field({"notes": {}} | values, "notes", dict, path)
     return {name: _count(notes, name, 1, path) for name in notes}
 
 
-def _parse_shard(values: Any, number: int, path: Path) -> ShardEntry:
+def _parse_shard(values: Any, number: int, path: Location) -> ShardEntry:
     if not isinstance(values, dict):
         raise ManifestError(f"{path}: shard {number} must be a mapping. {_REMEDY}")
     entry = ShardEntry(
@@ -296,6 +353,7 @@ def _parse_shard(values: Any, number: int, path: Path) -> ShardEntry:
         bytes=_count(values, "bytes", 1, path),
         sha256=_field(values, "sha256", str, path),
         index=_field(values, "index", str, path),
+        place=_parse_place(values, number, path),
     )
     for pattern, text in (
         (_SHARD_NAME, entry.name),
@@ -307,14 +365,40 @@ def _parse_shard(values: Any, number: int, path: Path) -> ShardEntry:
     return entry
 
 
-def _field(values: dict[str, Any], name: str, kind: type, path: Path) -> Any:
+def _parse_place(values: dict[str, Any], number: int, path: Location) -> str:
+    """Return where a tar lies that is not beside the manifest.
+
+    Only a manifest on this machine may name such a place: one that was fetched could make its
+    reader ask hosts and open files that are none of its business.
+    """
+    place = values.get("place", "")
+    if not isinstance(place, str) or "\x00" in place:
+        raise ManifestError(f"{path}: shard {number} has the impossible place {place!r}.")
+    if not place:
+        return ""
+    if isinstance(path, RemotePath):
+        raise ManifestError(
+            f"{path}: shard {number} is said to be at {place!r}, and a remote manifest may name "
+            "none but its own folder. Index those shards: data-prep index PATTERN --output FOLDER"
+        )
+    try:
+        location = locate(place)
+    except StorageError as error:
+        raise ManifestError(f"{path}: shard {number}: {error}") from None
+    wrong = isinstance(location, Path) and not location.is_absolute()
+    if wrong or location.name != values.get("name") or ".." in place.split("/"):
+        raise ManifestError(f"{path}: shard {number} has the impossible place {place!r}.")
+    return place
+
+
+def _field(values: dict[str, Any], name: str, kind: type, path: Location) -> Any:
     value = values.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ManifestError(f"{path}: `{name}` must be a {kind.__name__}, got {value!r}. {_REMEDY}")
     return value
 
 
-def _count(values: dict[str, Any], name: str, least: int, path: Path) -> int:
+def _count(values: dict[str, Any], name: str, least: int, path: Location) -> int:
     value = _field(values, name, int, path)
     if value < least:
         raise ManifestError(f"{path}: `{name}` must be at least {least}, got {value}. {_REMEDY}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from PIL import Image
 from data_prep.arrays import read_array
 from data_prep.encoding import turn_upright
 from data_prep.images import RejectedImageError
-from data_prep.manifest import ShardIndex
+from data_prep.manifest import Location, ShardIndex
 
 _WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
@@ -42,7 +41,7 @@ def read_pixels(data: bytes, extension: str) -> NDArray[Any]:
     return values[..., None] if values.ndim == 2 else values
 
 
-def read_images(path: Path, index: ShardIndex, rows: NDArray[np.int64]) -> Iterator[bytes]:
+def read_images(path: Location, index: ShardIndex, rows: NDArray[np.int64]) -> Iterator[bytes]:
     """Yield the files of some samples of a shard.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 
 from data_prep.build import Execution
 from data_prep.encoding import FORMATS, Encoding
@@ -162,6 +163,12 @@ def _add_execution(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--address", help="address of the Ray cluster; None starts one on this machine"
+    )
+    parser.add_argument(
+        "--staging",
+        type=Path,
+        metavar="FOLDER",
+        help="folder that shards for a URL are made in until uploaded; None: in the user's cache",
     )
     parser.add_argument(
         "--part",

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.images import RejectedImageError
-from data_prep.manifest import Manifest, ShardEntry, Statistics, read_index
+from data_prep.manifest import Location, Manifest, ShardEntry, Statistics, read_index
 from data_prep.pixels import read_images, read_pixels
 from data_prep.workers import Tick, map_tasks
 
@@ -101,7 +100,7 @@ class _Sum:
 @dataclass(frozen=True, kw_only=True)
 class _Task:
     number: int
-    folder: Path
+    folder: Location
     shard: ShardEntry
 
 
@@ -155,7 +154,7 @@ def measure_set(
 
 def _measure_shard(task: _Task, tick: Tick) -> _Measured:
     index = read_index(task.folder, task.shard)
-    path = task.folder / task.shard.name
+    path = task.shard.location(task.folder)
     sums: dict[_Kind, _Sum] = {}
     unreadable = []
     for row, data in enumerate(read_images(path, index, np.arange(len(index)))):

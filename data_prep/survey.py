@@ -7,14 +7,13 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from data_prep.arrays import read_header
-from data_prep.manifest import Manifest, ShardEntry, ShardIndex, read_index
+from data_prep.manifest import Location, Manifest, ShardEntry, ShardIndex, read_index
 from data_prep.pixels import read_images, spread_rows
 from data_prep.workers import Tick, map_tasks
 
@@ -62,7 +61,7 @@ class Survey:
 
 @dataclass(frozen=True, kw_only=True)
 class _Task:
-    folder: Path
+    folder: Location
     shard: ShardEntry
     classes: int
     rows: NDArray[np.int64]
@@ -100,7 +99,7 @@ def _survey_shard(task: _Task, tick: Tick) -> Survey:
         extensions=Counter(index.extensions.tolist()),
     )
     _read_headers(
-        survey, index, task.rows, read_images(task.folder / task.shard.name, index, task.rows)
+        survey, index, task.rows, read_images(task.shard.location(task.folder), index, task.rows)
     )
     tick(len(index))
     return survey

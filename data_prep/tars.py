@@ -6,15 +6,19 @@ import io
 import os
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import IO
+
+from data_prep.storage import Location
 
 
 class TarError(ValueError):
     """A tar is compressed, cut or damaged."""
 
 
-def walk_tar(path: Path, *, start: int = 0, length: int | None = None) -> Iterator[tarfile.TarInfo]:
+def walk_tar(
+    path: Location, *, start: int = 0, length: int | None = None
+) -> Iterator[tarfile.TarInfo]:
     """Yield every member of an uncompressed tar in order, holding none of them.
 
     Args:
@@ -73,7 +77,7 @@ class _Part(io.RawIOBase):
         return data
 
 
-def is_tar(path: Path) -> bool:
+def is_tar(path: Location) -> bool:
     """Tell whether a file is an uncompressed tar."""
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:"):
@@ -103,9 +107,9 @@ def describe_path_problem(name: str) -> str | None:
     return None
 
 
-def _describe(path: Path, error: Exception) -> str:
+def _describe(path: Location, error: Exception) -> str:
     try:
-        with tarfile.open(path, mode="r:*"):
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:*"):
             compressed = not is_tar(path)
     except (tarfile.TarError, OSError, EOFError):
         compressed = False

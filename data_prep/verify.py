@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from data_prep.images import WRITTEN_ANEW, RejectedImageError, check_image
 from data_prep.index import index_tar
 from data_prep.manifest import Manifest, ManifestError, ShardEntry, ShardIndex, read_index
 from data_prep.pixels import read_images
+from data_prep.storage import Location
 from data_prep.tars import TarError
 from data_prep.workers import Tick, map_tasks
 
@@ -37,7 +37,7 @@ class Verification:
 
 @dataclass(frozen=True, kw_only=True)
 class _Task:
-    folder: Path
+    folder: Location
     shard: ShardEntry
     classes: int
     decode: bool
@@ -103,7 +103,7 @@ def _find_strays(manifest: Manifest) -> list[str]:
 
 def _verify_shard(task: _Task, tick: Tick) -> _Found:
     found = _Found()
-    name, path = task.shard.name, task.folder / task.shard.name
+    name, path = task.shard.name, task.shard.location(task.folder)
     try:
         promised = read_index(task.folder, task.shard)
         actual = index_tar(path, (lambda _: None) if task.decode else tick)
@@ -124,7 +124,7 @@ def _verify_shard(task: _Task, tick: Tick) -> _Found:
     return found
 
 
-def _decode_all(path: Path, index: ShardIndex, found: _Found, tick: Tick) -> None:
+def _decode_all(path: Location, index: ShardIndex, found: _Found, tick: Tick) -> None:
     images = read_images(path, index, np.arange(len(index)))
     for data, key in zip(images, index.keys, strict=True):
         try:

@@ -176,11 +176,9 @@ def _one_for_each_field(mistakes: Sequence[Any]) -> Iterator[Any]:
     """
     found: dict[tuple[Any, ...], Any] = {}
     for mistake in mistakes:
-        place = tuple(
-            part
-            for part in mistake["loc"]
-            if mistake["type"] in UNKNOWN_KEY or not (isinstance(part, str) and "[" in part)
-        )
+        key = mistake["loc"][-1:] if mistake["type"] in UNKNOWN_KEY else ()
+        around = mistake["loc"][: len(mistake["loc"]) - len(key)]
+        place = (*(part for part in around if not _names_a_type(part)), *key)
         message = mistake["msg"]
         if place in found:
             message = f"{found[place]['msg']}, or {message.removeprefix('Input should be ')}"
@@ -189,6 +187,11 @@ def _one_for_each_field(mistakes: Sequence[Any]) -> Iterator[Any]:
         parts_of_it = (other for other in found if other != place and other[: len(place)] == place)
         if not any(parts_of_it):
             yield mistake
+
+
+def _names_a_type(part: str | int) -> bool:
+    """Tell whether a part of a location is pydantic's name of one of the types of a field."""
+    return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool"))
 
 
 def _describe_mistake(recipe_type: type[Any], mistake: Any) -> str:
@@ -209,12 +212,21 @@ def _describe_mistake(recipe_type: type[Any], mistake: Any) -> str:
 
 def _field_names(recipe_type: type[Any], path: list[str]) -> list[str]:
     for part in path:
-        inner = get_type_hints(recipe_type).get(part)
-        found = [kind for kind in (inner, *get_args(inner)) if dataclasses.is_dataclass(kind)]
+        if part.isdigit():  # a place in a list of settings
+            continue
+        found = list(_settings_in(get_type_hints(recipe_type).get(part)))
         if not found:
             break
-        recipe_type = found[0]  # type: ignore[assignment]
+        recipe_type = found[0]
     return [field.name for field in dataclasses.fields(recipe_type)]
+
+
+def _settings_in(hint: Any) -> Iterator[type[Any]]:
+    """Yield the classes of settings that a type is made of."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        yield hint
+    for part in get_args(hint):
+        yield from _settings_in(part)
 
 
 def to_values(recipe: Any) -> dict[str, Any]:

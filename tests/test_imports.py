@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 OURS = {"swinv2", "data_prep", "simmim", "jobs", "tests"}
 ALLOWED = {
     "swinv2": {"torch", "einops", "safetensors", "numpy"},
-    "data_prep": {"numpy", "PIL", "simplejpeg", "tqdm"},
+    "data_prep": {"fsspec", "numpy", "PIL", "simplejpeg", "tqdm"},
     "simmim": {
         "PIL",
         "accelerate",
@@ -25,6 +25,7 @@ ALLOWED = {
         "psutil",
         "pydantic",
         "safetensors",
+        "simplejpeg",
         "torch",
         "tqdm",
         "typing_extensions",  # torch brings it

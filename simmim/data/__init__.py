@@ -1,20 +1,32 @@
 """Data: the order of samples, reading them from shards, and batches of them."""
 
+from simmim.data.bad_samples import BadSample, BadSamples
 from simmim.data.batches import Batch, BatchStream, TrainingBatches, evaluation_batches
-from simmim.data.errors import DataError
-from simmim.data.images import center_crop_resize, decode, random_resized_crop
+from simmim.data.cropping import center_crop_resize, random_resized_crop
+from simmim.data.decoding import Decoded, decode_pixels
+from simmim.data.errors import BadSampleError, DataError
+from simmim.data.images import decode
+from simmim.data.mixture import MixedOrder, MixedShards
 from simmim.data.order import Address, SampleOrder, slots_for
 from simmim.data.reading import RawSample, ShardSet
+from simmim.data.remote import RemoteReading
 from simmim.data.transforms import EvalTransform, MaskDraw, Sample, TrainTransform, Transform
 
 __all__ = [
     "Address",
+    "BadSample",
+    "BadSampleError",
+    "BadSamples",
     "Batch",
     "BatchStream",
     "DataError",
+    "Decoded",
     "EvalTransform",
     "MaskDraw",
+    "MixedOrder",
+    "MixedShards",
     "RawSample",
+    "RemoteReading",
     "Sample",
     "SampleOrder",
     "ShardSet",
@@ -23,6 +35,7 @@ __all__ = [
     "Transform",
     "center_crop_resize",
     "decode",
+    "decode_pixels",
     "evaluation_batches",
     "random_resized_crop",
     "slots_for",

@@ -5,57 +5,86 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import resource_tracker
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_prep.manifest import ManifestError
-from simmim.data.errors import DataError
-from simmim.data.order import Address, SampleOrder
-from simmim.data.reading import ShardSet
-from simmim.data.transforms import Transform
+from simmim.data.bad_samples import BadSample, BadSamples
+from simmim.data.errors import BadSampleError, DataError
+from simmim.data.mixture import Order, Shards
+from simmim.data.order import Address
+from simmim.data.plans import EvaluationPlan, TrainingPlan
+from simmim.data.randomness import shuffled
+from simmim.data.remote import AheadOfBatches
+from simmim.data.transforms import Sample, Transform
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+REPLACEMENTS = 100
+"""Samples of a shard that are tried in the place of a bad one before the shard is given up."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of one micro-batch, still in bytes: the device converts and normalises them."""
+    """Images of one micro-batch as they were stored: the device mirrors and normalises them."""
 
     images: Tensor
-    """uint8 (batch, channels, height, width)."""
+    """(batch, channels, height, width), channels last in memory: uint8, or the type of arrays."""
     masks: Tensor | None
     """bool (batch, rows, columns) of mask cells, True = hidden."""
     labels: Tensor | None
     """int64 (batch,), -1 where a sample has none; None where no sample of the set has one."""
     addresses: Tensor
-    """int64 (batch, 3): epoch, shard and sample. Stays on the CPU."""
+    """int64 (batch, 3): epoch, shard and sample asked for. Stays on the CPU."""
+    flips: Tensor | None = None
+    """bool (batch,): which images the device mirrors; None mirrors none."""
+    bad: tuple[BadSample, ...] = ()
+    """What could not be read as it should."""
 
     def __len__(self) -> int:
         return len(self.images)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel as bytes: shared memory costs more, for every page of it is cleared anew."""
+        parts = (self.masks, self.labels, self.addresses, self.flips)
+        arrays = [None if part is None else part.cpu().numpy() for part in parts]
+        return unpacked, (self.images.permute(0, 2, 3, 1).cpu().numpy(), arrays, self.bad)
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Return the batch on a device."""
-        return Batch(
-            self.images.to(device, non_blocking=non_blocking),
-            None if self.masks is None else self.masks.to(device, non_blocking=non_blocking),
-            None if self.labels is None else self.labels.to(device, non_blocking=non_blocking),
-            self.addresses,
-        )
+        return self._each(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """Return the batch in pinned memory, from where it copies to a GPU while that computes."""
-        return Batch(
-            self.images.pin_memory(),
-            None if self.masks is None else self.masks.pin_memory(),
-            None if self.labels is None else self.labels.pin_memory(),
-            self.addresses,
+        return self._each(lambda part: part.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        return replace(
+            self,
+            images=change(self.images),
+            masks=None if self.masks is None else change(self.masks),
+            labels=None if self.labels is None else change(self.labels),
+            flips=None if self.flips is None else change(self.flips),
         )
+
+
+def unpacked(
+    images: np.ndarray, arrays: Sequence[np.ndarray | None], bad: tuple[BadSample, ...]
+) -> Batch:
+    """Return a batch as it was before it was sent; `images` has its channels last."""
+    parts = [None if part is None else torch.from_numpy(part) for part in arrays]
+    masks, labels, addresses, flips = parts
+    assert addresses is not None
+    planes = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return Batch(planes, masks, labels, addresses, flips, bad)
 
 
 @dataclass(frozen=True)
@@ -66,31 +95,96 @@ class Failure:
 
 
 class AddressedSamples(Dataset[Batch | Failure]):
-    """Answers a list of addresses with the batch of what stands there."""
+    """Answers a list of addresses with the batch of what stands there.
 
-    def __init__(self, shards: ShardSet, transform: Transform) -> None:
+    A sample that is damaged is named in the batch. With `replacing`, another one of its shard
+    takes its place: which one is a pure function of the address. Else it is left out.
+    """
+
+    def __init__(self, shards: Shards, transform: Transform, *, replacing: bool) -> None:
         self.shards = shards
         self.transform = transform
+        self.replacing = replacing
 
     def __getitem__(self, addresses: Sequence[Address]) -> Batch | Failure:
         """Return the batch, or what kept it from being made."""
-        samples = []
+        bad: list[BadSample] = []
+        samples, found = [], []
         for address in addresses:
-            name = f"sample {address.sample} of shard {address.shard}"
             try:
-                raw = self.shards.read(address.shard, address.sample)
-                name = f"sample {raw.name}"
-                samples.append(self.transform(raw, address))
+                sample = self._sample(address, bad)
             except (DataError, ManifestError) as error:
-                return Failure(f"{name} in {self.shards.folder}: {error}")
-        masks = [sample.mask for sample in samples if sample.mask is not None]
+                folder = self.shards.folder_of(address.shard)
+                return Failure(f"shard {address.shard} of {folder}: {error}")
+            if sample is not None:
+                samples.append(sample)
+                found.append(address)
+        kinds = {str(sample.image.dtype).removeprefix("torch.") for sample in samples}
+        if len(kinds) > 1:
+            return Failure(
+                f"a batch would mix {' and '.join(sorted(kinds))}: keep images and arrays of"
+                " different types in shards of their own, or write the arrays in one type"
+            )
         labels = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
+        masks = [sample.mask for sample in samples if sample.mask is not None]
         return Batch(
-            images=torch.stack([sample.image for sample in samples]),
+            images=stacked([sample.image for sample in samples]),
             masks=torch.stack(masks) if masks else None,
             labels=labels if self.shards.classes else None,
-            addresses=torch.tensor(addresses, dtype=torch.int64),
+            addresses=torch.tensor(found, dtype=torch.int64).view(-1, 3),
+            flips=torch.tensor([sample.flip for sample in samples]) if self.replacing else None,
+            bad=tuple(bad),
         )
+
+    def _sample(self, address: Address, bad: list[BadSample]) -> Sample | None:
+        """Return the sample at an address, or what takes its place."""
+        name = ""
+        for place in self._candidates(address):
+            raw = self.shards.read(place.shard, place.sample)
+            name = name or raw.name
+            known = partial(
+                BadSample,
+                folder=self.shards.folder_of(place.shard),
+                shard=raw.shard_name,
+                key=raw.key,
+            )
+            try:
+                sample = self.transform(raw, place)
+            except BadSampleError as error:
+                kind: Literal["replaced", "skipped"] = "replaced" if self.replacing else "skipped"
+                bad.append(known(kind=kind, reason=str(error)))
+                continue
+            except DataError as error:
+                raise DataError(f"sample {raw.name}: {error}") from None
+            if sample.repaired is not None:
+                bad.append(known(kind="repaired", reason=sample.repaired))
+            return sample
+        if self.replacing:
+            raise DataError(
+                f"sample {name} is damaged ({bad[-1].reason}), and so is every other one that was"
+                " tried in its place; make the shard again with `data-prep shard`"
+            )
+        return None
+
+    def _candidates(self, address: Address) -> Iterator[Address]:
+        """Yield the address, and then those that may take its place."""
+        yield address
+        if self.replacing:
+            others = shuffled(self.shards.sizes[address.shard], "replacement", *address)
+            for sample in others[: REPLACEMENTS + 1].tolist():
+                if sample != address.sample:
+                    yield address._replace(sample=sample)
+
+
+def stacked(images: Sequence[Tensor]) -> Tensor:
+    """Return images (channels, height, width) as one batch, channels last in memory."""
+    if not images:
+        return torch.zeros(0, 0, 0, 0, dtype=torch.uint8)
+    channels, height, width = images[0].shape
+    batch = torch.empty((len(images), height, width, channels), dtype=images[0].dtype)
+    for row, image in zip(batch, images, strict=True):
+        row.copy_(image.permute(1, 2, 0))
+    return batch.permute(0, 3, 1, 2)
 
 
 class BatchStream:
@@ -99,11 +193,12 @@ class BatchStream:
     def __init__(
         self,
         dataset: AddressedSamples,
-        plan: "TrainingPlan | EvaluationPlan",
+        plan: TrainingPlan | EvaluationPlan,
         *,
         workers: int,
         prefetch: int,
         pin_memory: bool,
+        bad_samples: BadSamples | None,
     ) -> None:
         if workers < 0 or prefetch < 1:
             raise ValueError(
@@ -114,16 +209,20 @@ class BatchStream:
         self.workers = workers
         self.prefetch = prefetch
         self.pin_memory = pin_memory
+        self.bad_samples = BadSamples() if bad_samples is None else bad_samples
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches. Raises DataError naming the shard and key of what cannot be used."""
+        """Yield the batches, without those of which nothing could be read.
+
+        Raises DataError naming the shard of what cannot be read, or where too many are bad.
+        """
         loader: DataLoader[Batch | Failure] = DataLoader(
             self.dataset,
             batch_size=None,
-            sampler=self.plan,
+            sampler=self._addresses(),
             num_workers=self.workers,
             collate_fn=as_it_is,
             pin_memory=self.pin_memory,
@@ -137,89 +236,19 @@ class BatchStream:
             while (batch := fetch(batches)) is not None:
                 if isinstance(batch, Failure):
                     raise DataError(batch.message)
-                yield batch
+                skipped = sum(sample.kind == "skipped" for sample in batch.bad)
+                self.bad_samples.record(len(batch) + skipped, batch.bad)
+                if len(batch):
+                    yield batch
         finally:
             # Ends the workers now. Left to the traceback of an error, they would go with a heap
             # of garbage, their queues first, and could not be told.
             del batches
 
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingPlan:
-    """The addresses of each micro-batch of one rank between two cursors."""
-
-    order: SampleOrder
-    batch_size: int
-    accumulation: int
-    rank: int
-    world: int
-    start: int
-    stop: int
-
-    def __post_init__(self) -> None:
-        self.order.check_batch(self.batch_size, self.world)
-        share = self.batch_size // self.world
-        if self.accumulation < 1 or share % self.accumulation:
-            raise ValueError(
-                f"accumulation is {self.accumulation}, which does not divide the {share} samples"
-                f" that each of {self.world} processes takes of a global batch of"
-                f" {self.batch_size}"
-            )
-        if self.start > self.stop or (self.stop - self.start) % self.batch_size:
-            raise ValueError(
-                f"from cursor {self.start} to {self.stop} is no whole number of batches of"
-                f" {self.batch_size} samples"
-            )
-
-    def __len__(self) -> int:
-        return (self.stop - self.start) // self.batch_size * self.accumulation
-
-    def __iter__(self) -> Iterator[list[Address]]:
-        micro = self.batch_size // self.world // self.accumulation
-        for position in range(self.start, self.stop, self.batch_size):
-            part = self.order.batch(position, self.batch_size, self.rank, self.world)
-            for first in range(0, len(part), micro):
-                yield part[first : first + micro]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationPlan:
-    """The addresses of each batch of one rank: every sample once over all ranks, in order."""
-
-    sizes: Sequence[int]
-    batch_size: int
-    rank: int
-    world: int
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or not 0 <= self.rank < self.world:
-            raise ValueError(
-                f"batch_size is {self.batch_size} and rank {self.rank} of {self.world};"
-                " the batch must hold at least 1 sample and ranks count from 0"
-            )
-
-    def __len__(self) -> int:
-        return sum(1 for part in self._ranges() if part)
-
-    def __iter__(self) -> Iterator[list[Address]]:
-        places = ((shard, row) for shard, size in enumerate(self.sizes) for row in range(size))
-        passed = 0
-        for part in self._ranges():
-            if part:
-                for _ in range(part.start - passed):
-                    next(places)
-                yield [Address(0, *next(places)) for _ in part]
-                passed = part.stop
-
-    def _ranges(self) -> Iterator[range]:
-        """Yield which samples, counted through all shards, this rank takes of each batch."""
-        total = sum(self.sizes)
-        for first in range(0, total, self.batch_size):
-            count = min(self.batch_size, total - first)
-            yield range(
-                first + count * self.rank // self.world,
-                first + count * (self.rank + 1) // self.world,
-            )
+    def _addresses(self) -> Iterable[Sequence[Address]]:
+        """Return the plan, with the shards of coming batches fetched ahead where that helps."""
+        shards = self.dataset.shards
+        return AheadOfBatches(self.plan, shards.fetch) if shards.fetches_whole_shards else self.plan
 
 
 class TrainingBatches(BatchStream):
@@ -232,8 +261,8 @@ class TrainingBatches(BatchStream):
 
     def __init__(
         self,
-        shards: ShardSet,
-        order: SampleOrder,
+        shards: Shards,
+        order: Order,
         transform: Transform,
         *,
         batch_size: int,
@@ -245,6 +274,7 @@ class TrainingBatches(BatchStream):
         workers: int = 0,
         prefetch: int = 2,
         pin_memory: bool = False,
+        bad_samples: BadSamples | None = None,
     ) -> None:
         if order.shard_sizes.tolist() != shards.sizes:
             raise ValueError("the order was made for other shards: give it `shards.sizes`")
@@ -257,12 +287,18 @@ class TrainingBatches(BatchStream):
             start=start_position,
             stop=end_position,
         )
-        dataset = AddressedSamples(shards, transform)
-        super().__init__(dataset, plan, workers=workers, prefetch=prefetch, pin_memory=pin_memory)
+        super().__init__(
+            AddressedSamples(shards, transform, replacing=True),
+            plan,
+            workers=workers,
+            prefetch=prefetch,
+            pin_memory=pin_memory,
+            bad_samples=bad_samples,
+        )
 
 
 def evaluation_batches(
-    shards: ShardSet,
+    shards: Shards,
     transform: Transform,
     *,
     batch_size: int,
@@ -271,15 +307,24 @@ def evaluation_batches(
     workers: int = 0,
     prefetch: int = 2,
     pin_memory: bool = False,
+    bad_samples: BadSamples | None = None,
 ) -> BatchStream:
     """Return the batches of one rank: every sample once over all ranks, in order.
 
     `batch_size` is global, and each rank takes an equal run of it; the last batch is shorter, and
-    a rank that would get nothing of it skips it, so ranks may differ by one batch.
+    a rank that would get nothing of it skips it, so ranks may differ by one batch. Samples that
+    cannot be read are left out, counted and named: figures are over those that can, and nothing
+    stands in for another.
     """
     plan = EvaluationPlan(sizes=shards.sizes, batch_size=batch_size, rank=rank, world=world)
-    dataset = AddressedSamples(shards, transform)
-    return BatchStream(dataset, plan, workers=workers, prefetch=prefetch, pin_memory=pin_memory)
+    return BatchStream(
+        AddressedSamples(shards, transform, replacing=False),
+        plan,
+        workers=workers,
+        prefetch=prefetch,
+        pin_memory=pin_memory,
+        bad_samples=bad_samples,
+    )
 
 
 def fetch(batches: Iterator[Batch | Failure]) -> Batch | Failure | None:

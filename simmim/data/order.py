@@ -47,6 +47,43 @@ def slots_for(batch_size: int, samples: int) -> int:
     return next(slots for slots in range(limit, 0, -1) if batch_size % slots == 0)
 
 
+def check_batch(batch_size: int, world: int, slots: int) -> None:
+    """Raise ValueError unless a global batch in this many slots can be dealt to `world` ranks."""
+    if batch_size < 1 or batch_size % slots:
+        raise ValueError(
+            f"global batch size {batch_size} is not a multiple of the {slots} slots;"
+            f" use {max(1, batch_size // slots) * slots} or another multiple"
+        )
+    if world < 1 or slots % world:
+        legal = [count for count in range(1, slots + 1) if slots % count == 0]
+        raise ValueError(
+            f"{world} processes cannot share {slots} slots equally;"
+            f" use one of {', '.join(map(str, legal))} processes"
+        )
+
+
+def turns_of(position: int, batch_size: int, slots: int) -> np.ndarray:
+    """Return the turns that each slot takes in the global batch at cursor `position`.
+
+    Raises ValueError where the cursor lies between two turns.
+    """
+    if position < 0 or position % slots:
+        raise ValueError(
+            f"cursor {position} is not a multiple of the {slots} slots;"
+            " continue with the batch size and slots that the run began with"
+        )
+    first = position // slots
+    return np.arange(first, first + batch_size // slots)
+
+
+def slots_of(rank: int, world: int, slots: int) -> range:
+    """Return the slots that a rank owns; raises ValueError where there is no such rank."""
+    if not 0 <= rank < world:
+        raise ValueError(f"rank is {rank}; it must be from 0 to {world - 1}")
+    owned = slots // world
+    return range(rank * owned, (rank + 1) * owned)
+
+
 class SampleOrder:
     """The endless sequence of samples over `shard_sizes` (samples in each shard).
 
@@ -82,17 +119,7 @@ class SampleOrder:
 
     def check_batch(self, batch_size: int, world: int = 1) -> None:
         """Raise ValueError unless this global batch can be dealt to `world` ranks."""
-        if batch_size < 1 or batch_size % self.slots:
-            raise ValueError(
-                f"global batch size {batch_size} is not a multiple of the {self.slots} slots;"
-                f" use {max(1, batch_size // self.slots) * self.slots} or another multiple"
-            )
-        if world < 1 or self.slots % world:
-            legal = [count for count in range(1, self.slots + 1) if self.slots % count == 0]
-            raise ValueError(
-                f"{world} processes cannot share {self.slots} slots equally;"
-                f" use one of {', '.join(map(str, legal))} processes"
-            )
+        check_batch(batch_size, world, self.slots)
 
     def batch(self, position: int, batch_size: int, rank: int = 0, world: int = 1) -> list[Address]:
         """Return the part of `rank` in the global batch that starts at cursor `position`.
@@ -101,21 +128,16 @@ class SampleOrder:
         cursor is any multiple of `slots`. Raises ValueError where sizes do not divide.
         """
         self.check_batch(batch_size, world)
-        if not 0 <= rank < world:
-            raise ValueError(f"rank is {rank}; it must be from 0 to {world - 1}")
-        if position < 0 or position % self.slots:
-            raise ValueError(
-                f"cursor {position} is not a multiple of the {self.slots} slots;"
-                " continue with the batch size and slots that the run began with"
-            )
-        first = position // self.slots
-        turns = np.arange(first, first + batch_size // self.slots)
+        turns = turns_of(position, batch_size, self.slots)
+        owned = slots_of(rank, world, self.slots)
+        return [address for slot in owned for address in self.slot_addresses(slot, turns)]
+
+    def slot_addresses(self, slot: int, turns: np.ndarray) -> list[Address]:
+        """Return what a slot gives at these turns, ascending; a turn takes one sample of it."""
         epochs, offsets = np.divmod(turns, self._slot_length)
-        owned = self.slots // world
         addresses: list[Address] = []
-        for slot in range(rank * owned, (rank + 1) * owned):
-            for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-                addresses += self._addresses(epoch, slot, offsets[epochs == epoch])
+        for epoch in np.unique(epochs).tolist():
+            addresses += self._addresses(epoch, slot, offsets[epochs == epoch])
         return addresses
 
     def _addresses(self, epoch: int, slot: int, offsets: np.ndarray) -> list[Address]:

@@ -4,15 +4,25 @@ import hashlib
 import os
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.manifest import Manifest, ShardEntry, read_index, read_manifest
+from data_prep.manifest import (
+    Location,
+    Manifest,
+    RemotePath,
+    ShardEntry,
+    locate,
+    read_index,
+    read_manifest,
+)
+from simmim.data.cache import ShardCache
 from simmim.data.errors import DataError
 from simmim.data.randomness import shuffled
+from simmim.data.remote import RemoteReading, RemoteShard
 
 OPEN_SHARDS = 320
 """Shards a process keeps open at a time: what one rank's slots touch while they shuffle a block."""
@@ -26,6 +36,7 @@ class RawSample:
     image: bytes
     label: int | None
     shard_name: str
+    extension: str
 
     @property
     def name(self) -> str:
@@ -33,39 +44,66 @@ class RawSample:
         return f"{self.shard_name}/{self.key}"
 
 
-class OpenShard:
-    """One shard file with its index. Reads never move a file position, so forks may share it.
+class LocalShard:
+    """The bytes of one shard on this machine. Reads move no file position: forks may share it.
 
     Read rather than mapped: a file that is cut off while it is in use is then an error with a
     name, where a memory map would end the process.
     """
 
-    def __init__(self, folder: Path, entry: ShardEntry) -> None:
-        self.path = folder / entry.name
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(
+                f"shard {path} cannot be opened ({error.strerror}): make it readable, or"
+                " write the shards anew with `data-prep shard`"
+            ) from None
+        self.close = weakref.finalize(self, os.close, self._file)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return bytes of the shard. Raises DataError naming it where it cannot be read."""
+        try:
+            return os.pread(self._file, size, offset)
+        except OSError as error:
+            raise DataError(f"shard {self.path} cannot be read: {error.strerror}") from None
+
+
+class OpenShard:
+    """One shard with its index, here or at a URL."""
+
+    def __init__(
+        self, folder: Location, entry: ShardEntry, *, cache: ShardCache | None = None
+    ) -> None:
+        self.path = entry.location(folder)
         index = read_index(folder, entry)
         self.labels = index.labels
         self._offsets, self._sizes = index.offsets, index.sizes
         self._keys = np.char.encode(index.keys, "utf-8")  # a quarter of the memory
-        try:
-            self._file = os.open(self.path, os.O_RDONLY)
-            self.close = weakref.finalize(self, os.close, self._file)
-        except OSError as error:
-            raise DataError(
-                f"shard {self.path} cannot be opened ({error.strerror}): make it readable, or"
-                " write the shards anew with `data-prep shard`"
-            ) from None
+        self._extensions = np.char.encode(index.extensions, "ascii")
+        self._shard = (
+            RemoteShard(self.path, entry, cache)
+            if isinstance(self.path, RemotePath)
+            else LocalShard(self.path)
+        )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._shard.close()
 
     def key(self, row: int) -> str:
         """Return the key of sample `row`."""
         return bytes(self._keys[row]).decode()
 
+    def extension(self, row: int) -> str:
+        """Return the extension of the image member of sample `row`."""
+        return bytes(self._extensions[row]).decode()
+
     def image(self, row: int) -> bytes:
         """Return the encoded image of sample `row`."""
         size, offset = int(self._sizes[row]), int(self._offsets[row])
-        try:
-            data = os.pread(self._file, size, offset)
-        except OSError as error:
-            raise DataError(f"shard {self.path} cannot be read: {error.strerror}") from None
+        data = self._shard.read(offset, size)
         if len(data) < size:
             raise DataError(
                 f"shard {self.path} ends within sample {self.key(row)}: it was cut off while it"
@@ -77,13 +115,23 @@ class OpenShard:
 class ShardSet:
     """The shards in `folder`, or some of them, with every sample one read away.
 
+    The folder is a path or a URL (s3, gs, http), which is then read as `remote` says.
     `shards` are numbers of the manifest's shards; here they count from 0 in the order given.
     Files open when first read, in each process for itself. Raises ValueError where the folder or
     its manifest cannot be used.
     """
 
-    def __init__(self, folder: str | Path, *, shards: Iterable[int] | slice | None = None) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        shards: Iterable[int] | slice | None = None,
+        remote: RemoteReading | None = None,
+    ) -> None:
+        self.remote = remote or RemoteReading()
+        self.folder = locate(folder)
+        if isinstance(self.folder, RemotePath):
+            self.folder = replace(self.folder, attempts=self.remote.attempts)
         self.manifest: Manifest = read_manifest(self.folder)
         total = len(self.manifest.shards)
         match shards:
@@ -99,6 +147,7 @@ class ShardSet:
                 f"{self.folder} has shards 0 to {total - 1}; there is no shard {outside[0]}"
             )
         self._rows: tuple[np.ndarray, ...] | None = None
+        self._chosen: tuple[int, ...] = tuple(range(len(self.manifest.classes)))
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
 
     def __getstate__(self) -> dict[str, object]:
@@ -107,7 +156,11 @@ class ShardSet:
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes; a label is a place in this list."""
-        return tuple(self.manifest.classes)
+        return tuple(self.manifest.classes[label] for label in self._chosen)
+
+    def folder_of(self, _shard: int) -> str:
+        """Return the folder of a shard."""
+        return str(self.folder)
 
     @property
     def sizes(self) -> list[int]:
@@ -130,6 +183,8 @@ class ShardSet:
             digest.update(f"{shard.name} {shard.samples} {shard.sha256}\n".encode())
         for rows in self._rows or ():
             digest.update(rows.astype("<i8").tobytes())
+        if self._narrowed:
+            digest.update(repr(self._chosen).encode())
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -140,17 +195,30 @@ class ShardSet:
         opened = self._opened(shard)
         row = sample if self._rows is None else int(self._rows[shard][sample])
         label = int(opened.labels[row])
+        if label >= 0 and self._narrowed:
+            label = self._chosen.index(label)
         return RawSample(
             key=opened.key(row),
             image=opened.image(row),
             label=None if label < 0 else label,
             shard_name=opened.path.stem,
+            extension=opened.extension(row),
         )
 
     def labels(self, shard: int) -> np.ndarray:
         """Return the label of each sample of a shard, int64, -1 where there is none."""
         labels = self._opened(shard).labels
-        return labels if self._rows is None else labels[self._rows[shard]]
+        if self._rows is not None:
+            labels = labels[self._rows[shard]]
+        if self._narrowed:
+            numbers = np.full(len(self.manifest.classes) + 1, -1)  # the last is for no label, -1
+            numbers[list(self._chosen)] = np.arange(len(self._chosen))
+            labels = numbers[labels]
+        return labels
+
+    @property
+    def _narrowed(self) -> bool:
+        return len(self._chosen) < len(self.manifest.classes)
 
     def require_labels(self) -> None:
         """Raise ValueError unless the images have at least two classes."""
@@ -191,7 +259,27 @@ class ShardSet:
             count = max(1, round(share * len(members)))
             chosen[members[shuffled(len(members), "share", seed, label)[:count]]] = True
         edges = np.cumsum([len(part) for part in labels])[:-1]
-        rows = [np.flatnonzero(part) for part in np.split(chosen, edges)]
+        return self._keeping([np.flatnonzero(part) for part in np.split(chosen, edges)])
+
+    def only_classes(self, names: Sequence[str]) -> "ShardSet":
+        """Return the samples of these classes; labels then count within them, in the set's order.
+
+        Raises ValueError naming the classes that there are not.
+        """
+        unknown = [name for name in names if name not in self.classes]
+        if unknown or not names:
+            raise ValueError(
+                f"the shards in {self.folder} have no class {', '.join(unknown) or '(none given)'};"
+                f" choose of {', '.join(self.classes) or 'none: nothing is labelled'}"
+            )
+        labels = [self.labels(shard) for shard in range(len(self.numbers))]
+        wanted = [label for label, name in enumerate(self.classes) if name in names]
+        selection = self._keeping([np.flatnonzero(np.isin(part, wanted)) for part in labels])
+        selection._chosen = tuple(self._chosen[label] for label in wanted)
+        return selection
+
+    def _keeping(self, rows: list[np.ndarray]) -> "ShardSet":
+        """Return these samples of each shard, by their places among those that are there now."""
         if self._rows is not None:
             rows = [known[part] for known, part in zip(self._rows, rows, strict=True)]
         selection = self._only(range(len(self.numbers)))
@@ -214,6 +302,25 @@ class ShardSet:
             return self._open[shard]
         while len(self._open) >= OPEN_SHARDS:
             self._open.popitem(last=False)[1].close()
-        opened = OpenShard(self.folder, self.manifest.shards[self.numbers[shard]])
+        entry = self.manifest.shards[self.numbers[shard]]
+        opened = OpenShard(self.folder, entry, cache=self._cache_for(entry))
         self._open[shard] = opened
         return opened
+
+    def _cache_for(self, entry: ShardEntry) -> ShardCache | None:
+        if not isinstance(entry.location(self.folder), RemotePath):
+            return None
+        known = sum(self.manifest.shards[number].samples for number in self.numbers)
+        return self.remote.cache_for(self.manifest, self.samples / max(1, known))
+
+    @property
+    def fetches_whole_shards(self) -> bool:
+        """Whether reading brings whole shards into a cache, so that fetching ahead helps."""
+        return self._cache_for(self.manifest.shards[0]) is not None
+
+    def fetch(self, shard: int) -> None:
+        """Bring a shard into the cache before it is read; raises DataError where that fails."""
+        entry = self.manifest.shards[self.numbers[shard]]
+        place = entry.location(self.folder)
+        if isinstance(place, RemotePath):
+            RemoteShard(place, entry, self._cache_for(entry)).fetch()

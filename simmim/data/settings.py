@@ -1,51 +1,187 @@
 """Settings of the data that every stage reads."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal, TypeVar
 
+from simmim.data.bad_samples import MAX_BAD_SHARE, BadSamples
+from simmim.data.cache import DEFAULT_CACHE_BYTES
 from simmim.data.images import MAX_PIXELS
+from simmim.data.mixture import MixedShards, Shards
 from simmim.data.reading import ShardSet
+from simmim.data.remote import RemoteReading
+from simmim.data.statistics import measured_statistics
 from simmim.recipe import settings
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+MEASURED: Literal["measured"] = "measured"
+
+
+@settings
+class WeightedShards:
+    """One set of a mixture."""
+
+    shards: str
+    """Folder of shards that data-prep made, or its URL."""
+    weight: float = 1.0
+    """Share of the samples that come from this set, to those of the others."""
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ValueError(f"weight is {self.weight}; it must be above 0.")
+
+
+ShardsSetting = str | tuple[WeightedShards, ...]
+"""A folder of shards or its URL, or several with weights."""
 
 
 @settings
 class DataSettings:
     """Shards, and how they are read."""
 
-    shards: str
-    """Folder of shards that data-prep made: tars, indexes and manifest.json."""
+    shards: ShardsSetting
+    """Folder of shards that data-prep made: tars, indexes and manifest.json. Or its URL, of s3,
+    gs, http or https. Or a list of {shards: folder or URL, weight: number}: every batch takes
+    from each set in proportion."""
+    remote: Literal["auto", "shards", "ranges"] = "auto"
+    """How shards at a URL are read: `shards` fetches whole ones into a cache and checks them,
+    `ranges` single samples; `auto` takes ranges where the cache is too small for the shuffle."""
+    cache_dir: str | None = None
+    """Folder of fetched shards, shared by the processes of a machine; null is one in the user's
+    cache directory."""
+    cache_bytes: int = DEFAULT_CACHE_BYTES
+    """Most bytes of fetched shards that are kept."""
+    attempts: int = 8
+    """Times that a request to a store is made, with growing pauses, before the run ends."""
     validation_shards: int = 1
-    """Shards at the end of the set that are held out for validation; 0 holds out none."""
+    """Shards at the end of each set that are held out for validation; 0 holds out none."""
+    classes: tuple[str, ...] | None = None
+    """Names of the classes whose images are used; null uses all images."""
+    fraction: float = 1.0
+    """Share of each class's training images that is used, above 0 and at most 1. Which ones
+    depends on `fraction_seed` alone, and a larger share contains every smaller one."""
+    fraction_seed: int = 0
+    """Seed of that choice; apart from training.seed, so that runs of other seeds see the same."""
     workers: int = 2
     """Worker processes that decode, for each training process; 0 decodes in the process itself."""
     slots: int = 64
     """Equal parts that an epoch is cut into; the batch size must be a multiple of it, and the
     number of processes must divide it. Another number is another order."""
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    """Mean of each channel, on a scale from 0 to 1."""
-    std: tuple[float, ...] = IMAGENET_STD
-    """Standard deviation of each channel, on a scale from 0 to 1."""
+    mean: tuple[float, ...] | Literal["measured"] = IMAGENET_MEAN
+    """Mean of each channel, on a scale from 0 to 1 (fractions as they are). `measured` takes what
+    `data-prep info --statistics` found in the shards."""
+    std: tuple[float, ...] | Literal["measured"] = IMAGENET_STD
+    """Standard deviation of each channel, on the same scale, or `measured`."""
     max_pixels: int = MAX_PIXELS
     """Images of more pixels are refused from their header, before anything is decoded."""
+    max_bad_share: float = MAX_BAD_SHARE
+    """Share of the samples that may be damaged: training replaces each by another of its shard,
+    validation leaves it out, both name it in bad_samples.jsonl. More of them end the run."""
 
     def __post_init__(self) -> None:
         for name in ("validation_shards", "workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        if self.cache_bytes < 1 or self.attempts < 1:
+            raise ValueError("cache_bytes and attempts must be 1 or more.")
         if self.slots < 1 or self.max_pixels < 1:
             raise ValueError("slots and max_pixels must be 1 or more.")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction is {self.fraction}; above 0, at most 1.")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share is {self.max_bad_share}; a share is from 0 to 1.")
+        if not self.shards:
+            raise ValueError("shards names no folder; give one, or a list of them.")
+        if isinstance(self.mean, str) or isinstance(self.std, str):
+            return
         if len(self.mean) != len(self.std) or min(self.std, default=0) <= 0:
             raise ValueError("mean and std need a number a channel each, every std above 0.")
 
-    def open_shards(self) -> ShardSet:
-        """Open the shards.
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and std as numbers; `with_statistics` makes them such."""
+        assert not isinstance(self.mean, str)
+        assert not isinstance(self.std, str)
+        return self.mean, self.std
+
+    def open_shards(self) -> Shards:
+        """Open the shards, and keep the images of the classes asked for.
 
         Raises:
-            ValueError: there is no such folder, or no good manifest in it.
+            ValueError: there is no such folder, no good manifest in it, or no such class.
         """
-        return ShardSet(Path(self.shards))
+        shards = open_sets(self.shards, self.remote_reading)
+        return shards if self.classes is None else shards.only_classes(self.classes)
+
+    @property
+    def remote_reading(self) -> RemoteReading:
+        """How shards at URLs are read."""
+        return RemoteReading(
+            mode=self.remote,
+            cache_dir=None if self.cache_dir is None else Path(self.cache_dir),
+            cache_bytes=self.cache_bytes,
+            attempts=self.attempts,
+            slots=self.slots,
+        )
+
+    def split_shards(self) -> tuple[Shards, Shards]:
+        """Open the shards and return (training, validation); see `open_shards`."""
+        training, validation = self.open_shards().split(self.validation_shards)
+        if self.fraction < 1:
+            training = training.share(self.fraction, seed=self.fraction_seed)
+        return training, validation
+
+    def bad_samples(self) -> BadSamples:
+        """Return a fresh account of bad samples."""
+        return BadSamples(self.max_bad_share)
+
+
+Data = TypeVar("Data", bound=DataSettings)
+
+
+def with_statistics(data: Data) -> Data:
+    """Put the measured numbers in place where `mean` or `std` ask for them.
+
+    Raises:
+        ValueError: they were not measured.
+    """
+    if MEASURED not in (data.mean, data.std):
+        return data
+    found = measured_statistics(folders_of(data.shards), weights_of(data.shards))
+    mean = found.mean if isinstance(data.mean, str) else data.mean
+    std = found.std if isinstance(data.std, str) else data.std
+    return replace(data, mean=mean, std=std)
+
+
+def open_sets(shards: ShardsSetting, remote: RemoteReading | None = None) -> Shards:
+    """Open a folder of shards, or several as a mixture; those at URLs are read as `remote` says.
+
+    Raises:
+        ValueError: a folder cannot be used.
+    """
+    folders = folders_of(shards)
+    if isinstance(shards, str):
+        return ShardSet(shards, remote=remote)
+    remote = replace(remote or RemoteReading(), sets=len(folders))
+    return MixedShards([ShardSet(one, remote=remote) for one in folders], weights_of(shards))
+
+
+def folders_of(shards: ShardsSetting) -> tuple[str, ...]:
+    """Return the folders or URLs that are named, at least one."""
+    return (shards,) if isinstance(shards, str) else tuple(one.shards for one in shards)
+
+
+def weights_of(shards: ShardsSetting) -> Sequence[float]:
+    """Return the weight of each folder."""
+    return [1.0] if isinstance(shards, str) else [one.weight for one in shards]
+
+
+def first_folder(shards: ShardsSetting) -> str:
+    """Return the first folder or URL that is named: where an example may be taken from."""
+    return folders_of(shards)[0]
 
 
 @settings

@@ -1,4 +1,7 @@
-"""From a raw sample to model input, each a pure function of the seed, the epoch and the sample."""
+"""From a raw sample to model input, each a pure function of the seed, the epoch and the sample.
+
+Images keep the type they have, and are mirrored and normalised on the device.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,13 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from simmim.data.images import (
-    MAX_PIXELS,
-    center_crop_resize,
-    check_channels,
-    decode,
-    random_resized_crop,
-)
+from simmim.data.cropping import center_crop_resize, random_resized_crop
+from simmim.data.decoding import decode_pixels
+from simmim.data.images import MAX_PIXELS
 from simmim.data.order import Address
 from simmim.data.randomness import numpy_stream, torch_stream
 from simmim.data.reading import RawSample
@@ -26,11 +25,15 @@ class Sample:
     """One image ready to be batched."""
 
     image: Tensor
-    """uint8 (channels, height, width)."""
+    """(channels, height, width): uint8, or the type of the array that it was."""
     mask: Tensor | None
     """bool (rows, columns) of mask cells, True = hidden."""
     label: int
     """Place in the list of classes, -1 where there is none."""
+    flip: bool = False
+    """Whether the device mirrors the image."""
+    repaired: str | None = None
+    """What is wrong with a file that was read all the same."""
 
 
 Transform = Callable[[RawSample, Address], Sample]
@@ -50,29 +53,26 @@ class TrainTransform:
     flip: float = 0.5
     """Probability of mirroring."""
     channels: int = 3
-    """1 grey, 3 colour, 4 colour and transparency."""
+    """1 grey, 3 colour, 4 colour and transparency; arrays have any number."""
     mask: MaskDraw | None = None
     max_pixels: int = MAX_PIXELS
     """Pixels of the largest image that is decoded."""
 
-    def __post_init__(self) -> None:
-        check_channels(self.channels)
-
     def __call__(self, raw: RawSample, address: Address) -> Sample:
         """Return the sample as this epoch shows it."""
-        image = decode(raw.image, channels=self.channels, max_pixels=self.max_pixels)
-        crop = random_resized_crop(
-            image,
-            self.size,
-            numpy_stream("crop", self.seed, address.epoch, raw.name),
-            scale=self.scale,
-            ratio=self.ratio,
-            flip=self.flip,
+        decoded = decode_pixels(
+            raw.image, raw.extension, channels=self.channels, max_pixels=self.max_pixels
         )
+        rng = numpy_stream("crop", self.seed, address.epoch, raw.name)
+        crop = random_resized_crop(
+            decoded.pixels, self.size, rng, scale=self.scale, ratio=self.ratio
+        )
+        flip = bool(rng.random() < self.flip)
         mask = None
         if self.mask is not None:
             mask = self.mask(torch_stream("mask", self.seed, address.epoch, raw.name))
-        return Sample(crop, mask, -1 if raw.label is None else raw.label)
+        label = -1 if raw.label is None else raw.label
+        return Sample(crop, mask, label, flip, decoded.repaired)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,19 +85,19 @@ class EvalTransform:
     crop_pct: float = 1.0
     """Share of the covering side that is kept."""
     channels: int = 3
-    """1 grey, 3 colour, 4 colour and transparency."""
+    """1 grey, 3 colour, 4 colour and transparency; arrays have any number."""
     mask: MaskDraw | None = None
     max_pixels: int = MAX_PIXELS
     """Pixels of the largest image that is decoded."""
 
-    def __post_init__(self) -> None:
-        check_channels(self.channels)
-
     def __call__(self, raw: RawSample, address: Address) -> Sample:  # noqa: ARG002
         """Return the sample as evaluation sees it."""
-        image = decode(raw.image, channels=self.channels, max_pixels=self.max_pixels)
-        crop = center_crop_resize(image, self.size, crop_pct=self.crop_pct)
+        decoded = decode_pixels(
+            raw.image, raw.extension, channels=self.channels, max_pixels=self.max_pixels
+        )
+        crop = center_crop_resize(decoded.pixels, self.size, crop_pct=self.crop_pct)
         mask = None
         if self.mask is not None:
             mask = self.mask(torch_stream("evaluation mask", self.seed, raw.name))
-        return Sample(crop, mask, -1 if raw.label is None else raw.label)
+        label = -1 if raw.label is None else raw.label
+        return Sample(crop, mask, label, repaired=decoded.repaired)

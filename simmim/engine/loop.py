@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from simmim.data.bad_samples import BadSamples
 from simmim.data.batches import Batch
 from simmim.engine.checkpoint import (
     TrainingState,
@@ -110,6 +111,10 @@ class Stage(Protocol):
     @property
     def data_digest(self) -> str:
         """Digest of the shards that are trained on."""
+
+    @property
+    def bad_samples(self) -> BadSamples:
+        """The account of samples that could not be read."""
 
     def batches(self, *, rank: int, world: int, start: int, end: int) -> Iterable[Batch]:
         """Yield this rank's micro-batches, from `start` to `end` samples of the global stream."""

@@ -18,6 +18,7 @@ LOCK = ".lock"
 
 FREE_TO_CHANGE = (
     "data.workers",
+    "data.max_bad_share",
     "execution",
     "training.accumulation",
     "training.log_every",
@@ -44,6 +45,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """One JSON object a line, a line for each logged step."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def bad_samples(self) -> Path:
+        """One JSON object a line, a line for each sample that was replaced or left out."""
+        return self.path / "bad_samples.jsonl"
 
     @property
     def checkpoints(self) -> Path:

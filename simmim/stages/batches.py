@@ -2,9 +2,9 @@
 
 import torch
 
+from simmim.data.bad_samples import BadSamples
 from simmim.data.batches import TrainingBatches
-from simmim.data.order import SampleOrder
-from simmim.data.reading import ShardSet
+from simmim.data.mixture import Order, Shards
 from simmim.data.settings import AugmentedDataSettings, DataSettings
 from simmim.data.transforms import MaskDraw, TrainTransform
 from simmim.engine.loop import TrainingSettings
@@ -24,8 +24,8 @@ def check_batches(data: DataSettings, training: TrainingSettings) -> None:
 
 
 def training_batches(
-    shards: ShardSet,
-    order: SampleOrder,
+    shards: Shards,
+    order: Order,
     data: AugmentedDataSettings,
     training: TrainingSettings,
     *,
@@ -35,6 +35,7 @@ def training_batches(
     world: int,
     start: int,
     end: int,
+    bad_samples: BadSamples,
 ) -> TrainingBatches:
     """Return this rank's micro-batches, from `start` to `end` samples of the global stream.
 
@@ -49,6 +50,7 @@ def training_batches(
         world: number of processes.
         start: cursor of the first batch.
         end: cursor behind the last one.
+        bad_samples: where those that had to be replaced are counted.
     """
     transform = TrainTransform(
         size=(data.image_size, data.image_size),
@@ -72,4 +74,5 @@ def training_batches(
         world=world,
         workers=data.workers,
         pin_memory=torch.cuda.is_available(),
+        bad_samples=bad_samples,
     )

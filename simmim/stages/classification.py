@@ -1,8 +1,7 @@
 """Fine-tuning for classification: average pool, a linear head, and the whole encoder trained."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,9 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from simmim.data.batches import Batch, evaluation_batches
-from simmim.data.order import SampleOrder
-from simmim.data.reading import ShardSet
-from simmim.data.settings import AugmentedDataSettings
+from simmim.data.mixture import Shards, order_of
+from simmim.data.settings import AugmentedDataSettings, open_sets, with_statistics
 from simmim.data.transforms import EvalTransform
 from simmim.engine.loop import TrainingSettings
 from simmim.engine.run import RunFolder
@@ -40,11 +38,6 @@ class ClassificationData(AugmentedDataSettings):
     """Side of the square images in pixels."""
     validation: str | None = None
     """Folder of other shards, all of them for validation; null holds out `validation_shards`."""
-    fraction: float = 1.0
-    """Share of each class's training images that is used, above 0 and at most 1. Which ones
-    depends on `fraction_seed` alone, and a larger share contains every smaller one."""
-    fraction_seed: int = 0
-    """Seed of that choice; apart from training.seed, so that runs of other seeds see the same."""
     scale: tuple[float, float] = (0.08, 1.0)
     """Share of the image's area that the random crop takes, from and to."""
     crop_pct: float = 0.875
@@ -52,9 +45,8 @@ class ClassificationData(AugmentedDataSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("fraction", "crop_pct"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; above 0, at most 1.")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct is {self.crop_pct}; above 0, at most 1.")
 
 
 @settings
@@ -112,7 +104,8 @@ def starting_point(recipe: ClassificationRecipe) -> StartingPoint:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.training.seed)
             encoder = build_encoder(recipe.encoder.config(size))
-        return StartingPoint(encoder=encoder, mean=recipe.data.mean, std=recipe.data.std)
+        mean, std = recipe.data.normalisation
+        return StartingPoint(encoder=encoder, mean=mean, std=std)
     directory = read_encoder_config(recipe.init)
     encoder = load_encoder(
         recipe.init,
@@ -124,7 +117,7 @@ def starting_point(recipe: ClassificationRecipe) -> StartingPoint:
 
 
 class ClassificationModule(nn.Module):
-    """Cross entropy with label smoothing over uint8 batches."""
+    """Cross entropy with label smoothing over batches as they were stored."""
 
     def __init__(self, model: Classifier, start: StartingPoint, *, label_smoothing: float) -> None:
         super().__init__()
@@ -135,7 +128,7 @@ class ClassificationModule(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Return the mean loss over a batch."""
         assert batch.labels is not None
-        logits = self.model(self.normalise(batch.images))
+        logits = self.model(self.normalise(batch.images, batch.flips))
         return F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.label_smoothing)
 
 
@@ -147,11 +140,13 @@ class ClassificationStage:
     """
 
     def __init__(self, recipe: ClassificationRecipe) -> None:
+        recipe = replace(recipe, data=with_statistics(recipe.data))
         self.recipe = recipe
+        self.bad_samples = recipe.data.bad_samples()
         self.training_shards, self.validation_shards = open_split(recipe.data)
         self.classes = self.training_shards.classes
-        self.order = SampleOrder(
-            self.training_shards.sizes, seed=recipe.training.seed, slots=recipe.data.slots
+        self.order = order_of(
+            self.training_shards, seed=recipe.training.seed, slots=recipe.data.slots
         )
         self.samples_per_epoch = self.order.samples_per_epoch
         self.data_digest = self.training_shards.digest
@@ -177,6 +172,7 @@ class ClassificationStage:
             world=world,
             start=start,
             end=end,
+            bad_samples=self.bad_samples,
         )
 
     @torch.no_grad()
@@ -201,6 +197,7 @@ class ClassificationStage:
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             workers=data.workers,
+            bad_samples=self.bad_samples,
         )
         total = Scores()
         for batch in batches:
@@ -211,6 +208,8 @@ class ClassificationStage:
             total += score(logits, labels.to(accelerator.device))
         sums = torch.tensor([total.top1, total.top5, total.loss, total.samples])
         top1, top5, loss, count = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()
+        if not count:
+            return {}
         return {
             "top1": 100 * top1 / count,
             "top5": 100 * top5 / count,
@@ -234,16 +233,21 @@ class ClassificationStage:
         save_head(self.model.head, run.path / HEAD_FOLDER, self.classes)
 
 
-def open_split(data: ClassificationData) -> tuple[ShardSet, ShardSet | None]:
+def open_split(data: ClassificationData) -> tuple[Shards, Shards | None]:
     """Open the training and validation shards; no validation is None.
 
     Raises:
         ValueError: there are no shards, no classes, samples without a class, or the validation
             shards have other classes.
     """
+    validation = None
+    if data.validation is not None:
+        validation = open_sets(data.validation, data.remote_reading)
+    if validation is not None and data.classes is not None:
+        validation = validation.only_classes(data.classes)
     return open_labelled(
-        Path(data.shards),
-        validation=None if data.validation is None else Path(data.validation),
+        data.open_shards(),
+        validation=validation,
         validation_shards=data.validation_shards,
         fraction=data.fraction,
         seed=data.fraction_seed,

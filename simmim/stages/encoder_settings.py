@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-from simmim.data.images import check_channels
 from simmim.recipe import settings
 from swinv2 import Execution, SwinV2, SwinV2Config
 from swinv2.config import AttentionPath, Checkpointing, variant_config
@@ -19,7 +18,8 @@ class EncoderSettings:
     patch_size: int = 4
     """Side of a patch in pixels."""
     in_channels: int = 3
-    """Channels of the images: 1 grey, 3 colour, 4 colour and transparency."""
+    """Channels of the images: 1 grey, 3 colour, 4 colour and transparency; of arrays (.npy), any
+    number."""
     embed_dim: int | None = None
     """Channels of the first stage; null keeps the variant's."""
     depths: tuple[int, ...] | None = None
@@ -30,20 +30,19 @@ class EncoderSettings:
     """Largest rate of stochastic depth, reached by the last block."""
 
     def __post_init__(self) -> None:
-        for name in ("window_size", "patch_size"):
+        for name in ("window_size", "patch_size", "in_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
-        check_channels(self.in_channels)
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path is {self.drop_path}; it must be 0 or more and below 1.")
 
-    def check_channels(self, mean: tuple[float, ...]) -> None:
-        """Check that images are normalised channel by channel.
+    def check_channels(self, mean: tuple[float, ...] | str) -> None:
+        """Check that images are normalised channel by channel, once the numbers are there.
 
         Raises:
             ValueError: `mean` has not one number a channel.
         """
-        if len(mean) != self.in_channels:
+        if not isinstance(mean, str) and len(mean) != self.in_channels:
             raise ValueError(
                 f"data.mean has {len(mean)} numbers, encoder.in_channels is {self.in_channels}; "
                 "give one for each channel."

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from simmim.data.reading import ShardSet
+from simmim.data.settings import first_folder
 from simmim.engine.checkpoint import complete_checkpoints, load_state
 from simmim.engine.run import RunFolder
 from simmim.recipe import RecipeError, load, read_values, recipe_hash
@@ -69,7 +69,7 @@ class Exportable:
     """Linear head, from a classification run."""
     classes: tuple[str, ...]
     """Names of its classes; empty where they are not known any more."""
-    shards: Path | None
+    shards: str | None
     """What a run was trained on."""
     origin: str
     """Where the weights come from, for a person."""
@@ -226,10 +226,11 @@ def _read_pretraining(run: RunFolder, checkpoint: Path) -> Exportable:
     model, recipe = pretrained.model, pretrained.recipe
     projection = model.decoder.projection
     assert projection.bias is not None
+    mean, std = recipe.data.normalisation
     return Exportable(
         encoder=model.encoder,
-        mean=recipe.data.mean,
-        std=recipe.data.std,
+        mean=mean,
+        std=std,
         provenance=_provenance(checkpoint, recipe_hash(recipe)),
         head=MaskedImageHead(
             mask_token=model.mask_token.detach(),
@@ -238,7 +239,7 @@ def _read_pretraining(run: RunFolder, checkpoint: Path) -> Exportable:
         ),
         classifier=None,
         classes=(),
-        shards=Path(recipe.data.shards),
+        shards=first_folder(recipe.data.shards),
         origin=str(checkpoint),
     )
 
@@ -250,7 +251,7 @@ def _read_classification(run: RunFolder, checkpoint: Path) -> Exportable:
         # A finished run needs the directory that it started from no more.
         ended = _read_directory(run.encoder, str(run.encoder))
         if ended.provenance.step == provenance.step:
-            return replace(_with_head(ended, run), shards=Path(recipe.data.shards))
+            return replace(_with_head(ended, run), shards=first_folder(recipe.data.shards))
     start = starting_point(recipe)
     file = checkpoint / "model.safetensors"
     tensors = read_tensors(file)
@@ -264,7 +265,7 @@ def _read_classification(run: RunFolder, checkpoint: Path) -> Exportable:
         head=None,
         classifier=Classifier(weight=head["weight"], bias=head["bias"]),
         classes=_class_names(recipe, len(head["bias"])),
-        shards=Path(recipe.data.shards),
+        shards=first_folder(recipe.data.shards),
         origin=str(checkpoint),
     )
 
@@ -280,7 +281,7 @@ def _with_head(ended: Exportable, run: RunFolder) -> Exportable:
 def _class_names(recipe: ClassificationRecipe, count: int) -> tuple[str, ...]:
     """Return the classes of the shards; none where these are gone, or are others by now."""
     try:
-        classes = ShardSet(recipe.data.shards).classes
+        classes = recipe.data.open_shards().classes
     except ValueError:
         return ()
     return classes if len(classes) == count else ()

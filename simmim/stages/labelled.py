@@ -1,25 +1,23 @@
 """Labelled shards, split for training and validation, for the stages that need classes."""
 
-from pathlib import Path
-
 import numpy as np
 
-from simmim.data.reading import ShardSet
+from simmim.data.mixture import Shards
 
 
 def open_labelled(
-    folder: Path,
+    shards: Shards,
     *,
-    validation: Path | None,
+    validation: Shards | None,
     validation_shards: int,
     fraction: float,
     seed: int,
-) -> tuple[ShardSet, ShardSet | None]:
-    """Open the shards to train on and those to validate on.
+) -> tuple[Shards, Shards | None]:
+    """Return the shards to train on and those to validate on.
 
     Args:
-        folder: shards that data-prep made.
-        validation: other shards, all of them for validation; None holds some of `folder` out.
+        shards: labelled ones.
+        validation: other shards, all of them for validation; None holds some of `shards` out.
         validation_shards: how many of the last shards are held out; 0 holds out none. Not used
             with `validation`.
         fraction: share of each class's training samples that is kept.
@@ -29,28 +27,28 @@ def open_labelled(
         Training shards, and validation shards or None.
 
     Raises:
-        ValueError: shards cannot be read, have no classes or samples without one, or the
+        ValueError: the shards have no classes or samples without one, or the
             validation shards have other classes.
     """
     if validation is None:
-        training, held_out = ShardSet(folder).split(validation_shards)
+        training, held_out = shards.split(validation_shards)
     else:
-        training, held_out = ShardSet(folder), ShardSet(validation)
+        training, held_out = shards, validation
         _check_same_classes(training, held_out)
-    for shards in (training, held_out):
-        _check_labels(shards)
+    _check_labels(training)
+    _check_labels(held_out)
     if fraction < 1:
         training = training.share(fraction, seed=seed)
     return training, held_out if held_out.samples else None
 
 
-def all_labels(shards: ShardSet) -> np.ndarray:
+def all_labels(shards: Shards) -> np.ndarray:
     """Return the label of every sample of every shard in order, int64 (samples,), -1 for none."""
     labels = [shards.labels(number) for number in range(len(shards.sizes))]
     return np.concatenate([np.zeros(0, dtype=np.int64), *labels])
 
 
-def _check_labels(shards: ShardSet) -> None:
+def _check_labels(shards: Shards) -> None:
     shards.require_labels()
     missing = int((all_labels(shards) < 0).sum())
     if missing:
@@ -60,7 +58,7 @@ def _check_labels(shards: ShardSet) -> None:
         )
 
 
-def _check_same_classes(training: ShardSet, validation: ShardSet) -> None:
+def _check_same_classes(training: Shards, validation: Shards) -> None:
     if training.classes == validation.classes:
         return
     unknown = sorted(set(validation.classes) - set(training.classes))

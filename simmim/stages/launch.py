@@ -39,9 +39,10 @@ def launch(
     """
     check_parallelism()
     end_with_launcher()
-    if int(os.environ.get("RANK", "0")) == 0:  # the others would meet what rank 0 has begun
-        run.check(recipe, resume=resume is not None, allow_changes=allow_changes)
     stage = make_stage(recipe)
+    if int(os.environ.get("RANK", "0")) == 0:  # the others would meet what rank 0 has begun
+        run.check(stage.recipe, resume=resume is not None, allow_changes=allow_changes)
+    stage.bad_samples.write_to(run.bad_samples)
     world = max(requested_cpu_processes(), int(os.environ.get("WORLD_SIZE", "1")))
     stage.batches(rank=0, world=world, start=0, end=recipe.training.batch_size)
     start_processes()
@@ -84,6 +85,8 @@ def say_result(result: TrainingResult, run: RunFolder) -> None:
             f"Encoder  {run.encoder}",
             f"Metrics  {run.metrics}",
         ]
+        if run.bad_samples.is_file():
+            lines.append(f"Damaged  {run.bad_samples}: samples that were replaced or left out")
         if run.reconstructions.is_dir():
             lines.append(f"Pictures {run.reconstructions}")
     sys.stdout.write("\n".join(lines) + "\n")

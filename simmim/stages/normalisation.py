@@ -1,17 +1,20 @@
-"""Bytes to what the encoder takes, on the device."""
+"""Stored pixels to what the encoder takes, on the device."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+RANGES = {torch.uint8: 255.0, torch.uint16: 65535.0}
+"""What stands for 1 in stored whole numbers; fractions are taken as they are."""
+
 
 class Normalise(nn.Module):
-    """Turns uint8 images into numbers of about zero mean and unit variance a channel.
+    """Turns stored images into numbers of about zero mean and unit variance a channel.
 
     Args:
-        mean: of each channel, on a scale from 0 to 1.
-        std: of each channel, on a scale from 0 to 1.
+        mean: of each channel: of 8 and 16 bits on a scale from 0 to 1, of fractions as they are.
+        std: of each channel, on the same scale.
     """
 
     mean: Tensor
@@ -20,9 +23,22 @@ class Normalise(nn.Module):
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         for name, values in (("mean", mean), ("std", std)):
-            numbers = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) * 255
+            numbers = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
             self.register_buffer(name, numbers, persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalise uint8 images (batch, channels, height, width) to float32 of the same shape."""
-        return (images - self.mean) / self.std
+    def forward(self, images: Tensor, flips: Tensor | None = None) -> Tensor:
+        """Normalise and mirror images.
+
+        Args:
+            images: (batch, channels, height, width): uint8, uint16 or floating point.
+            flips: bool (batch,), which of them are mirrored; None mirrors none.
+
+        Returns:
+            float32 of the same shape, contiguous.
+        """
+        scale = RANGES.get(images.dtype, 1.0)
+        pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
+        normal = (pixels - self.mean * scale) / (self.std * scale)
+        if flips is None:
+            return normal
+        return torch.where(flips.view(-1, 1, 1, 1), normal.flip(-1), normal)

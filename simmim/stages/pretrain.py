@@ -1,7 +1,7 @@
 """Pretraining: SimMIM on unlabelled shards. The recipe, and what the training loop needs of it."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from simmim.data.batches import Batch, evaluation_batches
-from simmim.data.order import SampleOrder
-from simmim.data.settings import AugmentedDataSettings, DataSettings
+from simmim.data.mixture import order_of
+from simmim.data.settings import AugmentedDataSettings, DataSettings, with_statistics
 from simmim.data.transforms import EvalTransform
 from simmim.engine.checkpoint import TrainingState, find_checkpoint, load_model, load_state
 from simmim.engine.loop import TrainingSettings
@@ -109,17 +109,17 @@ def build_model(recipe: PretrainRecipe) -> SimMIM:
 
 
 class PretrainModule(nn.Module):
-    """SimMIM over uint8 batches: images are normalised on the device."""
+    """SimMIM over batches as they were stored: the device mirrors and normalises the images."""
 
     def __init__(self, model: SimMIM, data: DataSettings) -> None:
         super().__init__()
         self.model = model
-        self.normalise = Normalise(data.mean, data.std)
+        self.normalise = Normalise(*data.normalisation)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the mean loss over a batch."""
         assert batch.masks is not None
-        loss: Tensor = self.model(self.normalise(batch.images), batch.masks).loss
+        loss: Tensor = self.model(self.normalise(batch.images, batch.flips), batch.masks).loss
         return loss
 
 
@@ -127,11 +127,12 @@ class PretrainStage:
     """Pretraining, as the training loop sees it."""
 
     def __init__(self, recipe: PretrainRecipe) -> None:
+        recipe = replace(recipe, data=with_statistics(recipe.data))
         self.recipe = recipe
-        shards = recipe.data.open_shards()
-        self.training_shards, self.validation_shards = shards.split(recipe.data.validation_shards)
-        self.order = SampleOrder(
-            self.training_shards.sizes, seed=recipe.training.seed, slots=recipe.data.slots
+        self.bad_samples = recipe.data.bad_samples()
+        self.training_shards, self.validation_shards = recipe.data.split_shards()
+        self.order = order_of(
+            self.training_shards, seed=recipe.training.seed, slots=recipe.data.slots
         )
         self.samples_per_epoch = self.order.samples_per_epoch
         self.data_digest = self.training_shards.digest
@@ -154,6 +155,7 @@ class PretrainStage:
             world=world,
             start=start,
             end=end,
+            bad_samples=self.bad_samples,
         )
 
     def held_out_batches(
@@ -174,6 +176,7 @@ class PretrainStage:
             rank=rank,
             world=world,
             workers=workers,
+            bad_samples=self.bad_samples,
         )
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
@@ -195,6 +198,8 @@ class PretrainStage:
             count = len(batch)
             sums += torch.tensor([loss.item() * count, baseline.item() * count, count])
         total = accelerator.reduce(sums.to(accelerator.device, torch.float32), "sum").cpu()
+        if not total[2]:
+            return {}
         return {
             "validation_loss": float(total[0] / total[2]),
             "mean_color_loss": float(total[1] / total[2]),
@@ -205,9 +210,13 @@ class PretrainStage:
         if not self.validation_shards.samples:
             return
         batches = self.held_out_batches(batch_size=PANEL_IMAGES)
-        batch = next(iter(batches)).to(self.model.mask_token.device)
+        batch = next(iter(batches), None)
+        if batch is None:
+            return
+        batch = batch.to(self.model.mask_token.device)
         assert batch.masks is not None
         images = self.module.normalise(batch.images)
+        mean, std = self.recipe.data.normalisation
         self.module.eval()
         with torch.no_grad():
             reconstruction = self.model(images, batch.masks).reconstruction
@@ -215,8 +224,8 @@ class PretrainStage:
             images,
             batch.masks,
             reconstruction,
-            mean=self.recipe.data.mean,
-            std=self.recipe.data.std,
+            mean=mean,
+            std=std,
             path=run.reconstructions / f"step-{step:08d}.png",
             norm_target=self.recipe.loss.norm_target,
         )
@@ -230,11 +239,12 @@ def save_pretrained(
     model: SimMIM, recipe: PretrainRecipe, path: Path, *, step: int, samples: int
 ) -> None:
     """Write the encoder of a pretrained model as an encoder directory."""
+    mean, std = recipe.data.normalisation
     save_encoder(
         model.encoder,
         path,
-        mean=recipe.data.mean,
-        std=recipe.data.std,
+        mean=mean,
+        std=std,
         provenance=Provenance(step=step, samples_seen=samples, recipe_hash=recipe_hash(recipe)),
     )
 

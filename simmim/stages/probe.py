@@ -1,9 +1,9 @@
 """Probing: how well frozen features tell classes apart, by nearest neighbours and linearly."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from simmim.data.batches import evaluation_batches
 from simmim.data.images import MAX_PIXELS
+from simmim.data.mixture import Shards
 from simmim.data.randomness import shuffled
-from simmim.data.reading import ShardSet
+from simmim.data.settings import open_sets
 from simmim.data.transforms import EvalTransform
 from simmim.recipe import settings
 from simmim.stages.classifier import pooled_features, score
@@ -181,15 +182,15 @@ def scratch_like(encoder: SwinV2, seed: int) -> SwinV2:
         return build_encoder(encoder.config).eval()
 
 
-def open_probe_shards(data: ProbeData) -> tuple[ShardSet, ShardSet]:
+def open_probe_shards(data: ProbeData) -> tuple[Shards, Shards]:
     """Open the training and validation shards.
 
     Raises:
         ValueError: shards cannot be read, or are not labelled alike.
     """
     training, validation = open_labelled(
-        Path(data.shards),
-        validation=None if data.validation is None else Path(data.validation),
+        open_sets(data.shards),
+        validation=None if data.validation is None else open_sets(data.validation),
         validation_shards=data.validation_shards,
         fraction=data.fraction,
         seed=data.fraction_seed,
@@ -200,8 +201,8 @@ def open_probe_shards(data: ProbeData) -> tuple[ShardSet, ShardSet]:
 
 def probe(
     encoder: SwinV2,
-    training: ShardSet,
-    validation: ShardSet,
+    training: Shards,
+    validation: Shards,
     *,
     data: ProbeData,
     settings: ProbeSettings,
@@ -250,7 +251,7 @@ def probe(
 
 def extract_features(
     encoder: SwinV2,
-    shards: ShardSet,
+    shards: Shards,
     *,
     data: ProbeData,
     mean: tuple[float, ...],
@@ -277,6 +278,8 @@ def extract_features(
             values.append(pooled_features(encoder, normalise(batch.images.to(device))).float())
             labels.append(batch.labels.to(device))
             bar.update(len(batch))
+    if batches.bad_samples.bad:
+        tqdm.write(f"{label}: left out {batches.bad_samples.summary()}", file=sys.stderr)
     return Features(values=torch.cat(values), labels=torch.cat(labels))
 
 

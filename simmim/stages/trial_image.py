@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from simmim.data.images import MODES, center_crop_resize, decode
+from simmim.data.cropping import center_crop_resize
+from simmim.data.decoding import decode_pixels
 from simmim.data.procedural import SMALLEST_SIZE, render
 from simmim.data.reading import ShardSet
+from simmim.data.remote import RemoteReading
 from simmim.stages.normalisation import Normalise
 from swinv2 import SwinV2Config
 
@@ -28,7 +29,7 @@ def trial_image(
     config: SwinV2Config,
     mean: tuple[float, ...],
     std: tuple[float, ...],
-    shards: Path | None = None,
+    shards: str | Path | None = None,
 ) -> TrialImage:
     """Prepare a picture with the size, mean and std of an encoder.
 
@@ -39,11 +40,13 @@ def trial_image(
         shards: whose first image is taken, where they are still there and it can be read.
     """
     pixels, origin = None, "a picture that was drawn for it"
-    if shards is not None and config.in_channels in MODES:
+    if shards is not None:
         try:
-            sample = ShardSet(shards).read(0, 0)
-            image = decode(sample.image, channels=config.in_channels)
-            pixels = center_crop_resize(image, config.image_size)
+            # By range: one picture is not worth a shard.
+            reading = RemoteReading(mode="ranges", attempts=2)
+            sample = ShardSet(shards, remote=reading).read(0, 0)
+            image = decode_pixels(sample.image, sample.extension, channels=config.in_channels)
+            pixels = center_crop_resize(image.pixels, config.image_size)
             origin = f"{sample.name} of {shards}"
         except ValueError:  # gone, or damaged since: what follows needs no shards
             pixels = None
@@ -55,6 +58,6 @@ def trial_image(
 def draw_image(config: SwinV2Config) -> Tensor:
     """Draw a star, uint8 (channels, height, width); beyond three, its colours come again."""
     side = max(*config.image_size, SMALLEST_SIZE)
-    drawn = Image.fromarray(render("star", [0], side, seed=0)[0])
+    drawn = render("star", [0], side, seed=0)[0]
     planes = center_crop_resize(drawn, config.image_size)
     return planes[torch.arange(config.in_channels) % len(planes)]

@@ -18,13 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from simmim.data.images import center_crop_resize, decode, random_resized_crop
+from simmim.data.cropping import center_crop_resize, random_resized_crop
+from simmim.data.decoding import as_pixels
+from simmim.data.images import decode
 from simmim.data.randomness import numpy_stream, shuffled
 from simmim.engine.optimizer import (
     OptimizerSettings,
@@ -59,7 +61,7 @@ CLIP_NORM = 5.0
 class Labelled:
     """Images with their classes, numbered in the order of the names."""
 
-    images: list[Image.Image]
+    images: list[np.ndarray]
     labels: Tensor
 
 
@@ -142,7 +144,10 @@ def read_images(archive: Path, part: str, *, per_class: int | None = None) -> La
         chosen = [(name, label) for label in names for name in names[label][:per_class]]
         numbers = {label: number for number, label in enumerate(names)}
         return Labelled(
-            images=[decode(file.read(name)) for name, _ in tqdm(chosen, desc=part, unit="image")],
+            images=[
+                as_pixels(decode(file.read(name)))
+                for name, _ in tqdm(chosen, desc=part, unit="image")
+            ],
             labels=torch.tensor([numbers[label] for _, label in chosen]),
         )
 
@@ -155,15 +160,13 @@ def training_batches(data: Labelled, seed: int, steps: int) -> Iterator[tuple[Te
         if place == 0:
             order = shuffled(len(data.images), "order", seed, epoch)
         chosen = order[place * BATCH : (place + 1) * BATCH]
-        crops = [
-            random_resized_crop(
-                data.images[index],
-                ENCODER.image_size,
-                numpy_stream("crop", seed, epoch, int(index)),
-                scale=CROP_SCALE,
+        crops = []
+        for index in chosen:
+            rng = numpy_stream("crop", seed, epoch, int(index))
+            crop = random_resized_crop(
+                data.images[index], ENCODER.image_size, rng, scale=CROP_SCALE
             )
-            for index in chosen
-        ]
+            crops.append(crop.flip(-1) if rng.random() < 0.5 else crop)
         yield torch.stack(crops), data.labels[chosen]
 
 

@@ -31,7 +31,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--mask.strategy", "stripes"], "random"),
         (["--encoder.window_size", "0"], "window_size is 0"),
         (["--encoder.num_heads", "[3, 6]"], "embed_dim"),
-        (["--encoder.in_channels", "2"], "not 2: change in_channels"),
+        (["--encoder.in_channels", "2"], "data.mean has 3 numbers, encoder.in_channels is 2"),
         (["--data.image_size", "0"], "image"),
         (["--encoder.widow_size", "4"], "did you mean window_size?"),
         (["--training.batch_size", "6"], "data.slots"),

@@ -170,3 +170,12 @@ def test_enlarged_masks_repeat_each_cell() -> None:
 def test_mistakes_are_named_with_their_remedy(mistake: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mistake()
+
+
+def test_one_mask_alone_is_the_first_of_a_batch_of_its_noise() -> None:
+    grid, ratio = (6, 6), 0.6
+    for seed in range(20):
+        alone = random_mask(1, grid, ratio, torch.Generator().manual_seed(seed))
+        noise = torch.rand(36, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        hidden = noise.argsort(stable=True)[:22]
+        assert alone.flatten().nonzero().flatten().tolist() == sorted(hidden.tolist())

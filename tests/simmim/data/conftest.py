@@ -29,21 +29,21 @@ def random_images(count: int, seed: int = 0) -> list[bytes]:
 
 
 def write_shard(
-    folder: Path, number: int, images: Sequence[bytes], labels: list[int]
+    folder: Path, number: int, images: Sequence[bytes], labels: list[int], extension: str = "png"
 ) -> ShardEntry:
     path = folder / f"shard-{number:06d}.tar"
     with webdataset.TarWriter(str(path), encoder=False) as writer:
         for row, (image, label) in enumerate(zip(images, labels, strict=True)):
-            sample = {"__key__": f"{number:03d}{row:06d}", "png": image}
+            sample = {"__key__": f"{number:03d}{row:06d}", extension: image}
             writer.write(sample if label < 0 else sample | {"cls": str(label).encode()})
     with tarfile.open(path) as tar:
-        members = [member for member in tar if member.name.endswith(".png")]
+        members = [member for member in tar if member.name.endswith(f".{extension}")]
     index = ShardIndex(
         offsets=np.array([member.offset_data for member in members]),
         sizes=np.array([member.size for member in members]),
         labels=np.array(labels),
         keys=np.array([member.name.split(".")[0] for member in members]),
-        extensions=np.array(["png"] * len(members)),
+        extensions=np.array([extension] * len(members)),
     )
     write_index(path.with_suffix(".npy"), index)
     content = path.read_bytes()
@@ -61,9 +61,14 @@ def write_shards(tmp_path: Path) -> WriteShards:
     """Write shards of these sizes; the label of an image is its place modulo the classes."""
 
     def write(
-        sizes: Sequence[int], classes: tuple[str, ...] = (), images: Sequence[bytes] | None = None
+        sizes: Sequence[int],
+        classes: tuple[str, ...] = (),
+        images: Sequence[bytes] | None = None,
+        *,
+        name: str = "shards",
+        extension: str = "png",
     ) -> Path:
-        folder = tmp_path / "shards"
+        folder = tmp_path / name
         folder.mkdir()
         images = random_images(sum(sizes)) if images is None else images
         entries = []
@@ -71,7 +76,9 @@ def write_shards(tmp_path: Path) -> WriteShards:
             first = sum(sizes[:number])
             places = range(first, first + size)
             labels = [place % len(classes) if classes else -1 for place in places]
-            entries.append(write_shard(folder, number, images[first : first + size], labels))
+            entries.append(
+                write_shard(folder, number, images[first : first + size], labels, extension)
+            )
         write_manifest(Manifest(folder=folder, shards=tuple(entries), classes=classes))
         return folder
 

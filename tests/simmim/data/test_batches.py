@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from simmim.data.bad_samples import BadSamples
 from simmim.data.batches import Batch, TrainingBatches, evaluation_batches
 from simmim.data.errors import DataError
 from simmim.data.order import Address, SampleOrder
@@ -30,11 +31,14 @@ def joined(batches: Iterable[Batch]) -> Batch:
     parts = list(batches)
     masks = [part.masks for part in parts if part.masks is not None]
     labels = [part.labels for part in parts if part.labels is not None]
+    flips = [part.flips for part in parts if part.flips is not None]
     return Batch(
         images=torch.cat([part.images for part in parts]),
         masks=torch.cat(masks) if masks else None,
         labels=torch.cat(labels) if labels else None,
         addresses=torch.cat([part.addresses for part in parts]),
+        flips=torch.cat(flips) if flips else None,
+        bad=tuple(chain(*(part.bad for part in parts))),
     )
 
 
@@ -44,8 +48,11 @@ def equal(first: Batch, second: Batch) -> bool:
         (first.masks, second.masks),
         (first.labels, second.labels),
         (first.addresses, second.addresses),
+        (first.flips, second.flips),
     ]
-    return all((a is b is None) or (a is not None and torch.equal(a, b)) for a, b in pairs)
+    return first.bad == second.bad and all(
+        (a is b is None) or (a is not None and torch.equal(a, b)) for a, b in pairs
+    )
 
 
 @pytest.fixture
@@ -192,13 +199,17 @@ def test_sets_without_labels_make_batches_without(write_shards: WriteShards) -> 
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_image_is_named_in_one_message(write_shards: WriteShards, workers: int) -> None:
+def test_too_many_bad_images_are_named_in_one_message(
+    write_shards: WriteShards, workers: int
+) -> None:
     images = random_images(8)
     images[5] = b"no image at all"
     shards = ShardSet(write_shards([4, 4], images=images))
-    batches = evaluation_batches(shards, EVALUATE, batch_size=2, workers=workers)
+    batches = evaluation_batches(
+        shards, EVALUATE, batch_size=2, workers=workers, bad_samples=BadSamples(max_share=0)
+    )
     before = set(psutil.Process().children())
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match="max_bad_share 0 allows") as caught:
         list(batches)
     assert set(psutil.Process().children()) == before
     message = str(caught.value)
@@ -278,10 +289,11 @@ print("stopped by itself", flush=True)
 
 ENDS = """
 import sys
-from simmim.data import EvalTransform, ShardSet, evaluation_batches
+from simmim.data import BadSamples, EvalTransform, ShardSet, evaluation_batches
 
 batches = iter(evaluation_batches(
-    ShardSet(sys.argv[1]), EvalTransform(size=(8, 8)), batch_size=1, workers=2
+    ShardSet(sys.argv[1]), EvalTransform(size=(8, 8)), batch_size=1, workers=2,
+    bad_samples=BadSamples(max_share=0),
 ))
 next(batches)
 if sys.argv[2] == "leave":

@@ -5,13 +5,12 @@ import zlib
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from simmim.data.errors import DataError
-from simmim.data.images import UPRIGHT, center_crop_resize, decode, random_resized_crop, to_mode
+from simmim.data.images import UPRIGHT, decode, to_mode
 
 CORNERS = np.kron(
     np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]]), np.ones((8, 12, 1))
@@ -200,70 +199,3 @@ def test_bombs_are_refused_from_their_header() -> None:
 def test_channels_that_no_image_has() -> None:
     with pytest.raises(ValueError, match="not 2: change in_channels"):
         decode(saved(Image.fromarray(CORNERS)), channels=2)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    width=st.integers(1, 90),
-    height=st.integers(1, 90),
-    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
-    mode=st.sampled_from(["L", "RGB", "RGBA"]),
-    seed=st.integers(0, 99),
-)
-def test_crops_of_any_image_have_the_size_asked_for(
-    width: int, height: int, size: tuple[int, int], mode: str, seed: int
-) -> None:
-    image = Image.new(mode, (width, height), 77 if mode == "L" else (77,) * len(mode))
-    random = random_resized_crop(image, size, np.random.default_rng(seed))
-    middle = center_crop_resize(image, size, crop_pct=0.875)
-    for crop in (random, middle):
-        assert crop.shape == (len(mode), *size)
-        assert crop.dtype == torch.uint8
-        assert crop.is_contiguous()
-        assert torch.equal(crop, torch.full_like(crop, 77))
-
-
-def position_image(width: int, height: int) -> Image.Image:
-    """Each pixel says where it is: red its column, green its row."""
-    columns, rows = np.meshgrid(np.arange(width), np.arange(height))
-    return Image.fromarray(np.stack([columns, rows, 0 * rows], -1).astype(np.uint8))
-
-
-def test_random_crops_keep_to_scale_and_ratio() -> None:
-    image = position_image(140, 140)
-    shares, ratios, flips = [], [], 0
-    for seed in range(400):
-        crop = random_resized_crop(image, (32, 32), np.random.default_rng(seed)).int()
-        columns, rows = crop[0, 16], crop[1, :, 16]
-        # The centres of the outer pixels lie half a step inside of the part.
-        width = float((columns[-1] - columns[0]).abs()) * 32 / 31
-        height = float(rows[-1] - rows[0]) * 32 / 31
-        shares.append(width * height / 140**2)
-        ratios.append(width / height)
-        flips += bool(columns[-1] < columns[0])
-    assert 0.62 < min(shares) < 0.72
-    assert 0.93 < max(shares) < 1.05
-    assert 0.70 < min(ratios) < 0.85
-    assert 1.20 < max(ratios) < 1.40
-    assert 150 < flips < 250
-
-
-def test_a_crop_is_cut_before_it_is_resized() -> None:
-    """Equal to Pillow's own cut and antialiased bicubic resize, within a rounding."""
-    rng = np.random.default_rng(1)
-    image = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    crop = center_crop_resize(image, (20, 20), crop_pct=0.5)
-    expected = image.crop((16, 16, 48, 48)).resize((20, 20), Image.Resampling.BICUBIC)
-    assert (crop.permute(1, 2, 0).numpy().astype(int) - pixels(expected)).max() <= 1
-
-
-def test_a_full_crop_of_the_right_size_is_the_image_itself() -> None:
-    image = Image.fromarray(CORNERS)
-    middle = center_crop_resize(image, (16, 24))
-    assert np.array_equal(middle.permute(1, 2, 0).numpy(), CORNERS)
-
-
-def test_the_middle_of_a_wide_image() -> None:
-    crop = center_crop_resize(position_image(200, 50), (50, 50)).int()
-    assert crop[0, 0].tolist() == list(range(75, 125))
-    assert crop[1, :, 0].tolist() == list(range(50))

@@ -135,3 +135,22 @@ def test_manifests_that_are_none(tmp_path: Path, content: str) -> None:
 
 def test_random_images_differ() -> None:
     assert len(set(random_images(20))) == 20
+
+
+def test_some_classes_alone(write_shards: WriteShards) -> None:
+    shards = ShardSet(write_shards([10, 6], ("a", "b", "c")))
+    chosen = shards.only_classes(["c", "a"])
+    assert chosen.classes == ("a", "c")
+    assert chosen.sizes == [7, 4]
+    assert chosen.labels(0).tolist() == [0, 1, 0, 1, 0, 1, 0]
+    for shard, size in enumerate(chosen.sizes):
+        read = [chosen.read(shard, sample).label for sample in range(size)]
+        assert read == chosen.labels(shard).tolist()
+    assert set(everything(chosen.share(0.5, seed=1))) < set(everything(chosen))
+    assert chosen.only_classes(["c"]).labels(1).tolist() == [0, 0]
+    assert chosen.digest != shards.digest
+    assert shards.only_classes(["a", "b", "c"]).classes == shards.classes
+    with pytest.raises(ValueError, match="no class d; choose of a, b, c"):
+        shards.only_classes(["a", "d"])
+    with pytest.raises(ValueError, match="choose of a, c"):
+        chosen.only_classes(["b"])

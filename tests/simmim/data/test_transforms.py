@@ -22,7 +22,7 @@ class DrawMask:
         return torch.rand(self.grid, generator=generator) < 0.6
 
 
-RAW = [RawSample(str(place), image, 3, "s") for place, image in enumerate(random_images(4))]
+RAW = [RawSample(str(place), image, 3, "s", "png") for place, image in enumerate(random_images(4))]
 TRAIN = TrainTransform(size=(12, 16), seed=5, mask=DrawMask((6, 8)))
 EVALUATE = EvalTransform(size=(12, 16), seed=5, mask=DrawMask((6, 8)))
 
@@ -87,9 +87,17 @@ def test_limits_reach_the_decoder() -> None:
             dataclasses.replace(transform, max_pixels=10)(RAW[0], Address(0, 0, 0))
 
 
-@pytest.mark.parametrize("kind", [TrainTransform, EvalTransform])
-def test_impossible_channels_are_refused_before_any_image(
-    kind: type[TrainTransform] | type[EvalTransform],
-) -> None:
-    with pytest.raises(ValueError, match="not 2: change in_channels"):
-        kind(size=(12, 16), seed=5, channels=2)
+def test_impossible_channels_are_refused_at_the_first_image() -> None:
+    for kind in (TrainTransform, EvalTransform):
+        with pytest.raises(DataError, match="not 2: change in_channels"):
+            kind(size=(8, 8), seed=0, channels=2)(RAW[0], Address(0, 0, 0))
+
+
+def test_the_device_mirrors_what_the_worker_says() -> None:
+    flips = [TRAIN(raw, Address(epoch, 0, 0)).flip for raw in RAW for epoch in range(50)]
+    assert 70 < sum(flips) < 130
+    plain = dataclasses.replace(TRAIN, flip=0.0)
+    for epoch in range(4):
+        flipped, straight = TRAIN(RAW[0], Address(epoch, 0, 0)), plain(RAW[0], Address(epoch, 0, 0))
+        assert torch.equal(flipped.image, straight.image)
+        assert not straight.flip

@@ -176,6 +176,7 @@ def test_loss_is_smoothed_cross_entropy(classification_values: dict[str, Any]) -
     batch = next(iter(stage.batches(rank=0, world=1, start=0, end=8)))
     stage.module.eval()
     pixels = batch.images / 255
+    pixels[batch.flips] = pixels[batch.flips].flip(-1)
     mean, std = (torch.tensor(part).view(3, 1, 1) for part in (stage.start.mean, stage.start.std))
     logs = stage.model((pixels - mean) / std).log_softmax(dim=1)
     target = F.one_hot(batch.labels, 3) * 0.7 + 0.3 / 3

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from simmim.data.images import center_crop_resize, decode
+from simmim.data.cropping import center_crop_resize
+from simmim.data.decoding import decode_pixels
 from simmim.data.reading import ShardSet
 from simmim.stages.trial_image import trial_image
 from swinv2 import SwinV2Config
@@ -22,7 +23,7 @@ def config(channels: int = 3, size: int | tuple[int, int] = 16) -> SwinV2Config:
 def test_it_is_the_first_of_the_shards(shards: Path) -> None:
     trial = trial_image(config(), MEAN, STD, shards)
     sample = ShardSet(shards).read(0, 0)
-    pixels = center_crop_resize(decode(sample.image), (16, 16))
+    pixels = center_crop_resize(decode_pixels(sample.image, "png").pixels, (16, 16))
     expected = (pixels / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
     torch.testing.assert_close(trial.images[0], expected)
     assert trial.origin == f"{sample.name} of {shards}"

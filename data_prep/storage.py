@@ -1,0 +1,263 @@
+"""Places that are not on this machine: the part of `pathlib.Path` that shards need, over fsspec.
+
+A location is a `Path` or a `RemotePath`, and code that reads shards treats both alike. Only plain
+object stores and web servers are reached: nothing that runs a command or chains file systems.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, BinaryIO, TypeVar, cast
+
+import fsspec
+
+PROTOCOLS = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "memory": "fsspec"}
+"""Protocols that are read, each with the package that it needs."""
+
+ATTEMPTS = 8
+"""Times that a request is made before it counts as failed."""
+
+FIRST_DELAY = 0.1
+"""Seconds before the second attempt; each later one waits twice as long, with jitter."""
+
+LONGEST_DELAY = 20.0
+"""Most seconds between two attempts."""
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+_EXTRAS = {"s3fs": "s3", "gcsfs": "gcs", "aiohttp": "http"}
+_BLOCK = 2**22
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError)
+_Result = TypeVar("_Result")
+
+
+class StorageError(ValueError):
+    """A URL that cannot be used, or a store that does not answer."""
+
+
+@dataclass(frozen=True)
+class RemotePath:
+    """A file or folder at a URL, with the methods of `pathlib.Path` that reading shards takes.
+
+    It holds no connection, so that it may be sent to other processes and survive a fork. Requests
+    that fail are made again, with exponential back-off and jitter. Build it with `locate`.
+
+    Raises:
+        FileNotFoundError: there is nothing at the URL.
+        StorageError: the store does not answer, or the package that reaches it is missing.
+    """
+
+    url: str
+    attempts: int = ATTEMPTS
+
+    def __truediv__(self, name: str) -> RemotePath:
+        return replace(self, url=f"{self.url.rstrip('/')}/{name}")
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def name(self) -> str:
+        """Last part of the URL."""
+        return self.url.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def stem(self) -> str:
+        """Name without its last suffix."""
+        return Path(self.name).stem
+
+    @property
+    def parent(self) -> RemotePath:
+        """The folder that this is in."""
+        return replace(self, url=self.url.rstrip("/").rsplit("/", 1)[0])
+
+    def read_bytes(self) -> bytes:
+        """Return the whole file."""
+        return cast(bytes, self._try(lambda system: system.cat_file(self.url)))
+
+    def read_range(self, offset: int, size: int) -> bytes:
+        """Return `size` bytes from `offset`, fewer where the file ends before."""
+
+        def read(system: Any) -> bytes:
+            data: bytes = system.cat_file(self.url, start=offset, end=offset + size)
+            return data
+
+        data = self._try(read)
+        if len(data) > size:  # a web server may answer with the whole file
+            raise StorageError(
+                f"{self} cannot be read by range: its server sends whole files only. Read whole "
+                "shards, in training with data.remote=shards, or serve them from one that can."
+            )
+        return data
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        """Return the whole file as text."""
+        return self.read_bytes().decode(encoding)
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        """Open the file for reading; it is read in blocks, by range where that is needed."""
+        assert mode == "rb", mode
+        return cast(BinaryIO, self._try(lambda system: system.open(self.url, "rb", _BLOCK)))
+
+    def blocks(self, start: int = 0) -> Iterator[bytes]:
+        """Yield the file's bytes from `start`, a block at a time."""
+        if not self._gives_ranges():
+            yield from self._stream(start)
+            return
+        size = self.stat().st_size
+        for offset in range(start, size, _BLOCK):
+            yield self.read_range(offset, min(_BLOCK, size - offset))
+
+    def _gives_ranges(self) -> bool:
+        """Tell whether parts can be asked for, which some web servers ignore."""
+
+        def probe(system: Any) -> bool:
+            try:
+                with system.open(self.url, "rb", _BLOCK) as file:
+                    file.seek(1)
+                    file.read(1)
+            except ValueError:
+                return False
+            return True
+
+        return not self.url.startswith("http") or self._try(probe)
+
+    def _stream(self, start: int) -> Iterator[bytes]:
+        """Yield the bytes from `start` of one request for all; a failed one is made anew."""
+        place, stream = 0, None
+
+        def read(system: Any) -> bytes:
+            nonlocal place, stream
+            if stream is None:
+                place, stream = 0, system.open(self.url, "rb", block_size=0)
+            try:
+                data: bytes = stream.read(_BLOCK)
+            except BaseException:
+                stream.close()
+                stream = None
+                raise
+            return data
+
+        had = start
+        try:
+            while block := self._try(read):
+                new = block[max(0, had - place) :]
+                place += len(block)
+                had += len(new)
+                if new:
+                    yield new
+        finally:
+            if stream is not None:
+                stream.close()
+
+    def stat(self) -> SimpleNamespace:
+        """Return `st_size`, the length in bytes."""
+        info = self._try(lambda system: system.info(self.url))
+        if info.get("size") is None:
+            raise StorageError(f"{self} does not tell its length, which reading by range needs.")
+        return SimpleNamespace(st_size=int(info["size"]))
+
+    def exists(self) -> bool:
+        """Tell whether there is a file or a folder."""
+        return bool(self._try(lambda system: system.exists(self.url)))
+
+    def is_dir(self) -> bool:
+        """Tell whether there is a folder, that is a prefix of other names."""
+        return bool(self._try(lambda system: system.isdir(self.url)))
+
+    def glob(self, pattern: str) -> Iterator[RemotePath]:
+        """Yield the files right below whose names match."""
+        listed = self._try(lambda system: system.ls(self.url, detail=False))
+        for path in sorted(listed):
+            name = str(path).rstrip("/").rsplit("/", 1)[-1]
+            if fnmatchcase(name, pattern):
+                yield self / name
+
+    def write_bytes(self, data: bytes) -> None:
+        """Write a whole object; a store shows it complete or not at all."""
+        self._try(lambda system: system.pipe_file(self.url, data))
+
+    def upload(self, path: Path) -> None:
+        """Write a local file as a whole object."""
+        self._try(lambda system: system.put_file(str(path), self.url))
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Remove the object."""
+        try:
+            self._try(lambda system: system.rm_file(self.url))
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    def _try(self, request: Callable[[Any], _Result]) -> _Result:
+        """Make a request until it succeeds or all attempts are used."""
+        for attempt in range(1, self.attempts + 1):
+            try:
+                return request(_file_system(self.url))
+            except (*_FINAL, StorageError):
+                raise
+            # Each store's library raises types of its own for a connection that breaks.
+            except Exception as error:
+                if attempt == self.attempts:
+                    raise StorageError(
+                        f"{self} cannot be reached after {attempt} attempts "
+                        f"({type(error).__name__}: {error}). Check the address, the network and "
+                        "the credentials."
+                    ) from error
+            longest = min(LONGEST_DELAY, FIRST_DELAY * 2 ** (attempt - 1))
+            time.sleep(random.uniform(longest / 2, longest))
+        raise ValueError(f"attempts is {self.attempts}; it must be at least 1")
+
+
+Location = Path | RemotePath
+"""Where a file or a folder is: on this machine, or at a URL."""
+
+
+def locate(place: str | os.PathLike[str] | RemotePath) -> Location:
+    """Return the location that a path or a URL names.
+
+    Raises:
+        StorageError: the URL is chained, or of a protocol that is not read.
+    """
+    if isinstance(place, RemotePath):
+        return place
+    if not isinstance(place, str):
+        return Path(place)
+    text, match = place, _URL.fullmatch(place)
+    if "::" in text and "://" in text:
+        raise StorageError(f"{text!r} chains file systems with `::`, which is refused.")
+    if match is None and not text.startswith("pipe:"):
+        return Path(text)
+    protocol = match.group(1) if match else "pipe"
+    if protocol == "pipe":
+        raise StorageError(
+            f"{text!r} would run a command, which is refused always: there is no option, "
+            "`allow_pipe` or other, that permits it. Copy what the command fetches into a folder, "
+            f"or give a URL of {', '.join(PROTOCOLS)}."
+        )
+    if protocol not in PROTOCOLS:
+        raise StorageError(
+            f"{text!r}: the protocol {protocol!r} is refused. Give a path, or a URL of "
+            f"{', '.join(PROTOCOLS)}."
+        )
+    return RemotePath(text.rstrip("/"))
+
+
+def _file_system(url: str) -> Any:
+    """Return the file system of a URL; fsspec keeps one for each process and thread."""
+    protocol = url.partition("://")[0]
+    package = PROTOCOLS[protocol]
+    try:
+        return fsspec.filesystem(protocol, use_listings_cache=False)
+    except ImportError:
+        extra = _EXTRAS[package]
+        raise StorageError(
+            f"{url} needs the package {package}: pip install 'simmim[{extra}]'"
+        ) from None

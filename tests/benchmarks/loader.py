@@ -1,0 +1,309 @@
+"""Time data loaders on the same photographs, ours next to its peers, in one run.
+
+    data-prep shard photos.zip shards/photos --samples-per-shard 40
+    OMP_NUM_THREADS=1 python tests/benchmarks/loader.py shards/photos
+
+Peers: the stock WebDataset pipeline and a folder of images with a DataLoader, both with Pillow's
+decoder and its bicubic RandomResizedCrop, normalised to float32 in the worker. The floor is the
+decoding of the same bytes by libjpeg-turbo, in C, and nothing else. Repeats go round, so that all
+meet the same disturbances, and medians are compared. A loader runs without end: before each
+measurement what it has prepared in the pause is taken away.
+"""
+
+import argparse
+import math
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import simplejpeg
+import torch
+import torch.nn.functional as F
+import webdataset
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+from simmim.data import SampleOrder, ShardSet, TrainingBatches, TrainTransform, slots_for
+from simmim.data.cropping import random_box, resize
+from simmim.data.decoding import decode_pixels
+from simmim.data.settings import IMAGENET_MEAN, IMAGENET_STD
+from simmim.masking import MaskDrawer
+
+SIZE = 192
+SCALE, RATIO = (0.67, 1.0), (3 / 4, 4 / 3)
+BATCH = 32
+PREFETCH = 2
+MEAN, STD = (torch.tensor(part).view(3, 1, 1) for part in (IMAGENET_MEAN, IMAGENET_STD))
+
+
+class StockTransform:
+    """RandomResizedCrop, flip, ToTensor and Normalize as torchvision has them, on Pillow."""
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        rng = np.random.default_rng()
+        top, left, height, width = random_box(
+            (image.height, image.width), rng, scale=SCALE, ratio=RATIO
+        )
+        box = (left, top, left + width, top + height)
+        resized = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)
+        if rng.random() < 0.5:
+            resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+        return (pixels.to(torch.float32).div(255) - MEAN) / STD
+
+
+class ImageFolder(Dataset[Tensor]):
+    """Image files in a folder, opened and decoded by Pillow."""
+
+    def __init__(self, folder: Path) -> None:
+        self.paths = sorted(folder.iterdir())
+        self.transform = StockTransform()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, place: int) -> Tensor:
+        with self.paths[place].open("rb") as file:
+            return self.transform(Image.open(file).convert("RGB"))
+
+
+def stock_webdataset(shards: ShardSet, workers: int) -> Iterator[Any]:
+    urls = [str(shards.folder / entry.name) for entry in shards.manifest.shards]
+    dataset = (
+        webdataset.WebDataset(urls, shardshuffle=len(urls))
+        .shuffle(1000)
+        .decode("pil")
+        .to_tuple("jpg;jpeg;png;webp")
+        .map_tuple(StockTransform())
+        .batched(BATCH)
+        .repeat()
+    )
+    loader = webdataset.WebLoader(
+        dataset, batch_size=None, num_workers=workers, prefetch_factor=PREFETCH
+    )
+    return (batch[0] for batch in loader)
+
+
+def image_folder(folder: Path, workers: int) -> Iterator[Any]:
+    dataset = ImageFolder(folder)
+    sampler = RandomSampler(dataset, replacement=True, num_samples=10**9)
+    loader = DataLoader(
+        dataset, BATCH, sampler=sampler, num_workers=workers, prefetch_factor=PREFETCH
+    )
+    return iter(loader)
+
+
+def ours(shards: ShardSet, workers: int) -> Iterator[Any]:
+    slots = slots_for(BATCH, shards.samples)
+    batches = TrainingBatches(
+        shards,
+        SampleOrder(shards.sizes, seed=0, slots=slots),
+        our_transform(),
+        batch_size=BATCH,
+        start_position=0,
+        end_position=BATCH * 10**7,
+        workers=workers,
+        prefetch=PREFETCH,
+    )
+    return (batch.images for batch in batches)
+
+
+def our_transform() -> TrainTransform:
+    mask = MaskDrawer(grid=(SIZE // 32, SIZE // 32), ratio=0.6)
+    return TrainTransform(size=(SIZE, SIZE), seed=0, scale=SCALE, ratio=RATIO, mask=mask)
+
+
+@dataclass(kw_only=True)
+class Contestant:
+    """A loader that is running, and what was measured of it."""
+
+    name: str
+    workers: int
+    batches: Iterator[Any]
+    processes: set[psutil.Process] = field(default_factory=set)
+    rates: list[float] = field(default_factory=list)
+    costs: list[float] = field(default_factory=list)
+    """Processor seconds of all workers for an image."""
+
+    def measure(self, images: int) -> None:
+        """Take images from resting workers, and let them come to rest again."""
+        used, ahead = processor_seconds(self.processes), 0
+        for _ in range(PREFETCH * self.workers + 1):
+            ahead += len(next(self.batches))
+        count, began = 0, time.perf_counter()
+        while count < images:
+            count += len(next(self.batches))
+        self.rates.append(count / (time.perf_counter() - began))
+        settle(self.processes)
+        self.costs.append((processor_seconds(self.processes) - used) / (ahead + count))
+
+    def memory(self) -> float:
+        """Return the private memory of a worker in MiB, the mean over workers."""
+        sizes = [process.memory_full_info().uss for process in self.processes]
+        return statistics.mean(sizes) / 2**20
+
+
+def processor_seconds(processes: set[psutil.Process]) -> float:
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+
+def settle(processes: set[psutil.Process]) -> None:
+    """Wait until all workers have prepared what they may, and rest."""
+    before, used = -1.0, 0.0
+    while used - before > 0.02:
+        time.sleep(0.3)
+        before, used = used, processor_seconds(processes)
+
+
+def start(name: str, workers: int, make: Callable[[int], Iterator[Any]]) -> Contestant:
+    before = set(psutil.Process().children())
+    batches = make(workers)
+    next(batches)
+    started = set(psutil.Process().children()) - before
+    return Contestant(name=name, workers=workers, batches=batches, processes=started)
+
+
+def floor_rate(files: list[bytes]) -> float:
+    """Return the images a second that libjpeg-turbo decodes, in one thread."""
+    began = time.perf_counter()
+    for data in files:
+        simplejpeg.decode_jpeg(data)
+    return len(files) / (time.perf_counter() - began)
+
+
+def seconds_of_processor(work: Callable[[], int], repeats: int) -> float:
+    """Return the processor's seconds for an image, the least of some repeats."""
+    work()
+    found = []
+    for _ in range(repeats):
+        began = time.process_time()
+        count = work()
+        found.append((time.process_time() - began) / count)
+    return min(found)
+
+
+def decode_all(files: list[bytes]) -> int:
+    for data in files:
+        simplejpeg.decode_jpeg(data)
+    return len(files)
+
+
+def take(batches: Iterator[Any], images: int) -> int:
+    count = 0
+    while count < images:
+        count += len(next(batches))
+    return count
+
+
+def fidelity(files: list[bytes]) -> dict[str, np.ndarray]:
+    """Return PSNR in dB of each crop against the exact resize, of ours and of Pillow's."""
+    found: dict[str, list[float]] = {"ours": [], "Pillow": []}
+    for number, data in enumerate(files):
+        pixels = decode_pixels(data, "jpg").pixels
+        box = random_box(pixels.shape, np.random.default_rng(number), scale=SCALE, ratio=RATIO)
+        top, left, height, width = box
+        part = torch.from_numpy(pixels[top : top + height, left : left + width].copy())
+        planes = part.permute(2, 0, 1)[None].to(torch.float64)
+        exact = F.interpolate(planes, (SIZE, SIZE), mode="bicubic", antialias=True)[0].clamp(0, 255)
+        image = Image.fromarray(pixels)
+        corners = (left, top, left + width, top + height)
+        by_pillow = np.array(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=corners))
+        crops = {
+            "ours": resize(pixels, box, (SIZE, SIZE)),
+            "Pillow": torch.from_numpy(by_pillow).permute(2, 0, 1),
+        }
+        for name, crop in crops.items():
+            error = float((crop.to(torch.float64) - exact).square().mean())
+            found[name].append(10 * math.log10(255**2 / max(error, 1e-12)))
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def report(contestants: list[Contestant], floor: list[float]) -> None:
+    median = {(one.name, one.workers): statistics.median(one.rates) for one in contestants}
+    limit = statistics.median(floor)
+    print(f"\nfloor, libjpeg-turbo alone, one thread: {limit:.0f} images/s")
+    print("µs: processor time of the workers for an image; MiB: private memory of a worker")
+    print("| loader | workers | images/s | to stock | of the floor | to one worker | µs | MiB |")
+    print("|---|---|---|---|---|---|---|---|")
+    for one in contestants:
+        rate = median[one.name, one.workers]
+        print(
+            f"| {one.name} | {one.workers} | {rate:.0f}"
+            f" | {rate / median['stock webdataset', one.workers]:.2f}"
+            f" | {rate / limit / one.workers:.0%}"
+            f" | {rate / median.get((one.name, 1), math.nan):.2f}"
+            f" | {1e6 * statistics.median(one.costs):.0f} | {one.memory():.0f} |"
+        )
+
+
+def report_processor(shards: ShardSet, files: list[bytes], repeats: int) -> None:
+    """Print what an image costs a processor within one process, which other loads disturb less."""
+    alone = ours(shards, 0)
+    costs = {
+        "floor": seconds_of_processor(lambda: decode_all(files), repeats),
+        "ours": seconds_of_processor(lambda: take(alone, len(files)), repeats),
+    }
+    print(
+        f"processor time an image, no worker: floor {1e6 * costs['floor']:.0f} µs,"
+        f" ours {1e6 * costs['ours']:.0f} µs: {costs['floor'] / costs['ours']:.0%} of the floor"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("shards", type=Path, help="folder of shards of JPEG photographs")
+    parser.add_argument("--images", type=int, default=640, help="in each measurement")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--processor-only", action="store_true", help="no workers, no peers")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    shards = ShardSet(options.shards)
+    places = [(shard, row) for shard, size in enumerate(shards.sizes) for row in range(size)]
+    samples = [shards.read(*place) for place in places]
+    samples = [sample for sample in samples if sample.extension in ("jpg", "jpeg")]
+    files = [sample.image for sample in samples]
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch"
+        f" {torch.__version__}; {len(files)} photographs, {np.mean([*map(len, files)]):,.0f} bytes"
+    )
+    for name, values in fidelity(files).items():
+        low = np.percentile(values, 1)
+        print(f"PSNR to the exact resize, {name}: mean {values.mean():.1f} dB, 1% {low:.1f} dB")
+    report_processor(shards, files, options.repeats)
+    if options.processor_only:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for number, sample in enumerate(samples):
+            (Path(folder) / f"{number:06d}.jpg").write_bytes(sample.image)
+        makers: dict[str, Callable[[int], Iterator[Any]]] = {
+            "stock webdataset": lambda workers: stock_webdataset(shards, workers),
+            "image folder": lambda workers: image_folder(Path(folder), workers),
+            "ours": lambda workers: ours(shards, workers),
+        }
+        running = [
+            start(name, workers, make)
+            for workers in options.workers
+            for name, make in makers.items()
+        ]
+        for one in running:
+            settle(one.processes)
+        floor = []
+        for _ in range(options.repeats):
+            floor.append(floor_rate(files))
+            for one in running:
+                one.measure(options.images)
+        report(running, floor)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""Places at URLs: what is read, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from data_prep import storage
+from data_prep.adopt import adopt_shards
+from data_prep.build import build_shards
+from data_prep.cli import main
+from data_prep.contact_sheet import draw_contact_sheet
+from data_prep.info import describe_shards
+from data_prep.manifest import (
+    ManifestError,
+    read_index,
+    read_manifest,
+    read_statistics,
+    write_statistics,
+)
+from data_prep.plan import ShardOptions
+from data_prep.statistics import measure_set
+from data_prep.storage import RemotePath, StorageError, locate
+from data_prep.upload import upload_set
+from data_prep.verify import verify_shards
+
+
+@pytest.fixture
+def store() -> Iterator[RemotePath]:
+    """An empty folder in a store in memory."""
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    yield RemotePath("memory://bucket")
+    system.store.clear()
+
+
+@pytest.fixture
+def remote_set(store: RemotePath, image_folder: Path, tmp_path: Path) -> RemotePath:
+    """A set of shards in the store."""
+    built = build_shards(image_folder, tmp_path / "set", ShardOptions(samples_per_shard=8))
+    for path in (tmp_path / "set").iterdir():
+        (store / path.name).upload(path)
+    assert built.manifest.samples == 24
+    return store
+
+
+def test_a_remote_path_answers_as_a_local_one(store: RemotePath, tmp_path: Path) -> None:
+    data = bytes(range(256)) * 40
+    for path in (tmp_path / "a.bin", store / "a.bin"):
+        path.write_bytes(data)
+        assert path.read_bytes() == data
+        assert path.stat().st_size == len(data)
+        assert path.name == "a.bin"
+        assert path.stem == "a"
+        assert path.exists()
+        assert not (path.parent / "b.bin").exists()
+        assert [found.name for found in path.parent.glob("*.bin")] == ["a.bin"]
+        with path.open("rb") as file:
+            file.seek(1000)
+            assert file.read(7) == data[1000:1007]
+        path.unlink()
+        path.unlink(missing_ok=True)
+        with pytest.raises(FileNotFoundError):
+            path.read_bytes()
+    (store / "c.bin").write_bytes(data)
+    assert (store / "c.bin").read_range(5, 10) == data[5:15]
+    assert b"".join((store / "c.bin").blocks(3)) == data[3:]
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("pipe:cat /etc/passwd", "refused always.*allow_pipe"),
+        ("pipe://cat", "refused always.*allow_pipe"),
+        ("file:///etc", "refused"),
+        ("ssh://host/set", "refused"),
+        ("simplecache::s3://bucket/set", "chains"),
+        ("s3://bucket/a.zip::memory://x", "chains"),
+        ("zip://a.jpg::s3://bucket/a.zip", "chains"),
+    ],
+)
+def test_urls_that_run_commands_or_chain_are_refused(url: str, reason: str) -> None:
+    with pytest.raises(StorageError, match=reason):
+        locate(url)
+    with pytest.raises(ValueError, match=reason):
+        read_manifest(url)
+
+
+@pytest.mark.skipif(find_spec("gcsfs") is not None, reason="the extra is installed")
+def test_a_missing_extra_is_named_with_its_command() -> None:
+    with pytest.raises(ValueError, match=r"pip install 'simmim\[gcs\]'"):
+        read_manifest("gs://bucket/set")
+
+
+def test_failed_requests_are_made_again_and_then_reported(
+    store: RemotePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (store / "a").write_bytes(b"data")
+    monkeypatch.setattr(storage, "FIRST_DELAY", 0.001)
+    failures = iter([OSError("reset"), TimeoutError("slow"), None])
+    whole = fsspec.filesystem("memory").cat_file
+
+    def flaky(*arguments: object, **options: object) -> bytes:
+        if (error := next(failures, None)) is not None:
+            raise error
+        return bytes(whole(*arguments, **options))
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", staticmethod(flaky))
+    assert (store / "a").read_bytes() == b"data"
+    failures = iter([OSError("reset")] * 3)
+    with pytest.raises(StorageError, match=r"memory://bucket/a cannot .* 2 attempts .*reset"):
+        (replace(store, attempts=2) / "a").read_bytes()
+
+
+def test_a_remote_set_is_described_and_measured(remote_set: RemotePath, tmp_path: Path) -> None:
+    far, near = read_manifest(str(remote_set)), read_manifest(tmp_path / "set")
+    assert describe_shards(far).splitlines()[1:] == describe_shards(near).splitlines()[1:]
+    draw_contact_sheet(far, tmp_path / "far.png")
+    draw_contact_sheet(near, tmp_path / "near.png")
+    assert (tmp_path / "far.png").read_bytes() == (tmp_path / "near.png").read_bytes()
+    write_statistics(far, measure_set(far).statistics)
+    assert read_statistics(far) == tuple(measure_set(near).statistics)
+
+
+def test_a_remote_set_is_read_and_verified(remote_set: RemotePath, tmp_path: Path) -> None:
+    manifest = read_manifest(str(remote_set))
+    local = read_manifest(tmp_path / "set")
+    assert manifest.shards == local.shards
+    for shard in manifest.shards:
+        remote, near = read_index(remote_set, shard), read_index(local.folder, shard)
+        assert remote.keys.tolist() == near.keys.tolist()
+        assert remote.offsets.tolist() == near.offsets.tolist()
+    assert verify_shards(manifest, decode=True).count == 0
+    damaged = bytearray((remote_set / "shard-000001.tar").read_bytes())
+    damaged[600] ^= 1
+    (remote_set / "shard-000001.tar").write_bytes(bytes(damaged))
+    assert any(
+        "shard-000001.tar" in problem for problem in verify_shards(manifest, decode=True).problems
+    )
+    (remote_set / "shard-000000.tar").unlink()
+    assert any(
+        "shard-000000.tar" in problem for problem in verify_shards(manifest, decode=True).problems
+    )
+
+
+def test_a_stopped_upload_goes_on_and_ends_with_the_local_bytes(
+    store: RemotePath, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = build_shards(image_folder, tmp_path / "set", ShardOptions(samples_per_shard=8))
+    whole, sent = RemotePath.upload, []
+
+    def stopping(self: RemotePath, path: Path) -> None:
+        if len(sent) == 3:
+            raise KeyboardInterrupt
+        sent.append(path.name)
+        whole(self, path)
+
+    monkeypatch.setattr(RemotePath, "upload", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        upload_set(built.manifest, store)
+    first, sent = sent, []
+    with pytest.raises(ManifestError):
+        read_manifest(store)
+    monkeypatch.setattr(
+        RemotePath, "upload", lambda *pair: (sent.append(pair[1].name), whole(*pair))
+    )
+    upload_set(built.manifest, store)
+    assert set(sent).isdisjoint(first)
+    local = {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()}
+    assert {path.name: path.read_bytes() for path in store.glob("*")} == local
+    other = build_shards(image_folder, tmp_path / "b", ShardOptions(samples_per_shard=6))
+    with pytest.raises(StorageError, match="--overwrite"):
+        upload_set(other.manifest, store)
+    upload_set(other.manifest, store, overwrite=True)
+    assert len(read_manifest(store).shards) == 4
+    assert len(list(store.glob("*.tar"))) == 4
+    (store / "foreign.txt").write_bytes(b"keep")
+    with pytest.raises(StorageError, match="foreign"):
+        upload_set(built.manifest, store, overwrite=True)
+    assert (store / "foreign.txt").read_bytes() == b"keep"
+    assert len(list(store.glob("*.tar"))) == 4
+
+
+@pytest.mark.parametrize("place", ["folder", "pattern"])
+def test_remote_tars_are_indexed_beside_them_or_elsewhere(
+    remote_set: RemotePath, tmp_path: Path, place: str
+) -> None:
+    promised = read_manifest(tmp_path / "set").shards
+    (remote_set / "manifest.json").unlink()
+    source = remote_set if place == "folder" else remote_set / "shard-{000000..000002}.tar"
+    elsewhere = adopt_shards(source, output=tmp_path / "indexes").manifest
+    assert [shard.place for shard in elsewhere.shards] == [
+        f"memory://bucket/shard-{number:06}.tar" for number in range(3)
+    ]
+    assert not (remote_set / "manifest.json").exists()
+    read = read_manifest(tmp_path / "indexes")
+    assert verify_shards(read, decode=True).count == 0
+    beside = adopt_shards(source).manifest
+    for found in (elsewhere, beside, read_manifest(remote_set)):
+        assert [shard.sha256 for shard in found.shards] == [shard.sha256 for shard in promised]
+    with pytest.raises(ManifestError, match="--overwrite"):
+        adopt_shards(source)
+
+
+def test_a_local_pattern_is_indexed(
+    tmp_path: Path, image_files: dict[str, bytes], write_tar: Callable[..., None]
+) -> None:
+    for number in range(4):
+        write_tar(tmp_path / f"part-{number:02}.tar", {f"{number}.jpg": b"not decoded here"})
+    assert main(["index", str(tmp_path / "part-{01..02}.tar")]) == 0
+    assert [shard.name for shard in read_manifest(tmp_path).shards] == [
+        "part-01.tar",
+        "part-02.tar",
+    ]
+    assert main(["index", str(tmp_path / "part-{03..09}.tar"), "--overwrite"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "remote"),
+    [
+        ({"name": "../shard-000000.tar"}, False),
+        ({"name": "/etc/shard.tar"}, False),
+        ({"name": "s3://other/shard.tar"}, False),
+        ({"index": "../x.npy"}, False),
+        ({"place": "https://elsewhere.example/shard-000000.tar"}, True),
+        ({"place": "/etc/shard-000000.tar"}, True),
+        ({"place": "pipe:cat shard-000000.tar"}, False),
+        ({"place": "../shard-000000.tar"}, False),
+        ({"place": "s3://bucket/../shard-000000.tar"}, False),
+        ({"place": "s3://bucket/other.tar"}, False),
+        ({"place": 3}, False),
+    ],
+)
+def test_hostile_entries_are_refused(
+    remote_set: RemotePath, tmp_path: Path, changes: dict[str, object], remote: bool
+) -> None:
+    folder = remote_set if remote else tmp_path / "set"
+    values = json.loads((folder / "manifest.json").read_text())
+    values["shards"][0] |= changes
+    (folder / "manifest.json").write_bytes(json.dumps(values).encode())
+    with pytest.raises(ManifestError):
+        read_manifest(folder)
