@@ -23,6 +23,7 @@ from data_prep.publish import publish
 from data_prep.ray_executor import map_on_ray
 from data_prep.shard import ShardReport, ShardTask, read_report, write_shard
 from data_prep.sources import Source, open_source
+from data_prep.storage import Location
 from data_prep.workers import Tick, map_tasks
 
 
@@ -92,7 +93,7 @@ class Built:
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    source: Path
+    source: Location
     shards: bool
     options: ShardOptions
     execution: Execution
@@ -108,7 +109,7 @@ class _Job:
 
 
 def build_shards(
-    source_path: Path,
+    source_path: Location,
     folder: Path,
     options: ShardOptions,
     *,
@@ -137,7 +138,9 @@ def build_shards(
         OSError: the folder cannot be written.
     """
     execution, progress = execution or Execution(), progress or Progress()
-    source_path, folder = source_path.resolve(), folder.resolve()
+    folder = folder.resolve()
+    if isinstance(source_path, Path):
+        source_path = source_path.resolve()
     if execution.part and overwrite:
         raise DestinationError("--overwrite would clear the work of other parts: leave it out.")
     job = _Job(source=source_path, shards=shards, options=options, execution=execution)

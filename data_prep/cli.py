@@ -98,7 +98,7 @@ def _shard(arguments: argparse.Namespace, interruption: Interruption) -> int:
             bar.refresh()
 
         built = build_shards(
-            arguments.source,
+            locate(arguments.source),
             folder,
             parse_options(arguments),
             shards=arguments.command == "reshard",
@@ -263,10 +263,10 @@ def _add_command(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     if name == "shard":
-        about = "folder, zip, uncompressed tar or list (txt, csv, parquet) of images"
-        parser.add_argument("source", type=Path, help=about)
+        about = "folder or its URL, zip, uncompressed tar or list (txt, csv, parquet) of images"
+        parser.add_argument("source", help=about)
     elif name == "reshard":
-        parser.add_argument("source", type=Path, help="folder of WebDataset tars")
+        parser.add_argument("source", help="folder of WebDataset tars")
     parser.add_argument("folder", help="folder of shards, or its URL (s3, gs, http)")
     return parser
 
@@ -286,7 +286,7 @@ def _bar(total: int | None = None) -> tqdm[NoReturn]:
     return tqdm(total=total, unit=" images", unit_scale=True, disable=None, dynamic_ncols=True)
 
 
-def _describe_plan(plan: Plan, source: Path) -> str:
+def _describe_plan(plan: Plan, source: str) -> str:
     text = f"found {plan.found:,} images, classes: {plan.classes:,}, in {source}"
     if plan.finished:
         text += f"; {plan.finished:,} of {plan.shards:,} shards are finished already"

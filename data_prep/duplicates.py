@@ -16,6 +16,7 @@ from data_prep.listing import Listed, decode_file, encode_file
 from data_prep.near_duplicates import SimilarImages, perceptual_hash, require_hashes
 from data_prep.plan import ShardOptions, path_key
 from data_prep.sources import open_source
+from data_prep.storage import Location
 from data_prep.workers import Tick, map_tasks
 
 _FILES_AT_ONCE = 2_000
@@ -23,7 +24,7 @@ _FILES_AT_ONCE = 2_000
 
 @dataclass(frozen=True, kw_only=True)
 class _DigestTask:
-    source: Path
+    source: Location
     options: ShardOptions
     shards: bool
     files: tuple[tuple[SourceFile, int], ...]
@@ -36,7 +37,7 @@ class _Row(NamedTuple):
 
 
 def duplicate_dropper(
-    source: Path, options: ShardOptions, folder: Path, *, shards: bool, workers: int
+    source: Location, options: ShardOptions, folder: Path, *, shards: bool, workers: int
 ) -> Callable[[Listed], Listed]:
     """Return a function that names duplicates: of equal files the smallest path is kept.
 

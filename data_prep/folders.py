@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -42,6 +44,18 @@ class FolderSource:
                 else:
                     problem = "it is a broken link" if entry.is_symlink() else "it is not a file"
                     yield SourceFile(path, 0, 0, problem=problem)
+
+    def describe(self, path: str) -> tuple[int, int]:
+        """Return the length of a file in bytes, and when it was changed.
+
+        Raises:
+            OSError: it is not there, or no file.
+            ValueError: its name is impossible.
+        """
+        status = os.stat(self.path / path)  # noqa: PTH116 - one call for each of many
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is not a file")
+        return status.st_size, status.st_mtime_ns
 
     def read(self, file: SourceFile) -> bytes:
         """Return the bytes of a file.

@@ -26,6 +26,7 @@ from data_prep.plan import (
     path_key,
 )
 from data_prep.sources import Source
+from data_prep.storage import Location
 
 LISTING_NAME = "listing.jsonl"
 REFUSED_NAME = "listing-refused.jsonl"
@@ -291,7 +292,7 @@ def _find_problem(file: SourceFile, selection: Selection) -> SourceFile:
     return file
 
 
-def _describe_absence(path: Path, selection: Selection, others: int) -> str:
+def _describe_absence(path: Location, selection: Selection, others: int) -> str:
     if not others:
         return f"{path} is empty: give a folder, a zip, a tar or a list of images."
     wanted = f"files that match {', '.join(selection.include)}" if selection.include else "images"

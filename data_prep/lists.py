@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from data_prep.files import Selection, SourceError, SourceFile
 from data_prep.folders import FolderSource
+from data_prep.remote_folder import RemoteFolderSource
+from data_prep.storage import RemotePath, StorageError, locate
 from data_prep.tars import describe_path_problem
 
 LIST_SUFFIXES = (".txt", ".tsv", ".csv", ".parquet")
@@ -31,7 +31,10 @@ class ListSource:
     def __init__(self, path: Path, selection: Selection) -> None:
         self.path = path
         self._split_column = selection.split_column
-        self._folder = FolderSource(Path(selection.root) if selection.root else path.parent)
+        root = locate(selection.root) if selection.root else path.parent
+        self._folder = (
+            RemoteFolderSource(root) if isinstance(root, RemotePath) else FolderSource(root)
+        )
 
     def files(self) -> Iterator[SourceFile]:
         """Yield every file that the list names, in its order.
@@ -76,13 +79,13 @@ class ListSource:
         if problem:
             return file._replace(problem=problem)
         try:
-            status = os.stat(self._folder.path / path)  # noqa: PTH116 - one call for each of many
+            size, stamp = self._folder.describe(path)
+        except StorageError:
+            raise
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "its name is impossible"
-            return file._replace(problem=f"it cannot be read: {reason}")
-        if not stat.S_ISREG(status.st_mode):
-            return file._replace(problem="it is not a file")
-        return file._replace(size=status.st_size, stamp=status.st_mtime_ns)
+            return file._replace(problem=f"it cannot be read: {reason or 'it is not there'}")
+        return file._replace(size=size, stamp=stamp)
 
 
 def _text(value: object) -> str:

@@ -17,6 +17,7 @@ from data_prep.listing import LISTING_NAME, class_name, read_files
 from data_prep.manifest import ShardEntry, write_aside, write_index
 from data_prep.plan import ShardOptions, ShardPlan
 from data_prep.sources import Source, open_source
+from data_prep.storage import Location
 from data_prep.workers import Tick
 from data_prep.writing import ShardWriter
 
@@ -25,7 +26,7 @@ from data_prep.writing import ShardWriter
 class ShardTask:
     """All a worker needs to write one shard."""
 
-    source: Path
+    source: Location
     """What to read from."""
     shards: bool
     """Whether the source is a folder of shards."""

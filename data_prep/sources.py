@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import zipfile
-from pathlib import Path
 
 from data_prep.archives import TarSource, ZipSource
 from data_prep.files import Selection, SourceError
 from data_prep.folders import FolderSource
 from data_prep.lists import LIST_SUFFIXES, ListSource
+from data_prep.remote_folder import RemoteFolderSource
 from data_prep.shard_source import ShardSource
+from data_prep.storage import Location, RemotePath
 from data_prep.tars import is_tar, walk_tar
 
 _KINDS = "a folder, a zip, a tar or a list of images"
-Source = FolderSource | ZipSource | TarSource | ListSource | ShardSource
+Source = FolderSource | RemoteFolderSource | ZipSource | TarSource | ListSource | ShardSource
 
 
 def open_source(
-    path: Path, selection: Selection | None = None, *, shards: bool = False, ordered: bool = False
+    path: Location,
+    selection: Selection | None = None,
+    *,
+    shards: bool = False,
+    ordered: bool = False,
 ) -> Source:
     """Open a folder, a zip, an uncompressed tar, a list of paths, or a folder of shards.
+
+    Of a store it may be a folder alone, or what a list names.
 
     Args:
         path: what to open.
@@ -32,6 +39,8 @@ def open_source(
         TarError: it is a compressed tar.
     """
     selection = selection or Selection()
+    if isinstance(path, RemotePath):
+        return _open_remote(path, shards=shards)
     if path.is_dir():
         return ShardSource(path, selection) if shards else FolderSource(path, ordered=ordered)
     if not path.exists():
@@ -51,3 +60,13 @@ def open_source(
     raise SourceError(
         f"source {path} is neither a folder, a zip nor a tar of images, nor a list ({suffixes})."
     )
+
+
+def _open_remote(path: RemotePath, *, shards: bool) -> RemoteFolderSource:
+    if shards or not path.is_dir():
+        what = "shards are" if shards else "no folder is"
+        raise SourceError(
+            f"{what} at {path}: of a store a folder of images is read, or a list on this machine "
+            f"whose --root is a URL. Fetch anything else first, and give its path."
+        )
+    return RemoteFolderSource(path)

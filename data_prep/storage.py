@@ -6,6 +6,7 @@ object stores and web servers are reached: nothing that runs a command or chains
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import re
@@ -159,7 +160,7 @@ class RemotePath:
 
     def stat(self) -> SimpleNamespace:
         """Return `st_size`, the length in bytes."""
-        info = self._try(lambda system: system.info(self.url))
+        info = self._info()
         if info.get("size") is None:
             raise StorageError(f"{self} does not tell its length, which reading by range needs.")
         return SimpleNamespace(st_size=int(info["size"]))
@@ -179,6 +180,28 @@ class RemotePath:
             name = str(path).rstrip("/").rsplit("/", 1)[-1]
             if fnmatchcase(name, pattern):
                 yield self / name
+
+    def walk(self) -> Iterator[tuple[str, int, int]]:
+        """Yield every file below: its path from here, its length, and a stamp as `describe` has."""
+        listed = self._try(lambda system: system.ls(self.url, detail=True))
+        for entry in sorted(listed, key=lambda entry: str(entry["name"])):
+            name = str(entry["name"])
+            below = name.rstrip("/").rsplit("/", 1)[-1]
+            if entry["type"] == "directory":
+                if below != self.name:
+                    for path, size, stamp in (self / below).walk():
+                        yield f"{below}/{path}", size, stamp
+            elif not name.endswith("/"):  # some stores mark a folder by an empty object
+                found = entry if entry.get("size") is not None else (self / below)._info()
+                yield below, *_length_and_stamp(found)
+
+    def describe(self) -> tuple[int, int]:
+        """Return the length in bytes, and a number that changes with the content."""
+        return _length_and_stamp(self._info())
+
+    def _info(self) -> dict[str, Any]:
+        info: dict[str, Any] = self._try(lambda system: system.info(self.url))
+        return info
 
     def write_bytes(self, data: bytes) -> None:
         """Write a whole object; a store shows it complete or not at all."""
@@ -248,6 +271,14 @@ def locate(place: str | os.PathLike[str] | RemotePath) -> Location:
             f"{', '.join(PROTOCOLS)}."
         )
     return RemotePath(text.rstrip("/"))
+
+
+def _length_and_stamp(info: dict[str, Any]) -> tuple[int, int]:
+    """Take from what a store says of a file its length and whichever mark of its content it has."""
+    marks = [str(info[name]) for name in ("ETag", "etag", "md5Hash", "mtime") if info.get(name)]
+    marks = marks or [str(info.get("LastModified") or info.get("created") or "")]
+    digest = hashlib.blake2b(marks[0].encode(), digest_size=7).digest()
+    return int(info.get("size") or 0), int.from_bytes(digest, "big")
 
 
 def _file_system(url: str) -> Any:

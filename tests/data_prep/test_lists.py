@@ -70,7 +70,7 @@ def test_a_list_leads_nowhere_else(image_folder: Path, tmp_path: Path) -> None:
         == "its path leads out of the archive"
     )
     assert problems["gone.jpg"] == "it cannot be read: No such file or directory"
-    assert problems["train"] == "it is not a file"
+    assert problems["train"] == "it cannot be read: it is not a file"
     assert problems["bad\0name.jpg"]
     assert problems["train/cat/0.jpg"] == ""
 

@@ -246,3 +246,72 @@ def test_hostile_entries_are_refused(
     (folder / "manifest.json").write_bytes(json.dumps(values).encode())
     with pytest.raises(ManifestError):
         read_manifest(folder)
+
+
+ALONE = ("--workers", "1")  # another process has another store in memory
+
+
+@pytest.fixture
+def remote_images(image_folder: Path) -> Iterator[RemotePath]:
+    """The images of a folder, in a store."""
+    place = RemotePath("memory://photos/all")
+    for path in sorted(image_folder.rglob("*")):
+        if path.is_file():
+            (place / path.relative_to(image_folder).as_posix()).upload(path)
+    yield place
+    fsspec.filesystem("memory").store.clear()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("shard-*.tar"))}
+
+
+def test_a_folder_of_a_store_is_a_source(
+    remote_images: RemotePath, image_folder: Path, tmp_path: Path
+) -> None:
+    assert main(["shard", str(remote_images), str(tmp_path / "far"), *ALONE]) == 0
+    assert main(["shard", str(image_folder), str(tmp_path / "near")]) == 0
+    far, near = (read_manifest(tmp_path / name) for name in ("far", "near"))
+    assert (far.samples, far.classes) == (near.samples, near.classes)
+    keys = [read_index(far.folder, shard).keys.tolist() for shard in far.shards]
+    assert keys == [read_index(near.folder, shard).keys.tolist() for shard in near.shards]
+    again = contents(tmp_path / "far")
+    assert main(["shard", str(remote_images), str(tmp_path / "far"), *ALONE]) == 0
+    assert contents(tmp_path / "far") == again
+    (remote_images / "new.png").write_bytes(b"other")
+    assert main(["shard", str(remote_images), str(tmp_path / "far"), *ALONE]) == 2
+
+
+def test_a_list_names_images_of_a_store(
+    remote_images: RemotePath, image_folder: Path, tmp_path: Path
+) -> None:
+    names = [path for path, _, _ in remote_images.walk()]
+    assert names == sorted(
+        path.relative_to(image_folder).as_posix()
+        for path in image_folder.rglob("*")
+        if path.is_file()
+    )
+    (tmp_path / "list.txt").write_text("\n".join([*names, "missing.jpg"]) + "\n")
+    command = [
+        "shard",
+        str(tmp_path / "list.txt"),
+        str(tmp_path / "set"),
+        "--max-rejected",
+        "1",
+        *ALONE,
+    ]
+    assert main([*command, "--root", str(remote_images)]) == 0
+    manifest = read_manifest(tmp_path / "set")
+    assert manifest.samples + manifest.rejected == len(names) + 1
+    assert "missing.jpg" in (tmp_path / "set" / "rejected.jsonl").read_text()
+
+
+def test_what_is_no_folder_of_a_store_is_refused(
+    remote_images: RemotePath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["shard", "memory://photos/none", str(tmp_path / "set")]) == 2
+    assert "no folder is at memory://photos/none" in capsys.readouterr().err
+    assert main(["reshard", str(remote_images), str(tmp_path / "set")]) == 2
+    assert "Fetch anything else first" in capsys.readouterr().err
+    assert main(["shard", "pipe:cat images", str(tmp_path / "set")]) == 2
+    assert "would run a command" in capsys.readouterr().err
