@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from data_prep.cli import main
-from data_prep.manifest import read_manifest
+from data_prep.manifest import RemotePath, read_manifest
 from simmim.data.reading import ShardSet
 from simmim.data.remote import RemoteReading
 
@@ -106,7 +106,12 @@ def test_shards_on_an_unreliable_store_give_the_batches_from_disk(
     assert main(["shard", source, str(tmp_path / "local"), *options]) == 0
     assert main(["shard", source, bucket, *options, *staging]) == 0
     assert main(["verify", bucket, "--workers", "1"]) == 0
+    images = RemotePath(f"{bucket}-images")
+    for path in (tmp_path / "images").iterdir():
+        (images / path.name).upload(path)
+    assert main(["shard", str(images), str(tmp_path / "fetched"), *options]) == 0
     local, remote = read_manifest(tmp_path / "local"), read_manifest(bucket)
+    assert read_manifest(tmp_path / "fetched").samples == local.samples == 120
     assert (local.shards, local.options) == (remote.shards, remote.options)
     limit = 3 * max(shard.bytes for shard in local.shards)  # of ten
     reading = RemoteReading(mode=mode, cache_dir=tmp_path / "cache", cache_bytes=limit)
