@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from swinv2.config import AttentionPath, Pair, clamp_window
+from swinv2.fused import fused_attention, mask_regions, spread_offsets
 from swinv2.linear import Linear, being_exported, linear
 from swinv2.sequential import SHORTEST, sequential_attention
 
@@ -131,6 +132,9 @@ def window_mask(grid: WindowGrid, device: torch.device) -> Tensor:
     between tokens that are neighbours only because the shift wrapped the map around; 0 elsewhere.
     """
     regions = window_regions(grid, device)
+    if compiled_by_kernels():
+        mask: Tensor = mask_regions(regions, ACROSS_REGIONS, PADDING)
+        return mask
     queries, keys = regions[:, None, :, None], regions[:, None, None, :]
     mask = torch.where(queries == keys, 0.0, ACROSS_REGIONS)
     if any(grid.padding):
@@ -272,9 +276,8 @@ class PositionBias(nn.Module):
     def __init__(self, num_heads: int, reference_window: Pair) -> None:
         super().__init__()
         self.reference_window = reference_window
-        self.expand = nn.Linear(2, BIAS_HIDDEN)
-        self.reduce = nn.Linear(BIAS_HIDDEN, num_heads, bias=False)
-
+        self.expand = Linear(2, BIAS_HIDDEN)
+        self.reduce = Linear(BIAS_HIDDEN, num_heads, bias=False)
         self._kept: KeptBias | None = None
 
     def forward(self, window: Pair) -> Tensor:
@@ -293,7 +296,11 @@ class PositionBias(nn.Module):
         weight = self.expand.weight
         offsets = offset_coordinates(window, self.reference_window, weight.dtype, weight.device)
         with without_autocast(weight.device):
+            # Through operators of ours, so that a compiled backward keeps the precision, too.
             table = 16 * torch.sigmoid(self.reduce(F.relu(self.expand(offsets))))
+        if compiled_by_kernels():
+            spread: Tensor = spread_offsets(table, offset_index(window, weight.device))
+            return spread
         # Unlike indexing, the backward of an embedding adds up in a fixed order.
         bias = F.embedding(offset_index(window, weight.device), table)
         return bias.permute(2, 0, 1)
@@ -331,8 +338,10 @@ class WindowAttention(nn.Module):
 
     def _attend(self, qkv: Tensor, scale: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
         path = self.path
-        if path == "auto" and (being_exported() or _compiled_for_gpu(qkv)):
+        if path == "auto" and being_exported():
             path = "explicit"
+        if path == "auto" and torch.compiler.is_compiling():
+            return fused_attention(qkv, scale=scale, bias=bias, mask=mask)
         match path:
             case "explicit":
                 return explicit_attention(qkv, scale=scale, bias=bias, mask=mask)
@@ -349,5 +358,6 @@ class WindowAttention(nn.Module):
                 )
 
 
-def _compiled_for_gpu(tokens: Tensor) -> bool:
-    return torch.compiler.is_compiling() and tokens.device.type != "cpu"
+def compiled_by_kernels() -> bool:
+    """Tell whether a graph is made that may hold operators of ours."""
+    return torch.compiler.is_compiling() and not being_exported()

@@ -19,30 +19,6 @@ COPIES = count()
 """Numbers for the copies of the code that blocks compile."""
 
 
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm in the precision of its weights.
-
-    So under autocast the residual stream starts in float32, and stays in it.
-    """
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Normalise the last axis."""
-        return super().forward(tokens.to(self.weight.dtype))
-
-
-class BranchNorm(nn.LayerNorm):
-    """LayerNorm at the end of a residual branch.
-
-    Under autocast a CPU gives what it is given, bfloat16 of a branch in bfloat16, with sums in
-    float32; a GPU gives float32. What is added to the residual stream is rounded once, not more.
-    """
-
-    def forward(self, branch: Tensor) -> Tensor:
-        """Normalise the last axis."""
-        rounded = torch.is_autocast_enabled(branch.device.type)
-        return super().forward(branch if rounded else branch.to(self.weight.dtype))
-
-
 def drop_path(branch: Tensor, rate: float, *, training: bool) -> Tensor:
     """Drop a residual branch of (batch, ...) for whole samples, each with probability rate.
 
@@ -68,7 +44,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.projection = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
-        self.norm = LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim)
 
     def forward(self, images: Tensor) -> Tensor:
         """Turn (batch, channels, height, width) into (batch, rows, columns, dim).
@@ -96,7 +72,7 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.reduction = Linear(4 * dim, 2 * dim, bias=False)
-        self.norm = LayerNorm(2 * dim)
+        self.norm = nn.LayerNorm(2 * dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Turn (batch, rows, columns, dim) into (batch, rows/2, columns/2, 2·dim), rounded up.
@@ -156,9 +132,9 @@ class Block(nn.Module):
         self.checkpointing: Checkpointing = "none"
         self.compiled_run: Callable[..., Tensor] | None = None
         self.attention = WindowAttention(dim, num_heads, reference_window)
-        self.norm1 = BranchNorm(dim)
+        self.norm1 = nn.LayerNorm(dim)
         self.mlp = MLP(dim, int(mlp_ratio * dim))
-        self.norm2 = BranchNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map (batch, rows, columns, dim) to the same shape."""
@@ -221,7 +197,7 @@ class Stage(nn.Module):
         self.extra_norm_every = extra_norm_every
         num_extra_norms = len(blocks) // extra_norm_every if extra_norm_every else 0
         self.blocks = nn.ModuleList(blocks)
-        self.extra_norms = nn.ModuleList(LayerNorm(dim) for _ in range(num_extra_norms))
+        self.extra_norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(num_extra_norms))
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile what the blocks compute: one function for all, and one for those shifted."""

@@ -186,7 +186,8 @@ class Execution:
     twice, or exported. sdpa: torch's scaled_dot_product_attention. sequential: the scores of one
     group of windows after the other, computed again in the backward instead of kept: the least
     memory. auto: so too, but attention weights are kept for the backward, which is faster, in the
-    precision of the values; explicit in an exported graph and in a compiled one for a GPU."""
+    precision of the values; in compiled blocks all scores at once, in a form that compilers fuse
+    (`swinv2/fused.py`); explicit in an exported graph."""
 
     checkpointing: Checkpointing | tuple[Checkpointing, ...] = "none"
     """What is computed again in the backward instead of kept: nothing, the attention branch of a

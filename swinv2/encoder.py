@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swinv2.blocks import Block, LayerNorm, PatchEmbed, PatchMerging, Stage
+from swinv2.blocks import Block, PatchEmbed, PatchMerging, Stage
 from swinv2.config import (
     Execution,
     Pair,
@@ -32,7 +32,7 @@ class SwinV2(nn.Module):
         self.patch_embed = PatchEmbed(config.patch_size, config.in_channels, config.embed_dim)
         self.stages = nn.ModuleList(build_stages(config))
         self.merges = nn.ModuleList(PatchMerging(dim) for dim in config.stage_dims[:-1])
-        self.norm = LayerNorm(config.num_features)
+        self.norm = nn.LayerNorm(config.num_features)
         self.execution = Execution()
         initialise(self)
 

@@ -72,6 +72,7 @@ def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     "swinv2::linear",
     mutates_args=(),
     schema="(Tensor rows, Tensor weight, Tensor? bias) -> Tensor",
+    tags=torch.Tag.flexible_layout,
 )
 def _map(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _product(rows, weight, bias)
@@ -81,6 +82,7 @@ def _map(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     "swinv2::linear_weight_gradient",
     mutates_args=(),
     schema="(Tensor gradient, Tensor rows) -> Tensor",
+    tags=torch.Tag.flexible_layout,
 )
 def _weight_gradient(gradient: Tensor, rows: Tensor) -> Tensor:
     if gradient.dtype != torch.float32:

@@ -96,8 +96,8 @@ def attend_backward(  # noqa: PLR0917
     """Give the gradients of qkv, scale and bias."""
     roles = _by_head(qkv, 3, len(scale))
     (gradient_by_head,) = _by_head(gradient, 1, len(scale))
-    for_qkv, for_bias = torch.empty_like(qkv), torch.zeros_like(bias)
-    for_scale = torch.zeros_like(scale)
+    for_qkv, for_bias = qkv.new_empty(qkv.shape), bias.new_zeros(bias.shape)
+    for_scale = scale.new_zeros(scale.shape)
     for_roles = _by_head(for_qkv, 3, len(scale))
     place = 0
     for group in _groups(roles, scores_at_a_time):
@@ -138,6 +138,7 @@ _attend = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor qkv, Tensor scale, Tensor bias, Tensor? mask, int? scores_at_a_time, "
     "bool keep) -> (Tensor, Tensor)",
+    tags=torch.Tag.flexible_layout,
 )
 _attend_backward = torch.library.custom_op(
     "swinv2::sequential_attention_backward",
@@ -145,6 +146,7 @@ _attend_backward = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor gradient, Tensor qkv, Tensor scale, Tensor bias, Tensor? mask, Tensor kept, "
     "int? scores_at_a_time) -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.flexible_layout,
 )
 
 
@@ -169,7 +171,7 @@ def _(
     bias: Tensor,
     *rest: object,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(qkv), torch.empty_like(scale), torch.empty_like(bias)
+    return qkv.new_empty(qkv.shape), scale.new_empty(scale.shape), bias.new_empty(bias.shape)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -81,7 +81,7 @@ class ExecutionSettings:
     """Path of attention, one for all stages or a list with one for each. sequential: the scores of
     one group of windows after the other, which takes the least memory; sdpa: torch's fused kernels;
     explicit: all scores at once; auto: groups too, with attention weights kept for the backward,
-    but explicit where compiled for a GPU."""
+    and all at once where blocks are compiled."""
     checkpointing: Checkpointing | tuple[Checkpointing, ...] = "none"
     """What is computed again in the backward instead of kept, for all stages or a list with one for
     each: none, attention (the attention branch of each block), full (each block)."""

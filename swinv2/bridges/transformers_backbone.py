@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from swinv2.attention import WindowAttention
-from swinv2.blocks import Block, LayerNorm
+from swinv2.blocks import Block
 from swinv2.config import SwinV2Config, record_windows
 from swinv2.encoder import SwinV2
 from swinv2.weights import load_encoder
@@ -157,7 +157,7 @@ def _model_class() -> type[Any]:
             self.encoder.norm = nn.Identity()  # type: ignore[assignment]
             self.hidden_states_norms = nn.ModuleDict(
                 {
-                    name: LayerNorm(channels)
+                    name: nn.LayerNorm(channels)
                     for name, channels in zip(self.out_features, self.channels, strict=True)
                 }
             )

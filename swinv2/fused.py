@@ -1,0 +1,186 @@
+"""Scaled cosine attention for compilers, which fuse all of it but the two products.
+
+Two steps have backwards of their own, which read no more than what is kept in the precision of the
+values: one number for each score, and queries and keys as they came. What autograd would keep of
+them in float32 is the largest part of what a compiled block reads and writes.
+
+Tables that are read several times in one fused loop are operators, so that a compiler computes
+them once instead of once for each time that they are read.
+"""
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from swinv2.sequential import SHORTEST
+
+
+def fused_attention(qkv: Tensor, *, scale: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+    """Attend by scaled cosine similarity, as `swinv2.attention.explicit_attention` does.
+
+    Shapes are the same; it can be differentiated once.
+    """
+    query, key, value = rearrange(
+        qkv,
+        "batch windows tokens (roles heads d) -> roles batch windows heads tokens d",
+        roles=3,
+        heads=len(scale),
+    )
+    query, _ = _directions(query, scale)
+    key, _ = _directions(key, torch.ones_like(scale))
+    mixed: Tensor = _mixed(query, key, value, bias, mask)[0]
+    return mixed.transpose(2, 3).flatten(3)
+
+
+class _Direction(torch.autograd.Function):
+    """Vectors (batch, windows, heads, tokens, d) of length scale (heads, 1, 1), in their precision.
+
+    The factors (..., 1) of the directions come with them.
+    """
+
+    @staticmethod
+    def forward(vectors: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        precise = vectors.to(scale.dtype)
+        factors = precise.square().sum(-1, keepdim=True).clamp_min(SHORTEST**2).rsqrt()
+        return (precise * (factors * scale)).to(vectors.dtype), factors
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor, Tensor]:
+        vectors, scale, factors = ctx.saved_tensors
+        directions, gradient = vectors.to(scale.dtype) * factors, gradient.to(scale.dtype)
+        # The backward of a normalisation: what lies along the direction has no effect.
+        along = (gradient * directions).sum(-1, keepdim=True)
+        for_vectors = (gradient - directions * along) * (factors * scale)
+        return for_vectors.to(vectors.dtype), along.sum((0, 1, 3))[..., None]
+
+
+class _Mixed(torch.autograd.Function):
+    """Softmax of query · key + bias + mask, times the values, (batch, windows, heads, tokens, d).
+
+    What is rounded to the precision of the values, and kept, are exponentials that are not divided
+    by their sums (batch, windows, heads, tokens, 1): products are divided, which are smaller.
+    Source of this and of the backward: FlashAttention, arXiv 2205.14135, section 3, appendix B.
+    """
+
+    @staticmethod
+    def forward(
+        query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        scores = query @ key.transpose(-2, -1) + bias
+        if mask is not None:
+            scores = scores + mask
+        exponentials = (scores - scores.amax(-1, keepdim=True)).exp().to(value.dtype)
+        sums = exponentials.sum(-1, keepdim=True, dtype=scores.dtype)
+        mixed = ((exponentials @ value) / sums).to(value.dtype)
+        return mixed, exponentials, sums
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:3], *output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        query, key, value, mixed, exponentials, sums = ctx.saved_tensors
+        divided = (gradient / sums).to(value.dtype)
+        for_value = exponentials.transpose(-2, -1) @ divided
+        # Sum over keys of weight times gradient, which is that over d of what came out.
+        mean = (divided.to(sums.dtype) * mixed).sum(-1, keepdim=True)
+        for_weights = divided @ value.transpose(-2, -1)
+        for_scores = (exponentials * (for_weights - mean)).to(value.dtype)
+        for_query, for_key = for_scores @ key, for_scores.transpose(-2, -1) @ query
+        return for_query, for_key, for_value, for_scores.to(sums.dtype).sum((0, 1)), None
+
+
+_directions: Any = _Direction.apply
+_mixed: Any = _Mixed.apply
+
+
+@torch.library.custom_op(
+    "swinv2::spread_offsets",
+    mutates_args=(),
+    schema="(Tensor table, Tensor index) -> Tensor",
+    tags=torch.Tag.flexible_layout,
+)
+def spread_offsets(table: Tensor, index: Tensor) -> Tensor:
+    """Give each pair of tokens the row of its offset: (heads, queries, keys).
+
+    Args:
+        table: (offsets, heads).
+        index: (queries, keys), int64.
+    """
+    rows = table.t().contiguous().index_select(1, index.flatten())
+    return rows.view(-1, *index.shape)
+
+
+@torch.library.custom_op(
+    "swinv2::gather_offsets",
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor index, int offsets) -> Tensor",
+    tags=torch.Tag.flexible_layout,
+)
+def _gather_offsets(gradient: Tensor, index: Tensor, offsets: int) -> Tensor:
+    # Unlike that of indexing, the backward of an embedding adds up in a fixed order.
+    by_pair = gradient.permute(1, 2, 0).contiguous()
+    summed: Tensor = torch.ops.aten.embedding_dense_backward(by_pair, index, offsets, -1, False)
+    return summed
+
+
+@torch.library.custom_op(
+    "swinv2::mask_regions",
+    mutates_args=(),
+    schema="(Tensor regions, float across, int padding) -> Tensor",
+    tags=torch.Tag.flexible_layout,
+)
+def mask_regions(regions: Tensor, across: float, padding: int) -> Tensor:
+    """Give what is added to scores, (windows, 1, queries, keys), float32.
+
+    Args:
+        regions: (windows, tokens), int64.
+        across: what is added between tokens of different regions.
+        padding: the region that nothing may attend to.
+    """
+    queries, keys = regions[:, None, :, None], regions[:, None, None, :]
+    mask = torch.where(queries == keys, 0.0, across)
+    return mask.masked_fill_(keys == padding, float("-inf"))
+
+
+@spread_offsets.register_fake
+def _(table: Tensor, index: Tensor) -> Tensor:
+    return table.new_empty(table.shape[1], *index.shape)
+
+
+@_gather_offsets.register_fake
+def _(gradient: Tensor, index: Tensor, offsets: int) -> Tensor:  # noqa: ARG001
+    return gradient.new_empty(offsets, gradient.shape[0])
+
+
+@mask_regions.register_fake
+def _(regions: Tensor, across: float, padding: int) -> Tensor:  # noqa: ARG001
+    windows, tokens = regions.shape
+    return regions.new_empty(windows, 1, tokens, tokens, dtype=torch.float32)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    table, index = inputs
+    ctx.offsets = len(table)
+    ctx.save_for_backward(index)
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    return _gather_offsets(gradient, *ctx.saved_tensors, ctx.offsets), None
+
+
+spread_offsets.register_autograd(_differentiate, setup_context=_keep)
