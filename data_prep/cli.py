@@ -21,7 +21,7 @@ from data_prep.contact_sheet import draw_contact_sheet
 from data_prep.destination import REJECTED_NAME
 from data_prep.info import describe_bytes, describe_shards, describe_statistics
 from data_prep.interrupts import InterruptedBySignal, Interruption, raise_on_signals
-from data_prep.manifest import STATISTICS_NAME, Manifest, read_manifest, write_statistics
+from data_prep.manifest import Manifest, read_manifest
 from data_prep.shard import ShardReport
 from data_prep.shard_arguments import (
     add_max_rejected,
@@ -31,6 +31,7 @@ from data_prep.shard_arguments import (
     positive,
 )
 from data_prep.statistics import measure_set
+from data_prep.statistics_file import STATISTICS_NAME, write_statistics
 from data_prep.storage import RemotePath, locate
 from data_prep.upload import upload_set
 from data_prep.verify import MOST_PROBLEMS, verify_shards

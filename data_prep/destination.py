@@ -21,7 +21,6 @@ from typing import Any
 from data_prep.index import index_name
 from data_prep.manifest import (
     MANIFEST_NAME,
-    STATISTICS_NAME,
     Manifest,
     ShardEntry,
     read_index,
@@ -30,6 +29,7 @@ from data_prep.manifest import (
     write_manifest,
 )
 from data_prep.shard import Rejection, shard_name
+from data_prep.statistics_file import STATISTICS_NAME
 
 REJECTED_NAME = "rejected.jsonl"
 VALIDATION_SHARDS = "validation_shards"

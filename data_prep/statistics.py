@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.images import RejectedImageError
-from data_prep.manifest import Location, Manifest, ShardEntry, Statistics, read_index
+from data_prep.manifest import Location, Manifest, ShardEntry, read_index
 from data_prep.pixels import read_images, read_pixels
+from data_prep.statistics_file import Statistics
 from data_prep.workers import Tick, map_tasks
 
 _VALUES_AT_A_TIME = 2**22

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.manifest import locate, read_manifest, read_statistics
+from data_prep.manifest import locate, read_manifest
+from data_prep.statistics_file import read_statistics
 
 
 @dataclass(frozen=True, kw_only=True)

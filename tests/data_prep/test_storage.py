@@ -21,11 +21,10 @@ from data_prep.manifest import (
     ManifestError,
     read_index,
     read_manifest,
-    read_statistics,
-    write_statistics,
 )
 from data_prep.plan import ShardOptions
 from data_prep.statistics import measure_set
+from data_prep.statistics_file import read_statistics, write_statistics
 from data_prep.storage import RemotePath, StorageError, locate
 from data_prep.upload import upload_set
 from data_prep.verify import verify_shards
