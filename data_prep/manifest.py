@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.pipes import PIPE, PipedFile
 from data_prep.storage import Location, RemotePath, StorageError, locate
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Location",
     "Manifest",
     "ManifestError",
+    "PipedFile",
     "RemotePath",
     "ShardEntry",
     "ShardIndex",
@@ -76,10 +78,12 @@ class ShardEntry:
     """File name of the shard's index, without a folder."""
     place: str = ""
     """Path or URL of the tar where it lies outside of the folder, as `data-prep index --output`
-    leaves it; empty where it lies inside."""
+    leaves it, or `pipe:` and the command that writes it out; empty where it lies inside."""
 
-    def location(self, folder: Location) -> Location:
+    def location(self, folder: Location) -> Location | PipedFile:
         """Return where the tar is, of a set in `folder`."""
+        if self.place.startswith(PIPE):
+            return PipedFile(self.place.removeprefix(PIPE))
         return locate(self.place) if self.place else folder / self.name
 
 
@@ -127,8 +131,15 @@ class ShardIndex:
         return len(self.offsets)
 
 
-def read_manifest(folder: str | os.PathLike[str] | RemotePath) -> Manifest:
+def read_manifest(
+    folder: str | os.PathLike[str] | RemotePath, *, allow_pipe: bool = False
+) -> Manifest:
     """Read and check `manifest.json` of a folder of shards, given as a path or a URL.
+
+    Args:
+        folder: the folder.
+        allow_pipe: whether shards may be the output of commands that the manifest names. Without
+            it such a manifest is refused, so that no command is ever met further on.
 
     Raises:
         ManifestError: the folder has no manifest, or it is not one this version can read.
@@ -152,7 +163,7 @@ def read_manifest(folder: str | os.PathLike[str] | RemotePath) -> Manifest:
             f"{path} is of version {values.get('version')!r}, and this program reads version "
             f"{VERSION}. {_REMEDY}"
         )
-    return _parse(values, path)
+    return _parse(values, path, allow_pipe)
 
 
 def write_manifest(manifest: Manifest) -> None:
@@ -184,7 +195,9 @@ def read_index(folder: str | os.PathLike[str] | RemotePath, shard: ShardEntry) -
     """
     place = locate(folder)
     path = place / shard.index
-    _check_length(shard.location(place), shard)
+    tar = shard.location(place)
+    if not isinstance(tar, PipedFile):  # the length of an output is known when it has been read
+        _check_length(tar, shard)
     try:
         rows = _map_rows(path)
     except FileNotFoundError:
@@ -305,9 +318,11 @@ def _describe_absence(folder: Location) -> str:
     return f"{folder} has no {MANIFEST_NAME}. Make shards in it: data-prep shard SRC {folder}"
 
 
-def _parse(values: dict[str, Any], path: Location) -> Manifest:
+def _parse(values: dict[str, Any], path: Location, allow_pipe: bool) -> Manifest:
     shards = _field(values, "shards", list, path)
-    entries = tuple(_parse_shard(shard, number, path) for number, shard in enumerate(shards))
+    entries = tuple(
+        _parse_shard(shard, number, path, allow_pipe) for number, shard in enumerate(shards)
+    )
     classes = _field(values, "classes", list, path)
     if not entries:
         raise ManifestError(f"{path} lists no shards. {_REMEDY}")
@@ -337,7 +352,7 @@ def _parse_notes(values: dict[str, Any], path: Location) -> dict[str, int]:
     return {name: _count(notes, name, 1, path) for name in notes}
 
 
-def _parse_shard(values: Any, number: int, path: Location) -> ShardEntry:
+def _parse_shard(values: Any, number: int, path: Location, allow_pipe: bool) -> ShardEntry:
     if not isinstance(values, dict):
         raise ManifestError(f"{path}: shard {number} must be a mapping. {_REMEDY}")
     entry = ShardEntry(
@@ -346,7 +361,7 @@ def _parse_shard(values: Any, number: int, path: Location) -> ShardEntry:
         bytes=_count(values, "bytes", 1, path),
         sha256=_field(values, "sha256", str, path),
         index=_field(values, "index", str, path),
-        place=_parse_place(values, number, path),
+        place=_parse_place(values, number, path, allow_pipe),
     )
     for pattern, text in (
         (_SHARD_NAME, entry.name),
@@ -358,7 +373,7 @@ def _parse_shard(values: Any, number: int, path: Location) -> ShardEntry:
     return entry
 
 
-def _parse_place(values: dict[str, Any], number: int, path: Location) -> str:
+def _parse_place(values: dict[str, Any], number: int, path: Location, allow_pipe: bool) -> str:
     """Return where a tar lies that is not beside the manifest.
 
     Only a manifest on this machine may name such a place: one that was fetched could make its
@@ -374,12 +389,20 @@ def _parse_place(values: dict[str, Any], number: int, path: Location) -> str:
             f"{path}: shard {number} is said to be at {place!r}, and a remote manifest may name "
             "none but its own folder. Index those shards: data-prep index PATTERN --output FOLDER"
         )
+    if place.startswith(PIPE) and not allow_pipe:
+        raise ManifestError(
+            f"{path}: shard {number} is what a command writes, {place!r}, and none is run unless "
+            "you say so: data.allow_pipe=true in a recipe, or --allow-pipe of data-prep."
+        )
     try:
-        location = locate(place)
+        location = PipedFile(place[len(PIPE) :]) if place.startswith(PIPE) else locate(place)
+        named = location.name == values.get("name")
     except StorageError as error:
         raise ManifestError(f"{path}: shard {number}: {error}") from None
+    if isinstance(location, PipedFile) and named:
+        return place
     wrong = isinstance(location, Path) and not location.is_absolute()
-    if wrong or location.name != values.get("name") or ".." in place.split("/"):
+    if wrong or not named or ".." in place.split("/"):
         raise ManifestError(f"{path}: shard {number} has the impossible place {place!r}.")
     return place
 
