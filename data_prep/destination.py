@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data_prep.duplicates import DIGESTS
 from data_prep.index import index_name
 from data_prep.manifest import (
     MANIFEST_NAME,
@@ -96,9 +97,9 @@ class Destination:
             )
 
     def clear(self) -> None:
-        """Remove all unfinished work."""
+        """Remove all unfinished work but digests, which hold for whatever is made of the files."""
         for path in self.partial.iterdir():
-            if not path.name.endswith("lock"):
+            if not path.name.endswith("lock") and not path.name.startswith(DIGESTS):
                 path.unlink()
 
     @contextmanager
