@@ -148,7 +148,7 @@ def read_manifest(
     path = place / MANIFEST_NAME
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ManifestError(_describe_absence(place)) from None
     except StorageError as error:
         raise ManifestError(str(error)) from None
