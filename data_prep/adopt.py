@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from data_prep.fetching import on_this_machine
 from data_prep.index import index_tar
 from data_prep.manifest import (
     MANIFEST_NAME,
     Manifest,
     ManifestError,
+    PipedFile,
     ShardEntry,
     read_manifest,
     write_index,
@@ -22,6 +25,7 @@ from data_prep.workers import Tick, map_tasks
 
 _PARTIAL_NAME = ".partial-index"
 _RANGE = re.compile(r"([^{}]*)\{(\d+)\.\.(\d+)\}([^{}]*\.tar)")
+_COMMAND_RANGE = re.compile(r"(.*?)\{(\d+)\.\.(\d+)\}(.*)", re.DOTALL)
 _MOST_TARS = 1_000_000
 
 
@@ -46,13 +50,13 @@ class _Found:
 
 @dataclass(frozen=True, kw_only=True)
 class _Task:
-    path: Location
+    path: Location | PipedFile
     partial: Path
     place: str
 
 
 def adopt_shards(
-    source: Location,
+    source: Location | PipedFile,
     *,
     output: Path | None = None,
     overwrite: bool = False,
@@ -65,8 +69,9 @@ def adopt_shards(
     each tar is read, for its checksum.
 
     Args:
-        source: folder of tars, or tars with numbers in braces: `shard-{000000..000099}.tar`.
-        output: folder for manifest and indexes; that of the tars if None.
+        source: folder of tars, or tars with numbers in braces: `shard-{000000..000099}.tar`, or a
+            command with such a range, which is run for each number and writes a tar out.
+        output: folder for manifest and indexes; that of the tars if None, which a command has not.
         overwrite: whether a manifest that is there may be replaced.
         workers: processes to use.
         tick: called with the number of samples looked at.
@@ -79,7 +84,7 @@ def adopt_shards(
     """
     source = source.resolve() if isinstance(source, Path) else source
     paths = _find_tars(source)
-    folder: Location = output.resolve() if output is not None else paths[0].parent
+    folder = _folder_for(paths[0], output)
     _refuse_replacing(folder, overwrite)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
@@ -126,7 +131,17 @@ def _publish(folder: Location, partial: Path, found: list[_Found]) -> Manifest:
     return manifest
 
 
-def _find_tars(source: Location) -> list[Location]:
+def _folder_for(tar: Location | PipedFile, output: Path | None) -> Location:
+    if output is not None:
+        return output.resolve()
+    if isinstance(tar, PipedFile):
+        raise ManifestError(f"{tar} has no folder: say with --output where the manifest is to be.")
+    return tar.parent
+
+
+def _find_tars(source: Location | PipedFile) -> Sequence[Location | PipedFile]:
+    if isinstance(source, PipedFile):
+        return _expand_command(source)
     pattern = _RANGE.fullmatch(source.name)
     if pattern:
         return _expand(source, pattern)
@@ -146,13 +161,31 @@ def _find_tars(source: Location) -> list[Location]:
 
 def _expand(source: Location, pattern: re.Match[str]) -> list[Location]:
     """Return the tars that a name with a range of numbers in braces stands for."""
-    head, first, last, tail = pattern.groups()
+    head, *_, tail = pattern.groups()
+    return [source.parent / f"{head}{number}{tail}" for number in _numbers(source, pattern)]
+
+
+def _expand_command(source: PipedFile) -> list[PipedFile]:
+    """Return the commands that one with a range of numbers in braces stands for, or it alone."""
+    pattern = _COMMAND_RANGE.fullmatch(source.command)
+    if pattern is None:
+        return [source]
+    head, *_, tail = pattern.groups()
+    commands = [
+        replace(source, command=f"{head}{number}{tail}") for number in _numbers(source, pattern)
+    ]
+    if len({command.name for command in commands}) < len(commands):
+        raise ManifestError(f"{source}: the number in braces must be in the name of the tar.")
+    return commands
+
+
+def _numbers(source: Location | PipedFile, pattern: re.Match[str]) -> list[str]:
+    _, first, last, _ = pattern.groups()
     if int(last) < int(first) or int(last) - int(first) >= _MOST_TARS:
         raise ManifestError(
             f"{source}: numbers in braces count up, over at most {_MOST_TARS:,} tars."
         )
-    numbers = range(int(first), int(last) + 1)
-    return [source.parent / f"{head}{number:0{len(first)}}{tail}" for number in numbers]
+    return [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
 
 
 def _refuse_replacing(folder: Location, overwrite: bool) -> None:
@@ -175,7 +208,8 @@ def _has_source(folder: Location) -> bool:
 
 def _index_aside(task: _Task, tick: Tick) -> _Found:
     try:
-        indexed = index_tar(task.path, tick)
+        with on_this_machine(task.path) as path:
+            indexed = index_tar(path, tick)
     except FileNotFoundError:
         raise ManifestError(
             f"{task.path} is missing. Bring it back, or index the others."

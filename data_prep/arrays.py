@@ -90,7 +90,11 @@ def read_array(data: bytes) -> NDArray[Any]:
     Raises:
         ArrayError: see `read_header`.
     """
-    header = read_header(data)
+    return read_values(data, read_header(data))
+
+
+def read_values(data: bytes, header: ArrayHeader) -> NDArray[Any]:
+    """Return the array of a file whose header was read, read-only and without a copy."""
     flat = np.frombuffer(data, dtype=header.dtype, offset=header.offset)
     return flat.reshape(header.shape, order="F" if header.by_columns else "C")
 

@@ -21,7 +21,8 @@ from data_prep.contact_sheet import draw_contact_sheet
 from data_prep.destination import REJECTED_NAME
 from data_prep.info import describe_bytes, describe_shards, describe_statistics
 from data_prep.interrupts import InterruptedBySignal, Interruption, raise_on_signals
-from data_prep.manifest import STATISTICS_NAME, Manifest, read_manifest, write_statistics
+from data_prep.manifest import Manifest, read_manifest
+from data_prep.pipes import PIPE, PipedFile
 from data_prep.shard import ShardReport
 from data_prep.shard_arguments import (
     add_max_rejected,
@@ -31,7 +32,8 @@ from data_prep.shard_arguments import (
     positive,
 )
 from data_prep.statistics import measure_set
-from data_prep.storage import RemotePath, locate
+from data_prep.statistics_file import STATISTICS_NAME, write_statistics
+from data_prep.storage import Location, RemotePath, locate
 from data_prep.upload import upload_set
 from data_prep.verify import MOST_PROBLEMS, verify_shards
 from data_prep.workers import WorkerError, available_cores
@@ -142,7 +144,7 @@ def _staging(destination: RemotePath, arguments: argparse.Namespace) -> Path:
 def _index(arguments: argparse.Namespace, interruption: Interruption) -> int:
     with _bar() as bar:
         adopted = adopt_shards(
-            locate(arguments.folder),
+            _tars(arguments),
             output=arguments.output,
             overwrite=arguments.overwrite,
             workers=arguments.workers,
@@ -160,8 +162,15 @@ def _index(arguments: argparse.Namespace, interruption: Interruption) -> int:
     return 0
 
 
+def _tars(arguments: argparse.Namespace) -> Location | PipedFile:
+    """Return what `index` is to read: commands only where they may run."""
+    if arguments.folder.startswith(PIPE) and arguments.allow_pipe:
+        return PipedFile(arguments.folder.removeprefix(PIPE))
+    return locate(arguments.folder)
+
+
 def _verify(arguments: argparse.Namespace, interruption: Interruption) -> int:
-    manifest = read_manifest(locate(arguments.folder))
+    manifest = read_manifest(arguments.folder, allow_pipe=arguments.allow_pipe)
     with _bar(manifest.samples) as bar:
         tick = interruption.watch(bar.update)
         found = verify_shards(manifest, decode=arguments.deep, workers=arguments.workers, tick=tick)
@@ -183,7 +192,7 @@ def _verify(arguments: argparse.Namespace, interruption: Interruption) -> int:
 
 
 def _info(arguments: argparse.Namespace, interruption: Interruption) -> int:
-    manifest = read_manifest(locate(arguments.folder))
+    manifest = read_manifest(arguments.folder, allow_pipe=arguments.allow_pipe)
     with _bar(manifest.samples) as bar:
         tick = interruption.watch(bar.update)
         text = describe_shards(manifest, workers=arguments.workers, tick=tick)
@@ -248,6 +257,12 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument(
         "--contact-sheet", type=Path, metavar="PNG", help="draw samples of the set as a picture"
     )
+    for command in (index, verify, info):
+        command.add_argument(
+            "--allow-pipe",
+            action="store_true",
+            help="run the commands that shards are named by: index 'pipe:COMMAND' --output FOLDER",
+        )
     for command in (shard, reshard, index, verify, info):
         _add_workers(command)
     return parser

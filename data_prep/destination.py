@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data_prep.duplicates import DIGESTS
 from data_prep.index import index_name
 from data_prep.manifest import (
     MANIFEST_NAME,
-    STATISTICS_NAME,
     Manifest,
     ShardEntry,
     read_index,
@@ -30,6 +30,7 @@ from data_prep.manifest import (
     write_manifest,
 )
 from data_prep.shard import Rejection, shard_name
+from data_prep.statistics_file import STATISTICS_NAME
 
 REJECTED_NAME = "rejected.jsonl"
 VALIDATION_SHARDS = "validation_shards"
@@ -96,9 +97,9 @@ class Destination:
             )
 
     def clear(self) -> None:
-        """Remove all unfinished work."""
+        """Remove all unfinished work but digests, which hold for whatever is made of the files."""
         for path in self.partial.iterdir():
-            if not path.name.endswith("lock"):
+            if not path.name.endswith("lock") and not path.name.startswith(DIGESTS):
                 path.unlink()
 
     @contextmanager

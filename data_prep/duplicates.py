@@ -13,11 +13,15 @@ from typing import NamedTuple
 from data_prep.external_sort import ExternalSort
 from data_prep.files import SourceFile, UnreadableFileError
 from data_prep.listing import Listed, decode_file, encode_file
+from data_prep.manifest import write_aside
 from data_prep.near_duplicates import SimilarImages, perceptual_hash, require_hashes
 from data_prep.plan import ShardOptions, path_key
 from data_prep.sources import open_source
 from data_prep.storage import Location
 from data_prep.workers import Tick, map_tasks
+
+DIGESTS = "digests-"
+"""How the names of files begin that keep what was read of some files, for a run that goes on."""
 
 _FILES_AT_ONCE = 2_000
 
@@ -27,6 +31,7 @@ class _DigestTask:
     source: Location
     options: ShardOptions
     shards: bool
+    folder: Path
     files: tuple[tuple[SourceFile, int], ...]
 
 
@@ -44,7 +49,7 @@ def duplicate_dropper(
     Args:
         source: what the files are read from.
         options: how the source is opened, and how near images may be to one another.
-        folder: where digests are sorted.
+        folder: where digests are kept, for a run that goes on after this one, and sorted.
         shards: whether the source is a folder of shards.
         workers: processes that read.
 
@@ -57,8 +62,8 @@ def duplicate_dropper(
     def drop(files: Listed) -> Listed:
         digests, paths = ExternalSort(folder, "digests"), ExternalSort(folder, "paths")
         tasks = (
-            _DigestTask(source=source, options=options, shards=shards, files=files)
-            for files in _in_groups(files)
+            _DigestTask(source=source, options=options, shards=shards, folder=folder, files=group)
+            for group in _in_groups(files)
         )
         try:
             for rows in map_tasks(_digest_files, tasks, workers=workers, tick=lambda _: None):
@@ -68,7 +73,7 @@ def duplicate_dropper(
             if options.near_duplicates is not None:
                 for row in rows_:
                     paths.add(path_key(row.file.path), _encode(row))
-                rows_ = _name_near(paths, options.near_duplicates)
+                rows_ = _name_near(paths, options.near_duplicates, folder)
             yield from ((row.file, row.window) for row in rows_)
         finally:
             digests.discard()
@@ -90,22 +95,36 @@ def _in_groups(files: Listed) -> Iterator[tuple[tuple[SourceFile, int], ...]]:
 
 def _digest_files(task: _DigestTask, tick: Tick) -> list[tuple[str, str]]:
     rows = []
-    selection = task.options.selection
-    with closing(open_source(task.source, selection, shards=task.shards)) as source:
-        for file, window in task.files:
+    for (file, window), (digest, perceptual) in zip(task.files, _digests(task, tick), strict=True):
+        row = _Row(file, window, perceptual)
+        rows.append((f"{digest}.{path_key(file.path)}", _encode(row)))
+    return rows
+
+
+def _digests(task: _DigestTask, tick: Tick) -> list[tuple[str, int | None]]:
+    """Return digest and perceptual hash of each file; those that a stopped run took are kept."""
+    near, most = task.options.near_duplicates is not None, task.options.max_pixels
+    lines = [f"{near} {most}", *(encode_file(file) for file, _ in task.files)]
+    name = hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
+    kept = task.folder / f"{DIGESTS}{name}.json"
+    if kept.exists():
+        return [(digest, perceptual) for digest, perceptual in json.loads(kept.read_text())]
+    found: list[tuple[str, int | None]] = []
+    opened = open_source(task.source, task.options.selection, shards=task.shards)
+    with closing(opened) as source:
+        for file, _ in task.files:
             digest, perceptual = "-", None  # what cannot be read is no duplicate
             if not file.problem:
                 try:
                     data = source.read(file)
                     digest = hashlib.blake2b(data, digest_size=16).hexdigest()
-                    if task.options.near_duplicates is not None:
-                        perceptual = perceptual_hash(data, max_pixels=task.options.max_pixels)
+                    perceptual = perceptual_hash(data, max_pixels=most) if near else None
                 except UnreadableFileError:
                     pass
-            row = _Row(file, window, perceptual)
-            rows.append((f"{digest}.{path_key(file.path)}", _encode(row)))
+            found.append((digest, perceptual))
             tick(1)
-    return rows
+    write_aside(kept, json.dumps(found).encode())
+    return found
 
 
 def _name_duplicates(sorter: ExternalSort) -> Iterator[_Row]:
@@ -122,17 +141,18 @@ def _name_duplicates(sorter: ExternalSort) -> Iterator[_Row]:
             yield row
 
 
-def _name_near(sorter: ExternalSort, distance: int) -> Iterator[_Row]:
-    seen = SimilarImages(distance)
-    for _, line in sorter.merged():
-        row = _decode(line)
-        if row.perceptual is not None and not row.file.problem:
-            near = seen.find(row.perceptual)
-            if near is None:
-                seen.add(row.perceptual, row.file.path)
-            else:
-                row = row._replace(file=row.file._replace(problem=f"a near duplicate of {near}"))
-        yield row
+def _name_near(sorter: ExternalSort, distance: int, folder: Path) -> Iterator[_Row]:
+    with closing(SimilarImages(distance, folder)) as seen:
+        for _, line in sorter.merged():
+            row = _decode(line)
+            if row.perceptual is not None and not row.file.problem:
+                near = seen.find(row.perceptual)
+                if near is None:
+                    seen.add(row.perceptual, row.file.path)
+                else:
+                    problem = f"a near duplicate of {near}"
+                    row = row._replace(file=row.file._replace(problem=problem))
+            yield row
 
 
 def _encode(row: _Row) -> str:

@@ -6,12 +6,12 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from data_prep.manifest import IMAGE_EXTENSIONS, ShardEntry, ShardIndex
-from data_prep.storage import Location
 from data_prep.tars import TarError, describe_problem, walk_tar
 from data_prep.workers import Tick
 
@@ -68,7 +68,7 @@ def index_name(shard_name: str) -> str:
     return shard_name.removesuffix(".tar") + ".index.npy"
 
 
-def index_tar(path: Location, tick: Tick) -> IndexedTar:
+def index_tar(path: Path, tick: Tick) -> IndexedTar:
     """Read the headers of a WebDataset tar and take its checksum.
 
     A sample is a run of members with one key: the path up to the first dot of the file name. Its
@@ -105,7 +105,7 @@ def index_tar(path: Location, tick: Tick) -> IndexedTar:
     return IndexedTar(index=index, bytes=length, sha256=checksum(path), without_image=without_image)
 
 
-def checksum(path: Location) -> str:
+def checksum(path: Path) -> str:
     """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -114,7 +114,7 @@ def checksum(path: Location) -> str:
     return digest.hexdigest()
 
 
-def _samples(path: Location) -> Iterator[_Sample]:
+def _samples(path: Path) -> Iterator[_Sample]:
     """Yield the samples of a tar, each made of consecutive members."""
     seen: set[str] = set()
     sample: _Sample | None = None
@@ -151,7 +151,7 @@ def _samples(path: Location) -> Iterator[_Sample]:
         yield sample
 
 
-def _check_key(key: str, seen: set[str], path: Location) -> None:
+def _check_key(key: str, seen: set[str], path: Path) -> None:
     if key in seen:
         raise TarError(f"{path}: the members of sample {key!r} are not side by side. Sort them.")
     try:
@@ -160,7 +160,7 @@ def _check_key(key: str, seen: set[str], path: Location) -> None:
         raise TarError(f"{path}: the name of sample {key!r} is not UTF-8. Rename it.") from None
 
 
-def _parse_label(data: bytes, path: Location, name: str) -> int:
+def _parse_label(data: bytes, path: Path, name: str) -> int:
     text = data.decode("ascii", "replace").strip()
     if (
         len(data) > _LABEL_BYTES

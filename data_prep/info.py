@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_prep.manifest import Manifest, Statistics
+from data_prep.manifest import Manifest
+from data_prep.statistics_file import Statistics
 from data_prep.survey import Survey, survey_set
 from data_prep.workers import Tick
 

@@ -7,49 +7,44 @@ where the bytes of the image lie in the tar, so that any sample is one read away
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.pipes import PIPE, PipedFile
 from data_prep.storage import Location, RemotePath, StorageError, locate
 
 __all__ = [
     "FORMAT",
     "IMAGE_EXTENSIONS",
     "MANIFEST_NAME",
-    "STATISTICS_NAME",
     "VERSION",
     "Location",
     "Manifest",
     "ManifestError",
+    "PipedFile",
     "RemotePath",
     "ShardEntry",
     "ShardIndex",
-    "Statistics",
     "StorageError",
     "locate",
     "read_index",
     "read_manifest",
-    "read_statistics",
     "write_aside",
     "write_index",
     "write_manifest",
-    "write_statistics",
 ]
 
 MANIFEST_NAME = "manifest.json"
-STATISTICS_NAME = "statistics.json"
 FORMAT = "simmim-shards"
 VERSION = 1
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "npy")
@@ -83,10 +78,12 @@ class ShardEntry:
     """File name of the shard's index, without a folder."""
     place: str = ""
     """Path or URL of the tar where it lies outside of the folder, as `data-prep index --output`
-    leaves it; empty where it lies inside."""
+    leaves it, or `pipe:` and the command that writes it out; empty where it lies inside."""
 
-    def location(self, folder: Location) -> Location:
+    def location(self, folder: Location) -> Location | PipedFile:
         """Return where the tar is, of a set in `folder`."""
+        if self.place.startswith(PIPE):
+            return PipedFile(self.place.removeprefix(PIPE))
         return locate(self.place) if self.place else folder / self.name
 
 
@@ -134,8 +131,15 @@ class ShardIndex:
         return len(self.offsets)
 
 
-def read_manifest(folder: str | os.PathLike[str] | RemotePath) -> Manifest:
+def read_manifest(
+    folder: str | os.PathLike[str] | RemotePath, *, allow_pipe: bool = False
+) -> Manifest:
     """Read and check `manifest.json` of a folder of shards, given as a path or a URL.
+
+    Args:
+        folder: the folder.
+        allow_pipe: whether shards may be the output of commands that the manifest names. Without
+            it such a manifest is refused, so that no command is ever met further on.
 
     Raises:
         ManifestError: the folder has no manifest, or it is not one this version can read.
@@ -144,7 +148,7 @@ def read_manifest(folder: str | os.PathLike[str] | RemotePath) -> Manifest:
     path = place / MANIFEST_NAME
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ManifestError(_describe_absence(place)) from None
     except StorageError as error:
         raise ManifestError(str(error)) from None
@@ -159,7 +163,7 @@ def read_manifest(folder: str | os.PathLike[str] | RemotePath) -> Manifest:
             f"{path} is of version {values.get('version')!r}, and this program reads version "
             f"{VERSION}. {_REMEDY}"
         )
-    return _parse(values, path)
+    return _parse(values, path, allow_pipe)
 
 
 def write_manifest(manifest: Manifest) -> None:
@@ -191,7 +195,9 @@ def read_index(folder: str | os.PathLike[str] | RemotePath, shard: ShardEntry) -
     """
     place = locate(folder)
     path = place / shard.index
-    _check_length(shard.location(place), shard)
+    tar = shard.location(place)
+    if not isinstance(tar, PipedFile):  # the length of an output is known when it has been read
+        _check_length(tar, shard)
     try:
         rows = _map_rows(path)
     except FileNotFoundError:
@@ -312,9 +318,11 @@ def _describe_absence(folder: Location) -> str:
     return f"{folder} has no {MANIFEST_NAME}. Make shards in it: data-prep shard SRC {folder}"
 
 
-def _parse(values: dict[str, Any], path: Location) -> Manifest:
+def _parse(values: dict[str, Any], path: Location, allow_pipe: bool) -> Manifest:
     shards = _field(values, "shards", list, path)
-    entries = tuple(_parse_shard(shard, number, path) for number, shard in enumerate(shards))
+    entries = tuple(
+        _parse_shard(shard, number, path, allow_pipe) for number, shard in enumerate(shards)
+    )
     classes = _field(values, "classes", list, path)
     if not entries:
         raise ManifestError(f"{path} lists no shards. {_REMEDY}")
@@ -344,7 +352,7 @@ def _parse_notes(values: dict[str, Any], path: Location) -> dict[str, int]:
     return {name: _count(notes, name, 1, path) for name in notes}
 
 
-def _parse_shard(values: Any, number: int, path: Location) -> ShardEntry:
+def _parse_shard(values: Any, number: int, path: Location, allow_pipe: bool) -> ShardEntry:
     if not isinstance(values, dict):
         raise ManifestError(f"{path}: shard {number} must be a mapping. {_REMEDY}")
     entry = ShardEntry(
@@ -353,7 +361,7 @@ def _parse_shard(values: Any, number: int, path: Location) -> ShardEntry:
         bytes=_count(values, "bytes", 1, path),
         sha256=_field(values, "sha256", str, path),
         index=_field(values, "index", str, path),
-        place=_parse_place(values, number, path),
+        place=_parse_place(values, number, path, allow_pipe),
     )
     for pattern, text in (
         (_SHARD_NAME, entry.name),
@@ -365,7 +373,7 @@ def _parse_shard(values: Any, number: int, path: Location) -> ShardEntry:
     return entry
 
 
-def _parse_place(values: dict[str, Any], number: int, path: Location) -> str:
+def _parse_place(values: dict[str, Any], number: int, path: Location, allow_pipe: bool) -> str:
     """Return where a tar lies that is not beside the manifest.
 
     Only a manifest on this machine may name such a place: one that was fetched could make its
@@ -381,12 +389,20 @@ def _parse_place(values: dict[str, Any], number: int, path: Location) -> str:
             f"{path}: shard {number} is said to be at {place!r}, and a remote manifest may name "
             "none but its own folder. Index those shards: data-prep index PATTERN --output FOLDER"
         )
+    if place.startswith(PIPE) and not allow_pipe:
+        raise ManifestError(
+            f"{path}: shard {number} is what a command writes, {place!r}, and none is run unless "
+            "you say so: data.allow_pipe=true in a recipe, or --allow-pipe of data-prep."
+        )
     try:
-        location = locate(place)
+        location = PipedFile(place[len(PIPE) :]) if place.startswith(PIPE) else locate(place)
+        named = location.name == values.get("name")
     except StorageError as error:
         raise ManifestError(f"{path}: shard {number}: {error}") from None
+    if isinstance(location, PipedFile) and named:
+        return place
     wrong = isinstance(location, Path) and not location.is_absolute()
-    if wrong or location.name != values.get("name") or ".." in place.split("/"):
+    if wrong or not named or ".." in place.split("/"):
         raise ManifestError(f"{path}: shard {number} has the impossible place {place!r}.")
     return place
 
@@ -403,77 +419,3 @@ def _count(values: dict[str, Any], name: str, least: int, path: Location) -> int
     if value < least:
         raise ManifestError(f"{path}: `{name}` must be at least {least}, got {value}. {_REMEDY}")
     return int(value)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Statistics:
-    """Mean and spread of each channel, over every value of the images of one kind."""
-
-    images: int
-    """Images measured."""
-    is_array: bool
-    """Whether they are arrays rather than pictures."""
-    scale: str
-    """`0 to 1`: integers divided by the largest of their type; `as stored`: other numbers."""
-    mean: tuple[float, ...]
-    """Mean of each channel."""
-    std: tuple[float, ...]
-    """Standard deviation of each channel."""
-    missing: int
-    """Values that are not numbers, and do not count."""
-
-    @property
-    def channels(self) -> int:
-        """Channels of the images."""
-        return len(self.mean)
-
-
-def write_statistics(manifest: Manifest, statistics: Sequence[Statistics]) -> None:
-    """Write `statistics.json` beside the manifest, which stays as it is.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
-    values = {
-        "format": "simmim-statistics",
-        "shards": _digest_shards(manifest),
-        "statistics": [asdict(one) for one in statistics],
-    }
-    text = json.dumps(values, indent=1) + "\n"
-    write_aside(manifest.folder / STATISTICS_NAME, text.encode())
-
-
-def read_statistics(manifest: Manifest) -> tuple[Statistics, ...]:
-    """Return what was measured of a set, of each kind of image, the most frequent kind first.
-
-    Raises:
-        ManifestError: nothing was measured, or it was measured of other shards.
-    """
-    path = manifest.folder / STATISTICS_NAME
-    remedy = f"Measure them: data-prep info {manifest.folder} --statistics"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        measured = [_parse_statistics(one) for one in values["statistics"]]
-        shards = values["shards"]
-    except FileNotFoundError:
-        raise ManifestError(f"{manifest.folder} has no {STATISTICS_NAME}. {remedy}") from None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ManifestError(f"{path} is damaged ({error}). {remedy}") from None
-    if shards != _digest_shards(manifest) or not measured:
-        raise ManifestError(f"{path} is of other shards than are there now. {remedy}")
-    return tuple(measured)
-
-
-def _parse_statistics(values: dict[str, Any]) -> Statistics:
-    mean, std = (tuple(map(float, values[name])) for name in ("mean", "std"))
-    one = Statistics(**values | {"mean": mean, "std": std})
-    if len(mean) != len(std) or not mean or not all(map(math.isfinite, mean + std)):
-        raise ValueError("mean and std must be numbers, one a channel")
-    return one
-
-
-def _digest_shards(manifest: Manifest) -> str:
-    digest = hashlib.sha256()
-    for shard in manifest.shards:
-        digest.update(f"{shard.name} {shard.samples} {shard.sha256}\n".encode())
-    return digest.hexdigest()

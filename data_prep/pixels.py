@@ -13,8 +13,9 @@ from PIL import Image
 
 from data_prep.arrays import read_array
 from data_prep.encoding import turn_upright
+from data_prep.fetching import open_for_parts
 from data_prep.images import RejectedImageError
-from data_prep.manifest import Location, ShardIndex
+from data_prep.manifest import Location, PipedFile, ShardIndex
 
 _WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
@@ -41,13 +42,15 @@ def read_pixels(data: bytes, extension: str) -> NDArray[Any]:
     return values[..., None] if values.ndim == 2 else values
 
 
-def read_images(path: Location, index: ShardIndex, rows: NDArray[np.int64]) -> Iterator[bytes]:
+def read_images(
+    path: Location | PipedFile, index: ShardIndex, rows: NDArray[np.int64]
+) -> Iterator[bytes]:
     """Yield the files of some samples of a shard.
 
     Raises:
         OSError: the shard cannot be read.
     """
-    with path.open("rb") as file:
+    with open_for_parts(path) as file:
         for offset, size in zip(index.offsets[rows], index.sizes[rows], strict=True):
             file.seek(int(offset))
             yield file.read(int(size))

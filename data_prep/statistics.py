@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.fetching import on_this_machine
 from data_prep.images import RejectedImageError
-from data_prep.manifest import Location, Manifest, ShardEntry, Statistics, read_index
+from data_prep.manifest import Location, Manifest, ShardEntry, ShardIndex, read_index
 from data_prep.pixels import read_images, read_pixels
+from data_prep.statistics_file import Statistics
 from data_prep.workers import Tick, map_tasks
 
 _VALUES_AT_A_TIME = 2**22
@@ -154,10 +157,17 @@ def measure_set(
 
 def _measure_shard(task: _Task, tick: Tick) -> _Measured:
     index = read_index(task.folder, task.shard)
-    path = task.shard.location(task.folder)
+    with on_this_machine(task.shard.location(task.folder)) as path:
+        images = read_images(path, index, np.arange(len(index)))
+        return _measure_images(task, index, images, tick)
+
+
+def _measure_images(
+    task: _Task, index: ShardIndex, images: Iterable[bytes], tick: Tick
+) -> _Measured:
     sums: dict[_Kind, _Sum] = {}
     unreadable = []
-    for row, data in enumerate(read_images(path, index, np.arange(len(index)))):
+    for row, data in enumerate(images):
         extension = str(index.extensions[row])
         try:
             values = read_pixels(data, extension)

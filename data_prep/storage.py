@@ -109,14 +109,14 @@ class RemotePath:
 
     def blocks(self, start: int = 0) -> Iterator[bytes]:
         """Yield the file's bytes from `start`, a block at a time."""
-        if not self._gives_ranges():
+        if not self.gives_ranges():
             yield from self._stream(start)
             return
         size = self.stat().st_size
         for offset in range(start, size, _BLOCK):
             yield self.read_range(offset, min(_BLOCK, size - offset))
 
-    def _gives_ranges(self) -> bool:
+    def gives_ranges(self) -> bool:
         """Tell whether parts can be asked for, which some web servers ignore."""
 
         def probe(system: Any) -> bool:
@@ -261,9 +261,9 @@ def locate(place: str | os.PathLike[str] | RemotePath) -> Location:
     protocol = match.group(1) if match else "pipe"
     if protocol == "pipe":
         raise StorageError(
-            f"{text!r} would run a command, which is refused always: there is no option, "
-            "`allow_pipe` or other, that permits it. Copy what the command fetches into a folder, "
-            f"or give a URL of {', '.join(PROTOCOLS)}."
+            f"{text!r} would run a command, which is refused here. For shards that only a command "
+            "can fetch: `data-prep index 'pipe:COMMAND' --output FOLDER --allow-pipe`, and then "
+            "train from FOLDER with data.allow_pipe=true."
         )
     if protocol not in PROTOCOLS:
         raise StorageError(

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
+from data_prep.fetching import on_this_machine
 from data_prep.images import WRITTEN_ANEW, RejectedImageError, check_image
 from data_prep.index import index_tar
 from data_prep.manifest import Manifest, ManifestError, ShardEntry, ShardIndex, read_index
 from data_prep.pixels import read_images
-from data_prep.storage import Location
+from data_prep.storage import Location, StorageError
 from data_prep.tars import TarError
 from data_prep.workers import Tick, map_tasks
 
@@ -97,19 +99,29 @@ def _find_strays(manifest: Manifest) -> list[str]:
     if "source" not in manifest.options:
         return []  # written by someone else, so that tars without images may lie beside
     named = {shard.name for shard in manifest.shards}
-    stray = {path.name for path in manifest.folder.glob("*.tar")} - named
+    try:
+        stray = {path.name for path in manifest.folder.glob("*.tar")} - named
+    except (OSError, StorageError):
+        if isinstance(manifest.folder, Path):
+            raise
+        return []  # many web servers list nothing, and many keys of stores do not permit it
     return [f"{name}: not in the manifest" for name in sorted(stray)]
 
 
 def _verify_shard(task: _Task, tick: Tick) -> _Found:
     found = _Found()
-    name, path = task.shard.name, task.shard.location(task.folder)
     try:
         promised = read_index(task.folder, task.shard)
-        actual = index_tar(path, (lambda _: None) if task.decode else tick)
-    except (ManifestError, TarError) as error:
-        found.add([f"{name}: {error}"], _MOST_OF_ONE_SHARD)
-        return found
+        with on_this_machine(task.shard.location(task.folder)) as path:
+            _compare(task, promised, path, found, tick)
+    except (ManifestError, TarError, StorageError) as error:
+        found.add([f"{task.shard.name}: {error}"], _MOST_OF_ONE_SHARD)
+    return found
+
+
+def _compare(task: _Task, promised: ShardIndex, path: Path, found: _Found, tick: Tick) -> None:
+    name = task.shard.name
+    actual = index_tar(path, (lambda _: None) if task.decode else tick)
     problems = []
     if actual.sha256 != task.shard.sha256:
         problems.append(f"{name}: its SHA-256 is {actual.sha256}, not {task.shard.sha256}")
@@ -121,10 +133,9 @@ def _verify_shard(task: _Task, tick: Tick) -> _Found:
     if task.decode:
         # What the tar holds, since an index that does not fit would name the wrong images.
         _decode_all(path, actual.index, found, tick)
-    return found
 
 
-def _decode_all(path: Location, index: ShardIndex, found: _Found, tick: Tick) -> None:
+def _decode_all(path: Path, index: ShardIndex, found: _Found, tick: Tick) -> None:
     images = read_images(path, index, np.arange(len(index)))
     for data, key in zip(images, index.keys, strict=True):
         try:

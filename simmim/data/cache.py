@@ -94,6 +94,8 @@ class ShardCache:
             if file.tell() < entry.bytes:
                 for block in source.blocks(file.tell()):
                     file.write(block)
+                    if file.tell() > entry.bytes:
+                        break  # of a source that may never end
         with partial.open("rb") as file:
             right = _checksum(file) == entry.sha256
         if right:

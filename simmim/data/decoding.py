@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from data_prep.arrays import ArrayError, read_header, read_values
 from simmim.data.errors import BadSampleError
 from simmim.data.images import (
     MAX_PIXELS,
@@ -117,37 +118,24 @@ def _length_of_head(data: bytes) -> int:
 
 
 def read_array(data: bytes, *, channels: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Return the array of a `.npy` file, (rows, columns, channels): uint8, uint16 or float.
+    """Return the array of a `.npy` file, (rows, columns, channels), in the machine's byte order.
 
     Nothing is allocated before the header and the length of the file fit together. Raises
-    BadSampleError where they do not, and for every other type or number of channels.
+    BadSampleError where they do not, where the array is no image, or is one of other channels.
     """
-    file = io.BytesIO(data)
     try:
-        version = np.lib.format.read_magic(file)
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, by_columns, kind = read_header(file)
-    except Exception as error:  # NumPy raises nearly any type when a header is hostile
-        raise BadSampleError(f"the array is damaged: {error}") from None
-    if kind.kind not in "uf" or (kind.kind == "u" and kind.itemsize > 2) or kind.itemsize > 8:
-        raise BadSampleError(f"the array is of {kind}; it must be uint8, uint16 or float")
-    if len(shape) == 2:
-        shape = (*shape, 1)
-    if len(shape) != 3 or min(shape) < 1:
-        raise BadSampleError(f"the array is of shape {shape}, not (height, width, channels)")
-    if shape[0] * shape[1] > max_pixels:
-        raise too_large(shape[1], shape[0], max_pixels)
-    if shape[2] != channels:
-        raise BadSampleError(f"the array has {shape[2]} channels, and in_channels is {channels}")
-    length, promised = len(data) - file.tell(), shape[0] * shape[1] * channels * kind.itemsize
-    if length != promised:
-        raise BadSampleError(f"the array is damaged: {length} bytes of {promised}")
-    flat = np.frombuffer(data, kind, offset=file.tell())
-    array = flat.reshape(shape[::-1]).T if by_columns else flat.reshape(shape)
-    array = array.astype(kind.newbyteorder("="), copy=False)
-    if kind.kind == "f" and not np.isfinite(array).all():
+        header = read_header(data)
+    except ArrayError as error:
+        raise BadSampleError(f"the array cannot be used: {error}") from None
+    height, width = header.shape[:2]
+    if height * width > max_pixels:
+        raise too_large(width, height, max_pixels)
+    if header.channels != channels:
+        raise BadSampleError(
+            f"the array has {header.channels} channels, and in_channels is {channels}"
+        )
+    array = read_values(data, header).reshape(height, width, channels)
+    array = array.astype(header.dtype.newbyteorder("="), copy=False)
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise BadSampleError("the array has values that are no finite numbers")
     return array

@@ -13,6 +13,7 @@ import numpy as np
 from data_prep.manifest import (
     Location,
     Manifest,
+    PipedFile,
     RemotePath,
     ShardEntry,
     locate,
@@ -74,18 +75,21 @@ class OpenShard:
     """One shard with its index, here or at a URL."""
 
     def __init__(
-        self, folder: Location, entry: ShardEntry, *, cache: ShardCache | None = None
+        self,
+        folder: Location,
+        entry: ShardEntry,
+        path: Location | PipedFile,
+        *,
+        cache: ShardCache | None = None,
     ) -> None:
-        self.path = entry.location(folder)
+        self.path = path
         index = read_index(folder, entry)
         self.labels = index.labels
         self._offsets, self._sizes = index.offsets, index.sizes
         self._keys = np.char.encode(index.keys, "utf-8")  # a quarter of the memory
         self._extensions = np.char.encode(index.extensions, "ascii")
         self._shard = (
-            RemoteShard(self.path, entry, cache)
-            if isinstance(self.path, RemotePath)
-            else LocalShard(self.path)
+            LocalShard(path) if isinstance(path, Path) else RemoteShard(path, entry, cache)
         )
 
     def close(self) -> None:
@@ -132,7 +136,7 @@ class ShardSet:
         self.folder = locate(folder)
         if isinstance(self.folder, RemotePath):
             self.folder = replace(self.folder, attempts=self.remote.attempts)
-        self.manifest: Manifest = read_manifest(self.folder)
+        self.manifest: Manifest = read_manifest(self.folder, allow_pipe=self.remote.allow_pipe)
         total = len(self.manifest.shards)
         match shards:
             case None:
@@ -303,13 +307,21 @@ class ShardSet:
         while len(self._open) >= OPEN_SHARDS:
             self._open.popitem(last=False)[1].close()
         entry = self.manifest.shards[self.numbers[shard]]
-        opened = OpenShard(self.folder, entry, cache=self._cache_for(entry))
+        opened = OpenShard(self.folder, entry, self._place(entry), cache=self._cache_for(entry))
         self._open[shard] = opened
         return opened
 
+    def _place(self, entry: ShardEntry) -> Location | PipedFile:
+        """Return where a shard is, to be asked as often as `remote` says."""
+        place = entry.location(self.folder)
+        return place if isinstance(place, Path) else replace(place, attempts=self.remote.attempts)
+
     def _cache_for(self, entry: ShardEntry) -> ShardCache | None:
-        if not isinstance(entry.location(self.folder), RemotePath):
+        place = entry.location(self.folder)
+        if isinstance(place, Path):
             return None
+        if isinstance(place, PipedFile):
+            return self.remote.cache  # a command gives no parts
         known = sum(self.manifest.shards[number].samples for number in self.numbers)
         return self.remote.cache_for(self.manifest, self.samples / max(1, known))
 
@@ -321,6 +333,6 @@ class ShardSet:
     def fetch(self, shard: int) -> None:
         """Bring a shard into the cache before it is read; raises DataError where that fails."""
         entry = self.manifest.shards[self.numbers[shard]]
-        place = entry.location(self.folder)
-        if isinstance(place, RemotePath):
+        place = self._place(entry)
+        if not isinstance(place, Path):
             RemoteShard(place, entry, self._cache_for(entry)).fetch()

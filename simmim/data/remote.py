@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data_prep.manifest import Manifest, RemotePath, ShardEntry
+from data_prep.manifest import Manifest, PipedFile, RemotePath, ShardEntry
 from simmim.data.cache import DEFAULT_CACHE_BYTES, ShardCache, default_cache_folder
 from simmim.data.errors import DataError
 from simmim.data.order import BLOCK_SAMPLES, WHOLE_SHUFFLE_LIMIT, Address
@@ -35,6 +35,8 @@ class RemoteReading:
     """Most bytes of shards in it."""
     attempts: int = 8
     """Times that a request is made before it counts as failed."""
+    allow_pipe: bool = False
+    """Whether shards may be what commands write that the manifest names; these are then run."""
     slots: int = 64
     """Slots of the order, which tell how many shards are shuffled together."""
     sets: int = 1
@@ -49,8 +51,12 @@ class RemoteReading:
         """Return the cache for a set, of which this share of samples is read; None for ranges."""
         fits = self.sets * bytes_in_use(manifest, self.slots) <= self.cache_bytes
         whole = self.mode == "shards" or (self.mode == "auto" and fits and share >= SMALL_SHARE)
-        folder = self.cache_dir or default_cache_folder()
-        return ShardCache(folder, self.cache_bytes) if whole else None
+        return self.cache if whole else None
+
+    @property
+    def cache(self) -> ShardCache:
+        """The cache of whole shards."""
+        return ShardCache(self.cache_dir or default_cache_folder(), self.cache_bytes)
 
 
 def bytes_in_use(manifest: Manifest, slots: int) -> int:
@@ -63,9 +69,11 @@ def bytes_in_use(manifest: Manifest, slots: int) -> int:
 
 
 class RemoteShard:
-    """The bytes of one shard at a URL."""
+    """The bytes of one shard at a URL, or that a command writes, which always goes by the cache."""
 
-    def __init__(self, source: RemotePath, entry: ShardEntry, cache: ShardCache | None) -> None:
+    def __init__(
+        self, source: RemotePath | PipedFile, entry: ShardEntry, cache: ShardCache | None
+    ) -> None:
         self.source = source
         self.entry = entry
         self.cache = cache
@@ -74,6 +82,7 @@ class RemoteShard:
         """Return bytes of the shard. Raises DataError naming it where it cannot be had."""
         try:
             if self.cache is None:
+                assert isinstance(self.source, RemotePath)
                 return self.source.read_range(offset, size)
             return self.cache.read(self.entry, self.source, offset, size)
         except DataError:

@@ -39,13 +39,9 @@ ShardsSetting = str | tuple[WeightedShards, ...]
 
 
 @settings
-class DataSettings:
-    """Shards, and how they are read."""
+class RemoteSettings:
+    """How shards are read that are not on this machine."""
 
-    shards: ShardsSetting
-    """Folder of shards that data-prep made: tars, indexes and manifest.json. Or its URL, of s3,
-    gs, http or https. Or a list of {shards: folder or URL, weight: number}: every batch takes
-    from each set in proportion."""
     remote: Literal["auto", "shards", "ranges"] = "auto"
     """How shards at a URL are read: `shards` fetches whole ones into a cache and checks them,
     `ranges` single samples; `auto` takes ranges where the cache is too small for the shuffle."""
@@ -56,6 +52,35 @@ class DataSettings:
     """Most bytes of fetched shards that are kept."""
     attempts: int = 8
     """Times that a request to a store is made, with growing pauses, before the run ends."""
+    allow_pipe: bool = False
+    """Whether the commands are run that a manifest names in the place of shards, as
+    `data-prep index 'pipe:COMMAND' --allow-pipe` writes it; what they write is fetched whole."""
+
+    def __post_init__(self) -> None:
+        if self.cache_bytes < 1 or self.attempts < 1:
+            raise ValueError("cache_bytes and attempts must be 1 or more.")
+
+    @property
+    def remote_reading(self) -> RemoteReading:
+        """How shards that are not here are read, one after the other."""
+        return RemoteReading(
+            mode=self.remote,
+            cache_dir=None if self.cache_dir is None else Path(self.cache_dir),
+            cache_bytes=self.cache_bytes,
+            attempts=self.attempts,
+            allow_pipe=self.allow_pipe,
+            slots=1,
+        )
+
+
+@settings
+class DataSettings(RemoteSettings):
+    """Shards, and how they are read."""
+
+    shards: ShardsSetting
+    """Folder of shards that data-prep made: tars, indexes and manifest.json. Or its URL, of s3,
+    gs, http or https. Or a list of {shards: folder or URL, weight: number}: every batch takes
+    from each set in proportion."""
     validation_shards: int = 1
     """Shards at the end of each set that are held out for validation; 0 holds out none."""
     classes: tuple[str, ...] | None = None
@@ -82,11 +107,10 @@ class DataSettings:
     validation leaves it out, both name it in bad_samples.jsonl. More of them end the run."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("validation_shards", "workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
-        if self.cache_bytes < 1 or self.attempts < 1:
-            raise ValueError("cache_bytes and attempts must be 1 or more.")
         if self.slots < 1 or self.max_pixels < 1:
             raise ValueError("slots and max_pixels must be 1 or more.")
         if not 0 < self.fraction <= 1:
@@ -118,14 +142,8 @@ class DataSettings:
 
     @property
     def remote_reading(self) -> RemoteReading:
-        """How shards at URLs are read."""
-        return RemoteReading(
-            mode=self.remote,
-            cache_dir=None if self.cache_dir is None else Path(self.cache_dir),
-            cache_bytes=self.cache_bytes,
-            attempts=self.attempts,
-            slots=self.slots,
-        )
+        """How shards that are not here are read, shuffled as an epoch is."""
+        return replace(super().remote_reading, slots=self.slots)
 
     def split_shards(self) -> tuple[Shards, Shards]:
         """Open the shards and return (training, validation); see `open_shards`."""
@@ -150,7 +168,9 @@ def with_statistics(data: Data) -> Data:
     """
     if MEASURED not in (data.mean, data.std):
         return data
-    found = measured_statistics(folders_of(data.shards), weights_of(data.shards))
+    found = measured_statistics(
+        folders_of(data.shards), weights_of(data.shards), allow_pipe=data.allow_pipe
+    )
     mean = found.mean if isinstance(data.mean, str) else data.mean
     std = found.std if isinstance(data.std, str) else data.std
     return replace(data, mean=mean, std=std)

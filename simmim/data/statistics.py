@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.manifest import locate, read_manifest, read_statistics
+from data_prep.manifest import read_manifest
+from data_prep.statistics_file import read_statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,7 @@ class ChannelStatistics:
 
 
 def measured_statistics(
-    folders: Sequence[str], weights: Sequence[float] = (1.0,)
+    folders: Sequence[str], weights: Sequence[float] = (1.0,), *, allow_pipe: bool = False
 ) -> ChannelStatistics:
     """Read what was measured of these sets, and join it as a mixture of these weights.
 
@@ -26,7 +27,7 @@ def measured_statistics(
     Raises:
         ValueError: a set was not measured, or the sets have different channels.
     """
-    found = [_read(folder) for folder in folders]
+    found = [_read(folder, allow_pipe) for folder in folders]
     if len(found) == 1:
         return found[0]
     if len({len(one.mean) for one in found}) > 1:
@@ -41,8 +42,8 @@ def measured_statistics(
     return ChannelStatistics(mean=tuple(mean.tolist()), std=tuple(spread.tolist()))
 
 
-def _read(folder: str) -> ChannelStatistics:
-    measured = read_statistics(read_manifest(locate(folder)))[0]
+def _read(folder: str, allow_pipe: bool) -> ChannelStatistics:
+    measured = read_statistics(read_manifest(folder, allow_pipe=allow_pipe))[0]
     if min(measured.std) <= 0:
         raise ValueError(
             f"a channel of the images in {folder} is the same everywhere, so that its measured"

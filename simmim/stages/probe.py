@@ -15,7 +15,7 @@ from simmim.data.batches import evaluation_batches
 from simmim.data.images import MAX_PIXELS
 from simmim.data.mixture import Shards
 from simmim.data.randomness import shuffled
-from simmim.data.settings import open_sets
+from simmim.data.settings import RemoteSettings, open_sets
 from simmim.data.transforms import EvalTransform
 from simmim.recipe import settings
 from simmim.stages.classifier import pooled_features, score
@@ -34,13 +34,14 @@ BLOCK_SIMILARITIES = 2**26
 
 
 @settings
-class ProbeData:
+class ProbeData(RemoteSettings):
     """Labelled shards, and how they are read."""
 
     shards: str
-    """Folder of labelled shards that data-prep made."""
+    """Folder of labelled shards that data-prep made, or its URL."""
     validation: str | None = None
-    """Folder of other shards, all of them for validation; null holds out `validation_shards`."""
+    """Folder of other shards or its URL, all of them for validation; null holds out
+    `validation_shards`."""
     validation_shards: int = 1
     """Shards at the end of the set that are held out for validation."""
     fraction: float = 1.0
@@ -61,6 +62,7 @@ class ProbeData:
     """Images of more pixels are refused from their header, before anything is decoded."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.validation is None and self.validation_shards < 1:
             raise ValueError("a probe needs validation images: set validation_shards to 1 or more.")
         if self.batch_size < 1 or self.workers < 0 or self.max_pixels < 1:
@@ -189,8 +191,10 @@ def open_probe_shards(data: ProbeData) -> tuple[Shards, Shards]:
         ValueError: shards cannot be read, or are not labelled alike.
     """
     training, validation = open_labelled(
-        open_sets(data.shards),
-        validation=None if data.validation is None else open_sets(data.validation),
+        open_sets(data.shards, data.remote_reading),
+        validation=None
+        if data.validation is None
+        else open_sets(data.validation, data.remote_reading),
         validation_shards=data.validation_shards,
         fraction=data.fraction,
         seed=data.fraction_seed,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import tempfile
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +23,20 @@ from data_prep.plan import ShardOptions
 def test_what_is_near_is_found_as_brute_force_does(
     distance: int, values: list[int], data: st.DataObject
 ) -> None:
-    similar = SimilarImages(distance)
-    for number, value in enumerate(values):
-        similar.add(value, str(number))
     base = data.draw(st.sampled_from(values)) if values else 0
     for bit in data.draw(st.sets(st.integers(0, 63), max_size=20)):
         base ^= 1 << bit
-    near = [
-        str(number) for number, value in enumerate(values) if (value ^ base).bit_count() <= distance
-    ]
-    assert similar.find(base) == (near[0] if near else None)
+    with closing(SimilarImages(distance, Path(tempfile.gettempdir()))) as similar:
+        for number, value in enumerate(values):
+            assert similar.find(value) == brute_force(values[:number], value, distance)
+            similar.add(value, f"ä\n\udcff{number}")
+        assert similar.find(base) == brute_force(values, base, distance)
+
+
+def brute_force(values: list[int], value: int, distance: int) -> str | None:
+    near = (n for n, other in enumerate(values) if (value ^ other).bit_count() <= distance)
+    first = next(near, None)
+    return None if first is None else f"ä\n\udcff{first}"
 
 
 def _write(path: Path, seed: int, quality: int) -> None:

@@ -15,12 +15,11 @@ from data_prep.manifest import (
     Manifest,
     ManifestError,
     read_manifest,
-    read_statistics,
-    write_statistics,
 )
 from data_prep.pixels import read_pixels, spread_rows
 from data_prep.plan import ShardOptions
 from data_prep.statistics import measure_moments, measure_set
+from data_prep.statistics_file import read_statistics, write_statistics
 
 Build = Callable[[dict[str, bytes]], Manifest]
 

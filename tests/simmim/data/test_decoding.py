@@ -212,18 +212,18 @@ def test_an_array_without_channels_has_one() -> None:
     ("data", "words"),
     [
         (b"", "damaged"),
-        (b"\x93NUMPY\x09\x00", "damaged"),
-        (saved(np.ones((4, 4, 3), dtype=np.uint8))[:-1], "47 bytes of 48"),
-        (saved(np.ones((4, 4, 3), dtype=np.uint8)) + b"!", "49 bytes of 48"),
+        (b"\x93NUMPY\x09\x00", "of a version"),
+        (saved(np.ones((4, 4, 3), dtype=np.uint8))[:-1], "is cut: 47 bytes of values, 48"),
+        (saved(np.ones((4, 4, 3), dtype=np.uint8)) + b"!", "49 bytes of values, 48"),
         (saved(np.ones((4, 4, 2), dtype=np.uint8)), "2 channels, and in_channels is 3"),
         (saved(np.ones(4, dtype=np.uint8)), "shape"),
         (saved(np.ones((0, 4, 3), dtype=np.uint8)), "shape"),
-        (saved(np.ones((4, 4, 3), dtype=np.int64)), "int64; it must be uint8"),
-        (saved(np.ones((4, 4, 3), dtype=np.uint32)), "uint32; it must be uint8"),
-        (saved(np.ones((4, 4, 3), dtype=bool)), "bool; it must be uint8"),
+        (saved(np.ones((4, 4, 3), dtype=np.int64)), "of type int64"),
+        (saved(np.ones((4, 4, 3), dtype=np.uint32)), "of type uint32"),
+        (saved(np.ones((4, 4, 3), dtype=bool)), "of type bool"),
         (saved(np.full((4, 4, 3), np.nan)), "no finite numbers"),
         (saved(np.ones((90, 90, 3), dtype=np.uint8)), "90x90 pixels"),
-        (saved(np.array([{"a": 1}], dtype=object), allow_pickle=True), "object; it must be uint8"),
+        (saved(np.array([{"a": 1}], dtype=object), allow_pickle=True), "of type object"),
     ],
 )
 def test_arrays_that_are_none(data: bytes, words: str) -> None:
@@ -234,7 +234,7 @@ def test_arrays_that_are_none(data: bytes, words: str) -> None:
 def test_a_hostile_header_allocates_nothing() -> None:
     header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (9999999, 99999, 3), }"
     data = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
-    with pytest.raises(BadSampleError, match="0 bytes of 2999969700003"):
+    with pytest.raises(BadSampleError, match="0 bytes of values, 2,999,969,700,003"):
         decode_pixels(data, "npy", max_pixels=2**62)
 
 

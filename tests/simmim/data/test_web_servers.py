@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.manifest import RemotePath
+from data_prep.cli import main
+from data_prep.manifest import RemotePath, read_manifest
 from simmim.data.errors import DataError
 from simmim.data.reading import ShardSet
 from simmim.data.remote import RemoteReading
@@ -107,3 +108,22 @@ def test_a_whole_file_that_was_cut_off_is_asked_for_again(
     assert b"".join(path.blocks()) == whole
     assert WholeFiles.cuts == 0
     assert b"".join(path.blocks(len(whole) - 100)) == whole[-100:]
+
+
+@pytest.mark.parametrize("served", [WholeFiles], indirect=True)
+def test_what_sends_whole_files_only_is_indexed_verified_and_shown(
+    folder: Path, served: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = ["--workers", "1"]
+    pattern = served + "/shard-{000000..000003}.tar"
+    assert main(["index", pattern, "--output", str(tmp_path / "set"), *alone]) == 0
+    found = [shard.sha256 for shard in read_manifest(tmp_path / "set").shards]
+    assert found == [shard.sha256 for shard in read_manifest(folder).shards]
+    for place in (served, str(tmp_path / "set")):
+        for look in (["verify"], ["verify", "--deep"], ["info"]):
+            assert main([look[0], place, *look[1:], *alone]) == 0
+    tar = folder / "shard-000002.tar"
+    tar.write_bytes(b"\1" * tar.stat().st_size)
+    capsys.readouterr()
+    assert main(["verify", served, *alone]) == 2
+    assert f"{served}/shard-000002.tar is cut, damaged or not a tar" in capsys.readouterr().err

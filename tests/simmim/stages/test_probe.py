@@ -1,10 +1,12 @@
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_prep.manifest import RemotePath
 from simmim.data.reading import ShardSet
 from simmim.recipe import RecipeError, parse
 from simmim.stages.probe import (
@@ -180,3 +182,22 @@ def test_a_folder_that_is_no_encoder_is_refused(shards: Path, tmp_path: Path) ->
     values = {"encoder": str(tmp_path), "data": {"shards": str(shards)}}
     with pytest.raises(ValueError, match=r"config\.json"):
         compare(parse(ProbeRecipe, values, "test"))
+
+
+def test_labelled_shards_of_a_store_go_through_the_cache_that_is_named(
+    shards: Path, tmp_path: Path
+) -> None:
+    url, cache = "memory://probe/set", tmp_path / "cache"
+    for path in shards.iterdir():
+        (RemotePath(url) / path.name).upload(path)
+    try:
+        near, _ = open_probe_shards(ProbeData(shards=str(shards)))
+        for remote, fetched in (("ranges", 0), ("shards", 1)):
+            data = ProbeData(shards=url, cache_dir=str(cache), remote=remote, attempts=2)
+            far, _ = open_probe_shards(data)
+            assert far.read(0, 0) == near.read(0, 0)
+            assert len(list(cache.glob("*.tar"))) == fetched
+    finally:
+        fsspec.filesystem("memory").store.clear()
+    with pytest.raises(ValueError, match="cache_bytes"):
+        ProbeData(shards=url, cache_bytes=0)
