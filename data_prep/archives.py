@@ -49,6 +49,10 @@ class ZipSource:
                     problem=_describe_zip_problem(member),
                 )
 
+    def outline(self) -> Iterator[SourceFile]:
+        """Yield every member that is not a folder; a zip has one list of all it knows of them."""
+        return self.files()
+
     def read(self, file: SourceFile) -> bytes:
         """Return the bytes of a member, never more than it declares.
 
@@ -102,6 +106,10 @@ class TarSource:
                 yield from self._inner(file)
             else:
                 yield file
+
+    def outline(self) -> Iterator[SourceFile]:
+        """Yield every member that is not a folder, whose headers name its size too."""
+        return self.files()
 
     def _inner(self, tar: SourceFile) -> Iterator[SourceFile]:
         """Yield the members of a tar inside the tar, and the tar itself where it is damaged."""

@@ -42,6 +42,15 @@ class ListSource:
         Raises:
             SourceError: the list is damaged, is not UTF-8 or has no column `path`.
         """
+        for file in self.outline():
+            yield self._measure(file)
+
+    def outline(self) -> Iterator[SourceFile]:
+        """Yield every file as the list describes it, without looking for it.
+
+        Raises:
+            SourceError: the list is damaged, is not UTF-8 or has no column `path`.
+        """
         match self.path.suffix.lower():
             case ".csv":
                 rows = _read_csv(self.path)
@@ -76,10 +85,13 @@ class ListSource:
             fields=_describe_fields(rest),
         )
         problem = describe_path_problem(path) if path else "its row has no path"
-        if problem:
-            return file._replace(problem=problem)
+        return file._replace(problem=problem) if problem else file
+
+    def _measure(self, file: SourceFile) -> SourceFile:
+        if file.problem:
+            return file
         try:
-            size, stamp = self._folder.describe(path)
+            size, stamp = self._folder.describe(file.path)
         except StorageError:
             raise
         except (OSError, ValueError) as error:

@@ -41,6 +41,10 @@ class ShardSource:
         for name in tars:
             yield from self._samples(name)
 
+    def outline(self) -> Iterator[SourceFile]:
+        """Yield the image of every sample, whose labels stand in the tars."""
+        return self.files()
+
     def read(self, file: SourceFile) -> bytes:
         """Return the bytes of an image.
 
