@@ -278,10 +278,10 @@ def _add_command(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     if name == "shard":
-        about = "folder or its URL, zip, uncompressed tar or list (txt, csv, parquet) of images"
+        about = "folder, zip, uncompressed tar or list (txt, csv, parquet) of images, or its URL"
         parser.add_argument("source", help=about)
     elif name == "reshard":
-        parser.add_argument("source", help="folder of WebDataset tars")
+        parser.add_argument("source", help="folder of WebDataset tars, or its URL")
     parser.add_argument("folder", help="folder of shards, or its URL (s3, gs, http)")
     return parser
 
