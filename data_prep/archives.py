@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
+from data_prep.byte_reader import ByteReader
 from data_prep.files import SourceError, SourceFile, UnreadableFileError
+from data_prep.storage import Location
 from data_prep.tars import TarError, describe_path_problem, describe_problem, walk_tar
 
 _MOST_OFFSET = 2**62
@@ -22,9 +23,9 @@ class ZipSource:
     chosen = False
     classes: tuple[str, ...] | None = None
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         self.path = path
-        self._file = path.open("rb")
+        self._bytes = ByteReader(path)
 
     def files(self) -> Iterator[SourceFile]:
         """Yield every member that is not a folder.
@@ -33,7 +34,7 @@ class ZipSource:
             SourceError: the zip is damaged.
         """
         try:
-            with zipfile.ZipFile(self._file) as archive:
+            with self.path.open("rb") as file, zipfile.ZipFile(file) as archive:
                 members = archive.infolist()
         except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
             raise SourceError(f"{self.path} is a damaged zip ({error}). Fetch it again.") from None
@@ -49,18 +50,22 @@ class ZipSource:
                     problem=_describe_zip_problem(member),
                 )
 
+    def outline(self) -> Iterator[SourceFile]:
+        """Yield every member that is not a folder; a zip has one list of all it knows of them."""
+        return self.files()
+
     def read(self, file: SourceFile) -> bytes:
         """Return the bytes of a member, never more than it declares.
 
         Raises:
             UnreadableFileError: its data is cut, damaged or longer than declared.
         """
-        header = os.pread(self._file.fileno(), 30, file.offset)
+        header = self._bytes.read(file.offset, 30)
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
             raise UnreadableFileError("its header in the zip is damaged")
         name_length, extra_length = struct.unpack("<HH", header[26:])
         start = file.offset + 30 + name_length + extra_length
-        data = os.pread(self._file.fileno(), file.stored, start)
+        data = self._bytes.read(start, file.stored)
         if file.method == zipfile.ZIP_DEFLATED:
             try:
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, file.size + 1)
@@ -72,7 +77,7 @@ class ZipSource:
 
     def close(self) -> None:
         """Close the zip."""
-        self._file.close()
+        self._bytes.close()
 
 
 class TarSource:
@@ -84,9 +89,9 @@ class TarSource:
     chosen = False
     classes: tuple[str, ...] | None = None
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         self.path = path
-        self._file = path.open("rb")
+        self._bytes = ByteReader(path)
 
     def files(self) -> Iterator[SourceFile]:
         """Yield every member that is not a folder.
@@ -102,6 +107,10 @@ class TarSource:
                 yield from self._inner(file)
             else:
                 yield file
+
+    def outline(self) -> Iterator[SourceFile]:
+        """Yield every member that is not a folder, whose headers name its size too."""
+        return self.files()
 
     def _inner(self, tar: SourceFile) -> Iterator[SourceFile]:
         """Yield the members of a tar inside the tar, and the tar itself where it is damaged."""
@@ -123,14 +132,14 @@ class TarSource:
         Raises:
             UnreadableFileError: the tar is cut before its end.
         """
-        data = os.pread(self._file.fileno(), file.size, file.offset)
+        data = self._bytes.read(file.offset, file.size)
         if len(data) != file.size:
             raise UnreadableFileError("the tar is cut before its end")
         return data
 
     def close(self) -> None:
         """Close the tar."""
-        self._file.close()
+        self._bytes.close()
 
 
 def _describe_zip_problem(member: zipfile.ZipInfo) -> str:

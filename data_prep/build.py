@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,14 +16,21 @@ from data_prep.destination import (
     refuse_foreign,
 )
 from data_prep.duplicates import duplicate_dropper
-from data_prep.listing import Listing, read_listing, survey_source, write_listing
+from data_prep.listing import (
+    Listing,
+    find_classes,
+    read_listing,
+    survey_source,
+    write_listing,
+)
 from data_prep.manifest import MANIFEST_NAME, Manifest
-from data_prep.plan import ShardOptions
+from data_prep.plan import ShardOptions, ShardPlan
 from data_prep.publish import publish
 from data_prep.ray_executor import map_on_ray
-from data_prep.shard import ShardReport, ShardTask, read_report, write_shard
+from data_prep.shard import ShardReport, ShardTask, find_reports, read_report, write_shard
 from data_prep.sources import Source, open_source
 from data_prep.storage import Location
+from data_prep.streaming import StreamedListing, listing_name
 from data_prep.workers import Tick, map_tasks
 
 
@@ -31,14 +38,14 @@ from data_prep.workers import Tick, map_tasks
 class Plan:
     """What is about to be done, for a person to see."""
 
-    found: int
-    """Images found."""
+    found: int | None
+    """Images found; None where they are still being listed."""
     done: int
     """Images that an interrupted run has done."""
     classes: int
     """Classes among them."""
-    shards: int
-    """Shards to be written here, those already finished included."""
+    shards: int | None
+    """Shards to be written here, those already finished included; None as for `found`."""
     finished: int
     """Shards that an interrupted run finished."""
     workers: int
@@ -49,8 +56,12 @@ class Plan:
 class Progress:
     """Who is told how far the work is; the defaults tell nobody."""
 
+    listed: Tick = lambda _: None
+    """Called with the number of images found, now and then while they are listed."""
     planned: Callable[[Plan], None] = lambda _: None
     """Called once before anything is written."""
+    counted: Tick = lambda _: None
+    """Called with the images to be written here, once the listing that went on meanwhile ends."""
     tick: Tick = lambda _: None
     """Called with the number of samples done since the last call."""
     finished: Callable[[ShardReport], None] = lambda _: None
@@ -78,6 +89,11 @@ class Execution:
         if not 0 <= self.max_rejected <= 1:
             raise ValueError(f"--max-rejected must be from 0 to 1, got {self.max_rejected}.")
 
+    def writes(self, number: int) -> bool:
+        """Tell whether the shard of that number is written here."""
+        part, parts = self.part or (1, 1)
+        return number % parts == part - 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
@@ -99,7 +115,7 @@ class _Job:
     execution: Execution
 
     def open(self) -> Source:
-        ordered = self.options.shuffle_window is not None
+        ordered = self.options.window is not None
         selection = self.options.selection
         return open_source(self.source, selection, shards=self.shards, ordered=ordered)
 
@@ -147,13 +163,13 @@ def build_shards(
     with closing(job.open()) as source:
         refuse_foreign(folder)
         if not overwrite and (folder / MANIFEST_NAME).exists():
-            survey = survey_source(source, options)
+            survey = survey_source(source, options, progress.listed)
             complete = find_complete(folder, job.identity(survey.fingerprint))
             return Built(manifest=complete, found=survey.found, was_complete=True)
         part = execution.part[0] if execution.part else None
         with open_destination(folder, part=part) as destination:
-            listing = _take_listing(destination, job, source, overwrite=overwrite)
-            _write(destination, job, listing, progress)
+            make = _list_and_write if options.streams else _list_then_write
+            listing = make(destination, job, source, progress, overwrite=overwrite)
             manifest = None
             if execution.part is None:
                 manifest = publish(destination, listing, max_rejected=execution.max_rejected)
@@ -168,19 +184,20 @@ def merge_parts(folder: Path, *, max_rejected: float = 1.0) -> Manifest:
         SourceError: too few images can be used.
     """
     folder = folder.resolve()
-    if not folder.is_dir() or not any(folder.glob(".partial/listing.json")):
+    if not folder.is_dir() or not any(folder.glob(".partial/made-from.json")):
         raise DestinationError(
             f"{folder} holds no parts to merge. Write them: data-prep shard SRC {folder} --part 1/n"
         )
     with open_destination(folder) as destination:
         listing = read_listing(destination.partial)
-        if listing is None or destination.identity() is None:
+        made_from = destination.identity()
+        if listing is None or made_from is None or not made_from.fingerprint:
             raise DestinationError(f"{folder} holds no complete part. Run the parts again.")
         return publish(destination, listing, max_rejected=max_rejected)
 
 
 def _take_listing(
-    destination: Destination, job: _Job, source: Source, *, overwrite: bool
+    destination: Destination, job: _Job, source: Source, listed: Tick, *, overwrite: bool
 ) -> Listing:
     """Return the listing that unfinished work has, if the source still is the same, or a new one.
 
@@ -189,7 +206,7 @@ def _take_listing(
     """
     with destination.listing_lock():
         if destination.identity() is not None:
-            survey = survey_source(source, job.options)
+            survey = survey_source(source, job.options, listed)
             identity = job.identity(survey.fingerprint)
             if not overwrite:
                 destination.refuse_other(identity)
@@ -198,7 +215,7 @@ def _take_listing(
                 return listing
         destination.clear()
         try:
-            listing = _list(destination, job, source)
+            listing = _list(destination, job, source, listed)
         except ValueError:
             if job.execution.part is None:
                 destination.abandon()
@@ -207,7 +224,7 @@ def _take_listing(
         return listing
 
 
-def _list(destination: Destination, job: _Job, source: Source) -> Listing:
+def _list(destination: Destination, job: _Job, source: Source, listed: Tick) -> Listing:
     dropper = None
     if job.options.deduplicate or job.options.near_duplicates is not None:
         dropper = duplicate_dropper(
@@ -217,20 +234,22 @@ def _list(destination: Destination, job: _Job, source: Source) -> Listing:
             shards=job.shards,
             workers=job.execution.workers,
         )
-    return write_listing(source, job.options, destination.partial, dropper)
+    return write_listing(source, job.options, destination.partial, dropper, listed)
 
 
-def _write(destination: Destination, job: _Job, listing: Listing, progress: Progress) -> None:
+def _list_then_write(
+    destination: Destination, job: _Job, source: Source, progress: Progress, *, overwrite: bool
+) -> Listing:
     """Write all shards that this run is to write and that are not there yet."""
-    part, parts = job.execution.part or (1, 1)
-    plans = listing.shards[part - 1 :: parts]
+    listing = _take_listing(destination, job, source, progress.listed, overwrite=overwrite)
+    plans = [plan for plan in listing.shards if job.execution.writes(plan.number)]
     reports = (read_report(destination.partial, plan.number) for plan in plans)
     done = {report.number: report.found for report in reports if report is not None}
     workers = max(1, min(job.execution.workers, len(plans) - len(done)))
-    found = listing.survey.found if parts == 1 else sum(plan.samples for plan in plans)
+    everything = job.execution.part is None
     progress.planned(
         Plan(
-            found=found,
+            found=listing.survey.found if everything else sum(plan.samples for plan in plans),
             done=sum(done.values()),
             classes=len(listing.survey.classes),
             shards=len(plans),
@@ -238,7 +257,136 @@ def _write(destination: Destination, job: _Job, listing: Listing, progress: Prog
             workers=workers,
         )
     )
-    labels = {name: label for label, name in enumerate(listing.survey.classes)}
+    missing = (plan for plan in plans if plan.number not in done)
+    job = replace(job, execution=replace(job.execution, workers=workers))
+    _write(destination, job, missing, listing.survey.classes, progress)
+    return listing
+
+
+def _list_and_write(
+    destination: Destination, job: _Job, source: Source, progress: Progress, *, overwrite: bool
+) -> Listing:
+    """Write shards as the listing comes to them, those that are there already left out."""
+    _begin_streaming(destination, job, overwrite=overwrite)
+    try:
+        listing = _stream(destination, job, source, progress, overwrite=overwrite)
+    except ValueError:
+        if job.execution.part is None and not any(find_reports(destination.partial)):
+            destination.abandon()
+        raise
+    with destination.listing_lock():
+        identity = job.identity(listing.survey.fingerprint)
+        if not overwrite:
+            destination.refuse_other(identity)
+        destination.begin(identity)
+    return listing
+
+
+def _stream(
+    destination: Destination, job: _Job, source: Source, progress: Progress, *, overwrite: bool
+) -> Listing:
+    execution = job.execution
+    done = {
+        report.number: report
+        for report in find_reports(destination.partial)
+        if execution.writes(report.number)
+    }
+    progress.listed(0)
+    classes = find_classes(source, job.options.selection)
+    progress.planned(
+        Plan(
+            found=None,
+            done=sum(report.found for report in done.values()),
+            classes=len(classes),
+            shards=None,
+            finished=len(done),
+            workers=execution.workers,
+        )
+    )
+    streamed = StreamedListing(
+        source,
+        job.options,
+        destination.partial,
+        classes=classes,
+        needed=lambda plan: execution.writes(plan.number) and not _fits(plan, done),
+        name=str(execution.part[0] if execution.part else 0),
+        listed=progress.listed,
+    )
+    try:
+        mine = _select(streamed.plans(), execution, progress.counted)
+        missing = _unfinished(destination, mine, done, overwrite=overwrite)
+        _write(destination, job, missing, classes, progress)
+        return streamed.finish()
+    finally:
+        streamed.discard()
+
+
+def _begin_streaming(destination: Destination, job: _Job, *, overwrite: bool) -> None:
+    """Take up unfinished work, if its options are the same, or begin anew.
+
+    Raises:
+        DestinationError: the unfinished work is of another kind.
+    """
+    with destination.listing_lock():
+        identity, made_from = job.identity(""), destination.identity()
+        if made_from is not None and not overwrite:
+            destination.refuse_other(identity)
+        if made_from is None or not made_from.may_be(identity):
+            destination.clear()
+            destination.begin(identity)
+
+
+def _select(plans: Iterator[ShardPlan], execution: Execution, counted: Tick) -> Iterator[ShardPlan]:
+    """Yield the plans of the shards that are written here, and count their images at the end."""
+    samples = 0
+    for plan in plans:
+        if execution.writes(plan.number):
+            samples += plan.samples
+            yield plan
+    counted(samples)
+
+
+def _unfinished(
+    destination: Destination,
+    plans: Iterator[ShardPlan],
+    done: dict[int, ShardReport],
+    *,
+    overwrite: bool,
+) -> Iterator[ShardPlan]:
+    """Yield the plans of shards that are not done, once those that are have proved to be of this.
+
+    Raises:
+        DestinationError: a finished shard was made from something else, and is not to be replaced.
+    """
+    waiting: list[ShardPlan] = []
+    left = set(done)
+    for plan in plans:
+        if not _fits(plan, done):
+            if plan.number in done and not overwrite:
+                raise destination.other_work()
+            waiting.append(plan)
+        left.discard(plan.number)
+        if not left:
+            yield from waiting
+            waiting = []
+    if left and not overwrite:
+        raise destination.other_work()
+    yield from waiting
+
+
+def _fits(plan: ShardPlan, done: dict[int, ShardReport]) -> bool:
+    """Tell whether a shard is finished, and was made from what is planned."""
+    return plan.number in done and done[plan.number].listing == plan.digest
+
+
+def _write(
+    destination: Destination,
+    job: _Job,
+    plans: Iterable[ShardPlan],
+    classes: Sequence[str],
+    progress: Progress,
+) -> None:
+    labels = {name: label for label, name in enumerate(classes)}
     tasks = (
         ShardTask(
             source=job.source,
@@ -249,10 +397,9 @@ def _write(destination: Destination, job: _Job, listing: Listing, progress: Prog
             options=job.options,
         )
         for plan in plans
-        if plan.number not in done
     )
-    execution = replace(job.execution, workers=workers)
-    for report in _map(execution, tasks, progress.tick):
+    for report in _map(job.execution, tasks, progress.tick):
+        (destination.partial / listing_name(report.number)).unlink(missing_ok=True)
         progress.finished(report)
 
 

@@ -93,11 +93,7 @@ def _shard(arguments: argparse.Namespace, interruption: Interruption) -> int:
     if arguments.part is not None and folder is not destination:
         raise ValueError("--part writes to a folder that all parts share, not to a URL.")
     with _bar() as bar:
-
-        def planned(plan: Plan) -> None:
-            print(_describe_plan(plan, arguments.source))
-            bar.total, bar.initial, bar.n = plan.found, plan.done, plan.done
-            bar.refresh()
+        shown = _Shown(bar, arguments.source)
 
         built = build_shards(
             locate(arguments.source),
@@ -107,7 +103,11 @@ def _shard(arguments: argparse.Namespace, interruption: Interruption) -> int:
             execution=parse_execution(arguments),
             overwrite=arguments.overwrite,
             progress=Progress(
-                planned=planned, tick=interruption.watch(bar.update), finished=_ShardCounter(bar)
+                listed=interruption.watch(shown.listed),
+                planned=shown.planned,
+                counted=shown.counted,
+                tick=interruption.watch(bar.update),
+                finished=shown.finished,
             ),
         )
     if isinstance(destination, RemotePath) and built.manifest is not None:
@@ -118,15 +118,30 @@ def _shard(arguments: argparse.Namespace, interruption: Interruption) -> int:
     return 0
 
 
-class _ShardCounter:
-    """Shows megabytes a second and bad images beside the bar, shard by shard."""
+class _Shown:
+    """What the bar says beside the images done: what is listed, megabytes a second, bad images."""
 
-    def __init__(self, bar: tqdm[NoReturn]) -> None:
-        self._bar = bar
+    def __init__(self, bar: tqdm[NoReturn], source: str) -> None:
+        self._bar, self._source = bar, source
         self._bytes = self._bad = 0
         self._started = time.monotonic()
 
-    def __call__(self, report: ShardReport) -> None:
+    def listed(self, found: int) -> None:
+        self._bar.set_description_str(f"listing, {found:,} found so far" if found else "listing")
+
+    def planned(self, plan: Plan) -> None:
+        print(_describe_plan(plan, self._source))
+        self._bar.set_description_str("")
+        self._bar.total, self._bar.initial, self._bar.n = plan.found, plan.done, plan.done
+        self._bar.refresh()
+
+    def counted(self, found: int) -> None:
+        """Show how many images there are, now that all are listed."""
+        self._bar.set_description_str("")
+        self._bar.total = found
+
+    def finished(self, report: ShardReport) -> None:
+        """Count a shard that is finished."""
         self._bytes += report.entry.bytes if report.entry else 0
         self._bad += len(report.rejected)
         seconds = max(1e-3, time.monotonic() - self._started)
@@ -278,10 +293,10 @@ def _add_command(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     if name == "shard":
-        about = "folder or its URL, zip, uncompressed tar or list (txt, csv, parquet) of images"
+        about = "folder, zip, uncompressed tar or list (txt, csv, parquet) of images, or its URL"
         parser.add_argument("source", help=about)
     elif name == "reshard":
-        parser.add_argument("source", help="folder of WebDataset tars")
+        parser.add_argument("source", help="folder of WebDataset tars, or its URL")
     parser.add_argument("folder", help="folder of shards, or its URL (s3, gs, http)")
     return parser
 
@@ -302,6 +317,11 @@ def _bar(total: int | None = None) -> tqdm[NoReturn]:
 
 
 def _describe_plan(plan: Plan, source: str) -> str:
+    if plan.found is None or plan.shards is None:
+        text = f"classes: {plan.classes:,}, in {source}"
+        if plan.finished:
+            text += f"; {plan.finished:,} shards are finished already"
+        return f"{text}; writing shards while images are listed, {plan.workers} at a time"
     text = f"found {plan.found:,} images, classes: {plan.classes:,}, in {source}"
     if plan.finished:
         text += f"; {plan.finished:,} of {plan.shards:,} shards are finished already"

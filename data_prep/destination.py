@@ -37,6 +37,7 @@ VALIDATION_SHARDS = "validation_shards"
 """Option of the manifest that counts the shards, at the end, that are for validation."""
 _PARTIAL_NAME = ".partial"
 _NOTE_NAME = "made-from.json"
+_OTHER_INPUT = "other files of the same source, or the same files with other dates"
 _OURS = re.compile(r"shard-\d{6,}\.(tar|index\.npy)")
 _FOUND_OUT = {VALIDATION_SHARDS}  # options of the manifest that say what came out
 _KNOWN = {MANIFEST_NAME, REJECTED_NAME, STATISTICS_NAME, _PARTIAL_NAME, "lost+found"}
@@ -54,7 +55,14 @@ class Identity:
     options: dict[str, Any]
     """Options as plain values, the source's name among them."""
     fingerprint: str
-    """Digest of the inputs."""
+    """Digest of the inputs; empty while they are still being listed."""
+
+    def may_be(self, other: Identity) -> bool:
+        """Tell whether the other is of the same, as far as both are known."""
+        known = self.fingerprint and other.fingerprint
+        return self.options == other.options and (
+            not known or self.fingerprint == other.fingerprint
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +97,15 @@ class Destination:
             DestinationError: it is made from other options or other input.
         """
         made_from = self.identity()
-        if made_from is not None and made_from != identity:
-            raise DestinationError(
-                f"{self.folder} holds an interrupted run made from "
-                f"{_difference(made_from, identity)}. Give the same to go on with it, or start "
-                "anew with --overwrite."
-            )
+        if made_from is not None and not made_from.may_be(identity):
+            raise self.other_work(_difference(made_from, identity))
+
+    def other_work(self, difference: str = _OTHER_INPUT) -> DestinationError:
+        """Return the error that refuses unfinished work, and says what that is made from."""
+        return DestinationError(
+            f"{self.folder} holds an interrupted run made from {difference}. Give the same to go "
+            "on with it, or start anew with --overwrite."
+        )
 
     def clear(self) -> None:
         """Remove all unfinished work but digests, which hold for whatever is made of the files."""
@@ -280,7 +291,7 @@ def _difference(old: Identity, new: Identity) -> str:
         if old.options.get(name) != new.options.get(name)
     )
     if not names:
-        return "other files of the same source, or the same files with other dates"
+        return _OTHER_INPUT
     changed = [
         f"{name} {old.options.get(name)!r} (now {new.options.get(name)!r})" for name in names
     ]

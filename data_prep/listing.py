@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from data_prep.index import MOST_CLASSES
 from data_prep.manifest import write_aside
 from data_prep.plan import (
     FEWEST_SHARDS,
+    LISTING_NAME,
     Cutter,
     ShardOptions,
     ShardPlan,
@@ -27,12 +29,13 @@ from data_prep.plan import (
 )
 from data_prep.sources import Source
 from data_prep.storage import Location
+from data_prep.workers import Tick
 
-LISTING_NAME = "listing.jsonl"
 REFUSED_NAME = "listing-refused.jsonl"
 _SUMMARY_NAME = "listing.json"
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 _DEFAULTS = [SourceFile._field_defaults.get(name, ...) for name in SourceFile._fields]
+_BETWEEN_REPORTS = 5_000
 Listed = Iterator[tuple[SourceFile, int]]
 """Files, each with the window that it is shuffled in."""
 DropDuplicates = Callable[[Listed], Listed]
@@ -66,12 +69,18 @@ class Listing:
 
     def files(self, plan: ShardPlan) -> Iterator[SourceFile]:
         """Yield the files of a shard in order."""
-        return read_files(self.folder / LISTING_NAME, plan.start, plan.length)
+        return read_files(self.folder / plan.listing, plan.start, plan.length)
 
     def refused(self) -> Iterator[SourceFile]:
         """Yield the files that must not be used, in order of their paths."""
         path = self.folder / REFUSED_NAME
         return read_files(path, 0, path.stat().st_size)
+
+    def write(self) -> None:
+        """Note in the folder that the listing is complete."""
+        values = asdict(self)
+        del values["folder"]
+        write_aside(self.folder / _SUMMARY_NAME, json.dumps(values).encode())
 
 
 def class_name(file: SourceFile) -> str | None:
@@ -82,21 +91,52 @@ def class_name(file: SourceFile) -> str | None:
     return folder if folder not in ("", ".", "..") else None
 
 
-def survey_source(source: Source, options: ShardOptions) -> Survey:
+def find_classes(source: Source, selection: Selection) -> tuple[str, ...]:
+    """Return the names of all classes, found from names alone: no file is opened or measured.
+
+    A folder whose files all turn out to be unusable is a class too, which has no samples.
+
+    Raises:
+        SourceError, TarError: the source is damaged.
+    """
+    if source.classes is not None:
+        return source.classes
+    names, folders = _ClassNames(), set[str]()
+    for file in source.outline():
+        folder = file.path.rpartition("/")[0]
+        known = file.label is None and folder in folders
+        if known or file.problem or not selection.wants(file, chosen=source.chosen):
+            continue
+        names.add(file)
+        if file.label is None:
+            folders.add(folder)
+    return names.sorted()
+
+
+def survey_source(source: Source, options: ShardOptions, listed: Tick = lambda _: None) -> Survey:
     """Read through a source and keep only what sums it up.
+
+    Args:
+        source: what to read.
+        options: what is wanted of it.
+        listed: told now and then how many files were found.
 
     Raises:
         SourceError: nothing in it is wanted.
         TarError: it is a damaged tar.
     """
-    surveyor = _Surveyor(source, options)
+    surveyor = Surveyor(source, options, listed)
     for _ in surveyor.files():
         pass
     return surveyor.survey()
 
 
 def write_listing(
-    source: Source, options: ShardOptions, folder: Path, drop_duplicates: DropDuplicates | None
+    source: Source,
+    options: ShardOptions,
+    folder: Path,
+    drop_duplicates: DropDuplicates | None,
+    listed: Tick = lambda _: None,
 ) -> Listing:
     """List a source into a folder.
 
@@ -105,13 +145,14 @@ def write_listing(
         options: what is wanted, and its order.
         folder: where the listing goes.
         drop_duplicates: finds duplicates among files in order of path; None keeps them.
+        listed: told now and then how many files were found.
 
     Raises:
         SourceError: nothing in the source is wanted.
         TarError: it is a damaged tar.
         OSError: the folder cannot be written.
     """
-    surveyor = _Surveyor(source, options)
+    surveyor = Surveyor(source, options, listed)
     sorter = _Sorter(folder, options)
     try:
         files = surveyor.files()
@@ -124,9 +165,7 @@ def write_listing(
     listing = Listing(
         folder=folder, survey=survey, shards=shards, validation_shards=validation_shards
     )
-    values = asdict(listing)
-    del values["folder"]
-    write_aside(folder / _SUMMARY_NAME, json.dumps(values).encode())
+    listing.write()
     return listing
 
 
@@ -166,15 +205,15 @@ def decode_file(line: str) -> SourceFile:
     return SourceFile(*json.loads(line))
 
 
-class _Surveyor:
+class Surveyor:
     """Sorts out the files of a source and sums up what is wanted."""
 
-    def __init__(self, source: Source, options: ShardOptions) -> None:
+    def __init__(self, source: Source, options: ShardOptions, listed: Tick) -> None:
         self._source, self._selection = source, options.selection
-        self._window = options.shuffle_window
+        self._window = options.window
+        self._listed = listed
         self._found = self._others = self._sum = 0
-        self._classes: set[str] = set()
-        self._are_labels = True
+        self._classes = _ClassNames()
 
     def files(self) -> Listed:
         """Yield every wanted file with its window, those with a problem too."""
@@ -190,10 +229,17 @@ class _Surveyor:
             yield sorted_out, window
 
     def survey(self) -> Survey:
+        """Return what the files that were yielded sum up to.
+
+        Raises:
+            SourceError: there were none.
+        """
         if not self._found:
             raise SourceError(_describe_absence(self._source.path, self._selection, self._others))
         return Survey(
-            found=self._found, classes=self._name_classes(), fingerprint=f"{self._sum:064x}"
+            found=self._found,
+            classes=self._source.classes or self._classes.sorted(),
+            fingerprint=f"{self._sum:064x}",
         )
 
     def _count(self, file: SourceFile, window: int) -> None:
@@ -201,21 +247,33 @@ class _Surveyor:
         digest = hashlib.sha256(f"{window}{encode_file(file)}".encode("ascii")).digest()
         self._sum = (self._sum + int.from_bytes(digest, "big")) % 2**256
         self._found += 1
-        name = None if file.problem else class_name(file)
+        if self._found % _BETWEEN_REPORTS == 0:
+            self._listed(self._found)
+        if not file.problem:
+            self._classes.add(file)
+
+
+class _ClassNames:
+    """The classes of files."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        self._are_labels = True
+
+    def add(self, file: SourceFile) -> None:
+        name = class_name(file)
         if name is not None:
-            self._classes.add(name)
+            self._names.add(name)
             self._are_labels = self._are_labels and file.label is not None
 
-    def _name_classes(self) -> tuple[str, ...]:
-        if self._source.classes is not None:
-            return self._source.classes
+    def sorted(self) -> tuple[str, ...]:
         # Labels that are numbers stay the numbers they are.
-        if self._are_labels and all(name.isascii() and name.isdecimal() for name in self._classes):
-            largest = max((int(name[:20]) for name in self._classes), default=-1)
+        if self._are_labels and all(name.isascii() and name.isdecimal() for name in self._names):
+            largest = max((int(name[:20]) for name in self._names), default=-1)
             names = tuple(str(number) for number in range(min(largest + 1, MOST_CLASSES)))
-            if self._classes <= set(names):
+            if self._names <= set(names):
                 return names
-        return tuple(sorted(self._classes))
+        return tuple(sorted(self._names))
 
 
 class _Sorter:
@@ -238,8 +296,7 @@ class _Sorter:
         self._good.add(key, encode_file(file))
 
     def write(self) -> tuple[tuple[ShardPlan, ...], int]:
-        with (self._folder / REFUSED_NAME).open("w", encoding="ascii", newline="\n") as file:
-            file.writelines(line + "\n" for _, line in self._refused.merged())
+        write_refused(self._folder, self._refused)
         starts: list[tuple[int, int]] = []  # samples before the shard, bytes before it
         cutters = {
             group: Cutter(
@@ -265,6 +322,14 @@ class _Sorter:
     def discard(self) -> None:
         self._good.discard()
         self._refused.discard()
+
+
+def write_refused(folder: Path, sorter: ExternalSort) -> None:
+    """Write the list of files that must not be used."""
+    path = folder / f".{REFUSED_NAME}.partial-{os.getpid()}"
+    with path.open("w", encoding="ascii", newline="\n") as file:
+        file.writelines(line + "\n" for _, line in sorter.merged())
+    path.replace(folder / REFUSED_NAME)
 
 
 def _plan(starts: list[tuple[int, int]]) -> tuple[ShardPlan, ...]:

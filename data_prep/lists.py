@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from data_prep.files import Selection, SourceError, SourceFile
 from data_prep.folders import FolderSource
 from data_prep.remote_folder import RemoteFolderSource
-from data_prep.storage import RemotePath, StorageError, locate
+from data_prep.storage import Location, RemotePath, StorageError, locate
 from data_prep.tars import describe_path_problem
 
 LIST_SUFFIXES = (".txt", ".tsv", ".csv", ".parquet")
@@ -28,7 +30,7 @@ class ListSource:
     chosen = True
     classes: tuple[str, ...] | None = None
 
-    def __init__(self, path: Path, selection: Selection) -> None:
+    def __init__(self, path: Location, selection: Selection) -> None:
         self.path = path
         self._split_column = selection.split_column
         root = locate(selection.root) if selection.root else path.parent
@@ -42,15 +44,25 @@ class ListSource:
         Raises:
             SourceError: the list is damaged, is not UTF-8 or has no column `path`.
         """
-        match self.path.suffix.lower():
-            case ".csv":
-                rows = _read_csv(self.path)
-            case ".parquet":
-                rows = _read_parquet(self.path)
-            case _:
-                rows = _read_text(self.path)
-        for row in rows:
-            yield self._describe(row)
+        for file in self.outline():
+            yield self._measure(file)
+
+    def outline(self) -> Iterator[SourceFile]:
+        """Yield every file as the list describes it, without looking for it.
+
+        Raises:
+            SourceError: the list is damaged, is not UTF-8 or has no column `path`.
+        """
+        with _on_disk(self.path) as path:
+            match path.suffix.lower():
+                case ".csv":
+                    rows = _read_csv(path)
+                case ".parquet":
+                    rows = _read_parquet(path)
+                case _:
+                    rows = _read_text(path)
+            for row in rows:
+                yield self._describe(row)
 
     def read(self, file: SourceFile) -> bytes:
         """Return the bytes of a file.
@@ -76,16 +88,32 @@ class ListSource:
             fields=_describe_fields(rest),
         )
         problem = describe_path_problem(path) if path else "its row has no path"
-        if problem:
-            return file._replace(problem=problem)
+        return file._replace(problem=problem) if problem else file
+
+    def _measure(self, file: SourceFile) -> SourceFile:
+        if file.problem:
+            return file
         try:
-            size, stamp = self._folder.describe(path)
+            size, stamp = self._folder.describe(file.path)
         except StorageError:
             raise
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "its name is impossible"
             return file._replace(problem=f"it cannot be read: {reason or 'it is not there'}")
         return file._replace(size=size, stamp=stamp)
+
+
+@contextmanager
+def _on_disk(path: Location) -> Iterator[Path]:
+    """Give a list as a file on this machine, copied from where it is for the time it is read."""
+    if isinstance(path, Path):
+        yield path
+        return
+    with TemporaryDirectory(prefix="data-prep-") as scratch:
+        copy = Path(scratch, path.name)
+        with copy.open("wb") as file:
+            file.writelines(path.blocks())
+        yield copy
 
 
 def _text(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,6 +13,8 @@ from data_prep.images import MAX_PIXELS
 
 _MOST_SAMPLES = 10_000
 _MOST_BYTES = 256 * 2**20
+LISTING_NAME = "listing.jsonl"
+"""File that lists the files of all shards."""
 FEWEST_SHARDS = 8
 """Shards that a set has by default, unless it has fewer samples."""
 
@@ -29,7 +32,7 @@ class ShardOptions:
     seed: int = 0
     """Seed of the shuffle over all samples."""
     shuffle: bool = True
-    """Whether samples are shuffled; else they are in order of their paths."""
+    """Whether samples are shuffled; else they are in the order of the source."""
     shuffle_window: int | None = None
     """Files, in the order of the source, that are shuffled among themselves; None: all."""
     validation_fraction: float = 0.0
@@ -65,6 +68,16 @@ class ShardOptions:
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"--seed must fit into 64 bits, got {self.seed}.")
 
+    @property
+    def window(self) -> int | None:
+        """Files, in the order of the source, that may change places; None: all."""
+        return self.shuffle_window if self.shuffle else 1
+
+    @property
+    def streams(self) -> bool:
+        """Whether shards can be cut while the rest of the source is still being listed."""
+        return self.window is not None and not self.deduplicate and self.near_duplicates is None
+
     def values(self) -> dict[str, Any]:
         """Return the options as plain values, for the manifest."""
         values: dict[str, Any] = asdict(self)
@@ -89,6 +102,10 @@ class ShardPlan:
     """Where its files begin in the listing, in bytes."""
     length: int
     """Length of its part of the listing in bytes."""
+    listing: str = LISTING_NAME
+    """File that its part of the listing is in."""
+    digest: str = ""
+    """Digest of its part of the listing; empty where the listing is one file."""
 
 
 class Cutter:
@@ -120,6 +137,39 @@ class Cutter:
         return new
 
 
+def cut_stream(
+    files: Iterable[tuple[str, int]], options: ShardOptions, *, fewest: int = FEWEST_SHARDS
+) -> Iterator[list[str]]:
+    """Cut files into shards as they come; how many there will be is not known.
+
+    Shards are filled one after another. What fits into one is cut evenly into `fewest`, unless
+    the options say how long shards are.
+
+    Args:
+        files: lines of a listing, each with the bytes of its image.
+        options: how long shards are.
+        fewest: shards that a set has by default, unless it has fewer samples.
+
+    Yields:
+        The lines of a shard.
+    """
+    by_default = options.samples_per_shard is None and options.bytes_per_shard is None
+    most_samples = options.samples_per_shard or _MOST_SAMPLES
+    most_bytes = _MOST_BYTES if by_default else options.bytes_per_shard
+    shard: list[str] = []
+    held, is_first = 0, True
+    for line, size in files:
+        overfull = most_bytes is not None and held + size > most_bytes
+        if shard and (overfull or len(shard) == most_samples):
+            yield shard
+            shard, held, is_first = [], 0, False
+        shard.append(line)
+        held += size
+    parts = min(len(shard), fewest if by_default and is_first else 1)
+    for part in range(parts):
+        yield shard[part * len(shard) // parts : (part + 1) * len(shard) // parts]
+
+
 def count_shards(
     count: int, total_bytes: int, options: ShardOptions, *, fewest: int = FEWEST_SHARDS
 ) -> int:
@@ -140,15 +190,13 @@ def is_held_out(path: str, options: ShardOptions) -> bool:
 
 
 def order_key(file: SourceFile, options: ShardOptions, window: int = 0) -> str:
-    """Return what files are sorted by: a keyed digest, or the path where they are not shuffled.
+    """Return what files are sorted by: their window, and in it a keyed digest of the path.
 
     Files for validation come last. No version of any random generator can change the digest.
     """
     group = "1" if is_held_out(file.path, options) else "0"
-    place = f"{window:016x}" if options.shuffle_window else ""
-    if options.shuffle:
-        return group + place + _draw(file.path, options.seed).hex()
-    return group + path_key(file.path)
+    place = "" if options.window is None else f"{window:016x}"
+    return group + place + _draw(file.path, options.seed).hex()
 
 
 def path_key(path: str) -> str:

@@ -83,6 +83,8 @@ def _gather(destination: Destination, listing: Listing, sorter: ExternalSort) ->
         if report is None:
             missing.append(plan.number)
             continue
+        if report.listing != plan.digest:
+            raise destination.other_work()
         for rejection in report.rejected:
             _add(sorter, rejection)
         gathered.rejected += len(report.rejected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from data_prep.files import SourceFile, UnreadableFileError
 from data_prep.images import CheckedImage, RejectedImageError, check_image
 from data_prep.index import IndexedTar, index_name
-from data_prep.listing import LISTING_NAME, class_name, read_files
+from data_prep.listing import class_name, read_files
 from data_prep.manifest import ShardEntry, write_aside, write_index
 from data_prep.plan import ShardOptions, ShardPlan
 from data_prep.sources import Source, open_source
@@ -64,6 +65,8 @@ class ShardReport:
     """Inputs that were kept out, in order."""
     notes: dict[str, int]
     """What is to be known of the images, and of how many; see `CheckedImage.notes`."""
+    listing: str = ""
+    """Digest of the part of the listing that it was made from; see `ShardPlan.digest`."""
 
     @property
     def found(self) -> int:
@@ -101,7 +104,11 @@ def write_shard(task: ShardTask, tick: Tick) -> ShardReport:
     finally:
         partial.unlink(missing_ok=True)
     report = ShardReport(
-        number=task.plan.number, entry=entry, rejected=tuple(rejected), notes=notes
+        number=task.plan.number,
+        entry=entry,
+        rejected=tuple(rejected),
+        notes=notes,
+        listing=task.plan.digest,
     )
     text = json.dumps(asdict(report))
     write_aside(task.folder / report_name(report.number), text.encode())
@@ -120,7 +127,21 @@ def read_report(folder: Path, number: int) -> ShardReport | None:
     except FileNotFoundError:
         return None
     rejected = tuple(Rejection(**rejection) for rejection in values["rejected"])
-    return ShardReport(number=number, entry=entry, rejected=rejected, notes=values["notes"])
+    return ShardReport(
+        number=number,
+        entry=entry,
+        rejected=rejected,
+        notes=values["notes"],
+        listing=values["listing"],
+    )
+
+
+def find_reports(folder: Path) -> Iterator[ShardReport]:
+    """Yield the reports of all shards that are finished and still there."""
+    for path in folder.glob("shard-*.report.json"):
+        report = read_report(folder, int(path.name.split("-")[1].split(".")[0]))
+        if report is not None:
+            yield report
 
 
 def _write_tar(
@@ -129,7 +150,7 @@ def _write_tar(
     rejected: list[Rejection] = []
     notes: Counter[str] = Counter()
     opened = open_source(task.source, task.options.selection, shards=task.shards)
-    files = read_files(task.folder / LISTING_NAME, task.plan.start, task.plan.length)
+    files = read_files(task.folder / task.plan.listing, task.plan.start, task.plan.length)
     with closing(opened) as source, closing(ShardWriter(path)) as writer:
         for position, file in enumerate(files, start=task.plan.first):
             key = f"{position:09d}"

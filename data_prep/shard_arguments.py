@@ -29,7 +29,10 @@ def add_shard_arguments(parser: argparse.ArgumentParser) -> None:
         ),
         "--max-pixels": (MAX_PIXELS, "largest image taken, in pixels"),
         "--max-bytes": (Selection().max_bytes, "largest image file taken, in bytes"),
-        "--shuffle-window": (None, "shuffle among N files in the source's order; None: all"),
+        "--shuffle-window": (
+            None,
+            "shuffle among N files in the source's order; None: among all, which are listed first",
+        ),
     }
     for name, (default, about) in numbers.items():
         parser.add_argument(name, type=positive, metavar="N", default=default, help=about)
@@ -51,7 +54,7 @@ def add_shard_arguments(parser: argparse.ArgumentParser) -> None:
     _add_encoding(parser)
     _add_shares(parser)
     switches = {
-        "--no-shuffle": "keep samples in the order of their paths",
+        "--no-shuffle": "keep the source's order, in folders that of paths; as --shuffle-window 1",
         "--no-check": "read image headers only, do not decode",
         "--deduplicate": "of files with the same bytes keep the one with the smallest path",
         "--overwrite": "replace shards made from other options or other input",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import closing
 from typing import Any
 
+from data_prep.byte_reader import ByteReader
 from data_prep.files import Selection, SourceError, SourceFile, UnreadableFileError
 from data_prep.manifest import IMAGE_EXTENSIONS, MANIFEST_NAME, read_manifest
+from data_prep.storage import Location
 from data_prep.tars import describe_problem, walk_tar
 
 _MOST_METADATA_BYTES = 2**20
@@ -20,10 +21,10 @@ class ShardSource:
 
     chosen = True
 
-    def __init__(self, path: Path, selection: Selection) -> None:
+    def __init__(self, path: Location, selection: Selection) -> None:
         self.path = path
         self._split_column = selection.split_column
-        self._open: tuple[str, int] | None = None
+        self._open: tuple[str, ByteReader] | None = None
         self.classes: tuple[str, ...] | None = None
         if (path / MANIFEST_NAME).exists():
             self.classes = read_manifest(path).classes or None
@@ -41,6 +42,10 @@ class ShardSource:
         for name in tars:
             yield from self._samples(name)
 
+    def outline(self) -> Iterator[SourceFile]:
+        """Yield the image of every sample, whose labels stand in the tars."""
+        return self.files()
+
     def read(self, file: SourceFile) -> bytes:
         """Return the bytes of an image.
 
@@ -48,9 +53,9 @@ class ShardSource:
             UnreadableFileError: the tar is gone or cut before its end.
         """
         try:
-            data = os.pread(self._descriptor(file.container), file.size, file.offset)
+            data = self._reader(file.container).read(file.offset, file.size)
         except OSError as error:
-            raise UnreadableFileError(f"cannot be read: {error.strerror}") from None
+            raise UnreadableFileError(f"cannot be read: {error.strerror or error}") from None
         if len(data) != file.size:
             raise UnreadableFileError("the tar is cut before its end")
         return data
@@ -58,18 +63,18 @@ class ShardSource:
     def close(self) -> None:
         """Close the tar that was read last."""
         if self._open is not None:
-            os.close(self._open[1])
+            self._open[1].close()
             self._open = None
 
-    def _descriptor(self, name: str) -> int:
+    def _reader(self, name: str) -> ByteReader:
         if self._open is None or self._open[0] != name:
             self.close()
-            self._open = (name, os.open(self.path / name, os.O_RDONLY))
+            self._open = (name, ByteReader(self.path / name))
         return self._open[1]
 
     def _samples(self, name: str) -> Iterator[SourceFile]:
         key, images, metadata = "", list[SourceFile](), dict[str, bytes]()
-        with (self.path / name).open("rb") as tar:
+        with closing(ByteReader(self.path / name)) as tar:
             for member in walk_tar(self.path / name):
                 folder, slash, base = member.name.rpartition("/")
                 stem, dot, extension = base.partition(".")
@@ -92,7 +97,7 @@ class ShardSource:
                     )
                 elif extension in ("cls", "json") and member.isreg():
                     length = min(member.size, _MOST_METADATA_BYTES)
-                    metadata[extension] = os.pread(tar.fileno(), length, member.offset_data)
+                    metadata[extension] = tar.read(member.offset_data, length)
         yield from self._finish(name, key, images, metadata)
 
     def _finish(

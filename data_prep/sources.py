@@ -26,7 +26,7 @@ def open_source(
 ) -> Source:
     """Open a folder, a zip, an uncompressed tar, a list of paths, or a folder of shards.
 
-    Of a store it may be a folder alone, or what a list names.
+    Archives in a store are read by range, lists are copied for the time they are read.
 
     Args:
         path: what to open.
@@ -40,7 +40,7 @@ def open_source(
     """
     selection = selection or Selection()
     if isinstance(path, RemotePath):
-        return _open_remote(path, shards=shards)
+        return _open_remote(path, selection, shards=shards)
     if path.is_dir():
         return ShardSource(path, selection) if shards else FolderSource(path, ordered=ordered)
     if not path.exists():
@@ -48,13 +48,28 @@ def open_source(
     if not path.is_file() or shards:
         what = "folder of shards" if shards else "file"
         raise SourceError(f"source {path} is not a {what}. Give {_KINDS}.")
-    if path.suffix.lower() in LIST_SUFFIXES:
+    return _open_file(path, selection)
+
+
+def _open_remote(path: RemotePath, selection: Selection, *, shards: bool) -> Source:
+    if shards:
+        return ShardSource(path, selection)
+    if not _is_named_as_file(path) and path.is_dir():
+        return RemoteFolderSource(path)
+    if not path.exists():
+        raise SourceError(f"there is nothing at {path}. Give the URL of {_KINDS}.")
+    return _open_file(path, selection)
+
+
+def _open_file(path: Location, selection: Selection) -> Source:
+    if path.name.lower().endswith(LIST_SUFFIXES):
         return ListSource(path, selection)
     if is_tar(path):
         return TarSource(path)
-    if zipfile.is_zipfile(path):
-        return ZipSource(path)
-    if ".tar" in path.name.lower() or path.suffix.lower() in (".tgz", ".txz", ".tbz2"):
+    with path.open("rb") as file:
+        if zipfile.is_zipfile(file):
+            return ZipSource(path)
+    if ".tar" in path.name.lower() or path.name.lower().endswith((".tgz", ".txz", ".tbz2")):
         list(walk_tar(path))  # raises, and says whether it is compressed or damaged
     suffixes = ", ".join(LIST_SUFFIXES)
     raise SourceError(
@@ -62,11 +77,6 @@ def open_source(
     )
 
 
-def _open_remote(path: RemotePath, *, shards: bool) -> RemoteFolderSource:
-    if shards or not path.is_dir():
-        what = "shards are" if shards else "no folder is"
-        raise SourceError(
-            f"{what} at {path}: of a store a folder of images is read, or a list on this machine "
-            f"whose --root is a URL. Fetch anything else first, and give its path."
-        )
-    return RemoteFolderSource(path)
+def _is_named_as_file(path: Location) -> bool:
+    name = path.name.lower()
+    return ".tar" in name or name.endswith((".tgz", ".txz", ".tbz2", ".zip", *LIST_SUFFIXES))

@@ -72,7 +72,8 @@ class _Part(io.RawIOBase):
     def read(self, size: int | None = -1) -> bytes:
         left = max(0, self._length - self._position)
         size = left if size is None or size < 0 else min(size, left)
-        data = os.pread(self._file.fileno(), size, self._start + self._position)
+        self._file.seek(self._start + self._position)
+        data = self._file.read(size)
         self._position += len(data)
         return data
 

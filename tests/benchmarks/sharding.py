@@ -1,15 +1,18 @@
 """Images a second of `data-prep shard`, beside `tar` of the same files and beside decoding them.
 
     python tests/benchmarks/sharding.py FOLDER_OF_ZIPS --workers 1 2
+    python tests/benchmarks/sharding.py --first-shard FOLDER
 
 FOLDER_OF_ZIPS holds cifar10.zip and photos.zip. Photographs are repeated under other names up to
-10,000. Every figure is the median of `--repeats` runs, ours and `tar` in turn.
+10,000. Every figure is the median of `--repeats` runs, ours and `tar` in turn. With `--first-shard`
+the first shard of a folder is timed instead; 200,000 tiny images are drawn if it is not there.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import shutil
 import statistics
 import subprocess
 import sys
@@ -25,6 +28,12 @@ from PIL import Image
 
 _PHOTOS = 10_000
 _DECODED = 500
+_TINY, _TINY_A_FOLDER = 200_000, 2_000
+_ORDERS = (
+    ("shuffle over all", ()),
+    ("--shuffle-window 10000", ("--shuffle-window", "10000")),
+    ("--no-shuffle", ("--no-shuffle",)),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +49,8 @@ class Run:
 def main() -> None:
     """Measure, and print a table for RESULTS.md."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("data", type=Path, help="folder of cifar10.zip and photos.zip")
+    parser.add_argument("data", type=Path, nargs="?", help="folder of cifar10.zip and photos.zip")
+    parser.add_argument("--first-shard", type=Path, metavar="FOLDER", help="folder of tiny images")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--photos", type=int, default=_PHOTOS)
@@ -48,6 +58,11 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder_name:
         work = Path(folder_name)
+        if arguments.first_shard is not None:
+            _print_first_shard(arguments.first_shard, work, arguments.repeats)
+            return
+        if arguments.data is None:
+            parser.error("give the folder of zips, or --first-shard FOLDER")
         cifar = _unpack(arguments.data / "cifar10.zip", work / "cifar10")
         photos = _repeat(arguments.data / "photos.zip", work / "photos", arguments.photos)
         few = _repeat(arguments.data / "photos.zip", work / "few", arguments.photos // 10)
@@ -87,23 +102,60 @@ def _shard(source: Path, folder: Path, workers: int, *, check: bool) -> Run:
     return _measure(command, lambda: _remove(folder))
 
 
+def _print_first_shard(source: Path, work: Path, repeats: int) -> None:
+    if not source.exists():
+        _draw_tiny(source)
+    reports = work / "out" / ".partial"
+    print("| order | first shard, s | peak until then, MiB |")
+    print("|---|---|---|")
+    for name, options in _ORDERS:
+        command = [sys.executable, "-m", "data_prep", "shard", str(source), str(work / "out")]
+        command += ["--workers", "1", "--no-check", "--samples-per-shard", "1000", *options]
+
+        runs = [
+            _measure(
+                command,
+                lambda: shutil.rmtree(work / "out"),
+                lambda: any(reports.glob("shard-*.report.json")),
+            )
+            for _ in range(repeats)
+        ]
+        first = statistics.median(run.seconds for run in runs)
+        print(f"| {name} | {first:.1f} | {max(run.peak for run in runs):.0f} |")
+
+
+def _draw_tiny(folder: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    for number in range(_TINY):
+        path = folder / f"{number // _TINY_A_FOLDER:03d}" / f"{number:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(buffer.getvalue())
+
+
 def _tar(folder: Path, path: Path) -> Run:
     # To a file, since tar reads nothing when it writes to /dev/null.
     return _measure(["tar", "cf", str(path), str(folder)], path.unlink)
 
 
-def _measure(command: list[str], clean: Callable[[], None]) -> Run:
+def _measure(
+    command: list[str], clean: Callable[[], None], enough: Callable[[], bool] = lambda: False
+) -> Run:
     started = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         peak = 0.0
         watched = psutil.Process(process.pid)
-        while process.poll() is None:
+        stopped = False
+        while process.poll() is None and not stopped:
             peak = max(peak, _memory(watched))
+            stopped = enough()
             time.sleep(0.02)
         seconds = time.perf_counter() - started
+        if stopped:
+            process.kill()
         assert process.stderr is not None
         errors = process.stderr.read().decode()
-    if process.returncode:
+    if process.returncode and not stopped:
         raise RuntimeError(f"{command} failed: {errors}")
     clean()
     return Run(seconds=seconds, peak=peak)

@@ -246,11 +246,12 @@ def test_real_sets(name: str, samples: int, classes: int, tmp_path: Path) -> Non
     assert len(keys) == samples
 
 
+@pytest.mark.parametrize("order", [("--deduplicate",), ("--shuffle-window", "30")])
 def test_three_kills_leave_the_bytes_of_an_uninterrupted_run(
-    many_images: Path, tmp_path: Path
+    order: tuple[str, ...], many_images: Path, tmp_path: Path
 ) -> None:
     draw = random.Random(0)
-    arguments = ("--samples-per-shard", "4", "--workers", "2", "--deduplicate")
+    arguments = ("--samples-per-shard", "4", "--workers", "2", *order)
     for number in range(0, 240, 3):  # files of one name share their bytes unless told apart
         path = many_images / f"{number}.png"
         data = path.read_bytes()
@@ -263,7 +264,7 @@ def test_three_kills_leave_the_bytes_of_an_uninterrupted_run(
             time.sleep(draw.uniform(0.5, 2.5))
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-    assert main(["shard", str(many_images), str(folder), *arguments[:2], "--deduplicate"]) == 0
+    assert main(["shard", str(many_images), str(folder), *arguments[:2], *order]) == 0
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert sorted(path.name for path in folder.iterdir()) == names
     for name in names:

@@ -159,15 +159,18 @@ def test_missing_ray_is_named(image_zip: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Ray's own
-def test_ray_writes_the_same_bytes(image_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [_OPTIONS, ShardOptions(samples_per_shard=5, shuffle_window=7)])
+def test_ray_writes_the_same_bytes(
+    options: ShardOptions, image_folder: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("ray")
     (image_folder / "train/cat/0.jpg").write_bytes(b"some text")
-    build_shards(image_folder, tmp_path / "whole", _OPTIONS)
+    build_shards(image_folder, tmp_path / "whole", options)
     execution = Execution(ray=True, workers=2)
-    build_shards(image_folder, tmp_path / "ray", _OPTIONS, execution=execution)
+    build_shards(image_folder, tmp_path / "ray", options, execution=execution)
     assert _digests(tmp_path / "ray") == _digests(tmp_path / "whole")
     assert read_manifest(tmp_path / "ray").rejected == 1
     one = image_folder / "list.txt"
     one.write_text("train/cat/0.jpg\n")
     with pytest.raises(SourceError, match="none of the 1 images"):
-        build_shards(one, tmp_path / "bad", _OPTIONS, execution=execution)
+        build_shards(one, tmp_path / "bad", options, execution=execution)

@@ -42,7 +42,7 @@ def _list(path: Path, **options: object) -> _Listed:
         listing: Listing = write_listing(source, chosen, Path(folder), None)
         assert survey_source(source, chosen) == listing.survey
         listed = _Listed(
-            files=[file for plan in listing.shards for file in listing.files(plan)],
+            files=sorted(file for plan in listing.shards for file in listing.files(plan)),
             rejected=list(listing.refused()),
             others=wanted.count(False),
             fingerprint=listing.survey.fingerprint,

@@ -11,7 +11,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from data_prep import storage
+from data_prep import byte_reader, storage
 from data_prep.adopt import adopt_shards
 from data_prep.build import build_shards
 from data_prep.cli import main
@@ -305,12 +305,87 @@ def test_a_list_names_images_of_a_store(
     assert "missing.jpg" in (tmp_path / "set" / "rejected.jsonl").read_text()
 
 
+@pytest.mark.parametrize("kind", ["image_zip", "image_tar"])
+@pytest.mark.parametrize("order", [(), ("--no-shuffle",)])
+def test_archives_in_a_store_give_the_bytes_of_those_on_disk(
+    kind: str,
+    order: tuple[str, ...],
+    store: RemotePath,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    path = request.getfixturevalue(kind)
+    (store / path.name).upload(path)
+    assert main(["shard", str(path), str(tmp_path / "near"), *order]) == 0
+    for _ in range(2):
+        far = [str(store / path.name), str(tmp_path / "far"), *order, *ALONE]
+        assert main(["shard", *far]) == 0
+    assert contents(tmp_path / "far") == contents(tmp_path / "near")
+
+
+def test_a_tar_of_class_tars_in_a_store(
+    image_tar: Path, store: RemotePath, tmp_path: Path, write_tar: Callable[..., None]
+) -> None:
+    write_tar(tmp_path / "outer.tar", {"all.tar": image_tar.read_bytes(), "bad.tar": b"x" * 999})
+    (store / "outer.tar").upload(tmp_path / "outer.tar")
+    assert main(["shard", str(tmp_path / "outer.tar"), str(tmp_path / "near")]) == 0
+    assert main(["shard", str(store / "outer.tar"), str(tmp_path / "far"), *ALONE]) == 0
+    assert contents(tmp_path / "far") == contents(tmp_path / "near")
+    assert read_manifest(tmp_path / "far").rejected == 1
+
+
+def test_lists_and_shards_in_a_store_are_sources(
+    remote_images: RemotePath, image_folder: Path, tmp_path: Path
+) -> None:
+    names = [path for path, _, _ in remote_images.walk()]
+    (image_folder / "list.csv").write_text("path,label\n" + "".join(f"{n},a\n" for n in names))
+    (remote_images / "list.csv").upload(image_folder / "list.csv")
+    assert main(["shard", str(image_folder / "list.csv"), str(tmp_path / "near")]) == 0
+    assert main(["shard", str(remote_images / "list.csv"), str(tmp_path / "far"), *ALONE]) == 0
+    assert contents(tmp_path / "far") == contents(tmp_path / "near")
+    for path in (tmp_path / "near").iterdir():
+        (remote_images.parent / "set" / path.name).upload(path)
+    shards = str(remote_images.parent / "set")
+    assert main(["reshard", str(tmp_path / "near"), str(tmp_path / "set")]) == 0
+    assert main(["reshard", shards, str(tmp_path / "again"), *ALONE]) == 0
+    far, near = (read_manifest(tmp_path / name) for name in ("again", "set"))
+    assert (far.samples, far.classes) == (near.samples, near.classes) == (24, ("a",))
+
+
+def test_a_reader_of_parts_reads_ahead_in_order_alone(
+    store: RemotePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = bytes(range(256)) * 400
+    (store / "a.bin").write_bytes(data)
+    asked: list[tuple[int, int]] = []
+    read_range = RemotePath.read_range
+
+    def noted(path: RemotePath, offset: int, size: int) -> bytes:
+        asked.append((offset, size))
+        return read_range(path, offset, size)
+
+    monkeypatch.setattr(RemotePath, "read_range", noted)
+    monkeypatch.setattr(byte_reader, "_AHEAD", 1000)
+    reader = byte_reader.ByteReader(store / "a.bin")
+    for offset in (50_000, 70_000, 20_000, 90_000):
+        assert reader.read(offset, 100) == data[offset : offset + 100]
+    assert asked == [(50_000, 100), (70_000, 100), (20_000, 100), (90_000, 100)]
+    asked.clear()
+    for offset in range(90_100, len(data) + 500, 100):
+        assert reader.read(offset, 100) == data[offset : offset + 100]
+    assert len(asked) == 13
+    assert reader.read(len(data) + 5000, 100) == b""
+
+
 def test_what_is_no_folder_of_a_store_is_refused(
     remote_images: RemotePath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["shard", "memory://photos/none", str(tmp_path / "set")]) == 2
-    assert "no folder is at memory://photos/none" in capsys.readouterr().err
+    assert "there is nothing at memory://photos/none" in capsys.readouterr().err
     assert main(["reshard", str(remote_images), str(tmp_path / "set")]) == 2
-    assert "Fetch anything else first" in capsys.readouterr().err
+    assert "holds no tars" in capsys.readouterr().err
+    (remote_images / "a.tar").write_bytes(b"no tar" * 1000)
+    assert main(["shard", str(remote_images / "a.tar"), str(tmp_path / "set")]) == 2
+    assert "not a tar" in capsys.readouterr().err
     assert main(["shard", "pipe:cat images", str(tmp_path / "set")]) == 2
     assert "would run a command" in capsys.readouterr().err

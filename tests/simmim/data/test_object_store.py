@@ -4,6 +4,7 @@ import http.client
 import random
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -110,6 +111,15 @@ def test_shards_on_an_unreliable_store_give_the_batches_from_disk(
     for path in (tmp_path / "images").iterdir():
         (images / path.name).upload(path)
     assert main(["shard", str(images), str(tmp_path / "fetched"), *options]) == 0
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for path in sorted((tmp_path / "images").iterdir()):
+            archive.write(path, path.name)
+    packed = RemotePath(f"{bucket}-packed/all.zip")
+    packed.upload(tmp_path / "all.zip")
+    order = ["--shuffle-window", "30", *options]
+    assert main(["shard", str(tmp_path / "all.zip"), str(tmp_path / "near"), *order]) == 0
+    assert main(["shard", str(packed), str(tmp_path / "far"), *order]) == 0
+    assert read_manifest(tmp_path / "near").shards == read_manifest(tmp_path / "far").shards
     local, remote = read_manifest(tmp_path / "local"), read_manifest(bucket)
     assert read_manifest(tmp_path / "fetched").samples == local.samples == 120
     assert (local.shards, local.options) == (remote.shards, remote.options)
