@@ -8,6 +8,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
@@ -112,6 +113,8 @@ def _start(function: Callable[..., Any], workers: int) -> dict[Connection, BaseP
     # Spawned, since forking a process with threads is unsafe and a fork would hold every pipe open.
     context = multiprocessing.get_context("spawn")
     pool: dict[Connection, BaseProcess] = {}
+    # Starting this one, which the first child would do, unblocks interrupts.
+    resource_tracker.ensure_running()
     # Children start with interrupts blocked, so that none can strike before they ignore them.
     signals = {signal.SIGINT, signal.SIGTERM}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
