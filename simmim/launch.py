@@ -23,6 +23,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 STOPPED = 75
 """Exit code after a stop on request: EX_TEMPFAIL, "try again later"."""
 
+LOST = 76
+"""Exit code where a process did not end by itself: memory ran out, or a machine went away."""
+
 SECONDS_TO_STOP = 600
 """What torchrun leaves its processes for a last checkpoint, where the environment says nothing.
 Slurm and Kubernetes set a limit of their own, which ends earlier."""
@@ -69,11 +72,10 @@ class StopRelay:
 def first_code(codes: Sequence[int]) -> int:
     """Return the exit code that tells what happened: the first that a process chose itself.
 
-    A process that a signal ended, which is how torchrun ends those beside a failed one, has a
-    negative code; alone it counts as a shell counts it, 128 and the number of the signal.
+    A process that a signal ended has a negative code. torchrun ends those beside a failed one in
+    that way, so they tell something only where there is no other code.
     """
-    chosen = [code for code in codes if code > 0]
-    return chosen[0] if chosen else 128 - codes[0]
+    return next((code for code in codes if code > 0), LOST)
 
 
 if __name__ == "__main__":
