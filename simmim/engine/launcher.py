@@ -112,6 +112,8 @@ def _launch_arguments(arguments: list[str]) -> list[str] | None:
         match argument.removesuffix(".py").replace("/", ".").split(".")[-3:]:
             case [*_, "accelerate-launch"] | ["accelerate", "commands", "launch"]:
                 return rest
+            case [*_, "simmim", "launch"]:  # ours around it
+                return rest
             case [*_, "accelerate"] | ["accelerate", "commands", "accelerate_cli"]:
                 return rest[1:] if rest[:1] == ["launch"] else None
     return None

@@ -1,0 +1,154 @@
+"""What jobs/ tells people to type is understood, and every file in it says what it is."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+
+import data_prep.cli
+import simmim.cli
+from simmim.recipe import load
+
+ROOT = Path(__file__).parents[2]
+JOBS = ROOT / "jobs"
+FILES = sorted(path for path in JOBS.rglob("*") if path.is_file())
+SCRIPTS = [path for path in FILES if path.suffix != ".md"]
+DOCKERFILE = ("FROM ", "COPY ", "RUN ")
+LAUNCHERS = (["accelerate", "launch"], ["python", "-m", "simmim.launch"])
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(JOBS))
+
+
+def header(path: Path) -> str:
+    """Return the comment at the start of a file, without its marks."""
+    lines = path.read_text().splitlines()
+    lines = lines[1:] if lines[0].startswith("#!") else lines
+    comment = []
+    for line in lines:
+        if not line.startswith("#") or line.startswith("#SBATCH"):
+            break
+        comment.append(line.removeprefix("#").removeprefix(" "))
+    return "\n".join(comment)
+
+
+def commands(path: Path) -> Iterator[list[str]]:
+    """Yield the commands of a file's header, or of the code blocks of a text, as words."""
+    if path.suffix == ".md":
+        text = "\n".join(re.findall(r"```bash\n(.*?)```", path.read_text(), re.DOTALL))
+        lines = re.sub(r"\\\n\s*", "", text).splitlines()
+    else:
+        lines = re.findall(r"^  (\S.*)$", re.sub(r"\\\n\s*", "", header(path)), re.MULTILINE)
+    for line in lines:
+        line = re.sub(r"^\w+=\$\((.*)\)$", r"\1", line.split("   #")[0].strip())  # noqa: PLW2901
+        if line and not line.startswith(("#", *DOCKERFILE)):
+            words = shlex.split(line)
+            yield words[sum(1 for word in words if re.match("[A-Z_]+=", word)) :]
+
+
+ALL = [
+    pytest.param(words, id=f"{name(path)}: {' '.join(words)[:60]}")
+    for path in FILES
+    for words in commands(path)
+]
+
+
+def check_ours(words: list[str]) -> None:
+    """Parse the words behind `simmim`, with the recipe that they name."""
+    arguments, overrides = simmim.cli.build_parser().parse_known_args(words)
+    assert arguments.takes_overrides or not overrides
+    if arguments.takes_overrides:
+        load(arguments.recipe_type, arguments.config, overrides)
+
+
+def check(words: list[str]) -> None:
+    """Fail where a command would not be understood."""
+    for launcher in LAUNCHERS:
+        if words[: len(launcher)] == launcher:
+            check_launch(["0" if word == "RANK" else word for word in words[len(launcher) :]])
+            return
+    match words:
+        case ["simmim", *rest]:
+            check_ours(rest)
+        case ["torchrun", *rest]:
+            check_ours(rest[rest.index("simmim") + 1 :])
+        case ["data-prep", *rest]:
+            data_prep.cli._parser().parse_args(rest)
+        case ["kubectl", "apply", "-f", file]:
+            assert Path(file).is_file()
+        case ["sbatch", *rest]:
+            check_sbatch(rest)
+        case _:
+            pytest.fail(f"not a command that is checked here: {shlex.join(words)}")
+
+
+def check_launch(words: list[str]) -> None:
+    """Parse what is said to `accelerate launch`, and to what it launches."""
+    arguments = launch_command_parser().parse_args(words)
+    assert arguments.config_file is None or Path(arguments.config_file).is_file()
+    if arguments.training_script != "PROGRAM":  # the reader's own
+        assert arguments.module
+        assert arguments.training_script == "simmim"
+        check_ours(arguments.training_script_args)
+
+
+def check_sbatch(words: list[str]) -> None:
+    """Parse what an sbatch command wraps, or hands to one of our scripts."""
+    if "--wrap" in words:
+        wrapped = shlex.split(words[words.index("--wrap") + 1])
+        check([Path(wrapped[0]).name, *wrapped[1:]])
+        return
+    (script,) = (word for word in words if word.endswith(".sbatch"))
+    assert Path(script).is_file()
+    program = ["data-prep", "shard"] if script.endswith("shard.sbatch") else ["simmim"]
+    check([*program, *words[words.index(script) + 1 :]])
+
+
+@pytest.mark.parametrize("words", ALL)
+def test_commands_are_understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    check(words)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_each_file_has_a_command(path: Path) -> None:
+    assert list(commands(path))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=name)
+def test_each_file_names_itself_in_its_command(path: Path) -> None:
+    assert any(f"jobs/{name(path)}" in " ".join(words) for words in commands(path))
+
+
+@pytest.mark.parametrize("folder", ["pretrain", "finetune"])
+def test_recipes_say_what_they_are(folder: str) -> None:
+    for path in sorted((JOBS / folder).glob("*.yaml")):
+        text = header(path)
+        for label in ("Paper", "Reaches", "Hardware", "Time", "Command"):
+            assert re.search(rf"^{label}:", text, re.MULTILINE), f"{path} has no {label}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_files_that_are_named_exist(path: Path) -> None:
+    named = re.findall(r"\bjobs/[\w./-]*\w", path.read_text())
+    assert [file for file in named if not (ROOT / file).exists()] == []
+
+
+def test_a_wrong_command_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    recipe = "--config jobs/pretrain/base-800ep.yaml"
+    for wrong in (
+        f"accelerate launch --no-such-option -m simmim pretrain {recipe}",
+        f"accelerate launch --config_file jobs/accelerate/none.yaml -m simmim pretrain {recipe}",
+        f"simmim finetune {recipe}",
+        f"simmim pretrain {recipe} --training.batchsize 3",
+        "simmim pretrain --config jobs/pretrain/none.yaml",
+        "sbatch jobs/slurm/none.sbatch",
+        "rm -r runs",
+    ):
+        with pytest.raises((AssertionError, SystemExit, ValueError, pytest.fail.Exception)):
+            check(shlex.split(wrong))

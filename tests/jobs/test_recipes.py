@@ -1,0 +1,147 @@
+"""Every recipe in jobs/ is one that its command accepts, and says what the papers say."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from simmim.recipe import load, parse, read_values, to_values
+from simmim.stages.classification import ClassificationRecipe
+from simmim.stages.classifier import Classifier
+from simmim.stages.pretrain import PretrainRecipe, build_model
+from simmim.stages.probe import ProbeRecipe
+from swinv2 import VARIANTS, build_encoder
+
+JOBS = Path(__file__).parents[2] / "jobs"
+TYPES = {
+    "pretrain": PretrainRecipe,
+    "classification": ClassificationRecipe,
+    "probe": ProbeRecipe,
+}
+RECIPES = sorted(
+    path for task in ("pretrain", "finetune", "probe") for path in (JOBS / task).glob("*.yaml")
+)
+FULL_SCALE = [path for path in RECIPES if path.stem != "cifar10"]
+PRETRAINING = {
+    # variant, window, epochs, batch, lr, schedule, weight decay, clip, drop path
+    "tiny-800ep": ("tiny", 12, 800, 2048, 4e-4, "multistep", 0.05, 5, 0),
+    "small-800ep": ("small", 12, 800, 2048, 4e-4, "multistep", 0.05, 5, 0.1),
+    "base-100ep": ("base", 6, 100, 2048, 8e-4, "cosine", 0.05, 5, 0),
+    "base-800ep": ("base", 12, 800, 2048, 4e-4, "multistep", 0.05, 5, 0.1),
+    "large-800ep": ("large", 12, 800, 2048, 4e-4, "multistep", 0.05, 5, 0),
+    "huge-800ep": ("huge", 12, 800, 2048, 4e-4, "multistep", 0.05, 5, 0),
+    "giant-70m": ("giant", 12, 20, 9216, 1.4e-3, "cosine", 0.1, 100, 0),
+}
+FINE_TUNING = {
+    # variant, image, window, epochs, batch, lr, warm-up (epochs, steps), layer decay, drop path
+    "tiny-224": ("tiny", 224, 14, 100, 2048, 5e-3, (20, 0), 0.75, 0.1),
+    "small-224": ("small", 224, 14, 100, 2048, 5e-3, (20, 0), 0.75, 0.1),
+    "base-224": ("base", 224, 14, 100, 2048, 5e-3, (20, 0), 0.75, 0.1),
+    "base-384": ("base", 384, 24, 100, 2048, 5e-3, (20, 0), 0.75, 0.1),
+    "large-224": ("large", 224, 14, 100, 2048, 5e-3, (20, 0), 0.7, 0.2),
+    "large-384": ("large", 384, 24, 100, 2048, 5e-3, (20, 0), 0.7, 0.2),
+    "huge-224": ("huge", 224, 14, 100, 2048, 5e-3, (20, 0), 0.7, 0.2),
+    "giant-intermediate": ("giant", 192, 12, 30, 9216, 1.4e-3, (0, 20_000), 0.87, 0.3),
+    "giant-640": ("giant", 640, 40, 10, 576, 2.1e-5, (2, 0), 1.0, 0.5),
+}
+
+
+def name(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+def test_there_are_recipes_for_all_variants() -> None:
+    found = {path.parent.name: {file.stem for file in path.parent.iterdir()} for path in RECIPES}
+    assert found["pretrain"] == {*PRETRAINING, "cifar10"}
+    assert found["finetune"] == {*FINE_TUNING, "cifar10"}
+    for table in (PRETRAINING, FINE_TUNING):
+        assert {row[0] for row in table.values()} == set(VARIANTS)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_each_recipe_is_valid_and_survives_being_written_out(path: Path) -> None:
+    recipe_type = TYPES[read_values(path)["task"]]
+    recipe = load(recipe_type, path)
+    assert parse(recipe_type, to_values(recipe), "again") == recipe
+
+
+@pytest.mark.parametrize("path", FULL_SCALE, ids=name)
+def test_each_model_can_be_built(path: Path) -> None:
+    with torch.device("meta"):
+        if path.parent.name == "pretrain":
+            pretraining = load(PretrainRecipe, path)
+            encoder, execution = build_model(pretraining).encoder, pretraining.execution
+        else:
+            recipe = load(ClassificationRecipe, path)
+            encoder, execution = (
+                build_encoder(recipe.encoder.config(recipe.data.image_size)),
+                recipe.execution,
+            )
+            Classifier(encoder, 1000)
+    execution.apply(encoder)
+    assert encoder.config.variant == path.stem.split("-")[0]
+    window = encoder.config.window_size[0]
+    assert encoder.config.image_size[0] // encoder.config.patch_size % window == 0
+
+
+@pytest.mark.parametrize("path", FULL_SCALE, ids=name)
+def test_the_batch_can_be_dealt_to_the_hardware_that_is_named(path: Path) -> None:
+    comment = path.read_text()
+    named = re.search(r"^# Hardware: (\d+) GPUs", comment, re.MULTILINE)
+    counted = re.search(r"counted for (\d+) images", comment)
+    assert named is not None
+    assert counted is not None
+    recipe = load(TYPES[read_values(path)["task"]], path)
+    gpus, training = int(named[1]), recipe.training
+    assert recipe.data.slots % gpus == 0
+    assert training.batch_size == gpus * training.accumulation * int(counted[1])
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_pretraining_recipes_are_the_papers(name: str) -> None:
+    recipe = load(PretrainRecipe, JOBS / "pretrain" / f"{name}.yaml")
+    training = recipe.training
+    assert PRETRAINING[name] == (
+        recipe.encoder.variant,
+        recipe.encoder.window_size,
+        training.epochs,
+        training.batch_size,
+        training.optimizer.lr,
+        training.schedule.kind,
+        training.optimizer.weight_decay,
+        training.clip_norm,
+        recipe.encoder.drop_path,
+    )
+    assert (recipe.data.image_size, recipe.mask.cell, recipe.mask.ratio) == (192, 32, 0.6)
+    assert recipe.data.scale == (0.67, 1.0)
+    assert training.optimizer.betas == (0.9, 0.999)
+    assert training.schedule.warmup_lr == pytest.approx(5e-7 * training.batch_size / 512)
+
+
+@pytest.mark.parametrize("name", FINE_TUNING)
+def test_fine_tuning_recipes_are_the_papers(name: str) -> None:
+    recipe = load(ClassificationRecipe, JOBS / "finetune" / f"{name}.yaml")
+    training, schedule = recipe.training, recipe.training.schedule
+    assert FINE_TUNING[name] == (
+        recipe.encoder.variant,
+        recipe.data.image_size,
+        recipe.encoder.window_size,
+        training.epochs,
+        training.batch_size,
+        training.optimizer.lr,
+        (schedule.warmup_epochs, schedule.warmup_steps),
+        training.optimizer.layer_decay,
+        recipe.encoder.drop_path,
+    )
+    assert (schedule.kind, schedule.warmup_lr, schedule.min_lr) == ("cosine", 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize("name", FINE_TUNING)
+def test_fine_tuning_starts_from_what_another_recipe_writes(name: str) -> None:
+    recipe = load(ClassificationRecipe, JOBS / "finetune" / f"{name}.yaml")
+    root, run, encoder = recipe.init.split("/")
+    assert (root, encoder) == ("runs", "encoder")
+    assert run in {*PRETRAINING, *FINE_TUNING}
+    (path,) = JOBS.glob(f"*/{run}.yaml")
+    assert read_values(path)["encoder"]["variant"] == recipe.encoder.variant

@@ -1,0 +1,83 @@
+"""`python -m simmim.launch`: exit codes arrive, and so does the wish to stop."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from simmim.launch import first_code
+
+EITHER = pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+
+# Notes its process when it is ready to be stopped; ends with the code it is given otherwise.
+PROGRAM = """
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+pathlib.Path(sys.argv[1], os.environ.get("RANK", "0")).touch()
+if sys.argv[2] == "wait":
+    time.sleep(120)
+sys.exit(int(sys.argv[2]))
+"""
+
+
+def options(processes: int) -> list[str]:
+    """Let accelerate start so many processes, by itself or through torchrun."""
+    if processes == 1:
+        return ["--num_processes", "1", "--num_machines", "1", "--cpu"]
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    several = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"]
+    return [*several, "--main_process_port", port]
+
+
+@contextmanager
+def launched(folder: Path, processes: int, ending: str) -> Iterator["subprocess.Popen[bytes]"]:
+    program = folder / "program.py"
+    program.write_text(PROGRAM)
+    ready = folder / "ready"
+    ready.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "simmim.launch", *options(processes), str(program), ready, ending],
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=30)
+
+
+@EITHER
+def test_the_code_of_the_run_arrives(processes: int, tmp_path: Path) -> None:
+    with launched(tmp_path, processes, "2") as process:
+        assert process.wait(timeout=150) == 2
+
+
+@EITHER
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_the_wish_to_stop_arrives(processes: int, number: signal.Signals, tmp_path: Path) -> None:
+    with launched(tmp_path, processes, "wait") as process:
+        deadline = time.monotonic() + 100
+        while len(list((tmp_path / "ready").iterdir())) < processes:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(timeout=100) == 75
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"), [([75, 75], 75), ([2, -15], 2), ([-15, 2], 2), ([-9], 76), ([1], 1)]
+)
+def test_the_code_that_tells_most_is_taken(codes: list[int], code: int) -> None:
+    assert first_code(codes) == code
