@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simmim.engine.checkpoint import remove_later_checkpoints
+from simmim.engine.checkpoint import discard_all, remove_later_checkpoints
 from simmim.recipe import differences, read_values, to_values, to_yaml
 from swinv2.weights import atomic_write_text
 
@@ -24,6 +24,7 @@ FREE_TO_CHANGE = (
     "training.log_every",
     "training.checkpoint_every",
     "training.keep_last",
+    "training.keep_every",
     "training.validate_every",
     "training.look_every",
 )
@@ -126,6 +127,7 @@ class RunFolder:
     def begin(self, recipe: Any, *, step: int) -> None:
         """Write the recipe, and drop what is of steps after `step`, which will be taken again."""
         self.path.mkdir(parents=True, exist_ok=True)
+        discard_all(self.checkpoints)
         remove_later_checkpoints(self.checkpoints, step)
         atomic_write_text(self.recipe, to_yaml(recipe))
         if self.metrics.is_file():

@@ -50,7 +50,7 @@ def launch(
     if accelerator.is_main_process:
         run.lock()
     accelerator.wait_for_everyone()
-    result = train(stage, run, accelerator, resume)
+    result = train(stage, run, accelerator, resume, allow_changes=allow_changes)
     if accelerator.is_main_process:
         say_result(result, run)
     accelerator.end_training()

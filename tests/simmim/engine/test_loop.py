@@ -4,9 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from simmim.engine.checkpoint import complete_checkpoints
+from simmim.engine.checkpoint import complete_checkpoints, read_model
 from simmim.engine.loop import (
     DivergedError,
     TrainingResult,
@@ -34,7 +33,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(complete_checkpoints(folder / "checkpoints")[-1] / "model.safetensors")
+    return read_model(complete_checkpoints(folder / "checkpoints")[-1])
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
@@ -169,7 +168,7 @@ def test_a_loss_that_is_no_number_ends_training_before_it_is_saved(
     with pytest.raises(DivergedError, match="Lower"):
         run_training(pretrain_values, tmp_path, clip_norm=None, optimizer={"lr": 1e30}, steps=40)
     for path in complete_checkpoints(tmp_path / "checkpoints"):
-        tensors = load_file(path / "model.safetensors")
+        tensors = read_model(path)
         assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
