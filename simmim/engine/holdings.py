@@ -22,6 +22,15 @@ def as_dtensor(tensor: Tensor) -> Any:
     return tensor if isinstance(tensor, DTensor) else None
 
 
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Return a tensor as an ordinary one; of one in shards, all that hold some call together."""
+    sharded = as_dtensor(tensor)
+    if sharded is None:
+        return tensor
+    gathered: Tensor = sharded.full_tensor()
+    return gathered
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Tell whether processes share the parameters of a module among them."""
     return any(as_dtensor(parameter) is not None for parameter in module.parameters())

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from simmim.data.bad_samples import BadSamples
 from simmim.data.batches import Batch
-from simmim.engine.checkpoint import TrainingState, find_checkpoint
+from simmim.engine.checkpoint import TrainingState, checkpoint_path, find_checkpoint
+from simmim.engine.holdings import whole_tensor
 from simmim.engine.memory import keep_freed_memory
 from simmim.engine.optimizer import (
     OptimizerSettings,
@@ -24,8 +25,15 @@ from simmim.engine.optimizer import (
 )
 from simmim.engine.progress import Bar, Clock
 from simmim.engine.run import RunFolder
-from simmim.engine.saving import Saver, SavingOutcome, contents_of, restore
+from simmim.engine.saving import Saver, SavingOutcome, contents_of, restore, whole_stage
 from simmim.engine.schedule import ScheduleSettings, learning_rate
+from simmim.engine.sharding import (
+    gathered,
+    is_asked_for,
+    shard_for_training,
+    sharding_left_to_us,
+    without_exchange,
+)
 from simmim.engine.signals import StopRequest
 from simmim.recipe import recipe_hash, settings
 
@@ -42,7 +50,7 @@ class TrainingSettings:
     """Length of training in optimiser steps; either this or epochs."""
     accumulation: int = 1
     """Parts that a process cuts its share of a batch into, one forward and backward each."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the forward pass; weights and optimiser are always float32."""
     clip_norm: float | None = 5.0
     """Largest norm of the whole gradient; null does not clip."""
@@ -138,6 +146,9 @@ class Stage(Protocol):
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         """Return figures on held-out data, the same on every rank; empty if there is none."""
 
+    def fresh(self) -> "Stage":
+        """Return a stage of the same recipe, with initial weights on the CPU."""
+
     def look(self, run: RunFolder, step: int) -> None:
         """Draw pictures into the run; called on the main process alone."""
 
@@ -164,10 +175,11 @@ def build_accelerator(precision: str) -> Accelerator:
     """Build the accelerator: this machine's devices, or its CPU, and the recipe's precision."""
     if not torch.accelerator.is_available():
         keep_freed_memory()
-    return Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision="bf16" if precision == "bf16" else "no",
-    )
+    with sharding_left_to_us():
+        return Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision="no" if precision == "fp32" else precision,
+        )
 
 
 def training_step(
@@ -187,7 +199,7 @@ def training_step(
     for number, batch in enumerate(batches, start=1):
         last = number == len(batches)
         # Ranks exchange gradients once a step, with the last part.
-        with nullcontext() if last else accelerator.no_sync(module):
+        with nullcontext() if last else without_exchange(module, accelerator):
             loss = module(batch.to(accelerator.device))
             accelerator.backward(loss / len(batches))
         loss_sum += loss.detach()
@@ -195,7 +207,7 @@ def training_step(
     assert norm is not None
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss_sum / len(batches), torch.as_tensor(norm)
+    return loss_sum / len(batches), whole_tensor(torch.as_tensor(norm))
 
 
 def train(
@@ -240,7 +252,9 @@ def train(
             bar.say(f"{received}: stopping after step {trainer.step}, writing a checkpoint.")
         trainer.save_for_good(bar)
     if not stopped and accelerator.is_main_process:
-        stage.hand_on(run, trainer.step, trainer.cursor)
+        whole_stage(stage, checkpoint_path(run.checkpoints, trainer.step)).hand_on(
+            run, trainer.step, trainer.cursor
+        )
     accelerator.wait_for_everyone()
     return TrainingResult(step=trainer.step, stopped=stopped, figures=trainer.figures)
 
@@ -261,9 +275,13 @@ class _Trainer:
         self.losses: list[Tensor] = []
         self.clock = Clock()
         stage.module.to(accelerator.device)
+        sharded = is_asked_for() and accelerator.num_processes > 1
+        if sharded:
+            shard_for_training(stage.module, accelerator)
         groups = parameter_groups(stage.module, self.training.optimizer, stage.depths)
         optimizer = build_optimizer(stage.module, self.training.optimizer, groups)
-        self.module, self.optimizer = accelerator.prepare(stage.module, optimizer)
+        self.optimizer = accelerator.prepare(optimizer)
+        self.module = stage.module if sharded else accelerator.prepare(stage.module)
         self.saver = Saver(
             run.checkpoints,
             rank=accelerator.process_index,
@@ -309,7 +327,6 @@ class _Trainer:
     def advance(self, batches: Iterator[Batch], bar: Bar) -> None:
         """Take one step and do what is due after it."""
         training = self.training
-        torch.manual_seed(step_seed(training.seed, self.step, self.accelerator.process_index))
         set_learning_rate(self.optimizer, self._learning_rate)
         began = time.perf_counter()
         micro_batches = [next(batches) for _ in range(training.accumulation)]
@@ -327,8 +344,10 @@ class _Trainer:
             self._log(norm, bar)
         if self._due(training.validate_every):
             self._validate(bar)
-        if self._due(training.look_every) and self.accelerator.is_main_process:
-            self.stage.look(self.run, self.step)
+        if self._due(training.look_every):
+            with gathered(self.stage.module):
+                if self.accelerator.is_main_process:
+                    self.stage.look(self.run, self.step)
             self.clock.skip()
         if self.step % training.checkpoint_every == 0:
             self.save(bar)
@@ -385,7 +404,7 @@ class _Trainer:
 
     def _validate(self, bar: Bar) -> None:
         self.module.eval()
-        with torch.no_grad():
+        with torch.no_grad(), gathered(self.stage.module):
             self.figures = self.stage.validate(self.accelerator)
         if self.figures:
             listed = ", ".join(f"{name} {value:.4f}" for name, value in self.figures.items())
@@ -438,12 +457,3 @@ class _Trainer:
                 f"WARNING: the checkpoint of step {outcome.step} was not written, and training "
                 f"goes on: {outcome.reason}. A restart would go on from the one before."
             )
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Return the seed of everything random in the model at one step, drop path for example.
-
-    A pure function, so that a resumed run draws what the uninterrupted one would have drawn.
-    """
-    mixed = (seed * 1_000_003 + step) * 65_537 + rank
-    return mixed % (2**63)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -184,6 +184,9 @@ def _failure(future: "Future[None]") -> BaseException | None:
     return error
 
 
+AnyStage = TypeVar("AnyStage", bound="Trained")
+
+
 class Trained(Protocol):
     """What of a stage is saved and restored; see `simmim.engine.loop.Stage`."""
 
@@ -198,6 +201,9 @@ class Trained(Protocol):
     @property
     def data_digest(self) -> str:
         """Digest of the shards that are trained on."""
+
+    def fresh(self) -> Any:
+        """Return a stage of the same recipe, with initial weights on the CPU."""
 
 
 def contents_of(
@@ -255,3 +261,12 @@ def restore(
     if accelerator.scaler is not None and state.scaler is not None:
         accelerator.scaler.load_state_dict(state.scaler)
     return state
+
+
+def whole_stage(stage: AnyStage, checkpoint: Path) -> AnyStage:
+    """Return a stage that holds all its weights: itself, or one anew with those of `checkpoint`."""
+    if not is_sharded(stage.module):
+        return stage
+    again: AnyStage = stage.fresh()
+    load_model(checkpoint, again.module)
+    return again

@@ -13,6 +13,7 @@ from simmim.engine.launcher import (
 )
 from simmim.engine.loop import Stage, TrainingResult, build_accelerator, train
 from simmim.engine.run import RunFolder
+from simmim.engine.sharding import check_sharding
 from simmim.stages.classification import ClassificationRecipe
 from simmim.stages.pretrain import PretrainRecipe
 
@@ -37,7 +38,7 @@ def launch(
     Raises:
         ValueError: the run folder, the shards or the sizes cannot be used.
     """
-    check_parallelism()
+    check_sharding()
     end_with_launcher()
     stage = make_stage(recipe)
     if int(os.environ.get("RANK", "0")) == 0:  # the others would meet what rank 0 has begun
@@ -55,20 +56,6 @@ def launch(
         say_result(result, run)
     accelerator.end_training()
     return result
-
-
-def check_parallelism() -> None:
-    """Refuse what accelerate would do to the weights and checkpoints cannot hold.
-
-    Raises:
-        ValueError: accelerate was told to shard them.
-    """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise ValueError(
-            "accelerate was told to use FSDP, and training does not write sharded checkpoints yet: "
-            "leave out --use_fsdp, or the --config_file that asks for it. To save memory, set "
-            "execution.checkpointing to full; `simmim bench memory` tells what fits."
-        )
 
 
 def say_result(result: TrainingResult, run: RunFolder) -> None:
