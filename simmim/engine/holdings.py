@@ -113,7 +113,7 @@ def named_parameters(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore_model(model: nn.Module, parts: Parts) -> None:
-    """Copy weights into a model; each process reads the rows it holds.
+    """Copy weights into a model, or a part of one; each process reads the rows it holds.
 
     Raises:
         ValueError: a tensor is missing, unexpected or of another shape; nothing was changed then.
@@ -128,7 +128,7 @@ def restore_model(model: nn.Module, parts: Parts) -> None:
     ]
     if problems:
         raise ValueError(
-            f"{parts.folder} does not fit {type(model).__name__}; resume with the recipe of that "
+            f"{parts.folder} does not fit {type(model).__name__}; use the recipe of that "
             "run:\n  " + "\n  ".join(problems)
         )
     for name, tensor in expected.items():

@@ -16,6 +16,7 @@ from simmim.data.bad_samples import BadSamples
 from simmim.data.batches import Batch
 from simmim.engine.checkpoint import TrainingState, checkpoint_path, find_checkpoint
 from simmim.engine.holdings import whole_tensor
+from simmim.engine.initial import load_initial
 from simmim.engine.memory import keep_freed_memory
 from simmim.engine.optimizer import (
     OptimizerSettings,
@@ -217,6 +218,7 @@ def train(
     resume: str | None,
     *,
     allow_changes: bool = False,
+    init_from: Path | None = None,
 ) -> TrainingResult:
     """Train a stage to its last step, or until a signal asks to stop.
 
@@ -226,6 +228,7 @@ def train(
         accelerator: devices and processes.
         resume: None to start anew, `auto`, or the path of a checkpoint.
         allow_changes: go on with another batch size than that of the checkpoint.
+        init_from: where the first weights are, unless a checkpoint is found; see `load_initial`.
 
     Raises:
         DivergedError: the loss is not finite; the last checkpoint is from before.
@@ -236,12 +239,15 @@ def train(
     found = None if resume is None else find_checkpoint(run.checkpoints, resume)
     if found is not None:
         trainer.restore(found, allow_changes=allow_changes)
+    loaded = load_initial(init_from, stage.module) if init_from and found is None else None
     stream = trainer.batches()  # refuses what cannot be dealt out, before anything is written
     if accelerator.is_main_process:
         run.begin(stage.recipe, step=trainer.step)
     accelerator.wait_for_everyone()
     bar = Bar(trainer.total, trainer.step, visible=accelerator.is_main_process, label=run.path.name)
     with stop, bar:
+        if loaded is not None:
+            bar.say(loaded)
         batches = iter(stream)
         trainer.clock.skip()
         while trainer.step < trainer.total and not trainer.must_stop(bar):

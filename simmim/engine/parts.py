@@ -13,11 +13,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+Entry = TypeVar("Entry")
 
 NAMES = {
     torch.float64: "F64",
@@ -106,18 +108,24 @@ def _write_all(descriptor: int, data: bytes | memoryview) -> None:
 class Parts:
     """All parts of one kind in a folder, read by rows, whatever processes wrote them.
 
+    Args:
+        folder: where they are.
+        kind: what their names begin with.
+        file: another name, of the one file that holds everything.
+
     Raises:
         ValueError: parts are missing or damaged.
     """
 
-    def __init__(self, folder: Path, kind: str) -> None:
+    def __init__(self, folder: Path, kind: str, *, file: str | None = None) -> None:
         self.folder, self.kind = folder, kind
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self._prefix = ""
         self._open = ExitStack()
         self._held: dict[str, list[tuple[int, int, Path, Any]]] = {}
         try:
-            for file in self._files():
-                self._look_into(file)
+            for path in self._files() if file is None else [folder / file]:
+                self._look_into(path)
             self._check_rows()
         except BaseException:
             self._open.close()
@@ -165,26 +173,42 @@ class Parts:
             if [first for first, _, _, _ in held] != ends[:-1] or ends[-1] != rows:
                 raise _damaged(self.folder, f"rows of {name} are in no {self.kind} part")
 
+    def keep_below(self, prefix: str) -> None:
+        """Forget all tensors but those whose names begin with a prefix, and forget that prefix."""
+        self.shapes = _below(self.shapes, prefix)
+        self._held = _below(self._held, prefix)
+        self._prefix = prefix
+
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         """Return rows `first` to before `last` of a tensor, on the CPU; by default all of it."""
         shape = self.shapes[name]
         if not shape:
-            tensor: Tensor = self._held[name][0][3].get_tensor(name)
+            tensor: Tensor = self._held[name][0][3].get_tensor(self._prefix + name)
             return tensor
         last = shape[0] if last is None else last
         found = [
-            part.get_slice(name)[max(first, begin) - begin : min(last, end) - begin]
+            part.get_slice(self._prefix + name)[max(first, begin) - begin : min(last, end) - begin]
             for begin, end, _, part in self._held[name]
             if max(first, begin) < min(last, end)
         ]
         if not found:
             _, _, _, part = self._held[name][0]
-            return torch.empty((0, *shape[1:]), dtype=part.get_slice(name)[0:1].dtype)
+            return torch.empty(
+                (0, *shape[1:]), dtype=part.get_slice(self._prefix + name)[0:1].dtype
+            )
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def read_all(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Return whole tensors by name; by default all."""
         return {name: self.read(name) for name in (self.shapes if names is None else names)}
+
+
+def _below(entries: Mapping[str, Entry], prefix: str) -> dict[str, Entry]:
+    return {
+        name.removeprefix(prefix): entry
+        for name, entry in entries.items()
+        if name.startswith(prefix)
+    }
 
 
 def _damaged(place: Path, reason: object) -> ValueError:
