@@ -52,7 +52,8 @@ class TrainingSettings:
     accumulation: int = 1
     """Parts that a process cuts its share of a batch into, one forward and backward each."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the forward pass; weights and optimiser are always float32."""
+    """Arithmetic of the forward pass; weights and optimiser are always float32. fp16 scales the
+    loss, and skips steps whose gradients overflow; it is for GPUs without bf16."""
     clip_norm: float | None = 5.0
     """Largest norm of the whole gradient; null does not clip."""
     seed: int = 0
@@ -173,8 +174,16 @@ class DivergedError(ValueError):
 
 
 def build_accelerator(precision: str) -> Accelerator:
-    """Build the accelerator: this machine's devices, or its CPU, and the recipe's precision."""
+    """Build the accelerator: this machine's devices, or its CPU, and the recipe's precision.
+
+    Raises:
+        ValueError: there is no device for that precision.
+    """
     if not torch.accelerator.is_available():
+        if precision == "fp16":
+            raise ValueError(
+                "training.precision fp16 needs a GPU, and there is none: use bf16 or fp32 on a CPU."
+            )
         keep_freed_memory()
     with sharding_left_to_us():
         return Accelerator(
@@ -274,7 +283,7 @@ class _Trainer:
         self.stage, self.run, self.accelerator, self.stop = stage, run, accelerator, stop
         self.training: TrainingSettings = stage.recipe.training
         self.total = self.training.total_steps(stage.samples_per_epoch)
-        self.step = self.cursor = 0
+        self.step = self.cursor = self.skipped = 0
         self.saved_step = -1
         self.lr = 0.0
         self.figures: dict[str, float] = {}
@@ -321,7 +330,7 @@ class _Trainer:
                 "training.steps or training.epochs, or resume from an earlier checkpoint."
             )
         self.step = self.saved_step = state.step
-        self.cursor = state.cursor
+        self.cursor, self.skipped = state.cursor, state.skipped_steps
         self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in state.losses]
 
     def must_stop(self, bar: Bar) -> bool:
@@ -341,6 +350,7 @@ class _Trainer:
         loss, norm = training_step(
             self.accelerator, self.module, self.optimizer, micro_batches, training.clip_norm
         )
+        self.skipped += int(self.optimizer.step_was_skipped)
         self.losses.append(loss)
         self.lr = self._learning_rate(1.0)
         self.step += 1
@@ -436,6 +446,7 @@ class _Trainer:
             data_digest=self.stage.data_digest,
             recipe_hash=recipe_hash(self.stage.recipe),
             processes=self.accelerator.num_processes,
+            skipped_steps=self.skipped,
         )
         self.saver.start(
             self.step, contents_of(self.stage, self.accelerator, self.optimizer, state)

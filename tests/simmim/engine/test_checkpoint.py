@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,34 @@ def test_state_goes_to_parameters_by_name_and_the_recipe_has_the_last_word(
     assert [group["lr_factor"] for group in other.param_groups] == [0.5, 1.0]
     assert {group["betas"] for group in other.param_groups} == {(0.8, 0.9)}
     assert {group["eps"] for group in other.param_groups} == {1e-6}
+
+
+def test_the_state_in_8_bits_goes_on_as_if_uninterrupted(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="pip install 'simmim[8bit]'")
+
+    def build_large() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 2048), nn.Linear(2048, 4))  # above 4096 numbers
+        return model, build_optimizer(model, replace(SETTINGS, name="adamw_8bit"), ONE_GROUP)
+
+    whole, whole_optimizer = build_large()
+    train(whole, whole_optimizer, 0, 5)
+    model, optimizer = build_large()
+    train(model, optimizer, 0, 3)
+    path = save_checkpoint(tmp_path, model, optimizer, state_of(3))
+    again, other = build_large()
+    load_model(path, again)
+    load_optimizer(path, other)
+    train(again, other, 3, 5)
+    kinds = {
+        value.dtype
+        for state in other.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    }
+    assert torch.uint8 in kinds
+    for left, right in zip(again.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(left, right)
 
 
 def test_the_state_of_another_model_is_refused(tmp_path: Path) -> None:
