@@ -141,8 +141,8 @@ def build_optimizer(
     if optimizer.name == "adamw_8bit":
         if is_sharded(model):
             raise ValueError(
-                "training.optimizer.name adamw_8bit cannot take weights in shards: use adamw, whose "
-                "state FSDP shards too, or leave out FSDP."
+                "training.optimizer.name adamw_8bit cannot take weights in shards: use adamw, "
+                "whose state FSDP shards too, or leave out FSDP."
             )
         in_8_bits: torch.optim.Optimizer = _adamw_8bit()(named, **shared)
         return in_8_bits
