@@ -103,7 +103,7 @@ def test_a_checkpoint_of_elsewhere_brings_its_own_recipe(run: RunFolder, tmp_pat
     checkpoint = tmp_path / "step-00000004"
     checkpoint.mkdir()
     (checkpoint / "recipe.yaml").write_text(to_yaml(recipe_with(training__seed=1)))
-    with pytest.raises(ValueError, match="training.seed: 1 → 0"):
+    with pytest.raises(ValueError, match=r"training\.seed: 1 → 0"):
         run.check(recipe_with(), resume=True, checkpoint=checkpoint)
     again = {"resume": True, "checkpoint": checkpoint, "allow_changes": True}
     changed = recipe_with(training__log_every=3)
