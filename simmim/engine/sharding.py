@@ -164,11 +164,17 @@ def is_asked_for() -> bool:
 
 
 def check_sharding() -> None:
-    """Refuse what accelerate's configuration asks of FSDP and is not done.
+    """Refuse what accelerate's configuration asks for and is not done.
 
     Raises:
-        ValueError: it asks for FSDP1, offloading, or checkpointing of activations.
+        ValueError: it asks for DeepSpeed, FSDP1, offloading, or checkpointing of activations.
     """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ValueError(
+            "accelerate was told to use DeepSpeed, which is not supported: FSDP2 shards the same. "
+            "For ZeRO 3 take jobs/accelerate/fsdp2.yaml; for ZeRO 1 and 2 set "
+            "fsdp_reshard_after_forward to false in it."
+        )
     if not is_asked_for():
         return
     asked = {name: os.environ.get(name, "").lower() for name in REFUSED}
