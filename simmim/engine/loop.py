@@ -61,7 +61,8 @@ class TrainingSettings:
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
     checkpoint_every: int = 500
-    """Steps between checkpoints."""
+    """Steps between checkpoints. Each process keeps what it saves a second time in host memory, for
+    a thread to write it from; a step waits where the one before is not written yet."""
     keep_last: int = 3
     """Checkpoints kept, the last ones."""
     keep_every: int | None = None

@@ -38,6 +38,11 @@ def losses(folder: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
+def rates(folder: Path) -> dict[int, float]:
+    lines = RunFolder(path=folder).read_metrics()
+    return {line["step"]: line["lr"] for line in lines if "lr" in line}
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return read_model(complete_checkpoints(folder / "checkpoints")[-1])
 
@@ -210,6 +215,7 @@ def test_accumulation_changes_nothing_but_rounding(
     run_training(pretrain_values, tmp_path / "four", accumulation=4)
     one, four = losses(tmp_path / "one"), losses(tmp_path / "four")
     assert one.keys() == four.keys()
+    assert rates(tmp_path / "one") == rates(tmp_path / "four")
     assert all(abs(one[step] - four[step]) < 1e-5 * one[step] for step in one)
 
 

@@ -83,6 +83,11 @@ def test_one_and_two_processes_train_alike(pretrain_config: Path, tmp_path: Path
         tmp_path / "two.log",
     )
     assert {line.get("processes", 2) for line in RunFolder(path=two).read_metrics()} == {2}
+    rates = [
+        [line["lr"] for line in RunFolder(path=run).read_metrics() if "lr" in line]
+        for run in (one, two)
+    ]
+    assert rates[0] == rates[1]
     for step, loss in losses(one).items():
         assert losses(two)[step] == pytest.approx(loss, rel=1e-5)
 
