@@ -25,8 +25,9 @@ def check_parallelism() -> None:
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise ValueError(
-            "accelerate was told to use DeepSpeed, which is not supported: FSDP2 shards the same. "
-            "For ZeRO 3 take jobs/accelerate/fsdp2.yaml; for ZeRO 1 and 2 set "
+            "accelerate was told to use DeepSpeed, whose engine takes the optimiser's step inside "
+            "the backward, where a gradient that is no number cannot be skipped any more. FSDP2 "
+            "shards the same: for ZeRO 3 take jobs/accelerate/fsdp2.yaml; for ZeRO 1 and 2 set "
             "fsdp_reshard_after_forward to false in it."
         )
     if not wants_shards():
