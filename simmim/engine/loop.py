@@ -321,7 +321,7 @@ class _Trainer:
         state = restore(
             path, self.stage, self.accelerator, self.optimizer, allow_changes=allow_changes
         )
-        if state.batch_size != self.training.batch_size:
+        if state.cursor != state.step * self.training.batch_size:  # some had another batch size
             self.total = self.training.steps_to_the_end(
                 state.step, state.cursor, self.stage.samples_per_epoch
             )

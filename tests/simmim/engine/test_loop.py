@@ -141,7 +141,10 @@ def test_another_batch_size_goes_on_at_the_same_image(
     run, accelerator = RunFolder(path=tmp_path), build_accelerator("fp32")
     result = train(stage, run, accelerator, str(before), allow_changes=True)
     assert result.step == 4 + (84 - 32) // 4
-    assert load_state(complete_checkpoints(run.checkpoints)[-1]).cursor == 84
+    *_, later, last = complete_checkpoints(run.checkpoints)
+    assert load_state(last).cursor == 84
+    stage = PretrainStage(parse(PretrainRecipe, values, "test"))
+    assert train(stage, run, build_accelerator("fp32"), str(later)).step == result.step
 
 
 def test_a_run_starts_from_the_weights_of_another(
