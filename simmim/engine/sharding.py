@@ -137,8 +137,8 @@ def shard_for_training(module: nn.Module, accelerator: Accelerator) -> None:
     if precision is not None:
         forward = module.forward
 
-        def in_precision(*args: Any) -> Any:
+        def in_precision(*args: Any, **options: Any) -> Any:
             with accelerator.autocast():
-                return forward(*args)
+                return forward(*args, **options)
 
         module.forward = in_precision

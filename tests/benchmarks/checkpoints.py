@@ -4,8 +4,9 @@
 
 FOLDER is on the disk to measure; some gigabytes are written there and removed again.
 
-Stall: seconds that `Saver.start` keeps a step waiting, and seconds until the checkpoint is
-complete, which a step would wait for without a thread. Resume: seconds from opening the shards to
+Stall: seconds that `Saver.start` keeps a step waiting, the first time, which fetches the memory,
+and later; what of it the processor worked, which is what an idle machine takes; and seconds until
+the checkpoint is complete, which a step would wait for without a thread. Resume: seconds from opening the shards to
 the first batch in hand, with the cursor at 1% and at 90% of an epoch.
 """
 
@@ -57,11 +58,12 @@ def measure_stall(variant: str, folder: Path, repeats: int) -> str:
     pieces = [*contents.model.values(), *contents.optimizer.values()]
     size = sum(piece.rows.numel() * piece.rows.element_size() for piece in pieces)
     saver = Saver(folder, keep_last=1)
-    stalls, totals = [], []
+    stalls, works, totals = [], [], []
     for step in range(repeats + 1):
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.thread_time()
         saver.start(step, contents)
         stalls.append(time.perf_counter() - began)
+        works.append(time.thread_time() - worked)
         outcome = saver.finish(list)
         totals.append(time.perf_counter() - began)
         assert outcome is not None
@@ -70,7 +72,7 @@ def measure_stall(variant: str, folder: Path, repeats: int) -> str:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return (
         f"| {variant} | {parameters / 1e6:.0f} M | {size / 1e9:.2f} GB | {stalls[0]:.3f} | "
-        f"{median(stalls[1:]):.3f} | {median(totals[1:]):.3f} |"
+        f"{median(stalls[1:]):.3f} | {median(works[1:]):.3f} | {median(totals[1:]):.3f} |"
     )
 
 
@@ -108,8 +110,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as work:
-        print("| | parameters | written | stall, first | stall, later | until complete |")
-        print("|---|---|---|---|---|---|")
+        print("| | parameters | written | stall, first | later | of it work | until complete |")
+        print("|---|---|---|---|---|---|---|")
         for variant in arguments.variants:
             print(measure_stall(variant, Path(work, variant), arguments.repeats), flush=True)
         print("\n| resumed at | first batch |\n|---|---|")
