@@ -6,8 +6,8 @@ FOLDER is on the disk to measure; some gigabytes are written there and removed a
 
 Stall: seconds that `Saver.start` keeps a step waiting, the first time, which fetches the memory,
 and later; what of it the processor worked, which is what an idle machine takes; and seconds until
-the checkpoint is complete, which a step would wait for without a thread. Resume: seconds from opening the shards to
-the first batch in hand, with the cursor at 1% and at 90% of an epoch.
+the checkpoint is complete, which a step would wait for without a thread. Resume: seconds from
+opening the shards to the first batch in hand, with the cursor at 1% and at 90% of an epoch.
 """
 
 import argparse
