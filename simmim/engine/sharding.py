@@ -4,19 +4,19 @@ Each block of the encoder is a unit, gathered for its forward and its backward a
 each; what is left, the embedding, merges, norms and heads, is one more.
 """
 
+import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import (
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 
 from swinv2 import SwinV2
 from swinv2.blocks import Block
+
+if TYPE_CHECKING:  # FSDP takes most of a second to import, so it is where it is used
+    from torch.distributed.device_mesh import DeviceMesh
 
 OUTSIDE_FORWARD = ("embed", "encode", "features")
 """Methods of the encoder that are called like its forward."""
@@ -75,7 +75,7 @@ def shard_size(model: nn.Module, *, rank: int, world: int) -> int:
 
 def shard_by_block(
     model: nn.Module,
-    mesh: DeviceMesh,
+    mesh: "DeviceMesh",
     *,
     param_dtype: torch.dtype | None = torch.bfloat16,
     reduce_dtype: torch.dtype | None = torch.float32,
@@ -98,6 +98,12 @@ def shard_by_block(
     Raises:
         ValueError: the model has no blocks, or the mesh has more than one dimension.
     """
+    from torch.distributed.fsdp import (  # noqa: PLC0415
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
     if mesh.ndim != 1:
         raise ValueError(f"the mesh has {mesh.ndim} dimensions; sharding takes one of its axes.")
     sharding_units(model)  # raises where there are no blocks
@@ -111,3 +117,28 @@ def shard_by_block(
     if isinstance(model, SwinV2):
         for name in OUTSIDE_FORWARD:
             register_fsdp_forward_method(model, name)
+
+
+def shard_for_training(module: nn.Module, accelerator: Accelerator) -> None:
+    """Shard what is trained over all processes, in place and in the precision of training.
+
+    What accelerate's config file says of FSDP is followed, so far as `check_parallelism` allows it.
+    """
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
+
+    precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower()
+    shard_by_block(
+        module,
+        init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
+        param_dtype=precision,
+        reshard_after_forward=reshard != "false",
+    )
+    if precision is not None:
+        forward = module.forward
+
+        def in_precision(*args: Any, **options: Any) -> Any:
+            with accelerator.autocast():
+                return forward(*args, **options)
+
+        module.forward = in_precision

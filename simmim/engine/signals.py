@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -47,8 +48,21 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Tell whether any rank was asked to stop; all ranks must call it together."""
+        return bool(self.agree([self.wanted])[0])
+
+    @property
+    def wanted(self) -> int:
+        """Return 1 if this rank was asked to stop, else 0."""
+        return int(self.received is not None)
+
+    def agree(self, signs: Sequence[int]) -> list[int]:
+        """Return the largest of each sign over all ranks; all must call it together.
+
+        Once a step this is where ranks learn of each other: of stops, writes and failures.
+        """
         if self._group is None:
-            return self.received is not None
-        wanted = torch.tensor([int(self.received is not None)])
-        torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX, self._group)
-        return bool(wanted.item())
+            return list(signs)
+        largest = torch.tensor(signs)
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, self._group)
+        agreed: list[int] = largest.tolist()
+        return agreed

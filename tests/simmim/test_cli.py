@@ -101,6 +101,24 @@ def test_a_run_folder_is_never_mixed_up(
     assert main([*command, *more]) == 0
 
 
+def test_ranks_that_torchrun_starts_again_go_on(
+    pretrain_config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    command = ["pretrain", "--config", str(pretrain_config), "--training.steps", "2", "--folder"]
+    assert main([*command, str(first)]) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert "is not empty" in refused([*command, str(first)], capsys)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main([*command, str(first)]) == 0
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    assert main([*command, str(second), "--init-from", str(first)]) == 0
+    assert f"starting from the weights of {first}" in capsys.readouterr().err
+
+
 def test_export_and_help(
     pretrain_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
