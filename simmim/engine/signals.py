@@ -1,12 +1,9 @@
-"""Stopping on request: SIGINT and SIGTERM end training with a checkpoint, on all ranks at once."""
+"""Stopping on request: signals are noted, and end training with a checkpoint."""
 
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
-
-import torch
-import torch.distributed
 
 from simmim.data.batches import STOP_SIGNALS
 
@@ -15,21 +12,17 @@ class StopRequest:
     """Within this context the signals are noted instead of obeyed.
 
     A launcher and the terminal may both deliver the same signal, so every further one is noted
-    too. `agreed` asks all ranks, so that none waits for one that has already stopped.
+    too. Only this process knows: `simmim.engine.exchange` tells the others.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
-        self._group: torch.distributed.ProcessGroup | None = None
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 self._before[number] = signal.signal(number, self._note)
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            # Its own group on the CPU: asking never waits for the accelerator.
-            self._group = torch.distributed.new_group(backend="gloo")
         return self
 
     def __exit__(
@@ -45,10 +38,7 @@ class StopRequest:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
 
-    def agreed(self) -> bool:
-        """Tell whether any rank was asked to stop; all ranks must call it together."""
-        if self._group is None:
-            return self.received is not None
-        wanted = torch.tensor([int(self.received is not None)])
-        torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX, self._group)
-        return bool(wanted.item())
+    @property
+    def wanted(self) -> bool:
+        """Whether a signal came."""
+        return self.received is not None
