@@ -22,7 +22,6 @@ from simmim.engine.checkpoint import (
     remove_old_checkpoints,
     save_checkpoint,
 )
-from simmim.engine.exchange import Exchange, StepFlags
 from simmim.engine.memory import keep_freed_memory
 from simmim.engine.optimizer import (
     OptimizerSettings,
@@ -205,13 +204,10 @@ def train(
         run.begin(stage.recipe, step=trainer.step)
     accelerator.wait_for_everyone()
     bar = Bar(trainer.total, trainer.step, visible=accelerator.is_main_process, label=run.path.name)
-    exchange = Exchange()
     with StopRequest() as stop, bar:
         batches = iter(stream)
         trainer.clock.skip()
-        while trainer.step < trainer.total:
-            if exchange.any_rank(StepFlags(stop=stop.wanted)).stop:
-                break
+        while trainer.step < trainer.total and not stop.agreed():
             trainer.advance(batches, bar)
         stopped = trainer.step < trainer.total
         if stopped:

@@ -1,9 +1,14 @@
-"""Stopping on request: signals are noted, and end training with a checkpoint."""
+"""Stopping on request: a signal to any rank ends training with a checkpoint, on all at once."""
 
 import signal
 import threading
+from collections.abc import Sequence
+from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any
+
+import torch
+import torch.distributed
 
 from simmim.data.batches import STOP_SIGNALS
 
@@ -12,17 +17,25 @@ class StopRequest:
     """Within this context the signals are noted instead of obeyed.
 
     A launcher and the terminal may both deliver the same signal, so every further one is noted
-    too. Only this process knows: `simmim.engine.exchange` tells the others.
+    too. `agreed` asks all ranks, so that none waits for one that has already stopped.
+
+    Args:
+        timeout: most seconds that asking waits for another rank; None is torch's own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: float | None = None) -> None:
+        self._timeout = None if timeout is None else timedelta(seconds=timeout)
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._group: torch.distributed.ProcessGroup | None = None
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 self._before[number] = signal.signal(number, self._note)
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            # Its own group on the CPU: asking never waits for the accelerator.
+            self._group = torch.distributed.new_group(backend="gloo", timeout=self._timeout)
         return self
 
     def __exit__(
@@ -38,7 +51,23 @@ class StopRequest:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
 
+    def agreed(self) -> bool:
+        """Tell whether any rank was asked to stop; all ranks must call it together."""
+        return bool(self.agree([self.wanted])[0])
+
     @property
-    def wanted(self) -> bool:
-        """Whether a signal came."""
-        return self.received is not None
+    def wanted(self) -> int:
+        """Return 1 if this rank was asked to stop, else 0."""
+        return int(self.received is not None)
+
+    def agree(self, signs: Sequence[int]) -> list[int]:
+        """Return the largest of each sign over all ranks; all must call it together.
+
+        Once a step this is where ranks learn of each other: of stops, writes and failures.
+        """
+        if self._group is None:
+            return list(signs)
+        largest = torch.tensor(signs)
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, self._group)
+        agreed: list[int] = largest.tolist()
+        return agreed
