@@ -59,6 +59,11 @@ class Batch:
         arrays = [None if part is None else part.cpu().numpy() for part in parts]
         return unpacked, (self.images.permute(0, 2, 3, 1).cpu().numpy(), arrays, self.bad)
 
+    def only(self, row: int) -> "Batch":
+        """Return one of its samples as a batch."""
+        one = self._each(lambda part: part[row : row + 1])
+        return replace(one, addresses=self.addresses[row : row + 1])
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Return the batch on a device."""
         return self._each(lambda part: part.to(device, non_blocking=non_blocking))

@@ -205,6 +205,12 @@ class ShardSet:
             extension=opened.extension(row),
         )
 
+    def name(self, shard: int, sample: int) -> str:
+        """Return shard and key of a sample, as messages call it."""
+        opened = self._opened(shard)
+        row = sample if self._rows is None else int(self._rows[shard][sample])
+        return f"{opened.path.stem}/{opened.key(row)}"
+
     def labels(self, shard: int) -> np.ndarray:
         """Return the label of each sample of a shard, int64, -1 where there is none."""
         labels = self._opened(shard).labels

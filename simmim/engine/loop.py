@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from simmim.data.bad_samples import BadSamples
 from simmim.data.batches import Batch
+from simmim.data.mixture import Shards
+from simmim.engine.anomalies import Anomalies, poisoned
 from simmim.engine.checkpoint import (
     TrainingState,
     find_checkpoint,
@@ -33,6 +35,7 @@ from simmim.engine.progress import Bar, Clock
 from simmim.engine.run import RunFolder
 from simmim.engine.schedule import ScheduleSettings, learning_rate
 from simmim.engine.signals import StopRequest
+from simmim.engine.watchdog import Watchdog, group_timeout
 from simmim.recipe import recipe_hash, settings
 
 
@@ -52,6 +55,12 @@ class TrainingSettings:
     """Arithmetic of the forward pass; weights and optimiser are always float32."""
     clip_norm: float | None = 5.0
     """Largest norm of the whole gradient; null does not clip."""
+    max_nonfinite: int = 10
+    """Steps in a row that are skipped for a loss or gradient that is no number before training
+    ends. Skipped steps leave the weights as they are, on all ranks."""
+    rank_timeout: float = 600.0
+    """Seconds that a process may make no progress while others wait for it; then the job ends.
+    No step, validation, checkpoint or compilation may take longer."""
     seed: int = 0
     """Seed of the initial weights, the data order, augmentation, masks and drop path."""
     log_every: int = 10
@@ -72,7 +81,8 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give either epochs or steps, the length of training.")
-        positive = ("batch_size", "epochs", "steps", "accumulation", "clip_norm", "keep_last")
+        positive: tuple[str, ...] = ("batch_size", "epochs", "steps", "accumulation", "clip_norm")
+        positive += ("keep_last", "max_nonfinite", "rank_timeout")
         intervals = ("log_every", "checkpoint_every", "validate_every", "look_every")
         for name in positive + intervals:
             value = getattr(self, name)
@@ -113,6 +123,10 @@ class Stage(Protocol):
         """Digest of the shards that are trained on."""
 
     @property
+    def training_shards(self) -> Shards:
+        """The shards that are trained on: what an address in a batch counts in."""
+
+    @property
     def bad_samples(self) -> BadSamples:
         """The account of samples that could not be read."""
 
@@ -140,17 +154,14 @@ class TrainingResult:
     """The last validation."""
 
 
-class DivergedError(ValueError):
-    """The loss is no longer a number."""
-
-
-def build_accelerator(precision: str) -> Accelerator:
+def build_accelerator(precision: str, rank_timeout: float = 600.0) -> Accelerator:
     """Build the accelerator: this machine's devices, or its CPU, and the recipe's precision."""
     if not torch.accelerator.is_available():
         keep_freed_memory()
     return Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision="bf16" if precision == "bf16" else "no",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=group_timeout(rank_timeout))],
     )
 
 
@@ -163,9 +174,12 @@ def training_step(
 ) -> tuple[Tensor, Tensor]:
     """Take one optimiser step over the micro-batches of one batch.
 
+    Where the loss or the gradient is no number, on any rank, all of them leave out the step:
+    weights and the optimiser's state stay as they were.
+
     Returns:
-        The mean loss of this rank's share and the norm of the whole gradient before clipping,
-        both on the device.
+        The mean loss of this rank's share, NaN if the step was left out, and the norm of the whole
+        gradient before clipping, both on the device.
     """
     loss_sum = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(batches, start=1):
@@ -173,13 +187,16 @@ def training_step(
         # Ranks exchange gradients once a step, with the last part.
         with nullcontext() if last else accelerator.no_sync(module):
             loss = module(batch.to(accelerator.device))
-            accelerator.backward(loss / len(batches))
+            accelerator.backward(poisoned(loss) / len(batches))
         loss_sum += loss.detach()
     norm = accelerator.clip_grad_norm_(module.parameters(), clip_norm or math.inf)
     assert norm is not None
-    optimizer.step()
+    norm = torch.as_tensor(norm)
+    finite = bool(norm.isfinite())
+    if finite or accelerator.scaler is not None:  # the scaler of fp16 leaves steps out by itself
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss_sum / len(batches), torch.as_tensor(norm)
+    return (loss_sum / len(batches) if finite else torch.full_like(loss_sum, math.nan)), norm
 
 
 def train(
@@ -194,7 +211,9 @@ def train(
         resume: None to start anew, `auto`, or the path of a checkpoint.
 
     Raises:
-        DivergedError: the loss is not finite; the last checkpoint is from before.
+        DivergedError: loss or gradient were not finite, too many steps in a row; the last
+            checkpoint is from before.
+        RankLostError: another process failed or is gone.
     """
     trainer = _Trainer(stage, run, accelerator)
     if resume is not None:
@@ -204,7 +223,8 @@ def train(
         run.begin(stage.recipe, step=trainer.step)
     accelerator.wait_for_everyone()
     bar = Bar(trainer.total, trainer.step, visible=accelerator.is_main_process, label=run.path.name)
-    with StopRequest() as stop, bar:
+    limit = group_timeout(trainer.training.rank_timeout).total_seconds()
+    with trainer.watchdog, StopRequest(limit) as stop, bar:
         batches = iter(stream)
         trainer.clock.skip()
         while trainer.step < trainer.total and not stop.agreed():
@@ -214,9 +234,9 @@ def train(
             received = stop.received.name if stop.received else "a signal on another rank"
             bar.say(f"{received}: stopping after step {trainer.step}, writing a checkpoint.")
         trainer.save()
-    if not stopped and accelerator.is_main_process:
-        stage.hand_on(run, trainer.step, trainer.cursor)
-    accelerator.wait_for_everyone()
+        if not stopped and accelerator.is_main_process:
+            stage.hand_on(run, trainer.step, trainer.cursor)
+        accelerator.wait_for_everyone()
     return TrainingResult(step=trainer.step, stopped=stopped, figures=trainer.figures)
 
 
@@ -233,6 +253,10 @@ class _Trainer:
         self.figures: dict[str, float] = {}
         self.losses: list[Tensor] = []
         self.clock = Clock()
+        self.watchdog = Watchdog(self.training.rank_timeout)
+        self.anomalies = Anomalies(
+            accelerator, stage.training_shards, run.anomalies, limit=self.training.max_nonfinite
+        )
         stage.module.to(accelerator.device)
         groups = parameter_groups(stage.module, self.training.optimizer, stage.depths)
         optimizer = build_optimizer(stage.module, self.training.optimizer, groups)
@@ -283,9 +307,11 @@ class _Trainer:
         training = self.training
         torch.manual_seed(step_seed(training.seed, self.step, self.accelerator.process_index))
         set_learning_rate(self.optimizer, self._learning_rate)
+        self.watchdog.at(self.step + 1, "waiting for data")
         began = time.perf_counter()
         micro_batches = [next(batches) for _ in range(training.accumulation)]
         self.clock.add(training.batch_size, time.perf_counter() - began)
+        self.watchdog.at(self.step + 1, "computing")
         self.module.train()
         loss, norm = training_step(
             self.accelerator, self.module, self.optimizer, micro_batches, training.clip_norm
@@ -293,6 +319,8 @@ class _Trainer:
         self.losses.append(loss)
         self.lr = self._learning_rate(1.0)
         self.step += 1
+        self.watchdog.at(self.step, "looking at what is due: log, validation, checkpoint")
+        self.anomalies.judge(self.step, norm, self.module, micro_batches, bar.say)
         bar.advance()
         if self._due(training.log_every):
             self._log(norm, bar)
@@ -303,6 +331,7 @@ class _Trainer:
             self.clock.skip()
         if self.step % training.checkpoint_every == 0:
             self.save()
+        self.watchdog.at(self.step, "asking all ranks whether to go on")
 
     def _learning_rate(self, factor: float) -> float:
         """Return the rate of a layer: its factor scales the peak, but neither end."""
@@ -320,22 +349,16 @@ class _Trainer:
     def _losses_since_log(self) -> Tensor:
         """Return the losses of the steps since the last log, each the mean over ranks.
 
-        Raises:
-            DivergedError: one is not finite.
+        That of a step which was left out is NaN.
         """
         if not self.losses:
             return torch.zeros(0)
         losses: Tensor = self.accelerator.reduce(torch.stack(self.losses), "mean").cpu()
-        if not losses.isfinite().all():
-            raise DivergedError(
-                f"the loss is not finite at step {self.step}; nothing was saved since the last "
-                f"checkpoint in {self.run.checkpoints}. Lower training.optimizer.lr or "
-                "training.clip_norm, or lengthen the warm-up, and go on from there."
-            )
         return losses
 
     def _log(self, norm: Tensor, bar: Bar) -> None:
-        loss = float(self._losses_since_log().mean())
+        losses = self._losses_since_log()
+        loss = float(losses.nanmean())
         self.losses.clear()
         images_per_second, data_wait = self.clock.read()
         bar.show(loss, self.lr, images_per_second, data_wait)
@@ -348,6 +371,7 @@ class _Trainer:
                     "loss": loss,
                     "lr": self.lr,
                     "grad_norm": float(norm),
+                    "skipped": int(losses.isnan().sum()),
                     "images_per_second": round(images_per_second, 2),
                     "data_wait": round(data_wait, 4),
                     "processes": self.accelerator.num_processes,
@@ -366,10 +390,12 @@ class _Trainer:
         self.clock.skip()
 
     def save(self) -> None:
-        """Write a checkpoint of the present step, unless there is one."""
-        if self.saved_step == self.step:
+        """Write a checkpoint of the present step, unless there is one.
+
+        None is written between skipped steps: the next start is to be from before the first.
+        """
+        if self.saved_step == self.step or (self.anomalies.in_a_row and self.step < self.total):
             return
-        # Weights after a loss that is no number are not worth keeping: this raises before.
         losses = tuple(self._losses_since_log().tolist())
         if self.accelerator.is_main_process:
             state = TrainingState(

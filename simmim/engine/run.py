@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ FREE_TO_CHANGE = (
     "training.keep_last",
     "training.validate_every",
     "training.look_every",
+    "training.max_nonfinite",
+    "training.rank_timeout",
 )
 """Recipe keys and sections that may differ on resume: they change no batch and no schedule."""
 
@@ -50,6 +53,11 @@ class RunFolder:
     def bad_samples(self) -> Path:
         """One JSON object a line, a line for each sample that was replaced or left out."""
         return self.path / "bad_samples.jsonl"
+
+    @property
+    def anomalies(self) -> Path:
+        """One JSON object a line: the steps that were skipped, and the samples in them."""
+        return self.path / "anomalies.jsonl"
 
     @property
     def checkpoints(self) -> Path:
@@ -142,7 +150,12 @@ class RunFolder:
         return self._metric_lines() if self.metrics.is_file() else []
 
     def log(self, metrics: dict[str, float | int | str]) -> None:
-        """Append one line to `metrics.jsonl`."""
+        """Append one line to `metrics.jsonl`, without what is no finite number: JSON has none."""
+        metrics = {
+            name: value
+            for name, value in metrics.items()
+            if not isinstance(value, float) or math.isfinite(value)
+        }
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
             file.flush()

@@ -12,6 +12,9 @@ import torch.distributed
 
 from simmim.data.batches import STOP_SIGNALS
 
+STOPPED = 75
+"""Exit code after a stop on request: EX_TEMPFAIL, "try again later"."""
+
 
 class StopRequest:
     """Within this context the signals are noted instead of obeyed.

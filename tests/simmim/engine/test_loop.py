@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from simmim.engine.anomalies import DivergedError
 from simmim.engine.checkpoint import complete_checkpoints
 from simmim.engine.loop import (
-    DivergedError,
     TrainingResult,
     TrainingSettings,
     build_accelerator,

@@ -1,0 +1,46 @@
+"""torchrun, which ends with the exit code of its ranks: `python -m simmim.engine.torchrun …`.
+
+torchrun itself ends with 1 whatever its ranks end with, so that a scheduler cannot tell a run that
+stopped on request from one that failed. The options are torchrun's own.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from simmim.engine.signals import STOPPED
+
+DEFAULTS = {
+    "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
+}
+"""What torchrun is told unless the environment or its options say otherwise: hand on Slurm's
+warning, and grant ranks these seconds to write a checkpoint before they are killed."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run torchrun and return the code of the rank that ended first, 128 + n for signal n.
+
+    A stop signal to torchrun, which it hands on to the ranks, counts as STOPPED.
+    """
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    try:
+        run.main(arguments)
+    except ChildFailedError as error:
+        code: int = error.get_first_failure()[1].exitcode
+        return code if code >= 0 else 128 - code
+    except SignalException as error:
+        name = signal.Signals(error.sigval).name
+        sys.stderr.write(f"simmim: torchrun got {name} and has stopped its processes.\n")
+        return STOPPED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
