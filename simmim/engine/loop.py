@@ -224,7 +224,7 @@ def train(
     accelerator.wait_for_everyone()
     bar = Bar(trainer.total, trainer.step, visible=accelerator.is_main_process, label=run.path.name)
     limit = group_timeout(trainer.training.rank_timeout).total_seconds()
-    with trainer.watchdog, StopRequest(limit) as stop, bar:
+    with StopRequest(limit) as stop, trainer.watchdog, bar:
         batches = iter(stream)
         trainer.clock.skip()
         while trainer.step < trainer.total and not stop.agreed():

@@ -14,6 +14,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from simmim.engine.signals import STOPPED
+from simmim.engine.watchdog import LOST
 
 DEFAULTS = {
     "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
@@ -24,7 +25,7 @@ warning, and grant ranks these seconds to write a checkpoint before they are kil
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run torchrun and return the code of the rank that ended first, 128 + n for signal n.
+    """Run torchrun and return the code of the rank that failed first, LOST if it was killed.
 
     A stop signal to torchrun, which it hands on to the ranks, counts as STOPPED.
     """
@@ -33,8 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run.main(arguments)
     except ChildFailedError as error:
-        code: int = error.get_first_failure()[1].exitcode
-        return code if code >= 0 else 128 - code
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:
+            return int(failure.exitcode)
+        name = signal.Signals(-failure.exitcode).name
+        sys.stderr.write(f"simmim: rank {rank} (process {failure.pid}) was killed by {name}.\n")
+        return LOST
     except SignalException as error:
         name = signal.Signals(error.sigval).name
         sys.stderr.write(f"simmim: torchrun got {name} and has stopped its processes.\n")

@@ -31,7 +31,8 @@ def run_faulty(fault: str, values: dict[str, Any], folder: Path, **training: Any
 
 
 def anomalies(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RunFolder(path=folder).anomalies.open()]
+    lines = RunFolder(path=folder).anomalies.read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def names_of(stage: PretrainStage, batch: Batch) -> list[str]:
@@ -121,13 +122,12 @@ def test_a_mean_over_several_steps_leaves_out_the_skipped(
     run_faulty(f"loss={steps[4][0]}", pretrain_values, tmp_path / "broken", steps=6, log_every=6)
     run_faulty("loss=", pretrain_values, tmp_path / "whole", steps=6, log_every=1)
     broken = RunFolder(path=tmp_path / "broken").read_metrics()
-    whole = {line["step"]: line for line in RunFolder(path=tmp_path / "whole").read_metrics()}
+    lines = RunFolder(path=tmp_path / "whole").read_metrics()
+    whole = {line["step"]: line["loss"] for line in lines if "loss" in line}
     (line,) = [line for line in broken if "loss" in line]
     assert line["skipped"] == 1
     # Up to the skipped step both are the same; what comes after it differs a little.
-    assert line["loss"] == pytest.approx(
-        sum(whole[step]["loss"] for step in (1, 2, 3, 4, 6)) / 5, rel=0.02
-    )
+    assert line["loss"] == pytest.approx(sum(whole[step] for step in (1, 2, 3, 4, 6)) / 5, rel=0.02)
 
 
 def test_a_gradient_alone_is_blamed_on_all_samples_of_the_step(
@@ -182,6 +182,6 @@ def test_the_scaler_of_fp16_at_work_is_no_anomaly(
     said: list[str] = []
     watch.judge(1, torch.tensor(math.inf), stage.module, [], said.append)
     assert not watch.in_a_row
-    accelerator.scaler.update(0.5)  # as after too many overflows
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=0.5)  # as after many overflows
     watch.judge(2, torch.tensor(math.inf), stage.module, [], said.append)
     assert watch.in_a_row == 1
