@@ -13,6 +13,7 @@ import numpy as np
 from data_prep.manifest import (
     Location,
     Manifest,
+    ManifestError,
     RemotePath,
     ShardEntry,
     locate,
@@ -21,6 +22,7 @@ from data_prep.manifest import (
 )
 from simmim.data.cache import ShardCache
 from simmim.data.errors import DataError
+from simmim.data.patience import ShardAmissError, patiently
 from simmim.data.randomness import shuffled
 from simmim.data.remote import RemoteReading, RemoteShard
 
@@ -56,18 +58,19 @@ class LocalShard:
         try:
             self._file = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise DataError(
+            kind = DataError if isinstance(error, PermissionError) else ShardAmissError
+            raise kind(
                 f"shard {path} cannot be opened ({error.strerror}): make it readable, or"
                 " write the shards anew with `data-prep shard`"
             ) from None
         self.close = weakref.finalize(self, os.close, self._file)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Return bytes of the shard. Raises DataError naming it where it cannot be read."""
+        """Return bytes of the shard. Raises ShardAmissError where it cannot be read."""
         try:
             return os.pread(self._file, size, offset)
         except OSError as error:
-            raise DataError(f"shard {self.path} cannot be read: {error.strerror}") from None
+            raise ShardAmissError(f"shard {self.path} cannot be read: {error.strerror}") from None
 
 
 class OpenShard:
@@ -105,7 +108,7 @@ class OpenShard:
         size, offset = int(self._sizes[row]), int(self._offsets[row])
         data = self._shard.read(offset, size)
         if len(data) < size:
-            raise DataError(
+            raise ShardAmissError(
                 f"shard {self.path} ends within sample {self.key(row)}: it was cut off while it"
                 " was in use; copy it again, or write the shards anew with `data-prep shard`"
             )
@@ -191,8 +194,21 @@ class ShardSet:
         return self.samples
 
     def read(self, shard: int, sample: int) -> RawSample:
-        """Return a sample; raises DataError naming the shard where it cannot be read."""
-        opened = self._opened(shard)
+        """Return a sample; a shard that is gone or cut off is waited for, `remote.attempts` times.
+
+        Raises DataError naming the shard where it cannot be read.
+        """
+        return patiently(lambda: self._read(shard, sample), self.remote.attempts)
+
+    def _read(self, shard: int, sample: int) -> RawSample:
+        try:
+            return self._read_from(self._opened(shard), shard, sample)
+        except ShardAmissError:  # what is open may be of a file that was replaced since
+            if shard in self._open:
+                self._open.pop(shard).close()
+            raise
+
+    def _read_from(self, opened: OpenShard, shard: int, sample: int) -> RawSample:
         row = sample if self._rows is None else int(self._rows[shard][sample])
         label = int(opened.labels[row])
         if label >= 0 and self._narrowed:
@@ -309,9 +325,24 @@ class ShardSet:
         while len(self._open) >= OPEN_SHARDS:
             self._open.popitem(last=False)[1].close()
         entry = self.manifest.shards[self.numbers[shard]]
-        opened = OpenShard(self.folder, entry, cache=self._cache_for(entry))
+        try:
+            opened = OpenShard(self.folder, entry, cache=self._cache_for(entry))
+        except ManifestError as error:
+            if self._is_whole(entry):
+                raise
+            raise ShardAmissError(str(error).rstrip(".")) from None
         self._open[shard] = opened
         return opened
+
+    def _is_whole(self, entry: ShardEntry) -> bool:
+        """Tell whether tar and index of a shard are there, the tar at its full length."""
+        try:
+            (self.folder / entry.index).stat()
+            return bool(entry.location(self.folder).stat().st_size == entry.bytes)
+        except OSError:
+            return False
+        except ValueError:  # a store that does not answer, which was tried often enough
+            return True
 
     def _cache_for(self, entry: ShardEntry) -> ShardCache | None:
         if not isinstance(entry.location(self.folder), RemotePath):
