@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from simmim.data.batches import Batch
 from simmim.data.mixture import Shards
+from simmim.disk import append_whole, goes_on_without
 
 What = Literal["loss", "gradient", "weights"]
 
@@ -162,10 +162,12 @@ class Anomalies:
             return f"shard {shard}, sample {sample}"
 
     def _write(self, found: Sequence[Anomaly]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in found)
-            file.flush()
-            os.fsync(file.fileno())
+        lines = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in found)
+        with (
+            goes_on_without("a line of anomalies", self.path),
+            self.path.open("ab", buffering=0) as file,
+        ):
+            append_whole(file, lines.encode())
 
     def _warning(self, found: Sequence[Anomaly]) -> str:
         first = found[0]

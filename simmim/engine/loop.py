@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from simmim.data.bad_samples import BadSamples
 from simmim.data.batches import Batch
 from simmim.data.mixture import Shards
+from simmim.disk import goes_on_without
 from simmim.engine.anomalies import Anomalies, poisoned
 from simmim.engine.checkpoint import (
     TrainingState,
@@ -327,7 +328,8 @@ class _Trainer:
         if self._due(training.validate_every):
             self._validate(bar)
         if self._due(training.look_every) and self.accelerator.is_main_process:
-            self.stage.look(self.run, self.step)
+            with goes_on_without("a picture", self.run.reconstructions):
+                self.stage.look(self.run, self.step)
             self.clock.skip()
         if self.step % training.checkpoint_every == 0:
             self.save()

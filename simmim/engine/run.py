@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from simmim.disk import append_whole, goes_on_without
 from simmim.engine.checkpoint import remove_later_checkpoints
 from simmim.recipe import differences, read_values, to_values, to_yaml
 from swinv2.weights import atomic_write_text
@@ -156,10 +157,11 @@ class RunFolder:
             for name, value in metrics.items()
             if not isinstance(value, float) or math.isfinite(value)
         }
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with (
+            goes_on_without("a line of metrics", self.metrics),
+            self.metrics.open("ab", buffering=0) as file,
+        ):
+            append_whole(file, json.dumps(metrics).encode() + b"\n")
 
 
 def _is_free(key: str) -> bool:

@@ -25,10 +25,10 @@ from torch.distributed import distributed_c10d
 LOST = 76
 """Exit code where a rank hung or was lost: the run can go on from its last checkpoint."""
 
-LONGEST_INTERVAL = 5.0
+LONGEST_INTERVAL = 2.0
 """Most seconds between two signs of life of a rank."""
 
-FAULT_GRACE = 15.0
+FAULT_GRACE = 60.0
 """Seconds that a rank may take to notice by itself that another one has failed."""
 
 _SIGNS_OF_COMMUNICATION = ("gloo", "nccl", "connection", "socket", "store", "broken pipe")
@@ -125,6 +125,10 @@ class Ranks:
         ]
         more = [f"{len(ranks) - 8} more"] if len(ranks) > 8 else []
         return "; ".join(shown + more)
+
+
+def _ending(standing: Standing) -> str:
+    return f"failed: {standing.fault}" if standing.fault else "is gone"
 
 
 class Watchdog:
@@ -282,8 +286,7 @@ class Watchdog:
         # Those that fell silent without a word, or with a reason of their own, fell first.
         first = [known for known in gone if "lost" not in known.standing.fault] or gone
         reasons = [
-            f"{known.standing} {known.standing.fault or 'is gone'}, last seen"
-            f" {known.standing.place}"
+            f"{known.standing} {_ending(known.standing)}, at {known.standing.place}"
             for known in first[:8]
         ]
         found = "; ".join(reasons) or "another rank is gone"
