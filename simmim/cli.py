@@ -121,6 +121,13 @@ def add_training(commands: Commands, name: str, summary: str, recipe_type: type)
         "--resume", metavar="auto|PATH", help="go on from the last complete checkpoint, or from one"
     )
     command.add_argument(
+        "--init-from",
+        metavar="PATH",
+        type=Path,
+        help="start from the weights of a run, a checkpoint or an encoder directory, with a new "
+        "optimiser and from the first image; with --resume auto only where nothing was saved yet",
+    )
+    command.add_argument(
         "--allow-recipe-changes",
         action="store_true",
         help="resume although the recipe differs from the one the run was started with",
@@ -141,11 +148,23 @@ def run_training(arguments: argparse.Namespace, overrides: Sequence[str]) -> int
         overrides = [*overrides, "--execution.compile", "true"]
     if arguments.command == "pretrain":
         recipe = load(PretrainRecipe, arguments.config, overrides)
-        result = launch(PretrainStage, recipe, run=folder, resume=resume, allow_changes=changes)
+        result = launch(
+            PretrainStage,
+            recipe,
+            run=folder,
+            resume=resume,
+            allow_changes=changes,
+            init_from=arguments.init_from,
+        )
     else:
         labelled = load(ClassificationRecipe, arguments.config, overrides)
         result = launch(
-            ClassificationStage, labelled, run=folder, resume=resume, allow_changes=changes
+            ClassificationStage,
+            labelled,
+            run=folder,
+            resume=resume,
+            allow_changes=changes,
+            init_from=arguments.init_from,
         )
     return STOPPED if result.stopped else 0
 

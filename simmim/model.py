@@ -124,13 +124,14 @@ class SimMIM(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.decoder = Decoder(encoder.num_features, encoder.strides[-1], config.in_channels)
 
-    def forward(self, images: Tensor, mask: Tensor) -> SimMIMOutput:
+    def forward(self, images: Tensor, mask: Tensor, chances: Tensor | None = None) -> SimMIMOutput:
         """Predict what is hidden.
 
         Args:
             images: (batch, channels, height, width), normalised floating point.
             mask: bool (batch, height / mask_cell, width / mask_cell), True = hidden. Where it is
                 on the CPU, the choice of what to decode needs no word from the GPU.
+            chances: what drop_path goes by; see `SwinV2.encode`.
 
         Raises:
             ValueError: mask and images do not fit each other.
@@ -141,7 +142,7 @@ class SimMIM(nn.Module):
         mask = mask.to(images.device, non_blocking=True)
         chosen = chosen.to(images.device, non_blocking=True)
 
-        features = self._encode(images, mask)
+        features = self._encode(images, mask, chances)
         prediction = self.decoder.patches(features.flatten(0, 2).index_select(0, chosen))
 
         stride = self.decoder.stride
@@ -168,11 +169,11 @@ class SimMIM(nn.Module):
             self.target(images), hidden, self.elementwise_loss, self._counted(mask)
         )
 
-    def _encode(self, images: Tensor, mask: Tensor) -> Tensor:
+    def _encode(self, images: Tensor, mask: Tensor, chances: Tensor | None) -> Tensor:
         tokens = self.encoder.embed(images)
         hidden = enlarge_mask(mask, self.mask_cell // self.encoder.config.patch_size)
         tokens = torch.where(hidden[..., None], self.mask_token.to(tokens.dtype), tokens)
-        return self.encoder.encode(tokens)
+        return self.encoder.encode(tokens, chances)
 
     def _counted(self, mask: Tensor) -> Tensor:
         """Return bool (batch, height, width): the pixels that the loss is measured on."""

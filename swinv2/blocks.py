@@ -15,6 +15,9 @@ from swinv2.attention import WindowAttention, WindowGrid, window_grid
 from swinv2.config import AttentionPath, Checkpointing, Execution, Pair
 from swinv2.linear import Linear, linear
 
+CHANCES = 2**31
+"""Numbers that chance may be, from 0: integers, which no arithmetic of low precision rounds."""
+
 COPIES = count()
 """Numbers for the copies of the code that blocks compile."""
 
@@ -53,11 +56,20 @@ def drop_path(branch: Tensor, rate: float, *, training: bool) -> Tensor:
     return branch if factor is None else branch * factor
 
 
-def survival(tokens: Tensor, rate: float, *, training: bool) -> Tensor | None:
-    """Draw for each sample of (batch, ...) what drop_path multiplies its branch by."""
+def survival(
+    tokens: Tensor, rate: float, *, training: bool, chance: Tensor | None = None
+) -> Tensor | None:
+    """Return for each sample of (batch, ...) what drop_path multiplies its branch by.
+
+    It is drawn, or follows from `chance`: int32 (batch,), even over 0 to CHANCES - 1.
+    """
     if not training or rate == 0:
         return None
-    kept = tokens.new_empty(len(tokens), *[1] * (tokens.ndim - 1)).bernoulli_(1 - rate)
+    shape = (len(tokens), *[1] * (tokens.ndim - 1))
+    if chance is None:
+        kept = tokens.new_empty(shape).bernoulli_(1 - rate)
+    else:
+        kept = (chance >= round(rate * CHANCES)).to(tokens.dtype).view(shape)
     return kept / (1 - rate)
 
 
@@ -160,11 +172,18 @@ class Block(nn.Module):
         self.mlp = MLP(dim, int(mlp_ratio * dim))
         self.norm2 = BranchNorm(dim)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map (batch, rows, columns, dim) to the same shape."""
+    def forward(self, tokens: Tensor, chances: Tensor | None = None) -> Tensor:
+        """Map (batch, rows, columns, dim) to the same shape.
+
+        What drop_path drops of both branches is drawn, or follows from chances: int32 (batch, 2).
+        """
         grid = window_grid((tokens.shape[1], tokens.shape[2]), self.window, shifted=self.shifted)
         # Drawn out here, chance and its rate are no part of what is compiled or computed again.
-        factors = [survival(tokens, self.drop_path, training=self.training) for _ in range(2)]
+        both = (None, None) if chances is None else chances.unbind(1)
+        factors = [
+            survival(tokens, self.drop_path, training=self.training, chance=chance)
+            for chance in both
+        ]
         # A graph that is traced around the block takes in what the block does, not a graph of it.
         traced = torch.compiler.is_compiling() or torch._C._is_tracing()
         run = Block.run if traced or self.compiled_run is None else self.compiled_run
@@ -230,10 +249,10 @@ class Stage(nn.Module):
             assert isinstance(block, Block)
             block.compiled_run = compiled[block.shifted]
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map (batch, rows, columns, dim) to the same shape."""
+    def forward(self, tokens: Tensor, chances: Tensor | None = None) -> Tensor:
+        """Map (batch, rows, columns, dim) to the same shape; chances are (batch, blocks, 2)."""
         for number, block in enumerate(self.blocks, start=1):
-            tokens = block(tokens)
+            tokens = block(tokens, None if chances is None else chances[:, number - 1])
             if self.extra_norm_every and number % self.extra_norm_every == 0:
                 tokens = self.extra_norms[number // self.extra_norm_every - 1](tokens)
         return tokens

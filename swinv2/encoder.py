@@ -68,20 +68,26 @@ class SwinV2(nn.Module):
         tokens: Tensor = self.patch_embed(images)
         return tokens
 
-    def encode(self, tokens: Tensor) -> Tensor:
+    def encode(self, tokens: Tensor, chances: Tensor | None = None) -> Tensor:
         """Turn the tokens of `embed` into the normalised tokens of the last stage.
 
         (batch, rows, columns, embed_dim) becomes (batch, rows/8, columns/8, 8·embed_dim) for four
         stages, rounded up.
 
-        Raises:
-            ValueError: the tokens have another shape.
-        """
-        return self._stage_outputs(tokens)[-1]
+        Args:
+            tokens: what `embed` gave.
+            chances: int32 (batch, blocks, 2), even over 0 to `swinv2.blocks.CHANCES` - 1: what
+                drop_path drops in training follows from them, so that it is the same however a
+                batch is cut. None draws it.
 
-    def forward(self, images: Tensor) -> Tensor:
+        Raises:
+            ValueError: the tokens, or the chances, have another shape.
+        """
+        return self._stage_outputs(tokens, chances)[-1]
+
+    def forward(self, images: Tensor, chances: Tensor | None = None) -> Tensor:
         """Embed images, then encode them."""
-        return self.encode(self.embed(images))
+        return self.encode(self.embed(images), chances)
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Give a map of each stage, for dense heads.
@@ -93,15 +99,24 @@ class SwinV2(nn.Module):
         outputs = self._stage_outputs(self.embed(images))
         return [tokens.permute(0, 3, 1, 2) for tokens in outputs]
 
-    def _stage_outputs(self, tokens: Tensor) -> list[Tensor]:
+    def _stage_outputs(self, tokens: Tensor, chances: Tensor | None = None) -> list[Tensor]:
         if tokens.ndim != 4 or tokens.shape[-1] != self.config.embed_dim:
             raise ValueError(
                 f"tokens have shape {tuple(tokens.shape)}; encode takes what embed gives, "
                 f"(batch, rows, columns, {self.config.embed_dim})"
             )
+        depths = self.config.depths
+        if chances is not None and tuple(chances.shape) != (len(tokens), sum(depths), 2):
+            raise ValueError(
+                f"chances have shape {tuple(chances.shape)}; drop_path takes two for each sample "
+                f"and block, {(len(tokens), sum(depths), 2)}"
+            )
+        parts = (
+            [None] * len(depths) if chances is None else torch.split(chances, list(depths), dim=1)
+        )
         outputs: list[Tensor] = []
         for index, stage in enumerate(self.stages):
-            tokens = stage(self.merges[index - 1](outputs[-1]) if index else tokens)
+            tokens = stage(self.merges[index - 1](outputs[-1]) if index else tokens, parts[index])
             outputs.append(tokens)
         outputs[-1] = self.norm(outputs[-1])
         return outputs

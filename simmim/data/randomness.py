@@ -7,6 +7,9 @@ import numpy as np
 import torch
 from numpy.random.bit_generator import ISeedSequence
 
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+"""2**64 over the golden ratio, odd: neighbouring multiples share no pattern of bits."""
+
 
 class HashedWords(ISeedSequence):
     """What numpy starts a generator from: words of a hash, which need no further mixing."""
@@ -46,6 +49,32 @@ def shuffled(count: int, purpose: str, *key: int | str) -> np.ndarray:
     """
     bits = np.random.PCG64(stream_seed(purpose, *key))
     return np.argsort(bits.random_raw(count), kind="stable")
+
+
+def sample_bits(seed: int, purpose: str, keys: np.ndarray, count: int) -> np.ndarray:
+    """Return `count` random words for each key: uint64 (keys, count), a pure function of all.
+
+    For what is drawn for all samples of a batch at once, thousands of numbers in some hundred
+    microseconds. Source of the mixing: splitmix64.
+
+    Args:
+        seed: of the whole training.
+        purpose: what they are for.
+        keys: int64 (keys, parts), an address a row for example.
+        count: words for each.
+    """
+    state = np.full(len(keys), stream_seed(purpose, seed) % 2**64, np.uint64)
+    for part in keys.astype(np.uint64).T:
+        state = _mixed(state + GOLDEN) ^ part
+    steps = np.arange(1, count + 1, dtype=np.uint64) * GOLDEN
+    return _mixed(_mixed(state)[:, None] + steps)
+
+
+def _mixed(words: np.ndarray) -> np.ndarray:
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: np.ndarray = words ^ (words >> np.uint64(31))
+    return mixed
 
 
 def _hash(size: int, purpose: str, *key: int | str) -> bytes:

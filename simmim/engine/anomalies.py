@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from simmim.data.batches import Batch
 from simmim.data.mixture import Shards
@@ -117,7 +118,11 @@ class Anomalies:
     def _explain(self, step: int, module: nn.Module, batches: Sequence[Batch]) -> list[Anomaly]:
         """Return what all ranks find when they look at their samples one by one."""
         bare = self.accelerator.unwrap_model(module)
-        spoilt = not all(bool(weight.isfinite().all()) for weight in bare.parameters())
+        held = (
+            weight.to_local() if isinstance(weight, DTensor) else weight
+            for weight in bare.parameters()
+        )
+        spoilt = not all(bool(weight.isfinite().all()) for weight in held)
         what: What
         if self._on_any_rank(spoilt):
             what, samples = "weights", []

@@ -1,24 +1,37 @@
-"""Checkpoints: written aside, renamed, then marked complete; the last complete one is found."""
+"""Checkpoints: written aside, renamed, then marked complete; the last complete one is found.
+
+`step-00001000/` holds `model-….safetensors` and `optimizer-….safetensors`, one part of each or one
+for each process that holds rows, `optimizer.json`, `state.json` and `recipe.yaml`. Any number of
+processes loads what any number wrote, and nothing in it can run code.
+"""
 
 import json
+import os
 import re
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
-from swinv2.weights import atomic_folder, atomic_write_text, load_strictly, write_tensors
+from simmim.engine.holdings import (
+    model_pieces,
+    optimizer_pieces,
+    optimizer_values,
+    restore_model,
+    restore_optimizer,
+)
+from simmim.engine.parts import Parts, Piece, part_path, write_part
+from swinv2.weights import atomic_write_text
 
 COMPLETE = "complete"
-UNREADABLE = (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, UnpicklingError)
-"""What a damaged pickle may raise."""
+MODEL, OPTIMIZER = "model", "optimizer"
+STATE_FILE, VALUES_FILE, RECIPE_FILE = "state.json", "optimizer.json", "recipe.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +47,19 @@ class TrainingState:
     batch_size: int
     """Global batch size in images."""
     seed: int
-    """The random state: each step's generators are seeded with (seed, step, rank)."""
+    """The random state: everything drawn is a function of it and of a sample or a step."""
     losses: tuple[float, ...]
     """Losses of the steps since the last line in the metrics."""
     data_digest: str
     """Digest of the training shards: the cursor means nothing in others."""
     recipe_hash: str
     """Hash of the recipe in force."""
+    processes: int = 1
+    """That trained it; any other number goes on from it."""
+    scaler: dict[str, float] | None = None
+    """State of the gradient scaler in fp16."""
+    skipped_steps: int = 0
+    """Steps without an update, for a loss or gradient that was no number."""
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -48,31 +67,146 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What one process writes into a checkpoint; its tensors lie on the CPU."""
+
+    part: int
+    """Number of its part."""
+    parts: int
+    """How many there are."""
+    model: Mapping[str, Piece]
+    optimizer: Mapping[str, Piece]
+    texts: Mapping[str, str]
+    """Other files by their name, from rank 0."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        pieces = [*self.model.values(), *self.optimizer.values()]
+        return sum(piece.rows.nbytes for piece in pieces)
+
+
+def texts_of(optimizer: torch.optim.Optimizer, state: TrainingState, recipe: str) -> dict[str, str]:
+    """Return the files of a checkpoint besides its tensors, by name."""
+    return {
+        VALUES_FILE: json.dumps(optimizer_values(optimizer)),
+        STATE_FILE: json.dumps(asdict(state), indent=2),
+        RECIPE_FILE: recipe,
+    }
+
+
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: TrainingState,
+    recipe: str = "",
 ) -> Path:
-    """Write the checkpoint of `state.step` so that a kill at any moment leaves the old ones.
+    """Write the checkpoint of `state.step` from the one process that trains.
+
+    A kill at any moment leaves the earlier ones. `simmim.engine.saving` does it in the background
+    and from several processes.
 
     Raises:
         OSError: it cannot be written, for want of space for example.
     """
-    path = checkpoint_path(folder, state.step)
+    contents = Contents(
+        part=0,
+        parts=1,
+        model=model_pieces(model, 0),
+        optimizer=optimizer_pieces(optimizer, 0),
+        texts=texts_of(optimizer, state, recipe),
+    )
+    try:
+        write_contents(folder, state.step, contents)
+    except BaseException:
+        discard(folder, state.step)
+        raise
+    return finish_checkpoint(folder, state.step, contents.parts)
+
+
+def write_contents(folder: Path, step: int, contents: Contents) -> None:
+    """Write what one process holds, aside; it is on disk at the return.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    aside = _aside(folder, step)
+    aside.mkdir(parents=True, exist_ok=True)
+    for kind, pieces in ((MODEL, contents.model), (OPTIMIZER, contents.optimizer)):
+        file = part_path(aside, kind, contents.part, contents.parts)
+        with _named(file):
+            write_part(file, pieces)
+    for name, text in contents.texts.items():
+        with _named(aside / name):
+            _write_text(aside / name, text)
+
+
+def finish_checkpoint(folder: Path, step: int, parts: int) -> Path:
+    """Give the folder that was written aside its name, and mark it; all parts are written by now.
+
+    Raises:
+        OSError: parts are missing, or the disk does not take it.
+    """
+    aside, path = _aside(folder, step), checkpoint_path(folder, step)
+    for kind in (MODEL, OPTIMIZER):
+        for number in range(parts):
+            file = part_path(aside, kind, number, parts)
+            if not file.is_file():
+                raise OSError(
+                    f"{file} is missing though its process has written it: the run folder must be "
+                    "on a file system that all machines share."
+                )
+    _fsync(aside)
     if path.exists():  # left unmarked by a kill between rename and mark, or taken again
         _remove(path)
-    with atomic_folder(path) as partial:
-        tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        write_tensors(partial / "model.safetensors", tensors)
-        _write_pickle(partial / "optimizer.pt", optimizer.state_dict())
-        (partial / "state.json").write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
+    aside.rename(path)
+    _fsync(folder)
     atomic_write_text(path / COMPLETE, "")
     return path
 
 
-def _write_pickle(file: Path, content: dict[str, Any]) -> None:
+def discard(folder: Path, step: int) -> None:
+    """Remove what was written aside for a checkpoint that will not be completed."""
+    shutil.rmtree(_aside(folder, step), ignore_errors=True)
+
+
+def discard_all(folder: Path) -> None:
+    """Remove all that killed processes have left aside; no process may be writing."""
+    for path in folder.glob(".step-*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+
+
+def _aside(folder: Path, step: int) -> Path:
+    path = checkpoint_path(folder, step)
+    return path.with_name(f".{path.name}.writing")
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
     try:
-        torch.save(content, file)
-    except RuntimeError as error:  # torch hides what the system said
-        raise OSError(f"{file} cannot be written; is the disk full? ({error})") from error
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{file} cannot be written ({error.strerror}); is the disk full?"
+        ) from error
+
+
+def _write_text(file: Path, text: str) -> None:
+    with file.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _fsync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -80,15 +214,18 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return [path for path in _checkpoints(folder) if (path / COMPLETE).is_file()]
 
 
-def remove_old_checkpoints(folder: Path, keep_last: int) -> None:
-    """Remove all but the last `keep_last` complete checkpoints, and what kills left behind."""
-    complete = complete_checkpoints(folder)
+def remove_old_checkpoints(folder: Path, keep_last: int, keep_every: int | None = None) -> None:
+    """Remove all but the last `keep_last` complete checkpoints and those of every so many steps.
+
+    Folders that kills left unmarked go too.
+    """
+    found = complete_checkpoints(folder)
+    kept = set(found[-keep_last:])
+    if keep_every is not None:
+        kept |= {path for path in found if _step(path) % keep_every == 0}
     for path in _checkpoints(folder):
-        if path not in complete[-keep_last:]:
+        if path not in kept:
             _remove(path)
-    for path in folder.glob(".step-*"):
-        if path.is_dir():  # written or removed by a process that was killed
-            shutil.rmtree(path)
 
 
 def remove_later_checkpoints(folder: Path, step: int) -> None:
@@ -139,14 +276,20 @@ def load_model(path: Path, model: nn.Module) -> None:
     """Load the weights of a checkpoint.
 
     Raises:
-        ValueError: the file cannot be read, or a tensor is missing, unexpected or does not fit.
+        ValueError: a file cannot be read, or a tensor is missing, unexpected or does not fit.
     """
-    file = path / "model.safetensors"
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        _refuse(file, error)
-    load_strictly(model, tensors, str(file))
+    with Parts(path, MODEL) as parts:
+        restore_model(model, parts)
+
+
+def read_model(path: Path) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint, whole and on the CPU.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    with Parts(path, MODEL) as parts:
+        return parts.read_all()
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
@@ -155,37 +298,24 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
     Weight decay, betas and the like stay those of `optimizer`: the recipe has the last word.
 
     Raises:
-        ValueError: the file cannot be read, or lacks a parameter of `optimizer`.
+        ValueError: a file cannot be read, or lacks a parameter of `optimizer`.
     """
-    file = path / "optimizer.pt"
+    values = read_values_of_optimizer(path)
+    with Parts(path, OPTIMIZER) as parts:
+        restore_optimizer(optimizer, parts, values)
+
+
+def read_values_of_optimizer(path: Path) -> dict[str, dict[str, Any]]:
+    """Return what the optimiser's state holds besides tensors, by parameter.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    file = path / VALUES_FILE
     try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-        numbers = _numbers(saved)
-        states = saved["state"]
-    except UNREADABLE as error:
+        return TypeAdapter(dict[str, dict[str, Any]]).validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
         _refuse(file, error)
-    present = optimizer.state_dict()
-    missing = sorted(set(_numbers(present)) - set(numbers))
-    if missing:
-        raise ValueError(
-            f"{file} lacks the state of {', '.join(missing)}: it is of another model. "
-            "Resume with the recipe of that run."
-        )
-    present["state"] = {
-        number: states[numbers[name]]
-        for name, number in _numbers(present).items()
-        if numbers[name] in states  # an optimiser that took no step has none
-    }
-    optimizer.load_state_dict(present)
-
-
-def _numbers(state: dict[str, Any]) -> dict[str, int]:
-    """Return under which number an optimiser's state holds each named parameter."""
-    return {
-        name: number
-        for group in state["param_groups"]
-        for name, number in zip(group["param_names"], group["params"], strict=True)
-    }
 
 
 def load_state(path: Path) -> TrainingState:
@@ -194,7 +324,7 @@ def load_state(path: Path) -> TrainingState:
     Raises:
         ValueError: the file cannot be read, or does not hold such a state.
     """
-    file = path / "state.json"
+    file = path / STATE_FILE
     try:
         return TypeAdapter(TrainingState).validate_json(file.read_bytes(), strict=True)
     except (OSError, ValidationError) as error:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -16,15 +17,9 @@ from simmim.data.batches import Batch
 from simmim.data.mixture import Shards
 from simmim.disk import goes_on_without
 from simmim.engine.anomalies import Anomalies, poisoned
-from simmim.engine.checkpoint import (
-    TrainingState,
-    find_checkpoint,
-    load_model,
-    load_optimizer,
-    load_state,
-    remove_old_checkpoints,
-    save_checkpoint,
-)
+from simmim.engine.checkpoint import TrainingState, checkpoint_path, find_checkpoint
+from simmim.engine.holdings import whole_tensor
+from simmim.engine.initial import load_initial
 from simmim.engine.memory import keep_freed_memory
 from simmim.engine.optimizer import (
     OptimizerSettings,
@@ -34,7 +29,15 @@ from simmim.engine.optimizer import (
 )
 from simmim.engine.progress import Bar, Clock
 from simmim.engine.run import RunFolder
+from simmim.engine.saving import Saver, SavingOutcome, contents_of, restore, whole_stage
 from simmim.engine.schedule import ScheduleSettings, learning_rate
+from simmim.engine.sharding import (
+    gathered,
+    is_asked_for,
+    shard_for_training,
+    sharding_left_to_us,
+    without_exchange,
+)
 from simmim.engine.signals import StopRequest
 from simmim.engine.watchdog import Watchdog, group_timeout
 from simmim.recipe import recipe_hash, settings
@@ -52,8 +55,9 @@ class TrainingSettings:
     """Length of training in optimiser steps; either this or epochs."""
     accumulation: int = 1
     """Parts that a process cuts its share of a batch into, one forward and backward each."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the forward pass; weights and optimiser are always float32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward pass; weights and optimiser are always float32. fp16 scales the
+    loss, and skips steps whose gradients overflow; it is for GPUs without bf16."""
     clip_norm: float | None = 5.0
     """Largest norm of the whole gradient; null does not clip."""
     max_nonfinite: int = 10
@@ -69,7 +73,9 @@ class TrainingSettings:
     checkpoint_every: int = 500
     """Steps between checkpoints."""
     keep_last: int = 3
-    """Checkpoints kept."""
+    """Checkpoints kept, the last ones."""
+    keep_every: int | None = None
+    """Steps between checkpoints that are kept for good; null keeps none but the last."""
     validate_every: int = 500
     """Steps between validations; there is one at the end too."""
     look_every: int = 500
@@ -84,7 +90,13 @@ class TrainingSettings:
             raise ValueError("give either epochs or steps, the length of training.")
         positive: tuple[str, ...] = ("batch_size", "epochs", "steps", "accumulation", "clip_norm")
         positive += ("keep_last", "max_nonfinite", "rank_timeout")
-        intervals = ("log_every", "checkpoint_every", "validate_every", "look_every")
+        intervals = (
+            "log_every",
+            "checkpoint_every",
+            "keep_every",
+            "validate_every",
+            "look_every",
+        )
         for name in positive + intervals:
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -98,6 +110,20 @@ class TrainingSettings:
             return self.steps
         assert self.epochs is not None
         return max(1, round(self.epochs * samples_per_epoch / self.batch_size))
+
+    def steps_to_the_end(self, step: int, cursor: int, samples_per_epoch: int) -> int:
+        """Return the number of steps of a training whose first ones had another batch size.
+
+        Args:
+            step: steps taken with it.
+            cursor: samples taken in them.
+            samples_per_epoch: samples of an epoch.
+        """
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        left = self.epochs * samples_per_epoch - cursor
+        return step + max(0, round(left / self.batch_size))
 
 
 class Stage(Protocol):
@@ -137,6 +163,9 @@ class Stage(Protocol):
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         """Return figures on held-out data, the same on every rank; empty if there is none."""
 
+    def fresh(self) -> "Stage":
+        """Return a stage of the same recipe, with initial weights on the CPU."""
+
     def look(self, run: RunFolder, step: int) -> None:
         """Draw pictures into the run; called on the main process alone."""
 
@@ -156,14 +185,23 @@ class TrainingResult:
 
 
 def build_accelerator(precision: str, rank_timeout: float = 600.0) -> Accelerator:
-    """Build the accelerator: this machine's devices, or its CPU, and the recipe's precision."""
+    """Build the accelerator: this machine's devices, or its CPU, and the recipe's precision.
+
+    Raises:
+        ValueError: there is no device for that precision.
+    """
     if not torch.accelerator.is_available():
+        if precision == "fp16":
+            raise ValueError(
+                "training.precision fp16 needs a GPU, and there is none: use bf16 or fp32 on a CPU."
+            )
         keep_freed_memory()
-    return Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=group_timeout(rank_timeout))],
-    )
+    with sharding_left_to_us():
+        return Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision="no" if precision == "fp32" else precision,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=group_timeout(rank_timeout))],
+        )
 
 
 def training_step(
@@ -186,13 +224,13 @@ def training_step(
     for number, batch in enumerate(batches, start=1):
         last = number == len(batches)
         # Ranks exchange gradients once a step, with the last part.
-        with nullcontext() if last else accelerator.no_sync(module):
+        with nullcontext() if last else without_exchange(module, accelerator):
             loss = module(batch.to(accelerator.device))
             accelerator.backward(poisoned(loss) / len(batches))
         loss_sum += loss.detach()
     norm = accelerator.clip_grad_norm_(module.parameters(), clip_norm or math.inf)
     assert norm is not None
-    norm = torch.as_tensor(norm)
+    norm = whole_tensor(torch.as_tensor(norm))
     finite = bool(norm.isfinite())
     if finite or accelerator.scaler is not None:  # the scaler of fp16 leaves steps out by itself
         optimizer.step()
@@ -201,7 +239,13 @@ def training_step(
 
 
 def train(
-    stage: Stage, run: RunFolder, accelerator: Accelerator, resume: str | None
+    stage: Stage,
+    run: RunFolder,
+    accelerator: Accelerator,
+    resume: str | None,
+    *,
+    allow_changes: bool = False,
+    init_from: Path | None = None,
 ) -> TrainingResult:
     """Train a stage to its last step, or until a signal asks to stop.
 
@@ -210,33 +254,42 @@ def train(
         run: where everything is written.
         accelerator: devices and processes.
         resume: None to start anew, `auto`, or the path of a checkpoint.
+        allow_changes: go on with another batch size than that of the checkpoint.
+        init_from: where the first weights are, unless a checkpoint is found; see `load_initial`.
 
     Raises:
         DivergedError: loss or gradient were not finite, too many steps in a row; the last
             checkpoint is from before.
         RankLostError: another process failed or is gone.
+        OSError: the checkpoint at the end cannot be written.
     """
-    trainer = _Trainer(stage, run, accelerator)
-    if resume is not None:
-        trainer.restore(find_checkpoint(run.checkpoints, resume))
+    stop = StopRequest(group_timeout(stage.recipe.training.rank_timeout))
+    trainer = _Trainer(stage, run, accelerator, stop)
+    found = None if resume is None else find_checkpoint(run.checkpoints, resume)
+    if found is not None:
+        trainer.restore(found, allow_changes=allow_changes)
+    loaded = load_initial(init_from, stage.module) if init_from and found is None else None
     stream = trainer.batches()  # refuses what cannot be dealt out, before anything is written
     if accelerator.is_main_process:
         run.begin(stage.recipe, step=trainer.step)
     accelerator.wait_for_everyone()
     bar = Bar(trainer.total, trainer.step, visible=accelerator.is_main_process, label=run.path.name)
-    limit = group_timeout(trainer.training.rank_timeout).total_seconds()
-    with StopRequest(limit) as stop, trainer.watchdog, bar:
+    with stop, trainer.watchdog, bar:
+        if loaded is not None:
+            bar.say(loaded)
         batches = iter(stream)
         trainer.clock.skip()
-        while trainer.step < trainer.total and not stop.agreed():
+        while trainer.step < trainer.total and not trainer.must_stop(bar):
             trainer.advance(batches, bar)
         stopped = trainer.step < trainer.total
         if stopped:
             received = stop.received.name if stop.received else "a signal on another rank"
             bar.say(f"{received}: stopping after step {trainer.step}, writing a checkpoint.")
-        trainer.save()
+        trainer.save_for_good(bar)
         if not stopped and accelerator.is_main_process:
-            stage.hand_on(run, trainer.step, trainer.cursor)
+            whole_stage(stage, checkpoint_path(run.checkpoints, trainer.step)).hand_on(
+                run, trainer.step, trainer.cursor
+            )
         accelerator.wait_for_everyone()
     return TrainingResult(step=trainer.step, stopped=stopped, figures=trainer.figures)
 
@@ -244,11 +297,13 @@ def train(
 class _Trainer:
     """The state of a training, and what happens at each step."""
 
-    def __init__(self, stage: Stage, run: RunFolder, accelerator: Accelerator) -> None:
-        self.stage, self.run, self.accelerator = stage, run, accelerator
+    def __init__(
+        self, stage: Stage, run: RunFolder, accelerator: Accelerator, stop: StopRequest
+    ) -> None:
+        self.stage, self.run, self.accelerator, self.stop = stage, run, accelerator, stop
         self.training: TrainingSettings = stage.recipe.training
         self.total = self.training.total_steps(stage.samples_per_epoch)
-        self.step = 0
+        self.step = self.cursor = self.skipped = 0
         self.saved_step = -1
         self.lr = 0.0
         self.figures: dict[str, float] = {}
@@ -259,13 +314,19 @@ class _Trainer:
             accelerator, stage.training_shards, run.anomalies, limit=self.training.max_nonfinite
         )
         stage.module.to(accelerator.device)
+        sharded = is_asked_for() and accelerator.num_processes > 1
+        if sharded:
+            shard_for_training(stage.module, accelerator)
         groups = parameter_groups(stage.module, self.training.optimizer, stage.depths)
         optimizer = build_optimizer(stage.module, self.training.optimizer, groups)
-        self.module, self.optimizer = accelerator.prepare(stage.module, optimizer)
-
-    @property
-    def cursor(self) -> int:
-        return self.step * self.training.batch_size
+        self.optimizer = accelerator.prepare(optimizer)
+        self.module = stage.module if sharded else accelerator.prepare(stage.module)
+        self.saver = Saver(
+            run.checkpoints,
+            rank=accelerator.process_index,
+            keep_last=self.training.keep_last,
+            keep_every=self.training.keep_every,
+        )
 
     @property
     def steps_per_epoch(self) -> float:
@@ -276,37 +337,35 @@ class _Trainer:
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
             start=self.cursor,
-            end=self.total * self.training.batch_size,
+            end=self.cursor + (self.total - self.step) * self.training.batch_size,
         )
 
-    def restore(self, path: Any) -> None:
-        if path is None:
-            return
-        state = load_state(path)
+    def restore(self, path: Path, *, allow_changes: bool) -> None:
+        state = restore(
+            path, self.stage, self.accelerator, self.optimizer, allow_changes=allow_changes
+        )
         if state.batch_size != self.training.batch_size:
-            raise ValueError(
-                f"{path} was trained with batch size {state.batch_size}, the recipe says "
-                f"{self.training.batch_size}; its place in the data would be lost."
-            )
-        if state.data_digest != self.stage.data_digest:
-            raise ValueError(
-                f"{path} was trained on other shards than the recipe names now; its place in the "
-                "data would be lost. Name the shards it was started with, or start another run."
+            self.total = self.training.steps_to_the_end(
+                state.step, state.cursor, self.stage.samples_per_epoch
             )
         if state.step > self.total:
             raise ValueError(
                 f"{path} is of step {state.step} and training ends at step {self.total}: lengthen "
                 "training.steps or training.epochs, or resume from an earlier checkpoint."
             )
-        load_model(path, self.accelerator.unwrap_model(self.module))
-        load_optimizer(path, self.optimizer)
         self.step = self.saved_step = state.step
+        self.cursor, self.skipped = state.cursor, state.skipped_steps
         self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in state.losses]
+
+    def must_stop(self, bar: Bar) -> bool:
+        """Meet the other ranks: was one asked to stop, and how far is the checkpoint on its way?"""
+        wanted, *saving = self.stop.agree([self.stop.wanted, *self.saver.signs()])
+        self._report(self.saver.heed(*saving), bar)
+        return bool(wanted)
 
     def advance(self, batches: Iterator[Batch], bar: Bar) -> None:
         """Take one step and do what is due after it."""
         training = self.training
-        torch.manual_seed(step_seed(training.seed, self.step, self.accelerator.process_index))
         set_learning_rate(self.optimizer, self._learning_rate)
         self.watchdog.at(self.step + 1, "waiting for data")
         began = time.perf_counter()
@@ -317,9 +376,11 @@ class _Trainer:
         loss, norm = training_step(
             self.accelerator, self.module, self.optimizer, micro_batches, training.clip_norm
         )
+        self.skipped += int(loss.isnan())
         self.losses.append(loss)
         self.lr = self._learning_rate(1.0)
         self.step += 1
+        self.cursor += training.batch_size
         self.watchdog.at(self.step, "looking at what is due: log, validation, checkpoint")
         self.anomalies.judge(self.step, norm, self.module, micro_batches, bar.say)
         bar.advance()
@@ -327,12 +388,14 @@ class _Trainer:
             self._log(norm, bar)
         if self._due(training.validate_every):
             self._validate(bar)
-        if self._due(training.look_every) and self.accelerator.is_main_process:
-            with goes_on_without("a picture", self.run.reconstructions):
-                self.stage.look(self.run, self.step)
+        if self._due(training.look_every):
+            with gathered(self.stage.module):
+                if self.accelerator.is_main_process:
+                    with goes_on_without("a picture", self.run.reconstructions):
+                        self.stage.look(self.run, self.step)
             self.clock.skip()
         if self.step % training.checkpoint_every == 0:
-            self.save()
+            self.save(bar)
         self.watchdog.at(self.step, "asking all ranks whether to go on")
 
     def _learning_rate(self, factor: float) -> float:
@@ -359,8 +422,7 @@ class _Trainer:
         return losses
 
     def _log(self, norm: Tensor, bar: Bar) -> None:
-        losses = self._losses_since_log()
-        loss = float(losses.nanmean())
+        loss = float(self._losses_since_log().nanmean())
         self.losses.clear()
         images_per_second, data_wait = self.clock.read()
         bar.show(loss, self.lr, images_per_second, data_wait)
@@ -373,7 +435,7 @@ class _Trainer:
                     "loss": loss,
                     "lr": self.lr,
                     "grad_norm": float(norm),
-                    "skipped": int(losses.isnan().sum()),
+                    "skipped": self.skipped,
                     "images_per_second": round(images_per_second, 2),
                     "data_wait": round(data_wait, 4),
                     "processes": self.accelerator.num_processes,
@@ -382,7 +444,7 @@ class _Trainer:
 
     def _validate(self, bar: Bar) -> None:
         self.module.eval()
-        with torch.no_grad():
+        with torch.no_grad(), gathered(self.stage.module):
             self.figures = self.stage.validate(self.accelerator)
         if self.figures:
             listed = ", ".join(f"{name} {value:.4f}" for name, value in self.figures.items())
@@ -391,37 +453,50 @@ class _Trainer:
                 self.run.log({"step": self.step, **self.figures})
         self.clock.skip()
 
-    def save(self) -> None:
-        """Write a checkpoint of the present step, unless there is one.
+    def save(self, bar: Bar) -> None:
+        """Begin a checkpoint of the present step, unless there is one.
 
         None is written between skipped steps: the next start is to be from before the first.
         """
         if self.saved_step == self.step or (self.anomalies.in_a_row and self.step < self.total):
             return
         losses = tuple(self._losses_since_log().tolist())
-        if self.accelerator.is_main_process:
-            state = TrainingState(
-                step=self.step,
-                cursor=self.cursor,
-                total_steps=self.total,
-                batch_size=self.training.batch_size,
-                seed=self.training.seed,
-                losses=losses,
-                data_digest=self.stage.data_digest,
-                recipe_hash=recipe_hash(self.stage.recipe),
-            )
-            model = self.accelerator.unwrap_model(self.module)
-            save_checkpoint(self.run.checkpoints, model, self.optimizer, state)
-            remove_old_checkpoints(self.run.checkpoints, self.training.keep_last)
-        self.accelerator.wait_for_everyone()
+        self._report(self.saver.finish(self.stop.agree), bar)
+        state = TrainingState(
+            step=self.step,
+            cursor=self.cursor,
+            total_steps=self.total,
+            batch_size=self.training.batch_size,
+            seed=self.training.seed,
+            losses=losses,
+            data_digest=self.stage.data_digest,
+            recipe_hash=recipe_hash(self.stage.recipe),
+            processes=self.accelerator.num_processes,
+            skipped_steps=self.skipped,
+        )
+        self.saver.start(
+            self.step, contents_of(self.stage, self.accelerator, self.optimizer, state)
+        )
         self.saved_step = self.step
         self.clock.skip()
 
+    def save_for_good(self, bar: Bar) -> None:
+        """Write a checkpoint of the present step and wait until it is complete.
 
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Return the seed of everything random in the model at one step, drop path for example.
+        Raises:
+            OSError: it cannot be written.
+        """
+        self.save(bar)
+        outcome = self.saver.finish(self.stop.agree)
+        self.saver.close()
+        self._report(outcome, bar)
+        if outcome is not None and not outcome.saved:
+            raise OSError(f"step {outcome.step} has no checkpoint: {outcome.reason}")
 
-    A pure function, so that a resumed run draws what the uninterrupted one would have drawn.
-    """
-    mixed = (seed * 1_000_003 + step) * 65_537 + rank
-    return mixed % (2**63)
+    def _report(self, outcome: SavingOutcome | None, bar: Bar) -> None:
+        """Tell of a checkpoint that could not be written."""
+        if outcome is not None and not outcome.saved:
+            bar.say(
+                f"WARNING: the checkpoint of step {outcome.step} was not written, and training "
+                f"goes on: {outcome.reason}. A restart would go on from the one before."
+            )

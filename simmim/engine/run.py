@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from simmim.disk import append_whole, goes_on_without
-from simmim.engine.checkpoint import remove_later_checkpoints
+from simmim.engine.checkpoint import RECIPE_FILE, discard_all, remove_later_checkpoints
 from simmim.recipe import differences, read_values, to_values, to_yaml
 from swinv2.weights import atomic_write_text
 
@@ -26,6 +26,7 @@ FREE_TO_CHANGE = (
     "training.log_every",
     "training.checkpoint_every",
     "training.keep_last",
+    "training.keep_every",
     "training.validate_every",
     "training.look_every",
     "training.max_nonfinite",
@@ -75,8 +76,24 @@ class RunFolder:
         """The encoder directory, the latest export."""
         return self.path / "encoder"
 
-    def check(self, recipe: Any, *, resume: bool, allow_changes: bool = False) -> None:
+    def check(
+        self,
+        recipe: Any,
+        *,
+        resume: bool,
+        checkpoint: Path | None = None,
+        allow_changes: bool = False,
+    ) -> dict[str, str]:
         """Refuse to mix runs, before anything is written.
+
+        Args:
+            recipe: what is to be trained.
+            resume: whether to go on with what is there.
+            checkpoint: from which, where there is one; its recipe is the one to compare with.
+            allow_changes: let the recipe differ in anything.
+
+        Returns:
+            What differs from the saved recipe and was let pass: dotted key → `old → new`.
 
         Raises:
             ValueError: the folder holds something and `resume` was not asked for, or the recipe
@@ -88,18 +105,20 @@ class RunFolder:
                     f"run folder {self.path} is not empty. Continue that run with --resume auto, "
                     "or choose another with --folder."
                 )
-            return
-        if not self.recipe.is_file() or allow_changes:
-            return
-        changed = differences(read_values(self.recipe), to_values(recipe))
+            return {}
+        saved = self.recipe if checkpoint is None else checkpoint / RECIPE_FILE
+        if not saved.is_file():
+            return {}
+        changed = differences(read_values(saved), to_values(recipe))
         refused = [f"{key}: {text}" for key, text in changed.items() if not _is_free(key)]
-        if refused:
+        if refused and not allow_changes:
             listed = "\n  ".join(refused)
             raise ValueError(
                 f"the recipe differs from the one that {self.path} was started with:\n  {listed}\n"
-                f"Resume with {self.recipe}, start another run, or accept this with "
+                f"Resume with {saved}, start another run, or accept this with "
                 "--allow-recipe-changes."
             )
+        return changed
 
     def _is_empty(self) -> bool:
         return all(path.name == LOCK for path in self.path.iterdir())
@@ -135,6 +154,7 @@ class RunFolder:
     def begin(self, recipe: Any, *, step: int) -> None:
         """Write the recipe, and drop what is of steps after `step`, which will be taken again."""
         self.path.mkdir(parents=True, exist_ok=True)
+        discard_all(self.checkpoints)
         remove_later_checkpoints(self.checkpoints, step)
         atomic_write_text(self.recipe, to_yaml(recipe))
         if self.metrics.is_file():

@@ -23,11 +23,11 @@ class StopRequest:
     too. `agreed` asks all ranks, so that none waits for one that has already stopped.
 
     Args:
-        timeout: most seconds that asking waits for another rank; None is torch's own.
+        timeout: the longest that asking waits for another rank; None is torch's own.
     """
 
-    def __init__(self, timeout: float | None = None) -> None:
-        self._timeout = None if timeout is None else timedelta(seconds=timeout)
+    def __init__(self, timeout: timedelta | None = None) -> None:
+        self._timeout = timeout
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._group: torch.distributed.ProcessGroup | None = None

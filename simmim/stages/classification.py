@@ -17,6 +17,7 @@ from simmim.engine.loop import TrainingSettings
 from simmim.engine.run import RunFolder
 from simmim.recipe import recipe_hash, settings
 from simmim.stages.batches import check_batches, training_batches
+from simmim.stages.chances import drop_path_chances
 from simmim.stages.classifier import Classifier, Scores, save_head, score
 from simmim.stages.encoder_settings import EncoderSettings, ExecutionSettings
 from simmim.stages.labelled import open_labelled
@@ -119,16 +120,20 @@ def starting_point(recipe: ClassificationRecipe) -> StartingPoint:
 class ClassificationModule(nn.Module):
     """Cross entropy with label smoothing over batches as they were stored."""
 
-    def __init__(self, model: Classifier, start: StartingPoint, *, label_smoothing: float) -> None:
+    def __init__(
+        self, model: Classifier, start: StartingPoint, *, label_smoothing: float, seed: int
+    ) -> None:
         super().__init__()
         self.model = model
+        self.seed = seed
         self.normalise = Normalise(start.mean, start.std)
         self.label_smoothing = label_smoothing
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the mean loss over a batch."""
         assert batch.labels is not None
-        logits = self.model(self.normalise(batch.images, batch.flips))
+        images = self.normalise(batch.images, batch.flips)
+        logits = self.model(images, drop_path_chances(self.model.encoder, batch, self.seed))
         return F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.label_smoothing)
 
 
@@ -156,7 +161,10 @@ class ClassificationStage:
             torch.manual_seed(recipe.training.seed)
             self.model = Classifier(self.start.encoder, len(self.classes))
         self.module = ClassificationModule(
-            self.model, self.start, label_smoothing=recipe.label_smoothing
+            self.model,
+            self.start,
+            label_smoothing=recipe.label_smoothing,
+            seed=recipe.training.seed,
         )
         self.depths = self.start.encoder.config.depths
 
@@ -215,6 +223,10 @@ class ClassificationStage:
             "top5": 100 * top5 / count,
             "validation_loss": loss / count,
         }
+
+    def fresh(self) -> "ClassificationStage":
+        """Return a stage of the same recipe, with initial weights on the CPU."""
+        return ClassificationStage(self.recipe)
 
     def look(self, run: RunFolder, step: int) -> None:
         """Draw nothing: classification has no pictures."""

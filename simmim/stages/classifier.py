@@ -23,12 +23,12 @@ HEAD_FILE = "model.safetensors"
 CLASSES_FILE = "classes.json"
 
 
-def pooled_features(encoder: SwinV2, images: Tensor) -> Tensor:
+def pooled_features(encoder: SwinV2, images: Tensor, chances: Tensor | None = None) -> Tensor:
     """Return the mean over all places of the encoder's output.
 
     Normalised images (batch, channels, height, width) become (batch, num_features).
     """
-    tokens: Tensor = encoder(images)
+    tokens: Tensor = encoder(images, chances)
     return tokens.mean(dim=(1, 2))
 
 
@@ -42,9 +42,12 @@ class Classifier(nn.Module):
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Turn normalised images (batch, channels, height, width) into (batch, classes) logits."""
-        logits: Tensor = self.head(pooled_features(self.encoder, images))
+    def forward(self, images: Tensor, chances: Tensor | None = None) -> Tensor:
+        """Turn normalised images (batch, channels, height, width) into (batch, classes) logits.
+
+        What drop_path drops goes by chances; see `SwinV2.encode`.
+        """
+        logits: Tensor = self.head(pooled_features(self.encoder, images, chances))
         return logits
 
 

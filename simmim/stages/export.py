@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from simmim.data.settings import first_folder
-from simmim.engine.checkpoint import complete_checkpoints, load_state
+from simmim.engine.checkpoint import complete_checkpoints, load_state, read_model
 from simmim.engine.run import RunFolder
 from simmim.recipe import RecipeError, load, read_values, recipe_hash
 from simmim.stages.classification import HEAD_FOLDER, ClassificationRecipe, starting_point
@@ -30,7 +30,6 @@ from swinv2.weights import (
     load_encoder,
     load_strictly,
     read_encoder_config,
-    read_tensors,
     save_encoder,
 )
 
@@ -253,9 +252,8 @@ def _read_classification(run: RunFolder, checkpoint: Path) -> Exportable:
         if ended.provenance.step == provenance.step:
             return replace(_with_head(ended, run), shards=first_folder(recipe.data.shards))
     start = starting_point(recipe)
-    file = checkpoint / "model.safetensors"
-    tensors = read_tensors(file)
-    load_strictly(start.encoder, _below(tensors, ENCODER_PREFIX), str(file))
+    tensors = read_model(checkpoint)
+    load_strictly(start.encoder, _below(tensors, ENCODER_PREFIX), str(checkpoint))
     head = _below(tensors, HEAD_PREFIX)
     return Exportable(
         encoder=start.encoder.eval(),

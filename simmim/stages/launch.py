@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from simmim.engine.checkpoint import find_checkpoint
 from simmim.engine.launcher import (
     end_with_launcher,
     requested_cpu_processes,
@@ -13,6 +14,7 @@ from simmim.engine.launcher import (
 )
 from simmim.engine.loop import Stage, TrainingResult, build_accelerator, train
 from simmim.engine.run import RunFolder
+from simmim.engine.sharding import check_sharding
 from simmim.stages.classification import ClassificationRecipe
 from simmim.stages.pretrain import PretrainRecipe
 
@@ -26,19 +28,40 @@ def launch(
     run: RunFolder,
     resume: str | None,
     allow_changes: bool,
+    init_from: Path | None = None,
 ) -> TrainingResult:
     """Train the stage of `recipe` in the folder `run`, on all the processes that were asked for.
 
     Everything that can be wrong with the input is looked at before processes start.
 
+    Args:
+        make_stage: makes the stage of a recipe.
+        recipe: what is trained, and how.
+        run: where everything is written.
+        resume: None to start anew, `auto`, or the path of a checkpoint. Processes that torchrun has
+            started again go on from the last complete one.
+        allow_changes: resume though the recipe changes what is trained.
+        init_from: weights to start from where no checkpoint is resumed.
+
     Raises:
         ValueError: the run folder, the shards or the sizes cannot be used.
     """
-    check_parallelism()
+    check_sharding()
     end_with_launcher()
     stage = make_stage(recipe)
+    if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        resume = "auto"
+    checkpoint = None if resume is None else find_checkpoint(run.checkpoints, resume)
     if int(os.environ.get("RANK", "0")) == 0:  # the others would meet what rank 0 has begun
-        run.check(stage.recipe, resume=resume is not None, allow_changes=allow_changes)
+        changed = run.check(
+            stage.recipe,
+            resume=resume is not None,
+            checkpoint=checkpoint,
+            allow_changes=allow_changes,
+        )
+        if changed and requested_cpu_processes() < 2:  # told once, by the process that trains
+            listed = "".join(f"\n  {key}: {text}" for key, text in changed.items())
+            sys.stderr.write(f"the recipe has changed:{listed}\n")
     stage.bad_samples.write_to(run.bad_samples)
     world = max(requested_cpu_processes(), int(os.environ.get("WORLD_SIZE", "1")))
     stage.batches(rank=0, world=world, start=0, end=recipe.training.batch_size)
@@ -47,25 +70,13 @@ def launch(
     if accelerator.is_main_process:
         run.lock()
     accelerator.wait_for_everyone()
-    result = train(stage, run, accelerator, resume)
+    result = train(
+        stage, run, accelerator, resume, allow_changes=allow_changes, init_from=init_from
+    )
     if accelerator.is_main_process:
         say_result(result, run)
     accelerator.end_training()
     return result
-
-
-def check_parallelism() -> None:
-    """Refuse what accelerate would do to the weights and checkpoints cannot hold.
-
-    Raises:
-        ValueError: accelerate was told to shard them.
-    """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise ValueError(
-            "accelerate was told to use FSDP, and training does not write sharded checkpoints yet: "
-            "leave out --use_fsdp, or the --config_file that asks for it. To save memory, set "
-            "execution.checkpointing to full; `simmim bench memory` tells what fits."
-        )
 
 
 def say_result(result: TrainingResult, run: RunFolder) -> None:

@@ -22,6 +22,7 @@ from simmim.model import LossArea, SimMIM
 from simmim.recipe import load, recipe_hash, settings
 from simmim.report.panels import reconstruction_panel
 from simmim.stages.batches import check_batches, training_batches
+from simmim.stages.chances import drop_path_chances
 from simmim.stages.encoder_settings import EncoderSettings, ExecutionSettings
 from simmim.stages.normalisation import Normalise
 from swinv2 import build_encoder, save_encoder
@@ -111,15 +112,18 @@ def build_model(recipe: PretrainRecipe) -> SimMIM:
 class PretrainModule(nn.Module):
     """SimMIM over batches as they were stored: the device mirrors and normalises the images."""
 
-    def __init__(self, model: SimMIM, data: DataSettings) -> None:
+    def __init__(self, model: SimMIM, data: DataSettings, *, seed: int) -> None:
         super().__init__()
         self.model = model
+        self.seed = seed
         self.normalise = Normalise(*data.normalisation)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the mean loss over a batch."""
         assert batch.masks is not None
-        loss: Tensor = self.model(self.normalise(batch.images, batch.flips), batch.masks).loss
+        images = self.normalise(batch.images, batch.flips)
+        chances = drop_path_chances(self.model.encoder, batch, self.seed)
+        loss: Tensor = self.model(images, batch.masks, chances).loss
         return loss
 
 
@@ -138,7 +142,7 @@ class PretrainStage:
         self.data_digest = self.training_shards.digest
         self.model = build_model(recipe)
         recipe.execution.apply(self.model.encoder)
-        self.module = PretrainModule(self.model, recipe.data)
+        self.module = PretrainModule(self.model, recipe.data, seed=recipe.training.seed)
         self.depths = self.model.encoder.config.depths
         self.draw_mask = recipe.draw_mask()
 
@@ -204,6 +208,10 @@ class PretrainStage:
             "validation_loss": float(total[0] / total[2]),
             "mean_color_loss": float(total[1] / total[2]),
         }
+
+    def fresh(self) -> "PretrainStage":
+        """Return a stage of the same recipe, with initial weights on the CPU."""
+        return PretrainStage(self.recipe)
 
     def look(self, run: RunFolder, step: int) -> None:
         """Draw reconstructions of the first held-out images into the run."""
@@ -272,6 +280,6 @@ def load_pretrained(run: RunFolder, checkpoint: str = "auto") -> Pretrained:
     path = find_checkpoint(run.checkpoints, checkpoint)
     if path is None:
         raise ValueError(f"{run.checkpoints} holds no complete checkpoint; train it further first.")
-    module = PretrainModule(build_model(recipe), recipe.data)
+    module = PretrainModule(build_model(recipe), recipe.data, seed=recipe.training.seed)
     load_model(path, module)
     return Pretrained(model=module.model.eval(), recipe=recipe, state=load_state(path))

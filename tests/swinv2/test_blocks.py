@@ -5,7 +5,15 @@ import torch
 from torch import nn
 
 from swinv2 import build_encoder
-from swinv2.blocks import LayerNorm, PatchEmbed, PatchMerging, Stage, drop_path
+from swinv2.blocks import (
+    CHANCES,
+    LayerNorm,
+    PatchEmbed,
+    PatchMerging,
+    Stage,
+    drop_path,
+    survival,
+)
 
 TINY = {"image_size": 32, "window_size": 4, "embed_dim": 12, "num_heads": (1, 2), "patch_size": 2}
 
@@ -72,6 +80,32 @@ def test_drop_path_acts_in_training_only(randomise: Callable[[nn.Module], None])
     torch.manual_seed(0)
     assert len(encoder(images).sum((1, 2, 3)).unique()) > 1
     assert len(encoder.eval()(images).sum((1, 2, 3)).unique()) == 1
+
+
+def test_chances_drop_the_same_however_a_batch_is_cut(
+    randomise: Callable[[nn.Module], None],
+) -> None:
+    encoder = build_encoder("tiny", **TINY, depths=(1, 2), drop_path=0.6)
+    randomise(encoder)
+    images = torch.randn(1, 3, 32, 32).expand(12, 3, 32, 32)
+    chances = torch.randint(CHANCES, (12, 3, 2), dtype=torch.int32)
+    whole = encoder(images, chances)
+    assert len(whole.sum((1, 2, 3)).unique()) > 1
+    parts = [encoder(images[part], chances[part]) for part in (slice(0, 5), slice(5, 12))]
+    torch.testing.assert_close(torch.cat(parts), whole)
+    encoder.set_execution(checkpointing="full")
+    torch.testing.assert_close(encoder(images, chances), whole)
+    with pytest.raises(ValueError, match=r"chances have shape \(12, 2, 2\)"):
+        encoder(images, chances[:, :2])
+
+
+def test_chances_drop_at_the_rate_of_the_block() -> None:
+    branch = torch.ones(20_000, 2)
+    chances = torch.randint(CHANCES, (20_000,), dtype=torch.int32)
+    factors = survival(branch, 0.3, training=True, chance=chances)
+    assert factors is not None
+    assert (factors == 0).float().mean() == pytest.approx(0.3, abs=0.02)
+    assert factors.mean() == pytest.approx(1, abs=0.02)
 
 
 def test_images_are_padded_to_whole_patches() -> None:

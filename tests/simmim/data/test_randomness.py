@@ -3,7 +3,7 @@ import pickle
 import numpy as np
 import torch
 
-from simmim.data.randomness import numpy_stream, shuffled, stream_seed, torch_stream
+from simmim.data.randomness import numpy_stream, sample_bits, shuffled, stream_seed, torch_stream
 
 
 def test_streams_never_change_with_a_release_of_anything():
@@ -60,3 +60,18 @@ def test_a_stream_survives_pickling():
     stream = numpy_stream("crop", 1)
     stream.random(3)
     assert pickle.loads(pickle.dumps(stream)).random() == stream.random()
+
+
+def test_the_bits_of_samples_are_theirs_alone_and_look_random() -> None:
+    keys = np.array([[epoch, 0, sample] for epoch in range(4) for sample in range(2000)])
+    bits = sample_bits(3, "drop path", keys, 8)
+    assert bits.shape == (8000, 8)
+    assert len(np.unique(bits)) == bits.size
+    assert np.array_equal(sample_bits(3, "drop path", keys[1234:1236], 8), bits[1234:1236])
+    assert not np.array_equal(sample_bits(4, "drop path", keys, 8), bits)
+    shares = (bits >> np.uint64(33)) / 2**31
+    assert abs(shares.mean() - 0.5) < 0.01
+    for column in range(1, 8):
+        assert abs(np.corrcoef(shares[:, 0], shares[:, column])[0, 1]) < 0.05
+    assert abs(np.corrcoef(shares[:-1, 0], shares[1:, 0])[0, 1]) < 0.05
+    assert sample_bits(0, "drop path", np.zeros((0, 3), np.int64), 8).shape == (0, 8)

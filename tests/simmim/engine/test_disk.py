@@ -1,4 +1,4 @@
-"""A disk that fills up while training writes to it: a small tmpfs, or a limit on the size of files."""
+"""A disk that fills up while training writes to it: a small tmpfs, or a limit on files."""
 
 import os
 import subprocess

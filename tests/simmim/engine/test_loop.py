@@ -4,10 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from simmim.engine.anomalies import DivergedError
-from simmim.engine.checkpoint import complete_checkpoints
+from simmim.engine.checkpoint import complete_checkpoints, load_state, read_model
 from simmim.engine.loop import (
     TrainingResult,
     TrainingSettings,
@@ -21,11 +20,17 @@ from simmim.stages.pretrain import PretrainRecipe, PretrainStage
 
 
 def run_training(
-    values: dict[str, Any], folder: Path, resume: str | None = None, **training: Any
+    values: dict[str, Any],
+    folder: Path,
+    resume: str | None = None,
+    init_from: Path | None = None,
+    **training: Any,
 ) -> TrainingResult:
     values = values | {"training": values["training"] | training}
     stage = PretrainStage(parse(PretrainRecipe, values, "test"))
-    return train(stage, RunFolder(path=folder), build_accelerator("fp32"), resume)
+    return train(
+        stage, RunFolder(path=folder), build_accelerator("fp32"), resume, init_from=init_from
+    )
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -34,7 +39,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(complete_checkpoints(folder / "checkpoints")[-1] / "model.safetensors")
+    return read_model(complete_checkpoints(folder / "checkpoints")[-1])
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
@@ -116,6 +121,61 @@ def test_resume_refuses_another_batch_size(pretrain_values: dict[str, Any], tmp_
         run_training(pretrain_values, tmp_path, resume="auto", batch_size=16)
 
 
+def test_another_batch_size_goes_on_at_the_same_image(
+    pretrain_values: dict[str, Any], tmp_path: Path
+) -> None:
+    run_training(pretrain_values, tmp_path, steps=None, epochs=1.0)
+    stage = PretrainStage(parse(PretrainRecipe, pretrain_values, "test"))
+    assert stage.samples_per_epoch == 84
+    before = complete_checkpoints(tmp_path / "checkpoints")[0]
+    assert load_state(before).cursor == 32
+    values = pretrain_values | {
+        "training": pretrain_values["training"] | {"steps": None, "epochs": 1.0, "batch_size": 4}
+    }
+    stage = PretrainStage(parse(PretrainRecipe, values, "test"))
+    run, accelerator = RunFolder(path=tmp_path), build_accelerator("fp32")
+    result = train(stage, run, accelerator, str(before), allow_changes=True)
+    assert result.step == 4 + (84 - 32) // 4
+    assert load_state(complete_checkpoints(run.checkpoints)[-1]).cursor == 84
+
+
+def test_a_run_starts_from_the_weights_of_another(
+    pretrain_values: dict[str, Any], tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    run_training(pretrain_values, first, steps=4)
+    checkpoint = complete_checkpoints(first / "checkpoints")[-1]
+    still = {"steps": 1, "optimizer": {"lr": 1e-30, "weight_decay": 0.0}}
+    for number, path in enumerate([first, checkpoint, first / "encoder"]):
+        run = second / str(number)
+        run_training(pretrain_values, run, init_from=path, **still)
+        state = load_state(complete_checkpoints(run / "checkpoints")[-1])
+        assert (state.step, state.cursor) == (1, 8)
+        began, ended = weights(run), weights(first)
+        same = {name for name in ended if torch.equal(began[name], ended[name])}
+        encoder = {name for name in ended if name.startswith("model.encoder.")}
+        assert same >= (encoder if path.name == "encoder" else set(ended))
+    with pytest.raises(ValueError, match="holds no weights to start from"):
+        run_training(pretrain_values, second / "none", init_from=tmp_path / "absent")
+    pretrain_values["encoder"]["embed_dim"] = 8
+    with pytest.raises(ValueError, match="does not fit"):
+        run_training(pretrain_values, second / "other", init_from=first)
+
+
+def test_checkpoints_are_kept_for_good(pretrain_values: dict[str, Any], tmp_path: Path) -> None:
+    training = {"checkpoint_every": 1, "keep_last": 2, "keep_every": 5, "look_every": 100}
+    run_training(pretrain_values, tmp_path, validate_every=100, **training)
+    found = [path.name[-2:] for path in complete_checkpoints(tmp_path / "checkpoints")]
+    assert found == ["05", "10", "11", "12"]
+
+
+def test_fp16_says_that_it_needs_a_gpu() -> None:
+    if torch.accelerator.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match="fp16 needs a GPU"):
+        build_accelerator("fp16")
+
+
 def test_resume_refuses_to_end_before_it_begins(
     pretrain_values: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -138,7 +198,6 @@ def test_resume_refuses_other_shards_in_the_same_place(
 def test_accumulation_changes_nothing_but_rounding(
     pretrain_values: dict[str, Any], tmp_path: Path
 ) -> None:
-    pretrain_values["encoder"]["drop_path"] = 0.0
     run_training(pretrain_values, tmp_path / "one")
     run_training(pretrain_values, tmp_path / "four", accumulation=4)
     one, four = losses(tmp_path / "one"), losses(tmp_path / "four")
@@ -169,7 +228,7 @@ def test_a_loss_that_is_no_number_ends_training_before_it_is_saved(
     with pytest.raises(DivergedError, match="Lower"):
         run_training(pretrain_values, tmp_path, clip_norm=None, optimizer={"lr": 1e30}, steps=40)
     for path in complete_checkpoints(tmp_path / "checkpoints"):
-        tensors = load_file(path / "model.safetensors")
+        tensors = read_model(path)
         assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 

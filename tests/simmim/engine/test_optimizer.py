@@ -1,3 +1,4 @@
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -223,3 +224,10 @@ def test_the_table_counts_every_parameter() -> None:
     )
     total = sum(parameter.numel() for parameter in model.parameters())
     assert sum(int(row[2]) for row in rows[1:]) == total
+
+
+def test_8_bits_without_their_library_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    model, settings = tiny_model(), OptimizerSettings(lr=1e-3, name="adamw_8bit")
+    with pytest.raises(ValueError, match=r"pip install 'simmim\[8bit\]'"):
+        build_optimizer(model, settings, parameter_groups(model, settings, (2, 1)))

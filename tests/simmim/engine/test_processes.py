@@ -12,9 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from simmim.engine.checkpoint import complete_checkpoints
+from simmim.engine.checkpoint import complete_checkpoints, read_model
 from simmim.engine.run import RunFolder
 
 PRETRAIN = ["-m", "simmim", "pretrain"]
@@ -67,7 +66,7 @@ def losses(run: Path) -> dict[int, float]:
 def assert_same_ending(one: Path, other: Path) -> None:
     assert losses(one) == losses(other)
     ends = [complete_checkpoints(run / "checkpoints")[-1] for run in (one, other)]
-    first, second = (load_file(end / "model.safetensors") for end in ends)
+    first, second = (read_model(end) for end in ends)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -76,7 +75,7 @@ def arguments(config: Path, run: Path, *more: str) -> list[str]:
 
 
 def test_one_and_two_processes_train_alike(pretrain_config: Path, tmp_path: Path) -> None:
-    still = ("--encoder.drop_path", "0", "--training.steps", "6", "--data.workers", "1")
+    still = ("--training.steps", "6", "--data.workers", "1")
     one, two = tmp_path / "one", tmp_path / "two"
     finish(arguments(pretrain_config, one, *still), tmp_path / "one.log")
     finish(

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from simmim.engine.run import FREE_TO_CHANGE, RunFolder
-from simmim.recipe import RecipeError, load, parse, to_values
+from simmim.recipe import RecipeError, load, parse, to_values, to_yaml
 from simmim.stages.pretrain import PretrainRecipe
 
 VALUES: dict[str, Any] = {
@@ -99,6 +99,17 @@ def test_a_change_of_the_weights_is_refused_unless_allowed(
     run.check(changed, resume=True, allow_changes=True)
 
 
+def test_a_checkpoint_of_elsewhere_brings_its_own_recipe(run: RunFolder, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "step-00000004"
+    checkpoint.mkdir()
+    (checkpoint / "recipe.yaml").write_text(to_yaml(recipe_with(training__seed=1)))
+    with pytest.raises(ValueError, match=r"training\.seed: 1 → 0"):
+        run.check(recipe_with(), resume=True, checkpoint=checkpoint)
+    again = {"resume": True, "checkpoint": checkpoint, "allow_changes": True}
+    changed = recipe_with(training__log_every=3)
+    assert run.check(changed, **again).keys() == {"training.seed", "training.log_every"}
+
+
 def test_what_changes_no_weight_may_change(run: RunFolder) -> None:
     changed = recipe_with(
         data__workers=7,
@@ -106,6 +117,7 @@ def test_what_changes_no_weight_may_change(run: RunFolder) -> None:
         training__log_every=3,
         training__checkpoint_every=4,
         training__keep_last=5,
+        training__keep_every=50,
         training__validate_every=6,
         training__look_every=7,
         execution__checkpointing="full",

@@ -6,13 +6,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 import simmim.cli
 from simmim.cli import main
-from simmim.engine.checkpoint import complete_checkpoints
+from simmim.engine.checkpoint import complete_checkpoints, read_model
 from simmim.engine.run import RunFolder
 from simmim.recipe import RecipeError, parse
 from simmim.stages.classification import ClassificationRecipe, ClassificationStage
@@ -162,7 +161,7 @@ def train(config: Path, folder: Path, *more: str, command: str = "pretrain") -> 
 
 
 def last_weights(folder: Path) -> dict[str, Tensor]:
-    return load_file(complete_checkpoints(folder / "checkpoints")[-1] / "model.safetensors")
+    return read_model(complete_checkpoints(folder / "checkpoints")[-1])
 
 
 def compiled_training(

@@ -1,0 +1,121 @@
+"""How long a checkpoint stalls training, and how soon a resumed run has its first batch.
+
+    OMP_NUM_THREADS=1 nice -n 15 python tests/benchmarks/checkpoints.py FOLDER
+
+FOLDER is on the disk to measure; some gigabytes are written there and removed again.
+
+Stall: seconds that `Saver.start` keeps a step waiting, and seconds until the checkpoint is
+complete, which a step would wait for without a thread. Resume: seconds from opening the shards to
+the first batch in hand, with the cursor at 1% and at 90% of an epoch.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+
+import torch
+
+import data_prep.cli
+from simmim import SimMIM
+from simmim.data.procedural import draw_images
+from simmim.engine.checkpoint import Contents
+from simmim.engine.holdings import model_pieces, optimizer_pieces
+from simmim.engine.optimizer import OptimizerSettings, build_optimizer, parameter_groups
+from simmim.engine.saving import Saver
+from simmim.recipe import parse
+from simmim.stages.pretrain import PretrainRecipe, PretrainStage
+from swinv2 import build_encoder
+
+
+def trained(variant: str) -> tuple[SimMIM, torch.optim.Optimizer]:
+    """Return a model with an optimiser that has taken a step, of gradients that are zeros."""
+    encoder = build_encoder(variant, image_size=192, window_size=12)
+    model = SimMIM(encoder)
+    settings = OptimizerSettings(lr=1e-3)
+    groups = parameter_groups(model, settings, encoder.config.depths)
+    optimizer = build_optimizer(model, settings, groups)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return model, optimizer
+
+
+def measure_stall(variant: str, folder: Path, repeats: int) -> str:
+    """Return a line of the table: what a step waits for, and what it would wait for."""
+    model, optimizer = trained(variant)
+    contents = Contents(
+        part=0,
+        parts=1,
+        model=model_pieces(model, 0),
+        optimizer=optimizer_pieces(optimizer, 0),
+        texts={"state.json": "{}"},
+    )
+    pieces = [*contents.model.values(), *contents.optimizer.values()]
+    size = sum(piece.rows.numel() * piece.rows.element_size() for piece in pieces)
+    saver = Saver(folder, keep_last=1)
+    stalls, totals = [], []
+    for step in range(repeats + 1):
+        began = time.perf_counter()
+        saver.start(step, contents)
+        stalls.append(time.perf_counter() - began)
+        outcome = saver.finish(list)
+        totals.append(time.perf_counter() - began)
+        assert outcome is not None
+        assert outcome.saved, outcome.reason
+    saver.close()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return (
+        f"| {variant} | {parameters / 1e6:.0f} M | {size / 1e9:.2f} GB | {stalls[0]:.3f} | "
+        f"{median(stalls[1:]):.3f} | {median(totals[1:]):.3f} |"
+    )
+
+
+def measure_resume(folder: Path, images: int, repeats: int) -> Iterable[str]:
+    """Yield lines of the table: seconds to the first batch at two places of an epoch."""
+    draw_images(folder / "images", count=images, size=32, seed=0)
+    data_prep.cli.main(["shard", str(folder / "images"), str(folder / "shards")])
+    values = {
+        "task": "pretrain",
+        "encoder": {"variant": "tiny", "patch_size": 2, "window_size": 4},
+        "data": {"shards": str(folder / "shards"), "image_size": 32, "workers": 2},
+        "mask": {"cell": 8},
+        "training": {"batch_size": 64, "epochs": 1, "optimizer": {"lr": 1e-3}},
+    }
+    recipe = parse(PretrainRecipe, values, "benchmark")
+    for share in (0.01, 0.9):
+        seconds = []
+        for _ in range(repeats):
+            stage = PretrainStage(recipe)
+            cursor = int(share * stage.samples_per_epoch) // 64 * 64
+            began = time.perf_counter()
+            batches = iter(stage.batches(rank=0, world=1, start=cursor, end=cursor + 640))
+            next(batches)
+            seconds.append(time.perf_counter() - began)
+            del batches
+        yield f"| {share:.0%} of an epoch of {stage.samples_per_epoch} | {median(seconds):.3f} |"
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="on the disk to measure")
+    parser.add_argument("--variants", nargs="+", default=["tiny", "base"])
+    parser.add_argument("--images", type=int, default=20_000, help="in the shards to resume on")
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as work:
+        print("| | parameters | written | stall, first | stall, later | until complete |")
+        print("|---|---|---|---|---|---|")
+        for variant in arguments.variants:
+            print(measure_stall(variant, Path(work, variant), arguments.repeats), flush=True)
+        print("\n| resumed at | first batch |\n|---|---|")
+        for line in measure_resume(Path(work), arguments.images, arguments.repeats):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
