@@ -49,7 +49,7 @@ def faulty(fault: str) -> type[PretrainStage]:
     class FaultyStage(PretrainStage):
         def __init__(self, recipe: PretrainRecipe) -> None:
             super().__init__(recipe)
-            self.module = FaultyModule(self.model, self.recipe.data)
+            self.module = FaultyModule(self.model, self.recipe.data, seed=self.recipe.training.seed)
             self.module.fault, self.module.shards = fault, self.training_shards
 
     return FaultyStage
