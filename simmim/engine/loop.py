@@ -178,6 +178,7 @@ class TrainingResult:
     """How a training ended."""
 
     step: int
+    """That of the last checkpoint: the last step but where steps were skipped up to a stop."""
     stopped: bool
     """True if a signal ended it before its last step; there is a checkpoint to go on from."""
     figures: dict[str, float]
@@ -284,14 +285,15 @@ def train(
         stopped = trainer.step < trainer.total
         if stopped:
             received = stop.received.name if stop.received else "a signal on another rank"
-            bar.say(f"{received}: stopping after step {trainer.step}, writing a checkpoint.")
+            bar.say(f"{received}: stopping after step {trainer.step}, {trainer.what_is_saved}.")
         trainer.save_for_good(bar)
         if not stopped and accelerator.is_main_process:
             whole_stage(stage, checkpoint_path(run.checkpoints, trainer.step)).hand_on(
                 run, trainer.step, trainer.cursor
             )
         accelerator.wait_for_everyone()
-    return TrainingResult(step=trainer.step, stopped=stopped, figures=trainer.figures)
+    step = max(0, trainer.saved_step) if stopped else trainer.step
+    return TrainingResult(step=step, stopped=stopped, figures=trainer.figures)
 
 
 class _Trainer:
@@ -356,6 +358,13 @@ class _Trainer:
         self.step = self.saved_step = state.step
         self.cursor, self.skipped = state.cursor, state.skipped_steps
         self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in state.losses]
+
+    @property
+    def what_is_saved(self) -> str:
+        """What happens to the present step when training stops, for a person."""
+        if self.anomalies.in_a_row:
+            return "a skipped one, which is not saved: the checkpoint before stays the last"
+        return "writing a checkpoint"
 
     def must_stop(self, bar: Bar) -> bool:
         """Meet the other ranks: was one asked to stop, and how far is the checkpoint on its way?"""

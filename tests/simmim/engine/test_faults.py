@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import psutil
 import pytest
 import yaml
 
+from data_prep.manifest import read_index, read_manifest
 from simmim.engine.checkpoint import complete_checkpoints
 from simmim.engine.run import RunFolder
 
@@ -193,3 +195,98 @@ def test_ranks_skip_together_and_name_the_sample_of_one(
     saved = {int(path.name[5:]) for path in complete_checkpoints(run / "checkpoints")}
     assert saved >= set(range(1, 12)) - set(skipped)
     assert f"the loss of {name} is not finite" in log.read_text()
+
+
+def damage(shards: Path, every: int) -> set[str]:
+    """Overwrite one image in `every` of the set where it lies in its tar; return their names."""
+    manifest, damaged = read_manifest(shards), set()
+    number = 0
+    for shard in manifest.shards:
+        index = read_index(shards, shard)
+        with (shards / shard.name).open("r+b") as file:
+            for row, key in enumerate(index.keys):
+                number += 1
+                if number % every == 0:
+                    file.seek(int(index.offsets[row]))
+                    file.write(b"\0" * int(index.sizes[row]))
+                    damaged.add(f"{shard.name.removesuffix('.tar')}/{key}")
+    return damaged
+
+
+@pytest.fixture
+def own_shards(shards: Path, tmp_path: Path) -> Path:
+    """A copy of the shards that a test may damage."""
+    return Path(shutil.copytree(shards, tmp_path / "own"))
+
+
+def test_corrupt_images_are_replaced_and_named_on_two_ranks(
+    write_config: Callable[..., Path], own_shards: Path, tmp_path: Path
+) -> None:
+    damaged = damage(own_shards, every=20)  # 5 %
+    data = {"shards": str(own_shards), "workers": 1, "validation_shards": 0, "max_bad_share": 0.1}
+    run, log = tmp_path / "run", tmp_path / "log"
+    with started([*OURS, *pretrain(write_config(data, steps=12), run)], log) as process:
+        assert process.wait(timeout=200) == 0, log.read_text()
+    lines = RunFolder(path=run).bad_samples.read_text().splitlines()
+    named = [json.loads(line) for line in lines]
+    assert {f"{line['shard']}/{line['key']}" for line in named} == damaged
+    assert len(named) == len(damaged) == 4  # each once, though both ranks write and epochs repeat
+    assert {line["kind"] for line in named} == {"replaced"}
+    assert RunFolder(path=run).read_metrics()[-1]["step"] == 12
+    assert str(RunFolder(path=run).bad_samples) in log.read_text()
+
+
+@pytest.mark.slow
+def test_too_many_corrupt_images_end_the_job(
+    write_config: Callable[..., Path], own_shards: Path, tmp_path: Path
+) -> None:
+    damage(own_shards, every=2)
+    data = {"shards": str(own_shards), "validation_shards": 0, "max_bad_share": 0.01}
+    run, log = tmp_path / "run", tmp_path / "log"
+    with started([*OURS, *pretrain(write_config(data), run)], log) as process:
+        assert process.wait(timeout=200) == 2, log.read_text()
+    text = log.read_text()
+    assert "more than data.max_bad_share 0.01 allows" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("amiss", ["removed", "truncated"])
+def test_a_shard_that_goes_amiss_ends_the_job_by_name(
+    write_config: Callable[..., Path], own_shards: Path, tmp_path: Path, amiss: str, workers: int
+) -> None:
+    data = {"shards": str(own_shards), "workers": workers, "attempts": 5}
+    run, log = tmp_path / "run", tmp_path / "log"
+    # An open file outlives its name, so that few may be open.
+    few = "import simmim.data.reading as r; r.OPEN_SHARDS = 1; import simmim.cli; simmim.cli.run()"
+    command = ["-c", few, *pretrain(write_config(data), run)[2:]]
+    path = own_shards / "shard-000002.tar"
+    with started(command, log) as process:
+        wait_for_step(run, 2, log)
+        if amiss == "removed":
+            path.unlink()
+        else:
+            os.truncate(path, 1024)
+        assert process.wait(timeout=200) == 2, log.read_text()
+    text = log.read_text()
+    assert "shard-000002.tar" in text.splitlines()[-1]
+    assert "after 5 attempts" in text.splitlines()[-1]
+    assert "Traceback" not in text
+    assert not RunFolder(path=run).bad_samples.is_file()  # no image was blamed for it
+
+
+def test_a_truncated_shard_that_comes_back_is_waited_for(
+    write_config: Callable[..., Path], own_shards: Path, tmp_path: Path
+) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    config = write_config({"shards": str(own_shards), "workers": 1}, steps=60)
+    path = own_shards / "shard-000002.tar"
+    content = path.read_bytes()
+    with started(pretrain(config, run), log) as process:
+        wait_for_step(run, 2, log)
+        os.truncate(path, 1024)
+        wait_until(lambda: "trying again" in log.read_text(), log)
+        path.write_bytes(content)
+        assert process.wait(timeout=200) == 0, log.read_text()
+    assert "shard-000002.tar has 1,024 bytes and the manifest says" in log.read_text()
