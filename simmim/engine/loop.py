@@ -27,17 +27,17 @@ from simmim.engine.optimizer import (
     parameter_groups,
     set_learning_rate,
 )
+from simmim.engine.parallelism import (
+    gathered,
+    sharding_left_to_us,
+    wants_shards,
+    without_exchange,
+)
 from simmim.engine.progress import Bar, Clock
 from simmim.engine.run import RunFolder
 from simmim.engine.saving import Saver, SavingOutcome, contents_of, restore, whole_stage
 from simmim.engine.schedule import ScheduleSettings, learning_rate
-from simmim.engine.sharding import (
-    gathered,
-    is_asked_for,
-    shard_for_training,
-    sharding_left_to_us,
-    without_exchange,
-)
+from simmim.engine.sharding import shard_for_training
 from simmim.engine.signals import StopRequest
 from simmim.engine.watchdog import Watchdog, group_timeout
 from simmim.recipe import recipe_hash, settings
@@ -316,7 +316,7 @@ class _Trainer:
             accelerator, stage.training_shards, run.anomalies, limit=self.training.max_nonfinite
         )
         stage.module.to(accelerator.device)
-        sharded = is_asked_for() and accelerator.num_processes > 1
+        sharded = wants_shards() and accelerator.num_processes > 1
         if sharded:
             shard_for_training(stage.module, accelerator)
         groups = parameter_groups(stage.module, self.training.optimizer, stage.depths)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from simmim.disk import why_not_written
 from simmim.engine.checkpoint import (
+    RECIPE_FILE,
     Contents,
     TrainingState,
     discard,
@@ -30,7 +31,7 @@ from simmim.engine.checkpoint import (
 )
 from simmim.engine.holdings import is_sharded, model_pieces, optimizer_pieces
 from simmim.engine.parts import Piece
-from simmim.recipe import to_yaml
+from simmim.recipe import read_values, to_yaml
 
 Agree = Callable[[Sequence[int]], list[int]]
 """Takes one integer or more from every rank, all together, and returns the largest of each."""
@@ -257,6 +258,13 @@ def restore(
         raise ValueError(
             f"{path} was trained on other shards than the recipe names now; its place in the "
             "data would be lost. Name the shards it was started with, or start another run."
+        )
+    wanted = stage.recipe.training.optimizer.name
+    saved = read_values(path / RECIPE_FILE)["training"]["optimizer"]["name"]
+    if saved != wanted:
+        raise ValueError(
+            f"{path} holds the state of the optimiser {saved}, the recipe says {wanted}: set "
+            f"training.optimizer.name to {saved}, or start anew from its weights with --init-from."
         )
     load_model(path, stage.module)
     load_optimizer(path, optimizer)

@@ -5,25 +5,18 @@ each; what is left, the embedding, merges, norms and heads, is one more.
 """
 
 import os
-from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 
 from swinv2 import SwinV2
 from swinv2.blocks import Block
+
+if TYPE_CHECKING:  # FSDP takes most of a second to import, so it is where it is used
+    from torch.distributed.device_mesh import DeviceMesh
 
 OUTSIDE_FORWARD = ("embed", "encode", "features")
 """Methods of the encoder that are called like its forward."""
@@ -82,7 +75,7 @@ def shard_size(model: nn.Module, *, rank: int, world: int) -> int:
 
 def shard_by_block(
     model: nn.Module,
-    mesh: DeviceMesh,
+    mesh: "DeviceMesh",
     *,
     param_dtype: torch.dtype | None = torch.bfloat16,
     reduce_dtype: torch.dtype | None = torch.float32,
@@ -105,6 +98,12 @@ def shard_by_block(
     Raises:
         ValueError: the model has no blocks, or the mesh has more than one dimension.
     """
+    from torch.distributed.fsdp import (  # noqa: PLC0415
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
     if mesh.ndim != 1:
         raise ValueError(f"the mesh has {mesh.ndim} dimensions; sharding takes one of its axes.")
     sharding_units(model)  # raises where there are no blocks
@@ -120,26 +119,13 @@ def shard_by_block(
             register_fsdp_forward_method(model, name)
 
 
-@contextmanager
-def sharding_left_to_us() -> Iterator[None]:
-    """Let an Accelerator that is built within not know of FSDP.
-
-    It would shard in its own way: gradients averaged in bfloat16, and parameters told apart by
-    where they lie in memory, which those of which a process holds no row have not.
-    """
-    asked = os.environ.pop("ACCELERATE_USE_FSDP", None)
-    try:
-        yield
-    finally:
-        if asked is not None:
-            os.environ["ACCELERATE_USE_FSDP"] = asked
-
-
 def shard_for_training(module: nn.Module, accelerator: Accelerator) -> None:
     """Shard what is trained over all processes, in place and in the precision of training.
 
-    What accelerate's config file says of FSDP is followed as far as `check_sharding` lets it pass.
+    What accelerate's config file says of FSDP is followed, so far as `check_parallelism` allows it.
     """
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
+
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower()
     shard_by_block(
@@ -156,73 +142,3 @@ def shard_for_training(module: nn.Module, accelerator: Accelerator) -> None:
                 return forward(*args)
 
         module.forward = in_precision
-
-
-def is_asked_for() -> bool:
-    """Tell whether accelerate's configuration asks for FSDP."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-
-
-def check_sharding() -> None:
-    """Refuse what accelerate's configuration asks for and is not done.
-
-    Raises:
-        ValueError: it asks for DeepSpeed, FSDP1, offloading, or checkpointing of activations.
-    """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise ValueError(
-            "accelerate was told to use DeepSpeed, which is not supported: FSDP2 shards the same. "
-            "For ZeRO 3 take jobs/accelerate/fsdp2.yaml; for ZeRO 1 and 2 set "
-            "fsdp_reshard_after_forward to false in it."
-        )
-    if not is_asked_for():
-        return
-    asked = {name: os.environ.get(name, "").lower() for name in REFUSED}
-    if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise ValueError("set fsdp_version to 2 in accelerate's config: FSDP1 is not supported.")
-    for name, value in asked.items():
-        if value == "true":
-            raise ValueError(f"set {name.lower()} to false in accelerate's config: {REFUSED[name]}")
-
-
-REFUSED = {
-    "FSDP_ACTIVATION_CHECKPOINTING": "the recipe has execution.checkpointing for it.",
-    "FSDP_OFFLOAD_PARAMS": "weights stay on the devices; more of them make the shards smaller.",
-}
-"""Settings of accelerate that would be dropped unseen, and what to do instead."""
-
-
-@contextmanager
-def without_exchange(module: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """Within, a backward adds to the gradients of this process, and nothing is exchanged."""
-    if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            module.set_requires_gradient_sync(True)
-    else:
-        with accelerator.no_sync(module):
-            yield
-
-
-@contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
-    """Within, each process holds all weights, in the precision they are computed in.
-
-    All enter together, and then each may compute, without gradients, as often as it likes: what is
-    evaluated need not be the same everywhere. Nothing happens where weights are whole already.
-    """
-    units = [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
-    hooks = []
-    for unit in units:
-        unit.unshard()
-        # They would gather and let go, and wait for processes that do not compute.
-        hooks.append((unit, unit._forward_pre_hooks, unit._forward_hooks))
-        unit._forward_pre_hooks, unit._forward_hooks = OrderedDict(), OrderedDict()
-    try:
-        yield
-    finally:
-        for unit, before, after in hooks:
-            unit._forward_pre_hooks, unit._forward_hooks = before, after
-            unit.reshard()

@@ -13,8 +13,8 @@ from simmim.engine.launcher import (
     start_processes,
 )
 from simmim.engine.loop import Stage, TrainingResult, build_accelerator, train
+from simmim.engine.parallelism import check_parallelism
 from simmim.engine.run import RunFolder
-from simmim.engine.sharding import check_sharding
 from simmim.stages.classification import ClassificationRecipe
 from simmim.stages.pretrain import PretrainRecipe
 
@@ -46,7 +46,7 @@ def launch(
     Raises:
         ValueError: the run folder, the shards or the sizes cannot be used.
     """
-    check_sharding()
+    check_parallelism()
     end_with_launcher()
     stage = make_stage(recipe)
     if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:

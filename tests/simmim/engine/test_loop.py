@@ -176,6 +176,14 @@ def test_fp16_says_that_it_needs_a_gpu() -> None:
         build_accelerator("fp16")
 
 
+def test_resume_refuses_another_optimizer(pretrain_values: dict[str, Any], tmp_path: Path) -> None:
+    run_training(pretrain_values, tmp_path, steps=1)
+    file = tmp_path / "checkpoints" / "step-00000001" / "recipe.yaml"
+    file.write_text(file.read_text().replace("name: adamw\n", "name: adamw_8bit\n"))
+    with pytest.raises(ValueError, match="optimiser adamw_8bit, the recipe says adamw:"):
+        run_training(pretrain_values, tmp_path, resume="auto", steps=1)
+
+
 def test_resume_refuses_to_end_before_it_begins(
     pretrain_values: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -15,7 +15,8 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from torch import nn
 
 from simmim import SimMIM
-from simmim.engine.sharding import check_sharding, shard_size, sharding_units
+from simmim.engine.parallelism import check_parallelism
+from simmim.engine.sharding import shard_size, sharding_units
 from swinv2 import build_encoder
 from swinv2.blocks import Block
 
@@ -122,24 +123,24 @@ def test_accelerates_file_makes_each_block_a_unit() -> None:
 def test_what_accelerate_would_do_and_we_do_not_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    check_sharding()
+    check_parallelism()
     monkeypatch.setenv("FSDP_VERSION", "1")
-    check_sharding()  # nobody asks for it
+    check_parallelism()  # nobody asks for it
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="set fsdp_version to 2"):
-        check_sharding()
+        check_parallelism()
     monkeypatch.setenv("FSDP_VERSION", "2")
-    check_sharding()
+    check_parallelism()
     monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
     with pytest.raises(ValueError, match=r"fsdp_activation_checkpointing .* execution"):
-        check_sharding()
+        check_parallelism()
     monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "false")
     monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
     with pytest.raises(ValueError, match="fsdp_offload_params"):
-        check_sharding()
+        check_parallelism()
 
 
 def test_deepspeed_is_refused_with_what_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ValueError, match=r"ZeRO 3 take .*fsdp2\.yaml"):
-        check_sharding()
+        check_parallelism()

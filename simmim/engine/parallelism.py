@@ -1,0 +1,105 @@
+"""How processes share the work: whole weights in each, or shards, as accelerate was told."""
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from simmim.engine.holdings import is_sharded
+
+
+def wants_shards() -> bool:
+    """Tell whether accelerate's configuration asks for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def check_parallelism() -> None:
+    """Refuse what accelerate's configuration asks for and is not done.
+
+    Raises:
+        ValueError: it asks for DeepSpeed, FSDP1, offloading, or checkpointing of activations.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ValueError(
+            "accelerate was told to use DeepSpeed, which is not supported: FSDP2 shards the same. "
+            "For ZeRO 3 take jobs/accelerate/fsdp2.yaml; for ZeRO 1 and 2 set "
+            "fsdp_reshard_after_forward to false in it."
+        )
+    if not wants_shards():
+        return
+    asked = {name: os.environ.get(name, "").lower() for name in REFUSED}
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError("set fsdp_version to 2 in accelerate's config: FSDP1 is not supported.")
+    for name, value in asked.items():
+        if value == "true":
+            raise ValueError(f"set {name.lower()} to false in accelerate's config: {REFUSED[name]}")
+
+
+REFUSED = {
+    "FSDP_ACTIVATION_CHECKPOINTING": "the recipe has execution.checkpointing for it.",
+    "FSDP_OFFLOAD_PARAMS": "weights stay on the devices; more of them make the shards smaller.",
+}
+"""Settings of accelerate that would be dropped unseen, and what to do instead."""
+
+
+@contextmanager
+def without_exchange(module: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Within, a backward adds to the gradients of this process, and nothing is exchanged."""
+    if not is_sharded(module):
+        with accelerator.no_sync(module):
+            yield
+        return
+    (outermost, *_) = _units(module)
+    outermost.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        outermost.set_requires_gradient_sync(True)
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Within, each process holds all weights, in the precision they are computed in.
+
+    All enter together, and then each may compute, without gradients, as often as it likes: what is
+    evaluated need not be the same everywhere. Nothing happens where weights are whole already.
+    """
+    units = _units(module) if is_sharded(module) else []
+    hooks = []
+    for unit in units:
+        unit.unshard()
+        # They would gather and let go, and wait for processes that do not compute.
+        hooks.append((unit, unit._forward_pre_hooks, unit._forward_hooks))
+        unit._forward_pre_hooks, unit._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for unit, before, after in hooks:
+            unit._forward_pre_hooks, unit._forward_hooks = before, after
+            unit.reshard()
+
+
+def _units(module: nn.Module) -> list[Any]:
+    """Return the units that a module was sharded in, the outermost first."""
+    from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415 (most of a second)
+
+    return [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
+
+
+@contextmanager
+def sharding_left_to_us() -> Iterator[None]:
+    """Let an Accelerator that is built within not know of FSDP.
+
+    It would shard in its own way: gradients averaged in bfloat16, and parameters told apart by
+    where they lie in memory, which those of which a process holds no row have not.
+    """
+    asked = os.environ.pop("ACCELERATE_USE_FSDP", None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ["ACCELERATE_USE_FSDP"] = asked
