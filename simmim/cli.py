@@ -1,6 +1,7 @@
 """The command line: `simmim quickstart|pretrain|finetune|probe|export|import|bench`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +38,12 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run() -> None:
     """Run the command of this process and exit with its code; see EXIT_CODES."""
-    sys.exit(main())
+    code = main()
+    if code == LOST:  # process groups without one of their processes may not let go
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -92,7 +92,10 @@ class Ranks:
 
     def learn(self, standing: Standing, passed: float) -> None:
         """Take in what a rank says now, `passed` seconds after the last time."""
-        known = self.seen.setdefault(standing.rank, Seen(standing))
+        known = self.seen.get(standing.rank)
+        if known is None:
+            self.seen[standing.rank] = Seen(standing)
+            return
         before, known.standing = known.standing, standing
         known.silent = 0.0 if standing.beat != before.beat else known.silent + passed
         known.still = 0.0 if standing.moves != before.moves else known.still + passed
@@ -102,7 +105,7 @@ class Ranks:
         """Return what is wrong and who is to blame; None while all is well."""
         at_work = [known for known in self.seen.values() if not known.standing.finished]
         for known in at_work:
-            if known.standing.fault and known.failed > FAULT_GRACE:
+            if known.standing.fault and known.failed >= FAULT_GRACE:
                 return f"{known.standing} failed: {known.standing.fault}"
         at_work = [known for known in at_work if not known.standing.fault]
         silent = [known for known in at_work if known.silent > self.timeout]

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,11 +26,16 @@ RANKS = ["--standalone", "--nproc_per_node", "2"]
 TORCHRUN = ["-m", "torch.distributed.run", *RANKS]
 OURS = ["-m", "simmim.engine.torchrun", *RANKS]
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tells processes by /proc")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="reads other processes' environment"),
+    pytest.mark.timeout(600),
+]
 
 
 @contextmanager
-def started(arguments: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def started(
+    arguments: list[str], log: Path, environment: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """Start python in a session of its own; whatever of it is left at the end is killed."""
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -38,7 +44,7 @@ def started(arguments: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}),
         )
     family = [psutil.Process(process.pid)]
     try:
@@ -116,11 +122,35 @@ def test_a_rank_that_is_stopped_or_killed_ends_the_job_and_is_named(
         wait_for_step(run, 3, log)
         rank = rank_of(process.pid, 1)
         rank.send_signal(number)
-        assert process.wait(timeout=120) == 76, log.read_text()
+        assert process.wait(timeout=200) == 76, log.read_text()
     text = log.read_text()
     assert f"rank 1 (process {rank.pid} on" in text
     assert "--resume auto" in text or "was killed by SIGKILL" in text
     assert ("gave no sign of life for" in text) == (number == signal.SIGSTOP)
+
+
+@pytest.mark.slow
+def test_the_rank_that_keeps_the_store_is_named_too(
+    write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Ranks that no torchrun started, as srun and mpirun do: the store is in rank 0."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = pretrain(write_config(rank_timeout=6), run)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    first = place | {"RANK": "0", "LOCAL_RANK": "0"}
+    second = place | {"RANK": "1", "LOCAL_RANK": "1"}
+    with (
+        started(command, tmp_path / "first", first) as process,
+        started(command, log, second) as other,
+    ):
+        wait_for_step(run, 3, log)
+        process.send_signal(signal.SIGSTOP)
+        assert other.wait(timeout=200) == 76, log.read_text()
+    text = log.read_text()
+    assert f"rank 0 (process {process.pid}" in text or "rank 0, or the launcher" in text
 
 
 @pytest.mark.slow
@@ -131,7 +161,7 @@ def test_a_rank_that_hangs_in_its_own_code_is_named(
     run, log = tmp_path / "run", tmp_path / "log"
     command = faulty(f"hang={rank}@3", write_config(rank_timeout=6), run)
     with started([*OURS, "--shutdown-timeout", "3", *command], log) as process:
-        assert process.wait(timeout=120) == 76, log.read_text()
+        assert process.wait(timeout=200) == 76, log.read_text()
     text = log.read_text()
     assert "made no progress for" in text
     assert f"Rank {rank} ends with code 76; it stood at: computing, step 3" in text
@@ -144,7 +174,7 @@ def test_a_rank_that_fails_is_what_the_job_ends_with(
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     with started([*OURS, *faulty("fail=1@3", write_config(), run)], log) as process:
-        assert process.wait(timeout=120) == 2, log.read_text()
+        assert process.wait(timeout=200) == 2, log.read_text()
     text = log.read_text()
     assert "simmim pretrain: the fault that was asked for" in text
     assert "a rank was lost, and training needs all: rank 1" in text
@@ -169,7 +199,7 @@ def test_a_signal_to_the_launcher_ends_with_a_checkpoint(
         wait_for_step(run, 3, log)
         began = time.monotonic()
         process.send_signal(number)
-        assert process.wait(timeout=60) == code, log.read_text()
+        assert process.wait(timeout=200) == code, log.read_text()
     took = time.monotonic() - began
     step = int(complete_checkpoints(run / "checkpoints")[-1].name.removeprefix("step-"))
     assert f"Stopped at step {step}" in log.read_text()
@@ -183,7 +213,7 @@ def test_ranks_skip_together_and_name_the_sample_of_one(
     config = write_config(steps=11, checkpoint_every=1, keep_last=20)
     name = "shard-000003/000000041"
     with started([*OURS, *faulty(f"loss={name}", config, run)], log) as process:
-        assert process.wait(timeout=120) == 0, log.read_text()
+        assert process.wait(timeout=200) == 0, log.read_text()
     found = anomalies(run)
     assert found
     assert {line["what"] for line in found} == {"loss"}
