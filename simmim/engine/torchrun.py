@@ -1,7 +1,9 @@
 """torchrun, which ends with the exit code of its ranks: `python -m simmim.engine.torchrun …`.
 
 torchrun itself ends with 1 whatever its ranks end with, so that a scheduler cannot tell a run that
-stopped on request from one that failed. The options are torchrun's own.
+stopped on request from one that failed. The options are torchrun's own. accelerate launch ends with
+1, too; on a CPU, where it starts no torchrun, a signal to it alone ends it at once, with 128 plus
+the signal's number, and the ranks write their checkpoint after that.
 """
 
 import os
