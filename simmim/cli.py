@@ -1,6 +1,7 @@
 """The command line: `simmim quickstart|pretrain|finetune|probe|export|import|bench`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,24 +10,40 @@ from typing import TypeAlias
 import torch
 
 from simmim.bench.cli import add_bench
+from simmim.engine.signals import STOPPED
+from simmim.engine.watchdog import LOST, RankLostError
 from simmim.quickstart import DEFAULT_FOLDER, quickstart
 from simmim.recipe import describe, load
 from simmim.stages.classification import ClassificationRecipe, ClassificationStage
 from simmim.stages.export import FORMATS, export
 from simmim.stages.import_encoder import IMPORT_FORMATS, Known, import_encoder
-from simmim.stages.launch import STOPPED, launch, run_folder
+from simmim.stages.launch import launch, run_folder
 from simmim.stages.pretrain import PretrainRecipe, PretrainStage
 from simmim.stages.probe import ProbeRecipe, compare, table
 from swinv2.bridges.sizes import PretrainedWindows
 
 BAD_INPUT = 2
 
+EXIT_CODES = f"""exit codes:
+  0    done
+  {BAD_INPUT}    something is to be changed first: input, recipe, shards, disk, or training diverged
+  {STOPPED}   stopped by SIGTERM, SIGINT or SIGUSR1, with a checkpoint: go on with --resume auto
+  {LOST}   a process hung or was lost (training.rank_timeout): go on with --resume auto
+torchrun and accelerate launch end with 1 instead of all of these but 0; the same options given to
+`python -m simmim.engine.torchrun` start the same processes, and their code arrives.
+"""
+
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run() -> None:
-    """Run the command of this process and exit: 0, 2 on bad input, 75 when stopped on request."""
-    sys.exit(main())
+    """Run the command of this process and exit with its code; see EXIT_CODES."""
+    code = main()
+    if code == LOST:  # process groups without one of their processes may not let go
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"simmim {arguments.command}: {error}", file=sys.stderr)
         return BAD_INPUT
+    except RankLostError as error:
+        print(f"simmim {arguments.command}: {error}", file=sys.stderr)
+        return LOST
     except RuntimeError as error:
         # torch raises this wherever the main thread happens to be when a data worker is killed.
         if "DataLoader worker" not in str(error):
@@ -97,7 +117,7 @@ def add_training(commands: Commands, name: str, summary: str, recipe_type: type)
         name,
         help=summary,
         description=f"{summary.capitalize()}. Any field of the recipe is replaced by --KEY VALUE.",
-        epilog=f"fields of the recipe:\n{describe(recipe_type)}",
+        epilog=f"{EXIT_CODES}\nfields of the recipe:\n{describe(recipe_type)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

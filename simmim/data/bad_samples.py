@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from simmim.data.errors import DataError
+from simmim.disk import append_whole, goes_on_without
 
 JUDGED_SAMPLES = 1000
 """Bad samples are judged as a share of at least this many, so that few early ones stop nothing."""
@@ -94,7 +95,10 @@ class BadSamples:
         mark = (sample.kind, sample.folder, sample.shard, sample.key)
         if self.path is None or mark in self._named:
             return
-        with self.path.open("ab+") as file:
+        with (
+            goes_on_without("the name of a bad sample", self.path),
+            self.path.open("ab+", buffering=0) as file,
+        ):
             with suppress(OSError):  # a file system without locks
                 fcntl.lockf(file, fcntl.LOCK_EX)
             file.seek(self._read)
@@ -108,8 +112,7 @@ class BadSamples:
                     self._named.add(tuple(str(known[name]) for name in fields))
             file.seek(0, os.SEEK_END)
             if mark not in self._named:
-                file.write(json.dumps(vars(sample), ensure_ascii=False).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+                line = json.dumps(vars(sample), ensure_ascii=False).encode() + b"\n"
+                append_whole(file, line)
                 self._named.add(mark)
             self._read = file.tell()

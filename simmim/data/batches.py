@@ -26,7 +26,8 @@ from simmim.data.randomness import shuffled
 from simmim.data.remote import AheadOfBatches
 from simmim.data.transforms import Sample, Transform
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""What asks a run to stop: a terminal, a launcher, and Slurm's warning before the time is up."""
 
 REPLACEMENTS = 100
 """Samples of a shard that are tried in the place of a bad one before the shard is given up."""
@@ -57,6 +58,11 @@ class Batch:
         parts = (self.masks, self.labels, self.addresses, self.flips)
         arrays = [None if part is None else part.cpu().numpy() for part in parts]
         return unpacked, (self.images.permute(0, 2, 3, 1).cpu().numpy(), arrays, self.bad)
+
+    def only(self, row: int) -> "Batch":
+        """Return one of its samples as a batch."""
+        one = self._each(lambda part: part[row : row + 1])
+        return replace(one, addresses=self.addresses[row : row + 1])
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Return the batch on a device."""
@@ -370,8 +376,10 @@ def heed_only_the_parent(_worker: int) -> None:
     """Make a worker end when its parent asks for it or is gone, and at no other's signal."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    ignored = {signal.SIGINT, signal.SIGUSR1}
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ignored)
     if hasattr(signal, "sigtimedwait"):  # SIGTERM stays blocked, for the thread to receive
         threading.Thread(target=end_with_parent, args=(parent.pid,), daemon=True).start()
     else:

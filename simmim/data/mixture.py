@@ -75,6 +75,11 @@ class MixedShards:
         number, own = self._place(shard)
         return self.sets[number].read(own, sample)
 
+    def name(self, shard: int, sample: int) -> str:
+        """Return shard and key of a sample, as messages call it."""
+        number, own = self._place(shard)
+        return self.sets[number].name(own, sample)
+
     @property
     def fetches_whole_shards(self) -> bool:
         """Whether reading any set brings whole shards into a cache."""

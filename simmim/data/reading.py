@@ -13,6 +13,7 @@ import numpy as np
 from data_prep.manifest import (
     Location,
     Manifest,
+    ManifestError,
     PipedFile,
     RemotePath,
     ShardEntry,
@@ -22,6 +23,7 @@ from data_prep.manifest import (
 )
 from simmim.data.cache import ShardCache
 from simmim.data.errors import DataError
+from simmim.data.patience import ShardAmissError, patiently
 from simmim.data.randomness import shuffled
 from simmim.data.remote import RemoteReading, RemoteShard
 
@@ -57,18 +59,19 @@ class LocalShard:
         try:
             self._file = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise DataError(
+            kind = DataError if isinstance(error, PermissionError) else ShardAmissError
+            raise kind(
                 f"shard {path} cannot be opened ({error.strerror}): make it readable, or"
                 " write the shards anew with `data-prep shard`"
             ) from None
         self.close = weakref.finalize(self, os.close, self._file)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Return bytes of the shard. Raises DataError naming it where it cannot be read."""
+        """Return bytes of the shard. Raises ShardAmissError where it cannot be read."""
         try:
             return os.pread(self._file, size, offset)
         except OSError as error:
-            raise DataError(f"shard {self.path} cannot be read: {error.strerror}") from None
+            raise ShardAmissError(f"shard {self.path} cannot be read: {error.strerror}") from None
 
 
 class OpenShard:
@@ -109,7 +112,7 @@ class OpenShard:
         size, offset = int(self._sizes[row]), int(self._offsets[row])
         data = self._shard.read(offset, size)
         if len(data) < size:
-            raise DataError(
+            raise ShardAmissError(
                 f"shard {self.path} ends within sample {self.key(row)}: it was cut off while it"
                 " was in use; copy it again, or write the shards anew with `data-prep shard`"
             )
@@ -195,8 +198,21 @@ class ShardSet:
         return self.samples
 
     def read(self, shard: int, sample: int) -> RawSample:
-        """Return a sample; raises DataError naming the shard where it cannot be read."""
-        opened = self._opened(shard)
+        """Return a sample; a shard that is gone or cut off is waited for, `remote.attempts` times.
+
+        Raises DataError naming the shard where it cannot be read.
+        """
+        return patiently(lambda: self._read(shard, sample), self.remote.attempts)
+
+    def _read(self, shard: int, sample: int) -> RawSample:
+        try:
+            return self._read_from(self._opened(shard), shard, sample)
+        except ShardAmissError:  # what is open may be of a file that was replaced since
+            if shard in self._open:
+                self._open.pop(shard).close()
+            raise
+
+    def _read_from(self, opened: OpenShard, shard: int, sample: int) -> RawSample:
         row = sample if self._rows is None else int(self._rows[shard][sample])
         label = int(opened.labels[row])
         if label >= 0 and self._narrowed:
@@ -208,6 +224,12 @@ class ShardSet:
             shard_name=opened.path.stem,
             extension=opened.extension(row),
         )
+
+    def name(self, shard: int, sample: int) -> str:
+        """Return shard and key of a sample, as messages call it."""
+        opened = self._opened(shard)
+        row = sample if self._rows is None else int(self._rows[shard][sample])
+        return f"{opened.path.stem}/{opened.key(row)}"
 
     def labels(self, shard: int) -> np.ndarray:
         """Return the label of each sample of a shard, int64, -1 where there is none."""
@@ -307,7 +329,12 @@ class ShardSet:
         while len(self._open) >= OPEN_SHARDS:
             self._open.popitem(last=False)[1].close()
         entry = self.manifest.shards[self.numbers[shard]]
-        opened = OpenShard(self.folder, entry, self._place(entry), cache=self._cache_for(entry))
+        try:
+            opened = OpenShard(self.folder, entry, self._place(entry), cache=self._cache_for(entry))
+        except ManifestError as error:
+            if self._is_whole(entry):
+                raise
+            raise ShardAmissError(str(error).rstrip(".")) from None
         self._open[shard] = opened
         return opened
 
@@ -315,6 +342,19 @@ class ShardSet:
         """Return where a shard is, to be asked as often as `remote` says."""
         place = entry.location(self.folder)
         return place if isinstance(place, Path) else replace(place, attempts=self.remote.attempts)
+
+    def _is_whole(self, entry: ShardEntry) -> bool:
+        """Tell whether tar and index of a shard are there, the tar at its full length."""
+        place = self._place(entry)
+        if isinstance(place, PipedFile):
+            return True  # a command is run again for each attempt
+        try:
+            (self.folder / entry.index).stat()
+            return bool(place.stat().st_size == entry.bytes)
+        except OSError:
+            return False
+        except ValueError:  # a store that does not answer, which was tried often enough
+            return True
 
     def _cache_for(self, entry: ShardEntry) -> ShardCache | None:
         place = entry.location(self.folder)

@@ -12,6 +12,7 @@ from data_prep.manifest import Manifest, PipedFile, RemotePath, ShardEntry
 from simmim.data.cache import DEFAULT_CACHE_BYTES, ShardCache, default_cache_folder
 from simmim.data.errors import DataError
 from simmim.data.order import BLOCK_SAMPLES, WHOLE_SHUFFLE_LIMIT, Address
+from simmim.data.patience import ShardAmissError
 
 SMALL_SHARE = 0.1
 """Share of the samples below which `auto` reads a choice of samples by range."""
@@ -87,6 +88,8 @@ class RemoteShard:
             return self.cache.read(self.entry, self.source, offset, size)
         except DataError:
             raise
+        except FileNotFoundError as error:
+            raise ShardAmissError(self._describe(error)) from None
         except (OSError, ValueError) as error:
             raise DataError(self._describe(error)) from None
 
@@ -104,7 +107,7 @@ class RemoteShard:
         """Nothing is held open."""
 
     def _describe(self, error: Exception) -> str:
-        reason = "it is gone" if isinstance(error, FileNotFoundError) else str(error)
+        reason = "it is gone; bring it back" if isinstance(error, FileNotFoundError) else str(error)
         return f"shard {self.source} cannot be read: {reason}"
 
 

@@ -59,7 +59,7 @@ class TrainingState:
     scaler: dict[str, float] | None = None
     """State of the gradient scaler in fp16."""
     skipped_steps: int = 0
-    """Steps without an update, for gradients that overflowed in fp16."""
+    """Steps without an update, for a loss or gradient that was no number."""
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -79,6 +79,12 @@ class Contents:
     optimizer: Mapping[str, Piece]
     texts: Mapping[str, str]
     """Other files by their name, from rank 0."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        pieces = [*self.model.values(), *self.optimizer.values()]
+        return sum(piece.rows.nbytes for piece in pieces)
 
 
 def texts_of(optimizer: torch.optim.Optimizer, state: TrainingState, recipe: str) -> dict[str, str]:

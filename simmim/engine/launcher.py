@@ -45,7 +45,7 @@ def start_processes() -> None:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     environment = {"OMP_NUM_THREADS": str(max(1, (cores or 1) // number)), **os.environ}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
+    torchrun = ["-m", "simmim.engine.torchrun", "--standalone", "--nproc_per_node", str(number)]
     arguments = [sys.executable, *torchrun, "-m", "simmim", *sys.argv[1:]]
     sys.stdout.flush()
     sys.stderr.flush()

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from simmim.data.bad_samples import BadSamples
 from simmim.data.batches import Batch
+from simmim.data.mixture import Shards
+from simmim.disk import goes_on_without
+from simmim.engine.anomalies import Anomalies, poisoned
 from simmim.engine.checkpoint import TrainingState, checkpoint_path, find_checkpoint
 from simmim.engine.holdings import whole_tensor
 from simmim.engine.initial import load_initial
@@ -36,6 +39,7 @@ from simmim.engine.saving import Saver, SavingOutcome, contents_of, restore, who
 from simmim.engine.schedule import ScheduleSettings, learning_rate
 from simmim.engine.sharding import shard_for_training
 from simmim.engine.signals import StopRequest
+from simmim.engine.watchdog import Watchdog, group_timeout
 from simmim.recipe import recipe_hash, settings
 
 
@@ -56,6 +60,12 @@ class TrainingSettings:
     loss, and skips steps whose gradients overflow; it is for GPUs without bf16."""
     clip_norm: float | None = 5.0
     """Largest norm of the whole gradient; null does not clip."""
+    max_nonfinite: int = 10
+    """Steps in a row that are skipped for a loss or gradient that is no number before training
+    ends. Skipped steps leave the weights as they are, on all ranks."""
+    rank_timeout: float = 600.0
+    """Seconds that a process may make no progress while others wait for it; then the job ends.
+    No step, validation, checkpoint or compilation may take longer."""
     seed: int = 0
     """Seed of the initial weights, the data order, augmentation, masks and drop path."""
     log_every: int = 10
@@ -79,7 +89,8 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give either epochs or steps, the length of training.")
-        positive = ("batch_size", "epochs", "steps", "accumulation", "clip_norm", "keep_last")
+        positive: tuple[str, ...] = ("batch_size", "epochs", "steps", "accumulation", "clip_norm")
+        positive += ("keep_last", "max_nonfinite", "rank_timeout")
         intervals = (
             "log_every",
             "checkpoint_every",
@@ -140,6 +151,10 @@ class Stage(Protocol):
         """Digest of the shards that are trained on."""
 
     @property
+    def training_shards(self) -> Shards:
+        """The shards that are trained on: what an address in a batch counts in."""
+
+    @property
     def bad_samples(self) -> BadSamples:
         """The account of samples that could not be read."""
 
@@ -164,17 +179,14 @@ class TrainingResult:
     """How a training ended."""
 
     step: int
+    """That of the last checkpoint: the last step but where steps were skipped up to a stop."""
     stopped: bool
     """True if a signal ended it before its last step; there is a checkpoint to go on from."""
     figures: dict[str, float]
     """The last validation."""
 
 
-class DivergedError(ValueError):
-    """The loss is no longer a number."""
-
-
-def build_accelerator(precision: str) -> Accelerator:
+def build_accelerator(precision: str, rank_timeout: float = 600.0) -> Accelerator:
     """Build the accelerator: this machine's devices, or its CPU, and the recipe's precision.
 
     Raises:
@@ -190,6 +202,7 @@ def build_accelerator(precision: str) -> Accelerator:
         return Accelerator(
             cpu=not torch.accelerator.is_available(),
             mixed_precision="no" if precision == "fp32" else precision,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=group_timeout(rank_timeout))],
         )
 
 
@@ -202,9 +215,12 @@ def training_step(
 ) -> tuple[Tensor, Tensor]:
     """Take one optimiser step over the micro-batches of one batch.
 
+    Where the loss or the gradient is no number, on any rank, all of them leave out the step:
+    weights and the optimiser's state stay as they were.
+
     Returns:
-        The mean loss of this rank's share and the norm of the whole gradient before clipping,
-        both on the device.
+        The mean loss of this rank's share, NaN if the step was left out, and the norm of the whole
+        gradient before clipping, both on the device.
     """
     loss_sum = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(batches, start=1):
@@ -212,13 +228,16 @@ def training_step(
         # Ranks exchange gradients once a step, with the last part.
         with nullcontext() if last else without_exchange(module, accelerator):
             loss = module(batch.to(accelerator.device))
-            accelerator.backward(loss / len(batches))
+            accelerator.backward(poisoned(loss) / len(batches))
         loss_sum += loss.detach()
     norm = accelerator.clip_grad_norm_(module.parameters(), clip_norm or math.inf)
     assert norm is not None
-    optimizer.step()
+    norm = whole_tensor(torch.as_tensor(norm))
+    finite = bool(norm.isfinite())
+    if finite or accelerator.scaler is not None:  # the scaler of fp16 leaves steps out by itself
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss_sum / len(batches), whole_tensor(torch.as_tensor(norm))
+    return (loss_sum / len(batches) if finite else torch.full_like(loss_sum, math.nan)), norm
 
 
 def train(
@@ -241,10 +260,12 @@ def train(
         init_from: where the first weights are, unless a checkpoint is found; see `load_initial`.
 
     Raises:
-        DivergedError: the loss is not finite; the last checkpoint is from before.
+        DivergedError: loss or gradient were not finite, too many steps in a row; the last
+            checkpoint is from before.
+        RankLostError: another process failed or is gone.
         OSError: the checkpoint at the end cannot be written.
     """
-    stop = StopRequest()
+    stop = StopRequest(group_timeout(stage.recipe.training.rank_timeout))
     trainer = _Trainer(stage, run, accelerator, stop)
     found = None if resume is None else find_checkpoint(run.checkpoints, resume)
     if found is not None:
@@ -255,7 +276,7 @@ def train(
         run.begin(stage.recipe, step=trainer.step)
     accelerator.wait_for_everyone()
     bar = Bar(trainer.total, trainer.step, visible=accelerator.is_main_process, label=run.path.name)
-    with stop, bar:
+    with stop, trainer.watchdog, bar:
         if loaded is not None:
             bar.say(loaded)
         batches = iter(stream)
@@ -265,14 +286,15 @@ def train(
         stopped = trainer.step < trainer.total
         if stopped:
             received = stop.received.name if stop.received else "a signal on another rank"
-            bar.say(f"{received}: stopping after step {trainer.step}, writing a checkpoint.")
+            bar.say(f"{received}: stopping after step {trainer.step}, {trainer.what_is_saved}.")
         trainer.save_for_good(bar)
-    if not stopped and accelerator.is_main_process:
-        whole_stage(stage, checkpoint_path(run.checkpoints, trainer.step)).hand_on(
-            run, trainer.step, trainer.cursor
-        )
-    accelerator.wait_for_everyone()
-    return TrainingResult(step=trainer.step, stopped=stopped, figures=trainer.figures)
+        if not stopped and accelerator.is_main_process:
+            whole_stage(stage, checkpoint_path(run.checkpoints, trainer.step)).hand_on(
+                run, trainer.step, trainer.cursor
+            )
+        accelerator.wait_for_everyone()
+    step = max(0, trainer.saved_step) if stopped else trainer.step
+    return TrainingResult(step=step, stopped=stopped, figures=trainer.figures)
 
 
 class _Trainer:
@@ -290,6 +312,10 @@ class _Trainer:
         self.figures: dict[str, float] = {}
         self.losses: list[Tensor] = []
         self.clock = Clock()
+        self.watchdog = Watchdog(self.training.rank_timeout)
+        self.anomalies = Anomalies(
+            accelerator, stage.training_shards, run.anomalies, limit=self.training.max_nonfinite
+        )
         stage.module.to(accelerator.device)
         sharded = wants_shards() and accelerator.num_processes > 1
         if sharded:
@@ -334,6 +360,13 @@ class _Trainer:
         self.cursor, self.skipped = state.cursor, state.skipped_steps
         self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in state.losses]
 
+    @property
+    def what_is_saved(self) -> str:
+        """What happens to the present step when training stops, for a person."""
+        if self.anomalies.in_a_row:
+            return "a skipped one, which is not saved: the checkpoint before stays the last"
+        return "writing a checkpoint"
+
     def must_stop(self, bar: Bar) -> bool:
         """Meet the other ranks: was one asked to stop, and how far is the checkpoint on its way?"""
         wanted, *saving = self.stop.agree([self.stop.wanted, *self.saver.signs()])
@@ -344,18 +377,22 @@ class _Trainer:
         """Take one step and do what is due after it."""
         training = self.training
         set_learning_rate(self.optimizer, self._learning_rate)
+        self.watchdog.at(self.step + 1, "waiting for data")
         began = time.perf_counter()
         micro_batches = [next(batches) for _ in range(training.accumulation)]
         self.clock.add(training.batch_size, time.perf_counter() - began)
+        self.watchdog.at(self.step + 1, "computing")
         self.module.train()
         loss, norm = training_step(
             self.accelerator, self.module, self.optimizer, micro_batches, training.clip_norm
         )
-        self.skipped += int(self.optimizer.step_was_skipped)
+        self.skipped += int(loss.isnan())
         self.losses.append(loss)
         self.lr = self._learning_rate(1.0)
         self.step += 1
         self.cursor += training.batch_size
+        self.watchdog.at(self.step, "looking at what is due: log, validation, checkpoint")
+        self.anomalies.judge(self.step, norm, self.module, micro_batches, bar.say)
         bar.advance()
         if self._due(training.log_every):
             self._log(norm, bar)
@@ -364,10 +401,12 @@ class _Trainer:
         if self._due(training.look_every):
             with gathered(self.stage.module):
                 if self.accelerator.is_main_process:
-                    self.stage.look(self.run, self.step)
+                    with goes_on_without("a picture", self.run.reconstructions):
+                        self.stage.look(self.run, self.step)
             self.clock.skip()
         if self.step % training.checkpoint_every == 0:
             self.save(bar)
+        self.watchdog.at(self.step, "asking all ranks whether to go on")
 
     def _learning_rate(self, factor: float) -> float:
         """Return the rate of a layer: its factor scales the peak, but neither end."""
@@ -385,22 +424,15 @@ class _Trainer:
     def _losses_since_log(self) -> Tensor:
         """Return the losses of the steps since the last log, each the mean over ranks.
 
-        Raises:
-            DivergedError: one is not finite.
+        That of a step which was left out is NaN.
         """
         if not self.losses:
             return torch.zeros(0)
         losses: Tensor = self.accelerator.reduce(torch.stack(self.losses), "mean").cpu()
-        if not losses.isfinite().all():
-            raise DivergedError(
-                f"the loss is not finite at step {self.step}; nothing was saved since the last "
-                f"checkpoint in {self.run.checkpoints}. Lower training.optimizer.lr or "
-                "training.clip_norm, or lengthen the warm-up, and go on from there."
-            )
         return losses
 
     def _log(self, norm: Tensor, bar: Bar) -> None:
-        loss = float(self._losses_since_log().mean())
+        loss = float(self._losses_since_log().nanmean())
         self.losses.clear()
         images_per_second, data_wait = self.clock.read()
         bar.show(loss, self.lr, images_per_second, data_wait)
@@ -413,6 +445,7 @@ class _Trainer:
                     "loss": loss,
                     "lr": self.lr,
                     "grad_norm": float(norm),
+                    "skipped": self.skipped,
                     "images_per_second": round(images_per_second, 2),
                     "data_wait": round(data_wait, 4),
                     "processes": self.accelerator.num_processes,
@@ -431,10 +464,12 @@ class _Trainer:
         self.clock.skip()
 
     def save(self, bar: Bar) -> None:
-        """Begin a checkpoint of the present step, unless there is one."""
-        if self.saved_step == self.step:
+        """Begin a checkpoint of the present step, unless there is one.
+
+        None is written between skipped steps: the next start is to be from before the first.
+        """
+        if self.saved_step == self.step or (self.anomalies.in_a_row and self.step < self.total):
             return
-        # Weights after a loss that is no number are not worth keeping: this raises before.
         losses = tuple(self._losses_since_log().tolist())
         self._report(self.saver.finish(self.stop.agree), bar)
         state = TrainingState(

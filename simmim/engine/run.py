@@ -3,12 +3,14 @@
 import errno
 import fcntl
 import json
+import math
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from simmim.disk import append_whole, goes_on_without
 from simmim.engine.checkpoint import RECIPE_FILE, discard_all, remove_later_checkpoints
 from simmim.recipe import differences, read_values, to_values, to_yaml
 from swinv2.weights import atomic_write_text
@@ -27,6 +29,8 @@ FREE_TO_CHANGE = (
     "training.keep_every",
     "training.validate_every",
     "training.look_every",
+    "training.max_nonfinite",
+    "training.rank_timeout",
 )
 """Recipe keys and sections that may differ on resume: they change no batch and no schedule."""
 
@@ -51,6 +55,11 @@ class RunFolder:
     def bad_samples(self) -> Path:
         """One JSON object a line, a line for each sample that was replaced or left out."""
         return self.path / "bad_samples.jsonl"
+
+    @property
+    def anomalies(self) -> Path:
+        """One JSON object a line: the steps that were skipped, and the samples in them."""
+        return self.path / "anomalies.jsonl"
 
     @property
     def checkpoints(self) -> Path:
@@ -162,11 +171,17 @@ class RunFolder:
         return self._metric_lines() if self.metrics.is_file() else []
 
     def log(self, metrics: dict[str, float | int | str]) -> None:
-        """Append one line to `metrics.jsonl`."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Append one line to `metrics.jsonl`, without what is no finite number: JSON has none."""
+        metrics = {
+            name: value
+            for name, value in metrics.items()
+            if not isinstance(value, float) or math.isfinite(value)
+        }
+        with (
+            goes_on_without("a line of metrics", self.metrics),
+            self.metrics.open("ab", buffering=0) as file,
+        ):
+            append_whole(file, json.dumps(metrics).encode() + b"\n")
 
 
 def _is_free(key: str) -> bool:

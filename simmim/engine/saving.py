@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from simmim.disk import why_not_written
 from simmim.engine.checkpoint import (
     RECIPE_FILE,
     Contents,
@@ -140,12 +141,13 @@ class Saver:
         if writing is None or still_writing:
             return None
         if failed:
-            reason = None if writing.future is None else _failure(writing.future)
+            error = None if writing.future is None else _failure(writing.future)
+            reason = error and why_not_written(error, self.folder, writing.contents.nbytes)
             self._writing = None
             if self.rank == 0:
                 discard(self.folder, writing.step)
             return SavingOutcome(
-                step=writing.step, saved=False, reason=str(reason or "another rank failed to write")
+                step=writing.step, saved=False, reason=reason or "another rank failed to write"
             )
         if not writing.completing:
             writing.completing = True
@@ -174,7 +176,7 @@ class Saver:
         self._thread.shutdown(wait=True)
 
 
-def _failure(future: "Future[None]") -> BaseException | None:
+def _failure(future: "Future[None]") -> OSError | None:
     """Return why a thread that has ended could not write.
 
     What is no mistake of the disk's is raised: one in this code must not pass for a full disk.

@@ -1,8 +1,9 @@
-"""Stopping on request: SIGINT and SIGTERM end training with a checkpoint, on all ranks at once."""
+"""Stopping on request: a signal to any rank ends training with a checkpoint, on all at once."""
 
 import signal
 import threading
 from collections.abc import Sequence
+from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -11,15 +12,22 @@ import torch.distributed
 
 from simmim.data.batches import STOP_SIGNALS
 
+STOPPED = 75
+"""Exit code after a stop on request: EX_TEMPFAIL, "try again later"."""
+
 
 class StopRequest:
     """Within this context the signals are noted instead of obeyed.
 
     A launcher and the terminal may both deliver the same signal, so every further one is noted
     too. `agreed` asks all ranks, so that none waits for one that has already stopped.
+
+    Args:
+        timeout: the longest that asking waits for another rank; None is torch's own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: timedelta | None = None) -> None:
+        self._timeout = timeout
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._group: torch.distributed.ProcessGroup | None = None
@@ -30,7 +38,7 @@ class StopRequest:
                 self._before[number] = signal.signal(number, self._note)
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             # Its own group on the CPU: asking never waits for the accelerator.
-            self._group = torch.distributed.new_group(backend="gloo")
+            self._group = torch.distributed.new_group(backend="gloo", timeout=self._timeout)
         return self
 
     def __exit__(

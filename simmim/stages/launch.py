@@ -20,9 +20,6 @@ from simmim.stages.pretrain import PretrainRecipe
 
 Recipe = TypeVar("Recipe", PretrainRecipe, ClassificationRecipe)
 
-STOPPED = 75
-"""Exit code after a stop on request: EX_TEMPFAIL, "try again later"."""
-
 
 def launch(
     make_stage: Callable[[Recipe], Stage],
@@ -69,7 +66,7 @@ def launch(
     world = max(requested_cpu_processes(), int(os.environ.get("WORLD_SIZE", "1")))
     stage.batches(rank=0, world=world, start=0, end=recipe.training.batch_size)
     start_processes()
-    accelerator = build_accelerator(recipe.training.precision)
+    accelerator = build_accelerator(recipe.training.precision, recipe.training.rank_timeout)
     if accelerator.is_main_process:
         run.lock()
     accelerator.wait_for_everyone()

@@ -9,6 +9,8 @@ import yaml
 
 from simmim.cli import main
 from simmim.engine.checkpoint import complete_checkpoints
+from simmim.engine.signals import STOPPED
+from simmim.engine.watchdog import LOST
 from swinv2 import SwinV2, SwinV2Config, read_encoder_config, save_encoder
 from swinv2.bridges.reference import to_reference
 
@@ -186,3 +188,12 @@ def test_what_is_no_option_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
         main(["export", "a", "b", "--speed", "3"])
     assert exit_.value.code == 2
     assert "--speed" in capsys.readouterr().err
+
+
+def test_help_of_training_tells_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("pretrain", "finetune"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = capsys.readouterr().out
+        assert f"{STOPPED}   stopped by SIGTERM, SIGINT or SIGUSR1" in text
+        assert f"{LOST}   a process hung or was lost" in text

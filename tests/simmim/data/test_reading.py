@@ -1,5 +1,6 @@
 import os
 import pickle
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from data_prep.manifest import ManifestError
 from simmim.data import reading
 from simmim.data.errors import DataError
 from simmim.data.reading import ShardSet
+from simmim.data.remote import RemoteReading
 
 from .conftest import WriteShards, random_images
 
@@ -112,16 +114,47 @@ def test_few_shards_stay_open(write_shards: WriteShards, monkeypatch: pytest.Mon
 
 def test_shards_that_are_gone_or_cut_off_are_named(write_shards: WriteShards) -> None:
     folder = write_shards([3, 3])
-    shards = ShardSet(folder)
+    twice = RemoteReading(attempts=2)
+    shards = ShardSet(folder, remote=twice)
     (folder / "shard-000000.tar").unlink()
-    with pytest.raises(ValueError, match=r"shard-000000\.tar"):
+    with pytest.raises(DataError, match=r"shard-000000\.tar.*after 2 attempts"):
         shards.read(0, 0)
     shards.read(1, 0)
     os.truncate(folder / "shard-000001.tar", 1024)
     with pytest.raises(DataError, match=r"shard-000001\.tar ends within sample 001000002"):
         shards.read(1, 2)
-    with pytest.raises(ValueError, match=r"shard-000001\.tar"):
-        ShardSet(folder).read(1, 0)
+    with pytest.raises(DataError, match=r"shard-000001\.tar has 1,024 bytes"):
+        ShardSet(folder, remote=twice).read(1, 0)
+
+
+@pytest.mark.parametrize("amiss", ["gone", "cut off", "index"])
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_shard_that_comes_back_is_waited_for(
+    write_shards: WriteShards, amiss: str, opened: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_shards([3])
+    expected = ShardSet(folder).read(0, 2)
+    shards = ShardSet(folder)
+    if opened:
+        shards.read(0, 0)
+    path = folder / ("shard-000000.npy" if amiss == "index" else "shard-000000.tar")
+    content = path.read_bytes()
+    if amiss == "cut off":
+        os.truncate(path, 1024)
+    else:
+        path.unlink()
+
+    def bring_back() -> None:
+        aside = path.with_name("copy")
+        aside.write_bytes(content)
+        aside.replace(path)
+
+    later = threading.Timer(1.0, bring_back)
+    later.start()
+    assert shards.read(0, 2) == expected
+    later.join()
+    waited = not opened or amiss == "cut off"  # an open file outlives its name
+    assert ("trying again" in capsys.readouterr().err) == waited
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1, 2", '{"format": "simmim-shards"}'])

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from simmim.engine.anomalies import DivergedError
 from simmim.engine.checkpoint import complete_checkpoints, load_state, read_model
 from simmim.engine.loop import (
-    DivergedError,
     TrainingResult,
     TrainingSettings,
     build_accelerator,

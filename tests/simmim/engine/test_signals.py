@@ -15,7 +15,7 @@ import torch
 
 from simmim.engine.signals import STOP_SIGNALS, StopRequest
 
-BOTH = pytest.mark.parametrize("number", STOP_SIGNALS)
+EACH = pytest.mark.parametrize("number", STOP_SIGNALS)
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +31,11 @@ def no_harm() -> Iterator[list[int]]:
         signal.signal(number, handler)
 
 
-def test_sigint_and_sigterm_ask_to_stop() -> None:
-    assert set(STOP_SIGNALS) == {signal.SIGINT, signal.SIGTERM}
+def test_terminals_launchers_and_slurm_ask_to_stop() -> None:
+    assert set(STOP_SIGNALS) == {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
 
-@BOTH
+@EACH
 def test_a_signal_is_noted_and_not_obeyed(number: signal.Signals, no_harm: list[int]) -> None:
     with StopRequest() as stop:
         assert not stop.agreed()
@@ -48,7 +48,7 @@ def test_a_signal_is_noted_and_not_obeyed(number: signal.Signals, no_harm: list[
     assert no_harm == []
 
 
-@BOTH
+@EACH
 def test_the_earlier_handlers_come_back(number: signal.Signals, no_harm: list[int]) -> None:
     before = signal.getsignal(number)
     with StopRequest():
@@ -61,7 +61,7 @@ def test_the_earlier_handlers_come_back(number: signal.Signals, no_harm: list[in
     assert no_harm == [number]
 
 
-@BOTH
+@EACH
 def test_ignored_signals_are_noted_and_ignored_again(number: signal.Signals) -> None:
     signal.signal(number, signal.SIG_IGN)  # as a shell starts background jobs
     with StopRequest() as stop:
@@ -105,6 +105,7 @@ def ask_as_rank(rank: int, store: str) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         answers += [stop.agreed(), stop.agreed()]
         received = stop.received
+        assert stop.agree([rank, 1 - rank, 0, 7 + rank]) == [1, 1, 0, 8]
     torch.distributed.destroy_process_group()
     assert answers == [False, True, True], answers
     assert received == (signal.SIGTERM if rank == 1 else None)
