@@ -5,13 +5,12 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from simmim.data.bad_samples import BadSamples
 from simmim.data.batches import Batch
 from simmim.engine.checkpoint import (
     TrainingState,
@@ -29,10 +28,12 @@ from simmim.engine.optimizer import (
     parameter_groups,
     set_learning_rate,
 )
-from simmim.engine.progress import Bar, Clock
 from simmim.engine.run import RunFolder
 from simmim.engine.schedule import ScheduleSettings, learning_rate
 from simmim.engine.signals import StopRequest
+from simmim.engine.stage import Stage
+from simmim.engine.tracking import Trackers
+from simmim.engine.watching import Position, Watcher
 from simmim.recipe import recipe_hash, settings
 
 
@@ -64,6 +65,9 @@ class TrainingSettings:
     """Steps between validations; there is one at the end too."""
     look_every: int = 500
     """Steps between pictures, for a stage that draws some; there is one at the end too."""
+    trackers: Trackers = "auto"
+    """Where metrics go beside metrics.jsonl: auto is TensorBoard where it is installed, or a list of
+    tensorboard, wandb, mlflow, comet_ml, aim, clearml, dvclive, swanlab, trackio; [] is none."""
     optimizer: OptimizerSettings
     """The optimiser."""
     schedule: ScheduleSettings = ScheduleSettings()
@@ -87,46 +91,6 @@ class TrainingSettings:
             return self.steps
         assert self.epochs is not None
         return max(1, round(self.epochs * samples_per_epoch / self.batch_size))
-
-
-class Stage(Protocol):
-    """What a job brings to the training loop."""
-
-    @property
-    def recipe(self) -> Any:
-        """The recipe, with a `training: TrainingSettings`."""
-
-    @property
-    def module(self) -> nn.Module:
-        """Takes a Batch on its device and returns the mean loss over it, a scalar."""
-
-    @property
-    def depths(self) -> tuple[int, ...]:
-        """Blocks of each encoder stage, for layer-wise learning rates."""
-
-    @property
-    def samples_per_epoch(self) -> int:
-        """Samples that the data order visits in one epoch."""
-
-    @property
-    def data_digest(self) -> str:
-        """Digest of the shards that are trained on."""
-
-    @property
-    def bad_samples(self) -> BadSamples:
-        """The account of samples that could not be read."""
-
-    def batches(self, *, rank: int, world: int, start: int, end: int) -> Iterable[Batch]:
-        """Yield this rank's micro-batches, from `start` to `end` samples of the global stream."""
-
-    def validate(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return figures on held-out data, the same on every rank; empty if there is none."""
-
-    def look(self, run: RunFolder, step: int) -> None:
-        """Draw pictures into the run; called on the main process alone."""
-
-    def hand_on(self, run: RunFolder, step: int, samples: int) -> None:
-        """Write the encoder into the run; called on the main process, at the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,21 +167,20 @@ def train(
     if accelerator.is_main_process:
         run.begin(stage.recipe, step=trainer.step)
     accelerator.wait_for_everyone()
-    bar = Bar(trainer.total, trainer.step, visible=accelerator.is_main_process, label=run.path.name)
-    with StopRequest() as stop, bar:
+    with StopRequest() as stop, trainer.watcher.watch(trainer.step) as watcher:
         batches = iter(stream)
         trainer.clock.skip()
         while trainer.step < trainer.total and not stop.agreed():
-            trainer.advance(batches, bar)
+            trainer.advance(batches)
         stopped = trainer.step < trainer.total
         if stopped:
             received = stop.received.name if stop.received else "a signal on another rank"
-            bar.say(f"{received}: stopping after step {trainer.step}, writing a checkpoint.")
+            watcher.say(f"{received}: stopping after step {trainer.step}, writing a checkpoint.")
         trainer.save()
     if not stopped and accelerator.is_main_process:
         stage.hand_on(run, trainer.step, trainer.cursor)
     accelerator.wait_for_everyone()
-    return TrainingResult(step=trainer.step, stopped=stopped, figures=trainer.figures)
+    return TrainingResult(step=trainer.step, stopped=stopped, figures=trainer.watcher.figures)
 
 
 class _Trainer:
@@ -230,9 +193,9 @@ class _Trainer:
         self.step = 0
         self.saved_step = -1
         self.lr = 0.0
-        self.figures: dict[str, float] = {}
         self.losses: list[Tensor] = []
-        self.clock = Clock()
+        self.watcher = Watcher(stage, run, accelerator, total=self.total)
+        self.clock = self.watcher.clock
         stage.module.to(accelerator.device)
         groups = parameter_groups(stage.module, self.training.optimizer, stage.depths)
         optimizer = build_optimizer(stage.module, self.training.optimizer, groups)
@@ -278,7 +241,7 @@ class _Trainer:
         self.step = self.saved_step = state.step
         self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in state.losses]
 
-    def advance(self, batches: Iterator[Batch], bar: Bar) -> None:
+    def advance(self, batches: Iterator[Batch]) -> None:
         """Take one step and do what is due after it."""
         training = self.training
         torch.manual_seed(step_seed(training.seed, self.step, self.accelerator.process_index))
@@ -293,14 +256,10 @@ class _Trainer:
         self.losses.append(loss)
         self.lr = self._learning_rate(1.0)
         self.step += 1
-        bar.advance()
-        if self._due(training.log_every):
-            self._log(norm, bar)
-        if self._due(training.validate_every):
-            self._validate(bar)
-        if self._due(training.look_every) and self.accelerator.is_main_process:
-            self.stage.look(self.run, self.step)
-            self.clock.skip()
+        self.watcher.advance()
+        if self.step % training.log_every == 0 or self.step == self.total:
+            self._log(norm)
+        self.watcher.look(self.step)
         if self.step % training.checkpoint_every == 0:
             self.save()
 
@@ -313,9 +272,6 @@ class _Trainer:
             total_steps=self.total,
             steps_per_epoch=self.steps_per_epoch,
         )
-
-    def _due(self, every: int) -> bool:
-        return self.step % every == 0 or self.step == self.total
 
     def _losses_since_log(self) -> Tensor:
         """Return the losses of the steps since the last log, each the mean over ranks.
@@ -334,36 +290,13 @@ class _Trainer:
             )
         return losses
 
-    def _log(self, norm: Tensor, bar: Bar) -> None:
+    def _log(self, norm: Tensor) -> None:
         loss = float(self._losses_since_log().mean())
         self.losses.clear()
-        images_per_second, data_wait = self.clock.read()
-        bar.show(loss, self.lr, images_per_second, data_wait)
-        if self.accelerator.is_main_process:
-            self.run.log(
-                {
-                    "step": self.step,
-                    "epoch": round(self.step / self.steps_per_epoch, 4),
-                    "samples": self.cursor,
-                    "loss": loss,
-                    "lr": self.lr,
-                    "grad_norm": float(norm),
-                    "images_per_second": round(images_per_second, 2),
-                    "data_wait": round(data_wait, 4),
-                    "processes": self.accelerator.num_processes,
-                }
-            )
-
-    def _validate(self, bar: Bar) -> None:
-        self.module.eval()
-        with torch.no_grad():
-            self.figures = self.stage.validate(self.accelerator)
-        if self.figures:
-            listed = ", ".join(f"{name} {value:.4f}" for name, value in self.figures.items())
-            bar.say(f"step {self.step}: {listed}")
-            if self.accelerator.is_main_process:
-                self.run.log({"step": self.step, **self.figures})
-        self.clock.skip()
+        position = Position(
+            step=self.step, epoch=self.step / self.steps_per_epoch, samples=self.cursor
+        )
+        self.watcher.log(position, loss=loss, lr=self.lr, norm=float(norm))
 
     def save(self) -> None:
         """Write a checkpoint of the present step, unless there is one."""

@@ -28,7 +28,11 @@ def pooled_features(encoder: SwinV2, images: Tensor) -> Tensor:
 
     Normalised images (batch, channels, height, width) become (batch, num_features).
     """
-    tokens: Tensor = encoder(images)
+    return pool(encoder(images))
+
+
+def pool(tokens: Tensor) -> Tensor:
+    """Return the mean over all places: (batch, rows, columns, channels) to (batch, channels)."""
     return tokens.mean(dim=(1, 2))
 
 
