@@ -66,8 +66,8 @@ class TrainingSettings:
     look_every: int = 500
     """Steps between pictures, for a stage that draws some; there is one at the end too."""
     trackers: Trackers = "auto"
-    """Where metrics go beside metrics.jsonl: auto is TensorBoard where it is installed, or a list of
-    tensorboard, wandb, mlflow, comet_ml, aim, clearml, dvclive, swanlab, trackio; [] is none."""
+    """Where metrics go beside metrics.jsonl: auto is TensorBoard where it is installed; or a list
+    of tensorboard, wandb, mlflow, comet_ml, aim, clearml, dvclive, swanlab, trackio; [] is none."""
     optimizer: OptimizerSettings
     """The optimiser."""
     schedule: ScheduleSettings = ScheduleSettings()

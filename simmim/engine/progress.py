@@ -105,3 +105,15 @@ class Bar:
         """Print a line above the bar."""
         if not self._bar.disable:
             tqdm.write(text, file=sys.stderr)
+
+
+def duration(seconds: float) -> str:
+    """Write a length of time for a person: `3 d 4 h`, `2 h 05 min`, `7 min`, `42 s`."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if hours < 48:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{hours // 24} d {hours % 24} h"

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from simmim.engine.environment import write_environment
 from simmim.engine.memory import memory_in_use
-from simmim.engine.progress import Bar, Clock, Forecast
+from simmim.engine.progress import Bar, Clock, Forecast, duration
 from simmim.engine.run import RunFolder
 from simmim.engine.stage import Stage
 from simmim.engine.tracking import Tracking, chosen_trackers
@@ -214,15 +214,3 @@ class Watcher:
             write_report(self.run)
         except (OSError, ValueError) as error:  # a full disk, or files that someone has edited
             self.say(f"the report was not written: {error}")
-
-
-def duration(seconds: float) -> str:
-    """Write a length of time for a person: `3 d 4 h`, `2 h 05 min`, `7 min`, `42 s`."""
-    minutes, hours = round(seconds / 60), round(seconds / 3600)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    if hours < 48:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{hours // 24} d {hours % 24} h"

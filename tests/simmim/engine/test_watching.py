@@ -10,10 +10,9 @@ import torch
 
 from simmim.engine.loop import build_accelerator, train
 from simmim.engine.memory import memory_in_use
-from simmim.engine.progress import Clock, Forecast
+from simmim.engine.progress import Clock, Forecast, duration
 from simmim.engine.run import RunFolder
 from simmim.engine.utilisation import Peak, device_peak, utilisation
-from simmim.engine.watching import duration
 from simmim.recipe import parse
 from simmim.stages.pretrain import PretrainRecipe, PretrainStage
 
