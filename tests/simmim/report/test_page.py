@@ -17,7 +17,7 @@ from simmim.report.charts import POINTS, Series, chart, ticks
 from simmim.report.page import write_report
 from simmim.stages.pretrain import PretrainRecipe, PretrainStage
 
-EMPTY = {"meta", "img", "link", "br", "rect", "line", "polyline", "polygon", "circle"}
+EMPTY = {"meta", "img"}
 
 
 class Balanced(HTMLParser):
