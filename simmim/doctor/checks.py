@@ -61,11 +61,10 @@ def table(checks: Sequence[Check]) -> str:
 def _block(verdict: str, name: str, text: str) -> list[str]:
     """Return text in its column, beside verdict and name."""
     indent = VERDICT_WIDTH + NAME_WIDTH
-    wrapped = [
-        part
-        for line in text.splitlines()
-        for part in textwrap.wrap(line, WIDTH - indent, subsequent_indent="  ") or [""]
-    ] or [""]
+    wrap = textwrap.TextWrapper(
+        WIDTH - indent, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
+    ).wrap
+    wrapped = [part for line in text.splitlines() for part in wrap(line) or [""]] or [""]
     first = f"{verdict:<{VERDICT_WIDTH}}{name:<{NAME_WIDTH}}{wrapped[0]}".rstrip()
     return [first, *(f"{'':{indent}}{line}" for line in wrapped[1:])]
 

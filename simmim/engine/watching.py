@@ -189,6 +189,8 @@ class Watcher:
         self.stage.module.eval()
         with torch.no_grad():
             self.figures = self.stage.validate(self.accelerator)
+        for name in self._baselines.keys() & self.figures.keys():
+            self._baselines[name] = self.figures[name]  # over all held-out samples
         self._tell(step, self.figures, "validation")
 
     def _probe(self, step: int) -> None:

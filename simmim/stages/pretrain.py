@@ -32,7 +32,7 @@ from swinv2.flops import forward_flops
 from swinv2.weights import Provenance
 
 PANEL_IMAGES = 8
-BASELINE_IMAGES = 512
+BASELINE_IMAGES = 256
 """Held-out images that the baseline is measured on before training, to be quick."""
 
 Answer = Literal["loss", "reconstruction", "features"]
