@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import pairwise
 from typing import Literal
@@ -11,6 +11,7 @@ import numpy as np
 
 WIDTH, HEIGHT = 520, 260
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 30
+DOT = 2.5
 POINTS = 400
 """Most points of a line; where there are more, neighbours are joined and their spread is shaded."""
 ROBUST_FROM = 50
@@ -27,6 +28,8 @@ class Series:
     """(step, value), by rising step; values that are no number are left out."""
     kind: Literal["line", "dots", "baseline"] = "line"
     """`dots` marks each point of a few, `baseline` is dashed."""
+    color: int | None = None
+    """Number of its colour; None for its place in the chart."""
 
 
 def chart(title: str, series: Sequence[Series], *, unit: str = "", from_zero: bool = False) -> str:
@@ -38,19 +41,23 @@ def chart(title: str, series: Sequence[Series], *, unit: str = "", from_zero: bo
         unit: stands behind the last values.
         from_zero: let the axis begin at 0.
     """
-    drawn = [one for one in map(_finite, series) if one.points]
+    colored = (
+        replace(one, color=number if one.color is None else one.color)
+        for number, one in enumerate(series)
+    )
+    drawn = [one for one in map(_finite, colored) if one.points]
     if not drawn:
         return ""
     frame = _frame(drawn, from_zero=from_zero)
-    body = [_axes(frame), *(_line(one, number, frame) for number, one in enumerate(drawn))]
+    body = [_axes(frame), *(_line(one, frame) for one in drawn)]
     clip = f"c{abs(hash((title, len(drawn)))) % 10**8}"
     legend = "".join(
-        f'<span class="s{number}{" dashed" if one.kind == "baseline" else ""}"><i></i>'
+        f'<span class="s{one.color}{" dashed" if one.kind == "baseline" else ""}"><i></i>'
         f"{escape(one.name)} <b>{_number(one.points[-1][1])}{escape(unit)}</b></span>"
-        for number, one in enumerate(drawn)
+        for one in drawn
     )
-    area = f'<rect x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" '
-    area += f'height="{HEIGHT - TOP - BOTTOM}"/>'
+    area = f'<rect x="{LEFT - DOT}" y="{TOP - DOT}" width="{WIDTH - LEFT - RIGHT + 2 * DOT}" '
+    area += f'height="{HEIGHT - TOP - BOTTOM + 2 * DOT}"/>'
     return (
         f"<figure><figcaption>{escape(title)}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
@@ -81,7 +88,7 @@ class _Frame:
 
 def _finite(series: Series) -> Series:
     points = [(step, value) for step, value in series.points if math.isfinite(value)]
-    return Series(name=series.name, points=points, kind=series.kind)
+    return replace(series, points=points)
 
 
 def _frame(series: Sequence[Series], *, from_zero: bool) -> _Frame:
@@ -113,20 +120,20 @@ def _axes(frame: _Frame) -> str:
     return "".join(parts)
 
 
-def _line(series: Series, number: int, frame: _Frame) -> str:
+def _line(series: Series, frame: _Frame) -> str:
     points, band = _thinned(series.points)
     path = " ".join(f"{frame.x(step)},{frame.y(value)}" for step, value in points)
     parts = []
     if band:
         edge = [f"{frame.x(step)},{frame.y(high)}" for step, _, high in band]
         edge += [f"{frame.x(step)},{frame.y(low)}" for step, low, _ in reversed(band)]
-        parts.append(f'<polygon class="band s{number}" points="{" ".join(edge)}"/>')
+        parts.append(f'<polygon class="band s{series.color}" points="{" ".join(edge)}"/>')
     kind = " dashed" if series.kind == "baseline" else ""
-    parts.append(f'<polyline class="line s{number}{kind}" points="{path}"/>')
+    parts.append(f'<polyline class="line s{series.color}{kind}" points="{path}"/>')
     if series.kind == "dots" or len(points) == 1:
         parts += [
-            f'<circle class="dot s{number}" cx="{frame.x(step)}" cy="{frame.y(value)}" r="2.5">'
-            f"<title>step {_number(step)}: {_number(value)}</title></circle>"
+            f'<circle class="dot s{series.color}" cx="{frame.x(step)}" cy="{frame.y(value)}" '
+            f'r="{DOT}"><title>step {_number(step)}: {_number(value)}</title></circle>'
             for step, value in points
         ]
     return "".join(parts)
@@ -170,5 +177,5 @@ def _number(value: float) -> str:
     if size >= 1e4:
         return f"{value / 1e3:.4g}k"
     if size and size < 1e-3:
-        return f"{value:.2e}".replace("e-0", "e-")
+        return f"{value:.3g}".replace("e-0", "e-")
     return f"{value:.4g}"

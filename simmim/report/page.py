@@ -3,11 +3,12 @@
 import base64
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from simmim.engine.progress import duration
 from simmim.engine.run import RunFolder
 from simmim.report.charts import Series, chart
 from simmim.report.style import STYLE
@@ -62,9 +63,9 @@ def page(run: RunFolder, lines: Lines) -> str:
         _summary(lines),
         _charts(lines) if lines else "<p>Nothing has been logged yet.</p>",
         _pictures(run),
-        _text("Recipe", run.recipe),
-        _environment(run),
         _bad_samples(run),
+        _environment(run),
+        _text("Recipe", run.recipe),
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -94,10 +95,10 @@ def _summary(lines: Lines) -> str:
         ("images_per_second", "images/s", "{:,.0f}"),
         ("data_wait", "data wait", "{:.1%}"),
         ("mfu", "MFU", "{:.1%}"),
-        ("eta_seconds", "hours left", None),
+        ("eta_seconds", "left", None),
     ):
         if key in last:
-            text = form.format(last[key]) if form else f"{last[key] / 3600:.1f}"
+            text = form.format(last[key]) if form else duration(last[key])
             tiles.append(f"<div><b>{text}</b>{title}</div>")
     return f'<section class="tiles">{"".join(tiles)}</section>'
 
@@ -105,6 +106,8 @@ def _summary(lines: Lines) -> str:
 def _charts(lines: Lines) -> str:
     def series(key: str, name: str, kind: Any = "line", factor: float = 1.0) -> Series:
         points = [(line["step"], line[key] * factor) for line in lines if key in line]
+        if key == "device_memory_gib" and not any(value for _, value in points):
+            points = []  # on a CPU there is no such thing
         return Series(name=name, points=points, kind=kind)
 
     probes = sorted({key for line in lines for key in line if key.startswith("probe_")})
@@ -121,14 +124,7 @@ def _charts(lines: Lines) -> str:
         chart("Validation, %", [series("top1", "top-1", "dots"), series("top5", "top-5", "dots")]),
         chart(
             "Frozen features, top-1 %",
-            [
-                one
-                for key in probes
-                for one in (
-                    series(key, key.removeprefix("probe_").removesuffix("_top1"), "dots"),
-                    _random_weights(lines, key),
-                )
-            ],
+            [one for number, key in enumerate(probes) for one in _probe(lines, key, number)],
         ),
         chart("Learning rate", [series("lr", "learning rate")], from_zero=True),
         chart("Gradient norm, before clipping", [series("grad_norm", "norm")], from_zero=True),
@@ -164,12 +160,15 @@ def _charts(lines: Lines) -> str:
     return f'<section class="charts">{"".join(shown)}</section>'
 
 
-def _random_weights(lines: Lines, key: str) -> Series:
-    """Return the figure before the first step as a line across all steps."""
-    start = next((line[key] for line in lines if key in line and line["step"] == 0), None)
-    points = [] if start is None else [(0.0, start), (float(lines[-1]["step"]), start)]
+def _probe(lines: Lines, key: str, color: int) -> Iterator[Series]:
+    """Yield the figures of a probe, and what it found before the first step as a baseline."""
     name = key.removeprefix("probe_").removesuffix("_top1")
-    return Series(name=f"{name}, random weights", points=points, kind="baseline")
+    points = [(line["step"], line[key]) for line in lines if key in line]
+    yield Series(name=name, points=points, kind="dots", color=color)
+    first, start = points[0]
+    if first == 0:
+        across = [(0.0, start), (float(lines[-1]["step"]), start)]
+        yield Series(name=f"{name}, random weights", points=across, kind="baseline", color=color)
 
 
 def _peak(lines: Lines) -> str:
@@ -192,7 +191,7 @@ def _text(title: str, path: Path) -> str:
     if not path.is_file():
         return ""
     text = path.read_text(encoding="utf-8", errors="replace")
-    return f"<h2>{title}</h2><pre>{escape(text)}</pre>"
+    return f"<details><summary>{title}</summary><pre>{escape(text)}</pre></details>"
 
 
 def _environment(run: RunFolder) -> str:

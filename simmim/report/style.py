@@ -9,7 +9,8 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   margin: 0 auto; padding: 24px; max-width: 1180px; }
 h1 { margin: 0; font-size: 26px; overflow-wrap: anywhere; }
-h2 { font-size: 18px; margin: 32px 0 8px; }
+h2, summary { font-size: 18px; font-weight: 700; margin: 32px 0 8px; }
+summary { cursor: pointer; }
 .when { color: var(--faint); margin: 0 0 16px; }
 .tiles { display: flex; flex-wrap: wrap; gap: 10px; margin-bottom: 16px; }
 .tiles div { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
