@@ -13,7 +13,7 @@ from simmim.doctor.checks import Check, attempt, table
 from simmim.doctor.dry_run import dry_run, gathered
 from simmim.doctor.memory import check_disk, check_memory
 from simmim.doctor.pace import check_pace
-from simmim.doctor.plan import Recipe, check_plan
+from simmim.doctor.plan import AnyStage, Recipe, check_plan
 from simmim.doctor.shards import check_shards, check_workers
 from simmim.engine.launcher import end_with_launcher, requested_cpu_processes, start_processes
 from simmim.engine.loop import build_accelerator
@@ -25,8 +25,6 @@ from simmim.stages.pretrain import PretrainRecipe, PretrainStage
 
 BAD = 2
 SECONDS = 15.0
-
-AnyStage = PretrainStage | ClassificationStage
 
 
 def add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from simmim.data.batches import Batch
 from simmim.doctor.checks import Check, problem
 from simmim.engine.loop import training_step
+from simmim.engine.memory import memory_in_use
 from simmim.engine.optimizer import build_optimizer, parameter_groups, set_learning_rate
 from simmim.engine.stage import Stage
 
@@ -87,6 +88,9 @@ def _told(accelerator: Accelerator, loss: float, norm: float) -> Iterator[Check]
         f"process{'' if accelerator.num_processes == 1 else 'es'} ({accelerator.device.type}): "
         f"loss {loss:.4f}, gradient norm {norm:.4g}"
     )
+    peak = max(gathered(accelerator, memory_in_use(accelerator.device).device_peak / 2**30))
+    if peak:
+        found += f", {peak:.1f} GiB of the device at the peak"
     if finite:
         yield Check(name="dry step", verdict="ok", found=found)
     else:

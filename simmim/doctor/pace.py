@@ -9,9 +9,8 @@ import torch
 
 from simmim.doctor.checks import Check
 from simmim.doctor.dry_run import Speed
-from simmim.doctor.plan import Recipe
+from simmim.doctor.plan import AnyStage, Recipe
 from simmim.engine.progress import duration
-from simmim.engine.stage import Stage
 from simmim.engine.utilisation import device_peak, utilisation
 from simmim.stages.pretrain import PretrainRecipe
 
@@ -24,7 +23,7 @@ ASIDE = 0.1
 
 
 def check_pace(
-    stage: Stage, recipe: Recipe, speed: Speed, device: torch.device, world: int
+    stage: AnyStage, recipe: Recipe, speed: Speed, device: torch.device, world: int
 ) -> Iterator[Check]:
     """Judge the speeds."""
     yield check_data_speed(recipe, speed, world)
@@ -67,7 +66,7 @@ def check_data_speed(recipe: Recipe, speed: Speed, world: int) -> Check:
     return Check(name="data speed", verdict="warning", found=found, change=change)
 
 
-def check_duration(stage: Stage, recipe: Recipe, rate: float) -> Iterator[Check]:
+def check_duration(stage: AnyStage, recipe: Recipe, rate: float) -> Iterator[Check]:
     """Tell how long training takes, and how often it saves and looks."""
     training = recipe.training
     total = training.total_steps(stage.samples_per_epoch)
@@ -99,14 +98,14 @@ def check_duration(stage: Stage, recipe: Recipe, rate: float) -> Iterator[Check]
     yield from _check_looks(stage, recipe)
 
 
-def _check_looks(stage: Stage, recipe: Recipe) -> Iterator[Check]:
+def _check_looks(stage: AnyStage, recipe: Recipe) -> Iterator[Check]:
     """Tell what part of the images that are computed is for validation and probes.
 
     A forward pass is a third of a step.
     """
     training = recipe.training
-    validation = getattr(stage, "validation_shards", None)
-    per_step = (validation.samples if validation else 0) / training.validate_every
+    held_out = stage.validation_shards.samples if stage.validation_shards else 0
+    per_step = held_out / training.validate_every
     if isinstance(recipe, PretrainRecipe) and recipe.probe is not None:
         probe = recipe.probe
         per_step += (probe.samples + probe.validation_samples) / probe.every

@@ -9,12 +9,15 @@ from simmim.doctor.checks import Check
 from simmim.engine.loop import TrainingSettings
 from simmim.engine.tracking import chosen_trackers
 from simmim.engine.utilisation import measured_peak
-from simmim.stages.classification import SCRATCH, ClassificationRecipe
-from simmim.stages.pretrain import PretrainRecipe
+from simmim.stages.classification import SCRATCH, ClassificationRecipe, ClassificationStage
+from simmim.stages.pretrain import PretrainRecipe, PretrainStage
 
 Recipe = PretrainRecipe | ClassificationRecipe
+AnyStage = PretrainStage | ClassificationStage
 
 REFERENCE_BATCH = 512
+FASTER = 1.5
+"""Times as fast that bf16 must be on a CPU to be advised: not all of a step is products."""
 FARTHEST = 4
 """Times that a learning rate may be above or below the paper's before it is remarked on."""
 
@@ -145,4 +148,6 @@ def check_precision(precision: str, device: torch.device) -> Check:
     if precision == "bf16" and half < full:
         change = "set training.precision to fp32, which is faster here"
         return Check(name="precision", verdict="warning", found=found, change=change)
-    return Check(name="precision", verdict="ok", found=found)
+    if precision == "fp32" and half > FASTER * full:
+        change = "training.precision bf16 may be faster here"
+    return Check(name="precision", verdict="ok", found=found, change=change)

@@ -5,7 +5,7 @@ import io
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 from PIL import Image, UnidentifiedImageError
 
-from data_prep.manifest import ShardEntry
+from data_prep.manifest import Location, ShardEntry
 from simmim.data.decoding import ARRAY_EXTENSION, decode_pixels
 from simmim.data.errors import DataError
 from simmim.data.mixture import MixedShards, Shards
@@ -55,9 +55,11 @@ def check_shards(
             verdict="ok",
             found=f"{validation.samples:,} samples of {len(validation.sizes):,} shards",
         )
+    entries: dict[Location, list[ShardEntry]] = {}
     for one in [*sets_of(training), *(sets_of(validation) if validation else [])]:
-        if one.samples:
-            yield from check_files(one)
+        entries.setdefault(one.folder, []).extend(entries_of(one))
+    for folder, of_folder in entries.items():
+        yield check_files(folder, of_folder)
     yield from check_samples(training, data, channels)
 
 
@@ -71,14 +73,12 @@ def entries_of(shards: ShardSet) -> list[ShardEntry]:
     return [shards.manifest.shards[number] for number in shards.numbers]
 
 
-def check_files(shards: ShardSet) -> Iterator[Check]:
+def check_files(folder: Location, entries: Sequence[ShardEntry]) -> Check:
     """Compare the files of a set on this machine with the manifest, a few of them byte by byte."""
-    entries = entries_of(shards)
-    places = [(entry, entry.location(shards.folder)) for entry in entries]
+    places = [(entry, entry.location(folder)) for entry in entries]
     local = [(entry, place) for entry, place in places if isinstance(place, Path)]
     if not local:
-        yield Check(name="files", verdict="ok", found=f"{shards.folder} is read through a cache")
-        return
+        return Check(name="files", verdict="ok", found=f"{folder} is not on this machine")
     wrong, whole = [], []
     for entry, place in local:
         try:
@@ -96,20 +96,19 @@ def check_files(shards: ShardSet) -> Iterator[Check]:
             wrong.append(f"{place}: its content is not what was written")
     if wrong:
         more = f"\nand {len(wrong) - 5:,} more" if len(wrong) > 5 else ""
-        yield Check(
+        return Check(
             name="files",
             verdict="problem",
             found="\n".join(wrong[:5]) + more,
             change="copy them again, or write them anew with `data-prep shard`; "
             "`data-prep verify` looks at all",
         )
-    else:
-        yield Check(
-            name="files",
-            verdict="ok",
-            found=f"all {len(local):,} of {shards.folder} are there in full; checksums of "
-            f"{len(chosen)} compared",
-        )
+    return Check(
+        name="files",
+        verdict="ok",
+        found=f"all {len(local):,} in {folder} are there in full; checksums of {len(chosen)} "
+        "compared",
+    )
 
 
 def _sha256(place: Path) -> str:
@@ -138,8 +137,10 @@ def decode_some(shards: Shards, data: AugmentedDataSettings, channels: int) -> D
     ends = np.cumsum(shards.sizes)
     found = Decoded()
     began = time.perf_counter()
-    places = np.unique(np.linspace(0, shards.samples - 1, min(DECODED, shards.samples)).astype(int))
-    # In an order that covers the whole set soon, should time run out.
+    # Where reading a sample brings its whole shard, one shard has to do.
+    reach = shards.sizes[0] if shards.fetches_whole_shards else shards.samples
+    places = np.unique(np.linspace(0, reach - 1, min(DECODED, reach)).astype(int))
+    # In an order that soon covers all of them, should time run out.
     for place in np.random.default_rng(0).permutation(places).tolist():
         if time.perf_counter() - began > DECODING_SECONDS:
             break

@@ -13,7 +13,7 @@ from simmim.doctor.dry_run import Speed
 from simmim.doctor.memory import check_disk, check_memory
 from simmim.doctor.pace import check_data_speed, check_duration
 from simmim.doctor.plan import check_learning_rate, check_precision, check_schedule
-from simmim.doctor.shards import check_files, check_samples, check_workers
+from simmim.doctor.shards import check_files, check_samples, check_workers, entries_of, sets_of
 from simmim.recipe import load, parse
 from simmim.stages.classification import ClassificationRecipe
 from simmim.stages.pretrain import PretrainRecipe, PretrainStage
@@ -108,9 +108,14 @@ def test_precision_of_this_machine_is_measured() -> None:
     assert "matrix products in bf16 take" in check_precision("bf16", torch.device("cpu")).found
 
 
+def files_of(stage: PretrainStage) -> Check:
+    (shards,) = sets_of(stage.training_shards)
+    return check_files(shards.folder, entries_of(shards))
+
+
 def test_whole_files_are_fine(shards: Path, pretrain_values: dict[str, Any]) -> None:
     stage = stage_on(pretrain_values, shards)
-    (found,) = check_files(stage.training_shards)  # type: ignore[arg-type]
+    found = files_of(stage)
     assert found.verdict == "ok"
 
 
@@ -124,7 +129,7 @@ def test_missing_cut_and_changed_files_are_named(
     changed = bytearray(tars[0].read_bytes())
     changed[-1] ^= 1
     tars[0].write_bytes(changed)
-    (found,) = check_files(stage.training_shards)  # type: ignore[arg-type]
+    found = files_of(stage)
     assert found.verdict == "problem"
     for tar, text in (
         (tars[0], "not what was written"),

@@ -120,7 +120,6 @@ def test_everything_wrong_is_told_at_once(
         "run folder",
         "plan",
         "files",
-        "files",
         "shards",
         "data",
     ]
