@@ -1,4 +1,4 @@
-"""The command line: `simmim quickstart|pretrain|finetune|probe|export|import|bench`."""
+"""The command line: `simmim COMMAND`, from quickstart and pretrain to doctor and bench."""
 
 import argparse
 import os
@@ -10,10 +10,13 @@ from typing import TypeAlias
 import torch
 
 from simmim.bench.cli import add_bench
+from simmim.doctor.cli import add_doctor
+from simmim.engine.run import RunFolder
 from simmim.engine.signals import STOPPED
 from simmim.engine.watchdog import LOST, RankLostError
 from simmim.quickstart import DEFAULT_FOLDER, quickstart
 from simmim.recipe import describe, load
+from simmim.report.page import write_report
 from simmim.stages.classification import ClassificationRecipe, ClassificationStage
 from simmim.stages.export import FORMATS, export
 from simmim.stages.import_encoder import IMPORT_FORMATS, Known, import_encoder
@@ -82,6 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_probe(commands)
     add_export(commands)
     add_import(commands)
+    add_report(commands)
+    add_doctor(commands)
     add_bench(commands)
     return parser
 
@@ -290,6 +295,26 @@ def run_import(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     )
     lines = import_encoder(arguments.source, arguments.destination, arguments.format, known)
     print("\n".join(lines))
+    return 0
+
+
+def add_report(commands: Commands) -> None:
+    """Add `simmim report`."""
+    command = commands.add_parser(
+        "report",
+        help="write the page of a run",
+        description="Write report.html into a run: figures, reconstructions, recipe and machine in "
+        "one file. Training writes it too, whenever it draws pictures.",
+        allow_abbrev=False,
+    )
+    command.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    command.set_defaults(handler=run_report, takes_overrides=False)
+
+
+def run_report(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Run `simmim report`."""
+    del overrides
+    print(write_report(RunFolder(path=arguments.run)))
     return 0
 
 

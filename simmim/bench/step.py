@@ -14,7 +14,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -46,16 +46,24 @@ class StepCase:
     """A SimMIM training step on one device."""
 
     variant: str
-    """Name in swinv2.VARIANTS, or "custom" with `sizes`."""
+    """Name in swinv2.VARIANTS."""
     image_size: int
-    """Side of the images in pixels, whole mask cells of 32."""
+    """Side of the images in pixels, whole mask cells."""
     window_size: int
     """Side of the windows in tokens."""
-    attention: AttentionPath
-    checkpointing: Checkpointing
+    attention: AttentionPath | tuple[AttentionPath, ...]
+    checkpointing: Checkpointing | tuple[Checkpointing, ...]
     precision: Precision
     batch: int
     """Images."""
+    mask_cell: int = MASK_CELL
+    """Side of a mask cell in pixels."""
+    patch_size: int = 4
+    """Side of a patch in pixels."""
+    in_channels: int = 3
+    """Channels of the images."""
+    sizes: tuple[tuple[str, int | tuple[int, ...]], ...] = ()
+    """Fields of the encoder's configuration that replace the variant's, and their values."""
     optimizer: bool = True
     """Whether AdamW belongs to the step, or only forward and backward."""
 
@@ -242,13 +250,19 @@ def _smallest_model(case: StepCase) -> SimMIM:
     encoder = build_encoder(
         "tiny", image_size=MASK_CELL, window_size=4, embed_dim=8, depths=(2, 1), num_heads=(1, 2)
     )
-    return _prepare(encoder, case)
+    return _prepare(encoder, replace(case, mask_cell=MASK_CELL))
 
 
 def build_step_model(case: StepCase) -> SimMIM:
     """Build the model of a step on the present device, in training mode."""
     encoder = build_encoder(
-        case.variant, image_size=case.image_size, window_size=case.window_size, drop_path=0.1
+        case.variant,
+        image_size=case.image_size,
+        window_size=case.window_size,
+        patch_size=case.patch_size,
+        in_channels=case.in_channels,
+        drop_path=0.1,
+        **dict(case.sizes),
     )
     return _prepare(encoder, case)
 
@@ -256,7 +270,7 @@ def build_step_model(case: StepCase) -> SimMIM:
 def _prepare(encoder: SwinV2, case: StepCase) -> SimMIM:
     encoder.set_execution(attention=case.attention, checkpointing=case.checkpointing)
     # Decoding every pixel is the most that any mask can ask for, and needs no look at the mask.
-    model = SimMIM(encoder, mask_cell=MASK_CELL, loss_area="all").train()
+    model = SimMIM(encoder, mask_cell=case.mask_cell, loss_area="all").train()
     return model.to(torch.bfloat16) if case.precision == "bf16-weights" else model
 
 
@@ -265,7 +279,7 @@ def forward_backward(
 ) -> None:
     """Compute the gradients of `batch` images of noise, of `side` pixels."""
     images = torch.randn(batch, model.encoder.config.in_channels, side, side, device=device)
-    cells = side // MASK_CELL
+    cells = side // model.mask_cell
     mask = torch.ones(batch, cells, cells, dtype=torch.bool, device=device)
     if precision == "bf16-weights":
         images = images.to(torch.bfloat16)

@@ -67,7 +67,7 @@ _STEP_HEADS = ("variant", "size", "checkpointing")
 
 def _step_cells(row: Row) -> tuple[str, str, str]:
     case = row.case
-    return case.variant, f"{case.image_size}/{case.window_size}", case.checkpointing
+    return case.variant, f"{case.image_size}/{case.window_size}", str(case.checkpointing)
 
 
 def _line(step: tuple[str, str, str], cells: Sequence[str]) -> str:

@@ -6,16 +6,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from simmim.data.bad_samples import BadSamples
 from simmim.data.batches import Batch
-from simmim.data.mixture import Shards
-from simmim.disk import goes_on_without
 from simmim.engine.anomalies import Anomalies, poisoned
 from simmim.engine.checkpoint import TrainingState, checkpoint_path, find_checkpoint
 from simmim.engine.holdings import whole_tensor
@@ -28,18 +25,19 @@ from simmim.engine.optimizer import (
     set_learning_rate,
 )
 from simmim.engine.parallelism import (
-    gathered,
     sharding_left_to_us,
     wants_shards,
     without_exchange,
 )
-from simmim.engine.progress import Bar, Clock
 from simmim.engine.run import RunFolder
 from simmim.engine.saving import Saver, SavingOutcome, contents_of, restore, whole_stage
 from simmim.engine.schedule import ScheduleSettings, learning_rate
 from simmim.engine.sharding import shard_for_training
 from simmim.engine.signals import StopRequest
+from simmim.engine.stage import Stage
+from simmim.engine.tracking import Trackers
 from simmim.engine.watchdog import Watchdog, group_timeout
+from simmim.engine.watching import Position, Watcher
 from simmim.recipe import recipe_hash, settings
 
 
@@ -81,6 +79,9 @@ class TrainingSettings:
     """Steps between validations; there is one at the end too."""
     look_every: int = 500
     """Steps between pictures, for a stage that draws some; there is one at the end too."""
+    trackers: Trackers = "auto"
+    """Where metrics go beside metrics.jsonl: auto is TensorBoard where it is installed; or a list
+    of tensorboard, wandb, mlflow, comet_ml, aim, clearml, dvclive, swanlab, trackio; [] is none."""
     optimizer: OptimizerSettings
     """The optimiser."""
     schedule: ScheduleSettings = ScheduleSettings()
@@ -125,53 +126,6 @@ class TrainingSettings:
         assert self.epochs is not None
         left = self.epochs * samples_per_epoch - cursor
         return step + max(0, round(left / self.batch_size))
-
-
-class Stage(Protocol):
-    """What a job brings to the training loop."""
-
-    @property
-    def recipe(self) -> Any:
-        """The recipe, with a `training: TrainingSettings`."""
-
-    @property
-    def module(self) -> nn.Module:
-        """Takes a Batch on its device and returns the mean loss over it, a scalar."""
-
-    @property
-    def depths(self) -> tuple[int, ...]:
-        """Blocks of each encoder stage, for layer-wise learning rates."""
-
-    @property
-    def samples_per_epoch(self) -> int:
-        """Samples that the data order visits in one epoch."""
-
-    @property
-    def data_digest(self) -> str:
-        """Digest of the shards that are trained on."""
-
-    @property
-    def training_shards(self) -> Shards:
-        """The shards that are trained on: what an address in a batch counts in."""
-
-    @property
-    def bad_samples(self) -> BadSamples:
-        """The account of samples that could not be read."""
-
-    def batches(self, *, rank: int, world: int, start: int, end: int) -> Iterable[Batch]:
-        """Yield this rank's micro-batches, from `start` to `end` samples of the global stream."""
-
-    def validate(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return figures on held-out data, the same on every rank; empty if there is none."""
-
-    def fresh(self) -> "Stage":
-        """Return a stage of the same recipe, with initial weights on the CPU."""
-
-    def look(self, run: RunFolder, step: int) -> None:
-        """Draw pictures into the run; called on the main process alone."""
-
-    def hand_on(self, run: RunFolder, step: int, samples: int) -> None:
-        """Write the encoder into the run; called on the main process, at the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,26 +229,29 @@ def train(
     if accelerator.is_main_process:
         run.begin(stage.recipe, step=trainer.step)
     accelerator.wait_for_everyone()
-    bar = Bar(trainer.total, trainer.step, visible=accelerator.is_main_process, label=run.path.name)
-    with stop, trainer.watchdog, bar:
+    with (
+        stop,
+        trainer.watchdog,
+        trainer.watcher.watch(trainer.step, total=trainer.total) as watcher,
+    ):
         if loaded is not None:
-            bar.say(loaded)
+            watcher.say(loaded)
         batches = iter(stream)
         trainer.clock.skip()
-        while trainer.step < trainer.total and not trainer.must_stop(bar):
-            trainer.advance(batches, bar)
+        while trainer.step < trainer.total and not trainer.must_stop():
+            trainer.advance(batches)
         stopped = trainer.step < trainer.total
         if stopped:
             received = stop.received.name if stop.received else "a signal on another rank"
-            bar.say(f"{received}: stopping after step {trainer.step}, {trainer.what_is_saved}.")
-        trainer.save_for_good(bar)
+            watcher.say(f"{received}: stopping after step {trainer.step}, {trainer.what_is_saved}.")
+        trainer.save_for_good()
         if not stopped and accelerator.is_main_process:
             whole_stage(stage, checkpoint_path(run.checkpoints, trainer.step)).hand_on(
                 run, trainer.step, trainer.cursor
             )
         accelerator.wait_for_everyone()
     step = max(0, trainer.saved_step) if stopped else trainer.step
-    return TrainingResult(step=step, stopped=stopped, figures=trainer.figures)
+    return TrainingResult(step=step, stopped=stopped, figures=trainer.watcher.figures)
 
 
 class _Trainer:
@@ -309,13 +266,13 @@ class _Trainer:
         self.step = self.cursor = self.skipped = 0
         self.saved_step = -1
         self.lr = 0.0
-        self.figures: dict[str, float] = {}
         self.losses: list[Tensor] = []
-        self.clock = Clock()
         self.watchdog = Watchdog(self.training.rank_timeout)
         self.anomalies = Anomalies(
             accelerator, stage.training_shards, run.anomalies, limit=self.training.max_nonfinite
         )
+        self.watcher = Watcher(stage, run, accelerator)
+        self.clock = self.watcher.clock
         stage.module.to(accelerator.device)
         sharded = wants_shards() and accelerator.num_processes > 1
         if sharded:
@@ -367,13 +324,13 @@ class _Trainer:
             return "a skipped one, which is not saved: the checkpoint before stays the last"
         return "writing a checkpoint"
 
-    def must_stop(self, bar: Bar) -> bool:
+    def must_stop(self) -> bool:
         """Meet the other ranks: was one asked to stop, and how far is the checkpoint on its way?"""
         wanted, *saving = self.stop.agree([self.stop.wanted, *self.saver.signs()])
-        self._report(self.saver.heed(*saving), bar)
+        self._report(self.saver.heed(*saving))
         return bool(wanted)
 
-    def advance(self, batches: Iterator[Batch], bar: Bar) -> None:
+    def advance(self, batches: Iterator[Batch]) -> None:
         """Take one step and do what is due after it."""
         training = self.training
         set_learning_rate(self.optimizer, self._learning_rate)
@@ -392,20 +349,13 @@ class _Trainer:
         self.step += 1
         self.cursor += training.batch_size
         self.watchdog.at(self.step, "looking at what is due: log, validation, checkpoint")
-        self.anomalies.judge(self.step, norm, self.module, micro_batches, bar.say)
-        bar.advance()
-        if self._due(training.log_every):
-            self._log(norm, bar)
-        if self._due(training.validate_every):
-            self._validate(bar)
-        if self._due(training.look_every):
-            with gathered(self.stage.module):
-                if self.accelerator.is_main_process:
-                    with goes_on_without("a picture", self.run.reconstructions):
-                        self.stage.look(self.run, self.step)
-            self.clock.skip()
+        self.anomalies.judge(self.step, norm, self.module, micro_batches, self.watcher.say)
+        self.watcher.advance()
+        if self.step % training.log_every == 0 or self.step == self.total:
+            self._log(norm)
+        self.watcher.look(self.step)
         if self.step % training.checkpoint_every == 0:
-            self.save(bar)
+            self.save()
         self.watchdog.at(self.step, "asking all ranks whether to go on")
 
     def _learning_rate(self, factor: float) -> float:
@@ -418,9 +368,6 @@ class _Trainer:
             steps_per_epoch=self.steps_per_epoch,
         )
 
-    def _due(self, every: int) -> bool:
-        return self.step % every == 0 or self.step == self.total
-
     def _losses_since_log(self) -> Tensor:
         """Return the losses of the steps since the last log, each the mean over ranks.
 
@@ -431,39 +378,16 @@ class _Trainer:
         losses: Tensor = self.accelerator.reduce(torch.stack(self.losses), "mean").cpu()
         return losses
 
-    def _log(self, norm: Tensor, bar: Bar) -> None:
+    def _log(self, norm: Tensor) -> None:
         loss = float(self._losses_since_log().nanmean())
         self.losses.clear()
-        images_per_second, data_wait = self.clock.read()
-        bar.show(loss, self.lr, images_per_second, data_wait)
-        if self.accelerator.is_main_process:
-            self.run.log(
-                {
-                    "step": self.step,
-                    "epoch": round(self.step / self.steps_per_epoch, 4),
-                    "samples": self.cursor,
-                    "loss": loss,
-                    "lr": self.lr,
-                    "grad_norm": float(norm),
-                    "skipped": self.skipped,
-                    "images_per_second": round(images_per_second, 2),
-                    "data_wait": round(data_wait, 4),
-                    "processes": self.accelerator.num_processes,
-                }
-            )
+        position = Position(
+            step=self.step, epoch=self.step / self.steps_per_epoch, samples=self.cursor
+        )
+        counts = {"skipped": self.skipped}
+        self.watcher.log(position, loss=loss, lr=self.lr, norm=float(norm), counts=counts)
 
-    def _validate(self, bar: Bar) -> None:
-        self.module.eval()
-        with torch.no_grad(), gathered(self.stage.module):
-            self.figures = self.stage.validate(self.accelerator)
-        if self.figures:
-            listed = ", ".join(f"{name} {value:.4f}" for name, value in self.figures.items())
-            bar.say(f"step {self.step}: {listed}")
-            if self.accelerator.is_main_process:
-                self.run.log({"step": self.step, **self.figures})
-        self.clock.skip()
-
-    def save(self, bar: Bar) -> None:
+    def save(self) -> None:
         """Begin a checkpoint of the present step, unless there is one.
 
         None is written between skipped steps: the next start is to be from before the first.
@@ -471,7 +395,7 @@ class _Trainer:
         if self.saved_step == self.step or (self.anomalies.in_a_row and self.step < self.total):
             return
         losses = tuple(self._losses_since_log().tolist())
-        self._report(self.saver.finish(self.stop.agree), bar)
+        self._report(self.saver.finish(self.stop.agree))
         state = TrainingState(
             step=self.step,
             cursor=self.cursor,
@@ -490,23 +414,23 @@ class _Trainer:
         self.saved_step = self.step
         self.clock.skip()
 
-    def save_for_good(self, bar: Bar) -> None:
+    def save_for_good(self) -> None:
         """Write a checkpoint of the present step and wait until it is complete.
 
         Raises:
             OSError: it cannot be written.
         """
-        self.save(bar)
+        self.save()
         outcome = self.saver.finish(self.stop.agree)
         self.saver.close()
-        self._report(outcome, bar)
+        self._report(outcome)
         if outcome is not None and not outcome.saved:
             raise OSError(f"step {outcome.step} has no checkpoint: {outcome.reason}")
 
-    def _report(self, outcome: SavingOutcome | None, bar: Bar) -> None:
+    def _report(self, outcome: SavingOutcome | None) -> None:
         """Tell of a checkpoint that could not be written."""
         if outcome is not None and not outcome.saved:
-            bar.say(
+            self.watcher.say(
                 f"WARNING: the checkpoint of step {outcome.step} was not written, and training "
                 f"goes on: {outcome.reason}. A restart would go on from the one before."
             )

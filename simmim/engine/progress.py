@@ -2,10 +2,22 @@
 
 import sys
 import time
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """How fast training went between two readings of the clock."""
+
+    images_per_second: float
+    """Over all ranks."""
+    data_wait: float
+    """Share of the time that this rank waited for data."""
 
 
 class Clock:
@@ -21,22 +33,48 @@ class Clock:
         self._images += images
         self._waited += waited
 
-    def read(self) -> tuple[float, float]:
-        """Return (images a second, share of time waited for data) since the last reading."""
+    def read(self) -> Rates:
+        """Return the rates since the last reading."""
         now = time.perf_counter()
         elapsed = max(now - self._start, 1e-9)
-        rates = (self._images / elapsed, min(1.0, self._waited / elapsed))
+        rates = Rates(
+            images_per_second=self._images / elapsed, data_wait=min(1.0, self._waited / elapsed)
+        )
         self._start, self._images, self._waited = now, 0, 0.0
         return rates
 
     def skip(self) -> None:
-        """Leave out the time since the last reading: validation and checkpoints are no training."""
+        """Leave out the time since the last reading, with the steps in it."""
         self._start = time.perf_counter()
         self._images, self._waited = 0, 0.0
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time within: validation and checkpoints are no training."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._start += time.perf_counter() - began
+
+
+class Forecast:
+    """Tells when training ends, from all the time that its steps have taken so far.
+
+    Validation, pictures and checkpoints count, so that the guess is of the clock on the wall.
+    """
+
+    def __init__(self, step: int, total: int) -> None:
+        self._first, self._total = step, total
+        self._start = time.perf_counter()
+
+    def seconds_left(self, step: int) -> float:
+        """Return the seconds until the last step; `step` are those taken, at least one of them."""
+        return (time.perf_counter() - self._start) / (step - self._first) * (self._total - step)
+
 
 class Bar:
-    """A bar over optimiser steps with loss, learning rate, images/s, data wait and time left."""
+    """A bar over optimiser steps, with the figures of the last log behind it."""
 
     def __init__(self, total: int, initial: int, *, visible: bool, label: str) -> None:
         self._bar: tqdm[Any] = tqdm(
@@ -51,30 +89,31 @@ class Bar:
             smoothing=0.05,
         )
 
-    def __enter__(self) -> "Bar":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Leave the bar as it is."""
         self._bar.close()
 
     def advance(self) -> None:
         """Count one step."""
         self._bar.update(1)
 
-    def show(self, loss: float, lr: float, images_per_second: float, data_wait: float) -> None:
-        """Show the figures of the last log behind the bar."""
-        self._bar.set_postfix_str(
-            f"loss {loss:.4f}, lr {lr:.2e}, {images_per_second:.0f} images/s, "
-            f"data wait {data_wait:.0%}",
-            refresh=False,
-        )
+    def show(self, text: str) -> None:
+        """Show figures behind the bar."""
+        self._bar.set_postfix_str(text, refresh=False)
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         if not self._bar.disable:
             tqdm.write(text, file=sys.stderr)
+
+
+def duration(seconds: float) -> str:
+    """Write a length of time for a person: `3 d 4 h`, `2 h 05 min`, `7 min`, `42 s`."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if hours < 48:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{hours // 24} d {hours % 24} h"

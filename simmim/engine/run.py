@@ -31,6 +31,8 @@ FREE_TO_CHANGE = (
     "training.look_every",
     "training.max_nonfinite",
     "training.rank_timeout",
+    "training.trackers",
+    "probe",
 )
 """Recipe keys and sections that may differ on resume: they change no batch and no schedule."""
 
@@ -70,6 +72,16 @@ class RunFolder:
     def reconstructions(self) -> Path:
         """The folder of `step-….png` pictures."""
         return self.path / "reconstructions"
+
+    @property
+    def environment(self) -> Path:
+        """The machine and the versions of what it is trained with."""
+        return self.path / "environment.json"
+
+    @property
+    def report(self) -> Path:
+        """The page that shows all of the run."""
+        return self.path / "report.html"
 
     @property
     def encoder(self) -> Path:
@@ -158,7 +170,8 @@ class RunFolder:
         remove_later_checkpoints(self.checkpoints, step)
         atomic_write_text(self.recipe, to_yaml(recipe))
         if self.metrics.is_file():
-            kept = [line for line in self._metric_lines() if line["step"] <= step]
+            # Before the first step nothing is kept: what stands at step 0 is written again too.
+            kept = [line for line in self._metric_lines() if 0 < step >= line["step"]]
             atomic_write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _metric_lines(self) -> list[dict[str, Any]]:

@@ -1,7 +1,9 @@
 """Fine-tuning for classification: average pool, a linear head, and the whole encoder trained."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -23,6 +25,7 @@ from simmim.stages.encoder_settings import EncoderSettings, ExecutionSettings
 from simmim.stages.labelled import open_labelled
 from simmim.stages.normalisation import Normalise
 from swinv2 import SwinV2, build_encoder, load_encoder, save_encoder
+from swinv2.flops import forward_flops
 from swinv2.weights import Provenance, read_encoder_config
 
 SCRATCH = "scratch"
@@ -168,6 +171,26 @@ class ClassificationStage:
         )
         self.depths = self.start.encoder.config.depths
 
+    @property
+    def flops_per_sample(self) -> int:
+        """Operations of encoder and head; see `simmim.engine.stage.Stage`."""
+        config = self.start.encoder.config
+        return forward_flops(config) + 2 * config.num_features * len(self.classes)
+
+    @property
+    def probe_every(self) -> int | None:
+        """No probe: there are labels already."""
+        return None
+
+    def probe(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return nothing."""
+        del accelerator
+        return {}
+
+    def baselines(self) -> dict[str, float]:
+        """Return the loss of holding every class for as likely as any other."""
+        return {"uniform_loss": math.log(len(self.classes))}
+
     def batches(self, *, rank: int, world: int, start: int, end: int) -> Iterable[Batch]:
         """Yield this rank's micro-batches; see `simmim.engine.loop.Stage`."""
         return training_batches(
@@ -228,8 +251,10 @@ class ClassificationStage:
         """Return a stage of the same recipe, with initial weights on the CPU."""
         return ClassificationStage(self.recipe)
 
-    def look(self, run: RunFolder, step: int) -> None:
+    def look(self, accelerator: Accelerator, run: RunFolder, step: int) -> Path | None:
         """Draw nothing: classification has no pictures."""
+        del accelerator, run, step
+        return None
 
     def hand_on(self, run: RunFolder, step: int, samples: int) -> None:
         """Write the encoder directory and the classifier's head into the run."""

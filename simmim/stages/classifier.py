@@ -28,7 +28,11 @@ def pooled_features(encoder: SwinV2, images: Tensor, chances: Tensor | None = No
 
     Normalised images (batch, channels, height, width) become (batch, num_features).
     """
-    tokens: Tensor = encoder(images, chances)
+    return pool(encoder(images, chances))
+
+
+def pool(tokens: Tensor) -> Tensor:
+    """Return the mean over all places: (batch, rows, columns, channels) to (batch, channels)."""
     return tokens.mean(dim=(1, 2))
 
 

@@ -12,9 +12,11 @@ from simmim.engine.launcher import (
     requested_cpu_processes,
     start_processes,
 )
-from simmim.engine.loop import Stage, TrainingResult, build_accelerator, train
+from simmim.engine.loop import TrainingResult, build_accelerator, train
 from simmim.engine.parallelism import check_parallelism
 from simmim.engine.run import RunFolder
+from simmim.engine.stage import Stage
+from simmim.engine.tracking import chosen_trackers
 from simmim.stages.classification import ClassificationRecipe
 from simmim.stages.pretrain import PretrainRecipe
 
@@ -47,6 +49,7 @@ def launch(
         ValueError: the run folder, the shards or the sizes cannot be used.
     """
     check_parallelism()
+    chosen_trackers(recipe.training.trackers)
     end_with_launcher()
     stage = make_stage(recipe)
     if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
@@ -92,6 +95,7 @@ def say_result(result: TrainingResult, run: RunFolder) -> None:
             f"Done: {result.step} steps" + (f"; {figures}." if figures else "."),
             f"Encoder  {run.encoder}",
             f"Metrics  {run.metrics}",
+            f"Report   {run.report}",
         ]
         if run.bad_samples.is_file():
             lines.append(f"Damaged  {run.bad_samples}: samples that were replaced or left out")

@@ -1,6 +1,7 @@
 """Pretraining: SimMIM on unlabelled shards. The recipe, and what the training loop needs of it."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -9,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from simmim.data.batches import Batch, evaluation_batches
+from simmim.data.batches import Batch, BatchStream, evaluation_batches
 from simmim.data.mixture import order_of
 from simmim.data.settings import AugmentedDataSettings, DataSettings, with_statistics
 from simmim.data.transforms import EvalTransform
@@ -18,17 +19,24 @@ from simmim.engine.loop import TrainingSettings
 from simmim.engine.run import RunFolder
 from simmim.losses import LossName
 from simmim.masking import MaskDrawer, MaskSettings
-from simmim.model import LossArea, SimMIM
+from simmim.model import LossArea, SimMIM, SimMIMOutput
 from simmim.recipe import load, recipe_hash, settings
 from simmim.report.panels import reconstruction_panel
-from simmim.stages.batches import check_batches, training_batches
+from simmim.stages.batches import Round, check_batches, in_step, training_batches
 from simmim.stages.chances import drop_path_chances
+from simmim.stages.classifier import pool
 from simmim.stages.encoder_settings import EncoderSettings, ExecutionSettings
 from simmim.stages.normalisation import Normalise
+from simmim.stages.online_probe import OnlineProbe, OnlineProbeSettings
 from swinv2 import build_encoder, save_encoder
+from swinv2.flops import forward_flops
 from swinv2.weights import Provenance
 
 PANEL_IMAGES = 8
+BASELINE_IMAGES = 256
+"""Held-out images that the baseline is measured on before training, to be quick."""
+
+Answer = Literal["loss", "reconstruction", "features"]
 
 
 @settings
@@ -69,6 +77,8 @@ class PretrainRecipe:
     """What is asked for."""
     execution: ExecutionSettings = ExecutionSettings()
     """How the encoder is computed."""
+    probe: OnlineProbeSettings | None = None
+    """Frozen features are tried on labelled images now and then; null does without."""
     training: TrainingSettings
     """The training."""
 
@@ -118,13 +128,19 @@ class PretrainModule(nn.Module):
         self.seed = seed
         self.normalise = Normalise(*data.normalisation)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the mean loss over a batch."""
-        assert batch.masks is not None
+    def forward(self, batch: Batch, answer: Answer = "loss") -> Tensor:
+        """Return the mean loss over a batch, its predicted pixels, or the features of all of it.
+
+        Everything that is asked of a module in training goes through here, so that one whose
+        weights are shared out gathers them.
+        """
         images = self.normalise(batch.images, batch.flips)
+        if answer == "features":
+            return pool(self.model.encoder(images))
+        assert batch.masks is not None
         chances = drop_path_chances(self.model.encoder, batch, self.seed)
-        loss: Tensor = self.model(images, batch.masks, chances).loss
-        return loss
+        output: SimMIMOutput = self.model(images, batch.masks, chances)
+        return output.loss if answer == "loss" else output.reconstruction
 
 
 class PretrainStage:
@@ -145,6 +161,20 @@ class PretrainStage:
         self.module = PretrainModule(self.model, recipe.data, seed=recipe.training.seed)
         self.depths = self.model.encoder.config.depths
         self.draw_mask = recipe.draw_mask()
+        self.online_probe = None
+        if recipe.probe is not None:
+            size = (recipe.encoder.in_channels, *self.model.encoder.config.image_size)
+            self.online_probe = OnlineProbe(recipe.probe, size, data=recipe.data)
+
+    @property
+    def flops_per_sample(self) -> int:
+        """Operations of encoder and decoder; see `simmim.engine.stage.Stage`."""
+        config = self.model.encoder.config
+        decoded = math.prod(config.stage_resolutions[-1])
+        if self.recipe.loss.area == "masked" and self.recipe.mask.cell >= config.strides[-1]:
+            decoded = math.ceil(decoded * self.recipe.mask.ratio)
+        pixels = config.in_channels * config.strides[-1] ** 2
+        return forward_flops(config) + 2 * decoded * config.num_features * pixels
 
     def batches(self, *, rank: int, world: int, start: int, end: int) -> Iterable[Batch]:
         """Yield this rank's micro-batches; see `simmim.engine.loop.Stage`."""
@@ -164,7 +194,7 @@ class PretrainStage:
 
     def held_out_batches(
         self, *, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
-    ) -> Iterable[Batch]:
+    ) -> BatchStream:
         """Yield this rank's part of the held-out images; their masks are always the same."""
         data = self.recipe.data
         transform = EvalTransform(
@@ -183,24 +213,30 @@ class PretrainStage:
             bad_samples=self.bad_samples,
         )
 
+    def baselines(self) -> dict[str, float]:
+        """Return the loss of answering with the mean colour, on some of the held-out images."""
+        total = count = 0.0
+        for batch in self.held_out_batches(batch_size=64):
+            total += self._mean_color_loss(batch) * len(batch)
+            count += len(batch)
+            if count >= BASELINE_IMAGES:
+                break
+        return {"mean_color_loss": total / count} if count else {}
+
+    def _mean_color_loss(self, batch: Batch) -> float:
+        batch = batch.to(self.module.normalise.mean.device)
+        assert batch.masks is not None
+        images = self.module.normalise(batch.images)
+        return float(self.model.mean_color_loss(images, batch.masks))
+
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the loss on held-out images, beside that of answering with the mean colour."""
-        if not self.validation_shards.samples:
-            return {}
-        training = self.recipe.training
         sums = torch.zeros(3, dtype=torch.float64)
-        for batch in self.held_out_batches(
-            batch_size=max(1, training.batch_size // training.accumulation),
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            workers=self.recipe.data.workers,
-        ):
-            batch = batch.to(accelerator.device)  # noqa: PLW2901
-            loss = self.module(batch)
-            assert batch.masks is not None
-            baseline = self.model.mean_color_loss(self.module.normalise(batch.images), batch.masks)
-            count = len(batch)
-            sums += torch.tensor([loss.item() * count, baseline.item() * count, count])
+        for turn in self._held_out_rounds(accelerator):
+            loss = self.module(turn.batch)
+            if turn.counted:
+                baseline = self._mean_color_loss(turn.batch)
+                sums += torch.tensor([loss.item(), baseline, 1]) * turn.counted
         total = accelerator.reduce(sums.to(accelerator.device, torch.float32), "sum").cpu()
         if not total[2]:
             return {}
@@ -213,30 +249,58 @@ class PretrainStage:
         """Return a stage of the same recipe, with initial weights on the CPU."""
         return PretrainStage(self.recipe)
 
-    def look(self, run: RunFolder, step: int) -> None:
+    def _held_out_rounds(self, accelerator: Accelerator) -> Iterator[Round]:
+        """Yield the held-out batches of this rank on its device, as many on every rank."""
+        training, config = self.recipe.training, self.model.encoder.config
+        batch_size = max(1, training.batch_size // training.accumulation)
+        batches = self.held_out_batches(
+            batch_size=batch_size,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            workers=self.recipe.data.workers,
+        )
+        rounds = -(-self.validation_shards.samples // batch_size)
+        size = (config.in_channels, *config.image_size)
+        blank = self.draw_mask(torch.Generator().manual_seed(0))[None]
+        for turn in in_step(batches, rounds, size=size):
+            batch = turn.batch if turn.batch.masks is not None else turn.batch.with_masks(blank)
+            yield replace(turn, batch=batch.to(accelerator.device))
+
+    @property
+    def probe_every(self) -> int | None:
+        """Steps between probes; None for no probe."""
+        return None if self.recipe.probe is None else self.recipe.probe.every
+
+    def probe(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return how well frozen features tell the classes of labelled images apart."""
+        if self.online_probe is None:
+            return {}
+        return self.online_probe.run(lambda batch: self.module(batch, "features"), accelerator)
+
+    @torch.no_grad()
+    def look(self, accelerator: Accelerator, run: RunFolder, step: int) -> Path | None:
         """Draw reconstructions of the first held-out images into the run."""
-        if not self.validation_shards.samples:
-            return
-        batches = self.held_out_batches(batch_size=PANEL_IMAGES)
-        batch = next(iter(batches), None)
+        batch = next(iter(self.held_out_batches(batch_size=PANEL_IMAGES)), None)
         if batch is None:
-            return
-        batch = batch.to(self.model.mask_token.device)
+            return None
+        batch = batch.to(accelerator.device)
         assert batch.masks is not None
-        images = self.module.normalise(batch.images)
-        mean, std = self.recipe.data.normalisation
         self.module.eval()
-        with torch.no_grad():
-            reconstruction = self.model(images, batch.masks).reconstruction
+        reconstruction = self.module(batch, "reconstruction")
+        if not accelerator.is_main_process:
+            return None
+        mean, std = self.recipe.data.normalisation
+        path = run.reconstructions / f"step-{step:08d}.png"
         reconstruction_panel(
-            images,
+            self.module.normalise(batch.images),
             batch.masks,
             reconstruction,
             mean=mean,
             std=std,
-            path=run.reconstructions / f"step-{step:08d}.png",
+            path=path,
             norm_target=self.recipe.loss.norm_target,
         )
+        return path
 
     def hand_on(self, run: RunFolder, step: int, samples: int) -> None:
         """Write the encoder directory into the run."""

@@ -1,0 +1,1 @@
+"""`simmim doctor`: what can be known of a training before it starts."""

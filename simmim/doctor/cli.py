@@ -1,0 +1,169 @@
+"""The command `simmim doctor`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from simmim.doctor.checks import Check, attempt, table
+from simmim.doctor.dry_run import dry_run, gathered
+from simmim.doctor.memory import check_disk, check_memory
+from simmim.doctor.pace import check_pace
+from simmim.doctor.plan import AnyStage, Recipe, check_plan
+from simmim.doctor.shards import check_shards, check_workers
+from simmim.engine.launcher import end_with_launcher, requested_cpu_processes, start_processes
+from simmim.engine.loop import build_accelerator
+from simmim.engine.parallelism import check_parallelism
+from simmim.engine.run import RunFolder
+from simmim.recipe import RecipeError, load, read_values
+from simmim.stages.classification import ClassificationRecipe, ClassificationStage
+from simmim.stages.launch import run_folder
+from simmim.stages.pretrain import PretrainRecipe, PretrainStage
+
+BAD = 2
+SECONDS = 15.0
+
+
+def add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `simmim doctor`."""
+    command = commands.add_parser(
+        "doctor",
+        help="look a training over before it starts",
+        description="Check recipe, run folder, shards, memory, disk and speeds, take dry steps on "
+        "every process, and print what to change. Nothing is written. Start it as training would "
+        "be: with accelerate launch or torchrun where there are several processes. Any field of "
+        "the recipe is replaced by --KEY VALUE. Exit code 2 where training would fail.",
+        allow_abbrev=False,
+    )
+    command.add_argument("--config", required=True, type=Path, help="the recipe, a YAML file")
+    command.add_argument("--folder", help="run folder (default: runs/ and the recipe's name)")
+    command.add_argument(
+        "--resume", metavar="auto|PATH", help="as for the training that is to be looked over"
+    )
+    command.add_argument(
+        "--seconds",
+        type=float,
+        default=SECONDS,
+        help="about how long to read data, and again to compute (default: %(default)s)",
+    )
+    command.set_defaults(handler=run_doctor, takes_overrides=True)
+
+
+def run_doctor(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Run `simmim doctor`."""
+    checks: list[Check] = []
+    run = run_folder(arguments.folder, arguments.config)
+    try:
+        recipe = read_recipe(arguments.config, overrides)
+    except RecipeError as error:
+        return _finish([Check(name="recipe", verdict="problem", found=str(error))])
+    checks.append(Check(name="recipe", verdict="ok", found=describe_recipe(recipe)))
+    stages: list[AnyStage] = []
+    found = attempt("shards", lambda: _open(recipe, stages))
+    if found:
+        return _finish(checks + found)
+    start_processes()
+    end_with_launcher()
+    accelerator = build_accelerator(recipe.training.precision)
+    stage, resume, seconds = stages[0], arguments.resume, arguments.seconds
+    checks += examine(stage, run, accelerator, resume=resume, seconds=seconds)
+    code = max(gathered(accelerator, _finish(checks)))  # the same on every rank
+    accelerator.end_training()
+    return int(code)
+
+
+def read_recipe(config: Path, overrides: Sequence[str]) -> Recipe:
+    """Read a recipe of a training, by the task it names.
+
+    Raises:
+        RecipeError: it cannot be read, or something in it is wrong.
+    """
+    match read_values(config, overrides).get("task"):
+        case "pretrain":
+            return load(PretrainRecipe, config, overrides)
+        case "classification":
+            return load(ClassificationRecipe, config, overrides)
+        case other:
+            raise RecipeError(
+                f"recipe {config}: task is {other!r}; the doctor knows pretrain and classification."
+            )
+
+
+def describe_recipe(recipe: Recipe) -> str:
+    """Name what is trained."""
+    encoder, training = recipe.encoder, recipe.training
+    return (
+        f"{recipe.task}, {encoder.variant} at {recipe.data.image_size} pixels with windows of "
+        f"{encoder.window_size}, {training.batch_size:,} images a step"
+    )
+
+
+def _open(recipe: Recipe, stages: list[AnyStage]) -> Iterable[Check]:
+    """Open all that training opens before it starts; yield nothing where that succeeds."""
+    check_parallelism()
+    stage = (
+        PretrainStage(recipe)
+        if isinstance(recipe, PretrainRecipe)
+        else (ClassificationStage(recipe))
+    )
+    world = max(requested_cpu_processes(), int(os.environ.get("WORLD_SIZE", "1")))
+    stage.batches(rank=0, world=world, start=0, end=recipe.training.batch_size)
+    stages.append(stage)
+    return ()
+
+
+def examine(
+    stage: AnyStage, run: RunFolder, accelerator: Accelerator, *, resume: str | None, seconds: float
+) -> list[Check]:
+    """Look at everything but the recipe; all ranks call it, and the main one has the answers."""
+    recipe, device, world = stage.recipe, accelerator.device, accelerator.num_processes
+    channels = stage.module.model.encoder.config.in_channels
+    checks: list[Check] = []
+
+    def look(name: str, examine: Callable[[], Iterable[Check]]) -> None:
+        if accelerator.is_main_process:
+            _say(name)
+            checks.extend(attempt(name, examine))
+
+    look("run folder", lambda: [check_run(run, recipe, resume)])
+    look("plan", lambda: check_plan(recipe, stage.samples_per_epoch, device))
+    look(
+        "shards",
+        lambda: check_shards(stage.training_shards, stage.validation_shards, recipe.data, channels),
+    )
+    look("workers", lambda: [check_workers(recipe.data.workers)])
+    look("memory", lambda: check_memory(recipe, device, world))
+    look("disk", lambda: [check_disk(run.path, stage.module, recipe.training.keep_last)])
+    if accelerator.is_main_process:
+        _say(f"dry run, about {2 * seconds:.0f} s")
+    accelerator.wait_for_everyone()
+    dry = dry_run(stage, accelerator, seconds)
+    checks += dry.checks
+    speed = dry.speed
+    if speed is not None:
+        look("pace", lambda: check_pace(stage, recipe, speed, device, world))
+    return checks
+
+
+def check_run(run: RunFolder, recipe: Any, resume: str | None) -> Check:
+    """Tell whether training may write into its folder."""
+    run.check(recipe, resume=resume is not None)
+    state = "goes on in" if resume is not None and run.path.is_dir() else "begins in"
+    return Check(name="run folder", verdict="ok", found=f"training {state} {run.path}")
+
+
+def _finish(checks: Sequence[Check]) -> int:
+    """Print the table on the main process, and return the exit code."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        sys.stdout.write(table(checks) + "\n")
+        sys.stdout.flush()
+    return BAD if any(check.verdict == "problem" for check in checks) else 0
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"looking at: {text}\n")
+    sys.stderr.flush()

@@ -1,0 +1,145 @@
+"""Checks of what training takes: memory of the device, and room on the disk."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from simmim.bench.memory import GIB, Placement, Sharding, make_rows
+from simmim.bench.step import StepCase
+from simmim.doctor.checks import Check
+from simmim.doctor.plan import Recipe
+from simmim.stages.pretrain import PretrainRecipe
+
+FULL = 0.9
+"""Share of the device above which the estimate is too near to be sure."""
+
+
+def check_memory(recipe: Recipe, device: torch.device, world: int) -> Iterator[Check]:
+    """Compare the counted memory of a step with that of the device; see `simmim bench memory`."""
+    training = recipe.training
+    share = training.batch_size // world
+    micro = max(1, share // training.accumulation)
+    case = step_case(recipe, micro)
+    placement = _placement(world)
+    needed = _needed(case, placement)
+    there = device_memory(device)
+    found = (
+        f"{needed / GIB:.1f} GiB are counted for {micro:,} images a process at a time, of "
+        f"{there / GIB:.1f} GiB"
+    )
+    if needed <= FULL * there:
+        yield Check(name="memory", verdict="ok", found=found)
+        return
+    yield Check(
+        name="memory",
+        verdict="problem" if needed > there else "warning",
+        found=found,
+        change=_what_fits(case, placement, needed, there, share),
+    )
+
+
+def _what_fits(case: StepCase, placement: Placement, needed: int, there: int, share: int) -> str:
+    """Tell what would make a step fit: parts of the batch, or computing again."""
+    few = _needed(replace(case, batch=1), placement)
+    slope = (needed - few) / max(case.batch - 1, 1)
+    room = FULL * there
+    fitting = int(1 + (room - few) / slope) if few <= room and slope > 0 else 0
+    parts = next((n for n in range(1, share + 1) if share % n == 0 and share // n <= fitting), None)
+    advice = []
+    if parts is not None and case.batch > 1:
+        advice.append(f"raise training.accumulation to {parts}")
+    if case.checkpointing != "full":
+        again = _needed(replace(case, checkpointing="full"), placement)
+        advice.append(f"set execution.checkpointing to full, which counts {again / GIB:.1f} GiB")
+    if case.precision == "fp32":
+        advice.append("set training.precision to bf16")
+    advice.append("see `simmim bench memory` for sharding over devices")
+    return "; or ".join(advice)
+
+
+def step_case(recipe: Recipe, batch: int) -> StepCase:
+    """Return a recipe's step for the count; that of a classifier is as large as one of SimMIM."""
+    encoder, size = recipe.encoder, recipe.data.image_size
+    cell = recipe.mask.cell if isinstance(recipe, PretrainRecipe) else size
+    names = ("embed_dim", "depths", "num_heads")
+    chosen = [(name, getattr(encoder, name)) for name in names]
+    return StepCase(
+        variant=encoder.variant,
+        image_size=size,
+        window_size=encoder.window_size,
+        attention=recipe.execution.attention,
+        checkpointing=recipe.execution.checkpointing,
+        precision="fp32" if recipe.training.precision == "fp32" else "bf16",  # as large as fp16
+        batch=batch,
+        mask_cell=cell,
+        patch_size=encoder.patch_size,
+        in_channels=encoder.in_channels,
+        sizes=tuple((name, value) for name, value in chosen if value is not None),
+    )
+
+
+def _needed(case: StepCase, placement: Placement) -> int:
+    whole = Placement(sharding="none", devices=1)
+    (row,) = make_rows(
+        [case],
+        list(dict.fromkeys([whole, placement])),
+        device_memory=None,
+        measure=False,
+        say=lambda _: None,
+    )
+    return row.needs[str(placement)].total
+
+
+def _placement(world: int) -> Placement:
+    """Return how accelerate was told to spread training."""
+    asked: Sharding = "none"
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        asked = "fsdp2"
+    elif os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        asked = "zero1"
+    return Placement(
+        sharding=asked if world > 1 else "none", devices=world if asked != "none" else 1
+    )
+
+
+def device_memory(device: torch.device) -> int:
+    """Return the bytes of a GPU, or this process's part of what is free in the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(psutil.virtual_memory().available) // ranks
+
+
+def check_disk(folder: Path, model: nn.Module, keep_last: int) -> Check:
+    """Hold the checkpoints that will be kept against the room on the disk."""
+    weights = sum(parameter.numel() for parameter in model.parameters()) * 4
+    checkpoint = 3 * weights  # AdamW has two states
+    needed = (keep_last + 1) * checkpoint + weights  # one is written before one is removed
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    present = sum(path.stat().st_size for path in folder.glob("checkpoints/*/*") if path.is_file())
+    found = (
+        f"{keep_last} checkpoints of {checkpoint / GIB:.2f} GiB, one more while it is written, and "
+        f"the encoder: {needed / GIB:.1f} GiB; {free / GIB:.1f} GiB are free for {folder}"
+    )
+    if not os.access(place, os.W_OK):
+        return Check(
+            name="disk",
+            verdict="problem",
+            found=f"{place} cannot be written to",
+            change="choose another folder with --folder",
+        )
+    if needed - present > free:
+        return Check(
+            name="disk",
+            verdict="problem",
+            found=found,
+            change="free some, lower training.keep_last, or choose another place with --folder",
+        )
+    return Check(name="disk", verdict="ok", found=found)

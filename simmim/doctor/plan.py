@@ -1,0 +1,153 @@
+"""Checks of what a recipe plans: learning rate, warm-up, precision; nothing is run for them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from simmim.doctor.checks import Check
+from simmim.engine.loop import TrainingSettings
+from simmim.engine.tracking import chosen_trackers
+from simmim.engine.utilisation import measured_peak
+from simmim.stages.classification import SCRATCH, ClassificationRecipe, ClassificationStage
+from simmim.stages.pretrain import PretrainRecipe, PretrainStage
+
+Recipe = PretrainRecipe | ClassificationRecipe
+AnyStage = PretrainStage | ClassificationStage
+
+REFERENCE_BATCH = 512
+FASTER = 1.5
+"""Times as fast that bf16 must be on a CPU to be advised: not all of a step is products."""
+FARTHEST = 4
+"""Times that a learning rate may be above or below the paper's before it is remarked on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperRow:
+    """A learning rate that the papers trained with (arXiv 2111.09883 and 2111.09886)."""
+
+    task: str
+    variants: tuple[str, ...]
+    lr: float
+    """For REFERENCE_BATCH images, by linear scaling."""
+    text: str
+
+
+PAPER = (
+    PaperRow(task="pretrain", variants=("base",), lr=2e-4, text="8e-4 at 2048, 100 epochs"),
+    PaperRow(task="pretrain", variants=("base", "large"), lr=1e-4, text="4e-4 at 2048, 800 epochs"),
+    PaperRow(task="pretrain", variants=("giant",), lr=1.4e-3 / 18, text="1.4e-3 at 9216"),
+    PaperRow(task="classification", variants=("base", "large"), lr=1.25e-3, text="5e-3 at 2048"),
+)
+
+
+def check_plan(recipe: Recipe, samples_per_epoch: int, device: torch.device) -> Iterator[Check]:
+    """Look at the recipe's numbers."""
+    training = recipe.training
+    yield check_learning_rate(recipe)
+    yield from check_schedule(training, samples_per_epoch)
+    yield check_precision(training.precision, device)
+    names = chosen_trackers(training.trackers)
+    yield Check(
+        name="trackers", verdict="ok", found=", ".join(("metrics.jsonl", "report.html", *names))
+    )
+
+
+def check_learning_rate(recipe: Recipe) -> Check:
+    """Hold the learning rate against those of the papers, scaled to the batch size in a line."""
+    lr, batch = recipe.training.optimizer.lr, recipe.training.batch_size
+    scale = batch / REFERENCE_BATCH
+    encoder = recipe.encoder
+    own = any(size is not None for size in (encoder.embed_dim, encoder.depths, encoder.num_heads))
+    scratch = isinstance(recipe, ClassificationRecipe) and recipe.init == SCRATCH
+    rows = [row for row in PAPER if row.task == recipe.task]
+    fitting = [row for row in rows if encoder.variant in row.variants]
+    known = bool(fitting) and not own and not scratch
+    rates = [row.lr * scale for row in (fitting if known else rows)]
+    low, high = min(rates), max(rates)
+    span = f"{low:.1e}" if low == high else f"{low:.1e} to {high:.1e}"
+    found = f"{lr:g} for {batch:,} images a step"
+    if not known:
+        kind = "training from scratch" if scratch else "an encoder of these sizes"
+        return Check(
+            name="learning rate",
+            verdict="ok",
+            found=f"{found}; no row of the papers is for {kind}. Scaled in a line to this batch, "
+            f"those of others are {span}; small encoders take more.",
+        )
+    listed = "; ".join(row.text for row in fitting)
+    found = f"{found}; the papers' for {encoder.variant} ({listed}) scaled in a line: {span}"
+    if low / FARTHEST <= lr <= high * FARTHEST:
+        return Check(name="learning rate", verdict="ok", found=found)
+    return Check(
+        name="learning rate",
+        verdict="warning",
+        found=found,
+        change=f"set training.optimizer.lr near {high:.1e}, or know why not: it is for the whole "
+        "batch, and is not scaled by processes",
+    )
+
+
+def check_schedule(training: TrainingSettings, samples_per_epoch: int) -> Iterator[Check]:
+    """Look at the length of training and of its warm-up."""
+    total = training.total_steps(samples_per_epoch)
+    per_epoch = samples_per_epoch / training.batch_size
+    schedule = training.schedule
+    warmup = schedule.warmup_steps or round(schedule.warmup_epochs * per_epoch)
+    found = f"{total:,} steps, {total / per_epoch:.2f} epochs; {warmup:,} steps of warm-up"
+    if warmup >= total:
+        yield Check(
+            name="schedule",
+            verdict="warning",
+            found=f"{found}: the learning rate never reaches training.optimizer.lr",
+            change="train longer, or shorten training.schedule.warmup_steps or warmup_epochs",
+        )
+    elif not warmup:
+        yield Check(
+            name="schedule",
+            verdict="warning",
+            found=found,
+            change="set training.schedule.warmup_epochs: the first steps of AdamW are the wildest",
+        )
+    else:
+        yield Check(name="schedule", verdict="ok", found=found)
+    if training.clip_norm is None:
+        yield Check(
+            name="clipping",
+            verdict="warning",
+            found="gradients are not clipped",
+            change="set training.clip_norm to 5.0, as the papers' recipes do",
+        )
+    if per_epoch < 1:
+        yield Check(
+            name="batch",
+            verdict="warning",
+            found=f"a batch of {training.batch_size:,} is more than an epoch of "
+            f"{samples_per_epoch:,} samples, which it holds more than once",
+            change="lower training.batch_size, or add shards",
+        )
+
+
+def check_precision(precision: str, device: torch.device) -> Check:
+    """Tell whether the device is good at the recipe's arithmetic."""
+    change = ""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        if precision == "bf16" and not native:
+            change = "set training.precision to fp32: this GPU only imitates bfloat16"
+        if precision == "fp32" and native:
+            change = "set training.precision to bf16: several times as fast here, in less memory"
+        found = f"{precision} on {torch.cuda.get_device_name(device)}"
+        return Check(
+            name="precision", verdict="warning" if change else "ok", found=found, change=change
+        )
+    if device.type != "cpu":
+        return Check(name="precision", verdict="ok", found=f"{precision} on {device.type}")
+    full, half = (measured_peak(device, dtype) for dtype in (torch.float32, torch.bfloat16))
+    found = f"{precision} on the CPU; matrix products in bf16 take {full / half:.1f} of the time"
+    if precision == "bf16" and half < full:
+        change = "set training.precision to fp32, which is faster here"
+        return Check(name="precision", verdict="warning", found=found, change=change)
+    if precision == "fp32" and half > FASTER * full:
+        change = "training.precision bf16 may be faster here"
+    return Check(name="precision", verdict="ok", found=found, change=change)

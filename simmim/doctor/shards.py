@@ -1,0 +1,269 @@
+"""Checks of the shards: files, checksums, and a sample of images decoded."""
+
+import hashlib
+import io
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+from PIL import Image, UnidentifiedImageError
+
+from data_prep.manifest import Location, ShardEntry
+from simmim.data.decoding import ARRAY_EXTENSION, decode_pixels
+from simmim.data.errors import DataError
+from simmim.data.mixture import MixedShards, Shards
+from simmim.data.reading import ShardSet
+from simmim.data.settings import AugmentedDataSettings
+from simmim.doctor.checks import Check
+
+CHECKSUM_BYTES = 2**31
+"""Larger shards are not read whole. Of each set three are: first, middle and last."""
+DECODED = 256
+"""Samples that are decoded."""
+DECODING_SECONDS = 20.0
+SMALL_SHARE = 0.1
+MEAN_DISTANCE, STD_RATIO = 0.1, 1.5
+SCALES = {"uint8": 255.0, "uint16": 65535.0}
+
+
+def check_shards(
+    training: Shards, validation: Shards | None, data: AugmentedDataSettings, channels: int
+) -> Iterator[Check]:
+    """Look at the shards that are trained and validated on."""
+    bytes_there = sum(entry.bytes for one in sets_of(training) for entry in entries_of(one))
+    yield Check(
+        name="shards",
+        verdict="ok",
+        found=f"{len(training.sizes):,} shards, {training.samples:,} samples, "
+        f"{bytes_there / 2**30:,.1f} GiB to train on; {data.slots} slots",
+    )
+    if validation is None or not validation.samples:
+        yield Check(
+            name="validation",
+            verdict="warning",
+            found="nothing is held out, so there is no validation loss",
+            change="set data.validation_shards to 1 or more: it predicts how fine-tuning will do",
+        )
+    else:
+        yield Check(
+            name="validation",
+            verdict="ok",
+            found=f"{validation.samples:,} samples of {len(validation.sizes):,} shards",
+        )
+    entries: dict[Location, list[ShardEntry]] = {}
+    for one in [*sets_of(training), *(sets_of(validation) if validation else [])]:
+        entries.setdefault(one.folder, []).extend(entries_of(one))
+    for folder, of_folder in entries.items():
+        yield check_files(folder, of_folder)
+    yield from check_samples(training, data, channels)
+
+
+def sets_of(shards: Shards) -> tuple[ShardSet, ...]:
+    """Return the sets of a mixture, or the one set."""
+    return shards.sets if isinstance(shards, MixedShards) else (shards,)
+
+
+def entries_of(shards: ShardSet) -> list[ShardEntry]:
+    """Return what the manifest says of these shards."""
+    return [shards.manifest.shards[number] for number in shards.numbers]
+
+
+def check_files(folder: Location, entries: Sequence[ShardEntry]) -> Check:
+    """Compare the files of a set on this machine with the manifest, a few of them byte by byte."""
+    places = [(entry, entry.location(folder)) for entry in entries]
+    local = [(entry, place) for entry, place in places if isinstance(place, Path)]
+    if not local:
+        return Check(name="files", verdict="ok", found=f"{folder} is not on this machine")
+    wrong, whole = [], []
+    for entry, place in local:
+        try:
+            size = place.stat().st_size
+        except OSError as error:
+            wrong.append(f"{place}: {error.strerror}")
+            continue
+        if size == entry.bytes:
+            whole.append((entry, place))
+        else:
+            wrong.append(f"{place}: {size:,} bytes of {entry.bytes:,}")
+    chosen = sorted({0, len(whole) // 2, len(whole) - 1}) if whole else []
+    for entry, place in (whole[number] for number in chosen):
+        if entry.bytes <= CHECKSUM_BYTES and _sha256(place) != entry.sha256:
+            wrong.append(f"{place}: its content is not what was written")
+    if wrong:
+        more = f"\nand {len(wrong) - 5:,} more" if len(wrong) > 5 else ""
+        return Check(
+            name="files",
+            verdict="problem",
+            found="\n".join(wrong[:5]) + more,
+            change="copy them again, or write them anew with `data-prep shard`; "
+            "`data-prep verify` looks at all",
+        )
+    return Check(
+        name="files",
+        verdict="ok",
+        found=f"all {len(local):,} in {folder} are there in full; checksums of {len(chosen)} "
+        "compared",
+    )
+
+
+def _sha256(place: Path) -> str:
+    digest = hashlib.sha256()
+    with place.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+@dataclass
+class Decoded:
+    """What the decoded samples told."""
+
+    count: int = 0
+    bad: list[str] = field(default_factory=list)
+    short_sides: list[int] = field(default_factory=list)
+    modes: Counter[str] = field(default_factory=Counter)
+    means: list[np.ndarray] = field(default_factory=list)
+    squares: list[np.ndarray] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def decode_some(shards: Shards, data: AugmentedDataSettings, channels: int) -> Decoded:
+    """Decode samples spread evenly over all shards, for a limited time."""
+    ends = np.cumsum(shards.sizes)
+    found = Decoded()
+    began = time.perf_counter()
+    # Where reading a sample brings its whole shard, one shard has to do.
+    reach = shards.sizes[0] if shards.fetches_whole_shards else shards.samples
+    places = np.unique(np.linspace(0, reach - 1, min(DECODED, reach)).astype(int))
+    # In an order that soon covers all of them, should time run out.
+    for place in np.random.default_rng(0).permutation(places).tolist():
+        if time.perf_counter() - began > DECODING_SECONDS:
+            break
+        shard = int(np.searchsorted(ends, place, side="right"))
+        raw = shards.read(shard, place - int(ends[shard] - shards.sizes[shard]))
+        found.count += 1
+        try:
+            decoded = decode_pixels(
+                raw.image, raw.extension, channels=channels, max_pixels=data.max_pixels
+            )
+        except DataError as error:
+            found.bad.append(f"{raw.name}: {error}")
+            continue
+        found.modes[_mode(raw.image, raw.extension)] += 1
+        pixels = decoded.pixels
+        found.short_sides.append(min(pixels.shape[:2]))
+        values = pixels.reshape(-1, pixels.shape[-1]) / SCALES.get(str(pixels.dtype), 1.0)
+        found.means.append(values.mean(axis=0))
+        found.squares.append((values**2).mean(axis=0))
+    found.seconds = time.perf_counter() - began
+    return found
+
+
+def _mode(image: bytes, extension: str) -> str:
+    if extension == ARRAY_EXTENSION:
+        return "array"
+    try:
+        with Image.open(io.BytesIO(image)) as opened:
+            return opened.mode
+    except (OSError, UnidentifiedImageError):
+        return "unknown"
+
+
+def check_samples(shards: Shards, data: AugmentedDataSettings, channels: int) -> Iterator[Check]:
+    """Decode some samples, and hold them against what the recipe says of them."""
+    found = decode_some(shards, data, channels)
+    share = len(found.bad) / max(found.count, 1)
+    rate = found.count / max(found.seconds, 1e-9)
+    text = f"{found.count:,} decoded at {rate:,.0f} images/s in one process"
+    if found.bad:
+        text += f"; {len(found.bad)} could not be ({share:.1%}), the first {found.bad[0]}"
+    yield Check(
+        name="samples",
+        verdict="problem" if share > data.max_bad_share else "warning" if found.bad else "ok",
+        found=text,
+        change="make the shards again with `data-prep shard`, which rejects such images; "
+        "`data-prep verify --deep` finds all of them"
+        if found.bad
+        else "",
+    )
+    if not found.short_sides:
+        return
+    yield _check_sizes(found, data)
+    yield from _check_channels(found, channels)
+    yield from _check_statistics(found, data)
+
+
+def _check_sizes(found: Decoded, data: AugmentedDataSettings) -> Check:
+    sides = np.array(found.short_sides)
+    small = float((sides < data.image_size).mean())
+    text = (
+        f"short sides {sides.min()} to {sides.max()} pixels, median {np.median(sides):.0f}; "
+        f"crops of {data.image_size}"
+    )
+    if small > SMALL_SHARE:
+        return Check(
+            name="image sizes",
+            verdict="warning",
+            found=f"{text}; {small:.0%} of the images are smaller and are enlarged",
+            change="lower data.image_size, or use larger images",
+        )
+    return Check(name="image sizes", verdict="ok", found=text)
+
+
+def _check_channels(found: Decoded, channels: int) -> Iterator[Check]:
+    grey = (found.modes["L"] + found.modes["1"]) / sum(found.modes.values())
+    listed = ", ".join(f"{count} {mode}" for mode, count in found.modes.most_common())
+    if channels == 3 and grey > 0.5:
+        yield Check(
+            name="channels",
+            verdict="warning",
+            found=f"{grey:.0%} of the images are grey ({listed}), the encoder takes 3 channels",
+            change="set encoder.in_channels to 1, with one data.mean and data.std",
+        )
+    else:
+        yield Check(name="channels", verdict="ok", found=f"{listed}; the encoder takes {channels}")
+
+
+def _check_statistics(found: Decoded, data: AugmentedDataSettings) -> Iterator[Check]:
+    if isinstance(data.mean, str) or isinstance(data.std, str):
+        return
+    mean = np.mean(found.means, axis=0)
+    std = np.sqrt(np.maximum(np.mean(found.squares, axis=0) - mean**2, 1e-12))
+    ratio = np.maximum(std / data.std, data.std / std).max()
+    text = f"mean {_listed(mean)}, std {_listed(std)} of these samples"
+    if np.abs(mean - data.mean).max() > MEAN_DISTANCE or ratio > STD_RATIO:
+        yield Check(
+            name="statistics",
+            verdict="warning",
+            found=f"{text}; the recipe has {_listed(data.mean)} and {_listed(data.std)}",
+            change="run `data-prep info --statistics` on the shards, and set data.mean and "
+            "data.std to measured",
+        )
+    else:
+        yield Check(name="statistics", verdict="ok", found=f"{text}, near the recipe's")
+
+
+def _listed(values: np.ndarray | tuple[float, ...]) -> str:
+    shown = [f"{value:.3f}" for value in values[:4]]
+    return "[" + ", ".join(shown) + (", …" if len(values) > 4 else "") + "]"
+
+
+def check_workers(workers: int) -> Check:
+    """Hold the worker processes of this machine against its cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count()
+    cores = cores or 1
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    found = f"{workers} for each of {ranks} processes on {cores} cores"
+    if workers * ranks > cores:
+        return Check(
+            name="workers",
+            verdict="warning",
+            found=found,
+            change=f"lower data.workers to {max(1, cores // ranks)}: more only take turns",
+        )
+    return Check(name="workers", verdict="ok", found=found)

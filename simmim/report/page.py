@@ -1,0 +1,213 @@
+"""The page of a run: everything that it wrote, in one HTML file that needs no network."""
+
+import base64
+import json
+import time
+from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from simmim.engine.progress import duration
+from simmim.engine.run import RunFolder
+from simmim.report.charts import Series, chart
+from simmim.report.style import STYLE
+from swinv2.atomic import atomic_write_text
+
+Lines = Sequence[dict[str, Any]]
+
+KNOWN = {
+    "step",
+    "epoch",
+    "samples",
+    "loss",
+    "mean_color_loss",
+    "uniform_loss",
+    "validation_loss",
+    "lr",
+    "grad_norm",
+    "images_per_second",
+    "data_wait",
+    "mfu",
+    "device_memory_gib",
+    "host_memory_gib",
+    "eta_seconds",
+    "processes",
+    "top1",
+    "top5",
+}
+"""Figures that have a place of their own; others are drawn by their names, after these."""
+
+
+def write_report(run: RunFolder) -> Path:
+    """Write `report.html` into a run, and return it.
+
+    Raises:
+        ValueError: there is no run, or its metrics cannot be read.
+    """
+    if not run.path.is_dir():
+        raise ValueError(f"{run.path} is no run folder: give the folder of a training.")
+    try:
+        lines = run.read_metrics()
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{run.metrics} cannot be read: {error}. Mend or remove it.") from None
+    atomic_write_text(run.report, page(run, lines))
+    return run.report
+
+
+def page(run: RunFolder, lines: Lines) -> str:
+    """Return the page as text."""
+    parts = [
+        f"<h1>{escape(run.path.resolve().name)}</h1>",
+        f'<p class="when">written {time.strftime("%Y-%m-%d %H:%M:%S %Z")}</p>',
+        _summary(lines),
+        _charts(lines) if lines else "<p>Nothing has been logged yet.</p>",
+        _pictures(run),
+        _bad_samples(run),
+        _environment(run),
+        _text("Recipe", run.recipe),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(run.path.resolve().name)}</title><style>{STYLE}</style></head>\n"
+        f"<body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _summary(lines: Lines) -> str:
+    """Return the last value of what one looks at first."""
+    last: dict[str, Any] = {}
+    for line in lines:
+        last |= line
+    tiles = []
+    for key, title, form in (
+        ("step", "step", "{:,}"),
+        ("epoch", "epoch", "{:.2f}"),
+        ("samples", "samples seen", "{:,}"),
+        ("loss", "loss", "{:.4f}"),
+        ("mean_color_loss", "mean colour", "{:.4f}"),
+        ("uniform_loss", "uniform guess", "{:.4f}"),
+        ("validation_loss", "validation loss", "{:.4f}"),
+        ("top1", "top-1 %", "{:.2f}"),
+        ("probe_knn_top1", "kNN top-1 %", "{:.2f}"),
+        ("probe_linear_top1", "linear top-1 %", "{:.2f}"),
+        ("images_per_second", "images/s", "{:,.0f}"),
+        ("data_wait", "data wait", "{:.1%}"),
+        ("mfu", "MFU", "{:.1%}"),
+        ("eta_seconds", "left", None),
+    ):
+        if key in last:
+            text = form.format(last[key]) if form else duration(last[key])
+            tiles.append(f"<div><b>{text}</b>{title}</div>")
+    return f'<section class="tiles">{"".join(tiles)}</section>'
+
+
+def _charts(lines: Lines) -> str:
+    def series(key: str, name: str, kind: Any = "line", factor: float = 1.0) -> Series:
+        points = [(line["step"], line[key] * factor) for line in lines if key in line]
+        if key == "device_memory_gib" and not any(value for _, value in points):
+            points = []  # on a CPU there is no such thing
+        return Series(name=name, points=points, kind=kind)
+
+    probes = sorted({key for line in lines for key in line if key.startswith("probe_")})
+    shown = [
+        chart(
+            "Loss",
+            [
+                series("loss", "training"),
+                series("validation_loss", "validation", "dots"),
+                series("mean_color_loss", "mean colour", "baseline"),
+                series("uniform_loss", "uniform guess", "baseline"),
+            ],
+        ),
+        chart("Validation, %", [series("top1", "top-1", "dots"), series("top5", "top-5", "dots")]),
+        chart(
+            "Frozen features, top-1 %",
+            [one for number, key in enumerate(probes) for one in _probe(lines, key, number)],
+        ),
+        chart("Learning rate", [series("lr", "learning rate")], from_zero=True),
+        chart("Gradient norm, before clipping", [series("grad_norm", "norm")], from_zero=True),
+        chart("Images a second", [series("images_per_second", "all ranks")], from_zero=True),
+        chart(
+            "Time waited for data, slowest rank",
+            [series("data_wait", "data wait", factor=100)],
+            unit=" %",
+            from_zero=True,
+        ),
+        chart(
+            f"Model FLOP utilisation, of {_peak(lines)}",
+            [series("mfu", "MFU", factor=100)],
+            unit=" %",
+            from_zero=True,
+        ),
+        chart(
+            "Memory, fullest rank",
+            [
+                series("device_memory_gib", "device peak"),
+                series("host_memory_gib", "process"),
+            ],
+            unit=" GiB",
+            from_zero=True,
+        ),
+    ]
+    others = sorted(
+        key
+        for key in {key for line in lines for key in line} - KNOWN - set(probes)
+        if all(isinstance(line.get(key, 0), int | float) for line in lines)
+    )
+    shown += [chart(key.replace("_", " "), [series(key, key)], from_zero=True) for key in others]
+    return f'<section class="charts">{"".join(shown)}</section>'
+
+
+def _probe(lines: Lines, key: str, color: int) -> Iterator[Series]:
+    """Yield the figures of a probe, and what it found before the first step as a baseline."""
+    name = key.removeprefix("probe_").removesuffix("_top1")
+    points = [(line["step"], line[key]) for line in lines if key in line]
+    yield Series(name=name, points=points, kind="dots", color=color)
+    first, start = points[0]
+    if first == 0:
+        across = [(0.0, start), (float(lines[-1]["step"]), start)]
+        yield Series(name=f"{name}, random weights", points=across, kind="baseline", color=color)
+
+
+def _peak(lines: Lines) -> str:
+    sources = {line["mfu_peak"] for line in lines if "mfu_peak" in line}
+    return "the maker's peak" if sources == {"maker"} else "a measured matrix product"
+
+
+def _pictures(run: RunFolder) -> str:
+    files = sorted(run.reconstructions.glob("step-*.png"))
+    if not files:
+        return ""
+    encoded = base64.b64encode(files[-1].read_bytes()).decode()
+    return (
+        f"<h2>Reconstructions, {escape(files[-1].stem)}</h2>"
+        f'<img alt="reconstructions" src="data:image/png;base64,{encoded}">'
+    )
+
+
+def _text(title: str, path: Path) -> str:
+    if not path.is_file():
+        return ""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return f"<details><summary>{title}</summary><pre>{escape(text)}</pre></details>"
+
+
+def _environment(run: RunFolder) -> str:
+    try:
+        found = json.loads(run.environment.read_text(encoding="utf-8"))
+        rows = [
+            f"<tr><th>{escape(str(key).replace('_', ' '))}</th><td>{escape(str(value))}</td></tr>"
+            for key, value in found.items()
+        ]
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return f"<h2>Environment</h2><table>{''.join(rows)}</table>"
+
+
+def _bad_samples(run: RunFolder) -> str:
+    if not run.bad_samples.is_file():
+        return ""
+    count = len(run.bad_samples.read_bytes().splitlines())
+    return f"<h2>Damaged samples</h2><p>{count:,} are named in {escape(run.bad_samples.name)}.</p>"

@@ -1,0 +1,165 @@
+"""The command: on one process and on two, on recipes that would train and on others."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from simmim.cli import main
+
+QUICK = ["--seconds", "0.2"]
+
+
+def doctor(config: Path, run: Path, *more: str) -> int:
+    return main(["doctor", "--config", str(config), "--folder", str(run), *QUICK, *more])
+
+
+def test_a_good_recipe_passes_and_nothing_is_written(
+    pretrain_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "runs" / "new"
+    assert doctor(pretrain_config, run) == 0
+    text = capsys.readouterr().out
+    for name in (
+        "recipe",
+        "run folder",
+        "learning rate",
+        "schedule",
+        "precision",
+        "trackers",
+        "shards",
+        "validation",
+        "files",
+        "samples",
+        "image sizes",
+        "channels",
+        "statistics",
+        "workers",
+        "memory",
+        "disk",
+        "dry step",
+        "data speed",
+        "compute",
+        "duration",
+        "checkpoints",
+        "looking",
+    ):
+        assert any(line[9:].startswith(name) for line in text.splitlines()), name
+    assert "0 problems" in text
+    assert not run.parent.exists()
+
+
+def test_a_classifier_is_looked_over_too(
+    pretrain_values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del pretrain_values["mask"], pretrain_values["training"]["look_every"]
+    config = tmp_path / "recipe.yaml"
+    config.write_text(yaml.safe_dump(pretrain_values | {"task": "classification"}))
+    assert doctor(config, tmp_path / "run") == 0
+    assert "classification, tiny at 16 pixels" in capsys.readouterr().out
+
+
+def test_all_mistakes_of_a_recipe_are_listed(
+    pretrain_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mistakes = ["--mask.cel", "4", "--data.workers", "many"]
+    assert doctor(pretrain_config, tmp_path / "run", *mistakes) == 2
+    text = capsys.readouterr().out
+    assert "did you mean cell" in text
+    assert "data.workers" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (["--data.shards", "nowhere"], "nowhere"),
+        (["--training.accumulation", "3"], "accumulation is 3"),
+        (["--task", "dance"], "task is 'dance'"),
+    ],
+)
+def test_what_training_would_refuse_is_a_problem(
+    pretrain_config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: list[str],
+    part: str,
+) -> None:
+    assert doctor(pretrain_config, tmp_path / "run", *change) == 2
+    text = " ".join(capsys.readouterr().out.split())
+    assert part in text
+    assert "training would fail" in text
+
+
+def test_everything_wrong_is_told_at_once(
+    pretrain_values: dict[str, Any],
+    shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A folder in use, a shard that is gone and a tracker that is not installed."""
+    copied = shutil.copytree(shards, tmp_path / "shards")
+    for tar in copied.glob("*.tar"):
+        tar.write_bytes(tar.read_bytes()[:512])
+    pretrain_values["data"]["shards"] = str(copied)
+    pretrain_values["training"]["trackers"] = ["aim"]
+    config = tmp_path / "recipe.yaml"
+    config.write_text(yaml.safe_dump(pretrain_values))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("")
+    assert doctor(config, run) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.out + captured.err
+    problems = [line for line in captured.out.splitlines() if line.startswith("problem")]
+    assert [line[9:24].strip() for line in problems] == [
+        "run folder",
+        "plan",
+        "files",
+        "shards",
+        "data",
+    ]
+    assert "pip install aim" in captured.out
+
+
+def launched(launcher: Sequence[str], config: Path, run: Path) -> subprocess.CompletedProcess[str]:
+    arguments = ["-m", "simmim", "doctor", "--config", str(config), "--folder", str(run), *QUICK]
+    return subprocess.run(
+        [sys.executable, *launcher, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        start_new_session=True,
+        check=False,
+    )
+
+
+TWO = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+
+
+def test_two_processes_take_the_dry_step_together(pretrain_config: Path, tmp_path: Path) -> None:
+    done = launched(TWO, pretrain_config, tmp_path / "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "forward and backward on 2 processes (cpu)" in done.stdout
+    assert done.stdout.count("training can start") == 1
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_is_named_and_none_waits_for_it(
+    pretrain_values: dict[str, Any], shards: Path, tmp_path: Path
+) -> None:
+    copied = shutil.copytree(shards, tmp_path / "shards")
+    for tar in copied.glob("*.tar"):
+        tar.write_bytes(tar.read_bytes()[:512])
+    pretrain_values["data"]["shards"] = str(copied)
+    config = tmp_path / "recipe.yaml"
+    config.write_text(yaml.safe_dump(pretrain_values))
+    done = launched(TWO, config, tmp_path / "run")
+    assert done.returncode != 0
+    assert "failed on rank 0, 1 of 2" in done.stdout
+    assert done.stdout.count("training would fail") == 1

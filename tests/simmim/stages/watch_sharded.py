@@ -1,0 +1,47 @@
+"""One of two ranks: validate, probe and draw with a module that is whole, and in shards.
+
+Started by torchrun with a recipe; prints the figures of both.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+
+from simmim.engine.run import RunFolder
+from simmim.engine.sharding import shard_by_block
+from simmim.recipe import load
+from simmim.stages.pretrain import PretrainRecipe, PretrainStage
+
+
+def main(config: Path, folder: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    found = []
+    for name in ("whole", "sharded"):
+        stage = PretrainStage(load(PretrainRecipe, config))
+        for parameter in stage.module.parameters():
+            parameter.data.add_(
+                0.02 * torch.sin(torch.arange(parameter.numel()).view_as(parameter))
+            )
+        if name == "sharded":
+            mesh = init_device_mesh("cpu", (accelerator.num_processes,))
+            shard_by_block(stage.module, mesh, param_dtype=None)
+        run = RunFolder(path=folder / name)
+        stage.module.eval()
+        with torch.no_grad():
+            figures = stage.validate(accelerator) | stage.probe(accelerator)
+            picture = stage.look(accelerator, run, 1)
+        assert (picture is not None) == accelerator.is_main_process
+        found.append(figures)
+    if accelerator.is_main_process:
+        sys.stdout.write(json.dumps(found) + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
