@@ -134,8 +134,7 @@ class Tracking:
             text = (str(error).splitlines() or [""])[0]
             if count == 1:
                 self._say(
-                    f"tracker {name} failed, training goes on without it where it must: "
-                    f"{type(error).__name__} {text}"
+                    f"tracker {name} failed, and training goes on: {type(error).__name__}: {text}"
                 )
             if count >= FAILURES and self._trackers.pop(name, None) is not None:
                 self._say(f"tracker {name} failed {count} times in a row and is left alone now.")
