@@ -68,10 +68,6 @@ class Batch:
         """Return the batch on a device."""
         return self._each(lambda part: part.to(device, non_blocking=non_blocking))
 
-    def with_masks(self, masks: Tensor) -> "Batch":
-        """Return the batch with these masks."""
-        return replace(self, masks=masks)
-
     def pin_memory(self) -> "Batch":
         """Return the batch in pinned memory, from where it copies to a GPU while that computes."""
         return self._each(lambda part: part.pin_memory())

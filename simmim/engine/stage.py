@@ -73,8 +73,7 @@ class Stage(Protocol):
     def look(self, accelerator: Accelerator, run: RunFolder, step: int) -> Path | None:
         """Draw pictures into the run, and return the file; None where there is nothing to see.
 
-        Called on every rank, because a sharded module computes on all of them together; the main
-        process alone writes.
+        Called on the main process alone.
         """
 
     def hand_on(self, run: RunFolder, step: int, samples: int) -> None:

@@ -186,12 +186,13 @@ class Watcher:
                 self._draw(step)
 
     def _draw(self, step: int) -> None:
+        if not self.accelerator.is_main_process:
+            return
         with goes_on_without("a picture", self.run.reconstructions):
             picture = self.stage.look(self.accelerator, self.run, step)
             if self._tracking is not None and picture is not None:
                 self._tracking.show("reconstructions", picture, step)
-        if self.accelerator.is_main_process:
-            self._report()
+        self._report()
 
     def _due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.total

@@ -1,12 +1,9 @@
 """Batches from a recipe, for training and held out: the same for every stage on images."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import torch
 
 from simmim.data.bad_samples import BadSamples
-from simmim.data.batches import Batch, BatchStream, TrainingBatches
+from simmim.data.batches import TrainingBatches
 from simmim.data.mixture import Order, Shards
 from simmim.data.settings import AugmentedDataSettings, DataSettings
 from simmim.data.transforms import MaskDraw, TrainTransform
@@ -79,36 +76,3 @@ def training_batches(
         pin_memory=torch.cuda.is_available(),
         bad_samples=bad_samples,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Round:
-    """What a rank computes while all of them compute."""
-
-    batch: Batch
-    counted: int
-    """Samples of it that count: all, or none where it stands in for a batch that is not there."""
-
-
-def in_step(batches: BatchStream, rounds: int, *, size: tuple[int, int, int]) -> Iterator[Round]:
-    """Yield as many rounds on every rank, though some may have a batch less, or unreadable ones.
-
-    A sharded module computes on all ranks together: one that went ahead would wait forever.
-
-    Args:
-        batches: of this rank.
-        rounds: the most that any rank has.
-        size: channels, height and width of an image that stands in.
-    """
-    left = rounds
-    for batch in batches:
-        yield Round(batch=batch, counted=len(batch))
-        left -= 1
-    blank = Batch(
-        images=torch.zeros(1, *size, dtype=torch.uint8),
-        masks=None,
-        labels=torch.full((1,), -1),
-        addresses=torch.zeros(1, 3, dtype=torch.int64),
-    )
-    for _ in range(left):
-        yield Round(batch=blank, counted=0)

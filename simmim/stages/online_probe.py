@@ -16,7 +16,6 @@ from simmim.data.mixture import Shards
 from simmim.data.settings import DataSettings, open_sets
 from simmim.data.transforms import EvalTransform
 from simmim.recipe import settings
-from simmim.stages.batches import in_step
 from simmim.stages.classifier import score
 from simmim.stages.labelled import open_labelled
 from simmim.stages.probe import (
@@ -67,6 +66,7 @@ class OnlineProbe:
     Args:
         settings: of the probe.
         size: channels, height and width of the images that the encoder takes.
+        width: numbers in the features of an image.
         data: of the pretraining, for how images are read.
 
     Raises:
@@ -74,9 +74,14 @@ class OnlineProbe:
     """
 
     def __init__(
-        self, settings: OnlineProbeSettings, size: tuple[int, int, int], *, data: DataSettings
+        self,
+        settings: OnlineProbeSettings,
+        size: tuple[int, int, int],
+        *,
+        width: int,
+        data: DataSettings,
     ) -> None:
-        self.settings, self.size, self.data = settings, size, data
+        self.settings, self.size, self.width, self.data = settings, size, width, data
         known, asked = open_labelled(
             open_sets(settings.shards, data.remote_reading),
             validation=None
@@ -155,13 +160,14 @@ class OnlineProbe:
             workers=self.data.workers,
             bad_samples=BadSamples(max_share=1.0),  # they are no part of training
         )
-        values, labels = [], []
-        rounds = -(-shards.samples // self.settings.batch_size)
-        for turn in in_step(batches, rounds, size=self.size):
-            batch = turn.batch.to(accelerator.device)
+        # A rank may have no batch at all.
+        values = [torch.zeros(0, self.width, device=accelerator.device)]
+        labels = [torch.zeros(0, dtype=torch.int64, device=accelerator.device)]
+        for stored in batches:
+            batch = stored.to(accelerator.device)
             assert batch.labels is not None
-            values.append(features(batch)[: turn.counted].float())
-            labels.append(batch.labels[: turn.counted])
+            values.append(features(batch).float())
+            labels.append(batch.labels)
         return Features(values=torch.cat(values), labels=torch.cat(labels))
 
 

@@ -1,7 +1,7 @@
 """Pretraining: SimMIM on unlabelled shards. The recipe, and what the training loop needs of it."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -19,10 +19,10 @@ from simmim.engine.loop import TrainingSettings
 from simmim.engine.run import RunFolder
 from simmim.losses import LossName
 from simmim.masking import MaskDrawer, MaskSettings
-from simmim.model import LossArea, SimMIM, SimMIMOutput
+from simmim.model import LossArea, SimMIM
 from simmim.recipe import load, recipe_hash, settings
 from simmim.report.panels import reconstruction_panel
-from simmim.stages.batches import Round, check_batches, in_step, training_batches
+from simmim.stages.batches import check_batches, training_batches
 from simmim.stages.chances import drop_path_chances
 from simmim.stages.classifier import pool
 from simmim.stages.encoder_settings import EncoderSettings, ExecutionSettings
@@ -35,8 +35,6 @@ from swinv2.weights import Provenance
 PANEL_IMAGES = 8
 BASELINE_IMAGES = 256
 """Held-out images that the baseline is measured on before training, to be quick."""
-
-Answer = Literal["loss", "reconstruction", "features"]
 
 
 @settings
@@ -128,19 +126,17 @@ class PretrainModule(nn.Module):
         self.seed = seed
         self.normalise = Normalise(*data.normalisation)
 
-    def forward(self, batch: Batch, answer: Answer = "loss") -> Tensor:
-        """Return the mean loss over a batch, its predicted pixels, or the features of all of it.
-
-        Everything that is asked of a module in training goes through here, so that one whose
-        weights are shared out gathers them.
-        """
-        images = self.normalise(batch.images, batch.flips)
-        if answer == "features":
-            return pool(self.model.encoder(images))
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the mean loss over a batch."""
         assert batch.masks is not None
+        images = self.normalise(batch.images, batch.flips)
         chances = drop_path_chances(self.model.encoder, batch, self.seed)
-        output: SimMIMOutput = self.model(images, batch.masks, chances)
-        return output.loss if answer == "loss" else output.reconstruction
+        loss: Tensor = self.model(images, batch.masks, chances).loss
+        return loss
+
+    def features(self, batch: Batch) -> Tensor:
+        """Return the pooled features of whole images, (batch, num_features)."""
+        return pool(self.model.encoder(self.normalise(batch.images, batch.flips)))
 
 
 class PretrainStage:
@@ -164,7 +160,9 @@ class PretrainStage:
         self.online_probe = None
         if recipe.probe is not None:
             size = (recipe.encoder.in_channels, *self.model.encoder.config.image_size)
-            self.online_probe = OnlineProbe(recipe.probe, size, data=recipe.data)
+            self.online_probe = OnlineProbe(
+                recipe.probe, size, width=self.model.encoder.num_features, data=recipe.data
+            )
 
     @property
     def flops_per_sample(self) -> int:
@@ -232,11 +230,15 @@ class PretrainStage:
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the loss on held-out images, beside that of answering with the mean colour."""
         sums = torch.zeros(3, dtype=torch.float64)
-        for turn in self._held_out_rounds(accelerator):
-            loss = self.module(turn.batch)
-            if turn.counted:
-                baseline = self._mean_color_loss(turn.batch)
-                sums += torch.tensor([loss.item(), baseline, 1]) * turn.counted
+        training = self.recipe.training
+        for batch in self.held_out_batches(
+            batch_size=max(1, training.batch_size // training.accumulation),
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            workers=self.recipe.data.workers,
+        ):
+            loss = self.module(batch.to(accelerator.device))
+            sums += torch.tensor([loss.item(), self._mean_color_loss(batch), 1]) * len(batch)
         total = accelerator.reduce(sums.to(accelerator.device, torch.float32), "sum").cpu()
         if not total[2]:
             return {}
@@ -249,23 +251,6 @@ class PretrainStage:
         """Return a stage of the same recipe, with initial weights on the CPU."""
         return PretrainStage(self.recipe)
 
-    def _held_out_rounds(self, accelerator: Accelerator) -> Iterator[Round]:
-        """Yield the held-out batches of this rank on its device, as many on every rank."""
-        training, config = self.recipe.training, self.model.encoder.config
-        batch_size = max(1, training.batch_size // training.accumulation)
-        batches = self.held_out_batches(
-            batch_size=batch_size,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            workers=self.recipe.data.workers,
-        )
-        rounds = -(-self.validation_shards.samples // batch_size)
-        size = (config.in_channels, *config.image_size)
-        blank = self.draw_mask(torch.Generator().manual_seed(0))[None]
-        for turn in in_step(batches, rounds, size=size):
-            batch = turn.batch if turn.batch.masks is not None else turn.batch.with_masks(blank)
-            yield replace(turn, batch=batch.to(accelerator.device))
-
     @property
     def probe_every(self) -> int | None:
         """Steps between probes; None for no probe."""
@@ -275,7 +260,7 @@ class PretrainStage:
         """Return how well frozen features tell the classes of labelled images apart."""
         if self.online_probe is None:
             return {}
-        return self.online_probe.run(lambda batch: self.module(batch, "features"), accelerator)
+        return self.online_probe.run(self.module.features, accelerator)
 
     @torch.no_grad()
     def look(self, accelerator: Accelerator, run: RunFolder, step: int) -> Path | None:
@@ -285,14 +270,13 @@ class PretrainStage:
             return None
         batch = batch.to(accelerator.device)
         assert batch.masks is not None
+        images = self.module.normalise(batch.images)
         self.module.eval()
-        reconstruction = self.module(batch, "reconstruction")
-        if not accelerator.is_main_process:
-            return None
+        reconstruction = self.model(images, batch.masks).reconstruction
         mean, std = self.recipe.data.normalisation
         path = run.reconstructions / f"step-{step:08d}.png"
         reconstruction_panel(
-            self.module.normalise(batch.images),
+            images,
             batch.masks,
             reconstruction,
             mean=mean,

@@ -90,7 +90,7 @@ def test_training_outlives_a_full_disk(
     forward, taken = stage.module.forward, 0
     held: list[list[str]] = []
 
-    def counting(*args: Any) -> Any:
+    def counting(batch: Any) -> Any:
         nonlocal taken
         if stage.module.training:
             taken += 1
@@ -99,7 +99,7 @@ def test_training_outlives_a_full_disk(
             if taken == 10:
                 held.append([path.name for path in complete_checkpoints(run.checkpoints)])
                 (small_disk / "ballast").unlink()
-        return forward(*args)
+        return forward(batch)
 
     monkeypatch.setattr(stage.module, "forward", counting)
     result = train(stage, run, build_accelerator("fp32"), None)

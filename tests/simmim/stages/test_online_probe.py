@@ -69,7 +69,7 @@ def test_features_that_are_the_class_are_always_right(
 ) -> None:
     stage = stage_with(pretrain_values, shards)
     settings = OnlineProbeSettings(shards=str(shards), validation_shards=2, kind=kind)  # type: ignore[arg-type]
-    probe = OnlineProbe(settings, (3, 16, 16), data=stage.recipe.data)
+    probe = OnlineProbe(settings, (3, 16, 16), width=3, data=stage.recipe.data)
 
     def cheat(batch: Batch) -> torch.Tensor:
         assert batch.labels is not None

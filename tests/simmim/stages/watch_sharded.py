@@ -12,6 +12,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 
+from simmim.engine.parallelism import gathered
 from simmim.engine.run import RunFolder
 from simmim.engine.sharding import shard_by_block
 from simmim.recipe import load
@@ -32,10 +33,10 @@ def main(config: Path, folder: Path) -> None:
             shard_by_block(stage.module, mesh, param_dtype=None)
         run = RunFolder(path=folder / name)
         stage.module.eval()
-        with torch.no_grad():
+        with torch.no_grad(), gathered(stage.module):
             figures = stage.validate(accelerator) | stage.probe(accelerator)
-            picture = stage.look(accelerator, run, 1)
-        assert (picture is not None) == accelerator.is_main_process
+            if accelerator.is_main_process:  # the other one has nothing to compute
+                assert stage.look(accelerator, run, 1) is not None
         found.append(figures)
     if accelerator.is_main_process:
         sys.stdout.write(json.dumps(found) + "\n")
