@@ -260,7 +260,7 @@ def restore(
             "data would be lost. Name the shards it was started with, or start another run."
         )
     wanted = stage.recipe.training.optimizer.name
-    saved = read_values(path / RECIPE_FILE)["training"]["optimizer"]["name"]
+    saved = read_values(path / RECIPE_FILE)["training"]["optimizer"].get("name", wanted)
     if saved != wanted:
         raise ValueError(
             f"{path} holds the state of the optimiser {saved}, the recipe says {wanted}: set "

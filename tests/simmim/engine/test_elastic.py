@@ -30,7 +30,7 @@ DATA = Path(os.environ.get("SIMMIM_DATA", "data"))
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's end"),
-    pytest.mark.timeout(900),  # many starts, each of seconds, or a minute on a busy machine
+    pytest.mark.timeout(3600),  # many starts, each of seconds, or minutes on a busy machine
 ]
 
 
@@ -238,7 +238,6 @@ def test_two_kills_change_nothing(config: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 @pytest.mark.skipif(
     not (DATA / "cifar10.zip").is_file(), reason="SIMMIM_DATA names no folder with cifar10.zip"
 )
