@@ -382,7 +382,9 @@ class _Trainer:
         loss = float(self._losses_since_log().nanmean())
         self.losses.clear()
         position = Position(
-            step=self.step, epoch=self.step / self.steps_per_epoch, samples=self.cursor
+            step=self.step,
+            epoch=self.cursor / self.stage.samples_per_epoch,
+            samples=self.cursor,
         )
         counts = {"skipped": self.skipped}
         self.watcher.log(position, loss=loss, lr=self.lr, norm=float(norm), counts=counts)

@@ -155,6 +155,7 @@ def _charts(lines: Lines) -> str:
         key
         for key in {key for line in lines for key in line} - KNOWN - set(probes)
         if all(isinstance(line.get(key, 0), int | float) for line in lines)
+        and any(line.get(key, 0) for line in lines)  # a count of nothing is no news
     )
     shown += [chart(key.replace("_", " "), [series(key, key)], from_zero=True) for key in others]
     return f'<section class="charts">{"".join(shown)}</section>'

@@ -33,7 +33,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if done.returncode:
         pytest.skip(f"may not mount a tmpfs: {done.stderr.decode().strip()}")
     yield place
-    subprocess.run(["umount", str(place)], check=True)
+    # Lazily: weights that were read from a checkpoint may still be mapped.
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 def fill(place: Path, *, leaving: int = 0) -> Path:
