@@ -1,7 +1,7 @@
 """Scaled cosine attention for compilers, which fuse all of it but the two products.
 
-Two steps have backwards of their own, which read no more than what is kept in the precision of the
-values: one number for each score, and queries and keys as they came. What autograd would keep of
+It has a backward of its own, which reads no more than what is kept in the precision of the values:
+one number for each score, and queries, keys and values as they came. What autograd would keep of
 them in float32 is the largest part of what a compiled block reads and writes.
 
 Tables that are read several times in one fused loop are operators, so that a compiler computes
@@ -29,42 +29,12 @@ def fused_attention(qkv: Tensor, *, scale: Tensor, bias: Tensor, mask: Tensor | 
         roles=3,
         heads=len(scale),
     )
-    query, _ = _directions(query, scale)
-    key, _ = _directions(key, torch.ones_like(scale))
-    mixed: Tensor = _mixed(query, key, value, bias, mask)[0]
+    mixed: Tensor = _attend(query, key, value, scale, bias, mask)[0]
     return mixed.transpose(2, 3).flatten(3)
 
 
-class _Direction(torch.autograd.Function):
-    """Vectors (batch, windows, heads, tokens, d) of length scale (heads, 1, 1), in their precision.
-
-    The factors (..., 1) of the directions come with them.
-    """
-
-    @staticmethod
-    def forward(vectors: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        precise = vectors.to(scale.dtype)
-        factors = precise.square().sum(-1, keepdim=True).clamp_min(SHORTEST**2).rsqrt()
-        return (precise * (factors * scale)).to(vectors.dtype), factors
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, output[1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor, Tensor]:
-        vectors, scale, factors = ctx.saved_tensors
-        directions, gradient = vectors.to(scale.dtype) * factors, gradient.to(scale.dtype)
-        # The backward of a normalisation: what lies along the direction has no effect.
-        along = (gradient * directions).sum(-1, keepdim=True)
-        for_vectors = (gradient - directions * along) * (factors * scale)
-        return for_vectors.to(vectors.dtype), along.sum((0, 1, 3))[..., None]
-
-
-class _Mixed(torch.autograd.Function):
-    """Softmax of query · key + bias + mask, times the values, (batch, windows, heads, tokens, d).
+class _Attention(torch.autograd.Function):
+    """Attention of (batch, windows, heads, tokens, d).
 
     What is rounded to the precision of the values, and kept, are exponentials that are not divided
     by their sums (batch, windows, heads, tokens, 1): products are divided, which are smaller.
@@ -72,40 +42,75 @@ class _Mixed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        scores = query @ key.transpose(-2, -1) + bias
-        if mask is not None:
-            scores = scores + mask
+    def forward(  # noqa: PLR0917  # apply takes no keywords
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        lengths = _inverse_lengths(query, scale.dtype), _inverse_lengths(key, scale.dtype)
+        scores = _scaled(query, lengths[0] * scale) @ _scaled(key, lengths[1]).transpose(-2, -1)
+        scores = scores + bias if mask is None else scores + bias + mask
         exponentials = (scores - scores.amax(-1, keepdim=True)).exp().to(value.dtype)
         sums = exponentials.sum(-1, keepdim=True, dtype=scores.dtype)
         mixed = ((exponentials @ value) / sums).to(value.dtype)
-        return mixed, exponentials, sums
+        return mixed, exponentials, sums, *lengths
 
     @staticmethod
-    def setup_context(
-        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
-    ) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:3], *output)
+        ctx.save_for_backward(*inputs[:4], *output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        query, key, value, mixed, exponentials, sums = ctx.saved_tensors
+        query, key, value, scale, mixed, exponentials, sums, *lengths = ctx.saved_tensors
         divided = (gradient / sums).to(value.dtype)
         for_value = exponentials.transpose(-2, -1) @ divided
         # Sum over keys of weight times gradient, which is that over d of what came out.
         mean = (divided.to(sums.dtype) * mixed).sum(-1, keepdim=True)
         for_weights = divided @ value.transpose(-2, -1)
         for_scores = (exponentials * (for_weights - mean)).to(value.dtype)
-        for_query, for_key = for_scores @ key, for_scores.transpose(-2, -1) @ query
-        return for_query, for_key, for_value, for_scores.to(sums.dtype).sum((0, 1)), None
+        for_query, for_scale = _unscaled(
+            for_scores @ _scaled(key, lengths[1]), query, lengths[0], scale
+        )
+        for_key, _unused = _unscaled(
+            for_scores.transpose(-2, -1) @ _scaled(query, lengths[0] * scale),
+            key,
+            lengths[1],
+            torch.ones_like(scale),
+        )
+        for_bias = for_scores.to(sums.dtype).sum((0, 1))
+        return for_query, for_key, for_value, for_scale, for_bias, None
 
 
-_directions: Any = _Direction.apply
-_mixed: Any = _Mixed.apply
+_attend: Any = _Attention.apply
+
+
+def _inverse_lengths(vectors: Tensor, precise: torch.dtype) -> Tensor:
+    """Return one over the lengths of (..., d), (..., 1)."""
+    squares = vectors.to(precise).square()
+    return squares.sum(-1, keepdim=True).clamp_min(SHORTEST**2).rsqrt()
+
+
+def _scaled(vectors: Tensor, factors: Tensor) -> Tensor:
+    """Multiply in the precision of the factors, and round to that of the vectors."""
+    return (vectors.to(factors.dtype) * factors).to(vectors.dtype)
+
+
+def _unscaled(
+    gradient: Tensor, vectors: Tensor, lengths: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Give the gradients of vectors and scale from that of directions times scale.
+
+    What lies along a direction has no effect on it.
+    """
+    directions, gradient = vectors.to(scale.dtype) * lengths, gradient.to(scale.dtype)
+    along = (gradient * directions).sum(-1, keepdim=True)
+    for_vectors = (gradient - directions * along) * (lengths * scale)
+    return for_vectors.to(vectors.dtype), along.sum((0, 1, 3))[..., None]
 
 
 @torch.library.custom_op(
