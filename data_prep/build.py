@@ -14,6 +14,7 @@ from data_prep.destination import (
     find_complete,
     open_destination,
     refuse_foreign,
+    refuse_inside,
 )
 from data_prep.duplicates import duplicate_dropper
 from data_prep.listing import (
@@ -114,10 +115,15 @@ class _Job:
     options: ShardOptions
     execution: Execution
 
-    def open(self) -> Source:
-        ordered = self.options.window is not None
-        selection = self.options.selection
-        return open_source(self.source, selection, shards=self.shards, ordered=ordered)
+    def open(self, folder: Path) -> Source:
+        """Open the source of a set that is written to that folder."""
+        return open_source(
+            self.source,
+            self.options.selection,
+            shards=self.shards,
+            ordered=self.options.window is not None,
+            without=folder,
+        )
 
     def identity(self, fingerprint: str) -> Identity:
         options = {"source": self.source.name, **self.options.values()}
@@ -160,7 +166,8 @@ def build_shards(
     if execution.part and overwrite:
         raise DestinationError("--overwrite would clear the work of other parts: leave it out.")
     job = _Job(source=source_path, shards=shards, options=options, execution=execution)
-    with closing(job.open()) as source:
+    refuse_inside(source_path, folder)
+    with closing(job.open(folder)) as source:
         refuse_foreign(folder)
         if not overwrite and (folder / MANIFEST_NAME).exists():
             survey = survey_source(source, options, progress.listed)

@@ -31,6 +31,7 @@ from data_prep.manifest import (
 )
 from data_prep.shard import Rejection, shard_name
 from data_prep.statistics_file import STATISTICS_NAME
+from data_prep.storage import Location
 
 REJECTED_NAME = "rejected.jsonl"
 VALIDATION_SHARDS = "validation_shards"
@@ -281,6 +282,23 @@ def refuse_foreign(folder: Path) -> None:
     if (folder / MANIFEST_NAME).exists() and "source" not in read_manifest(folder).options:
         raise DestinationError(
             f"{folder} holds tars that data-prep did not write. Give an empty or a new folder."
+        )
+
+
+def refuse_inside(source: Location, destination: Location) -> None:
+    """Check that shards are not written into the folder that they are made from.
+
+    Raises:
+        DestinationError: they would be, and the next listing would find them there.
+    """
+    if isinstance(source, Path) and isinstance(destination, Path):
+        inside = destination.resolve().is_relative_to(source.resolve())
+    else:
+        inside = f"{destination}/".startswith(f"{source}/")
+    if inside:
+        raise DestinationError(
+            f"{destination} lies in the source, {source}, where the next run would take what is "
+            "written for images. Give a folder outside of the source."
         )
 
 

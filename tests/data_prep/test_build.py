@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from data_prep.build import Execution, Progress, build_shards
+from data_prep.cli import main
 from data_prep.destination import DestinationError
 from data_prep.files import Selection, SourceError
 from data_prep.index import index_tar
@@ -224,6 +225,30 @@ def test_foreign_content_is_left_alone(image_zip: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"mine")
     with pytest.raises(DestinationError, match="is a file"):
         _build(image_zip, tmp_path / "file")
+
+
+@pytest.mark.parametrize("window", [None, 1])
+@pytest.mark.parametrize("place", ["out", "train/cat/out", "../link/out", "../elsewhere/out", "."])
+def test_a_destination_in_the_source_is_refused(
+    image_folder: Path, tmp_path: Path, place: str, window: int | None
+) -> None:
+    (tmp_path / "link").symlink_to(image_folder)
+    (tmp_path / "elsewhere").mkdir()
+    if "elsewhere" in place:
+        (image_folder / "linked").symlink_to(tmp_path / "elsewhere")
+    before = sorted(tmp_path.rglob("*"))
+    options = ShardOptions(samples_per_shard=5, shuffle_window=window)
+    with pytest.raises(ValueError, match=r"Give a folder outside of the source\."):
+        _build(image_folder, image_folder / place, options)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_destination_in_a_source_of_a_store_is_refused(
+    image_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in ("memory://bucket/images/out", "memory://bucket/images"):
+        assert main(["shard", "memory://bucket/images", place]) == 2
+        assert "outside of the source" in capsys.readouterr().err
 
 
 def test_no_check_reads_headers_only(image_folder: Path, tmp_path: Path) -> None:
