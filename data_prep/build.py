@@ -175,6 +175,7 @@ def build_shards(
             return Built(manifest=complete, found=survey.found, was_complete=True)
         part = execution.part[0] if execution.part else None
         with open_destination(folder, part=part) as destination:
+            destination.settle_version(overwrite=overwrite)
             make = _list_and_write if options.streams else _list_then_write
             listing = make(destination, job, source, progress, overwrite=overwrite)
             manifest = None
@@ -196,6 +197,7 @@ def merge_parts(folder: Path, *, max_rejected: float = 1.0) -> Manifest:
             f"{folder} holds no parts to merge. Write them: data-prep shard SRC {folder} --part 1/n"
         )
     with open_destination(folder) as destination:
+        destination.settle_version()
         listing = read_listing(destination.partial)
         made_from = destination.identity()
         if listing is None or made_from is None or not made_from.fingerprint:

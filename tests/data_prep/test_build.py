@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.build import Execution, Progress, build_shards
+from data_prep.build import Execution, Progress, build_shards, merge_parts
 from data_prep.cli import main
 from data_prep.destination import DestinationError
 from data_prep.files import Selection, SourceError
@@ -225,6 +225,32 @@ def test_foreign_content_is_left_alone(image_zip: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"mine")
     with pytest.raises(DestinationError, match="is a file"):
         _build(image_zip, tmp_path / "file")
+
+
+@pytest.mark.parametrize("window", [None, 1])
+def test_work_of_another_version_is_refused_until_it_may_be_replaced(
+    image_zip: Path, tmp_path: Path, window: int | None
+) -> None:
+    def stop(report: object) -> None:
+        raise KeyboardInterrupt
+
+    folder, options = tmp_path / "out", ShardOptions(samples_per_shard=5, shuffle_window=window)
+    with pytest.raises(KeyboardInterrupt):
+        _build(image_zip, folder, options, progress=Progress(finished=stop))
+    note = folder / ".partial" / "made-from.json"
+    note.write_text(json.dumps(json.loads(note.read_text())["identity"]))  # as it once was
+    (report,) = (folder / ".partial").glob("*.report.json")
+    values = json.loads(report.read_text())
+    del values["listing"]
+    report.write_text(json.dumps(values))
+    before = _digests(folder)
+    for attempt in (lambda: _build(image_zip, folder, options), lambda: merge_parts(folder)):
+        with pytest.raises(DestinationError, match=r"another version of data-prep.*--overwrite"):
+            attempt()
+    assert _digests(folder) == before
+    _build(image_zip, folder, options, overwrite=True)
+    _build(image_zip, tmp_path / "whole", options)
+    assert _digests(folder) == _digests(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("window", [None, 1])
