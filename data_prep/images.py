@@ -90,25 +90,22 @@ def check_image(
     """
     try:
         checked = _check_plain_jpeg(data, max_pixels, decode, encoding)
-    except DamageError as error:
-        raise RejectedImageError(str(error)) from None
-    if checked is not None:
-        return checked
-    with warnings.catch_warnings():
-        # Pillow warns of odd metadata, which does not concern the pixels.
-        warnings.simplefilter("ignore")
-        try:
+        if checked is not None:
+            return checked
+        with warnings.catch_warnings():
+            # Pillow warns of odd metadata, which does not concern the pixels.
+            warnings.simplefilter("ignore")
             if data.startswith(MAGIC):
                 return _check_array(data, max_pixels, decode)
             return _check_picture(data, max_pixels, decode, encoding)
-        except (RejectedImageError, MemoryError):
-            raise
-        except (ArrayError, DamageError) as error:
-            raise RejectedImageError(str(error)) from None
-        # Pillow's readers raise nearly any type when the bytes are hostile.
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise RejectedImageError(f"it does not decode: {reason}") from None
+    except (RejectedImageError, MemoryError):
+        raise
+    except (ArrayError, DamageError) as error:
+        raise RejectedImageError(str(error)) from None
+    # Pillow's readers raise nearly any type when the bytes are hostile.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RejectedImageError(f"it does not decode: {reason}") from None
 
 
 def _check_plain_jpeg(
