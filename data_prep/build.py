@@ -166,7 +166,8 @@ def build_shards(
     if execution.part and overwrite:
         raise DestinationError("--overwrite would clear the work of other parts: leave it out.")
     job = _Job(source=source_path, shards=shards, options=options, execution=execution)
-    refuse_inside(source_path, folder)
+    if not shards:  # of shards only the folder itself is read
+        refuse_inside(source_path, folder)
     with closing(job.open(folder)) as source:
         refuse_foreign(folder)
         if not overwrite and (folder / MANIFEST_NAME).exists():

@@ -88,7 +88,8 @@ def _dispatch(arguments: argparse.Namespace, interruption: Interruption) -> int:
 
 def _shard(arguments: argparse.Namespace, interruption: Interruption) -> int:
     source, destination = locate(arguments.source), locate(arguments.folder)
-    refuse_inside(source, destination)
+    if arguments.command == "shard":
+        refuse_inside(source, destination)
     # Shards for a store are made on this machine first, where a stopped run finds them again.
     folder = destination if isinstance(destination, Path) else _staging(destination, arguments)
     if arguments.part is not None and folder is not destination:
