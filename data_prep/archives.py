@@ -15,6 +15,7 @@ from data_prep.storage import Location
 from data_prep.tars import TarError, describe_path_problem, describe_problem, walk_tar
 
 _MOST_OFFSET = 2**62
+_EXTRA_BYTES = 64
 
 
 class ZipSource:
@@ -60,12 +61,14 @@ class ZipSource:
         Raises:
             UnreadableFileError: its data is cut, damaged or longer than declared.
         """
-        header = self._bytes.read(file.offset, 30)
-        if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        # Name and extra field are as long as they say, and nearly always no longer than this.
+        block = self._bytes.read(file.offset, 30 + len(file.path) + _EXTRA_BYTES + file.stored)
+        if len(block) < 30 or block[:4] != b"PK\x03\x04":
             raise UnreadableFileError("its header in the zip is damaged")
-        name_length, extra_length = struct.unpack("<HH", header[26:])
-        start = file.offset + 30 + name_length + extra_length
-        data = self._bytes.read(start, file.stored)
+        start = 30 + sum(struct.unpack_from("<HH", block, 26))
+        data = block[start : start + file.stored]
+        if len(data) < file.stored:
+            data = self._bytes.read(file.offset + start, file.stored)
         if file.method == zipfile.ZIP_DEFLATED:
             try:
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, file.size + 1)

@@ -14,6 +14,7 @@ from data_prep.destination import (
     find_complete,
     open_destination,
     refuse_foreign,
+    refuse_inside,
 )
 from data_prep.duplicates import duplicate_dropper
 from data_prep.listing import (
@@ -114,10 +115,15 @@ class _Job:
     options: ShardOptions
     execution: Execution
 
-    def open(self) -> Source:
-        ordered = self.options.window is not None
-        selection = self.options.selection
-        return open_source(self.source, selection, shards=self.shards, ordered=ordered)
+    def open(self, folder: Path) -> Source:
+        """Open the source of a set that is written to that folder."""
+        return open_source(
+            self.source,
+            self.options.selection,
+            shards=self.shards,
+            ordered=self.options.window is not None,
+            without=folder,
+        )
 
     def identity(self, fingerprint: str) -> Identity:
         options = {"source": self.source.name, **self.options.values()}
@@ -160,7 +166,9 @@ def build_shards(
     if execution.part and overwrite:
         raise DestinationError("--overwrite would clear the work of other parts: leave it out.")
     job = _Job(source=source_path, shards=shards, options=options, execution=execution)
-    with closing(job.open()) as source:
+    if not shards:  # of shards only the folder itself is read
+        refuse_inside(source_path, folder)
+    with closing(job.open(folder)) as source:
         refuse_foreign(folder)
         if not overwrite and (folder / MANIFEST_NAME).exists():
             survey = survey_source(source, options, progress.listed)
@@ -168,6 +176,7 @@ def build_shards(
             return Built(manifest=complete, found=survey.found, was_complete=True)
         part = execution.part[0] if execution.part else None
         with open_destination(folder, part=part) as destination:
+            destination.settle_version(overwrite=overwrite)
             make = _list_and_write if options.streams else _list_then_write
             listing = make(destination, job, source, progress, overwrite=overwrite)
             manifest = None
@@ -189,6 +198,7 @@ def merge_parts(folder: Path, *, max_rejected: float = 1.0) -> Manifest:
             f"{folder} holds no parts to merge. Write them: data-prep shard SRC {folder} --part 1/n"
         )
     with open_destination(folder) as destination:
+        destination.settle_version()
         listing = read_listing(destination.partial)
         made_from = destination.identity()
         if listing is None or made_from is None or not made_from.fingerprint:

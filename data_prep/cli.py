@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data_prep.adopt import adopt_shards
 from data_prep.build import Built, Plan, Progress, build_shards, merge_parts
 from data_prep.contact_sheet import draw_contact_sheet
-from data_prep.destination import REJECTED_NAME
+from data_prep.destination import REJECTED_NAME, refuse_inside
 from data_prep.info import describe_bytes, describe_shards, describe_statistics
 from data_prep.interrupts import InterruptedBySignal, Interruption, raise_on_signals
 from data_prep.manifest import Manifest, read_manifest
@@ -87,7 +87,9 @@ def _dispatch(arguments: argparse.Namespace, interruption: Interruption) -> int:
 
 
 def _shard(arguments: argparse.Namespace, interruption: Interruption) -> int:
-    destination = locate(arguments.folder)
+    source, destination = locate(arguments.source), locate(arguments.folder)
+    if arguments.command == "shard":
+        refuse_inside(source, destination)
     # Shards for a store are made on this machine first, where a stopped run finds them again.
     folder = destination if isinstance(destination, Path) else _staging(destination, arguments)
     if arguments.part is not None and folder is not destination:
@@ -96,7 +98,7 @@ def _shard(arguments: argparse.Namespace, interruption: Interruption) -> int:
         shown = _Shown(bar, arguments.source)
 
         built = build_shards(
-            locate(arguments.source),
+            source,
             folder,
             parse_options(arguments),
             shards=arguments.command == "reshard",

@@ -31,11 +31,14 @@ from data_prep.manifest import (
 )
 from data_prep.shard import Rejection, shard_name
 from data_prep.statistics_file import STATISTICS_NAME
+from data_prep.storage import Location
 
 REJECTED_NAME = "rejected.jsonl"
 VALIDATION_SHARDS = "validation_shards"
 """Option of the manifest that counts the shards, at the end, that are for validation."""
 _PARTIAL_NAME = ".partial"
+_WORK_VERSION = 2
+"""Version of what lies in `.partial`: to be raised where that changes, so that none is mixed."""
 _NOTE_NAME = "made-from.json"
 _OTHER_INPUT = "other files of the same source, or the same files with other dates"
 _OURS = re.compile(r"shard-\d{6,}\.(tar|index\.npy)")
@@ -81,14 +84,37 @@ class Destination:
 
     def identity(self) -> Identity | None:
         """Return what the unfinished work is made from, None where there is none."""
-        try:
-            return Identity(**json.loads((self.partial / _NOTE_NAME).read_text()))
-        except FileNotFoundError:
-            return None
+        note = self._note()
+        return Identity(**note["identity"]) if note is not None else None
 
     def begin(self, identity: Identity) -> None:
         """Note what the work is made from, once its listing is complete."""
-        write_aside(self.partial / _NOTE_NAME, json.dumps(asdict(identity), indent=1).encode())
+        note = {"version": _WORK_VERSION, "identity": asdict(identity)}
+        write_aside(self.partial / _NOTE_NAME, json.dumps(note, indent=1).encode())
+
+    def settle_version(self, *, overwrite: bool = False) -> None:
+        """Check that unfinished work is of this version, or clear other if that is allowed.
+
+        Raises:
+            DestinationError: it is of another version, and is to be kept.
+        """
+        note = self._note()
+        if note is None or note.get("version") == _WORK_VERSION:
+            return
+        if not overwrite:
+            raise DestinationError(
+                f"{self.folder} holds an interrupted run of another version of data-prep, which "
+                "this one cannot go on with. Finish it with that version, or start anew with "
+                "--overwrite."
+            )
+        self.clear()
+
+    def _note(self) -> dict[str, Any] | None:
+        try:
+            note: dict[str, Any] = json.loads((self.partial / _NOTE_NAME).read_text())
+        except FileNotFoundError:
+            return None
+        return note
 
     def refuse_other(self, identity: Identity) -> None:
         """Check that unfinished work is made from the same.
@@ -281,6 +307,23 @@ def refuse_foreign(folder: Path) -> None:
     if (folder / MANIFEST_NAME).exists() and "source" not in read_manifest(folder).options:
         raise DestinationError(
             f"{folder} holds tars that data-prep did not write. Give an empty or a new folder."
+        )
+
+
+def refuse_inside(source: Location, destination: Location) -> None:
+    """Check that shards are not written into the folder that they are made from.
+
+    Raises:
+        DestinationError: they would be, and the next listing would find them there.
+    """
+    if isinstance(source, Path) and isinstance(destination, Path):
+        inside = destination.resolve().is_relative_to(source.resolve())
+    else:
+        inside = f"{destination}/".startswith(f"{source}/")
+    if inside:
+        raise DestinationError(
+            f"{destination} lies in the source, {source}, where the next run would take what is "
+            "written for images. Give a folder outside of the source."
         )
 
 

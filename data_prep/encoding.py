@@ -45,6 +45,8 @@ class Encoding:
 
     def target_size(self, width: int, height: int) -> tuple[int, int]:
         """Return the (width, height) that a picture of this size is to have."""
+        if self.max_side is None and self.short_side is None:
+            return width, height
         long, short = max(width, height), min(width, height)
         # Of both limits the one that shrinks more counts; (wanted, present) avoids fractions.
         ratios = [(1, 1)]

@@ -31,6 +31,7 @@ from data_prep.damage import (
     decode_jpeg,
 )
 from data_prep.encoding import Encoding, encode
+from data_prep.jpeg_header import plain_jpeg_size
 
 MAX_PIXELS = 89_478_485
 """Largest image taken unless told otherwise, in pixels; Pillow warns of larger ones."""
@@ -87,21 +88,40 @@ def check_image(
         RejectedImageError: the data is no image, is cut or damaged, is too large, or would lose
             more than was asked.
     """
-    with warnings.catch_warnings():
-        # Pillow warns of odd metadata, which does not concern the pixels.
-        warnings.simplefilter("ignore")
-        try:
+    try:
+        checked = _check_plain_jpeg(data, max_pixels, decode, encoding)
+        if checked is not None:
+            return checked
+        with warnings.catch_warnings():
+            # Pillow warns of odd metadata, which does not concern the pixels.
+            warnings.simplefilter("ignore")
             if data.startswith(MAGIC):
                 return _check_array(data, max_pixels, decode)
             return _check_picture(data, max_pixels, decode, encoding)
-        except (RejectedImageError, MemoryError):
-            raise
-        except (ArrayError, DamageError) as error:
-            raise RejectedImageError(str(error)) from None
-        # Pillow's readers raise nearly any type when the bytes are hostile.
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise RejectedImageError(f"it does not decode: {reason}") from None
+    except (RejectedImageError, MemoryError):
+        raise
+    except (ArrayError, DamageError) as error:
+        raise RejectedImageError(str(error)) from None
+    # Pillow's readers raise nearly any type when the bytes are hostile.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RejectedImageError(f"it does not decode: {reason}") from None
+
+
+def _check_plain_jpeg(
+    data: bytes, max_pixels: int, decode: bool, encoding: Encoding
+) -> CheckedImage | None:
+    """Check a JPEG that is kept as it is, without Pillow; None where that cannot be done."""
+    size = plain_jpeg_size(data)
+    if size is None or size[0] * size[1] > min(max_pixels, MAX_PIXELS):
+        return None
+    if encoding.target_format("jpeg") != "jpeg" or encoding.target_size(*size) != size:
+        return None
+    if decode:
+        check_scans(data, size[0] * size[1])
+        if not check_jpeg(data, size):
+            return None
+    return CheckedImage(data=data, extension="jpg", width=size[0], height=size[1])
 
 
 def _check_array(data: bytes, max_pixels: int, decode: bool) -> CheckedImage:

@@ -188,8 +188,11 @@ def read_files(path: Path, start: int, length: int) -> Iterator[SourceFile]:
     """Yield the files of a part of a listing."""
     with path.open("rb") as lines:
         lines.seek(start)
-        while lines.tell() < start + length:
-            yield decode_file(lines.readline().decode("ascii"))
+        left = length
+        while left > 0:
+            line = lines.readline()
+            left -= len(line)
+            yield decode_file(line.decode("ascii"))
 
 
 def encode_file(file: SourceFile) -> str:

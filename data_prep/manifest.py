@@ -293,7 +293,7 @@ def _unpack(rows: NDArray[np.void], path: Location, shard: ShardEntry) -> ShardI
 
 def _check_length(path: Location, shard: ShardEntry) -> None:
     try:
-        length = path.stat().st_size
+        length = path.told_length() if isinstance(path, RemotePath) else path.stat().st_size
     except StorageError as error:
         raise ManifestError(str(error)) from None
     except OSError as error:
@@ -301,7 +301,7 @@ def _check_length(path: Location, shard: ShardEntry) -> None:
             f"shard {path} cannot be read: {error.strerror or 'it is missing'}. "
             "Bring it back, or make it again."
         ) from None
-    if length != shard.bytes:
+    if length is not None and length != shard.bytes:  # else it shows when the tar is fetched
         raise ManifestError(
             f"shard {path} has {length:,} bytes and the manifest says {shard.bytes:,}: it was cut "
             f"or changed. {_REMEDY}"

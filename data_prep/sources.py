@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from pathlib import Path
 
 from data_prep.archives import TarSource, ZipSource
 from data_prep.files import Selection, SourceError
@@ -23,6 +24,7 @@ def open_source(
     *,
     shards: bool = False,
     ordered: bool = False,
+    without: Path | None = None,
 ) -> Source:
     """Open a folder, a zip, an uncompressed tar, a list of paths, or a folder of shards.
 
@@ -33,6 +35,7 @@ def open_source(
         selection: where a list's paths begin, and the column that names a split.
         shards: whether `path` is a folder of WebDataset tars to be read sample by sample.
         ordered: whether a folder must list its files in the same order every time.
+        without: a folder that must not lie in a folder of files, however it is linked.
 
     Raises:
         SourceError: there is nothing at `path`, or it is of another kind.
@@ -42,7 +45,9 @@ def open_source(
     if isinstance(path, RemotePath):
         return _open_remote(path, selection, shards=shards)
     if path.is_dir():
-        return ShardSource(path, selection) if shards else FolderSource(path, ordered=ordered)
+        if shards:
+            return ShardSource(path, selection)
+        return FolderSource(path, ordered=ordered, without=without)
     if not path.exists():
         raise SourceError(f"source {path} does not exist. Give {_KINDS}.")
     if not path.is_file() or shards:

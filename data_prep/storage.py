@@ -159,11 +159,13 @@ class RemotePath:
                 stream.close()
 
     def stat(self) -> SimpleNamespace:
-        """Return `st_size`, the length in bytes."""
-        info = self._info()
-        if info.get("size") is None:
-            raise StorageError(f"{self} does not tell its length, which reading by range needs.")
-        return SimpleNamespace(st_size=int(info["size"]))
+        """Return `st_size`, the length in bytes; a file that does not tell it is read for it."""
+        return SimpleNamespace(st_size=self._length(self._info()))
+
+    def told_length(self) -> int | None:
+        """Return the length in bytes; None where it shows only when all has been read."""
+        size = self._info().get("size")
+        return None if size is None else int(size)
 
     def exists(self) -> bool:
         """Tell whether there is a file or a folder."""
@@ -193,11 +195,16 @@ class RemotePath:
                         yield f"{below}/{path}", size, stamp
             elif not name.endswith("/"):  # some stores mark a folder by an empty object
                 found = entry if entry.get("size") is not None else (self / below)._info()
-                yield below, *_length_and_stamp(found)
+                yield below, (self / below)._length(found), _stamp(found)
 
     def describe(self) -> tuple[int, int]:
         """Return the length in bytes, and a number that changes with the content."""
-        return _length_and_stamp(self._info())
+        info = self._info()
+        return self._length(info), _stamp(info)
+
+    def _length(self, info: dict[str, Any]) -> int:
+        size = info.get("size")
+        return sum(map(len, self._stream(0))) if size is None else int(size)
 
     def _info(self) -> dict[str, Any]:
         info: dict[str, Any] = self._try(lambda system: system.info(self.url))
@@ -273,12 +280,11 @@ def locate(place: str | os.PathLike[str] | RemotePath) -> Location:
     return RemotePath(text.rstrip("/"))
 
 
-def _length_and_stamp(info: dict[str, Any]) -> tuple[int, int]:
-    """Take from what a store says of a file its length and whichever mark of its content it has."""
+def _stamp(info: dict[str, Any]) -> int:
+    """Make a number of whichever mark of its content a store tells of a file."""
     marks = [str(info[name]) for name in ("ETag", "etag", "md5Hash", "mtime") if info.get(name)]
     marks = marks or [str(info.get("LastModified") or info.get("created") or "")]
-    digest = hashlib.blake2b(marks[0].encode(), digest_size=7).digest()
-    return int(info.get("size") or 0), int.from_bytes(digest, "big")
+    return int.from_bytes(hashlib.blake2b(marks[0].encode(), digest_size=7).digest(), "big")
 
 
 def _file_system(url: str) -> Any:

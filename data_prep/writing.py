@@ -19,7 +19,9 @@ from data_prep.manifest import IMAGE_EXTENSIONS, ShardIndex
 
 _BLOCK = 512
 """Bytes that a tar is made of; a member is a block of header and its data, filled up with zeros."""
+_ZEROS = bytes(_BLOCK)
 _RECORD = 20 * _BLOCK
+_BUFFER = 2**20
 _MOST_NAME_BYTES = 100
 _MOST_MEMBER_BYTES = 8**11 - 1
 
@@ -31,7 +33,7 @@ class ShardWriter:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
+        self._file = path.open("wb", buffering=_BUFFER)
         self._digest = hashlib.sha256()
         self._length = 0
         self._places: list[tuple[int, int, int]] = []
@@ -45,14 +47,18 @@ class ShardWriter:
             members: extension → data; exactly one of them is an image.
             label: its class, -1 where it has none.
         """
+        parts: list[bytes] = []
         for extension in sorted(members):
             data = members[extension]
-            self._put(_header(f"{key}.{extension}".encode("ascii"), len(data)))
+            parts.append(_header(f"{key}.{extension}".encode("ascii"), len(data)))
+            self._length += _BLOCK
             if extension in IMAGE_EXTENSIONS:
                 self._places.append((self._length, len(data), label))
                 self._names.append((key, extension))
-            self._put(data)
-            self._fill(_BLOCK)
+            fill = _ZEROS[: -len(data) % _BLOCK]
+            parts += (data, fill)
+            self._length += len(data) + len(fill)
+        self._put(b"".join(parts))  # at once, since each write and digest has a price of its own
 
     def finish(self) -> IndexedTar:
         """End the tar, bring it to the disk, and return what it holds.
@@ -60,8 +66,9 @@ class ShardWriter:
         Raises:
             OSError: the disk is full.
         """
-        self._put(bytes(2 * _BLOCK))
-        self._fill(_RECORD)
+        end = bytes(2 * _BLOCK + -(self._length + 2 * _BLOCK) % _RECORD)
+        self._length += len(end)
+        self._put(end)
         self._file.flush()
         os.fsync(self._file.fileno())
         places = np.array(self._places, dtype=np.int64).reshape(-1, 3)
@@ -86,10 +93,6 @@ class ShardWriter:
     def _put(self, data: bytes) -> None:
         self._file.write(data)
         self._digest.update(data)
-        self._length += len(data)
-
-    def _fill(self, unit: int) -> None:
-        self._put(bytes(-self._length % unit))
 
 
 def _make_template() -> bytes:

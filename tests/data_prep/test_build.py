@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from data_prep.build import Execution, Progress, build_shards
+from data_prep.build import Execution, Progress, build_shards, merge_parts
+from data_prep.cli import main
 from data_prep.destination import DestinationError
 from data_prep.files import Selection, SourceError
 from data_prep.index import index_tar
@@ -224,6 +225,56 @@ def test_foreign_content_is_left_alone(image_zip: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"mine")
     with pytest.raises(DestinationError, match="is a file"):
         _build(image_zip, tmp_path / "file")
+
+
+@pytest.mark.parametrize("window", [None, 1])
+def test_work_of_another_version_is_refused_until_it_may_be_replaced(
+    image_zip: Path, tmp_path: Path, window: int | None
+) -> None:
+    def stop(report: object) -> None:
+        raise KeyboardInterrupt
+
+    folder, options = tmp_path / "out", ShardOptions(samples_per_shard=5, shuffle_window=window)
+    with pytest.raises(KeyboardInterrupt):
+        _build(image_zip, folder, options, progress=Progress(finished=stop))
+    note = folder / ".partial" / "made-from.json"
+    note.write_text(json.dumps(json.loads(note.read_text())["identity"]))  # as it once was
+    (report,) = (folder / ".partial").glob("*.report.json")
+    values = json.loads(report.read_text())
+    del values["listing"]
+    report.write_text(json.dumps(values))
+    before = _digests(folder)
+    for attempt in (lambda: _build(image_zip, folder, options), lambda: merge_parts(folder)):
+        with pytest.raises(DestinationError, match=r"another version of data-prep.*--overwrite"):
+            attempt()
+    assert _digests(folder) == before
+    _build(image_zip, folder, options, overwrite=True)
+    _build(image_zip, tmp_path / "whole", options)
+    assert _digests(folder) == _digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("window", [None, 1])
+@pytest.mark.parametrize("place", ["out", "train/cat/out", "../link/out", "../elsewhere/out", "."])
+def test_a_destination_in_the_source_is_refused(
+    image_folder: Path, tmp_path: Path, place: str, window: int | None
+) -> None:
+    (tmp_path / "link").symlink_to(image_folder)
+    (tmp_path / "elsewhere").mkdir()
+    if "elsewhere" in place:
+        (image_folder / "linked").symlink_to(tmp_path / "elsewhere")
+    before = sorted(tmp_path.rglob("*"))
+    options = ShardOptions(samples_per_shard=5, shuffle_window=window)
+    with pytest.raises(ValueError, match=r"Give a folder outside of the source\."):
+        _build(image_folder, image_folder / place, options)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_destination_in_a_source_of_a_store_is_refused(
+    image_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in ("memory://bucket/images/out", "memory://bucket/images"):
+        assert main(["shard", "memory://bucket/images", place]) == 2
+        assert "outside of the source" in capsys.readouterr().err
 
 
 def test_no_check_reads_headers_only(image_folder: Path, tmp_path: Path) -> None:

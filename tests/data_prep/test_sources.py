@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import inspect
 import io
 import os
+import resource
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -92,13 +95,44 @@ def test_links_in_a_folder_are_followed_but_not_in_circles(image_folder: Path) -
     (image_folder / "train" / "again").symlink_to(image_folder)
     (image_folder / "linked").symlink_to(image_folder / "test" / "cat")
     (image_folder / "broken.jpg").symlink_to(image_folder / "nowhere")
+    (image_folder / "itself.jpg").symlink_to("itself.jpg")
     os.mkfifo(image_folder / "pipe.jpg")
     listing = _list(image_folder)
     assert len(listing.files) == found + 6
     assert {file.path: file.problem for file in listing.rejected} == {
         "broken.jpg": "it is a broken link",
+        "itself.jpg": "it is a link that leads back to itself",
         "pipe.jpg": "it is not a file",
     }
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_tree_may_be_deeper_than_calls_and_open_files(
+    tmp_path: Path, draw_image: Callable[..., bytes], ordered: bool
+) -> None:
+    levels = 300
+    place = tmp_path / "deep"
+    for _ in range(levels):
+        place.mkdir()
+        place /= "d"
+    place.mkdir()
+    (place / "0.jpg").write_bytes(draw_image(0))
+    (tmp_path / "deep" / "z.jpg").write_bytes(draw_image(1))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    calls = sys.getrecursionlimit()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
+    sys.setrecursionlimit(len(inspect.stack()) + 150)
+    try:
+        with closing(open_source(tmp_path / "deep", ordered=ordered)) as source:
+            found = [(file.path, file.problem) for file in source.files()]
+    finally:
+        sys.setrecursionlimit(calls)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        (place / "0.jpg").unlink()  # what clears the folder of this test does so by recursion
+        for _ in range(levels):
+            place.rmdir()
+            place = place.parent
+    assert sorted(found) == [("d/" * levels + "0.jpg", ""), ("z.jpg", "")]
 
 
 def test_a_change_changes_the_fingerprint(image_folder: Path) -> None:

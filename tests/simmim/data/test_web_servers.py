@@ -7,6 +7,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_prep.cli import main
@@ -59,6 +60,24 @@ class Parts(WholeFiles):
         self.wfile.write(part)
 
 
+class Untold(WholeFiles):
+    """Sends whole files and does not say how long they are."""
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        path = self._answer()
+        if path is not None:
+            self.wfile.write(path.read_bytes())
+
+    def _answer(self) -> Path | None:
+        path = Path(self.translate_path(self.path))
+        self.send_response(200 if path.is_file() else 404)
+        self.end_headers()
+        return path if path.is_file() else None
+
+
 @pytest.fixture
 def folder(write_shards: WriteShards) -> Path:
     return write_shards([11, 9, 14, 10], ("a", "b"), random_images(44))
@@ -78,7 +97,7 @@ def served(folder: Path, request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("served", "mode"),
-    [(WholeFiles, "shards"), (Parts, "shards"), (Parts, "ranges")],
+    [(WholeFiles, "shards"), (Parts, "shards"), (Parts, "ranges"), (Untold, "shards")],
     indirect=["served"],
 )
 def test_batches_are_those_from_disk(folder: Path, served: str, tmp_path: Path, mode: str) -> None:
@@ -127,3 +146,17 @@ def test_what_sends_whole_files_only_is_indexed_verified_and_shown(
     capsys.readouterr()
     assert main(["verify", served, *alone]) == 2
     assert f"{served}/shard-000002.tar is cut, damaged or not a tar" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("served", [Untold], indirect=True)
+def test_files_of_untold_length_are_measured(folder: Path, served: str, tmp_path: Path) -> None:
+    for path in folder.iterdir():
+        far = RemotePath(f"{served}/{path.name}")
+        assert far.stat().st_size == far.describe()[0] == path.stat().st_size
+        assert far.told_length() is None
+    image = np.zeros((8, 8, 3), np.uint8)
+    np.save(folder / "a.npy", image)
+    (tmp_path / "list.txt").write_text("a.npy\n")
+    command = ["shard", str(tmp_path / "list.txt"), str(tmp_path / "set"), "--root", served]
+    assert main(command) == 0
+    assert read_manifest(tmp_path / "set").samples == 1
