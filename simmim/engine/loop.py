@@ -26,7 +26,7 @@ from simmim.engine.optimizer import (
 )
 from simmim.engine.parallelism import (
     sharding_left_to_us,
-    wants_shards,
+    trains_in_shards,
     without_exchange,
 )
 from simmim.engine.run import RunFolder
@@ -161,6 +161,18 @@ def build_accelerator(precision: str, rank_timeout: float = 600.0) -> Accelerato
         )
 
 
+def prepare(stage: Stage, accelerator: Accelerator) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Put what is trained on its devices, whole or in shards, and build its optimiser."""
+    settings = stage.recipe.training.optimizer
+    stage.module.to(accelerator.device)
+    sharded = trains_in_shards(accelerator)
+    if sharded:
+        shard_for_training(stage.module, accelerator)
+    groups = parameter_groups(stage.module, settings, stage.depths)
+    optimizer = accelerator.prepare(build_optimizer(stage.module, settings, groups))
+    return stage.module if sharded else accelerator.prepare(stage.module), optimizer
+
+
 def training_step(
     accelerator: Accelerator,
     module: nn.Module,
@@ -278,14 +290,7 @@ class _Trainer:
         )
         self.watcher = Watcher(stage, run, accelerator, begin=self.watchdog.at)
         self.clock = self.watcher.clock
-        stage.module.to(accelerator.device)
-        sharded = wants_shards() and accelerator.num_processes > 1
-        if sharded:
-            shard_for_training(stage.module, accelerator)
-        groups = parameter_groups(stage.module, self.training.optimizer, stage.depths)
-        optimizer = build_optimizer(stage.module, self.training.optimizer, groups)
-        self.optimizer = accelerator.prepare(optimizer)
-        self.module = stage.module if sharded else accelerator.prepare(stage.module)
+        self.module, self.optimizer = prepare(stage, accelerator)
         self.saver = Saver(
             run.checkpoints,
             rank=accelerator.process_index,
