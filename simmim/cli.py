@@ -30,10 +30,11 @@ BAD_INPUT = 2
 EXIT_CODES = f"""exit codes:
   0    done
   {BAD_INPUT}    something is to be changed first: input, recipe, shards, disk, or training diverged
-  {STOPPED}   stopped by SIGTERM, SIGINT or SIGUSR1, with a checkpoint: go on with --resume auto
+  {STOPPED}   stopped by SIGTERM, SIGINT or SIGUSR1, with a checkpoint (on a full disk: the one
+       before, and a warning): go on with --resume auto
   {LOST}   a process hung or was lost (training.rank_timeout): go on with --resume auto
-torchrun and accelerate launch end with 1 instead of all of these but 0; the same options given to
-`python -m simmim.engine.torchrun` start the same processes, and their code arrives.
+torchrun and accelerate launch end with 1 instead of all of these but 0. With the same options
+`python -m simmim.engine.torchrun` and `python -m simmim.launch` do the same, and the code arrives.
 """
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"

@@ -8,7 +8,6 @@ and it dies of the warning that Slurm sends before the time is up, while its pro
 their checkpoint.
 """
 
-import os
 import signal
 import subprocess
 import sys
@@ -17,44 +16,30 @@ from types import FrameType
 
 import psutil
 from accelerate.commands.launch import launch_command, launch_command_parser
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-STOPPED = 75
-"""Exit code after a stop on request: EX_TEMPFAIL, "try again later"."""
-
-LOST = 76
-"""Exit code where a process did not end by itself: memory ran out, or a machine went away."""
-
-SECONDS_TO_STOP = 600
-"""What torchrun leaves its processes for a last checkpoint, where the environment says nothing.
-Slurm and Kubernetes set a limit of their own, which ends earlier."""
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from simmim.data.batches import STOP_SIGNALS
+from simmim.engine.signals import STOPPED
+from simmim.engine.torchrun import code_of, telling_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Launch what `argv` asks for and return its exit code; 75 where a signal asked it to stop."""
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_STOP))
     arguments = launch_command_parser().parse_args(argv)
     relay = StopRelay()
     for number in STOP_SIGNALS:
         signal.signal(number, relay)
     try:
-        launch_command(arguments)
-    except SignalException:  # torchrun takes SIGTERM and SIGINT itself, and passes them on
-        return STOPPED
-    except ChildFailedError as error:
-        code = first_code([failure.exitcode for failure in error.failures.values()])
-    except subprocess.CalledProcessError as error:
-        code = first_code([error.returncode])
-    else:
-        return 0
-    return STOPPED if relay.asked else code
+        code = code_of(lambda: launch_command(arguments))  # torchrun, for several processes
+    except subprocess.CalledProcessError as error:  # or a process of accelerate's
+        code = telling_code([error.returncode])
+    return STOPPED if code and relay.asked else code
 
 
 class StopRelay:
-    """A signal handler that asks the launched processes to stop, however it was asked itself."""
+    """A signal handler that asks the launched processes to stop, however it was asked itself.
+
+    torchrun, where accelerate runs it, puts its own in this one's place.
+    """
 
     def __init__(self) -> None:
         self.asked = False
@@ -67,15 +52,6 @@ class StopRelay:
             sys.exit(STOPPED)
         for process in launched:
             process.terminate()
-
-
-def first_code(codes: Sequence[int]) -> int:
-    """Return the exit code that tells what happened: the first that a process chose itself.
-
-    A process that a signal ended has a negative code. torchrun ends those beside a failed one in
-    that way, so they tell something only where there is no other code.
-    """
-    return next((code for code in codes if code > 0), LOST)
 
 
 if __name__ == "__main__":

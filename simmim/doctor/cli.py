@@ -1,6 +1,7 @@
 """The command `simmim doctor`."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -137,7 +138,11 @@ def examine(
     )
     look("workers", lambda: [check_workers(recipe.data.workers)])
     look("memory", lambda: check_memory(recipe, device, world))
-    look("disk", lambda: [check_disk(run.path, stage.module, recipe.training.keep_last)])
+    keep_last, for_good = recipe.training.keep_last, kept_for_good(stage)
+    look(
+        "disk",
+        lambda: [check_disk(run.path, stage.module, keep_last=keep_last, for_good=for_good)],
+    )
     if accelerator.is_main_process:
         _say(f"dry run, about {2 * seconds:.0f} s")
     accelerator.wait_for_everyone()
@@ -147,6 +152,15 @@ def examine(
     if speed is not None:
         look("pace", lambda: check_pace(stage, recipe, speed, device, world))
     return checks
+
+
+def kept_for_good(stage: AnyStage) -> int:
+    """Return how many checkpoints a whole training keeps besides the last ones."""
+    training = stage.recipe.training
+    if training.keep_every is None:
+        return 0
+    every = math.lcm(training.keep_every, training.checkpoint_every)
+    return training.total_steps(stage.samples_per_epoch) // every
 
 
 def check_run(run: RunFolder, recipe: Any, resume: str | None) -> Check:

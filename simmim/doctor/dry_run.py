@@ -11,9 +11,10 @@ from accelerate import Accelerator
 
 from simmim.data.batches import Batch
 from simmim.doctor.checks import Check, problem
-from simmim.engine.loop import training_step
+from simmim.engine.loop import prepare, training_step
 from simmim.engine.memory import memory_in_use
-from simmim.engine.optimizer import build_optimizer, parameter_groups, set_learning_rate
+from simmim.engine.optimizer import set_learning_rate
+from simmim.engine.parallelism import trains_in_shards
 from simmim.engine.stage import Stage
 
 Answer = TypeVar("Answer")
@@ -67,7 +68,7 @@ def dry_run(stage: Stage, accelerator: Accelerator, seconds: float) -> DryRun:
             "data", accelerator, lambda: _read(stage, accelerator, seconds)
         )
         waits, rates = gathered(accelerator, wait), gathered(accelerator, rate)
-        if accelerator.distributed_type.value != "FSDP":
+        if not trains_in_shards(accelerator):  # the whole need not fit one device
             # Alone first: where one rank fails in a common step, the others would wait for it.
             _on_all_ranks("dry step", accelerator, lambda: _step_alone(stage, accelerator, batches))
         compute, loss, norm = _on_all_ranks(
@@ -83,8 +84,9 @@ def dry_run(stage: Stage, accelerator: Accelerator, seconds: float) -> DryRun:
 
 def _told(accelerator: Accelerator, loss: float, norm: float) -> Iterator[Check]:
     finite = all(map(_is_finite, [*gathered(accelerator, loss), *gathered(accelerator, norm)]))
+    shards = "in shards " if trains_in_shards(accelerator) else ""
     found = (
-        f"forward and backward on {accelerator.num_processes} "
+        f"forward and backward {shards}on {accelerator.num_processes} "
         f"process{'' if accelerator.num_processes == 1 else 'es'} ({accelerator.device.type}): "
         f"loss {loss:.4f}, gradient norm {norm:.4g}"
     )
@@ -178,10 +180,7 @@ def _steps(
 ) -> tuple[float, float, float]:
     """Return images a second over all ranks, and loss and gradient norm of the last step."""
     training = stage.recipe.training
-    stage.module.to(accelerator.device)
-    groups = parameter_groups(stage.module, training.optimizer, stage.depths)
-    optimizer = build_optimizer(stage.module, training.optimizer, groups)
-    module, optimizer = accelerator.prepare(stage.module, optimizer)
+    module, optimizer = prepare(stage, accelerator)
     set_learning_rate(optimizer, lambda _: NO_RATE)
     module.train()
 

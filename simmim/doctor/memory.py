@@ -116,16 +116,17 @@ def device_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available) // ranks
 
 
-def check_disk(folder: Path, model: nn.Module, keep_last: int) -> Check:
-    """Hold the checkpoints that will be kept against the room on the disk."""
+def check_disk(folder: Path, model: nn.Module, *, keep_last: int, for_good: int = 0) -> Check:
+    """Hold the checkpoints that will be kept, the last and those for good, against the disk."""
     weights = sum(parameter.numel() for parameter in model.parameters()) * 4
     checkpoint = 3 * weights  # AdamW has two states
-    needed = (keep_last + 1) * checkpoint + weights  # one is written before one is removed
+    kept = keep_last + for_good
+    needed = (kept + 1) * checkpoint + weights  # one is written before one is removed
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     present = sum(path.stat().st_size for path in folder.glob("checkpoints/*/*") if path.is_file())
     found = (
-        f"{keep_last} checkpoints of {checkpoint / GIB:.2f} GiB, one more while it is written, and "
+        f"{kept} checkpoints of {checkpoint / GIB:.2f} GiB, one more while it is written, and "
         f"the encoder: {needed / GIB:.1f} GiB; {free / GIB:.1f} GiB are free for {folder}"
     )
     if not os.access(place, os.W_OK):
@@ -140,6 +141,7 @@ def check_disk(folder: Path, model: nn.Module, keep_last: int) -> Check:
             name="disk",
             verdict="problem",
             found=found,
-            change="free some, lower training.keep_last, or choose another place with --folder",
+            change="free some, lower training.keep_last, raise training.keep_every if it is "
+            "set, or choose another place with --folder",
         )
     return Check(name="disk", verdict="ok", found=found)

@@ -26,7 +26,7 @@ from simmim.engine.optimizer import (
 )
 from simmim.engine.parallelism import (
     sharding_left_to_us,
-    wants_shards,
+    trains_in_shards,
     without_exchange,
 )
 from simmim.engine.run import RunFolder
@@ -133,9 +133,10 @@ class TrainingResult:
     """How a training ended."""
 
     step: int
-    """That of the last checkpoint: the last step but where steps were skipped up to a stop."""
+    """That of the last checkpoint: the last step, but where the stop's could not be written or
+    steps were skipped up to it. 0 where there is none."""
     stopped: bool
-    """True if a signal ended it before its last step; there is a checkpoint to go on from."""
+    """True if a signal ended it before its last step."""
     figures: dict[str, float]
     """The last validation."""
 
@@ -158,6 +159,18 @@ def build_accelerator(precision: str, rank_timeout: float = 600.0) -> Accelerato
             mixed_precision="no" if precision == "fp32" else precision,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=group_timeout(rank_timeout))],
         )
+
+
+def prepare(stage: Stage, accelerator: Accelerator) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Put what is trained on its devices, whole or in shards, and build its optimiser."""
+    settings = stage.recipe.training.optimizer
+    stage.module.to(accelerator.device)
+    sharded = trains_in_shards(accelerator)
+    if sharded:
+        shard_for_training(stage.module, accelerator)
+    groups = parameter_groups(stage.module, settings, stage.depths)
+    optimizer = accelerator.prepare(build_optimizer(stage.module, settings, groups))
+    return stage.module if sharded else accelerator.prepare(stage.module), optimizer
 
 
 def training_step(
@@ -217,7 +230,8 @@ def train(
         DivergedError: loss or gradient were not finite, too many steps in a row; the last
             checkpoint is from before.
         RankLostError: another process failed or is gone.
-        OSError: the checkpoint at the end cannot be written.
+        OSError: the checkpoint of the last step cannot be written. That of a stop is only warned
+            of: a restart goes on from the one before.
     """
     stop = StopRequest(group_timeout(stage.recipe.training.rank_timeout))
     trainer = _Trainer(stage, run, accelerator, stop)
@@ -244,14 +258,16 @@ def train(
         if stopped:
             received = stop.received.name if stop.received else "a signal on another rank"
             watcher.say(f"{received}: stopping after step {trainer.step}, {trainer.what_is_saved}.")
-        trainer.save_for_good()
+        trainer.save_for_good(must=not stopped)
+        trainer.watchdog.at(trainer.step, "writing the encoder" if not stopped else "ending")
         if not stopped and accelerator.is_main_process:
             whole_stage(stage, checkpoint_path(run.checkpoints, trainer.step)).hand_on(
                 run, trainer.step, trainer.cursor
             )
         accelerator.wait_for_everyone()
-    step = max(0, trainer.saved_step) if stopped else trainer.step
-    return TrainingResult(step=step, stopped=stopped, figures=trainer.watcher.figures)
+    return TrainingResult(
+        step=max(0, trainer.saved_step), stopped=stopped, figures=trainer.watcher.figures
+    )
 
 
 class _Trainer:
@@ -265,22 +281,16 @@ class _Trainer:
         self.total = self.training.total_steps(stage.samples_per_epoch)
         self.step = self.cursor = self.skipped = 0
         self.saved_step = -1
+        self.begun_step = -1
         self.lr = 0.0
         self.losses: list[Tensor] = []
         self.watchdog = Watchdog(self.training.rank_timeout)
         self.anomalies = Anomalies(
             accelerator, stage.training_shards, run.anomalies, limit=self.training.max_nonfinite
         )
-        self.watcher = Watcher(stage, run, accelerator)
+        self.watcher = Watcher(stage, run, accelerator, begin=self.watchdog.at)
         self.clock = self.watcher.clock
-        stage.module.to(accelerator.device)
-        sharded = wants_shards() and accelerator.num_processes > 1
-        if sharded:
-            shard_for_training(stage.module, accelerator)
-        groups = parameter_groups(stage.module, self.training.optimizer, stage.depths)
-        optimizer = build_optimizer(stage.module, self.training.optimizer, groups)
-        self.optimizer = accelerator.prepare(optimizer)
-        self.module = stage.module if sharded else accelerator.prepare(stage.module)
+        self.module, self.optimizer = prepare(stage, accelerator)
         self.saver = Saver(
             run.checkpoints,
             rank=accelerator.process_index,
@@ -313,7 +323,7 @@ class _Trainer:
                 f"{path} is of step {state.step} and training ends at step {self.total}: lengthen "
                 "training.steps or training.epochs, or resume from an earlier checkpoint."
             )
-        self.step = self.saved_step = state.step
+        self.step = self.saved_step = self.begun_step = state.step
         self.cursor, self.skipped = state.cursor, state.skipped_steps
         self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in state.losses]
 
@@ -348,13 +358,14 @@ class _Trainer:
         self.lr = self._learning_rate(1.0)
         self.step += 1
         self.cursor += training.batch_size
-        self.watchdog.at(self.step, "looking at what is due: log, validation, checkpoint")
+        self.watchdog.at(self.step, "judging and logging the step")
         self.anomalies.judge(self.step, norm, self.module, micro_batches, self.watcher.say)
         self.watcher.advance()
         if self.step % training.log_every == 0 or self.step == self.total:
             self._log(norm)
         self.watcher.look(self.step)
         if self.step % training.checkpoint_every == 0:
+            self.watchdog.at(self.step, "copying a checkpoint, or waiting for the one before")
             self.save()
         self.watchdog.at(self.step, "asking all ranks whether to go on")
 
@@ -394,7 +405,7 @@ class _Trainer:
 
         None is written between skipped steps: the next start is to be from before the first.
         """
-        if self.saved_step == self.step or (self.anomalies.in_a_row and self.step < self.total):
+        if self.begun_step == self.step or (self.anomalies.in_a_row and self.step < self.total):
             return
         losses = tuple(self._losses_since_log().tolist())
         self._report(self.saver.finish(self.stop.agree))
@@ -413,26 +424,35 @@ class _Trainer:
         self.saver.start(
             self.step, contents_of(self.stage, self.accelerator, self.optimizer, state)
         )
-        self.saved_step = self.step
+        self.begun_step = self.step
         self.clock.skip()
 
-    def save_for_good(self) -> None:
+    def save_for_good(self, *, must: bool) -> None:
         """Write a checkpoint of the present step and wait until it is complete.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: it cannot be written, and it must be.
         """
+        self.watchdog.at(self.step, "writing the last checkpoint")
         self.save()
         outcome = self.saver.finish(self.stop.agree)
         self.saver.close()
         self._report(outcome)
-        if outcome is not None and not outcome.saved:
+        if must and outcome is not None and not outcome.saved:
             raise OSError(f"step {outcome.step} has no checkpoint: {outcome.reason}")
 
     def _report(self, outcome: SavingOutcome | None) -> None:
-        """Tell of a checkpoint that could not be written."""
-        if outcome is not None and not outcome.saved:
-            self.watcher.say(
-                f"WARNING: the checkpoint of step {outcome.step} was not written, and training "
-                f"goes on: {outcome.reason}. A restart would go on from the one before."
+        """Note how a checkpoint ended, and tell what could not be written or removed."""
+        if outcome is None:
+            return
+        if outcome.saved:
+            self.saved_step = outcome.step
+            text = f"checkpoint {outcome.step} is complete, but {outcome.reason}"
+        else:
+            self.begun_step = self.saved_step
+            text = (
+                f"the checkpoint of step {outcome.step} was not written: {outcome.reason}. Without "
+                "another one a restart goes on from the one before"
             )
+        if outcome.reason:
+            self.watcher.say(f"WARNING: {text}.")

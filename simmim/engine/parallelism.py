@@ -17,6 +17,11 @@ def wants_shards() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
+def trains_in_shards(accelerator: Accelerator) -> bool:
+    """Tell whether these processes share the weights out: they were told to, and are several."""
+    return wants_shards() and accelerator.num_processes > 1
+
+
 def check_parallelism() -> None:
     """Refuse what accelerate's configuration asks for and is not done.
 

@@ -72,7 +72,7 @@ class SavingOutcome:
     step: int
     saved: bool
     reason: str = ""
-    """Why not, as this rank knows it."""
+    """Why not, or what failed after it was complete, as this rank knows it."""
 
 
 @dataclass
@@ -85,6 +85,8 @@ class _Writing:
     """What this rank's thread does; None where it does nothing."""
     completing: bool = False
     """All ranks have written, and rank 0 completes it."""
+    trouble: str = ""
+    """What failed once it was complete."""
 
 
 class Saver:
@@ -156,11 +158,14 @@ class Saver:
                 writing.future = self._thread.submit(self._complete, writing)
             return None
         self._writing = None
-        return SavingOutcome(step=writing.step, saved=True)
+        return SavingOutcome(step=writing.step, saved=True, reason=writing.trouble)
 
     def _complete(self, writing: _Writing) -> None:
         finish_checkpoint(self.folder, writing.step, writing.contents.parts)
-        remove_old_checkpoints(self.folder, self.keep_last, self.keep_every)
+        try:
+            remove_old_checkpoints(self.folder, self.keep_last, self.keep_every)
+        except OSError as error:
+            writing.trouble = f"old checkpoints cannot be removed: {error}"
 
     def finish(self, agree: Agree) -> SavingOutcome | None:
         """Wait for the checkpoint that is on its way; all ranks must call it together."""

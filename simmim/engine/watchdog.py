@@ -31,6 +31,11 @@ LONGEST_INTERVAL = 2.0
 FAULT_GRACE = 60.0
 """Seconds that a rank may take to notice by itself that another one has failed."""
 
+INTERVALS_TO_TELL = 10
+"""How long a rank that lost a connection waits, at most, to learn which other one is gone."""
+
+KEEPER = "rank 0, or the launcher that keeps the ranks' store,"
+
 _SIGNS_OF_COMMUNICATION = ("gloo", "nccl", "connection", "socket", "store", "broken pipe")
 _numbers = itertools.count()  # each of a process's trainings has keys of its own
 
@@ -251,10 +256,7 @@ class Watchdog:
             before = now
             verdict = self._ranks.verdict()
             if verdict is None and self._answered > self.timeout:
-                verdict = (
-                    f"rank 0, or the launcher that keeps the ranks' store, did not answer for"
-                    f" {self._answered:.0f} s"
-                )
+                verdict = f"{KEEPER} did not answer for {self._answered:.0f} s"
             if verdict is not None and not self._stop.is_set():
                 self._give_up(verdict)
                 return
@@ -277,20 +279,25 @@ class Watchdog:
             sign in text for sign in _SIGNS_OF_COMMUNICATION
         ):
             return None
-        beats = {rank: known.standing.beat for rank, known in self._ranks.seen.items()}
-        time.sleep(3 * self.interval)
-        gone = [
-            known
-            for rank, known in self._ranks.seen.items()
-            if rank != self._own.rank
-            and not known.standing.finished
-            and (known.standing.fault or known.standing.beat == beats.get(rank))
-        ]
-        # Those that fell silent without a word, or with a reason of their own, fell first.
-        first = [known for known in gone if "lost" not in known.standing.fault] or gone
+        first: list[Seen] = []
+        for _ in range(INTERVALS_TO_TELL):
+            time.sleep(self.interval)
+            gone = [known for known in list(self._ranks.seen.values()) if self._is_gone(known)]
+            # Those that fell silent without a word, or with a reason of their own, fell first.
+            first = [known for known in gone if "lost" not in known.standing.fault]
+            if first:
+                break
+        else:
+            first = gone
         reasons = [
             f"{known.standing} {_ending(known.standing)}, at {known.standing.place}"
             for known in first[:8]
         ]
-        found = "; ".join(reasons) or "another rank is gone"
+        found = "; ".join(reasons) or f"{KEEPER} perhaps"
         return f"a rank was lost, and training needs all: {found}"
+
+    def _is_gone(self, known: Seen) -> bool:
+        """Tell whether another rank has failed, or is silent for longer than one that lives."""
+        if known.standing.rank == self._own.rank or known.standing.finished:
+            return False
+        return bool(known.standing.fault) or known.silent > 2.5 * self.interval

@@ -1,6 +1,6 @@
 """Watching a training: figures, pictures, probes and baselines, to wherever someone looks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -44,10 +44,19 @@ class Watcher:
         stage: what is trained.
         run: where it is written.
         accelerator: devices and processes.
+        begin: takes note, on every rank, of a step and what is begun at it.
     """
 
-    def __init__(self, stage: Stage, run: RunFolder, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        run: RunFolder,
+        accelerator: Accelerator,
+        *,
+        begin: Callable[[int, str], None] = lambda _step, _doing: None,
+    ) -> None:
         self.stage, self.run, self.accelerator = stage, run, accelerator
+        self.begin = begin
         self.training = stage.recipe.training
         self.clock = Clock()
         self.figures: dict[str, float] = {}
@@ -186,6 +195,7 @@ class Watcher:
                 self._draw(step)
 
     def _draw(self, step: int) -> None:
+        self.begin(step, "drawing pictures, on rank 0")
         if not self.accelerator.is_main_process:
             return
         with goes_on_without("a picture", self.run.reconstructions):
@@ -198,6 +208,7 @@ class Watcher:
         return step % every == 0 or step == self.total
 
     def _validate(self, step: int) -> None:
+        self.begin(step, "validating")
         self.stage.module.eval()
         with torch.no_grad():
             self.figures = self.stage.validate(self.accelerator)
@@ -206,6 +217,7 @@ class Watcher:
         self._tell(step, self.figures, "validation")
 
     def _probe(self, step: int) -> None:
+        self.begin(step, "probing")
         self.stage.module.eval()
         with torch.no_grad():
             self._tell(step, self.stage.probe(self.accelerator), "probe")

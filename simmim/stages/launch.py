@@ -86,8 +86,10 @@ def say_result(result: TrainingResult, run: RunFolder) -> None:
     """Print where a training ended and where its results are."""
     if result.stopped:
         lines = [
-            f"Stopped at step {result.step}; its checkpoint is in {run.checkpoints}.",
-            "Go on from it with the same command and --resume auto.",
+            f"Stopped at step {result.step}; its checkpoint is in {run.checkpoints}."
+            if result.step
+            else "Stopped before there was a checkpoint.",
+            "Go on with the same command and --resume auto.",
         ]
     else:
         figures = ", ".join(f"{name} {value:.4f}" for name, value in result.figures.items())

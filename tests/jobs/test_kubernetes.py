@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from simmim.cli import BAD_INPUT, build_parser
-from simmim.launch import STOPPED
+from simmim.engine.signals import STOPPED
 from simmim.recipe import load
 from simmim.stages.pretrain import PretrainRecipe
 

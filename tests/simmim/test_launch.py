@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from simmim.launch import first_code
+from simmim.engine.torchrun import telling_code
 
 EITHER = pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 
@@ -77,7 +77,16 @@ def test_the_wish_to_stop_arrives(processes: int, number: signal.Signals, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("codes", "code"), [([75, 75], 75), ([2, -15], 2), ([-15, 2], 2), ([-9], 76), ([1], 1)]
+    ("codes", "code"),
+    [
+        ([75, 75], 75),
+        ([2, -15], 2),
+        ([-15, 2], 2),
+        ([76, 2], 2),
+        ([-9], 76),
+        ([76, -9], 76),
+        ([1], 1),
+    ],
 )
 def test_the_code_that_tells_most_is_taken(codes: list[int], code: int) -> None:
-    assert first_code(codes) == code
+    assert telling_code(codes) == code

@@ -139,7 +139,8 @@ def launched(launcher: Sequence[str], config: Path, run: Path) -> subprocess.Com
     )
 
 
-TWO = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+TWO = ["-m", "simmim.launch", "--num_processes", "2", "--cpu"]
+FSDP2 = str(Path(__file__).parents[3] / "jobs" / "accelerate" / "fsdp2.yaml")
 
 
 def test_two_processes_take_the_dry_step_together(pretrain_config: Path, tmp_path: Path) -> None:
@@ -147,6 +148,19 @@ def test_two_processes_take_the_dry_step_together(pretrain_config: Path, tmp_pat
     assert done.returncode == 0, done.stdout + done.stderr
     assert "forward and backward on 2 processes (cpu)" in done.stdout
     assert done.stdout.count("training can start") == 1
+
+
+def test_two_processes_take_it_in_shards_where_training_would(
+    pretrain_values: dict[str, Any], tmp_path: Path
+) -> None:
+    pretrain_values["training"] |= {"checkpoint_every": 2, "keep_every": 4, "keep_last": 2}
+    config = tmp_path / "recipe.yaml"
+    config.write_text(yaml.safe_dump(pretrain_values))
+    shards = ["-m", "simmim.launch", "--config_file", FSDP2, "--num_processes", "2"]
+    done = launched(shards, config, tmp_path / "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "forward and backward in shards on 2 processes (cpu)" in done.stdout
+    assert "5 checkpoints of" in done.stdout  # the last two, and three of twelve steps
 
 
 @pytest.mark.slow
@@ -160,6 +174,7 @@ def test_a_rank_that_fails_is_named_and_none_waits_for_it(
     config = tmp_path / "recipe.yaml"
     config.write_text(yaml.safe_dump(pretrain_values))
     done = launched(TWO, config, tmp_path / "run")
-    assert done.returncode != 0
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
     assert "failed on rank 0, 1 of 2" in done.stdout
     assert done.stdout.count("training would fail") == 1

@@ -1,6 +1,7 @@
 """A disk that fills up while training writes to it: a small tmpfs, or a limit on files."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -116,6 +117,40 @@ def test_training_outlives_a_full_disk(
     steps = [line["step"] for line in run.read_metrics() if "loss" in line]
     assert set(steps) >= {1, 2, 3, 4, 5, 10, 11, 12}
     assert train(stage, run, build_accelerator("fp32"), "auto").step == 12
+
+
+def test_a_stop_on_a_full_disk_leaves_the_checkpoint_before(
+    small_disk: Path,
+    pretrain_values: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever asked for the stop will start it again, and there may be room then."""
+    run = RunFolder(path=small_disk / "run")
+    settings = {"checkpoint_every": 4, "keep_last": 1, "log_every": 1}
+    values = pretrain_values | {"training": pretrain_values["training"] | settings}
+    stage = PretrainStage(parse(PretrainRecipe, values, "test"))
+    forward, taken = stage.module.forward, 0
+
+    def counting(batch: Any) -> Any:
+        nonlocal taken
+        taken += stage.module.training
+        if stage.module.training and taken == 7:
+            fill(small_disk)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(batch)
+
+    monkeypatch.setattr(stage.module, "forward", counting)
+    result = train(stage, run, build_accelerator("fp32"), None)
+    assert result.stopped
+    assert result.step == 4
+    assert [path.name for path in complete_checkpoints(run.checkpoints)] == ["step-00000004"]
+    warned = capsys.readouterr().err
+    assert "WARNING: the checkpoint of step 7 was not written: " in warned
+    assert "MiB are free" in warned
+    (small_disk / "ballast").unlink()
+    again = train(stage.fresh(), run, build_accelerator("fp32"), "auto")
+    assert (again.step, again.stopped) == (12, False)
 
 
 def test_a_limit_on_the_size_of_files_is_a_full_disk_too(tmp_path: Path) -> None:

@@ -114,6 +114,12 @@ def rates(run: Path) -> dict[int, float]:
     return {line["step"]: line["lr"] for line in lines if "lr" in line}
 
 
+def probes(run: Path) -> list[tuple[int, float]]:
+    lines = RunFolder(path=run).read_metrics()
+    found = [line for line in lines if "probe_knn_top1" in line]
+    return [(line["step"], line["probe_knn_top1"]) for line in found]
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return read_model(complete_checkpoints(run / "checkpoints")[-1])
 
@@ -148,6 +154,9 @@ def config(pretrain_values: dict[str, Any], tmp_path: Path) -> Path:
 
 def test_shards_of_two_processes_go_on_in_one(config: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
+    values = yaml.safe_load(config.read_text())
+    values["probe"] = {"shards": values["data"]["shards"], "every": 4}  # before step 1, too
+    config.write_text(yaml.safe_dump(values))
     go([], config, whole)
     go(SHARDED, config, broken, "--stop-at", "3", code=None)
     saved = complete_checkpoints(broken / "checkpoints")[-1]
@@ -157,6 +166,8 @@ def test_shards_of_two_processes_go_on_in_one(config: Path, tmp_path: Path) -> N
     halves = ("--training.accumulation", "2", "--data.workers", "1", "--resume", "auto")
     go([], config, broken, *halves)
     assert_alike(whole, broken)
+    assert [step for step, _ in probes(broken)] == [0, 4, 8]
+    assert probes(broken) == probes(whole)
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected, found = (load_encoder(run / "encoder")(images) for run in (whole, broken))

@@ -15,6 +15,7 @@ from simmim.engine.loop import (
 )
 from simmim.engine.optimizer import OptimizerSettings
 from simmim.engine.run import RunFolder
+from simmim.engine.watchdog import Watchdog
 from simmim.recipe import parse
 from simmim.stages.pretrain import PretrainRecipe, PretrainStage
 
@@ -75,6 +76,25 @@ def test_training_learns_and_fills_its_run_folder(
     assert (tmp_path / "encoder" / "model.safetensors").is_file()
     steps = [path.name for path in complete_checkpoints(tmp_path / "checkpoints")]
     assert steps == ["step-00000052", "step-00000056", "step-00000060"]
+
+
+def test_what_takes_long_is_named_to_the_watch(
+    pretrain_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted: list[tuple[int, str]] = []
+    monkeypatch.setattr(Watchdog, "at", lambda _, step, doing: noted.append((step, doing)))
+    run_training(pretrain_values, tmp_path, steps=2, validate_every=1, look_every=2)
+    found = [(step, doing.split()[0]) for step, doing in noted]
+    step = ["computing", "judging", "validating"]
+    assert [doing for at, doing in found if at == 1 and doing != "waiting"][: len(step)] == step
+    last = [doing for at, doing in found if at == 2]
+    assert last[last.index("validating") :] == [
+        "validating",
+        "drawing",
+        "asking",
+        "writing",
+        "writing",
+    ]
 
 
 def test_two_runs_are_equal_bit_for_bit(pretrain_values: dict[str, Any], tmp_path: Path) -> None:

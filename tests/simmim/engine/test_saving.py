@@ -182,3 +182,23 @@ def test_some_are_kept_for_good(tmp_path: Path) -> None:
         saver.finish(agree)
     saver.close()
     assert [int(name[-2:]) for name in steps(tmp_path)] == [10, 20, 30, 35, 40]
+
+
+def test_a_checkpoint_is_complete_though_old_ones_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = Saver(tmp_path, keep_last=1)
+    saver.start(1, contents(0, 1, 1.0))
+    saver.finish(list)
+
+    def denied(folder: Path, keep_last: int, keep_every: int | None) -> None:
+        raise PermissionError(13, "Permission denied", str(folder / "step-00000001"))
+
+    monkeypatch.setattr(saving, "remove_old_checkpoints", denied)
+    saver.start(2, contents(0, 1, 2.0))
+    outcome = saver.finish(list)
+    saver.close()
+    assert outcome is not None
+    assert outcome.saved
+    assert "old checkpoints cannot be removed: [Errno 13] Permission denied" in outcome.reason
+    assert steps(tmp_path) == ["step-00000001", "step-00000002"]

@@ -83,13 +83,16 @@ def test_training_leaves_a_page(
 def test_the_command_writes_it_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunFolder(path=tmp_path / "a <b> run")
     run.path.mkdir()
-    lines = [{"step": step, "loss": 1 / step, "skipped_steps": 0} for step in range(1, 4)]
+    lines = [
+        {"step": step, "loss": 1 / step, "skipped_steps": step - 1, "never": 0}
+        for step in range(1, 4)
+    ]
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
     assert main(["report", str(run.path)]) == 0
     assert str(run.report) in capsys.readouterr().out
     text = read(run)
     assert "a &lt;b&gt; run" in text
-    assert titles(text) == ["Loss", "skipped steps"]
+    assert titles(text) == ["Loss", "skipped steps"]  # what has only been 0 is not drawn
 
 
 def test_a_run_without_a_line_has_a_page(tmp_path: Path) -> None:
