@@ -166,7 +166,8 @@ class OnlineProbe:
         for stored in batches:
             batch = stored.to(accelerator.device)
             assert batch.labels is not None
-            values.append(features(batch).float())
+            with accelerator.autocast():
+                values.append(features(batch).float())
             labels.append(batch.labels)
         return Features(values=torch.cat(values), labels=torch.cat(labels))
 

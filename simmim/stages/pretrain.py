@@ -272,7 +272,8 @@ class PretrainStage:
         assert batch.masks is not None
         images = self.module.normalise(batch.images)
         self.module.eval()
-        reconstruction = self.model(images, batch.masks).reconstruction
+        with accelerator.autocast():
+            reconstruction = self.model(images, batch.masks).reconstruction.float()
         mean, std = self.recipe.data.normalisation
         path = run.reconstructions / f"step-{step:08d}.png"
         reconstruction_panel(

@@ -1,6 +1,6 @@
 """One of two ranks: validate, probe and draw with a module that is whole, and in shards.
 
-Started by torchrun with a recipe; prints the figures of both.
+Started by torchrun with a recipe, a folder and a precision; prints the figures of both.
 """
 
 import json
@@ -19,8 +19,8 @@ from simmim.recipe import load
 from simmim.stages.pretrain import PretrainRecipe, PretrainStage
 
 
-def main(config: Path, folder: Path) -> None:
-    accelerator = Accelerator(cpu=True)
+def main(config: Path, folder: Path, precision: str) -> None:
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
     found = []
     for name in ("whole", "sharded"):
         stage = PretrainStage(load(PretrainRecipe, config))
@@ -30,11 +30,14 @@ def main(config: Path, folder: Path) -> None:
             )
         if name == "sharded":
             mesh = init_device_mesh("cpu", (accelerator.num_processes,))
-            shard_by_block(stage.module, mesh, param_dtype=None)
+            dtype = torch.bfloat16 if precision == "bf16" else None
+            shard_by_block(stage.module, mesh, param_dtype=dtype)
         run = RunFolder(path=folder / name)
         stage.module.eval()
         with torch.no_grad(), gathered(stage.module):
-            figures = stage.validate(accelerator) | stage.probe(accelerator)
+            with accelerator.autocast():  # training's forward has it in itself
+                figures = stage.validate(accelerator)
+            figures |= stage.probe(accelerator)
             if accelerator.is_main_process:  # the other one has nothing to compute
                 assert stage.look(accelerator, run, 1) is not None
         found.append(figures)
@@ -45,4 +48,4 @@ def main(config: Path, folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
