@@ -49,6 +49,7 @@ def test_the_zero_files_say_all_that_accelerate_asks(stage: int) -> None:
         ["--config_file", str(ACCELERATE / f"zero{stage}.yaml"), "-m", "simmim"]
     )
     arguments, _, _ = launch._validate_launch_command(arguments)
+    arguments.deepspeed_fields_from_accelerate_config = ""  # as the launcher sets it
     _, environment = prepare_deepspeed_cmd_env(arguments)
     assert environment["ACCELERATE_USE_DEEPSPEED"] == "true"
     assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == str(stage)
