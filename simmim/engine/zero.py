@@ -70,6 +70,7 @@ class Zero:
                 "zero_optimization": {"stage": zero_stage()},
             },
         )
+        self._fill_state()
 
     def step(self, batches: list[Batch]) -> tuple[Tensor, Tensor]:
         """Take one optimiser step, as `simmim.engine.loop.training_step` does.
@@ -108,7 +109,6 @@ class Zero:
             name: self.optimizer.state[flat]["step"]
             for group, flat in self._groups()
             for name in group["param_names"]
-            if self.optimizer.state  # else no step was taken
         }
         for name, step in steps.items():
             means = {
@@ -124,18 +124,26 @@ class Zero:
         from deepspeed.utils import safe_set_full_optimizer_state  # noqa: PLC0415
 
         saved = {name: whole.state.get(each, {}) for name, each in named_parameters(whole).items()}
-        if not any(saved.values()):
+        if not any(saved.values()):  # no step was taken
             return
         for group, flat in self._groups():
-            step = saved[group["param_names"][0]]["step"].clone()
-            self.optimizer.state[flat] = {
-                "step": step.to(flat.device) if group.get("fused") else step,
-                **{key: torch.zeros_like(flat) for key in MEANS},
-            }
-        self.engine.optimizer._lazy_init_hp_params_optimizer_state()  # finds parameters in them
+            self.optimizer.state[flat]["step"].copy_(saved[group["param_names"][0]]["step"])
         for name, parameter in self._parameters.items():
             for key in MEANS:
                 safe_set_full_optimizer_state(parameter, saved[name][key].to(parameter.device), key)
+
+    def _fill_state(self) -> None:
+        """Give the optimiser the state that it would make in its first step.
+
+        DeepSpeed looks for the state of each parameter once, after the step of the first group.
+        """
+        for group, flat in self._groups():
+            device = flat.device if group.get("fused") else "cpu"
+            self.optimizer.state[flat] = {
+                "step": torch.zeros((), device=device),
+                **{key: torch.zeros_like(flat) for key in MEANS},
+            }
+        self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def heed_weights(self) -> None:
         """Take note of weights that were loaded: DeepSpeed updates a copy of its part of them."""
