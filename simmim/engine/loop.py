@@ -1,4 +1,4 @@
-"""The training loop: the one place that calls backward. Every stage runs on it."""
+"""The training loop: every stage runs on it. It calls backward, but with ZeRO, which does."""
 
 import math
 import time
@@ -27,6 +27,7 @@ from simmim.engine.optimizer import (
 from simmim.engine.parallelism import (
     sharding_left_to_us,
     trains_in_shards,
+    wants_zero,
     without_exchange,
 )
 from simmim.engine.run import RunFolder
@@ -38,6 +39,7 @@ from simmim.engine.stage import Stage
 from simmim.engine.tracking import Trackers
 from simmim.engine.watchdog import Watchdog, group_timeout
 from simmim.engine.watching import Position, Watcher
+from simmim.engine.zero import Zero
 from simmim.recipe import recipe_hash, settings
 
 
@@ -163,14 +165,19 @@ def build_accelerator(precision: str, rank_timeout: float = 600.0) -> Accelerato
 
 def prepare(stage: Stage, accelerator: Accelerator) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Put what is trained on its devices, whole or in shards, and build its optimiser."""
-    settings = stage.recipe.training.optimizer
     stage.module.to(accelerator.device)
     sharded = trains_in_shards(accelerator)
     if sharded:
         shard_for_training(stage.module, accelerator)
-    groups = parameter_groups(stage.module, settings, stage.depths)
-    optimizer = accelerator.prepare(build_optimizer(stage.module, settings, groups))
+    optimizer = accelerator.prepare(optimizer_of(stage))
     return stage.module if sharded else accelerator.prepare(stage.module), optimizer
+
+
+def optimizer_of(stage: Stage) -> torch.optim.Optimizer:
+    """Build the optimiser of what is trained, which lies where it stays."""
+    settings = stage.recipe.training.optimizer
+    groups = parameter_groups(stage.module, settings, stage.depths)
+    return build_optimizer(stage.module, settings, groups)
 
 
 def training_step(
@@ -239,6 +246,8 @@ def train(
     if found is not None:
         trainer.restore(found, allow_changes=allow_changes)
     loaded = load_initial(init_from, stage.module) if init_from and found is None else None
+    if trainer.zero and loaded is not None:
+        trainer.zero.heed_weights()
     stream = trainer.batches()  # refuses what cannot be dealt out, before anything is written
     if accelerator.is_main_process:
         run.begin(stage.recipe, step=trainer.step)
@@ -290,7 +299,20 @@ class _Trainer:
         )
         self.watcher = Watcher(stage, run, accelerator, begin=self.watchdog.at)
         self.clock = self.watcher.clock
-        self.module, self.optimizer = prepare(stage, accelerator)
+        self.zero: Zero | None = None
+        if wants_zero() and accelerator.num_processes > 1:
+            stage.module.to(accelerator.device)
+            self.optimizer = optimizer_of(stage)
+            self.zero = Zero(
+                stage.module,
+                self.optimizer,
+                accelerator,
+                accumulation=self.training.accumulation,
+                clip_norm=self.training.clip_norm,
+            )
+            self.module = self.zero.engine
+        else:
+            self.module, self.optimizer = prepare(stage, accelerator)
         self.saver = Saver(
             run.checkpoints,
             rank=accelerator.process_index,
@@ -311,9 +333,11 @@ class _Trainer:
         )
 
     def restore(self, path: Path, *, allow_changes: bool) -> None:
-        state = restore(
-            path, self.stage, self.accelerator, self.optimizer, allow_changes=allow_changes
-        )
+        optimizer = self.zero.unfilled() if self.zero else self.optimizer
+        state = restore(path, self.stage, self.accelerator, optimizer, allow_changes=allow_changes)
+        if self.zero:
+            self.zero.heed_weights()
+            self.zero.take(optimizer)
         if state.cursor != state.step * self.training.batch_size:  # some had another batch size
             self.total = self.training.steps_to_the_end(
                 state.step, state.cursor, self.stage.samples_per_epoch
@@ -350,9 +374,12 @@ class _Trainer:
         self.clock.add(training.batch_size, time.perf_counter() - began)
         self.watchdog.at(self.step + 1, "computing")
         self.module.train()
-        loss, norm = training_step(
-            self.accelerator, self.module, self.optimizer, micro_batches, training.clip_norm
-        )
+        if self.zero:
+            loss, norm = self.zero.step(micro_batches)
+        else:
+            loss, norm = training_step(
+                self.accelerator, self.module, self.optimizer, micro_batches, training.clip_norm
+            )
         self.skipped += int(loss.isnan())
         self.losses.append(loss)
         self.lr = self._learning_rate(1.0)
@@ -421,9 +448,8 @@ class _Trainer:
             processes=self.accelerator.num_processes,
             skipped_steps=self.skipped,
         )
-        self.saver.start(
-            self.step, contents_of(self.stage, self.accelerator, self.optimizer, state)
-        )
+        optimizer = self.zero.gather() if self.zero else self.optimizer
+        self.saver.start(self.step, contents_of(self.stage, self.accelerator, optimizer, state))
         self.begun_step = self.step
         self.clock.skip()
 

@@ -4,6 +4,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from accelerate import Accelerator
@@ -22,19 +23,25 @@ def trains_in_shards(accelerator: Accelerator) -> bool:
     return wants_shards() and accelerator.num_processes > 1
 
 
+def wants_zero() -> bool:
+    """Tell whether accelerate's configuration asks for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def zero_stage() -> int:
+    """Return the stage of ZeRO that accelerate's configuration asks for; 2 is its default."""
+    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+
+
 def check_parallelism() -> None:
     """Refuse what accelerate's configuration asks for and is not done.
 
     Raises:
-        ValueError: it asks for DeepSpeed, FSDP1, offloading, or checkpointing of activations.
+        ValueError: it asks for another stage of ZeRO than 1 and 2, FSDP1, offloading, or
+            checkpointing of activations, or DeepSpeed is not installed.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise ValueError(
-            "accelerate was told to use DeepSpeed, whose engine takes the optimiser's step inside "
-            "the backward, where a gradient that is no number cannot be skipped any more. FSDP2 "
-            "shards the same: for ZeRO 3 take jobs/accelerate/fsdp2.yaml; for ZeRO 1 and 2 set "
-            "fsdp_reshard_after_forward to false in it."
-        )
+    if wants_zero():
+        _check_zero()
     if not wants_shards():
         return
     asked = {name: os.environ.get(name, "").lower() for name in REFUSED}
@@ -50,6 +57,26 @@ REFUSED = {
     "FSDP_OFFLOAD_PARAMS": "weights stay on the devices; more of them make the shards smaller.",
 }
 """Settings of accelerate that would be dropped unseen, and what to do instead."""
+
+
+def _check_zero() -> None:
+    for device in ("OPTIMIZER", "PARAM"):
+        name = f"OFFLOAD_{device}_DEVICE"
+        if os.environ.get(f"ACCELERATE_DEEPSPEED_{name}", "none").lower() != "none":
+            raise ValueError(f"set {name.lower()} to none in accelerate's config: no offloading.")
+    if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in os.environ:
+        raise ValueError(
+            "leave deepspeed_config_file out of accelerate's config, and set zero_stage in it: all "
+            "else is the recipe's."
+        )
+    stage = zero_stage()
+    if stage not in (1, 2):
+        raise ValueError(
+            f"zero_stage in accelerate's config is {stage}; 1 and 2 are supported. FSDP2 shards "
+            "weights too, as ZeRO 3 does: take jobs/accelerate/fsdp2.yaml."
+        )
+    if find_spec("deepspeed") is None:
+        raise ValueError("accelerate's config asks for DeepSpeed: pip install 'simmim[zero]'")
 
 
 @contextmanager
@@ -98,14 +125,15 @@ def _units(module: nn.Module) -> list[Any]:
 
 @contextmanager
 def sharding_left_to_us() -> Iterator[None]:
-    """Let an Accelerator that is built within not know of FSDP.
+    """Let an Accelerator that is built within not know of FSDP, nor of DeepSpeed.
 
-    It would shard in its own way: gradients averaged in bfloat16, and parameters told apart by
-    where they lie in memory, which those of which a process holds no row have not.
+    With DeepSpeed it would step inside the backward. With FSDP it would shard in its own way:
+    gradients averaged in bfloat16, and parameters told apart by where they lie in memory, which
+    those of which a process holds no row have not.
     """
-    asked = os.environ.pop("ACCELERATE_USE_FSDP", None)
+    names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    asked = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:
-        if asked is not None:
-            os.environ["ACCELERATE_USE_FSDP"] = asked
+        os.environ.update(asked)

@@ -134,11 +134,17 @@ def shard_for_training(module: nn.Module, accelerator: Accelerator) -> None:
         param_dtype=precision,
         reshard_after_forward=reshard != "false",
     )
-    if precision is not None:
-        forward = module.forward
+    compute_in_precision(module, accelerator)
 
-        def in_precision(*args: Any, **options: Any) -> Any:
-            with accelerator.autocast():
-                return forward(*args, **options)
 
-        module.forward = in_precision
+def compute_in_precision(module: nn.Module, accelerator: Accelerator) -> None:
+    """Let the forward of a module compute in the precision of training, whoever calls it."""
+    if accelerator.mixed_precision == "no":
+        return
+    forward = module.forward
+
+    def in_precision(*args: Any, **options: Any) -> Any:
+        with accelerator.autocast():
+            return forward(*args, **options)
+
+    module.forward = in_precision
