@@ -7,6 +7,8 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 Pair = tuple[int, int]
+Axes = tuple[int, ...]
+"""A number for each axis of a map of tokens: rows and columns, in a clip frames before them."""
 AttentionPath = Literal["auto", "explicit", "sdpa", "sequential"]
 Checkpointing = Literal["none", "attention", "full"]
 
