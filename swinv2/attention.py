@@ -101,7 +101,8 @@ def shift_tokens(tokens: Tensor, grid: WindowGrid) -> Tensor:
 def unshift_tokens(tokens: Tensor, grid: WindowGrid) -> Tensor:
     """Undo shift_tokens: roll back, then crop the padding."""
     tokens = _roll(tokens, grid.shift)
-    return tokens[(slice(None), *(slice(length) for length in grid.resolution))]
+    inside = (slice(None), *(slice(length) for length in grid.resolution))
+    return tokens[inside]
 
 
 def _roll(tokens: Tensor, shift: Axes) -> Tensor:
