@@ -143,12 +143,12 @@ encoder = load_video_encoder(".")
 description = read_video_config(".")
 ```
 
-`encoder.features(clips)` gives {len(config.depths)} maps, at strides \
-{", ".join(map(str, config.strides))}, of clips (batch, frames, {config.in_channels}, height, width)
-and `encoder(clips)` the last as (batch, frames, rows, columns, {config.num_features}). From values in \
-[0, 1] subtract
-`description.mean`, {list(description.mean)}, then divide by `description.std`, \
-{list(description.std)}.
+Clips are (batch, frames, {config.in_channels}, height, width). `encoder.features(clips)` gives
+{len(config.depths)} maps, at strides {", ".join(map(str, config.strides))}; `encoder(clips)` the \
+last, as
+(batch, frames, rows, columns, {config.num_features}). From values in [0, 1] subtract
+`description.mean`, {list(description.mean)}, then divide by
+`description.std`, {list(description.std)}.
 
 It is of {config.variant or "own"} sizes and made for {config.frames} frames of {width}x{height} \
 pixels; `load_video_encoder(".", image_size=...,
