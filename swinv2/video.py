@@ -157,9 +157,9 @@ class VideoSwinV2(Hierarchy):
         """Embed clips, then encode them."""
         return self.encode(self.embed(clips), chances)
 
-    def features(self, clips: Tensor) -> list[Tensor]:
+    def features(self, clips: Tensor, chances: Tensor | None = None) -> list[Tensor]:
         """Give a map of each stage, (batch, channels, frames, rows, columns); see `SwinV2`."""
-        outputs = self.stage_outputs(self.embed(clips), None)
+        outputs = self.stage_outputs(self.embed(clips), chances)
         return [tokens.permute(0, 4, 1, 2, 3) for tokens in outputs]
 
 

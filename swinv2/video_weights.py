@@ -1,5 +1,6 @@
 """The directory of a video encoder: as that of an image encoder, and what it was inflated from."""
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from swinv2.encoder_file import (
 )
 from swinv2.video import VideoConfig, VideoSwinV2
 from swinv2.weights import (
+    CONFIG_FILE,
     WEIGHTS_FILE,
     config_text,
     load_strictly,
@@ -126,6 +128,16 @@ def read_video_config(path: str | os.PathLike[str]) -> VideoEncoderFile:
     text, file = config_text(path)
     values = read_description(text, file, VideoConfig, "inflated_from", format_name=VIDEO_FORMAT)
     return VideoEncoderFile(**values)
+
+
+def holds_video_encoder(path: str | os.PathLike[str]) -> bool:
+    """Tell whether ``path`` is the directory of a video encoder, and no other."""
+    folder = Path(path)
+    try:
+        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("format") == VIDEO_FORMAT
 
 
 def _readme(description: VideoEncoderFile) -> str:

@@ -44,5 +44,8 @@ class Source(Protocol[Raw_co]):
     def folder_of(self, shard: int) -> str:
         """Return where a shard is from, for messages."""
 
+    def name(self, shard: int, sample: int) -> str:
+        """Return shard and key of a sample, as messages call it."""
+
     def read(self, shard: int, sample: int) -> Raw_co:
         """Return a sample."""
