@@ -15,7 +15,7 @@ from simmim.engine.run import RunFolder
 from simmim.engine.signals import STOPPED
 from simmim.engine.watchdog import LOST, RankLostError
 from simmim.quickstart import DEFAULT_FOLDER, quickstart
-from simmim.recipe import describe, load
+from simmim.recipe import describe, load, read_values
 from simmim.report.page import write_report
 from simmim.stages.classification import ClassificationRecipe, ClassificationStage
 from simmim.stages.export import FORMATS, export
@@ -23,6 +23,7 @@ from simmim.stages.import_encoder import IMPORT_FORMATS, Known, import_encoder
 from simmim.stages.launch import launch, run_folder
 from simmim.stages.pretrain import PretrainRecipe, PretrainStage
 from simmim.stages.probe import ProbeRecipe, compare, table
+from simmim.stages.video import VideoRecipe, VideoStage
 from swinv2.bridges.sizes import PretrainedWindows
 
 BAD_INPUT = 2
@@ -82,7 +83,13 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_quickstart(commands)
     add_training(commands, "pretrain", "pretrain an encoder on unlabelled shards", PretrainRecipe)
-    add_training(commands, "finetune", "train a classifier on an encoder", ClassificationRecipe)
+    add_training(
+        commands,
+        "finetune",
+        "train a classifier of images or clips on an encoder",
+        ClassificationRecipe,
+        VideoRecipe,
+    )
     add_probe(commands)
     add_export(commands)
     add_import(commands)
@@ -117,13 +124,17 @@ def run_quickstart(arguments: argparse.Namespace, overrides: Sequence[str]) -> i
     return STOPPED if outcome.stopped else 0
 
 
-def add_training(commands: Commands, name: str, summary: str, recipe_type: type) -> None:
-    """Add a command that trains from a recipe."""
+def add_training(commands: Commands, name: str, summary: str, *recipe_types: type) -> None:
+    """Add a command that trains from a recipe, of one of some types."""
+    fields = "\n".join(
+        f"fields of the recipe ({recipe_type.__name__}):\n{describe(recipe_type)}"
+        for recipe_type in recipe_types
+    )
     command: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
         description=f"{summary.capitalize()}. Any field of the recipe is replaced by --KEY VALUE.",
-        epilog=f"{EXIT_CODES}\nfields of the recipe:\n{describe(recipe_type)}",
+        epilog=f"{EXIT_CODES}\n{fields}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -149,7 +160,7 @@ def add_training(commands: Commands, name: str, summary: str, recipe_type: type)
         action="store_true",
         help="compile the encoder's blocks, as --execution.compile true does",
     )
-    command.set_defaults(handler=run_training, recipe_type=recipe_type, takes_overrides=True)
+    command.set_defaults(handler=run_training, takes_overrides=True)
 
 
 def run_training(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -163,6 +174,15 @@ def run_training(arguments: argparse.Namespace, overrides: Sequence[str]) -> int
         result = launch(
             PretrainStage,
             recipe,
+            run=folder,
+            resume=resume,
+            allow_changes=changes,
+            init_from=arguments.init_from,
+        )
+    elif read_values(arguments.config, overrides).get("task") == "video":
+        result = launch(
+            VideoStage,
+            load(VideoRecipe, arguments.config, overrides),
             run=folder,
             resume=resume,
             allow_changes=changes,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import resource_tracker
-from typing import Any, Literal
+from typing import Any, Generic, Literal
 
 import numpy as np
 import torch
@@ -19,12 +19,13 @@ from torch.utils.data import DataLoader, Dataset
 from data_prep.manifest import ManifestError
 from simmim.data.bad_samples import BadSample, BadSamples
 from simmim.data.errors import BadSampleError, DataError
-from simmim.data.mixture import Order, Shards
+from simmim.data.mixture import Order
 from simmim.data.order import Address
 from simmim.data.plans import EvaluationPlan, TrainingPlan
 from simmim.data.randomness import shuffled
 from simmim.data.remote import AheadOfBatches
-from simmim.data.transforms import Sample, Transform
+from simmim.data.source import Raw, Source
+from simmim.data.transforms import Sample
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """What asks a run to stop: a terminal, a launcher, and Slurm's warning before the time is up."""
@@ -100,14 +101,16 @@ class Failure:
     message: str
 
 
-class AddressedSamples(Dataset[Batch | Failure]):
+class AddressedSamples(Dataset[Batch | Failure], Generic[Raw]):
     """Answers a list of addresses with the batch of what stands there.
 
     A sample that is damaged is named in the batch. With `replacing`, another one of its shard
     takes its place: which one is a pure function of the address. Else it is left out.
     """
 
-    def __init__(self, shards: Shards, transform: Transform, *, replacing: bool) -> None:
+    def __init__(
+        self, shards: Source[Raw], transform: Callable[[Raw, Address], Sample], *, replacing: bool
+    ) -> None:
         self.shards = shards
         self.transform = transform
         self.replacing = replacing
@@ -168,7 +171,7 @@ class AddressedSamples(Dataset[Batch | Failure]):
         if self.replacing:
             raise DataError(
                 f"sample {name} is damaged ({bad[-1].reason}), and so is every other one that was"
-                " tried in its place; make the shard again with `data-prep shard`"
+                " tried in its place; write them anew"
             )
         return None
 
@@ -198,7 +201,7 @@ class BatchStream:
 
     def __init__(
         self,
-        dataset: AddressedSamples,
+        dataset: AddressedSamples[Any],
         plan: TrainingPlan | EvaluationPlan,
         *,
         workers: int,
@@ -267,9 +270,9 @@ class TrainingBatches(BatchStream):
 
     def __init__(
         self,
-        shards: Shards,
+        shards: Source[Raw],
         order: Order,
-        transform: Transform,
+        transform: Callable[[Raw, Address], Sample],
         *,
         batch_size: int,
         start_position: int,
@@ -304,8 +307,8 @@ class TrainingBatches(BatchStream):
 
 
 def evaluation_batches(
-    shards: Shards,
-    transform: Transform,
+    shards: Source[Raw],
+    transform: Callable[[Raw, Address], Sample],
     *,
     batch_size: int,
     rank: int = 0,

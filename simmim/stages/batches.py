@@ -16,10 +16,19 @@ def check_batches(data: DataSettings, training: TrainingSettings) -> None:
     Raises:
         ValueError: the batch cannot take equally from each slot.
     """
-    if training.batch_size % data.slots:
+    check_slots(data.slots, training)
+
+
+def check_slots(slots: int, training: TrainingSettings) -> None:
+    """Check that a batch can take equally from each of so many slots.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if training.batch_size % slots:
         raise ValueError(
             f"training.batch_size {training.batch_size} is no multiple of data.slots "
-            f"{data.slots}; every batch takes equally from each slot. Change either."
+            f"{slots}; every batch takes equally from each slot. Change either."
         )
 
 

@@ -259,7 +259,7 @@ class ClassificationStage:
     def hand_on(self, run: RunFolder, step: int, samples: int) -> None:
         """Write the encoder directory and the classifier's head into the run."""
         save_encoder(
-            self.model.encoder,
+            self.start.encoder,
             run.encoder,
             mean=self.start.mean,
             std=self.start.std,

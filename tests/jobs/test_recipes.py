@@ -20,7 +20,10 @@ TYPES = {
     "probe": ProbeRecipe,
 }
 RECIPES = sorted(
-    path for task in ("pretrain", "finetune", "probe") for path in (JOBS / task).glob("*.yaml")
+    path
+    for task in ("pretrain", "finetune", "probe")
+    for path in (JOBS / task).glob("*.yaml")
+    if not path.stem.startswith("video-")  # test_video_recipes.py
 )
 FULL_SCALE = [path for path in RECIPES if path.stem != "cifar10"]
 PRETRAINING = {
