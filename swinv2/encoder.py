@@ -89,14 +89,15 @@ class SwinV2(nn.Module):
         """Embed images, then encode them."""
         return self.encode(self.embed(images), chances)
 
-    def features(self, images: Tensor) -> list[Tensor]:
+    def features(self, images: Tensor, chances: Tensor | None = None) -> list[Tensor]:
         """Give a map of each stage, for dense heads.
 
         Stage i gives (batch, embed_dim·2^i, height/stride, width/stride), rounded up, at
         `strides[i]`. Maps are what a stage hands on, before merging and without a norm; only the
-        last is normalised: it is the result of `encode`, channels first.
+        last is normalised: it is the result of `encode`, channels first. What drop_path drops goes
+        by chances; see `encode`.
         """
-        outputs = self._stage_outputs(self.embed(images))
+        outputs = self._stage_outputs(self.embed(images), chances)
         return [tokens.permute(0, 3, 1, 2) for tokens in outputs]
 
     def _stage_outputs(self, tokens: Tensor, chances: Tensor | None = None) -> list[Tensor]:

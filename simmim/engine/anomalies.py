@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from simmim.data.batches import Batch
-from simmim.data.mixture import Shards
+from simmim.data.source import NamedSource
 from simmim.disk import append_whole, goes_on_without
 
 What = Literal["loss", "gradient", "weights"]
@@ -65,7 +65,7 @@ class Anomalies:
     def __init__(
         self,
         accelerator: Accelerator,
-        shards: Shards,
+        shards: NamedSource,
         path: Path,
         *,
         limit: int,

@@ -9,7 +9,7 @@ from torch import nn
 
 from simmim.data.bad_samples import BadSamples
 from simmim.data.batches import Batch
-from simmim.data.mixture import Shards
+from simmim.data.source import NamedSource
 from simmim.engine.run import RunFolder
 
 
@@ -41,7 +41,7 @@ class Stage(Protocol):
         """Digest of the shards that are trained on."""
 
     @property
-    def training_shards(self) -> Shards:
+    def training_shards(self) -> NamedSource:
         """The shards that are trained on: what an address in a batch counts in."""
 
     @property

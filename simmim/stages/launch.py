@@ -19,8 +19,9 @@ from simmim.engine.stage import Stage
 from simmim.engine.tracking import chosen_trackers
 from simmim.stages.classification import ClassificationRecipe
 from simmim.stages.pretrain import PretrainRecipe
+from simmim.stages.segmentation import SegmentationRecipe
 
-Recipe = TypeVar("Recipe", PretrainRecipe, ClassificationRecipe)
+Recipe = TypeVar("Recipe", PretrainRecipe, ClassificationRecipe, SegmentationRecipe)
 
 
 def launch(

@@ -83,6 +83,22 @@ def backbone_from_encoder(
     return backbone
 
 
+def encoder_from_backbone(backbone: Any) -> SwinV2:
+    """Return a copy of the encoder in a backbone: what `backbone_from_encoder` made it of.
+
+    Raises:
+        ValueError: the backbone does not give the last map, whose norm is the encoder's.
+    """
+    last = backbone.stage_names[-1]
+    if last not in backbone.hidden_states_norms:
+        raise ValueError(f"the backbone does not give {last}, so its encoder has no last norm.")
+    encoder = SwinV2(backbone.encoder.config)
+    norm = backbone.hidden_states_norms[last].state_dict()
+    tensors = backbone.encoder.state_dict() | {f"norm.{leaf}": norm[leaf] for leaf in norm}
+    encoder.load_state_dict(tensors, strict=True)
+    return encoder.eval()
+
+
 @cache
 def _config_class() -> type[Any]:
     _check_transformers()
@@ -181,19 +197,21 @@ def _model_class() -> type[Any]:
             output_hidden_states: bool | None = None,
             output_attentions: bool | None = None,
             return_dict: bool | None = None,
+            chances: Tensor | None = None,
             **_: Any,
         ) -> Any:
             """Turn (batch, channels, height, width) of any size into a `BackboneOutput`.
 
             Its ``feature_maps`` are (batch, embed_dim·2^i, height/stride, width/stride), rounded
-            up, for stage i + 1; ``hidden_states``, on demand, all maps before their norms.
+            up, for stage i + 1; ``hidden_states``, on demand, all maps before their norms. What
+            drop_path drops goes by ``chances``; see `SwinV2.encode`.
 
             Raises:
                 ValueError: attentions are asked for.
             """
             if output_attentions:
                 raise ValueError("this backbone keeps no attentions: leave output_attentions out.")
-            maps = self.encoder.features(pixel_values)
+            maps = self.encoder.features(pixel_values, chances)
             if output_hidden_states or "stem" in self.out_features:
                 maps = [self.encoder.embed(pixel_values).permute(0, 3, 1, 2), *maps]
             named = dict(zip(reversed(self.stage_names), reversed(maps), strict=False))
