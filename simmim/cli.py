@@ -19,6 +19,7 @@ from simmim.quickstart import DEFAULT_FOLDER, quickstart
 from simmim.recipe import describe, load, read_values
 from simmim.report.page import write_report
 from simmim.stages.classification import ClassificationRecipe, ClassificationStage
+from simmim.stages.detection import DetectionRecipe, DetectionStage
 from simmim.stages.export import FORMATS, export
 from simmim.stages.import_encoder import IMPORT_FORMATS, Known, import_encoder
 from simmim.stages.launch import launch, run_folder
@@ -178,6 +179,9 @@ def _finetune(config: Path, overrides: Sequence[str], options: Any) -> TrainingR
         case "segmentation":
             labelled = load(SegmentationRecipe, config, overrides)
             return launch(SegmentationStage, labelled, **options)
+        case "detection":
+            objects = load(DetectionRecipe, config, overrides)
+            return launch(DetectionStage, objects, **options)
         case _:  # what is no task at all is told with all else that is wrong
             classes = load(ClassificationRecipe, config, overrides)
             return launch(ClassificationStage, classes, **options)

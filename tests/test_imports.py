@@ -33,7 +33,16 @@ ALLOWED = {
     },
 }
 """What a package may import at the top of its files, besides Python's own modules and itself."""
-OPTIONAL = {"bitsandbytes", "imagehash", "onnxruntime", "pyarrow", "ray", "timm", "transformers"}
+OPTIONAL = {
+    "bitsandbytes",
+    "imagehash",
+    "onnxruntime",
+    "pyarrow",
+    "pycocotools",
+    "ray",
+    "timm",
+    "transformers",
+}
 """What an extra brings: imported where it is used, inside a function."""
 FORMAT_AUTHORITY = {"webdataset"}
 """Installed with us though none of us imports it: it says what a shard is, and people read shards

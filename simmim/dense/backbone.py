@@ -15,7 +15,7 @@ from simmim.engine.loop import TrainingSettings
 from simmim.stages.encoder_settings import EncoderSettings
 from swinv2 import SwinV2, build_encoder, load_encoder
 from swinv2.bridges.transformers_backbone import (
-    backbone_from_encoder,
+    backbone_config,
     register_backbone,
 )
 from swinv2.weights import read_encoder_config
@@ -86,19 +86,15 @@ def last_maps(encoder: SwinV2, count: int) -> list[str]:
     return [f"stage{number + 1}" for number in range(stages - count, stages)]
 
 
-def with_backbone(model: Any, encoder: SwinV2, backbone: nn.Module) -> Any:
-    """Give the backbone of a model of transformers the weights of an encoder."""
-    source = backbone_from_encoder(encoder, out_features=backbone.out_features)
-    backbone.load_state_dict(source.state_dict())
-    return model
+def described(encoder: SwinV2, maps: Sequence[str]) -> Any:
+    """Return the description of an encoder as a backbone with these maps, for a head's config.
 
-
-def backbone_config(encoder: SwinV2, maps: Sequence[str]) -> Any:
-    """Return the description of an encoder as a backbone with these maps."""
+    Raises:
+        ValueError: transformers is not installed.
+    """
     check_installed()
     register_backbone()
-    with torch.device("meta"):
-        return backbone_from_encoder(SwinV2(encoder.config), out_features=maps).config
+    return backbone_config(encoder.config, out_features=maps)
 
 
 @contextmanager

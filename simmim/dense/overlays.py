@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from simmim.data.batches import Batch
 from simmim.dense.labels import IGNORED
@@ -38,14 +39,52 @@ def palette(count: int) -> np.ndarray:
     ).reshape(-1, 3)
 
 
-def picture_of(batch: Batch, size: tuple[int, ...]) -> np.ndarray:
-    """Return the one image of a batch for a person: uint8 (rows, columns, 3) of this size."""
-    pixels = batch.images[0].float().cpu()
-    if batch.images.dtype != torch.uint8:
+def picture_of(batch: Batch, row: int, size: tuple[int, ...]) -> np.ndarray:
+    """Return an image of a batch for a person: uint8 (rows, columns, 3) of this size."""
+    return _picture(batch.images[row], size)
+
+
+def square_picture_of(batch: Batch, row: int, size: tuple[int, int]) -> np.ndarray:
+    """Return an image that was scaled to fit a square, without what fills it up, at its size."""
+    square = batch.images[row]
+    factor = square.shape[-1] / max(size)
+    rows, columns = (max(1, round(length * factor)) for length in size)
+    return _picture(square[:, :rows, :columns], size)
+
+
+def _picture(image: Tensor, size: tuple[int, ...]) -> np.ndarray:
+    pixels = image.float().cpu()
+    if image.dtype != torch.uint8:
         pixels = 255 * (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp(min=1e-12)
     planes = pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
-    image = Image.fromarray(planes.permute(1, 2, 0).numpy().round().astype(np.uint8))
-    return np.asarray(image.resize((size[1], size[0])))
+    drawn = Image.fromarray(planes.permute(1, 2, 0).numpy().round().astype(np.uint8))
+    return np.asarray(drawn.resize((size[1], size[0])))
+
+
+def draw_objects(
+    pixels: np.ndarray,
+    boxes: Sequence[Sequence[float]],
+    masks: Sequence[np.ndarray | None],
+    colours: np.ndarray,
+) -> np.ndarray:
+    """Draw the masks and boxes of objects over an image.
+
+    Args:
+        pixels: uint8 (rows, columns, 3).
+        boxes: left, top, width and height of each.
+        masks: bool (rows, columns) of each, or None.
+        colours: uint8 (objects, 3).
+    """
+    painted = pixels.astype(np.float32)
+    for mask, colour in zip(masks, colours, strict=True):
+        if mask is not None:
+            painted[mask] = (1 - OPACITY) * painted[mask] + OPACITY * colour
+    image = Image.fromarray(painted.round().astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    for (left, top, width, height), colour in zip(boxes, colours, strict=True):
+        right, bottom = max(left, left + width - 1), max(top, top + height - 1)
+        draw.rectangle((left, top, right, bottom), outline=tuple(colour.tolist()), width=2)
+    return np.array(image)
 
 
 def paint_classes(pixels: np.ndarray, classes: np.ndarray, colours: np.ndarray) -> np.ndarray:

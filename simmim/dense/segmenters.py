@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simmim.dense.backbone import backbone_config, last_maps, with_backbone
+from simmim.dense.backbone import described, last_maps
 from simmim.dense.labels import IGNORED
 from simmim.recipe import settings
 from swinv2 import SwinV2
+from swinv2.bridges.transformers_backbone import fill_backbone
 
 
 @settings
@@ -74,14 +75,14 @@ class UperNet(nn.Module):
     def __init__(self, encoder: SwinV2, names: Sequence[str], head: SegmentationHead) -> None:
         super().__init__()
         maps = last_maps(encoder, len(encoder.config.depths))
-        described = backbone_config(encoder, maps)
+        backbone = described(encoder, maps)
         from transformers import (  # noqa: PLC0415 - an optional part
             UperNetConfig,
             UperNetForSemanticSegmentation,
         )
 
         config = UperNetConfig(
-            backbone_config=described,
+            backbone_config=backbone,
             hidden_size=head.channels or 512,
             use_auxiliary_head=head.auxiliary_weight > 0,
             auxiliary_loss_weight=head.auxiliary_weight,
@@ -93,7 +94,8 @@ class UperNet(nn.Module):
         net = UperNetForSemanticSegmentation(config)
         if net.auxiliary_head is not None:
             net.auxiliary_head.in_index = max(0, len(maps) - 2)
-        self.net = with_backbone(net, encoder, net.backbone)
+        fill_backbone(net.backbone, encoder)
+        self.net = net
         self.auxiliary_weight = head.auxiliary_weight
 
     @property
@@ -179,14 +181,14 @@ def build_mask2former(
         ValueError: a part is not installed, or the encoder has not four stages.
     """
     maps = last_maps(encoder, 4)
-    described = backbone_config(encoder, maps)
+    backbone = described(encoder, maps)
     from transformers import (  # noqa: PLC0415 - an optional part
         Mask2FormerConfig,
         Mask2FormerForUniversalSegmentation,
     )
 
     config = Mask2FormerConfig(
-        backbone_config=described,
+        backbone_config=backbone,
         feature_size=channels,
         mask_feature_size=channels,
         hidden_dim=channels,
@@ -200,7 +202,8 @@ def build_mask2former(
         **names_of_labels(names),
     )
     net = Mask2FormerForUniversalSegmentation(config)
-    return with_backbone(net, encoder, net.model.pixel_level_module.encoder)
+    fill_backbone(net.model.pixel_level_module.encoder, encoder)
+    return net
 
 
 def build_segmenter(

@@ -12,11 +12,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from simmim.data.bad_samples import MAX_BAD_SHARE, BadSamples
+from simmim.data.bad_samples import BadSamples
 from simmim.data.batches import Batch, TrainingBatches, evaluation_batches
-from simmim.data.images import MAX_PIXELS
-from simmim.data.order import DEFAULT_SLOTS, SampleOrder
-from simmim.data.settings import IMAGENET_MEAN, IMAGENET_STD
+from simmim.data.order import SampleOrder
 from simmim.data.targets import ClassMap
 from simmim.dense.backbone import SCRATCH, Start, drawing_by, dropping_by, start_from
 from simmim.dense.confusion import confusion, segmentation_figures
@@ -26,6 +24,7 @@ from simmim.dense.labels import MOST_CLASSES, LabelReading
 from simmim.dense.overlays import paint_classes, palette, picture_of, write_panel
 from simmim.dense.prediction import SegmentationEvaluation, classes_of, predict
 from simmim.dense.segmenters import Mask2Former, SegmentationHead, UperNet, build_segmenter
+from simmim.dense.settings import DenseData, check_slots
 from simmim.dense.transforms import SegmentationTransform, SegmentationView
 from simmim.engine.loop import TrainingSettings
 from simmim.engine.run import RunFolder
@@ -39,7 +38,7 @@ MODEL_FOLDER = "segmentation"
 
 
 @settings
-class SegmentationData:
+class SegmentationData(DenseData):
     """Images with a label image each, and their augmentation."""
 
     folder: str
@@ -57,12 +56,6 @@ class SegmentationData:
     """Number in the annotations that stands for no class."""
     reduce_zero_label: bool = False
     """Whether 0 stands for no class and the classes count from 1, as in ADE20K."""
-    fraction: float = 1.0
-    """Share of the training images that is used, above 0; a larger one holds every smaller one."""
-    fraction_seed: int = 0
-    """Seed of that choice."""
-    image_size: int
-    """Side of the square crops that are trained on, pixels."""
     short_side: int | None = None
     """Pixels that the short side of an image is scaled to, before the random scale and for
     validation; null keeps the image's own."""
@@ -70,46 +63,21 @@ class SegmentationData:
     """Factor of the image's size before the crop, from and to."""
     largest_class: float = 0.75
     """Share of a crop that a single class may have; ten crops are tried."""
-    flip: float = 0.5
-    """Probability of mirroring an image."""
     photometric: bool = True
     """Change brightness, contrast, saturation and hue at random, as SSD does."""
-    workers: int = 2
-    """Worker processes that decode, for each training process; 0 decodes in the process itself."""
-    slots: int = DEFAULT_SLOTS
-    """Equal parts that an epoch is cut into; the batch size must be a multiple of it, and the
-    number of processes must divide it."""
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    """Mean of each channel, on a scale from 0 to 1."""
-    std: tuple[float, ...] = IMAGENET_STD
-    """Standard deviation of each channel, on the same scale."""
-    max_pixels: int = MAX_PIXELS
-    """Images of more pixels are refused from their header."""
-    max_bad_share: float = MAX_BAD_SHARE
-    """Share of the samples that may be damaged: training replaces each by another, validation
-    leaves it out, both name it in bad_samples.jsonl. More of them end the run."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "short_side", "slots", "max_pixels", "num_classes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be 1 or more.")
-        if self.num_classes > MOST_CLASSES:
-            raise ValueError(f"num_classes is {self.num_classes}; at most {MOST_CLASSES}.")
+        super().__post_init__()
+        if self.short_side is not None and self.short_side < 1:
+            raise ValueError(f"short_side is {self.short_side}; it must be 1 or more.")
+        if not 1 <= self.num_classes <= MOST_CLASSES:
+            raise ValueError(f"num_classes is {self.num_classes}; from 1 to {MOST_CLASSES}.")
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ValueError(
                 f"class_names has {len(self.class_names)} names for {self.num_classes} classes."
             )
-        if not 0 < self.fraction <= 1 or not 0 < self.largest_class <= 1:
-            raise ValueError("fraction and largest_class must be above 0 and at most 1.")
-        if not 0 <= self.flip <= 1 or not 0 <= self.max_bad_share <= 1:
-            raise ValueError("flip and max_bad_share must be from 0 to 1.")
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"scale is {self.scale}; from and to, both above 0.")
-        if self.workers < 0:
-            raise ValueError(f"workers is {self.workers}; it must be 0 or more.")
-        if len(self.mean) != len(self.std) or min(self.std, default=0) <= 0:
-            raise ValueError("mean and std need a number a channel each, every std above 0.")
+        if not 0 < self.largest_class <= 1:
+            raise ValueError(f"largest_class is {self.largest_class}; above 0, at most 1.")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -153,22 +121,13 @@ class SegmentationRecipe:
     """The training."""
 
     def __post_init__(self) -> None:
-        check_slots(self.data.slots, self.training)
+        check_slots(self.data, self.training)
         if self.pictures < 0:
             raise ValueError(f"pictures is {self.pictures}; it must be 0 or more.")
         if self.init == SCRATCH:
             self.encoder.check_channels(self.data.mean)
             config = self.encoder.config(self.data.image_size)  # raises where sizes cannot work
             self.execution.check_stages(len(config.depths))
-
-
-def check_slots(slots: int, training: TrainingSettings) -> None:
-    """Raise ValueError unless a batch takes equally from each slot."""
-    if training.batch_size % slots:
-        raise ValueError(
-            f"training.batch_size {training.batch_size} is no multiple of data.slots {slots}; "
-            "every batch takes equally from each slot. Change either."
-        )
 
 
 class SegmentationModule(nn.Module):
@@ -386,7 +345,7 @@ class SegmentationStage:
 def _tiles(batch: Batch, found: Tensor, colours: np.ndarray) -> list[np.ndarray]:
     """Return image, labels and prediction of one image, at the size of its labels."""
     truth = class_map(batch, 0).numpy()
-    pixels = picture_of(batch, truth.shape)
+    pixels = picture_of(batch, 0, truth.shape)
     predicted = found.numpy().astype(np.uint8)
     return [
         pixels,

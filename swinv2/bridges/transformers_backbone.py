@@ -69,18 +69,30 @@ def backbone_from_encoder(
     Raises:
         ValueError: transformers is not installed, a name is unknown, or the directory is none.
     """
-    config_class, model_class = _config_class(), _model_class()
+    model_class = _model_class()
     source = encoder if isinstance(encoder, SwinV2) else load_encoder(encoder)
-    stages = [f"stage{index + 1}" for index in range(len(source.config.depths))]
-    names = stages if out_features is None else list(out_features)
-    described = asdict(source.config) | {"pretrained_window_sizes": record_windows(source.config)}
-    backbone = model_class(config_class(**described, out_features=names))
-    tensors = {name: tensor.detach().cpu() for name, tensor in source.state_dict().items()}
+    backbone = model_class(backbone_config(source.config, out_features=out_features))
+    fill_backbone(backbone, source)
+    return backbone
+
+
+def backbone_config(config: SwinV2Config, *, out_features: Sequence[str] | None = None) -> Any:
+    """Return the config of a backbone for an encoder's; see `backbone_from_encoder`."""
+    names = [f"stage{index + 1}" for index in range(len(config.depths))]
+    described = asdict(config) | {"pretrained_window_sizes": record_windows(config)}
+    return _config_class()(
+        **described, out_features=names if out_features is None else list(out_features)
+    )
+
+
+def fill_backbone(backbone: Any, encoder: SwinV2) -> None:
+    """Copy the weights of an encoder into a backbone of its config, however that was made."""
+    tensors = {name: tensor.detach() for name, tensor in encoder.state_dict().items()}
     final = {leaf: tensors.pop(f"norm.{leaf}") for leaf in ("weight", "bias")}
     backbone.encoder.load_state_dict(tensors, strict=True)
-    if stages[-1] in names:
-        backbone.hidden_states_norms[stages[-1]].load_state_dict(final, strict=True)
-    return backbone
+    last = backbone.stage_names[-1]
+    if last in backbone.hidden_states_norms:
+        backbone.hidden_states_norms[last].load_state_dict(final, strict=True)
 
 
 def encoder_from_backbone(backbone: Any) -> SwinV2:
