@@ -26,7 +26,7 @@ class DetectionHead:
     kind: Literal["mask2former", "rt_detr"] = "mask2former"
     """Mask2Former finds masks, and boxes around them; RT-DETR boxes alone."""
     channels: int = 256
-    """Channels of the head, a multiple of 8."""
+    """Channels of the head, a multiple of 32."""
     queries: int = 100
     """Objects that are proposed for an image."""
     decoder_layers: int | None = None
@@ -41,8 +41,8 @@ class DetectionHead:
         for name in ("queries", "points", "detections"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
-        if self.channels < 8 or self.channels % 8:
-            raise ValueError(f"channels is {self.channels}; it must be a multiple of 8.")
+        if self.channels < 32 or self.channels % 32:
+            raise ValueError(f"channels is {self.channels}; it must be a multiple of 32.")
 
 
 @dataclass(frozen=True, kw_only=True)

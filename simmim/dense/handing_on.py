@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from simmim.dense.backbone import Start
 from simmim.engine.run import RunFolder
 from simmim.recipe import recipe_hash
+from swinv2 import SwinV2
 from swinv2.bridges.transformers_backbone import encoder_from_backbone
+from swinv2.flops import forward_flops
 from swinv2.weights import Provenance, atomic_folder, save_encoder
 
 PREPROCESSING = "preprocessing.json"
@@ -51,13 +53,35 @@ def _is_dense(path: Path) -> bool:
     return (path / PREPROCESSING).is_file()
 
 
-def count_flops(net: nn.Module, side: int) -> int:
+def count_flops(net: Any, backbone: Any, side: int) -> int:
     """Return the operations of the matrix products of a forward pass over one square image.
 
-    They are counted on a copy without values, so that nothing is computed.
+    Those of the encoder follow from its sizes; those of the head are counted on a copy of it
+    without values, so that nothing is computed.
     """
-    copy = deepcopy(net).to("meta").eval()
-    images = torch.empty(1, 3, side, side, device="meta")
+    encoder = backbone.encoder
+    backbone.encoder = _EmptyMaps(encoder)
+    try:
+        head = deepcopy(net).to("meta").eval()
+    finally:
+        backbone.encoder = encoder
+    images = torch.empty(1, encoder.config.in_channels, side, side, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        copy(images)
-    return int(counter.get_total_flops())
+        head(pixel_values=images)
+    return forward_flops(encoder.config) + int(counter.get_total_flops())
+
+
+class _EmptyMaps(nn.Module):
+    """What stands for an encoder where nothing but the shape of its maps matters."""
+
+    def __init__(self, encoder: SwinV2) -> None:
+        super().__init__()
+        self.sizes = list(zip(encoder.config.stage_dims, encoder.strides, strict=True))
+
+    def features(self, images: Tensor, chances: Tensor | None = None) -> list[Tensor]:
+        del chances
+        count, _, height, width = images.shape
+        return [
+            images.new_empty(count, dim, -(-height // stride), -(-width // stride))
+            for dim, stride in self.sizes
+        ]

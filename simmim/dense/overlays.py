@@ -98,8 +98,9 @@ def paint_classes(pixels: np.ndarray, classes: np.ndarray, colours: np.ndarray) 
     known = classes != IGNORED
     over = np.zeros_like(pixels)
     over[known] = colours[classes[known]]
-    mixed = (1 - OPACITY) * pixels.astype(np.float32) + OPACITY * over
-    return mixed.round().astype(np.uint8)
+    mixed: np.ndarray = (1 - OPACITY) * pixels.astype(np.float32) + OPACITY * over
+    painted: np.ndarray = mixed.round().astype(np.uint8)
+    return painted
 
 
 def write_panel(

@@ -25,7 +25,8 @@ class SegmentationHead:
     kind: Literal["upernet", "mask2former"] = "upernet"
     """UperNet (the paper's), or Mask2Former."""
     channels: int | None = None
-    """Channels of the head; null is the publications': 512 of UperNet, 256 of Mask2Former."""
+    """Channels of the head; null is the publications': 512 of UperNet, 256 of Mask2Former, which
+    takes a multiple of 32."""
     auxiliary_weight: float = 0.4
     """UperNet: weight of the loss of a second, small head on the last map but one; 0 has none."""
     auxiliary_channels: int = 256
@@ -42,6 +43,8 @@ class SegmentationHead:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or more.")
+        if self.kind == "mask2former" and (self.channels or 32) % 32:
+            raise ValueError(f"channels is {self.channels}; Mask2Former takes a multiple of 32.")
         if self.decoder_layers < 2:
             raise ValueError(f"decoder_layers is {self.decoder_layers}; it must be 2 or more.")
         if self.auxiliary_weight < 0:

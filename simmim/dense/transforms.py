@@ -188,4 +188,5 @@ def distort(image: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def _bytes(values: np.ndarray) -> np.ndarray:
-    return np.rint(values).clip(0, 255).astype(np.uint8)
+    rounded: np.ndarray = np.rint(values).clip(0, 255).astype(np.uint8)
+    return rounded

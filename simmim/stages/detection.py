@@ -171,7 +171,7 @@ class DetectionStage:
     @cached_property
     def flops_per_sample(self) -> int:
         """Operations of encoder and head; see `simmim.engine.stage.Stage`."""
-        return count_flops(self.model.net, self.recipe.data.image_size)
+        return count_flops(self.model.net, self.model.backbone, self.recipe.data.image_size)
 
     def probe(self, accelerator: Accelerator) -> dict[str, float]:
         """Return nothing."""

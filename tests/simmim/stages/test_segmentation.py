@@ -121,7 +121,7 @@ def test_training_learns_and_hands_everything_on(values: dict[str, Any], tmp_pat
 def test_a_resumed_run_equals_an_uninterrupted_one(
     values: dict[str, Any], tmp_path: Path, kind: str
 ) -> None:
-    values = changed(values, "head", kind=kind)
+    values = changed(values, "head", kind=kind, channels=32)
     whole = build(values)
     run_training(whole, tmp_path / "whole")
     run_training(build(values), tmp_path / "cut")
@@ -205,6 +205,7 @@ def test_a_class_out_of_range_ends_the_run(values: dict[str, Any]) -> None:
         ("data", {"slots": 3}, "no multiple of data.slots"),
         ("data", {"scale": [0.0, 1.0]}, "scale is"),
         ("head", {"kind": "fcn"}, "head.kind"),
+        ("head", {"kind": "mask2former"}, "channels is 8; Mask2Former takes a multiple of 32"),
         ("head", {"auxiliary_weight": -1}, "auxiliary_weight is -1"),
     ],
 )
