@@ -20,7 +20,7 @@ ENTRY = 18
 """Height of a line of the legend, pixels."""
 
 PAPER, INK = (255, 255, 255), (40, 40, 40)
-OPACITY = 0.6
+OPACITY = 0.7
 
 
 def palette(count: int) -> np.ndarray:
@@ -88,7 +88,9 @@ def draw_objects(
 
 
 def paint_classes(pixels: np.ndarray, classes: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """Lay the colours of classes over an image; pixels without a class keep theirs, darkened.
+    """Lay the colours of classes over an image in grey, so that they are those of the legend.
+
+    Pixels without a class stay dark.
 
     Args:
         pixels: uint8 (rows, columns, 3).
@@ -98,7 +100,8 @@ def paint_classes(pixels: np.ndarray, classes: np.ndarray, colours: np.ndarray) 
     known = classes != IGNORED
     over = np.zeros_like(pixels)
     over[known] = colours[classes[known]]
-    mixed: np.ndarray = (1 - OPACITY) * pixels.astype(np.float32) + OPACITY * over
+    grey = pixels.mean(axis=2, keepdims=True, dtype=np.float32)
+    mixed: np.ndarray = (1 - OPACITY) * grey + OPACITY * over
     painted: np.ndarray = mixed.round().astype(np.uint8)
     return painted
 
