@@ -5,12 +5,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from simmim.bench.cli import add_bench
 from simmim.doctor.cli import add_doctor
+from simmim.engine.loop import TrainingResult
 from simmim.engine.run import RunFolder
 from simmim.engine.signals import STOPPED
 from simmim.engine.watchdog import LOST, RankLostError
@@ -18,12 +19,14 @@ from simmim.quickstart import DEFAULT_FOLDER, quickstart
 from simmim.recipe import describe, load, read_values
 from simmim.report.page import write_report
 from simmim.stages.classification import ClassificationRecipe, ClassificationStage
+from simmim.stages.detection import DetectionRecipe, DetectionStage
 from simmim.stages.export import FORMATS, export
 from simmim.stages.import_encoder import IMPORT_FORMATS, Known, import_encoder
 from simmim.stages.launch import launch, run_folder
 from simmim.stages.pretrain import PretrainRecipe, PretrainStage
 from simmim.stages.probe import ProbeRecipe, compare, table
-from simmim.stages.video import VideoRecipe, VideoStage
+from simmim.stages.segmentation import SegmentationRecipe, SegmentationStage
+from simmim.stages.video import VideoRecipe
 from swinv2.bridges.sizes import PretrainedWindows
 
 BAD_INPUT = 2
@@ -169,36 +172,34 @@ def run_training(arguments: argparse.Namespace, overrides: Sequence[str]) -> int
     resume, changes = arguments.resume, arguments.allow_recipe_changes
     if arguments.compile:
         overrides = [*overrides, "--execution.compile", "true"]
+    options: dict[str, Any] = {
+        "run": folder,
+        "resume": resume,
+        "allow_changes": changes,
+        "init_from": arguments.init_from,
+    }
     if arguments.command == "pretrain":
-        recipe = load(PretrainRecipe, arguments.config, overrides)
-        result = launch(
-            PretrainStage,
-            recipe,
-            run=folder,
-            resume=resume,
-            allow_changes=changes,
-            init_from=arguments.init_from,
-        )
-    elif read_values(arguments.config, overrides).get("task") == "video":
-        result = launch(
-            VideoStage,
-            load(VideoRecipe, arguments.config, overrides),
-            run=folder,
-            resume=resume,
-            allow_changes=changes,
-            init_from=arguments.init_from,
-        )
+        pretraining = load(PretrainRecipe, arguments.config, overrides)
+        result = launch(PretrainStage, pretraining, **options)
     else:
-        labelled = load(ClassificationRecipe, arguments.config, overrides)
-        result = launch(
-            ClassificationStage,
-            labelled,
-            run=folder,
-            resume=resume,
-            allow_changes=changes,
-            init_from=arguments.init_from,
-        )
+        result = _finetune(arguments.config, overrides, options)
     return STOPPED if result.stopped else 0
+
+
+def _finetune(config: Path, overrides: Sequence[str], options: Any) -> TrainingResult:
+    match read_values(config, overrides).get("task"):
+        case "segmentation":
+            labelled = load(SegmentationRecipe, config, overrides)
+            return launch(SegmentationStage, labelled, **options)
+        case "detection":
+            objects = load(DetectionRecipe, config, overrides)
+            return launch(DetectionStage, objects, **options)
+        case "video":
+            clips = load(VideoRecipe, config, overrides)
+            return launch(VideoStage, clips, **options)
+        case _:  # what is no task at all is told with all else that is wrong
+            classes = load(ClassificationRecipe, config, overrides)
+            return launch(ClassificationStage, classes, **options)
 
 
 def add_probe(commands: Commands) -> None:

@@ -39,6 +39,7 @@ OPTIONAL = {
     "imagehash",
     "onnxruntime",
     "pyarrow",
+    "pycocotools",
     "ray",
     "timm",
     "transformers",

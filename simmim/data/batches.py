@@ -25,6 +25,7 @@ from simmim.data.plans import EvaluationPlan, TrainingPlan
 from simmim.data.randomness import shuffled
 from simmim.data.remote import AheadOfBatches
 from simmim.data.source import Raw, Source
+from simmim.data.targets import Targets
 from simmim.data.transforms import Sample
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -50,6 +51,8 @@ class Batch:
     """bool (batch,): which images the device mirrors; None mirrors none."""
     bad: tuple[BadSample, ...] = ()
     """What could not be read as it should."""
+    targets: tuple[Targets, ...] = ()
+    """What a dense stage learns of each image; none for other stages."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -58,20 +61,27 @@ class Batch:
         """Travel as bytes: shared memory costs more, for every page of it is cleared anew."""
         parts = (self.masks, self.labels, self.addresses, self.flips)
         arrays = [None if part is None else part.cpu().numpy() for part in parts]
-        return unpacked, (self.images.permute(0, 2, 3, 1).cpu().numpy(), arrays, self.bad)
+        images = self.images.permute(0, 2, 3, 1).cpu().numpy()
+        return unpacked, (images, arrays, self.bad, self.targets)
 
     def only(self, row: int) -> "Batch":
         """Return one of its samples as a batch."""
         one = self._each(lambda part: part[row : row + 1])
-        return replace(one, addresses=self.addresses[row : row + 1])
+        return replace(
+            one, addresses=self.addresses[row : row + 1], targets=self.targets[row : row + 1]
+        )
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Return the batch on a device."""
-        return self._each(lambda part: part.to(device, non_blocking=non_blocking))
+        return self._with_targets(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """Return the batch in pinned memory, from where it copies to a GPU while that computes."""
-        return self._each(lambda part: part.pin_memory())
+        return self._with_targets(lambda part: part.pin_memory())
+
+    def _with_targets(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        targets = tuple(one.each(change) for one in self.targets)
+        return replace(self._each(change), targets=targets)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(
@@ -84,14 +94,17 @@ class Batch:
 
 
 def unpacked(
-    images: np.ndarray, arrays: Sequence[np.ndarray | None], bad: tuple[BadSample, ...]
+    images: np.ndarray,
+    arrays: Sequence[np.ndarray | None],
+    bad: tuple[BadSample, ...],
+    targets: tuple[Targets, ...],
 ) -> Batch:
     """Return a batch as it was before it was sent; `images` has its channels last."""
     parts = [None if part is None else torch.from_numpy(part) for part in arrays]
     masks, labels, addresses, flips = parts
     assert addresses is not None
     planes = torch.from_numpy(images).permute(0, 3, 1, 2)
-    return Batch(planes, masks, labels, addresses, flips, bad)
+    return Batch(planes, masks, labels, addresses, flips, bad, targets)
 
 
 @dataclass(frozen=True)
@@ -143,6 +156,7 @@ class AddressedSamples(Dataset[Batch | Failure], Generic[Raw]):
             addresses=torch.tensor(found, dtype=torch.int64).view(-1, 3),
             flips=torch.tensor([sample.flip for sample in samples]) if self.replacing else None,
             bad=tuple(bad),
+            targets=tuple(sample.targets for sample in samples if sample.targets is not None),
         )
 
     def _sample(self, address: Address, bad: list[BadSample]) -> Sample | None:

@@ -15,6 +15,7 @@ from simmim.data.images import MAX_PIXELS
 from simmim.data.order import Address
 from simmim.data.randomness import numpy_stream, torch_stream
 from simmim.data.reading import RawSample
+from simmim.data.targets import Targets
 
 MaskDraw = Callable[[torch.Generator], Tensor]
 """Draws one mask, bool (rows, columns) of mask cells, True = hidden."""
@@ -34,6 +35,8 @@ class Sample:
     """Whether the device mirrors the image."""
     repaired: str | None = None
     """What is wrong with a file that was read all the same."""
+    targets: Targets | None = None
+    """What a dense stage learns of the image."""
 
 
 Transform = Callable[[RawSample, Address], Sample]

@@ -216,6 +216,12 @@ def _read_run(run: RunFolder) -> Exportable:
             return _read_pretraining(run, checkpoints[-1])
         case "classification":
             return _read_classification(run, checkpoints[-1])
+        case "segmentation" | "detection" if run.encoder.is_dir():
+            return _read_directory(run.encoder, str(run.encoder))
+        case "segmentation" | "detection":
+            raise ValueError(
+                f"{run.path} has not handed on its encoder yet: let the training end first."
+            )
         case other:
             raise RecipeError(f"{run.recipe} is of task {other!r}, which has no encoder to export.")
 

@@ -18,10 +18,19 @@ from simmim.engine.run import RunFolder
 from simmim.engine.stage import Stage
 from simmim.engine.tracking import chosen_trackers
 from simmim.stages.classification import ClassificationRecipe
+from simmim.stages.detection import DetectionRecipe
 from simmim.stages.pretrain import PretrainRecipe
+from simmim.stages.segmentation import SegmentationRecipe
 from simmim.stages.video import VideoRecipe
 
-Recipe = TypeVar("Recipe", PretrainRecipe, ClassificationRecipe, VideoRecipe)
+Recipe = TypeVar(
+    "Recipe",
+    PretrainRecipe,
+    ClassificationRecipe,
+    SegmentationRecipe,
+    DetectionRecipe,
+    VideoRecipe,
+)
 
 
 def launch(
