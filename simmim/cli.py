@@ -15,14 +15,14 @@ from simmim.engine.run import RunFolder
 from simmim.engine.signals import STOPPED
 from simmim.engine.watchdog import LOST, RankLostError
 from simmim.quickstart import DEFAULT_FOLDER, quickstart
-from simmim.recipe import describe, load
+from simmim.recipe import describe, load, read_values
 from simmim.report.page import write_report
-from simmim.stages.classification import ClassificationRecipe, ClassificationStage
+from simmim.stages.evaluate import evaluate
 from simmim.stages.export import FORMATS, export
 from simmim.stages.import_encoder import IMPORT_FORMATS, Known, import_encoder
 from simmim.stages.launch import launch, run_folder
-from simmim.stages.pretrain import PretrainRecipe, PretrainStage
 from simmim.stages.probe import ProbeRecipe, compare, table
+from simmim.stages.tasks import FINE_TUNING, fine_tuning_named, task_named
 from swinv2.bridges.sizes import PretrainedWindows
 
 BAD_INPUT = 2
@@ -80,8 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="simmim", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_quickstart(commands)
-    add_training(commands, "pretrain", "pretrain an encoder on unlabelled shards", PretrainRecipe)
-    add_training(commands, "finetune", "train a classifier on an encoder", ClassificationRecipe)
+    add_training(commands, "pretrain", "pretrain an encoder on unlabelled shards", ("pretrain",))
+    add_training(commands, "finetune", "train the task of a recipe on an encoder", FINE_TUNING)
+    add_evaluate(commands)
     add_probe(commands)
     add_export(commands)
     add_import(commands)
@@ -116,13 +117,17 @@ def run_quickstart(arguments: argparse.Namespace, overrides: Sequence[str]) -> i
     return STOPPED if outcome.stopped else 0
 
 
-def add_training(commands: Commands, name: str, summary: str, recipe_type: type) -> None:
-    """Add a command that trains from a recipe."""
+def add_training(commands: Commands, name: str, summary: str, tasks: Sequence[str]) -> None:
+    """Add a command that trains from a recipe, of one of some tasks."""
+    fields = "\n".join(
+        f"fields of a recipe with task {task}:\n{describe(task_named(task, name).recipe)}"
+        for task in tasks
+    )
     command: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
         description=f"{summary.capitalize()}. Any field of the recipe is replaced by --KEY VALUE.",
-        epilog=f"{EXIT_CODES}\nfields of the recipe:\n{describe(recipe_type)}",
+        epilog=f"{EXIT_CODES}\n{fields}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -148,7 +153,7 @@ def add_training(commands: Commands, name: str, summary: str, recipe_type: type)
         action="store_true",
         help="compile the encoder's blocks, as --execution.compile true does",
     )
-    command.set_defaults(handler=run_training, recipe_type=recipe_type, takes_overrides=True)
+    command.set_defaults(handler=run_training, takes_overrides=True)
 
 
 def run_training(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -158,26 +163,48 @@ def run_training(arguments: argparse.Namespace, overrides: Sequence[str]) -> int
     if arguments.compile:
         overrides = [*overrides, "--execution.compile", "true"]
     if arguments.command == "pretrain":
-        recipe = load(PretrainRecipe, arguments.config, overrides)
-        result = launch(
-            PretrainStage,
-            recipe,
-            run=folder,
-            resume=resume,
-            allow_changes=changes,
-            init_from=arguments.init_from,
-        )
+        task = task_named("pretrain", arguments.config)
     else:
-        labelled = load(ClassificationRecipe, arguments.config, overrides)
-        result = launch(
-            ClassificationStage,
-            labelled,
-            run=folder,
-            resume=resume,
-            allow_changes=changes,
-            init_from=arguments.init_from,
-        )
+        task = fine_tuning_named(read_values(arguments.config).get("task"), arguments.config)
+    result = launch(
+        task.stage,
+        load(task.recipe, arguments.config, overrides),
+        run=folder,
+        resume=resume,
+        allow_changes=changes,
+        init_from=arguments.init_from,
+    )
     return STOPPED if result.stopped else 0
+
+
+def add_evaluate(commands: Commands) -> None:
+    """Add `simmim evaluate`."""
+    command = commands.add_parser(
+        "evaluate",
+        help="validate what a run has trained, on its data or on other data",
+        description="Validate a checkpoint as its training does, and add a line to "
+        "evaluations.jsonl in the run. Any field of its recipe is replaced by --KEY VALUE: "
+        "--data.validation SHARDS for other images.",
+        allow_abbrev=False,
+    )
+    command.add_argument(
+        "source", metavar="RUN", type=Path, help="run folder (its last checkpoint) or checkpoint"
+    )
+    command.add_argument(
+        "--best", action="store_true", help="take the best checkpoint of the run, not its last"
+    )
+    command.add_argument(
+        "--data", metavar="SHARDS", help="other data, short for --data.validation SHARDS"
+    )
+    command.set_defaults(handler=run_evaluate, takes_overrides=True)
+
+
+def run_evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Run `simmim evaluate`."""
+    if arguments.data is not None:
+        overrides = [*overrides, "--data.validation", arguments.data]
+    evaluate(arguments.source, overrides, best=arguments.best)
+    return 0
 
 
 def add_probe(commands: Commands) -> None:

@@ -137,7 +137,7 @@ def examine(
     )
     look("workers", lambda: [check_workers(recipe.data.workers)])
     look("memory", lambda: check_memory(recipe, device, world))
-    look("disk", lambda: [check_disk(run.path, stage.module, recipe.training.keep_last)])
+    look("disk", lambda: [_disk(stage, run)])
     if accelerator.is_main_process:
         _say(f"dry run, about {2 * seconds:.0f} s")
     accelerator.wait_for_everyone()
@@ -147,6 +147,17 @@ def examine(
     if speed is not None:
         look("pace", lambda: check_pace(stage, recipe, speed, device, world))
     return checks
+
+
+def _disk(stage: AnyStage, run: RunFolder) -> Check:
+    training = stage.recipe.training
+    best = training.keep_best and stage.best_metric is not None
+    return check_disk(
+        run.path,
+        stage.module,
+        training.keep_last + int(best),
+        average=training.ema_decay is not None,
+    )
 
 
 def check_run(run: RunFolder, recipe: Any, resume: str | None) -> Check:

@@ -116,10 +116,17 @@ def device_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available) // ranks
 
 
-def check_disk(folder: Path, model: nn.Module, keep_last: int) -> Check:
-    """Hold the checkpoints that will be kept against the room on the disk."""
+def check_disk(folder: Path, model: nn.Module, keep_last: int, *, average: bool = False) -> Check:
+    """Hold the checkpoints that will be kept against the room on the disk.
+
+    Args:
+        folder: of the run.
+        model: what is trained.
+        keep_last: checkpoints that are kept.
+        average: whether there is a running average of the weights in each.
+    """
     weights = sum(parameter.numel() for parameter in model.parameters()) * 4
-    checkpoint = 3 * weights  # AdamW has two states
+    checkpoint = (4 if average else 3) * weights  # AdamW has two states
     needed = (keep_last + 1) * checkpoint + weights  # one is written before one is removed
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from simmim.data.batches import Batch
 from simmim.engine.anomalies import Anomalies, poisoned
+from simmim.engine.best import Best, better, write_best
 from simmim.engine.checkpoint import TrainingState, checkpoint_path, find_checkpoint
+from simmim.engine.ema import averaged, forget_average, update_average
 from simmim.engine.holdings import whole_tensor
 from simmim.engine.initial import load_initial
 from simmim.engine.memory import keep_freed_memory
 from simmim.engine.optimizer import (
     OptimizerSettings,
     build_optimizer,
+    depth_table,
     parameter_groups,
     set_learning_rate,
 )
@@ -75,6 +78,12 @@ class TrainingSettings:
     """Checkpoints kept, the last ones."""
     keep_every: int | None = None
     """Steps between checkpoints that are kept for good; null keeps none but the last."""
+    keep_best: bool = True
+    """Whether the best validation's checkpoint is written and kept beside the last ones, for a
+    stage whose validation has a figure that tells; best.json in the run names it."""
+    ema_decay: float | None = None
+    """Share of a running average of the weights that stays at a step, 0.9999 for example; it grows
+    to that over the first ones. Validation and export use the average; null keeps none."""
     validate_every: int = 500
     """Steps between validations; there is one at the end too."""
     look_every: int = 500
@@ -103,6 +112,8 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}; it must be above 0.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}; above 0 and below 1, or null.")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}; it must fit into 64 bits.")
 
@@ -228,6 +239,7 @@ def train(
     stream = trainer.batches()  # refuses what cannot be dealt out, before anything is written
     if accelerator.is_main_process:
         run.begin(stage.recipe, step=trainer.step)
+        write_best(run.path, trainer.best)
     accelerator.wait_for_everyone()
     with (
         stop,
@@ -236,6 +248,8 @@ def train(
     ):
         if loaded is not None:
             watcher.say(loaded)
+        if trainer.training.optimizer.layer_decay != 1:
+            watcher.say(depth_table(stage.module, trainer.groups, stage.depths))
         batches = iter(stream)
         trainer.clock.skip()
         while trainer.step < trainer.total and not trainer.must_stop():
@@ -246,9 +260,10 @@ def train(
             watcher.say(f"{received}: stopping after step {trainer.step}, {trainer.what_is_saved}.")
         trainer.save_for_good()
         if not stopped and accelerator.is_main_process:
-            whole_stage(stage, checkpoint_path(run.checkpoints, trainer.step)).hand_on(
-                run, trainer.step, trainer.cursor
-            )
+            with averaged(trainer.optimizer):
+                whole_stage(stage, checkpoint_path(run.checkpoints, trainer.step)).hand_on(
+                    run, trainer.step, trainer.cursor
+                )
         accelerator.wait_for_everyone()
     step = max(0, trainer.saved_step) if stopped else trainer.step
     return TrainingResult(step=step, stopped=stopped, figures=trainer.watcher.figures)
@@ -265,6 +280,7 @@ class _Trainer:
         self.total = self.training.total_steps(stage.samples_per_epoch)
         self.step = self.cursor = self.skipped = 0
         self.saved_step = -1
+        self.best: Best | None = None
         self.lr = 0.0
         self.losses: list[Tensor] = []
         self.watchdog = Watchdog(self.training.rank_timeout)
@@ -277,8 +293,8 @@ class _Trainer:
         sharded = wants_shards() and accelerator.num_processes > 1
         if sharded:
             shard_for_training(stage.module, accelerator)
-        groups = parameter_groups(stage.module, self.training.optimizer, stage.depths)
-        optimizer = build_optimizer(stage.module, self.training.optimizer, groups)
+        self.groups = parameter_groups(stage.module, self.training.optimizer, stage.depths)
+        optimizer = build_optimizer(stage.module, self.training.optimizer, self.groups)
         self.optimizer = accelerator.prepare(optimizer)
         self.module = stage.module if sharded else accelerator.prepare(stage.module)
         self.saver = Saver(
@@ -315,6 +331,10 @@ class _Trainer:
             )
         self.step = self.saved_step = state.step
         self.cursor, self.skipped = state.cursor, state.skipped_steps
+        if state.best is not None and checkpoint_path(path.parent, state.best.step).is_dir():
+            self.best = state.best
+        if self.training.ema_decay is None:
+            forget_average(self.optimizer)
         self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in state.losses]
 
     @property
@@ -348,15 +368,25 @@ class _Trainer:
         self.lr = self._learning_rate(1.0)
         self.step += 1
         self.cursor += training.batch_size
+        if training.ema_decay is not None and not loss.isnan():
+            update_average(self.optimizer, training.ema_decay, self.step)
         self.watchdog.at(self.step, "looking at what is due: log, validation, checkpoint")
         self.anomalies.judge(self.step, norm, self.module, micro_batches, self.watcher.say)
         self.watcher.advance()
         if self.step % training.log_every == 0 or self.step == self.total:
             self._log(norm)
-        self.watcher.look(self.step)
-        if self.step % training.checkpoint_every == 0:
+        figures = self.watcher.look(self.step, averaged(self.optimizer))
+        if self._is_best(figures) or self.step % training.checkpoint_every == 0:
             self.save()
         self.watchdog.at(self.step, "asking all ranks whether to go on")
+
+    def _is_best(self, figures: Mapping[str, float]) -> bool:
+        """Tell whether a validation is the best so far, and remember it."""
+        metric = self.stage.best_metric if self.training.keep_best else None
+        if metric is None or self.anomalies.in_a_row or not better(self.best, figures, metric):
+            return False
+        self.best = Best(step=self.step, metric=metric, value=figures[metric])
+        return True
 
     def _learning_rate(self, factor: float) -> float:
         """Return the rate of a layer: its factor scales the peak, but neither end."""
@@ -409,10 +439,10 @@ class _Trainer:
             recipe_hash=recipe_hash(self.stage.recipe),
             processes=self.accelerator.num_processes,
             skipped_steps=self.skipped,
+            best=self.best,
         )
-        self.saver.start(
-            self.step, contents_of(self.stage, self.accelerator, self.optimizer, state)
-        )
+        contents = contents_of(self.stage, self.accelerator, self.optimizer, state)
+        self.saver.start(self.step, contents, self.best)
         self.saved_step = self.step
         self.clock.skip()
 
@@ -432,6 +462,8 @@ class _Trainer:
     def _report(self, outcome: SavingOutcome | None) -> None:
         """Tell of a checkpoint that could not be written."""
         if outcome is not None and not outcome.saved:
+            if self.best is not None and self.best.step == outcome.step:
+                self.best = None  # the next validation is the best there is a checkpoint of
             self.watcher.say(
                 f"WARNING: the checkpoint of step {outcome.step} was not written, and training "
                 f"goes on: {outcome.reason}. A restart would go on from the one before."

@@ -178,6 +178,11 @@ class ClassificationStage:
         return forward_flops(config) + 2 * config.num_features * len(self.classes)
 
     @property
+    def best_metric(self) -> str | None:
+        """Top-1 tells the best checkpoint."""
+        return "top1"
+
+    @property
     def probe_every(self) -> int | None:
         """No probe: there are labels already."""
         return None
