@@ -5,28 +5,24 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 
 from simmim.bench.cli import add_bench
 from simmim.doctor.cli import add_doctor
-from simmim.engine.loop import TrainingResult
 from simmim.engine.run import RunFolder
 from simmim.engine.signals import STOPPED
 from simmim.engine.watchdog import LOST, RankLostError
 from simmim.quickstart import DEFAULT_FOLDER, quickstart
 from simmim.recipe import describe, load, read_values
 from simmim.report.page import write_report
-from simmim.stages.classification import ClassificationRecipe, ClassificationStage
-from simmim.stages.detection import DetectionRecipe, DetectionStage
+from simmim.stages.evaluate import evaluate
 from simmim.stages.export import FORMATS, export
 from simmim.stages.import_encoder import IMPORT_FORMATS, Known, import_encoder
 from simmim.stages.launch import launch, run_folder
-from simmim.stages.pretrain import PretrainRecipe, PretrainStage
 from simmim.stages.probe import ProbeRecipe, compare, table
-from simmim.stages.segmentation import SegmentationRecipe, SegmentationStage
-from simmim.stages.video import VideoRecipe
+from simmim.stages.tasks import FINE_TUNING, fine_tuning_named, task_named
 from swinv2.bridges.sizes import PretrainedWindows
 
 BAD_INPUT = 2
@@ -85,14 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="simmim", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_quickstart(commands)
-    add_training(commands, "pretrain", "pretrain an encoder on unlabelled shards", PretrainRecipe)
-    add_training(
-        commands,
-        "finetune",
-        "train a classifier of images or clips on an encoder",
-        ClassificationRecipe,
-        VideoRecipe,
-    )
+    add_training(commands, "pretrain", "pretrain an encoder on unlabelled shards", ("pretrain",))
+    add_training(commands, "finetune", "train the task of a recipe on an encoder", FINE_TUNING)
+    add_evaluate(commands)
     add_probe(commands)
     add_export(commands)
     add_import(commands)
@@ -127,11 +118,11 @@ def run_quickstart(arguments: argparse.Namespace, overrides: Sequence[str]) -> i
     return STOPPED if outcome.stopped else 0
 
 
-def add_training(commands: Commands, name: str, summary: str, *recipe_types: type) -> None:
-    """Add a command that trains from a recipe, of one of some types."""
+def add_training(commands: Commands, name: str, summary: str, tasks: Sequence[str]) -> None:
+    """Add a command that trains from a recipe, of one of some tasks."""
     fields = "\n".join(
-        f"fields of the recipe ({recipe_type.__name__}):\n{describe(recipe_type)}"
-        for recipe_type in recipe_types
+        f"fields of a recipe with task {task}:\n{describe(task_named(task, name).recipe)}"
+        for task in tasks
     )
     command: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -172,34 +163,49 @@ def run_training(arguments: argparse.Namespace, overrides: Sequence[str]) -> int
     resume, changes = arguments.resume, arguments.allow_recipe_changes
     if arguments.compile:
         overrides = [*overrides, "--execution.compile", "true"]
-    options: dict[str, Any] = {
-        "run": folder,
-        "resume": resume,
-        "allow_changes": changes,
-        "init_from": arguments.init_from,
-    }
     if arguments.command == "pretrain":
-        pretraining = load(PretrainRecipe, arguments.config, overrides)
-        result = launch(PretrainStage, pretraining, **options)
+        task = task_named("pretrain", arguments.config)
     else:
-        result = _finetune(arguments.config, overrides, options)
+        task = fine_tuning_named(read_values(arguments.config).get("task"), arguments.config)
+    result = launch(
+        task.stage,
+        load(task.recipe, arguments.config, overrides),
+        run=folder,
+        resume=resume,
+        allow_changes=changes,
+        init_from=arguments.init_from,
+    )
     return STOPPED if result.stopped else 0
 
 
-def _finetune(config: Path, overrides: Sequence[str], options: Any) -> TrainingResult:
-    match read_values(config, overrides).get("task"):
-        case "segmentation":
-            labelled = load(SegmentationRecipe, config, overrides)
-            return launch(SegmentationStage, labelled, **options)
-        case "detection":
-            objects = load(DetectionRecipe, config, overrides)
-            return launch(DetectionStage, objects, **options)
-        case "video":
-            clips = load(VideoRecipe, config, overrides)
-            return launch(VideoStage, clips, **options)
-        case _:  # what is no task at all is told with all else that is wrong
-            classes = load(ClassificationRecipe, config, overrides)
-            return launch(ClassificationStage, classes, **options)
+def add_evaluate(commands: Commands) -> None:
+    """Add `simmim evaluate`."""
+    command = commands.add_parser(
+        "evaluate",
+        help="validate what a run has trained, on its data or on other data",
+        description="Validate a checkpoint as its training does, and add a line to "
+        "evaluations.jsonl in the run. Any field of its recipe is replaced by --KEY VALUE: "
+        "--data.validation SHARDS for other images.",
+        allow_abbrev=False,
+    )
+    command.add_argument(
+        "source", metavar="RUN", type=Path, help="run folder (its last checkpoint) or checkpoint"
+    )
+    command.add_argument(
+        "--best", action="store_true", help="take the best checkpoint of the run, not its last"
+    )
+    command.add_argument(
+        "--data", metavar="SHARDS", help="other data, short for --data.validation SHARDS"
+    )
+    command.set_defaults(handler=run_evaluate, takes_overrides=True)
+
+
+def run_evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Run `simmim evaluate`."""
+    if arguments.data is not None:
+        overrides = [*overrides, "--data.validation", arguments.data]
+    evaluate(arguments.source, overrides, best=arguments.best)
+    return 0
 
 
 def add_probe(commands: Commands) -> None:

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,13 +14,17 @@ from torch import Tensor, nn
 
 from simmim.data.batches import Batch
 from simmim.engine.anomalies import Anomalies, poisoned
+from simmim.engine.best import Best, better, write_best
 from simmim.engine.checkpoint import TrainingState, checkpoint_path, find_checkpoint
+from simmim.engine.ema import averaged, forget_average, update_average
 from simmim.engine.holdings import whole_tensor
 from simmim.engine.initial import load_initial
 from simmim.engine.memory import keep_freed_memory
 from simmim.engine.optimizer import (
     OptimizerSettings,
+    ParameterGroup,
     build_optimizer,
+    depth_table,
     parameter_groups,
     set_learning_rate,
 )
@@ -77,6 +81,12 @@ class TrainingSettings:
     """Checkpoints kept, the last ones."""
     keep_every: int | None = None
     """Steps between checkpoints that are kept for good; null keeps none but the last."""
+    keep_best: bool = True
+    """Whether the best validation's checkpoint is written and kept beside the last ones, for a
+    stage whose validation has a figure that tells; best.json in the run names it."""
+    ema_decay: float | None = None
+    """Share of a running average of the weights that stays at a step, 0.9999 for example; it grows
+    to that over the first ones. Validation and export use the average; null keeps none."""
     validate_every: int = 500
     """Steps between validations; there is one at the end too."""
     look_every: int = 500
@@ -105,6 +115,8 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}; it must be above 0.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}; above 0 and below 1, or null.")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}; it must fit into 64 bits.")
 
@@ -251,6 +263,7 @@ def train(
     stream = trainer.batches()  # refuses what cannot be dealt out, before anything is written
     if accelerator.is_main_process:
         run.begin(stage.recipe, step=trainer.step)
+        write_best(run.path, trainer.best)
     accelerator.wait_for_everyone()
     with (
         stop,
@@ -259,6 +272,8 @@ def train(
     ):
         if loaded is not None:
             watcher.say(loaded)
+        if trainer.training.optimizer.layer_decay != 1:
+            watcher.say(depth_table(stage.module, trainer.groups(), stage.depths))
         batches = iter(stream)
         trainer.clock.skip()
         while trainer.step < trainer.total and not trainer.must_stop():
@@ -270,9 +285,10 @@ def train(
         trainer.save_for_good(must=not stopped)
         trainer.watchdog.at(trainer.step, "writing the encoder" if not stopped else "ending")
         if not stopped and accelerator.is_main_process:
-            whole_stage(stage, checkpoint_path(run.checkpoints, trainer.step)).hand_on(
-                run, trainer.step, trainer.cursor
-            )
+            with trainer.averaged():
+                whole_stage(stage, checkpoint_path(run.checkpoints, trainer.step)).hand_on(
+                    run, trainer.step, trainer.cursor
+                )
         accelerator.wait_for_everyone()
     return TrainingResult(
         step=max(0, trainer.saved_step), stopped=stopped, figures=trainer.watcher.figures
@@ -291,6 +307,7 @@ class _Trainer:
         self.step = self.cursor = self.skipped = 0
         self.saved_step = -1
         self.begun_step = -1
+        self.best: Best | None = None
         self.lr = 0.0
         self.losses: list[Tensor] = []
         self.watchdog = Watchdog(self.training.rank_timeout)
@@ -301,6 +318,8 @@ class _Trainer:
         self.clock = self.watcher.clock
         self.zero: Zero | None = None
         if wants_zero() and accelerator.num_processes > 1:
+            if self.training.ema_decay is not None:
+                raise ValueError("training.ema_decay does not go with ZeRO: set it to null.")
             stage.module.to(accelerator.device)
             self.optimizer = optimizer_of(stage)
             self.zero = Zero(
@@ -319,6 +338,14 @@ class _Trainer:
             keep_last=self.training.keep_last,
             keep_every=self.training.keep_every,
         )
+
+    def groups(self) -> list[ParameterGroup]:
+        """Return the parameters by what they share."""
+        return parameter_groups(self.stage.module, self.training.optimizer, self.stage.depths)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within, the running averages stand in the place of the weights, where there are some."""
+        return nullcontext() if self.training.ema_decay is None else averaged(self.optimizer)
 
     @property
     def steps_per_epoch(self) -> float:
@@ -349,6 +376,10 @@ class _Trainer:
             )
         self.step = self.saved_step = self.begun_step = state.step
         self.cursor, self.skipped = state.cursor, state.skipped_steps
+        if state.best is not None and checkpoint_path(path.parent, state.best.step).is_dir():
+            self.best = state.best
+        if self.training.ema_decay is None and self.zero is None:
+            forget_average(self.optimizer)
         self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in state.losses]
 
     @property
@@ -386,15 +417,25 @@ class _Trainer:
         self.step += 1
         self.cursor += training.batch_size
         self.watchdog.at(self.step, "judging and logging the step")
+        if training.ema_decay is not None and not loss.isnan():
+            update_average(self.optimizer, training.ema_decay, self.step)
         self.anomalies.judge(self.step, norm, self.module, micro_batches, self.watcher.say)
         self.watcher.advance()
         if self.step % training.log_every == 0 or self.step == self.total:
             self._log(norm)
-        self.watcher.look(self.step)
-        if self.step % training.checkpoint_every == 0:
+        figures = self.watcher.look(self.step, self.averaged())
+        if self._is_best(figures) or self.step % training.checkpoint_every == 0:
             self.watchdog.at(self.step, "copying a checkpoint, or waiting for the one before")
             self.save()
         self.watchdog.at(self.step, "asking all ranks whether to go on")
+
+    def _is_best(self, figures: Mapping[str, float]) -> bool:
+        """Tell whether a validation is the best so far, and remember it."""
+        metric = self.stage.best_metric if self.training.keep_best else None
+        if metric is None or self.anomalies.in_a_row or not better(self.best, figures, metric):
+            return False
+        self.best = Best(step=self.step, metric=metric, value=figures[metric])
+        return True
 
     def _learning_rate(self, factor: float) -> float:
         """Return the rate of a layer: its factor scales the peak, but neither end."""
@@ -447,9 +488,11 @@ class _Trainer:
             recipe_hash=recipe_hash(self.stage.recipe),
             processes=self.accelerator.num_processes,
             skipped_steps=self.skipped,
+            best=self.best,
         )
         optimizer = self.zero.gather() if self.zero else self.optimizer
-        self.saver.start(self.step, contents_of(self.stage, self.accelerator, optimizer, state))
+        contents = contents_of(self.stage, self.accelerator, optimizer, state)
+        self.saver.start(self.step, contents, self.best)
         self.begun_step = self.step
         self.clock.skip()
 
@@ -476,6 +519,8 @@ class _Trainer:
             text = f"checkpoint {outcome.step} is complete, but {outcome.reason}"
         else:
             self.begun_step = self.saved_step
+            if self.best is not None and self.best.step == outcome.step:
+                self.best = None  # the next validation is the best there is a checkpoint of
             text = (
                 f"the checkpoint of step {outcome.step} was not written: {outcome.reason}. Without "
                 "another one a restart goes on from the one before"

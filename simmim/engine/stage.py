@@ -64,6 +64,13 @@ class Stage(Protocol):
         """Return figures on held-out data, the same on every rank; empty if there is none."""
 
     @property
+    def best_metric(self) -> str | None:
+        """Name of the figure of `validate` that tells the best checkpoint: the higher the better.
+
+        None where no figure does.
+        """
+
+    @property
     def probe_every(self) -> int | None:
         """Steps between probes; None for no probe."""
 

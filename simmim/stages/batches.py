@@ -6,7 +6,7 @@ from simmim.data.bad_samples import BadSamples
 from simmim.data.batches import TrainingBatches
 from simmim.data.mixture import Order, Shards
 from simmim.data.settings import AugmentedDataSettings, DataSettings
-from simmim.data.transforms import MaskDraw, TrainTransform
+from simmim.data.transforms import MaskDraw, PictureChange, TrainTransform
 from simmim.engine.loop import TrainingSettings
 
 
@@ -40,6 +40,7 @@ def training_batches(
     *,
     channels: int,
     mask: MaskDraw | None = None,
+    augment: PictureChange | None = None,
     rank: int,
     world: int,
     start: int,
@@ -55,6 +56,7 @@ def training_batches(
         training: batch size, accumulation and seed.
         channels: of the images.
         mask: draws the mask of an image, where the stage wants one.
+        augment: changes a cropped image, where the stage wants more than crop and mirroring.
         rank: number of this process.
         world: number of processes.
         start: cursor of the first batch.
@@ -69,6 +71,7 @@ def training_batches(
         flip=data.flip,
         channels=channels,
         mask=mask,
+        augment=augment,
         max_pixels=data.max_pixels,
     )
     return TrainingBatches(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from simmim.data.settings import first_folder
 from simmim.engine.checkpoint import complete_checkpoints, load_state, read_model
+from simmim.engine.ema import read_average
 from simmim.engine.run import RunFolder
 from simmim.recipe import RecipeError, load, read_values, recipe_hash
 from simmim.stages.classification import HEAD_FOLDER, ClassificationRecipe, starting_point
@@ -258,7 +259,7 @@ def _read_classification(run: RunFolder, checkpoint: Path) -> Exportable:
         if ended.provenance.step == provenance.step:
             return replace(_with_head(ended, run), shards=first_folder(recipe.data.shards))
     start = starting_point(recipe)
-    tensors = read_model(checkpoint)
+    tensors = read_model(checkpoint) | read_average(checkpoint)
     load_strictly(start.encoder, _below(tensors, ENCODER_PREFIX), str(checkpoint))
     head = _below(tensors, HEAD_PREFIX)
     return Exportable(
