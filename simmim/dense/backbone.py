@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from simmim.data.batches import Batch
 from simmim.data.randomness import stream_seed
-from simmim.engine.loop import TrainingSettings
+from simmim.engine.settings import TrainingSettings
 from simmim.stages.encoder_settings import EncoderSettings
 from swinv2 import SwinV2, build_encoder, load_encoder
 from swinv2.bridges.transformers_backbone import (

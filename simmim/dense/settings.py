@@ -4,7 +4,7 @@ from simmim.data.bad_samples import MAX_BAD_SHARE
 from simmim.data.images import MAX_PIXELS
 from simmim.data.order import DEFAULT_SLOTS
 from simmim.data.settings import IMAGENET_MEAN, IMAGENET_STD
-from simmim.engine.loop import TrainingSettings
+from simmim.engine.settings import TrainingSettings
 from simmim.recipe import settings
 
 

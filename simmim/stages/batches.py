@@ -7,7 +7,7 @@ from simmim.data.batches import TrainingBatches
 from simmim.data.mixture import Order, Shards
 from simmim.data.settings import AugmentedDataSettings, DataSettings
 from simmim.data.transforms import MaskDraw, PictureChange, TrainTransform
-from simmim.engine.loop import TrainingSettings
+from simmim.engine.settings import TrainingSettings
 
 
 def check_batches(data: DataSettings, training: TrainingSettings) -> None:

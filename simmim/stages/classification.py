@@ -17,8 +17,8 @@ from simmim.data.mixing import draw_mixes, mixed, partners
 from simmim.data.mixture import Shards, order_of
 from simmim.data.settings import AugmentedDataSettings, open_sets, with_statistics
 from simmim.data.transforms import EvalTransform
-from simmim.engine.loop import TrainingSettings
 from simmim.engine.run import RunFolder
+from simmim.engine.settings import TrainingSettings
 from simmim.recipe import recipe_hash, settings
 from simmim.stages.batches import check_batches, training_batches
 from simmim.stages.chances import drop_path_chances

@@ -30,8 +30,8 @@ from simmim.dense.handing_on import count_flops, save_dense
 from simmim.dense.jitter import DetectionView, JitterTransform, mask_of
 from simmim.dense.overlays import draw_objects, palette, square_picture_of, write_panel
 from simmim.dense.settings import DenseData, check_slots
-from simmim.engine.loop import TrainingSettings
 from simmim.engine.run import RunFolder
+from simmim.engine.settings import TrainingSettings
 from simmim.recipe import settings
 from simmim.stages.chances import drop_path_chances
 from simmim.stages.encoder_settings import EncoderSettings, ExecutionSettings

@@ -13,9 +13,10 @@ from simmim.engine.launcher import (
     requested_cpu_processes,
     start_processes,
 )
-from simmim.engine.loop import TrainingResult, TrainingSettings, build_accelerator, train
+from simmim.engine.loop import TrainingResult, build_accelerator, train
 from simmim.engine.parallelism import check_parallelism
 from simmim.engine.run import RunFolder
+from simmim.engine.settings import TrainingSettings
 from simmim.engine.stage import Stage
 from simmim.engine.tracking import chosen_trackers
 

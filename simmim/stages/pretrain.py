@@ -16,8 +16,8 @@ from simmim.data.settings import AugmentedDataSettings, DataSettings, with_stati
 from simmim.data.transforms import EvalTransform
 from simmim.engine.checkpoint import TrainingState, find_checkpoint, load_model, load_state
 from simmim.engine.ema import load_average
-from simmim.engine.loop import TrainingSettings
 from simmim.engine.run import RunFolder
+from simmim.engine.settings import TrainingSettings
 from simmim.losses import LossName
 from simmim.masking import MaskDrawer, MaskSettings
 from simmim.model import LossArea, SimMIM

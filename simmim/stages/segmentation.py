@@ -26,8 +26,8 @@ from simmim.dense.prediction import SegmentationEvaluation, classes_of, predict
 from simmim.dense.segmenters import Mask2Former, SegmentationHead, UperNet, build_segmenter
 from simmim.dense.settings import DenseData, check_slots
 from simmim.dense.transforms import SegmentationTransform, SegmentationView
-from simmim.engine.loop import TrainingSettings
 from simmim.engine.run import RunFolder
+from simmim.engine.settings import TrainingSettings
 from simmim.recipe import settings
 from simmim.stages.chances import drop_path_chances
 from simmim.stages.encoder_settings import EncoderSettings, ExecutionSettings

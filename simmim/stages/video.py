@@ -17,8 +17,8 @@ from simmim.data.clip_views import CHANNELS, EvaluationClip, TrainClip, unfolded
 from simmim.data.clips import ClipSet
 from simmim.data.frames import require_decoder
 from simmim.data.order import SampleOrder
-from simmim.engine.loop import TrainingSettings
 from simmim.engine.run import RunFolder
+from simmim.engine.settings import TrainingSettings
 from simmim.recipe import recipe_hash, settings
 from simmim.stages.batches import check_slots
 from simmim.stages.chances import drop_path_chances

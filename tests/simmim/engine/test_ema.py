@@ -9,9 +9,10 @@ from torch import nn
 
 from simmim.engine.checkpoint import complete_checkpoints, read_model
 from simmim.engine.ema import averaged, read_average, update_average
-from simmim.engine.loop import TrainingSettings, build_accelerator, train
+from simmim.engine.loop import build_accelerator, train
 from simmim.engine.optimizer import OptimizerSettings
 from simmim.engine.run import RunFolder
+from simmim.engine.settings import TrainingSettings
 from simmim.recipe import parse
 from simmim.stages.classification import ClassificationRecipe, ClassificationStage
 from simmim.stages.export import read_source
