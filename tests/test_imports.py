@@ -36,6 +36,7 @@ ALLOWED = {
 OPTIONAL = {
     "av",
     "bitsandbytes",
+    "deepspeed",
     "imagehash",
     "onnxruntime",
     "pyarrow",
