@@ -11,8 +11,9 @@ import torch
 
 import data_prep.cli
 import simmim.cli
-from simmim.recipe import load
+from simmim.recipe import load, read_values
 from simmim.stages.pretrain import PretrainRecipe
+from simmim.stages.tasks import task_named
 from swinv2 import build_encoder, save_encoder
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +51,10 @@ def test_simmim_commands_are_understood(words: list[str], monkeypatch: pytest.Mo
     arguments, overrides = simmim.cli.build_parser().parse_known_args(words)
     assert arguments.takes_overrides or not overrides
     if arguments.takes_overrides:
-        recipe_type = getattr(arguments, "recipe_type", PretrainRecipe)  # doctor takes any
+        recipe_type = getattr(arguments, "recipe_type", None)  # else it takes recipes of many tasks
+        if recipe_type is None:
+            task = read_values(arguments.config)["task"]
+            recipe_type = task_named(task, arguments.config).recipe
         load(recipe_type, arguments.config, overrides)
 
 
