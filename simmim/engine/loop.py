@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,6 +171,7 @@ def train(
     with (
         stop,
         trainer.watchdog,
+        closing(trainer.saver),  # a checkpoint on its way when something fails is written still
         trainer.watcher.watch(trainer.step, total=trainer.total) as watcher,
     ):
         if loaded is not None:
@@ -408,7 +409,6 @@ class _Trainer:
         self.watchdog.at(self.step, "writing the last checkpoint")
         self.save()
         outcome = self.saver.finish(self.stop.agree)
-        self.saver.close()
         self._report(outcome)
         if must and outcome is not None and not outcome.saved:
             raise OSError(f"step {outcome.step} has no checkpoint: {outcome.reason}")
