@@ -263,3 +263,17 @@ def test_images_of_another_size_are_named(values: dict[str, Any]) -> None:
     stage = build(changed(values, "data", max_bad_share=0.0))
     with pytest.raises(ValueError, match="the image has 8x8 pixels, its annotations are for 56x40"):
         list(stage.batches(rank=0, world=1, start=0, end=8))
+
+
+@pytest.mark.parametrize("kind", ["mask2former", "rt_detr"])
+def test_a_batch_in_which_nothing_is_left_has_a_loss(values: dict[str, Any], kind: str) -> None:
+    stage = build(changed(values, "head", kind=kind))
+    nothing = Instances(
+        labels=torch.zeros(0, dtype=torch.int64),
+        boxes=torch.zeros(0, 4),
+        masks=torch.zeros(0, 64, 64, dtype=torch.bool),
+        image=torch.tensor([1, 64, 64]),
+    )
+    loss = stage.model.train().loss(torch.randn(2, 3, 64, 64), [nothing, nothing])
+    loss.backward()
+    assert torch.isfinite(loss)
