@@ -22,7 +22,8 @@ TYPES = {
 RECIPES = sorted(
     path for task in ("pretrain", "finetune", "probe") for path in (JOBS / task).glob("*.yaml")
 )
-FULL_SCALE = [path for path in RECIPES if path.stem != "cifar10"]
+SMALL = {"pretrain": {"cifar10", "cifar10-hour"}, "finetune": {"cifar10", "cifar10-labels"}}
+FULL_SCALE = [path for path in RECIPES if not path.stem.startswith("cifar10")]
 PRETRAINING = {
     # variant, window, epochs, batch, lr, schedule, weight decay, clip, drop path
     "tiny-800ep": ("tiny", 12, 800, 2048, 4e-4, "multistep", 0.05, 5, 0),
@@ -53,8 +54,8 @@ def name(path: Path) -> str:
 
 def test_there_are_recipes_for_all_variants() -> None:
     found = {path.parent.name: {file.stem for file in path.parent.iterdir()} for path in RECIPES}
-    assert found["pretrain"] == {*PRETRAINING, "cifar10"}
-    assert found["finetune"] == {*FINE_TUNING, "cifar10"}
+    assert found["pretrain"] == {*PRETRAINING, *SMALL["pretrain"]}
+    assert found["finetune"] == {*FINE_TUNING, *SMALL["finetune"]}
     for table in (PRETRAINING, FINE_TUNING):
         assert {row[0] for row in table.values()} == set(VARIANTS)
 
@@ -96,6 +97,7 @@ def test_the_batch_can_be_dealt_to_the_hardware_that_is_named(path: Path) -> Non
     gpus, training = int(named[1]), recipe.training
     assert recipe.data.slots % gpus == 0
     assert training.batch_size == gpus * training.accumulation * int(counted[1])
+    assert path.parent.name == "pretrain" or int(counted[1]) % 2 == 0  # images are mixed in pairs
 
 
 @pytest.mark.parametrize("name", PRETRAINING)
@@ -135,6 +137,12 @@ def test_fine_tuning_recipes_are_the_papers(name: str) -> None:
         recipe.encoder.drop_path,
     )
     assert (schedule.kind, schedule.warmup_lr, schedule.min_lr) == ("cosine", 1e-6, 1e-6)
+    augmentation = recipe.augmentation
+    assert (augmentation.rand_magnitude, augmentation.rand_std) == (9, 0.5)
+    assert (augmentation.color_jitter, augmentation.erasing) == (0.4, 0.25)
+    assert (augmentation.mixup, augmentation.cutmix) == (0.8, 1.0)
+    assert (augmentation.mix_probability, augmentation.mix_switch) == (1, 0.5)
+    assert recipe.label_smoothing == 0.1
 
 
 @pytest.mark.parametrize("name", FINE_TUNING)
