@@ -20,9 +20,10 @@ from simmim.report.page import write_report
 from simmim.stages.evaluate import evaluate
 from simmim.stages.export import FORMATS, export
 from simmim.stages.import_encoder import IMPORT_FORMATS, Known, import_encoder
+from simmim.stages.labels import compare_labels
 from simmim.stages.launch import launch, run_folder
 from simmim.stages.probe import ProbeRecipe, compare, table
-from simmim.stages.tasks import FINE_TUNING, fine_tuning_named, task_named
+from simmim.stages.tasks import FINE_TUNING, Task, fine_tuning_named, task_named
 from swinv2.bridges.sizes import PretrainedWindows
 
 BAD_INPUT = 2
@@ -85,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_training(commands, "finetune", "train the task of a recipe on an encoder", FINE_TUNING)
     add_evaluate(commands)
     add_probe(commands)
+    add_labels(commands)
     add_export(commands)
     add_import(commands)
     add_report(commands)
@@ -163,10 +165,7 @@ def run_training(arguments: argparse.Namespace, overrides: Sequence[str]) -> int
     resume, changes = arguments.resume, arguments.allow_recipe_changes
     if arguments.compile:
         overrides = [*overrides, "--execution.compile", "true"]
-    if arguments.command == "pretrain":
-        task = task_named("pretrain", arguments.config)
-    else:
-        task = fine_tuning_named(read_values(arguments.config).get("task"), arguments.config)
+    task = task_of(arguments)
     result = launch(
         task.stage,
         load(task.recipe, arguments.config, overrides),
@@ -176,6 +175,17 @@ def run_training(arguments: argparse.Namespace, overrides: Sequence[str]) -> int
         init_from=arguments.init_from,
     )
     return STOPPED if result.stopped else 0
+
+
+def task_of(arguments: argparse.Namespace) -> Task:
+    """Return what `simmim pretrain` or `simmim finetune` is to train.
+
+    Raises:
+        RecipeError: the recipe is for another command.
+    """
+    if arguments.command == "pretrain":
+        return task_named("pretrain", arguments.config)
+    return fine_tuning_named(read_values(arguments.config).get("task"), arguments.config)
 
 
 def add_evaluate(commands: Commands) -> None:
@@ -220,7 +230,7 @@ def add_probe(commands: Commands) -> None:
         allow_abbrev=False,
     )
     command.add_argument("--config", required=True, type=Path, help="the recipe, a YAML file")
-    command.set_defaults(handler=run_probe, recipe_type=ProbeRecipe, takes_overrides=True)
+    command.set_defaults(handler=run_probe, takes_overrides=True)
 
 
 def run_probe(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -228,6 +238,52 @@ def run_probe(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     recipe = load(ProbeRecipe, arguments.config, overrides)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     print(table(compare(recipe, device or "cpu")))
+    return 0
+
+
+def add_labels(commands: Commands) -> None:
+    """Add `simmim labels`."""
+    command = commands.add_parser(
+        "labels",
+        help="fine-tune from pretrained and from random weights, with few labels and with all",
+        description="Run a fine-tuning recipe from both starts, for each share of the labels and "
+        "each seed, and write labels.html with table and plot. Runs that have ended are not "
+        "repeated. Any field of the recipe is replaced by --KEY VALUE.",
+        allow_abbrev=False,
+    )
+    command.add_argument("--config", required=True, type=Path, help="recipe of a classification")
+    command.add_argument("--init", required=True, help="the pretrained run or encoder directory")
+    command.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/labels"),
+        help="of all runs (default: %(default)s)",
+    )
+    command.add_argument(
+        "--fractions",
+        metavar="F",
+        type=float,
+        nargs="+",
+        default=[0.01, 0.1, 1.0],
+        help="shares of the labels (default: 0.01 0.1 1)",
+    )
+    command.add_argument(
+        "--seeds", metavar="N", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)"
+    )
+    command.set_defaults(handler=run_labels, takes_overrides=True)
+
+
+def run_labels(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Run `simmim labels`."""
+    text = compare_labels(
+        arguments.config,
+        arguments.init,
+        arguments.folder,
+        fractions=arguments.fractions,
+        seeds=arguments.seeds,
+        overrides=overrides,
+    )
+    print(f"{text}\n{arguments.folder / 'labels.html'}")
     return 0
 
 

@@ -26,14 +26,12 @@ from simmim.stages.classifier import Classifier, Scores, save_head, score
 from simmim.stages.encoder_settings import EncoderSettings, ExecutionSettings
 from simmim.stages.labelled import open_labelled
 from simmim.stages.normalisation import Normalise
+from simmim.stages.starting import HEAD_FOLDER, source_of, take_head
 from swinv2 import SwinV2, build_encoder, load_encoder, save_encoder
 from swinv2.flops import forward_flops
 from swinv2.weights import Provenance, read_encoder_config
 
 SCRATCH = "scratch"
-
-HEAD_FOLDER = "classifier"
-"""Folder in the run with the head and the names of its classes."""
 
 
 @settings
@@ -62,9 +60,10 @@ class ClassificationRecipe:
     task: Literal["classification"]
     """What this recipe does."""
     init: str = SCRATCH
-    """`scratch`, or an encoder directory to start from. A directory brings its architecture
-    (variant, patch, channels, sizes) and its mean and std: of `encoder` only `window_size` and
-    `drop_path` then apply, and data.mean and data.std do not."""
+    """`scratch`, or what to start from: an encoder directory, or the folder of a run that has
+    ended. It brings its architecture (variant, patch, channels, sizes) and its mean and std: of
+    `encoder` only `window_size` and `drop_path` then apply, and data.mean and data.std do not. A
+    classification run brings its head too, where it knows all classes by the same names."""
     encoder: EncoderSettings
     """The encoder."""
     data: ClassificationData
@@ -104,6 +103,8 @@ class StartingPoint:
     encoder: SwinV2
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    head: Path | None = None
+    """Folder of a trained head, with the names of its classes."""
 
 
 def starting_point(recipe: ClassificationRecipe) -> StartingPoint:
@@ -112,7 +113,8 @@ def starting_point(recipe: ClassificationRecipe) -> StartingPoint:
     Fresh weights depend on the recipe's seed alone.
 
     Raises:
-        ValueError: `recipe.init` is no encoder directory, or its encoder cannot take the sizes.
+        ValueError: `recipe.init` is neither an encoder directory nor a run that has ended, or its
+            encoder cannot take the sizes.
     """
     size = recipe.data.image_size
     if recipe.init == SCRATCH:
@@ -121,14 +123,15 @@ def starting_point(recipe: ClassificationRecipe) -> StartingPoint:
             encoder = build_encoder(recipe.encoder.config(size))
         mean, std = recipe.data.normalisation
         return StartingPoint(encoder=encoder, mean=mean, std=std)
-    directory = read_encoder_config(recipe.init)
+    source = source_of(recipe.init)
+    directory = read_encoder_config(source.encoder)
     encoder = load_encoder(
-        recipe.init,
+        source.encoder,
         image_size=size,
         window_size=recipe.encoder.window_size,
         drop_path=recipe.encoder.drop_path,
     )
-    return StartingPoint(encoder=encoder, mean=directory.mean, std=directory.std)
+    return StartingPoint(encoder=encoder, mean=directory.mean, std=directory.std, head=source.head)
 
 
 class ClassificationModule(nn.Module):
@@ -195,6 +198,8 @@ class ClassificationStage:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.training.seed)
             self.model = Classifier(self.start.encoder, len(self.classes))
+        if self.start.head is not None:
+            take_head(self.model.head, self.classes, self.start.head)
         self.module = ClassificationModule(
             self.model,
             self.start,

@@ -128,6 +128,15 @@ def load_classifier(encoder: Path, head: Path) -> TrainedClassifier:
     )
 
 
+def read_head(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Return the tensors of a saved head, `weight` and `bias`, and the names of its classes.
+
+    Raises:
+        ValueError: a file is absent or damaged.
+    """
+    return read_tensors(path / HEAD_FILE), _read_classes(path / CLASSES_FILE)
+
+
 def _read_classes(file: Path) -> tuple[str, ...]:
     try:
         classes = json.loads(file.read_text(encoding="utf-8"))["classes"]

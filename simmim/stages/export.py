@@ -13,9 +13,10 @@ from simmim.engine.checkpoint import complete_checkpoints, load_state, read_mode
 from simmim.engine.ema import read_average
 from simmim.engine.run import RunFolder
 from simmim.recipe import RecipeError, load, read_values, recipe_hash
-from simmim.stages.classification import HEAD_FOLDER, ClassificationRecipe, starting_point
+from simmim.stages.classification import ClassificationRecipe, starting_point
 from simmim.stages.classifier import load_classifier
 from simmim.stages.pretrain import load_pretrained
+from simmim.stages.starting import HEAD_FOLDER
 from simmim.stages.trial_image import trial_image
 from swinv2 import SwinV2
 from swinv2.bridges.contents import Classifier, MaskedImageHead

@@ -31,9 +31,14 @@ RECIPES = sorted(
     for path in (JOBS / task).glob("*.yaml")
     if not path.stem.startswith("video-")  # test_video_recipes.py
 )
-SMALL = {"cifar10", "camvid", "segmentation-camvid"}
+SMALL = {
+    "pretrain": {"cifar10", "cifar10-hour", "camvid"},
+    "finetune": {"cifar10", "cifar10-labels", "segmentation-camvid"},
+}
 DENSE = {"giant-ade20k", "giant-coco"}
-FULL_SCALE = [path for path in RECIPES if path.stem not in SMALL | DENSE]
+FULL_SCALE = [
+    path for path in RECIPES if path.stem not in DENSE | SMALL["pretrain"] | SMALL["finetune"]
+]
 PRETRAINING = {
     # variant, window, epochs, batch, lr, schedule, weight decay, clip, drop path
     "tiny-800ep": ("tiny", 12, 800, 2048, 4e-4, "multistep", 0.05, 5, 0),
@@ -64,8 +69,8 @@ def name(path: Path) -> str:
 
 def test_there_are_recipes_for_all_variants() -> None:
     found = {path.parent.name: {file.stem for file in path.parent.iterdir()} for path in RECIPES}
-    assert found["pretrain"] == {*PRETRAINING, "cifar10", "camvid"}
-    assert found["finetune"] == {*FINE_TUNING, *DENSE, "cifar10", "segmentation-camvid"}
+    assert found["pretrain"] == {*PRETRAINING, *SMALL["pretrain"]}
+    assert found["finetune"] == {*FINE_TUNING, *DENSE, *SMALL["finetune"]}
     for table in (PRETRAINING, FINE_TUNING):
         assert {row[0] for row in table.values()} == set(VARIANTS)
 
@@ -107,6 +112,7 @@ def test_the_batch_can_be_dealt_to_the_hardware_that_is_named(path: Path) -> Non
     gpus, training = int(named[1]), recipe.training
     assert recipe.data.slots % gpus == 0
     assert training.batch_size == gpus * training.accumulation * int(counted[1])
+    assert path.parent.name == "pretrain" or int(counted[1]) % 2 == 0  # images are mixed in pairs
 
 
 @pytest.mark.parametrize("name", PRETRAINING)
@@ -146,6 +152,12 @@ def test_fine_tuning_recipes_are_the_papers(name: str) -> None:
         recipe.encoder.drop_path,
     )
     assert (schedule.kind, schedule.warmup_lr, schedule.min_lr) == ("cosine", 1e-6, 1e-6)
+    augmentation = recipe.augmentation
+    assert (augmentation.rand_magnitude, augmentation.rand_std) == (9, 0.5)
+    assert (augmentation.color_jitter, augmentation.erasing) == (0.4, 0.25)
+    assert (augmentation.mixup, augmentation.cutmix) == (0.8, 1.0)
+    assert (augmentation.mix_probability, augmentation.mix_switch) == (1, 0.5)
+    assert recipe.label_smoothing == 0.1
 
 
 @pytest.mark.parametrize("name", FINE_TUNING)
