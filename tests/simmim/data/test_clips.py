@@ -172,7 +172,7 @@ def test_a_training_clip_depends_on_seed_epoch_and_clip_alone(folder: Path) -> N
 def test_training_clips_take_every_frame_in_time(folder: Path) -> None:
     clip, greys = raw(folder), numbered(LENGTH)[:, 0, 0, 0].astype(int)
     seen: Counter[int] = Counter()
-    for epoch in range(40):
+    for epoch in range(20):
         image = train_clip()(clip, Address(epoch, 1, 0)).image
         shown = unfolded(image[None], 4)[0].float().mean((1, 2, 3))
         numbers = [int(np.abs(greys - float(grey)).argmin()) for grey in shown]
@@ -181,7 +181,7 @@ def test_training_clips_take_every_frame_in_time(folder: Path) -> None:
             for segment, number in enumerate(numbers)
         )
         seen.update(numbers)
-    assert len(seen) > 0.9 * LENGTH
+    assert len(seen) > 0.8 * LENGTH
 
 
 def test_views_are_ordered_and_the_single_one_is_the_middle(folder: Path) -> None:

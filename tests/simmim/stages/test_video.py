@@ -26,22 +26,18 @@ from swinv2 import (
 pytest.importorskip("av", reason="clips need PyAV: pip install 'simmim[video]'")
 
 CLASSES = ("leftwards", "rightwards")
-SIDE, LENGTH, SQUARE = 32, 16, 8
+SIDE, LENGTH, SQUARE = 32, 24, 8
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 
-def moving_square(direction: str, generator: np.random.Generator) -> np.ndarray:
-    """Frames of a square that goes round, uint8 (frames, rows, columns, 3).
-
-    Where it starts is even over the width: each frame by itself is as likely in either direction.
-    """
+def moving_square(generator: np.random.Generator) -> np.ndarray:
+    """Frames of a square that goes right, and comes in again, uint8 (frames, rows, columns, 3)."""
     pixels = np.empty((LENGTH, SIDE, SIDE, 3), dtype=np.uint8)
     pixels[:] = generator.integers(0, 90, 3)
     colour = generator.integers(150, 256, 3)
     top, start = generator.integers(SIDE - SQUARE), generator.integers(SIDE)
-    step = 2 if direction == "rightwards" else -2
     for number in range(LENGTH):
-        columns = (start + step * number + np.arange(SQUARE)) % SIDE
+        columns = (start + 2 * number + np.arange(SQUARE)) % SIDE
         pixels[number, top : top + SQUARE, columns] = colour
     return pixels
 
@@ -56,17 +52,22 @@ def write(path: Path, frames: np.ndarray) -> None:
         stream.pix_fmt = "yuv420p"
         stream.bit_rate = 4_000_000
         for pixels in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels.copy(), format="rgb24")))
         container.mux(stream.encode())
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixteen clips of each direction, in a folder for each."""
+    """Sixteen clips of each direction, in a folder for each.
+
+    Those that go left are the others backwards: no frame, nor all of them out of order, tells the
+    class.
+    """
     root, generator = tmp_path_factory.mktemp("moving"), np.random.default_rng(0)
-    for name in CLASSES:
-        for number in range(16):
-            write(root / name / f"{number:02d}.mp4", moving_square(name, generator))
+    for number in range(16):
+        frames = moving_square(generator)
+        write(root / "rightwards" / f"{number:02d}.mp4", frames)
+        write(root / "leftwards" / f"{number:02d}.mp4", frames[::-1])
     return root
 
 
@@ -234,10 +235,6 @@ def test_it_learns_what_no_single_frame_tells(values: dict[str, Any], tmp_path: 
     figures = next(line for line in reversed(lines) if "top1" in line)
     assert figures["top1"] == 100
 
-    # The same frames in another order are of the other class, so it is time that was learned.
-    stage = VideoStage(parse(VideoRecipe, values, "recipe"))
-    assert stage.validation_shards is not None
-
 
 @pytest.mark.parametrize(
     ("section", "changes", "message"),
@@ -265,7 +262,7 @@ def test_bad_input_ends_with_2_and_a_message(
     values: dict[str, Any], clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other"
-    write(other / "upwards" / "0.mp4", moving_square("leftwards", np.random.default_rng(0)))
+    write(other / "upwards" / "0.mp4", moving_square(np.random.default_rng(0)))
     cases = {
         str(tmp_path / "nowhere.csv"): "does not exist: give a folder",
         str(other): "all clips of",
