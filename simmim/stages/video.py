@@ -22,10 +22,11 @@ from simmim.engine.settings import TrainingSettings
 from simmim.recipe import recipe_hash, settings
 from simmim.stages.batches import check_slots
 from simmim.stages.chances import drop_path_chances
+from simmim.stages.classification import SCRATCH
 from simmim.stages.classifier import Classifier, Scores, save_head, score
 from simmim.stages.encoder_settings import EncoderSettings, ExecutionSettings
 from simmim.stages.normalisation import Normalise
-from simmim.stages.starting import HEAD_FOLDER, SCRATCH
+from simmim.stages.starting import HEAD_FOLDER
 from swinv2 import (
     Provenance,
     VideoConfig,
