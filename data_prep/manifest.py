@@ -315,6 +315,11 @@ def _describe_absence(folder: Location) -> str:
         return f"{folder} is not a folder of shards. Make one: data-prep shard SRC DST"
     if any(folder.glob("*.tar")):
         return f"{folder} has tars but no {MANIFEST_NAME}. Make it: data-prep index {folder}"
+    if isinstance(folder, Path) and any(place.is_dir() for place in folder.iterdir()):
+        return (
+            f"{folder} holds folders and no {MANIFEST_NAME}. If they are classes of images, make "
+            f"shards of them, and name those: data-prep shard {folder} DST"
+        )
     return f"{folder} has no {MANIFEST_NAME}. Make shards in it: data-prep shard SRC {folder}"
 
 

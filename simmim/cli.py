@@ -15,14 +15,15 @@ from simmim.engine.run import RunFolder
 from simmim.engine.signals import STOPPED
 from simmim.engine.watchdog import LOST, RankLostError
 from simmim.quickstart import DEFAULT_FOLDER, quickstart
-from simmim.recipe import describe, load
+from simmim.recipe import describe, load, read_values
 from simmim.report.page import write_report
-from simmim.stages.classification import ClassificationRecipe, ClassificationStage
+from simmim.stages.evaluate import evaluate
 from simmim.stages.export import FORMATS, export
 from simmim.stages.import_encoder import IMPORT_FORMATS, Known, import_encoder
+from simmim.stages.labels import compare_labels
 from simmim.stages.launch import launch, run_folder
-from simmim.stages.pretrain import PretrainRecipe, PretrainStage
 from simmim.stages.probe import ProbeRecipe, compare, table
+from simmim.stages.tasks import FINE_TUNING, Task, fine_tuning_named, task_named
 from swinv2.bridges.sizes import PretrainedWindows
 
 BAD_INPUT = 2
@@ -81,9 +82,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="simmim", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_quickstart(commands)
-    add_training(commands, "pretrain", "pretrain an encoder on unlabelled shards", PretrainRecipe)
-    add_training(commands, "finetune", "train a classifier on an encoder", ClassificationRecipe)
+    add_training(commands, "pretrain", "pretrain an encoder on unlabelled shards", ("pretrain",))
+    add_training(commands, "finetune", "train the task of a recipe on an encoder", FINE_TUNING)
+    add_evaluate(commands)
     add_probe(commands)
+    add_labels(commands)
     add_export(commands)
     add_import(commands)
     add_report(commands)
@@ -117,13 +120,17 @@ def run_quickstart(arguments: argparse.Namespace, overrides: Sequence[str]) -> i
     return STOPPED if outcome.stopped else 0
 
 
-def add_training(commands: Commands, name: str, summary: str, recipe_type: type) -> None:
-    """Add a command that trains from a recipe."""
+def add_training(commands: Commands, name: str, summary: str, tasks: Sequence[str]) -> None:
+    """Add a command that trains from a recipe, of one of some tasks."""
+    fields = "\n".join(
+        f"fields of a recipe with task {task}:\n{describe(task_named(task, name).recipe)}"
+        for task in tasks
+    )
     command: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
         description=f"{summary.capitalize()}. Any field of the recipe is replaced by --KEY VALUE.",
-        epilog=f"{EXIT_CODES}\nfields of the recipe:\n{describe(recipe_type)}",
+        epilog=f"{EXIT_CODES}\n{fields}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -149,7 +156,7 @@ def add_training(commands: Commands, name: str, summary: str, recipe_type: type)
         action="store_true",
         help="compile the encoder's blocks, as --execution.compile true does",
     )
-    command.set_defaults(handler=run_training, recipe_type=recipe_type, takes_overrides=True)
+    command.set_defaults(handler=run_training, takes_overrides=True)
 
 
 def run_training(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -158,27 +165,57 @@ def run_training(arguments: argparse.Namespace, overrides: Sequence[str]) -> int
     resume, changes = arguments.resume, arguments.allow_recipe_changes
     if arguments.compile:
         overrides = [*overrides, "--execution.compile", "true"]
-    if arguments.command == "pretrain":
-        recipe = load(PretrainRecipe, arguments.config, overrides)
-        result = launch(
-            PretrainStage,
-            recipe,
-            run=folder,
-            resume=resume,
-            allow_changes=changes,
-            init_from=arguments.init_from,
-        )
-    else:
-        labelled = load(ClassificationRecipe, arguments.config, overrides)
-        result = launch(
-            ClassificationStage,
-            labelled,
-            run=folder,
-            resume=resume,
-            allow_changes=changes,
-            init_from=arguments.init_from,
-        )
+    task = task_of(arguments)
+    result = launch(
+        task.stage,
+        load(task.recipe, arguments.config, overrides),
+        run=folder,
+        resume=resume,
+        allow_changes=changes,
+        init_from=arguments.init_from,
+    )
     return STOPPED if result.stopped else 0
+
+
+def task_of(arguments: argparse.Namespace) -> Task:
+    """Return what `simmim pretrain` or `simmim finetune` is to train.
+
+    Raises:
+        RecipeError: the recipe is for another command.
+    """
+    if arguments.command == "pretrain":
+        return task_named("pretrain", arguments.config)
+    return fine_tuning_named(read_values(arguments.config).get("task"), arguments.config)
+
+
+def add_evaluate(commands: Commands) -> None:
+    """Add `simmim evaluate`."""
+    command = commands.add_parser(
+        "evaluate",
+        help="validate what a run has trained, on its data or on other data",
+        description="Validate a checkpoint as its training does, and add a line to "
+        "evaluations.jsonl in the run. Any field of its recipe is replaced by --KEY VALUE: "
+        "--data.validation SHARDS for other images.",
+        allow_abbrev=False,
+    )
+    command.add_argument(
+        "source", metavar="RUN", type=Path, help="run folder (its last checkpoint) or checkpoint"
+    )
+    command.add_argument(
+        "--best", action="store_true", help="take the best checkpoint of the run, not its last"
+    )
+    command.add_argument(
+        "--data", metavar="SHARDS", help="other data, short for --data.validation SHARDS"
+    )
+    command.set_defaults(handler=run_evaluate, takes_overrides=True)
+
+
+def run_evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Run `simmim evaluate`."""
+    if arguments.data is not None:
+        overrides = [*overrides, "--data.validation", arguments.data]
+    evaluate(arguments.source, overrides, best=arguments.best)
+    return 0
 
 
 def add_probe(commands: Commands) -> None:
@@ -193,7 +230,7 @@ def add_probe(commands: Commands) -> None:
         allow_abbrev=False,
     )
     command.add_argument("--config", required=True, type=Path, help="the recipe, a YAML file")
-    command.set_defaults(handler=run_probe, recipe_type=ProbeRecipe, takes_overrides=True)
+    command.set_defaults(handler=run_probe, takes_overrides=True)
 
 
 def run_probe(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -201,6 +238,52 @@ def run_probe(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     recipe = load(ProbeRecipe, arguments.config, overrides)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     print(table(compare(recipe, device or "cpu")))
+    return 0
+
+
+def add_labels(commands: Commands) -> None:
+    """Add `simmim labels`."""
+    command = commands.add_parser(
+        "labels",
+        help="fine-tune from pretrained and from random weights, with few labels and with all",
+        description="Run a fine-tuning recipe from both starts, for each share of the labels and "
+        "each seed, and write labels.html with table and plot. Runs that have ended are not "
+        "repeated. Any field of the recipe is replaced by --KEY VALUE.",
+        allow_abbrev=False,
+    )
+    command.add_argument("--config", required=True, type=Path, help="recipe of a classification")
+    command.add_argument("--init", required=True, help="the pretrained run or encoder directory")
+    command.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/labels"),
+        help="of all runs (default: %(default)s)",
+    )
+    command.add_argument(
+        "--fractions",
+        metavar="F",
+        type=float,
+        nargs="+",
+        default=[0.01, 0.1, 1.0],
+        help="shares of the labels (default: 0.01 0.1 1)",
+    )
+    command.add_argument(
+        "--seeds", metavar="N", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)"
+    )
+    command.set_defaults(handler=run_labels, takes_overrides=True)
+
+
+def run_labels(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Run `simmim labels`."""
+    text = compare_labels(
+        arguments.config,
+        arguments.init,
+        arguments.folder,
+        fractions=arguments.fractions,
+        seeds=arguments.seeds,
+        overrides=overrides,
+    )
+    print(f"{text}\n{arguments.folder / 'labels.html'}")
     return 0
 
 

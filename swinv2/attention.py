@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from swinv2.config import AttentionPath, Pair, clamp_window
+from swinv2.config import AttentionPath, Axes, clamp_window
 from swinv2.fused import fused_attention, mask_regions, spread_offsets
 from swinv2.linear import Linear, being_exported, linear
 from swinv2.sequential import SHORTEST, sequential_attention
@@ -49,21 +49,29 @@ def kept(build: Callable[Sizes, Tensor]) -> Callable[Sizes, Tensor]:
 
 @dataclass(frozen=True)
 class WindowGrid:
-    """How a map of tokens is cut into windows; every pair is (rows, columns) in tokens."""
+    """How a map of tokens is cut into windows.
 
-    resolution: Pair
-    window: Pair
-    shift: Pair
+    All are numbers along the axes of the map, in tokens: (rows, columns) of an image, (frames,
+    rows, columns) of a clip.
+    """
+
+    resolution: Axes
+    window: Axes
+    shift: Axes
 
     @property
-    def padding(self) -> Pair:
-        """Rows and columns added below and to the right, to fill the last windows."""
-        return -self.resolution[0] % self.window[0], -self.resolution[1] % self.window[1]
+    def padding(self) -> Axes:
+        """What is added at the end of each axis, to fill the last windows."""
+        return tuple(
+            -tokens % side for tokens, side in zip(self.resolution, self.window, strict=True)
+        )
 
     @property
-    def windows(self) -> Pair:
-        """Rows and columns of windows."""
-        return -(-self.resolution[0] // self.window[0]), -(-self.resolution[1] // self.window[1])
+    def windows(self) -> Axes:
+        """Windows along each axis."""
+        return tuple(
+            -(-tokens // side) for tokens, side in zip(self.resolution, self.window, strict=True)
+        )
 
     @property
     def needs_mask(self) -> bool:
@@ -71,58 +79,71 @@ class WindowGrid:
         return any(self.shift) or any(self.padding)
 
 
-def window_grid(resolution: Pair, window: Pair, *, shifted: bool) -> WindowGrid:
+def window_grid(resolution: Axes, window: Axes, *, shifted: bool) -> WindowGrid:
     """Fit windows to a map of tokens, each axis by itself; a shift is half a window.
 
-    Shapes are (rows, columns) in tokens. Where a window spans an axis there is no shift along it.
+    All in tokens along each axis. Where a window spans an axis there is no shift along it.
     """
-    (height, rows_move), (width, columns_move) = (
-        clamp_window(tokens, side) for tokens, side in zip(resolution, window, strict=True)
-    )
-    shift = (
-        height // 2 if shifted and rows_move else 0,
-        width // 2 if shifted and columns_move else 0,
-    )
-    return WindowGrid(resolution, (height, width), shift)
+    fitted = [clamp_window(tokens, side) for tokens, side in zip(resolution, window, strict=True)]
+    shift = tuple(side // 2 if shifted and moves else 0 for side, moves in fitted)
+    return WindowGrid(resolution, tuple(side for side, _ in fitted), shift)
 
 
 def shift_tokens(tokens: Tensor, grid: WindowGrid) -> Tensor:
-    """Pad (batch, rows, columns, channels) to whole windows, then roll it by the shift."""
-    below, right = grid.padding
-    if below or right:
-        tokens = F.pad(tokens, (0, 0, 0, right, 0, below))
-    if any(grid.shift):
-        tokens = tokens.roll((-grid.shift[0], -grid.shift[1]), dims=(1, 2))
-    return tokens
+    """Pad (batch, *resolution, channels) to whole windows, then roll it by the shift."""
+    if any(grid.padding):
+        # From the last axis to the first, before and behind; of the channels, nothing.
+        ends = [side for behind in reversed(grid.padding) for side in (0, behind)]
+        tokens = F.pad(tokens, (0, 0, *ends))
+    return _roll(tokens, tuple(-tokens_moved for tokens_moved in grid.shift))
 
 
 def unshift_tokens(tokens: Tensor, grid: WindowGrid) -> Tensor:
     """Undo shift_tokens: roll back, then crop the padding."""
-    if any(grid.shift):
-        tokens = tokens.roll(grid.shift, dims=(1, 2))
-    rows, columns = grid.resolution
-    return tokens[:, :rows, :columns]
+    tokens = _roll(tokens, grid.shift)
+    inside = (slice(None), *(slice(length) for length in grid.resolution))
+    return tokens[inside]
+
+
+def _roll(tokens: Tensor, shift: Axes) -> Tensor:
+    axes = [axis for axis, moved in enumerate(shift) if moved]
+    if not axes:
+        return tokens
+    return tokens.roll([shift[axis] for axis in axes], dims=[1 + axis for axis in axes])
+
+
+MAP_AND_WINDOWS = {
+    2: ("batch (rows h) (columns w) channels", "batch (rows columns) (h w) channels"),
+    3: (
+        "batch (frames t) (rows h) (columns w) channels",
+        "batch (frames rows columns) (t h w) channels",
+    ),
+}
+"""By the axes of a map: how it lies, and how it lies in windows."""
 
 
 def partition(tokens: Tensor, grid: WindowGrid) -> Tensor:
-    """Cut (batch, rows, columns, channels) into (batch, windows, tokens of a window, channels)."""
-    return rearrange(
-        tokens,
-        "batch (rows h) (columns w) channels -> batch (rows columns) (h w) channels",
-        h=grid.window[0],
-        w=grid.window[1],
-    )
+    """Cut (batch, *resolution, channels) into (batch, windows, tokens of a window, channels)."""
+    as_map, as_windows = MAP_AND_WINDOWS[len(grid.window)]
+    return rearrange(tokens, f"{as_map} -> {as_windows}", **_sides(grid))
 
 
 def reverse(windows: Tensor, grid: WindowGrid) -> Tensor:
     """Undo partition."""
-    return rearrange(
-        windows,
-        "batch (rows columns) (h w) channels -> batch (rows h) (columns w) channels",
-        h=grid.window[0],
-        rows=grid.windows[0],
-        w=grid.window[1],
-    )
+    as_map, as_windows = MAP_AND_WINDOWS[len(grid.window)]
+    return rearrange(windows, f"{as_windows} -> {as_map}", **_sides(grid), **_numbers(grid))
+
+
+def _sides(grid: WindowGrid) -> dict[str, int]:
+    """Name the sides of a window as MAP_AND_WINDOWS does."""
+    axes = len(grid.window)
+    return dict(zip(("t", "h", "w")[-axes:], grid.window, strict=True))
+
+
+def _numbers(grid: WindowGrid) -> dict[str, int]:
+    """Name the numbers of windows along each axis as MAP_AND_WINDOWS does."""
+    axes = len(grid.window)
+    return dict(zip(("frames", "rows", "columns")[-axes:], grid.windows, strict=True))
 
 
 def window_mask(grid: WindowGrid, device: torch.device) -> Tensor:
@@ -149,10 +170,13 @@ def window_regions(grid: WindowGrid, device: torch.device) -> Tensor:
     Tokens of one window have the same number where they were neighbours before the shift, and
     PADDING where there is no token.
     """
-    rows, columns = (_axis_regions(grid, axis, device) for axis in (0, 1))
-    padded = (rows == PADDING)[:, None] | (columns == PADDING)
-    regions = (rows[:, None] * 3 + columns).masked_fill(padded, PADDING)
-    return partition(regions[None, :, :, None], grid)[0, :, :, 0]
+    regions, *others = (_axis_regions(grid, axis, device) for axis in range(len(grid.window)))
+    padded = regions == PADDING
+    for along in others:
+        regions = regions[..., None] * 3 + along
+        padded = padded[..., None] | (along == PADDING)
+    regions = regions.masked_fill(padded, PADDING)
+    return partition(regions[None, ..., None], grid)[0, :, :, 0]
 
 
 def _axis_regions(grid: WindowGrid, axis: int, device: torch.device) -> Tensor:
@@ -167,31 +191,34 @@ def _axis_regions(grid: WindowGrid, axis: int, device: torch.device) -> Tensor:
 
 @kept
 def offset_coordinates(
-    window: Pair, reference: Pair, dtype: torch.dtype, device: torch.device
+    window: Axes, reference: Axes, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Give log-spaced coordinates of all offsets in a window, ((2h-1)·(2w-1), 2).
+    """Give log-spaced coordinates of all offsets in a window, (offsets, axes).
 
-    Paper, equation 4, in the scale of the reference code: offsets are divided by the largest one
-    of the reference window, times 8, then sign(x)·log2(|x| + 1) / log2(8).
+    Offsets along an axis are from 1 - side to side - 1; those of the last axis vary fastest.
+    Paper, equation 4, in the scale of the reference code: they are divided by the largest one of
+    the reference window, times 8, then sign(x)·log2(|x| + 1) / log2(8).
     """
-    rows, columns = (
+    along_axes = (
         torch.arange(1 - side, side, device="cpu", dtype=torch.float64)
         * (8 / max(reference_side - 1, 1))
         for side, reference_side in zip(window, reference, strict=True)
     )
-    offsets = torch.cartesian_prod(rows, columns)
+    offsets = torch.cartesian_prod(*along_axes)
     return (offsets.sign() * torch.log2(offsets.abs() + 1) / math.log2(8)).to(device, dtype)
 
 
 @kept
-def offset_index(window: Pair, device: torch.device) -> Tensor:
+def offset_index(window: Axes, device: torch.device) -> Tensor:
     """Give the row of offset_coordinates for each (query, key) of a window, int64."""
-    height, width = window
-    rows = torch.arange(height, device=device).repeat_interleave(width)
-    columns = torch.arange(width, device=device).repeat(height)
-    row_offsets = rows[:, None] - rows + height - 1
-    column_offsets = columns[:, None] - columns + width - 1
-    return row_offsets * (2 * width - 1) + column_offsets
+    tokens = math.prod(window)
+    places = torch.arange(tokens, device=device)
+    index = places.new_zeros(1, 1)
+    for side in window:
+        tokens //= side  # of which places along this axis are apart
+        along = places // tokens % side
+        index = index * (2 * side - 1) + along[:, None] - along + side - 1
+    return index
 
 
 def explicit_attention(qkv: Tensor, *, scale: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
@@ -255,11 +282,11 @@ def without_autocast(device: torch.device) -> Iterator[None]:
 class KeptBias:
     """A position bias computed without gradients, and what it was computed of."""
 
-    window: Pair
+    window: Axes
     made_of: tuple[Tensor, ...]
     bias: Tensor
 
-    def fits(self, window: Pair, weights: tuple[Tensor, ...]) -> bool:
+    def fits(self, window: Axes, weights: tuple[Tensor, ...]) -> bool:
         """Tell whether it is that of these weights.
 
         They are compared by value: version counters do not see what is written through `.data`.
@@ -271,17 +298,20 @@ class KeptBias:
 
 
 class PositionBias(nn.Module):
-    """Bias of each head for each offset between two tokens, from a small MLP (section 3.3)."""
+    """Bias of each head for each offset between two tokens, from a small MLP (section 3.3).
 
-    def __init__(self, num_heads: int, reference_window: Pair) -> None:
+    It has as many coordinates as the reference window has axes.
+    """
+
+    def __init__(self, num_heads: int, reference_window: Axes) -> None:
         super().__init__()
         self.reference_window = reference_window
-        self.expand = Linear(2, BIAS_HIDDEN)
+        self.expand = Linear(len(reference_window), BIAS_HIDDEN)
         self.reduce = Linear(BIAS_HIDDEN, num_heads, bias=False)
         self._kept: KeptBias | None = None
 
-    def forward(self, window: Pair) -> Tensor:
-        """Give the bias within a window (height, width), as (heads, queries, keys)."""
+    def forward(self, window: Axes) -> Tensor:
+        """Give the bias within a window, by its sides in tokens, as (heads, queries, keys)."""
         weights = (self.expand.weight, self.expand.bias, self.reduce.weight)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not weights[0].is_cpu:
             return self._compute(window)
@@ -292,7 +322,7 @@ class PositionBias(nn.Module):
                 self._kept = KeptBias(window, made_of, self._compute(window))
         return self._kept.bias
 
-    def _compute(self, window: Pair) -> Tensor:
+    def _compute(self, window: Axes) -> Tensor:
         weight = self.expand.weight
         offsets = offset_coordinates(window, self.reference_window, weight.dtype, weight.device)
         with without_autocast(weight.device):
@@ -309,7 +339,7 @@ class PositionBias(nn.Module):
 class WindowAttention(nn.Module):
     """Scaled cosine attention within windows of a map of tokens, with heads projected together."""
 
-    def __init__(self, dim: int, num_heads: int, reference_window: Pair) -> None:
+    def __init__(self, dim: int, num_heads: int, reference_window: Axes) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.path: AttentionPath = "auto"
@@ -322,7 +352,7 @@ class WindowAttention(nn.Module):
         self.projection = Linear(dim, dim)
 
     def forward(self, tokens: Tensor, grid: WindowGrid) -> Tensor:
-        """Mix (batch, rows, columns, channels) within the windows of the grid."""
+        """Mix (batch, *resolution, channels) within the windows of the grid."""
         qkv_bias = torch.cat((self.query_bias, torch.zeros_like(self.query_bias), self.value_bias))
         windows = partition(shift_tokens(tokens, grid), grid)
         qkv = linear(windows, self.qkv.weight, qkv_bias)

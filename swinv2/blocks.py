@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from swinv2.attention import WindowAttention, WindowGrid, window_grid
-from swinv2.config import AttentionPath, Checkpointing, Execution, Pair
+from swinv2.config import AttentionPath, Axes, Checkpointing, Execution
 from swinv2.linear import Linear, linear
 
 CHANCES = 2**31
@@ -87,18 +87,17 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(2 * dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Turn (batch, rows, columns, dim) into (batch, rows/2, columns/2, 2·dim), rounded up.
+        """Turn (..., rows, columns, dim) into (..., rows/2, columns/2, 2·dim), rounded up.
 
         Odd maps are padded with zeros. Neighbours are joined column by column, as the reference
-        code does.
+        code does; the frames of a clip, each for itself.
         """
-        below, right = tokens.shape[1] % 2, tokens.shape[2] % 2
+        below, right = tokens.shape[-3] % 2, tokens.shape[-2] % 2
         if below or right:
             tokens = F.pad(tokens, (0, 0, 0, right, 0, below))
         neighbours = rearrange(
             tokens,
-            "batch (rows down) (columns right) channels"
-            " -> batch rows columns (right down channels)",
+            "... (rows down) (columns right) channels -> ... rows columns (right down channels)",
             down=2,
             right=2,
         )
@@ -131,9 +130,9 @@ class Block(nn.Module):
         dim: int,
         num_heads: int,
         *,
-        window: Pair,
+        window: Axes,
         shifted: bool,
-        reference_window: Pair,
+        reference_window: Axes,
         mlp_ratio: float,
         drop_path: float,
     ) -> None:
@@ -149,11 +148,11 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
 
     def forward(self, tokens: Tensor, chances: Tensor | None = None) -> Tensor:
-        """Map (batch, rows, columns, dim) to the same shape.
+        """Map (batch, *resolution, dim) to the same shape.
 
         What drop_path drops of both branches is drawn, or follows from chances: int32 (batch, 2).
         """
-        grid = window_grid((tokens.shape[1], tokens.shape[2]), self.window, shifted=self.shifted)
+        grid = window_grid(tuple(tokens.shape[1:-1]), self.window, shifted=self.shifted)
         # Drawn out here, chance and its rate are no part of what is compiled or computed again.
         both = (None, None) if chances is None else chances.unbind(1)
         factors = [
@@ -226,7 +225,7 @@ class Stage(nn.Module):
             block.compiled_run = compiled[block.shifted]
 
     def forward(self, tokens: Tensor, chances: Tensor | None = None) -> Tensor:
-        """Map (batch, rows, columns, dim) to the same shape; chances are (batch, blocks, 2)."""
+        """Map (batch, *resolution, dim) to the same shape; chances are (batch, blocks, 2)."""
         for number, block in enumerate(self.blocks, start=1):
             tokens = block(tokens, None if chances is None else chances[:, number - 1])
             if self.extra_norm_every and number % self.extra_norm_every == 0:

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 Pair = tuple[int, int]
+Axes = tuple[int, ...]
+"""A number for each axis of a map of tokens: rows and columns, in a clip frames before them."""
 AttentionPath = Literal["auto", "explicit", "sdpa", "sequential"]
 Checkpointing = Literal["none", "attention", "full"]
 
@@ -163,6 +165,26 @@ class SwinV2Config:
         return tuple((-(-height // stride), -(-width // stride)) for stride in self.strides)
 
     @property
+    def stage_maps(self) -> tuple[Axes, ...]:
+        """Tokens of each stage along every axis of its map, for an input of the nominal size."""
+        return self.stage_resolutions
+
+    @property
+    def map_window(self) -> Axes:
+        """Attention window along every axis of the map, before it is fitted to a stage."""
+        return self.window_size
+
+    @property
+    def reference_windows(self) -> tuple[Axes, ...]:
+        """Window of each stage that position offsets are relative to, along every axis."""
+        return record_windows(self)
+
+    @property
+    def patch_channels(self) -> int:
+        """Channels of what a patch is cut from."""
+        return self.in_channels
+
+    @property
     def stage_windows(self) -> tuple[Pair, ...]:
         """Window of each stage, (height, width), for an input of the nominal size."""
         return tuple(
@@ -239,6 +261,9 @@ def _of_stage(value: Any, stage: int) -> Any:
     return value if isinstance(value, str) else value[stage]
 
 
+Config = TypeVar("Config", bound=SwinV2Config)
+
+
 def clamp_window(resolution: int, window: int) -> tuple[int, bool]:
     """Fit a window to one axis of a stage, as the reference code does.
 
@@ -284,17 +309,18 @@ def variant_config(name: str, **overrides: Any) -> SwinV2Config:
     return replace(config, variant=name)
 
 
-def replace_config(config: SwinV2Config, **overrides: Any) -> SwinV2Config:
+def replace_config(config: Config, **overrides: Any) -> Config:
     """Change fields of a config.
 
     Raises:
         ValueError: a field is unknown (the closest names are given), or a size cannot work.
     """
-    known = [field.name for field in fields(SwinV2Config)]
+    known = [field.name for field in fields(config)]
     for name in overrides:
         if name not in known:
             close = get_close_matches(name, known) or known
-            raise ValueError(f"SwinV2Config has no field {name!r}; did you mean {_listed(close)}?")
+            kind = type(config).__name__
+            raise ValueError(f"{kind} has no field {name!r}; did you mean {_listed(close)}?")
     return replace(config, **overrides)
 
 

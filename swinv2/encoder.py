@@ -3,21 +3,20 @@
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from swinv2.blocks import Block, PatchEmbed, PatchMerging, Stage
+from swinv2.blocks import Block
 from swinv2.config import (
-    Execution,
     Pair,
     SwinV2Config,
     record_windows,
     replace_config,
     variant_config,
 )
+from swinv2.hierarchy import Hierarchy
 
 
-class SwinV2(nn.Module):
+class SwinV2(Hierarchy):
     """A hierarchical encoder with shifted-window attention.
 
     The two halves of the forward pass are apart, so that what stands between them, such as
@@ -25,26 +24,6 @@ class SwinV2(nn.Module):
     Any height and width will do; they are padded where they do not divide, and what the padding
     holds never reaches a feature of an image token through attention.
     """
-
-    def __init__(self, config: SwinV2Config) -> None:
-        super().__init__()
-        self.config = config
-        self.patch_embed = PatchEmbed(config.patch_size, config.in_channels, config.embed_dim)
-        self.stages = nn.ModuleList(build_stages(config))
-        self.merges = nn.ModuleList(PatchMerging(dim) for dim in config.stage_dims[:-1])
-        self.norm = nn.LayerNorm(config.num_features)
-        self.execution = Execution()
-        initialise(self)
-
-    @property
-    def num_features(self) -> int:
-        """Channels of the last stage."""
-        return self.config.num_features
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Pixels between neighbouring tokens of each stage."""
-        return self.config.strides
 
     def embed(self, images: Tensor) -> Tensor:
         """Turn images into tokens.
@@ -83,43 +62,22 @@ class SwinV2(nn.Module):
         Raises:
             ValueError: the tokens, or the chances, have another shape.
         """
-        return self._stage_outputs(tokens, chances)[-1]
+        return self.stage_outputs(tokens, chances)[-1]
 
     def forward(self, images: Tensor, chances: Tensor | None = None) -> Tensor:
         """Embed images, then encode them."""
         return self.encode(self.embed(images), chances)
 
-    def features(self, images: Tensor) -> list[Tensor]:
+    def features(self, images: Tensor, chances: Tensor | None = None) -> list[Tensor]:
         """Give a map of each stage, for dense heads.
 
         Stage i gives (batch, embed_dim·2^i, height/stride, width/stride), rounded up, at
         `strides[i]`. Maps are what a stage hands on, before merging and without a norm; only the
-        last is normalised: it is the result of `encode`, channels first.
+        last is normalised: it is the result of `encode`, channels first. What drop_path drops goes
+        by chances; see `encode`.
         """
-        outputs = self._stage_outputs(self.embed(images))
+        outputs = self.stage_outputs(self.embed(images), chances)
         return [tokens.permute(0, 3, 1, 2) for tokens in outputs]
-
-    def _stage_outputs(self, tokens: Tensor, chances: Tensor | None = None) -> list[Tensor]:
-        if tokens.ndim != 4 or tokens.shape[-1] != self.config.embed_dim:
-            raise ValueError(
-                f"tokens have shape {tuple(tokens.shape)}; encode takes what embed gives, "
-                f"(batch, rows, columns, {self.config.embed_dim})"
-            )
-        depths = self.config.depths
-        if chances is not None and tuple(chances.shape) != (len(tokens), sum(depths), 2):
-            raise ValueError(
-                f"chances have shape {tuple(chances.shape)}; drop_path takes two for each sample "
-                f"and block, {(len(tokens), sum(depths), 2)}"
-            )
-        parts = (
-            [None] * len(depths) if chances is None else torch.split(chances, list(depths), dim=1)
-        )
-        outputs: list[Tensor] = []
-        for index, stage in enumerate(self.stages):
-            tokens = stage(self.merges[index - 1](outputs[-1]) if index else tokens, parts[index])
-            outputs.append(tokens)
-        outputs[-1] = self.norm(outputs[-1])
-        return outputs
 
     def set_input(
         self,
@@ -154,35 +112,6 @@ class SwinV2(nn.Module):
             if isinstance(module, Block):
                 module.window = self.config.window_size
 
-    def set_execution(self, **changes: Any) -> None:
-        """Change how the encoder computes, not what: fields of `Execution` by name.
-
-        For very large inputs `set_execution(attention=("sequential", "sequential", "auto", "auto"),
-        checkpointing="full")` trades time for memory.
-
-        Raises:
-            ValueError: a choice does not exist, or there is not one for each stage.
-            TypeError: a field does not exist.
-        """
-        execution = replace(self.execution, **changes)
-        choices = execution.by_stage(len(self.stages))
-        self.execution = execution
-        for stage, choice in zip(self.stages, choices, strict=True):
-            for block in stage.modules():
-                if isinstance(block, Block):
-                    block.set_execution(choice)
-
-    def compile_blocks(self, **options: Any) -> None:
-        """Compile what every block computes, so that compiling does not take longer with depth.
-
-        A stage takes one graph for its blocks and one for those that are shifted; training and
-        evaluation take one each. Weights and their names stay as they are. Options are those of
-        torch.compile.
-        """
-        for stage in self.stages:
-            assert isinstance(stage, Stage)
-            stage.compile_blocks(**options)
-
 
 def build_encoder(encoder: str | SwinV2Config, **overrides: Any) -> SwinV2:
     """Build an encoder with fresh weights, from the name of a variant or a config.
@@ -195,39 +124,3 @@ def build_encoder(encoder: str | SwinV2Config, **overrides: Any) -> SwinV2:
     if isinstance(encoder, str):
         return SwinV2(variant_config(encoder, **overrides))
     return SwinV2(replace_config(encoder, **overrides))
-
-
-def build_stages(config: SwinV2Config) -> list[Stage]:
-    """Build the stages of an encoder; every second block of each is shifted."""
-    rates = torch.linspace(0, config.drop_path, sum(config.depths), device="cpu").tolist()
-    windows = record_windows(config)
-    stages = []
-    for index, (dim, depth) in enumerate(zip(config.stage_dims, config.depths, strict=True)):
-        blocks = [
-            Block(
-                dim,
-                config.num_heads[index],
-                window=config.window_size,
-                shifted=position % 2 == 1,
-                reference_window=windows[index],
-                mlp_ratio=config.mlp_ratio,
-                drop_path=rates[sum(config.depths[:index]) + position],
-            )
-            for position in range(depth)
-        ]
-        stages.append(Stage(blocks, dim, config.extra_norm_every))
-    return stages
-
-
-def initialise(encoder: SwinV2) -> None:
-    """Draw fresh weights as the reference code does; each block starts as the identity."""
-    for module in encoder.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    for module in encoder.modules():
-        if isinstance(module, Block):
-            for norm in (module.norm1, module.norm2):
-                nn.init.zeros_(norm.weight)
-                nn.init.zeros_(norm.bias)

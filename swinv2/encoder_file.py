@@ -14,6 +14,7 @@ import torch
 from swinv2.config import SwinV2Config
 
 FORMAT = "swinv2-encoder"
+VIDEO_FORMAT = "swinv2-video-encoder"
 FORMAT_VERSION = 1
 
 
@@ -75,21 +76,16 @@ def check_normalisation(mean: Sequence[float], std: Sequence[float], channels: i
         raise WeightsError(f"std is {list(std)}: give values greater than 0.")
 
 
-def to_json(description: EncoderFile) -> str:
-    """Return the text of ``config.json``."""
-    provenance = description.provenance
+def to_json(description: EncoderFile, format_name: str = FORMAT, **more: Provenance | None) -> str:
+    """Return the text of ``config.json``; where other weights come from are further sections."""
+    origins = {"provenance": description.provenance, **more}
     content = {
-        "format": FORMAT,
+        "format": format_name,
         "version": FORMAT_VERSION,
         "config": asdict(description.config),
         "mean": description.mean,
         "std": description.std,
-        "provenance": {
-            "step": provenance.step,
-            "samples_seen": provenance.samples_seen,
-            "recipe_hash": provenance.recipe_hash,
-            "versions": dict(provenance.versions),
-        },
+        **{name: None if of is None else dict(vars(of)) for name, of in origins.items()},
     }
     return json.dumps(content, indent=2) + "\n"
 
@@ -128,13 +124,69 @@ def from_json(text: str, source: Path) -> EncoderFile:
         WeightsError: it is no JSON, of another format or version, or has wrong or missing fields;
             the message names the file and all of them.
     """
+    return EncoderFile(**read_description(text, source, SwinV2Config))
+
+
+FORMATS: dict[str, str] = {FORMAT: "load_encoder", VIDEO_FORMAT: "load_video_encoder"}
+"""Formats of encoder directories, and what loads each."""
+
+
+def read_description(
+    text: str, source: Path, config_type: type[SwinV2Config], *more: str, format_name: str = FORMAT
+) -> dict[str, Any]:
+    """Return the values that the text of the ``config.json`` at ``source`` gives, by their names.
+
+    Args:
+        text: of the file.
+        source: the file, for messages.
+        config_type: what the sizes of the encoder are.
+        more: sections that say where other weights come from, or are null.
+        format_name: of the file.
+
+    Raises:
+        WeightsError: as for `from_json`.
+    """
+    content = _content(text, source, format_name)
+    problems: list[str] = []
+    top_fields = {**_TOP_FIELDS, **dict.fromkeys(more, _anything)}
+    top = _read_fields(content, top_fields, "", problems)
+    values = _read_fields(content.get("config"), _config_fields(config_type), "config.", problems)
+    origins = {
+        name: _read_fields(content.get(name), _PROVENANCE_FIELDS, f"{name}.", problems)
+        for name in ("provenance", *more)
+        if name == "provenance" or content.get(name) is not None
+    }
+    if problems:
+        raise WeightsError(f"{source} is wrong in:\n  " + "\n  ".join(problems))
+    try:
+        config = config_type(**values)
+        check_normalisation(top["mean"], top["std"], config.in_channels)
+    except ValueError as error:
+        raise WeightsError(f"{source}: {error}") from error
+    return {
+        "config": config,
+        "mean": top["mean"],
+        "std": top["std"],
+        **dict.fromkeys(more),
+        **{name: Provenance(**origin) for name, origin in origins.items()},
+    }
+
+
+def _content(text: str, source: Path, format_name: str) -> dict[str, Any]:
+    """Return what the text of a file holds, of one format and this version."""
     try:
         content = json.loads(text, parse_constant=_refuse_constant)
     except ValueError as error:
         raise WeightsError(f"{source} is not valid JSON ({error}): export it again.") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != format_name and found in FORMATS:
         raise WeightsError(
-            f'{source} does not describe an encoder (no "format": "{FORMAT}"): '
+            f'{source} has the format "{found}", not "{format_name}": `swinv2.{FORMATS[found]}` '
+            "loads it."
+        )
+    if not isinstance(content, dict) or found != format_name:
+        raise WeightsError(
+            f'{source} does not describe an encoder (no "format": "{format_name}"): '
             "give a directory that `save_encoder` or `simmim export --format native` wrote."
         )
     if content.get("version") != FORMAT_VERSION:
@@ -142,23 +194,7 @@ def from_json(text: str, source: Path) -> EncoderFile:
             f"{source} has format version {content.get('version')!r} and this version of swinv2 "
             f"reads {FORMAT_VERSION}: install the swinv2 that wrote it, or export it again."
         )
-    problems: list[str] = []
-    top = _read_fields(content, _TOP_FIELDS, "", problems)
-    config = _read_fields(content.get("config"), _CONFIG_FIELDS, "config.", problems)
-    provenance = _read_fields(
-        content.get("provenance"), _PROVENANCE_FIELDS, "provenance.", problems
-    )
-    if problems:
-        raise WeightsError(f"{source} is wrong in:\n  " + "\n  ".join(problems))
-    try:
-        return EncoderFile(
-            config=SwinV2Config(**config),
-            mean=top["mean"],
-            std=top["std"],
-            provenance=Provenance(**provenance),
-        )
-    except ValueError as error:
-        raise WeightsError(f"{source}: {error}") from error
+    return content
 
 
 def _refuse_constant(name: str) -> None:
@@ -225,12 +261,6 @@ _TOP_FIELDS: dict[str, Callable[[object], Any]] = {
     "mean": _list_of(_number),
     "std": _list_of(_number),
 }
-# The config checks its own values, and takes lists for tuples; these two it lets through.
-_CONFIG_FIELDS: dict[str, Callable[[object], Any]] = {
-    **{config_field.name: _anything for config_field in fields(SwinV2Config)},
-    "variant": _optional(_text),
-    "pretrained_window_sizes": _list_of(_anything),
-}
 _PROVENANCE_FIELDS: dict[str, Callable[[object], Any]] = {
     "step": _optional(_integer),
     "samples_seen": _optional(_integer),
@@ -260,3 +290,12 @@ def _read_fields(
         except TypeError as error:
             problems.append(f"{prefix}{name}: {content[name]!r}, expected {error}")
     return values
+
+
+def _config_fields(config_type: type[SwinV2Config]) -> dict[str, Callable[[object], Any]]:
+    """Give a reader for each field: the config checks its values itself, but for these two."""
+    return {
+        **{config_field.name: _anything for config_field in fields(config_type)},
+        "variant": _optional(_text),
+        "pretrained_window_sizes": _list_of(_anything),
+    }

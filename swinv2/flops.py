@@ -7,12 +7,12 @@ from swinv2.config import SwinV2Config
 
 
 def forward_flops(config: SwinV2Config) -> int:
-    """Return the floating-point operations that encoding one image of the nominal size takes.
+    """Return the floating-point operations that encoding one input of the nominal size takes.
 
     Counted are the matrix products, a multiplication and an addition for each of their terms. With
-    C channels of an image, patches of p² pixels, and d channels, n tokens and windows of w tokens
-    in a stage, whose windows hold n' tokens together (n with the padding of the last ones), each
-    block counts the second and third of
+    C channels of an image, or of the frames of a patch together, patches of p² pixels, and d
+    channels, n tokens and windows of w tokens in a stage, whose windows hold n' tokens together (n
+    with the padding of the last ones), each block counts the second and third of
 
         patch embedding    2 · n · C p² d
         attention          2 · n' · (3 d² + 2 w d + d²)   qkv, scores and mix, projection
@@ -22,17 +22,18 @@ def forward_flops(config: SwinV2Config) -> int:
     The MLP of the position bias is computed once for a whole batch and left out, and so are norms,
     softmax and everything else that is no product.
     """
-    rows, columns = config.stage_resolutions[0]
-    total = rows * columns * config.in_channels * config.patch_size**2 * config.embed_dim
+    patches = math.prod(config.stage_maps[0])
+    total = patches * config.patch_channels * config.patch_size**2 * config.embed_dim
     for stage, (dim, depth) in enumerate(zip(config.stage_dims, config.depths, strict=True)):
-        resolution = config.stage_resolutions[stage]
-        grid = window_grid(resolution, config.window_size, shifted=False)
+        resolution = config.stage_maps[stage]
+        grid = window_grid(resolution, config.map_window, shifted=False)
         window = math.prod(grid.window)
         padded = math.prod(grid.windows) * window
         attention = padded * (4 * dim**2 + 2 * window * dim)
         mlp = math.prod(resolution) * 2 * dim * int(config.mlp_ratio * dim)
         total += depth * (attention + mlp)
         if stage + 1 < len(config.depths):
-            joined = -(-resolution[0] // 2) * -(-resolution[1] // 2)
+            *frames, rows, columns = resolution
+            joined = math.prod(frames) * -(-rows // 2) * -(-columns // 2)
             total += joined * 4 * dim * 2 * dim
     return 2 * total

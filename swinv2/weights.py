@@ -20,7 +20,7 @@ from swinv2.atomic import OccupiedError, atomic_folder, atomic_write_bytes, atom
 from swinv2.config import record_windows
 from swinv2.encoder import SwinV2
 from swinv2.encoder_file import (
-    FORMAT,
+    FORMATS,
     EncoderFile,
     Provenance,
     WeightsError,
@@ -85,14 +85,32 @@ def save_encoder(
         std=tuple(float(value) for value in std),
         provenance=provenance or Provenance(),
     )
+    return write_directory(
+        encoder, path, config=to_json(description), readme=to_readme(description), check=check
+    )
+
+
+def write_directory(
+    encoder: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    config: str,
+    readme: str,
+    check: Callable[[Path], object] | None = None,
+) -> Path:
+    """Write the tensors of an encoder and the texts of two files as the directory ``path``.
+
+    Raises:
+        ValueError: ``path`` is occupied by something that is no encoder directory.
+    """
     tensors = {
         name: tensor.detach().to("cpu", copy=True).contiguous()
         for name, tensor in encoder.state_dict().items()
     }
     with atomic_folder(path, may_replace=is_encoder_directory) as folder:
         write_tensors(folder / WEIGHTS_FILE, tensors)
-        (folder / CONFIG_FILE).write_text(to_json(description), encoding="utf-8")
-        (folder / README_FILE).write_text(to_readme(description), encoding="utf-8")
+        (folder / CONFIG_FILE).write_text(config, encoding="utf-8")
+        (folder / README_FILE).write_text(readme, encoding="utf-8")
         if check is not None:
             check(folder)
     return Path(path)
@@ -144,14 +162,23 @@ def read_encoder_config(path: str | os.PathLike[str]) -> EncoderFile:
     Raises:
         ValueError: there is none, or it is not one that this version can read.
     """
+    return from_json(*config_text(path))
+
+
+def config_text(path: str | os.PathLike[str]) -> tuple[str, Path]:
+    """Return the text of the ``config.json`` of an encoder directory, and the file.
+
+    Raises:
+        ValueError: there is none.
+    """
     folder = Path(path)
     _check_encoder_directory(folder)
     file = folder / CONFIG_FILE
-    return from_json(file.read_text(encoding="utf-8", errors="replace"), file)
+    return file.read_text(encoding="utf-8", errors="replace"), file
 
 
 def is_encoder_directory(path: Path) -> bool:
-    """Tell whether ``path`` is a folder that `save_encoder` wrote, and holds nothing else."""
+    """Tell whether ``path`` is a folder that `write_directory` wrote, and holds nothing else."""
     names = {place.name for place in path.iterdir()} if path.is_dir() else set()
     if names - {README_FILE} != {CONFIG_FILE, WEIGHTS_FILE}:  # early versions wrote no README
         return False
@@ -159,7 +186,7 @@ def is_encoder_directory(path: Path) -> bool:
         content = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
     except ValueError:
         return False
-    return isinstance(content, dict) and content.get("format") == FORMAT
+    return isinstance(content, dict) and content.get("format") in FORMATS
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:

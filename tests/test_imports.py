@@ -34,11 +34,13 @@ ALLOWED = {
 }
 """What a package may import at the top of its files, besides Python's own modules and itself."""
 OPTIONAL = {
+    "av",
     "bitsandbytes",
     "deepspeed",
     "imagehash",
     "onnxruntime",
     "pyarrow",
+    "pycocotools",
     "ray",
     "timm",
     "transformers",

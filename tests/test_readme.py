@@ -12,7 +12,9 @@ import torch
 import data_prep.cli
 import simmim.cli
 from simmim.recipe import load
+from simmim.stages.classification import ClassificationRecipe
 from simmim.stages.pretrain import PretrainRecipe
+from simmim.stages.probe import ProbeRecipe
 from swinv2 import build_encoder, save_encoder
 
 ROOT = Path(__file__).parents[1]
@@ -49,9 +51,14 @@ def test_simmim_commands_are_understood(words: list[str], monkeypatch: pytest.Mo
     monkeypatch.chdir(ROOT)
     arguments, overrides = simmim.cli.build_parser().parse_known_args(words)
     assert arguments.takes_overrides or not overrides
-    if arguments.takes_overrides:
-        recipe_type = getattr(arguments, "recipe_type", PretrainRecipe)  # doctor takes any
-        load(recipe_type, arguments.config, overrides)
+    if arguments.command in ("pretrain", "finetune"):
+        load(simmim.cli.task_of(arguments).recipe, arguments.config, overrides)
+    elif arguments.command == "probe":
+        load(ProbeRecipe, arguments.config, overrides)
+    elif arguments.command == "labels":
+        load(ClassificationRecipe, arguments.config, ["--init", arguments.init, *overrides])
+    elif arguments.command == "doctor":
+        load(PretrainRecipe, arguments.config, overrides)
 
 
 @pytest.mark.parametrize("words", ours("data-prep"), ids=" ".join)

@@ -17,6 +17,8 @@ JUDGED_SAMPLES = 1000
 
 MAX_BAD_SHARE = 0.01
 
+REMEDY = "Make the shards again with `data-prep shard`"
+
 
 @dataclass(frozen=True, kw_only=True)
 class BadSample:
@@ -36,10 +38,12 @@ class BadSamples:
 
     Args:
         max_share: of the samples asked for that may be bad, 0 to 1; repaired ones do not count.
+        remedy: what to do where there are more.
     """
 
-    def __init__(self, max_share: float = MAX_BAD_SHARE) -> None:
+    def __init__(self, max_share: float = MAX_BAD_SHARE, *, remedy: str = REMEDY) -> None:
         self.max_share = max_share
+        self.remedy = remedy
         self.asked = 0
         """Samples that were asked for."""
         self.bad = 0
@@ -88,7 +92,7 @@ class BadSamples:
                 f" data.max_bad_share {self.max_share:g} allows (of at least {JUDGED_SAMPLES});"
                 f" the last is sample {last.shard}/{last.key} in {last.folder}: {last.reason}."
                 + (f" All are named in {self.path}." if self.path else "")
-                + " Make the shards again with `data-prep shard`, or raise data.max_bad_share"
+                + f" {self.remedy}, or raise data.max_bad_share"
             )
 
     def _name(self, sample: BadSample) -> None:

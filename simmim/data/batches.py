@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import resource_tracker
-from typing import Any, Literal
+from typing import Any, Generic, Literal
 
 import numpy as np
 import torch
@@ -19,12 +19,14 @@ from torch.utils.data import DataLoader, Dataset
 from data_prep.manifest import ManifestError
 from simmim.data.bad_samples import BadSample, BadSamples
 from simmim.data.errors import BadSampleError, DataError
-from simmim.data.mixture import Order, Shards
+from simmim.data.mixture import Order
 from simmim.data.order import Address
 from simmim.data.plans import EvaluationPlan, TrainingPlan
 from simmim.data.randomness import shuffled
 from simmim.data.remote import AheadOfBatches
-from simmim.data.transforms import Sample, Transform
+from simmim.data.source import Raw, Source
+from simmim.data.targets import Targets
+from simmim.data.transforms import Sample
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """What asks a run to stop: a terminal, a launcher, and Slurm's warning before the time is up."""
@@ -49,6 +51,8 @@ class Batch:
     """bool (batch,): which images the device mirrors; None mirrors none."""
     bad: tuple[BadSample, ...] = ()
     """What could not be read as it should."""
+    targets: tuple[Targets, ...] = ()
+    """What a dense stage learns of each image; none for other stages."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -57,20 +61,27 @@ class Batch:
         """Travel as bytes: shared memory costs more, for every page of it is cleared anew."""
         parts = (self.masks, self.labels, self.addresses, self.flips)
         arrays = [None if part is None else part.cpu().numpy() for part in parts]
-        return unpacked, (self.images.permute(0, 2, 3, 1).cpu().numpy(), arrays, self.bad)
+        images = self.images.permute(0, 2, 3, 1).cpu().numpy()
+        return unpacked, (images, arrays, self.bad, self.targets)
 
     def only(self, row: int) -> "Batch":
         """Return one of its samples as a batch."""
         one = self._each(lambda part: part[row : row + 1])
-        return replace(one, addresses=self.addresses[row : row + 1])
+        return replace(
+            one, addresses=self.addresses[row : row + 1], targets=self.targets[row : row + 1]
+        )
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Return the batch on a device."""
-        return self._each(lambda part: part.to(device, non_blocking=non_blocking))
+        return self._with_targets(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """Return the batch in pinned memory, from where it copies to a GPU while that computes."""
-        return self._each(lambda part: part.pin_memory())
+        return self._with_targets(lambda part: part.pin_memory())
+
+    def _with_targets(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        targets = tuple(one.each(change) for one in self.targets)
+        return replace(self._each(change), targets=targets)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(
@@ -83,14 +94,17 @@ class Batch:
 
 
 def unpacked(
-    images: np.ndarray, arrays: Sequence[np.ndarray | None], bad: tuple[BadSample, ...]
+    images: np.ndarray,
+    arrays: Sequence[np.ndarray | None],
+    bad: tuple[BadSample, ...],
+    targets: tuple[Targets, ...],
 ) -> Batch:
     """Return a batch as it was before it was sent; `images` has its channels last."""
     parts = [None if part is None else torch.from_numpy(part) for part in arrays]
     masks, labels, addresses, flips = parts
     assert addresses is not None
     planes = torch.from_numpy(images).permute(0, 3, 1, 2)
-    return Batch(planes, masks, labels, addresses, flips, bad)
+    return Batch(planes, masks, labels, addresses, flips, bad, targets)
 
 
 @dataclass(frozen=True)
@@ -100,14 +114,16 @@ class Failure:
     message: str
 
 
-class AddressedSamples(Dataset[Batch | Failure]):
+class AddressedSamples(Dataset[Batch | Failure], Generic[Raw]):
     """Answers a list of addresses with the batch of what stands there.
 
     A sample that is damaged is named in the batch. With `replacing`, another one of its shard
     takes its place: which one is a pure function of the address. Else it is left out.
     """
 
-    def __init__(self, shards: Shards, transform: Transform, *, replacing: bool) -> None:
+    def __init__(
+        self, shards: Source[Raw], transform: Callable[[Raw, Address], Sample], *, replacing: bool
+    ) -> None:
         self.shards = shards
         self.transform = transform
         self.replacing = replacing
@@ -140,6 +156,7 @@ class AddressedSamples(Dataset[Batch | Failure]):
             addresses=torch.tensor(found, dtype=torch.int64).view(-1, 3),
             flips=torch.tensor([sample.flip for sample in samples]) if self.replacing else None,
             bad=tuple(bad),
+            targets=tuple(sample.targets for sample in samples if sample.targets is not None),
         )
 
     def _sample(self, address: Address, bad: list[BadSample]) -> Sample | None:
@@ -168,7 +185,7 @@ class AddressedSamples(Dataset[Batch | Failure]):
         if self.replacing:
             raise DataError(
                 f"sample {name} is damaged ({bad[-1].reason}), and so is every other one that was"
-                " tried in its place; make the shard again with `data-prep shard`"
+                " tried in its place; write them anew"
             )
         return None
 
@@ -198,7 +215,7 @@ class BatchStream:
 
     def __init__(
         self,
-        dataset: AddressedSamples,
+        dataset: AddressedSamples[Any],
         plan: TrainingPlan | EvaluationPlan,
         *,
         workers: int,
@@ -267,9 +284,9 @@ class TrainingBatches(BatchStream):
 
     def __init__(
         self,
-        shards: Shards,
+        shards: Source[Raw],
         order: Order,
-        transform: Transform,
+        transform: Callable[[Raw, Address], Sample],
         *,
         batch_size: int,
         start_position: int,
@@ -304,8 +321,8 @@ class TrainingBatches(BatchStream):
 
 
 def evaluation_batches(
-    shards: Shards,
-    transform: Transform,
+    shards: Source[Raw],
+    transform: Callable[[Raw, Address], Sample],
     *,
     batch_size: int,
     rank: int = 0,

@@ -6,18 +6,24 @@ Images keep the type they have, and are mirrored and normalised on the device.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from simmim.data.cropping import center_crop_resize, random_resized_crop
 from simmim.data.decoding import decode_pixels
+from simmim.data.errors import DataError
 from simmim.data.images import MAX_PIXELS
 from simmim.data.order import Address
 from simmim.data.randomness import numpy_stream, torch_stream
 from simmim.data.reading import RawSample
+from simmim.data.targets import Targets
 
 MaskDraw = Callable[[torch.Generator], Tensor]
 """Draws one mask, bool (rows, columns) of mask cells, True = hidden."""
+
+PictureChange = Callable[[Tensor, np.random.Generator], Tensor]
+"""Changes one cropped picture, (channels, height, width), by a random stream of its own."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,8 @@ class Sample:
     """Whether the device mirrors the image."""
     repaired: str | None = None
     """What is wrong with a file that was read all the same."""
+    targets: Targets | None = None
+    """What a dense stage learns of the image."""
 
 
 Transform = Callable[[RawSample, Address], Sample]
@@ -55,6 +63,8 @@ class TrainTransform:
     channels: int = 3
     """1 grey, 3 colour, 4 colour and transparency; arrays have any number."""
     mask: MaskDraw | None = None
+    augment: PictureChange | None = None
+    """What else is done to the crop."""
     max_pixels: int = MAX_PIXELS
     """Pixels of the largest image that is decoded."""
 
@@ -68,6 +78,10 @@ class TrainTransform:
             decoded.pixels, self.size, rng, scale=self.scale, ratio=self.ratio
         )
         flip = bool(rng.random() < self.flip)
+        if self.augment is not None:
+            if crop.dtype != torch.uint8:
+                raise DataError("augmentation needs images of 8 bits: set all of it to off")
+            crop = self.augment(crop, numpy_stream("augment", self.seed, address.epoch, raw.name))
         mask = None
         if self.mask is not None:
             mask = self.mask(torch_stream("mask", self.seed, address.epoch, raw.name))

@@ -138,11 +138,7 @@ def examine(
     )
     look("workers", lambda: [check_workers(recipe.data.workers)])
     look("memory", lambda: check_memory(recipe, device, world))
-    keep_last, for_good = recipe.training.keep_last, kept_for_good(stage)
-    look(
-        "disk",
-        lambda: [check_disk(run.path, stage.module, keep_last=keep_last, for_good=for_good)],
-    )
+    look("disk", lambda: [_disk(stage, run)])
     if accelerator.is_main_process:
         _say(f"dry run, about {2 * seconds:.0f} s")
     accelerator.wait_for_everyone()
@@ -161,6 +157,17 @@ def kept_for_good(stage: AnyStage) -> int:
         return 0
     every = math.lcm(training.keep_every, training.checkpoint_every)
     return training.total_steps(stage.samples_per_epoch) // every
+
+
+def _disk(stage: AnyStage, run: RunFolder) -> Check:
+    training = stage.recipe.training
+    best = training.keep_best and stage.best_metric is not None
+    return check_disk(
+        run.path,
+        stage.module,
+        kept=training.keep_last + int(best) + kept_for_good(stage),
+        average=training.ema_decay is not None,
+    )
 
 
 def check_run(run: RunFolder, recipe: Any, resume: str | None) -> Check:

@@ -116,11 +116,17 @@ def device_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available) // ranks
 
 
-def check_disk(folder: Path, model: nn.Module, *, keep_last: int, for_good: int = 0) -> Check:
-    """Hold the checkpoints that will be kept, the last and those for good, against the disk."""
+def check_disk(folder: Path, model: nn.Module, *, kept: int, average: bool = False) -> Check:
+    """Hold the checkpoints that will be kept against the room on the disk.
+
+    Args:
+        folder: of the run.
+        model: what is trained.
+        kept: checkpoints that are kept.
+        average: whether there is a running average of the weights in each.
+    """
     weights = sum(parameter.numel() for parameter in model.parameters()) * 4
-    checkpoint = 3 * weights  # AdamW has two states
-    kept = keep_last + for_good
+    checkpoint = (4 if average else 3) * weights  # AdamW has two states
     needed = (kept + 1) * checkpoint + weights  # one is written before one is removed
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free

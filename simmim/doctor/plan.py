@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from simmim.doctor.checks import Check
-from simmim.engine.loop import TrainingSettings
+from simmim.engine.settings import TrainingSettings
 from simmim.engine.tracking import chosen_trackers
 from simmim.engine.utilisation import measured_peak
 from simmim.stages.classification import SCRATCH, ClassificationRecipe, ClassificationStage

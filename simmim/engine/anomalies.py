@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from simmim.data.batches import Batch
-from simmim.data.mixture import Shards
+from simmim.data.source import Source
 from simmim.disk import append_whole, goes_on_without
 
 What = Literal["loss", "gradient", "weights"]
@@ -65,7 +65,7 @@ class Anomalies:
     def __init__(
         self,
         accelerator: Accelerator,
-        shards: Shards,
+        shards: Source[Any],
         path: Path,
         *,
         limit: int,

@@ -19,6 +19,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
+from simmim.engine.best import Best
 from simmim.engine.holdings import (
     model_pieces,
     optimizer_pieces,
@@ -60,6 +61,8 @@ class TrainingState:
     """State of the gradient scaler in fp16."""
     skipped_steps: int = 0
     """Steps without an update, for a loss or gradient that was no number."""
+    best: Best | None = None
+    """The best validation so far, whose checkpoint is kept."""
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -214,13 +217,17 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return [path for path in _checkpoints(folder) if (path / COMPLETE).is_file()]
 
 
-def remove_old_checkpoints(folder: Path, keep_last: int, keep_every: int | None = None) -> None:
+def remove_old_checkpoints(
+    folder: Path, keep_last: int, keep_every: int | None = None, best: int | None = None
+) -> None:
     """Remove all but the last `keep_last` complete checkpoints and those of every so many steps.
 
-    Folders that kills left unmarked go too.
+    That of the step `best` stays, and folders that kills left unmarked go.
     """
     found = complete_checkpoints(folder)
     kept = set(found[-keep_last:])
+    if best is not None:
+        kept.add(checkpoint_path(folder, best))
     if keep_every is not None:
         kept |= {path for path in found if _step(path) % keep_every == 0}
     for path in _checkpoints(folder):

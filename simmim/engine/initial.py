@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from simmim.engine.checkpoint import COMPLETE, MODEL, complete_checkpoints
+from simmim.engine.ema import load_average
 from simmim.engine.holdings import restore_model
 from simmim.engine.parts import Parts
 
@@ -17,6 +18,7 @@ def load_initial(path: Path, module: nn.Module) -> str:
     """Load the weights at `path` into what is to be trained: no optimiser, no place in the data.
 
     A model of other parts than `module`, of another stage for example, gives its encoder alone.
+    Where a checkpoint has averages of its weights, they are what is loaded.
 
     Args:
         path: a checkpoint, a run folder (its last complete checkpoint is taken, or its encoder),
@@ -45,7 +47,9 @@ def load_initial(path: Path, module: nn.Module) -> str:
     with Parts(checkpoints[-1], MODEL) as parts:
         if parts.shapes.keys() == module.state_dict().keys():
             restore_model(module, parts)
+            load_average(checkpoints[-1], module)
             return f"starting from the weights of {checkpoints[-1]}"
         parts.keep_below(f"{ENCODER}.")
         restore_model(module.get_submodule(ENCODER), parts)
+        load_average(checkpoints[-1], module.get_submodule(ENCODER), f"{ENCODER}.")
     return f"starting from the encoder of {checkpoints[-1]}; all else is new"

@@ -2,11 +2,10 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import closing, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -14,13 +13,16 @@ from torch import Tensor, nn
 
 from simmim.data.batches import Batch
 from simmim.engine.anomalies import Anomalies, poisoned
+from simmim.engine.best import Best, better, write_best
 from simmim.engine.checkpoint import TrainingState, checkpoint_path, find_checkpoint
+from simmim.engine.ema import averaged, forget_average, update_average
 from simmim.engine.holdings import whole_tensor
 from simmim.engine.initial import load_initial
 from simmim.engine.memory import keep_freed_memory
 from simmim.engine.optimizer import (
-    OptimizerSettings,
+    ParameterGroup,
     build_optimizer,
+    depth_table,
     parameter_groups,
     set_learning_rate,
 )
@@ -32,102 +34,15 @@ from simmim.engine.parallelism import (
 )
 from simmim.engine.run import RunFolder
 from simmim.engine.saving import Saver, SavingOutcome, contents_of, restore, whole_stage
-from simmim.engine.schedule import ScheduleSettings, learning_rate
+from simmim.engine.schedule import learning_rate
+from simmim.engine.settings import TrainingSettings
 from simmim.engine.sharding import shard_for_training
 from simmim.engine.signals import StopRequest
 from simmim.engine.stage import Stage
-from simmim.engine.tracking import Trackers
 from simmim.engine.watchdog import Watchdog, group_timeout
 from simmim.engine.watching import Position, Watcher
 from simmim.engine.zero import Zero
-from simmim.recipe import recipe_hash, settings
-
-
-@settings
-class TrainingSettings:
-    """How long and how a stage is trained."""
-
-    batch_size: int
-    """Images an optimiser step, over all processes."""
-    epochs: float | None = None
-    """Length of training in passes over the data; either this or steps."""
-    steps: int | None = None
-    """Length of training in optimiser steps; either this or epochs."""
-    accumulation: int = 1
-    """Parts that a process cuts its share of a batch into, one forward and backward each."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the forward pass; weights and optimiser are always float32. fp16 scales the
-    loss, and skips steps whose gradients overflow; it is for GPUs without bf16."""
-    clip_norm: float | None = 5.0
-    """Largest norm of the whole gradient; null does not clip."""
-    max_nonfinite: int = 10
-    """Steps in a row that are skipped for a loss or gradient that is no number before training
-    ends. Skipped steps leave the weights as they are, on all ranks."""
-    rank_timeout: float = 600.0
-    """Seconds that a process may make no progress while others wait for it; then the job ends.
-    No step, validation, checkpoint or compilation may take longer."""
-    seed: int = 0
-    """Seed of the initial weights, the data order, augmentation, masks and drop path."""
-    log_every: int = 10
-    """Steps between lines in metrics.jsonl."""
-    checkpoint_every: int = 500
-    """Steps between checkpoints. Each process keeps what it saves a second time in host memory, for
-    a thread to write it from; a step waits where the one before is not written yet."""
-    keep_last: int = 3
-    """Checkpoints kept, the last ones."""
-    keep_every: int | None = None
-    """Steps between checkpoints that are kept for good; null keeps none but the last."""
-    validate_every: int = 500
-    """Steps between validations; there is one at the end too."""
-    look_every: int = 500
-    """Steps between pictures, for a stage that draws some; there is one at the end too."""
-    trackers: Trackers = "auto"
-    """Where metrics go beside metrics.jsonl: auto is TensorBoard where it is installed; or a list
-    of tensorboard, wandb, mlflow, comet_ml, aim, clearml, dvclive, swanlab, trackio; [] is none."""
-    optimizer: OptimizerSettings
-    """The optimiser."""
-    schedule: ScheduleSettings = ScheduleSettings()
-    """The learning rate over time."""
-
-    def __post_init__(self) -> None:
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give either epochs or steps, the length of training.")
-        positive: tuple[str, ...] = ("batch_size", "epochs", "steps", "accumulation", "clip_norm")
-        positive += ("keep_last", "max_nonfinite", "rank_timeout")
-        intervals = (
-            "log_every",
-            "checkpoint_every",
-            "keep_every",
-            "validate_every",
-            "look_every",
-        )
-        for name in positive + intervals:
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} is {value}; it must be above 0.")
-        if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}; it must fit into 64 bits.")
-
-    def total_steps(self, samples_per_epoch: int) -> int:
-        """Return the number of optimiser steps."""
-        if self.steps is not None:
-            return self.steps
-        assert self.epochs is not None
-        return max(1, round(self.epochs * samples_per_epoch / self.batch_size))
-
-    def steps_to_the_end(self, step: int, cursor: int, samples_per_epoch: int) -> int:
-        """Return the number of steps of a training whose first ones had another batch size.
-
-        Args:
-            step: steps taken with it.
-            cursor: samples taken in them.
-            samples_per_epoch: samples of an epoch.
-        """
-        if self.steps is not None:
-            return self.steps
-        assert self.epochs is not None
-        left = self.epochs * samples_per_epoch - cursor
-        return step + max(0, round(left / self.batch_size))
+from simmim.recipe import recipe_hash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +166,7 @@ def train(
     stream = trainer.batches()  # refuses what cannot be dealt out, before anything is written
     if accelerator.is_main_process:
         run.begin(stage.recipe, step=trainer.step)
+        write_best(run.path, trainer.best)
     accelerator.wait_for_everyone()
     with (
         stop,
@@ -260,6 +176,8 @@ def train(
     ):
         if loaded is not None:
             watcher.say(loaded)
+        if trainer.training.optimizer.layer_decay != 1:
+            watcher.say(depth_table(stage.module, trainer.groups(), stage.depths))
         batches = iter(stream)
         trainer.clock.skip()
         while trainer.step < trainer.total and not trainer.must_stop():
@@ -271,9 +189,10 @@ def train(
         trainer.save_for_good(must=not stopped)
         trainer.watchdog.at(trainer.step, "writing the encoder" if not stopped else "ending")
         if not stopped and accelerator.is_main_process:
-            whole_stage(stage, checkpoint_path(run.checkpoints, trainer.step)).hand_on(
-                run, trainer.step, trainer.cursor
-            )
+            with trainer.averaged():
+                whole_stage(stage, checkpoint_path(run.checkpoints, trainer.step)).hand_on(
+                    run, trainer.step, trainer.cursor
+                )
         accelerator.wait_for_everyone()
     return TrainingResult(
         step=max(0, trainer.saved_step), stopped=stopped, figures=trainer.watcher.figures
@@ -292,6 +211,7 @@ class _Trainer:
         self.step = self.cursor = self.skipped = 0
         self.saved_step = -1
         self.begun_step = -1
+        self.best: Best | None = None
         self.lr = 0.0
         self.losses: list[Tensor] = []
         self.watchdog = Watchdog(self.training.rank_timeout)
@@ -302,6 +222,8 @@ class _Trainer:
         self.clock = self.watcher.clock
         self.zero: Zero | None = None
         if wants_zero() and accelerator.num_processes > 1:
+            if self.training.ema_decay is not None:
+                raise ValueError("training.ema_decay does not go with ZeRO: set it to null.")
             stage.module.to(accelerator.device)
             self.optimizer = optimizer_of(stage)
             self.zero = Zero(
@@ -320,6 +242,14 @@ class _Trainer:
             keep_last=self.training.keep_last,
             keep_every=self.training.keep_every,
         )
+
+    def groups(self) -> list[ParameterGroup]:
+        """Return the parameters by what they share."""
+        return parameter_groups(self.stage.module, self.training.optimizer, self.stage.depths)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within, the running averages stand in the place of the weights, where there are some."""
+        return nullcontext() if self.training.ema_decay is None else averaged(self.optimizer)
 
     @property
     def steps_per_epoch(self) -> float:
@@ -350,6 +280,10 @@ class _Trainer:
             )
         self.step = self.saved_step = self.begun_step = state.step
         self.cursor, self.skipped = state.cursor, state.skipped_steps
+        if state.best is not None and checkpoint_path(path.parent, state.best.step).is_dir():
+            self.best = state.best
+        if self.training.ema_decay is None and self.zero is None:
+            forget_average(self.optimizer)
         self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in state.losses]
 
     @property
@@ -387,15 +321,25 @@ class _Trainer:
         self.step += 1
         self.cursor += training.batch_size
         self.watchdog.at(self.step, "judging and logging the step")
+        if training.ema_decay is not None and not loss.isnan():
+            update_average(self.optimizer, training.ema_decay, self.step)
         self.anomalies.judge(self.step, norm, self.module, micro_batches, self.watcher.say)
         self.watcher.advance()
         if self.step % training.log_every == 0 or self.step == self.total:
             self._log(norm)
-        self.watcher.look(self.step)
-        if self.step % training.checkpoint_every == 0:
+        figures = self.watcher.look(self.step, self.averaged())
+        if self._is_best(figures) or self.step % training.checkpoint_every == 0:
             self.watchdog.at(self.step, "copying a checkpoint, or waiting for the one before")
             self.save()
         self.watchdog.at(self.step, "asking all ranks whether to go on")
+
+    def _is_best(self, figures: Mapping[str, float]) -> bool:
+        """Tell whether a validation is the best so far, and remember it."""
+        metric = self.stage.best_metric if self.training.keep_best else None
+        if metric is None or self.anomalies.in_a_row or not better(self.best, figures, metric):
+            return False
+        self.best = Best(step=self.step, metric=metric, value=figures[metric])
+        return True
 
     def _learning_rate(self, factor: float) -> float:
         """Return the rate of a layer: its factor scales the peak, but neither end."""
@@ -448,9 +392,11 @@ class _Trainer:
             recipe_hash=recipe_hash(self.stage.recipe),
             processes=self.accelerator.num_processes,
             skipped_steps=self.skipped,
+            best=self.best,
         )
         optimizer = self.zero.gather() if self.zero else self.optimizer
-        self.saver.start(self.step, contents_of(self.stage, self.accelerator, optimizer, state))
+        contents = contents_of(self.stage, self.accelerator, optimizer, state)
+        self.saver.start(self.step, contents, self.best)
         self.begun_step = self.step
         self.clock.skip()
 
@@ -476,6 +422,8 @@ class _Trainer:
             text = f"checkpoint {outcome.step} is complete, but {outcome.reason}"
         else:
             self.begun_step = self.saved_step
+            if self.best is not None and self.best.step == outcome.step:
+                self.best = None  # the next validation is the best there is a checkpoint of
             text = (
                 f"the checkpoint of step {outcome.step} was not written: {outcome.reason}. Without "
                 "another one a restart goes on from the one before"

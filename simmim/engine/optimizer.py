@@ -169,15 +169,30 @@ def set_learning_rate(
 
 
 def depth_table(model: nn.Module, groups: list[ParameterGroup], depths: tuple[int, ...]) -> str:
-    """Return a table of layers: learning-rate factor and parameters, for a person to check."""
+    """Return a table of layers for a person to check: learning-rate factor and numbers trained.
+
+    Position bias and logit scale, which names are matched for, have columns of their own, and the
+    last one has the modules that are in no block.
+    """
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    rows: dict[int, tuple[float, int]] = {}
+    rows: dict[int, list[tuple[str, float]]] = {}
     for group in groups:
         for name in group.names:
-            layer = layer_of(name, depths)
-            rows[layer] = (group.lr_factor, rows.get(layer, (0.0, 0))[1] + counts[name])
-    lines = [
-        f"{layer:5d}  {factor:9.4f}  {count:12,d}"
-        for layer, (factor, count) in sorted(rows.items())
-    ]
-    return "\n".join(["layer  lr factor    parameters", *lines])
+            rows.setdefault(layer_of(name, depths), []).append((name, group.lr_factor))
+    lines = [f"layer  lr factor    parameters  {'position bias':>13}  {'logit scale':>11}"]
+    for layer, members in sorted(rows.items()):
+        (factor,) = {factor for _, factor in members}
+        total, position, scale = (
+            sum(counts[name] for name, _ in members if not kind or kind in name.split("."))
+            for kind in ("", "position_bias", "logit_scale")
+        )
+        outside = sorted({_outermost(name) for name, _ in members} - {""})
+        line = f"{layer:5d}  {factor:9.4f}  {total:12,d}  {position:13,d}  {scale:11,d}"
+        lines.append(f"{line}  {', '.join(outside)}".rstrip())
+    return "\n".join(lines)
+
+
+def _outermost(name: str) -> str:
+    """Return what of a model a parameter outside the blocks belongs to; empty for one in them."""
+    parts = name.removeprefix("model.").removeprefix("encoder.").split(".")
+    return "" if parts[0] in ("stages", "merges") else parts[0]

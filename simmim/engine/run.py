@@ -27,6 +27,7 @@ FREE_TO_CHANGE = (
     "training.checkpoint_every",
     "training.keep_last",
     "training.keep_every",
+    "training.keep_best",
     "training.validate_every",
     "training.look_every",
     "training.max_nonfinite",

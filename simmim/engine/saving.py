@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from simmim.disk import why_not_written
+from simmim.engine.best import Best, write_best
 from simmim.engine.checkpoint import (
     RECIPE_FILE,
     Contents,
@@ -29,6 +30,7 @@ from simmim.engine.checkpoint import (
     texts_of,
     write_contents,
 )
+from simmim.engine.ema import load_average
 from simmim.engine.holdings import is_sharded, model_pieces, optimizer_pieces
 from simmim.engine.parts import Piece
 from simmim.recipe import read_values, to_yaml
@@ -83,6 +85,8 @@ class _Writing:
     step: int
     future: "Future[None] | None"
     """What this rank's thread does; None where it does nothing."""
+    best: Best | None
+    """The best checkpoint by then."""
     completing: bool = False
     """All ranks have written, and rank 0 completes it."""
     trouble: str = ""
@@ -110,8 +114,11 @@ class Saver:
         """Tell whether a checkpoint is on its way to disk; the same on all ranks."""
         return self._writing is not None
 
-    def start(self, step: int, contents: Contents) -> None:
-        """Copy what this process holds, and let the thread write it; none may be on its way."""
+    def start(self, step: int, contents: Contents, best: Best | None = None) -> None:
+        """Copy what this process holds, and let the thread write it; none may be on its way.
+
+        The checkpoint of `best` is kept once this one is complete, and the run names it then.
+        """
         assert self._writing is None
         copied = replace(
             contents,
@@ -122,7 +129,7 @@ class Saver:
         future = None
         if copied.model or copied.optimizer or copied.texts:
             future = self._thread.submit(write_contents, self.folder, step, copied)
-        self._writing = _Writing(contents=copied, step=step, future=future)
+        self._writing = _Writing(contents=copied, step=step, future=future, best=best)
 
     def signs(self) -> tuple[int, int]:
         """Return whether this rank is still writing, and whether its writing failed."""
@@ -162,8 +169,11 @@ class Saver:
 
     def _complete(self, writing: _Writing) -> None:
         finish_checkpoint(self.folder, writing.step, writing.contents.parts)
+        kept = None if writing.best is None else writing.best.step
+        if writing.best is not None:
+            write_best(self.folder.parent, writing.best)
         try:
-            remove_old_checkpoints(self.folder, self.keep_last, self.keep_every)
+            remove_old_checkpoints(self.folder, self.keep_last, self.keep_every, kept)
         except OSError as error:
             writing.trouble = f"old checkpoints cannot be removed: {error}"
 
@@ -279,9 +289,13 @@ def restore(
 
 
 def whole_stage(stage: AnyStage, checkpoint: Path) -> AnyStage:
-    """Return a stage that holds all its weights: itself, or one anew with those of `checkpoint`."""
+    """Return a stage that holds all its weights: itself, or one anew with those of `checkpoint`.
+
+    Averages stand in their place in the latter, where the checkpoint has some.
+    """
     if not is_sharded(stage.module):
         return stage
     again: AnyStage = stage.fresh()
     load_model(checkpoint, again.module)
+    load_average(checkpoint, again.module)
     return again

@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from swinv2 import SwinV2
 from swinv2.blocks import Block
+from swinv2.hierarchy import Hierarchy
 
 if TYPE_CHECKING:  # FSDP takes most of a second to import, so it is where it is used
     from torch.distributed.device_mesh import DeviceMesh
@@ -114,7 +114,7 @@ def shard_by_block(
                 module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
             )
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    if isinstance(model, SwinV2):
+    if isinstance(model, Hierarchy):
         for name in OUTSIDE_FORWARD:
             register_fsdp_forward_method(model, name)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from simmim.data.bad_samples import BadSamples
 from simmim.data.batches import Batch
-from simmim.data.mixture import Shards
+from simmim.data.source import Source
 from simmim.engine.run import RunFolder
 
 
@@ -41,7 +41,7 @@ class Stage(Protocol):
         """Digest of the shards that are trained on."""
 
     @property
-    def training_shards(self) -> Shards:
+    def training_shards(self) -> Source[Any]:
         """The shards that are trained on: what an address in a batch counts in."""
 
     @property
@@ -62,6 +62,13 @@ class Stage(Protocol):
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         """Return figures on held-out data, the same on every rank; empty if there is none."""
+
+    @property
+    def best_metric(self) -> str | None:
+        """Name of the figure of `validate` that tells the best checkpoint: the higher the better.
+
+        None where no figure does.
+        """
 
     @property
     def probe_every(self) -> int | None:

@@ -1,7 +1,7 @@
 """Watching a training: figures, pictures, probes and baselines, to wherever someone looks."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -179,20 +179,29 @@ class Watcher:
         first, second, third = of_all.amax(dim=0).tolist()
         return first, second, third
 
-    def look(self, step: int) -> None:
-        """Validate, probe and draw, where that is due after `step`."""
+    def look(self, step: int, weights: AbstractContextManager[None]) -> dict[str, float]:
+        """Validate, probe and draw, where that is due after `step`.
+
+        Args:
+            step: the last one taken.
+            weights: entered for it, to look at others than those that are trained.
+
+        Returns:
+            The figures of the validation; empty where none is due.
+        """
         validates = self._due(step, self.training.validate_every)
         probes = self._probes and self._due(step, self.stage.probe_every or 1)
         draws = self._due(step, self.training.look_every)
         if not (validates or probes or draws):
-            return
-        with self.clock.paused(), gathered(self.stage.module):
+            return {}
+        with self.clock.paused(), weights, gathered(self.stage.module):
             if validates:
                 self._validate(step)
             if probes:
                 self._probe(step)
             if draws:
                 self._draw(step)
+        return self.figures if validates else {}
 
     def _draw(self, step: int) -> None:
         self.begin(step, "drawing pictures, on rank 0")

@@ -6,8 +6,8 @@ from simmim.data.bad_samples import BadSamples
 from simmim.data.batches import TrainingBatches
 from simmim.data.mixture import Order, Shards
 from simmim.data.settings import AugmentedDataSettings, DataSettings
-from simmim.data.transforms import MaskDraw, TrainTransform
-from simmim.engine.loop import TrainingSettings
+from simmim.data.transforms import MaskDraw, PictureChange, TrainTransform
+from simmim.engine.settings import TrainingSettings
 
 
 def check_batches(data: DataSettings, training: TrainingSettings) -> None:
@@ -16,10 +16,19 @@ def check_batches(data: DataSettings, training: TrainingSettings) -> None:
     Raises:
         ValueError: the batch cannot take equally from each slot.
     """
-    if training.batch_size % data.slots:
+    check_slots(data.slots, training)
+
+
+def check_slots(slots: int, training: TrainingSettings) -> None:
+    """Check that a batch can take equally from each of so many slots.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if training.batch_size % slots:
         raise ValueError(
             f"training.batch_size {training.batch_size} is no multiple of data.slots "
-            f"{data.slots}; every batch takes equally from each slot. Change either."
+            f"{slots}; every batch takes equally from each slot. Change either."
         )
 
 
@@ -31,6 +40,7 @@ def training_batches(
     *,
     channels: int,
     mask: MaskDraw | None = None,
+    augment: PictureChange | None = None,
     rank: int,
     world: int,
     start: int,
@@ -46,6 +56,7 @@ def training_batches(
         training: batch size, accumulation and seed.
         channels: of the images.
         mask: draws the mask of an image, where the stage wants one.
+        augment: changes a cropped image, where the stage wants more than crop and mirroring.
         rank: number of this process.
         world: number of processes.
         start: cursor of the first batch.
@@ -60,6 +71,7 @@ def training_batches(
         flip=data.flip,
         channels=channels,
         mask=mask,
+        augment=augment,
         max_pixels=data.max_pixels,
     )
     return TrainingBatches(

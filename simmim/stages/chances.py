@@ -5,10 +5,10 @@ from torch import Tensor
 
 from simmim.data.batches import Batch
 from simmim.data.randomness import sample_bits
-from swinv2 import SwinV2
+from swinv2.hierarchy import Hierarchy
 
 
-def drop_path_chances(encoder: SwinV2, batch: Batch, seed: int) -> Tensor | None:
+def drop_path_chances(encoder: Hierarchy, batch: Batch, seed: int) -> Tensor | None:
     """Return what `SwinV2.encode` decides by in training; None where nothing is dropped.
 
     Each sample has its own numbers in each epoch, from the address that it was asked for by.

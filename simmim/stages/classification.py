@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from simmim.data.augmentation import Augment, AugmentationSettings
 from simmim.data.batches import Batch, evaluation_batches
+from simmim.data.mixing import draw_mixes, mixed, partners
 from simmim.data.mixture import Shards, order_of
 from simmim.data.settings import AugmentedDataSettings, open_sets, with_statistics
 from simmim.data.transforms import EvalTransform
-from simmim.engine.loop import TrainingSettings
 from simmim.engine.run import RunFolder
+from simmim.engine.settings import TrainingSettings
 from simmim.recipe import recipe_hash, settings
 from simmim.stages.batches import check_batches, training_batches
 from simmim.stages.chances import drop_path_chances
@@ -24,14 +26,12 @@ from simmim.stages.classifier import Classifier, Scores, save_head, score
 from simmim.stages.encoder_settings import EncoderSettings, ExecutionSettings
 from simmim.stages.labelled import open_labelled
 from simmim.stages.normalisation import Normalise
+from simmim.stages.starting import HEAD_FOLDER, source_of, take_head
 from swinv2 import SwinV2, build_encoder, load_encoder, save_encoder
 from swinv2.flops import forward_flops
 from swinv2.weights import Provenance, read_encoder_config
 
 SCRATCH = "scratch"
-
-HEAD_FOLDER = "classifier"
-"""Folder in the run with the head and the names of its classes."""
 
 
 @settings
@@ -60,15 +60,18 @@ class ClassificationRecipe:
     task: Literal["classification"]
     """What this recipe does."""
     init: str = SCRATCH
-    """`scratch`, or an encoder directory to start from. A directory brings its architecture
-    (variant, patch, channels, sizes) and its mean and std: of `encoder` only `window_size` and
-    `drop_path` then apply, and data.mean and data.std do not."""
+    """`scratch`, or what to start from: an encoder directory, or the folder of a run that has
+    ended. It brings its architecture (variant, patch, channels, sizes) and its mean and std: of
+    `encoder` only `window_size` and `drop_path` then apply, and data.mean and data.std do not. A
+    classification run brings its head too, where it knows all classes by the same names."""
     encoder: EncoderSettings
     """The encoder."""
     data: ClassificationData
     """The images."""
     label_smoothing: float = 0.1
     """Share of the target that is spread evenly over all classes, 0 to below 1."""
+    augmentation: AugmentationSettings = AugmentationSettings()
+    """What is done to the images besides crop and mirroring."""
     execution: ExecutionSettings = ExecutionSettings()
     """How the encoder is computed."""
     training: TrainingSettings
@@ -80,6 +83,13 @@ class ClassificationRecipe:
                 f"label_smoothing is {self.label_smoothing}; it must be 0 or more and below 1."
             )
         check_batches(self.data, self.training)
+        augmentation = self.augmentation
+        channels = self.encoder.in_channels
+        if (augmentation.rand_magnitude is not None or augmentation.color_jitter) and channels != 3:
+            raise ValueError(
+                f"augmentation.rand_magnitude and color_jitter are for images of 3 channels, and "
+                f"encoder.in_channels is {channels}: leave them out."
+            )
         if self.init == SCRATCH:
             self.encoder.check_channels(self.data.mean)
             config = self.encoder.config(self.data.image_size)  # raises where sizes cannot work
@@ -93,6 +103,8 @@ class StartingPoint:
     encoder: SwinV2
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    head: Path | None = None
+    """Folder of a trained head, with the names of its classes."""
 
 
 def starting_point(recipe: ClassificationRecipe) -> StartingPoint:
@@ -101,7 +113,8 @@ def starting_point(recipe: ClassificationRecipe) -> StartingPoint:
     Fresh weights depend on the recipe's seed alone.
 
     Raises:
-        ValueError: `recipe.init` is no encoder directory, or its encoder cannot take the sizes.
+        ValueError: `recipe.init` is neither an encoder directory nor a run that has ended, or its
+            encoder cannot take the sizes.
     """
     size = recipe.data.image_size
     if recipe.init == SCRATCH:
@@ -110,34 +123,56 @@ def starting_point(recipe: ClassificationRecipe) -> StartingPoint:
             encoder = build_encoder(recipe.encoder.config(size))
         mean, std = recipe.data.normalisation
         return StartingPoint(encoder=encoder, mean=mean, std=std)
-    directory = read_encoder_config(recipe.init)
+    source = source_of(recipe.init)
+    directory = read_encoder_config(source.encoder)
     encoder = load_encoder(
-        recipe.init,
+        source.encoder,
         image_size=size,
         window_size=recipe.encoder.window_size,
         drop_path=recipe.encoder.drop_path,
     )
-    return StartingPoint(encoder=encoder, mean=directory.mean, std=directory.std)
+    return StartingPoint(encoder=encoder, mean=directory.mean, std=directory.std, head=source.head)
 
 
 class ClassificationModule(nn.Module):
-    """Cross entropy with label smoothing over batches as they were stored."""
+    """Cross entropy with label smoothing over batches as they were stored, mixed if asked for."""
 
     def __init__(
-        self, model: Classifier, start: StartingPoint, *, label_smoothing: float, seed: int
+        self,
+        model: Classifier,
+        start: StartingPoint,
+        *,
+        label_smoothing: float,
+        augmentation: AugmentationSettings,
+        seed: int,
     ) -> None:
         super().__init__()
         self.model = model
         self.seed = seed
         self.normalise = Normalise(start.mean, start.std)
         self.label_smoothing = label_smoothing
+        self.augmentation = augmentation
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the mean loss over a batch."""
         assert batch.labels is not None
         images = self.normalise(batch.images, batch.flips)
+        mixes = None
+        if self.training and self.augmentation.mixes:
+            height, width = images.shape[2:]
+            mixes = draw_mixes(self.augmentation, self.seed, batch.addresses, (height, width))
+            images = mixed(images, mixes)
         logits = self.model(images, drop_path_chances(self.model.encoder, batch, self.seed))
-        return F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.label_smoothing)
+        losses = self._losses(logits, batch.labels)
+        if mixes is not None:
+            of_partners = self._losses(logits, partners(batch.labels))
+            losses = torch.lerp(of_partners, losses, mixes.shares.to(losses.device))
+        return losses.mean()
+
+    def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(
+            logits.float(), labels, label_smoothing=self.label_smoothing, reduction="none"
+        )
 
 
 class ClassificationStage:
@@ -163,10 +198,13 @@ class ClassificationStage:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.training.seed)
             self.model = Classifier(self.start.encoder, len(self.classes))
+        if self.start.head is not None:
+            take_head(self.model.head, self.classes, self.start.head)
         self.module = ClassificationModule(
             self.model,
             self.start,
             label_smoothing=recipe.label_smoothing,
+            augmentation=recipe.augmentation,
             seed=recipe.training.seed,
         )
         self.depths = self.start.encoder.config.depths
@@ -176,6 +214,11 @@ class ClassificationStage:
         """Operations of encoder and head; see `simmim.engine.stage.Stage`."""
         config = self.start.encoder.config
         return forward_flops(config) + 2 * config.num_features * len(self.classes)
+
+    @property
+    def best_metric(self) -> str | None:
+        """Top-1 tells the best checkpoint."""
+        return "top1"
 
     @property
     def probe_every(self) -> int | None:
@@ -192,13 +235,29 @@ class ClassificationStage:
         return {"uniform_loss": math.log(len(self.classes))}
 
     def batches(self, *, rank: int, world: int, start: int, end: int) -> Iterable[Batch]:
-        """Yield this rank's micro-batches; see `simmim.engine.loop.Stage`."""
+        """Yield this rank's micro-batches; see `simmim.engine.loop.Stage`.
+
+        Raises:
+            ValueError: images are mixed in pairs, and a micro-batch is odd.
+        """
+        recipe, training = self.recipe, self.recipe.training
+        part = training.batch_size // world // training.accumulation
+        if recipe.augmentation.mixes and part % 2:
+            raise ValueError(
+                f"mixup and cutmix take images in pairs, and a micro-batch holds {part}: change "
+                "training.batch_size, training.accumulation or the number of processes."
+            )
+        augment = None
+        if recipe.augmentation.touches_pictures:
+            mean, std = self.start.mean, self.start.std
+            augment = Augment(settings=recipe.augmentation, mean=mean, std=std)
         return training_batches(
             self.training_shards,
             self.order,
             self.recipe.data,
             self.recipe.training,
             channels=self.start.encoder.config.in_channels,
+            augment=augment,
             rank=rank,
             world=world,
             start=start,
@@ -259,7 +318,7 @@ class ClassificationStage:
     def hand_on(self, run: RunFolder, step: int, samples: int) -> None:
         """Write the encoder directory and the classifier's head into the run."""
         save_encoder(
-            self.model.encoder,
+            self.start.encoder,
             run.encoder,
             mean=self.start.mean,
             std=self.start.std,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swinv2 import SwinV2
+from swinv2.hierarchy import Hierarchy
 from swinv2.weights import (
     atomic_folder,
     load_encoder,
@@ -23,23 +23,24 @@ HEAD_FILE = "model.safetensors"
 CLASSES_FILE = "classes.json"
 
 
-def pooled_features(encoder: SwinV2, images: Tensor, chances: Tensor | None = None) -> Tensor:
+def pooled_features(encoder: Hierarchy, images: Tensor, chances: Tensor | None = None) -> Tensor:
     """Return the mean over all places of the encoder's output.
 
-    Normalised images (batch, channels, height, width) become (batch, num_features).
+    Normalised images (batch, channels, height, width), or clips (batch, frames, channels, height,
+    width), become (batch, num_features).
     """
     return pool(encoder(images, chances))
 
 
 def pool(tokens: Tensor) -> Tensor:
-    """Return the mean over all places: (batch, rows, columns, channels) to (batch, channels)."""
-    return tokens.mean(dim=(1, 2))
+    """Return the mean over all places: (batch, *map, channels) to (batch, channels)."""
+    return tokens.mean(dim=tuple(range(1, tokens.ndim - 1)))
 
 
 class Classifier(nn.Module):
     """Encoder, average pool and a linear layer, whose fresh weights are small (std 0.02)."""
 
-    def __init__(self, encoder: SwinV2, num_classes: int) -> None:
+    def __init__(self, encoder: Hierarchy, num_classes: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = nn.Linear(encoder.num_features, num_classes)
@@ -47,7 +48,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor, chances: Tensor | None = None) -> Tensor:
-        """Turn normalised images (batch, channels, height, width) into (batch, classes) logits.
+        """Turn normalised images, or clips, into (batch, classes) logits; see `pooled_features`.
 
         What drop_path drops goes by chances; see `SwinV2.encode`.
         """
@@ -125,6 +126,15 @@ def load_classifier(encoder: Path, head: Path) -> TrainedClassifier:
     return TrainedClassifier(
         model=model.eval(), classes=classes, mean=description.mean, std=description.std
     )
+
+
+def read_head(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Return the tensors of a saved head, `weight` and `bias`, and the names of its classes.
+
+    Raises:
+        ValueError: a file is absent or damaged.
+    """
+    return read_tensors(path / HEAD_FILE), _read_classes(path / CLASSES_FILE)
 
 
 def _read_classes(file: Path) -> tuple[str, ...]:

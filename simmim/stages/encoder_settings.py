@@ -3,8 +3,9 @@
 from typing import Literal
 
 from simmim.recipe import settings
-from swinv2 import Execution, SwinV2, SwinV2Config
+from swinv2 import Execution, SwinV2Config
 from swinv2.config import AttentionPath, Checkpointing, variant_config
+from swinv2.hierarchy import Hierarchy
 
 
 @settings
@@ -117,7 +118,7 @@ class ExecutionSettings:
                     "stages; give one for each, or a single one for all."
                 )
 
-    def apply(self, encoder: SwinV2) -> None:
+    def apply(self, encoder: Hierarchy) -> None:
         """Let `encoder` compute in this way.
 
         Raises:

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from simmim.data.settings import first_folder
 from simmim.engine.checkpoint import complete_checkpoints, load_state, read_model
+from simmim.engine.ema import read_average
 from simmim.engine.run import RunFolder
 from simmim.recipe import RecipeError, load, read_values, recipe_hash
-from simmim.stages.classification import HEAD_FOLDER, ClassificationRecipe, starting_point
+from simmim.stages.classification import ClassificationRecipe, starting_point
 from simmim.stages.classifier import load_classifier
 from simmim.stages.pretrain import load_pretrained
+from simmim.stages.starting import HEAD_FOLDER
 from simmim.stages.trial_image import trial_image
 from swinv2 import SwinV2
 from swinv2.bridges.contents import Classifier, MaskedImageHead
@@ -216,6 +218,12 @@ def _read_run(run: RunFolder) -> Exportable:
             return _read_pretraining(run, checkpoints[-1])
         case "classification":
             return _read_classification(run, checkpoints[-1])
+        case "segmentation" | "detection" if run.encoder.is_dir():
+            return _read_directory(run.encoder, str(run.encoder))
+        case "segmentation" | "detection":
+            raise ValueError(
+                f"{run.path} has not handed on its encoder yet: let the training end first."
+            )
         case other:
             raise RecipeError(f"{run.recipe} is of task {other!r}, which has no encoder to export.")
 
@@ -252,7 +260,7 @@ def _read_classification(run: RunFolder, checkpoint: Path) -> Exportable:
         if ended.provenance.step == provenance.step:
             return replace(_with_head(ended, run), shards=first_folder(recipe.data.shards))
     start = starting_point(recipe)
-    tensors = read_model(checkpoint)
+    tensors = read_model(checkpoint) | read_average(checkpoint)
     load_strictly(start.encoder, _below(tensors, ENCODER_PREFIX), str(checkpoint))
     head = _below(tensors, HEAD_PREFIX)
     return Exportable(

@@ -4,8 +4,9 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
+from simmim.engine.best import best_checkpoint
 from simmim.engine.checkpoint import find_checkpoint
 from simmim.engine.launcher import (
     end_with_launcher,
@@ -15,12 +16,20 @@ from simmim.engine.launcher import (
 from simmim.engine.loop import TrainingResult, build_accelerator, train
 from simmim.engine.parallelism import check_parallelism
 from simmim.engine.run import RunFolder
+from simmim.engine.settings import TrainingSettings
 from simmim.engine.stage import Stage
 from simmim.engine.tracking import chosen_trackers
-from simmim.stages.classification import ClassificationRecipe
-from simmim.stages.pretrain import PretrainRecipe
 
-Recipe = TypeVar("Recipe", PretrainRecipe, ClassificationRecipe)
+
+class Trains(Protocol):
+    """A recipe of a stage."""
+
+    @property
+    def training(self) -> TrainingSettings:
+        """How long and how it is trained."""
+
+
+Recipe = TypeVar("Recipe", bound=Trains)
 
 
 def launch(
@@ -96,6 +105,7 @@ def say_result(result: TrainingResult, run: RunFolder) -> None:
         lines = [
             f"Done: {result.step} steps" + (f"; {figures}." if figures else "."),
             f"Encoder  {run.encoder}",
+            *_best_line(run),
             f"Metrics  {run.metrics}",
             f"Report   {run.report}",
         ]
@@ -104,6 +114,13 @@ def say_result(result: TrainingResult, run: RunFolder) -> None:
         if run.reconstructions.is_dir():
             lines.append(f"Pictures {run.reconstructions}")
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _best_line(run: RunFolder) -> list[str]:
+    try:
+        return [f"Best     {best_checkpoint(run.path)}"]
+    except ValueError:
+        return []
 
 
 def run_folder(path: str | None, config: Path) -> RunFolder:

@@ -15,8 +15,9 @@ from simmim.data.mixture import order_of
 from simmim.data.settings import AugmentedDataSettings, DataSettings, with_statistics
 from simmim.data.transforms import EvalTransform
 from simmim.engine.checkpoint import TrainingState, find_checkpoint, load_model, load_state
-from simmim.engine.loop import TrainingSettings
+from simmim.engine.ema import load_average
 from simmim.engine.run import RunFolder
+from simmim.engine.settings import TrainingSettings
 from simmim.losses import LossName
 from simmim.masking import MaskDrawer, MaskSettings
 from simmim.model import LossArea, SimMIM
@@ -252,6 +253,11 @@ class PretrainStage:
         return PretrainStage(self.recipe)
 
     @property
+    def best_metric(self) -> str | None:
+        """None: a lower loss is no better encoder."""
+        return None
+
+    @property
     def probe_every(self) -> int | None:
         """Steps between probes; None for no probe."""
         return None if self.recipe.probe is None else self.recipe.probe.every
@@ -331,4 +337,5 @@ def load_pretrained(run: RunFolder, checkpoint: str = "auto") -> Pretrained:
         raise ValueError(f"{run.checkpoints} holds no complete checkpoint; train it further first.")
     module = PretrainModule(build_model(recipe), recipe.data, seed=recipe.training.seed)
     load_model(path, module)
+    load_average(path, module)
     return Pretrained(model=module.model.eval(), recipe=recipe, state=load_state(path))

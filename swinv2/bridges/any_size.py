@@ -179,7 +179,7 @@ class AnySizeBlock(nn.Module):
     def __init__(self, block: Block) -> None:
         super().__init__()
         self.shifted = block.shifted
-        self.attention = AnySizeAttention(block.attention, block.window)
+        self.attention = AnySizeAttention(block.attention, cast(Pair, block.window))
         self.norm1, self.mlp, self.norm2 = block.norm1, block.mlp, block.norm2
 
     def forward(self, tokens: Tensor, cuts: Cuts) -> Tensor:

@@ -69,18 +69,46 @@ def backbone_from_encoder(
     Raises:
         ValueError: transformers is not installed, a name is unknown, or the directory is none.
     """
-    config_class, model_class = _config_class(), _model_class()
+    model_class = _model_class()
     source = encoder if isinstance(encoder, SwinV2) else load_encoder(encoder)
-    stages = [f"stage{index + 1}" for index in range(len(source.config.depths))]
-    names = stages if out_features is None else list(out_features)
-    described = asdict(source.config) | {"pretrained_window_sizes": record_windows(source.config)}
-    backbone = model_class(config_class(**described, out_features=names))
-    tensors = {name: tensor.detach().cpu() for name, tensor in source.state_dict().items()}
+    backbone = model_class(backbone_config(source.config, out_features=out_features))
+    fill_backbone(backbone, source)
+    return backbone
+
+
+def backbone_config(config: SwinV2Config, *, out_features: Sequence[str] | None = None) -> Any:
+    """Return the config of a backbone for an encoder's; see `backbone_from_encoder`."""
+    names = [f"stage{index + 1}" for index in range(len(config.depths))]
+    described = asdict(config) | {"pretrained_window_sizes": record_windows(config)}
+    return _config_class()(
+        **described, out_features=names if out_features is None else list(out_features)
+    )
+
+
+def fill_backbone(backbone: Any, encoder: SwinV2) -> None:
+    """Copy the weights of an encoder into a backbone of its config, however that was made."""
+    tensors = {name: tensor.detach() for name, tensor in encoder.state_dict().items()}
     final = {leaf: tensors.pop(f"norm.{leaf}") for leaf in ("weight", "bias")}
     backbone.encoder.load_state_dict(tensors, strict=True)
-    if stages[-1] in names:
-        backbone.hidden_states_norms[stages[-1]].load_state_dict(final, strict=True)
-    return backbone
+    last = backbone.stage_names[-1]
+    if last in backbone.hidden_states_norms:
+        backbone.hidden_states_norms[last].load_state_dict(final, strict=True)
+
+
+def encoder_from_backbone(backbone: Any) -> SwinV2:
+    """Return a copy of the encoder in a backbone: what `backbone_from_encoder` made it of.
+
+    Raises:
+        ValueError: the backbone does not give the last map, whose norm is the encoder's.
+    """
+    last = backbone.stage_names[-1]
+    if last not in backbone.hidden_states_norms:
+        raise ValueError(f"the backbone does not give {last}, so its encoder has no last norm.")
+    encoder = SwinV2(backbone.encoder.config)
+    norm = backbone.hidden_states_norms[last].state_dict()
+    tensors = backbone.encoder.state_dict() | {f"norm.{leaf}": norm[leaf] for leaf in norm}
+    encoder.load_state_dict(tensors, strict=True)
+    return encoder.eval()
 
 
 @cache
@@ -181,19 +209,21 @@ def _model_class() -> type[Any]:
             output_hidden_states: bool | None = None,
             output_attentions: bool | None = None,
             return_dict: bool | None = None,
+            chances: Tensor | None = None,
             **_: Any,
         ) -> Any:
             """Turn (batch, channels, height, width) of any size into a `BackboneOutput`.
 
             Its ``feature_maps`` are (batch, embed_dim·2^i, height/stride, width/stride), rounded
-            up, for stage i + 1; ``hidden_states``, on demand, all maps before their norms.
+            up, for stage i + 1; ``hidden_states``, on demand, all maps before their norms. What
+            drop_path drops goes by ``chances``; see `SwinV2.encode`.
 
             Raises:
                 ValueError: attentions are asked for.
             """
             if output_attentions:
                 raise ValueError("this backbone keeps no attentions: leave output_attentions out.")
-            maps = self.encoder.features(pixel_values)
+            maps = self.encoder.features(pixel_values, chances)
             if output_hidden_states or "stem" in self.out_features:
                 maps = [self.encoder.embed(pixel_values).permute(0, 3, 1, 2), *maps]
             named = dict(zip(reversed(self.stage_names), reversed(maps), strict=False))

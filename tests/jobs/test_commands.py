@@ -11,6 +11,8 @@ from accelerate.commands.launch import launch_command_parser
 import data_prep.cli
 import simmim.cli
 from simmim.recipe import load
+from simmim.stages.classification import ClassificationRecipe
+from simmim.stages.probe import ProbeRecipe
 
 ROOT = Path(__file__).parents[2]
 JOBS = ROOT / "jobs"
@@ -61,8 +63,12 @@ def check_ours(words: list[str]) -> None:
     """Parse the words behind `simmim`, with the recipe that they name."""
     arguments, overrides = simmim.cli.build_parser().parse_known_args(words)
     assert arguments.takes_overrides or not overrides
-    if arguments.takes_overrides:
-        load(arguments.recipe_type, arguments.config, overrides)
+    if arguments.command in ("pretrain", "finetune"):
+        load(simmim.cli.task_of(arguments).recipe, arguments.config, overrides)
+    elif arguments.command == "probe":
+        load(ProbeRecipe, arguments.config, overrides)
+    elif arguments.command == "labels":
+        load(ClassificationRecipe, arguments.config, ["--init", arguments.init, *overrides])
 
 
 def check(words: list[str]) -> None:
@@ -82,6 +88,8 @@ def check(words: list[str]) -> None:
             assert Path(file).is_file()
         case ["sbatch", *rest]:
             check_sbatch(rest)
+        case ["unzip", _] | ["pip", "install", _]:
+            pass
         case _:
             pytest.fail(f"not a command that is checked here: {shlex.join(words)}")
 

@@ -6,11 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from simmim.dense.detectors import build_detector
+from simmim.dense.segmenters import build_segmenter
 from simmim.recipe import load, parse, read_values, to_values
 from simmim.stages.classification import ClassificationRecipe
 from simmim.stages.classifier import Classifier
+from simmim.stages.detection import DetectionRecipe
 from simmim.stages.pretrain import PretrainRecipe, build_model
 from simmim.stages.probe import ProbeRecipe
+from simmim.stages.segmentation import SegmentationRecipe
 from swinv2 import VARIANTS, build_encoder
 
 JOBS = Path(__file__).parents[2] / "jobs"
@@ -18,11 +22,23 @@ TYPES = {
     "pretrain": PretrainRecipe,
     "classification": ClassificationRecipe,
     "probe": ProbeRecipe,
+    "segmentation": SegmentationRecipe,
+    "detection": DetectionRecipe,
 }
 RECIPES = sorted(
-    path for task in ("pretrain", "finetune", "probe") for path in (JOBS / task).glob("*.yaml")
+    path
+    for task in ("pretrain", "finetune", "probe")
+    for path in (JOBS / task).glob("*.yaml")
+    if not path.stem.startswith("video-")  # test_video_recipes.py
 )
-FULL_SCALE = [path for path in RECIPES if path.stem != "cifar10"]
+SMALL = {
+    "pretrain": {"cifar10", "cifar10-hour", "camvid"},
+    "finetune": {"cifar10", "cifar10-labels", "segmentation-camvid"},
+}
+DENSE = {"giant-ade20k", "giant-coco"}
+FULL_SCALE = [
+    path for path in RECIPES if path.stem not in DENSE | SMALL["pretrain"] | SMALL["finetune"]
+]
 PRETRAINING = {
     # variant, window, epochs, batch, lr, schedule, weight decay, clip, drop path
     "tiny-800ep": ("tiny", 12, 800, 2048, 4e-4, "multistep", 0.05, 5, 0),
@@ -52,9 +68,12 @@ def name(path: Path) -> str:
 
 
 def test_there_are_recipes_for_all_variants() -> None:
-    found = {path.parent.name: {file.stem for file in path.parent.iterdir()} for path in RECIPES}
-    assert found["pretrain"] == {*PRETRAINING, "cifar10"}
-    assert found["finetune"] == {*FINE_TUNING, "cifar10"}
+    folders = {path.parent for path in RECIPES}
+    found = {
+        folder.name: {path.stem for path in RECIPES if path.parent == folder} for folder in folders
+    }
+    assert found["pretrain"] == {*PRETRAINING, *SMALL["pretrain"]}
+    assert found["finetune"] == {*FINE_TUNING, *DENSE, *SMALL["finetune"]}
     for table in (PRETRAINING, FINE_TUNING):
         assert {row[0] for row in table.values()} == set(VARIANTS)
 
@@ -96,6 +115,7 @@ def test_the_batch_can_be_dealt_to_the_hardware_that_is_named(path: Path) -> Non
     gpus, training = int(named[1]), recipe.training
     assert recipe.data.slots % gpus == 0
     assert training.batch_size == gpus * training.accumulation * int(counted[1])
+    assert path.parent.name == "pretrain" or int(counted[1]) % 2 == 0  # images are mixed in pairs
 
 
 @pytest.mark.parametrize("name", PRETRAINING)
@@ -135,6 +155,12 @@ def test_fine_tuning_recipes_are_the_papers(name: str) -> None:
         recipe.encoder.drop_path,
     )
     assert (schedule.kind, schedule.warmup_lr, schedule.min_lr) == ("cosine", 1e-6, 1e-6)
+    augmentation = recipe.augmentation
+    assert (augmentation.rand_magnitude, augmentation.rand_std) == (9, 0.5)
+    assert (augmentation.color_jitter, augmentation.erasing) == (0.4, 0.25)
+    assert (augmentation.mixup, augmentation.cutmix) == (0.8, 1.0)
+    assert (augmentation.mix_probability, augmentation.mix_switch) == (1, 0.5)
+    assert recipe.label_smoothing == 0.1
 
 
 @pytest.mark.parametrize("name", FINE_TUNING)
@@ -145,3 +171,40 @@ def test_fine_tuning_starts_from_what_another_recipe_writes(name: str) -> None:
     assert run in {*PRETRAINING, *FINE_TUNING}
     (path,) = JOBS.glob(f"*/{run}.yaml")
     assert read_values(path)["encoder"]["variant"] == recipe.encoder.variant
+
+
+def test_the_recipe_for_ade20k_is_the_papers() -> None:
+    recipe = load(SegmentationRecipe, JOBS / "finetune" / "giant-ade20k.yaml")
+    training, schedule = recipe.training, recipe.training.schedule
+    assert (recipe.encoder.variant, recipe.encoder.window_size) == ("giant", 40)
+    assert (recipe.data.image_size, recipe.encoder.drop_path) == (640, 0.4)
+    assert (recipe.evaluation.size, recipe.evaluation.window_size) == (896, 56)
+    assert (training.steps, training.batch_size, training.optimizer.lr) == (80_000, 32, 4e-5)
+    assert (schedule.kind, schedule.warmup_steps) == ("linear", 750)
+    assert (recipe.data.num_classes, recipe.data.reduce_zero_label) == (150, True)
+
+
+def test_the_recipe_for_coco_is_the_papers() -> None:
+    recipe = load(DetectionRecipe, JOBS / "finetune" / "giant-coco.yaml")
+    training = recipe.training
+    assert (recipe.encoder.variant, recipe.encoder.window_size) == ("giant", 32)
+    assert recipe.data.image_size == 1536
+    assert (training.steps, training.batch_size, training.optimizer.lr) == (45_000, 96, 6e-4)
+
+
+@pytest.mark.parametrize("name", sorted(DENSE))
+def test_each_dense_model_can_be_built(name: str) -> None:
+    pytest.importorskip("transformers", reason="needs simmim[finetune]")
+    path = JOBS / "finetune" / f"{name}.yaml"
+    with torch.device("meta"):
+        if read_values(path)["task"] == "segmentation":
+            recipe = load(SegmentationRecipe, path)
+            encoder = build_encoder(recipe.encoder.config(recipe.data.image_size))
+            model = build_segmenter(encoder, recipe.data.names, recipe.head)
+            recipe.execution.apply(model.backbone.encoder)
+        else:
+            objects = load(DetectionRecipe, path)
+            encoder = build_encoder(objects.encoder.config(objects.data.image_size))
+            found = build_detector(encoder, [str(one) for one in range(80)], objects.head)
+            objects.execution.apply(found.backbone.encoder)
+    assert encoder.config.variant == "giant"

@@ -85,3 +85,36 @@ def pretrain_config(pretrain_values: dict[str, Any], tmp_path: Path) -> Path:
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(pretrain_values))
     return path
+
+
+@pytest.fixture
+def classification_values(shards: Path) -> dict[str, Any]:
+    """The values of a fine-tuning recipe from scratch."""
+    return {
+        "task": "classification",
+        "encoder": {
+            "variant": "tiny",
+            "patch_size": 2,
+            "window_size": 4,
+            "embed_dim": 16,
+            "depths": [1, 2],
+            "num_heads": [1, 2],
+            "drop_path": 0.1,
+        },
+        "data": {
+            "shards": str(shards),
+            "image_size": 16,
+            "workers": 0,
+            "slots": 4,
+            "validation_shards": 2,
+            "scale": [0.6, 1.0],
+        },
+        "training": {
+            "batch_size": 8,
+            "steps": 8,
+            "log_every": 2,
+            "checkpoint_every": 4,
+            "validate_every": 8,
+            "optimizer": {"lr": 2e-3, "layer_decay": 0.8},
+        },
+    }

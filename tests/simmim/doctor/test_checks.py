@@ -209,9 +209,9 @@ def test_a_batch_that_fits_no_machine_is_told_with_what_would(
 
 def test_a_full_disk_is_seen_before_it_is_full(tmp_path: Path) -> None:
     model = torch.nn.Linear(1000, 1000)
-    assert check_disk(tmp_path / "new" / "run", model, keep_last=3).verdict == "ok"
-    assert check_disk(tmp_path, model, keep_last=3, for_good=10**9).verdict == "problem"
-    found = check_disk(tmp_path, model, keep_last=10**9)
+    assert check_disk(tmp_path / "new" / "run", model, kept=3).verdict == "ok"
+    assert check_disk(tmp_path, model, kept=10**9).verdict == "problem"
+    found = check_disk(tmp_path, model, kept=10**9)
     assert found.verdict == "problem"
     assert "training.keep_last" in found.change
 

@@ -7,14 +7,10 @@ import torch
 
 from simmim.engine.anomalies import DivergedError
 from simmim.engine.checkpoint import complete_checkpoints, load_state, read_model
-from simmim.engine.loop import (
-    TrainingResult,
-    TrainingSettings,
-    build_accelerator,
-    train,
-)
+from simmim.engine.loop import TrainingResult, build_accelerator, train
 from simmim.engine.optimizer import OptimizerSettings
 from simmim.engine.run import RunFolder
+from simmim.engine.settings import TrainingSettings
 from simmim.engine.watchdog import Watchdog
 from simmim.recipe import parse
 from simmim.stages.pretrain import PretrainRecipe, PretrainStage

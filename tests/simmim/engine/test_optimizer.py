@@ -224,6 +224,18 @@ def test_the_table_counts_every_parameter() -> None:
     )
     total = sum(parameter.numel() for parameter in model.parameters())
     assert sum(int(row[2]) for row in rows[1:]) == total
+    for column, kind in ((3, "position_bias"), (4, "logit_scale")):
+        named = {
+            name: parameter.numel()
+            for name, parameter in model.named_parameters()
+            if kind in name.split(".")
+        }
+        by_layer = [int(row[column]) for row in rows[1:]]
+        assert by_layer[0] == by_layer[4] == 0  # of blocks alone
+        assert min(by_layer[1:4]) > 0
+        assert sum(by_layer) == sum(named.values())
+    assert " ".join(rows[1][5:]) == "mask_token patch_embed"
+    assert " ".join(rows[5][5:]) == "decoder norm"
 
 
 def test_8_bits_without_their_library_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

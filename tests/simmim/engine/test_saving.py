@@ -191,7 +191,7 @@ def test_a_checkpoint_is_complete_though_old_ones_cannot_be_removed(
     saver.start(1, contents(0, 1, 1.0))
     saver.finish(list)
 
-    def denied(folder: Path, keep_last: int, keep_every: int | None) -> None:
+    def denied(folder: Path, *_: int | None) -> None:
         raise PermissionError(13, "Permission denied", str(folder / "step-00000001"))
 
     monkeypatch.setattr(saving, "remove_old_checkpoints", denied)

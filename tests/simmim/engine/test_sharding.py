@@ -47,6 +47,7 @@ def train(**execution: Any) -> dict[str, float]:
 def assert_equal(found: dict[str, float]) -> None:
     assert found["loss"] < 1e-5, found
     assert found["weight"] < 1e-5, found
+    assert found["average"] < 1e-5, found
     assert found["feature"] < 1e-4, found  # of size 1 and after all blocks
 
 

@@ -8,9 +8,10 @@ import pytest
 from accelerate import Accelerator
 from PIL import Image
 
-from simmim.engine.loop import TrainingSettings, build_accelerator, train
+from simmim.engine.loop import build_accelerator, train
 from simmim.engine.optimizer import OptimizerSettings
 from simmim.engine.run import RunFolder
+from simmim.engine.settings import TrainingSettings
 from simmim.engine.tracking import Tracking, chosen_trackers, flattened
 from simmim.recipe import parse
 from simmim.stages.pretrain import PretrainRecipe, PretrainStage

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import simmim.cli
+import simmim.stages.tasks
 from simmim.data.batches import Batch
 from simmim.data.mixture import Shards
 from simmim.stages.pretrain import PretrainModule, PretrainRecipe, PretrainStage
@@ -56,5 +57,5 @@ def faulty(fault: str) -> type[PretrainStage]:
 
 
 if __name__ == "__main__":
-    simmim.cli.PretrainStage = faulty(sys.argv.pop(1))  # type: ignore[attr-defined, misc]
+    simmim.stages.tasks.PretrainStage = faulty(sys.argv.pop(1))  # type: ignore[attr-defined, misc]
     simmim.cli.run()

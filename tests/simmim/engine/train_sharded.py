@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from simmim import SimMIM
+from simmim.engine.ema import averaged, update_average
 from simmim.engine.sharding import shard_by_block, shard_size, sharding_units
 from swinv2 import build_encoder
 
@@ -30,7 +31,8 @@ def main(execution: dict[str, Any], param_dtype: torch.dtype | None) -> None:
     assert len(units) == sum(sharded.encoder.config.depths) + 1
 
     optimizers = [
-        torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4) for model in (whole, sharded)
+        torch.optim.AdamW(list(model.named_parameters()), lr=1e-3, eps=1e-4)
+        for model in (whole, sharded)
     ]
     losses = []
     for step in range(STEPS):
@@ -42,16 +44,26 @@ def main(execution: dict[str, Any], param_dtype: torch.dtype | None) -> None:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+            update_average(optimizer, 0.5, step + 1)
         mean = of_sharded.detach().float()
         dist.all_reduce(mean)
         losses.append(abs(float(of_whole.detach()) - float(mean) / world))
-    weights = [
-        float((part.full_tensor() - expected).detach().abs().max())
-        for part, expected in zip(sharded.parameters(), whole.parameters(), strict=True)
-    ]
+    weights = largest_difference(whole, sharded)
+    with averaged(optimizers[0]), averaged(optimizers[1]):
+        averages = largest_difference(whole, sharded)
+    again = largest_difference(whole, sharded)
+    assert again == weights, (again, weights)
     features = check_features(whole, sharded)
     if rank == 0:
-        print(json.dumps({"loss": max(losses), "weight": max(weights), "feature": features}))
+        found = {"loss": max(losses), "weight": weights, "average": averages}
+        print(json.dumps(found | {"feature": features}))
+
+
+def largest_difference(whole: SimMIM, sharded: SimMIM) -> float:
+    return max(
+        float((part.full_tensor() - expected).detach().abs().max())
+        for part, expected in zip(sharded.parameters(), whole.parameters(), strict=True)
+    )
 
 
 def build() -> SimMIM:

@@ -1,7 +1,6 @@
-"""A small encoder directory, and a fine-tuning recipe of a second."""
+"""A small encoder directory."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -33,36 +32,3 @@ def small_encoder(seed: int = 3) -> SwinV2:
 def encoder_directory(tmp_path: Path) -> Path:
     """An encoder directory as a pretraining run leaves it."""
     return save_encoder(small_encoder(), tmp_path / "encoder", mean=MEAN, std=STD)
-
-
-@pytest.fixture
-def classification_values(shards: Path) -> dict[str, Any]:
-    """The values of a fine-tuning recipe from scratch."""
-    return {
-        "task": "classification",
-        "encoder": {
-            "variant": "tiny",
-            "patch_size": 2,
-            "window_size": 4,
-            "embed_dim": 16,
-            "depths": [1, 2],
-            "num_heads": [1, 2],
-            "drop_path": 0.1,
-        },
-        "data": {
-            "shards": str(shards),
-            "image_size": 16,
-            "workers": 0,
-            "slots": 4,
-            "validation_shards": 2,
-            "scale": [0.6, 1.0],
-        },
-        "training": {
-            "batch_size": 8,
-            "steps": 8,
-            "log_every": 2,
-            "checkpoint_every": 4,
-            "validate_every": 8,
-            "optimizer": {"lr": 2e-3, "layer_decay": 0.8},
-        },
-    }

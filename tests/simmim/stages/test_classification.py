@@ -9,12 +9,16 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data_prep.cli
+from simmim.data.batches import Batch
+from simmim.data.mixing import draw_mixes, mixed, partners
 from simmim.data.reading import ShardSet
 from simmim.engine.loop import TrainingResult, build_accelerator, train
 from simmim.engine.run import RunFolder
 from simmim.recipe import RecipeError, parse
+from simmim.stages.chances import drop_path_chances
 from simmim.stages.classification import ClassificationRecipe, ClassificationStage
-from simmim.stages.classifier import load_classifier, score
+from simmim.stages.classifier import load_classifier, save_head, score
+from simmim.stages.starting import take_head
 from swinv2.weights import load_encoder, read_encoder_config
 
 
@@ -218,6 +222,14 @@ def test_a_start_that_is_no_encoder_is_refused(
         build_stage(classification_values | {"init": str(tmp_path / "nowhere")})
 
 
+def test_a_folder_of_images_says_how_to_make_shards_of_it(
+    classification_values: dict[str, Any], shards: Path
+) -> None:
+    images = shards.parent / "images"
+    with pytest.raises(ValueError, match=f"data-prep shard {images} DST"):
+        build_stage(changed(classification_values, "data", shards=str(images)))
+
+
 def test_shards_without_classes_are_refused(
     classification_values: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -250,3 +262,86 @@ def test_validation_shards_of_their_own_are_used_whole(
     stage = build_stage(changed(classification_values, "data", validation=str(shards)))
     assert stage.validation_shards is not None
     assert stage.training_shards.samples == stage.validation_shards.samples == 96
+
+
+def test_training_mixes_images_and_validation_does_not(
+    classification_values: dict[str, Any],
+) -> None:
+    paper = {"rand_magnitude": 9, "erasing": 0.25, "mixup": 0.8, "cutmix": 1.0}
+    stage = build_stage(classification_values | {"augmentation": paper, "label_smoothing": 0.1})
+    batch = next(iter(stage.batches(rank=0, world=1, start=0, end=8)))
+    module = stage.module.train()
+    loss = module(batch)
+    mixes = draw_mixes(stage.recipe.augmentation, 0, batch.addresses, (16, 16))
+    images = mixed(module.normalise(batch.images, batch.flips), mixes)
+    chances = drop_path_chances(stage.model.encoder, batch, 0)
+    targets = F.one_hot(batch.labels, 3).float()
+    shares = mixes.shares[:, None]
+    soft = shares * targets + (1 - shares) * partners(targets)
+    logs = stage.model(images, chances).log_softmax(dim=1)
+    expected = -((0.9 * soft + 0.1 / 3) * logs).sum(dim=1).mean()
+    torch.testing.assert_close(loss, expected)
+    assert 0 < float(mixes.shares.min()) < 1
+    module.eval()
+    plain = module(batch)
+    logits = stage.model(module.normalise(batch.images, batch.flips))
+    torch.testing.assert_close(plain, F.cross_entropy(logits, batch.labels, label_smoothing=0.1))
+
+
+def test_augmented_batches_are_the_same_on_two_ranks(classification_values: dict[str, Any]) -> None:
+    paper = {"rand_magnitude": 9, "erasing": 0.25, "mixup": 0.8, "cutmix": 1.0}
+    stage = build_stage(classification_values | {"augmentation": paper})
+    module = stage.module
+    whole = next(iter(stage.batches(rank=0, world=1, start=0, end=8)))
+    parts = [next(iter(stage.batches(rank=rank, world=2, start=0, end=8))) for rank in range(2)]
+
+    def seen(batch: Batch) -> torch.Tensor:
+        mixes = draw_mixes(stage.recipe.augmentation, 0, batch.addresses, (16, 16))
+        return mixed(module.normalise(batch.images, batch.flips), mixes)
+
+    assert torch.equal(seen(whole), torch.cat([seen(part) for part in parts]))
+
+
+def test_odd_micro_batches_cannot_be_mixed(classification_values: dict[str, Any]) -> None:
+    values = changed(classification_values, "training", accumulation=8)
+    stage = build_stage(values | {"augmentation": {"mixup": 0.8}})
+    with pytest.raises(ValueError, match="in pairs, and a micro-batch holds 1"):
+        stage.batches(rank=0, world=1, start=0, end=8)
+
+
+def test_a_chain_of_runs_keeps_the_head_where_it_knows_the_classes(
+    classification_values: dict[str, Any], tmp_path: Path
+) -> None:
+    run_training(build_stage(classification_values), tmp_path / "first")
+    trained = load_classifier(tmp_path / "first" / "encoder", tmp_path / "first" / "classifier")
+    again = build_stage(classification_values | {"init": str(tmp_path / "first")})
+    for name, tensor in trained.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor)
+    fewer = changed(classification_values, "data", classes=["stripe", "circle"])
+    some = build_stage(fewer | {"init": str(tmp_path / "first")})
+    rows = [trained.classes.index(name) for name in some.classes]
+    assert torch.equal(some.model.head.weight, trained.model.head.weight[rows])
+    encoder_alone = build_stage(fewer | {"init": str(tmp_path / "first" / "encoder")})
+    assert not torch.equal(encoder_alone.model.head.weight, some.model.head.weight)
+
+
+def test_a_head_of_other_classes_is_left(tmp_path: Path) -> None:
+    trained = torch.nn.Linear(4, 2)
+    save_head(trained, tmp_path / "classifier", ["cat", "dog"])
+    head = torch.nn.Linear(4, 2)
+    before = head.weight.detach().clone()
+    assert not take_head(head, ["cat", "horse"], tmp_path / "classifier")
+    assert torch.equal(head.weight, before)
+    assert take_head(head, ["dog", "cat"], tmp_path / "classifier")
+    assert torch.equal(head.weight, trained.weight[[1, 0]])
+    with pytest.raises(ValueError, match="head for 4 features, and the encoder has 5"):
+        take_head(torch.nn.Linear(5, 1), ["dog"], tmp_path / "classifier")
+
+
+def test_a_run_that_has_not_ended_says_how_to_start_from_it(
+    classification_values: dict[str, Any], tmp_path: Path
+) -> None:
+    run_training(build_stage(classification_values), tmp_path / "run")
+    (tmp_path / "run" / "encoder").rename(tmp_path / "gone")
+    with pytest.raises(ValueError, match="has not ended: let it end, or write"):
+        build_stage(classification_values | {"init": str(tmp_path / "run")})

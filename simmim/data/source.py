@@ -1,0 +1,51 @@
+"""What batches ask of a list of samples, be they images in shards or clips in folders."""
+
+from typing import Protocol, TypeVar
+
+
+class Located(Protocol):
+    """What stands at an address, before it is decoded."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    @property
+    def key(self) -> str:
+        """What it is called in its shard."""
+
+    @property
+    def shard_name(self) -> str:
+        """What its shard is called."""
+
+
+Raw = TypeVar("Raw", bound=Located)
+Raw_co = TypeVar("Raw_co", bound=Located, covariant=True)
+
+
+class Source(Protocol[Raw_co]):
+    """What samples are read from: `simmim.data.mixture.Shards`, or other lists of samples."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """Samples in each shard."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes; none where samples have no labels."""
+
+    @property
+    def fetches_whole_shards(self) -> bool:
+        """Whether shards are to be fetched before their samples are read."""
+
+    def fetch(self, shard: int) -> None:
+        """Bring a shard near."""
+
+    def folder_of(self, shard: int) -> str:
+        """Return where a shard is from, for messages."""
+
+    def name(self, shard: int, sample: int) -> str:
+        """Return shard and key of a sample, as messages call it."""
+
+    def read(self, shard: int, sample: int) -> Raw_co:
+        """Return a sample."""

@@ -1,0 +1,1 @@
+"""What segmentation and detection are made of: files, transforms, models, metrics and overlays."""

@@ -1,0 +1,207 @@
+"""Images with objects, as the JSON files of COCO describe them."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simmim.dense.folder import NAMED, SHARD_FILES, read_bytes, shard_sizes, share_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoImage:
+    """An image and the objects in it, as they lie on disk; `image` is the encoded file."""
+
+    key: str
+    shard_name: str
+    image: bytes
+    extension: str
+    number: int
+    """The image's id."""
+    size: tuple[int, int]
+    """Rows and columns, as the JSON file says."""
+    objects: tuple[dict[str, Any], ...]
+    """Its annotations."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it, and what seeds its randomness."""
+        return f"{self.shard_name}/{self.key}"
+
+
+class CocoSet:
+    """Images of a COCO JSON file; read as shards are.
+
+    Args:
+        images: folder of the images.
+        annotations: the JSON file.
+        only_with_objects: leave out images in which nothing is annotated but crowds.
+
+    Raises:
+        ValueError: a file is absent or not what it must be, or no image is left.
+    """
+
+    classes: tuple[str, ...] = ()
+    """No class stands for a whole image."""
+    fetches_whole_shards = False
+
+    def __init__(
+        self, images: str | Path, annotations: str | Path, *, only_with_objects: bool
+    ) -> None:
+        self.folder, self.file = Path(images), Path(annotations)
+        if not self.folder.is_dir():
+            raise ValueError(f"{images} is no folder: give the folder of the images.")
+        self.content = _read(self.file)
+        categories = sorted(self.content["categories"], key=lambda one: one["id"])
+        self.class_names = tuple(str(one["name"]) for one in categories)
+        self.category_ids = tuple(int(one["id"]) for one in categories)
+        self._objects = self._sorted_objects()
+        self._images = [
+            image
+            for image in sorted(self.content["images"], key=lambda one: one["id"])
+            if not only_with_objects
+            or any(not one.get("iscrowd", 0) for one in self._objects.get(image["id"], ()))
+        ]
+        if not self._images:
+            raise ValueError(f"{annotations} describes no images with objects: give another file.")
+        missing = [
+            str(self.folder / image["file_name"])
+            for image in self._images
+            if not (self.folder / image["file_name"]).is_file()
+        ]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(self._images)} images of {annotations} are absent: there "
+                f"is no {', '.join(missing[:NAMED])}{' ...' if missing[NAMED:] else ''}."
+            )
+
+    def _sorted_objects(self) -> dict[int, list[dict[str, Any]]]:
+        known = {image["id"] for image in self.content["images"]}
+        found: dict[int, list[dict[str, Any]]] = {}
+        for one in self.content["annotations"]:
+            what = f"{self.file}: annotation {one.get('id')}"
+            if one.get("category_id") not in self.category_ids:
+                raise ValueError(
+                    f"{what} has the category_id {one.get('category_id')}, and there is no such "
+                    f"category: they are {', '.join(map(str, self.category_ids))}."
+                )
+            if one.get("image_id") not in known:
+                raise ValueError(f"{what} is of the image {one.get('image_id')}, which is not in.")
+            box = one.get("bbox")
+            if not isinstance(box, list) or len(box) != 4 or min(box[2:]) < 0:
+                raise ValueError(
+                    f"{what} has the bbox {box}; it must be [left, top, width, height]."
+                )
+            found.setdefault(one["image_id"], []).append(one)
+        return found
+
+    @property
+    def samples(self) -> int:
+        """Number of images."""
+        return len(self._images)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Images in each shard."""
+        return shard_sizes(self.samples)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the descriptions of these images and their objects."""
+        digest = hashlib.sha256(repr((self.class_names, self.category_ids)).encode())
+        for image in self._images:
+            described = [image, self._objects.get(image["id"], [])]
+            digest.update(json.dumps(described, sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def share(self, share: float, *, seed: int) -> "CocoSet":
+        """Return this share of the images, in order; a larger one contains every smaller one."""
+        selection = object.__new__(CocoSet)
+        selection.__dict__ |= self.__dict__
+        selection._images = share_of(self._images, share, seed)
+        return selection
+
+    def require_masks(self) -> None:
+        """Raise ValueError unless every object has a segmentation."""
+        bare = Counter(
+            image for image, ones in self._objects.items() for one in ones if not has_mask(one)
+        )
+        if bare:
+            raise ValueError(
+                f"{bare.total()} objects of {self.file} have no segmentation (the first in image "
+                f"{next(iter(bare))}), which masks are learnt from: choose head.kind rt_detr, "
+                "which needs boxes alone."
+            )
+
+    def fetch(self, shard: int) -> None:
+        """Do nothing: the files are here."""
+
+    def folder_of(self, shard: int) -> str:
+        """Return the folder, for messages."""
+        del shard
+        return str(self.folder)
+
+    def name(self, shard: int, sample: int) -> str:
+        """Return file and image of a sample, as messages call it."""
+        return f"{self.file.stem}/{self._images[shard * SHARD_FILES + sample]['file_name']}"
+
+    def read(self, shard: int, sample: int) -> CocoImage:
+        """Return a sample. Raises DataError naming a file that cannot be read."""
+        image = self._images[shard * SHARD_FILES + sample]
+        file = self.folder / image["file_name"]
+        return CocoImage(
+            key=str(image["file_name"]),
+            shard_name=self.file.stem,
+            image=read_bytes(file),
+            extension=file.suffix[1:].lower(),
+            number=int(image["id"]),
+            size=(int(image["height"]), int(image["width"])),
+            objects=tuple(self._objects.get(image["id"], ())),
+        )
+
+    def objects_of(self, image: int) -> tuple[dict[str, Any], ...]:
+        """Return the annotations of the image with this id."""
+        return tuple(self._objects.get(image, ()))
+
+    def ground_truth(self) -> dict[str, Any]:
+        """Return the content of the file for these images, with the fields the metric needs."""
+        images = {image["id"] for image in self._images}
+        objects = [
+            {"iscrowd": 0, "area": one["bbox"][2] * one["bbox"][3]} | one
+            for image in sorted(images)
+            for one in self._objects.get(image, ())
+        ]
+        return {
+            "info": {},
+            "images": self._images,
+            "annotations": objects,
+            "categories": self.content["categories"],
+        }
+
+
+def has_mask(annotation: dict[str, Any]) -> bool:
+    """Tell whether an object has polygons or a run-length mask."""
+    return bool(annotation.get("segmentation"))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file} is absent: give the JSON file of the annotations.") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is no JSON file that can be read: {error}.") from None
+    parts: Sequence[str] = ("images", "annotations", "categories")
+    missing = [part for part in parts if not isinstance(content, dict) or part not in content]
+    if missing:
+        raise ValueError(f"{file} is no COCO file of objects: it has no {', '.join(missing)}.")
+    assert isinstance(content, dict)
+    fields = ("id", "file_name", "height", "width")
+    for image in content["images"]:
+        absent = [field for field in fields if field not in image]
+        if absent:
+            raise ValueError(f"{file}: an image has no {', '.join(absent)}: {image}.")
+    return content

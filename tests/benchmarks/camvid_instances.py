@@ -1,0 +1,81 @@
+"""Objects of CamVid in COCO's format: connected parts of its movable classes.
+
+python tests/benchmarks/camvid_instances.py camvid train camvid/train.json
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from scipy.ndimage import find_objects, label
+
+MOVABLE = {8: "car", 9: "pedestrian", 10: "bicyclist"}
+SMALLEST = 64
+"""Pixels of the smallest part that counts as an object."""
+
+
+def run_lengths(mask: np.ndarray) -> dict[str, Any]:
+    """Return a mask as COCO's uncompressed run lengths: column by column, the first run of 0."""
+    flat = np.concatenate([[False], mask.T.ravel(), [not mask.T.ravel()[-1]]])
+    ends = np.flatnonzero(flat[1:] != flat[:-1])
+    counts = np.diff(np.concatenate([[0], ends]))
+    return {"counts": counts.tolist(), "size": list(mask.shape)}
+
+
+def objects_of(classes: np.ndarray, image: int, first: int) -> list[dict[str, Any]]:
+    """Return the annotations of one label image; ids count from `first`."""
+    found: list[dict[str, Any]] = []
+    for category in MOVABLE:
+        parts, _ = label(classes == category)
+        for number, (rows, columns) in enumerate(find_objects(parts), start=1):
+            mask = parts == number
+            if mask.sum() >= SMALLEST:
+                found.append(
+                    {
+                        "id": first + len(found),
+                        "image_id": image,
+                        "category_id": category,
+                        "iscrowd": 0,
+                        "area": int(mask.sum()),
+                        "bbox": [
+                            int(columns.start),
+                            int(rows.start),
+                            int(columns.stop - columns.start),
+                            int(rows.stop - rows.start),
+                        ],
+                        "segmentation": run_lengths(mask),
+                    }
+                )
+    return found
+
+
+def convert(folder: Path, split: str) -> dict[str, Any]:
+    """Return the content of a COCO file for one split of CamVid."""
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, file in enumerate(sorted((folder / "images" / split).glob("*.jpg")), start=1):
+        labels = folder / "annotations" / split / f"{file.stem}.png"
+        classes = np.asarray(Image.open(labels))
+        height, width = classes.shape
+        images.append({"id": number, "file_name": file.name, "height": height, "width": width})
+        annotations += objects_of(classes, number, len(annotations) + 1)
+    categories = [{"id": number, "name": name} for number, name in MOVABLE.items()]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("split")
+    parser.add_argument("destination", type=Path)
+    arguments = parser.parse_args()
+    content = convert(arguments.folder, arguments.split)
+    arguments.destination.write_text(json.dumps(content))
+    print(f"{len(content['annotations'])} objects in {len(content['images'])} images")
+
+
+if __name__ == "__main__":
+    main()

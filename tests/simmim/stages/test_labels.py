@@ -1,0 +1,60 @@
+"""`simmim labels`: all runs by one command, none of them twice."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import simmim.cli
+from simmim.engine.run import RunFolder
+
+
+@pytest.mark.timeout(900)  # two trainings in processes of their own
+def test_one_command_trains_compares_and_goes_on(
+    classification_values: dict[str, Any],
+    encoder_directory: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    classification_values["training"] |= {"steps": 2, "validate_every": 2}
+    config, folder = tmp_path / "small.yaml", tmp_path / "labels"
+    config.write_text(yaml.safe_dump(classification_values))
+    command = ["labels", "--config", str(config), "--init", str(encoder_directory)]
+    command += ["--folder", str(folder), "--fractions", "0.5", "--seeds", "3"]
+    assert simmim.cli.main(command) == 0
+    assert "50 %" in capsys.readouterr().out
+    (scores,) = [json.loads((folder / "labels.json").read_text())]
+    assert {one["start"] for one in scores} == {"pretrained", "scratch"}
+    recipes = {
+        start: yaml.safe_load((folder / f"{start}-50-seed3" / "recipe.yaml").read_text())
+        for start in ("pretrained", "scratch")
+    }
+    assert recipes["pretrained"]["init"] == str(encoder_directory)
+    assert recipes["scratch"]["init"] == "scratch"
+    assert recipes["scratch"] | {"init": ""} == recipes["pretrained"] | {"init": ""}
+    assert (
+        recipes["scratch"]["data"]["fraction_seed"] == recipes["scratch"]["training"]["seed"] == 3
+    )
+    for one in scores:
+        metrics = RunFolder(path=folder / f"{one['start']}-50-seed3").read_metrics()
+        assert one["values"] == [line["top1"] for line in metrics if "top1" in line][-1:]
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/encoder/*")}
+    assert simmim.cli.main(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*/encoder/*")} == before
+    assert "run 1 of" not in capsys.readouterr().err
+    assert "50 %" in (folder / "labels.html").read_text()
+    assert simmim.cli.main([*command, "--training.steps", "3"]) == 2
+    assert "training.steps: 2 → 3" in capsys.readouterr().err
+
+
+def test_mistakes_are_told_before_the_first_run(
+    classification_values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "small.yaml"
+    config.write_text(yaml.safe_dump(classification_values))
+    command = ["labels", "--config", str(config), "--init", "x", "--folder", str(tmp_path / "f")]
+    assert simmim.cli.main([*command, "--fractions", "0.5", "2"]) == 2
+    assert "fraction is 2" in capsys.readouterr().err
+    assert not (tmp_path / "f").exists()
