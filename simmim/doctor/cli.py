@@ -18,7 +18,7 @@ from simmim.doctor.plan import AnyStage, Recipe, check_plan
 from simmim.doctor.shards import check_shards, check_workers
 from simmim.engine.launcher import end_with_launcher, requested_cpu_processes, start_processes
 from simmim.engine.loop import build_accelerator
-from simmim.engine.parallelism import check_parallelism
+from simmim.engine.parallelism import check_parallelism, end_processes
 from simmim.engine.run import RunFolder
 from simmim.recipe import RecipeError, load, read_values
 from simmim.stages.classification import ClassificationRecipe, ClassificationStage
@@ -73,7 +73,7 @@ def run_doctor(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     stage, resume, seconds = stages[0], arguments.resume, arguments.seconds
     checks += examine(stage, run, accelerator, resume=resume, seconds=seconds)
     code = max(gathered(accelerator, _finish(checks)))  # the same on every rank
-    accelerator.end_training()
+    end_processes(accelerator)
     return int(code)
 
 

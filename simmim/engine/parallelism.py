@@ -79,6 +79,16 @@ def _check_zero() -> None:
         raise ValueError("accelerate's config asks for DeepSpeed: pip install 'simmim[zero]'")
 
 
+def end_processes(accelerator: Accelerator) -> None:
+    """Leave the group of processes; all of them call it.
+
+    They meet first: a thread of gloo lets go of the tensors it exchanged shortly after it hands
+    them over, and a process in which Python ends meanwhile is aborted.
+    """
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
 @contextmanager
 def without_exchange(module: nn.Module, accelerator: Accelerator) -> Iterator[None]:
     """Within, a backward adds to the gradients of this process, and nothing is exchanged."""

@@ -25,6 +25,9 @@ from torch.distributed import distributed_c10d
 LOST = 76
 """Exit code where a rank hung or was lost: the run can go on from its last checkpoint."""
 
+LONGEST_GOODBYE = 5.0
+"""Most seconds to wait for a thread of the watch to end."""
+
 LONGEST_INTERVAL = 2.0
 """Most seconds between two signs of life of a rank."""
 
@@ -203,6 +206,8 @@ class Watchdog:
         else:
             self._say(fault=lost or str(error) or type(error).__name__)
         self._stop.set()
+        for thread in self._threads:  # Python aborts where one still waits for the store as it ends
+            thread.join(LONGEST_GOODBYE)
         if lost is not None:
             raise RankLostError(lost) from error
 

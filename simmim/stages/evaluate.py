@@ -20,6 +20,7 @@ from simmim.engine.checkpoint import (
 from simmim.engine.ema import load_average
 from simmim.engine.launcher import end_with_launcher, start_processes
 from simmim.engine.loop import build_accelerator
+from simmim.engine.parallelism import end_processes
 from simmim.engine.run import RunFolder
 from simmim.recipe import differences, load, read_values, to_values
 from simmim.stages.tasks import task_named
@@ -90,7 +91,7 @@ def evaluate(source: Path, overrides: Sequence[str] = (), *, best: bool = False)
     if accelerator.is_main_process:
         _note(run, found, overrides)
         sys.stdout.write(found.text + "\n")
-    accelerator.end_training()
+    end_processes(accelerator)
     return found
 
 

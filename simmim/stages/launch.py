@@ -14,7 +14,7 @@ from simmim.engine.launcher import (
     start_processes,
 )
 from simmim.engine.loop import TrainingResult, build_accelerator, train
-from simmim.engine.parallelism import check_parallelism
+from simmim.engine.parallelism import check_parallelism, end_processes
 from simmim.engine.run import RunFolder
 from simmim.engine.settings import TrainingSettings
 from simmim.engine.stage import Stage
@@ -87,7 +87,7 @@ def launch(
     )
     if accelerator.is_main_process:
         say_result(result, run)
-    accelerator.end_training()
+    end_processes(accelerator)
     return result
 
 

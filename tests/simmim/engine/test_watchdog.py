@@ -1,8 +1,12 @@
 """What is concluded from what ranks say of themselves; real ranks are in test_faults."""
 
+import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+import torch.testing._internal.distributed.fake_pg
 
 from simmim.engine.watchdog import FAULT_GRACE, Ranks, Standing, Watchdog, group_timeout
 
@@ -89,3 +93,19 @@ def test_a_single_process_is_not_watched() -> None:
     with pytest.raises(ValueError, match="its own"), Watchdog(0.01, end=ended.append):
         raise ValueError("its own")
     assert ended == []
+
+
+def test_no_thread_of_the_watch_outlives_it(tmp_path: Path) -> None:
+    """Python aborts where one of them waits for the store as it ends."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 2)
+    torch.distributed.init_process_group("fake", store=store, rank=0, world_size=2)
+    try:
+        with Watchdog(60.0):
+            assert len(of_the_watch()) == 3
+        assert of_the_watch() == []
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def of_the_watch() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("watchdog")]

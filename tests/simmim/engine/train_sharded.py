@@ -104,4 +104,5 @@ if __name__ == "__main__":
     given = json.loads(sys.argv[1])
     dtype = torch.bfloat16 if given.pop("bf16", False) else None
     main(given, dtype)
+    dist.barrier()  # or threads of gloo may still hold tensors as Python ends, which aborts
     dist.destroy_process_group()

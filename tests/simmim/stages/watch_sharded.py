@@ -43,6 +43,7 @@ def main(config: Path, folder: Path, precision: str) -> None:
         found.append(figures)
     if accelerator.is_main_process:
         sys.stdout.write(json.dumps(found) + "\n")
+    dist.barrier()  # or threads of gloo may still hold tensors as Python ends, which aborts
     dist.destroy_process_group()
 
 
