@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from simmim.data.order import Address, SampleOrder, check_batch, slots_of, turns_of
-from simmim.data.reading import RawSample, ShardSet
+from simmim.data.samples import SampleSet
+from simmim.data.source import EncodedImage
 
 PERIODS = (10_007, 10_009)
 """Lengths of the pattern, both prime: the first that does not divide the number of slots, so that
@@ -27,7 +28,7 @@ class MixedShards:
     Raises ValueError unless there is a weight above 0 for each set.
     """
 
-    def __init__(self, sets: Sequence[ShardSet], weights: Sequence[float]) -> None:
+    def __init__(self, sets: Sequence[SampleSet], weights: Sequence[float]) -> None:
         if not sets or len(sets) != len(weights) or not min(weights) > 0:
             raise ValueError("a mixture needs sets of shards, and a weight above 0 for each")
         self.sets = tuple(sets)
@@ -70,7 +71,7 @@ class MixedShards:
     def __len__(self) -> int:
         return self.samples
 
-    def read(self, shard: int, sample: int) -> RawSample:
+    def read(self, shard: int, sample: int) -> EncodedImage:
         """Return a sample; raises DataError naming the shard where it cannot be read."""
         number, own = self._place(shard)
         return self.sets[number].read(own, sample)
@@ -86,7 +87,7 @@ class MixedShards:
         return any(one.fetches_whole_shards for one in self.sets)
 
     def fetch(self, shard: int) -> None:
-        """Bring a shard into the cache where its set has one; see `ShardSet.fetch`."""
+        """Bring a shard into the cache where its set has one; see `SampleSet.fetch`."""
         number, own = self._place(shard)
         self.sets[number].fetch(own)
 
@@ -113,14 +114,14 @@ class MixedShards:
         return MixedShards(training, self.weights), MixedShards(validation, self.weights)
 
     def share(self, share: float, *, seed: int) -> "MixedShards":
-        """Return this share of each class's samples of each set; see `ShardSet.share`."""
+        """Return this share of each class's samples of each set; see `SampleSet.share`."""
         return self._changed(lambda one: one.share(share, seed=seed))
 
     def only_classes(self, names: Sequence[str]) -> "MixedShards":
-        """Return the samples of these classes; see `ShardSet.only_classes`."""
+        """Return the samples of these classes; see `SampleSet.only_classes`."""
         return self._changed(lambda one: one.only_classes(names))
 
-    def _changed(self, change: Callable[[ShardSet], ShardSet]) -> "MixedShards":
+    def _changed(self, change: Callable[[SampleSet], SampleSet]) -> "MixedShards":
         return MixedShards([change(one) for one in self.sets], self.weights)
 
     def _place(self, shard: int) -> tuple[int, int]:
@@ -222,7 +223,7 @@ def pattern(weights: Sequence[float], period: int) -> np.ndarray:
     return numbers[np.argsort(moments, kind="stable")]
 
 
-Shards = ShardSet | MixedShards
+Shards = SampleSet | MixedShards
 """What samples are read from."""
 
 Order = SampleOrder | MixedOrder

@@ -3,14 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeGuard, TypeVar
 
+from data_prep.manifest import MANIFEST_NAME, Location, locate
 from simmim.data.bad_samples import MAX_BAD_SHARE, BadSamples
 from simmim.data.cache import DEFAULT_CACHE_BYTES
+from simmim.data.image_folder import open_folder
 from simmim.data.images import MAX_PIXELS
 from simmim.data.mixture import MixedShards, Shards
 from simmim.data.reading import ShardSet
 from simmim.data.remote import RemoteReading
+from simmim.data.samples import SampleSet
 from simmim.data.statistics import measured_statistics
 from simmim.recipe import settings
 
@@ -25,7 +28,7 @@ class WeightedShards:
     """One set of a mixture."""
 
     shards: str
-    """Folder of shards that data-prep made, or its URL."""
+    """Folder of shards that data-prep made, or its URL; or a folder of images."""
     weight: float = 1.0
     """Share of the samples that come from this set, to those of the others."""
 
@@ -35,12 +38,12 @@ class WeightedShards:
 
 
 ShardsSetting = str | tuple[WeightedShards, ...]
-"""A folder of shards or its URL, or several with weights."""
+"""A folder of shards or its URL, or a folder of images; or several with weights."""
 
 
 @settings
 class RemoteSettings:
-    """How shards are read that are not on this machine."""
+    """How shards are read that are not on this machine, and how long files are waited for."""
 
     remote: Literal["auto", "shards", "ranges"] = "auto"
     """How shards at a URL are read: `shards` fetches whole ones into a cache and checks them,
@@ -76,14 +79,16 @@ class RemoteSettings:
 
 @settings
 class DataSettings(RemoteSettings):
-    """Shards, and how they are read."""
+    """Images in shards or folders, and how they are read."""
 
     shards: ShardsSetting
     """Folder of shards that data-prep made: tars, indexes and manifest.json. Or its URL, of s3,
-    gs, http or https. Or a list of {shards: folder or URL, weight: number}: every batch takes
-    from each set in proportion."""
+    gs, http or https. Or a folder of images on this machine, with a folder for each class where
+    there are classes. Or a list of {shards: any of these, weight: number}: every batch takes from
+    each set in proportion."""
     validation_shards: int = 1
-    """Shards at the end of each set that are held out for validation; 0 holds out none."""
+    """Shards at the end of each set that are held out for validation; 0 holds out none. A folder
+    of images counts as shards of at most 1,000, drawn from all of it."""
     classes: tuple[str, ...] | None = None
     """Names of the classes whose images are used; null uses all images."""
     fraction: float = 1.0
@@ -169,6 +174,13 @@ def with_statistics(data: Data) -> Data:
     """
     if MEASURED not in (data.mean, data.std):
         return data
+    for folder in folders_of(data.shards):
+        if holds_images(locate(folder)):
+            raise ValueError(
+                f"data.mean and data.std are measured of shards, and {folder} is a folder of"
+                f" images: write numbers out, or make shards: data-prep shard {folder} DST, then"
+                " data-prep info DST --statistics"
+            )
     found = measured_statistics(
         folders_of(data.shards), weights_of(data.shards), allow_pipe=data.allow_pipe
     )
@@ -178,20 +190,39 @@ def with_statistics(data: Data) -> Data:
 
 
 def open_sets(shards: ShardsSetting, remote: RemoteReading | None = None) -> Shards:
-    """Open a folder of shards, or several as a mixture; those at URLs are read as `remote` says.
+    """Open shards or a folder of images, or several as a mixture; URLs are read as `remote` says.
 
     Raises:
         ValueError: a folder cannot be used.
     """
     folders = folders_of(shards)
-    if isinstance(shards, str):
-        return ShardSet(shards, remote=remote)
     remote = replace(remote or RemoteReading(), sets=len(folders))
-    return MixedShards([ShardSet(one, remote=remote) for one in folders], weights_of(shards))
+    if isinstance(shards, str):
+        return open_set(shards, remote)
+    return MixedShards([open_set(one, remote) for one in folders], weights_of(shards))
+
+
+def open_set(folder: str | Path, remote: RemoteReading) -> SampleSet:
+    """Open a folder of shards, or one of images on this machine.
+
+    Raises:
+        ValueError: it is neither, or cannot be used.
+    """
+    place = locate(folder)
+    if holds_images(place):
+        return open_folder(place, attempts=remote.attempts)
+    return ShardSet(folder, remote=remote)
+
+
+def holds_images(place: Location) -> TypeGuard[Path]:
+    """Tell whether a place is a folder that is no set of shards, nor was meant to be one."""
+    if not isinstance(place, Path) or not place.is_dir():
+        return False
+    return not (place / MANIFEST_NAME).exists() and next(place.glob("*.tar"), None) is None
 
 
 def folders_of(shards: ShardsSetting) -> tuple[str, ...]:
-    """Return the folders or URLs that are named, at least one."""
+    """Return the folders and URLs that are named, at least one."""
     return (shards,) if isinstance(shards, str) else tuple(one.shards for one in shards)
 
 

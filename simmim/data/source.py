@@ -19,6 +19,22 @@ class Located(Protocol):
         """What its shard is called."""
 
 
+class EncodedImage(Located, Protocol):
+    """An image with its label, before it is decoded."""
+
+    @property
+    def image(self) -> bytes:
+        """The encoded file. Raises BadSampleError where it cannot be read."""
+
+    @property
+    def extension(self) -> str:
+        """Of its file name, in lower case and without the dot."""
+
+    @property
+    def label(self) -> int | None:
+        """Place in the list of classes; None where it has none."""
+
+
 Raw = TypeVar("Raw", bound=Located)
 Raw_co = TypeVar("Raw_co", bound=Located, covariant=True)
 

@@ -16,7 +16,7 @@ from simmim.data.errors import DataError
 from simmim.data.images import MAX_PIXELS
 from simmim.data.order import Address
 from simmim.data.randomness import numpy_stream, torch_stream
-from simmim.data.reading import RawSample
+from simmim.data.source import EncodedImage
 from simmim.data.targets import Targets
 
 MaskDraw = Callable[[torch.Generator], Tensor]
@@ -44,7 +44,7 @@ class Sample:
     """What a dense stage learns of the image."""
 
 
-Transform = Callable[[RawSample, Address], Sample]
+Transform = Callable[[EncodedImage, Address], Sample]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class TrainTransform:
     max_pixels: int = MAX_PIXELS
     """Pixels of the largest image that is decoded."""
 
-    def __call__(self, raw: RawSample, address: Address) -> Sample:
+    def __call__(self, raw: EncodedImage, address: Address) -> Sample:
         """Return the sample as this epoch shows it."""
         decoded = decode_pixels(
             raw.image, raw.extension, channels=self.channels, max_pixels=self.max_pixels
@@ -104,7 +104,7 @@ class EvalTransform:
     max_pixels: int = MAX_PIXELS
     """Pixels of the largest image that is decoded."""
 
-    def __call__(self, raw: RawSample, address: Address) -> Sample:  # noqa: ARG002
+    def __call__(self, raw: EncodedImage, address: Address) -> Sample:  # noqa: ARG002
         """Return the sample as evaluation sees it."""
         decoded = decode_pixels(
             raw.image, raw.extension, channels=self.channels, max_pixels=self.max_pixels

@@ -16,8 +16,10 @@ from PIL import Image, UnidentifiedImageError
 from data_prep.manifest import Location, ShardEntry
 from simmim.data.decoding import ARRAY_EXTENSION, decode_pixels
 from simmim.data.errors import DataError
+from simmim.data.image_folder import ImageFolder
 from simmim.data.mixture import MixedShards, Shards
 from simmim.data.reading import ShardSet
+from simmim.data.samples import SampleSet
 from simmim.data.settings import AugmentedDataSettings
 from simmim.doctor.checks import Check
 
@@ -26,6 +28,8 @@ CHECKSUM_BYTES = 2**31
 DECODED = 256
 """Samples that are decoded."""
 DECODING_SECONDS = 20.0
+MANY_FILES = 2_000_000
+"""Files of a folder beyond which shards are advised."""
 SMALL_SHARE = 0.1
 MEAN_DISTANCE, STD_RATIO = 0.1, 1.5
 SCALES = {"uint8": 255.0, "uint16": 65535.0}
@@ -35,13 +39,15 @@ def check_shards(
     training: Shards, validation: Shards | None, data: AugmentedDataSettings, channels: int
 ) -> Iterator[Check]:
     """Look at the shards that are trained and validated on."""
-    bytes_there = sum(entry.bytes for one in sets_of(training) for entry in entries_of(one))
+    tars = [entry for one in shard_sets_of(training) for entry in entries_of(one)]
+    there = f" in {sum(entry.bytes for entry in tars) / 2**30:,.1f} GiB of tars" if tars else ""
     yield Check(
         name="shards",
         verdict="ok",
-        found=f"{len(training.sizes):,} shards, {training.samples:,} samples, "
-        f"{bytes_there / 2**30:,.1f} GiB to train on; {data.slots} slots",
+        found=f"{len(training.sizes):,} shards, {training.samples:,} samples{there} to train on; "
+        f"{data.slots} slots",
     )
+    yield from check_folders(training)
     if validation is None or not validation.samples:
         yield Check(
             name="validation",
@@ -56,16 +62,40 @@ def check_shards(
             found=f"{validation.samples:,} samples of {len(validation.sizes):,} shards",
         )
     entries: dict[Location, list[ShardEntry]] = {}
-    for one in [*sets_of(training), *(sets_of(validation) if validation else [])]:
+    for one in [*shard_sets_of(training), *(shard_sets_of(validation) if validation else [])]:
         entries.setdefault(one.folder, []).extend(entries_of(one))
     for folder, of_folder in entries.items():
         yield check_files(folder, of_folder)
     yield from check_samples(training, data, channels)
 
 
-def sets_of(shards: Shards) -> tuple[ShardSet, ...]:
+def sets_of(shards: Shards) -> tuple[SampleSet, ...]:
     """Return the sets of a mixture, or the one set."""
     return shards.sets if isinstance(shards, MixedShards) else (shards,)
+
+
+def shard_sets_of(shards: Shards) -> list[ShardSet]:
+    """Return those of the sets that have shards."""
+    return [one for one in sets_of(shards) if isinstance(one, ShardSet)]
+
+
+def check_folders(shards: Shards) -> Iterator[Check]:
+    """Tell which of the sets are folders of images, and whether one is large for that."""
+    for one in sets_of(shards):
+        if not isinstance(one, ImageFolder):
+            continue
+        classes = ", ".join(one.classes[:3]) + (", …" if len(one.classes) > 3 else "")
+        many = one.samples > MANY_FILES
+        yield Check(
+            name="images",
+            verdict="warning" if many else "ok",
+            found=f"{one.samples:,} files in {one.folder}, {len(one.classes):,} classes"
+            + (f": {classes}" if classes else ""),
+            change="make shards of them (data-prep shard): every process lists all of these files, "
+            "and opens each by itself"
+            if many
+            else "",
+        )
 
 
 def entries_of(shards: ShardSet) -> list[ShardEntry]:
@@ -186,8 +216,8 @@ def check_samples(shards: Shards, data: AugmentedDataSettings, channels: int) ->
         name="samples",
         verdict="problem" if share > data.max_bad_share else "warning" if found.bad else "ok",
         found=text,
-        change="make the shards again with `data-prep shard`, which rejects such images; "
-        "`data-prep verify --deep` finds all of them"
+        change="make the shards again, or shards of the folder, with `data-prep shard`, which "
+        "rejects such images; `data-prep verify --deep` finds all of them"
         if found.bad
         else "",
     )

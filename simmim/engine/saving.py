@@ -271,8 +271,9 @@ def restore(
         )
     if state.data_digest != stage.data_digest:
         raise ValueError(
-            f"{path} was trained on other shards than the recipe names now; its place in the "
-            "data would be lost. Name the shards it was started with, or start another run."
+            f"{path} was trained on other images than the recipe names now (other shards, or a "
+            "folder whose files have changed since); its place in the data would be lost. Name the "
+            "images it was started with, or start another run."
         )
     wanted = stage.recipe.training.optimizer.name
     saved = read_values(path / RECIPE_FILE)["training"]["optimizer"].get("name", wanted)

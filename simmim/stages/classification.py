@@ -41,7 +41,8 @@ class ClassificationData(AugmentedDataSettings):
     image_size: int = 224
     """Side of the square images in pixels."""
     validation: str | None = None
-    """Folder of other shards, all of them for validation; null holds out `validation_shards`."""
+    """Other shards, or folder of images, of the same classes, all of them for validation; null
+    holds out `validation_shards`."""
     scale: tuple[float, float] = (0.08, 1.0)
     """Share of the image's area that the random crop takes, from and to."""
     crop_pct: float = 0.875

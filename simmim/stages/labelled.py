@@ -1,4 +1,4 @@
-"""Labelled shards, split for training and validation, for the stages that need classes."""
+"""Labelled images, split for training and validation, for the stages that need classes."""
 
 import numpy as np
 
@@ -54,7 +54,8 @@ def _check_labels(shards: Shards) -> None:
     if missing:
         raise ValueError(
             f"{missing} of {shards.samples} images in {shards.folder} have no class: put each "
-            "image in the folder of its class, and make the shards again with `data-prep shard`."
+            "image in the folder of its class, and make shards of them again with `data-prep shard`"
+            " where they are shards."
         )
 
 
@@ -66,7 +67,7 @@ def _check_same_classes(training: Shards, validation: Shards) -> None:
     raise ValueError(
         f"{training.folder} and {validation.folder} have different classes, so a label does not "
         f"mean the same in both (only in the first: {_listed(absent)}; only in the second: "
-        f"{_listed(unknown)}). Make both with the same class folders, or hold out shards of the "
+        f"{_listed(unknown)}). Give both the same class folders, or hold out shards of the "
         "first with validation_shards."
     )
 

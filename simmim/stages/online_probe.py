@@ -32,9 +32,11 @@ class OnlineProbeSettings:
     """A classifier on frozen features, to see if pretraining learns what classes are made of."""
 
     shards: str
-    """Folder of labelled shards that data-prep made, or its URL."""
+    """Folder of labelled shards that data-prep made, or its URL; or of a folder of images for each
+    class."""
     validation: str | None = None
-    """Folder of other shards, whose images are classified; null holds out `validation_shards`."""
+    """Other images of the same classes, which are classified; null holds out
+    `validation_shards`."""
     validation_shards: int = 1
     """Shards at the end of the set that are held out to be classified."""
     every: int = 5000

@@ -38,9 +38,10 @@ class ProbeData(RemoteSettings):
     """Labelled shards, and how they are read."""
 
     shards: str
-    """Folder of labelled shards that data-prep made, or its URL."""
+    """Folder of labelled shards that data-prep made, or its URL; or of a folder of images for each
+    class."""
     validation: str | None = None
-    """Folder of other shards or its URL, all of them for validation; null holds out
+    """Other images of the same classes, all of them for validation; null holds out
     `validation_shards`."""
     validation_shards: int = 1
     """Shards at the end of the set that are held out for validation."""

@@ -9,8 +9,8 @@ from torch import Tensor
 from simmim.data.cropping import center_crop_resize
 from simmim.data.decoding import decode_pixels
 from simmim.data.procedural import SMALLEST_SIZE, render
-from simmim.data.reading import ShardSet
 from simmim.data.remote import RemoteReading
+from simmim.data.settings import open_set
 from simmim.stages.normalisation import Normalise
 from swinv2 import SwinV2Config
 
@@ -44,7 +44,7 @@ def trial_image(
         try:
             # By range: one picture is not worth a shard.
             reading = RemoteReading(mode="ranges", attempts=2)
-            sample = ShardSet(shards, remote=reading).read(0, 0)
+            sample = open_set(shards, reading).read(0, 0)
             image = decode_pixels(sample.image, sample.extension, channels=config.in_channels)
             pixels = center_crop_resize(image.pixels, config.image_size)
             origin = f"{sample.name} of {shards}"

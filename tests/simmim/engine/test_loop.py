@@ -223,7 +223,7 @@ def test_resume_refuses_other_shards_in_the_same_place(
 ) -> None:
     run_training(pretrain_values, tmp_path)
     pretrain_values["data"]["validation_shards"] = 2
-    with pytest.raises(ValueError, match="other shards"):
+    with pytest.raises(ValueError, match="other images"):
         run_training(pretrain_values, tmp_path, resume="auto")
 
 
