@@ -17,7 +17,7 @@ JUDGED_SAMPLES = 1000
 
 MAX_BAD_SHARE = 0.01
 
-REMEDY = "Make the shards again with `data-prep shard`"
+REMEDY = "Make the shards again with `data-prep shard`, mend the files of a folder of images"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,8 @@ class Listing:
         """What a person should know of what was left out; empty where nothing was."""
         parts = []
         if self.left_out:
-            kinds = [f"{kind} ({count:,})" for kind, count in self.left_out.most_common()]
+            most_first = sorted(self.left_out.items(), key=lambda item: (-item[1], item[0]))
+            kinds = [f"{kind} ({count:,})" for kind, count in most_first]
             parts.append(f"left out: {_listed(kinds)}")
         if self.without_images:
             names = _listed(self.without_images)
