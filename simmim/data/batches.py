@@ -26,7 +26,7 @@ from simmim.data.randomness import shuffled
 from simmim.data.remote import AheadOfBatches
 from simmim.data.source import Raw, Source
 from simmim.data.targets import Targets
-from simmim.data.transforms import Sample
+from simmim.data.transforms import Sample, stacked_labels
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """What asks a run to stop: a terminal, a launcher, and Slurm's warning before the time is up."""
@@ -44,7 +44,8 @@ class Batch:
     masks: Tensor | None
     """bool (batch, rows, columns) of mask cells, True = hidden."""
     labels: Tensor | None
-    """int64 (batch,), -1 where a sample has none; None where no sample of the set has one."""
+    """int64 (batch,), -1 where a sample has none; or bool (batch, classes), which of them it has.
+    None where no sample of the set has one."""
     addresses: Tensor
     """int64 (batch, 3): epoch, shard and sample asked for. Stays on the CPU."""
     flips: Tensor | None = None
@@ -147,12 +148,11 @@ class AddressedSamples(Dataset[Batch | Failure], Generic[Raw]):
                 f"a batch would mix {' and '.join(sorted(kinds))}: keep images and arrays of"
                 " different types in shards of their own, or write the arrays in one type"
             )
-        labels = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
         masks = [sample.mask for sample in samples if sample.mask is not None]
         return Batch(
             images=stacked([sample.image for sample in samples]),
             masks=torch.stack(masks) if masks else None,
-            labels=labels if self.shards.classes else None,
+            labels=stacked_labels(samples, classes=bool(self.shards.classes)),
             addresses=torch.tensor(found, dtype=torch.int64).view(-1, 3),
             flips=torch.tensor([sample.flip for sample in samples]) if self.replacing else None,
             bad=tuple(bad),

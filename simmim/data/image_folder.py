@@ -4,7 +4,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -80,8 +80,19 @@ class ImageFile:
                 raise BadSampleError(str(error)) from None
             raise
 
+    @property
+    def about(self) -> bytes | None:
+        """The bytes of the file of the same name that ends in .json."""
+        beside = self.path.rpartition(b".")[0] + b".json"
+        if not os.path.exists(self._place(beside)):  # noqa: PTH110 - bytes
+            return None
+        return replace(self, path=beside).image
+
+    def _place(self, path: bytes) -> bytes:
+        return os.path.join(os.fsencode(self.folder), path)  # noqa: PTH118 - names need not be text
+
     def _try_to_read(self) -> bytes:
-        place = os.path.join(os.fsencode(self.folder), self.path)  # noqa: PTH118 - bytes
+        place = self._place(self.path)
         try:
             with open(place, "rb") as file:  # noqa: PTH123 - names need not be text
                 if os.fstat(file.fileno()).st_size > MOST_BYTES:

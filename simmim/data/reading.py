@@ -1,10 +1,14 @@
 """Random access to the samples of shards, through the indexes that `data-prep` writes."""
 
+import io
 import os
+import tarfile
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +43,13 @@ class RawSample:
     label: int | None
     shard_name: str
     extension: str
+    read_about: Callable[[], bytes | None] = field(default=lambda: None, compare=False, repr=False)
+    """Reads the JSON beside it."""
+
+    @property
+    def about(self) -> bytes | None:
+        """The sample's JSON member; None where it has none."""
+        return self.read_about()
 
     @property
     def name(self) -> str:
@@ -88,6 +99,7 @@ class OpenShard:
         index = read_index(folder, entry)
         self.labels = index.labels
         self._offsets, self._sizes = index.offsets, index.sizes
+        self._length = entry.bytes
         self._keys = np.char.encode(index.keys, "utf-8")  # a quarter of the memory
         self._extensions = np.char.encode(index.extensions, "ascii")
         self._shard = (
@@ -108,7 +120,25 @@ class OpenShard:
 
     def image(self, row: int) -> bytes:
         """Return the encoded image of sample `row`."""
-        size, offset = int(self._sizes[row]), int(self._offsets[row])
+        return self._read(row, int(self._offsets[row]), int(self._sizes[row]))
+
+    def about(self, row: int) -> bytes | None:
+        """Return the JSON member of sample `row`, None where it has none.
+
+        The index knows images alone; the other members of a sample lie next to its image, between
+        the images of its neighbours.
+        """
+        start, stop = 0, self._length
+        if row > 0:
+            end = int(self._offsets[row - 1] + self._sizes[row - 1])
+            start = -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        if row + 1 < len(self._offsets):
+            stop = int(self._offsets[row + 1])
+        if not start <= self._offsets[row] < stop:
+            raise DataError(f"shard {self.path}: its samples are not in the order of the index")
+        return member_named(f"{self.key(row)}.json", self._read(row, start, stop - start))
+
+    def _read(self, row: int, offset: int, size: int) -> bytes:
         data = self._shard.read(offset, size)
         if len(data) < size:
             raise ShardAmissError(
@@ -116,6 +146,16 @@ class OpenShard:
                 " was in use; copy it again, or write the shards anew with `data-prep shard`"
             )
         return data
+
+
+def member_named(name: str, part: bytes) -> bytes | None:
+    """Return a member of a part of a tar that begins with a header; None where it is not there."""
+    with suppress(tarfile.TarError), tarfile.open(fileobj=io.BytesIO(part), mode="r:") as tar:
+        for member in tar:
+            file = tar.extractfile(member) if member.name == name else None
+            if file is not None:
+                return file.read()
+    return None
 
 
 class ShardSet(SampleSet):
@@ -179,6 +219,10 @@ class ShardSet(SampleSet):
         """
         return patiently(lambda: self._try_to_read(number, row), self.remote.attempts)
 
+    def _about(self, number: int, row: int) -> bytes | None:
+        """Return the JSON member of a sample; see `_read`."""
+        return patiently(lambda: self._opened(number).about(row), self.remote.attempts)
+
     def _try_to_read(self, number: int, row: int) -> RawSample:
         try:
             opened = self._opened(number)
@@ -188,6 +232,7 @@ class ShardSet(SampleSet):
                 label=self._label(int(opened.labels[row])),
                 shard_name=opened.path.stem,
                 extension=opened.extension(row),
+                read_about=partial(self._about, number, row),
             )
         except ShardAmissError:  # what is open may be of a file that was replaced since
             if number in self._open:

@@ -34,6 +34,10 @@ class EncodedImage(Located, Protocol):
     def label(self) -> int | None:
         """Place in the list of classes; None where it has none."""
 
+    @property
+    def about(self) -> bytes | None:
+        """The JSON beside it; None where there is none. Raises as `image` does."""
+
 
 Raw = TypeVar("Raw", bound=Located)
 Raw_co = TypeVar("Raw_co", bound=Located, covariant=True)

@@ -3,7 +3,7 @@
 Images keep the type they have, and are mirrored and normalised on the device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,9 @@ from simmim.data.targets import Targets
 MaskDraw = Callable[[torch.Generator], Tensor]
 """Draws one mask, bool (rows, columns) of mask cells, True = hidden."""
 
+LabelReading = Callable[[EncodedImage], int | Tensor]
+"""Returns the label of a sample; see `Sample.label`."""
+
 PictureChange = Callable[[Tensor, np.random.Generator], Tensor]
 """Changes one cropped picture, (channels, height, width), by a random stream of its own."""
 
@@ -34,8 +37,8 @@ class Sample:
     """(channels, height, width): uint8, or the type of the array that it was."""
     mask: Tensor | None
     """bool (rows, columns) of mask cells, True = hidden."""
-    label: int
-    """Place in the list of classes, -1 where there is none."""
+    label: int | Tensor
+    """Place in the list of classes, -1 where there is none; or bool (classes,), which it has."""
     flip: bool = False
     """Whether the device mirrors the image."""
     repaired: str | None = None
@@ -45,6 +48,21 @@ class Sample:
 
 
 Transform = Callable[[EncodedImage, Address], Sample]
+
+
+def stacked_labels(samples: Sequence[Sample], *, classes: bool) -> Tensor | None:
+    """Return the labels of a batch; `classes` says whether samples with one class have a label."""
+    several = [sample.label for sample in samples if isinstance(sample.label, Tensor)]
+    if several:
+        return torch.stack(several)
+    if not classes:
+        return None
+    return torch.tensor([sample.label for sample in samples], dtype=torch.int64)
+
+
+def class_of(raw: EncodedImage) -> int:
+    """Return the place of a sample's class in the list of classes, -1 where it has none."""
+    return -1 if raw.label is None else raw.label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +83,7 @@ class TrainTransform:
     mask: MaskDraw | None = None
     augment: PictureChange | None = None
     """What else is done to the crop."""
+    label: LabelReading = class_of
     max_pixels: int = MAX_PIXELS
     """Pixels of the largest image that is decoded."""
 
@@ -85,8 +104,7 @@ class TrainTransform:
         mask = None
         if self.mask is not None:
             mask = self.mask(torch_stream("mask", self.seed, address.epoch, raw.name))
-        label = -1 if raw.label is None else raw.label
-        return Sample(crop, mask, label, flip, decoded.repaired)
+        return Sample(crop, mask, self.label(raw), flip, decoded.repaired)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +119,7 @@ class EvalTransform:
     channels: int = 3
     """1 grey, 3 colour, 4 colour and transparency; arrays have any number."""
     mask: MaskDraw | None = None
+    label: LabelReading = class_of
     max_pixels: int = MAX_PIXELS
     """Pixels of the largest image that is decoded."""
 
@@ -113,5 +132,4 @@ class EvalTransform:
         mask = None
         if self.mask is not None:
             mask = self.mask(torch_stream("evaluation mask", self.seed, raw.name))
-        label = -1 if raw.label is None else raw.label
-        return Sample(crop, mask, label, repaired=decoded.repaired)
+        return Sample(crop, mask, self.label(raw), repaired=decoded.repaired)

@@ -6,7 +6,13 @@ from simmim.data.bad_samples import BadSamples
 from simmim.data.batches import TrainingBatches
 from simmim.data.mixture import Order, Shards
 from simmim.data.settings import AugmentedDataSettings, DataSettings
-from simmim.data.transforms import MaskDraw, PictureChange, TrainTransform
+from simmim.data.transforms import (
+    LabelReading,
+    MaskDraw,
+    PictureChange,
+    TrainTransform,
+    class_of,
+)
 from simmim.engine.settings import TrainingSettings
 
 
@@ -41,6 +47,7 @@ def training_batches(
     channels: int,
     mask: MaskDraw | None = None,
     augment: PictureChange | None = None,
+    label: LabelReading = class_of,
     rank: int,
     world: int,
     start: int,
@@ -57,6 +64,7 @@ def training_batches(
         channels: of the images.
         mask: draws the mask of an image, where the stage wants one.
         augment: changes a cropped image, where the stage wants more than crop and mirroring.
+        label: reads the label of an image.
         rank: number of this process.
         world: number of processes.
         start: cursor of the first batch.
@@ -72,6 +80,7 @@ def training_batches(
         channels=channels,
         mask=mask,
         augment=augment,
+        label=label,
         max_pixels=data.max_pixels,
     )
     return TrainingBatches(

@@ -15,8 +15,9 @@ from simmim.data.augmentation import Augment, AugmentationSettings
 from simmim.data.batches import Batch, evaluation_batches
 from simmim.data.mixing import draw_mixes, mixed, partners
 from simmim.data.mixture import Shards, order_of
+from simmim.data.multi_label import MultiLabelSettings
 from simmim.data.settings import AugmentedDataSettings, open_sets, with_statistics
-from simmim.data.transforms import EvalTransform
+from simmim.data.transforms import EvalTransform, LabelReading, class_of
 from simmim.engine.run import RunFolder
 from simmim.engine.settings import TrainingSettings
 from simmim.recipe import recipe_hash, settings
@@ -25,6 +26,7 @@ from simmim.stages.chances import drop_path_chances
 from simmim.stages.classifier import Classifier, Scores, save_head, score
 from simmim.stages.encoder_settings import EncoderSettings, ExecutionSettings
 from simmim.stages.labelled import open_labelled
+from simmim.stages.multi_label import multi_label_figures, multi_label_losses
 from simmim.stages.normalisation import Normalise
 from simmim.stages.starting import HEAD_FOLDER, source_of, take_head
 from swinv2 import SwinV2, build_encoder, load_encoder, save_encoder
@@ -45,6 +47,9 @@ class ClassificationData(AugmentedDataSettings):
     holds out `validation_shards`."""
     scale: tuple[float, float] = (0.08, 1.0)
     """Share of the image's area that the random crop takes, from and to."""
+    multi_label: MultiLabelSettings | None = None
+    """Where the classes of an image are listed that may have several, or none; null takes the one
+    class of each that shards and folders know."""
     crop_pct: float = 0.875
     """Validation: share of the short side that the central crop keeps, above 0 and at most 1."""
 
@@ -52,6 +57,13 @@ class ClassificationData(AugmentedDataSettings):
         super().__post_init__()
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct is {self.crop_pct}; above 0, at most 1.")
+        if self.multi_label is not None and self.classes is not None:
+            raise ValueError("classes picks images of one class each; multi_label has its own.")
+
+    @property
+    def label(self) -> LabelReading:
+        """What reads the label of an image."""
+        return class_of if self.multi_label is None else self.multi_label
 
 
 @settings
@@ -171,6 +183,8 @@ class ClassificationModule(nn.Module):
         return losses.mean()
 
     def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if labels.dtype == torch.bool:
+            return multi_label_losses(logits, labels, smoothing=self.label_smoothing)
         return F.cross_entropy(
             logits.float(), labels, label_smoothing=self.label_smoothing, reduction="none"
         )
@@ -188,7 +202,8 @@ class ClassificationStage:
         self.recipe = recipe
         self.bad_samples = recipe.data.bad_samples()
         self.training_shards, self.validation_shards = open_split(recipe.data)
-        self.classes = self.training_shards.classes
+        several = recipe.data.multi_label
+        self.classes = self.training_shards.classes if several is None else several.classes
         self.order = order_of(
             self.training_shards, seed=recipe.training.seed, slots=recipe.data.slots
         )
@@ -218,8 +233,8 @@ class ClassificationStage:
 
     @property
     def best_metric(self) -> str | None:
-        """Top-1 tells the best checkpoint."""
-        return "top1"
+        """Top-1 tells the best checkpoint; of several classes, mean average precision."""
+        return "top1" if self.recipe.data.multi_label is None else "mean_average_precision"
 
     @property
     def probe_every(self) -> int | None:
@@ -233,7 +248,8 @@ class ClassificationStage:
 
     def baselines(self) -> dict[str, float]:
         """Return the loss of holding every class for as likely as any other."""
-        return {"uniform_loss": math.log(len(self.classes))}
+        several = self.recipe.data.multi_label is not None
+        return {"uniform_loss": math.log(2 if several else len(self.classes))}
 
     def batches(self, *, rank: int, world: int, start: int, end: int) -> Iterable[Batch]:
         """Yield this rank's micro-batches; see `simmim.engine.loop.Stage`.
@@ -259,6 +275,7 @@ class ClassificationStage:
             self.recipe.training,
             channels=self.start.encoder.config.in_channels,
             augment=augment,
+            label=recipe.data.label,
             rank=rank,
             world=world,
             start=start,
@@ -270,6 +287,7 @@ class ClassificationStage:
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         """Return top-1 and top-5 in percent and the mean cross entropy on held-out images.
 
+        Of images with several classes it is mean average precision, and binary cross entropy.
         Every image counts once, however many ranks there are.
         """
         if self.validation_shards is None:
@@ -278,6 +296,7 @@ class ClassificationStage:
         transform = EvalTransform(
             size=(data.image_size, data.image_size),
             crop_pct=data.crop_pct,
+            label=data.label,
             channels=self.start.encoder.config.in_channels,
             max_pixels=data.max_pixels,
         )
@@ -290,6 +309,13 @@ class ClassificationStage:
             workers=data.workers,
             bad_samples=self.bad_samples,
         )
+        if data.multi_label is not None:
+            return multi_label_figures(
+                batches,
+                lambda images: self.model(self.module.normalise(images)),
+                accelerator,
+                classes=len(self.classes),
+            )
         total = Scores()
         for batch in batches:
             images, labels = batch.images.to(accelerator.device), batch.labels
@@ -342,6 +368,11 @@ def open_split(data: ClassificationData) -> tuple[Shards, Shards | None]:
         validation = open_sets(data.validation, data.remote_reading)
     if validation is not None and data.classes is not None:
         validation = validation.only_classes(data.classes)
+    if data.multi_label is not None:
+        held_out_shards = data.validation_shards if validation is None else 0
+        training, held_out = replace(data, validation_shards=held_out_shards).split_shards()
+        held_out = held_out if validation is None else validation
+        return training, held_out if held_out.samples else None
     return open_labelled(
         data.open_shards(),
         validation=validation,

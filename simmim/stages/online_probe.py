@@ -109,7 +109,7 @@ class OnlineProbe:
         """
         mine = self._features(self.known, features, accelerator)
         everyone = Features(
-            values=_gathered(mine.values, accelerator), labels=_gathered(mine.labels, accelerator)
+            values=gathered(mine.values, accelerator), labels=gathered(mine.labels, accelerator)
         )
         real = everyone.labels >= 0
         known = Features(values=everyone.values[real], labels=everyone.labels[real])
@@ -179,7 +179,7 @@ def at_most(shards: Shards, samples: int) -> Shards:
     return shards if shards.samples <= samples else shards.share(samples / shards.samples, seed=0)
 
 
-def _gathered(part: Tensor, accelerator: Accelerator) -> Tensor:
+def gathered(part: Tensor, accelerator: Accelerator) -> Tensor:
     """Return the rows of all ranks; where ranks have fewer, there are rows of -1."""
     even = accelerator.pad_across_processes(part, dim=0, pad_index=-1)
     rows: Tensor = accelerator.gather(even)
