@@ -1,10 +1,11 @@
-"""Data: the order of samples, reading them from shards, and batches of them."""
+"""Data: the order of samples, reading them from shards or folders, and batches of them."""
 
 from simmim.data.bad_samples import BadSample, BadSamples
 from simmim.data.batches import Batch, BatchStream, TrainingBatches, evaluation_batches
 from simmim.data.cropping import center_crop_resize, random_resized_crop
 from simmim.data.decoding import Decoded, decode_pixels
 from simmim.data.errors import BadSampleError, DataError
+from simmim.data.image_folder import ImageFolder, open_folder
 from simmim.data.images import decode
 from simmim.data.mixture import MixedOrder, MixedShards
 from simmim.data.order import Address, SampleOrder, slots_for
@@ -22,6 +23,7 @@ __all__ = [
     "DataError",
     "Decoded",
     "EvalTransform",
+    "ImageFolder",
     "MaskDraw",
     "MixedOrder",
     "MixedShards",
@@ -37,6 +39,7 @@ __all__ = [
     "decode",
     "decode_pixels",
     "evaluation_batches",
+    "open_folder",
     "random_resized_crop",
     "slots_for",
 ]

@@ -190,12 +190,22 @@ def open_folder(folder: Path, *, attempts: int = 1) -> ImageFolder:
 
 
 def _fingerprint(folder: Path, paths: Sequence[bytes]) -> str:
-    """Return a digest of all paths, and of the lengths of the first files."""
+    """Return a digest of all paths, and of the lengths of the first files.
+
+    Raises DataError where a file cannot be asked for its length: without it, the digest would be
+    another one.
+    """
     digest = hashlib.sha256(b"\0".join(paths))
     for path in paths[:MEASURED_FILES]:
+        place = os.path.join(os.fsencode(folder), path)  # noqa: PTH118 - names need not be text
         try:
-            status = os.stat(os.path.join(os.fsencode(folder), path))  # noqa: PTH116, PTH118
-        except OSError:  # as reading it will show
-            continue
-        digest.update(f"\0{status.st_size}".encode())
+            length = str(os.stat(place).st_size)  # noqa: PTH116
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError) and not os.path.islink(place):  # noqa: PTH114
+                raise DataError(
+                    f"{shown(place)} cannot be looked at ({error.strerror}): make its folder"
+                    " readable, or take it away"
+                ) from None
+            length = "none"  # a broken link, as reading it will show
+        digest.update(f"\0{length}".encode())
     return digest.hexdigest()

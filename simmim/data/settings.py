@@ -54,8 +54,8 @@ class RemoteSettings:
     cache_bytes: int = DEFAULT_CACHE_BYTES
     """Most bytes of fetched shards that are kept."""
     attempts: int = 8
-    """Times that a request to a store, or a shard that is gone or cut off, is tried before the run
-    ends; the pauses grow from 0.1 s to 20 s, 13 s in all for 8."""
+    """Times that a request to a store, or a shard or folder that is gone or cut off, is tried
+    before the run ends; the pauses grow from 0.1 s to 20 s, 13 s in all for 8."""
     allow_pipe: bool = False
     """Whether the commands are run that a manifest names in the place of shards, as
     `data-prep index 'pipe:COMMAND' --allow-pipe` writes it; what they write is fetched whole."""

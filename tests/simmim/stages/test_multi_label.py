@@ -57,7 +57,7 @@ def test_smoothing_spreads_a_share_of_each_target() -> None:
 
 @pytest.mark.peer
 def test_one_class_each_has_the_loss_of_timm() -> None:
-    timm_loss = pytest.importorskip("timm.loss", reason="needs timm")
+    timm_loss = pytest.importorskip("timm.loss", exc_type=ImportError)
     logits, classes = torch.randn(6, 4), torch.tensor([0, 3, 1, 1, 2, 0])
     theirs = timm_loss.BinaryCrossEntropy(smoothing=0.1)(logits, classes)
     ours = multi_label_losses(logits, functional.one_hot(classes, 4).bool(), smoothing=0.1)
