@@ -156,8 +156,12 @@ def test_absence_is_told_apart(folder: Path, tmp_path_factory: pytest.TempPathFa
         read_manifest(folder)
     with pytest.raises(ManifestError, match="does not exist"):
         read_manifest(folder / "nowhere")
-    with pytest.raises(ManifestError, match="data-prep shard"):
-        read_manifest(tmp_path_factory.mktemp("empty"))
+    empty = tmp_path_factory.mktemp("empty")
+    with pytest.raises(ManifestError, match=f"data-prep shard SRC {empty}"):
+        read_manifest(empty)
+    (empty / "cat").mkdir()
+    with pytest.raises(ManifestError, match=f"classes of images.*data-prep shard {empty} DST"):
+        read_manifest(empty)
     with pytest.raises(ManifestError, match=r"a\.tar"):
         read_manifest(folder / "a.tar")
 

@@ -222,14 +222,6 @@ def test_a_start_that_is_no_encoder_is_refused(
         build_stage(classification_values | {"init": str(tmp_path / "nowhere")})
 
 
-def test_a_folder_of_images_says_how_to_make_shards_of_it(
-    classification_values: dict[str, Any], shards: Path
-) -> None:
-    images = shards.parent / "images"
-    with pytest.raises(ValueError, match=f"data-prep shard {images} DST"):
-        build_stage(changed(classification_values, "data", shards=str(images)))
-
-
 def test_shards_without_classes_are_refused(
     classification_values: dict[str, Any], tmp_path: Path
 ) -> None:
