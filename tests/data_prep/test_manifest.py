@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.manifest import (
@@ -65,6 +65,7 @@ def test_a_manifest_is_read_back_as_written(folder: Path) -> None:
     assert read_manifest(str(folder)).samples == 2
 
 
+@settings(deadline=None)
 @given(
     rows=st.lists(
         st.tuples(
