@@ -227,6 +227,7 @@ def test_every_parameter_learns_at_the_rate_of_its_layer(values: dict[str, Any])
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_it_learns_what_no_single_frame_tells(values: dict[str, Any], tmp_path: Path) -> None:
     values["training"] |= {"steps": 150, "log_every": 10}
     values["training"]["schedule"] |= {"warmup_steps": 20}
