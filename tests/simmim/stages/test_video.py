@@ -228,8 +228,17 @@ def test_every_parameter_learns_at_the_rate_of_its_layer(values: dict[str, Any])
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_it_learns_what_no_single_frame_tells(values: dict[str, Any], tmp_path: Path) -> None:
-    values["training"] |= {"steps": 150, "log_every": 10}
+@pytest.mark.parametrize(
+    ("frame_patch", "steps", "lr"), [(2, 200, 2e-3), (1, 1000, 5e-3)], ids=["patches", "attention"]
+)
+def test_it_learns_what_no_single_frame_tells(
+    values: dict[str, Any], tmp_path: Path, frame_patch: int, steps: int, lr: float
+) -> None:
+    """A patch of two frames sees motion; of one, attention has to, and starts blind to time."""
+    values["encoder"]["frame_patch"] = frame_patch
+    values["training"] |= {"steps": steps, "log_every": 10, "clip_norm": 5.0}
+    values["training"]["validate_every"] = values["training"]["checkpoint_every"] = steps
+    values["training"]["optimizer"]["lr"] = lr
     values["training"]["schedule"] |= {"warmup_steps": 20}
     code, lines = finetune(values, tmp_path)
     assert code == 0
