@@ -6,8 +6,8 @@ import argparse
 import re
 from pathlib import Path
 
-from data_prep.build import Execution
 from data_prep.encoding import FORMATS, Encoding
+from data_prep.execution import Execution
 from data_prep.files import Selection
 from data_prep.images import MAX_PIXELS
 from data_prep.plan import ShardOptions
