@@ -71,11 +71,7 @@ class Upload:
         self.recall()
         self._present = self.place.lengths()
         self._noted_run, self._noted_machine = self._read_note()
-        foreign = [name for name in sorted(self._present) if not _OURS.fullmatch(name)]
-        if foreign:
-            raise StorageError(
-                f"{self.place} holds other things ({', '.join(foreign[:3])}). Give an empty prefix."
-            )
+        self._refuse_foreign()
         if MANIFEST_NAME in self._present:
             refuse_adopted(read_manifest(self.place))
         if not self._present or self._is_ours or self._overwrite:
@@ -155,11 +151,12 @@ class Upload:
             rejected: file on this machine that names what was kept out, if anything was.
 
         Raises:
-            StorageError: the store does not answer, or lacks shards.
+            StorageError: the store does not answer, lacks shards, or holds other things by now.
         """
         self.claim()
         self._refuse_taken()
         self._present = self.place.lengths()
+        self._refuse_foreign()
         manifest = replace(manifest, folder=self.place)
         _check_lengths(manifest, self._present, "Run the same command again to go on.")
         wanted = {name for shard in manifest.shards for name in (shard.name, shard.index)}
@@ -180,6 +177,14 @@ class Upload:
                 "same command again to go on."
             )
         self._present[name] = there
+
+    def _refuse_foreign(self) -> None:
+        foreign = [name for name in sorted(self._present) if not _OURS.fullmatch(name)]
+        if foreign:
+            raise StorageError(
+                f"{self.place} holds other things ({', '.join(foreign[:3])}). Give an empty "
+                "prefix, or take them away."
+            )
 
     def _refuse_taken(self) -> None:
         run, machine = self._read_note()
