@@ -56,7 +56,7 @@ class Shipper:
         self._uploaded = uploaded
         self._pool = ThreadPoolExecutor(self._at_once, thread_name_prefix="upload")
         self._under_way: set[Future[None]] = set()
-        self._finished: set[int] = set()
+        self._finished: dict[int, ShardEntry | None] = {}  # those that wait for one before them
         self._next = 0  # number, among the planned, of the first shard that is not finished
         self._position = 0  # its position among those that are not empty
         self._shards = self._bytes = 0
@@ -84,7 +84,7 @@ class Shipper:
         Raises:
             StorageError: the store does not answer, or belongs to another run by now.
         """
-        self._finished.add(report.number)
+        self._finished[report.number] = report.entry
         self._advance()
 
     def finish(self) -> None:
@@ -97,17 +97,20 @@ class Shipper:
         self._wait(0)
 
     def _advance(self) -> None:
-        while self._next in self._finished or self._next in self._done:
-            report = read_report(self._partial, self._next)
-            assert report is not None, self._next
-            if report.entry is not None:
-                self._ship(report.entry)
+        while (is_new := self._next in self._finished) or self._next in self._done:
+            if is_new:
+                entry = self._finished.pop(self._next)
+            else:
+                report = read_report(self._partial, self._next)
+                assert report is not None, self._next
+                entry = report.entry
+            if entry is not None:
+                self._ship(entry, waits=is_new or is_here(self._partial, entry))
                 self._position += 1
-            self._finished.discard(self._next)
             self._next += 1
 
-    def _ship(self, entry: ShardEntry) -> None:
-        if is_here(self._partial, entry):
+    def _ship(self, entry: ShardEntry, *, waits: bool) -> None:
+        if waits:
             self._upload.claim()
             self._wait(self._at_once - 1)
             put = self._pool.submit(self._upload.put, entry, self._position, self._count)
