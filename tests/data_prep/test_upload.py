@@ -417,6 +417,18 @@ def test_numbers_that_move_under_way_are_not_taken_on_trust(
     assert held(store) == local(image_folder, tmp_path / "local", _EACH)
 
 
+def test_what_the_source_no_longer_has_does_not_stay(
+    image_folder: Path, store: RemotePath, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        ship(image_folder, store, tmp_path / "staging", _EACH, progress=stop_after(20))
+    assert len(list(store.glob("*.tar"))) > 15
+    for path in [*image_folder.rglob("*.jpg"), *image_folder.rglob("*.JPEG")]:
+        path.unlink()
+    ship(image_folder, store, tmp_path / "staging", _EACH, overwrite=True)
+    assert held(store) == local(image_folder, tmp_path / "local", _EACH)
+
+
 def test_the_command_ships_and_reshards(
     gappy: Path, store: RemotePath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
