@@ -189,6 +189,18 @@ def test_bytes_do_not_depend_on_workers(gappy: Path, store: RemotePath, tmp_path
     assert verify_shards(read_manifest(store), decode=True).count == 0
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # ray's own
+def test_a_cluster_ships_the_same_bytes(gappy: Path, store: RemotePath, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    counts, staging = list[int](), tmp_path / "staging"
+    progress = Progress(finished=lambda _: counts.append(tars(staging)))
+    execution = Execution(workers=2, ray=True)
+    ship(gappy, store, staging, _EACH, execution=execution, progress=progress)
+    assert held(store) == local(gappy, tmp_path / "local", _EACH)
+    assert max(counts) <= 6
+
+
 def test_the_staging_folder_holds_a_few_shards(
     image_folder: Path, store: RemotePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
