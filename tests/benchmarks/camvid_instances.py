@@ -27,7 +27,7 @@ def run_lengths(mask: np.ndarray) -> dict[str, Any]:
 
 
 def objects_of(classes: np.ndarray, image: int, first: int, smallest: int) -> list[dict[str, Any]]:
-    """Return the annotations of one label image; ids count from `first`, parts from `smallest` pixels."""
+    """Return the objects of one label image, of `smallest` pixels or more; ids begin at `first`."""
     found: list[dict[str, Any]] = []
     for category in MOVABLE:
         parts, _ = label(classes == category)
