@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from simmim.dense.backbone import described, last_maps
 from simmim.dense.labels import IGNORED
+from simmim.limits import check_least
 from simmim.recipe import settings
 from swinv2 import SwinV2
 from swinv2.bridges.transformers_backbone import fill_backbone
@@ -39,16 +40,11 @@ class SegmentationHead:
     """Mask2Former: places of a mask that the loss looks at."""
 
     def __post_init__(self) -> None:
-        for name in ("channels", "auxiliary_channels", "queries", "points"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be 1 or more.")
+        check_least(self, 1, "channels", "auxiliary_channels", "queries", "points")
+        check_least(self, 2, "decoder_layers")
+        check_least(self, 0, "auxiliary_weight")
         if self.kind == "mask2former" and (self.channels or 32) % 32:
             raise ValueError(f"channels is {self.channels}; Mask2Former takes a multiple of 32.")
-        if self.decoder_layers < 2:
-            raise ValueError(f"decoder_layers is {self.decoder_layers}; it must be 2 or more.")
-        if self.auxiliary_weight < 0:
-            raise ValueError(f"auxiliary_weight is {self.auxiliary_weight}; it must be 0 or more.")
 
 
 class Segmenter(Protocol):

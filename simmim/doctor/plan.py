@@ -9,8 +9,9 @@ from simmim.doctor.checks import Check
 from simmim.engine.settings import TrainingSettings
 from simmim.engine.tracking import chosen_trackers
 from simmim.engine.utilisation import measured_peak
-from simmim.stages.classification import SCRATCH, ClassificationRecipe, ClassificationStage
+from simmim.stages.classification import ClassificationRecipe, ClassificationStage
 from simmim.stages.pretrain import PretrainRecipe, PretrainStage
+from simmim.stages.starting import SCRATCH
 
 Recipe = PretrainRecipe | ClassificationRecipe
 AnyStage = PretrainStage | ClassificationStage

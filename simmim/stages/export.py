@@ -13,10 +13,10 @@ from simmim.engine.checkpoint import complete_checkpoints, load_state, read_mode
 from simmim.engine.ema import read_average
 from simmim.engine.run import RunFolder
 from simmim.recipe import RecipeError, load, read_values, recipe_hash
-from simmim.stages.classification import ClassificationRecipe, starting_point
+from simmim.stages.classification import ClassificationRecipe
 from simmim.stages.classifier import load_classifier
 from simmim.stages.pretrain import load_pretrained
-from simmim.stages.starting import HEAD_FOLDER
+from simmim.stages.starting import HEAD_FOLDER, start_from
 from simmim.stages.trial_image import trial_image
 from swinv2 import SwinV2
 from swinv2.bridges.contents import Classifier, MaskedImageHead
@@ -259,7 +259,7 @@ def _read_classification(run: RunFolder, checkpoint: Path) -> Exportable:
         ended = _read_directory(run.encoder, str(run.encoder))
         if ended.provenance.step == provenance.step:
             return replace(_with_head(ended, run), shards=first_folder(recipe.data.shards))
-    start = starting_point(recipe)
+    start = start_from(recipe.init, recipe.encoder, recipe.data, recipe.training.seed)
     tensors = read_model(checkpoint) | read_average(checkpoint)
     load_strictly(start.encoder, _below(tensors, ENCODER_PREFIX), str(checkpoint))
     head = _below(tensors, HEAD_PREFIX)

@@ -214,3 +214,11 @@ def test_impossible_recipes_are_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         parse(SegmentationRecipe, changed(values, section, **settings), "test")
+
+
+def test_an_ended_run_is_a_start(values: dict[str, Any], tmp_path: Path) -> None:
+    run_training(build(changed(values, "training", steps=2)), tmp_path / "first")
+    stage = build(values | {"init": str(tmp_path / "first")})
+    saved = load_encoder(tmp_path / "first" / "encoder").state_dict()
+    inside = stage.model.backbone.encoder.state_dict()
+    assert all(torch.equal(part, saved[name]) for name, part in inside.items())
