@@ -25,7 +25,8 @@ class DetectionHead:
     """The head on the encoder."""
 
     kind: Literal["mask2former", "rt_detr"] = "mask2former"
-    """Mask2Former finds masks, and boxes around them; RT-DETR boxes alone."""
+    """Mask2Former finds masks, and boxes around them; RT-DETR boxes alone. Batch norms of RT-DETR
+    see the images of all GPUs at a time (SyncBatchNorm); on CPUs each process's own."""
     channels: int = 256
     """Channels of the head, a multiple of 32."""
     queries: int = 100

@@ -24,7 +24,8 @@ class SegmentationHead:
     """The head on the encoder."""
 
     kind: Literal["upernet", "mask2former"] = "upernet"
-    """UperNet (the paper's), or Mask2Former."""
+    """UperNet (the paper's), or Mask2Former. Batch norms of UperNet see the images of all GPUs at a
+    time (SyncBatchNorm); on CPUs each process's own, of which there should be two at least."""
     channels: int | None = None
     """Channels of the head; null is the publications': 512 of UperNet, 256 of Mask2Former, which
     takes a multiple of 32."""
@@ -67,8 +68,9 @@ class Segmenter(Protocol):
 class UperNet(nn.Module):
     """Pyramid pooling on the last map, a feature pyramid over all, and an auxiliary head.
 
-    Batch norms see what one process computes at a time: two images at least should be together.
-    Of a single one, the norm of what is pooled to one place goes by its running mean.
+    Batch norms see what all GPUs compute at a time; on CPUs, or one GPU, what one process does: two
+    images at least should be together there. Of a single one, the norm of what is pooled to one
+    place goes by its running mean.
     """
 
     def __init__(self, encoder: SwinV2, names: Sequence[str], head: SegmentationHead) -> None:
@@ -122,7 +124,8 @@ class UperNet(nn.Module):
         pooling = self.net.decode_head.psp_modules
         for scale, block in zip(pooling.pool_scales, pooling.blocks, strict=True):
             norm = block.layers[1].batch_norm
-            norm.train(self.training and (images > 1 or scale > 1))
+            several = images > 1 or scale > 1 or isinstance(norm, nn.SyncBatchNorm)
+            norm.train(self.training and several)
 
 
 class Mask2Former(nn.Module):
