@@ -2,7 +2,7 @@
 
 import csv
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +66,11 @@ class ClipSet(LocalFiles):
             for clip in of_class:
                 digest.update(f"{name}\t{clip.key}\n".encode())
         return digest.hexdigest()
+
+    def files(self) -> Iterator[Path]:
+        """Yield the files of all clips."""
+        for of_class in self._clips:
+            yield from (clip.path for clip in of_class)
 
     def read(self, shard: int, sample: int) -> RawClip:
         """Return a clip of a class."""

@@ -1,5 +1,7 @@
 """What batches ask of a list of samples, be they images in shards or clips in folders."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -60,7 +62,7 @@ class Source(Protocol[Raw_co]):
         """Return a sample."""
 
 
-class LocalFiles:
+class LocalFiles(ABC):
     """What lists of files on this machine have in common as a `Source`."""
 
     classes: tuple[str, ...] = ()
@@ -69,8 +71,13 @@ class LocalFiles:
     folder: Path
     """Where they were listed from, for messages."""
 
+    @abstractmethod
+    def files(self) -> Iterator[Path]:
+        """Yield every file that samples are read from."""
+
     def fetch(self, shard: int) -> None:
         """Bring nothing near: the files are here."""
+        del shard
 
     def folder_of(self, shard: int) -> str:
         """Return where a shard is from."""

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,8 @@ class CocoSet(FileSet[dict[str, Any]]):
         if not self.folder.is_dir():
             raise ValueError(f"{images} is no folder: give the folder of the images.")
         self.content = _read(self.file)
-        categories = sorted(self.content["categories"], key=lambda one: one["id"])
-        self.class_names = tuple(str(one["name"]) for one in categories)
-        self.category_ids = tuple(int(one["id"]) for one in categories)
+        self.class_names = _names(self.content)
+        self.category_ids = tuple(sorted(int(one["id"]) for one in self.content["categories"]))
         self._objects = self._sorted_objects()
         self._items = [
             image
@@ -115,6 +114,10 @@ class CocoSet(FileSet[dict[str, Any]]):
                 "which needs boxes alone."
             )
 
+    def files(self) -> Iterator[Path]:
+        """Yield the files of all images."""
+        return (self.folder / image["file_name"] for image in self._items)
+
     def name(self, shard: int, sample: int) -> str:
         """Return file and image of a sample, as messages call it."""
         return f"{self.file.stem}/{self.item(shard, sample)['file_name']}"
@@ -151,6 +154,21 @@ class CocoSet(FileSet[dict[str, Any]]):
             "annotations": objects,
             "categories": self.content["categories"],
         }
+
+
+def category_names(annotations: str | Path) -> tuple[str, ...]:
+    """Return the names of the categories of a COCO file, in the order of their ids.
+
+    Raises:
+        ValueError: it is absent or not what it must be.
+    """
+    return _names(_read(Path(annotations)))
+
+
+def _names(content: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(
+        str(one["name"]) for one in sorted(content["categories"], key=lambda one: one["id"])
+    )
 
 
 def has_mask(annotation: dict[str, Any]) -> bool:

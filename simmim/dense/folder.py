@@ -1,6 +1,7 @@
 """A folder of images and one of label images, as ADE20K has them."""
 
 import hashlib
+from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,11 @@ class LabelledFolder(FileSet[Pair]):
             lengths = f"{pair.image.stat().st_size} {pair.labels.stat().st_size}"
             digest.update(f"{pair.key} {lengths}\n".encode())
         return digest.hexdigest()
+
+    def files(self) -> Iterator[Path]:
+        """Yield the files of all images and their labels."""
+        for pair in self._items:
+            yield from (pair.image, pair.labels)
 
     def name(self, shard: int, sample: int) -> str:
         """Return split and key of a sample."""

@@ -25,7 +25,7 @@ from simmim.recipe import settings
 from simmim.stages.chances import drop_path_chances
 from simmim.stages.fine_tuning import Data, FineTuningRecipe, FineTuningStage
 from simmim.stages.normalisation import Normalise
-from simmim.stages.starting import Start, start_from
+from simmim.stages.starting import Start
 from swinv2 import SwinV2, save_encoder
 from swinv2.bridges.transformers_backbone import encoder_from_backbone
 
@@ -42,6 +42,21 @@ class DenseRecipe(FineTuningRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, 0, "pictures")
+
+    def build(self, encoder: SwinV2, names: Sequence[str]) -> Any:
+        """Return the model, with the weights of an encoder and a fresh head.
+
+        It has `net`, the model of transformers; `backbone`, the encoder within it; and `loss`, of
+        normalised images and the targets of a batch.
+
+        Args:
+            encoder: it is copied.
+            names: of the classes.
+
+        Raises:
+            ValueError: a part is not installed, or the encoder does not suit the head.
+        """
+        raise NotImplementedError
 
 
 Recipe = TypeVar("Recipe", bound=DenseRecipe)
@@ -80,8 +95,7 @@ class DenseStage(FineTuningStage[Recipe, Data]):
 
     start: Start[SwinV2]
     model: Any
-    """Has `net`, the model of transformers; `backbone`, the encoder within it; and `loss`, of
-    normalised images and the targets of a batch."""
+    """What `DenseRecipe.build` returned."""
     module: DenseModule
     captions: Sequence[str]
     """What stands above the columns of pictures."""
@@ -92,17 +106,13 @@ class DenseStage(FineTuningStage[Recipe, Data]):
         super().__init__(recipe, training, validation)
         self.names = names
         seed = recipe.training.seed
-        start = start_from(recipe.init, recipe.encoder, recipe.data, seed)
+        start = recipe.start()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model = self.build(start.encoder)
+            self.model = recipe.build(start.encoder, names)
         self.start = replace(start, encoder=self.model.backbone.encoder)
         recipe.execution.apply(self.start.encoder)
         self.module = DenseModule(self.model, self.start, self.targets_of, seed=seed)
-
-    @abstractmethod
-    def build(self, encoder: SwinV2) -> nn.Module:
-        """Return the model, with the weights of an encoder and a fresh head."""
 
     @staticmethod
     def targets_of(batch: Batch) -> Any:

@@ -24,7 +24,7 @@ from simmim.stages.classifier import Classifier
 from simmim.stages.classifying import ClassifyingRecipe, ClassifyingStage
 from simmim.stages.labelled import open_labelled
 from simmim.stages.normalisation import Normalise
-from simmim.stages.starting import Start, start_from
+from simmim.stages.starting import Start
 from swinv2 import SwinV2, save_encoder
 from swinv2.weights import Provenance
 
@@ -66,6 +66,10 @@ class ClassificationRecipe(ClassifyingRecipe):
                 f"augmentation.rand_magnitude and color_jitter are for images of 3 channels, and "
                 f"encoder.in_channels is {channels}: leave them out."
             )
+
+    def class_names(self) -> tuple[str, ...]:
+        """Return the classes of the shards."""
+        return self.data.open_shards().classes
 
 
 class ClassificationModule(nn.Module):
@@ -121,15 +125,13 @@ class ClassificationStage(ClassifyingStage[ClassificationRecipe, Shards]):
     def __init__(self, recipe: ClassificationRecipe) -> None:
         recipe = replace(recipe, data=with_statistics(recipe.data))
         training, validation = open_split(recipe.data)
-        seed = recipe.training.seed
-        start = start_from(recipe.init, recipe.encoder, recipe.data, seed)
-        super().__init__(recipe, training, validation, start)
+        super().__init__(recipe, training, validation)
         self.module = ClassificationModule(
             self.model,
-            start,
+            self.start,
             label_smoothing=recipe.label_smoothing,
             augmentation=recipe.augmentation,
-            seed=seed,
+            seed=recipe.training.seed,
         )
 
     def training_transform(self) -> TrainTransform:
@@ -160,19 +162,22 @@ class ClassificationStage(ClassifyingStage[ClassificationRecipe, Shards]):
             )
         return super().batches(rank=rank, world=world, start=start, end=end)
 
-    def validate(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return top-1 and top-5 in percent and the mean cross entropy on held-out images."""
-        if self.validation_shards is None:
-            return {}
+    def validation_transform(self) -> EvalTransform:
+        """Return what shows the middle of an image."""
         data = self.recipe.data
-        transform = EvalTransform(
+        return EvalTransform(
             size=(data.image_size, data.image_size),
             crop_pct=data.crop_pct,
             channels=self.start.encoder.config.in_channels,
             max_pixels=data.max_pixels,
         )
+
+    def validate(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return top-1 and top-5 in percent and the mean cross entropy on held-out images."""
+        if self.validation_shards is None:
+            return {}
         rank, world = accelerator.process_index, accelerator.num_processes
-        batches = self.held_out(transform, rank=rank, world=world)
+        batches = self.held_out(rank=rank, world=world)
         return self.figures(
             batches, accelerator, lambda images: self.model(self.module.normalise(images))
         )

@@ -4,7 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,7 @@ from simmim.limits import check_rates
 from simmim.recipe import settings
 from simmim.stages.classifier import Classifier, Scores, save_head, score
 from simmim.stages.fine_tuning import Data, FineTuningRecipe, FineTuningStage
-from simmim.stages.starting import HEAD_FOLDER, SCRATCH, Start, take_head
+from simmim.stages.starting import HEAD_FOLDER, SCRATCH, take_head
 from swinv2 import SwinV2Config
 from swinv2.flops import forward_flops
 from swinv2.weights import Provenance
@@ -30,7 +30,8 @@ class ClassifyingRecipe(FineTuningRecipe):
     """`scratch`, or what to start from: an encoder directory, or the folder of a run that has
     ended. It brings its architecture (variant, patch, channels, sizes) and its mean and std: of
     `encoder` only `window_size` and `drop_path` then apply, and data.mean and data.std do not. A
-    classification run brings its head too, where it knows all classes by the same names."""
+    classification run, or its native export, brings its head too, where it knows all classes by
+    the same names."""
     label_smoothing: float = 0.1
     """Share of the target that is spread evenly over all classes, 0 to below 1."""
 
@@ -47,11 +48,9 @@ class ClassifyingStage(FineTuningStage[Recipe, Data]):
 
     best_metric = "top1"
 
-    def __init__(
-        self, recipe: Recipe, training: Data, validation: Data | None, start: Start[Any]
-    ) -> None:
+    def __init__(self, recipe: Recipe, training: Data, validation: Data | None) -> None:
         super().__init__(recipe, training, validation)
-        self.start = start
+        self.start = start = recipe.start()
         self.classes = training.classes
         recipe.execution.apply(start.encoder)
         with torch.random.fork_rng(devices=[]):

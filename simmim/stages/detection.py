@@ -1,6 +1,6 @@
 """Fine-tuning for detection and instance segmentation, with Mask2Former or RT-DETR."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -8,10 +8,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from simmim.data.batches import Batch, BatchStream
+from simmim.data.batches import Batch
 from simmim.data.targets import Instances
 from simmim.dense.backbone import check_installed
-from simmim.dense.coco import CocoSet, has_mask
+from simmim.dense.coco import CocoSet, category_names, has_mask
 from simmim.dense.coco_metric import mean_average_precision, most_certain, results_of
 from simmim.dense.detectors import (
     DetectionHead,
@@ -56,6 +56,14 @@ class DetectionRecipe(DenseRecipe):
     picture_score: float = 0.5
     """Least score of what is drawn."""
 
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names of the categories."""
+        return category_names(self.data.annotations)
+
+    def build(self, encoder: SwinV2, names: Sequence[str]) -> InstanceMask2Former | RTDetr:
+        """Return the model; see `DenseRecipe.build`."""
+        return build_detector(encoder, names, self.head)
+
 
 class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
     """Detection.
@@ -90,10 +98,6 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
         super().__init__(recipe, training, validation, training.class_names)
         self.best_metric = "mask_map" if masks else "box_map"
 
-    def build(self, encoder: SwinV2) -> InstanceMask2Former | RTDetr:
-        """Return the model of the recipe."""
-        return build_detector(encoder, self.names, self.recipe.head)
-
     def training_transform(self) -> JitterTransform:
         """Return what scales, crops and mirrors an image with its objects."""
         data, ids = self.recipe.data, self.training_shards.category_ids
@@ -116,7 +120,8 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
             return {}
         results: list[dict[str, Any]] = []
         seen: list[int] = []
-        for batch in self._views(accelerator.process_index, accelerator.num_processes):
+        rank, world = accelerator.process_index, accelerator.num_processes
+        for batch in self.held_out(rank=rank, world=world):
             for row, found in enumerate(self._find(accelerator, batch)):
                 seen.append(int(instances(batch, row).image[0]))
                 results += self._results(batch, row, found)
@@ -127,15 +132,14 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
             figures |= mean_average_precision(truth, results, seen, "segm")
         return figures
 
-    def _views(self, rank: int, world: int) -> BatchStream:
-        """Return the validation images of a rank."""
-        view = DetectionView(
+    def validation_transform(self) -> DetectionView:
+        """Return what shows a whole image."""
+        return DetectionView(
             side=self.recipe.data.image_size,
             mean=self.start.mean,
             channels=self.start.encoder.config.in_channels,
             max_pixels=self.recipe.data.max_pixels,
         )
-        return self.held_out(view, rank=rank, world=world)
 
     def _find(self, accelerator: Accelerator, batch: Batch) -> list[Found]:
         """Return what is found in each image of a batch."""
@@ -151,7 +155,7 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
 
     def drawn(self, accelerator: Accelerator, colours: np.ndarray) -> Iterator[list[np.ndarray]]:
         """Yield images with their objects, and with those that are found."""
-        for batch in self._views(0, 1):
+        for batch in self.held_out():
             for row, found in enumerate(self._find(accelerator, batch)):
                 certain = most_certain(found, self.recipe.picture_score)
                 yield self._tiles(batch, row, self._results(batch, row, certain), colours)

@@ -2,7 +2,8 @@
 
 A new one is a file with a recipe and a stage that extend the two classes here: it opens the data,
 builds the model, says how a sample is prepared and what a validation finds, and hands on what was
-trained. `simmim.stages.tasks` then names it.
+trained. `simmim.stages.tasks` then names it. Classes of whole samples have `classifying` between,
+places in images `simmim.dense.stage`.
 """
 
 from abc import ABC, abstractmethod
@@ -25,7 +26,7 @@ from simmim.engine.settings import TrainingSettings
 from simmim.recipe import recipe_hash, settings
 from simmim.stages.batches import check_slots, training_batches
 from simmim.stages.encoder_settings import EncoderSettings, ExecutionSettings
-from simmim.stages.starting import SCRATCH, Start
+from simmim.stages.starting import SCRATCH, Start, start_from
 from swinv2.weights import Provenance
 
 Prepare = Callable[[Any, Address], Sample]
@@ -57,6 +58,18 @@ class FineTuningRecipe:
             self.encoder.check_channels(self.data.mean)
             config = self.encoder.config(self.data.image_size)  # raises where sizes cannot work
             self.execution.check_stages(len(config.depths))
+
+    def start(self) -> Start[Any]:
+        """Build the encoder that `init` asks for; see `start_from`."""
+        return start_from(self.init, self.encoder, self.data, self.training.seed)
+
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names of the classes, as the data have them.
+
+        Raises:
+            ValueError: the data cannot be read.
+        """
+        raise NotImplementedError
 
 
 Recipe = TypeVar("Recipe", bound=FineTuningRecipe)
@@ -105,6 +118,10 @@ class FineTuningStage(ABC, Generic[Recipe, Data]):
     def training_transform(self) -> Prepare:
         """Return what makes a sample as training sees it."""
 
+    @abstractmethod
+    def validation_transform(self) -> Prepare:
+        """Return what makes a sample as validation sees it."""
+
     def batches(self, *, rank: int, world: int, start: int, end: int) -> Iterable[Batch]:
         """Yield this rank's micro-batches, from `start` to `end` samples of the global stream."""
         return training_batches(
@@ -121,12 +138,17 @@ class FineTuningStage(ABC, Generic[Recipe, Data]):
         )
 
     def held_out(
-        self, transform: Prepare, *, at_a_time: int | None = None, rank: int = 0, world: int = 1
+        self,
+        transform: Prepare | None = None,
+        *,
+        at_a_time: int | None = None,
+        rank: int = 0,
+        world: int = 1,
     ) -> BatchStream:
         """Return this rank's part of the held-out samples: every one once over all ranks.
 
         Args:
-            transform: makes a sample as validation sees it.
+            transform: makes a sample; by default `validation_transform`.
             at_a_time: samples that all ranks take together; None takes as many as training does.
             rank: number of this process.
             world: number of processes.
@@ -137,7 +159,7 @@ class FineTuningStage(ABC, Generic[Recipe, Data]):
             at_a_time = training.batch_size // training.accumulation
         return evaluation_batches(
             self.validation_shards,
-            transform,
+            transform or self.validation_transform(),
             batch_size=max(world, at_a_time),
             rank=rank,
             world=world,

@@ -1,7 +1,7 @@
 """Fine-tuning for semantic segmentation: a class for every pixel, with UperNet or Mask2Former."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from simmim.data.batches import Batch
+from simmim.data.batches import Batch, BatchStream
 from simmim.data.targets import ClassMap
 from simmim.dense.confusion import confusion, segmentation_figures
 from simmim.dense.folder import LabelledFolder
@@ -94,6 +94,14 @@ class SegmentationRecipe(DenseRecipe):
     evaluation: SegmentationEvaluation = SegmentationEvaluation()
     """How validation looks at images."""
 
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names of the classes."""
+        return self.data.names
+
+    def build(self, encoder: SwinV2, names: Sequence[str]) -> UperNet | Mask2Former:
+        """Return the model; see `DenseRecipe.build`."""
+        return build_segmenter(encoder, names, self.head)
+
 
 class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
     """Semantic segmentation.
@@ -115,10 +123,6 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
             None if data.validation is None else LabelledFolder(data.folder, data.validation)
         )
         super().__init__(recipe, training, validation, data.names)
-
-    def build(self, encoder: SwinV2) -> UperNet | Mask2Former:
-        """Return the model of the recipe."""
-        return build_segmenter(encoder, self.names, self.recipe.head)
 
     @staticmethod
     def targets_of(batch: Batch) -> Tensor:
@@ -163,16 +167,19 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
         counts = accelerator.reduce(counts, "sum")
         return segmentation_figures(counts, self.recipe.data.names) if counts.any() else {}
 
-    def _views(self, rank: int, world: int) -> Iterator[Batch]:
-        """Yield the validation images of a rank, one at a time: each has a size of its own."""
+    def validation_transform(self) -> SegmentationView:
+        """Return what shows a whole image."""
         data = self.recipe.data
-        view = SegmentationView(
+        return SegmentationView(
             labels=data.reading,
             short_side=data.short_side,
             channels=self.start.encoder.config.in_channels,
             max_pixels=data.max_pixels,
         )
-        yield from self.held_out(view, at_a_time=world, rank=rank, world=world)
+
+    def _views(self, rank: int, world: int) -> BatchStream:
+        """Return the validation images of a rank, one at a time: each has a size of its own."""
+        return self.held_out(at_a_time=world, rank=rank, world=world)
 
     def _predict(self, accelerator: Accelerator, batch: Batch) -> Tensor:
         """Return the class found for each pixel of an image: int64 (rows, columns)."""

@@ -21,7 +21,7 @@ SCRATCH = "scratch"
 """What `init` says for fresh weights."""
 
 HEAD_FOLDER = "classifier"
-"""Folder in the run of a classifier with the head and the names of its classes."""
+"""Folder in the run, or the native export, of a classifier: the head and its classes' names."""
 
 Encoder = TypeVar("Encoder", bound=Hierarchy)
 
@@ -55,14 +55,17 @@ def source_of(init: str) -> Source:
     """
     run = RunFolder(path=Path(init))
     if run.encoder.is_dir() and not (run.path / "config.json").is_file():
-        head = run.path / HEAD_FOLDER
-        return Source(encoder=run.encoder, head=head if head.is_dir() else None)
+        return Source(encoder=run.encoder, head=_folder(run.path / HEAD_FOLDER))
     if complete_checkpoints(run.checkpoints):
         raise ValueError(
             f"init is {init}, a run that has not ended: let it end, or write the encoder of its "
             f"last checkpoint with `simmim export {init} FOLDER` and start from FOLDER."
         )
-    return Source(encoder=run.path)
+    return Source(encoder=run.path, head=_folder(run.path / HEAD_FOLDER))
+
+
+def _folder(path: Path) -> Path | None:
+    return path if path.is_dir() else None
 
 
 def start_from(

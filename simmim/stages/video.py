@@ -66,6 +66,14 @@ class VideoEncoderSettings(EncoderSettings):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class VideoStart(Start[VideoSwinV2]):
+    """What training starts from."""
+
+    inflated_from: Provenance | None
+    """Where the weights of images come from that those of the encoder began as."""
+
+
 @settings
 class VideoRecipe(ClassifyingRecipe):
     """Classification of clips on a Swin Transformer V2 with windows in time and space."""
@@ -87,64 +95,59 @@ class VideoRecipe(ClassifyingRecipe):
         # Raises where sizes cannot work.
         self.encoder.video_config(self.data.image_size, self.data.frames)
 
+    def start(self) -> VideoStart:
+        """Build the encoder that `init` asks for, with the normalisation that goes with it.
 
-@dataclass(frozen=True, kw_only=True)
-class VideoStart(Start[VideoSwinV2]):
-    """What training starts from."""
+        Fresh weights depend on the recipe's seed alone.
 
-    inflated_from: Provenance | None
-    """Where the weights of images come from that those of the encoder began as."""
-
-
-def starting_point(recipe: VideoRecipe) -> VideoStart:
-    """Build the encoder that `recipe.init` asks for, with the normalisation that goes with it.
-
-    Fresh weights depend on the recipe's seed alone.
-
-    Raises:
-        ValueError: `recipe.init` is neither an encoder directory nor a run that has ended, or its
-            encoder cannot take the sizes.
-    """
-    wanted, data = recipe.encoder, recipe.data
-    if recipe.init == SCRATCH:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.training.seed)
-            encoder = VideoSwinV2(wanted.video_config(data.image_size, data.frames))
-        return VideoStart(encoder=encoder, mean=data.mean, std=data.std, inflated_from=None)
-    source = source_of(recipe.init)
-    if holds_video_encoder(source.encoder):
-        clips = read_video_config(source.encoder)
-        encoder = load_video_encoder(
-            source.encoder,
-            image_size=data.image_size,
-            window_size=wanted.window_size,
+        Raises:
+            ValueError: `init` is neither an encoder directory nor a run that has ended, or its
+                encoder cannot take the sizes.
+        """
+        init, wanted, data, seed = self.init, self.encoder, self.data, self.training.seed
+        if init == SCRATCH:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                encoder = VideoSwinV2(wanted.video_config(data.image_size, data.frames))
+            return VideoStart(encoder=encoder, mean=data.mean, std=data.std, inflated_from=None)
+        source = source_of(init)
+        if holds_video_encoder(source.encoder):
+            clips = read_video_config(source.encoder)
+            encoder = load_video_encoder(
+                source.encoder,
+                image_size=data.image_size,
+                window_size=wanted.window_size,
+                frames=data.frames,
+                window_frames=wanted.window_frames,
+                drop_path=wanted.drop_path,
+            )
+            return VideoStart(
+                encoder=encoder,
+                mean=clips.mean,
+                std=clips.std,
+                head=source.head,
+                inflated_from=clips.inflated_from,
+            )
+        images = read_encoder_config(source.encoder)
+        if images.config.in_channels != CHANNELS:
+            raise ValueError(
+                f"the encoder {init} takes images of {images.config.in_channels} channels, and "
+                f"clips have {CHANNELS}; start from another."
+            )
+        start = start_from(init, wanted, data, seed)
+        encoder = inflate(
+            start.encoder,
             frames=data.frames,
+            frame_patch=wanted.frame_patch,
             window_frames=wanted.window_frames,
-            drop_path=wanted.drop_path,
         )
         return VideoStart(
-            encoder=encoder,
-            mean=clips.mean,
-            std=clips.std,
-            head=source.head,
-            inflated_from=clips.inflated_from,
+            encoder=encoder, mean=start.mean, std=start.std, inflated_from=images.provenance
         )
-    images = read_encoder_config(source.encoder)
-    if images.config.in_channels != CHANNELS:
-        raise ValueError(
-            f"the encoder {recipe.init} takes images of {images.config.in_channels} channels, and "
-            f"clips have {CHANNELS}; start from another."
-        )
-    start = start_from(recipe.init, wanted, data, recipe.training.seed)
-    encoder = inflate(
-        start.encoder,
-        frames=data.frames,
-        frame_patch=wanted.frame_patch,
-        window_frames=wanted.window_frames,
-    )
-    return VideoStart(
-        encoder=encoder, mean=start.mean, std=start.std, inflated_from=images.provenance
-    )
+
+    def class_names(self) -> tuple[str, ...]:
+        """Return the classes of the clips."""
+        return self.data.open()[0].classes
 
 
 class VideoModule(nn.Module):
@@ -194,7 +197,7 @@ class VideoStage(ClassifyingStage[VideoRecipe, ClipSet]):
     def __init__(self, recipe: VideoRecipe) -> None:
         require_decoder()
         training, validation = recipe.data.open()
-        super().__init__(recipe, training, validation, starting_point(recipe))
+        super().__init__(recipe, training, validation)
         self.module = VideoModule(
             self.model,
             self.start,
@@ -216,6 +219,17 @@ class VideoStage(ClassifyingStage[VideoRecipe, ClipSet]):
             max_pixels=data.max_pixels,
         )
 
+    def validation_transform(self, views: tuple[int, int] = (1, 1)) -> EvaluationClip:
+        """Return what shows so many views in time and space of a clip."""
+        data = self.recipe.data
+        return EvaluationClip(
+            size=data.size,
+            frames=data.frames,
+            temporal=views[0],
+            spatial=views[1],
+            max_pixels=data.max_pixels,
+        )
+
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         """Return top-1 and top-5 in percent and the mean cross entropy on held-out clips.
 
@@ -232,16 +246,9 @@ class VideoStage(ClassifyingStage[VideoRecipe, ClipSet]):
 
     def _figures(self, accelerator: Accelerator, views: tuple[int, int]) -> dict[str, float]:
         """Return figures over all ranks for so many views in time and space of each clip."""
-        data, training, count = self.recipe.data, self.recipe.training, math.prod(views)
-        transform = EvaluationClip(
-            size=data.size,
-            frames=data.frames,
-            temporal=views[0],
-            spatial=views[1],
-            max_pixels=data.max_pixels,
-        )
+        training, count = self.recipe.training, math.prod(views)
         batches = self.held_out(
-            transform,
+            self.validation_transform(views),
             at_a_time=training.batch_size // training.accumulation // count,
             rank=accelerator.process_index,
             world=accelerator.num_processes,
