@@ -179,7 +179,8 @@ def _write_dense(found: Exportable, folder: Path, images: Tensor) -> str:
     _add_to_readme(folder, DENSE_LINES.format(name=architecture, folder=found.dense.task))
     with torch.no_grad():
         ours, loaded = net(pixel_values=images), load_dense(place)(pixel_values=images)
-    return compare(f"{architecture} after loading", answer_of(ours), answer_of(loaded), tolerance=0)
+    # Convolutions may round otherwise from one call to the next, so the tolerance is not 0.
+    return compare(f"{architecture} after loading", answer_of(ours), answer_of(loaded))
 
 
 def _add_to_readme(folder: Path, text: str) -> None:

@@ -237,7 +237,7 @@ def test_encoder_and_head_of_any_checkpoint_are_exported(
     run_training(stage, run)
     images = torch.randn(1, 3, 32, 32)
 
-    def same_answers() -> bool:
+    def check_answers() -> None:
         lines = export(run, out, "native", best=True)
         assert "  segmentation: encoder and head, for transformers" in lines
         features = load_encoder(out).features(images)[1]
@@ -245,15 +245,15 @@ def test_encoder_and_head_of_any_checkpoint_are_exported(
         assert type(theirs) is type(ours)
         with torch.no_grad():
             same = answer_of(ours(pixel_values=images)), answer_of(theirs(pixel_values=images))
-            whole = torch.equal(features, stage.model.backbone.encoder.features(images)[1])
-        return whole and torch.equal(*same)
+            assert torch.equal(features, stage.model.backbone.encoder.features(images)[1])
+        torch.testing.assert_close(*same)
 
-    assert same_answers()  # what the run has handed on
+    check_answers()  # what the run has handed on
     lines = export(out, tmp_path / "again", "native")
     assert "  segmentation: encoder and head, for transformers" in lines
     (run / "encoder").rename(tmp_path / "first")
     Path(values["data"]["folder"]).rename(tmp_path / "gone")
-    assert same_answers()  # the checkpoint alone
+    check_answers()  # the checkpoint alone
     earlier = run / "checkpoints" / "step-00000002"
     export(earlier, out, "native")
     kept = read_model(earlier)
