@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+import shutil
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from data_prep.destination import (
     refuse_inside,
 )
 from data_prep.duplicates import duplicate_dropper
+from data_prep.execution import Execution, map_shards
 from data_prep.listing import (
     Listing,
     find_classes,
@@ -26,74 +28,14 @@ from data_prep.listing import (
 )
 from data_prep.manifest import MANIFEST_NAME, Manifest
 from data_prep.plan import ShardOptions, ShardPlan
+from data_prep.progress import Plan, Progress
 from data_prep.publish import publish
-from data_prep.ray_executor import map_on_ray
-from data_prep.shard import ShardReport, ShardTask, find_reports, read_report, write_shard
+from data_prep.shard import ShardReport, ShardTask, reported
+from data_prep.shipping import Shipper
 from data_prep.sources import Source, open_source
-from data_prep.storage import Location
+from data_prep.storage import Location, RemotePath
 from data_prep.streaming import StreamedListing, listing_name
-from data_prep.workers import Tick, map_tasks
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What is about to be done, for a person to see."""
-
-    found: int | None
-    """Images found; None where they are still being listed."""
-    done: int
-    """Images that an interrupted run has done."""
-    classes: int
-    """Classes among them."""
-    shards: int | None
-    """Shards to be written here, those already finished included; None as for `found`."""
-    finished: int
-    """Shards that an interrupted run finished."""
-    workers: int
-    """Processes that write."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Who is told how far the work is; the defaults tell nobody."""
-
-    listed: Tick = lambda _: None
-    """Called with the number of images found, now and then while they are listed."""
-    planned: Callable[[Plan], None] = lambda _: None
-    """Called once before anything is written."""
-    counted: Tick = lambda _: None
-    """Called with the images to be written here, once the listing that went on meanwhile ends."""
-    tick: Tick = lambda _: None
-    """Called with the number of samples done since the last call."""
-    finished: Callable[[ShardReport], None] = lambda _: None
-    """Called with every shard that is finished."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Execution:
-    """How the work is done; what is written does not depend on it."""
-
-    workers: int = 1
-    """Processes that write, on this machine or, at most, on the cluster."""
-    ray: bool = False
-    """Whether shards are written on a Ray cluster."""
-    address: str | None = None
-    """Address of the Ray cluster; None starts one on this machine."""
-    part: tuple[int, int] | None = None
-    """Which part of how many is written here, counted from 1; None writes all."""
-    max_rejected: float = 1.0
-    """Largest share of images that may be rejected."""
-
-    def __post_init__(self) -> None:
-        if self.part is not None and not 1 <= self.part[0] <= self.part[1]:
-            raise ValueError(f"--part must be from 1/n to n/n, got {self.part[0]}/{self.part[1]}.")
-        if not 0 <= self.max_rejected <= 1:
-            raise ValueError(f"--max-rejected must be from 0 to 1, got {self.max_rejected}.")
-
-    def writes(self, number: int) -> bool:
-        """Tell whether the shard of that number is written here."""
-        part, parts = self.part or (1, 1)
-        return number % parts == part - 1
+from data_prep.workers import Tick
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +77,7 @@ def build_shards(
     folder: Path,
     options: ShardOptions,
     *,
+    store: RemotePath | None = None,
     shards: bool = False,
     execution: Execution | None = None,
     overwrite: bool = False,
@@ -145,9 +88,13 @@ def build_shards(
     The same input and options give the same bytes, however the work is done. An interrupted run
     leaves its finished shards in `.partial`, and the next call goes on from them.
 
+    Shards for a store go there as they finish: `folder` holds 3 for each worker at most, and it is
+    removed once the set is complete.
+
     Args:
         source_path: what to read.
         folder: where to write.
+        store: where the set is to be, which then is nowhere else; None leaves it in `folder`.
         options: what decides what is written.
         shards: whether the source is a folder of WebDataset tars.
         execution: how the work is done.
@@ -157,6 +104,7 @@ def build_shards(
     Raises:
         SourceError: the source is missing, empty, or too few of its images can be used.
         DestinationError: the folder holds something that must not be written over.
+        StorageError: the store does not answer, or holds something that must not be.
         OSError: the folder cannot be written.
     """
     execution, progress = execution or Execution(), progress or Progress()
@@ -165,17 +113,24 @@ def build_shards(
         source_path = source_path.resolve()
     if execution.part and overwrite:
         raise DestinationError("--overwrite would clear the work of other parts: leave it out.")
+    if execution.part and store:
+        raise DestinationError("--part writes to a folder that all parts share, not to a URL.")
     job = _Job(source=source_path, shards=shards, options=options, execution=execution)
     if not shards:  # of shards only the folder itself is read
         refuse_inside(source_path, folder)
     with closing(job.open(folder)) as source:
         refuse_foreign(folder)
-        if not overwrite and (folder / MANIFEST_NAME).exists():
+        place = store or folder
+        if not overwrite and (place / MANIFEST_NAME).exists():
             survey = survey_source(source, options, progress.listed)
-            complete = find_complete(folder, job.identity(survey.fingerprint))
+            complete = find_complete(place, job.identity(survey.fingerprint))
+            if store and folder.exists():
+                with open_destination(folder):
+                    shutil.rmtree(folder)
             return Built(manifest=complete, found=survey.found, was_complete=True)
         part = execution.part[0] if execution.part else None
-        with open_destination(folder, part=part) as destination:
+        taken = open_destination(folder, part=part, store=store, overwrite=overwrite)
+        with taken as destination:
             destination.settle_version(overwrite=overwrite)
             make = _list_and_write if options.streams else _list_then_write
             listing = make(destination, job, source, progress, overwrite=overwrite)
@@ -247,13 +202,19 @@ def _list(destination: Destination, job: _Job, source: Source, listed: Tick) -> 
     return write_listing(source, job.options, destination.partial, dropper, listed)
 
 
+def _recall(destination: Destination) -> None:
+    if destination.upload is not None:  # its log may have been cleared with the rest
+        destination.upload.recall()
+
+
 def _list_then_write(
     destination: Destination, job: _Job, source: Source, progress: Progress, *, overwrite: bool
 ) -> Listing:
     """Write all shards that this run is to write and that are not there yet."""
     listing = _take_listing(destination, job, source, progress.listed, overwrite=overwrite)
     plans = [plan for plan in listing.shards if job.execution.writes(plan.number)]
-    reports = (read_report(destination.partial, plan.number) for plan in plans)
+    _recall(destination)
+    reports = destination.reports(plan.number for plan in plans)
     done = {report.number: report.found for report in reports if report is not None}
     workers = max(1, min(job.execution.workers, len(plans) - len(done)))
     everything = job.execution.part is None
@@ -269,7 +230,7 @@ def _list_then_write(
     )
     missing = (plan for plan in plans if plan.number not in done)
     job = replace(job, execution=replace(job.execution, workers=workers))
-    _write(destination, job, missing, listing.survey.classes, progress)
+    _write(destination, job, missing, listing.survey.classes, progress, done=done)
     return listing
 
 
@@ -281,7 +242,7 @@ def _list_and_write(
     try:
         listing = _stream(destination, job, source, progress, overwrite=overwrite)
     except ValueError:
-        if job.execution.part is None and not any(find_reports(destination.partial)):
+        if job.execution.part is None and not reported(destination.partial):
             destination.abandon()
         raise
     with destination.listing_lock():
@@ -296,10 +257,11 @@ def _stream(
     destination: Destination, job: _Job, source: Source, progress: Progress, *, overwrite: bool
 ) -> Listing:
     execution = job.execution
+    _recall(destination)
     done = {
         report.number: report
-        for report in find_reports(destination.partial)
-        if execution.writes(report.number)
+        for report in destination.reports(reported(destination.partial))
+        if report is not None and execution.writes(report.number)
     }
     progress.listed(0)
     classes = find_classes(source, job.options.selection)
@@ -325,7 +287,7 @@ def _stream(
     try:
         mine = _select(streamed.plans(), execution, progress.counted)
         missing = _unfinished(destination, mine, done, overwrite=overwrite)
-        _write(destination, job, missing, classes, progress)
+        _write(destination, job, missing, classes, progress, done=done)
         return streamed.finish()
     finally:
         streamed.discard()
@@ -365,6 +327,8 @@ def _unfinished(
 ) -> Iterator[ShardPlan]:
     """Yield the plans of shards that are not done, once those that are have proved to be of this.
 
+    What was made from something else, and may be replaced, is taken out of `done` before.
+
     Raises:
         DestinationError: a finished shard was made from something else, and is not to be replaced.
     """
@@ -374,6 +338,7 @@ def _unfinished(
         if not _fits(plan, done):
             if plan.number in done and not overwrite:
                 raise destination.other_work()
+            done.pop(plan.number, None)
             waiting.append(plan)
         left.discard(plan.number)
         if not left:
@@ -381,6 +346,8 @@ def _unfinished(
             waiting = []
     if left and not overwrite:
         raise destination.other_work()
+    for number in left:
+        del done[number]
     yield from waiting
 
 
@@ -395,6 +362,8 @@ def _write(
     plans: Iterable[ShardPlan],
     classes: Sequence[str],
     progress: Progress,
+    *,
+    done: Container[int],
 ) -> None:
     labels = {name: label for label, name in enumerate(classes)}
     tasks = (
@@ -408,14 +377,26 @@ def _write(
         )
         for plan in plans
     )
-    for report in _map(job.execution, tasks, progress.tick):
-        (destination.partial / listing_name(report.number)).unlink(missing_ok=True)
-        progress.finished(report)
+    with _shipper(destination, job.execution, progress, done) as shipper:
+        may_begin = shipper.may_begin if shipper else lambda _: True
+        for report in map_shards(job.execution, tasks, progress.tick, may_begin):
+            (destination.partial / listing_name(report.number)).unlink(missing_ok=True)
+            progress.finished(report)
+            if shipper:
+                shipper.take(report)
+        if shipper:
+            shipper.finish()
 
 
-def _map(execution: Execution, tasks: Iterator[ShardTask], tick: Tick) -> Iterator[ShardReport]:
-    if execution.ray:
-        return map_on_ray(
-            write_shard, tasks, address=execution.address, at_once=execution.workers, tick=tick
-        )
-    return map_tasks(write_shard, tasks, workers=execution.workers, tick=tick)
+def _shipper(
+    destination: Destination, execution: Execution, progress: Progress, done: Container[int]
+) -> AbstractContextManager[Shipper | None]:
+    if destination.upload is None:
+        return nullcontext()
+    return Shipper(
+        destination.upload,
+        destination.partial,
+        done,
+        workers=execution.workers,
+        uploaded=progress.uploaded,
+    )

@@ -5,24 +5,23 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from tqdm import tqdm
 
 from data_prep.adopt import adopt_shards
-from data_prep.build import Built, Plan, Progress, build_shards, merge_parts
+from data_prep.build import Built, build_shards, merge_parts
 from data_prep.contact_sheet import draw_contact_sheet
 from data_prep.destination import REJECTED_NAME, refuse_inside
 from data_prep.info import describe_bytes, describe_shards, describe_statistics
 from data_prep.interrupts import InterruptedBySignal, Interruption, raise_on_signals
 from data_prep.manifest import Manifest, read_manifest
 from data_prep.pipes import PIPE, PipedFile
+from data_prep.progress import Plan, Progress
 from data_prep.shard import ShardReport
 from data_prep.shard_arguments import (
     add_max_rejected,
@@ -34,7 +33,6 @@ from data_prep.shard_arguments import (
 from data_prep.statistics import measure_set
 from data_prep.statistics_file import STATISTICS_NAME, write_statistics
 from data_prep.storage import Location, RemotePath, locate
-from data_prep.upload import upload_set
 from data_prep.verify import MOST_PROBLEMS, verify_shards
 from data_prep.workers import WorkerError, available_cores
 
@@ -90,10 +88,8 @@ def _shard(arguments: argparse.Namespace, interruption: Interruption) -> int:
     source, destination = locate(arguments.source), locate(arguments.folder)
     if arguments.command == "shard":
         refuse_inside(source, destination)
-    # Shards for a store are made on this machine first, where a stopped run finds them again.
-    folder = destination if isinstance(destination, Path) else _staging(destination, arguments)
-    if arguments.part is not None and folder is not destination:
-        raise ValueError("--part writes to a folder that all parts share, not to a URL.")
+    store = destination if isinstance(destination, RemotePath) else None
+    folder = _staging(store, arguments) if store else Path(arguments.folder)
     with _bar() as bar:
         shown = _Shown(bar, arguments.source)
 
@@ -101,6 +97,7 @@ def _shard(arguments: argparse.Namespace, interruption: Interruption) -> int:
             source,
             folder,
             parse_options(arguments),
+            store=store,
             shards=arguments.command == "reshard",
             execution=parse_execution(arguments),
             overwrite=arguments.overwrite,
@@ -110,12 +107,9 @@ def _shard(arguments: argparse.Namespace, interruption: Interruption) -> int:
                 counted=shown.counted,
                 tick=interruption.watch(bar.update),
                 finished=shown.finished,
+                uploaded=shown.uploaded,
             ),
         )
-    if isinstance(destination, RemotePath) and built.manifest is not None:
-        uploaded = upload_set(built.manifest, destination, overwrite=arguments.overwrite)
-        shutil.rmtree(folder)
-        built = replace(built, manifest=uploaded)
     print(_describe_built(built, arguments.folder))
     return 0
 
@@ -126,6 +120,7 @@ class _Shown:
     def __init__(self, bar: tqdm[NoReturn], source: str) -> None:
         self._bar, self._source = bar, source
         self._bytes = self._bad = 0
+        self._sent = ""
         self._started = time.monotonic()
 
     def listed(self, found: int) -> None:
@@ -146,12 +141,21 @@ class _Shown:
         """Count a shard that is finished."""
         self._bytes += report.entry.bytes if report.entry else 0
         self._bad += len(report.rejected)
+        self._show()
+
+    def uploaded(self, shards: int, sent: int) -> None:
+        """Show how much went to the store."""
+        self._sent = f", uploaded {shards:,} shards, sent {describe_bytes(sent)}"
+        self._show()
+
+    def _show(self) -> None:
         seconds = max(1e-3, time.monotonic() - self._started)
-        self._bar.set_postfix_str(f"{self._bytes / seconds / 1e6:.1f} MB/s, bad {self._bad:,}")
+        speed = f"{self._bytes / seconds / 1e6:.1f} MB/s"
+        self._bar.set_postfix_str(f"{speed}, bad {self._bad:,}{self._sent}")
 
 
 def _staging(destination: RemotePath, arguments: argparse.Namespace) -> Path:
-    """Return the folder that the shards of a remote set are made in, the same for every run."""
+    """Return the folder that shards wait in until they are uploaded, the same for every run."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     parent = arguments.staging or caches / "data-prep"
     parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,15 @@ from data_prep.index import index_name
 from data_prep.manifest import (
     MANIFEST_NAME,
     Manifest,
-    ShardEntry,
     read_index,
     read_manifest,
     write_aside,
     write_manifest,
 )
-from data_prep.shard import Rejection, shard_name
+from data_prep.shard import ShardReport, is_here, read_report
 from data_prep.statistics_file import STATISTICS_NAME
-from data_prep.storage import Location
+from data_prep.storage import Location, RemotePath
+from data_prep.upload import Upload, check_uploaded, refuse_adopted
 
 REJECTED_NAME = "rejected.jsonl"
 VALIDATION_SHARDS = "validation_shards"
@@ -73,9 +72,16 @@ class Destination:
     """A folder that is being written to, by this process alone or as one of several parts."""
 
     folder: Path
-    """Where the set will be."""
+    """Where the set will be, or its shards until they are on the store that it goes to."""
     created: Path | None
     """Outermost folder that had to be made for it."""
+    upload: Upload | None = None
+    """The way to the store that the set goes to; None leaves it in `folder`."""
+
+    @property
+    def place(self) -> Location:
+        """Where the set will be."""
+        return self.folder if self.upload is None else self.upload.place
 
     @property
     def partial(self) -> Path:
@@ -103,7 +109,7 @@ class Destination:
             return
         if not overwrite:
             raise DestinationError(
-                f"{self.folder} holds an interrupted run of another version of data-prep, which "
+                f"{self.place} holds an interrupted run of another version of data-prep, which "
                 "this one cannot go on with. Finish it with that version, or start anew with "
                 "--overwrite."
             )
@@ -129,7 +135,7 @@ class Destination:
     def other_work(self, difference: str = _OTHER_INPUT) -> DestinationError:
         """Return the error that refuses unfinished work, and says what that is made from."""
         return DestinationError(
-            f"{self.folder} holds an interrupted run made from {difference}. Give the same to go "
+            f"{self.place} holds an interrupted run made from {difference}. Give the same to go "
             "on with it, or start anew with --overwrite."
         )
 
@@ -146,40 +152,50 @@ class Destination:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def publish(
-        self,
-        entries: Sequence[ShardEntry],
-        classes: Sequence[str],
-        rejected: Iterable[Rejection],
-        notes: Mapping[str, int],
-        options: Mapping[str, Any],
-    ) -> Manifest:
-        """Move finished shards up, numbered without gaps, and write the manifest.
+    def reports(self, numbers: Iterable[int]) -> Iterator[ShardReport | None]:
+        """Yield the report of each shard, None where it is not finished or gone.
 
         Args:
-            entries: the shards in order.
-            classes: names of the classes.
-            rejected: what was kept out, in order.
-            notes: what is to be known of the samples, and of how many.
-            options: what the manifest says of the set beside what it is made from.
+            numbers: numbers of shards among those planned; all of a set that goes to a store.
         """
-        identity = self.identity()
-        assert identity is not None
+        position = 0
+        for number in numbers:
+            report = read_report(self.partial, number)
+            if report is None or report.entry is None:
+                yield report
+                continue
+            is_there = is_here(self.partial, report.entry)
+            if not is_there and self.upload is not None:
+                is_there = self.upload.holds(report.entry, position)
+            position += 1
+            yield report if is_there else None
+
+    def publish(self, manifest: Manifest, names: Sequence[str]) -> Manifest:
+        """Move finished shards up and write the manifest; on a store they are there already.
+
+        Args:
+            manifest: what the set is to be.
+            names: what the files of its shards are called until then.
+
+        Raises:
+            StorageError: the store does not answer, or lacks shards.
+        """
+        if self.upload is not None:
+            manifest = self.upload.publish(manifest, self.partial / REJECTED_NAME)
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return manifest
         for name in (MANIFEST_NAME, STATISTICS_NAME):
             (self.folder / name).unlink(missing_ok=True)
         for path in self.folder.iterdir():
             if _OURS.fullmatch(path.name):
                 path.unlink()
-        moved = tuple(self._move(entry, number) for number, entry in enumerate(entries))
-        manifest = Manifest(
-            folder=self.folder,
-            shards=moved,
-            classes=tuple(classes),
-            rejected=self._write_rejected(rejected),
-            notes=dict(sorted(notes.items())),
-            options={**identity.options, **options},
-            fingerprint=identity.fingerprint,
-        )
+        for name, shard in zip(names, manifest.shards, strict=True):
+            (self.partial / name).replace(self.folder / shard.name)
+            (self.partial / index_name(name)).replace(self.folder / shard.index)
+        if manifest.rejected:
+            (self.partial / REJECTED_NAME).replace(self.folder / REJECTED_NAME)
+        else:
+            (self.folder / REJECTED_NAME).unlink(missing_ok=True)
         write_manifest(manifest)
         shutil.rmtree(self.partial)
         return manifest
@@ -195,70 +211,61 @@ class Destination:
                     break
                 folder = folder.parent
 
-    def _move(self, entry: ShardEntry, number: int) -> ShardEntry:
-        name = shard_name(number)
-        moved = replace(entry, name=name, index=index_name(name))
-        (self.partial / entry.name).replace(self.folder / moved.name)
-        (self.partial / entry.index).replace(self.folder / moved.index)
-        return moved
 
-    def _write_rejected(self, rejected: Iterable[Rejection]) -> int:
-        path = self.folder / REJECTED_NAME
-        partial = self.partial / REJECTED_NAME
-        count = 0
-        with partial.open("w", encoding="ascii") as file:
-            for count, rejection in enumerate(rejected, start=1):  # noqa: B007 - used below
-                values = {"key": rejection.key} if rejection.key is not None else {}
-                values |= {"path": rejection.path, "reason": rejection.reason}
-                file.write(json.dumps(values) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        if count:
-            partial.replace(path)
-        else:
-            path.unlink(missing_ok=True)
-        return count
-
-
-def find_complete(folder: Path, identity: Identity) -> Manifest | None:
-    """Return the manifest of a set of this identity that is complete, else None.
+def find_complete(place: Location, identity: Identity) -> Manifest:
+    """Return the manifest of a set that is complete, once it has proved to be of this identity.
 
     Raises:
-        DestinationError: the folder holds something else.
+        DestinationError: the set is another one.
+        StorageError: the store does not answer, or data-prep did not write the shards.
+        ManifestError: it lacks shards.
     """
-    refuse_foreign(folder)
-    if not (folder / MANIFEST_NAME).exists():
-        return None
-    manifest = read_manifest(folder)
+    manifest = read_manifest(place)
+    refuse_adopted(manifest)
     options = {name: value for name, value in manifest.options.items() if name not in _FOUND_OUT}
     made_from = Identity(options=options, fingerprint=manifest.fingerprint)
     if made_from != identity:
         raise DestinationError(
-            f"{folder} holds a finished set of {manifest.samples:,} samples made from "
-            f"{_difference(made_from, identity)}. Choose another folder, or replace it with "
+            f"{place} holds a finished set of {manifest.samples:,} samples made from "
+            f"{_difference(made_from, identity)}. Choose another place, or replace it with "
             "--overwrite."
         )
+    if isinstance(place, RemotePath):
+        check_uploaded(manifest)
+        return manifest
     for shard in manifest.shards:
-        read_index(folder, shard)
-    shutil.rmtree(folder / _PARTIAL_NAME, ignore_errors=True)
+        read_index(place, shard)
+    shutil.rmtree(place / _PARTIAL_NAME, ignore_errors=True)
     return manifest
 
 
 @contextmanager
-def open_destination(folder: Path, *, part: int | None = None) -> Iterator[Destination]:
+def open_destination(
+    folder: Path,
+    *,
+    part: int | None = None,
+    store: RemotePath | None = None,
+    overwrite: bool = False,
+) -> Iterator[Destination]:
     """Take a folder for writing, with what unfinished work is in it.
 
     Args:
-        folder: where the set will be.
+        folder: where the set will be, or its shards until they are on the store.
         part: number of the part of a run that writes, beside other parts; None is alone.
+        store: where the set goes to; None leaves it in the folder.
+        overwrite: whether what is on the store may be replaced.
 
     Raises:
         DestinationError: it holds something else, or another process writes to it.
+        StorageError: the store does not answer, or holds something else.
         OSError: it cannot be written.
     """
     refuse_foreign(folder)
     created = _first_missing(folder)
     partial = folder / _PARTIAL_NAME
+    upload = None if store is None else Upload(store, partial, overwrite=overwrite)
+    if upload is not None:
+        upload.settle()
     partial.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         _lock(stack, partial / "lock", folder, shared=part is not None)
@@ -267,7 +274,7 @@ def open_destination(folder: Path, *, part: int | None = None) -> Iterator[Desti
                 path.unlink()  # half written by a process that is gone
         else:
             _lock(stack, partial / f"part-{part}.lock", folder, shared=False)
-        yield Destination(folder=folder, created=created)
+        yield Destination(folder=folder, created=created, upload=upload)
 
 
 def _lock(stack: ExitStack, path: Path, folder: Path, *, shared: bool) -> None:
@@ -304,10 +311,8 @@ def refuse_foreign(folder: Path) -> None:
         raise DestinationError(
             f"{folder} holds other things ({shown}). Give an empty or a new folder."
         )
-    if (folder / MANIFEST_NAME).exists() and "source" not in read_manifest(folder).options:
-        raise DestinationError(
-            f"{folder} holds tars that data-prep did not write. Give an empty or a new folder."
-        )
+    if (folder / MANIFEST_NAME).exists():
+        refuse_adopted(read_manifest(folder))
 
 
 def refuse_inside(source: Location, destination: Location) -> None:

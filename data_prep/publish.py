@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 
-from data_prep.destination import VALIDATION_SHARDS, Destination, DestinationError
+from data_prep.destination import (
+    REJECTED_NAME,
+    VALIDATION_SHARDS,
+    Destination,
+    DestinationError,
+)
 from data_prep.external_sort import ExternalSort
 from data_prep.files import SourceError
+from data_prep.index import index_name
 from data_prep.listing import Listing
 from data_prep.manifest import Manifest, ShardEntry
 from data_prep.plan import path_key
-from data_prep.shard import Rejection, read_report
+from data_prep.shard import Rejection, shard_name
 
 
 class TooManyRejectedError(SourceError):
@@ -60,14 +68,46 @@ def publish(destination: Destination, listing: Listing, *, max_rejected: float) 
                 f"{max_rejected:g}. The work is kept: mend the source, or run the same command "
                 f"again with a larger --max-rejected. The first are:\n  {reasons}"
             )
-        options = {}
-        if listing.validation_shards:
-            options[VALIDATION_SHARDS] = gathered.validation_shards
-        return destination.publish(
-            gathered.entries, listing.survey.classes, rows, gathered.notes, options
+        manifest = replace(
+            _describe(destination, listing, gathered),
+            rejected=_write_rejected(destination.partial / REJECTED_NAME, rows),
         )
+        return destination.publish(manifest, [entry.name for entry in gathered.entries])
     finally:
         sorter.discard()
+
+
+def _describe(destination: Destination, listing: Listing, gathered: _Gathered) -> Manifest:
+    """Return the manifest of a set, its shards numbered without gaps; none is rejected yet."""
+    identity = destination.identity()
+    assert identity is not None
+    options = dict(identity.options)
+    if listing.validation_shards:
+        options[VALIDATION_SHARDS] = gathered.validation_shards
+    names = map(shard_name, range(len(gathered.entries)))
+    return Manifest(
+        folder=destination.folder,
+        shards=tuple(
+            replace(entry, name=name, index=index_name(name))
+            for entry, name in zip(gathered.entries, names, strict=True)
+        ),
+        classes=listing.survey.classes,
+        notes=dict(sorted(gathered.notes.items())),
+        options=options,
+        fingerprint=identity.fingerprint,
+    )
+
+
+def _write_rejected(path: Path, rows: Iterator[Rejection]) -> int:
+    count = 0
+    with path.open("w", encoding="ascii") as file:
+        for count, rejection in enumerate(rows, start=1):  # noqa: B007 - used below
+            values = {"key": rejection.key} if rejection.key is not None else {}
+            values |= {"path": rejection.path, "reason": rejection.reason}
+            file.write(json.dumps(values) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return count
 
 
 def _gather(destination: Destination, listing: Listing, sorter: ExternalSort) -> _Gathered:
@@ -78,8 +118,8 @@ def _gather(destination: Destination, listing: Listing, sorter: ExternalSort) ->
         gathered.rejected += 1
         is_duplicate = file.problem.startswith(("a duplicate of ", "a near duplicate of "))
         gathered.damaged += not is_duplicate
-    for plan in listing.shards:
-        report = read_report(destination.partial, plan.number)
+    reports = destination.reports(plan.number for plan in listing.shards)
+    for plan, report in zip(listing.shards, reports, strict=True):
         if report is None:
             missing.append(plan.number)
             continue

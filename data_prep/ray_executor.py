@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import islice
 from typing import Any, TypeVar
 
-from data_prep.workers import Tick, WorkerError
+from data_prep.workers import HeldTasks, Tick, WorkerError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -25,6 +24,7 @@ def map_on_ray(
     address: str | None,
     at_once: int,
     tick: Callable[[int], object],
+    may_begin: Callable[[Task], bool] = lambda _: True,
 ) -> Iterator[Result]:
     """Yield `function(task, tick)` of every task, as they are done, from a Ray cluster.
 
@@ -37,6 +37,7 @@ def map_on_ray(
         at_once: most tasks in flight.
         tick: called with the number of samples of each task that is done, if its result counts
             them in `found`.
+        may_begin: see `HeldTasks`.
 
     Raises:
         MissingRayError: Ray is not installed.
@@ -60,7 +61,7 @@ def map_on_ray(
             **local,
         )
     try:
-        yield from _run(ray, function, tasks, at_once, tick)
+        yield from _run(ray, function, HeldTasks(tasks, may_begin), at_once, tick)
     finally:
         if started:
             ray.shutdown()
@@ -69,13 +70,17 @@ def map_on_ray(
 def _run(
     ray: Any,
     function: Callable[[Task, Tick], Result],
-    tasks: Iterator[Task],
+    tasks: HeldTasks[Task],
     at_once: int,
     tick: Callable[[int], object],
 ) -> Iterator[Result]:
     remote = ray.remote(num_cpus=1, max_retries=_TRIES_AGAIN)(_call)
-    flying = [remote.remote(function, task) for task in islice(tasks, at_once)]
-    while flying:
+    flying: list[Any] = []
+    while True:
+        while len(flying) < at_once and (task := list(tasks.draw())):
+            flying.append(remote.remote(function, task[0]))
+        if not flying:
+            return
         done, flying = ray.wait(flying, num_returns=1)
         try:
             result = ray.get(done[0])
@@ -88,7 +93,6 @@ def _run(
             raise WorkerError(f"a task on Ray was lost {_TRIES_AGAIN} times: {error}") from None
         tick(getattr(result, "found", 1))
         yield result
-        flying += [remote.remote(function, task) for task in islice(tasks, 1)]
 
 
 def _call(function: Callable[[Task, Tick], Result], task: Task) -> Result:

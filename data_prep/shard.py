@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,16 +115,12 @@ def write_shard(task: ShardTask, tick: Tick) -> ShardReport:
 
 
 def read_report(folder: Path, number: int) -> ShardReport | None:
-    """Return the report of a shard that is finished and still there, else None."""
+    """Return the report of a shard that was finished, else None."""
     try:
         values = json.loads((folder / report_name(number)).read_text())
-        entry = ShardEntry(**values["entry"]) if values["entry"] else None
-        if entry and (folder / entry.name).stat().st_size != entry.bytes:
-            return None
-        if entry and not (folder / entry.index).exists():
-            return None
     except FileNotFoundError:
         return None
+    entry = ShardEntry(**values["entry"]) if values["entry"] else None
     rejected = tuple(Rejection(**rejection) for rejection in values["rejected"])
     return ShardReport(
         number=number,
@@ -136,12 +131,16 @@ def read_report(folder: Path, number: int) -> ShardReport | None:
     )
 
 
-def find_reports(folder: Path) -> Iterator[ShardReport]:
-    """Yield the reports of all shards that are finished and still there."""
-    for path in folder.glob("shard-*.report.json"):
-        report = read_report(folder, int(path.name.split("-")[1].split(".")[0]))
-        if report is not None:
-            yield report
+def reported(folder: Path) -> list[int]:
+    """Return the numbers of all shards that have a report, in order."""
+    names = (path.name for path in folder.glob("shard-*.report.json"))
+    return sorted(int(name.split("-")[1].split(".")[0]) for name in names)
+
+
+def is_here(folder: Path, entry: ShardEntry) -> bool:
+    """Tell whether a shard that was written into a folder is still there."""
+    tar, index = folder / entry.name, folder / entry.index
+    return tar.exists() and tar.stat().st_size == entry.bytes and index.exists()
 
 
 def _write_tar(

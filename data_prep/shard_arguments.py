@@ -6,8 +6,8 @@ import argparse
 import re
 from pathlib import Path
 
-from data_prep.build import Execution
 from data_prep.encoding import FORMATS, Encoding
+from data_prep.execution import Execution
 from data_prep.files import Selection
 from data_prep.images import MAX_PIXELS
 from data_prep.plan import ShardOptions
@@ -171,7 +171,8 @@ def _add_execution(parser: argparse.ArgumentParser) -> None:
         "--staging",
         type=Path,
         metavar="FOLDER",
-        help="folder that shards for a URL are made in until uploaded; None: in the user's cache",
+        help="folder that shards for a URL wait in until uploaded, 3 for each worker at most, and "
+        "where a stopped run goes on; None: in the user's cache",
     )
     parser.add_argument(
         "--part",

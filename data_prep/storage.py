@@ -11,9 +11,11 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO, TypeVar, cast
@@ -35,6 +37,7 @@ LONGEST_DELAY = 20.0
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _EXTRAS = {"s3fs": "s3", "gcsfs": "gcs", "aiohttp": "http"}
 _BLOCK = 2**22
+_REMOVED_AT_ONCE = 1000
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError)
 _Result = TypeVar("_Result")
 
@@ -197,6 +200,20 @@ class RemotePath:
                 found = entry if entry.get("size") is not None else (self / below)._info()
                 yield below, (self / below)._length(found), _stamp(found)
 
+    def lengths(self) -> dict[str, int]:
+        """Return the names right below, of files and folders, and their lengths in bytes."""
+        try:
+            listed = self._try(lambda system: system.ls(self.url, detail=True))
+        except FileNotFoundError:
+            return {}
+        names = {str(entry["name"]): entry.get("size") or 0 for entry in listed}
+        own = f"/{self.name}/"  # some stores mark a folder by an empty object
+        return {
+            name.rstrip("/").rsplit("/", 1)[-1]: size
+            for name, size in names.items()
+            if not f"/{name}".endswith(own)
+        }
+
     def describe(self) -> tuple[int, int]:
         """Return the length in bytes, and a number that changes with the content."""
         info = self._info()
@@ -214,9 +231,13 @@ class RemotePath:
         """Write a whole object; a store shows it complete or not at all."""
         self._try(lambda system: system.pipe_file(self.url, data))
 
-    def upload(self, path: Path) -> None:
-        """Write a local file as a whole object."""
-        self._try(lambda system: system.put_file(str(path), self.url))
+    def upload(self, path: Path, sent: Callable[[int], object] = lambda _: None) -> None:
+        """Write a local file as a whole object, and tell `sent` of bytes that went out."""
+
+        def put(system: Any) -> None:
+            system.put_file(str(path), self.url, callback=_Sent(sent))
+
+        self._try(put)
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove the object."""
@@ -225,6 +246,18 @@ class RemotePath:
         except FileNotFoundError:
             if not missing_ok:
                 raise
+
+    def remove_all(self, names: Iterable[str]) -> None:
+        """Remove objects right below, many in a request where the store can."""
+        paths = [self / name for name in names]
+        if set("*?[") & set(self.url):  # removing several takes such a URL for a pattern
+            for path in paths:
+                path.unlink(missing_ok=True)
+            return
+        for first in range(0, len(paths), _REMOVED_AT_ONCE):
+            urls = [path.url for path in paths[first : first + _REMOVED_AT_ONCE]]
+            with suppress(FileNotFoundError):  # gone already
+                self._try(partial(_remove, urls))
 
     def _try(self, request: Callable[[Any], _Result]) -> _Result:
         """Make a request until it succeeds or all attempts are used."""
@@ -278,6 +311,21 @@ def locate(place: str | os.PathLike[str] | RemotePath) -> Location:
             f"{', '.join(PROTOCOLS)}."
         )
     return RemotePath(text.rstrip("/"))
+
+
+class _Sent(fsspec.Callback):  # type: ignore[misc]  # fsspec has no types
+    """Tells of bytes as they go out; of those of a request that is made anew, again."""
+
+    def __init__(self, sent: Callable[[int], object]) -> None:
+        super().__init__()
+        self._sent = sent
+
+    def relative_update(self, inc: int = 1) -> None:
+        self._sent(inc)
+
+
+def _remove(urls: list[str], system: Any) -> None:
+    system.rm(urls)
 
 
 def _stamp(info: dict[str, Any]) -> int:

@@ -8,10 +8,11 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -32,12 +33,34 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+class HeldTasks(Generic[Task]):
+    """Tasks given out in order, each only once it may begin.
+
+    Args:
+        tasks: what there is to do; each is drawn only when it is wanted.
+        may_begin: tells of a task whether it may. It is asked again after every result, and must
+            let the next one begin once all before it are done.
+    """
+
+    def __init__(self, tasks: Iterable[Task], may_begin: Callable[[Task], bool]) -> None:
+        self._tasks, self._may_begin = iter(tasks), may_begin
+        self._held: list[Task] = []
+
+    def draw(self) -> Iterator[Task]:
+        """Yield the next task, or nothing if none is left or it may not begin yet."""
+        if not self._held:
+            self._held = list(islice(self._tasks, 1))
+        if self._held and self._may_begin(self._held[0]):
+            yield self._held.pop()
+
+
 def map_tasks(
     function: Callable[[Task, Tick], Result],
     tasks: Iterable[Task],
     *,
     workers: int,
     tick: Tick,
+    may_begin: Callable[[Task], bool] = lambda _: True,
 ) -> Iterator[Result]:
     """Yield `function(task, tick)` of every task, as they are done, from `workers` processes.
 
@@ -47,9 +70,11 @@ def map_tasks(
 
     Args:
         function: what to do; a module-level function.
-        tasks: its arguments; each is sent to a process only when that is free.
+        tasks: its arguments; each is sent to a process only when that is free, and no process is
+            given another while a result is being used.
         workers: processes to run, at least 1.
         tick: called in this process with the number of samples done.
+        may_begin: see `HeldTasks`; a process that may not begin waits.
 
     Raises:
         ValueError, OSError: what `function` raised.
@@ -61,7 +86,7 @@ def map_tasks(
         return
     pool = _start(function, workers)
     try:
-        yield from _share_out(pool, iter(tasks), tick)
+        yield from _share_out(pool, HeldTasks(tasks, may_begin), tick)
     finally:
         for connection, process in pool.items():
             connection.close()
@@ -71,9 +96,10 @@ def map_tasks(
 
 
 def _share_out(
-    pool: dict[Connection, BaseProcess], tasks: Iterator[Any], tick: Tick
+    pool: dict[Connection, BaseProcess], tasks: HeldTasks[Any], tick: Tick
 ) -> Iterator[Any]:
-    busy = [connection for connection in pool if _send_next(connection, tasks)]
+    idle, busy = list(pool), list[Connection]()
+    _send_out(tasks, idle, busy)
     while busy:
         for connection in wait(busy):
             assert isinstance(connection, Connection)
@@ -87,9 +113,10 @@ def _share_out(
             elif kind == "error":
                 raise value
             else:
+                busy.remove(connection)
+                idle.append(connection)
                 yield value
-                if not _send_next(connection, tasks):
-                    busy.remove(connection)
+                _send_out(tasks, idle, busy)
 
 
 def _describe_death(exit_code: int | None) -> str:
@@ -101,12 +128,11 @@ def _describe_death(exit_code: int | None) -> str:
     return f"a worker died with exit code {exit_code}; what it wrote is above."
 
 
-def _send_next(connection: Connection, tasks: Iterator[Any]) -> bool:
-    try:
-        connection.send(next(tasks))
-    except StopIteration:
-        return False
-    return True
+def _send_out(tasks: HeldTasks[Any], idle: list[Connection], busy: list[Connection]) -> None:
+    while idle and (task := list(tasks.draw())):
+        connection = idle.pop()
+        connection.send(task[0])
+        busy.append(connection)
 
 
 def _start(function: Callable[..., Any], workers: int) -> dict[Connection, BaseProcess]:

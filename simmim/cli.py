@@ -292,23 +292,29 @@ def add_export(commands: Commands) -> None:
     command = commands.add_parser(
         "export",
         help="write a run's encoder for others to load",
-        description="Write the encoder of a run's last checkpoint, or of an encoder directory.",
+        description="Write the encoder of a run's last checkpoint, or of an encoder directory; "
+        "native has the head of a fine-tuning too.",
         allow_abbrev=False,
     )
-    command.add_argument("source", metavar="RUN", type=Path, help="run folder or encoder directory")
+    command.add_argument(
+        "source", metavar="RUN", type=Path, help="run folder, checkpoint or encoder directory"
+    )
     command.add_argument("destination", metavar="DST", type=Path, help="folder to write")
     command.add_argument(
         "--format",
         choices=FORMATS,
         default="native",
-        help="native is an encoder directory, transformers and timm what these libraries load, "
-        "reference a checkpoint of the published code, onnx and torch-export a graph that runs "
-        "without this code (default: %(default)s)",
+        help="native is an encoder directory with any head, transformers and timm what these "
+        "libraries load, reference a checkpoint of the published code, onnx and torch-export a "
+        "graph that runs without this code (default: %(default)s)",
     )
     command.add_argument(
         "--any-size",
         action="store_true",
         help="onnx and torch-export: leave height and width open (default: the encoder's size)",
+    )
+    command.add_argument(
+        "--best", action="store_true", help="take the best checkpoint of the run, not its last"
     )
     command.set_defaults(handler=run_export, takes_overrides=False)
 
@@ -317,7 +323,11 @@ def run_export(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run `simmim export`."""
     del overrides
     lines = export(
-        arguments.source, arguments.destination, arguments.format, any_size=arguments.any_size
+        arguments.source,
+        arguments.destination,
+        arguments.format,
+        any_size=arguments.any_size,
+        best=arguments.best,
     )
     print("\n".join(lines))
     return 0

@@ -48,6 +48,8 @@ __all__ = [
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 README_FILE = "README.md"
+HEAD_FOLDERS = frozenset({"classifier", "segmentation", "detection"})
+"""Folders that may stand beside these files, with heads that were trained on the encoder."""
 
 
 def save_encoder(
@@ -178,9 +180,10 @@ def config_text(path: str | os.PathLike[str]) -> tuple[str, Path]:
 
 
 def is_encoder_directory(path: Path) -> bool:
-    """Tell whether ``path`` is a folder that `write_directory` wrote, and holds nothing else."""
+    """Tell whether ``path`` is a folder that `write_directory` wrote, and holds but heads else."""
     names = {place.name for place in path.iterdir()} if path.is_dir() else set()
-    if names - {README_FILE} != {CONFIG_FILE, WEIGHTS_FILE}:  # early versions wrote no README
+    required = {CONFIG_FILE, WEIGHTS_FILE}  # early versions wrote no README
+    if not required <= names <= required | HEAD_FOLDERS | {README_FILE}:
         return False
     try:
         content = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))

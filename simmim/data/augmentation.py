@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
+from simmim.limits import check_least, check_probabilities
 from simmim.recipe import settings
 
 Recoloring = Literal["autocontrast", "equalize", "invert", "posterize", "solarize", "solarize_add"]
@@ -92,12 +93,8 @@ class AugmentationSettings:
     def __post_init__(self) -> None:
         if self.rand_magnitude is not None and not 0 <= self.rand_magnitude <= MAX_LEVEL:
             raise ValueError(f"rand_magnitude is {self.rand_magnitude}; from 0 to 10, or null.")
-        for name in ("rand_std", "color_jitter", "mixup", "cutmix"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
-        for name in ("erasing", "mix_probability", "mix_switch"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; a probability is from 0 to 1.")
+        check_least(self, 0, "rand_std", "color_jitter", "mixup", "cutmix")
+        check_probabilities(self, "erasing", "mix_probability", "mix_switch")
         if self.rand_operations < 1 or self.color_jitter > 1:
             raise ValueError("rand_operations must be 1 or more, color_jitter at most 1.")
 

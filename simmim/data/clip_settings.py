@@ -1,18 +1,16 @@
 """Settings of labelled clips."""
 
-from simmim.data.bad_samples import MAX_BAD_SHARE, BadSamples
 from simmim.data.clips import ClipSet, open_clips
-from simmim.data.images import MAX_PIXELS
-from simmim.data.settings import IMAGENET_MEAN, IMAGENET_STD
+from simmim.data.settings import IMAGENET_MEAN, IMAGENET_STD, CroppedSettings
+from simmim.limits import check_least, check_span
 from simmim.recipe import settings
-
-REMEDY = "Mend or leave out these clips"
-"""What to do where too many clips are bad."""
 
 
 @settings
-class ClipData:
+class ClipData(CroppedSettings):
     """Labelled clips, which frames of them are seen, and how these are cropped."""
+
+    REMEDY = "Mend or leave out these clips"
 
     clips: str
     """Folder with a folder of clips for each class, or a CSV file with a path and a label on each
@@ -35,39 +33,17 @@ class ClipData:
     """Views of each clip in validation, in time and in space, whose probabilities are averaged:
     figures named views_top1 and views_top5, beside those of the single view in the middle; 4 and 5
     in the paper. They cost as many forward passes."""
-    workers: int = 2
-    """Worker processes that decode, for each training process; 0 decodes in the process itself."""
     slots: int = 8
-    """Equal parts that an epoch is cut into; the batch size must be a multiple of it, and the
-    number of processes must divide it. Another number is another order."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Mean of each channel, on a scale from 0 to 1."""
     std: tuple[float, float, float] = IMAGENET_STD
-    """Standard deviation of each channel, on the same scale."""
-    max_pixels: int = MAX_PIXELS
-    """Clips whose frames have more pixels are refused before anything is decoded."""
-    max_bad_share: float = MAX_BAD_SHARE
-    """Share of the clips that may be damaged: training replaces each by another of its class,
-    validation leaves it out, both name it in bad_samples.jsonl. More of them end the run."""
 
     def __post_init__(self) -> None:
-        for name in ("frames", "image_size", "slots", "max_pixels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        super().__post_init__()
+        check_least(self, 1, "frames")
         if min(self.views) < 1:
             raise ValueError(f"views is {list(self.views)}; both must be 1 or more.")
-        if self.workers < 0:
-            raise ValueError(f"workers is {self.workers}; it must be 0 or more.")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"flip is {self.flip}; a probability is between 0 and 1.")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale is {self.scale}; from and to, above 0 and at most 1.")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio is {self.ratio}; from and to, both above 0.")
-        if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"max_bad_share is {self.max_bad_share}; a share is from 0 to 1.")
-        if min(self.std) <= 0:
-            raise ValueError(f"std is {self.std}; every one must be above 0.")
+        check_span(self, "scale", most=1)
+        check_span(self, "ratio")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -89,7 +65,3 @@ class ClipData:
         if self.validation is None:
             return training, None
         return training, open_clips(self.validation, classes=training.classes)
-
-    def bad_samples(self) -> BadSamples:
-        """Return a fresh account of bad clips."""
-        return BadSamples(self.max_bad_share, remedy=REMEDY)

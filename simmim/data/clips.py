@@ -2,12 +2,13 @@
 
 import csv
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from simmim.data.errors import DataError
 from simmim.data.frames import EXTENSIONS
+from simmim.data.source import LocalFiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class RawClip:
         return f"{self.shard_name}/{self.key}"
 
 
-class ClipSet:
+class ClipSet(LocalFiles):
     """Labelled clips, sorted by class; read as shards are, with a shard for each class.
 
     So the clips of one class may take each other's place where one is damaged, and the order of
@@ -38,8 +39,6 @@ class ClipSet:
         classes: names of the classes.
         clips: of every class, in order.
     """
-
-    fetches_whole_shards = False
 
     def __init__(
         self, folder: Path, classes: Sequence[str], clips: Sequence[Sequence[RawClip]]
@@ -68,6 +67,11 @@ class ClipSet:
                 digest.update(f"{name}\t{clip.key}\n".encode())
         return digest.hexdigest()
 
+    def files(self) -> Iterator[Path]:
+        """Yield the files of all clips."""
+        for of_class in self._clips:
+            yield from (clip.path for clip in of_class)
+
     def read(self, shard: int, sample: int) -> RawClip:
         """Return a clip of a class."""
         return self._clips[shard][sample]
@@ -75,14 +79,6 @@ class ClipSet:
     def name(self, shard: int, sample: int) -> str:
         """Return class and key of a clip, as messages call it."""
         return self._clips[shard][sample].name
-
-    def folder_of(self, shard: int) -> str:
-        """Return where the clips of a class were listed from."""
-        del shard
-        return str(self.folder)
-
-    def fetch(self, shard: int) -> None:
-        """Bring nothing near: clips are files of this machine."""
 
 
 def open_clips(source: str, *, classes: Sequence[str] | None = None) -> ClipSet:

@@ -9,12 +9,13 @@ batch holds each set in proportion, to within a few samples.
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from simmim.data.order import Address, SampleOrder, check_batch, slots_of, turns_of
 from simmim.data.samples import SampleSet
-from simmim.data.source import EncodedImage
+from simmim.data.source import EncodedImage, Source
 
 PERIODS = (10_007, 10_009)
 """Lengths of the pattern, both prime: the first that does not divide the number of slots, so that
@@ -230,8 +231,8 @@ Order = SampleOrder | MixedOrder
 """What says which sample comes next."""
 
 
-def order_of(shards: Shards, *, seed: int, slots: int) -> Order:
-    """Return the order of the samples of a set, or of a mixture of sets."""
+def order_of(shards: Source[Any], *, seed: int, slots: int) -> Order:
+    """Return the order of the samples of a list, or of a mixture of sets."""
     if isinstance(shards, MixedShards):
         sizes = [one.sizes for one in shards.sets]
         return MixedOrder(sizes, shards.weights, seed=seed, slots=slots)

@@ -3,18 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypeGuard, TypeVar
+from typing import ClassVar, Literal, TypeGuard, TypeVar
 
 from data_prep.manifest import MANIFEST_NAME, Location, locate
-from simmim.data.bad_samples import MAX_BAD_SHARE, BadSamples
+from simmim.data.bad_samples import MAX_BAD_SHARE, REMEDY, BadSamples
 from simmim.data.cache import DEFAULT_CACHE_BYTES
 from simmim.data.image_folder import open_folder
 from simmim.data.images import MAX_PIXELS
 from simmim.data.mixture import MixedShards, Shards
+from simmim.data.order import DEFAULT_SLOTS
 from simmim.data.reading import ShardSet
 from simmim.data.remote import RemoteReading
 from simmim.data.samples import SampleSet
 from simmim.data.statistics import measured_statistics
+from simmim.limits import check_least, check_probabilities, check_shares, check_span
 from simmim.recipe import settings
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -61,8 +63,7 @@ class RemoteSettings:
     `data-prep index 'pipe:COMMAND' --allow-pipe` writes it; what they write is fetched whole."""
 
     def __post_init__(self) -> None:
-        if self.cache_bytes < 1 or self.attempts < 1:
-            raise ValueError("cache_bytes and attempts must be 1 or more.")
+        check_least(self, 1, "cache_bytes", "attempts")
 
     @property
     def remote_reading(self) -> RemoteReading:
@@ -78,7 +79,65 @@ class RemoteSettings:
 
 
 @settings
-class DataSettings(RemoteSettings):
+class SampleSettings:
+    """How samples are read and ordered, whatever they are."""
+
+    REMEDY: ClassVar[str] = REMEDY
+    """What to do where too many of them are bad."""
+    workers: int = 2
+    """Worker processes that decode, for each training process; 0 decodes in the process itself."""
+    slots: int = DEFAULT_SLOTS
+    """Equal parts that an epoch is cut into; the batch size must be a multiple of it, and the
+    number of processes must divide it. Another number is another order."""
+    mean: tuple[float, ...] | Literal["measured"] = IMAGENET_MEAN
+    """Mean of each channel, on a scale from 0 to 1."""
+    std: tuple[float, ...] | Literal["measured"] = IMAGENET_STD
+    """Standard deviation of each channel, on the same scale."""
+    max_pixels: int = MAX_PIXELS
+    """Images or frames of more pixels are refused from their header, before they are decoded."""
+    max_bad_share: float = MAX_BAD_SHARE
+    """Share of the samples that may be damaged: training replaces each by another of its shard (a
+    clip by one of its class), validation leaves it out, both name it in bad_samples.jsonl. More of
+    them end the run."""
+
+    def __post_init__(self) -> None:
+        check_least(self, 0, "workers")
+        check_least(self, 1, "slots", "max_pixels")
+        check_probabilities(self, "max_bad_share")
+        if isinstance(self.mean, str) or isinstance(self.std, str):
+            return
+        if len(self.mean) != len(self.std) or min(self.std, default=0) <= 0:
+            raise ValueError("mean and std need a number a channel each, every std above 0.")
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and std as numbers; `with_statistics` makes them such."""
+        assert not isinstance(self.mean, str)
+        assert not isinstance(self.std, str)
+        return self.mean, self.std
+
+    def bad_samples(self) -> BadSamples:
+        """Return a fresh account of bad samples."""
+        return BadSamples(self.max_bad_share, remedy=self.REMEDY)
+
+
+@settings
+class CroppedSettings(SampleSettings):
+    """Samples that are cropped to squares, and mirrored at random for training."""
+
+    image_size: int
+    """Side of the square images in pixels."""
+    flip: float = 0.5
+    """Probability of mirroring an image."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 1, "image_size")
+        check_probabilities(self, "flip")
+
+
+@settings
+class DataSettings(RemoteSettings, SampleSettings):
     """Images in shards or folders, and how they are read."""
 
     shards: ShardsSetting
@@ -96,46 +155,19 @@ class DataSettings(RemoteSettings):
     depends on `fraction_seed` alone, and a larger share contains every smaller one."""
     fraction_seed: int = 0
     """Seed of that choice; apart from training.seed, so that runs of other seeds see the same."""
-    workers: int = 2
-    """Worker processes that decode, for each training process; 0 decodes in the process itself."""
-    slots: int = 64
-    """Equal parts that an epoch is cut into; the batch size must be a multiple of it, and the
-    number of processes must divide it. Another number is another order."""
     mean: tuple[float, ...] | Literal["measured"] = IMAGENET_MEAN
     """Mean of each channel, on a scale from 0 to 1 (fractions as they are). `measured` takes what
     `data-prep info --statistics` found in the shards."""
     std: tuple[float, ...] | Literal["measured"] = IMAGENET_STD
     """Standard deviation of each channel, on the same scale, or `measured`."""
-    max_pixels: int = MAX_PIXELS
-    """Images of more pixels are refused from their header, before anything is decoded."""
-    max_bad_share: float = MAX_BAD_SHARE
-    """Share of the samples that may be damaged: training replaces each by another of its shard,
-    validation leaves it out, both name it in bad_samples.jsonl. More of them end the run."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("validation_shards", "workers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
-        if self.slots < 1 or self.max_pixels < 1:
-            raise ValueError("slots and max_pixels must be 1 or more.")
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction is {self.fraction}; above 0, at most 1.")
-        if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"max_bad_share is {self.max_bad_share}; a share is from 0 to 1.")
+        RemoteSettings.__post_init__(self)
+        SampleSettings.__post_init__(self)
+        check_least(self, 0, "validation_shards")
+        check_shares(self, "fraction")
         if not self.shards:
             raise ValueError("shards names no folder; give one, or a list of them.")
-        if isinstance(self.mean, str) or isinstance(self.std, str):
-            return
-        if len(self.mean) != len(self.std) or min(self.std, default=0) <= 0:
-            raise ValueError("mean and std need a number a channel each, every std above 0.")
-
-    @property
-    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and std as numbers; `with_statistics` makes them such."""
-        assert not isinstance(self.mean, str)
-        assert not isinstance(self.std, str)
-        return self.mean, self.std
 
     def open_shards(self) -> Shards:
         """Open the shards, and keep the images of the classes asked for.
@@ -157,10 +189,6 @@ class DataSettings(RemoteSettings):
         if self.fraction < 1:
             training = training.share(self.fraction, seed=self.fraction_seed)
         return training, validation
-
-    def bad_samples(self) -> BadSamples:
-        """Return a fresh account of bad samples."""
-        return BadSamples(self.max_bad_share)
 
 
 Data = TypeVar("Data", bound=DataSettings)
@@ -237,25 +265,16 @@ def first_folder(shards: ShardsSetting) -> str:
 
 
 @settings
-class AugmentedDataSettings(DataSettings):
+class AugmentedDataSettings(DataSettings, CroppedSettings):
     """Shards whose images are cropped and mirrored at random for training."""
 
-    image_size: int
-    """Side of the square images in pixels."""
     scale: tuple[float, float]
     """Share of the image's area that the random crop takes, from and to."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Width to height of the random crop, from and to."""
-    flip: float = 0.5
-    """Probability of mirroring an image."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.image_size < 1:
-            raise ValueError(f"image_size is {self.image_size}; it must be 1 or more.")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"flip is {self.flip}; a probability is between 0 and 1.")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale is {self.scale}; from and to, above 0 and at most 1.")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio is {self.ratio}; from and to, both above 0.")
+        DataSettings.__post_init__(self)
+        CroppedSettings.__post_init__(self)
+        check_span(self, "scale", most=1)
+        check_span(self, "ratio")

@@ -1,5 +1,8 @@
 """What batches ask of a list of samples, be they images in shards or clips in folders."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 
@@ -51,6 +54,14 @@ class Source(Protocol[Raw_co]):
         """Samples in each shard."""
 
     @property
+    def samples(self) -> int:
+        """Samples in all shards."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over what is known of the samples without reading them."""
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes; none where samples have no labels."""
 
@@ -69,3 +80,26 @@ class Source(Protocol[Raw_co]):
 
     def read(self, shard: int, sample: int) -> Raw_co:
         """Return a sample."""
+
+
+class LocalFiles(ABC):
+    """What lists of files on this machine have in common as a `Source`."""
+
+    classes: tuple[str, ...] = ()
+    """Names of the classes; none where no class stands for a whole sample."""
+    fetches_whole_shards = False
+    folder: Path
+    """Where they were listed from, for messages."""
+
+    @abstractmethod
+    def files(self) -> Iterator[Path]:
+        """Yield every file that samples are read from."""
+
+    def fetch(self, shard: int) -> None:
+        """Bring nothing near: the files are here."""
+        del shard
+
+    def folder_of(self, shard: int) -> str:
+        """Return where a shard is from."""
+        del shard
+        return str(self.folder)

@@ -1,8 +1,7 @@
-"""The encoder that a dense stage starts from, as a backbone of transformers' heads."""
+"""The encoder of a dense stage, as a backbone of transformers' heads."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,54 +10,11 @@ from torch import Tensor, nn
 
 from simmim.data.batches import Batch
 from simmim.data.randomness import stream_seed
-from simmim.engine.settings import TrainingSettings
-from simmim.stages.encoder_settings import EncoderSettings
-from swinv2 import SwinV2, build_encoder, load_encoder
+from swinv2 import SwinV2
 from swinv2.bridges.transformers_backbone import (
     backbone_config,
     register_backbone,
 )
-from swinv2.weights import read_encoder_config
-
-SCRATCH = "scratch"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """What training starts from."""
-
-    encoder: SwinV2
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-def start_from(
-    init: str,
-    settings: EncoderSettings,
-    *,
-    image_size: int,
-    training: TrainingSettings,
-    normalisation: tuple[tuple[float, ...], tuple[float, ...]],
-) -> Start:
-    """Build or load the encoder; fresh weights depend on the seed alone.
-
-    Raises:
-        ValueError: `init` is no encoder directory, or its encoder cannot take the sizes.
-    """
-    if init == SCRATCH:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(training.seed)
-            encoder = build_encoder(settings.config(image_size))
-        mean, std = normalisation
-        return Start(encoder=encoder, mean=mean, std=std)
-    directory = read_encoder_config(init)
-    encoder = load_encoder(
-        init,
-        image_size=image_size,
-        window_size=settings.window_size,
-        drop_path=settings.drop_path,
-    )
-    return Start(encoder=encoder, mean=directory.mean, std=directory.std)
 
 
 def check_installed(*, packages: Sequence[str] = ("transformers",)) -> None:

@@ -3,12 +3,12 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simmim.dense.folder import NAMED, SHARD_FILES, read_bytes, shard_sizes, share_of
+from simmim.dense.folder import NAMED, FileSet, read_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class CocoImage:
         return f"{self.shard_name}/{self.key}"
 
 
-class CocoSet:
+class CocoSet(FileSet[dict[str, Any]]):
     """Images of a COCO JSON file; read as shards are.
 
     Args:
@@ -44,10 +44,6 @@ class CocoSet:
         ValueError: a file is absent or not what it must be, or no image is left.
     """
 
-    classes: tuple[str, ...] = ()
-    """No class stands for a whole image."""
-    fetches_whole_shards = False
-
     def __init__(
         self, images: str | Path, annotations: str | Path, *, only_with_objects: bool
     ) -> None:
@@ -55,26 +51,25 @@ class CocoSet:
         if not self.folder.is_dir():
             raise ValueError(f"{images} is no folder: give the folder of the images.")
         self.content = _read(self.file)
-        categories = sorted(self.content["categories"], key=lambda one: one["id"])
-        self.class_names = tuple(str(one["name"]) for one in categories)
-        self.category_ids = tuple(int(one["id"]) for one in categories)
+        self.class_names = _names(self.content)
+        self.category_ids = tuple(sorted(int(one["id"]) for one in self.content["categories"]))
         self._objects = self._sorted_objects()
-        self._images = [
+        self._items = [
             image
             for image in sorted(self.content["images"], key=lambda one: one["id"])
             if not only_with_objects
             or any(not one.get("iscrowd", 0) for one in self._objects.get(image["id"], ()))
         ]
-        if not self._images:
+        if not self._items:
             raise ValueError(f"{annotations} describes no images with objects: give another file.")
         missing = [
             str(self.folder / image["file_name"])
-            for image in self._images
+            for image in self._items
             if not (self.folder / image["file_name"]).is_file()
         ]
         if missing:
             raise ValueError(
-                f"{len(missing)} of {len(self._images)} images of {annotations} are absent: there "
+                f"{len(missing)} of {len(self._items)} images of {annotations} are absent: there "
                 f"is no {', '.join(missing[:NAMED])}{' ...' if missing[NAMED:] else ''}."
             )
 
@@ -99,30 +94,13 @@ class CocoSet:
         return found
 
     @property
-    def samples(self) -> int:
-        """Number of images."""
-        return len(self._images)
-
-    @property
-    def sizes(self) -> list[int]:
-        """Images in each shard."""
-        return shard_sizes(self.samples)
-
-    @property
     def digest(self) -> str:
         """SHA-256 over the descriptions of these images and their objects."""
         digest = hashlib.sha256(repr((self.class_names, self.category_ids)).encode())
-        for image in self._images:
+        for image in self._items:
             described = [image, self._objects.get(image["id"], [])]
             digest.update(json.dumps(described, sort_keys=True).encode())
         return digest.hexdigest()
-
-    def share(self, share: float, *, seed: int) -> "CocoSet":
-        """Return this share of the images, in order; a larger one contains every smaller one."""
-        selection = object.__new__(CocoSet)
-        selection.__dict__ |= self.__dict__
-        selection._images = share_of(self._images, share, seed)
-        return selection
 
     def require_masks(self) -> None:
         """Raise ValueError unless every object has a segmentation."""
@@ -136,21 +114,17 @@ class CocoSet:
                 "which needs boxes alone."
             )
 
-    def fetch(self, shard: int) -> None:
-        """Do nothing: the files are here."""
-
-    def folder_of(self, shard: int) -> str:
-        """Return the folder, for messages."""
-        del shard
-        return str(self.folder)
+    def files(self) -> Iterator[Path]:
+        """Yield the files of all images."""
+        return (self.folder / image["file_name"] for image in self._items)
 
     def name(self, shard: int, sample: int) -> str:
         """Return file and image of a sample, as messages call it."""
-        return f"{self.file.stem}/{self._images[shard * SHARD_FILES + sample]['file_name']}"
+        return f"{self.file.stem}/{self.item(shard, sample)['file_name']}"
 
     def read(self, shard: int, sample: int) -> CocoImage:
         """Return a sample. Raises DataError naming a file that cannot be read."""
-        image = self._images[shard * SHARD_FILES + sample]
+        image = self.item(shard, sample)
         file = self.folder / image["file_name"]
         return CocoImage(
             key=str(image["file_name"]),
@@ -168,7 +142,7 @@ class CocoSet:
 
     def ground_truth(self) -> dict[str, Any]:
         """Return the content of the file for these images, with the fields the metric needs."""
-        images = {image["id"] for image in self._images}
+        images = {image["id"] for image in self._items}
         objects = [
             {"iscrowd": 0, "area": one["bbox"][2] * one["bbox"][3]} | one
             for image in sorted(images)
@@ -176,10 +150,25 @@ class CocoSet:
         ]
         return {
             "info": {},
-            "images": self._images,
+            "images": self._items,
             "annotations": objects,
             "categories": self.content["categories"],
         }
+
+
+def category_names(annotations: str | Path) -> tuple[str, ...]:
+    """Return the names of the categories of a COCO file, in the order of their ids.
+
+    Raises:
+        ValueError: it is absent or not what it must be.
+    """
+    return _names(_read(Path(annotations)))
+
+
+def _names(content: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(
+        str(one["name"]) for one in sorted(content["categories"], key=lambda one: one["id"])
+    )
 
 
 def has_mask(annotation: dict[str, Any]) -> bool:

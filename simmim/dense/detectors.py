@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from simmim.data.targets import Instances
 from simmim.dense.backbone import described, last_maps
 from simmim.dense.segmenters import build_mask2former, names_of_labels
+from simmim.limits import check_least
 from simmim.recipe import settings
 from swinv2 import SwinV2
 from swinv2.bridges.transformers_backbone import fill_backbone
@@ -24,7 +25,8 @@ class DetectionHead:
     """The head on the encoder."""
 
     kind: Literal["mask2former", "rt_detr"] = "mask2former"
-    """Mask2Former finds masks, and boxes around them; RT-DETR boxes alone."""
+    """Mask2Former finds masks, and boxes around them; RT-DETR boxes alone. Batch norms of RT-DETR
+    see the images of all GPUs at a time (SyncBatchNorm); on CPUs each process's own."""
     channels: int = 256
     """Channels of the head, a multiple of 32."""
     queries: int = 100
@@ -38,9 +40,7 @@ class DetectionHead:
     """Objects that are given for an image, those of the highest scores."""
 
     def __post_init__(self) -> None:
-        for name in ("queries", "points", "detections"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        check_least(self, 1, "queries", "points", "detections")
         if self.channels < 32 or self.channels % 32:
             raise ValueError(f"channels is {self.channels}; it must be a multiple of 32.")
 

@@ -1,20 +1,24 @@
 """A folder of images and one of label images, as ADE20K has them."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
+
+from typing_extensions import Self
 
 from simmim.data.errors import DataError
 from simmim.data.randomness import shuffled
+from simmim.data.source import LocalFiles
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 
 SHARD_FILES = 256
 """Files that count as a shard: what the order of large sets shuffles as a whole."""
 
-_Item = TypeVar("_Item")
+Item = TypeVar("Item")
 
 NAMED = 5
 """Files that a message names."""
@@ -38,13 +42,44 @@ class LabelledImage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Pair:
+class Pair:
+    """The files of an image."""
+
     key: str
     image: Path
     labels: Path
 
 
-class LabelledFolder:
+class FileSet(LocalFiles, Generic[Item]):
+    """A list of files in shards of `SHARD_FILES`."""
+
+    _items: list[Item]
+
+    @property
+    def samples(self) -> int:
+        """Number of images."""
+        return len(self._items)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Images in each shard."""
+        firsts = range(0, self.samples, SHARD_FILES)
+        return [min(SHARD_FILES, self.samples - first) for first in firsts]
+
+    def share(self, share: float, *, seed: int) -> Self:
+        """Return this share of the images, in order; a larger one contains every smaller one."""
+        count = max(1, round(share * self.samples))
+        chosen = sorted(shuffled(self.samples, "share", seed)[:count].tolist())
+        selection = copy(self)
+        selection._items = [self._items[place] for place in chosen]
+        return selection
+
+    def item(self, shard: int, sample: int) -> Item:
+        """Return what is known of a sample."""
+        return self._items[shard * SHARD_FILES + sample]
+
+
+class LabelledFolder(FileSet[Pair]):
     """The images of one split, each with the PNG of its labels; read as shards are.
 
     Args:
@@ -54,10 +89,6 @@ class LabelledFolder:
     Raises:
         ValueError: a folder is absent or empty, or images have no labels.
     """
-
-    classes: tuple[str, ...] = ()
-    """No class stands for a whole image."""
-    fetches_whole_shards = False
 
     def __init__(self, root: str | Path, split: str) -> None:
         self.folder = Path(root)
@@ -69,8 +100,8 @@ class LabelledFolder:
                     f"{place} is no folder: {root} needs images/{split} and annotations/{split}, "
                     "with a PNG of class numbers for each image; or name another split."
                 )
-        self._pairs = [
-            _Pair(
+        self._items = [
+            Pair(
                 key=str(file.relative_to(images).with_suffix("")),
                 image=file,
                 labels=(labels / file.relative_to(images)).with_suffix(".png"),
@@ -78,57 +109,37 @@ class LabelledFolder:
             for file in sorted(images.rglob("*"))
             if file.suffix.lower() in EXTENSIONS
         ]
-        if not self._pairs:
+        if not self._items:
             raise ValueError(f"{images} holds no images: give a split with images, or fill it.")
-        missing = [str(pair.labels) for pair in self._pairs if not pair.labels.is_file()]
+        missing = [str(pair.labels) for pair in self._items if not pair.labels.is_file()]
         if missing:
             raise ValueError(
-                f"{len(missing)} of {len(self._pairs)} images in {images} have no annotation: "
+                f"{len(missing)} of {len(self._items)} images in {images} have no annotation: "
                 f"there is no {', '.join(missing[:NAMED])}{' ...' if missing[NAMED:] else ''}. "
                 "Add them, or take these images away."
             )
 
     @property
-    def samples(self) -> int:
-        """Images of the split."""
-        return len(self._pairs)
-
-    @property
-    def sizes(self) -> list[int]:
-        """Images in each shard."""
-        return shard_sizes(self.samples)
-
-    @property
     def digest(self) -> str:
         """SHA-256 over the names and lengths of all files."""
         digest = hashlib.sha256()
-        for pair in self._pairs:
+        for pair in self._items:
             lengths = f"{pair.image.stat().st_size} {pair.labels.stat().st_size}"
             digest.update(f"{pair.key} {lengths}\n".encode())
         return digest.hexdigest()
 
-    def share(self, share: float, *, seed: int) -> "LabelledFolder":
-        """Return this share of the images, in order; a larger one contains every smaller one."""
-        selection = object.__new__(LabelledFolder)
-        selection.__dict__ |= self.__dict__
-        selection._pairs = share_of(self._pairs, share, seed)
-        return selection
-
-    def fetch(self, shard: int) -> None:
-        """Do nothing: the files are here."""
-
-    def folder_of(self, shard: int) -> str:
-        """Return the folder, for messages."""
-        del shard
-        return str(self.folder)
+    def files(self) -> Iterator[Path]:
+        """Yield the files of all images and their labels."""
+        for pair in self._items:
+            yield from (pair.image, pair.labels)
 
     def name(self, shard: int, sample: int) -> str:
         """Return split and key of a sample."""
-        return f"{self.split}/{self._pairs[shard * SHARD_FILES + sample].key}"
+        return f"{self.split}/{self.item(shard, sample).key}"
 
     def read(self, shard: int, sample: int) -> LabelledImage:
         """Return a sample. Raises DataError naming a file that cannot be read."""
-        pair = self._pairs[shard * SHARD_FILES + sample]
+        pair = self.item(shard, sample)
         return LabelledImage(
             key=pair.key,
             shard_name=self.split,
@@ -136,18 +147,6 @@ class LabelledFolder:
             extension=pair.image.suffix[1:].lower(),
             labels=read_bytes(pair.labels),
         )
-
-
-def shard_sizes(samples: int) -> list[int]:
-    """Return how many of so many samples stand in each shard of `SHARD_FILES`."""
-    return [min(SHARD_FILES, samples - first) for first in range(0, samples, SHARD_FILES)]
-
-
-def share_of(samples: Sequence[_Item], share: float, seed: int) -> list[_Item]:
-    """Return this share of the samples, at least one, in order; by the seed alone."""
-    count = max(1, round(share * len(samples)))
-    chosen = sorted(shuffled(len(samples), "share", seed)[:count].tolist())
-    return [samples[place] for place in chosen]
 
 
 def read_bytes(file: Path) -> bytes:

@@ -1,6 +1,7 @@
-"""What a dense stage hands on: the encoder directory, and encoder with head for transformers."""
+"""Encoder and head of a dense stage, written for transformers and counted in operations."""
 
 import json
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -9,44 +10,61 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from simmim.dense.backbone import Start
-from simmim.engine.run import RunFolder
-from simmim.recipe import recipe_hash
+from simmim.dense.backbone import check_installed
 from swinv2 import SwinV2
-from swinv2.bridges.transformers_backbone import encoder_from_backbone
+from swinv2.bridges.transformers_backbone import register_backbone
 from swinv2.flops import forward_flops
-from swinv2.weights import Provenance, atomic_folder, save_encoder
+from swinv2.weights import atomic_folder
 
 PREPROCESSING = "preprocessing.json"
 """File beside the model that says how its images were normalised."""
 
 
-def save_dense(
-    net: Any,
-    backbone: Any,
-    run: RunFolder,
-    folder: Path,
-    *,
-    start: Start,
-    recipe: Any,
-    step: int,
-    samples: int,
-) -> None:
-    """Write the encoder directory of a run, and the whole model as `from_pretrained` loads it.
+def save_dense(net: Any, folder: Path, *, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Write encoder and head as `from_pretrained` loads them, with how images are normalised.
 
     `swinv2.bridges.transformers_backbone.register_backbone` comes before `from_pretrained`.
     """
-    save_encoder(
-        encoder_from_backbone(backbone),
-        run.encoder,
-        mean=start.mean,
-        std=start.std,
-        provenance=Provenance(step=step, samples_seen=samples, recipe_hash=recipe_hash(recipe)),
-    )
     with atomic_folder(folder, may_replace=_is_dense) as written:
         net.save_pretrained(written)
-        text = json.dumps({"mean": list(start.mean), "std": list(start.std)}, indent=1)
+        text = json.dumps({"mean": list(mean), "std": list(std)}, indent=1)
         (written / PREPROCESSING).write_text(text + "\n", encoding="utf-8")
+
+
+def load_dense(folder: Path) -> Any:
+    """Load what `save_dense` wrote, on the CPU, in evaluation mode.
+
+    Raises:
+        ValueError: transformers is not installed, or the folder holds no such model.
+    """
+    check_installed()
+    register_backbone()
+    from transformers import (  # noqa: PLC0415 - an optional part
+        Mask2FormerForUniversalSegmentation,
+        RTDetrForObjectDetection,
+        UperNetForSemanticSegmentation,
+    )
+
+    known: tuple[Any, ...] = (
+        Mask2FormerForUniversalSegmentation,
+        RTDetrForObjectDetection,
+        UperNetForSemanticSegmentation,
+    )
+    try:
+        named = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
+        (model,) = (one for one in known if [one.__name__] == named)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{folder} holds no model of a dense stage: give that folder of a run that has ended."
+        ) from None
+    return model.from_pretrained(folder).eval()
+
+
+def answer_of(output: Any) -> Tensor:
+    """Return the numbers of a model's output in a row: of classes, and of masks or boxes."""
+    names = ("logits", "pred_boxes", "class_queries_logits", "masks_queries_logits")
+    parts = [output[name].float().flatten() for name in names if output.get(name) is not None]
+    return torch.cat(parts)
 
 
 def _is_dense(path: Path) -> bool:

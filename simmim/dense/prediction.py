@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simmim.limits import check_least
 from simmim.recipe import settings
 
 Scores = Callable[[Tensor], Tensor]
@@ -33,10 +34,7 @@ class SegmentationEvaluation:
     """Average with the scores of the mirrored image too."""
 
     def __post_init__(self) -> None:
-        for name in ("size", "stride", "window_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be 1 or more.")
+        check_least(self, 1, "size", "stride", "window_size")
         if not self.scales or min(self.scales) <= 0:
             raise ValueError(f"scales are {self.scales}; give at least one, all above 0.")
         if self.size is not None and self.stride is not None and self.stride > self.size:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from simmim.dense.backbone import described, last_maps
 from simmim.dense.labels import IGNORED
+from simmim.limits import check_least
 from simmim.recipe import settings
 from swinv2 import SwinV2
 from swinv2.bridges.transformers_backbone import fill_backbone
@@ -23,7 +24,8 @@ class SegmentationHead:
     """The head on the encoder."""
 
     kind: Literal["upernet", "mask2former"] = "upernet"
-    """UperNet (the paper's), or Mask2Former."""
+    """UperNet (the paper's), or Mask2Former. Batch norms of UperNet see the images of all GPUs at a
+    time (SyncBatchNorm); on CPUs each process's own, of which there should be two at least."""
     channels: int | None = None
     """Channels of the head; null is the publications': 512 of UperNet, 256 of Mask2Former, which
     takes a multiple of 32."""
@@ -39,16 +41,11 @@ class SegmentationHead:
     """Mask2Former: places of a mask that the loss looks at."""
 
     def __post_init__(self) -> None:
-        for name in ("channels", "auxiliary_channels", "queries", "points"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be 1 or more.")
+        check_least(self, 1, "channels", "auxiliary_channels", "queries", "points")
+        check_least(self, 2, "decoder_layers")
+        check_least(self, 0, "auxiliary_weight")
         if self.kind == "mask2former" and (self.channels or 32) % 32:
             raise ValueError(f"channels is {self.channels}; Mask2Former takes a multiple of 32.")
-        if self.decoder_layers < 2:
-            raise ValueError(f"decoder_layers is {self.decoder_layers}; it must be 2 or more.")
-        if self.auxiliary_weight < 0:
-            raise ValueError(f"auxiliary_weight is {self.auxiliary_weight}; it must be 0 or more.")
 
 
 class Segmenter(Protocol):
@@ -71,8 +68,9 @@ class Segmenter(Protocol):
 class UperNet(nn.Module):
     """Pyramid pooling on the last map, a feature pyramid over all, and an auxiliary head.
 
-    Batch norms see what one process computes at a time: two images at least should be together.
-    Of a single one, the norm of what is pooled to one place goes by its running mean.
+    Batch norms see what all GPUs compute at a time; on CPUs, or one GPU, what one process does: two
+    images at least should be together there. Of a single one, the norm of what is pooled to one
+    place goes by its running mean.
     """
 
     def __init__(self, encoder: SwinV2, names: Sequence[str], head: SegmentationHead) -> None:
@@ -126,7 +124,8 @@ class UperNet(nn.Module):
         pooling = self.net.decode_head.psp_modules
         for scale, block in zip(pooling.pool_scales, pooling.blocks, strict=True):
             norm = block.layers[1].batch_norm
-            norm.train(self.training and (images > 1 or scale > 1))
+            several = images > 1 or scale > 1 or isinstance(norm, nn.SyncBatchNorm)
+            norm.train(self.training and several)
 
 
 class Mask2Former(nn.Module):

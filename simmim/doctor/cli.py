@@ -10,20 +10,26 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from simmim.data.mixture import MixedShards
+from simmim.data.reading import ShardSet
 from simmim.doctor.checks import Check, attempt, table
 from simmim.doctor.dry_run import dry_run, gathered
+from simmim.doctor.files import check_labelled_files
 from simmim.doctor.memory import check_disk, check_memory
 from simmim.doctor.pace import check_pace
-from simmim.doctor.plan import AnyStage, Recipe, check_plan
+from simmim.doctor.plan import AnyStage, Recipe, check_plan, unit
 from simmim.doctor.shards import check_shards, check_workers
 from simmim.engine.launcher import end_with_launcher, requested_cpu_processes, start_processes
 from simmim.engine.loop import build_accelerator
 from simmim.engine.parallelism import check_parallelism, end_processes
 from simmim.engine.run import RunFolder
 from simmim.recipe import RecipeError, load, read_values
-from simmim.stages.classification import ClassificationRecipe, ClassificationStage
+from simmim.stages.fine_tuning import FineTuningRecipe, FineTuningStage
 from simmim.stages.launch import run_folder
-from simmim.stages.pretrain import PretrainRecipe, PretrainStage
+from simmim.stages.pretrain import PretrainStage
+from simmim.stages.starting import SCRATCH
+from simmim.stages.tasks import task_named
+from simmim.stages.video import VideoRecipe
 
 BAD = 2
 SECONDS = 15.0
@@ -34,7 +40,7 @@ def add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     command = commands.add_parser(
         "doctor",
         help="look a training over before it starts",
-        description="Check recipe, run folder, shards, memory, disk and speeds, take dry steps on "
+        description="Check recipe, run folder, data, memory, disk and speeds, take dry steps on "
         "every process, and print what to change. Nothing is written. Start it as training would "
         "be: with accelerate launch or torchrun where there are several processes. Any field of "
         "the recipe is replaced by --KEY VALUE. Exit code 2 where training would fail.",
@@ -64,7 +70,7 @@ def run_doctor(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         return _finish([Check(name="recipe", verdict="problem", found=str(error))])
     checks.append(Check(name="recipe", verdict="ok", found=describe_recipe(recipe)))
     stages: list[AnyStage] = []
-    found = attempt("shards", lambda: _open(recipe, stages))
+    found = attempt("opening", lambda: _open(recipe, stages))
     if found:
         return _finish(checks + found)
     start_processes()
@@ -83,34 +89,31 @@ def read_recipe(config: Path, overrides: Sequence[str]) -> Recipe:
     Raises:
         RecipeError: it cannot be read, or something in it is wrong.
     """
-    match read_values(config, overrides).get("task"):
-        case "pretrain":
-            return load(PretrainRecipe, config, overrides)
-        case "classification":
-            return load(ClassificationRecipe, config, overrides)
-        case other:
-            raise RecipeError(
-                f"recipe {config}: task is {other!r}; the doctor knows pretrain and classification."
-            )
+    task = task_named(read_values(config, overrides).get("task"), config)
+    recipe: Recipe = load(task.recipe, config, overrides)
+    return recipe
 
 
 def describe_recipe(recipe: Recipe) -> str:
     """Name what is trained."""
-    encoder, training = recipe.encoder, recipe.training
+    encoder = recipe.encoder
+    model: str = encoder.variant
+    if isinstance(recipe, FineTuningRecipe) and recipe.init != SCRATCH:
+        model = f"the encoder of {recipe.init}"
+    size, window = f"{recipe.data.image_size} pixels", f"{encoder.window_size}"
+    if isinstance(recipe, VideoRecipe):
+        size = f"{recipe.data.frames} frames of {size}"
+        window += f" and {recipe.encoder.window_frames} frames"
     return (
-        f"{recipe.task}, {encoder.variant} at {recipe.data.image_size} pixels with windows of "
-        f"{encoder.window_size}, {training.batch_size:,} images a step"
+        f"{recipe.task}, {model} at {size} with windows of {window}, "
+        f"{recipe.training.batch_size:,} {unit(recipe)} a step"
     )
 
 
 def _open(recipe: Recipe, stages: list[AnyStage]) -> Iterable[Check]:
     """Open all that training opens before it starts; yield nothing where that succeeds."""
     check_parallelism()
-    stage = (
-        PretrainStage(recipe)
-        if isinstance(recipe, PretrainRecipe)
-        else (ClassificationStage(recipe))
-    )
+    stage: Any = task_named(recipe.task, "recipe").stage(recipe)
     world = max(requested_cpu_processes(), int(os.environ.get("WORLD_SIZE", "1")))
     stage.batches(rank=0, world=world, start=0, end=recipe.training.batch_size)
     stages.append(stage)
@@ -122,7 +125,6 @@ def examine(
 ) -> list[Check]:
     """Look at everything but the recipe; all ranks call it, and the main one has the answers."""
     recipe, device, world = stage.recipe, accelerator.device, accelerator.num_processes
-    channels = stage.module.model.encoder.config.in_channels
     checks: list[Check] = []
 
     def look(name: str, examine: Callable[[], Iterable[Check]]) -> None:
@@ -132,10 +134,7 @@ def examine(
 
     look("run folder", lambda: [check_run(run, recipe, resume)])
     look("plan", lambda: check_plan(recipe, stage.samples_per_epoch, device))
-    look(
-        "shards",
-        lambda: check_shards(stage.training_shards, stage.validation_shards, recipe.data, channels),
-    )
+    look("shards" if _reads_shards(stage) else "data", lambda: _check_data(stage))
     look("workers", lambda: [check_workers(recipe.data.workers)])
     look("memory", lambda: check_memory(recipe, device, world))
     look("disk", lambda: [_disk(stage, run)])
@@ -148,6 +147,19 @@ def examine(
     if speed is not None:
         look("pace", lambda: check_pace(stage, recipe, speed, device, world))
     return checks
+
+
+def _reads_shards(stage: AnyStage) -> bool:
+    return isinstance(stage.training_shards, ShardSet | MixedShards)
+
+
+def _check_data(stage: AnyStage) -> Iterable[Check]:
+    """Look at what is trained and validated on."""
+    if isinstance(stage, FineTuningStage) and not _reads_shards(stage):
+        return check_labelled_files(stage)
+    encoder = stage.model.encoder if isinstance(stage, PretrainStage) else stage.start.encoder
+    channels = encoder.config.in_channels
+    return check_shards(stage.training_shards, stage.validation_shards, stage.recipe.data, channels)
 
 
 def kept_for_good(stage: AnyStage) -> int:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from simmim.data.batches import Batch
 from simmim.doctor.checks import Check, problem
 from simmim.engine.loop import prepare, training_step
-from simmim.engine.memory import memory_in_use
+from simmim.engine.memory import host_peak, memory_in_use
 from simmim.engine.optimizer import set_learning_rate
 from simmim.engine.parallelism import trains_in_shards
 from simmim.engine.stage import Stage
@@ -90,9 +90,10 @@ def _told(accelerator: Accelerator, loss: float, norm: float) -> Iterator[Check]
         f"process{'' if accelerator.num_processes == 1 else 'es'} ({accelerator.device.type}): "
         f"loss {loss:.4f}, gradient norm {norm:.4g}"
     )
-    peak = max(gathered(accelerator, memory_in_use(accelerator.device).device_peak / 2**30))
-    if peak:
-        found += f", {peak:.1f} GiB of the device at the peak"
+    on_device = accelerator.device.type == "cuda"
+    peak = memory_in_use(accelerator.device).device_peak if on_device else host_peak()
+    place = "the device" if on_device else "the machine by each process"
+    found += f", {max(gathered(accelerator, peak / 2**30)):.1f} GiB of {place} at the peak"
     if finite:
         yield Check(name="dry step", verdict="ok", found=found)
     else:

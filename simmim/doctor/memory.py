@@ -14,6 +14,7 @@ from simmim.bench.memory import GIB, Placement, Sharding, make_rows
 from simmim.bench.step import StepCase
 from simmim.doctor.checks import Check
 from simmim.doctor.plan import Recipe
+from simmim.stages.classification import ClassificationRecipe
 from simmim.stages.pretrain import PretrainRecipe
 
 FULL = 0.9
@@ -21,7 +22,18 @@ FULL = 0.9
 
 
 def check_memory(recipe: Recipe, device: torch.device, world: int) -> Iterator[Check]:
-    """Compare the counted memory of a step with that of the device; see `simmim bench memory`."""
+    """Compare the counted memory of a step with that of the device; see `simmim bench memory`.
+
+    Where it cannot be counted, the check says so.
+    """
+    if not isinstance(recipe, PretrainRecipe | ClassificationRecipe):
+        yield Check(
+            name="memory",
+            verdict="ok",
+            found=f"not counted for {recipe.task}, whose head and samples decide it: the dry step "
+            "measures that of training; validation may take more",
+        )
+        return
     training = recipe.training
     share = training.batch_size // world
     micro = max(1, share // training.accumulation)
@@ -63,7 +75,7 @@ def _what_fits(case: StepCase, placement: Placement, needed: int, there: int, sh
     return "; or ".join(advice)
 
 
-def step_case(recipe: Recipe, batch: int) -> StepCase:
+def step_case(recipe: PretrainRecipe | ClassificationRecipe, batch: int) -> StepCase:
     """Return a recipe's step for the count; that of a classifier is as large as one of SimMIM."""
     encoder, size = recipe.encoder, recipe.data.image_size
     cell = recipe.mask.cell if isinstance(recipe, PretrainRecipe) else size

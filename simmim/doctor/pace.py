@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import psutil
 import torch
 
+from simmim.data.settings import DataSettings
 from simmim.doctor.checks import Check
 from simmim.doctor.dry_run import Speed
-from simmim.doctor.plan import AnyStage, Recipe
+from simmim.doctor.plan import AnyStage, Recipe, unit
 from simmim.engine.progress import duration
 from simmim.engine.utilisation import device_peak, utilisation
 from simmim.stages.pretrain import PretrainRecipe
@@ -26,15 +27,16 @@ def check_pace(
     stage: AnyStage, recipe: Recipe, speed: Speed, device: torch.device, world: int
 ) -> Iterator[Check]:
     """Judge the speeds."""
+    of = unit(recipe)
     yield check_data_speed(recipe, speed, world)
     peak = device_peak(device, recipe.training.precision)
     share = utilisation(stage.flops_per_sample, speed.compute, peak, devices=world)
-    of = "the maker's figure" if peak.source == "maker" else "a measured matrix product"
+    source = "the maker's figure" if peak.source == "maker" else "a measured matrix product"
     yield Check(
         name="compute",
         verdict="ok",
-        found=f"{speed.compute:,.1f} images/s, {share:.0%} of {peak.flops * world / 1e12:,.2f} "
-        f"TFLOP/s ({of})",
+        found=f"{speed.compute:,.1f} {of}/s, {share:.0%} of {peak.flops * world / 1e12:,.2f} "
+        f"TFLOP/s ({source})",
     )
     rate = min(speed.data, speed.compute)
     yield from check_duration(stage, recipe, rate)
@@ -44,24 +46,25 @@ def check_data_speed(recipe: Recipe, speed: Speed, world: int) -> Check:
     """Tell whether the device would wait for data, and how many workers would do."""
     workers = recipe.data.workers
     found = (
-        f"{speed.data:,.1f} images/s come from {workers} workers on each of {world} processes, "
-        f"{speed.compute:,.1f} are computed; the first batch after {speed.first_batch:.1f} s"
+        f"{speed.data:,.1f} {unit(recipe)}/s come from {workers} workers on each of {world} "
+        f"processes, {speed.compute:,.1f} are computed; the first batch after "
+        f"{speed.first_batch:.1f} s"
     )
     if speed.data >= ENOUGH * speed.compute:
         return Check(name="data speed", verdict="ok", found=found)
     wanted = math.ceil(max(workers, 1) * ENOUGH * speed.compute / speed.data)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count()
     possible = max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    smaller = "Smaller files are read faster"
+    if isinstance(recipe.data, DataSettings):
+        smaller = "Smaller images are read faster: `data-prep shard --short-side`"
     change = f"set data.workers to {min(wanted, possible)}"
     if wanted > possible:
-        change = (
-            f"{change}, as many as there are cores for; {wanted} would be needed. Smaller images "
-            "are read faster: `data-prep shard --short-side`"
-        )
+        change = f"{change}, as many as there are cores for; {wanted} would be needed. {smaller}"
         if workers >= possible:
             change = (
                 f"{wanted} workers a process would be needed, and there are cores for {possible}. "
-                "Smaller images are read faster: `data-prep shard --short-side`"
+                f"{smaller}"
             )
     return Check(name="data speed", verdict="warning", found=found, change=change)
 
@@ -116,7 +119,7 @@ def _check_looks(stage: AnyStage, recipe: Recipe) -> Iterator[Check]:
             name="looking",
             verdict="warning",
             found=found,
-            change="raise training.validate_every or probe.every, or hold out fewer shards",
+            change="raise training.validate_every or probe.every, or hold out less",
         )
     else:
         yield Check(name="looking", verdict="ok", found=found)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -9,11 +10,13 @@ from simmim.doctor.checks import Check
 from simmim.engine.settings import TrainingSettings
 from simmim.engine.tracking import chosen_trackers
 from simmim.engine.utilisation import measured_peak
-from simmim.stages.classification import SCRATCH, ClassificationRecipe, ClassificationStage
+from simmim.stages.fine_tuning import FineTuningRecipe, FineTuningStage
 from simmim.stages.pretrain import PretrainRecipe, PretrainStage
+from simmim.stages.starting import SCRATCH
+from simmim.stages.video import VideoRecipe
 
-Recipe = PretrainRecipe | ClassificationRecipe
-AnyStage = PretrainStage | ClassificationStage
+Recipe = PretrainRecipe | FineTuningRecipe
+AnyStage = PretrainStage | FineTuningStage[Any, Any]
 
 REFERENCE_BATCH = 512
 FASTER = 1.5
@@ -38,7 +41,16 @@ PAPER = (
     PaperRow(task="pretrain", variants=("base", "large"), lr=1e-4, text="4e-4 at 2048, 800 epochs"),
     PaperRow(task="pretrain", variants=("giant",), lr=1.4e-3 / 18, text="1.4e-3 at 9216"),
     PaperRow(task="classification", variants=("base", "large"), lr=1.25e-3, text="5e-3 at 2048"),
+    PaperRow(task="segmentation", variants=("giant",), lr=6.4e-4, text="4e-5 at 32"),
+    PaperRow(task="detection", variants=("giant",), lr=3.2e-3, text="6e-4 at 96"),
+    PaperRow(task="video", variants=("giant",), lr=2.3e-3, text="3.6e-4 at 80, 256 pixels"),
+    PaperRow(task="video", variants=("giant",), lr=4e-4, text="5e-5 at 64, 320 pixels"),
 )
+
+
+def unit(recipe: Recipe) -> str:
+    """Return what samples are called."""
+    return "clips" if isinstance(recipe, VideoRecipe) else "images"
 
 
 def check_plan(recipe: Recipe, samples_per_epoch: int, device: torch.device) -> Iterator[Check]:
@@ -59,14 +71,14 @@ def check_learning_rate(recipe: Recipe) -> Check:
     scale = batch / REFERENCE_BATCH
     encoder = recipe.encoder
     own = any(size is not None for size in (encoder.embed_dim, encoder.depths, encoder.num_heads))
-    scratch = isinstance(recipe, ClassificationRecipe) and recipe.init == SCRATCH
+    scratch = isinstance(recipe, FineTuningRecipe) and recipe.init == SCRATCH
     rows = [row for row in PAPER if row.task == recipe.task]
     fitting = [row for row in rows if encoder.variant in row.variants]
     known = bool(fitting) and not own and not scratch
     rates = [row.lr * scale for row in (fitting if known else rows)]
     low, high = min(rates), max(rates)
     span = f"{low:.1e}" if low == high else f"{low:.1e} to {high:.1e}"
-    found = f"{lr:g} for {batch:,} images a step"
+    found = f"{lr:g} for {batch:,} {unit(recipe)} a step"
     if not known:
         kind = "training from scratch" if scratch else "an encoder of these sizes"
         return Check(

@@ -19,7 +19,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from simmim.engine.best import Best
+from simmim.engine.best import Best, best_checkpoint
 from simmim.engine.holdings import (
     model_pieces,
     optimizer_pieces,
@@ -277,6 +277,28 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
             f"{checkpoint_path(folder, 1000)}, or --resume auto for the last complete one."
         )
     return path
+
+
+def chosen_checkpoint(source: Path, *, best: bool) -> Path:
+    """Return the checkpoint that is meant.
+
+    Args:
+        source: a run folder, or a checkpoint in one.
+        best: take the best checkpoint of the run instead of the last.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if (source / COMPLETE).is_file():
+        return source.resolve()
+    if best:
+        return best_checkpoint(source).resolve()
+    found = complete_checkpoints(source / "checkpoints")
+    if not found:
+        raise ValueError(
+            f"{source} holds no complete checkpoint: give a run folder or a checkpoint in one."
+        )
+    return found[-1].resolve()
 
 
 def load_model(path: Path, model: nn.Module) -> None:

@@ -28,6 +28,7 @@ from simmim.engine.optimizer import (
 )
 from simmim.engine.parallelism import (
     sharding_left_to_us,
+    synchronise_norms,
     trains_in_shards,
     wants_zero,
     without_exchange,
@@ -81,6 +82,7 @@ def build_accelerator(precision: str, rank_timeout: float = 600.0) -> Accelerato
 def prepare(stage: Stage, accelerator: Accelerator) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Put what is trained on its devices, whole or in shards, and build its optimiser."""
     stage.module.to(accelerator.device)
+    synchronise_norms(stage.module, accelerator.device, accelerator.num_processes)
     sharded = trains_in_shards(accelerator)
     if sharded:
         shard_for_training(stage.module, accelerator)

@@ -1,6 +1,7 @@
 """Memory of a training process: what it takes, and what the C library does with what it frees."""
 
 import ctypes
+import resource
 import sys
 from dataclasses import dataclass
 
@@ -42,3 +43,9 @@ def memory_in_use(device: torch.device) -> MemoryInUse:
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
     return MemoryInUse(device_peak=peak, host=int(psutil.Process().memory_info().rss))
+
+
+def host_peak() -> int:
+    """Return the most bytes that were resident of this process since it began."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

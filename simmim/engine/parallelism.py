@@ -2,11 +2,12 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -21,6 +22,18 @@ def wants_shards() -> bool:
 def trains_in_shards(accelerator: Accelerator) -> bool:
     """Tell whether these processes share the weights out: they were told to, and are several."""
     return wants_shards() and accelerator.num_processes > 1
+
+
+def synchronise_norms(module: nn.Module, device: torch.device, processes: int) -> None:
+    """Let batch norms go by what all GPUs compute together, so that they see the whole batch.
+
+    Names, weights and running means stay. On CPUs, for which torch has no such norms, each process
+    goes on by its own part.
+    """
+    if processes > 1 and device.type == "cuda":
+        assert not isinstance(module, nn.modules.batchnorm._BatchNorm)  # replaced within alone
+        convert: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
+        convert(module)
 
 
 def wants_zero() -> bool:

@@ -1,28 +1,24 @@
-"""Batches from a recipe, for training and held out: the same for every stage on images."""
+"""Batches from a recipe: the same for every stage."""
+
+from collections.abc import Callable
 
 import torch
 
 from simmim.data.bad_samples import BadSamples
 from simmim.data.batches import TrainingBatches
-from simmim.data.mixture import Order, Shards
-from simmim.data.settings import AugmentedDataSettings, DataSettings
+from simmim.data.mixture import Order
+from simmim.data.order import Address
+from simmim.data.settings import AugmentedDataSettings, SampleSettings
+from simmim.data.source import Raw, Source
 from simmim.data.transforms import (
     LabelReading,
     MaskDraw,
     PictureChange,
+    Sample,
     TrainTransform,
     class_of,
 )
 from simmim.engine.settings import TrainingSettings
-
-
-def check_batches(data: DataSettings, training: TrainingSettings) -> None:
-    """Check what a batch and the order of the data ask of each other.
-
-    Raises:
-        ValueError: the batch cannot take equally from each slot.
-    """
-    check_slots(data.slots, training)
 
 
 def check_slots(slots: int, training: TrainingSettings) -> None:
@@ -38,16 +34,46 @@ def check_slots(slots: int, training: TrainingSettings) -> None:
         )
 
 
-def training_batches(
-    shards: Shards,
-    order: Order,
+def train_transform(
     data: AugmentedDataSettings,
-    training: TrainingSettings,
     *,
+    seed: int,
     channels: int,
     mask: MaskDraw | None = None,
     augment: PictureChange | None = None,
     label: LabelReading = class_of,
+) -> TrainTransform:
+    """Return what crops and mirrors the images of shards.
+
+    Args:
+        data: size and augmentation of the images.
+        seed: of all that is drawn.
+        channels: of the images.
+        mask: draws the mask of an image, where the stage wants one.
+        augment: changes a cropped image, where the stage wants more than crop and mirroring.
+        label: reads the label of an image.
+    """
+    return TrainTransform(
+        size=(data.image_size, data.image_size),
+        seed=seed,
+        scale=data.scale,
+        ratio=data.ratio,
+        flip=data.flip,
+        channels=channels,
+        mask=mask,
+        augment=augment,
+        label=label,
+        max_pixels=data.max_pixels,
+    )
+
+
+def training_batches(
+    shards: Source[Raw],
+    order: Order,
+    transform: Callable[[Raw, Address], Sample],
+    data: SampleSettings,
+    training: TrainingSettings,
+    *,
     rank: int,
     world: int,
     start: int,
@@ -59,30 +85,15 @@ def training_batches(
     Args:
         shards: to train on.
         order: of their samples.
-        data: size and augmentation of the images, and how they are read.
-        training: batch size, accumulation and seed.
-        channels: of the images.
-        mask: draws the mask of an image, where the stage wants one.
-        augment: changes a cropped image, where the stage wants more than crop and mirroring.
-        label: reads the label of an image.
+        transform: makes a sample of what is read.
+        data: how samples are read.
+        training: batch size and accumulation.
         rank: number of this process.
         world: number of processes.
         start: cursor of the first batch.
         end: cursor behind the last one.
         bad_samples: where those that had to be replaced are counted.
     """
-    transform = TrainTransform(
-        size=(data.image_size, data.image_size),
-        seed=training.seed,
-        scale=data.scale,
-        ratio=data.ratio,
-        flip=data.flip,
-        channels=channels,
-        mask=mask,
-        augment=augment,
-        label=label,
-        max_pixels=data.max_pixels,
-    )
     return TrainingBatches(
         shards,
         order,

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swinv2.hierarchy import Hierarchy
+from swinv2.video_weights import holds_video_encoder, load_video_encoder, read_video_config
 from swinv2.weights import (
+    EncoderFile,
     atomic_folder,
     load_encoder,
     load_strictly,
@@ -112,16 +114,21 @@ def load_classifier(encoder: Path, head: Path) -> TrainedClassifier:
     """Load the classifier of a run, on the CPU, in evaluation mode.
 
     Args:
-        encoder: the run's encoder directory.
+        encoder: the run's encoder directory, of images or of clips.
         head: the run's `classifier` folder.
 
     Raises:
         ValueError: a file is absent or damaged, or the two do not belong together.
     """
-    description = read_encoder_config(encoder)
+    description: EncoderFile
+    trained: Hierarchy
+    if holds_video_encoder(encoder):
+        description, trained = read_video_config(encoder), load_video_encoder(encoder)
+    else:
+        description, trained = read_encoder_config(encoder), load_encoder(encoder)
     classes = _read_classes(head / CLASSES_FILE)
     with torch.random.fork_rng(devices=[]):
-        model = Classifier(load_encoder(encoder), len(classes))
+        model = Classifier(trained, len(classes))
     load_strictly(model.head, read_tensors(head / HEAD_FILE), str(head / HEAD_FILE))
     return TrainedClassifier(
         model=model.eval(), classes=classes, mean=description.mean, std=description.std

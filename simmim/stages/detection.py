@@ -1,44 +1,31 @@
 """Fine-tuning for detection and instance segmentation, with Mask2Former or RT-DETR."""
 
-from collections.abc import Iterable, Iterator
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
 
-from simmim.data.bad_samples import BadSamples
-from simmim.data.batches import Batch, TrainingBatches, evaluation_batches
-from simmim.data.order import SampleOrder
+from simmim.data.batches import Batch
 from simmim.data.targets import Instances
-from simmim.dense.backbone import (
-    SCRATCH,
-    Start,
-    check_installed,
-    drawing_by,
-    dropping_by,
-    start_from,
-)
-from simmim.dense.coco import CocoSet, has_mask
+from simmim.dense.backbone import check_installed
+from simmim.dense.coco import CocoSet, category_names, has_mask
 from simmim.dense.coco_metric import mean_average_precision, most_certain, results_of
-from simmim.dense.detectors import DetectionHead, InstanceMask2Former, RTDetr, build_detector
-from simmim.dense.handing_on import count_flops, save_dense
+from simmim.dense.detectors import (
+    DetectionHead,
+    Found,
+    InstanceMask2Former,
+    RTDetr,
+    build_detector,
+)
 from simmim.dense.jitter import DetectionView, JitterTransform, mask_of
-from simmim.dense.overlays import draw_objects, palette, square_picture_of, write_panel
-from simmim.dense.settings import DenseData, check_slots
-from simmim.engine.run import RunFolder
-from simmim.engine.settings import TrainingSettings
+from simmim.dense.overlays import draw_objects, square_picture_of
+from simmim.dense.settings import DenseData
+from simmim.dense.stage import DenseRecipe, DenseStage
 from simmim.recipe import settings
-from simmim.stages.chances import drop_path_chances
-from simmim.stages.encoder_settings import EncoderSettings, ExecutionSettings
-from simmim.stages.normalisation import Normalise
-
-MODEL_FOLDER = "detection"
-"""Folder in the run with encoder and head, as transformers loads them."""
+from swinv2 import SwinV2
 
 
 @settings
@@ -58,137 +45,65 @@ class DetectionData(DenseData):
 
 
 @settings
-class DetectionRecipe:
+class DetectionRecipe(DenseRecipe):
     """Detection or instance segmentation on a Swin Transformer V2."""
 
     task: Literal["detection"]
-    """What this recipe does."""
-    init: str = SCRATCH
-    """`scratch`, or an encoder directory to start from. A directory brings its architecture
-    (variant, patch, channels, sizes) and its mean and std: of `encoder` only `window_size` and
-    `drop_path` then apply, and data.mean and data.std do not."""
-    encoder: EncoderSettings
-    """The encoder."""
     data: DetectionData
     """The images."""
     head: DetectionHead = DetectionHead()
     """What stands on the encoder."""
-    pictures: int = 4
-    """Validation images that are drawn with what is found in them; 0 draws none."""
     picture_score: float = 0.5
     """Least score of what is drawn."""
-    execution: ExecutionSettings = ExecutionSettings()
-    """How the encoder is computed."""
-    training: TrainingSettings
-    """The training."""
 
-    def __post_init__(self) -> None:
-        check_slots(self.data, self.training)
-        if self.pictures < 0:
-            raise ValueError(f"pictures is {self.pictures}; it must be 0 or more.")
-        if self.init == SCRATCH:
-            self.encoder.check_channels(self.data.mean)
-            config = self.encoder.config(self.data.image_size)  # raises where sizes cannot work
-            self.execution.check_stages(len(config.depths))
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names of the categories."""
+        return category_names(self.data.annotations)
+
+    def build(self, encoder: SwinV2, names: Sequence[str]) -> InstanceMask2Former | RTDetr:
+        """Return the model; see `DenseRecipe.build`."""
+        return build_detector(encoder, names, self.head)
 
 
-class DetectionModule(nn.Module):
-    """The loss of a detector over batches as they were stored."""
-
-    def __init__(self, model: InstanceMask2Former | RTDetr, start: Start, *, seed: int) -> None:
-        super().__init__()
-        self.model = model
-        self.seed = seed
-        self.normalise = Normalise(start.mean, start.std)
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the mean loss over a batch."""
-        images = self.normalise(batch.images, batch.flips)
-        chances = drop_path_chances(self.model.backbone.encoder, batch, self.seed)
-        targets = [instances(batch, row) for row in range(len(batch))]
-        with dropping_by(self.model.backbone, chances), drawing_by(batch, self.seed):
-            return self.model.loss(images, targets)
-
-
-def instances(batch: Batch, row: int) -> Instances:
-    """Return the objects in one image of a batch."""
-    target = batch.targets[row]
-    assert isinstance(target, Instances)
-    return target
-
-
-class DetectionStage:
-    """Detection, as the training loop sees it.
+class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
+    """Detection.
 
     Raises:
         ValueError: the files are not as they must be, or the start cannot be loaded.
     """
 
-    probe_every: int | None = None
-    """No probe: there are labels already."""
+    model: InstanceMask2Former | RTDetr
+    captions = ("objects", "found")
 
     def __init__(self, recipe: DetectionRecipe) -> None:
         check_installed(packages=("transformers", "pycocotools", "scipy"))
-        self.recipe = recipe
-        data, training = recipe.data, recipe.training
-        self.bad_samples = BadSamples(data.max_bad_share)
-        whole = CocoSet(data.images, data.annotations, only_with_objects=True)
+        data = recipe.data
+        training = CocoSet(data.images, data.annotations, only_with_objects=True)
         masks = recipe.head.kind == "mask2former"
         if masks:
-            whole.require_masks()
-        self.training_shards = whole.share(data.fraction, seed=data.fraction_seed)
-        self.validation_shards = None
+            training.require_masks()
+        validation = None
         if data.validation_annotations is not None:
-            held_out = CocoSet(
+            validation = CocoSet(
                 data.validation_images or data.images,
                 data.validation_annotations,
                 only_with_objects=False,
             )
-            if held_out.class_names != whole.class_names:
+            if validation.class_names != training.class_names:
                 raise ValueError(
                     f"{data.annotations} and {data.validation_annotations} have different "
                     "categories, so a class does not mean the same in both."
                 )
-            self.validation_shards = held_out
-        self.order = SampleOrder(self.training_shards.sizes, seed=training.seed, slots=data.slots)
-        self.samples_per_epoch = self.order.samples_per_epoch
-        self.data_digest = self.training_shards.digest
-        self.start = start_from(
-            recipe.init,
-            recipe.encoder,
-            image_size=data.image_size,
-            training=training,
-            normalisation=(data.mean, data.std),
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(training.seed)
-            self.model = build_detector(self.start.encoder, whole.class_names, recipe.head)
-        recipe.execution.apply(self.model.backbone.encoder)
-        self.module = DetectionModule(self.model, self.start, seed=training.seed)
-        self.depths = self.start.encoder.config.depths
+        training = training.share(data.fraction, seed=data.fraction_seed)
+        super().__init__(recipe, training, validation, training.class_names)
         self.best_metric = "mask_map" if masks else "box_map"
 
-    @cached_property
-    def flops_per_sample(self) -> int:
-        """Operations of encoder and head; see `simmim.engine.stage.Stage`."""
-        return count_flops(self.model.net, self.model.backbone, self.recipe.data.image_size)
-
-    def probe(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return nothing."""
-        del accelerator
-        return {}
-
-    def baselines(self) -> dict[str, float]:
-        """Return nothing: no answer without learning has a loss that tells."""
-        return {}
-
-    def batches(self, *, rank: int, world: int, start: int, end: int) -> Iterable[Batch]:
-        """Yield this rank's micro-batches; see `simmim.engine.stage.Stage`."""
-        data, training = self.recipe.data, self.recipe.training
-        ids = self.training_shards.category_ids
-        transform = JitterTransform(
+    def training_transform(self) -> JitterTransform:
+        """Return what scales, crops and mirrors an image with its objects."""
+        data, ids = self.recipe.data, self.training_shards.category_ids
+        return JitterTransform(
             side=data.image_size,
-            seed=training.seed,
+            seed=self.recipe.training.seed,
             mean=self.start.mean,
             labels={number: label for label, number in enumerate(ids)},
             masks=self.model.has_masks,
@@ -197,38 +112,19 @@ class DetectionStage:
             channels=self.start.encoder.config.in_channels,
             max_pixels=data.max_pixels,
         )
-        return TrainingBatches(
-            self.training_shards,
-            self.order,
-            transform,
-            batch_size=training.batch_size,
-            start_position=start,
-            end_position=end,
-            accumulation=training.accumulation,
-            rank=rank,
-            world=world,
-            workers=data.workers,
-            pin_memory=torch.cuda.is_available(),
-            bad_samples=self.bad_samples,
-        )
 
     @torch.no_grad()
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         """Return box and mask mAP in percent on the validation images, every image once."""
         if self.validation_shards is None:
             return {}
-        side = self.recipe.data.image_size
-        ids = self.validation_shards.category_ids
         results: list[dict[str, Any]] = []
         seen: list[int] = []
-        for batch in self._views(accelerator.process_index, accelerator.num_processes):
-            images = self.module.normalise(batch.images.to(accelerator.device))
-            with accelerator.autocast():
-                found = self.model.find(images)
-            for row, one in enumerate(found):
-                image = instances(batch, row).image.tolist()
-                seen.append(image[0])
-                results += results_of(one, image, side, ids)
+        rank, world = accelerator.process_index, accelerator.num_processes
+        for batch in self.held_out(rank=rank, world=world):
+            for row, found in enumerate(self._find(accelerator, batch)):
+                seen.append(int(instances(batch, row).image[0]))
+                results += self._results(batch, row, found)
         results, seen = gather_object(results), gather_object(seen)
         truth = self.validation_shards.ground_truth()
         figures = mean_average_precision(truth, results, seen, "bbox")
@@ -236,54 +132,33 @@ class DetectionStage:
             figures |= mean_average_precision(truth, results, seen, "segm")
         return figures
 
-    def _views(self, rank: int, world: int) -> Iterator[Batch]:
-        data, training = self.recipe.data, self.recipe.training
-        assert self.validation_shards is not None
-        view = DetectionView(
-            side=data.image_size,
+    def validation_transform(self) -> DetectionView:
+        """Return what shows a whole image."""
+        return DetectionView(
+            side=self.recipe.data.image_size,
             mean=self.start.mean,
             channels=self.start.encoder.config.in_channels,
-            max_pixels=data.max_pixels,
-        )
-        yield from evaluation_batches(
-            self.validation_shards,
-            view,
-            batch_size=max(world, training.batch_size // training.accumulation),
-            rank=rank,
-            world=world,
-            workers=data.workers,
-            bad_samples=self.bad_samples,
+            max_pixels=self.recipe.data.max_pixels,
         )
 
-    def fresh(self) -> "DetectionStage":
-        """Return a stage of the same recipe, with initial weights on the CPU."""
-        return DetectionStage(self.recipe)
+    def _find(self, accelerator: Accelerator, batch: Batch) -> list[Found]:
+        """Return what is found in each image of a batch."""
+        images = self.module.normalise(batch.images.to(accelerator.device))
+        with accelerator.autocast():
+            return self.model.find(images)
 
-    @torch.no_grad()
-    def look(self, accelerator: Accelerator, run: RunFolder, step: int) -> Path | None:
-        """Draw validation images with their objects, true and found."""
-        if self.validation_shards is None or not self.recipe.pictures:
-            return None
-        self.module.eval()
-        colours = palette(len(self.validation_shards.class_names))
-        rows: list[list[np.ndarray]] = []
-        for batch in self._views(0, 1):
-            images = self.module.normalise(batch.images.to(accelerator.device))
-            with accelerator.autocast():
-                found = self.model.find(images)
-            for row, one in enumerate(found):
-                if len(rows) < self.recipe.pictures:
-                    certain = most_certain(one, self.recipe.picture_score)
-                    side, ids = self.recipe.data.image_size, self.validation_shards.category_ids
-                    image = instances(batch, row).image.tolist()
-                    results = results_of(certain, image, side, ids)
-                    rows.append(self._tiles(batch, row, results, colours))
-            if len(rows) == self.recipe.pictures:
-                break
-        path = run.reconstructions / f"step-{step:08d}.png"
-        legend = list(zip(self.validation_shards.class_names, colours, strict=True))
-        write_panel(rows, ("objects", "found"), legend, path)
-        return path
+    def _results(self, batch: Batch, row: int, found: Found) -> list[dict[str, Any]]:
+        """Return what was found in an image of a batch as COCO has it."""
+        assert self.validation_shards is not None
+        image, side = instances(batch, row).image.tolist(), self.recipe.data.image_size
+        return results_of(found, image, side, self.validation_shards.category_ids)
+
+    def drawn(self, accelerator: Accelerator, colours: np.ndarray) -> Iterator[list[np.ndarray]]:
+        """Yield images with their objects, and with those that are found."""
+        for batch in self.held_out():
+            for row, found in enumerate(self._find(accelerator, batch)):
+                certain = most_certain(found, self.recipe.picture_score)
+                yield self._tiles(batch, row, self._results(batch, row, certain), colours)
 
     def _tiles(
         self, batch: Batch, row: int, results: list[dict[str, Any]], colours: np.ndarray
@@ -302,15 +177,9 @@ class DetectionStage:
             tiles.append(draw_objects(pixels, boxes, masks, picked))
         return tiles
 
-    def hand_on(self, run: RunFolder, step: int, samples: int) -> None:
-        """Write the encoder directory, and encoder and head as transformers has them."""
-        save_dense(
-            self.model.net,
-            self.model.backbone,
-            run,
-            run.path / MODEL_FOLDER,
-            start=self.start,
-            recipe=self.recipe,
-            step=step,
-            samples=samples,
-        )
+
+def instances(batch: Batch, row: int) -> Instances:
+    """Return the objects in one image of a batch."""
+    target = batch.targets[row]
+    assert isinstance(target, Instances)
+    return target

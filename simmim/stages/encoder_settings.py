@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from simmim.limits import check_least, check_rates
 from simmim.recipe import settings
 from swinv2 import Execution, SwinV2Config
 from swinv2.config import AttentionPath, Checkpointing, variant_config
@@ -31,11 +32,8 @@ class EncoderSettings:
     """Largest rate of stochastic depth, reached by the last block."""
 
     def __post_init__(self) -> None:
-        for name in ("window_size", "patch_size", "in_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path is {self.drop_path}; it must be 0 or more and below 1.")
+        check_least(self, 1, "window_size", "patch_size", "in_channels")
+        check_rates(self, "drop_path")
 
     def check_channels(self, mean: tuple[float, ...] | str) -> None:
         """Check that images are normalised channel by channel, once the numbers are there.

@@ -9,14 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from simmim.disk import append_whole
-from simmim.engine.best import best_checkpoint
-from simmim.engine.checkpoint import (
-    COMPLETE,
-    RECIPE_FILE,
-    complete_checkpoints,
-    load_model,
-    load_state,
-)
+from simmim.engine.checkpoint import RECIPE_FILE, chosen_checkpoint, load_model, load_state
 from simmim.engine.ema import load_average
 from simmim.engine.launcher import end_with_launcher, start_processes
 from simmim.engine.loop import build_accelerator
@@ -66,7 +59,7 @@ def evaluate(source: Path, overrides: Sequence[str] = (), *, best: bool = False)
         ValueError: there is no checkpoint, or the recipe has nothing to validate on.
     """
     end_with_launcher()
-    checkpoint = find(source, best=best)
+    checkpoint = chosen_checkpoint(source, best=best)
     run = RunFolder(path=checkpoint.parent.parent)
     recipe, stage_type = _recipe(checkpoint, run, overrides)
     stage = stage_type(recipe)
@@ -93,24 +86,6 @@ def evaluate(source: Path, overrides: Sequence[str] = (), *, best: bool = False)
         sys.stdout.write(found.text + "\n")
     end_processes(accelerator)
     return found
-
-
-def find(source: Path, *, best: bool) -> Path:
-    """Return the checkpoint that is meant.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if (source / COMPLETE).is_file():
-        return source.resolve()
-    if best:
-        return best_checkpoint(source).resolve()
-    found = complete_checkpoints(source / "checkpoints")
-    if not found:
-        raise ValueError(
-            f"{source} holds no complete checkpoint: give a run folder or a checkpoint in one."
-        )
-    return found[-1].resolve()
 
 
 def _recipe(checkpoint: Path, run: RunFolder, overrides: Sequence[str]) -> tuple[Any, Any]:

@@ -17,7 +17,8 @@ from simmim.data.settings import with_statistics
 from simmim.engine.run import RunFolder
 from simmim.recipe import load
 from simmim.report.labels import Scores, drawing, labels_page, table_of
-from simmim.stages.classification import SCRATCH, ClassificationRecipe
+from simmim.stages.classification import ClassificationRecipe
+from simmim.stages.starting import SCRATCH
 from swinv2.atomic import atomic_write_text
 
 Start = Literal["pretrained", "scratch"]

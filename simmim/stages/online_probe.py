@@ -15,6 +15,7 @@ from simmim.data.batches import Batch, evaluation_batches
 from simmim.data.mixture import Shards
 from simmim.data.settings import DataSettings, open_sets
 from simmim.data.transforms import EvalTransform
+from simmim.limits import check_least
 from simmim.recipe import settings
 from simmim.stages.classifier import score
 from simmim.stages.labelled import open_labelled
@@ -57,9 +58,7 @@ class OnlineProbeSettings:
             raise ValueError(
                 "a probe needs images to classify: set validation_shards to 1 or more."
             )
-        for name in ("every", "samples", "validation_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        check_least(self, 1, "every", "samples", "validation_samples", "batch_size")
 
 
 class OnlineProbe:

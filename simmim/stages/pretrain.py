@@ -23,7 +23,7 @@ from simmim.masking import MaskDrawer, MaskSettings
 from simmim.model import LossArea, SimMIM
 from simmim.recipe import load, recipe_hash, settings
 from simmim.report.panels import reconstruction_panel
-from simmim.stages.batches import check_batches, training_batches
+from simmim.stages.batches import check_slots, train_transform, training_batches
 from simmim.stages.chances import drop_path_chances
 from simmim.stages.classifier import pool
 from simmim.stages.encoder_settings import EncoderSettings, ExecutionSettings
@@ -90,7 +90,7 @@ class PretrainRecipe:
             )
         self.draw_mask()
         self.encoder.check_channels(self.data.mean)
-        check_batches(self.data, self.training)
+        check_slots(self.data.slots, self.training)
         if self.training.optimizer.layer_decay != 1.0:
             raise ValueError("training.optimizer.layer_decay belongs to fine-tuning; leave it 1.")
         config = self.encoder.config(size)  # raises where the sizes cannot work together
@@ -177,13 +177,18 @@ class PretrainStage:
 
     def batches(self, *, rank: int, world: int, start: int, end: int) -> Iterable[Batch]:
         """Yield this rank's micro-batches; see `simmim.engine.loop.Stage`."""
+        recipe = self.recipe
         return training_batches(
             self.training_shards,
             self.order,
-            self.recipe.data,
-            self.recipe.training,
-            channels=self.recipe.encoder.in_channels,
-            mask=self.draw_mask,
+            train_transform(
+                recipe.data,
+                seed=recipe.training.seed,
+                channels=recipe.encoder.in_channels,
+                mask=self.draw_mask,
+            ),
+            recipe.data,
+            recipe.training,
             rank=rank,
             world=world,
             start=start,

@@ -17,6 +17,7 @@ from simmim.data.mixture import Shards
 from simmim.data.randomness import shuffled
 from simmim.data.settings import RemoteSettings, open_sets
 from simmim.data.transforms import EvalTransform
+from simmim.limits import check_least, check_shares
 from simmim.recipe import settings
 from simmim.stages.classifier import pooled_features, score
 from simmim.stages.labelled import open_labelled
@@ -66,11 +67,9 @@ class ProbeData(RemoteSettings):
         super().__post_init__()
         if self.validation is None and self.validation_shards < 1:
             raise ValueError("a probe needs validation images: set validation_shards to 1 or more.")
-        if self.batch_size < 1 or self.workers < 0 or self.max_pixels < 1:
-            raise ValueError("batch_size and max_pixels must be 1 or more, workers 0 or more.")
-        for name in ("fraction", "crop_pct"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; above 0, at most 1.")
+        check_least(self, 1, "batch_size", "max_pixels")
+        check_least(self, 0, "workers")
+        check_shares(self, "fraction", "crop_pct")
 
 
 @settings
@@ -85,8 +84,7 @@ class ProbeSettings:
     """Most L-BFGS steps over all training features for the linear classifier."""
 
     def __post_init__(self) -> None:
-        if self.neighbours < 1 or self.linear_steps < 1:
-            raise ValueError("neighbours and linear_steps must be 1 or more.")
+        check_least(self, 1, "neighbours", "linear_steps")
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}; it must be above 0.")
 

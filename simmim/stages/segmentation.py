@@ -1,40 +1,29 @@
 """Fine-tuning for semantic segmentation: a class for every pixel, with UperNet or Mask2Former."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
-from simmim.data.bad_samples import BadSamples
-from simmim.data.batches import Batch, TrainingBatches, evaluation_batches
-from simmim.data.order import SampleOrder
+from simmim.data.batches import Batch, BatchStream
 from simmim.data.targets import ClassMap
-from simmim.dense.backbone import SCRATCH, Start, drawing_by, dropping_by, start_from
 from simmim.dense.confusion import confusion, segmentation_figures
 from simmim.dense.folder import LabelledFolder
-from simmim.dense.handing_on import count_flops, save_dense
 from simmim.dense.labels import MOST_CLASSES, LabelReading
-from simmim.dense.overlays import paint_classes, palette, picture_of, write_panel
+from simmim.dense.overlays import paint_classes, picture_of
 from simmim.dense.prediction import SegmentationEvaluation, classes_of, predict
 from simmim.dense.segmenters import Mask2Former, SegmentationHead, UperNet, build_segmenter
-from simmim.dense.settings import DenseData, check_slots
+from simmim.dense.settings import DenseData
+from simmim.dense.stage import DenseRecipe, DenseStage
 from simmim.dense.transforms import SegmentationTransform, SegmentationView
-from simmim.engine.run import RunFolder
-from simmim.engine.settings import TrainingSettings
+from simmim.limits import check_least, check_shares
 from simmim.recipe import settings
-from simmim.stages.chances import drop_path_chances
-from simmim.stages.encoder_settings import EncoderSettings, ExecutionSettings
-from simmim.stages.normalisation import Normalise
-
-MODEL_FOLDER = "segmentation"
-"""Folder in the run with encoder and head, as transformers loads them."""
+from swinv2 import SwinV2
 
 
 @settings
@@ -68,16 +57,14 @@ class SegmentationData(DenseData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.short_side is not None and self.short_side < 1:
-            raise ValueError(f"short_side is {self.short_side}; it must be 1 or more.")
+        check_least(self, 1, "short_side")
+        check_shares(self, "largest_class")
         if not 1 <= self.num_classes <= MOST_CLASSES:
             raise ValueError(f"num_classes is {self.num_classes}; from 1 to {MOST_CLASSES}.")
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ValueError(
                 f"class_names has {len(self.class_names)} names for {self.num_classes} classes."
             )
-        if not 0 < self.largest_class <= 1:
-            raise ValueError(f"largest_class is {self.largest_class}; above 0, at most 1.")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -96,115 +83,51 @@ class SegmentationData(DenseData):
 
 
 @settings
-class SegmentationRecipe:
+class SegmentationRecipe(DenseRecipe):
     """Semantic segmentation on a Swin Transformer V2, pretrained or from scratch."""
 
     task: Literal["segmentation"]
-    """What this recipe does."""
-    init: str = SCRATCH
-    """`scratch`, or an encoder directory to start from. A directory brings its architecture
-    (variant, patch, channels, sizes) and its mean and std: of `encoder` only `window_size` and
-    `drop_path` then apply, and data.mean and data.std do not."""
-    encoder: EncoderSettings
-    """The encoder."""
     data: SegmentationData
     """The images."""
     head: SegmentationHead = SegmentationHead()
     """What stands on the encoder."""
     evaluation: SegmentationEvaluation = SegmentationEvaluation()
     """How validation looks at images."""
-    pictures: int = 4
-    """Validation images that are drawn with what is found in them; 0 draws none."""
-    execution: ExecutionSettings = ExecutionSettings()
-    """How the encoder is computed."""
-    training: TrainingSettings
-    """The training."""
 
-    def __post_init__(self) -> None:
-        check_slots(self.data, self.training)
-        if self.pictures < 0:
-            raise ValueError(f"pictures is {self.pictures}; it must be 0 or more.")
-        if self.init == SCRATCH:
-            self.encoder.check_channels(self.data.mean)
-            config = self.encoder.config(self.data.image_size)  # raises where sizes cannot work
-            self.execution.check_stages(len(config.depths))
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names of the classes."""
+        return self.data.names
+
+    def build(self, encoder: SwinV2, names: Sequence[str]) -> UperNet | Mask2Former:
+        """Return the model; see `DenseRecipe.build`."""
+        return build_segmenter(encoder, names, self.head)
 
 
-class SegmentationModule(nn.Module):
-    """The loss of a segmenter over batches as they were stored."""
-
-    def __init__(self, model: UperNet | Mask2Former, start: Start, *, seed: int) -> None:
-        super().__init__()
-        self.model = model
-        self.seed = seed
-        self.normalise = Normalise(start.mean, start.std)
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the mean loss over a batch."""
-        images = self.normalise(batch.images, batch.flips)
-        chances = drop_path_chances(self.model.backbone.encoder, batch, self.seed)
-        classes = torch.stack([class_map(batch, row) for row in range(len(batch))])
-        with dropping_by(self.model.backbone, chances), drawing_by(batch, self.seed):
-            return self.model.loss(images, classes)
-
-
-def class_map(batch: Batch, row: int) -> Tensor:
-    """Return the classes of the pixels of one image of a batch: uint8 (rows, columns)."""
-    target = batch.targets[row]
-    assert isinstance(target, ClassMap)
-    return target.classes
-
-
-class SegmentationStage:
-    """Semantic segmentation, as the training loop sees it.
+class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
+    """Semantic segmentation.
 
     Raises:
         ValueError: the folder is not as it must be, or the start cannot be loaded.
     """
 
+    model: UperNet | Mask2Former
     best_metric = "miou"
-    """The figure of validation that says which checkpoint is best."""
-    probe_every: int | None = None
-    """No probe: there are labels already."""
+    captions = ("image", "labels", "prediction")
 
     def __init__(self, recipe: SegmentationRecipe) -> None:
-        self.recipe = recipe
-        data, training = recipe.data, recipe.training
-        self.bad_samples = BadSamples(data.max_bad_share)
-        self.training_shards = LabelledFolder(data.folder, data.train)
+        data = recipe.data
+        training = LabelledFolder(data.folder, data.train)
         if data.fraction < 1:
-            self.training_shards = self.training_shards.share(
-                data.fraction, seed=data.fraction_seed
-            )
-        self.validation_shards = (
+            training = training.share(data.fraction, seed=data.fraction_seed)
+        validation = (
             None if data.validation is None else LabelledFolder(data.folder, data.validation)
         )
-        self.order = SampleOrder(self.training_shards.sizes, seed=training.seed, slots=data.slots)
-        self.samples_per_epoch = self.order.samples_per_epoch
-        self.data_digest = self.training_shards.digest
-        self.start = start_from(
-            recipe.init,
-            recipe.encoder,
-            image_size=data.image_size,
-            training=training,
-            normalisation=(data.mean, data.std),
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(training.seed)
-            self.model = build_segmenter(self.start.encoder, data.names, recipe.head)
-        recipe.execution.apply(self.model.backbone.encoder)
-        self.module = SegmentationModule(self.model, self.start, seed=training.seed)
-        self.depths = self.start.encoder.config.depths
+        super().__init__(recipe, training, validation, data.names)
 
-    @cached_property
-    def flops_per_sample(self) -> int:
-        """Operations of encoder and head; see `simmim.engine.stage.Stage`."""
-        return count_flops(self.model.net, self.model.backbone, self.recipe.data.image_size)
-
-    def probe(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return nothing."""
-        del accelerator
-        return {}
+    @staticmethod
+    def targets_of(batch: Batch) -> Tensor:
+        """Return the classes of all pixels: uint8 (batch, rows, columns)."""
+        return torch.stack([class_map(batch, row) for row in range(len(batch))])
 
     def baselines(self) -> dict[str, float]:
         """Return the loss of holding every class for as likely as any other, for UperNet."""
@@ -213,12 +136,12 @@ class SegmentationStage:
         weights = 1 + self.recipe.head.auxiliary_weight
         return {"uniform_loss": weights * math.log(self.recipe.data.num_classes)}
 
-    def batches(self, *, rank: int, world: int, start: int, end: int) -> Iterable[Batch]:
-        """Yield this rank's micro-batches; see `simmim.engine.stage.Stage`."""
-        data, training = self.recipe.data, self.recipe.training
-        transform = SegmentationTransform(
+    def training_transform(self) -> SegmentationTransform:
+        """Return what scales, crops, mirrors and colours an image."""
+        data = self.recipe.data
+        return SegmentationTransform(
             side=data.image_size,
-            seed=training.seed,
+            seed=self.recipe.training.seed,
             labels=data.reading,
             mean=self.start.mean,
             short_side=data.short_side,
@@ -228,20 +151,6 @@ class SegmentationStage:
             photometric=data.photometric,
             channels=self.start.encoder.config.in_channels,
             max_pixels=data.max_pixels,
-        )
-        return TrainingBatches(
-            self.training_shards,
-            self.order,
-            transform,
-            batch_size=training.batch_size,
-            start_position=start,
-            end_position=end,
-            accumulation=training.accumulation,
-            rank=rank,
-            world=world,
-            workers=data.workers,
-            pin_memory=torch.cuda.is_available(),
-            bad_samples=self.bad_samples,
         )
 
     @torch.no_grad()
@@ -253,36 +162,29 @@ class SegmentationStage:
         counts = torch.zeros(classes, classes, dtype=torch.int64, device=accelerator.device)
         with self._at_evaluation_windows():
             for batch in self._views(accelerator.process_index, accelerator.num_processes):
-                truth = class_map(batch, 0).to(accelerator.device)
+                truth = class_map(batch).to(accelerator.device)
                 counts += confusion(self._predict(accelerator, batch), truth, classes)
         counts = accelerator.reduce(counts, "sum")
         return segmentation_figures(counts, self.recipe.data.names) if counts.any() else {}
 
-    def _views(self, rank: int, world: int) -> Iterator[Batch]:
-        """Yield the validation images of a rank, one at a time: each has a size of its own."""
+    def validation_transform(self) -> SegmentationView:
+        """Return what shows a whole image."""
         data = self.recipe.data
-        assert self.validation_shards is not None
-        view = SegmentationView(
+        return SegmentationView(
             labels=data.reading,
             short_side=data.short_side,
             channels=self.start.encoder.config.in_channels,
             max_pixels=data.max_pixels,
         )
-        stream = evaluation_batches(
-            self.validation_shards,
-            view,
-            batch_size=world,
-            rank=rank,
-            world=world,
-            workers=data.workers,
-            bad_samples=self.bad_samples,
-        )
-        yield from stream
+
+    def _views(self, rank: int, world: int) -> BatchStream:
+        """Return the validation images of a rank, one at a time: each has a size of its own."""
+        return self.held_out(at_a_time=world, rank=rank, world=world)
 
     def _predict(self, accelerator: Accelerator, batch: Batch) -> Tensor:
         """Return the class found for each pixel of an image: int64 (rows, columns)."""
         images = self.module.normalise(batch.images.to(accelerator.device))
-        rows, columns = class_map(batch, 0).shape
+        rows, columns = class_map(batch).shape
         with accelerator.autocast():
             scores = predict(
                 self.model.scores,
@@ -305,50 +207,19 @@ class SegmentationStage:
         finally:
             encoder.set_input(window_size=before.window_size)
 
-    def fresh(self) -> "SegmentationStage":
-        """Return a stage of the same recipe, with initial weights on the CPU."""
-        return SegmentationStage(self.recipe)
-
-    @torch.no_grad()
-    def look(self, accelerator: Accelerator, run: RunFolder, step: int) -> Path | None:
-        """Draw validation images, what is true of them and what is found."""
-        if self.validation_shards is None or not self.recipe.pictures:
-            return None
-        self.module.eval()
-        colours = palette(self.recipe.data.num_classes)
-        rows = []
+    def drawn(self, accelerator: Accelerator, colours: np.ndarray) -> Iterator[list[np.ndarray]]:
+        """Yield image, labels and prediction, at the size of the labels."""
         with self._at_evaluation_windows():
             for batch in self._views(0, 1):
-                found = self._predict(accelerator, batch).cpu()
-                rows.append(_tiles(batch, found, colours))
-                if len(rows) == self.recipe.pictures:
-                    break
-        path = run.reconstructions / f"step-{step:08d}.png"
-        legend = list(zip(self.recipe.data.names, colours, strict=True))
-        write_panel(rows, ("image", "labels", "prediction"), legend, path)
-        return path
-
-    def hand_on(self, run: RunFolder, step: int, samples: int) -> None:
-        """Write the encoder directory, and encoder and head as transformers has them."""
-        save_dense(
-            self.model.net,
-            self.model.backbone,
-            run,
-            run.path / MODEL_FOLDER,
-            start=self.start,
-            recipe=self.recipe,
-            step=step,
-            samples=samples,
-        )
+                truth = class_map(batch).numpy()
+                pixels = picture_of(batch, 0, truth.shape)
+                found = self._predict(accelerator, batch).cpu().numpy().astype(np.uint8)
+                painted = [paint_classes(pixels, classes, colours) for classes in (truth, found)]
+                yield [pixels, *painted]
 
 
-def _tiles(batch: Batch, found: Tensor, colours: np.ndarray) -> list[np.ndarray]:
-    """Return image, labels and prediction of one image, at the size of its labels."""
-    truth = class_map(batch, 0).numpy()
-    pixels = picture_of(batch, 0, truth.shape)
-    predicted = found.numpy().astype(np.uint8)
-    return [
-        pixels,
-        paint_classes(pixels, truth, colours),
-        paint_classes(pixels, predicted, colours),
-    ]
+def class_map(batch: Batch, row: int = 0) -> Tensor:
+    """Return the classes of the pixels of an image of a batch: uint8 (rows, columns)."""
+    target = batch.targets[row]
+    assert isinstance(target, ClassMap)
+    return target.classes

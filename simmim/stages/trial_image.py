@@ -12,7 +12,7 @@ from simmim.data.procedural import SMALLEST_SIZE, render
 from simmim.data.remote import RemoteReading
 from simmim.data.settings import open_set
 from simmim.stages.normalisation import Normalise
-from swinv2 import SwinV2Config
+from swinv2 import SwinV2Config, VideoConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,19 @@ def trial_image(
     if pixels is None:
         pixels = draw_image(config)
     return TrialImage(images=Normalise(mean, std)(pixels[None]), origin=origin)
+
+
+def trial_clip(config: VideoConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> TrialImage:
+    """Draw a picture that moves, (1, frames, channels, height, width) as a video encoder takes it.
+
+    Args:
+        config: of the encoder.
+        mean: of each channel, for frames in [0, 1].
+        std: of each channel.
+    """
+    picture = Normalise(mean, std)(draw_image(config)[None])
+    frames = [picture.roll(config.patch_size * number, -1) for number in range(config.frames)]
+    return TrialImage(images=torch.stack(frames, 1), origin="a moving picture drawn for it")
 
 
 def draw_image(config: SwinV2Config) -> Tensor:

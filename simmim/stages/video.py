@@ -1,7 +1,6 @@
 """Fine-tuning on clips: an image encoder inflated in time, average pool and a linear head."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,34 +10,29 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from simmim.data.batches import Batch, TrainingBatches, evaluation_batches
+from simmim.data.batches import Batch
 from simmim.data.clip_settings import ClipData
 from simmim.data.clip_views import CHANNELS, EvaluationClip, TrainClip, unfolded
 from simmim.data.clips import ClipSet
 from simmim.data.frames import require_decoder
-from simmim.data.order import SampleOrder
-from simmim.engine.run import RunFolder
-from simmim.engine.settings import TrainingSettings
-from simmim.recipe import recipe_hash, settings
-from simmim.stages.batches import check_slots
+from simmim.limits import check_least
+from simmim.recipe import settings
 from simmim.stages.chances import drop_path_chances
-from simmim.stages.classification import SCRATCH
-from simmim.stages.classifier import Classifier, Scores, save_head, score
-from simmim.stages.encoder_settings import EncoderSettings, ExecutionSettings
+from simmim.stages.classifier import Classifier
+from simmim.stages.classifying import ClassifyingRecipe, ClassifyingStage
+from simmim.stages.encoder_settings import EncoderSettings
 from simmim.stages.normalisation import Normalise
-from simmim.stages.starting import HEAD_FOLDER
+from simmim.stages.starting import SCRATCH, Start, source_of, start_from
 from swinv2 import (
     Provenance,
     VideoConfig,
     VideoSwinV2,
     inflate,
-    load_encoder,
     load_video_encoder,
     read_encoder_config,
     read_video_config,
     save_video_encoder,
 )
-from swinv2.flops import forward_flops
 from swinv2.video import video_config
 from swinv2.video_weights import holds_video_encoder
 
@@ -54,9 +48,7 @@ class VideoEncoderSettings(EncoderSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("frame_patch", "window_frames"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        check_least(self, 1, "frame_patch", "window_frames")
         if self.in_channels != CHANNELS:
             raise ValueError(f"in_channels is {self.in_channels}; clips have {CHANNELS}.")
 
@@ -74,99 +66,88 @@ class VideoEncoderSettings(EncoderSettings):
         )
 
 
-@settings
-class VideoRecipe:
-    """Classification of clips on a Swin Transformer V2 with windows in time and space."""
-
-    task: Literal["video"]
-    """What this recipe does."""
-    init: str = SCRATCH
-    """`scratch`, or an encoder directory to start from: of images, whose weights are inflated so
-    that a still clip gives the features of its image, or of clips. A directory brings its
-    architecture and its mean and std: of `encoder` only `window_size`, `window_frames`,
-    `frame_patch` (for images) and `drop_path` then apply, and data.mean and data.std do not."""
-    encoder: VideoEncoderSettings
-    """The encoder."""
-    data: ClipData
-    """The clips."""
-    label_smoothing: float = 0.1
-    """Share of the target that is spread evenly over all classes, 0 to below 1."""
-    execution: ExecutionSettings = ExecutionSettings()
-    """How the encoder is computed."""
-    training: TrainingSettings
-    """The training."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(
-                f"label_smoothing is {self.label_smoothing}; it must be 0 or more and below 1."
-            )
-        check_slots(self.data.slots, self.training)
-        # Raises where sizes cannot work.
-        config = self.encoder.video_config(self.data.image_size, self.data.frames)
-        if self.init == SCRATCH:
-            self.execution.check_stages(len(config.depths))
-
-
 @dataclass(frozen=True, kw_only=True)
-class VideoStart:
+class VideoStart(Start[VideoSwinV2]):
     """What training starts from."""
 
-    encoder: VideoSwinV2
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     inflated_from: Provenance | None
     """Where the weights of images come from that those of the encoder began as."""
 
 
-def starting_point(recipe: VideoRecipe) -> VideoStart:
-    """Build the encoder that `recipe.init` asks for, with the normalisation that goes with it.
+@settings
+class VideoRecipe(ClassifyingRecipe):
+    """Classification of clips on a Swin Transformer V2 with windows in time and space."""
 
-    Fresh weights depend on the recipe's seed alone.
+    task: Literal["video"]
+    init: str = SCRATCH
+    """`scratch`, or what to start from: the directory of an encoder of images, whose weights are
+    inflated so that a still clip gives the features of its image, or of one of clips; or the folder
+    of a run that has ended. It brings its architecture and its mean and std: of `encoder` only
+    `window_size`, `window_frames`, `frame_patch` (for images) and `drop_path` then apply, and
+    data.mean and data.std do not. A video run brings its head too, where it knows all classes."""
+    encoder: VideoEncoderSettings
+    """The encoder."""
+    data: ClipData
+    """The clips."""
 
-    Raises:
-        ValueError: `recipe.init` is no encoder directory, or its encoder cannot take the sizes.
-    """
-    wanted, data = recipe.encoder, recipe.data
-    if recipe.init == SCRATCH:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.training.seed)
-            encoder = VideoSwinV2(wanted.video_config(data.image_size, data.frames))
-        return VideoStart(encoder=encoder, mean=data.mean, std=data.std, inflated_from=None)
-    if holds_video_encoder(recipe.init):
-        clips = read_video_config(recipe.init)
-        encoder = load_video_encoder(
-            recipe.init,
-            image_size=data.image_size,
-            window_size=wanted.window_size,
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Raises where sizes cannot work.
+        self.encoder.video_config(self.data.image_size, self.data.frames)
+
+    def start(self) -> VideoStart:
+        """Build the encoder that `init` asks for, with the normalisation that goes with it.
+
+        Fresh weights depend on the recipe's seed alone.
+
+        Raises:
+            ValueError: `init` is neither an encoder directory nor a run that has ended, or its
+                encoder cannot take the sizes.
+        """
+        init, wanted, data, seed = self.init, self.encoder, self.data, self.training.seed
+        if init == SCRATCH:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                encoder = VideoSwinV2(wanted.video_config(data.image_size, data.frames))
+            return VideoStart(encoder=encoder, mean=data.mean, std=data.std, inflated_from=None)
+        source = source_of(init)
+        if holds_video_encoder(source.encoder):
+            clips = read_video_config(source.encoder)
+            encoder = load_video_encoder(
+                source.encoder,
+                image_size=data.image_size,
+                window_size=wanted.window_size,
+                frames=data.frames,
+                window_frames=wanted.window_frames,
+                drop_path=wanted.drop_path,
+            )
+            return VideoStart(
+                encoder=encoder,
+                mean=clips.mean,
+                std=clips.std,
+                head=source.head,
+                inflated_from=clips.inflated_from,
+            )
+        images = read_encoder_config(source.encoder)
+        if images.config.in_channels != CHANNELS:
+            raise ValueError(
+                f"the encoder {init} takes images of {images.config.in_channels} channels, and "
+                f"clips have {CHANNELS}; start from another."
+            )
+        start = start_from(init, wanted, data, seed)
+        encoder = inflate(
+            start.encoder,
             frames=data.frames,
+            frame_patch=wanted.frame_patch,
             window_frames=wanted.window_frames,
-            drop_path=wanted.drop_path,
         )
         return VideoStart(
-            encoder=encoder, mean=clips.mean, std=clips.std, inflated_from=clips.inflated_from
+            encoder=encoder, mean=start.mean, std=start.std, inflated_from=images.provenance
         )
-    images = read_encoder_config(recipe.init)
-    if images.config.in_channels != CHANNELS:
-        raise ValueError(
-            f"the encoder {recipe.init} takes images of {images.config.in_channels} channels, and "
-            f"clips have {CHANNELS}; start from another."
-        )
-    of_images = load_encoder(
-        recipe.init,
-        image_size=data.image_size,
-        window_size=wanted.window_size,
-        drop_path=wanted.drop_path,
-    )
-    encoder = inflate(
-        of_images,
-        frames=data.frames,
-        frame_patch=wanted.frame_patch,
-        window_frames=wanted.window_frames,
-    )
-    return VideoStart(
-        encoder=encoder, mean=images.mean, std=images.std, inflated_from=images.provenance
-    )
+
+    def class_names(self) -> tuple[str, ...]:
+        """Return the classes of the clips."""
+        return self.data.open()[0].classes
 
 
 class VideoModule(nn.Module):
@@ -203,87 +184,50 @@ class VideoModule(nn.Module):
         return normal.view(clips.shape)
 
 
-class VideoStage:
-    """Classification of clips, as the training loop sees it.
+class VideoStage(ClassifyingStage[VideoRecipe, ClipSet]):
+    """Classification of clips; top-1 of the single view tells the best checkpoint.
 
     Raises:
         ValueError: there are no clips, too few of them, or the start cannot be loaded.
     """
 
+    start: VideoStart
+    module: VideoModule
+
     def __init__(self, recipe: VideoRecipe) -> None:
         require_decoder()
-        self.recipe = recipe
-        data, seed = recipe.data, recipe.training.seed
-        self.bad_samples = data.bad_samples()
-        self.training_shards, self.validation_shards = data.open()
-        self.classes = self.training_shards.classes
-        self.order = SampleOrder(self.training_shards.sizes, seed=seed, slots=data.slots)
-        self.samples_per_epoch = self.order.samples_per_epoch
-        self.data_digest = self.training_shards.digest
-        self.start = starting_point(recipe)
-        recipe.execution.apply(self.start.encoder)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.model = Classifier(self.start.encoder, len(self.classes))
+        training, validation = recipe.data.open()
+        super().__init__(recipe, training, validation, training.classes)
         self.module = VideoModule(
             self.model,
             self.start,
-            frames=data.frames,
+            frames=recipe.data.frames,
             label_smoothing=recipe.label_smoothing,
-            seed=seed,
+            seed=recipe.training.seed,
         )
-        self.depths = self.start.encoder.config.depths
 
-    @property
-    def flops_per_sample(self) -> int:
-        """Operations of encoder and head; see `simmim.engine.stage.Stage`."""
-        config = self.start.encoder.config
-        return forward_flops(config) + 2 * config.num_features * len(self.classes)
-
-    @property
-    def best_metric(self) -> str | None:
-        """Top-1 of the single view tells the best checkpoint."""
-        return "top1"
-
-    @property
-    def probe_every(self) -> int | None:
-        """No probe: there are labels already."""
-        return None
-
-    def probe(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return nothing."""
-        del accelerator
-        return {}
-
-    def baselines(self) -> dict[str, float]:
-        """Return the loss of holding every class for as likely as any other."""
-        return {"uniform_loss": math.log(len(self.classes))}
-
-    def batches(self, *, rank: int, world: int, start: int, end: int) -> Iterable[Batch]:
-        """Yield this rank's micro-batches; see `simmim.engine.stage.Stage`."""
-        data, training = self.recipe.data, self.recipe.training
-        transform = TrainClip(
+    def training_transform(self) -> TrainClip:
+        """Return what draws frames of a clip, crops and mirrors them."""
+        data = self.recipe.data
+        return TrainClip(
             size=data.size,
             frames=data.frames,
-            seed=training.seed,
+            seed=self.recipe.training.seed,
             scale=data.scale,
             ratio=data.ratio,
             flip=data.flip,
             max_pixels=data.max_pixels,
         )
-        return TrainingBatches(
-            self.training_shards,
-            self.order,
-            transform,
-            batch_size=training.batch_size,
-            start_position=start,
-            end_position=end,
-            accumulation=training.accumulation,
-            rank=rank,
-            world=world,
-            workers=data.workers,
-            pin_memory=torch.cuda.is_available(),
-            bad_samples=self.bad_samples,
+
+    def validation_transform(self, views: tuple[int, int] = (1, 1)) -> EvaluationClip:
+        """Return what shows so many views in time and space of a clip."""
+        data = self.recipe.data
+        return EvaluationClip(
+            size=data.size,
+            frames=data.frames,
+            temporal=views[0],
+            spatial=views[1],
+            max_pixels=data.max_pixels,
         )
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
@@ -293,74 +237,38 @@ class VideoStage:
         """
         if self.validation_shards is None:
             return {}
-        figures = self._figures(self.validation_shards, accelerator, (1, 1))
+        figures = self._figures(accelerator, (1, 1))
         views = self.recipe.data.views
         if figures and views != (1, 1):
-            of_views = self._figures(self.validation_shards, accelerator, views)
+            of_views = self._figures(accelerator, views)
             figures |= {f"views_{name}": of_views[name] for name in ("top1", "top5")}
         return figures
 
-    @torch.no_grad()
-    def _figures(
-        self, clips: ClipSet, accelerator: Accelerator, views: tuple[int, int]
-    ) -> dict[str, float]:
+    def _figures(self, accelerator: Accelerator, views: tuple[int, int]) -> dict[str, float]:
         """Return figures over all ranks for so many views in time and space of each clip."""
-        data, training = self.recipe.data, self.recipe.training
-        transform = EvaluationClip(
-            size=data.size,
-            frames=data.frames,
-            temporal=views[0],
-            spatial=views[1],
-            max_pixels=data.max_pixels,
-        )
-        at_a_time = training.batch_size // training.accumulation // math.prod(views)
-        batches = evaluation_batches(
-            clips,
-            transform,
-            batch_size=max(accelerator.num_processes, at_a_time),
+        training, count = self.recipe.training, math.prod(views)
+        batches = self.held_out(
+            self.validation_transform(views),
+            at_a_time=training.batch_size // training.accumulation // count,
             rank=accelerator.process_index,
             world=accelerator.num_processes,
-            workers=data.workers,
-            bad_samples=self.bad_samples,
         )
-        total = Scores()
-        for batch in batches:
-            assert batch.labels is not None
-            with accelerator.autocast():
-                logits = self.model(self.module.clips(batch.images.to(accelerator.device)))
+
+        def logits(images: Tensor) -> Tensor:
             # Views of a clip lie one behind the other, and their probabilities are averaged.
-            of_views = logits.float().log_softmax(-1).unflatten(0, (len(batch), -1))
-            means = of_views.logsumexp(1) - math.log(math.prod(views))
-            total += score(means, batch.labels.to(accelerator.device))
-        sums = torch.tensor([total.top1, total.top5, total.loss, total.samples])
-        top1, top5, loss, count = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()
-        if not count:
-            return {}
-        return {
-            "top1": 100 * top1 / count,
-            "top5": 100 * top5 / count,
-            "validation_loss": loss / count,
-        }
+            found: Tensor = self.model(self.module.clips(images)).float().log_softmax(-1)
+            return found.view(-1, count, found.shape[-1]).logsumexp(1) - math.log(count)
 
-    def fresh(self) -> "VideoStage":
-        """Return a stage of the same recipe, with initial weights on the CPU."""
-        return VideoStage(self.recipe)
+        return self.figures(batches, accelerator, logits)
 
-    def look(self, accelerator: Accelerator, run: RunFolder, step: int) -> Path | None:
-        """Draw nothing: classification has no pictures."""
-        del accelerator, run, step
-        return None
-
-    def hand_on(self, run: RunFolder, step: int, samples: int) -> None:
-        """Write the encoder directory and the classifier's head into the run."""
+    def save_encoder(self, path: Path, provenance: Provenance) -> None:
+        """Write the directory of the encoder of clips."""
+        start = self.start
         save_video_encoder(
-            self.start.encoder,
-            run.encoder,
-            mean=self.start.mean,
-            std=self.start.std,
-            provenance=Provenance(
-                step=step, samples_seen=samples, recipe_hash=recipe_hash(self.recipe)
-            ),
-            inflated_from=self.start.inflated_from,
+            start.encoder,
+            path,
+            mean=start.mean,
+            std=start.std,
+            provenance=provenance,
+            inflated_from=start.inflated_from,
         )
-        save_head(self.model.head, run.path / HEAD_FOLDER, self.classes)

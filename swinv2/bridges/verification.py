@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -9,6 +10,9 @@ from torch import Tensor
 from swinv2.bridges.contents import BridgeError
 from swinv2.config import SwinV2Config
 from swinv2.encoder import SwinV2
+from swinv2.hierarchy import Hierarchy
+
+Encoder = TypeVar("Encoder", bound=Hierarchy)
 
 TOLERANCE = 1e-4
 """What rounding in float32 may change, as a share of the greatest number compared."""
@@ -63,10 +67,10 @@ def compare_read_back(encoder: SwinV2, back: SwinV2, images: Tensor | None) -> s
     return compare("its features after reading it back", ours, theirs, tolerance=0)
 
 
-def plain_copy(encoder: SwinV2) -> SwinV2:
+def plain_copy(encoder: Encoder) -> Encoder:
     """Return an encoder that shares the weights: float32, CPU, evaluation, nothing else set."""
     with torch.device("meta"):
-        plain = SwinV2(encoder.config)
+        plain = type(encoder)(encoder.config)
     tensors = {
         name: tensor.detach().to("cpu", torch.float32)
         for name, tensor in encoder.state_dict().items()

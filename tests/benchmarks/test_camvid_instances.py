@@ -24,7 +24,7 @@ def test_each_connected_part_of_a_movable_class_is_an_object() -> None:
     classes[2:12, 13:33] = 9  # it touches a car and is another object
     classes[35:37, 50:52] = 8  # too small
     classes[20:40, 30:45] = 3  # does not move
-    found = objects_of(classes, image=4, first=7)
+    found = objects_of(classes, image=4, first=7, smallest=64)
     assert [(one["id"], one["image_id"], one["category_id"]) for one in found] == [
         (7, 4, 8),
         (8, 4, 8),

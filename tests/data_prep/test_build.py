@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 
-from data_prep.build import Execution, Progress, build_shards, merge_parts
+from data_prep.build import build_shards, merge_parts
 from data_prep.cli import main
 from data_prep.destination import DestinationError
+from data_prep.execution import Execution
 from data_prep.files import Selection, SourceError
 from data_prep.index import index_tar
 from data_prep.manifest import Manifest, read_index, read_manifest
 from data_prep.plan import ShardOptions
+from data_prep.progress import Progress
 
 _OPTIONS = ShardOptions(samples_per_shard=5)
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from data_prep.build import Built, Execution, build_shards, merge_parts
+from data_prep.build import Built, build_shards, merge_parts
 from data_prep.cli import main
 from data_prep.destination import DestinationError
+from data_prep.execution import Execution
 from data_prep.files import SourceError
 from data_prep.manifest import Manifest, read_index, read_manifest
 from data_prep.plan import ShardOptions, is_held_out

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from data_prep.adopt import adopt_shards
-from data_prep.build import Execution, build_shards, merge_parts
+from data_prep.build import build_shards, merge_parts
 from data_prep.destination import DestinationError
 from data_prep.encoding import Encoding
+from data_prep.execution import Execution
 from data_prep.images import WRITTEN_ANEW
 from data_prep.manifest import read_index
 from data_prep.plan import ShardOptions

@@ -26,7 +26,6 @@ from data_prep.plan import ShardOptions
 from data_prep.statistics import measure_set
 from data_prep.statistics_file import read_statistics, write_statistics
 from data_prep.storage import RemotePath, StorageError, locate
-from data_prep.upload import upload_set
 from data_prep.verify import verify_shards
 
 
@@ -146,44 +145,6 @@ def test_a_remote_set_is_read_and_verified(remote_set: RemotePath, tmp_path: Pat
     assert any(
         "shard-000000.tar" in problem for problem in verify_shards(manifest, decode=True).problems
     )
-
-
-def test_a_stopped_upload_goes_on_and_ends_with_the_local_bytes(
-    store: RemotePath, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    built = build_shards(image_folder, tmp_path / "set", ShardOptions(samples_per_shard=8))
-    whole, sent = RemotePath.upload, []
-
-    def stopping(self: RemotePath, path: Path) -> None:
-        if len(sent) == 3:
-            raise KeyboardInterrupt
-        sent.append(path.name)
-        whole(self, path)
-
-    monkeypatch.setattr(RemotePath, "upload", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        upload_set(built.manifest, store)
-    first, sent = sent, []
-    with pytest.raises(ManifestError):
-        read_manifest(store)
-    monkeypatch.setattr(
-        RemotePath, "upload", lambda *pair: (sent.append(pair[1].name), whole(*pair))
-    )
-    upload_set(built.manifest, store)
-    assert set(sent).isdisjoint(first)
-    local = {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()}
-    assert {path.name: path.read_bytes() for path in store.glob("*")} == local
-    other = build_shards(image_folder, tmp_path / "b", ShardOptions(samples_per_shard=6))
-    with pytest.raises(StorageError, match="--overwrite"):
-        upload_set(other.manifest, store)
-    upload_set(other.manifest, store, overwrite=True)
-    assert len(read_manifest(store).shards) == 4
-    assert len(list(store.glob("*.tar"))) == 4
-    (store / "foreign.txt").write_bytes(b"keep")
-    with pytest.raises(StorageError, match="foreign"):
-        upload_set(built.manifest, store, overwrite=True)
-    assert (store / "foreign.txt").read_bytes() == b"keep"
-    assert len(list(store.glob("*.tar"))) == 4
 
 
 @pytest.mark.parametrize("place", ["folder", "pattern"])

@@ -15,13 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep import folders
-from data_prep.build import Execution, Progress, build_shards, merge_parts
+from data_prep.build import build_shards, merge_parts
 from data_prep.destination import DestinationError
+from data_prep.execution import Execution
 from data_prep.files import Selection, SourceError
 from data_prep.folders import FolderSource
 from data_prep.listing import find_classes
 from data_prep.manifest import read_manifest
 from data_prep.plan import ShardOptions, cut_stream, path_key
+from data_prep.progress import Progress
 from data_prep.sources import open_source
 from data_prep.tars import TarError
 

@@ -49,6 +49,21 @@ def test_results_and_ticks_do_not_depend_on_workers(square: Callable[..., Any]) 
     assert _run(square, [], 2) == ([], 0)
 
 
+def test_tasks_wait_until_they_may_begin(square: Callable[..., Any]) -> None:
+    done: set[int] = set()
+    began: list[int] = []
+
+    def may_begin(task: int) -> bool:
+        is_next = {number * number for number in range(task)} == done
+        began.extend([task] * is_next)
+        return is_next  # none before all others are done
+
+    for result in map_tasks(square, range(20), workers=2, tick=lambda _: None, may_begin=may_begin):
+        done.add(result)
+    assert began == list(range(20))
+    assert done == {number * number for number in range(20)}
+
+
 def test_failures_come_back(square: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="a mistake of the input"):
         _run(square, [1, 2, -1, 3], 2)

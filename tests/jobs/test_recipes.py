@@ -33,7 +33,7 @@ RECIPES = sorted(
 )
 SMALL = {
     "pretrain": {"cifar10", "cifar10-hour", "camvid"},
-    "finetune": {"cifar10", "cifar10-labels", "segmentation-camvid"},
+    "finetune": {"cifar10", "cifar10-labels", "detection-camvid", "segmentation-camvid"},
 }
 DENSE = {"giant-ade20k", "giant-coco"}
 FULL_SCALE = [

@@ -230,6 +230,8 @@ def test_every_path_of_attention_takes_clips(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by torch
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it
 def test_compiled_blocks_take_clips(randomise: Callable[[nn.Module], None]) -> None:
     video = VideoSwinV2(video_config(image_encoder().config, frames=3, window_frames=2)).eval()
     randomise(video)

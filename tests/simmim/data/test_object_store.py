@@ -1,7 +1,11 @@
 """An S3 server on this machine, behind a proxy that drops and delays a tenth of the requests."""
 
 import http.client
+import os
 import random
+import signal
+import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -14,7 +18,7 @@ import pytest
 from PIL import Image
 
 from data_prep.cli import main
-from data_prep.manifest import RemotePath, read_manifest
+from data_prep.manifest import ManifestError, RemotePath, read_manifest
 from simmim.data.reading import ShardSet
 from simmim.data.remote import RemoteReading
 
@@ -90,6 +94,25 @@ def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     server.stop()
 
 
+def kill_after(shards: int, arguments: list[str], staging: Path) -> None:
+    """Run the command until it has uploaded so many shards."""
+    command = [sys.executable, "-m", "data_prep", *arguments]
+    with subprocess.Popen(
+        command, start_new_session=True, cwd=Path(__file__).parents[3]
+    ) as process:
+        deadline = time.monotonic() + 200
+        while sum(len(log.read_text().splitlines()) for log in logs(staging)) <= shards:
+            assert process.poll() is None, "it ended before the kill"
+            assert time.monotonic() < deadline, "it uploads nothing"
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def logs(staging: Path) -> list[Path]:
+    """Return the logs of what was uploaded: a line for the run, then one for each shard."""
+    return list(staging.glob("*/.partial/uploaded.txt"))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # the server's and the store's libraries have their own
 @pytest.mark.parametrize("mode", ["shards", "ranges"])
@@ -105,7 +128,15 @@ def test_shards_on_an_unreliable_store_give_the_batches_from_disk(
     options = ["--samples-per-shard", "12", "--workers", "1"]
     staging = ["--staging", str(tmp_path / "staging")]
     assert main(["shard", source, str(tmp_path / "local"), *options]) == 0
-    assert main(["shard", source, bucket, *options, *staging]) == 0
+    kill_after(3, ["shard", source, bucket, *options, *staging], tmp_path / "staging")
+    with pytest.raises(ManifestError, match="has tars but no"):
+        read_manifest(bucket)
+    assert main(["shard", source, bucket, *options[:2], "--workers", "2", *staging]) == 0
+    assert not list((tmp_path / "staging").iterdir())
+    assert {path.name: path.read_bytes() for path in RemotePath(bucket).glob("*")} == {
+        path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()
+    }
+    assert main(["shard", source, bucket, *options, *staging]) == 0  # nothing to do
     assert main(["verify", bucket, "--workers", "1"]) == 0
     images = RemotePath(f"{bucket}-images")
     for path in (tmp_path / "images").iterdir():

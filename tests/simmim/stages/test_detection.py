@@ -15,11 +15,13 @@ from simmim.data.targets import Instances
 from simmim.dense.coco import CocoSet
 from simmim.dense.coco_metric import encode_mask, mean_average_precision, results_of
 from simmim.dense.detectors import Found
+from simmim.dense.handing_on import answer_of, load_dense
 from simmim.dense.jitter import JitterTransform, box_of, mask_of
 from simmim.engine.loop import TrainingResult, build_accelerator, train
 from simmim.engine.run import RunFolder
 from simmim.recipe import parse
 from simmim.stages.detection import DetectionRecipe, DetectionStage
+from simmim.stages.export import export
 
 SIZE = (40, 56)
 
@@ -277,3 +279,20 @@ def test_a_batch_in_which_nothing_is_left_has_a_loss(values: dict[str, Any], kin
     loss = stage.model.train().loss(torch.randn(2, 3, 64, 64), [nothing, nothing])
     loss.backward()
     assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("kind", ["mask2former", "rt_detr"])
+def test_encoder_and_head_of_a_run_that_has_not_ended_are_exported(
+    values: dict[str, Any], tmp_path: Path, kind: str
+) -> None:
+    stage = build(changed(values, "head", kind=kind))
+    run_training(stage, tmp_path / "run")
+    for name in ("encoder", "detection"):
+        (tmp_path / "run" / name).rename(tmp_path / name)
+    export(tmp_path / "run", tmp_path / "out", "native")
+    ours, theirs = stage.model.net.eval(), load_dense(tmp_path / "out" / "detection")
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected, found = ours(pixel_values=images), theirs(pixel_values=images)
+    torch.testing.assert_close(answer_of(expected), answer_of(found))
+    assert theirs.config.id2label == {0: "red", 1: "blue"}

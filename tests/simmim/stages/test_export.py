@@ -7,13 +7,18 @@ import torch
 from safetensors.torch import save_file
 
 from simmim.cli import main
+from simmim.engine.best import best_checkpoint
+from simmim.engine.checkpoint import chosen_checkpoint, read_model
 from simmim.engine.loop import build_accelerator, train
 from simmim.engine.run import RunFolder
 from simmim.recipe import parse
 from simmim.stages.classification import ClassificationRecipe, ClassificationStage
-from simmim.stages.export import FORMATS, GRAPHS, export, read_source
+from simmim.stages.classifier import load_classifier
+from simmim.stages.export import FORMATS, GRAPHS, export
+from simmim.stages.exportable import read_source
 from simmim.stages.import_encoder import Known, import_encoder
 from simmim.stages.pretrain import PretrainRecipe, PretrainStage
+from simmim.stages.starting import source_of
 from swinv2.bridges.reference import import_reference
 from swinv2.bridges.timm import import_timm
 from swinv2.weights import load_encoder, read_encoder_config
@@ -104,6 +109,58 @@ def test_native_export_of_a_fine_tuned_encoder(
     assert description.provenance.step == 8
 
 
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_native_export_has_the_classifier_too(
+    classified: tuple[Path, ClassificationStage], tmp_path: Path, ended: bool
+) -> None:
+    run, stage = classified
+    if not ended:
+        (run / "encoder").rename(tmp_path / "not yet written")
+    for _ in range(2):  # the second takes the place of the first
+        lines = export(run, tmp_path / "out", "native")
+    assert "  classifier: the head of 3 classes" in lines
+    assert lines[-1] == "  largest difference of its classes after loading: 0.0e+00"
+    trained = load_classifier(tmp_path / "out", tmp_path / "out" / "classifier")
+    assert trained.classes == ("circle", "square", "stripe")
+    assert_same_weights(trained.model, stage.model)
+    assert "load_classifier" in (tmp_path / "out" / "README.md").read_text()
+    again = read_source(tmp_path / "out")
+    assert again.classifier is not None
+    assert torch.equal(again.classifier.weight, stage.model.head.weight)
+    assert source_of(str(tmp_path / "out")).head == tmp_path / "out" / "classifier"
+
+
+def test_the_best_checkpoint_is_exported_where_it_is_asked_for(
+    classification_values: dict[str, Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "tuned"
+    training = {"validate_every": 2, "checkpoint_every": 2, "keep_last": 1, "keep_best": True}
+    # What is learned at first is unlearned again.
+    training |= {"steps": 12, "schedule": {"kind": "multistep", "milestones": [0.5], "gamma": 1.0}}
+    values = classification_values | {"training": classification_values["training"] | training}
+    stage = ClassificationStage(parse(ClassificationRecipe, values, "test"))
+    train(stage, RunFolder(path=run), build_accelerator("fp32"), None)
+    best = best_checkpoint(run)
+    step = int(best.name.removeprefix("step-"))
+    assert main(["export", str(run), str(tmp_path / "out"), "--best"]) == 0
+    found = load_classifier(tmp_path / "out", tmp_path / "out" / "classifier").model
+    kept = {name.removeprefix("model."): part for name, part in read_model(best).items()}
+    assert all(torch.equal(part, kept[name]) for name, part in found.state_dict().items())
+    assert read_encoder_config(tmp_path / "out").provenance.step == step
+    export(best, tmp_path / "named", "native")
+    assert read_encoder_config(tmp_path / "named") == read_encoder_config(tmp_path / "out")
+    assert chosen_checkpoint(run, best=True) == chosen_checkpoint(best, best=False)
+
+
+def test_there_is_no_best_of_what_was_not_validated(
+    pretrained: tuple[Path, PretrainStage], encoder_directory: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="names no best checkpoint"):
+        export(pretrained[0], tmp_path / "out", "native", best=True)
+    with pytest.raises(ValueError, match="a best checkpoint is a run's"):
+        export(encoder_directory, tmp_path / "out", "native", best=True)
+
+
 @pytest.mark.peer
 def test_transformers_loads_a_run_with_its_decoder(
     pretrained: tuple[Path, PretrainStage], tmp_path: Path
@@ -152,11 +209,12 @@ def test_transformers_loads_a_fine_tuned_run_with_its_classifier(
             (run / "checkpoints").rename(tmp_path / "gone")
         case "no-shards":
             (run / "encoder").rename(tmp_path / "gone")
+            (run / "classifier").rename(tmp_path / "gone too")
             recipe = run / "recipe.yaml"
             recipe.write_text(recipe.read_text().replace(stage.recipe.data.shards, "nowhere"))
     lines = export(run, tmp_path / "out", "transformers")
     assert sum("largest difference of Swinv2" in line for line in lines) == 3
-    real = left in ("all", "no-encoder")
+    real = left != "no-shards"
     assert any("compared on shard-000000/" in line for line in lines) == real
     assert float(lines[-1].split()[-1]) < 1e-4
     peer, report = transformers.Swinv2ForImageClassification.from_pretrained(

@@ -7,10 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
+from simmim.dense.handing_on import answer_of, load_dense
+from simmim.engine.checkpoint import read_model
 from simmim.engine.loop import TrainingResult, build_accelerator, train
 from simmim.engine.optimizer import layer_of
 from simmim.engine.run import RunFolder
 from simmim.recipe import RecipeError, parse
+from simmim.stages.export import export
 from simmim.stages.segmentation import SegmentationRecipe, SegmentationStage
 from swinv2.weights import load_encoder
 
@@ -214,3 +217,47 @@ def test_impossible_recipes_are_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         parse(SegmentationRecipe, changed(values, section, **settings), "test")
+
+
+def test_an_ended_run_is_a_start(values: dict[str, Any], tmp_path: Path) -> None:
+    run_training(build(changed(values, "training", steps=2)), tmp_path / "first")
+    stage = build(values | {"init": str(tmp_path / "first")})
+    saved = load_encoder(tmp_path / "first" / "encoder").state_dict()
+    inside = stage.model.backbone.encoder.state_dict()
+    assert all(torch.equal(part, saved[name]) for name, part in inside.items())
+
+
+@pytest.mark.parametrize("kind", ["upernet", "mask2former"])
+def test_encoder_and_head_of_any_checkpoint_are_exported(
+    values: dict[str, Any], tmp_path: Path, kind: str
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    values = changed(values, "head", kind=kind, channels=32)
+    stage = build(changed(values, "training", keep_best=True))
+    run_training(stage, run)
+    images = torch.randn(1, 3, 32, 32)
+
+    def check_answers() -> None:
+        lines = export(run, out, "native", best=True)
+        assert "  segmentation: encoder and head, for transformers" in lines
+        features = load_encoder(out).features(images)[1]
+        ours, theirs = stage.model.net.eval(), load_dense(out / "segmentation")
+        assert type(theirs) is type(ours)
+        with torch.no_grad():
+            same = answer_of(ours(pixel_values=images)), answer_of(theirs(pixel_values=images))
+            assert torch.equal(features, stage.model.backbone.encoder.features(images)[1])
+        torch.testing.assert_close(*same)
+
+    check_answers()  # what the run has handed on
+    lines = export(out, tmp_path / "again", "native")
+    assert "  segmentation: encoder and head, for transformers" in lines
+    (run / "encoder").rename(tmp_path / "first")
+    Path(values["data"]["folder"]).rename(tmp_path / "gone")
+    check_answers()  # the checkpoint alone
+    earlier = run / "checkpoints" / "step-00000002"
+    export(earlier, out, "native")
+    kept = read_model(earlier)
+    encoder = load_encoder(out).state_dict()
+    (name,) = (name for name in kept if name.endswith("encoder.patch_embed.norm.weight"))
+    assert torch.equal(encoder["patch_embed.norm.weight"], kept[name])
+    assert any("left out: the head" in line for line in export(run, tmp_path / "timm", "reference"))

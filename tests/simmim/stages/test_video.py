@@ -11,9 +11,13 @@ import yaml
 
 from simmim.cli import main
 from simmim.data.batches import Batch
+from simmim.engine.best import best_checkpoint
+from simmim.engine.checkpoint import read_model
+from simmim.engine.ema import read_average
 from simmim.engine.optimizer import OptimizerSettings, layer_of, parameter_groups
 from simmim.recipe import RecipeError, parse
-from simmim.stages.video import VideoRecipe, VideoStage, starting_point
+from simmim.stages.classifier import load_classifier
+from simmim.stages.video import VideoRecipe, VideoStage
 from swinv2 import (
     Provenance,
     build_encoder,
@@ -150,10 +154,11 @@ def test_a_run_trains_validates_and_hands_its_encoder_on(
     assert classes == {"classes": list(CLASSES)}
 
     # The next stage begins with what this one has learned, at another size.
-    values["init"] = str(tmp_path / "run" / "encoder")
+    values["init"] = str(tmp_path / "run")
     values["encoder"]["window_size"] = 6
     values["data"]["image_size"] = 48
-    start = starting_point(parse(VideoRecipe, values, "recipe"))
+    start = parse(VideoRecipe, values, "recipe").start()
+    assert start.head == tmp_path / "run" / "classifier"
     assert start.inflated_from == description.inflated_from
     learned = load_video_encoder(tmp_path / "run" / "encoder")
     for name, tensor in start.encoder.state_dict().items():
@@ -227,8 +232,18 @@ def test_every_parameter_learns_at_the_rate_of_its_layer(values: dict[str, Any])
 
 
 @pytest.mark.slow
-def test_it_learns_what_no_single_frame_tells(values: dict[str, Any], tmp_path: Path) -> None:
-    values["training"] |= {"steps": 150, "log_every": 10}
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("frame_patch", "steps", "lr"), [(2, 200, 2e-3), (1, 1000, 5e-3)], ids=["patches", "attention"]
+)
+def test_it_learns_what_no_single_frame_tells(
+    values: dict[str, Any], tmp_path: Path, frame_patch: int, steps: int, lr: float
+) -> None:
+    """A patch of two frames sees motion; of one, attention has to, and starts blind to time."""
+    values["encoder"]["frame_patch"] = frame_patch
+    values["training"] |= {"steps": steps, "log_every": 10, "clip_norm": 5.0}
+    values["training"]["validate_every"] = values["training"]["checkpoint_every"] = steps
+    values["training"]["optimizer"]["lr"] = lr
     values["training"]["schedule"] |= {"warmup_steps": 20}
     code, lines = finetune(values, tmp_path)
     assert code == 0
@@ -274,3 +289,43 @@ def test_bad_input_ends_with_2_and_a_message(
     data = values["data"] | {"validation": str(other)}
     assert finetune({**values, "data": data}, tmp_path)[0] == 2
     assert "has the class 'upwards', which none of the training clips" in capsys.readouterr().err
+
+
+def test_encoder_and_head_of_any_checkpoint_are_exported(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values["training"] |= {"checkpoint_every": 1, "validate_every": 1, "keep_best": True}
+    values["training"] |= {"keep_last": 3, "ema_decay": 0.5}
+    assert finetune(values, tmp_path)[0] == 0
+    run, out = tmp_path / "run", tmp_path / "out"
+
+    def written(*arguments: str) -> dict[str, torch.Tensor]:
+        assert main(["export", str(run), str(out), *arguments]) == 0
+        assert "its classes after loading: 0.0e+00" in capsys.readouterr().out
+        trained = load_classifier(out, out / "classifier")
+        assert trained.classes == CLASSES
+        encoder = load_video_encoder(out).state_dict()
+        weights = trained.model.state_dict()
+        assert all(torch.equal(part, weights[f"encoder.{name}"]) for name, part in encoder.items())
+        return weights
+
+    def kept(checkpoint: Path) -> dict[str, torch.Tensor]:
+        tensors = read_model(checkpoint) | read_average(checkpoint)
+        return {name.removeprefix("model."): part for name, part in tensors.items()}
+
+    def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+        equal = (torch.equal(part, other[name]) for name, part in one.items())
+        return one.keys() == other.keys() and all(equal)
+
+    last, best = run / "checkpoints" / "step-00000003", best_checkpoint(run)
+    assert same(written(), kept(last))
+    assert same(written("--best"), kept(best))
+    assert read_video_config(out).provenance.step == int(best.name[-8:])
+    (run / "encoder").rename(tmp_path / "gone")
+    assert same(written(), kept(last))
+    assert main(["export", str(run), str(tmp_path / "timm"), "--format", "timm"]) == 2
+    assert "no format but native" in capsys.readouterr().err
+
+    # What was exported is a start, with its head.
+    stage = VideoStage(parse(VideoRecipe, values | {"init": str(out)}, "recipe"))
+    assert same(dict(stage.model.state_dict()), kept(last))

@@ -1,0 +1,211 @@
+"""Checks of labelled files: whether they are there, and some of them prepared as in training."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from simmim.data.errors import BadSampleError, DataError
+from simmim.data.order import Address
+from simmim.data.source import LocalFiles, Source
+from simmim.data.targets import ClassMap, Instances, Targets
+from simmim.dense.labels import IGNORED
+from simmim.doctor.checks import Check
+from simmim.doctor.plan import unit
+from simmim.stages.fine_tuning import FineTuningStage, Prepare
+
+PREPARED = 256
+"""Samples of a set that are prepared."""
+PREPARING_SECONDS = 10.0
+MOST_IGNORED = 0.9
+MOST_EMPTY = 0.5
+NAMED = 5
+
+
+@dataclass
+class Prepared:
+    """What the prepared samples told."""
+
+    count: int = 0
+    seconds: float = 0.0
+    bad: list[str] = field(default_factory=list)
+    """Damaged ones: training replaces them."""
+    wrong: str = ""
+    """What would end training; nothing is looked at behind it."""
+    pixels: Counter[int] = field(default_factory=Counter)
+    """Pixels of each class, and of none."""
+    objects: list[int] = field(default_factory=list)
+    """Objects in each crop."""
+
+
+def check_labelled_files(stage: FineTuningStage[Any, Any]) -> Iterator[Check]:
+    """Look at the files that are trained and validated on."""
+    training, validation, data = stage.training_shards, stage.validation_shards, stage.recipe.data
+    of = unit(stage.recipe)
+    yield Check(
+        name="data",
+        verdict="ok",
+        found=f"{training.samples:,} {of} to train on, {stage.samples_per_epoch:,} an epoch in "
+        f"{data.slots} slots",
+    )
+    if validation is None:
+        yield Check(
+            name="validation",
+            verdict="warning",
+            found="nothing is held out, so no figure tells how good the model is",
+            change=f"name {of} to validate on, in the fields below data",
+        )
+    else:
+        yield Check(name="validation", verdict="ok", found=f"{validation.samples:,} {of}")
+    sets = [training] if validation is None else [training, validation]
+    yield check_presence([one for one in sets if isinstance(one, LocalFiles)])
+    yield from _check_samples(stage, "samples", training, stage.training_transform())
+    if validation is not None:
+        yield from _check_samples(stage, "held out", validation, stage.validation_transform())
+    if training.classes:  # then there is a shard for each
+        yield _check_classes(training.classes, training.sizes, of)
+
+
+def check_presence(sets: list[LocalFiles]) -> Check:
+    """Tell whether all files are there and hold something."""
+    places = dict.fromkeys(file for one in sets for file in one.files())
+    total, wrong = 0, []
+    for place in places:
+        try:
+            size = place.stat().st_size
+        except OSError as error:
+            wrong.append(f"{place}: {error.strerror}")
+            continue
+        total += size
+        if not size:
+            wrong.append(f"{place}: empty")
+    if wrong:
+        more = f"\nand {len(wrong) - NAMED:,} more" if len(wrong) > NAMED else ""
+        return Check(
+            name="files",
+            verdict="problem",
+            found=f"{len(wrong):,} of {len(places):,} cannot be used:\n"
+            + "\n".join(wrong[:NAMED])
+            + more,
+            change="bring them here, or take them out of the lists",
+        )
+    return Check(
+        name="files", verdict="ok", found=f"all {len(places):,} are there, {total / 2**30:,.2f} GiB"
+    )
+
+
+def prepare_some(source: Source[Any], prepare: Prepare) -> Prepared:
+    """Prepare samples spread evenly over all shards, for a limited time."""
+    ends = np.cumsum(source.sizes)
+    places = np.unique(np.linspace(0, source.samples - 1, min(PREPARED, source.samples)))
+    found, began = Prepared(), time.perf_counter()
+    # In an order that soon covers all of them, should time run out.
+    for place in np.random.default_rng(0).permutation(places.astype(int)).tolist():
+        if time.perf_counter() - began > PREPARING_SECONDS:
+            break
+        shard = int(np.searchsorted(ends, place, side="right"))
+        sample = place - int(ends[shard] - source.sizes[shard])
+        found.count += 1
+        try:
+            targets = prepare(source.read(shard, sample), Address(0, shard, sample)).targets
+        except BadSampleError as error:
+            found.bad.append(f"{source.name(shard, sample)}: {error}")
+        except DataError as error:
+            found.wrong = f"{source.name(shard, sample)}: {error}"
+            break
+        else:
+            _note(found, targets)
+    found.seconds = time.perf_counter() - began
+    return found
+
+
+def _note(found: Prepared, targets: Targets | None) -> None:
+    match targets:
+        case ClassMap(classes=classes):
+            values, counts = torch.unique(classes, return_counts=True)
+            found.pixels.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+        case Instances(labels=labels):
+            found.objects.append(len(labels))
+
+
+def _check_samples(
+    stage: FineTuningStage[Any, Any], name: str, source: Source[Any], prepare: Prepare
+) -> Iterator[Check]:
+    """Prepare some samples, and tell what could not be, and what the others hold."""
+    found, of = prepare_some(source, prepare), unit(stage.recipe)
+    if found.wrong:
+        yield Check(name=name, verdict="problem", found=found.wrong)
+        return
+    share = len(found.bad) / max(found.count, 1)
+    rate = found.count / max(found.seconds, 1e-9)
+    text = f"{found.count:,} prepared at {rate:,.1f} {of}/s in one process"
+    if found.bad:
+        text += f"; {len(found.bad)} could not be ({share:.1%}), the first {found.bad[0]}"
+    too_many = share > stage.recipe.data.max_bad_share
+    yield Check(
+        name=name,
+        verdict="problem" if too_many else "warning" if found.bad else "ok",
+        found=text,
+        change=stage.recipe.data.REMEDY if found.bad else "",
+    )
+    if name == "samples" and found.pixels:
+        yield _check_pixels(found.pixels, stage.recipe.class_names())
+    if name == "samples" and found.objects:
+        yield _check_objects(found.objects)
+
+
+def _check_pixels(pixels: Counter[int], names: tuple[str, ...]) -> Check:
+    """Tell which classes the crops hold."""
+    total, ignored = sum(pixels.values()), pixels[IGNORED]
+    absent = [name for number, name in enumerate(names) if not pixels[number]]
+    found = (
+        f"{len(names) - len(absent)} of {len(names)} classes in these crops; "
+        f"{ignored / total:.0%} of the pixels are of no class"
+    )
+    if absent:
+        more = ", …" if len(absent) > NAMED else ""
+        found += f"; without {', '.join(absent[:NAMED])}{more}"
+    if ignored > MOST_IGNORED * total:
+        return Check(
+            name="labels",
+            verdict="problem" if ignored == total else "warning",
+            found=found,
+            change="look at data.ignore_label and data.reduce_zero_label",
+        )
+    return Check(name="labels", verdict="ok", found=found)
+
+
+def _check_objects(objects: list[int]) -> Check:
+    """Tell how many objects the crops hold."""
+    empty = objects.count(0) / len(objects)
+    found = (
+        f"{np.mean(objects):.1f} objects in a crop, {max(objects)} at most; "
+        f"{empty:.0%} of the crops hold none"
+    )
+    if empty > MOST_EMPTY:
+        return Check(
+            name="labels",
+            verdict="warning",
+            found=found,
+            change="narrow data.scale: too little of an image is seen, or it is seen too small",
+        )
+    return Check(name="labels", verdict="ok", found=found)
+
+
+def _check_classes(classes: Sequence[str], sizes: Sequence[int], of: str) -> Check:
+    """Tell which classes of whole samples have none."""
+    absent = [name for name, size in zip(classes, sizes, strict=True) if not size]
+    found = f"{len(classes):,} classes of {min(sizes):,} to {max(sizes):,} {of}"
+    if absent:
+        more = ", …" if len(absent) > NAMED else ""
+        return Check(
+            name="classes",
+            verdict="warning",
+            found=f"{found}; there is nothing of {', '.join(absent[:NAMED])}{more}",
+            change="add some, or number the classes without gaps",
+        )
+    return Check(name="classes", verdict="ok", found=found)
