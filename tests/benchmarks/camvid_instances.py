@@ -70,14 +70,19 @@ def convert(
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("split")
     parser.add_argument("destination", type=Path)
     parser.add_argument("--images", type=int, help="the first of the split alone")
     parser.add_argument("--smallest", type=int, default=64, help="pixels of a part that counts")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = build_parser().parse_args()
     content = convert(
         arguments.folder, arguments.split, count=arguments.images, smallest=arguments.smallest
     )

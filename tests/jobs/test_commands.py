@@ -1,6 +1,7 @@
 """What jobs/ tells people to type is understood, and every file in it says what it is."""
 
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +89,8 @@ def check(words: list[str]) -> None:
             assert Path(file).is_file()
         case ["sbatch", *rest]:
             check_sbatch(rest)
+        case ["python", script, *rest]:
+            runpy.run_path(script)["build_parser"]().parse_args(rest)
         case ["unzip", _] | ["pip", "install", _]:
             pass
         case _:
