@@ -1,7 +1,6 @@
 """The command line: `simmim COMMAND`, from quickstart and pretrain to doctor and bench."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from simmim.bench.cli import add_bench
 from simmim.doctor.cli import add_doctor
+from simmim.engine.launcher import is_rank, run_as_rank
 from simmim.engine.run import RunFolder
 from simmim.engine.signals import STOPPED
 from simmim.engine.watchdog import LOST, RankLostError
@@ -43,12 +43,9 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run() -> None:
     """Run the command of this process and exit with its code; see EXIT_CODES."""
-    code = main()
-    if code == LOST:  # process groups without one of their processes may not let go
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    if is_rank():
+        run_as_rank(main)
+    sys.exit(main())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,15 +4,22 @@ accelerate leaves the processes of a CPU job to MPI: without it, `--num_processe
 one process and drops the number unseen. Here the number is found again and torchrun starts them.
 """
 
+import atexit
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 import torch
 from accelerate.commands import config, launch
+
+from simmim.engine.watchdog import LOST
 
 RANK_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -29,6 +36,33 @@ def end_with_launcher() -> None:
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if launched and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))  # outlives an exec
+
+
+def is_rank() -> bool:
+    """Tell whether this process is one of several that a launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def run_as_rank(program: Callable[[], int]) -> NoReturn:
+    """Run a program and end this process with the code that it returns; 1 where it raises.
+
+    Python is not taken down. Threads of gloo outlive their group where anything refers to it, as
+    the mesh of FSDP2 does, and one that lets go of a tensor meanwhile would abort the process: a
+    training that was through would count as failed. What was registered with atexit is run.
+    A crash in native code tells where Python stood.
+    """
+    if not faulthandler.is_enabled():
+        faulthandler.enable()
+    try:
+        code = program()
+    except Exception:  # its traceback is what Python would print
+        traceback.print_exc()
+        code = 1
+    if code != LOST:  # process groups without one of their processes may not let go
+        atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def start_processes() -> None:

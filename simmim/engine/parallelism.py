@@ -95,8 +95,8 @@ def _check_zero() -> None:
 def end_processes(accelerator: Accelerator) -> None:
     """Leave the group of processes; all of them call it.
 
-    They meet first: a thread of gloo lets go of the tensors it exchanged shortly after it hands
-    them over, and a process in which Python ends meanwhile is aborted.
+    They meet first, so that none is gone while another still reads what it sent. See
+    `simmim.engine.launcher.run_as_rank` for how they end.
     """
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -8,6 +8,7 @@ import yaml
 from accelerate.commands import config
 
 from simmim.engine.launcher import RANK_VARIABLES, processes_asked_for, requested_cpu_processes
+from simmim.engine.watchdog import LOST
 
 SIMMIM = ["-m", "simmim", "pretrain", "--config", "jobs/pretrain/cifar10.yaml"]
 LAUNCHERS = {
@@ -162,3 +163,58 @@ def test_the_number_is_found_in_the_process_that_launched_this_one(tmp_path: Pat
         check=True,
     )
     assert done.stdout.split() == ["3", "1"]
+
+
+ENDING = """
+import atexit, ctypes
+from simmim.engine.launcher import run_as_rank
+
+class Told:
+    def __del__(self):
+        print("Python was taken down")
+
+told = Told()
+atexit.register(lambda: print("what was registered"))
+
+def program():
+    print("done")
+    {end}
+
+run_as_rank(program)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "printed"),
+    [
+        ("return 0", 0, ["done", "what was registered"]),
+        ("return 75", 75, ["done", "what was registered"]),
+        (f"return {LOST}", LOST, ["done"]),
+        ("raise ValueError('of its own')", 1, ["done", "what was registered"]),
+    ],
+)
+def test_a_rank_ends_without_taking_python_down(end: str, code: int, printed: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ENDING.format(end=end)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stdout.splitlines() == printed
+    assert ("ValueError: of its own" in done.stderr) == ("raise" in end)
+
+
+def test_a_rank_that_crashes_tells_where(tmp_path: Path) -> None:
+    end = "ctypes.string_at(0)"
+    done = subprocess.run(
+        [sys.executable, "-c", ENDING.format(end=end)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode < 0
+    assert "in program" in done.stderr

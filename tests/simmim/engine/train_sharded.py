@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from simmim import SimMIM
 from simmim.engine.ema import averaged, update_average
+from simmim.engine.launcher import run_as_rank
 from simmim.engine.sharding import shard_by_block, shard_size, sharding_units
 from swinv2 import build_encoder
 
@@ -98,11 +99,16 @@ def check_features(whole: SimMIM, sharded: SimMIM) -> float:
     return float((expected - found).abs().max())
 
 
-if __name__ == "__main__":
+def run() -> int:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     given = json.loads(sys.argv[1])
     dtype = torch.bfloat16 if given.pop("bf16", False) else None
     main(given, dtype)
-    dist.barrier()  # or threads of gloo may still hold tensors as Python ends, which aborts
+    dist.barrier()
     dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    run_as_rank(run)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 
+from simmim.engine.launcher import run_as_rank
 from simmim.engine.parallelism import gathered
 from simmim.engine.run import RunFolder
 from simmim.engine.sharding import shard_by_block
@@ -19,7 +20,7 @@ from simmim.recipe import load
 from simmim.stages.pretrain import PretrainRecipe, PretrainStage
 
 
-def main(config: Path, folder: Path, precision: str) -> None:
+def main(config: Path, folder: Path, precision: str) -> int:
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     found = []
     for name in ("whole", "sharded"):
@@ -43,10 +44,11 @@ def main(config: Path, folder: Path, precision: str) -> None:
         found.append(figures)
     if accelerator.is_main_process:
         sys.stdout.write(json.dumps(found) + "\n")
-    dist.barrier()  # or threads of gloo may still hold tensors as Python ends, which aborts
+    dist.barrier()
     dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    run_as_rank(lambda: main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]))
