@@ -6,6 +6,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import resource_tracker
@@ -24,6 +25,7 @@ from simmim.data.order import Address
 from simmim.data.plans import EvaluationPlan, TrainingPlan
 from simmim.data.randomness import shuffled
 from simmim.data.remote import AheadOfBatches
+from simmim.data.slots import Place, Slots, take
 from simmim.data.source import Raw, Source
 from simmim.data.targets import Targets
 from simmim.data.transforms import Sample, stacked_labels
@@ -59,11 +61,20 @@ class Batch:
         return len(self.images)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travel as bytes: shared memory costs more, for every page of it is cleared anew."""
+        """Travel as bytes, which need no shared memory of torch's, cleared anew for each batch."""
+        return unpacked, (self.pixels, *self.rest)
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """The images (batch, height, width, channels) as an array."""
+        return self.images.permute(0, 2, 3, 1).cpu().numpy()
+
+    @property
+    def rest(self) -> tuple[Any, ...]:
+        """All but the images, for `unpacked`."""
         parts = (self.masks, self.labels, self.addresses, self.flips)
         arrays = [None if part is None else part.cpu().numpy() for part in parts]
-        images = self.images.permute(0, 2, 3, 1).cpu().numpy()
-        return unpacked, (images, arrays, self.bad, self.targets)
+        return arrays, self.bad, self.targets
 
     def only(self, row: int) -> "Batch":
         """Return one of its samples as a batch."""
@@ -106,6 +117,23 @@ def unpacked(
     assert addresses is not None
     planes = torch.from_numpy(images).permute(0, 3, 1, 2)
     return Batch(planes, masks, labels, addresses, flips, bad, targets)
+
+
+@dataclass(frozen=True)
+class Posted:
+    """A batch on its way, whose images are in a slot: it arrives as the batch it was."""
+
+    place: Place
+    rest: tuple[Any, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Take the images out of their slot on arrival."""
+        return received, (self.place, self.rest)
+
+
+def received(place: Place, rest: tuple[Any, ...]) -> Batch:
+    """Return a batch whose images are in a slot."""
+    return unpacked(take(place), *rest)
 
 
 @dataclass(frozen=True)
@@ -247,7 +275,7 @@ class BatchStream:
             batch_size=None,
             sampler=self._addresses(),
             num_workers=self.workers,
-            collate_fn=as_it_is,
+            collate_fn=self._sender(),
             pin_memory=self.pin_memory,
             worker_init_fn=heed_only_the_parent,
             prefetch_factor=self.prefetch if self.workers else None,
@@ -267,6 +295,13 @@ class BatchStream:
             # Ends the workers now. Left to the traceback of an error, they would go with a heap
             # of garbage, their queues first, and could not be told.
             del batches
+
+    def _sender(self) -> Callable[[Any], Any]:
+        """Return what hands on what a worker made."""
+        if self.workers:
+            with suppress(AttributeError, OSError):  # not on Linux, or not granted
+                return Sender(Slots(self.workers, self.prefetch + 1))
+        return as_it_is
 
     def _addresses(self) -> Iterable[Sequence[Address]]:
         """Return the plan, with the shards of coming batches fetched ahead where that helps."""
@@ -364,9 +399,21 @@ def fetch(batches: Iterator[Batch | Failure]) -> Batch | Failure | None:
         )
 
 
-def as_it_is(batch: Any) -> Any:
+def as_it_is(made: Any) -> Any:
     """Return what the dataset made: it collates by itself."""
-    return batch
+    return made
+
+
+@dataclass(frozen=True)
+class Sender:
+    """Hands on what a worker made, images by way of a slot where one is free."""
+
+    slots: Slots
+
+    def __call__(self, made: Batch | Failure) -> Batch | Failure | Posted:
+        """Return what goes through the pipe."""
+        place = self.slots.fill(made.pixels) if isinstance(made, Batch) else None
+        return made if place is None or isinstance(made, Failure) else Posted(place, made.rest)
 
 
 def start_without_stop_signals(
@@ -391,22 +438,25 @@ def start_without_stop_signals(
 
 def heed_only_the_parent(_worker: int) -> None:
     """Make a worker end when its parent asks for it or is gone, and at no other's signal."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
     ignored = {signal.SIGINT, signal.SIGUSR1}
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ignored)
     if hasattr(signal, "sigtimedwait"):  # SIGTERM stays blocked, for the thread to receive
-        threading.Thread(target=end_with_parent, args=(parent.pid,), daemon=True).start()
+        threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     else:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
-def end_with_parent(parent: int) -> None:
-    """Wait until the parent is gone or itself sends SIGTERM, as Python does before it ends."""
-    while os.getppid() == parent:
+def end_with_parent(keeper: int) -> None:
+    """Wait until the parent is gone or itself sends SIGTERM, as Python does before it ends.
+
+    `keeper` is the process that started this one: the parent, or the fork server, gone with it.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while os.getppid() == keeper and parent.is_alive():
         received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
-        if received is not None and received.si_pid == parent:
+        if received is not None and received.si_pid == parent.pid:
             break
     os._exit(0)
