@@ -10,7 +10,7 @@ import math
 import mmap
 import os
 from dataclasses import dataclass
-from multiprocessing.reduction import DupFd
+from multiprocessing import reduction
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -64,8 +64,8 @@ class Slots:
         _open[self.number] = self
 
     def _map(self, file: int) -> None:
-        self.file = file
         self.memory = mmap.mmap(file, 0)
+        self.file = file
         # How many slots of each worker were taken, each number on a page of its own.
         pages = mmap.PAGESIZE * self.workers
         self.taken = np.frombuffer(self.memory, np.int64, pages // 8)[:: mmap.PAGESIZE // 8]
@@ -74,14 +74,14 @@ class Slots:
         """Travel to a worker that was not forked."""
         state = dict(self.__dict__)
         del state["memory"], state["taken"]
-        return state | {"file": DupFd(self.file)}
+        return state | {"file": reduction.DupFd(self.file)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._map(state["file"].detach())
 
     def __del__(self) -> None:
-        if hasattr(self, "file"):
+        if hasattr(self, "taken"):  # it was made in full
             os.close(self.file)
 
     def fill(self, array: np.ndarray) -> Place | None:
