@@ -90,7 +90,9 @@ def _write(
     prepared: dict[str, Any] = {"mean": found.mean, "std": found.std}
     verified = {**prepared, "images": images, "report": report}
     loads = "README.md has the lines that load"
-    dense = [] if found.dense is None else [f"left out: the head of the {found.dense.task}"]
+    # Heads take normalised maps; the backbones of other libraries give them as they come.
+    left_out = "left out: the head of the {}, which --format native writes for transformers"
+    dense = [] if found.dense is None else [left_out.format(found.dense.task)]
     match form:
         case "transformers":
             heads: dict[str, Any] = {"head": head, "classifier": classifier}
@@ -106,8 +108,8 @@ def _write(
         case "timm":
             export_timm(encoder, destination, **verified, classifier=classifier)
             lines = [f"model.safetensors and config.json; {loads} them", *dense]
-            left_out = "left out: mask token and decoder, which timm has not"
-            return lines if head is None else [*lines, left_out]
+            decoder = "left out: mask token and decoder, which timm has not"
+            return lines if head is None else [*lines, decoder]
         case "onnx" | "torch-export":
             export_graph = export_onnx if form == "onnx" else export_program
             export_graph(encoder, destination, **verified, any_size=any_size)
@@ -115,8 +117,8 @@ def _write(
             size = "any size" if any_size else f"{height}x{width} pixels"
             file = MODEL_FILE if form == "onnx" else PROGRAM_FILE
             lines = [f"{file}: maps of all stages for images of {size}; {loads} it"]
-            left_out = "left out: the head, since a graph is of the encoder alone"
-            return [*lines, left_out] if head or classifier or dense else lines
+            alone = "left out: the head, since a graph is of the encoder alone"
+            return [*lines, alone] if head or classifier or dense else lines
 
 
 def _trial(found: Exportable) -> TrialImage:
