@@ -17,7 +17,7 @@ from types import FrameType
 import psutil
 from accelerate.commands.launch import launch_command, launch_command_parser
 
-from simmim.data.batches import STOP_SIGNALS
+from simmim.data.workers import STOP_SIGNALS
 from simmim.engine.signals import STOPPED
 from simmim.engine.torchrun import code_of, telling_code
 

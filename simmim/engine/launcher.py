@@ -40,16 +40,16 @@ def end_with_launcher() -> None:
 
 def is_rank() -> bool:
     """Tell whether this process is one of several that a launcher has started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return any(int(os.environ.get(name, "1")) > 1 for name in RANK_VARIABLES)
 
 
 def run_as_rank(program: Callable[[], int]) -> NoReturn:
     """Run a program and end this process with the code that it returns; 1 where it raises.
 
     Python is not taken down. Threads of gloo outlive their group where anything refers to it, as
-    the mesh of FSDP2 does, and one that lets go of a tensor meanwhile would abort the process: a
-    training that was through would count as failed. What was registered with atexit is run.
-    A crash in native code tells where Python stood.
+    the mesh of FSDP2 does, and a thread that needs Python while that ends aborts the process: a
+    training that was through would count as failed. What was registered with atexit is run. A crash
+    in native code tells where Python stood.
     """
     if not faulthandler.is_enabled():
         faulthandler.enable()

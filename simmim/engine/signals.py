@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from simmim.data.batches import STOP_SIGNALS
+from simmim.data.workers import STOP_SIGNALS
 
 STOPPED = 75
 """Exit code after a stop on request: EX_TEMPFAIL, "try again later"."""

@@ -7,7 +7,12 @@ import pytest
 import yaml
 from accelerate.commands import config
 
-from simmim.engine.launcher import RANK_VARIABLES, processes_asked_for, requested_cpu_processes
+from simmim.engine.launcher import (
+    RANK_VARIABLES,
+    is_rank,
+    processes_asked_for,
+    requested_cpu_processes,
+)
 from simmim.engine.watchdog import LOST
 
 SIMMIM = ["-m", "simmim", "pretrain", "--config", "jobs/pretrain/cifar10.yaml"]
@@ -184,6 +189,14 @@ run_as_rank(program)
 """
 
 
+def ending(end: str) -> subprocess.CompletedProcess[str]:
+    """Run a rank that ends by this statement."""
+    program = ENDING.format(end=end)
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
 @pytest.mark.parametrize(
     ("end", "code", "printed"),
     [
@@ -194,27 +207,24 @@ run_as_rank(program)
     ],
 )
 def test_a_rank_ends_without_taking_python_down(end: str, code: int, printed: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", ENDING.format(end=end)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = ending(end)
     assert done.returncode == code, done.stderr
     assert done.stdout.splitlines() == printed
     assert ("ValueError: of its own" in done.stderr) == ("raise" in end)
 
 
-def test_a_rank_that_crashes_tells_where(tmp_path: Path) -> None:
-    end = "ctypes.string_at(0)"
-    done = subprocess.run(
-        [sys.executable, "-c", ENDING.format(end=end)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        cwd=tmp_path,
-    )
+def test_a_rank_that_crashes_tells_where() -> None:
+    done = ending("ctypes.string_at(0)")
     assert done.returncode < 0
     assert "in program" in done.stderr
+
+
+@pytest.mark.parametrize("name", RANK_VARIABLES)
+def test_ranks_of_any_launcher_are_known(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for one in RANK_VARIABLES:
+        monkeypatch.delenv(one, raising=False)
+    assert not is_rank()
+    monkeypatch.setenv(name, "1")
+    assert not is_rank()
+    monkeypatch.setenv(name, "2")
+    assert is_rank()
