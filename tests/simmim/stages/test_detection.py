@@ -139,12 +139,16 @@ def test_training_resumes_validates_and_draws(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kind", ["mask2former", "rt_detr"])
-def test_a_small_set_is_learnt_by_heart(values: dict[str, Any], tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "steps"), [("mask2former", 400), ("rt_detr", 1000)])
+def test_a_small_set_is_learnt_by_heart(
+    values: dict[str, Any], tmp_path: Path, kind: str, steps: int
+) -> None:
     values = changed(values, "head", kind=kind)
     values = changed(values, "data", scale=[1.0, 1.0], flip=0.0)
     values = changed(
-        values, "training", steps=400, checkpoint_every=400, validate_every=400, look_every=400
+        values,
+        "training",
+        **dict.fromkeys(("steps", "checkpoint_every", "validate_every", "look_every"), steps),
     )
     figures = run_training(build(values), tmp_path / "run").figures
     assert figures["box_map"] >= 80
