@@ -248,7 +248,7 @@ def add_labels(commands: Commands) -> None:
         "repeated. Any field of the recipe is replaced by --KEY VALUE.",
         allow_abbrev=False,
     )
-    command.add_argument("--config", required=True, type=Path, help="recipe of a classification")
+    command.add_argument("--config", required=True, type=Path, help="recipe of a fine-tuning")
     command.add_argument("--init", required=True, help="the pretrained run or encoder directory")
     command.add_argument(
         "--folder",

@@ -2,7 +2,7 @@
 
 from simmim.data.clips import ClipSet, open_clips
 from simmim.data.settings import IMAGENET_MEAN, IMAGENET_STD, CroppedSettings
-from simmim.limits import check_least, check_span
+from simmim.limits import check_least, check_shares, check_span
 from simmim.recipe import settings
 
 
@@ -17,6 +17,11 @@ class ClipData(CroppedSettings):
     line. Which clips there are is looked up once, at the start."""
     validation: str | None = None
     """Another folder or CSV file, whose clips are held out; null validates nothing."""
+    fraction: float = 1.0
+    """Share of each class's training clips that is used, above 0 and at most 1; a larger one holds
+    every smaller one."""
+    fraction_seed: int = 0
+    """Seed of that choice."""
     frames: int = 8
     """Frames of a clip that are seen: one of each of so many equal segments, drawn at random in
     training and from the middle in validation. A shorter clip shows some frames more than once."""
@@ -40,6 +45,7 @@ class ClipData(CroppedSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, 1, "frames")
+        check_shares(self, "fraction")
         if min(self.views) < 1:
             raise ValueError(f"views is {list(self.views)}; both must be 1 or more.")
         check_span(self, "scale", most=1)
@@ -62,6 +68,9 @@ class ClipData(CroppedSettings):
                 f"all clips of {self.clips} are of the class {training.classes[0]!r}; "
                 "classification needs two classes or more."
             )
+        classes = training.classes
+        if self.fraction < 1:
+            training = training.share(self.fraction, seed=self.fraction_seed)
         if self.validation is None:
             return training, None
-        return training, open_clips(self.validation, classes=training.classes)
+        return training, open_clips(self.validation, classes=classes)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from simmim.data.errors import DataError
 from simmim.data.frames import EXTENSIONS
+from simmim.data.randomness import shuffled
 from simmim.data.source import LocalFiles
 
 
@@ -66,6 +67,18 @@ class ClipSet(LocalFiles):
             for clip in of_class:
                 digest.update(f"{name}\t{clip.key}\n".encode())
         return digest.hexdigest()
+
+    def share(self, share: float, *, seed: int) -> "ClipSet":
+        """Return this share of each class's clips, at least one of each class that has any.
+
+        Which ones is a pure function of the seed; a larger share contains every smaller one.
+        """
+        kept = []
+        for label, of_class in enumerate(self._clips):
+            count = max(1, round(share * len(of_class)))
+            places = shuffled(len(of_class), "share", seed, label)[:count]
+            kept.append([of_class[place] for place in sorted(places.tolist())])
+        return ClipSet(self.folder, self.classes, kept)
 
     def files(self) -> Iterator[Path]:
         """Yield the files of all clips."""

@@ -44,6 +44,11 @@ class DetectionHead:
         if self.channels < 32 or self.channels % 32:
             raise ValueError(f"channels is {self.channels}; it must be a multiple of 32.")
 
+    @property
+    def finds_masks(self) -> bool:
+        """Whether it finds masks, not boxes alone."""
+        return self.kind == "mask2former"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Found:

@@ -9,12 +9,20 @@ from statistics import fmean, stdev
 from simmim.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, ticks
 from simmim.report.style import STYLE
 
+METRICS = {
+    "top1": "top-1 %",
+    "mean_average_precision": "mAP %",
+    "miou": "mIoU %",
+    "mask_map": "mask mAP %",
+    "box_map": "box mAP %",
+}
+"""What a person calls the figures."""
 COLORS = {"pretrained": "#2563eb", "scratch": "#d97706"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Top-1 of one start at one share of the labels, over seeds."""
+    """How good one start gets with one share of the labels, over seeds."""
 
     start: str
     """pretrained or scratch."""
@@ -41,15 +49,16 @@ class Scores:
         return f"{self.mean:.1f} ± {self.spread:.1f}"
 
 
-def labels_page(title: str, scores: Sequence[Scores], notes: Sequence[str]) -> str:
+def labels_page(title: str, scores: Sequence[Scores], metric: str, notes: Sequence[str]) -> str:
     """Return the page as HTML.
 
     Args:
         title: of the page.
         scores: of both starts, for the same fractions.
+        metric: what the scores are, as `METRICS` has it.
         notes: what was trained, a paragraph each.
     """
-    header, *rows = table_of(scores)
+    header, *rows = table_of(scores, metric)
     cells = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
@@ -59,14 +68,15 @@ def labels_page(title: str, scores: Sequence[Scores], notes: Sequence[str]) -> s
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>"
         f"<h1>{escape(title)}</h1>{paragraphs}<table><tr>{cells}</tr>{body}</table>"
-        f"<figure><figcaption>Top-1 %, by the share of labels</figcaption>{drawing(scores)}"
-        "</figure></body></html>\n"
+        f"<figure><figcaption>{escape(METRICS.get(metric, metric))}, by the share of labels"
+        f"</figcaption>{drawing(scores)}</figure></body></html>\n"
     )
 
 
-def table_of(scores: Sequence[Scores]) -> list[list[str]]:
+def table_of(scores: Sequence[Scores], metric: str) -> list[list[str]]:
     """Return the rows of the table: a header, and one for each share of the labels."""
-    rows = [["labels", "pretrained, top-1 %", "scratch, top-1 %", "gain, points", "seeds"]]
+    name = METRICS.get(metric, metric)
+    rows = [["labels", f"pretrained, {name}", f"scratch, {name}", "gain, points", "seeds"]]
     for fraction in sorted({one.fraction for one in scores}):
         found = {one.start: one for one in scores if one.fraction == fraction}
         pretrained, scratch = found.get("pretrained"), found.get("scratch")

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from simmim.data.augmentation import Augment, AugmentationSettings
 from simmim.data.batches import Batch
@@ -81,6 +82,15 @@ class ClassificationRecipe(ClassifyingRecipe):
                 f"encoder.in_channels is {channels}: leave them out."
             )
 
+    @property
+    def best_metric(self) -> str:
+        """Top-1, or mean average precision where an image may have several classes."""
+        return "top1" if self.data.multi_label is None else "mean_average_precision"
+
+    def resolved(self) -> Self:
+        """Return it with mean and std as they were measured; see `FineTuningRecipe.resolved`."""
+        return replace(self, data=with_statistics(self.data))
+
     def class_names(self) -> tuple[str, ...]:
         """Return the classes that are told apart."""
         several = self.data.multi_label
@@ -140,13 +150,11 @@ class ClassificationStage(ClassifyingStage[ClassificationRecipe, Shards]):
     module: ClassificationModule
 
     def __init__(self, recipe: ClassificationRecipe) -> None:
-        recipe = replace(recipe, data=with_statistics(recipe.data))
+        recipe = recipe.resolved()
         training, validation = open_split(recipe.data)
         several = recipe.data.multi_label
         classes = training.classes if several is None else several.classes
         super().__init__(recipe, training, validation, classes)
-        if several is not None:
-            self.best_metric = "mean_average_precision"
         self.module = ClassificationModule(
             self.model,
             self.start,

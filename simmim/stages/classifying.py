@@ -39,14 +39,17 @@ class ClassifyingRecipe(FineTuningRecipe):
         super().__post_init__()
         check_rates(self, "label_smoothing")
 
+    @property
+    def best_metric(self) -> str:
+        """Share of samples whose class has the highest score."""
+        return "top1"
+
 
 Recipe = TypeVar("Recipe", bound=ClassifyingRecipe)
 
 
 class ClassifyingStage(FineTuningStage[Recipe, Data]):
     """A stage whose model is a `Classifier` of the classes of its data."""
-
-    best_metric = "top1"
 
     def __init__(
         self, recipe: Recipe, training: Data, validation: Data | None, classes: tuple[str, ...]

@@ -56,6 +56,11 @@ class DetectionRecipe(DenseRecipe):
     picture_score: float = 0.5
     """Least score of what is drawn."""
 
+    @property
+    def best_metric(self) -> str:
+        """Mean average precision of masks where they are found, else of boxes."""
+        return "mask_map" if self.head.finds_masks else "box_map"
+
     def class_names(self) -> tuple[str, ...]:
         """Return the names of the categories."""
         return category_names(self.data.annotations)
@@ -79,8 +84,7 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
         check_installed(packages=("transformers", "pycocotools", "scipy"))
         data = recipe.data
         training = CocoSet(data.images, data.annotations, only_with_objects=True)
-        masks = recipe.head.kind == "mask2former"
-        if masks:
+        if recipe.head.finds_masks:
             training.require_masks()
         validation = None
         if data.validation_annotations is not None:
@@ -96,7 +100,6 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
                 )
         training = training.share(data.fraction, seed=data.fraction_seed)
         super().__init__(recipe, training, validation, training.class_names)
-        self.best_metric = "mask_map" if masks else "box_map"
 
     def training_transform(self) -> JitterTransform:
         """Return what scales, crops and mirrors an image with its objects."""

@@ -63,6 +63,19 @@ class FineTuningRecipe:
         """Build the encoder that `init` asks for; see `start_from`."""
         return start_from(self.init, self.encoder, self.data, self.training.seed)
 
+    @property
+    def best_metric(self) -> str:
+        """The figure of validation that tells the best checkpoint; higher is better."""
+        raise NotImplementedError
+
+    def resolved(self) -> Self:
+        """Return the recipe that a run of it keeps, with what it leaves to be measured filled in.
+
+        Raises:
+            ValueError: it was not measured.
+        """
+        return self
+
     def class_names(self) -> tuple[str, ...]:
         """Return the names of the classes, as the data have them.
 
@@ -89,8 +102,6 @@ class FineTuningStage(ABC, Generic[Recipe, Data]):
     """What training starts from."""
     module: nn.Module
     """Takes a Batch on its device and returns the mean loss over it."""
-    best_metric: str | None = None
-    """The figure of validation that tells the best checkpoint."""
     probe_every: int | None = None
     """No probe: there are labels already."""
 
@@ -102,6 +113,11 @@ class FineTuningStage(ABC, Generic[Recipe, Data]):
         self.order = order_of(training, seed=recipe.training.seed, slots=recipe.data.slots)
         self.samples_per_epoch = self.order.samples_per_epoch
         self.data_digest = training.digest
+
+    @property
+    def best_metric(self) -> str:
+        """The figure of validation that tells the best checkpoint."""
+        return self.recipe.best_metric
 
     @property
     def depths(self) -> tuple[int, ...]:

@@ -94,6 +94,11 @@ class SegmentationRecipe(DenseRecipe):
     evaluation: SegmentationEvaluation = SegmentationEvaluation()
     """How validation looks at images."""
 
+    @property
+    def best_metric(self) -> str:
+        """Mean intersection over union."""
+        return "miou"
+
     def class_names(self) -> tuple[str, ...]:
         """Return the names of the classes."""
         return self.data.names
@@ -111,7 +116,6 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
     """
 
     model: UperNet | Mask2Former
-    best_metric = "miou"
     captions = ("image", "labels", "prediction")
 
     def __init__(self, recipe: SegmentationRecipe) -> None:

@@ -209,6 +209,23 @@ def test_folders_are_classes(folder: Path) -> None:
     assert open_clips(str(folder)).digest == clips.digest
 
 
+def test_a_share_of_each_class_is_within_every_larger_one(tmp_path: Path) -> None:
+    file = tmp_path / "list.csv"
+    names = [(f"{label}-{number:02d}.mp4", label) for label in (0, 1, 3) for number in range(20)]
+    file.write_text("".join(f"{name},{label}\n" for name, label in names))
+    clips = open_clips(str(file))
+    kept = []
+    for share, sizes in ((0.01, [1, 1, 0, 1]), (0.25, [5, 5, 0, 5]), (1.0, [20, 20, 0, 20])):
+        part = clips.share(share, seed=3)
+        assert part.sizes == sizes
+        assert part.classes == clips.classes
+        kept.append({part.name(shard, one) for shard, n in enumerate(sizes) for one in range(n)})
+    assert kept[0] < kept[1] < kept[2]
+    assert clips.share(0.25, seed=3).digest == clips.share(0.25, seed=3).digest
+    assert clips.share(0.25, seed=3).digest != clips.share(0.25, seed=4).digest
+    assert clips.share(1.0, seed=3).digest == clips.digest
+
+
 @pytest.mark.parametrize("header", ["", "path,label\n"])
 def test_csv_files_name_clips(folder: Path, tmp_path: Path, header: str) -> None:
     (tmp_path / "clips").symlink_to(folder)

@@ -20,14 +20,14 @@ def test_mean_spread_and_gain() -> None:
     assert SCORES[0].spread == pytest.approx(2)
     assert SCORES[2].spread is None
     assert gained(SCORES, 0.01) == pytest.approx(11)
-    assert table_of(SCORES)[1:] == [
+    assert table_of(SCORES, "top1")[1:] == [
         ["1 %", "42.0 ± 2.0", "31.0 ± 1.7", "+11.0", "3"],
         ["100 %", "90.0", "85.5", "+4.5", "1"],
     ]
 
 
 def test_half_a_comparison_has_no_gain_yet() -> None:
-    assert table_of(SCORES[:1])[1] == ["1 %", "42.0 ± 2.0", "", "", "3"]
+    assert table_of(SCORES[:1], "top1")[1] == ["1 %", "42.0 ± 2.0", "", "", "3"]
     assert ET.fromstring(drawing(SCORES[:1])) is not None
 
 
@@ -47,7 +47,7 @@ def test_the_drawing_has_a_dot_for_each_seed_where_it_belongs() -> None:
 
 
 def test_the_page_stands_alone() -> None:
-    page = labels_page("Labels & more", SCORES, ["what was <trained>"])
+    page = labels_page("Labels & more", SCORES, "miou", ["what was <trained>"])
     assert "Labels &amp; more" in page
     assert "&lt;trained&gt;" in page
     assert "+11.0" in page

@@ -5,8 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
+from simmim.cli import main
 from simmim.dense.handing_on import answer_of, load_dense
 from simmim.engine.checkpoint import read_model
 from simmim.engine.loop import TrainingResult, build_accelerator, train
@@ -118,6 +120,24 @@ def test_training_learns_and_hands_everything_on(values: dict[str, Any], tmp_pat
         torch.testing.assert_close(
             encoder.features(images)[1], stage.model.backbone.encoder.features(images)[1]
         )
+
+
+@pytest.mark.timeout(900)  # two trainings in processes of their own
+def test_few_labels_are_compared_by_its_metric(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = changed(values, "training", steps=2, validate_every=2) | {"pictures": 0}
+    config, folder = tmp_path / "scenes.yaml", tmp_path / "labels"
+    config.write_text(yaml.safe_dump(values))
+    run_training(build(values), tmp_path / "before")
+    command = ["labels", "--config", str(config), "--init", str(tmp_path / "before")]
+    assert main([*command, "--folder", str(folder), "--fractions", "0.5", "--seeds", "3"]) == 0
+    assert "pretrained, mIoU %" in capsys.readouterr().out
+    for one in json.loads((folder / "labels.json").read_text()):
+        run = RunFolder(path=folder / f"{one['start']}-50-seed3")
+        assert one["values"] == [line["miou"] for line in run.read_metrics() if "miou" in line]
+        assert yaml.safe_load((run.path / "recipe.yaml").read_text())["data"]["fraction"] == 0.5
+    assert "mIoU %" in (folder / "labels.html").read_text()
 
 
 @pytest.mark.parametrize("kind", ["upernet", "mask2former"])
