@@ -29,6 +29,10 @@ class RawClip:
         return f"{self.shard_name}/{self.key}"
 
 
+MOST_GAPS = 1000
+"""Classes that numbers in a CSV file may ask for where there are fewer clips."""
+
+
 class ClipSet(LocalFiles):
     """Labelled clips, sorted by class; read as shards are, with a shard for each class.
 
@@ -121,11 +125,11 @@ def open_clips(source: str, *, classes: Sequence[str] | None = None) -> ClipSet:
             "file with a path and a label on each line"
         )
     if not any(found.values()):
-        raise DataError(
-            f"{path} holds no clips: files that end in {', '.join(EXTENSIONS)}, in a folder for "
-            "each class"
-        )
-    names = _class_names(found) if classes is None else tuple(classes)
+        expected = "a path and a label on each line"
+        if path.is_dir():
+            expected = f"files that end in {', '.join(EXTENSIONS)}, in a folder for each class"
+        raise DataError(f"{path} holds no clips: {expected}")
+    names = _class_names(found, path) if classes is None else tuple(classes)
     unknown = sorted(set(found) - set(names))
     if unknown:
         raise DataError(
@@ -180,8 +184,14 @@ def _in_csv(file: Path) -> tuple[Found, dict[str, str]]:
     return found, where
 
 
-def _class_names(found: Found) -> tuple[str, ...]:
+def _class_names(found: Found, file: Path) -> tuple[str, ...]:
     """Sort the names of classes; numbers leave no gap below the largest."""
-    if all(name.isascii() and name.isdecimal() for name in found):
-        return tuple(str(number) for number in range(1 + max(map(int, found))))
-    return tuple(sorted(found))
+    if not all(name.isascii() and name.isdecimal() for name in found):
+        return tuple(sorted(found))
+    classes, clips = 1 + max(map(int, found)), sum(map(len, found.values()))
+    if classes > max(MOST_GAPS, clips):
+        raise DataError(
+            f"{file} has the label {classes - 1}, so there would be {classes:,} classes for "
+            f"{clips:,} clips: labels that are numbers count classes from 0"
+        )
+    return tuple(str(number) for number in range(classes))

@@ -2,13 +2,21 @@
 
 import hashlib
 import json
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from simmim.dense.folder import NAMED, FileSet, read_bytes
+
+FIELDS: dict[str, dict[str, type]] = {
+    "images": {"id": int, "file_name": str, "height": int, "width": int},
+    "annotations": {},
+    "categories": {"id": int, "name": str},
+}
+"""What each part of a file must have, besides what is looked at object by object."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,22 +82,25 @@ class CocoSet(FileSet[dict[str, Any]]):
             )
 
     def _sorted_objects(self) -> dict[int, list[dict[str, Any]]]:
-        known = {image["id"] for image in self.content["images"]}
+        sizes = {image["id"]: (image["height"], image["width"]) for image in self.content["images"]}
         found: dict[int, list[dict[str, Any]]] = {}
-        for one in self.content["annotations"]:
-            what = f"{self.file}: annotation {one.get('id')}"
+        for place, one in enumerate(self.content["annotations"]):
+            what = f"{self.file}: annotation {one.get('id', f'in place {place}')}"
             if one.get("category_id") not in self.category_ids:
                 raise ValueError(
                     f"{what} has the category_id {one.get('category_id')}, and there is no such "
                     f"category: they are {', '.join(map(str, self.category_ids))}."
                 )
-            if one.get("image_id") not in known:
+            if one.get("image_id") not in sizes:
                 raise ValueError(f"{what} is of the image {one.get('image_id')}, which is not in.")
             box = one.get("bbox")
-            if not isinstance(box, list) or len(box) != 4 or min(box[2:]) < 0:
+            if not _numbers(box, 4) or min(box[2:]) < 0:
                 raise ValueError(
                     f"{what} has the bbox {box}; it must be [left, top, width, height]."
                 )
+            wrong = _wrong_mask(one.get("segmentation"), sizes[one["image_id"]])
+            if wrong:
+                raise ValueError(f"{what} has a segmentation {wrong}.")
             found.setdefault(one["image_id"], []).append(one)
         return found
 
@@ -143,10 +154,10 @@ class CocoSet(FileSet[dict[str, Any]]):
     def ground_truth(self) -> dict[str, Any]:
         """Return the content of the file for these images, with the fields the metric needs."""
         images = {image["id"] for image in self._items}
-        objects = [
-            {"iscrowd": 0, "area": one["bbox"][2] * one["bbox"][3]} | one
-            for image in sorted(images)
-            for one in self._objects.get(image, ())
+        of_these = [one for image in sorted(images) for one in self._objects.get(image, ())]
+        objects = [  # numbered anew: the metric takes the id 0 for "not found"
+            {"iscrowd": 0, "area": one["bbox"][2] * one["bbox"][3]} | one | {"id": number}
+            for number, one in enumerate(of_these, start=1)
         ]
         return {
             "info": {},
@@ -183,14 +194,64 @@ def _read(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is absent: give the JSON file of the annotations.") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} is no JSON file that can be read: {error}.") from None
-    parts: Sequence[str] = ("images", "annotations", "categories")
-    missing = [part for part in parts if not isinstance(content, dict) or part not in content]
+    missing = [part for part in FIELDS if not isinstance(content, dict) or part not in content]
     if missing:
         raise ValueError(f"{file} is no COCO file of objects: it has no {', '.join(missing)}.")
     assert isinstance(content, dict)
-    fields = ("id", "file_name", "height", "width")
-    for image in content["images"]:
-        absent = [field for field in fields if field not in image]
-        if absent:
-            raise ValueError(f"{file}: an image has no {', '.join(absent)}: {image}.")
+    for part, fields in FIELDS.items():
+        if not isinstance(content[part], list):
+            raise ValueError(f"{file}: {part} is no list.")
+        for one in content[part]:
+            _check_fields(one, fields, f"{file}: one of the {part}")
+        if "id" in fields:
+            twice = [number for number, count in _counted_ids(content[part]) if count > 1]
+            if twice:
+                raise ValueError(f"{file}: {part} has the id {twice[0]} more than once.")
     return content
+
+
+def _check_fields(one: Any, fields: Mapping[str, type], what: str) -> None:
+    if not isinstance(one, dict):
+        raise ValueError(f"{what} is no object: {one}.")
+    absent = [field for field in fields if field not in one]
+    if absent:
+        raise ValueError(f"{what} has no {', '.join(absent)}: {one}.")
+    for field, kind in fields.items():
+        value = one[field]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            named = "a whole number" if kind is int else "text"
+            raise ValueError(f"{what} has the {field} {value!r}, which is not {named}: {one}.")
+    lengths = [one[field] for field in ("height", "width") if field in fields]
+    if lengths and min(lengths) < 1:
+        raise ValueError(f"{what} has no pixels: {one}.")
+
+
+def _counted_ids(found: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
+    return Counter(one["id"] for one in found).most_common(1)
+
+
+def _numbers(found: Any, count: int | None = None) -> bool:
+    """Tell whether this is a list of finite numbers, of some length."""
+    return (
+        isinstance(found, list)
+        and (count is None or len(found) == count)
+        and all(isinstance(one, int | float) and math.isfinite(one) for one in found)
+    )
+
+
+def _wrong_mask(segmentation: Any, size: tuple[int, int]) -> str:
+    """Say what is wrong with an object's polygons or run lengths; nothing where it is right."""
+    if not segmentation:
+        return ""
+    if isinstance(segmentation, list):
+        right = all(_numbers(one) and len(one) >= 6 and not len(one) % 2 for one in segmentation)
+        wrong = "that is not a list of polygons [x, y, x, y, x, y, ...] of three points or more"
+        return "" if right else wrong
+    if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
+        return "that is neither a list of polygons nor a run-length mask of size and counts"
+    if segmentation["size"] != list(size):
+        found, wanted = segmentation["size"], list(size)
+        return f"of the size {found}, and its image is of {wanted}, rows and columns"
+    counts = segmentation["counts"]
+    right = isinstance(counts, str) or (_numbers(counts) and sum(counts) == math.prod(size))
+    return "" if right else f"whose counts are not those of {math.prod(size)} pixels"

@@ -79,38 +79,73 @@ class FileSet(LocalFiles, Generic[Item]):
         return self._items[shard * SHARD_FILES + sample]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where images and their labels lie in a folder; as in ADE20K, unless told otherwise."""
+
+    images: str = "images/{split}"
+    """Folder of a split's images, at any depth below it."""
+    annotations: str = "annotations/{split}"
+    """Folder of their labels, at the same places below it."""
+    image_suffix: str = ""
+    """What the names of images end with, before their extension."""
+    annotation_suffix: str = ""
+    """What stands in its place in the names of labels, before `.png`."""
+
+    def folders(self, root: Path, split: str) -> tuple[Path, Path]:
+        """Return the folders of images and of labels."""
+        images, labels = (one.replace("{split}", split) for one in (self.images, self.annotations))
+        return root / images, root / labels
+
+    def names_image(self, file: Path) -> bool:
+        """Tell whether a file among the images is one."""
+        if self.annotation_suffix and file.name.endswith(f"{self.annotation_suffix}.png"):
+            return False
+        return file.suffix.lower() in EXTENSIONS and file.stem.endswith(self.image_suffix)
+
+    def key(self, file: Path, images: Path) -> str:
+        """Return what image and labels have in common: a path without suffix and extension."""
+        return str(file.relative_to(images).with_suffix("")).removesuffix(self.image_suffix)
+
+
 class LabelledFolder(FileSet[Pair]):
     """The images of one split, each with the PNG of its labels; read as shards are.
 
     Args:
-        root: folder with `images` and `annotations`.
-        split: name of a folder in both, at any depth below which the images lie.
+        root: folder of all splits.
+        split: name of the split.
+        layout: where its images and labels lie.
 
     Raises:
         ValueError: a folder is absent or empty, or images have no labels.
     """
 
-    def __init__(self, root: str | Path, split: str) -> None:
+    def __init__(self, root: str | Path, split: str, layout: Layout | None = None) -> None:
         self.folder = Path(root)
         self.split = split
-        images, labels = self.folder / "images" / split, self.folder / "annotations" / split
-        for place in (images, labels):
+        layout = layout or Layout()
+        images, labels = layout.folders(self.folder, split)
+        for place, setting in ((images, "data.images"), (labels, "data.annotations")):
             if not place.is_dir():
                 raise ValueError(
-                    f"{place} is no folder: {root} needs images/{split} and annotations/{split}, "
-                    "with a PNG of class numbers for each image; or name another split."
+                    f"{place} is no folder: {root} needs {images.relative_to(root)} and "
+                    f"{labels.relative_to(root)}, with a PNG of class numbers for each image; name "
+                    f"another split, or say with {setting} where they lie."
                 )
-        self._items = [
-            Pair(
-                key=str(file.relative_to(images).with_suffix("")),
-                image=file,
-                labels=(labels / file.relative_to(images)).with_suffix(".png"),
-            )
+        found = (
+            (layout.key(file, images), file)
             for file in sorted(images.rglob("*"))
-            if file.suffix.lower() in EXTENSIONS
+            if layout.names_image(file)
+        )
+        self._items = [
+            Pair(key=key, image=file, labels=labels / f"{key}{layout.annotation_suffix}.png")
+            for key, file in found
         ]
         if not self._items:
-            raise ValueError(f"{images} holds no images: give a split with images, or fill it.")
+            ending = f" whose names end with {layout.image_suffix}" if layout.image_suffix else ""
+            raise ValueError(
+                f"{images} holds no images{ending}: give a split with images, or fill it."
+            )
         missing = [str(pair.labels) for pair in self._items if not pair.labels.is_file()]
         if missing:
             raise ValueError(

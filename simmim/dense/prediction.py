@@ -37,9 +37,14 @@ class SegmentationEvaluation:
         check_least(self, 1, "size", "stride", "window_size")
         if not self.scales or min(self.scales) <= 0:
             raise ValueError(f"scales are {self.scales}; give at least one, all above 0.")
-        if self.size is not None and self.stride is not None and self.stride > self.size:
+
+    def check_stride(self, side: int) -> None:
+        """Raise ValueError where windows leave gaps; `side` is theirs where no size is given."""
+        size = self.size or side
+        if self.stride is not None and self.stride > size:
             raise ValueError(
-                f"stride {self.stride} leaves gaps between windows of size {self.size}."
+                f"evaluation.stride is {self.stride} and leaves gaps between windows of {size} "
+                "pixels: choose a smaller one."
             )
 
 

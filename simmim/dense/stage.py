@@ -4,7 +4,6 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -111,6 +110,8 @@ class DenseStage(FineTuningStage[Recipe, Data]):
             torch.manual_seed(seed)
             self.model = recipe.build(start.encoder, names)
         self.start = replace(start, encoder=self.model.backbone.encoder)
+        # While it is whole: what is shared out cannot be copied.
+        self._flops = count_flops(self.model.net, self.model.backbone, recipe.data.image_size)
         recipe.execution.apply(self.start.encoder)
         self.module = DenseModule(self.model, self.start, self.targets_of, seed=seed)
 
@@ -119,10 +120,10 @@ class DenseStage(FineTuningStage[Recipe, Data]):
         """Return what the model's loss takes beside the images."""
         return batch.targets
 
-    @cached_property
+    @property
     def flops_per_sample(self) -> int:
         """Operations of encoder and head; see `simmim.engine.stage.Stage`."""
-        return count_flops(self.model.net, self.model.backbone, self.recipe.data.image_size)
+        return self._flops
 
     @abstractmethod
     def drawn(self, accelerator: Accelerator, colours: np.ndarray) -> Iterator[list[np.ndarray]]:

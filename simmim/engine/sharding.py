@@ -1,7 +1,8 @@
 """FSDP2: weights, gradients and optimiser state cut into as many parts as there are devices.
 
 Each block of the encoder is a unit, gathered for its forward and its backward and let go after
-each; what is left, the embedding, merges, norms and heads, is one more.
+each; what is left, the embedding, merges, norms and heads, is one more. Each batch norm of a head
+is a unit too, in its own precision: its running means are, and they take no other weights.
 """
 
 import os
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from swinv2.blocks import Block
 from swinv2.hierarchy import Hierarchy
@@ -27,7 +29,7 @@ class ShardingUnit:
     """Parameters that are gathered together."""
 
     name: str
-    """Dotted name of the block; empty for what is outside all blocks."""
+    """Dotted name of the block or batch norm; empty for what is outside all of them."""
     parameters: tuple[str, ...]
     """Dotted names."""
     size: int
@@ -35,19 +37,21 @@ class ShardingUnit:
 
 
 def sharding_units(model: nn.Module) -> list[ShardingUnit]:
-    """Return the units that `shard_by_block` makes of a model, what is outside the blocks last.
+    """Return the units that `shard_by_block` makes of a model, what is outside all others last.
 
     The model may be on the meta device.
 
     Raises:
         ValueError: there is no block in it.
     """
-    blocks = [name for name, module in model.named_modules() if isinstance(module, Block)]
-    if not blocks:
+    if not any(isinstance(module, Block) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has no blocks of an encoder to shard by.")
-    members: dict[str, list[tuple[str, int]]] = {name: [] for name in [*blocks, ""]}
+    units = [
+        name for name, module in model.named_modules() if isinstance(module, Block | _BatchNorm)
+    ]
+    members: dict[str, list[tuple[str, int]]] = {name: [] for name in [*units, ""]}
     for name, parameter in model.named_parameters():
-        unit = next((block for block in blocks if name.startswith(f"{block}.")), "")
+        unit = next((unit for unit in units if name.startswith(f"{unit}.")), "")
         members[unit].append((name, parameter.numel()))
     return [
         ShardingUnit(
@@ -108,11 +112,14 @@ def shard_by_block(
         raise ValueError(f"the mesh has {mesh.ndim} dimensions; sharding takes one of its axes.")
     sharding_units(model)  # raises where there are no blocks
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    own = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
     for module in list(model.modules()):
         if isinstance(module, Block):
             fully_shard(
                 module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
             )
+        elif isinstance(module, _BatchNorm):
+            fully_shard(module, mesh=mesh, mp_policy=own, reshard_after_forward=False)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     if isinstance(model, Hierarchy):
         for name in OUTSIDE_FORWARD:

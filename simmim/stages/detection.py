@@ -84,8 +84,6 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
         check_installed(packages=("transformers", "pycocotools", "scipy"))
         data = recipe.data
         training = CocoSet(data.images, data.annotations, only_with_objects=True)
-        if recipe.head.finds_masks:
-            training.require_masks()
         validation = None
         if data.validation_annotations is not None:
             validation = CocoSet(
@@ -98,6 +96,10 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
                     f"{data.annotations} and {data.validation_annotations} have different "
                     "categories, so a class does not mean the same in both."
                 )
+        if recipe.head.finds_masks:
+            for one in (training, validation):
+                if one is not None:
+                    one.require_masks()
         training = training.share(data.fraction, seed=data.fraction_seed)
         super().__init__(recipe, training, validation, training.class_names)
 

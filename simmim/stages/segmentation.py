@@ -13,7 +13,7 @@ from torch import Tensor
 from simmim.data.batches import Batch, BatchStream
 from simmim.data.targets import ClassMap
 from simmim.dense.confusion import confusion, segmentation_figures
-from simmim.dense.folder import LabelledFolder
+from simmim.dense.folder import LabelledFolder, Layout
 from simmim.dense.labels import MOST_CLASSES, LabelReading
 from simmim.dense.overlays import paint_classes, picture_of
 from simmim.dense.prediction import SegmentationEvaluation, classes_of, predict
@@ -31,8 +31,16 @@ class SegmentationData(DenseData):
     """Images with a label image each, and their augmentation."""
 
     folder: str
-    """Folder with images/SPLIT and annotations/SPLIT: an annotation is the PNG of its image's name,
-    with the number of a class for each pixel, grey or palette."""
+    """Folder of images, and of annotations: PNGs with the number of a class for each pixel, grey or
+    palette, of the names of their images."""
+    images: str = "images/{split}"
+    """Folder of a split's images within it, at any depth."""
+    annotations: str = "annotations/{split}"
+    """Folder of their annotations, at the same places below it."""
+    image_suffix: str = ""
+    """What the names of images end with before their extension; `_leftImg8bit` in Cityscapes."""
+    annotation_suffix: str = ""
+    """What stands in its place in the names of annotations; `_gtFine_labelTrainIds` there."""
     train: str = "training"
     """Name of the split to train on."""
     validation: str | None = "validation"
@@ -72,6 +80,16 @@ class SegmentationData(DenseData):
         return self.class_names or tuple(f"class {one}" for one in range(self.num_classes))
 
     @property
+    def layout(self) -> Layout:
+        """Where images and annotations lie."""
+        return Layout(
+            images=self.images,
+            annotations=self.annotations,
+            image_suffix=self.image_suffix,
+            annotation_suffix=self.annotation_suffix,
+        )
+
+    @property
     def reading(self) -> LabelReading:
         """How annotations are read."""
         return LabelReading(
@@ -93,6 +111,10 @@ class SegmentationRecipe(DenseRecipe):
     """What stands on the encoder."""
     evaluation: SegmentationEvaluation = SegmentationEvaluation()
     """How validation looks at images."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.evaluation.check_stride(self.data.image_size)
 
     @property
     def best_metric(self) -> str:
@@ -120,11 +142,13 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
 
     def __init__(self, recipe: SegmentationRecipe) -> None:
         data = recipe.data
-        training = LabelledFolder(data.folder, data.train)
+        training = LabelledFolder(data.folder, data.train, data.layout)
         if data.fraction < 1:
             training = training.share(data.fraction, seed=data.fraction_seed)
         validation = (
-            None if data.validation is None else LabelledFolder(data.folder, data.validation)
+            None
+            if data.validation is None
+            else LabelledFolder(data.folder, data.validation, data.layout)
         )
         super().__init__(recipe, training, validation, data.names)
 

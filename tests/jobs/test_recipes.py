@@ -166,8 +166,8 @@ def test_fine_tuning_recipes_are_the_papers(name: str) -> None:
 @pytest.mark.parametrize("name", FINE_TUNING)
 def test_fine_tuning_starts_from_what_another_recipe_writes(name: str) -> None:
     recipe = load(ClassificationRecipe, JOBS / "finetune" / f"{name}.yaml")
-    root, run, encoder = recipe.init.split("/")
-    assert (root, encoder) == ("runs", "encoder")
+    root, run, *encoder = recipe.init.split("/")
+    assert (root, encoder) == ("runs", ["encoder"] if run in PRETRAINING else [])  # or a head too
     assert run in {*PRETRAINING, *FINE_TUNING}
     (path,) = JOBS.glob(f"*/{run}.yaml")
     assert read_values(path)["encoder"]["variant"] == recipe.encoder.variant
@@ -179,6 +179,8 @@ def test_the_recipe_for_ade20k_is_the_papers() -> None:
     assert (recipe.encoder.variant, recipe.encoder.window_size) == ("giant", 40)
     assert (recipe.data.image_size, recipe.encoder.drop_path) == (640, 0.4)
     assert (recipe.evaluation.size, recipe.evaluation.window_size) == (896, 56)
+    assert recipe.data.short_side is not None
+    assert [recipe.data.short_side * scale for scale in recipe.evaluation.scales] == [896]
     assert (training.steps, training.batch_size, training.optimizer.lr) == (80_000, 32, 4e-5)
     assert (schedule.kind, schedule.warmup_steps) == ("linear", 750)
     assert (recipe.data.num_classes, recipe.data.reduce_zero_label) == (150, True)

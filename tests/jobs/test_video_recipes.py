@@ -62,7 +62,7 @@ def test_recipes_are_the_papers(name: str) -> None:
 
 def test_the_second_stage_starts_from_the_first() -> None:
     first, second = (read_values(JOBS / "finetune" / f"{name}.yaml") for name in PAPER)
-    assert second["init"] == "runs/video-kinetics-256/encoder"
+    assert second["init"] == "runs/video-kinetics-256"
     run = first["init"].split("/")[1]
     assert (JOBS / "finetune" / f"{run}.yaml").is_file()
 

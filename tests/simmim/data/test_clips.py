@@ -247,7 +247,7 @@ def test_csv_files_name_clips(folder: Path, tmp_path: Path, header: str) -> None
         ("a.mp4,run\nb.mp4\n", r"line 2: 'b\.mp4' is not a path and a label"),
         ("a.mp4,run,3\n", r"line 1: 'a\.mp4,run,3' is not a path and a label"),
         ("a.mp4,\n", "line 1: .* is not a path and a label"),
-        ("path,label\n", "holds no clips"),
+        ("path,label\n", "holds no clips: a path and a label"),
         ("a.mp4,run\na.mp4,hop\n", r"line 2, has the class 'hop', which none of the training"),
     ],
 )
@@ -256,6 +256,13 @@ def test_lists_that_cannot_be_read_are_named(tmp_path: Path, text: str, message:
     file.write_text(text)
     with pytest.raises(DataError, match=message):
         open_clips(str(file), classes=("run", "jump"))
+
+
+def test_numbers_that_count_no_classes_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "list.csv"
+    file.write_text("a.mp4,0\nb.mp4,2000000\n")
+    with pytest.raises(DataError, match="label 2000000, so there would be 2,000,001 classes for 2"):
+        open_clips(str(file))
 
 
 def test_what_is_absent_or_empty_is_named(tmp_path: Path) -> None:

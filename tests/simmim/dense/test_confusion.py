@@ -6,7 +6,6 @@ import torch
 from simmim.dense.confusion import confusion, segmentation_figures
 from simmim.dense.labels import IGNORED
 from simmim.dense.prediction import SegmentationEvaluation, predict, starts
-from simmim.recipe import RecipeError, parse
 
 
 def test_figures_are_those_counted_by_hand() -> None:
@@ -75,6 +74,9 @@ def test_windows_cover_all_and_stay_inside(length: int, size: int, stride: int) 
     assert found[-1] == max(0, length - size)
 
 
-def test_windows_with_gaps_are_refused() -> None:
-    with pytest.raises(RecipeError, match="leaves gaps"):
-        parse(SegmentationEvaluation, {"size": 8, "stride": 9}, "test")
+@pytest.mark.parametrize("size", [None, 8])
+def test_windows_with_gaps_are_refused(size: int | None) -> None:
+    evaluation = SegmentationEvaluation(size=size, stride=9)
+    with pytest.raises(ValueError, match="leaves gaps between windows of 8"):
+        evaluation.check_stride(8)
+    SegmentationEvaluation(size=size, stride=8).check_stride(8)

@@ -13,7 +13,7 @@ from simmim.data.errors import BadSampleError, DataError
 from simmim.data.order import Address
 from simmim.data.targets import ClassMap
 from simmim.dense.coco import CocoSet
-from simmim.dense.folder import LabelledFolder
+from simmim.dense.folder import LabelledFolder, Layout
 from simmim.dense.labels import IGNORED, LabelReading
 from simmim.dense.transforms import SegmentationTransform, SegmentationView, distort
 
@@ -56,6 +56,37 @@ def test_a_larger_share_contains_every_smaller_one(scenes: Path) -> None:
     ]
     assert [len(part) for part in names] == [2, 4, 8]
     assert names[0] < names[1] < names[2]
+
+
+def test_other_names_and_folders_are_found(scenes: Path) -> None:
+    expected = LabelledFolder(scenes, "training")
+    for kind, name in (("images", "{}_left.png"), ("annotations", "{}_ids.png")):
+        for file in sorted((scenes / kind / "training").iterdir()):
+            file.rename(scenes / kind / "training" / name.format(file.stem))
+    (scenes / "images" / "training").rename(scenes / "training-left")
+    town = scenes / "images" / "training" / "town"
+    town.parent.mkdir()
+    (scenes / "training-left").rename(town)
+    (scenes / "labels").mkdir()
+    (scenes / "annotations" / "training").rename(scenes / "labels" / "town")
+    layout = Layout(annotations="labels", image_suffix="_left", annotation_suffix="_ids")
+    found = LabelledFolder(scenes, "training", layout)
+    assert found.sizes == expected.sizes
+    assert found.name(0, 3) == "training/town/003"
+    assert labels_in(found, 3).shape == (40, 56)
+    with pytest.raises(ValueError, match=r"needs images/training and gt, .* data\.annotations"):
+        LabelledFolder(scenes, "training", Layout(annotations="gt"))
+    with pytest.raises(ValueError, match="no images whose names end with _right"):
+        LabelledFolder(scenes, "training", Layout(annotations="labels", image_suffix="_right"))
+
+
+def test_images_and_labels_may_lie_side_by_side(tmp_path: Path) -> None:
+    for name in ("a.png", "a_mask.png", "b.png", "b_mask.png"):
+        Image.fromarray(np.zeros((40, 56), dtype=np.uint8)).save(tmp_path / name)
+    layout = Layout(images=".", annotations=".", annotation_suffix="_mask")
+    found = LabelledFolder(tmp_path, "all", layout)
+    assert [found.name(0, place) for place in range(found.samples)] == ["all/a", "all/b"]
+    assert labels_in(found, 1).max() == 0
 
 
 def test_missing_annotations_are_named(scenes: Path) -> None:
@@ -177,7 +208,57 @@ def test_colours_change_within_bounds_and_as_often_as_they_should() -> None:
             "annotation 1 has the bbox",
         ),
         (lambda content: content["annotations"][0].update(image_id=99), "of the image 99"),
-        (lambda content: content["images"][0].pop("height"), "an image has no height"),
+        (lambda content: content["images"][0].pop("height"), "one of the images has no height"),
+        (lambda content: content["images"][0].update(height="40"), "the height '40', which is not"),
+        (lambda content: content["images"][0].update(width=0), "has no pixels"),
+        (
+            lambda content: content["images"][0].update(file_name=5),
+            "the file_name 5, which",
+        ),
+        (lambda content: content["images"][1].update(id=1), "images has the id 1 more than once"),
+        (lambda content: content["categories"][0].pop("name"), "one of the categories has no name"),
+        (lambda content: content["categories"][0].update(id=7), "has the id 7 more than once"),
+        (lambda content: content.update(annotations=None), "annotations is no list"),
+        (lambda content: content["annotations"].append([1]), "is no object"),
+        (
+            lambda content: content["annotations"][2].update(bbox=["1", "2", "3", "4"]),
+            "annotation 3 has the bbox",
+        ),
+        (
+            lambda content: content["annotations"][2].update(bbox=[1, 2, float("nan"), 4]),
+            "annotation 3 has the bbox",
+        ),
+        (
+            lambda content: (
+                (content["annotations"][2].pop("id") and None)
+                or content["annotations"][2].update(bbox=None)
+            ),
+            "annotation in place 2 has the bbox None",
+        ),
+        (
+            lambda content: content["annotations"][0].update(segmentation=[[1, 2, 3, 4]]),
+            "annotation 1 has a segmentation that is not a list of polygons",
+        ),
+        (
+            lambda content: content["annotations"][0].update(segmentation=[1, 2, 3, 4, 5, 6]),
+            "annotation 1 has a segmentation that is not a list of polygons",
+        ),
+        (
+            lambda content: content["annotations"][0].update(segmentation="x"),
+            "neither a list of polygons nor a run-length mask",
+        ),
+        (
+            lambda content: content["annotations"][0].update(
+                segmentation={"size": [80, 80], "counts": [0, 6400]}
+            ),
+            r"of the size \[80, 80\], and its image is of \[40, 56\]",
+        ),
+        (
+            lambda content: content["annotations"][0].update(
+                segmentation={"size": [40, 56], "counts": [0, 64]}
+            ),
+            "whose counts are not those of 2240 pixels",
+        ),
         (lambda content: content["images"][0].update(file_name="x.png"), r"there is no .*x\.png"),
         (lambda content: content["images"].clear() or content["annotations"].clear(), "no images"),
     ],

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from PIL import Image
 pytest.importorskip("transformers", reason="needs simmim[finetune]")
 pytest.importorskip("pycocotools", reason="needs simmim[finetune]")
 
+from simmim.data.errors import BadSampleError
 from simmim.data.order import Address
 from simmim.data.targets import Instances
 from simmim.dense.coco import CocoSet
@@ -300,3 +302,52 @@ def test_encoder_and_head_of_a_run_that_has_not_ended_are_exported(
         expected, found = ours(pixel_values=images), theirs(pixel_values=images)
     torch.testing.assert_close(answer_of(expected), answer_of(found))
     assert theirs.config.id2label == {0: "red", 1: "blue"}
+
+
+def test_the_metric_takes_annotations_by_any_id(values: dict[str, Any]) -> None:
+    file = Path(values["data"]["annotations"])
+    content = json.loads(file.read_text())
+    for number, one in enumerate(content["annotations"]):
+        one["id"] = number  # 0 stands for "not found" where the metric keeps its matches
+    content["annotations"][5].pop("id")
+    file.write_text(json.dumps(content))
+    found = CocoSet(values["data"]["images"], file, only_with_objects=False)
+    results = [
+        {"image_id": one["image_id"], "category_id": one["category_id"], "bbox": one["bbox"]}
+        | {"score": 0.9, "segmentation": encode_mask(mask_of(one, SIZE))}
+        for one in content["annotations"]
+    ]
+    images = [image["id"] for image in content["images"]]
+    for kind in ("bbox", "segm"):
+        figures = mean_average_precision(found.ground_truth(), results, images, kind)  # type: ignore[arg-type]
+        assert min(figures.values()) == pytest.approx(100)
+
+
+def test_validation_without_masks_is_refused_before_training(values: dict[str, Any]) -> None:
+    file = Path(values["data"]["annotations"])
+    content = json.loads(file.read_text())
+    content["annotations"][3].pop("segmentation")
+    other = file.with_name("others.json")
+    other.write_text(json.dumps(content))
+    validated = changed(values, "data", validation_annotations=str(other))
+    with pytest.raises(ValueError, match=r"1 objects of .*others\.json have no segmentation"):
+        build(validated)
+    assert build(changed(validated, "head", kind="rt_detr")).best_metric == "box_map"
+
+
+def test_run_lengths_that_are_no_mask_are_named() -> None:
+    with pytest.raises(BadSampleError, match="mask of annotation 5 cannot be read"):
+        mask_of({"id": 5, "segmentation": {"size": list(SIZE), "counts": "PP1`"}}, SIZE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mask2former", "rt_detr"])
+def test_two_processes_train_in_shards(
+    values: dict[str, Any],
+    tmp_path: Path,
+    kind: str,
+    train_in_shards: Callable[..., list[dict[str, Any]]],
+) -> None:
+    channels = 32 if kind == "rt_detr" else values["head"]["channels"]
+    lines = train_in_shards(changed(values, "head", kind=kind, channels=channels), tmp_path / "run")
+    assert "box_map" in lines[-1]

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -281,3 +282,10 @@ def test_encoder_and_head_of_any_checkpoint_are_exported(
     (name,) = (name for name in kept if name.endswith("encoder.patch_embed.norm.weight"))
     assert torch.equal(encoder["patch_embed.norm.weight"], kept[name])
     assert any("left out: the head" in line for line in export(run, tmp_path / "timm", "reference"))
+
+
+def test_two_processes_train_in_shards(
+    values: dict[str, Any], tmp_path: Path, train_in_shards: Callable[..., list[dict[str, Any]]]
+) -> None:
+    """Batch norms of the head keep their own precision, while the rest is gathered in bf16."""
+    assert "miou" in train_in_shards(values, tmp_path / "run")[-1]
