@@ -3,8 +3,8 @@
 PyAV (the extra `simmim[video]`) brings FFmpeg with it, as a wheel for every platform. Frames are
 decoded one after the other up to the last that is asked for, and only those asked for are turned
 into pixels: so a number means the same frame in every container, also where time stamps are missing
-or in disorder, and nothing depends on the places of key frames. torchcodec would be as exact, but is
-built for one version of torch each, and takes the FFmpeg that it finds installed.
+or in disorder, and nothing depends on the places of key frames. torchcodec is built for one version
+of torch each, and takes the FFmpeg that it finds installed.
 """
 
 from collections.abc import Iterator, Sequence

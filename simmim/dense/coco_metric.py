@@ -1,7 +1,6 @@
 """Box and mask mAP by the official implementation, pycocotools.
 
-It is what published figures were measured with. faster-coco-eval takes its place in less time, but
-is not the reference, and at the end of an epoch the time goes into the forward passes.
+It is what published figures were measured with; faster-coco-eval is a rewriting of it.
 """
 
 import io

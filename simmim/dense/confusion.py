@@ -1,7 +1,6 @@
 """How well classes of pixels are told apart: a confusion matrix, and what follows from it.
 
-A matrix that is summed over ranks is all there is to it, for which torchmetrics, a dependency with
-states of its own, would be the larger part; the tests hold the figures against ones counted by hand.
+A matrix that is summed over ranks is all there is to it: torchmetrics would be the larger part.
 """
 
 import torch
