@@ -1,6 +1,7 @@
 """Fine-tuning on clips: what no single frame tells, and recipes that cannot work."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,17 @@ def test_a_run_trains_validates_and_hands_its_encoder_on(
     learned = load_video_encoder(tmp_path / "run" / "encoder")
     for name, tensor in start.encoder.state_dict().items():
         assert torch.equal(tensor, learned.state_dict()[name])
+
+
+@pytest.mark.slow
+def test_two_processes_train_in_shards(
+    values: dict[str, Any],
+    tmp_path: Path,
+    train_in_shards: Callable[..., list[dict[str, Any]]],
+) -> None:
+    lines = train_in_shards(values, tmp_path / "run")
+    assert any("top1" in line for line in lines)
+    assert load_video_encoder(tmp_path / "run" / "encoder").config.frames == 8
 
 
 def test_still_clips_have_the_features_of_the_encoder_that_a_run_starts_from(
