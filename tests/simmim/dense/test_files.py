@@ -274,6 +274,17 @@ def test_mistakes_in_a_coco_file_are_named(
         CocoSet(scenes / "images" / "training", file, only_with_objects=True)
 
 
+def test_whole_numbers_may_be_written_as_fractions(scenes: Path) -> None:
+    file = scenes / "training.json"
+    content = json.loads(file.read_text())
+    content["images"][0].update(height=40.0, width=56.0, id=1.0)
+    file.write_text(json.dumps(content))
+    found = CocoSet(scenes / "images" / "training", file, only_with_objects=True)
+    assert repr(found.read(0, 0).size) == "(40, 56)"
+    assert repr(found.ground_truth()["images"][0]["height"]) == "40"
+    assert len(found.objects_of(1)) == 1
+
+
 def test_an_absent_or_broken_coco_file_is_named(scenes: Path) -> None:
     images = scenes / "images" / "training"
     with pytest.raises(ValueError, match=r"nowhere\.json is absent"):
