@@ -192,6 +192,7 @@ def _class_names(found: Found, file: Path) -> tuple[str, ...]:
     if classes > max(MOST_GAPS, clips):
         raise DataError(
             f"{file} has the label {classes - 1}, so there would be {classes:,} classes for "
-            f"{clips:,} clips: labels that are numbers count classes from 0"
+            f"{clips:,} clips: labels that are numbers count classes from 0. Where they are not "
+            "meant so, put a letter before them"
         )
     return tuple(str(number) for number in range(classes))

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,12 @@ from simmim.dense.folder import NAMED, FileSet, read_bytes
 FIELDS: dict[str, dict[str, type]] = {
     "images": {"id": int, "file_name": str, "height": int, "width": int},
     "annotations": {},
-    "categories": {"id": int, "name": str},
+    "categories": {"id": int, "name": object},
 }
 """What each part of a file must have, besides what is looked at object by object."""
+
+FARTHEST = 100_000
+"""Pixels from the corner of an image that a point of a polygon may be away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +85,7 @@ class CocoSet(FileSet[dict[str, Any]]):
             )
 
     def _sorted_objects(self) -> dict[int, list[dict[str, Any]]]:
-        sizes = {image["id"]: (image["height"], image["width"]) for image in self.content["images"]}
+        known = {image["id"] for image in self.content["images"]}
         found: dict[int, list[dict[str, Any]]] = {}
         for place, one in enumerate(self.content["annotations"]):
             what = f"{self.file}: annotation {one.get('id', f'in place {place}')}"
@@ -91,17 +94,15 @@ class CocoSet(FileSet[dict[str, Any]]):
                     f"{what} has the category_id {one.get('category_id')}, and there is no such "
                     f"category: they are {', '.join(map(str, self.category_ids))}."
                 )
-            if one.get("image_id") not in sizes:
-                raise ValueError(f"{what} is of the image {one.get('image_id')}, which is not in.")
+            image = one.get("image_id")
+            if not isinstance(image, int | float) or image not in known:
+                raise ValueError(f"{what} is of the image {image}, which is not in.")
             box = one.get("bbox")
             if not _numbers(box, 4) or min(box[2:]) < 0:
                 raise ValueError(
                     f"{what} has the bbox {box}; it must be [left, top, width, height]."
                 )
-            wrong = _wrong_mask(one.get("segmentation"), sizes[one["image_id"]])
-            if wrong:
-                raise ValueError(f"{what} has a segmentation {wrong}.")
-            found.setdefault(one["image_id"], []).append(one)
+            found.setdefault(int(image), []).append(one)
         return found
 
     @property
@@ -114,7 +115,16 @@ class CocoSet(FileSet[dict[str, Any]]):
         return digest.hexdigest()
 
     def require_masks(self) -> None:
-        """Raise ValueError unless every object has a segmentation."""
+        """Leave polygons of under three points out, which cover nothing.
+
+        Raises ValueError unless every object then has a segmentation that is right.
+        """
+        for image in self.content["images"]:
+            for one in self._objects.get(image["id"], ()):
+                wrong = _wrong_mask(one, (image["height"], image["width"]))
+                if wrong:
+                    what = f"an annotation (id {one.get('id')}) of image {image['id']}"
+                    raise ValueError(f"{self.file}: {what} has a segmentation {wrong}.")
         bare = Counter(
             image for image, ones in self._objects.items() for one in ones if not has_mask(one)
         )
@@ -204,13 +214,14 @@ def _read(file: Path) -> dict[str, Any]:
         for one in content[part]:
             _check_fields(one, fields, f"{file}: one of the {part}")
         if "id" in fields:
-            twice = [number for number, count in _counted_ids(content[part]) if count > 1]
-            if twice:
-                raise ValueError(f"{file}: {part} has the id {twice[0]} more than once.")
+            for number, count in Counter(one["id"] for one in content[part]).most_common(1):
+                if count > 1:
+                    raise ValueError(f"{file}: {part} has the id {number} more than once.")
     return content
 
 
 def _check_fields(one: Any, fields: Mapping[str, type], what: str) -> None:
+    """Look at a part's fields; whole numbers that are written as fractions become whole ones."""
     if not isinstance(one, dict):
         raise ValueError(f"{what} is no object: {one}.")
     absent = [field for field in fields if field not in one]
@@ -219,17 +230,13 @@ def _check_fields(one: Any, fields: Mapping[str, type], what: str) -> None:
     for field, kind in fields.items():
         value = one[field]
         if kind is int and isinstance(value, float) and value.is_integer():
-            one[field] = value = int(value)  # as some tools write it
+            one[field] = value = int(value)
         if not isinstance(value, kind) or isinstance(value, bool):
             named = "a whole number" if kind is int else "text"
             raise ValueError(f"{what} has the {field} {value!r}, which is not {named}: {one}.")
     lengths = [one[field] for field in ("height", "width") if field in fields]
     if lengths and min(lengths) < 1:
         raise ValueError(f"{what} has no pixels: {one}.")
-
-
-def _counted_ids(found: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
-    return Counter(one["id"] for one in found).most_common(1)
 
 
 def _numbers(found: Any, count: int | None = None) -> bool:
@@ -242,19 +249,59 @@ def _numbers(found: Any, count: int | None = None) -> bool:
         return False
 
 
-def _wrong_mask(segmentation: Any, size: tuple[int, int]) -> str:
-    """Say what is wrong with an object's polygons or run lengths; nothing where it is right."""
+def _wrong_mask(annotation: dict[str, Any], size: tuple[int, int]) -> str:
+    """Say what is wrong with an object's segmentation; nothing where it is right, or absent."""
+    segmentation = annotation.get("segmentation")
     if not segmentation:
         return ""
     if isinstance(segmentation, list):
-        right = all(_numbers(one) and len(one) >= 6 and not len(one) % 2 for one in segmentation)
-        wrong = "that is not a list of polygons [x, y, x, y, x, y, ...] of three points or more"
-        return "" if right else wrong
-    if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
-        return "that is neither a list of polygons nor a run-length mask of size and counts"
-    if segmentation["size"] != list(size):
-        found, wanted = segmentation["size"], list(size)
+        return _wrong_polygons(annotation)
+    if isinstance(segmentation, dict) and {"size", "counts"} <= segmentation.keys():
+        return _wrong_run_lengths(segmentation, size)
+    return "that is neither a list of polygons nor a run-length mask of size and counts"
+
+
+def _wrong_polygons(annotation: dict[str, Any]) -> str:
+    polygons = annotation["segmentation"]
+    if not all(_numbers(one) and not len(one) % 2 for one in polygons):
+        return "that is not a list of polygons [x, y, x, y, x, y, ...]"
+    if any(max(map(abs, one), default=0) > FARTHEST for one in polygons):
+        return f"with a point more than {FARTHEST:,} pixels away"
+    annotation["segmentation"] = [one for one in polygons if len(one) >= 6]
+    return "" if annotation["segmentation"] else "without a polygon of three points or more"
+
+
+def _wrong_run_lengths(described: dict[str, Any], size: tuple[int, int]) -> str:
+    if described["size"] != list(size):
+        found, wanted = described["size"], list(size)
         return f"of the size {found}, and its image is of {wanted}, rows and columns"
-    counts = segmentation["counts"]
-    right = isinstance(counts, str) or (_numbers(counts) and sum(counts) == math.prod(size))
-    return "" if right else f"whose counts are not those of {math.prod(size)} pixels"
+    counts = described["counts"]
+    if isinstance(counts, str):
+        counts = run_lengths(counts)
+    right = isinstance(counts, list) and all(isinstance(one, int) and one >= 0 for one in counts)
+    if right and sum(counts) == math.prod(size):
+        return ""
+    return f"whose counts are not those of {math.prod(size)} pixels"
+
+
+def run_lengths(text: str) -> list[int]:
+    """Return the run lengths that COCO writes as text; none where it breaks off or is no such text.
+
+    Each number is of groups of five bits, the lowest first, a character for each, with a sixth bit
+    where more follow; from the fourth number on it is the difference to the last but one.
+    """
+    found: list[int] = []
+    value = shift = 0
+    for character in text:
+        group = ord(character) - 48
+        if not 0 <= group < 64:
+            return []
+        value |= (group & 31) << shift
+        shift += 5
+        if group & 32:
+            continue
+        if group & 16:
+            value -= 1 << shift
+        found.append(value + (found[-2] if len(found) > 2 else 0))
+        value = shift = 0
+    return [] if shift else found

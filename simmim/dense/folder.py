@@ -97,9 +97,10 @@ class Layout:
         images, labels = (one.replace("{split}", split) for one in (self.images, self.annotations))
         return root / images, root / labels
 
-    def names_image(self, file: Path) -> bool:
-        """Tell whether a file among the images is one."""
-        if self.annotation_suffix and file.name.endswith(f"{self.annotation_suffix}.png"):
+    def names_image(self, file: Path, labels: Path) -> bool:
+        """Tell whether a file among the images is one; where labels lie beside them, not these."""
+        beside = self.annotation_suffix and file.is_relative_to(labels)
+        if beside and file.name.endswith(f"{self.annotation_suffix}.png"):
             return False
         return file.suffix.lower() in EXTENSIONS and file.stem.endswith(self.image_suffix)
 
@@ -128,19 +129,26 @@ class LabelledFolder(FileSet[Pair]):
         for place, setting in ((images, "data.images"), (labels, "data.annotations")):
             if not place.is_dir():
                 raise ValueError(
-                    f"{place} is no folder: {root} needs {images.relative_to(root)} and "
-                    f"{labels.relative_to(root)}, with a PNG of class numbers for each image; name "
-                    f"another split, or say with {setting} where they lie."
+                    f"{place} is no folder: {root} needs {layout.images} and {layout.annotations}, "
+                    f"with a PNG of class numbers for each image; name another split than {split}, "
+                    f"or say with {setting} where they lie."
                 )
         found = (
             (layout.key(file, images), file)
             for file in sorted(images.rglob("*"))
-            if layout.names_image(file)
+            if layout.names_image(file, labels)
         )
-        self._items = [
+        pairs = [
             Pair(key=key, image=file, labels=labels / f"{key}{layout.annotation_suffix}.png")
             for key, file in found
         ]
+        self._items = [pair for pair in pairs if pair.image != pair.labels]
+        lone = {pair.key for pair in pairs} - {pair.key for pair in self._items}
+        if lone:
+            raise ValueError(
+                f"{images}: images and annotations have the same names, as {min(lone)}.png has: "
+                "say with data.image_suffix and data.annotation_suffix how they differ."
+            )
         if not self._items:
             ending = f" whose names end with {layout.image_suffix}" if layout.image_suffix else ""
             raise ValueError(

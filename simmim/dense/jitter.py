@@ -113,10 +113,7 @@ def _decoded(raw: CocoImage, channels: int, max_pixels: int) -> Decoded:
 
 
 def mask_of(annotation: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
-    """Return the pixels of an object: bool (rows, columns).
-
-    Raises BadSampleError where run lengths are not those of such a mask.
-    """
+    """Return an object's pixels, which `CocoSet.require_masks` has looked at: bool, of the size."""
     from pycocotools import mask  # noqa: PLC0415 - an optional part
 
     described = annotation["segmentation"]
@@ -124,12 +121,7 @@ def mask_of(annotation: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
         described = mask.merge(mask.frPyObjects(described, *size))
     elif isinstance(described["counts"], list):
         described = mask.frPyObjects(described, *size)
-    try:
-        decoded: np.ndarray = mask.decode(described).astype(bool)
-    except ValueError as error:
-        raise BadSampleError(
-            f"the mask of annotation {annotation.get('id')} cannot be read: {error}"
-        ) from None
+    decoded: np.ndarray = mask.decode(described).astype(bool)
     return decoded
 
 

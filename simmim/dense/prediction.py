@@ -41,7 +41,7 @@ class SegmentationEvaluation:
     def check_stride(self, side: int) -> None:
         """Raise ValueError where windows leave gaps; `side` is theirs where no size is given."""
         size = self.size or side
-        if self.stride is not None and self.stride > size:
+        if self.mode == "slide" and self.stride is not None and self.stride > size:
             raise ValueError(
                 f"evaluation.stride is {self.stride} and leaves gaps between windows of {size} "
                 "pixels: choose a smaller one."

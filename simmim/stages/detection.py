@@ -176,7 +176,10 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
         labels = {one: place for place, one in enumerate(self.validation_shards.category_ids)}
         tiles = []
         for objects in (truth, results):
-            masks = [mask_of(one, (rows, columns)) if has_mask(one) else None for one in objects]
+            masks = [
+                mask_of(one, (rows, columns)) if self.model.has_masks and has_mask(one) else None
+                for one in objects
+            ]
             picked = np.array([colours[labels[one["category_id"]]] for one in objects])
             boxes = [one["bbox"] for one in objects]
             tiles.append(draw_objects(pixels, boxes, masks, picked))

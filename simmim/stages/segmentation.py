@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -66,6 +67,13 @@ class SegmentationData(DenseData):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, 1, "short_side")
+        splits = [self.train] if self.validation is None else [self.train, self.validation]
+        folders = {self.layout.folders(Path(self.folder), split)[0] for split in splits}
+        if len(folders) < len(splits):
+            raise ValueError(
+                f"training and validation take the same images, those of {min(folders)}: put "
+                "{split} into data.images, or set data.validation to another split, or to null."
+            )
         check_shares(self, "largest_class")
         if not 1 <= self.num_classes <= MOST_CLASSES:
             raise ValueError(f"num_classes is {self.num_classes}; from 1 to {MOST_CLASSES}.")

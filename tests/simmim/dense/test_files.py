@@ -12,7 +12,7 @@ from PIL import Image
 from simmim.data.errors import BadSampleError, DataError
 from simmim.data.order import Address
 from simmim.data.targets import ClassMap
-from simmim.dense.coco import CocoSet
+from simmim.dense.coco import CocoSet, run_lengths
 from simmim.dense.folder import LabelledFolder, Layout
 from simmim.dense.labels import IGNORED, LabelReading
 from simmim.dense.transforms import SegmentationTransform, SegmentationView, distort
@@ -74,8 +74,10 @@ def test_other_names_and_folders_are_found(scenes: Path) -> None:
     assert found.sizes == expected.sizes
     assert found.name(0, 3) == "training/town/003"
     assert labels_in(found, 3).shape == (40, 56)
-    with pytest.raises(ValueError, match=r"needs images/training and gt, .* data\.annotations"):
+    with pytest.raises(ValueError, match=r"needs images/{split} and gt, .* data\.annotations"):
         LabelledFolder(scenes, "training", Layout(annotations="gt"))
+    with pytest.raises(ValueError, match=r"/nowhere is no folder: .* data\.images"):
+        LabelledFolder(scenes, "training", Layout(images="/nowhere"))
     with pytest.raises(ValueError, match="no images whose names end with _right"):
         LabelledFolder(scenes, "training", Layout(annotations="labels", image_suffix="_right"))
 
@@ -87,6 +89,22 @@ def test_images_and_labels_may_lie_side_by_side(tmp_path: Path) -> None:
     found = LabelledFolder(tmp_path, "all", layout)
     assert [found.name(0, place) for place in range(found.samples)] == ["all/a", "all/b"]
     assert labels_in(found, 1).max() == 0
+    with pytest.raises(ValueError, match=r"have the same names, as a\.png has"):
+        LabelledFolder(tmp_path, "all", Layout(images=".", annotations="."))
+    for name in ("a", "b", "a_mask", "b_mask"):
+        (tmp_path / f"{name}.png").rename(
+            tmp_path / f"{name.removesuffix('_mask')}.{'png' if 'mask' in name else 'jpg'}"
+        )
+    found = LabelledFolder(tmp_path, "all", Layout(images=".", annotations="."))
+    assert [found.name(0, place) for place in range(found.samples)] == ["all/a", "all/b"]
+
+
+def test_a_suffix_of_labels_elsewhere_says_nothing_of_images(scenes: Path) -> None:
+    for kind in ("images", "annotations"):
+        for file in sorted((scenes / kind / "training").iterdir()):
+            file.rename(scenes / kind / "training" / f"{file.stem}_L.png")
+    layout = Layout(image_suffix="_L", annotation_suffix="_L")
+    assert LabelledFolder(scenes, "training", layout).samples == 8
 
 
 def test_missing_annotations_are_named(scenes: Path) -> None:
@@ -208,6 +226,7 @@ def test_colours_change_within_bounds_and_as_often_as_they_should() -> None:
             "annotation 1 has the bbox",
         ),
         (lambda content: content["annotations"][0].update(image_id=99), "of the image 99"),
+        (lambda content: content["annotations"][0].update(image_id=[1]), r"of the image \[1\]"),
         (lambda content: content["images"][0].pop("height"), "one of the images has no height"),
         (lambda content: content["images"][0].update(height="40"), "the height '40', which is not"),
         (lambda content: content["images"][0].update(width=0), "has no pixels"),
@@ -235,30 +254,6 @@ def test_colours_change_within_bounds_and_as_often_as_they_should() -> None:
             ),
             "annotation in place 2 has the bbox None",
         ),
-        (
-            lambda content: content["annotations"][0].update(segmentation=[[1, 2, 3, 4]]),
-            "annotation 1 has a segmentation that is not a list of polygons",
-        ),
-        (
-            lambda content: content["annotations"][0].update(segmentation=[1, 2, 3, 4, 5, 6]),
-            "annotation 1 has a segmentation that is not a list of polygons",
-        ),
-        (
-            lambda content: content["annotations"][0].update(segmentation="x"),
-            "neither a list of polygons nor a run-length mask",
-        ),
-        (
-            lambda content: content["annotations"][0].update(
-                segmentation={"size": [80, 80], "counts": [0, 6400]}
-            ),
-            r"of the size \[80, 80\], and its image is of \[40, 56\]",
-        ),
-        (
-            lambda content: content["annotations"][0].update(
-                segmentation={"size": [40, 56], "counts": [0, 64]}
-            ),
-            "whose counts are not those of 2240 pixels",
-        ),
         (lambda content: content["images"][0].update(file_name="x.png"), r"there is no .*x\.png"),
         (lambda content: content["images"].clear() or content["annotations"].clear(), "no images"),
     ],
@@ -272,6 +267,69 @@ def test_mistakes_in_a_coco_file_are_named(
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         CocoSet(scenes / "images" / "training", file, only_with_objects=True)
+
+
+def runs(*counts: Any, rows: int = 40) -> dict[str, Any]:
+    return {"size": [rows, 56], "counts": list(counts)}
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ([[1, 2, 3, 4]], "without a polygon of three points"),
+        ([[]], "without a polygon of three points"),
+        ([1, 2, 3, 4, 5, 6], "that is not a list of polygons"),
+        ([[1, 2, 3, 4, 5, 6, 7]], "that is not a list of polygons"),
+        ([[1, 2, 3, 4, 5, float("inf")]], "that is not a list of polygons"),
+        ([[1, 2, 3, 4, 5, 1e9]], "with a point more than 100,000 pixels away"),
+        ("x", "that is neither a list of polygons nor a run-length mask"),
+        ({"size": [40, 56]}, "that is neither a list of polygons nor a run-length mask"),
+        (runs(0, 80 * 56, rows=80), r"of the size \[80, 56\], and its image is of \[40, 56\]"),
+        (runs(0, 64), "whose counts are not those of 2240 pixels"),
+        (runs(-5, 10, 2235), "whose counts are not those of 2240 pixels"),
+        (runs(100.5, 10.5, 2129), "whose counts are not those of 2240 pixels"),
+        ({"size": [40, 56], "counts": ""}, "whose counts are not those of 2240 pixels"),
+        ({"size": [40, 56], "counts": "0"}, "whose counts are not those of 2240 pixels"),
+        ({"size": [40, 56], "counts": "PP1`"}, "whose counts are not those of 2240 pixels"),
+        ({"size": [40, 56], "counts": "é"}, "whose counts are not those of 2240 pixels"),
+    ],
+)
+def test_masks_that_are_none_are_named_where_they_are_needed(
+    scenes: Path, segmentation: Any, message: str
+) -> None:
+    file = scenes / "training.json"
+    content = json.loads(file.read_text())
+    content["annotations"][1]["segmentation"] = segmentation
+    file.write_text(json.dumps(content))
+    found = CocoSet(scenes / "images" / "training", file, only_with_objects=True)
+    with pytest.raises(ValueError, match=rf"\(id 2\) of image 2 has a segmentation {message}"):
+        found.require_masks()
+
+
+def test_polygons_that_cover_nothing_are_left_out(scenes: Path) -> None:
+    file = scenes / "training.json"
+    content = json.loads(file.read_text())
+    expected = content["annotations"][1]["segmentation"]
+    content["annotations"][1]["segmentation"] = [[1, 2, 3, 4], *expected, []]
+    file.write_text(json.dumps(content))
+    found = CocoSet(scenes / "images" / "training", file, only_with_objects=True)
+    found.require_masks()
+    assert found.objects_of(2)[0]["segmentation"] == expected
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_run_lengths_are_those_that_pycocotools_writes(seed: int) -> None:
+    mask = pytest.importorskip("pycocotools.mask", reason="needs simmim[finetune]")
+    rng = np.random.default_rng(seed)
+    pixels = rng.random((37, 300)) < rng.choice([0.02, 0.5, 0.98])
+    pixels[:, 40:200] = seed % 2
+    text = mask.encode(np.asfortranarray(pixels.astype(np.uint8)))["counts"].decode()
+    column = np.concatenate([[False], pixels.ravel(order="F"), [True]]).astype(int)
+    edges = np.flatnonzero(np.diff(column))
+    expected = np.diff(np.concatenate([[0], edges, [pixels.size]]))
+    found = run_lengths(text)
+    assert sum(found) == pixels.size
+    assert [one for one in found if one] == [int(one) for one in expected if one]
 
 
 def test_whole_numbers_may_be_written_as_fractions(scenes: Path) -> None:

@@ -284,6 +284,14 @@ def test_encoder_and_head_of_any_checkpoint_are_exported(
     assert any("left out: the head" in line for line in export(run, tmp_path / "timm", "reference"))
 
 
+def test_images_to_train_on_are_not_those_to_validate_on(values: dict[str, Any]) -> None:
+    for change in ({"images": "images"}, {"train": "validation"}):
+        with pytest.raises(RecipeError, match="training and validation take the same images"):
+            build(changed(values, "data", **change))
+    alone = changed(values, "data", images="images/training", validation=None)
+    assert build(alone).training_shards.samples == 8
+
+
 def test_two_processes_train_in_shards(
     values: dict[str, Any], tmp_path: Path, train_in_shards: Callable[..., list[dict[str, Any]]]
 ) -> None:
