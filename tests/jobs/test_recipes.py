@@ -33,7 +33,13 @@ RECIPES = sorted(
 )
 SMALL = {
     "pretrain": {"cifar10", "cifar10-hour", "camvid"},
-    "finetune": {"cifar10", "cifar10-labels", "detection-camvid", "segmentation-camvid"},
+    "finetune": {
+        "cifar10",
+        "cifar10-labels",
+        "cifar10-few-labels",
+        "detection-camvid",
+        "segmentation-camvid",
+    },
 }
 DENSE = {"giant-ade20k", "giant-coco"}
 FULL_SCALE = [
