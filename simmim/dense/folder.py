@@ -12,6 +12,7 @@ from typing_extensions import Self
 from simmim.data.errors import DataError
 from simmim.data.randomness import shuffled
 from simmim.data.source import LocalFiles
+from simmim.recipe import settings
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 
@@ -79,18 +80,19 @@ class FileSet(LocalFiles, Generic[Item]):
         return self._items[shard * SHARD_FILES + sample]
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Layout:
     """Where images and their labels lie in a folder; as in ADE20K, unless told otherwise."""
 
     images: str = "images/{split}"
-    """Folder of a split's images, at any depth below it."""
+    """Folder of a split's images, at any depth below it; {split} is the name of the split."""
     annotations: str = "annotations/{split}"
     """Folder of their labels, at the same places below it."""
     image_suffix: str = ""
-    """What the names of images end with, before their extension."""
+    """What the names of images end with before their extension; `_leftImg8bit` in Cityscapes."""
     annotation_suffix: str = ""
-    """What stands in its place in the names of labels, before `.png`."""
+    """What stands in its place in the names of labels, before `.png`; `_gtFine_labelTrainIds`
+    there."""
 
     def folders(self, root: Path, split: str) -> tuple[Path, Path]:
         """Return the folders of images and of labels."""
@@ -126,12 +128,12 @@ class LabelledFolder(FileSet[Pair]):
         self.split = split
         layout = layout or Layout()
         images, labels = layout.folders(self.folder, split)
-        for place, setting in ((images, "data.images"), (labels, "data.annotations")):
+        for place, setting in ((images, "images"), (labels, "annotations")):
             if not place.is_dir():
                 raise ValueError(
                     f"{place} is no folder: {root} needs {layout.images} and {layout.annotations}, "
                     f"with a PNG of class numbers for each image; name another split than {split}, "
-                    f"or say with {setting} where they lie."
+                    f"or say with data.layout.{setting} where they lie."
                 )
         found = (
             (layout.key(file, images), file)
@@ -147,7 +149,7 @@ class LabelledFolder(FileSet[Pair]):
         if lone:
             raise ValueError(
                 f"{images}: images and annotations have the same names, as {min(lone)}.png has: "
-                "say with data.image_suffix and data.annotation_suffix how they differ."
+                "say with data.layout.image_suffix and annotation_suffix how they differ."
             )
         if not self._items:
             ending = f" whose names end with {layout.image_suffix}" if layout.image_suffix else ""

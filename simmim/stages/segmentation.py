@@ -34,14 +34,8 @@ class SegmentationData(DenseData):
     folder: str
     """Folder of images, and of annotations: PNGs with the number of a class for each pixel, grey or
     palette, of the names of their images."""
-    images: str = "images/{split}"
-    """Folder of a split's images within it, at any depth."""
-    annotations: str = "annotations/{split}"
-    """Folder of their annotations, at the same places below it."""
-    image_suffix: str = ""
-    """What the names of images end with before their extension; `_leftImg8bit` in Cityscapes."""
-    annotation_suffix: str = ""
-    """What stands in its place in the names of annotations; `_gtFine_labelTrainIds` there."""
+    layout: Layout = Layout()
+    """Where both lie in it."""
     train: str = "training"
     """Name of the split to train on."""
     validation: str | None = "validation"
@@ -72,7 +66,7 @@ class SegmentationData(DenseData):
         if len(folders) < len(splits):
             raise ValueError(
                 f"training and validation take the same images, those of {min(folders)}: put "
-                "{split} into data.images, or set data.validation to another split, or to null."
+                "{split} into data.layout.images, or set data.validation to another split or null."
             )
         check_shares(self, "largest_class")
         if not 1 <= self.num_classes <= MOST_CLASSES:
@@ -86,16 +80,6 @@ class SegmentationData(DenseData):
     def names(self) -> tuple[str, ...]:
         """Names of the classes."""
         return self.class_names or tuple(f"class {one}" for one in range(self.num_classes))
-
-    @property
-    def layout(self) -> Layout:
-        """Where images and annotations lie."""
-        return Layout(
-            images=self.images,
-            annotations=self.annotations,
-            image_suffix=self.image_suffix,
-            annotation_suffix=self.annotation_suffix,
-        )
 
     @property
     def reading(self) -> LabelReading:

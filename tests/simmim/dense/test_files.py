@@ -74,9 +74,11 @@ def test_other_names_and_folders_are_found(scenes: Path) -> None:
     assert found.sizes == expected.sizes
     assert found.name(0, 3) == "training/town/003"
     assert labels_in(found, 3).shape == (40, 56)
-    with pytest.raises(ValueError, match=r"needs images/{split} and gt, .* data\.annotations"):
+    with pytest.raises(
+        ValueError, match=r"needs images/{split} and gt, .* data\.layout\.annotations"
+    ):
         LabelledFolder(scenes, "training", Layout(annotations="gt"))
-    with pytest.raises(ValueError, match=r"/nowhere is no folder: .* data\.images"):
+    with pytest.raises(ValueError, match=r"/nowhere is no folder: .* data\.layout\.images"):
         LabelledFolder(scenes, "training", Layout(images="/nowhere"))
     with pytest.raises(ValueError, match="no images whose names end with _right"):
         LabelledFolder(scenes, "training", Layout(annotations="labels", image_suffix="_right"))

@@ -285,10 +285,10 @@ def test_encoder_and_head_of_any_checkpoint_are_exported(
 
 
 def test_images_to_train_on_are_not_those_to_validate_on(values: dict[str, Any]) -> None:
-    for change in ({"images": "images"}, {"train": "validation"}):
+    for change in ({"layout": {"images": "images"}}, {"train": "validation"}):
         with pytest.raises(RecipeError, match="training and validation take the same images"):
             build(changed(values, "data", **change))
-    alone = changed(values, "data", images="images/training", validation=None)
+    alone = changed(values, "data", layout={"images": "images/training"}, validation=None)
     assert build(alone).training_shards.samples == 8
 
 
