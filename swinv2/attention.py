@@ -13,8 +13,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from swinv2.config import AttentionPath, Axes, clamp_window
-from swinv2.fused import fused_attention, mask_regions, spread_offsets
+from swinv2.fused import fused_attention, mask_regions
 from swinv2.linear import Linear, being_exported, linear
+from swinv2.offsets import spread_offsets
 from swinv2.sequential import SHORTEST, sequential_attention
 
 LARGEST_LOGIT_SCALE = math.log(100)
@@ -328,12 +329,11 @@ class PositionBias(nn.Module):
         with without_autocast(weight.device):
             # Through operators of ours, so that a compiled backward keeps the precision, too.
             table = 16 * torch.sigmoid(self.reduce(F.relu(self.expand(offsets))))
-        if compiled_by_kernels():
-            spread: Tensor = spread_offsets(table, offset_index(window, weight.device))
-            return spread
-        # Unlike indexing, the backward of an embedding adds up in a fixed order.
-        bias = F.embedding(offset_index(window, weight.device), table)
-        return bias.permute(2, 0, 1)
+        index = offset_index(window, weight.device)
+        if being_exported():
+            return F.embedding(index, table).permute(2, 0, 1)
+        bias: Tensor = spread_offsets(table, index, window)
+        return bias
 
 
 class WindowAttention(nn.Module):

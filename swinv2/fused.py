@@ -4,8 +4,7 @@ It has a backward of its own, which reads no more than what is kept in the preci
 one number for each score, and queries, keys and values as they came. What autograd would keep of
 them in float32 is the largest part of what a compiled block reads and writes.
 
-Tables that are read several times in one fused loop are operators, so that a compiler computes
-them once instead of once for each time that they are read.
+The mask is read several times in one fused loop: as an operator it is computed once instead.
 """
 
 from typing import Any
@@ -114,36 +113,6 @@ def _unscaled(
 
 
 @torch.library.custom_op(
-    "swinv2::spread_offsets",
-    mutates_args=(),
-    schema="(Tensor table, Tensor index) -> Tensor",
-    tags=torch.Tag.flexible_layout,
-)
-def spread_offsets(table: Tensor, index: Tensor) -> Tensor:
-    """Give each pair of tokens the row of its offset: (heads, queries, keys).
-
-    Args:
-        table: (offsets, heads).
-        index: (queries, keys), int64.
-    """
-    rows = table.t().contiguous().index_select(1, index.flatten())
-    return rows.view(-1, *index.shape)
-
-
-@torch.library.custom_op(
-    "swinv2::gather_offsets",
-    mutates_args=(),
-    schema="(Tensor gradient, Tensor index, int offsets) -> Tensor",
-    tags=torch.Tag.flexible_layout,
-)
-def _gather_offsets(gradient: Tensor, index: Tensor, offsets: int) -> Tensor:
-    # Unlike that of indexing, the backward of an embedding adds up in a fixed order.
-    by_pair = gradient.permute(1, 2, 0).contiguous()
-    summed: Tensor = torch.ops.aten.embedding_dense_backward(by_pair, index, offsets, -1, False)
-    return summed
-
-
-@torch.library.custom_op(
     "swinv2::mask_regions",
     mutates_args=(),
     schema="(Tensor regions, float across, int padding) -> Tensor",
@@ -162,30 +131,7 @@ def mask_regions(regions: Tensor, across: float, padding: int) -> Tensor:
     return mask.masked_fill_(keys == padding, float("-inf"))
 
 
-@spread_offsets.register_fake
-def _(table: Tensor, index: Tensor) -> Tensor:
-    return table.new_empty(table.shape[1], *index.shape)
-
-
-@_gather_offsets.register_fake
-def _(gradient: Tensor, index: Tensor, offsets: int) -> Tensor:  # noqa: ARG001
-    return gradient.new_empty(offsets, gradient.shape[0])
-
-
 @mask_regions.register_fake
 def _(regions: Tensor, across: float, padding: int) -> Tensor:  # noqa: ARG001
     windows, tokens = regions.shape
     return regions.new_empty(windows, 1, tokens, tokens, dtype=torch.float32)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    table, index = inputs
-    ctx.offsets = len(table)
-    ctx.save_for_backward(index)
-
-
-def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-    return _gather_offsets(gradient, *ctx.saved_tensors, ctx.offsets), None
-
-
-spread_offsets.register_autograd(_differentiate, setup_context=_keep)

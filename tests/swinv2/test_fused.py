@@ -8,12 +8,11 @@ from swinv2.attention import (
     ACROSS_REGIONS,
     PADDING,
     explicit_attention,
-    offset_index,
     window_grid,
     window_mask,
     window_regions,
 )
-from swinv2.fused import fused_attention, mask_regions, spread_offsets
+from swinv2.fused import fused_attention, mask_regions
 
 CPU = torch.device("cpu")
 HEADS, WIDTH = 3, 4
@@ -63,13 +62,8 @@ def test_its_gradients_are_those_of_small_differences() -> None:
     )
 
 
-def test_tables_of_operators_equal_those_that_are_written() -> None:
+def test_the_mask_of_the_operator_equals_the_written_one() -> None:
     grid = window_grid((7, 5), (4, 4), shifted=True)
     regions = window_regions(grid, CPU)
     assert torch.equal(mask_regions(regions, ACROSS_REGIONS, PADDING), window_mask(grid, CPU))
-
-    index = offset_index((3, 2), CPU)
-    table = torch.randn(5 * 3, HEADS, dtype=torch.float64, requires_grad=True)
-    assert torch.equal(spread_offsets(table, index), table[index].permute(2, 0, 1))
-    torch.library.opcheck(spread_offsets, (table, index))
     torch.library.opcheck(mask_regions, (regions, ACROSS_REGIONS, PADDING))
