@@ -1,8 +1,9 @@
 """A SimMIM step, forward and backward, of ours and of its peers, each as its users would write it.
 
 Run by `step.py` as a process of its own: it says "ready", then answers each line on standard input
-with a line of JSON. "step" takes a step, "products" multiplies matrices, and each gives seconds;
-"peak" gives the memory that a step adds to what the process had before the model, in bytes.
+with a line of JSON. "step" takes a step and gives seconds, "products" multiplies matrices and gives
+operations a second; "peak" gives the memory that a step adds to what the process, or the GPU, had
+before the model, in bytes.
 """
 
 import argparse
@@ -25,10 +26,12 @@ from swinv2 import SwinV2, build_encoder
 from swinv2.bridges.timm import timm_arguments
 from swinv2.bridges.transformers_layout import transformers_config
 
-SIDE = 1024
+SIDES = {"cpu": 1024, "cuda": 8192}
 """Of the matrices that the limit is measured by."""
 PRODUCTS = 16
 """Of them at a time: as many operations as a step of a few images."""
+WARM_UP = {"cpu": 1, "cuda": 5}
+"""Steps before the first that is timed: they compile, choose kernels and fill what is kept."""
 
 Step = Callable[[], None]
 
@@ -64,23 +67,37 @@ def main() -> None:
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--precision", choices=["f32", "bf16"], required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch._dynamo.config.recompile_limit = 64
-    baseline = memory("VmRSS")
+    on_gpu = options.device == "cuda"
+    baseline = 0.0 if on_gpu else memory("VmRSS")
     step = build(options)
     with torch.random.fork_rng():
-        step()  # compiles where it should, and fills what is kept
+        for _ in range(WARM_UP[options.device]):
+            step()
     keep_freed_memory()  # as training does, for all alike
-    products = matrix_products(options.precision)
+    products = matrix_products(options.precision, options.device)
+    operations = PRODUCTS * 2 * SIDES[options.device] ** 3
+    # Of the processor on one thread, which others disturb less than the clock.
+    clock = time.process_time if options.threads == 1 and not on_gpu else time.perf_counter
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         match line.strip():
+            case "step" if on_gpu:
+                step()  # takes the memory
+                answer = timed(step, clock)
+                torch.cuda.empty_cache()  # which the others need, too
             case "step":
-                answer = timed(step, options.threads)
+                answer = timed(step, clock)
             case "products":
-                answer = timed(products, options.threads)
+                answer = operations / timed(products, clock)
+            case _ if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+                step()
+                answer = float(torch.cuda.max_memory_allocated())
             case _:
                 Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
                 step()
@@ -90,6 +107,7 @@ def main() -> None:
 
 def build(options: argparse.Namespace) -> Step:
     torch.manual_seed(0)
+    torch.set_default_device(options.device)
     encoder = build_encoder(options.variant, image_size=options.size, window_size=options.window)
     cells = options.size // 32
     images = torch.randn(options.batch, 3, options.size, options.size)
@@ -102,7 +120,7 @@ def build(options: argparse.Namespace) -> Step:
         "transformers": transformers_loss,
     }[options.contestant]
     model, loss = build_loss(encoder, images, mask, options.compile)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16")
+    autocast = torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
 
     def step() -> None:
         model.zero_grad()
@@ -152,8 +170,8 @@ def transformers_loss(encoder: SwinV2, images: Tensor, mask: Tensor, compiled: b
     return model, lambda: model(images, bool_masked_pos=hidden).loss
 
 
-def matrix_products(precision: str) -> Step:
-    left, right = torch.randn(2, SIDE, SIDE).to(
+def matrix_products(precision: str, device: str) -> Step:
+    left, right = torch.randn(2, SIDES[device], SIDES[device]).to(
         torch.bfloat16 if precision == "bf16" else torch.float32
     )
 
@@ -164,11 +182,12 @@ def matrix_products(precision: str) -> Step:
     return multiply
 
 
-def timed(run: Step, threads: int) -> float:
-    """Seconds: of the processor on one thread, which others disturb less than the clock."""
-    clock = time.process_time if threads == 1 else time.perf_counter
+def timed(run: Step, clock: Callable[[], float]) -> float:
+    """Seconds until all of it is done, on a GPU too."""
     before = clock()
     run()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return clock() - before
 
 
