@@ -7,12 +7,15 @@ inputs of any size take a fixed memory (paper, section 3.5, sequential self-atte
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from swinv2.linear import operators_are_watched
 
 SHORTEST = 1e-12
 """What a query or key is divided by where it is shorter than this."""
@@ -55,7 +58,8 @@ def sequential_attention(
         (batch, windows, tokens, heads·d). It can be differentiated once.
     """
     keep = keep and torch.is_grad_enabled()
-    mixed: Tensor = _attend(qkv, scale, bias, mask, scores_at_a_time, keep)[0]
+    run = _attend if operators_are_watched() else _apply
+    mixed: Tensor = run(qkv, scale, bias, mask, scores_at_a_time, keep)[0]
     return mixed
 
 
@@ -181,11 +185,35 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    gradients = _attend_backward(gradient, *ctx.saved_tensors, ctx.scores_at_a_time)
+    return _gradients(ctx, gradient, _attend_backward)
+
+
+def _gradients(
+    ctx: Any, gradient: Tensor, backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+) -> tuple[Tensor | None, ...]:
+    gradients = backward(gradient, *ctx.saved_tensors, ctx.scores_at_a_time)
     return (*gradients, None, None, None)
 
 
 _attend.register_autograd(_differentiate, setup_context=_keep)
+
+
+class _Attention(torch.autograd.Function):
+    """What the operators do, without a dispatcher on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = attend(*inputs)
+        _keep(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, gradient, attend_backward)
+
+
+_apply: Any = _Attention.apply
 
 
 def _kept_size(roles: Tensor) -> int:
