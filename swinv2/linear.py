@@ -15,6 +15,9 @@ from torch.autograd.function import once_differentiable
 
 ROWS_AT_A_TIME = 1024  # of a weight gradient: both operands are read across, so keep them in cache
 
+CAST = (torch.float32, torch.bfloat16, torch.float16)
+"""What autocast casts: double precision stays what it is."""
+
 ONEDNN_IS_FAST = torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(
     torch.ops.mkldnn, "_linear_pointwise"
 )
@@ -33,7 +36,7 @@ def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
     `torch.backends.mkldnn.flags(enabled=False)` turns oneDNN off here as everywhere.
     """
-    if torch.is_autocast_enabled(tokens.device.type):
+    if torch.is_autocast_enabled(tokens.device.type) and tokens.dtype in CAST:
         # Windows are cast and laid out in a row by one copy.
         dtype = torch.get_autocast_dtype(tokens.device.type)
         tokens = tokens.to(dtype, memory_format=torch.contiguous_format)

@@ -192,8 +192,14 @@ def is_encoder_directory(path: Path) -> bool:
     return isinstance(content, dict) and content.get("format") in FORMATS
 
 
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_tensors(
+    path: str | os.PathLike[str], *, remedy: str = "export the encoder again"
+) -> dict[str, Tensor]:
     """Read a safetensors file on to the CPU.
+
+    Args:
+        path: of the file.
+        remedy: how to come by a whole one, for the message.
 
     Raises:
         ValueError: the file is absent, cut short, or of a format that can run code when read.
@@ -205,12 +211,12 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             "convert it with safetensors.torch.save_file first."
         )
     if not file.is_file():
-        raise WeightsError(f"{file} is absent: the weights are missing; export the encoder again.")
+        raise WeightsError(f"{file} is absent: the weights are missing; {remedy}.")
     try:
         return load_file(file)
     except SafetensorError as error:
         raise WeightsError(
-            f"{file} is cut short or no safetensors file ({error}): export the encoder again."
+            f"{file} is cut short or no safetensors file ({error}): {remedy}."
         ) from error
 
 

@@ -1,6 +1,7 @@
 """Checkpoint files of other libraries: read without running anything that they hold."""
 
 import argparse
+import errno
 import json
 import os
 import pickle
@@ -47,7 +48,8 @@ def read_checkpoint(path: str | os.PathLike[str], entries: Iterable[str]) -> Che
     if not file.is_file():
         state = "is a folder" if file.is_dir() else "does not exist"
         raise BridgeError(f"{file} {state}: give a checkpoint file.")
-    content: Any = read_tensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+    safe = file.suffix == ".safetensors"
+    content: Any = read_tensors(file, remedy="copy it again") if safe else _read_pickle(file)
     if not isinstance(content, Mapping):
         raise BridgeError(f"{file} holds a {type(content).__name__}, not tensors by name.")
     held = next((name for name in entries if isinstance(content.get(name), Mapping)), None)
@@ -90,7 +92,10 @@ def _read_pickle(file: Path) -> Any:
     try:
         with torch.serialization.safe_globals(known):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        # A file that is cut short in some places makes torch look before its start.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused is None:
             raise BridgeError(

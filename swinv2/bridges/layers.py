@@ -91,15 +91,20 @@ def refuse_other_models(
     """
     leaves = {name.rpartition(".")[2] for name in tensors}
     firsts = {name.partition(".")[0] for name in tensors}
+    parts = {part for name in tensors for part in name.split(".")}
     found = "transformers" if firsts & {"swinv2", "embeddings"} else "layers"
+    some = f"it begins with {', '.join(list(tensors)[:3])}"
     remedy = "give a Swin Transformer V2 of the published code, timm or transformers"
-    if "relative_position_bias_table" in leaves:
+    if "logit_scale" not in leaves and "cls_token" in leaves:
+        reason = "a ViT (it has a class token, and no logit_scale)"
+    elif "relative_position_bias_table" in leaves:
         reason = "a Swin Transformer V1 (it has relative_position_bias_table)"
     elif "logit_scale" not in leaves and leaves & POSITIONS:
-        reason = "a ViT (it has position or class tokens, and no logit_scale)"
+        reason = "a ViT (it has position tokens, and no logit_scale)"
     elif "logit_scale" not in leaves:
-        some = ", ".join(list(tensors)[:3])
-        reason = f"no Swin Transformer V2 (no block has a logit_scale; it begins with {some})"
+        reason = f"no Swin Transformer V2 (no block has a logit_scale; {some})"
+    elif "meta_mlp" in parts:
+        reason = "a swinv2_cr of timm (it has meta_mlp), which computes something else"
     elif "stages" in firsts:
         reason, remedy = "an encoder of this package", "load_encoder reads its directory"
     elif found != naming and found == "transformers":
@@ -110,6 +115,12 @@ def refuse_other_models(
         remedy = "import it with --format reference or --format timm"
     elif leaves & POSITIONS:
         reason = "a Swin Transformer with position embeddings, which this encoder has not"
+    elif naming == "layers" and "encoder.mask_token" in tensors:
+        reason = "a SimMIM of the published code (it has encoder.mask_token)"
+        remedy = "import it with --format reference"
+    elif naming == "layers" and not firsts & {"layers", "patch_embed"}:
+        reason = f"a Swin Transformer V2 under other names ({some})"
+        remedy = "save its tensors under those of the published code, patch_embed. and layers."
     else:
         return
     raise BridgeError(f"{source} holds {reason}: {remedy}.")
@@ -156,9 +167,10 @@ def read_architecture(tensors: Mapping[str, Tensor], source: str) -> dict[str, A
 def _needed(tensors: Mapping[str, Tensor], name: str, ndim: int, source: str) -> Tensor:
     if name not in tensors:
         raise BridgeError(f"{source} does not fit a Swin Transformer V2:\n  missing: {name}")
-    if tensors[name].ndim != ndim:
+    if tensors[name].ndim != ndim or not tensors[name].numel():
         raise BridgeError(
-            f"{source}: shape of {name}: {tuple(tensors[name].shape)}, expected {ndim} axes"
+            f"{source}: shape of {name}: {tuple(tensors[name].shape)}, expected {ndim} axes, none "
+            "of them empty"
         )
     return tensors[name]
 

@@ -92,10 +92,11 @@ def assemble(
         std: of each channel, in the same way.
 
     Raises:
-        BridgeError: a tensor is missing, unexpected or misshapen, or a size is unknown or told
-            differently by two.
+        BridgeError: a tensor is missing, unexpected or misshapen, or holds no finite numbers, or a
+            size is unknown or told differently by two.
         ValueError: mean or std does not fit the channels.
     """
+    _check_numbers(found.tensors, found.source)
     known = [given, *found.known]
     config = settle(found.architecture, known, found.source, found.drop_path, found.recorded)
     layout = found.layout
@@ -250,6 +251,29 @@ def _check_tensors(
             f"{source} does not fit a Swin Transformer V2 of {config.variant or 'these'} sizes:\n  "
             + "\n  ".join(problems)
         )
+
+
+def _check_numbers(tensors: Mapping[str, Tensor], source: str) -> None:
+    problems = [
+        f"{name} holds {reason}"
+        for name, tensor in tensors.items()
+        if (reason := _not_numbers(tensor)) is not None
+    ]
+    if problems:
+        raise BridgeError(
+            f"{source} does not hold finite floating-point numbers alone:\n  "
+            + "\n  ".join(problems)
+        )
+
+
+def _not_numbers(tensor: Tensor) -> str | None:
+    """Say what a tensor holds instead of finite floating-point numbers, or None."""
+    if tensor.is_meta or tensor.layout != torch.strided:
+        return f"none in plain memory ({tensor.device}, {tensor.layout})"
+    if not tensor.is_floating_point():
+        return f"{tensor.dtype}"
+    # One number that is not finite makes the sum so; half precision would overflow in it.
+    return None if tensor.sum(dtype=torch.float64).isfinite() else "some that are not finite"
 
 
 def check_read_back(encoder: SwinV2, back: SwinV2) -> None:

@@ -160,6 +160,20 @@ def test_a_linear_layer_is_one(dtype: torch.dtype, rows: int) -> None:
     assert empty.shape == (0, 40)
 
 
+@pytest.mark.parametrize("attention", ["auto", "explicit", "sdpa", "sequential"])
+def test_autocast_leaves_double_alone(
+    attention: str, randomise: Callable[[nn.Module], None]
+) -> None:
+    encoder = build_encoder("tiny", **SIZES).double()
+    randomise(encoder)
+    encoder.set_execution(attention=attention)
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = outcome(encoder, images)
+    for name, tensor in outcome(encoder, images).items():
+        assert torch.equal(found[name], tensor), name
+
+
 SEEN_BY_DYNAMO = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 
 

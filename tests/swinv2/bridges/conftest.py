@@ -133,9 +133,29 @@ def vit_tensors() -> dict[str, torch.Tensor]:
     }
 
 
+def beit_tensors() -> dict[str, torch.Tensor]:
+    table = {"blocks.0.attn.relative_position_bias_table": torch.zeros(732, 1)}
+    return table | {"cls_token": torch.zeros(1, 1, 8)}
+
+
+def swinv2_cr_tensors() -> dict[str, torch.Tensor]:
+    block = "stages.0.blocks.0.attn."
+    return {
+        "patch_embed.proj.weight": torch.zeros(8, 3, 4, 4),
+        f"{block}logit_scale": torch.zeros(1),
+        f"{block}meta_mlp.fc1.weight": torch.zeros(384, 2),
+    }
+
+
 OTHER_MODELS = {
     "swin-v1": (swin_v1_tensors, "Swin Transformer V1.*relative_position_bias_table"),
     "vit": (vit_tensors, "a ViT"),
+    "beit": (beit_tensors, "a ViT"),
+    "swinv2-cr": (swinv2_cr_tensors, "swinv2_cr of timm.*meta_mlp"),
+    "torchvision": (
+        lambda: {"features.1.0.attn.logit_scale": torch.zeros(1, 1, 1)},
+        r"under other names \(it begins with features\.1\.0\.attn\.logit_scale",
+    ),
     "resnet": (lambda: {"conv1.weight": torch.zeros(1)}, "no Swin Transformer V2.*conv1.weight"),
     "transformers": (
         lambda: (

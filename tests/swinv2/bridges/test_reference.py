@@ -350,6 +350,34 @@ def test_a_tensor_that_does_not_fit_is_named(
         import_reference(tmp_path / "a.pth", **SIZES)
 
 
+@pytest.mark.parametrize(
+    ("spoilt", "reason"),
+    [
+        (torch.full((64,), torch.nan), "some that are not finite"),
+        (torch.full((64,), torch.inf, dtype=torch.float16), "some that are not finite"),
+        (torch.ones(64, dtype=torch.int64), r"torch\.int64"),
+        (torch.ones(64, dtype=torch.complex64), r"torch\.complex64"),
+        (torch.ones(64).to_sparse(), "none in plain memory"),
+        (torch.ones(64, device="meta"), "none in plain memory"),
+    ],
+    ids=["nan", "inf", "whole", "complex", "sparse", "meta"],
+)
+def test_what_holds_no_finite_numbers_is_named(
+    build: Build, tmp_path: Path, spoilt: Tensor, reason: str
+) -> None:
+    tensors = to_reference(build()) | {"norm.weight": spoilt}
+    torch.save({"model": tensors}, tmp_path / "a.pth")
+    with pytest.raises(BridgeError, match=rf"numbers alone:\n  norm\.weight holds {reason}"):
+        import_reference(tmp_path / "a.pth", **SIZES)
+
+
+def test_a_tensor_that_tells_a_size_is_not_empty(build: Build, tmp_path: Path) -> None:
+    tensors = to_reference(build()) | {"patch_embed.proj.weight": torch.zeros(0, 3, 4, 4)}
+    torch.save({"model": tensors}, tmp_path / "a.pth")
+    with pytest.raises(BridgeError, match=r"shape of patch_embed\.proj\.weight: \(0, 3, 4, 4\)"):
+        import_reference(tmp_path / "a.pth", **SIZES)
+
+
 @pytest.mark.parametrize("lost", ["encoder.mask_token", "decoder.0.bias", "encoder.norm.bias"])
 def test_a_pretraining_has_to_be_whole(build: Build, tmp_path: Path, lost: str) -> None:
     encoder = build()
@@ -378,11 +406,13 @@ def test_what_is_no_checkpoint_is_refused(build: Build, tmp_path: Path) -> None:
         import_reference(tmp_path / "none.pth")
     cut = tmp_path / "cut.pth"
     torch.save({"model": to_reference(build())}, cut)
-    cut.write_bytes(cut.read_bytes()[:2000])
-    with pytest.raises(BridgeError, match="cut short"):
-        import_reference(cut)
-    cut.write_bytes(b"")
-    with pytest.raises(BridgeError, match="cut short"):
+    whole = cut.read_bytes()
+    for length in (*range(0, len(whole), len(whole) // 40), len(whole) - 1):
+        cut.write_bytes(whole[:length])
+        with pytest.raises(BridgeError, match="cut short"):
+            import_reference(cut)
+    cut = cut.rename(tmp_path / "cut.safetensors")
+    with pytest.raises(ValueError, match=r"cut short.*: copy it again"):
         import_reference(cut)
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(BridgeError, match="holds a list"):

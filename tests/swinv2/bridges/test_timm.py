@@ -346,7 +346,7 @@ def test_other_architectures_are_refused_by_name(other_model: tuple[Path, str]) 
 
 
 def test_the_layout_of_the_published_code_is_sent_to_its_bridge(
-    build: Build, tmp_path: Path
+    build: Build, draw_heads: Callable[[SwinV2], dict[str, Any]], tmp_path: Path
 ) -> None:
     from swinv2.bridges.reference import import_reference
 
@@ -354,6 +354,10 @@ def test_the_layout_of_the_published_code_is_sent_to_its_bridge(
     torch.save({"model": to_reference(encoder)}, tmp_path / "reference.pth")
     with pytest.raises(BridgeError, match="import it with --format reference"):
         import_timm(tmp_path / "reference.pth", **SIZES)
+    masked = to_reference(encoder, head=draw_heads(encoder)["head"])
+    torch.save({"model": masked}, tmp_path / "simmim.pth")
+    with pytest.raises(BridgeError, match=r"has encoder\.mask_token.*--format reference"):
+        import_timm(tmp_path / "simmim.pth", **SIZES)
     with pytest.raises(BridgeError, match="import it with --format timm"):
         import_reference(bare(encoder, tmp_path), **SIZES)
 
