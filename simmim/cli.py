@@ -34,8 +34,9 @@ EXIT_CODES = f"""exit codes:
   {STOPPED}   stopped by SIGTERM, SIGINT or SIGUSR1, with a checkpoint (on a full disk: the one
        before, and a warning): go on with --resume auto
   {LOST}   a process hung or was lost (training.rank_timeout): go on with --resume auto
-torchrun and accelerate launch end with 1 instead of all of these but 0. With the same options
-`python -m simmim.engine.torchrun` and `python -m simmim.launch` do the same, and the code arrives.
+torchrun and accelerate launch end with 1 instead of all of these but 0, and accelerate launch may
+not wait for the checkpoint of a stop. With the same options `python -m simmim.engine.torchrun` and
+`python -m simmim.launch` do the same, wait, and the code arrives.
 """
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"

@@ -19,10 +19,12 @@ from simmim.doctor.memory import check_disk, check_memory
 from simmim.doctor.pace import check_pace
 from simmim.doctor.plan import AnyStage, Recipe, check_plan, unit
 from simmim.doctor.shards import check_shards, check_workers
+from simmim.engine.checkpoint import find_checkpoint
 from simmim.engine.launcher import end_with_launcher, requested_cpu_processes, start_processes
 from simmim.engine.loop import build_accelerator
 from simmim.engine.parallelism import check_parallelism, end_processes
 from simmim.engine.run import RunFolder
+from simmim.engine.saving import fitting_state
 from simmim.recipe import RecipeError, load, read_values
 from simmim.stages.fine_tuning import FineTuningRecipe, FineTuningStage
 from simmim.stages.launch import run_folder
@@ -132,7 +134,7 @@ def examine(
             _say(name)
             checks.extend(attempt(name, examine))
 
-    look("run folder", lambda: [check_run(run, recipe, resume)])
+    look("run folder", lambda: [check_run(run, stage, resume)])
     look("plan", lambda: check_plan(recipe, stage.samples_per_epoch, device))
     look("shards" if _reads_shards(stage) else "data", lambda: _check_data(stage))
     look("workers", lambda: [check_workers(recipe.data.workers)])
@@ -182,11 +184,15 @@ def _disk(stage: AnyStage, run: RunFolder) -> Check:
     )
 
 
-def check_run(run: RunFolder, recipe: Any, resume: str | None) -> Check:
-    """Tell whether training may write into its folder."""
-    run.check(recipe, resume=resume is not None)
-    state = "goes on in" if resume is not None and run.path.is_dir() else "begins in"
-    return Check(name="run folder", verdict="ok", found=f"training {state} {run.path}")
+def check_run(run: RunFolder, stage: AnyStage, resume: str | None) -> Check:
+    """Tell whether training may write into its folder, and go on from the checkpoint in it."""
+    checkpoint = None if resume is None else find_checkpoint(run.checkpoints, resume)
+    run.check(stage.recipe, resume=resume is not None, checkpoint=checkpoint)
+    if checkpoint is None:
+        return Check(name="run folder", verdict="ok", found=f"training begins in {run.path}")
+    step = fitting_state(checkpoint, stage, allow_changes=False).step
+    found = f"training goes on in {run.path} from {checkpoint}, after step {step:,}"
+    return Check(name="run folder", verdict="ok", found=found)
 
 
 def _finish(checks: Sequence[Check]) -> int:

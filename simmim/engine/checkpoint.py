@@ -57,7 +57,7 @@ class TrainingState:
     """Hash of the recipe in force."""
     processes: int = 1
     """That trained it; any other number goes on from it."""
-    scaler: dict[str, float] | None = None
+    scaler: dict[str, int | float] | None = None
     """State of the gradient scaler in fp16."""
     skipped_steps: int = 0
     """Steps without an update, for a loss or gradient that was no number."""

@@ -19,8 +19,14 @@ LOCK = ".lock"
 """File in the run folder that the process which writes there has locked."""
 
 FREE_TO_CHANGE = (
+    "data.shards",  # they may have moved; `simmim.engine.saving.restore` compares what they hold
     "data.workers",
     "data.max_bad_share",
+    "data.remote",
+    "data.cache_dir",
+    "data.cache_bytes",
+    "data.attempts",
+    "data.allow_pipe",
     "execution",
     "training.accumulation",
     "training.log_every",

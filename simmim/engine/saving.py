@@ -258,8 +258,22 @@ def restore(
     """Load a checkpoint into what is trained, whatever number of processes wrote it.
 
     Raises:
-        ValueError: it is of another model or other data, of another batch size unless changes are
-            allowed, or cannot be read.
+        ValueError: it is of another model or does not fit, or cannot be read.
+    """
+    state = fitting_state(path, stage, allow_changes=allow_changes)
+    load_model(path, stage.module)
+    load_optimizer(path, optimizer)
+    if accelerator.scaler is not None and state.scaler is not None:
+        accelerator.scaler.load_state_dict(state.scaler)
+    return state
+
+
+def fitting_state(path: Path, stage: Trained, *, allow_changes: bool) -> TrainingState:
+    """Return where the training of a checkpoint stood, where that of `stage` can go on from it.
+
+    Raises:
+        ValueError: it is of other data or another optimiser, of another batch size unless changes
+            are allowed, or cannot be read.
     """
     state = load_state(path)
     batch_size = stage.recipe.training.batch_size
@@ -282,10 +296,6 @@ def restore(
             f"{path} holds the state of the optimiser {saved}, the recipe says {wanted}: set "
             f"training.optimizer.name to {saved}, or start anew from its weights with --init-from."
         )
-    load_model(path, stage.module)
-    load_optimizer(path, optimizer)
-    if accelerator.scaler is not None and state.scaler is not None:
-        accelerator.scaler.load_state_dict(state.scaler)
     return state
 
 

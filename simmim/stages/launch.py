@@ -50,7 +50,7 @@ def launch(
         recipe: what is trained, and how.
         run: where everything is written.
         resume: None to start anew, `auto`, or the path of a checkpoint. Processes that torchrun has
-            started again go on from the last complete one.
+            started again go on from the last complete one, whatever they had started from.
         allow_changes: resume though the recipe changes what is trained.
         init_from: weights to start from where no checkpoint is resumed.
 
@@ -61,7 +61,8 @@ def launch(
     chosen_trackers(recipe.training.trackers)
     end_with_launcher()
     stage = make_stage(recipe)
-    if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if restarted and (resume is None or find_checkpoint(run.checkpoints, "auto")):
         resume = "auto"
     checkpoint = None if resume is None else find_checkpoint(run.checkpoints, resume)
     if int(os.environ.get("RANK", "0")) == 0:  # the others would meet what rank 0 has begun

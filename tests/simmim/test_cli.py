@@ -9,6 +9,7 @@ import yaml
 
 from simmim.cli import main
 from simmim.engine.checkpoint import complete_checkpoints
+from simmim.engine.run import RunFolder
 from simmim.engine.signals import STOPPED
 from simmim.engine.watchdog import LOST
 from swinv2 import SwinV2, SwinV2Config, read_encoder_config, save_encoder
@@ -109,13 +110,21 @@ def test_ranks_that_torchrun_starts_again_go_on(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
-    command = ["pretrain", "--config", str(pretrain_config), "--training.steps", "2", "--folder"]
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    short = ["--training.steps", "2", "--training.checkpoint_every", "1"]
+    command = ["pretrain", "--config", str(pretrain_config), *short, "--folder"]
     assert main([*command, str(first)]) == 0
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert "is not empty" in refused([*command, str(first)], capsys)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert main([*command, str(first)]) == 0
+    # A checkpoint that was named is where the run began, not where it is begun again.
+    start, last = (first / "checkpoints" / f"step-{step:08d}" for step in (1, 2))
+    written = (last / "complete").stat().st_mtime_ns
+    assert main([*command, str(first), "--resume", str(start)]) == 0
+    assert (last / "complete").stat().st_mtime_ns == written
+    assert main([*command, str(third), "--resume", str(start)]) == 0
+    assert [line["step"] for line in RunFolder(path=third).read_metrics()] == [2, 2]
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
     assert main([*command, str(second), "--init-from", str(first)]) == 0
     assert f"starting from the weights of {first}" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+import data_prep.cli
 from simmim.cli import main
 
 QUICK = ["--seconds", "0.2"]
@@ -52,6 +53,29 @@ def test_a_good_recipe_passes_and_nothing_is_written(
         assert any(line[9:].startswith(name) for line in text.splitlines()), name
     assert "0 problems" in text
     assert not run.parent.exists()
+
+
+def test_whether_a_run_can_go_on_is_told(
+    pretrain_config: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    training = ["pretrain", "--config", str(pretrain_config), "--folder", str(run)]
+    assert main([*training, "--training.steps", "4"]) == 0
+
+    def found(code: int, *more: str) -> str:
+        capsys.readouterr()
+        assert doctor(pretrain_config, run, "--training.steps", "4", *more) == code
+        return " ".join(capsys.readouterr().out.split())
+
+    assert "is not empty" in found(2)
+    assert "after step 4" in found(0, "--resume", "auto")
+    moved, others = tmp_path / "moved", tmp_path / "others"
+    shutil.copytree(shards, moved)
+    assert "after step 4" in found(0, "--resume", "auto", "--data.shards", str(moved))
+    images = str(shards.parent / "images" / "circle")
+    assert data_prep.cli.main(["shard", images, str(others), "--samples-per-shard", "8"]) == 0
+    refused = found(2, "--resume", "auto", "--data.shards", str(others))
+    assert "was trained on other images" in refused
 
 
 def test_a_classifier_is_looked_over_too(

@@ -15,6 +15,7 @@ from simmim.disk import append_whole, why_not_written
 from simmim.engine.checkpoint import complete_checkpoints
 from simmim.engine.loop import build_accelerator, train
 from simmim.engine.run import RunFolder
+from simmim.engine.saving import Saver
 from simmim.recipe import parse
 from simmim.stages.pretrain import PretrainRecipe, PretrainStage
 
@@ -44,6 +45,19 @@ def fill(place: Path, *, leaving: int = 0) -> Path:
     free = os.statvfs(place).f_bavail * os.statvfs(place).f_frsize
     ballast.write_bytes(b"\0" * (free - leaving))
     return ballast
+
+
+@pytest.fixture
+def prompt_writing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each step wait for the thread that writes, so that it is known what is on disk when."""
+    signs = Saver.signs
+
+    def settled(saver: Saver) -> tuple[int, int]:
+        if saver._writing is not None and saver._writing.future is not None:
+            saver._writing.future.exception()
+        return signs(saver)
+
+    monkeypatch.setattr(Saver, "signs", settled)
 
 
 def test_a_line_is_appended_whole_or_not_at_all(small_disk: Path) -> None:
@@ -78,6 +92,7 @@ def test_a_bad_sample_is_named_once_there_is_room(
     assert (small_disk / "bad_samples.jsonl").read_text().count('"key": "k"') == 1
 
 
+@pytest.mark.usefixtures("prompt_writing")
 def test_training_outlives_a_full_disk(
     small_disk: Path,
     pretrain_values: dict[str, Any],
@@ -119,6 +134,7 @@ def test_training_outlives_a_full_disk(
     assert train(stage, run, build_accelerator("fp32"), "auto").step == 12
 
 
+@pytest.mark.usefixtures("prompt_writing")
 def test_a_stop_on_a_full_disk_leaves_the_checkpoint_before(
     small_disk: Path,
     pretrain_values: dict[str, Any],

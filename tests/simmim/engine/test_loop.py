@@ -1,9 +1,12 @@
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from simmim.engine.anomalies import DivergedError
 from simmim.engine.checkpoint import complete_checkpoints, load_state, read_model
@@ -21,13 +24,25 @@ def run_training(
     folder: Path,
     resume: str | None = None,
     init_from: Path | None = None,
+    accelerator: Accelerator | None = None,
     **training: Any,
 ) -> TrainingResult:
     values = values | {"training": values["training"] | training}
     stage = PretrainStage(parse(PretrainRecipe, values, "test"))
-    return train(
-        stage, RunFolder(path=folder), build_accelerator("fp32"), resume, init_from=init_from
-    )
+    accelerator = accelerator or build_accelerator("fp32")
+    return train(stage, RunFolder(path=folder), accelerator, resume, init_from=init_from)
+
+
+def in_half() -> Accelerator:
+    """Return an accelerator that computes in fp16 on the CPU, which accelerate does on GPUs alone.
+
+    Its scale is too large at first, and is raised again after every second good step.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = build_accelerator("bf16")
+    accelerator.state._mixed_precision = "fp16"
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=2)
+    return accelerator
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -120,6 +135,23 @@ def test_resume_equals_the_uninterrupted_run(
     result = run_training(pretrain_values, broken, resume="auto")
     assert result.step == 12
     assert losses(broken) == losses(whole)
+    assert_same_weights(whole, broken)
+
+
+def test_fp16_leaves_out_overflows_and_resumes_with_its_scale(
+    pretrain_values: dict[str, Any], tmp_path: Path
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    often = {"log_every": 5, "checkpoint_every": 1, "keep_last": 12}
+    run_training(pretrain_values, whole, accelerator=in_half(), **often)
+    checkpoints = complete_checkpoints(whole / "checkpoints")
+    states = [load_state(path) for path in checkpoints]
+    scales = [state.scaler["scale"] for state in states if state.scaler]
+    assert scales[0] < 2.0**20  # the first step was left out
+    assert any(after > before for before, after in pairwise(scales))
+    start = str(checkpoints[6])
+    run_training(pretrain_values, broken, resume=start, accelerator=in_half(), **often)
+    assert losses(broken) == {step: loss for step, loss in losses(whole).items() if step > 5}
     assert_same_weights(whole, broken)
 
 

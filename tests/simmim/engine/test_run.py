@@ -112,7 +112,12 @@ def test_a_checkpoint_of_elsewhere_brings_its_own_recipe(run: RunFolder, tmp_pat
 
 def test_what_changes_no_weight_may_change(run: RunFolder) -> None:
     changed = recipe_with(
+        data__shards="moved",
         data__workers=7,
+        data__remote="ranges",
+        data__cache_dir="elsewhere",
+        data__cache_bytes=2**30,
+        data__attempts=3,
         training__accumulation=2,
         training__log_every=3,
         training__checkpoint_every=4,
