@@ -118,7 +118,7 @@ def _(gradient: Tensor, rows: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """The product and its gradients, without a dispatcher on the way: a third of small ones."""
+    """What the operators do, without a dispatcher on the way: of small products that is a third."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
