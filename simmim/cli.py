@@ -12,7 +12,7 @@ from simmim.bench.cli import add_bench
 from simmim.doctor.cli import add_doctor
 from simmim.engine.launcher import is_rank, run_as_rank
 from simmim.engine.run import RunFolder
-from simmim.engine.signals import STOPPED
+from simmim.engine.signals import STOPPED, StopRequest
 from simmim.engine.watchdog import LOST, RankLostError
 from simmim.quickstart import DEFAULT_FOLDER, quickstart
 from simmim.recipe import describe, load, read_values
@@ -44,6 +44,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run() -> None:
     """Run the command of this process and exit with its code; see EXIT_CODES."""
+    StopRequest.ends_process = True
     if is_rank():
         run_as_rank(main)
     sys.exit(main())

@@ -185,6 +185,7 @@ def train(
         while trainer.step < trainer.total and not trainer.must_stop():
             trainer.advance(batches)
         stopped = trainer.step < trainer.total
+        stop.heeded = stopped
         if stopped:
             received = stop.received.name if stop.received else "a signal on another rank"
             watcher.say(f"{received}: stopping after step {trainer.step}, {trainer.what_is_saved}.")

@@ -20,14 +20,20 @@ class StopRequest:
     """Within this context the signals are noted instead of obeyed.
 
     A launcher and the terminal may both deliver the same signal, so every further one is noted
-    too. `agreed` asks all ranks, so that none waits for one that has already stopped.
+    too. `agreed` asks all ranks, so that none waits for one that has already stopped. Where the
+    process ends with what was stopped, those that still come on its way out are ignored.
 
     Args:
         timeout: the longest that asking waits for another rank; None is torch's own.
     """
 
+    ends_process = False
+    """Whether a stop is the end of this process, as it is of the command line's."""
+
     def __init__(self, timeout: timedelta | None = None) -> None:
         self._timeout = timeout
+        self.heeded = False
+        """Whether what runs in this context has been stopped on request."""
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._group: torch.distributed.ProcessGroup | None = None
@@ -48,8 +54,11 @@ class StopRequest:
         trace: TracebackType | None,
     ) -> None:
         for number, handler in self._before.items():
-            # None: installed by other code than Python's, which cannot be named here.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            if self.heeded and self.ends_process:
+                signal.signal(number, signal.SIG_IGN)
+            else:
+                # None: installed by other code than Python's, which cannot be named here.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.received = signal.Signals(number)

@@ -1,6 +1,6 @@
 """On a GPU the encoder computes what it computes on a CPU, and trains, resumes and exports.
 
-    pytest -m gpu tests/simmim/test_cuda.py
+pytest -m gpu tests/simmim/test_cuda.py
 """
 
 import copy

@@ -206,6 +206,20 @@ def test_a_signal_to_the_launcher_ends_with_a_checkpoint(
     assert took < 100  # seconds, on a machine that does much else
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_is_repeated_until_the_end_changes_no_exit_code(
+    write_config: Callable[..., Path], tmp_path: Path, number: signal.Signals
+) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    with started(pretrain(write_config(), run), log) as process:
+        wait_for_step(run, 3, log)
+        while process.poll() is None:
+            process.send_signal(number)
+            time.sleep(0.002)
+        assert process.returncode == 75, log.read_text()
+    assert "Stopped at step" in log.read_text()
+
+
 def test_ranks_skip_together_and_name_the_sample_of_one(
     write_config: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -62,6 +62,21 @@ def test_the_earlier_handlers_come_back(number: signal.Signals, no_harm: list[in
 
 
 @EACH
+def test_after_a_stop_that_ends_the_process_signals_are_ignored(
+    number: signal.Signals, no_harm: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StopRequest, "ends_process", True)
+    with StopRequest():
+        pass
+    os.kill(os.getpid(), number)
+    assert no_harm == [number]  # nothing was stopped
+    with StopRequest() as stop:
+        stop.heeded = True
+    os.kill(os.getpid(), number)
+    assert no_harm == [number]
+
+
+@EACH
 def test_ignored_signals_are_noted_and_ignored_again(number: signal.Signals) -> None:
     signal.signal(number, signal.SIG_IGN)  # as a shell starts background jobs
     with StopRequest() as stop:
