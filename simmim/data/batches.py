@@ -41,7 +41,8 @@ class Batch:
     """int64 (batch,), -1 where a sample has none; or bool (batch, classes), which of them it has.
     None where no sample of the set has one."""
     addresses: Tensor
-    """int64 (batch, 3): epoch, shard and sample asked for. Stays on the CPU."""
+    """int64 (batch, 3): epoch, shard and sample, of what takes the place of a damaged one its own.
+    Stays on the CPU."""
     flips: Tensor | None = None
     """bool (batch,): which images the device mirrors; None mirrors none."""
     bad: tuple[BadSample, ...] = ()
@@ -155,13 +156,13 @@ class AddressedSamples(Dataset[Batch | Failure], Generic[Raw]):
         samples, found = [], []
         for address in addresses:
             try:
-                sample = self._sample(address, bad)
+                taken = self._sample(address, bad)
             except (DataError, ManifestError) as error:
                 folder = self.shards.folder_of(address.shard)
                 return Failure(f"shard {address.shard} of {folder}: {error}")
-            if sample is not None:
-                samples.append(sample)
-                found.append(address)
+            if taken is not None:
+                samples.append(taken[0])
+                found.append(taken[1])
         kinds = {str(sample.image.dtype).removeprefix("torch.") for sample in samples}
         if len(kinds) > 1:
             return Failure(
@@ -179,8 +180,8 @@ class AddressedSamples(Dataset[Batch | Failure], Generic[Raw]):
             targets=tuple(sample.targets for sample in samples if sample.targets is not None),
         )
 
-    def _sample(self, address: Address, bad: list[BadSample]) -> Sample | None:
-        """Return the sample at an address, or what takes its place."""
+    def _sample(self, address: Address, bad: list[BadSample]) -> tuple[Sample, Address] | None:
+        """Return the sample at an address, or what takes its place, and the address of that."""
         name = ""
         for place in self._candidates(address):
             raw = self.shards.read(place.shard, place.sample)
@@ -201,7 +202,7 @@ class AddressedSamples(Dataset[Batch | Failure], Generic[Raw]):
                 raise DataError(f"sample {raw.name}: {error}") from None
             if sample.repaired is not None:
                 bad.append(known(kind="repaired", reason=sample.repaired))
-            return sample
+            return sample, place
         if self.replacing:
             raise DataError(
                 f"sample {name} is damaged ({bad[-1].reason}), and so is every other one that was"

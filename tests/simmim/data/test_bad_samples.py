@@ -49,17 +49,16 @@ def test_training_puts_another_sample_of_the_shard_in_place(shards: ShardSet) ->
         ("replaced", "shard-000001", "001000001"),
         ("replaced", "shard-000001", "001000007"),
     }
-    # What took the place looks as that sample itself does in that epoch.
+    order = SampleOrder(shards.sizes, seed=1, slots=4)
+    asked = [address for start in range(0, 60, 4) for address in order.batch(start, 4)]
+    # What took the place is told, and looks as that sample itself does in that epoch.
     good = AddressedSamples(shards, TRAIN, replacing=True)
-    for row in range(60):
-        epoch, shard, sample = whole.addresses[row].tolist()
-        if 10 * shard + sample in BAD:
-            others = [
-                good[[Address(epoch, shard, other)]]
-                for other in range(10)
-                if 10 * shard + other not in BAD
-            ]
-            assert any(torch.equal(other.images[0], whole.images[row]) for other in others)
+    for row, wanted in enumerate(asked):
+        address = Address(*whole.addresses[row].tolist())
+        assert 10 * address.shard + address.sample not in BAD
+        assert address.shard == wanted.shard
+        assert (address == wanted) == (10 * wanted.shard + wanted.sample not in BAD)
+        assert torch.equal(good[[address]].images[0], whole.images[row])
 
 
 def test_what_takes_the_place_depends_on_the_address_alone(shards: ShardSet) -> None:
