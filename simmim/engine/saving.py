@@ -170,12 +170,14 @@ class Saver:
     def _complete(self, writing: _Writing) -> None:
         finish_checkpoint(self.folder, writing.step, writing.contents.parts)
         kept = None if writing.best is None else writing.best.step
-        if writing.best is not None:
-            write_best(self.folder.parent, writing.best)
+        trouble = "the best one cannot be named"
         try:
+            if writing.best is not None:
+                write_best(self.folder.parent, writing.best)
+            trouble = "old checkpoints cannot be removed"
             remove_old_checkpoints(self.folder, self.keep_last, self.keep_every, kept)
         except OSError as error:
-            writing.trouble = f"old checkpoints cannot be removed: {error}"
+            writing.trouble = f"{trouble}: {error}"
 
     def finish(self, agree: Agree) -> SavingOutcome | None:
         """Wait for the checkpoint that is on its way; all ranks must call it together."""

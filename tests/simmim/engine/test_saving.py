@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from simmim.engine import saving
+from simmim.engine.best import Best
 from simmim.engine.checkpoint import Contents, complete_checkpoints, read_model, write_contents
 from simmim.engine.parts import Piece
 from simmim.engine.saving import Saver, SavingOutcome
@@ -184,21 +185,28 @@ def test_some_are_kept_for_good(tmp_path: Path) -> None:
     assert [int(name[-2:]) for name in steps(tmp_path)] == [10, 20, 30, 35, 40]
 
 
-def test_a_checkpoint_is_complete_though_old_ones_cannot_be_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("fails", "told"),
+    [
+        ("remove_old_checkpoints", "old checkpoints cannot be removed"),
+        ("write_best", "the best one cannot be named"),
+    ],
+)
+def test_a_checkpoint_is_complete_though_what_follows_fails(
+    fails: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver = Saver(tmp_path, keep_last=1)
     saver.start(1, contents(0, 1, 1.0))
     saver.finish(list)
 
-    def denied(folder: Path, *_: int | None) -> None:
-        raise PermissionError(13, "Permission denied", str(folder / "step-00000001"))
+    def denied(folder: Path, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
 
-    monkeypatch.setattr(saving, "remove_old_checkpoints", denied)
-    saver.start(2, contents(0, 1, 2.0))
+    monkeypatch.setattr(saving, fails, denied)
+    saver.start(2, contents(0, 1, 2.0), Best(step=2, metric="top1", value=50.0))
     outcome = saver.finish(list)
     saver.close()
     assert outcome is not None
     assert outcome.saved
-    assert "old checkpoints cannot be removed: [Errno 13] Permission denied" in outcome.reason
+    assert f"{told}: [Errno 13] Permission denied" in outcome.reason
     assert steps(tmp_path) == ["step-00000001", "step-00000002"]
