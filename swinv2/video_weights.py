@@ -20,8 +20,7 @@ from swinv2.weights import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     config_text,
-    load_strictly,
-    read_tensors,
+    filled,
     write_directory,
 )
 
@@ -113,10 +112,7 @@ def load_video_encoder(
         read_video_config(path).config,
         **{name: size for name, size in sizes.items() if size is not None},
     )
-    encoder = VideoSwinV2(config)
-    file = Path(path) / WEIGHTS_FILE
-    load_strictly(encoder, read_tensors(file), str(file))
-    return encoder.eval()
+    return filled(lambda: VideoSwinV2(config), Path(path) / WEIGHTS_FILE)
 
 
 def read_video_config(path: str | os.PathLike[str]) -> VideoEncoderFile:

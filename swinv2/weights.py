@@ -10,8 +10,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -44,6 +45,8 @@ __all__ = [
     "save_encoder",
     "write_tensors",
 ]
+
+Encoder = TypeVar("Encoder", bound=nn.Module)
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -153,8 +156,22 @@ def load_encoder(
         "drop_path": drop_path,
     }
     config = replace(config, **{name: size for name, size in sizes.items() if size is not None})
-    encoder = SwinV2(config)
-    load_strictly(encoder, read_tensors(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE))
+    return filled(lambda: SwinV2(config), folder / WEIGHTS_FILE)
+
+
+def filled(build: Callable[[], Encoder], file: Path) -> Encoder:
+    """Build an encoder with the weights in a file, in evaluation mode.
+
+    That they fit is seen before it takes memory, since a wrong ``config.json`` may ask for any.
+
+    Raises:
+        ValueError: as for `load_strictly`.
+    """
+    tensors = read_tensors(file)
+    with torch.device("meta"):
+        check_fit(build(), tensors, str(file))
+    encoder = build()
+    encoder.load_state_dict(tensors, strict=True)
     return encoder.eval()
 
 
@@ -244,6 +261,12 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str)
         ValueError: some are missing, unexpected or of another shape; all of them are listed and the
             module is left as it was.
     """
+    check_fit(module, tensors, source)
+    module.load_state_dict(dict(tensors), strict=True)
+
+
+def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise what `load_strictly` does, and load nothing."""
     expected = module.state_dict()
     problems = [f"missing: {name}" for name in expected if name not in tensors]
     problems += [f"unexpected: {name}" for name in tensors if name not in expected]
@@ -257,7 +280,6 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str)
             f"{source} does not fit {type(module).__name__}; use the weights of the same variant "
             "and sizes, or change the configuration to theirs:\n  " + "\n  ".join(problems)
         )
-    module.load_state_dict(dict(tensors), strict=True)
 
 
 def _check_encoder_directory(path: Path) -> None:

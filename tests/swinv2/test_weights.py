@@ -152,6 +152,17 @@ def test_what_is_not_of_this_encoder_is_listed_and_nothing_is_loaded(
         load_encoder(saved)
 
 
+def test_a_description_of_another_encoder_takes_no_memory(saved: Path) -> None:
+    file = saved / "config.json"
+    content = json.loads(file.read_text())
+    content["config"] |= {"variant": None, "embed_dim": 2**25}  # petabytes of weights
+    file.write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match=r"shape of patch_embed\.projection\.weight: .*\(33554432,"
+    ):
+        load_encoder(saved)
+
+
 def test_an_absent_or_foreign_place_is_refused(saved: Path, tmp_path: Path) -> None:
     pickled = tmp_path / "model.pth"
     torch.save({}, pickled)
