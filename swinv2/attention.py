@@ -1,11 +1,7 @@
-"""Attention within windows: scaled cosine scores and a log-spaced continuous position bias."""
+"""Attention within windows, by scaled cosine scores and a position bias."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, wraps
-from typing import ParamSpec
 
 import torch
 import torch.nn.functional as F
@@ -14,38 +10,14 @@ from torch import Tensor, nn
 
 from swinv2.config import AttentionPath, Axes, clamp_window
 from swinv2.fused import fused_attention, mask_regions
+from swinv2.kept import kept
 from swinv2.linear import Linear, being_exported, linear
-from swinv2.offsets import spread_offsets
+from swinv2.position_bias import PositionBias
 from swinv2.sequential import SHORTEST, sequential_attention
 
 LARGEST_LOGIT_SCALE = math.log(100)
 ACROSS_REGIONS = -100.0  # added to scores between regions that only the shift brought together
 PADDING = -1  # the region of tokens that only fill a window
-BIAS_HIDDEN = 512
-
-Sizes = ParamSpec("Sizes")
-
-
-def kept(build: Callable[Sizes, Tensor]) -> Callable[Sizes, Tensor]:
-    """Keep the tables that a pure function of sizes, dtype and device has built lately.
-
-    A kept table is shared: it must not be changed in place.
-    """
-
-    @lru_cache(maxsize=64)
-    def build_once(*args: Sizes.args, **kwargs: Sizes.kwargs) -> Tensor:
-        # A kept table outlives the inference mode that it may be first needed in.
-        with torch.inference_mode(False):
-            return build(*args, **kwargs)
-
-    @wraps(build)
-    def table(*args: Sizes.args, **kwargs: Sizes.kwargs) -> Tensor:
-        # What is built while a graph is traced belongs to the trace.
-        if torch.compiler.is_compiling():
-            return build(*args, **kwargs)
-        return build_once(*args, **kwargs)  # type: ignore[arg-type]  # sizes do hash
-
-    return table
 
 
 @dataclass(frozen=True)
@@ -190,38 +162,6 @@ def _axis_regions(grid: WindowGrid, axis: int, device: torch.device) -> Tensor:
     return regions.masked_fill(before_shift >= grid.resolution[axis], PADDING)
 
 
-@kept
-def offset_coordinates(
-    window: Axes, reference: Axes, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Give log-spaced coordinates of all offsets in a window, (offsets, axes).
-
-    Offsets along an axis are from 1 - side to side - 1; those of the last axis vary fastest.
-    Paper, equation 4, in the scale of the reference code: they are divided by the largest one of
-    the reference window, times 8, then sign(x)·log2(|x| + 1) / log2(8).
-    """
-    along_axes = (
-        torch.arange(1 - side, side, device="cpu", dtype=torch.float64)
-        * (8 / max(reference_side - 1, 1))
-        for side, reference_side in zip(window, reference, strict=True)
-    )
-    offsets = torch.cartesian_prod(*along_axes)
-    return (offsets.sign() * torch.log2(offsets.abs() + 1) / math.log2(8)).to(device, dtype)
-
-
-@kept
-def offset_index(window: Axes, device: torch.device) -> Tensor:
-    """Give the row of offset_coordinates for each (query, key) of a window, int64."""
-    tokens = math.prod(window)
-    places = torch.arange(tokens, device=device)
-    index = places.new_zeros(1, 1)
-    for side in window:
-        tokens //= side  # of which places along this axis are apart
-        along = places // tokens % side
-        index = index * (2 * side - 1) + along[:, None] - along + side - 1
-    return index
-
-
 def explicit_attention(qkv: Tensor, *, scale: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
     """Attend by scaled cosine similarity: softmax(scale · cos(query, key) + bias + mask) · value.
 
@@ -267,73 +207,6 @@ def _directions_and_values(qkv: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, 
 def _length(vectors: Tensor) -> Tensor:
     length: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return length.clamp_min(SHORTEST)
-
-
-@contextmanager
-def without_autocast(device: torch.device) -> Iterator[None]:
-    """Compute in the precision of the tensors, whatever autocast says."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        with torch.autocast(device.type, enabled=False):
-            yield
-    else:
-        yield
-
-
-@dataclass(frozen=True, eq=False)
-class KeptBias:
-    """A position bias computed without gradients, and what it was computed of."""
-
-    window: Axes
-    made_of: tuple[Tensor, ...]
-    bias: Tensor
-
-    def fits(self, window: Axes, weights: tuple[Tensor, ...]) -> bool:
-        """Tell whether it is that of these weights.
-
-        They are compared by value: version counters do not see what is written through `.data`.
-        """
-        return window == self.window and all(
-            kept.dtype == now.dtype and kept.device == now.device and torch.equal(kept, now)
-            for kept, now in zip(self.made_of, weights, strict=True)
-        )
-
-
-class PositionBias(nn.Module):
-    """Bias of each head for each offset between two tokens, from a small MLP (section 3.3).
-
-    It has as many coordinates as the reference window has axes.
-    """
-
-    def __init__(self, num_heads: int, reference_window: Axes) -> None:
-        super().__init__()
-        self.reference_window = reference_window
-        self.expand = Linear(len(reference_window), BIAS_HIDDEN)
-        self.reduce = Linear(BIAS_HIDDEN, num_heads, bias=False)
-        self._kept: KeptBias | None = None
-
-    def forward(self, window: Axes) -> Tensor:
-        """Give the bias within a window, by its sides in tokens, as (heads, queries, keys)."""
-        weights = (self.expand.weight, self.expand.bias, self.reduce.weight)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not weights[0].is_cpu:
-            return self._compute(window)
-        if self._kept is None or not self._kept.fits(window, weights):
-            # What is kept outlives the inference mode that it may be first needed in.
-            with torch.inference_mode(False), torch.no_grad():
-                made_of = tuple(weight.detach().clone() for weight in weights)
-                self._kept = KeptBias(window, made_of, self._compute(window))
-        return self._kept.bias
-
-    def _compute(self, window: Axes) -> Tensor:
-        weight = self.expand.weight
-        offsets = offset_coordinates(window, self.reference_window, weight.dtype, weight.device)
-        with without_autocast(weight.device):
-            # Through operators of ours, so that a compiled backward keeps the precision, too.
-            table = 16 * torch.sigmoid(self.reduce(F.relu(self.expand(offsets))))
-        index = offset_index(window, weight.device)
-        if being_exported():
-            return F.embedding(index, table).permute(2, 0, 1)
-        bias: Tensor = spread_offsets(table, index, window)
-        return bias
 
 
 class WindowAttention(nn.Module):

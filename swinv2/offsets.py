@@ -23,7 +23,7 @@ def spread_offsets(table: Tensor, index: Tensor, window: list[int]) -> Tensor:  
 
     Args:
         table: (offsets, heads), offsets along the last axis vary fastest.
-        index: (queries, keys), int64: the row of each pair, as `swinv2.attention.offset_index`
+        index: (queries, keys), int64: the row of each pair, as `swinv2.position_bias.offset_index`
             gives it for the window.
         window: tokens along each axis.
 

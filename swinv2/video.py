@@ -20,10 +20,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from swinv2.attention import PositionBias
 from swinv2.config import Axes, SwinV2Config, clamp_window, record_windows
 from swinv2.encoder import SwinV2
 from swinv2.hierarchy import Hierarchy
+from swinv2.position_bias import PositionBias
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from swinv2.attention import PositionBias, offset_coordinates
+from swinv2.position_bias import PositionBias, offset_coordinates
 
 
 @pytest.fixture(scope="module")

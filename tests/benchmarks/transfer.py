@@ -38,7 +38,8 @@ from simmim.engine.schedule import ScheduleSettings, learning_rate
 from simmim.stages.classifier import Classifier
 from simmim.stages.normalisation import Normalise
 from swinv2 import SwinV2, SwinV2Config
-from swinv2.attention import PositionBias, WindowAttention, offset_index
+from swinv2.attention import WindowAttention
+from swinv2.position_bias import PositionBias, offset_index
 
 Kind = Literal["table", "linear", "log-spaced"]
 Pair = tuple[int, int]

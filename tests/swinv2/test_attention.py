@@ -10,11 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from swinv2.attention import (
-    PositionBias,
     WindowAttention,
     explicit_attention,
-    offset_coordinates,
-    offset_index,
     partition,
     reverse,
     shift_tokens,
@@ -23,6 +20,7 @@ from swinv2.attention import (
     window_mask,
     window_regions,
 )
+from swinv2.position_bias import PositionBias, offset_coordinates, offset_index
 from swinv2.sequential import sequential_attention
 
 CPU = torch.device("cpu")

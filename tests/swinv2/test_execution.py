@@ -1,7 +1,7 @@
 """However the encoder computes, it computes the same."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,42 @@ def test_the_bias_is_kept_in_evaluation_until_its_weights_change() -> None:
     with torch.no_grad():
         assert not torch.equal(bias((4, 4)), first)
         torch.testing.assert_close(bias((4, 4)), bias._compute((4, 4)))
+
+
+def test_off_the_cpu_the_bias_is_kept_in_evaluation_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)  # as tensors on a GPU say
+    bias = build_encoder("tiny", **SIZES).stages[0].blocks[0].attention.position_bias
+    other = {name: tensor + 1 for name, tensor in bias.state_dict().items()}
+
+    def changes() -> Iterator[None]:
+        with torch.no_grad():
+            bias.reduce.weight.mul_(2)
+        yield
+        bias.load_state_dict(other)
+        yield
+        bias.reduce.weight.data = bias.reduce.weight.data * 2
+        yield
+        bias.train()
+        bias.reduce.weight.data.add_(1)  # which no version tells of
+        bias.eval()
+        yield
+        bias.reduce.weight.data.add_(1)
+        bias((4, 4)).sum().backward()
+        yield
+
+    with torch.no_grad():
+        assert bias((4, 4)) is not bias((4, 4))
+        bias.eval()
+        kept = bias((4, 4))
+    for _ in changes():
+        with torch.no_grad():
+            changed = bias((4, 4))
+            assert changed is not kept
+            assert torch.equal(changed, bias._compute((4, 4)))
+            assert bias((4, 4)) is changed
+        kept = changed
+    with torch.inference_mode():
+        assert bias((4, 4)) is kept
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

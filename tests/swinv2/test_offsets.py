@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from swinv2.attention import offset_index
 from swinv2.offsets import spread_offsets, sum_by_offset
+from swinv2.position_bias import offset_index
 
 HEADS = 3
 WINDOWS = [(1, 1), (1, 4), (3, 2), (6, 6), (4, 3, 2), (1, 5, 1), (5,)]

@@ -27,10 +27,7 @@ from swinv2 import (
     save_video_encoder,
 )
 from swinv2.attention import (
-    PositionBias,
     WindowAttention,
-    offset_coordinates,
-    offset_index,
     partition,
     reverse,
     shift_tokens,
@@ -39,6 +36,7 @@ from swinv2.attention import (
     window_mask,
 )
 from swinv2.flops import forward_flops
+from swinv2.position_bias import PositionBias, offset_coordinates, offset_index
 from swinv2.video import VideoConfig, video_config
 
 CPU = torch.device("cpu")
