@@ -46,8 +46,7 @@ def read_checkpoint(path: str | os.PathLike[str], entries: Iterable[str]) -> Che
     """
     file = Path(path)
     if not file.is_file():
-        state = "is a folder" if file.is_dir() else "does not exist"
-        raise BridgeError(f"{file} {state}: give a checkpoint file.")
+        raise BridgeError(f"{file} {_instead(file)}: give a checkpoint file.")
     safe = file.suffix == ".safetensors"
     content: Any = read_tensors(file, remedy="copy it again") if safe else _read_pickle(file)
     if not isinstance(content, Mapping):
@@ -68,6 +67,14 @@ def read_checkpoint(path: str | os.PathLike[str], entries: Iterable[str]) -> Che
     return Checkpoint(source=str(file), tensors=tensors, extras=extras)
 
 
+def _instead(file: Path) -> str:
+    """Say what there is in the place of a file that is none."""
+    if file.is_dir():
+        return "is a folder"
+    beside = sorted(path.name for path in file.parent.iterdir()) if file.parent.is_dir() else []
+    return f"does not exist (there are {', '.join(beside[:5])})" if beside else "does not exist"
+
+
 def read_json(file: Path, remedy: str) -> dict[str, Any]:
     """Read a file of fields by name.
 
@@ -75,7 +82,7 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
         BridgeError: it is absent or holds something else; the message ends with the remedy.
     """
     if not file.is_file():
-        raise BridgeError(f"{file} does not exist: {remedy}.")
+        raise BridgeError(f"{file} {_instead(file)}: {remedy}.")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
