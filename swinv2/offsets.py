@@ -53,7 +53,7 @@ def sum_by_offset(by_pair: Tensor, window: list[int]) -> Tensor:
         sums = by_query.new_zeros(*by_query.shape[1:-1], 2 * side - 1)
         for query in range(side):
             first = side - 1 - query  # the offset of key 0, counted from that of the last query
-            sums[..., first : first + side] += by_query[query]
+            sums[..., first : first + side].add_(by_query[query])
     # So far they are key minus query.
     return sums.flip(tuple(range(1, 1 + axes))).flatten(1).t().contiguous()
 
