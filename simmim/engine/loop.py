@@ -40,7 +40,7 @@ from simmim.engine.settings import TrainingSettings
 from simmim.engine.sharding import shard_for_training
 from simmim.engine.signals import StopRequest
 from simmim.engine.stage import Stage
-from simmim.engine.watchdog import Watchdog, group_timeout
+from simmim.engine.watchdog import WAITING_FOR_DATA, Watchdog, group_timeout
 from simmim.engine.watching import Position, Watcher
 from simmim.engine.zero import Zero
 from simmim.recipe import recipe_hash
@@ -306,7 +306,7 @@ class _Trainer:
         """Take one step and do what is due after it."""
         training = self.training
         set_learning_rate(self.optimizer, self._learning_rate)
-        self.watchdog.at(self.step + 1, "waiting for data")
+        self.watchdog.at(self.step + 1, WAITING_FOR_DATA)
         began = time.perf_counter()
         micro_batches = [next(batches) for _ in range(training.accumulation)]
         self.clock.add(training.batch_size, time.perf_counter() - began)

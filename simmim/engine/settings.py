@@ -30,7 +30,8 @@ class TrainingSettings:
     ends. Skipped steps leave the weights as they are, on all ranks."""
     rank_timeout: float = 600.0
     """Seconds that a process may make no progress while others wait for it; then the job ends.
-    No step, validation, checkpoint or compilation may take longer."""
+    No step, validation, checkpoint or compilation may take longer. A single process may wait so
+    long for data."""
     seed: int = 0
     """Seed of the initial weights, the data order, augmentation, masks and drop path."""
     log_every: int = 10

@@ -37,6 +37,9 @@ FAULT_GRACE = 60.0
 INTERVALS_TO_TELL = 10
 """How long a rank that lost a connection waits, at most, to learn which other one is gone."""
 
+WAITING_FOR_DATA = "waiting for data"
+"""What a rank does where its data workers, or a file system, may hang."""
+
 KEEPER = "rank 0, or the launcher that keeps the ranks' store,"
 
 _SIGNS_OF_COMMUNICATION = ("gloo", "nccl", "connection", "socket", "store", "broken pipe")
@@ -145,7 +148,8 @@ def _ending(standing: Standing) -> str:
 class Watchdog:
     """Ends this process, within this context, where a rank makes no progress.
 
-    Of several processes all must enter it together; a single one is not watched.
+    Of several processes all must enter it together. A single one is watched while it waits for
+    data.
 
     Args:
         timeout: seconds without progress, or without a sign of life, that a rank is granted.
@@ -170,6 +174,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self._world == 1:
+            self._start(self._judge_alone)
             return self
         # Connections of their own: the main thread may wait on its for a long time.
         store: Any = distributed_c10d._get_default_store()
@@ -182,10 +187,13 @@ class Watchdog:
         self._post()
         torch.distributed.barrier()
         for work in (self._tell, self._listen, self._judge):
-            thread = threading.Thread(target=work, name=f"watchdog {work.__name__}", daemon=True)
-            thread.start()
-            self._threads.append(thread)
+            self._start(work)
         return self
+
+    def _start(self, work: Callable[[], None]) -> None:
+        thread = threading.Thread(target=work, name=f"watchdog {work.__name__}", daemon=True)
+        thread.start()
+        self._threads.append(thread)
 
     def __exit__(
         self,
@@ -198,13 +206,13 @@ class Watchdog:
         Raises:
             RankLostError: it ended because another one did.
         """
-        if self._world == 1:
-            return
-        lost = self._who_is_lost(error) if error is not None else None
-        if error is None:
-            self._say(finished=True)
-        else:
-            self._say(fault=lost or str(error) or type(error).__name__)
+        lost = None
+        if self._world > 1:
+            lost = self._who_is_lost(error) if error is not None else None
+            if error is None:
+                self._say(finished=True)
+            else:
+                self._say(fault=lost or str(error) or type(error).__name__)
         self._stop.set()
         for thread in self._threads:  # Python aborts where one still waits for the store as it ends
             thread.join(LONGEST_GOODBYE)
@@ -264,6 +272,18 @@ class Watchdog:
                 verdict = f"{KEEPER} did not answer for {self._answered:.0f} s"
             if verdict is not None and not self._stop.is_set():
                 self._give_up(verdict)
+                return
+
+    def _judge_alone(self) -> None:
+        seen, before = Seen(self._own), time.monotonic()
+        while not self._stop.wait(self.interval):
+            now = time.monotonic()
+            passed, before = min(now - before, 3 * self.interval), now
+            own = self._own
+            moved = own.moves != seen.standing.moves or own.doing != WAITING_FOR_DATA
+            seen = Seen(own, still=0.0 if moved else seen.still + passed)
+            if seen.still > self.timeout:
+                self._give_up(f"{own} made no progress for {seen.still:.0f} s: {own.place}")
                 return
 
     def _give_up(self, verdict: str) -> None:

@@ -1,6 +1,7 @@
 """What is concluded from what ranks say of themselves; real ranks are in test_faults."""
 
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,14 @@ import pytest
 import torch
 import torch.testing._internal.distributed.fake_pg
 
-from simmim.engine.watchdog import FAULT_GRACE, Ranks, Standing, Watchdog, group_timeout
+from simmim.engine.watchdog import (
+    FAULT_GRACE,
+    WAITING_FOR_DATA,
+    Ranks,
+    Standing,
+    Watchdog,
+    group_timeout,
+)
 
 TIMEOUT = 100.0
 
@@ -86,10 +94,27 @@ def test_process_groups_wait_longer_than_the_watch(timeout: float) -> None:
     assert group_timeout(timeout).total_seconds() > timeout + Watchdog(timeout).interval * 3
 
 
-def test_a_single_process_is_not_watched() -> None:
+def test_a_single_process_is_watched_where_it_waits_for_data(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     ended: list[int] = []
-    with Watchdog(0.01, end=ended.append) as watchdog:
-        watchdog.at(1, "computing")
+    with Watchdog(1.0, end=ended.append) as watchdog:
+        for step in range(1, 30):
+            watchdog.at(step, WAITING_FOR_DATA)
+            time.sleep(0.05)
+        watchdog.at(30, "computing")
+        time.sleep(1.5)
+        assert ended == []
+        watchdog.at(31, WAITING_FOR_DATA)
+        deadline = time.monotonic() + 60
+        while not ended and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert ended == [76]
+    assert "made no progress for 1 s: waiting for data, step 31" in capsys.readouterr().err
+
+
+def test_a_single_process_fails_for_its_own_reason() -> None:
+    ended: list[int] = []
     with pytest.raises(ValueError, match="its own"), Watchdog(0.01, end=ended.append):
         raise ValueError("its own")
     assert ended == []
