@@ -108,7 +108,7 @@ class PositionBias(nn.Module):
     def forward(self, window: Axes) -> Tensor:
         """Give the bias within a window, by its sides in tokens, as (heads, queries, keys)."""
         weights = (self.expand.weight, self.expand.bias, self.reduce.weight)
-        if operators_are_watched():
+        if torch.compiler.is_compiling():
             return self._compute(window)
         if not self._may_keep(weights[0]):
             self._kept = None
@@ -134,11 +134,13 @@ class PositionBias(nn.Module):
     def _may_keep(self, weight: Tensor) -> bool:
         """Tell whether the bias may be needed again with the same weights.
 
-        Off the CPU, where changes are known by their version, in evaluation alone.
+        Off the CPU, where changes are known by their version, in evaluation alone, and of tensors
+        that are really there.
         """
-        if torch.is_grad_enabled() or weight.is_meta:
+        if torch.is_grad_enabled():
             return False
-        return weight.is_cpu or not (self.training or weight.is_inference())
+        unsure = self.training or weight.is_inference() or weight.is_meta
+        return weight.is_cpu or not (unsure or operators_are_watched())
 
     def _compute(self, window: Axes) -> Tensor:
         weight = self.expand.weight
