@@ -93,7 +93,7 @@ def _told(accelerator: Accelerator, loss: float, norm: float) -> Iterator[Check]
     on_device = accelerator.device.type == "cuda"
     peak = memory_in_use(accelerator.device).device_peak if on_device else host_peak()
     place = "the device" if on_device else "the machine by each process"
-    found += f", {max(gathered(accelerator, peak / 2**30)):.1f} GiB of {place} at the peak"
+    found += f", {max(gathered(accelerator, peak / 2**30)):.2f} GiB of {place} at the peak"
     if finite:
         yield Check(name="dry step", verdict="ok", found=found)
     else:

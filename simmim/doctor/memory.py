@@ -42,8 +42,8 @@ def check_memory(recipe: Recipe, device: torch.device, world: int) -> Iterator[C
     needed = _needed(case, placement)
     there = device_memory(device)
     found = (
-        f"{needed / GIB:.1f} GiB are counted for {micro:,} images a process at a time, of "
-        f"{there / GIB:.1f} GiB"
+        f"{needed / GIB:.2f} GiB are counted for {micro:,} images a process at a time, of "
+        f"{there / GIB:.2f} GiB"
     )
     if needed <= FULL * there:
         yield Check(name="memory", verdict="ok", found=found)
@@ -68,7 +68,7 @@ def _what_fits(case: StepCase, placement: Placement, needed: int, there: int, sh
         advice.append(f"raise training.accumulation to {parts}")
     if case.checkpointing != "full":
         again = _needed(replace(case, checkpointing="full"), placement)
-        advice.append(f"set execution.checkpointing to full, which counts {again / GIB:.1f} GiB")
+        advice.append(f"set execution.checkpointing to full, which counts {again / GIB:.2f} GiB")
     if case.precision == "fp32":
         advice.append("set training.precision to bf16")
     advice.append("see `simmim bench memory` for sharding over devices")
@@ -145,7 +145,7 @@ def check_disk(folder: Path, model: nn.Module, *, kept: int, average: bool = Fal
     present = sum(path.stat().st_size for path in folder.glob("checkpoints/*/*") if path.is_file())
     found = (
         f"{kept} checkpoints of {checkpoint / GIB:.2f} GiB, one more while it is written, and "
-        f"the encoder: {needed / GIB:.1f} GiB; {free / GIB:.1f} GiB are free for {folder}"
+        f"the encoder: {needed / GIB:.2f} GiB; {free / GIB:.2f} GiB are free for {folder}"
     )
     if not os.access(place, os.W_OK):
         return Check(

@@ -40,7 +40,7 @@ def check_shards(
 ) -> Iterator[Check]:
     """Look at the shards that are trained and validated on."""
     tars = [entry for one in shard_sets_of(training) for entry in entries_of(one)]
-    there = f" in {sum(entry.bytes for entry in tars) / 2**30:,.1f} GiB of tars" if tars else ""
+    there = f" in {sum(entry.bytes for entry in tars) / 2**30:,.2f} GiB of tars" if tars else ""
     yield Check(
         name="shards",
         verdict="ok",
