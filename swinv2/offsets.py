@@ -1,9 +1,9 @@
 """From the offsets of a window to its pairs of tokens and back, as operators.
 
 Of a bias that is given by offset, each offset is read by many pairs, so the gradient of one is a
-sum over pairs. PyTorch adds these one by one, on one thread: in a window of 24 x 24 that took a
-tenth of a training step. Offsets along an axis are differences of places, so that the keys of one
-query lie in a row of them, and sums are those of whole rows.
+sum over pairs. PyTorch adds these one by one, on one thread: in windows of 24 x 24 that took a
+quarter of a bfloat16 training step of one image. Offsets along an axis are differences of places,
+so that the keys of one query lie in a row of them, and sums are those of whole rows.
 """
 
 from typing import Any

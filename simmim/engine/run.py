@@ -19,7 +19,7 @@ LOCK = ".lock"
 """File in the run folder that the process which writes there has locked."""
 
 FREE_TO_CHANGE = (
-    "data.shards",  # they may have moved; `simmim.engine.saving.restore` compares what they hold
+    "data.shards",  # they may have moved; `saving.fitting_state` compares what they hold
     "data.workers",
     "data.max_bad_share",
     "data.remote",
