@@ -13,28 +13,28 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from data_prep.adopt import adopt_shards
-from data_prep.build import Built, build_shards, merge_parts
-from data_prep.contact_sheet import draw_contact_sheet
-from data_prep.destination import REJECTED_NAME, refuse_inside
-from data_prep.info import describe_bytes, describe_shards, describe_statistics
-from data_prep.interrupts import InterruptedBySignal, Interruption, raise_on_signals
-from data_prep.manifest import Manifest, read_manifest
-from data_prep.pipes import PIPE, PipedFile
-from data_prep.progress import Plan, Progress
-from data_prep.shard import ShardReport
-from data_prep.shard_arguments import (
+from data_prep.executors.interrupts import InterruptedBySignal, Interruption, raise_on_signals
+from data_prep.executors.processes import WorkerError, available_cores
+from data_prep.format.manifest import Manifest, read_manifest
+from data_prep.format.pipes import PIPE, PipedFile
+from data_prep.format.statistics_file import STATISTICS_NAME, write_statistics
+from data_prep.format.storage import Location, RemotePath, locate
+from data_prep.inspect.contact_sheet import draw_contact_sheet
+from data_prep.inspect.index_existing import adopt_shards
+from data_prep.inspect.info import describe_bytes, describe_shards, describe_statistics
+from data_prep.inspect.statistics import measure_set
+from data_prep.inspect.verify import MOST_PROBLEMS, verify_shards
+from data_prep.write.arguments import (
     add_max_rejected,
     add_shard_arguments,
     parse_execution,
     parse_options,
     positive,
 )
-from data_prep.statistics import measure_set
-from data_prep.statistics_file import STATISTICS_NAME, write_statistics
-from data_prep.storage import Location, RemotePath, locate
-from data_prep.verify import MOST_PROBLEMS, verify_shards
-from data_prep.workers import WorkerError, available_cores
+from data_prep.write.build import Built, build_shards, merge_parts
+from data_prep.write.output_dir import REJECTED_NAME, refuse_inside
+from data_prep.write.progress import Plan, Progress
+from data_prep.write.shard import ShardReport
 
 
 def run() -> None:

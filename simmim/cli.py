@@ -10,20 +10,20 @@ import torch
 
 from simmim.bench.cli import add_bench
 from simmim.doctor.cli import add_doctor
-from simmim.engine.launcher import is_rank, run_as_rank
+from simmim.engine.distributed.launcher import is_rank, run_as_rank
+from simmim.engine.distributed.signals import STOPPED, StopRequest
+from simmim.engine.distributed.watchdog import LOST, RankLostError
 from simmim.engine.run import RunFolder
-from simmim.engine.signals import STOPPED, StopRequest
-from simmim.engine.watchdog import LOST, RankLostError
+from simmim.export.export import FORMATS, export
+from simmim.export.import_encoder import IMPORT_FORMATS, Known, import_encoder
 from simmim.quickstart import DEFAULT_FOLDER, quickstart
 from simmim.recipe import describe, load, read_values
 from simmim.report.page import write_report
-from simmim.stages.evaluate import evaluate
-from simmim.stages.export import FORMATS, export
-from simmim.stages.import_encoder import IMPORT_FORMATS, Known, import_encoder
-from simmim.stages.labels import compare_labels
-from simmim.stages.launch import launch, run_folder
-from simmim.stages.probe import ProbeRecipe, compare, table
-from simmim.stages.tasks import FINE_TUNING, Task, fine_tuning_named, task_named
+from simmim.tasks.all_tasks import FINE_TUNING, Task, fine_tuning_named, task_named
+from simmim.tasks.evaluate import evaluate
+from simmim.tasks.labels import compare_labels
+from simmim.tasks.probe.probe import ProbeRecipe, compare, table
+from simmim.tasks.training import launch, run_folder
 from swinv2.bridges.sizes import PretrainedWindows
 
 BAD_INPUT = 2
@@ -35,8 +35,9 @@ EXIT_CODES = f"""exit codes:
        before, and a warning): go on with --resume auto
   {LOST}   a process hung or was lost (training.rank_timeout): go on with --resume auto
 torchrun and accelerate launch end with 1 instead of all of these but 0, and accelerate launch may
-not wait for the checkpoint of a stop. With the same options `python -m simmim.engine.torchrun` and
-`python -m simmim.launch` do the same, wait, and the code arrives.
+not wait for the checkpoint of a stop. With the same options
+`python -m simmim.engine.distributed.torchrun` and `python -m simmim.launch` do the same, wait, and
+the code arrives.
 """
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"

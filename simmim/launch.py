@@ -17,9 +17,9 @@ from types import FrameType
 import psutil
 from accelerate.commands.launch import launch_command, launch_command_parser
 
-from simmim.data.workers import STOP_SIGNALS
-from simmim.engine.signals import STOPPED
-from simmim.engine.torchrun import code_of, telling_code
+from simmim.data.loader.workers import STOP_SIGNALS
+from simmim.engine.distributed.signals import STOPPED
+from simmim.engine.distributed.torchrun import code_of, telling_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:

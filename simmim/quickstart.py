@@ -6,14 +6,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.manifest import read_manifest
-from simmim.data.order import slots_for
-from simmim.data.procedural import draw_images
+from data_prep.format.manifest import read_manifest
+from simmim.data.datasets.procedural import draw_images
+from simmim.data.order.order import slots_for
 from simmim.engine.run import RunFolder
 from simmim.recipe import parse
-from simmim.stages.launch import launch
-from simmim.stages.pretrain import PretrainRecipe, PretrainStage
-from simmim.stages.probe import ProbeRecipe, compare, table
+from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
+from simmim.tasks.probe.probe import ProbeRecipe, compare, table
+from simmim.tasks.training import launch
 
 DEFAULT_FOLDER = Path("runs/quickstart")
 NUM_IMAGES = 4096

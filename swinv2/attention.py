@@ -9,11 +9,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from swinv2.config import AttentionPath, Axes, clamp_window
-from swinv2.fused import fused_attention, mask_regions
-from swinv2.kept import kept
-from swinv2.linear import Linear, being_exported, linear
+from swinv2.kernels.cached_tables import kept
+from swinv2.kernels.fused import fused_attention, mask_regions
+from swinv2.kernels.linear import Linear, being_exported, linear
+from swinv2.kernels.sequential import SHORTEST, sequential_attention
 from swinv2.position_bias import PositionBias
-from swinv2.sequential import SHORTEST, sequential_attention
 
 LARGEST_LOGIT_SCALE = math.log(100)
 ACROSS_REGIONS = -100.0  # added to scores between regions that only the shift brought together

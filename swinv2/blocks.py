@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from swinv2.attention import WindowAttention, WindowGrid, window_grid
 from swinv2.config import AttentionPath, Axes, Checkpointing, Execution
-from swinv2.linear import Linear, linear
+from swinv2.kernels.linear import Linear, linear
 
 CHANCES = 2**31
 """Numbers that chance may be, from 0: integers, which no arithmetic of low precision rounds."""

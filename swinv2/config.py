@@ -209,7 +209,7 @@ class Execution:
     group of windows after the other, computed again in the backward instead of kept: the least
     memory. auto: so too, but attention weights are kept for the backward, which is faster, in the
     precision of the values; in compiled blocks all scores at once, in a form that compilers fuse
-    (`swinv2/fused.py`), but for float32 on a CPU; explicit in an exported graph."""
+    (`swinv2/kernels/fused.py`), but for float32 on a CPU; explicit in an exported graph."""
 
     checkpointing: Checkpointing | tuple[Checkpointing, ...] = "none"
     """What is computed again in the backward instead of kept: nothing, the attention branch of a

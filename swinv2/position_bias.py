@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swinv2.config import Axes
-from swinv2.kept import kept
-from swinv2.linear import Linear, being_exported, operators_are_watched
-from swinv2.offsets import spread_offsets
+from swinv2.kernels.cached_tables import kept
+from swinv2.kernels.linear import Linear, being_exported, operators_are_watched
+from swinv2.kernels.relative_position_ops import spread_offsets
 
 BIAS_HIDDEN = 512
 """Width of the MLP."""

@@ -49,7 +49,11 @@ OPTIONAL = {
 FORMAT_AUTHORITY = {"webdataset"}
 """Installed with us though none of us imports it: it says what a shard is, and people read shards
 with it; our tests hold what we write and read to it."""
-FROM_DATA_PREP = {"data_prep.arrays", "data_prep.manifest", "data_prep.statistics_file"}
+FROM_DATA_PREP = {
+    "data_prep.images.arrays",
+    "data_prep.format.manifest",
+    "data_prep.format.statistics_file",
+}
 """The formats of what data_prep writes and training reads: each is told in one place, its own."""
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
 
@@ -187,7 +191,7 @@ def test_the_walk_sees_every_form_of_import(tmp_path: Path) -> None:
     ]
     assert found == [
         ("a.b", False),
-        ("data_prep.manifest", False),
+        ("data_prep.format.manifest", False),
         ("data_prep", False),
         ("c", False),
         ("d", False),

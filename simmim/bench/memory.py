@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from simmim.bench.step import Measurement, Peak, Precision, Simulation, StepCase, build_step_model
-from simmim.engine.sharding import shard_size, sharding_units
+from simmim.engine.distributed.sharding import shard_size, sharding_units
 
 Sharding = Literal["none", "zero1", "fsdp2"]
 

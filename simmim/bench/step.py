@@ -26,9 +26,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from simmim.model import SimMIM
-from swinv2 import SwinV2, build_encoder, sequential
+from simmim.method.model import SimMIM
+from swinv2 import SwinV2, build_encoder
 from swinv2.config import AttentionPath, Checkpointing
+from swinv2.kernels import sequential
 
 Precision = Literal["fp32", "bf16", "bf16-weights"]
 """fp32; bf16 arithmetic over float32 weights (autocast); or weights in bf16 themselves."""

@@ -1,17 +1,23 @@
 """Data: the order of samples, reading them from shards or folders, and batches of them."""
 
-from simmim.data.bad_samples import BadSample, BadSamples
-from simmim.data.batches import Batch, BatchStream, TrainingBatches, evaluation_batches
-from simmim.data.cropping import center_crop_resize, random_resized_crop
-from simmim.data.decoding import Decoded, decode_pixels
-from simmim.data.errors import BadSampleError, DataError
-from simmim.data.image_folder import ImageFolder, open_folder
-from simmim.data.images import decode
-from simmim.data.mixture import MixedOrder, MixedShards
-from simmim.data.order import Address, SampleOrder, slots_for
-from simmim.data.reading import RawSample, ShardSet
-from simmim.data.remote import RemoteReading
-from simmim.data.transforms import EvalTransform, MaskDraw, Sample, TrainTransform, Transform
+from simmim.data.datasets.folder import ImageFolder, open_folder
+from simmim.data.datasets.mixture import MixedOrder, MixedShards
+from simmim.data.datasets.remote import RemoteReading
+from simmim.data.datasets.shards import RawSample, ShardSet
+from simmim.data.loader.bad_samples import BadSample, BadSamples
+from simmim.data.loader.batches import Batch, BatchStream, TrainingBatches, evaluation_batches
+from simmim.data.order.errors import BadSampleError, DataError
+from simmim.data.order.order import Address, SampleOrder, slots_for
+from simmim.data.transforms.cropping import center_crop_resize, random_resized_crop
+from simmim.data.transforms.decoding import Decoded, decode_pixels
+from simmim.data.transforms.image_transforms import (
+    EvalTransform,
+    MaskDraw,
+    Sample,
+    TrainTransform,
+    Transform,
+)
+from simmim.data.transforms.pillow_decoding import decode
 
 __all__ = [
     "Address",

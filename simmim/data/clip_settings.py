@@ -1,6 +1,6 @@
 """Settings of labelled clips."""
 
-from simmim.data.clips import ClipSet, open_clips
+from simmim.data.datasets.clips import ClipSet, open_clips
 from simmim.data.settings import IMAGENET_MEAN, IMAGENET_STD, CroppedSettings
 from simmim.limits import check_least, check_shares, check_span
 from simmim.recipe import settings

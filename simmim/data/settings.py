@@ -5,17 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Literal, TypeGuard, TypeVar
 
-from data_prep.manifest import MANIFEST_NAME, Location, locate
-from simmim.data.bad_samples import MAX_BAD_SHARE, REMEDY, BadSamples
-from simmim.data.cache import DEFAULT_CACHE_BYTES
-from simmim.data.image_folder import open_folder
-from simmim.data.images import MAX_PIXELS
-from simmim.data.mixture import MixedShards, Shards
-from simmim.data.order import DEFAULT_SLOTS
-from simmim.data.reading import ShardSet
-from simmim.data.remote import RemoteReading
-from simmim.data.samples import SampleSet
-from simmim.data.statistics import measured_statistics
+from data_prep.format.manifest import MANIFEST_NAME, Location, locate
+from simmim.data.datasets.cache import DEFAULT_CACHE_BYTES
+from simmim.data.datasets.folder import open_folder
+from simmim.data.datasets.mixture import MixedShards, Shards
+from simmim.data.datasets.remote import RemoteReading
+from simmim.data.datasets.samples import SampleSet
+from simmim.data.datasets.shards import ShardSet
+from simmim.data.datasets.statistics import measured_statistics
+from simmim.data.loader.bad_samples import MAX_BAD_SHARE, REMEDY, BadSamples
+from simmim.data.order.order import DEFAULT_SLOTS
+from simmim.data.transforms.pillow_decoding import MAX_PIXELS
 from simmim.limits import check_least, check_probabilities, check_shares, check_span
 from simmim.recipe import settings
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from simmim.data.mixture import MixedShards
-from simmim.data.reading import ShardSet
+from simmim.data.datasets.mixture import MixedShards
+from simmim.data.datasets.shards import ShardSet
 from simmim.doctor.checks import Check, attempt, table
 from simmim.doctor.dry_run import dry_run, gathered
 from simmim.doctor.files import check_labelled_files
@@ -19,19 +19,23 @@ from simmim.doctor.memory import check_disk, check_memory
 from simmim.doctor.pace import check_pace
 from simmim.doctor.plan import AnyStage, Recipe, check_plan, unit
 from simmim.doctor.shards import check_shards, check_workers
-from simmim.engine.checkpoint import find_checkpoint
-from simmim.engine.launcher import end_with_launcher, requested_cpu_processes, start_processes
+from simmim.engine.checkpoint.directory import find_checkpoint
+from simmim.engine.checkpoint.saver import fitting_state
+from simmim.engine.distributed.launcher import (
+    end_with_launcher,
+    requested_cpu_processes,
+    start_processes,
+)
+from simmim.engine.distributed.parallelism import check_parallelism, end_processes
 from simmim.engine.loop import build_accelerator
-from simmim.engine.parallelism import check_parallelism, end_processes
 from simmim.engine.run import RunFolder
-from simmim.engine.saving import fitting_state
 from simmim.recipe import RecipeError, load, read_values
-from simmim.stages.fine_tuning import FineTuningRecipe, FineTuningStage
-from simmim.stages.launch import run_folder
-from simmim.stages.pretrain import PretrainStage
-from simmim.stages.starting import SCRATCH
-from simmim.stages.tasks import task_named
-from simmim.stages.video import VideoRecipe
+from simmim.tasks.all_tasks import task_named
+from simmim.tasks.fine_tuning import FineTuningRecipe, FineTuningStage
+from simmim.tasks.pretrain.stage import PretrainStage
+from simmim.tasks.pretrained import SCRATCH
+from simmim.tasks.training import run_folder
+from simmim.tasks.video.stage import VideoRecipe
 
 BAD = 2
 SECONDS = 15.0

@@ -9,12 +9,12 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator
 
-from simmim.data.batches import Batch
+from simmim.data.loader.batches import Batch
 from simmim.doctor.checks import Check, problem
+from simmim.engine.distributed.parallelism import trains_in_shards
 from simmim.engine.loop import prepare, training_step
-from simmim.engine.memory import host_peak, memory_in_use
+from simmim.engine.monitor.memory import host_peak, memory_in_use
 from simmim.engine.optimizer import set_learning_rate
-from simmim.engine.parallelism import trains_in_shards
 from simmim.engine.stage import Stage
 
 Answer = TypeVar("Answer")

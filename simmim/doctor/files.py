@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from simmim.data.errors import BadSampleError, DataError
-from simmim.data.order import Address
-from simmim.data.source import LocalFiles, Source
-from simmim.data.targets import ClassMap, Instances, Targets
-from simmim.dense.labels import IGNORED
+from simmim.data.order.errors import BadSampleError, DataError
+from simmim.data.order.order import Address
+from simmim.data.order.source import LocalFiles, Source
+from simmim.data.transforms.label_image import IGNORED
+from simmim.data.transforms.targets import ClassMap, Instances, Targets
 from simmim.doctor.checks import Check
 from simmim.doctor.plan import unit
-from simmim.stages.fine_tuning import FineTuningStage, Prepare
+from simmim.tasks.fine_tuning import FineTuningStage, Prepare
 
 PREPARED = 256
 """Samples of a set that are prepared."""

@@ -11,9 +11,9 @@ from simmim.data.settings import DataSettings
 from simmim.doctor.checks import Check
 from simmim.doctor.dry_run import Speed
 from simmim.doctor.plan import AnyStage, Recipe, unit
-from simmim.engine.progress import duration
-from simmim.engine.utilisation import device_peak, utilisation
-from simmim.stages.pretrain import PretrainRecipe
+from simmim.engine.monitor.progress import duration
+from simmim.engine.monitor.utilisation import device_peak, utilisation
+from simmim.tasks.pretrain.stage import PretrainRecipe
 
 ENOUGH = 1.2
 """Times as fast as the device that data should come."""

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from simmim.doctor.checks import Check
+from simmim.engine.monitor.tracking import chosen_trackers
+from simmim.engine.monitor.utilisation import measured_peak
 from simmim.engine.settings import TrainingSettings
-from simmim.engine.tracking import chosen_trackers
-from simmim.engine.utilisation import measured_peak
-from simmim.stages.fine_tuning import FineTuningRecipe, FineTuningStage
-from simmim.stages.pretrain import PretrainRecipe, PretrainStage
-from simmim.stages.starting import SCRATCH
-from simmim.stages.video import VideoRecipe
+from simmim.tasks.fine_tuning import FineTuningRecipe, FineTuningStage
+from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
+from simmim.tasks.pretrained import SCRATCH
+from simmim.tasks.video.stage import VideoRecipe
 
 Recipe = PretrainRecipe | FineTuningRecipe
 AnyStage = PretrainStage | FineTuningStage[Any, Any]

@@ -13,14 +13,14 @@ import numpy as np
 import psutil
 from PIL import Image, UnidentifiedImageError
 
-from data_prep.manifest import Location, ShardEntry
-from simmim.data.decoding import ARRAY_EXTENSION, decode_pixels
-from simmim.data.errors import DataError
-from simmim.data.image_folder import ImageFolder
-from simmim.data.mixture import MixedShards, Shards
-from simmim.data.reading import ShardSet
-from simmim.data.samples import SampleSet
+from data_prep.format.manifest import Location, ShardEntry
+from simmim.data.datasets.folder import ImageFolder
+from simmim.data.datasets.mixture import MixedShards, Shards
+from simmim.data.datasets.samples import SampleSet
+from simmim.data.datasets.shards import ShardSet
+from simmim.data.order.errors import DataError
 from simmim.data.settings import AugmentedDataSettings
+from simmim.data.transforms.decoding import ARRAY_EXTENSION, decode_pixels
 from simmim.doctor.checks import Check
 
 CHECKSUM_BYTES = 2**31

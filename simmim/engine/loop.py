@@ -11,14 +11,26 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from simmim.data.batches import Batch
-from simmim.engine.anomalies import Anomalies, poisoned
-from simmim.engine.best import Best, better, write_best
-from simmim.engine.checkpoint import TrainingState, checkpoint_path, find_checkpoint
-from simmim.engine.ema import averaged, forget_average, update_average
-from simmim.engine.holdings import whole_tensor
-from simmim.engine.initial import load_initial
-from simmim.engine.memory import keep_freed_memory
+from simmim.data.loader.batches import Batch
+from simmim.engine.checkpoint.best import Best, better, write_best
+from simmim.engine.checkpoint.directory import TrainingState, checkpoint_path, find_checkpoint
+from simmim.engine.checkpoint.ema import averaged, forget_average, update_average
+from simmim.engine.checkpoint.initial import load_initial
+from simmim.engine.checkpoint.saver import Saver, SavingOutcome, contents_of, restore, whole_stage
+from simmim.engine.checkpoint.sharded_state import whole_tensor
+from simmim.engine.distributed.parallelism import (
+    sharding_left_to_us,
+    synchronise_norms,
+    trains_in_shards,
+    wants_zero,
+    without_exchange,
+)
+from simmim.engine.distributed.sharding import shard_for_training
+from simmim.engine.distributed.signals import StopRequest
+from simmim.engine.distributed.watchdog import WAITING_FOR_DATA, Watchdog, group_timeout
+from simmim.engine.monitor.anomalies import Anomalies, poisoned
+from simmim.engine.monitor.memory import keep_freed_memory
+from simmim.engine.monitor.monitor import Position, Watcher
 from simmim.engine.optimizer import (
     ParameterGroup,
     build_optimizer,
@@ -26,22 +38,10 @@ from simmim.engine.optimizer import (
     parameter_groups,
     set_learning_rate,
 )
-from simmim.engine.parallelism import (
-    sharding_left_to_us,
-    synchronise_norms,
-    trains_in_shards,
-    wants_zero,
-    without_exchange,
-)
 from simmim.engine.run import RunFolder
-from simmim.engine.saving import Saver, SavingOutcome, contents_of, restore, whole_stage
 from simmim.engine.schedule import learning_rate
 from simmim.engine.settings import TrainingSettings
-from simmim.engine.sharding import shard_for_training
-from simmim.engine.signals import StopRequest
 from simmim.engine.stage import Stage
-from simmim.engine.watchdog import WAITING_FOR_DATA, Watchdog, group_timeout
-from simmim.engine.watching import Position, Watcher
 from simmim.engine.zero import Zero
 from simmim.recipe import recipe_hash
 

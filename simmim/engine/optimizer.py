@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from simmim.engine.holdings import is_sharded
+from simmim.engine.checkpoint.sharded_state import is_sharded
 from simmim.recipe import settings
 
 
@@ -123,7 +123,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Build the optimiser over `groups`; AdamW is fused where the parameters are on a CUDA device.
 
-    Its state knows the names of the parameters, for `simmim.engine.checkpoint.load_optimizer`.
+    Its state knows the names of the parameters, for `load_optimizer` of a checkpoint.
 
     Raises:
         ValueError: its library is not installed, or it cannot take parameters in shards.

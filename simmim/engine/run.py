@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from simmim.disk import append_whole, goes_on_without
-from simmim.engine.checkpoint import RECIPE_FILE, discard_all, remove_later_checkpoints
+from simmim.engine.checkpoint.directory import RECIPE_FILE, discard_all, remove_later_checkpoints
 from simmim.recipe import differences, read_values, to_values, to_yaml
 from swinv2.weights import atomic_write_text
 

@@ -2,9 +2,9 @@
 
 from typing import Literal
 
+from simmim.engine.monitor.tracking import Trackers
 from simmim.engine.optimizer import OptimizerSettings
 from simmim.engine.schedule import ScheduleSettings
-from simmim.engine.tracking import Trackers
 from simmim.recipe import settings
 
 

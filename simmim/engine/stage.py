@@ -7,9 +7,9 @@ from typing import Any, Protocol
 from accelerate import Accelerator
 from torch import nn
 
-from simmim.data.bad_samples import BadSamples
-from simmim.data.batches import Batch
-from simmim.data.source import Source
+from simmim.data.loader.bad_samples import BadSamples
+from simmim.data.loader.batches import Batch
+from simmim.data.order.source import Source
 from simmim.engine.run import RunFolder
 
 

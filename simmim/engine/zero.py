@@ -13,11 +13,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from simmim.data.batches import Batch
-from simmim.engine.anomalies import poisoned
-from simmim.engine.holdings import named_parameters
-from simmim.engine.parallelism import zero_stage
-from simmim.engine.sharding import compute_in_precision
+from simmim.data.loader.batches import Batch
+from simmim.engine.checkpoint.sharded_state import named_parameters
+from simmim.engine.distributed.parallelism import zero_stage
+from simmim.engine.distributed.sharding import compute_in_precision
+from simmim.engine.monitor.anomalies import poisoned
 
 MEANS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of each parameter, as large as the parameter."""

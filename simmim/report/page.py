@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from simmim.engine.progress import duration
+from simmim.engine.monitor.progress import duration
 from simmim.engine.run import RunFolder
 from simmim.report.charts import Series, chart
 from simmim.report.style import STYLE

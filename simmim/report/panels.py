@@ -10,8 +10,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from simmim.losses import denormalise_target
-from simmim.masking import enlarge_mask
+from simmim.method.losses import denormalise_target
+from simmim.method.masking import enlarge_mask
 from swinv2.atomic import atomic_write_bytes
 
 CAPTIONS = ("original", "masked", "prediction", "pasted")
@@ -46,8 +46,9 @@ def reconstruction_panel(
         mean: of each channel, on a scale from 0 to 1.
         std: of each channel, on a scale from 0 to 1.
         path: PNG to write, replaced in one step; its folder is made where it is missing.
-        norm_target: the prediction is of normalised pixels (`simmim.losses.normalise_target`);
-            mean and variance of the original around each pixel make colours of it.
+        norm_target: the prediction is of normalised pixels (see `normalise_target` of
+            `simmim.method.losses`); colours are restored with the mean and variance of the
+            original around each pixel.
 
     Raises:
         ValueError: the shapes do not fit each other, or there is nothing to draw.

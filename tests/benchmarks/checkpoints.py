@@ -21,13 +21,13 @@ import torch
 
 import data_prep.cli
 from simmim import SimMIM
-from simmim.data.procedural import draw_images
-from simmim.engine.checkpoint import Contents
-from simmim.engine.holdings import model_pieces, optimizer_pieces
+from simmim.data.datasets.procedural import draw_images
+from simmim.engine.checkpoint.directory import Contents
+from simmim.engine.checkpoint.saver import Saver
+from simmim.engine.checkpoint.sharded_state import model_pieces, optimizer_pieces
 from simmim.engine.optimizer import OptimizerSettings, build_optimizer, parameter_groups
-from simmim.engine.saving import Saver
 from simmim.recipe import parse
-from simmim.stages.pretrain import PretrainRecipe, PretrainStage
+from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
 from swinv2 import build_encoder
 
 

@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from simmim.dense.segmenters import SegmentationHead, build_segmenter
+from simmim.tasks.segmentation.heads import SegmentationHead, build_segmenter
 from swinv2 import build_encoder
 
 

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from simmim.report.labels import Scores, gained
+from simmim.report.labels_page import Scores, gained
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "../shared/data/cifar10.zip"
@@ -40,7 +40,7 @@ def main() -> int:
     pretrained = folder / "pretrained"
     if not (pretrained / "encoder").is_dir():
         run(
-            *("-m", "simmim.engine.torchrun", "--standalone", "--nproc_per_node", "2"),
+            *("-m", "simmim.engine.distributed.torchrun", "--standalone", "--nproc_per_node", "2"),
             *("-m", "simmim", "pretrain", "--config", str(PRETRAINING)),
             *("--folder", str(pretrained), "--resume", "auto"),
             *("--data.shards", str(shards["train"])),

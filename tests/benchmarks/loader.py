@@ -33,10 +33,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from simmim.data import SampleOrder, ShardSet, TrainingBatches, TrainTransform, slots_for
-from simmim.data.cropping import random_box, resize
-from simmim.data.decoding import decode_pixels
 from simmim.data.settings import IMAGENET_MEAN, IMAGENET_STD
-from simmim.masking import MaskDrawer
+from simmim.data.transforms.cropping import random_box, resize
+from simmim.data.transforms.decoding import decode_pixels
+from simmim.method.masking import MaskDrawer
 
 SIZE = 192
 SCALE, RATIO = (0.67, 1.0), (3 / 4, 4 / 3)

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from simmim.data.cropping import center_crop_resize, random_resized_crop
-from simmim.data.decoding import as_pixels
-from simmim.data.images import decode
-from simmim.data.randomness import numpy_stream, shuffled
+from simmim.data.order.randomness import numpy_stream, shuffled
+from simmim.data.transforms.cropping import center_crop_resize, random_resized_crop
+from simmim.data.transforms.decoding import as_pixels
+from simmim.data.transforms.pillow_decoding import decode
 from simmim.engine.optimizer import (
     OptimizerSettings,
     build_optimizer,
@@ -35,8 +35,8 @@ from simmim.engine.optimizer import (
     set_learning_rate,
 )
 from simmim.engine.schedule import ScheduleSettings, learning_rate
-from simmim.stages.classifier import Classifier
-from simmim.stages.normalisation import Normalise
+from simmim.tasks.classification.classifier import Classifier
+from simmim.tasks.normalisation import Normalise
 from swinv2 import SwinV2, SwinV2Config
 from swinv2.attention import WindowAttention
 from swinv2.position_bias import PositionBias, offset_index

@@ -18,8 +18,8 @@ import psutil
 import pytest
 
 from data_prep.cli import main
-from data_prep.manifest import ManifestError, read_manifest
-from data_prep.statistics_file import read_statistics
+from data_prep.format.manifest import ManifestError, read_manifest
+from data_prep.format.statistics_file import read_statistics
 
 _DATA = Path(__file__).parents[2].parent / "shared" / "data"
 

@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.build import build_shards
-from data_prep.destination import REJECTED_NAME
-from data_prep.encoding import Encoding
-from data_prep.images import RejectedImageError, check_image
-from data_prep.info import describe_shards
-from data_prep.manifest import ManifestError, read_index, read_manifest
-from data_prep.pixels import read_pixels
-from data_prep.plan import ShardOptions
-from data_prep.verify import verify_shards
+from data_prep.format.manifest import ManifestError, read_index, read_manifest
+from data_prep.images.checking import RejectedImageError, check_image
+from data_prep.images.encoding import Encoding
+from data_prep.images.pixels import read_pixels
+from data_prep.inspect.info import describe_shards
+from data_prep.inspect.verify import verify_shards
+from data_prep.write.build import build_shards
+from data_prep.write.output_dir import REJECTED_NAME
+from data_prep.write.plan import ShardOptions
 
 SECONDS_AN_IMAGE = 5.0
 FULL = 30_000

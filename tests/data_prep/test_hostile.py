@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.build import build_shards
-from data_prep.plan import ShardOptions
-from data_prep.tars import TarError
+from data_prep.format.tars import TarError
+from data_prep.write.build import build_shards
+from data_prep.write.plan import ShardOptions
 
 _MUTANTS = 75
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 import data_prep.cli
-from simmim.data.procedural import draw_images
+from simmim.data.datasets.procedural import draw_images
 
 
 @pytest.fixture(scope="session")

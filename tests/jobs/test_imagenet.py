@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_prep.manifest import read_manifest
-from simmim.data.reading import ShardSet
+from data_prep.format.manifest import read_manifest
+from simmim.data.datasets.shards import ShardSet
 
 TEXT = (Path(__file__).parents[2] / "jobs" / "README.md").read_text()
 CLASSES = [f"n{1000 + number}" for number in range(11)]  # more than ten: "10" sorts before "2"

@@ -15,9 +15,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from simmim.cli import BAD_INPUT, build_parser
-from simmim.engine.signals import STOPPED
+from simmim.engine.distributed.signals import STOPPED
 from simmim.recipe import load
-from simmim.stages.pretrain import PretrainRecipe
+from simmim.tasks.pretrain.stage import PretrainRecipe
 
 ROOT = Path(__file__).parents[2]
 JOB, PYTORCH_JOB = (ROOT / "jobs" / "kubernetes" / name for name in ("job.yaml", "pytorchjob.yaml"))

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from simmim.dense.detectors import build_detector
-from simmim.dense.segmenters import build_segmenter
 from simmim.recipe import load, parse, read_values, to_values
-from simmim.stages.classification import ClassificationRecipe
-from simmim.stages.classifier import Classifier
-from simmim.stages.detection import DetectionRecipe
-from simmim.stages.pretrain import PretrainRecipe, build_model
-from simmim.stages.probe import ProbeRecipe
-from simmim.stages.segmentation import SegmentationRecipe
+from simmim.tasks.classification.classifier import Classifier
+from simmim.tasks.classification.stage import ClassificationRecipe
+from simmim.tasks.detection.heads import build_detector
+from simmim.tasks.detection.stage import DetectionRecipe
+from simmim.tasks.pretrain.stage import PretrainRecipe, build_model
+from simmim.tasks.probe.probe import ProbeRecipe
+from simmim.tasks.segmentation.heads import build_segmenter
+from simmim.tasks.segmentation.stage import SegmentationRecipe
 from swinv2 import VARIANTS, build_encoder
 
 JOBS = Path(__file__).parents[2] / "jobs"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from simmim.cli import main
 from simmim.engine.run import RunFolder
-from simmim.model import SimMIM
+from simmim.method.model import SimMIM
 from swinv2 import SwinV2, build_encoder, load_encoder
 
 pytestmark = [

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from simmim.engine.torchrun import telling_code
+from simmim.engine.distributed.torchrun import telling_code
 
 EITHER = pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from simmim.data.procedural import draw_images
+from simmim.data.datasets.procedural import draw_images
 from simmim.quickstart import make_shards, quickstart, quickstart_recipe
-from simmim.stages.pretrain import PretrainStage
+from simmim.tasks.pretrain.stage import PretrainStage
 
 
 def test_too_few_images_are_refused_by_name(tmp_path: Path) -> None:

@@ -22,10 +22,10 @@ from simmim.recipe import (
     to_values,
     to_yaml,
 )
-from simmim.stages.classification import ClassificationRecipe
-from simmim.stages.pretrain import PretrainRecipe
-from simmim.stages.probe import ProbeRecipe
-from simmim.stages.tasks import task_named
+from simmim.tasks.all_tasks import task_named
+from simmim.tasks.classification.stage import ClassificationRecipe
+from simmim.tasks.pretrain.stage import PretrainRecipe
+from simmim.tasks.probe.probe import ProbeRecipe
 
 JOBS = Path(__file__).parents[2] / "jobs"
 RECIPES: dict[str, Any] = {

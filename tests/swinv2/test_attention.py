@@ -20,8 +20,8 @@ from swinv2.attention import (
     window_mask,
     window_regions,
 )
+from swinv2.kernels.sequential import sequential_attention
 from swinv2.position_bias import PositionBias, offset_coordinates, offset_index
-from swinv2.sequential import sequential_attention
 
 CPU = torch.device("cpu")
 sides = st.integers(1, 20)

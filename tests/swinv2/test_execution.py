@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from swinv2 import Execution, SwinV2, build_encoder, load_encoder, save_encoder
-from swinv2.linear import Linear, linear
+from swinv2.kernels.linear import Linear, linear
 
 SIZES: dict[str, Any] = {
     "image_size": 64,

@@ -200,7 +200,7 @@ def test_simmim_loss_and_its_gradients_are_equal(
     window_size: int,
     pretrained: tuple[tuple[int, int], ...] | None,
 ) -> None:
-    simmim = pytest.importorskip("simmim.model")
+    simmim = pytest.importorskip("simmim.method.model")
     encoder = small_encoder(image_size, window_size, pretrained)
     model = simmim.SimMIM(encoder, mask_cell=32).double()
     randomise(model)

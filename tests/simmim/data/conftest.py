@@ -11,7 +11,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_prep.manifest import Manifest, ShardEntry, ShardIndex, write_index, write_manifest
+from data_prep.format.manifest import Manifest, ShardEntry, ShardIndex, write_index, write_manifest
 
 WriteShards = Callable[..., Path]
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.manifest import read_manifest
-from data_prep.statistics_file import Statistics, write_statistics
+from data_prep.format.manifest import read_manifest
+from data_prep.format.statistics_file import Statistics, write_statistics
 
 
 def write_measured(folder: Path, mean: Sequence[float], std: Sequence[float]) -> None:

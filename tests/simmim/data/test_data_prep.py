@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 import data_prep.cli
-from simmim.data.batches import TrainingBatches, evaluation_batches
-from simmim.data.order import SampleOrder
-from simmim.data.reading import ShardSet
-from simmim.data.transforms import EvalTransform, TrainTransform
+from simmim.data.datasets.shards import ShardSet
+from simmim.data.loader.batches import TrainingBatches, evaluation_batches
+from simmim.data.order.order import SampleOrder
+from simmim.data.transforms.image_transforms import EvalTransform, TrainTransform
 
 CLASSES = ("ant", "bee", "cow")
 

@@ -10,15 +10,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from simmim.data.errors import DataError
+from simmim.data.order.errors import DataError
 from simmim.engine.run import RunFolder
 from simmim.recipe import parse, to_values
-from simmim.stages.launch import launch
-from simmim.stages.normalisation import Normalise
-from simmim.stages.pretrain import PretrainRecipe, PretrainStage
-
-from .conftest import WriteShards, encode
-from .measured import write_measured
+from simmim.tasks.normalisation import Normalise
+from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
+from simmim.tasks.training import launch
+from tests.simmim.data.conftest import WriteShards, encode
+from tests.simmim.data.measured import write_measured
 
 
 def pretrain(values: dict[str, Any], path: Path, resume: str | None = None) -> RunFolder:

@@ -7,20 +7,19 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from data_prep.manifest import RemotePath
-from simmim.data.bad_samples import BadSamples
-from simmim.data.batches import TrainingBatches
-from simmim.data.errors import DataError
-from simmim.data.mixture import MixedShards, Shards, order_of
-from simmim.data.reading import ShardSet
+from data_prep.format.manifest import RemotePath
+from simmim.data.datasets.mixture import MixedShards, Shards, order_of
+from simmim.data.datasets.shards import ShardSet
+from simmim.data.loader.bad_samples import BadSamples
+from simmim.data.loader.batches import TrainingBatches
+from simmim.data.order.errors import DataError
 from simmim.data.settings import DataSettings, WeightedShards, with_statistics
-from simmim.stages.trial_image import trial_image
+from simmim.export.trial_image import trial_image
 from swinv2 import SwinV2Config
-
-from .conftest import WriteShards, random_images
-from .measured import write_measured
-from .test_batches import TRAIN, equal, joined
-from .test_remote import held
+from tests.simmim.data.conftest import WriteShards, random_images
+from tests.simmim.data.datasets.test_remote import held
+from tests.simmim.data.loader.test_batches import TRAIN, equal, joined
+from tests.simmim.data.measured import write_measured
 
 URL = "memory://recipes/set"
 

@@ -3,14 +3,13 @@ from typing import Any
 
 import pytest
 
-from simmim.data.mixture import MixedShards
-from simmim.data.reading import ShardSet
+from simmim.data.datasets.mixture import MixedShards
+from simmim.data.datasets.shards import ShardSet
+from simmim.data.datasets.statistics import measured_statistics
 from simmim.data.settings import DataSettings, WeightedShards, with_statistics
-from simmim.data.statistics import measured_statistics
 from simmim.recipe import RecipeError, parse, to_values
-
-from .conftest import WriteShards
-from .measured import write_measured
+from tests.simmim.data.conftest import WriteShards
+from tests.simmim.data.measured import write_measured
 
 
 def test_a_folder_or_a_list_of_folders(write_shards: WriteShards) -> None:

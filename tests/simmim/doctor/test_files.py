@@ -11,8 +11,8 @@ import yaml
 from PIL import Image
 
 from simmim.cli import main
-from simmim.data.clips import open_clips
-from simmim.dense.folder import LabelledFolder
+from simmim.data.datasets.clips import open_clips
+from simmim.data.datasets.label_maps import LabelledFolder
 from simmim.doctor.files import check_presence
 
 ENCODER = {

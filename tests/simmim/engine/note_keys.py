@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from simmim.cli import main
-from simmim.data.batches import Batch
-from simmim.stages.pretrain import PretrainStage
+from simmim.data.loader.batches import Batch
+from simmim.tasks.pretrain.stage import PretrainStage
 
 FILE, *ARGUMENTS = sys.argv[1:]
 STOP_AT = -1

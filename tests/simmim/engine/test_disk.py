@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from simmim.data.bad_samples import BadSample, BadSamples
+from simmim.data.loader.bad_samples import BadSample, BadSamples
 from simmim.disk import append_whole, why_not_written
-from simmim.engine.checkpoint import complete_checkpoints
+from simmim.engine.checkpoint.directory import complete_checkpoints
+from simmim.engine.checkpoint.saver import Saver
 from simmim.engine.loop import build_accelerator, train
 from simmim.engine.run import RunFolder
-from simmim.engine.saving import Saver
 from simmim.recipe import parse
-from simmim.stages.pretrain import PretrainRecipe, PretrainStage
+from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
 
 TMPFS_BYTES = 8 * 2**20
 

@@ -17,9 +17,9 @@ import torch
 import yaml
 
 import data_prep.cli
-from simmim.engine.checkpoint import complete_checkpoints, read_model
+from simmim.engine.checkpoint.directory import complete_checkpoints, read_model
 from simmim.engine.run import RunFolder
-from simmim.stages.export import export
+from simmim.export.export import export
 from swinv2 import load_encoder
 
 PROGRAM = str(Path(__file__).with_name("note_keys.py"))

@@ -21,7 +21,7 @@ import yaml
 import data_prep.cli
 import simmim.cli
 from simmim.recipe import load
-from simmim.stages.pretrain import PretrainRecipe, PretrainStage
+from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
 
 EPOCHS = 3
 BATCH = 16

@@ -17,14 +17,14 @@ import psutil
 import pytest
 import yaml
 
-from data_prep.manifest import read_index, read_manifest
-from simmim.engine.checkpoint import complete_checkpoints
+from data_prep.format.manifest import read_index, read_manifest
+from simmim.engine.checkpoint.directory import complete_checkpoints
 from simmim.engine.run import RunFolder
 
 FAULTY = str(Path(__file__).with_name("train_faulty.py"))
 RANKS = ["--standalone", "--nproc_per_node", "2"]
 TORCHRUN = ["-m", "torch.distributed.run", *RANKS]
-OURS = ["-m", "simmim.engine.torchrun", *RANKS]
+OURS = ["-m", "simmim.engine.distributed.torchrun", *RANKS]
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads other processes' environment"),
@@ -303,7 +303,10 @@ def test_a_shard_that_goes_amiss_ends_the_job_by_name(
     data = {"shards": str(own_shards), "workers": workers, "attempts": 5}
     run, log = tmp_path / "run", tmp_path / "log"
     # An open file outlives its name, so that few may be open.
-    few = "import simmim.data.reading as r; r.OPEN_SHARDS = 1; import simmim.cli; simmim.cli.run()"
+    few = (
+        "import simmim.data.datasets.shards as r; r.OPEN_SHARDS = 1; "
+        "import simmim.cli; simmim.cli.run()"
+    )
     command = ["-c", few, *pretrain(write_config(data), run)[2:]]
     path = own_shards / "shard-000002.tar"
     with started(command, log) as process:

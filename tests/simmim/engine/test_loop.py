@@ -8,15 +8,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from simmim.engine.anomalies import DivergedError
-from simmim.engine.checkpoint import complete_checkpoints, load_state, read_model
+from simmim.engine.checkpoint.directory import complete_checkpoints, load_state, read_model
+from simmim.engine.distributed.watchdog import Watchdog
 from simmim.engine.loop import TrainingResult, build_accelerator, train
+from simmim.engine.monitor.anomalies import DivergedError
 from simmim.engine.optimizer import OptimizerSettings
 from simmim.engine.run import RunFolder
 from simmim.engine.settings import TrainingSettings
-from simmim.engine.watchdog import Watchdog
 from simmim.recipe import parse
-from simmim.stages.pretrain import PretrainRecipe, PretrainStage
+from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
 
 
 def run_training(

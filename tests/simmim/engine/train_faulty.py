@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import simmim.cli
-import simmim.stages.tasks
-from simmim.data.batches import Batch
-from simmim.data.mixture import Shards
-from simmim.stages.pretrain import PretrainModule, PretrainRecipe, PretrainStage
+import simmim.tasks.all_tasks
+from simmim.data.datasets.mixture import Shards
+from simmim.data.loader.batches import Batch
+from simmim.tasks.pretrain.stage import PretrainModule, PretrainRecipe, PretrainStage
 
 
 class FaultyModule(PretrainModule):
@@ -57,5 +57,5 @@ def faulty(fault: str) -> type[PretrainStage]:
 
 
 if __name__ == "__main__":
-    simmim.stages.tasks.PretrainStage = faulty(sys.argv.pop(1))  # type: ignore[attr-defined, misc]
+    simmim.tasks.all_tasks.PretrainStage = faulty(sys.argv.pop(1))  # type: ignore[attr-defined, misc]
     simmim.cli.run()

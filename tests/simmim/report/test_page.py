@@ -15,7 +15,7 @@ from simmim.engine.run import RunFolder
 from simmim.recipe import parse
 from simmim.report.charts import POINTS, Series, chart, ticks
 from simmim.report.page import write_report
-from simmim.stages.pretrain import PretrainRecipe, PretrainStage
+from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
 
 EMPTY = {"meta", "img"}
 

@@ -7,8 +7,8 @@ from PIL import Image
 from torch import Tensor
 
 from simmim import random_mask
-from simmim.losses import normalise_target
-from simmim.masking import enlarge_mask
+from simmim.method.losses import normalise_target
+from simmim.method.masking import enlarge_mask
 from simmim.report.panels import GAP, HEADER, reconstruction_panel
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

@@ -1,0 +1,1 @@
+"""Running tasks on processes of this machine or on a Ray cluster."""

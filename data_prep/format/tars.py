@@ -1,0 +1,122 @@
+"""Members of uncompressed tars that others wrote, walked without trusting them."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import IO
+
+from data_prep.format.storage import Location
+
+
+class TarError(ValueError):
+    """A tar is compressed, cut or damaged."""
+
+
+def walk_tar(
+    path: Location, *, start: int = 0, length: int | None = None
+) -> Iterator[tarfile.TarInfo]:
+    """Yield every member of an uncompressed tar in order, holding none of them.
+
+    Args:
+        path: a file.
+        start: where in it the tar begins, in bytes; offsets of members count from there.
+        length: length of the tar in bytes; None is the rest of the file.
+
+    Raises:
+        TarError: the file is no tar, is compressed, is cut, or loops back on itself.
+    """
+    try:
+        with path.open("rb") as file:
+            stream = file if length is None else _Part(file, start, length)
+            with tarfile.open(fileobj=stream, mode="r:") as tar:
+                offset = -1
+                for member in tar:
+                    # A negative size makes tarfile read the same header for ever.
+                    if member.size < 0 or member.offset <= offset:
+                        raise TarError(
+                            f"{path} is damaged: member {member.name!r} has no right size."
+                        )
+                    offset = member.offset
+                    yield member
+                    tar.members.clear()  # type: ignore[attr-defined]
+    except (tarfile.TarError, OverflowError, ValueError) as error:
+        if isinstance(error, TarError):
+            raise
+        raise TarError(_describe(path, error)) from None
+
+
+class _Part(io.RawIOBase):
+    """A part of a file, read as if it were a file."""
+
+    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
+        self._file, self._start, self._length, self._position = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self._length - self._position)
+        size = left if size is None or size < 0 else min(size, left)
+        self._file.seek(self._start + self._position)
+        data = self._file.read(size)
+        self._position += len(data)
+        return data
+
+
+def is_tar(path: Location) -> bool:
+    """Tell whether a file is an uncompressed tar."""
+    try:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:"):
+            return True
+    except tarfile.TarError:
+        return False
+
+
+def describe_problem(member: tarfile.TarInfo) -> str | None:
+    """Return why a member must not be used, or None for a plain file with a safe path."""
+    if member.issym() or member.islnk():
+        return "it is a link"
+    if member.issparse():
+        return "it is a sparse file"
+    if not member.isreg():
+        return "it is not a regular file"
+    return describe_path_problem(member.name)
+
+
+def describe_path_problem(name: str) -> str | None:
+    """Return why the path of a member of an archive is unsafe, or None."""
+    if name[:1] != "/" and ".." not in name:
+        return None  # nearly always, and much faster than to look at each part
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        return "its path leads out of the archive"
+    return None
+
+
+def _describe(path: Location, error: Exception) -> str:
+    try:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:*"):
+            compressed = not is_tar(path)
+    except (tarfile.TarError, OSError, EOFError):
+        compressed = False
+    if compressed:
+        return (
+            f"{path} is a compressed tar, which allows no random access: decompress it first "
+            "(gunzip, xz -d or zstd -d)."
+        )
+    return f"{path} is cut, damaged or not a tar ({error}). Fetch or write it again."

@@ -1,0 +1,1 @@
+"""Images: decoding, bit depth, headers, arrays, damage."""

@@ -1,0 +1,226 @@
+"""Pictures written anew: where shards cannot hold their format, or where that was asked for."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageCms, ImageFile, ImageOps
+
+from data_prep.images.arrays import write_array
+
+FORMATS = ("keep", "jpeg", "png", "webp")
+"""What `Encoding.format` may be."""
+
+_EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+_PLAIN = {"RGBa": "RGBA", "PA": "RGBA", "La": "LA", "I;16B": "I;16", "I;16L": "I;16"}
+_FULL_COLOUR_QUALITY = 90
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """What pictures are to be; the defaults keep the bytes of JPEG, PNG and WebP."""
+
+    max_side: int | None = None
+    """Longest side, in pixels: larger pictures are shrunk, none is enlarged. None: any."""
+    short_side: int | None = None
+    """Shorter side, in pixels, to which larger pictures are shrunk. None: any."""
+    format: str = "keep"
+    """Format of all pictures: keep, jpeg, png or webp; keep is their own, or else PNG."""
+    quality: int = 95
+    """Quality of JPEG and WebP that are written anew, 1 to 100. JPEG is 4:4:4 from 90 on."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("max-side", self.max_side), ("short-side", self.short_side)):
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1 pixel, got {value}.")
+        if self.format not in FORMATS:
+            raise ValueError(f"--format must be one of {', '.join(FORMATS)}, got {self.format!r}.")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"--quality must be 1 to 100, got {self.quality}.")
+
+    def target_size(self, width: int, height: int) -> tuple[int, int]:
+        """Return the (width, height) that a picture of this size is to have."""
+        if self.max_side is None and self.short_side is None:
+            return width, height
+        long, short = max(width, height), min(width, height)
+        # Of both limits the one that shrinks more counts; (wanted, present) avoids fractions.
+        ratios = [(1, 1)]
+        if self.max_side is not None:
+            ratios.append((self.max_side, long))
+        if self.short_side is not None:
+            ratios.append((self.short_side, short))
+        wanted, present = min(ratios, key=lambda ratio: ratio[0] / ratio[1])
+        sides = (max(1, (2 * side * wanted + present) // (2 * present)) for side in (width, height))
+        return next(sides), next(sides)
+
+    def target_format(self, own: str | None) -> str:
+        """Return jpeg, png or webp for a picture whose own format is that, or none of them."""
+        return self.format if self.format != "keep" else own or "png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """A picture written anew."""
+
+    data: bytes
+    """The file."""
+    extension: str
+    """jpg, png, webp, or npy for values that no picture holds."""
+    width: int
+    """Columns."""
+    height: int
+    """Rows."""
+    notes: tuple[str, ...]
+    """What was changed beside format and size, as short phrases."""
+
+
+def encode(
+    image: Image.Image, target: str, encoding: Encoding, *, lossless: bool = False
+) -> Encoded:
+    """Write a loaded picture upright, in the target format, no larger than `encoding` allows.
+
+    Other EXIF entries are dropped; the ICC profile is kept where the values stay in its space.
+
+    Args:
+        image: any mode of Pillow.
+        target: jpeg, png or webp.
+        encoding: size and quality.
+        lossless: whether a WebP is to lose nothing but by its size.
+
+    Raises:
+        OSError, ValueError: the format cannot hold a picture of this size.
+    """
+    profile = image.info.get("icc_profile")
+    upright = turn_upright(image)
+    if upright.mode == "I":
+        low, high = np.asarray(upright).min(), np.asarray(upright).max()
+        if low >= 0 and high < 2**16:
+            upright = upright.convert("I;16")
+    if upright.mode in ("I", "F"):
+        return _encode_values(upright)
+    notes: list[str] = []
+    plain, profile = _to_plain(upright, profile, notes)
+    resized = _resize(plain, encoding.target_size(*plain.size))
+    if target != "png":
+        resized = _to_8_bits(resized, alpha=target == "webp", notes=notes)
+    return Encoded(
+        data=_save(resized, target, encoding.quality, profile, lossless),
+        extension=_EXTENSIONS[target],
+        width=resized.width,
+        height=resized.height,
+        notes=tuple(notes),
+    )
+
+
+def turn_upright(image: Image.Image) -> Image.Image:
+    """Return a loaded picture as its EXIF orientation says; EXIF that is damaged says nothing."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    # Pillow raises nearly any type on damaged EXIF, which is no fault of the pixels.
+    except Exception:
+        return image
+
+
+def _encode_values(image: Image.Image) -> Encoded:
+    values = np.asarray(image)
+    if values.dtype != np.float32:
+        values = values.astype(np.float64)  # holds every integer of 32 bits
+    return Encoded(
+        data=write_array(values),
+        extension="npy",
+        width=image.width,
+        height=image.height,
+        notes=("stored as an array",),
+    )
+
+
+def _to_plain(
+    image: Image.Image, profile: bytes | None, notes: list[str]
+) -> tuple[Image.Image, bytes | None]:
+    """Return the picture in a mode that PNG holds, and the profile its values are in."""
+    if image.mode in _PNG_MODES:
+        return image, profile
+    if image.mode in _PLAIN:
+        return image.convert(_PLAIN[image.mode]), profile
+    notes.append(f"{image.mode} converted to RGB")
+    if image.mode == "LAB":
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    if image.mode in ("CMYK", "LAB") and profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            converted = ImageCms.profileToProfile(
+                image, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
+            )
+        except ImageCms.PyCMSError:
+            converted = None  # the profile is damaged or of another space
+        if converted is not None:
+            return converted, None
+    return image.convert("RGB"), None if image.mode == "CMYK" else profile
+
+
+def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    if image.size == size:
+        return image
+    if image.mode == "1":
+        image = image.convert("L")
+    elif image.mode == "P":
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    elif image.has_transparency_data and image.mode in ("L", "RGB"):  # one colour is transparent
+        image = image.convert("LA" if image.mode == "L" else "RGBA")
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _to_8_bits(image: Image.Image, *, alpha: bool, notes: list[str]) -> Image.Image:
+    """Return the picture in mode L or RGB, or RGBA where transparency is there and may stay."""
+    if image.mode == "I;16":
+        notes.append("16 bits rounded to 8")
+        values = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        seen = image.convert("RGBA")
+        if alpha:
+            return seen
+        notes.append("transparency laid on white")
+        white = Image.new("RGBA", seen.size, "white")
+        return Image.alpha_composite(white, seen).convert("RGB")
+    return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+
+
+def _save(
+    image: Image.Image, target: str, quality: int, profile: bytes | None, lossless: bool
+) -> bytes:
+    buffer = io.BytesIO()
+    if target == "png":
+        image.save(buffer, format="PNG", icc_profile=profile)
+    elif target == "webp":
+        image.save(buffer, format="WEBP", quality=quality, lossless=lossless, icc_profile=profile)
+    else:
+        subsampling = "4:4:4" if quality >= _FULL_COLOUR_QUALITY else "4:2:0"
+        with _room_for(image):
+            image.save(
+                buffer,
+                format="JPEG",
+                quality=quality,
+                subsampling=subsampling,
+                optimize=True,
+                icc_profile=profile,
+            )
+    return buffer.getvalue()
+
+
+@contextmanager
+def _room_for(image: Image.Image) -> Iterator[None]:
+    """Let Pillow write an optimised JPEG at once, whose whole length its buffer must hold."""
+    before = ImageFile.MAXBLOCK
+    ImageFile.MAXBLOCK = max(before, 8 * image.width * image.height + 2**20)
+    try:
+        yield
+    finally:
+        ImageFile.MAXBLOCK = before

@@ -1,0 +1,1 @@
+"""Reading shards back: verify, info, statistics, contact sheet, index."""

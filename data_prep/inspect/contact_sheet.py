@@ -1,0 +1,98 @@
+"""A picture of samples of a set, for a person to see what is in it."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from data_prep.format.manifest import Manifest, read_index, write_aside
+from data_prep.images.checking import RejectedImageError
+from data_prep.images.pixels import read_images, read_pixels, spread_rows
+from data_prep.inspect.info import printable
+
+_COLUMNS, _ROWS = 8, 6
+_SIDE = 160
+_GAP = 8
+_CAPTION = 18
+_PAPER, _INK, _EMPTY = "white", "#202020", "#e0e0e0"
+
+
+def draw_contact_sheet(manifest: Manifest, path: Path) -> None:
+    """Draw samples evenly spread over the set as a PNG, each with its class or else its key.
+
+    Arrays show their first channel, or their first three as red, green and blue, stretched between
+    their darkest and brightest hundredths.
+
+    Raises:
+        ManifestError: an index is missing or does not fit.
+        OSError: a shard cannot be read, or the picture cannot be written.
+    """
+    rows = spread_rows([shard.samples for shard in manifest.shards], _COLUMNS * _ROWS)
+    tiles: list[tuple[Image.Image, str]] = []
+    for shard, chosen in zip(manifest.shards, rows, strict=True):
+        if not len(chosen):
+            continue
+        index = read_index(manifest.folder, shard)
+        images = read_images(shard.location(manifest.folder), index, chosen)
+        for row, data in zip(chosen, images, strict=True):
+            label = int(index.labels[row])
+            named = 0 <= label < len(manifest.classes)
+            caption = manifest.classes[label] if named else str(index.keys[row])
+            tiles.append((_draw_tile(data, str(index.extensions[row])), caption))
+    buffer = io.BytesIO()
+    _lay_out(tiles).save(buffer, format="PNG")
+    write_aside(path, buffer.getvalue())
+
+
+def _draw_tile(data: bytes, extension: str) -> Image.Image:
+    try:
+        values = read_pixels(data, extension)
+    except RejectedImageError:
+        tile = Image.new("RGB", (_SIDE, _SIDE), _EMPTY)
+        draw = ImageDraw.Draw(tile)
+        draw.text((_SIDE / 2, _SIDE / 2), "does not decode", fill=_INK, anchor="mm")
+        return tile
+    picture = Image.fromarray(_to_colour(values))
+    return ImageOps.contain(picture, (_SIDE, _SIDE), Image.Resampling.LANCZOS)
+
+
+def _to_colour(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Return values of (height, width, channels) as uint8 of (height, width, 3)."""
+    channels = values[..., :3] if values.shape[2] >= 3 else values[..., :1].repeat(3, axis=2)
+    if channels.dtype == np.uint8:
+        return np.ascontiguousarray(channels)
+    numbers = np.nan_to_num(channels.astype(np.float64), nan=float(np.nanmin(values)))
+    low, high = np.percentile(numbers, (1, 99), axis=(0, 1))
+    stretched = (numbers - low) / np.maximum(high - low, np.finfo(np.float32).tiny)
+    colour: NDArray[np.uint8] = np.rint(stretched.clip(0, 1) * 255).astype(np.uint8)
+    return colour
+
+
+def _lay_out(tiles: list[tuple[Image.Image, str]]) -> Image.Image:
+    columns = min(_COLUMNS, len(tiles))
+    lines = -(-len(tiles) // columns)
+    step_x, step_y = _SIDE + _GAP, _SIDE + _CAPTION + _GAP
+    sheet = Image.new("RGB", (columns * step_x + _GAP, lines * step_y + _GAP), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(13)
+    for number, (tile, caption) in enumerate(tiles):
+        left = _GAP + number % columns * step_x
+        top = _GAP + number // columns * step_y
+        place = (left + (_SIDE - tile.width) // 2, top + (_SIDE - tile.height) // 2)
+        sheet.paste(tile, place)
+        text = _shorten(printable(caption), font)
+        draw.text((left + _SIDE / 2, top + _SIDE + 3), text, fill=_INK, font=font, anchor="mt")
+    return sheet
+
+
+def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """Return the text, or as much of its beginning as fits below a tile."""
+    shown = text
+    while font.getlength(shown) > _SIDE and len(shown) > 1:
+        shown = shown[:-2].rstrip("…") + "…"
+    return shown

@@ -1,0 +1,224 @@
+"""Tars that someone else wrote made into a set: indexes and a manifest laid beside them."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data_prep.executors.processes import Tick, map_tasks
+from data_prep.format.fetching import on_this_machine
+from data_prep.format.index import index_tar
+from data_prep.format.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    ManifestError,
+    PipedFile,
+    ShardEntry,
+    read_manifest,
+    write_index,
+    write_manifest,
+)
+from data_prep.format.storage import Location
+
+_PARTIAL_NAME = ".partial-index"
+_RANGE = re.compile(r"([^{}]*)\{(\d+)\.\.(\d+)\}([^{}]*\.tar)")
+_COMMAND_RANGE = re.compile(r"(.*?)\{(\d+)\.\.(\d+)\}(.*)", re.DOTALL)
+_MOST_TARS = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adopted:
+    """What came of indexing a folder of tars."""
+
+    manifest: Manifest
+    """The set."""
+    without_image: int
+    """Samples left out since they hold no image."""
+    empty: tuple[str, ...]
+    """Names of tars left out since no sample of theirs holds an image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    entry: ShardEntry
+    without_image: int
+    largest_label: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    path: Location | PipedFile
+    partial: Path
+    place: str
+
+
+def adopt_shards(
+    source: Location | PipedFile,
+    *,
+    output: Path | None = None,
+    overwrite: bool = False,
+    workers: int = 1,
+    tick: Tick = lambda _: None,
+) -> Adopted:
+    """Index tars and write their manifest; the tars are not changed.
+
+    Labels are taken from `cls` members; their classes are named by their numbers. The whole of
+    each tar is read, for its checksum.
+
+    Args:
+        source: folder of tars, or tars with numbers in braces: `shard-{000000..000099}.tar`, or a
+            command with such a range, which is run for each number and writes a tar out.
+        output: folder for manifest and indexes; that of the tars if None, which a command has not.
+        overwrite: whether a manifest that is there may be replaced.
+        workers: processes to use.
+        tick: called with the number of samples looked at.
+
+    Raises:
+        ManifestError: there are no tars, no images in them, or a manifest is there already.
+        TarError: a tar is damaged or hostile; see `data_prep.format.index.index_tar`.
+        StorageError: a store does not answer.
+        OSError: the folder cannot be read or written.
+    """
+    source = source.resolve() if isinstance(source, Path) else source
+    paths = _find_tars(source)
+    folder = _folder_for(paths[0], output)
+    _refuse_replacing(folder, overwrite)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+    # Made aside, and moved or uploaded when every tar has been read.
+    beside = folder if isinstance(folder, Path) else None
+    with tempfile.TemporaryDirectory(prefix=_PARTIAL_NAME, dir=beside) as partial:
+        tasks = [
+            _Task(path=path, partial=Path(partial), place=str(path) if output is not None else "")
+            for path in paths
+        ]
+        workers = max(1, min(workers, len(tasks)))
+        found = list(map_tasks(_index_aside, tasks, workers=workers, tick=tick))
+        found.sort(key=lambda one: one.entry.name)
+        manifest = _publish(folder, Path(partial), found)
+    return Adopted(
+        manifest=manifest,
+        without_image=sum(one.without_image for one in found),
+        empty=tuple(one.entry.name for one in found if not one.entry.samples),
+    )
+
+
+def _publish(folder: Location, partial: Path, found: list[_Found]) -> Manifest:
+    """Bring the indexes to their folder, then the manifest."""
+    full = [one for one in found if one.entry.samples]
+    if not full:
+        raise ManifestError(
+            f"the tars of {folder} hold no images: a WebDataset sample's image is a member "
+            "KEY.jpg, KEY.jpeg, KEY.png, KEY.webp or KEY.npy."
+        )
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
+    for one in full:
+        index = folder / one.entry.index
+        if isinstance(index, Path):
+            (partial / one.entry.index).replace(index)
+        else:
+            index.upload(partial / one.entry.index)
+    largest = max(one.largest_label for one in full)
+    manifest = Manifest(
+        folder=folder,
+        shards=tuple(one.entry for one in full),
+        classes=tuple(str(label) for label in range(largest + 1)),
+    )
+    write_manifest(manifest)
+    return manifest
+
+
+def _folder_for(tar: Location | PipedFile, output: Path | None) -> Location:
+    if output is not None:
+        return output.resolve()
+    if isinstance(tar, PipedFile):
+        raise ManifestError(f"{tar} has no folder: say with --output where the manifest is to be.")
+    return tar.parent
+
+
+def _find_tars(source: Location | PipedFile) -> Sequence[Location | PipedFile]:
+    if isinstance(source, PipedFile):
+        return _expand_command(source)
+    pattern = _RANGE.fullmatch(source.name)
+    if pattern:
+        return _expand(source, pattern)
+    if not source.is_dir():
+        raise ManifestError(
+            f"{source} is not a folder. Give a folder of WebDataset tars, or their names with "
+            "numbers in braces: shard-{000000..000099}.tar"
+        )
+    paths: list[Location] = sorted(
+        (path for path in source.glob("*.tar") if not path.name.startswith(".")),
+        key=lambda path: path.name,
+    )
+    if not paths:
+        raise ManifestError(f"{source} holds no tars. Give a folder of WebDataset tars.")
+    return paths
+
+
+def _expand(source: Location, pattern: re.Match[str]) -> list[Location]:
+    """Return the tars that a name with a range of numbers in braces stands for."""
+    head, *_, tail = pattern.groups()
+    return [source.parent / f"{head}{number}{tail}" for number in _numbers(source, pattern)]
+
+
+def _expand_command(source: PipedFile) -> list[PipedFile]:
+    """Return the commands that one with a range of numbers in braces stands for, or it alone."""
+    pattern = _COMMAND_RANGE.fullmatch(source.command)
+    if pattern is None:
+        return [source]
+    head, *_, tail = pattern.groups()
+    commands = [
+        replace(source, command=f"{head}{number}{tail}") for number in _numbers(source, pattern)
+    ]
+    if len({command.name for command in commands}) < len(commands):
+        raise ManifestError(f"{source}: the number in braces must be in the name of the tar.")
+    return commands
+
+
+def _numbers(source: Location | PipedFile, pattern: re.Match[str]) -> list[str]:
+    _, first, last, _ = pattern.groups()
+    if int(last) < int(first) or int(last) - int(first) >= _MOST_TARS:
+        raise ManifestError(
+            f"{source}: numbers in braces count up, over at most {_MOST_TARS:,} tars."
+        )
+    return [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+
+
+def _refuse_replacing(folder: Location, overwrite: bool) -> None:
+    if (folder / MANIFEST_NAME).exists():
+        if not overwrite:
+            raise ManifestError(f"{folder} has a {MANIFEST_NAME}; --overwrite makes it anew.")
+        if _has_source(folder):
+            raise ManifestError(
+                f"{folder} was written by `data-prep shard` and has its indexes and class names. "
+                f"To lose those, remove its {MANIFEST_NAME} first."
+            )
+
+
+def _has_source(folder: Location) -> bool:
+    try:
+        return "source" in read_manifest(folder).options
+    except ManifestError:
+        return False  # damaged, so there is nothing in it to keep
+
+
+def _index_aside(task: _Task, tick: Tick) -> _Found:
+    try:
+        with on_this_machine(task.path) as path:
+            indexed = index_tar(path, tick)
+    except FileNotFoundError:
+        raise ManifestError(
+            f"{task.path} is missing. Bring it back, or index the others."
+        ) from None
+    entry = replace(indexed.entry(task.path.name), place=task.place)
+    if len(indexed.index):
+        write_index(task.partial / entry.index, indexed.index)
+    return _Found(
+        entry=entry,
+        without_image=indexed.without_image,
+        largest_label=int(indexed.index.labels.max(initial=-1)),
+    )

@@ -1,0 +1,214 @@
+"""Mean and standard deviation of each channel, over every value of every image of a set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.executors.processes import Tick, map_tasks
+from data_prep.format.fetching import on_this_machine
+from data_prep.format.manifest import Location, Manifest, ShardEntry, ShardIndex, read_index
+from data_prep.format.statistics_file import Statistics
+from data_prep.images.checking import RejectedImageError
+from data_prep.images.pixels import read_images, read_pixels
+
+_VALUES_AT_A_TIME = 2**22
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Count, mean and spread of the values of each channel; every array is of shape (channels,)."""
+
+    count: NDArray[np.int64]
+    """Values that are numbers."""
+    mean: NDArray[np.float64]
+    """Their mean, 0 where there are none."""
+    squares: NDArray[np.float64]
+    """Sum of their squared distances from the mean."""
+
+    def merged(self, other: Moments) -> Moments:
+        """Return the moments of both sets of values, after Chan, Golub and LeVeque (1979)."""
+        count = self.count + other.count
+        share = other.count / np.maximum(count, 1)
+        shift = other.mean - self.mean
+        return Moments(
+            count=count,
+            mean=self.mean + shift * share,
+            squares=self.squares + other.squares + shift**2 * self.count * share,
+        )
+
+
+def measure_moments(values: NDArray[Any]) -> Moments:
+    """Return the moments of an array of (height, width, channels), NaN left out.
+
+    Integers are put on a scale from 0 to 1; numbers with fractions are taken as they are.
+    """
+    rows = max(1, _VALUES_AT_A_TIME // (values.shape[1] * values.shape[2]))
+    parts = (values[row : row + rows] for row in range(0, len(values), rows))
+    if values.dtype == np.uint8:
+        return _conclude_bins(sum(map(_count_levels, parts), np.zeros((1, 256), dtype=np.int64)))
+    moments = _measure_part(next(parts))
+    for part in parts:
+        moments = moments.merged(_measure_part(part))
+    return moments
+
+
+def _count_levels(values: NDArray[np.uint8]) -> NDArray[np.int64]:
+    channels = np.moveaxis(values, -1, 0)
+    return np.stack([np.bincount(channel.reshape(-1), minlength=256) for channel in channels])
+
+
+def _conclude_bins(bins: NDArray[np.int64]) -> Moments:
+    levels = np.arange(256) / 255
+    count = bins.sum(axis=1)
+    mean = bins @ levels / count
+    squares = (bins * (levels - mean[:, None]) ** 2).sum(axis=1)
+    return Moments(count=count, mean=mean, squares=squares)
+
+
+def _measure_part(values: NDArray[Any]) -> Moments:
+    scale = np.iinfo(values.dtype).max if values.dtype.kind == "u" else 1
+    numbers = values.reshape(-1, values.shape[-1]).astype(np.float64) / scale
+    known = np.isfinite(numbers)
+    count = known.sum(axis=0)
+    mean = np.where(known, numbers, 0).sum(axis=0) / np.maximum(count, 1)
+    squares = (np.where(known, numbers - mean, 0) ** 2).sum(axis=0)
+    return Moments(count=count, mean=mean, squares=squares)
+
+
+class _Kind(NamedTuple):
+    """What must be alike for images to be measured together."""
+
+    is_array: bool
+    channels: int
+    has_fractions: bool
+
+
+@dataclass(kw_only=True)
+class _Sum:
+    moments: Moments
+    images: int
+    missing: int
+
+    def add(self, other: _Sum) -> None:
+        self.moments = self.moments.merged(other.moments)
+        self.images += other.images
+        self.missing += other.missing
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    number: int
+    folder: Location
+    shard: ShardEntry
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    number: int
+    sums: dict[_Kind, _Sum]
+    unreadable: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What came of measuring a set."""
+
+    statistics: tuple[Statistics, ...]
+    """Of each kind of image, that with most images first."""
+    unreadable: tuple[str, ...]
+    """Images that do not decode, by shard and key."""
+
+
+def measure_set(
+    manifest: Manifest, *, workers: int = 1, tick: Tick = lambda _: None
+) -> Measurement:
+    """Measure every value of every image, upright and at full size.
+
+    Grey pictures count as three equal channels where others of the set have colour. The result
+    does not depend on the number of workers.
+
+    Raises:
+        ManifestError: an index is missing or does not fit.
+        OSError: a shard cannot be read.
+    """
+    tasks = [
+        _Task(number=number, folder=manifest.folder, shard=shard)
+        for number, shard in enumerate(manifest.shards)
+    ]
+    workers = max(1, min(workers, len(tasks)))
+    found = sorted(
+        map_tasks(_measure_shard, tasks, workers=workers, tick=tick), key=lambda one: one.number
+    )
+    sums: dict[_Kind, _Sum] = {}
+    for one in found:
+        _add_all(sums, one.sums)
+    _join_grey(sums)
+    ordered = sorted(sums.items(), key=lambda item: (-item[1].images, item[0]))
+    return Measurement(
+        statistics=tuple(_conclude(kind, total) for kind, total in ordered),
+        unreadable=tuple(name for one in found for name in one.unreadable),
+    )
+
+
+def _measure_shard(task: _Task, tick: Tick) -> _Measured:
+    index = read_index(task.folder, task.shard)
+    with on_this_machine(task.shard.location(task.folder)) as path:
+        images = read_images(path, index, np.arange(len(index)))
+        return _measure_images(task, index, images, tick)
+
+
+def _measure_images(
+    task: _Task, index: ShardIndex, images: Iterable[bytes], tick: Tick
+) -> _Measured:
+    sums: dict[_Kind, _Sum] = {}
+    unreadable = []
+    for row, data in enumerate(images):
+        extension = str(index.extensions[row])
+        try:
+            values = read_pixels(data, extension)
+        except RejectedImageError as error:
+            unreadable.append(f"{task.shard.name}: image {index.keys[row]}: {error}")
+        else:
+            kind = _Kind(extension == "npy", values.shape[2], values.dtype.kind == "f")
+            moments = measure_moments(values)
+            missing = values.size - int(moments.count.sum())
+            _add_all(sums, {kind: _Sum(moments=moments, images=1, missing=missing)})
+        tick(1)
+    return _Measured(number=task.number, sums=sums, unreadable=tuple(unreadable))
+
+
+def _add_all(sums: dict[_Kind, _Sum], others: dict[_Kind, _Sum]) -> None:
+    for kind, other in others.items():
+        if kind in sums:
+            sums[kind].add(other)
+        else:
+            sums[kind] = other
+
+
+def _join_grey(sums: dict[_Kind, _Sum]) -> None:
+    grey, colour = _Kind(False, 1, False), _Kind(False, 3, False)
+    if grey in sums and colour in sums:
+        total = sums.pop(grey)
+        total.moments = Moments(
+            count=total.moments.count.repeat(3),
+            mean=total.moments.mean.repeat(3),
+            squares=total.moments.squares.repeat(3),
+        )
+        sums[colour].add(total)
+
+
+def _conclude(kind: _Kind, total: _Sum) -> Statistics:
+    variance = total.moments.squares / np.maximum(total.moments.count, 1)
+    return Statistics(
+        images=total.images,
+        is_array=kind.is_array,
+        scale="as stored" if kind.has_fractions else "0 to 1",
+        mean=tuple(total.moments.mean.tolist()),
+        std=tuple(np.sqrt(variance).tolist()),
+        missing=total.missing,
+    )

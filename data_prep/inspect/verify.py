@@ -1,0 +1,160 @@
+"""A set of shards read back and compared with what its manifest promises."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.executors.processes import Tick, map_tasks
+from data_prep.format.fetching import on_this_machine
+from data_prep.format.index import index_tar
+from data_prep.format.manifest import Manifest, ManifestError, ShardEntry, ShardIndex, read_index
+from data_prep.format.storage import Location, StorageError
+from data_prep.format.tars import TarError
+from data_prep.images.checking import WRITTEN_ANEW, RejectedImageError, check_image
+from data_prep.images.pixels import read_images
+
+MOST_PROBLEMS = 100
+"""Problems that are named; all are counted."""
+
+_MOST_OF_ONE_SHARD = 20
+_NO_LIMIT = 2**62
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What came of reading a set back."""
+
+    problems: tuple[str, ...]
+    """The first problems by name of shard, at most `MOST_PROBLEMS`; none where all is right."""
+    count: int
+    """Problems in all."""
+    notes: Counter[str]
+    """What is to be known of the images that were decoded, and of how many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    folder: Location
+    shard: ShardEntry
+    classes: int
+    decode: bool
+
+
+@dataclass(kw_only=True)
+class _Found:
+    problems: list[str] = field(default_factory=list)
+    count: int = 0
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, problems: Iterable[str], most: int) -> None:
+        for problem in problems:
+            self.problems.append(problem)
+            self.count += 1
+        if len(self.problems) > 2 * most:
+            self.keep_first(most)
+
+    def keep_first(self, most: int) -> None:
+        self.problems = sorted(self.problems)[:most]
+
+
+def verify_shards(
+    manifest: Manifest,
+    *,
+    decode: bool,
+    workers: int = 1,
+    tick: Tick = lambda _: None,
+) -> Verification:
+    """Look for every problem of a set: lengths, checksums, indexes, labels, images, stray tars.
+
+    Args:
+        manifest: the set.
+        decode: whether to decode every image as well.
+        workers: processes to use.
+        tick: called with the number of samples looked at.
+
+    Raises:
+        OSError: a file cannot be read for a reason that is not the set's.
+    """
+    tasks = (
+        _Task(folder=manifest.folder, shard=shard, classes=len(manifest.classes), decode=decode)
+        for shard in manifest.shards
+    )
+    workers = max(1, min(workers, len(manifest.shards)))
+    total = _Found()
+    for found in map_tasks(_verify_shard, tasks, workers=workers, tick=tick):
+        total.add(found.problems, MOST_PROBLEMS)
+        total.count += found.count - len(found.problems)
+        total.notes += found.notes
+    total.add(_find_strays(manifest), MOST_PROBLEMS)
+    total.keep_first(MOST_PROBLEMS)
+    return Verification(problems=tuple(total.problems), count=total.count, notes=total.notes)
+
+
+def _find_strays(manifest: Manifest) -> list[str]:
+    if "source" not in manifest.options:
+        return []  # written by someone else, so that tars without images may lie beside
+    named = {shard.name for shard in manifest.shards}
+    try:
+        stray = {path.name for path in manifest.folder.glob("*.tar")} - named
+    except (OSError, StorageError):
+        if isinstance(manifest.folder, Path):
+            raise
+        return []  # many web servers list nothing, and many keys of stores do not permit it
+    return [f"{name}: not in the manifest" for name in sorted(stray)]
+
+
+def _verify_shard(task: _Task, tick: Tick) -> _Found:
+    found = _Found()
+    try:
+        promised = read_index(task.folder, task.shard)
+        with on_this_machine(task.shard.location(task.folder)) as path:
+            _compare(task, promised, path, found, tick)
+    except (ManifestError, TarError, StorageError) as error:
+        found.add([f"{task.shard.name}: {error}"], _MOST_OF_ONE_SHARD)
+    return found
+
+
+def _compare(task: _Task, promised: ShardIndex, path: Path, found: _Found, tick: Tick) -> None:
+    name = task.shard.name
+    actual = index_tar(path, (lambda _: None) if task.decode else tick)
+    problems = []
+    if actual.sha256 != task.shard.sha256:
+        problems.append(f"{name}: its SHA-256 is {actual.sha256}, not {task.shard.sha256}")
+    if not _equal(promised, actual.index):
+        problems.append(f"{name}: its index {task.shard.index} does not fit it")
+    if promised.labels.max() >= task.classes:
+        problems.append(f"{name}: labels beyond the {task.classes} classes")
+    found.add(problems, _MOST_OF_ONE_SHARD)
+    if task.decode:
+        # What the tar holds, since an index that does not fit would name the wrong images.
+        _decode_all(path, actual.index, found, tick)
+
+
+def _decode_all(path: Path, index: ShardIndex, found: _Found, tick: Tick) -> None:
+    images = read_images(path, index, np.arange(len(index)))
+    for data, key in zip(images, index.keys, strict=True):
+        try:
+            notes = check_image(data, max_pixels=_NO_LIMIT).notes
+            if WRITTEN_ANEW in notes:
+                raise RejectedImageError("it is of a format that shards do not hold")
+            found.notes.update(notes)
+        except RejectedImageError as error:
+            found.add([f"{path.name}: image {key}: {error}"], _MOST_OF_ONE_SHARD)
+        tick(1)
+    found.keep_first(_MOST_OF_ONE_SHARD)
+
+
+def _equal(one: ShardIndex, other: ShardIndex) -> bool:
+    columns: tuple[Callable[[ShardIndex], np.ndarray], ...] = (
+        lambda index: index.offsets,
+        lambda index: index.sizes,
+        lambda index: index.labels,
+        lambda index: index.keys,
+        lambda index: index.extensions,
+    )
+    return all(np.array_equal(column(one), column(other)) for column in columns)

@@ -1,0 +1,160 @@
+"""A folder tree as a source."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from data_prep.sources.external_sort import ExternalSort
+from data_prep.sources.files import SourceError, SourceFile, UnreadableFileError
+
+_SORTED_IN_MEMORY = 50_000
+_OPEN_AT_ONCE = 64
+_BROKEN_LINKS: dict[int | None, str] = {
+    errno.ENOENT: "it is a broken link",
+    errno.ELOOP: "it is a link that leads back to itself",
+}
+_ODD_LINK = "it is a link that cannot be followed"
+
+
+class FolderSource:
+    """A folder of files, its subfolders included; links are followed, but not in circles.
+
+    Args:
+        path: the folder.
+        ordered: whether files come in the order of their paths.
+        without: a folder that must not lie in it, however it is linked.
+    """
+
+    chosen = False
+    classes: tuple[str, ...] | None = None
+
+    def __init__(self, path: Path, *, ordered: bool = False, without: Path | None = None) -> None:
+        self.path = path
+        self._ordered, self._without = ordered, without
+        self._prefix = os.path.join(path, "")  # noqa: PTH118 - joined to many names
+
+    def files(self) -> Iterator[SourceFile]:
+        """Yield every file below the folder, in the order of their paths if asked for.
+
+        Raises:
+            SourceError: the folder to be left out lies in it.
+        """
+        for path in self._walk(ordered=self._ordered):
+            yield self._measure(path)
+
+    def outline(self) -> Iterator[SourceFile]:
+        """Yield every file by its path alone, in any order."""
+        for path in self._walk(ordered=False):
+            yield SourceFile(path, 0, 0)
+
+    def _walk(self, *, ordered: bool) -> Iterator[str]:
+        """Yield the path of every file, however deep: the folders that are open are a list."""
+        refused = _identity(self._without) if self._without and self._without.exists() else None
+        identity = _identity(self.path)
+        open_folders = [("", identity, self._entries("", ordered=ordered))]
+        ancestors = {identity}
+        while open_folders:
+            prefix, identity, entries = open_folders[-1]
+            entry = next(entries, None)
+            if entry is None:
+                open_folders.pop()
+                ancestors.remove(identity)
+                continue
+            name, is_folder = entry
+            if not is_folder:
+                yield prefix + name
+                continue
+            below = f"{prefix}{name}/"
+            identity = _identity(self.path / below)
+            if identity == refused:
+                raise SourceError(
+                    f"{self.path / below} in the source is the folder that shards are written to. "
+                    "Give a folder outside of the source."
+                )
+            if identity not in ancestors:
+                if len(open_folders) >= _OPEN_AT_ONCE:  # no descriptor for each of so many levels
+                    open_folders[-1] = (*open_folders[-1][:2], iter(list(entries)))
+                open_folders.append((below, identity, self._entries(below, ordered=ordered)))
+                ancestors.add(identity)
+
+    def _entries(self, prefix: str, *, ordered: bool) -> Iterator[tuple[str, bool]]:
+        """Yield (name, is a folder) of what lies in a folder."""
+        with os.scandir(self.path / prefix) as found:
+            entries = ((entry.name, _is_folder(entry)) for entry in found)
+            yield from _sort(entries) if ordered else entries
+
+    def _measure(self, path: str) -> SourceFile:
+        place = f"{self._prefix}{path}"
+        try:
+            status = os.stat(place)  # noqa: PTH116 - one call for each of many
+        except OSError as error:
+            if not os.path.islink(place):  # noqa: PTH114
+                raise
+            return SourceFile(path, 0, 0, problem=_BROKEN_LINKS.get(error.errno, _ODD_LINK))
+        if not stat.S_ISREG(status.st_mode):
+            return SourceFile(path, 0, 0, problem="it is not a file")
+        return SourceFile(path, status.st_size, status.st_mtime_ns)
+
+    def describe(self, path: str) -> tuple[int, int]:
+        """Return the length of a file in bytes, and when it was changed.
+
+        Raises:
+            OSError: it is not there, or no file.
+            ValueError: its name is impossible.
+        """
+        status = os.stat(self.path / path)  # noqa: PTH116 - one call for each of many
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is not a file")
+        return status.st_size, status.st_mtime_ns
+
+    def read(self, file: SourceFile) -> bytes:
+        """Return the bytes of a file.
+
+        Raises:
+            UnreadableFileError: it is gone or may not be read.
+        """
+        try:
+            return (self.path / file.path).read_bytes()
+        except OSError as error:
+            raise UnreadableFileError(f"cannot be read: {error.strerror}") from None
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def _sort(entries: Iterator[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+    """Yield (name, is a folder) as the paths below sort; on disk where a folder holds very many."""
+    first = list(islice(entries, _SORTED_IN_MEMORY))
+    if len(first) < _SORTED_IN_MEMORY:
+        yield from sorted(first, key=lambda entry: _sort_key(*entry))
+        return
+    with TemporaryDirectory(prefix="data-prep-") as scratch:
+        sorter = ExternalSort(Path(scratch), "names")
+        for name, is_folder in chain(first, entries):
+            sorter.add(_sort_key(name, is_folder).hex(), "")
+        del first
+        for key, _ in sorter.merged():
+            name = os.fsdecode(bytes.fromhex(key))
+            yield name.removesuffix("/"), name.endswith("/")
+
+
+def _sort_key(name: str, is_folder: bool) -> bytes:
+    return os.fsencode(name) + b"/" * is_folder
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle; what is wrong with it shows when it is measured
+        return False
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino

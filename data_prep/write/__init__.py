@@ -1,0 +1,1 @@
+"""Writing shards: plan, encode, shard, publish; resumable."""

@@ -1,0 +1,402 @@
+"""A source made into a set of shards, from listing to manifest."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data_prep.executors.processes import Tick
+from data_prep.format.manifest import MANIFEST_NAME, Manifest
+from data_prep.format.storage import Location, RemotePath
+from data_prep.sources.source import Source, open_source
+from data_prep.write.duplicates import duplicate_dropper
+from data_prep.write.execution import Execution, map_shards
+from data_prep.write.finalize import publish
+from data_prep.write.listing import (
+    Listing,
+    find_classes,
+    read_listing,
+    survey_source,
+    write_listing,
+)
+from data_prep.write.output_dir import (
+    Destination,
+    DestinationError,
+    Identity,
+    find_complete,
+    open_destination,
+    refuse_foreign,
+    refuse_inside,
+)
+from data_prep.write.plan import ShardOptions, ShardPlan
+from data_prep.write.progress import Plan, Progress
+from data_prep.write.shard import ShardReport, ShardTask, reported
+from data_prep.write.streaming import StreamedListing, listing_name
+from data_prep.write.upload_queue import Shipper
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A finished set."""
+
+    manifest: Manifest | None
+    """What was made; None where a part of it was, which waits for the others to be merged."""
+    found: int
+    """Images found: samples and rejected together."""
+    was_complete: bool
+    """Whether it was all there already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    source: Location
+    shards: bool
+    options: ShardOptions
+    execution: Execution
+
+    def open(self, folder: Path) -> Source:
+        """Open the source of a set that is written to that folder."""
+        return open_source(
+            self.source,
+            self.options.selection,
+            shards=self.shards,
+            ordered=self.options.window is not None,
+            without=folder,
+        )
+
+    def identity(self, fingerprint: str) -> Identity:
+        options = {"source": self.source.name, **self.options.values()}
+        return Identity(options=options, fingerprint=fingerprint)
+
+
+def build_shards(
+    source_path: Location,
+    folder: Path,
+    options: ShardOptions,
+    *,
+    store: RemotePath | None = None,
+    shards: bool = False,
+    execution: Execution | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Built:
+    """Write the images of a folder, an archive, a list or other shards as shards.
+
+    The same input and options give the same bytes, however the work is done. An interrupted run
+    leaves its finished shards in `.partial`, and the next call goes on from them.
+
+    Shards for a store go there as they finish: `folder` holds 3 for each worker at most, and it is
+    removed once the set is complete.
+
+    Args:
+        source_path: what to read.
+        folder: where to write.
+        store: where the set is to be, which then is nowhere else; None leaves it in `folder`.
+        options: what decides what is written.
+        shards: whether the source is a folder of WebDataset tars.
+        execution: how the work is done.
+        overwrite: whether a set made from something else is replaced.
+        progress: who is told.
+
+    Raises:
+        SourceError: the source is missing, empty, or too few of its images can be used.
+        DestinationError: the folder holds something that must not be written over.
+        StorageError: the store does not answer, or holds something that must not be.
+        OSError: the folder cannot be written.
+    """
+    execution, progress = execution or Execution(), progress or Progress()
+    folder = folder.resolve()
+    if isinstance(source_path, Path):
+        source_path = source_path.resolve()
+    if execution.part and overwrite:
+        raise DestinationError("--overwrite would clear the work of other parts: leave it out.")
+    if execution.part and store:
+        raise DestinationError("--part writes to a folder that all parts share, not to a URL.")
+    job = _Job(source=source_path, shards=shards, options=options, execution=execution)
+    if not shards:  # of shards only the folder itself is read
+        refuse_inside(source_path, folder)
+    with closing(job.open(folder)) as source:
+        refuse_foreign(folder)
+        place = store or folder
+        if not overwrite and (place / MANIFEST_NAME).exists():
+            survey = survey_source(source, options, progress.listed)
+            complete = find_complete(place, job.identity(survey.fingerprint))
+            if store and folder.exists():
+                with open_destination(folder):
+                    shutil.rmtree(folder)
+            return Built(manifest=complete, found=survey.found, was_complete=True)
+        part = execution.part[0] if execution.part else None
+        taken = open_destination(folder, part=part, store=store, overwrite=overwrite)
+        with taken as destination:
+            destination.settle_version(overwrite=overwrite)
+            make = _list_and_write if options.streams else _list_then_write
+            listing = make(destination, job, source, progress, overwrite=overwrite)
+            manifest = None
+            if execution.part is None:
+                manifest = publish(destination, listing, max_rejected=execution.max_rejected)
+    return Built(manifest=manifest, found=listing.survey.found, was_complete=False)
+
+
+def merge_parts(folder: Path, *, max_rejected: float = 1.0) -> Manifest:
+    """Make a set of what all parts of a run have written.
+
+    Raises:
+        DestinationError: a part is still at work, or shards are missing.
+        SourceError: too few images can be used.
+    """
+    folder = folder.resolve()
+    if not folder.is_dir() or not any(folder.glob(".partial/made-from.json")):
+        raise DestinationError(
+            f"{folder} holds no parts to merge. Write them: data-prep shard SRC {folder} --part 1/n"
+        )
+    with open_destination(folder) as destination:
+        destination.settle_version()
+        listing = read_listing(destination.partial)
+        made_from = destination.identity()
+        if listing is None or made_from is None or not made_from.fingerprint:
+            raise DestinationError(f"{folder} holds no complete part. Run the parts again.")
+        return publish(destination, listing, max_rejected=max_rejected)
+
+
+def _take_listing(
+    destination: Destination, job: _Job, source: Source, listed: Tick, *, overwrite: bool
+) -> Listing:
+    """Return the listing that unfinished work has, if the source still is the same, or a new one.
+
+    Raises:
+        DestinationError: the unfinished work is of another kind.
+    """
+    with destination.listing_lock():
+        if destination.identity() is not None:
+            survey = survey_source(source, job.options, listed)
+            identity = job.identity(survey.fingerprint)
+            if not overwrite:
+                destination.refuse_other(identity)
+            listing = read_listing(destination.partial)
+            if listing is not None and destination.identity() == identity:
+                return listing
+        destination.clear()
+        try:
+            listing = _list(destination, job, source, listed)
+        except ValueError:
+            if job.execution.part is None:
+                destination.abandon()
+            raise
+        destination.begin(job.identity(listing.survey.fingerprint))
+        return listing
+
+
+def _list(destination: Destination, job: _Job, source: Source, listed: Tick) -> Listing:
+    dropper = None
+    if job.options.deduplicate or job.options.near_duplicates is not None:
+        dropper = duplicate_dropper(
+            job.source,
+            job.options,
+            destination.partial,
+            shards=job.shards,
+            workers=job.execution.workers,
+        )
+    return write_listing(source, job.options, destination.partial, dropper, listed)
+
+
+def _recall(destination: Destination) -> None:
+    if destination.upload is not None:  # its log may have been cleared with the rest
+        destination.upload.recall()
+
+
+def _list_then_write(
+    destination: Destination, job: _Job, source: Source, progress: Progress, *, overwrite: bool
+) -> Listing:
+    """Write all shards that this run is to write and that are not there yet."""
+    listing = _take_listing(destination, job, source, progress.listed, overwrite=overwrite)
+    plans = [plan for plan in listing.shards if job.execution.writes(plan.number)]
+    _recall(destination)
+    reports = destination.reports(plan.number for plan in plans)
+    done = {report.number: report.found for report in reports if report is not None}
+    workers = max(1, min(job.execution.workers, len(plans) - len(done)))
+    everything = job.execution.part is None
+    progress.planned(
+        Plan(
+            found=listing.survey.found if everything else sum(plan.samples for plan in plans),
+            done=sum(done.values()),
+            classes=len(listing.survey.classes),
+            shards=len(plans),
+            finished=len(done),
+            workers=workers,
+        )
+    )
+    missing = (plan for plan in plans if plan.number not in done)
+    job = replace(job, execution=replace(job.execution, workers=workers))
+    _write(destination, job, missing, listing.survey.classes, progress, done=done)
+    return listing
+
+
+def _list_and_write(
+    destination: Destination, job: _Job, source: Source, progress: Progress, *, overwrite: bool
+) -> Listing:
+    """Write shards as the listing comes to them, those that are there already left out."""
+    _begin_streaming(destination, job, overwrite=overwrite)
+    try:
+        listing = _stream(destination, job, source, progress, overwrite=overwrite)
+    except ValueError:
+        if job.execution.part is None and not reported(destination.partial):
+            destination.abandon()
+        raise
+    with destination.listing_lock():
+        identity = job.identity(listing.survey.fingerprint)
+        if not overwrite:
+            destination.refuse_other(identity)
+        destination.begin(identity)
+    return listing
+
+
+def _stream(
+    destination: Destination, job: _Job, source: Source, progress: Progress, *, overwrite: bool
+) -> Listing:
+    execution = job.execution
+    _recall(destination)
+    done = {
+        report.number: report
+        for report in destination.reports(reported(destination.partial))
+        if report is not None and execution.writes(report.number)
+    }
+    progress.listed(0)
+    classes = find_classes(source, job.options.selection)
+    progress.planned(
+        Plan(
+            found=None,
+            done=sum(report.found for report in done.values()),
+            classes=len(classes),
+            shards=None,
+            finished=len(done),
+            workers=execution.workers,
+        )
+    )
+    streamed = StreamedListing(
+        source,
+        job.options,
+        destination.partial,
+        classes=classes,
+        needed=lambda plan: execution.writes(plan.number) and not _fits(plan, done),
+        name=str(execution.part[0] if execution.part else 0),
+        listed=progress.listed,
+    )
+    try:
+        mine = _select(streamed.plans(), execution, progress.counted)
+        missing = _unfinished(destination, mine, done, overwrite=overwrite)
+        _write(destination, job, missing, classes, progress, done=done)
+        return streamed.finish()
+    finally:
+        streamed.discard()
+
+
+def _begin_streaming(destination: Destination, job: _Job, *, overwrite: bool) -> None:
+    """Take up unfinished work, if its options are the same, or begin anew.
+
+    Raises:
+        DestinationError: the unfinished work is of another kind.
+    """
+    with destination.listing_lock():
+        identity, made_from = job.identity(""), destination.identity()
+        if made_from is not None and not overwrite:
+            destination.refuse_other(identity)
+        if made_from is None or not made_from.may_be(identity):
+            destination.clear()
+            destination.begin(identity)
+
+
+def _select(plans: Iterator[ShardPlan], execution: Execution, counted: Tick) -> Iterator[ShardPlan]:
+    """Yield the plans of the shards that are written here, and count their images at the end."""
+    samples = 0
+    for plan in plans:
+        if execution.writes(plan.number):
+            samples += plan.samples
+            yield plan
+    counted(samples)
+
+
+def _unfinished(
+    destination: Destination,
+    plans: Iterator[ShardPlan],
+    done: dict[int, ShardReport],
+    *,
+    overwrite: bool,
+) -> Iterator[ShardPlan]:
+    """Yield the plans of shards that are not done, once those that are have proved to be of this.
+
+    What was made from something else, and may be replaced, is taken out of `done` before.
+
+    Raises:
+        DestinationError: a finished shard was made from something else, and is not to be replaced.
+    """
+    waiting: list[ShardPlan] = []
+    left = set(done)
+    for plan in plans:
+        if not _fits(plan, done):
+            if plan.number in done and not overwrite:
+                raise destination.other_work()
+            done.pop(plan.number, None)
+            waiting.append(plan)
+        left.discard(plan.number)
+        if not left:
+            yield from waiting
+            waiting = []
+    if left and not overwrite:
+        raise destination.other_work()
+    for number in left:
+        del done[number]
+    yield from waiting
+
+
+def _fits(plan: ShardPlan, done: dict[int, ShardReport]) -> bool:
+    """Tell whether a shard is finished, and was made from what is planned."""
+    return plan.number in done and done[plan.number].listing == plan.digest
+
+
+def _write(
+    destination: Destination,
+    job: _Job,
+    plans: Iterable[ShardPlan],
+    classes: Sequence[str],
+    progress: Progress,
+    *,
+    done: Container[int],
+) -> None:
+    labels = {name: label for label, name in enumerate(classes)}
+    tasks = (
+        ShardTask(
+            source=job.source,
+            shards=job.shards,
+            folder=destination.partial,
+            plan=plan,
+            labels=labels,
+            options=job.options,
+        )
+        for plan in plans
+    )
+    with _shipper(destination, job.execution, progress, done) as shipper:
+        may_begin = shipper.may_begin if shipper else lambda _: True
+        for report in map_shards(job.execution, tasks, progress.tick, may_begin):
+            (destination.partial / listing_name(report.number)).unlink(missing_ok=True)
+            progress.finished(report)
+            if shipper:
+                shipper.take(report)
+        if shipper:
+            shipper.finish()
+
+
+def _shipper(
+    destination: Destination, execution: Execution, progress: Progress, done: Container[int]
+) -> AbstractContextManager[Shipper | None]:
+    if destination.upload is None:
+        return nullcontext()
+    return Shipper(
+        destination.upload,
+        destination.partial,
+        done,
+        workers=execution.workers,
+        uploaded=progress.uploaded,
+    )

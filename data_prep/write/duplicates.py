@@ -1,0 +1,164 @@
+"""Files with the same bytes found among any number of files, in bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from data_prep.executors.processes import Tick, map_tasks
+from data_prep.format.manifest import write_aside
+from data_prep.format.storage import Location
+from data_prep.sources.external_sort import ExternalSort
+from data_prep.sources.files import SourceFile, UnreadableFileError
+from data_prep.sources.source import open_source
+from data_prep.write.listing import Listed, decode_file, encode_file
+from data_prep.write.near_duplicates import SimilarImages, perceptual_hash, require_hashes
+from data_prep.write.plan import ShardOptions, path_key
+
+DIGESTS = "digests-"
+"""How the names of files begin that keep what was read of some files, for a run that goes on."""
+
+_FILES_AT_ONCE = 2_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DigestTask:
+    source: Location
+    options: ShardOptions
+    shards: bool
+    folder: Path
+    files: tuple[tuple[SourceFile, int], ...]
+
+
+class _Row(NamedTuple):
+    file: SourceFile
+    window: int
+    perceptual: int | None
+
+
+def duplicate_dropper(
+    source: Location, options: ShardOptions, folder: Path, *, shards: bool, workers: int
+) -> Callable[[Listed], Listed]:
+    """Return a function that names duplicates: of equal files the smallest path is kept.
+
+    Args:
+        source: what the files are read from.
+        options: how the source is opened, and how near images may be to one another.
+        folder: where digests are kept, for a run that goes on after this one, and sorted.
+        shards: whether the source is a folder of shards.
+        workers: processes that read.
+
+    Raises:
+        MissingHashError: near duplicates are asked for, and the library for them is missing.
+    """
+    if options.near_duplicates is not None:
+        require_hashes()
+
+    def drop(files: Listed) -> Listed:
+        digests, paths = ExternalSort(folder, "digests"), ExternalSort(folder, "paths")
+        tasks = (
+            _DigestTask(source=source, options=options, shards=shards, folder=folder, files=group)
+            for group in _in_groups(files)
+        )
+        try:
+            for rows in map_tasks(_digest_files, tasks, workers=workers, tick=lambda _: None):
+                for key, line in rows:
+                    digests.add(key, line)
+            rows_ = _name_duplicates(digests)
+            if options.near_duplicates is not None:
+                for row in rows_:
+                    paths.add(path_key(row.file.path), _encode(row))
+                rows_ = _name_near(paths, options.near_duplicates, folder)
+            yield from ((row.file, row.window) for row in rows_)
+        finally:
+            digests.discard()
+            paths.discard()
+
+    return drop
+
+
+def _in_groups(files: Listed) -> Iterator[tuple[tuple[SourceFile, int], ...]]:
+    group: list[tuple[SourceFile, int]] = []
+    for file in files:
+        group.append(file)
+        if len(group) == _FILES_AT_ONCE:
+            yield tuple(group)
+            group = []
+    if group:
+        yield tuple(group)
+
+
+def _digest_files(task: _DigestTask, tick: Tick) -> list[tuple[str, str]]:
+    rows = []
+    for (file, window), (digest, perceptual) in zip(task.files, _digests(task, tick), strict=True):
+        row = _Row(file, window, perceptual)
+        rows.append((f"{digest}.{path_key(file.path)}", _encode(row)))
+    return rows
+
+
+def _digests(task: _DigestTask, tick: Tick) -> list[tuple[str, int | None]]:
+    """Return digest and perceptual hash of each file; those that a stopped run took are kept."""
+    near, most = task.options.near_duplicates is not None, task.options.max_pixels
+    lines = [f"{near} {most}", *(encode_file(file) for file, _ in task.files)]
+    name = hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
+    kept = task.folder / f"{DIGESTS}{name}.json"
+    if kept.exists():
+        return [(digest, perceptual) for digest, perceptual in json.loads(kept.read_text())]
+    found: list[tuple[str, int | None]] = []
+    opened = open_source(task.source, task.options.selection, shards=task.shards)
+    with closing(opened) as source:
+        for file, _ in task.files:
+            digest, perceptual = "-", None  # what cannot be read is no duplicate
+            if not file.problem:
+                try:
+                    data = source.read(file)
+                    digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+                    perceptual = perceptual_hash(data, max_pixels=most) if near else None
+                except UnreadableFileError:
+                    pass
+            found.append((digest, perceptual))
+            tick(1)
+    write_aside(kept, json.dumps(found).encode())
+    return found
+
+
+def _name_duplicates(sorter: ExternalSort) -> Iterator[_Row]:
+    kept, kept_digest = "", ""
+    for key, line in sorter.merged():
+        digest = key.partition(".")[0]
+        row = _decode(line)
+        if digest == "-":
+            yield row
+        elif digest == kept_digest:
+            yield row._replace(file=row.file._replace(problem=f"a duplicate of {kept}"))
+        else:
+            kept, kept_digest = row.file.path, digest
+            yield row
+
+
+def _name_near(sorter: ExternalSort, distance: int, folder: Path) -> Iterator[_Row]:
+    with closing(SimilarImages(distance, folder)) as seen:
+        for _, line in sorter.merged():
+            row = _decode(line)
+            if row.perceptual is not None and not row.file.problem:
+                near = seen.find(row.perceptual)
+                if near is None:
+                    seen.add(row.perceptual, row.file.path)
+                else:
+                    problem = f"a near duplicate of {near}"
+                    row = row._replace(file=row.file._replace(problem=problem))
+            yield row
+
+
+def _encode(row: _Row) -> str:
+    return json.dumps([encode_file(row.file), row.window, row.perceptual])
+
+
+def _decode(line: str) -> _Row:
+    text, window, perceptual = json.loads(line)
+    return _Row(decode_file(text), window, perceptual)

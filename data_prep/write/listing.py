@@ -1,0 +1,372 @@
+"""The listing of a source: a file on disk of any length, in the order that shards are cut from.
+
+Each line is a file. A listing is gathered, sorted and read back in bounded memory; what is held is
+one place for each shard. Beside it lies the list of files that must not be used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from data_prep.executors.processes import Tick
+from data_prep.format.index import MOST_CLASSES
+from data_prep.format.manifest import write_aside
+from data_prep.format.storage import Location
+from data_prep.sources.external_sort import ExternalSort
+from data_prep.sources.files import IMAGE_SUFFIXES, Selection, SourceError, SourceFile
+from data_prep.sources.source import Source
+from data_prep.write.plan import (
+    FEWEST_SHARDS,
+    LISTING_NAME,
+    Cutter,
+    ShardOptions,
+    ShardPlan,
+    order_key,
+    path_key,
+)
+
+REFUSED_NAME = "listing-refused.jsonl"
+_SUMMARY_NAME = "listing.json"
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+_DEFAULTS = [SourceFile._field_defaults.get(name, ...) for name in SourceFile._fields]
+_BETWEEN_REPORTS = 5_000
+Listed = Iterator[tuple[SourceFile, int]]
+"""Files, each with the window that it is shuffled in."""
+DropDuplicates = Callable[[Listed], Listed]
+"""Gives files a problem where they are duplicates of others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What a pass over a source found."""
+
+    found: int
+    """Files that were wanted."""
+    classes: tuple[str, ...]
+    """Names of all classes; a label is a position in them."""
+    fingerprint: str
+    """Digest of everything wanted: paths, sizes, dates, places in an archive, labels, fields."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """A listing on disk."""
+
+    folder: Path
+    """Folder it lies in."""
+    survey: Survey
+    """What it was made from."""
+    shards: tuple[ShardPlan, ...]
+    """The shards that it is cut into."""
+    validation_shards: int
+    """How many of them, at the end, hold samples for validation."""
+
+    def files(self, plan: ShardPlan) -> Iterator[SourceFile]:
+        """Yield the files of a shard in order."""
+        return read_files(self.folder / plan.listing, plan.start, plan.length)
+
+    def refused(self) -> Iterator[SourceFile]:
+        """Yield the files that must not be used, in order of their paths."""
+        path = self.folder / REFUSED_NAME
+        return read_files(path, 0, path.stat().st_size)
+
+    def write(self) -> None:
+        """Note in the folder that the listing is complete."""
+        values = asdict(self)
+        del values["folder"]
+        write_aside(self.folder / _SUMMARY_NAME, json.dumps(values).encode())
+
+
+def class_name(file: SourceFile) -> str | None:
+    """Return the class of a file: its label, or the name of the folder it lies in, or None."""
+    if file.label is not None:
+        return file.label or None
+    folder = file.path.rpartition("/")[0].rpartition("/")[2]
+    return folder if folder not in ("", ".", "..") else None
+
+
+def find_classes(source: Source, selection: Selection) -> tuple[str, ...]:
+    """Return the names of all classes, found from names alone: no file is opened or measured.
+
+    A folder whose files all turn out to be unusable is a class too, which has no samples.
+
+    Raises:
+        SourceError, TarError: the source is damaged.
+    """
+    if source.classes is not None:
+        return source.classes
+    names, folders = _ClassNames(), set[str]()
+    for file in source.outline():
+        folder = file.path.rpartition("/")[0]
+        known = file.label is None and folder in folders
+        if known or file.problem or not selection.wants(file, chosen=source.chosen):
+            continue
+        names.add(file)
+        if file.label is None:
+            folders.add(folder)
+    return names.sorted()
+
+
+def survey_source(source: Source, options: ShardOptions, listed: Tick = lambda _: None) -> Survey:
+    """Read through a source and keep only what sums it up.
+
+    Args:
+        source: what to read.
+        options: what is wanted of it.
+        listed: told now and then how many files were found.
+
+    Raises:
+        SourceError: nothing in it is wanted.
+        TarError: it is a damaged tar.
+    """
+    surveyor = Surveyor(source, options, listed)
+    for _ in surveyor.files():
+        pass
+    return surveyor.survey()
+
+
+def write_listing(
+    source: Source,
+    options: ShardOptions,
+    folder: Path,
+    drop_duplicates: DropDuplicates | None,
+    listed: Tick = lambda _: None,
+) -> Listing:
+    """List a source into a folder.
+
+    Args:
+        source: what to list.
+        options: what is wanted, and its order.
+        folder: where the listing goes.
+        drop_duplicates: finds duplicates among files in order of path; None keeps them.
+        listed: told now and then how many files were found.
+
+    Raises:
+        SourceError: nothing in the source is wanted.
+        TarError: it is a damaged tar.
+        OSError: the folder cannot be written.
+    """
+    surveyor = Surveyor(source, options, listed)
+    sorter = _Sorter(folder, options)
+    try:
+        files = surveyor.files()
+        for file, window in files if drop_duplicates is None else drop_duplicates(files):
+            sorter.add(file, window)
+        survey = surveyor.survey()
+        shards, validation_shards = sorter.write()
+    finally:
+        sorter.discard()
+    listing = Listing(
+        folder=folder, survey=survey, shards=shards, validation_shards=validation_shards
+    )
+    listing.write()
+    return listing
+
+
+def read_listing(folder: Path) -> Listing | None:
+    """Return the complete listing in a folder, None where there is none."""
+    try:
+        values = json.loads((folder / _SUMMARY_NAME).read_text())
+    except FileNotFoundError:
+        return None
+    survey = values["survey"]
+    return Listing(
+        folder=folder,
+        survey=Survey(**{**survey, "classes": tuple(survey["classes"])}),
+        shards=tuple(ShardPlan(**shard) for shard in values["shards"]),
+        validation_shards=values["validation_shards"],
+    )
+
+
+def read_files(path: Path, start: int, length: int) -> Iterator[SourceFile]:
+    """Yield the files of a part of a listing."""
+    with path.open("rb") as lines:
+        lines.seek(start)
+        left = length
+        while left > 0:
+            line = lines.readline()
+            left -= len(line)
+            yield decode_file(line.decode("ascii"))
+
+
+def encode_file(file: SourceFile) -> str:
+    """Return a file as one line of ASCII."""
+    length = len(file)
+    while file[length - 1] == _DEFAULTS[length - 1]:
+        length -= 1
+    return _encode(file[:length])
+
+
+def decode_file(line: str) -> SourceFile:
+    """Return the file that a line stands for."""
+    return SourceFile(*json.loads(line))
+
+
+class Surveyor:
+    """Sorts out the files of a source and sums up what is wanted."""
+
+    def __init__(self, source: Source, options: ShardOptions, listed: Tick) -> None:
+        self._source, self._selection = source, options.selection
+        self._window = options.window
+        self._listed = listed
+        self._found = self._others = self._sum = 0
+        self._classes = _ClassNames()
+
+    def files(self) -> Listed:
+        """Yield every wanted file with its window, those with a problem too."""
+        taken = 0
+        for file in self._source.files():
+            if not self._selection.wants(file, chosen=self._source.chosen):
+                self._others += 1
+                continue
+            sorted_out = _find_problem(file, self._selection)
+            window = taken // self._window if self._window else 0
+            taken += not sorted_out.problem
+            self._count(sorted_out, window)
+            yield sorted_out, window
+
+    def survey(self) -> Survey:
+        """Return what the files that were yielded sum up to.
+
+        Raises:
+            SourceError: there were none.
+        """
+        if not self._found:
+            raise SourceError(_describe_absence(self._source.path, self._selection, self._others))
+        return Survey(
+            found=self._found,
+            classes=self._source.classes or self._classes.sorted(),
+            fingerprint=f"{self._sum:064x}",
+        )
+
+    def _count(self, file: SourceFile, window: int) -> None:
+        # A sum of digests, so that it does not depend on the order that a folder is read in.
+        digest = hashlib.sha256(f"{window}{encode_file(file)}".encode("ascii")).digest()
+        self._sum = (self._sum + int.from_bytes(digest, "big")) % 2**256
+        self._found += 1
+        if self._found % _BETWEEN_REPORTS == 0:
+            self._listed(self._found)
+        if not file.problem:
+            self._classes.add(file)
+
+
+class _ClassNames:
+    """The classes of files."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        self._are_labels = True
+
+    def add(self, file: SourceFile) -> None:
+        name = class_name(file)
+        if name is not None:
+            self._names.add(name)
+            self._are_labels = self._are_labels and file.label is not None
+
+    def sorted(self) -> tuple[str, ...]:
+        # Labels that are numbers stay the numbers they are.
+        if self._are_labels and all(name.isascii() and name.isdecimal() for name in self._names):
+            largest = max((int(name[:20]) for name in self._names), default=-1)
+            names = tuple(str(number) for number in range(min(largest + 1, MOST_CLASSES)))
+            if self._names <= set(names):
+                return names
+        return tuple(sorted(self._names))
+
+
+class _Sorter:
+    """Brings files into their order on disk and cuts them into shards."""
+
+    def __init__(self, folder: Path, options: ShardOptions) -> None:
+        self._folder, self._options = folder, options
+        self._good = ExternalSort(folder, "listing")
+        self._refused = ExternalSort(folder, "refused")
+        self._counts = {"0": 0, "1": 0}
+        self._bytes = {"0": 0, "1": 0}
+
+    def add(self, file: SourceFile, window: int) -> None:
+        if file.problem:
+            self._refused.add(path_key(file.path), encode_file(file))
+            return
+        key = order_key(file, self._options, window)
+        self._counts[key[0]] += 1
+        self._bytes[key[0]] += file.size
+        self._good.add(key, encode_file(file))
+
+    def write(self) -> tuple[tuple[ShardPlan, ...], int]:
+        write_refused(self._folder, self._refused)
+        starts: list[tuple[int, int]] = []  # samples before the shard, bytes before it
+        cutters = {
+            group: Cutter(
+                count=self._counts[group],
+                total_bytes=self._bytes[group],
+                options=self._options,
+                fewest=FEWEST_SHARDS if group == "0" else 1,
+            )
+            for group in self._counts
+        }
+        place, validation_shards = 0, 0
+        sized = self._options.bytes_per_shard is not None
+        with (self._folder / LISTING_NAME).open("w", encoding="ascii", newline="\n") as file:
+            for position, (key, line) in enumerate(self._good.merged()):
+                if cutters[key[0]].begins(decode_file(line).size if sized else 0):
+                    starts.append((position, place))
+                    validation_shards += key[0] == "1"
+                file.write(line + "\n")
+                place += len(line) + 1
+        starts.append((sum(self._counts.values()), place))
+        return _plan(starts), validation_shards
+
+    def discard(self) -> None:
+        self._good.discard()
+        self._refused.discard()
+
+
+def write_refused(folder: Path, sorter: ExternalSort) -> None:
+    """Write the list of files that must not be used."""
+    path = folder / f".{REFUSED_NAME}.partial-{os.getpid()}"
+    with path.open("w", encoding="ascii", newline="\n") as file:
+        file.writelines(line + "\n" for _, line in sorter.merged())
+    path.replace(folder / REFUSED_NAME)
+
+
+def _plan(starts: list[tuple[int, int]]) -> tuple[ShardPlan, ...]:
+    pairs = enumerate(itertools.pairwise(starts))
+    return tuple(
+        ShardPlan(
+            number=number,
+            first=first[0],
+            samples=after[0] - first[0],
+            start=first[1],
+            length=after[1] - first[1],
+        )
+        for number, (first, after) in pairs
+    )
+
+
+def _find_problem(file: SourceFile, selection: Selection) -> SourceFile:
+    if file.problem:
+        return file
+    if file.size == 0:
+        return file._replace(problem="it is empty")
+    if file.size > selection.max_bytes:
+        limit = f"more than --max-bytes {selection.max_bytes:,}"
+        return file._replace(problem=f"it declares {file.size:,} bytes, {limit}")
+    return file
+
+
+def _describe_absence(path: Location, selection: Selection, others: int) -> str:
+    if not others:
+        return f"{path} is empty: give a folder, a zip, a tar or a list of images."
+    wanted = f"files that match {', '.join(selection.include)}" if selection.include else "images"
+    if selection.only_split is not None:
+        wanted += f" of split {selection.only_split!r}"
+    return (
+        f"{path} holds no {wanted}, only {others} other files. "
+        f"Image suffixes are {' '.join(sorted(IMAGE_SUFFIXES))}; --include takes others."
+    )

@@ -1,0 +1,353 @@
+"""The folder that shards are written to: nothing in it is replaced or left half by accident.
+
+Shards are written into `.partial` inside it, beside the listing of the source and a note of what
+they are made from. When all are there they are moved up, and the manifest is written last: a folder
+with one is complete. Several parts of a run may write at once; what ends a run has it alone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.format.index import index_name
+from data_prep.format.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    read_index,
+    read_manifest,
+    write_aside,
+    write_manifest,
+)
+from data_prep.format.statistics_file import STATISTICS_NAME
+from data_prep.format.storage import Location, RemotePath
+from data_prep.write.duplicates import DIGESTS
+from data_prep.write.shard import ShardReport, is_here, read_report
+from data_prep.write.upload import Upload, check_uploaded, refuse_adopted
+
+REJECTED_NAME = "rejected.jsonl"
+VALIDATION_SHARDS = "validation_shards"
+"""Option of the manifest that counts the shards, at the end, that are for validation."""
+_PARTIAL_NAME = ".partial"
+_WORK_VERSION = 2
+"""Version of what lies in `.partial`: to be raised where that changes, so that none is mixed."""
+_NOTE_NAME = "made-from.json"
+_OTHER_INPUT = "other files of the same source, or the same files with other dates"
+_OURS = re.compile(r"shard-\d{6,}\.(tar|index\.npy)")
+_FOUND_OUT = {VALIDATION_SHARDS}  # options of the manifest that say what came out
+_KNOWN = {MANIFEST_NAME, REJECTED_NAME, STATISTICS_NAME, _PARTIAL_NAME, "lost+found"}
+_ASIDE = tuple(f".{name}.partial" for name in (MANIFEST_NAME, REJECTED_NAME, STATISTICS_NAME))
+
+
+class DestinationError(ValueError):
+    """The destination holds something that must not be written over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What a set of shards is made from: two of the same identity are equal byte for byte."""
+
+    options: dict[str, Any]
+    """Options as plain values, the source's name among them."""
+    fingerprint: str
+    """Digest of the inputs; empty while they are still being listed."""
+
+    def may_be(self, other: Identity) -> bool:
+        """Tell whether the other is of the same, as far as both are known."""
+        known = self.fingerprint and other.fingerprint
+        return self.options == other.options and (
+            not known or self.fingerprint == other.fingerprint
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Destination:
+    """A folder that is being written to, by this process alone or as one of several parts."""
+
+    folder: Path
+    """Where the set will be, or its shards until they are on the store that it goes to."""
+    created: Path | None
+    """Outermost folder that had to be made for it."""
+    upload: Upload | None = None
+    """The way to the store that the set goes to; None leaves it in `folder`."""
+
+    @property
+    def place(self) -> Location:
+        """Where the set will be."""
+        return self.folder if self.upload is None else self.upload.place
+
+    @property
+    def partial(self) -> Path:
+        """Folder that unfinished work is in."""
+        return self.folder / _PARTIAL_NAME
+
+    def identity(self) -> Identity | None:
+        """Return what the unfinished work is made from, None where there is none."""
+        note = self._note()
+        return Identity(**note["identity"]) if note is not None else None
+
+    def begin(self, identity: Identity) -> None:
+        """Note what the work is made from, once its listing is complete."""
+        note = {"version": _WORK_VERSION, "identity": asdict(identity)}
+        write_aside(self.partial / _NOTE_NAME, json.dumps(note, indent=1).encode())
+
+    def settle_version(self, *, overwrite: bool = False) -> None:
+        """Check that unfinished work is of this version, or clear other if that is allowed.
+
+        Raises:
+            DestinationError: it is of another version, and is to be kept.
+        """
+        note = self._note()
+        if note is None or note.get("version") == _WORK_VERSION:
+            return
+        if not overwrite:
+            raise DestinationError(
+                f"{self.place} holds an interrupted run of another version of data-prep, which "
+                "this one cannot go on with. Finish it with that version, or start anew with "
+                "--overwrite."
+            )
+        self.clear()
+
+    def _note(self) -> dict[str, Any] | None:
+        try:
+            note: dict[str, Any] = json.loads((self.partial / _NOTE_NAME).read_text())
+        except FileNotFoundError:
+            return None
+        return note
+
+    def refuse_other(self, identity: Identity) -> None:
+        """Check that unfinished work is made from the same.
+
+        Raises:
+            DestinationError: it is made from other options or other input.
+        """
+        made_from = self.identity()
+        if made_from is not None and not made_from.may_be(identity):
+            raise self.other_work(_difference(made_from, identity))
+
+    def other_work(self, difference: str = _OTHER_INPUT) -> DestinationError:
+        """Return the error that refuses unfinished work, and says what that is made from."""
+        return DestinationError(
+            f"{self.place} holds an interrupted run made from {difference}. Give the same to go "
+            "on with it, or start anew with --overwrite."
+        )
+
+    def clear(self) -> None:
+        """Remove all unfinished work but digests, which hold for whatever is made of the files."""
+        for path in self.partial.iterdir():
+            if not path.name.endswith("lock") and not path.name.startswith(DIGESTS):
+                path.unlink()
+
+    @contextmanager
+    def listing_lock(self) -> Iterator[None]:
+        """Wait until no other part lists the source."""
+        with (self.partial / "listing.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def reports(self, numbers: Iterable[int]) -> Iterator[ShardReport | None]:
+        """Yield the report of each shard, None where it is not finished or gone.
+
+        Args:
+            numbers: numbers of shards among those planned; all of a set that goes to a store.
+        """
+        position = 0
+        for number in numbers:
+            report = read_report(self.partial, number)
+            if report is None or report.entry is None:
+                yield report
+                continue
+            is_there = is_here(self.partial, report.entry)
+            if not is_there and self.upload is not None:
+                is_there = self.upload.holds(report.entry, position)
+            position += 1
+            yield report if is_there else None
+
+    def publish(self, manifest: Manifest, names: Sequence[str]) -> Manifest:
+        """Move finished shards up and write the manifest; on a store they are there already.
+
+        Args:
+            manifest: what the set is to be.
+            names: what the files of its shards are called until then.
+
+        Raises:
+            StorageError: the store does not answer, or lacks shards.
+        """
+        if self.upload is not None:
+            manifest = self.upload.publish(manifest, self.partial / REJECTED_NAME)
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return manifest
+        for name in (MANIFEST_NAME, STATISTICS_NAME):
+            (self.folder / name).unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            if _OURS.fullmatch(path.name):
+                path.unlink()
+        for name, shard in zip(names, manifest.shards, strict=True):
+            (self.partial / name).replace(self.folder / shard.name)
+            (self.partial / index_name(name)).replace(self.folder / shard.index)
+        if manifest.rejected:
+            (self.partial / REJECTED_NAME).replace(self.folder / REJECTED_NAME)
+        else:
+            (self.folder / REJECTED_NAME).unlink(missing_ok=True)
+        write_manifest(manifest)
+        shutil.rmtree(self.partial)
+        return manifest
+
+    def abandon(self) -> None:
+        """Remove all unfinished work, and the folders that were made for it."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+        if self.created is not None:
+            folder = self.folder
+            while not any(folder.iterdir()):
+                folder.rmdir()
+                if folder == self.created:
+                    break
+                folder = folder.parent
+
+
+def find_complete(place: Location, identity: Identity) -> Manifest:
+    """Return the manifest of a set that is complete, once it has proved to be of this identity.
+
+    Raises:
+        DestinationError: the set is another one.
+        StorageError: the store does not answer, or data-prep did not write the shards.
+        ManifestError: it lacks shards.
+    """
+    manifest = read_manifest(place)
+    refuse_adopted(manifest)
+    options = {name: value for name, value in manifest.options.items() if name not in _FOUND_OUT}
+    made_from = Identity(options=options, fingerprint=manifest.fingerprint)
+    if made_from != identity:
+        raise DestinationError(
+            f"{place} holds a finished set of {manifest.samples:,} samples made from "
+            f"{_difference(made_from, identity)}. Choose another place, or replace it with "
+            "--overwrite."
+        )
+    if isinstance(place, RemotePath):
+        check_uploaded(manifest)
+        return manifest
+    for shard in manifest.shards:
+        read_index(place, shard)
+    shutil.rmtree(place / _PARTIAL_NAME, ignore_errors=True)
+    return manifest
+
+
+@contextmanager
+def open_destination(
+    folder: Path,
+    *,
+    part: int | None = None,
+    store: RemotePath | None = None,
+    overwrite: bool = False,
+) -> Iterator[Destination]:
+    """Take a folder for writing, with what unfinished work is in it.
+
+    Args:
+        folder: where the set will be, or its shards until they are on the store.
+        part: number of the part of a run that writes, beside other parts; None is alone.
+        store: where the set goes to; None leaves it in the folder.
+        overwrite: whether what is on the store may be replaced.
+
+    Raises:
+        DestinationError: it holds something else, or another process writes to it.
+        StorageError: the store does not answer, or holds something else.
+        OSError: it cannot be written.
+    """
+    refuse_foreign(folder)
+    created = _first_missing(folder)
+    partial = folder / _PARTIAL_NAME
+    upload = None if store is None else Upload(store, partial, overwrite=overwrite)
+    if upload is not None:
+        upload.settle()
+    partial.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        _lock(stack, partial / "lock", folder, shared=part is not None)
+        if part is None:
+            for path in partial.glob(".*"):
+                path.unlink()  # half written by a process that is gone
+        else:
+            _lock(stack, partial / f"part-{part}.lock", folder, shared=False)
+        yield Destination(folder=folder, created=created, upload=upload)
+
+
+def _lock(stack: ExitStack, path: Path, folder: Path, *, shared: bool) -> None:
+    file = stack.enter_context(path.open("w"))
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DestinationError(
+            f"another data-prep is writing to {folder}. Wait for it, or choose another folder."
+        ) from None
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Check that a folder holds nothing but a set of shards or unfinished work on one.
+
+    Raises:
+        DestinationError: it holds something else.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise DestinationError(f"{folder} is a file. Give a folder to write shards to.")
+    names = sorted(path.name for path in folder.iterdir())
+    ours = bool({MANIFEST_NAME, _PARTIAL_NAME} & set(names))
+    foreign = [
+        name
+        for name in names
+        if name not in _KNOWN
+        and not (ours and _OURS.fullmatch(name))
+        and not name.startswith(_ASIDE)
+    ]
+    if foreign:
+        shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+        raise DestinationError(
+            f"{folder} holds other things ({shown}). Give an empty or a new folder."
+        )
+    if (folder / MANIFEST_NAME).exists():
+        refuse_adopted(read_manifest(folder))
+
+
+def refuse_inside(source: Location, destination: Location) -> None:
+    """Check that shards are not written into the folder that they are made from.
+
+    Raises:
+        DestinationError: they would be, and the next listing would find them there.
+    """
+    if isinstance(source, Path) and isinstance(destination, Path):
+        inside = destination.resolve().is_relative_to(source.resolve())
+    else:
+        inside = f"{destination}/".startswith(f"{source}/")
+    if inside:
+        raise DestinationError(
+            f"{destination} lies in the source, {source}, where the next run would take what is "
+            "written for images. Give a folder outside of the source."
+        )
+
+
+def _difference(old: Identity, new: Identity) -> str:
+    names = sorted(
+        name
+        for name in {**old.options, **new.options}
+        if old.options.get(name) != new.options.get(name)
+    )
+    if not names:
+        return _OTHER_INPUT
+    changed = [
+        f"{name} {old.options.get(name)!r} (now {new.options.get(name)!r})" for name in names
+    ]
+    return "other options: " + ", ".join(changed)
+
+
+def _first_missing(folder: Path) -> Path | None:
+    missing = None
+    while not folder.exists():
+        missing, folder = folder, folder.parent
+    return missing

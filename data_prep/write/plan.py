@@ -1,0 +1,210 @@
+"""Which sample goes into which shard: a pure function of the listing and the options."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from data_prep.images.checking import MAX_PIXELS
+from data_prep.images.encoding import Encoding
+from data_prep.sources.files import Selection, SourceFile
+
+_MOST_SAMPLES = 10_000
+_MOST_BYTES = 256 * 2**20
+LISTING_NAME = "listing.jsonl"
+"""File that lists the files of all shards."""
+FEWEST_SHARDS = 8
+"""Shards that a set has by default, unless it has fewer samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardOptions:
+    """Everything beside the input that decides what the shards hold."""
+
+    samples_per_shard: int | None = None
+    """Most samples in a shard. None: 10,000, fewer where that makes > 256 MiB or < 8 shards."""
+    bytes_per_shard: int | None = None
+    """Most bytes of images, as the source has them, in a shard unless one is larger. None: any."""
+    selection: Selection = field(default_factory=Selection)
+    """Which files are taken."""
+    seed: int = 0
+    """Seed of the shuffle over all samples."""
+    shuffle: bool = True
+    """Whether samples are shuffled; else they are in the order of the source."""
+    shuffle_window: int | None = None
+    """Files, in the order of the source, that are shuffled among themselves; None: all."""
+    validation_fraction: float = 0.0
+    """Share of samples, chosen by their paths, that the last shards hold."""
+    deduplicate: bool = False
+    """Whether of files with the same bytes only the one with the smallest path is kept."""
+    near_duplicates: int | None = None
+    """Bits of 64 by which perceptual hashes of duplicates may differ; None looks at bytes alone."""
+    check: bool = True
+    """Whether every image is decoded; else only its header is read."""
+    max_pixels: int = MAX_PIXELS
+    """Largest image taken, in pixels."""
+    encoding: Encoding = field(default_factory=Encoding)
+    """Size and format that pictures are to have."""
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("samples-per-shard", self.samples_per_shard),
+            ("bytes-per-shard", self.bytes_per_shard),
+            ("shuffle-window", self.shuffle_window),
+            ("max-pixels", self.max_pixels),
+            ("max-bytes", self.selection.max_bytes),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}.")
+        if self.near_duplicates is not None and not 0 <= self.near_duplicates <= 16:
+            raise ValueError(f"--near-duplicates must be 0 to 16, got {self.near_duplicates}.")
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(
+                f"--validation-fraction must be at least 0 and below 1, got "
+                f"{self.validation_fraction}."
+            )
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"--seed must fit into 64 bits, got {self.seed}.")
+
+    @property
+    def window(self) -> int | None:
+        """Files, in the order of the source, that may change places; None: all."""
+        return self.shuffle_window if self.shuffle else 1
+
+    @property
+    def streams(self) -> bool:
+        """Whether shards can be cut while the rest of the source is still being listed."""
+        return self.window is not None and not self.deduplicate and self.near_duplicates is None
+
+    def values(self) -> dict[str, Any]:
+        """Return the options as plain values, for the manifest."""
+        values: dict[str, Any] = asdict(self)
+        selection: dict[str, Any] = values.pop("selection")
+        del selection["root"]  # a place on one machine; the fingerprint says what is there
+        encoding: dict[str, Any] = values.pop("encoding")
+        lists = {name: list(selection[name]) for name in ("include", "exclude")}
+        return {**values, **encoding, **selection, **lists}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardPlan:
+    """What one shard is to hold."""
+
+    number: int
+    """Position of the shard among all planned, from 0."""
+    first: int
+    """Position of its first sample among all samples; keys count on from it."""
+    samples: int
+    """Samples that it is to hold."""
+    start: int
+    """Where its files begin in the listing, in bytes."""
+    length: int
+    """Length of its part of the listing in bytes."""
+    listing: str = LISTING_NAME
+    """File that its part of the listing is in."""
+    digest: str = ""
+    """Digest of its part of the listing; empty where the listing is one file."""
+
+
+class Cutter:
+    """Files in order cut into shards; the number and total length of the files are known before.
+
+    Shards are of nearly equal numbers of samples, or filled one by one where a shard's bytes are
+    limited.
+    """
+
+    def __init__(self, *, count: int, total_bytes: int, options: ShardOptions, fewest: int) -> None:
+        self._greedy = options.bytes_per_shard
+        self._most_samples = options.samples_per_shard or _MOST_SAMPLES
+        self._count, self._shards = count, count_shards(count, total_bytes, options, fewest=fewest)
+        self._seen = self._samples = self._bytes = self._cut = 0
+
+    def begins(self, size: int) -> bool:
+        """Tell whether the next file, of that many bytes, begins a shard."""
+        if self._greedy is not None:
+            full = self._bytes + size > self._greedy or self._samples == self._most_samples
+            new = self._samples == 0 or full
+        else:
+            new = self._seen == self._cut * self._count // self._shards
+        if new:
+            self._samples = self._bytes = 0
+            self._cut += 1
+        self._seen += 1
+        self._samples += 1
+        self._bytes += size
+        return new
+
+
+def cut_stream(
+    files: Iterable[tuple[str, int]], options: ShardOptions, *, fewest: int = FEWEST_SHARDS
+) -> Iterator[list[str]]:
+    """Cut files into shards as they come; how many there will be is not known.
+
+    Shards are filled one after another. What fits into one is cut evenly into `fewest`, unless
+    the options say how long shards are.
+
+    Args:
+        files: lines of a listing, each with the bytes of its image.
+        options: how long shards are.
+        fewest: shards that a set has by default, unless it has fewer samples.
+
+    Yields:
+        The lines of a shard.
+    """
+    by_default = options.samples_per_shard is None and options.bytes_per_shard is None
+    most_samples = options.samples_per_shard or _MOST_SAMPLES
+    most_bytes = _MOST_BYTES if by_default else options.bytes_per_shard
+    shard: list[str] = []
+    held, is_first = 0, True
+    for line, size in files:
+        overfull = most_bytes is not None and held + size > most_bytes
+        if shard and (overfull or len(shard) == most_samples):
+            yield shard
+            shard, held, is_first = [], 0, False
+        shard.append(line)
+        held += size
+    parts = min(len(shard), fewest if by_default and is_first else 1)
+    for part in range(parts):
+        yield shard[part * len(shard) // parts : (part + 1) * len(shard) // parts]
+
+
+def count_shards(
+    count: int, total_bytes: int, options: ShardOptions, *, fewest: int = FEWEST_SHARDS
+) -> int:
+    """Return the number of shards of nearly equal numbers of samples that files are dealt to."""
+    if options.samples_per_shard is not None:
+        return -(-count // options.samples_per_shard)
+    by_samples = -(-count // _MOST_SAMPLES)
+    by_bytes = -(-total_bytes // _MOST_BYTES)
+    return min(count, max(by_samples, by_bytes, fewest))
+
+
+def is_held_out(path: str, options: ShardOptions) -> bool:
+    """Tell whether a file is for validation: by its path and the seed alone."""
+    if not options.validation_fraction:
+        return False
+    draw = _draw(path, options.seed, person=b"validation")
+    return int.from_bytes(draw[:8], "big") < options.validation_fraction * 2**64
+
+
+def order_key(file: SourceFile, options: ShardOptions, window: int = 0) -> str:
+    """Return what files are sorted by: their window, and in it a keyed digest of the path.
+
+    Files for validation come last. No version of any random generator can change the digest.
+    """
+    group = "1" if is_held_out(file.path, options) else "0"
+    place = "" if options.window is None else f"{window:016x}"
+    return group + place + _draw(file.path, options.seed).hex()
+
+
+def path_key(path: str) -> str:
+    """Return ASCII text that sorts as the paths do."""
+    return path.encode("utf-8", "surrogateescape").hex()
+
+
+def _draw(path: str, seed: int, person: bytes = b"") -> bytes:
+    key = seed.to_bytes(16, "little", signed=True)
+    data = path.encode("utf-8", "surrogateescape")
+    return hashlib.blake2b(data, digest_size=16, key=key, person=person).digest()

@@ -1,0 +1,194 @@
+"""One shard: images read from the source, checked, and written as a WebDataset tar."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.executors.processes import Tick
+from data_prep.format.index import IndexedTar, index_name
+from data_prep.format.manifest import ShardEntry, write_aside, write_index
+from data_prep.format.storage import Location
+from data_prep.images.checking import CheckedImage, RejectedImageError, check_image
+from data_prep.sources.files import SourceFile, UnreadableFileError
+from data_prep.sources.source import Source, open_source
+from data_prep.write.listing import class_name, read_files
+from data_prep.write.plan import ShardOptions, ShardPlan
+from data_prep.write.shard_writer import ShardWriter
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardTask:
+    """All a worker needs to write one shard."""
+
+    source: Location
+    """What to read from."""
+    shards: bool
+    """Whether the source is a folder of shards."""
+    folder: Path
+    """Folder to write to; the listing lies in it."""
+    plan: ShardPlan
+    """What the shard is to hold."""
+    labels: dict[str, int]
+    """Class name → label."""
+    options: ShardOptions
+    """How images are checked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rejection:
+    """An input that was kept out."""
+
+    path: str
+    """Path inside the source."""
+    reason: str
+    """Why, as a clause."""
+    key: str | None = None
+    """Key that it would have had; None where it was kept out before keys were given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardReport:
+    """What became of one planned shard."""
+
+    number: int
+    """Position of the shard among all planned."""
+    entry: ShardEntry | None
+    """What was written; None where every image was rejected."""
+    rejected: tuple[Rejection, ...]
+    """Inputs that were kept out, in order."""
+    notes: dict[str, int]
+    """What is to be known of the images, and of how many; see `CheckedImage.notes`."""
+    listing: str = ""
+    """Digest of the part of the listing that it was made from; see `ShardPlan.digest`."""
+
+    @property
+    def found(self) -> int:
+        """Inputs that the shard was to hold."""
+        return (self.entry.samples if self.entry else 0) + len(self.rejected)
+
+
+def shard_name(number: int) -> str:
+    """Return the file name of the shard at a position."""
+    return f"shard-{number:06d}.tar"
+
+
+def report_name(number: int) -> str:
+    """Return the file name of the report of a planned shard."""
+    return f"shard-{number:06d}.report.json"
+
+
+def write_shard(task: ShardTask, tick: Tick) -> ShardReport:
+    """Write one shard, its index and, when both are complete, its report.
+
+    The tar is a function of the task alone: no date, no user, no order of processes enters it.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    name = shard_name(task.plan.number)
+    partial = task.folder / f".{name}.partial-{os.getpid()}"
+    try:
+        indexed, rejected, notes = _write_tar(partial, task, tick)
+        entry = None
+        if len(indexed.index):
+            entry = indexed.entry(name)
+            write_index(task.folder / index_name(name), indexed.index)
+            partial.replace(task.folder / name)
+    finally:
+        partial.unlink(missing_ok=True)
+    report = ShardReport(
+        number=task.plan.number,
+        entry=entry,
+        rejected=tuple(rejected),
+        notes=notes,
+        listing=task.plan.digest,
+    )
+    text = json.dumps(asdict(report))
+    write_aside(task.folder / report_name(report.number), text.encode())
+    return report
+
+
+def read_report(folder: Path, number: int) -> ShardReport | None:
+    """Return the report of a shard that was finished, else None."""
+    try:
+        values = json.loads((folder / report_name(number)).read_text())
+    except FileNotFoundError:
+        return None
+    entry = ShardEntry(**values["entry"]) if values["entry"] else None
+    rejected = tuple(Rejection(**rejection) for rejection in values["rejected"])
+    return ShardReport(
+        number=number,
+        entry=entry,
+        rejected=rejected,
+        notes=values["notes"],
+        listing=values["listing"],
+    )
+
+
+def reported(folder: Path) -> list[int]:
+    """Return the numbers of all shards that have a report, in order."""
+    names = (path.name for path in folder.glob("shard-*.report.json"))
+    return sorted(int(name.split("-")[1].split(".")[0]) for name in names)
+
+
+def is_here(folder: Path, entry: ShardEntry) -> bool:
+    """Tell whether a shard that was written into a folder is still there."""
+    tar, index = folder / entry.name, folder / entry.index
+    return tar.exists() and tar.stat().st_size == entry.bytes and index.exists()
+
+
+def _write_tar(
+    path: Path, task: ShardTask, tick: Tick
+) -> tuple[IndexedTar, list[Rejection], dict[str, int]]:
+    rejected: list[Rejection] = []
+    notes: Counter[str] = Counter()
+    opened = open_source(task.source, task.options.selection, shards=task.shards)
+    files = read_files(task.folder / task.plan.listing, task.plan.start, task.plan.length)
+    with closing(opened) as source, closing(ShardWriter(path)) as writer:
+        for position, file in enumerate(files, start=task.plan.first):
+            key = f"{position:09d}"
+            try:
+                image = _read_image(source, file, task.options)
+            except (RejectedImageError, UnreadableFileError) as error:
+                rejected.append(Rejection(path=file.path, reason=str(error), key=key))
+            else:
+                name = class_name(file)
+                label = -1 if name is None else task.labels[name]
+                writer.write(key, _members(file, image, label, task), label)
+                notes.update(image.notes)
+            tick(1)
+        return writer.finish(), rejected, dict(sorted(notes.items()))
+
+
+def _read_image(source: Source, file: SourceFile, options: ShardOptions) -> CheckedImage:
+    data = source.read(file)
+    return check_image(
+        data,
+        max_pixels=options.max_pixels,
+        decode=options.check,
+        encoding=options.encoding,
+    )
+
+
+def _members(
+    file: SourceFile, image: CheckedImage, label: int, task: ShardTask
+) -> dict[str, bytes]:
+    about: dict[str, Any] = json.loads(file.fields) if file.fields else {}
+    about |= {
+        "path": file.path,
+        "width": image.width,
+        "height": image.height,
+        "source": task.source.name,
+    }
+    if image.notes:
+        about["notes"] = image.notes
+    members = {image.extension: image.data, "json": json.dumps(about).encode()}
+    if label >= 0:
+        members["cls"] = str(label).encode()
+    return members

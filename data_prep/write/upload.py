@@ -1,0 +1,289 @@
+"""A set that is written to a store, a shard at a time, by one run alone.
+
+Shards go there under their final names, since each follows all before it, and are removed here.
+The manifest comes last: a prefix with one is complete. Until then a note beside the shards names
+the run, and a log on this machine says what that run has put under which name. So an object is
+taken for a shard only if the note is this run's, the log has its checksum, and the store its
+length; whatever a killed run was at is done again.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import secrets
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+from data_prep.executors.processes import Tick
+from data_prep.format.index import index_name
+from data_prep.format.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    ManifestError,
+    ShardEntry,
+    read_manifest,
+    write_aside,
+    write_manifest,
+)
+from data_prep.format.storage import RemotePath, StorageError
+from data_prep.write.shard import shard_name
+
+_NOTE_NAME = "uploading.txt"
+_LOG_NAME = "uploaded.txt"
+_OURS = re.compile(
+    r"shard-\d{6,}\.(tar|index\.npy)|manifest\.json|rejected\.jsonl|statistics\.json|"
+    r"uploading\.(txt|sha256)"
+)
+
+
+class Upload:
+    """The way of a set's shards to a store.
+
+    Args:
+        place: where the set will be.
+        partial: folder on this machine that shards are written into.
+        overwrite: whether what is there may be replaced.
+    """
+
+    def __init__(self, place: RemotePath, partial: Path, *, overwrite: bool) -> None:
+        self.place = place
+        self._partial, self._overwrite = partial, overwrite
+        self._log = _Log(partial / _LOG_NAME)
+        self._present: dict[str, int] = {}  # name → bytes
+        self._noted_run = self._noted_machine = ""
+        self._is_claimed = False
+
+    @property
+    def _is_ours(self) -> bool:
+        """Whether what is there was put there by this run."""
+        return self._log.run is not None and self._noted_run == self._log.run
+
+    def settle(self) -> None:
+        """Look at what is there: it is of this run, or nothing, or may be replaced.
+
+        Raises:
+            StorageError: the store does not answer, or holds something else.
+            ManifestError: it holds a manifest that cannot be read.
+        """
+        self.recall()
+        self._present = self.place.lengths()
+        self._noted_run, self._noted_machine = self._read_note()
+        self._refuse_foreign()
+        if MANIFEST_NAME in self._present:
+            refuse_adopted(read_manifest(self.place))
+        if not self._present or self._is_ours or self._overwrite:
+            return
+        if self._noted_run:
+            raise StorageError(
+                f"{self.place} holds the unfinished shards of another run, on the machine "
+                f"{self._noted_machine}. Go on with that one there, with the same --staging "
+                "folder; or give an empty prefix, or replace them with --overwrite."
+            )
+        raise StorageError(
+            f"{self.place} holds shards of another set ({min(self._present)}). Give an empty "
+            "prefix, or replace them with --overwrite."
+        )
+
+    def claim(self) -> None:
+        """Clear what may be replaced, and note that what is there from now on is of this run.
+
+        Raises:
+            StorageError: the store does not answer, or holds something else by now.
+        """
+        if self._is_claimed:
+            return
+        if not self._is_ours:
+            self.settle()
+        if MANIFEST_NAME in self._present:
+            (self.place / MANIFEST_NAME).unlink(missing_ok=True)
+        if not self._is_ours:
+            self.place.remove_all(sorted(set(self._present) - {MANIFEST_NAME, _NOTE_NAME}))
+            self._present = {}
+            self._noted_run = self._log.begin()
+            note = f"{self._noted_run}\n{platform.node()}\n"
+            (self.place / _NOTE_NAME).write_bytes(note.encode())
+        self._is_claimed = True
+
+    def recall(self) -> None:
+        """Look again whether unfinished work on this machine is what the store has shards of."""
+        self._log.read()
+
+    def holds(self, entry: ShardEntry, position: int) -> bool:
+        """Tell whether a shard is on the store, as the one of that position in the set."""
+        name = shard_name(position)
+        return (
+            self._is_ours
+            and self._log.has(name, entry.sha256)
+            and self._present.get(name) == entry.bytes
+            and index_name(name) in self._present
+        )
+
+    def put(self, entry: ShardEntry, position: int, sent: Tick = lambda _: None) -> None:
+        """Bring a finished shard to the store and remove it here; threads may do so at once.
+
+        Args:
+            entry: the shard, as it is called on this machine.
+            position: its position in the set.
+            sent: told of bytes as they go out.
+
+        Raises:
+            StorageError: the store does not answer, or belongs to another run by now.
+        """
+        assert self._is_claimed
+        name = shard_name(position)
+        if not self.holds(entry, position):
+            self._refuse_taken()
+            self._log.forget(name)
+            self._send(self._partial / entry.index, index_name(name), sent)
+            self._send(self._partial / entry.name, name, sent)
+            self._log.add(name, entry.sha256)
+        (self._partial / entry.name).unlink(missing_ok=True)
+        (self._partial / entry.index).unlink(missing_ok=True)
+
+    def publish(self, manifest: Manifest, rejected: Path) -> Manifest:
+        """Make the shards on the store a set.
+
+        Args:
+            manifest: what the set is.
+            rejected: file on this machine that names what was kept out, if anything was.
+
+        Raises:
+            StorageError: the store does not answer, lacks shards, or holds other things by now.
+        """
+        self.claim()
+        self._refuse_taken()
+        self._present = self.place.lengths()
+        self._refuse_foreign()
+        manifest = replace(manifest, folder=self.place)
+        _check_lengths(manifest, self._present, "Run the same command again to go on.")
+        wanted = {name for shard in manifest.shards for name in (shard.name, shard.index)}
+        if manifest.rejected:
+            self._send(rejected, rejected.name, lambda _: None)
+            wanted.add(rejected.name)
+        self.place.remove_all(sorted(set(self._present) - wanted - {_NOTE_NAME}))
+        write_manifest(manifest)
+        (self.place / _NOTE_NAME).unlink(missing_ok=True)
+        return manifest
+
+    def _send(self, path: Path, name: str, sent: Tick) -> None:
+        (self.place / name).upload(path, sent)
+        length, there = path.stat().st_size, (self.place / name).stat().st_size
+        if there != length:
+            raise StorageError(
+                f"{self.place / name} has {there:,} bytes, of {length:,} that were sent. Run the "
+                "same command again to go on."
+            )
+        self._present[name] = there
+
+    def _refuse_foreign(self) -> None:
+        foreign = [name for name in sorted(self._present) if not _OURS.fullmatch(name)]
+        if foreign:
+            raise StorageError(
+                f"{self.place} holds other things ({', '.join(foreign[:3])}). Give an empty "
+                "prefix, or take them away."
+            )
+
+    def _refuse_taken(self) -> None:
+        run, machine = self._read_note()
+        if run != self._log.run:
+            where = f", on the machine {machine}" if machine else ""
+            raise StorageError(
+                f"{self.place} was taken by another run meanwhile{where}. Give each run a prefix "
+                "of its own."
+            )
+
+    def _read_note(self) -> tuple[str, str]:
+        """Return the run that what is there is noted to be of, and its machine; "" is none."""
+        try:
+            lines = (self.place / _NOTE_NAME).read_bytes().decode(errors="replace").splitlines()
+        except FileNotFoundError:
+            lines = []
+        run, machine, *_ = [*lines, "", ""]
+        return run, machine
+
+
+def refuse_adopted(manifest: Manifest) -> None:
+    """Check that data-prep wrote the shards of a set, and did not only index them.
+
+    Raises:
+        StorageError: someone else wrote them, so they must not be replaced.
+    """
+    if "source" not in manifest.options:
+        raise StorageError(
+            f"{manifest.folder} holds tars that data-prep did not write. Give an empty or a new "
+            "place."
+        )
+
+
+def check_uploaded(manifest: Manifest) -> None:
+    """Check that a set in a store has all its shards, by their lengths, and tidy up behind it.
+
+    Raises:
+        ManifestError: it lacks some.
+        StorageError: the store does not answer.
+    """
+    assert isinstance(manifest.folder, RemotePath)
+    present = manifest.folder.lengths()
+    try:
+        _check_lengths(manifest, present, "Bring it back, or make the set anew with --overwrite.")
+    except StorageError as error:
+        raise ManifestError(str(error)) from None
+    if _NOTE_NAME in present:  # of a run that was killed as it ended
+        (manifest.folder / _NOTE_NAME).unlink(missing_ok=True)
+
+
+def _check_lengths(manifest: Manifest, present: dict[str, int], remedy: str) -> None:
+    for shard in manifest.shards:
+        if present.get(shard.name) != shard.bytes or shard.index not in present:
+            raise StorageError(
+                f"{manifest.folder} lacks {shard.name}, or its index, or has it in another "
+                f"length. {remedy}"
+            )
+
+
+class _Log:
+    """What a run has put on the store: a line for the run, then one for each object.
+
+    Of several lines for one name the last counts. Threads may add to it at once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.run: str | None = None
+        self._path, self._lock = path, threading.Lock()
+        self._digests: dict[str, str] = {}
+
+    def read(self) -> None:
+        """Take up what was logged before, if anything was."""
+        self.run, self._digests = None, {}
+        try:
+            text = self._path.read_text("ascii")
+        except FileNotFoundError:
+            return
+        self.run, *lines = text.splitlines()
+        for line in lines:  # where one was cut off by a kill, it has no digest that counts
+            name, _, digest = line.partition(" ")
+            self._digests[name] = digest
+
+    def begin(self) -> str:
+        """Begin anew, with a run of another name, and return that."""
+        self.run, self._digests = secrets.token_hex(16), {}
+        write_aside(self._path, self.run.encode("ascii"))
+        return self.run
+
+    def has(self, name: str, digest: str) -> bool:
+        return self._digests.get(name) == digest
+
+    def add(self, name: str, digest: str) -> None:
+        with self._lock, self._path.open("a", encoding="ascii") as file:
+            file.write(f"\n{name} {digest}")
+            file.flush()
+            os.fsync(file.fileno())
+            self._digests[name] = digest
+
+    def forget(self, name: str) -> None:
+        """Log that the object is about to be replaced."""
+        if name in self._digests:
+            self.add(name, "-")

@@ -1,0 +1,1 @@
+"""Samples in shards, folders, clips, label maps and COCO files."""

@@ -1,0 +1,296 @@
+"""Random access to the samples of shards, through the indexes that `data-prep` writes."""
+
+import io
+import os
+import tarfile
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.format.manifest import (
+    Location,
+    Manifest,
+    ManifestError,
+    PipedFile,
+    RemotePath,
+    ShardEntry,
+    locate,
+    read_index,
+    read_manifest,
+)
+from simmim.data.datasets.cache import ShardCache
+from simmim.data.datasets.remote import RemoteReading, RemoteShard
+from simmim.data.datasets.retry import ShardAmissError, patiently
+from simmim.data.datasets.samples import SampleSet
+from simmim.data.order.errors import DataError
+
+OPEN_SHARDS = 320
+"""Shards a process keeps open at a time: what one rank's slots touch while they shuffle a block."""
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A sample as it lies in its shard; `image` is the encoded file."""
+
+    key: str
+    image: bytes
+    label: int | None
+    shard_name: str
+    extension: str
+    read_about: Callable[[], bytes | None] = field(default=lambda: None, compare=False, repr=False)
+    """Reads the JSON beside it."""
+
+    @property
+    def about(self) -> bytes | None:
+        """The sample's JSON member; None where it has none."""
+        return self.read_about()
+
+    @property
+    def name(self) -> str:
+        """Shard and key: what messages call the sample, and what seeds its randomness."""
+        return f"{self.shard_name}/{self.key}"
+
+
+class LocalShard:
+    """The bytes of one shard on this machine. Reads move no file position: forks may share it.
+
+    Read rather than mapped: a file that is cut off while it is in use is then an error with a
+    name, where a memory map would end the process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            kind = DataError if isinstance(error, PermissionError) else ShardAmissError
+            raise kind(
+                f"shard {path} cannot be opened ({error.strerror}): make it readable, or"
+                " write the shards anew with `data-prep shard`"
+            ) from None
+        self.close = weakref.finalize(self, os.close, self._file)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return bytes of the shard. Raises ShardAmissError where it cannot be read."""
+        try:
+            return os.pread(self._file, size, offset)
+        except OSError as error:
+            raise ShardAmissError(f"shard {self.path} cannot be read: {error.strerror}") from None
+
+
+class OpenShard:
+    """One shard with its index, here or at a URL."""
+
+    def __init__(
+        self,
+        folder: Location,
+        entry: ShardEntry,
+        path: Location | PipedFile,
+        *,
+        cache: ShardCache | None = None,
+    ) -> None:
+        self.path = path
+        index = read_index(folder, entry)
+        self.labels = index.labels
+        self._offsets, self._sizes = index.offsets, index.sizes
+        self._length = entry.bytes
+        self._keys = np.char.encode(index.keys, "utf-8")  # a quarter of the memory
+        self._extensions = np.char.encode(index.extensions, "ascii")
+        self._shard = (
+            LocalShard(path) if isinstance(path, Path) else RemoteShard(path, entry, cache)
+        )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._shard.close()
+
+    def key(self, row: int) -> str:
+        """Return the key of sample `row`."""
+        return bytes(self._keys[row]).decode()
+
+    def extension(self, row: int) -> str:
+        """Return the extension of the image member of sample `row`."""
+        return bytes(self._extensions[row]).decode()
+
+    def image(self, row: int) -> bytes:
+        """Return the encoded image of sample `row`."""
+        return self._read(row, int(self._offsets[row]), int(self._sizes[row]))
+
+    def about(self, row: int) -> bytes | None:
+        """Return the JSON member of sample `row`, None where it has none.
+
+        The index knows images alone; the other members of a sample lie next to its image, between
+        the images of its neighbours.
+        """
+        start, stop = 0, self._length
+        if row > 0:
+            end = int(self._offsets[row - 1] + self._sizes[row - 1])
+            start = -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        if row + 1 < len(self._offsets):
+            stop = int(self._offsets[row + 1])
+        if not start <= self._offsets[row] < stop:
+            raise DataError(f"shard {self.path}: its samples are not in the order of the index")
+        return member_named(f"{self.key(row)}.json", self._read(row, start, stop - start))
+
+    def _read(self, row: int, offset: int, size: int) -> bytes:
+        data = self._shard.read(offset, size)
+        if len(data) < size:
+            raise ShardAmissError(
+                f"shard {self.path} ends within sample {self.key(row)}: it was cut off while it"
+                " was in use; copy it again, or write the shards anew with `data-prep shard`"
+            )
+        return data
+
+
+def member_named(name: str, part: bytes) -> bytes | None:
+    """Return a member of a part of a tar that begins with a header; None where it is not there."""
+    with suppress(tarfile.TarError), tarfile.open(fileobj=io.BytesIO(part), mode="r:") as tar:
+        for member in tar:
+            file = tar.extractfile(member) if member.name == name else None
+            if file is not None:
+                return file.read()
+    return None
+
+
+class ShardSet(SampleSet):
+    """The shards in `folder`, or some of them, with every sample one read away.
+
+    The folder is a path or a URL (s3, gs, http), which is then read as `remote` says.
+    `shards` are numbers of the manifest's shards; here they count from 0 in the order given.
+    Files open when first read, in each process for itself. Raises ValueError where the folder or
+    its manifest cannot be used.
+    """
+
+    samples_are = "the shards in"
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        shards: Iterable[int] | slice | None = None,
+        remote: RemoteReading | None = None,
+    ) -> None:
+        self.remote = remote or RemoteReading()
+        place = locate(folder)
+        if isinstance(place, RemotePath):
+            place = replace(place, attempts=self.remote.attempts)
+        self.manifest: Manifest = read_manifest(place, allow_pipe=self.remote.allow_pipe)
+        total = len(self.manifest.shards)
+        match shards:
+            case None:
+                numbers = tuple(range(total))
+            case slice():
+                numbers = tuple(range(total)[shards])
+            case _:
+                numbers = tuple(shards)
+        outside = [number for number in numbers if not 0 <= number < total]
+        if outside:
+            raise ValueError(f"{place} has shards 0 to {total - 1}; there is no shard {outside[0]}")
+        super().__init__(place, numbers, self.manifest.classes)
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_open": OrderedDict()}
+
+    def _size(self, number: int) -> int:
+        return self.manifest.shards[number].samples
+
+    def _labels(self, number: int) -> np.ndarray:
+        return self._opened(number).labels
+
+    def _fingerprint(self, number: int) -> str:
+        shard = self.manifest.shards[number]
+        return f"{shard.name} {shard.samples} {shard.sha256}"
+
+    def _name(self, number: int, row: int) -> str:
+        opened = self._opened(number)
+        return f"{opened.path.stem}/{opened.key(row)}"
+
+    def _read(self, number: int, row: int) -> RawSample:
+        """Return a sample; a shard that is gone or cut off is waited for, `remote.attempts` times.
+
+        Raises DataError naming the shard where it cannot be read.
+        """
+        return patiently(lambda: self._try_to_read(number, row), self.remote.attempts)
+
+    def _about(self, number: int, row: int) -> bytes | None:
+        """Return the JSON member of a sample; see `_read`."""
+        return patiently(lambda: self._opened(number).about(row), self.remote.attempts)
+
+    def _try_to_read(self, number: int, row: int) -> RawSample:
+        try:
+            opened = self._opened(number)
+            return RawSample(
+                key=opened.key(row),
+                image=opened.image(row),
+                label=self._label(int(opened.labels[row])),
+                shard_name=opened.path.stem,
+                extension=opened.extension(row),
+                read_about=partial(self._about, number, row),
+            )
+        except ShardAmissError:  # what is open may be of a file that was replaced since
+            if number in self._open:
+                self._open.pop(number).close()
+            raise
+
+    def _opened(self, number: int) -> OpenShard:
+        """Return an open shard; the least recently used is closed where too many are."""
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        while len(self._open) >= OPEN_SHARDS:
+            self._open.popitem(last=False)[1].close()
+        entry = self.manifest.shards[number]
+        try:
+            opened = OpenShard(self.folder, entry, self._place(entry), cache=self._cache_for(entry))
+        except ManifestError as error:
+            if self._is_whole(entry):
+                raise
+            raise ShardAmissError(str(error).rstrip(".")) from None
+        self._open[number] = opened
+        return opened
+
+    def _place(self, entry: ShardEntry) -> Location | PipedFile:
+        """Return where a shard is, to be asked as often as `remote` says."""
+        place = entry.location(self.folder)
+        return place if isinstance(place, Path) else replace(place, attempts=self.remote.attempts)
+
+    def _is_whole(self, entry: ShardEntry) -> bool:
+        """Tell whether tar and index of a shard are there, the tar at its full length."""
+        place = self._place(entry)
+        if isinstance(place, PipedFile):
+            return True  # a command is run again for each attempt
+        try:
+            (self.folder / entry.index).stat()
+            return bool(place.stat().st_size == entry.bytes)
+        except OSError:
+            return False
+        except ValueError:  # a store that does not answer, which was tried often enough
+            return True
+
+    def _cache_for(self, entry: ShardEntry) -> ShardCache | None:
+        place = entry.location(self.folder)
+        if isinstance(place, Path):
+            return None
+        if isinstance(place, PipedFile):
+            return self.remote.cache  # a command gives no parts
+        known = sum(self.manifest.shards[number].samples for number in self.numbers)
+        return self.remote.cache_for(self.manifest, self.samples / max(1, known))
+
+    @property
+    def fetches_whole_shards(self) -> bool:
+        """Whether reading brings whole shards into a cache, so that fetching ahead helps."""
+        return self._cache_for(self.manifest.shards[0]) is not None
+
+    def fetch(self, shard: int) -> None:
+        """Bring a shard into the cache before it is read; raises DataError where that fails."""
+        entry = self.manifest.shards[self.numbers[shard]]
+        place = self._place(entry)
+        if not isinstance(place, Path):
+            RemoteShard(place, entry, self._cache_for(entry)).fetch()

@@ -1,0 +1,1 @@
+"""Batches: sampler, workers, shared memory, damaged samples."""

@@ -1,0 +1,1 @@
+"""Which sample comes next, its random numbers, and what a source of samples is."""

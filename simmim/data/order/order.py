@@ -1,0 +1,193 @@
+"""Which sample comes next: a pure function of seed, epoch and the sizes of the shards.
+
+An epoch is a stream of all samples, cut into a fixed number of equal slots. A global batch takes
+equally from every slot, and ranks own slots; so the global batches are the same on any number of
+ranks, and a rank reads only its own part of the data. The whole state is the cursor: how many
+samples all ranks together have consumed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from simmim.data.order.randomness import shuffled
+
+WHOLE_SHUFFLE_LIMIT = 65_536
+"""Samples up to which an epoch is one shuffle of everything."""
+
+BLOCK_SAMPLES = 32_768
+"""Samples of a slot that are shuffled together in larger sets: a few shards' worth."""
+
+DEFAULT_SLOTS = 64
+
+
+class Address(NamedTuple):
+    """Where a sample stands and in which epoch it is asked for."""
+
+    epoch: int
+    shard: int
+    sample: int
+
+
+@dataclass(frozen=True)
+class EpochStream:
+    """The shards of one epoch end to end: `shards[i]` covers positions from `starts[i]`."""
+
+    shards: np.ndarray
+    starts: np.ndarray
+    shuffle: np.ndarray | None
+    """Sample order over the whole epoch, for sets small enough."""
+
+
+def slots_for(batch_size: int, samples: int) -> int:
+    """Return the largest divisor of the global batch that is at most 64 and at most `samples`."""
+    limit = max(1, min(DEFAULT_SLOTS, samples, batch_size))
+    return next(slots for slots in range(limit, 0, -1) if batch_size % slots == 0)
+
+
+def check_batch(batch_size: int, world: int, slots: int) -> None:
+    """Raise ValueError unless a global batch in this many slots can be dealt to `world` ranks."""
+    if batch_size < 1 or batch_size % slots:
+        raise ValueError(
+            f"global batch size {batch_size} is not a multiple of the {slots} slots;"
+            f" use {max(1, batch_size // slots) * slots} or another multiple"
+        )
+    if world < 1 or slots % world:
+        legal = [count for count in range(1, slots + 1) if slots % count == 0]
+        raise ValueError(
+            f"{world} processes cannot share {slots} slots equally;"
+            f" use one of {', '.join(map(str, legal))} processes"
+        )
+
+
+def turns_of(position: int, batch_size: int, slots: int) -> np.ndarray:
+    """Return the turns that each slot takes in the global batch at cursor `position`.
+
+    Raises ValueError where the cursor lies between two turns.
+    """
+    if position < 0 or position % slots:
+        raise ValueError(
+            f"cursor {position} is not a multiple of the {slots} slots;"
+            " continue with the batch size and slots that the run began with"
+        )
+    first = position // slots
+    return np.arange(first, first + batch_size // slots)
+
+
+def slots_of(rank: int, world: int, slots: int) -> range:
+    """Return the slots that a rank owns; raises ValueError where there is no such rank."""
+    if not 0 <= rank < world:
+        raise ValueError(f"rank is {rank}; it must be from 0 to {world - 1}")
+    owned = slots // world
+    return range(rank * owned, (rank + 1) * owned)
+
+
+class SampleOrder:
+    """The endless sequence of samples over `shard_sizes` (samples in each shard).
+
+    Every epoch visits each sample at most once and leaves out fewer than `slots` of them.
+    Raises ValueError where there are fewer samples than slots.
+    """
+
+    def __init__(
+        self, shard_sizes: Sequence[int], *, seed: int, slots: int = DEFAULT_SLOTS
+    ) -> None:
+        self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self.seed = seed
+        self.slots = slots
+        self.samples = int(self.shard_sizes.sum())
+        if slots < 1:
+            raise ValueError(f"slots is {slots}; it must be at least 1")
+        if self.shard_sizes.ndim != 1 or bool((self.shard_sizes < 0).any()):
+            raise ValueError("shard_sizes must be a flat sequence of counts, 0 or more")
+        if self.samples < slots:
+            raise ValueError(
+                f"{self.samples} samples cannot fill {slots} slots; use more images, or at most"
+                f" {max(1, self.samples)} slots (a divisor of the global batch size)"
+            )
+        self._slot_length = self.samples // slots
+        self._num_blocks = -(-self._slot_length // BLOCK_SAMPLES)
+        self._epochs: dict[int, EpochStream] = {}
+        self._blocks: dict[int, tuple[tuple[int, int], np.ndarray]] = {}
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples an epoch consumes: the largest multiple of `slots` there is."""
+        return self._slot_length * self.slots
+
+    def check_batch(self, batch_size: int, world: int = 1) -> None:
+        """Raise ValueError unless this global batch can be dealt to `world` ranks."""
+        check_batch(batch_size, world, self.slots)
+
+    def batch(self, position: int, batch_size: int, rank: int = 0, world: int = 1) -> list[Address]:
+        """Return the part of `rank` in the global batch that starts at cursor `position`.
+
+        The parts of ranks 0 … world - 1 end to end are the same list for every `world`. The
+        cursor is any multiple of `slots`. Raises ValueError where sizes do not divide.
+        """
+        self.check_batch(batch_size, world)
+        turns = turns_of(position, batch_size, self.slots)
+        owned = slots_of(rank, world, self.slots)
+        return [address for slot in owned for address in self.slot_addresses(slot, turns)]
+
+    def slot_addresses(self, slot: int, turns: np.ndarray) -> list[Address]:
+        """Return what a slot gives at these turns, ascending; a turn takes one sample of it."""
+        epochs, offsets = np.divmod(turns, self._slot_length)
+        addresses: list[Address] = []
+        for epoch in np.unique(epochs).tolist():
+            addresses += self._addresses(epoch, slot, offsets[epochs == epoch])
+        return addresses
+
+    def _addresses(self, epoch: int, slot: int, offsets: np.ndarray) -> list[Address]:
+        """Return what stands at these offsets of a slot."""
+        stream = self._stream(epoch)
+        if stream.shuffle is None:
+            places = slot * self._slot_length + self._shuffled_in_blocks(epoch, slot, offsets)
+        else:
+            places = stream.shuffle[slot * self._slot_length + offsets]
+        # Among shards of no samples, which share their start with the next, take the last.
+        rows = np.searchsorted(stream.starts, places, side="right") - 1
+        shards = stream.shards[rows].tolist()
+        samples = (places - stream.starts[rows]).tolist()
+        return [Address(epoch, *place) for place in zip(shards, samples, strict=True)]
+
+    def _shuffled_in_blocks(self, epoch: int, slot: int, offsets: np.ndarray) -> np.ndarray:
+        """Return the offsets that take the place of these, each from its own block."""
+        edges = np.arange(self._num_blocks + 1) * self._slot_length // self._num_blocks
+        blocks = np.searchsorted(edges, offsets, side="right") - 1
+        replaced = np.empty_like(offsets)
+        for block in np.unique(blocks).tolist():
+            start, stop = int(edges[block]), int(edges[block + 1])
+            here = blocks == block
+            shuffle = self._block(epoch, slot, block, stop - start)
+            replaced[here] = start + shuffle[offsets[here] - start]
+        return replaced
+
+    def _block(self, epoch: int, slot: int, block: int, size: int) -> np.ndarray:
+        """Return the shuffle of one block; each slot keeps its latest."""
+        known = self._blocks.get(slot)
+        if known is not None and known[0] == (epoch, block):
+            return known[1]
+        shuffle = shuffled(size, "block", self.seed, epoch, slot, block).astype(np.int32)
+        self._blocks[slot] = ((epoch, block), shuffle)
+        return shuffle
+
+    def _stream(self, epoch: int) -> EpochStream:
+        """Return the stream of an epoch; the two latest are kept."""
+        if epoch not in self._epochs:
+            while len(self._epochs) >= 2:
+                del self._epochs[min(self._epochs)]
+            self._epochs[epoch] = self._make_stream(epoch)
+        return self._epochs[epoch]
+
+    def _make_stream(self, epoch: int) -> EpochStream:
+        if self.samples <= WHOLE_SHUFFLE_LIMIT:
+            shards = np.arange(len(self.shard_sizes))
+            shuffle = shuffled(self.samples, "epoch", self.seed, epoch)
+        else:
+            shards = shuffled(len(self.shard_sizes), "shards", self.seed, epoch)
+            shuffle = None
+        sizes = self.shard_sizes[shards]
+        return EpochStream(shards, np.cumsum(sizes) - sizes, shuffle)

@@ -1,0 +1,1 @@
+"""From encoded samples to model input: decode, crop, augment, mix."""

@@ -1,1 +1,0 @@
-"""What segmentation and detection are made of: files, transforms, models, metrics and overlays."""

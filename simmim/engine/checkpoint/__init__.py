@@ -1,0 +1,1 @@
+"""Checkpoints: what is saved, how, when, and which are kept."""

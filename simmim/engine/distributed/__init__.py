@@ -1,0 +1,1 @@
+"""Several processes: launching, FSDP2, stop signals, watchdog."""

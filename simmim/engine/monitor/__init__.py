@@ -1,0 +1,1 @@
+"""Metrics, trackers, progress, anomalies, utilisation."""

@@ -1,0 +1,1 @@
+"""Export of encoders and heads, import of third-party checkpoints."""

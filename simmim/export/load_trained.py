@@ -1,0 +1,274 @@
+"""What an export is made of: the encoder and the head of a run, a checkpoint or a directory."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simmim.data.settings import DataSettings, first_folder
+from simmim.engine.checkpoint.directory import (
+    COMPLETE,
+    chosen_checkpoint,
+    complete_checkpoints,
+    load_state,
+    read_model,
+)
+from simmim.engine.checkpoint.ema import read_average
+from simmim.engine.run import RunFolder
+from simmim.recipe import RecipeError, load, read_values, recipe_hash
+from simmim.tasks.all_tasks import FINE_TUNING, task_named
+from simmim.tasks.classification.base import ClassifyingRecipe
+from simmim.tasks.classification.classifier import read_head
+from simmim.tasks.fine_tuning import FineTuningRecipe
+from simmim.tasks.pretrain.stage import load_pretrained
+from simmim.tasks.pretrained import HEAD_FOLDER
+from simmim.tasks.segmentation.dense_stage import DenseRecipe
+from simmim.tasks.segmentation.save_heads import load_dense
+from simmim.tasks.video.stage import VideoStart
+from swinv2 import SwinV2, VideoSwinV2, load_video_encoder, read_video_config
+from swinv2.bridges.contents import Classifier, MaskedImageHead
+from swinv2.bridges.transformers_backbone import encoder_from_backbone
+from swinv2.video_weights import holds_video_encoder
+from swinv2.weights import (
+    HEAD_FOLDERS,
+    Provenance,
+    load_encoder,
+    load_strictly,
+    read_encoder_config,
+)
+
+MODEL_PREFIX = "model."
+"""What precedes the names of encoder and head in the checkpoint of a fine-tuning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseHead:
+    """Encoder and head of a dense stage, as one model of transformers."""
+
+    task: str
+    """Also the name of its folder."""
+    net: Callable[[], Any]
+    """Returns the model, in evaluation mode."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exportable:
+    """An encoder with all that an export of it says."""
+
+    encoder: SwinV2 | VideoSwinV2
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    provenance: Provenance
+    inflated_from: Provenance | None = None
+    """Where the weights of images come from that an encoder of clips began as."""
+    head: MaskedImageHead | None = None
+    """Mask token and decoder, from a pretraining run."""
+    classifier: Classifier | None = None
+    """Linear head, from a classification of images or clips."""
+    classes: tuple[str, ...] = ()
+    """Names of its classes; empty where they are not known any more."""
+    dense: DenseHead | None = None
+    """What a segmentation or detection has trained."""
+    shards: str | None = None
+    """What a run was trained on."""
+    origin: str
+    """Where the weights come from, for a person."""
+
+
+def read_source(source: Path, *, best: bool = False) -> Exportable:
+    """Load the encoder of a run folder, a checkpoint or an encoder directory, on the CPU.
+
+    Args:
+        source: a run folder, of which the last complete checkpoint is taken (or, without one, what
+            it has handed on); a checkpoint in one; or an encoder directory.
+        best: take the best checkpoint of the run instead of the last.
+
+    Raises:
+        ValueError: `source` is none of them, has no such checkpoint, or cannot be read.
+    """
+    if (source / COMPLETE).is_file():
+        return _read_run(RunFolder(path=source.resolve().parent.parent), source.resolve())
+    run = RunFolder(path=source)
+    if run.recipe.is_file():
+        none = not best and not complete_checkpoints(run.checkpoints)
+        return _read_run(run, None if none else chosen_checkpoint(source, best=best))
+    if best:
+        raise ValueError(f"{source} is no run folder, and a best checkpoint is a run's.")
+    if (source / "config.json").is_file():
+        return _with_head(read_directory(source), source)
+    state = "does not exist" if not source.exists() else "is neither"
+    raise ValueError(
+        f"{source} {state}: give a run folder (with recipe.yaml and checkpoints/) or an encoder "
+        "directory (with config.json and model.safetensors)."
+    )
+
+
+def read_directory(path: Path) -> Exportable:
+    """Load an encoder directory, of images or of clips."""
+    if holds_video_encoder(path):
+        clips = read_video_config(path)
+        return Exportable(
+            encoder=load_video_encoder(path),
+            mean=clips.mean,
+            std=clips.std,
+            provenance=clips.provenance,
+            inflated_from=clips.inflated_from,
+            origin=str(path),
+        )
+    images = read_encoder_config(path)
+    return Exportable(
+        encoder=load_encoder(path),
+        mean=images.mean,
+        std=images.std,
+        provenance=images.provenance,
+        origin=str(path),
+    )
+
+
+def _read_run(run: RunFolder, checkpoint: Path | None) -> Exportable:
+    task = read_values(run.recipe).get("task")
+    if checkpoint is None and not run.encoder.is_dir():
+        raise ValueError(
+            f"{run.path} holds no complete checkpoint and no encoder yet: train it further first."
+        )
+    match task:
+        case "pretrain":
+            if checkpoint is None:
+                return read_directory(run.encoder)
+            return _read_pretraining(run, checkpoint)
+        case str() if task in FINE_TUNING:
+            return _read_fine_tuning(run, task, checkpoint)
+        case other:
+            raise RecipeError(f"{run.recipe} is of task {other!r}, which has no encoder to export.")
+
+
+def _read_pretraining(run: RunFolder, checkpoint: Path) -> Exportable:
+    pretrained = load_pretrained(run, str(checkpoint))
+    model, recipe = pretrained.model, pretrained.recipe
+    projection = model.decoder.projection
+    assert projection.bias is not None
+    mean, std = recipe.data.normalisation
+    return Exportable(
+        encoder=model.encoder,
+        mean=mean,
+        std=std,
+        provenance=_provenance(checkpoint, recipe),
+        head=MaskedImageHead(
+            mask_token=model.mask_token.detach(),
+            weight=projection.weight.detach(),
+            bias=projection.bias.detach(),
+        ),
+        shards=first_folder(recipe.data.shards),
+        origin=str(checkpoint),
+    )
+
+
+def _read_fine_tuning(run: RunFolder, task: str, checkpoint: Path | None) -> Exportable:
+    """Load what was trained; a run that has ended needs what it started from no more."""
+    recipe: FineTuningRecipe = load(task_named(task, run.recipe).recipe, run.recipe)
+    data = recipe.data
+    shards = first_folder(data.shards) if isinstance(data, DataSettings) else None
+    ended = read_directory(run.encoder) if run.encoder.is_dir() else None
+    if ended is not None and (
+        checkpoint is None or load_state(checkpoint).step == ended.provenance.step
+    ):
+        return replace(_with_head(ended, run.path), shards=shards)
+    assert checkpoint is not None
+    untrained = ended or _start(recipe)
+    found = replace(
+        untrained,
+        provenance=_provenance(checkpoint, recipe),
+        shards=shards,
+        origin=str(checkpoint),
+    )
+    tensors = _below(read_model(checkpoint) | read_average(checkpoint), MODEL_PREFIX)
+    if isinstance(recipe, DenseRecipe):
+        return _filled_dense(found, recipe, tensors)
+    assert isinstance(recipe, ClassifyingRecipe)
+    return _filled_classifier(found, recipe, run, tensors)
+
+
+def _start(recipe: FineTuningRecipe) -> Exportable:
+    """Return what a run started from that has handed nothing on yet."""
+    start = recipe.start()
+    return Exportable(
+        encoder=start.encoder,
+        mean=start.mean,
+        std=start.std,
+        provenance=Provenance(),
+        inflated_from=start.inflated_from if isinstance(start, VideoStart) else None,
+        origin=recipe.init,
+    )
+
+
+def _filled_classifier(
+    found: Exportable, recipe: ClassifyingRecipe, run: RunFolder, tensors: Mapping[str, Tensor]
+) -> Exportable:
+    """Put the weights of a checkpoint in their places, and add the head."""
+    load_strictly(found.encoder, _below(tensors, "encoder."), found.origin)
+    head = _below(tensors, "head.")
+    return replace(
+        found,
+        encoder=found.encoder.eval(),
+        classifier=Classifier(weight=head["weight"], bias=head["bias"]),
+        classes=_class_names(recipe, run, len(head["bias"])),
+    )
+
+
+def _filled_dense(
+    found: Exportable, recipe: DenseRecipe, tensors: Mapping[str, Tensor]
+) -> Exportable:
+    """Build the model of a dense stage with the weights of a checkpoint."""
+    assert isinstance(found.encoder, SwinV2)
+    with torch.random.fork_rng(devices=[]):
+        model = recipe.build(found.encoder, recipe.class_names())
+    load_strictly(model, tensors, found.origin)
+    return replace(
+        found,
+        encoder=encoder_from_backbone(model.backbone),
+        dense=DenseHead(task=recipe.task, net=model.net.eval),
+    )
+
+
+def _with_head(found: Exportable, folder: Path) -> Exportable:
+    """Add the head that a run has handed on, or that stands in a native export."""
+    if (folder / HEAD_FOLDER).is_dir():
+        tensors, classes = read_head(folder / HEAD_FOLDER)
+        linear = nn.Linear(found.encoder.num_features, len(classes))
+        load_strictly(linear, tensors, str(folder / HEAD_FOLDER))
+        classifier = Classifier(weight=linear.weight.detach(), bias=linear.bias.detach())
+        return replace(found, classifier=classifier, classes=classes)
+    for task in HEAD_FOLDERS - {HEAD_FOLDER}:
+        place = folder / task
+        if place.is_dir():
+            return replace(found, dense=DenseHead(task=task, net=partial(load_dense, place)))
+    return found
+
+
+def _class_names(recipe: ClassifyingRecipe, run: RunFolder, count: int) -> tuple[str, ...]:
+    """Return the names of the classes; none where the data are gone, or are others by now."""
+    try:
+        if (run.path / HEAD_FOLDER).is_dir():
+            _, classes = read_head(run.path / HEAD_FOLDER)
+        else:
+            classes = recipe.class_names()
+    except ValueError:
+        return ()
+    return classes if len(classes) == count else ()
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def _provenance(checkpoint: Path, recipe: Any) -> Provenance:
+    state = load_state(checkpoint)
+    return Provenance(step=state.step, samples_seen=state.cursor, recipe_hash=recipe_hash(recipe))

@@ -1,0 +1,1 @@
+"""SimMIM: masking, model and losses."""

@@ -1,0 +1,219 @@
+"""SimMIM: hide a part of the tokens, encode, predict the hidden pixels (arXiv 2111.09886)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from simmim.method.losses import (
+    LossName,
+    loss_function,
+    masked_mean,
+    mean_color_loss,
+    normalise_target,
+)
+from simmim.method.masking import enlarge_mask, mask_grid
+from swinv2 import SwinV2
+
+LossArea = Literal["masked", "all"]
+
+
+class Decoder(nn.Module):
+    """A 1x1 convolution that turns each feature into a patch of pixels; PixelShuffle lays them.
+
+    Args:
+        num_features: channels of the encoder's output.
+        stride: side in pixels of what one feature stands for.
+        channels: channels of the images.
+    """
+
+    def __init__(self, num_features: int, stride: int, channels: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.channels = channels
+        self.projection = nn.Conv2d(num_features, channels * stride * stride, kernel_size=1)
+
+    def patches(self, features: Tensor) -> Tensor:
+        """Decode features one by one: (n, num_features) → (n, channels, stride, stride)."""
+        weight, bias = self.projection.weight.flatten(1), self.projection.bias
+        if not torch.is_autocast_enabled(features.device.type):
+            features = features.to(weight.dtype)
+        pixels = F.linear(features, weight, bias)
+        return rearrange(
+            pixels, "... (c i j) -> ... c i j", c=self.channels, i=self.stride, j=self.stride
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Decode a whole map.
+
+        (batch, rows, columns, num_features) becomes (batch, channels, rows · stride,
+        columns · stride).
+        """
+        patches = self.patches(features)
+        return rearrange(patches, "b row col c i j -> b c (row i) (col j)")
+
+
+@dataclass(frozen=True, eq=False)
+class SimMIMOutput:
+    """What a forward pass gives."""
+
+    loss: Tensor
+    """Scalar, in the precision of the images."""
+
+    features: Tensor
+    """(batch, rows, columns, num_features): the encoder's output."""
+
+    decoder: Decoder
+
+    image_size: tuple[int, int]
+    """Height and width in pixels."""
+
+    @property
+    def reconstruction(self) -> Tensor:
+        """The prediction of every pixel, hidden or not: (batch, channels, height, width).
+
+        Computed on demand, since training needs the loss alone. With ``norm_target`` it predicts
+        normalised pixels; `simmim.method.losses.denormalise_target` makes colours of them.
+        """
+        height, width = self.image_size
+        decoded: Tensor = self.decoder(self.features)
+        return decoded[:, :, :height, :width]
+
+
+class SimMIM(nn.Module):
+    """An encoder that learns to predict hidden pixels.
+
+    Args:
+        encoder: the encoder to train; hidden tokens are replaced between its two halves.
+        mask_cell: side of a mask cell in pixels.
+        norm_target: predict pixels normalised by their 47x47 neighbourhood (SwinV2's recipes).
+        loss: l1, smooth_l1 or l2.
+        loss_area: measure the loss on the masked pixels or on all.
+
+    Raises:
+        ValueError: mask cells do not tile the patches or the encoder's image, or a loss is unknown.
+    """
+
+    def __init__(
+        self,
+        encoder: SwinV2,
+        mask_cell: int = 32,
+        norm_target: bool = False,
+        loss: LossName = "l1",
+        loss_area: LossArea = "masked",
+    ) -> None:
+        super().__init__()
+        config = encoder.config
+        if mask_cell < 1 or mask_cell % config.patch_size:
+            raise ValueError(
+                f"mask cells of {mask_cell} pixels are not made of whole patches of "
+                f"{config.patch_size} pixels: choose a multiple of {config.patch_size}."
+            )
+        if loss_area not in ("masked", "all"):
+            raise ValueError(f"loss area {loss_area!r} is unknown: choose masked or all.")
+        mask_grid(config.image_size, mask_cell)
+        self.encoder = encoder
+        self.mask_cell = mask_cell
+        self.norm_target = norm_target
+        self.loss_area = loss_area
+        self.elementwise_loss = loss_function(loss)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, 1, config.embed_dim))
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        self.decoder = Decoder(encoder.num_features, encoder.strides[-1], config.in_channels)
+
+    def forward(self, images: Tensor, mask: Tensor, chances: Tensor | None = None) -> SimMIMOutput:
+        """Predict what is hidden.
+
+        Args:
+            images: (batch, channels, height, width), normalised floating point.
+            mask: bool (batch, height / mask_cell, width / mask_cell), True = hidden. Where it is
+                on the CPU, the choice of what to decode needs no word from the GPU.
+            chances: what drop_path goes by; see `SwinV2.encode`.
+
+        Raises:
+            ValueError: mask and images do not fit each other.
+        """
+        self._check(images, mask)
+        height, width = images.shape[-2:]
+        chosen = self._positions_to_decode(mask)
+        mask = mask.to(images.device, non_blocking=True)
+        chosen = chosen.to(images.device, non_blocking=True)
+
+        features = self._encode(images, mask, chances)
+        prediction = self.decoder.patches(features.flatten(0, 2).index_select(0, chosen))
+
+        stride = self.decoder.stride
+        target = _cut_into_patches(self.target(images), stride).index_select(0, chosen)
+        counted = _cut_into_patches(self._counted(mask)[:, None], stride).index_select(0, chosen)
+        target = target.to(torch.promote_types(target.dtype, torch.float32))
+        values = self.elementwise_loss(prediction.to(target.dtype), target)
+        loss = masked_mean(values, counted[:, 0])
+        return SimMIMOutput(loss, features, self.decoder, (height, width))
+
+    def target(self, images: Tensor) -> Tensor:
+        """Return what is to be predicted: the images, or their normalised pixels."""
+        return normalise_target(images) if self.norm_target else images
+
+    def mean_color_loss(self, images: Tensor, mask: Tensor) -> Tensor:
+        """Return the loss of predicting the mean of what is visible: the baseline to beat.
+
+        Arguments and errors are those of `forward`.
+        """
+        self._check(images, mask)
+        mask = mask.to(images.device)
+        hidden = enlarge_mask(mask, self.mask_cell)
+        return mean_color_loss(
+            self.target(images), hidden, self.elementwise_loss, self._counted(mask)
+        )
+
+    def _encode(self, images: Tensor, mask: Tensor, chances: Tensor | None) -> Tensor:
+        tokens = self.encoder.embed(images)
+        hidden = enlarge_mask(mask, self.mask_cell // self.encoder.config.patch_size)
+        tokens = torch.where(hidden[..., None], self.mask_token.to(tokens.dtype), tokens)
+        return self.encoder.encode(tokens, chances)
+
+    def _counted(self, mask: Tensor) -> Tensor:
+        """Return bool (batch, height, width): the pixels that the loss is measured on."""
+        hidden = enlarge_mask(mask, self.mask_cell)
+        return hidden if self.loss_area == "masked" else torch.ones_like(hidden)
+
+    def _positions_to_decode(self, mask: Tensor) -> Tensor:
+        """Return the indices of the features, of (batch · rows · columns), that the loss needs.
+
+        What stands for visible pixels alone would be multiplied by 0. Computed where the mask is.
+        """
+        patch = self.encoder.config.patch_size
+        hidden = enlarge_mask(mask, self.mask_cell // patch)
+        patches = _cut_into_patches(hidden[:, None], self.decoder.stride // patch)
+        if self.loss_area == "all":
+            return torch.arange(len(patches), device=mask.device)
+        return patches.flatten(1).any(dim=1).nonzero()[:, 0]
+
+    def _check(self, images: Tensor, mask: Tensor) -> None:
+        if images.ndim != 4:
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}; SimMIM takes (batch, channels, height, "
+                "width)."
+            )
+        height, width = images.shape[-2:]
+        expected = (len(images), *mask_grid((height, width), self.mask_cell))
+        if tuple(mask.shape) != expected or mask.dtype != torch.bool:
+            raise ValueError(
+                f"the mask is {mask.dtype} of shape {tuple(mask.shape)}; images of shape "
+                f"{tuple(images.shape)} with mask cells of {self.mask_cell} pixels take a bool "
+                f"mask of shape {expected}, True = hidden."
+            )
+
+
+def _cut_into_patches(images: Tensor, side: int) -> Tensor:
+    """Cut (batch, channels, height, width) into (batch · rows · columns, channels, side, side).
+
+    Where the side does not divide an axis, zeros stand beyond the right and bottom border.
+    """
+    height, width = images.shape[-2:]
+    if height % side or width % side:
+        images = F.pad(images, (0, -width % side, 0, -height % side))
+    return rearrange(images, "b c (row i) (col j) -> (b row col) c i j", i=side, j=side)

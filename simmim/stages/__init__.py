@@ -1,1 +1,0 @@
-"""The jobs that run on the training loop, a file each."""

@@ -1,0 +1,1 @@
+"""The tasks that run on the training loop, a folder for each."""

@@ -1,0 +1,207 @@
+"""Models that find objects: Mask2Former's instance head, and RT-DETR for boxes, of transformers.
+
+Sources: Mask2Former (CVPR 2022), RT-DETR (CVPR 2024).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simmim.data.transforms.targets import Instances
+from simmim.limits import check_least
+from simmim.recipe import settings
+from simmim.tasks.segmentation.backbone import described, last_maps
+from simmim.tasks.segmentation.heads import build_mask2former, names_of_labels
+from swinv2 import SwinV2
+from swinv2.bridges.transformers_backbone import fill_backbone
+
+
+@settings
+class DetectionHead:
+    """The head on the encoder."""
+
+    kind: Literal["mask2former", "rt_detr"] = "mask2former"
+    """Mask2Former finds masks, and boxes around them; RT-DETR boxes alone. Batch norms of RT-DETR
+    see the images of all GPUs at a time (SyncBatchNorm); on CPUs each process's own."""
+    channels: int = 256
+    """Channels of the head, a multiple of 32."""
+    queries: int = 100
+    """Objects that are proposed for an image."""
+    decoder_layers: int | None = None
+    """Layers of the decoder; null is the publications': 10 (with the first prediction, 9 layers)
+    of Mask2Former, 6 of RT-DETR."""
+    points: int = 12544
+    """Mask2Former: places of a mask that the loss looks at."""
+    detections: int = 100
+    """Objects that are given for an image, those of the highest scores."""
+
+    def __post_init__(self) -> None:
+        check_least(self, 1, "queries", "points", "detections")
+        if self.channels < 32 or self.channels % 32:
+            raise ValueError(f"channels is {self.channels}; it must be a multiple of 32.")
+
+    @property
+    def finds_masks(self) -> bool:
+        """Whether it finds masks, not boxes alone."""
+        return self.kind == "mask2former"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What was found in one image, as the model sees it."""
+
+    labels: Tensor
+    """int64 (objects,)."""
+    scores: Tensor
+    """float32 (objects,), the highest first."""
+    boxes: Tensor | None
+    """float32 (objects, 4): left, top, right, bottom, pixels; None where masks say it."""
+    masks: Tensor | None
+    """float32 (objects, rows, columns), logits at some resolution; None for boxes alone."""
+
+
+class InstanceMask2Former(nn.Module):
+    """Mask2Former with a mask for each object."""
+
+    has_masks = True
+
+    def __init__(self, encoder: SwinV2, names: Sequence[str], head: DetectionHead) -> None:
+        super().__init__()
+        self.detections = head.detections
+        self.net = build_mask2former(
+            encoder,
+            names,
+            channels=head.channels,
+            queries=head.queries,
+            decoder_layers=head.decoder_layers or 10,
+            points=head.points,
+        )
+
+    @property
+    def backbone(self) -> Any:
+        """The encoder within it."""
+        return self.net.model.pixel_level_module.encoder
+
+    def loss(self, images: Tensor, targets: Sequence[Instances]) -> Tensor:
+        """Return the mean loss over normalised images (batch, channels, side, side)."""
+        found = self.net(
+            pixel_values=images,
+            mask_labels=[one.masks.float() for one in targets],
+            class_labels=[one.labels for one in targets],
+        )
+        loss: Tensor = found.loss.squeeze()
+        return loss
+
+    def find(self, images: Tensor) -> list[Found]:
+        """Return what is in each image; a score is class times mean certainty of the mask."""
+        output = self.net(pixel_values=images)
+        found = []
+        classes = output.class_queries_logits.float().softmax(dim=-1)[..., :-1]
+        for scores, logits in zip(classes, output.masks_queries_logits.float(), strict=True):
+            best = scores.flatten().topk(min(self.detections, scores.numel()))
+            masks = logits[best.indices // scores.shape[1]]
+            inside = (masks > 0).float()
+            certain = (masks.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
+            total, order = (best.values * certain).sort(descending=True)
+            labels = (best.indices % scores.shape[1])[order]
+            found.append(Found(labels=labels, scores=total, boxes=None, masks=masks[order]))
+        return found
+
+
+class RTDetr(nn.Module):
+    """RT-DETR on the last three maps of the encoder."""
+
+    has_masks = False
+
+    def __init__(self, encoder: SwinV2, names: Sequence[str], head: DetectionHead) -> None:
+        super().__init__()
+        self.detections = head.detections
+        backbone = described(encoder, last_maps(encoder, 3))
+        from transformers import (  # noqa: PLC0415 - an optional part
+            RTDetrConfig,
+            RTDetrForObjectDetection,
+        )
+
+        config = RTDetrConfig(
+            backbone_config=backbone,
+            encoder_in_channels=list(encoder.config.stage_dims[-3:]),
+            feat_strides=list(encoder.strides[-3:]),
+            encoder_hidden_dim=head.channels,
+            encoder_ffn_dim=4 * head.channels,
+            d_model=head.channels,
+            decoder_in_channels=[head.channels] * 3,
+            decoder_ffn_dim=4 * head.channels,
+            num_queries=head.queries,
+            decoder_layers=head.decoder_layers or 6,
+            freeze_backbone_batch_norms=False,  # it has none
+            **names_of_labels(names),
+        )
+        net = RTDetrForObjectDetection(config)
+        fill_backbone(net.model.backbone.model, encoder)
+        self.net = net
+
+    @property
+    def backbone(self) -> Any:
+        """The encoder within it."""
+        return self.net.model.backbone.model
+
+    def loss(self, images: Tensor, targets: Sequence[Instances]) -> Tensor:
+        """Return the mean loss over normalised images (batch, channels, side, side)."""
+        size = images.new_tensor([images.shape[-1], images.shape[-2]] * 2)
+        labels = []
+        for one in targets:
+            left_top, right_bottom = one.boxes[:, :2], one.boxes[:, 2:]
+            centred = torch.cat([(left_top + right_bottom) / 2, right_bottom - left_top], dim=1)
+            labels.append({"class_labels": one.labels, "boxes": centred / size})
+        loss: Tensor = self.net(pixel_values=images, labels=labels).loss
+        return loss
+
+    def find(self, images: Tensor) -> list[Found]:
+        """Return what is in each image."""
+        output = self.net(pixel_values=images)
+        size = images.new_tensor([images.shape[-1], images.shape[-2]] * 2)
+        found = []
+        for logits, boxes in zip(output.logits.float(), output.pred_boxes.float(), strict=True):
+            scores = logits.sigmoid()
+            best = scores.flatten().topk(min(self.detections, scores.numel()))
+            centres, extents = boxes[best.indices // scores.shape[1]].split(2, dim=1)
+            corners = torch.cat([centres - extents / 2, centres + extents / 2], dim=1) * size
+            labels = best.indices % scores.shape[1]
+            found.append(Found(labels=labels, scores=best.values, boxes=corners, masks=None))
+        return found
+
+
+def build_detector(
+    encoder: SwinV2, names: Sequence[str], head: DetectionHead
+) -> InstanceMask2Former | RTDetr:
+    """Build the model of a recipe, with fresh weights of the head.
+
+    Raises:
+        ValueError: a part is not installed, or the encoder does not suit the head.
+    """
+    match head.kind:
+        case "mask2former":
+            return InstanceMask2Former(encoder, names, head)
+        case "rt_detr":
+            return RTDetr(encoder, names, head)
+
+
+def masks_at(logits: Tensor, side: int, size: tuple[int, int]) -> Tensor:
+    """Bring masks of the padded square to the image's own pixels: bool (objects, *size).
+
+    Args:
+        logits: (objects, rows, columns) over the square.
+        side: of the square in pixels; the image fills it from the upper left, as far as it reaches.
+        size: rows and columns of the image.
+    """
+    if not len(logits):
+        return logits.new_zeros(0, *size, dtype=torch.bool)
+    factor = side / max(size)
+    rows, columns = (max(1, round(length * factor)) for length in size)
+    square = F.interpolate(logits[None], (side, side), mode="bilinear", align_corners=False)
+    part = square[..., :rows, :columns]
+    return F.interpolate(part, size, mode="bilinear", align_corners=False)[0] > 0

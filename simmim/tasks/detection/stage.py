@@ -1,0 +1,193 @@
+"""Fine-tuning for detection and instance segmentation, with Mask2Former or RT-DETR."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from simmim.data.datasets.coco import CocoSet, category_names, has_mask
+from simmim.data.loader.batches import Batch
+from simmim.data.transforms.detection_transforms import DetectionView, JitterTransform, mask_of
+from simmim.data.transforms.targets import Instances
+from simmim.recipe import settings
+from simmim.tasks.detection.heads import (
+    DetectionHead,
+    Found,
+    InstanceMask2Former,
+    RTDetr,
+    build_detector,
+)
+from simmim.tasks.detection.metric import mean_average_precision, most_certain, results_of
+from simmim.tasks.segmentation.backbone import check_installed
+from simmim.tasks.segmentation.dense_stage import DenseRecipe, DenseStage
+from simmim.tasks.segmentation.overlays import draw_objects, square_picture_of
+from simmim.tasks.segmentation.settings import DenseData
+from swinv2 import SwinV2
+
+
+@settings
+class DetectionData(DenseData):
+    """Images, and JSON files of COCO's format that say what is in them."""
+
+    images: str
+    """Folder of the images to train on."""
+    annotations: str
+    """JSON file of their objects."""
+    validation_images: str | None = None
+    """Folder of the images to validate on; null is `images`."""
+    validation_annotations: str | None = None
+    """JSON file of their objects; null validates on nothing."""
+    scale: tuple[float, float] = (0.1, 2.0)
+    """Large-scale jitter: factor of the size at which an image just fits, from and to."""
+
+
+@settings
+class DetectionRecipe(DenseRecipe):
+    """Detection or instance segmentation on a Swin Transformer V2."""
+
+    task: Literal["detection"]
+    data: DetectionData
+    """The images."""
+    head: DetectionHead = DetectionHead()
+    """What stands on the encoder."""
+    picture_score: float = 0.5
+    """Least score of what is drawn."""
+
+    @property
+    def best_metric(self) -> str:
+        """Mean average precision of masks where they are found, else of boxes."""
+        return "mask_map" if self.head.finds_masks else "box_map"
+
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names of the categories."""
+        return category_names(self.data.annotations)
+
+    def build(self, encoder: SwinV2, names: Sequence[str]) -> InstanceMask2Former | RTDetr:
+        """Return the model; see `DenseRecipe.build`."""
+        return build_detector(encoder, names, self.head)
+
+
+class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
+    """Detection.
+
+    Raises:
+        ValueError: the files are not as they must be, or the start cannot be loaded.
+    """
+
+    model: InstanceMask2Former | RTDetr
+    captions = ("objects", "found")
+
+    def __init__(self, recipe: DetectionRecipe) -> None:
+        check_installed(packages=("transformers", "pycocotools", "scipy"))
+        data = recipe.data
+        training = CocoSet(data.images, data.annotations, only_with_objects=True)
+        validation = None
+        if data.validation_annotations is not None:
+            validation = CocoSet(
+                data.validation_images or data.images,
+                data.validation_annotations,
+                only_with_objects=False,
+            )
+            if validation.class_names != training.class_names:
+                raise ValueError(
+                    f"{data.annotations} and {data.validation_annotations} have different "
+                    "categories, so a class does not mean the same in both."
+                )
+        if recipe.head.finds_masks:
+            for one in (training, validation):
+                if one is not None:
+                    one.require_masks()
+        training = training.share(data.fraction, seed=data.fraction_seed)
+        super().__init__(recipe, training, validation, training.class_names)
+
+    def training_transform(self) -> JitterTransform:
+        """Return what scales, crops and mirrors an image with its objects."""
+        data, ids = self.recipe.data, self.training_shards.category_ids
+        return JitterTransform(
+            side=data.image_size,
+            seed=self.recipe.training.seed,
+            mean=self.start.mean,
+            labels={number: label for label, number in enumerate(ids)},
+            masks=self.model.has_masks,
+            scale=data.scale,
+            flip=data.flip,
+            channels=self.start.encoder.config.in_channels,
+            max_pixels=data.max_pixels,
+        )
+
+    @torch.no_grad()
+    def validate(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return box and mask mAP in percent on the validation images, every image once."""
+        if self.validation_shards is None:
+            return {}
+        results: list[dict[str, Any]] = []
+        seen: list[int] = []
+        rank, world = accelerator.process_index, accelerator.num_processes
+        for batch in self.held_out(rank=rank, world=world):
+            for row, found in enumerate(self._find(accelerator, batch)):
+                seen.append(int(instances(batch, row).image[0]))
+                results += self._results(batch, row, found)
+        results, seen = gather_object(results), gather_object(seen)
+        truth = self.validation_shards.ground_truth()
+        figures = mean_average_precision(truth, results, seen, "bbox")
+        if self.model.has_masks:
+            figures |= mean_average_precision(truth, results, seen, "segm")
+        return figures
+
+    def validation_transform(self) -> DetectionView:
+        """Return what shows a whole image."""
+        return DetectionView(
+            side=self.recipe.data.image_size,
+            mean=self.start.mean,
+            channels=self.start.encoder.config.in_channels,
+            max_pixels=self.recipe.data.max_pixels,
+        )
+
+    def _find(self, accelerator: Accelerator, batch: Batch) -> list[Found]:
+        """Return what is found in each image of a batch."""
+        images = self.module.normalise(batch.images.to(accelerator.device))
+        with accelerator.autocast():
+            return self.model.find(images)
+
+    def _results(self, batch: Batch, row: int, found: Found) -> list[dict[str, Any]]:
+        """Return what was found in an image of a batch as COCO has it."""
+        assert self.validation_shards is not None
+        image, side = instances(batch, row).image.tolist(), self.recipe.data.image_size
+        return results_of(found, image, side, self.validation_shards.category_ids)
+
+    def drawn(self, accelerator: Accelerator, colours: np.ndarray) -> Iterator[list[np.ndarray]]:
+        """Yield images with their objects, and with those that are found."""
+        for batch in self.held_out():
+            for row, found in enumerate(self._find(accelerator, batch)):
+                certain = most_certain(found, self.recipe.picture_score)
+                yield self._tiles(batch, row, self._results(batch, row, certain), colours)
+
+    def _tiles(
+        self, batch: Batch, row: int, results: list[dict[str, Any]], colours: np.ndarray
+    ) -> list[np.ndarray]:
+        """Return an image with its objects, and with those that were found."""
+        assert self.validation_shards is not None
+        number, rows, columns = instances(batch, row).image.tolist()
+        pixels = square_picture_of(batch, row, (rows, columns))
+        truth = self.validation_shards.objects_of(number)
+        labels = {one: place for place, one in enumerate(self.validation_shards.category_ids)}
+        tiles = []
+        for objects in (truth, results):
+            masks = [
+                mask_of(one, (rows, columns)) if self.model.has_masks and has_mask(one) else None
+                for one in objects
+            ]
+            picked = np.array([colours[labels[one["category_id"]]] for one in objects])
+            boxes = [one["bbox"] for one in objects]
+            tiles.append(draw_objects(pixels, boxes, masks, picked))
+        return tiles
+
+
+def instances(batch: Batch, row: int) -> Instances:
+    """Return the objects in one image of a batch."""
+    target = batch.targets[row]
+    assert isinstance(target, Instances)
+    return target

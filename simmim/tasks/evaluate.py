@@ -1,0 +1,125 @@
+"""Evaluation of what a run has trained, by its stage's own validation, on any data."""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from simmim.disk import append_whole
+from simmim.engine.checkpoint.directory import (
+    RECIPE_FILE,
+    chosen_checkpoint,
+    load_model,
+    load_state,
+)
+from simmim.engine.checkpoint.ema import load_average
+from simmim.engine.distributed.launcher import end_with_launcher, start_processes
+from simmim.engine.distributed.parallelism import end_processes
+from simmim.engine.loop import build_accelerator
+from simmim.engine.run import RunFolder
+from simmim.recipe import differences, load, read_values, to_values
+from simmim.tasks.all_tasks import task_named
+
+EVALUATIONS = "evaluations.jsonl"
+"""File in the run with a line for each evaluation."""
+
+SIZES = ("encoder", "data.image_size")
+"""Keys, and sections, that change what the encoder is built for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What an evaluation found."""
+
+    checkpoint: Path
+    step: int
+    averaged: bool
+    """Whether the weights are the running average of training's."""
+    figures: dict[str, float]
+
+    @property
+    def text(self) -> str:
+        """Lines for a person."""
+        average = ", averaged weights" if self.averaged else ""
+        lines = [f"{self.checkpoint} (step {self.step}{average})"]
+        return "\n".join(lines + [f"  {name} {value:.4f}" for name, value in self.figures.items()])
+
+
+def evaluate(source: Path, overrides: Sequence[str] = (), *, best: bool = False) -> Evaluation:
+    """Validate a checkpoint as its training did, and add a line to the run's evaluations.
+
+    Args:
+        source: a run folder, of which the last complete checkpoint is taken, or a checkpoint.
+        overrides: `--key value` of its recipe; `--data.validation SHARDS` for other images, and
+            sizes too, once the run has ended.
+        best: take the best checkpoint of the run instead of the last.
+
+    Returns:
+        Figures over all processes.
+
+    Raises:
+        ValueError: there is no checkpoint, or the recipe has nothing to validate on.
+    """
+    end_with_launcher()
+    checkpoint = chosen_checkpoint(source, best=best)
+    run = RunFolder(path=checkpoint.parent.parent)
+    recipe, stage_type = _recipe(checkpoint, run, overrides)
+    stage = stage_type(recipe)
+    start_processes()
+    training = recipe.training
+    accelerator = build_accelerator(training.precision, training.rank_timeout)
+    load_model(checkpoint, stage.module)
+    averaged = load_average(checkpoint, stage.module)
+    stage.module.to(accelerator.device).eval()
+    figures = stage.validate(accelerator)
+    if not figures:
+        raise ValueError(
+            f"{checkpoint} was trained without images to validate on: name some with "
+            "--data.validation SHARDS."
+        )
+    found = Evaluation(
+        checkpoint=checkpoint,
+        step=load_state(checkpoint).step,
+        averaged=averaged,
+        figures=figures,
+    )
+    if accelerator.is_main_process:
+        _note(run, found, overrides)
+        sys.stdout.write(found.text + "\n")
+    end_processes(accelerator)
+    return found
+
+
+def _recipe(checkpoint: Path, run: RunFolder, overrides: Sequence[str]) -> tuple[Any, Any]:
+    """Return the recipe of a checkpoint with what replaces parts of it, and what trains it."""
+    file = checkpoint / RECIPE_FILE
+    task = task_named(read_values(file).get("task"), file)
+    recipe = load(task.recipe, file, overrides)
+    if "init" not in to_values(recipe):
+        return recipe, task.stage
+    if run.encoder.is_dir():
+        # It has the windows of the pretraining, and what the run started from may be gone.
+        return replace(recipe, init=str(run.encoder)), task.stage
+    for key in differences(read_values(file), read_values(file, overrides)):
+        if any(key == size or key.startswith(f"{size}.") for size in SIZES):
+            raise ValueError(
+                f"--{key} changes the encoder, and {run.path} has no encoder yet that knows the "
+                "windows of its pretraining: let the training end first."
+            )
+    return recipe, task.stage
+
+
+def _note(run: RunFolder, found: Evaluation, overrides: Sequence[str]) -> None:
+    line = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "checkpoint": found.checkpoint.name,
+        "step": found.step,
+        "averaged": found.averaged,
+        "changes": list(overrides),
+        **found.figures,
+    }
+    with (run.path / EVALUATIONS).open("ab", buffering=0) as file:
+        append_whole(file, json.dumps(line).encode() + b"\n")

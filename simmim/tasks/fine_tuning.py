@@ -1,0 +1,215 @@
+"""What the fine-tuning stages have in common.
+
+A new one is a file with a recipe and a stage that extend the two classes here: it opens the data,
+builds the model, says how a sample is prepared and what a validation finds, and hands on what was
+trained. `simmim.tasks.all_tasks` then names it. Classes of whole samples have
+`simmim.tasks.classification.base` between, places in images `simmim.tasks.segmentation`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from accelerate import Accelerator
+from torch import nn
+from typing_extensions import Self
+
+from simmim.data.datasets.mixture import order_of
+from simmim.data.loader.batches import Batch, BatchStream, evaluation_batches
+from simmim.data.order.order import Address
+from simmim.data.order.source import Source
+from simmim.data.settings import CroppedSettings
+from simmim.data.transforms.image_transforms import Sample
+from simmim.engine.run import RunFolder
+from simmim.engine.settings import TrainingSettings
+from simmim.recipe import recipe_hash, settings
+from simmim.tasks.batches import check_slots, training_batches
+from simmim.tasks.encoder_settings import EncoderSettings, ExecutionSettings
+from simmim.tasks.pretrained import SCRATCH, Start, start_from
+from swinv2.weights import Provenance
+
+Prepare = Callable[[Any, Address], Sample]
+"""Makes a sample of what was read at an address."""
+
+
+@settings
+class FineTuningRecipe:
+    """A pretrained encoder, or fresh weights, trained for a task."""
+
+    task: str
+    """What this recipe does."""
+    init: str = SCRATCH
+    """`scratch`, or what to start from: an encoder directory, or the folder of a run that has
+    ended. It brings its architecture (variant, patch, channels, sizes) and its mean and std: of
+    `encoder` only `window_size` and `drop_path` then apply, and data.mean and data.std do not."""
+    encoder: EncoderSettings
+    """The encoder."""
+    data: CroppedSettings
+    """What is trained on."""
+    execution: ExecutionSettings = ExecutionSettings()
+    """How the encoder is computed."""
+    training: TrainingSettings
+    """The training."""
+
+    def __post_init__(self) -> None:
+        check_slots(self.data.slots, self.training)
+        if self.init == SCRATCH:
+            self.encoder.check_channels(self.data.mean)
+            config = self.encoder.config(self.data.image_size)  # raises where sizes cannot work
+            self.execution.check_stages(len(config.depths))
+
+    def start(self) -> Start[Any]:
+        """Build the encoder that `init` asks for; see `start_from`."""
+        return start_from(self.init, self.encoder, self.data, self.training.seed)
+
+    @property
+    def best_metric(self) -> str:
+        """The figure of validation that tells the best checkpoint; higher is better."""
+        raise NotImplementedError
+
+    def resolved(self) -> Self:
+        """Return the recipe that a run of it keeps, with what it leaves to be measured filled in.
+
+        Raises:
+            ValueError: it was not measured.
+        """
+        return self
+
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names of the classes, as the data have them.
+
+        Raises:
+            ValueError: the data cannot be read.
+        """
+        raise NotImplementedError
+
+
+Recipe = TypeVar("Recipe", bound=FineTuningRecipe)
+Data = TypeVar("Data", bound=Source[Any])
+
+
+class FineTuningStage(ABC, Generic[Recipe, Data]):
+    """A `simmim.engine.stage.Stage` on labelled data; what is left open here is the task's own.
+
+    Args:
+        recipe: what is trained, and how.
+        training: the samples to train on.
+        validation: those that are held out; None for none.
+    """
+
+    start: Start[Any]
+    """What training starts from."""
+    module: nn.Module
+    """Takes a Batch on its device and returns the mean loss over it."""
+    probe_every: int | None = None
+    """No probe: there are labels already."""
+
+    def __init__(self, recipe: Recipe, training: Data, validation: Data | None) -> None:
+        self.recipe: Recipe = recipe
+        self.training_shards: Data = training
+        self.validation_shards: Data | None = validation
+        self.bad_samples = recipe.data.bad_samples()
+        self.order = order_of(training, seed=recipe.training.seed, slots=recipe.data.slots)
+        self.samples_per_epoch = self.order.samples_per_epoch
+        self.data_digest = training.digest
+
+    @property
+    def best_metric(self) -> str:
+        """The figure of validation that tells the best checkpoint."""
+        return self.recipe.best_metric
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Blocks of each encoder stage."""
+        depths: tuple[int, ...] = self.start.encoder.config.depths
+        return depths
+
+    @property
+    @abstractmethod
+    def flops_per_sample(self) -> int:
+        """Operations of the matrix products in a forward pass over one sample."""
+
+    @abstractmethod
+    def training_transform(self) -> Prepare:
+        """Return what makes a sample as training sees it."""
+
+    @abstractmethod
+    def validation_transform(self) -> Prepare:
+        """Return what makes a sample as validation sees it."""
+
+    def batches(self, *, rank: int, world: int, start: int, end: int) -> Iterable[Batch]:
+        """Yield this rank's micro-batches, from `start` to `end` samples of the global stream."""
+        return training_batches(
+            self.training_shards,
+            self.order,
+            self.training_transform(),
+            self.recipe.data,
+            self.recipe.training,
+            rank=rank,
+            world=world,
+            start=start,
+            end=end,
+            bad_samples=self.bad_samples,
+        )
+
+    def held_out(
+        self,
+        transform: Prepare | None = None,
+        *,
+        at_a_time: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> BatchStream:
+        """Return this rank's part of the held-out samples: every one once over all ranks.
+
+        Args:
+            transform: makes a sample; by default `validation_transform`.
+            at_a_time: samples that all ranks take together; None takes as many as training does.
+            rank: number of this process.
+            world: number of processes.
+        """
+        assert self.validation_shards is not None
+        training = self.recipe.training
+        if at_a_time is None:
+            at_a_time = training.batch_size // training.accumulation
+        return evaluation_batches(
+            self.validation_shards,
+            transform or self.validation_transform(),
+            batch_size=max(world, at_a_time),
+            rank=rank,
+            world=world,
+            workers=self.recipe.data.workers,
+            bad_samples=self.bad_samples,
+        )
+
+    @abstractmethod
+    def validate(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return figures on held-out samples, the same on every rank; empty if there are none."""
+
+    @abstractmethod
+    def hand_on(self, run: RunFolder, step: int, samples: int) -> None:
+        """Write encoder and head into the run."""
+
+    def probe(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return nothing."""
+        del accelerator
+        return {}
+
+    def baselines(self) -> dict[str, float]:
+        """Return nothing, unless some answer without learning has a loss that tells."""
+        return {}
+
+    def look(self, accelerator: Accelerator, run: RunFolder, step: int) -> Path | None:
+        """Draw nothing, unless there is something to see."""
+        del accelerator, run, step
+        return None
+
+    def fresh(self) -> Self:
+        """Return a stage of the same recipe, with initial weights on the CPU."""
+        make: Callable[[Recipe], Self] = type(self)
+        return make(self.recipe)
+
+    def provenance(self, step: int, samples: int) -> Provenance:
+        """Return what an encoder directory says of where its weights come from."""
+        return Provenance(step=step, samples_seen=samples, recipe_hash=recipe_hash(self.recipe))

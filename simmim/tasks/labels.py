@@ -1,0 +1,151 @@
+"""What few labels are worth: fine-tuning from pretrained and from random weights, run by run.
+
+Both starts get the same recipe: images, steps, learning rates and augmentation. Each seed draws its
+own share of the labels, the same one for both starts. A run that has ended is not repeated, and one
+that was stopped goes on.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from simmim.engine.run import RunFolder
+from simmim.recipe import load, read_values
+from simmim.report.labels_page import Scores, drawing, labels_page, table_of
+from simmim.tasks.all_tasks import fine_tuning_named
+from simmim.tasks.fine_tuning import FineTuningRecipe
+from simmim.tasks.pretrained import SCRATCH
+from swinv2.atomic import atomic_write_text
+
+Start = Literal["pretrained", "scratch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelRun:
+    """One fine-tuning of the comparison."""
+
+    start: Start
+    fraction: float
+    """Share of the labels."""
+    seed: int
+    """Of the training, and of which labels are used."""
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return f"{self.start}-{100 * self.fraction:g}-seed{self.seed}"
+
+
+def compare_labels(
+    config: Path,
+    init: str,
+    folder: Path,
+    *,
+    fractions: Sequence[float],
+    seeds: Sequence[int],
+    overrides: Sequence[str] = (),
+) -> str:
+    """Train all runs that have not ended, and write labels.html, labels.svg and labels.json.
+
+    Args:
+        config: a fine-tuning recipe of any task, with samples to validate on. Give its length in
+            steps, and all shares of the labels get as many; in epochs, fewer labels get fewer.
+        init: the pretrained start; see `ClassificationRecipe.init`.
+        folder: of all runs and the page.
+        fractions: shares of the labels, above 0 and at most 1.
+        seeds: of the runs.
+        overrides: `--key value` for every run.
+
+    Returns:
+        The table, as text.
+
+    Raises:
+        ValueError: the recipe cannot be used, a run in the folder has another, or one failed.
+    """
+    runs = list(_runs(fractions, seeds))
+    task = fine_tuning_named(read_values(config, overrides).get("task"), config)
+    metric = ""
+    for run in runs:  # every mistake in a recipe is told before the first run
+        recipe: FineTuningRecipe = load(task.recipe, config, _arguments(run, init, overrides))
+        metric = recipe.best_metric
+        place = RunFolder(path=folder / run.name)
+        if _score(place, metric) is not None:  # of another recipe, it is refused
+            place.check(recipe.resolved(), resume=True)
+    for number, run in enumerate(runs, start=1):
+        place = RunFolder(path=folder / run.name)
+        if _score(place, metric) is None:
+            sys.stderr.write(f"run {number} of {len(runs)}: {run.name}\n")
+            _train(config, place, metric, _arguments(run, init, overrides))
+        _write(folder, config, init, metric, _scores(folder, runs, metric))
+    table = table_of(_scores(folder, runs, metric), metric)
+    return "\n".join("  ".join(f"{cell:<20}" for cell in row).rstrip() for row in table)
+
+
+def _runs(fractions: Sequence[float], seeds: Sequence[int]) -> Iterator[LabelRun]:
+    """Yield all runs: every seed's comparison is whole before the next seed's begins."""
+    starts: tuple[Start, ...] = ("pretrained", "scratch")
+    for seed in seeds:
+        for fraction in fractions:
+            for start in starts:
+                yield LabelRun(start=start, fraction=fraction, seed=seed)
+
+
+def _arguments(run: LabelRun, init: str, overrides: Sequence[str]) -> list[str]:
+    """Return the options that make the recipe this run's."""
+    own = {
+        "init": init if run.start == "pretrained" else SCRATCH,
+        "data.fraction": f"{run.fraction:g}",
+        "data.fraction_seed": str(run.seed),
+        "training.seed": str(run.seed),
+    }
+    return [*overrides, *(text for key, value in own.items() for text in (f"--{key}", value))]
+
+
+def _train(config: Path, place: RunFolder, metric: str, arguments: Sequence[str]) -> None:
+    command = [sys.executable, "-m", "simmim", "finetune", "--config", str(config)]
+    command += ["--folder", str(place.path), "--resume", "auto", *arguments]
+    code = subprocess.run(command, check=False).returncode
+    if code != 0 or _score(place, metric) is None:
+        raise ValueError(
+            f"{place.path} ended with code {code}"
+            + ("" if code else f" and no {metric} of a validation: give samples to validate on")
+            + ". What it said stands above; the same command goes on from here."
+        )
+
+
+def _score(place: RunFolder, metric: str) -> float | None:
+    """Return the last validation of a run that has ended; not its best, which the test chose."""
+    if not place.encoder.is_dir():
+        return None
+    found = [line[metric] for line in place.read_metrics() if metric in line]
+    return float(found[-1]) if found else None
+
+
+def _scores(folder: Path, runs: Sequence[LabelRun], metric: str) -> list[Scores]:
+    """Return the scores of the runs that have ended, by start and share."""
+    values: dict[tuple[str, float], list[float]] = {}
+    for run in runs:
+        score = _score(RunFolder(path=folder / run.name), metric)
+        if score is not None:
+            values.setdefault((run.start, run.fraction), []).append(score)
+    return [
+        Scores(start=start, fraction=fraction, values=tuple(found))
+        for (start, fraction), found in values.items()
+    ]
+
+
+def _write(folder: Path, config: Path, init: str, metric: str, scores: Sequence[Scores]) -> None:
+    note = (
+        f"Fine-tuning with {config}, the same for both starts; pretrained is {init}. Means and "
+        "standard deviations over seeds, each with its own choice of labels; the last validation "
+        "of each run."
+    )
+    page = labels_page("What few labels are worth", scores, metric, [note])
+    atomic_write_text(folder / "labels.html", page)
+    atomic_write_text(folder / "labels.svg", drawing(scores) + "\n")
+    text = json.dumps([asdict(one) for one in scores], indent=1)
+    atomic_write_text(folder / "labels.json", text + "\n")

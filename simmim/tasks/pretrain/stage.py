@@ -1,0 +1,351 @@
+"""Pretraining: SimMIM on unlabelled shards. The recipe, and what the training loop needs of it."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from simmim.data.datasets.mixture import order_of
+from simmim.data.loader.batches import Batch, BatchStream, evaluation_batches
+from simmim.data.settings import AugmentedDataSettings, DataSettings, with_statistics
+from simmim.data.transforms.image_transforms import EvalTransform
+from simmim.engine.checkpoint.directory import (
+    TrainingState,
+    find_checkpoint,
+    load_model,
+    load_state,
+)
+from simmim.engine.checkpoint.ema import load_average
+from simmim.engine.run import RunFolder
+from simmim.engine.settings import TrainingSettings
+from simmim.method.losses import LossName
+from simmim.method.masking import MaskDrawer, MaskSettings
+from simmim.method.model import LossArea, SimMIM
+from simmim.recipe import load, recipe_hash, settings
+from simmim.report.panels import reconstruction_panel
+from simmim.tasks.batches import check_slots, train_transform, training_batches
+from simmim.tasks.classification.classifier import pool
+from simmim.tasks.drop_path_noise import drop_path_chances
+from simmim.tasks.encoder_settings import EncoderSettings, ExecutionSettings
+from simmim.tasks.normalisation import Normalise
+from simmim.tasks.probe.online import OnlineProbe, OnlineProbeSettings
+from swinv2 import build_encoder, save_encoder
+from swinv2.flops import forward_flops
+from swinv2.weights import Provenance
+
+PANEL_IMAGES = 8
+BASELINE_IMAGES = 256
+"""Held-out images that the baseline is measured on before training, to be quick."""
+
+
+@settings
+class PretrainData(AugmentedDataSettings):
+    """Unlabelled shards and their augmentation."""
+
+    image_size: int = 192
+    """Side of the square images in pixels."""
+    scale: tuple[float, float] = (0.67, 1.0)
+    """Share of the image's area that the random crop takes, from and to."""
+
+
+@settings
+class LossSettings:
+    """What is asked for, and how an answer is measured."""
+
+    name: LossName = "l1"
+    """Distance between prediction and pixel: l1, smooth_l1 or l2."""
+    area: LossArea = "masked"
+    """Pixels that the loss is taken over: masked, or all."""
+    norm_target: bool = False
+    """Normalise each target pixel by mean and variance of its 47x47 neighbourhood."""
+
+
+@settings
+class PretrainRecipe:
+    """SimMIM pretraining of a Swin Transformer V2."""
+
+    task: Literal["pretrain"]
+    """What this recipe does."""
+    encoder: EncoderSettings
+    """The encoder."""
+    data: PretrainData
+    """The images."""
+    mask: MaskSettings = MaskSettings()
+    """What is hidden."""
+    loss: LossSettings = LossSettings()
+    """What is asked for."""
+    execution: ExecutionSettings = ExecutionSettings()
+    """How the encoder is computed."""
+    probe: OnlineProbeSettings | None = None
+    """Frozen features are tried on labelled images now and then; null does without."""
+    training: TrainingSettings
+    """The training."""
+
+    def __post_init__(self) -> None:
+        size, cell = self.data.image_size, self.mask.cell
+        if cell % self.encoder.patch_size:
+            raise ValueError(
+                f"mask.cell {cell} is no multiple of encoder.patch_size "
+                f"{self.encoder.patch_size}, so cells would cut through patches."
+            )
+        self.draw_mask()
+        self.encoder.check_channels(self.data.mean)
+        check_slots(self.data.slots, self.training)
+        if self.training.optimizer.layer_decay != 1.0:
+            raise ValueError("training.optimizer.layer_decay belongs to fine-tuning; leave it 1.")
+        config = self.encoder.config(size)  # raises where the sizes cannot work together
+        self.execution.check_stages(len(config.depths))
+
+    def draw_mask(self) -> MaskDrawer:
+        """Return what draws the mask of an image.
+
+        Raises:
+            ValueError: mask cells do not tile the image, or hide all of it.
+        """
+        return self.mask.drawer((self.data.image_size, self.data.image_size))
+
+
+def build_model(recipe: PretrainRecipe) -> SimMIM:
+    """Build the model with its initial weights, which depend on the recipe's seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.training.seed)
+        return SimMIM(
+            build_encoder(recipe.encoder.config(recipe.data.image_size)),
+            mask_cell=recipe.mask.cell,
+            norm_target=recipe.loss.norm_target,
+            loss=recipe.loss.name,
+            loss_area=recipe.loss.area,
+        )
+
+
+class PretrainModule(nn.Module):
+    """SimMIM over batches as they were stored: the device mirrors and normalises the images."""
+
+    def __init__(self, model: SimMIM, data: DataSettings, *, seed: int) -> None:
+        super().__init__()
+        self.model = model
+        self.seed = seed
+        self.normalise = Normalise(*data.normalisation)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the mean loss over a batch."""
+        assert batch.masks is not None
+        images = self.normalise(batch.images, batch.flips)
+        chances = drop_path_chances(self.model.encoder, batch, self.seed)
+        loss: Tensor = self.model(images, batch.masks, chances).loss
+        return loss
+
+    def features(self, batch: Batch) -> Tensor:
+        """Return the pooled features of whole images, (batch, num_features)."""
+        return pool(self.model.encoder(self.normalise(batch.images, batch.flips)))
+
+
+class PretrainStage:
+    """Pretraining, as the training loop sees it."""
+
+    def __init__(self, recipe: PretrainRecipe) -> None:
+        recipe = replace(recipe, data=with_statistics(recipe.data))
+        self.recipe = recipe
+        self.bad_samples = recipe.data.bad_samples()
+        self.training_shards, self.validation_shards = recipe.data.split_shards()
+        self.order = order_of(
+            self.training_shards, seed=recipe.training.seed, slots=recipe.data.slots
+        )
+        self.samples_per_epoch = self.order.samples_per_epoch
+        self.data_digest = self.training_shards.digest
+        self.model = build_model(recipe)
+        recipe.execution.apply(self.model.encoder)
+        self.module = PretrainModule(self.model, recipe.data, seed=recipe.training.seed)
+        self.depths = self.model.encoder.config.depths
+        self.draw_mask = recipe.draw_mask()
+        self.online_probe = None
+        if recipe.probe is not None:
+            size = (recipe.encoder.in_channels, *self.model.encoder.config.image_size)
+            self.online_probe = OnlineProbe(
+                recipe.probe, size, width=self.model.encoder.num_features, data=recipe.data
+            )
+
+    @property
+    def flops_per_sample(self) -> int:
+        """Operations of encoder and decoder; see `simmim.engine.stage.Stage`."""
+        config = self.model.encoder.config
+        decoded = math.prod(config.stage_resolutions[-1])
+        if self.recipe.loss.area == "masked" and self.recipe.mask.cell >= config.strides[-1]:
+            decoded = math.ceil(decoded * self.recipe.mask.ratio)
+        pixels = config.in_channels * config.strides[-1] ** 2
+        return forward_flops(config) + 2 * decoded * config.num_features * pixels
+
+    def batches(self, *, rank: int, world: int, start: int, end: int) -> Iterable[Batch]:
+        """Yield this rank's micro-batches; see `simmim.engine.loop.Stage`."""
+        recipe = self.recipe
+        return training_batches(
+            self.training_shards,
+            self.order,
+            train_transform(
+                recipe.data,
+                seed=recipe.training.seed,
+                channels=recipe.encoder.in_channels,
+                mask=self.draw_mask,
+            ),
+            recipe.data,
+            recipe.training,
+            rank=rank,
+            world=world,
+            start=start,
+            end=end,
+            bad_samples=self.bad_samples,
+        )
+
+    def held_out_batches(
+        self, *, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
+    ) -> BatchStream:
+        """Yield this rank's part of the held-out images; their masks are always the same."""
+        data = self.recipe.data
+        transform = EvalTransform(
+            size=(data.image_size, data.image_size),
+            channels=self.recipe.encoder.in_channels,
+            mask=self.draw_mask,
+            max_pixels=data.max_pixels,
+        )
+        return evaluation_batches(
+            self.validation_shards,
+            transform,
+            batch_size=batch_size,
+            rank=rank,
+            world=world,
+            workers=workers,
+            bad_samples=self.bad_samples,
+        )
+
+    def baselines(self) -> dict[str, float]:
+        """Return the loss of answering with the mean colour, on some of the held-out images."""
+        total = count = 0.0
+        for batch in self.held_out_batches(batch_size=64):
+            total += self._mean_color_loss(batch) * len(batch)
+            count += len(batch)
+            if count >= BASELINE_IMAGES:
+                break
+        return {"mean_color_loss": total / count} if count else {}
+
+    def _mean_color_loss(self, batch: Batch) -> float:
+        batch = batch.to(self.module.normalise.mean.device)
+        assert batch.masks is not None
+        images = self.module.normalise(batch.images)
+        return float(self.model.mean_color_loss(images, batch.masks))
+
+    def validate(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return the loss on held-out images, beside that of answering with the mean colour."""
+        sums = torch.zeros(3, dtype=torch.float64)
+        training = self.recipe.training
+        for batch in self.held_out_batches(
+            batch_size=max(1, training.batch_size // training.accumulation),
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            workers=self.recipe.data.workers,
+        ):
+            loss = self.module(batch.to(accelerator.device))
+            sums += torch.tensor([loss.item(), self._mean_color_loss(batch), 1]) * len(batch)
+        total = accelerator.reduce(sums.to(accelerator.device, torch.float32), "sum").cpu()
+        if not total[2]:
+            return {}
+        return {
+            "validation_loss": float(total[0] / total[2]),
+            "mean_color_loss": float(total[1] / total[2]),
+        }
+
+    def fresh(self) -> "PretrainStage":
+        """Return a stage of the same recipe, with initial weights on the CPU."""
+        return PretrainStage(self.recipe)
+
+    @property
+    def best_metric(self) -> str | None:
+        """None: a lower loss is no better encoder."""
+        return None
+
+    @property
+    def probe_every(self) -> int | None:
+        """Steps between probes; None for no probe."""
+        return None if self.recipe.probe is None else self.recipe.probe.every
+
+    def probe(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return how well frozen features tell the classes of labelled images apart."""
+        if self.online_probe is None:
+            return {}
+        return self.online_probe.run(self.module.features, accelerator)
+
+    @torch.no_grad()
+    def look(self, accelerator: Accelerator, run: RunFolder, step: int) -> Path | None:
+        """Draw reconstructions of the first held-out images into the run."""
+        batch = next(iter(self.held_out_batches(batch_size=PANEL_IMAGES)), None)
+        if batch is None:
+            return None
+        batch = batch.to(accelerator.device)
+        assert batch.masks is not None
+        images = self.module.normalise(batch.images)
+        self.module.eval()
+        with accelerator.autocast():
+            reconstruction = self.model(images, batch.masks).reconstruction.float()
+        mean, std = self.recipe.data.normalisation
+        path = run.reconstructions / f"step-{step:08d}.png"
+        reconstruction_panel(
+            images,
+            batch.masks,
+            reconstruction,
+            mean=mean,
+            std=std,
+            path=path,
+            norm_target=self.recipe.loss.norm_target,
+        )
+        return path
+
+    def hand_on(self, run: RunFolder, step: int, samples: int) -> None:
+        """Write the encoder directory into the run."""
+        save_pretrained(self.model, self.recipe, run.encoder, step=step, samples=samples)
+
+
+def save_pretrained(
+    model: SimMIM, recipe: PretrainRecipe, path: Path, *, step: int, samples: int
+) -> None:
+    """Write the encoder of a pretrained model as an encoder directory."""
+    mean, std = recipe.data.normalisation
+    save_encoder(
+        model.encoder,
+        path,
+        mean=mean,
+        std=std,
+        provenance=Provenance(step=step, samples_seen=samples, recipe_hash=recipe_hash(recipe)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """A model as a checkpoint of a pretraining run holds it."""
+
+    model: SimMIM
+    recipe: PretrainRecipe
+    state: TrainingState
+
+
+def load_pretrained(run: RunFolder, checkpoint: str = "auto") -> Pretrained:
+    """Rebuild the model of a run from a checkpoint, on the CPU, in evaluation mode.
+
+    Args:
+        run: a pretraining run folder.
+        checkpoint: `auto` for the last complete one, or its path.
+
+    Raises:
+        ValueError: the run holds no readable recipe or no complete checkpoint.
+    """
+    recipe = load(PretrainRecipe, run.recipe)
+    path = find_checkpoint(run.checkpoints, checkpoint)
+    if path is None:
+        raise ValueError(f"{run.checkpoints} holds no complete checkpoint; train it further first.")
+    module = PretrainModule(build_model(recipe), recipe.data, seed=recipe.training.seed)
+    load_model(path, module)
+    load_average(path, module)
+    return Pretrained(model=module.model.eval(), recipe=recipe, state=load_state(path))

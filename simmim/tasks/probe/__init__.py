@@ -1,0 +1,1 @@
+"""Probing frozen features with nearest neighbours and a linear classifier."""

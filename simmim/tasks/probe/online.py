@@ -1,0 +1,185 @@
+"""Probing while pretraining: frozen features of labelled images, tried every so many steps.
+
+The ranks share the images, and each decides the classes of its part: none waits for another.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from simmim.data.datasets.mixture import Shards
+from simmim.data.loader.bad_samples import BadSamples
+from simmim.data.loader.batches import Batch, evaluation_batches
+from simmim.data.settings import DataSettings, open_sets
+from simmim.data.transforms.image_transforms import EvalTransform
+from simmim.limits import check_least
+from simmim.recipe import settings
+from simmim.tasks.classification.classifier import score
+from simmim.tasks.labelled_data import open_labelled
+from simmim.tasks.probe.probe import (
+    Features,
+    ProbeSettings,
+    knn_votes,
+    linear_logits,
+    standardise,
+)
+
+
+@settings
+class OnlineProbeSettings:
+    """A classifier on frozen features, to see if pretraining learns what classes are made of."""
+
+    shards: str
+    """Folder of labelled shards that data-prep made, or its URL; or of a folder of images for each
+    class."""
+    validation: str | None = None
+    """Other images of the same classes, which are classified; null holds out
+    `validation_shards`."""
+    validation_shards: int = 1
+    """Shards at the end of the set that are held out to be classified."""
+    every: int = 5000
+    """Steps between probes; there is one before training, of random weights, and one at the end."""
+    kind: Literal["knn", "linear", "both"] = "knn"
+    """knn: nearest neighbours vote; linear: a linear classifier is fitted; or both."""
+    samples: int = 10_000
+    """Most labelled images that are known, the same share of each class."""
+    validation_samples: int = 5_000
+    """Most images that are classified, the same share of each class."""
+    batch_size: int = 256
+    """Images that all processes together encode at a time."""
+    classifier: ProbeSettings = ProbeSettings()
+    """How they vote and how a line is fitted."""
+
+    def __post_init__(self) -> None:
+        if self.validation is None and self.validation_shards < 1:
+            raise ValueError(
+                "a probe needs images to classify: set validation_shards to 1 or more."
+            )
+        check_least(self, 1, "every", "samples", "validation_samples", "batch_size")
+
+
+class OnlineProbe:
+    """The images of a probe, and what is done with them.
+
+    Args:
+        settings: of the probe.
+        size: channels, height and width of the images that the encoder takes.
+        width: numbers in the features of an image.
+        data: of the pretraining, for how images are read.
+
+    Raises:
+        ValueError: the shards cannot be read, or are not labelled alike.
+    """
+
+    def __init__(
+        self,
+        settings: OnlineProbeSettings,
+        size: tuple[int, int, int],
+        *,
+        width: int,
+        data: DataSettings,
+    ) -> None:
+        self.settings, self.size, self.width, self.data = settings, size, width, data
+        known, asked = open_labelled(
+            open_sets(settings.shards, data.remote_reading),
+            validation=None
+            if settings.validation is None
+            else open_sets(settings.validation, data.remote_reading),
+            validation_shards=settings.validation_shards,
+            fraction=1.0,
+            seed=0,
+        )
+        assert asked is not None
+        self.classes = known.classes
+        self.known = at_most(known, settings.samples)
+        self.asked = at_most(asked, settings.validation_samples)
+
+    def run(
+        self, features: Callable[[Batch], Tensor], accelerator: Accelerator
+    ) -> dict[str, float]:
+        """Return the share of images that are classified rightly, in percent.
+
+        Args:
+            features: of a batch on its device, (batch, num_features); called as often on each rank.
+            accelerator: devices and processes.
+        """
+        mine = self._features(self.known, features, accelerator)
+        everyone = Features(
+            values=gathered(mine.values, accelerator), labels=gathered(mine.labels, accelerator)
+        )
+        real = everyone.labels >= 0
+        known = Features(values=everyone.values[real], labels=everyone.labels[real])
+        asked = self._features(self.asked, features, accelerator)
+        known, asked = standardise(known, asked)
+        guesses = self._guesses(known, asked.values)
+        hits = [
+            score(guess, asked.labels).top1 if len(guess) else 0.0 for guess in guesses.values()
+        ]
+        sums = torch.tensor([*hits, float(len(asked.labels))], device=accelerator.device)
+        *right, count = accelerator.reduce(sums, "sum").tolist()
+        if not count:
+            return {}
+        return {
+            f"probe_{name}_top1": 100 * found / count
+            for name, found in zip(guesses, right, strict=True)
+        }
+
+    def _guesses(self, known: Features, asked: Tensor) -> dict[str, Tensor]:
+        classifier, kind = self.settings.classifier, self.settings.kind
+        guesses: dict[str, Tensor] = {}
+        if kind != "linear":
+            guesses["knn"] = knn_votes(
+                known,
+                asked,
+                num_classes=len(self.classes),
+                neighbours=classifier.neighbours,
+                temperature=classifier.temperature,
+            )
+        if kind != "knn":
+            with torch.enable_grad():
+                guesses["linear"] = linear_logits(
+                    known, asked, num_classes=len(self.classes), steps=classifier.linear_steps
+                )
+        return guesses
+
+    def _features(
+        self, shards: Shards, features: Callable[[Batch], Tensor], accelerator: Accelerator
+    ) -> Features:
+        """Return the features of this rank's part of the images."""
+        transform = EvalTransform(
+            size=self.size[1:], channels=self.size[0], max_pixels=self.data.max_pixels
+        )
+        batches = evaluation_batches(
+            shards,
+            transform,
+            batch_size=self.settings.batch_size,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            workers=self.data.workers,
+            bad_samples=BadSamples(max_share=1.0),  # they are no part of training
+        )
+        # A rank may have no batch at all.
+        values = [torch.zeros(0, self.width, device=accelerator.device)]
+        labels = [torch.zeros(0, dtype=torch.int64, device=accelerator.device)]
+        for stored in batches:
+            batch = stored.to(accelerator.device)
+            assert batch.labels is not None
+            with accelerator.autocast():
+                values.append(features(batch).float())
+            labels.append(batch.labels)
+        return Features(values=torch.cat(values), labels=torch.cat(labels))
+
+
+def at_most(shards: Shards, samples: int) -> Shards:
+    """Return about this many samples at most, the same share of each class."""
+    return shards if shards.samples <= samples else shards.share(samples / shards.samples, seed=0)
+
+
+def gathered(part: Tensor, accelerator: Accelerator) -> Tensor:
+    """Return the rows of all ranks; where ranks have fewer, there are rows of -1."""
+    even = accelerator.pad_across_processes(part, dim=0, pad_index=-1)
+    rows: Tensor = accelerator.gather(even)
+    return rows

@@ -1,0 +1,380 @@
+"""Probing: how well frozen features tell classes apart, by nearest neighbours and linearly."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from simmim.data.datasets.mixture import Shards
+from simmim.data.loader.batches import evaluation_batches
+from simmim.data.order.randomness import shuffled
+from simmim.data.settings import RemoteSettings, open_sets
+from simmim.data.transforms.image_transforms import EvalTransform
+from simmim.data.transforms.pillow_decoding import MAX_PIXELS
+from simmim.limits import check_least, check_shares
+from simmim.recipe import settings
+from simmim.tasks.classification.classifier import pooled_features, score
+from simmim.tasks.labelled_data import open_labelled
+from simmim.tasks.normalisation import Normalise
+from swinv2 import SwinV2, build_encoder, load_encoder
+from swinv2.weights import read_encoder_config
+
+Start = Literal["pretrained", "scratch"]
+
+L2_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
+"""Penalties that the linear probe chooses from."""
+
+BLOCK_SIMILARITIES = 2**26
+"""Similarities held at a time while neighbours are searched: 256 MB."""
+
+
+@settings
+class ProbeData(RemoteSettings):
+    """Labelled shards, and how they are read."""
+
+    shards: str
+    """Folder of labelled shards that data-prep made, or its URL; or of a folder of images for each
+    class."""
+    validation: str | None = None
+    """Other images of the same classes, all of them for validation; null holds out
+    `validation_shards`."""
+    validation_shards: int = 1
+    """Shards at the end of the set that are held out for validation."""
+    fraction: float = 1.0
+    """Share of each class's training images that is used, above 0 and at most 1."""
+    fraction_seed: int = 0
+    """Seed of that choice."""
+    image_size: int | None = None
+    """Side of the square images in pixels; null takes the encoder's."""
+    window_size: int | None = None
+    """Side of the attention windows in tokens; null takes the encoder's."""
+    crop_pct: float = 1.0
+    """Share of the short side that the central crop keeps, above 0 and at most 1."""
+    batch_size: int = 128
+    """Images that are encoded together."""
+    workers: int = 2
+    """Worker processes that decode; 0 decodes in the process itself."""
+    max_pixels: int = MAX_PIXELS
+    """Images of more pixels are refused from their header, before anything is decoded."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.validation is None and self.validation_shards < 1:
+            raise ValueError("a probe needs validation images: set validation_shards to 1 or more.")
+        check_least(self, 1, "batch_size", "max_pixels")
+        check_least(self, 0, "workers")
+        check_shares(self, "fraction", "crop_pct")
+
+
+@settings
+class ProbeSettings:
+    """Two classifiers on frozen features."""
+
+    neighbours: int = 20
+    """Nearest training images that vote on the class of an image."""
+    temperature: float = 0.07
+    """A neighbour's vote is exp(cosine similarity / temperature)."""
+    linear_steps: int = 100
+    """Most L-BFGS steps over all training features for the linear classifier."""
+
+    def __post_init__(self) -> None:
+        check_least(self, 1, "neighbours", "linear_steps")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be above 0.")
+
+
+@settings
+class ProbeRecipe:
+    """A probe of an encoder's frozen features."""
+
+    task: Literal["probe"] = "probe"
+    """What this recipe does."""
+    encoder: str
+    """Encoder directory."""
+    init: Literal["pretrained", "scratch", "both"] = "both"
+    """Weights: the directory's, random ones in the same architecture, or one after the other."""
+    seed: int = 0
+    """Seed of the random weights."""
+    data: ProbeData
+    """The images."""
+    probe: ProbeSettings = ProbeSettings()
+    """The classifiers."""
+
+    def __post_init__(self) -> None:
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; it must fit into 64 bits.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeResult:
+    """Accuracy on the validation images, in percent."""
+
+    knn_top1: float
+    linear_top1: float
+    linear_top5: float
+    train_samples: int
+    validation_samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """Frozen features of a set of images."""
+
+    values: Tensor
+    """float32 (samples, num_features)."""
+    labels: Tensor
+    """int64 (samples,)."""
+
+
+def compare(recipe: ProbeRecipe, device: torch.device | str = "cpu") -> dict[Start, ProbeResult]:
+    """Probe the weights that `recipe.init` names, on the same images.
+
+    Raises:
+        ValueError: the encoder directory or the shards cannot be used.
+    """
+    description = read_encoder_config(recipe.encoder)
+    pretrained = load_encoder(
+        recipe.encoder, image_size=recipe.data.image_size, window_size=recipe.data.window_size
+    )
+    training, validation = open_probe_shards(recipe.data)
+    starts: tuple[Start, ...] = ("pretrained", "scratch")
+    results: dict[Start, ProbeResult] = {}
+    for start in starts:
+        if recipe.init in (start, "both"):
+            results[start] = probe(
+                pretrained if start == "pretrained" else scratch_like(pretrained, recipe.seed),
+                training,
+                validation,
+                data=recipe.data,
+                settings=recipe.probe,
+                mean=description.mean,
+                std=description.std,
+                device=device,
+                label=start,
+            )
+    return results
+
+
+def table(results: Mapping[Start, ProbeResult]) -> str:
+    """Return the results as a table for a person, a row for each start."""
+    lines = ["encoder      kNN top-1  linear top-1  linear top-5"]
+    lines += [
+        f"{start:<11s}  {found.knn_top1:9.2f}  {found.linear_top1:12.2f}  {found.linear_top5:12.2f}"
+        for start, found in results.items()
+    ]
+    for found in list(results.values())[:1]:
+        lines.append(
+            f"percent of {found.validation_samples:,} validation images, "
+            f"after {found.train_samples:,} labelled training images"
+        )
+    return "\n".join(lines)
+
+
+def scratch_like(encoder: SwinV2, seed: int) -> SwinV2:
+    """Return an encoder of the same architecture with fresh weights, which depend on `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_encoder(encoder.config).eval()
+
+
+def open_probe_shards(data: ProbeData) -> tuple[Shards, Shards]:
+    """Open the training and validation shards.
+
+    Raises:
+        ValueError: shards cannot be read, or are not labelled alike.
+    """
+    training, validation = open_labelled(
+        open_sets(data.shards, data.remote_reading),
+        validation=None
+        if data.validation is None
+        else open_sets(data.validation, data.remote_reading),
+        validation_shards=data.validation_shards,
+        fraction=data.fraction,
+        seed=data.fraction_seed,
+    )
+    assert validation is not None
+    return training, validation
+
+
+def probe(
+    encoder: SwinV2,
+    training: Shards,
+    validation: Shards,
+    *,
+    data: ProbeData,
+    settings: ProbeSettings,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    device: torch.device | str = "cpu",
+    label: str = "probe",
+) -> ProbeResult:
+    """Classify the validation images by frozen features of the training images.
+
+    Args:
+        encoder: at its nominal image size; moved to `device`, its weights stay as they are.
+        training: labelled shards.
+        validation: shards with the same classes.
+        data: how images are read; its folders are not looked at.
+        settings: the two classifiers.
+        mean: of each channel, on a scale from 0 to 1.
+        std: of each channel, on a scale from 0 to 1.
+        device: where features are computed and compared.
+        label: stands before the progress bar.
+    """
+    known, asked = (
+        extract_features(encoder, shards, data=data, mean=mean, std=std, device=device, label=text)
+        for shards, text in ((training, f"{label}: training"), (validation, f"{label}: validation"))
+    )
+    known, asked = standardise(known, asked)
+    votes = knn_votes(
+        known,
+        asked.values,
+        num_classes=len(training.classes),
+        neighbours=settings.neighbours,
+        temperature=settings.temperature,
+    )
+    logits = linear_logits(
+        known, asked.values, num_classes=len(training.classes), steps=settings.linear_steps
+    )
+    by_votes, by_lines = score(votes, asked.labels), score(logits, asked.labels)
+    return ProbeResult(
+        knn_top1=100 * by_votes.top1 / by_votes.samples,
+        linear_top1=100 * by_lines.top1 / by_lines.samples,
+        linear_top5=100 * by_lines.top5 / by_lines.samples,
+        train_samples=len(known.labels),
+        validation_samples=len(asked.labels),
+    )
+
+
+def extract_features(
+    encoder: SwinV2,
+    shards: Shards,
+    *,
+    data: ProbeData,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    device: torch.device | str,
+    label: str,
+) -> Features:
+    """Return the average-pooled features of every sample of `shards`, in order."""
+    transform = EvalTransform(
+        size=encoder.config.image_size,
+        crop_pct=data.crop_pct,
+        channels=encoder.config.in_channels,
+        max_pixels=data.max_pixels,
+    )
+    batches = evaluation_batches(
+        shards, transform, batch_size=data.batch_size, workers=data.workers
+    )
+    normalise = Normalise(mean, std).to(device)
+    values, labels = [], []
+    bar = tqdm(total=shards.samples, desc=label, unit="image", leave=False, disable=None)
+    with bar, torch.no_grad(), _frozen(encoder.to(device)):
+        for batch in batches:
+            assert batch.labels is not None
+            values.append(pooled_features(encoder, normalise(batch.images.to(device))).float())
+            labels.append(batch.labels.to(device))
+            bar.update(len(batch))
+    if batches.bad_samples.bad:
+        tqdm.write(f"{label}: left out {batches.bad_samples.summary()}", file=sys.stderr)
+    return Features(values=torch.cat(values), labels=torch.cat(labels))
+
+
+@contextmanager
+def _frozen(encoder: SwinV2) -> Iterator[None]:
+    was_training = encoder.training
+    encoder.eval()
+    try:
+        yield
+    finally:
+        encoder.train(was_training)
+
+
+def standardise(known: Features, asked: Features) -> tuple[Features, Features]:
+    """Shift and scale both so that each feature of the known ones has mean 0 and deviation 1.
+
+    Without it a few strong features, and what all images share, decide every cosine.
+    """
+    mean, std = known.values.mean(dim=0), known.values.std(dim=0, correction=0).clamp(min=1e-6)
+    return (
+        Features(values=(known.values - mean) / std, labels=known.labels),
+        Features(values=(asked.values - mean) / std, labels=asked.labels),
+    )
+
+
+def knn_votes(
+    known: Features, asked: Tensor, *, num_classes: int, neighbours: int, temperature: float
+) -> Tensor:
+    """Let the nearest known features vote, weighted by exp(cosine similarity / temperature).
+
+    Args:
+        known: features with their classes.
+        asked: (samples, num_features).
+        num_classes: number of classes.
+        neighbours: how many vote; all there are, where there are fewer.
+        temperature: of the votes.
+
+    Returns:
+        (samples, num_classes): each row sums to 1.
+    """
+    directions = F.normalize(known.values, dim=1)
+    neighbours = min(neighbours, len(directions))
+    votes = asked.new_zeros(len(asked), num_classes)
+    rows = max(1, BLOCK_SIMILARITIES // len(directions))
+    for first in range(0, len(asked), rows):
+        block = F.normalize(asked[first : first + rows], dim=1)
+        nearest = (block @ directions.T).topk(neighbours, dim=1)
+        weights = (nearest.values / temperature).softmax(dim=1)
+        votes[first : first + rows].scatter_add_(1, known.labels[nearest.indices], weights)
+    return votes
+
+
+def linear_logits(known: Features, asked: Tensor, *, num_classes: int, steps: int) -> Tensor:
+    """Fit a linear classifier to the known features and apply it: (samples, num_classes).
+
+    Both should be standardised. The penalty on the weights is the one of `L2_STRENGTHS` that does
+    best on a fifth of the known features, after fitting the others.
+    """
+    values, labels = known.values, known.labels
+    order = torch.from_numpy(shuffled(len(labels), "probe penalty")).to(labels.device)
+    held, kept = order[: len(order) // 5], order[len(order) // 5 :]
+    losses = []
+    for strength in L2_STRENGTHS if len(held) else L2_STRENGTHS[:1]:
+        line = _fit_line(values[kept], labels[kept], num_classes, strength, steps)
+        losses.append(score(line(values[held]), labels[held]).loss)
+    strength = L2_STRENGTHS[losses.index(min(losses))]
+    return _fit_line(values, labels, num_classes, strength, steps)(asked)
+
+
+@dataclass(frozen=True)
+class _Line:
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, values: Tensor) -> Tensor:
+        return F.linear(values, self.weight, self.bias)
+
+
+def _fit_line(
+    values: Tensor, labels: Tensor, num_classes: int, strength: float, steps: int
+) -> _Line:
+    """Minimise cross entropy + strength / 2 · |weight|², which has one minimum."""
+    weight = values.new_zeros(num_classes, values.shape[1]).requires_grad_()
+    bias = values.new_zeros(num_classes).requires_grad_()
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def objective() -> Tensor:
+        weight.grad = bias.grad = None
+        loss = F.cross_entropy(F.linear(values, weight, bias), labels)
+        loss = loss + strength / 2 * weight.square().sum()
+        weight.grad, bias.grad = torch.autograd.grad(loss, (weight, bias))
+        return loss.detach()
+
+    optimizer.step(objective)  # type: ignore[no-untyped-call]
+    return _Line(weight.detach(), bias.detach())

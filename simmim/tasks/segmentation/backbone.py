@@ -1,0 +1,80 @@
+"""The encoder of a dense stage, as a backbone of transformers' heads."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simmim.data.loader.batches import Batch
+from simmim.data.order.randomness import stream_seed
+from swinv2 import SwinV2
+from swinv2.bridges.transformers_backbone import (
+    backbone_config,
+    register_backbone,
+)
+
+
+def check_installed(*, packages: Sequence[str] = ("transformers",)) -> None:
+    """Raise ValueError unless what dense stages need is installed."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"dense stages need {' and '.join(missing)}: install with pip install "
+            "'simmim[finetune]'."
+        )
+
+
+def last_maps(encoder: SwinV2, count: int) -> list[str]:
+    """Return the names of the last maps of an encoder, for `as_backbone`.
+
+    Raises:
+        ValueError: it has fewer stages.
+    """
+    stages = len(encoder.config.depths)
+    if stages < count:
+        raise ValueError(
+            f"the head takes {count} maps, and the encoder has {stages} stages: choose an encoder "
+            "with more, or another head."
+        )
+    return [f"stage{number + 1}" for number in range(stages - count, stages)]
+
+
+def described(encoder: SwinV2, maps: Sequence[str]) -> Any:
+    """Return the description of an encoder as a backbone with these maps, for a head's config.
+
+    Raises:
+        ValueError: transformers is not installed.
+    """
+    check_installed()
+    register_backbone()
+    return backbone_config(encoder.config, out_features=maps)
+
+
+@contextmanager
+def dropping_by(backbone: nn.Module, chances: Tensor | None) -> Iterator[None]:
+    """Let drop path in a backbone go by `chances`, through heads that do not know of them."""
+
+    def with_chances(
+        module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        del module
+        return arguments, named | {"chances": chances}
+
+    handle = backbone.register_forward_pre_hook(with_chances, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def drawing_by(batch: Batch, seed: int) -> Iterator[None]:
+    """Let what a head draws from torch's generators be a function of the seed and the batch."""
+    device = batch.images.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        key = batch.addresses.flatten().tolist()
+        torch.manual_seed(stream_seed("dense head", seed, *key) % 2**63)
+        yield

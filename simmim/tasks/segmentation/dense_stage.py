@@ -1,0 +1,151 @@
+"""What the stages have in common whose answers are places in an image."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from simmim.data.loader.batches import Batch
+from simmim.engine.run import RunFolder
+from simmim.limits import check_least
+from simmim.recipe import settings
+from simmim.tasks.drop_path_noise import drop_path_chances
+from simmim.tasks.fine_tuning import Data, FineTuningRecipe, FineTuningStage
+from simmim.tasks.normalisation import Normalise
+from simmim.tasks.pretrained import Start
+from simmim.tasks.segmentation.backbone import drawing_by, dropping_by
+from simmim.tasks.segmentation.overlays import palette, write_panel
+from simmim.tasks.segmentation.save_heads import count_flops, save_dense
+from simmim.tasks.segmentation.settings import DenseData
+from swinv2 import SwinV2, save_encoder
+from swinv2.bridges.transformers_backbone import encoder_from_backbone
+
+
+@settings
+class DenseRecipe(FineTuningRecipe):
+    """A head of transformers on the encoder as its backbone."""
+
+    data: DenseData
+    """The images."""
+    pictures: int = 4
+    """Validation images that are drawn with what is found in them; 0 draws none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 0, "pictures")
+
+    def build(self, encoder: SwinV2, names: Sequence[str]) -> Any:
+        """Return the model, with the weights of an encoder and a fresh head.
+
+        It has `net`, the model of transformers; `backbone`, the encoder within it; and `loss`, of
+        normalised images and the targets of a batch.
+
+        Args:
+            encoder: it is copied.
+            names: of the classes.
+
+        Raises:
+            ValueError: a part is not installed, or the encoder does not suit the head.
+        """
+        raise NotImplementedError
+
+
+Recipe = TypeVar("Recipe", bound=DenseRecipe)
+
+
+class DenseModule(nn.Module):
+    """The loss of a model over batches as they were stored."""
+
+    def __init__(
+        self, model: Any, start: Start[SwinV2], targets: Callable[[Batch], Any], *, seed: int
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.targets = targets
+        self.seed = seed
+        self.normalise = Normalise(start.mean, start.std)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the mean loss over a batch."""
+        images = self.normalise(batch.images, batch.flips)
+        chances = drop_path_chances(self.model.backbone.encoder, batch, self.seed)
+        with dropping_by(self.model.backbone, chances), drawing_by(batch, self.seed):
+            loss: Tensor = self.model.loss(images, self.targets(batch))
+            return loss
+
+
+class DenseStage(FineTuningStage[Recipe, Data]):
+    """A stage with a model of transformers, which it draws, counts and hands on.
+
+    Args:
+        recipe: what is trained, and how.
+        training: the images to train on.
+        validation: those that are held out.
+        names: of the classes.
+    """
+
+    start: Start[SwinV2]
+    model: Any
+    """What `DenseRecipe.build` returned."""
+    module: DenseModule
+    captions: Sequence[str]
+    """What stands above the columns of pictures."""
+
+    def __init__(
+        self, recipe: Recipe, training: Data, validation: Data | None, names: Sequence[str]
+    ) -> None:
+        super().__init__(recipe, training, validation)
+        self.names = names
+        seed = recipe.training.seed
+        start = recipe.start()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model = recipe.build(start.encoder, names)
+        self.start = replace(start, encoder=self.model.backbone.encoder)
+        # While it is whole: what is shared out cannot be copied.
+        self._flops = count_flops(self.model.net, self.model.backbone, recipe.data.image_size)
+        recipe.execution.apply(self.start.encoder)
+        self.module = DenseModule(self.model, self.start, self.targets_of, seed=seed)
+
+    @staticmethod
+    def targets_of(batch: Batch) -> Any:
+        """Return what the model's loss takes beside the images."""
+        return batch.targets
+
+    @property
+    def flops_per_sample(self) -> int:
+        """Operations of encoder and head; see `simmim.engine.stage.Stage`."""
+        return self._flops
+
+    @abstractmethod
+    def drawn(self, accelerator: Accelerator, colours: np.ndarray) -> Iterator[list[np.ndarray]]:
+        """Yield held-out images as pictures, one for each caption, with a colour for each class."""
+
+    @torch.no_grad()
+    def look(self, accelerator: Accelerator, run: RunFolder, step: int) -> Path | None:
+        """Draw held-out images, what is true of them and what is found."""
+        if self.validation_shards is None or not self.recipe.pictures:
+            return None
+        self.module.eval()
+        colours = palette(len(self.names))
+        with closing(self.drawn(accelerator, colours)) as drawn:  # type: ignore[type-var]
+            rows = list(islice(drawn, self.recipe.pictures))
+        path = run.reconstructions / f"step-{step:08d}.png"
+        write_panel(rows, self.captions, list(zip(self.names, colours, strict=True)), path)
+        return path
+
+    def hand_on(self, run: RunFolder, step: int, samples: int) -> None:
+        """Write the encoder directory, and encoder and head as transformers has them."""
+        mean, std = self.start.mean, self.start.std
+        encoder = encoder_from_backbone(self.model.backbone)
+        provenance = self.provenance(step, samples)
+        save_encoder(encoder, run.encoder, mean=mean, std=std, provenance=provenance)
+        save_dense(self.model.net, run.path / self.recipe.task, mean=mean, std=std)

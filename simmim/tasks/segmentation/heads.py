@@ -1,0 +1,242 @@
+"""Models that tell the class of every pixel: UperNet and Mask2Former of transformers.
+
+Both take normalised images, give a loss for training, and scores of each class for each pixel.
+Sources: UperNet (ECCV 2018), Mask2Former (CVPR 2022).
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simmim.data.transforms.label_image import IGNORED
+from simmim.limits import check_least
+from simmim.recipe import settings
+from simmim.tasks.segmentation.backbone import described, last_maps
+from swinv2 import SwinV2
+from swinv2.bridges.transformers_backbone import fill_backbone
+
+
+@settings
+class SegmentationHead:
+    """The head on the encoder."""
+
+    kind: Literal["upernet", "mask2former"] = "upernet"
+    """UperNet (the paper's), or Mask2Former. Batch norms of UperNet see the images of all GPUs at a
+    time (SyncBatchNorm); on CPUs each process's own, of which there should be two at least."""
+    channels: int | None = None
+    """Channels of the head; null is the publications': 512 of UperNet, 256 of Mask2Former, which
+    takes a multiple of 32."""
+    auxiliary_weight: float = 0.4
+    """UperNet: weight of the loss of a second, small head on the last map but one; 0 has none."""
+    auxiliary_channels: int = 256
+    """UperNet: channels of that head."""
+    queries: int = 100
+    """Mask2Former: masks that are proposed for an image."""
+    decoder_layers: int = 10
+    """Mask2Former: layers of the transformer decoder and one; the paper's is 10."""
+    points: int = 12544
+    """Mask2Former: places of a mask that the loss looks at."""
+
+    def __post_init__(self) -> None:
+        check_least(self, 1, "channels", "auxiliary_channels", "queries", "points")
+        check_least(self, 2, "decoder_layers")
+        check_least(self, 0, "auxiliary_weight")
+        if self.kind == "mask2former" and (self.channels or 32) % 32:
+            raise ValueError(f"channels is {self.channels}; Mask2Former takes a multiple of 32.")
+
+
+class Segmenter(Protocol):
+    """A model that tells the class of every pixel."""
+
+    net: Any
+    """The model of transformers."""
+
+    @property
+    def backbone(self) -> Any:
+        """The encoder within it."""
+
+    def loss(self, images: Tensor, classes: Tensor) -> Tensor:
+        """Return the mean loss over normalised images and uint8 (batch, rows, columns) classes."""
+
+    def scores(self, images: Tensor) -> Tensor:
+        """Return (batch, classes, rows, columns) for normalised images: probabilities, or sums."""
+
+
+class UperNet(nn.Module):
+    """Pyramid pooling on the last map, a feature pyramid over all, and an auxiliary head.
+
+    Batch norms see what all GPUs compute at a time; on CPUs, or one GPU, what one process does: two
+    images at least should be together there. Of a single one, the norm of what is pooled to one
+    place goes by its running mean.
+    """
+
+    def __init__(self, encoder: SwinV2, names: Sequence[str], head: SegmentationHead) -> None:
+        super().__init__()
+        maps = last_maps(encoder, len(encoder.config.depths))
+        backbone = described(encoder, maps)
+        from transformers import (  # noqa: PLC0415 - an optional part
+            UperNetConfig,
+            UperNetForSemanticSegmentation,
+        )
+
+        config = UperNetConfig(
+            backbone_config=backbone,
+            hidden_size=head.channels or 512,
+            use_auxiliary_head=head.auxiliary_weight > 0,
+            auxiliary_loss_weight=head.auxiliary_weight,
+            auxiliary_channels=head.auxiliary_channels,
+            auxiliary_in_channels=encoder.config.stage_dims[-2] if len(maps) > 1 else None,
+            loss_ignore_index=IGNORED,
+            **names_of_labels(names),
+        )
+        net = UperNetForSemanticSegmentation(config)
+        if net.auxiliary_head is not None:
+            net.auxiliary_head.in_index = max(0, len(maps) - 2)
+        fill_backbone(net.backbone, encoder)
+        self.net = net
+        self.auxiliary_weight = head.auxiliary_weight
+
+    @property
+    def backbone(self) -> Any:
+        """The encoder; see `Segmenter`."""
+        return self.net.backbone
+
+    def loss(self, images: Tensor, classes: Tensor) -> Tensor:
+        """Return the cross entropy, with that of the auxiliary head; see `Segmenter`."""
+        self._spare_lone_values(len(images))
+        maps = self.backbone.forward_with_filtered_kwargs(images).feature_maps
+        total = _cross_entropy(self.net.decode_head(maps), classes)
+        if self.net.auxiliary_head is not None:
+            auxiliary = _cross_entropy(self.net.auxiliary_head(maps), classes)
+            total = total + self.auxiliary_weight * auxiliary
+        return total
+
+    def scores(self, images: Tensor) -> Tensor:
+        """Return probabilities; see `Segmenter`."""
+        maps = self.backbone.forward_with_filtered_kwargs(images).feature_maps
+        logits = self.net.decode_head(maps).float()
+        return _enlarged(logits, images.shape[-2:]).softmax(dim=1)
+
+    def _spare_lone_values(self, images: int) -> None:
+        pooling = self.net.decode_head.psp_modules
+        for scale, block in zip(pooling.pool_scales, pooling.blocks, strict=True):
+            norm = block.layers[1].batch_norm
+            several = images > 1 or scale > 1 or isinstance(norm, nn.SyncBatchNorm)
+            norm.train(self.training and several)
+
+
+class Mask2Former(nn.Module):
+    """Masks with a class each, which together say the class of a pixel."""
+
+    def __init__(self, encoder: SwinV2, names: Sequence[str], head: SegmentationHead) -> None:
+        super().__init__()
+        self.net = build_mask2former(
+            encoder,
+            names,
+            channels=head.channels or 256,
+            queries=head.queries,
+            decoder_layers=head.decoder_layers,
+            points=head.points,
+        )
+
+    @property
+    def backbone(self) -> Any:
+        """The encoder; see `Segmenter`."""
+        return self.net.model.pixel_level_module.encoder
+
+    def loss(self, images: Tensor, classes: Tensor) -> Tensor:
+        """Return the loss over masks, a mask for each class of an image; see `Segmenter`."""
+        labels = [one[one != IGNORED].unique() for one in classes]
+        masks = [
+            (one[None] == there[:, None, None]).float()
+            for one, there in zip(classes, labels, strict=True)
+        ]
+        found = self.net(
+            pixel_values=images, mask_labels=masks, class_labels=[one.long() for one in labels]
+        )
+        loss: Tensor = found.loss.squeeze()
+        return loss
+
+    def scores(self, images: Tensor) -> Tensor:
+        """Return sums over masks of the probability of class and pixel; see `Segmenter`."""
+        found = self.net(pixel_values=images)
+        classes = found.class_queries_logits.float().softmax(dim=-1)[..., :-1]
+        masks = _enlarged(found.masks_queries_logits.float(), images.shape[-2:]).sigmoid()
+        return torch.einsum("bqc,bqhw->bchw", classes, masks)
+
+
+def build_mask2former(
+    encoder: SwinV2,
+    names: Sequence[str],
+    *,
+    channels: int,
+    queries: int,
+    decoder_layers: int,
+    points: int,
+) -> Any:
+    """Build Mask2Former of transformers on an encoder of four stages.
+
+    Raises:
+        ValueError: a part is not installed, or the encoder has not four stages.
+    """
+    maps = last_maps(encoder, 4)
+    backbone = described(encoder, maps)
+    from transformers import (  # noqa: PLC0415 - an optional part
+        Mask2FormerConfig,
+        Mask2FormerForUniversalSegmentation,
+    )
+
+    config = Mask2FormerConfig(
+        backbone_config=backbone,
+        feature_size=channels,
+        mask_feature_size=channels,
+        hidden_dim=channels,
+        encoder_feedforward_dim=4 * channels,
+        dim_feedforward=8 * channels,
+        num_queries=queries,
+        decoder_layers=decoder_layers,
+        train_num_points=points,
+        feature_strides=list(encoder.strides[-4:]),
+        common_stride=encoder.strides[-4],
+        **names_of_labels(names),
+    )
+    net = Mask2FormerForUniversalSegmentation(config)
+    fill_backbone(net.model.pixel_level_module.encoder, encoder)
+    return net
+
+
+def build_segmenter(
+    encoder: SwinV2, names: Sequence[str], head: SegmentationHead
+) -> UperNet | Mask2Former:
+    """Build the model of a recipe, with fresh weights of the head.
+
+    Raises:
+        ValueError: a part is not installed, or the encoder does not suit the head.
+    """
+    match head.kind:
+        case "upernet":
+            return UperNet(encoder, names, head)
+        case "mask2former":
+            return Mask2Former(encoder, names, head)
+
+
+def names_of_labels(names: Sequence[str]) -> dict[str, Any]:
+    """Return how a config of transformers names classes."""
+    return {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: number for number, name in enumerate(names)},
+    }
+
+
+def _cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
+    """Return the mean over all pixels that count; 0, not NaN, where none does."""
+    enlarged = _enlarged(logits.float(), classes.shape[-2:])
+    total = F.cross_entropy(enlarged, classes.long(), ignore_index=IGNORED, reduction="sum")
+    return total / (classes != IGNORED).sum().clamp(min=1)
+
+
+def _enlarged(maps: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)

@@ -1,0 +1,165 @@
+"""Pictures of what a dense stage finds, beside what is true, with a legend."""
+
+import colorsys
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from simmim.data.loader.batches import Batch
+from simmim.data.transforms.label_image import IGNORED
+from swinv2.atomic import atomic_write_bytes
+
+GAP = 6
+HEADER = 20
+ENTRY = 18
+"""Height of a line of the legend, pixels."""
+
+PAPER, INK = (255, 255, 255), (40, 40, 40)
+OPACITY = 0.7
+
+
+def palette(count: int) -> np.ndarray:
+    """Return colours that are far apart, uint8 (count, 3): hues by the golden ratio."""
+    return np.array(
+        [
+            [
+                round(255 * part)
+                for part in colorsys.hsv_to_rgb(
+                    number * 0.618034 % 1.0, (0.85, 0.55)[number // 2 % 2], (1.0, 0.75)[number % 2]
+                )
+            ]
+            for number in range(count)
+        ],
+        dtype=np.uint8,
+    ).reshape(-1, 3)
+
+
+def picture_of(batch: Batch, row: int, size: tuple[int, ...]) -> np.ndarray:
+    """Return an image of a batch for a person: uint8 (rows, columns, 3) of this size."""
+    return _picture(batch.images[row], size)
+
+
+def square_picture_of(batch: Batch, row: int, size: tuple[int, int]) -> np.ndarray:
+    """Return an image that was scaled to fit a square, without what fills it up, at its size."""
+    square = batch.images[row]
+    factor = square.shape[-1] / max(size)
+    rows, columns = (max(1, round(length * factor)) for length in size)
+    return _picture(square[:, :rows, :columns], size)
+
+
+def _picture(image: Tensor, size: tuple[int, ...]) -> np.ndarray:
+    pixels = image.float().cpu()
+    if image.dtype != torch.uint8:
+        pixels = 255 * (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp(min=1e-12)
+    planes = pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
+    drawn = Image.fromarray(planes.permute(1, 2, 0).numpy().round().astype(np.uint8))
+    return np.asarray(drawn.resize((size[1], size[0])))
+
+
+def draw_objects(
+    pixels: np.ndarray,
+    boxes: Sequence[Sequence[float]],
+    masks: Sequence[np.ndarray | None],
+    colours: np.ndarray,
+) -> np.ndarray:
+    """Draw the masks and boxes of objects over an image.
+
+    Args:
+        pixels: uint8 (rows, columns, 3).
+        boxes: left, top, width and height of each.
+        masks: bool (rows, columns) of each, or None.
+        colours: uint8 (objects, 3).
+    """
+    painted = pixels.astype(np.float32)
+    for mask, colour in zip(masks, colours, strict=True):
+        if mask is not None:
+            painted[mask] = (1 - OPACITY) * painted[mask] + OPACITY * colour
+    image = Image.fromarray(painted.round().astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    for (left, top, width, height), colour in zip(boxes, colours, strict=True):
+        right, bottom = max(left, left + width - 1), max(top, top + height - 1)
+        draw.rectangle((left, top, right, bottom), outline=tuple(colour.tolist()), width=2)
+    return np.array(image)
+
+
+def paint_classes(pixels: np.ndarray, classes: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """Lay the colours of classes over an image in grey, so that they are those of the legend.
+
+    Pixels without a class stay dark.
+
+    Args:
+        pixels: uint8 (rows, columns, 3).
+        classes: uint8 (rows, columns), IGNORED for none.
+        colours: uint8 (classes, 3).
+    """
+    known = classes != IGNORED
+    over = np.zeros_like(pixels)
+    over[known] = colours[classes[known]]
+    grey = pixels.mean(axis=2, keepdims=True, dtype=np.float32)
+    mixed: np.ndarray = (1 - OPACITY) * grey + OPACITY * over
+    painted: np.ndarray = mixed.round().astype(np.uint8)
+    return painted
+
+
+def write_panel(
+    rows: Sequence[Sequence[np.ndarray]],
+    captions: Sequence[str],
+    legend: Sequence[tuple[str, np.ndarray]],
+    path: Path,
+) -> None:
+    """Write rows of images (uint8, rows x columns x 3) with captions and a legend as a PNG.
+
+    Args:
+        rows: as many images in each as there are captions; one row's images have one size.
+        captions: of the columns.
+        legend: names and colours.
+        path: replaced in one step; its folder is made where it is missing.
+    """
+    widths = [max(row[place].shape[1] for row in rows) for place in range(len(captions))]
+    total = max(sum(widths) + GAP * (len(widths) + 1), 240)
+    lines = _lines(legend, total)
+    height = HEADER + sum(row[0].shape[0] + GAP for row in rows) + ENTRY * len(lines) + GAP
+    panel = Image.new("RGB", (total, height), PAPER)
+    draw = ImageDraw.Draw(panel)
+    left = GAP
+    for width, caption in zip(widths, captions, strict=True):
+        draw.text((left, 4), caption, INK, ImageFont.load_default(12))
+        left += width + GAP
+    top = HEADER
+    for row in rows:
+        left = GAP
+        for width, tile in zip(widths, row, strict=True):
+            panel.paste(Image.fromarray(tile), (left, top))
+            left += width + GAP
+        top += row[0].shape[0] + GAP
+    for line in lines:
+        for left, name, colour in line:
+            draw.rectangle((left, top + 3, left + 12, top + 15), tuple(colour.tolist()), INK)
+            draw.text((left + 17, top + 2), name, INK, ImageFont.load_default(12))
+        top += ENTRY
+    path.parent.mkdir(parents=True, exist_ok=True)
+    encoded = io.BytesIO()
+    panel.save(encoded, format="PNG", optimize=True)
+    atomic_write_bytes(path, encoded.getvalue())
+
+
+def _lines(
+    legend: Sequence[tuple[str, np.ndarray]], width: int
+) -> list[list[tuple[int, str, np.ndarray]]]:
+    """Break a legend into lines of entries, each with its place from the left."""
+    font = ImageFont.load_default(12)
+    lines: list[list[tuple[int, str, np.ndarray]]] = []
+    left = width
+    for name, colour in legend:
+        needed = 17 + int(font.getlength(name)) + 14
+        if left + needed > width:
+            lines.append([])
+            left = GAP
+        lines[-1].append((left, name, colour))
+        left += needed
+    return lines

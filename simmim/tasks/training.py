@@ -1,0 +1,129 @@
+"""Running a stage from its recipe: checks, processes, training, and what is said at the end."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from simmim.engine.checkpoint.best import best_checkpoint
+from simmim.engine.checkpoint.directory import find_checkpoint
+from simmim.engine.distributed.launcher import (
+    end_with_launcher,
+    requested_cpu_processes,
+    start_processes,
+)
+from simmim.engine.distributed.parallelism import check_parallelism, end_processes
+from simmim.engine.loop import TrainingResult, build_accelerator, train
+from simmim.engine.monitor.tracking import chosen_trackers
+from simmim.engine.run import RunFolder
+from simmim.engine.settings import TrainingSettings
+from simmim.engine.stage import Stage
+
+
+class Trains(Protocol):
+    """A recipe of a stage."""
+
+    @property
+    def training(self) -> TrainingSettings:
+        """How long and how it is trained."""
+
+
+Recipe = TypeVar("Recipe", bound=Trains)
+
+
+def launch(
+    make_stage: Callable[[Recipe], Stage],
+    recipe: Recipe,
+    *,
+    run: RunFolder,
+    resume: str | None,
+    allow_changes: bool,
+    init_from: Path | None = None,
+) -> TrainingResult:
+    """Train the stage of `recipe` in the folder `run`, on all the processes that were asked for.
+
+    Everything that can be wrong with the input is looked at before processes start.
+
+    Args:
+        make_stage: makes the stage of a recipe.
+        recipe: what is trained, and how.
+        run: where everything is written.
+        resume: None to start anew, `auto`, or the path of a checkpoint. Processes that torchrun has
+            started again go on from the last complete one, whatever they had started from.
+        allow_changes: resume though the recipe changes what is trained.
+        init_from: weights to start from where no checkpoint is resumed.
+
+    Raises:
+        ValueError: the run folder, the shards or the sizes cannot be used.
+    """
+    check_parallelism()
+    chosen_trackers(recipe.training.trackers)
+    end_with_launcher()
+    stage = make_stage(recipe)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if restarted and (resume is None or find_checkpoint(run.checkpoints, "auto")):
+        resume = "auto"
+    checkpoint = None if resume is None else find_checkpoint(run.checkpoints, resume)
+    if int(os.environ.get("RANK", "0")) == 0:  # the others would meet what rank 0 has begun
+        changed = run.check(
+            stage.recipe,
+            resume=resume is not None,
+            checkpoint=checkpoint,
+            allow_changes=allow_changes,
+        )
+        if changed and requested_cpu_processes() < 2:  # told once, by the process that trains
+            listed = "".join(f"\n  {key}: {text}" for key, text in changed.items())
+            sys.stderr.write(f"the recipe has changed:{listed}\n")
+    stage.bad_samples.write_to(run.bad_samples)
+    world = max(requested_cpu_processes(), int(os.environ.get("WORLD_SIZE", "1")))
+    stage.batches(rank=0, world=world, start=0, end=recipe.training.batch_size)
+    start_processes()
+    accelerator = build_accelerator(recipe.training.precision, recipe.training.rank_timeout)
+    if accelerator.is_main_process:
+        run.lock()
+    accelerator.wait_for_everyone()
+    result = train(
+        stage, run, accelerator, resume, allow_changes=allow_changes, init_from=init_from
+    )
+    if accelerator.is_main_process:
+        say_result(result, run)
+    end_processes(accelerator)
+    return result
+
+
+def say_result(result: TrainingResult, run: RunFolder) -> None:
+    """Print where a training ended and where its results are."""
+    if result.stopped:
+        lines = [
+            f"Stopped at step {result.step}; its checkpoint is in {run.checkpoints}."
+            if result.step
+            else "Stopped before there was a checkpoint.",
+            "Go on with the same command and --resume auto.",
+        ]
+    else:
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in result.figures.items())
+        lines = [
+            f"Done: {result.step} steps" + (f"; {figures}." if figures else "."),
+            f"Encoder  {run.encoder}",
+            *_best_line(run),
+            f"Metrics  {run.metrics}",
+            f"Report   {run.report}",
+        ]
+        if run.bad_samples.is_file():
+            lines.append(f"Damaged  {run.bad_samples}: samples that were replaced or left out")
+        if run.reconstructions.is_dir():
+            lines.append(f"Pictures {run.reconstructions}")
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _best_line(run: RunFolder) -> list[str]:
+    try:
+        return [f"Best     {best_checkpoint(run.path)}"]
+    except ValueError:
+        return []
+
+
+def run_folder(path: str | None, config: Path) -> RunFolder:
+    """Return the folder of a run: `path`, or `runs/` and the recipe's name."""
+    return RunFolder(path=Path(path) if path else Path("runs") / config.stem)

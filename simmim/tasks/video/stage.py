@@ -1,0 +1,274 @@
+"""Fine-tuning on clips: an image encoder inflated in time, average pool and a linear head."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from simmim.data.clip_settings import ClipData
+from simmim.data.datasets.clips import ClipSet
+from simmim.data.loader.batches import Batch
+from simmim.data.transforms.clip_transforms import CHANNELS, EvaluationClip, TrainClip, unfolded
+from simmim.data.transforms.frames import require_decoder
+from simmim.limits import check_least
+from simmim.recipe import settings
+from simmim.tasks.classification.base import ClassifyingRecipe, ClassifyingStage
+from simmim.tasks.classification.classifier import Classifier
+from simmim.tasks.drop_path_noise import drop_path_chances
+from simmim.tasks.encoder_settings import EncoderSettings
+from simmim.tasks.normalisation import Normalise
+from simmim.tasks.pretrained import SCRATCH, Start, source_of, start_from
+from swinv2 import (
+    Provenance,
+    VideoConfig,
+    VideoSwinV2,
+    inflate,
+    load_video_encoder,
+    read_encoder_config,
+    read_video_config,
+    save_video_encoder,
+)
+from swinv2.video import video_config
+from swinv2.video_weights import holds_video_encoder
+
+
+@settings
+class VideoEncoderSettings(EncoderSettings):
+    """A Swin Transformer V2 encoder of clips."""
+
+    frame_patch: int = 1
+    """Frames of a patch; data.frames is a multiple of it."""
+    window_frames: int = 8
+    """Attention window along time in tokens; clamped where a clip has fewer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 1, "frame_patch", "window_frames")
+        if self.in_channels != CHANNELS:
+            raise ValueError(f"in_channels is {self.in_channels}; clips have {CHANNELS}.")
+
+    def video_config(self, image_size: int, frames: int) -> VideoConfig:
+        """Return the encoder's configuration for clips of square frames.
+
+        Raises:
+            ValueError: the sizes cannot work together.
+        """
+        return video_config(
+            self.config(image_size),
+            frames=frames,
+            frame_patch=self.frame_patch,
+            window_frames=self.window_frames,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoStart(Start[VideoSwinV2]):
+    """What training starts from."""
+
+    inflated_from: Provenance | None
+    """Where the weights of images come from that those of the encoder began as."""
+
+
+@settings
+class VideoRecipe(ClassifyingRecipe):
+    """Classification of clips on a Swin Transformer V2 with windows in time and space."""
+
+    task: Literal["video"]
+    init: str = SCRATCH
+    """`scratch`, or what to start from: the directory of an encoder of images, whose weights are
+    inflated so that a still clip gives the features of its image, or of one of clips; or the folder
+    of a run that has ended. It brings its architecture and its mean and std: of `encoder` only
+    `window_size`, `window_frames`, `frame_patch` (for images) and `drop_path` then apply, and
+    data.mean and data.std do not. A video run brings its head too, where it knows all classes."""
+    encoder: VideoEncoderSettings
+    """The encoder."""
+    data: ClipData
+    """The clips."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Raises where sizes cannot work.
+        self.encoder.video_config(self.data.image_size, self.data.frames)
+
+    def start(self) -> VideoStart:
+        """Build the encoder that `init` asks for, with the normalisation that goes with it.
+
+        Fresh weights depend on the recipe's seed alone.
+
+        Raises:
+            ValueError: `init` is neither an encoder directory nor a run that has ended, or its
+                encoder cannot take the sizes.
+        """
+        init, wanted, data, seed = self.init, self.encoder, self.data, self.training.seed
+        if init == SCRATCH:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                encoder = VideoSwinV2(wanted.video_config(data.image_size, data.frames))
+            return VideoStart(encoder=encoder, mean=data.mean, std=data.std, inflated_from=None)
+        source = source_of(init)
+        if holds_video_encoder(source.encoder):
+            clips = read_video_config(source.encoder)
+            encoder = load_video_encoder(
+                source.encoder,
+                image_size=data.image_size,
+                window_size=wanted.window_size,
+                frames=data.frames,
+                window_frames=wanted.window_frames,
+                drop_path=wanted.drop_path,
+            )
+            return VideoStart(
+                encoder=encoder,
+                mean=clips.mean,
+                std=clips.std,
+                head=source.head,
+                inflated_from=clips.inflated_from,
+            )
+        images = read_encoder_config(source.encoder)
+        if images.config.in_channels != CHANNELS:
+            raise ValueError(
+                f"the encoder {init} takes images of {images.config.in_channels} channels, and "
+                f"clips have {CHANNELS}; start from another."
+            )
+        start = start_from(init, wanted, data, seed)
+        encoder = inflate(
+            start.encoder,
+            frames=data.frames,
+            frame_patch=wanted.frame_patch,
+            window_frames=wanted.window_frames,
+        )
+        return VideoStart(
+            encoder=encoder, mean=start.mean, std=start.std, inflated_from=images.provenance
+        )
+
+    def class_names(self) -> tuple[str, ...]:
+        """Return the classes of the clips."""
+        return self.data.open()[0].classes
+
+
+class VideoModule(nn.Module):
+    """Cross entropy with label smoothing over batches of clips as they travelled."""
+
+    def __init__(
+        self,
+        model: Classifier,
+        start: VideoStart,
+        *,
+        frames: int,
+        label_smoothing: float,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.frames = frames
+        self.seed = seed
+        self.normalise = Normalise(start.mean, start.std)
+        self.label_smoothing = label_smoothing
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the mean loss over a batch."""
+        assert batch.labels is not None
+        clips = self.clips(batch.images, batch.flips)
+        logits = self.model(clips, drop_path_chances(self.model.encoder, batch, self.seed))
+        return F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.label_smoothing)
+
+    def clips(self, images: Tensor, flips: Tensor | None = None) -> Tensor:
+        """Return normalised clips (batch · views, frames, 3, height, width), mirrored by flips."""
+        clips = unfolded(images, self.frames)
+        of_frames = None if flips is None else flips.repeat_interleave(self.frames)
+        normal: Tensor = self.normalise(clips.flatten(0, 1), of_frames)
+        return normal.view(clips.shape)
+
+
+class VideoStage(ClassifyingStage[VideoRecipe, ClipSet]):
+    """Classification of clips; top-1 of the single view tells the best checkpoint.
+
+    Raises:
+        ValueError: there are no clips, too few of them, or the start cannot be loaded.
+    """
+
+    start: VideoStart
+    module: VideoModule
+
+    def __init__(self, recipe: VideoRecipe) -> None:
+        require_decoder()
+        training, validation = recipe.data.open()
+        super().__init__(recipe, training, validation, training.classes)
+        self.module = VideoModule(
+            self.model,
+            self.start,
+            frames=recipe.data.frames,
+            label_smoothing=recipe.label_smoothing,
+            seed=recipe.training.seed,
+        )
+
+    def training_transform(self) -> TrainClip:
+        """Return what draws frames of a clip, crops and mirrors them."""
+        data = self.recipe.data
+        return TrainClip(
+            size=data.size,
+            frames=data.frames,
+            seed=self.recipe.training.seed,
+            scale=data.scale,
+            ratio=data.ratio,
+            flip=data.flip,
+            max_pixels=data.max_pixels,
+        )
+
+    def validation_transform(self, views: tuple[int, int] = (1, 1)) -> EvaluationClip:
+        """Return what shows so many views in time and space of a clip."""
+        data = self.recipe.data
+        return EvaluationClip(
+            size=data.size,
+            frames=data.frames,
+            temporal=views[0],
+            spatial=views[1],
+            max_pixels=data.max_pixels,
+        )
+
+    def validate(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return top-1 and top-5 in percent and the mean cross entropy on held-out clips.
+
+        Those of one view of each, and top-1 and top-5 of `data.views` where these are more.
+        """
+        if self.validation_shards is None:
+            return {}
+        figures = self._figures(accelerator, (1, 1))
+        views = self.recipe.data.views
+        if figures and views != (1, 1):
+            of_views = self._figures(accelerator, views)
+            figures |= {f"views_{name}": of_views[name] for name in ("top1", "top5")}
+        return figures
+
+    def _figures(self, accelerator: Accelerator, views: tuple[int, int]) -> dict[str, float]:
+        """Return figures over all ranks for so many views in time and space of each clip."""
+        training, count = self.recipe.training, math.prod(views)
+        batches = self.held_out(
+            self.validation_transform(views),
+            at_a_time=training.batch_size // training.accumulation // count,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+        )
+
+        def logits(images: Tensor) -> Tensor:
+            # Views of a clip lie one behind the other, and their probabilities are averaged.
+            found: Tensor = self.model(self.module.clips(images)).float().log_softmax(-1)
+            return found.view(-1, count, found.shape[-1]).logsumexp(1) - math.log(count)
+
+        return self.figures(batches, accelerator, logits)
+
+    def save_encoder(self, path: Path, provenance: Provenance) -> None:
+        """Write the directory of the encoder of clips."""
+        start = self.start
+        save_video_encoder(
+            start.encoder,
+            path,
+            mean=start.mean,
+            std=start.std,
+            provenance=provenance,
+            inflated_from=start.inflated_from,
+        )

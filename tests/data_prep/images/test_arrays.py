@@ -1,0 +1,101 @@
+"""Arrays are read from their headers with suspicion, and kept value for value."""
+
+from __future__ import annotations
+
+import io
+import struct
+
+import numpy as np
+import pytest
+
+from data_prep.images.arrays import MAGIC, ArrayError, read_array, read_header
+from data_prep.images.checking import RejectedImageError, check_image
+
+
+def _save(values: np.ndarray, *, allow_pickle: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values, allow_pickle=allow_pickle)
+    return buffer.getvalue()
+
+
+def _forge(header: str) -> bytes:
+    text = header.encode("latin1") + b" " * 16 + b"\n"
+    return MAGIC + b"\1\0" + struct.pack("<H", len(text)) + text + bytes(64)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("shape", [(3, 5), (3, 5, 1), (6, 5, 13)])
+def test_plain_arrays_are_kept_byte_for_byte(dtype: str, shape: tuple[int, ...]) -> None:
+    values = np.random.default_rng(0).integers(0, 200, shape).astype(dtype)
+    data = _save(values)
+    checked = check_image(data)
+    assert (checked.data, checked.extension) == (data, "npy")
+    assert (checked.height, checked.width) == shape[:2]
+    assert np.array_equal(read_array(data), values)
+    assert read_header(data).channels == (shape[2] if len(shape) == 3 else 1)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.asfortranarray(np.arange(24, dtype=np.float32).reshape(2, 3, 4)),
+        np.arange(24, dtype=">u2").reshape(2, 3, 4),
+    ],
+    ids=["by columns", "big-endian"],
+)
+def test_other_orders_are_written_anew_with_the_same_values(values: np.ndarray) -> None:
+    checked = check_image(_save(values))
+    assert read_header(checked.data).is_plain
+    assert np.array_equal(np.load(io.BytesIO(checked.data), allow_pickle=False), values)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (np.zeros(7, dtype=np.uint8), "its shape is 7"),
+        (np.zeros((1, 2, 3, 4), dtype=np.uint8), "its shape is 1x2x3x4"),
+        (np.zeros((0, 5), dtype=np.uint8), "its shape is 0x5"),
+        (np.zeros((3, 40, 50), dtype=np.uint8), "move its channels"),
+        (np.zeros((5, 5, 1025), dtype=np.uint8), "more than 1,024 channels"),
+        (np.zeros((4, 5), dtype=np.int64), "type int64"),
+        (np.zeros((4, 5), dtype=[("a", "u1")]), "type"),
+        (np.full((4, 5), np.inf, dtype=np.float16), "20 of its 20 values are infinite"),
+        (np.full((4, 5), np.nan, dtype=np.float64), "all of its values are NaN"),
+    ],
+)
+def test_what_is_no_image_is_rejected(values: np.ndarray, reason: str) -> None:
+    with pytest.raises(RejectedImageError, match=reason):
+        check_image(_save(values))
+
+
+def test_objects_are_never_unpickled() -> None:
+    data = _save(np.array([[print]], dtype=object), allow_pickle=True)
+    with pytest.raises(RejectedImageError, match="type object"):
+        check_image(data)
+
+
+@pytest.mark.parametrize(
+    "shape", ["(99999999, 99999999)", "(2, 10**9)", "(-1, 5)", "(True, 64)", "(8, 8.0)", "8"]
+)
+def test_hostile_shapes_are_refused_before_memory_is_taken(shape: str) -> None:
+    data = _forge(f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}")
+    with pytest.raises(ArrayError):
+        read_array(data)
+
+
+def test_cut_and_overlong_files_are_refused() -> None:
+    data = _save(np.zeros((4, 5), dtype=np.uint16))
+    for wrong, reason in ((data[:-1], "is cut"), (data + b"\0", "more than its header")):
+        with pytest.raises(ArrayError, match=reason):
+            read_array(wrong)
+    for length in range(len(data)):
+        with pytest.raises(ArrayError):
+            read_array(data[:length])
+
+
+def test_missing_values_are_noted_and_size_is_limited() -> None:
+    values = np.ones((4, 5, 2), dtype=np.float32)
+    values[1, 2] = np.nan
+    assert check_image(_save(values)).notes == ("NaN values",)
+    with pytest.raises(RejectedImageError, match="5x4 pixels, more than --max-pixels 19"):
+        check_image(_save(values), max_pixels=19)

@@ -1,0 +1,28 @@
+"""The table says what the set holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_prep.inspect.info import describe_bytes, describe_shards
+from data_prep.write.build import build_shards
+from data_prep.write.plan import ShardOptions
+
+
+def test_the_table_counts_samples_and_classes(image_zip: Path, tmp_path: Path) -> None:
+    built = build_shards(image_zip, tmp_path / "out", ShardOptions(samples_per_shard=6))
+    lines = [line.split(maxsplit=1) for line in describe_shards(built.manifest).splitlines()]
+    rows = {name: value for name, value in lines if not name[0].isdigit()}
+    assert rows["samples"] == "24 (18 jpg, 6 png)"
+    assert rows["shards"] == "4 of 6 to 6 samples"
+    assert rows["labelled"] == "24 of 24"
+    assert lines[-3:] == [["12", "cat"], ["6", "dog"], ["6", "owl"]]
+
+
+@pytest.mark.parametrize(
+    ("length", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 * 2**40, "5.0 TiB")]
+)
+def test_lengths_have_units(length: int, text: str) -> None:
+    assert describe_bytes(length) == text

@@ -1,0 +1,374 @@
+import contextlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from simmim.data.datasets.shards import ShardSet
+from simmim.data.loader.bad_samples import BadSamples
+from simmim.data.loader.batches import Batch, TrainingBatches, evaluation_batches
+from simmim.data.order.errors import DataError
+from simmim.data.order.order import Address, SampleOrder
+from simmim.data.transforms.image_transforms import EvalTransform, TrainTransform
+from tests.simmim.data.conftest import WriteShards, random_images
+from tests.simmim.data.transforms.test_image_transforms import DrawMask
+
+TRAIN = TrainTransform(size=(8, 8), seed=3, mask=DrawMask((2, 2)))
+EVALUATE = EvalTransform(size=(8, 8), mask=DrawMask((2, 2)))
+
+
+def joined(batches: Iterable[Batch]) -> Batch:
+    parts = list(batches)
+    masks = [part.masks for part in parts if part.masks is not None]
+    labels = [part.labels for part in parts if part.labels is not None]
+    flips = [part.flips for part in parts if part.flips is not None]
+    return Batch(
+        images=torch.cat([part.images for part in parts]),
+        masks=torch.cat(masks) if masks else None,
+        labels=torch.cat(labels) if labels else None,
+        addresses=torch.cat([part.addresses for part in parts]),
+        flips=torch.cat(flips) if flips else None,
+        bad=tuple(chain(*(part.bad for part in parts))),
+    )
+
+
+def equal(first: Batch, second: Batch) -> bool:
+    pairs = [
+        (first.images, second.images),
+        (first.masks, second.masks),
+        (first.labels, second.labels),
+        (first.addresses, second.addresses),
+        (first.flips, second.flips),
+    ]
+    return first.bad == second.bad and all(
+        (a is b is None) or (a is not None and torch.equal(a, b)) for a, b in pairs
+    )
+
+
+@pytest.fixture
+def shards(write_shards: WriteShards) -> ShardSet:
+    return ShardSet(write_shards([11, 9, 14], ("a", "b")))
+
+
+def training(shards: ShardSet, **options: int) -> TrainingBatches:
+    order = SampleOrder(shards.sizes, seed=1, slots=8)
+    chosen = {"batch_size": 16, "start_position": 0, "end_position": 96} | options
+    return TrainingBatches(shards, order, TRAIN, **chosen)
+
+
+def test_batches_are_bytes(shards: ShardSet) -> None:
+    batch = next(iter(training(shards)))
+    assert batch.masks is not None
+    assert batch.labels is not None
+    assert (batch.images.shape, batch.images.dtype) == ((16, 3, 8, 8), torch.uint8)
+    assert (batch.masks.shape, batch.masks.dtype) == ((16, 2, 2), torch.bool)
+    assert (batch.labels.shape, batch.labels.dtype) == ((16,), torch.int64)
+    assert batch.addresses.shape == (16, 3)
+    assert len(batch) == 16
+    assert equal(batch.to("cpu", non_blocking=True), batch)
+    assert batch.to("meta").images.device.type == "meta"
+
+
+def test_labels_and_masks_belong_to_their_images(shards: ShardSet) -> None:
+    for batch in training(shards):
+        assert batch.labels is not None
+        for row, (epoch, shard, sample) in enumerate(batch.addresses.tolist()):
+            raw = shards.read(shard, sample)
+            expected = TRAIN(raw, Address(epoch, shard, sample))
+            assert torch.equal(batch.images[row], expected.image)
+            assert batch.labels[row] == raw.label
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(shards: ShardSet, workers: int) -> None:
+    alone, helped = list(training(shards)), list(training(shards, workers=workers))
+    assert len(alone) == len(helped) == len(training(shards)) == 6
+    assert all(equal(a, b) for a, b in zip(alone, helped, strict=True))
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(2, 1), (1, 2), (4, 2), (8, 1), (2, 8)])
+def test_ranks_and_accumulation_change_no_global_batch(
+    shards: ShardSet, world: int, accumulation: int
+) -> None:
+    whole = list(training(shards))
+    ranks = [
+        list(training(shards, rank=rank, world=world, accumulation=accumulation))
+        for rank in range(world)
+    ]
+    for step, batch in enumerate(whole):
+        micro = slice(step * accumulation, (step + 1) * accumulation)
+        assert equal(joined(chain(*[rank[micro] for rank in ranks])), batch)
+        assert {len(part) for rank in ranks for part in rank[micro]} == {
+            16 // world // accumulation
+        }
+
+
+def test_a_restart_goes_on_where_the_run_stopped(shards: ShardSet) -> None:
+    whole = list(training(shards))
+    rest = list(training(shards, start_position=48, workers=1))
+    assert all(equal(a, b) for a, b in zip(whole[3:], rest, strict=True))
+
+
+def test_epochs_follow_each_other_without_a_break(shards: ShardSet) -> None:
+    epochs = joined(training(shards)).addresses[:, 0].unique()
+    assert epochs.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"batch_size": 12}, "not a multiple of the 8 slots"),
+        ({"world": 3}, "3 processes cannot share"),
+        ({"accumulation": 3}, "accumulation is 3"),
+        ({"accumulation": 0}, "accumulation is 0"),
+        ({"end_position": 90}, "no whole number of batches"),
+        ({"start_position": 112}, "no whole number of batches"),
+        ({"workers": -1}, "workers is -1"),
+        ({"prefetch": 0}, "prefetch 0"),
+    ],
+)
+def test_sizes_that_do_not_divide(shards: ShardSet, options: dict[str, int], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        training(shards, **options)
+
+
+def test_an_order_of_other_shards(shards: ShardSet) -> None:
+    with pytest.raises(ValueError, match="other shards"):
+        TrainingBatches(
+            shards,
+            SampleOrder([50], seed=1, slots=1),
+            TRAIN,
+            batch_size=1,
+            start_position=0,
+            end_position=1,
+        )
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 100])
+def test_evaluation_sees_each_sample_once(shards: ShardSet, world: int, batch_size: int) -> None:
+    streams = [
+        evaluation_batches(shards, EVALUATE, batch_size=batch_size, rank=rank, world=world)
+        for rank in range(world)
+    ]
+    seen = [batch.addresses.tolist() for stream in streams for batch in stream]
+    assert sum(len(stream) for stream in streams) == len(seen)
+    expected = [
+        [0, shard, sample] for shard, size in enumerate(shards.sizes) for sample in range(size)
+    ]
+    assert sorted(chain(*seen)) == expected
+    if world == 1:
+        assert list(chain(*seen)) == expected
+        assert {len(part) for part in seen[:-1]} <= {batch_size}
+
+
+def test_evaluation_masks_are_the_sample_s_own(shards: ShardSet) -> None:
+    whole = joined(evaluation_batches(shards, EVALUATE, batch_size=64))
+    pieces = joined(evaluation_batches(shards, EVALUATE, batch_size=5, workers=2))
+    assert equal(whole, pieces)
+    last = joined(evaluation_batches(shards.split(1)[1], EVALUATE, batch_size=64))
+    assert whole.masks is not None
+    assert last.masks is not None
+    assert torch.equal(whole.masks[-14:], last.masks)
+
+
+def test_nothing_to_evaluate(shards: ShardSet) -> None:
+    none = shards.split(0)[1]
+    assert list(evaluation_batches(none, EVALUATE, batch_size=4, workers=1)) == []
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        evaluation_batches(shards, EVALUATE, batch_size=0)
+
+
+def test_sets_without_labels_make_batches_without(write_shards: WriteShards) -> None:
+    shards = ShardSet(write_shards([4]))
+    transform = EvalTransform(size=(8, 8))
+    batch = next(iter(evaluation_batches(shards, transform, batch_size=4)))
+    assert batch.labels is None
+    assert batch.masks is None
+    assert equal(batch.to("cpu"), batch)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_bad_images_are_named_in_one_message(
+    write_shards: WriteShards, workers: int
+) -> None:
+    images = random_images(8)
+    images[5] = b"no image at all"
+    shards = ShardSet(write_shards([4, 4], images=images))
+    batches = evaluation_batches(
+        shards, EVALUATE, batch_size=2, workers=workers, bad_samples=BadSamples(max_share=0)
+    )
+    before = set(psutil.Process().children())
+    with pytest.raises(DataError, match="max_bad_share 0 allows") as caught:
+        list(batches)
+    assert set(psutil.Process().children()) == before
+    message = str(caught.value)
+    assert "shard-000001/001000001" in message
+    assert "damaged or of no known format" in message
+    assert "Traceback" not in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_cut_off_is_named(write_shards: WriteShards, workers: int) -> None:
+    folder = write_shards([4, 4])
+    shards = ShardSet(folder)
+    os.truncate(folder / "shard-000001.tar", 700)
+    with pytest.raises(DataError, match=r"shard-000001\.tar"):
+        list(evaluation_batches(shards, EVALUATE, batch_size=2, workers=workers))
+
+
+def test_starting_draws_nothing_from_the_process(shards: ShardSet) -> None:
+    before = torch.get_rng_state()
+    list(training(shards, workers=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_streams_can_be_sent_to_another_process(shards: ShardSet) -> None:
+    stream = training(shards)
+    next(iter(stream))
+    copy = pickle.loads(pickle.dumps(stream))
+    assert equal(joined(copy), joined(stream))
+
+
+def test_workers_end_when_the_loop_is_left(shards: ShardSet) -> None:
+    before = set(psutil.Process().children())
+    batches = iter(training(shards, workers=2))
+    next(batches)
+    workers = set(psutil.Process().children()) - before
+    assert len(workers) == 2
+    batches.close()
+    assert psutil.wait_procs(workers, timeout=20)[1] == []
+
+
+# torch may notice the death a second time while it lets the other workers go.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_worker_that_dies_is_reported(shards: ShardSet) -> None:
+    before = set(psutil.Process().children())
+    batches = iter(training(shards, workers=2, end_position=16 * 400))
+    next(batches)
+    (set(psutil.Process().children()) - before).pop().kill()
+    with pytest.raises(DataError, match="a data worker died"):
+        list(batches)
+    assert set(psutil.Process().children()) == before
+
+
+STOPPED = """
+import signal, sys, time
+from simmim.data import SampleOrder, ShardSet, TrainingBatches, TrainTransform
+
+asked = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: asked.append(number))
+shards = ShardSet(sys.argv[1])
+order = SampleOrder(shards.sizes, seed=1, slots=8)
+transform = TrainTransform(size=(8, 8), seed=3)
+batches = TrainingBatches(
+    shards, order, transform, batch_size=16, start_position=0, end_position=160_000, workers=2
+)
+for step, batch in enumerate(batches):
+    if step == 0:
+        print("started", flush=True)
+    if len(asked) == 2:
+        asked.append(step)
+    if len(asked) == 3 and step == asked[2] + 50:
+        break
+    time.sleep(0.002)
+print("stopped by itself", flush=True)
+"""
+
+ENDS = """
+import sys
+from simmim.data import BadSamples, EvalTransform, ShardSet, evaluation_batches
+
+batches = iter(evaluation_batches(
+    ShardSet(sys.argv[1]), EvalTransform(size=(8, 8)), batch_size=1, workers=2,
+    bad_samples=BadSamples(max_share=0),
+))
+next(batches)
+if sys.argv[2] == "leave":
+    raise ValueError("with its workers still at work")
+for batch in batches:
+    pass
+"""
+
+
+def run(program: str, folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", program, str(folder), *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def group_ends(group: int, timeout: float = 15) -> bool:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_signals_to_the_whole_group_leave_workers_to_the_main_process(shards: ShardSet) -> None:
+    process = run(STOPPED, shards.folder)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGTERM)
+        output, errors = process.communicate(timeout=60)
+        assert (output, errors, process.returncode) == ("stopped by itself\n", "", 0)
+        assert group_ends(process.pid)
+    finally:
+        stop(process)
+
+
+@pytest.mark.parametrize("reason", ["leave", "read on"])
+def test_an_error_while_workers_work_ends_the_program(
+    write_shards: WriteShards, reason: str
+) -> None:
+    images = random_images(60)
+    images[9] = b"no image at all"
+    process = run(ENDS, write_shards([60], images=images), reason)
+    try:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 1
+        words = "with its workers still at work" if reason == "leave" else "of no known format"
+        assert words in errors.splitlines()[-1]
+        assert group_ends(process.pid)
+    finally:
+        stop(process)
+
+
+def test_workers_do_not_outlive_a_killed_main_process(shards: ShardSet) -> None:
+    process = run(STOPPED, shards.folder)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        process.kill()
+        process.communicate(timeout=60)
+        assert group_ends(process.pid, timeout=30)
+    finally:
+        stop(process)
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=30)

@@ -1,0 +1,164 @@
+"""Slots: what is put in comes out, none is filled before it was taken, and the pipe is left."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from simmim.data import SampleOrder, ShardSet, TrainingBatches, TrainTransform
+from simmim.data.loader import batches
+from simmim.data.loader import shared_memory as slots
+from simmim.data.loader.shared_memory import Slots, take
+from tests.simmim.data.conftest import WriteShards
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """A worker whose number can be set, played by this process."""
+    info = SimpleNamespace(id=0)
+    monkeypatch.setattr(slots, "get_worker_info", lambda: info)
+    return info
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "float32"])
+def test_what_is_put_in_comes_out(worker: SimpleNamespace, kind: str) -> None:
+    held = Slots(workers=3, each=2)
+    random = np.random.default_rng(0)
+    arrays = [random.integers(0, 255, (2, 5, number + 1, 3)).astype(kind) for number in range(12)]
+    found = []
+    for worker.id in range(3):
+        held.filled = 0  # each worker counts its own
+        for number in range(worker.id * 4, worker.id * 4 + 4, 2):
+            places = [held.fill(array) for array in arrays[number : number + 2]]
+            found += [take(place) for place in places if place is not None]
+    assert len(found) == len(arrays)
+    for array, taken in zip(arrays, found, strict=True):
+        assert taken.dtype == array.dtype
+        assert np.array_equal(taken, array)
+
+
+def test_no_slot_is_filled_before_it_was_taken(worker: SimpleNamespace) -> None:
+    held = Slots(workers=2, each=2)
+    array = np.arange(6, dtype=np.uint8)
+    first, second = held.fill(array), held.fill(array + 1)
+    assert first is not None
+    assert second is not None
+    assert held.fill(array) is None
+    assert np.array_equal(take(first), array)
+    third = held.fill(array + 2)
+    assert third is not None
+    assert held.fill(array) is None
+    assert np.array_equal(take(second), array + 1)
+    assert np.array_equal(take(third), array + 2)
+
+
+def test_what_is_too_large_or_empty_goes_through_the_pipe(
+    worker: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "SLOT", 4096)
+    held = Slots(workers=1, each=1)
+    assert held.fill(np.zeros(4097, np.uint8)) is None
+    assert held.fill(np.zeros((0, 3), np.uint8)) is None
+    assert held.fill(np.ones(4096, np.uint8)) is not None
+
+
+def test_memory_and_file_go_with_the_slots() -> None:
+    before = len([*Path("/proc/self/fd").iterdir()])
+    held = Slots(workers=2, each=3)
+    assert "memfd:batches" in Path("/proc/self/maps").read_text()
+    del held
+    assert len([*Path("/proc/self/fd").iterdir()]) == before
+    assert "memfd:batches" not in Path("/proc/self/maps").read_text()
+
+
+def stream(shards: ShardSet, workers: int) -> TrainingBatches:
+    return TrainingBatches(
+        shards,
+        SampleOrder(shards.sizes, seed=1, slots=8),
+        TrainTransform(size=(16, 16), seed=1, scale=(0.67, 1.0)),
+        batch_size=8,
+        start_position=0,
+        end_position=8 * 24,
+        workers=workers,
+    )
+
+
+@pytest.mark.parametrize("way", ["slots", "refused", "full"])
+def test_batches_are_the_same_whichever_way_they_take(
+    write_shards: WriteShards, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    shards = ShardSet(write_shards([12, 20, 16]))
+    expected = [batch.images.clone() for batch in stream(shards, 0)]
+    passed: list[slots.Place] = []
+
+    def counting(place: slots.Place) -> np.ndarray:
+        passed.append(place)
+        return take(place)
+
+    monkeypatch.setattr(batches, "take", counting)
+    if way == "refused":
+
+        def refuse(*_: object) -> int:
+            raise OSError("no memory")
+
+        monkeypatch.setattr(os, "memfd_create", refuse)
+    elif way == "full":
+        monkeypatch.setattr(slots, "SLOT", 100)
+    found = [batch.images for batch in stream(shards, 2)]  # kept, while slots are filled again
+    assert all(one.equal(other) for one, other in zip(expected, found, strict=True))
+    assert len(passed) == (24 if way == "slots" else 0)
+
+
+PROGRAM = """
+import hashlib, multiprocessing, sys
+from pathlib import Path
+from simmim.data import ShardSet
+from tests.simmim.data.test_slots import stream
+import simmim.data.loader.batches as batches
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    taken = 0
+    take = batches.take
+    def counting(place):
+        global taken
+        taken += 1
+        return take(place)
+    batches.take = counting
+    digest = hashlib.sha256()
+    for batch in stream(ShardSet(Path(sys.argv[2])), int(sys.argv[3])):
+        digest.update(batch.images.contiguous().numpy().tobytes())
+    print(taken, digest.hexdigest())
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_that_were_not_forked_use_them_too(
+    write_shards: WriteShards, tmp_path: Path, method: str
+) -> None:
+    assert method in multiprocessing.get_all_start_methods()
+    folder = write_shards([12, 20, 16])
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    root = Path(__file__).parents[4]
+    printed = [
+        subprocess.run(
+            [sys.executable, str(program), method, str(folder), workers],
+            env=os.environ | {"PYTHONPATH": str(root)},
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        ).stdout.split()
+        for workers in ("0", "2")
+    ]
+    assert [taken for taken, _ in printed] == ["0", "24"]
+    assert printed[0][1] == printed[1][1]

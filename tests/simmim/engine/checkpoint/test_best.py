@@ -1,0 +1,109 @@
+"""The best checkpoint: written when it is found, kept beside the last ones, named in the run."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+
+from simmim.engine.checkpoint.best import Best, best_checkpoint, better, write_best
+from simmim.engine.checkpoint.directory import complete_checkpoints, load_state
+from simmim.engine.loop import build_accelerator, train
+from simmim.engine.run import RunFolder
+from simmim.recipe import parse
+from simmim.tasks.classification.stage import ClassificationRecipe, ClassificationStage
+
+
+class GradedStage(ClassificationStage):
+    """A classification whose validations come out as they are told to."""
+
+    grades: Iterator[float]
+
+    def validate(self, accelerator: Accelerator) -> dict[str, float]:
+        return super().validate(accelerator) | {"top1": next(self.grades)}
+
+
+def run_training(
+    values: dict[str, Any], folder: Path, grades: list[float], resume: str | None = None, **own: Any
+) -> None:
+    training = values["training"] | {"validate_every": 2, "checkpoint_every": 100, "keep_last": 1}
+    values = values | {"training": training | own}
+    stage = GradedStage(parse(ClassificationRecipe, values, "test"))
+    stage.grades = iter(grades)
+    train(stage, RunFolder(path=folder), build_accelerator("fp32"), resume)
+
+
+def steps(folder: Path) -> list[int]:
+    return [load_state(path).step for path in complete_checkpoints(folder / "checkpoints")]
+
+
+def test_the_best_is_kept_beside_the_last_and_named(
+    classification_values: dict[str, Any], tmp_path: Path
+) -> None:
+    run_training(classification_values, tmp_path, [10, 30, 20, 30])
+    assert steps(tmp_path) == [4, 8]  # the first of equals, and the last
+    assert best_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000004"
+    named = json.loads((tmp_path / "best.json").read_text())
+    assert named == {
+        "checkpoint": "checkpoints/step-00000004",
+        "step": 4,
+        "metric": "top1",
+        "value": 30,
+    }
+
+
+def test_a_resumed_run_knows_the_best_so_far(
+    classification_values: dict[str, Any], tmp_path: Path
+) -> None:
+    run_training(classification_values, tmp_path, [10, 30, 20, 25])
+    longer = classification_values
+    longer["training"] |= {"steps": 12}
+    stage = GradedStage(
+        parse(
+            ClassificationRecipe,
+            longer | {"training": longer["training"] | {"validate_every": 2, "keep_last": 1}},
+            "test",
+        )
+    )
+    stage.grades = iter([29, 28])
+    folder = RunFolder(path=tmp_path)
+    train(stage, folder, build_accelerator("fp32"), "auto", allow_changes=True)
+    assert steps(tmp_path) == [4, 12]
+    assert best_checkpoint(tmp_path).name == "step-00000004"
+
+
+def test_steps_that_are_taken_again_are_judged_again(
+    classification_values: dict[str, Any], tmp_path: Path
+) -> None:
+    run_training(
+        classification_values, tmp_path, [10, 30, 20, 40], keep_every=2, checkpoint_every=2
+    )
+    again = str(tmp_path / "checkpoints" / "step-00000004")
+    run_training(classification_values, tmp_path, [20, 25], resume=again, checkpoint_every=2)
+    assert best_checkpoint(tmp_path).name == "step-00000004"
+    assert steps(tmp_path) == [4, 8]
+
+
+def test_it_can_be_left_out(classification_values: dict[str, Any], tmp_path: Path) -> None:
+    run_training(classification_values, tmp_path, [10, 30, 20, 25], keep_best=False)
+    assert steps(tmp_path) == [8]
+    with pytest.raises(ValueError, match="names no best checkpoint"):
+        best_checkpoint(tmp_path)
+
+
+def test_better_is_higher_and_of_the_same_figure() -> None:
+    best = Best(step=3, metric="top1", value=50.0)
+    assert better(None, {"top1": 0.0}, "top1")
+    assert better(best, {"top1": 50.1}, "top1")
+    assert not better(best, {"top1": 50.0}, "top1")
+    assert not better(best, {}, "top1")
+    assert better(best, {"miou": 1.0}, "miou")  # another recipe's figure cannot be compared
+
+
+def test_a_name_can_be_taken_away(tmp_path: Path) -> None:
+    write_best(tmp_path, Best(step=3, metric="top1", value=50.0))
+    write_best(tmp_path, None)
+    write_best(tmp_path, None)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,420 @@
+"""Checkpoints. Run as a script, this file is killed at every moment of writing some."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from simmim.engine.checkpoint.directory import (
+    COMPLETE,
+    TrainingState,
+    checkpoint_path,
+    complete_checkpoints,
+    discard_all,
+    find_checkpoint,
+    load_model,
+    load_optimizer,
+    load_state,
+    remove_later_checkpoints,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
+from simmim.engine.optimizer import OptimizerSettings, ParameterGroup, build_optimizer
+
+MODEL, OPTIMIZER = "model-00000-of-00001.safetensors", "optimizer-00000-of-00001.safetensors"
+SETTINGS = OptimizerSettings(lr=0.01)
+ONE_GROUP = [
+    ParameterGroup(
+        names=("0.weight", "0.bias", "1.weight", "1.bias"), weight_decay=0.05, lr_factor=1.0
+    )
+]
+
+
+def build(
+    groups: list[ParameterGroup] = ONE_GROUP, settings: OptimizerSettings = SETTINGS
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    return model, build_optimizer(model, settings, groups)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    for step in range(first, last):
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        model(torch.randn(5, 3)).square().mean().backward()
+        optimizer.step()
+
+
+def state_of(step: int) -> TrainingState:
+    return TrainingState(
+        step=step,
+        cursor=8 * step,
+        total_steps=100,
+        batch_size=8,
+        seed=3,
+        losses=(0.1 + step, 1 / 3),
+        data_digest="d1",
+        recipe_hash="0123456789abcdef",
+    )
+
+
+def save(folder: Path, step: int) -> Path:
+    model, optimizer = build()
+    train(model, optimizer, 0, step)
+    return save_checkpoint(folder, model, optimizer, state_of(step))
+
+
+def assert_whole(path: Path) -> None:
+    """What a checkpoint holds is what training had at its step, bit for bit."""
+    step = int(path.name.removeprefix("step-"))
+    expected, expected_optimizer = build()
+    train(expected, expected_optimizer, 0, step)
+    model, optimizer = build()
+    load_model(path, model)
+    load_optimizer(path, optimizer)
+    assert load_state(path) == state_of(step)
+    assert_same((model, optimizer), (expected, expected_optimizer))
+
+
+def assert_same(one: tuple[Any, Any], other: tuple[Any, Any]) -> None:
+    for left, right in zip(one[0].parameters(), other[0].parameters(), strict=True):
+        assert torch.equal(left, right)
+        first, second = one[1].state[left], other[1].state[right]
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def steps(folder: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in complete_checkpoints(folder)]
+
+
+def test_training_goes_on_from_a_checkpoint_as_if_uninterrupted(tmp_path: Path) -> None:
+    whole, whole_optimizer = build()
+    train(whole, whole_optimizer, 0, 7)
+    path = save(tmp_path, 4)
+    model, optimizer = build()
+    train(model, optimizer, 50, 52)  # forgotten by loading
+    load_model(path, model)
+    load_optimizer(path, optimizer)
+    train(model, optimizer, load_state(path).step, 7)
+    assert_same((model, optimizer), (whole, whole_optimizer))
+
+
+def test_the_step_before_the_first_has_a_checkpoint_too(tmp_path: Path) -> None:
+    assert_whole(save(tmp_path, 0))
+
+
+def test_checkpoints_are_found_by_rising_step(tmp_path: Path) -> None:
+    assert steps(tmp_path / "absent") == []
+    for step in (12, 3, 100_000_000, 7):
+        save(tmp_path, 0).rename(checkpoint_path(tmp_path, step))
+    assert steps(tmp_path) == [3, 7, 12, 100_000_000]
+    found = find_checkpoint(tmp_path, "auto")
+    assert found == checkpoint_path(tmp_path, 100_000_000)
+
+
+def test_unmarked_folders_are_never_picked(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    later = save(tmp_path, 5)
+    (later / COMPLETE).unlink()
+    (tmp_path / ".step-00000009.partial-1").mkdir()
+    (tmp_path / ".step-00000009.partial-1" / COMPLETE).touch()
+    assert find_checkpoint(tmp_path, "auto") == checkpoint_path(tmp_path, 2)
+    with pytest.raises(ValueError, match="is not a complete checkpoint"):
+        find_checkpoint(tmp_path, str(later))
+    (checkpoint_path(tmp_path, 2) / COMPLETE).unlink()
+    assert find_checkpoint(tmp_path, "auto") is None
+
+
+def test_a_path_names_its_checkpoint(tmp_path: Path) -> None:
+    earlier = save(tmp_path, 1)
+    save(tmp_path, 2)
+    assert find_checkpoint(tmp_path, str(earlier)) == earlier
+    for other in (tmp_path, tmp_path / "absent", earlier / "state.json"):
+        with pytest.raises(ValueError, match="--resume auto for the last complete one"):
+            find_checkpoint(tmp_path, str(other))
+
+
+def test_what_people_put_beside_checkpoints_is_let_alone(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    shutil.copytree(checkpoint_path(tmp_path, 1), tmp_path / "step-00000001-best")
+    (tmp_path / "step-notes").mkdir()
+    (tmp_path / "step-00000004").write_text("a file")
+    (tmp_path / ".step-file").write_text("a file")
+    remove_old_checkpoints(tmp_path, keep_last=1)
+    discard_all(tmp_path)
+    assert steps(tmp_path) == [3]
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {
+        "step-00000001-best",
+        "step-notes",
+        "step-00000003",
+        "step-00000004",
+        ".step-file",
+    }
+
+
+@pytest.mark.parametrize("keep_last", [1, 2, 3, 9])
+def test_the_last_ones_are_kept(tmp_path: Path, keep_last: int) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    (checkpoint_path(tmp_path, 3) / COMPLETE).unlink()
+    (tmp_path / ".step-00000005.writing").mkdir()
+    remove_old_checkpoints(tmp_path, keep_last)
+    discard_all(tmp_path)
+    assert steps(tmp_path) == [1, 2, 4][-keep_last:]
+    assert len(list(tmp_path.iterdir())) == len(steps(tmp_path))
+
+
+def test_going_on_from_an_earlier_step_removes_the_later_ones(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    (checkpoint_path(tmp_path, 4) / COMPLETE).unlink()
+    remove_later_checkpoints(tmp_path, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", "step-00000002"}
+    remove_later_checkpoints(tmp_path / "absent", 2)
+
+
+def test_a_step_taken_again_replaces_its_checkpoint(tmp_path: Path) -> None:
+    path = save(tmp_path, 2)
+    (path / MODEL).write_bytes(b"old")
+    save(tmp_path, 2)
+    assert_whole(path)
+
+
+def test_state_goes_to_parameters_by_name_and_the_recipe_has_the_last_word(
+    tmp_path: Path,
+) -> None:
+    model, optimizer = build()
+    train(model, optimizer, 0, 3)
+    path = save_checkpoint(tmp_path, model, optimizer, state_of(3))
+    regrouped = [
+        ParameterGroup(names=("1.weight", "0.bias"), weight_decay=0.3, lr_factor=0.5),
+        ParameterGroup(names=("1.bias", "0.weight"), weight_decay=0.0, lr_factor=1.0),
+    ]
+    settings = OptimizerSettings(lr=0.02, betas=(0.8, 0.9), eps=1e-6)
+    again, other = build(regrouped, settings)
+    load_model(path, again)
+    load_optimizer(path, other)
+    assert_same((again, other), (model, optimizer))
+    assert [group["weight_decay"] for group in other.param_groups] == [0.3, 0.0]
+    assert [group["lr_factor"] for group in other.param_groups] == [0.5, 1.0]
+    assert {group["betas"] for group in other.param_groups} == {(0.8, 0.9)}
+    assert {group["eps"] for group in other.param_groups} == {1e-6}
+
+
+def test_the_state_in_8_bits_goes_on_as_if_uninterrupted(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="pip install 'simmim[8bit]'")
+
+    def build_large() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 2048), nn.Linear(2048, 4))  # above 4096 numbers
+        return model, build_optimizer(model, replace(SETTINGS, name="adamw_8bit"), ONE_GROUP)
+
+    whole, whole_optimizer = build_large()
+    train(whole, whole_optimizer, 0, 5)
+    model, optimizer = build_large()
+    train(model, optimizer, 0, 3)
+    path = save_checkpoint(tmp_path, model, optimizer, state_of(3))
+    again, other = build_large()
+    load_model(path, again)
+    load_optimizer(path, other)
+    train(again, other, 3, 5)
+    kinds = {
+        value.dtype
+        for state in other.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    }
+    assert torch.uint8 in kinds
+    for left, right in zip(again.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_the_state_of_another_model_is_refused(tmp_path: Path) -> None:
+    groups = [ParameterGroup(names=("0.weight",), weight_decay=0.0, lr_factor=1.0)]
+    model, optimizer = build(groups)
+    path = save_checkpoint(tmp_path, model, optimizer, state_of(1))
+    with pytest.raises(ValueError, match=r"lacks the state of 0\.bias, 1\.bias, 1\.weight"):
+        load_optimizer(path, build()[1])
+    with pytest.raises(ValueError, match=r"(?s)missing: 2\.weight.*shape of 0\.weight"):
+        load_model(path, nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2), nn.Linear(2, 2)))
+
+
+def test_nothing_in_a_checkpoint_can_run_code(tmp_path: Path) -> None:
+    names = {path.name for path in save(tmp_path, 1).iterdir()}
+    assert names == {MODEL, OPTIMIZER, "optimizer.json", "state.json", "recipe.yaml", "complete"}
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "absent": Path.unlink,
+    "empty": lambda file: file.write_bytes(b""),
+    "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "text": lambda file: file.write_bytes(b"not what it should be"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER, "optimizer.json", "state.json"])
+def test_damaged_files_are_named(tmp_path: Path, name: str, damage: str) -> None:
+    path = save(tmp_path, 2)
+    DAMAGES[damage](path / name)
+    model, optimizer = build()
+    loads: dict[str, Callable[[], object]] = {
+        MODEL: lambda: load_model(path, model),
+        OPTIMIZER: lambda: load_optimizer(path, optimizer),
+        "optimizer.json": lambda: load_optimizer(path, optimizer),
+        "state.json": lambda: load_state(path),
+    }
+    with pytest.raises(ValueError, match=r"cannot be read: .+ Resume from an earlier") as caught:
+        loads[name]()
+    assert str(path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"step": "4"}, {"losses": ["x"]}, {"cursor": 1.5}, {"seed": None}]
+)
+def test_a_state_of_wrong_types_is_refused(tmp_path: Path, changed: dict[str, Any]) -> None:
+    file = save(tmp_path, 2) / "state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(ValueError, match=r"state\.json cannot be read"):
+        load_state(file.parent)
+
+
+def test_an_error_while_writing_leaves_nothing_behind(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    model, optimizer = build()
+    model.register_buffer("complex", torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(KeyError, match="complex64"):
+        save_checkpoint(tmp_path, model, optimizer, state_of(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize(("length", "file"), [(200, MODEL), (1000, OPTIMIZER)])
+def test_a_full_disk_leaves_the_earlier_checkpoint(
+    tmp_path: Path,
+    no_file_above: Callable[[int], AbstractContextManager[None]],
+    length: int,
+    file: str,
+) -> None:
+    save(tmp_path, 1)
+    with no_file_above(length), pytest.raises(OSError, match=f"{file} cannot be written"):
+        save(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert_whole(tmp_path / "step-00000001")
+
+
+def write_next(folder: Path) -> None:
+    """What training does when a checkpoint is due, in a folder that holds steps 1 and 2."""
+    save(folder, 3)
+    remove_old_checkpoints(folder, keep_last=2)
+
+
+def write_again(folder: Path) -> None:
+    """Take step 2 again, in a folder that holds it."""
+    save(folder, 2)
+
+
+WRITES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
+
+
+def killed_at(number: int, writer: Callable[[Path], None], folder: Path) -> bool:
+    """Run `writer` in a process that is killed before its `number`th change of a file.
+
+    Returns:
+        Whether it came to that; else it ended.
+    """
+    process = os.fork()
+    if process == 0:
+        changes = 0
+
+        def kill(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal changes
+            # Folders are emptied by bare names.
+            if event in WRITES and (event != "open" or str(folder) in str(arguments[0])):
+                changes += 1
+                if changes == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(kill)
+        writer(folder)
+        os._exit(0)
+    status = os.waitpid(process, 0)[1]
+    assert status in (0, signal.SIGKILL)
+    return status != 0
+
+
+def kill_everywhere(
+    writer: Callable[[Path], None], folder: Path, lasts: set[int], at_last: list[int]
+) -> int:
+    """Kill a writer at its first change, at its second, … and look at what it leaves.
+
+    Returns:
+        How many changes it makes.
+    """
+    for step in (1, 2):
+        save(folder / "before", step)
+    number = 0
+    while True:
+        number += 1
+        place = folder / f"{number:03d}"
+        shutil.copytree(folder / "before", place)
+        killed = killed_at(number, writer, place)
+        assert steps(place)[-1] in lasts
+        for path in complete_checkpoints(place):
+            assert_whole(path)
+        if not killed:
+            return number - 1
+        discard_all(place)
+        writer(place)
+        remove_old_checkpoints(place, keep_last=2)
+        assert steps(place) == at_last
+        assert len(list(place.iterdir())) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path: Path) -> None:
+    # In a process of its own, since one that has threads must not fork.
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(tmp_path)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        output = process.communicate(timeout=100)[0].decode()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=30)
+    assert process.returncode == 0, output
+    assert all(int(changes) >= 10 for changes in output.split()), output
+
+
+if __name__ == "__main__":
+    os.fsync = lambda descriptor: None  # slow, and for power cuts: kills lose nothing written
+    print(kill_everywhere(write_next, Path(sys.argv[1]) / "next", {2, 3}, [2, 3]))
+    print(kill_everywhere(write_again, Path(sys.argv[1]) / "again", {1, 2}, [1, 2]))
+
+
+def test_a_state_of_another_version_names_what_is_absent(tmp_path: Path) -> None:
+    path = save(tmp_path, 4)
+    values = json.loads((path / "state.json").read_text())
+    del values["data_digest"]
+    (path / "state.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="data_digest: Field required"):
+        load_state(path)

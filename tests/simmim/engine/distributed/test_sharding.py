@@ -1,0 +1,160 @@
+"""Shards by block: who holds what, and that training in shards is training."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.commands.config import load_config_from_file
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+from torch import nn
+
+from simmim import SimMIM
+from simmim.engine.distributed.parallelism import check_parallelism
+from simmim.engine.distributed.sharding import shard_size, sharding_units
+from swinv2 import build_encoder
+from swinv2.blocks import Block
+
+ROOT = Path(__file__).parents[4]
+FSDP2 = ROOT / "jobs" / "accelerate" / "fsdp2.yaml"
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def train(**execution: Any) -> dict[str, float]:
+    """Train on two ranks and return the largest differences from training whole."""
+    program = str(Path(__file__).with_name("train_sharded.py"))
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, program, json.dumps(execution)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        start_new_session=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def assert_equal(found: dict[str, float]) -> None:
+    assert found["loss"] < 1e-5, found
+    assert found["weight"] < 1e-5, found
+    assert found["average"] < 1e-5, found
+    assert found["feature"] < 1e-4, found  # of size 1 and after all blocks
+
+
+def test_two_ranks_in_shards_train_as_one_does_whole() -> None:
+    assert_equal(train(attention="sequential", checkpointing="full"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "execution", [{}, {"checkpointing": "attention"}, {"attention": "sdpa"}], ids=str
+)
+def test_they_do_with_every_execution(execution: dict[str, Any]) -> None:
+    assert_equal(train(**execution))
+
+
+@pytest.mark.slow
+def test_weights_gathered_in_bfloat16_stay_near() -> None:
+    found = train(bf16=True, checkpointing="full")
+    assert 0 < found["loss"] < 5e-3, found
+    assert found["weight"] < 1e-2, found  # of float32 shards, after four steps of 1e-3
+
+
+def test_the_plan_of_giant() -> None:
+    with torch.device("meta"):
+        encoder = build_encoder("giant", image_size=192, window_size=12)
+        model = SimMIM(encoder)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert sum(parameter.numel() for parameter in encoder.parameters()) == pytest.approx(
+        3.0e9, rel=0.01
+    )
+    *blocks, outside = sharding_units(model)
+    assert [unit.name for unit in blocks] == [
+        f"encoder.stages.{stage}.blocks.{block}"
+        for stage, depth in enumerate((2, 2, 42, 4))
+        for block in range(depth)
+    ]
+    names = [name for unit in (*blocks, outside) for name in unit.parameters]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    assert sum(unit.size for unit in (*blocks, outside)) == total
+    # Query, key, value and projection, and an MLP of four times the width: 12 · 4096², and vectors.
+    largest = max(unit.size for unit in blocks)
+    assert 12 * 4096**2 <= largest < 1.01 * 12 * 4096**2
+    assert outside.size < largest
+    for world in (2, 3, 8, 64, 1000):
+        assert sum(shard_size(model, rank=rank, world=world) for rank in range(world)) == total
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match="Linear has no blocks"):
+        sharding_units(nn.Linear(2, 2))
+
+
+def test_accelerates_file_makes_each_block_a_unit() -> None:
+    settings = load_config_from_file(str(FSDP2))
+    fsdp = settings.fsdp_config
+    assert settings.distributed_type == "FSDP"
+    assert (fsdp["fsdp_version"], fsdp["fsdp_activation_checkpointing"]) == (2, False)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=fsdp["fsdp_version"],
+        auto_wrap_policy=fsdp["fsdp_auto_wrap_policy"].lower(),
+        transformer_cls_names_to_wrap=fsdp["fsdp_transformer_layer_cls_to_wrap"].split(","),
+        reshard_after_forward=fsdp["fsdp_reshard_after_forward"],
+        activation_checkpointing=fsdp["fsdp_activation_checkpointing"],
+        cpu_ram_efficient_loading=fsdp["fsdp_cpu_ram_efficient_loading"],
+    )
+    with torch.device("meta"):
+        encoder = build_encoder("tiny", image_size=64, window_size=4)
+    plugin.set_auto_wrap_policy(encoder)
+    is_unit = fsdp2_prepare_auto_wrap_policy(plugin, encoder)
+    units = [module for module in encoder.modules() if is_unit(module)]
+    assert units == [module for module in encoder.modules() if isinstance(module, Block)]
+    assert len(units) == sum(encoder.config.depths)
+
+
+def test_what_accelerate_would_do_and_we_do_not_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check_parallelism()
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    check_parallelism()  # nobody asks for it
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="set fsdp_version to 2"):
+        check_parallelism()
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    check_parallelism()
+    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
+    with pytest.raises(ValueError, match=r"fsdp_activation_checkpointing .* execution"):
+        check_parallelism()
+    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "false")
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    with pytest.raises(ValueError, match="fsdp_offload_params"):
+        check_parallelism()
+
+
+def test_of_deepspeed_zero_1_and_2_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    for stage in ("0", "3"):
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
+        with pytest.raises(ValueError, match=r"1 and 2 are supported\. .*fsdp2\.yaml"):
+            check_parallelism()
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "cpu")
+    with pytest.raises(ValueError, match="set offload_param_device to none"):
+        check_parallelism()
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
+    if find_spec("deepspeed") is None:
+        with pytest.raises(ValueError, match=r"simmim\[zero\]"):
+            check_parallelism()
+    else:
+        check_parallelism()

@@ -1,0 +1,154 @@
+"""Stopping on request. Run as a script, this file is two ranks of which one gets a signal."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from simmim.engine.distributed.signals import STOP_SIGNALS, StopRequest
+
+EACH = pytest.mark.parametrize("number", STOP_SIGNALS)
+
+
+@pytest.fixture(autouse=True)
+def no_harm() -> Iterator[list[int]]:
+    """Handlers that only count, so that a failing test does not end the test run."""
+    seen: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, frame: seen.append(number))
+        for number in STOP_SIGNALS
+    }
+    yield seen
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_terminals_launchers_and_slurm_ask_to_stop() -> None:
+    assert set(STOP_SIGNALS) == {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+
+
+@EACH
+def test_a_signal_is_noted_and_not_obeyed(number: signal.Signals, no_harm: list[int]) -> None:
+    with StopRequest() as stop:
+        assert not stop.agreed()
+        assert stop.received is None
+        os.kill(os.getpid(), number)
+        assert stop.agreed()
+        assert stop.received == number
+        os.kill(os.getpid(), number)  # launcher and terminal both deliver it
+        assert stop.agreed()
+    assert no_harm == []
+
+
+@EACH
+def test_the_earlier_handlers_come_back(number: signal.Signals, no_harm: list[int]) -> None:
+    before = signal.getsignal(number)
+    with StopRequest():
+        assert signal.getsignal(number) != before
+    assert signal.getsignal(number) == before
+    with pytest.raises(RuntimeError, match="in training"), StopRequest():
+        raise RuntimeError("in training")
+    assert signal.getsignal(number) == before
+    os.kill(os.getpid(), number)
+    assert no_harm == [number]
+
+
+@EACH
+def test_after_a_stop_that_ends_the_process_signals_are_ignored(
+    number: signal.Signals, no_harm: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StopRequest, "ends_process", True)
+    with StopRequest():
+        pass
+    os.kill(os.getpid(), number)
+    assert no_harm == [number]  # nothing was stopped
+    with StopRequest() as stop:
+        stop.heeded = True
+    os.kill(os.getpid(), number)
+    assert no_harm == [number]
+
+
+@EACH
+def test_ignored_signals_are_noted_and_ignored_again(number: signal.Signals) -> None:
+    signal.signal(number, signal.SIG_IGN)  # as a shell starts background jobs
+    with StopRequest() as stop:
+        os.kill(os.getpid(), number)
+        assert stop.agreed()
+    assert signal.getsignal(number) == signal.SIG_IGN
+
+
+def test_a_request_starts_unasked(no_harm: list[int]) -> None:
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed()
+    with StopRequest() as again:
+        assert not again.agreed()
+
+
+def test_outside_the_main_thread_handlers_stay() -> None:
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    seen: list[object] = []
+
+    def work() -> None:
+        with StopRequest() as stop:
+            seen.extend(signal.getsignal(number) for number in STOP_SIGNALS)
+            seen.append(stop.agreed())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(timeout=20)
+    assert seen == [*before, False]
+
+
+def ask_as_rank(rank: int, store: str) -> None:
+    """Ask together three times; rank 1 gets a signal after the first."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+    answers = []
+    with StopRequest() as stop:
+        answers.append(stop.agreed())
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        answers += [stop.agreed(), stop.agreed()]
+        received = stop.received
+        assert stop.agree([rank, 1 - rank, 0, 7 + rank]) == [1, 1, 0, 8]
+    torch.distributed.destroy_process_group()
+    assert answers == [False, True, True], answers
+    assert received == (signal.SIGTERM if rank == 1 else None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="starts ranks by fork")
+def test_all_ranks_learn_of_a_signal_to_one_in_the_same_step(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(tmp_path / "store")],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        output = process.communicate(timeout=100)[0].decode()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=30)
+    assert process.returncode == 0, output
+
+
+if __name__ == "__main__":
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=ask_as_rank, args=(rank, sys.argv[1])) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=60)
+    sys.exit(any(process.exitcode != 0 for process in ranks))

@@ -1,0 +1,136 @@
+"""What is concluded from what ranks say of themselves; real ranks are in test_faults."""
+
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.testing._internal.distributed.fake_pg
+
+from simmim.engine.distributed.watchdog import (
+    FAULT_GRACE,
+    WAITING_FOR_DATA,
+    Ranks,
+    Standing,
+    Watchdog,
+    group_timeout,
+)
+
+TIMEOUT = 100.0
+
+
+def standing(rank: int) -> Standing:
+    return Standing(
+        rank=rank, host=f"node{rank}", process=40 + rank, moves=7, step=3, doing="computing"
+    )
+
+
+def test_all_is_well_while_ranks_move() -> None:
+    ranks = Ranks(TIMEOUT)
+    for moves in range(50):
+        for rank in (0, 1):
+            ranks.learn(replace(standing(rank), beat=moves, moves=moves), 30.0)
+        assert ranks.verdict() is None
+
+
+def test_a_rank_without_a_sign_of_life_is_named() -> None:
+    ranks = Ranks(TIMEOUT)
+    for beat in range(11):
+        ranks.learn(replace(standing(0), beat=beat), 10.0)
+        ranks.learn(standing(1), 10.0)
+        assert ranks.verdict() is None
+    ranks.learn(standing(1), 10.0)
+    verdict = ranks.verdict()
+    assert verdict is not None
+    assert verdict.startswith("rank 1 (process 41 on node1) gave no sign of life for 110 s")
+    assert "last seen computing, step 3" in verdict
+    assert "rank 0" not in verdict
+
+
+def test_the_rank_that_is_behind_is_named_and_those_that_wait_for_it_are_not() -> None:
+    ranks = Ranks(TIMEOUT)
+    for beat in range(12):
+        ranks.learn(replace(standing(0), beat=beat, moves=8, doing="asking"), 10.0)
+        ranks.learn(replace(standing(1), beat=beat), 10.0)
+    verdict = ranks.verdict()
+    assert verdict is not None
+    assert verdict.startswith("rank 1 (process 41 on node1) made no progress for 110 s: computing")
+    assert verdict.endswith("The others wait for it: asking, step 3")
+
+
+def test_where_all_stand_at_the_same_place_all_are_named() -> None:
+    ranks = Ranks(TIMEOUT)
+    for beat in range(12):
+        for rank in (0, 1):
+            ranks.learn(replace(standing(rank), beat=beat), 10.0)
+    verdict = ranks.verdict()
+    assert verdict is not None
+    assert "rank 0" in verdict
+    assert "rank 1" in verdict
+    assert "All ranks stand there" in verdict
+
+
+def test_a_rank_that_has_finished_is_not_waited_for() -> None:
+    ranks = Ranks(TIMEOUT)
+    for beat in range(30):
+        ranks.learn(replace(standing(0), beat=beat, moves=beat), 10.0)
+        ranks.learn(replace(standing(1), finished=True), 10.0)
+    assert ranks.verdict() is None
+
+
+def test_a_fault_is_told_once_the_others_had_time_to_notice() -> None:
+    ranks = Ranks(TIMEOUT)
+    failed = replace(standing(1), fault="no shards")
+    ranks.learn(failed, 10.0)
+    assert ranks.verdict() is None
+    ranks.learn(failed, FAULT_GRACE)
+    assert ranks.verdict() == "rank 1 (process 41 on node1) failed: no shards"
+
+
+@pytest.mark.parametrize("timeout", [1.0, 600.0, 86400.0])
+def test_process_groups_wait_longer_than_the_watch(timeout: float) -> None:
+    assert group_timeout(timeout).total_seconds() > timeout + Watchdog(timeout).interval * 3
+
+
+def test_a_single_process_is_watched_where_it_waits_for_data(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ended: list[int] = []
+    with Watchdog(1.0, end=ended.append) as watchdog:
+        for step in range(1, 30):
+            watchdog.at(step, WAITING_FOR_DATA)
+            time.sleep(0.05)
+        watchdog.at(30, "computing")
+        time.sleep(1.5)
+        assert ended == []
+        watchdog.at(31, WAITING_FOR_DATA)
+        deadline = time.monotonic() + 60
+        while not ended and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert ended == [76]
+    assert "made no progress for 1 s: waiting for data, step 31" in capsys.readouterr().err
+
+
+def test_a_single_process_fails_for_its_own_reason() -> None:
+    ended: list[int] = []
+    with pytest.raises(ValueError, match="its own"), Watchdog(0.01, end=ended.append):
+        raise ValueError("its own")
+    assert ended == []
+
+
+def test_no_thread_of_the_watch_outlives_it(tmp_path: Path) -> None:
+    """Python aborts where one of them waits for the store as it ends."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 2)
+    torch.distributed.init_process_group("fake", store=store, rank=0, world_size=2)
+    try:
+        with Watchdog(60.0):
+            assert len(of_the_watch()) == 3
+        assert of_the_watch() == []
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def of_the_watch() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("watchdog")]

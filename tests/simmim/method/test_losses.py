@@ -1,0 +1,108 @@
+import pytest
+import torch
+from torch import Tensor
+
+from simmim.method.losses import (
+    ElementwiseLoss,
+    denormalise_target,
+    l1,
+    l2,
+    loss_function,
+    masked_mean,
+    mean_color_loss,
+    normalise_target,
+    smooth_l1,
+)
+
+
+def images(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_losses_are_elementwise() -> None:
+    prediction = torch.tensor([0.0, 0.5, 3.0])
+    target = torch.tensor([0.0, 0.0, 1.0])
+    assert l1(prediction, target).tolist() == [0.0, 0.5, 2.0]
+    assert l2(prediction, target).tolist() == [0.0, 0.25, 4.0]
+    assert smooth_l1(prediction, target).tolist() == [0.0, 0.125, 1.5]
+
+
+def test_each_loss_has_its_name() -> None:
+    assert [loss_function("l1"), loss_function("smooth_l1"), loss_function("l2")] == [
+        l1,
+        smooth_l1,
+        l2,
+    ]
+    with pytest.raises(ValueError, match="choose l1, smooth_l1 or l2"):
+        loss_function("huber")  # type: ignore[arg-type]
+
+
+def test_masked_mean_counts_hidden_pixels_alone() -> None:
+    values = images(2, 3, 4, 5)
+    hidden = torch.zeros(2, 4, 5, dtype=torch.bool)
+    hidden[0, :2] = True
+    expected = values[0, :, :2].sum() / (10 + 1e-5) / 3
+    torch.testing.assert_close(masked_mean(values, hidden), expected)
+    assert masked_mean(values, torch.zeros_like(hidden)) == 0
+
+
+@pytest.mark.parametrize(("size", "window"), [((9, 13), 5), ((20, 6), 7), ((8, 8), 47)])
+def test_targets_are_normalised_by_the_real_pixels_around_each(
+    size: tuple[int, int], window: int
+) -> None:
+    image = 3 * images(2, 3, *size) + 5
+    result = normalise_target(image, window)
+    half = window // 2
+    for row in range(size[0]):
+        for column in range(size[1]):
+            rows = slice(max(0, row - half), row + half + 1)
+            columns = slice(max(0, column - half), column + half + 1)
+            near = image[:, :, rows, columns].flatten(2)
+            deviation = (near.var(dim=2, unbiased=True) + 1e-6).sqrt()
+            expected = (image[:, :, row, column] - near.mean(dim=2)) / deviation
+            torch.testing.assert_close(result[:, :, row, column], expected)
+
+
+def test_default_target_equals_the_reference_code() -> None:
+    image = images(2, 3, 64, 96).float()
+    pool = torch.nn.functional.avg_pool2d
+    mean = pool(image, 47, 1, 23, count_include_pad=False)
+    square = pool(image**2.0, 47, 1, 23, count_include_pad=False)
+    count = pool(torch.ones_like(image), 47, 1, 23, count_include_pad=True) * 47**2
+    variance = ((square - mean**2.0) * (count / (count - 1))).clamp(min=0.0)
+    expected = (image - mean) / (variance + 1.0e-6) ** 0.5
+    torch.testing.assert_close(normalise_target(image), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_flat_image_has_a_flat_target() -> None:
+    flat = torch.full((1, 3, 64, 64), 2.1179)
+    assert normalise_target(flat).abs().max() < 1e-2
+
+
+def test_half_precision_is_normalised_in_single() -> None:
+    image = images(1, 3, 32, 32).bfloat16()
+    assert normalise_target(image).dtype == torch.float32
+
+
+def test_denormalising_undoes_normalising() -> None:
+    image = images(2, 3, 30, 40)
+    torch.testing.assert_close(denormalise_target(normalise_target(image), image), image)
+
+
+@pytest.mark.parametrize("window", [0, 1, 46])
+def test_a_window_without_centre_is_refused(window: int) -> None:
+    with pytest.raises(ValueError, match="odd and at least 3"):
+        normalise_target(images(1, 3, 8, 8), window)
+
+
+@pytest.mark.parametrize("loss", [l1, smooth_l1, l2])
+def test_mean_color_is_that_of_the_visible_pixels(loss: ElementwiseLoss) -> None:
+    image = images(2, 3, 4, 4)
+    hidden = torch.zeros(2, 4, 4, dtype=torch.bool)
+    hidden[:, 1:3, 1:] = True
+    color = torch.stack([image[0, :, ~hidden[0]].mean(dim=1), image[1, :, ~hidden[1]].mean(dim=1)])
+    values = loss(color[:, :, None, None].expand_as(image), image)
+    torch.testing.assert_close(mean_color_loss(image, hidden, loss), masked_mean(values, hidden))
+    everywhere = torch.ones_like(hidden)
+    over_all = mean_color_loss(image, hidden, loss, everywhere)
+    torch.testing.assert_close(over_all, masked_mean(values, everywhere))

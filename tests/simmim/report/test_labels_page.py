@@ -1,0 +1,54 @@
+"""The table and the plot of few labels."""
+
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from simmim.report.labels_page import Scores, drawing, gained, labels_page, table_of
+
+SCORES = [
+    Scores(start="pretrained", fraction=0.01, values=(40.0, 42.0, 44.0)),
+    Scores(start="scratch", fraction=0.01, values=(30.0, 30.0, 33.0)),
+    Scores(start="pretrained", fraction=1.0, values=(90.0,)),
+    Scores(start="scratch", fraction=1.0, values=(85.5,)),
+]
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def test_mean_spread_and_gain() -> None:
+    assert SCORES[0].mean == 42
+    assert SCORES[0].spread == pytest.approx(2)
+    assert SCORES[2].spread is None
+    assert gained(SCORES, 0.01) == pytest.approx(11)
+    assert table_of(SCORES, "top1")[1:] == [
+        ["1 %", "42.0 ± 2.0", "31.0 ± 1.7", "+11.0", "3"],
+        ["100 %", "90.0", "85.5", "+4.5", "1"],
+    ]
+
+
+def test_half_a_comparison_has_no_gain_yet() -> None:
+    assert table_of(SCORES[:1], "top1")[1] == ["1 %", "42.0 ± 2.0", "", "", "3"]
+    assert ET.fromstring(drawing(SCORES[:1])) is not None
+
+
+def test_the_drawing_has_a_dot_for_each_seed_where_it_belongs() -> None:
+    root = ET.fromstring(drawing(SCORES))
+    dots = [(float(dot.attrib["cx"]), float(dot.attrib["cy"])) for dot in root.iter(f"{SVG}circle")]
+    values = [value for one in SCORES for value in one.values]
+    assert len(dots) == len(values)
+    by_height = sorted(values, reverse=True)
+    drawn = sorted(dots, key=lambda dot: dot[1])
+    highest, lowest = drawn[0][1], drawn[-1][1]
+    for value, (_, y) in zip(by_height, drawn, strict=True):
+        share = (value - min(values)) / (max(values) - min(values))
+        assert y == pytest.approx(lowest + share * (highest - lowest), abs=0.2)
+    assert len({x for x, _ in dots}) == 2
+    assert len(list(root.iter(f"{SVG}polyline"))) == 2
+
+
+def test_the_page_stands_alone() -> None:
+    page = labels_page("Labels & more", SCORES, "miou", ["what was <trained>"])
+    assert "Labels &amp; more" in page
+    assert "&lt;trained&gt;" in page
+    assert "+11.0" in page
+    assert "src=" not in page

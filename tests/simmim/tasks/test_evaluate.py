@@ -1,0 +1,97 @@
+"""`simmim evaluate` and the tasks that `simmim finetune` knows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import simmim.cli
+from simmim.engine.checkpoint.best import best_checkpoint
+from simmim.engine.run import RunFolder
+from simmim.tasks.evaluate import evaluate
+
+
+@pytest.fixture
+def run(classification_values: dict[str, Any], tmp_path: Path) -> Path:
+    """A classification that has ended, averages and all."""
+    classification_values["training"] |= {"ema_decay": 0.9, "validate_every": 4}
+    config = tmp_path / "small.yaml"
+    config.write_text(yaml.safe_dump(classification_values))
+    folder = tmp_path / "run"
+    assert simmim.cli.main(["finetune", "--config", str(config), "--folder", str(folder)]) == 0
+    return folder
+
+
+def logged(run: Path) -> dict[int, dict[str, Any]]:
+    lines = RunFolder(path=run).read_metrics()
+    return {line["step"]: line for line in lines if "top1" in line}
+
+
+def test_it_finds_what_training_found(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert simmim.cli.main(["evaluate", str(run)]) == 0
+    told = capsys.readouterr().out
+    figures = logged(run)[8]
+    assert f"top1 {figures['top1']:.4f}" in told
+    assert "averaged weights" in told
+    found = evaluate(run / "checkpoints" / "step-00000004")
+    assert found.step == 4
+    assert found.figures == {name: logged(run)[4][name] for name in found.figures}
+    lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [8, 4]
+    best = evaluate(run, best=True)
+    assert best.checkpoint == best_checkpoint(run).resolve()
+    assert best.figures["top1"] == max(line["top1"] for line in logged(run).values())
+
+
+def test_other_data_and_sizes(run: Path, shards: Path) -> None:
+    assert simmim.cli.main(["evaluate", str(run), "--data", str(shards)]) == 0
+    larger = ["--data.image_size", "32", "--encoder.window_size", "8"]
+    assert evaluate(run, larger).figures.keys() == evaluate(run).figures.keys()
+    line = json.loads((run / "evaluations.jsonl").read_text().splitlines()[1])
+    assert line["changes"] == larger
+
+
+def test_what_it_started_from_may_be_gone(
+    classification_values: dict[str, Any], encoder_directory: Path, tmp_path: Path
+) -> None:
+    config, folder = tmp_path / "small.yaml", tmp_path / "run"
+    classification_values |= {"init": str(encoder_directory)}
+    config.write_text(yaml.safe_dump(classification_values))
+    assert simmim.cli.main(["finetune", "--config", str(config), "--folder", str(folder)]) == 0
+    encoder_directory.rename(tmp_path / "gone")
+    found = evaluate(folder)
+    assert found.figures == {name: logged(folder)[8][name] for name in found.figures}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere holds no complete checkpoint"),
+        (["RUN", "--best", "--data.validation_shards", "0"], "name some with --data.validation"),
+        (["RUN", "--data", "nowhere"], "nowhere"),
+        (["RUN", "--data.crop_pct", "2"], "crop_pct is 2"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(
+    run: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(run) if part == "RUN" else part for part in arguments]
+    assert simmim.cli.main(["evaluate", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_other_sizes_before_the_end_are_refused(run: Path) -> None:
+    (run / "encoder").rename(run.parent / "gone")
+    assert evaluate(run).figures
+    with pytest.raises(ValueError, match=r"--encoder\.window_size changes the encoder"):
+        evaluate(run, ["--data.image_size", "32", "--encoder.window_size", "8"])
+
+
+def test_finetune_names_the_tasks_that_it_knows(
+    pretrain_config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert simmim.cli.main(["finetune", "--config", str(pretrain_config)]) == 2
+    assert "task is 'pretrain'; simmim finetune trains classification" in capsys.readouterr().err
