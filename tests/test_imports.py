@@ -51,6 +51,7 @@ FORMAT_AUTHORITY = {"webdataset"}
 with it; our tests hold what we write and read to it."""
 FROM_DATA_PREP = {
     "data_prep.images.arrays",
+    "data_prep.format.atomic",
     "data_prep.format.manifest",
     "data_prep.format.statistics_file",
 }
@@ -176,7 +177,7 @@ def test_the_walk_sees_every_form_of_import(tmp_path: Path) -> None:
     file = ROOT / "seen.py"
     source = (
         "import a.b\n"
-        "from data_prep import manifest, __version__\n"
+        "from data_prep import cli, __version__\n"
         "if True:\n"
         "    import c\n"
         "class K:\n"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.executors.processes import Tick
 from data_prep.format.manifest import IMAGE_EXTENSIONS, ShardEntry, ShardIndex
 from data_prep.format.tars import TarError, describe_problem, walk_tar
 
@@ -22,6 +21,9 @@ MOST_CLASSES = 1_000_000
 _KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
 _LABEL_BYTES = 32
+
+Tick = Callable[[int], object]
+"""Progress callback, called with the number of samples done since the last call."""
 
 
 @dataclass(frozen=True, kw_only=True)

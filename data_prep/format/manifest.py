@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.format.atomic import atomic_write_bytes
 from data_prep.format.pipes import PIPE, PipedFile
 from data_prep.format.storage import Location, RemotePath, StorageError, locate
 
@@ -36,10 +37,10 @@ __all__ = [
     "ShardEntry",
     "ShardIndex",
     "StorageError",
+    "atomic_write_bytes",
     "locate",
     "read_index",
     "read_manifest",
-    "write_aside",
     "write_index",
     "write_manifest",
 ]
@@ -184,7 +185,7 @@ def write_manifest(manifest: Manifest) -> None:
         "shards": [_values_of(shard) for shard in manifest.shards],
     }
     text = json.dumps(values, indent=1) + "\n"
-    write_aside(manifest.folder / MANIFEST_NAME, text.encode())
+    atomic_write_bytes(manifest.folder / MANIFEST_NAME, text.encode())
 
 
 def read_index(folder: str | os.PathLike[str] | RemotePath, shard: ShardEntry) -> ShardIndex:
@@ -239,20 +240,7 @@ def write_index(path: Location, index: ShardIndex) -> None:
     rows["extension"], rows["key"] = np.char.encode(index.extensions, "ascii"), keys
     buffer = io.BytesIO()
     np.save(buffer, rows, allow_pickle=False)
-    write_aside(path, buffer.getvalue())
-
-
-def write_aside(path: Location, data: bytes) -> None:
-    """Write a whole file so that it is there complete or not at all."""
-    if isinstance(path, RemotePath):
-        path.write_bytes(data)
-        return
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    atomic_write_bytes(path, buffer.getvalue())
 
 
 def _row_type(key_bytes: int) -> np.dtype[np.void]:

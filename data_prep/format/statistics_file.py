@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from data_prep.format.manifest import Manifest, ManifestError, write_aside
+from data_prep.format.atomic import atomic_write_bytes
+from data_prep.format.manifest import Manifest, ManifestError
 
 STATISTICS_NAME = "statistics.json"
 
@@ -52,7 +53,7 @@ def write_statistics(manifest: Manifest, statistics: Sequence[Statistics]) -> No
         "statistics": [asdict(one) for one in statistics],
     }
     text = json.dumps(values, indent=1) + "\n"
-    write_aside(manifest.folder / STATISTICS_NAME, text.encode())
+    atomic_write_bytes(manifest.folder / STATISTICS_NAME, text.encode())
 
 
 def read_statistics(manifest: Manifest) -> tuple[Statistics, ...]:

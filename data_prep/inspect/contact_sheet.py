@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from data_prep.format.manifest import Manifest, read_index, write_aside
+from data_prep.format.atomic import atomic_write_bytes
+from data_prep.format.manifest import Manifest, read_index
 from data_prep.images.checking import RejectedImageError
 from data_prep.images.pixels import read_images, read_pixels, spread_rows
 from data_prep.inspect.info import printable
@@ -46,7 +47,7 @@ def draw_contact_sheet(manifest: Manifest, path: Path) -> None:
             tiles.append((_draw_tile(data, str(index.extensions[row])), caption))
     buffer = io.BytesIO()
     _lay_out(tiles).save(buffer, format="PNG")
-    write_aside(path, buffer.getvalue())
+    atomic_write_bytes(path, buffer.getvalue())
 
 
 def _draw_tile(data: bytes, extension: str) -> Image.Image:

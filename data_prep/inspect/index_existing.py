@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_prep.executors.processes import Tick, map_tasks
+from data_prep.executors.processes import map_tasks
 from data_prep.format.fetching import on_this_machine
-from data_prep.format.index import index_tar
+from data_prep.format.index import Tick, index_tar
 from data_prep.format.manifest import (
     MANIFEST_NAME,
     Manifest,

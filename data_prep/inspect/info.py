@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_prep.executors.processes import Tick
+from data_prep.format.index import Tick
 from data_prep.format.manifest import Manifest
 from data_prep.format.statistics_file import Statistics
 from data_prep.inspect.survey import Survey, survey_set

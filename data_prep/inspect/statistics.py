@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.executors.processes import Tick, map_tasks
+from data_prep.executors.processes import map_tasks
 from data_prep.format.fetching import on_this_machine
+from data_prep.format.index import Tick
 from data_prep.format.manifest import Location, Manifest, ShardEntry, ShardIndex, read_index
 from data_prep.format.statistics_file import Statistics
 from data_prep.images.checking import RejectedImageError

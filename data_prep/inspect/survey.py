@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_prep.executors.processes import Tick, map_tasks
+from data_prep.executors.processes import map_tasks
+from data_prep.format.index import Tick
 from data_prep.format.manifest import Location, Manifest, ShardEntry, ShardIndex, read_index
 from data_prep.images.arrays import read_header
 from data_prep.images.pixels import read_images, spread_rows

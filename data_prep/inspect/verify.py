@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.executors.processes import Tick, map_tasks
+from data_prep.executors.processes import map_tasks
 from data_prep.format.fetching import on_this_machine
-from data_prep.format.index import index_tar
+from data_prep.format.index import Tick, index_tar
 from data_prep.format.manifest import Manifest, ManifestError, ShardEntry, ShardIndex, read_index
 from data_prep.format.storage import Location, StorageError
 from data_prep.format.tars import TarError

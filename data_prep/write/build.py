@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_prep.executors.processes import Tick
+from data_prep.format.index import Tick
 from data_prep.format.manifest import MANIFEST_NAME, Manifest
 from data_prep.format.storage import Location, RemotePath
 from data_prep.sources.source import Source, open_source

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.executors.processes import Tick, map_tasks
-from data_prep.format.manifest import write_aside
+from data_prep.executors.processes import map_tasks
+from data_prep.format.atomic import atomic_write_bytes
+from data_prep.format.index import Tick
 from data_prep.format.storage import Location
 from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import SourceFile, UnreadableFileError
@@ -123,7 +124,7 @@ def _digests(task: _DigestTask, tick: Tick) -> list[tuple[str, int | None]]:
                     pass
             found.append((digest, perceptual))
             tick(1)
-    write_aside(kept, json.dumps(found).encode())
+    atomic_write_bytes(kept, json.dumps(found).encode())
     return found
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from data_prep.executors.processes import Tick, map_tasks
+from data_prep.executors.processes import map_tasks
 from data_prep.executors.ray_cluster import map_on_ray
+from data_prep.format.index import Tick
 from data_prep.write.shard import ShardReport, ShardTask, write_shard
 
 

@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data_prep.executors.processes import Tick
-from data_prep.format.index import MOST_CLASSES
-from data_prep.format.manifest import write_aside
+from data_prep.format.atomic import atomic_write_bytes
+from data_prep.format.index import MOST_CLASSES, Tick
 from data_prep.format.storage import Location
 from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import IMAGE_SUFFIXES, Selection, SourceError, SourceFile
@@ -80,7 +79,7 @@ class Listing:
         """Note in the folder that the listing is complete."""
         values = asdict(self)
         del values["folder"]
-        write_aside(self.folder / _SUMMARY_NAME, json.dumps(values).encode())
+        atomic_write_bytes(self.folder / _SUMMARY_NAME, json.dumps(values).encode())
 
 
 def class_name(file: SourceFile) -> str | None:

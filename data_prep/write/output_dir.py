@@ -17,13 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.format.atomic import atomic_write_bytes
 from data_prep.format.index import index_name
 from data_prep.format.manifest import (
     MANIFEST_NAME,
     Manifest,
     read_index,
     read_manifest,
-    write_aside,
     write_manifest,
 )
 from data_prep.format.statistics_file import STATISTICS_NAME
@@ -96,7 +96,7 @@ class Destination:
     def begin(self, identity: Identity) -> None:
         """Note what the work is made from, once its listing is complete."""
         note = {"version": _WORK_VERSION, "identity": asdict(identity)}
-        write_aside(self.partial / _NOTE_NAME, json.dumps(note, indent=1).encode())
+        atomic_write_bytes(self.partial / _NOTE_NAME, json.dumps(note, indent=1).encode())
 
     def settle_version(self, *, overwrite: bool = False) -> None:
         """Check that unfinished work is of this version, or clear other if that is allowed.

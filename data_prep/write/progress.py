@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from data_prep.executors.processes import Tick
+from data_prep.format.index import Tick
 from data_prep.write.shard import ShardReport
 
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from data_prep.executors.processes import Tick
-from data_prep.format.manifest import write_aside
+from data_prep.format.atomic import atomic_write_bytes
+from data_prep.format.index import Tick
 from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import SourceError, SourceFile
 from data_prep.sources.source import Source
@@ -150,7 +150,7 @@ class StreamedListing:
             digest=hashlib.sha256(data).hexdigest(),
         )
         if self._needed(plan):
-            write_aside(self._folder / plan.listing, data)
+            atomic_write_bytes(self._folder / plan.listing, data)
         self._plans.append(plan)
         self._samples += len(lines)
         return plan

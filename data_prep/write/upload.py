@@ -17,15 +17,14 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-from data_prep.executors.processes import Tick
-from data_prep.format.index import index_name
+from data_prep.format.atomic import atomic_write_bytes
+from data_prep.format.index import Tick, index_name
 from data_prep.format.manifest import (
     MANIFEST_NAME,
     Manifest,
     ManifestError,
     ShardEntry,
     read_manifest,
-    write_aside,
     write_manifest,
 )
 from data_prep.format.storage import RemotePath, StorageError
@@ -270,7 +269,7 @@ class _Log:
     def begin(self) -> str:
         """Begin anew, with a run of another name, and return that."""
         self.run, self._digests = secrets.token_hex(16), {}
-        write_aside(self._path, self.run.encode("ascii"))
+        atomic_write_bytes(self._path, self.run.encode("ascii"))
         return self.run
 
     def has(self, name: str, digest: str) -> bool:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from data_prep.format.atomic import atomic_write_text
 from simmim.bench.memory import ASSUMPTIONS, GIB, Placement, Sharding, make_rows
 from simmim.bench.step import MASK_CELL, Precision, StepCase
 from simmim.bench.tables import batch_table, memory_table, to_json
 from swinv2 import VARIANTS
 from swinv2.config import AttentionPath, Checkpointing
-from swinv2.weights import atomic_write_text
 
 
 def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

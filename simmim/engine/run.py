@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.format.atomic import atomic_write_text
 from simmim.disk import append_whole, goes_on_without
 from simmim.engine.checkpoint.directory import RECIPE_FILE, discard_all, remove_later_checkpoints
 from simmim.recipe import differences, read_values, to_values, to_yaml
-from swinv2.weights import atomic_write_text
 
 LOCK = ".lock"
 """File in the run folder that the process which writes there has locked."""

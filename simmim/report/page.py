@@ -8,11 +8,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from data_prep.format.atomic import atomic_write_text
 from simmim.engine.monitor.progress import duration
 from simmim.engine.run import RunFolder
 from simmim.report.charts import Series, chart
 from simmim.report.style import STYLE
-from swinv2.atomic import atomic_write_text
 
 Lines = Sequence[dict[str, Any]]
 

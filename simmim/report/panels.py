@@ -10,9 +10,9 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from data_prep.format.atomic import atomic_write_bytes
 from simmim.method.losses import denormalise_target
 from simmim.method.masking import enlarge_mask
-from swinv2.atomic import atomic_write_bytes
 
 CAPTIONS = ("original", "masked", "prediction", "pasted")
 SMALLEST_TILE = 128

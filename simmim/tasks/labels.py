@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from data_prep.format.atomic import atomic_write_text
 from simmim.engine.run import RunFolder
 from simmim.recipe import load, read_values
 from simmim.report.labels_page import Scores, drawing, labels_page, table_of
 from simmim.tasks.all_tasks import fine_tuning_named
 from simmim.tasks.fine_tuning import FineTuningRecipe
 from simmim.tasks.pretrained import SCRATCH
-from swinv2.atomic import atomic_write_text
 
 Start = Literal["pretrained", "scratch"]
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from swinv2.atomic import atomic_write_text
+from data_prep.format.atomic import atomic_write_text
 
 BEST_FILE = "best.json"
 """File in the run folder that names it."""

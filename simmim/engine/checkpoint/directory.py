@@ -19,6 +19,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
+from data_prep.format.atomic import atomic_write_text
 from simmim.engine.checkpoint.best import Best, best_checkpoint
 from simmim.engine.checkpoint.shard_files import Parts, Piece, part_path, write_part
 from simmim.engine.checkpoint.sharded_state import (
@@ -28,7 +29,6 @@ from simmim.engine.checkpoint.sharded_state import (
     restore_model,
     restore_optimizer,
 )
-from swinv2.weights import atomic_write_text
 
 COMPLETE = "complete"
 MODEL, OPTIMIZER = "model", "optimizer"

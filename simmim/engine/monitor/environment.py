@@ -10,9 +10,9 @@ import psutil
 import torch
 from accelerate import Accelerator
 
+from data_prep.format.atomic import atomic_write_text
 from simmim.engine.monitor.utilisation import Peak
 from simmim.engine.run import RunFolder
-from swinv2.atomic import atomic_write_text
 
 
 def environment(accelerator: Accelerator, peak: Peak) -> dict[str, Any]:

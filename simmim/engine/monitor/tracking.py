@@ -14,9 +14,9 @@ import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from PIL import Image
 
+from data_prep.format.atomic import atomic_write_text
 from simmim.engine.run import RunFolder
 from simmim.recipe import to_values, to_yaml
-from swinv2.atomic import atomic_write_text
 
 TrackerName = Literal[
     "tensorboard",

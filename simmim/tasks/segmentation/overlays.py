@@ -10,9 +10,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from data_prep.format.atomic import atomic_write_bytes
 from simmim.data.loader.batches import Batch
 from simmim.data.transforms.label_image import IGNORED
-from swinv2.atomic import atomic_write_bytes
 
 GAP = 6
 HEADER = 20

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from simmim.tasks.segmentation.backbone import check_installed
 from swinv2 import SwinV2
+from swinv2.atomic import atomic_folder
 from swinv2.bridges.transformers_backbone import register_backbone
 from swinv2.flops import forward_flops
-from swinv2.weights import atomic_folder
 
 PREPROCESSING = "preprocessing.json"
 """File beside the model that says how its images were normalised."""

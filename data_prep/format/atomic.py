@@ -1,0 +1,51 @@
+"""Atomic writes: a file appears complete or not at all.
+
+A file is written under a hidden sibling name, synced to disk and renamed into place, so that
+neither a reader nor a killed process ever meets half of it. Stores of objects write whole objects
+by themselves.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from data_prep.format.storage import Location, RemotePath
+
+
+def atomic_write_text(path: Location, text: str) -> None:
+    """Write ``text`` as UTF-8 to ``path``, replacing an earlier file in one step."""
+    atomic_write_bytes(path, text.encode())
+
+
+def atomic_write_bytes(path: Location, data: bytes) -> None:
+    """Write ``data`` to ``path``, replacing an earlier file in one step.
+
+    The parent folder must exist. A symbolic link stays: the file it points to is replaced.
+
+    Raises:
+        OSError: the file cannot be written; an earlier one is left as it was.
+    """
+    if isinstance(path, RemotePath):
+        path.write_bytes(data)
+        return
+    destination = Path(os.path.realpath(path))
+    partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(destination)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _sync_folder(destination.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
