@@ -192,7 +192,7 @@ def test_the_walk_sees_every_form_of_import(tmp_path: Path) -> None:
     ]
     assert found == [
         ("a.b", False),
-        ("data_prep.format.manifest", False),
+        ("data_prep.cli", False),
         ("data_prep", False),
         ("c", False),
         ("d", False),
