@@ -1,10 +1,21 @@
 """Swin Transformer V2: the encoder, its weights and its bridges to other libraries."""
 
-from swinv2.config import VARIANTS, Execution, SwinV2Config, record_windows, variant_config
-from swinv2.encoder import SwinV2, build_encoder
-from swinv2.video import VideoConfig, VideoSwinV2, inflate
-from swinv2.video_weights import load_video_encoder, read_video_config, save_video_encoder
-from swinv2.weights import Provenance, load_encoder, read_encoder_config, save_encoder
+from typing import TYPE_CHECKING, Any
+
+from swinv2.config import (
+    VARIANTS,
+    Execution,
+    SwinV2Config,
+    VideoConfig,
+    record_windows,
+    variant_config,
+)
+
+if TYPE_CHECKING:
+    from swinv2.encoder import SwinV2, build_encoder
+    from swinv2.video import VideoSwinV2, inflate
+    from swinv2.video_weights import load_video_encoder, read_video_config, save_video_encoder
+    from swinv2.weights import Provenance, load_encoder, read_encoder_config, save_encoder
 
 __all__ = [
     "VARIANTS",
@@ -25,3 +36,19 @@ __all__ = [
     "save_video_encoder",
     "variant_config",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch when it is first asked for (PEP 562)."""
+    if name in __all__:
+        from swinv2 import encoder, video, video_weights, weights  # noqa: PLC0415
+
+        for module in (encoder, video, video_weights, weights):
+            if hasattr(module, name):
+                globals()[name] = getattr(module, name)
+                return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

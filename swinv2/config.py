@@ -197,6 +197,62 @@ class SwinV2Config:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VideoConfig(SwinV2Config):
+    """Every size of a video encoder: those within a frame, as for images, and those in time."""
+
+    frames: int = 8
+    """Nominal length of a clip, in frames. Any other length works too."""
+
+    frame_patch: int = 1
+    """Frames of a patch."""
+
+    window_frames: int = 8
+    """Attention window along time, in tokens, before it is fitted to the clip."""
+
+    pretrained_window_frames: int | None = None
+    """Window along time that was trained with, in tokens, or None for the present."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("frames", "frame_patch", "window_frames"):
+            _check_count(name, getattr(self, name), least=1)
+        if self.pretrained_window_frames is not None:
+            _check_count("pretrained_window_frames", self.pretrained_window_frames, least=1)
+        if self.frames % self.frame_patch:
+            raise ValueError(
+                f"frames is {self.frames}, no multiple of frame_patch {self.frame_patch}; "
+                "change either"
+            )
+
+    @property
+    def recorded_frames(self) -> int:
+        """Window along time that position offsets are relative to, in tokens."""
+        tokens = self.frames // self.frame_patch
+        return self.pretrained_window_frames or clamp_window(tokens, self.window_frames)[0]
+
+    @property
+    def stage_maps(self) -> tuple[Axes, ...]:
+        """Tokens of each stage, (frames, rows, columns), for a clip of the nominal size."""
+        frames = self.frames // self.frame_patch
+        return tuple((frames, *resolution) for resolution in self.stage_resolutions)
+
+    @property
+    def map_window(self) -> Axes:
+        """Attention window, (frames, rows, columns), before it is fitted to a stage."""
+        return (self.window_frames, *self.window_size)
+
+    @property
+    def reference_windows(self) -> tuple[Axes, ...]:
+        """Window of each stage that position offsets are relative to, (frames, rows, columns)."""
+        return tuple((self.recorded_frames, *window) for window in record_windows(self))
+
+    @property
+    def patch_channels(self) -> int:
+        """Channels of all frames of a patch together."""
+        return self.frame_patch * self.in_channels
+
+
+@dataclass(frozen=True, kw_only=True)
 class Execution:
     """How an encoder computes what it computes: results are equal, time and memory are not.
 
@@ -307,6 +363,16 @@ def variant_config(name: str, **overrides: Any) -> SwinV2Config:
     ):
         return config
     return replace(config, variant=name)
+
+
+def video_config(config: SwinV2Config, **sizes: Any) -> VideoConfig:
+    """Return the config of a video encoder with frames as an image encoder's images.
+
+    Raises:
+        ValueError: a size in time cannot work.
+    """
+    image = {field.name: getattr(config, field.name) for field in fields(SwinV2Config)}
+    return VideoConfig(**image, **sizes)
 
 
 def replace_config(config: Config, **overrides: Any) -> Config:

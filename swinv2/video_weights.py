@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from swinv2.config import record_windows
+from swinv2.config import VideoConfig, record_windows
 from swinv2.encoder_file import (
     VIDEO_FORMAT,
     EncoderFile,
@@ -15,7 +15,7 @@ from swinv2.encoder_file import (
     read_description,
     to_json,
 )
-from swinv2.video import VideoConfig, VideoSwinV2
+from swinv2.video import VideoSwinV2
 from swinv2.weights import (
     CONFIG_FILE,
     WEIGHTS_FILE,

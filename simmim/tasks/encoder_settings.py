@@ -1,12 +1,14 @@
 """The encoder of a recipe, a variant of the paper or sizes of one's own; how it is computed."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from simmim.limits import check_least, check_rates
 from simmim.recipe import settings
 from swinv2 import Execution, SwinV2Config
 from swinv2.config import AttentionPath, Checkpointing, variant_config
-from swinv2.hierarchy import Hierarchy
+
+if TYPE_CHECKING:
+    from swinv2.hierarchy import Hierarchy
 
 
 @settings
@@ -116,7 +118,7 @@ class ExecutionSettings:
                     "stages; give one for each, or a single one for all."
                 )
 
-    def apply(self, encoder: Hierarchy) -> None:
+    def apply(self, encoder: "Hierarchy") -> None:
         """Let `encoder` compute in this way.
 
         Raises:

@@ -1,4 +1,6 @@
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -114,3 +116,16 @@ def test_unknown_overrides_bring_the_closest_field() -> None:
         variant_config("tiny", windows_size=8)
     with pytest.raises(ValueError, match="no variant 'tinny'"):
         variant_config("tinny")
+
+
+def test_configs_load_no_torch_and_the_rest_is_imported_on_demand() -> None:
+    code = (
+        "import sys, swinv2\n"
+        "from swinv2.config import variant_config\n"
+        "variant_config('tiny')\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert dir(swinv2) == sorted(swinv2.__all__)\n"
+        "for name in swinv2.__all__: getattr(swinv2, name)\n"
+        "assert 'torch' in sys.modules and not hasattr(swinv2, 'SwinV3')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

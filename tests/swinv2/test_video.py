@@ -35,9 +35,9 @@ from swinv2.attention import (
     window_grid,
     window_mask,
 )
+from swinv2.config import VideoConfig, video_config
 from swinv2.flops import forward_flops
 from swinv2.position_bias import PositionBias, offset_coordinates, offset_index
-from swinv2.video import VideoConfig, video_config
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)

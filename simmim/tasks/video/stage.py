@@ -33,7 +33,7 @@ from swinv2 import (
     read_video_config,
     save_video_encoder,
 )
-from swinv2.video import video_config
+from swinv2.config import video_config
 from swinv2.video_weights import holds_video_encoder
 
 
