@@ -1,7 +1,5 @@
 """The `data-prep` command: images into shards, and shards looked after."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import os
@@ -117,7 +115,7 @@ def _shard(arguments: argparse.Namespace, interruption: Interruption) -> int:
 class _Shown:
     """What the bar says beside the images done: what is listed, megabytes a second, bad images."""
 
-    def __init__(self, bar: tqdm[NoReturn], source: str) -> None:
+    def __init__(self, bar: "tqdm[NoReturn]", source: str) -> None:
         self._bar, self._source = bar, source
         self._bytes = self._bad = 0
         self._sent = ""
@@ -290,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, about: str
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, about: str
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
@@ -317,7 +315,7 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _bar(total: int | None = None) -> tqdm[NoReturn]:
+def _bar(total: int | None = None) -> "tqdm[NoReturn]":
     # disable=None: drawn only where someone can see it.
     return tqdm(total=total, unit=" images", unit_scale=True, disable=None, dynamic_ncols=True)
 

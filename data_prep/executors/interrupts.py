@@ -4,8 +4,6 @@ Python drops an exception that is raised while a finalizer runs. A signal may co
 what was received is noted, and raised again at the next tick.
 """
 
-from __future__ import annotations
-
 import signal
 import sys
 import threading

@@ -1,7 +1,5 @@
 """Work shared out to processes: one task at a time each, and a tick for every sample done."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

@@ -1,7 +1,5 @@
 """Tasks on a Ray cluster: a bounded number in flight, and tried again when a node is lost."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 

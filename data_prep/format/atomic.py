@@ -5,8 +5,6 @@ neither a reader nor a killed process ever meets half of it. Stores of objects w
 by themselves.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Bytes of a file at any place in it, on this machine or in a store."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Shards that lie elsewhere, lent as files of this machine to what reads all or much of them."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager

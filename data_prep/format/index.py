@@ -1,7 +1,5 @@
 """Random access into WebDataset tars: where each sample's image lies, and what it is labelled."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable, Iterator

@@ -5,8 +5,6 @@ written last: a folder that has one is complete. An index holds, for every sampl
 where the bytes of the image lie in the tar, so that any sample is one read away.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os

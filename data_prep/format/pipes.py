@@ -3,8 +3,6 @@
 A command is run only for who said so: `allow_pipe` of a recipe, or `--allow-pipe` of `data-prep`.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -3,8 +3,6 @@
 It lies beside the manifest, and says of which shards it is.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

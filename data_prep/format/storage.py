@@ -4,8 +4,6 @@ A location is a `Path` or a `RemotePath`, and code that reads shards treats both
 object stores and web servers are reached: nothing that runs a command or chains file systems.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import random
@@ -61,7 +59,7 @@ class RemotePath:
     url: str
     attempts: int = ATTEMPTS
 
-    def __truediv__(self, name: str) -> RemotePath:
+    def __truediv__(self, name: str) -> "RemotePath":
         return replace(self, url=f"{self.url.rstrip('/')}/{name}")
 
     def __str__(self) -> str:
@@ -78,7 +76,7 @@ class RemotePath:
         return Path(self.name).stem
 
     @property
-    def parent(self) -> RemotePath:
+    def parent(self) -> "RemotePath":
         """The folder that this is in."""
         return replace(self, url=self.url.rstrip("/").rsplit("/", 1)[0])
 
@@ -178,7 +176,7 @@ class RemotePath:
         """Tell whether there is a folder, that is a prefix of other names."""
         return bool(self._try(lambda system: system.isdir(self.url)))
 
-    def glob(self, pattern: str) -> Iterator[RemotePath]:
+    def glob(self, pattern: str) -> Iterator["RemotePath"]:
         """Yield the files right below whose names match."""
         listed = self._try(lambda system: system.ls(self.url, detail=False))
         for path in sorted(listed):

@@ -1,7 +1,5 @@
 """Members of uncompressed tars that others wrote, walked without trusting them."""
 
-from __future__ import annotations
-
 import io
 import os
 import tarfile

@@ -4,8 +4,6 @@ An array is an image of height x width, or of height x width x channels. Its hea
 checked before memory is taken for its values, and nothing is ever unpickled.
 """
 
-from __future__ import annotations
-
 import io
 import math
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Colour of more than 8 bits a channel, which Pillow cuts to 8: told from the file's header."""
 
-from __future__ import annotations
-
 from PIL import Image, TiffImagePlugin
 
 _BITS_PER_SAMPLE = 258

@@ -4,8 +4,6 @@ The bytes of JPEG, PNG, WebP and plain `.npy` files are kept unless other is ask
 is written anew, as PNG or as an array, whichever loses nothing.
 """
 
-from __future__ import annotations
-
 import io
 import warnings
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ over or missing), and a flipped bit may still give another picture of the same f
 checksum for each chunk. WebP has a length.
 """
 
-from __future__ import annotations
-
 import struct
 import zlib
 

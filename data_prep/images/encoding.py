@@ -1,7 +1,5 @@
 """Pictures written anew: where shards cannot hold their format, or where that was asked for."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 Pillow takes 15 times as long to open a file, which for images of a few kB is most of the work.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 _START = b"\xff\xd8\xff"

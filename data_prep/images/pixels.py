@@ -1,7 +1,5 @@
 """The values of a stored image, as training would see them, for measuring and for showing."""
 
-from __future__ import annotations
-
 import io
 import warnings
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A picture of samples of a set, for a person to see what is in it."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 from typing import Any

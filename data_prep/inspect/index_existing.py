@@ -1,7 +1,5 @@
 """Tars that someone else wrote made into a set: indexes and a manifest laid beside them."""
 
-from __future__ import annotations
-
 import re
 import tempfile
 from collections.abc import Sequence

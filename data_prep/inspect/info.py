@@ -1,7 +1,5 @@
 """What a set of shards holds, as a table for a person."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Mean and standard deviation of each channel, over every value of every image of a set."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -31,7 +29,7 @@ class Moments:
     squares: NDArray[np.float64]
     """Sum of their squared distances from the mean."""
 
-    def merged(self, other: Moments) -> Moments:
+    def merged(self, other: "Moments") -> "Moments":
         """Return the moments of both sets of values, after Chan, Golub and LeVeque (1979)."""
         count = self.count + other.count
         share = other.count / np.maximum(count, 1)
@@ -95,7 +93,7 @@ class _Sum:
     images: int
     missing: int
 
-    def add(self, other: _Sum) -> None:
+    def add(self, other: "_Sum") -> None:
         self.moments = self.moments.merged(other.moments)
         self.images += other.images
         self.missing += other.missing

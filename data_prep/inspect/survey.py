@@ -1,7 +1,5 @@
 """What a set of shards holds, counted from its indexes and from the headers of its images."""
 
-from __future__ import annotations
-
 import io
 import warnings
 from collections import Counter
@@ -48,7 +46,7 @@ class Survey:
     unreadable: int = 0
     """Images whose headers could not be read."""
 
-    def add(self, other: Survey) -> None:
+    def add(self, other: "Survey") -> None:
         """Add another part of the same set."""
         self.per_class = self.per_class + other.per_class
         self.labelled += other.labelled

@@ -1,7 +1,5 @@
 """A set of shards read back and compared with what its manifest promises."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field

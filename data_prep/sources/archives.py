@@ -1,7 +1,5 @@
 """Archives as sources: zips and tars, whose members are read by their position."""
 
-from __future__ import annotations
-
 import struct
 import tarfile
 import zipfile

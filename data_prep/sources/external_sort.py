@@ -1,7 +1,5 @@
 """Lines sorted on disk: any number of them in bounded memory."""
 
-from __future__ import annotations
-
 import heapq
 import os
 from collections.abc import Iterator

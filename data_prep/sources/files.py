@@ -1,7 +1,5 @@
 """Files of a source: how each is named and found, and which are wanted."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath

@@ -1,7 +1,5 @@
 """Lists of paths as sources: a text file, a CSV or a Parquet file, read a few rows at a time."""
 
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """A folder of a store as a source."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from data_prep.format.storage import RemotePath

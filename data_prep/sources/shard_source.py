@@ -1,7 +1,5 @@
 """Shards as a source: WebDataset tars, ours or anyone's, read to be written anew."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import closing

@@ -1,7 +1,5 @@
 """Where images come from: a folder, an archive, a list or shards, listed and read by position."""
 
-from __future__ import annotations
-
 import zipfile
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Arguments of `data-prep shard` and `reshard`, and the options they stand for."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from pathlib import Path

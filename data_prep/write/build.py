@@ -1,7 +1,5 @@
 """A source made into a set of shards, from listing to manifest."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext

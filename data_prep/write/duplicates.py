@@ -1,7 +1,5 @@
 """Files with the same bytes found among any number of files, in bounded memory."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterator

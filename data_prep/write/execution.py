@@ -1,7 +1,5 @@
 """How shards are written: where, how many at once, and which of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 

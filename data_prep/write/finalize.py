@@ -1,7 +1,5 @@
 """Finished shards made into a set: counted, named and published with what was kept out."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter

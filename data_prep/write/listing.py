@@ -4,8 +4,6 @@ Each line is a file. A listing is gathered, sorted and read back in bounded memo
 one place for each shard. Beside it lies the list of files that must not be used.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

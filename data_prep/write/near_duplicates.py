@@ -1,7 +1,5 @@
 """Images that look alike, found by their perceptual hashes."""
 
-from __future__ import annotations
-
 import io
 import os
 import tempfile

@@ -5,8 +5,6 @@ they are made from. When all are there they are moved up, and the manifest is wr
 with one is complete. Several parts of a run may write at once; what ends a run has it alone.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import re
@@ -59,7 +57,7 @@ class Identity:
     fingerprint: str
     """Digest of the inputs; empty while they are still being listed."""
 
-    def may_be(self, other: Identity) -> bool:
+    def may_be(self, other: "Identity") -> bool:
         """Tell whether the other is of the same, as far as both are known."""
         known = self.fingerprint and other.fingerprint
         return self.options == other.options and (

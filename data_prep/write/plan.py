@@ -1,7 +1,5 @@
 """Which sample goes into which shard: a pure function of the listing and the options."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field

@@ -1,7 +1,5 @@
 """What is told of shards while they are written."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """One shard: images read from the source, checked, and written as a WebDataset tar."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter

@@ -4,8 +4,6 @@ The bytes are those of webdataset's TarWriter, which a test holds them to; heade
 from a template, since making each anew takes longer than all the rest.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import tarfile

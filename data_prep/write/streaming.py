@@ -6,8 +6,6 @@ repeats: a run that goes on lists the source again, and takes a finished shard o
 made from. Files for validation, which come last, are put aside on disk.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace

@@ -7,8 +7,6 @@ taken for a shard only if the note is this run's, the log has its checksum, and 
 length; whatever a killed run was at is done again.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import re

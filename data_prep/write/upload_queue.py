@@ -4,8 +4,6 @@ A shard's number in the set is known once all before it are finished, since thos
 empty do not count. Workers are kept from running ahead, so that a bounded number waits on disk.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Container
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -62,7 +60,7 @@ class Shipper:
         self._shards = self._bytes = 0
         self._lock = threading.Lock()
 
-    def __enter__(self) -> Shipper:
+    def __enter__(self) -> "Shipper":
         return self
 
     def __exit__(

@@ -1,7 +1,5 @@
 """Real image files, drawn for the tests."""
 
-from __future__ import annotations
-
 import io
 import tarfile
 import zipfile

@@ -1,7 +1,5 @@
 """The command: exit codes, one message for a mistake, and interrupts that leave nothing half."""
 
-from __future__ import annotations
-
 import os
 import random
 import re

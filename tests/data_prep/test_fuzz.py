@@ -1,7 +1,5 @@
 """Hostile images, manifests and indexes: no crash, no hang, nothing lost unseen."""
 
-from __future__ import annotations
-
 import io
 import json
 import struct

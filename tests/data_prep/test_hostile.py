@@ -1,7 +1,5 @@
 """Damaged archives and lists: no crash, no hang, and every file found is accepted or named."""
 
-from __future__ import annotations
-
 import csv
 import random
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Work shared out gives the same results with any number of workers, and failures come back."""
 
-from __future__ import annotations
-
 import importlib
 import time
 from collections.abc import Callable

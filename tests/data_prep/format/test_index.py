@@ -1,7 +1,5 @@
 """An index says of a tar what stock webdataset reads from it, and hostile tars are refused."""
 
-from __future__ import annotations
-
 import io
 import tarfile
 from collections.abc import Callable

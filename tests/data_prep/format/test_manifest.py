@@ -1,7 +1,5 @@
 """The manifest and the indexes: what is written is read back, and damage is named."""
 
-from __future__ import annotations
-
 import json
 import pickle
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Places at URLs: what is read, and what is refused."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Arrays are read from their headers with suspicion, and kept value for value."""
 
-from __future__ import annotations
-
 import io
 import struct
 

@@ -1,7 +1,5 @@
 """Images are kept as they are where they can be, rewritten without loss, or rejected by name."""
 
-from __future__ import annotations
-
 import io
 import struct
 import zlib

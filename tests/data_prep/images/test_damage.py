@@ -1,7 +1,5 @@
 """Damage that decodes is found where the format lets it be."""
 
-from __future__ import annotations
-
 import io
 import subprocess
 import sys

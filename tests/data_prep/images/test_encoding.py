@@ -1,7 +1,5 @@
 """Pictures are written anew only where that is needed, upright, in size, and the same each time."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable
 

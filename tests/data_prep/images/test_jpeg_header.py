@@ -1,7 +1,5 @@
 """What is read of a JPEG's header without Pillow is what Pillow reads."""
 
-from __future__ import annotations
-
 import io
 import random
 import warnings

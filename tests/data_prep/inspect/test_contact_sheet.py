@@ -1,7 +1,5 @@
 """The sheet shows samples of every kind, each where it belongs and under its name."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Tars that someone else wrote become a set without being changed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The table says what the set holds."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """What is measured equals the plain definition, whatever the order, the format and the type."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable
 from pathlib import Path

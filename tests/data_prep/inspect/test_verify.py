@@ -1,7 +1,5 @@
 """Verification passes what was written and names every kind of damage."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

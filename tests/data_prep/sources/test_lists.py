@@ -1,7 +1,5 @@
 """Lists, nested tars and other shards give the files they name, with labels, splits and fields."""
 
-from __future__ import annotations
-
 import importlib.util
 import io
 import json

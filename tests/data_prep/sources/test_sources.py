@@ -1,7 +1,5 @@
 """Folder, zip and tar list and read alike, and what is hostile in them is named."""
 
-from __future__ import annotations
-
 import gzip
 import inspect
 import io

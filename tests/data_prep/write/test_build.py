@@ -1,7 +1,5 @@
 """Shards hold every image once, open in stock webdataset, and are the same bytes every time."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import warnings

@@ -1,7 +1,5 @@
 """Images that look alike are found as brute force finds them, and named."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import tempfile

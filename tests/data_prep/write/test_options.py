@@ -1,7 +1,5 @@
 """Validation shards, duplicates, the ceiling on rejected images, parts and Ray."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import json

@@ -1,7 +1,5 @@
 """Which sample goes where depends on the listing and the options alone."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -1,7 +1,5 @@
 """Sets of shrunk pictures and of arrays: the same bytes each time, readable by stock webdataset."""
 
-from __future__ import annotations
-
 import io
 import json
 import warnings

@@ -1,7 +1,5 @@
 """Tars are those that webdataset writes, byte for byte, and their index is what a reader finds."""
 
-from __future__ import annotations
-
 import hashlib
 import warnings
 from contextlib import closing

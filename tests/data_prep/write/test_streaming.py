@@ -1,7 +1,5 @@
 """Shards written while their source is still being listed are what any other run writes."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -1,7 +1,5 @@
 """Shards that go to a store as they finish: the bytes of a local run, whatever happens."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
