@@ -53,7 +53,7 @@ def raise_on_signals() -> Iterator[Interruption]:
         yield interruption
         return
 
-    def report(unraisable: sys.UnraisableHookArgs) -> None:
+    def report(unraisable: "sys.UnraisableHookArgs") -> None:
         if not isinstance(unraisable.exc_value, InterruptedBySignal):
             hook(unraisable)
 
