@@ -11,13 +11,18 @@ their checkpoint.
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 import psutil
+from accelerate.commands.config import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils import DistributedType
 
 from simmim.data.loader.workers import STOP_SIGNALS
+from simmim.engine.distributed.parallelism import NO_DEEPSPEED
 from simmim.engine.distributed.signals import STOPPED
 from simmim.engine.distributed.torchrun import code_of, telling_code
 
@@ -25,6 +30,9 @@ from simmim.engine.distributed.torchrun import code_of, telling_code
 def main(argv: Sequence[str] | None = None) -> int:
     """Launch what `argv` asks for and return its exit code; 75 where a signal asked it to stop."""
     arguments = launch_command_parser().parse_args(argv)
+    if _asks_for_deepspeed(arguments):  # refused here: accelerate ends with a traceback
+        sys.stderr.write(f"simmim: {NO_DEEPSPEED}\n")
+        return 2
     relay = StopRelay()
     for number in STOP_SIGNALS:
         signal.signal(number, relay)
@@ -33,6 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except subprocess.CalledProcessError as error:  # or a process of accelerate's
         code = telling_code([error.returncode])
     return STOPPED if code and relay.asked else code
+
+
+def _asks_for_deepspeed(arguments: Namespace) -> bool:
+    file = arguments.config_file
+    if file is None and Path(default_config_file).is_file():
+        file = default_config_file
+    if arguments.use_deepspeed or file is None:
+        return bool(arguments.use_deepspeed)
+    return bool(load_config_from_file(file).distributed_type == DistributedType.DEEPSPEED)
 
 
 class StopRelay:

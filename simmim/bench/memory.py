@@ -21,7 +21,7 @@ import torch
 from simmim.bench.step import Measurement, Peak, Precision, Simulation, StepCase, build_step_model
 from simmim.engine.distributed.sharding import shard_size, sharding_units
 
-Sharding = Literal["none", "zero1", "fsdp2"]
+Sharding = Literal["none", "fsdp2"]
 
 GIB = 2**30
 MULTIPLES = (1, 64, 128)
@@ -31,10 +31,9 @@ MEMORY_TO_LEAVE = 0.8
 """Share of the free memory that a measured step may be expected to take."""
 
 ASSUMPTIONS = """\
-weights   float32; with bf16, zero1 and fsdp2 compute with bf16 weights and share out float32 ones
+weights   float32; with bf16, fsdp2 computes with bf16 weights and shards the float32 ones
 gradients as the weights that are computed with; fsdp2 averages and keeps them in float32
 AdamW     two states, float32
-zero1     shares out AdamW's states and the float32 weights of bf16; the rest is whole
 fsdp2     shares out everything; two blocks, what is outside the blocks, and the gradients of one
           block are gathered at a time
 bf16-weights: weights, gradients and states are all bf16
@@ -154,9 +153,6 @@ def need(
     match placement.sharding:
         case "none":
             weights, gathered, gradient = kept * whole, 0, float(kept)
-        case "zero1":
-            master = 0 if computed == kept else kept * share
-            weights, gathered, gradient = computed * whole + master, 0, float(computed)
         case "fsdp2":
             weights = kept * share
             gathered = computed * (size.gathered + size.largest_unit)

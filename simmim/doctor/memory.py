@@ -113,8 +113,6 @@ def _placement(world: int) -> Placement:
     asked: Sharding = "none"
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         asked = "fsdp2"
-    elif os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        asked = "zero1"
     return Placement(
         sharding=asked if world > 1 else "none", devices=world if asked != "none" else 1
     )

@@ -1,4 +1,4 @@
-"""The training loop: every stage runs on it. It calls backward, but with ZeRO, which does."""
+"""The training loop, which every stage runs on. It is the one place that calls backward."""
 
 import math
 import time
@@ -22,7 +22,6 @@ from simmim.engine.distributed.parallelism import (
     sharding_left_to_us,
     synchronise_norms,
     trains_in_shards,
-    wants_zero,
     without_exchange,
 )
 from simmim.engine.distributed.sharding import shard_for_training
@@ -42,7 +41,6 @@ from simmim.engine.run import RunFolder
 from simmim.engine.schedule import learning_rate
 from simmim.engine.settings import TrainingSettings
 from simmim.engine.stage import Stage
-from simmim.engine.zero import Zero
 from simmim.recipe import recipe_hash
 
 
@@ -80,21 +78,16 @@ def build_accelerator(precision: str, rank_timeout: float = 600.0) -> Accelerato
 
 
 def prepare(stage: Stage, accelerator: Accelerator) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Put what is trained on its devices, whole or in shards, and build its optimiser."""
+    """Move a stage's module to its devices, whole or sharded, and build the optimiser."""
     stage.module.to(accelerator.device)
     synchronise_norms(stage.module, accelerator.device, accelerator.num_processes)
     sharded = trains_in_shards(accelerator)
     if sharded:
         shard_for_training(stage.module, accelerator)
-    optimizer = accelerator.prepare(optimizer_of(stage))
-    return stage.module if sharded else accelerator.prepare(stage.module), optimizer
-
-
-def optimizer_of(stage: Stage) -> torch.optim.Optimizer:
-    """Build the optimiser of what is trained, which lies where it stays."""
     settings = stage.recipe.training.optimizer
     groups = parameter_groups(stage.module, settings, stage.depths)
-    return build_optimizer(stage.module, settings, groups)
+    optimizer = accelerator.prepare(build_optimizer(stage.module, settings, groups))
+    return stage.module if sharded else accelerator.prepare(stage.module), optimizer
 
 
 def training_step(
@@ -163,8 +156,6 @@ def train(
     if found is not None:
         trainer.restore(found, allow_changes=allow_changes)
     loaded = load_initial(init_from, stage.module) if init_from and found is None else None
-    if trainer.zero and loaded is not None:
-        trainer.zero.heed_weights()
     stream = trainer.batches()  # refuses what cannot be dealt out, before anything is written
     if accelerator.is_main_process:
         run.begin(stage.recipe, step=trainer.step)
@@ -223,22 +214,7 @@ class _Trainer:
         )
         self.watcher = Watcher(stage, run, accelerator, begin=self.watchdog.at)
         self.clock = self.watcher.clock
-        self.zero: Zero | None = None
-        if wants_zero() and accelerator.num_processes > 1:
-            if self.training.ema_decay is not None:
-                raise ValueError("training.ema_decay does not go with ZeRO: set it to null.")
-            stage.module.to(accelerator.device)
-            self.optimizer = optimizer_of(stage)
-            self.zero = Zero(
-                stage.module,
-                self.optimizer,
-                accelerator,
-                accumulation=self.training.accumulation,
-                clip_norm=self.training.clip_norm,
-            )
-            self.module = self.zero.engine
-        else:
-            self.module, self.optimizer = prepare(stage, accelerator)
+        self.module, self.optimizer = prepare(stage, accelerator)
         self.saver = Saver(
             run.checkpoints,
             rank=accelerator.process_index,
@@ -267,11 +243,9 @@ class _Trainer:
         )
 
     def restore(self, path: Path, *, allow_changes: bool) -> None:
-        optimizer = self.zero.unfilled() if self.zero else self.optimizer
-        state = restore(path, self.stage, self.accelerator, optimizer, allow_changes=allow_changes)
-        if self.zero:
-            self.zero.heed_weights()
-            self.zero.take(optimizer)
+        state = restore(
+            path, self.stage, self.accelerator, self.optimizer, allow_changes=allow_changes
+        )
         if state.cursor != state.step * self.training.batch_size:  # some had another batch size
             self.total = self.training.steps_to_the_end(
                 state.step, state.cursor, self.stage.samples_per_epoch
@@ -285,7 +259,7 @@ class _Trainer:
         self.cursor, self.skipped = state.cursor, state.skipped_steps
         if state.best is not None and checkpoint_path(path.parent, state.best.step).is_dir():
             self.best = state.best
-        if self.training.ema_decay is None and self.zero is None:
+        if self.training.ema_decay is None:
             forget_average(self.optimizer)
         self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in state.losses]
 
@@ -312,12 +286,9 @@ class _Trainer:
         self.clock.add(training.batch_size, time.perf_counter() - began)
         self.watchdog.at(self.step + 1, "computing")
         self.module.train()
-        if self.zero:
-            loss, norm = self.zero.step(micro_batches)
-        else:
-            loss, norm = training_step(
-                self.accelerator, self.module, self.optimizer, micro_batches, training.clip_norm
-            )
+        loss, norm = training_step(
+            self.accelerator, self.module, self.optimizer, micro_batches, training.clip_norm
+        )
         self.skipped += int(loss.isnan())
         self.losses.append(loss)
         self.lr = self._learning_rate(1.0)
@@ -397,8 +368,7 @@ class _Trainer:
             skipped_steps=self.skipped,
             best=self.best,
         )
-        optimizer = self.zero.gather() if self.zero else self.optimizer
-        contents = contents_of(self.stage, self.accelerator, optimizer, state)
+        contents = contents_of(self.stage, self.accelerator, self.optimizer, state)
         self.saver.start(self.step, contents, self.best)
         self.begun_step = self.step
         self.clock.skip()

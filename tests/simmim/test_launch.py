@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from simmim.engine.distributed.torchrun import telling_code
+from simmim.launch import main
 
 EITHER = pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 
@@ -90,3 +91,11 @@ def test_the_wish_to_stop_arrives(processes: int, number: signal.Signals, tmp_pa
 )
 def test_the_code_that_tells_most_is_taken(codes: list[int], code: int) -> None:
     assert telling_code(codes) == code
+
+
+def test_deepspeed_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "zero.yaml"
+    config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\n")
+    for asked in (["--config_file", str(config)], ["--use_deepspeed"]):
+        assert main([*asked, "-m", "simmim", "pretrain"]) == 2
+        assert "jobs/accelerate/fsdp2.yaml" in capsys.readouterr().err

@@ -4,7 +4,6 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -36,25 +35,14 @@ def synchronise_norms(module: nn.Module, device: torch.device, processes: int) -
         convert(module)
 
 
-def wants_zero() -> bool:
-    """Tell whether accelerate's configuration asks for DeepSpeed."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-
-
-def zero_stage() -> int:
-    """Return the stage of ZeRO that accelerate's configuration asks for; 2 is its default."""
-    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
-
-
 def check_parallelism() -> None:
-    """Refuse what accelerate's configuration asks for and is not done.
+    """Check that training supports what accelerate's configuration asks for.
 
     Raises:
-        ValueError: it asks for another stage of ZeRO than 1 and 2, FSDP1, offloading, or
-            checkpointing of activations, or DeepSpeed is not installed.
+        ValueError: it asks for DeepSpeed, FSDP1, offloading or activation checkpointing.
     """
-    if wants_zero():
-        _check_zero()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ValueError(NO_DEEPSPEED)
     if not wants_shards():
         return
     asked = {name: os.environ.get(name, "").lower() for name in REFUSED}
@@ -65,31 +53,17 @@ def check_parallelism() -> None:
             raise ValueError(f"set {name.lower()} to false in accelerate's config: {REFUSED[name]}")
 
 
+NO_DEEPSPEED = (
+    "accelerate's config asks for DeepSpeed, which is not supported: use FSDP2, with "
+    "jobs/accelerate/fsdp2.yaml. In place of ZeRO-1 and ZeRO-2 set fsdp_reshard_after_forward to "
+    "false in it, in place of ZeRO-3 to true."
+)
+
 REFUSED = {
     "FSDP_ACTIVATION_CHECKPOINTING": "the recipe has execution.checkpointing for it.",
     "FSDP_OFFLOAD_PARAMS": "weights stay on the devices; more of them make the shards smaller.",
 }
 """Settings of accelerate that would be dropped unseen, and what to do instead."""
-
-
-def _check_zero() -> None:
-    for device in ("OPTIMIZER", "PARAM"):
-        name = f"OFFLOAD_{device}_DEVICE"
-        if os.environ.get(f"ACCELERATE_DEEPSPEED_{name}", "none").lower() != "none":
-            raise ValueError(f"set {name.lower()} to none in accelerate's config: no offloading.")
-    if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in os.environ:
-        raise ValueError(
-            "leave deepspeed_config_file out of accelerate's config, and set zero_stage in it: all "
-            "else is the recipe's."
-        )
-    stage = zero_stage()
-    if stage not in (1, 2):
-        raise ValueError(
-            f"zero_stage in accelerate's config is {stage}; 1 and 2 are supported. FSDP2 shards "
-            "weights too, as ZeRO 3 does: take jobs/accelerate/fsdp2.yaml."
-        )
-    if find_spec("deepspeed") is None:
-        raise ValueError("accelerate's config asks for DeepSpeed: pip install 'simmim[zero]'")
 
 
 def end_processes(accelerator: Accelerator) -> None:
@@ -148,15 +122,15 @@ def _units(module: nn.Module) -> list[Any]:
 
 @contextmanager
 def sharding_left_to_us() -> Iterator[None]:
-    """Let an Accelerator that is built within not know of FSDP, nor of DeepSpeed.
+    """Hide FSDP from an Accelerator that is built within this context.
 
-    With DeepSpeed it would step inside the backward. With FSDP it would shard in its own way:
-    gradients averaged in bfloat16, and parameters told apart by where they lie in memory, which
-    those of which a process holds no row have not.
+    Accelerate would shard in its own way: gradients averaged in bfloat16, and parameters identified
+    by their address in memory, which empty shards do not have.
     """
-    names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    asked = {name: os.environ.pop(name) for name in names if name in os.environ}
+    name = "ACCELERATE_USE_FSDP"
+    asked = os.environ.pop(name, None)
     try:
         yield
     finally:
-        os.environ.update(asked)
+        if asked is not None:
+            os.environ[name] = asked

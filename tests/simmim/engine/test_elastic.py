@@ -25,7 +25,6 @@ from swinv2 import load_encoder
 PROGRAM = str(Path(__file__).with_name("note_keys.py"))
 FSDP2 = Path(__file__).parents[3] / "jobs" / "accelerate" / "fsdp2.yaml"
 SHARDED = ["-m", "accelerate.commands.launch", "--config_file", str(FSDP2), "--num_processes", "2"]
-ZERO = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--config_file"]
 DATA = Path(os.environ.get("SIMMIM_DATA", "data"))
 """Folder of cifar10.zip."""
 
@@ -187,26 +186,6 @@ def test_shards_are_as_whole_weights_and_go_on_as_shards(config: Path, tmp_path:
     for run in (whole, shards, broken):
         export(run, tmp_path / f"{run.name}-encoder", "native")
         assert (run / "encoder" / "model.safetensors").is_file()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2])
-def test_zero_is_as_ddp_and_goes_on_as_itself_and_as_ddp(
-    stage: int, config: Path, tmp_path: Path
-) -> None:
-    pytest.importorskip("deepspeed", reason="pip install 'simmim[zero]'")
-    zero = [*ZERO, str(FSDP2.with_name(f"zero{stage}.yaml"))]
-    whole, other, broken = tmp_path / "whole", tmp_path / "other", tmp_path / "broken"
-    halves = ("--training.accumulation", "2", "--training.clip_norm", "0.1")
-    go(torchrun(2), config, whole, *halves)
-    go(zero, config, other, *halves)
-    assert_alike(whole, other)
-    go(zero, config, broken, "--stop-at", "1", *halves, code=None)
-    go(zero, config, broken, "--stop-at", "3", *halves, "--resume", "auto", code=None)
-    go([], config, broken, "--stop-at", "5", *halves, "--resume", "auto", code=75)
-    go(zero, config, broken, *halves, "--resume", "auto")
-    assert_alike(other, broken)
-    export(broken, tmp_path / "encoder", "native")
 
 
 @pytest.mark.slow
