@@ -4,13 +4,13 @@ Losses share one signature: (prediction, target) → a value for each element.
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LossName = Literal["l1", "smooth_l1", "l2"]
+from simmim.method.settings import LossName
+
 ElementwiseLoss = Callable[[Tensor, Tensor], Tensor]
 
 TARGET_WINDOW = 47

@@ -7,63 +7,35 @@ Masks are bool, True = hidden, one value for each mask cell. Every strategy hide
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from simmim.recipe import settings
-
-Strategy = Literal["random", "square", "block"]
-Grid = tuple[int, int]
+from simmim.method.settings import Grid, MaskSettings, Strategy, hidden_count
 
 BLOCK_ASPECT = (0.3, 1 / 0.3)
 """Height over width of a block of `block_mask`, as BEiT draws it."""
 
 
-@settings
-class MaskSettings:
-    """What is hidden from the encoder during pretraining."""
-
-    cell: int = 32
-    """Side of a mask cell in pixels: a multiple of the patch size that divides the image."""
-
-    ratio: float = 0.6
-    """Share of the mask cells hidden, between 0 and 1; rounded up to whole cells."""
-
-    strategy: Strategy = "random"
-    """Which cells are hidden: random cells, one square, or blocks (block-wise, as BEiT)."""
-
-    def __post_init__(self) -> None:
-        if self.cell < 1:
-            raise ValueError(f"cell is {self.cell} pixels; it must be at least 1.")
-        if not 0 < self.ratio < 1:
-            raise ValueError(f"ratio is {self.ratio}; it must lie between 0 and 1, as 0.6 does.")
-
-    def drawer(self, image_size: Grid) -> "MaskDrawer":
-        """Return what draws the masks of images of this height and width in pixels.
-
-        Raises:
-            ValueError: the cells do not tile the image, or no cell would stay visible.
-        """
-        grid = mask_grid(image_size, self.cell)
-        if hidden_count(grid, self.ratio) == math.prod(grid):
-            raise ValueError(
-                f"mask ratio {self.ratio} hides all of the {grid[0]}x{grid[1]} mask cells of an "
-                f"image: lower the ratio, or choose cells smaller than {self.cell} pixels."
-            )
-        return MaskDrawer(grid=grid, ratio=self.ratio, strategy=self.strategy)
-
-
 @dataclass(frozen=True)
-class MaskDrawer:
-    """Draws the mask of one image; picklable, so that worker processes can hold it."""
+class MaskGenerator:
+    """Generator of one image's mask; picklable, so that it can be sent to worker processes."""
 
     grid: Grid
     ratio: float
     strategy: Strategy = "random"
+
+    @classmethod
+    def from_settings(cls, settings: MaskSettings, image_size: Grid) -> "MaskGenerator":
+        """Return the generator for images of this height and width in pixels.
+
+        Raises:
+            ValueError: the cells do not tile the image, or no cell would stay visible.
+        """
+        grid = settings.grid(image_size)
+        return cls(grid=grid, ratio=settings.ratio, strategy=settings.strategy)
 
     def __call__(self, generator: torch.Generator | None = None) -> Tensor:
         """Return a bool mask (rows, columns), True = hidden."""
@@ -85,37 +57,6 @@ def mask_function(
             raise ValueError(
                 f"mask strategy {strategy!r} is unknown: choose random, square or block."
             )
-
-
-def mask_grid(image_size: Grid, cell: int) -> Grid:
-    """Return (rows, columns) of mask cells of an image of this height and width in pixels.
-
-    Raises:
-        ValueError: the cells do not tile the image; names the sides that would.
-    """
-    height, width = image_size
-    if cell < 1 or height % cell or width % cell:
-        common = math.gcd(height, width)
-        legal = ", ".join(str(side) for side in range(2, common + 1) if common % side == 0)
-        raise ValueError(
-            f"mask cells of {cell} pixels do not divide an image of {height}x{width} pixels: "
-            f"choose a cell of {legal or 1} pixels, or another image size."
-        )
-    return height // cell, width // cell
-
-
-def hidden_count(grid: Grid, ratio: float) -> int:
-    """Return how many cells of a grid are hidden: ceil(ratio x cells).
-
-    Raises:
-        ValueError: an empty grid, or a ratio outside 0 to 1.
-    """
-    if min(grid) < 1:
-        raise ValueError(f"the grid of mask cells is {grid[0]}x{grid[1]}; both must be at least 1.")
-    if not 0 <= ratio <= 1:
-        raise ValueError(f"the mask ratio is {ratio}; it must lie between 0 and 1.")
-    # 0.55 * 100 is 55.00000000000001 in binary, and means 55.
-    return math.ceil(ratio * math.prod(grid) - 1e-9)
 
 
 def random_mask(

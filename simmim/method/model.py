@@ -1,7 +1,6 @@
 """SimMIM: hide a part of the tokens, encode, predict the hidden pixels (arXiv 2111.09886)."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,16 +8,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from simmim.method.losses import (
-    LossName,
     loss_function,
     masked_mean,
     mean_color_loss,
     normalise_target,
 )
-from simmim.method.masking import enlarge_mask, mask_grid
+from simmim.method.masking import enlarge_mask
+from simmim.method.settings import LossArea, LossName, mask_grid
 from swinv2 import SwinV2
-
-LossArea = Literal["masked", "all"]
 
 
 class Decoder(nn.Module):

@@ -32,11 +32,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from simmim.data import SampleOrder, ShardSet, TrainingBatches, TrainTransform, slots_for
+from simmim.data.datasets.shards import ShardSet
+from simmim.data.loader.batches import TrainingBatches
+from simmim.data.order.order import SampleOrder, slots_for
 from simmim.data.settings import IMAGENET_MEAN, IMAGENET_STD
 from simmim.data.transforms.cropping import random_box, resize
 from simmim.data.transforms.decoding import decode_pixels
-from simmim.method.masking import MaskDrawer
+from simmim.data.transforms.image_transforms import TrainTransform
+from simmim.method.masking import MaskGenerator
 
 SIZE = 192
 SCALE, RATIO = (0.67, 1.0), (3 / 4, 4 / 3)
@@ -118,7 +121,7 @@ def ours(shards: ShardSet, workers: int) -> Iterator[Any]:
 
 
 def our_transform() -> TrainTransform:
-    mask = MaskDrawer(grid=(SIZE // 32, SIZE // 32), ratio=0.6)
+    mask = MaskGenerator(grid=(SIZE // 32, SIZE // 32), ratio=0.6)
     return TrainTransform(size=(SIZE, SIZE), seed=0, scale=SCALE, ratio=RATIO, mask=mask)
 
 

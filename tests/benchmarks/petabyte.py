@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-from simmim.data import SampleOrder, ShardSet
+from simmim.data.datasets.shards import ShardSet
+from simmim.data.order.order import SampleOrder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,9 @@ from pathlib import Path
 from simmim.data.order.errors import DataError
 from simmim.data.order.randomness import shuffled
 from simmim.data.order.source import LocalFiles
-from simmim.data.transforms.frames import EXTENSIONS
+
+VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
+"""File name suffixes of clips, in lower case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +129,7 @@ def open_clips(source: str, *, classes: Sequence[str] | None = None) -> ClipSet:
     if not any(found.values()):
         expected = "a path and a label on each line"
         if path.is_dir():
-            expected = f"files that end in {', '.join(EXTENSIONS)}, in a folder for each class"
+            expected = f"files that end in {', '.join(VIDEO_SUFFIXES)}, in a folder for each class"
         raise DataError(f"{path} holds no clips: {expected}")
     names = _class_names(found, path) if classes is None else tuple(classes)
     unknown = sorted(set(found) - set(names))
@@ -159,7 +161,7 @@ def _in_folders(folder: Path) -> Found:
             found[place.name] = [
                 (file.relative_to(place).as_posix(), file)
                 for file in place.rglob("*")
-                if file.suffix.lower() in EXTENSIONS and file.is_file()
+                if file.suffix.lower() in VIDEO_SUFFIXES and file.is_file()
             ]
     return {name: clips for name, clips in found.items() if clips}
 

@@ -4,7 +4,6 @@ import hashlib
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.random.bit_generator import ISeedSequence
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -34,11 +33,6 @@ def numpy_stream(purpose: str, *key: int | str) -> np.random.Generator:
     """
     words: Any = HashedWords(_hash(32, purpose, *key))  # numpy's own types forget that it may
     return np.random.Generator(np.random.PCG64(words))
-
-
-def torch_stream(purpose: str, *key: int | str) -> torch.Generator:
-    """Return a fresh torch generator (CPU) for this purpose and key."""
-    return torch.Generator().manual_seed(stream_seed(purpose, *key) % 2**63)
 
 
 def shuffled(count: int, purpose: str, *key: int | str) -> np.ndarray:

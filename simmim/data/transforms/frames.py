@@ -17,9 +17,6 @@ import numpy as np
 from simmim.data.order.errors import BadSampleError
 from simmim.data.transforms.pillow_decoding import MAX_PIXELS
 
-EXTENSIONS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
-"""Endings of the names of video files, in small letters."""
-
 
 def require_decoder() -> Any:
     """Return PyAV.

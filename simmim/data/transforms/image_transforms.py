@@ -12,7 +12,7 @@ from torch import Tensor
 
 from simmim.data.order.errors import DataError
 from simmim.data.order.order import Address
-from simmim.data.order.randomness import numpy_stream, torch_stream
+from simmim.data.order.randomness import numpy_stream, stream_seed
 from simmim.data.order.source import EncodedImage
 from simmim.data.transforms.cropping import center_crop_resize, random_resized_crop
 from simmim.data.transforms.decoding import decode_pixels
@@ -58,6 +58,11 @@ def stacked_labels(samples: Sequence[Sample], *, classes: bool) -> Tensor | None
     if not classes:
         return None
     return torch.tensor([sample.label for sample in samples], dtype=torch.int64)
+
+
+def torch_stream(purpose: str, *key: int | str) -> torch.Generator:
+    """Return a fresh torch generator (CPU) for this purpose and key."""
+    return torch.Generator().manual_seed(stream_seed(purpose, *key) % 2**63)
 
 
 def class_of(raw: EncodedImage) -> int:

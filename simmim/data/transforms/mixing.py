@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from simmim.data.order.randomness import numpy_stream
-from simmim.data.transforms.augmentation import AugmentationSettings
+from simmim.data.transforms.settings import AugmentationSettings
 
 
 @dataclass(frozen=True, kw_only=True)

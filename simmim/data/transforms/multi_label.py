@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,36 +10,27 @@ from torch import Tensor
 
 from simmim.data.order.errors import BadSampleError
 from simmim.data.order.source import EncodedImage
-from simmim.recipe import settings
+from simmim.data.transforms.settings import MultiLabelSettings
 
 BETWEEN = re.compile(r"[\s,;|]+")
 """What separates classes that are listed in one text."""
 
 
-@settings
-class MultiLabelSettings:
-    """Where the classes of an image are listed, if it may have several or none."""
+@dataclass(frozen=True)
+class MultiLabelReader:
+    """Reader of the classes listed in an image's JSON."""
 
-    classes: tuple[str, ...]
-    """Names of all classes, in order. Images list them by name, or by place from 0."""
-    field: str = "labels"
-    """Field of the JSON beside each image: a list, or a text with blanks, commas, semicolons or
-    bars between. `data-prep shard LIST.csv` makes fields of a list's columns; in a folder of
-    images, `x.json` stands beside `x.jpg`."""
-
-    def __post_init__(self) -> None:
-        if not self.classes or len(set(self.classes)) < len(self.classes):
-            raise ValueError("classes must be names, at least one, and each once.")
+    settings: MultiLabelSettings
 
     def __call__(self, raw: EncodedImage) -> Tensor:
         """Return which classes an image has, bool (classes,).
 
         Raises:
-            BadSampleError: its JSON has no list of them, or one that is not among them.
+            BadSampleError: its JSON has no list of classes, or lists an unknown one.
         """
-        found = torch.zeros(len(self.classes), dtype=torch.bool)
+        found = torch.zeros(len(self.settings.classes), dtype=torch.bool)
         for item in self._listed(raw):
-            found[self._place(item)] = True
+            found[self._index(item)] = True
         return found
 
     def _listed(self, raw: EncodedImage) -> list[Any]:
@@ -46,22 +38,25 @@ class MultiLabelSettings:
         if about is None:
             raise BadSampleError("the image has no JSON beside it that lists its classes")
         try:
-            listed = json.loads(about)[self.field]
+            listed = json.loads(about)[self.settings.field]
         except (ValueError, RecursionError, KeyError, TypeError, IndexError):
-            raise BadSampleError(f"the JSON of the image has no field {self.field!r}") from None
+            raise BadSampleError(
+                f"the JSON of the image has no field {self.settings.field!r}"
+            ) from None
         if isinstance(listed, str):
             return [part for part in BETWEEN.split(listed) if part]
         return listed if isinstance(listed, list) else [listed]
 
-    def _place(self, item: Any) -> int:
-        """Return the place of a class that is named, or given by its place."""
-        if item in self.classes:
-            return self.classes.index(item)
+    def _index(self, item: Any) -> int:
+        """Return the index of a class given by name or by index."""
+        classes = self.settings.classes
+        if item in classes:
+            return classes.index(item)
         if isinstance(item, str) and item.isascii() and item.isdecimal():
             item = int(item[:20])
-        if isinstance(item, int) and not isinstance(item, bool) and 0 <= item < len(self.classes):
+        if isinstance(item, int) and not isinstance(item, bool) and 0 <= item < len(classes):
             return item
         raise BadSampleError(
-            f"the field {self.field!r} of the image lists {item!r}, which is none of the"
-            f" {len(self.classes)} classes"
+            f"the field {self.settings.field!r} of the image lists {item!r}, which is not one of"
+            f" the {len(classes)} classes"
         )

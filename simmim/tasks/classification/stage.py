@@ -15,7 +15,7 @@ from typing_extensions import Self
 from simmim.data.datasets.mixture import Shards
 from simmim.data.loader.batches import Batch
 from simmim.data.settings import AugmentedDataSettings, open_sets, with_statistics
-from simmim.data.transforms.augmentation import Augment, AugmentationSettings
+from simmim.data.transforms.augmentation import Augment
 from simmim.data.transforms.image_transforms import (
     EvalTransform,
     LabelReading,
@@ -23,7 +23,8 @@ from simmim.data.transforms.image_transforms import (
     class_of,
 )
 from simmim.data.transforms.mixing import draw_mixes, mixed, partners
-from simmim.data.transforms.multi_label import MultiLabelSettings
+from simmim.data.transforms.multi_label import MultiLabelReader
+from simmim.data.transforms.settings import AugmentationSettings, MultiLabelSettings
 from simmim.limits import check_shares
 from simmim.recipe import settings
 from simmim.tasks.batches import train_transform
@@ -64,7 +65,7 @@ class ClassificationData(AugmentedDataSettings):
     @property
     def label(self) -> LabelReading:
         """What reads the label of an image."""
-        return class_of if self.multi_label is None else self.multi_label
+        return class_of if self.multi_label is None else MultiLabelReader(self.multi_label)
 
 
 @settings

@@ -23,9 +23,9 @@ from simmim.engine.checkpoint.directory import (
 from simmim.engine.checkpoint.ema import load_average
 from simmim.engine.run import RunFolder
 from simmim.engine.settings import TrainingSettings
-from simmim.method.losses import LossName
-from simmim.method.masking import MaskDrawer, MaskSettings
-from simmim.method.model import LossArea, SimMIM
+from simmim.method.masking import MaskGenerator
+from simmim.method.model import SimMIM
+from simmim.method.settings import LossSettings, MaskSettings
 from simmim.recipe import load, recipe_hash, settings
 from simmim.report.panels import reconstruction_panel
 from simmim.tasks.batches import check_slots, train_transform, training_batches
@@ -51,18 +51,6 @@ class PretrainData(AugmentedDataSettings):
     """Side of the square images in pixels."""
     scale: tuple[float, float] = (0.67, 1.0)
     """Share of the image's area that the random crop takes, from and to."""
-
-
-@settings
-class LossSettings:
-    """What is asked for, and how an answer is measured."""
-
-    name: LossName = "l1"
-    """Distance between prediction and pixel: l1, smooth_l1 or l2."""
-    area: LossArea = "masked"
-    """Pixels that the loss is taken over: masked, or all."""
-    norm_target: bool = False
-    """Normalise each target pixel by mean and variance of its 47x47 neighbourhood."""
 
 
 @settings
@@ -93,7 +81,7 @@ class PretrainRecipe:
                 f"mask.cell {cell} is no multiple of encoder.patch_size "
                 f"{self.encoder.patch_size}, so cells would cut through patches."
             )
-        self.draw_mask()
+        self.mask.grid((size, size))
         self.encoder.check_channels(self.data.mean)
         check_slots(self.data.slots, self.training)
         if self.training.optimizer.layer_decay != 1.0:
@@ -101,13 +89,14 @@ class PretrainRecipe:
         config = self.encoder.config(size)  # raises where the sizes cannot work together
         self.execution.check_stages(len(config.depths))
 
-    def draw_mask(self) -> MaskDrawer:
+    def draw_mask(self) -> MaskGenerator:
         """Return what draws the mask of an image.
 
         Raises:
             ValueError: mask cells do not tile the image, or hide all of it.
         """
-        return self.mask.drawer((self.data.image_size, self.data.image_size))
+        size = (self.data.image_size, self.data.image_size)
+        return MaskGenerator.from_settings(self.mask, size)
 
 
 def build_model(recipe: PretrainRecipe) -> SimMIM:

@@ -9,17 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from simmim.method.masking import (
-    Grid,
-    MaskSettings,
+    MaskGenerator,
     average_distance,
     block_mask,
     enlarge_mask,
-    hidden_count,
     mask_function,
-    mask_grid,
     random_mask,
     square_mask,
 )
+from simmim.method.settings import Grid, MaskSettings, hidden_count, mask_grid
 
 MaskFunction = Callable[[int, Grid, float, torch.Generator | None], Tensor]
 
@@ -138,12 +136,12 @@ def test_each_strategy_has_its_function() -> None:
         mask_function("round")  # type: ignore[arg-type]
 
 
-def test_a_drawer_travels_to_worker_processes() -> None:
-    drawer = MaskSettings(cell=16, strategy="block").drawer((64, 96))
-    mask = drawer(generator(4))
+def test_a_mask_generator_is_picklable() -> None:
+    masks = MaskGenerator.from_settings(MaskSettings(cell=16, strategy="block"), (64, 96))
+    mask = masks(generator(4))
     assert mask.shape == (4, 6)
     assert int(mask.sum()) == hidden_count((4, 6), 0.6)
-    assert torch.equal(mask, pickle.loads(pickle.dumps(drawer))(generator(4)))
+    assert torch.equal(mask, pickle.loads(pickle.dumps(masks))(generator(4)))
 
 
 def test_enlarged_masks_repeat_each_cell() -> None:
@@ -164,7 +162,7 @@ def test_enlarged_masks_repeat_each_cell() -> None:
         (lambda: random_mask(1, (0, 6), 0.5), "at least 1"),
         (lambda: MaskSettings(ratio=1.0), "ratio is 1.0"),
         (lambda: MaskSettings(cell=0), "cell is 0"),
-        (lambda: MaskSettings(cell=32).drawer((32, 32)), "hides all of the 1x1 mask cells"),
+        (lambda: MaskSettings(cell=32).grid((32, 32)), "hides all of the 1x1 mask cells"),
     ],
 )
 def test_mistakes_are_named_with_their_remedy(mistake: Callable[[], object], message: str) -> None:

@@ -264,7 +264,10 @@ def test_a_worker_that_dies_is_reported(shards: ShardSet) -> None:
 
 STOPPED = """
 import signal, sys, time
-from simmim.data import SampleOrder, ShardSet, TrainingBatches, TrainTransform
+from simmim.data.datasets.shards import ShardSet
+from simmim.data.loader.batches import TrainingBatches
+from simmim.data.order.order import SampleOrder
+from simmim.data.transforms.image_transforms import TrainTransform
 
 asked = []
 for number in (signal.SIGINT, signal.SIGTERM):
@@ -288,7 +291,10 @@ print("stopped by itself", flush=True)
 
 ENDS = """
 import sys
-from simmim.data import BadSamples, EvalTransform, ShardSet, evaluation_batches
+from simmim.data.datasets.shards import ShardSet
+from simmim.data.loader.bad_samples import BadSamples
+from simmim.data.loader.batches import evaluation_batches
+from simmim.data.transforms.image_transforms import EvalTransform
 
 batches = iter(evaluation_batches(
     ShardSet(sys.argv[1]), EvalTransform(size=(8, 8)), batch_size=1, workers=2,

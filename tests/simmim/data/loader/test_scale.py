@@ -14,7 +14,10 @@ from tests.simmim.data.transforms.test_decoding import jpeg, scene
 EPOCHS = """
 import gc, sys
 import psutil, torch
-from simmim.data import SampleOrder, ShardSet, TrainingBatches, TrainTransform
+from simmim.data.datasets.shards import ShardSet
+from simmim.data.loader.batches import TrainingBatches
+from simmim.data.order.order import SampleOrder
+from simmim.data.transforms.image_transforms import TrainTransform
 
 torch.set_num_threads(1)
 shards = ShardSet(sys.argv[1])

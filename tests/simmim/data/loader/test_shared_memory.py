@@ -11,10 +11,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from simmim.data import SampleOrder, ShardSet, TrainingBatches, TrainTransform
+from simmim.data.datasets.shards import ShardSet
 from simmim.data.loader import batches
 from simmim.data.loader import shared_memory as slots
+from simmim.data.loader.batches import TrainingBatches
 from simmim.data.loader.shared_memory import Slots, take
+from simmim.data.order.order import SampleOrder
+from simmim.data.transforms.image_transforms import TrainTransform
 from tests.simmim.data.conftest import WriteShards
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
@@ -120,7 +123,7 @@ def test_batches_are_the_same_whichever_way_they_take(
 PROGRAM = """
 import hashlib, multiprocessing, sys
 from pathlib import Path
-from simmim.data import ShardSet
+from simmim.data.datasets.shards import ShardSet
 from tests.simmim.data.test_slots import stream
 import simmim.data.loader.batches as batches
 

@@ -8,8 +8,8 @@ from simmim.data.order.randomness import (
     sample_bits,
     shuffled,
     stream_seed,
-    torch_stream,
 )
+from simmim.data.transforms.image_transforms import torch_stream
 
 
 def test_streams_never_change_with_a_release_of_anything():

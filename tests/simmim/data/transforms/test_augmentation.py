@@ -15,12 +15,12 @@ from simmim.data.transforms.augmentation import (
     ERASED_AREA,
     OPERATIONS,
     Augment,
-    AugmentationSettings,
     Operation,
     apply_operation,
     erase,
 )
 from simmim.data.transforms.image_transforms import TrainTransform
+from simmim.data.transforms.settings import AugmentationSettings
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 FILL = (102, 128, 153)

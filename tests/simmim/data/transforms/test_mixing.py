@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from simmim.data.transforms.augmentation import AugmentationSettings
 from simmim.data.transforms.mixing import Mixes, draw_mixes, mixed, partners
+from simmim.data.transforms.settings import AugmentationSettings
 
 SIZE = (12, 10)
 PAPER = AugmentationSettings(mixup=0.8, cutmix=1.0)

@@ -18,11 +18,12 @@ from simmim.data.datasets.shards import RawSample, ShardSet
 from simmim.data.loader.batches import evaluation_batches
 from simmim.data.order.errors import BadSampleError
 from simmim.data.transforms.image_transforms import EvalTransform
-from simmim.data.transforms.multi_label import MultiLabelSettings
+from simmim.data.transforms.multi_label import MultiLabelReader
+from simmim.data.transforms.settings import MultiLabelSettings
 from tests.simmim.data.conftest import encode, random_images
 
 NAMES = ("cat", "dog", "eel", "fox")
-SEVERAL = MultiLabelSettings(classes=NAMES)
+SEVERAL = MultiLabelReader(MultiLabelSettings(classes=NAMES))
 
 
 def sample(about: object) -> RawSample:
@@ -56,7 +57,7 @@ def test_lists_of_every_form(listed: object, expected: str) -> None:
         (b"no JSON", "has no field 'labels'"),
         ({"label": [1]}, "has no field 'labels'"),
         ([1], "has no field 'labels'"),
-        ({"labels": [1, 4]}, "lists 4, which is none of the 4 classes"),
+        ({"labels": [1, 4]}, "lists 4"),
         ({"labels": [-1]}, "lists -1"),
         ({"labels": [True]}, "lists True"),
         ({"labels": "cow"}, "lists 'cow'"),
