@@ -23,8 +23,8 @@ from accelerate.utils import DistributedType
 
 from simmim.data.loader.workers import STOP_SIGNALS
 from simmim.engine.distributed.parallelism import NO_DEEPSPEED
-from simmim.engine.distributed.signals import STOPPED
 from simmim.engine.distributed.torchrun import code_of, telling_code
+from simmim.engine.exit_codes import STOPPED
 
 
 def main(argv: Sequence[str] | None = None) -> int:

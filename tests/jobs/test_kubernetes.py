@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from simmim.cli import BAD_INPUT, build_parser
-from simmim.engine.distributed.signals import STOPPED
+from simmim.engine.exit_codes import STOPPED
 from simmim.recipe import load
 from simmim.tasks.pretrain.stage import PretrainRecipe
 

@@ -9,8 +9,7 @@ import yaml
 
 from simmim.cli import main
 from simmim.engine.checkpoint.directory import complete_checkpoints
-from simmim.engine.distributed.signals import STOPPED
-from simmim.engine.distributed.watchdog import LOST
+from simmim.engine.exit_codes import LOST, STOPPED
 from simmim.engine.run import RunFolder
 from swinv2 import SwinV2, SwinV2Config, read_encoder_config, save_encoder
 from swinv2.bridges.reference import to_reference

@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import psutil
-import torch
-from accelerate.commands import config, launch
 
-from simmim.engine.distributed.watchdog import LOST
+from simmim.engine.exit_codes import LOST
 
 RANK_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -102,6 +100,8 @@ def requested_cpu_processes() -> int:
         return 1
     if any(name in os.environ for name in RANK_VARIABLES):
         return 1
+    import torch  # noqa: PLC0415 (slow to import, and most commands end above)
+
     forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     if torch.accelerator.is_available() and not forced:
         return 1
@@ -127,6 +127,8 @@ def processes_asked_for(arguments: list[str]) -> int:
     launch_arguments = _launch_arguments(arguments)
     if launch_arguments is None:
         return 1
+    from accelerate.commands import config, launch  # noqa: PLC0415 (imports torch)
+
     asked = launch.launch_command_parser().parse_args(launch_arguments)
     processes, machines = asked.num_processes, asked.num_machines
     file = asked.config_file

@@ -12,9 +12,6 @@ import torch.distributed
 
 from simmim.data.loader.workers import STOP_SIGNALS
 
-STOPPED = 75
-"""Exit code after a stop on request: EX_TEMPFAIL, "try again later"."""
-
 
 class StopRequest:
     """Within this context the signals are noted instead of obeyed.

@@ -16,8 +16,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from simmim.engine.distributed.signals import STOPPED
-from simmim.engine.distributed.watchdog import LOST
+from simmim.engine.exit_codes import LOST, STOPPED
 
 DEFAULTS = {
     "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",

@@ -22,8 +22,7 @@ from typing import Any
 import torch.distributed
 from torch.distributed import distributed_c10d
 
-LOST = 76
-"""Exit code where a rank hung or was lost: the run can go on from its last checkpoint."""
+from simmim.engine.exit_codes import LOST, RankLostError
 
 LONGEST_GOODBYE = 5.0
 """Most seconds to wait for a thread of the watch to end."""
@@ -49,10 +48,6 @@ _numbers = itertools.count()  # each of a process's trainings has keys of its ow
 def group_timeout(rank_timeout: float) -> timedelta:
     """Return the limit of process groups: above that of the watch, which knows more to tell."""
     return timedelta(seconds=1.25 * rank_timeout + 30)
-
-
-class RankLostError(RuntimeError):
-    """Another rank failed or is gone, so this one cannot go on."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from simmim.engine.distributed.launcher import (
     processes_asked_for,
     requested_cpu_processes,
 )
-from simmim.engine.distributed.watchdog import LOST
+from simmim.engine.exit_codes import LOST
 
 SIMMIM = ["-m", "simmim", "pretrain", "--config", "jobs/pretrain/cifar10.yaml"]
 LAUNCHERS = {
