@@ -1,62 +1,72 @@
-"""The command line: `simmim COMMAND`, from quickstart and pretrain to doctor and bench."""
+"""The command line: `simmim COMMAND`, from quickstart and pretrain to doctor and bench.
+
+The parser of a command is built, and what it needs imported, only where that command is asked for:
+`simmim --help` and a mistyped command answer without loading torch.
+"""
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING
 
-import torch
-
-from simmim.bench.cli import add_bench
-from simmim.doctor.cli import add_doctor
-from simmim.engine.distributed.launcher import is_rank, run_as_rank
-from simmim.engine.distributed.signals import STOPPED, StopRequest
-from simmim.engine.distributed.watchdog import LOST, RankLostError
-from simmim.engine.run import RunFolder
-from simmim.export.export import FORMATS, export
-from simmim.export.import_encoder import IMPORT_FORMATS, Known, import_encoder
-from simmim.quickstart import DEFAULT_FOLDER, quickstart
+from simmim.engine.exit_codes import BAD_INPUT, LOST, STOPPED, RankLostError
 from simmim.recipe import describe, load, read_values
-from simmim.report.page import write_report
-from simmim.tasks.all_tasks import FINE_TUNING, Task, fine_tuning_named, task_named
-from simmim.tasks.evaluate import evaluate
-from simmim.tasks.labels import compare_labels
-from simmim.tasks.probe.probe import ProbeRecipe, compare, table
-from simmim.tasks.training import launch, run_folder
-from swinv2.bridges.sizes import PretrainedWindows
 
-BAD_INPUT = 2
+if TYPE_CHECKING:
+    from simmim.tasks.all_tasks import Task
+    from swinv2.bridges.sizes import PretrainedWindows
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose help may end with details that are only put together when it is printed."""
+
+    details: Callable[[], str] | None = None
+
+    def format_help(self) -> str:
+        """Return the help text."""
+        details = "" if self.details is None else f"\n{self.details()}\n"
+        return super().format_help() + details
+
 
 EXIT_CODES = f"""exit codes:
   0    done
-  {BAD_INPUT}    something is to be changed first: input, recipe, shards, disk, or training diverged
-  {STOPPED}   stopped by SIGTERM, SIGINT or SIGUSR1, with a checkpoint (on a full disk: the one
-       before, and a warning): go on with --resume auto
-  {LOST}   a process hung or was lost (training.rank_timeout): go on with --resume auto
-torchrun and accelerate launch end with 1 instead of all of these but 0, and accelerate launch may
-not wait for the checkpoint of a stop. With the same options
-`python -m simmim.engine.distributed.torchrun` and `python -m simmim.launch` do the same, wait, and
-the code arrives.
+  {BAD_INPUT}    fix the input first: command, recipe, shards, disk, or training diverged
+  {STOPPED}   stopped by SIGTERM, SIGINT or SIGUSR1, with a checkpoint (on a full disk: the previous
+       one, and a warning): resume with --resume auto
+  {LOST}   a process hung or was lost (training.rank_timeout): resume with --resume auto
+torchrun and accelerate launch turn all of these except 0 into 1, and accelerate launch may not wait
+for the checkpoint of a stop. `python -m simmim.engine.distributed.torchrun` and
+`python -m simmim.launch` take the same options, wait, and pass the exit code on.
 """
-
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run() -> None:
     """Run the command of this process and exit with its code; see EXIT_CODES."""
-    StopRequest.ends_process = True
+    from simmim.engine.distributed.launcher import is_rank, run_as_rank  # noqa: PLC0415
+
     if is_rank():
-        run_as_rank(main)
-    sys.exit(main())
+        run_as_rank(lambda: main(ends_process=True))
+    sys.exit(main(ends_process=True))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command in `argv` and return its exit code."""
-    parser = build_parser()
+def main(argv: Sequence[str] | None = None, *, ends_process: bool = False) -> int:
+    """Run a command and return its exit code.
+
+    Args:
+        argv: the command and its arguments; None takes those of the process.
+        ends_process: the process exits afterwards, so stop signals that arrive once a training has
+            stopped on request are ignored.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = build_parser(argv[:1])
     arguments, overrides = parser.parse_known_args(argv)
     if overrides and not arguments.takes_overrides:
-        parser.error(f"not understood: {' '.join(overrides)}")
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    if ends_process and arguments.trains:
+        from simmim.engine.distributed.signals import StopRequest  # noqa: PLC0415 (imports torch)
+
+        StopRequest.ends_process = True
     try:
         code: int = arguments.handler(arguments, overrides)
     except (ValueError, OSError) as error:
@@ -77,74 +87,82 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of all commands."""
-    parser = argparse.ArgumentParser(prog="simmim", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_quickstart(commands)
-    add_training(commands, "pretrain", "pretrain an encoder on unlabelled shards", ("pretrain",))
-    add_training(commands, "finetune", "train the task of a recipe on an encoder", FINE_TUNING)
-    add_evaluate(commands)
-    add_probe(commands)
-    add_labels(commands)
-    add_export(commands)
-    add_import(commands)
-    add_report(commands)
-    add_doctor(commands)
-    add_bench(commands)
+def build_parser(names: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """Build the parser of all commands.
+
+    Args:
+        names: the commands whose arguments are needed; the others are only listed. None for all.
+    """
+    parser = argparse.ArgumentParser(
+        prog="simmim",
+        description="Pretrain a Swin Transformer V2 on unlabelled images with SimMIM, and use its "
+        "encoder.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=CommandParser
+    )
+    for name, (summary, add_arguments) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, allow_abbrev=False)
+        command.set_defaults(takes_overrides=False, trains=False)
+        if names is None or name in names:
+            add_arguments(command)
     return parser
 
 
-def add_quickstart(commands: Commands) -> None:
-    """Add `simmim quickstart`."""
-    command = commands.add_parser(
-        "quickstart",
-        help="run the whole pipeline on a small set, in minutes",
-        description="Images → shards → pretraining → encoder → comparison with a random encoder.",
-        allow_abbrev=False,
-    )
+def add_quickstart(command: CommandParser) -> None:
+    """Add the arguments of `simmim quickstart`."""
+    command.description = "Images → shards → pretraining → encoder → comparison with a random one."
     command.add_argument(
         "--images", type=Path, help="folder, zip or tar of images (default: draw some)"
     )
     command.add_argument(
-        "--folder", type=Path, default=DEFAULT_FOLDER, help="where to write (default: %(default)s)"
+        "--folder",
+        type=Path,
+        default=Path("runs/quickstart"),
+        help="output folder (default: %(default)s)",
     )
-    command.set_defaults(handler=run_quickstart, takes_overrides=False)
+    command.set_defaults(handler=run_quickstart, trains=True)
 
 
 def run_quickstart(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run `simmim quickstart`."""
+    from simmim.quickstart import quickstart  # noqa: PLC0415
+
     del overrides
     outcome = quickstart(arguments.images, arguments.folder)
     print(outcome.text)
     return STOPPED if outcome.stopped else 0
 
 
-def add_training(commands: Commands, name: str, summary: str, tasks: Sequence[str]) -> None:
-    """Add a command that trains from a recipe, of one of some tasks."""
-    fields = "\n".join(
-        f"fields of a recipe with task {task}:\n{describe(task_named(task, name).recipe)}"
-        for task in tasks
-    )
-    command: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=summary,
-        description=f"{summary.capitalize()}. Any field of the recipe is replaced by --KEY VALUE.",
-        epilog=f"{EXIT_CODES}\n{fields}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    command.add_argument("--config", required=True, type=Path, help="the recipe, a YAML file")
+def add_pretrain(command: CommandParser) -> None:
+    """Add the arguments of `simmim pretrain`."""
+    _add_training(command, "Pretrain an encoder on unlabelled images.", ["pretrain"])
+
+
+def add_finetune(command: CommandParser) -> None:
+    """Add the arguments of `simmim finetune`."""
+    from simmim.tasks.all_tasks import FINE_TUNING  # noqa: PLC0415
+
+    _add_training(command, "Fine-tune an encoder on the task of a recipe.", FINE_TUNING)
+
+
+def _add_training(command: CommandParser, summary: str, task_names: Sequence[str]) -> None:
+    command.description = f"{summary} --KEY VALUE overrides any field of the recipe."
+    command.details = lambda: "\n".join([EXIT_CODES, *(fields_of(name) for name in task_names)])
+    command.add_argument("--config", required=True, type=Path, help="recipe, a YAML file")
     command.add_argument("--folder", help="run folder (default: runs/ and the recipe's name)")
     command.add_argument(
-        "--resume", metavar="auto|PATH", help="go on from the last complete checkpoint, or from one"
+        "--resume",
+        metavar="auto|PATH",
+        help="resume from the last complete checkpoint, or from a given one",
     )
     command.add_argument(
         "--init-from",
         metavar="PATH",
         type=Path,
-        help="start from the weights of a run, a checkpoint or an encoder directory, with a new "
-        "optimiser and from the first image; with --resume auto only where nothing was saved yet",
+        help="start from the weights of a run, checkpoint or encoder directory, with a new "
+        "optimiser and from the first image; with --resume auto only if there is no checkpoint yet",
     )
     command.add_argument(
         "--allow-recipe-changes",
@@ -156,53 +174,60 @@ def add_training(commands: Commands, name: str, summary: str, tasks: Sequence[st
         action="store_true",
         help="compile the encoder's blocks, as --execution.compile true does",
     )
-    command.set_defaults(handler=run_training, takes_overrides=True)
+    command.set_defaults(handler=run_training, takes_overrides=True, trains=True)
+
+
+def fields_of(task_name: str) -> str:
+    """Return every field of a task's recipe, for help."""
+    from simmim.tasks.all_tasks import task_named  # noqa: PLC0415
+
+    fields = describe(task_named(task_name, "help").recipe)
+    return f"fields of a recipe with task {task_name}:\n{fields}"
 
 
 def run_training(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run `simmim pretrain` or `simmim finetune`."""
-    folder = run_folder(arguments.folder, arguments.config)
-    resume, changes = arguments.resume, arguments.allow_recipe_changes
     if arguments.compile:
         overrides = [*overrides, "--execution.compile", "true"]
     task = task_of(arguments)
+    recipe = load(task.recipe, arguments.config, overrides)
+    from simmim.tasks.training import launch, run_folder  # noqa: PLC0415 (imports torch)
+
     result = launch(
         task.stage,
-        load(task.recipe, arguments.config, overrides),
-        run=folder,
-        resume=resume,
-        allow_changes=changes,
+        recipe,
+        run=run_folder(arguments.folder, arguments.config),
+        resume=arguments.resume,
+        allow_changes=arguments.allow_recipe_changes,
         init_from=arguments.init_from,
     )
     return STOPPED if result.stopped else 0
 
 
-def task_of(arguments: argparse.Namespace) -> Task:
-    """Return what `simmim pretrain` or `simmim finetune` is to train.
+def task_of(arguments: argparse.Namespace) -> "Task":
+    """Return the task that `simmim pretrain` or `simmim finetune` is to train.
 
     Raises:
         RecipeError: the recipe is for another command.
     """
+    from simmim.tasks.all_tasks import fine_tuning_named, task_named  # noqa: PLC0415
+
     if arguments.command == "pretrain":
         return task_named("pretrain", arguments.config)
     return fine_tuning_named(read_values(arguments.config).get("task"), arguments.config)
 
 
-def add_evaluate(commands: Commands) -> None:
-    """Add `simmim evaluate`."""
-    command = commands.add_parser(
-        "evaluate",
-        help="validate what a run has trained, on its data or on other data",
-        description="Validate a checkpoint as its training does, and add a line to "
-        "evaluations.jsonl in the run. Any field of its recipe is replaced by --KEY VALUE: "
-        "--data.validation SHARDS for other images.",
-        allow_abbrev=False,
+def add_evaluate(command: CommandParser) -> None:
+    """Add the arguments of `simmim evaluate`."""
+    command.description = (
+        "Validate a checkpoint as training does, and add a line to evaluations.jsonl in the run. "
+        "--KEY VALUE overrides any field of its recipe: --data.validation SHARDS uses other data."
     )
     command.add_argument(
         "source", metavar="RUN", type=Path, help="run folder (its last checkpoint) or checkpoint"
     )
     command.add_argument(
-        "--best", action="store_true", help="take the best checkpoint of the run, not its last"
+        "--best", action="store_true", help="take the best checkpoint of the run, not the last"
     )
     command.add_argument(
         "--data", metavar="SHARDS", help="other data, short for --data.validation SHARDS"
@@ -212,52 +237,59 @@ def add_evaluate(commands: Commands) -> None:
 
 def run_evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run `simmim evaluate`."""
+    from simmim.tasks.evaluate import evaluate  # noqa: PLC0415
+
     if arguments.data is not None:
         overrides = [*overrides, "--data.validation", arguments.data]
     evaluate(arguments.source, overrides, best=arguments.best)
     return 0
 
 
-def add_probe(commands: Commands) -> None:
-    """Add `simmim probe`."""
-    command = commands.add_parser(
-        "probe",
-        help="compare frozen features, pretrained and random, by kNN and a linear classifier",
-        description="Train nothing but a classifier on frozen features, and print its accuracy. "
-        "Any field of the recipe is replaced by --KEY VALUE.",
-        epilog=f"fields of the recipe:\n{describe(ProbeRecipe)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+def add_probe(command: CommandParser) -> None:
+    """Add the arguments of `simmim probe`."""
+    command.description = (
+        "Fit nearest neighbours and a linear classifier on frozen features, pretrained and random, "
+        "and print their accuracies. --KEY VALUE overrides any field of the recipe."
     )
-    command.add_argument("--config", required=True, type=Path, help="the recipe, a YAML file")
+    command.details = _probe_fields
+    command.add_argument("--config", required=True, type=Path, help="recipe, a YAML file")
     command.set_defaults(handler=run_probe, takes_overrides=True)
+
+
+def _probe_fields() -> str:
+    from simmim.tasks.probe.probe import ProbeRecipe  # noqa: PLC0415
+
+    return f"fields of the recipe:\n{describe(ProbeRecipe)}"
 
 
 def run_probe(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run `simmim probe`."""
+    from simmim.tasks.probe.probe import ProbeRecipe  # noqa: PLC0415
+
     recipe = load(ProbeRecipe, arguments.config, overrides)
+    import torch  # noqa: PLC0415 (only once the recipe is right)
+
+    from simmim.tasks.probe.probe import compare, table  # noqa: PLC0415
+
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     print(table(compare(recipe, device or "cpu")))
     return 0
 
 
-def add_labels(commands: Commands) -> None:
-    """Add `simmim labels`."""
-    command = commands.add_parser(
-        "labels",
-        help="fine-tune from pretrained and from random weights, with few labels and with all",
-        description="Run a fine-tuning recipe from both starts, for each share of the labels and "
-        "each seed, and write labels.html with table and plot. Runs that have ended are not "
-        "repeated. Any field of the recipe is replaced by --KEY VALUE.",
-        allow_abbrev=False,
+def add_labels(command: CommandParser) -> None:
+    """Add the arguments of `simmim labels`."""
+    command.description = (
+        "Fine-tune from pretrained and from random weights, for each fraction of the labels and "
+        "each seed, and write labels.html with a table and a plot. Runs that are complete are not "
+        "repeated. --KEY VALUE overrides any field of the recipe."
     )
-    command.add_argument("--config", required=True, type=Path, help="recipe of a fine-tuning")
-    command.add_argument("--init", required=True, help="the pretrained run or encoder directory")
+    command.add_argument("--config", required=True, type=Path, help="fine-tuning recipe")
+    command.add_argument("--init", required=True, help="pretrained run or encoder directory")
     command.add_argument(
         "--folder",
         type=Path,
         default=Path("runs/labels"),
-        help="of all runs (default: %(default)s)",
+        help="folder of all runs (default: %(default)s)",
     )
     command.add_argument(
         "--fractions",
@@ -265,16 +297,18 @@ def add_labels(commands: Commands) -> None:
         type=float,
         nargs="+",
         default=[0.01, 0.1, 1.0],
-        help="shares of the labels (default: 0.01 0.1 1)",
+        help="fractions of the labels (default: 0.01 0.1 1)",
     )
     command.add_argument(
         "--seeds", metavar="N", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)"
     )
-    command.set_defaults(handler=run_labels, takes_overrides=True)
+    command.set_defaults(handler=run_labels, takes_overrides=True, trains=True)
 
 
 def run_labels(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run `simmim labels`."""
+    from simmim.tasks.labels import compare_labels  # noqa: PLC0415
+
     text = compare_labels(
         arguments.config,
         arguments.init,
@@ -287,40 +321,41 @@ def run_labels(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-def add_export(commands: Commands) -> None:
-    """Add `simmim export`."""
-    command = commands.add_parser(
-        "export",
-        help="write a run's encoder for others to load",
-        description="Write the encoder of a run's last checkpoint, or of an encoder directory; "
-        "native has the head of a fine-tuning too.",
-        allow_abbrev=False,
+def add_export(command: CommandParser) -> None:
+    """Add the arguments of `simmim export`."""
+    from simmim.export.export import FORMATS  # noqa: PLC0415
+
+    command.description = (
+        "Export the encoder of a run's last checkpoint, or of an encoder directory. The native "
+        "format includes the head of a fine-tuned model."
     )
     command.add_argument(
         "source", metavar="RUN", type=Path, help="run folder, checkpoint or encoder directory"
     )
-    command.add_argument("destination", metavar="DST", type=Path, help="folder to write")
+    command.add_argument("destination", metavar="DST", type=Path, help="output folder")
     command.add_argument(
         "--format",
         choices=FORMATS,
         default="native",
-        help="native is an encoder directory with any head, transformers and timm what these "
-        "libraries load, reference a checkpoint of the published code, onnx and torch-export a "
-        "graph that runs without this code (default: %(default)s)",
+        help="native: an encoder directory with any head; transformers, timm: what these libraries "
+        "load; reference: a checkpoint of the published code; onnx, torch-export: a graph that "
+        "runs without this code (default: %(default)s)",
     )
     command.add_argument(
         "--any-size",
         action="store_true",
-        help="onnx and torch-export: leave height and width open (default: the encoder's size)",
+        help="onnx and torch-export: dynamic height and width (default: the encoder's size)",
     )
     command.add_argument(
-        "--best", action="store_true", help="take the best checkpoint of the run, not its last"
+        "--best", action="store_true", help="take the best checkpoint of the run, not the last"
     )
-    command.set_defaults(handler=run_export, takes_overrides=False)
+    command.set_defaults(handler=run_export)
 
 
 def run_export(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run `simmim export`."""
+    from simmim.export.export import export  # noqa: PLC0415
+
     del overrides
     lines = export(
         arguments.source,
@@ -333,51 +368,50 @@ def run_export(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-def add_import(commands: Commands) -> None:
-    """Add `simmim import`."""
-    command = commands.add_parser(
-        "import",
-        help="make an encoder directory of a checkpoint of others",
-        description="Write the encoder of a Swin Transformer V2 checkpoint as an encoder "
-        "directory. The sizes below are looked for in the file, and asked for where it does not "
-        "tell them. Nothing in the file is run.",
-        allow_abbrev=False,
+def add_import(command: CommandParser) -> None:
+    """Add the arguments of `simmim import`."""
+    from simmim.export.import_encoder import IMPORT_FORMATS  # noqa: PLC0415
+
+    command.description = (
+        "Convert a third-party Swin Transformer V2 checkpoint to an encoder directory. Sizes are "
+        "read from the file; those it does not record have to be given. No code in it is run."
     )
     command.add_argument("source", metavar="SRC", type=Path, help="checkpoint file or folder")
-    command.add_argument("destination", metavar="DST", type=Path, help="folder to write")
+    command.add_argument("destination", metavar="DST", type=Path, help="output folder")
     command.add_argument(
         "--format",
         required=True,
         choices=IMPORT_FORMATS,
-        help="reference is the published code's (Swin Transformer, SimMIM), timm its swinv2 "
-        "models, transformers a folder that save_pretrained of a Swinv2 class wrote",
+        help="reference: the published code (Swin Transformer, SimMIM); timm: its swinv2 models; "
+        "transformers: a folder written by save_pretrained of a Swinv2 class",
     )
     command.add_argument(
-        "--architecture", metavar="NAME", help="timm's name of the model, which tells all sizes"
+        "--architecture", metavar="NAME", help="timm's name of the model, which implies all sizes"
     )
     command.add_argument(
-        "--image-size", metavar="N|H,W", type=_size, help="that it was trained at, in pixels"
+        "--image-size", metavar="N|H,W", type=_size, help="training image size in pixels"
     )
-    command.add_argument("--window-size", metavar="N|H,W", type=_size, help="in tokens")
+    command.add_argument("--window-size", metavar="N|H,W", type=_size, help="window size in tokens")
     command.add_argument(
         "--pretrained-windows",
         metavar="same|N,N,...",
         type=_windows,
-        help="window of each stage in pretraining, in tokens; same where it was trained at these",
+        help="pretraining window of each stage in tokens; same: the present windows",
     )
     for name in ("mean", "std"):
         command.add_argument(
             f"--{name}",
             metavar="X,X,...",
             type=_numbers,
-            help=f"{name} of each channel, for images in [0, 1] (default: what the file says, "
-            "or ImageNet's)",
+            help=f"{name} per channel, images in [0, 1] (default: from the file, or ImageNet's)",
         )
-    command.set_defaults(handler=run_import, takes_overrides=False)
+    command.set_defaults(handler=run_import)
 
 
 def run_import(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run `simmim import`."""
+    from simmim.export.import_encoder import Known, import_encoder  # noqa: PLC0415
+
     del overrides
     known = Known(
         architecture=arguments.architecture,
@@ -392,24 +426,54 @@ def run_import(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-def add_report(commands: Commands) -> None:
-    """Add `simmim report`."""
-    command = commands.add_parser(
-        "report",
-        help="write the page of a run",
-        description="Write report.html into a run: figures, reconstructions, recipe and machine in "
-        "one file. Training writes it too, whenever it draws pictures.",
-        allow_abbrev=False,
+def add_report(command: CommandParser) -> None:
+    """Add the arguments of `simmim report`."""
+    command.description = (
+        "Write report.html into a run: figures, reconstructions, recipe and machine in one file. "
+        "Training writes it too, whenever it draws reconstructions."
     )
     command.add_argument("run", metavar="RUN", type=Path, help="run folder")
-    command.set_defaults(handler=run_report, takes_overrides=False)
+    command.set_defaults(handler=run_report)
 
 
 def run_report(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run `simmim report`."""
+    from simmim.engine.run import RunFolder  # noqa: PLC0415
+    from simmim.report.page import write_report  # noqa: PLC0415
+
     del overrides
     print(write_report(RunFolder(path=arguments.run)))
     return 0
+
+
+def add_doctor(command: CommandParser) -> None:
+    """Add the arguments of `simmim doctor`."""
+    from simmim.doctor.cli import add_arguments  # noqa: PLC0415
+
+    add_arguments(command)
+
+
+def add_bench(command: CommandParser) -> None:
+    """Add the arguments of `simmim bench`."""
+    from simmim.bench.cli import add_arguments  # noqa: PLC0415
+
+    add_arguments(command)
+
+
+COMMANDS: dict[str, tuple[str, Callable[[CommandParser], None]]] = {
+    "quickstart": ("run the whole pipeline on a small set, in minutes", add_quickstart),
+    "pretrain": ("pretrain an encoder on unlabelled images", add_pretrain),
+    "finetune": ("fine-tune an encoder on the task of a recipe", add_finetune),
+    "evaluate": ("validate a trained run, on its data or on other data", add_evaluate),
+    "probe": ("compare frozen features, pretrained and random, by kNN and linearly", add_probe),
+    "labels": ("compare pretrained and random weights, from few labels to all", add_labels),
+    "export": ("export a run's encoder, for other libraries too", add_export),
+    "import": ("convert a third-party checkpoint", add_import),
+    "report": ("write the HTML report of a run", add_report),
+    "doctor": ("check a training setup before it starts", add_doctor),
+    "bench": ("measure what a training needs", add_bench),
+}
+"""Name of each command: its summary, and what adds its arguments."""
 
 
 def _size(text: str) -> int | tuple[int, int]:
@@ -418,10 +482,10 @@ def _size(text: str) -> int | tuple[int, int]:
             return side
         case [height, width]:
             return height, width
-    raise argparse.ArgumentTypeError(f"{text!r} is no size: give a number, or height,width")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a size: give a number, or height,width")
 
 
-def _windows(text: str) -> PretrainedWindows:
+def _windows(text: str) -> "PretrainedWindows":
     return "same" if text == "same" else [int(part) for part in text.split(",")]
 
 

@@ -15,15 +15,10 @@ from swinv2 import VARIANTS
 from swinv2.config import AttentionPath, Checkpointing
 
 
-def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `simmim bench` and its benches."""
-    group = commands.add_parser(
-        "bench",
-        help="what training takes of a machine",
-        description="What training takes of a machine.",
-        allow_abbrev=False,
-    )
-    benches = group.add_subparsers(dest="bench", required=True, metavar="BENCH")
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the benches of `simmim bench`."""
+    command.description = "Measure what a training needs."
+    benches = command.add_subparsers(dest="bench", required=True, metavar="BENCH")
     add_memory(benches)
 
 

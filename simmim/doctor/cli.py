@@ -41,16 +41,13 @@ BAD = 2
 SECONDS = 15.0
 
 
-def add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `simmim doctor`."""
-    command = commands.add_parser(
-        "doctor",
-        help="look a training over before it starts",
-        description="Check recipe, run folder, data, memory, disk and speeds, take dry steps on "
-        "every process, and print what to change. Nothing is written. Start it as training would "
-        "be: with accelerate launch or torchrun where there are several processes. Any field of "
-        "the recipe is replaced by --KEY VALUE. Exit code 2 where training would fail.",
-        allow_abbrev=False,
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `simmim doctor`."""
+    command.description = (
+        "Check recipe, run folder, data, memory, disk and speeds, take dry steps on every process, "
+        "and print what to change. Nothing is written. Start it as training would be: with "
+        "accelerate launch or torchrun for several processes. --KEY VALUE overrides any field of "
+        "the recipe. Exit code 2 if training would fail."
     )
     command.add_argument("--config", required=True, type=Path, help="the recipe, a YAML file")
     command.add_argument("--folder", help="run folder (default: runs/ and the recipe's name)")
