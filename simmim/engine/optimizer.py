@@ -2,44 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from simmim.engine.checkpoint.sharded_state import is_sharded
-from simmim.recipe import settings
-
-
-@settings
-class OptimizerSettings:
-    """AdamW."""
-
-    name: Literal["adamw", "adamw_8bit"] = "adamw"
-    """adamw_8bit keeps the running means in 8 bits, a quarter of the memory; it needs bitsandbytes
-    (pip install 'simmim[8bit]'), and weights that are not in shards."""
-    lr: float
-    """Learning rate at the end of the warm-up, for the recipe's batch size: it is not scaled."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the running mean of the gradient and of its square."""
-    eps: float = 1e-8
-    """Added to the root of the running mean square."""
-    weight_decay: float = 0.05
-    """Decoupled weight decay; 1-D parameters, biases, position bias, logit scale and mask token
-    have none."""
-    layer_decay: float = 1.0
-    """Factor of the learning rate from each encoder layer to the one below it; 1 is off."""
-
-    def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ValueError(f"lr is {self.lr}; it must be above 0.")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas are {self.betas}; each must be at least 0 and below 1.")
-        if self.eps <= 0 or self.weight_decay < 0:
-            raise ValueError("eps must be above 0, weight_decay 0 or more.")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay is {self.layer_decay}; above 0, at most 1.")
-
+from simmim.engine.settings import OptimizerSettings
 
 EXCLUDED_FROM_DECAY = ("position_bias", "logit_scale", "mask_token")
 """Parts of names that never decay, whatever their shape."""

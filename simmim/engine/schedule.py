@@ -1,44 +1,8 @@
-"""Learning-rate schedules: functions of the step, with nothing to keep and nothing to resume."""
+"""Learning-rate schedules: stateless functions of the optimiser step."""
 
 import math
-from typing import Literal
 
-from simmim.recipe import settings
-
-
-@settings
-class ScheduleSettings:
-    """How the learning rate runs over training."""
-
-    kind: Literal["cosine", "multistep", "linear"] = "cosine"
-    """Shape after warm-up: cosine or linear to min_lr, or multistep, by gamma at milestones."""
-    warmup_epochs: float = 0.0
-    """Length of the linear warm-up in epochs; not together with warmup_steps."""
-    warmup_steps: int = 0
-    """Length of the linear warm-up in optimiser steps; not together with warmup_epochs."""
-    warmup_lr: float = 0.0
-    """Learning rate at step 0 of the warm-up."""
-    min_lr: float = 0.0
-    """Learning rate at the end of cosine and linear."""
-    milestones: tuple[float, ...] = ()
-    """Epochs at which multistep multiplies the learning rate by gamma."""
-    gamma: float = 0.1
-    """Factor at each milestone of multistep."""
-
-    def __post_init__(self) -> None:
-        if self.warmup_epochs and self.warmup_steps:
-            raise ValueError("warmup_epochs and warmup_steps are both given; keep one.")
-        for name in ("warmup_epochs", "warmup_steps", "warmup_lr", "min_lr"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
-        if (self.kind == "multistep") != bool(self.milestones):
-            raise ValueError("milestones belong to kind multistep, which needs at least one.")
-        if list(self.milestones) != sorted({epoch for epoch in self.milestones if epoch > 0}):
-            raise ValueError(
-                f"milestones are {self.milestones}; they must rise, the first above 0."
-            )
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma is {self.gamma}; it must be above 0 and at most 1.")
+from simmim.engine.settings import ScheduleSettings
 
 
 def learning_rate(
@@ -51,15 +15,15 @@ def learning_rate(
 ) -> float:
     """Return the learning rate of optimiser step `step`, counted from 0.
 
-    The warm-up rises in a line from `warmup_lr` to `peak`. The shapes count from step 0, so that
-    cosine has moved a little when the warm-up ends, as in the reference code.
+    The warm-up is linear from `warmup_lr` to `peak`. Cosine and linear decay count from step 0, so
+    they have already decayed a little when the warm-up ends, as in the reference code.
 
     Args:
-        schedule: its shape.
-        step: steps taken before this one.
+        schedule: shape of the schedule.
+        step: optimiser steps taken before this one.
         peak: learning rate at the end of the warm-up.
-        total_steps: steps of the whole training.
-        steps_per_epoch: for lengths given in epochs; need not be whole.
+        total_steps: number of steps of the whole training.
+        steps_per_epoch: converts lengths given in epochs; may be fractional.
     """
     warmup = schedule.warmup_steps or round(schedule.warmup_epochs * steps_per_epoch)
     if step < warmup:

@@ -25,7 +25,8 @@ from simmim.data.datasets.procedural import draw_images
 from simmim.engine.checkpoint.directory import Contents
 from simmim.engine.checkpoint.saver import Saver
 from simmim.engine.checkpoint.sharded_state import model_pieces, optimizer_pieces
-from simmim.engine.optimizer import OptimizerSettings, build_optimizer, parameter_groups
+from simmim.engine.optimizer import build_optimizer, parameter_groups
+from simmim.engine.settings import OptimizerSettings
 from simmim.recipe import parse
 from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
 from swinv2 import build_encoder

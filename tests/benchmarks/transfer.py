@@ -34,7 +34,8 @@ from simmim.engine.optimizer import (
     parameter_groups,
     set_learning_rate,
 )
-from simmim.engine.schedule import ScheduleSettings, learning_rate
+from simmim.engine.schedule import learning_rate
+from simmim.engine.settings import ScheduleSettings
 from simmim.tasks.classification.classifier import Classifier
 from simmim.tasks.normalisation import Normalise
 from swinv2 import SwinV2, SwinV2Config

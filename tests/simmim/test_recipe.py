@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from simmim.engine.optimizer import OptimizerSettings
-from simmim.engine.schedule import ScheduleSettings
+from simmim.engine.settings import OptimizerSettings, ScheduleSettings
 from simmim.recipe import (
     RecipeError,
     describe,
@@ -396,7 +395,7 @@ def test_recipes_of_jobs_resolve_to_files_that_say_the_same(path: Path, tmp_path
         (OptimizerSettings, {"lr": math.nan}, "lr: "),
         (OptimizerSettings, {"lr": 1e-3, "betas": [0.9, 1.0]}, "betas are"),
         (OptimizerSettings, {"lr": 1e-3, "betas": [0.9]}, "betas"),
-        (OptimizerSettings, {"lr": 1e-3, "eps": 0.0}, "eps must be above 0"),
+        (OptimizerSettings, {"lr": 1e-3, "eps": 0.0}, "eps is 0"),
         (OptimizerSettings, {"lr": 1e-3, "weight_decay": -0.1}, "weight_decay 0 or more"),
         (OptimizerSettings, {"lr": 1e-3, "layer_decay": 1.5}, "layer_decay is 1.5"),
         (ScheduleSettings, {"kind": "poly"}, "'cosine', 'multistep' or 'linear'"),

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -16,20 +16,8 @@ from PIL import Image
 
 from data_prep.format.atomic import atomic_write_text
 from simmim.engine.run import RunFolder
+from simmim.engine.settings import Trackers
 from simmim.recipe import to_values, to_yaml
-
-TrackerName = Literal[
-    "tensorboard",
-    "wandb",
-    "mlflow",
-    "comet_ml",
-    "aim",
-    "clearml",
-    "dvclive",
-    "swanlab",
-    "trackio",
-]
-Trackers = Literal["auto"] | tuple[TrackerName, ...]
 
 PROJECT = "simmim"
 """What runs are gathered under, where a tracker has such a thing."""

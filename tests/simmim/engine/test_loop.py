@@ -12,9 +12,8 @@ from simmim.engine.checkpoint.directory import complete_checkpoints, load_state,
 from simmim.engine.distributed.watchdog import Watchdog
 from simmim.engine.loop import TrainingResult, build_accelerator, train
 from simmim.engine.monitor.anomalies import DivergedError
-from simmim.engine.optimizer import OptimizerSettings
 from simmim.engine.run import RunFolder
-from simmim.engine.settings import TrainingSettings
+from simmim.engine.settings import OptimizerSettings, TrainingSettings
 from simmim.recipe import parse
 from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simmim.engine.schedule import ScheduleSettings, learning_rate
+from simmim.engine.schedule import learning_rate
+from simmim.engine.settings import ScheduleSettings
 
 IMAGENET = 1_281_167
 

@@ -30,7 +30,8 @@ from simmim.engine.checkpoint.directory import (
     remove_old_checkpoints,
     save_checkpoint,
 )
-from simmim.engine.optimizer import OptimizerSettings, ParameterGroup, build_optimizer
+from simmim.engine.optimizer import ParameterGroup, build_optimizer
+from simmim.engine.settings import OptimizerSettings
 
 MODEL, OPTIMIZER = "model-00000-of-00001.safetensors", "optimizer-00000-of-00001.safetensors"
 SETTINGS = OptimizerSettings(lr=0.01)

@@ -10,9 +10,8 @@ from torch import nn
 from simmim.engine.checkpoint.directory import complete_checkpoints, read_model
 from simmim.engine.checkpoint.ema import averaged, read_average, update_average
 from simmim.engine.loop import build_accelerator, train
-from simmim.engine.optimizer import OptimizerSettings
 from simmim.engine.run import RunFolder
-from simmim.engine.settings import TrainingSettings
+from simmim.engine.settings import OptimizerSettings, TrainingSettings
 from simmim.export.export import read_source
 from simmim.recipe import parse
 from simmim.tasks.classification.stage import ClassificationRecipe, ClassificationStage

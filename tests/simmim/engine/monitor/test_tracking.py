@@ -10,9 +10,8 @@ from PIL import Image
 
 from simmim.engine.loop import build_accelerator, train
 from simmim.engine.monitor.tracking import Tracking, chosen_trackers, flattened
-from simmim.engine.optimizer import OptimizerSettings
 from simmim.engine.run import RunFolder
-from simmim.engine.settings import TrainingSettings
+from simmim.engine.settings import OptimizerSettings, TrainingSettings
 from simmim.recipe import parse
 from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
 

@@ -15,7 +15,8 @@ from simmim.data.loader.batches import Batch
 from simmim.engine.checkpoint.best import best_checkpoint
 from simmim.engine.checkpoint.directory import read_model
 from simmim.engine.checkpoint.ema import read_average
-from simmim.engine.optimizer import OptimizerSettings, layer_of, parameter_groups
+from simmim.engine.optimizer import layer_of, parameter_groups
+from simmim.engine.settings import OptimizerSettings
 from simmim.recipe import RecipeError, parse
 from simmim.tasks.classification.classifier import load_classifier
 from simmim.tasks.video.stage import VideoRecipe, VideoStage
