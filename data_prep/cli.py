@@ -11,8 +11,13 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from data_prep.executors.interrupts import InterruptedBySignal, Interruption, raise_on_signals
-from data_prep.executors.processes import WorkerError, available_cores
+from data_prep.executors.processes import (
+    InterruptedBySignal,
+    Interruption,
+    WorkerError,
+    available_cores,
+    raise_on_signals,
+)
 from data_prep.format.manifest import Manifest, read_manifest
 from data_prep.format.pipes import PIPE, PipedFile
 from data_prep.format.statistics_file import STATISTICS_NAME, write_statistics
@@ -30,8 +35,8 @@ from data_prep.write.arguments import (
     positive,
 )
 from data_prep.write.build import Built, build_shards, merge_parts
+from data_prep.write.execution import Plan, Progress
 from data_prep.write.output_dir import REJECTED_NAME, refuse_inside
-from data_prep.write.progress import Plan, Progress
 from data_prep.write.shard import ShardReport
 
 

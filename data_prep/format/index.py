@@ -1,16 +1,23 @@
 """Random access into WebDataset tars: where each sample's image lies, and what it is labelled."""
 
 import hashlib
+import io
+import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from data_prep.format.manifest import IMAGE_EXTENSIONS, ShardEntry, ShardIndex
-from data_prep.format.tars import TarError, describe_problem, walk_tar
+from data_prep.format.atomic import atomic_write_bytes
+from data_prep.format.manifest import IMAGE_EXTENSIONS, REMEDY, ManifestError, ShardEntry
+from data_prep.format.pipes import PipedFile
+from data_prep.format.storage import Location, RemotePath, StorageError, locate
+from data_prep.format.tars import TarError, describe_problem, open_for_parts, walk_tar
 
 MOST_CLASSES = 1_000_000
 """Largest number of classes that labels may count."""
@@ -20,8 +27,79 @@ _KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
 _LABEL_BYTES = 32
 
-Tick = Callable[[int], object]
-"""Progress callback, called with the number of samples done since the last call."""
+
+@dataclass(frozen=True, kw_only=True)
+class ShardIndex:
+    """Where the samples of one shard lie; every array is of shape (samples,)."""
+
+    offsets: NDArray[np.int64]
+    """First byte of the image in the tar."""
+    sizes: NDArray[np.int64]
+    """Length of the image in bytes."""
+    labels: NDArray[np.int64]
+    """Class of the sample, -1 where it has none."""
+    keys: NDArray[np.str_]
+    """WebDataset key."""
+    extensions: NDArray[np.str_]
+    """Extension of the image member, one of `IMAGE_EXTENSIONS`."""
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+
+def read_index(folder: str | os.PathLike[str] | RemotePath, shard: ShardEntry) -> ShardIndex:
+    """Read the index of one shard and check it against the manifest and the tar's length.
+
+    Raises:
+        ManifestError: tar or index is missing, damaged, or they do not fit each other.
+    """
+    place = locate(folder)
+    path = place / shard.index
+    tar = shard.location(place)
+    if not isinstance(tar, PipedFile):  # the length of an output is known when it has been read
+        _check_length(tar, shard)
+    try:
+        rows = _map_rows(path)
+    except FileNotFoundError:
+        raise ManifestError(f"index {path} is missing. {REMEDY}") from None
+    # NumPy raises nearly any type when a header is hostile.
+    except Exception as error:
+        raise ManifestError(f"index {path} cannot be read ({error}). {REMEDY}") from None
+    expected = _row_type(1).names
+    if not isinstance(rows, np.ndarray) or rows.ndim != 1 or rows.dtype.names != expected:
+        raise ManifestError(f"index {path} is not an index of a shard. {REMEDY}")
+    if rows.dtype != _row_type(rows.dtype["key"].itemsize):
+        raise ManifestError(f"index {path} has columns of a wrong type. {REMEDY}")
+    if len(rows) != shard.samples:
+        raise ManifestError(
+            f"index {path} has {len(rows)} samples and the manifest says {shard.samples}. {REMEDY}"
+        )
+    return _unpack(rows, path, shard)
+
+
+def write_index(path: Location, index: ShardIndex) -> None:
+    """Write the index of a shard as one NumPy array of rows, aside and then renamed."""
+    keys = np.char.encode(index.keys, "utf-8")
+    rows = np.zeros(len(index), dtype=_row_type(max(1, keys.dtype.itemsize)))
+    rows["offset"], rows["size"], rows["label"] = index.offsets, index.sizes, index.labels
+    rows["extension"], rows["key"] = np.char.encode(index.extensions, "ascii"), keys
+    buffer = io.BytesIO()
+    np.save(buffer, rows, allow_pickle=False)
+    atomic_write_bytes(path, buffer.getvalue())
+
+
+def read_images(
+    path: Location | PipedFile, index: ShardIndex, rows: NDArray[np.int64]
+) -> Iterator[bytes]:
+    """Yield the files of some samples of a shard.
+
+    Raises:
+        OSError: the shard cannot be read.
+    """
+    with open_for_parts(path) as file:
+        for offset, size in zip(index.offsets[rows], index.sizes[rows], strict=True):
+            file.seek(int(offset))
+            yield file.read(int(size))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +146,7 @@ def index_name(shard_name: str) -> str:
     return shard_name.removesuffix(".tar") + ".index.npy"
 
 
-def index_tar(path: Path, tick: Tick) -> IndexedTar:
+def index_tar(path: Path, tick: Callable[[int], object]) -> IndexedTar:
     """Read the headers of a WebDataset tar and take its checksum.
 
     A sample is a run of members with one key: the path up to the first dot of the file name. Its
@@ -171,3 +249,66 @@ def _parse_label(data: bytes, path: Path, name: str) -> int:
             f"{path}: {name!r} must be an integer below {MOST_CLASSES:,}, got {text[:40]!r}."
         )
     return int(text)
+
+
+def _map_rows(path: Location) -> NDArray[Any]:
+    """Return the rows of an index as a memory map: no memory is taken for what is not there."""
+    if isinstance(path, Path):
+        return np.lib.format.open_memmap(path, mode="r")
+    with tempfile.NamedTemporaryFile(suffix=".npy") as copy:
+        copy.write(path.read_bytes())
+        copy.flush()
+        return np.lib.format.open_memmap(copy.name, mode="r")
+
+
+def _row_type(key_bytes: int) -> np.dtype[np.void]:
+    return np.dtype(
+        [
+            ("offset", "<i8"),
+            ("size", "<i8"),
+            ("label", "<i8"),
+            ("extension", "S4"),
+            ("key", f"S{key_bytes}"),
+        ]
+    )
+
+
+def _unpack(rows: NDArray[np.void], path: Location, shard: ShardEntry) -> ShardIndex:
+    try:
+        keys = np.char.decode(rows["key"], "utf-8")
+        extensions = np.char.decode(rows["extension"], "ascii")
+    except UnicodeDecodeError:
+        raise ManifestError(f"index {path} has keys that are not text. {REMEDY}") from None
+    index = ShardIndex(
+        offsets=np.array(rows["offset"], dtype=np.int64),
+        sizes=np.array(rows["size"], dtype=np.int64),
+        labels=np.array(rows["label"], dtype=np.int64),
+        keys=keys,
+        extensions=extensions,
+    )
+    # Compared by subtraction, since a sum of two hostile numbers may run over.
+    fits = (index.offsets >= 0) & (index.sizes > 0) & (index.sizes <= shard.bytes - index.offsets)
+    wrong = np.flatnonzero(~fits | (index.labels < -1) | ~np.isin(extensions, IMAGE_EXTENSIONS))
+    if len(wrong):
+        raise ManifestError(
+            f"index {path} is damaged: sample {wrong[0]} (key {keys[wrong[0]]}) lies outside of "
+            f"{shard.name}, or has an impossible label or extension. {REMEDY}"
+        )
+    return index
+
+
+def _check_length(path: Location, shard: ShardEntry) -> None:
+    try:
+        length = path.told_length() if isinstance(path, RemotePath) else path.stat().st_size
+    except StorageError as error:
+        raise ManifestError(str(error)) from None
+    except OSError as error:
+        raise ManifestError(
+            f"shard {path} cannot be read: {error.strerror or 'it is missing'}. "
+            "Bring it back, or make it again."
+        ) from None
+    if length is not None and length != shard.bytes:  # else it shows when the tar is fetched
+        raise ManifestError(
+            f"shard {path} has {length:,} bytes and the manifest says {shard.bytes:,}: it was cut "
+            f"or changed. {REMEDY}"
+        )

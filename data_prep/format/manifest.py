@@ -5,56 +5,33 @@ written last: a folder that has one is complete. An index holds, for every sampl
 where the bytes of the image lie in the tar, so that any sample is one read away.
 """
 
-import io
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from data_prep.format.atomic import atomic_write_bytes
 from data_prep.format.pipes import PIPE, PipedFile
 from data_prep.format.storage import Location, RemotePath, StorageError, locate
-
-__all__ = [
-    "FORMAT",
-    "IMAGE_EXTENSIONS",
-    "MANIFEST_NAME",
-    "VERSION",
-    "Location",
-    "Manifest",
-    "ManifestError",
-    "PipedFile",
-    "RemotePath",
-    "ShardEntry",
-    "ShardIndex",
-    "StorageError",
-    "atomic_write_bytes",
-    "locate",
-    "read_index",
-    "read_manifest",
-    "write_index",
-    "write_manifest",
-]
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "simmim-shards"
 VERSION = 1
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "npy")
 """Extensions of image members, all that a shard may hold; npy is a NumPy array."""
+_SUFFIXES = "avif bmp dib gif j2k jfif jp2 jpe jpeg jpg npy pbm pgm png pnm ppm tga tif tiff webp"
+IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
+"""File name suffixes, in lower case, by which image files are found in folders and archives."""
+
+REMEDY = "Make the shards again with `data-prep shard`, or index them again with `data-prep index`."
+"""What a message on a damaged manifest or index advises."""
 
 _SHARD_NAME = re.compile(r"[^/\\\x00.][^/\\\x00]*\.tar")
 _INDEX_NAME = re.compile(r"[^/\\\x00.][^/\\\x00]*\.npy")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_REMEDY = (
-    "Make the shards again with `data-prep shard`, or index them again with `data-prep index`."
-)
 
 
 class ManifestError(ValueError):
@@ -111,25 +88,6 @@ class Manifest:
         return sum(shard.samples for shard in self.shards)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShardIndex:
-    """Where the samples of one shard lie; every array is of shape (samples,)."""
-
-    offsets: NDArray[np.int64]
-    """First byte of the image in the tar."""
-    sizes: NDArray[np.int64]
-    """Length of the image in bytes."""
-    labels: NDArray[np.int64]
-    """Class of the sample, -1 where it has none."""
-    keys: NDArray[np.str_]
-    """WebDataset key."""
-    extensions: NDArray[np.str_]
-    """Extension of the image member, one of `IMAGE_EXTENSIONS`."""
-
-    def __len__(self) -> int:
-        return len(self.offsets)
-
-
 def read_manifest(
     folder: str | os.PathLike[str] | RemotePath, *, allow_pipe: bool = False
 ) -> Manifest:
@@ -154,13 +112,13 @@ def read_manifest(
     except OSError as error:
         raise ManifestError(f"{path} cannot be read: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{path} is not valid JSON ({error}). {_REMEDY}") from None
+        raise ManifestError(f"{path} is not valid JSON ({error}). {REMEDY}") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise ManifestError(f"{path} is not a manifest of shards. {_REMEDY}")
+        raise ManifestError(f"{path} is not a manifest of shards. {REMEDY}")
     if values.get("version") != VERSION:
         raise ManifestError(
             f"{path} is of version {values.get('version')!r}, and this program reads version "
-            f"{VERSION}. {_REMEDY}"
+            f"{VERSION}. {REMEDY}"
         )
     return _parse(values, path, allow_pipe)
 
@@ -186,112 +144,8 @@ def write_manifest(manifest: Manifest) -> None:
     atomic_write_bytes(manifest.folder / MANIFEST_NAME, text.encode())
 
 
-def read_index(folder: str | os.PathLike[str] | RemotePath, shard: ShardEntry) -> ShardIndex:
-    """Read the index of one shard and check it against the manifest and the tar's length.
-
-    Raises:
-        ManifestError: tar or index is missing, damaged, or they do not fit each other.
-    """
-    place = locate(folder)
-    path = place / shard.index
-    tar = shard.location(place)
-    if not isinstance(tar, PipedFile):  # the length of an output is known when it has been read
-        _check_length(tar, shard)
-    try:
-        rows = _map_rows(path)
-    except FileNotFoundError:
-        raise ManifestError(f"index {path} is missing. {_REMEDY}") from None
-    # NumPy raises nearly any type when a header is hostile.
-    except Exception as error:
-        raise ManifestError(f"index {path} cannot be read ({error}). {_REMEDY}") from None
-    expected = _row_type(1).names
-    if not isinstance(rows, np.ndarray) or rows.ndim != 1 or rows.dtype.names != expected:
-        raise ManifestError(f"index {path} is not an index of a shard. {_REMEDY}")
-    if rows.dtype != _row_type(rows.dtype["key"].itemsize):
-        raise ManifestError(f"index {path} has columns of a wrong type. {_REMEDY}")
-    if len(rows) != shard.samples:
-        raise ManifestError(
-            f"index {path} has {len(rows)} samples and the manifest says {shard.samples}. {_REMEDY}"
-        )
-    return _unpack(rows, path, shard)
-
-
 def _values_of(shard: ShardEntry) -> dict[str, Any]:
     return {name: value for name, value in vars(shard).items() if name != "place" or value}
-
-
-def _map_rows(path: Location) -> NDArray[Any]:
-    """Return the rows of an index as a memory map: no memory is taken for what is not there."""
-    if isinstance(path, Path):
-        return np.lib.format.open_memmap(path, mode="r")
-    with tempfile.NamedTemporaryFile(suffix=".npy") as copy:
-        copy.write(path.read_bytes())
-        copy.flush()
-        return np.lib.format.open_memmap(copy.name, mode="r")
-
-
-def write_index(path: Location, index: ShardIndex) -> None:
-    """Write the index of a shard as one NumPy array of rows, aside and then renamed."""
-    keys = np.char.encode(index.keys, "utf-8")
-    rows = np.zeros(len(index), dtype=_row_type(max(1, keys.dtype.itemsize)))
-    rows["offset"], rows["size"], rows["label"] = index.offsets, index.sizes, index.labels
-    rows["extension"], rows["key"] = np.char.encode(index.extensions, "ascii"), keys
-    buffer = io.BytesIO()
-    np.save(buffer, rows, allow_pickle=False)
-    atomic_write_bytes(path, buffer.getvalue())
-
-
-def _row_type(key_bytes: int) -> np.dtype[np.void]:
-    return np.dtype(
-        [
-            ("offset", "<i8"),
-            ("size", "<i8"),
-            ("label", "<i8"),
-            ("extension", "S4"),
-            ("key", f"S{key_bytes}"),
-        ]
-    )
-
-
-def _unpack(rows: NDArray[np.void], path: Location, shard: ShardEntry) -> ShardIndex:
-    try:
-        keys = np.char.decode(rows["key"], "utf-8")
-        extensions = np.char.decode(rows["extension"], "ascii")
-    except UnicodeDecodeError:
-        raise ManifestError(f"index {path} has keys that are not text. {_REMEDY}") from None
-    index = ShardIndex(
-        offsets=np.array(rows["offset"], dtype=np.int64),
-        sizes=np.array(rows["size"], dtype=np.int64),
-        labels=np.array(rows["label"], dtype=np.int64),
-        keys=keys,
-        extensions=extensions,
-    )
-    # Compared by subtraction, since a sum of two hostile numbers may run over.
-    fits = (index.offsets >= 0) & (index.sizes > 0) & (index.sizes <= shard.bytes - index.offsets)
-    wrong = np.flatnonzero(~fits | (index.labels < -1) | ~np.isin(extensions, IMAGE_EXTENSIONS))
-    if len(wrong):
-        raise ManifestError(
-            f"index {path} is damaged: sample {wrong[0]} (key {keys[wrong[0]]}) lies outside of "
-            f"{shard.name}, or has an impossible label or extension. {_REMEDY}"
-        )
-    return index
-
-
-def _check_length(path: Location, shard: ShardEntry) -> None:
-    try:
-        length = path.told_length() if isinstance(path, RemotePath) else path.stat().st_size
-    except StorageError as error:
-        raise ManifestError(str(error)) from None
-    except OSError as error:
-        raise ManifestError(
-            f"shard {path} cannot be read: {error.strerror or 'it is missing'}. "
-            "Bring it back, or make it again."
-        ) from None
-    if length is not None and length != shard.bytes:  # else it shows when the tar is fetched
-        raise ManifestError(
-            f"shard {path} has {length:,} bytes and the manifest says {shard.bytes:,}: it was cut "
-            f"or changed. {_REMEDY}"
-        )
 
 
 def _describe_absence(folder: Location) -> str:
@@ -316,11 +170,11 @@ def _parse(values: dict[str, Any], path: Location, allow_pipe: bool) -> Manifest
     )
     classes = _field(values, "classes", list, path)
     if not entries:
-        raise ManifestError(f"{path} lists no shards. {_REMEDY}")
+        raise ManifestError(f"{path} lists no shards. {REMEDY}")
     if len({entry.name for entry in entries}) < len(entries):
-        raise ManifestError(f"{path} lists a shard twice. {_REMEDY}")
+        raise ManifestError(f"{path} lists a shard twice. {REMEDY}")
     if not all(isinstance(name, str) for name in classes) or len(set(classes)) < len(classes):
-        raise ManifestError(f"{path}: `classes` must be names, each once. {_REMEDY}")
+        raise ManifestError(f"{path}: `classes` must be names, each once. {REMEDY}")
     manifest = Manifest(
         folder=path.parent,
         shards=entries,
@@ -333,7 +187,7 @@ def _parse(values: dict[str, Any], path: Location, allow_pipe: bool) -> Manifest
     if _count(values, "samples", 1, path) != manifest.samples:
         raise ManifestError(
             f"{path} says {values['samples']} samples, and its shards have {manifest.samples}. "
-            f"{_REMEDY}"
+            f"{REMEDY}"
         )
     return manifest
 
@@ -345,7 +199,7 @@ def _parse_notes(values: dict[str, Any], path: Location) -> dict[str, int]:
 
 def _parse_shard(values: Any, number: int, path: Location, allow_pipe: bool) -> ShardEntry:
     if not isinstance(values, dict):
-        raise ManifestError(f"{path}: shard {number} must be a mapping. {_REMEDY}")
+        raise ManifestError(f"{path}: shard {number} must be a mapping. {REMEDY}")
     entry = ShardEntry(
         name=_field(values, "name", str, path),
         samples=_count(values, "samples", 1, path),
@@ -401,12 +255,12 @@ def _parse_place(values: dict[str, Any], number: int, path: Location, allow_pipe
 def _field(values: dict[str, Any], name: str, kind: type, path: Location) -> Any:
     value = values.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise ManifestError(f"{path}: `{name}` must be a {kind.__name__}, got {value!r}. {_REMEDY}")
+        raise ManifestError(f"{path}: `{name}` must be a {kind.__name__}, got {value!r}. {REMEDY}")
     return value
 
 
 def _count(values: dict[str, Any], name: str, least: int, path: Location) -> int:
     value = _field(values, name, int, path)
     if value < least:
-        raise ManifestError(f"{path}: `{name}` must be at least {least}, got {value}. {_REMEDY}")
+        raise ManifestError(f"{path}: `{name}` must be at least {least}, got {value}. {REMEDY}")
     return int(value)

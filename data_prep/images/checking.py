@@ -7,7 +7,10 @@ is written anew, as PNG or as an array, whichever loses nothing.
 import io
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from data_prep.images.arrays import (
@@ -19,7 +22,6 @@ from data_prep.images.arrays import (
     read_header,
     write_array,
 )
-from data_prep.images.bit_depth import lost_bits
 from data_prep.images.damage import (
     DamageError,
     check_jpeg,
@@ -28,8 +30,8 @@ from data_prep.images.damage import (
     check_webp,
     decode_jpeg,
 )
-from data_prep.images.encoding import Encoding, encode
-from data_prep.images.jpeg_header import plain_jpeg_size
+from data_prep.images.encoding import Encoding, encode, turn_upright
+from data_prep.images.headers import lost_bits, plain_jpeg_size
 
 MAX_PIXELS = 89_478_485
 """Largest image taken unless told otherwise, in pixels; Pillow warns of larger ones."""
@@ -217,3 +219,41 @@ def _check_pixels(image: Image.Image, data: bytes) -> tuple[str, ...]:
                 return ()
     image.load()
     return ("JPEG checked by Pillow alone",) if image.format in ("JPEG", "MPO") else ()
+
+
+_WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+def read_pixels(data: bytes, extension: str) -> NDArray[Any]:
+    """Return the values of an image upright, (height, width, channels).
+
+    Pictures have 1 channel of grey or 3 of colour, in uint8, or in uint16 where the file has 16
+    bits of grey; transparent parts are white. Arrays are as they were stored.
+
+    Raises:
+        RejectedImageError: the image does not decode.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            values = read_array(data) if extension == "npy" else _read_picture(data)
+        except MemoryError:
+            raise
+        # Pillow's readers raise nearly any type when the bytes are hostile.
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise RejectedImageError(f"it does not decode: {reason}") from None
+    return values[..., None] if values.ndim == 2 else values
+
+
+def _read_picture(data: bytes) -> NDArray[Any]:
+    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as opened:
+        opened.load()
+        image = turn_upright(opened)
+    if image.mode in _WIDE_MODES:
+        return np.asarray(image).astype(np.uint16)
+    if image.has_transparency_data:
+        seen = image.convert("RGBA")
+        white = Image.new("RGBA", seen.size, "white")
+        return np.asarray(Image.alpha_composite(white, seen).convert("RGB"))
+    return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))

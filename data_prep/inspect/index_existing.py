@@ -6,20 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_prep.executors.processes import map_tasks
-from data_prep.format.fetching import on_this_machine
-from data_prep.format.index import Tick, index_tar
+from data_prep.executors.processes import Tick, map_tasks
+from data_prep.format.index import index_tar, write_index
 from data_prep.format.manifest import (
     MANIFEST_NAME,
     Manifest,
     ManifestError,
-    PipedFile,
     ShardEntry,
     read_manifest,
-    write_index,
     write_manifest,
 )
+from data_prep.format.pipes import PipedFile
 from data_prep.format.storage import Location
+from data_prep.format.tars import on_this_machine
 
 _PARTIAL_NAME = ".partial-index"
 _RANGE = re.compile(r"([^{}]*)\{(\d+)\.\.(\d+)\}([^{}]*\.tar)")

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.executors.processes import map_tasks
-from data_prep.format.fetching import on_this_machine
-from data_prep.format.index import Tick
-from data_prep.format.manifest import Location, Manifest, ShardEntry, ShardIndex, read_index
+from data_prep.executors.processes import Tick, map_tasks
+from data_prep.format.index import ShardIndex, read_images, read_index
+from data_prep.format.manifest import Manifest, ShardEntry
 from data_prep.format.statistics_file import Statistics
-from data_prep.images.checking import RejectedImageError
-from data_prep.images.pixels import read_images, read_pixels
+from data_prep.format.storage import Location
+from data_prep.format.tars import on_this_machine
+from data_prep.images.checking import RejectedImageError, read_pixels
 
 _VALUES_AT_A_TIME = 2**22
 

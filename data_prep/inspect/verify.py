@@ -7,14 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.executors.processes import map_tasks
-from data_prep.format.fetching import on_this_machine
-from data_prep.format.index import Tick, index_tar
-from data_prep.format.manifest import Manifest, ManifestError, ShardEntry, ShardIndex, read_index
+from data_prep.executors.processes import Tick, map_tasks
+from data_prep.format.index import ShardIndex, index_tar, read_images, read_index
+from data_prep.format.manifest import Manifest, ManifestError, ShardEntry
 from data_prep.format.storage import Location, StorageError
-from data_prep.format.tars import TarError
+from data_prep.format.tars import TarError, on_this_machine
 from data_prep.images.checking import WRITTEN_ANEW, RejectedImageError, check_image
-from data_prep.images.pixels import read_images
 
 MOST_PROBLEMS = 100
 """Problems that are named; all are counted."""

@@ -7,8 +7,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from data_prep.format.byte_reader import ByteReader
-from data_prep.format.storage import Location
+from data_prep.format.storage import ByteReader, Location
 from data_prep.format.tars import TarError, describe_path_problem, describe_problem, walk_tar
 from data_prep.sources.files import SourceError, SourceFile, UnreadableFileError
 

@@ -5,9 +5,7 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-_SUFFIXES = "avif bmp dib gif j2k jfif jp2 jpe jpeg jpg npy pbm pgm png pnm ppm tga tif tiff webp"
-IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
-"""File name suffixes, in lower case, that are taken to be images."""
+from data_prep.format.manifest import IMAGE_SUFFIXES
 
 
 class SourceError(ValueError):

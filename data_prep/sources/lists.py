@@ -11,8 +11,7 @@ from typing import Any
 from data_prep.format.storage import Location, RemotePath, StorageError, locate
 from data_prep.format.tars import describe_path_problem
 from data_prep.sources.files import Selection, SourceError, SourceFile
-from data_prep.sources.folders import FolderSource
-from data_prep.sources.remote_folder import RemoteFolderSource
+from data_prep.sources.folders import FolderSource, RemoteFolderSource
 
 LIST_SUFFIXES = (".txt", ".tsv", ".csv", ".parquet")
 """File name suffixes of lists."""

@@ -7,10 +7,9 @@ from data_prep.format.storage import Location, RemotePath
 from data_prep.format.tars import is_tar, walk_tar
 from data_prep.sources.archives import TarSource, ZipSource
 from data_prep.sources.files import Selection, SourceError
-from data_prep.sources.folders import FolderSource
+from data_prep.sources.folders import FolderSource, RemoteFolderSource
 from data_prep.sources.lists import LIST_SUFFIXES, ListSource
-from data_prep.sources.remote_folder import RemoteFolderSource
-from data_prep.sources.shard_source import ShardSource
+from data_prep.sources.shards import ShardSource
 
 _KINDS = "a folder, a zip, a tar or a list of images"
 Source = FolderSource | RemoteFolderSource | ZipSource | TarSource | ListSource | ShardSource

@@ -6,12 +6,12 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_prep.format.index import Tick
+from data_prep.executors.processes import Tick
 from data_prep.format.manifest import MANIFEST_NAME, Manifest
 from data_prep.format.storage import Location, RemotePath
 from data_prep.sources.source import Source, open_source
 from data_prep.write.duplicates import duplicate_dropper
-from data_prep.write.execution import Execution, map_shards
+from data_prep.write.execution import Execution, Plan, Progress, map_shards
 from data_prep.write.finalize import publish
 from data_prep.write.listing import (
     Listing,
@@ -30,7 +30,6 @@ from data_prep.write.output_dir import (
     refuse_inside,
 )
 from data_prep.write.plan import ShardOptions, ShardPlan
-from data_prep.write.progress import Plan, Progress
 from data_prep.write.shard import ShardReport, ShardTask, reported
 from data_prep.write.streaming import StreamedListing, listing_name
 from data_prep.write.upload_queue import Shipper

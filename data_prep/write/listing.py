@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data_prep.executors.processes import Tick
 from data_prep.format.atomic import atomic_write_bytes
-from data_prep.format.index import MOST_CLASSES, Tick
+from data_prep.format.index import MOST_CLASSES
+from data_prep.format.manifest import IMAGE_SUFFIXES
 from data_prep.format.storage import Location
 from data_prep.sources.external_sort import ExternalSort
-from data_prep.sources.files import IMAGE_SUFFIXES, Selection, SourceError, SourceFile
+from data_prep.sources.files import Selection, SourceError, SourceFile
 from data_prep.sources.source import Source
 from data_prep.write.plan import (
     FEWEST_SHARDS,

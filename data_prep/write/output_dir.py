@@ -16,14 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.format.atomic import atomic_write_bytes
-from data_prep.format.index import index_name
-from data_prep.format.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    read_index,
-    read_manifest,
-    write_manifest,
-)
+from data_prep.format.index import index_name, read_index
+from data_prep.format.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from data_prep.format.statistics_file import STATISTICS_NAME
 from data_prep.format.storage import Location, RemotePath
 from data_prep.write.duplicates import DIGESTS

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.executors.processes import Tick
 from data_prep.format.atomic import atomic_write_bytes
-from data_prep.format.index import IndexedTar, Tick, index_name
-from data_prep.format.manifest import ShardEntry, write_index
+from data_prep.format.index import IndexedTar, index_name, write_index
+from data_prep.format.manifest import ShardEntry
 from data_prep.format.storage import Location
 from data_prep.images.checking import CheckedImage, RejectedImageError, check_image
 from data_prep.sources.files import SourceFile, UnreadableFileError

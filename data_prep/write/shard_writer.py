@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.format.index import IndexedTar
-from data_prep.format.manifest import IMAGE_EXTENSIONS, ShardIndex
+from data_prep.format.index import IndexedTar, ShardIndex
+from data_prep.format.manifest import IMAGE_EXTENSIONS
 
 _BLOCK = 512
 """Bytes that a tar is made of; a member is a block of header and its data, filled up with zeros."""

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from data_prep.executors.processes import Tick
 from data_prep.format.atomic import atomic_write_bytes
-from data_prep.format.index import Tick
 from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import SourceError, SourceFile
 from data_prep.sources.source import Source

@@ -15,8 +15,9 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+from data_prep.executors.processes import Tick
 from data_prep.format.atomic import atomic_write_bytes
-from data_prep.format.index import Tick, index_name
+from data_prep.format.index import index_name
 from data_prep.format.manifest import (
     MANIFEST_NAME,
     Manifest,

@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Literal, TypeGuard, TypeVar
 
-from data_prep.format.manifest import MANIFEST_NAME, Location, locate
+from data_prep.format.manifest import MANIFEST_NAME
+from data_prep.format.storage import Location, locate
 from simmim.data.datasets.cache import DEFAULT_CACHE_BYTES
 from simmim.data.datasets.folder import open_folder
 from simmim.data.datasets.mixture import MixedShards, Shards

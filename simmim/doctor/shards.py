@@ -13,7 +13,8 @@ import numpy as np
 import psutil
 from PIL import Image, UnidentifiedImageError
 
-from data_prep.format.manifest import Location, ShardEntry
+from data_prep.format.manifest import ShardEntry
+from data_prep.format.storage import Location
 from simmim.data.datasets.folder import ImageFolder
 from simmim.data.datasets.mixture import MixedShards, Shards
 from simmim.data.datasets.samples import SampleSet

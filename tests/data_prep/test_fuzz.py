@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.format.manifest import ManifestError, read_index, read_manifest
-from data_prep.images.checking import RejectedImageError, check_image
+from data_prep.format.index import read_index
+from data_prep.format.manifest import ManifestError, read_manifest
+from data_prep.images.checking import RejectedImageError, check_image, read_pixels
 from data_prep.images.encoding import Encoding
-from data_prep.images.pixels import read_pixels
 from data_prep.inspect.info import describe_shards
 from data_prep.inspect.verify import verify_shards
 from data_prep.write.build import build_shards

@@ -10,11 +10,11 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from data_prep.format import manifest
 from simmim.data.order.errors import DataError
 
-_SUFFIXES = "avif bmp dib gif j2k jfif jp2 jpe jpeg jpg npy pbm pgm png pnm ppm tga tif tiff webp"
-IMAGE_SUFFIXES = frozenset(f".{suffix}".encode() for suffix in _SUFFIXES.split())
-"""File name suffixes, in lower case, that are taken to be images: those `data-prep` takes."""
+IMAGE_SUFFIXES = frozenset(suffix.encode() for suffix in manifest.IMAGE_SUFFIXES)
+"""File name suffixes of images, in lower case, as bytes: those `data-prep` takes."""
 
 MAC_ARCHIVE = b"__MACOSX"
 """Folder of what a Mac knows of the files in a zip."""

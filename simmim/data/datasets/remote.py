@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data_prep.format.manifest import Manifest, PipedFile, RemotePath, ShardEntry
+from data_prep.format.manifest import Manifest, ShardEntry
+from data_prep.format.pipes import PipedFile
+from data_prep.format.storage import RemotePath
 from simmim.data.datasets.cache import DEFAULT_CACHE_BYTES, ShardCache, default_cache_folder
 from simmim.data.datasets.retry import ShardAmissError
 from simmim.data.order.errors import DataError

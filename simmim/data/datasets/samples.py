@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from data_prep.format.manifest import Location
+from data_prep.format.storage import Location
 from simmim.data.order.randomness import shuffled
 from simmim.data.order.source import EncodedImage
 

@@ -13,17 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.format.manifest import (
-    Location,
-    Manifest,
-    ManifestError,
-    PipedFile,
-    RemotePath,
-    ShardEntry,
-    locate,
-    read_index,
-    read_manifest,
-)
+from data_prep.format.index import read_index
+from data_prep.format.manifest import Manifest, ManifestError, ShardEntry, read_manifest
+from data_prep.format.pipes import PipedFile
+from data_prep.format.storage import Location, RemotePath, locate
 from simmim.data.datasets.cache import ShardCache
 from simmim.data.datasets.remote import RemoteReading, RemoteShard
 from simmim.data.datasets.retry import ShardAmissError, patiently

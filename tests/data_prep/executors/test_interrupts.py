@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from data_prep.executors.interrupts import InterruptedBySignal, raise_on_signals
+from data_prep.executors.processes import InterruptedBySignal, raise_on_signals
 
 
 class _Interrupted:

@@ -10,15 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep.format.index import ShardIndex, read_index, write_index
 from data_prep.format.manifest import (
     IMAGE_EXTENSIONS,
     Manifest,
     ManifestError,
     ShardEntry,
-    ShardIndex,
-    read_index,
     read_manifest,
-    write_index,
     write_manifest,
 )
 

@@ -10,12 +10,9 @@ import fsspec
 import pytest
 
 from data_prep.cli import main
-from data_prep.format import byte_reader, storage
-from data_prep.format.manifest import (
-    ManifestError,
-    read_index,
-    read_manifest,
-)
+from data_prep.format import storage
+from data_prep.format.index import read_index
+from data_prep.format.manifest import ManifestError, read_manifest
 from data_prep.format.statistics_file import read_statistics, write_statistics
 from data_prep.format.storage import RemotePath, StorageError, locate
 from data_prep.inspect.contact_sheet import draw_contact_sheet
@@ -324,8 +321,8 @@ def test_a_reader_of_parts_reads_ahead_in_order_alone(
         return read_range(path, offset, size)
 
     monkeypatch.setattr(RemotePath, "read_range", noted)
-    monkeypatch.setattr(byte_reader, "_AHEAD", 1000)
-    reader = byte_reader.ByteReader(store / "a.bin")
+    monkeypatch.setattr(storage, "_AHEAD", 1000)
+    reader = storage.ByteReader(store / "a.bin")
     for offset in (50_000, 70_000, 20_000, 90_000):
         assert reader.read(offset, 100) == data[offset : offset + 100]
     assert asked == [(50_000, 100), (70_000, 100), (20_000, 100), (90_000, 100)]

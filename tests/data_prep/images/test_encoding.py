@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile
 
-from data_prep.images.checking import CheckedImage, check_image
+from data_prep.images.checking import CheckedImage, check_image, read_pixels
 from data_prep.images.encoding import Encoding, encode
-from data_prep.images.pixels import read_pixels
 
 DrawImage = Callable[..., bytes]
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

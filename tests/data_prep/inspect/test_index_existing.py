@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.format.manifest import ManifestError, read_index, read_manifest
+from data_prep.format.index import read_index
+from data_prep.format.manifest import ManifestError, read_manifest
 from data_prep.format.tars import TarError
 from data_prep.inspect.index_existing import adopt_shards
 from data_prep.inspect.verify import verify_shards

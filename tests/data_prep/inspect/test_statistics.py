@@ -14,7 +14,8 @@ from data_prep.format.manifest import (
     read_manifest,
 )
 from data_prep.format.statistics_file import read_statistics, write_statistics
-from data_prep.images.pixels import read_pixels, spread_rows
+from data_prep.images.checking import read_pixels
+from data_prep.inspect.info import spread_rows
 from data_prep.inspect.statistics import measure_moments, measure_set
 from data_prep.write.build import build_shards
 from data_prep.write.plan import ShardOptions

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.format.index import checksum
-from data_prep.format.manifest import Manifest, read_index, read_manifest, write_index
+from data_prep.format.index import checksum, read_index, write_index
+from data_prep.format.manifest import Manifest, read_manifest
 from data_prep.inspect.index_existing import adopt_shards
 from data_prep.inspect.verify import MOST_PROBLEMS, verify_shards
 from data_prep.write.build import build_shards

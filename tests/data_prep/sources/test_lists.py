@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from data_prep.cli import main
-from data_prep.format.manifest import read_index, read_manifest
+from data_prep.format.index import read_index
+from data_prep.format.manifest import read_manifest
 from data_prep.sources.files import Selection, SourceError, SourceFile
 from data_prep.sources.source import open_source
 from data_prep.write.build import build_shards

@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 
 from data_prep.cli import main
-from data_prep.format.index import index_tar
-from data_prep.format.manifest import Manifest, read_index, read_manifest
+from data_prep.format.index import index_tar, read_index
+from data_prep.format.manifest import Manifest, read_manifest
 from data_prep.sources.files import Selection, SourceError
 from data_prep.write.build import build_shards, merge_parts
-from data_prep.write.execution import Execution
+from data_prep.write.execution import Execution, Progress
 from data_prep.write.output_dir import DestinationError
 from data_prep.write.plan import ShardOptions
-from data_prep.write.progress import Progress
 
 _OPTIONS = ShardOptions(samples_per_shard=5)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep.write.build import build_shards
-from data_prep.write.near_duplicates import SimilarImages
+from data_prep.write.duplicates import SimilarImages
 from data_prep.write.plan import ShardOptions
 
 

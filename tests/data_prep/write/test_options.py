@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from data_prep.cli import main
-from data_prep.format.manifest import Manifest, read_index, read_manifest
+from data_prep.format.index import read_index
+from data_prep.format.manifest import Manifest, read_manifest
 from data_prep.sources.files import SourceError
 from data_prep.write.build import Built, build_shards, merge_parts
 from data_prep.write.execution import Execution

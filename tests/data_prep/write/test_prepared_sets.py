@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.format.manifest import read_index
+from data_prep.format.index import read_index
 from data_prep.images.checking import WRITTEN_ANEW
 from data_prep.images.encoding import Encoding
 from data_prep.inspect.index_existing import adopt_shards

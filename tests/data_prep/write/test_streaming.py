@@ -19,11 +19,10 @@ from data_prep.sources.files import Selection, SourceError
 from data_prep.sources.folders import FolderSource
 from data_prep.sources.source import open_source
 from data_prep.write.build import build_shards, merge_parts
-from data_prep.write.execution import Execution
+from data_prep.write.execution import Execution, Progress
 from data_prep.write.listing import find_classes
 from data_prep.write.output_dir import DestinationError
 from data_prep.write.plan import ShardOptions, cut_stream, path_key
-from data_prep.write.progress import Progress
 
 _WINDOWED = ShardOptions(samples_per_shard=5, shuffle_window=7, validation_fraction=0.2)
 _PLAIN = ShardOptions(samples_per_shard=5, shuffle=False)

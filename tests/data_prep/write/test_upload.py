@@ -21,11 +21,10 @@ from data_prep.inspect.verify import verify_shards
 from data_prep.sources.files import Selection
 from data_prep.write import upload
 from data_prep.write.build import Built, build_shards
-from data_prep.write.execution import Execution
+from data_prep.write.execution import Execution, Progress
 from data_prep.write.finalize import TooManyRejectedError
 from data_prep.write.output_dir import DestinationError
 from data_prep.write.plan import ShardOptions
-from data_prep.write.progress import Progress
 
 _EACH = ShardOptions(samples_per_shard=1, shuffle=False)  # streams
 _SHUFFLED = ShardOptions(samples_per_shard=3)  # lists all before

@@ -11,7 +11,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_prep.format.manifest import Manifest, ShardEntry, ShardIndex, write_index, write_manifest
+from data_prep.format.index import ShardIndex, write_index
+from data_prep.format.manifest import Manifest, ShardEntry, write_manifest
 
 WriteShards = Callable[..., Path]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from data_prep.format.manifest import RemotePath
+from data_prep.format.storage import RemotePath
 from simmim.data.datasets.mixture import MixedShards, Shards, order_of
 from simmim.data.datasets.shards import ShardSet
 from simmim.data.loader.bad_samples import BadSamples

@@ -17,7 +17,8 @@ import psutil
 import pytest
 import yaml
 
-from data_prep.format.manifest import read_index, read_manifest
+from data_prep.format.index import read_index
+from data_prep.format.manifest import read_manifest
 from simmim.engine.checkpoint.directory import complete_checkpoints
 from simmim.engine.run import RunFolder
 

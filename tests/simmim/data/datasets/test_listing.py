@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.sources.files import IMAGE_SUFFIXES as SHARDED_SUFFIXES
+from data_prep.format.manifest import IMAGE_SUFFIXES as SHARDED_SUFFIXES
 from simmim.data.datasets.listing import IMAGE_SUFFIXES, list_images
 from simmim.data.order.errors import DataError
 

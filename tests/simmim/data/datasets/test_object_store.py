@@ -18,7 +18,8 @@ import pytest
 from PIL import Image
 
 from data_prep.cli import main
-from data_prep.format.manifest import ManifestError, RemotePath, read_manifest
+from data_prep.format.manifest import ManifestError, read_manifest
+from data_prep.format.storage import RemotePath
 from simmim.data.datasets.remote import RemoteReading
 from simmim.data.datasets.shards import ShardSet
 from tests.simmim.data.datasets.test_remote import batches, held

@@ -9,7 +9,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from data_prep.format.manifest import RemotePath
+from data_prep.format.storage import RemotePath
 from simmim.data.datasets.cache import ShardCache
 from simmim.data.datasets.remote import AheadOfBatches, RemoteReading
 from simmim.data.datasets.shards import ShardSet

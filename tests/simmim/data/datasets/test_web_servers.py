@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from data_prep.cli import main
-from data_prep.format.manifest import RemotePath, read_manifest
+from data_prep.format.manifest import read_manifest
+from data_prep.format.storage import RemotePath
 from simmim.data.datasets.remote import RemoteReading
 from simmim.data.datasets.shards import ShardSet
 from simmim.data.order.errors import DataError

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_prep.format.manifest import RemotePath
+from data_prep.format.storage import RemotePath
 from simmim.data.datasets.shards import ShardSet
 from simmim.recipe import RecipeError, parse
 from simmim.tasks.probe.probe import (

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
-from data_prep.format.byte_reader import ByteReader
 from data_prep.format.manifest import IMAGE_EXTENSIONS, MANIFEST_NAME, read_manifest
-from data_prep.format.storage import Location
+from data_prep.format.storage import ByteReader, Location
 from data_prep.format.tars import describe_problem, walk_tar
 from data_prep.sources.files import Selection, SourceError, SourceFile, UnreadableFileError
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from data_prep.images.checking import RejectedImageError, check_image
-from data_prep.images.jpeg_header import plain_jpeg_size
+from data_prep.images.headers import plain_jpeg_size
 
 _PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
