@@ -10,12 +10,17 @@ from swinv2.config import (
     record_windows,
     variant_config,
 )
+from swinv2.config_file import Provenance, read_encoder_config, read_video_config
 
 if TYPE_CHECKING:
     from swinv2.encoder import SwinV2, build_encoder
     from swinv2.video import VideoSwinV2, inflate
-    from swinv2.video_weights import load_video_encoder, read_video_config, save_video_encoder
-    from swinv2.weights import Provenance, load_encoder, read_encoder_config, save_encoder
+    from swinv2.weights import (
+        load_encoder,
+        load_video_encoder,
+        save_encoder,
+        save_video_encoder,
+    )
 
 __all__ = [
     "VARIANTS",
@@ -39,11 +44,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs torch when it is first asked for (PEP 562)."""
+    """Import what needs torch on first access (PEP 562)."""
     if name in __all__:
-        from swinv2 import encoder, video, video_weights, weights  # noqa: PLC0415
+        from swinv2 import encoder, video, weights  # noqa: PLC0415
 
-        for module in (encoder, video, video_weights, weights):
+        for module in (encoder, video, weights):
             if hasattr(module, name):
                 globals()[name] = getattr(module, name)
                 return globals()[name]

@@ -1,4 +1,4 @@
-"""The parts of a stage: patch embedding, the residual-post-norm block, patch merging."""
+"""Parts of the encoder: patch embedding, the residual-post-norm block, stage, patch merging."""
 
 from collections.abc import Callable
 from itertools import count
@@ -15,42 +15,34 @@ from swinv2.attention import WindowAttention, WindowGrid, window_grid
 from swinv2.config import AttentionPath, Axes, Checkpointing, Execution
 from swinv2.kernels.linear import Linear, linear
 
-CHANCES = 2**31
-"""Numbers that chance may be, from 0: integers, which no arithmetic of low precision rounds."""
+NOISE_RANGE = 2**31
+"""Drop path noise is an integer in [0, NOISE_RANGE), which no low-precision arithmetic rounds."""
 
-COPIES = count()
-"""Numbers for the copies of the code that blocks compile."""
-
-
-def drop_path(branch: Tensor, rate: float, *, training: bool) -> Tensor:
-    """Drop a residual branch of (batch, ...) for whole samples, each with probability rate.
-
-    Kept samples are scaled by 1 / (1 - rate), so that the mean stays. Identity in evaluation.
-    Source: Deep Networks with Stochastic Depth, arXiv 1603.09382.
-    """
-    factor = survival(branch, rate, training=training)
-    return branch if factor is None else branch * factor
+COMPILED_COPIES = count()
+"""Numbers the copies of `Block.run` that are compiled."""
 
 
-def survival(
-    tokens: Tensor, rate: float, *, training: bool, chance: Tensor | None = None
+def drop_path_factor(
+    tokens: Tensor, rate: float, *, training: bool, noise: Tensor | None = None
 ) -> Tensor | None:
-    """Return for each sample of (batch, ...) what drop_path multiplies its branch by.
+    """Return the factor of stochastic depth for a residual branch of each sample of (batch, ...).
 
-    It is drawn, or follows from `chance`: int32 (batch,), even over 0 to CHANCES - 1.
+    With probability `rate` it is 0, otherwise 1 / (1 - rate), so that the mean is kept; None in
+    evaluation and at rate 0. It is drawn, or follows from `noise`: int32 (batch,), uniform in
+    [0, NOISE_RANGE). Source: Deep Networks with Stochastic Depth, arXiv 1603.09382.
     """
     if not training or rate == 0:
         return None
     shape = (len(tokens), *[1] * (tokens.ndim - 1))
-    if chance is None:
+    if noise is None:
         kept = tokens.new_empty(shape).bernoulli_(1 - rate)
     else:
-        kept = (chance >= round(rate * CHANCES)).to(tokens.dtype).view(shape)
+        kept = (noise >= round(rate * NOISE_RANGE)).to(tokens.dtype).view(shape)
     return kept / (1 - rate)
 
 
 class PatchEmbed(nn.Module):
-    """Project square patches of an image to tokens, then normalise them."""
+    """Linear projection of square patches to tokens, followed by a LayerNorm."""
 
     def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
         super().__init__()
@@ -66,7 +58,7 @@ class PatchEmbed(nn.Module):
         below, right = (-side % self.patch_size for side in images.shape[2:])
         if below or right:
             images = F.pad(images, (0, right, 0, below))
-        # A convolution whose stride is its kernel, as a product that leaves channels last.
+        # A convolution with stride equal to its kernel, as a product that leaves channels last.
         patches = rearrange(
             images,
             "batch channels (rows h) (columns w) -> batch rows columns (channels h w)",
@@ -79,7 +71,7 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Join each 2x2 neighbourhood into one token of twice the channels."""
+    """Merging of each 2x2 neighbourhood into one token with twice the channels."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -89,8 +81,8 @@ class PatchMerging(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Turn (..., rows, columns, dim) into (..., rows/2, columns/2, 2·dim), rounded up.
 
-        Odd maps are padded with zeros. Neighbours are joined column by column, as the reference
-        code does; the frames of a clip, each for itself.
+        Odd maps are padded with zeros. Neighbours are concatenated column by column, as in the
+        reference code; each frame of a clip is merged separately.
         """
         below, right = tokens.shape[-3] % 2, tokens.shape[-2] % 2
         if below or right:
@@ -114,7 +106,7 @@ class MLP(nn.Module):
         self.reduce = Linear(hidden, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Map each token (..., dim) by itself."""
+        """Map each token of (..., dim)."""
         output: Tensor = self.reduce(F.gelu(self.expand(tokens)))
         return output
 
@@ -147,27 +139,27 @@ class Block(nn.Module):
         self.mlp = MLP(dim, int(mlp_ratio * dim))
         self.norm2 = nn.LayerNorm(dim)
 
-    def forward(self, tokens: Tensor, chances: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, drop_path_noise: Tensor | None = None) -> Tensor:
         """Map (batch, *resolution, dim) to the same shape.
 
-        What drop_path drops of both branches is drawn, or follows from chances: int32 (batch, 2).
+        The noise of drop path, int32 (batch, 2) for the two branches, is drawn if it is None.
         """
         grid = window_grid(tuple(tokens.shape[1:-1]), self.window, shifted=self.shifted)
-        # Drawn out here, chance and its rate are no part of what is compiled or computed again.
-        both = (None, None) if chances is None else chances.unbind(1)
+        # Computed here, the factors and their rate are not part of what is compiled or recomputed.
+        noises = (None, None) if drop_path_noise is None else drop_path_noise.unbind(1)
         factors = [
-            survival(tokens, self.drop_path, training=self.training, chance=chance)
-            for chance in both
+            drop_path_factor(tokens, self.drop_path, training=self.training, noise=noise)
+            for noise in noises
         ]
-        # A graph that is traced around the block takes in what the block does, not a graph of it.
+        # A graph traced around the block contains the block's operations, not a compiled graph.
         traced = torch.compiler.is_compiling() or torch._C._is_tracing()
         run = Block.run if traced or self.compiled_run is None else self.compiled_run
         if self.checkpointing == "full" and torch.is_grad_enabled():
-            return _computed_again(run, self, tokens, grid, *factors)
+            return _recompute(run, self, tokens, grid, *factors)
         return run(self, tokens, grid, *factors)
 
     def set_execution(self, execution: Execution) -> None:
-        """Take the path of attention and the checkpointing of one stage."""
+        """Set the attention path and the checkpointing of one stage."""
         self.checkpointing = cast(Checkpointing, execution.checkpointing)
         self.attention.path = cast(AttentionPath, execution.attention)
         self.attention.scores_at_a_time = execution.scores_at_a_time
@@ -175,9 +167,9 @@ class Block(nn.Module):
     def run(
         self, tokens: Tensor, grid: WindowGrid, mixing: Tensor | None, mapping: Tensor | None
     ) -> Tensor:
-        """Do what forward does in a given grid, with the factors of drop_path for both branches."""
+        """Compute the block in a given grid, with the drop path factors of its two branches."""
         if self.checkpointing == "attention" and torch.is_grad_enabled():
-            branch = _computed_again(self.attention, tokens, grid)
+            branch = _recompute(self.attention, tokens, grid)
         else:
             branch = self.attention(tokens, grid)
         tokens = _join(tokens, self.norm1(branch), mixing)
@@ -187,11 +179,11 @@ class Block(nn.Module):
 def compile_run(**options: Any) -> Callable[..., Tensor]:
     """Compile `Block.run`, without graph breaks; options are those of torch.compile.
 
-    Graphs are looked up and counted by code object, and sizes that change are made dynamic by the
-    name of the code. A copy with a name of its own has its own, so that blocks which differ in
-    their shapes or their grid do not use up each other's, and only the batch may become dynamic.
+    Dynamo caches and limits graphs per code object, and marks changing sizes dynamic by the code's
+    name. A copy with a name of its own has its own cache, so that blocks which differ in their
+    shapes or grid do not use up each other's, and only the batch may become dynamic.
     """
-    name = f"run_{next(COPIES)}"
+    name = f"run_{next(COMPILED_COPIES)}"
     run = FunctionType(Block.run.__code__.replace(co_name=name), Block.run.__globals__, name)
     compiled: Callable[..., Tensor] = torch.compile(run, fullgraph=True, **options)
     return compiled
@@ -201,14 +193,14 @@ def _join(tokens: Tensor, branch: Tensor, factor: Tensor | None) -> Tensor:
     return tokens + (branch if factor is None else branch * factor)
 
 
-def _computed_again(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Compute without keeping anything but the arguments; the backward computes it again."""
+def _recompute(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Keep only the arguments for the backward, which computes the function again."""
     output: Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
     return output
 
 
 class Stage(nn.Module):
-    """Blocks at one resolution, with an extra norm after every so many of them (appendix)."""
+    """Blocks at one resolution, with a LayerNorm after every `extra_norm_every` (appendix)."""
 
     def __init__(self, blocks: list[Block], dim: int, extra_norm_every: int) -> None:
         super().__init__()
@@ -218,16 +210,17 @@ class Stage(nn.Module):
         self.extra_norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(num_extra_norms))
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compile what the blocks compute: one function for all, and one for those shifted."""
+        """Compile one function for the plain blocks and one for the shifted ones."""
         compiled = {shifted: compile_run(**options) for shifted in (False, True)}
         for block in self.blocks:
             assert isinstance(block, Block)
             block.compiled_run = compiled[block.shifted]
 
-    def forward(self, tokens: Tensor, chances: Tensor | None = None) -> Tensor:
-        """Map (batch, *resolution, dim) to the same shape; chances are (batch, blocks, 2)."""
+    def forward(self, tokens: Tensor, drop_path_noise: Tensor | None = None) -> Tensor:
+        """Map (batch, *resolution, dim) to the same shape; the noise is (batch, blocks, 2)."""
         for number, block in enumerate(self.blocks, start=1):
-            tokens = block(tokens, None if chances is None else chances[:, number - 1])
+            noise = None if drop_path_noise is None else drop_path_noise[:, number - 1]
+            tokens = block(tokens, noise)
             if self.extra_norm_every and number % self.extra_norm_every == 0:
                 tokens = self.extra_norms[number // self.extra_norm_every - 1](tokens)
         return tokens

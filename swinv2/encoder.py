@@ -3,26 +3,115 @@
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from swinv2.blocks import Block
+from swinv2.blocks import Block, PatchEmbed, PatchMerging, Stage
 from swinv2.config import (
+    Execution,
     Pair,
     SwinV2Config,
     record_windows,
     replace_config,
     variant_config,
 )
-from swinv2.hierarchy import Hierarchy
 
 
-class SwinV2(Hierarchy):
+class HierarchicalEncoder(nn.Module):
+    """Patch embedding, stages of blocks and patch merging: the base of image and video encoders.
+
+    The axes of a token map are those of `config.map_window`; merging halves rows and columns only.
+    """
+
+    def __init__(self, config: SwinV2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config.patch_size, config.patch_channels, config.embed_dim)
+        self.stages = nn.ModuleList(_build_stages(config))
+        self.merges = nn.ModuleList(PatchMerging(dim) for dim in config.stage_dims[:-1])
+        self.norm = nn.LayerNorm(config.num_features)
+        self.execution = Execution()
+        _initialise(self)
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the last stage."""
+        return self.config.num_features
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels between neighbouring tokens of each stage."""
+        return self.config.strides
+
+    def stage_outputs(self, tokens: Tensor, drop_path_noise: Tensor | None) -> list[Tensor]:
+        """Return the output of each stage, (batch, *map, channels); the last is normalised.
+
+        Args:
+            tokens: input of the first stage.
+            drop_path_noise: see `SwinV2.encode`.
+
+        Raises:
+            ValueError: the tokens or the noise have a wrong shape.
+        """
+        axes = ("frames", "rows", "columns")[-len(self.config.map_window) :]
+        if tokens.ndim != 2 + len(axes) or tokens.shape[-1] != self.config.embed_dim:
+            raise ValueError(
+                f"tokens have shape {tuple(tokens.shape)}; encode takes the output of embed, "
+                f"(batch, {', '.join(axes)}, {self.config.embed_dim})."
+            )
+        depths = list(self.config.depths)
+        noise_shape = (len(tokens), sum(depths), 2)
+        noise: list[Any] | tuple[Tensor, ...] = [None] * len(depths)
+        if drop_path_noise is not None:
+            if tuple(drop_path_noise.shape) != noise_shape:
+                raise ValueError(
+                    f"drop_path_noise has shape {tuple(drop_path_noise.shape)}; it needs two "
+                    f"numbers per sample and block, {noise_shape}."
+                )
+            noise = torch.split(drop_path_noise, depths, dim=1)
+        outputs: list[Tensor] = []
+        for index, stage in enumerate(self.stages):
+            tokens = stage(self.merges[index - 1](outputs[-1]) if index else tokens, noise[index])
+            outputs.append(tokens)
+        outputs[-1] = self.norm(outputs[-1])
+        return outputs
+
+    def set_execution(self, **changes: Any) -> None:
+        """Change how the encoder computes, not what: fields of `Execution` by name.
+
+        For very large inputs `set_execution(attention=("sequential", "sequential", "auto", "auto"),
+        checkpointing="full")` trades time for memory.
+
+        Raises:
+            ValueError: a choice is unknown, or their number differs from the number of stages.
+            TypeError: a field is unknown.
+        """
+        execution = replace(self.execution, **changes)
+        choices = execution.by_stage(len(self.stages))
+        self.execution = execution
+        for stage, choice in zip(self.stages, choices, strict=True):
+            for block in stage.modules():
+                if isinstance(block, Block):
+                    block.set_execution(choice)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile the computation of every block, in a time that does not grow with depth.
+
+        Each stage has one graph for its plain and one for its shifted blocks, in training and in
+        evaluation. Weights and their names are unchanged. `options` go to torch.compile.
+        """
+        for stage in self.stages:
+            assert isinstance(stage, Stage)
+            stage.compile_blocks(**options)
+
+
+class SwinV2(HierarchicalEncoder):
     """A hierarchical encoder with shifted-window attention.
 
-    The two halves of the forward pass are apart, so that what stands between them, such as
-    hiding tokens, is composition: `encoder(images)` is `encoder.encode(encoder.embed(images))`.
-    Any height and width will do; they are padded where they do not divide, and what the padding
-    holds never reaches a feature of an image token through attention.
+    The forward pass has two halves, so that a step between them, such as masking tokens, is
+    composition: `encoder(images)` is `encoder.encode(encoder.embed(images))`. Any height and width
+    will do: maps are padded to whole patches and windows, and attention masks the padding of
+    windows.
     """
 
     def embed(self, images: Tensor) -> Tensor:
@@ -32,51 +121,52 @@ class SwinV2(Hierarchy):
         embed_dim), rounded up.
 
         Raises:
-            ValueError: the images have another shape, number of channels, or integer values.
+            ValueError: the images have a wrong shape or number of channels, or are integers.
         """
         channels = self.config.in_channels
         if images.ndim != 4 or images.shape[1] != channels:
             raise ValueError(
                 f"images have shape {tuple(images.shape)}; this encoder takes (batch, {channels}, "
-                "height, width). Another number of channels is set by in_channels"
+                "height, width). For another number of channels set in_channels."
             )
         if not images.is_floating_point():
             raise ValueError(
-                f"images are {images.dtype}; make them floating point and normalise them first"
+                f"images are {images.dtype}; convert them to floating point and normalise them "
+                "first."
             )
         tokens: Tensor = self.patch_embed(images)
         return tokens
 
-    def encode(self, tokens: Tensor, chances: Tensor | None = None) -> Tensor:
+    def encode(self, tokens: Tensor, drop_path_noise: Tensor | None = None) -> Tensor:
         """Turn the tokens of `embed` into the normalised tokens of the last stage.
 
         (batch, rows, columns, embed_dim) becomes (batch, rows/8, columns/8, 8·embed_dim) for four
         stages, rounded up.
 
         Args:
-            tokens: what `embed` gave.
-            chances: int32 (batch, blocks, 2), even over 0 to `swinv2.blocks.CHANCES` - 1: what
-                drop_path drops in training follows from them, so that it is the same however a
-                batch is cut. None draws it.
+            tokens: output of `embed`.
+            drop_path_noise: int32 (batch, blocks, 2), uniform in [0, `swinv2.blocks.NOISE_RANGE`):
+                decides which residual branches stochastic depth drops in training, so that the
+                result does not depend on how samples are batched. None draws it.
 
         Raises:
-            ValueError: the tokens, or the chances, have another shape.
+            ValueError: the tokens or the noise have a wrong shape.
         """
-        return self.stage_outputs(tokens, chances)[-1]
+        return self.stage_outputs(tokens, drop_path_noise)[-1]
 
-    def forward(self, images: Tensor, chances: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, drop_path_noise: Tensor | None = None) -> Tensor:
         """Embed images, then encode them."""
-        return self.encode(self.embed(images), chances)
+        return self.encode(self.embed(images), drop_path_noise)
 
-    def features(self, images: Tensor, chances: Tensor | None = None) -> list[Tensor]:
-        """Give a map of each stage, for dense heads.
+    def features(self, images: Tensor, drop_path_noise: Tensor | None = None) -> list[Tensor]:
+        """Return a map of each stage, for dense heads.
 
         Stage i gives (batch, embed_dim·2^i, height/stride, width/stride), rounded up, at
-        `strides[i]`. Maps are what a stage hands on, before merging and without a norm; only the
-        last is normalised: it is the result of `encode`, channels first. What drop_path drops goes
-        by chances; see `encode`.
+        `strides[i]`. Maps are the outputs of the stages, before merging and without a norm; only
+        the last is normalised: it is the result of `encode`, channels first. For `drop_path_noise`
+        see `encode`.
         """
-        outputs = self.stage_outputs(self.embed(images), chances)
+        outputs = self.stage_outputs(self.embed(images), drop_path_noise)
         return [tokens.permute(0, 3, 1, 2) for tokens in outputs]
 
     def set_input(
@@ -87,18 +177,18 @@ class SwinV2(Hierarchy):
         """Change the nominal image size or the window size in place, keeping all weights.
 
         `encoder.set_input(image_size=384, window_size=24)` does to an encoder in memory what
-        `load_encoder` does to a saved one. The first change records the windows trained with, which
-        position offsets stay relative to (section 3.3, transfer across window resolutions); later
-        ones, saving and loading keep them. Windows should grow with the images.
+        `load_encoder` does to a saved one. The first change records the windows of the training,
+        which position offsets stay relative to (section 3.3, transfer across window resolutions);
+        later changes, saving and loading keep them. Windows should grow with the images.
 
         Args:
             image_size: (height, width) in pixels, or None to keep it. Images of other sizes are
-                taken as before: it decides nothing but what `config` says of the stages.
+                accepted as before: only what `config` says of the stages depends on it.
             window_size: (height, width) in tokens, or None to keep it. A stage of fewer tokens
                 takes one window over all of it.
 
         Raises:
-            ValueError: a size cannot work; the encoder is left as it was.
+            ValueError: a size cannot work; the encoder is unchanged.
         """
         config = replace_config(
             self.config,
@@ -124,3 +214,39 @@ def build_encoder(encoder: str | SwinV2Config, **overrides: Any) -> SwinV2:
     if isinstance(encoder, str):
         return SwinV2(variant_config(encoder, **overrides))
     return SwinV2(replace_config(encoder, **overrides))
+
+
+def _build_stages(config: SwinV2Config) -> list[Stage]:
+    """Build the stages; every second block of each is shifted, and drop path rises linearly."""
+    rates = torch.linspace(0, config.drop_path, sum(config.depths), device="cpu").tolist()
+    references = config.reference_windows
+    stages = []
+    for index, (dim, depth) in enumerate(zip(config.stage_dims, config.depths, strict=True)):
+        blocks = [
+            Block(
+                dim,
+                config.num_heads[index],
+                window=config.map_window,
+                shifted=position % 2 == 1,
+                reference_window=references[index],
+                mlp_ratio=config.mlp_ratio,
+                drop_path=rates[sum(config.depths[:index]) + position],
+            )
+            for position in range(depth)
+        ]
+        stages.append(Stage(blocks, dim, config.extra_norm_every))
+    return stages
+
+
+def _initialise(encoder: nn.Module) -> None:
+    """Draw fresh weights as the reference code does; each block starts as the identity."""
+    for module in encoder.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in encoder.modules():
+        if isinstance(module, Block):
+            for norm in (module.norm1, module.norm2):
+                nn.init.zeros_(norm.weight)
+                nn.init.zeros_(norm.bias)

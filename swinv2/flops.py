@@ -1,4 +1,4 @@
-"""What a forward pass computes, counted from the sizes of an encoder."""
+"""Floating-point operations of a forward pass, counted from the sizes of an encoder."""
 
 import math
 
@@ -7,20 +7,20 @@ from swinv2.config import SwinV2Config
 
 
 def forward_flops(config: SwinV2Config) -> int:
-    """Return the floating-point operations that encoding one input of the nominal size takes.
+    """Return the floating-point operations of encoding one input of the nominal size.
 
-    Counted are the matrix products, a multiplication and an addition for each of their terms. With
-    C channels of an image, or of the frames of a patch together, patches of p² pixels, and d
-    channels, n tokens and windows of w tokens in a stage, whose windows hold n' tokens together (n
-    with the padding of the last ones), each block counts the second and third of
+    These are those of the matrix products: two per term, a multiplication and an addition. With C
+    channels of an image (or of all frames of a patch), patches of p² pixels, and a stage of d
+    channels, n tokens, windows of w tokens, and n' tokens in all windows (n plus the padding of the
+    last ones), the terms are, the second and third for every block,
 
         patch embedding    2 · n · C p² d
         attention          2 · n' · (3 d² + 2 w d + d²)   qkv, scores and mix, projection
         MLP                2 · n · 2 r d²                 r the MLP ratio
         merging            2 · n/4 · 4d · 2d              n rounded up to even rows and columns
 
-    The MLP of the position bias is computed once for a whole batch and left out, and so are norms,
-    softmax and everything else that is no product.
+    The MLP of the position bias, computed once per batch, is left out, as are norms, softmax and
+    all other operations that are not matrix products.
     """
     patches = math.prod(config.stage_maps[0])
     total = patches * config.patch_channels * config.patch_size**2 * config.embed_dim

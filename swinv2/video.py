@@ -1,13 +1,13 @@
-"""Swin Transformer V2 for clips: windows and shifts in three dimensions, weights of images.
+"""Swin Transformer V2 for clips: windows and shifts in three dimensions, inflated image weights.
 
-What attends to what, and to where, is as for images, with time as a third axis before rows and
-columns: windows reach over frames, and position offsets have a log-spaced coordinate of time.
-Merging joins neighbours in space alone, so that a clip keeps its frames.
+Attention works as for images, with time as a third axis before rows and columns: windows span
+frames, and position offsets have a log-spaced coordinate of time. Merging joins neighbours in space
+only, so that a clip keeps its frames.
 
-The weights are those of an image encoder, and start as what it does: of a clip of one frame over
-and over, every frame has the features of the image. A query meets T equal copies of each key, and a
-softmax over copies mixes as one over originals does; the coordinate of time has no weight at first;
-and a patch of several frames takes their mean.
+Weights are inflated from an image encoder, so that each frame of a clip that repeats one image has
+the features of that image: a query attends to T equal copies of each key, and a softmax over copies
+mixes as one over originals does; the time coordinate starts with zero weight; and a patch of
+several frames takes their mean.
 
 Source: Swin Transformer V2, arXiv 2111.09883, section 4 (Kinetics-400) and Video Swin Transformer,
 arXiv 2106.13230, section 3.
@@ -18,12 +18,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from swinv2.config import VideoConfig, video_config
-from swinv2.encoder import SwinV2
-from swinv2.hierarchy import Hierarchy
+from swinv2.encoder import HierarchicalEncoder, SwinV2
 from swinv2.position_bias import PositionBias
 
 
-class VideoSwinV2(Hierarchy):
+class VideoSwinV2(HierarchicalEncoder):
     """A hierarchical encoder of clips, with windows and shifts in time and space."""
 
     config: VideoConfig
@@ -41,21 +40,21 @@ class VideoSwinV2(Hierarchy):
         height/patch, width/patch, embed_dim), height and width rounded up.
 
         Raises:
-            ValueError: the clips have another shape, number of channels, a number of frames that
-                patches do not divide, or integer values.
+            ValueError: the clips have a wrong shape or number of channels, a number of frames that
+                is not a multiple of `frame_patch`, or are integers.
         """
         channels, depth = self.config.in_channels, self.config.frame_patch
         if clips.ndim != 5 or clips.shape[2] != channels or clips.shape[1] % depth:
             multiple = f"a multiple of {depth} " if depth > 1 else ""
             raise ValueError(
                 f"clips have shape {tuple(clips.shape)}; this encoder takes (batch, {multiple}"
-                f"frames, {channels}, height, width)"
+                f"frames, {channels}, height, width)."
             )
         if not clips.is_floating_point():
             raise ValueError(
-                f"clips are {clips.dtype}; make them floating point and normalise them first"
+                f"clips are {clips.dtype}; convert them to floating point and normalise them first."
             )
-        # A patch of several frames is one of an image with the channels of all of them.
+        # A patch of several frames is a patch of an image with the channels of all of them.
         images = rearrange(
             clips,
             "batch (frames t) channels height width -> (batch frames) (t channels) height width",
@@ -68,39 +67,39 @@ class VideoSwinV2(Hierarchy):
             batch=len(clips),
         )
 
-    def encode(self, tokens: Tensor, chances: Tensor | None = None) -> Tensor:
+    def encode(self, tokens: Tensor, drop_path_noise: Tensor | None = None) -> Tensor:
         """Turn the tokens of `embed` into the normalised tokens of the last stage.
 
         (batch, frames, rows, columns, embed_dim) becomes (batch, frames, rows/8, columns/8,
-        8·embed_dim) for four stages, rounded up. For chances see `SwinV2.encode`.
+        8·embed_dim) for four stages, rounded up. For `drop_path_noise` see `SwinV2.encode`.
 
         Raises:
-            ValueError: the tokens, or the chances, have another shape.
+            ValueError: the tokens or the noise have a wrong shape.
         """
-        return self.stage_outputs(tokens, chances)[-1]
+        return self.stage_outputs(tokens, drop_path_noise)[-1]
 
-    def forward(self, clips: Tensor, chances: Tensor | None = None) -> Tensor:
+    def forward(self, clips: Tensor, drop_path_noise: Tensor | None = None) -> Tensor:
         """Embed clips, then encode them."""
-        return self.encode(self.embed(clips), chances)
+        return self.encode(self.embed(clips), drop_path_noise)
 
-    def features(self, clips: Tensor, chances: Tensor | None = None) -> list[Tensor]:
-        """Give a map of each stage, (batch, channels, frames, rows, columns); see `SwinV2`."""
-        outputs = self.stage_outputs(self.embed(clips), chances)
+    def features(self, clips: Tensor, drop_path_noise: Tensor | None = None) -> list[Tensor]:
+        """Return a map of each stage, (batch, channels, frames, rows, columns); see `SwinV2`."""
+        outputs = self.stage_outputs(self.embed(clips), drop_path_noise)
         return [tokens.permute(0, 4, 1, 2, 3) for tokens in outputs]
 
 
 def inflate(
     encoder: SwinV2, *, frames: int = 8, frame_patch: int = 1, window_frames: int = 8
 ) -> VideoSwinV2:
-    """Make a video encoder of an image encoder: on a still clip it gives the image's features.
+    """Turn an image encoder into a video encoder; on a still clip it has the image's features.
 
-    Sizes within a frame are the image encoder's, and change with it: `load_encoder` and `set_input`
-    take it to larger ones first.
+    Sizes within a frame are those of the image encoder: to change them, use `load_encoder` or
+    `set_input` first.
 
     Args:
-        encoder: of images; it is left as it is.
+        encoder: of images; it is not changed.
         frames: nominal length of a clip.
-        frame_patch: frames of a patch; its weights are those of the image, divided by it.
+        frame_patch: frames of a patch; its weights are those of the image divided by this number.
         window_frames: attention window along time, in tokens.
 
     Raises:

@@ -19,7 +19,8 @@ from swinv2.bridges.torch_export import PROGRAM_FILE, export_program
 from swinv2.bridges.transformers import export_transformers
 from swinv2.bridges.transformers_layout import FOLDERS
 from swinv2.bridges.verification import Report, compare, plain_copy
-from swinv2.weights import README_FILE, load_encoder, save_encoder
+from swinv2.config_file import README_FILE
+from swinv2.weights import load_encoder, save_encoder
 
 Format = Literal["native", "transformers", "reference", "timm", "onnx", "torch-export"]
 

@@ -32,14 +32,8 @@ from simmim.tasks.video.stage import VideoStart
 from swinv2 import SwinV2, VideoSwinV2, load_video_encoder, read_video_config
 from swinv2.bridges.contents import Classifier, MaskedImageHead
 from swinv2.bridges.transformers_backbone import encoder_from_backbone
-from swinv2.video_weights import holds_video_encoder
-from swinv2.weights import (
-    HEAD_FOLDERS,
-    Provenance,
-    load_encoder,
-    load_strictly,
-    read_encoder_config,
-)
+from swinv2.config_file import Provenance, is_video_encoder, read_encoder_config
+from swinv2.weights import load_encoder, load_strictly
 
 MODEL_PREFIX = "model."
 """What precedes the names of encoder and head in the checkpoint of a fine-tuning."""
@@ -109,7 +103,7 @@ def read_source(source: Path, *, best: bool = False) -> Exportable:
 
 def read_directory(path: Path) -> Exportable:
     """Load an encoder directory, of images or of clips."""
-    if holds_video_encoder(path):
+    if is_video_encoder(path):
         clips = read_video_config(path)
         return Exportable(
             encoder=load_video_encoder(path),
@@ -242,7 +236,7 @@ def _with_head(found: Exportable, folder: Path) -> Exportable:
         load_strictly(linear, tensors, str(folder / HEAD_FOLDER))
         classifier = Classifier(weight=linear.weight.detach(), bias=linear.bias.detach())
         return replace(found, classifier=classifier, classes=classes)
-    for task in HEAD_FOLDERS - {HEAD_FOLDER}:
+    for task in ("segmentation", "detection"):
         place = folder / task
         if place.is_dir():
             return replace(found, dense=DenseHead(task=task, net=partial(load_dense, place)))

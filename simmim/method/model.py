@@ -121,14 +121,16 @@ class SimMIM(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.decoder = Decoder(encoder.num_features, encoder.strides[-1], config.in_channels)
 
-    def forward(self, images: Tensor, mask: Tensor, chances: Tensor | None = None) -> SimMIMOutput:
+    def forward(
+        self, images: Tensor, mask: Tensor, drop_path_noise: Tensor | None = None
+    ) -> SimMIMOutput:
         """Predict what is hidden.
 
         Args:
             images: (batch, channels, height, width), normalised floating point.
             mask: bool (batch, height / mask_cell, width / mask_cell), True = hidden. Where it is
                 on the CPU, the choice of what to decode needs no word from the GPU.
-            chances: what drop_path goes by; see `SwinV2.encode`.
+            drop_path_noise: see `SwinV2.encode`.
 
         Raises:
             ValueError: mask and images do not fit each other.
@@ -139,7 +141,7 @@ class SimMIM(nn.Module):
         mask = mask.to(images.device, non_blocking=True)
         chosen = chosen.to(images.device, non_blocking=True)
 
-        features = self._encode(images, mask, chances)
+        features = self._encode(images, mask, drop_path_noise)
         prediction = self.decoder.patches(features.flatten(0, 2).index_select(0, chosen))
 
         stride = self.decoder.stride
@@ -166,11 +168,11 @@ class SimMIM(nn.Module):
             self.target(images), hidden, self.elementwise_loss, self._counted(mask)
         )
 
-    def _encode(self, images: Tensor, mask: Tensor, chances: Tensor | None) -> Tensor:
+    def _encode(self, images: Tensor, mask: Tensor, drop_path_noise: Tensor | None) -> Tensor:
         tokens = self.encoder.embed(images)
         hidden = enlarge_mask(mask, self.mask_cell // self.encoder.config.patch_size)
         tokens = torch.where(hidden[..., None], self.mask_token.to(tokens.dtype), tokens)
-        return self.encoder.encode(tokens, chances)
+        return self.encoder.encode(tokens, drop_path_noise)
 
     def _counted(self, mask: Tensor) -> Tensor:
         """Return bool (batch, height, width): the pixels that the loss is measured on."""

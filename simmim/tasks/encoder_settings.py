@@ -8,7 +8,7 @@ from swinv2 import Execution, SwinV2Config
 from swinv2.config import AttentionPath, Checkpointing, variant_config
 
 if TYPE_CHECKING:
-    from swinv2.hierarchy import Hierarchy
+    from swinv2.encoder import HierarchicalEncoder
 
 
 @settings
@@ -118,7 +118,7 @@ class ExecutionSettings:
                     "stages; give one for each, or a single one for all."
                 )
 
-    def apply(self, encoder: "Hierarchy") -> None:
+    def apply(self, encoder: "HierarchicalEncoder") -> None:
         """Let `encoder` compute in this way.
 
         Raises:

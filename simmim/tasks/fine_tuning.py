@@ -27,7 +27,7 @@ from simmim.recipe import recipe_hash, settings
 from simmim.tasks.batches import check_slots, training_batches
 from simmim.tasks.encoder_settings import EncoderSettings, ExecutionSettings
 from simmim.tasks.pretrained import SCRATCH, Start, start_from
-from swinv2.weights import Provenance
+from swinv2.config_file import Provenance
 
 Prepare = Callable[[Any, Address], Sample]
 """Makes a sample of what was read at an address."""

@@ -14,8 +14,8 @@ from simmim.engine.run import RunFolder
 from simmim.tasks.classification.classifier import read_head
 from simmim.tasks.encoder_settings import EncoderSettings
 from swinv2 import SwinV2, build_encoder, load_encoder
-from swinv2.hierarchy import Hierarchy
-from swinv2.weights import read_encoder_config
+from swinv2.config_file import read_encoder_config
+from swinv2.encoder import HierarchicalEncoder
 
 SCRATCH = "scratch"
 """What `init` says for fresh weights."""
@@ -23,7 +23,7 @@ SCRATCH = "scratch"
 HEAD_FOLDER = "classifier"
 """Folder in the run, or the native export, of a classifier: the head and its classes' names."""
 
-Encoder = TypeVar("Encoder", bound=Hierarchy)
+Encoder = TypeVar("Encoder", bound=HierarchicalEncoder)
 
 
 @dataclass(frozen=True, kw_only=True)

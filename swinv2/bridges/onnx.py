@@ -36,8 +36,8 @@ from swinv2.bridges.graphs import (
 )
 from swinv2.bridges.verification import Report, ignore, plain_copy
 from swinv2.config import SwinV2Config
+from swinv2.config_file import check_normalisation
 from swinv2.encoder import SwinV2
-from swinv2.encoder_file import check_normalisation
 
 MODEL_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"

@@ -10,8 +10,8 @@ from torch import Tensor
 from swinv2.bridges.contents import BridgeError, Classifier, Imported, MaskedImageHead
 from swinv2.bridges.sizes import Sizes, settle
 from swinv2.config import SwinV2Config
+from swinv2.config_file import check_normalisation
 from swinv2.encoder import SwinV2
-from swinv2.encoder_file import check_normalisation
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -51,8 +51,8 @@ from swinv2.bridges.sizes import (
 )
 from swinv2.bridges.verification import Report, compare_read_back, ignore
 from swinv2.config import Pair, SwinV2Config, clamp_window
+from swinv2.config_file import check_normalisation
 from swinv2.encoder import SwinV2
-from swinv2.encoder_file import check_normalisation
 
 CHECKPOINT_FILE = "checkpoint.pth"
 CONFIG_FILE = "config.yaml"

@@ -53,8 +53,8 @@ from swinv2.bridges.verification import (
     zone_plate,
 )
 from swinv2.config import Pair, SwinV2Config
+from swinv2.config_file import check_normalisation
 from swinv2.encoder import SwinV2
-from swinv2.encoder_file import check_normalisation
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

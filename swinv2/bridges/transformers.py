@@ -47,8 +47,8 @@ from swinv2.bridges.transformers_layout import (
 )
 from swinv2.bridges.verification import Report, compare_read_back, ignore
 from swinv2.config import Pair, SwinV2Config
+from swinv2.config_file import check_normalisation
 from swinv2.encoder import SwinV2
-from swinv2.encoder_file import check_normalisation
 from swinv2.weights import write_tensors
 
 _CONFIG_FILE = "config.json"

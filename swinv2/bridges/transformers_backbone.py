@@ -209,21 +209,21 @@ def _model_class() -> type[Any]:
             output_hidden_states: bool | None = None,
             output_attentions: bool | None = None,
             return_dict: bool | None = None,
-            chances: Tensor | None = None,
+            drop_path_noise: Tensor | None = None,
             **_: Any,
         ) -> Any:
             """Turn (batch, channels, height, width) of any size into a `BackboneOutput`.
 
             Its ``feature_maps`` are (batch, embed_dim·2^i, height/stride, width/stride), rounded
             up, for stage i + 1; ``hidden_states``, on demand, all maps before their norms. What
-            drop_path drops goes by ``chances``; see `SwinV2.encode`.
+            drop_path drops goes by ``drop_path_noise``; see `SwinV2.encode`.
 
             Raises:
                 ValueError: attentions are asked for.
             """
             if output_attentions:
                 raise ValueError("this backbone keeps no attentions: leave output_attentions out.")
-            maps = self.encoder.features(pixel_values, chances)
+            maps = self.encoder.features(pixel_values, drop_path_noise)
             if output_hidden_states or "stem" in self.out_features:
                 maps = [self.encoder.embed(pixel_values).permute(0, 3, 1, 2), *maps]
             named = dict(zip(reversed(self.stage_names), reversed(maps), strict=False))

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from swinv2.bridges.contents import BridgeError
 from swinv2.config import SwinV2Config
-from swinv2.encoder import SwinV2
-from swinv2.hierarchy import Hierarchy
+from swinv2.encoder import HierarchicalEncoder, SwinV2
 
-Encoder = TypeVar("Encoder", bound=Hierarchy)
+Encoder = TypeVar("Encoder", bound=HierarchicalEncoder)
 
 TOLERANCE = 1e-4
 """What rounding in float32 may change, as a share of the greatest number compared."""

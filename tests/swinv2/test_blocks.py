@@ -6,12 +6,11 @@ from torch import nn
 
 from swinv2 import build_encoder
 from swinv2.blocks import (
-    CHANCES,
+    NOISE_RANGE,
     PatchEmbed,
     PatchMerging,
     Stage,
-    drop_path,
-    survival,
+    drop_path_factor,
 )
 
 TINY = {"image_size": 32, "window_size": 4, "embed_dim": 12, "num_heads": (1, 2), "patch_size": 2}
@@ -52,7 +51,9 @@ def test_extra_norms_are_on_the_main_branch() -> None:
 def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
     torch.manual_seed(0)
     branch = torch.ones(20_000, 2, 3)
-    dropped = drop_path(branch, 0.3, training=True)
+    factor = drop_path_factor(branch, 0.3, training=True)
+    assert factor is not None
+    dropped = branch * factor
     values = dropped[:, 0, 0]
     assert torch.equal(dropped, values[:, None, None].expand_as(dropped))
     assert values.unique().tolist() == pytest.approx([0, 1 / 0.7])
@@ -62,8 +63,8 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
 
 def test_drop_path_is_the_identity_in_evaluation_and_at_rate_0() -> None:
     branch = torch.randn(4, 2)
-    assert drop_path(branch, 0.5, training=False) is branch
-    assert drop_path(branch, 0.0, training=True) is branch
+    assert drop_path_factor(branch, 0.5, training=False) is None
+    assert drop_path_factor(branch, 0.0, training=True) is None
 
 
 def test_drop_path_rises_linearly_over_all_blocks() -> None:
@@ -81,27 +82,27 @@ def test_drop_path_acts_in_training_only(randomise: Callable[[nn.Module], None])
     assert len(encoder.eval()(images).sum((1, 2, 3)).unique()) == 1
 
 
-def test_chances_drop_the_same_however_a_batch_is_cut(
+def test_drop_path_with_noise_does_not_depend_on_the_batch(
     randomise: Callable[[nn.Module], None],
 ) -> None:
     encoder = build_encoder("tiny", **TINY, depths=(1, 2), drop_path=0.6)
     randomise(encoder)
     images = torch.randn(1, 3, 32, 32).expand(12, 3, 32, 32)
-    chances = torch.randint(CHANCES, (12, 3, 2), dtype=torch.int32)
-    whole = encoder(images, chances)
+    noise = torch.randint(NOISE_RANGE, (12, 3, 2), dtype=torch.int32)
+    whole = encoder(images, noise)
     assert len(whole.sum((1, 2, 3)).unique()) > 1
-    parts = [encoder(images[part], chances[part]) for part in (slice(0, 5), slice(5, 12))]
+    parts = [encoder(images[part], noise[part]) for part in (slice(0, 5), slice(5, 12))]
     torch.testing.assert_close(torch.cat(parts), whole)
     encoder.set_execution(checkpointing="full")
-    torch.testing.assert_close(encoder(images, chances), whole)
-    with pytest.raises(ValueError, match=r"chances have shape \(12, 2, 2\)"):
-        encoder(images, chances[:, :2])
+    torch.testing.assert_close(encoder(images, noise), whole)
+    with pytest.raises(ValueError, match=r"drop_path_noise has shape \(12, 2, 2\)"):
+        encoder(images, noise[:, :2])
 
 
-def test_chances_drop_at_the_rate_of_the_block() -> None:
+def test_drop_path_with_noise_drops_at_the_rate() -> None:
     branch = torch.ones(20_000, 2)
-    chances = torch.randint(CHANCES, (20_000,), dtype=torch.int32)
-    factors = survival(branch, 0.3, training=True, chance=chances)
+    noise = torch.randint(NOISE_RANGE, (20_000,), dtype=torch.int32)
+    factors = drop_path_factor(branch, 0.3, training=True, noise=noise)
     assert factors is not None
     assert (factors == 0).float().mean() == pytest.approx(0.3, abs=0.02)
     assert factors.mean() == pytest.approx(1, abs=0.02)

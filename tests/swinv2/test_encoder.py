@@ -218,7 +218,7 @@ def test_misuse_is_explained() -> None:
         encoder(torch.randn(1, 4, 64, 64))
     with pytest.raises(ValueError, match="images have shape"):
         encoder(torch.randn(3, 64, 64))
-    with pytest.raises(ValueError, match=r"images are torch\.uint8; make them floating point"):
+    with pytest.raises(ValueError, match=r"images are torch\.uint8.*floating point"):
         encoder(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
     with pytest.raises(ValueError, match="tokens have shape"):
         encoder.encode(torch.randn(1, 12, 16, 16))

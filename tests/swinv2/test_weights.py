@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,7 +22,8 @@ from swinv2 import (
     read_encoder_config,
     save_encoder,
 )
-from swinv2.weights import is_encoder_directory, load_strictly
+from swinv2.config_file import is_encoder_directory
+from swinv2.weights import load_strictly
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -175,7 +177,7 @@ def test_an_absent_or_foreign_place_is_refused(saved: Path, tmp_path: Path) -> N
         with pytest.raises(ValueError, match=message):
             load_encoder(place)
     (saved / "model.safetensors").rename(saved / "model.bin")
-    with pytest.raises(ValueError, match=r"model\.safetensors is absent"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
         load_encoder(saved)
 
 
@@ -183,7 +185,7 @@ def test_weights_cut_short_are_refused(saved: Path) -> None:
     file = saved / "model.safetensors"
     for size in (0, 5, file.stat().st_size // 2, file.stat().st_size - 1):
         file.write_bytes(file.read_bytes()[:size])
-        with pytest.raises(ValueError, match=r"model\.safetensors is cut short"):
+        with pytest.raises(ValueError, match=r"model\.safetensors is truncated"):
             load_encoder(saved)
 
 
@@ -226,7 +228,7 @@ def test_all_that_is_wrong_in_a_description_is_listed_at_once(saved: Path) -> No
         content["provenance"]["step"] = "many"
 
     rewrite(saved, change)
-    with pytest.raises(ValueError, match="wrong in") as caught:
+    with pytest.raises(ValueError, match=r"config\.json") as caught:
         read_encoder_config(saved)
     for name in ("mean: 1", "config.depths: missing", "provenance.step: 'many'"):
         assert name in str(caught.value)
@@ -249,6 +251,28 @@ def test_an_earlier_encoder_is_replaced_and_nothing_else(
         save_encoder(encoder, saved, mean=MEAN, std=STD)
     assert read_encoder_config(saved).mean == (0.5,) * 3
     assert [place.name for place in tmp_path.iterdir()] == ["encoder"]
+
+
+def test_an_encoder_with_heads_is_replaced_but_not_one_with_other_folders(
+    encoder: SwinV2, saved: Path
+) -> None:
+    def add_head() -> Path:
+        head = saved / "any task"
+        head.mkdir()
+        save_file({"weight": torch.zeros(1)}, head / "model.safetensors")
+        (head / "classes.json").write_text("{}")
+        return head
+
+    add_head()
+    save_encoder(encoder, saved, mean=MEAN, std=STD)
+    assert not (saved / "any task").exists()
+    (add_head() / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not replaced"):
+        save_encoder(encoder, saved, mean=MEAN, std=STD)
+    shutil.rmtree(saved / "any task")
+    save_encoder(encoder, saved / "another encoder", mean=MEAN, std=STD)
+    with pytest.raises(ValueError, match="not replaced"):
+        save_encoder(encoder, saved, mean=MEAN, std=STD)
 
 
 def test_a_full_disk_leaves_the_earlier_encoder(

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from swinv2.blocks import Block
-from swinv2.hierarchy import Hierarchy
+from swinv2.encoder import HierarchicalEncoder
 
 if TYPE_CHECKING:  # FSDP takes most of a second to import, so it is where it is used
     from torch.distributed.device_mesh import DeviceMesh
@@ -121,7 +121,7 @@ def shard_by_block(
         elif isinstance(module, _BatchNorm):
             fully_shard(module, mesh=mesh, mp_policy=own, reshard_after_forward=False)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    if isinstance(model, Hierarchy):
+    if isinstance(model, HierarchicalEncoder):
         for name in OUTSIDE_FORWARD:
             register_fsdp_forward_method(model, name)
 

@@ -18,8 +18,8 @@ from simmim.tasks.classification.classifier import Classifier, Scores, save_head
 from simmim.tasks.fine_tuning import Data, FineTuningRecipe, FineTuningStage
 from simmim.tasks.pretrained import HEAD_FOLDER, SCRATCH, take_head
 from swinv2 import SwinV2Config
+from swinv2.config_file import Provenance
 from swinv2.flops import forward_flops
-from swinv2.weights import Provenance
 
 
 @settings

@@ -9,14 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swinv2.hierarchy import Hierarchy
-from swinv2.video_weights import holds_video_encoder, load_video_encoder, read_video_config
+from swinv2.atomic import atomic_folder
+from swinv2.config_file import (
+    EncoderDescription,
+    is_video_encoder,
+    read_encoder_config,
+    read_video_config,
+)
+from swinv2.encoder import HierarchicalEncoder
 from swinv2.weights import (
-    EncoderFile,
-    atomic_folder,
     load_encoder,
     load_strictly,
-    read_encoder_config,
+    load_video_encoder,
     read_tensors,
     write_tensors,
 )
@@ -25,13 +29,15 @@ HEAD_FILE = "model.safetensors"
 CLASSES_FILE = "classes.json"
 
 
-def pooled_features(encoder: Hierarchy, images: Tensor, chances: Tensor | None = None) -> Tensor:
+def pooled_features(
+    encoder: HierarchicalEncoder, images: Tensor, drop_path_noise: Tensor | None = None
+) -> Tensor:
     """Return the mean over all places of the encoder's output.
 
     Normalised images (batch, channels, height, width), or clips (batch, frames, channels, height,
     width), become (batch, num_features).
     """
-    return pool(encoder(images, chances))
+    return pool(encoder(images, drop_path_noise))
 
 
 def pool(tokens: Tensor) -> Tensor:
@@ -42,19 +48,19 @@ def pool(tokens: Tensor) -> Tensor:
 class Classifier(nn.Module):
     """Encoder, average pool and a linear layer, whose fresh weights are small (std 0.02)."""
 
-    def __init__(self, encoder: Hierarchy, num_classes: int) -> None:
+    def __init__(self, encoder: HierarchicalEncoder, num_classes: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = nn.Linear(encoder.num_features, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, images: Tensor, chances: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, drop_path_noise: Tensor | None = None) -> Tensor:
         """Turn normalised images, or clips, into (batch, classes) logits; see `pooled_features`.
 
-        What drop_path drops goes by chances; see `SwinV2.encode`.
+        For `drop_path_noise` see `SwinV2.encode`.
         """
-        logits: Tensor = self.head(pooled_features(self.encoder, images, chances))
+        logits: Tensor = self.head(pooled_features(self.encoder, images, drop_path_noise))
         return logits
 
 
@@ -120,9 +126,9 @@ def load_classifier(encoder: Path, head: Path) -> TrainedClassifier:
     Raises:
         ValueError: a file is absent or damaged, or the two do not belong together.
     """
-    description: EncoderFile
-    trained: Hierarchy
-    if holds_video_encoder(encoder):
+    description: EncoderDescription
+    trained: HierarchicalEncoder
+    if is_video_encoder(encoder):
         description, trained = read_video_config(encoder), load_video_encoder(encoder)
     else:
         description, trained = read_encoder_config(encoder), load_encoder(encoder)

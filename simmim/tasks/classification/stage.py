@@ -31,12 +31,12 @@ from simmim.tasks.batches import train_transform
 from simmim.tasks.classification.base import ClassifyingRecipe, ClassifyingStage
 from simmim.tasks.classification.classifier import Classifier
 from simmim.tasks.classification.multi_label import multi_label_figures, multi_label_losses
-from simmim.tasks.drop_path_noise import drop_path_chances
+from simmim.tasks.drop_path_noise import sample_drop_path_noise
 from simmim.tasks.labelled_data import open_labelled
 from simmim.tasks.normalisation import Normalise
 from simmim.tasks.pretrained import Start
 from swinv2 import SwinV2, save_encoder
-from swinv2.weights import Provenance
+from swinv2.config_file import Provenance
 
 
 @settings
@@ -131,7 +131,7 @@ class ClassificationModule(nn.Module):
             height, width = images.shape[2:]
             mixes = draw_mixes(self.augmentation, self.seed, batch.addresses, (height, width))
             images = mixed(images, mixes)
-        logits = self.model(images, drop_path_chances(self.model.encoder, batch, self.seed))
+        logits = self.model(images, sample_drop_path_noise(self.model.encoder, batch, self.seed))
         losses = self._losses(logits, batch.labels)
         if mixes is not None:
             of_partners = self._losses(logits, partners(batch.labels))

@@ -30,13 +30,13 @@ from simmim.recipe import load, recipe_hash, settings
 from simmim.report.panels import reconstruction_panel
 from simmim.tasks.batches import check_slots, train_transform, training_batches
 from simmim.tasks.classification.classifier import pool
-from simmim.tasks.drop_path_noise import drop_path_chances
+from simmim.tasks.drop_path_noise import sample_drop_path_noise
 from simmim.tasks.encoder_settings import EncoderSettings, ExecutionSettings
 from simmim.tasks.normalisation import Normalise
 from simmim.tasks.probe.online import OnlineProbe, OnlineProbeSettings
 from swinv2 import build_encoder, save_encoder
+from swinv2.config_file import Provenance
 from swinv2.flops import forward_flops
-from swinv2.weights import Provenance
 
 PANEL_IMAGES = 8
 BASELINE_IMAGES = 256
@@ -125,8 +125,8 @@ class PretrainModule(nn.Module):
         """Return the mean loss over a batch."""
         assert batch.masks is not None
         images = self.normalise(batch.images, batch.flips)
-        chances = drop_path_chances(self.model.encoder, batch, self.seed)
-        loss: Tensor = self.model(images, batch.masks, chances).loss
+        noise = sample_drop_path_noise(self.model.encoder, batch, self.seed)
+        loss: Tensor = self.model(images, batch.masks, noise).loss
         return loss
 
     def features(self, batch: Batch) -> Tensor:

@@ -23,7 +23,7 @@ from simmim.tasks.classification.classifier import pooled_features, score
 from simmim.tasks.labelled_data import open_labelled
 from simmim.tasks.normalisation import Normalise
 from swinv2 import SwinV2, build_encoder, load_encoder
-from swinv2.weights import read_encoder_config
+from swinv2.config_file import read_encoder_config
 
 Start = Literal["pretrained", "scratch"]
 

@@ -54,16 +54,16 @@ def described(encoder: SwinV2, maps: Sequence[str]) -> Any:
 
 
 @contextmanager
-def dropping_by(backbone: nn.Module, chances: Tensor | None) -> Iterator[None]:
-    """Let drop path in a backbone go by `chances`, through heads that do not know of them."""
+def dropping_by(backbone: nn.Module, drop_path_noise: Tensor | None) -> Iterator[None]:
+    """Pass `drop_path_noise` to a backbone through heads that do not take it."""
 
-    def with_chances(
+    def with_noise(
         module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         del module
-        return arguments, named | {"chances": chances}
+        return arguments, named | {"drop_path_noise": drop_path_noise}
 
-    handle = backbone.register_forward_pre_hook(with_chances, with_kwargs=True)
+    handle = backbone.register_forward_pre_hook(with_noise, with_kwargs=True)
     try:
         yield
     finally:

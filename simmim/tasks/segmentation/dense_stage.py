@@ -17,7 +17,7 @@ from simmim.data.loader.batches import Batch
 from simmim.engine.run import RunFolder
 from simmim.limits import check_least
 from simmim.recipe import settings
-from simmim.tasks.drop_path_noise import drop_path_chances
+from simmim.tasks.drop_path_noise import sample_drop_path_noise
 from simmim.tasks.fine_tuning import Data, FineTuningRecipe, FineTuningStage
 from simmim.tasks.normalisation import Normalise
 from simmim.tasks.pretrained import Start
@@ -76,8 +76,8 @@ class DenseModule(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Return the mean loss over a batch."""
         images = self.normalise(batch.images, batch.flips)
-        chances = drop_path_chances(self.model.backbone.encoder, batch, self.seed)
-        with dropping_by(self.model.backbone, chances), drawing_by(batch, self.seed):
+        noise = sample_drop_path_noise(self.model.backbone.encoder, batch, self.seed)
+        with dropping_by(self.model.backbone, noise), drawing_by(batch, self.seed):
             loss: Tensor = self.model.loss(images, self.targets(batch))
             return loss
 

@@ -96,8 +96,8 @@ class _EmptyMaps(nn.Module):
         super().__init__()
         self.sizes = list(zip(encoder.config.stage_dims, encoder.strides, strict=True))
 
-    def features(self, images: Tensor, chances: Tensor | None = None) -> list[Tensor]:
-        del chances
+    def features(self, images: Tensor, drop_path_noise: Tensor | None = None) -> list[Tensor]:
+        del drop_path_noise
         count, _, height, width = images.shape
         return [
             images.new_empty(count, dim, -(-height // stride), -(-width // stride))

@@ -19,7 +19,7 @@ from simmim.limits import check_least
 from simmim.recipe import settings
 from simmim.tasks.classification.base import ClassifyingRecipe, ClassifyingStage
 from simmim.tasks.classification.classifier import Classifier
-from simmim.tasks.drop_path_noise import drop_path_chances
+from simmim.tasks.drop_path_noise import sample_drop_path_noise
 from simmim.tasks.encoder_settings import EncoderSettings
 from simmim.tasks.normalisation import Normalise
 from simmim.tasks.pretrained import SCRATCH, Start, source_of, start_from
@@ -34,7 +34,7 @@ from swinv2 import (
     save_video_encoder,
 )
 from swinv2.config import video_config
-from swinv2.video_weights import holds_video_encoder
+from swinv2.config_file import is_video_encoder
 
 
 @settings
@@ -111,7 +111,7 @@ class VideoRecipe(ClassifyingRecipe):
                 encoder = VideoSwinV2(wanted.video_config(data.image_size, data.frames))
             return VideoStart(encoder=encoder, mean=data.mean, std=data.std, inflated_from=None)
         source = source_of(init)
-        if holds_video_encoder(source.encoder):
+        if is_video_encoder(source.encoder):
             clips = read_video_config(source.encoder)
             encoder = load_video_encoder(
                 source.encoder,
@@ -173,7 +173,7 @@ class VideoModule(nn.Module):
         """Return the mean loss over a batch."""
         assert batch.labels is not None
         clips = self.clips(batch.images, batch.flips)
-        logits = self.model(clips, drop_path_chances(self.model.encoder, batch, self.seed))
+        logits = self.model(clips, sample_drop_path_noise(self.model.encoder, batch, self.seed))
         return F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.label_smoothing)
 
     def clips(self, images: Tensor, flips: Tensor | None = None) -> Tensor:

@@ -21,7 +21,8 @@ from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
 from simmim.tasks.pretrained import source_of
 from swinv2.bridges.reference import import_reference
 from swinv2.bridges.timm import import_timm
-from swinv2.weights import load_encoder, read_encoder_config
+from swinv2.config_file import read_encoder_config
+from swinv2.weights import load_encoder
 
 
 @pytest.fixture

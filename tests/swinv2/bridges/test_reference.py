@@ -409,10 +409,10 @@ def test_what_is_no_checkpoint_is_refused(build: Build, tmp_path: Path) -> None:
     whole = cut.read_bytes()
     for length in (*range(0, len(whole), len(whole) // 40), len(whole) - 1):
         cut.write_bytes(whole[:length])
-        with pytest.raises(BridgeError, match="cut short"):
+        with pytest.raises(BridgeError, match=r"truncated|cut short"):
             import_reference(cut)
     cut = cut.rename(tmp_path / "cut.safetensors")
-    with pytest.raises(ValueError, match=r"cut short.*: copy it again"):
+    with pytest.raises(ValueError, match=r"truncated.*: copy it again"):
         import_reference(cut)
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(BridgeError, match="holds a list"):

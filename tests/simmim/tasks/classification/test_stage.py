@@ -17,9 +17,10 @@ from simmim.engine.run import RunFolder
 from simmim.recipe import RecipeError, parse
 from simmim.tasks.classification.classifier import load_classifier, save_head, score
 from simmim.tasks.classification.stage import ClassificationRecipe, ClassificationStage
-from simmim.tasks.drop_path_noise import drop_path_chances
+from simmim.tasks.drop_path_noise import sample_drop_path_noise
 from simmim.tasks.pretrained import take_head
-from swinv2.weights import load_encoder, read_encoder_config
+from swinv2.config_file import read_encoder_config
+from swinv2.weights import load_encoder
 
 
 def build_stage(values: dict[str, Any]) -> ClassificationStage:
@@ -266,11 +267,11 @@ def test_training_mixes_images_and_validation_does_not(
     loss = module(batch)
     mixes = draw_mixes(stage.recipe.augmentation, 0, batch.addresses, (16, 16))
     images = mixed(module.normalise(batch.images, batch.flips), mixes)
-    chances = drop_path_chances(stage.model.encoder, batch, 0)
+    noise = sample_drop_path_noise(stage.model.encoder, batch, 0)
     targets = F.one_hot(batch.labels, 3).float()
     shares = mixes.shares[:, None]
     soft = shares * targets + (1 - shares) * partners(targets)
-    logs = stage.model(images, chances).log_softmax(dim=1)
+    logs = stage.model(images, noise).log_softmax(dim=1)
     expected = -((0.9 * soft + 0.1 / 3) * logs).sum(dim=1).mean()
     torch.testing.assert_close(loss, expected)
     assert 0 < float(mixes.shares.min()) < 1
