@@ -1,0 +1,69 @@
+"""Shards, checkpoints and encoder directories of an earlier version load and training continues.
+
+`saved/` was written by version 0.1.0 before its modules moved: a set of shards, a pretraining and a
+fine-tuning stopped at step 4 of 8, and an encoder directory of images and of clips.
+`expected.json` is what that version went on to compute from them.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import data_prep.cli
+import simmim.cli
+from swinv2 import load_encoder, load_video_encoder
+
+SAVED = Path(__file__).parent / "saved"
+EXPECTED: dict[str, Any] = json.loads((SAVED / "expected.json").read_text())
+
+
+@pytest.fixture
+def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the saved files, as the current folder: their recipes name relative paths."""
+    shutil.copytree(SAVED, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def read_losses(run: Path) -> dict[str, float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {str(line["step"]): line["loss"] for line in lines if "loss" in line}
+
+
+def test_shards_verify(saved: Path) -> None:
+    assert data_prep.cli.main(["verify", str(saved / "shards"), "--deep"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "recipe", "run"),
+    [("pretrain", "pretrain.yaml", "pretraining"), ("finetune", "finetune.yaml", "finetuning")],
+)
+def test_runs_resume_to_the_same_losses(saved: Path, command: str, recipe: str, run: str) -> None:
+    code = simmim.cli.main([command, "--config", recipe, "--folder", run, "--resume", "auto"])
+    assert code == 0
+    assert read_losses(saved / run) == pytest.approx(EXPECTED[run], rel=1e-4)
+
+
+@torch.no_grad()
+def test_encoder_directories_load(saved: Path) -> None:
+    image = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
+    features = load_encoder(saved / "pretraining" / "encoder")(image).flatten()[:64]
+    torch.testing.assert_close(
+        features, torch.tensor(EXPECTED["image_features"]), atol=1e-4, rtol=1e-4
+    )
+    clip = torch.linspace(-1, 1, 4 * 3 * 16 * 16).reshape(1, 4, 3, 16, 16)
+    features = load_video_encoder(saved / "video")(clip).flatten()[:64]
+    torch.testing.assert_close(
+        features, torch.tensor(EXPECTED["clip_features"]), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_checkpoints_export(saved: Path) -> None:
+    checkpoint = saved / "pretraining" / "checkpoints" / "step-00000004"
+    code = simmim.cli.main(["export", str(checkpoint), str(saved / "exported")])
+    assert code == 0
+    assert load_encoder(saved / "exported").config.embed_dim == 8
