@@ -257,14 +257,14 @@ def add_probe(command: CommandParser) -> None:
 
 
 def _probe_fields() -> str:
-    from simmim.tasks.probe.probe import ProbeRecipe  # noqa: PLC0415
+    from simmim.tasks.probe.recipe import ProbeRecipe  # noqa: PLC0415
 
     return f"fields of the recipe:\n{describe(ProbeRecipe)}"
 
 
 def run_probe(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run `simmim probe`."""
-    from simmim.tasks.probe.probe import ProbeRecipe  # noqa: PLC0415
+    from simmim.tasks.probe.recipe import ProbeRecipe  # noqa: PLC0415
 
     recipe = load(ProbeRecipe, arguments.config, overrides)
     import torch  # noqa: PLC0415 (only once the recipe is right)

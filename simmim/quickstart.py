@@ -11,8 +11,10 @@ from simmim.data.datasets.procedural import draw_images
 from simmim.data.order.order import slots_for
 from simmim.engine.run import RunFolder
 from simmim.recipe import parse
-from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
-from simmim.tasks.probe.probe import ProbeRecipe, compare, table
+from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.pretrain.stage import PretrainStage
+from simmim.tasks.probe.probe import compare, table
+from simmim.tasks.probe.recipe import ProbeRecipe
 from simmim.tasks.training import launch
 
 DEFAULT_FOLDER = Path("runs/quickstart")

@@ -12,9 +12,9 @@ import torch
 import data_prep.cli
 import simmim.cli
 from simmim.recipe import load
-from simmim.tasks.classification.stage import ClassificationRecipe
-from simmim.tasks.pretrain.stage import PretrainRecipe
-from simmim.tasks.probe.probe import ProbeRecipe
+from simmim.tasks.classification.recipe import ClassificationRecipe
+from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.probe.recipe import ProbeRecipe
 from swinv2 import build_encoder, save_encoder
 
 ROOT = Path(__file__).parents[1]

@@ -31,11 +31,11 @@ from simmim.engine.loop import build_accelerator
 from simmim.engine.run import RunFolder
 from simmim.recipe import RecipeError, load, read_values
 from simmim.tasks.all_tasks import task_named
-from simmim.tasks.fine_tuning import FineTuningRecipe, FineTuningStage
+from simmim.tasks.fine_tuning import FineTuningStage
 from simmim.tasks.pretrain.stage import PretrainStage
-from simmim.tasks.pretrained import SCRATCH
+from simmim.tasks.recipe import SCRATCH, FineTuningRecipe
 from simmim.tasks.training import run_folder
-from simmim.tasks.video.stage import VideoRecipe
+from simmim.tasks.video.recipe import VideoRecipe
 
 BAD = 2
 SECONDS = 15.0

@@ -153,7 +153,7 @@ def _check_samples(
         change=stage.recipe.data.REMEDY if found.bad else "",
     )
     if name == "samples" and found.pixels:
-        yield _check_pixels(found.pixels, stage.recipe.class_names())
+        yield _check_pixels(found.pixels, stage.class_names(stage.recipe))
     if name == "samples" and found.objects:
         yield _check_objects(found.objects)
 

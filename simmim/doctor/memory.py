@@ -14,8 +14,8 @@ from simmim.bench.memory import GIB, Placement, Sharding, make_rows
 from simmim.bench.step import StepCase
 from simmim.doctor.checks import Check
 from simmim.doctor.plan import Recipe
-from simmim.tasks.classification.stage import ClassificationRecipe
-from simmim.tasks.pretrain.stage import PretrainRecipe
+from simmim.tasks.classification.recipe import ClassificationRecipe
+from simmim.tasks.pretrain.recipe import PretrainRecipe
 
 FULL = 0.9
 """Share of the device above which the estimate is too near to be sure."""

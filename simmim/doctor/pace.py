@@ -13,7 +13,7 @@ from simmim.doctor.dry_run import Speed
 from simmim.doctor.plan import AnyStage, Recipe, unit
 from simmim.engine.monitor.progress import duration
 from simmim.engine.monitor.utilisation import device_peak, utilisation
-from simmim.tasks.pretrain.stage import PretrainRecipe
+from simmim.tasks.pretrain.recipe import PretrainRecipe
 
 ENOUGH = 1.2
 """Times as fast as the device that data should come."""

@@ -10,10 +10,11 @@ from simmim.doctor.checks import Check
 from simmim.engine.monitor.tracking import chosen_trackers
 from simmim.engine.monitor.utilisation import measured_peak
 from simmim.engine.settings import TrainingSettings
-from simmim.tasks.fine_tuning import FineTuningRecipe, FineTuningStage
-from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
-from simmim.tasks.pretrained import SCRATCH
-from simmim.tasks.video.stage import VideoRecipe
+from simmim.tasks.fine_tuning import FineTuningStage
+from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.pretrain.stage import PretrainStage
+from simmim.tasks.recipe import SCRATCH, FineTuningRecipe
+from simmim.tasks.video.recipe import VideoRecipe
 
 Recipe = PretrainRecipe | FineTuningRecipe
 AnyStage = PretrainStage | FineTuningStage[Any, Any]

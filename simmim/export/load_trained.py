@@ -21,12 +21,12 @@ from simmim.engine.checkpoint.ema import read_average
 from simmim.engine.run import RunFolder
 from simmim.recipe import RecipeError, load, read_values, recipe_hash
 from simmim.tasks.all_tasks import FINE_TUNING, task_named
-from simmim.tasks.classification.base import ClassifyingRecipe
 from simmim.tasks.classification.classifier import read_head
-from simmim.tasks.fine_tuning import FineTuningRecipe
+from simmim.tasks.fine_tuning import FineTuningStage
 from simmim.tasks.pretrain.stage import load_pretrained
 from simmim.tasks.pretrained import HEAD_FOLDER
-from simmim.tasks.segmentation.dense_stage import DenseRecipe
+from simmim.tasks.recipe import FineTuningRecipe
+from simmim.tasks.segmentation.dense_stage import DenseStage
 from simmim.tasks.segmentation.save_heads import load_dense
 from simmim.tasks.video.stage import VideoStart
 from swinv2 import SwinV2, VideoSwinV2, load_video_encoder, read_video_config
@@ -163,7 +163,9 @@ def _read_pretraining(run: RunFolder, checkpoint: Path) -> Exportable:
 
 def _read_fine_tuning(run: RunFolder, task: str, checkpoint: Path | None) -> Exportable:
     """Load what was trained; a run that has ended needs what it started from no more."""
-    recipe: FineTuningRecipe = load(task_named(task, run.recipe).recipe, run.recipe)
+    trained = task_named(task, run.recipe)
+    recipe: FineTuningRecipe = load(trained.recipe, run.recipe)
+    stage: type[FineTuningStage[Any, Any]] = trained.stage
     data = recipe.data
     shards = first_folder(data.shards) if isinstance(data, DataSettings) else None
     ended = read_directory(run.encoder) if run.encoder.is_dir() else None
@@ -172,7 +174,7 @@ def _read_fine_tuning(run: RunFolder, task: str, checkpoint: Path | None) -> Exp
     ):
         return replace(_with_head(ended, run.path), shards=shards)
     assert checkpoint is not None
-    untrained = ended or _start(recipe)
+    untrained = ended or _initial(stage, recipe)
     found = replace(
         untrained,
         provenance=_provenance(checkpoint, recipe),
@@ -180,15 +182,14 @@ def _read_fine_tuning(run: RunFolder, task: str, checkpoint: Path | None) -> Exp
         origin=str(checkpoint),
     )
     tensors = _below(read_model(checkpoint) | read_average(checkpoint), MODEL_PREFIX)
-    if isinstance(recipe, DenseRecipe):
-        return _filled_dense(found, recipe, tensors)
-    assert isinstance(recipe, ClassifyingRecipe)
-    return _filled_classifier(found, recipe, run, tensors)
+    if issubclass(stage, DenseStage):
+        return _filled_dense(found, stage, recipe, tensors)
+    return _filled_classifier(found, stage, recipe, run, tensors)
 
 
-def _start(recipe: FineTuningRecipe) -> Exportable:
+def _initial(stage: type[FineTuningStage[Any, Any]], recipe: FineTuningRecipe) -> Exportable:
     """Return what a run started from that has handed nothing on yet."""
-    start = recipe.start()
+    start = stage.load_initial(recipe)
     return Exportable(
         encoder=start.encoder,
         mean=start.mean,
@@ -200,7 +201,11 @@ def _start(recipe: FineTuningRecipe) -> Exportable:
 
 
 def _filled_classifier(
-    found: Exportable, recipe: ClassifyingRecipe, run: RunFolder, tensors: Mapping[str, Tensor]
+    found: Exportable,
+    stage: type[FineTuningStage[Any, Any]],
+    recipe: FineTuningRecipe,
+    run: RunFolder,
+    tensors: Mapping[str, Tensor],
 ) -> Exportable:
     """Put the weights of a checkpoint in their places, and add the head."""
     load_strictly(found.encoder, _below(tensors, "encoder."), found.origin)
@@ -209,17 +214,20 @@ def _filled_classifier(
         found,
         encoder=found.encoder.eval(),
         classifier=Classifier(weight=head["weight"], bias=head["bias"]),
-        classes=_class_names(recipe, run, len(head["bias"])),
+        classes=_class_names(stage, recipe, run, len(head["bias"])),
     )
 
 
 def _filled_dense(
-    found: Exportable, recipe: DenseRecipe, tensors: Mapping[str, Tensor]
+    found: Exportable,
+    stage: type[DenseStage[Any, Any]],
+    recipe: FineTuningRecipe,
+    tensors: Mapping[str, Tensor],
 ) -> Exportable:
     """Build the model of a dense stage with the weights of a checkpoint."""
     assert isinstance(found.encoder, SwinV2)
     with torch.random.fork_rng(devices=[]):
-        model = recipe.build(found.encoder, recipe.class_names())
+        model = stage.build_model(recipe, found.encoder, stage.class_names(recipe))
     load_strictly(model, tensors, found.origin)
     return replace(
         found,
@@ -243,13 +251,15 @@ def _with_head(found: Exportable, folder: Path) -> Exportable:
     return found
 
 
-def _class_names(recipe: ClassifyingRecipe, run: RunFolder, count: int) -> tuple[str, ...]:
+def _class_names(
+    stage: type[FineTuningStage[Any, Any]], recipe: FineTuningRecipe, run: RunFolder, count: int
+) -> tuple[str, ...]:
     """Return the names of the classes; none where the data are gone, or are others by now."""
     try:
         if (run.path / HEAD_FOLDER).is_dir():
             _, classes = read_head(run.path / HEAD_FOLDER)
         else:
-            classes = recipe.class_names()
+            classes = stage.class_names(recipe)
     except ValueError:
         return ()
     return classes if len(classes) == count else ()

@@ -1,60 +1,90 @@
-"""Which stage a recipe is for: a new task is one file, and one case here."""
+"""All tasks by name: the recipe class of each, and its stage, which is imported when asked for."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from simmim.engine.stage import Stage
 from simmim.recipe import RecipeError
-from simmim.tasks.classification.stage import ClassificationRecipe, ClassificationStage
-from simmim.tasks.detection.stage import DetectionRecipe, DetectionStage
-from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
-from simmim.tasks.segmentation.stage import SegmentationRecipe, SegmentationStage
-from simmim.tasks.video.stage import VideoRecipe, VideoStage
+from simmim.tasks.classification.recipe import ClassificationRecipe
+from simmim.tasks.detection.recipe import DetectionRecipe
+from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.recipe import FineTuningRecipe
+from simmim.tasks.segmentation.recipe import SegmentationRecipe
+from simmim.tasks.video.recipe import VideoRecipe
+
+if TYPE_CHECKING:
+    from simmim.tasks.fine_tuning import FineTuningStage
+    from simmim.tasks.pretrain.stage import PretrainStage
+
+TaskRecipe: TypeAlias = PretrainRecipe | FineTuningRecipe
+TaskStage: TypeAlias = "PretrainStage | FineTuningStage[Any, Any]"
 
 FINE_TUNING = ("classification", "segmentation", "detection", "video")
-"""What `simmim finetune` trains."""
+"""Tasks of `simmim finetune`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A task's recipe and what trains it."""
+    """A task: the class of its recipes, and the stage that trains one."""
 
+    name: str
     recipe: type[Any]
-    stage: Callable[[Any], Stage]
+
+    @property
+    def stage(self) -> Any:
+        """The stage class; importing it imports torch."""
+        # ruff: noqa: PLC0415 - recipes are read without torch
+        match self.name:
+            case "pretrain":
+                from simmim.tasks.pretrain.stage import PretrainStage
+
+                return PretrainStage
+            case "classification":
+                from simmim.tasks.classification.stage import ClassificationStage
+
+                return ClassificationStage
+            case "segmentation":
+                from simmim.tasks.segmentation.stage import SegmentationStage
+
+                return SegmentationStage
+            case "detection":
+                from simmim.tasks.detection.stage import DetectionStage
+
+                return DetectionStage
+            case _:
+                from simmim.tasks.video.stage import VideoStage
+
+                return VideoStage
+
+
+RECIPES: dict[str, type[Any]] = {
+    "pretrain": PretrainRecipe,
+    "classification": ClassificationRecipe,
+    "segmentation": SegmentationRecipe,
+    "detection": DetectionRecipe,
+    "video": VideoRecipe,
+}
 
 
 def task_named(name: object, source: object) -> Task:
     """Return the task of a recipe's `task` field.
 
     Args:
-        name: what stands there.
+        name: value of the field.
         source: the recipe, for the message.
 
     Raises:
         RecipeError: there is no such task.
     """
-    match name:
-        case "pretrain":
-            return Task(recipe=PretrainRecipe, stage=PretrainStage)
-        case "classification":
-            return Task(recipe=ClassificationRecipe, stage=ClassificationStage)
-        case "segmentation":
-            return Task(recipe=SegmentationRecipe, stage=SegmentationStage)
-        case "detection":
-            return Task(recipe=DetectionRecipe, stage=DetectionStage)
-        case "video":
-            return Task(recipe=VideoRecipe, stage=VideoStage)
-        case other:
-            known = ", ".join(("pretrain", *FINE_TUNING))
-            raise RecipeError(f"recipe {source}: task is {other!r}; it is one of {known}.")
+    if not isinstance(name, str) or name not in RECIPES:
+        raise RecipeError(f"recipe {source}: task is {name!r}; choose one of {', '.join(RECIPES)}.")
+    return Task(name=name, recipe=RECIPES[name])
 
 
 def fine_tuning_named(name: object, source: object) -> Task:
     """Return the task of a recipe for `simmim finetune`.
 
     Raises:
-        RecipeError: it is none of those that it trains.
+        RecipeError: `simmim finetune` does not train this task.
     """
     if name not in FINE_TUNING:
         raise RecipeError(

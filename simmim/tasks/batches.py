@@ -21,19 +21,6 @@ from simmim.data.transforms.image_transforms import (
 from simmim.engine.settings import TrainingSettings
 
 
-def check_slots(slots: int, training: TrainingSettings) -> None:
-    """Check that a batch can take equally from each of so many slots.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    if training.batch_size % slots:
-        raise ValueError(
-            f"training.batch_size {training.batch_size} is no multiple of data.slots "
-            f"{slots}; every batch takes equally from each slot. Change either."
-        )
-
-
 def train_transform(
     data: AugmentedDataSettings,
     *,

@@ -3,7 +3,7 @@
 A new one is a file with a recipe and a stage that extend the two classes here: it opens the data,
 builds the model, says how a sample is prepared and what a validation finds, and hands on what was
 trained. `simmim.tasks.all_tasks` then names it. Classes of whole samples have
-`simmim.tasks.classification.base` between, places in images `simmim.tasks.segmentation`.
+`ClassifierStage` between, places in images `DenseStage`.
 """
 
 from abc import ABC, abstractmethod
@@ -19,77 +19,23 @@ from simmim.data.datasets.mixture import order_of
 from simmim.data.loader.batches import Batch, BatchStream, evaluation_batches
 from simmim.data.order.order import Address
 from simmim.data.order.source import Source
-from simmim.data.settings import CroppedSettings
 from simmim.data.transforms.image_transforms import Sample
 from simmim.engine.run import RunFolder
-from simmim.engine.settings import TrainingSettings
-from simmim.recipe import recipe_hash, settings
-from simmim.tasks.batches import check_slots, training_batches
-from simmim.tasks.encoder_settings import EncoderSettings, ExecutionSettings
-from simmim.tasks.pretrained import SCRATCH, Start, start_from
+from simmim.recipe import recipe_hash
+from simmim.tasks.batches import training_batches
+from simmim.tasks.pretrained import Start, start_from
+from simmim.tasks.recipe import FineTuningRecipe
 from swinv2.config_file import Provenance
 
 Prepare = Callable[[Any, Address], Sample]
 """Makes a sample of what was read at an address."""
 
 
-@settings
-class FineTuningRecipe:
-    """A pretrained encoder, or fresh weights, trained for a task."""
-
-    task: str
-    """What this recipe does."""
-    init: str = SCRATCH
-    """`scratch`, or what to start from: an encoder directory, or the folder of a run that has
-    ended. It brings its architecture (variant, patch, channels, sizes) and its mean and std: of
-    `encoder` only `window_size` and `drop_path` then apply, and data.mean and data.std do not."""
-    encoder: EncoderSettings
-    """The encoder."""
-    data: CroppedSettings
-    """What is trained on."""
-    execution: ExecutionSettings = ExecutionSettings()
-    """How the encoder is computed."""
-    training: TrainingSettings
-    """The training."""
-
-    def __post_init__(self) -> None:
-        check_slots(self.data.slots, self.training)
-        if self.init == SCRATCH:
-            self.encoder.check_channels(self.data.mean)
-            config = self.encoder.config(self.data.image_size)  # raises where sizes cannot work
-            self.execution.check_stages(len(config.depths))
-
-    def start(self) -> Start[Any]:
-        """Build the encoder that `init` asks for; see `start_from`."""
-        return start_from(self.init, self.encoder, self.data, self.training.seed)
-
-    @property
-    def best_metric(self) -> str:
-        """The figure of validation that tells the best checkpoint; higher is better."""
-        raise NotImplementedError
-
-    def resolved(self) -> Self:
-        """Return the recipe that a run of it keeps, with what it leaves to be measured filled in.
-
-        Raises:
-            ValueError: it was not measured.
-        """
-        return self
-
-    def class_names(self) -> tuple[str, ...]:
-        """Return the names of the classes, as the data have them.
-
-        Raises:
-            ValueError: the data cannot be read.
-        """
-        raise NotImplementedError
+RecipeT = TypeVar("RecipeT", bound=FineTuningRecipe)
+DataT = TypeVar("DataT", bound=Source[Any])
 
 
-Recipe = TypeVar("Recipe", bound=FineTuningRecipe)
-Data = TypeVar("Data", bound=Source[Any])
-
-
-class FineTuningStage(ABC, Generic[Recipe, Data]):
+class FineTuningStage(ABC, Generic[RecipeT, DataT]):
     """A `simmim.engine.stage.Stage` on labelled data; what is left open here is the task's own.
 
     Args:
@@ -105,14 +51,37 @@ class FineTuningStage(ABC, Generic[Recipe, Data]):
     probe_every: int | None = None
     """No probe: there are labels already."""
 
-    def __init__(self, recipe: Recipe, training: Data, validation: Data | None) -> None:
-        self.recipe: Recipe = recipe
-        self.training_shards: Data = training
-        self.validation_shards: Data | None = validation
+    def __init__(self, recipe: RecipeT, training: DataT, validation: DataT | None) -> None:
+        self.recipe: RecipeT = recipe
+        self.training_shards: DataT = training
+        self.validation_shards: DataT | None = validation
         self.bad_samples = recipe.data.bad_samples()
         self.order = order_of(training, seed=recipe.training.seed, slots=recipe.data.slots)
         self.samples_per_epoch = self.order.samples_per_epoch
         self.data_digest = training.digest
+
+    @staticmethod
+    def resolve(recipe: RecipeT) -> RecipeT:
+        """Return the recipe as a run of it keeps it, with measured values filled in.
+
+        Raises:
+            ValueError: they were not measured.
+        """
+        return recipe
+
+    @staticmethod
+    def load_initial(recipe: RecipeT) -> Start[Any]:
+        """Build the encoder that `init` asks for; see `start_from`."""
+        return start_from(recipe.init, recipe.encoder, recipe.data, recipe.training.seed)
+
+    @staticmethod
+    @abstractmethod
+    def class_names(recipe: RecipeT) -> tuple[str, ...]:
+        """Return the names of the classes in the data.
+
+        Raises:
+            ValueError: the data cannot be read.
+        """
 
     @property
     def best_metric(self) -> str:
@@ -207,7 +176,7 @@ class FineTuningStage(ABC, Generic[Recipe, Data]):
 
     def fresh(self) -> Self:
         """Return a stage of the same recipe, with initial weights on the CPU."""
-        make: Callable[[Recipe], Self] = type(self)
+        make: Callable[[RecipeT], Self] = type(self)
         return make(self.recipe)
 
     def provenance(self, step: int, samples: int) -> Provenance:

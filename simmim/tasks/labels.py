@@ -18,8 +18,7 @@ from simmim.engine.run import RunFolder
 from simmim.recipe import load, read_values
 from simmim.report.labels_page import Scores, drawing, labels_page, table_of
 from simmim.tasks.all_tasks import fine_tuning_named
-from simmim.tasks.fine_tuning import FineTuningRecipe
-from simmim.tasks.pretrained import SCRATCH
+from simmim.tasks.recipe import SCRATCH, FineTuningRecipe
 
 Start = Literal["pretrained", "scratch"]
 
@@ -74,7 +73,7 @@ def compare_labels(
         metric = recipe.best_metric
         place = RunFolder(path=folder / run.name)
         if _score(place, metric) is not None:  # of another recipe, it is refused
-            place.check(recipe.resolved(), resume=True)
+            place.check(task.stage.resolve(recipe), resume=True)
     for number, run in enumerate(runs, start=1):
         place = RunFolder(path=folder / run.name)
         if _score(place, metric) is None:

@@ -12,13 +12,10 @@ from simmim.data.settings import CroppedSettings
 from simmim.engine.checkpoint.directory import complete_checkpoints
 from simmim.engine.run import RunFolder
 from simmim.tasks.classification.classifier import read_head
-from simmim.tasks.encoder_settings import EncoderSettings
+from simmim.tasks.recipe import SCRATCH, EncoderSettings
 from swinv2 import SwinV2, build_encoder, load_encoder
 from swinv2.config_file import read_encoder_config
 from swinv2.encoder import HierarchicalEncoder
-
-SCRATCH = "scratch"
-"""What `init` says for fresh weights."""
 
 HEAD_FOLDER = "classifier"
 """Folder in the run, or the native export, of a classifier: the head and its classes' names."""

@@ -28,7 +28,8 @@ from simmim.engine.checkpoint.sharded_state import model_pieces, optimizer_piece
 from simmim.engine.optimizer import build_optimizer, parameter_groups
 from simmim.engine.settings import OptimizerSettings
 from simmim.recipe import parse
-from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
+from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.pretrain.stage import PretrainStage
 from swinv2 import build_encoder
 
 

@@ -9,7 +9,8 @@ import time
 
 import torch
 
-from simmim.tasks.segmentation.heads import SegmentationHead, build_segmenter
+from simmim.tasks.segmentation.heads import build_segmenter
+from simmim.tasks.segmentation.recipe import SegmentationHead
 from swinv2 import build_encoder
 
 

@@ -12,8 +12,8 @@ from accelerate.commands.launch import launch_command_parser
 import data_prep.cli
 import simmim.cli
 from simmim.recipe import load
-from simmim.tasks.classification.stage import ClassificationRecipe
-from simmim.tasks.probe.probe import ProbeRecipe
+from simmim.tasks.classification.recipe import ClassificationRecipe
+from simmim.tasks.probe.recipe import ProbeRecipe
 
 ROOT = Path(__file__).parents[2]
 JOBS = ROOT / "jobs"

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from simmim.cli import BAD_INPUT, build_parser
 from simmim.engine.exit_codes import STOPPED
 from simmim.recipe import load
-from simmim.tasks.pretrain.stage import PretrainRecipe
+from simmim.tasks.pretrain.recipe import PretrainRecipe
 
 ROOT = Path(__file__).parents[2]
 JOB, PYTORCH_JOB = (ROOT / "jobs" / "kubernetes" / name for name in ("job.yaml", "pytorchjob.yaml"))

@@ -8,13 +8,14 @@ import torch
 
 from simmim.recipe import load, parse, read_values, to_values
 from simmim.tasks.classification.classifier import Classifier
-from simmim.tasks.classification.stage import ClassificationRecipe
+from simmim.tasks.classification.recipe import ClassificationRecipe
 from simmim.tasks.detection.heads import build_detector
-from simmim.tasks.detection.stage import DetectionRecipe
-from simmim.tasks.pretrain.stage import PretrainRecipe, build_model
-from simmim.tasks.probe.probe import ProbeRecipe
+from simmim.tasks.detection.recipe import DetectionRecipe
+from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.pretrain.stage import build_model
+from simmim.tasks.probe.recipe import ProbeRecipe
 from simmim.tasks.segmentation.heads import build_segmenter
-from simmim.tasks.segmentation.stage import SegmentationRecipe
+from simmim.tasks.segmentation.recipe import SegmentationRecipe
 from swinv2 import VARIANTS, build_encoder
 
 JOBS = Path(__file__).parents[2] / "jobs"

@@ -7,7 +7,7 @@ import torch
 
 from simmim.recipe import load, parse, read_values, to_values
 from simmim.tasks.classification.classifier import Classifier
-from simmim.tasks.video.stage import VideoRecipe
+from simmim.tasks.video.recipe import VideoRecipe
 from swinv2 import SwinV2, VideoSwinV2, inflate
 
 JOBS = Path(__file__).parents[2] / "jobs"

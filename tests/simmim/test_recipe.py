@@ -22,9 +22,9 @@ from simmim.recipe import (
     to_yaml,
 )
 from simmim.tasks.all_tasks import task_named
-from simmim.tasks.classification.stage import ClassificationRecipe
-from simmim.tasks.pretrain.stage import PretrainRecipe
-from simmim.tasks.probe.probe import ProbeRecipe
+from simmim.tasks.classification.recipe import ClassificationRecipe
+from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.probe.recipe import ProbeRecipe
 
 JOBS = Path(__file__).parents[2] / "jobs"
 RECIPES: dict[str, Any] = {

@@ -1,20 +1,20 @@
 """Fine-tuning for classification: average pool, a linear head, and the whole encoder trained."""
 
 import math
-from collections.abc import Iterable
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from simmim.data.datasets.mixture import Shards
-from simmim.data.loader.batches import Batch
-from simmim.data.settings import AugmentedDataSettings, open_sets, with_statistics
+from simmim.data.loader.batches import Batch, BatchStream
+from simmim.data.settings import open_sets, with_statistics
 from simmim.data.transforms.augmentation import Augment
 from simmim.data.transforms.image_transforms import (
     EvalTransform,
@@ -24,83 +24,24 @@ from simmim.data.transforms.image_transforms import (
 )
 from simmim.data.transforms.mixing import draw_mixes, mixed, partners
 from simmim.data.transforms.multi_label import MultiLabelReader
-from simmim.data.transforms.settings import AugmentationSettings, MultiLabelSettings
-from simmim.limits import check_shares
-from simmim.recipe import settings
+from simmim.data.transforms.settings import AugmentationSettings
+from simmim.engine.run import RunFolder
 from simmim.tasks.batches import train_transform
-from simmim.tasks.classification.base import ClassifyingRecipe, ClassifyingStage
-from simmim.tasks.classification.classifier import Classifier
+from simmim.tasks.classification.classifier import Classifier, Scores, save_head, score
 from simmim.tasks.classification.multi_label import multi_label_figures, multi_label_losses
+from simmim.tasks.classification.recipe import (
+    ClassificationData,
+    ClassificationRecipe,
+    ClassifierRecipe,
+)
 from simmim.tasks.drop_path_noise import sample_drop_path_noise
+from simmim.tasks.fine_tuning import DataT, FineTuningStage
 from simmim.tasks.labelled_data import open_labelled
 from simmim.tasks.normalisation import Normalise
-from simmim.tasks.pretrained import Start
-from swinv2 import SwinV2, save_encoder
+from simmim.tasks.pretrained import HEAD_FOLDER, Start, take_head
+from swinv2 import SwinV2, SwinV2Config, save_encoder
 from swinv2.config_file import Provenance
-
-
-@settings
-class ClassificationData(AugmentedDataSettings):
-    """Labelled shards and their augmentation."""
-
-    image_size: int = 224
-    """Side of the square images in pixels."""
-    validation: str | None = None
-    """Other shards, or folder of images, of the same classes, all of them for validation; null
-    holds out `validation_shards`."""
-    scale: tuple[float, float] = (0.08, 1.0)
-    """Share of the image's area that the random crop takes, from and to."""
-    multi_label: MultiLabelSettings | None = None
-    """Where the classes of an image are listed that may have several, or none; null takes the one
-    class of each that shards and folders know."""
-    crop_pct: float = 0.875
-    """Validation: share of the short side that the central crop keeps, above 0 and at most 1."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_shares(self, "crop_pct")
-        if self.multi_label is not None and self.classes is not None:
-            raise ValueError("classes picks images of one class each; multi_label has its own.")
-
-    @property
-    def label(self) -> LabelReading:
-        """What reads the label of an image."""
-        return class_of if self.multi_label is None else MultiLabelReader(self.multi_label)
-
-
-@settings
-class ClassificationRecipe(ClassifyingRecipe):
-    """Classification on a Swin Transformer V2, pretrained or from scratch."""
-
-    task: Literal["classification"]
-    data: ClassificationData
-    """The images."""
-    augmentation: AugmentationSettings = AugmentationSettings()
-    """What is done to the images besides crop and mirroring."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        augmentation = self.augmentation
-        channels = self.encoder.in_channels
-        if (augmentation.rand_magnitude is not None or augmentation.color_jitter) and channels != 3:
-            raise ValueError(
-                f"augmentation.rand_magnitude and color_jitter are for images of 3 channels, and "
-                f"encoder.in_channels is {channels}: leave them out."
-            )
-
-    @property
-    def best_metric(self) -> str:
-        """Top-1, or mean average precision where an image may have several classes."""
-        return "top1" if self.data.multi_label is None else "mean_average_precision"
-
-    def resolved(self) -> Self:
-        """Return it with mean and std as they were measured; see `FineTuningRecipe.resolved`."""
-        return replace(self, data=with_statistics(self.data))
-
-    def class_names(self) -> tuple[str, ...]:
-        """Return the classes that are told apart."""
-        several = self.data.multi_label
-        return self.data.open_shards().classes if several is None else several.classes
+from swinv2.flops import forward_flops
 
 
 class ClassificationModule(nn.Module):
@@ -146,7 +87,73 @@ class ClassificationModule(nn.Module):
         )
 
 
-class ClassificationStage(ClassifyingStage[ClassificationRecipe, Shards]):
+RecipeT = TypeVar("RecipeT", bound=ClassifierRecipe)
+
+
+class ClassifierStage(FineTuningStage[RecipeT, DataT]):
+    """A stage whose model is a `Classifier` of the classes of its data."""
+
+    def __init__(
+        self, recipe: RecipeT, training: DataT, validation: DataT | None, classes: tuple[str, ...]
+    ) -> None:
+        super().__init__(recipe, training, validation)
+        self.start = start = self.load_initial(recipe)
+        self.classes = classes
+        recipe.execution.apply(start.encoder)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.training.seed)
+            self.model = Classifier(start.encoder, len(self.classes))
+        if start.head is not None:
+            take_head(self.model.head, self.classes, start.head)
+
+    @property
+    def flops_per_sample(self) -> int:
+        """Operations of encoder and head; see `simmim.engine.stage.Stage`."""
+        config: SwinV2Config = self.start.encoder.config
+        return forward_flops(config) + 2 * config.num_features * len(self.classes)
+
+    def baselines(self) -> dict[str, float]:
+        """Return the loss of holding every class for as likely as any other."""
+        return {"uniform_loss": math.log(len(self.classes))}
+
+    @torch.no_grad()
+    def figures(
+        self, batches: BatchStream, accelerator: Accelerator, logits: Callable[[Tensor], Tensor]
+    ) -> dict[str, float]:
+        """Return top-1 and top-5 in percent and the mean cross entropy.
+
+        Args:
+            batches: this rank's part.
+            accelerator: over whose ranks the figures are.
+            logits: turns images as they were stored into the scores of the classes.
+        """
+        total = Scores()
+        for batch in batches:
+            assert batch.labels is not None
+            with accelerator.autocast():
+                found = logits(batch.images.to(accelerator.device))
+            total += score(found, batch.labels.to(accelerator.device))
+        sums = torch.tensor([total.top1, total.top5, total.loss, total.samples])
+        top1, top5, loss, count = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()
+        if not count:
+            return {}
+        return {
+            "top1": 100 * top1 / count,
+            "top5": 100 * top5 / count,
+            "validation_loss": loss / count,
+        }
+
+    @abstractmethod
+    def save_encoder(self, path: Path, provenance: Provenance) -> None:
+        """Write the encoder directory."""
+
+    def hand_on(self, run: RunFolder, step: int, samples: int) -> None:
+        """Write the encoder directory and the classifier's head into the run."""
+        self.save_encoder(run.encoder, self.provenance(step, samples))
+        save_head(self.model.head, run.path / HEAD_FOLDER, self.classes)
+
+
+class ClassificationStage(ClassifierStage[ClassificationRecipe, Shards]):
     """Classification of images.
 
     Raises:
@@ -156,7 +163,7 @@ class ClassificationStage(ClassifyingStage[ClassificationRecipe, Shards]):
     module: ClassificationModule
 
     def __init__(self, recipe: ClassificationRecipe) -> None:
-        recipe = recipe.resolved()
+        recipe = self.resolve(recipe)
         training, validation = open_split(recipe.data)
         several = recipe.data.multi_label
         classes = training.classes if several is None else several.classes
@@ -169,6 +176,17 @@ class ClassificationStage(ClassifyingStage[ClassificationRecipe, Shards]):
             seed=recipe.training.seed,
         )
 
+    @staticmethod
+    def resolve(recipe: ClassificationRecipe) -> ClassificationRecipe:
+        """Return the recipe with mean and std as measured; see `FineTuningStage.resolve`."""
+        return replace(recipe, data=with_statistics(recipe.data))
+
+    @staticmethod
+    def class_names(recipe: ClassificationRecipe) -> tuple[str, ...]:
+        """Return the names of the classes."""
+        multi_label = recipe.data.multi_label
+        return recipe.data.open_shards().classes if multi_label is None else multi_label.classes
+
     def training_transform(self) -> TrainTransform:
         """Return what crops, mirrors and changes an image."""
         recipe, augment = self.recipe, None
@@ -180,7 +198,7 @@ class ClassificationStage(ClassifyingStage[ClassificationRecipe, Shards]):
             seed=recipe.training.seed,
             channels=self.start.encoder.config.in_channels,
             augment=augment,
-            label=recipe.data.label,
+            label=label_reader(recipe.data),
         )
 
     def baselines(self) -> dict[str, float]:
@@ -210,7 +228,7 @@ class ClassificationStage(ClassifyingStage[ClassificationRecipe, Shards]):
         return EvalTransform(
             size=(data.image_size, data.image_size),
             crop_pct=data.crop_pct,
-            label=data.label,
+            label=label_reader(data),
             channels=self.start.encoder.config.in_channels,
             max_pixels=data.max_pixels,
         )
@@ -237,6 +255,11 @@ class ClassificationStage(ClassifyingStage[ClassificationRecipe, Shards]):
         """Write the encoder directory."""
         start = self.start
         save_encoder(start.encoder, path, mean=start.mean, std=start.std, provenance=provenance)
+
+
+def label_reader(data: ClassificationData) -> LabelReading:
+    """Return the function that reads the label of an image."""
+    return class_of if data.multi_label is None else MultiLabelReader(data.multi_label)
 
 
 def open_split(data: ClassificationData) -> tuple[Shards, Shards | None]:

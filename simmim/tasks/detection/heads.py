@@ -5,49 +5,18 @@ Sources: Mask2Former (CVPR 2022), RT-DETR (CVPR 2024).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simmim.data.transforms.targets import Instances
-from simmim.limits import check_least
-from simmim.recipe import settings
+from simmim.tasks.detection.recipe import DetectionHead
 from simmim.tasks.segmentation.backbone import described, last_maps
 from simmim.tasks.segmentation.heads import build_mask2former, names_of_labels
 from swinv2 import SwinV2
 from swinv2.bridges.transformers_backbone import fill_backbone
-
-
-@settings
-class DetectionHead:
-    """The head on the encoder."""
-
-    kind: Literal["mask2former", "rt_detr"] = "mask2former"
-    """Mask2Former finds masks, and boxes around them; RT-DETR boxes alone. Batch norms of RT-DETR
-    see the images of all GPUs at a time (SyncBatchNorm); on CPUs each process's own."""
-    channels: int = 256
-    """Channels of the head, a multiple of 32."""
-    queries: int = 100
-    """Objects that are proposed for an image."""
-    decoder_layers: int | None = None
-    """Layers of the decoder; null is the publications': 10 (with the first prediction, 9 layers)
-    of Mask2Former, 6 of RT-DETR."""
-    points: int = 12544
-    """Mask2Former: places of a mask that the loss looks at."""
-    detections: int = 100
-    """Objects that are given for an image, those of the highest scores."""
-
-    def __post_init__(self) -> None:
-        check_least(self, 1, "queries", "points", "detections")
-        if self.channels < 32 or self.channels % 32:
-            raise ValueError(f"channels is {self.channels}; it must be a multiple of 32.")
-
-    @property
-    def finds_masks(self) -> bool:
-        """Whether it finds masks, not boxes alone."""
-        return self.kind == "mask2former"
 
 
 @dataclass(frozen=True, kw_only=True)

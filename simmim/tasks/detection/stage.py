@@ -1,7 +1,7 @@
 """Fine-tuning for detection and instance segmentation, with Mask2Former or RT-DETR."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,62 +12,18 @@ from simmim.data.datasets.coco import CocoSet, category_names, has_mask
 from simmim.data.loader.batches import Batch
 from simmim.data.transforms.detection_transforms import DetectionView, JitterTransform, mask_of
 from simmim.data.transforms.targets import Instances
-from simmim.recipe import settings
 from simmim.tasks.detection.heads import (
-    DetectionHead,
     Found,
     InstanceMask2Former,
     RTDetr,
     build_detector,
 )
 from simmim.tasks.detection.metric import mean_average_precision, most_certain, results_of
+from simmim.tasks.detection.recipe import DetectionRecipe
 from simmim.tasks.segmentation.backbone import check_installed
-from simmim.tasks.segmentation.dense_stage import DenseRecipe, DenseStage
+from simmim.tasks.segmentation.dense_stage import DenseStage
 from simmim.tasks.segmentation.overlays import draw_objects, square_picture_of
-from simmim.tasks.segmentation.settings import DenseData
 from swinv2 import SwinV2
-
-
-@settings
-class DetectionData(DenseData):
-    """Images, and JSON files of COCO's format that say what is in them."""
-
-    images: str
-    """Folder of the images to train on."""
-    annotations: str
-    """JSON file of their objects."""
-    validation_images: str | None = None
-    """Folder of the images to validate on; null is `images`."""
-    validation_annotations: str | None = None
-    """JSON file of their objects; null validates on nothing."""
-    scale: tuple[float, float] = (0.1, 2.0)
-    """Large-scale jitter: factor of the size at which an image just fits, from and to."""
-
-
-@settings
-class DetectionRecipe(DenseRecipe):
-    """Detection or instance segmentation on a Swin Transformer V2."""
-
-    task: Literal["detection"]
-    data: DetectionData
-    """The images."""
-    head: DetectionHead = DetectionHead()
-    """What stands on the encoder."""
-    picture_score: float = 0.5
-    """Least score of what is drawn."""
-
-    @property
-    def best_metric(self) -> str:
-        """Mean average precision of masks where they are found, else of boxes."""
-        return "mask_map" if self.head.finds_masks else "box_map"
-
-    def class_names(self) -> tuple[str, ...]:
-        """Return the names of the categories."""
-        return category_names(self.data.annotations)
-
-    def build(self, encoder: SwinV2, names: Sequence[str]) -> InstanceMask2Former | RTDetr:
-        """Return the model; see `DenseRecipe.build`."""
-        return build_detector(encoder, names, self.head)
 
 
 class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
@@ -102,6 +58,18 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
                     one.require_masks()
         training = training.share(data.fraction, seed=data.fraction_seed)
         super().__init__(recipe, training, validation, training.class_names)
+
+    @staticmethod
+    def class_names(recipe: DetectionRecipe) -> tuple[str, ...]:
+        """Return the names of the categories."""
+        return category_names(recipe.data.annotations)
+
+    @staticmethod
+    def build_model(
+        recipe: DetectionRecipe, encoder: SwinV2, names: Sequence[str]
+    ) -> InstanceMask2Former | RTDetr:
+        """Return the model; see `DenseStage.build_model`."""
+        return build_detector(encoder, names, recipe.head)
 
     def training_transform(self) -> JitterTransform:
         """Return what scales, crops and mirrors an image with its objects."""

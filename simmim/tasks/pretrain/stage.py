@@ -1,10 +1,9 @@
-"""Pretraining: SimMIM on unlabelled shards. The recipe, and what the training loop needs of it."""
+"""SimMIM pretraining on unlabelled images: the stage that the training loop runs."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from simmim.data.datasets.mixture import order_of
 from simmim.data.loader.batches import Batch, BatchStream, evaluation_batches
-from simmim.data.settings import AugmentedDataSettings, DataSettings, with_statistics
+from simmim.data.settings import DataSettings, with_statistics
 from simmim.data.transforms.image_transforms import EvalTransform
 from simmim.engine.checkpoint.directory import (
     TrainingState,
@@ -22,18 +21,16 @@ from simmim.engine.checkpoint.directory import (
 )
 from simmim.engine.checkpoint.ema import load_average
 from simmim.engine.run import RunFolder
-from simmim.engine.settings import TrainingSettings
 from simmim.method.masking import MaskGenerator
 from simmim.method.model import SimMIM
-from simmim.method.settings import LossSettings, MaskSettings
-from simmim.recipe import load, recipe_hash, settings
+from simmim.recipe import load, recipe_hash
 from simmim.report.panels import reconstruction_panel
-from simmim.tasks.batches import check_slots, train_transform, training_batches
+from simmim.tasks.batches import train_transform, training_batches
 from simmim.tasks.classification.classifier import pool
 from simmim.tasks.drop_path_noise import sample_drop_path_noise
-from simmim.tasks.encoder_settings import EncoderSettings, ExecutionSettings
 from simmim.tasks.normalisation import Normalise
-from simmim.tasks.probe.online import OnlineProbe, OnlineProbeSettings
+from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.probe.online import OnlineProbe
 from swinv2 import build_encoder, save_encoder
 from swinv2.config_file import Provenance
 from swinv2.flops import forward_flops
@@ -41,62 +38,6 @@ from swinv2.flops import forward_flops
 PANEL_IMAGES = 8
 BASELINE_IMAGES = 256
 """Held-out images that the baseline is measured on before training, to be quick."""
-
-
-@settings
-class PretrainData(AugmentedDataSettings):
-    """Unlabelled shards and their augmentation."""
-
-    image_size: int = 192
-    """Side of the square images in pixels."""
-    scale: tuple[float, float] = (0.67, 1.0)
-    """Share of the image's area that the random crop takes, from and to."""
-
-
-@settings
-class PretrainRecipe:
-    """SimMIM pretraining of a Swin Transformer V2."""
-
-    task: Literal["pretrain"]
-    """What this recipe does."""
-    encoder: EncoderSettings
-    """The encoder."""
-    data: PretrainData
-    """The images."""
-    mask: MaskSettings = MaskSettings()
-    """What is hidden."""
-    loss: LossSettings = LossSettings()
-    """What is asked for."""
-    execution: ExecutionSettings = ExecutionSettings()
-    """How the encoder is computed."""
-    probe: OnlineProbeSettings | None = None
-    """Frozen features are tried on labelled images now and then; null does without."""
-    training: TrainingSettings
-    """The training."""
-
-    def __post_init__(self) -> None:
-        size, cell = self.data.image_size, self.mask.cell
-        if cell % self.encoder.patch_size:
-            raise ValueError(
-                f"mask.cell {cell} is no multiple of encoder.patch_size "
-                f"{self.encoder.patch_size}, so cells would cut through patches."
-            )
-        self.mask.grid((size, size))
-        self.encoder.check_channels(self.data.mean)
-        check_slots(self.data.slots, self.training)
-        if self.training.optimizer.layer_decay != 1.0:
-            raise ValueError("training.optimizer.layer_decay belongs to fine-tuning; leave it 1.")
-        config = self.encoder.config(size)  # raises where the sizes cannot work together
-        self.execution.check_stages(len(config.depths))
-
-    def draw_mask(self) -> MaskGenerator:
-        """Return what draws the mask of an image.
-
-        Raises:
-            ValueError: mask cells do not tile the image, or hide all of it.
-        """
-        size = (self.data.image_size, self.data.image_size)
-        return MaskGenerator.from_settings(self.mask, size)
 
 
 def build_model(recipe: PretrainRecipe) -> SimMIM:
@@ -151,12 +92,13 @@ class PretrainStage:
         recipe.execution.apply(self.model.encoder)
         self.module = PretrainModule(self.model, recipe.data, seed=recipe.training.seed)
         self.depths = self.model.encoder.config.depths
-        self.draw_mask = recipe.draw_mask()
+        size = (recipe.data.image_size, recipe.data.image_size)
+        self.draw_mask = MaskGenerator.from_settings(recipe.mask, size)
         self.online_probe = None
         if recipe.probe is not None:
-            size = (recipe.encoder.in_channels, *self.model.encoder.config.image_size)
+            shape = (recipe.encoder.in_channels, *size)
             self.online_probe = OnlineProbe(
-                recipe.probe, size, width=self.model.encoder.num_features, data=recipe.data
+                recipe.probe, shape, width=self.model.encoder.num_features, data=recipe.data
             )
 
     @property

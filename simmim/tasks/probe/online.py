@@ -4,7 +4,6 @@ The ranks share the images, and each decides the classes of its part: none waits
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -15,50 +14,15 @@ from simmim.data.loader.bad_samples import BadSamples
 from simmim.data.loader.batches import Batch, evaluation_batches
 from simmim.data.settings import DataSettings, open_sets
 from simmim.data.transforms.image_transforms import EvalTransform
-from simmim.limits import check_least
-from simmim.recipe import settings
 from simmim.tasks.classification.classifier import score
 from simmim.tasks.labelled_data import open_labelled
 from simmim.tasks.probe.probe import (
     Features,
-    ProbeSettings,
     knn_votes,
     linear_logits,
     standardise,
 )
-
-
-@settings
-class OnlineProbeSettings:
-    """A classifier on frozen features, to see if pretraining learns what classes are made of."""
-
-    shards: str
-    """Folder of labelled shards that data-prep made, or its URL; or of a folder of images for each
-    class."""
-    validation: str | None = None
-    """Other images of the same classes, which are classified; null holds out
-    `validation_shards`."""
-    validation_shards: int = 1
-    """Shards at the end of the set that are held out to be classified."""
-    every: int = 5000
-    """Steps between probes; there is one before training, of random weights, and one at the end."""
-    kind: Literal["knn", "linear", "both"] = "knn"
-    """knn: nearest neighbours vote; linear: a linear classifier is fitted; or both."""
-    samples: int = 10_000
-    """Most labelled images that are known, the same share of each class."""
-    validation_samples: int = 5_000
-    """Most images that are classified, the same share of each class."""
-    batch_size: int = 256
-    """Images that all processes together encode at a time."""
-    classifier: ProbeSettings = ProbeSettings()
-    """How they vote and how a line is fitted."""
-
-    def __post_init__(self) -> None:
-        if self.validation is None and self.validation_shards < 1:
-            raise ValueError(
-                "a probe needs images to classify: set validation_shards to 1 or more."
-            )
-        check_least(self, 1, "every", "samples", "validation_samples", "batch_size")
+from simmim.tasks.probe.recipe import OnlineProbeSettings
 
 
 class OnlineProbe:

@@ -14,14 +14,12 @@ from tqdm import tqdm
 from simmim.data.datasets.mixture import Shards
 from simmim.data.loader.batches import evaluation_batches
 from simmim.data.order.randomness import shuffled
-from simmim.data.settings import RemoteSettings, open_sets
+from simmim.data.settings import open_sets
 from simmim.data.transforms.image_transforms import EvalTransform
-from simmim.data.transforms.pillow_decoding import MAX_PIXELS
-from simmim.limits import check_least, check_shares
-from simmim.recipe import settings
 from simmim.tasks.classification.classifier import pooled_features, score
 from simmim.tasks.labelled_data import open_labelled
 from simmim.tasks.normalisation import Normalise
+from simmim.tasks.probe.recipe import ProbeData, ProbeRecipe, ProbeSettings
 from swinv2 import SwinV2, build_encoder, load_encoder
 from swinv2.config_file import read_encoder_config
 
@@ -32,83 +30,6 @@ L2_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
 
 BLOCK_SIMILARITIES = 2**26
 """Similarities held at a time while neighbours are searched: 256 MB."""
-
-
-@settings
-class ProbeData(RemoteSettings):
-    """Labelled shards, and how they are read."""
-
-    shards: str
-    """Folder of labelled shards that data-prep made, or its URL; or of a folder of images for each
-    class."""
-    validation: str | None = None
-    """Other images of the same classes, all of them for validation; null holds out
-    `validation_shards`."""
-    validation_shards: int = 1
-    """Shards at the end of the set that are held out for validation."""
-    fraction: float = 1.0
-    """Share of each class's training images that is used, above 0 and at most 1."""
-    fraction_seed: int = 0
-    """Seed of that choice."""
-    image_size: int | None = None
-    """Side of the square images in pixels; null takes the encoder's."""
-    window_size: int | None = None
-    """Side of the attention windows in tokens; null takes the encoder's."""
-    crop_pct: float = 1.0
-    """Share of the short side that the central crop keeps, above 0 and at most 1."""
-    batch_size: int = 128
-    """Images that are encoded together."""
-    workers: int = 2
-    """Worker processes that decode; 0 decodes in the process itself."""
-    max_pixels: int = MAX_PIXELS
-    """Images of more pixels are refused from their header, before anything is decoded."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.validation is None and self.validation_shards < 1:
-            raise ValueError("a probe needs validation images: set validation_shards to 1 or more.")
-        check_least(self, 1, "batch_size", "max_pixels")
-        check_least(self, 0, "workers")
-        check_shares(self, "fraction", "crop_pct")
-
-
-@settings
-class ProbeSettings:
-    """Two classifiers on frozen features."""
-
-    neighbours: int = 20
-    """Nearest training images that vote on the class of an image."""
-    temperature: float = 0.07
-    """A neighbour's vote is exp(cosine similarity / temperature)."""
-    linear_steps: int = 100
-    """Most L-BFGS steps over all training features for the linear classifier."""
-
-    def __post_init__(self) -> None:
-        check_least(self, 1, "neighbours", "linear_steps")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be above 0.")
-
-
-@settings
-class ProbeRecipe:
-    """A probe of an encoder's frozen features."""
-
-    task: Literal["probe"] = "probe"
-    """What this recipe does."""
-    encoder: str
-    """Encoder directory."""
-    init: Literal["pretrained", "scratch", "both"] = "both"
-    """Weights: the directory's, random ones in the same architecture, or one after the other."""
-    seed: int = 0
-    """Seed of the random weights."""
-    data: ProbeData
-    """The images."""
-    probe: ProbeSettings = ProbeSettings()
-    """The classifiers."""
-
-    def __post_init__(self) -> None:
-        if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}; it must fit into 64 bits.")
 
 
 @dataclass(frozen=True, kw_only=True)

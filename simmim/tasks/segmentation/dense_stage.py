@@ -15,50 +15,18 @@ from torch import Tensor, nn
 
 from simmim.data.loader.batches import Batch
 from simmim.engine.run import RunFolder
-from simmim.limits import check_least
-from simmim.recipe import settings
 from simmim.tasks.drop_path_noise import sample_drop_path_noise
-from simmim.tasks.fine_tuning import Data, FineTuningRecipe, FineTuningStage
+from simmim.tasks.fine_tuning import DataT, FineTuningStage
 from simmim.tasks.normalisation import Normalise
 from simmim.tasks.pretrained import Start
 from simmim.tasks.segmentation.backbone import drawing_by, dropping_by
 from simmim.tasks.segmentation.overlays import palette, write_panel
+from simmim.tasks.segmentation.recipe import DenseRecipe
 from simmim.tasks.segmentation.save_heads import count_flops, save_dense
-from simmim.tasks.segmentation.settings import DenseData
 from swinv2 import SwinV2, save_encoder
 from swinv2.bridges.transformers_backbone import encoder_from_backbone
 
-
-@settings
-class DenseRecipe(FineTuningRecipe):
-    """A head of transformers on the encoder as its backbone."""
-
-    data: DenseData
-    """The images."""
-    pictures: int = 4
-    """Validation images that are drawn with what is found in them; 0 draws none."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, 0, "pictures")
-
-    def build(self, encoder: SwinV2, names: Sequence[str]) -> Any:
-        """Return the model, with the weights of an encoder and a fresh head.
-
-        It has `net`, the model of transformers; `backbone`, the encoder within it; and `loss`, of
-        normalised images and the targets of a batch.
-
-        Args:
-            encoder: it is copied.
-            names: of the classes.
-
-        Raises:
-            ValueError: a part is not installed, or the encoder does not suit the head.
-        """
-        raise NotImplementedError
-
-
-Recipe = TypeVar("Recipe", bound=DenseRecipe)
+RecipeT = TypeVar("RecipeT", bound=DenseRecipe)
 
 
 class DenseModule(nn.Module):
@@ -82,7 +50,7 @@ class DenseModule(nn.Module):
             return loss
 
 
-class DenseStage(FineTuningStage[Recipe, Data]):
+class DenseStage(FineTuningStage[RecipeT, DataT]):
     """A stage with a model of transformers, which it draws, counts and hands on.
 
     Args:
@@ -94,26 +62,43 @@ class DenseStage(FineTuningStage[Recipe, Data]):
 
     start: Start[SwinV2]
     model: Any
-    """What `DenseRecipe.build` returned."""
+    """What `build_model` returned."""
     module: DenseModule
     captions: Sequence[str]
     """What stands above the columns of pictures."""
 
     def __init__(
-        self, recipe: Recipe, training: Data, validation: Data | None, names: Sequence[str]
+        self, recipe: RecipeT, training: DataT, validation: DataT | None, names: Sequence[str]
     ) -> None:
         super().__init__(recipe, training, validation)
         self.names = names
         seed = recipe.training.seed
-        start = recipe.start()
+        start = self.load_initial(recipe)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model = recipe.build(start.encoder, names)
+            self.model = self.build_model(recipe, start.encoder, names)
         self.start = replace(start, encoder=self.model.backbone.encoder)
         # While it is whole: what is shared out cannot be copied.
         self._flops = count_flops(self.model.net, self.model.backbone, recipe.data.image_size)
         recipe.execution.apply(self.start.encoder)
         self.module = DenseModule(self.model, self.start, self.targets_of, seed=seed)
+
+    @staticmethod
+    @abstractmethod
+    def build_model(recipe: RecipeT, encoder: SwinV2, names: Sequence[str]) -> Any:
+        """Return the model, with the weights of an encoder and a fresh head.
+
+        It has `net`, the model of transformers; `backbone`, the encoder within it; and `loss`, of
+        normalised images and the targets of a batch.
+
+        Args:
+            recipe: names the head and its sizes.
+            encoder: it is copied.
+            names: of the classes.
+
+        Raises:
+            ValueError: a part is not installed, or the encoder does not suit the head.
+        """
 
     @staticmethod
     def targets_of(batch: Batch) -> Any:

@@ -5,64 +5,17 @@ Sources: UperNet (ECCV 2018), Mask2Former (CVPR 2022).
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simmim.data.transforms.label_image import IGNORED
-from simmim.limits import check_least
-from simmim.recipe import settings
 from simmim.tasks.segmentation.backbone import described, last_maps
+from simmim.tasks.segmentation.recipe import SegmentationHead
 from swinv2 import SwinV2
 from swinv2.bridges.transformers_backbone import fill_backbone
-
-
-@settings
-class SegmentationHead:
-    """The head on the encoder."""
-
-    kind: Literal["upernet", "mask2former"] = "upernet"
-    """UperNet (the paper's), or Mask2Former. Batch norms of UperNet see the images of all GPUs at a
-    time (SyncBatchNorm); on CPUs each process's own, of which there should be two at least."""
-    channels: int | None = None
-    """Channels of the head; null is the publications': 512 of UperNet, 256 of Mask2Former, which
-    takes a multiple of 32."""
-    auxiliary_weight: float = 0.4
-    """UperNet: weight of the loss of a second, small head on the last map but one; 0 has none."""
-    auxiliary_channels: int = 256
-    """UperNet: channels of that head."""
-    queries: int = 100
-    """Mask2Former: masks that are proposed for an image."""
-    decoder_layers: int = 10
-    """Mask2Former: layers of the transformer decoder and one; the paper's is 10."""
-    points: int = 12544
-    """Mask2Former: places of a mask that the loss looks at."""
-
-    def __post_init__(self) -> None:
-        check_least(self, 1, "channels", "auxiliary_channels", "queries", "points")
-        check_least(self, 2, "decoder_layers")
-        check_least(self, 0, "auxiliary_weight")
-        if self.kind == "mask2former" and (self.channels or 32) % 32:
-            raise ValueError(f"channels is {self.channels}; Mask2Former takes a multiple of 32.")
-
-
-class Segmenter(Protocol):
-    """A model that tells the class of every pixel."""
-
-    net: Any
-    """The model of transformers."""
-
-    @property
-    def backbone(self) -> Any:
-        """The encoder within it."""
-
-    def loss(self, images: Tensor, classes: Tensor) -> Tensor:
-        """Return the mean loss over normalised images and uint8 (batch, rows, columns) classes."""
-
-    def scores(self, images: Tensor) -> Tensor:
-        """Return (batch, classes, rows, columns) for normalised images: probabilities, or sums."""
 
 
 class UperNet(nn.Module):
@@ -101,11 +54,11 @@ class UperNet(nn.Module):
 
     @property
     def backbone(self) -> Any:
-        """The encoder; see `Segmenter`."""
+        """The encoder."""
         return self.net.backbone
 
     def loss(self, images: Tensor, classes: Tensor) -> Tensor:
-        """Return the cross entropy, with that of the auxiliary head; see `Segmenter`."""
+        """Return the cross entropy, plus the weighted one of the auxiliary head."""
         self._spare_lone_values(len(images))
         maps = self.backbone.forward_with_filtered_kwargs(images).feature_maps
         total = _cross_entropy(self.net.decode_head(maps), classes)
@@ -115,7 +68,7 @@ class UperNet(nn.Module):
         return total
 
     def scores(self, images: Tensor) -> Tensor:
-        """Return probabilities; see `Segmenter`."""
+        """Return probabilities, (batch, classes, rows, columns)."""
         maps = self.backbone.forward_with_filtered_kwargs(images).feature_maps
         logits = self.net.decode_head(maps).float()
         return _enlarged(logits, images.shape[-2:]).softmax(dim=1)
@@ -144,11 +97,11 @@ class Mask2Former(nn.Module):
 
     @property
     def backbone(self) -> Any:
-        """The encoder; see `Segmenter`."""
+        """The encoder."""
         return self.net.model.pixel_level_module.encoder
 
     def loss(self, images: Tensor, classes: Tensor) -> Tensor:
-        """Return the loss over masks, a mask for each class of an image; see `Segmenter`."""
+        """Return the loss over masks, a mask for each class of an image."""
         labels = [one[one != IGNORED].unique() for one in classes]
         masks = [
             (one[None] == there[:, None, None]).float()
@@ -161,7 +114,7 @@ class Mask2Former(nn.Module):
         return loss
 
     def scores(self, images: Tensor) -> Tensor:
-        """Return sums over masks of the probability of class and pixel; see `Segmenter`."""
+        """Return sums over masks of the probability of class and pixel."""
         found = self.net(pixel_values=images)
         classes = found.class_queries_logits.float().softmax(dim=-1)[..., :-1]
         masks = _enlarged(found.masks_queries_logits.float(), images.shape[-2:]).sigmoid()

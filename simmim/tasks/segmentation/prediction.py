@@ -1,51 +1,16 @@
 """Classes of all pixels of an image: whole or in windows, at several scales, mirrored or not."""
 
 from collections.abc import Callable, Iterator
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simmim.limits import check_least
-from simmim.recipe import settings
+from simmim.tasks.segmentation.recipe import SegmentationEvaluation
 
 Scores = Callable[[Tensor], Tensor]
 """Turns normalised images (batch, channels, rows, columns) into the score of each class for each
 pixel, (batch, classes, rows, columns): probabilities, or other numbers that may be averaged."""
-
-
-@settings
-class SegmentationEvaluation:
-    """How an image is looked at to tell the classes of its pixels."""
-
-    mode: Literal["whole", "slide"] = "whole"
-    """The whole image at once, or square windows of it, averaged where they overlap."""
-    size: int | None = None
-    """Side of the windows in pixels; null is data.image_size."""
-    stride: int | None = None
-    """Pixels from one window to the next; null is two thirds of a window."""
-    window_size: int | None = None
-    """Side of the attention windows in tokens; null is encoder.window_size. 56 with a size of 896
-    is the paper's for an encoder trained at 640 with 40."""
-    scales: tuple[float, ...] = (1.0,)
-    """Factors of the image's size whose scores are averaged."""
-    flip: bool = False
-    """Average with the scores of the mirrored image too."""
-
-    def __post_init__(self) -> None:
-        check_least(self, 1, "size", "stride", "window_size")
-        if not self.scales or min(self.scales) <= 0:
-            raise ValueError(f"scales are {self.scales}; give at least one, all above 0.")
-
-    def check_stride(self, side: int) -> None:
-        """Raise ValueError where windows leave gaps; `side` is theirs where no size is given."""
-        size = self.size or side
-        if self.mode == "slide" and self.stride is not None and self.stride > size:
-            raise ValueError(
-                f"evaluation.stride is {self.stride} and leaves gaps between windows of {size} "
-                "pixels: choose a smaller one."
-            )
 
 
 def predict(

@@ -3,123 +3,24 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from simmim.data.datasets.label_maps import LabelledFolder, Layout
+from simmim.data.datasets.label_maps import LabelledFolder
 from simmim.data.loader.batches import Batch, BatchStream
-from simmim.data.transforms.label_image import MOST_CLASSES, LabelReading
+from simmim.data.transforms.label_image import LabelReading
 from simmim.data.transforms.segmentation_transforms import SegmentationTransform, SegmentationView
 from simmim.data.transforms.targets import ClassMap
-from simmim.limits import check_least, check_shares
-from simmim.recipe import settings
-from simmim.tasks.segmentation.dense_stage import DenseRecipe, DenseStage
-from simmim.tasks.segmentation.heads import Mask2Former, SegmentationHead, UperNet, build_segmenter
+from simmim.tasks.segmentation.dense_stage import DenseStage
+from simmim.tasks.segmentation.heads import Mask2Former, UperNet, build_segmenter
 from simmim.tasks.segmentation.metric import confusion, segmentation_figures
 from simmim.tasks.segmentation.overlays import paint_classes, picture_of
-from simmim.tasks.segmentation.prediction import SegmentationEvaluation, classes_of, predict
-from simmim.tasks.segmentation.settings import DenseData
+from simmim.tasks.segmentation.prediction import classes_of, predict
+from simmim.tasks.segmentation.recipe import SegmentationData, SegmentationRecipe
 from swinv2 import SwinV2
-
-
-@settings
-class SegmentationData(DenseData):
-    """Images with a label image each, and their augmentation."""
-
-    folder: str
-    """Folder of images, and of annotations: PNGs with the number of a class for each pixel, grey or
-    palette, of the names of their images."""
-    layout: Layout = Layout()
-    """Where both lie in it."""
-    train: str = "training"
-    """Name of the split to train on."""
-    validation: str | None = "validation"
-    """Name of the split to validate on; null validates on nothing."""
-    num_classes: int
-    """Number of classes, at most 255."""
-    class_names: tuple[str, ...] | None = None
-    """Their names, in the order of their numbers; null calls them class 0, class 1, ..."""
-    ignore_label: int | None = 255
-    """Number in the annotations that stands for no class."""
-    reduce_zero_label: bool = False
-    """Whether 0 stands for no class and the classes count from 1, as in ADE20K."""
-    short_side: int | None = None
-    """Pixels that the short side of an image is scaled to, before the random scale and for
-    validation; null keeps the image's own."""
-    scale: tuple[float, float] = (0.5, 2.0)
-    """Factor of the image's size before the crop, from and to."""
-    largest_class: float = 0.75
-    """Share of a crop that a single class may have; ten crops are tried."""
-    photometric: bool = True
-    """Change brightness, contrast, saturation and hue at random, as SSD does."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, 1, "short_side")
-        splits = [self.train] if self.validation is None else [self.train, self.validation]
-        folders = {self.layout.folders(Path(self.folder), split)[0] for split in splits}
-        if len(folders) < len(splits):
-            raise ValueError(
-                f"training and validation take the same images, those of {min(folders)}: put "
-                "{split} into data.layout.images, or set data.validation to another split or null."
-            )
-        check_shares(self, "largest_class")
-        if not 1 <= self.num_classes <= MOST_CLASSES:
-            raise ValueError(f"num_classes is {self.num_classes}; from 1 to {MOST_CLASSES}.")
-        if self.class_names is not None and len(self.class_names) != self.num_classes:
-            raise ValueError(
-                f"class_names has {len(self.class_names)} names for {self.num_classes} classes."
-            )
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the classes."""
-        return self.class_names or tuple(f"class {one}" for one in range(self.num_classes))
-
-    @property
-    def reading(self) -> LabelReading:
-        """How annotations are read."""
-        return LabelReading(
-            num_classes=self.num_classes,
-            ignore_label=self.ignore_label,
-            reduce_zero_label=self.reduce_zero_label,
-            max_pixels=self.max_pixels,
-        )
-
-
-@settings
-class SegmentationRecipe(DenseRecipe):
-    """Semantic segmentation on a Swin Transformer V2, pretrained or from scratch."""
-
-    task: Literal["segmentation"]
-    data: SegmentationData
-    """The images."""
-    head: SegmentationHead = SegmentationHead()
-    """What stands on the encoder."""
-    evaluation: SegmentationEvaluation = SegmentationEvaluation()
-    """How validation looks at images."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.evaluation.check_stride(self.data.image_size)
-
-    @property
-    def best_metric(self) -> str:
-        """Mean intersection over union."""
-        return "miou"
-
-    def class_names(self) -> tuple[str, ...]:
-        """Return the names of the classes."""
-        return self.data.names
-
-    def build(self, encoder: SwinV2, names: Sequence[str]) -> UperNet | Mask2Former:
-        """Return the model; see `DenseRecipe.build`."""
-        return build_segmenter(encoder, names, self.head)
 
 
 class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
@@ -145,6 +46,18 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
         super().__init__(recipe, training, validation, data.names)
 
     @staticmethod
+    def class_names(recipe: SegmentationRecipe) -> tuple[str, ...]:
+        """Return the names of the classes."""
+        return recipe.data.names
+
+    @staticmethod
+    def build_model(
+        recipe: SegmentationRecipe, encoder: SwinV2, names: Sequence[str]
+    ) -> UperNet | Mask2Former:
+        """Return the model; see `DenseStage.build_model`."""
+        return build_segmenter(encoder, names, recipe.head)
+
+    @staticmethod
     def targets_of(batch: Batch) -> Tensor:
         """Return the classes of all pixels: uint8 (batch, rows, columns)."""
         return torch.stack([class_map(batch, row) for row in range(len(batch))])
@@ -162,7 +75,7 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
         return SegmentationTransform(
             side=data.image_size,
             seed=self.recipe.training.seed,
-            labels=data.reading,
+            labels=label_reading(data),
             mean=self.start.mean,
             short_side=data.short_side,
             scale=data.scale,
@@ -191,7 +104,7 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
         """Return what shows a whole image."""
         data = self.recipe.data
         return SegmentationView(
-            labels=data.reading,
+            labels=label_reading(data),
             short_side=data.short_side,
             channels=self.start.encoder.config.in_channels,
             max_pixels=data.max_pixels,
@@ -236,6 +149,16 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
                 found = self._predict(accelerator, batch).cpu().numpy().astype(np.uint8)
                 painted = [paint_classes(pixels, classes, colours) for classes in (truth, found)]
                 yield [pixels, *painted]
+
+
+def label_reading(data: SegmentationData) -> LabelReading:
+    """Return how annotations are read."""
+    return LabelReading(
+        num_classes=data.num_classes,
+        ignore_label=data.ignore_label,
+        reduce_zero_label=data.reduce_zero_label,
+        max_pixels=data.max_pixels,
+    )
 
 
 def class_map(batch: Batch, row: int = 0) -> Tensor:

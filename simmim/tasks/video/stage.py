@@ -3,29 +3,25 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from simmim.data.clip_settings import ClipData
 from simmim.data.datasets.clips import ClipSet
 from simmim.data.loader.batches import Batch
 from simmim.data.transforms.clip_transforms import CHANNELS, EvaluationClip, TrainClip, unfolded
 from simmim.data.transforms.frames import require_decoder
-from simmim.limits import check_least
-from simmim.recipe import settings
-from simmim.tasks.classification.base import ClassifyingRecipe, ClassifyingStage
 from simmim.tasks.classification.classifier import Classifier
+from simmim.tasks.classification.stage import ClassifierStage
 from simmim.tasks.drop_path_noise import sample_drop_path_noise
-from simmim.tasks.encoder_settings import EncoderSettings
 from simmim.tasks.normalisation import Normalise
-from simmim.tasks.pretrained import SCRATCH, Start, source_of, start_from
+from simmim.tasks.pretrained import Start, source_of, start_from
+from simmim.tasks.recipe import SCRATCH
+from simmim.tasks.video.recipe import VideoRecipe
 from swinv2 import (
     Provenance,
-    VideoConfig,
     VideoSwinV2,
     inflate,
     load_video_encoder,
@@ -33,37 +29,7 @@ from swinv2 import (
     read_video_config,
     save_video_encoder,
 )
-from swinv2.config import video_config
 from swinv2.config_file import is_video_encoder
-
-
-@settings
-class VideoEncoderSettings(EncoderSettings):
-    """A Swin Transformer V2 encoder of clips."""
-
-    frame_patch: int = 1
-    """Frames of a patch; data.frames is a multiple of it."""
-    window_frames: int = 8
-    """Attention window along time in tokens; clamped where a clip has fewer."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, 1, "frame_patch", "window_frames")
-        if self.in_channels != CHANNELS:
-            raise ValueError(f"in_channels is {self.in_channels}; clips have {CHANNELS}.")
-
-    def video_config(self, image_size: int, frames: int) -> VideoConfig:
-        """Return the encoder's configuration for clips of square frames.
-
-        Raises:
-            ValueError: the sizes cannot work together.
-        """
-        return video_config(
-            self.config(image_size),
-            frames=frames,
-            frame_patch=self.frame_patch,
-            window_frames=self.window_frames,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,28 +40,64 @@ class VideoStart(Start[VideoSwinV2]):
     """Where the weights of images come from that those of the encoder began as."""
 
 
-@settings
-class VideoRecipe(ClassifyingRecipe):
-    """Classification of clips on a Swin Transformer V2 with windows in time and space."""
+class VideoModule(nn.Module):
+    """Cross entropy with label smoothing over batches of clips as they travelled."""
 
-    task: Literal["video"]
-    init: str = SCRATCH
-    """`scratch`, or what to start from: the directory of an encoder of images, whose weights are
-    inflated so that a still clip gives the features of its image, or of one of clips; or the folder
-    of a run that has ended. It brings its architecture and its mean and std: of `encoder` only
-    `window_size`, `window_frames`, `frame_patch` (for images) and `drop_path` then apply, and
-    data.mean and data.std do not. A video run brings its head too, where it knows all classes."""
-    encoder: VideoEncoderSettings
-    """The encoder."""
-    data: ClipData
-    """The clips."""
+    def __init__(
+        self,
+        model: Classifier,
+        start: VideoStart,
+        *,
+        frames: int,
+        label_smoothing: float,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.frames = frames
+        self.seed = seed
+        self.normalise = Normalise(start.mean, start.std)
+        self.label_smoothing = label_smoothing
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        # Raises where sizes cannot work.
-        self.encoder.video_config(self.data.image_size, self.data.frames)
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the mean loss over a batch."""
+        assert batch.labels is not None
+        clips = self.clips(batch.images, batch.flips)
+        logits = self.model(clips, sample_drop_path_noise(self.model.encoder, batch, self.seed))
+        return F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.label_smoothing)
 
-    def start(self) -> VideoStart:
+    def clips(self, images: Tensor, flips: Tensor | None = None) -> Tensor:
+        """Return normalised clips (batch · views, frames, 3, height, width), mirrored by flips."""
+        clips = unfolded(images, self.frames)
+        of_frames = None if flips is None else flips.repeat_interleave(self.frames)
+        normal: Tensor = self.normalise(clips.flatten(0, 1), of_frames)
+        return normal.view(clips.shape)
+
+
+class VideoStage(ClassifierStage[VideoRecipe, ClipSet]):
+    """Classification of clips; top-1 of the single view tells the best checkpoint.
+
+    Raises:
+        ValueError: there are no clips, too few of them, or the start cannot be loaded.
+    """
+
+    start: VideoStart
+    module: VideoModule
+
+    def __init__(self, recipe: VideoRecipe) -> None:
+        require_decoder()
+        training, validation = recipe.data.open()
+        super().__init__(recipe, training, validation, training.classes)
+        self.module = VideoModule(
+            self.model,
+            self.start,
+            frames=recipe.data.frames,
+            label_smoothing=recipe.label_smoothing,
+            seed=recipe.training.seed,
+        )
+
+    @staticmethod
+    def load_initial(recipe: VideoRecipe) -> VideoStart:
         """Build the encoder that `init` asks for, with the normalisation that goes with it.
 
         Fresh weights depend on the recipe's seed alone.
@@ -104,7 +106,7 @@ class VideoRecipe(ClassifyingRecipe):
             ValueError: `init` is neither an encoder directory nor a run that has ended, or its
                 encoder cannot take the sizes.
         """
-        init, wanted, data, seed = self.init, self.encoder, self.data, self.training.seed
+        init, wanted, data, seed = recipe.init, recipe.encoder, recipe.data, recipe.training.seed
         if init == SCRATCH:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -145,66 +147,10 @@ class VideoRecipe(ClassifyingRecipe):
             encoder=encoder, mean=start.mean, std=start.std, inflated_from=images.provenance
         )
 
-    def class_names(self) -> tuple[str, ...]:
-        """Return the classes of the clips."""
-        return self.data.open()[0].classes
-
-
-class VideoModule(nn.Module):
-    """Cross entropy with label smoothing over batches of clips as they travelled."""
-
-    def __init__(
-        self,
-        model: Classifier,
-        start: VideoStart,
-        *,
-        frames: int,
-        label_smoothing: float,
-        seed: int,
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.frames = frames
-        self.seed = seed
-        self.normalise = Normalise(start.mean, start.std)
-        self.label_smoothing = label_smoothing
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the mean loss over a batch."""
-        assert batch.labels is not None
-        clips = self.clips(batch.images, batch.flips)
-        logits = self.model(clips, sample_drop_path_noise(self.model.encoder, batch, self.seed))
-        return F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.label_smoothing)
-
-    def clips(self, images: Tensor, flips: Tensor | None = None) -> Tensor:
-        """Return normalised clips (batch · views, frames, 3, height, width), mirrored by flips."""
-        clips = unfolded(images, self.frames)
-        of_frames = None if flips is None else flips.repeat_interleave(self.frames)
-        normal: Tensor = self.normalise(clips.flatten(0, 1), of_frames)
-        return normal.view(clips.shape)
-
-
-class VideoStage(ClassifyingStage[VideoRecipe, ClipSet]):
-    """Classification of clips; top-1 of the single view tells the best checkpoint.
-
-    Raises:
-        ValueError: there are no clips, too few of them, or the start cannot be loaded.
-    """
-
-    start: VideoStart
-    module: VideoModule
-
-    def __init__(self, recipe: VideoRecipe) -> None:
-        require_decoder()
-        training, validation = recipe.data.open()
-        super().__init__(recipe, training, validation, training.classes)
-        self.module = VideoModule(
-            self.model,
-            self.start,
-            frames=recipe.data.frames,
-            label_smoothing=recipe.label_smoothing,
-            seed=recipe.training.seed,
-        )
+    @staticmethod
+    def class_names(recipe: VideoRecipe) -> tuple[str, ...]:
+        """Return the names of the classes of clips."""
+        return recipe.data.open()[0].classes
 
     def training_transform(self) -> TrainClip:
         """Return what draws frames of a clip, crops and mirrors them."""

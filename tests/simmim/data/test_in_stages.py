@@ -14,7 +14,8 @@ from simmim.data.order.errors import DataError
 from simmim.engine.run import RunFolder
 from simmim.recipe import parse, to_values
 from simmim.tasks.normalisation import Normalise
-from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
+from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.pretrain.stage import PretrainStage
 from simmim.tasks.training import launch
 from tests.simmim.data.conftest import WriteShards, encode
 from tests.simmim.data.measured import write_measured

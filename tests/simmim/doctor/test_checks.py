@@ -15,8 +15,9 @@ from simmim.doctor.pace import check_data_speed, check_duration
 from simmim.doctor.plan import check_learning_rate, check_precision, check_schedule
 from simmim.doctor.shards import check_files, check_samples, check_workers, entries_of, sets_of
 from simmim.recipe import load, parse
-from simmim.tasks.classification.stage import ClassificationRecipe
-from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
+from simmim.tasks.classification.recipe import ClassificationRecipe
+from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.pretrain.stage import PretrainStage
 
 ROOT = Path(__file__).parents[3]
 

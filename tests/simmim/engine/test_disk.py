@@ -17,7 +17,8 @@ from simmim.engine.checkpoint.saver import Saver
 from simmim.engine.loop import build_accelerator, train
 from simmim.engine.run import RunFolder
 from simmim.recipe import parse
-from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
+from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.pretrain.stage import PretrainStage
 
 TMPFS_BYTES = 8 * 2**20
 

@@ -21,7 +21,8 @@ import yaml
 import data_prep.cli
 import simmim.cli
 from simmim.recipe import load
-from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
+from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.pretrain.stage import PretrainStage
 
 EPOCHS = 3
 BATCH = 16

@@ -15,7 +15,8 @@ from simmim.engine.monitor.anomalies import DivergedError
 from simmim.engine.run import RunFolder
 from simmim.engine.settings import OptimizerSettings, TrainingSettings
 from simmim.recipe import parse
-from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
+from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.pretrain.stage import PretrainStage
 
 
 def run_training(

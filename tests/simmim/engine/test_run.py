@@ -9,7 +9,7 @@ import yaml
 
 from simmim.engine.run import FREE_TO_CHANGE, RunFolder
 from simmim.recipe import RecipeError, load, parse, to_values, to_yaml
-from simmim.tasks.pretrain.stage import PretrainRecipe
+from simmim.tasks.pretrain.recipe import PretrainRecipe
 
 VALUES: dict[str, Any] = {
     "task": "pretrain",

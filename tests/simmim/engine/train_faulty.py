@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 import simmim.cli
-import simmim.tasks.all_tasks
+import simmim.tasks.pretrain.stage
 from simmim.data.datasets.mixture import Shards
 from simmim.data.loader.batches import Batch
-from simmim.tasks.pretrain.stage import PretrainModule, PretrainRecipe, PretrainStage
+from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.pretrain.stage import PretrainModule, PretrainStage
 
 
 class FaultyModule(PretrainModule):
@@ -57,5 +58,5 @@ def faulty(fault: str) -> type[PretrainStage]:
 
 
 if __name__ == "__main__":
-    simmim.tasks.all_tasks.PretrainStage = faulty(sys.argv.pop(1))  # type: ignore[attr-defined, misc]
+    simmim.tasks.pretrain.stage.PretrainStage = faulty(sys.argv.pop(1))  # type: ignore[attr-defined, misc]
     simmim.cli.run()

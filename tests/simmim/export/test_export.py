@@ -16,8 +16,10 @@ from simmim.export.import_encoder import Known, import_encoder
 from simmim.export.load_trained import read_source
 from simmim.recipe import parse
 from simmim.tasks.classification.classifier import load_classifier
-from simmim.tasks.classification.stage import ClassificationRecipe, ClassificationStage
-from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
+from simmim.tasks.classification.recipe import ClassificationRecipe
+from simmim.tasks.classification.stage import ClassificationStage
+from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.pretrain.stage import PretrainStage
 from simmim.tasks.pretrained import source_of
 from swinv2.bridges.reference import import_reference
 from swinv2.bridges.timm import import_timm

@@ -15,7 +15,8 @@ from simmim.engine.run import RunFolder
 from simmim.recipe import parse
 from simmim.report.charts import POINTS, Series, chart, ticks
 from simmim.report.page import write_report
-from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
+from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.pretrain.stage import PretrainStage
 
 EMPTY = {"meta", "img"}
 

@@ -15,9 +15,11 @@ from simmim.cli import main
 from simmim.engine.checkpoint.directory import complete_checkpoints, read_model
 from simmim.engine.run import RunFolder
 from simmim.recipe import RecipeError, parse
-from simmim.tasks.classification.stage import ClassificationRecipe, ClassificationStage
-from simmim.tasks.encoder_settings import ExecutionSettings
-from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage, load_pretrained
+from simmim.tasks.classification.recipe import ClassificationRecipe
+from simmim.tasks.classification.stage import ClassificationStage
+from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.pretrain.stage import PretrainStage, load_pretrained
+from simmim.tasks.recipe import ExecutionSettings
 from swinv2 import Execution, load_encoder
 from swinv2.blocks import Block
 

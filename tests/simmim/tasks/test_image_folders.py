@@ -10,9 +10,12 @@ from accelerate.state import AcceleratorState
 from simmim.doctor.shards import check_shards
 from simmim.engine.run import RunFolder
 from simmim.recipe import parse
-from simmim.tasks.classification.stage import ClassificationRecipe, ClassificationStage
-from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
-from simmim.tasks.probe.probe import ProbeRecipe, compare
+from simmim.tasks.classification.recipe import ClassificationRecipe
+from simmim.tasks.classification.stage import ClassificationStage
+from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.pretrain.stage import PretrainStage
+from simmim.tasks.probe.probe import compare
+from simmim.tasks.probe.recipe import ProbeRecipe
 from simmim.tasks.training import launch
 
 

@@ -17,7 +17,8 @@ from simmim.engine.distributed.parallelism import gathered
 from simmim.engine.distributed.sharding import shard_by_block
 from simmim.engine.run import RunFolder
 from simmim.recipe import load
-from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
+from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.pretrain.stage import PretrainStage
 
 
 def main(config: Path, folder: Path, precision: str) -> int:

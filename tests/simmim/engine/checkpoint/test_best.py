@@ -13,7 +13,8 @@ from simmim.engine.checkpoint.directory import complete_checkpoints, load_state
 from simmim.engine.loop import build_accelerator, train
 from simmim.engine.run import RunFolder
 from simmim.recipe import parse
-from simmim.tasks.classification.stage import ClassificationRecipe, ClassificationStage
+from simmim.tasks.classification.recipe import ClassificationRecipe
+from simmim.tasks.classification.stage import ClassificationStage
 
 
 class GradedStage(ClassificationStage):

@@ -14,7 +14,8 @@ from simmim.engine.run import RunFolder
 from simmim.engine.settings import OptimizerSettings, TrainingSettings
 from simmim.export.export import read_source
 from simmim.recipe import parse
-from simmim.tasks.classification.stage import ClassificationRecipe, ClassificationStage
+from simmim.tasks.classification.recipe import ClassificationRecipe
+from simmim.tasks.classification.stage import ClassificationStage
 from swinv2 import load_encoder
 
 

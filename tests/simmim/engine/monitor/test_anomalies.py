@@ -16,7 +16,8 @@ from simmim.engine.loop import build_accelerator, train, training_step
 from simmim.engine.monitor.anomalies import Anomalies, DivergedError, poisoned
 from simmim.engine.run import RunFolder
 from simmim.recipe import parse
-from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
+from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.pretrain.stage import PretrainStage
 
 faulty = runpy.run_path(str(Path(__file__).parents[1] / "train_faulty.py"))["faulty"]
 

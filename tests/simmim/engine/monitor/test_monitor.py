@@ -14,7 +14,8 @@ from simmim.engine.monitor.progress import Clock, Forecast, duration
 from simmim.engine.monitor.utilisation import Peak, device_peak, utilisation
 from simmim.engine.run import RunFolder
 from simmim.recipe import parse
-from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
+from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.pretrain.stage import PretrainStage
 
 
 def run_training(values: dict[str, Any], folder: Path, resume: str | None = None) -> RunFolder:

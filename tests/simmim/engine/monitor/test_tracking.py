@@ -13,7 +13,8 @@ from simmim.engine.monitor.tracking import Tracking, chosen_trackers, flattened
 from simmim.engine.run import RunFolder
 from simmim.engine.settings import OptimizerSettings, TrainingSettings
 from simmim.recipe import parse
-from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
+from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.pretrain.stage import PretrainStage
 
 RECIPE = TrainingSettings(batch_size=8, steps=4, optimizer=OptimizerSettings(lr=1e-3))
 

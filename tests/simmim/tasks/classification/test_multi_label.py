@@ -13,7 +13,8 @@ from torch.nn import functional
 from simmim.engine.run import RunFolder
 from simmim.recipe import RecipeError, parse
 from simmim.tasks.classification.multi_label import average_precisions, multi_label_losses
-from simmim.tasks.classification.stage import ClassificationRecipe, ClassificationStage
+from simmim.tasks.classification.recipe import ClassificationRecipe
+from simmim.tasks.classification.stage import ClassificationStage
 from simmim.tasks.training import launch
 
 

@@ -16,7 +16,8 @@ from simmim.engine.loop import TrainingResult, build_accelerator, train
 from simmim.engine.run import RunFolder
 from simmim.recipe import RecipeError, parse
 from simmim.tasks.classification.classifier import load_classifier, save_head, score
-from simmim.tasks.classification.stage import ClassificationRecipe, ClassificationStage
+from simmim.tasks.classification.recipe import ClassificationRecipe
+from simmim.tasks.classification.stage import ClassificationStage
 from simmim.tasks.drop_path_noise import sample_drop_path_noise
 from simmim.tasks.pretrained import take_head
 from swinv2.config_file import read_encoder_config

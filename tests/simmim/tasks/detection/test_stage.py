@@ -21,7 +21,8 @@ from simmim.export.export import export
 from simmim.recipe import parse
 from simmim.tasks.detection.heads import Found
 from simmim.tasks.detection.metric import encode_mask, mean_average_precision, results_of
-from simmim.tasks.detection.stage import DetectionRecipe, DetectionStage
+from simmim.tasks.detection.recipe import DetectionRecipe
+from simmim.tasks.detection.stage import DetectionStage
 from simmim.tasks.segmentation.save_heads import answer_of, load_dense
 
 SIZE = (40, 56)

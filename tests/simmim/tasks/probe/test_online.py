@@ -15,8 +15,10 @@ from simmim.data.loader.batches import Batch
 from simmim.engine.loop import build_accelerator, train
 from simmim.engine.run import RunFolder
 from simmim.recipe import parse
-from simmim.tasks.pretrain.stage import PretrainRecipe, PretrainStage
-from simmim.tasks.probe.online import OnlineProbe, OnlineProbeSettings, at_most
+from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.pretrain.stage import PretrainStage
+from simmim.tasks.probe.online import OnlineProbe, at_most
+from simmim.tasks.probe.recipe import OnlineProbeSettings
 
 
 def stage_with(values: dict[str, Any], shards: Path, **probe: Any) -> PretrainStage:

@@ -11,9 +11,6 @@ from simmim.data.datasets.shards import ShardSet
 from simmim.recipe import RecipeError, parse
 from simmim.tasks.probe.probe import (
     Features,
-    ProbeData,
-    ProbeRecipe,
-    ProbeSettings,
     compare,
     extract_features,
     knn_votes,
@@ -24,6 +21,7 @@ from simmim.tasks.probe.probe import (
     standardise,
     table,
 )
+from simmim.tasks.probe.recipe import ProbeData, ProbeRecipe, ProbeSettings
 from swinv2.weights import load_encoder
 
 NORMALISATION = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}

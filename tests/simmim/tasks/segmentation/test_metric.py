@@ -5,7 +5,8 @@ import torch
 
 from simmim.data.transforms.label_image import IGNORED
 from simmim.tasks.segmentation.metric import confusion, segmentation_figures
-from simmim.tasks.segmentation.prediction import SegmentationEvaluation, predict, starts
+from simmim.tasks.segmentation.prediction import predict, starts
+from simmim.tasks.segmentation.recipe import SegmentationEvaluation
 
 
 def test_figures_are_those_counted_by_hand() -> None:

@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 from simmim.engine.distributed.parallelism import synchronise_norms
-from simmim.tasks.detection.heads import DetectionHead, build_detector
-from simmim.tasks.segmentation.heads import SegmentationHead, build_segmenter
+from simmim.tasks.detection.heads import build_detector
+from simmim.tasks.detection.recipe import DetectionHead
+from simmim.tasks.segmentation.heads import build_segmenter
+from simmim.tasks.segmentation.recipe import SegmentationHead
 from swinv2 import build_encoder
 
 pytest.importorskip("transformers", reason="needs simmim[finetune]")

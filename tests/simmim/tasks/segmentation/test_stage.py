@@ -16,8 +16,9 @@ from simmim.engine.optimizer import layer_of
 from simmim.engine.run import RunFolder
 from simmim.export.export import export
 from simmim.recipe import RecipeError, parse
+from simmim.tasks.segmentation.recipe import SegmentationRecipe
 from simmim.tasks.segmentation.save_heads import answer_of, load_dense
-from simmim.tasks.segmentation.stage import SegmentationRecipe, SegmentationStage
+from simmim.tasks.segmentation.stage import SegmentationStage
 from swinv2.weights import load_encoder
 
 pytest.importorskip("transformers", reason="needs simmim[finetune]")

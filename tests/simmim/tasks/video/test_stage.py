@@ -19,7 +19,8 @@ from simmim.engine.optimizer import layer_of, parameter_groups
 from simmim.engine.settings import OptimizerSettings
 from simmim.recipe import RecipeError, parse
 from simmim.tasks.classification.classifier import load_classifier
-from simmim.tasks.video.stage import VideoRecipe, VideoStage
+from simmim.tasks.video.recipe import VideoRecipe
+from simmim.tasks.video.stage import VideoStage
 from swinv2 import (
     Provenance,
     build_encoder,
@@ -159,7 +160,7 @@ def test_a_run_trains_validates_and_hands_its_encoder_on(
     values["init"] = str(tmp_path / "run")
     values["encoder"]["window_size"] = 6
     values["data"]["image_size"] = 48
-    start = parse(VideoRecipe, values, "recipe").start()
+    start = VideoStage.load_initial(parse(VideoRecipe, values, "recipe"))
     assert start.head == tmp_path / "run" / "classifier"
     assert start.inflated_from == description.inflated_from
     learned = load_video_encoder(tmp_path / "run" / "encoder")

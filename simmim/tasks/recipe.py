@@ -1,14 +1,18 @@
-"""The encoder of a recipe, a variant of the paper or sizes of one's own; how it is computed."""
+"""What the recipes of the tasks share: the encoder, how it is computed, and fine-tuning."""
 
 from typing import TYPE_CHECKING, Literal
 
+from simmim.data.settings import CroppedSettings
+from simmim.engine.settings import TrainingSettings
 from simmim.limits import check_least, check_rates
 from simmim.recipe import settings
-from swinv2 import Execution, SwinV2Config
-from swinv2.config import AttentionPath, Checkpointing, variant_config
+from swinv2.config import AttentionPath, Checkpointing, Execution, SwinV2Config, variant_config
 
 if TYPE_CHECKING:
     from swinv2.encoder import HierarchicalEncoder
+
+SCRATCH = "scratch"
+"""Value of `init` for random weights."""
 
 
 @settings
@@ -132,3 +136,48 @@ class ExecutionSettings:
         )
         if self.compile:
             encoder.compile_blocks()
+
+
+def check_slots(slots: int, training: TrainingSettings) -> None:
+    """Check that a batch can take equally from each of so many slots.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if training.batch_size % slots:
+        raise ValueError(
+            f"training.batch_size {training.batch_size} is no multiple of data.slots "
+            f"{slots}; every batch takes equally from each slot. Change either."
+        )
+
+
+@settings
+class FineTuningRecipe:
+    """A pretrained encoder, or fresh weights, trained for a task."""
+
+    task: str
+    """What this recipe does."""
+    init: str = SCRATCH
+    """`scratch`, or what to start from: an encoder directory, or the folder of a run that has
+    ended. It brings its architecture (variant, patch, channels, sizes) and its mean and std: of
+    `encoder` only `window_size` and `drop_path` then apply, and data.mean and data.std do not."""
+    encoder: EncoderSettings
+    """The encoder."""
+    data: CroppedSettings
+    """What is trained on."""
+    execution: ExecutionSettings = ExecutionSettings()
+    """How the encoder is computed."""
+    training: TrainingSettings
+    """The training."""
+
+    def __post_init__(self) -> None:
+        check_slots(self.data.slots, self.training)
+        if self.init == SCRATCH:
+            self.encoder.check_channels(self.data.mean)
+            config = self.encoder.config(self.data.image_size)  # raises where sizes cannot work
+            self.execution.check_stages(len(config.depths))
+
+    @property
+    def best_metric(self) -> str:
+        """The figure of validation that tells the best checkpoint; higher is better."""
+        raise NotImplementedError

@@ -1,0 +1,57 @@
+"""Recipe of SimMIM pretraining."""
+
+from typing import Literal
+
+from simmim.data.settings import AugmentedDataSettings
+from simmim.engine.settings import TrainingSettings
+from simmim.method.settings import LossSettings, MaskSettings
+from simmim.recipe import settings
+from simmim.tasks.probe.recipe import OnlineProbeSettings
+from simmim.tasks.recipe import EncoderSettings, ExecutionSettings, check_slots
+
+
+@settings
+class PretrainData(AugmentedDataSettings):
+    """Unlabelled shards and their augmentation."""
+
+    image_size: int = 192
+    """Side of the square images in pixels."""
+    scale: tuple[float, float] = (0.67, 1.0)
+    """Share of the image's area that the random crop takes, from and to."""
+
+
+@settings
+class PretrainRecipe:
+    """SimMIM pretraining of a Swin Transformer V2."""
+
+    task: Literal["pretrain"]
+    """What this recipe does."""
+    encoder: EncoderSettings
+    """The encoder."""
+    data: PretrainData
+    """The images."""
+    mask: MaskSettings = MaskSettings()
+    """What is hidden."""
+    loss: LossSettings = LossSettings()
+    """What is asked for."""
+    execution: ExecutionSettings = ExecutionSettings()
+    """How the encoder is computed."""
+    probe: OnlineProbeSettings | None = None
+    """Frozen features are tried on labelled images now and then; null does without."""
+    training: TrainingSettings
+    """The training."""
+
+    def __post_init__(self) -> None:
+        size, cell = self.data.image_size, self.mask.cell
+        if cell % self.encoder.patch_size:
+            raise ValueError(
+                f"mask.cell {cell} is no multiple of encoder.patch_size "
+                f"{self.encoder.patch_size}, so cells would cut through patches."
+            )
+        self.mask.grid((size, size))  # raises unless cells tile the image and some stay visible
+        self.encoder.check_channels(self.data.mean)
+        check_slots(self.data.slots, self.training)
+        if self.training.optimizer.layer_decay != 1.0:
+            raise ValueError("training.optimizer.layer_decay belongs to fine-tuning; leave it 1.")
+        config = self.encoder.config(size)  # raises where the sizes cannot work together
+        self.execution.check_stages(len(config.depths))

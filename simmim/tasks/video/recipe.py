@@ -1,0 +1,62 @@
+"""Recipe of the classification of clips."""
+
+from typing import Literal
+
+from simmim.data.clip_settings import ClipData
+from simmim.data.transforms.clip_transforms import CHANNELS
+from simmim.limits import check_least
+from simmim.recipe import settings
+from simmim.tasks.classification.recipe import ClassifierRecipe
+from simmim.tasks.recipe import SCRATCH, EncoderSettings
+from swinv2.config import VideoConfig, video_config
+
+
+@settings
+class VideoEncoderSettings(EncoderSettings):
+    """A Swin Transformer V2 encoder of clips."""
+
+    frame_patch: int = 1
+    """Frames of a patch; data.frames is a multiple of it."""
+    window_frames: int = 8
+    """Attention window along time in tokens; clamped where a clip has fewer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 1, "frame_patch", "window_frames")
+        if self.in_channels != CHANNELS:
+            raise ValueError(f"in_channels is {self.in_channels}; clips have {CHANNELS}.")
+
+    def video_config(self, image_size: int, frames: int) -> VideoConfig:
+        """Return the encoder's configuration for clips of square frames.
+
+        Raises:
+            ValueError: the sizes cannot work together.
+        """
+        return video_config(
+            self.config(image_size),
+            frames=frames,
+            frame_patch=self.frame_patch,
+            window_frames=self.window_frames,
+        )
+
+
+@settings
+class VideoRecipe(ClassifierRecipe):
+    """Classification of clips on a Swin Transformer V2 with windows in time and space."""
+
+    task: Literal["video"]
+    init: str = SCRATCH
+    """`scratch`, or what to start from: the directory of an encoder of images, whose weights are
+    inflated so that a still clip gives the features of its image, or of one of clips; or the folder
+    of a run that has ended. It brings its architecture and its mean and std: of `encoder` only
+    `window_size`, `window_frames`, `frame_patch` (for images) and `drop_path` then apply, and
+    data.mean and data.std do not. A video run brings its head too, where it knows all classes."""
+    encoder: VideoEncoderSettings
+    """The encoder."""
+    data: ClipData
+    """The clips."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Raises where sizes cannot work.
+        self.encoder.video_config(self.data.image_size, self.data.frames)
