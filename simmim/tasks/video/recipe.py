@@ -3,12 +3,14 @@
 from typing import Literal
 
 from simmim.data.clip_settings import ClipData
-from simmim.data.transforms.clip_transforms import CHANNELS
 from simmim.limits import check_least
 from simmim.recipe import settings
 from simmim.tasks.classification.recipe import ClassifierRecipe
 from simmim.tasks.recipe import SCRATCH, EncoderSettings
 from swinv2.config import VideoConfig, video_config
+
+CHANNELS = 3
+"""Channels of a frame: clips are RGB."""
 
 
 @settings

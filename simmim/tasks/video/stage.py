@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from simmim.data.datasets.clips import ClipSet
 from simmim.data.loader.batches import Batch
-from simmim.data.transforms.clip_transforms import CHANNELS, EvaluationClip, TrainClip, unfolded
+from simmim.data.transforms.clip_transforms import EvaluationClip, TrainClip, unfolded
 from simmim.data.transforms.frames import require_decoder
 from simmim.tasks.classification.classifier import Classifier
 from simmim.tasks.classification.stage import ClassifierStage
@@ -19,7 +19,7 @@ from simmim.tasks.drop_path_noise import sample_drop_path_noise
 from simmim.tasks.normalisation import Normalise
 from simmim.tasks.pretrained import Start, source_of, start_from
 from simmim.tasks.recipe import SCRATCH
-from simmim.tasks.video.recipe import VideoRecipe
+from simmim.tasks.video.recipe import CHANNELS, VideoRecipe
 from swinv2 import (
     Provenance,
     VideoSwinV2,
