@@ -1,4 +1,4 @@
-"""Every recipe in jobs/ is one that its command accepts, and says what the papers say."""
+"""Every recipe in jobs/ is valid, builds its model, and has the papers' settings."""
 
 import re
 from pathlib import Path
@@ -74,7 +74,7 @@ def name(path: Path) -> str:
     return f"{path.parent.name}/{path.stem}"
 
 
-def test_there_are_recipes_for_all_variants() -> None:
+def test_all_variants_have_recipes() -> None:
     folders = {path.parent for path in RECIPES}
     found = {
         folder.name: {path.stem for path in RECIPES if path.parent == folder} for folder in folders
@@ -86,7 +86,7 @@ def test_there_are_recipes_for_all_variants() -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
-def test_each_recipe_is_valid_and_survives_being_written_out(path: Path) -> None:
+def test_each_recipe_is_valid_and_round_trips(path: Path) -> None:
     recipe_type = TYPES[read_values(path)["task"]]
     recipe = load(recipe_type, path)
     assert parse(recipe_type, to_values(recipe), "again") == recipe
@@ -112,21 +112,21 @@ def test_each_model_can_be_built(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FULL_SCALE, ids=name)
-def test_the_batch_can_be_dealt_to_the_hardware_that_is_named(path: Path) -> None:
+def test_the_global_batch_divides_over_the_hardware_in_the_header(path: Path) -> None:
     comment = path.read_text()
     named = re.search(r"^# Hardware: (\d+) GPUs", comment, re.MULTILINE)
-    counted = re.search(r"counted for (\d+) images", comment)
+    micro_batch = re.search(r"(\d+) images per\s+#?\s*micro-batch", comment)
     assert named is not None
-    assert counted is not None
+    assert micro_batch is not None
     recipe = load(TYPES[read_values(path)["task"]], path)
     gpus, training = int(named[1]), recipe.training
     assert recipe.data.slots % gpus == 0
-    assert training.batch_size == gpus * training.accumulation * int(counted[1])
-    assert path.parent.name == "pretrain" or int(counted[1]) % 2 == 0  # images are mixed in pairs
+    assert training.batch_size == gpus * training.accumulation * int(micro_batch[1])
+    assert path.parent.name == "pretrain" or int(micro_batch[1]) % 2 == 0  # mixup takes pairs
 
 
 @pytest.mark.parametrize("name", PRETRAINING)
-def test_pretraining_recipes_are_the_papers(name: str) -> None:
+def test_pretraining_recipes_have_the_papers_settings(name: str) -> None:
     recipe = load(PretrainRecipe, JOBS / "pretrain" / f"{name}.yaml")
     training = recipe.training
     assert PRETRAINING[name] == (
@@ -147,7 +147,7 @@ def test_pretraining_recipes_are_the_papers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FINE_TUNING)
-def test_fine_tuning_recipes_are_the_papers(name: str) -> None:
+def test_fine_tuning_recipes_have_the_papers_settings(name: str) -> None:
     recipe = load(ClassificationRecipe, JOBS / "finetune" / f"{name}.yaml")
     training, schedule = recipe.training, recipe.training.schedule
     assert FINE_TUNING[name] == (
@@ -171,16 +171,17 @@ def test_fine_tuning_recipes_are_the_papers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FINE_TUNING)
-def test_fine_tuning_starts_from_what_another_recipe_writes(name: str) -> None:
+def test_fine_tuning_starts_from_the_output_of_another_recipe(name: str) -> None:
     recipe = load(ClassificationRecipe, JOBS / "finetune" / f"{name}.yaml")
     root, run, *encoder = recipe.init.split("/")
-    assert (root, encoder) == ("runs", ["encoder"] if run in PRETRAINING else [])  # or a head too
+    # The folder of a fine-tuning run brings its head as well.
+    assert (root, encoder) == ("runs", ["encoder"] if run in PRETRAINING else [])
     assert run in {*PRETRAINING, *FINE_TUNING}
     (path,) = JOBS.glob(f"*/{run}.yaml")
     assert read_values(path)["encoder"]["variant"] == recipe.encoder.variant
 
 
-def test_the_recipe_for_ade20k_is_the_papers() -> None:
+def test_the_ade20k_recipe_has_the_papers_settings() -> None:
     recipe = load(SegmentationRecipe, JOBS / "finetune" / "giant-ade20k.yaml")
     training, schedule = recipe.training, recipe.training.schedule
     assert (recipe.encoder.variant, recipe.encoder.window_size) == ("giant", 40)
@@ -193,7 +194,7 @@ def test_the_recipe_for_ade20k_is_the_papers() -> None:
     assert (recipe.data.num_classes, recipe.data.reduce_zero_label) == (150, True)
 
 
-def test_the_recipe_for_coco_is_the_papers() -> None:
+def test_the_coco_recipe_has_the_papers_settings() -> None:
     recipe = load(DetectionRecipe, JOBS / "finetune" / "giant-coco.yaml")
     training = recipe.training
     assert (recipe.encoder.variant, recipe.encoder.window_size) == ("giant", 32)
