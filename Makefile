@@ -1,4 +1,4 @@
-# `make quickstart` and `make test` do all set-up from a bare Python 3.10+ with pip and venv.
+# `make quickstart` and `make test` need only Python 3.10+ with pip and venv; they set up the rest.
 PYTHON ?= python3
 VENV ?= .venv
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
