@@ -1,4 +1,4 @@
-"""What numbers in settings may be: checks that name the field, the value and what is legal."""
+"""Range checks of settings; messages name the field, the value and the legal range."""
 
 from typing import Any
 
@@ -15,7 +15,9 @@ def check_shares(settings: Any, *names: str) -> None:
     """Raise ValueError unless each of these fields is above 0 and at most 1."""
     for name in names:
         if not 0 < getattr(settings, name) <= 1:
-            raise ValueError(f"{name} is {getattr(settings, name)}; above 0, at most 1.")
+            raise ValueError(
+                f"{name} is {getattr(settings, name)}; it must be above 0 and at most 1."
+            )
 
 
 def check_probabilities(settings: Any, *names: str) -> None:
@@ -34,8 +36,8 @@ def check_rates(settings: Any, *names: str) -> None:
 
 
 def check_span(settings: Any, name: str, *, most: float | None = None) -> None:
-    """Raise ValueError unless a field is a span: from and to, above 0 and at most `most`."""
+    """Raise ValueError unless a field is a range (from, to) above 0 and at most `most`."""
     first, last = getattr(settings, name)
     if not 0 < first <= last or (most is not None and last > most):
         limit = "both above 0" if most is None else f"above 0 and at most {most}"
-        raise ValueError(f"{name} is {getattr(settings, name)}; from and to, {limit}.")
+        raise ValueError(f"{name} is {getattr(settings, name)}; it must be (from, to), {limit}.")

@@ -28,13 +28,13 @@ class Outcome:
     """How a quickstart ended."""
 
     text: str
-    """What to print."""
+    """Summary to print."""
     stopped: bool
-    """A signal ended it early."""
+    """Whether a signal stopped it early."""
 
 
 def quickstart(images: Path | None, folder: Path) -> Outcome:
-    """Run the pipeline in `folder`; the same call goes on where an earlier one was stopped.
+    """Run the pipeline in `folder`; the same call resumes an earlier one that was stopped.
 
     Args:
         images: a folder, zip or tar of images; None draws labelled procedural ones.
@@ -49,7 +49,7 @@ def quickstart(images: Path | None, folder: Path) -> Outcome:
         images = folder / "images"
         draw_images(images, count=NUM_IMAGES, size=IMAGE_SIZE, seed=0)
     else:
-        say(f"1/4 taking the images of {images}")
+        say(f"1/4 using the images of {images}")
     say("2/4 writing shards")
     shards = folder / "shards"
     make_shards(images, shards)
@@ -58,31 +58,31 @@ def quickstart(images: Path | None, folder: Path) -> Outcome:
     recipe = quickstart_recipe(shards)
     result = launch(PretrainStage, recipe, run=run, resume="auto", allow_changes=False)
     if result.stopped:
-        return Outcome(text="Go on with the same command.", stopped=True)
-    say("4/4 looking at what it learnt")
+        return Outcome(text="Resume with the same command.", stopped=True)
+    say("4/4 evaluating what it learnt")
     return Outcome(text=summarise(run, shards, began), stopped=False)
 
 
 def say(text: str) -> None:
-    """Print one line on what happens now."""
+    """Print a progress line."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
 
 
 def make_shards(images: Path, shards: Path) -> None:
-    """Write shards with data-prep, in a process of its own.
+    """Write shards with data-prep, in a separate process.
 
     Raises:
-        ValueError: it failed; it has said why.
+        ValueError: it failed; it has printed the reason.
     """
     command = [sys.executable, "-m", "data_prep", "shard", str(images), str(shards)]
     done = subprocess.run(command, check=False)
     if done.returncode:
-        raise ValueError(f"no shards could be made of {images}; the reason stands above.")
+        raise ValueError(f"no shards could be written from {images}; see the reason above.")
 
 
 def quickstart_recipe(shards: Path) -> PretrainRecipe:
-    """Return the embedded recipe, sized for two CPU cores and fitted to a small set.
+    """Return the embedded recipe, sized for two CPU cores and a small set.
 
     Raises:
         ValueError: there are too few images to learn from and hold some out.
@@ -90,8 +90,8 @@ def quickstart_recipe(shards: Path) -> PretrainRecipe:
     manifest = read_manifest(shards)
     if len(manifest.shards) < 2:
         raise ValueError(
-            f"{manifest.samples} image is too few: the quickstart trains on some and holds "
-            "others out."
+            f"{manifest.samples} image is too few: the quickstart trains on some images and "
+            "validates on others."
         )
     return parse(
         PretrainRecipe,
@@ -127,18 +127,18 @@ def quickstart_recipe(shards: Path) -> PretrainRecipe:
 
 
 def summarise(run: RunFolder, shards: Path, began: float) -> str:
-    """Return what the run reached and where everything is."""
+    """Return the results of the run and the paths of its files."""
     validated = [line for line in run.read_metrics() if "validation_loss" in line][-1]
     lines = [
         "",
-        f"L1 on hidden pixels, held-out images:   {validated['validation_loss']:.3f}",
-        f"the same, answering with the mean colour: {validated['mean_color_loss']:.3f}",
+        f"L1 on masked pixels, held-out images:    {validated['validation_loss']:.3f}",
+        f"baseline, predicting the mean colour:    {validated['mean_color_loss']:.3f}",
     ]
     if len(read_manifest(shards).classes) >= 2:
         values = {"encoder": str(run.encoder), "data": {"shards": str(shards), "workers": 1}}
         lines += ["", table(compare(parse(ProbeRecipe, values, "the quickstart's probe")))]
     else:
-        lines += ["", "No classes (a folder for each) in these images, so nothing to probe with."]
+        lines += ["", "These images have no classes (one folder per class), so there is no probe."]
     lines += [
         "",
         f"Pictures  {run.reconstructions}",
@@ -146,7 +146,7 @@ def summarise(run: RunFolder, shards: Path, began: float) -> str:
         f"Recipe    {run.recipe}",
         f"Shards    {shards}",
         "",
-        "Next: simmim export, finetune and probe take the encoder; jobs/ has recipes for more.",
-        f"That took {(time.perf_counter() - began) / 60:.1f} minutes.",
+        "Next: simmim export, finetune and probe use the encoder; jobs/ has more recipes.",
+        f"This took {(time.perf_counter() - began) / 60:.1f} minutes.",
     ]
     return "\n".join(lines)

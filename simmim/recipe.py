@@ -1,7 +1,7 @@
 """Recipes: typed, strict settings read from one YAML file.
 
-Each component owns the schema of its settings, a class made with `settings`; a recipe is a class
-of such classes. Everything that is wrong with a file is listed at once, before anything starts.
+Each component owns the schema of its settings, a class decorated with `settings`; a recipe is
+composed of such classes. All mistakes in a file are reported at once, before anything starts.
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ Settings = TypeVar("Settings")
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be used; the text lists every mistake in it."""
+    """An invalid recipe; the message lists every mistake in it."""
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def settings(cls: type[Settings]) -> type[Settings]:
-    """Make a class of fields into frozen, keyword-only, strictly validated settings.
+    """Turn a class into a frozen, keyword-only dataclass with strict validation.
 
-    A docstring below each field says what it is and its unit; it is shown by `--help`.
+    The docstring below each field, with its unit, is shown by `--help`.
     """
     cls.__pydantic_config__ = ConfigDict(  # type: ignore[attr-defined]
         extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -39,10 +39,10 @@ def settings(cls: type[Settings]) -> type[Settings]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which `1e-4` is a number and a key given twice is a mistake."""
+    """YAML loader that reads `1e-4` as a number and refuses duplicate keys."""
 
     def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
-        # Here the file is as written; later on merge keys (<<) bring in what it says only once.
+        # The nodes are as written here; merge keys (<<) add keys only later.
         node = super().compose_mapping_node(anchor)
         line = node.start_mark.line + 1
         keys = []
@@ -54,12 +54,14 @@ class _Loader(yaml.SafeLoader):
             keys.append(key.value)
         twice = sorted({key for key in keys if keys.count(key) > 1})
         if twice:
-            raise RecipeError(f"below line {line}, given twice: {', '.join(twice)}. Keep one.")
+            raise RecipeError(
+                f"below line {line}, duplicate keys: {', '.join(twice)}. Keep one of each."
+            )
         return node
 
 
 class _Dumper(yaml.SafeDumper):
-    """The inverse of the loader: text that it would take for a number is quoted."""
+    """Inverse of the loader: quotes text that would be read as a number."""
 
 
 for _yaml in (_Loader, _Dumper):
@@ -71,18 +73,18 @@ for _yaml in (_Loader, _Dumper):
 
 
 def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a recipe file and lay `--a.b value` arguments over it, without checking either.
+    """Read a recipe file and apply `--a.b value` overrides, without validation.
 
     Raises:
-        RecipeError: the file is missing or not YAML, or an argument is not of that form.
+        RecipeError: the file is missing or not YAML, or an override is malformed.
     """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
+        reason = getattr(error, "strerror", None) or "not a text file"
         raise RecipeError(
             f"recipe {path} cannot be read: {reason}. Give the path of a YAML recipe, "
-            "one of jobs/ for example."
+            "for example one from jobs/."
         ) from None
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {path} is not valid YAML: {error}") from None
@@ -100,14 +102,14 @@ def _parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[list[str], Any]
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--"):
-            raise RecipeError(f"{argument!r} is not understood: overrides read --key.key value.")
+            raise RecipeError(f"unexpected {argument!r}: write overrides as --key.key value.")
         name, separator, text = argument[2:].partition("=")
         if not separator:
             if not rest:
-                raise RecipeError(f"--{name} has no value: overrides read --key.key value.")
+                raise RecipeError(f"--{name} has no value: write overrides as --key.key value.")
             text = rest.pop(0)
             if text.startswith("--"):
-                raise RecipeError(f"--{name} has no value: {text} follows. Put one between them.")
+                raise RecipeError(f"--{name} has no value before {text}: add one.")
         try:
             yield name.split("."), yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
         except yaml.YAMLError:
@@ -116,30 +118,32 @@ def _parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[list[str], Any]
 
 def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
-        if values.get(key) is None:  # absent, or a section with nothing in it
+        if values.get(key) is None:  # absent, or an empty section
             values[key] = {}
         inner = values[key]
         if not isinstance(inner, dict):
-            raise RecipeError(f"--{'.'.join(keys)}: {key!r} is a value, it has no keys below it.")
+            raise RecipeError(f"--{'.'.join(keys)}: {key!r} is a value, not a section.")
         values = inner
     values[keys[-1]] = value
 
 
 def parse(recipe_type: type[Settings], values: dict[str, Any], source: str) -> Settings:
-    """Check `values` against `recipe_type` and build it.
+    """Validate `values` and build a recipe from them.
 
     Args:
-        recipe_type: a class made with `settings`.
-        values: what the YAML file says.
-        source: where the values come from, for the message.
+        recipe_type: a class decorated with `settings`.
+        values: parsed YAML.
+        source: origin of the values, for the message.
 
     Raises:
-        RecipeError: lists every unknown key, missing key, wrong type and impossible value.
+        RecipeError: every unknown key, missing key, wrong type and impossible value.
     """
     try:
         text = json.dumps(values, default=str)
     except ValueError:
-        raise RecipeError(f"{source} has an alias (*name) within what it names; undo it.") from None
+        raise RecipeError(
+            f"{source} has an alias (*name) that refers to itself; remove it."
+        ) from None
     try:
         recipe: Settings = _adapter(recipe_type).validate_json(text)
     except ValidationError as error:
@@ -154,14 +158,14 @@ _ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
 
 
 def _adapter(recipe_type: type[Any]) -> TypeAdapter[Any]:
-    """Return what checks `recipe_type`; building it takes longer than all the checking."""
+    """Return the cached validator of `recipe_type`; building one is the slow part."""
     if recipe_type not in _ADAPTERS:
         _ADAPTERS[recipe_type] = TypeAdapter(recipe_type)
     return _ADAPTERS[recipe_type]
 
 
 def load(recipe_type: type[Settings], path: Path, overrides: Sequence[str] = ()) -> Settings:
-    """Read, override and check a recipe file; see `read_values` and `parse`."""
+    """Read, override and validate a recipe file; see `read_values` and `parse`."""
     return parse(recipe_type, read_values(path, overrides), f"recipe {path}")
 
 
@@ -169,10 +173,10 @@ UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 
 
 def _one_for_each_field(mistakes: Sequence[Any]) -> Iterator[Any]:
-    """Join what pydantic says of each type that a field may have, and is not.
+    """Merge pydantic's errors for the alternatives of a union into one error per field.
 
-    It puts the type into the location, in square brackets. Where the value fits one of the types
-    but for a part of it, only that part is the mistake.
+    pydantic appends the alternative to the location. If a value matches an alternative except for
+    one of its parts, only the error of that part is kept.
     """
     found: dict[tuple[Any, ...], Any] = {}
     for mistake in mistakes:
@@ -190,7 +194,7 @@ def _one_for_each_field(mistakes: Sequence[Any]) -> Iterator[Any]:
 
 
 def _names_a_type(part: str | int) -> bool:
-    """Tell whether a part of a location is pydantic's name of one of the types of a field."""
+    """Return whether a part of a location is pydantic's name of an alternative of a union."""
     return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool"))
 
 
@@ -212,7 +216,7 @@ def _describe_mistake(recipe_type: type[Any], mistake: Any) -> str:
 
 def _field_names(recipe_type: type[Any], path: list[str]) -> list[str]:
     for part in path:
-        if part.isdigit():  # a place in a list of settings
+        if part.isdigit():  # an index in a list of settings
             continue
         found = list(_settings_in(get_type_hints(recipe_type).get(part)))
         if not found:
@@ -222,7 +226,7 @@ def _field_names(recipe_type: type[Any], path: list[str]) -> list[str]:
 
 
 def _settings_in(hint: Any) -> Iterator[type[Any]]:
-    """Yield the classes of settings that a type is made of."""
+    """Yield the settings classes that a type refers to."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         yield hint
     for part in get_args(hint):
@@ -230,25 +234,25 @@ def _settings_in(hint: Any) -> Iterator[type[Any]]:
 
 
 def to_values(recipe: Any) -> dict[str, Any]:
-    """Return a recipe as plain values, every default written out; `parse` is its inverse."""
+    """Return a recipe as plain values including every default; the inverse of `parse`."""
     values = _adapter(type(recipe)).dump_python(recipe, mode="json")
     assert isinstance(values, dict)
     return values
 
 
 def to_yaml(recipe: Any) -> str:
-    """Return a recipe as the text of a YAML file, every default written out."""
+    """Return a recipe as YAML text including every default."""
     return yaml.dump(to_values(recipe), Dumper=_Dumper, sort_keys=False)
 
 
 def recipe_hash(recipe: Any) -> str:
-    """Return the first 16 hex digits of the SHA-256 of everything a recipe says."""
+    """Return the first 16 hex digits of the SHA-256 of all values of a recipe."""
     text = json.dumps(to_values(recipe), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return what differs between two recipes' values: dotted key → `old → new`."""
+    """Return the differences between two recipes' values: dotted key → `old → new`."""
     found: dict[str, str] = {}
     for key in [*old, *(key for key in new if key not in old)]:
         before, after = old.get(key), new.get(key)
@@ -260,7 +264,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> d
 
 
 def describe(recipe_type: type[Any]) -> str:
-    """Return every field of a recipe with type, default and documentation, a line or two each."""
+    """Return every field of a recipe with type, default and documentation."""
     return "\n".join(_describe_fields(recipe_type, ""))
 
 
@@ -284,7 +288,7 @@ def _describe_fields(recipe_type: type[Any], prefix: str) -> Iterator[str]:
 
 
 def _documentation(recipe_type: type[Any]) -> dict[str, str]:
-    """Return the docstring of each field; pydantic reads those of one class, not of its bases."""
+    """Return the docstring of each field; pydantic reads those of one class, without its bases."""
     found: dict[str, str] = {}
     for base in reversed(recipe_type.__mro__):
         if dataclasses.is_dataclass(base):

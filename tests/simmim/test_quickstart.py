@@ -26,7 +26,7 @@ def test_the_recipe_fits_a_few_images(tmp_path: Path) -> None:
 
 
 def test_images_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no shards could be made"):
+    with pytest.raises(ValueError, match="no shards"):
         quickstart(tmp_path / "nowhere", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
