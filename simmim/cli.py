@@ -191,9 +191,9 @@ def run_training(arguments: argparse.Namespace, overrides: Sequence[str]) -> int
         overrides = [*overrides, "--execution.compile", "true"]
     task = task_of(arguments)
     recipe = load(task.recipe, arguments.config, overrides)
-    from simmim.tasks.training import launch, run_folder  # noqa: PLC0415 (imports torch)
+    from simmim.tasks.train import run_folder, train_recipe  # noqa: PLC0415 (imports torch)
 
-    result = launch(
+    result = train_recipe(
         task.stage,
         recipe,
         run=run_folder(arguments.folder, arguments.config),

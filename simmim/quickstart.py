@@ -15,7 +15,7 @@ from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.pretrain.stage import PretrainStage
 from simmim.tasks.probe.probe import compare, table
 from simmim.tasks.probe.recipe import ProbeRecipe
-from simmim.tasks.training import launch
+from simmim.tasks.train import train_recipe
 
 DEFAULT_FOLDER = Path("runs/quickstart")
 NUM_IMAGES = 4096
@@ -56,7 +56,7 @@ def quickstart(images: Path | None, folder: Path) -> Outcome:
     say("3/4 pretraining a small SwinV2")
     run = RunFolder(path=folder / "run")
     recipe = quickstart_recipe(shards)
-    result = launch(PretrainStage, recipe, run=run, resume="auto", allow_changes=False)
+    result = train_recipe(PretrainStage, recipe, run=run, resume="auto", allow_changes=False)
     if result.stopped:
         return Outcome(text="Resume with the same command.", stopped=True)
     say("4/4 evaluating what it learnt")

@@ -17,7 +17,7 @@ from simmim.doctor.dry_run import dry_run, gathered
 from simmim.doctor.files import check_labelled_files
 from simmim.doctor.memory import check_disk, check_memory
 from simmim.doctor.pace import check_pace
-from simmim.doctor.plan import AnyStage, Recipe, check_plan, unit
+from simmim.doctor.plan import check_plan
 from simmim.doctor.shards import check_shards, check_workers
 from simmim.engine.checkpoint.directory import find_checkpoint
 from simmim.engine.checkpoint.saver import fitting_state
@@ -30,12 +30,9 @@ from simmim.engine.distributed.parallelism import check_parallelism, end_process
 from simmim.engine.loop import build_accelerator
 from simmim.engine.run import RunFolder
 from simmim.recipe import RecipeError, load, read_values
-from simmim.tasks.all_tasks import task_named
-from simmim.tasks.fine_tuning import FineTuningStage
-from simmim.tasks.pretrain.stage import PretrainStage
-from simmim.tasks.recipe import SCRATCH, FineTuningRecipe
-from simmim.tasks.training import run_folder
-from simmim.tasks.video.recipe import VideoRecipe
+from simmim.tasks.all_tasks import TaskStage, task_named
+from simmim.tasks.recipe import TaskRecipe
+from simmim.tasks.train import run_folder
 
 BAD = 2
 SECONDS = 15.0
@@ -72,7 +69,7 @@ def run_doctor(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     except RecipeError as error:
         return _finish([Check(name="recipe", verdict="problem", found=str(error))])
     checks.append(Check(name="recipe", verdict="ok", found=describe_recipe(recipe)))
-    stages: list[AnyStage] = []
+    stages: list[TaskStage] = []
     found = attempt("opening", lambda: _open(recipe, stages))
     if found:
         return _finish(checks + found)
@@ -86,34 +83,28 @@ def run_doctor(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     return int(code)
 
 
-def read_recipe(config: Path, overrides: Sequence[str]) -> Recipe:
+def read_recipe(config: Path, overrides: Sequence[str]) -> TaskRecipe:
     """Read a recipe of a training, by the task it names.
 
     Raises:
         RecipeError: it cannot be read, or something in it is wrong.
     """
     task = task_named(read_values(config, overrides).get("task"), config)
-    recipe: Recipe = load(task.recipe, config, overrides)
+    recipe: TaskRecipe = load(task.recipe, config, overrides)
     return recipe
 
 
-def describe_recipe(recipe: Recipe) -> str:
+def describe_recipe(recipe: TaskRecipe) -> str:
     """Name what is trained."""
-    encoder = recipe.encoder
-    model: str = encoder.variant
-    if isinstance(recipe, FineTuningRecipe) and recipe.init != SCRATCH:
-        model = f"the encoder of {recipe.init}"
-    size, window = f"{recipe.data.image_size} pixels", f"{encoder.window_size}"
-    if isinstance(recipe, VideoRecipe):
-        size = f"{recipe.data.frames} frames of {size}"
-        window += f" and {recipe.encoder.window_frames} frames"
+    init = recipe.init_directory
+    model = recipe.encoder.variant if init is None else f"the encoder of {init}"
     return (
-        f"{recipe.task}, {model} at {size} with windows of {window}, "
-        f"{recipe.training.batch_size:,} {unit(recipe)} a step"
+        f"{recipe.task}, {model} at {recipe.input_text}, "
+        f"{recipe.training.batch_size:,} {recipe.SAMPLES} per step"
     )
 
 
-def _open(recipe: Recipe, stages: list[AnyStage]) -> Iterable[Check]:
+def _open(recipe: TaskRecipe, stages: list[TaskStage]) -> Iterable[Check]:
     """Open all that training opens before it starts; yield nothing where that succeeds."""
     check_parallelism()
     stage: Any = task_named(recipe.task, "recipe").stage(recipe)
@@ -124,7 +115,12 @@ def _open(recipe: Recipe, stages: list[AnyStage]) -> Iterable[Check]:
 
 
 def examine(
-    stage: AnyStage, run: RunFolder, accelerator: Accelerator, *, resume: str | None, seconds: float
+    stage: TaskStage,
+    run: RunFolder,
+    accelerator: Accelerator,
+    *,
+    resume: str | None,
+    seconds: float,
 ) -> list[Check]:
     """Look at everything but the recipe; all ranks call it, and the main one has the answers."""
     recipe, device, world = stage.recipe, accelerator.device, accelerator.num_processes
@@ -152,20 +148,19 @@ def examine(
     return checks
 
 
-def _reads_shards(stage: AnyStage) -> bool:
+def _reads_shards(stage: TaskStage) -> bool:
     return isinstance(stage.training_shards, ShardSet | MixedShards)
 
 
-def _check_data(stage: AnyStage) -> Iterable[Check]:
+def _check_data(stage: Any) -> Iterable[Check]:
     """Look at what is trained and validated on."""
-    if isinstance(stage, FineTuningStage) and not _reads_shards(stage):
+    if not _reads_shards(stage):
         return check_labelled_files(stage)
-    encoder = stage.model.encoder if isinstance(stage, PretrainStage) else stage.start.encoder
-    channels = encoder.config.in_channels
+    channels = stage.encoder.config.in_channels
     return check_shards(stage.training_shards, stage.validation_shards, stage.recipe.data, channels)
 
 
-def kept_for_good(stage: AnyStage) -> int:
+def kept_for_good(stage: TaskStage) -> int:
     """Return how many checkpoints a whole training keeps besides the last ones."""
     training = stage.recipe.training
     if training.keep_every is None:
@@ -174,7 +169,7 @@ def kept_for_good(stage: AnyStage) -> int:
     return training.total_steps(stage.samples_per_epoch) // every
 
 
-def _disk(stage: AnyStage, run: RunFolder) -> Check:
+def _disk(stage: TaskStage, run: RunFolder) -> Check:
     training = stage.recipe.training
     best = training.keep_best and stage.best_metric is not None
     return check_disk(
@@ -185,7 +180,7 @@ def _disk(stage: AnyStage, run: RunFolder) -> Check:
     )
 
 
-def check_run(run: RunFolder, stage: AnyStage, resume: str | None) -> Check:
+def check_run(run: RunFolder, stage: TaskStage, resume: str | None) -> Check:
     """Tell whether training may write into its folder, and go on from the checkpoint in it."""
     checkpoint = None if resume is None else find_checkpoint(run.checkpoints, resume)
     run.check(stage.recipe, resume=resume is not None, checkpoint=checkpoint)

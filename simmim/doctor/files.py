@@ -15,7 +15,6 @@ from simmim.data.order.source import LocalFiles, Source
 from simmim.data.transforms.label_image import IGNORED
 from simmim.data.transforms.targets import ClassMap, Instances, Targets
 from simmim.doctor.checks import Check
-from simmim.doctor.plan import unit
 from simmim.tasks.fine_tuning import FineTuningStage, Prepare
 
 PREPARED = 256
@@ -45,7 +44,7 @@ class Prepared:
 def check_labelled_files(stage: FineTuningStage[Any, Any]) -> Iterator[Check]:
     """Look at the files that are trained and validated on."""
     training, validation, data = stage.training_shards, stage.validation_shards, stage.recipe.data
-    of = unit(stage.recipe)
+    of = stage.recipe.SAMPLES
     yield Check(
         name="data",
         verdict="ok",
@@ -136,7 +135,7 @@ def _check_samples(
     stage: FineTuningStage[Any, Any], name: str, source: Source[Any], prepare: Prepare
 ) -> Iterator[Check]:
     """Prepare some samples, and tell what could not be, and what the others hold."""
-    found, of = prepare_some(source, prepare), unit(stage.recipe)
+    found, of = prepare_some(source, prepare), stage.recipe.SAMPLES
     if found.wrong:
         yield Check(name=name, verdict="problem", found=found.wrong)
         return

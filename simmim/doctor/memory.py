@@ -13,20 +13,18 @@ from torch import nn
 from simmim.bench.memory import GIB, Placement, Sharding, make_rows
 from simmim.bench.step import StepCase
 from simmim.doctor.checks import Check
-from simmim.doctor.plan import Recipe
-from simmim.tasks.classification.recipe import ClassificationRecipe
-from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.recipe import TaskRecipe
 
 FULL = 0.9
 """Share of the device above which the estimate is too near to be sure."""
 
 
-def check_memory(recipe: Recipe, device: torch.device, world: int) -> Iterator[Check]:
+def check_memory(recipe: TaskRecipe, device: torch.device, world: int) -> Iterator[Check]:
     """Compare the counted memory of a step with that of the device; see `simmim bench memory`.
 
     Where it cannot be counted, the check says so.
     """
-    if not isinstance(recipe, PretrainRecipe | ClassificationRecipe):
+    if recipe.counted_mask_cell is None:
         yield Check(
             name="memory",
             verdict="ok",
@@ -37,7 +35,7 @@ def check_memory(recipe: Recipe, device: torch.device, world: int) -> Iterator[C
     training = recipe.training
     share = training.batch_size // world
     micro = max(1, share // training.accumulation)
-    case = step_case(recipe, micro)
+    case = step_case(recipe, micro, recipe.counted_mask_cell)
     placement = _placement(world)
     needed = _needed(case, placement)
     there = device_memory(device)
@@ -75,10 +73,9 @@ def _what_fits(case: StepCase, placement: Placement, needed: int, there: int, sh
     return "; or ".join(advice)
 
 
-def step_case(recipe: PretrainRecipe | ClassificationRecipe, batch: int) -> StepCase:
+def step_case(recipe: TaskRecipe, batch: int, mask_cell: int) -> StepCase:
     """Return a recipe's step for the count; that of a classifier is as large as one of SimMIM."""
     encoder, size = recipe.encoder, recipe.data.image_size
-    cell = recipe.mask.cell if isinstance(recipe, PretrainRecipe) else size
     names = ("embed_dim", "depths", "num_heads")
     chosen = [(name, getattr(encoder, name)) for name in names]
     return StepCase(
@@ -89,7 +86,7 @@ def step_case(recipe: PretrainRecipe | ClassificationRecipe, batch: int) -> Step
         checkpointing=recipe.execution.checkpointing,
         precision="fp32" if recipe.training.precision == "fp32" else "bf16",  # as large as fp16
         batch=batch,
-        mask_cell=cell,
+        mask_cell=mask_cell,
         patch_size=encoder.patch_size,
         in_channels=encoder.in_channels,
         sizes=tuple((name, value) for name, value in chosen if value is not None),

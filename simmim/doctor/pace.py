@@ -10,10 +10,10 @@ import torch
 from simmim.data.settings import DataSettings
 from simmim.doctor.checks import Check
 from simmim.doctor.dry_run import Speed
-from simmim.doctor.plan import AnyStage, Recipe, unit
 from simmim.engine.monitor.progress import duration
 from simmim.engine.monitor.utilisation import device_peak, utilisation
-from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.all_tasks import TaskStage
+from simmim.tasks.recipe import TaskRecipe
 
 ENOUGH = 1.2
 """Times as fast as the device that data should come."""
@@ -24,10 +24,10 @@ ASIDE = 0.1
 
 
 def check_pace(
-    stage: AnyStage, recipe: Recipe, speed: Speed, device: torch.device, world: int
+    stage: TaskStage, recipe: TaskRecipe, speed: Speed, device: torch.device, world: int
 ) -> Iterator[Check]:
     """Judge the speeds."""
-    of = unit(recipe)
+    of = recipe.SAMPLES
     yield check_data_speed(recipe, speed, world)
     peak = device_peak(device, recipe.training.precision)
     share = utilisation(stage.flops_per_sample, speed.compute, peak, devices=world)
@@ -42,11 +42,11 @@ def check_pace(
     yield from check_duration(stage, recipe, rate)
 
 
-def check_data_speed(recipe: Recipe, speed: Speed, world: int) -> Check:
+def check_data_speed(recipe: TaskRecipe, speed: Speed, world: int) -> Check:
     """Tell whether the device would wait for data, and how many workers would do."""
     workers = recipe.data.workers
     found = (
-        f"{speed.data:,.1f} {unit(recipe)}/s come from {workers} workers on each of {world} "
+        f"{speed.data:,.1f} {recipe.SAMPLES}/s come from {workers} workers on each of {world} "
         f"processes, {speed.compute:,.1f} are computed; the first batch after "
         f"{speed.first_batch:.1f} s"
     )
@@ -69,7 +69,7 @@ def check_data_speed(recipe: Recipe, speed: Speed, world: int) -> Check:
     return Check(name="data speed", verdict="warning", found=found, change=change)
 
 
-def check_duration(stage: AnyStage, recipe: Recipe, rate: float) -> Iterator[Check]:
+def check_duration(stage: TaskStage, recipe: TaskRecipe, rate: float) -> Iterator[Check]:
     """Tell how long training takes, and how often it saves and looks."""
     training = recipe.training
     total = training.total_steps(stage.samples_per_epoch)
@@ -101,7 +101,7 @@ def check_duration(stage: AnyStage, recipe: Recipe, rate: float) -> Iterator[Che
     yield from _check_looks(stage, recipe)
 
 
-def _check_looks(stage: AnyStage, recipe: Recipe) -> Iterator[Check]:
+def _check_looks(stage: TaskStage, recipe: TaskRecipe) -> Iterator[Check]:
     """Tell what part of the images that are computed is for validation and probes.
 
     A forward pass is a third of a step.
@@ -109,10 +109,7 @@ def _check_looks(stage: AnyStage, recipe: Recipe) -> Iterator[Check]:
     training = recipe.training
     held_out = stage.validation_shards.samples if stage.validation_shards else 0
     per_step = held_out / training.validate_every
-    if isinstance(recipe, PretrainRecipe) and recipe.probe is not None:
-        probe = recipe.probe
-        per_step += (probe.samples + probe.validation_samples) / probe.every
-    share = per_step / 3 / training.batch_size
+    share = (per_step + recipe.probed_per_step) / 3 / training.batch_size
     found = f"validation and probes add about {share:.1%} to the time"
     if share > ASIDE:
         yield Check(

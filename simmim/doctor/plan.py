@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -10,14 +9,7 @@ from simmim.doctor.checks import Check
 from simmim.engine.monitor.tracking import chosen_trackers
 from simmim.engine.monitor.utilisation import measured_peak
 from simmim.engine.settings import TrainingSettings
-from simmim.tasks.fine_tuning import FineTuningStage
-from simmim.tasks.pretrain.recipe import PretrainRecipe
-from simmim.tasks.pretrain.stage import PretrainStage
-from simmim.tasks.recipe import SCRATCH, FineTuningRecipe
-from simmim.tasks.video.recipe import VideoRecipe
-
-Recipe = PretrainRecipe | FineTuningRecipe
-AnyStage = PretrainStage | FineTuningStage[Any, Any]
+from simmim.tasks.recipe import TaskRecipe
 
 REFERENCE_BATCH = 512
 FASTER = 1.5
@@ -49,12 +41,7 @@ PAPER = (
 )
 
 
-def unit(recipe: Recipe) -> str:
-    """Return what samples are called."""
-    return "clips" if isinstance(recipe, VideoRecipe) else "images"
-
-
-def check_plan(recipe: Recipe, samples_per_epoch: int, device: torch.device) -> Iterator[Check]:
+def check_plan(recipe: TaskRecipe, samples_per_epoch: int, device: torch.device) -> Iterator[Check]:
     """Look at the recipe's numbers."""
     training = recipe.training
     yield check_learning_rate(recipe)
@@ -66,20 +53,20 @@ def check_plan(recipe: Recipe, samples_per_epoch: int, device: torch.device) -> 
     )
 
 
-def check_learning_rate(recipe: Recipe) -> Check:
+def check_learning_rate(recipe: TaskRecipe) -> Check:
     """Hold the learning rate against those of the papers, scaled to the batch size in a line."""
     lr, batch = recipe.training.optimizer.lr, recipe.training.batch_size
     scale = batch / REFERENCE_BATCH
     encoder = recipe.encoder
     own = any(size is not None for size in (encoder.embed_dim, encoder.depths, encoder.num_heads))
-    scratch = isinstance(recipe, FineTuningRecipe) and recipe.init == SCRATCH
+    scratch = recipe.task != "pretrain" and recipe.init_directory is None
     rows = [row for row in PAPER if row.task == recipe.task]
     fitting = [row for row in rows if encoder.variant in row.variants]
     known = bool(fitting) and not own and not scratch
     rates = [row.lr * scale for row in (fitting if known else rows)]
     low, high = min(rates), max(rates)
     span = f"{low:.1e}" if low == high else f"{low:.1e} to {high:.1e}"
-    found = f"{lr:g} for {batch:,} {unit(recipe)} a step"
+    found = f"{lr:g} for {batch:,} {recipe.SAMPLES} a step"
     if not known:
         kind = "training from scratch" if scratch else "an encoder of these sizes"
         return Check(

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from simmim.export.load_trained import Exportable, read_source
 from simmim.export.trial_image import TrialImage, trial_clip, trial_image
-from simmim.tasks.classification.classifier import load_classifier, pool, save_head
+from simmim.tasks.classification.classifier import load_classifier, save_head
+from simmim.tasks.features import pool
 from simmim.tasks.pretrained import HEAD_FOLDER
 from simmim.tasks.segmentation.save_heads import answer_of, load_dense, save_dense
 from swinv2 import SwinV2, VideoSwinV2, load_video_encoder, save_video_encoder

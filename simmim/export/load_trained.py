@@ -28,7 +28,6 @@ from simmim.tasks.pretrained import HEAD_FOLDER
 from simmim.tasks.recipe import FineTuningRecipe
 from simmim.tasks.segmentation.dense_stage import DenseStage
 from simmim.tasks.segmentation.save_heads import load_dense
-from simmim.tasks.video.stage import VideoStart
 from swinv2 import SwinV2, VideoSwinV2, load_video_encoder, read_video_config
 from swinv2.bridges.contents import Classifier, MaskedImageHead
 from swinv2.bridges.transformers_backbone import encoder_from_backbone
@@ -189,13 +188,13 @@ def _read_fine_tuning(run: RunFolder, task: str, checkpoint: Path | None) -> Exp
 
 def _initial(stage: type[FineTuningStage[Any, Any]], recipe: FineTuningRecipe) -> Exportable:
     """Return what a run started from that has handed nothing on yet."""
-    start = stage.load_initial(recipe)
+    initial = stage.load_initial(recipe)
     return Exportable(
-        encoder=start.encoder,
-        mean=start.mean,
-        std=start.std,
+        encoder=initial.encoder,
+        mean=initial.mean,
+        std=initial.std,
         provenance=Provenance(),
-        inflated_from=start.inflated_from if isinstance(start, VideoStart) else None,
+        inflated_from=initial.inflated_from,
         origin=recipe.init,
     )
 

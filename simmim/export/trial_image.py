@@ -11,7 +11,7 @@ from simmim.data.datasets.remote import RemoteReading
 from simmim.data.settings import open_set
 from simmim.data.transforms.cropping import center_crop_resize
 from simmim.data.transforms.decoding import decode_pixels
-from simmim.tasks.normalisation import Normalise
+from simmim.tasks.features import Normalise
 from swinv2 import SwinV2Config, VideoConfig
 
 

@@ -7,7 +7,6 @@ from simmim.recipe import RecipeError
 from simmim.tasks.classification.recipe import ClassificationRecipe
 from simmim.tasks.detection.recipe import DetectionRecipe
 from simmim.tasks.pretrain.recipe import PretrainRecipe
-from simmim.tasks.recipe import FineTuningRecipe
 from simmim.tasks.segmentation.recipe import SegmentationRecipe
 from simmim.tasks.video.recipe import VideoRecipe
 
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
     from simmim.tasks.fine_tuning import FineTuningStage
     from simmim.tasks.pretrain.stage import PretrainStage
 
-TaskRecipe: TypeAlias = PretrainRecipe | FineTuningRecipe
 TaskStage: TypeAlias = "PretrainStage | FineTuningStage[Any, Any]"
 
 FINE_TUNING = ("classification", "segmentation", "detection", "video")

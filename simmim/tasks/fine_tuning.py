@@ -22,8 +22,8 @@ from simmim.data.order.source import Source
 from simmim.data.transforms.image_transforms import Sample
 from simmim.engine.run import RunFolder
 from simmim.recipe import recipe_hash
-from simmim.tasks.batches import training_batches
-from simmim.tasks.pretrained import Start, start_from
+from simmim.tasks.loading import training_batches
+from simmim.tasks.pretrained import InitialEncoder, load_initial_encoder
 from simmim.tasks.recipe import FineTuningRecipe
 from swinv2.config_file import Provenance
 
@@ -44,7 +44,7 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
         validation: those that are held out; None for none.
     """
 
-    start: Start[Any]
+    initial: InitialEncoder[Any]
     """What training starts from."""
     module: nn.Module
     """Takes a Batch on its device and returns the mean loss over it."""
@@ -70,9 +70,9 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
         return recipe
 
     @staticmethod
-    def load_initial(recipe: RecipeT) -> Start[Any]:
-        """Build the encoder that `init` asks for; see `start_from`."""
-        return start_from(recipe.init, recipe.encoder, recipe.data, recipe.training.seed)
+    def load_initial(recipe: RecipeT) -> InitialEncoder[Any]:
+        """Build the encoder that `init` asks for; see `load_initial_encoder`."""
+        return load_initial_encoder(recipe.init, recipe.encoder, recipe.data, recipe.training.seed)
 
     @staticmethod
     @abstractmethod
@@ -89,9 +89,14 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
         return self.recipe.best_metric
 
     @property
+    def encoder(self) -> Any:
+        """The encoder that is trained."""
+        return self.initial.encoder
+
+    @property
     def depths(self) -> tuple[int, ...]:
         """Blocks of each encoder stage."""
-        depths: tuple[int, ...] = self.start.encoder.config.depths
+        depths: tuple[int, ...] = self.initial.encoder.config.depths
         return depths
 
     @property

@@ -1,6 +1,6 @@
 """What the recipes of the tasks share: the encoder, how it is computed, and fine-tuning."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from simmim.data.settings import CroppedSettings
 from simmim.engine.settings import TrainingSettings
@@ -151,8 +151,40 @@ def check_slots(slots: int, training: TrainingSettings) -> None:
         )
 
 
+class TaskRecipe:
+    """What the recipes of all tasks have in common."""
+
+    SAMPLES: ClassVar[str] = "images"
+    """What samples are called."""
+    task: str
+    encoder: EncoderSettings
+    data: Any
+    execution: ExecutionSettings
+    training: TrainingSettings
+
+    @property
+    def init_directory(self) -> str | None:
+        """Path of the trained weights to start from; None for random ones."""
+        return None
+
+    @property
+    def input_text(self) -> str:
+        """Size of the input and of the attention windows, for a person."""
+        return f"{self.data.image_size} pixels with windows of {self.encoder.window_size}"
+
+    @property
+    def counted_mask_cell(self) -> int | None:
+        """Mask cell of a SimMIM step that needs as much memory; None if no such step does."""
+        return None
+
+    @property
+    def probed_per_step(self) -> float:
+        """Images that online probes encode, averaged over the training steps."""
+        return 0.0
+
+
 @settings
-class FineTuningRecipe:
+class FineTuningRecipe(TaskRecipe):
     """A pretrained encoder, or fresh weights, trained for a task."""
 
     task: str
@@ -176,6 +208,11 @@ class FineTuningRecipe:
             self.encoder.check_channels(self.data.mean)
             config = self.encoder.config(self.data.image_size)  # raises where sizes cannot work
             self.execution.check_stages(len(config.depths))
+
+    @property
+    def init_directory(self) -> str | None:
+        """Path of the trained weights to start from; None for random ones."""
+        return None if self.init == SCRATCH else self.init
 
     @property
     def best_metric(self) -> str:

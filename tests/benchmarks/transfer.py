@@ -37,7 +37,7 @@ from simmim.engine.optimizer import (
 from simmim.engine.schedule import learning_rate
 from simmim.engine.settings import ScheduleSettings
 from simmim.tasks.classification.classifier import Classifier
-from simmim.tasks.normalisation import Normalise
+from simmim.tasks.features import Normalise
 from swinv2 import SwinV2, SwinV2Config
 from swinv2.attention import WindowAttention
 from swinv2.position_bias import PositionBias, offset_index

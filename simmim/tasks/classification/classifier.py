@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simmim.tasks.features import pooled_features
 from swinv2.atomic import atomic_folder
 from swinv2.config_file import (
     EncoderDescription,
@@ -29,22 +29,6 @@ HEAD_FILE = "model.safetensors"
 CLASSES_FILE = "classes.json"
 
 
-def pooled_features(
-    encoder: HierarchicalEncoder, images: Tensor, drop_path_noise: Tensor | None = None
-) -> Tensor:
-    """Return the mean over all places of the encoder's output.
-
-    Normalised images (batch, channels, height, width), or clips (batch, frames, channels, height,
-    width), become (batch, num_features).
-    """
-    return pool(encoder(images, drop_path_noise))
-
-
-def pool(tokens: Tensor) -> Tensor:
-    """Return the mean over all places: (batch, *map, channels) to (batch, channels)."""
-    return tokens.mean(dim=tuple(range(1, tokens.ndim - 1)))
-
-
 class Classifier(nn.Module):
     """Encoder, average pool and a linear layer, whose fresh weights are small (std 0.02)."""
 
@@ -62,39 +46,6 @@ class Classifier(nn.Module):
         """
         logits: Tensor = self.head(pooled_features(self.encoder, images, drop_path_noise))
         return logits
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """Sums over classified images, so that parts can be added up."""
-
-    top1: float = 0.0
-    """Images whose class has the highest score."""
-    top5: float = 0.0
-    """Images whose class is among the five highest."""
-    loss: float = 0.0
-    """Sum of the cross entropy."""
-    samples: int = 0
-
-    def __add__(self, other: "Scores") -> "Scores":
-        return Scores(
-            top1=self.top1 + other.top1,
-            top5=self.top5 + other.top5,
-            loss=self.loss + other.loss,
-            samples=self.samples + other.samples,
-        )
-
-
-def score(logits: Tensor, labels: Tensor) -> Scores:
-    """Score (samples, classes) logits against int64 (samples,) labels."""
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    hits = best == labels[:, None]
-    return Scores(
-        top1=float(hits[:, 0].sum()),
-        top5=float(hits.sum()),
-        loss=float(F.cross_entropy(logits.float(), labels, reduction="sum")),
-        samples=len(labels),
-    )
 
 
 def save_head(head: nn.Linear, path: Path, classes: Sequence[str]) -> None:
@@ -148,6 +99,36 @@ def read_head(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         ValueError: a file is absent or damaged.
     """
     return read_tensors(path / HEAD_FILE), _read_classes(path / CLASSES_FILE)
+
+
+@torch.no_grad()
+def copy_head(head: nn.Linear, classes: Sequence[str], source: Path) -> bool:
+    """Copy a trained head, class by class of the same name.
+
+    Args:
+        head: to be filled, an output for each of `classes`.
+        classes: that are to be told apart.
+        source: folder of the trained head; it may know more classes.
+
+    Returns:
+        Whether it knew all of them; else nothing is changed.
+
+    Raises:
+        ValueError: a file is absent or damaged, or it is of another encoder.
+    """
+    tensors, known = read_head(source)
+    places = {name: place for place, name in enumerate(known)}
+    if any(name not in places for name in classes):
+        return False
+    rows = [places[name] for name in classes]
+    if tensors["weight"].shape[1] != head.in_features:
+        raise ValueError(
+            f"{source} has a head for {tensors['weight'].shape[1]} features, and the encoder has "
+            f"{head.in_features}: the two are not of one run."
+        )
+    head.weight.copy_(tensors["weight"][rows])
+    head.bias.copy_(tensors["bias"][rows])
+    return True
 
 
 def _read_classes(file: Path) -> tuple[str, ...]:

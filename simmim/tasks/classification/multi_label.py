@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from simmim.data.loader.batches import Batch
-from simmim.tasks.probe.online import gathered
+from simmim.tasks.metrics import gather_rows
 
 
 def multi_label_losses(logits: Tensor, labels: Tensor, *, smoothing: float) -> Tensor:
@@ -74,9 +74,9 @@ def multi_label_figures(
         with accelerator.autocast():
             scores.append(logits(batch.images.to(device)).float())
         labels.append(batch.labels.to(device, torch.int64))
-    known = gathered(torch.cat(labels), accelerator)
+    known = gather_rows(torch.cat(labels), accelerator)
     real = (known >= 0).all(1)
-    of_all, known = gathered(torch.cat(scores), accelerator)[real], known[real] > 0
+    of_all, known = gather_rows(torch.cat(scores), accelerator)[real], known[real] > 0
     if not len(known):
         return {}
     losses = multi_label_losses(of_all, known, smoothing=0.0)

@@ -80,3 +80,8 @@ class ClassificationRecipe(ClassifierRecipe):
     def best_metric(self) -> str:
         """Top-1, or mean average precision where an image may have several classes."""
         return "top1" if self.data.multi_label is None else "mean_average_precision"
+
+    @property
+    def counted_mask_cell(self) -> int:
+        """One cell as large as the image: a classifier needs as much memory as SimMIM."""
+        return self.data.image_size

@@ -26,19 +26,18 @@ from simmim.data.transforms.mixing import draw_mixes, mixed, partners
 from simmim.data.transforms.multi_label import MultiLabelReader
 from simmim.data.transforms.settings import AugmentationSettings
 from simmim.engine.run import RunFolder
-from simmim.tasks.batches import train_transform
-from simmim.tasks.classification.classifier import Classifier, Scores, save_head, score
+from simmim.tasks.classification.classifier import Classifier, copy_head, save_head
 from simmim.tasks.classification.multi_label import multi_label_figures, multi_label_losses
 from simmim.tasks.classification.recipe import (
     ClassificationData,
     ClassificationRecipe,
     ClassifierRecipe,
 )
-from simmim.tasks.drop_path_noise import sample_drop_path_noise
+from simmim.tasks.features import Normalise, sample_drop_path_noise
 from simmim.tasks.fine_tuning import DataT, FineTuningStage
-from simmim.tasks.labelled_data import open_labelled
-from simmim.tasks.normalisation import Normalise
-from simmim.tasks.pretrained import HEAD_FOLDER, Start, take_head
+from simmim.tasks.loading import open_labelled, train_transform
+from simmim.tasks.metrics import AccuracySums, accuracy_sums
+from simmim.tasks.pretrained import HEAD_FOLDER, InitialEncoder
 from swinv2 import SwinV2, SwinV2Config, save_encoder
 from swinv2.config_file import Provenance
 from swinv2.flops import forward_flops
@@ -50,7 +49,7 @@ class ClassificationModule(nn.Module):
     def __init__(
         self,
         model: Classifier,
-        start: Start[SwinV2],
+        initial: InitialEncoder[SwinV2],
         *,
         label_smoothing: float,
         augmentation: AugmentationSettings,
@@ -59,7 +58,7 @@ class ClassificationModule(nn.Module):
         super().__init__()
         self.model = model
         self.seed = seed
-        self.normalise = Normalise(start.mean, start.std)
+        self.normalise = Normalise(initial.mean, initial.std)
         self.label_smoothing = label_smoothing
         self.augmentation = augmentation
 
@@ -97,19 +96,19 @@ class ClassifierStage(FineTuningStage[RecipeT, DataT]):
         self, recipe: RecipeT, training: DataT, validation: DataT | None, classes: tuple[str, ...]
     ) -> None:
         super().__init__(recipe, training, validation)
-        self.start = start = self.load_initial(recipe)
+        self.initial = initial = self.load_initial(recipe)
         self.classes = classes
-        recipe.execution.apply(start.encoder)
+        recipe.execution.apply(initial.encoder)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.training.seed)
-            self.model = Classifier(start.encoder, len(self.classes))
-        if start.head is not None:
-            take_head(self.model.head, self.classes, start.head)
+            self.model = Classifier(initial.encoder, len(self.classes))
+        if initial.head is not None:
+            copy_head(self.model.head, self.classes, initial.head)
 
     @property
     def flops_per_sample(self) -> int:
         """Operations of encoder and head; see `simmim.engine.stage.Stage`."""
-        config: SwinV2Config = self.start.encoder.config
+        config: SwinV2Config = self.initial.encoder.config
         return forward_flops(config) + 2 * config.num_features * len(self.classes)
 
     def baselines(self) -> dict[str, float]:
@@ -127,12 +126,12 @@ class ClassifierStage(FineTuningStage[RecipeT, DataT]):
             accelerator: over whose ranks the figures are.
             logits: turns images as they were stored into the scores of the classes.
         """
-        total = Scores()
+        total = AccuracySums()
         for batch in batches:
             assert batch.labels is not None
             with accelerator.autocast():
                 found = logits(batch.images.to(accelerator.device))
-            total += score(found, batch.labels.to(accelerator.device))
+            total += accuracy_sums(found, batch.labels.to(accelerator.device))
         sums = torch.tensor([total.top1, total.top5, total.loss, total.samples])
         top1, top5, loss, count = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()
         if not count:
@@ -170,7 +169,7 @@ class ClassificationStage(ClassifierStage[ClassificationRecipe, Shards]):
         super().__init__(recipe, training, validation, classes)
         self.module = ClassificationModule(
             self.model,
-            self.start,
+            self.initial,
             label_smoothing=recipe.label_smoothing,
             augmentation=recipe.augmentation,
             seed=recipe.training.seed,
@@ -191,12 +190,12 @@ class ClassificationStage(ClassifierStage[ClassificationRecipe, Shards]):
         """Return what crops, mirrors and changes an image."""
         recipe, augment = self.recipe, None
         if recipe.augmentation.touches_pictures:
-            mean, std = self.start.mean, self.start.std
+            mean, std = self.initial.mean, self.initial.std
             augment = Augment(settings=recipe.augmentation, mean=mean, std=std)
         return train_transform(
             recipe.data,
             seed=recipe.training.seed,
-            channels=self.start.encoder.config.in_channels,
+            channels=self.initial.encoder.config.in_channels,
             augment=augment,
             label=label_reader(recipe.data),
         )
@@ -229,7 +228,7 @@ class ClassificationStage(ClassifierStage[ClassificationRecipe, Shards]):
             size=(data.image_size, data.image_size),
             crop_pct=data.crop_pct,
             label=label_reader(data),
-            channels=self.start.encoder.config.in_channels,
+            channels=self.initial.encoder.config.in_channels,
             max_pixels=data.max_pixels,
         )
 
@@ -253,8 +252,8 @@ class ClassificationStage(ClassifierStage[ClassificationRecipe, Shards]):
 
     def save_encoder(self, path: Path, provenance: Provenance) -> None:
         """Write the encoder directory."""
-        start = self.start
-        save_encoder(start.encoder, path, mean=start.mean, std=start.std, provenance=provenance)
+        mean, std = self.initial.mean, self.initial.std
+        save_encoder(self.initial.encoder, path, mean=mean, std=std, provenance=provenance)
 
 
 def label_reader(data: ClassificationData) -> LabelReading:

@@ -77,12 +77,12 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
         return JitterTransform(
             side=data.image_size,
             seed=self.recipe.training.seed,
-            mean=self.start.mean,
+            mean=self.initial.mean,
             labels={number: label for label, number in enumerate(ids)},
             masks=self.model.has_masks,
             scale=data.scale,
             flip=data.flip,
-            channels=self.start.encoder.config.in_channels,
+            channels=self.initial.encoder.config.in_channels,
             max_pixels=data.max_pixels,
         )
 
@@ -109,8 +109,8 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
         """Return what shows a whole image."""
         return DetectionView(
             side=self.recipe.data.image_size,
-            mean=self.start.mean,
-            channels=self.start.encoder.config.in_channels,
+            mean=self.initial.mean,
+            channels=self.initial.encoder.config.in_channels,
             max_pixels=self.recipe.data.max_pixels,
         )
 

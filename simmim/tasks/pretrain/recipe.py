@@ -7,7 +7,7 @@ from simmim.engine.settings import TrainingSettings
 from simmim.method.settings import LossSettings, MaskSettings
 from simmim.recipe import settings
 from simmim.tasks.probe.recipe import OnlineProbeSettings
-from simmim.tasks.recipe import EncoderSettings, ExecutionSettings, check_slots
+from simmim.tasks.recipe import EncoderSettings, ExecutionSettings, TaskRecipe, check_slots
 
 
 @settings
@@ -21,7 +21,7 @@ class PretrainData(AugmentedDataSettings):
 
 
 @settings
-class PretrainRecipe:
+class PretrainRecipe(TaskRecipe):
     """SimMIM pretraining of a Swin Transformer V2."""
 
     task: Literal["pretrain"]
@@ -55,3 +55,14 @@ class PretrainRecipe:
             raise ValueError("training.optimizer.layer_decay belongs to fine-tuning; leave it 1.")
         config = self.encoder.config(size)  # raises where the sizes cannot work together
         self.execution.check_stages(len(config.depths))
+
+    @property
+    def counted_mask_cell(self) -> int:
+        """Side of the mask cells in pixels."""
+        return self.mask.cell
+
+    @property
+    def probed_per_step(self) -> float:
+        """Images that online probes encode, averaged over the training steps."""
+        probe = self.probe
+        return 0.0 if probe is None else (probe.samples + probe.validation_samples) / probe.every

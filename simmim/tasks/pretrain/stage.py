@@ -25,10 +25,8 @@ from simmim.method.masking import MaskGenerator
 from simmim.method.model import SimMIM
 from simmim.recipe import load, recipe_hash
 from simmim.report.panels import reconstruction_panel
-from simmim.tasks.batches import train_transform, training_batches
-from simmim.tasks.classification.classifier import pool
-from simmim.tasks.drop_path_noise import sample_drop_path_noise
-from simmim.tasks.normalisation import Normalise
+from simmim.tasks.features import Normalise, pool, sample_drop_path_noise
+from simmim.tasks.loading import train_transform, training_batches
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.probe.online import OnlineProbe
 from swinv2 import build_encoder, save_encoder
@@ -91,6 +89,7 @@ class PretrainStage:
         self.model = build_model(recipe)
         recipe.execution.apply(self.model.encoder)
         self.module = PretrainModule(self.model, recipe.data, seed=recipe.training.seed)
+        self.encoder = self.model.encoder
         self.depths = self.model.encoder.config.depths
         size = (recipe.data.image_size, recipe.data.image_size)
         self.draw_mask = MaskGenerator.from_settings(recipe.mask, size)

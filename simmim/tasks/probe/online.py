@@ -14,8 +14,8 @@ from simmim.data.loader.bad_samples import BadSamples
 from simmim.data.loader.batches import Batch, evaluation_batches
 from simmim.data.settings import DataSettings, open_sets
 from simmim.data.transforms.image_transforms import EvalTransform
-from simmim.tasks.classification.classifier import score
-from simmim.tasks.labelled_data import open_labelled
+from simmim.tasks.loading import open_labelled
+from simmim.tasks.metrics import accuracy_sums, gather_rows
 from simmim.tasks.probe.probe import (
     Features,
     knn_votes,
@@ -72,7 +72,8 @@ class OnlineProbe:
         """
         mine = self._features(self.known, features, accelerator)
         everyone = Features(
-            values=gathered(mine.values, accelerator), labels=gathered(mine.labels, accelerator)
+            values=gather_rows(mine.values, accelerator),
+            labels=gather_rows(mine.labels, accelerator),
         )
         real = everyone.labels >= 0
         known = Features(values=everyone.values[real], labels=everyone.labels[real])
@@ -80,7 +81,8 @@ class OnlineProbe:
         known, asked = standardise(known, asked)
         guesses = self._guesses(known, asked.values)
         hits = [
-            score(guess, asked.labels).top1 if len(guess) else 0.0 for guess in guesses.values()
+            accuracy_sums(guess, asked.labels).top1 if len(guess) else 0.0
+            for guess in guesses.values()
         ]
         sums = torch.tensor([*hits, float(len(asked.labels))], device=accelerator.device)
         *right, count = accelerator.reduce(sums, "sum").tolist()
@@ -140,10 +142,3 @@ class OnlineProbe:
 def at_most(shards: Shards, samples: int) -> Shards:
     """Return about this many samples at most, the same share of each class."""
     return shards if shards.samples <= samples else shards.share(samples / shards.samples, seed=0)
-
-
-def gathered(part: Tensor, accelerator: Accelerator) -> Tensor:
-    """Return the rows of all ranks; where ranks have fewer, there are rows of -1."""
-    even = accelerator.pad_across_processes(part, dim=0, pad_index=-1)
-    rows: Tensor = accelerator.gather(even)
-    return rows

@@ -16,9 +16,9 @@ from simmim.data.loader.batches import evaluation_batches
 from simmim.data.order.randomness import shuffled
 from simmim.data.settings import open_sets
 from simmim.data.transforms.image_transforms import EvalTransform
-from simmim.tasks.classification.classifier import pooled_features, score
-from simmim.tasks.labelled_data import open_labelled
-from simmim.tasks.normalisation import Normalise
+from simmim.tasks.features import Normalise, pooled_features
+from simmim.tasks.loading import open_labelled
+from simmim.tasks.metrics import accuracy_sums
 from simmim.tasks.probe.recipe import ProbeData, ProbeRecipe, ProbeSettings
 from swinv2 import SwinV2, build_encoder, load_encoder
 from swinv2.config_file import read_encoder_config
@@ -163,7 +163,7 @@ def probe(
     logits = linear_logits(
         known, asked.values, num_classes=len(training.classes), steps=settings.linear_steps
     )
-    by_votes, by_lines = score(votes, asked.labels), score(logits, asked.labels)
+    by_votes, by_lines = accuracy_sums(votes, asked.labels), accuracy_sums(logits, asked.labels)
     return ProbeResult(
         knn_top1=100 * by_votes.top1 / by_votes.samples,
         linear_top1=100 * by_lines.top1 / by_lines.samples,
@@ -268,7 +268,7 @@ def linear_logits(known: Features, asked: Tensor, *, num_classes: int, steps: in
     losses = []
     for strength in L2_STRENGTHS if len(held) else L2_STRENGTHS[:1]:
         line = _fit_line(values[kept], labels[kept], num_classes, strength, steps)
-        losses.append(score(line(values[held]), labels[held]).loss)
+        losses.append(accuracy_sums(line(values[held]), labels[held]).loss)
     strength = L2_STRENGTHS[losses.index(min(losses))]
     return _fit_line(values, labels, num_classes, strength, steps)(asked)
 

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from simmim.data.loader.batches import Batch
 from simmim.engine.run import RunFolder
-from simmim.tasks.drop_path_noise import sample_drop_path_noise
+from simmim.tasks.features import Normalise, sample_drop_path_noise
 from simmim.tasks.fine_tuning import DataT, FineTuningStage
-from simmim.tasks.normalisation import Normalise
-from simmim.tasks.pretrained import Start
+from simmim.tasks.pretrained import InitialEncoder
 from simmim.tasks.segmentation.backbone import drawing_by, dropping_by
 from simmim.tasks.segmentation.overlays import palette, write_panel
 from simmim.tasks.segmentation.recipe import DenseRecipe
@@ -33,13 +32,18 @@ class DenseModule(nn.Module):
     """The loss of a model over batches as they were stored."""
 
     def __init__(
-        self, model: Any, start: Start[SwinV2], targets: Callable[[Batch], Any], *, seed: int
+        self,
+        model: Any,
+        initial: InitialEncoder[SwinV2],
+        targets: Callable[[Batch], Any],
+        *,
+        seed: int,
     ) -> None:
         super().__init__()
         self.model = model
         self.targets = targets
         self.seed = seed
-        self.normalise = Normalise(start.mean, start.std)
+        self.normalise = Normalise(initial.mean, initial.std)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the mean loss over a batch."""
@@ -60,7 +64,7 @@ class DenseStage(FineTuningStage[RecipeT, DataT]):
         names: of the classes.
     """
 
-    start: Start[SwinV2]
+    initial: InitialEncoder[SwinV2]
     model: Any
     """What `build_model` returned."""
     module: DenseModule
@@ -73,15 +77,15 @@ class DenseStage(FineTuningStage[RecipeT, DataT]):
         super().__init__(recipe, training, validation)
         self.names = names
         seed = recipe.training.seed
-        start = self.load_initial(recipe)
+        initial = self.load_initial(recipe)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model = self.build_model(recipe, start.encoder, names)
-        self.start = replace(start, encoder=self.model.backbone.encoder)
+            self.model = self.build_model(recipe, initial.encoder, names)
+        self.initial = replace(initial, encoder=self.model.backbone.encoder)
         # While it is whole: what is shared out cannot be copied.
         self._flops = count_flops(self.model.net, self.model.backbone, recipe.data.image_size)
-        recipe.execution.apply(self.start.encoder)
-        self.module = DenseModule(self.model, self.start, self.targets_of, seed=seed)
+        recipe.execution.apply(self.initial.encoder)
+        self.module = DenseModule(self.model, self.initial, self.targets_of, seed=seed)
 
     @staticmethod
     @abstractmethod
@@ -129,7 +133,7 @@ class DenseStage(FineTuningStage[RecipeT, DataT]):
 
     def hand_on(self, run: RunFolder, step: int, samples: int) -> None:
         """Write the encoder directory, and encoder and head as transformers has them."""
-        mean, std = self.start.mean, self.start.std
+        mean, std = self.initial.mean, self.initial.std
         encoder = encoder_from_backbone(self.model.backbone)
         provenance = self.provenance(step, samples)
         save_encoder(encoder, run.encoder, mean=mean, std=std, provenance=provenance)

@@ -76,13 +76,13 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
             side=data.image_size,
             seed=self.recipe.training.seed,
             labels=label_reading(data),
-            mean=self.start.mean,
+            mean=self.initial.mean,
             short_side=data.short_side,
             scale=data.scale,
             largest_class=data.largest_class,
             flip=data.flip,
             photometric=data.photometric,
-            channels=self.start.encoder.config.in_channels,
+            channels=self.initial.encoder.config.in_channels,
             max_pixels=data.max_pixels,
         )
 
@@ -106,7 +106,7 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
         return SegmentationView(
             labels=label_reading(data),
             short_side=data.short_side,
-            channels=self.start.encoder.config.in_channels,
+            channels=self.initial.encoder.config.in_channels,
             max_pixels=data.max_pixels,
         )
 

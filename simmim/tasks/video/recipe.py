@@ -1,6 +1,6 @@
 """Recipe of the classification of clips."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from simmim.data.clip_settings import ClipData
 from simmim.limits import check_least
@@ -46,6 +46,7 @@ class VideoEncoderSettings(EncoderSettings):
 class VideoRecipe(ClassifierRecipe):
     """Classification of clips on a Swin Transformer V2 with windows in time and space."""
 
+    SAMPLES: ClassVar[str] = "clips"
     task: Literal["video"]
     init: str = SCRATCH
     """`scratch`, or what to start from: the directory of an encoder of images, whose weights are
@@ -62,3 +63,9 @@ class VideoRecipe(ClassifierRecipe):
         super().__post_init__()
         # Raises where sizes cannot work.
         self.encoder.video_config(self.data.image_size, self.data.frames)
+
+    @property
+    def input_text(self) -> str:
+        """Size of the input and of the attention windows, for a person."""
+        frames, window = self.data.frames, self.encoder.window_frames
+        return f"{frames} frames of {super().input_text} and {window} frames"

@@ -1,7 +1,6 @@
 """Fine-tuning on clips: an image encoder inflated in time, average pool and a linear head."""
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,9 +14,8 @@ from simmim.data.transforms.clip_transforms import EvaluationClip, TrainClip, un
 from simmim.data.transforms.frames import require_decoder
 from simmim.tasks.classification.classifier import Classifier
 from simmim.tasks.classification.stage import ClassifierStage
-from simmim.tasks.drop_path_noise import sample_drop_path_noise
-from simmim.tasks.normalisation import Normalise
-from simmim.tasks.pretrained import Start, source_of, start_from
+from simmim.tasks.features import Normalise, sample_drop_path_noise
+from simmim.tasks.pretrained import InitialEncoder, find_weights, load_initial_encoder
 from simmim.tasks.recipe import SCRATCH
 from simmim.tasks.video.recipe import CHANNELS, VideoRecipe
 from swinv2 import (
@@ -32,21 +30,13 @@ from swinv2 import (
 from swinv2.config_file import is_video_encoder
 
 
-@dataclass(frozen=True, kw_only=True)
-class VideoStart(Start[VideoSwinV2]):
-    """What training starts from."""
-
-    inflated_from: Provenance | None
-    """Where the weights of images come from that those of the encoder began as."""
-
-
 class VideoModule(nn.Module):
     """Cross entropy with label smoothing over batches of clips as they travelled."""
 
     def __init__(
         self,
         model: Classifier,
-        start: VideoStart,
+        initial: InitialEncoder[VideoSwinV2],
         *,
         frames: int,
         label_smoothing: float,
@@ -56,7 +46,7 @@ class VideoModule(nn.Module):
         self.model = model
         self.frames = frames
         self.seed = seed
-        self.normalise = Normalise(start.mean, start.std)
+        self.normalise = Normalise(initial.mean, initial.std)
         self.label_smoothing = label_smoothing
 
     def forward(self, batch: Batch) -> Tensor:
@@ -81,7 +71,7 @@ class VideoStage(ClassifierStage[VideoRecipe, ClipSet]):
         ValueError: there are no clips, too few of them, or the start cannot be loaded.
     """
 
-    start: VideoStart
+    initial: InitialEncoder[VideoSwinV2]
     module: VideoModule
 
     def __init__(self, recipe: VideoRecipe) -> None:
@@ -90,14 +80,14 @@ class VideoStage(ClassifierStage[VideoRecipe, ClipSet]):
         super().__init__(recipe, training, validation, training.classes)
         self.module = VideoModule(
             self.model,
-            self.start,
+            self.initial,
             frames=recipe.data.frames,
             label_smoothing=recipe.label_smoothing,
             seed=recipe.training.seed,
         )
 
     @staticmethod
-    def load_initial(recipe: VideoRecipe) -> VideoStart:
+    def load_initial(recipe: VideoRecipe) -> InitialEncoder[VideoSwinV2]:
         """Build the encoder that `init` asks for, with the normalisation that goes with it.
 
         Fresh weights depend on the recipe's seed alone.
@@ -111,8 +101,8 @@ class VideoStage(ClassifierStage[VideoRecipe, ClipSet]):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 encoder = VideoSwinV2(wanted.video_config(data.image_size, data.frames))
-            return VideoStart(encoder=encoder, mean=data.mean, std=data.std, inflated_from=None)
-        source = source_of(init)
+            return InitialEncoder(encoder=encoder, mean=data.mean, std=data.std, inflated_from=None)
+        source = find_weights(init)
         if is_video_encoder(source.encoder):
             clips = read_video_config(source.encoder)
             encoder = load_video_encoder(
@@ -123,7 +113,7 @@ class VideoStage(ClassifierStage[VideoRecipe, ClipSet]):
                 window_frames=wanted.window_frames,
                 drop_path=wanted.drop_path,
             )
-            return VideoStart(
+            return InitialEncoder(
                 encoder=encoder,
                 mean=clips.mean,
                 std=clips.std,
@@ -136,15 +126,15 @@ class VideoStage(ClassifierStage[VideoRecipe, ClipSet]):
                 f"the encoder {init} takes images of {images.config.in_channels} channels, and "
                 f"clips have {CHANNELS}; start from another."
             )
-        start = start_from(init, wanted, data, seed)
+        initial = load_initial_encoder(init, wanted, data, seed)
         encoder = inflate(
-            start.encoder,
+            initial.encoder,
             frames=data.frames,
             frame_patch=wanted.frame_patch,
             window_frames=wanted.window_frames,
         )
-        return VideoStart(
-            encoder=encoder, mean=start.mean, std=start.std, inflated_from=images.provenance
+        return InitialEncoder(
+            encoder=encoder, mean=initial.mean, std=initial.std, inflated_from=images.provenance
         )
 
     @staticmethod
@@ -209,12 +199,12 @@ class VideoStage(ClassifierStage[VideoRecipe, ClipSet]):
 
     def save_encoder(self, path: Path, provenance: Provenance) -> None:
         """Write the directory of the encoder of clips."""
-        start = self.start
+        initial = self.initial
         save_video_encoder(
-            start.encoder,
+            initial.encoder,
             path,
-            mean=start.mean,
-            std=start.std,
+            mean=initial.mean,
+            std=initial.std,
             provenance=provenance,
-            inflated_from=start.inflated_from,
+            inflated_from=initial.inflated_from,
         )

@@ -13,10 +13,10 @@ from accelerate.state import AcceleratorState
 from simmim.data.order.errors import DataError
 from simmim.engine.run import RunFolder
 from simmim.recipe import parse, to_values
-from simmim.tasks.normalisation import Normalise
+from simmim.tasks.features import Normalise
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.pretrain.stage import PretrainStage
-from simmim.tasks.training import launch
+from simmim.tasks.train import train_recipe
 from tests.simmim.data.conftest import WriteShards, encode
 from tests.simmim.data.measured import write_measured
 
@@ -25,7 +25,7 @@ def pretrain(values: dict[str, Any], path: Path, resume: str | None = None) -> R
     AcceleratorState._reset_state(reset_partial_state=True)
     run = RunFolder(path=path)
     recipe = parse(PretrainRecipe, values, "test")
-    launch(PretrainStage, recipe, run=run, resume=resume, allow_changes=False)
+    train_recipe(PretrainStage, recipe, run=run, resume=resume, allow_changes=False)
     return run
 
 

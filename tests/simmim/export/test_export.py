@@ -20,7 +20,7 @@ from simmim.tasks.classification.recipe import ClassificationRecipe
 from simmim.tasks.classification.stage import ClassificationStage
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.pretrain.stage import PretrainStage
-from simmim.tasks.pretrained import source_of
+from simmim.tasks.pretrained import find_weights
 from swinv2.bridges.reference import import_reference
 from swinv2.bridges.timm import import_timm
 from swinv2.config_file import read_encoder_config
@@ -130,7 +130,7 @@ def test_a_native_export_has_the_classifier_too(
     again = read_source(tmp_path / "out")
     assert again.classifier is not None
     assert torch.equal(again.classifier.weight, stage.model.head.weight)
-    assert source_of(str(tmp_path / "out")).head == tmp_path / "out" / "classifier"
+    assert find_weights(str(tmp_path / "out")).head == tmp_path / "out" / "classifier"
 
 
 def test_the_best_checkpoint_is_exported_where_it_is_asked_for(

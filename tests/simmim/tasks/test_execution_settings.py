@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import simmim.cli
-import simmim.tasks.training
+import simmim.tasks.train
 from simmim.cli import main
 from simmim.engine.checkpoint.directory import complete_checkpoints, read_model
 from simmim.engine.run import RunFolder
@@ -129,7 +129,7 @@ def test_the_command_line_asks_for_compiling(
         assert recipe.execution.checkpointing == ("full" if "full" in given else "none")
         raise LaunchedError
 
-    monkeypatch.setattr(simmim.tasks.training, "launch", launch)
+    monkeypatch.setattr(simmim.tasks.train, "train_recipe", launch)
     config = tmp_path / "recipe.yaml"
     config.write_text(
         yaml.dump(pretrain_values if command == "pretrain" else classification_values)

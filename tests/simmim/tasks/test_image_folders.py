@@ -16,7 +16,7 @@ from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.pretrain.stage import PretrainStage
 from simmim.tasks.probe.probe import compare
 from simmim.tasks.probe.recipe import ProbeRecipe
-from simmim.tasks.training import launch
+from simmim.tasks.train import train_recipe
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def pretrain(values: dict[str, Any], path: Path, resume: str | None = None) -> R
     AcceleratorState._reset_state(reset_partial_state=True)
     run = RunFolder(path=path)
     recipe = parse(PretrainRecipe, values, "test")
-    launch(PretrainStage, recipe, run=run, resume=resume, allow_changes=False)
+    train_recipe(PretrainStage, recipe, run=run, resume=resume, allow_changes=False)
     return run
 
 
@@ -62,7 +62,7 @@ def test_a_folder_is_fine_tuned_on_and_another_validates(
     classification_values["data"] |= data
     recipe = parse(ClassificationRecipe, classification_values, "test")
     run = RunFolder(path=tmp_path / "run")
-    result = launch(ClassificationStage, recipe, run=run, resume=None, allow_changes=False)
+    result = train_recipe(ClassificationStage, recipe, run=run, resume=None, allow_changes=False)
     assert result.figures["top1"] >= 0
     stage = ClassificationStage(recipe)
     assert stage.classes == ("circle", "square", "stripe")

@@ -15,7 +15,7 @@ from simmim.recipe import RecipeError, parse
 from simmim.tasks.classification.multi_label import average_precisions, multi_label_losses
 from simmim.tasks.classification.recipe import ClassificationRecipe
 from simmim.tasks.classification.stage import ClassificationStage
-from simmim.tasks.training import launch
+from simmim.tasks.train import train_recipe
 
 
 def average_precision(scores: list[float], labels: list[bool]) -> float:
@@ -97,7 +97,7 @@ def test_two_attributes_are_learnt(
     classification_values["encoder"]["drop_path"] = 0.0
     recipe = parse(ClassificationRecipe, classification_values, "test")
     run = RunFolder(path=tmp_path / "run")
-    result = launch(ClassificationStage, recipe, run=run, resume=None, allow_changes=False)
+    result = train_recipe(ClassificationStage, recipe, run=run, resume=None, allow_changes=False)
     assert set(result.figures) == {"validation_loss", "mean_average_precision"}
     assert result.figures["mean_average_precision"] > 90
     names = json.loads((run.path / "classifier" / "classes.json").read_text())["classes"]

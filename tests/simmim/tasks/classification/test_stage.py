@@ -15,11 +15,11 @@ from simmim.data.transforms.mixing import draw_mixes, mixed, partners
 from simmim.engine.loop import TrainingResult, build_accelerator, train
 from simmim.engine.run import RunFolder
 from simmim.recipe import RecipeError, parse
-from simmim.tasks.classification.classifier import load_classifier, save_head, score
+from simmim.tasks.classification.classifier import copy_head, load_classifier, save_head
 from simmim.tasks.classification.recipe import ClassificationRecipe
 from simmim.tasks.classification.stage import ClassificationStage
-from simmim.tasks.drop_path_noise import sample_drop_path_noise
-from simmim.tasks.pretrained import take_head
+from simmim.tasks.features import sample_drop_path_noise
+from simmim.tasks.metrics import accuracy_sums
 from swinv2.config_file import read_encoder_config
 from swinv2.weights import load_encoder
 
@@ -98,7 +98,7 @@ def test_a_directory_brings_weights_sizes_and_normalisation(
     assert (config.embed_dim, config.num_heads) == (16, (1, 2))
     assert (config.image_size, config.window_size, config.drop_path) == ((32, 32), (8, 8), 0.1)
     assert config.pretrained_window_sizes == ((4, 4), (4, 4))
-    assert stage.start.mean == (0.4, 0.5, 0.6)
+    assert stage.initial.mean == (0.4, 0.5, 0.6)
     saved = load_encoder(encoder_directory).state_dict()
     assert all(
         torch.equal(saved[name], part) for name, part in stage.model.encoder.state_dict().items()
@@ -183,7 +183,9 @@ def test_loss_is_smoothed_cross_entropy(classification_values: dict[str, Any]) -
     stage.module.eval()
     pixels = batch.images / 255
     pixels[batch.flips] = pixels[batch.flips].flip(-1)
-    mean, std = (torch.tensor(part).view(3, 1, 1) for part in (stage.start.mean, stage.start.std))
+    mean, std = (
+        torch.tensor(part).view(3, 1, 1) for part in (stage.initial.mean, stage.initial.std)
+    )
     logs = stage.model((pixels - mean) / std).log_softmax(dim=1)
     target = F.one_hot(batch.labels, 3) * 0.7 + 0.3 / 3
     expected = -(target * logs).sum(dim=1).mean()
@@ -193,9 +195,9 @@ def test_loss_is_smoothed_cross_entropy(classification_values: dict[str, Any]) -
 def test_scores_add_up() -> None:
     logits = torch.tensor([[0.0, 1, 2, 3, 4, 5], [5.0, 4, 3, 2, 1, 0]])
     labels = torch.tensor([5, 5])
-    whole = score(logits, labels)
+    whole = accuracy_sums(logits, labels)
     assert (whole.top1, whole.top5, whole.samples) == (1, 1, 2)
-    parts = score(logits[:1], labels[:1]) + score(logits[1:], labels[1:])
+    parts = accuracy_sums(logits[:1], labels[:1]) + accuracy_sums(logits[1:], labels[1:])
     assert replace(parts, loss=0) == replace(whole, loss=0)
     assert parts.loss == pytest.approx(whole.loss)
 
@@ -324,12 +326,12 @@ def test_a_head_of_other_classes_is_left(tmp_path: Path) -> None:
     save_head(trained, tmp_path / "classifier", ["cat", "dog"])
     head = torch.nn.Linear(4, 2)
     before = head.weight.detach().clone()
-    assert not take_head(head, ["cat", "horse"], tmp_path / "classifier")
+    assert not copy_head(head, ["cat", "horse"], tmp_path / "classifier")
     assert torch.equal(head.weight, before)
-    assert take_head(head, ["dog", "cat"], tmp_path / "classifier")
+    assert copy_head(head, ["dog", "cat"], tmp_path / "classifier")
     assert torch.equal(head.weight, trained.weight[[1, 0]])
     with pytest.raises(ValueError, match="head for 4 features, and the encoder has 5"):
-        take_head(torch.nn.Linear(5, 1), ["dog"], tmp_path / "classifier")
+        copy_head(torch.nn.Linear(5, 1), ["dog"], tmp_path / "classifier")
 
 
 def test_a_run_that_has_not_ended_says_how_to_start_from_it(

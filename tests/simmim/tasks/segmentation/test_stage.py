@@ -174,7 +174,7 @@ def test_an_encoder_directory_brings_its_weights(values: dict[str, Any], tmp_pat
 def test_every_parameter_has_the_layer_it_should(values: dict[str, Any]) -> None:
     stage = build(values)
     depths = stage.depths
-    encoder = stage.start.encoder
+    encoder = stage.initial.encoder
     own = {name: layer_of(name, depths) for name, _ in encoder.named_parameters()}
     for name, _ in stage.module.named_parameters():
         inner = name.partition("backbone.encoder.")[2]

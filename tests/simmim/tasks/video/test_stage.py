@@ -198,7 +198,7 @@ def test_still_clips_have_the_features_of_the_encoder_that_a_run_starts_from(
     stage = VideoStage(parse(VideoRecipe, values, "recipe"))
     still = torch.randint(256, (2, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
     with torch.no_grad():
-        found = stage.start.encoder.eval()(stage.module.clips(still.repeat(1, 8, 1, 1)))
+        found = stage.initial.encoder.eval()(stage.module.clips(still.repeat(1, 8, 1, 1)))
         image = stage.module.normalise(still)
         expected = load_encoder(tmp_path / "image")(image)
     assert found.shape[1] == 8

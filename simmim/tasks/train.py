@@ -29,12 +29,12 @@ class Trains(Protocol):
         """How long and how it is trained."""
 
 
-Recipe = TypeVar("Recipe", bound=Trains)
+RecipeT = TypeVar("RecipeT", bound=Trains)
 
 
-def launch(
-    make_stage: Callable[[Recipe], Stage],
-    recipe: Recipe,
+def train_recipe(
+    make_stage: Callable[[RecipeT], Stage],
+    recipe: RecipeT,
     *,
     run: RunFolder,
     resume: str | None,
@@ -87,12 +87,12 @@ def launch(
         stage, run, accelerator, resume, allow_changes=allow_changes, init_from=init_from
     )
     if accelerator.is_main_process:
-        say_result(result, run)
+        print_result(result, run)
     end_processes(accelerator)
     return result
 
 
-def say_result(result: TrainingResult, run: RunFolder) -> None:
+def print_result(result: TrainingResult, run: RunFolder) -> None:
     """Print where a training ended and where its results are."""
     if result.stopped:
         lines = [

@@ -1,0 +1,170 @@
+"""Loading data as a recipe asks: labelled sets and their split, transforms, batches."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from simmim.data.datasets.mixture import Order, Shards
+from simmim.data.loader.bad_samples import BadSamples
+from simmim.data.loader.batches import TrainingBatches
+from simmim.data.order.order import Address
+from simmim.data.order.source import Raw, Source
+from simmim.data.settings import AugmentedDataSettings, SampleSettings
+from simmim.data.transforms.image_transforms import (
+    LabelReading,
+    MaskDraw,
+    PictureChange,
+    Sample,
+    TrainTransform,
+    class_of,
+)
+from simmim.engine.settings import TrainingSettings
+
+
+def train_transform(
+    data: AugmentedDataSettings,
+    *,
+    seed: int,
+    channels: int,
+    mask: MaskDraw | None = None,
+    augment: PictureChange | None = None,
+    label: LabelReading = class_of,
+) -> TrainTransform:
+    """Return what crops and mirrors the images of shards.
+
+    Args:
+        data: size and augmentation of the images.
+        seed: of all that is drawn.
+        channels: of the images.
+        mask: draws the mask of an image, where the stage wants one.
+        augment: changes a cropped image, where the stage wants more than crop and mirroring.
+        label: reads the label of an image.
+    """
+    return TrainTransform(
+        size=(data.image_size, data.image_size),
+        seed=seed,
+        scale=data.scale,
+        ratio=data.ratio,
+        flip=data.flip,
+        channels=channels,
+        mask=mask,
+        augment=augment,
+        label=label,
+        max_pixels=data.max_pixels,
+    )
+
+
+def training_batches(
+    shards: Source[Raw],
+    order: Order,
+    transform: Callable[[Raw, Address], Sample],
+    data: SampleSettings,
+    training: TrainingSettings,
+    *,
+    rank: int,
+    world: int,
+    start: int,
+    end: int,
+    bad_samples: BadSamples,
+) -> TrainingBatches:
+    """Return this rank's micro-batches, from `start` to `end` samples of the global stream.
+
+    Args:
+        shards: to train on.
+        order: of their samples.
+        transform: makes a sample of what is read.
+        data: how samples are read.
+        training: batch size and accumulation.
+        rank: number of this process.
+        world: number of processes.
+        start: cursor of the first batch.
+        end: cursor behind the last one.
+        bad_samples: where those that had to be replaced are counted.
+    """
+    return TrainingBatches(
+        shards,
+        order,
+        transform,
+        batch_size=training.batch_size,
+        start_position=start,
+        end_position=end,
+        accumulation=training.accumulation,
+        rank=rank,
+        world=world,
+        workers=data.workers,
+        pin_memory=torch.cuda.is_available(),
+        bad_samples=bad_samples,
+    )
+
+
+def open_labelled(
+    shards: Shards,
+    *,
+    validation: Shards | None,
+    validation_shards: int,
+    fraction: float,
+    seed: int,
+) -> tuple[Shards, Shards | None]:
+    """Return the shards to train on and those to validate on.
+
+    Args:
+        shards: labelled ones.
+        validation: other shards, all of them for validation; None holds some of `shards` out.
+        validation_shards: how many of the last shards are held out; 0 holds out none. Not used
+            with `validation`.
+        fraction: share of each class's training samples that is kept.
+        seed: of the choice of that share.
+
+    Returns:
+        Training shards, and validation shards or None.
+
+    Raises:
+        ValueError: the shards have no classes or samples without one, or the
+            validation shards have other classes.
+    """
+    if validation is None:
+        training, held_out = shards.split(validation_shards)
+    else:
+        training, held_out = shards, validation
+        _check_same_classes(training, held_out)
+    _check_labels(training)
+    _check_labels(held_out)
+    if fraction < 1:
+        training = training.share(fraction, seed=seed)
+    return training, held_out if held_out.samples else None
+
+
+def all_labels(shards: Shards) -> np.ndarray:
+    """Return the label of every sample of every shard in order, int64 (samples,), -1 for none."""
+    labels = [shards.labels(number) for number in range(len(shards.sizes))]
+    return np.concatenate([np.zeros(0, dtype=np.int64), *labels])
+
+
+def _check_labels(shards: Shards) -> None:
+    shards.require_labels()
+    missing = int((all_labels(shards) < 0).sum())
+    if missing:
+        raise ValueError(
+            f"{missing} of {shards.samples} images in {shards.folder} have no class: put each "
+            "image in the folder of its class, and make shards of them again with `data-prep shard`"
+            " where they are shards."
+        )
+
+
+def _check_same_classes(training: Shards, validation: Shards) -> None:
+    if training.classes == validation.classes:
+        return
+    unknown = sorted(set(validation.classes) - set(training.classes))
+    absent = sorted(set(training.classes) - set(validation.classes))
+    raise ValueError(
+        f"{training.folder} and {validation.folder} have different classes, so a label does not "
+        f"mean the same in both (only in the first: {_listed(absent)}; only in the second: "
+        f"{_listed(unknown)}). Give both the same class folders, or hold out shards of the "
+        "first with validation_shards."
+    )
+
+
+def _listed(names: list[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return (", ".join(names[:limit]) + more) or "none"
