@@ -23,10 +23,10 @@ from data_prep.format.pipes import PIPE, PipedFile
 from data_prep.format.statistics_file import STATISTICS_NAME, write_statistics
 from data_prep.format.storage import Location, RemotePath, locate
 from data_prep.inspect.contact_sheet import draw_contact_sheet
-from data_prep.inspect.index_existing import adopt_shards
-from data_prep.inspect.info import describe_bytes, describe_shards, describe_statistics
+from data_prep.inspect.index_existing import index_existing
+from data_prep.inspect.info import describe_shards, describe_statistics, format_bytes
 from data_prep.inspect.statistics import measure_set
-from data_prep.inspect.verify import MOST_PROBLEMS, verify_shards
+from data_prep.inspect.verify import MAX_PROBLEMS, verify_shards
 from data_prep.write.arguments import (
     add_max_rejected,
     add_shard_arguments,
@@ -34,8 +34,8 @@ from data_prep.write.arguments import (
     parse_options,
     positive,
 )
-from data_prep.write.build import Built, build_shards, merge_parts
-from data_prep.write.execution import Plan, Progress
+from data_prep.write.build import BuildResult, build_shards, merge_parts
+from data_prep.write.execution import PlanSummary, Progress
 from data_prep.write.output_dir import REJECTED_NAME, refuse_inside
 from data_prep.write.shard import ShardReport
 
@@ -94,7 +94,7 @@ def _shard(arguments: argparse.Namespace, interruption: Interruption) -> int:
     store = destination if isinstance(destination, RemotePath) else None
     folder = _staging(store, arguments) if store else Path(arguments.folder)
     with _bar() as bar:
-        shown = _Shown(bar, arguments.source)
+        shown = _ProgressDisplay(bar, arguments.source)
 
         built = build_shards(
             source,
@@ -117,7 +117,7 @@ def _shard(arguments: argparse.Namespace, interruption: Interruption) -> int:
     return 0
 
 
-class _Shown:
+class _ProgressDisplay:
     """What the bar says beside the images done: what is listed, megabytes a second, bad images."""
 
     def __init__(self, bar: "tqdm[NoReturn]", source: str) -> None:
@@ -129,7 +129,7 @@ class _Shown:
     def listed(self, found: int) -> None:
         self._bar.set_description_str(f"listing, {found:,} found so far" if found else "listing")
 
-    def planned(self, plan: Plan) -> None:
+    def planned(self, plan: PlanSummary) -> None:
         print(_describe_plan(plan, self._source))
         self._bar.set_description_str("")
         self._bar.total, self._bar.initial, self._bar.n = plan.found, plan.done, plan.done
@@ -148,7 +148,7 @@ class _Shown:
 
     def uploaded(self, shards: int, sent: int) -> None:
         """Show how much went to the store."""
-        self._sent = f", uploaded {shards:,} shards, sent {describe_bytes(sent)}"
+        self._sent = f", uploaded {shards:,} shards, sent {format_bytes(sent)}"
         self._show()
 
     def _show(self) -> None:
@@ -167,22 +167,22 @@ def _staging(destination: RemotePath, arguments: argparse.Namespace) -> Path:
 
 def _index(arguments: argparse.Namespace, interruption: Interruption) -> int:
     with _bar() as bar:
-        adopted = adopt_shards(
+        indexed = index_existing(
             _tars(arguments),
             output=arguments.output,
             overwrite=arguments.overwrite,
             workers=arguments.workers,
             tick=interruption.watch(bar.update),
         )
-    manifest = adopted.manifest
+    manifest = indexed.manifest
     print(
         f"{manifest.samples:,} samples in {len(manifest.shards):,} shards, "
         f"classes: {len(manifest.classes):,}, in {manifest.folder}"
     )
-    if adopted.without_image:
-        print(f"left out: {adopted.without_image:,} samples that hold no image")
-    if adopted.empty:
-        print(f"left out: tars without any image: {', '.join(adopted.empty)}")
+    if indexed.without_image:
+        print(f"left out: {indexed.without_image:,} samples that hold no image")
+    if indexed.empty:
+        print(f"left out: tars without any image: {', '.join(indexed.empty)}")
     return 0
 
 
@@ -232,7 +232,7 @@ def _info(arguments: argparse.Namespace, interruption: Interruption) -> int:
     if measured.unreadable:
         count = len(measured.unreadable)
         lines = [f"data-prep: {count:,} images do not decode, so nothing is written of the others:"]
-        lines += measured.unreadable[:MOST_PROBLEMS]
+        lines += measured.unreadable[:MAX_PROBLEMS]
         print("\n  ".join(lines), file=sys.stderr)
         return 2
     write_statistics(manifest, measured.statistics)
@@ -325,7 +325,7 @@ def _bar(total: int | None = None) -> "tqdm[NoReturn]":
     return tqdm(total=total, unit=" images", unit_scale=True, disable=None, dynamic_ncols=True)
 
 
-def _describe_plan(plan: Plan, source: str) -> str:
+def _describe_plan(plan: PlanSummary, source: str) -> str:
     if plan.found is None or plan.shards is None:
         text = f"classes: {plan.classes:,}, in {source}"
         if plan.finished:
@@ -337,7 +337,7 @@ def _describe_plan(plan: Plan, source: str) -> str:
     return f"{text}; writing {plan.shards - plan.finished:,} shards, {plan.workers} at a time"
 
 
-def _describe_built(built: Built, folder: str) -> str:
+def _describe_built(built: BuildResult, folder: str) -> str:
     if built.manifest is None:
         return f"this part is complete; when all are: data-prep merge {folder}"
     verb = "already complete" if built.was_complete else "complete"
@@ -345,7 +345,7 @@ def _describe_built(built: Built, folder: str) -> str:
 
 
 def _describe_set(manifest: Manifest, verb: str) -> str:
-    length = describe_bytes(sum(shard.bytes for shard in manifest.shards))
+    length = format_bytes(sum(shard.bytes for shard in manifest.shards))
     found = manifest.samples + manifest.rejected
     counts = f"accepted {manifest.samples:,} + rejected {manifest.rejected:,} = {found:,} found"
     if manifest.rejected:

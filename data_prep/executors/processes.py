@@ -35,17 +35,17 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-class HeldTasks(Generic[Task]):
+class TaskQueue(Generic[Task]):
     """Tasks given out in order, each only once it may begin.
 
     Args:
         tasks: what there is to do; each is drawn only when it is wanted.
-        may_begin: tells of a task whether it may. It is asked again after every result, and must
+        may_start: tells of a task whether it may. It is asked again after every result, and must
             let the next one begin once all before it are done.
     """
 
-    def __init__(self, tasks: Iterable[Task], may_begin: Callable[[Task], bool]) -> None:
-        self._tasks, self._may_begin = iter(tasks), may_begin
+    def __init__(self, tasks: Iterable[Task], may_start: Callable[[Task], bool]) -> None:
+        self._tasks, self._may_begin = iter(tasks), may_start
         self._held: list[Task] = []
 
     def draw(self) -> Iterator[Task]:
@@ -62,7 +62,7 @@ def map_tasks(
     *,
     workers: int,
     tick: Tick,
-    may_begin: Callable[[Task], bool] = lambda _: True,
+    may_start: Callable[[Task], bool] = lambda _: True,
 ) -> Iterator[Result]:
     """Yield `function(task, tick)` of every task, as they are done, from `workers` processes.
 
@@ -76,7 +76,7 @@ def map_tasks(
             given another while a result is being used.
         workers: processes to run, at least 1.
         tick: called in this process with the number of samples done.
-        may_begin: see `HeldTasks`; a process that may not begin waits.
+        may_start: see `TaskQueue`; a process that may not begin waits.
 
     Raises:
         ValueError, OSError: what `function` raised.
@@ -88,7 +88,7 @@ def map_tasks(
         return
     pool = _start(function, workers)
     try:
-        yield from _share_out(pool, HeldTasks(tasks, may_begin), tick)
+        yield from _dispatch(pool, TaskQueue(tasks, may_start), tick)
     finally:
         for connection, process in pool.items():
             connection.close()
@@ -97,11 +97,11 @@ def map_tasks(
             process.close()
 
 
-def _share_out(
-    pool: dict[Connection, BaseProcess], tasks: HeldTasks[Any], tick: Tick
+def _dispatch(
+    pool: dict[Connection, BaseProcess], tasks: TaskQueue[Any], tick: Tick
 ) -> Iterator[Any]:
     idle, busy = list(pool), list[Connection]()
-    _send_out(tasks, idle, busy)
+    _assign(tasks, idle, busy)
     while busy:
         for connection in wait(busy):
             assert isinstance(connection, Connection)
@@ -118,7 +118,7 @@ def _share_out(
                 busy.remove(connection)
                 idle.append(connection)
                 yield value
-                _send_out(tasks, idle, busy)
+                _assign(tasks, idle, busy)
 
 
 def _describe_death(exit_code: int | None) -> str:
@@ -130,7 +130,7 @@ def _describe_death(exit_code: int | None) -> str:
     return f"a worker died with exit code {exit_code}; what it wrote is above."
 
 
-def _send_out(tasks: HeldTasks[Any], idle: list[Connection], busy: list[Connection]) -> None:
+def _assign(tasks: TaskQueue[Any], idle: list[Connection], busy: list[Connection]) -> None:
     while idle and (task := list(tasks.draw())):
         connection = idle.pop()
         connection.send(task[0])

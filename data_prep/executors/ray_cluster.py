@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from data_prep.executors.processes import HeldTasks, Tick, WorkerError
+from data_prep.executors.processes import TaskQueue, Tick, WorkerError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-_TRIES_AGAIN = 3
+_MAX_RETRIES = 3
 
 
 class MissingRayError(ValueError):
@@ -22,7 +22,7 @@ def map_on_ray(
     address: str | None,
     at_once: int,
     tick: Callable[[int], object],
-    may_begin: Callable[[Task], bool] = lambda _: True,
+    may_start: Callable[[Task], bool] = lambda _: True,
 ) -> Iterator[Result]:
     """Yield `function(task, tick)` of every task, as they are done, from a Ray cluster.
 
@@ -35,7 +35,7 @@ def map_on_ray(
         at_once: most tasks in flight.
         tick: called with the number of samples of each task that is done, if its result counts
             them in `found`.
-        may_begin: see `HeldTasks`.
+        may_start: see `TaskQueue`.
 
     Raises:
         MissingRayError: Ray is not installed.
@@ -59,7 +59,7 @@ def map_on_ray(
             **local,
         )
     try:
-        yield from _run(ray, function, HeldTasks(tasks, may_begin), at_once, tick)
+        yield from _run(ray, function, TaskQueue(tasks, may_start), at_once, tick)
     finally:
         if started:
             ray.shutdown()
@@ -68,18 +68,18 @@ def map_on_ray(
 def _run(
     ray: Any,
     function: Callable[[Task, Tick], Result],
-    tasks: HeldTasks[Task],
+    tasks: TaskQueue[Task],
     at_once: int,
     tick: Callable[[int], object],
 ) -> Iterator[Result]:
-    remote = ray.remote(num_cpus=1, max_retries=_TRIES_AGAIN)(_call)
-    flying: list[Any] = []
+    remote = ray.remote(num_cpus=1, max_retries=_MAX_RETRIES)(_call)
+    in_flight: list[Any] = []
     while True:
-        while len(flying) < at_once and (task := list(tasks.draw())):
-            flying.append(remote.remote(function, task[0]))
-        if not flying:
+        while len(in_flight) < at_once and (task := list(tasks.draw())):
+            in_flight.append(remote.remote(function, task[0]))
+        if not in_flight:
             return
-        done, flying = ray.wait(flying, num_returns=1)
+        done, in_flight = ray.wait(in_flight, num_returns=1)
         try:
             result = ray.get(done[0])
         except ray.exceptions.RayTaskError as error:
@@ -88,7 +88,7 @@ def _run(
                 raise cause from None
             raise WorkerError(str(error)) from None
         except ray.exceptions.RayError as error:
-            raise WorkerError(f"a task on Ray was lost {_TRIES_AGAIN} times: {error}") from None
+            raise WorkerError(f"a task on Ray was lost {_MAX_RETRIES} times: {error}") from None
         tick(getattr(result, "found", 1))
         yield result
 

@@ -17,9 +17,9 @@ from data_prep.format.atomic import atomic_write_bytes
 from data_prep.format.manifest import IMAGE_EXTENSIONS, REMEDY, ManifestError, ShardEntry
 from data_prep.format.pipes import PipedFile
 from data_prep.format.storage import Location, RemotePath, StorageError, locate
-from data_prep.format.tars import TarError, describe_problem, open_for_parts, walk_tar
+from data_prep.format.tars import TarError, describe_problem, open_seekable, walk_tar
 
-MOST_CLASSES = 1_000_000
+MAX_CLASSES = 1_000_000
 """Largest number of classes that labels may count."""
 
 # What webdataset takes for key and extension, and what it takes for its own metadata.
@@ -96,7 +96,7 @@ def read_images(
     Raises:
         OSError: the shard cannot be read.
     """
-    with open_for_parts(path) as file:
+    with open_seekable(path) as file:
         for offset, size in zip(index.offsets[rows], index.sizes[rows], strict=True):
             file.seek(int(offset))
             yield file.read(int(size))
@@ -240,13 +240,9 @@ def _check_key(key: str, seen: set[str], path: Path) -> None:
 
 def _parse_label(data: bytes, path: Path, name: str) -> int:
     text = data.decode("ascii", "replace").strip()
-    if (
-        len(data) > _LABEL_BYTES
-        or not re.fullmatch("[0-9]{1,9}", text)
-        or int(text) >= MOST_CLASSES
-    ):
+    if len(data) > _LABEL_BYTES or not re.fullmatch("[0-9]{1,9}", text) or int(text) >= MAX_CLASSES:
         raise TarError(
-            f"{path}: {name!r} must be an integer below {MOST_CLASSES:,}, got {text[:40]!r}."
+            f"{path}: {name!r} must be an integer below {MAX_CLASSES:,}, got {text[:40]!r}."
         )
     return int(text)
 
@@ -299,7 +295,7 @@ def _unpack(rows: NDArray[np.void], path: Location, shard: ShardEntry) -> ShardI
 
 def _check_length(path: Location, shard: ShardEntry) -> None:
     try:
-        length = path.told_length() if isinstance(path, RemotePath) else path.stat().st_size
+        length = path.content_length() if isinstance(path, RemotePath) else path.stat().st_size
     except StorageError as error:
         raise ManifestError(str(error)) from None
     except OSError as error:

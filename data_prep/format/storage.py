@@ -36,7 +36,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _EXTRAS = {"s3fs": "s3", "gcsfs": "gcs", "aiohttp": "http"}
 _BLOCK = 2**22
 _REMOVED_AT_ONCE = 1000
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError)
+_NOT_RETRIED = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError)
 _Result = TypeVar("_Result")
 
 
@@ -110,14 +110,14 @@ class RemotePath:
 
     def blocks(self, start: int = 0) -> Iterator[bytes]:
         """Yield the file's bytes from `start`, a block at a time."""
-        if not self.gives_ranges():
+        if not self.supports_ranges():
             yield from self._stream(start)
             return
         size = self.stat().st_size
         for offset in range(start, size, _BLOCK):
             yield self.read_range(offset, min(_BLOCK, size - offset))
 
-    def gives_ranges(self) -> bool:
+    def supports_ranges(self) -> bool:
         """Tell whether parts can be asked for, which some web servers ignore."""
 
         def probe(system: Any) -> bool:
@@ -163,7 +163,7 @@ class RemotePath:
         """Return `st_size`, the length in bytes; a file that does not tell it is read for it."""
         return SimpleNamespace(st_size=self._length(self._info()))
 
-    def told_length(self) -> int | None:
+    def content_length(self) -> int | None:
         """Return the length in bytes; None where it shows only when all has been read."""
         size = self._info().get("size")
         return None if size is None else int(size)
@@ -185,7 +185,7 @@ class RemotePath:
                 yield self / name
 
     def walk(self) -> Iterator[tuple[str, int, int]]:
-        """Yield every file below: its path from here, its length, and a stamp as `describe` has."""
+        """Yield (relative path, size in bytes, stamp) of every file below; see `size_and_stamp`."""
         listed = self._try(lambda system: system.ls(self.url, detail=True))
         for entry in sorted(listed, key=lambda entry: str(entry["name"])):
             name = str(entry["name"])
@@ -198,7 +198,7 @@ class RemotePath:
                 found = entry if entry.get("size") is not None else (self / below)._info()
                 yield below, (self / below)._length(found), _stamp(found)
 
-    def lengths(self) -> dict[str, int]:
+    def list_sizes(self) -> dict[str, int]:
         """Return the names right below, of files and folders, and their lengths in bytes."""
         try:
             listed = self._try(lambda system: system.ls(self.url, detail=True))
@@ -212,7 +212,7 @@ class RemotePath:
             if not f"/{name}".endswith(own)
         }
 
-    def describe(self) -> tuple[int, int]:
+    def size_and_stamp(self) -> tuple[int, int]:
         """Return the length in bytes, and a number that changes with the content."""
         info = self._info()
         return self._length(info), _stamp(info)
@@ -245,7 +245,7 @@ class RemotePath:
             if not missing_ok:
                 raise
 
-    def remove_all(self, names: Iterable[str]) -> None:
+    def remove_objects(self, names: Iterable[str]) -> None:
         """Remove objects right below, many in a request where the store can."""
         paths = [self / name for name in names]
         if set("*?[") & set(self.url):  # removing several takes such a URL for a pattern
@@ -262,7 +262,7 @@ class RemotePath:
         for attempt in range(1, self.attempts + 1):
             try:
                 return request(_file_system(self.url))
-            except (*_FINAL, StorageError):
+            except (*_NOT_RETRIED, StorageError):
                 raise
             # Each store's library raises types of its own for a connection that breaks.
             except Exception as error:
@@ -346,7 +346,7 @@ def _file_system(url: str) -> Any:
         ) from None
 
 
-_AHEAD = 2**22
+_READ_AHEAD = 2**22
 
 
 class ByteReader:
@@ -382,8 +382,8 @@ class ByteReader:
         held_to = self._held_from + len(self._held)
         if not (self._held_from <= offset and offset + size <= held_to):
             # A part that begins just behind the last one is one of many in a row.
-            follows = self._held and self._held_from <= offset <= held_to + _AHEAD // 4
-            length = max(size, _AHEAD) if follows else size
+            follows = self._held and self._held_from <= offset <= held_to + _READ_AHEAD // 4
+            length = max(size, _READ_AHEAD) if follows else size
             self._held = path.read_range(offset, min(length, self._size - offset)) if size else b""
             self._held_from = offset
         start = offset - self._held_from

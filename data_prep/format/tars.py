@@ -124,7 +124,7 @@ def _describe(path: Location, error: Exception) -> str:
 
 
 @contextmanager
-def on_this_machine(place: Location | PipedFile) -> Iterator[Path]:
+def as_local_file(place: Location | PipedFile) -> Iterator[Path]:
     """Lend a file; one from elsewhere is fetched whole, once, into the folder of temporary files.
 
     Raises:
@@ -145,11 +145,11 @@ def on_this_machine(place: Location | PipedFile) -> Iterator[Path]:
 
 
 @contextmanager
-def open_for_parts(place: Location | PipedFile) -> Iterator[BinaryIO]:
+def open_seekable(place: Location | PipedFile) -> Iterator[BinaryIO]:
     """Open a file to read parts of it, by range where it lies elsewhere; else it is fetched."""
-    if isinstance(place, RemotePath) and place.gives_ranges():
+    if isinstance(place, RemotePath) and place.supports_ranges():
         with place.open("rb") as file:
             yield file
     else:
-        with on_this_machine(place) as path, path.open("rb") as file:
+        with as_local_file(place) as path, path.open("rb") as file:
             yield file

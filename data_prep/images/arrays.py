@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 MAGIC = b"\x93NUMPY"
 """What every `.npy` file begins with."""
-MOST_CHANNELS = 1024
+MAX_CHANNELS = 1024
 """Most channels an array may have."""
 
 _TYPES = ("uint8", "uint16", "float16", "float32", "float64")
@@ -33,7 +33,7 @@ class ArrayHeader:
     """(height, width) or (height, width, channels)."""
     dtype: np.dtype[Any]
     """Type of its values, in the byte order of the file."""
-    by_columns: bool
+    fortran_order: bool
     """Whether its values lie in Fortran's order."""
     offset: int
     """First byte of the values in the file."""
@@ -46,7 +46,7 @@ class ArrayHeader:
     @property
     def is_plain(self) -> bool:
         """Whether the values lie row by row and in little-endian order, as shards hold them."""
-        return not self.by_columns and self.dtype == self.dtype.newbyteorder("<")
+        return not self.fortran_order and self.dtype == self.dtype.newbyteorder("<")
 
 
 def read_header(data: bytes) -> ArrayHeader:
@@ -63,7 +63,7 @@ def read_header(data: bytes) -> ArrayHeader:
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
-        shape, by_columns, dtype = read(stream, max_header_size=_HEADER_BYTES)
+        shape, fortran_order, dtype = read(stream, max_header_size=_HEADER_BYTES)
     except KeyError:
         raise ArrayError("its .npy header is of a version that is not read here") from None
     # NumPy parses headers with Python's own parser, which raises many types.
@@ -79,7 +79,7 @@ def read_header(data: bytes) -> ArrayHeader:
     if held != expected:
         fault = "is cut" if held < expected else "has more than its header says"
         raise ArrayError(f"it {fault}: {held:,} bytes of values, {expected:,} by its header")
-    return ArrayHeader(shape=shape, dtype=dtype, by_columns=by_columns, offset=stream.tell())
+    return ArrayHeader(shape=shape, dtype=dtype, fortran_order=fortran_order, offset=stream.tell())
 
 
 def read_array(data: bytes) -> NDArray[Any]:
@@ -94,7 +94,7 @@ def read_array(data: bytes) -> NDArray[Any]:
 def read_values(data: bytes, header: ArrayHeader) -> NDArray[Any]:
     """Return the array of a file whose header was read, read-only and without a copy."""
     flat = np.frombuffer(data, dtype=header.dtype, offset=header.offset)
-    return flat.reshape(header.shape, order="F" if header.by_columns else "C")
+    return flat.reshape(header.shape, order="F" if header.fortran_order else "C")
 
 
 def write_array(values: NDArray[Any]) -> bytes:
@@ -105,7 +105,7 @@ def write_array(values: NDArray[Any]) -> bytes:
     return buffer.getvalue()
 
 
-def count_missing(values: NDArray[Any]) -> int:
+def count_nan(values: NDArray[Any]) -> int:
     """Return how many values are NaN, which stands for what was not measured.
 
     Raises:
@@ -129,8 +129,8 @@ def _check_shape(shape: tuple[int, ...]) -> None:
         raise ArrayError(f"its shape is {text}: an image's is height x width (x channels)")
     if len(shape) == 2:
         return
-    if shape[2] > MOST_CHANNELS:
-        raise ArrayError(f"its shape is {text}: that is more than {MOST_CHANNELS:,} channels")
+    if shape[2] > MAX_CHANNELS:
+        raise ArrayError(f"its shape is {text}: that is more than {MAX_CHANNELS:,} channels")
     # No image has so few rows and so many channels, but every array of a channel-first library.
     if shape[0] <= 4 and shape[2] > 16:
         raise ArrayError(f"its shape is {text}: move its channels to the last axis")

@@ -17,7 +17,7 @@ from data_prep.images.arrays import (
     MAGIC,
     ArrayError,
     ArrayHeader,
-    count_missing,
+    count_nan,
     read_array,
     read_header,
     write_array,
@@ -31,13 +31,13 @@ from data_prep.images.damage import (
     decode_jpeg,
 )
 from data_prep.images.encoding import Encoding, encode, turn_upright
-from data_prep.images.headers import lost_bits, plain_jpeg_size
+from data_prep.images.headers import plain_jpeg_size, truncated_bit_depth
 
 MAX_PIXELS = 89_478_485
 """Largest image taken unless told otherwise, in pixels; Pillow warns of larger ones."""
 KEEP = Encoding()
 """The encoding that keeps the bytes of what shards can hold."""
-WRITTEN_ANEW = "written anew"
+RE_ENCODED = "written anew"
 """Note on a picture whose bytes were not kept."""
 
 _KEPT = {"JPEG": "jpeg", "MPO": "jpeg", "PNG": "png", "WEBP": "webp"}
@@ -129,7 +129,7 @@ def _check_array(data: bytes, max_pixels: int, decode: bool) -> CheckedImage:
     height, width = header.shape[:2]
     _check_size(width, height, max_pixels)
     notes: tuple[str, ...] = ()
-    if decode and count_missing(read_array(data)):
+    if decode and count_nan(read_array(data)):
         notes = ("NaN values",)
     return CheckedImage(
         data=_plain_array(data, header), extension="npy", width=width, height=height, notes=notes
@@ -152,7 +152,7 @@ def _check_picture(data: bytes, max_pixels: int, decode: bool, encoding: Encodin
         own = _KEPT.get(image.format or "")
         target = encoding.target_format(own)
         if own != target or encoding.target_size(*image.size) != image.size:
-            return _write_anew(image, data, target, encoding)
+            return _re_encode(image, data, target, encoding)
         notes = _check_pixels(image, data) if decode else ()
         return CheckedImage(
             data=data,
@@ -169,8 +169,8 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise RejectedImageError(f"it has {size} pixels, more than --max-pixels {max_pixels:,}")
 
 
-def _write_anew(image: Image.Image, data: bytes, target: str, encoding: Encoding) -> CheckedImage:
-    bits = lost_bits(image, data)
+def _re_encode(image: Image.Image, data: bytes, target: str, encoding: Encoding) -> CheckedImage:
+    bits = truncated_bit_depth(image, data)
     notes: tuple[str, ...] = ()
     if bits and target == "png":
         raise RejectedImageError(
@@ -186,7 +186,7 @@ def _write_anew(image: Image.Image, data: bytes, target: str, encoding: Encoding
         extension=encoded.extension,
         width=encoded.width,
         height=encoded.height,
-        notes=(*found, *notes, *encoded.notes, WRITTEN_ANEW),
+        notes=(*found, *notes, *encoded.notes, RE_ENCODED),
     )
 
 

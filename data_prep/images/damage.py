@@ -19,7 +19,7 @@ except ImportError:  # no wheel for this platform
 _DAMAGE = ("Corrupt JPEG data", "Premature end", "Inconsistent progression")
 """How libjpeg's warnings begin that mean wrong pixels; others mean odd headers."""
 _COLOURS = {"Gray": "GRAY", "CMYK": "CMYK", "YCCK": "CMYK"}
-_MOST_WORK = 20 * 89_478_485
+_MAX_WORK = 20 * 89_478_485
 """Most pixels times scans of a JPEG: 20 scans, of a dozen in use, over the largest by default."""
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 
@@ -88,7 +88,7 @@ def check_scans(data: bytes, pixels: int) -> None:
         DamageError: it has.
     """
     scans = data.count(b"\xff\xda")
-    if scans * pixels > _MOST_WORK:
+    if scans * pixels > _MAX_WORK:
         raise DamageError(f"it has {scans:,} scans over {pixels:,} pixels, which no camera makes")
 
 

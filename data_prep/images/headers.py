@@ -76,7 +76,7 @@ _JPEG2000_SIZES = b"\xff\x51"
 _AV1_SETTINGS = b"av1C"
 
 
-def lost_bits(image: Image.Image, data: bytes) -> int:
+def truncated_bit_depth(image: Image.Image, data: bytes) -> int:
     """Return the bits a channel of a file whose values Pillow cuts to 8 bits, else 0.
 
     Args:

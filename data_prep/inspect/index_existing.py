@@ -18,16 +18,16 @@ from data_prep.format.manifest import (
 )
 from data_prep.format.pipes import PipedFile
 from data_prep.format.storage import Location
-from data_prep.format.tars import on_this_machine
+from data_prep.format.tars import as_local_file
 
 _PARTIAL_NAME = ".partial-index"
 _RANGE = re.compile(r"([^{}]*)\{(\d+)\.\.(\d+)\}([^{}]*\.tar)")
 _COMMAND_RANGE = re.compile(r"(.*?)\{(\d+)\.\.(\d+)\}(.*)", re.DOTALL)
-_MOST_TARS = 1_000_000
+_MAX_TARS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adopted:
+class IndexingResult:
     """What came of indexing a folder of tars."""
 
     manifest: Manifest
@@ -52,14 +52,14 @@ class _Task:
     place: str
 
 
-def adopt_shards(
+def index_existing(
     source: Location | PipedFile,
     *,
     output: Path | None = None,
     overwrite: bool = False,
     workers: int = 1,
     tick: Tick = lambda _: None,
-) -> Adopted:
+) -> IndexingResult:
     """Index tars and write their manifest; the tars are not changed.
 
     Labels are taken from `cls` members; their classes are named by their numbers. The whole of
@@ -96,7 +96,7 @@ def adopt_shards(
         found = list(map_tasks(_index_aside, tasks, workers=workers, tick=tick))
         found.sort(key=lambda one: one.entry.name)
         manifest = _publish(folder, Path(partial), found)
-    return Adopted(
+    return IndexingResult(
         manifest=manifest,
         without_image=sum(one.without_image for one in found),
         empty=tuple(one.entry.name for one in found if not one.entry.samples),
@@ -178,9 +178,9 @@ def _expand_command(source: PipedFile) -> list[PipedFile]:
 
 def _numbers(source: Location | PipedFile, pattern: re.Match[str]) -> list[str]:
     _, first, last, _ = pattern.groups()
-    if int(last) < int(first) or int(last) - int(first) >= _MOST_TARS:
+    if int(last) < int(first) or int(last) - int(first) >= _MAX_TARS:
         raise ManifestError(
-            f"{source}: numbers in braces count up, over at most {_MOST_TARS:,} tars."
+            f"{source}: numbers in braces count up, over at most {_MAX_TARS:,} tars."
         )
     return [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
 
@@ -205,7 +205,7 @@ def _has_source(folder: Location) -> bool:
 
 def _index_aside(task: _Task, tick: Tick) -> _Found:
     try:
-        with on_this_machine(task.path) as path:
+        with as_local_file(task.path) as path:
             indexed = index_tar(path, tick)
     except FileNotFoundError:
         raise ManifestError(

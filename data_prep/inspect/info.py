@@ -17,20 +17,20 @@ from data_prep.format.statistics_file import Statistics
 from data_prep.format.storage import Location
 from data_prep.images.arrays import read_header
 
-MOST_HEADERS = 10_000
+MAX_HEADERS = 10_000
 """Images whose headers are read, evenly spread over the set; all where there are no more."""
 
-_FEW_SAMPLES = 20_000
+_SAMPLES_PER_WORKER = 20_000
 _PICTURES = ("JPEG", "PNG", "WEBP")
 _MODES = {"1": "grey", "L": "grey", "P": "palette", "LA": "grey with transparency"}
 _MODES |= {"RGB": "colour", "RGBA": "colour with transparency", "I;16": "grey of 16 bits"}
-_MOST_CLASSES = 20
-_MOST_CHANNELS = 16
+_MAX_CLASSES = 20
+_MAX_CHANNELS = 16
 _PERCENTILES = (0, 5, 50, 95, 100)
 
 
 @dataclass(kw_only=True)
-class Survey:
+class SetSummary:
     """Counts over some of the shards, to be added up."""
 
     per_class: NDArray[np.int64]
@@ -50,7 +50,7 @@ class Survey:
     unreadable: int = 0
     """Images whose headers could not be read."""
 
-    def add(self, other: "Survey") -> None:
+    def add(self, other: "SetSummary") -> None:
         """Add another part of the same set."""
         self.per_class = self.per_class + other.per_class
         self.labelled += other.labelled
@@ -70,31 +70,33 @@ class _Task:
     rows: NDArray[np.int64]
 
 
-def survey_set(manifest: Manifest, *, workers: int = 1, tick: Tick = lambda _: None) -> Survey:
-    """Count what a set holds; at most `MOST_HEADERS` image headers are read.
+def summarize_set(
+    manifest: Manifest, *, workers: int = 1, tick: Tick = lambda _: None
+) -> SetSummary:
+    """Count what a set holds; at most `MAX_HEADERS` image headers are read.
 
     Raises:
         ManifestError: an index is missing or does not fit.
         OSError: a shard cannot be read.
     """
-    rows = spread_rows([shard.samples for shard in manifest.shards], MOST_HEADERS)
+    rows = spread_rows([shard.samples for shard in manifest.shards], MAX_HEADERS)
     classes = len(manifest.classes)
     tasks = (
         _Task(folder=manifest.folder, shard=shard, classes=classes, rows=rows[number])
         for number, shard in enumerate(manifest.shards)
     )
     # Starting a process takes as long as thousands of headers.
-    workers = max(1, min(workers, len(manifest.shards), manifest.samples // _FEW_SAMPLES))
-    survey = Survey(per_class=np.zeros(classes, dtype=np.int64))
-    for part in map_tasks(_survey_shard, tasks, workers=workers, tick=tick):
-        survey.add(part)
-    return survey
+    workers = max(1, min(workers, len(manifest.shards), manifest.samples // _SAMPLES_PER_WORKER))
+    summary = SetSummary(per_class=np.zeros(classes, dtype=np.int64))
+    for part in map_tasks(_summarize_shard, tasks, workers=workers, tick=tick):
+        summary.add(part)
+    return summary
 
 
-def _survey_shard(task: _Task, tick: Tick) -> Survey:
+def _summarize_shard(task: _Task, tick: Tick) -> SetSummary:
     index = read_index(task.folder, task.shard)
     counted = index.labels[(index.labels >= 0) & (index.labels < task.classes)]
-    survey = Survey(
+    summary = SetSummary(
         per_class=np.bincount(counted, minlength=task.classes).astype(np.int64),
         labelled=int(np.count_nonzero(index.labels >= 0)),
         bytes=int(index.sizes.sum()),
@@ -102,14 +104,14 @@ def _survey_shard(task: _Task, tick: Tick) -> Survey:
         extensions=Counter(index.extensions.tolist()),
     )
     _read_headers(
-        survey, index, task.rows, read_images(task.shard.location(task.folder), index, task.rows)
+        summary, index, task.rows, read_images(task.shard.location(task.folder), index, task.rows)
     )
     tick(len(index))
-    return survey
+    return summary
 
 
 def _read_headers(
-    survey: Survey, index: ShardIndex, rows: NDArray[np.int64], images: Iterable[bytes]
+    summary: SetSummary, index: ShardIndex, rows: NDArray[np.int64], images: Iterable[bytes]
 ) -> None:
     sizes = []
     for row, data in zip(rows, images, strict=True):
@@ -119,11 +121,11 @@ def _read_headers(
             raise
         # Pillow's readers raise nearly any type when the bytes are hostile.
         except Exception:
-            survey.unreadable += 1
+            summary.unreadable += 1
         else:
             sizes.append((width, height))
-            survey.layouts[layout] += 1
-    survey.sizes = [np.array(sizes, dtype=np.int64).reshape(-1, 2)]
+            summary.layouts[layout] += 1
+    summary.sizes = [np.array(sizes, dtype=np.int64).reshape(-1, 2)]
 
 
 def _read_header(data: bytes, extension: str) -> tuple[int, int, str]:
@@ -162,34 +164,34 @@ def describe_shards(manifest: Manifest, *, workers: int = 1, tick: Tick = lambda
         ManifestError: an index is missing or does not fit.
         OSError: a shard cannot be read.
     """
-    survey = survey_set(manifest, workers=workers, tick=tick)
+    summary = summarize_set(manifest, workers=workers, tick=tick)
     samples = np.array([shard.samples for shard in manifest.shards])
     lengths = np.array([shard.bytes for shard in manifest.shards])
     rows = [
         ("folder", str(manifest.folder)),
         ("source", str(manifest.options.get("source", "tars written by someone else"))),
-        ("samples", f"{manifest.samples:,} ({_describe_counts(survey.extensions)})"),
+        ("samples", f"{manifest.samples:,} ({_describe_counts(summary.extensions)})"),
         ("rejected", f"{manifest.rejected:,}"),
         ("shards", f"{len(samples):,} of {samples.min():,} to {samples.max():,} samples"),
-        ("size", f"{describe_bytes(lengths.sum())}, {describe_bytes(lengths.mean())} a shard"),
+        ("size", f"{format_bytes(lengths.sum())}, {format_bytes(lengths.mean())} a shard"),
         (
             "image file",
             (
-                f"{describe_bytes(survey.bytes / manifest.samples)} on average, "
-                f"{describe_bytes(survey.largest)} at most"
+                f"{format_bytes(summary.bytes / manifest.samples)} on average, "
+                f"{format_bytes(summary.largest)} at most"
             ),
         ),
-        *_describe_sizes(survey, manifest.samples),
-        ("labelled", f"{survey.labelled:,} of {manifest.samples:,}"),
+        *_describe_sizes(summary, manifest.samples),
+        ("labelled", f"{summary.labelled:,} of {manifest.samples:,}"),
         *(("notes", f"{note}: {count:,}") for note, count in sorted(manifest.notes.items())),
         ("classes", f"{len(manifest.classes):,}"),
     ]
     lines = [f"{name:<11} {value}" for name, value in rows]
-    per_class = survey.per_class.tolist()
-    for name, count in list(zip(manifest.classes, per_class, strict=True))[:_MOST_CLASSES]:
+    per_class = summary.per_class.tolist()
+    for name, count in list(zip(manifest.classes, per_class, strict=True))[:_MAX_CLASSES]:
         lines.append(f"  {count:>9,} {printable(name)}")
-    if len(manifest.classes) > _MOST_CLASSES:
-        lines.append(f"  and {len(manifest.classes) - _MOST_CLASSES:,} more classes")
+    if len(manifest.classes) > _MAX_CLASSES:
+        lines.append(f"  and {len(manifest.classes) - _MAX_CLASSES:,} more classes")
     return "\n".join(lines)
 
 
@@ -208,7 +210,7 @@ def describe_statistics(statistics: Sequence[Statistics]) -> str:
     return "\n".join(lines)
 
 
-def describe_bytes(length: float) -> str:
+def format_bytes(length: float) -> str:
     """Return a length in bytes with a unit that suits it."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if length < 1024:
@@ -227,13 +229,13 @@ def _describe_counts(counts: Counter[str]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items()))
 
 
-def _describe_sizes(survey: Survey, samples: int) -> list[tuple[str, str]]:
-    sizes = np.concatenate(survey.sizes)
-    looked = len(sizes) + survey.unreadable
+def _describe_sizes(summary: SetSummary, samples: int) -> list[tuple[str, str]]:
+    sizes = np.concatenate(summary.sizes)
+    looked = len(sizes) + summary.unreadable
     of = f", of {looked:,} looked at" if looked < samples else ""
-    rows = [("channels", f"{_describe_counts(survey.layouts)}{of}")]
-    if survey.unreadable:
-        rows.append(("unreadable", f"{survey.unreadable:,}; see `data-prep verify --deep`"))
+    rows = [("channels", f"{_describe_counts(summary.layouts)}{of}")]
+    if summary.unreadable:
+        rows.append(("unreadable", f"{summary.unreadable:,}; see `data-prep verify --deep`"))
     if not len(sizes):
         return rows
     for name, values in (
@@ -250,6 +252,6 @@ def _describe_sizes(survey: Survey, samples: int) -> list[tuple[str, str]]:
 
 
 def _describe_numbers(values: Sequence[float]) -> str:
-    shown = ", ".join(f"{value:.6g}" for value in values[:_MOST_CHANNELS])
-    more = f", ... {len(values)} in all" if len(values) > _MOST_CHANNELS else ""
+    shown = ", ".join(f"{value:.6g}" for value in values[:_MAX_CHANNELS])
+    more = f", ... {len(values)} in all" if len(values) > _MAX_CHANNELS else ""
     return f"[{shown}{more}]"

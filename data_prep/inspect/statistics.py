@@ -12,7 +12,7 @@ from data_prep.format.index import ShardIndex, read_images, read_index
 from data_prep.format.manifest import Manifest, ShardEntry
 from data_prep.format.statistics_file import Statistics
 from data_prep.format.storage import Location
-from data_prep.format.tars import on_this_machine
+from data_prep.format.tars import as_local_file
 from data_prep.images.checking import RejectedImageError, read_pixels
 
 _VALUES_AT_A_TIME = 2**22
@@ -146,17 +146,17 @@ def measure_set(
     sums: dict[_Kind, _Sum] = {}
     for one in found:
         _add_all(sums, one.sums)
-    _join_grey(sums)
+    _merge_grey_into_colour(sums)
     ordered = sorted(sums.items(), key=lambda item: (-item[1].images, item[0]))
     return Measurement(
-        statistics=tuple(_conclude(kind, total) for kind, total in ordered),
+        statistics=tuple(_to_statistics(kind, total) for kind, total in ordered),
         unreadable=tuple(name for one in found for name in one.unreadable),
     )
 
 
 def _measure_shard(task: _Task, tick: Tick) -> _Measured:
     index = read_index(task.folder, task.shard)
-    with on_this_machine(task.shard.location(task.folder)) as path:
+    with as_local_file(task.shard.location(task.folder)) as path:
         images = read_images(path, index, np.arange(len(index)))
         return _measure_images(task, index, images, tick)
 
@@ -189,7 +189,7 @@ def _add_all(sums: dict[_Kind, _Sum], others: dict[_Kind, _Sum]) -> None:
             sums[kind] = other
 
 
-def _join_grey(sums: dict[_Kind, _Sum]) -> None:
+def _merge_grey_into_colour(sums: dict[_Kind, _Sum]) -> None:
     grey, colour = _Kind(False, 1, False), _Kind(False, 3, False)
     if grey in sums and colour in sums:
         total = sums.pop(grey)
@@ -201,7 +201,7 @@ def _join_grey(sums: dict[_Kind, _Sum]) -> None:
         sums[colour].add(total)
 
 
-def _conclude(kind: _Kind, total: _Sum) -> Statistics:
+def _to_statistics(kind: _Kind, total: _Sum) -> Statistics:
     variance = total.moments.squares / np.maximum(total.moments.count, 1)
     return Statistics(
         images=total.images,

@@ -11,13 +11,13 @@ from data_prep.executors.processes import Tick, map_tasks
 from data_prep.format.index import ShardIndex, index_tar, read_images, read_index
 from data_prep.format.manifest import Manifest, ManifestError, ShardEntry
 from data_prep.format.storage import Location, StorageError
-from data_prep.format.tars import TarError, on_this_machine
-from data_prep.images.checking import WRITTEN_ANEW, RejectedImageError, check_image
+from data_prep.format.tars import TarError, as_local_file
+from data_prep.images.checking import RE_ENCODED, RejectedImageError, check_image
 
-MOST_PROBLEMS = 100
+MAX_PROBLEMS = 100
 """Problems that are named; all are counted."""
 
-_MOST_OF_ONE_SHARD = 20
+_MAX_OF_ONE_SHARD = 20
 _NO_LIMIT = 2**62
 
 
@@ -26,7 +26,7 @@ class Verification:
     """What came of reading a set back."""
 
     problems: tuple[str, ...]
-    """The first problems by name of shard, at most `MOST_PROBLEMS`; none where all is right."""
+    """The first problems by name of shard, at most `MAX_PROBLEMS`; none where all is right."""
     count: int
     """Problems in all."""
     notes: Counter[str]
@@ -83,11 +83,11 @@ def verify_shards(
     workers = max(1, min(workers, len(manifest.shards)))
     total = _Found()
     for found in map_tasks(_verify_shard, tasks, workers=workers, tick=tick):
-        total.add(found.problems, MOST_PROBLEMS)
+        total.add(found.problems, MAX_PROBLEMS)
         total.count += found.count - len(found.problems)
         total.notes += found.notes
-    total.add(_find_strays(manifest), MOST_PROBLEMS)
-    total.keep_first(MOST_PROBLEMS)
+    total.add(_find_strays(manifest), MAX_PROBLEMS)
+    total.keep_first(MAX_PROBLEMS)
     return Verification(problems=tuple(total.problems), count=total.count, notes=total.notes)
 
 
@@ -108,10 +108,10 @@ def _verify_shard(task: _Task, tick: Tick) -> _Found:
     found = _Found()
     try:
         promised = read_index(task.folder, task.shard)
-        with on_this_machine(task.shard.location(task.folder)) as path:
+        with as_local_file(task.shard.location(task.folder)) as path:
             _compare(task, promised, path, found, tick)
     except (ManifestError, TarError, StorageError) as error:
-        found.add([f"{task.shard.name}: {error}"], _MOST_OF_ONE_SHARD)
+        found.add([f"{task.shard.name}: {error}"], _MAX_OF_ONE_SHARD)
     return found
 
 
@@ -125,7 +125,7 @@ def _compare(task: _Task, promised: ShardIndex, path: Path, found: _Found, tick:
         problems.append(f"{name}: its index {task.shard.index} does not fit it")
     if promised.labels.max() >= task.classes:
         problems.append(f"{name}: labels beyond the {task.classes} classes")
-    found.add(problems, _MOST_OF_ONE_SHARD)
+    found.add(problems, _MAX_OF_ONE_SHARD)
     if task.decode:
         # What the tar holds, since an index that does not fit would name the wrong images.
         _decode_all(path, actual.index, found, tick)
@@ -136,13 +136,13 @@ def _decode_all(path: Path, index: ShardIndex, found: _Found, tick: Tick) -> Non
     for data, key in zip(images, index.keys, strict=True):
         try:
             notes = check_image(data, max_pixels=_NO_LIMIT).notes
-            if WRITTEN_ANEW in notes:
+            if RE_ENCODED in notes:
                 raise RejectedImageError("it is of a format that shards do not hold")
             found.notes.update(notes)
         except RejectedImageError as error:
-            found.add([f"{path.name}: image {key}: {error}"], _MOST_OF_ONE_SHARD)
+            found.add([f"{path.name}: image {key}: {error}"], _MAX_OF_ONE_SHARD)
         tick(1)
-    found.keep_first(_MOST_OF_ONE_SHARD)
+    found.keep_first(_MAX_OF_ONE_SHARD)
 
 
 def _equal(one: ShardIndex, other: ShardIndex) -> bool:

@@ -11,14 +11,14 @@ from data_prep.format.storage import ByteReader, Location
 from data_prep.format.tars import TarError, describe_path_problem, describe_problem, walk_tar
 from data_prep.sources.files import SourceError, SourceFile, UnreadableFileError
 
-_MOST_OFFSET = 2**62
+_MAX_OFFSET = 2**62
 _EXTRA_BYTES = 64
 
 
 class ZipSource:
     """A zip, whose members are read by their position so that no process need hold its listing."""
 
-    chosen = False
+    is_explicit = False
     classes: tuple[str, ...] | None = None
 
     def __init__(self, path: Location) -> None:
@@ -48,7 +48,7 @@ class ZipSource:
                     problem=_describe_zip_problem(member),
                 )
 
-    def outline(self) -> Iterator[SourceFile]:
+    def unmeasured_files(self) -> Iterator[SourceFile]:
         """Yield every member that is not a folder; a zip has one list of all it knows of them."""
         return self.files()
 
@@ -86,7 +86,7 @@ class TarSource:
     A member that is a tar itself is a class: its members are files, labelled with its stem.
     """
 
-    chosen = False
+    is_explicit = False
     classes: tuple[str, ...] | None = None
 
     def __init__(self, path: Location) -> None:
@@ -108,7 +108,7 @@ class TarSource:
             else:
                 yield file
 
-    def outline(self) -> Iterator[SourceFile]:
+    def unmeasured_files(self) -> Iterator[SourceFile]:
         """Yield every member that is not a folder, whose headers name its size too."""
         return self.files()
 
@@ -149,7 +149,7 @@ def _describe_zip_problem(member: zipfile.ZipInfo) -> str:
         return "it is a link"
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         return f"its compression method {member.compress_type} is not read here"
-    if not 0 <= member.header_offset < _MOST_OFFSET:
+    if not 0 <= member.header_offset < _MAX_OFFSET:
         return "its place in the zip is impossible"
     # Deflate adds 5 bytes to a block that it cannot shrink.
     most = member.file_size + (member.file_size // 1000 + 64) * (member.compress_type != 0)

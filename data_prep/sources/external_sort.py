@@ -11,7 +11,7 @@ _RUNS_AT_ONCE = 200
 
 
 class ExternalSort:
-    """Lines gathered in any order and given back sorted by their key, then by themselves.
+    """Lines totals in any order and given back sorted by their key, then by themselves.
 
     Runs of lines are sorted in memory, written to files and merged.
     """

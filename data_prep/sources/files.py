@@ -60,23 +60,23 @@ class Selection:
     root: str | None = None
     """Folder that the paths of a list are relative to; None is the folder of the list."""
 
-    def wants(self, file: SourceFile, *, chosen: bool = False) -> bool:
+    def wants(self, file: SourceFile, *, explicit: bool = False) -> bool:
         """Tell whether a file is wanted; in a pattern `*` also stands for slashes.
 
         Args:
             file: a file of a source.
-            chosen: whether someone named it in a list, so that its suffix does not matter.
+            explicit: whether someone named it in a list, so that its suffix does not matter.
         """
         path = file.path
         if self.only_split is not None and file.split != self.only_split:
             return False
-        if not chosen and _is_hidden(path):
+        if not explicit and _is_hidden(path):
             return False
         if any(fnmatchcase(path, pattern) for pattern in self.exclude):
             return False
         if self.include:
             return any(fnmatchcase(path, pattern) for pattern in self.include)
-        if chosen:
+        if explicit:
             return True
         name = path[path.rfind("/") + 1 :]  # a PurePosixPath takes longer than all the rest
         dot = name.rfind(".")

@@ -30,7 +30,7 @@ class FolderSource:
         without: a folder that must not lie in it, however it is linked.
     """
 
-    chosen = False
+    is_explicit = False
     classes: tuple[str, ...] | None = None
 
     def __init__(self, path: Path, *, ordered: bool = False, without: Path | None = None) -> None:
@@ -47,7 +47,7 @@ class FolderSource:
         for path in self._walk(ordered=self._ordered):
             yield self._measure(path)
 
-    def outline(self) -> Iterator[SourceFile]:
+    def unmeasured_files(self) -> Iterator[SourceFile]:
         """Yield every file by its path alone, in any order."""
         for path in self._walk(ordered=False):
             yield SourceFile(path, 0, 0)
@@ -100,7 +100,7 @@ class FolderSource:
             return SourceFile(path, 0, 0, problem="it is not a file")
         return SourceFile(path, status.st_size, status.st_mtime_ns)
 
-    def describe(self, path: str) -> tuple[int, int]:
+    def size_and_stamp(self, path: str) -> tuple[int, int]:
         """Return the length of a file in bytes, and when it was changed.
 
         Raises:
@@ -162,7 +162,7 @@ def _identity(path: Path) -> tuple[int, int]:
 class RemoteFolderSource:
     """What lies below a URL, one folder listed after the other in the order of their names."""
 
-    chosen = False
+    is_explicit = False
     classes: tuple[str, ...] | None = None
 
     def __init__(self, path: RemotePath) -> None:
@@ -177,18 +177,18 @@ class RemoteFolderSource:
         for path, size, stamp in self.path.walk():
             yield SourceFile(path, size, stamp)
 
-    def outline(self) -> Iterator[SourceFile]:
+    def unmeasured_files(self) -> Iterator[SourceFile]:
         """Yield every file; a store that names it tells its length as well."""
         return self.files()
 
-    def describe(self, path: str) -> tuple[int, int]:
+    def size_and_stamp(self, path: str) -> tuple[int, int]:
         """Return the length of a file in bytes, and what changes with its content.
 
         Raises:
             FileNotFoundError: it is not there.
             StorageError: the store does not answer.
         """
-        return (self.path / path).describe()
+        return (self.path / path).size_and_stamp()
 
     def read(self, file: SourceFile) -> bytes:
         """Return the bytes of a file.

@@ -24,7 +24,7 @@ class ListSource:
     column `path`, optionally `label` and a split, and any other columns become JSON fields.
     """
 
-    chosen = True
+    is_explicit = True
     classes: tuple[str, ...] | None = None
 
     def __init__(self, path: Location, selection: Selection) -> None:
@@ -41,10 +41,10 @@ class ListSource:
         Raises:
             SourceError: the list is damaged, is not UTF-8 or has no column `path`.
         """
-        for file in self.outline():
+        for file in self.unmeasured_files():
             yield self._measure(file)
 
-    def outline(self) -> Iterator[SourceFile]:
+    def unmeasured_files(self) -> Iterator[SourceFile]:
         """Yield every file as the list describes it, without looking for it.
 
         Raises:
@@ -91,7 +91,7 @@ class ListSource:
         if file.problem:
             return file
         try:
-            size, stamp = self._folder.describe(file.path)
+            size, stamp = self._folder.size_and_stamp(file.path)
         except StorageError:
             raise
         except (OSError, ValueError) as error:

@@ -10,13 +10,13 @@ from data_prep.format.storage import ByteReader, Location
 from data_prep.format.tars import describe_problem, walk_tar
 from data_prep.sources.files import Selection, SourceError, SourceFile, UnreadableFileError
 
-_MOST_METADATA_BYTES = 2**20
+_MAX_METADATA_BYTES = 2**20
 
 
 class ShardSource:
     """A folder of WebDataset tars; a sample's label, JSON fields and key are kept."""
 
-    chosen = True
+    is_explicit = True
 
     def __init__(self, path: Location, selection: Selection) -> None:
         self.path = path
@@ -39,7 +39,7 @@ class ShardSource:
         for name in tars:
             yield from self._samples(name)
 
-    def outline(self) -> Iterator[SourceFile]:
+    def unmeasured_files(self) -> Iterator[SourceFile]:
         """Yield the image of every sample, whose labels stand in the tars."""
         return self.files()
 
@@ -93,7 +93,7 @@ class ShardSource:
                         )
                     )
                 elif extension in ("cls", "json") and member.isreg():
-                    length = min(member.size, _MOST_METADATA_BYTES)
+                    length = min(member.size, _MAX_METADATA_BYTES)
                     metadata[extension] = tar.read(member.offset_data, length)
         yield from self._finish(name, key, images, metadata)
 

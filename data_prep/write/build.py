@@ -10,9 +10,9 @@ from data_prep.executors.processes import Tick
 from data_prep.format.manifest import MANIFEST_NAME, Manifest
 from data_prep.format.storage import Location, RemotePath
 from data_prep.sources.source import Source, open_source
-from data_prep.write.duplicates import duplicate_dropper
-from data_prep.write.execution import Execution, Plan, Progress, map_shards
-from data_prep.write.finalize import publish
+from data_prep.write.duplicates import make_duplicate_filter
+from data_prep.write.execution import Execution, PlanSummary, Progress, map_shards
+from data_prep.write.finalize import finalize_set
 from data_prep.write.listing import (
     Listing,
     find_classes,
@@ -21,22 +21,22 @@ from data_prep.write.listing import (
     write_listing,
 )
 from data_prep.write.output_dir import (
-    Destination,
-    DestinationError,
     Identity,
-    find_complete,
-    open_destination,
-    refuse_foreign,
+    OutputDir,
+    OutputDirError,
+    open_output_dir,
+    read_complete_set,
     refuse_inside,
+    refuse_other_files,
 )
 from data_prep.write.plan import ShardOptions, ShardPlan
-from data_prep.write.shard import ShardReport, ShardTask, reported
+from data_prep.write.shard import ShardReport, ShardTask, finished_shards
 from data_prep.write.streaming import StreamedListing, listing_name
-from data_prep.write.upload_queue import Shipper
+from data_prep.write.upload_queue import UploadQueue
 
 
 @dataclass(frozen=True, kw_only=True)
-class Built:
+class BuildResult:
     """A finished set."""
 
     manifest: Manifest | None
@@ -79,7 +79,7 @@ def build_shards(
     execution: Execution | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> Built:
+) -> BuildResult:
     """Write the images of a folder, an archive, a list or other shards as shards.
 
     The same input and options give the same bytes, however the work is done. An interrupted run
@@ -100,7 +100,7 @@ def build_shards(
 
     Raises:
         SourceError: the source is missing, empty, or too few of its images can be used.
-        DestinationError: the folder holds something that must not be written over.
+        OutputDirError: the folder holds something that must not be written over.
         StorageError: the store does not answer, or holds something that must not be.
         OSError: the folder cannot be written.
     """
@@ -109,114 +109,114 @@ def build_shards(
     if isinstance(source_path, Path):
         source_path = source_path.resolve()
     if execution.part and overwrite:
-        raise DestinationError("--overwrite would clear the work of other parts: leave it out.")
+        raise OutputDirError("--overwrite would clear the work of other parts: leave it out.")
     if execution.part and store:
-        raise DestinationError("--part writes to a folder that all parts share, not to a URL.")
+        raise OutputDirError("--part writes to a folder that all parts share, not to a URL.")
     job = _Job(source=source_path, shards=shards, options=options, execution=execution)
     if not shards:  # of shards only the folder itself is read
         refuse_inside(source_path, folder)
     with closing(job.open(folder)) as source:
-        refuse_foreign(folder)
+        refuse_other_files(folder)
         place = store or folder
         if not overwrite and (place / MANIFEST_NAME).exists():
             survey = survey_source(source, options, progress.listed)
-            complete = find_complete(place, job.identity(survey.fingerprint))
+            complete = read_complete_set(place, job.identity(survey.fingerprint))
             if store and folder.exists():
-                with open_destination(folder):
+                with open_output_dir(folder):
                     shutil.rmtree(folder)
-            return Built(manifest=complete, found=survey.found, was_complete=True)
+            return BuildResult(manifest=complete, found=survey.found, was_complete=True)
         part = execution.part[0] if execution.part else None
-        taken = open_destination(folder, part=part, store=store, overwrite=overwrite)
-        with taken as destination:
-            destination.settle_version(overwrite=overwrite)
+        taken = open_output_dir(folder, part=part, store=store, overwrite=overwrite)
+        with taken as output:
+            output.check_version(overwrite=overwrite)
             make = _list_and_write if options.streams else _list_then_write
-            listing = make(destination, job, source, progress, overwrite=overwrite)
+            listing = make(output, job, source, progress, overwrite=overwrite)
             manifest = None
             if execution.part is None:
-                manifest = publish(destination, listing, max_rejected=execution.max_rejected)
-    return Built(manifest=manifest, found=listing.survey.found, was_complete=False)
+                manifest = finalize_set(output, listing, max_rejected=execution.max_rejected)
+    return BuildResult(manifest=manifest, found=listing.survey.found, was_complete=False)
 
 
 def merge_parts(folder: Path, *, max_rejected: float = 1.0) -> Manifest:
     """Make a set of what all parts of a run have written.
 
     Raises:
-        DestinationError: a part is still at work, or shards are missing.
+        OutputDirError: a part is still at work, or shards are missing.
         SourceError: too few images can be used.
     """
     folder = folder.resolve()
     if not folder.is_dir() or not any(folder.glob(".partial/made-from.json")):
-        raise DestinationError(
+        raise OutputDirError(
             f"{folder} holds no parts to merge. Write them: data-prep shard SRC {folder} --part 1/n"
         )
-    with open_destination(folder) as destination:
-        destination.settle_version()
-        listing = read_listing(destination.partial)
-        made_from = destination.identity()
+    with open_output_dir(folder) as output:
+        output.check_version()
+        listing = read_listing(output.partial)
+        made_from = output.identity()
         if listing is None or made_from is None or not made_from.fingerprint:
-            raise DestinationError(f"{folder} holds no complete part. Run the parts again.")
-        return publish(destination, listing, max_rejected=max_rejected)
+            raise OutputDirError(f"{folder} holds no complete part. Run the parts again.")
+        return finalize_set(output, listing, max_rejected=max_rejected)
 
 
 def _take_listing(
-    destination: Destination, job: _Job, source: Source, listed: Tick, *, overwrite: bool
+    output: OutputDir, job: _Job, source: Source, listed: Tick, *, overwrite: bool
 ) -> Listing:
     """Return the listing that unfinished work has, if the source still is the same, or a new one.
 
     Raises:
-        DestinationError: the unfinished work is of another kind.
+        OutputDirError: the unfinished work is of another kind.
     """
-    with destination.listing_lock():
-        if destination.identity() is not None:
+    with output.listing_lock():
+        if output.identity() is not None:
             survey = survey_source(source, job.options, listed)
             identity = job.identity(survey.fingerprint)
             if not overwrite:
-                destination.refuse_other(identity)
-            listing = read_listing(destination.partial)
-            if listing is not None and destination.identity() == identity:
+                output.check_identity(identity)
+            listing = read_listing(output.partial)
+            if listing is not None and output.identity() == identity:
                 return listing
-        destination.clear()
+        output.clear()
         try:
-            listing = _list(destination, job, source, listed)
+            listing = _list(output, job, source, listed)
         except ValueError:
             if job.execution.part is None:
-                destination.abandon()
+                output.abandon()
             raise
-        destination.begin(job.identity(listing.survey.fingerprint))
+        output.begin(job.identity(listing.survey.fingerprint))
         return listing
 
 
-def _list(destination: Destination, job: _Job, source: Source, listed: Tick) -> Listing:
+def _list(output: OutputDir, job: _Job, source: Source, listed: Tick) -> Listing:
     dropper = None
     if job.options.deduplicate or job.options.near_duplicates is not None:
-        dropper = duplicate_dropper(
+        dropper = make_duplicate_filter(
             job.source,
             job.options,
-            destination.partial,
+            output.partial,
             shards=job.shards,
             workers=job.execution.workers,
         )
-    return write_listing(source, job.options, destination.partial, dropper, listed)
+    return write_listing(source, job.options, output.partial, dropper, listed)
 
 
-def _recall(destination: Destination) -> None:
-    if destination.upload is not None:  # its log may have been cleared with the rest
-        destination.upload.recall()
+def _reload_log(output: OutputDir) -> None:
+    if output.upload is not None:  # its log may have been cleared with the rest
+        output.upload.reload_log()
 
 
 def _list_then_write(
-    destination: Destination, job: _Job, source: Source, progress: Progress, *, overwrite: bool
+    output: OutputDir, job: _Job, source: Source, progress: Progress, *, overwrite: bool
 ) -> Listing:
     """Write all shards that this run is to write and that are not there yet."""
-    listing = _take_listing(destination, job, source, progress.listed, overwrite=overwrite)
+    listing = _take_listing(output, job, source, progress.listed, overwrite=overwrite)
     plans = [plan for plan in listing.shards if job.execution.writes(plan.number)]
-    _recall(destination)
-    reports = destination.reports(plan.number for plan in plans)
+    _reload_log(output)
+    reports = output.reports(plan.number for plan in plans)
     done = {report.number: report.found for report in reports if report is not None}
     workers = max(1, min(job.execution.workers, len(plans) - len(done)))
     everything = job.execution.part is None
     progress.planned(
-        Plan(
+        PlanSummary(
             found=listing.survey.found if everything else sum(plan.samples for plan in plans),
             done=sum(done.values()),
             classes=len(listing.survey.classes),
@@ -227,43 +227,43 @@ def _list_then_write(
     )
     missing = (plan for plan in plans if plan.number not in done)
     job = replace(job, execution=replace(job.execution, workers=workers))
-    _write(destination, job, missing, listing.survey.classes, progress, done=done)
+    _write(output, job, missing, listing.survey.classes, progress, done=done)
     return listing
 
 
 def _list_and_write(
-    destination: Destination, job: _Job, source: Source, progress: Progress, *, overwrite: bool
+    output: OutputDir, job: _Job, source: Source, progress: Progress, *, overwrite: bool
 ) -> Listing:
     """Write shards as the listing comes to them, those that are there already left out."""
-    _begin_streaming(destination, job, overwrite=overwrite)
+    _begin_streaming(output, job, overwrite=overwrite)
     try:
-        listing = _stream(destination, job, source, progress, overwrite=overwrite)
+        listing = _stream(output, job, source, progress, overwrite=overwrite)
     except ValueError:
-        if job.execution.part is None and not reported(destination.partial):
-            destination.abandon()
+        if job.execution.part is None and not finished_shards(output.partial):
+            output.abandon()
         raise
-    with destination.listing_lock():
+    with output.listing_lock():
         identity = job.identity(listing.survey.fingerprint)
         if not overwrite:
-            destination.refuse_other(identity)
-        destination.begin(identity)
+            output.check_identity(identity)
+        output.begin(identity)
     return listing
 
 
 def _stream(
-    destination: Destination, job: _Job, source: Source, progress: Progress, *, overwrite: bool
+    output: OutputDir, job: _Job, source: Source, progress: Progress, *, overwrite: bool
 ) -> Listing:
     execution = job.execution
-    _recall(destination)
+    _reload_log(output)
     done = {
         report.number: report
-        for report in destination.reports(reported(destination.partial))
+        for report in output.reports(finished_shards(output.partial))
         if report is not None and execution.writes(report.number)
     }
     progress.listed(0)
     classes = find_classes(source, job.options.selection)
     progress.planned(
-        Plan(
+        PlanSummary(
             found=None,
             done=sum(report.found for report in done.values()),
             classes=len(classes),
@@ -275,7 +275,7 @@ def _stream(
     streamed = StreamedListing(
         source,
         job.options,
-        destination.partial,
+        output.partial,
         classes=classes,
         needed=lambda plan: execution.writes(plan.number) and not _fits(plan, done),
         name=str(execution.part[0] if execution.part else 0),
@@ -283,26 +283,26 @@ def _stream(
     )
     try:
         mine = _select(streamed.plans(), execution, progress.counted)
-        missing = _unfinished(destination, mine, done, overwrite=overwrite)
-        _write(destination, job, missing, classes, progress, done=done)
+        missing = _unfinished(output, mine, done, overwrite=overwrite)
+        _write(output, job, missing, classes, progress, done=done)
         return streamed.finish()
     finally:
         streamed.discard()
 
 
-def _begin_streaming(destination: Destination, job: _Job, *, overwrite: bool) -> None:
+def _begin_streaming(output: OutputDir, job: _Job, *, overwrite: bool) -> None:
     """Take up unfinished work, if its options are the same, or begin anew.
 
     Raises:
-        DestinationError: the unfinished work is of another kind.
+        OutputDirError: the unfinished work is of another kind.
     """
-    with destination.listing_lock():
-        identity, made_from = job.identity(""), destination.identity()
+    with output.listing_lock():
+        identity, made_from = job.identity(""), output.identity()
         if made_from is not None and not overwrite:
-            destination.refuse_other(identity)
-        if made_from is None or not made_from.may_be(identity):
-            destination.clear()
-            destination.begin(identity)
+            output.check_identity(identity)
+        if made_from is None or not made_from.is_compatible_with(identity):
+            output.clear()
+            output.begin(identity)
 
 
 def _select(plans: Iterator[ShardPlan], execution: Execution, counted: Tick) -> Iterator[ShardPlan]:
@@ -316,7 +316,7 @@ def _select(plans: Iterator[ShardPlan], execution: Execution, counted: Tick) -> 
 
 
 def _unfinished(
-    destination: Destination,
+    output: OutputDir,
     plans: Iterator[ShardPlan],
     done: dict[int, ShardReport],
     *,
@@ -327,14 +327,14 @@ def _unfinished(
     What was made from something else, and may be replaced, is taken out of `done` before.
 
     Raises:
-        DestinationError: a finished shard was made from something else, and is not to be replaced.
+        OutputDirError: a finished shard was made from something else, and is not to be replaced.
     """
     waiting: list[ShardPlan] = []
     left = set(done)
     for plan in plans:
         if not _fits(plan, done):
             if plan.number in done and not overwrite:
-                raise destination.other_work()
+                raise output.mismatch_error()
             done.pop(plan.number, None)
             waiting.append(plan)
         left.discard(plan.number)
@@ -342,7 +342,7 @@ def _unfinished(
             yield from waiting
             waiting = []
     if left and not overwrite:
-        raise destination.other_work()
+        raise output.mismatch_error()
     for number in left:
         del done[number]
     yield from waiting
@@ -354,7 +354,7 @@ def _fits(plan: ShardPlan, done: dict[int, ShardReport]) -> bool:
 
 
 def _write(
-    destination: Destination,
+    output: OutputDir,
     job: _Job,
     plans: Iterable[ShardPlan],
     classes: Sequence[str],
@@ -367,32 +367,32 @@ def _write(
         ShardTask(
             source=job.source,
             shards=job.shards,
-            folder=destination.partial,
+            folder=output.partial,
             plan=plan,
             labels=labels,
             options=job.options,
         )
         for plan in plans
     )
-    with _shipper(destination, job.execution, progress, done) as shipper:
-        may_begin = shipper.may_begin if shipper else lambda _: True
-        for report in map_shards(job.execution, tasks, progress.tick, may_begin):
-            (destination.partial / listing_name(report.number)).unlink(missing_ok=True)
+    with _open_queue(output, job.execution, progress, done) as queue:
+        may_start = queue.may_start if queue else lambda _: True
+        for report in map_shards(job.execution, tasks, progress.tick, may_start):
+            (output.partial / listing_name(report.number)).unlink(missing_ok=True)
             progress.finished(report)
-            if shipper:
-                shipper.take(report)
-        if shipper:
-            shipper.finish()
+            if queue:
+                queue.add(report)
+        if queue:
+            queue.finish()
 
 
-def _shipper(
-    destination: Destination, execution: Execution, progress: Progress, done: Container[int]
-) -> AbstractContextManager[Shipper | None]:
-    if destination.upload is None:
+def _open_queue(
+    output: OutputDir, execution: Execution, progress: Progress, done: Container[int]
+) -> AbstractContextManager[UploadQueue | None]:
+    if output.upload is None:
         return nullcontext()
-    return Shipper(
-        destination.upload,
-        destination.partial,
+    return UploadQueue(
+        output.upload,
+        output.partial,
         done,
         workers=execution.workers,
         uploaded=progress.uploaded,

@@ -47,7 +47,7 @@ class _Row(NamedTuple):
     perceptual: int | None
 
 
-def duplicate_dropper(
+def make_duplicate_filter(
     source: Location, options: ShardOptions, folder: Path, *, shards: bool, workers: int
 ) -> Callable[[Listed], Listed]:
     """Return a function that names duplicates: of equal files the smallest path is kept.
@@ -60,7 +60,7 @@ def duplicate_dropper(
         workers: processes that read.
 
     Raises:
-        MissingHashError: near duplicates are asked for, and the library for them is missing.
+        MissingImageHashError: near duplicates are asked for, and the library for them is missing.
     """
     if options.near_duplicates is not None:
         require_hashes()
@@ -75,11 +75,11 @@ def duplicate_dropper(
             for rows in map_tasks(_digest_files, tasks, workers=workers, tick=lambda _: None):
                 for key, line in rows:
                     digests.add(key, line)
-            rows_ = _name_duplicates(digests)
+            rows_ = _mark_duplicates(digests)
             if options.near_duplicates is not None:
                 for row in rows_:
                     paths.add(path_key(row.file.path), _encode(row))
-                rows_ = _name_near(paths, options.near_duplicates, folder)
+                rows_ = _mark_near_duplicates(paths, options.near_duplicates, folder)
             yield from ((row.file, row.window) for row in rows_)
         finally:
             digests.discard()
@@ -101,13 +101,15 @@ def _in_groups(files: Listed) -> Iterator[tuple[tuple[SourceFile, int], ...]]:
 
 def _digest_files(task: _DigestTask, tick: Tick) -> list[tuple[str, str]]:
     rows = []
-    for (file, window), (digest, perceptual) in zip(task.files, _digests(task, tick), strict=True):
+    for (file, window), (digest, perceptual) in zip(
+        task.files, _hash_files(task, tick), strict=True
+    ):
         row = _Row(file, window, perceptual)
         rows.append((f"{digest}.{path_key(file.path)}", _encode(row)))
     return rows
 
 
-def _digests(task: _DigestTask, tick: Tick) -> list[tuple[str, int | None]]:
+def _hash_files(task: _DigestTask, tick: Tick) -> list[tuple[str, int | None]]:
     """Return digest and perceptual hash of each file; those that a stopped run took are kept."""
     near, most = task.options.near_duplicates is not None, task.options.max_pixels
     lines = [f"{near} {most}", *(encode_file(file) for file, _ in task.files)]
@@ -133,7 +135,7 @@ def _digests(task: _DigestTask, tick: Tick) -> list[tuple[str, int | None]]:
     return found
 
 
-def _name_duplicates(sorter: ExternalSort) -> Iterator[_Row]:
+def _mark_duplicates(sorter: ExternalSort) -> Iterator[_Row]:
     kept, kept_digest = "", ""
     for key, line in sorter.merged():
         digest = key.partition(".")[0]
@@ -147,7 +149,7 @@ def _name_duplicates(sorter: ExternalSort) -> Iterator[_Row]:
             yield row
 
 
-def _name_near(sorter: ExternalSort, distance: int, folder: Path) -> Iterator[_Row]:
+def _mark_near_duplicates(sorter: ExternalSort, distance: int, folder: Path) -> Iterator[_Row]:
     with closing(SimilarImages(distance, folder)) as seen:
         for _, line in sorter.merged():
             row = _decode(line)
@@ -174,7 +176,7 @@ BITS = 64
 """Length of a hash; the distance of two is the number of bits that differ."""
 
 
-_MOST_KEY_BITS = 16
+_MAX_KEY_BITS = 16
 """Bits of a band that images are looked up by: more would be as many lists as images."""
 
 
@@ -182,7 +184,7 @@ _ONES = np.array([number.bit_count() for number in range(2**16)], dtype=np.uint8
 """Bits that are set in each number of 16 bits."""
 
 
-class MissingHashError(ValueError):
+class MissingImageHashError(ValueError):
     """The library of perceptual hashes is not installed."""
 
 
@@ -190,12 +192,12 @@ def require_hashes() -> None:
     """Check that perceptual hashes can be taken.
 
     Raises:
-        MissingHashError: the library is missing.
+        MissingImageHashError: the library is missing.
     """
     try:
         import imagehash  # noqa: F401, PLC0415
     except ImportError:
-        raise MissingHashError(
+        raise MissingImageHashError(
             "--near-duplicates needs ImageHash, which is missing: pip install 'simmim[dedup]'"
         ) from None
 
@@ -229,7 +231,7 @@ class SimilarImages:
     def __init__(self, distance: int, folder: Path) -> None:
         self._distance = distance
         bounds = [band * BITS // (distance + 1) for band in range(distance + 2)]
-        widths = ((start, min(stop - start, _MOST_KEY_BITS)) for start, stop in pairwise(bounds))
+        widths = ((start, min(stop - start, _MAX_KEY_BITS)) for start, stop in pairwise(bounds))
         self._bands = [(start, (1 << width) - 1) for start, width in widths]
         self._numbers: list[dict[int, array[int]]] = [{} for _ in self._bands]
         self._hashes = array("Q")

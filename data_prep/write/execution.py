@@ -39,7 +39,7 @@ def map_shards(
     execution: Execution,
     tasks: Iterator[ShardTask],
     tick: Tick,
-    may_begin: Callable[[ShardTask], bool] = lambda _: True,
+    may_start: Callable[[ShardTask], bool] = lambda _: True,
 ) -> Iterator[ShardReport]:
     """Write shards and yield their reports, as they are done.
 
@@ -53,13 +53,13 @@ def map_shards(
             address=execution.address,
             at_once=execution.workers,
             tick=tick,
-            may_begin=may_begin,
+            may_start=may_start,
         )
-    return map_tasks(write_shard, tasks, workers=execution.workers, tick=tick, may_begin=may_begin)
+    return map_tasks(write_shard, tasks, workers=execution.workers, tick=tick, may_start=may_start)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class PlanSummary:
     """What is about to be done, for a person to see."""
 
     found: int | None
@@ -82,7 +82,7 @@ class Progress:
 
     listed: Tick = lambda _: None
     """Called with the number of images found, now and then while they are listed."""
-    planned: Callable[[Plan], None] = lambda _: None
+    planned: Callable[[PlanSummary], None] = lambda _: None
     """Called once before anything is written."""
     counted: Tick = lambda _: None
     """Called with the images to be written here, once the listing that went on meanwhile ends."""

@@ -16,8 +16,8 @@ from data_prep.write.listing import Listing
 from data_prep.write.output_dir import (
     REJECTED_NAME,
     VALIDATION_SHARDS,
-    Destination,
-    DestinationError,
+    OutputDir,
+    OutputDirError,
 )
 from data_prep.write.plan import path_key
 from data_prep.write.shard import Rejection, shard_name
@@ -28,7 +28,7 @@ class TooManyRejectedError(SourceError):
 
 
 @dataclass(kw_only=True)
-class _Gathered:
+class _Totals:
     entries: list[ShardEntry] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
     validation_shards: int = 0
@@ -38,59 +38,59 @@ class _Gathered:
     """All rejected, duplicates too."""
 
 
-def publish(destination: Destination, listing: Listing, *, max_rejected: float) -> Manifest:
+def finalize_set(output: OutputDir, listing: Listing, *, max_rejected: float) -> Manifest:
     """Check that all shards are written, and make a set of them.
 
     Args:
-        destination: where they are.
+        output: where they are.
         listing: what they were to hold.
         max_rejected: largest share of images that may be rejected, duplicates left aside.
 
     Raises:
-        DestinationError: shards are missing.
+        OutputDirError: shards are missing.
         SourceError: no image, or too few, can be used.
     """
-    sorter = ExternalSort(destination.partial, "rejected")
+    sorter = ExternalSort(output.partial, "rejected")
     try:
-        gathered = _gather(destination, listing, sorter)
+        totals = _gather(output, listing, sorter)
         found = listing.survey.found
         rows = _rejections(sorter)
-        if gathered.rejected == found:
+        if totals.rejected == found:
             first = list(islice(rows, 5))
-            destination.abandon()
-            raise SourceError(_describe_uselessness(found, first))
-        if gathered.damaged > max_rejected * found:
+            output.abandon()
+            raise SourceError(_describe_all_rejected(found, first))
+        if totals.damaged > max_rejected * found:
             reasons = "\n  ".join(f"{row.path}: {row.reason}" for row in islice(rows, 5))
             raise TooManyRejectedError(
-                f"{gathered.damaged:,} of {found:,} images were rejected, more than --max-rejected "
+                f"{totals.damaged:,} of {found:,} images were rejected, more than --max-rejected "
                 f"{max_rejected:g}. The work is kept: mend the source, or run the same command "
                 f"again with a larger --max-rejected. The first are:\n  {reasons}"
             )
         manifest = replace(
-            _describe(destination, listing, gathered),
-            rejected=_write_rejected(destination.partial / REJECTED_NAME, rows),
+            _describe(output, listing, totals),
+            rejected=_write_rejected(output.partial / REJECTED_NAME, rows),
         )
-        return destination.publish(manifest, [entry.name for entry in gathered.entries])
+        return output.publish(manifest, [entry.name for entry in totals.entries])
     finally:
         sorter.discard()
 
 
-def _describe(destination: Destination, listing: Listing, gathered: _Gathered) -> Manifest:
+def _describe(output: OutputDir, listing: Listing, totals: _Totals) -> Manifest:
     """Return the manifest of a set, its shards numbered without gaps; none is rejected yet."""
-    identity = destination.identity()
+    identity = output.identity()
     assert identity is not None
     options = dict(identity.options)
     if listing.validation_shards:
-        options[VALIDATION_SHARDS] = gathered.validation_shards
-    names = map(shard_name, range(len(gathered.entries)))
+        options[VALIDATION_SHARDS] = totals.validation_shards
+    names = map(shard_name, range(len(totals.entries)))
     return Manifest(
-        folder=destination.folder,
+        folder=output.folder,
         shards=tuple(
             replace(entry, name=name, index=index_name(name))
-            for entry, name in zip(gathered.entries, names, strict=True)
+            for entry, name in zip(totals.entries, names, strict=True)
         ),
         classes=listing.survey.classes,
-        notes=dict(sorted(gathered.notes.items())),
+        notes=dict(sorted(totals.notes.items())),
         options=options,
         fingerprint=identity.fingerprint,
     )
@@ -108,38 +108,38 @@ def _write_rejected(path: Path, rows: Iterator[Rejection]) -> int:
     return count
 
 
-def _gather(destination: Destination, listing: Listing, sorter: ExternalSort) -> _Gathered:
-    gathered = _Gathered()
+def _gather(output: OutputDir, listing: Listing, sorter: ExternalSort) -> _Totals:
+    totals = _Totals()
     missing: list[int] = []
     for file in listing.refused():
         _add(sorter, Rejection(path=file.path, reason=file.problem))
-        gathered.rejected += 1
+        totals.rejected += 1
         is_duplicate = file.problem.startswith(("a duplicate of ", "a near duplicate of "))
-        gathered.damaged += not is_duplicate
-    reports = destination.reports(plan.number for plan in listing.shards)
+        totals.damaged += not is_duplicate
+    reports = output.reports(plan.number for plan in listing.shards)
     for plan, report in zip(listing.shards, reports, strict=True):
         if report is None:
             missing.append(plan.number)
             continue
         if report.listing != plan.digest:
-            raise destination.other_work()
+            raise output.mismatch_error()
         for rejection in report.rejected:
             _add(sorter, rejection)
-        gathered.rejected += len(report.rejected)
-        gathered.damaged += len(report.rejected)
-        gathered.notes.update(report.notes)
+        totals.rejected += len(report.rejected)
+        totals.damaged += len(report.rejected)
+        totals.notes.update(report.notes)
         if report.entry is not None:
-            gathered.entries.append(report.entry)
+            totals.entries.append(report.entry)
             is_validation = plan.number >= len(listing.shards) - listing.validation_shards
-            gathered.validation_shards += is_validation
+            totals.validation_shards += is_validation
     if missing:
         some = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-        raise DestinationError(
-            f"{destination.folder} lacks {len(missing):,} of {len(listing.shards):,} shards "
+        raise OutputDirError(
+            f"{output.folder} lacks {len(missing):,} of {len(listing.shards):,} shards "
             f"({some}): part i of n writes shards i-1, i-1+n, ... Run the missing parts, then "
             "merge again."
         )
-    return gathered
+    return totals
 
 
 def _add(sorter: ExternalSort, rejection: Rejection) -> None:
@@ -151,7 +151,7 @@ def _rejections(sorter: ExternalSort) -> Iterator[Rejection]:
         yield Rejection(**json.loads(line))
 
 
-def _describe_uselessness(found: int, first: list[Rejection]) -> str:
+def _describe_all_rejected(found: int, first: list[Rejection]) -> str:
     lines = [f"none of the {found:,} images can be used; give other images:"]
     lines += [f"{rejection.path}: {rejection.reason}" for rejection in first]
     if found > len(first):

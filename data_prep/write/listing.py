@@ -1,6 +1,6 @@
 """The listing of a source: a file on disk of any length, in the order that shards are cut from.
 
-Each line is a file. A listing is gathered, sorted and read back in bounded memory; what is held is
+Each line is a file. A listing is totals, sorted and read back in bounded memory; what is held is
 one place for each shard. Beside it lies the list of files that must not be used.
 """
 
@@ -14,15 +14,15 @@ from pathlib import Path
 
 from data_prep.executors.processes import Tick
 from data_prep.format.atomic import atomic_write_bytes
-from data_prep.format.index import MOST_CLASSES
+from data_prep.format.index import MAX_CLASSES
 from data_prep.format.manifest import IMAGE_SUFFIXES
 from data_prep.format.storage import Location
 from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import Selection, SourceError, SourceFile
 from data_prep.sources.source import Source
 from data_prep.write.plan import (
-    FEWEST_SHARDS,
     LISTING_NAME,
+    MIN_SHARDS,
     Cutter,
     ShardOptions,
     ShardPlan,
@@ -34,10 +34,10 @@ REFUSED_NAME = "listing-refused.jsonl"
 _SUMMARY_NAME = "listing.json"
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 _DEFAULTS = [SourceFile._field_defaults.get(name, ...) for name in SourceFile._fields]
-_BETWEEN_REPORTS = 5_000
+_FILES_PER_REPORT = 5_000
 Listed = Iterator[tuple[SourceFile, int]]
 """Files, each with the window that it is shuffled in."""
-DropDuplicates = Callable[[Listed], Listed]
+DuplicateFilter = Callable[[Listed], Listed]
 """Gives files a problem where they are duplicates of others."""
 
 
@@ -101,10 +101,10 @@ def find_classes(source: Source, selection: Selection) -> tuple[str, ...]:
     if source.classes is not None:
         return source.classes
     names, folders = _ClassNames(), set[str]()
-    for file in source.outline():
+    for file in source.unmeasured_files():
         folder = file.path.rpartition("/")[0]
         known = file.label is None and folder in folders
-        if known or file.problem or not selection.wants(file, chosen=source.chosen):
+        if known or file.problem or not selection.wants(file, explicit=source.is_explicit):
             continue
         names.add(file)
         if file.label is None:
@@ -134,7 +134,7 @@ def write_listing(
     source: Source,
     options: ShardOptions,
     folder: Path,
-    drop_duplicates: DropDuplicates | None,
+    filter_duplicates: DuplicateFilter | None,
     listed: Tick = lambda _: None,
 ) -> Listing:
     """List a source into a folder.
@@ -143,7 +143,7 @@ def write_listing(
         source: what to list.
         options: what is wanted, and its order.
         folder: where the listing goes.
-        drop_duplicates: finds duplicates among files in order of path; None keeps them.
+        filter_duplicates: finds duplicates among files in order of path; None keeps them.
         listed: told now and then how many files were found.
 
     Raises:
@@ -155,7 +155,7 @@ def write_listing(
     sorter = _Sorter(folder, options)
     try:
         files = surveyor.files()
-        for file, window in files if drop_duplicates is None else drop_duplicates(files):
+        for file, window in files if filter_duplicates is None else filter_duplicates(files):
             sorter.add(file, window)
         survey = surveyor.survey()
         shards, validation_shards = sorter.write()
@@ -221,7 +221,7 @@ class Surveyor:
         """Yield every wanted file with its window, those with a problem too."""
         taken = 0
         for file in self._source.files():
-            if not self._selection.wants(file, chosen=self._source.chosen):
+            if not self._selection.wants(file, explicit=self._source.is_explicit):
                 self._others += 1
                 continue
             sorted_out = _find_problem(file, self._selection)
@@ -249,7 +249,7 @@ class Surveyor:
         digest = hashlib.sha256(f"{window}{encode_file(file)}".encode("ascii")).digest()
         self._sum = (self._sum + int.from_bytes(digest, "big")) % 2**256
         self._found += 1
-        if self._found % _BETWEEN_REPORTS == 0:
+        if self._found % _FILES_PER_REPORT == 0:
             self._listed(self._found)
         if not file.problem:
             self._classes.add(file)
@@ -272,7 +272,7 @@ class _ClassNames:
         # Labels that are numbers stay the numbers they are.
         if self._are_labels and all(name.isascii() and name.isdecimal() for name in self._names):
             largest = max((int(name[:20]) for name in self._names), default=-1)
-            names = tuple(str(number) for number in range(min(largest + 1, MOST_CLASSES)))
+            names = tuple(str(number) for number in range(min(largest + 1, MAX_CLASSES)))
             if self._names <= set(names):
                 return names
         return tuple(sorted(self._names))
@@ -305,7 +305,7 @@ class _Sorter:
                 count=self._counts[group],
                 total_bytes=self._bytes[group],
                 options=self._options,
-                fewest=FEWEST_SHARDS if group == "0" else 1,
+                min_shards=MIN_SHARDS if group == "0" else 1,
             )
             for group in self._counts
         }
@@ -313,7 +313,7 @@ class _Sorter:
         sized = self._options.bytes_per_shard is not None
         with (self._folder / LISTING_NAME).open("w", encoding="ascii", newline="\n") as file:
             for position, (key, line) in enumerate(self._good.merged()):
-                if cutters[key[0]].begins(decode_file(line).size if sized else 0):
+                if cutters[key[0]].starts_shard(decode_file(line).size if sized else 0):
                     starts.append((position, place))
                     validation_shards += key[0] == "1"
                 file.write(line + "\n")

@@ -21,8 +21,8 @@ from data_prep.format.manifest import MANIFEST_NAME, Manifest, read_manifest, wr
 from data_prep.format.statistics_file import STATISTICS_NAME
 from data_prep.format.storage import Location, RemotePath
 from data_prep.write.duplicates import DIGESTS
-from data_prep.write.shard import ShardReport, is_here, read_report
-from data_prep.write.upload import Upload, check_uploaded, refuse_adopted
+from data_prep.write.shard import ShardReport, read_report, shard_exists
+from data_prep.write.upload import Upload, check_uploaded, refuse_foreign_shards
 
 REJECTED_NAME = "rejected.jsonl"
 VALIDATION_SHARDS = "validation_shards"
@@ -32,14 +32,16 @@ _WORK_VERSION = 2
 """Version of what lies in `.partial`: to be raised where that changes, so that none is mixed."""
 _NOTE_NAME = "made-from.json"
 _OTHER_INPUT = "other files of the same source, or the same files with other dates"
-_OURS = re.compile(r"shard-\d{6,}\.(tar|index\.npy)")
-_FOUND_OUT = {VALIDATION_SHARDS}  # options of the manifest that say what came out
-_KNOWN = {MANIFEST_NAME, REJECTED_NAME, STATISTICS_NAME, _PARTIAL_NAME, "lost+found"}
-_ASIDE = tuple(f".{name}.partial" for name in (MANIFEST_NAME, REJECTED_NAME, STATISTICS_NAME))
+_SHARD_FILES = re.compile(r"shard-\d{6,}\.(tar|index\.npy)")
+_OUTCOMES = {VALIDATION_SHARDS}  # options of the manifest that say what came out
+_KNOWN_NAMES = {MANIFEST_NAME, REJECTED_NAME, STATISTICS_NAME, _PARTIAL_NAME, "lost+found"}
+_TEMPORARY_PREFIXES = tuple(
+    f".{name}.partial" for name in (MANIFEST_NAME, REJECTED_NAME, STATISTICS_NAME)
+)
 
 
-class DestinationError(ValueError):
-    """The destination holds something that must not be written over."""
+class OutputDirError(ValueError):
+    """The output holds something that must not be written over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class Identity:
     fingerprint: str
     """Digest of the inputs; empty while they are still being listed."""
 
-    def may_be(self, other: "Identity") -> bool:
+    def is_compatible_with(self, other: "Identity") -> bool:
         """Tell whether the other is of the same, as far as both are known."""
         known = self.fingerprint and other.fingerprint
         return self.options == other.options and (
@@ -60,7 +62,7 @@ class Identity:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Destination:
+class OutputDir:
     """A folder that is being written to, by this process alone or as one of several parts."""
 
     folder: Path
@@ -90,17 +92,17 @@ class Destination:
         note = {"version": _WORK_VERSION, "identity": asdict(identity)}
         atomic_write_bytes(self.partial / _NOTE_NAME, json.dumps(note, indent=1).encode())
 
-    def settle_version(self, *, overwrite: bool = False) -> None:
+    def check_version(self, *, overwrite: bool = False) -> None:
         """Check that unfinished work is of this version, or clear other if that is allowed.
 
         Raises:
-            DestinationError: it is of another version, and is to be kept.
+            OutputDirError: it is of another version, and is to be kept.
         """
         note = self._note()
         if note is None or note.get("version") == _WORK_VERSION:
             return
         if not overwrite:
-            raise DestinationError(
+            raise OutputDirError(
                 f"{self.place} holds an interrupted run of another version of data-prep, which "
                 "this one cannot go on with. Finish it with that version, or start anew with "
                 "--overwrite."
@@ -114,19 +116,19 @@ class Destination:
             return None
         return note
 
-    def refuse_other(self, identity: Identity) -> None:
+    def check_identity(self, identity: Identity) -> None:
         """Check that unfinished work is made from the same.
 
         Raises:
-            DestinationError: it is made from other options or other input.
+            OutputDirError: it is made from other options or other input.
         """
         made_from = self.identity()
-        if made_from is not None and not made_from.may_be(identity):
-            raise self.other_work(_difference(made_from, identity))
+        if made_from is not None and not made_from.is_compatible_with(identity):
+            raise self.mismatch_error(_difference(made_from, identity))
 
-    def other_work(self, difference: str = _OTHER_INPUT) -> DestinationError:
+    def mismatch_error(self, difference: str = _OTHER_INPUT) -> OutputDirError:
         """Return the error that refuses unfinished work, and says what that is made from."""
-        return DestinationError(
+        return OutputDirError(
             f"{self.place} holds an interrupted run made from {difference}. Give the same to go "
             "on with it, or start anew with --overwrite."
         )
@@ -156,9 +158,9 @@ class Destination:
             if report is None or report.entry is None:
                 yield report
                 continue
-            is_there = is_here(self.partial, report.entry)
+            is_there = shard_exists(self.partial, report.entry)
             if not is_there and self.upload is not None:
-                is_there = self.upload.holds(report.entry, position)
+                is_there = self.upload.has_shard(report.entry, position)
             position += 1
             yield report if is_there else None
 
@@ -179,7 +181,7 @@ class Destination:
         for name in (MANIFEST_NAME, STATISTICS_NAME):
             (self.folder / name).unlink(missing_ok=True)
         for path in self.folder.iterdir():
-            if _OURS.fullmatch(path.name):
+            if _SHARD_FILES.fullmatch(path.name):
                 path.unlink()
         for name, shard in zip(names, manifest.shards, strict=True):
             (self.partial / name).replace(self.folder / shard.name)
@@ -204,20 +206,20 @@ class Destination:
                 folder = folder.parent
 
 
-def find_complete(place: Location, identity: Identity) -> Manifest:
+def read_complete_set(place: Location, identity: Identity) -> Manifest:
     """Return the manifest of a set that is complete, once it has proved to be of this identity.
 
     Raises:
-        DestinationError: the set is another one.
+        OutputDirError: the set is another one.
         StorageError: the store does not answer, or data-prep did not write the shards.
         ManifestError: it lacks shards.
     """
     manifest = read_manifest(place)
-    refuse_adopted(manifest)
-    options = {name: value for name, value in manifest.options.items() if name not in _FOUND_OUT}
+    refuse_foreign_shards(manifest)
+    options = {name: value for name, value in manifest.options.items() if name not in _OUTCOMES}
     made_from = Identity(options=options, fingerprint=manifest.fingerprint)
     if made_from != identity:
-        raise DestinationError(
+        raise OutputDirError(
             f"{place} holds a finished set of {manifest.samples:,} samples made from "
             f"{_difference(made_from, identity)}. Choose another place, or replace it with "
             "--overwrite."
@@ -232,13 +234,13 @@ def find_complete(place: Location, identity: Identity) -> Manifest:
 
 
 @contextmanager
-def open_destination(
+def open_output_dir(
     folder: Path,
     *,
     part: int | None = None,
     store: RemotePath | None = None,
     overwrite: bool = False,
-) -> Iterator[Destination]:
+) -> Iterator[OutputDir]:
     """Take a folder for writing, with what unfinished work is in it.
 
     Args:
@@ -248,16 +250,16 @@ def open_destination(
         overwrite: whether what is on the store may be replaced.
 
     Raises:
-        DestinationError: it holds something else, or another process writes to it.
+        OutputDirError: it holds something else, or another process writes to it.
         StorageError: the store does not answer, or holds something else.
         OSError: it cannot be written.
     """
-    refuse_foreign(folder)
+    refuse_other_files(folder)
     created = _first_missing(folder)
     partial = folder / _PARTIAL_NAME
     upload = None if store is None else Upload(store, partial, overwrite=overwrite)
     if upload is not None:
-        upload.settle()
+        upload.check_target()
     partial.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         _lock(stack, partial / "lock", folder, shared=part is not None)
@@ -266,7 +268,7 @@ def open_destination(
                 path.unlink()  # half written by a process that is gone
         else:
             _lock(stack, partial / f"part-{part}.lock", folder, shared=False)
-        yield Destination(folder=folder, created=created, upload=upload)
+        yield OutputDir(folder=folder, created=created, upload=upload)
 
 
 def _lock(stack: ExitStack, path: Path, folder: Path, *, shared: bool) -> None:
@@ -274,52 +276,52 @@ def _lock(stack: ExitStack, path: Path, folder: Path, *, shared: bool) -> None:
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise DestinationError(
+        raise OutputDirError(
             f"another data-prep is writing to {folder}. Wait for it, or choose another folder."
         ) from None
 
 
-def refuse_foreign(folder: Path) -> None:
+def refuse_other_files(folder: Path) -> None:
     """Check that a folder holds nothing but a set of shards or unfinished work on one.
 
     Raises:
-        DestinationError: it holds something else.
+        OutputDirError: it holds something else.
     """
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise DestinationError(f"{folder} is a file. Give a folder to write shards to.")
+        raise OutputDirError(f"{folder} is a file. Give a folder to write shards to.")
     names = sorted(path.name for path in folder.iterdir())
     ours = bool({MANIFEST_NAME, _PARTIAL_NAME} & set(names))
     foreign = [
         name
         for name in names
-        if name not in _KNOWN
-        and not (ours and _OURS.fullmatch(name))
-        and not name.startswith(_ASIDE)
+        if name not in _KNOWN_NAMES
+        and not (ours and _SHARD_FILES.fullmatch(name))
+        and not name.startswith(_TEMPORARY_PREFIXES)
     ]
     if foreign:
         shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
-        raise DestinationError(
+        raise OutputDirError(
             f"{folder} holds other things ({shown}). Give an empty or a new folder."
         )
     if (folder / MANIFEST_NAME).exists():
-        refuse_adopted(read_manifest(folder))
+        refuse_foreign_shards(read_manifest(folder))
 
 
-def refuse_inside(source: Location, destination: Location) -> None:
+def refuse_inside(source: Location, output: Location) -> None:
     """Check that shards are not written into the folder that they are made from.
 
     Raises:
-        DestinationError: they would be, and the next listing would find them there.
+        OutputDirError: they would be, and the next listing would find them there.
     """
-    if isinstance(source, Path) and isinstance(destination, Path):
-        inside = destination.resolve().is_relative_to(source.resolve())
+    if isinstance(source, Path) and isinstance(output, Path):
+        inside = output.resolve().is_relative_to(source.resolve())
     else:
-        inside = f"{destination}/".startswith(f"{source}/")
+        inside = f"{output}/".startswith(f"{source}/")
     if inside:
-        raise DestinationError(
-            f"{destination} lies in the source, {source}, where the next run would take what is "
+        raise OutputDirError(
+            f"{output} lies in the source, {source}, where the next run would take what is "
             "written for images. Give a folder outside of the source."
         )
 

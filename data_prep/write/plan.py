@@ -9,11 +9,11 @@ from data_prep.images.checking import MAX_PIXELS
 from data_prep.images.encoding import Encoding
 from data_prep.sources.files import Selection, SourceFile
 
-_MOST_SAMPLES = 10_000
-_MOST_BYTES = 256 * 2**20
+_MAX_SAMPLES = 10_000
+_MAX_BYTES = 256 * 2**20
 LISTING_NAME = "listing.jsonl"
 """File that lists the files of all shards."""
-FEWEST_SHARDS = 8
+MIN_SHARDS = 8
 """Shards that a set has by default, unless it has fewer samples."""
 
 
@@ -113,13 +113,18 @@ class Cutter:
     limited.
     """
 
-    def __init__(self, *, count: int, total_bytes: int, options: ShardOptions, fewest: int) -> None:
+    def __init__(
+        self, *, count: int, total_bytes: int, options: ShardOptions, min_shards: int
+    ) -> None:
         self._greedy = options.bytes_per_shard
-        self._most_samples = options.samples_per_shard or _MOST_SAMPLES
-        self._count, self._shards = count, count_shards(count, total_bytes, options, fewest=fewest)
+        self._most_samples = options.samples_per_shard or _MAX_SAMPLES
+        self._count, self._shards = (
+            count,
+            count_shards(count, total_bytes, options, min_shards=min_shards),
+        )
         self._seen = self._samples = self._bytes = self._cut = 0
 
-    def begins(self, size: int) -> bool:
+    def starts_shard(self, size: int) -> bool:
         """Tell whether the next file, of that many bytes, begins a shard."""
         if self._greedy is not None:
             full = self._bytes + size > self._greedy or self._samples == self._most_samples
@@ -136,24 +141,24 @@ class Cutter:
 
 
 def cut_stream(
-    files: Iterable[tuple[str, int]], options: ShardOptions, *, fewest: int = FEWEST_SHARDS
+    files: Iterable[tuple[str, int]], options: ShardOptions, *, min_shards: int = MIN_SHARDS
 ) -> Iterator[list[str]]:
     """Cut files into shards as they come; how many there will be is not known.
 
-    Shards are filled one after another. What fits into one is cut evenly into `fewest`, unless
+    Shards are filled one after another. What fits into one is cut evenly into `min_shards`, unless
     the options say how long shards are.
 
     Args:
         files: lines of a listing, each with the bytes of its image.
         options: how long shards are.
-        fewest: shards that a set has by default, unless it has fewer samples.
+        min_shards: shards that a set has by default, unless it has fewer samples.
 
     Yields:
         The lines of a shard.
     """
     by_default = options.samples_per_shard is None and options.bytes_per_shard is None
-    most_samples = options.samples_per_shard or _MOST_SAMPLES
-    most_bytes = _MOST_BYTES if by_default else options.bytes_per_shard
+    most_samples = options.samples_per_shard or _MAX_SAMPLES
+    most_bytes = _MAX_BYTES if by_default else options.bytes_per_shard
     shard: list[str] = []
     held, is_first = 0, True
     for line, size in files:
@@ -163,27 +168,27 @@ def cut_stream(
             shard, held, is_first = [], 0, False
         shard.append(line)
         held += size
-    parts = min(len(shard), fewest if by_default and is_first else 1)
+    parts = min(len(shard), min_shards if by_default and is_first else 1)
     for part in range(parts):
         yield shard[part * len(shard) // parts : (part + 1) * len(shard) // parts]
 
 
 def count_shards(
-    count: int, total_bytes: int, options: ShardOptions, *, fewest: int = FEWEST_SHARDS
+    count: int, total_bytes: int, options: ShardOptions, *, min_shards: int = MIN_SHARDS
 ) -> int:
     """Return the number of shards of nearly equal numbers of samples that files are dealt to."""
     if options.samples_per_shard is not None:
         return -(-count // options.samples_per_shard)
-    by_samples = -(-count // _MOST_SAMPLES)
-    by_bytes = -(-total_bytes // _MOST_BYTES)
-    return min(count, max(by_samples, by_bytes, fewest))
+    by_samples = -(-count // _MAX_SAMPLES)
+    by_bytes = -(-total_bytes // _MAX_BYTES)
+    return min(count, max(by_samples, by_bytes, min_shards))
 
 
 def is_held_out(path: str, options: ShardOptions) -> bool:
     """Tell whether a file is for validation: by its path and the seed alone."""
     if not options.validation_fraction:
         return False
-    draw = _draw(path, options.seed, person=b"validation")
+    draw = _keyed_digest(path, options.seed, person=b"validation")
     return int.from_bytes(draw[:8], "big") < options.validation_fraction * 2**64
 
 
@@ -194,7 +199,7 @@ def order_key(file: SourceFile, options: ShardOptions, window: int = 0) -> str:
     """
     group = "1" if is_held_out(file.path, options) else "0"
     place = "" if options.window is None else f"{window:016x}"
-    return group + place + _draw(file.path, options.seed).hex()
+    return group + place + _keyed_digest(file.path, options.seed).hex()
 
 
 def path_key(path: str) -> str:
@@ -202,7 +207,7 @@ def path_key(path: str) -> str:
     return path.encode("utf-8", "surrogateescape").hex()
 
 
-def _draw(path: str, seed: int, person: bytes = b"") -> bytes:
+def _keyed_digest(path: str, seed: int, person: bytes = b"") -> bytes:
     key = seed.to_bytes(16, "little", signed=True)
     data = path.encode("utf-8", "surrogateescape")
     return hashlib.blake2b(data, digest_size=16, key=key, person=person).digest()

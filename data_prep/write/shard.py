@@ -130,13 +130,13 @@ def read_report(folder: Path, number: int) -> ShardReport | None:
     )
 
 
-def reported(folder: Path) -> list[int]:
+def finished_shards(folder: Path) -> list[int]:
     """Return the numbers of all shards that have a report, in order."""
     names = (path.name for path in folder.glob("shard-*.report.json"))
     return sorted(int(name.split("-")[1].split(".")[0]) for name in names)
 
 
-def is_here(folder: Path, entry: ShardEntry) -> bool:
+def shard_exists(folder: Path, entry: ShardEntry) -> bool:
     """Tell whether a shard that was written into a folder is still there."""
     tar, index = folder / entry.name, folder / entry.index
     return tar.exists() and tar.stat().st_size == entry.bytes and index.exists()

@@ -20,8 +20,8 @@ _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
 _RECORD = 20 * _BLOCK
 _BUFFER = 2**20
-_MOST_NAME_BYTES = 100
-_MOST_MEMBER_BYTES = 8**11 - 1
+_MAX_NAME_BYTES = 100
+_MAX_MEMBER_BYTES = 8**11 - 1
 
 
 class ShardWriter:
@@ -106,14 +106,14 @@ _TEMPLATE_SUM = sum(_TEMPLATE[:124]) + sum(_TEMPLATE[136:148]) + 8 * 32 + sum(_T
 
 def _header(name: bytes, size: int) -> bytes:
     """Return the header of a plain member without a date."""
-    assert len(name) <= _MOST_NAME_BYTES, name
-    if size > _MOST_MEMBER_BYTES:
+    assert len(name) <= _MAX_NAME_BYTES, name
+    if size > _MAX_MEMBER_BYTES:
         raise ValueError(f"{name.decode()} has {size:,} bytes, more than a tar can hold: 8 GiB.")
     length = b"%011o\0" % size
     total = _TEMPLATE_SUM + sum(name) + sum(length)
     return b"".join(
         (
-            name.ljust(_MOST_NAME_BYTES, b"\0"),
+            name.ljust(_MAX_NAME_BYTES, b"\0"),
             _TEMPLATE[100:124],
             length,
             _TEMPLATE[136:148],

@@ -74,10 +74,10 @@ class StreamedListing:
             TarError: it is a damaged tar.
             OSError: the folder cannot be written.
         """
-        for shard in cut_stream(self._trained_on(), self._options):
+        for shard in cut_stream(self._training_files(), self._options):
             yield self._plan(shard)
         held_out = ((line, decode_file(line).size) for _, line in self._held_out.merged())
-        for shard in cut_stream(held_out, self._options, fewest=1):
+        for shard in cut_stream(held_out, self._options, min_shards=1):
             self._validation_shards += 1
             yield self._plan(shard)
 
@@ -103,7 +103,7 @@ class StreamedListing:
         for sorter in (self._window, self._held_out, self._refused):
             sorter.discard()
 
-    def _trained_on(self) -> Iterator[tuple[str, int]]:
+    def _training_files(self) -> Iterator[tuple[str, int]]:
         """Yield lines of the listing, with their images' bytes, in the order of the shards."""
         at = 0
         for file, window in self._surveyor.files():

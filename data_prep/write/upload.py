@@ -31,7 +31,7 @@ from data_prep.write.shard import shard_name
 
 _NOTE_NAME = "uploading.txt"
 _LOG_NAME = "uploaded.txt"
-_OURS = re.compile(
+_OUR_OBJECTS = re.compile(
     r"shard-\d{6,}\.(tar|index\.npy)|manifest\.json|rejected\.jsonl|statistics\.json|"
     r"uploading\.(txt|sha256)"
 )
@@ -51,33 +51,33 @@ class Upload:
         self._partial, self._overwrite = partial, overwrite
         self._log = _Log(partial / _LOG_NAME)
         self._present: dict[str, int] = {}  # name → bytes
-        self._noted_run = self._noted_machine = ""
+        self._owner_run = self._owner_machine = ""
         self._is_claimed = False
 
     @property
     def _is_ours(self) -> bool:
         """Whether what is there was put there by this run."""
-        return self._log.run is not None and self._noted_run == self._log.run
+        return self._log.run is not None and self._owner_run == self._log.run
 
-    def settle(self) -> None:
+    def check_target(self) -> None:
         """Look at what is there: it is of this run, or nothing, or may be replaced.
 
         Raises:
             StorageError: the store does not answer, or holds something else.
             ManifestError: it holds a manifest that cannot be read.
         """
-        self.recall()
-        self._present = self.place.lengths()
-        self._noted_run, self._noted_machine = self._read_note()
-        self._refuse_foreign()
+        self.reload_log()
+        self._present = self.place.list_sizes()
+        self._owner_run, self._owner_machine = self._read_note()
+        self._refuse_other_objects()
         if MANIFEST_NAME in self._present:
-            refuse_adopted(read_manifest(self.place))
+            refuse_foreign_shards(read_manifest(self.place))
         if not self._present or self._is_ours or self._overwrite:
             return
-        if self._noted_run:
+        if self._owner_run:
             raise StorageError(
                 f"{self.place} holds the unfinished shards of another run, on the machine "
-                f"{self._noted_machine}. Go on with that one there, with the same --staging "
+                f"{self._owner_machine}. Go on with that one there, with the same --staging "
                 "folder; or give an empty prefix, or replace them with --overwrite."
             )
         raise StorageError(
@@ -94,22 +94,22 @@ class Upload:
         if self._is_claimed:
             return
         if not self._is_ours:
-            self.settle()
+            self.check_target()
         if MANIFEST_NAME in self._present:
             (self.place / MANIFEST_NAME).unlink(missing_ok=True)
         if not self._is_ours:
-            self.place.remove_all(sorted(set(self._present) - {MANIFEST_NAME, _NOTE_NAME}))
+            self.place.remove_objects(sorted(set(self._present) - {MANIFEST_NAME, _NOTE_NAME}))
             self._present = {}
-            self._noted_run = self._log.begin()
-            note = f"{self._noted_run}\n{platform.node()}\n"
+            self._owner_run = self._log.begin()
+            note = f"{self._owner_run}\n{platform.node()}\n"
             (self.place / _NOTE_NAME).write_bytes(note.encode())
         self._is_claimed = True
 
-    def recall(self) -> None:
+    def reload_log(self) -> None:
         """Look again whether unfinished work on this machine is what the store has shards of."""
         self._log.read()
 
-    def holds(self, entry: ShardEntry, position: int) -> bool:
+    def has_shard(self, entry: ShardEntry, position: int) -> bool:
         """Tell whether a shard is on the store, as the one of that position in the set."""
         name = shard_name(position)
         return (
@@ -132,8 +132,8 @@ class Upload:
         """
         assert self._is_claimed
         name = shard_name(position)
-        if not self.holds(entry, position):
-            self._refuse_taken()
+        if not self.has_shard(entry, position):
+            self._check_ownership()
             self._log.forget(name)
             self._send(self._partial / entry.index, index_name(name), sent)
             self._send(self._partial / entry.name, name, sent)
@@ -152,16 +152,16 @@ class Upload:
             StorageError: the store does not answer, lacks shards, or holds other things by now.
         """
         self.claim()
-        self._refuse_taken()
-        self._present = self.place.lengths()
-        self._refuse_foreign()
+        self._check_ownership()
+        self._present = self.place.list_sizes()
+        self._refuse_other_objects()
         manifest = replace(manifest, folder=self.place)
         _check_lengths(manifest, self._present, "Run the same command again to go on.")
         wanted = {name for shard in manifest.shards for name in (shard.name, shard.index)}
         if manifest.rejected:
             self._send(rejected, rejected.name, lambda _: None)
             wanted.add(rejected.name)
-        self.place.remove_all(sorted(set(self._present) - wanted - {_NOTE_NAME}))
+        self.place.remove_objects(sorted(set(self._present) - wanted - {_NOTE_NAME}))
         write_manifest(manifest)
         (self.place / _NOTE_NAME).unlink(missing_ok=True)
         return manifest
@@ -176,15 +176,15 @@ class Upload:
             )
         self._present[name] = there
 
-    def _refuse_foreign(self) -> None:
-        foreign = [name for name in sorted(self._present) if not _OURS.fullmatch(name)]
+    def _refuse_other_objects(self) -> None:
+        foreign = [name for name in sorted(self._present) if not _OUR_OBJECTS.fullmatch(name)]
         if foreign:
             raise StorageError(
                 f"{self.place} holds other things ({', '.join(foreign[:3])}). Give an empty "
                 "prefix, or take them away."
             )
 
-    def _refuse_taken(self) -> None:
+    def _check_ownership(self) -> None:
         run, machine = self._read_note()
         if run != self._log.run:
             where = f", on the machine {machine}" if machine else ""
@@ -203,7 +203,7 @@ class Upload:
         return run, machine
 
 
-def refuse_adopted(manifest: Manifest) -> None:
+def refuse_foreign_shards(manifest: Manifest) -> None:
     """Check that data-prep wrote the shards of a set, and did not only index them.
 
     Raises:
@@ -224,7 +224,7 @@ def check_uploaded(manifest: Manifest) -> None:
         StorageError: the store does not answer.
     """
     assert isinstance(manifest.folder, RemotePath)
-    present = manifest.folder.lengths()
+    present = manifest.folder.list_sizes()
     try:
         _check_lengths(manifest, present, "Bring it back, or make the set anew with --overwrite.")
     except StorageError as error:
@@ -251,11 +251,11 @@ class _Log:
     def __init__(self, path: Path) -> None:
         self.run: str | None = None
         self._path, self._lock = path, threading.Lock()
-        self._digests: dict[str, str] = {}
+        self._hash_files: dict[str, str] = {}
 
     def read(self) -> None:
         """Take up what was logged before, if anything was."""
-        self.run, self._digests = None, {}
+        self.run, self._hash_files = None, {}
         try:
             text = self._path.read_text("ascii")
         except FileNotFoundError:
@@ -263,25 +263,25 @@ class _Log:
         self.run, *lines = text.splitlines()
         for line in lines:  # where one was cut off by a kill, it has no digest that counts
             name, _, digest = line.partition(" ")
-            self._digests[name] = digest
+            self._hash_files[name] = digest
 
     def begin(self) -> str:
         """Begin anew, with a run of another name, and return that."""
-        self.run, self._digests = secrets.token_hex(16), {}
+        self.run, self._hash_files = secrets.token_hex(16), {}
         atomic_write_bytes(self._path, self.run.encode("ascii"))
         return self.run
 
     def has(self, name: str, digest: str) -> bool:
-        return self._digests.get(name) == digest
+        return self._hash_files.get(name) == digest
 
     def add(self, name: str, digest: str) -> None:
         with self._lock, self._path.open("a", encoding="ascii") as file:
             file.write(f"\n{name} {digest}")
             file.flush()
             os.fsync(file.fileno())
-            self._digests[name] = digest
+            self._hash_files[name] = digest
 
     def forget(self, name: str) -> None:
         """Log that the object is about to be replaced."""
-        if name in self._digests:
+        if name in self._hash_files:
             self.add(name, "-")

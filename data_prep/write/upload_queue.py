@@ -12,7 +12,7 @@ from types import TracebackType
 
 from data_prep.format.manifest import ShardEntry
 from data_prep.format.storage import StorageError
-from data_prep.write.shard import ShardReport, ShardTask, is_here, read_report
+from data_prep.write.shard import ShardReport, ShardTask, read_report, shard_exists
 from data_prep.write.upload import Upload
 
 Uploaded = Callable[[int, int], object]
@@ -20,12 +20,12 @@ Uploaded = Callable[[int, int], object]
 
 _AHEAD = 2
 """Shards that each worker may be ahead of the first unfinished one."""
-_MOST_AT_ONCE = 4
+_MAX_AT_ONCE = 4
 """Most uploads at once: libraries of stores hold a shard each in memory."""
-_SECONDS_BETWEEN_LOOKS = 0.2
+_POLL_SECONDS = 0.2
 
 
-class Shipper:
+class UploadQueue:
     """Ships shards; use it as a context, which ends when what is under way is there.
 
     At most 3 shards for each worker are on disk: 2 that are being written or wait for one before
@@ -50,7 +50,7 @@ class Shipper:
         uploaded: Uploaded,
     ) -> None:
         self._upload, self._partial, self._done = upload, partial, done
-        self._ahead, self._at_once = _AHEAD * workers, min(workers, _MOST_AT_ONCE)
+        self._ahead, self._at_once = _AHEAD * workers, min(workers, _MAX_AT_ONCE)
         self._uploaded = uploaded
         self._pool = ThreadPoolExecutor(self._at_once, thread_name_prefix="upload")
         self._under_way: set[Future[None]] = set()
@@ -60,7 +60,7 @@ class Shipper:
         self._shards = self._bytes = 0
         self._lock = threading.Lock()
 
-    def __enter__(self) -> "Shipper":
+    def __enter__(self) -> "UploadQueue":
         return self
 
     def __exit__(
@@ -71,12 +71,12 @@ class Shipper:
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def may_begin(self, task: ShardTask) -> bool:
+    def may_start(self, task: ShardTask) -> bool:
         """Tell whether a shard may be written already."""
         self._advance()
         return task.plan.number < self._next + self._ahead
 
-    def take(self, report: ShardReport) -> None:
+    def add(self, report: ShardReport) -> None:
         """Take a shard that was written, and wait until as many as may be are under way at most.
 
         Raises:
@@ -103,17 +103,17 @@ class Shipper:
                 assert report is not None, self._next
                 entry = report.entry
             if entry is not None:
-                self._ship(entry, waits=is_new or is_here(self._partial, entry))
+                self._enqueue(entry, waits=is_new or shard_exists(self._partial, entry))
                 self._position += 1
             self._next += 1
 
-    def _ship(self, entry: ShardEntry, *, waits: bool) -> None:
+    def _enqueue(self, entry: ShardEntry, *, waits: bool) -> None:
         if waits:
             self._upload.claim()
             self._wait(self._at_once - 1)
             put = self._pool.submit(self._upload.put, entry, self._position, self._count)
             self._under_way.add(put)
-        elif not self._upload.holds(entry, self._position):
+        elif not self._upload.has_shard(entry, self._position):
             raise StorageError(
                 f"{self._upload.place} has {entry.name} under a number that it no longer has, "
                 "since another one came out empty. Run the same command again, which writes anew "
@@ -134,4 +134,4 @@ class Shipper:
             self._uploaded(self._shards, self._bytes)
             if len(self._under_way) <= most:
                 return
-            wait(self._under_way, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
+            wait(self._under_way, _POLL_SECONDS, FIRST_COMPLETED)

@@ -19,7 +19,7 @@ from data_prep.cli import main
 from data_prep.format.manifest import ManifestError, read_manifest
 from data_prep.format.statistics_file import read_statistics
 
-_DATA = Path(__file__).parents[2].parent / "shared" / "data"
+DATA = Path(__file__).parents[2].parent / "shared" / "data"
 
 
 def test_shard_info_and_verify(
@@ -228,10 +228,10 @@ def test_an_interrupt_stops_all_processes_and_a_rerun_resumes(
     ("name", "samples", "classes"), [("cifar10.zip", 60_000, 10), ("photos.zip", 122, 1)]
 )
 def test_real_sets(name: str, samples: int, classes: int, tmp_path: Path) -> None:
-    if not (_DATA / name).exists():
-        pytest.skip(f"{_DATA / name} is not there")
+    if not (DATA / name).exists():
+        pytest.skip(f"{DATA / name} is not there")
     folder = tmp_path / "out"
-    assert main(["shard", str(_DATA / name), str(folder)]) == 0
+    assert main(["shard", str(DATA / name), str(folder)]) == 0
     assert main(["verify", str(folder), "--deep"]) == 0
     manifest = read_manifest(folder)
     assert (manifest.samples, len(manifest.classes)) == (samples, classes)

@@ -11,7 +11,7 @@ from data_prep.format.tars import TarError
 from data_prep.write.build import build_shards
 from data_prep.write.plan import ShardOptions
 
-_MUTANTS = 75
+MUTANTS = 75
 
 
 def _mutate(data: bytes, draw: random.Random) -> bytes:
@@ -73,7 +73,7 @@ def test_accepted_and_rejected_make_all_that_was_found(
     whole = _write_sources(tmp_path, image_files, write_tar)[name]
     draw = random.Random(name)
     messages, built_sets = [], 0
-    for mutant in range(_MUTANTS):
+    for mutant in range(MUTANTS):
         (tmp_path / name).write_bytes(_mutate(whole, draw))
         folder = tmp_path / f"out-{mutant}"
         try:
@@ -90,4 +90,4 @@ def test_accepted_and_rejected_make_all_that_was_found(
             built_sets += 1
     assert all(messages)
     assert built_sets > 5
-    assert built_sets + len(messages) == _MUTANTS
+    assert built_sets + len(messages) == MUTANTS

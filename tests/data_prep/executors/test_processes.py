@@ -11,7 +11,7 @@ import pytest
 from data_prep.executors.processes import WorkerError, map_tasks
 
 # In a module of its own, since a worker must be able to import it.
-_MODULE = """
+MODULE = """
 import os, signal
 
 def square(task, tick):
@@ -29,7 +29,7 @@ def square(task, tick):
 @pytest.fixture
 def square(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """A function that squares its task, or fails in the way that a negative task asks for."""
-    (tmp_path / "squaring_for_workers.py").write_text(_MODULE)
+    (tmp_path / "squaring_for_workers.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
     return importlib.import_module("squaring_for_workers").square
 
@@ -51,12 +51,12 @@ def test_tasks_wait_until_they_may_begin(square: Callable[..., Any]) -> None:
     done: set[int] = set()
     began: list[int] = []
 
-    def may_begin(task: int) -> bool:
+    def may_start(task: int) -> bool:
         is_next = {number * number for number in range(task)} == done
         began.extend([task] * is_next)
         return is_next  # none before all others are done
 
-    for result in map_tasks(square, range(20), workers=2, tick=lambda _: None, may_begin=may_begin):
+    for result in map_tasks(square, range(20), workers=2, tick=lambda _: None, may_start=may_start):
         done.add(result)
     assert began == list(range(20))
     assert done == {number * number for number in range(20)}

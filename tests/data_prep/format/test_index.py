@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.format.index import MOST_CLASSES, index_tar
+from data_prep.format.index import MAX_CLASSES, index_tar
 from data_prep.format.tars import TarError
 
 WriteTar = Callable[[Path, dict[str, bytes]], None]
@@ -48,7 +48,7 @@ def test_the_index_of_a_foreign_tar(tmp_path: Path, write_tar: WriteTar) -> None
         ({"a.jpg": b""}, "empty"),
         ({"a.jpg": b"x", "a.cls": b"cat"}, "integer"),
         ({"a.jpg": b"x", "a.cls": b"-1"}, "integer"),
-        ({"a.jpg": b"x", "a.cls": str(MOST_CLASSES).encode()}, "integer"),
+        ({"a.jpg": b"x", "a.cls": str(MAX_CLASSES).encode()}, "integer"),
         ({"a.jpg": b"x", "a.cls": b"1" * 10_000}, "integer"),
         ({"a.jpg": b"x", "a.cls": "\u0663".encode()}, "integer"),
         ({"../a.jpg": b"x"}, "leads out"),

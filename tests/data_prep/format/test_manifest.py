@@ -20,20 +20,20 @@ from data_prep.format.manifest import (
     write_manifest,
 )
 
-_LENGTH = 10_240
+LENGTH = 10_240
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with one shard of two samples; the tar itself is only as long as promised."""
-    (tmp_path / "a.tar").write_bytes(bytes(_LENGTH))
+    (tmp_path / "a.tar").write_bytes(bytes(LENGTH))
     write_index(tmp_path / "a.index.npy", _index([("x", 512, 9, 0), ("y", 2048, 70, -1)]))
     write_manifest(Manifest(folder=tmp_path, shards=(_entry(),), classes=("cat", "dog")))
     return tmp_path
 
 
 def _entry() -> ShardEntry:
-    return ShardEntry(name="a.tar", samples=2, bytes=_LENGTH, sha256="0" * 64, index="a.index.npy")
+    return ShardEntry(name="a.tar", samples=2, bytes=LENGTH, sha256="0" * 64, index="a.index.npy")
 
 
 def _index(rows: list[tuple[str, int, int, int]]) -> ShardIndex:
@@ -80,7 +80,7 @@ def test_an_index_is_read_back_as_written(
     rows: list[tuple[str, int, int, int]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("index")
-    (folder / "a.tar").write_bytes(bytes(_LENGTH))
+    (folder / "a.tar").write_bytes(bytes(LENGTH))
     written = _index(rows)
     write_index(folder / "a.index.npy", written)
     index = read_index(folder, _entry())
@@ -168,8 +168,8 @@ def test_absence_is_told_apart(folder: Path, tmp_path_factory: pytest.TempPathFa
     [
         ("x", -1, 5, 0),
         ("x", 0, 0, 0),
-        ("x", 0, _LENGTH + 1, 0),
-        ("x", _LENGTH, 1, 0),
+        ("x", 0, LENGTH + 1, 0),
+        ("x", LENGTH, 1, 0),
         ("x", 2**63 - 1, 2**63 - 1, 0),
         ("x", 0, 5, -2),
     ],
@@ -207,7 +207,7 @@ def test_an_index_that_is_none_is_refused(folder: Path) -> None:
 
 
 def test_a_shard_that_was_cut_is_refused(folder: Path) -> None:
-    (folder / "a.tar").write_bytes(bytes(_LENGTH - 512))
+    (folder / "a.tar").write_bytes(bytes(LENGTH - 512))
     with pytest.raises(ManifestError, match=r"a\.tar has 9,728 bytes"):
         read_index(folder, _entry())
     (folder / "a.tar").unlink()

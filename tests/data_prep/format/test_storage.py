@@ -16,7 +16,7 @@ from data_prep.format.manifest import ManifestError, read_manifest
 from data_prep.format.statistics_file import read_statistics, write_statistics
 from data_prep.format.storage import RemotePath, StorageError, locate
 from data_prep.inspect.contact_sheet import draw_contact_sheet
-from data_prep.inspect.index_existing import adopt_shards
+from data_prep.inspect.index_existing import index_existing
 from data_prep.inspect.info import describe_shards
 from data_prep.inspect.statistics import measure_set
 from data_prep.inspect.verify import verify_shards
@@ -149,18 +149,18 @@ def test_remote_tars_are_indexed_beside_them_or_elsewhere(
     promised = read_manifest(tmp_path / "set").shards
     (remote_set / "manifest.json").unlink()
     source = remote_set if place == "folder" else remote_set / "shard-{000000..000002}.tar"
-    elsewhere = adopt_shards(source, output=tmp_path / "indexes").manifest
+    elsewhere = index_existing(source, output=tmp_path / "indexes").manifest
     assert [shard.place for shard in elsewhere.shards] == [
         f"memory://bucket/shard-{number:06}.tar" for number in range(3)
     ]
     assert not (remote_set / "manifest.json").exists()
     read = read_manifest(tmp_path / "indexes")
     assert verify_shards(read, decode=True).count == 0
-    beside = adopt_shards(source).manifest
+    beside = index_existing(source).manifest
     for found in (elsewhere, beside, read_manifest(remote_set)):
         assert [shard.sha256 for shard in found.shards] == [shard.sha256 for shard in promised]
     with pytest.raises(ManifestError, match="--overwrite"):
-        adopt_shards(source)
+        index_existing(source)
 
 
 def test_a_local_pattern_is_indexed(
@@ -321,7 +321,7 @@ def test_a_reader_of_parts_reads_ahead_in_order_alone(
         return read_range(path, offset, size)
 
     monkeypatch.setattr(RemotePath, "read_range", noted)
-    monkeypatch.setattr(storage, "_AHEAD", 1000)
+    monkeypatch.setattr(storage, "_READ_AHEAD", 1000)
     reader = storage.ByteReader(store / "a.bin")
     for offset in (50_000, 70_000, 20_000, 90_000):
         assert reader.read(offset, 100) == data[offset : offset + 100]

@@ -11,7 +11,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from data_prep.images.checking import RejectedImageError, check_image
 from data_prep.images.headers import plain_jpeg_size
 
-_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 def _jpegs() -> list[bytes]:
@@ -20,7 +20,7 @@ def _jpegs() -> list[bytes]:
         ("RGB", {}),
         ("L", {"quality": 30}),
         ("RGB", {"progressive": True, "comment": b"a picture", "dpi": (72, 72)}),
-        ("RGB", {"icc_profile": _PROFILE, "optimize": True, "restart_marker_blocks": 1}),
+        ("RGB", {"icc_profile": PROFILE, "optimize": True, "restart_marker_blocks": 1}),
     ):
         buffer = io.BytesIO()
         Image.new(mode, (37, 19)).save(buffer, "JPEG", **options)

@@ -8,7 +8,7 @@ import pytest
 from data_prep.format.index import read_index
 from data_prep.format.manifest import ManifestError, read_manifest
 from data_prep.format.tars import TarError
-from data_prep.inspect.index_existing import adopt_shards
+from data_prep.inspect.index_existing import index_existing
 from data_prep.inspect.verify import verify_shards
 from data_prep.write.build import build_shards
 from data_prep.write.plan import ShardOptions
@@ -29,13 +29,13 @@ def foreign(tmp_path: Path, write_tar: WriteTar, draw_image: Callable[..., bytes
 
 def test_foreign_tars_become_a_set(foreign: Path) -> None:
     before = {path.name: path.read_bytes() for path in foreign.iterdir()}
-    adopted = adopt_shards(foreign)
+    indexed = index_existing(foreign)
     manifest = read_manifest(foreign)
-    assert adopted.manifest == manifest
+    assert indexed.manifest == manifest
     assert [shard.name for shard in manifest.shards] == ["a.tar", "b.tar"]
     assert manifest.classes == ("0", "1", "2")
     assert [read_index(foreign, shard).labels.tolist() for shard in manifest.shards] == [[-1], [2]]
-    assert (adopted.without_image, adopted.empty) == (2, ("c.tar",))
+    assert (indexed.without_image, indexed.empty) == (2, ("c.tar",))
     assert {name: (foreign / name).read_bytes() for name in before} == before
     assert {path.name for path in foreign.iterdir()} == {
         *before,
@@ -50,31 +50,31 @@ def test_a_hostile_tar_leaves_nothing_behind(foreign: Path, write_tar: WriteTar)
     write_tar(foreign / "d.tar", {"../up.jpg": b"x"})
     before = sorted(foreign.iterdir())
     with pytest.raises(TarError, match="leads out"):
-        adopt_shards(foreign)
+        index_existing(foreign)
     assert sorted(foreign.iterdir()) == before
 
 
 def test_a_manifest_is_not_replaced_unasked(foreign: Path) -> None:
-    first = adopt_shards(foreign).manifest
+    first = index_existing(foreign).manifest
     with pytest.raises(ManifestError, match="--overwrite"):
-        adopt_shards(foreign)
-    assert adopt_shards(foreign, overwrite=True).manifest == first
+        index_existing(foreign)
+    assert index_existing(foreign, overwrite=True).manifest == first
     (foreign / "manifest.json").write_text("damaged")
-    assert adopt_shards(foreign, overwrite=True).manifest == first
+    assert index_existing(foreign, overwrite=True).manifest == first
 
 
 def test_our_own_sets_keep_their_class_names(image_zip: Path, tmp_path: Path) -> None:
     build_shards(image_zip, tmp_path / "out", ShardOptions())
     with pytest.raises(ManifestError, match="class names"):
-        adopt_shards(tmp_path / "out", overwrite=True)
+        index_existing(tmp_path / "out", overwrite=True)
 
 
 def test_what_has_no_images_is_refused(tmp_path: Path, write_tar: WriteTar) -> None:
     with pytest.raises(ManifestError, match="not a folder"):
-        adopt_shards(tmp_path / "nowhere")
+        index_existing(tmp_path / "nowhere")
     with pytest.raises(ManifestError, match="no tars"):
-        adopt_shards(tmp_path)
+        index_existing(tmp_path)
     write_tar(tmp_path / "a.tar", {"z.txt": b"text"})
     with pytest.raises(ManifestError, match="no images"):
-        adopt_shards(tmp_path)
+        index_existing(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]

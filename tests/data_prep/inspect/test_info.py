@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.inspect.info import describe_bytes, describe_shards
+from data_prep.inspect.info import describe_shards, format_bytes
 from data_prep.write.build import build_shards
 from data_prep.write.plan import ShardOptions
 
@@ -23,4 +23,4 @@ def test_the_table_counts_samples_and_classes(image_zip: Path, tmp_path: Path) -
     ("length", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 * 2**40, "5.0 TiB")]
 )
 def test_lengths_have_units(length: int, text: str) -> None:
-    assert describe_bytes(length) == text
+    assert format_bytes(length) == text

@@ -8,8 +8,8 @@ import pytest
 
 from data_prep.format.index import checksum, read_index, write_index
 from data_prep.format.manifest import Manifest, read_manifest
-from data_prep.inspect.index_existing import adopt_shards
-from data_prep.inspect.verify import MOST_PROBLEMS, verify_shards
+from data_prep.inspect.index_existing import index_existing
+from data_prep.inspect.verify import MAX_PROBLEMS, verify_shards
 from data_prep.write.build import build_shards
 from data_prep.write.plan import ShardOptions
 
@@ -112,7 +112,7 @@ def test_problems_beyond_the_first_are_counted(shards: Manifest) -> None:
     two = verify_shards(shards, decode=True, workers=2)
     assert one == two
     assert one.count == 200 + shards.samples + len(shards.shards)
-    assert len(one.problems) == MOST_PROBLEMS
+    assert len(one.problems) == MAX_PROBLEMS
 
 
 def test_sets_that_others_wrote_are_verified_too(
@@ -123,7 +123,7 @@ def test_sets_that_others_wrote_are_verified_too(
     members = {f"{number:03d}.png": draw_image(number, image_format="PNG") for number in range(5)}
     members["003.png"] = members["003.png"][:-30]
     write_tar(tmp_path / "theirs.tar", members)
-    manifest = adopt_shards(tmp_path).manifest
+    manifest = index_existing(tmp_path).manifest
     assert verify_shards(manifest, decode=False).count == 0
     assert "image 003: it is cut" in _problem(manifest)
 
@@ -134,5 +134,5 @@ def test_a_format_that_shards_do_not_hold_is_found(
     draw_image: Callable[..., bytes],
 ) -> None:
     write_tar(tmp_path / "theirs.tar", {"a.jpg": draw_image(0, image_format="BMP")})
-    manifest = adopt_shards(tmp_path).manifest
+    manifest = index_existing(tmp_path).manifest
     assert "image a: it is of a format that shards do not hold" in _problem(manifest)

@@ -39,7 +39,7 @@ def _list(path: Path, **options: object) -> _Listed:
     selection = Selection(**options)
     chosen = ShardOptions(selection=selection, shuffle=False)
     with closing(open_source(path, selection)) as source, TemporaryDirectory() as folder:
-        wanted = [selection.wants(file, chosen=source.chosen) for file in source.files()]
+        wanted = [selection.wants(file, explicit=source.is_explicit) for file in source.files()]
         listing: Listing = write_listing(source, chosen, Path(folder), None)
         assert survey_source(source, chosen) == listing.survey
         listed = _Listed(

@@ -16,10 +16,10 @@ from data_prep.format.manifest import Manifest, read_manifest
 from data_prep.sources.files import Selection, SourceError
 from data_prep.write.build import build_shards, merge_parts
 from data_prep.write.execution import Execution, Progress
-from data_prep.write.output_dir import DestinationError
+from data_prep.write.output_dir import OutputDirError
 from data_prep.write.plan import ShardOptions
 
-_OPTIONS = ShardOptions(samples_per_shard=5)
+OPTIONS = ShardOptions(samples_per_shard=5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class _Complete:
 
 
 def _build(
-    source: Path, folder: Path, options: ShardOptions = _OPTIONS, workers: int = 1, **rest: Any
+    source: Path, folder: Path, options: ShardOptions = OPTIONS, workers: int = 1, **rest: Any
 ) -> _Complete:
     execution = Execution(workers=workers)
     built = build_shards(source, folder, options, execution=execution, **rest)
@@ -38,7 +38,7 @@ def _build(
     return _Complete(manifest=built.manifest, found=built.found, was_complete=built.was_complete)
 
 
-def _digests(folder: Path) -> dict[str, str]:
+def _hash_files(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -106,7 +106,11 @@ def test_stock_webdataset_and_our_index_read_every_image_once(
 def test_bytes_do_not_depend_on_run_or_workers(image_zip: Path, tmp_path: Path) -> None:
     for name, workers in (("one", 1), ("two", 2), ("again", 1)):
         _build(image_zip, tmp_path / name, workers=workers)
-    assert _digests(tmp_path / "one") == _digests(tmp_path / "two") == _digests(tmp_path / "again")
+    assert (
+        _hash_files(tmp_path / "one")
+        == _hash_files(tmp_path / "two")
+        == _hash_files(tmp_path / "again")
+    )
 
 
 def test_seed_and_order(image_zip: Path, image_files: dict[str, bytes], tmp_path: Path) -> None:
@@ -165,10 +169,10 @@ def test_nothing_is_left_where_no_image_is_good(
         folder.mkdir(parents=True)
     if before == "full":
         _build(image_zip, folder)
-    digests = _digests(tmp_path)
+    digests = _hash_files(tmp_path)
     with pytest.raises(SourceError, match=r"a\.jpg: it is not an image"):
         _build(tmp_path / "bad", folder, overwrite=before == "full")
-    assert _digests(tmp_path) == digests
+    assert _hash_files(tmp_path) == digests
     assert folder.exists() == (before != "absent")
     assert folder.parent.exists() == (before != "absent")
 
@@ -187,12 +191,12 @@ def test_an_interrupted_run_goes_on_where_it_stopped(image_zip: Path, tmp_path: 
         _build(image_zip, folder, progress=Progress(tick=interrupt_in_third_shard))
     (folder / ".partial" / ".shard-000002.tar.partial-1").write_bytes(b"left by a killed process")
     assert [path.name for path in folder.iterdir()] == [".partial"]
-    with pytest.raises(DestinationError, match=r"interrupted run.*seed 0 \(now 1\)"):
+    with pytest.raises(OutputDirError, match=r"interrupted run.*seed 0 \(now 1\)"):
         _build(image_zip, folder, ShardOptions(samples_per_shard=5, seed=1))
     ticks.clear()
     _build(image_zip, folder, progress=Progress(tick=ticks.append))
     assert sum(ticks) == 24 - 4 - 5
-    assert _digests(folder) == _digests(tmp_path / "whole")
+    assert _hash_files(folder) == _hash_files(tmp_path / "whole")
 
 
 def test_a_finished_set_is_not_made_twice_nor_replaced_unasked(
@@ -200,16 +204,16 @@ def test_a_finished_set_is_not_made_twice_nor_replaced_unasked(
 ) -> None:
     folder = tmp_path / "out"
     assert not _build(image_zip, folder).was_complete
-    digests = _digests(folder)
+    digests = _hash_files(folder)
     assert _build(image_zip, folder).was_complete
-    for source, options in ((image_zip, ShardOptions(samples_per_shard=4)), (image_tar, _OPTIONS)):
-        with pytest.raises(DestinationError, match="--overwrite"):
+    for source, options in ((image_zip, ShardOptions(samples_per_shard=4)), (image_tar, OPTIONS)):
+        with pytest.raises(OutputDirError, match="--overwrite"):
             _build(source, folder, options)
-    assert _digests(folder) == digests
+    assert _hash_files(folder) == digests
     _build(image_zip, folder, ShardOptions(samples_per_shard=24), overwrite=True)
     assert len(read_manifest(folder).shards) == len(list(folder.glob("*.tar"))) == 1
     _build(image_zip, folder, overwrite=True)
-    assert _digests(folder) == digests
+    assert _hash_files(folder) == digests
 
 
 def test_foreign_content_is_left_alone(image_zip: Path, tmp_path: Path) -> None:
@@ -217,12 +221,12 @@ def test_foreign_content_is_left_alone(image_zip: Path, tmp_path: Path) -> None:
     folder.mkdir()
     for name in ("notes.txt", "shard-000000.tar"):
         (folder / name).write_bytes(b"mine")
-        with pytest.raises(DestinationError, match=name):
+        with pytest.raises(OutputDirError, match=name):
             _build(image_zip, folder, overwrite=True)
         assert (folder / name).read_bytes() == b"mine"
         (folder / name).unlink()
     (tmp_path / "file").write_bytes(b"mine")
-    with pytest.raises(DestinationError, match="is a file"):
+    with pytest.raises(OutputDirError, match="is a file"):
         _build(image_zip, tmp_path / "file")
 
 
@@ -242,14 +246,14 @@ def test_work_of_another_version_is_refused_until_it_may_be_replaced(
     values = json.loads(report.read_text())
     del values["listing"]
     report.write_text(json.dumps(values))
-    before = _digests(folder)
+    before = _hash_files(folder)
     for attempt in (lambda: _build(image_zip, folder, options), lambda: merge_parts(folder)):
-        with pytest.raises(DestinationError, match=r"another version of data-prep.*--overwrite"):
+        with pytest.raises(OutputDirError, match=r"another version of data-prep.*--overwrite"):
             attempt()
-    assert _digests(folder) == before
+    assert _hash_files(folder) == before
     _build(image_zip, folder, options, overwrite=True)
     _build(image_zip, tmp_path / "whole", options)
-    assert _digests(folder) == _digests(tmp_path / "whole")
+    assert _hash_files(folder) == _hash_files(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("window", [None, 1])

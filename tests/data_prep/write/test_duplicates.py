@@ -64,7 +64,7 @@ def test_changed_files_are_read_anew(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("data_prep.write.duplicates._name_duplicates", fail)
+        patch.setattr("data_prep.write.duplicates._mark_duplicates", fail)
         with pytest.raises(KeyboardInterrupt):
             build_shards(many_images, tmp_path / "out", OPTIONS)
     assert list((tmp_path / "out" / ".partial").glob("digests-*"))

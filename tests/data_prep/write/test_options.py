@@ -13,16 +13,16 @@ from data_prep.cli import main
 from data_prep.format.index import read_index
 from data_prep.format.manifest import Manifest, read_manifest
 from data_prep.sources.files import SourceError
-from data_prep.write.build import Built, build_shards, merge_parts
+from data_prep.write.build import BuildResult, build_shards, merge_parts
 from data_prep.write.execution import Execution
 from data_prep.write.finalize import TooManyRejectedError
-from data_prep.write.output_dir import DestinationError
+from data_prep.write.output_dir import OutputDirError
 from data_prep.write.plan import ShardOptions, is_held_out
 
-_OPTIONS = ShardOptions(samples_per_shard=5)
+OPTIONS = ShardOptions(samples_per_shard=5)
 
 
-def _digests(folder: Path) -> dict[str, str]:
+def _hash_files(folder: Path) -> dict[str, str]:
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.iterdir())
@@ -38,8 +38,8 @@ def _paths(manifest: Manifest, shard: int) -> list[str]:
     return [json.loads(text)["path"] for text in texts]
 
 
-def _part(source: Path, folder: Path, part: tuple[int, int], **rest: Any) -> Built:
-    return build_shards(source, folder, _OPTIONS, execution=Execution(part=part), **rest)
+def _part(source: Path, folder: Path, part: tuple[int, int], **rest: Any) -> BuildResult:
+    return build_shards(source, folder, OPTIONS, execution=Execution(part=part), **rest)
 
 
 def test_validation_samples_are_in_the_last_shards(image_zip: Path, tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_validation_samples_are_in_the_last_shards(image_zip: Path, tmp_path: Pa
     assert all(is_held_out(path, options) for shard in paths[first:] for path in shard)
     assert not any(is_held_out(path, options) for shard in paths[:first] for path in shard)
     assert build_shards(image_zip, tmp_path / "out", options).was_complete
-    with pytest.raises(DestinationError, match=r"validation_fraction 0\.3 \(now 0\.4\)"):
+    with pytest.raises(OutputDirError, match=r"validation_fraction 0\.3 \(now 0\.4\)"):
         build_shards(
             image_zip, tmp_path / "out", ShardOptions(samples_per_shard=3, validation_fraction=0.4)
         )
@@ -77,7 +77,7 @@ def test_of_duplicates_the_smallest_path_is_kept(image_folder: Path, tmp_path: P
         {"path": "train/cat/0.jpg", "reason": "a duplicate of a.jpg"},
         {"path": "train/owl/copy.jpg", "reason": "a duplicate of a.jpg"},
     ]
-    assert _digests(tmp_path / "one") == _digests(tmp_path / "two")
+    assert _hash_files(tmp_path / "one") == _hash_files(tmp_path / "two")
 
 
 def test_too_many_rejected_keep_the_work(image_folder: Path, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_too_many_rejected_keep_the_work(image_folder: Path, tmp_path: Path) -> 
     arguments = ["shard", str(image_folder), str(tmp_path / "out"), "--workers", "1"]
     with pytest.raises(TooManyRejectedError, match=r"(?s)2 of 24 .*train/cat/0\.jpg"):
         build_shards(
-            image_folder, tmp_path / "api", _OPTIONS, execution=Execution(max_rejected=0.08)
+            image_folder, tmp_path / "api", OPTIONS, execution=Execution(max_rejected=0.08)
         )
     assert main(arguments) == 2
     finished = {path.stat().st_ino for path in (tmp_path / "out" / ".partial").glob("*.tar")}
@@ -118,20 +118,20 @@ def test_windows_shuffle_among_neighbours(image_folder: Path, tmp_path: Path) ->
 
 
 def test_parts_merge_into_the_same_bytes(image_zip: Path, tmp_path: Path) -> None:
-    build_shards(image_zip, tmp_path / "whole", _OPTIONS)
+    build_shards(image_zip, tmp_path / "whole", OPTIONS)
     folder = tmp_path / "parts"
-    with pytest.raises(DestinationError, match="no parts to merge"):
+    with pytest.raises(OutputDirError, match="no parts to merge"):
         merge_parts(folder)
     assert _part(image_zip, folder, (2, 3)).manifest is None
     _part(image_zip, folder, (1, 3))
-    with pytest.raises(DestinationError, match=r"lacks 1 of 5 shards \(2\)"):
+    with pytest.raises(OutputDirError, match=r"lacks 1 of 5 shards \(2\)"):
         merge_parts(folder)
-    with pytest.raises(DestinationError, match="--overwrite would clear"):
+    with pytest.raises(OutputDirError, match="--overwrite would clear"):
         _part(image_zip, folder, (3, 3), overwrite=True)
     arguments = ["--samples-per-shard", "5", "--part", "3/3", "--workers", "1"]
     assert main(["shard", str(image_zip), str(folder), *arguments]) == 0
     assert main(["merge", str(folder)]) == 0
-    assert _digests(folder) == _digests(tmp_path / "whole")
+    assert _hash_files(folder) == _hash_files(tmp_path / "whole")
     assert _part(image_zip, folder, (1, 3)).was_complete
 
 
@@ -140,7 +140,7 @@ def test_a_part_of_other_input_is_refused(
 ) -> None:
     _part(image_folder, tmp_path / "out", (1, 2))
     (image_folder / "new.jpg").write_bytes(draw_image(99))
-    with pytest.raises(DestinationError, match="other files of the same source"):
+    with pytest.raises(OutputDirError, match="other files of the same source"):
         _part(image_folder, tmp_path / "out", (2, 2))
 
 
@@ -154,12 +154,12 @@ def test_impossible_executions_are_named() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
 def test_missing_ray_is_named(image_zip: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"pip install 'simmim\[ray\]'"):
-        build_shards(image_zip, tmp_path / "out", _OPTIONS, execution=Execution(ray=True))
+        build_shards(image_zip, tmp_path / "out", OPTIONS, execution=Execution(ray=True))
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Ray's own
-@pytest.mark.parametrize("options", [_OPTIONS, ShardOptions(samples_per_shard=5, shuffle_window=7)])
+@pytest.mark.parametrize("options", [OPTIONS, ShardOptions(samples_per_shard=5, shuffle_window=7)])
 def test_ray_writes_the_same_bytes(
     options: ShardOptions, image_folder: Path, tmp_path: Path
 ) -> None:
@@ -168,7 +168,7 @@ def test_ray_writes_the_same_bytes(
     build_shards(image_folder, tmp_path / "whole", options)
     execution = Execution(ray=True, workers=2)
     build_shards(image_folder, tmp_path / "ray", options, execution=execution)
-    assert _digests(tmp_path / "ray") == _digests(tmp_path / "whole")
+    assert _hash_files(tmp_path / "ray") == _hash_files(tmp_path / "whole")
     assert read_manifest(tmp_path / "ray").rejected == 1
     one = image_folder / "list.txt"
     one.write_text("train/cat/0.jpg\n")

@@ -14,11 +14,13 @@ def _files(count: int) -> list[SourceFile]:
     return [SourceFile(f"{number // 9}/{number:05d}.jpg", 1000, 0) for number in range(count)]
 
 
-def _cut(sizes: list[int], options: ShardOptions, fewest: int = 8) -> list[list[int]]:
-    cutter = Cutter(count=len(sizes), total_bytes=sum(sizes), options=options, fewest=fewest)
+def _cut(sizes: list[int], options: ShardOptions, min_shards: int = 8) -> list[list[int]]:
+    cutter = Cutter(
+        count=len(sizes), total_bytes=sum(sizes), options=options, min_shards=min_shards
+    )
     shards: list[list[int]] = []
     for size in sizes:
-        if cutter.begins(size):
+        if cutter.starts_shard(size):
             shards.append([])
         shards[-1].append(size)
     return shards

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 
 from data_prep.format.index import read_index
-from data_prep.images.checking import WRITTEN_ANEW
+from data_prep.images.checking import RE_ENCODED
 from data_prep.images.encoding import Encoding
-from data_prep.inspect.index_existing import adopt_shards
+from data_prep.inspect.index_existing import index_existing
 from data_prep.inspect.verify import verify_shards
 from data_prep.write.build import build_shards, merge_parts
 from data_prep.write.execution import Execution
-from data_prep.write.output_dir import DestinationError
+from data_prep.write.output_dir import OutputDirError
 from data_prep.write.plan import ShardOptions
 
-_SMALL = ShardOptions(samples_per_shard=5, encoding=Encoding(short_side=16, format="jpeg"))
+SMALL = ShardOptions(samples_per_shard=5, encoding=Encoding(short_side=16, format="jpeg"))
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -39,29 +39,29 @@ def _read_stock(folder: Path) -> list[dict[str, Any]]:
 def test_shrunk_sets_are_the_same_with_any_number_of_workers(
     image_zip: Path, tmp_path: Path
 ) -> None:
-    one = build_shards(image_zip, tmp_path / "one", _SMALL, execution=Execution(workers=1))
-    build_shards(image_zip, tmp_path / "two", _SMALL, execution=Execution(workers=2))
+    one = build_shards(image_zip, tmp_path / "one", SMALL, execution=Execution(workers=1))
+    build_shards(image_zip, tmp_path / "two", SMALL, execution=Execution(workers=2))
     assert _files(tmp_path / "one") == _files(tmp_path / "two")
-    assert one.manifest.notes[WRITTEN_ANEW] == 24
+    assert one.manifest.notes[RE_ENCODED] == 24
     for sample in _read_stock(tmp_path / "one"):
         about = json.loads(sample["json"])
         assert (about["height"], about["width"]) == (16, 19)
-        assert WRITTEN_ANEW in about["notes"]
+        assert RE_ENCODED in about["notes"]
 
 
 def test_notes_of_all_parts_are_counted_and_resharding_makes_anew(
     image_zip: Path, tmp_path: Path
 ) -> None:
-    build_shards(image_zip, tmp_path / "one", _SMALL)
+    build_shards(image_zip, tmp_path / "one", SMALL)
     for part in (1, 2):
-        build_shards(image_zip, tmp_path / "parts", _SMALL, execution=Execution(part=(part, 2)))
+        build_shards(image_zip, tmp_path / "parts", SMALL, execution=Execution(part=(part, 2)))
     merged = merge_parts(tmp_path / "parts")
     assert _files(tmp_path / "one") == _files(tmp_path / "parts")
-    assert merged.notes[WRITTEN_ANEW] == 24
+    assert merged.notes[RE_ENCODED] == 24
     smaller = ShardOptions(encoding=Encoding(max_side=8, format="webp"))
     built = build_shards(tmp_path / "parts", tmp_path / "small", smaller, shards=True)
     assert built.manifest is not None
-    assert built.manifest.notes[WRITTEN_ANEW] == 24
+    assert built.manifest.notes[RE_ENCODED] == 24
     samples = _read_stock(tmp_path / "small")
     assert len(samples) == 24
     for sample in samples:
@@ -73,8 +73,8 @@ def test_notes_of_all_parts_are_counted_and_resharding_makes_anew(
 def test_a_set_of_another_encoding_is_not_taken_for_the_same(
     image_zip: Path, tmp_path: Path
 ) -> None:
-    build_shards(image_zip, tmp_path / "out", _SMALL)
-    with pytest.raises(DestinationError, match=r"short_side 16 \(now None\)"):
+    build_shards(image_zip, tmp_path / "out", SMALL)
+    with pytest.raises(OutputDirError, match=r"short_side 16 \(now None\)"):
         build_shards(image_zip, tmp_path / "out", ShardOptions(samples_per_shard=5))
 
 
@@ -110,8 +110,8 @@ def test_an_array_beside_a_picture_is_not_the_image(
     array = buffer.getvalue()
     members = {"a.jpg": draw_image(0), "a.npy": array, "b.npy": array, "c.depth.npy": array}
     write_tar(tmp_path / "theirs.tar", members)
-    adopted = adopt_shards(tmp_path)
-    index = read_index(tmp_path, adopted.manifest.shards[0])
+    indexed = index_existing(tmp_path)
+    index = read_index(tmp_path, indexed.manifest.shards[0])
     assert index.extensions.tolist() == ["jpg", "npy"]
-    assert adopted.without_image == 1
-    assert verify_shards(adopted.manifest, decode=True).count == 0
+    assert indexed.without_image == 1
+    assert verify_shards(indexed.manifest, decode=True).count == 0

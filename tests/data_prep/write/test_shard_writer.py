@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from data_prep.format.index import index_tar
 from data_prep.write.shard_writer import ShardWriter
 
-_SAMPLES = st.lists(
+SAMPLES = st.lists(
     st.tuples(st.sampled_from(["jpg", "png", "webp"]), st.binary(min_size=1, max_size=2000)),
     max_size=12,
 )
 
 
 @pytest.mark.peer
-@given(samples=_SAMPLES, first=st.integers(0, 10**9 - 100))
+@given(samples=SAMPLES, first=st.integers(0, 10**9 - 100))
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -21,12 +21,12 @@ from data_prep.sources.source import open_source
 from data_prep.write.build import build_shards, merge_parts
 from data_prep.write.execution import Execution, Progress
 from data_prep.write.listing import find_classes
-from data_prep.write.output_dir import DestinationError
+from data_prep.write.output_dir import OutputDirError
 from data_prep.write.plan import ShardOptions, cut_stream, path_key
 
-_WINDOWED = ShardOptions(samples_per_shard=5, shuffle_window=7, validation_fraction=0.2)
-_PLAIN = ShardOptions(samples_per_shard=5, shuffle=False)
-_BOTH = pytest.mark.parametrize("options", [_WINDOWED, _PLAIN], ids=["windowed", "plain"])
+WINDOWED = ShardOptions(samples_per_shard=5, shuffle_window=7, validation_fraction=0.2)
+PLAIN = ShardOptions(samples_per_shard=5, shuffle=False)
+BOTH = pytest.mark.parametrize("options", [WINDOWED, PLAIN], ids=["windowed", "plain"])
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -51,7 +51,7 @@ def mixed_folder(image_folder: Path) -> Path:
     return image_folder
 
 
-@_BOTH
+@BOTH
 def test_the_first_shard_is_there_before_all_is_listed(
     options: ShardOptions, mixed_folder: Path, tmp_path: Path
 ) -> None:
@@ -70,7 +70,7 @@ def test_the_first_shard_is_there_before_all_is_listed(
     assert events[:2] == ["planned 27", "shard 0"]
 
 
-@_BOTH
+@BOTH
 def test_bytes_do_not_depend_on_workers_parts_or_interruptions(
     options: ShardOptions, mixed_folder: Path, tmp_path: Path
 ) -> None:
@@ -80,7 +80,7 @@ def test_bytes_do_not_depend_on_workers_parts_or_interruptions(
     whole = _files(tmp_path / "one")
     build_shards(mixed_folder, tmp_path / "two", options, execution=Execution(workers=2))
     for part in (3, 1, 2):
-        with pytest.raises(DestinationError):
+        with pytest.raises(OutputDirError):
             merge_parts(tmp_path / "parts")
         execution = Execution(part=(part, 3))
         assert build_shards(mixed_folder, tmp_path / "parts", options, execution=execution)
@@ -109,7 +109,7 @@ def test_bytes_do_not_depend_on_workers_parts_or_interruptions(
 
 
 def test_order_and_classes_are_those_of_the_source(image_folder: Path, tmp_path: Path) -> None:
-    build_shards(image_folder, tmp_path / "plain", _PLAIN)
+    build_shards(image_folder, tmp_path / "plain", PLAIN)
     in_order = sorted(_paths(tmp_path / "plain"))
     assert _paths(tmp_path / "plain") == in_order
     windowed = ShardOptions(samples_per_shard=5, shuffle_window=7)
@@ -122,7 +122,7 @@ def test_order_and_classes_are_those_of_the_source(image_folder: Path, tmp_path:
         assert read_manifest(tmp_path / name).classes == read_manifest(tmp_path / "all").classes
 
 
-@_BOTH
+@BOTH
 def test_another_input_or_other_options_are_refused(
     options: ShardOptions,
     image_folder: Path,
@@ -138,11 +138,11 @@ def test_another_input_or_other_options_are_refused(
     with pytest.raises(KeyboardInterrupt):
         build(progress=Progress(finished=stop))
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out/.partial").iterdir()}
-    with pytest.raises(DestinationError, match=r"other options: seed 0 \(now 1\)"):
+    with pytest.raises(OutputDirError, match=r"other options: seed 0 \(now 1\)"):
         build(ShardOptions(**{**vars(options), "seed": 1}))
     (image_folder / "a.jpg").write_bytes(draw_image(99))
     written: list[int] = []
-    with pytest.raises(DestinationError, match="other files of the same source"):
+    with pytest.raises(OutputDirError, match="other files of the same source"):
         build(progress=Progress(tick=written.append))
     assert not written
     (image_folder / "a.jpg").unlink()
@@ -150,7 +150,7 @@ def test_another_input_or_other_options_are_refused(
         path.unlink()
     for path in image_folder.glob("train/*/*"):
         path.unlink()
-    with pytest.raises(DestinationError, match="other files of the same source"):
+    with pytest.raises(OutputDirError, match="other files of the same source"):
         build(progress=Progress(tick=written.append))
     assert not written
     after = {path.name for path in (tmp_path / "out/.partial").iterdir()}
@@ -166,18 +166,18 @@ def test_parts_of_other_input_do_not_merge(
 ) -> None:
     def part(number: int) -> None:
         execution = Execution(part=(number, 2))
-        build_shards(image_folder, tmp_path / "out", _WINDOWED, execution=execution)
+        build_shards(image_folder, tmp_path / "out", WINDOWED, execution=execution)
 
     part(1)
     (image_folder / "train/owl/new.jpg").write_bytes(draw_image(99))
-    with pytest.raises(DestinationError, match="other files of the same source"):
+    with pytest.raises(OutputDirError, match="other files of the same source"):
         part(2)
 
 
 def test_what_comes_to_nothing_leaves_nothing(image_tar: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match="is empty"):
-        build_shards(tmp_path / "empty", tmp_path / "new" / "out", _PLAIN)
+        build_shards(tmp_path / "empty", tmp_path / "new" / "out", PLAIN)
     image_tar.write_bytes(image_tar.read_bytes()[:9000])
     with pytest.raises(TarError):
         build_shards(image_tar, tmp_path / "new" / "out", ShardOptions(shuffle=False))
@@ -209,7 +209,7 @@ def test_folders_are_listed_in_the_order_of_paths(
     paths = [file.path for file in source.files()]
     assert paths == sorted(paths, key=path_key)
     assert len(paths) == 10
-    assert sorted(paths) == sorted(file.path for file in source.outline())
+    assert sorted(paths) == sorted(file.path for file in source.unmeasured_files())
 
 
 @given(

@@ -20,14 +20,14 @@ from data_prep.format.storage import RemotePath, StorageError
 from data_prep.inspect.verify import verify_shards
 from data_prep.sources.files import Selection
 from data_prep.write import upload
-from data_prep.write.build import Built, build_shards
+from data_prep.write.build import BuildResult, build_shards
 from data_prep.write.execution import Execution, Progress
 from data_prep.write.finalize import TooManyRejectedError
-from data_prep.write.output_dir import DestinationError
+from data_prep.write.output_dir import OutputDirError
 from data_prep.write.plan import ShardOptions
 
-_EACH = ShardOptions(samples_per_shard=1, shuffle=False)  # streams
-_SHUFFLED = ShardOptions(samples_per_shard=3)  # lists all before
+EACH = ShardOptions(samples_per_shard=1, shuffle=False)  # streams
+SHUFFLED = ShardOptions(samples_per_shard=3)  # lists all before
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def local(source: Path, folder: Path, options: ShardOptions) -> dict[str, bytes]
 
 def ship(
     source: Path, store: RemotePath, staging: Path, options: ShardOptions, **rest: Any
-) -> Built:
+) -> BuildResult:
     """Write shards to the store."""
     return build_shards(source, staging, options, store=store, **rest)
 
@@ -177,8 +177,8 @@ def _logged(staging: Path) -> set[str]:
 
 
 def test_bytes_do_not_depend_on_workers(gappy: Path, store: RemotePath, tmp_path: Path) -> None:
-    whole = local(gappy, tmp_path / "local", _EACH)
-    built = ship(gappy, store, tmp_path / "staging", _EACH, execution=Execution(workers=2))
+    whole = local(gappy, tmp_path / "local", EACH)
+    built = ship(gappy, store, tmp_path / "staging", EACH, execution=Execution(workers=2))
     assert held(store) == whole
     assert not (tmp_path / "staging").exists()
     assert built.manifest == read_manifest(store)
@@ -194,15 +194,15 @@ def test_a_cluster_ships_the_same_bytes(gappy: Path, store: RemotePath, tmp_path
     counts, staging = list[int](), tmp_path / "staging"
     progress = Progress(finished=lambda _: counts.append(tars(staging)))
     execution = Execution(workers=2, ray=True)
-    ship(gappy, store, staging, _EACH, execution=execution, progress=progress)
-    assert held(store) == local(gappy, tmp_path / "local", _EACH)
+    ship(gappy, store, staging, EACH, execution=execution, progress=progress)
+    assert held(store) == local(gappy, tmp_path / "local", EACH)
     assert max(counts) <= 6
 
 
 def test_the_staging_folder_holds_a_few_shards(
     image_folder: Path, store: RemotePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = local(image_folder, tmp_path / "local", _EACH)
+    whole = local(image_folder, tmp_path / "local", EACH)
     staging, counts, finished = tmp_path / "staging", list[int](), list[int]()
     seen = list[tuple[int, int]]()
     put = RemotePath.upload
@@ -218,7 +218,7 @@ def test_the_staging_folder_holds_a_few_shards(
 
     monkeypatch.setattr(RemotePath, "upload", slow)
     progress = Progress(finished=note, uploaded=lambda *pair: seen.append(pair))
-    ship(image_folder, store, staging, _EACH, execution=Execution(workers=2), progress=progress)
+    ship(image_folder, store, staging, EACH, execution=Execution(workers=2), progress=progress)
     assert held(store) == whole
     assert len(finished) == 24
     assert 3 <= max(counts) <= 6, "at most 3 for each worker"
@@ -239,42 +239,42 @@ def test_workers_do_not_run_ahead_of_a_slow_shard(
         image_folder,
         store,
         tmp_path / "staging",
-        _EACH,
+        EACH,
         execution=Execution(workers=2),
         progress=progress,
     )
     assert sorted(finished) == list(range(25))
     assert 0 < finished.index(0) <= 3, "others were written meanwhile, but not beyond the fourth"
-    assert held(store) == local(image_folder, tmp_path / "local", _EACH)
+    assert held(store) == local(image_folder, tmp_path / "local", EACH)
 
 
 def test_a_complete_prefix_is_known_without_its_staging_folder(
     image_folder: Path, store: RemotePath, tmp_path: Path
 ) -> None:
-    ship(image_folder, store, tmp_path / "staging", _SHUFFLED)
+    ship(image_folder, store, tmp_path / "staging", SHUFFLED)
     (store / "statistics.json").write_bytes(b"{}")
     (store / "uploading.txt").write_bytes(b"of a run that was killed as it ended")
     before, ticks = held(store), list[int]()
     for staging in ("staging", "elsewhere"):
         built = ship(
-            image_folder, store, tmp_path / staging, _SHUFFLED, progress=Progress(tick=ticks.append)
+            image_folder, store, tmp_path / staging, SHUFFLED, progress=Progress(tick=ticks.append)
         )
         assert (built.was_complete, built.found) == (True, 24)
         assert not (tmp_path / staging).exists()
     assert not ticks, "nothing is made again"
     del before["uploading.txt"]
     assert held(store) == before
-    with pytest.raises(DestinationError, match=r"memory://.*seed 0 \(now 1\).*--overwrite"):
+    with pytest.raises(OutputDirError, match=r"memory://.*seed 0 \(now 1\).*--overwrite"):
         ship(image_folder, store, tmp_path / "staging", ShardOptions(samples_per_shard=3, seed=1))
     (image_folder / "train/cat/0.jpg").unlink()
-    with pytest.raises(DestinationError, match=r"other files of the same source.*--overwrite"):
-        ship(image_folder, store, tmp_path / "staging", _SHUFFLED)
+    with pytest.raises(OutputDirError, match=r"other files of the same source.*--overwrite"):
+        ship(image_folder, store, tmp_path / "staging", SHUFFLED)
     assert held(store) == before
-    ship(image_folder, store, tmp_path / "staging", _SHUFFLED, overwrite=True)
-    assert held(store) == local(image_folder, tmp_path / "local", _SHUFFLED)
+    ship(image_folder, store, tmp_path / "staging", SHUFFLED, overwrite=True)
+    assert held(store) == local(image_folder, tmp_path / "local", SHUFFLED)
     (store / "shard-000002.tar").unlink()
     with pytest.raises(ManifestError, match=r"lacks shard-000002\.tar.*--overwrite"):
-        ship(image_folder, store, tmp_path / "staging", _SHUFFLED)
+        ship(image_folder, store, tmp_path / "staging", SHUFFLED)
 
 
 def stop_after(shards: int) -> Progress:
@@ -293,14 +293,14 @@ def test_shards_of_another_run_are_refused_or_replaced(
     image_folder: Path, store: RemotePath, tmp_path: Path
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        ship(image_folder, store, tmp_path / "here", _SHUFFLED, progress=stop_after(4))
+        ship(image_folder, store, tmp_path / "here", SHUFFLED, progress=stop_after(4))
     before = held(store)
     assert "shard-000001.tar" in before
     with pytest.raises(ManifestError, match=r"no manifest\.json"):
         read_manifest(store)
     with pytest.raises(StorageError, match=r"unfinished shards of another run.*--overwrite"):
-        ship(image_folder, store, tmp_path / "there", _SHUFFLED)
-    with pytest.raises(DestinationError, match=r"memory://.*interrupted run.*seed 0 \(now 1\)"):
+        ship(image_folder, store, tmp_path / "there", SHUFFLED)
+    with pytest.raises(OutputDirError, match=r"memory://.*interrupted run.*seed 0 \(now 1\)"):
         ship(image_folder, store, tmp_path / "here", ShardOptions(samples_per_shard=3, seed=1))
     assert held(store) == before
     assert not (tmp_path / "there").exists()
@@ -309,14 +309,14 @@ def test_shards_of_another_run_are_refused_or_replaced(
             image_folder,
             store,
             tmp_path / "there",
-            _SHUFFLED,
+            SHUFFLED,
             overwrite=True,
             progress=stop_after(3),
         )
     with pytest.raises(StorageError, match="unfinished shards of another run"):
-        ship(image_folder, store, tmp_path / "here", _SHUFFLED)
-    ship(image_folder, store, tmp_path / "there", _SHUFFLED)
-    assert held(store) == local(image_folder, tmp_path / "local", _SHUFFLED)
+        ship(image_folder, store, tmp_path / "here", SHUFFLED)
+    ship(image_folder, store, tmp_path / "there", SHUFFLED)
+    assert held(store) == local(image_folder, tmp_path / "local", SHUFFLED)
 
 
 def test_a_run_stops_where_another_takes_its_prefix(
@@ -324,11 +324,11 @@ def test_a_run_stops_where_another_takes_its_prefix(
 ) -> None:
     def take(report: Any) -> None:
         if report.number == 3:
-            ship(image_folder, store, tmp_path / "there", _EACH, overwrite=True)
+            ship(image_folder, store, tmp_path / "there", EACH, overwrite=True)
 
     with pytest.raises(StorageError, match="taken by another run"):
-        ship(image_folder, store, tmp_path / "here", _EACH, progress=Progress(finished=take))
-    assert held(store) == local(image_folder, tmp_path / "local", _EACH)
+        ship(image_folder, store, tmp_path / "here", EACH, progress=Progress(finished=take))
+    assert held(store) == local(image_folder, tmp_path / "local", EACH)
 
 
 def test_what_comes_while_shards_are_written_is_left_alone(
@@ -336,11 +336,11 @@ def test_what_comes_while_shards_are_written_is_left_alone(
 ) -> None:
     progress = Progress(finished=lambda _: (store / "notes.txt").write_bytes(b"mine"))
     with pytest.raises(StorageError, match=r"other things.*notes\.txt"):
-        ship(image_folder, store, tmp_path / "staging", _SHUFFLED, progress=progress)
+        ship(image_folder, store, tmp_path / "staging", SHUFFLED, progress=progress)
     assert (store / "notes.txt").read_bytes() == b"mine"
     (store / "notes.txt").unlink()
-    ship(image_folder, store, tmp_path / "staging", _SHUFFLED)
-    assert held(store) == local(image_folder, tmp_path / "local", _SHUFFLED)
+    ship(image_folder, store, tmp_path / "staging", SHUFFLED)
+    assert held(store) == local(image_folder, tmp_path / "local", SHUFFLED)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -351,7 +351,7 @@ def test_what_is_not_ours_is_left_alone(
     for name in ("notes.txt", "folder/a.jpg"):
         (store / name).write_bytes(b"mine")
         with pytest.raises(StorageError, match=f"other things.*{name.split('/')[0]}"):
-            ship(image_folder, store, tmp_path / "staging", _EACH, overwrite=overwrite)
+            ship(image_folder, store, tmp_path / "staging", EACH, overwrite=overwrite)
         (store / name).unlink()
         fsspec.filesystem("memory").pseudo_dirs[:] = [""]
     assert held(store) == {"shard-000000.tar": b"mine"}
@@ -360,7 +360,7 @@ def test_what_is_not_ours_is_left_alone(
     values |= {"options": {}, "fingerprint": "", "shards": [{**shard, "index": "a.npy"}]}
     (store / "manifest.json").write_bytes(json.dumps(values).encode())
     with pytest.raises(StorageError, match="did not write"):
-        ship(image_folder, store, tmp_path / "staging", _EACH, overwrite=overwrite)
+        ship(image_folder, store, tmp_path / "staging", EACH, overwrite=overwrite)
     assert (store / "shard-000000.tar").read_bytes() == b"mine"
     assert not (tmp_path / "staging").exists()
 
@@ -369,30 +369,30 @@ def test_too_many_rejected_publish_nothing_and_keep_the_work(
     gappy: Path, store: RemotePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(TooManyRejectedError):
-        ship(gappy, store, tmp_path / "s", _EACH, execution=Execution(max_rejected=0.1))
+        ship(gappy, store, tmp_path / "s", EACH, execution=Execution(max_rejected=0.1))
     with pytest.raises(ManifestError):
         read_manifest(store)
     assert len(list(store.glob("*.tar"))) == 21
     death = Death(monkeypatch)
-    ship(gappy, store, tmp_path / "s", _EACH, execution=Execution(max_rejected=0.2))
+    ship(gappy, store, tmp_path / "s", EACH, execution=Execution(max_rejected=0.2))
     assert death.sent == ["rejected.jsonl"]
-    assert held(store) == local(gappy, tmp_path / "local", _EACH)
+    assert held(store) == local(gappy, tmp_path / "local", EACH)
 
 
 def test_a_set_is_replaced_by_good_images_alone(
     image_folder: Path, store: RemotePath, tmp_path: Path
 ) -> None:
-    ship(image_folder, store, tmp_path / "staging", _SHUFFLED)
+    ship(image_folder, store, tmp_path / "staging", SHUFFLED)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.jpg").write_bytes(b"some text")
     before = held(store)
     with pytest.raises(ValueError, match=r"a\.jpg: it is not an image"):
-        ship(tmp_path / "bad", store, tmp_path / "staging", _SHUFFLED, overwrite=True)
+        ship(tmp_path / "bad", store, tmp_path / "staging", SHUFFLED, overwrite=True)
     assert held(store) == before
     assert not (tmp_path / "staging").exists()
 
 
-@pytest.mark.parametrize("options", [_EACH, _SHUFFLED], ids=["streamed", "shuffled"])
+@pytest.mark.parametrize("options", [EACH, SHUFFLED], ids=["streamed", "shuffled"])
 def test_shards_that_the_store_lost_are_made_again(
     options: ShardOptions, image_folder: Path, store: RemotePath, tmp_path: Path
 ) -> None:
@@ -417,26 +417,26 @@ def test_numbers_that_move_under_way_are_not_taken_on_trust(
     for path in image_folder.rglob("*.jpg"):  # of one length each, so that no length tells
         path.write_bytes(same)
     with pytest.raises(KeyboardInterrupt):
-        ship(image_folder, store, tmp_path / "staging", _EACH, progress=stop_after(12))
+        ship(image_folder, store, tmp_path / "staging", EACH, progress=stop_after(12))
     (image_folder / "test/cat/2.jpg").write_bytes(b"some text")
     with pytest.raises(StorageError, match="Run the same command again"):
-        ship(image_folder, store, tmp_path / "staging", _EACH, overwrite=True)
+        ship(image_folder, store, tmp_path / "staging", EACH, overwrite=True)
     with pytest.raises(ManifestError):
         read_manifest(store)
-    ship(image_folder, store, tmp_path / "staging", _EACH, overwrite=True)
-    assert held(store) == local(image_folder, tmp_path / "local", _EACH)
+    ship(image_folder, store, tmp_path / "staging", EACH, overwrite=True)
+    assert held(store) == local(image_folder, tmp_path / "local", EACH)
 
 
 def test_what_the_source_no_longer_has_does_not_stay(
     image_folder: Path, store: RemotePath, tmp_path: Path
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        ship(image_folder, store, tmp_path / "staging", _EACH, progress=stop_after(20))
+        ship(image_folder, store, tmp_path / "staging", EACH, progress=stop_after(20))
     assert len(list(store.glob("*.tar"))) > 15
     for path in [*image_folder.rglob("*.jpg"), *image_folder.rglob("*.JPEG")]:
         path.unlink()
-    ship(image_folder, store, tmp_path / "staging", _EACH, overwrite=True)
-    assert held(store) == local(image_folder, tmp_path / "local", _EACH)
+    ship(image_folder, store, tmp_path / "staging", EACH, overwrite=True)
+    assert held(store) == local(image_folder, tmp_path / "local", EACH)
 
 
 def test_the_command_ships_and_reshards(
@@ -459,7 +459,7 @@ def test_the_command_ships_and_reshards(
     assert "--part writes to a folder" in capsys.readouterr().err
 
 
-_ON_DISK = """
+ON_DISK = """
 from data_prep.format import storage
 storage.PROTOCOLS["file"] = "fsspec"
 from data_prep.cli import run
@@ -474,15 +474,15 @@ def test_kills_of_the_process_leave_the_bytes_of_a_local_run(
 ) -> None:
     store, script = tmp_path / "store", tmp_path / "on_disk.py"
     store.mkdir()
-    script.write_text(_ON_DISK)
+    script.write_text(ON_DISK)
     options = ["--samples-per-shard", "1", "--max-rejected", "1", "--workers", "2", *order]
     command = [sys.executable, str(script), "shard", str(gappy), f"file://{store}", *options]
     command += ["--staging", str(tmp_path / "staging")]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     killed = 0
-    for fewest in (1, 8, 15):
+    for min_shards in (1, 8, 15):
         with subprocess.Popen(command, env=environment, start_new_session=True) as process:
-            while process.poll() is None and len(list(store.glob("*.tar"))) < fewest:
+            while process.poll() is None and len(list(store.glob("*.tar"))) < min_shards:
                 time.sleep(0.002)
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

@@ -149,11 +149,11 @@ def test_what_sends_whole_files_only_is_indexed_verified_and_shown(
 
 
 @pytest.mark.parametrize("served", [Untold], indirect=True)
-def test_files_of_untold_length_are_measured(folder: Path, served: str, tmp_path: Path) -> None:
+def test_files_of_uncontent_length_are_measured(folder: Path, served: str, tmp_path: Path) -> None:
     for path in folder.iterdir():
         far = RemotePath(f"{served}/{path.name}")
-        assert far.stat().st_size == far.describe()[0] == path.stat().st_size
-        assert far.told_length() is None
+        assert far.stat().st_size == far.size_and_stamp()[0] == path.stat().st_size
+        assert far.content_length() is None
     image = np.zeros((8, 8, 3), np.uint8)
     np.save(folder / "a.npy", image)
     (tmp_path / "list.txt").write_text("a.npy\n")
