@@ -1,1 +1,1 @@
-"""Running tasks on processes of this machine or on a Ray cluster."""
+"""Parallel execution of tasks, in local processes or on a Ray cluster."""

@@ -1,4 +1,8 @@
-"""Work shared out to processes: one task at a time each, and a tick for every sample done."""
+"""Tasks run in worker processes with progress reports, and interrupts raised as an exception.
+
+Python drops an exception raised while a finalizer runs, and a signal may arrive at any time. So a
+received signal is remembered, and raised again at the next progress report.
+"""
 
 import multiprocessing
 import os
@@ -19,37 +23,37 @@ from typing import Any, Generic, TypeVar
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 Tick = Callable[[int], object]
-"""Called with the number of samples done since the last call."""
+"""Progress callback, called with the number of samples done since the last call."""
 
 _SECONDS_BETWEEN_TICKS = 0.1
 
 
 class WorkerError(RuntimeError):
-    """A worker process died, or failed in a way that is no fault of the input."""
+    """A worker process died, or failed for a reason other than its input."""
 
 
 def available_cores() -> int:
-    """Return the number of cores this process may use."""
+    """Return the number of CPU cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 class TaskQueue(Generic[Task]):
-    """Tasks given out in order, each only once it may begin.
+    """Tasks in order, each held back until it may start.
 
     Args:
-        tasks: what there is to do; each is drawn only when it is wanted.
-        may_start: tells of a task whether it may. It is asked again after every result, and must
-            let the next one begin once all before it are done.
+        tasks: the tasks; the next one is drawn only when it is needed.
+        may_start: whether a task may start. It is asked again after every result, and must return
+            True once all earlier tasks are done.
     """
 
     def __init__(self, tasks: Iterable[Task], may_start: Callable[[Task], bool]) -> None:
         self._tasks, self._may_begin = iter(tasks), may_start
         self._held: list[Task] = []
 
-    def draw(self) -> Iterator[Task]:
-        """Yield the next task, or nothing if none is left or it may not begin yet."""
+    def next_task(self) -> Iterator[Task]:
+        """Yield the next task, or nothing if none is left or it may not start yet."""
         if not self._held:
             self._held = list(islice(self._tasks, 1))
         if self._held and self._may_begin(self._held[0]):
@@ -64,23 +68,23 @@ def map_tasks(
     tick: Tick,
     may_start: Callable[[Task], bool] = lambda _: True,
 ) -> Iterator[Result]:
-    """Yield `function(task, tick)` of every task, as they are done, from `workers` processes.
+    """Yield `function(task, tick)` for every task in order of completion, from worker processes.
 
-    With one worker everything happens in this process. Leaving the iterator early kills the
-    workers, so what they write must be written aside and renamed. Workers leave interrupts to the
-    parent, and end when it is gone.
+    With one worker everything runs in this process. Leaving the iterator early kills the workers,
+    so they must write files under temporary names and rename them. Workers ignore interrupts, which
+    are left to the parent, and end when the parent is gone.
 
     Args:
-        function: what to do; a module-level function.
-        tasks: its arguments; each is sent to a process only when that is free, and no process is
-            given another while a result is being used.
-        workers: processes to run, at least 1.
+        function: a module-level function.
+        tasks: its arguments; a task is sent only to an idle process, and none is sent while the
+            caller uses a result.
+        workers: number of processes, at least 1.
         tick: called in this process with the number of samples done.
-        may_start: see `TaskQueue`; a process that may not begin waits.
+        may_start: see `TaskQueue`; processes wait until it returns True.
 
     Raises:
         ValueError, OSError: what `function` raised.
-        WorkerError: a worker died or failed in another way.
+        WorkerError: a worker died or raised something else.
     """
     if workers == 1:
         for task in tasks:
@@ -124,26 +128,26 @@ def _dispatch(
 def _describe_death(exit_code: int | None) -> str:
     if exit_code == -signal.SIGKILL:
         return (
-            "a worker was killed, perhaps for want of memory. Run the same command again with "
+            "a worker was killed, possibly because memory ran out. Run the same command again with "
             "fewer --workers."
         )
-    return f"a worker died with exit code {exit_code}; what it wrote is above."
+    return f"a worker died with exit code {exit_code}; its output is above."
 
 
 def _assign(tasks: TaskQueue[Any], idle: list[Connection], busy: list[Connection]) -> None:
-    while idle and (task := list(tasks.draw())):
+    while idle and (task := list(tasks.next_task())):
         connection = idle.pop()
         connection.send(task[0])
         busy.append(connection)
 
 
 def _start(function: Callable[..., Any], workers: int) -> dict[Connection, BaseProcess]:
-    # Spawned, since forking a process with threads is unsafe and a fork would hold every pipe open.
+    # Spawned: forking a process with threads is unsafe, and a fork would keep every pipe open.
     context = multiprocessing.get_context("spawn")
     pool: dict[Connection, BaseProcess] = {}
-    # Starting this one, which the first child would do, unblocks interrupts.
+    # Started here, since starting it with the first child would unblock interrupts.
     resource_tracker.ensure_running()
-    # Children start with interrupts blocked, so that none can strike before they ignore them.
+    # Children start with interrupts blocked, so that none arrives before they ignore them.
     signals = {signal.SIGINT, signal.SIGTERM}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
@@ -177,11 +181,11 @@ def _serve(function: Callable[[Any, Tick], Any], connection: Connection) -> None
                 ticks.flush()
                 connection.send(("result", result))
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the parent is gone or wants no more
+        return  # the parent is gone or needs no more results
 
 
 class _Ticks:
-    """Passes ticks on to the parent, a few times a second."""
+    """Forwards progress to the parent, a few times per second."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -214,13 +218,13 @@ class Interruption:
         self._number: int | None = None
 
     def receive(self, number: int, _: FrameType | None) -> None:
-        """Raise the first signal; those that come while work is cleared away change nothing."""
+        """Raise the first signal; further ones, during the clean-up, are ignored."""
         if self._number is None:
             self._number = number
             raise InterruptedBySignal(number)
 
     def watch(self, tick: Tick) -> Tick:
-        """Return a tick that raises again what was received before."""
+        """Return a progress callback that raises a signal received before."""
 
         def watched(samples: int) -> None:
             if self._number is not None:

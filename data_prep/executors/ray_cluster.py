@@ -1,4 +1,4 @@
-"""Tasks on a Ray cluster: a bounded number in flight, and tried again when a node is lost."""
+"""Tasks on a Ray cluster: a bounded number in flight, retried if a node is lost."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -20,37 +20,36 @@ def map_on_ray(
     tasks: Iterator[Task],
     *,
     address: str | None,
-    at_once: int,
-    tick: Callable[[int], object],
+    max_in_flight: int,
+    tick: Tick,
     may_start: Callable[[Task], bool] = lambda _: True,
 ) -> Iterator[Result]:
-    """Yield `function(task, tick)` of every task, as they are done, from a Ray cluster.
+    """Yield `function(task, tick)` for every task in order of completion, from a Ray cluster.
 
-    Source and destination must be on a file system that all nodes see at the same paths.
+    Source and destination must be on a file system that all nodes mount at the same paths.
 
     Args:
-        function: what to do; a module-level function that may be run again.
-        tasks: its arguments; each is drawn only when fewer than `at_once` are in flight.
-        address: address of the cluster; None starts one on this machine.
-        at_once: most tasks in flight.
-        tick: called with the number of samples of each task that is done, if its result counts
-            them in `found`.
+        function: a module-level function that is safe to run again.
+        tasks: its arguments; the next one is drawn when fewer than `max_in_flight` are in flight.
+        address: address of the cluster; None starts a local one.
+        max_in_flight: maximum number of tasks in flight.
+        tick: called after each task with the number of its samples (`found` of its result).
         may_start: see `TaskQueue`.
 
     Raises:
         MissingRayError: Ray is not installed.
         ValueError, OSError: what `function` raised.
-        WorkerError: a task failed in another way, or its node was lost again and again.
+        WorkerError: a task raised something else, or its node was lost repeatedly.
     """
     try:
         import ray  # noqa: PLC0415
     except ImportError:
         raise MissingRayError(
-            "--executor ray needs Ray, which is missing: pip install 'simmim[ray]'"
+            "--executor ray needs Ray, which is not installed: pip install 'simmim[ray]'."
         ) from None
     started = not ray.is_initialized()
     if started:
-        local: dict[str, Any] = {} if address else {"num_cpus": at_once}
+        local: dict[str, Any] = {} if address else {"num_cpus": max_in_flight}
         ray.init(
             address=address or "local",
             include_dashboard=False,
@@ -59,7 +58,7 @@ def map_on_ray(
             **local,
         )
     try:
-        yield from _run(ray, function, TaskQueue(tasks, may_start), at_once, tick)
+        yield from _run(ray, function, TaskQueue(tasks, may_start), max_in_flight, tick)
     finally:
         if started:
             ray.shutdown()
@@ -69,13 +68,13 @@ def _run(
     ray: Any,
     function: Callable[[Task, Tick], Result],
     tasks: TaskQueue[Task],
-    at_once: int,
-    tick: Callable[[int], object],
+    max_in_flight: int,
+    tick: Tick,
 ) -> Iterator[Result]:
     remote = ray.remote(num_cpus=1, max_retries=_MAX_RETRIES)(_call)
     in_flight: list[Any] = []
     while True:
-        while len(in_flight) < at_once and (task := list(tasks.draw())):
+        while len(in_flight) < max_in_flight and (task := list(tasks.next_task())):
             in_flight.append(remote.remote(function, task[0]))
         if not in_flight:
             return
@@ -88,7 +87,7 @@ def _run(
                 raise cause from None
             raise WorkerError(str(error)) from None
         except ray.exceptions.RayError as error:
-            raise WorkerError(f"a task on Ray was lost {_MAX_RETRIES} times: {error}") from None
+            raise WorkerError(f"a Ray task failed after {_MAX_RETRIES} retries: {error}") from None
         tick(getattr(result, "found", 1))
         yield result
 

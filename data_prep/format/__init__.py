@@ -1,1 +1,1 @@
-"""The shard format: manifest, index, tars, storage."""
+"""The shard format: manifest, index, statistics, tars, storage, atomic writes."""

@@ -1,8 +1,8 @@
 """Atomic writes: a file appears complete or not at all.
 
 A file is written under a hidden sibling name, synced to disk and renamed into place, so that
-neither a reader nor a killed process ever meets half of it. Stores of objects write whole objects
-by themselves.
+no reader ever sees half of it and a kill leaves the earlier one. Object stores write whole objects
+anyway.
 """
 
 import os
@@ -12,14 +12,14 @@ from data_prep.format.storage import Location, RemotePath
 
 
 def atomic_write_text(path: Location, text: str) -> None:
-    """Write ``text`` as UTF-8 to ``path``, replacing an earlier file in one step."""
+    """Write `text` as UTF-8 to `path`, replacing an earlier file in one step."""
     atomic_write_bytes(path, text.encode())
 
 
 def atomic_write_bytes(path: Location, data: bytes) -> None:
-    """Write ``data`` to ``path``, replacing an earlier file in one step.
+    """Write `data` to `path`, replacing an earlier file in one step.
 
-    The parent folder must exist. A symbolic link stays: the file it points to is replaced.
+    The parent folder must exist. A symbolic link is kept: the file it points to is replaced.
 
     Raises:
         OSError: the file cannot be written; an earlier one is left as it was.

@@ -1,4 +1,8 @@
-"""Random access into WebDataset tars: where each sample's image lies, and what it is labelled."""
+"""The index of a shard: offset, size, label and key of every sample, for random access.
+
+An index holds where the bytes of every image are in the WebDataset tar, so that any sample is one
+read away.
+"""
 
 import hashlib
 import io
@@ -20,9 +24,9 @@ from data_prep.format.storage import Location, RemotePath, StorageError, locate
 from data_prep.format.tars import TarError, describe_problem, open_seekable, walk_tar
 
 MAX_CLASSES = 1_000_000
-"""Largest number of classes that labels may count."""
+"""Upper bound on the number of classes."""
 
-# What webdataset takes for key and extension, and what it takes for its own metadata.
+# Key and extension, and metadata members, as webdataset itself parses them.
 _KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
 _LABEL_BYTES = 32
@@ -30,14 +34,14 @@ _LABEL_BYTES = 32
 
 @dataclass(frozen=True, kw_only=True)
 class ShardIndex:
-    """Where the samples of one shard lie; every array is of shape (samples,)."""
+    """The samples of one shard; every array has shape (samples,)."""
 
     offsets: NDArray[np.int64]
     """First byte of the image in the tar."""
     sizes: NDArray[np.int64]
     """Length of the image in bytes."""
     labels: NDArray[np.int64]
-    """Class of the sample, -1 where it has none."""
+    """Class of the sample, -1 if it has none."""
     keys: NDArray[np.str_]
     """WebDataset key."""
     extensions: NDArray[np.str_]
@@ -48,15 +52,15 @@ class ShardIndex:
 
 
 def read_index(folder: str | os.PathLike[str] | RemotePath, shard: ShardEntry) -> ShardIndex:
-    """Read the index of one shard and check it against the manifest and the tar's length.
+    """Read the index of one shard and check it against the manifest and the length of the tar.
 
     Raises:
-        ManifestError: tar or index is missing, damaged, or they do not fit each other.
+        ManifestError: tar or index is missing or damaged, or they do not match.
     """
     place = locate(folder)
     path = place / shard.index
     tar = shard.location(place)
-    if not isinstance(tar, PipedFile):  # the length of an output is known when it has been read
+    if not isinstance(tar, PipedFile):  # the length of an output is known only after reading it
         _check_length(tar, shard)
     try:
         rows = _map_rows(path)
@@ -69,7 +73,7 @@ def read_index(folder: str | os.PathLike[str] | RemotePath, shard: ShardEntry) -
     if not isinstance(rows, np.ndarray) or rows.ndim != 1 or rows.dtype.names != expected:
         raise ManifestError(f"index {path} is not an index of a shard. {REMEDY}")
     if rows.dtype != _row_type(rows.dtype["key"].itemsize):
-        raise ManifestError(f"index {path} has columns of a wrong type. {REMEDY}")
+        raise ManifestError(f"index {path} has columns of the wrong type. {REMEDY}")
     if len(rows) != shard.samples:
         raise ManifestError(
             f"index {path} has {len(rows)} samples and the manifest says {shard.samples}. {REMEDY}"
@@ -78,7 +82,7 @@ def read_index(folder: str | os.PathLike[str] | RemotePath, shard: ShardEntry) -
 
 
 def write_index(path: Location, index: ShardIndex) -> None:
-    """Write the index of a shard as one NumPy array of rows, aside and then renamed."""
+    """Write the index of a shard as one structured NumPy array, atomically."""
     keys = np.char.encode(index.keys, "utf-8")
     rows = np.zeros(len(index), dtype=_row_type(max(1, keys.dtype.itemsize)))
     rows["offset"], rows["size"], rows["label"] = index.offsets, index.sizes, index.labels
@@ -91,7 +95,12 @@ def write_index(path: Location, index: ShardIndex) -> None:
 def read_images(
     path: Location | PipedFile, index: ShardIndex, rows: NDArray[np.int64]
 ) -> Iterator[bytes]:
-    """Yield the files of some samples of a shard.
+    """Yield the image files of some samples of a shard.
+
+    Args:
+        path: the tar.
+        index: its index.
+        rows: positions in the index, in any order.
 
     Raises:
         OSError: the shard cannot be read.
@@ -104,19 +113,19 @@ def read_images(
 
 @dataclass(frozen=True, kw_only=True)
 class IndexedTar:
-    """What a pass over one tar found."""
+    """Result of indexing one tar."""
 
     index: ShardIndex
-    """Where its samples lie."""
+    """Its samples."""
     bytes: int
     """Length of the tar in bytes."""
     sha256: str
     """SHA-256 of the tar."""
     without_image: int
-    """Samples that have no image, and are left out of the index."""
+    """Number of samples without an image, which the index omits."""
 
     def entry(self, name: str) -> ShardEntry:
-        """Return what the manifest is to say of the tar under that name."""
+        """Return the manifest entry of the tar under that name."""
         return ShardEntry(
             name=name,
             samples=len(self.index),
@@ -142,27 +151,27 @@ class _Sample:
 
 
 def index_name(shard_name: str) -> str:
-    """Return the name of the index of a shard: `a.tar` has `a.index.npy`."""
+    """Return the file name of a shard's index: `a.index.npy` for `a.tar`."""
     return shard_name.removesuffix(".tar") + ".index.npy"
 
 
 def index_tar(path: Path, tick: Callable[[int], object]) -> IndexedTar:
-    """Read the headers of a WebDataset tar and take its checksum.
+    """Read the headers of a WebDataset tar and compute its checksum.
 
-    A sample is a run of members with one key: the path up to the first dot of the file name. Its
-    image is its one member named jpg, jpeg, png or webp, or npy where it has none of these; its
-    label is the integer in `cls`.
+    A sample is a run of members with the same key: the path up to the first dot of the file name.
+    Its image is its only member with extension jpg, jpeg, png or webp, or else npy; its label is
+    the integer in `cls`.
 
     Raises:
-        TarError: the tar is damaged, holds links, devices, sparse files or unsafe paths, two images
-            in one sample, a sample in two places, or a label that is no class.
+        TarError: the tar is damaged, or has links, devices, sparse files or unsafe paths, two
+            images in one sample, a sample whose members are not contiguous, or an invalid label.
     """
     rows: list[_Row] = []
     without_image = 0
     for sample in _samples(path):
         tick(1)
         if len(sample.images) > 1:
-            sample.images.pop("npy", None)  # beside a picture it is something else
+            sample.images.pop("npy", None)  # next to a picture it is something else
         if not sample.images:
             without_image += 1
             continue
@@ -193,7 +202,7 @@ def checksum(path: Path) -> str:
 
 
 def _samples(path: Path) -> Iterator[_Sample]:
-    """Yield the samples of a tar, each made of consecutive members."""
+    """Yield the samples of a tar, each from consecutive members."""
     seen: set[str] = set()
     sample: _Sample | None = None
     with path.open("rb") as file:
@@ -203,7 +212,7 @@ def _samples(path: Path) -> Iterator[_Sample]:
             problem = describe_problem(member)
             if problem:
                 raise TarError(
-                    f"{path}: {member.name!r} is refused: {problem}. Write the tar again."
+                    f"{path}: {member.name!r} is refused: {problem}. Write the tar without it."
                 )
             match = _KEY.fullmatch(member.name)
             if not match:
@@ -217,9 +226,9 @@ def _samples(path: Path) -> Iterator[_Sample]:
                 sample = _Sample(key)
             if extension in IMAGE_EXTENSIONS:
                 if extension in sample.images:
-                    raise TarError(f"{path}: {member.name!r} is there twice. Keep one.")
+                    raise TarError(f"{path}: {member.name!r} occurs twice. Keep one.")
                 if member.size == 0:
-                    raise TarError(f"{path}: {member.name!r} is empty. Leave it out.")
+                    raise TarError(f"{path}: {member.name!r} is empty. Remove it.")
                 sample.images[extension] = (member.offset_data, member.size)
             elif extension == "cls":
                 file.seek(member.offset_data)
@@ -231,7 +240,7 @@ def _samples(path: Path) -> Iterator[_Sample]:
 
 def _check_key(key: str, seen: set[str], path: Path) -> None:
     if key in seen:
-        raise TarError(f"{path}: the members of sample {key!r} are not side by side. Sort them.")
+        raise TarError(f"{path}: the members of sample {key!r} are not contiguous. Sort them.")
     try:
         key.encode()
     except UnicodeEncodeError:
@@ -248,7 +257,7 @@ def _parse_label(data: bytes, path: Path, name: str) -> int:
 
 
 def _map_rows(path: Location) -> NDArray[Any]:
-    """Return the rows of an index as a memory map: no memory is taken for what is not there."""
+    """Return the rows of an index as a memory map, so that a forged header allocates nothing."""
     if isinstance(path, Path):
         return np.lib.format.open_memmap(path, mode="r")
     with tempfile.NamedTemporaryFile(suffix=".npy") as copy:
@@ -282,13 +291,13 @@ def _unpack(rows: NDArray[np.void], path: Location, shard: ShardEntry) -> ShardI
         keys=keys,
         extensions=extensions,
     )
-    # Compared by subtraction, since a sum of two hostile numbers may run over.
+    # Compared by subtraction, since the sum of two hostile numbers may overflow.
     fits = (index.offsets >= 0) & (index.sizes > 0) & (index.sizes <= shard.bytes - index.offsets)
     wrong = np.flatnonzero(~fits | (index.labels < -1) | ~np.isin(extensions, IMAGE_EXTENSIONS))
     if len(wrong):
         raise ManifestError(
-            f"index {path} is damaged: sample {wrong[0]} (key {keys[wrong[0]]}) lies outside of "
-            f"{shard.name}, or has an impossible label or extension. {REMEDY}"
+            f"index {path} is damaged: sample {wrong[0]} (key {keys[wrong[0]]}) is outside of "
+            f"{shard.name}, or has an invalid label or extension. {REMEDY}"
         )
     return index
 
@@ -301,9 +310,9 @@ def _check_length(path: Location, shard: ShardEntry) -> None:
     except OSError as error:
         raise ManifestError(
             f"shard {path} cannot be read: {error.strerror or 'it is missing'}. "
-            "Bring it back, or make it again."
+            "Restore it, or write the shards again."
         ) from None
-    if length is not None and length != shard.bytes:  # else it shows when the tar is fetched
+    if length is not None and length != shard.bytes:  # None is checked when the tar is fetched
         raise ManifestError(
             f"shard {path} has {length:,} bytes and the manifest says {shard.bytes:,}: it was cut "
             f"or changed. {REMEDY}"

@@ -1,8 +1,7 @@
-"""The shard format: what a folder of shards holds, written down once and checked on every read.
+"""The manifest of a set of shards, checked on every read.
 
-A folder of shards is a set of WebDataset tars, one index for each, and `manifest.json`, which is
-written last: a folder that has one is complete. An index holds, for every sample of its shard,
-where the bytes of the image lie in the tar, so that any sample is one read away.
+A set is a folder of WebDataset tars with one index each (see `data_prep.format.index`) and
+`manifest.json`, which is written last: a folder with a manifest is complete.
 """
 
 import json
@@ -21,13 +20,13 @@ MANIFEST_NAME = "manifest.json"
 FORMAT = "simmim-shards"
 VERSION = 1
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "npy")
-"""Extensions of image members, all that a shard may hold; npy is a NumPy array."""
+"""Extensions of the image members a shard may hold; npy is a NumPy array."""
 _SUFFIXES = "avif bmp dib gif j2k jfif jp2 jpe jpeg jpg npy pbm pgm png pnm ppm tga tif tiff webp"
 IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
-"""File name suffixes, in lower case, by which image files are found in folders and archives."""
+"""Lower-case file name suffixes by which images are found in folders and archives."""
 
 REMEDY = "Make the shards again with `data-prep shard`, or index them again with `data-prep index`."
-"""What a message on a damaged manifest or index advises."""
+"""Remedy in error messages about a damaged manifest or index."""
 
 _SHARD_NAME = re.compile(r"[^/\\\x00.][^/\\\x00]*\.tar")
 _INDEX_NAME = re.compile(r"[^/\\\x00.][^/\\\x00]*\.npy")
@@ -35,29 +34,29 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class ManifestError(ValueError):
-    """A manifest or an index is missing, damaged or does not fit its shard."""
+    """A manifest or an index is missing, damaged, or does not match its shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
-    """What the manifest says of one shard."""
+    """One shard in the manifest."""
 
     name: str
-    """File name of the tar, without a folder."""
+    """File name of the tar, without folder."""
     samples: int
-    """Samples in the shard, at least 1."""
+    """Number of samples, at least 1."""
     bytes: int
     """Length of the tar in bytes."""
     sha256: str
     """SHA-256 of the tar, 64 hexadecimal digits."""
     index: str
-    """File name of the shard's index, without a folder."""
+    """File name of the index, without folder."""
     place: str = ""
-    """Path or URL of the tar where it lies outside of the folder, as `data-prep index --output`
-    leaves it, or `pipe:` and the command that writes it out; empty where it lies inside."""
+    """Path or URL of a tar outside the folder, as after `data-prep index --output`, or `pipe:` and
+    the command that writes it to standard output; empty if the tar is in the folder."""
 
     def location(self, folder: Location) -> Location | PipedFile:
-        """Return where the tar is, of a set in `folder`."""
+        """Return the location of the tar, for a set in `folder`."""
         if self.place.startswith(PIPE):
             return PipedFile(self.place.removeprefix(PIPE))
         return locate(self.place) if self.place else folder / self.name
@@ -65,41 +64,41 @@ class ShardEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A complete set of shards."""
+    """Contents of a complete set of shards."""
 
     folder: Location
-    """Folder that holds the shards, their indexes and the manifest, here or at a URL."""
+    """Folder of the shards, their indexes and the manifest, local or at a URL."""
     shards: tuple[ShardEntry, ...]
     """The shards in order, at least 1."""
     classes: tuple[str, ...] = ()
-    """Class names; a sample's label is a position in them. Empty where nothing is labelled."""
+    """Class names, indexed by label; empty if no sample is labelled."""
     rejected: int = 0
-    """Inputs that were found but kept out, named in `rejected.jsonl`."""
+    """Number of inputs that were found but rejected; `rejected.jsonl` lists them."""
     notes: Mapping[str, int] = field(default_factory=dict)
-    """What is to be known of the samples, and of how many of them."""
+    """Note on images → number of samples with it, for example `NaN values`."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """The options the shards were made with."""
+    """Options the shards were written with."""
     fingerprint: str = ""
-    """Digest of the inputs' paths, sizes and dates."""
+    """Digest of the paths, sizes and dates of the inputs."""
 
     @property
     def samples(self) -> int:
-        """Samples in all shards."""
+        """Number of samples in all shards."""
         return sum(shard.samples for shard in self.shards)
 
 
 def read_manifest(
     folder: str | os.PathLike[str] | RemotePath, *, allow_pipe: bool = False
 ) -> Manifest:
-    """Read and check `manifest.json` of a folder of shards, given as a path or a URL.
+    """Read and check `manifest.json` of a folder of shards.
 
     Args:
-        folder: the folder.
-        allow_pipe: whether shards may be the output of commands that the manifest names. Without
-            it such a manifest is refused, so that no command is ever met further on.
+        folder: path or URL.
+        allow_pipe: whether shards may be the output of commands in the manifest; otherwise such a
+            manifest is refused here, so that later code never meets a command.
 
     Raises:
-        ManifestError: the folder has no manifest, or it is not one this version can read.
+        ManifestError: the manifest is missing, damaged, or of another version.
     """
     place = locate(folder)
     path = place / MANIFEST_NAME
@@ -117,14 +116,14 @@ def read_manifest(
         raise ManifestError(f"{path} is not a manifest of shards. {REMEDY}")
     if values.get("version") != VERSION:
         raise ManifestError(
-            f"{path} is of version {values.get('version')!r}, and this program reads version "
+            f"{path} has version {values.get('version')!r}, but this program reads version "
             f"{VERSION}. {REMEDY}"
         )
     return _parse(values, path, allow_pipe)
 
 
 def write_manifest(manifest: Manifest) -> None:
-    """Write `manifest.json` into the manifest's folder, aside and then renamed.
+    """Write `manifest.json` into the manifest's folder, atomically.
 
     Raises:
         OSError: the folder cannot be written.
@@ -150,17 +149,17 @@ def _values_of(shard: ShardEntry) -> dict[str, Any]:
 
 def _describe_absence(folder: Location) -> str:
     if not folder.exists():
-        return f"folder of shards {folder} does not exist. Make it: data-prep shard SRC {folder}"
+        return f"folder of shards {folder} does not exist. Write it: data-prep shard SRC {folder}"
     if not folder.is_dir():
-        return f"{folder} is not a folder of shards. Make one: data-prep shard SRC DST"
+        return f"{folder} is not a folder of shards. Write one: data-prep shard SRC DST"
     if any(folder.glob("*.tar")):
-        return f"{folder} has tars but no {MANIFEST_NAME}. Make it: data-prep index {folder}"
+        return f"{folder} has tars but no {MANIFEST_NAME}. Write it: data-prep index {folder}"
     if isinstance(folder, Path) and any(place.is_dir() for place in folder.iterdir()):
         return (
-            f"{folder} holds folders and no {MANIFEST_NAME}. If they are classes of images, make "
-            f"shards of them, and name those: data-prep shard {folder} DST"
+            f"{folder} has subfolders but no {MANIFEST_NAME}. If they are classes of images, write "
+            f"shards and use those: data-prep shard {folder} DST"
         )
-    return f"{folder} has no {MANIFEST_NAME}. Make shards in it: data-prep shard SRC {folder}"
+    return f"{folder} has no {MANIFEST_NAME}. Write shards into it: data-prep shard SRC {folder}"
 
 
 def _parse(values: dict[str, Any], path: Location, allow_pipe: bool) -> Manifest:
@@ -174,7 +173,7 @@ def _parse(values: dict[str, Any], path: Location, allow_pipe: bool) -> Manifest
     if len({entry.name for entry in entries}) < len(entries):
         raise ManifestError(f"{path} lists a shard twice. {REMEDY}")
     if not all(isinstance(name, str) for name in classes) or len(set(classes)) < len(classes):
-        raise ManifestError(f"{path}: `classes` must be names, each once. {REMEDY}")
+        raise ManifestError(f"{path}: `classes` must be unique names. {REMEDY}")
     manifest = Manifest(
         folder=path.parent,
         shards=entries,
@@ -186,7 +185,7 @@ def _parse(values: dict[str, Any], path: Location, allow_pipe: bool) -> Manifest
     )
     if _count(values, "samples", 1, path) != manifest.samples:
         raise ManifestError(
-            f"{path} says {values['samples']} samples, and its shards have {manifest.samples}. "
+            f"{path}: `samples` is {values['samples']}, but the shards have {manifest.samples}. "
             f"{REMEDY}"
         )
     return manifest
@@ -214,30 +213,30 @@ def _parse_shard(values: Any, number: int, path: Location, allow_pipe: bool) -> 
         (_SHA256, entry.sha256),
     ):
         if not pattern.fullmatch(text):
-            raise ManifestError(f"{path}: shard {number} has the impossible value {text!r}.")
+            raise ManifestError(f"{path}: shard {number} has the invalid value {text!r}. {REMEDY}")
     return entry
 
 
 def _parse_place(values: dict[str, Any], number: int, path: Location, allow_pipe: bool) -> str:
-    """Return where a tar lies that is not beside the manifest.
+    """Return the place of a tar outside the manifest's folder, or "" if it is inside.
 
-    Only a manifest on this machine may name such a place: one that was fetched could make its
-    reader ask hosts and open files that are none of its business.
+    Only a local manifest may name such a place: a remote one could make its reader contact hosts
+    and open files that are none of its business.
     """
     place = values.get("place", "")
     if not isinstance(place, str) or "\x00" in place:
-        raise ManifestError(f"{path}: shard {number} has the impossible place {place!r}.")
+        raise ManifestError(f"{path}: shard {number} has the invalid place {place!r}. {REMEDY}")
     if not place:
         return ""
     if isinstance(path, RemotePath):
         raise ManifestError(
-            f"{path}: shard {number} is said to be at {place!r}, and a remote manifest may name "
-            "none but its own folder. Index those shards: data-prep index PATTERN --output FOLDER"
+            f"{path}: shard {number} has the place {place!r}, but a remote manifest may only list "
+            "shards in its own folder. Index them: data-prep index PATTERN --output FOLDER"
         )
     if place.startswith(PIPE) and not allow_pipe:
         raise ManifestError(
-            f"{path}: shard {number} is what a command writes, {place!r}, and none is run unless "
-            "you say so: data.allow_pipe=true in a recipe, or --allow-pipe of data-prep."
+            f"{path}: shard {number} is the output of a command, {place!r}. Commands run only if "
+            "allowed: data.allow_pipe=true in a recipe, or --allow-pipe of data-prep."
         )
     try:
         location = PipedFile(place[len(PIPE) :]) if place.startswith(PIPE) else locate(place)
@@ -248,7 +247,7 @@ def _parse_place(values: dict[str, Any], number: int, path: Location, allow_pipe
         return place
     wrong = isinstance(location, Path) and not location.is_absolute()
     if wrong or not named or ".." in place.split("/"):
-        raise ManifestError(f"{path}: shard {number} has the impossible place {place!r}.")
+        raise ManifestError(f"{path}: shard {number} has the invalid place {place!r}. {REMEDY}")
     return place
 
 

@@ -1,6 +1,6 @@
-"""Shards that a command writes to its standard output, as WebDataset's `pipe:` URLs name them.
+"""Shards that a shell command writes to its standard output: `pipe:` URLs as in WebDataset.
 
-A command is run only for who said so: `allow_pipe` of a recipe, or `--allow-pipe` of `data-prep`.
+Commands run only if explicitly allowed: `allow_pipe` in a recipe, `--allow-pipe` of `data-prep`.
 """
 
 import os
@@ -17,7 +17,7 @@ from typing import IO
 from data_prep.format.storage import ATTEMPTS, FIRST_DELAY, LONGEST_DELAY, StorageError
 
 PIPE = "pipe:"
-"""What the URL of a command begins with."""
+"""Prefix of the URL of a command."""
 
 _TAR_NAME = re.compile(r"[^\s/\\'\"=;|&<>().][^\s/\\'\"=;|&<>()]*?\.tar\b")
 _BLOCK = 2**20
@@ -25,7 +25,7 @@ _BLOCK = 2**20
 
 @dataclass(frozen=True)
 class PipedFile:
-    """The output of a shell command. Whoever makes one has been told that the command may run."""
+    """The output of a shell command; build one only if the command is allowed to run."""
 
     command: str
     attempts: int = ATTEMPTS
@@ -35,16 +35,16 @@ class PipedFile:
 
     @property
     def name(self) -> str:
-        """File name of the last tar that the command names.
+        """File name of the last tar in the command.
 
         Raises:
-            StorageError: it names none.
+            StorageError: the command contains no tar name.
         """
         names = _TAR_NAME.findall(self.command)
         if not names:
             raise StorageError(
-                f"{self} names no tar, so its output has no name: write the command such that the "
-                "tar's name is in it, if only as a comment (`… # shard-000000.tar`)."
+                f"{self} contains no tar name, so its output has no name. Put the name of the tar "
+                "into the command, for example as a comment (`… # shard-000000.tar`)."
             )
         return str(names[-1])
 
@@ -54,10 +54,10 @@ class PipedFile:
         return PurePosixPath(self.name).stem
 
     def blocks(self, start: int = 0) -> Iterator[bytes]:
-        """Run the command and yield its output from `start` on; where it fails, it is run again.
+        """Run the command and yield its output from `start`; a failed command is run again.
 
         Raises:
-            StorageError: it failed every time.
+            StorageError: every attempt failed.
         """
         had = start
         for attempt in range(1, self.attempts + 1):
@@ -74,13 +74,14 @@ class PipedFile:
                 return
             if attempt < self.attempts:
                 time.sleep(min(LONGEST_DELAY, FIRST_DELAY * 2 ** (attempt - 1)))
-        raise StorageError(f"{self} failed {self.attempts} times, last with exit code {code}.")
+        times = "once" if self.attempts == 1 else f"{self.attempts} times"
+        raise StorageError(f"{self} failed {times}, last with exit code {code}.")
 
 
 @contextmanager
 def _running(command: str) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
-    """Run a command in a session of its own, all of which ends with the block."""
-    with subprocess.Popen(  # noqa: S602 - a shell's pipeline is what users write
+    """Run a command in its own session, which is killed when the block ends."""
+    with subprocess.Popen(  # noqa: S602 - users write shell pipelines
         command,
         shell=True,
         stdin=subprocess.DEVNULL,

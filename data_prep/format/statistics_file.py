@@ -1,6 +1,6 @@
-"""`statistics.json`: mean and spread of each channel, as `data-prep info --statistics` found them.
+"""`statistics.json`: mean and standard deviation per channel, from `data-prep info --statistics`.
 
-It lies beside the manifest, and says of which shards it is.
+It is stored next to the manifest and records which shards it was measured on.
 """
 
 import hashlib
@@ -18,29 +18,29 @@ STATISTICS_NAME = "statistics.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """Mean and spread of each channel, over every value of the images of one kind."""
+    """Mean and standard deviation per channel, over every value of all images of one kind."""
 
     images: int
     """Images measured."""
     is_array: bool
-    """Whether they are arrays rather than pictures."""
+    """Whether they are NumPy arrays rather than pictures."""
     scale: str
-    """`0 to 1`: integers divided by the largest of their type; `as stored`: other numbers."""
+    """`0 to 1`: integers divided by the maximum of their type; `as stored`: floating point."""
     mean: tuple[float, ...]
     """Mean of each channel."""
     std: tuple[float, ...]
     """Standard deviation of each channel."""
     missing: int
-    """Values that are not numbers, and do not count."""
+    """NaN values, which are not counted."""
 
     @property
     def channels(self) -> int:
-        """Channels of the images."""
+        """Number of channels."""
         return len(self.mean)
 
 
 def write_statistics(manifest: Manifest, statistics: Sequence[Statistics]) -> None:
-    """Write `statistics.json` beside the manifest, which stays as it is.
+    """Write `statistics.json` next to the manifest, which is not changed.
 
     Raises:
         OSError: the folder cannot be written.
@@ -55,13 +55,13 @@ def write_statistics(manifest: Manifest, statistics: Sequence[Statistics]) -> No
 
 
 def read_statistics(manifest: Manifest) -> tuple[Statistics, ...]:
-    """Return what was measured of a set, of each kind of image, the most frequent kind first.
+    """Read the statistics of a set: one entry per kind of image, the most frequent kind first.
 
     Raises:
-        ManifestError: nothing was measured, or it was measured of other shards.
+        ManifestError: nothing was measured, or the shards have changed since.
     """
     path = manifest.folder / STATISTICS_NAME
-    remedy = f"Measure them: data-prep info {manifest.folder} --statistics"
+    remedy = f"Measure again: data-prep info {manifest.folder} --statistics"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         measured = [_parse_statistics(one) for one in values["statistics"]]
@@ -71,7 +71,7 @@ def read_statistics(manifest: Manifest) -> tuple[Statistics, ...]:
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise ManifestError(f"{path} is damaged ({error}). {remedy}") from None
     if shards != _digest_shards(manifest) or not measured:
-        raise ManifestError(f"{path} is of other shards than are there now. {remedy}")
+        raise ManifestError(f"{path} was measured on other shards. {remedy}")
     return tuple(measured)
 
 
@@ -79,7 +79,7 @@ def _parse_statistics(values: dict[str, Any]) -> Statistics:
     mean, std = (tuple(map(float, values[name])) for name in ("mean", "std"))
     one = Statistics(**values | {"mean": mean, "std": std})
     if len(mean) != len(std) or not mean or not all(map(math.isfinite, mean + std)):
-        raise ValueError("mean and std must be numbers, one a channel")
+        raise ValueError("mean and std must be finite, with one number per channel")
     return one
 
 

@@ -1,7 +1,7 @@
-"""Places that are not on this machine: the part of `pathlib.Path` that shards need, over fsspec.
+"""Local and remote files: the part of `pathlib.Path` that shards need, for URLs through fsspec.
 
 A location is a `Path` or a `RemotePath`, and code that reads shards treats both alike. Only plain
-object stores and web servers are reached: nothing that runs a command or chains file systems.
+object stores and web servers are supported: nothing that runs a command or chains file systems.
 """
 
 import hashlib
@@ -16,44 +16,46 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
-import fsspec
+if TYPE_CHECKING:
+    import fsspec
 
 PROTOCOLS = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "memory": "fsspec"}
-"""Protocols that are read, each with the package that it needs."""
+"""Supported protocols, each with the package it needs."""
 
 ATTEMPTS = 8
-"""Times that a request is made before it counts as failed."""
+"""Attempts at a request before it counts as failed."""
 
 FIRST_DELAY = 0.1
-"""Seconds before the second attempt; each later one waits twice as long, with jitter."""
+"""Seconds before the second attempt; doubled before each further one, with jitter."""
 
 LONGEST_DELAY = 20.0
-"""Most seconds between two attempts."""
+"""Longest delay between two attempts, in seconds."""
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _EXTRAS = {"s3fs": "s3", "gcsfs": "gcs", "aiohttp": "http"}
 _BLOCK = 2**22
-_REMOVED_AT_ONCE = 1000
+_READ_AHEAD = 2**22
+_MAX_REMOVED_PER_REQUEST = 1000
 _NOT_RETRIED = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError)
 _Result = TypeVar("_Result")
 
 
 class StorageError(ValueError):
-    """A URL that cannot be used, or a store that does not answer."""
+    """A URL cannot be used, or a store does not answer."""
 
 
 @dataclass(frozen=True)
 class RemotePath:
-    """A file or folder at a URL, with the methods of `pathlib.Path` that reading shards takes.
+    """A file or folder at a URL, with the methods of `pathlib.Path` that shards need.
 
-    It holds no connection, so that it may be sent to other processes and survive a fork. Requests
-    that fail are made again, with exponential back-off and jitter. Build it with `locate`.
+    It holds no connection, so it can be sent to other processes and survives a fork. Failed
+    requests are retried with exponential back-off and jitter. Build it with `locate`.
 
     Raises:
         FileNotFoundError: there is nothing at the URL.
-        StorageError: the store does not answer, or the package that reaches it is missing.
+        StorageError: the store does not answer, or the package for its protocol is missing.
     """
 
     url: str
@@ -77,7 +79,7 @@ class RemotePath:
 
     @property
     def parent(self) -> "RemotePath":
-        """The folder that this is in."""
+        """Folder of this file."""
         return replace(self, url=self.url.rstrip("/").rsplit("/", 1)[0])
 
     def read_bytes(self) -> bytes:
@@ -85,7 +87,7 @@ class RemotePath:
         return cast(bytes, self._try(lambda system: system.cat_file(self.url)))
 
     def read_range(self, offset: int, size: int) -> bytes:
-        """Return `size` bytes from `offset`, fewer where the file ends before."""
+        """Return `size` bytes from `offset`, or fewer at the end of the file."""
 
         def read(system: Any) -> bytes:
             data: bytes = system.cat_file(self.url, start=offset, end=offset + size)
@@ -94,8 +96,9 @@ class RemotePath:
         data = self._try(read)
         if len(data) > size:  # a web server may answer with the whole file
             raise StorageError(
-                f"{self} cannot be read by range: its server sends whole files only. Read whole "
-                "shards, in training with data.remote=shards, or serve them from one that can."
+                f"{self} cannot be read by byte range: its server sends whole files only. Read "
+                "whole shards (in training: data.remote=shards), or use a server that supports "
+                "range requests."
             )
         return data
 
@@ -104,12 +107,12 @@ class RemotePath:
         return self.read_bytes().decode(encoding)
 
     def open(self, mode: str = "rb") -> BinaryIO:
-        """Open the file for reading; it is read in blocks, by range where that is needed."""
+        """Open the file for reading, in blocks; seeking needs a server with range requests."""
         assert mode == "rb", mode
         return cast(BinaryIO, self._try(lambda system: system.open(self.url, "rb", _BLOCK)))
 
     def blocks(self, start: int = 0) -> Iterator[bytes]:
-        """Yield the file's bytes from `start`, a block at a time."""
+        """Yield the bytes of the file from `start`, one block at a time."""
         if not self.supports_ranges():
             yield from self._stream(start)
             return
@@ -118,7 +121,7 @@ class RemotePath:
             yield self.read_range(offset, min(_BLOCK, size - offset))
 
     def supports_ranges(self) -> bool:
-        """Tell whether parts can be asked for, which some web servers ignore."""
+        """Return whether the server supports range requests; some web servers do not."""
 
         def probe(system: Any) -> bool:
             try:
@@ -132,7 +135,7 @@ class RemotePath:
         return not self.url.startswith("http") or self._try(probe)
 
     def _stream(self, start: int) -> Iterator[bytes]:
-        """Yield the bytes from `start` of one request for all; a failed one is made anew."""
+        """Yield the bytes from `start`, from one request for the whole file, retried on failure."""
         place, stream = 0, None
 
         def read(system: Any) -> bytes:
@@ -160,24 +163,24 @@ class RemotePath:
                 stream.close()
 
     def stat(self) -> SimpleNamespace:
-        """Return `st_size`, the length in bytes; a file that does not tell it is read for it."""
+        """Return `st_size`, the length in bytes; if the server does not say, the file is read."""
         return SimpleNamespace(st_size=self._length(self._info()))
 
     def content_length(self) -> int | None:
-        """Return the length in bytes; None where it shows only when all has been read."""
+        """Return the length in bytes as the server states it, or None if it does not."""
         size = self._info().get("size")
         return None if size is None else int(size)
 
     def exists(self) -> bool:
-        """Tell whether there is a file or a folder."""
+        """Return whether there is a file or a folder."""
         return bool(self._try(lambda system: system.exists(self.url)))
 
     def is_dir(self) -> bool:
-        """Tell whether there is a folder, that is a prefix of other names."""
+        """Return whether there is a folder, that is, a prefix of other names."""
         return bool(self._try(lambda system: system.isdir(self.url)))
 
     def glob(self, pattern: str) -> Iterator["RemotePath"]:
-        """Yield the files right below whose names match."""
+        """Yield the files directly in this folder whose names match."""
         listed = self._try(lambda system: system.ls(self.url, detail=False))
         for path in sorted(listed):
             name = str(path).rstrip("/").rsplit("/", 1)[-1]
@@ -194,18 +197,18 @@ class RemotePath:
                 if below != self.name:
                     for path, size, stamp in (self / below).walk():
                         yield f"{below}/{path}", size, stamp
-            elif not name.endswith("/"):  # some stores mark a folder by an empty object
+            elif not name.endswith("/"):  # some stores mark a folder with an empty object
                 found = entry if entry.get("size") is not None else (self / below)._info()
                 yield below, (self / below)._length(found), _stamp(found)
 
     def list_sizes(self) -> dict[str, int]:
-        """Return the names right below, of files and folders, and their lengths in bytes."""
+        """Return name → length in bytes of the files and folders directly in this folder."""
         try:
             listed = self._try(lambda system: system.ls(self.url, detail=True))
         except FileNotFoundError:
             return {}
         names = {str(entry["name"]): entry.get("size") or 0 for entry in listed}
-        own = f"/{self.name}/"  # some stores mark a folder by an empty object
+        own = f"/{self.name}/"  # some stores mark a folder with an empty object
         return {
             name.rstrip("/").rsplit("/", 1)[-1]: size
             for name, size in names.items()
@@ -213,7 +216,7 @@ class RemotePath:
         }
 
     def size_and_stamp(self) -> tuple[int, int]:
-        """Return the length in bytes, and a number that changes with the content."""
+        """Return the length in bytes and a stamp, a number that changes with the content."""
         info = self._info()
         return self._length(info), _stamp(info)
 
@@ -226,14 +229,14 @@ class RemotePath:
         return info
 
     def write_bytes(self, data: bytes) -> None:
-        """Write a whole object; a store shows it complete or not at all."""
+        """Write a whole object; it appears complete or not at all."""
         self._try(lambda system: system.pipe_file(self.url, data))
 
     def upload(self, path: Path, sent: Callable[[int], object] = lambda _: None) -> None:
-        """Write a local file as a whole object, and tell `sent` of bytes that went out."""
+        """Upload a local file as one object, calling `sent` with the number of bytes sent."""
 
         def put(system: Any) -> None:
-            system.put_file(str(path), self.url, callback=_Sent(sent))
+            system.put_file(str(path), self.url, callback=_byte_callback(sent))
 
         self._try(put)
 
@@ -246,25 +249,25 @@ class RemotePath:
                 raise
 
     def remove_objects(self, names: Iterable[str]) -> None:
-        """Remove objects right below, many in a request where the store can."""
+        """Remove objects directly in this folder, many per request if the store supports it."""
         paths = [self / name for name in names]
-        if set("*?[") & set(self.url):  # removing several takes such a URL for a pattern
+        if set("*?[") & set(self.url):  # a bulk removal would take such a URL for a pattern
             for path in paths:
                 path.unlink(missing_ok=True)
             return
-        for first in range(0, len(paths), _REMOVED_AT_ONCE):
-            urls = [path.url for path in paths[first : first + _REMOVED_AT_ONCE]]
+        for first in range(0, len(paths), _MAX_REMOVED_PER_REQUEST):
+            urls = [path.url for path in paths[first : first + _MAX_REMOVED_PER_REQUEST]]
             with suppress(FileNotFoundError):  # gone already
                 self._try(partial(_remove, urls))
 
     def _try(self, request: Callable[[Any], _Result]) -> _Result:
-        """Make a request until it succeeds or all attempts are used."""
+        """Make a request, retrying until it succeeds or all attempts are used."""
         for attempt in range(1, self.attempts + 1):
             try:
                 return request(_file_system(self.url))
             except (*_NOT_RETRIED, StorageError):
                 raise
-            # Each store's library raises types of its own for a connection that breaks.
+            # Each store's library raises its own types for a broken connection.
             except Exception as error:
                 if attempt == self.attempts:
                     raise StorageError(
@@ -274,18 +277,18 @@ class RemotePath:
                     ) from error
             longest = min(LONGEST_DELAY, FIRST_DELAY * 2 ** (attempt - 1))
             time.sleep(random.uniform(longest / 2, longest))
-        raise ValueError(f"attempts is {self.attempts}; it must be at least 1")
+        raise ValueError(f"attempts must be at least 1, got {self.attempts}.")
 
 
 Location = Path | RemotePath
-"""Where a file or a folder is: on this machine, or at a URL."""
+"""A local file or folder, or one at a URL."""
 
 
 def locate(place: str | os.PathLike[str] | RemotePath) -> Location:
-    """Return the location that a path or a URL names.
+    """Return the location of a path or a URL.
 
     Raises:
-        StorageError: the URL is chained, or of a protocol that is not read.
+        StorageError: the URL is chained, or its protocol is not supported.
     """
     if isinstance(place, RemotePath):
         return place
@@ -311,15 +314,15 @@ def locate(place: str | os.PathLike[str] | RemotePath) -> Location:
     return RemotePath(text.rstrip("/"))
 
 
-class _Sent(fsspec.Callback):  # type: ignore[misc]  # fsspec has no types
-    """Tells of bytes as they go out; of those of a request that is made anew, again."""
+def _byte_callback(sent: Callable[[int], object]) -> "fsspec.Callback":
+    """Return an fsspec callback that reports bytes sent; a retried request reports them again."""
+    import fsspec  # noqa: PLC0415 - with asyncio, which takes a while and local files do not need
 
-    def __init__(self, sent: Callable[[int], object]) -> None:
-        super().__init__()
-        self._sent = sent
+    class Sent(fsspec.Callback):  # type: ignore[misc]  # fsspec has no types
+        def relative_update(self, inc: int = 1) -> None:
+            sent(inc)
 
-    def relative_update(self, inc: int = 1) -> None:
-        self._sent(inc)
+    return Sent()
 
 
 def _remove(urls: list[str], system: Any) -> None:
@@ -327,14 +330,16 @@ def _remove(urls: list[str], system: Any) -> None:
 
 
 def _stamp(info: dict[str, Any]) -> int:
-    """Make a number of whichever mark of its content a store tells of a file."""
+    """Return a number from whichever content mark the store has for a file."""
     marks = [str(info[name]) for name in ("ETag", "etag", "md5Hash", "mtime") if info.get(name)]
     marks = marks or [str(info.get("LastModified") or info.get("created") or "")]
     return int.from_bytes(hashlib.blake2b(marks[0].encode(), digest_size=7).digest(), "big")
 
 
 def _file_system(url: str) -> Any:
-    """Return the file system of a URL; fsspec keeps one for each process and thread."""
+    """Return the file system of a URL; fsspec caches one per process and thread."""
+    import fsspec  # noqa: PLC0415 - with asyncio, which takes a while and local files do not need
+
     protocol = url.partition("://")[0]
     package = PROTOCOLS[protocol]
     try:
@@ -342,18 +347,15 @@ def _file_system(url: str) -> Any:
     except ImportError:
         extra = _EXTRAS[package]
         raise StorageError(
-            f"{url} needs the package {package}: pip install 'simmim[{extra}]'"
+            f"{url} needs the package {package}: pip install 'simmim[{extra}]'."
         ) from None
 
 
-_READ_AHEAD = 2**22
-
-
 class ByteReader:
-    """Reads parts of one file; from a store ahead, as long as parts follow one another.
+    """Random reads from one file; remote files are read ahead while reads are sequential.
 
     Raises:
-        OSError: the file is not there or cannot be read.
+        OSError: the file is missing or cannot be read.
         StorageError: the store does not answer, or sends whole files only.
     """
 
@@ -364,7 +366,7 @@ class ByteReader:
         self._held, self._held_from = b"", 0
 
     def read(self, offset: int, size: int) -> bytes:
-        """Return `size` bytes from `offset`, fewer where the file ends before."""
+        """Return `size` bytes from `offset`, or fewer at the end of the file."""
         if isinstance(self._path, Path):
             return os.pread(self._descriptor, size, offset)
         return self._fetch(self._path, offset, size)
@@ -381,7 +383,7 @@ class ByteReader:
         size = max(0, min(size, self._size - offset))
         held_to = self._held_from + len(self._held)
         if not (self._held_from <= offset and offset + size <= held_to):
-            # A part that begins just behind the last one is one of many in a row.
+            # A read that begins just behind the last one is part of a sequence.
             follows = self._held and self._held_from <= offset <= held_to + _READ_AHEAD // 4
             length = max(size, _READ_AHEAD) if follows else size
             self._held = path.read_range(offset, min(length, self._size - offset)) if size else b""

@@ -1,4 +1,4 @@
-"""Members of uncompressed tars that others wrote, walked without trusting them."""
+"""Uncompressed tars from any source, read without trusting them, and fetched if remote."""
 
 import io
 import os
@@ -20,15 +20,15 @@ class TarError(ValueError):
 def walk_tar(
     path: Location, *, start: int = 0, length: int | None = None
 ) -> Iterator[tarfile.TarInfo]:
-    """Yield every member of an uncompressed tar in order, holding none of them.
+    """Yield every member of an uncompressed tar in order, in constant memory.
 
     Args:
         path: a file.
-        start: where in it the tar begins, in bytes; offsets of members count from there.
+        start: offset of the tar in the file, in bytes; member offsets are relative to it.
         length: length of the tar in bytes; None is the rest of the file.
 
     Raises:
-        TarError: the file is no tar, is compressed, is cut, or loops back on itself.
+        TarError: the file is not a tar, is compressed, is cut, or loops back on itself.
     """
     try:
         with path.open("rb") as file:
@@ -36,10 +36,11 @@ def walk_tar(
             with tarfile.open(fileobj=stream, mode="r:") as tar:
                 offset = -1
                 for member in tar:
-                    # A negative size makes tarfile read the same header for ever.
+                    # A negative size would make tarfile read the same header forever.
                     if member.size < 0 or member.offset <= offset:
                         raise TarError(
-                            f"{path} is damaged: member {member.name!r} has no right size."
+                            f"{path} is damaged: member {member.name!r} has an impossible size. "
+                            "Fetch or write it again."
                         )
                     offset = member.offset
                     yield member
@@ -51,7 +52,7 @@ def walk_tar(
 
 
 class _Part(io.RawIOBase):
-    """A part of a file, read as if it were a file."""
+    """A byte range of a file as a file of its own."""
 
     def __init__(self, file: IO[bytes], start: int, length: int) -> None:
         self._file, self._start, self._length, self._position = file, start, length, 0
@@ -80,7 +81,7 @@ class _Part(io.RawIOBase):
 
 
 def is_tar(path: Location) -> bool:
-    """Tell whether a file is an uncompressed tar."""
+    """Return whether a file is an uncompressed tar."""
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:"):
             return True
@@ -89,7 +90,7 @@ def is_tar(path: Location) -> bool:
 
 
 def describe_problem(member: tarfile.TarInfo) -> str | None:
-    """Return why a member must not be used, or None for a plain file with a safe path."""
+    """Return why a member must not be used, or None for a regular file with a safe path."""
     if member.issym() or member.islnk():
         return "it is a link"
     if member.issparse():
@@ -100,9 +101,9 @@ def describe_problem(member: tarfile.TarInfo) -> str | None:
 
 
 def describe_path_problem(name: str) -> str | None:
-    """Return why the path of a member of an archive is unsafe, or None."""
+    """Return why the path of an archive member is unsafe, or None."""
     if name[:1] != "/" and ".." not in name:
-        return None  # nearly always, and much faster than to look at each part
+        return None  # nearly always, and much faster than splitting the path
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         return "its path leads out of the archive"
@@ -125,11 +126,11 @@ def _describe(path: Location, error: Exception) -> str:
 
 @contextmanager
 def as_local_file(place: Location | PipedFile) -> Iterator[Path]:
-    """Lend a file; one from elsewhere is fetched whole, once, into the folder of temporary files.
+    """Yield the path of a local file; a remote one is first downloaded to the temporary folder.
 
     Raises:
-        StorageError: it cannot be fetched.
-        TarError: what the caller found wrong, with the place of the file for that of its copy.
+        StorageError: the file cannot be fetched.
+        TarError: raised in the block; the path of the copy is replaced by the file's own.
     """
     if isinstance(place, Path):
         yield place
@@ -146,7 +147,7 @@ def as_local_file(place: Location | PipedFile) -> Iterator[Path]:
 
 @contextmanager
 def open_seekable(place: Location | PipedFile) -> Iterator[BinaryIO]:
-    """Open a file to read parts of it, by range where it lies elsewhere; else it is fetched."""
+    """Open a file for random reads: by range requests if possible, otherwise downloaded first."""
     if isinstance(place, RemotePath) and place.supports_ranges():
         with place.open("rb") as file:
             yield file

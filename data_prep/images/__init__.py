@@ -1,1 +1,1 @@
-"""Images: decoding, bit depth, headers, arrays, damage."""
+"""Images: checking, decoding, headers, bit depth, arrays, damage, encoding."""

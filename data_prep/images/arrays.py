@@ -1,7 +1,7 @@
-"""NumPy arrays as images: pictures with any number of channels, as satellites and scanners make.
+"""NumPy arrays as images: any number of channels, as from satellites and medical scanners.
 
-An array is an image of height x width, or of height x width x channels. Its header is read and
-checked before memory is taken for its values, and nothing is ever unpickled.
+An array has shape (height, width) or (height, width, channels). Its header is checked before memory
+is allocated for the values, and nothing is ever unpickled.
 """
 
 import io
@@ -13,48 +13,47 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAGIC = b"\x93NUMPY"
-"""What every `.npy` file begins with."""
+"""First bytes of every `.npy` file."""
 MAX_CHANNELS = 1024
-"""Most channels an array may have."""
+"""Maximum number of channels."""
 
 _TYPES = ("uint8", "uint16", "float16", "float32", "float64")
 _HEADER_BYTES = 4096
 
 
 class ArrayError(ValueError):
-    """A `.npy` file that is no image; the text says why."""
+    """A `.npy` file is not an image; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayHeader:
-    """What an array's file says of it."""
+    """The header of a `.npy` file."""
 
     shape: tuple[int, ...]
     """(height, width) or (height, width, channels)."""
     dtype: np.dtype[Any]
-    """Type of its values, in the byte order of the file."""
+    """Type of the values, in the byte order of the file."""
     fortran_order: bool
-    """Whether its values lie in Fortran's order."""
+    """Whether the values are in Fortran (column-major) order."""
     offset: int
-    """First byte of the values in the file."""
+    """Offset of the first value in the file, in bytes."""
 
     @property
     def channels(self) -> int:
-        """Channels, 1 for an array of two axes."""
+        """Number of channels, 1 for an array with two axes."""
         return self.shape[2] if len(self.shape) == 3 else 1
 
     @property
     def is_plain(self) -> bool:
-        """Whether the values lie row by row and in little-endian order, as shards hold them."""
+        """Whether the values are row-major and little-endian, as shards store them."""
         return not self.fortran_order and self.dtype == self.dtype.newbyteorder("<")
 
 
 def read_header(data: bytes) -> ArrayHeader:
-    """Return what a `.npy` file says of its array, which is then certain to be all there.
+    """Read the header of a `.npy` file and check that all of its values are there.
 
     Raises:
-        ArrayError: the file is damaged, cut, too long, holds objects, a type or a shape that is no
-            image's.
+        ArrayError: the file is damaged, cut or too long, or its type or shape is not an image's.
     """
     stream = io.BytesIO(data)
     try:
@@ -65,14 +64,14 @@ def read_header(data: bytes) -> ArrayHeader:
         }[version]
         shape, fortran_order, dtype = read(stream, max_header_size=_HEADER_BYTES)
     except KeyError:
-        raise ArrayError("its .npy header is of a version that is not read here") from None
-    # NumPy parses headers with Python's own parser, which raises many types.
+        raise ArrayError("its .npy header has an unsupported version") from None
+    # NumPy parses headers with Python's parser, which raises many types.
     except Exception as error:
         reason = " ".join(str(error).split())[:100] or type(error).__name__
         raise ArrayError(f"its .npy header is damaged: {reason}") from None
     if dtype.name not in _TYPES or dtype.fields is not None or dtype.subdtype is not None:
         kinds = ", ".join(_TYPES)
-        raise ArrayError(f"its values are of type {dtype}: an image's are {kinds}")
+        raise ArrayError(f"its values are of type {dtype}: supported are {kinds}")
     _check_shape(shape)
     expected = math.prod(shape) * dtype.itemsize
     held = len(data) - stream.tell()
@@ -92,13 +91,13 @@ def read_array(data: bytes) -> NDArray[Any]:
 
 
 def read_values(data: bytes, header: ArrayHeader) -> NDArray[Any]:
-    """Return the array of a file whose header was read, read-only and without a copy."""
+    """Return the array of a `.npy` file whose header is known, read-only and without a copy."""
     flat = np.frombuffer(data, dtype=header.dtype, offset=header.offset)
     return flat.reshape(header.shape, order="F" if header.fortran_order else "C")
 
 
 def write_array(values: NDArray[Any]) -> bytes:
-    """Return an array as a `.npy` file, row by row and in little-endian order."""
+    """Return an array as a `.npy` file, row-major and little-endian."""
     plain = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, plain, version=(1, 0), allow_pickle=False)
@@ -106,10 +105,10 @@ def write_array(values: NDArray[Any]) -> bytes:
 
 
 def count_nan(values: NDArray[Any]) -> int:
-    """Return how many values are NaN, which stands for what was not measured.
+    """Return the number of NaN values, which stand for missing measurements.
 
     Raises:
-        ArrayError: values are infinite, or none is a number.
+        ArrayError: some values are infinite, or all are NaN.
     """
     if values.dtype.kind != "f":
         return 0
@@ -124,13 +123,13 @@ def count_nan(values: NDArray[Any]) -> int:
 
 def _check_shape(shape: tuple[int, ...]) -> None:
     text = "x".join(map(str, shape)) or "no axes"
-    # The header's parser lets True pass for 1, which nothing else does.
+    # The header's parser accepts True as 1, which nothing else does.
     if len(shape) not in (2, 3) or any(type(side) is bool or side < 1 for side in shape):
-        raise ArrayError(f"its shape is {text}: an image's is height x width (x channels)")
+        raise ArrayError(f"its shape is {text}: it must be height x width (x channels)")
     if len(shape) == 2:
         return
     if shape[2] > MAX_CHANNELS:
         raise ArrayError(f"its shape is {text}: that is more than {MAX_CHANNELS:,} channels")
-    # No image has so few rows and so many channels, but every array of a channel-first library.
+    # No image has so few rows and so many channels, but every channel-first array does.
     if shape[0] <= 4 and shape[2] > 16:
         raise ArrayError(f"its shape is {text}: move its channels to the last axis")

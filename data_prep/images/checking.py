@@ -1,7 +1,7 @@
-"""Images looked at before they are kept: format, size, and whether they decode.
+"""Image checks before storage: format, size, and whether the image decodes.
 
-The bytes of JPEG, PNG, WebP and plain `.npy` files are kept unless other is asked. Everything else
-is written anew, as PNG or as an array, whichever loses nothing.
+The bytes of JPEG, PNG, WebP and plain `.npy` files are kept unless the options ask for something
+else. Other formats are re-encoded as PNG or as an array, whichever is lossless.
 """
 
 import io
@@ -34,11 +34,11 @@ from data_prep.images.encoding import Encoding, encode, turn_upright
 from data_prep.images.headers import plain_jpeg_size, truncated_bit_depth
 
 MAX_PIXELS = 89_478_485
-"""Largest image taken unless told otherwise, in pixels; Pillow warns of larger ones."""
+"""Default of the largest accepted image, in pixels; Pillow warns about larger ones."""
 KEEP = Encoding()
-"""The encoding that keeps the bytes of what shards can hold."""
+"""Encoding that keeps the bytes of every format that shards can hold."""
 RE_ENCODED = "written anew"
-"""Note on a picture whose bytes were not kept."""
+"""Note on a picture whose bytes were not kept, as sets on disk have it."""
 
 _KEPT = {"JPEG": "jpeg", "MPO": "jpeg", "PNG": "png", "WEBP": "webp"}
 _EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
@@ -47,23 +47,23 @@ _LOSSLESS_WEBP = b"VP8L"
 
 
 class RejectedImageError(ValueError):
-    """An image that must not be kept; the text says why."""
+    """An image must not be stored; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedImage:
-    """An image that may be kept."""
+    """An image that passed all checks."""
 
     data: bytes
-    """The file as it is to be stored."""
+    """The file to store."""
     extension: str
-    """Extension that fits the data: jpg, png, webp or npy."""
+    """Extension of the data: jpg, png, webp or npy."""
     width: int
     """Columns as stored, before any EXIF orientation."""
     height: int
     """Rows as stored, before any EXIF orientation."""
     notes: tuple[str, ...] = ()
-    """What a person should know of it, as short phrases that can be counted."""
+    """Notes on the image, as short phrases to count."""
 
 
 def check_image(
@@ -73,27 +73,27 @@ def check_image(
     decode: bool = True,
     encoding: Encoding = KEEP,
 ) -> CheckedImage:
-    """Check that an image can be used, and write it anew where it is not what is asked for.
+    """Check that an image can be used, and re-encode it if the options or its format require it.
 
-    The format is told from the bytes, whatever the file was called. Of an animation or a file of
-    several pages the first picture counts. Arrays are never resized.
+    The format is detected from the bytes, whatever the file name. Only the first frame of an
+    animation or page of a document is used. Arrays are never resized.
 
     Args:
         data: an image file.
-        max_pixels: most pixels an image may have; a larger one is rejected before it is decoded.
-        decode: whether to decode the whole image rather than its header alone.
-        encoding: size and format that pictures are to have.
+        max_pixels: maximum number of pixels; a larger image is rejected before it is decoded.
+        decode: whether to decode the whole image, or to read its header only.
+        encoding: size and format of stored pictures.
 
     Raises:
-        RejectedImageError: the data is no image, is cut or damaged, is too large, or would lose
-            more than was asked.
+        RejectedImageError: the data is not an image, is cut or damaged, is too large, or cannot be
+            stored without loss.
     """
     try:
         checked = _check_plain_jpeg(data, max_pixels, decode, encoding)
         if checked is not None:
             return checked
         with warnings.catch_warnings():
-            # Pillow warns of odd metadata, which does not concern the pixels.
+            # Pillow warns about odd metadata, which does not affect the pixels.
             warnings.simplefilter("ignore")
             if data.startswith(MAGIC):
                 return _check_array(data, max_pixels, decode)
@@ -111,7 +111,7 @@ def check_image(
 def _check_plain_jpeg(
     data: bytes, max_pixels: int, decode: bool, encoding: Encoding
 ) -> CheckedImage | None:
-    """Check a JPEG that is kept as it is, without Pillow; None where that cannot be done."""
+    """Check a JPEG that is kept as it is without opening it in Pillow; None if that is needed."""
     size = plain_jpeg_size(data)
     if size is None or size[0] * size[1] > min(max_pixels, MAX_PIXELS):
         return None
@@ -146,7 +146,7 @@ def _check_picture(data: bytes, max_pixels: int, decode: bool, encoding: Encodin
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError:
-        raise RejectedImageError("it is not an image of a known format") from None
+        raise RejectedImageError("it is not an image of a supported format") from None
     with image:
         _check_size(image.width, image.height, max_pixels)
         own = _KEPT.get(image.format or "")
@@ -174,8 +174,8 @@ def _re_encode(image: Image.Image, data: bytes, target: str, encoding: Encoding)
     notes: tuple[str, ...] = ()
     if bits and target == "png":
         raise RejectedImageError(
-            f"it has {bits} bits a channel in colour, of which 8 would be left: make it an array "
-            "(.npy), or accept 8 with --format jpeg or webp"
+            f"it has {bits} bits per colour channel, of which 8 would be left: convert it to an "
+            "array (.npy), or accept 8 bits with --format jpeg or webp"
         )
     if bits:
         notes = (f"{bits} bits cut to 8",)
@@ -191,7 +191,7 @@ def _re_encode(image: Image.Image, data: bytes, target: str, encoding: Encoding)
 
 
 def _load(image: Image.Image, data: bytes) -> tuple[Image.Image, tuple[str, ...]]:
-    """Decode every pixel, by the strictest way there is; return the picture and notes on it."""
+    """Decode every pixel as strictly as possible; return the picture and notes on it."""
     if _KEPT.get(image.format or "") == "jpeg" and image.mode in ("L", "RGB"):
         check_scans(data, image.width * image.height)
         pixels = decode_jpeg(data, image.size)
@@ -207,7 +207,7 @@ def _load(image: Image.Image, data: bytes) -> tuple[Image.Image, tuple[str, ...]
 
 
 def _check_pixels(image: Image.Image, data: bytes) -> tuple[str, ...]:
-    """Look for damage by the strictest way there is; return notes on how that went."""
+    """Check for damage as strictly as possible; return notes on the check."""
     match _KEPT.get(image.format or ""):
         case "png":
             check_png(data)
@@ -225,10 +225,10 @@ _WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 def read_pixels(data: bytes, extension: str) -> NDArray[Any]:
-    """Return the values of an image upright, (height, width, channels).
+    """Return the values of an image, rotated upright, of shape (height, width, channels).
 
-    Pictures have 1 channel of grey or 3 of colour, in uint8, or in uint16 where the file has 16
-    bits of grey; transparent parts are white. Arrays are as they were stored.
+    Pictures have 1 channel (grey) or 3 (RGB) in uint8, or uint16 for 16-bit grey; transparency is
+    on white. Arrays are returned as stored.
 
     Raises:
         RejectedImageError: the image does not decode.

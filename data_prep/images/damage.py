@@ -1,8 +1,7 @@
-"""Damage that Pillow's decoders pass over: found by checksums, lengths and a stricter decoder.
+"""Damage that Pillow's decoders ignore, found by checksums, lengths and a stricter decoder.
 
-JPEG has no checksums: what libjpeg notices is damage (a code that does not exist, data that is left
-over or missing), and a flipped bit may still give another picture of the same form. PNG has a
-checksum for each chunk. WebP has a length.
+JPEG has no checksums: libjpeg reports invalid codes and missing or extra data, but a flipped bit
+may still give another valid picture. PNG has a checksum per chunk, WebP has a length.
 """
 
 import struct
@@ -17,45 +16,46 @@ except ImportError:  # no wheel for this platform
     simplejpeg = None
 
 _DAMAGE = ("Corrupt JPEG data", "Premature end", "Inconsistent progression")
-"""How libjpeg's warnings begin that mean wrong pixels; others mean odd headers."""
+"""Prefixes of libjpeg warnings that mean wrong pixels; others concern odd headers."""
 _COLOURS = {"Gray": "GRAY", "CMYK": "CMYK", "YCCK": "CMYK"}
 _MAX_WORK = 20 * 89_478_485
-"""Most pixels times scans of a JPEG: 20 scans, of a dozen in use, over the largest by default."""
+"""Maximum of pixels x scans of a JPEG: 20 scans (a dozen is usual) of the largest default image."""
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 
 
 class DamageError(ValueError):
-    """The pixels of an image are damaged; the text says how that shows."""
+    """The pixels of an image are damaged; the message describes the damage."""
 
 
 def check_jpeg(data: bytes, size: tuple[int, int]) -> bool:
-    """Decode a JPEG strictly, at an eighth of its size and in grey, which reads all of it.
+    """Decode a JPEG strictly, in grey and at an eighth of its size, which reads all of the data.
 
     Args:
-        data: the file, whose header has been read.
-        size: (width, height) by its header, which is held to.
+        data: the file.
+        size: (width, height) that was checked before; any other size is not decoded.
 
     Returns:
-        Whether that could be done; else it is left to Pillow, which passes over damage.
+        Whether it was decoded; if not, only Pillow can check it, which ignores some damage.
 
     Raises:
-        DamageError: libjpeg says that pixels are damaged.
+        DamageError: libjpeg reports damaged pixels.
     """
     return _decode(data, size, "GRAY", min_factor=8) is not None
 
 
 def decode_jpeg(data: bytes, size: tuple[int, int]) -> NDArray[np.uint8] | None:
-    """Decode a JPEG strictly; None where that is left to Pillow, which passes over damage.
+    """Decode a JPEG strictly.
 
     Args:
-        data: the file, whose header has been read.
-        size: (width, height) by its header, which is held to.
+        data: the file.
+        size: (width, height) that was checked before; any other size is not decoded.
 
     Returns:
-        (height, width, channels): 1 channel of grey, 3 of RGB, or 4 of inverted CMYK.
+        Pixels of shape (height, width, channels): 1 channel (grey), 3 (RGB) or 4 (inverted CMYK).
+        None if only Pillow can decode it, which ignores some damage.
 
     Raises:
-        DamageError: libjpeg says that pixels are damaged.
+        DamageError: libjpeg reports damaged pixels.
     """
     return _decode(data, size, "RGB", min_factor=1)
 
@@ -65,7 +65,7 @@ def _decode(
 ) -> NDArray[np.uint8] | None:
     if simplejpeg is None:
         return None
-    # The library has no limit of its own, and what it allocates is what its own reading says.
+    # The library has no size limit and allocates whatever size it reads itself: compare first.
     try:
         height, width, stored, _ = simplejpeg.decode_jpeg_header(data)
         if (width, height) != size:
@@ -82,21 +82,21 @@ def _decode(
 
 
 def check_scans(data: bytes, pixels: int) -> None:
-    """Refuse a JPEG of so many passes over its pixels that decoding it would take minutes.
+    """Check that a JPEG does not have so many scans that decoding it would take minutes.
 
     Raises:
-        DamageError: it has.
+        DamageError: it has too many.
     """
     scans = data.count(b"\xff\xda")
     if scans * pixels > _MAX_WORK:
-        raise DamageError(f"it has {scans:,} scans over {pixels:,} pixels, which no camera makes")
+        raise DamageError(f"it has {scans:,} scans of {pixels:,} pixels, far more than is usual")
 
 
 def check_png(data: bytes) -> None:
-    """Compare the checksum of every chunk of a PNG, down to its end.
+    """Verify the checksum of every chunk of a PNG.
 
     Raises:
-        DamageError: one differs, or the end is missing.
+        DamageError: a checksum differs, or the last chunk is missing.
     """
     view, place = memoryview(data), len(_PNG_START)
     while len(view) - place >= 12:
@@ -114,7 +114,7 @@ def check_png(data: bytes) -> None:
 
 
 def check_webp(data: bytes) -> None:
-    """Compare the length of a WebP with what its header says.
+    """Check that a WebP is as long as its header says.
 
     Raises:
         DamageError: it is shorter.

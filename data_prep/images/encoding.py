@@ -1,4 +1,4 @@
-"""Pictures written anew: where shards cannot hold their format, or where that was asked for."""
+"""Re-encoding of pictures: if shards cannot hold their format, or if the options ask for it."""
 
 import io
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from PIL import Image, ImageCms, ImageFile, ImageOps
 from data_prep.images.arrays import write_array
 
 FORMATS = ("keep", "jpeg", "png", "webp")
-"""What `Encoding.format` may be."""
+"""Valid values of `Encoding.format`."""
 
 _EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
@@ -21,16 +21,16 @@ _FULL_COLOUR_QUALITY = 90
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """What pictures are to be; the defaults keep the bytes of JPEG, PNG and WebP."""
+    """Size and format of stored pictures; the defaults keep the bytes of JPEG, PNG and WebP."""
 
     max_side: int | None = None
-    """Longest side, in pixels: larger pictures are shrunk, none is enlarged. None: any."""
+    """Maximum longer side in pixels; larger pictures are shrunk, none is enlarged. None: any."""
     short_side: int | None = None
-    """Shorter side, in pixels, to which larger pictures are shrunk. None: any."""
+    """Maximum shorter side in pixels; larger pictures are shrunk. None: any."""
     format: str = "keep"
     """Format of all pictures: keep, jpeg, png or webp; keep is their own, or else PNG."""
     quality: int = 95
-    """Quality of JPEG and WebP that are written anew, 1 to 100. JPEG is 4:4:4 from 90 on."""
+    """Quality of re-encoded JPEG and WebP, 1 to 100. JPEG is 4:4:4 from 90."""
 
     def __post_init__(self) -> None:
         for name, value in (("max-side", self.max_side), ("short-side", self.short_side)):
@@ -42,11 +42,11 @@ class Encoding:
             raise ValueError(f"--quality must be 1 to 100, got {self.quality}.")
 
     def target_size(self, width: int, height: int) -> tuple[int, int]:
-        """Return the (width, height) that a picture of this size is to have."""
+        """Return the stored (width, height) of a picture of this size."""
         if self.max_side is None and self.short_side is None:
             return width, height
         long, short = max(width, height), min(width, height)
-        # Of both limits the one that shrinks more counts; (wanted, present) avoids fractions.
+        # The limit that shrinks more counts; (wanted, present) avoids fractions.
         ratios = [(1, 1)]
         if self.max_side is not None:
             ratios.append((self.max_side, long))
@@ -57,38 +57,38 @@ class Encoding:
         return next(sides), next(sides)
 
     def target_format(self, own: str | None) -> str:
-        """Return jpeg, png or webp for a picture whose own format is that, or none of them."""
+        """Return the stored format, jpeg, png or webp, of a picture with this format."""
         return self.format if self.format != "keep" else own or "png"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """A picture written anew."""
+    """A re-encoded picture."""
 
     data: bytes
     """The file."""
     extension: str
-    """jpg, png, webp, or npy for values that no picture holds."""
+    """jpg, png, webp, or npy for values that no picture format holds."""
     width: int
     """Columns."""
     height: int
     """Rows."""
     notes: tuple[str, ...]
-    """What was changed beside format and size, as short phrases."""
+    """Changes other than format and size, as short phrases."""
 
 
 def encode(
     image: Image.Image, target: str, encoding: Encoding, *, lossless: bool = False
 ) -> Encoded:
-    """Write a loaded picture upright, in the target format, no larger than `encoding` allows.
+    """Encode a loaded picture upright, in the target format and size.
 
-    Other EXIF entries are dropped; the ICC profile is kept where the values stay in its space.
+    EXIF is dropped; the ICC profile is kept if the values stay in its colour space.
 
     Args:
-        image: any mode of Pillow.
+        image: picture of any Pillow mode.
         target: jpeg, png or webp.
         encoding: size and quality.
-        lossless: whether a WebP is to lose nothing but by its size.
+        lossless: whether to encode WebP losslessly.
 
     Raises:
         OSError, ValueError: the format cannot hold a picture of this size.
@@ -116,12 +116,12 @@ def encode(
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
-    """Return a loaded picture as its EXIF orientation says; EXIF that is damaged says nothing."""
+    """Return a loaded picture rotated by its EXIF orientation; damaged EXIF is ignored."""
     try:
         return ImageOps.exif_transpose(image)
     except MemoryError:
         raise
-    # Pillow raises nearly any type on damaged EXIF, which is no fault of the pixels.
+    # Pillow raises nearly any type on damaged EXIF, which does not affect the pixels.
     except Exception:
         return image
 
@@ -129,7 +129,7 @@ def turn_upright(image: Image.Image) -> Image.Image:
 def _encode_values(image: Image.Image) -> Encoded:
     values = np.asarray(image)
     if values.dtype != np.float32:
-        values = values.astype(np.float64)  # holds every integer of 32 bits
+        values = values.astype(np.float64)  # holds every 32-bit integer
     return Encoded(
         data=write_array(values),
         extension="npy",
@@ -142,7 +142,7 @@ def _encode_values(image: Image.Image) -> Encoded:
 def _to_plain(
     image: Image.Image, profile: bytes | None, notes: list[str]
 ) -> tuple[Image.Image, bytes | None]:
-    """Return the picture in a mode that PNG holds, and the profile its values are in."""
+    """Return the picture in a mode that PNG supports, and the profile of its values."""
     if image.mode in _PNG_MODES:
         return image, profile
     if image.mode in _PLAIN:
@@ -157,7 +157,7 @@ def _to_plain(
                 image, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
             )
         except ImageCms.PyCMSError:
-            converted = None  # the profile is damaged or of another space
+            converted = None  # the profile is damaged or of another colour space
         if converted is not None:
             return converted, None
     return image.convert("RGB"), None if image.mode == "CMYK" else profile
@@ -176,7 +176,7 @@ def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image, *, alpha: bool, notes: list[str]) -> Image.Image:
-    """Return the picture in mode L or RGB, or RGBA where transparency is there and may stay."""
+    """Return the picture in mode L or RGB, or in RGBA if it has transparency and `alpha` is set."""
     if image.mode == "I;16":
         notes.append("16 bits rounded to 8")
         values = np.asarray(image).astype(np.uint32)
@@ -215,7 +215,7 @@ def _save(
 
 @contextmanager
 def _room_for(image: Image.Image) -> Iterator[None]:
-    """Let Pillow write an optimised JPEG at once, whose whole length its buffer must hold."""
+    """Enlarge Pillow's buffer, which must hold the whole of an optimised JPEG."""
     before = ImageFile.MAXBLOCK
     ImageFile.MAXBLOCK = max(before, 8 * image.width * image.height + 2**20)
     try:

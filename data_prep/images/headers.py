@@ -1,6 +1,7 @@
-"""Size of a JPEG from its header: what Pillow finds too, where its header is a plain one.
+"""File headers: the size of plain JPEGs, and the bit depth that Pillow truncates to 8.
 
-Pillow takes 15 times as long to open a file, which for images of a few kB is most of the work.
+Opening a JPEG with Pillow takes 15 times as long as reading a plain header here, and for images of
+a few kB that would be most of the work.
 """
 
 from collections.abc import Iterator
@@ -12,13 +13,17 @@ _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
 _SKIPPED = (0xC4, 0xDD, 0xFE)  # Huffman tables, restart interval, comment
 _SCAN = 0xDA
 _TABLE_BYTES = 65
+_BITS_PER_SAMPLE = 258
+_JPEG2000_SIZES = b"\xff\x51"
+_AV1_SETTINGS = b"av1C"
 
 
 def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Return (width, height) of a grey or colour JPEG of a plain header; None where Pillow decides.
+    """Return (width, height) of a grey or colour JPEG with a plain header, otherwise None.
 
-    Plain is a header of segments without gaps that Pillow cannot trip over: one frame of 8 bits,
-    whole tables, and of metadata JFIF, ICC profile, Adobe's mark and comments.
+    A plain header has no gaps between segments and nothing that could make Pillow fail: one 8-bit
+    frame, complete tables, and no metadata but JFIF, ICC profile, Adobe marker and comments. Pillow
+    finds the same size, so it need not be asked.
     """
     size = None
     for kind, first, stop in _segments(data):
@@ -35,7 +40,7 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Yield kind, first byte and end of every segment that follows the last without a gap."""
+    """Yield (marker, first byte, end) of every segment that follows the last without a gap."""
     place = 2 if data.startswith(_START) else len(data)
     while place <= len(data) - 4 and data[place] == 0xFF:
         kind, first = data[place + 1], place + 4
@@ -71,13 +76,8 @@ def _is_plain(data: bytes, kind: int, first: int, stop: int) -> bool:
     return False
 
 
-_BITS_PER_SAMPLE = 258
-_JPEG2000_SIZES = b"\xff\x51"
-_AV1_SETTINGS = b"av1C"
-
-
 def truncated_bit_depth(image: Image.Image, data: bytes) -> int:
-    """Return the bits a channel of a file whose values Pillow cuts to 8 bits, else 0.
+    """Return the bits per channel of a file whose values Pillow truncates to 8 bits, else 0.
 
     Args:
         image: the opened file; its pixels are not loaded.
@@ -85,7 +85,7 @@ def truncated_bit_depth(image: Image.Image, data: bytes) -> int:
     """
     match image.format:
         case "PNG":
-            bits = data[24] if data[25] else 8  # grey of 16 bits is read as it is
+            bits = data[24] if data[25] else 8  # 16-bit grey is read as it is
         case "TIFF":
             bits = _tiff_bits(image)
         case "PPM":

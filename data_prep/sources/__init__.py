@@ -1,1 +1,1 @@
-"""Where images come from: folders, archives, lists, shards."""
+"""Image sources: folders, archives, lists and shards, local or remote."""

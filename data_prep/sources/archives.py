@@ -1,4 +1,4 @@
-"""Archives as sources: zips and tars, whose members are read by their position."""
+"""Zip and tar archives as sources; members are read at their recorded offsets."""
 
 import struct
 import tarfile
@@ -16,7 +16,7 @@ _EXTRA_BYTES = 64
 
 
 class ZipSource:
-    """A zip, whose members are read by their position so that no process need hold its listing."""
+    """A zip; members are read at their offsets, so no process needs to hold the directory."""
 
     is_explicit = False
     classes: tuple[str, ...] | None = None
@@ -49,16 +49,16 @@ class ZipSource:
                 )
 
     def unmeasured_files(self) -> Iterator[SourceFile]:
-        """Yield every member that is not a folder; a zip has one list of all it knows of them."""
+        """Yield every member that is not a folder; the directory of a zip has their sizes too."""
         return self.files()
 
     def read(self, file: SourceFile) -> bytes:
-        """Return the bytes of a member, never more than it declares.
+        """Return the bytes of a member, never more than its declared size.
 
         Raises:
             UnreadableFileError: its data is cut, damaged or longer than declared.
         """
-        # Name and extra field are as long as they say, and nearly always no longer than this.
+        # Name and extra field have any length, but nearly always at most this.
         block = self._bytes.read(file.offset, 30 + len(file.path) + _EXTRA_BYTES + file.stored)
         if len(block) < 30 or block[:4] != b"PK\x03\x04":
             raise UnreadableFileError("its header in the zip is damaged")
@@ -81,9 +81,9 @@ class ZipSource:
 
 
 class TarSource:
-    """An uncompressed tar, whose members are read by their position.
+    """An uncompressed tar; members are read at their offsets.
 
-    A member that is a tar itself is a class: its members are files, labelled with its stem.
+    A member that is itself a tar is a class: its members are files labelled with its stem.
     """
 
     is_explicit = False
@@ -109,11 +109,11 @@ class TarSource:
                 yield file
 
     def unmeasured_files(self) -> Iterator[SourceFile]:
-        """Yield every member that is not a folder, whose headers name its size too."""
+        """Yield every member that is not a folder; the headers of a tar have their sizes too."""
         return self.files()
 
     def _inner(self, tar: SourceFile) -> Iterator[SourceFile]:
-        """Yield the members of a tar inside the tar, and the tar itself where it is damaged."""
+        """Yield the members of a tar inside the tar, and the inner tar itself if it is damaged."""
         label = PurePosixPath(tar.path).stem
         try:
             for member in walk_tar(self.path, start=tar.offset, length=tar.size):

@@ -1,4 +1,4 @@
-"""Lines sorted on disk: any number of them in bounded memory."""
+"""External merge sort of lines, in bounded memory."""
 
 import heapq
 import os
@@ -7,13 +7,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 _LINES_IN_MEMORY = 50_000
-_RUNS_AT_ONCE = 200
+_MAX_MERGED_RUNS = 200
 
 
 class ExternalSort:
-    """Lines totals in any order and given back sorted by their key, then by themselves.
+    """Lines added in any order and returned sorted by key, then by content.
 
-    Runs of lines are sorted in memory, written to files and merged.
+    Runs of lines are sorted in memory, written to files, and merged.
     """
 
     def __init__(self, folder: Path, name: str, *, lines_in_memory: int = _LINES_IN_MEMORY) -> None:
@@ -24,22 +24,22 @@ class ExternalSort:
         self._made = 0
 
     def add(self, key: str, line: str) -> None:
-        """Add a line; neither it nor its key may hold a tab or a line's end, nor non-ASCII."""
+        """Add a line; line and key must be ASCII without tabs and line breaks."""
         self._lines.append(f"{key}\t{line}\n")
         if len(self._lines) >= self._lines_in_memory:
             self._write_run(sorted(self._lines))
             self._lines = []
 
     def merged(self) -> Iterator[tuple[str, str]]:
-        """Yield (key, line) in order; the files are removed at the end.
+        """Yield (key, line) in order, then remove the files.
 
         Raises:
             OSError: the disk is full or cannot be read.
         """
         self._lines.sort()
         try:
-            while len(self._runs) > _RUNS_AT_ONCE:
-                runs, self._runs = self._runs[:_RUNS_AT_ONCE], self._runs[_RUNS_AT_ONCE:]
+            while len(self._runs) > _MAX_MERGED_RUNS:
+                runs, self._runs = self._runs[:_MAX_MERGED_RUNS], self._runs[_MAX_MERGED_RUNS:]
                 self._write_run(self._merge(runs))
                 for run in runs:
                     run.unlink()
@@ -50,7 +50,7 @@ class ExternalSort:
             self.discard()
 
     def discard(self) -> None:
-        """Remove all files and forget all lines."""
+        """Remove all files and lines."""
         for run in self._runs:
             run.unlink(missing_ok=True)
         self._runs, self._lines = [], []

@@ -1,4 +1,4 @@
-"""Files of a source: how each is named and found, and which are wanted."""
+"""Files of a source, and the selection of files to use."""
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -9,7 +9,7 @@ from data_prep.format.manifest import IMAGE_SUFFIXES
 
 
 class SourceError(ValueError):
-    """A source is missing, of no known kind, or holds no images."""
+    """A source is missing, not supported, or has no images."""
 
 
 class UnreadableFileError(ValueError):
@@ -17,55 +17,58 @@ class UnreadableFileError(ValueError):
 
 
 class SourceFile(NamedTuple):
-    """One file of a source, and how to read it."""
+    """One file of a source, and how to read it.
+
+    All fields enter the fingerprint of the source: the texts of `problem` must not change either.
+    """
 
     path: str
-    """Path inside the source, with forward slashes."""
+    """Path in the source, with forward slashes."""
     size: int
-    """Length in bytes, as the source declares it."""
+    """Length in bytes, as declared by the source."""
     stamp: int
-    """What changes with the content: modification time (folder, tar) or CRC-32 (zip)."""
+    """A number that changes with the content: modification time (folder, tar) or CRC-32 (zip)."""
     offset: int = 0
-    """Where the member lies in the archive: its data in a tar, its header in a zip."""
+    """Offset in the archive, in bytes: of the data in a tar, of the header in a zip."""
     stored: int = 0
     """Length of the compressed data in a zip."""
     method: int = 0
     """Compression method in a zip: 0 stored, 8 deflated."""
     problem: str = ""
-    """Why the file must not be used; empty where it may be."""
+    """Why the file must not be used, or empty."""
     container: str = ""
-    """Archive of the source that holds it, where there are several."""
+    """Archive that holds it, if the source has several."""
     label: str | None = None
-    """Class name that was given for it; None where its folder names its class."""
+    """Class name from a list or shard; None: the class is the name of its folder."""
     split: str = ""
-    """Split that was given for it."""
+    """Split from a list or shard."""
     fields: str = ""
-    """What else was given for it: a JSON object as text, or nothing."""
+    """Other fields from a list or shard: a JSON object as text, or empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which files of a source are wanted."""
+    """Which files of a source to use."""
 
     include: tuple[str, ...] = ()
-    """Patterns of paths to take, whatever their suffix; empty takes every image suffix."""
+    """Glob patterns of paths to use, whatever their suffix; empty: every image suffix."""
     exclude: tuple[str, ...] = ()
-    """Patterns of paths to leave out."""
+    """Glob patterns of paths to skip."""
     max_bytes: int = 512 * 2**20
-    """Longest file taken, in bytes."""
+    """Largest accepted file, in bytes."""
     split_column: str = "split"
-    """Column or field that names the split of a file."""
+    """Column or field with the split of a file."""
     only_split: str | None = None
-    """Split to take; None takes all."""
+    """Split to use; None: all."""
     root: str | None = None
-    """Folder that the paths of a list are relative to; None is the folder of the list."""
+    """Folder that the paths of a list are relative to; None: the folder of the list."""
 
     def wants(self, file: SourceFile, *, explicit: bool = False) -> bool:
-        """Tell whether a file is wanted; in a pattern `*` also stands for slashes.
+        """Return whether to use a file; in a pattern, `*` also matches slashes.
 
         Args:
             file: a file of a source.
-            explicit: whether someone named it in a list, so that its suffix does not matter.
+            explicit: whether a list or shard names it, so that its suffix does not matter.
         """
         path = file.path
         if self.only_split is not None and file.split != self.only_split:
@@ -78,7 +81,7 @@ class Selection:
             return any(fnmatchcase(path, pattern) for pattern in self.include)
         if explicit:
             return True
-        name = path[path.rfind("/") + 1 :]  # a PurePosixPath takes longer than all the rest
+        name = path[path.rfind("/") + 1 :]  # a PurePosixPath would take longer than all the rest
         dot = name.rfind(".")
         suffix = name[dot:].lower() if dot > 0 else ""
         return suffix in IMAGE_SUFFIXES or bool(suffix == ".tar" and file.problem)
@@ -86,6 +89,6 @@ class Selection:
 
 def _is_hidden(path: str) -> bool:
     if "__MACOSX" not in path and "/." not in path and path[:1] != ".":
-        return False  # nearly always, and much faster than to look at each part
+        return False  # nearly always, and much faster than splitting the path
     parts = PurePosixPath(path).parts
     return "__MACOSX" in parts or any(part[0] == "." and part != ".." for part in parts)

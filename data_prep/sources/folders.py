@@ -1,4 +1,4 @@
-"""A folder tree as a source."""
+"""Folders as sources, local or remote."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import SourceError, SourceFile, UnreadableFileError
 
 _SORTED_IN_MEMORY = 50_000
-_OPEN_AT_ONCE = 64
+_MAX_OPEN_FOLDERS = 64
 _BROKEN_LINKS: dict[int | None, str] = {
     errno.ENOENT: "it is a broken link",
     errno.ELOOP: "it is a link that leads back to itself",
@@ -22,12 +22,12 @@ _ODD_LINK = "it is a link that cannot be followed"
 
 
 class FolderSource:
-    """A folder of files, its subfolders included; links are followed, but not in circles.
+    """A local folder with its subfolders; links are followed, except in circles.
 
     Args:
         path: the folder.
-        ordered: whether files come in the order of their paths.
-        without: a folder that must not lie in it, however it is linked.
+        ordered: whether files are listed in the order of their paths.
+        without: a folder that must not be inside it, even through links.
     """
 
     is_explicit = False
@@ -39,21 +39,21 @@ class FolderSource:
         self._prefix = os.path.join(path, "")  # noqa: PTH118 - joined to many names
 
     def files(self) -> Iterator[SourceFile]:
-        """Yield every file below the folder, in the order of their paths if asked for.
+        """Yield every file in the folder tree, in the order of their paths if `ordered`.
 
         Raises:
-            SourceError: the folder to be left out lies in it.
+            SourceError: the folder `without` is inside it.
         """
         for path in self._walk(ordered=self._ordered):
             yield self._measure(path)
 
     def unmeasured_files(self) -> Iterator[SourceFile]:
-        """Yield every file by its path alone, in any order."""
+        """Yield every file without size and stamp, in any order."""
         for path in self._walk(ordered=False):
             yield SourceFile(path, 0, 0)
 
     def _walk(self, *, ordered: bool) -> Iterator[str]:
-        """Yield the path of every file, however deep: the folders that are open are a list."""
+        """Yield the path of every file; iterative, so that the depth is not limited."""
         refused = _identity(self._without) if self._without and self._without.exists() else None
         identity = _identity(self.path)
         open_folders = [("", identity, self._entries("", ordered=ordered))]
@@ -73,17 +73,17 @@ class FolderSource:
             identity = _identity(self.path / below)
             if identity == refused:
                 raise SourceError(
-                    f"{self.path / below} in the source is the folder that shards are written to. "
-                    "Give a folder outside of the source."
+                    f"{self.path / below} in the source is the output folder. Give one outside of "
+                    "the source."
                 )
             if identity not in ancestors:
-                if len(open_folders) >= _OPEN_AT_ONCE:  # no descriptor for each of so many levels
+                if len(open_folders) >= _MAX_OPEN_FOLDERS:  # limit the open file descriptors
                     open_folders[-1] = (*open_folders[-1][:2], iter(list(entries)))
                 open_folders.append((below, identity, self._entries(below, ordered=ordered)))
                 ancestors.add(identity)
 
     def _entries(self, prefix: str, *, ordered: bool) -> Iterator[tuple[str, bool]]:
-        """Yield (name, is a folder) of what lies in a folder."""
+        """Yield (name, is a folder) for the entries of a folder."""
         with os.scandir(self.path / prefix) as found:
             entries = ((entry.name, _is_folder(entry)) for entry in found)
             yield from _sort(entries) if ordered else entries
@@ -101,11 +101,11 @@ class FolderSource:
         return SourceFile(path, status.st_size, status.st_mtime_ns)
 
     def size_and_stamp(self, path: str) -> tuple[int, int]:
-        """Return the length of a file in bytes, and when it was changed.
+        """Return the length of a file in bytes and its modification time.
 
         Raises:
-            OSError: it is not there, or no file.
-            ValueError: its name is impossible.
+            OSError: it is missing or not a file.
+            ValueError: its name is invalid.
         """
         status = os.stat(self.path / path)  # noqa: PTH116 - one call for each of many
         if not stat.S_ISREG(status.st_mode):
@@ -116,7 +116,7 @@ class FolderSource:
         """Return the bytes of a file.
 
         Raises:
-            UnreadableFileError: it is gone or may not be read.
+            UnreadableFileError: it is missing or may not be read.
         """
         try:
             return (self.path / file.path).read_bytes()
@@ -128,7 +128,7 @@ class FolderSource:
 
 
 def _sort(entries: Iterator[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
-    """Yield (name, is a folder) as the paths below sort; on disk where a folder holds very many."""
+    """Yield (name, is a folder) in the order of the paths; sorted on disk if there are many."""
     first = list(islice(entries, _SORTED_IN_MEMORY))
     if len(first) < _SORTED_IN_MEMORY:
         yield from sorted(first, key=lambda entry: _sort_key(*entry))
@@ -150,7 +150,7 @@ def _sort_key(name: str, is_folder: bool) -> bytes:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link in a circle; what is wrong with it shows when it is measured
+    except OSError:  # a link in a circle, which is reported when it is measured
         return False
 
 
@@ -160,7 +160,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 class RemoteFolderSource:
-    """What lies below a URL, one folder listed after the other in the order of their names."""
+    """A folder at a URL with its subfolders, listed in the order of their names."""
 
     is_explicit = False
     classes: tuple[str, ...] | None = None
@@ -178,14 +178,14 @@ class RemoteFolderSource:
             yield SourceFile(path, size, stamp)
 
     def unmeasured_files(self) -> Iterator[SourceFile]:
-        """Yield every file; a store that names it tells its length as well."""
+        """Yield every file; listing a store gives their sizes too."""
         return self.files()
 
     def size_and_stamp(self, path: str) -> tuple[int, int]:
-        """Return the length of a file in bytes, and what changes with its content.
+        """Return the length of a file in bytes and a stamp that changes with its content.
 
         Raises:
-            FileNotFoundError: it is not there.
+            FileNotFoundError: it is missing.
             StorageError: the store does not answer.
         """
         return (self.path / path).size_and_stamp()
@@ -194,7 +194,7 @@ class RemoteFolderSource:
         """Return the bytes of a file.
 
         Raises:
-            UnreadableFileError: it is gone or may not be read.
+            UnreadableFileError: it is missing or may not be read.
             StorageError: the store does not answer.
         """
         try:

@@ -1,4 +1,4 @@
-"""Lists of paths as sources: a text file, a CSV or a Parquet file, read a few rows at a time."""
+"""Lists of paths as sources: text, CSV or Parquet files, read a few rows at a time."""
 
 import csv
 import json
@@ -18,10 +18,10 @@ LIST_SUFFIXES = (".txt", ".tsv", ".csv", ".parquet")
 
 
 class ListSource:
-    """A list of paths below a folder, with labels, splits and other fields where it has them.
+    """A list of paths in a folder, optionally with labels, splits and other fields.
 
-    A text list has one path a line, and a label after a tab if wanted. CSV and Parquet have a
-    column `path`, optionally `label` and a split, and any other columns become JSON fields.
+    A text list has one path per line, optionally followed by a tab and a label. CSV and Parquet
+    have a column `path`, optionally `label` and a split; other columns become JSON fields.
     """
 
     is_explicit = True
@@ -36,7 +36,7 @@ class ListSource:
         )
 
     def files(self) -> Iterator[SourceFile]:
-        """Yield every file that the list names, in its order.
+        """Yield every file in the list, in its order.
 
         Raises:
             SourceError: the list is damaged, is not UTF-8 or has no column `path`.
@@ -45,7 +45,7 @@ class ListSource:
             yield self._measure(file)
 
     def unmeasured_files(self) -> Iterator[SourceFile]:
-        """Yield every file as the list describes it, without looking for it.
+        """Yield every file in the list without size and stamp; the files are not accessed.
 
         Raises:
             SourceError: the list is damaged, is not UTF-8 or has no column `path`.
@@ -65,7 +65,7 @@ class ListSource:
         """Return the bytes of a file.
 
         Raises:
-            UnreadableFileError: it is gone or may not be read.
+            UnreadableFileError: it is missing or may not be read.
         """
         return self._folder.read(file)
 
@@ -102,7 +102,7 @@ class ListSource:
 
 @contextmanager
 def _on_disk(path: Location) -> Iterator[Path]:
-    """Give a list as a file on this machine, copied from where it is for the time it is read."""
+    """Yield a list as a local file; a remote one is downloaded for the time it is read."""
     if isinstance(path, Path):
         yield path
         return
@@ -123,7 +123,7 @@ def _describe_fields(fields: Mapping[str, Any]) -> str:
 
 
 def _read_text(path: Path) -> Iterator[dict[str, Any]]:
-    # Read as bytes would name files that are not UTF-8 too.
+    # Surrogate escapes keep names that are not UTF-8.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         for line in file:
             name, _, label = line.rstrip("\r\n").partition("\t")
@@ -142,7 +142,7 @@ def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
                 )
             for row in rows:
                 if "" in row:
-                    row["path"] = ""  # more values than columns: which is which is unknown
+                    row["path"] = ""  # more values than columns, so it is unclear which is which
                 yield row
         except csv.Error as error:
             raise SourceError(f"{path} is a damaged CSV, line {rows.line_num}: {error}.") from None
@@ -154,7 +154,7 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
         import pyarrow.parquet  # noqa: PLC0415
     except ImportError:
         raise SourceError(
-            f"{path} is read with pyarrow, which is missing: pip install 'simmim[parquet]'"
+            f"{path} needs pyarrow, which is not installed: pip install 'simmim[parquet]'."
         ) from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:

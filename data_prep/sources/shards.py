@@ -1,4 +1,4 @@
-"""Shards as a source: WebDataset tars, ours or anyone's, read to be written anew."""
+"""Folders of WebDataset tars as sources, for resharding."""
 
 import json
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ _MAX_METADATA_BYTES = 2**20
 
 
 class ShardSource:
-    """A folder of WebDataset tars; a sample's label, JSON fields and key are kept."""
+    """A folder of WebDataset tars, read by sample with its label, JSON fields and key."""
 
     is_explicit = True
 
@@ -27,7 +27,7 @@ class ShardSource:
             self.classes = read_manifest(path).classes or None
 
     def files(self) -> Iterator[SourceFile]:
-        """Yield the image of every sample, and whatever cannot be used with its problem.
+        """Yield the image of every sample; those that cannot be used have a problem.
 
         Raises:
             SourceError: there are no tars.
@@ -35,19 +35,19 @@ class ShardSource:
         """
         tars = sorted(path.name for path in self.path.glob("*.tar") if path.name[0] != ".")
         if not tars:
-            raise SourceError(f"{self.path} holds no tars. Give a folder of WebDataset tars.")
+            raise SourceError(f"{self.path} has no tars. Give a folder of WebDataset tars.")
         for name in tars:
             yield from self._samples(name)
 
     def unmeasured_files(self) -> Iterator[SourceFile]:
-        """Yield the image of every sample, whose labels stand in the tars."""
+        """Yield the image of every sample; labels are in the tars, so these are read anyway."""
         return self.files()
 
     def read(self, file: SourceFile) -> bytes:
         """Return the bytes of an image.
 
         Raises:
-            UnreadableFileError: the tar is gone or cut before its end.
+            UnreadableFileError: the tar is missing or cut before its end.
         """
         try:
             data = self._reader(file.container).read(file.offset, file.size)
@@ -58,7 +58,7 @@ class ShardSource:
         return data
 
     def close(self) -> None:
-        """Close the tar that was read last."""
+        """Close the tar read last."""
         if self._open is not None:
             self._open[1].close()
             self._open = None
@@ -132,7 +132,7 @@ class ShardSource:
 
 
 def _leave_out_arrays(images: list[SourceFile]) -> list[SourceFile]:
-    """Return the pictures of a sample, or its array if it has none, as an index takes them."""
+    """Return the pictures of a sample, or its array if it has none, as the index does."""
     pictures = [file for file in images if not file.path.lower().endswith(".npy")]
     return pictures or images
 

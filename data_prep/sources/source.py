@@ -1,4 +1,4 @@
-"""Where images come from: a folder, an archive, a list or shards, listed and read by position."""
+"""Opening a source of images: a folder, a zip, a tar, a list of paths, or a folder of shards."""
 
 import zipfile
 from pathlib import Path
@@ -25,18 +25,18 @@ def open_source(
 ) -> Source:
     """Open a folder, a zip, an uncompressed tar, a list of paths, or a folder of shards.
 
-    Archives in a store are read by range, lists are copied for the time they are read.
+    Remote archives are read by byte range; remote lists are downloaded while they are read.
 
     Args:
-        path: what to open.
-        selection: where a list's paths begin, and the column that names a split.
-        shards: whether `path` is a folder of WebDataset tars to be read sample by sample.
+        path: path or URL.
+        selection: root folder of a list's paths, and the column with the split.
+        shards: whether `path` is a folder of WebDataset tars to read sample by sample.
         ordered: whether a folder must list its files in the same order every time.
-        without: a folder that must not lie in a folder of files, however it is linked.
+        without: a folder that must not be inside a source folder, even through links.
 
     Raises:
-        SourceError: there is nothing at `path`, or it is of another kind.
-        TarError: it is a compressed tar.
+        SourceError: there is nothing at `path`, or it is not a supported source.
+        TarError: it is a compressed or damaged tar.
     """
     selection = selection or Selection()
     if isinstance(path, RemotePath):
@@ -72,10 +72,11 @@ def _open_file(path: Location, selection: Selection) -> Source:
         if zipfile.is_zipfile(file):
             return ZipSource(path)
     if ".tar" in path.name.lower() or path.name.lower().endswith((".tgz", ".txz", ".tbz2")):
-        list(walk_tar(path))  # raises, and says whether it is compressed or damaged
+        list(walk_tar(path))  # raises an error that says whether it is compressed or damaged
     suffixes = ", ".join(LIST_SUFFIXES)
     raise SourceError(
-        f"source {path} is neither a folder, a zip nor a tar of images, nor a list ({suffixes})."
+        f"source {path} is not a folder, a zip or a tar of images, nor a list ({suffixes}). "
+        f"Give {_KINDS}."
     )
 
 

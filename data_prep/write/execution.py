@@ -51,7 +51,7 @@ def map_shards(
             write_shard,
             tasks,
             address=execution.address,
-            at_once=execution.workers,
+            max_in_flight=execution.workers,
             tick=tick,
             may_start=may_start,
         )

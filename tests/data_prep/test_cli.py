@@ -93,11 +93,11 @@ def _bad_sources(folder: Path, whole: bytes) -> dict[str, tuple[Path, str]]:
     (folder / "broken.zip").write_bytes(b"PK\x03\x04 and nothing else")
     return {
         "empty": (folder / "empty", "is empty"),
-        "text": (folder / "text", "a.jpg: it is not an image of a known format"),
+        "text": (folder / "text", "a.jpg: it is not an image"),
         "cut": (folder / "cut", "a.jpg: it does not decode"),
         "other": (folder / "other", "holds no images"),
         "missing": (folder / "missing", "does not exist"),
-        "broken": (folder / "broken.zip", "neither a folder, a zip nor a tar"),
+        "broken": (folder / "broken.zip", "is not a folder, a zip or a tar"),
     }
 
 

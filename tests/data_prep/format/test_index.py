@@ -42,7 +42,7 @@ def test_the_index_of_a_foreign_tar(tmp_path: Path, write_tar: WriteTar) -> None
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"a.jpg": b"x", "b.jpg": b"x", "a.cls": b"1"}, "not side by side"),
+        ({"a.jpg": b"x", "b.jpg": b"x", "a.cls": b"1"}, "contiguous"),
         ({"a.jpg": b"x", "a.png": b"x"}, "two images"),
         ({"a.jpg": b"x", "a.JPG": b"x"}, "twice"),
         ({"a.jpg": b""}, "empty"),

@@ -196,7 +196,7 @@ def test_reshard_of_shards_that_someone_else_wrote(
         "one.tar/5.png": "its sample '5' has another image already",
     }
     assert built.found == len(samples) + 3
-    with pytest.raises(SourceError, match="holds no tars"):
+    with pytest.raises(SourceError, match="no tars"):
         build_shards(tmp_path, tmp_path / "c", ShardOptions(), shards=True)
 
 

@@ -215,7 +215,7 @@ def test_a_file_that_vanished_is_unreadable(image_folder: Path) -> None:
 
 def test_what_is_no_source_is_refused(tmp_path: Path, image_tar: Path) -> None:
     for name, data, message in (
-        ("a.bin", b"text", "neither a folder, a zip nor a tar"),
+        ("a.bin", b"text", "is not a folder, a zip or a tar"),
         ("a.tar.gz", gzip.compress(image_tar.read_bytes()), "compressed tar"),
         ("b.tar", image_tar.read_bytes()[10:], "not a tar"),
     ):
