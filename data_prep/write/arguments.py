@@ -1,4 +1,4 @@
-"""Arguments of `data-prep shard` and `reshard`, and the options they stand for."""
+"""Command-line arguments of `data-prep shard` and `reshard`, and the options they set."""
 
 import argparse
 import re
@@ -11,51 +11,52 @@ from data_prep.write.execution import Execution
 from data_prep.write.plan import ShardOptions
 
 DEFAULT_MAX_REJECTED = 0.05
-"""Largest share of images that may be rejected unless told otherwise."""
+"""Default of the largest fraction of images that may be rejected."""
 
 
 def add_shard_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add all options of writing shards but the number of workers."""
+    """Add all arguments for writing shards except the number of workers."""
     numbers = {
         "--samples-per-shard": (
             None,
-            "most samples in a shard; None: the least of 10,000, 256 MiB and an 8th of all",
+            "maximum samples per shard; None: the least of 10,000, 256 MiB, and an 8th of all",
         ),
         "--bytes-per-shard": (
             None,
-            "most bytes of the source's images in a shard, filled one after another",
+            "maximum bytes of source images per shard; shards are filled one after another",
         ),
-        "--max-pixels": (MAX_PIXELS, "largest image taken, in pixels"),
-        "--max-bytes": (Selection().max_bytes, "largest image file taken, in bytes"),
+        "--max-pixels": (MAX_PIXELS, "reject images with more pixels"),
+        "--max-bytes": (Selection().max_bytes, "reject image files with more bytes"),
         "--shuffle-window": (
             None,
-            "shuffle among N files in the source's order; None: among all, which are listed first",
+            "shuffle within windows of N files in source order; None: list all files first, then "
+            "shuffle all",
         ),
     }
     for name, (default, about) in numbers.items():
         parser.add_argument(name, type=positive, metavar="N", default=default, help=about)
     texts = {
-        "--root": (None, "folder that paths of a list begin in; None: the folder of the list"),
-        "--split-column": ("split", "column or JSON field that names the split"),
-        "--only-split": (None, "split to take; None: all"),
+        "--root": (None, "folder that the paths of a list are relative to; None: the list's own"),
+        "--split-column": ("split", "column or JSON field with the split"),
+        "--only-split": (None, "use this split only; None: all"),
     }
     for name, (text, about) in texts.items():
         parser.add_argument(name, metavar="NAME", default=text, help=about)
     globs = {
-        "--include": "take paths that match, whatever their suffix; * also matches /",
-        "--exclude": "leave out paths that match; * also matches /",
+        "--include": "use only paths that match, whatever their suffix; * also matches /",
+        "--exclude": "skip paths that match; * also matches /",
     }
     for name, about in globs.items():
         parser.add_argument(
             name, action="append", metavar="GLOB", default=[], help=f"{about}; may be repeated"
         )
     _add_encoding(parser)
-    _add_shares(parser)
+    _add_split(parser)
     switches = {
-        "--no-shuffle": "keep the source's order, in folders that of paths; as --shuffle-window 1",
-        "--no-check": "read image headers only, do not decode",
-        "--deduplicate": "of files with the same bytes keep the one with the smallest path",
-        "--overwrite": "replace shards made from other options or other input",
+        "--no-shuffle": "keep the order of the source (folders: by path); same as --shuffle-window 1",
+        "--no-check": "read image headers only, without decoding the images",
+        "--deduplicate": "of files with identical bytes, keep the one with the smallest path",
+        "--overwrite": "replace shards written from other options or other input",
     }
     for name, about in switches.items():
         parser.add_argument(name, action="store_true", help=about)
@@ -63,18 +64,18 @@ def add_shard_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_max_rejected(parser: argparse.ArgumentParser) -> None:
-    """Add the ceiling on rejected images."""
+    """Add the limit on rejected images."""
     parser.add_argument(
         "--max-rejected",
         type=float,
         metavar="SHARE",
         default=DEFAULT_MAX_REJECTED,
-        help="largest share of images that may be rejected, duplicates not counted",
+        help="fail if a larger fraction of images is rejected (duplicates not counted)",
     )
 
 
 def parse_options(arguments: argparse.Namespace) -> ShardOptions:
-    """Return the options that decide what is written."""
+    """Return the options that determine what is written."""
     return ShardOptions(
         samples_per_shard=arguments.samples_per_shard,
         bytes_per_shard=arguments.bytes_per_shard,
@@ -104,7 +105,7 @@ def parse_options(arguments: argparse.Namespace) -> ShardOptions:
 
 
 def parse_execution(arguments: argparse.Namespace) -> Execution:
-    """Return how the work is to be done."""
+    """Return the options for how the work is done."""
     return Execution(
         workers=arguments.workers,
         ray=arguments.executor == "ray",
@@ -115,9 +116,9 @@ def parse_execution(arguments: argparse.Namespace) -> Execution:
 
 
 def positive(text: str) -> int:
-    """Return the number, at least 1, that an argument says."""
+    """Parse an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
     return int(text)
 
 
@@ -125,7 +126,7 @@ def _add_encoding(parser: argparse.ArgumentParser) -> None:
     numbers = {
         "--max-side": (None, "shrink pictures whose longer side has more pixels"),
         "--short-side": (None, "shrink pictures whose shorter side has more pixels"),
-        "--quality": (Encoding().quality, "of JPEG and WebP written anew; JPEG is 4:4:4 from 90"),
+        "--quality": (Encoding().quality, "quality of re-encoded JPEG and WebP; 4:4:4 from 90"),
     }
     for name, (default, about) in numbers.items():
         parser.add_argument(name, type=positive, metavar="N", default=default, help=about)
@@ -133,24 +134,25 @@ def _add_encoding(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=FORMATS,
         default=Encoding().format,
-        help="of all pictures; keep: bytes of JPEG, PNG and WebP as they are, others to PNG",
+        help="format of all pictures; keep: JPEG, PNG and WebP byte for byte, others as PNG",
     )
 
 
-def _add_shares(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle over all samples")
+def _add_split(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle")
     parser.add_argument(
         "--validation-fraction",
         type=float,
         metavar="SHARE",
         default=0.0,
-        help="share of samples, chosen by path and seed, that the last shards hold",
+        help="fraction of samples for validation, chosen by path and seed, in the last shards",
     )
     parser.add_argument(
         "--near-duplicates",
         type=int,
         metavar="BITS",
-        help="drop images whose perceptual hashes differ by at most BITS of 64 from a smaller path",
+        help="drop images whose perceptual hash differs from that of an image with a smaller path "
+        "by at most BITS of 64",
     )
 
 
@@ -160,23 +162,21 @@ def _add_execution(parser: argparse.ArgumentParser) -> None:
         "--executor",
         choices=("processes", "ray"),
         default="processes",
-        help="what shards are written by: processes of this machine, or a Ray cluster",
+        help="write shards in local processes or on a Ray cluster",
     )
-    parser.add_argument(
-        "--address", help="address of the Ray cluster; None starts one on this machine"
-    )
+    parser.add_argument("--address", help="address of the Ray cluster; None: start a local one")
     parser.add_argument(
         "--staging",
         type=Path,
         metavar="FOLDER",
-        help="folder that shards for a URL wait in until uploaded, 3 for each worker at most, and "
-        "where a stopped run goes on; None: in the user's cache",
+        help="local folder for shards until they are uploaded to a URL (at most 3 per worker), from "
+        "which a stopped run resumes; None: in the user's cache",
     )
     parser.add_argument(
         "--part",
         type=_part,
         metavar="I/N",
-        help="write this part of the shards alone, from 1/N to N/N; then `data-prep merge`",
+        help="write only this part of the shards, from 1/N to N/N; finish with `data-prep merge`",
     )
 
 

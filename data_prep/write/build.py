@@ -1,4 +1,4 @@
-"""A source made into a set of shards, from listing to manifest."""
+"""Building a set of shards from a source, from listing to manifest."""
 
 import shutil
 from collections.abc import Container, Iterable, Iterator, Sequence
@@ -37,14 +37,14 @@ from data_prep.write.upload_queue import UploadQueue
 
 @dataclass(frozen=True, kw_only=True)
 class BuildResult:
-    """A finished set."""
+    """Result of `build_shards`."""
 
     manifest: Manifest | None
-    """What was made; None where a part of it was, which waits for the others to be merged."""
+    """The finished set; None after one part, which is yet to be merged with the others."""
     found: int
-    """Images found: samples and rejected together."""
+    """Number of images found: samples and rejected."""
     was_complete: bool
-    """Whether it was all there already."""
+    """Whether the set was complete before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class _Job:
     execution: Execution
 
     def open(self, folder: Path) -> Source:
-        """Open the source of a set that is written to that folder."""
+        """Open the source; the output folder must not be inside it."""
         return open_source(
             self.source,
             self.options.selection,
@@ -82,26 +82,26 @@ def build_shards(
 ) -> BuildResult:
     """Write the images of a folder, an archive, a list or other shards as shards.
 
-    The same input and options give the same bytes, however the work is done. An interrupted run
-    leaves its finished shards in `.partial`, and the next call goes on from them.
+    The same input and options give the same bytes, whatever the execution. An interrupted run
+    leaves its finished shards in `.partial`, and the next call resumes from them.
 
-    Shards for a store go there as they finish: `folder` holds 3 for each worker at most, and it is
+    Shards for a store are uploaded as they finish: `folder` holds at most 3 per worker, and is
     removed once the set is complete.
 
     Args:
-        source_path: what to read.
-        folder: where to write.
-        store: where the set is to be, which then is nowhere else; None leaves it in `folder`.
-        options: what decides what is written.
+        source_path: the source.
+        folder: output folder.
+        store: URL of the set, which then is stored only there; None: it stays in `folder`.
+        options: what to write.
         shards: whether the source is a folder of WebDataset tars.
-        execution: how the work is done.
-        overwrite: whether a set made from something else is replaced.
-        progress: who is told.
+        execution: how to do the work.
+        overwrite: whether to replace a set written from something else.
+        progress: callbacks.
 
     Raises:
         SourceError: the source is missing, empty, or too few of its images can be used.
-        OutputDirError: the folder holds something that must not be written over.
-        StorageError: the store does not answer, or holds something that must not be.
+        OutputDirError: the folder holds something that must not be overwritten.
+        StorageError: the store does not answer, or holds something that must not be overwritten.
         OSError: the folder cannot be written.
     """
     execution, progress = execution or Execution(), progress or Progress()
@@ -109,11 +109,11 @@ def build_shards(
     if isinstance(source_path, Path):
         source_path = source_path.resolve()
     if execution.part and overwrite:
-        raise OutputDirError("--overwrite would clear the work of other parts: leave it out.")
+        raise OutputDirError("--overwrite would remove the work of other parts: leave it out.")
     if execution.part and store:
         raise OutputDirError("--part writes to a folder that all parts share, not to a URL.")
     job = _Job(source=source_path, shards=shards, options=options, execution=execution)
-    if not shards:  # of shards only the folder itself is read
+    if not shards:  # a folder of shards is read without its subfolders
         refuse_inside(source_path, folder)
     with closing(job.open(folder)) as source:
         refuse_other_files(folder)
@@ -138,33 +138,33 @@ def build_shards(
 
 
 def merge_parts(folder: Path, *, max_rejected: float = 1.0) -> Manifest:
-    """Make a set of what all parts of a run have written.
+    """Combine the parts of a run into a set.
 
     Raises:
-        OutputDirError: a part is still at work, or shards are missing.
+        OutputDirError: a part is still running, or shards are missing.
         SourceError: too few images can be used.
     """
     folder = folder.resolve()
     if not folder.is_dir() or not any(folder.glob(".partial/made-from.json")):
         raise OutputDirError(
-            f"{folder} holds no parts to merge. Write them: data-prep shard SRC {folder} --part 1/n"
+            f"{folder} has no parts to merge. Write them: data-prep shard SRC {folder} --part 1/N"
         )
     with open_output_dir(folder) as output:
         output.check_version()
         listing = read_listing(output.partial)
         made_from = output.identity()
         if listing is None or made_from is None or not made_from.fingerprint:
-            raise OutputDirError(f"{folder} holds no complete part. Run the parts again.")
+            raise OutputDirError(f"{folder} has no complete part. Run the parts again.")
         return finalize_set(output, listing, max_rejected=max_rejected)
 
 
-def _take_listing(
+def _reuse_or_write_listing(
     output: OutputDir, job: _Job, source: Source, listed: Tick, *, overwrite: bool
 ) -> Listing:
-    """Return the listing that unfinished work has, if the source still is the same, or a new one.
+    """Return the listing of the unfinished work if the source is unchanged, otherwise a new one.
 
     Raises:
-        OutputDirError: the unfinished work is of another kind.
+        OutputDirError: the unfinished work was made from something else.
     """
     with output.listing_lock():
         if output.identity() is not None:
@@ -200,15 +200,15 @@ def _list(output: OutputDir, job: _Job, source: Source, listed: Tick) -> Listing
 
 
 def _reload_log(output: OutputDir) -> None:
-    if output.upload is not None:  # its log may have been cleared with the rest
+    if output.upload is not None:  # its log may have been removed with the other files
         output.upload.reload_log()
 
 
 def _list_then_write(
     output: OutputDir, job: _Job, source: Source, progress: Progress, *, overwrite: bool
 ) -> Listing:
-    """Write all shards that this run is to write and that are not there yet."""
-    listing = _take_listing(output, job, source, progress.listed, overwrite=overwrite)
+    """List the whole source, then write all shards of this run that are not finished."""
+    listing = _reuse_or_write_listing(output, job, source, progress.listed, overwrite=overwrite)
     plans = [plan for plan in listing.shards if job.execution.writes(plan.number)]
     _reload_log(output)
     reports = output.reports(plan.number for plan in plans)
@@ -234,7 +234,7 @@ def _list_then_write(
 def _list_and_write(
     output: OutputDir, job: _Job, source: Source, progress: Progress, *, overwrite: bool
 ) -> Listing:
-    """Write shards as the listing comes to them, those that are there already left out."""
+    """Write shards while the source is listed, except those already finished."""
     _begin_streaming(output, job, overwrite=overwrite)
     try:
         listing = _stream(output, job, source, progress, overwrite=overwrite)
@@ -291,10 +291,10 @@ def _stream(
 
 
 def _begin_streaming(output: OutputDir, job: _Job, *, overwrite: bool) -> None:
-    """Take up unfinished work, if its options are the same, or begin anew.
+    """Resume unfinished work with the same options, or start afresh.
 
     Raises:
-        OutputDirError: the unfinished work is of another kind.
+        OutputDirError: the unfinished work was made from something else.
     """
     with output.listing_lock():
         identity, made_from = job.identity(""), output.identity()
@@ -306,7 +306,7 @@ def _begin_streaming(output: OutputDir, job: _Job, *, overwrite: bool) -> None:
 
 
 def _select(plans: Iterator[ShardPlan], execution: Execution, counted: Tick) -> Iterator[ShardPlan]:
-    """Yield the plans of the shards that are written here, and count their images at the end."""
+    """Yield the plans of the shards of this run, then report the number of their images."""
     samples = 0
     for plan in plans:
         if execution.writes(plan.number):
@@ -322,12 +322,12 @@ def _unfinished(
     *,
     overwrite: bool,
 ) -> Iterator[ShardPlan]:
-    """Yield the plans of shards that are not done, once those that are have proved to be of this.
+    """Yield the plans of unfinished shards, once all finished ones have proved to match.
 
-    What was made from something else, and may be replaced, is taken out of `done` before.
+    With `overwrite`, finished shards that do not match are first removed from `done`.
 
     Raises:
-        OutputDirError: a finished shard was made from something else, and is not to be replaced.
+        OutputDirError: a finished shard was made from something else and must not be replaced.
     """
     waiting: list[ShardPlan] = []
     left = set(done)
@@ -349,7 +349,7 @@ def _unfinished(
 
 
 def _fits(plan: ShardPlan, done: dict[int, ShardReport]) -> bool:
-    """Tell whether a shard is finished, and was made from what is planned."""
+    """Return whether a shard is finished and was made from the planned files."""
     return plan.number in done and done[plan.number].listing == plan.digest
 
 

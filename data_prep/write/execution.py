@@ -1,4 +1,4 @@
-"""How shards are written: where, how many at once, and which of them."""
+"""Execution of the work: processes or Ray, parts, and progress callbacks."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,27 +10,27 @@ from data_prep.write.shard import ShardReport, ShardTask, write_shard
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """How the work is done; what is written does not depend on it."""
+    """How the work is done; the bytes written do not depend on it."""
 
     workers: int = 1
-    """Processes that write, on this machine or, at most, on the cluster."""
+    """Number of worker processes, or maximum number of tasks on the cluster."""
     ray: bool = False
-    """Whether shards are written on a Ray cluster."""
+    """Whether to use a Ray cluster."""
     address: str | None = None
-    """Address of the Ray cluster; None starts one on this machine."""
+    """Address of the Ray cluster; None: start a local one."""
     part: tuple[int, int] | None = None
-    """Which part of how many is written here, counted from 1; None writes all."""
+    """(part, number of parts) to write, counted from 1; None: all."""
     max_rejected: float = 1.0
-    """Largest share of images that may be rejected."""
+    """Largest fraction of images that may be rejected, 0 to 1."""
 
     def __post_init__(self) -> None:
         if self.part is not None and not 1 <= self.part[0] <= self.part[1]:
-            raise ValueError(f"--part must be from 1/n to n/n, got {self.part[0]}/{self.part[1]}.")
+            raise ValueError(f"--part must be 1/N to N/N, got {self.part[0]}/{self.part[1]}.")
         if not 0 <= self.max_rejected <= 1:
-            raise ValueError(f"--max-rejected must be from 0 to 1, got {self.max_rejected}.")
+            raise ValueError(f"--max-rejected must be 0 to 1, got {self.max_rejected}.")
 
     def writes(self, number: int) -> bool:
-        """Tell whether the shard of that number is written here."""
+        """Return whether this run writes the shard of that number."""
         part, parts = self.part or (1, 1)
         return number % parts == part - 1
 
@@ -41,10 +41,10 @@ def map_shards(
     tick: Tick,
     may_start: Callable[[ShardTask], bool] = lambda _: True,
 ) -> Iterator[ShardReport]:
-    """Write shards and yield their reports, as they are done.
+    """Write shards and yield their reports in order of completion.
 
     Raises:
-        ValueError, OSError, WorkerError: as `map_tasks` and `map_on_ray`.
+        ValueError, OSError, WorkerError: see `map_tasks` and `map_on_ray`.
     """
     if execution.ray:
         return map_on_ray(
@@ -60,35 +60,35 @@ def map_shards(
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSummary:
-    """What is about to be done, for a person to see."""
+    """The work ahead, for display."""
 
     found: int | None
-    """Images found; None where they are still being listed."""
+    """Images found; None while they are still being listed."""
     done: int
-    """Images that an interrupted run has done."""
+    """Images done by an interrupted run."""
     classes: int
-    """Classes among them."""
+    """Number of classes."""
     shards: int | None
-    """Shards to be written here, those already finished included; None as for `found`."""
+    """Shards of this run, including finished ones; None like `found`."""
     finished: int
-    """Shards that an interrupted run finished."""
+    """Shards finished by an interrupted run."""
     workers: int
-    """Processes that write."""
+    """Number of worker processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Who is told how far the work is; the defaults tell nobody."""
+    """Progress callbacks; the defaults do nothing."""
 
     listed: Tick = lambda _: None
-    """Called with the number of images found, now and then while they are listed."""
+    """Called regularly during listing with the number of images found so far."""
     planned: Callable[[PlanSummary], None] = lambda _: None
     """Called once before anything is written."""
     counted: Tick = lambda _: None
-    """Called with the images to be written here, once the listing that went on meanwhile ends."""
+    """Called with the number of images of this run when a streamed listing ends."""
     tick: Tick = lambda _: None
     """Called with the number of samples done since the last call."""
     finished: Callable[[ShardReport], None] = lambda _: None
-    """Called with every shard that is finished."""
+    """Called with the report of every finished shard."""
     uploaded: Callable[[int, int], object] = lambda _, __: None
-    """Called with the shards that are uploaded, and the bytes that went out; often meanwhile."""
+    """Called regularly during uploads with the shards uploaded and the bytes sent so far."""

@@ -1,4 +1,4 @@
-"""Finished shards made into a set: counted, named and published with what was kept out."""
+"""Finalizing a set: check that all shards are there, list rejected images, write the manifest."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from data_prep.write.shard import Rejection, shard_name
 
 
 class TooManyRejectedError(SourceError):
-    """More images were rejected than may be; the work is kept."""
+    """More images were rejected than allowed; the work is kept."""
 
 
 @dataclass(kw_only=True)
@@ -35,20 +35,20 @@ class _Totals:
     damaged: int = 0
     """Images rejected for damage."""
     rejected: int = 0
-    """All rejected, duplicates too."""
+    """All rejected images, including duplicates."""
 
 
 def finalize_set(output: OutputDir, listing: Listing, *, max_rejected: float) -> Manifest:
-    """Check that all shards are written, and make a set of them.
+    """Check that all shards are written and publish them as a set.
 
     Args:
-        output: where they are.
-        listing: what they were to hold.
-        max_rejected: largest share of images that may be rejected, duplicates left aside.
+        output: the output folder.
+        listing: the planned shards.
+        max_rejected: largest fraction of images that may be rejected, without duplicates.
 
     Raises:
         OutputDirError: shards are missing.
-        SourceError: no image, or too few, can be used.
+        SourceError: none or too few of the images can be used.
     """
     sorter = ExternalSort(output.partial, "rejected")
     try:
@@ -63,8 +63,8 @@ def finalize_set(output: OutputDir, listing: Listing, *, max_rejected: float) ->
             reasons = "\n  ".join(f"{row.path}: {row.reason}" for row in islice(rows, 5))
             raise TooManyRejectedError(
                 f"{totals.damaged:,} of {found:,} images were rejected, more than --max-rejected "
-                f"{max_rejected:g}. The work is kept: mend the source, or run the same command "
-                f"again with a larger --max-rejected. The first are:\n  {reasons}"
+                f"{max_rejected:g}. The finished shards are kept: repair the source, or run the "
+                f"same command again with a larger --max-rejected. The first are:\n  {reasons}"
             )
         manifest = replace(
             _describe(output, listing, totals),
@@ -76,7 +76,7 @@ def finalize_set(output: OutputDir, listing: Listing, *, max_rejected: float) ->
 
 
 def _describe(output: OutputDir, listing: Listing, totals: _Totals) -> Manifest:
-    """Return the manifest of a set, its shards numbered without gaps; none is rejected yet."""
+    """Return the manifest with shards numbered without gaps, and `rejected` still 0."""
     identity = output.identity()
     assert identity is not None
     options = dict(identity.options)
@@ -136,7 +136,7 @@ def _gather(output: OutputDir, listing: Listing, sorter: ExternalSort) -> _Total
         some = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
         raise OutputDirError(
             f"{output.folder} lacks {len(missing):,} of {len(listing.shards):,} shards "
-            f"({some}): part i of n writes shards i-1, i-1+n, ... Run the missing parts, then "
+            f"({some}): part I of N writes shards I-1, I-1+N, ... Run the missing parts, then "
             "merge again."
         )
     return totals
@@ -152,7 +152,8 @@ def _rejections(sorter: ExternalSort) -> Iterator[Rejection]:
 
 
 def _describe_all_rejected(found: int, first: list[Rejection]) -> str:
-    lines = [f"none of the {found:,} images can be used; give other images:"]
+    images = "the only image cannot" if found == 1 else f"none of the {found:,} images can"
+    lines = [f"{images} be used; give other images:"]
     lines += [f"{rejection.path}: {rejection.reason}" for rejection in first]
     if found > len(first):
         lines.append(f"and {found - len(first):,} more")

@@ -1,4 +1,4 @@
-"""Which sample goes into which shard: a pure function of the listing and the options."""
+"""Assignment of samples to shards: a pure function of the listing and the options."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -12,39 +12,39 @@ from data_prep.sources.files import Selection, SourceFile
 _MAX_SAMPLES = 10_000
 _MAX_BYTES = 256 * 2**20
 LISTING_NAME = "listing.jsonl"
-"""File that lists the files of all shards."""
+"""Listing of the files of all shards."""
 MIN_SHARDS = 8
-"""Shards that a set has by default, unless it has fewer samples."""
+"""Minimum number of shards by default, unless there are fewer samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardOptions:
-    """Everything beside the input that decides what the shards hold."""
+    """Options that, with the input, determine the bytes of the shards."""
 
     samples_per_shard: int | None = None
-    """Most samples in a shard. None: 10,000, fewer where that makes > 256 MiB or < 8 shards."""
+    """Maximum samples per shard. None: 10,000, or fewer for at most 256 MiB and at least 8 shards."""
     bytes_per_shard: int | None = None
-    """Most bytes of images, as the source has them, in a shard unless one is larger. None: any."""
+    """Maximum bytes of source images per shard (a larger image has its own shard). None: any."""
     selection: Selection = field(default_factory=Selection)
-    """Which files are taken."""
+    """Files to use."""
     seed: int = 0
-    """Seed of the shuffle over all samples."""
+    """Seed of the shuffle and of the choice of validation samples."""
     shuffle: bool = True
-    """Whether samples are shuffled; else they are in the order of the source."""
+    """Whether to shuffle samples; otherwise they keep the order of the source."""
     shuffle_window: int | None = None
-    """Files, in the order of the source, that are shuffled among themselves; None: all."""
+    """Size of the windows, in files in source order, within which to shuffle; None: all files."""
     validation_fraction: float = 0.0
-    """Share of samples, chosen by their paths, that the last shards hold."""
+    """Fraction of samples for validation, chosen by path, in the last shards."""
     deduplicate: bool = False
-    """Whether of files with the same bytes only the one with the smallest path is kept."""
+    """Whether to keep only the smallest path of files with identical bytes."""
     near_duplicates: int | None = None
-    """Bits of 64 by which perceptual hashes of duplicates may differ; None looks at bytes alone."""
+    """Maximum distance of near duplicates, in bits of a 64-bit perceptual hash; None keeps them."""
     check: bool = True
-    """Whether every image is decoded; else only its header is read."""
+    """Whether to decode every image; otherwise only its header is read."""
     max_pixels: int = MAX_PIXELS
-    """Largest image taken, in pixels."""
+    """Largest accepted image, in pixels."""
     encoding: Encoding = field(default_factory=Encoding)
-    """Size and format that pictures are to have."""
+    """Size and format of stored pictures."""
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -68,7 +68,7 @@ class ShardOptions:
 
     @property
     def window(self) -> int | None:
-        """Files, in the order of the source, that may change places; None: all."""
+        """Size of the window, in files in source order, in which files may move; None: all."""
         return self.shuffle_window if self.shuffle else 1
 
     @property
@@ -80,7 +80,7 @@ class ShardOptions:
         """Return the options as plain values, for the manifest."""
         values: dict[str, Any] = asdict(self)
         selection: dict[str, Any] = values.pop("selection")
-        del selection["root"]  # a place on one machine; the fingerprint says what is there
+        del selection["root"]  # depends on the machine; the fingerprint covers its files
         encoding: dict[str, Any] = values.pop("encoding")
         lists = {name: list(selection[name]) for name in ("include", "exclude")}
         return {**values, **encoding, **selection, **lists}
@@ -88,29 +88,28 @@ class ShardOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPlan:
-    """What one shard is to hold."""
+    """The files of one shard."""
 
     number: int
-    """Position of the shard among all planned, from 0."""
+    """Position among all planned shards, from 0."""
     first: int
-    """Position of its first sample among all samples; keys count on from it."""
+    """Position of its first sample among all samples, and so its key."""
     samples: int
-    """Samples that it is to hold."""
+    """Number of files."""
     start: int
-    """Where its files begin in the listing, in bytes."""
+    """Offset of its files in the listing, in bytes."""
     length: int
     """Length of its part of the listing in bytes."""
     listing: str = LISTING_NAME
-    """File that its part of the listing is in."""
+    """Name of the listing."""
     digest: str = ""
-    """Digest of its part of the listing; empty where the listing is one file."""
+    """SHA-256 of its listing if it has its own, otherwise empty."""
 
 
 class Cutter:
-    """Files in order cut into shards; the number and total length of the files are known before.
+    """Cuts a sequence of files of known count and total length into shards.
 
-    Shards are of nearly equal numbers of samples, or filled one by one where a shard's bytes are
-    limited.
+    Shards have nearly equal numbers of samples, or are filled one by one with `bytes_per_shard`.
     """
 
     def __init__(
@@ -125,7 +124,7 @@ class Cutter:
         self._seen = self._samples = self._bytes = self._cut = 0
 
     def starts_shard(self, size: int) -> bool:
-        """Tell whether the next file, of that many bytes, begins a shard."""
+        """Return whether the next file, of that many bytes, starts a new shard."""
         if self._greedy is not None:
             full = self._bytes + size > self._greedy or self._samples == self._most_samples
             new = self._samples == 0 or full
@@ -143,15 +142,15 @@ class Cutter:
 def cut_stream(
     files: Iterable[tuple[str, int]], options: ShardOptions, *, min_shards: int = MIN_SHARDS
 ) -> Iterator[list[str]]:
-    """Cut files into shards as they come; how many there will be is not known.
+    """Cut a stream of files of unknown length into shards.
 
-    Shards are filled one after another. What fits into one is cut evenly into `min_shards`, unless
-    the options say how long shards are.
+    Shards are filled one after another. If everything fits into one, it is cut evenly into
+    `min_shards`, unless the options set the size of shards.
 
     Args:
-        files: lines of a listing, each with the bytes of its image.
-        options: how long shards are.
-        min_shards: shards that a set has by default, unless it has fewer samples.
+        files: lines of a listing, each with the length of its image in bytes.
+        options: size of shards.
+        min_shards: minimum number of shards by default, unless there are fewer samples.
 
     Yields:
         The lines of a shard.
@@ -176,7 +175,7 @@ def cut_stream(
 def count_shards(
     count: int, total_bytes: int, options: ShardOptions, *, min_shards: int = MIN_SHARDS
 ) -> int:
-    """Return the number of shards of nearly equal numbers of samples that files are dealt to."""
+    """Return the number of shards if files are divided into nearly equal numbers of samples."""
     if options.samples_per_shard is not None:
         return -(-count // options.samples_per_shard)
     by_samples = -(-count // _MAX_SAMPLES)
@@ -185,7 +184,7 @@ def count_shards(
 
 
 def is_held_out(path: str, options: ShardOptions) -> bool:
-    """Tell whether a file is for validation: by its path and the seed alone."""
+    """Return whether a file is for validation, by its path and the seed alone."""
     if not options.validation_fraction:
         return False
     draw = _keyed_digest(path, options.seed, person=b"validation")
@@ -193,9 +192,9 @@ def is_held_out(path: str, options: ShardOptions) -> bool:
 
 
 def order_key(file: SourceFile, options: ShardOptions, window: int = 0) -> str:
-    """Return what files are sorted by: their window, and in it a keyed digest of the path.
+    """Return the sort key of a file: its window, then a keyed digest of its path.
 
-    Files for validation come last. No version of any random generator can change the digest.
+    Files for validation come last. The digest does not depend on any random generator's version.
     """
     group = "1" if is_held_out(file.path, options) else "0"
     place = "" if options.window is None else f"{window:016x}"
@@ -203,7 +202,7 @@ def order_key(file: SourceFile, options: ShardOptions, window: int = 0) -> str:
 
 
 def path_key(path: str) -> str:
-    """Return ASCII text that sorts as the paths do."""
+    """Return ASCII text that sorts like the path."""
     return path.encode("utf-8", "surrogateescape").hex()
 
 

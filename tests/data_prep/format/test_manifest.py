@@ -96,7 +96,7 @@ def test_an_index_is_read_back_as_written(
     [
         ({"format": "other"}, "not a manifest"),
         ({"version": 2}, "version 2"),
-        ({"samples": 3}, "3 samples"),
+        ({"samples": 3}, "samples.* 3"),
         ({"samples": "2"}, "samples"),
         ({"samples": True}, "samples"),
         ({"classes": [1]}, "classes"),

@@ -126,7 +126,7 @@ def test_parts_merge_into_the_same_bytes(image_zip: Path, tmp_path: Path) -> Non
     _part(image_zip, folder, (1, 3))
     with pytest.raises(OutputDirError, match=r"lacks 1 of 5 shards \(2\)"):
         merge_parts(folder)
-    with pytest.raises(OutputDirError, match="--overwrite would clear"):
+    with pytest.raises(OutputDirError, match="--overwrite would"):
         _part(image_zip, folder, (3, 3), overwrite=True)
     arguments = ["--samples-per-shard", "5", "--part", "3/3", "--workers", "1"]
     assert main(["shard", str(image_zip), str(folder), *arguments]) == 0
@@ -172,5 +172,5 @@ def test_ray_writes_the_same_bytes(
     assert read_manifest(tmp_path / "ray").rejected == 1
     one = image_folder / "list.txt"
     one.write_text("train/cat/0.jpg\n")
-    with pytest.raises(SourceError, match="none of the 1 images"):
+    with pytest.raises(SourceError, match="only image cannot be used"):
         build_shards(one, tmp_path / "bad", options, execution=execution)
