@@ -1,4 +1,4 @@
-"""The `data-prep` command: images into shards, and shards looked after."""
+"""The `data-prep` command: write, merge, index, verify and summarize shards of images."""
 
 import argparse
 import hashlib
@@ -7,9 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, NoReturn
 
 from data_prep.executors.processes import (
     InterruptedBySignal,
@@ -39,6 +37,9 @@ from data_prep.write.execution import PlanSummary, Progress
 from data_prep.write.output_dir import REJECTED_NAME, refuse_inside
 from data_prep.write.shard import ShardReport
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
 
 def run() -> None:
     """Run the command and leave the process with its exit code."""
@@ -49,17 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: arguments without the program's name; those of the process if None.
+        argv: arguments without the program name; None: those of the process.
 
     Returns:
-        0 on success, 2 on bad input, 1 if a worker died, 128 + the signal if interrupted.
+        0 on success, 2 on bad input, 1 if a worker died, 128 + signal number if interrupted.
     """
     arguments = _parser().parse_args(argv)
     try:
         with raise_on_signals() as interruption:
             return _dispatch(arguments, interruption)
     except InterruptedBySignal as interrupt:
-        remedy = "; run the same command again to go on" if "source" in arguments else ""
+        remedy = "; run the same command again to resume" if "source" in arguments else ""
         print(f"data-prep: stopped{remedy}.", file=sys.stderr)
         return 128 + interrupt.number
     except (ValueError, OSError) as error:
@@ -118,7 +119,7 @@ def _shard(arguments: argparse.Namespace, interruption: Interruption) -> int:
 
 
 class _ProgressDisplay:
-    """What the bar says beside the images done: what is listed, megabytes a second, bad images."""
+    """Progress bar with listing progress, MB/s, rejected images and uploads."""
 
     def __init__(self, bar: "tqdm[NoReturn]", source: str) -> None:
         self._bar, self._source = bar, source
@@ -136,19 +137,19 @@ class _ProgressDisplay:
         self._bar.refresh()
 
     def counted(self, found: int) -> None:
-        """Show how many images there are, now that all are listed."""
+        """Set the total, now that all images are listed."""
         self._bar.set_description_str("")
         self._bar.total = found
 
     def finished(self, report: ShardReport) -> None:
-        """Count a shard that is finished."""
+        """Count a finished shard."""
         self._bytes += report.entry.bytes if report.entry else 0
         self._bad += len(report.rejected)
         self._show()
 
     def uploaded(self, shards: int, sent: int) -> None:
-        """Show how much went to the store."""
-        self._sent = f", uploaded {shards:,} shards, sent {format_bytes(sent)}"
+        """Show the progress of uploads."""
+        self._sent = f", uploaded {_count(shards, 'shard')}, sent {format_bytes(sent)}"
         self._show()
 
     def _show(self) -> None:
@@ -158,7 +159,7 @@ class _ProgressDisplay:
 
 
 def _staging(destination: RemotePath, arguments: argparse.Namespace) -> Path:
-    """Return the folder that shards wait in until they are uploaded, the same for every run."""
+    """Return the local folder of shards before their upload, the same for every run."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     parent = arguments.staging or caches / "data-prep"
     parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -176,18 +177,18 @@ def _index(arguments: argparse.Namespace, interruption: Interruption) -> int:
         )
     manifest = indexed.manifest
     print(
-        f"{manifest.samples:,} samples in {len(manifest.shards):,} shards, "
-        f"classes: {len(manifest.classes):,}, in {manifest.folder}"
+        f"{_count_samples(manifest)}, {_count(len(manifest.classes), 'class', 'classes')}, "
+        f"in {manifest.folder}"
     )
     if indexed.without_image:
-        print(f"left out: {indexed.without_image:,} samples that hold no image")
+        print(f"left out: {_count(indexed.without_image, 'sample')} without an image")
     if indexed.empty:
         print(f"left out: tars without any image: {', '.join(indexed.empty)}")
     return 0
 
 
 def _tars(arguments: argparse.Namespace) -> Location | PipedFile:
-    """Return what `index` is to read: commands only where they may run."""
+    """Return the tars for `index`; commands only if they may run."""
     if arguments.folder.startswith(PIPE) and arguments.allow_pipe:
         return PipedFile(arguments.folder.removeprefix(PIPE))
     return locate(arguments.folder)
@@ -201,17 +202,17 @@ def _verify(arguments: argparse.Namespace, interruption: Interruption) -> int:
     for note, count in sorted(found.notes.items()):
         print(f"{note}: {count:,}")
     if found.count:
-        number = "1 problem" if found.count == 1 else f"{found.count:,} problems"
-        lines = [f"data-prep: {manifest.folder} has {number}; make the shards again:"]
+        number = _count(found.count, "problem")
+        lines = [f"data-prep: {manifest.folder} has {number}; write the shards again:"]
         lines += found.problems
         if found.count > len(found.problems):
             lines.append(f"and {found.count - len(found.problems):,} more")
         print("\n  ".join(lines), file=sys.stderr)
         return 2
-    looked = "checksums, indexes and images" if arguments.deep else "checksums and indexes"
-    print(f"{manifest.samples:,} samples in {len(manifest.shards):,} shards: {looked} are right")
+    checked = "checksums, indexes and images" if arguments.deep else "checksums and indexes"
+    print(f"{_count_samples(manifest)}: {checked} are correct")
     if not arguments.deep and manifest.options.get("check") is not True:
-        print("the images of this set were never decoded: --deep does that")
+        print("the images of this set were never decoded; use --deep to decode them")
     return 0
 
 
@@ -230,8 +231,8 @@ def _info(arguments: argparse.Namespace, interruption: Interruption) -> int:
         tick = interruption.watch(bar.update)
         measured = measure_set(manifest, workers=arguments.workers, tick=tick)
     if measured.unreadable:
-        count = len(measured.unreadable)
-        lines = [f"data-prep: {count:,} images do not decode, so nothing is written of the others:"]
+        number = _count(len(measured.unreadable), "image")
+        lines = [f"data-prep: no {STATISTICS_NAME} written, since {number} cannot be decoded:"]
         lines += measured.unreadable[:MAX_PROBLEMS]
         print("\n  ".join(lines), file=sys.stderr)
         return 2
@@ -244,39 +245,45 @@ def _info(arguments: argparse.Namespace, interruption: Interruption) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="data-prep",
-        description="Images into WebDataset shards that training streams from.",
+        description="Write, check and summarize WebDataset shards of images for training.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    shard = _add_command(commands, "shard", "write images as shards, classes from parent folders")
-    reshard = _add_command(commands, "reshard", "write the samples of other shards as shards")
+    shard = _add_command(
+        commands, "shard", "write images as shards, with classes from folder names"
+    )
+    reshard = _add_command(
+        commands, "reshard", "write the samples of existing shards as new shards"
+    )
     for command in (shard, reshard):
         add_shard_arguments(command)
-    merge = _add_command(commands, "merge", "make a set of what the parts of a run have written")
+    merge = _add_command(commands, "merge", "combine the parts written with --part into one set")
     add_max_rejected(merge)
-    index = _add_command(commands, "index", "make manifest and indexes for tars someone else wrote")
-    index.add_argument("--overwrite", action="store_true", help="replace a manifest that is there")
+    index = _add_command(
+        commands, "index", "write manifest and indexes for existing WebDataset tars"
+    )
+    index.add_argument("--overwrite", action="store_true", help="replace an existing manifest")
     index.add_argument(
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="folder for manifest and indexes, where that of the tars cannot be written to",
+        help="folder for manifest and indexes if the folder of the tars is not writable",
     )
-    verify = _add_command(commands, "verify", "read shards back and compare with the manifest")
+    verify = _add_command(commands, "verify", "read shards back and compare them with the manifest")
     depth = verify.add_mutually_exclusive_group()
     depth.add_argument(
         "--fast",
         action="store_true",
-        help="compare lengths, checksums and indexes; what is done unless --deep is given, since "
-        "`shard` decodes every image before it writes it, and a checksum tells that none changed",
+        help="compare lengths, checksums and indexes; this is the default, since `shard` decodes "
+        "every image before writing it, and checksums show that none has changed",
     )
     depth.add_argument(
-        "--deep", action="store_true", help="decode every image as well, as after `index`"
+        "--deep", action="store_true", help="decode every image too, for example after `index`"
     )
-    info = _add_command(commands, "info", "show what a folder of shards holds")
+    info = _add_command(commands, "info", "summarize a folder of shards")
     info.add_argument(
         "--statistics",
         action="store_true",
-        help="measure mean and standard deviation of each channel, and write statistics.json",
+        help="measure mean and standard deviation per channel, and write statistics.json",
     )
     info.add_argument(
         "--contact-sheet", type=Path, metavar="PNG", help="draw samples of the set as a picture"
@@ -285,7 +292,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--allow-pipe",
             action="store_true",
-            help="run the commands that shards are named by: index 'pipe:COMMAND' --output FOLDER",
+            help="allow shards that are the output of commands, which are run: "
+            "index 'pipe:COMMAND' --output FOLDER",
         )
     for command in (shard, reshard, index, verify, info):
         _add_workers(command)
@@ -302,11 +310,13 @@ def _add_command(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     if name == "shard":
-        about = "folder, zip, uncompressed tar or list (txt, csv, parquet) of images, or its URL"
+        about = (
+            "folder, zip, uncompressed tar or list (txt, tsv, csv, parquet) of images; path or URL"
+        )
         parser.add_argument("source", help=about)
     elif name == "reshard":
-        parser.add_argument("source", help="folder of WebDataset tars, or its URL")
-    parser.add_argument("folder", help="folder of shards, or its URL (s3, gs, http)")
+        parser.add_argument("source", help="folder of WebDataset tars; path or URL")
+    parser.add_argument("folder", help="folder of shards; path or URL (s3, gs, http)")
     return parser
 
 
@@ -316,30 +326,34 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=available_cores(),
         metavar="N",
-        help="processes; what is written does not depend on it",
+        help="number of processes; the bytes written do not depend on it",
     )
 
 
 def _bar(total: int | None = None) -> "tqdm[NoReturn]":
-    # disable=None: drawn only where someone can see it.
+    from tqdm import tqdm  # noqa: PLC0415 - `--help` does without
+
+    # disable=None: drawn only on a terminal.
     return tqdm(total=total, unit=" images", unit_scale=True, disable=None, dynamic_ncols=True)
 
 
 def _describe_plan(plan: PlanSummary, source: str) -> str:
     if plan.found is None or plan.shards is None:
-        text = f"classes: {plan.classes:,}, in {source}"
+        text = f"found {_count(plan.classes, 'class', 'classes')} in {source}"
         if plan.finished:
-            text += f"; {plan.finished:,} shards are finished already"
+            text += f"; {_count(plan.finished, 'shard')} already finished"
         return f"{text}; writing shards while images are listed, {plan.workers} at a time"
-    text = f"found {plan.found:,} images, classes: {plan.classes:,}, in {source}"
+    classes = _count(plan.classes, "class", "classes")
+    text = f"found {_count(plan.found, 'image')} and {classes} in {source}"
     if plan.finished:
-        text += f"; {plan.finished:,} of {plan.shards:,} shards are finished already"
-    return f"{text}; writing {plan.shards - plan.finished:,} shards, {plan.workers} at a time"
+        text += f"; {plan.finished:,} of {_count(plan.shards, 'shard')} already finished"
+    remaining = _count(plan.shards - plan.finished, "shard")
+    return f"{text}; writing {remaining}, {plan.workers} at a time"
 
 
 def _describe_built(built: BuildResult, folder: str) -> str:
     if built.manifest is None:
-        return f"this part is complete; when all are: data-prep merge {folder}"
+        return f"this part is complete; when all parts are, run: data-prep merge {folder}"
     verb = "already complete" if built.was_complete else "complete"
     return _describe_set(built.manifest, verb)
 
@@ -352,11 +366,21 @@ def _describe_set(manifest: Manifest, verb: str) -> str:
         counts += f"; see {manifest.folder / REJECTED_NAME}"
     for note, count in sorted(manifest.notes.items()):
         counts += f"\n{note}: {count:,}"
-    return f"{counts}\n{verb}: {len(manifest.shards):,} shards, {length}, in {manifest.folder}"
+    shards = _count(len(manifest.shards), "shard")
+    return f"{counts}\n{verb}: {shards}, {length}, in {manifest.folder}"
+
+
+def _count_samples(manifest: Manifest) -> str:
+    return f"{_count(manifest.samples, 'sample')} in {_count(len(manifest.shards), 'shard')}"
+
+
+def _count(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun in singular or plural."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def _describe(error: ValueError | OSError) -> str:
     if isinstance(error, OSError) and error.strerror:
         place = f" {error.filename}" if error.filename else ""
-        return f"cannot go on{place}: {error.strerror}."
+        return f"cannot continue{place}: {error.strerror}."
     return str(error)

@@ -1,1 +1,1 @@
-"""Reading shards back: verify, info, statistics, contact sheet, index."""
+"""Inspecting sets of shards: verify, info, statistics, contact sheet, indexing of foreign tars."""

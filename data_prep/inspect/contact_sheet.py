@@ -1,4 +1,4 @@
-"""A picture of samples of a set, for a person to see what is in it."""
+"""Contact sheet: samples of a set drawn as one picture."""
 
 import io
 from pathlib import Path
@@ -22,10 +22,10 @@ _PAPER, _INK, _EMPTY = "white", "#202020", "#e0e0e0"
 
 
 def draw_contact_sheet(manifest: Manifest, path: Path) -> None:
-    """Draw samples evenly spread over the set as a PNG, each with its class or else its key.
+    """Draw samples evenly spread over the set as a PNG, each with its class name or its key.
 
-    Arrays show their first channel, or their first three as red, green and blue, stretched between
-    their darkest and brightest hundredths.
+    Arrays are drawn in grey from their first channel, or in RGB from their first three, stretched
+    from the 1st to the 99th percentile.
 
     Raises:
         ManifestError: an index is missing or does not fit.
@@ -61,7 +61,7 @@ def _draw_tile(data: bytes, extension: str) -> Image.Image:
 
 
 def _to_colour(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """Return values of (height, width, channels) as uint8 of (height, width, 3)."""
+    """Convert an array of shape (height, width, channels) to uint8 RGB, (height, width, 3)."""
     channels = values[..., :3] if values.shape[2] >= 3 else values[..., :1].repeat(3, axis=2)
     if channels.dtype == np.uint8:
         return np.ascontiguousarray(channels)
@@ -90,7 +90,7 @@ def _lay_out(tiles: list[tuple[Image.Image, str]]) -> Image.Image:
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """Return the text, or as much of its beginning as fits below a tile."""
+    """Return the text, truncated to the width of a tile."""
     shown = text
     while font.getlength(shown) > _SIDE and len(shown) > 1:
         shown = shown[:-2].rstrip("…") + "…"

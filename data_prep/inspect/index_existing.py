@@ -1,4 +1,4 @@
-"""Tars that someone else wrote made into a set: indexes and a manifest laid beside them."""
+"""Indexing existing WebDataset tars, written by any tool, so that they can be used as a set."""
 
 import re
 import tempfile
@@ -28,18 +28,18 @@ _MAX_TARS = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class IndexingResult:
-    """What came of indexing a folder of tars."""
+    """Result of `index_existing`."""
 
     manifest: Manifest
-    """The set."""
+    """Manifest of the set."""
     without_image: int
-    """Samples left out since they hold no image."""
+    """Number of samples left out because they have no image."""
     empty: tuple[str, ...]
-    """Names of tars left out since no sample of theirs holds an image."""
+    """Names of tars left out because none of their samples has an image."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Found:
+class _IndexedShard:
     entry: ShardEntry
     without_image: int
     largest_label: int
@@ -62,19 +62,20 @@ def index_existing(
 ) -> IndexingResult:
     """Index tars and write their manifest; the tars are not changed.
 
-    Labels are taken from `cls` members; their classes are named by their numbers. The whole of
-    each tar is read, for its checksum.
+    Labels are read from `cls` members, and class names are the labels. Each tar is read completely,
+    for its checksum.
 
     Args:
-        source: folder of tars, or tars with numbers in braces: `shard-{000000..000099}.tar`, or a
-            command with such a range, which is run for each number and writes a tar out.
-        output: folder for manifest and indexes; that of the tars if None, which a command has not.
-        overwrite: whether a manifest that is there may be replaced.
-        workers: processes to use.
-        tick: called with the number of samples looked at.
+        source: folder of tars; a range of tars with numbers in braces, as in
+            `shard-{000000..000099}.tar`; or a command, optionally with such a range, that writes a
+            tar to its standard output.
+        output: folder for manifest and indexes; None: the folder of the tars (not for commands).
+        overwrite: whether to replace an existing manifest.
+        workers: number of processes.
+        tick: called with the number of samples indexed.
 
     Raises:
-        ManifestError: there are no tars, no images in them, or a manifest is there already.
+        ManifestError: there are no tars, no images in them, or there is a manifest already.
         TarError: a tar is damaged or hostile; see `data_prep.format.index.index_tar`.
         StorageError: a store does not answer.
         OSError: the folder cannot be read or written.
@@ -85,9 +86,9 @@ def index_existing(
     _refuse_replacing(folder, overwrite)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-    # Made aside, and moved or uploaded when every tar has been read.
-    beside = folder if isinstance(folder, Path) else None
-    with tempfile.TemporaryDirectory(prefix=_PARTIAL_NAME, dir=beside) as partial:
+    # Written to a temporary folder, and moved or uploaded when every tar has been read.
+    parent = folder if isinstance(folder, Path) else None
+    with tempfile.TemporaryDirectory(prefix=_PARTIAL_NAME, dir=parent) as partial:
         tasks = [
             _Task(path=path, partial=Path(partial), place=str(path) if output is not None else "")
             for path in paths
@@ -103,13 +104,13 @@ def index_existing(
     )
 
 
-def _publish(folder: Location, partial: Path, found: list[_Found]) -> Manifest:
-    """Bring the indexes to their folder, then the manifest."""
+def _publish(folder: Location, partial: Path, found: list[_IndexedShard]) -> Manifest:
+    """Move or upload the indexes, then write the manifest."""
     full = [one for one in found if one.entry.samples]
     if not full:
         raise ManifestError(
-            f"the tars of {folder} hold no images: a WebDataset sample's image is a member "
-            "KEY.jpg, KEY.jpeg, KEY.png, KEY.webp or KEY.npy."
+            f"the tars in {folder} have no images. The image of a WebDataset sample must be a "
+            "member KEY.jpg, KEY.jpeg, KEY.png, KEY.webp or KEY.npy."
         )
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
     for one in full:
@@ -132,7 +133,7 @@ def _folder_for(tar: Location | PipedFile, output: Path | None) -> Location:
     if output is not None:
         return output.resolve()
     if isinstance(tar, PipedFile):
-        raise ManifestError(f"{tar} has no folder: say with --output where the manifest is to be.")
+        raise ManifestError(f"{tar} has no folder. Give one for the manifest with --output.")
     return tar.parent
 
 
@@ -144,26 +145,26 @@ def _find_tars(source: Location | PipedFile) -> Sequence[Location | PipedFile]:
         return _expand(source, pattern)
     if not source.is_dir():
         raise ManifestError(
-            f"{source} is not a folder. Give a folder of WebDataset tars, or their names with "
-            "numbers in braces: shard-{000000..000099}.tar"
+            f"{source} is not a folder. Give a folder of WebDataset tars, or a range with numbers "
+            "in braces: shard-{000000..000099}.tar"
         )
     paths: list[Location] = sorted(
         (path for path in source.glob("*.tar") if not path.name.startswith(".")),
         key=lambda path: path.name,
     )
     if not paths:
-        raise ManifestError(f"{source} holds no tars. Give a folder of WebDataset tars.")
+        raise ManifestError(f"{source} has no tars. Give a folder of WebDataset tars.")
     return paths
 
 
 def _expand(source: Location, pattern: re.Match[str]) -> list[Location]:
-    """Return the tars that a name with a range of numbers in braces stands for."""
+    """Return the tars of a name with a range of numbers in braces."""
     head, *_, tail = pattern.groups()
     return [source.parent / f"{head}{number}{tail}" for number in _numbers(source, pattern)]
 
 
 def _expand_command(source: PipedFile) -> list[PipedFile]:
-    """Return the commands that one with a range of numbers in braces stands for, or it alone."""
+    """Return the commands of one with a range of numbers in braces, or the command itself."""
     pattern = _COMMAND_RANGE.fullmatch(source.command)
     if pattern is None:
         return [source]
@@ -180,7 +181,7 @@ def _numbers(source: Location | PipedFile, pattern: re.Match[str]) -> list[str]:
     _, first, last, _ = pattern.groups()
     if int(last) < int(first) or int(last) - int(first) >= _MAX_TARS:
         raise ManifestError(
-            f"{source}: numbers in braces count up, over at most {_MAX_TARS:,} tars."
+            f"{source}: numbers in braces must ascend, over at most {_MAX_TARS:,} tars."
         )
     return [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
 
@@ -188,11 +189,11 @@ def _numbers(source: Location | PipedFile, pattern: re.Match[str]) -> list[str]:
 def _refuse_replacing(folder: Location, overwrite: bool) -> None:
     if (folder / MANIFEST_NAME).exists():
         if not overwrite:
-            raise ManifestError(f"{folder} has a {MANIFEST_NAME}; --overwrite makes it anew.")
+            raise ManifestError(f"{folder} has a {MANIFEST_NAME}. Replace it with --overwrite.")
         if _has_source(folder):
             raise ManifestError(
-                f"{folder} was written by `data-prep shard` and has its indexes and class names. "
-                f"To lose those, remove its {MANIFEST_NAME} first."
+                f"{folder} was written by `data-prep shard`, with indexes and class names. To "
+                f"discard those, remove its {MANIFEST_NAME} first."
             )
 
 
@@ -200,21 +201,19 @@ def _has_source(folder: Location) -> bool:
     try:
         return "source" in read_manifest(folder).options
     except ManifestError:
-        return False  # damaged, so there is nothing in it to keep
+        return False  # damaged, so there is nothing to keep
 
 
-def _index_aside(task: _Task, tick: Tick) -> _Found:
+def _index_aside(task: _Task, tick: Tick) -> _IndexedShard:
     try:
         with as_local_file(task.path) as path:
             indexed = index_tar(path, tick)
     except FileNotFoundError:
-        raise ManifestError(
-            f"{task.path} is missing. Bring it back, or index the others."
-        ) from None
+        raise ManifestError(f"{task.path} is missing. Restore it, or index the others.") from None
     entry = replace(indexed.entry(task.path.name), place=task.place)
     if len(indexed.index):
         write_index(task.partial / entry.index, indexed.index)
-    return _Found(
+    return _IndexedShard(
         entry=entry,
         without_image=indexed.without_image,
         largest_label=int(indexed.index.labels.max(initial=-1)),

@@ -1,4 +1,4 @@
-"""What a set of shards holds, as a table for a person."""
+"""Summary of a set of shards from its indexes and image headers, as a table."""
 
 import io
 import warnings
@@ -18,7 +18,7 @@ from data_prep.format.storage import Location
 from data_prep.images.arrays import read_header
 
 MAX_HEADERS = 10_000
-"""Images whose headers are read, evenly spread over the set; all where there are no more."""
+"""Maximum number of image headers read, evenly spread over the set."""
 
 _SAMPLES_PER_WORKER = 20_000
 _PICTURES = ("JPEG", "PNG", "WEBP")
@@ -31,27 +31,27 @@ _PERCENTILES = (0, 5, 50, 95, 100)
 
 @dataclass(kw_only=True)
 class SetSummary:
-    """Counts over some of the shards, to be added up."""
+    """Counts over some of the shards of a set."""
 
     per_class: NDArray[np.int64]
-    """Samples of each class, (classes,); labels beyond the classes are not counted."""
+    """Samples per class, shape (classes,); labels beyond the classes are not counted."""
     labelled: int = 0
     """Samples with a label."""
     bytes: int = 0
-    """Length of all image files."""
+    """Total length of the image files in bytes."""
     largest: int = 0
-    """Length of the largest image file, in bytes."""
+    """Length of the largest image file in bytes."""
     extensions: Counter[str] = field(default_factory=Counter)
-    """Samples of each extension."""
+    """Samples per extension."""
     sizes: list[NDArray[np.int64]] = field(default_factory=list)
-    """(width, height) of the images whose headers were read, each (images, 2)."""
+    """(width, height) of the images whose headers were read, each of shape (images, 2)."""
     layouts: Counter[str] = field(default_factory=Counter)
-    """Channels of these, in words."""
+    """Images per channel layout, as a phrase."""
     unreadable: int = 0
     """Images whose headers could not be read."""
 
     def add(self, other: "SetSummary") -> None:
-        """Add another part of the same set."""
+        """Add the counts of other shards of the same set."""
         self.per_class = self.per_class + other.per_class
         self.labelled += other.labelled
         self.bytes += other.bytes
@@ -73,7 +73,7 @@ class _Task:
 def summarize_set(
     manifest: Manifest, *, workers: int = 1, tick: Tick = lambda _: None
 ) -> SetSummary:
-    """Count what a set holds; at most `MAX_HEADERS` image headers are read.
+    """Return the counts of a set; at most `MAX_HEADERS` image headers are read.
 
     Raises:
         ManifestError: an index is missing or does not fit.
@@ -140,15 +140,15 @@ def _read_header(data: bytes, extension: str) -> tuple[int, int, str]:
 
 
 def spread_rows(samples: list[int], most: int) -> list[NDArray[np.int64]]:
-    """Return rows of each shard that together are `most` samples evenly spread over all.
+    """Return rows per shard of samples evenly spread over all shards.
 
     Args:
-        samples: number of samples in each shard.
-        most: how many to take; all where there are no more.
+        samples: number of samples per shard.
+        most: maximum number of samples to choose.
     """
     total = sum(samples)
     taken = min(most, total)
-    # Python's integers, since the product of two large numbers may run over.
+    # Python integers, since the product of two large numbers may overflow.
     places = np.array([place * total // taken for place in range(taken)], dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(samples)])
     cuts = np.searchsorted(places, starts)
@@ -173,7 +173,7 @@ def describe_shards(manifest: Manifest, *, workers: int = 1, tick: Tick = lambda
         ("samples", f"{manifest.samples:,} ({_describe_counts(summary.extensions)})"),
         ("rejected", f"{manifest.rejected:,}"),
         ("shards", f"{len(samples):,} of {samples.min():,} to {samples.max():,} samples"),
-        ("size", f"{format_bytes(lengths.sum())}, {format_bytes(lengths.mean())} a shard"),
+        ("size", f"{format_bytes(lengths.sum())}, {format_bytes(lengths.mean())} per shard"),
         (
             "image file",
             (
@@ -196,11 +196,11 @@ def describe_shards(manifest: Manifest, *, workers: int = 1, tick: Tick = lambda
 
 
 def describe_statistics(statistics: Sequence[Statistics]) -> str:
-    """Return a table of what was measured, with the settings to copy into a recipe."""
+    """Return a table of statistics, with mean and std in a form to copy into a recipe."""
     lines = []
     for one in statistics:
         kind = "arrays" if one.is_array else "pictures"
-        missing = f"; {one.missing:,} values are NaN and left out" if one.missing else ""
+        missing = f"; NaN values left out: {one.missing:,}" if one.missing else ""
         channels = f"channels: {one.channels:,}"
         lines.append(f"statistics  {one.images:,} {kind}, {channels}, {one.scale}{missing}")
         lines += [
@@ -211,7 +211,7 @@ def describe_statistics(statistics: Sequence[Statistics]) -> str:
 
 
 def format_bytes(length: float) -> str:
-    """Return a length in bytes with a unit that suits it."""
+    """Return a length in bytes as text with a binary unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if length < 1024:
             return f"{length:.0f} {unit}" if unit == "B" else f"{length:.1f} {unit}"
@@ -220,7 +220,7 @@ def format_bytes(length: float) -> str:
 
 
 def printable(name: str) -> str:
-    """Return a class's name as text of one line: a folder's name need not be that."""
+    """Return a class name as one printable line; folder names may contain anything."""
     text = name.encode("utf-8", "backslashreplace").decode()
     return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
 
@@ -232,7 +232,7 @@ def _describe_counts(counts: Counter[str]) -> str:
 def _describe_sizes(summary: SetSummary, samples: int) -> list[tuple[str, str]]:
     sizes = np.concatenate(summary.sizes)
     looked = len(sizes) + summary.unreadable
-    of = f", of {looked:,} looked at" if looked < samples else ""
+    of = f", of {looked:,} images read" if looked < samples else ""
     rows = [("channels", f"{_describe_counts(summary.layouts)}{of}")]
     if summary.unreadable:
         rows.append(("unreadable", f"{summary.unreadable:,}; see `data-prep verify --deep`"))

@@ -1,4 +1,4 @@
-"""Mean and standard deviation of each channel, over every value of every image of a set."""
+"""Mean and standard deviation per channel, over every value of every image of a set."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,22 +15,22 @@ from data_prep.format.storage import Location
 from data_prep.format.tars import as_local_file
 from data_prep.images.checking import RejectedImageError, read_pixels
 
-_VALUES_AT_A_TIME = 2**22
+_VALUES_PER_PART = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Count, mean and spread of the values of each channel; every array is of shape (channels,)."""
+    """Count, mean and squared deviation per channel; every array has shape (channels,)."""
 
     count: NDArray[np.int64]
-    """Values that are numbers."""
+    """Number of values that are not NaN."""
     mean: NDArray[np.float64]
-    """Their mean, 0 where there are none."""
+    """Their mean, 0 if there are none."""
     squares: NDArray[np.float64]
-    """Sum of their squared distances from the mean."""
+    """Sum of their squared deviations from the mean."""
 
     def merged(self, other: "Moments") -> "Moments":
-        """Return the moments of both sets of values, after Chan, Golub and LeVeque (1979)."""
+        """Return the moments of both sets of values together (Chan, Golub and LeVeque, 1979)."""
         count = self.count + other.count
         share = other.count / np.maximum(count, 1)
         shift = other.mean - self.mean
@@ -42,14 +42,14 @@ class Moments:
 
 
 def measure_moments(values: NDArray[Any]) -> Moments:
-    """Return the moments of an array of (height, width, channels), NaN left out.
+    """Return the moments of an array of shape (height, width, channels), without NaN.
 
-    Integers are put on a scale from 0 to 1; numbers with fractions are taken as they are.
+    Integers are scaled to [0, 1]; floating-point values are used as they are.
     """
-    rows = max(1, _VALUES_AT_A_TIME // (values.shape[1] * values.shape[2]))
+    rows = max(1, _VALUES_PER_PART // (values.shape[1] * values.shape[2]))
     parts = (values[row : row + rows] for row in range(0, len(values), rows))
     if values.dtype == np.uint8:
-        return _conclude_bins(sum(map(_count_levels, parts), np.zeros((1, 256), dtype=np.int64)))
+        return _moments_of_bins(sum(map(_count_levels, parts), np.zeros((1, 256), dtype=np.int64)))
     moments = _measure_part(next(parts))
     for part in parts:
         moments = moments.merged(_measure_part(part))
@@ -61,7 +61,7 @@ def _count_levels(values: NDArray[np.uint8]) -> NDArray[np.int64]:
     return np.stack([np.bincount(channel.reshape(-1), minlength=256) for channel in channels])
 
 
-def _conclude_bins(bins: NDArray[np.int64]) -> Moments:
+def _moments_of_bins(bins: NDArray[np.int64]) -> Moments:
     levels = np.arange(256) / 255
     count = bins.sum(axis=1)
     mean = bins @ levels / count
@@ -80,7 +80,7 @@ def _measure_part(values: NDArray[Any]) -> Moments:
 
 
 class _Kind(NamedTuple):
-    """What must be alike for images to be measured together."""
+    """Images of one kind are measured together."""
 
     is_array: bool
     channels: int
@@ -115,10 +115,10 @@ class _Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What came of measuring a set."""
+    """Result of `measure_set`."""
 
     statistics: tuple[Statistics, ...]
-    """Of each kind of image, that with most images first."""
+    """Statistics per kind of image, the most frequent kind first."""
     unreadable: tuple[str, ...]
     """Images that do not decode, by shard and key."""
 
@@ -126,9 +126,9 @@ class Measurement:
 def measure_set(
     manifest: Manifest, *, workers: int = 1, tick: Tick = lambda _: None
 ) -> Measurement:
-    """Measure every value of every image, upright and at full size.
+    """Compute mean and standard deviation over every value of every image at full size.
 
-    Grey pictures count as three equal channels where others of the set have colour. The result
+    Grey pictures count as three equal channels if other pictures of the set have colour. The result
     does not depend on the number of workers.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A set of shards read back and compared with what its manifest promises."""
+"""Verification of a set of shards against its manifest."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -15,22 +15,22 @@ from data_prep.format.tars import TarError, as_local_file
 from data_prep.images.checking import RE_ENCODED, RejectedImageError, check_image
 
 MAX_PROBLEMS = 100
-"""Problems that are named; all are counted."""
+"""Maximum number of problems listed; all are counted."""
 
-_MAX_OF_ONE_SHARD = 20
+_MAX_PER_SHARD = 20
 _NO_LIMIT = 2**62
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What came of reading a set back."""
+    """Result of `verify_shards`."""
 
     problems: tuple[str, ...]
-    """The first problems by name of shard, at most `MAX_PROBLEMS`; none where all is right."""
+    """The first problems in the order of shard names, at most `MAX_PROBLEMS`."""
     count: int
-    """Problems in all."""
+    """Number of all problems."""
     notes: Counter[str]
-    """What is to be known of the images that were decoded, and of how many."""
+    """Note on decoded images → number of images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class _Task:
 
 
 @dataclass(kw_only=True)
-class _Found:
+class _Problems:
     problems: list[str] = field(default_factory=list)
     count: int = 0
     notes: Counter[str] = field(default_factory=Counter)
@@ -65,23 +65,23 @@ def verify_shards(
     workers: int = 1,
     tick: Tick = lambda _: None,
 ) -> Verification:
-    """Look for every problem of a set: lengths, checksums, indexes, labels, images, stray tars.
+    """Find all problems of a set: lengths, checksums, indexes, labels, images, stray tars.
 
     Args:
-        manifest: the set.
-        decode: whether to decode every image as well.
-        workers: processes to use.
-        tick: called with the number of samples looked at.
+        manifest: manifest of the set.
+        decode: whether to decode every image too.
+        workers: number of processes.
+        tick: called with the number of samples verified.
 
     Raises:
-        OSError: a file cannot be read for a reason that is not the set's.
+        OSError: a file cannot be read for a reason other than the set itself.
     """
     tasks = (
         _Task(folder=manifest.folder, shard=shard, classes=len(manifest.classes), decode=decode)
         for shard in manifest.shards
     )
     workers = max(1, min(workers, len(manifest.shards)))
-    total = _Found()
+    total = _Problems()
     for found in map_tasks(_verify_shard, tasks, workers=workers, tick=tick):
         total.add(found.problems, MAX_PROBLEMS)
         total.count += found.count - len(found.problems)
@@ -93,56 +93,56 @@ def verify_shards(
 
 def _find_strays(manifest: Manifest) -> list[str]:
     if "source" not in manifest.options:
-        return []  # written by someone else, so that tars without images may lie beside
+        return []  # written by someone else: tars without images may be next to the others
     named = {shard.name for shard in manifest.shards}
     try:
         stray = {path.name for path in manifest.folder.glob("*.tar")} - named
     except (OSError, StorageError):
         if isinstance(manifest.folder, Path):
             raise
-        return []  # many web servers list nothing, and many keys of stores do not permit it
+        return []  # many web servers and access keys do not allow listing
     return [f"{name}: not in the manifest" for name in sorted(stray)]
 
 
-def _verify_shard(task: _Task, tick: Tick) -> _Found:
-    found = _Found()
+def _verify_shard(task: _Task, tick: Tick) -> _Problems:
+    found = _Problems()
     try:
         promised = read_index(task.folder, task.shard)
         with as_local_file(task.shard.location(task.folder)) as path:
             _compare(task, promised, path, found, tick)
     except (ManifestError, TarError, StorageError) as error:
-        found.add([f"{task.shard.name}: {error}"], _MAX_OF_ONE_SHARD)
+        found.add([f"{task.shard.name}: {error}"], _MAX_PER_SHARD)
     return found
 
 
-def _compare(task: _Task, promised: ShardIndex, path: Path, found: _Found, tick: Tick) -> None:
+def _compare(task: _Task, promised: ShardIndex, path: Path, found: _Problems, tick: Tick) -> None:
     name = task.shard.name
     actual = index_tar(path, (lambda _: None) if task.decode else tick)
     problems = []
     if actual.sha256 != task.shard.sha256:
         problems.append(f"{name}: its SHA-256 is {actual.sha256}, not {task.shard.sha256}")
     if not _equal(promised, actual.index):
-        problems.append(f"{name}: its index {task.shard.index} does not fit it")
+        problems.append(f"{name}: its index {task.shard.index} does not match it")
     if promised.labels.max() >= task.classes:
-        problems.append(f"{name}: labels beyond the {task.classes} classes")
-    found.add(problems, _MAX_OF_ONE_SHARD)
+        problems.append(f"{name}: labels beyond the number of classes, {task.classes}")
+    found.add(problems, _MAX_PER_SHARD)
     if task.decode:
-        # What the tar holds, since an index that does not fit would name the wrong images.
+        # By the tar's own headers, since a wrong index would name the wrong images.
         _decode_all(path, actual.index, found, tick)
 
 
-def _decode_all(path: Path, index: ShardIndex, found: _Found, tick: Tick) -> None:
+def _decode_all(path: Path, index: ShardIndex, found: _Problems, tick: Tick) -> None:
     images = read_images(path, index, np.arange(len(index)))
     for data, key in zip(images, index.keys, strict=True):
         try:
             notes = check_image(data, max_pixels=_NO_LIMIT).notes
             if RE_ENCODED in notes:
-                raise RejectedImageError("it is of a format that shards do not hold")
+                raise RejectedImageError("its format is not one that shards may hold")
             found.notes.update(notes)
         except RejectedImageError as error:
-            found.add([f"{path.name}: image {key}: {error}"], _MAX_OF_ONE_SHARD)
+            found.add([f"{path.name}: image {key}: {error}"], _MAX_PER_SHARD)
         tick(1)
-    found.keep_first(_MAX_OF_ONE_SHARD)
+    found.keep_first(_MAX_PER_SHARD)
 
 
 def _equal(one: ShardIndex, other: ShardIndex) -> bool:

@@ -1,1 +1,1 @@
-"""Writing shards: plan, encode, shard, publish; resumable."""
+"""Writing sets of shards: list, plan, encode, write, finalize; resumable."""

@@ -29,8 +29,7 @@ def add_shard_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-bytes": (Selection().max_bytes, "reject image files with more bytes"),
         "--shuffle-window": (
             None,
-            "shuffle within windows of N files in source order; None: list all files first, then "
-            "shuffle all",
+            "shuffle within windows of N files in source order; None: all files, listed first",
         ),
     }
     for name, (default, about) in numbers.items():
@@ -53,7 +52,7 @@ def add_shard_arguments(parser: argparse.ArgumentParser) -> None:
     _add_encoding(parser)
     _add_split(parser)
     switches = {
-        "--no-shuffle": "keep the order of the source (folders: by path); same as --shuffle-window 1",
+        "--no-shuffle": "keep the order of the source (folders: by path), like --shuffle-window 1",
         "--no-check": "read image headers only, without decoding the images",
         "--deduplicate": "of files with identical bytes, keep the one with the smallest path",
         "--overwrite": "replace shards written from other options or other input",
@@ -169,8 +168,8 @@ def _add_execution(parser: argparse.ArgumentParser) -> None:
         "--staging",
         type=Path,
         metavar="FOLDER",
-        help="local folder for shards until they are uploaded to a URL (at most 3 per worker), from "
-        "which a stopped run resumes; None: in the user's cache",
+        help="local folder for shards until they are uploaded to a URL (at most 3 per worker); a "
+        "stopped run resumes from it; None: in the user's cache",
     )
     parser.add_argument(
         "--part",

@@ -1,4 +1,7 @@
-"""Files with the same bytes found among any number of files, in bounded memory."""
+"""Duplicates: files with identical bytes, and near duplicates by perceptual hash.
+
+Identical files are found by an external sort of digests, in bounded memory.
+"""
 
 import hashlib
 import io
@@ -7,7 +10,7 @@ import os
 import tempfile
 import warnings
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,13 +26,13 @@ from data_prep.format.storage import Location
 from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import SourceFile, UnreadableFileError
 from data_prep.sources.source import open_source
-from data_prep.write.listing import Listed, decode_file, encode_file
+from data_prep.write.listing import DuplicateFilter, WindowedFiles, decode_file, encode_file
 from data_prep.write.plan import ShardOptions, path_key
 
 DIGESTS = "digests-"
-"""How the names of files begin that keep what was read of some files, for a run that goes on."""
+"""Prefix of files that keep the digests of some files, for a resumed run."""
 
-_FILES_AT_ONCE = 2_000
+_FILES_PER_TASK = 2_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,23 +52,23 @@ class _Row(NamedTuple):
 
 def make_duplicate_filter(
     source: Location, options: ShardOptions, folder: Path, *, shards: bool, workers: int
-) -> Callable[[Listed], Listed]:
-    """Return a function that names duplicates: of equal files the smallest path is kept.
+) -> DuplicateFilter:
+    """Return a filter that marks duplicates; of each group the smallest path is kept.
 
     Args:
-        source: what the files are read from.
-        options: how the source is opened, and how near images may be to one another.
-        folder: where digests are kept, for a run that goes on after this one, and sorted.
+        source: the source of the files.
+        options: selection, and distance of near duplicates.
+        folder: folder for sorting, and for the digests that a resumed run needs not compute again.
         shards: whether the source is a folder of shards.
-        workers: processes that read.
+        workers: number of reading processes.
 
     Raises:
-        MissingImageHashError: near duplicates are asked for, and the library for them is missing.
+        MissingImageHashError: near duplicates need ImageHash, which is not installed.
     """
     if options.near_duplicates is not None:
         require_hashes()
 
-    def drop(files: Listed) -> Listed:
+    def drop(files: WindowedFiles) -> WindowedFiles:
         digests, paths = ExternalSort(folder, "digests"), ExternalSort(folder, "paths")
         tasks = (
             _DigestTask(source=source, options=options, shards=shards, folder=folder, files=group)
@@ -88,11 +91,11 @@ def make_duplicate_filter(
     return drop
 
 
-def _in_groups(files: Listed) -> Iterator[tuple[tuple[SourceFile, int], ...]]:
+def _in_groups(files: WindowedFiles) -> Iterator[tuple[tuple[SourceFile, int], ...]]:
     group: list[tuple[SourceFile, int]] = []
     for file in files:
         group.append(file)
-        if len(group) == _FILES_AT_ONCE:
+        if len(group) == _FILES_PER_TASK:
             yield tuple(group)
             group = []
     if group:
@@ -110,7 +113,7 @@ def _digest_files(task: _DigestTask, tick: Tick) -> list[tuple[str, str]]:
 
 
 def _hash_files(task: _DigestTask, tick: Tick) -> list[tuple[str, int | None]]:
-    """Return digest and perceptual hash of each file; those that a stopped run took are kept."""
+    """Return digest and perceptual hash of each file, reusing those of a stopped run."""
     near, most = task.options.near_duplicates is not None, task.options.max_pixels
     lines = [f"{near} {most}", *(encode_file(file) for file, _ in task.files)]
     name = hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
@@ -121,7 +124,7 @@ def _hash_files(task: _DigestTask, tick: Tick) -> list[tuple[str, int | None]]:
     opened = open_source(task.source, task.options.selection, shards=task.shards)
     with closing(opened) as source:
         for file, _ in task.files:
-            digest, perceptual = "-", None  # what cannot be read is no duplicate
+            digest, perceptual = "-", None  # an unreadable file is not a duplicate
             if not file.problem:
                 try:
                     data = source.read(file)
@@ -185,25 +188,26 @@ _ONES = np.array([number.bit_count() for number in range(2**16)], dtype=np.uint8
 
 
 class MissingImageHashError(ValueError):
-    """The library of perceptual hashes is not installed."""
+    """ImageHash is not installed."""
 
 
 def require_hashes() -> None:
-    """Check that perceptual hashes can be taken.
+    """Check that perceptual hashes can be computed.
 
     Raises:
-        MissingImageHashError: the library is missing.
+        MissingImageHashError: ImageHash is not installed.
     """
     try:
         import imagehash  # noqa: F401, PLC0415
     except ImportError:
         raise MissingImageHashError(
-            "--near-duplicates needs ImageHash, which is missing: pip install 'simmim[dedup]'"
+            "--near-duplicates needs ImageHash, which is not installed: "
+            "pip install 'simmim[dedup]'."
         ) from None
 
 
 def perceptual_hash(data: bytes, *, max_pixels: int) -> int | None:
-    """Return the DCT hash of an image, None where it does not decode or is too large."""
+    """Return the 64-bit DCT hash of an image, or None if it does not decode or is too large."""
     import imagehash  # noqa: PLC0415
 
     with warnings.catch_warnings():
@@ -215,17 +219,16 @@ def perceptual_hash(data: bytes, *, max_pixels: int) -> int | None:
                 return int(str(imagehash.phash(image)), 16)
         # Pillow's readers raise nearly any type when the bytes are hostile.
         except Exception:
-            return None  # it is rejected, with the reason, when it is written
+            return None  # it is rejected with the reason when it is written
 
 
 class SimilarImages:
-    """Hashes seen so far, and the first that is near to another one.
+    """Index of perceptual hashes that finds the first one within a Hamming distance.
 
-    Hashes are cut into one band more than bits may differ: of two that are near, at least one band
-    is equal, so that only images with an equal band are compared. Of each image 16 bytes are held,
-    and 4 more for each band, which with room to grow are about 80 at a distance of 6; paths are on
-    disk. The wider the distance, the narrower the bands and
-    the more is compared: with 6 bits, 1.4% of all pairs.
+    Hashes are split into one band more than bits may differ, so that two near hashes have at least
+    one equal band, and only images with an equal band are compared. Memory per image: 16 bytes and
+    4 per band, with over-allocation about 80 at a distance of 6; paths are on disk. A larger
+    distance means narrower bands and more comparisons: 1.4% of all pairs at a distance of 6.
     """
 
     def __init__(self, distance: int, folder: Path) -> None:
@@ -239,7 +242,7 @@ class SimilarImages:
         self._ends = array("Q", [0])
 
     def find(self, value: int) -> str | None:
-        """Return the path of the first image that is near, None where there is none."""
+        """Return the path of the first image within the distance, or None."""
         hashes = np.frombuffer(self._hashes, dtype=np.uint64)
         first = None
         for numbers, key in zip(self._numbers, self._keys(value), strict=True):
@@ -252,7 +255,7 @@ class SimilarImages:
         return None if first is None else self._path(first)
 
     def add(self, value: int, path: str) -> None:
-        """Remember an image."""
+        """Add an image."""
         for numbers, key in zip(self._numbers, self._keys(value), strict=True):
             numbers.setdefault(key, array("I")).append(len(self._hashes))
         self._hashes.append(value)
@@ -261,7 +264,7 @@ class SimilarImages:
         self._ends.append(self._paths.tell())
 
     def close(self) -> None:
-        """Remove what is on disk."""
+        """Remove the file of paths."""
         self._paths.close()
 
     def _path(self, number: int) -> str:

@@ -1,7 +1,7 @@
-"""The listing of a source: a file on disk of any length, in the order that shards are cut from.
+"""The listing of a source: a file on disk, of any length, in the order of the shards.
 
-Each line is a file. A listing is totals, sorted and read back in bounded memory; what is held is
-one place for each shard. Beside it lies the list of files that must not be used.
+Each line is a file. A listing is collected, sorted and read back in bounded memory; only one offset
+per shard is held. Files that must not be used are listed in a second file.
 """
 
 import hashlib
@@ -35,22 +35,22 @@ _SUMMARY_NAME = "listing.json"
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 _DEFAULTS = [SourceFile._field_defaults.get(name, ...) for name in SourceFile._fields]
 _FILES_PER_REPORT = 5_000
-Listed = Iterator[tuple[SourceFile, int]]
-"""Files, each with the window that it is shuffled in."""
-DuplicateFilter = Callable[[Listed], Listed]
-"""Gives files a problem where they are duplicates of others."""
+WindowedFiles = Iterator[tuple[SourceFile, int]]
+"""Files, each with the number of its shuffle window."""
+DuplicateFilter = Callable[[WindowedFiles], WindowedFiles]
+"""Sets the problem of files that are duplicates of others."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What a pass over a source found."""
+    """Summary of a pass over a source."""
 
     found: int
-    """Files that were wanted."""
+    """Number of selected files."""
     classes: tuple[str, ...]
-    """Names of all classes; a label is a position in them."""
+    """Class names, indexed by label."""
     fingerprint: str
-    """Digest of everything wanted: paths, sizes, dates, places in an archive, labels, fields."""
+    """Digest of the selected files: paths, sizes, dates, offsets, labels, fields."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,32 +58,32 @@ class Listing:
     """A listing on disk."""
 
     folder: Path
-    """Folder it lies in."""
+    """Folder of the listing."""
     survey: Survey
-    """What it was made from."""
+    """Summary of its files."""
     shards: tuple[ShardPlan, ...]
-    """The shards that it is cut into."""
+    """Plans of the shards."""
     validation_shards: int
-    """How many of them, at the end, hold samples for validation."""
+    """Number of shards, at the end, for validation."""
 
     def files(self, plan: ShardPlan) -> Iterator[SourceFile]:
         """Yield the files of a shard in order."""
         return read_files(self.folder / plan.listing, plan.start, plan.length)
 
     def refused(self) -> Iterator[SourceFile]:
-        """Yield the files that must not be used, in order of their paths."""
+        """Yield the files that must not be used, in the order of their paths."""
         path = self.folder / REFUSED_NAME
         return read_files(path, 0, path.stat().st_size)
 
     def write(self) -> None:
-        """Note in the folder that the listing is complete."""
+        """Write the summary, which marks the listing as complete."""
         values = asdict(self)
         del values["folder"]
         atomic_write_bytes(self.folder / _SUMMARY_NAME, json.dumps(values).encode())
 
 
 def class_name(file: SourceFile) -> str | None:
-    """Return the class of a file: its label, or the name of the folder it lies in, or None."""
+    """Return the class of a file: its label, else the name of its folder, else None."""
     if file.label is not None:
         return file.label or None
     folder = file.path.rpartition("/")[0].rpartition("/")[2]
@@ -91,9 +91,9 @@ def class_name(file: SourceFile) -> str | None:
 
 
 def find_classes(source: Source, selection: Selection) -> tuple[str, ...]:
-    """Return the names of all classes, found from names alone: no file is opened or measured.
+    """Return the names of all classes, from file names alone: no file is opened.
 
-    A folder whose files all turn out to be unusable is a class too, which has no samples.
+    A folder whose files all turn out to be unusable is a class without samples.
 
     Raises:
         SourceError, TarError: the source is damaged.
@@ -113,15 +113,15 @@ def find_classes(source: Source, selection: Selection) -> tuple[str, ...]:
 
 
 def survey_source(source: Source, options: ShardOptions, listed: Tick = lambda _: None) -> Survey:
-    """Read through a source and keep only what sums it up.
+    """Return the summary of a source, without writing a listing.
 
     Args:
-        source: what to read.
-        options: what is wanted of it.
-        listed: told now and then how many files were found.
+        source: the source.
+        options: selection and window.
+        listed: called regularly with the number of files found so far.
 
     Raises:
-        SourceError: nothing in it is wanted.
+        SourceError: no file is selected.
         TarError: it is a damaged tar.
     """
     surveyor = Surveyor(source, options, listed)
@@ -137,18 +137,18 @@ def write_listing(
     filter_duplicates: DuplicateFilter | None,
     listed: Tick = lambda _: None,
 ) -> Listing:
-    """List a source into a folder.
+    """Write the listing of a source.
 
     Args:
-        source: what to list.
-        options: what is wanted, and its order.
-        folder: where the listing goes.
-        filter_duplicates: finds duplicates among files in order of path; None keeps them.
-        listed: told now and then how many files were found.
+        source: the source.
+        options: selection, order and size of shards.
+        folder: folder for the listing.
+        filter_duplicates: finds duplicates; None keeps them.
+        listed: called regularly with the number of files found so far.
 
     Raises:
-        SourceError: nothing in the source is wanted.
-        TarError: it is a damaged tar.
+        SourceError: no file is selected.
+        TarError: the source is a damaged tar.
         OSError: the folder cannot be written.
     """
     surveyor = Surveyor(source, options, listed)
@@ -169,7 +169,7 @@ def write_listing(
 
 
 def read_listing(folder: Path) -> Listing | None:
-    """Return the complete listing in a folder, None where there is none."""
+    """Return the complete listing in a folder, or None if there is none."""
     try:
         values = json.loads((folder / _SUMMARY_NAME).read_text())
     except FileNotFoundError:
@@ -184,7 +184,7 @@ def read_listing(folder: Path) -> Listing | None:
 
 
 def read_files(path: Path, start: int, length: int) -> Iterator[SourceFile]:
-    """Yield the files of a part of a listing."""
+    """Yield the files in a byte range of a listing."""
     with path.open("rb") as lines:
         lines.seek(start)
         left = length
@@ -203,12 +203,12 @@ def encode_file(file: SourceFile) -> str:
 
 
 def decode_file(line: str) -> SourceFile:
-    """Return the file that a line stands for."""
+    """Return the file of a line of `encode_file`."""
     return SourceFile(*json.loads(line))
 
 
 class Surveyor:
-    """Sorts out the files of a source and sums up what is wanted."""
+    """Selects the files of a source and collects their summary."""
 
     def __init__(self, source: Source, options: ShardOptions, listed: Tick) -> None:
         self._source, self._selection = source, options.selection
@@ -217,21 +217,21 @@ class Surveyor:
         self._found = self._others = self._sum = 0
         self._classes = _ClassNames()
 
-    def files(self) -> Listed:
-        """Yield every wanted file with its window, those with a problem too."""
+    def files(self) -> WindowedFiles:
+        """Yield every selected file with its window, including files with a problem."""
         taken = 0
         for file in self._source.files():
             if not self._selection.wants(file, explicit=self._source.is_explicit):
                 self._others += 1
                 continue
-            sorted_out = _find_problem(file, self._selection)
+            checked = _find_problem(file, self._selection)
             window = taken // self._window if self._window else 0
-            taken += not sorted_out.problem
-            self._count(sorted_out, window)
-            yield sorted_out, window
+            taken += not checked.problem
+            self._count(checked, window)
+            yield checked, window
 
     def survey(self) -> Survey:
-        """Return what the files that were yielded sum up to.
+        """Return the summary of the files yielded.
 
         Raises:
             SourceError: there were none.
@@ -245,7 +245,7 @@ class Surveyor:
         )
 
     def _count(self, file: SourceFile, window: int) -> None:
-        # A sum of digests, so that it does not depend on the order that a folder is read in.
+        # A sum of digests does not depend on the order in which a folder is read.
         digest = hashlib.sha256(f"{window}{encode_file(file)}".encode("ascii")).digest()
         self._sum = (self._sum + int.from_bytes(digest, "big")) % 2**256
         self._found += 1
@@ -256,7 +256,7 @@ class Surveyor:
 
 
 class _ClassNames:
-    """The classes of files."""
+    """Collects the classes of files."""
 
     def __init__(self) -> None:
         self._names: set[str] = set()
@@ -269,7 +269,7 @@ class _ClassNames:
             self._are_labels = self._are_labels and file.label is not None
 
     def sorted(self) -> tuple[str, ...]:
-        # Labels that are numbers stay the numbers they are.
+        # Numeric labels keep their values.
         if self._are_labels and all(name.isascii() and name.isdecimal() for name in self._names):
             largest = max((int(name[:20]) for name in self._names), default=-1)
             names = tuple(str(number) for number in range(min(largest + 1, MAX_CLASSES)))
@@ -279,7 +279,7 @@ class _ClassNames:
 
 
 class _Sorter:
-    """Brings files into their order on disk and cuts them into shards."""
+    """Sorts files on disk and cuts them into shards."""
 
     def __init__(self, folder: Path, options: ShardOptions) -> None:
         self._folder, self._options = folder, options
@@ -299,7 +299,7 @@ class _Sorter:
 
     def write(self) -> tuple[tuple[ShardPlan, ...], int]:
         write_refused(self._folder, self._refused)
-        starts: list[tuple[int, int]] = []  # samples before the shard, bytes before it
+        starts: list[tuple[int, int]] = []  # (samples, bytes of the listing) before each shard
         cutters = {
             group: Cutter(
                 count=self._counts[group],
@@ -361,11 +361,12 @@ def _find_problem(file: SourceFile, selection: Selection) -> SourceFile:
 
 def _describe_absence(path: Location, selection: Selection, others: int) -> str:
     if not others:
-        return f"{path} is empty: give a folder, a zip, a tar or a list of images."
+        return f"{path} is empty. Give a folder, a zip, a tar or a list of images."
     wanted = f"files that match {', '.join(selection.include)}" if selection.include else "images"
     if selection.only_split is not None:
         wanted += f" of split {selection.only_split!r}"
+    number = "1 other file" if others == 1 else f"{others:,} other files"
     return (
-        f"{path} holds no {wanted}, only {others} other files. "
-        f"Image suffixes are {' '.join(sorted(IMAGE_SUFFIXES))}; --include takes others."
+        f"{path} has no {wanted}, only {number}. Image suffixes are "
+        f"{' '.join(sorted(IMAGE_SUFFIXES))}; select others with --include."
     )

@@ -1,8 +1,9 @@
-"""The folder that shards are written to: nothing in it is replaced or left half by accident.
+"""The output folder of a set: nothing in it is replaced or left half-written by accident.
 
-Shards are written into `.partial` inside it, beside the listing of the source and a note of what
-they are made from. When all are there they are moved up, and the manifest is written last: a folder
-with one is complete. Several parts of a run may write at once; what ends a run has it alone.
+Shards are written into its subfolder `.partial`, next to the listing of the source and a record of
+what they are made from. When all are there they are moved up, and the manifest is written last: a
+folder with a manifest is complete. Several parts of a run may write at the same time; a run is
+finalized under an exclusive lock.
 """
 
 import fcntl
@@ -26,14 +27,14 @@ from data_prep.write.upload import Upload, check_uploaded, refuse_foreign_shards
 
 REJECTED_NAME = "rejected.jsonl"
 VALIDATION_SHARDS = "validation_shards"
-"""Option of the manifest that counts the shards, at the end, that are for validation."""
+"""Option in the manifest: number of shards, at the end, for validation."""
 _PARTIAL_NAME = ".partial"
 _WORK_VERSION = 2
-"""Version of what lies in `.partial`: to be raised where that changes, so that none is mixed."""
+"""Version of the contents of `.partial`; raise it when they change, so that none are mixed."""
 _NOTE_NAME = "made-from.json"
 _OTHER_INPUT = "other files of the same source, or the same files with other dates"
 _SHARD_FILES = re.compile(r"shard-\d{6,}\.(tar|index\.npy)")
-_OUTCOMES = {VALIDATION_SHARDS}  # options of the manifest that say what came out
+_OUTCOMES = {VALIDATION_SHARDS}  # options in the manifest that record results
 _KNOWN_NAMES = {MANIFEST_NAME, REJECTED_NAME, STATISTICS_NAME, _PARTIAL_NAME, "lost+found"}
 _TEMPORARY_PREFIXES = tuple(
     f".{name}.partial" for name in (MANIFEST_NAME, REJECTED_NAME, STATISTICS_NAME)
@@ -41,20 +42,20 @@ _TEMPORARY_PREFIXES = tuple(
 
 
 class OutputDirError(ValueError):
-    """The output holds something that must not be written over."""
+    """The output folder holds something that must not be overwritten."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What a set of shards is made from: two of the same identity are equal byte for byte."""
+    """What a set of shards is made from: sets with equal identities are equal byte for byte."""
 
     options: dict[str, Any]
-    """Options as plain values, the source's name among them."""
+    """Options as plain values, with the name of the source."""
     fingerprint: str
     """Digest of the inputs; empty while they are still being listed."""
 
     def is_compatible_with(self, other: "Identity") -> bool:
-        """Tell whether the other is of the same, as far as both are known."""
+        """Return whether both may be the same, as far as their fingerprints are known."""
         known = self.fingerprint and other.fingerprint
         return self.options == other.options and (
             not known or self.fingerprint == other.fingerprint
@@ -63,40 +64,40 @@ class Identity:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputDir:
-    """A folder that is being written to, by this process alone or as one of several parts."""
+    """An output folder opened for writing, by this process alone or as one of several parts."""
 
     folder: Path
-    """Where the set will be, or its shards until they are on the store that it goes to."""
+    """Folder of the set, or of its shards until they are uploaded."""
     created: Path | None
-    """Outermost folder that had to be made for it."""
+    """Outermost folder that had to be created."""
     upload: Upload | None = None
-    """The way to the store that the set goes to; None leaves it in `folder`."""
+    """Upload to a store; None: the set stays in `folder`."""
 
     @property
     def place(self) -> Location:
-        """Where the set will be."""
+        """Location of the finished set."""
         return self.folder if self.upload is None else self.upload.place
 
     @property
     def partial(self) -> Path:
-        """Folder that unfinished work is in."""
+        """Folder of unfinished work."""
         return self.folder / _PARTIAL_NAME
 
     def identity(self) -> Identity | None:
-        """Return what the unfinished work is made from, None where there is none."""
+        """Return what the unfinished work is made from, or None if there is none."""
         note = self._note()
         return Identity(**note["identity"]) if note is not None else None
 
     def begin(self, identity: Identity) -> None:
-        """Note what the work is made from, once its listing is complete."""
+        """Record what the work is made from, once its listing is complete."""
         note = {"version": _WORK_VERSION, "identity": asdict(identity)}
         atomic_write_bytes(self.partial / _NOTE_NAME, json.dumps(note, indent=1).encode())
 
     def check_version(self, *, overwrite: bool = False) -> None:
-        """Check that unfinished work is of this version, or clear other if that is allowed.
+        """Check that unfinished work has this version, or remove it with `overwrite`.
 
         Raises:
-            OutputDirError: it is of another version, and is to be kept.
+            OutputDirError: it has another version and must be kept.
         """
         note = self._note()
         if note is None or note.get("version") == _WORK_VERSION:
@@ -104,8 +105,7 @@ class OutputDir:
         if not overwrite:
             raise OutputDirError(
                 f"{self.place} holds an interrupted run of another version of data-prep, which "
-                "this one cannot go on with. Finish it with that version, or start anew with "
-                "--overwrite."
+                "cannot be resumed. Finish it with that version, or start afresh with --overwrite."
             )
         self.clear()
 
@@ -117,40 +117,40 @@ class OutputDir:
         return note
 
     def check_identity(self, identity: Identity) -> None:
-        """Check that unfinished work is made from the same.
+        """Check that unfinished work is made from the same options and input.
 
         Raises:
-            OutputDirError: it is made from other options or other input.
+            OutputDirError: it is not.
         """
         made_from = self.identity()
         if made_from is not None and not made_from.is_compatible_with(identity):
             raise self.mismatch_error(_difference(made_from, identity))
 
     def mismatch_error(self, difference: str = _OTHER_INPUT) -> OutputDirError:
-        """Return the error that refuses unfinished work, and says what that is made from."""
+        """Return the error for unfinished work that is made from something else."""
         return OutputDirError(
-            f"{self.place} holds an interrupted run made from {difference}. Give the same to go "
-            "on with it, or start anew with --overwrite."
+            f"{self.place} holds an interrupted run made from {difference}. Give the same to "
+            "resume it, or start afresh with --overwrite."
         )
 
     def clear(self) -> None:
-        """Remove all unfinished work but digests, which hold for whatever is made of the files."""
+        """Remove all unfinished work except digests, which depend on the files alone."""
         for path in self.partial.iterdir():
             if not path.name.endswith("lock") and not path.name.startswith(DIGESTS):
                 path.unlink()
 
     @contextmanager
     def listing_lock(self) -> Iterator[None]:
-        """Wait until no other part lists the source."""
+        """Hold the lock under which only one part lists the source."""
         with (self.partial / "listing.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def reports(self, numbers: Iterable[int]) -> Iterator[ShardReport | None]:
-        """Yield the report of each shard, None where it is not finished or gone.
+        """Yield the report of each shard, None if the shard is not finished or missing.
 
         Args:
-            numbers: numbers of shards among those planned; all of a set that goes to a store.
+            numbers: numbers of planned shards; all of them if the set is uploaded.
         """
         position = 0
         for number in numbers:
@@ -165,11 +165,11 @@ class OutputDir:
             yield report if is_there else None
 
     def publish(self, manifest: Manifest, names: Sequence[str]) -> Manifest:
-        """Move finished shards up and write the manifest; on a store they are there already.
+        """Move finished shards up, unless they are uploaded, and write the manifest.
 
         Args:
-            manifest: what the set is to be.
-            names: what the files of its shards are called until then.
+            manifest: manifest of the set.
+            names: file names of its shards in `.partial`.
 
         Raises:
             StorageError: the store does not answer, or lacks shards.
@@ -195,7 +195,7 @@ class OutputDir:
         return manifest
 
     def abandon(self) -> None:
-        """Remove all unfinished work, and the folders that were made for it."""
+        """Remove all unfinished work, and the folders created for it."""
         shutil.rmtree(self.partial, ignore_errors=True)
         if self.created is not None:
             folder = self.folder
@@ -207,12 +207,12 @@ class OutputDir:
 
 
 def read_complete_set(place: Location, identity: Identity) -> Manifest:
-    """Return the manifest of a set that is complete, once it has proved to be of this identity.
+    """Return the manifest of a complete set after checking that it has this identity.
 
     Raises:
-        OutputDirError: the set is another one.
+        OutputDirError: it is another set.
         StorageError: the store does not answer, or data-prep did not write the shards.
-        ManifestError: it lacks shards.
+        ManifestError: shards are missing.
     """
     manifest = read_manifest(place)
     refuse_foreign_shards(manifest)
@@ -220,8 +220,8 @@ def read_complete_set(place: Location, identity: Identity) -> Manifest:
     made_from = Identity(options=options, fingerprint=manifest.fingerprint)
     if made_from != identity:
         raise OutputDirError(
-            f"{place} holds a finished set of {manifest.samples:,} samples made from "
-            f"{_difference(made_from, identity)}. Choose another place, or replace it with "
+            f"{place} holds a finished set (samples: {manifest.samples:,}) made from "
+            f"{_difference(made_from, identity)}. Choose another folder, or replace the set with "
             "--overwrite."
         )
     if isinstance(place, RemotePath):
@@ -241,13 +241,13 @@ def open_output_dir(
     store: RemotePath | None = None,
     overwrite: bool = False,
 ) -> Iterator[OutputDir]:
-    """Take a folder for writing, with what unfinished work is in it.
+    """Open a folder for writing under a lock, with the unfinished work in it.
 
     Args:
-        folder: where the set will be, or its shards until they are on the store.
-        part: number of the part of a run that writes, beside other parts; None is alone.
-        store: where the set goes to; None leaves it in the folder.
-        overwrite: whether what is on the store may be replaced.
+        folder: folder of the set, or of its shards until they are uploaded.
+        part: number of this part, next to other parts that write; None: exclusive.
+        store: URL of the set; None: it stays in the folder.
+        overwrite: whether to replace what is at the URL.
 
     Raises:
         OutputDirError: it holds something else, or another process writes to it.
@@ -265,7 +265,7 @@ def open_output_dir(
         _lock(stack, partial / "lock", folder, shared=part is not None)
         if part is None:
             for path in partial.glob(".*"):
-                path.unlink()  # half written by a process that is gone
+                path.unlink()  # half-written by a process that is gone
         else:
             _lock(stack, partial / f"part-{part}.lock", folder, shared=False)
         yield OutputDir(folder=folder, created=created, upload=upload)
@@ -282,7 +282,7 @@ def _lock(stack: ExitStack, path: Path, folder: Path, *, shared: bool) -> None:
 
 
 def refuse_other_files(folder: Path) -> None:
-    """Check that a folder holds nothing but a set of shards or unfinished work on one.
+    """Check that a folder holds nothing but a set of shards, finished or not.
 
     Raises:
         OutputDirError: it holds something else.
@@ -302,18 +302,16 @@ def refuse_other_files(folder: Path) -> None:
     ]
     if foreign:
         shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
-        raise OutputDirError(
-            f"{folder} holds other things ({shown}). Give an empty or a new folder."
-        )
+        raise OutputDirError(f"{folder} holds other things ({shown}). Give an empty or new folder.")
     if (folder / MANIFEST_NAME).exists():
         refuse_foreign_shards(read_manifest(folder))
 
 
 def refuse_inside(source: Location, output: Location) -> None:
-    """Check that shards are not written into the folder that they are made from.
+    """Check that the output folder is not inside the source.
 
     Raises:
-        OutputDirError: they would be, and the next listing would find them there.
+        OutputDirError: it is, so that the next listing would find the shards.
     """
     if isinstance(source, Path) and isinstance(output, Path):
         inside = output.resolve().is_relative_to(source.resolve())
@@ -321,8 +319,8 @@ def refuse_inside(source: Location, output: Location) -> None:
         inside = f"{output}/".startswith(f"{source}/")
     if inside:
         raise OutputDirError(
-            f"{output} lies in the source, {source}, where the next run would take what is "
-            "written for images. Give a folder outside of the source."
+            f"{output} is inside the source {source}, where the next run would find the shards. "
+            "Give a folder outside of the source."
         )
 
 

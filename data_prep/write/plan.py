@@ -22,7 +22,7 @@ class ShardOptions:
     """Options that, with the input, determine the bytes of the shards."""
 
     samples_per_shard: int | None = None
-    """Maximum samples per shard. None: 10,000, or fewer for at most 256 MiB and at least 8 shards."""
+    """Maximum samples per shard. None: 10,000, fewer for shards of > 256 MiB or < 8 shards."""
     bytes_per_shard: int | None = None
     """Maximum bytes of source images per shard (a larger image has its own shard). None: any."""
     selection: Selection = field(default_factory=Selection)

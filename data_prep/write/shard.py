@@ -1,4 +1,4 @@
-"""One shard: images read from the source, checked, and written as a WebDataset tar."""
+"""Writing one shard: images are read from the source, checked, and written as a WebDataset tar."""
 
 import json
 import os
@@ -23,52 +23,52 @@ from data_prep.write.shard_writer import ShardWriter
 
 @dataclass(frozen=True, kw_only=True)
 class ShardTask:
-    """All a worker needs to write one shard."""
+    """Everything a worker needs to write one shard."""
 
     source: Location
-    """What to read from."""
+    """The source."""
     shards: bool
     """Whether the source is a folder of shards."""
     folder: Path
-    """Folder to write to; the listing lies in it."""
+    """Folder of the listing and of the shard."""
     plan: ShardPlan
-    """What the shard is to hold."""
+    """The files of the shard."""
     labels: dict[str, int]
     """Class name → label."""
     options: ShardOptions
-    """How images are checked."""
+    """Selection, checks and encoding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rejection:
-    """An input that was kept out."""
+    """A rejected input."""
 
     path: str
-    """Path inside the source."""
+    """Path in the source."""
     reason: str
-    """Why, as a clause."""
+    """The reason, as a clause."""
     key: str | None = None
-    """Key that it would have had; None where it was kept out before keys were given."""
+    """Key reserved for it; None if it was rejected before keys were assigned."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardReport:
-    """What became of one planned shard."""
+    """Result of writing one planned shard."""
 
     number: int
     """Position of the shard among all planned."""
     entry: ShardEntry | None
-    """What was written; None where every image was rejected."""
+    """The shard; None if every image was rejected."""
     rejected: tuple[Rejection, ...]
-    """Inputs that were kept out, in order."""
+    """Rejected inputs, in order."""
     notes: dict[str, int]
-    """What is to be known of the images, and of how many; see `CheckedImage.notes`."""
+    """Note (see `CheckedImage.notes`) → number of images."""
     listing: str = ""
-    """Digest of the part of the listing that it was made from; see `ShardPlan.digest`."""
+    """Digest of its listing; see `ShardPlan.digest`."""
 
     @property
     def found(self) -> int:
-        """Inputs that the shard was to hold."""
+        """Number of planned inputs."""
         return (self.entry.samples if self.entry else 0) + len(self.rejected)
 
 
@@ -85,7 +85,7 @@ def report_name(number: int) -> str:
 def write_shard(task: ShardTask, tick: Tick) -> ShardReport:
     """Write one shard, its index and, when both are complete, its report.
 
-    The tar is a function of the task alone: no date, no user, no order of processes enters it.
+    The tar depends on the task alone: not on date, user or order of processes.
 
     Raises:
         OSError: the folder cannot be written.
@@ -114,7 +114,7 @@ def write_shard(task: ShardTask, tick: Tick) -> ShardReport:
 
 
 def read_report(folder: Path, number: int) -> ShardReport | None:
-    """Return the report of a shard that was finished, else None."""
+    """Return the report of a finished shard, or None."""
     try:
         values = json.loads((folder / report_name(number)).read_text())
     except FileNotFoundError:
@@ -137,7 +137,7 @@ def finished_shards(folder: Path) -> list[int]:
 
 
 def shard_exists(folder: Path, entry: ShardEntry) -> bool:
-    """Tell whether a shard that was written into a folder is still there."""
+    """Return whether a shard written into a folder is still there."""
     tar, index = folder / entry.name, folder / entry.index
     return tar.exists() and tar.stat().st_size == entry.bytes and index.exists()
 

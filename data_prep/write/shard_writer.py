@@ -1,7 +1,7 @@
-"""A WebDataset tar written, hashed and indexed in one pass.
+"""WebDataset tar writer that hashes and indexes in the same pass.
 
-The bytes are those of webdataset's TarWriter, which a test holds them to; headers are filled in
-from a template, since making each anew takes longer than all the rest.
+The bytes are identical to those of webdataset's TarWriter (tested). Headers are filled in from a
+template, since building each with tarfile would take longer than all the rest.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from data_prep.format.index import IndexedTar, ShardIndex
 from data_prep.format.manifest import IMAGE_EXTENSIONS
 
 _BLOCK = 512
-"""Bytes that a tar is made of; a member is a block of header and its data, filled up with zeros."""
+"""Block size of a tar; a member is a header block and its data, padded with zeros."""
 _ZEROS = bytes(_BLOCK)
 _RECORD = 20 * _BLOCK
 _BUFFER = 2**20
@@ -25,9 +25,9 @@ _MAX_MEMBER_BYTES = 8**11 - 1
 
 
 class ShardWriter:
-    """Writes samples into a tar and notes where their images lie.
+    """Writes samples into a tar and records the offsets of their images.
 
-    The tar is a function of the samples alone: no date and no user enters it.
+    The tar depends on the samples alone, not on date or user.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,9 +41,9 @@ class ShardWriter:
         """Write a sample.
 
         Args:
-            key: its key, ASCII and at most 90 characters.
-            members: extension → data; exactly one of them is an image.
-            label: its class, -1 where it has none.
+            key: key, at most 90 ASCII characters.
+            members: extension → data, exactly one of which is an image.
+            label: class, -1 if it has none.
         """
         parts: list[bytes] = []
         for extension in sorted(members):
@@ -56,10 +56,10 @@ class ShardWriter:
             fill = _ZEROS[: -len(data) % _BLOCK]
             parts += (data, fill)
             self._length += len(data) + len(fill)
-        self._put(b"".join(parts))  # at once, since each write and digest has a price of its own
+        self._put(b"".join(parts))  # at once, since each write and digest has its own overhead
 
     def finish(self) -> IndexedTar:
-        """End the tar, bring it to the disk, and return what it holds.
+        """End the tar, sync it to disk, and return its index.
 
         Raises:
             OSError: the disk is full.
@@ -108,7 +108,9 @@ def _header(name: bytes, size: int) -> bytes:
     """Return the header of a plain member without a date."""
     assert len(name) <= _MAX_NAME_BYTES, name
     if size > _MAX_MEMBER_BYTES:
-        raise ValueError(f"{name.decode()} has {size:,} bytes, more than a tar can hold: 8 GiB.")
+        raise ValueError(
+            f"{name.decode()} has {size:,} bytes; a tar member has at most 8 GiB. Exclude it."
+        )
     length = b"%011o\0" % size
     total = _TEMPLATE_SUM + sum(name) + sum(length)
     return b"".join(

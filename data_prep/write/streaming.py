@@ -1,9 +1,9 @@
-"""A listing that gives its shards away while it still goes on.
+"""Streamed listing: shards are planned while the source is still being listed.
 
-Where files keep their place, or change it only inside a window, a shard can be cut as soon as its
-files are listed. Each such shard has a listing of its own, and a digest of that, which its report
-repeats: a run that goes on lists the source again, and takes a finished shard only for what it was
-made from. Files for validation, which come last, are put aside on disk.
+If files keep their order, or move only within a window, a shard can be cut as soon as its files are
+listed. Each such shard has its own listing, whose digest its report repeats: a resumed run lists
+the source again and accepts a finished shard only if the digests agree. Files for validation, which
+come last, are kept on disk.
 """
 
 import hashlib
@@ -28,21 +28,21 @@ from data_prep.write.plan import ShardOptions, ShardPlan, cut_stream, order_key,
 
 
 def listing_name(number: int) -> str:
-    """Return the file name of the listing of a shard's own."""
+    """Return the file name of a shard's own listing."""
     return f"shard-{number:06d}.listing.jsonl"
 
 
 class StreamedListing:
-    """The listing of a source whose shards are planned as they are found.
+    """The listing of a source, with shards planned during listing.
 
     Args:
-        source: what to list.
-        options: what is wanted, and its order; they must allow for streaming.
-        folder: where listings go.
+        source: the source.
+        options: selection, order and size of shards; `options.streams` must be True.
+        folder: folder for listings.
         classes: names of all classes.
-        needed: tells of a shard whether its listing is to be written.
-        name: sets files apart from those of others who list into the folder.
-        listed: told now and then how many files were found.
+        needed: whether to write the listing of a shard.
+        name: distinguishes its files from those of other processes that list into the folder.
+        listed: called regularly with the number of files found so far.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class StreamedListing:
         self._samples = self._validation_shards = 0
 
     def plans(self) -> Iterator[ShardPlan]:
-        """Yield the shards as they are found.
+        """Yield the plans of shards as their files are listed.
 
         Raises:
-            SourceError: nothing in the source is wanted, or it changes meanwhile.
+            SourceError: no file is selected, or the source changes meanwhile.
             TarError: it is a damaged tar.
             OSError: the folder cannot be written.
         """
@@ -82,10 +82,10 @@ class StreamedListing:
             yield self._plan(shard)
 
     def finish(self) -> Listing:
-        """Write what the whole listing comes to, once all shards were taken.
+        """Write the summary of the listing after all plans were yielded, and return it.
 
         Raises:
-            SourceError: nothing in the source is wanted.
+            SourceError: no file is selected.
         """
         survey = replace(self._surveyor.survey(), classes=self._classes)
         write_refused(self._folder, self._refused)
@@ -99,12 +99,12 @@ class StreamedListing:
         return listing
 
     def discard(self) -> None:
-        """Remove what lies on disk between."""
+        """Remove temporary files."""
         for sorter in (self._window, self._held_out, self._refused):
             sorter.discard()
 
     def _training_files(self) -> Iterator[tuple[str, int]]:
-        """Yield lines of the listing, with their images' bytes, in the order of the shards."""
+        """Yield (line, length of the image in bytes) of training files, in order."""
         at = 0
         for file, window in self._surveyor.files():
             if file.problem:
@@ -131,8 +131,8 @@ class StreamedListing:
         name = class_name(file)
         if name is not None and name not in self._known:
             raise SourceError(
-                f"{file.path} is of class {name!r}, which was not there when the classes were "
-                "listed. Let the source be while it is read, then run the same command again."
+                f"{file.path} has class {name!r}, which did not exist when the classes were "
+                "listed. Do not change the source while it is read; run the same command again."
             )
 
     def _plan(self, lines: list[str]) -> ShardPlan:

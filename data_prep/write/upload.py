@@ -1,10 +1,10 @@
-"""A set that is written to a store, a shard at a time, by one run alone.
+"""Upload of a set to an object store, shard by shard, by exactly one run.
 
-Shards go there under their final names, since each follows all before it, and are removed here.
-The manifest comes last: a prefix with one is complete. Until then a note beside the shards names
-the run, and a log on this machine says what that run has put under which name. So an object is
-taken for a shard only if the note is this run's, the log has its checksum, and the store its
-length; whatever a killed run was at is done again.
+Shards are uploaded under their final names, in order, and then removed locally. The manifest comes
+last: a prefix with a manifest is complete. Until then a note next to the shards identifies the run,
+and a local log records the checksum uploaded under each name. An object counts as a shard only if
+the note is this run's, the log has its checksum, and the store its length; whatever a killed run
+had not finished is uploaded again.
 """
 
 import os
@@ -38,12 +38,12 @@ _OUR_OBJECTS = re.compile(
 
 
 class Upload:
-    """The way of a set's shards to a store.
+    """The upload of one set.
 
     Args:
-        place: where the set will be.
-        partial: folder on this machine that shards are written into.
-        overwrite: whether what is there may be replaced.
+        place: URL of the set.
+        partial: local folder that shards are written into.
+        overwrite: whether to replace what is at the URL.
     """
 
     def __init__(self, place: RemotePath, partial: Path, *, overwrite: bool) -> None:
@@ -56,15 +56,15 @@ class Upload:
 
     @property
     def _is_ours(self) -> bool:
-        """Whether what is there was put there by this run."""
+        """Whether this run uploaded what is at the URL."""
         return self._log.run is not None and self._owner_run == self._log.run
 
     def check_target(self) -> None:
-        """Look at what is there: it is of this run, or nothing, or may be replaced.
+        """Check that the URL is empty, belongs to this run, or may be replaced.
 
         Raises:
-            StorageError: the store does not answer, or holds something else.
-            ManifestError: it holds a manifest that cannot be read.
+            StorageError: the store does not answer, or the URL holds something else.
+            ManifestError: the URL holds a manifest that cannot be read.
         """
         self.reload_log()
         self._present = self.place.list_sizes()
@@ -77,8 +77,8 @@ class Upload:
         if self._owner_run:
             raise StorageError(
                 f"{self.place} holds the unfinished shards of another run, on the machine "
-                f"{self._owner_machine}. Go on with that one there, with the same --staging "
-                "folder; or give an empty prefix, or replace them with --overwrite."
+                f"{self._owner_machine}. Resume that run there with the same --staging folder, "
+                "give an empty prefix, or replace the shards with --overwrite."
             )
         raise StorageError(
             f"{self.place} holds shards of another set ({min(self._present)}). Give an empty "
@@ -86,10 +86,10 @@ class Upload:
         )
 
     def claim(self) -> None:
-        """Clear what may be replaced, and note that what is there from now on is of this run.
+        """Remove what may be replaced, and mark the URL as belonging to this run.
 
         Raises:
-            StorageError: the store does not answer, or holds something else by now.
+            StorageError: the store does not answer, or the URL now holds something else.
         """
         if self._is_claimed:
             return
@@ -106,11 +106,11 @@ class Upload:
         self._is_claimed = True
 
     def reload_log(self) -> None:
-        """Look again whether unfinished work on this machine is what the store has shards of."""
+        """Read the local log again, which tells whether the unfinished work is the URL's."""
         self._log.read()
 
     def has_shard(self, entry: ShardEntry, position: int) -> bool:
-        """Tell whether a shard is on the store, as the one of that position in the set."""
+        """Return whether a shard is at the URL under the name of that position in the set."""
         name = shard_name(position)
         return (
             self._is_ours
@@ -119,16 +119,16 @@ class Upload:
             and index_name(name) in self._present
         )
 
-    def put(self, entry: ShardEntry, position: int, sent: Tick = lambda _: None) -> None:
-        """Bring a finished shard to the store and remove it here; threads may do so at once.
+    def upload_shard(self, entry: ShardEntry, position: int, sent: Tick = lambda _: None) -> None:
+        """Upload a finished shard and remove it locally; thread-safe.
 
         Args:
-            entry: the shard, as it is called on this machine.
+            entry: the shard, with its local name.
             position: its position in the set.
-            sent: told of bytes as they go out.
+            sent: called with the number of bytes sent.
 
         Raises:
-            StorageError: the store does not answer, or belongs to another run by now.
+            StorageError: the store does not answer, or the URL now belongs to another run.
         """
         assert self._is_claimed
         name = shard_name(position)
@@ -142,21 +142,21 @@ class Upload:
         (self._partial / entry.index).unlink(missing_ok=True)
 
     def publish(self, manifest: Manifest, rejected: Path) -> Manifest:
-        """Make the shards on the store a set.
+        """Upload the list of rejected images and the manifest, which completes the set.
 
         Args:
-            manifest: what the set is.
-            rejected: file on this machine that names what was kept out, if anything was.
+            manifest: manifest of the set.
+            rejected: local file of rejected images, if there are any.
 
         Raises:
-            StorageError: the store does not answer, lacks shards, or holds other things by now.
+            StorageError: the store does not answer, lacks shards, or the URL holds other things.
         """
         self.claim()
         self._check_ownership()
         self._present = self.place.list_sizes()
         self._refuse_other_objects()
         manifest = replace(manifest, folder=self.place)
-        _check_lengths(manifest, self._present, "Run the same command again to go on.")
+        _check_lengths(manifest, self._present, "Run the same command again to resume.")
         wanted = {name for shard in manifest.shards for name in (shard.name, shard.index)}
         if manifest.rejected:
             self._send(rejected, rejected.name, lambda _: None)
@@ -171,8 +171,8 @@ class Upload:
         length, there = path.stat().st_size, (self.place / name).stat().st_size
         if there != length:
             raise StorageError(
-                f"{self.place / name} has {there:,} bytes, of {length:,} that were sent. Run the "
-                "same command again to go on."
+                f"{self.place / name} has {there:,} of the {length:,} bytes sent. Run the same "
+                "command again to resume."
             )
         self._present[name] = there
 
@@ -181,7 +181,7 @@ class Upload:
         if foreign:
             raise StorageError(
                 f"{self.place} holds other things ({', '.join(foreign[:3])}). Give an empty "
-                "prefix, or take them away."
+                "prefix, or remove them."
             )
 
     def _check_ownership(self) -> None:
@@ -189,12 +189,11 @@ class Upload:
         if run != self._log.run:
             where = f", on the machine {machine}" if machine else ""
             raise StorageError(
-                f"{self.place} was taken by another run meanwhile{where}. Give each run a prefix "
-                "of its own."
+                f"{self.place} was taken over by another run{where}. Give each run its own prefix."
             )
 
     def _read_note(self) -> tuple[str, str]:
-        """Return the run that what is there is noted to be of, and its machine; "" is none."""
+        """Return the run and the machine in the note at the URL, "" if there is none."""
         try:
             lines = (self.place / _NOTE_NAME).read_bytes().decode(errors="replace").splitlines()
         except FileNotFoundError:
@@ -204,32 +203,32 @@ class Upload:
 
 
 def refuse_foreign_shards(manifest: Manifest) -> None:
-    """Check that data-prep wrote the shards of a set, and did not only index them.
+    """Check that data-prep wrote the shards of a set, rather than only indexing them.
 
     Raises:
         StorageError: someone else wrote them, so they must not be replaced.
     """
     if "source" not in manifest.options:
         raise StorageError(
-            f"{manifest.folder} holds tars that data-prep did not write. Give an empty or a new "
-            "place."
+            f"{manifest.folder} holds tars that data-prep did not write. Give an empty or new "
+            "folder."
         )
 
 
 def check_uploaded(manifest: Manifest) -> None:
-    """Check that a set in a store has all its shards, by their lengths, and tidy up behind it.
+    """Check that a set in a store has all its shards, by length, and remove a left-over note.
 
     Raises:
-        ManifestError: it lacks some.
+        ManifestError: shards are missing.
         StorageError: the store does not answer.
     """
     assert isinstance(manifest.folder, RemotePath)
     present = manifest.folder.list_sizes()
     try:
-        _check_lengths(manifest, present, "Bring it back, or make the set anew with --overwrite.")
+        _check_lengths(manifest, present, "Restore it, or write the set again with --overwrite.")
     except StorageError as error:
         raise ManifestError(str(error)) from None
-    if _NOTE_NAME in present:  # of a run that was killed as it ended
+    if _NOTE_NAME in present:  # from a run killed just before its end
         (manifest.folder / _NOTE_NAME).unlink(missing_ok=True)
 
 
@@ -237,15 +236,15 @@ def _check_lengths(manifest: Manifest, present: dict[str, int], remedy: str) -> 
     for shard in manifest.shards:
         if present.get(shard.name) != shard.bytes or shard.index not in present:
             raise StorageError(
-                f"{manifest.folder} lacks {shard.name}, or its index, or has it in another "
-                f"length. {remedy}"
+                f"{manifest.folder} lacks {shard.name} or its index, or its length differs. "
+                f"{remedy}"
             )
 
 
 class _Log:
-    """What a run has put on the store: a line for the run, then one for each object.
+    """Log of uploads: one line for the run, then one per object.
 
-    Of several lines for one name the last counts. Threads may add to it at once.
+    Of several lines with the same name the last counts. Thread-safe.
     """
 
     def __init__(self, path: Path) -> None:
@@ -254,19 +253,19 @@ class _Log:
         self._hash_files: dict[str, str] = {}
 
     def read(self) -> None:
-        """Take up what was logged before, if anything was."""
+        """Read the log of an earlier run, if there is one."""
         self.run, self._hash_files = None, {}
         try:
             text = self._path.read_text("ascii")
         except FileNotFoundError:
             return
         self.run, *lines = text.splitlines()
-        for line in lines:  # where one was cut off by a kill, it has no digest that counts
+        for line in lines:  # a line cut off by a kill has no valid digest
             name, _, digest = line.partition(" ")
             self._hash_files[name] = digest
 
     def begin(self) -> str:
-        """Begin anew, with a run of another name, and return that."""
+        """Start a new log with a new run name, and return the name."""
         self.run, self._hash_files = secrets.token_hex(16), {}
         atomic_write_bytes(self._path, self.run.encode("ascii"))
         return self.run
@@ -282,6 +281,6 @@ class _Log:
             self._hash_files[name] = digest
 
     def forget(self, name: str) -> None:
-        """Log that the object is about to be replaced."""
+        """Record that an object is about to be replaced."""
         if name in self._hash_files:
             self.add(name, "-")

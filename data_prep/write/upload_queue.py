@@ -1,7 +1,7 @@
-"""Shards brought to a store in their order, as they finish, a few at a time.
+"""Queue that uploads finished shards in order, a few at a time.
 
-A shard's number in the set is known once all before it are finished, since those that came out
-empty do not count. Workers are kept from running ahead, so that a bounded number waits on disk.
+The final number of a shard is known once all earlier ones are finished, since empty ones do not
+count. Workers are kept from running ahead, so that a bounded number of shards waits on disk.
 """
 
 import threading
@@ -16,28 +16,28 @@ from data_prep.write.shard import ShardReport, ShardTask, read_report, shard_exi
 from data_prep.write.upload import Upload
 
 Uploaded = Callable[[int, int], object]
-"""Called with the shards uploaded by this run so far, and the bytes that went out."""
+"""Called with the number of shards uploaded by this run so far, and the bytes sent."""
 
 _AHEAD = 2
-"""Shards that each worker may be ahead of the first unfinished one."""
-_MAX_AT_ONCE = 4
-"""Most uploads at once: libraries of stores hold a shard each in memory."""
+"""Number of shards per worker that may be started from the first unfinished one on."""
+_MAX_UPLOADS = 4
+"""Maximum number of parallel uploads: store libraries hold a shard each in memory."""
 _POLL_SECONDS = 0.2
 
 
 class UploadQueue:
-    """Ships shards; use it as a context, which ends when what is under way is there.
+    """Uploads finished shards; a context manager that waits for running uploads on exit.
 
-    At most 3 shards for each worker are on disk: 2 that are being written or wait for one before
-    them, and 1 that is being uploaded. Workers are held back where the store is slower than they.
+    At most 3 shards per worker are on disk: 2 that are being written or wait for an earlier one,
+    and 1 that is being uploaded. Workers wait if the store is slower than they are.
 
     Args:
-        upload: where to.
+        upload: the upload of the set.
         partial: folder that shards are written into.
-        done: numbers of the planned shards that were finished before; one that proves wrong may be
-            taken out until the first task begins.
-        workers: shards that are written at once.
-        uploaded: told how far it is.
+        done: numbers of planned shards that were finished before; wrong ones may be removed until
+            the first task starts.
+        workers: number of shards written in parallel.
+        uploaded: progress callback.
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class UploadQueue:
         uploaded: Uploaded,
     ) -> None:
         self._upload, self._partial, self._done = upload, partial, done
-        self._ahead, self._at_once = _AHEAD * workers, min(workers, _MAX_AT_ONCE)
+        self._ahead, self._max_uploads = _AHEAD * workers, min(workers, _MAX_UPLOADS)
         self._uploaded = uploaded
-        self._pool = ThreadPoolExecutor(self._at_once, thread_name_prefix="upload")
-        self._under_way: set[Future[None]] = set()
-        self._finished: dict[int, ShardEntry | None] = {}  # those that wait for one before them
-        self._next = 0  # number, among the planned, of the first shard that is not finished
-        self._position = 0  # its position among those that are not empty
+        self._pool = ThreadPoolExecutor(self._max_uploads, thread_name_prefix="upload")
+        self._running: set[Future[None]] = set()
+        self._finished: dict[int, ShardEntry | None] = {}  # waiting for an earlier shard
+        self._next = 0  # number, among the planned, of the first unfinished shard
+        self._position = 0  # its position among the non-empty shards
         self._shards = self._bytes = 0
         self._lock = threading.Lock()
 
@@ -72,24 +72,24 @@ class UploadQueue:
         self._pool.shutdown(cancel_futures=True)
 
     def may_start(self, task: ShardTask) -> bool:
-        """Tell whether a shard may be written already."""
+        """Return whether a shard may be written already."""
         self._advance()
         return task.plan.number < self._next + self._ahead
 
     def add(self, report: ShardReport) -> None:
-        """Take a shard that was written, and wait until as many as may be are under way at most.
+        """Add a written shard; wait while too many uploads are running.
 
         Raises:
-            StorageError: the store does not answer, or belongs to another run by now.
+            StorageError: the store does not answer, or the URL now belongs to another run.
         """
         self._finished[report.number] = report.entry
         self._advance()
 
     def finish(self) -> None:
-        """Wait until all shards are there.
+        """Wait until all shards are uploaded.
 
         Raises:
-            StorageError: the store does not answer, or belongs to another run by now.
+            StorageError: the store does not answer, or the URL now belongs to another run.
         """
         self._advance()
         self._wait(0)
@@ -110,14 +110,14 @@ class UploadQueue:
     def _enqueue(self, entry: ShardEntry, *, waits: bool) -> None:
         if waits:
             self._upload.claim()
-            self._wait(self._at_once - 1)
-            put = self._pool.submit(self._upload.put, entry, self._position, self._count)
-            self._under_way.add(put)
+            self._wait(self._max_uploads - 1)
+            upload = self._upload.upload_shard
+            self._running.add(self._pool.submit(upload, entry, self._position, self._count))
         elif not self._upload.has_shard(entry, self._position):
             raise StorageError(
-                f"{self._upload.place} has {entry.name} under a number that it no longer has, "
-                "since another one came out empty. Run the same command again, which writes anew "
-                "what comes after it."
+                f"{self._upload.place} has {entry.name} under an outdated number, since another "
+                "shard turned out empty. Run the same command again, which writes the following "
+                "shards again."
             )
 
     def _count(self, sent: int) -> None:
@@ -125,13 +125,13 @@ class UploadQueue:
             self._bytes += sent
 
     def _wait(self, most: int) -> None:
-        """Wait until at most so many are under way."""
+        """Wait until at most `most` uploads are running."""
         while True:
-            for put in [put for put in self._under_way if put.done()]:
-                self._under_way.remove(put)
-                put.result()
+            for done in [future for future in self._running if future.done()]:
+                self._running.remove(done)
+                done.result()
                 self._shards += 1
             self._uploaded(self._shards, self._bytes)
-            if len(self._under_way) <= most:
+            if len(self._running) <= most:
                 return
-            wait(self._under_way, _POLL_SECONDS, FIRST_COMPLETED)
+            wait(self._running, _POLL_SECONDS, FIRST_COMPLETED)

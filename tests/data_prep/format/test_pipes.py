@@ -102,7 +102,7 @@ def test_commands_without_a_tar_or_a_folder_are_refused(
 ) -> None:
     out = ["--output", str(tmp_path / "set"), "--allow-pipe", "--workers", "1"]
     assert main(["index", "pipe:cat {0..3}", *out]) == 2
-    assert "names no tar" in capsys.readouterr().err
+    assert "no tar name" in capsys.readouterr().err
     assert main(["index", "pipe:cat {0..3} # a.tar", *out]) == 2
     assert "must be in the name" in capsys.readouterr().err
     assert main(["index", "pipe:cat a.tar", "--allow-pipe"]) == 2

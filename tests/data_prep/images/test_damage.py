@@ -132,5 +132,5 @@ def test_a_jpeg_of_endless_scans_is_refused_unread(draw_image: Callable[..., byt
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64)).save(buffer, format="JPEG", progressive=True)
     check_scans(buffer.getvalue(), 89_478_485)
-    with pytest.raises(DamageError, match="scans over"):
+    with pytest.raises(DamageError, match="30 scans"):
         check_scans(b"\xff\xda\1\1" * 30, 89_478_485)

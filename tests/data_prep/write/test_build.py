@@ -267,7 +267,7 @@ def test_a_destination_in_the_source_is_refused(
         (image_folder / "linked").symlink_to(tmp_path / "elsewhere")
     before = sorted(tmp_path.rglob("*"))
     options = ShardOptions(samples_per_shard=5, shuffle_window=window)
-    with pytest.raises(ValueError, match=r"Give a folder outside of the source\."):
+    with pytest.raises(ValueError, match=r"outside of the source"):
         _build(image_folder, image_folder / place, options)
     assert sorted(tmp_path.rglob("*")) == before
 

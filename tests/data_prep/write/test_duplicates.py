@@ -36,7 +36,7 @@ def test_a_stopped_run_goes_on_with_the_digests_that_it_took(
     total = len(list(many_images.iterdir()))
     build_shards(many_images, tmp_path / "whole", OPTIONS)
 
-    monkeypatch.setattr(duplicates, "_FILES_AT_ONCE", 10)
+    monkeypatch.setattr(duplicates, "_FILES_PER_TASK", 10)
     read, taken = FolderSource.read, []
 
     def counted(source: FolderSource, file: SourceFile) -> bytes:

@@ -326,7 +326,7 @@ def test_a_run_stops_where_another_takes_its_prefix(
         if report.number == 3:
             ship(image_folder, store, tmp_path / "there", EACH, overwrite=True)
 
-    with pytest.raises(StorageError, match="taken by another run"):
+    with pytest.raises(StorageError, match="another run"):
         ship(image_folder, store, tmp_path / "here", EACH, progress=Progress(finished=take))
     assert held(store) == local(image_folder, tmp_path / "local", EACH)
 
