@@ -1,44 +1,21 @@
-"""The `data-prep` command: write, merge, index, verify and summarize shards of images."""
+"""The `data-prep` command line; the commands themselves are in `data_prep.commands`."""
 
 import argparse
-import hashlib
-import os
+import re
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
 
 from data_prep.executors.processes import (
     InterruptedBySignal,
-    Interruption,
     WorkerError,
     available_cores,
     raise_on_signals,
 )
-from data_prep.format.manifest import Manifest, read_manifest
-from data_prep.format.pipes import PIPE, PipedFile
-from data_prep.format.statistics_file import STATISTICS_NAME, write_statistics
-from data_prep.format.storage import Location, RemotePath, locate
-from data_prep.inspect.contact_sheet import draw_contact_sheet
-from data_prep.inspect.index_existing import index_existing
-from data_prep.inspect.info import describe_shards, describe_statistics, format_bytes
-from data_prep.inspect.statistics import measure_set
-from data_prep.inspect.verify import MAX_PROBLEMS, verify_shards
-from data_prep.write.arguments import (
-    add_max_rejected,
-    add_shard_arguments,
-    parse_execution,
-    parse_options,
-    positive,
-)
-from data_prep.write.build import BuildResult, build_shards, merge_parts
-from data_prep.write.execution import PlanSummary, Progress
-from data_prep.write.output_dir import REJECTED_NAME, refuse_inside
-from data_prep.write.shard import ShardReport
+from data_prep.images.settings import FORMATS, MAX_PIXELS, Encoding
+from data_prep.sources.files import Selection
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
+_MAX_REJECTED = 0.05
 
 
 def run() -> None:
@@ -58,7 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         with raise_on_signals() as interruption:
-            return _dispatch(arguments, interruption)
+            # Imported late, since `--help` and mistyped arguments need neither NumPy nor Pillow.
+            from data_prep.commands import run_command  # noqa: PLC0415
+
+            return run_command(arguments, interruption)
     except InterruptedBySignal as interrupt:
         remedy = "; run the same command again to resume" if "source" in arguments else ""
         print(f"data-prep: stopped{remedy}.", file=sys.stderr)
@@ -69,177 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WorkerError as error:
         print(f"data-prep: {error}", file=sys.stderr)
         return 1
-
-
-def _dispatch(arguments: argparse.Namespace, interruption: Interruption) -> int:
-    match arguments.command:
-        case "shard" | "reshard":
-            return _shard(arguments, interruption)
-        case "merge":
-            manifest = merge_parts(Path(arguments.folder), max_rejected=arguments.max_rejected)
-            print(_describe_set(manifest, "complete"))
-            return 0
-        case "index":
-            return _index(arguments, interruption)
-        case "verify":
-            return _verify(arguments, interruption)
-        case command:
-            assert command == "info", command
-            return _info(arguments, interruption)
-
-
-def _shard(arguments: argparse.Namespace, interruption: Interruption) -> int:
-    source, destination = locate(arguments.source), locate(arguments.folder)
-    if arguments.command == "shard":
-        refuse_inside(source, destination)
-    store = destination if isinstance(destination, RemotePath) else None
-    folder = _staging(store, arguments) if store else Path(arguments.folder)
-    with _bar() as bar:
-        shown = _ProgressDisplay(bar, arguments.source)
-
-        built = build_shards(
-            source,
-            folder,
-            parse_options(arguments),
-            store=store,
-            shards=arguments.command == "reshard",
-            execution=parse_execution(arguments),
-            overwrite=arguments.overwrite,
-            progress=Progress(
-                listed=interruption.watch(shown.listed),
-                planned=shown.planned,
-                counted=shown.counted,
-                tick=interruption.watch(bar.update),
-                finished=shown.finished,
-                uploaded=shown.uploaded,
-            ),
-        )
-    print(_describe_built(built, arguments.folder))
-    return 0
-
-
-class _ProgressDisplay:
-    """Progress bar with listing progress, MB/s, rejected images and uploads."""
-
-    def __init__(self, bar: "tqdm[NoReturn]", source: str) -> None:
-        self._bar, self._source = bar, source
-        self._bytes = self._bad = 0
-        self._sent = ""
-        self._started = time.monotonic()
-
-    def listed(self, found: int) -> None:
-        self._bar.set_description_str(f"listing, {found:,} found so far" if found else "listing")
-
-    def planned(self, plan: PlanSummary) -> None:
-        print(_describe_plan(plan, self._source))
-        self._bar.set_description_str("")
-        self._bar.total, self._bar.initial, self._bar.n = plan.found, plan.done, plan.done
-        self._bar.refresh()
-
-    def counted(self, found: int) -> None:
-        """Set the total, now that all images are listed."""
-        self._bar.set_description_str("")
-        self._bar.total = found
-
-    def finished(self, report: ShardReport) -> None:
-        """Count a finished shard."""
-        self._bytes += report.entry.bytes if report.entry else 0
-        self._bad += len(report.rejected)
-        self._show()
-
-    def uploaded(self, shards: int, sent: int) -> None:
-        """Show the progress of uploads."""
-        self._sent = f", uploaded {_count(shards, 'shard')}, sent {format_bytes(sent)}"
-        self._show()
-
-    def _show(self) -> None:
-        seconds = max(1e-3, time.monotonic() - self._started)
-        speed = f"{self._bytes / seconds / 1e6:.1f} MB/s"
-        self._bar.set_postfix_str(f"{speed}, bad {self._bad:,}{self._sent}")
-
-
-def _staging(destination: RemotePath, arguments: argparse.Namespace) -> Path:
-    """Return the local folder of shards before their upload, the same for every run."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    parent = arguments.staging or caches / "data-prep"
-    parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return Path(parent, hashlib.sha256(destination.url.encode()).hexdigest()[:16])
-
-
-def _index(arguments: argparse.Namespace, interruption: Interruption) -> int:
-    with _bar() as bar:
-        indexed = index_existing(
-            _tars(arguments),
-            output=arguments.output,
-            overwrite=arguments.overwrite,
-            workers=arguments.workers,
-            tick=interruption.watch(bar.update),
-        )
-    manifest = indexed.manifest
-    print(
-        f"{_count_samples(manifest)}, {_count(len(manifest.classes), 'class', 'classes')}, "
-        f"in {manifest.folder}"
-    )
-    if indexed.without_image:
-        print(f"left out: {_count(indexed.without_image, 'sample')} without an image")
-    if indexed.empty:
-        print(f"left out: tars without any image: {', '.join(indexed.empty)}")
-    return 0
-
-
-def _tars(arguments: argparse.Namespace) -> Location | PipedFile:
-    """Return the tars for `index`; commands only if they may run."""
-    if arguments.folder.startswith(PIPE) and arguments.allow_pipe:
-        return PipedFile(arguments.folder.removeprefix(PIPE))
-    return locate(arguments.folder)
-
-
-def _verify(arguments: argparse.Namespace, interruption: Interruption) -> int:
-    manifest = read_manifest(arguments.folder, allow_pipe=arguments.allow_pipe)
-    with _bar(manifest.samples) as bar:
-        tick = interruption.watch(bar.update)
-        found = verify_shards(manifest, decode=arguments.deep, workers=arguments.workers, tick=tick)
-    for note, count in sorted(found.notes.items()):
-        print(f"{note}: {count:,}")
-    if found.count:
-        number = _count(found.count, "problem")
-        lines = [f"data-prep: {manifest.folder} has {number}; write the shards again:"]
-        lines += found.problems
-        if found.count > len(found.problems):
-            lines.append(f"and {found.count - len(found.problems):,} more")
-        print("\n  ".join(lines), file=sys.stderr)
-        return 2
-    checked = "checksums, indexes and images" if arguments.deep else "checksums and indexes"
-    print(f"{_count_samples(manifest)}: {checked} are correct")
-    if not arguments.deep and manifest.options.get("check") is not True:
-        print("the images of this set were never decoded; use --deep to decode them")
-    return 0
-
-
-def _info(arguments: argparse.Namespace, interruption: Interruption) -> int:
-    manifest = read_manifest(arguments.folder, allow_pipe=arguments.allow_pipe)
-    with _bar(manifest.samples) as bar:
-        tick = interruption.watch(bar.update)
-        text = describe_shards(manifest, workers=arguments.workers, tick=tick)
-    print(text)
-    if arguments.contact_sheet is not None:
-        draw_contact_sheet(manifest, arguments.contact_sheet)
-        print(f"contact sheet in {arguments.contact_sheet}")
-    if not arguments.statistics:
-        return 0
-    with _bar(manifest.samples) as bar:
-        tick = interruption.watch(bar.update)
-        measured = measure_set(manifest, workers=arguments.workers, tick=tick)
-    if measured.unreadable:
-        number = _count(len(measured.unreadable), "image")
-        lines = [f"data-prep: no {STATISTICS_NAME} written, since {number} cannot be decoded:"]
-        lines += measured.unreadable[:MAX_PROBLEMS]
-        print("\n  ".join(lines), file=sys.stderr)
-        return 2
-    write_statistics(manifest, measured.statistics)
-    print(describe_statistics(measured.statistics))
-    print(f"written to {manifest.folder / STATISTICS_NAME}")
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -255,9 +64,9 @@ def _parser() -> argparse.ArgumentParser:
         commands, "reshard", "write the samples of existing shards as new shards"
     )
     for command in (shard, reshard):
-        add_shard_arguments(command)
+        _add_shard_arguments(command)
     merge = _add_command(commands, "merge", "combine the parts written with --part into one set")
-    add_max_rejected(merge)
+    _add_max_rejected(merge)
     index = _add_command(
         commands, "index", "write manifest and indexes for existing WebDataset tars"
     )
@@ -323,60 +132,11 @@ def _add_command(
 def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
-        type=positive,
+        type=_positive,
         default=available_cores(),
         metavar="N",
         help="number of processes; the bytes written do not depend on it",
     )
-
-
-def _bar(total: int | None = None) -> "tqdm[NoReturn]":
-    from tqdm import tqdm  # noqa: PLC0415 - `--help` does without
-
-    # disable=None: drawn only on a terminal.
-    return tqdm(total=total, unit=" images", unit_scale=True, disable=None, dynamic_ncols=True)
-
-
-def _describe_plan(plan: PlanSummary, source: str) -> str:
-    if plan.found is None or plan.shards is None:
-        text = f"found {_count(plan.classes, 'class', 'classes')} in {source}"
-        if plan.finished:
-            text += f"; {_count(plan.finished, 'shard')} already finished"
-        return f"{text}; writing shards while images are listed, {plan.workers} at a time"
-    classes = _count(plan.classes, "class", "classes")
-    text = f"found {_count(plan.found, 'image')} and {classes} in {source}"
-    if plan.finished:
-        text += f"; {plan.finished:,} of {_count(plan.shards, 'shard')} already finished"
-    remaining = _count(plan.shards - plan.finished, "shard")
-    return f"{text}; writing {remaining}, {plan.workers} at a time"
-
-
-def _describe_built(built: BuildResult, folder: str) -> str:
-    if built.manifest is None:
-        return f"this part is complete; when all parts are, run: data-prep merge {folder}"
-    verb = "already complete" if built.was_complete else "complete"
-    return _describe_set(built.manifest, verb)
-
-
-def _describe_set(manifest: Manifest, verb: str) -> str:
-    length = format_bytes(sum(shard.bytes for shard in manifest.shards))
-    found = manifest.samples + manifest.rejected
-    counts = f"accepted {manifest.samples:,} + rejected {manifest.rejected:,} = {found:,} found"
-    if manifest.rejected:
-        counts += f"; see {manifest.folder / REJECTED_NAME}"
-    for note, count in sorted(manifest.notes.items()):
-        counts += f"\n{note}: {count:,}"
-    shards = _count(len(manifest.shards), "shard")
-    return f"{counts}\n{verb}: {shards}, {length}, in {manifest.folder}"
-
-
-def _count_samples(manifest: Manifest) -> str:
-    return f"{_count(manifest.samples, 'sample')} in {_count(len(manifest.shards), 'shard')}"
-
-
-def _count(number: int, noun: str, plural: str = "") -> str:
-    """Return a number with its noun in singular or plural."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def _describe(error: ValueError | OSError) -> str:
@@ -384,3 +144,134 @@ def _describe(error: ValueError | OSError) -> str:
         place = f" {error.filename}" if error.filename else ""
         return f"cannot continue{place}: {error.strerror}."
     return str(error)
+
+
+def _add_shard_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add all arguments for writing shards except the number of workers."""
+    numbers = {
+        "--samples-per-shard": (
+            None,
+            "maximum samples per shard; None: the least of 10,000, 256 MiB, and an 8th of all",
+        ),
+        "--bytes-per-shard": (
+            None,
+            "maximum bytes of source images per shard; shards are filled one after another",
+        ),
+        "--max-pixels": (MAX_PIXELS, "reject images with more pixels"),
+        "--max-bytes": (Selection().max_bytes, "reject image files with more bytes"),
+        "--shuffle-window": (
+            None,
+            "shuffle within windows of N files in source order; None: all files, listed first",
+        ),
+    }
+    for name, (default, about) in numbers.items():
+        parser.add_argument(name, type=_positive, metavar="N", default=default, help=about)
+    texts = {
+        "--root": (None, "folder that the paths of a list are relative to; None: the list's own"),
+        "--split-column": ("split", "column or JSON field with the split"),
+        "--only-split": (None, "use this split only; None: all"),
+    }
+    for name, (text, about) in texts.items():
+        parser.add_argument(name, metavar="NAME", default=text, help=about)
+    globs = {
+        "--include": "use only paths that match, whatever their suffix; * also matches /",
+        "--exclude": "skip paths that match; * also matches /",
+    }
+    for name, about in globs.items():
+        parser.add_argument(
+            name, action="append", metavar="GLOB", default=[], help=f"{about}; may be repeated"
+        )
+    _add_encoding(parser)
+    _add_split(parser)
+    switches = {
+        "--no-shuffle": "keep the order of the source (folders: by path), like --shuffle-window 1",
+        "--no-check": "read image headers only, without decoding the images",
+        "--deduplicate": "of files with identical bytes, keep the one with the smallest path",
+        "--overwrite": "replace shards written from other options or other input",
+    }
+    for name, about in switches.items():
+        parser.add_argument(name, action="store_true", help=about)
+    _add_execution(parser)
+
+
+def _add_max_rejected(parser: argparse.ArgumentParser) -> None:
+    """Add the limit on rejected images."""
+    parser.add_argument(
+        "--max-rejected",
+        type=float,
+        metavar="FRACTION",
+        default=_MAX_REJECTED,
+        help="fail if a larger fraction of images is rejected (duplicates not counted)",
+    )
+
+
+def _positive(text: str) -> int:
+    """Parse an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
+    return int(text)
+
+
+def _add_encoding(parser: argparse.ArgumentParser) -> None:
+    numbers = {
+        "--max-side": (None, "shrink pictures whose longer side has more pixels"),
+        "--short-side": (None, "shrink pictures whose shorter side has more pixels"),
+        "--quality": (Encoding().quality, "quality of re-encoded JPEG and WebP; 4:4:4 from 90"),
+    }
+    for name, (default, about) in numbers.items():
+        parser.add_argument(name, type=_positive, metavar="N", default=default, help=about)
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default=Encoding().format,
+        help="format of all pictures; keep: JPEG, PNG and WebP byte for byte, others as PNG",
+    )
+
+
+def _add_split(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle")
+    parser.add_argument(
+        "--validation-fraction",
+        type=float,
+        metavar="FRACTION",
+        default=0.0,
+        help="fraction of samples for validation, chosen by path and seed, in the last shards",
+    )
+    parser.add_argument(
+        "--near-duplicates",
+        type=int,
+        metavar="BITS",
+        help="drop images whose perceptual hash differs from that of an image with a smaller path "
+        "by at most BITS of 64",
+    )
+
+
+def _add_execution(parser: argparse.ArgumentParser) -> None:
+    _add_max_rejected(parser)
+    parser.add_argument(
+        "--executor",
+        choices=("processes", "ray"),
+        default="processes",
+        help="write shards in local processes or on a Ray cluster",
+    )
+    parser.add_argument("--address", help="address of the Ray cluster; None: start a local one")
+    parser.add_argument(
+        "--staging",
+        type=Path,
+        metavar="FOLDER",
+        help="local folder for shards until they are uploaded to a URL (at most 3 per worker); a "
+        "stopped run resumes from it; None: in the user's cache",
+    )
+    parser.add_argument(
+        "--part",
+        type=_part,
+        metavar="I/N",
+        help="write only this part of the shards, from 1/N to N/N; finish with `data-prep merge`",
+    )
+
+
+def _part(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not from 1/N to N/N")
+    return int(match[1]), int(match[2])

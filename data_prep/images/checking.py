@@ -30,11 +30,10 @@ from data_prep.images.damage import (
     check_webp,
     decode_jpeg,
 )
-from data_prep.images.encoding import Encoding, encode, turn_upright
+from data_prep.images.encoding import encode, turn_upright
 from data_prep.images.headers import plain_jpeg_size, truncated_bit_depth
+from data_prep.images.settings import MAX_PIXELS, Encoding
 
-MAX_PIXELS = 89_478_485
-"""Default of the largest accepted image, in pixels; Pillow warns about larger ones."""
 KEEP = Encoding()
 """Encoding that keeps the bytes of every format that shards can hold."""
 RE_ENCODED = "written anew"

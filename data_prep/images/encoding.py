@@ -9,56 +9,12 @@ import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from data_prep.images.arrays import write_array
-
-FORMATS = ("keep", "jpeg", "png", "webp")
-"""Valid values of `Encoding.format`."""
+from data_prep.images.settings import Encoding
 
 _EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 _PLAIN = {"RGBa": "RGBA", "PA": "RGBA", "La": "LA", "I;16B": "I;16", "I;16L": "I;16"}
 _FULL_COLOUR_QUALITY = 90
-
-
-@dataclass(frozen=True, kw_only=True)
-class Encoding:
-    """Size and format of stored pictures; the defaults keep the bytes of JPEG, PNG and WebP."""
-
-    max_side: int | None = None
-    """Maximum longer side in pixels; larger pictures are shrunk, none is enlarged. None: any."""
-    short_side: int | None = None
-    """Maximum shorter side in pixels; larger pictures are shrunk. None: any."""
-    format: str = "keep"
-    """Format of all pictures: keep, jpeg, png or webp; keep is their own, or else PNG."""
-    quality: int = 95
-    """Quality of re-encoded JPEG and WebP, 1 to 100. JPEG is 4:4:4 from 90."""
-
-    def __post_init__(self) -> None:
-        for name, value in (("max-side", self.max_side), ("short-side", self.short_side)):
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1 pixel, got {value}.")
-        if self.format not in FORMATS:
-            raise ValueError(f"--format must be one of {', '.join(FORMATS)}, got {self.format!r}.")
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"--quality must be 1 to 100, got {self.quality}.")
-
-    def target_size(self, width: int, height: int) -> tuple[int, int]:
-        """Return the stored (width, height) of a picture of this size."""
-        if self.max_side is None and self.short_side is None:
-            return width, height
-        long, short = max(width, height), min(width, height)
-        # The limit that shrinks more counts; (wanted, present) avoids fractions.
-        ratios = [(1, 1)]
-        if self.max_side is not None:
-            ratios.append((self.max_side, long))
-        if self.short_side is not None:
-            ratios.append((self.short_side, short))
-        wanted, present = min(ratios, key=lambda ratio: ratio[0] / ratio[1])
-        sides = (max(1, (2 * side * wanted + present) // (2 * present)) for side in (width, height))
-        return next(sides), next(sides)
-
-    def target_format(self, own: str | None) -> str:
-        """Return the stored format, jpeg, png or webp, of a picture with this format."""
-        return self.format if self.format != "keep" else own or "png"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ class _IndexedShard:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Task:
+class _IndexTask:
     path: Location | PipedFile
     partial: Path
     place: str
@@ -90,7 +90,9 @@ def index_existing(
     parent = folder if isinstance(folder, Path) else None
     with tempfile.TemporaryDirectory(prefix=_PARTIAL_NAME, dir=parent) as partial:
         tasks = [
-            _Task(path=path, partial=Path(partial), place=str(path) if output is not None else "")
+            _IndexTask(
+                path=path, partial=Path(partial), place=str(path) if output is not None else ""
+            )
             for path in paths
         ]
         workers = max(1, min(workers, len(tasks)))
@@ -204,7 +206,7 @@ def _has_source(folder: Location) -> bool:
         return False  # damaged, so there is nothing to keep
 
 
-def _index_aside(task: _Task, tick: Tick) -> _IndexedShard:
+def _index_aside(task: _IndexTask, tick: Tick) -> _IndexedShard:
     try:
         with as_local_file(task.path) as path:
             indexed = index_tar(path, tick)

@@ -63,7 +63,7 @@ class SetSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Task:
+class _SummaryTask:
     folder: Location
     shard: ShardEntry
     classes: int
@@ -82,7 +82,7 @@ def summarize_set(
     rows = spread_rows([shard.samples for shard in manifest.shards], MAX_HEADERS)
     classes = len(manifest.classes)
     tasks = (
-        _Task(folder=manifest.folder, shard=shard, classes=classes, rows=rows[number])
+        _SummaryTask(folder=manifest.folder, shard=shard, classes=classes, rows=rows[number])
         for number, shard in enumerate(manifest.shards)
     )
     # Starting a process takes as long as thousands of headers.
@@ -93,7 +93,7 @@ def summarize_set(
     return summary
 
 
-def _summarize_shard(task: _Task, tick: Tick) -> SetSummary:
+def _summarize_shard(task: _SummaryTask, tick: Tick) -> SetSummary:
     index = read_index(task.folder, task.shard)
     counted = index.labels[(index.labels >= 0) & (index.labels < task.classes)]
     summary = SetSummary(

@@ -100,7 +100,7 @@ class _Sum:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Task:
+class _StatisticsTask:
     number: int
     folder: Location
     shard: ShardEntry
@@ -114,7 +114,7 @@ class _Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measurement:
+class SetStatistics:
     """Result of `measure_set`."""
 
     statistics: tuple[Statistics, ...]
@@ -125,7 +125,7 @@ class Measurement:
 
 def measure_set(
     manifest: Manifest, *, workers: int = 1, tick: Tick = lambda _: None
-) -> Measurement:
+) -> SetStatistics:
     """Compute mean and standard deviation over every value of every image at full size.
 
     Grey pictures count as three equal channels if other pictures of the set have colour. The result
@@ -136,7 +136,7 @@ def measure_set(
         OSError: a shard cannot be read.
     """
     tasks = [
-        _Task(number=number, folder=manifest.folder, shard=shard)
+        _StatisticsTask(number=number, folder=manifest.folder, shard=shard)
         for number, shard in enumerate(manifest.shards)
     ]
     workers = max(1, min(workers, len(tasks)))
@@ -148,13 +148,13 @@ def measure_set(
         _add_all(sums, one.sums)
     _merge_grey_into_colour(sums)
     ordered = sorted(sums.items(), key=lambda item: (-item[1].images, item[0]))
-    return Measurement(
+    return SetStatistics(
         statistics=tuple(_to_statistics(kind, total) for kind, total in ordered),
         unreadable=tuple(name for one in found for name in one.unreadable),
     )
 
 
-def _measure_shard(task: _Task, tick: Tick) -> _Measured:
+def _measure_shard(task: _StatisticsTask, tick: Tick) -> _Measured:
     index = read_index(task.folder, task.shard)
     with as_local_file(task.shard.location(task.folder)) as path:
         images = read_images(path, index, np.arange(len(index)))
@@ -162,7 +162,7 @@ def _measure_shard(task: _Task, tick: Tick) -> _Measured:
 
 
 def _measure_images(
-    task: _Task, index: ShardIndex, images: Iterable[bytes], tick: Tick
+    task: _StatisticsTask, index: ShardIndex, images: Iterable[bytes], tick: Tick
 ) -> _Measured:
     sums: dict[_Kind, _Sum] = {}
     unreadable = []

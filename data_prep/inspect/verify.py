@@ -34,7 +34,7 @@ class Verification:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Task:
+class _VerifyTask:
     folder: Location
     shard: ShardEntry
     classes: int
@@ -77,7 +77,9 @@ def verify_shards(
         OSError: a file cannot be read for a reason other than the set itself.
     """
     tasks = (
-        _Task(folder=manifest.folder, shard=shard, classes=len(manifest.classes), decode=decode)
+        _VerifyTask(
+            folder=manifest.folder, shard=shard, classes=len(manifest.classes), decode=decode
+        )
         for shard in manifest.shards
     )
     workers = max(1, min(workers, len(manifest.shards)))
@@ -104,7 +106,7 @@ def _find_strays(manifest: Manifest) -> list[str]:
     return [f"{name}: not in the manifest" for name in sorted(stray)]
 
 
-def _verify_shard(task: _Task, tick: Tick) -> _Problems:
+def _verify_shard(task: _VerifyTask, tick: Tick) -> _Problems:
     found = _Problems()
     try:
         promised = read_index(task.folder, task.shard)
@@ -115,7 +117,9 @@ def _verify_shard(task: _Task, tick: Tick) -> _Problems:
     return found
 
 
-def _compare(task: _Task, promised: ShardIndex, path: Path, found: _Problems, tick: Tick) -> None:
+def _compare(
+    task: _VerifyTask, promised: ShardIndex, path: Path, found: _Problems, tick: Tick
+) -> None:
     name = task.shard.name
     actual = index_tar(path, (lambda _: None) if task.decode else tick)
     problems = []

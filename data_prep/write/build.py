@@ -9,17 +9,17 @@ from pathlib import Path
 from data_prep.executors.processes import Tick
 from data_prep.format.manifest import MANIFEST_NAME, Manifest
 from data_prep.format.storage import Location, RemotePath
-from data_prep.sources.source import Source, open_source
+from data_prep.sources.image_source import ImageSource, open_source
 from data_prep.write.duplicates import make_duplicate_filter
-from data_prep.write.execution import Execution, PlanSummary, Progress, map_shards
 from data_prep.write.finalize import finalize_set
 from data_prep.write.listing import (
-    Listing,
+    SourceListing,
     find_classes,
     read_listing,
     survey_source,
     write_listing,
 )
+from data_prep.write.options import RunOptions, ShardOptions
 from data_prep.write.output_dir import (
     Identity,
     OutputDir,
@@ -29,8 +29,9 @@ from data_prep.write.output_dir import (
     refuse_inside,
     refuse_other_files,
 )
-from data_prep.write.plan import ShardOptions, ShardPlan
-from data_prep.write.shard import ShardReport, ShardTask, finished_shards
+from data_prep.write.plan import ShardPlan
+from data_prep.write.progress import PlanSummary, Progress
+from data_prep.write.shard import ShardReport, ShardTask, finished_shards, map_shards
 from data_prep.write.streaming import StreamedListing, listing_name
 from data_prep.write.upload_queue import UploadQueue
 
@@ -52,9 +53,9 @@ class _Job:
     source: Location
     shards: bool
     options: ShardOptions
-    execution: Execution
+    run: RunOptions
 
-    def open(self, folder: Path) -> Source:
+    def open(self, folder: Path) -> ImageSource:
         """Open the source; the output folder must not be inside it."""
         return open_source(
             self.source,
@@ -76,13 +77,13 @@ def build_shards(
     *,
     store: RemotePath | None = None,
     shards: bool = False,
-    execution: Execution | None = None,
+    run: RunOptions | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> BuildResult:
     """Write the images of a folder, an archive, a list or other shards as shards.
 
-    The same input and options give the same bytes, whatever the execution. An interrupted run
+    The same input and options give the same bytes, however the work is done. An interrupted run
     leaves its finished shards in `.partial`, and the next call resumes from them.
 
     Shards for a store are uploaded as they finish: `folder` holds at most 3 per worker, and is
@@ -94,7 +95,7 @@ def build_shards(
         store: URL of the set, which then is stored only there; None: it stays in `folder`.
         options: what to write.
         shards: whether the source is a folder of WebDataset tars.
-        execution: how to do the work.
+        run: how to do the work.
         overwrite: whether to replace a set written from something else.
         progress: callbacks.
 
@@ -104,15 +105,15 @@ def build_shards(
         StorageError: the store does not answer, or holds something that must not be overwritten.
         OSError: the folder cannot be written.
     """
-    execution, progress = execution or Execution(), progress or Progress()
+    run, progress = run or RunOptions(), progress or Progress()
     folder = folder.resolve()
     if isinstance(source_path, Path):
         source_path = source_path.resolve()
-    if execution.part and overwrite:
+    if run.part and overwrite:
         raise OutputDirError("--overwrite would remove the work of other parts: leave it out.")
-    if execution.part and store:
+    if run.part and store:
         raise OutputDirError("--part writes to a folder that all parts share, not to a URL.")
-    job = _Job(source=source_path, shards=shards, options=options, execution=execution)
+    job = _Job(source=source_path, shards=shards, options=options, run=run)
     if not shards:  # a folder of shards is read without its subfolders
         refuse_inside(source_path, folder)
     with closing(job.open(folder)) as source:
@@ -125,15 +126,15 @@ def build_shards(
                 with open_output_dir(folder):
                     shutil.rmtree(folder)
             return BuildResult(manifest=complete, found=survey.found, was_complete=True)
-        part = execution.part[0] if execution.part else None
+        part = run.part[0] if run.part else None
         taken = open_output_dir(folder, part=part, store=store, overwrite=overwrite)
         with taken as output:
             output.check_version(overwrite=overwrite)
             make = _list_and_write if options.streams else _list_then_write
             listing = make(output, job, source, progress, overwrite=overwrite)
             manifest = None
-            if execution.part is None:
-                manifest = finalize_set(output, listing, max_rejected=execution.max_rejected)
+            if run.part is None:
+                manifest = finalize_set(output, listing, max_rejected=run.max_rejected)
     return BuildResult(manifest=manifest, found=listing.survey.found, was_complete=False)
 
 
@@ -159,8 +160,8 @@ def merge_parts(folder: Path, *, max_rejected: float = 1.0) -> Manifest:
 
 
 def _reuse_or_write_listing(
-    output: OutputDir, job: _Job, source: Source, listed: Tick, *, overwrite: bool
-) -> Listing:
+    output: OutputDir, job: _Job, source: ImageSource, listed: Tick, *, overwrite: bool
+) -> SourceListing:
     """Return the listing of the unfinished work if the source is unchanged, otherwise a new one.
 
     Raises:
@@ -179,14 +180,14 @@ def _reuse_or_write_listing(
         try:
             listing = _list(output, job, source, listed)
         except ValueError:
-            if job.execution.part is None:
+            if job.run.part is None:
                 output.abandon()
             raise
         output.begin(job.identity(listing.survey.fingerprint))
         return listing
 
 
-def _list(output: OutputDir, job: _Job, source: Source, listed: Tick) -> Listing:
+def _list(output: OutputDir, job: _Job, source: ImageSource, listed: Tick) -> SourceListing:
     dropper = None
     if job.options.deduplicate or job.options.near_duplicates is not None:
         dropper = make_duplicate_filter(
@@ -194,7 +195,7 @@ def _list(output: OutputDir, job: _Job, source: Source, listed: Tick) -> Listing
             job.options,
             output.partial,
             shards=job.shards,
-            workers=job.execution.workers,
+            workers=job.run.workers,
         )
     return write_listing(source, job.options, output.partial, dropper, listed)
 
@@ -205,16 +206,16 @@ def _reload_log(output: OutputDir) -> None:
 
 
 def _list_then_write(
-    output: OutputDir, job: _Job, source: Source, progress: Progress, *, overwrite: bool
-) -> Listing:
+    output: OutputDir, job: _Job, source: ImageSource, progress: Progress, *, overwrite: bool
+) -> SourceListing:
     """List the whole source, then write all shards of this run that are not finished."""
     listing = _reuse_or_write_listing(output, job, source, progress.listed, overwrite=overwrite)
-    plans = [plan for plan in listing.shards if job.execution.writes(plan.number)]
+    plans = [plan for plan in listing.shards if job.run.writes(plan.number)]
     _reload_log(output)
     reports = output.reports(plan.number for plan in plans)
     done = {report.number: report.found for report in reports if report is not None}
-    workers = max(1, min(job.execution.workers, len(plans) - len(done)))
-    everything = job.execution.part is None
+    workers = max(1, min(job.run.workers, len(plans) - len(done)))
+    everything = job.run.part is None
     progress.planned(
         PlanSummary(
             found=listing.survey.found if everything else sum(plan.samples for plan in plans),
@@ -226,20 +227,20 @@ def _list_then_write(
         )
     )
     missing = (plan for plan in plans if plan.number not in done)
-    job = replace(job, execution=replace(job.execution, workers=workers))
+    job = replace(job, run=replace(job.run, workers=workers))
     _write(output, job, missing, listing.survey.classes, progress, done=done)
     return listing
 
 
 def _list_and_write(
-    output: OutputDir, job: _Job, source: Source, progress: Progress, *, overwrite: bool
-) -> Listing:
+    output: OutputDir, job: _Job, source: ImageSource, progress: Progress, *, overwrite: bool
+) -> SourceListing:
     """Write shards while the source is listed, except those already finished."""
     _begin_streaming(output, job, overwrite=overwrite)
     try:
         listing = _stream(output, job, source, progress, overwrite=overwrite)
     except ValueError:
-        if job.execution.part is None and not finished_shards(output.partial):
+        if job.run.part is None and not finished_shards(output.partial):
             output.abandon()
         raise
     with output.listing_lock():
@@ -251,14 +252,14 @@ def _list_and_write(
 
 
 def _stream(
-    output: OutputDir, job: _Job, source: Source, progress: Progress, *, overwrite: bool
-) -> Listing:
-    execution = job.execution
+    output: OutputDir, job: _Job, source: ImageSource, progress: Progress, *, overwrite: bool
+) -> SourceListing:
+    run = job.run
     _reload_log(output)
     done = {
         report.number: report
         for report in output.reports(finished_shards(output.partial))
-        if report is not None and execution.writes(report.number)
+        if report is not None and run.writes(report.number)
     }
     progress.listed(0)
     classes = find_classes(source, job.options.selection)
@@ -269,7 +270,7 @@ def _stream(
             classes=len(classes),
             shards=None,
             finished=len(done),
-            workers=execution.workers,
+            workers=run.workers,
         )
     )
     streamed = StreamedListing(
@@ -277,12 +278,12 @@ def _stream(
         job.options,
         output.partial,
         classes=classes,
-        needed=lambda plan: execution.writes(plan.number) and not _fits(plan, done),
-        name=str(execution.part[0] if execution.part else 0),
+        needed=lambda plan: run.writes(plan.number) and not _fits(plan, done),
+        name=str(run.part[0] if run.part else 0),
         listed=progress.listed,
     )
     try:
-        mine = _select(streamed.plans(), execution, progress.counted)
+        mine = _select(streamed.plans(), run, progress.counted)
         missing = _unfinished(output, mine, done, overwrite=overwrite)
         _write(output, job, missing, classes, progress, done=done)
         return streamed.finish()
@@ -305,11 +306,11 @@ def _begin_streaming(output: OutputDir, job: _Job, *, overwrite: bool) -> None:
             output.begin(identity)
 
 
-def _select(plans: Iterator[ShardPlan], execution: Execution, counted: Tick) -> Iterator[ShardPlan]:
+def _select(plans: Iterator[ShardPlan], run: RunOptions, counted: Tick) -> Iterator[ShardPlan]:
     """Yield the plans of the shards of this run, then report the number of their images."""
     samples = 0
     for plan in plans:
-        if execution.writes(plan.number):
+        if run.writes(plan.number):
             samples += plan.samples
             yield plan
     counted(samples)
@@ -374,9 +375,9 @@ def _write(
         )
         for plan in plans
     )
-    with _open_queue(output, job.execution, progress, done) as queue:
+    with _open_queue(output, job.run, progress, done) as queue:
         may_start = queue.may_start if queue else lambda _: True
-        for report in map_shards(job.execution, tasks, progress.tick, may_start):
+        for report in map_shards(job.run, tasks, progress.tick, may_start):
             (output.partial / listing_name(report.number)).unlink(missing_ok=True)
             progress.finished(report)
             if queue:
@@ -386,7 +387,7 @@ def _write(
 
 
 def _open_queue(
-    output: OutputDir, execution: Execution, progress: Progress, done: Container[int]
+    output: OutputDir, run: RunOptions, progress: Progress, done: Container[int]
 ) -> AbstractContextManager[UploadQueue | None]:
     if output.upload is None:
         return nullcontext()
@@ -394,6 +395,6 @@ def _open_queue(
         output.upload,
         output.partial,
         done,
-        workers=execution.workers,
+        workers=run.workers,
         uploaded=progress.uploaded,
     )

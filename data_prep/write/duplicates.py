@@ -25,9 +25,10 @@ from data_prep.format.atomic import atomic_write_bytes
 from data_prep.format.storage import Location
 from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import SourceFile, UnreadableFileError
-from data_prep.sources.source import open_source
+from data_prep.sources.image_source import open_source
 from data_prep.write.listing import DuplicateFilter, WindowedFiles, decode_file, encode_file
-from data_prep.write.plan import ShardOptions, path_key
+from data_prep.write.options import ShardOptions
+from data_prep.write.plan import path_key
 
 DIGESTS = "digests-"
 """Prefix of files that keep the digests of some files, for a resumed run."""
@@ -44,7 +45,7 @@ class _DigestTask:
     files: tuple[tuple[SourceFile, int], ...]
 
 
-class _Row(NamedTuple):
+class _HashedFile(NamedTuple):
     file: SourceFile
     window: int
     perceptual: int | None
@@ -107,7 +108,7 @@ def _digest_files(task: _DigestTask, tick: Tick) -> list[tuple[str, str]]:
     for (file, window), (digest, perceptual) in zip(
         task.files, _hash_files(task, tick), strict=True
     ):
-        row = _Row(file, window, perceptual)
+        row = _HashedFile(file, window, perceptual)
         rows.append((f"{digest}.{path_key(file.path)}", _encode(row)))
     return rows
 
@@ -138,7 +139,7 @@ def _hash_files(task: _DigestTask, tick: Tick) -> list[tuple[str, int | None]]:
     return found
 
 
-def _mark_duplicates(sorter: ExternalSort) -> Iterator[_Row]:
+def _mark_duplicates(sorter: ExternalSort) -> Iterator[_HashedFile]:
     kept, kept_digest = "", ""
     for key, line in sorter.merged():
         digest = key.partition(".")[0]
@@ -152,7 +153,9 @@ def _mark_duplicates(sorter: ExternalSort) -> Iterator[_Row]:
             yield row
 
 
-def _mark_near_duplicates(sorter: ExternalSort, distance: int, folder: Path) -> Iterator[_Row]:
+def _mark_near_duplicates(
+    sorter: ExternalSort, distance: int, folder: Path
+) -> Iterator[_HashedFile]:
     with closing(SimilarImages(distance, folder)) as seen:
         for _, line in sorter.merged():
             row = _decode(line)
@@ -166,13 +169,13 @@ def _mark_near_duplicates(sorter: ExternalSort, distance: int, folder: Path) -> 
             yield row
 
 
-def _encode(row: _Row) -> str:
+def _encode(row: _HashedFile) -> str:
     return json.dumps([encode_file(row.file), row.window, row.perceptual])
 
 
-def _decode(line: str) -> _Row:
+def _decode(line: str) -> _HashedFile:
     text, window, perceptual = json.loads(line)
-    return _Row(decode_file(text), window, perceptual)
+    return _HashedFile(decode_file(text), window, perceptual)
 
 
 BITS = 64

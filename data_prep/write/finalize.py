@@ -12,7 +12,7 @@ from data_prep.format.index import index_name
 from data_prep.format.manifest import Manifest, ShardEntry
 from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import SourceError
-from data_prep.write.listing import Listing
+from data_prep.write.listing import SourceListing
 from data_prep.write.output_dir import (
     REJECTED_NAME,
     VALIDATION_SHARDS,
@@ -38,7 +38,7 @@ class _Totals:
     """All rejected images, including duplicates."""
 
 
-def finalize_set(output: OutputDir, listing: Listing, *, max_rejected: float) -> Manifest:
+def finalize_set(output: OutputDir, listing: SourceListing, *, max_rejected: float) -> Manifest:
     """Check that all shards are written and publish them as a set.
 
     Args:
@@ -75,7 +75,7 @@ def finalize_set(output: OutputDir, listing: Listing, *, max_rejected: float) ->
         sorter.discard()
 
 
-def _describe(output: OutputDir, listing: Listing, totals: _Totals) -> Manifest:
+def _describe(output: OutputDir, listing: SourceListing, totals: _Totals) -> Manifest:
     """Return the manifest with shards numbered without gaps, and `rejected` still 0."""
     identity = output.identity()
     assert identity is not None
@@ -108,7 +108,7 @@ def _write_rejected(path: Path, rows: Iterator[Rejection]) -> int:
     return count
 
 
-def _gather(output: OutputDir, listing: Listing, sorter: ExternalSort) -> _Totals:
+def _gather(output: OutputDir, listing: SourceListing, sorter: ExternalSort) -> _Totals:
     totals = _Totals()
     missing: list[int] = []
     for file in listing.refused():

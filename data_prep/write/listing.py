@@ -19,16 +19,9 @@ from data_prep.format.manifest import IMAGE_SUFFIXES
 from data_prep.format.storage import Location
 from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import Selection, SourceError, SourceFile
-from data_prep.sources.source import Source
-from data_prep.write.plan import (
-    LISTING_NAME,
-    MIN_SHARDS,
-    Cutter,
-    ShardOptions,
-    ShardPlan,
-    order_key,
-    path_key,
-)
+from data_prep.sources.image_source import ImageSource
+from data_prep.write.options import ShardOptions
+from data_prep.write.plan import LISTING_NAME, MIN_SHARDS, Cutter, ShardPlan, order_key, path_key
 
 REFUSED_NAME = "listing-refused.jsonl"
 _SUMMARY_NAME = "listing.json"
@@ -54,7 +47,7 @@ class Survey:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Listing:
+class SourceListing:
     """A listing on disk."""
 
     folder: Path
@@ -90,7 +83,7 @@ def class_name(file: SourceFile) -> str | None:
     return folder if folder not in ("", ".", "..") else None
 
 
-def find_classes(source: Source, selection: Selection) -> tuple[str, ...]:
+def find_classes(source: ImageSource, selection: Selection) -> tuple[str, ...]:
     """Return the names of all classes, from file names alone: no file is opened.
 
     A folder whose files all turn out to be unusable is a class without samples.
@@ -112,7 +105,9 @@ def find_classes(source: Source, selection: Selection) -> tuple[str, ...]:
     return names.sorted()
 
 
-def survey_source(source: Source, options: ShardOptions, listed: Tick = lambda _: None) -> Survey:
+def survey_source(
+    source: ImageSource, options: ShardOptions, listed: Tick = lambda _: None
+) -> Survey:
     """Return the summary of a source, without writing a listing.
 
     Args:
@@ -131,12 +126,12 @@ def survey_source(source: Source, options: ShardOptions, listed: Tick = lambda _
 
 
 def write_listing(
-    source: Source,
+    source: ImageSource,
     options: ShardOptions,
     folder: Path,
     filter_duplicates: DuplicateFilter | None,
     listed: Tick = lambda _: None,
-) -> Listing:
+) -> SourceListing:
     """Write the listing of a source.
 
     Args:
@@ -161,21 +156,21 @@ def write_listing(
         shards, validation_shards = sorter.write()
     finally:
         sorter.discard()
-    listing = Listing(
+    listing = SourceListing(
         folder=folder, survey=survey, shards=shards, validation_shards=validation_shards
     )
     listing.write()
     return listing
 
 
-def read_listing(folder: Path) -> Listing | None:
+def read_listing(folder: Path) -> SourceListing | None:
     """Return the complete listing in a folder, or None if there is none."""
     try:
         values = json.loads((folder / _SUMMARY_NAME).read_text())
     except FileNotFoundError:
         return None
     survey = values["survey"]
-    return Listing(
+    return SourceListing(
         folder=folder,
         survey=Survey(**{**survey, "classes": tuple(survey["classes"])}),
         shards=tuple(ShardPlan(**shard) for shard in values["shards"]),
@@ -210,7 +205,7 @@ def decode_file(line: str) -> SourceFile:
 class Surveyor:
     """Selects the files of a source and collects their summary."""
 
-    def __init__(self, source: Source, options: ShardOptions, listed: Tick) -> None:
+    def __init__(self, source: ImageSource, options: ShardOptions, listed: Tick) -> None:
         self._source, self._selection = source, options.selection
         self._window = options.window
         self._listed = listed

@@ -2,12 +2,10 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from data_prep.images.checking import MAX_PIXELS
-from data_prep.images.encoding import Encoding
-from data_prep.sources.files import Selection, SourceFile
+from data_prep.sources.files import SourceFile
+from data_prep.write.options import ShardOptions
 
 _MAX_SAMPLES = 10_000
 _MAX_BYTES = 256 * 2**20
@@ -15,75 +13,6 @@ LISTING_NAME = "listing.jsonl"
 """Listing of the files of all shards."""
 MIN_SHARDS = 8
 """Minimum number of shards by default, unless there are fewer samples."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardOptions:
-    """Options that, with the input, determine the bytes of the shards."""
-
-    samples_per_shard: int | None = None
-    """Maximum samples per shard. None: 10,000, fewer for shards of > 256 MiB or < 8 shards."""
-    bytes_per_shard: int | None = None
-    """Maximum bytes of source images per shard (a larger image has its own shard). None: any."""
-    selection: Selection = field(default_factory=Selection)
-    """Files to use."""
-    seed: int = 0
-    """Seed of the shuffle and of the choice of validation samples."""
-    shuffle: bool = True
-    """Whether to shuffle samples; otherwise they keep the order of the source."""
-    shuffle_window: int | None = None
-    """Size of the windows, in files in source order, within which to shuffle; None: all files."""
-    validation_fraction: float = 0.0
-    """Fraction of samples for validation, chosen by path, in the last shards."""
-    deduplicate: bool = False
-    """Whether to keep only the smallest path of files with identical bytes."""
-    near_duplicates: int | None = None
-    """Maximum distance of near duplicates, in bits of a 64-bit perceptual hash; None keeps them."""
-    check: bool = True
-    """Whether to decode every image; otherwise only its header is read."""
-    max_pixels: int = MAX_PIXELS
-    """Largest accepted image, in pixels."""
-    encoding: Encoding = field(default_factory=Encoding)
-    """Size and format of stored pictures."""
-
-    def __post_init__(self) -> None:
-        for name, value in (
-            ("samples-per-shard", self.samples_per_shard),
-            ("bytes-per-shard", self.bytes_per_shard),
-            ("shuffle-window", self.shuffle_window),
-            ("max-pixels", self.max_pixels),
-            ("max-bytes", self.selection.max_bytes),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}.")
-        if self.near_duplicates is not None and not 0 <= self.near_duplicates <= 16:
-            raise ValueError(f"--near-duplicates must be 0 to 16, got {self.near_duplicates}.")
-        if not 0 <= self.validation_fraction < 1:
-            raise ValueError(
-                f"--validation-fraction must be at least 0 and below 1, got "
-                f"{self.validation_fraction}."
-            )
-        if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"--seed must fit into 64 bits, got {self.seed}.")
-
-    @property
-    def window(self) -> int | None:
-        """Size of the window, in files in source order, in which files may move; None: all."""
-        return self.shuffle_window if self.shuffle else 1
-
-    @property
-    def streams(self) -> bool:
-        """Whether shards can be cut while the rest of the source is still being listed."""
-        return self.window is not None and not self.deduplicate and self.near_duplicates is None
-
-    def values(self) -> dict[str, Any]:
-        """Return the options as plain values, for the manifest."""
-        values: dict[str, Any] = asdict(self)
-        selection: dict[str, Any] = values.pop("selection")
-        del selection["root"]  # depends on the machine; the fingerprint covers its files
-        encoding: dict[str, Any] = values.pop("encoding")
-        lists = {name: list(selection[name]) for name in ("include", "exclude")}
-        return {**values, **encoding, **selection, **lists}
 
 
 @dataclass(frozen=True, kw_only=True)

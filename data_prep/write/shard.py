@@ -3,21 +3,24 @@
 import json
 import os
 from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.executors.processes import Tick
+from data_prep.executors.processes import Tick, map_tasks
+from data_prep.executors.ray_cluster import map_on_ray
 from data_prep.format.atomic import atomic_write_bytes
 from data_prep.format.index import IndexedTar, index_name, write_index
 from data_prep.format.manifest import ShardEntry
 from data_prep.format.storage import Location
 from data_prep.images.checking import CheckedImage, RejectedImageError, check_image
 from data_prep.sources.files import SourceFile, UnreadableFileError
-from data_prep.sources.source import Source, open_source
+from data_prep.sources.image_source import ImageSource, open_source
 from data_prep.write.listing import class_name, read_files
-from data_prep.write.plan import ShardOptions, ShardPlan
+from data_prep.write.options import RunOptions, ShardOptions
+from data_prep.write.plan import ShardPlan
 from data_prep.write.shard_writer import ShardWriter
 
 
@@ -113,6 +116,29 @@ def write_shard(task: ShardTask, tick: Tick) -> ShardReport:
     return report
 
 
+def map_shards(
+    run: RunOptions,
+    tasks: Iterator[ShardTask],
+    tick: Tick,
+    may_start: Callable[[ShardTask], bool] = lambda _: True,
+) -> Iterator[ShardReport]:
+    """Write shards and yield their reports in order of completion.
+
+    Raises:
+        ValueError, OSError, WorkerError: see `map_tasks` and `map_on_ray`.
+    """
+    if run.ray:
+        return map_on_ray(
+            write_shard,
+            tasks,
+            address=run.address,
+            max_in_flight=run.workers,
+            tick=tick,
+            may_start=may_start,
+        )
+    return map_tasks(write_shard, tasks, workers=run.workers, tick=tick, may_start=may_start)
+
+
 def read_report(folder: Path, number: int) -> ShardReport | None:
     """Return the report of a finished shard, or None."""
     try:
@@ -165,7 +191,7 @@ def _write_tar(
         return writer.finish(), rejected, dict(sorted(notes.items()))
 
 
-def _read_image(source: Source, file: SourceFile, options: ShardOptions) -> CheckedImage:
+def _read_image(source: ImageSource, file: SourceFile, options: ShardOptions) -> CheckedImage:
     data = source.read(file)
     return check_image(
         data,

@@ -15,16 +15,17 @@ from data_prep.executors.processes import Tick
 from data_prep.format.atomic import atomic_write_bytes
 from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import SourceError, SourceFile
-from data_prep.sources.source import Source
+from data_prep.sources.image_source import ImageSource
 from data_prep.write.listing import (
-    Listing,
+    SourceListing,
     Surveyor,
     class_name,
     decode_file,
     encode_file,
     write_refused,
 )
-from data_prep.write.plan import ShardOptions, ShardPlan, cut_stream, order_key, path_key
+from data_prep.write.options import ShardOptions
+from data_prep.write.plan import ShardPlan, cut_stream, order_key, path_key
 
 
 def listing_name(number: int) -> str:
@@ -47,7 +48,7 @@ class StreamedListing:
 
     def __init__(
         self,
-        source: Source,
+        source: ImageSource,
         options: ShardOptions,
         folder: Path,
         *,
@@ -81,7 +82,7 @@ class StreamedListing:
             self._validation_shards += 1
             yield self._plan(shard)
 
-    def finish(self) -> Listing:
+    def finish(self) -> SourceListing:
         """Write the summary of the listing after all plans were yielded, and return it.
 
         Raises:
@@ -89,7 +90,7 @@ class StreamedListing:
         """
         survey = replace(self._surveyor.survey(), classes=self._classes)
         write_refused(self._folder, self._refused)
-        listing = Listing(
+        listing = SourceListing(
             folder=self._folder,
             survey=survey,
             shards=tuple(self._plans),

@@ -16,12 +16,12 @@ from PIL import Image
 from data_prep.format.index import read_index
 from data_prep.format.manifest import ManifestError, read_manifest
 from data_prep.images.checking import RejectedImageError, check_image, read_pixels
-from data_prep.images.encoding import Encoding
+from data_prep.images.settings import Encoding
 from data_prep.inspect.info import describe_shards
 from data_prep.inspect.verify import verify_shards
 from data_prep.write.build import build_shards
+from data_prep.write.options import ShardOptions
 from data_prep.write.output_dir import REJECTED_NAME
-from data_prep.write.plan import ShardOptions
 
 SECONDS_AN_IMAGE = 5.0
 FULL = 30_000

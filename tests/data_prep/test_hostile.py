@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.format.tars import TarError
 from data_prep.write.build import build_shards
-from data_prep.write.plan import ShardOptions
+from data_prep.write.options import ShardOptions
 
 MUTANTS = 75
 

@@ -12,7 +12,7 @@ from data_prep.format.manifest import ManifestError, read_manifest
 from data_prep.format.pipes import PipedFile
 from data_prep.format.storage import StorageError
 from data_prep.write.build import build_shards
-from data_prep.write.plan import ShardOptions
+from data_prep.write.options import ShardOptions
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from data_prep.inspect.info import describe_shards
 from data_prep.inspect.statistics import measure_set
 from data_prep.inspect.verify import verify_shards
 from data_prep.write.build import build_shards
-from data_prep.write.plan import ShardOptions
+from data_prep.write.options import ShardOptions
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from data_prep.images.checking import RejectedImageError, check_image
-from data_prep.images.encoding import Encoding
+from data_prep.images.settings import Encoding
 
 
 def _save(image: Image.Image, image_format: str, **options: object) -> bytes:

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image, ImageCms, ImageFile
 
 from data_prep.images.checking import CheckedImage, check_image, read_pixels
-from data_prep.images.encoding import Encoding, encode
+from data_prep.images.encoding import encode
+from data_prep.images.settings import Encoding
 
 DrawImage = Callable[..., bytes]
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -9,7 +9,7 @@ from PIL import Image
 
 from data_prep.inspect.contact_sheet import draw_contact_sheet
 from data_prep.write.build import build_shards
-from data_prep.write.plan import ShardOptions
+from data_prep.write.options import ShardOptions
 
 
 def _tile(sheet: np.ndarray, number: int) -> np.ndarray:

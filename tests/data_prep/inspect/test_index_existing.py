@@ -11,7 +11,7 @@ from data_prep.format.tars import TarError
 from data_prep.inspect.index_existing import index_existing
 from data_prep.inspect.verify import verify_shards
 from data_prep.write.build import build_shards
-from data_prep.write.plan import ShardOptions
+from data_prep.write.options import ShardOptions
 
 WriteTar = Callable[[Path, dict[str, bytes]], None]
 

@@ -6,7 +6,7 @@ import pytest
 
 from data_prep.inspect.info import describe_shards, format_bytes
 from data_prep.write.build import build_shards
-from data_prep.write.plan import ShardOptions
+from data_prep.write.options import ShardOptions
 
 
 def test_the_table_counts_samples_and_classes(image_zip: Path, tmp_path: Path) -> None:

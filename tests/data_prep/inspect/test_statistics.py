@@ -18,7 +18,7 @@ from data_prep.images.checking import read_pixels
 from data_prep.inspect.info import spread_rows
 from data_prep.inspect.statistics import measure_moments, measure_set
 from data_prep.write.build import build_shards
-from data_prep.write.plan import ShardOptions
+from data_prep.write.options import ShardOptions
 
 Build = Callable[[dict[str, bytes]], Manifest]
 

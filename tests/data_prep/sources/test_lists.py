@@ -15,9 +15,9 @@ from data_prep.cli import main
 from data_prep.format.index import read_index
 from data_prep.format.manifest import read_manifest
 from data_prep.sources.files import Selection, SourceError, SourceFile
-from data_prep.sources.source import open_source
+from data_prep.sources.image_source import open_source
 from data_prep.write.build import build_shards
-from data_prep.write.plan import ShardOptions
+from data_prep.write.options import ShardOptions
 
 
 def _files(path: Path, **options: Any) -> list[SourceFile]:

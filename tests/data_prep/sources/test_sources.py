@@ -18,9 +18,9 @@ import pytest
 
 from data_prep.format.tars import TarError
 from data_prep.sources.files import Selection, SourceError, SourceFile, UnreadableFileError
-from data_prep.sources.source import open_source
-from data_prep.write.listing import Listing, survey_source, write_listing
-from data_prep.write.plan import ShardOptions
+from data_prep.sources.image_source import open_source
+from data_prep.write.listing import SourceListing, survey_source, write_listing
+from data_prep.write.options import ShardOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ def _list(path: Path, **options: object) -> _Listed:
     chosen = ShardOptions(selection=selection, shuffle=False)
     with closing(open_source(path, selection)) as source, TemporaryDirectory() as folder:
         wanted = [selection.wants(file, explicit=source.is_explicit) for file in source.files()]
-        listing: Listing = write_listing(source, chosen, Path(folder), None)
+        listing: SourceListing = write_listing(source, chosen, Path(folder), None)
         assert survey_source(source, chosen) == listing.survey
         listed = _Listed(
             files=sorted(file for plan in listing.shards for file in listing.files(plan)),

@@ -15,9 +15,9 @@ from data_prep.format.index import index_tar, read_index
 from data_prep.format.manifest import Manifest, read_manifest
 from data_prep.sources.files import Selection, SourceError
 from data_prep.write.build import build_shards, merge_parts
-from data_prep.write.execution import Execution, Progress
+from data_prep.write.options import RunOptions, ShardOptions
 from data_prep.write.output_dir import OutputDirError
-from data_prep.write.plan import ShardOptions
+from data_prep.write.progress import Progress
 
 OPTIONS = ShardOptions(samples_per_shard=5)
 
@@ -32,8 +32,8 @@ class _Complete:
 def _build(
     source: Path, folder: Path, options: ShardOptions = OPTIONS, workers: int = 1, **rest: Any
 ) -> _Complete:
-    execution = Execution(workers=workers)
-    built = build_shards(source, folder, options, execution=execution, **rest)
+    run = RunOptions(workers=workers)
+    built = build_shards(source, folder, options, run=run, **rest)
     assert built.manifest is not None
     return _Complete(manifest=built.manifest, found=built.found, was_complete=built.was_complete)
 

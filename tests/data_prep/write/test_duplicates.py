@@ -9,7 +9,7 @@ from data_prep.sources.files import SourceFile
 from data_prep.sources.folders import FolderSource
 from data_prep.write import duplicates
 from data_prep.write.build import build_shards
-from data_prep.write.plan import ShardOptions
+from data_prep.write.options import ShardOptions
 
 OPTIONS = ShardOptions(deduplicate=True, samples_per_shard=8, check=False)
 

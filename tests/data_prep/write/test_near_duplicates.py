@@ -14,7 +14,7 @@ from PIL import Image
 
 from data_prep.write.build import build_shards
 from data_prep.write.duplicates import SimilarImages
-from data_prep.write.plan import ShardOptions
+from data_prep.write.options import ShardOptions
 
 
 @given(st.integers(0, 16), st.lists(st.integers(0, 2**64 - 1), max_size=8), st.data())

@@ -14,10 +14,10 @@ from data_prep.format.index import read_index
 from data_prep.format.manifest import Manifest, read_manifest
 from data_prep.sources.files import SourceError
 from data_prep.write.build import BuildResult, build_shards, merge_parts
-from data_prep.write.execution import Execution
 from data_prep.write.finalize import TooManyRejectedError
+from data_prep.write.options import RunOptions, ShardOptions
 from data_prep.write.output_dir import OutputDirError
-from data_prep.write.plan import ShardOptions, is_held_out
+from data_prep.write.plan import is_held_out
 
 OPTIONS = ShardOptions(samples_per_shard=5)
 
@@ -39,7 +39,7 @@ def _paths(manifest: Manifest, shard: int) -> list[str]:
 
 
 def _part(source: Path, folder: Path, part: tuple[int, int], **rest: Any) -> BuildResult:
-    return build_shards(source, folder, OPTIONS, execution=Execution(part=part), **rest)
+    return build_shards(source, folder, OPTIONS, run=RunOptions(part=part), **rest)
 
 
 def test_validation_samples_are_in_the_last_shards(image_zip: Path, tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_of_duplicates_the_smallest_path_is_kept(image_folder: Path, tmp_path: P
             image_folder,
             tmp_path / name,
             ShardOptions(samples_per_shard=5, deduplicate=True),
-            execution=Execution(workers=workers, max_rejected=0),
+            run=RunOptions(workers=workers, max_rejected=0),
         )
         assert built.manifest is not None
         assert (built.found, built.manifest.samples, built.manifest.rejected) == (26, 24, 2)
@@ -85,9 +85,7 @@ def test_too_many_rejected_keep_the_work(image_folder: Path, tmp_path: Path) -> 
         (image_folder / f"train/cat/{number}.jpg").write_bytes(b"some text")
     arguments = ["shard", str(image_folder), str(tmp_path / "out"), "--workers", "1"]
     with pytest.raises(TooManyRejectedError, match=r"(?s)2 of 24 .*train/cat/0\.jpg"):
-        build_shards(
-            image_folder, tmp_path / "api", OPTIONS, execution=Execution(max_rejected=0.08)
-        )
+        build_shards(image_folder, tmp_path / "api", OPTIONS, run=RunOptions(max_rejected=0.08))
     assert main(arguments) == 2
     finished = {path.stat().st_ino for path in (tmp_path / "out" / ".partial").glob("*.tar")}
     assert main([*arguments, "--max-rejected", "0.1"]) == 0
@@ -146,15 +144,15 @@ def test_a_part_of_other_input_is_refused(
 
 def test_impossible_executions_are_named() -> None:
     with pytest.raises(ValueError, match="--part must"):
-        Execution(part=(3, 2))
+        RunOptions(part=(3, 2))
     with pytest.raises(ValueError, match="--max-rejected must"):
-        Execution(max_rejected=2)
+        RunOptions(max_rejected=2)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
 def test_missing_ray_is_named(image_zip: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"pip install 'simmim\[ray\]'"):
-        build_shards(image_zip, tmp_path / "out", OPTIONS, execution=Execution(ray=True))
+        build_shards(image_zip, tmp_path / "out", OPTIONS, run=RunOptions(ray=True))
 
 
 @pytest.mark.slow
@@ -166,11 +164,11 @@ def test_ray_writes_the_same_bytes(
     pytest.importorskip("ray")
     (image_folder / "train/cat/0.jpg").write_bytes(b"some text")
     build_shards(image_folder, tmp_path / "whole", options)
-    execution = Execution(ray=True, workers=2)
-    build_shards(image_folder, tmp_path / "ray", options, execution=execution)
+    run = RunOptions(ray=True, workers=2)
+    build_shards(image_folder, tmp_path / "ray", options, run=run)
     assert _hash_files(tmp_path / "ray") == _hash_files(tmp_path / "whole")
     assert read_manifest(tmp_path / "ray").rejected == 1
     one = image_folder / "list.txt"
     one.write_text("train/cat/0.jpg\n")
     with pytest.raises(SourceError, match="only image cannot be used"):
-        build_shards(one, tmp_path / "bad", options, execution=execution)
+        build_shards(one, tmp_path / "bad", options, run=run)

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.sources.files import Selection, SourceFile
-from data_prep.write.plan import Cutter, ShardOptions, count_shards, is_held_out, order_key
+from data_prep.write.options import ShardOptions
+from data_prep.write.plan import Cutter, count_shards, is_held_out, order_key
 
 
 def _files(count: int) -> list[SourceFile]:

@@ -12,13 +12,12 @@ import pytest
 
 from data_prep.format.index import read_index
 from data_prep.images.checking import RE_ENCODED
-from data_prep.images.encoding import Encoding
+from data_prep.images.settings import Encoding
 from data_prep.inspect.index_existing import index_existing
 from data_prep.inspect.verify import verify_shards
 from data_prep.write.build import build_shards, merge_parts
-from data_prep.write.execution import Execution
+from data_prep.write.options import RunOptions, ShardOptions
 from data_prep.write.output_dir import OutputDirError
-from data_prep.write.plan import ShardOptions
 
 SMALL = ShardOptions(samples_per_shard=5, encoding=Encoding(short_side=16, format="jpeg"))
 
@@ -39,8 +38,8 @@ def _read_stock(folder: Path) -> list[dict[str, Any]]:
 def test_shrunk_sets_are_the_same_with_any_number_of_workers(
     image_zip: Path, tmp_path: Path
 ) -> None:
-    one = build_shards(image_zip, tmp_path / "one", SMALL, execution=Execution(workers=1))
-    build_shards(image_zip, tmp_path / "two", SMALL, execution=Execution(workers=2))
+    one = build_shards(image_zip, tmp_path / "one", SMALL, run=RunOptions(workers=1))
+    build_shards(image_zip, tmp_path / "two", SMALL, run=RunOptions(workers=2))
     assert _files(tmp_path / "one") == _files(tmp_path / "two")
     assert one.manifest.notes[RE_ENCODED] == 24
     for sample in _read_stock(tmp_path / "one"):
@@ -54,7 +53,7 @@ def test_notes_of_all_parts_are_counted_and_resharding_makes_anew(
 ) -> None:
     build_shards(image_zip, tmp_path / "one", SMALL)
     for part in (1, 2):
-        build_shards(image_zip, tmp_path / "parts", SMALL, execution=Execution(part=(part, 2)))
+        build_shards(image_zip, tmp_path / "parts", SMALL, run=RunOptions(part=(part, 2)))
     merged = merge_parts(tmp_path / "parts")
     assert _files(tmp_path / "one") == _files(tmp_path / "parts")
     assert merged.notes[RE_ENCODED] == 24

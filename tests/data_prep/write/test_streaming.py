@@ -17,12 +17,13 @@ from data_prep.format.tars import TarError
 from data_prep.sources import folders
 from data_prep.sources.files import Selection, SourceError
 from data_prep.sources.folders import FolderSource
-from data_prep.sources.source import open_source
+from data_prep.sources.image_source import open_source
 from data_prep.write.build import build_shards, merge_parts
-from data_prep.write.execution import Execution, Progress
 from data_prep.write.listing import find_classes
+from data_prep.write.options import RunOptions, ShardOptions
 from data_prep.write.output_dir import OutputDirError
-from data_prep.write.plan import ShardOptions, cut_stream, path_key
+from data_prep.write.plan import cut_stream, path_key
+from data_prep.write.progress import Progress
 
 WINDOWED = ShardOptions(samples_per_shard=5, shuffle_window=7, validation_fraction=0.2)
 PLAIN = ShardOptions(samples_per_shard=5, shuffle=False)
@@ -78,12 +79,12 @@ def test_bytes_do_not_depend_on_workers_parts_or_interruptions(
     assert built.manifest is not None
     assert (built.found, built.manifest.samples, built.manifest.rejected) == (27, 24, 3)
     whole = _files(tmp_path / "one")
-    build_shards(mixed_folder, tmp_path / "two", options, execution=Execution(workers=2))
+    build_shards(mixed_folder, tmp_path / "two", options, run=RunOptions(workers=2))
     for part in (3, 1, 2):
         with pytest.raises(OutputDirError):
             merge_parts(tmp_path / "parts")
-        execution = Execution(part=(part, 3))
-        assert build_shards(mixed_folder, tmp_path / "parts", options, execution=execution)
+        run = RunOptions(part=(part, 3))
+        assert build_shards(mixed_folder, tmp_path / "parts", options, run=run)
     merge_parts(tmp_path / "parts")
     ticks = 0
 
@@ -165,8 +166,8 @@ def test_parts_of_other_input_do_not_merge(
     image_folder: Path, tmp_path: Path, draw_image: Callable[..., bytes]
 ) -> None:
     def part(number: int) -> None:
-        execution = Execution(part=(number, 2))
-        build_shards(image_folder, tmp_path / "out", WINDOWED, execution=execution)
+        run = RunOptions(part=(number, 2))
+        build_shards(image_folder, tmp_path / "out", WINDOWED, run=run)
 
     part(1)
     (image_folder / "train/owl/new.jpg").write_bytes(draw_image(99))

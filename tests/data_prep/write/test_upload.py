@@ -21,10 +21,10 @@ from data_prep.inspect.verify import verify_shards
 from data_prep.sources.files import Selection
 from data_prep.write import upload
 from data_prep.write.build import BuildResult, build_shards
-from data_prep.write.execution import Execution, Progress
 from data_prep.write.finalize import TooManyRejectedError
+from data_prep.write.options import RunOptions, ShardOptions
 from data_prep.write.output_dir import OutputDirError
-from data_prep.write.plan import ShardOptions
+from data_prep.write.progress import Progress
 
 EACH = ShardOptions(samples_per_shard=1, shuffle=False)  # streams
 SHUFFLED = ShardOptions(samples_per_shard=3)  # lists all before
@@ -178,7 +178,7 @@ def _logged(staging: Path) -> set[str]:
 
 def test_bytes_do_not_depend_on_workers(gappy: Path, store: RemotePath, tmp_path: Path) -> None:
     whole = local(gappy, tmp_path / "local", EACH)
-    built = ship(gappy, store, tmp_path / "staging", EACH, execution=Execution(workers=2))
+    built = ship(gappy, store, tmp_path / "staging", EACH, run=RunOptions(workers=2))
     assert held(store) == whole
     assert not (tmp_path / "staging").exists()
     assert built.manifest == read_manifest(store)
@@ -193,8 +193,8 @@ def test_a_cluster_ships_the_same_bytes(gappy: Path, store: RemotePath, tmp_path
     pytest.importorskip("ray")
     counts, staging = list[int](), tmp_path / "staging"
     progress = Progress(finished=lambda _: counts.append(tars(staging)))
-    execution = Execution(workers=2, ray=True)
-    ship(gappy, store, staging, EACH, execution=execution, progress=progress)
+    run = RunOptions(workers=2, ray=True)
+    ship(gappy, store, staging, EACH, run=run, progress=progress)
     assert held(store) == local(gappy, tmp_path / "local", EACH)
     assert max(counts) <= 6
 
@@ -218,7 +218,7 @@ def test_the_staging_folder_holds_a_few_shards(
 
     monkeypatch.setattr(RemotePath, "upload", slow)
     progress = Progress(finished=note, uploaded=lambda *pair: seen.append(pair))
-    ship(image_folder, store, staging, EACH, execution=Execution(workers=2), progress=progress)
+    ship(image_folder, store, staging, EACH, run=RunOptions(workers=2), progress=progress)
     assert held(store) == whole
     assert len(finished) == 24
     assert 3 <= max(counts) <= 6, "at most 3 for each worker"
@@ -240,7 +240,7 @@ def test_workers_do_not_run_ahead_of_a_slow_shard(
         store,
         tmp_path / "staging",
         EACH,
-        execution=Execution(workers=2),
+        run=RunOptions(workers=2),
         progress=progress,
     )
     assert sorted(finished) == list(range(25))
@@ -369,12 +369,12 @@ def test_too_many_rejected_publish_nothing_and_keep_the_work(
     gappy: Path, store: RemotePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(TooManyRejectedError):
-        ship(gappy, store, tmp_path / "s", EACH, execution=Execution(max_rejected=0.1))
+        ship(gappy, store, tmp_path / "s", EACH, run=RunOptions(max_rejected=0.1))
     with pytest.raises(ManifestError):
         read_manifest(store)
     assert len(list(store.glob("*.tar"))) == 21
     death = Death(monkeypatch)
-    ship(gappy, store, tmp_path / "s", EACH, execution=Execution(max_rejected=0.2))
+    ship(gappy, store, tmp_path / "s", EACH, run=RunOptions(max_rejected=0.2))
     assert death.sent == ["rejected.jsonl"]
     assert held(store) == local(gappy, tmp_path / "local", EACH)
 

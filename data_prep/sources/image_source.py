@@ -9,10 +9,10 @@ from data_prep.sources.archives import TarSource, ZipSource
 from data_prep.sources.files import Selection, SourceError
 from data_prep.sources.folders import FolderSource, RemoteFolderSource
 from data_prep.sources.lists import LIST_SUFFIXES, ListSource
-from data_prep.sources.shards import ShardSource
+from data_prep.sources.shard_source import ShardSource
 
 _KINDS = "a folder, a zip, a tar or a list of images"
-Source = FolderSource | RemoteFolderSource | ZipSource | TarSource | ListSource | ShardSource
+ImageSource = FolderSource | RemoteFolderSource | ZipSource | TarSource | ListSource | ShardSource
 
 
 def open_source(
@@ -22,7 +22,7 @@ def open_source(
     shards: bool = False,
     ordered: bool = False,
     without: Path | None = None,
-) -> Source:
+) -> ImageSource:
     """Open a folder, a zip, an uncompressed tar, a list of paths, or a folder of shards.
 
     Remote archives are read by byte range; remote lists are downloaded while they are read.
@@ -53,7 +53,7 @@ def open_source(
     return _open_file(path, selection)
 
 
-def _open_remote(path: RemotePath, selection: Selection, *, shards: bool) -> Source:
+def _open_remote(path: RemotePath, selection: Selection, *, shards: bool) -> ImageSource:
     if shards:
         return ShardSource(path, selection)
     if not _is_named_as_file(path) and path.is_dir():
@@ -63,7 +63,7 @@ def _open_remote(path: RemotePath, selection: Selection, *, shards: bool) -> Sou
     return _open_file(path, selection)
 
 
-def _open_file(path: Location, selection: Selection) -> Source:
+def _open_file(path: Location, selection: Selection) -> ImageSource:
     if path.name.lower().endswith(LIST_SUFFIXES):
         return ListSource(path, selection)
     if is_tar(path):
