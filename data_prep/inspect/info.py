@@ -231,8 +231,8 @@ def _describe_counts(counts: Counter[str]) -> str:
 
 def _describe_sizes(summary: SetSummary, samples: int) -> list[tuple[str, str]]:
     sizes = np.concatenate(summary.sizes)
-    looked = len(sizes) + summary.unreadable
-    of = f", of {looked:,} images read" if looked < samples else ""
+    examined = len(sizes) + summary.unreadable
+    of = f", of {examined:,} images read" if examined < samples else ""
     rows = [("channels", f"{_describe_counts(summary.layouts)}{of}")]
     if summary.unreadable:
         rows.append(("unreadable", f"{summary.unreadable:,}; see `data-prep verify --deep`"))

@@ -127,8 +127,8 @@ def build_shards(
                     shutil.rmtree(folder)
             return BuildResult(manifest=complete, found=survey.found, was_complete=True)
         part = run.part[0] if run.part else None
-        taken = open_output_dir(folder, part=part, store=store, overwrite=overwrite)
-        with taken as output:
+        opened = open_output_dir(folder, part=part, store=store, overwrite=overwrite)
+        with opened as output:
             output.check_version(overwrite=overwrite)
             make = _list_and_write if options.streams else _list_then_write
             listing = make(output, job, source, progress, overwrite=overwrite)

@@ -33,6 +33,12 @@ from data_prep.write.plan import path_key
 DIGESTS = "digests-"
 """Prefix of files that keep the digests of some files, for a resumed run."""
 
+BITS = 64
+"""Length of a perceptual hash; the distance of two is the number of differing bits."""
+_MAX_KEY_BITS = 16
+"""Maximum bits of a band used for look-up; more would mean almost as many lists as images."""
+_ONES = np.array([number.bit_count() for number in range(2**16)], dtype=np.uint8)
+"""Number of bits set in each 16-bit number."""
 _FILES_PER_TASK = 2_000
 
 
@@ -176,18 +182,6 @@ def _encode(row: _HashedFile) -> str:
 def _decode(line: str) -> _HashedFile:
     text, window, perceptual = json.loads(line)
     return _HashedFile(decode_file(text), window, perceptual)
-
-
-BITS = 64
-"""Length of a hash; the distance of two is the number of bits that differ."""
-
-
-_MAX_KEY_BITS = 16
-"""Bits of a band that images are looked up by: more would be as many lists as images."""
-
-
-_ONES = np.array([number.bit_count() for number in range(2**16)], dtype=np.uint8)
-"""Bits that are set in each number of 16 bits."""
 
 
 class MissingImageHashError(ValueError):

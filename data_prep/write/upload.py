@@ -106,7 +106,7 @@ class Upload:
         self._is_claimed = True
 
     def reload_log(self) -> None:
-        """Read the local log again, which tells whether the unfinished work is the URL's."""
+        """Read the local log again, which may have changed since."""
         self._log.read()
 
     def has_shard(self, entry: ShardEntry, position: int) -> bool:

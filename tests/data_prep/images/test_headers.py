@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 
 import pytest
+import simplejpeg
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from data_prep.images.checking import RejectedImageError, check_image
@@ -79,6 +80,20 @@ def test_what_pillow_may_trip_over_is_left_to_it(draw_image: Callable[..., bytes
     buffer = io.BytesIO()
     Image.new("CMYK", (8, 8)).save(buffer, "JPEG")
     assert plain_jpeg_size(buffer.getvalue()) is None
+
+
+def test_headers_that_only_libjpeg_accepts_are_not_plain() -> None:
+    plain = _jpegs()[0]
+    tables, frame = plain.index(b"\xff\xdb"), plain.index(b"\xff\xc0")
+    twelve_bits = plain[: frame + 4] + b"\x0c" + plain[frame + 5 :]
+    short_adobe = plain[:tables] + b"\xff\xee\x00\x08Adobe\0" + plain[tables:]
+    stray_marker = plain[:tables] + b"\xff\x01" + plain[tables:]
+    for data in (twelve_bits, short_adobe, stray_marker):
+        assert simplejpeg.decode_jpeg_header(data)[:2] == (19, 37)
+        assert _pillow_size(data) is None
+        assert plain_jpeg_size(data) is None
+        with pytest.raises(RejectedImageError):
+            check_image(data, decode=False)
 
 
 def test_limits_hold_without_pillow() -> None:
