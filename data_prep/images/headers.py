@@ -1,8 +1,8 @@
 """File headers: the size of plain JPEGs, and the bit depth that Pillow truncates to 8.
 
 Opening a JPEG with Pillow takes 15 times as long as reading a plain header here, and for images of
-a few kB that would be most of the work. `simplejpeg.decode_jpeg_header` is faster still (1.5 µs, not
-5.6), but accepts files that Pillow cannot open: 12-bit frames, an Adobe segment that is too
+a few kB that would be most of the work. `simplejpeg.decode_jpeg_header` is faster still (1.5 µs
+against 5.6), but accepts files that Pillow cannot open: 12-bit frames, an Adobe segment that is too
 short, stray markers between segments.
 """
 
