@@ -1,22 +1,25 @@
-"""Settings of the data that every stage reads."""
+"""Settings of the data that tasks read: images in shards or folders, and clips."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Literal, TypeGuard, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
-from data_prep.format.manifest import MANIFEST_NAME
-from data_prep.format.storage import Location, locate
+from data_prep.format.storage import locate
 from simmim.data.datasets.cache import DEFAULT_CACHE_BYTES
-from simmim.data.datasets.folder import open_folder
-from simmim.data.datasets.mixture import MixedShards, Shards
+from simmim.data.datasets.clips import ClipSet, open_clips
+from simmim.data.datasets.mixture import Shards
+from simmim.data.datasets.opening import (
+    ShardsSetting,
+    folders_of,
+    holds_images,
+    measured_statistics,
+    open_sets,
+    weights_of,
+)
 from simmim.data.datasets.remote import RemoteReading
-from simmim.data.datasets.samples import SampleSet
-from simmim.data.datasets.shards import ShardSet
-from simmim.data.datasets.statistics import measured_statistics
 from simmim.data.loader.bad_samples import MAX_BAD_SHARE, REMEDY, BadSamples
 from simmim.data.order.order import DEFAULT_SLOTS
-from simmim.data.transforms.pillow_decoding import MAX_PIXELS
+from simmim.data.transforms.settings import MAX_PIXELS
 from simmim.limits import check_least, check_probabilities, check_shares, check_span
 from simmim.recipe import settings
 
@@ -27,48 +30,30 @@ MEASURED: Literal["measured"] = "measured"
 
 
 @settings
-class WeightedShards:
-    """One set of a mixture."""
-
-    shards: str
-    """Folder of shards that data-prep made, or its URL; or a folder of images."""
-    weight: float = 1.0
-    """Share of the samples that come from this set, to those of the others."""
-
-    def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ValueError(f"weight is {self.weight}; it must be above 0.")
-
-
-ShardsSetting = str | tuple[WeightedShards, ...]
-"""A folder of shards or its URL, or a folder of images; or several with weights."""
-
-
-@settings
 class RemoteSettings:
-    """How shards are read that are not on this machine, and how long files are waited for."""
+    """Reading of remote shards, and retries."""
 
     remote: Literal["auto", "shards", "ranges"] = "auto"
-    """How shards at a URL are read: `shards` fetches whole ones into a cache and checks them,
-    `ranges` single samples; `auto` takes ranges where the cache is too small for the shuffle."""
+    """How shards at a URL are read: `shards` fetches and verifies whole shards in a cache, `ranges`
+    fetches single samples, `auto` uses ranges if the cache is too small for the shuffle."""
     cache_dir: str | None = None
-    """Folder of fetched shards, shared by the processes of a machine; null is one in the user's
+    """Cache folder of fetched shards, shared by the processes of a machine; null uses the user's
     cache directory."""
     cache_bytes: int = DEFAULT_CACHE_BYTES
-    """Most bytes of fetched shards that are kept."""
+    """Size limit of the shard cache in bytes."""
     attempts: int = 8
-    """Times that a request to a store, or a shard or folder that is gone or cut off, is tried
-    before the run ends; the pauses grow from 0.1 s to 20 s, 13 s in all for 8."""
+    """Attempts to read from a store, or a missing or truncated shard or folder, before the run
+    stops; pauses grow from 0.1 s to 20 s, 13 s in total for 8 attempts."""
     allow_pipe: bool = False
-    """Whether the commands are run that a manifest names in the place of shards, as
-    `data-prep index 'pipe:COMMAND' --allow-pipe` writes it; what they write is fetched whole."""
+    """Run the commands that a manifest lists instead of shards, as written by
+    `data-prep index 'pipe:COMMAND' --allow-pipe`; their output is fetched whole."""
 
     def __post_init__(self) -> None:
         check_least(self, 1, "cache_bytes", "attempts")
 
     @property
     def remote_reading(self) -> RemoteReading:
-        """How shards that are not here are read, one after the other."""
+        """Options for reading remote shards sequentially."""
         return RemoteReading(
             mode=self.remote,
             cache_dir=None if self.cache_dir is None else Path(self.cache_dir),
@@ -81,25 +66,25 @@ class RemoteSettings:
 
 @settings
 class SampleSettings:
-    """How samples are read and ordered, whatever they are."""
+    """Reading and ordering of samples, images or clips."""
 
     REMEDY: ClassVar[str] = REMEDY
-    """What to do where too many of them are bad."""
+    """Remedy named in the error about too many bad samples."""
     workers: int = 2
-    """Worker processes that decode, for each training process; 0 decodes in the process itself."""
+    """Data worker processes per training process; 0 decodes in the training process itself."""
     slots: int = DEFAULT_SLOTS
-    """Equal parts that an epoch is cut into; the batch size must be a multiple of it, and the
-    number of processes must divide it. Another number is another order."""
+    """Number of equal parts of an epoch; the batch size must be a multiple of it, and the number of
+    processes a divisor. Changing it changes the order of samples."""
     mean: tuple[float, ...] | Literal["measured"] = IMAGENET_MEAN
-    """Mean of each channel, on a scale from 0 to 1."""
+    """Mean of each channel, on a scale of 0 to 1."""
     std: tuple[float, ...] | Literal["measured"] = IMAGENET_STD
     """Standard deviation of each channel, on the same scale."""
     max_pixels: int = MAX_PIXELS
-    """Images or frames of more pixels are refused from their header, before they are decoded."""
+    """Largest image or frame, in pixels; larger ones are rejected before decoding."""
     max_bad_share: float = MAX_BAD_SHARE
-    """Share of the samples that may be damaged: training replaces each by another of its shard (a
-    clip by one of its class), validation leaves it out, both name it in bad_samples.jsonl. More of
-    them end the run."""
+    """Largest share of damaged samples, 0 to 1; more stop the run. Training replaces a damaged
+    sample by another from its shard (a clip by one of its class), validation skips it, and both
+    list it in bad_samples.jsonl."""
 
     def __post_init__(self) -> None:
         check_least(self, 0, "workers")
@@ -108,28 +93,28 @@ class SampleSettings:
         if isinstance(self.mean, str) or isinstance(self.std, str):
             return
         if len(self.mean) != len(self.std) or min(self.std, default=0) <= 0:
-            raise ValueError("mean and std need a number a channel each, every std above 0.")
+            raise ValueError("mean and std need one number per channel, every std above 0.")
 
     @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and std as numbers; `with_statistics` makes them such."""
+        """Mean and std as numbers, as `with_statistics` leaves them."""
         assert not isinstance(self.mean, str)
         assert not isinstance(self.std, str)
         return self.mean, self.std
 
     def bad_samples(self) -> BadSamples:
-        """Return a fresh account of bad samples."""
+        """Return a new counter of bad samples."""
         return BadSamples(self.max_bad_share, remedy=self.REMEDY)
 
 
 @settings
 class CroppedSettings(SampleSettings):
-    """Samples that are cropped to squares, and mirrored at random for training."""
+    """Samples cropped to squares, and mirrored at random in training."""
 
     image_size: int
-    """Side of the square images in pixels."""
+    """Side of the square input images in pixels."""
     flip: float = 0.5
-    """Probability of mirroring an image."""
+    """Probability of a horizontal flip, 0 to 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,23 +127,23 @@ class DataSettings(RemoteSettings, SampleSettings):
     """Images in shards or folders, and how they are read."""
 
     shards: ShardsSetting
-    """Folder of shards that data-prep made: tars, indexes and manifest.json. Or its URL, of s3,
-    gs, http or https. Or a folder of images on this machine, with a folder for each class where
-    there are classes. Or a list of {shards: any of these, weight: number}: every batch takes from
-    each set in proportion."""
+    """Folder of shards made by data-prep (tars, indexes and manifest.json), or its URL (s3, gs,
+    http or https); or a local folder of images, with one subfolder per class if there are classes;
+    or a list of {shards: any of these, weight: number}, from which every batch samples in
+    proportion."""
     validation_shards: int = 1
-    """Shards at the end of each set that are held out for validation; 0 holds out none. A folder
-    of images counts as shards of at most 1,000, drawn from all of it."""
+    """Number of shards at the end of each dataset held out for validation. A folder of images is
+    divided into random shards of at most 1,000 images."""
     classes: tuple[str, ...] | None = None
-    """Names of the classes whose images are used; null uses all images."""
+    """Names of the classes to use; null uses all images."""
     fraction: float = 1.0
-    """Share of each class's training images that is used, above 0 and at most 1. Which ones
-    depends on `fraction_seed` alone, and a larger share contains every smaller one."""
+    """Share of each class's training images to use, above 0 and at most 1. The choice depends only
+    on `fraction_seed`, and a larger share contains every smaller one."""
     fraction_seed: int = 0
-    """Seed of that choice; apart from training.seed, so that runs of other seeds see the same."""
+    """Seed of that choice; separate from training.seed, so that runs with other seeds share it."""
     mean: tuple[float, ...] | Literal["measured"] = IMAGENET_MEAN
-    """Mean of each channel, on a scale from 0 to 1 (fractions as they are). `measured` takes what
-    `data-prep info --statistics` found in the shards."""
+    """Mean of each channel, on a scale of 0 to 1 (floating point values unscaled). `measured` uses
+    the result of `data-prep info --statistics`."""
     std: tuple[float, ...] | Literal["measured"] = IMAGENET_STD
     """Standard deviation of each channel, on the same scale, or `measured`."""
 
@@ -168,24 +153,24 @@ class DataSettings(RemoteSettings, SampleSettings):
         check_least(self, 0, "validation_shards")
         check_shares(self, "fraction")
         if not self.shards:
-            raise ValueError("shards names no folder; give one, or a list of them.")
+            raise ValueError("shards is empty; give a folder, or a list of them.")
 
     def open_shards(self) -> Shards:
-        """Open the shards, and keep the images of the classes asked for.
+        """Open the datasets and select the images of `classes`.
 
         Raises:
-            ValueError: there is no such folder, no good manifest in it, or no such class.
+            ValueError: no such folder, no valid manifest in it, or no such class.
         """
         shards = open_sets(self.shards, self.remote_reading)
         return shards if self.classes is None else shards.only_classes(self.classes)
 
     @property
     def remote_reading(self) -> RemoteReading:
-        """How shards that are not here are read, shuffled as an epoch is."""
+        """Options for reading remote shards in the shuffled order of an epoch."""
         return replace(super().remote_reading, slots=self.slots)
 
     def split_shards(self) -> tuple[Shards, Shards]:
-        """Open the shards and return (training, validation); see `open_shards`."""
+        """Open the datasets and return (training, validation); see `open_shards`."""
         training, validation = self.open_shards().split(self.validation_shards)
         if self.fraction < 1:
             training = training.share(self.fraction, seed=self.fraction_seed)
@@ -196,19 +181,19 @@ Data = TypeVar("Data", bound=DataSettings)
 
 
 def with_statistics(data: Data) -> Data:
-    """Put the measured numbers in place where `mean` or `std` ask for them.
+    """Return the settings with `measured` mean and std replaced by numbers.
 
     Raises:
-        ValueError: they were not measured.
+        ValueError: the shards were not measured.
     """
     if MEASURED not in (data.mean, data.std):
         return data
     for folder in folders_of(data.shards):
         if holds_images(locate(folder)):
             raise ValueError(
-                f"data.mean and data.std are measured of shards, and {folder} is a folder of"
-                f" images: write numbers out, or make shards: data-prep shard {folder} DST, then"
-                " data-prep info DST --statistics"
+                f"data.mean and data.std can only be measured of shards, and {folder} is a folder"
+                f" of images: set them to numbers, or make shards: data-prep shard {folder} DST,"
+                " then data-prep info DST --statistics."
             )
     found = measured_statistics(
         folders_of(data.shards), weights_of(data.shards), allow_pipe=data.allow_pipe
@@ -218,64 +203,87 @@ def with_statistics(data: Data) -> Data:
     return replace(data, mean=mean, std=std)
 
 
-def open_sets(shards: ShardsSetting, remote: RemoteReading | None = None) -> Shards:
-    """Open shards or a folder of images, or several as a mixture; URLs are read as `remote` says.
-
-    Raises:
-        ValueError: a folder cannot be used.
-    """
-    folders = folders_of(shards)
-    remote = replace(remote or RemoteReading(), sets=len(folders))
-    if isinstance(shards, str):
-        return open_set(shards, remote)
-    return MixedShards([open_set(one, remote) for one in folders], weights_of(shards))
-
-
-def open_set(folder: str | Path, remote: RemoteReading) -> SampleSet:
-    """Open a folder of shards, or one of images on this machine.
-
-    Raises:
-        ValueError: it is neither, or cannot be used.
-    """
-    place = locate(folder)
-    if holds_images(place):
-        return open_folder(place, attempts=remote.attempts)
-    return ShardSet(folder, remote=remote)
-
-
-def holds_images(place: Location) -> TypeGuard[Path]:
-    """Tell whether a place is a folder that is no set of shards, nor was meant to be one."""
-    if not isinstance(place, Path) or not place.is_dir():
-        return False
-    return not (place / MANIFEST_NAME).exists() and next(place.glob("*.tar"), None) is None
-
-
-def folders_of(shards: ShardsSetting) -> tuple[str, ...]:
-    """Return the folders and URLs that are named, at least one."""
-    return (shards,) if isinstance(shards, str) else tuple(one.shards for one in shards)
-
-
-def weights_of(shards: ShardsSetting) -> Sequence[float]:
-    """Return the weight of each folder."""
-    return [1.0] if isinstance(shards, str) else [one.weight for one in shards]
-
-
-def first_folder(shards: ShardsSetting) -> str:
-    """Return the first folder or URL that is named: where an example may be taken from."""
-    return folders_of(shards)[0]
-
-
 @settings
 class AugmentedDataSettings(DataSettings, CroppedSettings):
-    """Shards whose images are cropped and mirrored at random for training."""
+    """Images that are cropped and mirrored at random in training."""
 
     scale: tuple[float, float]
-    """Share of the image's area that the random crop takes, from and to."""
+    """Range of the random crop's area, as a share of the image's."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width to height of the random crop, from and to."""
+    """Range of the random crop's aspect ratio (width / height)."""
 
     def __post_init__(self) -> None:
         DataSettings.__post_init__(self)
         CroppedSettings.__post_init__(self)
         check_span(self, "scale", most=1)
         check_span(self, "ratio")
+
+
+@settings
+class ClipDataSettings(CroppedSettings):
+    """Labelled clips, the frames sampled from them, and their crops."""
+
+    REMEDY = "Repair or remove these clips"
+
+    clips: str
+    """Folder with one subfolder of clips per class, or a CSV file with a path and a label per line.
+    Listed once, at the start."""
+    validation: str | None = None
+    """Folder or CSV file of the validation clips; null skips validation."""
+    fraction: float = 1.0
+    """Share of each class's training clips to use, above 0 and at most 1; a larger share contains
+    every smaller one."""
+    fraction_seed: int = 0
+    """Seed of that choice."""
+    frames: int = 8
+    """Number of frames per clip, one from each of as many equal segments: random in training, the
+    middle one in validation. Shorter clips repeat frames."""
+    image_size: int = 224
+    """Side of the square frames in pixels."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Range of the random crop's area, as a share of the frame's; the same crop for all frames of a
+    clip. Validation uses the largest central square."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the random crop's aspect ratio (width / height)."""
+    flip: float = 0.5
+    """Probability of a horizontal flip, 0 to 1; use 0 if classes differ by left and right."""
+    views: tuple[int, int] = (1, 1)
+    """Validation views per clip (temporal, spatial), whose probabilities are averaged into
+    views_top1 and views_top5, in addition to the single central view; [4, 5] in the paper. Each
+    view costs a forward pass."""
+    slots: int = 8
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 1, "frames")
+        check_shares(self, "fraction")
+        if min(self.views) < 1:
+            raise ValueError(f"views is {list(self.views)}; both must be at least 1.")
+        check_span(self, "scale", most=1)
+        check_span(self, "ratio")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of frames in pixels."""
+        return self.image_size, self.image_size
+
+    def open(self) -> tuple[ClipSet, ClipSet | None]:
+        """List the training clips and the validation clips.
+
+        Raises:
+            ValueError: no clips, fewer than two classes, or other classes in validation.
+        """
+        training = open_clips(self.clips)
+        if len(training.classes) < 2:
+            raise ValueError(
+                f"all clips of {self.clips} are of the class {training.classes[0]!r}; "
+                "classification needs at least 2 classes."
+            )
+        classes = training.classes
+        if self.fraction < 1:
+            training = training.share(self.fraction, seed=self.fraction_seed)
+        if self.validation is None:
+            return training, None
+        return training, open_clips(self.validation, classes=classes)

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator
 
-from simmim.data.loader.batches import Batch
+from simmim.data.loader.batch import Batch
 from simmim.doctor.checks import Check, problem
 from simmim.engine.distributed.parallelism import trains_in_shards
 from simmim.engine.loop import prepare, training_step

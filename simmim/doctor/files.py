@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from simmim.data.order.errors import BadSampleError, DataError
+from simmim.data.datasets.local_files import LocalFiles
 from simmim.data.order.order import Address
-from simmim.data.order.source import LocalFiles, Source
-from simmim.data.transforms.label_image import IGNORED
-from simmim.data.transforms.targets import ClassMap, Instances, Targets
+from simmim.data.order.source import BadSampleError, DataError, SampleSource
+from simmim.data.transforms.labels import IGNORED
+from simmim.data.transforms.sample import ClassMap, Instances, Targets
 from simmim.doctor.checks import Check
 from simmim.tasks.fine_tuning import FineTuningStage, Prepare
 
@@ -69,7 +69,7 @@ def check_labelled_files(stage: FineTuningStage[Any, Any]) -> Iterator[Check]:
         yield _check_classes(training.classes, training.sizes, of)
 
 
-def check_presence(sets: list[LocalFiles]) -> Check:
+def check_presence(sets: list[LocalFiles[Any]]) -> Check:
     """Tell whether all files are there and hold something."""
     places = dict.fromkeys(file for one in sets for file in one.files())
     total, wrong = 0, []
@@ -97,7 +97,7 @@ def check_presence(sets: list[LocalFiles]) -> Check:
     )
 
 
-def prepare_some(source: Source[Any], prepare: Prepare) -> Prepared:
+def prepare_some(source: SampleSource[Any], prepare: Prepare) -> Prepared:
     """Prepare samples spread evenly over all shards, for a limited time."""
     ends = np.cumsum(source.sizes)
     places = np.unique(np.linspace(0, source.samples - 1, min(PREPARED, source.samples)))
@@ -132,7 +132,7 @@ def _note(found: Prepared, targets: Targets | None) -> None:
 
 
 def _check_samples(
-    stage: FineTuningStage[Any, Any], name: str, source: Source[Any], prepare: Prepare
+    stage: FineTuningStage[Any, Any], name: str, source: SampleSource[Any], prepare: Prepare
 ) -> Iterator[Check]:
     """Prepare some samples, and tell what could not be, and what the others hold."""
     found, of = prepare_some(source, prepare), stage.recipe.SAMPLES

@@ -16,10 +16,10 @@ from PIL import Image, UnidentifiedImageError
 from data_prep.format.manifest import ShardEntry
 from data_prep.format.storage import Location
 from simmim.data.datasets.folder import ImageFolder
+from simmim.data.datasets.image_set import ImageSet
 from simmim.data.datasets.mixture import MixedShards, Shards
-from simmim.data.datasets.samples import SampleSet
 from simmim.data.datasets.shards import ShardSet
-from simmim.data.order.errors import DataError
+from simmim.data.order.source import DataError
 from simmim.data.settings import AugmentedDataSettings
 from simmim.data.transforms.decoding import ARRAY_EXTENSION, decode_pixels
 from simmim.doctor.checks import Check
@@ -70,7 +70,7 @@ def check_shards(
     yield from check_samples(training, data, channels)
 
 
-def sets_of(shards: Shards) -> tuple[SampleSet, ...]:
+def sets_of(shards: Shards) -> tuple[ImageSet, ...]:
     """Return the sets of a mixture, or the one set."""
     return shards.sets if isinstance(shards, MixedShards) else (shards,)
 

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from simmim.data.loader.batches import Batch
+from simmim.data.loader.batch import Batch
 from simmim.engine.checkpoint.best import Best, better, write_best
 from simmim.engine.checkpoint.directory import TrainingState, checkpoint_path, find_checkpoint
 from simmim.engine.checkpoint.ema import averaged, forget_average, update_average

@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from simmim.data.loader.bad_samples import BadSamples
-from simmim.data.loader.batches import Batch
-from simmim.data.order.source import Source
+from simmim.data.loader.batch import Batch
+from simmim.data.order.source import SampleSource
 from simmim.engine.run import RunFolder
 
 
@@ -41,7 +41,7 @@ class Stage(Protocol):
         """Digest of the shards that are trained on."""
 
     @property
-    def training_shards(self) -> Source[Any]:
+    def training_shards(self) -> SampleSource[Any]:
         """The shards that are trained on: what an address in a batch counts in."""
 
     @property

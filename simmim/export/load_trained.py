@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simmim.data.settings import DataSettings, first_folder
+from simmim.data.datasets.opening import first_folder
+from simmim.data.settings import DataSettings
 from simmim.engine.checkpoint.directory import (
     COMPLETE,
     chosen_checkpoint,

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from simmim.data.datasets.opening import open_set
 from simmim.data.datasets.procedural import SMALLEST_SIZE, render
 from simmim.data.datasets.remote import RemoteReading
-from simmim.data.settings import open_set
 from simmim.data.transforms.cropping import center_crop_resize
 from simmim.data.transforms.decoding import decode_pixels
 from simmim.tasks.features import Normalise

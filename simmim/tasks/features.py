@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from simmim.data.loader.batches import Batch
+from simmim.data.loader.batch import Batch
 from simmim.data.order.randomness import sample_bits
 from swinv2.encoder import HierarchicalEncoder
 

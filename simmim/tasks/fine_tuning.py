@@ -16,10 +16,11 @@ from torch import nn
 from typing_extensions import Self
 
 from simmim.data.datasets.mixture import order_of
-from simmim.data.loader.batches import Batch, BatchStream, evaluation_batches
+from simmim.data.loader.batch import Batch
+from simmim.data.loader.batches import BatchStream, evaluation_batches
 from simmim.data.order.order import Address
-from simmim.data.order.source import Source
-from simmim.data.transforms.image_transforms import Sample
+from simmim.data.order.source import SampleSource
+from simmim.data.transforms.sample import Sample
 from simmim.engine.run import RunFolder
 from simmim.recipe import recipe_hash
 from simmim.tasks.loading import training_batches
@@ -32,7 +33,7 @@ Prepare = Callable[[Any, Address], Sample]
 
 
 RecipeT = TypeVar("RecipeT", bound=FineTuningRecipe)
-DataT = TypeVar("DataT", bound=Source[Any])
+DataT = TypeVar("DataT", bound=SampleSource[Any])
 
 
 class FineTuningStage(ABC, Generic[RecipeT, DataT]):

@@ -5,20 +5,16 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from simmim.data.datasets.mixture import Order, Shards
+from simmim.data.datasets.mixture import Shards
 from simmim.data.loader.bad_samples import BadSamples
 from simmim.data.loader.batches import TrainingBatches
+from simmim.data.order.mixed_order import Order
 from simmim.data.order.order import Address
-from simmim.data.order.source import Raw, Source
+from simmim.data.order.source import Encoded, SampleSource
 from simmim.data.settings import AugmentedDataSettings, SampleSettings
-from simmim.data.transforms.image_transforms import (
-    LabelReading,
-    MaskDraw,
-    PictureChange,
-    Sample,
-    TrainTransform,
-    class_of,
-)
+from simmim.data.transforms.image_transforms import Augmentation, MaskFunction, TrainTransform
+from simmim.data.transforms.labels import LabelReader, class_of
+from simmim.data.transforms.sample import Sample
 from simmim.engine.settings import TrainingSettings
 
 
@@ -27,9 +23,9 @@ def train_transform(
     *,
     seed: int,
     channels: int,
-    mask: MaskDraw | None = None,
-    augment: PictureChange | None = None,
-    label: LabelReading = class_of,
+    mask: MaskFunction | None = None,
+    augment: Augmentation | None = None,
+    label: LabelReader = class_of,
 ) -> TrainTransform:
     """Return what crops and mirrors the images of shards.
 
@@ -56,9 +52,9 @@ def train_transform(
 
 
 def training_batches(
-    shards: Source[Raw],
+    shards: SampleSource[Encoded],
     order: Order,
-    transform: Callable[[Raw, Address], Sample],
+    transform: Callable[[Encoded, Address], Sample],
     data: SampleSettings,
     training: TrainingSettings,
     *,

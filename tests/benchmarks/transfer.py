@@ -26,8 +26,7 @@ from tqdm import tqdm
 
 from simmim.data.order.randomness import numpy_stream, shuffled
 from simmim.data.transforms.cropping import center_crop_resize, random_resized_crop
-from simmim.data.transforms.decoding import as_pixels
-from simmim.data.transforms.pillow_decoding import decode
+from simmim.data.transforms.decoding import decode_pillow, image_to_array
 from simmim.engine.optimizer import (
     OptimizerSettings,
     build_optimizer,
@@ -147,7 +146,7 @@ def read_images(archive: Path, part: str, *, per_class: int | None = None) -> La
         numbers = {label: number for number, label in enumerate(names)}
         return Labelled(
             images=[
-                as_pixels(decode(file.read(name)))
+                image_to_array(decode_pillow(file.read(name)))
                 for name, _ in tqdm(chosen, desc=part, unit="image")
             ],
             labels=torch.tensor([numbers[label] for _, label in chosen]),

@@ -1,14 +1,13 @@
-"""Lists of labelled video clips: a folder for each class, or a CSV file of paths and labels."""
+"""Labelled video clips: one folder per class, or a CSV file of paths and labels."""
 
 import csv
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from simmim.data.order.errors import DataError
-from simmim.data.order.randomness import shuffled
-from simmim.data.order.source import LocalFiles
+from simmim.data.datasets.local_files import LocalFiles
+from simmim.data.order.randomness import choose_share
+from simmim.data.order.source import DataError
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 """File name suffixes of clips, in lower case."""
@@ -16,10 +15,10 @@ VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".web
 
 @dataclass(frozen=True, kw_only=True)
 class RawClip:
-    """A clip as it lies on disk: nothing of it is read yet."""
+    """A clip file, not yet read."""
 
     key: str
-    """Its path, relative to the folder of the class or of the CSV file."""
+    """Path relative to the folder of the class or of the CSV file."""
     path: Path
     label: int
     shard_name: str
@@ -27,24 +26,23 @@ class RawClip:
 
     @property
     def name(self) -> str:
-        """Class and key: what messages call the clip, and what seeds its randomness."""
+        """Class and key: the clip's name in messages, and its random seed."""
         return f"{self.shard_name}/{self.key}"
 
 
 MOST_GAPS = 1000
-"""Classes that numbers in a CSV file may ask for where there are fewer clips."""
+"""Most classes that numeric labels may imply if there are fewer clips than that."""
 
 
-class ClipSet(LocalFiles):
-    """Labelled clips, sorted by class; read as shards are, with a shard for each class.
+class ClipSet(LocalFiles[RawClip]):
+    """Labelled clips, one shard per class.
 
-    So the clips of one class may take each other's place where one is damaged, and the order of
-    samples is that of `simmim.data.order.order`.
+    So a damaged clip is replaced by one of the same class.
 
     Args:
-        folder: where they were listed from, for messages.
-        classes: names of the classes.
-        clips: of every class, in order.
+        folder: where the clips were listed, for messages.
+        classes: class names.
+        clips: clips of every class, in order.
     """
 
     def __init__(
@@ -57,37 +55,25 @@ class ClipSet(LocalFiles):
 
     @property
     def sizes(self) -> list[int]:
-        """Clips of each class."""
+        """Number of clips of each class."""
         return [len(of_class) for of_class in self._clips]
 
-    @property
-    def samples(self) -> int:
-        """Clips of all classes."""
-        return sum(self.sizes)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over the classes and the paths of their clips, not over what these hold."""
-        digest = hashlib.sha256()
+    def _digest_parts(self) -> Iterator[bytes]:
+        """Yield classes and paths of the clips; their content does not count."""
         for name, of_class in zip(self.classes, self._clips, strict=True):
             for clip in of_class:
-                digest.update(f"{name}\t{clip.key}\n".encode())
-        return digest.hexdigest()
+                yield f"{name}\t{clip.key}\n".encode()
 
     def share(self, share: float, *, seed: int) -> "ClipSet":
-        """Return this share of each class's clips, at least one of each class that has any.
-
-        Which ones is a pure function of the seed; a larger share contains every smaller one.
-        """
-        kept = []
-        for label, of_class in enumerate(self._clips):
-            count = max(1, round(share * len(of_class)))
-            places = shuffled(len(of_class), "share", seed, label)[:count]
-            kept.append([of_class[place] for place in sorted(places.tolist())])
+        """Return a share of each class's clips, at least one of each class; see `choose_share`."""
+        kept = [
+            [of_class[index] for index in choose_share(len(of_class), share, seed, label).tolist()]
+            for label, of_class in enumerate(self._clips)
+        ]
         return ClipSet(self.folder, self.classes, kept)
 
     def files(self) -> Iterator[Path]:
-        """Yield the files of all clips."""
+        """Yield all clip files."""
         for of_class in self._clips:
             yield from (clip.path for clip in of_class)
 
@@ -96,24 +82,23 @@ class ClipSet(LocalFiles):
         return self._clips[shard][sample]
 
     def name(self, shard: int, sample: int) -> str:
-        """Return class and key of a clip, as messages call it."""
+        """Return class and key of a clip, for messages."""
         return self._clips[shard][sample].name
 
 
 def open_clips(source: str, *, classes: Sequence[str] | None = None) -> ClipSet:
-    """List the clips of a folder with a folder for each class, or of a CSV file.
+    """List the clips of a folder with one folder per class, or of a CSV file.
 
-    A CSV file has a path and a label on each line, and may have a header that says `path,label`.
-    Paths are relative to its folder. Labels are names, or numbers from 0 if all of them are such.
+    A CSV file has a path and a label per line, and may start with the header `path,label`.
+    Paths are relative to its folder. Labels are names, or numbers from 0 if all are numbers.
 
     Args:
         source: the folder, or the CSV file.
-        classes: names that the labels must be among, those of the training clips; None takes the
-            names that are found.
+        classes: allowed labels, the classes of the training clips; None takes the labels found.
 
     Raises:
-        DataError: there is no such folder or file, no clip, a line that cannot be read, or a class
-            that is not among `classes`.
+        DataError: no such folder or file, no clips, a malformed line, or a class that is not in
+            `classes`.
     """
     path = Path(source)
     if path.is_dir():
@@ -123,21 +108,21 @@ def open_clips(source: str, *, classes: Sequence[str] | None = None) -> ClipSet:
         found, where = _in_csv(path)
     else:
         raise DataError(
-            f"{path} does not exist: give a folder with a folder of clips for each class, or a CSV "
-            "file with a path and a label on each line"
+            f"{path} does not exist: give a folder with one folder of clips per class, or a CSV "
+            "file with a path and a label per line."
         )
     if not any(found.values()):
-        expected = "a path and a label on each line"
+        expected = "a path and a label per line"
         if path.is_dir():
-            expected = f"files that end in {', '.join(VIDEO_SUFFIXES)}, in a folder for each class"
-        raise DataError(f"{path} holds no clips: {expected}")
+            expected = f"{', '.join(VIDEO_SUFFIXES)} files in one folder per class"
+        raise DataError(f"{path} contains no clips; expected {expected}.")
     names = _class_names(found, path) if classes is None else tuple(classes)
     unknown = sorted(set(found) - set(names))
     if unknown:
         raise DataError(
-            f"{where[unknown[0]]} has the class {unknown[0]!r}, which none of the training clips "
-            f"has; there are {len(names)} classes: {', '.join(names[:5])}"
-            f"{', …' if len(names) > 5 else ''}"
+            f"{where[unknown[0]]} has the class {unknown[0]!r}, which no training clip has; "
+            f"choose from {len(names)} classes: {', '.join(names[:5])}"
+            f"{', …' if len(names) > 5 else ''}."
         )
     clips = [
         [
@@ -150,24 +135,24 @@ def open_clips(source: str, *, classes: Sequence[str] | None = None) -> ClipSet:
 
 
 Found = dict[str, list[tuple[str, Path]]]
-"""Key and path of the clips of each class."""
+"""(key, path) of the clips of each class."""
 
 
 def _in_folders(folder: Path) -> Found:
-    """List the clips in the folders of a folder, at any depth."""
+    """List the clips below each subfolder, at any depth."""
     found: Found = {}
-    for place in sorted(folder.iterdir()):
-        if place.is_dir() and not place.name.startswith("."):
-            found[place.name] = [
-                (file.relative_to(place).as_posix(), file)
-                for file in place.rglob("*")
+    for subfolder in sorted(folder.iterdir()):
+        if subfolder.is_dir() and not subfolder.name.startswith("."):
+            found[subfolder.name] = [
+                (file.relative_to(subfolder).as_posix(), file)
+                for file in subfolder.rglob("*")
                 if file.suffix.lower() in VIDEO_SUFFIXES and file.is_file()
             ]
     return {name: clips for name, clips in found.items() if clips}
 
 
 def _in_csv(file: Path) -> tuple[Found, dict[str, str]]:
-    """List the clips that a CSV file names, and the first line that names each class."""
+    """List the clips in a CSV file, and the first line of each class."""
     found: Found = {}
     where: dict[str, str] = {}
     with file.open(newline="", encoding="utf-8-sig", errors="replace") as text:
@@ -177,8 +162,8 @@ def _in_csv(file: Path) -> tuple[Found, dict[str, str]]:
                 continue
             if len(cells) != 2 or not all(cells):
                 raise DataError(
-                    f"{file}, line {line}: {','.join(row)!r} is not a path and a label, with a "
-                    "comma between them; a path with commas stands in double quotes"
+                    f"{file}, line {line}: {','.join(row)!r} is not a path and a label separated "
+                    "by a comma; put a path with commas in double quotes."
                 )
             key, label = cells
             found.setdefault(label, []).append((key, file.parent / key))
@@ -187,14 +172,14 @@ def _in_csv(file: Path) -> tuple[Found, dict[str, str]]:
 
 
 def _class_names(found: Found, file: Path) -> tuple[str, ...]:
-    """Sort the names of classes; numbers leave no gap below the largest."""
+    """Return the sorted class names; numeric labels count from 0 to the largest."""
     if not all(name.isascii() and name.isdecimal() for name in found):
         return tuple(sorted(found))
     classes, clips = 1 + max(map(int, found)), sum(map(len, found.values()))
     if classes > max(MOST_GAPS, clips):
         raise DataError(
-            f"{file} has the label {classes - 1}, so there would be {classes:,} classes for "
-            f"{clips:,} clips: labels that are numbers count classes from 0. Where they are not "
-            "meant so, put a letter before them"
+            f"{file} has the label {classes - 1}, which means {classes:,} classes for {clips:,} "
+            "clips: numeric labels are class indices from 0. If they are names, put a letter "
+            "before them."
         )
     return tuple(str(number) for number in range(classes))

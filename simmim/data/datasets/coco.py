@@ -1,6 +1,5 @@
-"""Images with objects, as the JSON files of COCO describe them."""
+"""Images annotated with objects in COCO's JSON format."""
 
-import hashlib
 import json
 import math
 from collections import Counter
@@ -9,50 +8,50 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simmim.data.datasets.label_maps import NAMED, FileSet, read_bytes
+from simmim.data.datasets.local_files import FileSet, list_files, read_bytes
 
 FIELDS: dict[str, dict[str, type]] = {
     "images": {"id": int, "file_name": str, "height": int, "width": int},
     "annotations": {},
     "categories": {"id": int, "name": object},
 }
-"""What each part of a file must have, besides what is looked at object by object."""
+"""Required fields of each section; annotations are checked one by one."""
 
-FARTHEST = 100_000
-"""Pixels from the corner of an image that a point of a polygon may be away."""
+MAX_COORDINATE = 100_000
+"""Largest coordinate of a polygon, in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CocoImage:
-    """An image and the objects in it, as they lie on disk; `image` is the encoded file."""
+    """An encoded image and its annotated objects."""
 
     key: str
     shard_name: str
     image: bytes
     extension: str
     number: int
-    """The image's id."""
+    """Image id."""
     size: tuple[int, int]
-    """Rows and columns, as the JSON file says."""
+    """Height and width according to the JSON file."""
     objects: tuple[dict[str, Any], ...]
-    """Its annotations."""
+    """Annotations of the image."""
 
     @property
     def name(self) -> str:
-        """What messages call it, and what seeds its randomness."""
+        """Name in messages, and random seed."""
         return f"{self.shard_name}/{self.key}"
 
 
-class CocoSet(FileSet[dict[str, Any]]):
-    """Images of a COCO JSON file; read as shards are.
+class CocoSet(FileSet[CocoImage, dict[str, Any]]):
+    """The images of a COCO JSON file.
 
     Args:
         images: folder of the images.
         annotations: the JSON file.
-        only_with_objects: leave out images in which nothing is annotated but crowds.
+        only_with_objects: skip images without objects other than crowds.
 
     Raises:
-        ValueError: a file is absent or not what it must be, or no image is left.
+        ValueError: a file is missing or malformed, or no image is left.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class CocoSet(FileSet[dict[str, Any]]):
     ) -> None:
         self.folder, self.file = Path(images), Path(annotations)
         if not self.folder.is_dir():
-            raise ValueError(f"{images} is no folder: give the folder of the images.")
+            raise ValueError(f"{images} is not a folder: give the folder of the images.")
         self.content = _read(self.file)
         self.class_names = _names(self.content)
         self.category_ids = tuple(sorted(int(one["id"]) for one in self.content["categories"]))
@@ -72,7 +71,7 @@ class CocoSet(FileSet[dict[str, Any]]):
             or any(not one.get("iscrowd", 0) for one in self._objects.get(image["id"], ()))
         ]
         if not self._items:
-            raise ValueError(f"{annotations} describes no images with objects: give another file.")
+            raise ValueError(f"{annotations} has no images with objects: give another file.")
         missing = [
             str(self.folder / image["file_name"])
             for image in self._items
@@ -80,23 +79,23 @@ class CocoSet(FileSet[dict[str, Any]]):
         ]
         if missing:
             raise ValueError(
-                f"{len(missing)} of {len(self._items)} images of {annotations} are absent: there "
-                f"is no {', '.join(missing[:NAMED])}{' ...' if missing[NAMED:] else ''}."
+                f"{len(missing)} of {len(self._items)} images of {annotations} are missing: "
+                f"{list_files(missing)}. Add the files, or correct data.images."
             )
 
     def _sorted_objects(self) -> dict[int, list[dict[str, Any]]]:
         known = {image["id"] for image in self.content["images"]}
         found: dict[int, list[dict[str, Any]]] = {}
-        for place, one in enumerate(self.content["annotations"]):
-            what = f"{self.file}: annotation {one.get('id', f'in place {place}')}"
+        for index, one in enumerate(self.content["annotations"]):
+            what = f"{self.file}: annotation {one.get('id', f'at index {index}')}"
             if one.get("category_id") not in self.category_ids:
                 raise ValueError(
-                    f"{what} has the category_id {one.get('category_id')}, and there is no such "
-                    f"category: they are {', '.join(map(str, self.category_ids))}."
+                    f"{what} has the unknown category_id {one.get('category_id')}: choose from "
+                    f"{', '.join(map(str, self.category_ids))}."
                 )
             image = one.get("image_id")
             if not isinstance(image, int | float) or image not in known:
-                raise ValueError(f"{what} is of the image {image}, which is not in.")
+                raise ValueError(f"{what} has the image_id {image}, which is not in images.")
             box = one.get("bbox")
             if not _numbers(box, 4) or min(box[2:]) < 0:
                 raise ValueError(
@@ -105,19 +104,17 @@ class CocoSet(FileSet[dict[str, Any]]):
             found.setdefault(int(image), []).append(one)
         return found
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 over the descriptions of these images and their objects."""
-        digest = hashlib.sha256(repr((self.class_names, self.category_ids)).encode())
+    def _digest_parts(self) -> Iterator[bytes]:
+        """Yield the categories, and the entries of the images and their objects."""
+        yield repr((self.class_names, self.category_ids)).encode()
         for image in self._items:
-            described = [image, self._objects.get(image["id"], [])]
-            digest.update(json.dumps(described, sort_keys=True).encode())
-        return digest.hexdigest()
+            entries = [image, self._objects.get(image["id"], [])]
+            yield json.dumps(entries, sort_keys=True).encode()
 
     def require_masks(self) -> None:
-        """Leave polygons of under three points out, which cover nothing.
+        """Drop polygons of fewer than three points, and check all segmentations.
 
-        Raises ValueError unless every object then has a segmentation that is right.
+        Raises ValueError unless every object then has a valid segmentation.
         """
         for image in self.content["images"]:
             for one in self._objects.get(image["id"], ()):
@@ -128,19 +125,21 @@ class CocoSet(FileSet[dict[str, Any]]):
         bare = Counter(
             image for image, ones in self._objects.items() for one in ones if not has_mask(one)
         )
-        if bare:
+        total = bare.total()
+        if total:
             raise ValueError(
-                f"{bare.total()} objects of {self.file} have no segmentation (the first in image "
-                f"{next(iter(bare))}), which masks are learnt from: choose head.kind rt_detr, "
-                "which needs boxes alone."
+                f"{total} object{' of' if total == 1 else 's of'} {self.file}"
+                f" {'has' if total == 1 else 'have'} no segmentation (the first in image "
+                f"{next(iter(bare))}), which masks are learned from: choose head.kind rt_detr, "
+                "which needs only boxes."
             )
 
     def files(self) -> Iterator[Path]:
-        """Yield the files of all images."""
+        """Yield all image files."""
         return (self.folder / image["file_name"] for image in self._items)
 
     def name(self, shard: int, sample: int) -> str:
-        """Return file and image of a sample, as messages call it."""
+        """Return file and image of a sample, for messages."""
         return f"{self.file.stem}/{self.item(shard, sample)['file_name']}"
 
     def read(self, shard: int, sample: int) -> CocoImage:
@@ -162,10 +161,10 @@ class CocoSet(FileSet[dict[str, Any]]):
         return tuple(self._objects.get(image, ()))
 
     def ground_truth(self) -> dict[str, Any]:
-        """Return the content of the file for these images, with the fields the metric needs."""
+        """Return the JSON content for these images, with the fields that the metric needs."""
         images = {image["id"] for image in self._items}
         of_these = [one for image in sorted(images) for one in self._objects.get(image, ())]
-        objects = [  # numbered anew: the metric takes the id 0 for "not found"
+        objects = [  # renumbered: the metric takes the id 0 for "not found"
             {"iscrowd": 0, "area": one["bbox"][2] * one["bbox"][3]} | one | {"id": number}
             for number, one in enumerate(of_these, start=1)
         ]
@@ -181,7 +180,7 @@ def category_names(annotations: str | Path) -> tuple[str, ...]:
     """Return the names of the categories of a COCO file, in the order of their ids.
 
     Raises:
-        ValueError: it is absent or not what it must be.
+        ValueError: it is missing or malformed.
     """
     return _names(_read(Path(annotations)))
 
@@ -193,7 +192,7 @@ def _names(content: dict[str, Any]) -> tuple[str, ...]:
 
 
 def has_mask(annotation: dict[str, Any]) -> bool:
-    """Tell whether an object has polygons or a run-length mask."""
+    """Return whether an object has polygons or a run-length mask."""
     return bool(annotation.get("segmentation"))
 
 
@@ -201,16 +200,16 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{file} is absent: give the JSON file of the annotations.") from None
+        raise ValueError(f"{file} does not exist: give the JSON file of the annotations.") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is no JSON file that can be read: {error}.") from None
+        raise ValueError(f"{file} is not a readable JSON file: {error}.") from None
     missing = [part for part in FIELDS if not isinstance(content, dict) or part not in content]
     if missing:
-        raise ValueError(f"{file} is no COCO file of objects: it has no {', '.join(missing)}.")
+        raise ValueError(f"{file} is not a COCO file of objects: it has no {', '.join(missing)}.")
     assert isinstance(content, dict)
     for part, fields in FIELDS.items():
         if not isinstance(content[part], list):
-            raise ValueError(f"{file}: {part} is no list.")
+            raise ValueError(f"{file}: {part} is not a list.")
         for one in content[part]:
             _check_fields(one, fields, f"{file}: one of the {part}")
         if "id" in fields:
@@ -221,26 +220,26 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _check_fields(one: Any, fields: Mapping[str, type], what: str) -> None:
-    """Look at a part's fields; whole numbers that are written as fractions become whole ones."""
+    """Check the fields of an entry; floats with integer values become integers."""
     if not isinstance(one, dict):
-        raise ValueError(f"{what} is no object: {one}.")
-    absent = [field for field in fields if field not in one]
-    if absent:
-        raise ValueError(f"{what} has no {', '.join(absent)}: {one}.")
+        raise ValueError(f"{what} is not an object: {one}.")
+    missing = [field for field in fields if field not in one]
+    if missing:
+        raise ValueError(f"{what} has no {', '.join(missing)}: {one}.")
     for field, kind in fields.items():
         value = one[field]
         if kind is int and isinstance(value, float) and value.is_integer():
             one[field] = value = int(value)
         if not isinstance(value, kind) or isinstance(value, bool):
-            named = "a whole number" if kind is int else "text"
-            raise ValueError(f"{what} has the {field} {value!r}, which is not {named}: {one}.")
-    lengths = [one[field] for field in ("height", "width") if field in fields]
-    if lengths and min(lengths) < 1:
+            expected = "an integer" if kind is int else "text"
+            raise ValueError(f"{what} has the {field} {value!r}, which is not {expected}: {one}.")
+    sides = [one[field] for field in ("height", "width") if field in fields]
+    if sides and min(sides) < 1:
         raise ValueError(f"{what} has no pixels: {one}.")
 
 
 def _numbers(found: Any, count: int | None = None) -> bool:
-    """Tell whether this is a list of finite numbers, of some length."""
+    """Return whether a value is a list of finite numbers, of the given length."""
     if not isinstance(found, list) or (count is not None and len(found) != count):
         return False
     try:
@@ -250,7 +249,7 @@ def _numbers(found: Any, count: int | None = None) -> bool:
 
 
 def _wrong_mask(annotation: dict[str, Any], size: tuple[int, int]) -> str:
-    """Say what is wrong with an object's segmentation; nothing where it is right, or absent."""
+    """Return what is wrong with an object's segmentation; empty if it is valid or missing."""
     segmentation = annotation.get("segmentation")
     if not segmentation:
         return ""
@@ -258,37 +257,36 @@ def _wrong_mask(annotation: dict[str, Any], size: tuple[int, int]) -> str:
         return _wrong_polygons(annotation)
     if isinstance(segmentation, dict) and {"size", "counts"} <= segmentation.keys():
         return _wrong_run_lengths(segmentation, size)
-    return "that is neither a list of polygons nor a run-length mask of size and counts"
+    return "that is neither a list of polygons nor a run-length mask with size and counts"
 
 
 def _wrong_polygons(annotation: dict[str, Any]) -> str:
     polygons = annotation["segmentation"]
     if not all(_numbers(one) and not len(one) % 2 for one in polygons):
         return "that is not a list of polygons [x, y, x, y, x, y, ...]"
-    if any(max(map(abs, one), default=0) > FARTHEST for one in polygons):
-        return f"with a point more than {FARTHEST:,} pixels away"
+    if any(max(map(abs, one), default=0) > MAX_COORDINATE for one in polygons):
+        return f"with a coordinate beyond {MAX_COORDINATE:,} pixels"
     annotation["segmentation"] = [one for one in polygons if len(one) >= 6]
     return "" if annotation["segmentation"] else "without a polygon of three points or more"
 
 
-def _wrong_run_lengths(described: dict[str, Any], size: tuple[int, int]) -> str:
-    if described["size"] != list(size):
-        found, wanted = described["size"], list(size)
-        return f"of the size {found}, and its image is of {wanted}, rows and columns"
-    counts = described["counts"]
+def _wrong_run_lengths(encoded: dict[str, Any], size: tuple[int, int]) -> str:
+    if encoded["size"] != list(size):
+        return f"of size {encoded['size']}, but its image is of size {list(size)} (rows, columns)"
+    counts = encoded["counts"]
     if isinstance(counts, str):
         counts = run_lengths(counts)
     right = isinstance(counts, list) and all(isinstance(one, int) and one >= 0 for one in counts)
     if right and sum(counts) == math.prod(size):
         return ""
-    return f"whose counts are not those of {math.prod(size)} pixels"
+    return f"whose counts do not add up to {math.prod(size)} pixels"
 
 
 def run_lengths(text: str) -> list[int]:
-    """Return the run lengths that COCO writes as text; none where it breaks off or is no such text.
+    """Decode COCO's compressed run lengths; an empty list if the text is invalid or truncated.
 
-    Each number is of groups of five bits, the lowest first, a character for each, with a sixth bit
-    where more follow; from the fourth number on it is the difference to the last but one.
+    A number is a sequence of characters of five bits each, lowest first, with a sixth bit set if
+    more follow; from the fourth number on, it is the difference to the number two before.
     """
     found: list[int] = []
     value = shift = 0

@@ -1,4 +1,4 @@
-"""Folders of images, read file by file as shards are read."""
+"""Folders of image files, as datasets."""
 
 import hashlib
 import os
@@ -8,71 +8,72 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from simmim.data.datasets.listing import IMAGE_SUFFIXES, Listing, list_images, shown
-from simmim.data.datasets.retry import ShardAmissError, patiently
-from simmim.data.datasets.samples import SampleSet
-from simmim.data.order.errors import BadSampleError, DataError
+from simmim.data.datasets.image_set import ImageSet
+from simmim.data.datasets.listing import IMAGE_SUFFIXES, FolderListing, display_name, list_images
+from simmim.data.datasets.retry import ShardUnavailableError, retry
 from simmim.data.order.randomness import shuffled
+from simmim.data.order.source import BadSampleError, DataError
 
-PART_FILES = 1_000
-"""Most files of a folder that count as a shard."""
+SHARD_FILES = 1_000
+"""Most files per shard."""
 
-FEWEST_PARTS = 8
-"""Shards that a folder counts as at least, unless it has fewer files."""
+MIN_SHARDS = 8
+"""Fewest shards of a folder, unless it has fewer files."""
 
-MEASURED_FILES = 1_024
-"""Files whose lengths are noted: to ask for all would take minutes on a network disk."""
+STAT_FILES = 1_024
+"""Files whose sizes enter the digest: all of them would take minutes on a network disk."""
 
-MOST_BYTES = 512 * 2**20
-"""Length of the largest file that is read; `data-prep shard` takes none that is larger."""
+MAX_FILE_BYTES = 512 * 2**20
+"""Largest file that is read; also the limit of `data-prep shard`."""
 
 SPLIT_NAMES = frozenset({"test", "train", "training", "val", "valid", "validation"})
-"""Names that stand for parts of a data set, and for classes only beside other names."""
+"""Folder names of splits; taken as classes only next to other names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFile:
-    """An image as a file of its own, which is read when it is asked for."""
+    """An image file, read on access."""
 
     folder: Path
-    """What is listed."""
+    """The listed folder."""
     path: bytes
-    """Of the file, relative to the folder."""
+    """Path of the file relative to the folder."""
     label: int | None
     attempts: int
-    """Times that reading is tried where the folder is gone or the disk fails."""
+    """Attempts to read it if the folder is missing or the disk fails."""
 
     @property
     def shard_name(self) -> str:
-        """The folder it lies in, relative to the one that is listed."""
-        return shown(self.path.rpartition(b"/")[0]) or "."
+        """Its folder, relative to the listed one."""
+        return display_name(self.path.rpartition(b"/")[0]) or "."
 
     @property
     def key(self) -> str:
-        """Name of the file."""
-        return shown(self.path.rpartition(b"/")[2])
+        """File name."""
+        return display_name(self.path.rpartition(b"/")[2])
 
     @property
     def name(self) -> str:
-        """What messages call it, and what seeds its randomness: the same wherever the folder is."""
+        """Name in messages and random seed; independent of where the folder is."""
         return f"{self.shard_name}/{self.key}"
 
     @property
     def extension(self) -> str:
-        """Suffix of its name."""
+        """File name extension, in lower case and without the dot."""
         return self.key.rpartition(".")[2].lower()
 
     @property
     def image(self) -> bytes:
-        """The bytes of the file.
+        """Content of the file.
 
         Raises:
-            BadSampleError: it cannot be read, though the folder is there.
-            DataError: the folder is gone.
+            BadSampleError: it cannot be read, although the folder exists.
+            DataError: the folder is missing.
         """
         try:
-            return patiently(self._try_to_read, self.attempts)
+            return retry(self._try_to_read, self.attempts)
         except BadSampleError:
             raise
         except DataError as error:
@@ -82,83 +83,83 @@ class ImageFile:
 
     @property
     def about(self) -> bytes | None:
-        """The bytes of the file of the same name that ends in .json."""
-        beside = self.path.rpartition(b".")[0] + b".json"
-        if not os.path.exists(self._place(beside)):  # noqa: PTH110 - bytes
+        """Content of the file of the same name with the suffix .json."""
+        metadata = self.path.rpartition(b".")[0] + b".json"
+        if not os.path.exists(self._full_path(metadata)):  # noqa: PTH110 - bytes
             return None
-        return replace(self, path=beside).image
+        return replace(self, path=metadata).image
 
-    def _place(self, path: bytes) -> bytes:
+    def _full_path(self, path: bytes) -> bytes:
         return os.path.join(os.fsencode(self.folder), path)  # noqa: PTH118 - names need not be text
 
     def _try_to_read(self) -> bytes:
-        place = self._place(self.path)
+        path = self._full_path(self.path)
         try:
-            with open(place, "rb") as file:  # noqa: PTH123 - names need not be text
-                if os.fstat(file.fileno()).st_size > MOST_BYTES:
-                    raise BadSampleError(f"the file has more than {MOST_BYTES:,} bytes")
+            with open(path, "rb") as file:  # noqa: PTH123 - names need not be text
+                if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+                    raise BadSampleError(f"the file has more than {MAX_FILE_BYTES:,} bytes")
                 return file.read()
         except OSError as error:
-            # A file that is gone is one of many; a folder that is gone may come back.
-            lasting = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
-            if lasting and self.folder.is_dir():
+            # A missing file is one of many; a missing folder may come back.
+            permanent = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
+            if permanent and self.folder.is_dir():
                 raise BadSampleError(f"the file cannot be read: {error.strerror}") from None
-            raise ShardAmissError(
-                f"{shown(place)} cannot be read ({error.strerror}): bring its disk back"
+            raise ShardUnavailableError(
+                f"{display_name(path)} cannot be read ({error.strerror}): reconnect its disk"
             ) from None
 
 
-class ImageFolder(SampleSet):
-    """The images below a folder, in the order of a fixed shuffle, cut evenly into shards.
+class ImageFolder(ImageSet):
+    """The images below a folder, in a fixed shuffle, divided evenly into shards.
 
-    The class of an image is the first folder on its path, as torchvision's `ImageFolder` has it;
-    images right in the folder have none. The listing is made once and decides everything: which
-    files there are, how they are shuffled, and so which ones the last shards hold out.
+    The class of an image is the first folder on its path, as in torchvision's `ImageFolder`;
+    images directly in the folder have none. The listing is made once and determines everything:
+    the files, their shuffle, and so which files the last shards hold out.
 
     Args:
-        folder: that was listed.
-        listing: of at least one image.
-        attempts: times that reading is tried where the folder is gone or the disk fails.
+        folder: the listed folder.
+        listing: its listing, of at least one image.
+        attempts: attempts to read a file if the folder is missing or the disk fails.
     """
 
-    def __init__(self, folder: Path, listing: Listing, *, attempts: int = 1) -> None:
+    def __init__(self, folder: Path, listing: FolderListing, *, attempts: int = 1) -> None:
         paths = [listing.paths[place] for place in shuffled(len(listing.paths), "folder").tolist()]
-        owners = [path[: max(0, path.find(b"/"))] for path in paths]
-        names = sorted({shown(owner) for owner in owners if owner})
-        parts = min(len(paths), max(FEWEST_PARTS, -(-len(paths) // PART_FILES)))
-        super().__init__(folder, range(parts), names)
+        class_folders = [path[: max(0, path.find(b"/"))] for path in paths]
+        names = sorted({display_name(folder) for folder in class_folders if folder})
+        shards = min(len(paths), max(MIN_SHARDS, -(-len(paths) // SHARD_FILES)))
+        super().__init__(folder, range(shards), names)
         self.attempts = attempts
         self._root = folder
-        self._edges = [len(paths) * part // parts for part in range(parts + 1)]
-        places = {name: label for label, name in enumerate(names)}
-        self._all_labels = np.array([places.get(shown(owner), -1) for owner in owners], np.int64)
-        # One string and not a million, which workers share without copying.
+        self._edges = [len(paths) * shard // shards for shard in range(shards + 1)]
+        label_of = {name: label for label, name in enumerate(names)}
+        labels = [label_of.get(display_name(folder), -1) for folder in class_folders]
+        self._all_labels = np.array(labels, np.int64)
+        # One string rather than a million: workers share it without copying.
         self._paths = b"".join(paths)
         self._ends = np.cumsum([0, *map(len, paths)], dtype=np.int64)
         self._listed = _fingerprint(folder, paths)
 
     def require_labels(self) -> None:
-        """Raise ValueError unless the images have at least two classes, and not parts of a set."""
+        """Raise ValueError unless the folders are at least two classes, and not splits."""
         super().require_labels()
         if {name.lower() for name in self.classes} <= SPLIT_NAMES:
             raise ValueError(
-                f"the folders in {self.folder} are called {' and '.join(self.classes)}, as the"
-                " parts of a data set are and not its classes: name one of them, with a folder for"
-                " each class"
+                f"the folders in {self.folder} are called {' and '.join(self.classes)}, like splits"
+                " of a dataset rather than classes: give one of them, with one folder per class."
             )
 
     def _size(self, number: int) -> int:
         return self._edges[number + 1] - self._edges[number]
 
-    def _labels(self, number: int) -> np.ndarray:
+    def _labels(self, number: int) -> NDArray[np.int64]:
         return self._all_labels[self._edges[number] : self._edges[number + 1]]
 
     def _read(self, number: int, row: int) -> ImageFile:
-        place = self._edges[number] + row
+        index = self._edges[number] + row
         return ImageFile(
             folder=self._root,
-            path=self._paths[self._ends[place] : self._ends[place + 1]],
-            label=self._label(int(self._all_labels[place])),
+            path=self._paths[self._ends[index] : self._ends[index + 1]],
+            label=self._label(int(self._all_labels[index])),
             attempts=self.attempts,
         )
 
@@ -170,19 +171,19 @@ class ImageFolder(SampleSet):
 
 
 def open_folder(folder: Path, *, attempts: int = 1) -> ImageFolder:
-    """List a folder of images, and say on stderr what in it is not used.
+    """List a folder of images, and report skipped entries on stderr.
 
     Raises:
-        DataError: it holds no images, or cannot be read.
+        DataError: it contains no images, or cannot be read.
     """
     listing = list_images(folder)
     remarks = listing.remarks
     if not listing.paths:
-        suffixes = " ".join(sorted(shown(suffix) for suffix in IMAGE_SUFFIXES))
+        suffixes = " ".join(sorted(display_name(suffix) for suffix in IMAGE_SUFFIXES))
         raise DataError(
-            f"{folder} holds neither shards nor images{f' ({remarks})' if remarks else ''}: name a"
-            " folder of images, with a folder for each class where there are classes, or one of"
-            f" shards that `data-prep shard` made; image suffixes are {suffixes}"
+            f"{folder} contains neither shards nor images{f' ({remarks})' if remarks else ''}: give"
+            " a folder of images, with one folder per class if there are classes, or of shards"
+            f" made by `data-prep shard`. Image suffixes are {suffixes}."
         )
     if remarks and int(os.environ.get("RANK", "0")) == 0:
         sys.stderr.write(f"{folder}: {len(listing.paths):,} images; {remarks}\n")
@@ -190,22 +191,21 @@ def open_folder(folder: Path, *, attempts: int = 1) -> ImageFolder:
 
 
 def _fingerprint(folder: Path, paths: Sequence[bytes]) -> str:
-    """Return a digest of all paths, and of the lengths of the first files.
+    """Return a digest of all paths, and of the sizes of the first files.
 
-    Raises DataError where a file cannot be asked for its length: without it, the digest would be
-    another one.
+    Raises DataError if the size of a file cannot be read: without it, the digest would differ.
     """
     digest = hashlib.sha256(b"\0".join(paths))
-    for path in paths[:MEASURED_FILES]:
-        place = os.path.join(os.fsencode(folder), path)  # noqa: PTH118 - names need not be text
+    for relative in paths[:STAT_FILES]:
+        path = os.path.join(os.fsencode(folder), relative)  # noqa: PTH118 - names need not be text
         try:
-            length = str(os.stat(place).st_size)  # noqa: PTH116
+            length = str(os.stat(path).st_size)  # noqa: PTH116
         except OSError as error:
-            if not isinstance(error, FileNotFoundError) and not os.path.islink(place):  # noqa: PTH114
+            if not isinstance(error, FileNotFoundError) and not os.path.islink(path):  # noqa: PTH114
                 raise DataError(
-                    f"{shown(place)} cannot be looked at ({error.strerror}): make its folder"
-                    " readable, or take it away"
+                    f"{display_name(path)} cannot be accessed ({error.strerror}): make its folder"
+                    " readable, or remove it."
                 ) from None
-            length = "none"  # a broken link, as reading it will show
+            length = "none"  # a broken link; reading it will report it
         digest.update(f"\0{length}".encode())
     return digest.hexdigest()

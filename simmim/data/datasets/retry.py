@@ -1,4 +1,4 @@
-"""Waiting for shards that are gone or cut off: a file server may be away, or a copy under way."""
+"""Retries of reads while a shard is missing or truncated: a file server may be down briefly."""
 
 import random
 import sys
@@ -6,43 +6,44 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from simmim.data.order.errors import DataError
+from simmim.data.order.source import DataError
 
 FIRST_PAUSE = 0.1
-"""Seconds before the second attempt; each later one waits twice as long, with jitter."""
+"""Seconds before the second attempt; each further pause is twice as long, with jitter."""
 
 LONGEST_PAUSE = 20.0
-"""Most seconds between two attempts."""
+"""Longest pause between two attempts, in seconds."""
 
-TOLD_FROM = 0.7
-"""Seconds of a pause from which on a person is told of it."""
+WARN_FROM = 0.7
+"""Shortest pause, in seconds, that a warning is printed for."""
 
 Result = TypeVar("Result")
 
 
-class ShardAmissError(DataError):
-    """A shard that is gone or shorter than it should be; it may come back."""
+class ShardUnavailableError(DataError):
+    """A shard is missing or shorter than it should be; it may come back."""
 
 
-def patiently(read: Callable[[], Result], attempts: int) -> Result:
-    """Return what `read` returns, which is called again while a shard is amiss.
+def retry(read: Callable[[], Result], attempts: int) -> Result:
+    """Return the result of `read`, called again while a shard is unavailable.
 
     Raises:
-        DataError: it is after `attempts` calls.
+        DataError: it is still unavailable after `attempts` calls.
     """
     for attempt in range(1, attempts):
         try:
             return read()
-        except ShardAmissError as error:
+        except ShardUnavailableError as error:
             longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (attempt - 1))
             pause = random.uniform(longest / 2, longest)
-            if longest > TOLD_FROM:
+            if longest > WARN_FROM:
                 sys.stderr.write(
-                    f"\nWARNING: {error}; trying again in {pause:.1f} s ({attempt} of {attempts}"
-                    " attempts, data.attempts)\n"
+                    f"\nWARNING: {error}; retrying in {pause:.1f} s"
+                    f" (attempt {attempt} of {attempts} failed, data.attempts)\n"
                 )
             time.sleep(pause)
     try:
         return read()
-    except ShardAmissError as error:
-        raise DataError(f"{error} (after {attempts} attempts, data.attempts)") from None
+    except ShardUnavailableError as error:
+        tried = f"{attempts} attempt{'' if attempts == 1 else 's'}"
+        raise DataError(f"{error} (after {tried}, data.attempts).") from None

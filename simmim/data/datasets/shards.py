@@ -1,4 +1,4 @@
-"""Random access to the samples of shards, through the indexes that `data-prep` writes."""
+"""Random access to the samples of shards, through the indexes written by `data-prep`."""
 
 import io
 import os
@@ -12,24 +12,25 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_prep.format.index import read_index
 from data_prep.format.manifest import Manifest, ManifestError, ShardEntry, read_manifest
 from data_prep.format.pipes import PipedFile
 from data_prep.format.storage import Location, RemotePath, locate
 from simmim.data.datasets.cache import ShardCache
+from simmim.data.datasets.image_set import ImageSet
 from simmim.data.datasets.remote import RemoteReading, RemoteShard
-from simmim.data.datasets.retry import ShardAmissError, patiently
-from simmim.data.datasets.samples import SampleSet
-from simmim.data.order.errors import DataError
+from simmim.data.datasets.retry import ShardUnavailableError, retry
+from simmim.data.order.source import DataError
 
 OPEN_SHARDS = 320
-"""Shards a process keeps open at a time: what one rank's slots touch while they shuffle a block."""
+"""Most shards a process keeps open: those that a rank's slots read while shuffling a block."""
 
 
 @dataclass(frozen=True)
 class RawSample:
-    """A sample as it lies in its shard; `image` is the encoded file."""
+    """An encoded sample of a shard."""
 
     key: str
     image: bytes
@@ -37,24 +38,24 @@ class RawSample:
     shard_name: str
     extension: str
     read_about: Callable[[], bytes | None] = field(default=lambda: None, compare=False, repr=False)
-    """Reads the JSON beside it."""
+    """Reads the JSON member."""
 
     @property
     def about(self) -> bytes | None:
-        """The sample's JSON member; None where it has none."""
+        """The JSON member; None if there is none."""
         return self.read_about()
 
     @property
     def name(self) -> str:
-        """Shard and key: what messages call the sample, and what seeds its randomness."""
+        """Shard and key: the name in messages, and the random seed."""
         return f"{self.shard_name}/{self.key}"
 
 
 class LocalShard:
-    """The bytes of one shard on this machine. Reads move no file position: forks may share it.
+    """The bytes of one local shard. Reads do not move the file position, so forks may share it.
 
-    Read rather than mapped: a file that is cut off while it is in use is then an error with a
-    name, where a memory map would end the process.
+    Reads rather than a memory map: a file truncated while in use raises an error that names it,
+    where a memory map would kill the process.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,23 +63,25 @@ class LocalShard:
         try:
             self._file = os.open(path, os.O_RDONLY)
         except OSError as error:
-            kind = DataError if isinstance(error, PermissionError) else ShardAmissError
+            kind = DataError if isinstance(error, PermissionError) else ShardUnavailableError
             raise kind(
                 f"shard {path} cannot be opened ({error.strerror}): make it readable, or"
-                " write the shards anew with `data-prep shard`"
+                " write the shards again with `data-prep shard`"
             ) from None
         self.close = weakref.finalize(self, os.close, self._file)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Return bytes of the shard. Raises ShardAmissError where it cannot be read."""
+        """Return bytes of the shard. Raises ShardUnavailableError if it cannot be read."""
         try:
             return os.pread(self._file, size, offset)
         except OSError as error:
-            raise ShardAmissError(f"shard {self.path} cannot be read: {error.strerror}") from None
+            raise ShardUnavailableError(
+                f"shard {self.path} cannot be read: {error.strerror}"
+            ) from None
 
 
 class OpenShard:
-    """One shard with its index, here or at a URL."""
+    """A shard with its index, local or at a URL."""
 
     def __init__(
         self,
@@ -93,7 +96,7 @@ class OpenShard:
         self.labels = index.labels
         self._offsets, self._sizes = index.offsets, index.sizes
         self._length = entry.bytes
-        self._keys = np.char.encode(index.keys, "utf-8")  # a quarter of the memory
+        self._keys = np.char.encode(index.keys, "utf-8")  # takes a quarter of the memory
         self._extensions = np.char.encode(index.extensions, "ascii")
         self._shard = (
             LocalShard(path) if isinstance(path, Path) else RemoteShard(path, entry, cache)
@@ -116,9 +119,9 @@ class OpenShard:
         return self._read(row, int(self._offsets[row]), int(self._sizes[row]))
 
     def about(self, row: int) -> bytes | None:
-        """Return the JSON member of sample `row`, None where it has none.
+        """Return the JSON member of sample `row`, None if there is none.
 
-        The index knows images alone; the other members of a sample lie next to its image, between
+        The index lists only images; the other members of a sample are next to its image, between
         the images of its neighbours.
         """
         start, stop = 0, self._length
@@ -128,21 +131,21 @@ class OpenShard:
         if row + 1 < len(self._offsets):
             stop = int(self._offsets[row + 1])
         if not start <= self._offsets[row] < stop:
-            raise DataError(f"shard {self.path}: its samples are not in the order of the index")
+            raise DataError(f"shard {self.path}: its samples are not in the order of the index.")
         return member_named(f"{self.key(row)}.json", self._read(row, start, stop - start))
 
     def _read(self, row: int, offset: int, size: int) -> bytes:
         data = self._shard.read(offset, size)
         if len(data) < size:
-            raise ShardAmissError(
-                f"shard {self.path} ends within sample {self.key(row)}: it was cut off while it"
-                " was in use; copy it again, or write the shards anew with `data-prep shard`"
+            raise ShardUnavailableError(
+                f"shard {self.path} ends within sample {self.key(row)}: it was truncated while"
+                " in use; copy it again, or write the shards again with `data-prep shard`"
             )
         return data
 
 
 def member_named(name: str, part: bytes) -> bytes | None:
-    """Return a member of a part of a tar that begins with a header; None where it is not there."""
+    """Return a member from a part of a tar that starts at a header; None if it is not there."""
     with suppress(tarfile.TarError), tarfile.open(fileobj=io.BytesIO(part), mode="r:") as tar:
         for member in tar:
             file = tar.extractfile(member) if member.name == name else None
@@ -151,13 +154,12 @@ def member_named(name: str, part: bytes) -> bytes | None:
     return None
 
 
-class ShardSet(SampleSet):
-    """The shards in `folder`, or some of them, with every sample one read away.
+class ShardSet(ImageSet):
+    """The shards in `folder`, or some of them; every sample takes one read.
 
-    The folder is a path or a URL (s3, gs, http), which is then read as `remote` says.
-    `shards` are numbers of the manifest's shards; here they count from 0 in the order given.
-    Files open when first read, in each process for itself. Raises ValueError where the folder or
-    its manifest cannot be used.
+    The folder is a path or a URL (s3, gs, http), which is read as `remote` says. `shards` are
+    numbers of the manifest's shards, which this set counts from 0 in the order given. Each process
+    opens files on first read. Raises ValueError if the folder or its manifest cannot be used.
     """
 
     samples_are = "the shards in"
@@ -184,7 +186,9 @@ class ShardSet(SampleSet):
                 numbers = tuple(shards)
         outside = [number for number in numbers if not 0 <= number < total]
         if outside:
-            raise ValueError(f"{place} has shards 0 to {total - 1}; there is no shard {outside[0]}")
+            raise ValueError(
+                f"{place} has shards 0 to {total - 1}; there is no shard {outside[0]}."
+            )
         super().__init__(place, numbers, self.manifest.classes)
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
 
@@ -194,7 +198,7 @@ class ShardSet(SampleSet):
     def _size(self, number: int) -> int:
         return self.manifest.shards[number].samples
 
-    def _labels(self, number: int) -> np.ndarray:
+    def _labels(self, number: int) -> NDArray[np.int64]:
         return self._opened(number).labels
 
     def _fingerprint(self, number: int) -> str:
@@ -206,15 +210,15 @@ class ShardSet(SampleSet):
         return f"{opened.path.stem}/{opened.key(row)}"
 
     def _read(self, number: int, row: int) -> RawSample:
-        """Return a sample; a shard that is gone or cut off is waited for, `remote.attempts` times.
+        """Return a sample; reads of a missing or truncated shard are retried.
 
-        Raises DataError naming the shard where it cannot be read.
+        Raises DataError naming the shard if it still cannot be read.
         """
-        return patiently(lambda: self._try_to_read(number, row), self.remote.attempts)
+        return retry(lambda: self._try_to_read(number, row), self.remote.attempts)
 
     def _about(self, number: int, row: int) -> bytes | None:
         """Return the JSON member of a sample; see `_read`."""
-        return patiently(lambda: self._opened(number).about(row), self.remote.attempts)
+        return retry(lambda: self._opened(number).about(row), self.remote.attempts)
 
     def _try_to_read(self, number: int, row: int) -> RawSample:
         try:
@@ -227,13 +231,13 @@ class ShardSet(SampleSet):
                 extension=opened.extension(row),
                 read_about=partial(self._about, number, row),
             )
-        except ShardAmissError:  # what is open may be of a file that was replaced since
+        except ShardUnavailableError:  # the open file may have been replaced since
             if number in self._open:
                 self._open.pop(number).close()
             raise
 
     def _opened(self, number: int) -> OpenShard:
-        """Return an open shard; the least recently used is closed where too many are."""
+        """Return an open shard; beyond `OPEN_SHARDS` the least recently used one is closed."""
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
@@ -245,17 +249,17 @@ class ShardSet(SampleSet):
         except ManifestError as error:
             if self._is_whole(entry):
                 raise
-            raise ShardAmissError(str(error).rstrip(".")) from None
+            raise ShardUnavailableError(str(error).rstrip(".")) from None
         self._open[number] = opened
         return opened
 
     def _place(self, entry: ShardEntry) -> Location | PipedFile:
-        """Return where a shard is, to be asked as often as `remote` says."""
+        """Return the location of a shard, with `remote.attempts` attempts per request."""
         place = entry.location(self.folder)
         return place if isinstance(place, Path) else replace(place, attempts=self.remote.attempts)
 
     def _is_whole(self, entry: ShardEntry) -> bool:
-        """Tell whether tar and index of a shard are there, the tar at its full length."""
+        """Return whether a shard's tar and index exist, the tar at its full length."""
         place = self._place(entry)
         if isinstance(place, PipedFile):
             return True  # a command is run again for each attempt
@@ -264,7 +268,7 @@ class ShardSet(SampleSet):
             return bool(place.stat().st_size == entry.bytes)
         except OSError:
             return False
-        except ValueError:  # a store that does not answer, which was tried often enough
+        except ValueError:  # a store that does not respond, after all attempts
             return True
 
     def _cache_for(self, entry: ShardEntry) -> ShardCache | None:
@@ -272,17 +276,17 @@ class ShardSet(SampleSet):
         if isinstance(place, Path):
             return None
         if isinstance(place, PipedFile):
-            return self.remote.cache  # a command gives no parts
+            return self.remote.cache  # a command's output cannot be read in parts
         known = sum(self.manifest.shards[number].samples for number in self.numbers)
         return self.remote.cache_for(self.manifest, self.samples / max(1, known))
 
     @property
     def fetches_whole_shards(self) -> bool:
-        """Whether reading brings whole shards into a cache, so that fetching ahead helps."""
+        """Whether reading caches whole shards, so that fetching them ahead helps."""
         return self._cache_for(self.manifest.shards[0]) is not None
 
     def fetch(self, shard: int) -> None:
-        """Bring a shard into the cache before it is read; raises DataError where that fails."""
+        """Fetch a shard into the cache. Raises DataError if that fails."""
         entry = self.manifest.shards[self.numbers[shard]]
         place = self._place(entry)
         if not isinstance(place, Path):

@@ -1,4 +1,4 @@
-"""Samples that could not be read as they should: counted, named in a file, and too many refused."""
+"""Damaged samples: counted, listed in a file, and limited in number."""
 
 import fcntl
 import json
@@ -9,24 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from simmim.data.order.errors import DataError
+from simmim.data.order.source import DataError
 from simmim.disk import append_whole, goes_on_without
 
-JUDGED_SAMPLES = 1000
-"""Bad samples are judged as a share of at least this many, so that few early ones stop nothing."""
+MIN_SAMPLES = 1000
+"""Fewest samples that the share of bad ones refers to, so that a few early ones are tolerated."""
 
 MAX_BAD_SHARE = 0.01
 
-REMEDY = "Make the shards again with `data-prep shard`, mend the files of a folder of images"
+REMEDY = "Write the shards again with `data-prep shard`, repair the files of a folder of images"
 
 
 @dataclass(frozen=True, kw_only=True)
 class BadSample:
-    """What was wrong with one sample, and what became of it."""
+    """A damaged sample, its defect and how it was handled."""
 
     kind: Literal["replaced", "skipped", "repaired"]
-    """`replaced`: training took another of the shard; `skipped`: evaluation went without it;
-    `repaired`: it is damaged and was read all the same, so that some pixels may be wrong."""
+    """`replaced`: training used another sample of the shard; `skipped`: evaluation left it out;
+    `repaired`: it is damaged but could be decoded, with some pixels possibly wrong."""
     folder: str
     shard: str
     key: str
@@ -34,47 +34,47 @@ class BadSample:
 
 
 class BadSamples:
-    """The account of bad samples that a process keeps.
+    """Counter of the bad samples of a process.
 
     Args:
-        max_share: of the samples asked for that may be bad, 0 to 1; repaired ones do not count.
-        remedy: what to do where there are more.
+        max_share: largest share of bad samples, 0 to 1; repaired ones do not count.
+        remedy: what to do if there are more, for the error message.
     """
 
     def __init__(self, max_share: float = MAX_BAD_SHARE, *, remedy: str = REMEDY) -> None:
         self.max_share = max_share
         self.remedy = remedy
         self.asked = 0
-        """Samples that were asked for."""
+        """Number of requested samples."""
         self.bad = 0
-        """Samples that were replaced or skipped, as often as they were."""
+        """Number of replaced or skipped samples, with repetitions."""
         self.repaired = 0
-        """Samples that were read although damaged, as often as they were."""
+        """Number of damaged samples that could be decoded, with repetitions."""
         self.first: BadSample | None = None
-        """The first that was replaced or skipped."""
+        """The first replaced or skipped sample."""
         self.path: Path | None = None
         self._named: set[tuple[str, ...]] = set()
         self._read = 0
 
     def write_to(self, path: Path) -> None:
-        """Name each bad sample in this file from now on, once: a JSON object a line.
+        """List each bad sample once in this file from now on, one JSON object per line.
 
-        Several processes may write to it, and it may be there from before.
+        Several processes may write to it, and it may exist from before.
         """
         self.path = path
 
     def summary(self) -> str:
-        """Return how many samples were bad, and which was the first, for a person."""
+        """Return the number of bad samples, and the first one, for the user."""
         text = f"{self.bad} of {self.asked} samples, which could not be read"
         if self.first is None:
             return text
         return f"{text} (the first: {self.first.shard}/{self.first.key}, {self.first.reason})"
 
     def record(self, asked: int, found: Iterable[BadSample]) -> None:
-        """Count the samples asked for, and name the bad ones among them.
+        """Count requested samples, and list the bad ones among them.
 
         Raises:
-            DataError: more of them are bad than `max_share` allows.
+            DataError: more are bad than `max_share` allows.
         """
         self.asked += asked
         last = None
@@ -86,13 +86,13 @@ class BadSamples:
                 self.first = self.first or sample
                 last = sample
             self._name(sample)
-        if last is not None and self.bad > self.max_share * max(self.asked, JUDGED_SAMPLES):
+        if last is not None and self.bad > self.max_share * max(self.asked, MIN_SAMPLES):
             raise DataError(
                 f"{self.bad} of {self.asked} samples could not be read, more than"
-                f" data.max_bad_share {self.max_share:g} allows (of at least {JUDGED_SAMPLES});"
+                f" data.max_bad_share {self.max_share:g} allows (of at least {MIN_SAMPLES});"
                 f" the last is sample {last.shard}/{last.key} in {last.folder}: {last.reason}."
-                + (f" All are named in {self.path}." if self.path else "")
-                + f" {self.remedy}, or raise data.max_bad_share"
+                + (f" All are listed in {self.path}." if self.path else "")
+                + f" {self.remedy}, or raise data.max_bad_share."
             )
 
     def _name(self, sample: BadSample) -> None:
@@ -107,7 +107,7 @@ class BadSamples:
                 fcntl.lockf(file, fcntl.LOCK_EX)
             file.seek(self._read)
             lines = file.read().splitlines(keepends=True)
-            if lines and not lines[-1].endswith(b"\n"):  # what a kill cut short
+            if lines and not lines[-1].endswith(b"\n"):  # truncated by a kill
                 file.truncate(self._read + sum(map(len, lines[:-1])))
             for line in lines:  # what other processes, or an earlier run, wrote
                 with suppress(ValueError, TypeError, KeyError):

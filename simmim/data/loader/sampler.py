@@ -1,15 +1,23 @@
-"""Which samples each batch of a rank holds: address lists, made before anything is read."""
+"""Batch samplers of one rank: lists of addresses, with their shards fetched ahead."""
 
-from collections.abc import Iterator, Sequence
+import queue
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from simmim.data.datasets.mixture import Order
+from simmim.data.order.mixed_order import Order
 from simmim.data.order.order import Address
+
+MAX_SHARDS_AHEAD = 8
+"""Most shards fetched before a batch needs them."""
+
+_MAX_BATCHES_AHEAD = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingPlan:
-    """The addresses of each micro-batch of one rank between two cursors."""
+class TrainingSampler:
+    """The addresses of every micro-batch of one rank between two cursors."""
 
     order: Order
     batch_size: int
@@ -25,13 +33,12 @@ class TrainingPlan:
         if self.accumulation < 1 or share % self.accumulation:
             raise ValueError(
                 f"accumulation is {self.accumulation}, which does not divide the {share} samples"
-                f" that each of {self.world} processes takes of a global batch of"
-                f" {self.batch_size}"
+                f" per process of a global batch of {self.batch_size} on {self.world} processes."
             )
         if self.start > self.stop or (self.stop - self.start) % self.batch_size:
             raise ValueError(
-                f"from cursor {self.start} to {self.stop} is no whole number of batches of"
-                f" {self.batch_size} samples"
+                f"cursors {self.start} to {self.stop} are not a whole number of batches of"
+                f" {self.batch_size} samples."
             )
 
     def __len__(self) -> int:
@@ -46,8 +53,8 @@ class TrainingPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationPlan:
-    """The addresses of each batch of one rank: every sample once over all ranks, in order."""
+class EvaluationSampler:
+    """The addresses of every batch of one rank; all ranks together visit each sample once."""
 
     sizes: Sequence[int]
     batch_size: int
@@ -58,24 +65,24 @@ class EvaluationPlan:
         if self.batch_size < 1 or not 0 <= self.rank < self.world:
             raise ValueError(
                 f"batch_size is {self.batch_size} and rank {self.rank} of {self.world};"
-                " the batch must hold at least 1 sample and ranks count from 0"
+                " batch_size must be at least 1, and rank from 0 to the number of ranks - 1."
             )
 
     def __len__(self) -> int:
         return sum(1 for part in self._ranges() if part)
 
     def __iter__(self) -> Iterator[list[Address]]:
-        places = ((shard, row) for shard, size in enumerate(self.sizes) for row in range(size))
+        samples = ((shard, row) for shard, size in enumerate(self.sizes) for row in range(size))
         passed = 0
         for part in self._ranges():
             if part:
                 for _ in range(part.start - passed):
-                    next(places)
-                yield [Address(0, *next(places)) for _ in part]
+                    next(samples)
+                yield [Address(0, *next(samples)) for _ in part]
                 passed = part.stop
 
     def _ranges(self) -> Iterator[range]:
-        """Yield which samples, counted through all shards, this rank takes of each batch."""
+        """Yield this rank's range of each batch, counted over all samples."""
         total = sum(self.sizes)
         for first in range(0, total, self.batch_size):
             count = min(self.batch_size, total - first)
@@ -83,3 +90,63 @@ class EvaluationPlan:
                 first + count * self.rank // self.world,
                 first + count * (self.rank + 1) // self.world,
             )
+
+
+class ShardPrefetcher:
+    """The batches of a sampler, while a thread fetches the shards of later ones.
+
+    Shards are fetched in the order of their use, at most `most` ahead.
+    """
+
+    def __init__(
+        self,
+        sampler: Iterable[Sequence[Address]],
+        fetch: Callable[[int], None],
+        *,
+        most: int = MAX_SHARDS_AHEAD,
+    ) -> None:
+        self.sampler = sampler
+        self.fetch = fetch
+        self.most = most
+
+    def __iter__(self) -> Iterator[Sequence[Address]]:
+        wanted: queue.Queue[int | None] = queue.Queue()
+        stop = threading.Event()
+        thread = threading.Thread(target=self._fetch_wanted, args=(wanted, stop), daemon=True)
+        thread.start()
+        try:
+            yield from self._batches(wanted)
+        finally:
+            stop.set()
+            wanted.put(None)
+
+    def _batches(self, wanted: "queue.Queue[int | None]") -> Iterator[Sequence[Address]]:
+        batches = iter(self.sampler)
+        coming: deque[Sequence[Address]] = deque()
+        recent: OrderedDict[int, None] = OrderedDict()
+        while True:
+            while len(coming) < _MAX_BATCHES_AHEAD and wanted.qsize() < self.most:
+                batch = next(batches, None)
+                if batch is None:
+                    break
+                coming.append(batch)
+                for shard in dict.fromkeys(address.shard for address in batch):
+                    if shard not in recent:
+                        wanted.put(shard)
+                    recent[shard] = None
+                    recent.move_to_end(shard)
+                while len(recent) > 4 * self.most:
+                    recent.popitem(last=False)
+            if not coming:
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                coming.append(batch)
+            yield coming.popleft()
+
+    def _fetch_wanted(self, wanted: "queue.Queue[int | None]", stop: threading.Event) -> None:
+        while (shard := wanted.get()) is not None and not stop.is_set():
+            try:
+                self.fetch(shard)
+            except (ValueError, OSError):
+                continue  # reading the shard will raise the same error, and report it

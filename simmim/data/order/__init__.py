@@ -1,1 +1,1 @@
-"""Which sample comes next, its random numbers, and what a source of samples is."""
+"""Which sample comes next, its random numbers, and the interface of a source of samples."""

@@ -1,9 +1,9 @@
-"""Which sample comes next: a pure function of seed, epoch and the sizes of the shards.
+"""The order of samples: a pure function of seed, epoch and shard sizes.
 
 An epoch is a stream of all samples, cut into a fixed number of equal slots. A global batch takes
-equally from every slot, and ranks own slots; so the global batches are the same on any number of
-ranks, and a rank reads only its own part of the data. The whole state is the cursor: how many
-samples all ranks together have consumed.
+the same number of samples from every slot, and each rank owns some slots; so the global batches are
+the same on any number of ranks, and a rank reads only its own part of the data. The whole state is
+the cursor: the number of samples that all ranks together have consumed.
 """
 
 from collections.abc import Sequence
@@ -11,20 +11,21 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simmim.data.order.randomness import shuffled
 
 WHOLE_SHUFFLE_LIMIT = 65_536
-"""Samples up to which an epoch is one shuffle of everything."""
+"""Largest dataset whose epoch is a single shuffle of all samples."""
 
 BLOCK_SAMPLES = 32_768
-"""Samples of a slot that are shuffled together in larger sets: a few shards' worth."""
+"""Samples of a slot that are shuffled together in larger datasets: a few shards."""
 
 DEFAULT_SLOTS = 64
 
 
 class Address(NamedTuple):
-    """Where a sample stands and in which epoch it is asked for."""
+    """A sample (shard, row) in an epoch."""
 
     epoch: int
     shard: int
@@ -33,12 +34,12 @@ class Address(NamedTuple):
 
 @dataclass(frozen=True)
 class EpochStream:
-    """The shards of one epoch end to end: `shards[i]` covers positions from `starts[i]`."""
+    """The concatenated shards of one epoch: `shards[i]` covers positions from `starts[i]`."""
 
-    shards: np.ndarray
-    starts: np.ndarray
-    shuffle: np.ndarray | None
-    """Sample order over the whole epoch, for sets small enough."""
+    shards: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    shuffle: NDArray[np.int64] | None
+    """Permutation of the whole epoch; None for larger datasets."""
 
 
 def slots_for(batch_size: int, samples: int) -> int:
@@ -48,47 +49,47 @@ def slots_for(batch_size: int, samples: int) -> int:
 
 
 def check_batch(batch_size: int, world: int, slots: int) -> None:
-    """Raise ValueError unless a global batch in this many slots can be dealt to `world` ranks."""
+    """Raise ValueError unless a global batch divides into slots and the slots among the ranks."""
     if batch_size < 1 or batch_size % slots:
         raise ValueError(
             f"global batch size {batch_size} is not a multiple of the {slots} slots;"
-            f" use {max(1, batch_size // slots) * slots} or another multiple"
+            f" use {max(1, batch_size // slots) * slots} or another multiple."
         )
     if world < 1 or slots % world:
         legal = [count for count in range(1, slots + 1) if slots % count == 0]
         raise ValueError(
             f"{world} processes cannot share {slots} slots equally;"
-            f" use one of {', '.join(map(str, legal))} processes"
+            f" use {', '.join(map(str, legal))} processes."
         )
 
 
-def turns_of(position: int, batch_size: int, slots: int) -> np.ndarray:
-    """Return the turns that each slot takes in the global batch at cursor `position`.
+def turns_of(position: int, batch_size: int, slots: int) -> NDArray[np.int64]:
+    """Return the turns of every slot in the global batch at cursor `position`.
 
-    Raises ValueError where the cursor lies between two turns.
+    Raises ValueError if the cursor is between two turns.
     """
     if position < 0 or position % slots:
         raise ValueError(
             f"cursor {position} is not a multiple of the {slots} slots;"
-            " continue with the batch size and slots that the run began with"
+            " resume with the batch size and slots that the run started with."
         )
     first = position // slots
     return np.arange(first, first + batch_size // slots)
 
 
 def slots_of(rank: int, world: int, slots: int) -> range:
-    """Return the slots that a rank owns; raises ValueError where there is no such rank."""
+    """Return the slots that a rank owns. Raises ValueError if there is no such rank."""
     if not 0 <= rank < world:
-        raise ValueError(f"rank is {rank}; it must be from 0 to {world - 1}")
+        raise ValueError(f"rank is {rank}; it must be from 0 to {world - 1}.")
     owned = slots // world
     return range(rank * owned, (rank + 1) * owned)
 
 
 class SampleOrder:
-    """The endless sequence of samples over `shard_sizes` (samples in each shard).
+    """The endless sequence of samples over `shard_sizes` (number of samples in each shard).
 
-    Every epoch visits each sample at most once and leaves out fewer than `slots` of them.
-    Raises ValueError where there are fewer samples than slots.
+    An epoch visits each sample at most once and skips fewer than `slots` of them.
+    Raises ValueError if there are fewer samples than slots.
     """
 
     def __init__(
@@ -99,62 +100,64 @@ class SampleOrder:
         self.slots = slots
         self.samples = int(self.shard_sizes.sum())
         if slots < 1:
-            raise ValueError(f"slots is {slots}; it must be at least 1")
+            raise ValueError(f"slots is {slots}; it must be at least 1.")
         if self.shard_sizes.ndim != 1 or bool((self.shard_sizes < 0).any()):
-            raise ValueError("shard_sizes must be a flat sequence of counts, 0 or more")
+            raise ValueError("shard_sizes must be a flat sequence of counts, each at least 0.")
         if self.samples < slots:
             raise ValueError(
                 f"{self.samples} samples cannot fill {slots} slots; use more images, or at most"
-                f" {max(1, self.samples)} slots (a divisor of the global batch size)"
+                f" {max(1, self.samples)} slots (a divisor of the global batch size)."
             )
         self._slot_length = self.samples // slots
         self._num_blocks = -(-self._slot_length // BLOCK_SAMPLES)
         self._epochs: dict[int, EpochStream] = {}
-        self._blocks: dict[int, tuple[tuple[int, int], np.ndarray]] = {}
+        self._blocks: dict[int, tuple[tuple[int, int], NDArray[np.int32]]] = {}
 
     @property
     def samples_per_epoch(self) -> int:
-        """Samples an epoch consumes: the largest multiple of `slots` there is."""
+        """Number of samples per epoch: the largest multiple of `slots` available."""
         return self._slot_length * self.slots
 
     def check_batch(self, batch_size: int, world: int = 1) -> None:
-        """Raise ValueError unless this global batch can be dealt to `world` ranks."""
+        """Raise ValueError unless this global batch can be divided among `world` ranks."""
         check_batch(batch_size, world, self.slots)
 
     def batch(self, position: int, batch_size: int, rank: int = 0, world: int = 1) -> list[Address]:
-        """Return the part of `rank` in the global batch that starts at cursor `position`.
+        """Return the part of the global batch at cursor `position` that belongs to `rank`.
 
-        The parts of ranks 0 … world - 1 end to end are the same list for every `world`. The
-        cursor is any multiple of `slots`. Raises ValueError where sizes do not divide.
+        The concatenated parts of ranks 0 … world - 1 are the same list for every `world`. The
+        cursor is any multiple of `slots`. Raises ValueError if sizes do not divide.
         """
         self.check_batch(batch_size, world)
         turns = turns_of(position, batch_size, self.slots)
         owned = slots_of(rank, world, self.slots)
         return [address for slot in owned for address in self.slot_addresses(slot, turns)]
 
-    def slot_addresses(self, slot: int, turns: np.ndarray) -> list[Address]:
-        """Return what a slot gives at these turns, ascending; a turn takes one sample of it."""
+    def slot_addresses(self, slot: int, turns: NDArray[np.int64]) -> list[Address]:
+        """Return the samples of a slot at these turns, ascending; one sample per turn."""
         epochs, offsets = np.divmod(turns, self._slot_length)
         addresses: list[Address] = []
         for epoch in np.unique(epochs).tolist():
             addresses += self._addresses(epoch, slot, offsets[epochs == epoch])
         return addresses
 
-    def _addresses(self, epoch: int, slot: int, offsets: np.ndarray) -> list[Address]:
-        """Return what stands at these offsets of a slot."""
+    def _addresses(self, epoch: int, slot: int, offsets: NDArray[np.int64]) -> list[Address]:
+        """Return the samples at these offsets of a slot."""
         stream = self._stream(epoch)
         if stream.shuffle is None:
             places = slot * self._slot_length + self._shuffled_in_blocks(epoch, slot, offsets)
         else:
             places = stream.shuffle[slot * self._slot_length + offsets]
-        # Among shards of no samples, which share their start with the next, take the last.
+        # An empty shard shares its start with the next one: side="right" takes the last of them.
         rows = np.searchsorted(stream.starts, places, side="right") - 1
         shards = stream.shards[rows].tolist()
         samples = (places - stream.starts[rows]).tolist()
         return [Address(epoch, *place) for place in zip(shards, samples, strict=True)]
 
-    def _shuffled_in_blocks(self, epoch: int, slot: int, offsets: np.ndarray) -> np.ndarray:
-        """Return the offsets that take the place of these, each from its own block."""
+    def _shuffled_in_blocks(
+        self, epoch: int, slot: int, offsets: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Return the offsets after shuffling, each from the same block."""
         edges = np.arange(self._num_blocks + 1) * self._slot_length // self._num_blocks
         blocks = np.searchsorted(edges, offsets, side="right") - 1
         replaced = np.empty_like(offsets)
@@ -165,8 +168,8 @@ class SampleOrder:
             replaced[here] = start + shuffle[offsets[here] - start]
         return replaced
 
-    def _block(self, epoch: int, slot: int, block: int, size: int) -> np.ndarray:
-        """Return the shuffle of one block; each slot keeps its latest."""
+    def _block(self, epoch: int, slot: int, block: int, size: int) -> NDArray[np.int32]:
+        """Return the permutation of one block; the latest one of each slot is cached."""
         known = self._blocks.get(slot)
         if known is not None and known[0] == (epoch, block):
             return known[1]
@@ -175,7 +178,7 @@ class SampleOrder:
         return shuffle
 
     def _stream(self, epoch: int) -> EpochStream:
-        """Return the stream of an epoch; the two latest are kept."""
+        """Return the stream of an epoch; the two latest are cached."""
         if epoch not in self._epochs:
             while len(self._epochs) >= 2:
                 del self._epochs[min(self._epochs)]

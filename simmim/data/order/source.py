@@ -1,105 +1,109 @@
-"""What batches ask of a list of samples, be they images in shards or clips in folders."""
+"""What samples are read from, an encoded sample, and the errors of data that cannot be used."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 
-class Located(Protocol):
-    """What stands at an address, before it is decoded."""
+class DataError(ValueError):
+    """Shards or images that cannot be used; the message says which, why and what to do."""
+
+
+class BadSampleError(DataError):
+    """One sample is damaged, too large or of the wrong kind; its neighbours may be good."""
+
+
+class EncodedSample(Protocol):
+    """A sample before decoding."""
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Name in messages."""
 
     @property
     def key(self) -> str:
-        """What it is called in its shard."""
+        """Key within its shard."""
 
     @property
     def shard_name(self) -> str:
-        """What its shard is called."""
+        """Name of its shard."""
 
 
-class EncodedImage(Located, Protocol):
-    """An image with its label, before it is decoded."""
+class EncodedImage(EncodedSample, Protocol):
+    """An image with its label, before decoding."""
 
     @property
     def image(self) -> bytes:
-        """The encoded file. Raises BadSampleError where it cannot be read."""
+        """The encoded file. Raises BadSampleError if it cannot be read."""
 
     @property
     def extension(self) -> str:
-        """Of its file name, in lower case and without the dot."""
+        """File name extension, in lower case and without the dot."""
 
     @property
     def label(self) -> int | None:
-        """Place in the list of classes; None where it has none."""
+        """Index of its class; None if it has no label."""
 
     @property
     def about(self) -> bytes | None:
-        """The JSON beside it; None where there is none. Raises as `image` does."""
+        """Its JSON metadata; None if there is none. Raises as `image` does."""
 
 
-Raw = TypeVar("Raw", bound=Located)
-Raw_co = TypeVar("Raw_co", bound=Located, covariant=True)
+Encoded = TypeVar("Encoded", bound=EncodedSample)
+Encoded_co = TypeVar("Encoded_co", bound=EncodedSample, covariant=True)
 
 
-class Source(Protocol[Raw_co]):
-    """What samples are read from: shards (`simmim.data.datasets.mixture`), or other lists."""
+class SampleSource(ABC, Generic[Encoded_co]):
+    """A list of samples in shards, which batches are read from: images, clips, or others."""
 
     @property
+    @abstractmethod
     def sizes(self) -> list[int]:
-        """Samples in each shard."""
+        """Number of samples in each shard."""
 
     @property
     def samples(self) -> int:
-        """Samples in all shards."""
+        """Number of samples in all shards."""
+        return sum(self.sizes)
+
+    def __len__(self) -> int:
+        return self.samples
 
     @property
     def digest(self) -> str:
         """SHA-256 over what is known of the samples without reading them."""
+        digest = hashlib.sha256()
+        for part in self._digest_parts():
+            digest.update(part)
+        return digest.hexdigest()
+
+    @abstractmethod
+    def _digest_parts(self) -> Iterator[bytes]:
+        """Yield what identifies the samples, in order."""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes; none where samples have no labels."""
+        """Class names; empty if samples have no labels."""
+        return ()
 
     @property
     def fetches_whole_shards(self) -> bool:
-        """Whether shards are to be fetched before their samples are read."""
+        """Whether reading caches whole shards, so that fetching them ahead helps."""
+        return False
 
     def fetch(self, shard: int) -> None:
-        """Bring a shard near."""
-
-    def folder_of(self, shard: int) -> str:
-        """Return where a shard is from, for messages."""
-
-    def name(self, shard: int, sample: int) -> str:
-        """Return shard and key of a sample, as messages call it."""
-
-    def read(self, shard: int, sample: int) -> Raw_co:
-        """Return a sample."""
-
-
-class LocalFiles(ABC):
-    """What lists of files on this machine have in common as a `Source`."""
-
-    classes: tuple[str, ...] = ()
-    """Names of the classes; none where no class stands for a whole sample."""
-    fetches_whole_shards = False
-    folder: Path
-    """Where they were listed from, for messages."""
+        """Fetch a shard into the cache, if there is one. Raises DataError if that fails."""
+        del shard
 
     @abstractmethod
-    def files(self) -> Iterator[Path]:
-        """Yield every file that samples are read from."""
-
-    def fetch(self, shard: int) -> None:
-        """Bring nothing near: the files are here."""
-        del shard
-
     def folder_of(self, shard: int) -> str:
-        """Return where a shard is from."""
-        del shard
-        return str(self.folder)
+        """Return the folder of a shard, for messages."""
+
+    @abstractmethod
+    def name(self, shard: int, sample: int) -> str:
+        """Return shard and key of a sample, for messages."""
+
+    @abstractmethod
+    def read(self, shard: int, sample: int) -> Encoded_co:
+        """Return a sample. Raises DataError naming what cannot be read."""

@@ -1,11 +1,10 @@
-"""RandAugment, colour jitter and random erasing of one picture, as functions of a random stream.
+"""RandAugment, colour jitter and random erasing of one image, as functions of a random stream.
 
-They are done by the workers, on the cropped picture of 8 bits a channel, with Pillow. The published
-recipes were trained with Pillow's operations too (through timm), so levels, fills and rounding are
-theirs; Pillow is here for decoding anyway; and all randomness comes from the stream that is handed
-in. kornia, on the device, and torchvision draw from a global generator, where a picture's looks
-would depend on ranks and workers, and both round otherwise. Random erasing writes its noise in 8
-bits, which cuts it off at black and white.
+Data workers apply them to the cropped 8-bit image with Pillow. The published recipes were trained
+with Pillow's operations too (through timm), so levels, fill colours and rounding match; and all
+randomness comes from the given stream. kornia (on the device) and torchvision draw from a global
+generator, so results would depend on ranks and workers, and both round differently. Random erasing
+writes its noise in 8 bits, clipped at black and white.
 """
 
 import math
@@ -43,13 +42,13 @@ OPERATIONS: tuple[Operation, ...] = (
     "translate_x",
     "translate_y",
 )
-"""What RandAugment chooses from: the set whose strength grows with the level (`inc1`)."""
+"""The operations of RandAugment: the set whose strength increases with the level (`inc1`)."""
 
-CHANCE = 0.5
-"""Probability that a chosen operation is done (code)."""
+APPLY_PROBABILITY = 0.5
+"""Probability that a drawn operation is applied (as in timm)."""
 ERASED_AREA = (0.02, 1 / 3)
 ERASED_RATIO = (0.3, 1 / 0.3)
-ERASING_TRIES = 10
+ERASING_ATTEMPTS = 10
 
 ENHANCERS = {
     "color": ImageEnhance.Color,
@@ -61,39 +60,39 @@ ENHANCERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """Changes one picture."""
+    """Augments one image."""
 
     settings: AugmentationSettings
     mean: tuple[float, ...]
-    """Of each channel, 0 to 1: what fills the places that a shift leaves, and the noise's mean."""
+    """Mean of each channel, 0 to 1: the fill colour, and the mean of the erasing noise."""
     std: tuple[float, ...]
-    """Of the noise that erases."""
+    """Standard deviation of the erasing noise per channel."""
 
     def __call__(self, pixels: Tensor, rng: np.random.Generator) -> Tensor:
-        """Return a picture changed at random: uint8 (channels, height, width), as it came."""
-        chosen = self.settings
-        if chosen.rand_magnitude is not None or chosen.color_jitter:
+        """Return the augmented image; both are uint8 (channels, height, width)."""
+        settings = self.settings
+        if settings.rand_magnitude is not None or settings.color_jitter:
             image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-            if chosen.rand_magnitude is not None:
+            if settings.rand_magnitude is not None:
                 image = self._rand_augment(image, rng)
             else:
-                image = color_jitter(image, chosen.color_jitter, rng)
+                image = color_jitter(image, settings.color_jitter, rng)
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        if chosen.erasing and rng.random() < chosen.erasing:
+        if settings.erasing and rng.random() < settings.erasing:
             pixels = erase(pixels, self.mean, self.std, rng)
         return pixels
 
     def _rand_augment(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        chosen = self.settings
-        assert chosen.rand_magnitude is not None
+        settings = self.settings
+        assert settings.rand_magnitude is not None
         fill = tuple(min(255, round(255 * value)) for value in self.mean)
-        for number in rng.integers(len(OPERATIONS), size=chosen.rand_operations).tolist():
-            done = rng.random() < CHANCE
-            level = rng.normal(chosen.rand_magnitude, chosen.rand_std)
+        for index in rng.integers(len(OPERATIONS), size=settings.rand_operations).tolist():
+            applied = rng.random() < APPLY_PROBABILITY
+            level = rng.normal(settings.rand_magnitude, settings.rand_std)
             sign = 1.0 if rng.random() < 0.5 else -1.0
-            if done:
+            if applied:
                 level = min(max(level, 0.0), MAX_LEVEL)
-                image = apply_operation(image, OPERATIONS[number], level, sign, fill)
+                image = apply_operation(image, OPERATIONS[index], level, sign, fill)
         return image
 
 
@@ -104,14 +103,14 @@ def apply_operation(
     sign: float,
     fill: tuple[int, ...],
 ) -> Image.Image:
-    """Do one operation of RandAugment; source of the levels: timm's `auto_augment`, `inc1`.
+    """Apply one operation of RandAugment; source of the levels: timm's `auto_augment`, `inc1`.
 
     Args:
         image: RGB.
         operation: one of OPERATIONS.
         level: strength, 0 to 10.
-        sign: 1 or -1, the direction of what has one.
-        fill: colour of places that were outside the image.
+        sign: direction of operations that have one, 1 or -1.
+        fill: colour of pixels from outside the image.
     """
     share = level / MAX_LEVEL
     width, height = image.size
@@ -141,7 +140,7 @@ def apply_operation(
 
 
 def _recolored(image: Image.Image, operation: Recoloring, share: float) -> Image.Image:
-    """Do an operation that has no direction, with `share` of its greatest strength."""
+    """Apply an operation without direction, at `share` of its maximum strength."""
     match operation:
         case "autocontrast":
             return ImageOps.autocontrast(image)
@@ -160,14 +159,14 @@ def _recolored(image: Image.Image, operation: Recoloring, share: float) -> Image
 
 
 def color_jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
-    """Change brightness, contrast and saturation by factors from 1 - strength to 1 + strength.
+    """Change brightness, contrast and saturation in random order.
 
-    They come in random order.
+    Each by a random factor from 1 - strength to 1 + strength.
     """
     names = ("brightness", "contrast", "color")
     factors = rng.uniform(max(0.0, 1 - strength), 1 + strength, len(names)).tolist()
-    for number in np.argsort(rng.random(len(names))).tolist():
-        image = ENHANCERS[names[number]](image).enhance(factors[number])
+    for index in np.argsort(rng.random(len(names))).tolist():
+        image = ENHANCERS[names[index]](image).enhance(factors[index])
     return image
 
 
@@ -177,14 +176,14 @@ def erase(
     std: tuple[float, ...],
     rng: np.random.Generator,
 ) -> Tensor:
-    """Replace a random rectangle by noise of the channels' mean and standard deviation.
+    """Replace a random rectangle of uint8 (channels, height, width) by noise.
 
-    Source: random erasing as timm does it (`pixel`): 2 % to a third of the area, sides of a ratio
-    of 0.3 to 1/0.3. uint8 (channels, height, width) stays as it is where none fits in ten tries.
+    Source: timm's random erasing (`pixel`): 2 % to 1/3 of the area, aspect ratio 0.3 to 1/0.3. The
+    image is unchanged if no rectangle fits in ten attempts. `mean` and `std` are the noise's.
     """
     channels, height, width = pixels.shape
     low, high = (math.log(value) for value in ERASED_RATIO)
-    for _ in range(ERASING_TRIES):
+    for _ in range(ERASING_ATTEMPTS):
         area = rng.uniform(*ERASED_AREA) * height * width
         ratio = math.exp(rng.uniform(low, high))
         rows, columns = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))

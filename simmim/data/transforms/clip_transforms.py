@@ -1,17 +1,18 @@
-"""From a clip to model input: which frames, and which part of them; pure functions of the sample.
+"""Transforms of clips: sampling of frames and their crops, as pure functions of the sample.
 
-A view is eight frames, say, of one place of the picture. Frames are taken evenly over the whole
-clip: it is cut into as many equal segments as frames are asked for, and each gives one. A clip of
-fewer frames than that shows some of them more than once.
+A view is a number of frames of one crop. Frames are sampled evenly over the clip: it is divided
+into as many equal segments as there are frames, and one frame is taken from each. Shorter clips
+repeat frames.
 
-A view travels as an image of frames · 3 channels, so that batches of clips are batches of images;
-several views of a clip lie one behind the other. `unfolded` is the way back.
+A view is stored as an image of frames · 3 channels, so that batches of clips are batches of images;
+the views of a clip are concatenated. `unfold_frames` restores the frame axis.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from simmim.data.datasets.clips import RawClip
@@ -19,18 +20,18 @@ from simmim.data.order.order import Address
 from simmim.data.order.randomness import numpy_stream
 from simmim.data.transforms.cropping import Box, central_box, random_box, resize
 from simmim.data.transforms.frames import Video
-from simmim.data.transforms.image_transforms import Sample
-from simmim.data.transforms.pillow_decoding import MAX_PIXELS
+from simmim.data.transforms.sample import Sample
+from simmim.data.transforms.settings import MAX_PIXELS
 
 CHANNELS = 3
 
 
-def frame_numbers(length: int, phases: np.ndarray) -> list[int]:
-    """Return the number of the frame that each segment of a clip gives.
+def frame_numbers(length: int, phases: NDArray[np.float64]) -> list[int]:
+    """Return the index of the frame taken from each segment of a clip.
 
     Args:
-        length: frames of the clip.
-        phases: where in its segment each frame is taken, from 0 to below 1.
+        length: number of frames of the clip.
+        phases: relative position within each segment, 0 to below 1.
     """
     segments = np.arange(len(phases))
     numbers = np.floor((segments + phases) * length / len(phases)).astype(np.int64)
@@ -38,10 +39,10 @@ def frame_numbers(length: int, phases: np.ndarray) -> list[int]:
 
 
 def spatial_boxes(shape: tuple[int, ...], size: tuple[int, int], views: int) -> list[Box]:
-    """Return the parts of frames of this shape, (rows, columns, …), that so many views show.
+    """Return the crops of spatial views, for frames of this shape, (rows, columns, …).
 
-    They are as large as the frames and the shape of `size` allow, and lie evenly along the longer
-    axis, from border to border; one view is in the middle.
+    They are as large as the aspect ratio of `size` allows, and evenly spaced along the longer axis
+    from border to border; a single view is centred.
     """
     middle = central_box(shape, size, crop_pct=1.0)
     room = (shape[0] - middle.height, shape[1] - middle.width)
@@ -51,59 +52,59 @@ def spatial_boxes(shape: tuple[int, ...], size: tuple[int, int], views: int) -> 
     ]
 
 
-def unfolded(images: Tensor, frames: int) -> Tensor:
-    """Return batches of clips (batch, frames, 3, rows, columns) as they travelled.
+def unfold_frames(images: Tensor, frames: int) -> Tensor:
+    """Return clips (batch · views, frames, 3, rows, columns) of stored batches.
 
-    Images are (batch, views · frames · 3, rows, columns); views count as clips of the batch.
+    Images are (batch, views · frames · 3, rows, columns); each view becomes a clip of the batch.
     """
     return images.reshape(-1, frames, CHANNELS, *images.shape[2:])
 
 
-def shown(frames: list[np.ndarray], box: Box, size: tuple[int, int]) -> Tensor:
-    """Return a part of the frames, resized: uint8 (frames · 3, rows, columns)."""
+def crop_frames(frames: list[NDArray[np.uint8]], box: Box, size: tuple[int, int]) -> Tensor:
+    """Return a crop of the frames, resized: uint8 (frames · 3, rows, columns)."""
     return torch.cat([resize(frame, box, size) for frame in frames])
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainClip:
-    """A random frame of each segment, all cropped and mirrored alike.
+class TrainClipTransform:
+    """A random frame of each segment, with the same random crop and flip for all frames.
 
-    A clip looks different in each epoch, but always the same.
+    They differ between epochs but are reproducible.
     """
 
     size: tuple[int, int]
-    """Height and width, pixels."""
+    """Height and width in pixels."""
     frames: int
     seed: int
     scale: tuple[float, float]
-    """Least and greatest share of a frame's area."""
+    """Range of the crop's area, as a share of the frame's."""
     ratio: tuple[float, float]
-    """Least and greatest width-to-height ratio."""
+    """Range of the crop's aspect ratio (width / height)."""
     flip: float
-    """Probability of mirroring."""
+    """Probability of a horizontal flip."""
     max_pixels: int = MAX_PIXELS
     """Pixels of the largest frame that is decoded."""
 
     def __call__(self, raw: RawClip, address: Address) -> Sample:
-        """Return the clip as this epoch shows it."""
+        """Return the clip of this epoch."""
         video = Video(raw.path, max_pixels=self.max_pixels)
         rng = numpy_stream("clip", self.seed, address.epoch, raw.name)
         frames = video.frames(frame_numbers(len(video), rng.random(self.frames)))
         box = random_box(frames[0].shape, rng, scale=self.scale, ratio=self.ratio)
         flip = bool(rng.random() < self.flip)
-        return Sample(shown(frames, box, self.size), None, raw.label, flip)
+        return Sample(crop_frames(frames, box, self.size), None, raw.label, flip)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationClip:
-    """So many views of a clip in time, times so many in space; one is the middle of each segment.
+class EvalClipTransform:
+    """Temporal views times spatial views of a clip; a single one is the centre of each.
 
-    Views in time take frames at evenly spaced places of the segments; those in space lie evenly
-    along the longer axis. Without randomness: the same in every epoch.
+    Temporal views take frames at evenly spaced positions within the segments, spatial views are
+    evenly spaced along the longer axis. The same in every epoch.
     """
 
     size: tuple[int, int]
-    """Height and width, pixels."""
+    """Height and width in pixels."""
     frames: int
     temporal: int = 1
     spatial: int = 1
@@ -111,7 +112,7 @@ class EvaluationClip:
     """Pixels of the largest frame that is decoded."""
 
     def __call__(self, raw: RawClip, address: Address) -> Sample:  # noqa: ARG002
-        """Return the clip as evaluation sees it, views in space fastest."""
+        """Return the clip for evaluation, with spatial views varying fastest."""
         video = Video(raw.path, max_pixels=self.max_pixels)
         numbers = [
             frame_numbers(len(video), np.full(self.frames, (view + 0.5) / self.temporal))
@@ -120,7 +121,7 @@ class EvaluationClip:
         decoded = video.frames([number for view in numbers for number in view])
         boxes = spatial_boxes(decoded[0].shape, self.size, self.spatial)
         views = [
-            shown(decoded[start : start + self.frames], box, self.size)
+            crop_frames(decoded[start : start + self.frames], box, self.size)
             for start in range(0, len(decoded), self.frames)
             for box in boxes
         ]

@@ -1,6 +1,7 @@
-"""Large-scale jitter for detection: random scale and crop, a pure function of seed and sample.
+"""Transforms for detection: large-scale jitter (random scale and crop), and whole images.
 
-Source: Simple Copy-Paste (CVPR 2021), as Mask2Former and Swin V2 take it.
+Pure functions of seed, epoch and sample. Source: Simple Copy-Paste (CVPR 2021), as used by
+Mask2Former and Swin V2.
 """
 
 from dataclasses import dataclass
@@ -8,62 +9,62 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from simmim.data.datasets.coco import CocoImage
-from simmim.data.order.errors import BadSampleError
 from simmim.data.order.order import Address
 from simmim.data.order.randomness import numpy_stream
-from simmim.data.transforms.decoding import Decoded, decode_pixels
-from simmim.data.transforms.image_transforms import Sample
-from simmim.data.transforms.pillow_decoding import MAX_PIXELS
-from simmim.data.transforms.segmentation_transforms import draw_cut, filling_of, pad, whole
-from simmim.data.transforms.targets import Instances
+from simmim.data.order.source import BadSampleError
+from simmim.data.transforms.decoding import DecodedImage, decode_pixels
+from simmim.data.transforms.sample import Instances, Sample
+from simmim.data.transforms.segmentation_transforms import draw_crop, fill_values, pad, scale_image
+from simmim.data.transforms.settings import MAX_PIXELS
 
-SMALLEST = 1.0
-"""Pixels of width and height that must be left of an object in a crop."""
+MIN_SIDE = 1.0
+"""Smallest width and height of an object in a crop, in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class JitterTransform:
-    """Random scale, crop and mirroring of an image and its objects."""
+class TrainDetectionTransform:
+    """Random scale, crop and flip of an image and its objects."""
 
     side: int
-    """Of the square that the model sees, pixels."""
+    """Side of the square input in pixels."""
     seed: int
     mean: tuple[float, ...]
     labels: dict[int, int]
-    """Class number of each category id."""
+    """Class index of each category id."""
     masks: bool
-    """Whether masks are wanted, or boxes alone."""
+    """Whether to return masks, or only boxes."""
     scale: tuple[float, float] = (0.1, 2.0)
-    """Factor of the size at which the image just fits the square."""
+    """Range of the scale, relative to the image just fitting the square."""
     flip: float = 0.5
     channels: int = 3
     max_pixels: int = MAX_PIXELS
 
     def __call__(self, raw: CocoImage, address: Address) -> Sample:
-        """Return the sample as this epoch shows it."""
+        """Return the sample of this epoch."""
         decoded = _decoded(raw, self.channels, self.max_pixels)
         height, width = raw.size
         rng = numpy_stream("dense crop", self.seed, address.epoch, raw.name)
         factor = self.side / max(height, width) * rng.uniform(*self.scale)
-        cut = draw_cut(raw.size, self.side, factor, rng)
-        image = cut.image(decoded.pixels)
+        crop = draw_crop(raw.size, self.side, factor, rng)
+        image = crop.image(decoded.pixels)
         objects = [one for one in raw.objects if not one.get("iscrowd", 0)]
         boxes = np.array([one["bbox"] for one in objects], dtype=np.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        stretch = [cut.size[1] / cut.box.width, cut.size[0] / cut.box.height] * 2
-        boxes = (boxes - [cut.box.left, cut.box.top] * 2) * stretch
-        boxes = boxes.clip(0, [cut.size[1], cut.size[0]] * 2)
+        stretch = [crop.size[1] / crop.box.width, crop.size[0] / crop.box.height] * 2
+        boxes = (boxes - [crop.box.left, crop.box.top] * 2) * stretch
+        boxes = boxes.clip(0, [crop.size[1], crop.size[0]] * 2)
         masks = np.zeros((len(objects), 0, 0), dtype=bool)
         if self.masks:
             whole_masks = [mask_of(one, raw.size) for one in objects]
-            masks = np.stack([cut.nearest(one) for one in whole_masks]) if objects else masks
+            masks = np.stack([crop.nearest(one) for one in whole_masks]) if objects else masks
             boxes = np.array([box_of(one) for one in masks], dtype=np.float64).reshape(-1, 4)
         if rng.random() < self.flip:
             image, masks = image.flip(-1), masks[..., ::-1]
-            boxes[:, [0, 2]] = cut.size[1] - boxes[:, [2, 0]]
-        kept = ((boxes[:, 2:] - boxes[:, :2]) >= SMALLEST).all(axis=1)
+            boxes[:, [0, 2]] = crop.size[1] - boxes[:, [2, 0]]
+        kept = ((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE).all(axis=1)
         labels = np.array([self.labels[one["category_id"]] for one in objects], dtype=np.int64)
         targets = Instances(
             labels=torch.from_numpy(labels[kept]),
@@ -73,12 +74,12 @@ class JitterTransform:
             else torch.zeros(int(kept.sum()), 0, 0, dtype=torch.bool),
             image=torch.tensor([raw.number, *raw.size]),
         )
-        image = pad(image, self.side, filling_of(self.mean, image.dtype))
+        image = pad(image, self.side, fill_values(self.mean, image.dtype))
         return Sample(image, None, -1, repaired=decoded.repaired, targets=targets)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectionView:
+class EvalDetectionTransform:
     """The whole image, as large as fits the square, in its upper left corner."""
 
     side: int
@@ -87,46 +88,46 @@ class DetectionView:
     max_pixels: int = MAX_PIXELS
 
     def __call__(self, raw: CocoImage, address: Address) -> Sample:
-        """Return the sample as evaluation sees it; its targets say which image it is."""
+        """Return the sample for evaluation; its targets identify the image."""
         del address
         decoded = _decoded(raw, self.channels, self.max_pixels)
-        image = whole(decoded.pixels, self.side / max(raw.size))
+        image = scale_image(decoded.pixels, self.side / max(raw.size))
         targets = Instances(
             labels=torch.zeros(0, dtype=torch.int64),
             boxes=torch.zeros(0, 4),
             masks=torch.zeros(0, 0, 0, dtype=torch.bool),
             image=torch.tensor([raw.number, *raw.size]),
         )
-        image = pad(image, self.side, filling_of(self.mean, image.dtype))
+        image = pad(image, self.side, fill_values(self.mean, image.dtype))
         return Sample(image, None, -1, repaired=decoded.repaired, targets=targets)
 
 
-def _decoded(raw: CocoImage, channels: int, max_pixels: int) -> Decoded:
+def _decoded(raw: CocoImage, channels: int, max_pixels: int) -> DecodedImage:
     decoded = decode_pixels(raw.image, raw.extension, channels=channels, max_pixels=max_pixels)
     if decoded.pixels.shape[:2] != raw.size:
         rows, columns = decoded.pixels.shape[:2]
         raise BadSampleError(
-            f"the image has {columns}x{rows} pixels, its annotations are for {raw.size[1]}x"
+            f"the image has {columns}x{rows} pixels, but its annotations are for {raw.size[1]}x"
             f"{raw.size[0]}: correct height and width in the JSON file"
         )
     return decoded
 
 
-def mask_of(annotation: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
-    """Return an object's pixels, which `CocoSet.require_masks` has looked at: bool, of the size."""
-    from pycocotools import mask  # noqa: PLC0415 - an optional part
+def mask_of(annotation: dict[str, Any], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Return the mask of an object checked by `CocoSet.require_masks`: bool (rows, columns)."""
+    from pycocotools import mask  # noqa: PLC0415 - an optional dependency
 
-    described = annotation["segmentation"]
-    if isinstance(described, list):
-        described = mask.merge(mask.frPyObjects(described, *size))
-    elif isinstance(described["counts"], list):
-        described = mask.frPyObjects(described, *size)
-    decoded: np.ndarray = mask.decode(described).astype(bool)
+    encoded = annotation["segmentation"]
+    if isinstance(encoded, list):
+        encoded = mask.merge(mask.frPyObjects(encoded, *size))
+    elif isinstance(encoded["counts"], list):
+        encoded = mask.frPyObjects(encoded, *size)
+    decoded: NDArray[np.bool_] = mask.decode(encoded).astype(bool)
     return decoded
 
 
-def box_of(mask: np.ndarray) -> list[float]:
-    """Return left, top, right and bottom of what a mask covers; zeros where it is empty."""
+def box_of(mask: NDArray[np.bool_]) -> list[float]:
+    """Return the bounding box of a mask: left, top, right, bottom; zeros if it is empty."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
         return [0.0, 0.0, 0.0, 0.0]

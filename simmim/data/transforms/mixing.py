@@ -1,10 +1,10 @@
-"""Mixup and cutmix of pairs of neighbours in a batch, on the device.
+"""Mixup and CutMix of neighbouring images in a batch, on the device.
 
 The first image of a batch is mixed with the second, the third with the fourth, and so on. Batches
-are shuffled, so neighbours are as good as any pairs; they stay together on any number of ranks and
-with any accumulation, as long as each part of the batch is even; and what is drawn is a function of
-seed, epoch and the first of the two. So the mixed batch is the same wherever it is computed. (The
-published code mixes a rank's batch with its own reverse, with one share for all of it.)
+are shuffled, so neighbours are random pairs; they stay together on any number of ranks and with any
+accumulation if each part of the batch is even; and the mix is drawn from seed, epoch and the first
+image. So the mixed batch is the same wherever it is computed. (The published code mixes a rank's
+batch with its own reverse, with one share for the whole batch.)
 """
 
 import math
@@ -20,23 +20,23 @@ from simmim.data.transforms.settings import AugmentationSettings
 
 @dataclass(frozen=True, kw_only=True)
 class Mixes:
-    """How each image of a batch is mixed with its partner; both of a pair in the same way."""
+    """How each image of a batch is mixed with its partner; the same for both of a pair."""
 
     shares: Tensor
-    """float32 (batch,): of the image itself, in the picture and in the loss."""
+    """float32 (batch,): weight of the image itself, in the pixels and in the loss."""
     boxes: Tensor
-    """int64 (batch, 4): top, bottom, left and right of what comes from the partner; empty where
-    pictures are blended."""
+    """int64 (batch, 4): top, bottom, left and right of the rectangle pasted from the partner; empty
+    for mixup."""
 
 
 def draw_mixes(
     settings: AugmentationSettings, seed: int, addresses: Tensor, size: tuple[int, int]
 ) -> Mixes:
-    """Draw how the images of a batch are mixed.
+    """Draw the mixing of a batch.
 
     Args:
-        settings: parameters of both ways.
-        seed: of the training.
+        settings: parameters of mixup and CutMix.
+        seed: seed of the training.
         addresses: int64 (batch, 3), epoch, shard and sample of each image, on the CPU.
         size: height and width of the images.
     """
@@ -62,7 +62,7 @@ def draw_mixes(
 def _box(
     share: float, size: tuple[int, int], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """Return a box of 1 - share of the area around a random place, less what is outside."""
+    """Return a rectangle of 1 - share of the area around a random centre, clipped to the image."""
     ends: list[int] = []
     for side in size:
         cut = int(side * math.sqrt(1 - share))
@@ -71,12 +71,12 @@ def _box(
     return ends[0], ends[1], ends[2], ends[3]
 
 
-def mixed(images: Tensor, mixes: Mixes) -> Tensor:
+def mix(images: Tensor, mixes: Mixes) -> Tensor:
     """Return images (batch, channels, height, width) mixed with their partners.
 
     Args:
-        images: normalised; an odd one out at the end stays as it is.
-        mixes: of the batch, on any device.
+        images: normalised; the last one of an odd batch is unchanged.
+        mixes: mixing of the batch, on any device.
     """
     others = partners(images)
     shares = mixes.shares.to(images.device)
@@ -92,7 +92,7 @@ def mixed(images: Tensor, mixes: Mixes) -> Tensor:
 
 
 def partners(rows: Tensor) -> Tensor:
-    """Return what the partner of each row of a batch has in its place."""
+    """Return the rows of each row's partner: neighbours swapped in pairs."""
     even = len(rows) - len(rows) % 2
     order = torch.arange(len(rows), device=rows.device)
     order[:even] = order[:even].view(-1, 2).flip(1).reshape(-1)

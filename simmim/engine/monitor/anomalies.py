@@ -13,8 +13,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from simmim.data.loader.batches import Batch
-from simmim.data.order.source import Source
+from simmim.data.loader.batch import Batch
+from simmim.data.order.source import SampleSource
 from simmim.disk import append_whole, goes_on_without
 
 What = Literal["loss", "gradient", "weights"]
@@ -65,7 +65,7 @@ class Anomalies:
     def __init__(
         self,
         accelerator: Accelerator,
-        shards: Source[Any],
+        shards: SampleSource[Any],
         path: Path,
         *,
         limit: int,

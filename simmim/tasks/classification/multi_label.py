@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from simmim.data.loader.batches import Batch
+from simmim.data.loader.batch import Batch
 from simmim.tasks.metrics import gather_rows
 
 

@@ -13,17 +13,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from simmim.data.datasets.mixture import Shards
-from simmim.data.loader.batches import Batch, BatchStream
-from simmim.data.settings import open_sets, with_statistics
+from simmim.data.datasets.opening import open_sets
+from simmim.data.loader.batch import Batch
+from simmim.data.loader.batches import BatchStream
+from simmim.data.settings import with_statistics
 from simmim.data.transforms.augmentation import Augment
-from simmim.data.transforms.image_transforms import (
-    EvalTransform,
-    LabelReading,
-    TrainTransform,
-    class_of,
-)
-from simmim.data.transforms.mixing import draw_mixes, mixed, partners
-from simmim.data.transforms.multi_label import MultiLabelReader
+from simmim.data.transforms.image_transforms import EvalTransform, TrainTransform
+from simmim.data.transforms.labels import LabelReader, MultiLabelReader, class_of
+from simmim.data.transforms.mixing import draw_mixes, mix, partners
 from simmim.data.transforms.settings import AugmentationSettings
 from simmim.engine.run import RunFolder
 from simmim.tasks.classification.classifier import Classifier, copy_head, save_head
@@ -70,7 +67,7 @@ class ClassificationModule(nn.Module):
         if self.training and self.augmentation.mixes:
             height, width = images.shape[2:]
             mixes = draw_mixes(self.augmentation, self.seed, batch.addresses, (height, width))
-            images = mixed(images, mixes)
+            images = mix(images, mixes)
         logits = self.model(images, sample_drop_path_noise(self.model.encoder, batch, self.seed))
         losses = self._losses(logits, batch.labels)
         if mixes is not None:
@@ -189,7 +186,7 @@ class ClassificationStage(ClassifierStage[ClassificationRecipe, Shards]):
     def training_transform(self) -> TrainTransform:
         """Return what crops, mirrors and changes an image."""
         recipe, augment = self.recipe, None
-        if recipe.augmentation.touches_pictures:
+        if recipe.augmentation.changes_images:
             mean, std = self.initial.mean, self.initial.std
             augment = Augment(settings=recipe.augmentation, mean=mean, std=std)
         return train_transform(
@@ -256,7 +253,7 @@ class ClassificationStage(ClassifierStage[ClassificationRecipe, Shards]):
         save_encoder(self.initial.encoder, path, mean=mean, std=std, provenance=provenance)
 
 
-def label_reader(data: ClassificationData) -> LabelReading:
+def label_reader(data: ClassificationData) -> LabelReader:
     """Return the function that reads the label of an image."""
     return class_of if data.multi_label is None else MultiLabelReader(data.multi_label)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simmim.data.transforms.targets import Instances
+from simmim.data.transforms.sample import Instances
 from simmim.tasks.detection.recipe import DetectionHead
 from simmim.tasks.segmentation.backbone import described, last_maps
 from simmim.tasks.segmentation.heads import build_mask2former, names_of_labels

@@ -9,9 +9,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from simmim.data.datasets.coco import CocoSet, category_names, has_mask
-from simmim.data.loader.batches import Batch
-from simmim.data.transforms.detection_transforms import DetectionView, JitterTransform, mask_of
-from simmim.data.transforms.targets import Instances
+from simmim.data.loader.batch import Batch
+from simmim.data.transforms.detection_transforms import (
+    EvalDetectionTransform,
+    TrainDetectionTransform,
+    mask_of,
+)
+from simmim.data.transforms.sample import Instances
 from simmim.tasks.detection.heads import (
     Found,
     InstanceMask2Former,
@@ -71,10 +75,10 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
         """Return the model; see `DenseStage.build_model`."""
         return build_detector(encoder, names, recipe.head)
 
-    def training_transform(self) -> JitterTransform:
+    def training_transform(self) -> TrainDetectionTransform:
         """Return what scales, crops and mirrors an image with its objects."""
         data, ids = self.recipe.data, self.training_shards.category_ids
-        return JitterTransform(
+        return TrainDetectionTransform(
             side=data.image_size,
             seed=self.recipe.training.seed,
             mean=self.initial.mean,
@@ -105,9 +109,9 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
             figures |= mean_average_precision(truth, results, seen, "segm")
         return figures
 
-    def validation_transform(self) -> DetectionView:
+    def validation_transform(self) -> EvalDetectionTransform:
         """Return what shows a whole image."""
-        return DetectionView(
+        return EvalDetectionTransform(
             side=self.recipe.data.image_size,
             mean=self.initial.mean,
             channels=self.initial.encoder.config.in_channels,

@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from simmim.data.datasets.mixture import order_of
-from simmim.data.loader.batches import Batch, BatchStream, evaluation_batches
+from simmim.data.loader.batch import Batch
+from simmim.data.loader.batches import BatchStream, evaluation_batches
 from simmim.data.settings import DataSettings, with_statistics
 from simmim.data.transforms.image_transforms import EvalTransform
 from simmim.engine.checkpoint.directory import (

@@ -10,9 +10,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from simmim.data.datasets.mixture import Shards
+from simmim.data.datasets.opening import open_sets
 from simmim.data.loader.bad_samples import BadSamples
-from simmim.data.loader.batches import Batch, evaluation_batches
-from simmim.data.settings import DataSettings, open_sets
+from simmim.data.loader.batch import Batch
+from simmim.data.loader.batches import evaluation_batches
+from simmim.data.settings import DataSettings
 from simmim.data.transforms.image_transforms import EvalTransform
 from simmim.tasks.loading import open_labelled
 from simmim.tasks.metrics import accuracy_sums, gather_rows

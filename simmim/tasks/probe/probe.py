@@ -12,9 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from simmim.data.datasets.mixture import Shards
+from simmim.data.datasets.opening import open_sets
 from simmim.data.loader.batches import evaluation_batches
 from simmim.data.order.randomness import shuffled
-from simmim.data.settings import open_sets
 from simmim.data.transforms.image_transforms import EvalTransform
 from simmim.tasks.features import Normalise, pooled_features
 from simmim.tasks.loading import open_labelled

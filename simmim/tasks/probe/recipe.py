@@ -3,7 +3,7 @@
 from typing import Literal
 
 from simmim.data.settings import RemoteSettings
-from simmim.data.transforms.pillow_decoding import MAX_PIXELS
+from simmim.data.transforms.settings import MAX_PIXELS
 from simmim.limits import check_least, check_shares
 from simmim.recipe import settings
 

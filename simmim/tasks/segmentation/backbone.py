@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simmim.data.loader.batches import Batch
+from simmim.data.loader.batch import Batch
 from simmim.data.order.randomness import stream_seed
 from swinv2 import SwinV2
 from swinv2.bridges.transformers_backbone import (

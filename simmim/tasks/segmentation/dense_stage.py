@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from simmim.data.loader.batches import Batch
+from simmim.data.loader.batch import Batch
 from simmim.engine.run import RunFolder
 from simmim.tasks.features import Normalise, sample_drop_path_noise
 from simmim.tasks.fine_tuning import DataT, FineTuningStage

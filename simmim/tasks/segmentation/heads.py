@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simmim.data.transforms.label_image import IGNORED
+from simmim.data.transforms.labels import IGNORED
 from simmim.tasks.segmentation.backbone import described, last_maps
 from simmim.tasks.segmentation.recipe import SegmentationHead
 from swinv2 import SwinV2

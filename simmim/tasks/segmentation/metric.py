@@ -6,7 +6,7 @@ A matrix that is summed over ranks is all there is to it: torchmetrics would be 
 import torch
 from torch import Tensor
 
-from simmim.data.transforms.label_image import IGNORED
+from simmim.data.transforms.labels import IGNORED
 
 
 def confusion(predicted: Tensor, classes: Tensor, num_classes: int) -> Tensor:

@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from data_prep.format.atomic import atomic_write_bytes
-from simmim.data.loader.batches import Batch
-from simmim.data.transforms.label_image import IGNORED
+from simmim.data.loader.batch import Batch
+from simmim.data.transforms.labels import IGNORED
 
 GAP = 6
 HEADER = 20

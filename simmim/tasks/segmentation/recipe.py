@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
-from simmim.data.datasets.label_maps import Layout
+from simmim.data.datasets.label_maps import FolderLayout
 from simmim.data.settings import IMAGENET_MEAN, IMAGENET_STD, CroppedSettings
-from simmim.data.transforms.label_image import MOST_CLASSES
+from simmim.data.transforms.labels import MOST_CLASSES
 from simmim.limits import check_least, check_shares, check_span
 from simmim.recipe import settings
 from simmim.tasks.recipe import FineTuningRecipe
@@ -117,7 +117,7 @@ class SegmentationData(DenseData):
     folder: str
     """Folder of images, and of annotations: PNGs with the number of a class for each pixel, grey or
     palette, of the names of their images."""
-    layout: Layout = Layout()
+    layout: FolderLayout = FolderLayout()
     """Where both lie in it."""
     train: str = "training"
     """Name of the split to train on."""

@@ -10,10 +10,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from simmim.data.datasets.label_maps import LabelledFolder
-from simmim.data.loader.batches import Batch, BatchStream
-from simmim.data.transforms.label_image import LabelReading
-from simmim.data.transforms.segmentation_transforms import SegmentationTransform, SegmentationView
-from simmim.data.transforms.targets import ClassMap
+from simmim.data.loader.batch import Batch
+from simmim.data.loader.batches import BatchStream
+from simmim.data.transforms.labels import LabelMapReader
+from simmim.data.transforms.sample import ClassMap
+from simmim.data.transforms.segmentation_transforms import (
+    EvalSegmentationTransform,
+    TrainSegmentationTransform,
+)
 from simmim.tasks.segmentation.dense_stage import DenseStage
 from simmim.tasks.segmentation.heads import Mask2Former, UperNet, build_segmenter
 from simmim.tasks.segmentation.metric import confusion, segmentation_figures
@@ -69,10 +73,10 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
         weights = 1 + self.recipe.head.auxiliary_weight
         return {"uniform_loss": weights * math.log(self.recipe.data.num_classes)}
 
-    def training_transform(self) -> SegmentationTransform:
+    def training_transform(self) -> TrainSegmentationTransform:
         """Return what scales, crops, mirrors and colours an image."""
         data = self.recipe.data
-        return SegmentationTransform(
+        return TrainSegmentationTransform(
             side=data.image_size,
             seed=self.recipe.training.seed,
             labels=label_reading(data),
@@ -100,10 +104,10 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
         counts = accelerator.reduce(counts, "sum")
         return segmentation_figures(counts, self.recipe.data.names) if counts.any() else {}
 
-    def validation_transform(self) -> SegmentationView:
+    def validation_transform(self) -> EvalSegmentationTransform:
         """Return what shows a whole image."""
         data = self.recipe.data
-        return SegmentationView(
+        return EvalSegmentationTransform(
             labels=label_reading(data),
             short_side=data.short_side,
             channels=self.initial.encoder.config.in_channels,
@@ -151,9 +155,9 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
                 yield [pixels, *painted]
 
 
-def label_reading(data: SegmentationData) -> LabelReading:
+def label_reading(data: SegmentationData) -> LabelMapReader:
     """Return how annotations are read."""
-    return LabelReading(
+    return LabelMapReader(
         num_classes=data.num_classes,
         ignore_label=data.ignore_label,
         reduce_zero_label=data.reduce_zero_label,

@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from simmim.data.clip_settings import ClipData
+from simmim.data.settings import ClipDataSettings
 from simmim.limits import check_least
 from simmim.recipe import settings
 from simmim.tasks.classification.recipe import ClassifierRecipe
@@ -56,7 +56,7 @@ class VideoRecipe(ClassifierRecipe):
     data.mean and data.std do not. A video run brings its head too, where it knows all classes."""
     encoder: VideoEncoderSettings
     """The encoder."""
-    data: ClipData
+    data: ClipDataSettings
     """The clips."""
 
     def __post_init__(self) -> None:

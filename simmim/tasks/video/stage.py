@@ -9,8 +9,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from simmim.data.datasets.clips import ClipSet
-from simmim.data.loader.batches import Batch
-from simmim.data.transforms.clip_transforms import EvaluationClip, TrainClip, unfolded
+from simmim.data.loader.batch import Batch
+from simmim.data.transforms.clip_transforms import (
+    EvalClipTransform,
+    TrainClipTransform,
+    unfold_frames,
+)
 from simmim.data.transforms.frames import require_decoder
 from simmim.tasks.classification.classifier import Classifier
 from simmim.tasks.classification.stage import ClassifierStage
@@ -58,7 +62,7 @@ class VideoModule(nn.Module):
 
     def clips(self, images: Tensor, flips: Tensor | None = None) -> Tensor:
         """Return normalised clips (batch · views, frames, 3, height, width), mirrored by flips."""
-        clips = unfolded(images, self.frames)
+        clips = unfold_frames(images, self.frames)
         of_frames = None if flips is None else flips.repeat_interleave(self.frames)
         normal: Tensor = self.normalise(clips.flatten(0, 1), of_frames)
         return normal.view(clips.shape)
@@ -142,10 +146,10 @@ class VideoStage(ClassifierStage[VideoRecipe, ClipSet]):
         """Return the names of the classes of clips."""
         return recipe.data.open()[0].classes
 
-    def training_transform(self) -> TrainClip:
+    def training_transform(self) -> TrainClipTransform:
         """Return what draws frames of a clip, crops and mirrors them."""
         data = self.recipe.data
-        return TrainClip(
+        return TrainClipTransform(
             size=data.size,
             frames=data.frames,
             seed=self.recipe.training.seed,
@@ -155,10 +159,10 @@ class VideoStage(ClassifierStage[VideoRecipe, ClipSet]):
             max_pixels=data.max_pixels,
         )
 
-    def validation_transform(self, views: tuple[int, int] = (1, 1)) -> EvaluationClip:
+    def validation_transform(self, views: tuple[int, int] = (1, 1)) -> EvalClipTransform:
         """Return what shows so many views in time and space of a clip."""
         data = self.recipe.data
-        return EvaluationClip(
+        return EvalClipTransform(
             size=data.size,
             frames=data.frames,
             temporal=views[0],

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from simmim.data.order.errors import DataError
+from simmim.data.order.source import DataError
 from simmim.engine.run import RunFolder
 from simmim.recipe import parse, to_values
 from simmim.tasks.features import Normalise

@@ -9,11 +9,12 @@ import pytest
 
 from data_prep.format.storage import RemotePath
 from simmim.data.datasets.mixture import MixedShards, Shards, order_of
+from simmim.data.datasets.opening import WeightedShards
 from simmim.data.datasets.shards import ShardSet
 from simmim.data.loader.bad_samples import BadSamples
 from simmim.data.loader.batches import TrainingBatches
-from simmim.data.order.errors import DataError
-from simmim.data.settings import DataSettings, WeightedShards, with_statistics
+from simmim.data.order.source import DataError
+from simmim.data.settings import DataSettings, with_statistics
 from simmim.export.trial_image import trial_image
 from swinv2 import SwinV2Config
 from tests.simmim.data.conftest import WriteShards, random_images

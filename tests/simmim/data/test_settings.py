@@ -4,9 +4,9 @@ from typing import Any
 import pytest
 
 from simmim.data.datasets.mixture import MixedShards
+from simmim.data.datasets.opening import WeightedShards, measured_statistics
 from simmim.data.datasets.shards import ShardSet
-from simmim.data.datasets.statistics import measured_statistics
-from simmim.data.settings import DataSettings, WeightedShards, with_statistics
+from simmim.data.settings import DataSettings, with_statistics
 from simmim.recipe import RecipeError, parse, to_values
 from tests.simmim.data.conftest import WriteShards
 from tests.simmim.data.measured import write_measured
@@ -41,14 +41,14 @@ def test_a_part_of_the_images(write_shards: WriteShards) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"shards": ""}, "names no folder"),
-        ({"shards": []}, "names no folder"),
-        ({"shards": [{"shards": "a", "weight": 0}]}, "weight is 0.0; it must be above 0"),
+        ({"shards": ""}, "shards .*give a folder"),
+        ({"shards": []}, "shards .*give a folder"),
+        ({"shards": [{"shards": "a", "weight": 0}]}, "weight is 0.0"),
         ({"shards": [{"shards": "a", "wieght": 1}]}, "did you mean weight"),
         ({"shards": "a", "fraction": 0}, "fraction is 0.0"),
         ({"shards": "a", "max_bad_share": 2}, "max_bad_share is 2.0"),
         ({"shards": "a", "mean": "guessed"}, "measured"),
-        ({"shards": "a", "mean": [0.5]}, "a number a channel"),
+        ({"shards": "a", "mean": [0.5]}, "one number per channel"),
     ],
 )
 def test_settings_that_cannot_be(values: dict[str, Any], words: str) -> None:
@@ -110,5 +110,5 @@ def test_statistics_that_are_none(write_shards: WriteShards, content: str) -> No
 
 
 def test_a_channel_that_never_changes(measured_set: Callable[..., str]) -> None:
-    with pytest.raises(ValueError, match="write mean and std out"):
+    with pytest.raises(ValueError, match=r"set data\.mean and data\.std"):
         measured_statistics([measured_set("flat", [0.5], [0.0])])

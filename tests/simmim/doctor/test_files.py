@@ -185,8 +185,8 @@ def test_labels_that_would_end_training_are_found_before(
     Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(labels / "training" / "1.png")
     code, text = looked_over(values, tmp_path, capsys)
     assert code == 2
-    assert "problem held out validation/1: its labels hold 9, which is no class" in text
-    assert "1 could not be (12.5%), the first training/1: its labels have 8x8 pixels" in text
+    assert "problem held out validation/1: its label map contains 9, which is not a class" in text
+    assert "1 could not be (12.5%), the first training/1: its label map has 8x8 pixels" in text
     assert "→ Mend or leave out these files" in text
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from simmim.cli import main
-from simmim.data.loader.batches import Batch
+from simmim.data.loader.batch import Batch
 from simmim.tasks.pretrain.stage import PretrainStage
 
 FILE, *ARGUMENTS = sys.argv[1:]

@@ -110,7 +110,7 @@ def test_too_few_samples_for_the_slots_are_refused_with_the_number(
     command = ["pretrain", "--config", str(pretrain_config), "--folder", str(tmp_path / "run")]
     assert simmim.cli.main([*command, *few]) == 2
     message = capsys.readouterr().err
-    assert "samples cannot fill 96 slots; use more images, or at most" in message
+    assert "samples cannot fill 96 slots" in message
 
 
 if __name__ == "__main__":

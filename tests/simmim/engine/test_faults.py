@@ -334,7 +334,7 @@ def test_a_truncated_shard_that_comes_back_is_waited_for(
     with started(pretrain(config, run), log) as process:
         wait_for_step(run, 2, log)
         os.truncate(path, 1024)
-        wait_until(lambda: "trying again" in log.read_text(), log)
+        wait_until(lambda: "retrying in" in log.read_text(), log)
         path.write_bytes(content)
         assert process.wait(timeout=200) == 0, log.read_text()
     assert "shard-000002.tar has 1,024 bytes and the manifest says" in log.read_text()

@@ -15,7 +15,7 @@ from torch import Tensor
 import simmim.cli
 import simmim.tasks.pretrain.stage
 from simmim.data.datasets.mixture import Shards
-from simmim.data.loader.batches import Batch
+from simmim.data.loader.batch import Batch
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.pretrain.stage import PretrainModule, PretrainStage
 

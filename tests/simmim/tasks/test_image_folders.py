@@ -94,7 +94,7 @@ def test_frozen_features_are_probed_on_a_folder(encoder_directory: Path, images:
 def test_measured_statistics_are_of_shards(pretrain_values: dict[str, Any], images: Path) -> None:
     pretrain_values["data"] |= {"shards": str(images), "mean": "measured"}
     recipe = parse(PretrainRecipe, pretrain_values, "test")
-    with pytest.raises(ValueError, match=r"are measured of shards, and .*images is a folder of im"):
+    with pytest.raises(ValueError, match=r"measured of shards.*images is a folder of im"):
         PretrainStage(recipe)
 
 

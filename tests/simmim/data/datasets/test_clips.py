@@ -13,14 +13,14 @@ import torch
 from simmim.data.datasets.clips import ClipSet, RawClip, open_clips
 from simmim.data.loader.bad_samples import BadSamples
 from simmim.data.loader.batches import TrainingBatches, evaluation_batches
-from simmim.data.order.errors import BadSampleError, DataError
 from simmim.data.order.order import Address, SampleOrder
+from simmim.data.order.source import BadSampleError, DataError
 from simmim.data.transforms.clip_transforms import (
-    EvaluationClip,
-    TrainClip,
+    EvalClipTransform,
+    TrainClipTransform,
     frame_numbers,
     spatial_boxes,
-    unfolded,
+    unfold_frames,
 )
 from simmim.data.transforms.frames import Video
 
@@ -141,7 +141,7 @@ def raw(folder: Path) -> RawClip:
     return open_clips(str(folder)).read(1, 0)
 
 
-def train_clip(**changes: object) -> TrainClip:
+def train_clip(**changes: object) -> TrainClipTransform:
     fields = {
         "size": (16, 16),
         "frames": 4,
@@ -150,7 +150,7 @@ def train_clip(**changes: object) -> TrainClip:
         "ratio": (0.75, 1.33),
         "flip": 0.5,
     }
-    return TrainClip(**{**fields, **changes})
+    return TrainClipTransform(**{**fields, **changes})
 
 
 def test_a_training_clip_depends_on_seed_epoch_and_clip_alone(folder: Path) -> None:
@@ -174,7 +174,7 @@ def test_training_clips_take_every_frame_in_time(folder: Path) -> None:
     seen: Counter[int] = Counter()
     for epoch in range(20):
         image = train_clip()(clip, Address(epoch, 1, 0)).image
-        shown = unfolded(image[None], 4)[0].float().mean((1, 2, 3))
+        shown = unfold_frames(image[None], 4)[0].float().mean((1, 2, 3))
         numbers = [int(np.abs(greys - float(grey)).argmin()) for grey in shown]
         assert all(
             segment * LENGTH / 4 - 1 <= number <= (segment + 1) * LENGTH / 4
@@ -186,17 +186,19 @@ def test_training_clips_take_every_frame_in_time(folder: Path) -> None:
 
 def test_views_are_ordered_and_the_single_one_is_the_middle(folder: Path) -> None:
     clip, greys = raw(folder), numbered(LENGTH)[:, 0, 0, 0].astype(int)
-    views = EvaluationClip(size=(16, 16), frames=4, temporal=2, spatial=3)
+    views = EvalClipTransform(size=(16, 16), frames=4, temporal=2, spatial=3)
     image = views(clip, Address(0, 1, 0)).image
     assert image.shape == (2 * 3 * 4 * 3, 16, 16)
-    found = unfolded(image[None], 4)
+    found = unfold_frames(image[None], 4)
     assert found.shape == (6, 4, 3, 16, 16)
     shown = found.float().mean((2, 3, 4))
     for view, phase in ((0, 0.25), (3, 0.75)):
         expected = frame_numbers(LENGTH, np.full(4, phase))
         assert [int(np.abs(greys - float(grey)).argmin()) for grey in shown[view]] == expected
-    one = EvaluationClip(size=(16, 16), frames=4)(clip, Address(0, 1, 0)).image
-    assert torch.equal(one, EvaluationClip(size=(16, 16), frames=4)(clip, Address(5, 1, 0)).image)
+    one = EvalClipTransform(size=(16, 16), frames=4)(clip, Address(0, 1, 0)).image
+    assert torch.equal(
+        one, EvalClipTransform(size=(16, 16), frames=4)(clip, Address(5, 1, 0)).image
+    )
 
 
 def test_folders_are_classes(folder: Path) -> None:
@@ -247,8 +249,8 @@ def test_csv_files_name_clips(folder: Path, tmp_path: Path, header: str) -> None
         ("a.mp4,run\nb.mp4\n", r"line 2: 'b\.mp4' is not a path and a label"),
         ("a.mp4,run,3\n", r"line 1: 'a\.mp4,run,3' is not a path and a label"),
         ("a.mp4,\n", "line 1: .* is not a path and a label"),
-        ("path,label\n", "holds no clips: a path and a label"),
-        ("a.mp4,run\na.mp4,hop\n", r"line 2, has the class 'hop', which none of the training"),
+        ("path,label\n", "contains no clips.*a path and a label"),
+        ("a.mp4,run\na.mp4,hop\n", r"line 2, has the class 'hop'.*run, jump"),
     ],
 )
 def test_lists_that_cannot_be_read_are_named(tmp_path: Path, text: str, message: str) -> None:
@@ -261,15 +263,15 @@ def test_lists_that_cannot_be_read_are_named(tmp_path: Path, text: str, message:
 def test_numbers_that_count_no_classes_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "list.csv"
     file.write_text("a.mp4,0\nb.mp4,2000000\n")
-    with pytest.raises(DataError, match="label 2000000, so there would be 2,000,001 classes for 2"):
+    with pytest.raises(DataError, match=r"label 2000000.* 2,000,001 classes for 2"):
         open_clips(str(file))
 
 
 def test_what_is_absent_or_empty_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere does not exist: give a folder"):
+    with pytest.raises(DataError, match=r"nowhere does not exist"):
         open_clips(str(tmp_path / "nowhere"))
     (tmp_path / "run").mkdir()
-    with pytest.raises(DataError, match=r"holds no clips: files that end in \.avi"):
+    with pytest.raises(DataError, match=r"contains no clips.*\.avi"):
         open_clips(str(tmp_path))
 
 
@@ -318,7 +320,7 @@ def test_a_damaged_clip_is_replaced_by_one_of_its_class_or_left_out(small: Path,
     assert sorted(batch.labels.tolist()) == [0, 0, 1, 1]
     assert [(bad.kind, bad.shard, bad.key) for bad in batch.bad] == [("replaced", "run", "0.mp4")]
 
-    view = EvaluationClip(size=(16, 16), frames=4)
+    view = EvalClipTransform(size=(16, 16), frames=4)
     held_out = list(evaluation_batches(clips, view, batch_size=4, bad_samples=account))
     assert [len(batch) for batch in held_out] == [3]
     assert [bad.kind for bad in held_out[0].bad] == ["skipped"]
@@ -345,7 +347,7 @@ def test_workers_change_nothing(folder: Path) -> None:
 
 
 def test_large_frames_are_refused_before_they_are_decoded(folder: Path) -> None:
-    with pytest.raises(BadSampleError, match="has frames of 40x24, more than the 100 pixels"):
+    with pytest.raises(BadSampleError, match=r"40x24 pixels, more than data\.max_pixels 100"):
         Video(folder / "run" / "0.mp4", max_pixels=100)
 
 

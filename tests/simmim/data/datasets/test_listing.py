@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from data_prep.format.manifest import IMAGE_SUFFIXES as SHARDED_SUFFIXES
 from simmim.data.datasets.listing import IMAGE_SUFFIXES, list_images
-from simmim.data.order.errors import DataError
+from simmim.data.order.source import DataError
 
 NAMES = st.sampled_from(["a.jpg", "b.PNG", "c.txt", "d", ".e.jpg", "f.tar.gz", "g.JPEG"])
 FOLDERS = st.lists(st.sampled_from(["x", "y.jpg", ".z", "w w"]), max_size=3)
@@ -40,8 +40,8 @@ def test_every_file_is_found_or_counted(
                 others += 1
     listing = list_images(folder)
     assert listing.paths == sorted(expected)
-    assert listing.left_out["hidden"] == hidden
-    assert listing.left_out.total() == hidden + others
+    assert listing.skipped["hidden"] == hidden
+    assert listing.skipped.total() == hidden + others
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
@@ -57,8 +57,8 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     (elsewhere / "notes.txt").symlink_to(elsewhere / "1.jpg")
     listing = list_images(folder)
     assert listing.paths == [b"a/2.jpg", b"b/1.jpg"]
-    assert listing.left_out == {"links in a circle": 1, "broken links": 2, ".txt": 1}
-    assert listing.remarks == "left out: broken links (2), .txt (1), links in a circle (1)"
+    assert listing.skipped == {"circular links": 1, "broken links": 2, ".txt": 1}
+    assert listing.remarks == "skipped: broken links (2), .txt (1), circular links (1)"
 
 
 def test_a_circle_of_two_links_ends(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_circle_of_two_links_ends(tmp_path: Path) -> None:
         (tmp_path / name / "other").symlink_to(tmp_path / other)
     listing = list_images(tmp_path)
     assert listing.paths == [b"a/a.png", b"a/other/b.png", b"b/b.png", b"b/other/a.png"]
-    assert listing.left_out == {"links in a circle": 2}
+    assert listing.skipped == {"circular links": 2}
 
 
 def test_folders_without_images_are_named(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_folders_without_images_are_named(tmp_path: Path) -> None:
     listing = list_images(tmp_path)
     assert listing.without_images == ("empty", "of", "texts")
     assert listing.remarks == (
-        "left out: no suffix (1); folders without images (3): empty, of, texts"
+        "skipped: no suffix (1); folders without images (3): empty, of, texts"
     )
 
 
@@ -91,7 +91,7 @@ def test_what_is_called_an_image_and_is_none_is_counted(tmp_path: Path) -> None:
     (tmp_path / "folder.jpg" / "1.jpg").write_bytes(b"1")
     listing = list_images(tmp_path)
     assert listing.paths == [b"folder.jpg/1.jpg"]
-    assert listing.left_out == {"pipes, sockets or devices": 1}
+    assert listing.skipped == {"pipes, sockets or devices": 1}
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from data_prep.cli import main
 from simmim.data.datasets.remote import RemoteReading
 from simmim.data.datasets.shards import ShardSet
-from simmim.data.order.errors import DataError
+from simmim.data.order.source import DataError
 from simmim.data.settings import DataSettings
 from tests.simmim.data.conftest import WriteShards, random_images
 from tests.simmim.data.datasets.test_remote import batches, held

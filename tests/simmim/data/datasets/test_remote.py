@@ -11,11 +11,12 @@ import pytest
 
 from data_prep.format.storage import RemotePath
 from simmim.data.datasets.cache import ShardCache
-from simmim.data.datasets.remote import AheadOfBatches, RemoteReading
+from simmim.data.datasets.remote import RemoteReading
 from simmim.data.datasets.shards import ShardSet
 from simmim.data.loader.batches import TrainingBatches
-from simmim.data.order.errors import DataError
+from simmim.data.loader.sampler import ShardPrefetcher
 from simmim.data.order.order import Address, SampleOrder
+from simmim.data.order.source import DataError
 from tests.simmim.data.conftest import WriteShards
 from tests.simmim.data.loader.test_batches import TRAIN, equal, joined
 
@@ -150,7 +151,7 @@ def test_a_shard_that_disappears_is_named(store: RemotePath, tmp_path: Path, mod
     )
     remote.labels(2)
     (store / "shard-000002.tar").unlink()
-    with pytest.raises(DataError, match=r"shard-000002\.tar.*gone"):
+    with pytest.raises(DataError, match=r"shard-000002\.tar.*does not exist"):
         remote.read(2, 0)
 
 
@@ -165,7 +166,7 @@ def test_only_the_shards_of_the_plan_are_fetched_ahead_in_their_order() -> None:
             done.set()
 
     found = []
-    for batch in AheadOfBatches(plan, fetch):
+    for batch in ShardPrefetcher(plan, fetch):
         found.append(batch)
         if len(found) == len(plan):
             assert done.wait(5)

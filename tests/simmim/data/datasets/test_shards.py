@@ -12,7 +12,7 @@ from data_prep.format.manifest import ManifestError
 from simmim.data.datasets import shards as reading
 from simmim.data.datasets.remote import RemoteReading
 from simmim.data.datasets.shards import ShardSet
-from simmim.data.order.errors import DataError
+from simmim.data.order.source import DataError
 from tests.simmim.data.conftest import WriteShards, random_images
 
 
@@ -128,19 +128,19 @@ def test_shards_that_are_gone_or_cut_off_are_named(write_shards: WriteShards) ->
         ShardSet(folder, remote=twice).read(1, 0)
 
 
-@pytest.mark.parametrize("amiss", ["gone", "cut off", "index"])
+@pytest.mark.parametrize("fault", ["gone", "cut off", "index"])
 @pytest.mark.parametrize("opened", [False, True])
 def test_a_shard_that_comes_back_is_waited_for(
-    write_shards: WriteShards, amiss: str, opened: bool, capsys: pytest.CaptureFixture[str]
+    write_shards: WriteShards, fault: str, opened: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_shards([3])
     expected = ShardSet(folder).read(0, 2)
     shards = ShardSet(folder)
     if opened:
         shards.read(0, 0)
-    path = folder / ("shard-000000.npy" if amiss == "index" else "shard-000000.tar")
+    path = folder / ("shard-000000.npy" if fault == "index" else "shard-000000.tar")
     content = path.read_bytes()
-    if amiss == "cut off":
+    if fault == "cut off":
         os.truncate(path, 1024)
     else:
         path.unlink()
@@ -154,8 +154,8 @@ def test_a_shard_that_comes_back_is_waited_for(
     later.start()
     assert shards.read(0, 2) == expected
     later.join()
-    waited = not opened or amiss == "cut off"  # an open file outlives its name
-    assert ("trying again" in capsys.readouterr().err) == waited
+    waited = not opened or fault == "cut off"  # an open file outlives its name
+    assert ("retrying in" in capsys.readouterr().err) == waited
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1, 2", '{"format": "simmim-shards"}'])
@@ -184,7 +184,7 @@ def test_some_classes_alone(write_shards: WriteShards) -> None:
     assert chosen.only_classes(["c"]).labels(1).tolist() == [0, 0]
     assert chosen.digest != shards.digest
     assert shards.only_classes(["a", "b", "c"]).classes == shards.classes
-    with pytest.raises(ValueError, match="no class d; choose of a, b, c"):
+    with pytest.raises(ValueError, match=r"no class d.*a, b, c"):
         shards.only_classes(["a", "d"])
-    with pytest.raises(ValueError, match="choose of a, c"):
+    with pytest.raises(ValueError, match="choose from a, c"):
         chosen.only_classes(["b"])

@@ -15,7 +15,7 @@ from data_prep.format.manifest import read_manifest
 from data_prep.format.storage import RemotePath
 from simmim.data.datasets.remote import RemoteReading
 from simmim.data.datasets.shards import ShardSet
-from simmim.data.order.errors import DataError
+from simmim.data.order.source import DataError
 from tests.simmim.data.conftest import WriteShards, random_images
 from tests.simmim.data.datasets.test_remote import batches, held
 from tests.simmim.data.loader.test_batches import equal, joined

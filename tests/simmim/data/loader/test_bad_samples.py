@@ -10,9 +10,11 @@ import torch
 
 from simmim.data.datasets.shards import ShardSet
 from simmim.data.loader.bad_samples import BadSample, BadSamples
-from simmim.data.loader.batches import AddressedSamples, Batch, TrainingBatches, evaluation_batches
-from simmim.data.order.errors import DataError
+from simmim.data.loader.batch import Batch
+from simmim.data.loader.batches import TrainingBatches, evaluation_batches
+from simmim.data.loader.dataset import BatchDataset
 from simmim.data.order.order import Address, SampleOrder
+from simmim.data.order.source import DataError
 from simmim.data.transforms.image_transforms import EvalTransform, TrainTransform
 from tests.simmim.data.conftest import WriteShards, random_images
 from tests.simmim.data.loader.test_batches import equal, joined
@@ -51,7 +53,7 @@ def test_training_puts_another_sample_of_the_shard_in_place(shards: ShardSet) ->
     order = SampleOrder(shards.sizes, seed=1, slots=4)
     asked = [address for start in range(0, 60, 4) for address in order.batch(start, 4)]
     # What took the place is told, and looks as that sample itself does in that epoch.
-    good = AddressedSamples(shards, TRAIN, replacing=True)
+    good = BatchDataset(shards, TRAIN, replacing=True)
     for row, wanted in enumerate(asked):
         address = Address(*whole.addresses[row].tolist())
         assert 10 * address.shard + address.sample not in BAD
@@ -87,7 +89,7 @@ def test_evaluation_leaves_bad_samples_out(shards: ShardSet, batch_size: int) ->
 
 def test_a_shard_of_bad_samples_alone_is_given_up(write_shards: WriteShards) -> None:
     shards = ShardSet(write_shards([4, 4], images=random_images(4) + [b"bad"] * 4))
-    with pytest.raises(DataError, match="so is every other one") as caught:
+    with pytest.raises(DataError, match=r"is damaged.*replacements") as caught:
         list(training(shards, BadSamples(max_share=1)))
     assert "shard-000001" in str(caught.value)
 

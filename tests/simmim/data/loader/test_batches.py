@@ -15,9 +15,10 @@ import torch
 
 from simmim.data.datasets.shards import ShardSet
 from simmim.data.loader.bad_samples import BadSamples
-from simmim.data.loader.batches import Batch, TrainingBatches, evaluation_batches
-from simmim.data.order.errors import DataError
+from simmim.data.loader.batch import Batch
+from simmim.data.loader.batches import TrainingBatches, evaluation_batches
 from simmim.data.order.order import Address, SampleOrder
+from simmim.data.order.source import DataError
 from simmim.data.transforms.image_transforms import EvalTransform, TrainTransform
 from tests.simmim.data.conftest import WriteShards, random_images
 from tests.simmim.data.transforms.test_image_transforms import DrawMask
@@ -126,12 +127,12 @@ def test_epochs_follow_each_other_without_a_break(shards: ShardSet) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"batch_size": 12}, "not a multiple of the 8 slots"),
+        ({"batch_size": 12}, "multiple of the 8 slots"),
         ({"world": 3}, "3 processes cannot share"),
         ({"accumulation": 3}, "accumulation is 3"),
         ({"accumulation": 0}, "accumulation is 0"),
-        ({"end_position": 90}, "no whole number of batches"),
-        ({"start_position": 112}, "no whole number of batches"),
+        ({"end_position": 90}, "whole number of batches"),
+        ({"start_position": 112}, "whole number of batches"),
         ({"workers": -1}, "workers is -1"),
         ({"prefetch": 0}, "prefetch 0"),
     ],
@@ -213,7 +214,7 @@ def test_too_many_bad_images_are_named_in_one_message(
     assert set(psutil.Process().children()) == before
     message = str(caught.value)
     assert "shard-000001/001000001" in message
-    assert "damaged or of no known format" in message
+    assert "damaged or of an unknown format" in message
     assert "Traceback" not in message
     assert "\n" not in message
 
@@ -355,7 +356,7 @@ def test_an_error_while_workers_work_ends_the_program(
     try:
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 1
-        words = "with its workers still at work" if reason == "leave" else "of no known format"
+        words = "with its workers still at work" if reason == "leave" else "of an unknown format"
         assert words in errors.splitlines()[-1]
         assert group_ends(process.pid)
     finally:

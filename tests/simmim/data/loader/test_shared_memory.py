@@ -1,4 +1,4 @@
-"""Slots: what is put in comes out, none is filled before it was taken, and the pipe is left."""
+"""Buffers return what was put in, are not overwritten before it is taken, and replace the pipe."""
 
 import multiprocessing
 import os
@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 from simmim.data.datasets.shards import ShardSet
-from simmim.data.loader import batches
-from simmim.data.loader import shared_memory as slots
+from simmim.data.loader import shared_memory
 from simmim.data.loader.batches import TrainingBatches
-from simmim.data.loader.shared_memory import Slots, take
+from simmim.data.loader.shared_memory import BatchBuffers, BufferedArray, take
 from simmim.data.order.order import SampleOrder
 from simmim.data.transforms.image_transforms import TrainTransform
 from tests.simmim.data.conftest import WriteShards
@@ -27,13 +26,13 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs L
 def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """A worker whose number can be set, played by this process."""
     info = SimpleNamespace(id=0)
-    monkeypatch.setattr(slots, "get_worker_info", lambda: info)
+    monkeypatch.setattr(shared_memory, "get_worker_info", lambda: info)
     return info
 
 
 @pytest.mark.parametrize("kind", ["uint8", "uint16", "float32"])
-def test_what_is_put_in_comes_out(worker: SimpleNamespace, kind: str) -> None:
-    held = Slots(workers=3, each=2)
+def test_arrays_pass_unchanged(worker: SimpleNamespace, kind: str) -> None:
+    held = BatchBuffers(workers=3, each=2)
     random = np.random.default_rng(0)
     arrays = [random.integers(0, 255, (2, 5, number + 1, 3)).astype(kind) for number in range(12)]
     found = []
@@ -48,8 +47,8 @@ def test_what_is_put_in_comes_out(worker: SimpleNamespace, kind: str) -> None:
         assert np.array_equal(taken, array)
 
 
-def test_no_slot_is_filled_before_it_was_taken(worker: SimpleNamespace) -> None:
-    held = Slots(workers=2, each=2)
+def test_no_buffer_is_overwritten_before_it_is_taken(worker: SimpleNamespace) -> None:
+    held = BatchBuffers(workers=2, each=2)
     array = np.arange(6, dtype=np.uint8)
     first, second = held.fill(array), held.fill(array + 1)
     assert first is not None
@@ -63,19 +62,19 @@ def test_no_slot_is_filled_before_it_was_taken(worker: SimpleNamespace) -> None:
     assert np.array_equal(take(third), array + 2)
 
 
-def test_what_is_too_large_or_empty_goes_through_the_pipe(
+def test_large_or_empty_arrays_go_through_the_pipe(
     worker: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slots, "SLOT", 4096)
-    held = Slots(workers=1, each=1)
+    monkeypatch.setattr(shared_memory, "BUFFER_BYTES", 4096)
+    held = BatchBuffers(workers=1, each=1)
     assert held.fill(np.zeros(4097, np.uint8)) is None
     assert held.fill(np.zeros((0, 3), np.uint8)) is None
     assert held.fill(np.ones(4096, np.uint8)) is not None
 
 
-def test_memory_and_file_go_with_the_slots() -> None:
+def test_memory_and_file_are_released_with_the_buffers() -> None:
     before = len([*Path("/proc/self/fd").iterdir()])
-    held = Slots(workers=2, each=3)
+    held = BatchBuffers(workers=2, each=3)
     assert "memfd:batches" in Path("/proc/self/maps").read_text()
     del held
     assert len([*Path("/proc/self/fd").iterdir()]) == before
@@ -94,19 +93,19 @@ def stream(shards: ShardSet, workers: int) -> TrainingBatches:
     )
 
 
-@pytest.mark.parametrize("way", ["slots", "refused", "full"])
-def test_batches_are_the_same_whichever_way_they_take(
+@pytest.mark.parametrize("way", ["buffers", "refused", "full"])
+def test_batches_are_the_same_with_and_without_buffers(
     write_shards: WriteShards, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     shards = ShardSet(write_shards([12, 20, 16]))
     expected = [batch.images.clone() for batch in stream(shards, 0)]
-    passed: list[slots.Place] = []
+    passed: list[BufferedArray] = []
 
-    def counting(place: slots.Place) -> np.ndarray:
+    def counting(place: BufferedArray) -> np.ndarray:
         passed.append(place)
         return take(place)
 
-    monkeypatch.setattr(batches, "take", counting)
+    monkeypatch.setattr(shared_memory, "take", counting)
     if way == "refused":
 
         def refuse(*_: object) -> int:
@@ -114,28 +113,28 @@ def test_batches_are_the_same_whichever_way_they_take(
 
         monkeypatch.setattr(os, "memfd_create", refuse)
     elif way == "full":
-        monkeypatch.setattr(slots, "SLOT", 100)
-    found = [batch.images for batch in stream(shards, 2)]  # kept, while slots are filled again
+        monkeypatch.setattr(shared_memory, "BUFFER_BYTES", 100)
+    found = [batch.images for batch in stream(shards, 2)]  # kept, while buffers are refilled
     assert all(one.equal(other) for one, other in zip(expected, found, strict=True))
-    assert len(passed) == (24 if way == "slots" else 0)
+    assert len(passed) == (24 if way == "buffers" else 0)
 
 
 PROGRAM = """
 import hashlib, multiprocessing, sys
 from pathlib import Path
 from simmim.data.datasets.shards import ShardSet
-from tests.simmim.data.test_slots import stream
-import simmim.data.loader.batches as batches
+from tests.simmim.data.loader.test_shared_memory import stream
+import simmim.data.loader.shared_memory as shared_memory
 
 if __name__ == "__main__":
     multiprocessing.set_start_method(sys.argv[1])
     taken = 0
-    take = batches.take
+    take = shared_memory.take
     def counting(place):
         global taken
         taken += 1
         return take(place)
-    batches.take = counting
+    shared_memory.take = counting
     digest = hashlib.sha256()
     for batch in stream(ShardSet(Path(sys.argv[2])), int(sys.argv[3])):
         digest.update(batch.images.contiguous().numpy().tobytes())

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from simmim.data.datasets.shards import ShardSet
 from simmim.data.loader.batches import TrainingBatches
-from simmim.data.loader.sampler import TrainingPlan
+from simmim.data.loader.sampler import TrainingSampler
 from simmim.data.order import order as order_module
 from simmim.data.order.order import Address, SampleOrder
 from tests.simmim.data.conftest import WriteShards
@@ -22,7 +22,7 @@ def global_batches(
     """What all ranks together take at each step, read off their plans."""
     plans = [
         list(
-            TrainingPlan(
+            TrainingSampler(
                 order=order,
                 batch_size=batch_size,
                 accumulation=accumulation,

@@ -176,10 +176,10 @@ def test_a_batch_mixes_shards_and_a_rank_touches_few(form: str) -> None:
 @pytest.mark.parametrize(
     ("sizes", "slots", "words"),
     [
-        ([3, 4], 8, "7 samples cannot fill 8 slots"),
-        ([], 1, "0 samples cannot fill 1 slots"),
+        ([3, 4], 8, "7 samples .* 8 slots"),
+        ([], 1, "0 samples .* 1 slots"),
         ([5], 0, "at least 1"),
-        ([5, -1], 1, "0 or more"),
+        ([5, -1], 1, "at least 0"),
     ],
 )
 def test_sets_that_cannot_be_ordered(sizes: list[int], slots: int, words: str) -> None:
@@ -190,10 +190,10 @@ def test_sets_that_cannot_be_ordered(sizes: list[int], slots: int, words: str) -
 @pytest.mark.parametrize(
     ("position", "batch_size", "rank", "world", "words"),
     [
-        (0, 12, 0, 1, "not a multiple of the 8 slots; use 8"),
+        (0, 12, 0, 1, "12 .*8 slots; use 8"),
         (0, 0, 0, 1, "use 8"),
-        (0, 8, 0, 3, "use one of 1, 2, 4, 8 processes"),
-        (0, 8, 0, 0, "use one of"),
+        (0, 8, 0, 3, "use 1, 2, 4, 8 processes"),
+        (0, 8, 0, 0, "0 processes"),
         (0, 8, 2, 2, "from 0 to 1"),
         (4, 8, 0, 1, "cursor 4"),
         (-8, 8, 0, 1, "cursor -8"),

@@ -131,7 +131,7 @@ def test_nothing_is_done_by_default() -> None:
     augment = Augment(settings=AugmentationSettings(), mean=MEAN, std=STD)
     pixels = tensor(picture())
     assert torch.equal(augment(pixels, numpy_stream("test")), pixels)
-    assert not AugmentationSettings().touches_pictures
+    assert not AugmentationSettings().changes_images
     assert not AugmentationSettings().mixes
 
 

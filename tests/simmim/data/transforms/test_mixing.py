@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from simmim.data.transforms.mixing import Mixes, draw_mixes, mixed, partners
+from simmim.data.transforms.mixing import Mixes, draw_mixes, mix, partners
 from simmim.data.transforms.settings import AugmentationSettings
 
 SIZE = (12, 10)
@@ -21,10 +21,10 @@ def images(count: int) -> torch.Tensor:
 
 def test_parts_of_a_batch_are_mixed_as_the_whole() -> None:
     whole, batch = draw_mixes(PAPER, 5, addresses(16), SIZE), images(16)
-    together = mixed(batch, whole)
+    together = mix(batch, whole)
     for part in (2, 4, 8):
         pieces = [
-            mixed(batch[at : at + part], draw_mixes(PAPER, 5, addresses(16)[at : at + part], SIZE))
+            mix(batch[at : at + part], draw_mixes(PAPER, 5, addresses(16)[at : at + part], SIZE))
             for at in range(0, 16, part)
         ]
         assert torch.equal(torch.cat(pieces), together)
@@ -42,7 +42,7 @@ def test_shares_are_those_of_the_pixels() -> None:
     batch[::2] = 1.0  # so that a mixed image's mean is the share of the first of its pair
     for settings in (PAPER, AugmentationSettings(mixup=0.8), AugmentationSettings(cutmix=1.0)):
         mixes = draw_mixes(settings, 5, addresses(400), SIZE)
-        means = mixed(batch, mixes).mean(dim=(1, 2, 3))
+        means = mix(batch, mixes).mean(dim=(1, 2, 3))
         own = torch.where(torch.arange(400) % 2 == 0, means, 1 - means)
         torch.testing.assert_close(own, mixes.shares, rtol=0, atol=1e-6)
         assert torch.equal(mixes.shares[::2], mixes.shares[1::2])
@@ -51,13 +51,13 @@ def test_shares_are_those_of_the_pixels() -> None:
 
 def test_cutmix_pastes_and_mixup_blends() -> None:
     batch = images(64)
-    cut = mixed(batch, draw_mixes(AugmentationSettings(cutmix=1.0), 5, addresses(64), SIZE))
+    cut = mix(batch, draw_mixes(AugmentationSettings(cutmix=1.0), 5, addresses(64), SIZE))
     either = (cut == batch) | (cut == partners(batch))
     assert bool(either.all())
     mixes = draw_mixes(AugmentationSettings(mixup=0.8), 5, addresses(64), SIZE)
     shares = mixes.shares.view(-1, 1, 1, 1)
     expected = shares * batch + (1 - shares) * partners(batch)
-    torch.testing.assert_close(mixed(batch, mixes), expected)
+    torch.testing.assert_close(mix(batch, mixes), expected)
     assert not mixes.boxes.any()
 
 
@@ -80,7 +80,7 @@ def test_mixups_shares_are_of_the_beta_distribution() -> None:
 def test_an_odd_one_out_stays_as_it_is() -> None:
     batch = images(5)
     mixes = draw_mixes(PAPER, 5, addresses(5), SIZE)
-    assert torch.equal(mixed(batch, mixes)[4], batch[4])
+    assert torch.equal(mix(batch, mixes)[4], batch[4])
     assert float(mixes.shares[4]) == 1
     assert partners(torch.arange(5)).tolist() == [1, 0, 3, 2, 4]
 
@@ -89,7 +89,7 @@ def test_a_given_box_is_pasted_by_hand() -> None:
     batch = images(2)
     box = torch.tensor([[2, 5, 1, 9]] * 2)
     share = 1 - 3 * 8 / (12 * 10)
-    found = mixed(batch, Mixes(shares=torch.tensor([share] * 2), boxes=box)).numpy()
+    found = mix(batch, Mixes(shares=torch.tensor([share] * 2), boxes=box)).numpy()
     expected = batch.numpy().copy()
     expected[0, :, 2:5, 1:9], expected[1, :, 2:5, 1:9] = (
         batch.numpy()[1, :, 2:5, 1:9],

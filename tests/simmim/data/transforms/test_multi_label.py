@@ -16,9 +16,9 @@ from simmim.data.datasets.folder import open_folder
 from simmim.data.datasets.mixture import Shards
 from simmim.data.datasets.shards import RawSample, ShardSet
 from simmim.data.loader.batches import evaluation_batches
-from simmim.data.order.errors import BadSampleError
+from simmim.data.order.source import BadSampleError
 from simmim.data.transforms.image_transforms import EvalTransform
-from simmim.data.transforms.multi_label import MultiLabelReader
+from simmim.data.transforms.labels import MultiLabelReader
 from simmim.data.transforms.settings import MultiLabelSettings
 from tests.simmim.data.conftest import encode, random_images
 
@@ -138,4 +138,4 @@ def test_a_file_of_json_beside_each_image(tmp_path: Path) -> None:
     assert labels.sum(0).tolist() == [2, 1, 2, 0]
     assert batches.bad_samples.first is not None
     assert batches.bad_samples.first.key == "4.png"
-    assert "no JSON beside it" in batches.bad_samples.first.reason
+    assert "no JSON file" in batches.bad_samples.first.reason

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from simmim.data.order.errors import DataError
-from simmim.data.transforms.pillow_decoding import UPRIGHT, decode, to_mode
+from simmim.data.order.source import DataError
+from simmim.data.transforms.decoding import ORIENTATIONS, decode_pillow, to_mode
 
 CORNERS = np.kron(
     np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]]), np.ones((8, 12, 1))
@@ -71,7 +71,7 @@ def test_every_mode_becomes_the_one_asked_for(mode: str, form: str, channels: in
             image = Image.merge("LAB", [grey, *[Image.new("L", grey.size, 128)] * 2])
         case _:
             image = grey.convert("RGB").convert(mode)
-    decoded = decode(saved(image, form), channels=channels)
+    decoded = decode_pillow(saved(image, form), channels=channels)
     assert decoded.mode == {1: "L", 3: "RGB", 4: "RGBA"}[channels]
     assert decoded.size == (20, 12)
     if mode != "1":
@@ -94,11 +94,11 @@ def test_modes_that_files_seldom_have(mode: str, wanted: str) -> None:
 def test_images_come_upright(orientation: int, form: str) -> None:
     upright = Image.fromarray(CORNERS)
     inverse = {6: 8, 8: 6}.get(orientation, orientation)
-    stored = upright.transpose(UPRIGHT[inverse]) if orientation > 1 else upright
+    stored = upright.transpose(ORIENTATIONS[inverse]) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {} if form == "PNG" else {"quality": 95}
-    decoded = decode(saved(stored, form, exif=exif, **options))
+    decoded = decode_pillow(saved(stored, form, exif=exif, **options))
     assert decoded.size == upright.size
     difference = np.abs(pixels(decoded) - pixels(upright))
     assert difference.mean() < 8
@@ -107,9 +107,9 @@ def test_images_come_upright(orientation: int, form: str) -> None:
 
 def test_grey_of_16_bits_is_scaled_by_its_full_range() -> None:
     ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
-    decoded = pixels(decode(saved(Image.fromarray(ramp)), channels=1))
+    decoded = pixels(decode_pillow(saved(Image.fromarray(ramp)), channels=1))
     assert np.array_equal(decoded.ravel(), np.arange(256))
-    dark = decode(saved(Image.fromarray(np.full((4, 4), 300, dtype=np.uint16))), channels=1)
+    dark = decode_pillow(saved(Image.fromarray(np.full((4, 4), 300, dtype=np.uint16))), channels=1)
     assert pixels(dark).max() == 1
 
 
@@ -126,28 +126,28 @@ def test_grey_of_16_bits_is_scaled_by_its_full_range() -> None:
     ],
 )
 def test_wide_numbers_are_scaled_not_cut_off(values: np.ndarray, expected: list[int]) -> None:
-    decoded = pixels(decode(saved(Image.fromarray(values), "TIFF"), channels=1))
+    decoded = pixels(decode_pillow(saved(Image.fromarray(values), "TIFF"), channels=1))
     assert decoded[0].tolist() == expected
 
 
 def test_what_is_transparent_comes_out_white() -> None:
     colour = np.zeros((8, 8, 4), dtype=np.uint8)
     colour[..., 0], colour[:4, :, 3] = 200, 255
-    decoded = pixels(decode(saved(Image.fromarray(colour))))
+    decoded = pixels(decode_pillow(saved(Image.fromarray(colour))))
     assert decoded[0, 0].tolist() == [200, 0, 0]
     assert decoded[7, 7].tolist() == [255, 255, 255]
-    kept = pixels(decode(saved(Image.fromarray(colour)), channels=4))
+    kept = pixels(decode_pillow(saved(Image.fromarray(colour)), channels=4))
     assert kept[7, 7, 3] == 0
 
     palette = Image.fromarray(np.repeat([[0], [1]], 4, axis=1).astype(np.uint8), mode=None)
     palette = palette.convert("P")
     palette.putpalette([200, 0, 0, 0, 0, 200])
-    seen = pixels(decode(saved(palette, transparency=0)))
+    seen = pixels(decode_pillow(saved(palette, transparency=0)))
     assert seen[0, 0].tolist() == [255, 255, 255]
     assert seen[1, 0].tolist() == [0, 0, 200]
 
     keyed = Image.fromarray(CORNERS)
-    seen = pixels(decode(saved(keyed, transparency=(255, 0, 0))))
+    seen = pixels(decode_pillow(saved(keyed, transparency=(255, 0, 0))))
     assert seen[0, 0].tolist() == [255, 255, 255]
     assert seen[0, -1].tolist() == [0, 255, 0]
 
@@ -165,7 +165,7 @@ def test_what_is_transparent_comes_out_white() -> None:
 )
 def test_damaged_images_are_named_so(data: bytes) -> None:
     with pytest.raises(DataError, match="the image is damaged"):
-        decode(data)
+        decode_pillow(data)
 
 
 @settings(max_examples=150, deadline=None)
@@ -184,18 +184,20 @@ def test_whatever_the_bytes_only_a_data_error_comes(
         data[int(place * (len(data) - 1))] = value
     cut = data if length > 0.5 else data[: int(2 * length * len(data))]
     with contextlib.suppress(DataError):
-        assert decode(bytes(cut), max_pixels=10_000).mode == "RGB"
+        assert decode_pillow(bytes(cut), max_pixels=10_000).mode == "RGB"
 
 
 def test_bombs_are_refused_from_their_header() -> None:
     with pytest.raises(DataError, match="10000x10000 pixels, more than the 50,000,000"):
-        decode(png_header(10_000, 10_000), max_pixels=50_000_000)
+        decode_pillow(png_header(10_000, 10_000), max_pixels=50_000_000)
     with pytest.raises(DataError, match="too large"):  # Pillow itself opens none of these
-        decode(png_header(60_000, 60_000))
+        decode_pillow(png_header(60_000, 60_000))
     with pytest.raises(DataError, match="max_pixels"):
-        decode(saved(Image.fromarray(CORNERS)), max_pixels=CORNERS.shape[0] * CORNERS.shape[1] - 1)
+        decode_pillow(
+            saved(Image.fromarray(CORNERS)), max_pixels=CORNERS.shape[0] * CORNERS.shape[1] - 1
+        )
 
 
 def test_channels_that_no_image_has() -> None:
     with pytest.raises(ValueError, match="not 2: change in_channels"):
-        decode(saved(Image.fromarray(CORNERS)), channels=2)
+        decode_pillow(saved(Image.fromarray(CORNERS)), channels=2)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from simmim.data.loader.batches import Batch
+from simmim.data.loader.batch import Batch
 from simmim.engine.checkpoint.directory import complete_checkpoints
 from simmim.engine.loop import build_accelerator, train, training_step
 from simmim.engine.monitor.anomalies import Anomalies, DivergedError, poisoned

@@ -116,5 +116,5 @@ def test_classes_are_told_in_one_place(classification_values: dict[str, Any]) ->
     del classification_values["data"]["classes"]
     for names in ([], ["a", "a"]):
         classification_values["data"]["multi_label"]["classes"] = names
-        with pytest.raises(RecipeError, match="classes must be names"):
+        with pytest.raises(RecipeError, match="classes must be"):
             parse(ClassificationRecipe, classification_values, "test")

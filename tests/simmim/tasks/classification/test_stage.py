@@ -10,8 +10,8 @@ from PIL import Image
 
 import data_prep.cli
 from simmim.data.datasets.shards import ShardSet
-from simmim.data.loader.batches import Batch
-from simmim.data.transforms.mixing import draw_mixes, mixed, partners
+from simmim.data.loader.batch import Batch
+from simmim.data.transforms.mixing import draw_mixes, mix, partners
 from simmim.engine.loop import TrainingResult, build_accelerator, train
 from simmim.engine.run import RunFolder
 from simmim.recipe import RecipeError, parse
@@ -230,7 +230,7 @@ def test_shards_without_classes_are_refused(
     classification_values: dict[str, Any], tmp_path: Path
 ) -> None:
     shards = make_shards(tmp_path, [f"only/{number}.png" for number in range(16)])
-    with pytest.raises(ValueError, match="needs two"):
+    with pytest.raises(ValueError, match="at least 2"):
         build_stage(changed(classification_values, "data", shards=str(shards)))
 
 
@@ -269,7 +269,7 @@ def test_training_mixes_images_and_validation_does_not(
     module = stage.module.train()
     loss = module(batch)
     mixes = draw_mixes(stage.recipe.augmentation, 0, batch.addresses, (16, 16))
-    images = mixed(module.normalise(batch.images, batch.flips), mixes)
+    images = mix(module.normalise(batch.images, batch.flips), mixes)
     noise = sample_drop_path_noise(stage.model.encoder, batch, 0)
     targets = F.one_hot(batch.labels, 3).float()
     shares = mixes.shares[:, None]
@@ -293,7 +293,7 @@ def test_augmented_batches_are_the_same_on_two_ranks(classification_values: dict
 
     def seen(batch: Batch) -> torch.Tensor:
         mixes = draw_mixes(stage.recipe.augmentation, 0, batch.addresses, (16, 16))
-        return mixed(module.normalise(batch.images, batch.flips), mixes)
+        return mix(module.normalise(batch.images, batch.flips), mixes)
 
     assert torch.equal(seen(whole), torch.cat([seen(part) for part in parts]))
 

@@ -13,8 +13,8 @@ pytest.importorskip("pycocotools", reason="needs simmim[finetune]")
 
 from simmim.data.datasets.coco import CocoSet
 from simmim.data.order.order import Address
-from simmim.data.transforms.detection_transforms import JitterTransform, box_of, mask_of
-from simmim.data.transforms.targets import Instances
+from simmim.data.transforms.detection_transforms import TrainDetectionTransform, box_of, mask_of
+from simmim.data.transforms.sample import Instances
 from simmim.engine.loop import TrainingResult, build_accelerator, train
 from simmim.engine.run import RunFolder
 from simmim.export.export import export
@@ -163,7 +163,7 @@ def test_boxes_and_masks_follow_scale_crop_and_flip(values: dict[str, Any]) -> N
     source = coco(values)
     assert source.class_names == ("red", "blue")
     for epoch in range(10):
-        transform = JitterTransform(
+        transform = TrainDetectionTransform(
             side=64, seed=0, mean=(0.5,) * 3, labels={3: 0, 7: 1}, masks=True, scale=(0.7, 1.6)
         )
         sample = transform(source.read(0, 1), Address(epoch, 0, 1))
@@ -173,7 +173,7 @@ def test_boxes_and_masks_follow_scale_crop_and_flip(values: dict[str, Any]) -> N
             assert box.tolist() == box_of(mask.numpy())
             colour = sample.image.float()[:, mask].mean(dim=1)
             assert colour.argmax() == 2 * label
-        boxes_only = JitterTransform(
+        boxes_only = TrainDetectionTransform(
             side=64, seed=0, mean=(0.5,) * 3, labels={3: 0, 7: 1}, masks=False, scale=(0.7, 1.6)
         )
         other = boxes_only(source.read(0, 1), Address(epoch, 0, 1)).targets
@@ -260,7 +260,7 @@ def test_objects_without_masks_are_for_boxes_alone(values: dict[str, Any]) -> No
     content = json.loads(file.read_text())
     del content["annotations"][0]["segmentation"]
     file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"1 objects of .* have no segmentation"):
+    with pytest.raises(ValueError, match=r"1 object of .* no segmentation"):
         build(values)
     assert build(changed(values, "head", kind="rt_detr")).samples_per_epoch == 8
 
@@ -269,7 +269,7 @@ def test_images_of_another_size_are_named(values: dict[str, Any]) -> None:
     file = Path(values["data"]["images"]) / "3.png"
     Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8)).save(file)
     stage = build(changed(values, "data", max_bad_share=0.0))
-    with pytest.raises(ValueError, match="the image has 8x8 pixels, its annotations are for 56x40"):
+    with pytest.raises(ValueError, match=r"8x8 pixels.* 56x40"):
         list(stage.batches(rank=0, world=1, start=0, end=8))
 
 
@@ -330,7 +330,7 @@ def test_validation_without_masks_is_refused_before_training(values: dict[str, A
     other = file.with_name("others.json")
     other.write_text(json.dumps(content))
     validated = changed(values, "data", validation_annotations=str(other))
-    with pytest.raises(ValueError, match=r"1 objects of .*others\.json have no segmentation"):
+    with pytest.raises(ValueError, match=r"1 object of .*others\.json has no segmentation"):
         build(validated)
     assert build(changed(validated, "head", kind="rt_detr")).best_metric == "box_map"
 

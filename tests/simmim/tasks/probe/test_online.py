@@ -11,7 +11,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from simmim.data.loader.batches import Batch
+from simmim.data.loader.batch import Batch
 from simmim.engine.loop import build_accelerator, train
 from simmim.engine.run import RunFolder
 from simmim.recipe import parse

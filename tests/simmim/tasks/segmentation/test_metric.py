@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from simmim.data.transforms.label_image import IGNORED
+from simmim.data.transforms.labels import IGNORED
 from simmim.tasks.segmentation.metric import confusion, segmentation_figures
 from simmim.tasks.segmentation.prediction import predict, starts
 from simmim.tasks.segmentation.recipe import SegmentationEvaluation

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from simmim.cli import main
-from simmim.data.loader.batches import Batch
+from simmim.data.loader.batch import Batch
 from simmim.engine.checkpoint.best import best_checkpoint
 from simmim.engine.checkpoint.directory import read_model
 from simmim.engine.checkpoint.ema import read_average

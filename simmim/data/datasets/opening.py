@@ -1,0 +1,126 @@
+"""How recipes name datasets of images, opening them, and their measured statistics."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeGuard
+
+import numpy as np
+
+from data_prep.format.manifest import MANIFEST_NAME, read_manifest
+from data_prep.format.statistics_file import read_statistics
+from data_prep.format.storage import Location, locate
+from simmim.data.datasets.folder import open_folder
+from simmim.data.datasets.image_set import ImageSet
+from simmim.data.datasets.mixture import MixedShards, Shards
+from simmim.data.datasets.remote import RemoteReading
+from simmim.data.datasets.shards import ShardSet
+from simmim.recipe import settings
+
+
+@settings
+class WeightedShards:
+    """One dataset of a mixture."""
+
+    shards: str
+    """Folder or URL of shards made by data-prep, or a folder of images."""
+    weight: float = 1.0
+    """Sampling weight relative to the other datasets."""
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ValueError(f"weight is {self.weight}; it must be above 0.")
+
+
+ShardsSetting = str | tuple[WeightedShards, ...]
+"""A folder or URL of shards, or a folder of images; or several with weights."""
+
+
+def open_sets(shards: ShardsSetting, remote: RemoteReading | None = None) -> Shards:
+    """Open shards or a folder of images, or a mixture of several; `remote` applies to URLs.
+
+    Raises:
+        ValueError: a folder cannot be used.
+    """
+    folders = folders_of(shards)
+    remote = replace(remote or RemoteReading(), sets=len(folders))
+    if isinstance(shards, str):
+        return open_set(shards, remote)
+    return MixedShards([open_set(one, remote) for one in folders], weights_of(shards))
+
+
+def open_set(folder: str | Path, remote: RemoteReading) -> ImageSet:
+    """Open a folder of shards, or a local folder of images.
+
+    Raises:
+        ValueError: it is neither, or cannot be used.
+    """
+    location = locate(folder)
+    if holds_images(location):
+        return open_folder(location, attempts=remote.attempts)
+    return ShardSet(folder, remote=remote)
+
+
+def holds_images(location: Location) -> TypeGuard[Path]:
+    """Return whether a location is a local folder without manifest and tars."""
+    if not isinstance(location, Path) or not location.is_dir():
+        return False
+    return not (location / MANIFEST_NAME).exists() and next(location.glob("*.tar"), None) is None
+
+
+def folders_of(shards: ShardsSetting) -> tuple[str, ...]:
+    """Return the named folders and URLs, at least one."""
+    return (shards,) if isinstance(shards, str) else tuple(one.shards for one in shards)
+
+
+def weights_of(shards: ShardsSetting) -> Sequence[float]:
+    """Return the weight of each folder."""
+    return [1.0] if isinstance(shards, str) else [one.weight for one in shards]
+
+
+def first_folder(shards: ShardsSetting) -> str:
+    """Return the first folder or URL, from which an example image can be taken."""
+    return folders_of(shards)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelStatistics:
+    """Mean and standard deviation of each channel; integer types are scaled to 0 … 1."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def measured_statistics(
+    folders: Sequence[str], weights: Sequence[float] = (1.0,), *, allow_pipe: bool = False
+) -> ChannelStatistics:
+    """Read the statistics measured by `data-prep info --statistics`, pooled by weight.
+
+    If a dataset has images of several types, those of the most frequent type are taken.
+
+    Raises:
+        ValueError: a dataset was not measured, or channel counts differ.
+    """
+    found = [_read_statistics(folder, allow_pipe) for folder in folders]
+    if len(found) == 1:
+        return found[0]
+    if len({len(one.mean) for one in found}) > 1:
+        raise ValueError(
+            f"the shards in {', '.join(folders)} have different numbers of channels and cannot be"
+            " mixed: choose shards with the same channels."
+        )
+    shares = np.asarray(weights, dtype=np.float64)[:, None] / float(np.sum(weights))
+    means, stds = (np.array([getattr(one, name) for one in found]) for name in ("mean", "std"))
+    mean = (shares * means).sum(axis=0)
+    spread = np.sqrt(np.maximum((shares * (stds**2 + means**2)).sum(axis=0) - mean**2, 0))
+    return ChannelStatistics(mean=tuple(mean.tolist()), std=tuple(spread.tolist()))
+
+
+def _read_statistics(folder: str, allow_pipe: bool) -> ChannelStatistics:
+    measured = read_statistics(read_manifest(folder, allow_pipe=allow_pipe))[0]
+    if min(measured.std) <= 0:
+        raise ValueError(
+            f"a channel of the images in {folder} is constant, so its measured standard deviation"
+            " is 0: set data.mean and data.std to numbers."
+        )
+    return ChannelStatistics(mean=measured.mean, std=measured.std)

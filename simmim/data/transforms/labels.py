@@ -1,0 +1,144 @@
+"""Labels of samples: a class, a list of classes, or a label map with a class per pixel."""
+
+import io
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from simmim.data.order.source import BadSampleError, DataError, EncodedImage
+from simmim.data.transforms.decoding import DECODING_ERRORS, too_large
+from simmim.data.transforms.settings import MAX_PIXELS, MultiLabelSettings
+
+IGNORED = 255
+"""Value of pixels without a class in memory, whatever it is in the files."""
+
+MOST_CLASSES = IGNORED
+
+SEPARATORS = re.compile(r"[\s,;|]+")
+"""Separators of classes in a string."""
+
+
+LabelReader = Callable[[EncodedImage], int | Tensor]
+"""Returns the label of a sample; see `Sample.label`."""
+
+
+def class_of(raw: EncodedImage) -> int:
+    """Return the class index of a sample, -1 if it has none."""
+    return -1 if raw.label is None else raw.label
+
+
+@dataclass(frozen=True)
+class MultiLabelReader:
+    """Reader of the classes listed in an image's JSON."""
+
+    settings: MultiLabelSettings
+
+    def __call__(self, raw: EncodedImage) -> Tensor:
+        """Return which classes an image has, bool (classes,).
+
+        Raises:
+            BadSampleError: its JSON has no list of classes, or lists an unknown one.
+        """
+        found = torch.zeros(len(self.settings.classes), dtype=torch.bool)
+        for item in self._listed(raw):
+            found[self._index(item)] = True
+        return found
+
+    def _listed(self, raw: EncodedImage) -> list[Any]:
+        about = raw.about
+        if about is None:
+            raise BadSampleError("the image has no JSON file that lists its classes")
+        try:
+            listed = json.loads(about)[self.settings.field]
+        except (ValueError, RecursionError, KeyError, TypeError, IndexError):
+            raise BadSampleError(
+                f"the JSON of the image has no field {self.settings.field!r}"
+            ) from None
+        if isinstance(listed, str):
+            return [part for part in SEPARATORS.split(listed) if part]
+        return listed if isinstance(listed, list) else [listed]
+
+    def _index(self, item: Any) -> int:
+        """Return the index of a class given by name or by index."""
+        classes = self.settings.classes
+        if item in classes:
+            return classes.index(item)
+        if isinstance(item, str) and item.isascii() and item.isdecimal():
+            item = int(item[:20])
+        if isinstance(item, int) and not isinstance(item, bool) and 0 <= item < len(classes):
+            return item
+        raise BadSampleError(
+            f"the field {self.settings.field!r} of the image lists {item!r}, which is not one of"
+            f" the {len(classes)} classes"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelMapReader:
+    """Reader of label maps: PNG files with a class number per pixel."""
+
+    num_classes: int
+    ignore_label: int | None = 255
+    """Number in the files that means no class."""
+    reduce_zero_label: bool = False
+    """Whether 0 means no class and classes count from 1, as in ADE20K."""
+    max_pixels: int = MAX_PIXELS
+
+    def __call__(self, data: bytes, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        """Return the class of each pixel, IGNORED for none.
+
+        Args:
+            data: the encoded label map.
+            shape: (rows, columns, ...) of the image.
+
+        Raises:
+            BadSampleError: the file is damaged, or of another size than the image.
+            DataError: it has colours rather than numbers, or a number that is not a class.
+        """
+        numbers = self._decode(data)
+        if numbers.shape != shape[:2]:
+            raise BadSampleError(
+                f"its label map has {numbers.shape[1]}x{numbers.shape[0]} pixels, the image "
+                f"{shape[1]}x{shape[0]}: make them the same size"
+            )
+        ignored = numbers == self.ignore_label
+        if self.reduce_zero_label:
+            ignored |= numbers == 0
+        classes = numbers - int(self.reduce_zero_label)
+        outside = ~ignored & ((classes < 0) | (classes >= self.num_classes))
+        if outside.any():
+            first = int(self.reduce_zero_label)
+            raise DataError(
+                f"its label map contains {int(numbers[outside][0])}, which is not a class: the "
+                f"{self.num_classes} classes are {first} to {self.num_classes - 1 + first}, and "
+                f"{self.ignore_label} means no class. Correct the file, data.num_classes, "
+                "data.ignore_label or data.reduce_zero_label."
+            )
+        return np.where(ignored, IGNORED, classes).astype(np.uint8)
+
+    def _decode(self, data: bytes) -> NDArray[np.int64]:
+        try:
+            image = Image.open(io.BytesIO(data))
+            if image.width * image.height > self.max_pixels:
+                raise too_large(image.width, image.height, self.max_pixels)
+            mode, values = image.mode, np.asarray(image)
+        except UnidentifiedImageError:
+            raise BadSampleError("its label map is damaged or of an unknown format") from None
+        except BadSampleError:
+            raise
+        except DECODING_ERRORS as error:
+            raise BadSampleError(f"its label map is damaged: {error}") from error
+        if values.ndim != 2:
+            raise DataError(
+                f"its label map is of mode {mode}: it must have one channel of class numbers "
+                "(grey or palette)."
+            )
+        return values.astype(np.int64)
