@@ -1,4 +1,4 @@
-"""The command: exit codes, one message for a mistake, and interrupts that leave nothing half."""
+"""The command line: exit codes, one message per mistake, interrupts and resuming."""
 
 import os
 import random
@@ -129,6 +129,21 @@ def test_mistakes_in_other_commands(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_folder_that_cannot_be_made(image_zip: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["shard", str(image_zip), "/proc/nothing/out"]) == 2
     assert re.search(r"cannot continue .*/proc/nothing", capsys.readouterr().err)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import contextlib, sys\n"
+        "from data_prep.cli import main\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    main(sys.argv[1:])\n"
+        "heavy = {'torch', 'numpy', 'PIL', 'fsspec', 'tqdm', 'asyncio'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    for arguments in (["--help"], ["shard", "--help"], ["shart"]):
+        command = [sys.executable, "-c", script, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:

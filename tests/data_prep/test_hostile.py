@@ -1,4 +1,4 @@
-"""Damaged archives and lists: no crash, no hang, and every file found is accepted or named."""
+"""Damaged archives and lists: no crash, no hang; every file is accepted or listed as rejected."""
 
 import csv
 import random
@@ -61,7 +61,7 @@ def _write_sources(
 
 
 @pytest.mark.parametrize("name", ["nested.tar", "list.csv", "list.txt", "images.zip", "images.tar"])
-def test_accepted_and_rejected_make_all_that_was_found(
+def test_accepted_plus_rejected_is_found(
     name: str,
     image_folder: Path,
     image_files: dict[str, bytes],

@@ -1,4 +1,4 @@
-"""A signal ends the work even where Python swallows the exception that it raises."""
+"""Signals end the work even if Python swallows the exception."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Work shared out gives the same results with any number of workers, and failures come back."""
+"""Worker processes: results do not depend on their number, and failures are raised."""
 
 import importlib
 import time
@@ -47,7 +47,7 @@ def test_results_and_ticks_do_not_depend_on_workers(square: Callable[..., Any]) 
     assert _run(square, [], 2) == ([], 0)
 
 
-def test_tasks_wait_until_they_may_begin(square: Callable[..., Any]) -> None:
+def test_tasks_wait_until_they_may_start(square: Callable[..., Any]) -> None:
     done: set[int] = set()
     began: list[int] = []
 
@@ -62,7 +62,7 @@ def test_tasks_wait_until_they_may_begin(square: Callable[..., Any]) -> None:
     assert done == {number * number for number in range(20)}
 
 
-def test_failures_come_back(square: Callable[..., Any]) -> None:
+def test_failures_are_raised_in_the_parent(square: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="a mistake of the input"):
         _run(square, [1, 2, -1, 3], 2)
     with pytest.raises(WorkerError, match="KeyError: 'a mistake of the program'"):

@@ -1,4 +1,4 @@
-"""An index says of a tar what stock webdataset reads from it, and hostile tars are refused."""
+"""Indexes of tars agree with stock webdataset, and hostile tars are refused."""
 
 import io
 import tarfile

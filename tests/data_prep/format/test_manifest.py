@@ -1,4 +1,4 @@
-"""The manifest and the indexes: what is written is read back, and damage is named."""
+"""Manifests and indexes round-trip, and damage is reported."""
 
 import json
 import pickle
@@ -141,13 +141,15 @@ def test_an_impossible_shard_is_named(folder: Path, field: str, value: object) -
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\xff", "[" * 100_000, '{"format": NaN}'])
-def test_what_is_no_manifest_is_refused(folder: Path, text: str) -> None:
+def test_invalid_manifests_are_refused(folder: Path, text: str) -> None:
     (folder / "manifest.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ManifestError, match=r"manifest\.json"):
         read_manifest(folder)
 
 
-def test_absence_is_told_apart(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_missing_manifests_have_distinct_messages(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     (folder / "manifest.json").unlink()
     with pytest.raises(ManifestError, match="data-prep index"):
         read_manifest(folder)
@@ -182,7 +184,7 @@ def test_samples_outside_of_the_shard_are_refused(
         read_index(folder, _entry())
 
 
-def test_an_index_that_is_none_is_refused(folder: Path) -> None:
+def test_invalid_indexes_are_refused(folder: Path) -> None:
     path = folder / "a.index.npy"
     rows = path.read_bytes()
     hostile = [

@@ -1,4 +1,4 @@
-"""Shards that commands write: run only where that was allowed, and then as good as files."""
+"""Shards from commands: run only if allowed, then equal to files."""
 
 import json
 import shlex
@@ -29,7 +29,7 @@ def pattern(shards: Path, log: Path) -> str:
     return f"pipe:echo run >>{log_}; cat {tars}/shard-{{000000..{last:06d}}}.tar"
 
 
-def test_commands_run_only_where_that_is_allowed(
+def test_commands_run_only_if_allowed(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log, folder = tmp_path / "log", tmp_path / "set"
@@ -58,7 +58,7 @@ def test_commands_run_only_where_that_is_allowed(
     assert log.exists()
 
 
-def test_what_a_command_writes_is_compared_with_the_manifest(
+def test_the_output_of_a_command_is_compared_with_the_manifest(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "set"
@@ -74,7 +74,7 @@ def test_what_a_command_writes_is_compared_with_the_manifest(
     assert "shard-000001.tar: its SHA-256" in capsys.readouterr().err
 
 
-def test_a_manifest_elsewhere_may_name_no_command(tmp_path: Path, shards: Path) -> None:
+def test_a_remote_manifest_may_not_name_commands(tmp_path: Path, shards: Path) -> None:
     path = shards / "manifest.json"
     values = json.loads(path.read_text())
     for place in ("pipe:cat other.tar", "pipe:cat", "pipe:touch x # shard-000001.tar"):
@@ -93,7 +93,7 @@ def test_a_manifest_elsewhere_may_name_no_command(tmp_path: Path, shards: Path) 
         ("fetch 17 # shard-017.tar", "shard-017.tar"),
     ],
 )
-def test_a_tar_has_the_name_that_its_command_has(command: str, name: str) -> None:
+def test_a_piped_tar_is_named_by_its_command(command: str, name: str) -> None:
     assert PipedFile(command).name == name
 
 
@@ -109,7 +109,7 @@ def test_commands_without_a_tar_or_a_folder_are_refused(
     assert "--output" in capsys.readouterr().err
 
 
-def test_a_command_that_fails_is_run_again_and_goes_on(
+def test_a_failed_command_is_retried_and_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("data_prep.format.pipes.FIRST_DELAY", 0.001)
@@ -124,7 +124,7 @@ def test_a_command_that_fails_is_run_again_and_goes_on(
         list(PipedFile("exit 3 # a.tar", attempts=2).blocks())
 
 
-def test_a_command_ends_with_whoever_reads_it(tmp_path: Path) -> None:
+def test_a_command_ends_with_its_reader(tmp_path: Path) -> None:
     blocks = PipedFile("yes | cat # endless.tar").blocks()
     assert next(blocks)
     blocks.close()  # which hangs, were the command not ended

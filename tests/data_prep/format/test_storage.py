@@ -1,4 +1,4 @@
-"""Places at URLs: what is read, and what is refused."""
+"""Remote locations: reading, retries, sources and refusals."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -91,7 +91,7 @@ def test_a_missing_extra_is_named_with_its_command() -> None:
         read_manifest("gs://bucket/set")
 
 
-def test_failed_requests_are_made_again_and_then_reported(
+def test_failed_requests_are_retried_and_then_reported(
     store: RemotePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (store / "a").write_bytes(b"data")
@@ -143,7 +143,7 @@ def test_a_remote_set_is_read_and_verified(remote_set: RemotePath, tmp_path: Pat
 
 
 @pytest.mark.parametrize("place", ["folder", "pattern"])
-def test_remote_tars_are_indexed_beside_them_or_elsewhere(
+def test_remote_tars_are_indexed_in_place_or_elsewhere(
     remote_set: RemotePath, tmp_path: Path, place: str
 ) -> None:
     promised = read_manifest(tmp_path / "set").shards
@@ -333,7 +333,7 @@ def test_a_reader_of_parts_reads_ahead_in_order_alone(
     assert reader.read(len(data) + 5000, 100) == b""
 
 
-def test_what_is_no_folder_of_a_store_is_refused(
+def test_remote_locations_that_are_not_folders_are_refused(
     remote_images: RemotePath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["shard", "memory://photos/none", str(tmp_path / "set")]) == 2

@@ -1,4 +1,4 @@
-"""Arrays are read from their headers with suspicion, and kept value for value."""
+"""`.npy` images: headers are checked before reading, and values are kept."""
 
 import io
 import struct
@@ -41,7 +41,7 @@ def test_plain_arrays_are_kept_byte_for_byte(dtype: str, shape: tuple[int, ...])
     ],
     ids=["by columns", "big-endian"],
 )
-def test_other_orders_are_written_anew_with_the_same_values(values: np.ndarray) -> None:
+def test_other_orders_are_rewritten_with_the_same_values(values: np.ndarray) -> None:
     checked = check_image(_save(values))
     assert read_header(checked.data).is_plain
     assert np.array_equal(np.load(io.BytesIO(checked.data), allow_pickle=False), values)
@@ -61,7 +61,7 @@ def test_other_orders_are_written_anew_with_the_same_values(values: np.ndarray) 
         (np.full((4, 5), np.nan, dtype=np.float64), "all of its values are NaN"),
     ],
 )
-def test_what_is_no_image_is_rejected(values: np.ndarray, reason: str) -> None:
+def test_invalid_images_are_rejected(values: np.ndarray, reason: str) -> None:
     with pytest.raises(RejectedImageError, match=reason):
         check_image(_save(values))
 
@@ -75,7 +75,7 @@ def test_objects_are_never_unpickled() -> None:
 @pytest.mark.parametrize(
     "shape", ["(99999999, 99999999)", "(2, 10**9)", "(-1, 5)", "(True, 64)", "(8, 8.0)", "8"]
 )
-def test_hostile_shapes_are_refused_before_memory_is_taken(shape: str) -> None:
+def test_hostile_shapes_are_refused_before_allocation(shape: str) -> None:
     data = _forge(f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}")
     with pytest.raises(ArrayError):
         read_array(data)

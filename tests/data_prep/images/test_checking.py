@@ -1,4 +1,4 @@
-"""Images are kept as they are where they can be, rewritten without loss, or rejected by name."""
+"""Images are kept, re-encoded without loss, or rejected with a reason."""
 
 import io
 import struct
@@ -65,7 +65,7 @@ def test_sixteen_bits_survive() -> None:
     [np.linspace(-1, 3, 20, dtype=np.float32), np.arange(20, dtype=np.int32) * 40_000_000],
     ids=["float", "32 bits"],
 )
-def test_what_only_an_array_can_hold_becomes_one(values: np.ndarray) -> None:
+def test_values_that_only_an_array_can_hold_become_one(values: np.ndarray) -> None:
     checked = check_image(_save(Image.fromarray(values.reshape(4, 5)), "TIFF"))
     assert (checked.extension, checked.width, checked.height) == ("npy", 5, 4)
     stored = np.load(io.BytesIO(checked.data), allow_pickle=False)
@@ -102,7 +102,7 @@ def _png(header: bytes, rows: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunks
 
 
-def test_colour_of_16_bits_is_kept_or_refused_never_cut_unasked() -> None:
+def test_16_bit_colour_is_kept_or_rejected_unless_8_bits_are_accepted() -> None:
     deep = _deep_png()
     assert check_image(deep).data == deep
     with pytest.raises(RejectedImageError, match="16 bits"):
@@ -121,7 +121,7 @@ def test_a_cut_jpeg_is_rejected_only_when_decoded() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"some text", b"\xff\xd8\xff", b"%!PS-Adobe-3.0 EPSF-3.0\n"])
-def test_what_is_no_image_is_rejected(data: bytes) -> None:
+def test_invalid_images_are_rejected(data: bytes) -> None:
     with pytest.raises(RejectedImageError):
         check_image(data)
 

@@ -1,4 +1,4 @@
-"""Damage that decodes is found where the format lets it be."""
+"""Damage that Pillow ignores is found if the format allows it."""
 
 import io
 import subprocess
@@ -34,7 +34,7 @@ def _decodes_in_pillow(data: bytes) -> bool:
 
 
 @strict
-def test_a_jpeg_damaged_in_the_middle_is_rejected_though_pillow_takes_it(
+def test_a_jpeg_damaged_in_the_middle_is_rejected_though_pillow_accepts_it(
     draw_image: Callable[..., bytes],
 ) -> None:
     data = draw_image(0, size=64)
@@ -91,7 +91,7 @@ print(checked.width, checked.notes)
 """
 
 
-def test_without_it_pillow_checks_and_that_is_noted(
+def test_without_simplejpeg_pillow_checks_and_a_note_says_so(
     tmp_path: Path, draw_image: Callable[..., bytes]
 ) -> None:
     path = tmp_path / "a.jpg"

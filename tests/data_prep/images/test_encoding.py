@@ -1,4 +1,4 @@
-"""Pictures are written anew only where that is needed, upright, in size, and the same each time."""
+"""Re-encoding: only if needed, upright, of the right size, deterministic."""
 
 import io
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def test_sizes(limits: dict[str, int], size: tuple[int, int], expected: tuple[in
     assert Encoding(**limits).target_size(*size) == expected
 
 
-def test_impossible_settings_are_refused() -> None:
+def test_invalid_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="--max-side must be at least 1"):
         Encoding(max_side=0)
     with pytest.raises(ValueError, match="--format must be one of"):
@@ -55,7 +55,7 @@ def test_impossible_settings_are_refused() -> None:
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
-def test_bytes_stay_where_nothing_is_to_change(image_format: str, draw_image: DrawImage) -> None:
+def test_bytes_are_kept_if_nothing_changes(image_format: str, draw_image: DrawImage) -> None:
     data = draw_image(0, image_format=image_format)
     same = Encoding(max_side=28, short_side=24, format=image_format.lower(), quality=10)
     assert check_image(data, encoding=same).data == data
@@ -175,7 +175,7 @@ def test_a_lossless_webp_stays_so() -> None:
         assert small.getcolors() == [(400, (250, 3, 77))]
 
 
-def test_damaged_exif_costs_no_picture(draw_image: DrawImage) -> None:
+def test_damaged_exif_does_not_reject_a_picture(draw_image: DrawImage) -> None:
     with Image.open(io.BytesIO(draw_image(0))) as image:
         image.load()
         image.info["exif"] = b"Exif\0\0MM\0*\xff\xff\xff\xff"

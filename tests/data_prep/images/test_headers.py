@@ -1,4 +1,4 @@
-"""What is read of a JPEG's header without Pillow is what Pillow reads."""
+"""JPEG headers read without Pillow give what Pillow gives."""
 
 import io
 import random
@@ -47,7 +47,7 @@ def test_ordinary_files_are_plain(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("data", _jpegs())
-def test_pillow_agrees_on_every_damaged_header_that_is_taken(data: bytes) -> None:
+def test_pillow_agrees_on_every_damaged_header_that_is_plain(data: bytes) -> None:
     draw = random.Random(0)
     header = data.index(b"\xff\xda") + 10
     taken = 0
@@ -69,7 +69,7 @@ def test_pillow_agrees_on_every_damaged_header_that_is_taken(data: bytes) -> Non
     assert taken > 100
 
 
-def test_what_pillow_may_trip_over_is_left_to_it(draw_image: Callable[..., bytes]) -> None:
+def test_other_headers_are_left_to_pillow(draw_image: Callable[..., bytes]) -> None:
     plain = _jpegs()[0]
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -1,4 +1,4 @@
-"""The sheet shows samples of every kind, each where it belongs and under its name."""
+"""The contact sheet shows every kind of sample with its caption."""
 
 import io
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_a_sample_that_does_not_decode_has_its_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("samples", [1, 9, 60])
-def test_it_holds_at_most_48(samples: int, tmp_path: Path) -> None:
+def test_a_sheet_has_at_most_48_samples(samples: int, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for number in range(samples):
         Image.new("L", (8, 8), number).save(tmp_path / "images" / f"{number}.png")

@@ -1,4 +1,4 @@
-"""Tars that someone else wrote become a set without being changed."""
+"""Existing tars become a set without being changed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_a_hostile_tar_leaves_nothing_behind(foreign: Path, write_tar: WriteTar)
     assert sorted(foreign.iterdir()) == before
 
 
-def test_a_manifest_is_not_replaced_unasked(foreign: Path) -> None:
+def test_a_manifest_is_not_replaced_without_overwrite(foreign: Path) -> None:
     first = index_existing(foreign).manifest
     with pytest.raises(ManifestError, match="--overwrite"):
         index_existing(foreign)
@@ -69,7 +69,7 @@ def test_our_own_sets_keep_their_class_names(image_zip: Path, tmp_path: Path) ->
         index_existing(tmp_path / "out", overwrite=True)
 
 
-def test_what_has_no_images_is_refused(tmp_path: Path, write_tar: WriteTar) -> None:
+def test_tars_without_images_are_refused(tmp_path: Path, write_tar: WriteTar) -> None:
     with pytest.raises(ManifestError, match="not a folder"):
         index_existing(tmp_path / "nowhere")
     with pytest.raises(ManifestError, match="no tars"):

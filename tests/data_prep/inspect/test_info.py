@@ -1,4 +1,4 @@
-"""The table says what the set holds."""
+"""The table of `data-prep info`."""
 
 from pathlib import Path
 

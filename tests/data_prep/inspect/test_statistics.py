@@ -1,4 +1,4 @@
-"""What is measured equals the plain definition, whatever the order, the format and the type."""
+"""Statistics equal the plain definition for every order, format and type."""
 
 import io
 from collections.abc import Callable
@@ -89,7 +89,7 @@ def test_pictures_of_all_kinds_count_every_pixel(build: Build) -> None:
     np.testing.assert_allclose(statistics.std, pixels.std(axis=0), rtol=1e-12)
 
 
-def test_arrays_are_measured_apart_and_without_what_is_missing(build: Build) -> None:
+def test_arrays_are_measured_separately_and_without_nan(build: Build) -> None:
     values = np.random.default_rng(0).normal(5, 2, (6, 7, 5)).astype(np.float32)
     values[2, 3, 1] = np.nan
     manifest = build(
@@ -110,7 +110,7 @@ def test_arrays_are_measured_apart_and_without_what_is_missing(build: Build) -> 
     assert (whole.mean, whole.std, whole.is_array) == ((1.0,) * 5, (0.0,) * 5, True)
 
 
-def test_what_was_measured_is_read_back_only_for_the_same_shards(build: Build) -> None:
+def test_statistics_are_read_back_only_for_the_same_shards(build: Build) -> None:
     manifest = build({f"{n}.png": _png(np.full((4, 4), 51 * n, np.uint8)) for n in range(5)})
     with pytest.raises(ManifestError, match=r"has no statistics\.json"):
         read_statistics(manifest)

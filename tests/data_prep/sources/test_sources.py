@@ -1,4 +1,4 @@
-"""Folder, zip and tar list and read alike, and what is hostile in them is named."""
+"""Folders, zips and tars list and read alike, and hostile members are reported."""
 
 import gzip
 import inspect
@@ -213,7 +213,7 @@ def test_a_file_that_vanished_is_unreadable(image_folder: Path) -> None:
         source.read(SourceFile("gone.jpg", 1, 1))
 
 
-def test_what_is_no_source_is_refused(tmp_path: Path, image_tar: Path) -> None:
+def test_unsupported_sources_are_refused(tmp_path: Path, image_tar: Path) -> None:
     for name, data, message in (
         ("a.bin", b"text", "is not a folder, a zip or a tar"),
         ("a.tar.gz", gzip.compress(image_tar.read_bytes()), "compressed tar"),

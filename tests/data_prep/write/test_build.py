@@ -1,4 +1,4 @@
-"""Shards hold every image once, open in stock webdataset, and are the same bytes every time."""
+"""Building sets: every image once, readable by stock webdataset, deterministic bytes."""
 
 import hashlib
 import json
@@ -159,7 +159,7 @@ def test_shards_of_bad_images_leave_no_gap(image_folder: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("before", ["absent", "empty", "full"])
-def test_nothing_is_left_where_no_image_is_good(
+def test_nothing_is_left_if_no_image_can_be_used(
     before: str, image_zip: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "bad").mkdir()
@@ -177,7 +177,7 @@ def test_nothing_is_left_where_no_image_is_good(
     assert folder.parent.exists() == (before != "absent")
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(image_zip: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_where_it_stopped(image_zip: Path, tmp_path: Path) -> None:
     _build(image_zip, tmp_path / "whole")
     ticks: list[int] = []
 
@@ -199,7 +199,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(image_zip: Path, tmp_path: 
     assert _hash_files(folder) == _hash_files(tmp_path / "whole")
 
 
-def test_a_finished_set_is_not_made_twice_nor_replaced_unasked(
+def test_a_finished_set_is_neither_rewritten_nor_replaced_without_overwrite(
     image_zip: Path, image_tar: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "out"
@@ -231,7 +231,7 @@ def test_foreign_content_is_left_alone(image_zip: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 1])
-def test_work_of_another_version_is_refused_until_it_may_be_replaced(
+def test_work_of_another_version_is_refused_without_overwrite(
     image_zip: Path, tmp_path: Path, window: int | None
 ) -> None:
     def stop(report: object) -> None:
@@ -258,7 +258,7 @@ def test_work_of_another_version_is_refused_until_it_may_be_replaced(
 
 @pytest.mark.parametrize("window", [None, 1])
 @pytest.mark.parametrize("place", ["out", "train/cat/out", "../link/out", "../elsewhere/out", "."])
-def test_a_destination_in_the_source_is_refused(
+def test_an_output_folder_in_the_source_is_refused(
     image_folder: Path, tmp_path: Path, place: str, window: int | None
 ) -> None:
     (tmp_path / "link").symlink_to(image_folder)
@@ -272,7 +272,7 @@ def test_a_destination_in_the_source_is_refused(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_destination_in_a_source_of_a_store_is_refused(
+def test_an_output_url_in_a_remote_source_is_refused(
     image_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for place in ("memory://bucket/images/out", "memory://bucket/images"):

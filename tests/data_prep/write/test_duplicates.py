@@ -1,4 +1,4 @@
-"""Duplicates are found by reading each file once, also where runs are stopped in between."""
+"""Duplicates: each file is read once, also across stopped runs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +29,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".json"}
 
 
-def test_a_stopped_run_goes_on_with_the_digests_that_it_took(
+def test_a_resumed_run_reuses_digests(
     many_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (many_images / "7.png").write_bytes((many_images / "6.png").read_bytes())
@@ -57,7 +57,7 @@ def test_a_stopped_run_goes_on_with_the_digests_that_it_took(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_changed_files_are_read_anew(
+def test_changed_files_are_read_again(
     many_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""Images that look alike are found as brute force finds them, and named."""
+"""Near duplicates agree with brute force."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ from data_prep.write.options import ShardOptions
 
 
 @given(st.integers(0, 16), st.lists(st.integers(0, 2**64 - 1), max_size=8), st.data())
-def test_what_is_near_is_found_as_brute_force_does(
+def test_near_duplicates_agree_with_brute_force(
     distance: int, values: list[int], data: st.DataObject
 ) -> None:
     base = data.draw(st.sampled_from(values)) if values else 0

@@ -1,4 +1,4 @@
-"""Validation shards, duplicates, the ceiling on rejected images, parts and Ray."""
+"""Options of sets: validation, duplicates, rejection limit, parts and Ray."""
 
 import hashlib
 import importlib.util
@@ -142,7 +142,7 @@ def test_a_part_of_other_input_is_refused(
         _part(image_folder, tmp_path / "out", (2, 2))
 
 
-def test_impossible_executions_are_named() -> None:
+def test_invalid_run_options_are_reported() -> None:
     with pytest.raises(ValueError, match="--part must"):
         RunOptions(part=(3, 2))
     with pytest.raises(ValueError, match="--max-rejected must"):

@@ -1,4 +1,4 @@
-"""Which sample goes where depends on the listing and the options alone."""
+"""The assignment of samples to shards depends on listing and options alone."""
 
 import itertools
 
@@ -87,7 +87,7 @@ def test_default_number_of_shards() -> None:
     assert count_shards(0, 0, options) == 0
 
 
-def test_impossible_options_are_named() -> None:
+def test_invalid_options_are_reported() -> None:
     with pytest.raises(ValueError, match="--samples-per-shard must be at least 1, got 0"):
         ShardOptions(samples_per_shard=0)
     with pytest.raises(ValueError, match="--max-pixels"):

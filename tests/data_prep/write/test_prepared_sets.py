@@ -1,4 +1,4 @@
-"""Sets of shrunk pictures and of arrays: the same bytes each time, readable by stock webdataset."""
+"""Sets of shrunk pictures and of arrays: deterministic, readable by stock webdataset."""
 
 import io
 import json
@@ -48,7 +48,7 @@ def test_shrunk_sets_are_the_same_with_any_number_of_workers(
         assert RE_ENCODED in about["notes"]
 
 
-def test_notes_of_all_parts_are_counted_and_resharding_makes_anew(
+def test_notes_of_all_parts_are_counted_and_resharding_re_encodes(
     image_zip: Path, tmp_path: Path
 ) -> None:
     build_shards(image_zip, tmp_path / "one", SMALL)
@@ -69,9 +69,7 @@ def test_notes_of_all_parts_are_counted_and_resharding_makes_anew(
         assert "webp" in sample
 
 
-def test_a_set_of_another_encoding_is_not_taken_for_the_same(
-    image_zip: Path, tmp_path: Path
-) -> None:
+def test_a_set_with_another_encoding_is_refused(image_zip: Path, tmp_path: Path) -> None:
     build_shards(image_zip, tmp_path / "out", SMALL)
     with pytest.raises(OutputDirError, match=r"short_side 16 \(now None\)"):
         build_shards(image_zip, tmp_path / "out", ShardOptions(samples_per_shard=5))
@@ -99,7 +97,7 @@ def test_arrays_are_samples_like_any_other(tmp_path: Path) -> None:
     assert not values
 
 
-def test_an_array_beside_a_picture_is_not_the_image(
+def test_an_array_next_to_a_picture_is_not_the_image(
     tmp_path: Path,
     write_tar: Callable[[Path, dict[str, bytes]], None],
     draw_image: Callable[..., bytes],

@@ -1,4 +1,4 @@
-"""Tars are those that webdataset writes, byte for byte, and their index is what a reader finds."""
+"""Tars equal webdataset's byte for byte, and indexes what a reader finds."""
 
 import hashlib
 import warnings
@@ -49,7 +49,7 @@ def test_bytes_are_those_of_webdataset(
         assert column.tolist() == getattr(finished.index, name).tolist()
 
 
-def test_what_a_tar_cannot_hold_is_refused(tmp_path: Path) -> None:
+def test_a_member_too_large_for_a_tar_is_refused(tmp_path: Path) -> None:
     class Endless(bytes):
         def __len__(self) -> int:
             return 8**11

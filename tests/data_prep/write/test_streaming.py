@@ -1,4 +1,4 @@
-"""Shards written while their source is still being listed are what any other run writes."""
+"""Streamed listing: the same shards as from any other run."""
 
 import itertools
 import json
@@ -175,7 +175,7 @@ def test_parts_of_other_input_do_not_merge(
         part(2)
 
 
-def test_what_comes_to_nothing_leaves_nothing(image_tar: Path, tmp_path: Path) -> None:
+def test_a_failed_run_leaves_nothing(image_tar: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match="is empty"):
         build_shards(tmp_path / "empty", tmp_path / "new" / "out", PLAIN)

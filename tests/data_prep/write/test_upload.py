@@ -1,4 +1,4 @@
-"""Shards that go to a store as they finish: the bytes of a local run, whatever happens."""
+"""Uploads: the bytes of a local run, wherever a run is interrupted."""
 
 import json
 import os
@@ -189,7 +189,7 @@ def test_bytes_do_not_depend_on_workers(gappy: Path, store: RemotePath, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # ray's own
-def test_a_cluster_ships_the_same_bytes(gappy: Path, store: RemotePath, tmp_path: Path) -> None:
+def test_a_cluster_uploads_the_same_bytes(gappy: Path, store: RemotePath, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     counts, staging = list[int](), tmp_path / "staging"
     progress = Progress(finished=lambda _: counts.append(tars(staging)))
@@ -248,7 +248,7 @@ def test_workers_do_not_run_ahead_of_a_slow_shard(
     assert held(store) == local(image_folder, tmp_path / "local", EACH)
 
 
-def test_a_complete_prefix_is_known_without_its_staging_folder(
+def test_a_complete_prefix_is_recognised_without_its_staging_folder(
     image_folder: Path, store: RemotePath, tmp_path: Path
 ) -> None:
     ship(image_folder, store, tmp_path / "staging", SHUFFLED)
@@ -319,7 +319,7 @@ def test_shards_of_another_run_are_refused_or_replaced(
     assert held(store) == local(image_folder, tmp_path / "local", SHUFFLED)
 
 
-def test_a_run_stops_where_another_takes_its_prefix(
+def test_a_run_stops_if_another_takes_its_prefix(
     image_folder: Path, store: RemotePath, tmp_path: Path
 ) -> None:
     def take(report: Any) -> None:
@@ -331,7 +331,7 @@ def test_a_run_stops_where_another_takes_its_prefix(
     assert held(store) == local(image_folder, tmp_path / "local", EACH)
 
 
-def test_what_comes_while_shards_are_written_is_left_alone(
+def test_objects_that_appear_meanwhile_are_left_alone(
     image_folder: Path, store: RemotePath, tmp_path: Path
 ) -> None:
     progress = Progress(finished=lambda _: (store / "notes.txt").write_bytes(b"mine"))
@@ -344,7 +344,7 @@ def test_what_comes_while_shards_are_written_is_left_alone(
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_what_is_not_ours_is_left_alone(
+def test_foreign_objects_are_left_alone(
     overwrite: bool, image_folder: Path, store: RemotePath, tmp_path: Path
 ) -> None:
     (store / "shard-000000.tar").write_bytes(b"mine")
@@ -379,7 +379,7 @@ def test_too_many_rejected_publish_nothing_and_keep_the_work(
     assert held(store) == local(gappy, tmp_path / "local", EACH)
 
 
-def test_a_set_is_replaced_by_good_images_alone(
+def test_a_set_is_replaced_only_by_usable_images(
     image_folder: Path, store: RemotePath, tmp_path: Path
 ) -> None:
     ship(image_folder, store, tmp_path / "staging", SHUFFLED)
@@ -393,7 +393,7 @@ def test_a_set_is_replaced_by_good_images_alone(
 
 
 @pytest.mark.parametrize("options", [EACH, SHUFFLED], ids=["streamed", "shuffled"])
-def test_shards_that_the_store_lost_are_made_again(
+def test_shards_that_the_store_lost_are_written_again(
     options: ShardOptions, image_folder: Path, store: RemotePath, tmp_path: Path
 ) -> None:
     whole = local(image_folder, tmp_path / "local", options)
@@ -409,7 +409,7 @@ def test_shards_that_the_store_lost_are_made_again(
     assert sorted(made)[:4] == [1, 2, 3, 7]
 
 
-def test_numbers_that_move_under_way_are_not_taken_on_trust(
+def test_shifted_shard_numbers_are_detected(
     image_folder: Path, store: RemotePath, tmp_path: Path
 ) -> None:
     """Where the source changes, --overwrite keeps what still fits, if it is where it belongs."""
@@ -427,7 +427,7 @@ def test_numbers_that_move_under_way_are_not_taken_on_trust(
     assert held(store) == local(image_folder, tmp_path / "local", EACH)
 
 
-def test_what_the_source_no_longer_has_does_not_stay(
+def test_shards_of_removed_files_are_removed(
     image_folder: Path, store: RemotePath, tmp_path: Path
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
@@ -439,7 +439,7 @@ def test_what_the_source_no_longer_has_does_not_stay(
     assert held(store) == local(image_folder, tmp_path / "local", EACH)
 
 
-def test_the_command_ships_and_reshards(
+def test_the_command_uploads_and_reshards(
     gappy: Path, store: RemotePath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--workers", "1", "--samples-per-shard", "5", "--max-rejected", "1"]
