@@ -82,7 +82,7 @@ class _ProgressDisplay:
 
     def __init__(self, bar: "tqdm[NoReturn]", source: str) -> None:
         self._bar, self._source = bar, source
-        self._bytes = self._bad = 0
+        self._bytes = self._rejected = 0
         self._sent = ""
         self._started = time.monotonic()
 
@@ -103,7 +103,7 @@ class _ProgressDisplay:
     def finished(self, report: ShardReport) -> None:
         """Count a finished shard."""
         self._bytes += report.entry.bytes if report.entry else 0
-        self._bad += len(report.rejected)
+        self._rejected += len(report.rejected)
         self._show()
 
     def uploaded(self, shards: int, sent: int) -> None:
@@ -114,7 +114,7 @@ class _ProgressDisplay:
     def _show(self) -> None:
         seconds = max(1e-3, time.monotonic() - self._started)
         speed = f"{self._bytes / seconds / 1e6:.1f} MB/s"
-        self._bar.set_postfix_str(f"{speed}, bad {self._bad:,}{self._sent}")
+        self._bar.set_postfix_str(f"{speed}, rejected {self._rejected:,}{self._sent}")
 
 
 def _staging(destination: RemotePath, arguments: argparse.Namespace) -> Path:

@@ -188,16 +188,16 @@ def _reuse_or_write_listing(
 
 
 def _list(output: OutputDir, job: _Job, source: ImageSource, listed: Tick) -> SourceListing:
-    dropper = None
+    filter_duplicates = None
     if job.options.deduplicate or job.options.near_duplicates is not None:
-        dropper = make_duplicate_filter(
+        filter_duplicates = make_duplicate_filter(
             job.source,
             job.options,
             output.partial,
             shards=job.shards,
             workers=job.run.workers,
         )
-    return write_listing(source, job.options, output.partial, dropper, listed)
+    return write_listing(source, job.options, output.partial, filter_duplicates, listed)
 
 
 def _reload_log(output: OutputDir) -> None:

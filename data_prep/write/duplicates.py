@@ -65,7 +65,7 @@ def make_duplicate_filter(
     Args:
         source: the source of the files.
         options: selection, and distance of near duplicates.
-        folder: folder for sorting, and for the digests that a resumed run needs not compute again.
+        folder: folder for sorting, and for digests, which a resumed run reuses.
         shards: whether the source is a folder of shards.
         workers: number of reading processes.
 
@@ -75,7 +75,7 @@ def make_duplicate_filter(
     if options.near_duplicates is not None:
         require_hashes()
 
-    def drop(files: WindowedFiles) -> WindowedFiles:
+    def mark(files: WindowedFiles) -> WindowedFiles:
         digests, paths = ExternalSort(folder, "digests"), ExternalSort(folder, "paths")
         tasks = (
             _DigestTask(source=source, options=options, shards=shards, folder=folder, files=group)
@@ -85,17 +85,17 @@ def make_duplicate_filter(
             for rows in map_tasks(_digest_files, tasks, workers=workers, tick=lambda _: None):
                 for key, line in rows:
                     digests.add(key, line)
-            rows_ = _mark_duplicates(digests)
+            marked = _mark_duplicates(digests)
             if options.near_duplicates is not None:
-                for row in rows_:
+                for row in marked:
                     paths.add(path_key(row.file.path), _encode(row))
-                rows_ = _mark_near_duplicates(paths, options.near_duplicates, folder)
-            yield from ((row.file, row.window) for row in rows_)
+                marked = _mark_near_duplicates(paths, options.near_duplicates, folder)
+            yield from ((row.file, row.window) for row in marked)
         finally:
             digests.discard()
             paths.discard()
 
-    return drop
+    return mark
 
 
 def _in_groups(files: WindowedFiles) -> Iterator[tuple[tuple[SourceFile, int], ...]]:
@@ -111,9 +111,8 @@ def _in_groups(files: WindowedFiles) -> Iterator[tuple[tuple[SourceFile, int], .
 
 def _digest_files(task: _DigestTask, tick: Tick) -> list[tuple[str, str]]:
     rows = []
-    for (file, window), (digest, perceptual) in zip(
-        task.files, _hash_files(task, tick), strict=True
-    ):
+    hashes = _hash_files(task, tick)
+    for (file, window), (digest, perceptual) in zip(task.files, hashes, strict=True):
         row = _HashedFile(file, window, perceptual)
         rows.append((f"{digest}.{path_key(file.path)}", _encode(row)))
     return rows
