@@ -1,7 +1,8 @@
 """Image checks before storage: format, size, and whether the image decodes.
 
 The bytes of JPEG, PNG, WebP and plain `.npy` files are kept unless the options ask for something
-else. Other formats are re-encoded as PNG or as an array, whichever is lossless.
+else. Other formats are re-encoded as PNG or as an array, whichever is lossless. `read_pixels`
+decodes stored images.
 """
 
 import io
@@ -43,6 +44,7 @@ _KEPT = {"JPEG": "jpeg", "MPO": "jpeg", "PNG": "png", "WEBP": "webp"}
 _EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 _REWRITTEN = ("AVIF", "BMP", "DIB", "GIF", "JPEG2000", "PPM", "TGA", "TIFF")
 _LOSSLESS_WEBP = b"VP8L"
+_WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 class RejectedImageError(ValueError):
@@ -218,9 +220,6 @@ def _check_pixels(image: Image.Image, data: bytes) -> tuple[str, ...]:
                 return ()
     image.load()
     return ("JPEG checked by Pillow alone",) if image.format in ("JPEG", "MPO") else ()
-
-
-_WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 def read_pixels(data: bytes, extension: str) -> NDArray[Any]:
