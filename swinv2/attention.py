@@ -1,4 +1,4 @@
-"""Attention within windows, by scaled cosine scores and a position bias."""
+"""Window attention: partition, shift and mask, scaled cosine scores, position bias."""
 
 import math
 from dataclasses import dataclass
@@ -9,23 +9,24 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from swinv2.config import AttentionPath, Axes, clamp_window
-from swinv2.kernels.cached_tables import kept
-from swinv2.kernels.fused import fused_attention, mask_regions
-from swinv2.kernels.linear import Linear, being_exported, linear
-from swinv2.kernels.sequential import SHORTEST, sequential_attention
+from swinv2.kernels.cached_tables import cached_table
+from swinv2.kernels.dispatch import choose_attention
+from swinv2.kernels.fused import fused_attention, region_mask
+from swinv2.kernels.linear import Linear, linear
+from swinv2.kernels.sequential import MIN_NORM, sequential_attention
 from swinv2.position_bias import PositionBias
 
 LARGEST_LOGIT_SCALE = math.log(100)
 ACROSS_REGIONS = -100.0  # added to scores between regions that only the shift brought together
-PADDING = -1  # the region of tokens that only fill a window
+PADDING = -1  # the region of padding tokens
 
 
 @dataclass(frozen=True)
 class WindowGrid:
-    """How a map of tokens is cut into windows.
+    """Partition of a map of tokens into windows.
 
-    All are numbers along the axes of the map, in tokens: (rows, columns) of an image, (frames,
-    rows, columns) of a clip.
+    Sizes are in tokens along the axes of the map: (rows, columns) of an image, (frames, rows,
+    columns) of a clip.
     """
 
     resolution: Axes
@@ -34,7 +35,7 @@ class WindowGrid:
 
     @property
     def padding(self) -> Axes:
-        """What is added at the end of each axis, to fill the last windows."""
+        """Tokens added at the end of each axis to fill the last windows."""
         return tuple(
             -tokens % side for tokens, side in zip(self.resolution, self.window, strict=True)
         )
@@ -48,14 +49,14 @@ class WindowGrid:
 
     @property
     def needs_mask(self) -> bool:
-        """Whether some pair of tokens in one window may not attend to each other."""
+        """Whether some pair of tokens in a window must not attend to each other."""
         return any(self.shift) or any(self.padding)
 
 
 def window_grid(resolution: Axes, window: Axes, *, shifted: bool) -> WindowGrid:
-    """Fit windows to a map of tokens, each axis by itself; a shift is half a window.
+    """Fit windows to a map of tokens, each axis separately; a shift is half a window.
 
-    All in tokens along each axis. Where a window spans an axis there is no shift along it.
+    Sizes are in tokens along each axis. An axis that one window spans is not shifted.
     """
     fitted = [clamp_window(tokens, side) for tokens, side in zip(resolution, window, strict=True)]
     shift = tuple(side // 2 if shifted and moves else 0 for side, moves in fitted)
@@ -65,14 +66,14 @@ def window_grid(resolution: Axes, window: Axes, *, shifted: bool) -> WindowGrid:
 def shift_tokens(tokens: Tensor, grid: WindowGrid) -> Tensor:
     """Pad (batch, *resolution, channels) to whole windows, then roll it by the shift."""
     if any(grid.padding):
-        # From the last axis to the first, before and behind; of the channels, nothing.
+        # F.pad takes (before, after) pairs from the last axis to the first; channels get none.
         ends = [side for behind in reversed(grid.padding) for side in (0, behind)]
         tokens = F.pad(tokens, (0, 0, *ends))
     return _roll(tokens, tuple(-tokens_moved for tokens_moved in grid.shift))
 
 
 def unshift_tokens(tokens: Tensor, grid: WindowGrid) -> Tensor:
-    """Undo shift_tokens: roll back, then crop the padding."""
+    """Undo `shift_tokens`: roll back, then crop the padding."""
     tokens = _roll(tokens, grid.shift)
     inside = (slice(None), *(slice(length) for length in grid.resolution))
     return tokens[inside]
@@ -92,56 +93,49 @@ MAP_AND_WINDOWS = {
         "batch (frames rows columns) (t h w) channels",
     ),
 }
-"""By the axes of a map: how it lies, and how it lies in windows."""
+"""For maps of two and of three axes: einops patterns of the map and of its windows."""
 
 
 def partition(tokens: Tensor, grid: WindowGrid) -> Tensor:
-    """Cut (batch, *resolution, channels) into (batch, windows, tokens of a window, channels)."""
+    """Partition (batch, *resolution, channels) into (batch, windows, window tokens, channels)."""
     as_map, as_windows = MAP_AND_WINDOWS[len(grid.window)]
     return rearrange(tokens, f"{as_map} -> {as_windows}", **_sides(grid))
 
 
 def reverse(windows: Tensor, grid: WindowGrid) -> Tensor:
-    """Undo partition."""
+    """Undo `partition`."""
     as_map, as_windows = MAP_AND_WINDOWS[len(grid.window)]
     return rearrange(windows, f"{as_windows} -> {as_map}", **_sides(grid), **_numbers(grid))
 
 
 def _sides(grid: WindowGrid) -> dict[str, int]:
-    """Name the sides of a window as MAP_AND_WINDOWS does."""
+    """Return the sides of a window by their names in MAP_AND_WINDOWS."""
     axes = len(grid.window)
     return dict(zip(("t", "h", "w")[-axes:], grid.window, strict=True))
 
 
 def _numbers(grid: WindowGrid) -> dict[str, int]:
-    """Name the numbers of windows along each axis as MAP_AND_WINDOWS does."""
+    """Return the windows along each axis by their names in MAP_AND_WINDOWS."""
     axes = len(grid.window)
     return dict(zip(("frames", "rows", "columns")[-axes:], grid.windows, strict=True))
 
 
 def window_mask(grid: WindowGrid, device: torch.device) -> Tensor:
-    """Give what is added to the scores of each window, (windows, 1, queries, keys).
+    """Return the mask that is added to the scores of each window, (windows, 1, queries, keys).
 
-    Minus infinity on padded keys, which nothing may attend to; -100, as in the reference code,
+    Minus infinity for padding keys, which nothing may attend to; -100, as in the reference code,
     between tokens that are neighbours only because the shift wrapped the map around; 0 elsewhere.
     """
-    regions = window_regions(grid, device)
-    if compiled_by_kernels():
-        mask: Tensor = mask_regions(regions, ACROSS_REGIONS, PADDING)
-        return mask
-    queries, keys = regions[:, None, :, None], regions[:, None, None, :]
-    mask = torch.where(queries == keys, 0.0, ACROSS_REGIONS)
-    if any(grid.padding):
-        mask = mask.masked_fill(keys == PADDING, -math.inf)
-    return mask
+    padding = PADDING if any(grid.padding) else None
+    return region_mask(window_regions(grid, device), ACROSS_REGIONS, padding)
 
 
-@kept
+@cached_table
 def window_regions(grid: WindowGrid, device: torch.device) -> Tensor:
-    """Number the stretches of the map that each window holds, (windows, tokens), int64.
+    """Return the region number of each token of each window, (windows, tokens), int64.
 
-    Tokens of one window have the same number where they were neighbours before the shift, and
-    PADDING where there is no token.
+    Tokens of a window have the same number if they were neighbours before the shift; padding tokens
+    have PADDING.
     """
     regions, *others = (_axis_regions(grid, axis, device) for axis in range(len(grid.window)))
     padded = regions == PADDING
@@ -153,7 +147,7 @@ def window_regions(grid: WindowGrid, device: torch.device) -> Tensor:
 
 
 def _axis_regions(grid: WindowGrid, axis: int, device: torch.device) -> Tensor:
-    """Number the stretches along one axis of the shifted map."""
+    """Return the region numbers along one axis of the shifted map."""
     window, shift = grid.window[axis], grid.shift[axis]
     length = grid.windows[axis] * window
     positions = torch.arange(length, device=device)
@@ -165,9 +159,10 @@ def _axis_regions(grid: WindowGrid, axis: int, device: torch.device) -> Tensor:
 def explicit_attention(qkv: Tensor, *, scale: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
     """Attend by scaled cosine similarity: softmax(scale · cos(query, key) + bias + mask) · value.
 
-    Paper, equation 2. From (batch, windows, tokens, 3·heads·d), queries, keys and values in a row,
-    to (batch, windows, tokens, heads·d); scale is (heads, 1, 1), bias (heads, tokens, tokens), mask
-    (windows, 1, tokens, tokens). All but the two products is at least float32, under autocast too.
+    Paper, equation 2. From (batch, windows, tokens, 3·heads·d), queries, keys and values
+    concatenated, to (batch, windows, tokens, heads·d); scale is (heads, 1, 1), bias (heads, tokens,
+    tokens), mask (windows, 1, tokens, tokens). Everything but the two products is computed in at
+    least float32, under autocast too.
     """
     query, key, value = _directions_and_values(qkv, scale)
     scores = query @ key.transpose(-2, -1) + bias
@@ -178,7 +173,7 @@ def explicit_attention(qkv: Tensor, *, scale: Tensor, bias: Tensor, mask: Tensor
 
 
 def sdpa_attention(qkv: Tensor, *, scale: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
-    """Do as explicit_attention does, with torch's scaled_dot_product_attention."""
+    """Compute `explicit_attention` with torch's scaled_dot_product_attention."""
     query, key, value = _directions_and_values(qkv, scale)
     added = bias[None] if mask is None else (bias + mask).expand(len(qkv), -1, -1, -1, -1)
     query, key, value = (part.flatten(0, 1).to(value.dtype) for part in (query, key, value))
@@ -193,7 +188,7 @@ def sdpa_attention(qkv: Tensor, *, scale: Tensor, bias: Tensor, mask: Tensor | N
 
 
 def _directions_and_values(qkv: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Split into (batch, windows, heads, tokens, d), normalise all but values, scale queries."""
+    """Split into (batch, windows, heads, tokens, d); normalise queries and keys, scale queries."""
     query, key, value = rearrange(
         qkv,
         "batch windows tokens (roles heads d) -> roles batch windows heads tokens d",
@@ -201,16 +196,16 @@ def _directions_and_values(qkv: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, 
         heads=len(scale),
     )
     query, key = query.to(scale.dtype), key.to(scale.dtype)
-    return query * (scale / _length(query)), key / _length(key), value
+    return query * (scale / _norm(query)), key / _norm(key), value
 
 
-def _length(vectors: Tensor) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    return length.clamp_min(SHORTEST)
+def _norm(vectors: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return norm.clamp_min(MIN_NORM)
 
 
 class WindowAttention(nn.Module):
-    """Scaled cosine attention within windows of a map of tokens, with heads projected together."""
+    """Scaled cosine attention within the windows of a map of tokens."""
 
     def __init__(self, dim: int, num_heads: int, reference_window: Axes) -> None:
         super().__init__()
@@ -225,7 +220,7 @@ class WindowAttention(nn.Module):
         self.projection = Linear(dim, dim)
 
     def forward(self, tokens: Tensor, grid: WindowGrid) -> Tensor:
-        """Mix (batch, *resolution, channels) within the windows of the grid."""
+        """Map (batch, *resolution, channels) to the same shape, attending within the windows."""
         qkv_bias = torch.cat((self.query_bias, torch.zeros_like(self.query_bias), self.value_bias))
         windows = partition(shift_tokens(tokens, grid), grid)
         qkv = linear(windows, self.qkv.weight, qkv_bias)
@@ -240,32 +235,20 @@ class WindowAttention(nn.Module):
         return unshift_tokens(reverse(output, grid), grid)
 
     def _attend(self, qkv: Tensor, scale: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
-        path = self.path
-        if path == "auto" and being_exported():
-            path = "explicit"
-        if path == "auto" and torch.compiler.is_compiling() and not _better_in_groups(qkv):
-            return fused_attention(qkv, scale=scale, bias=bias, mask=mask)
-        match path:
+        kernel = choose_attention(self.path, qkv)
+        match kernel:
             case "explicit":
                 return explicit_attention(qkv, scale=scale, bias=bias, mask=mask)
             case "sdpa":
                 return sdpa_attention(qkv, scale=scale, bias=bias, mask=mask)
-            case _:
+            case "fused":
+                return fused_attention(qkv, scale=scale, bias=bias, mask=mask)
+            case "sequential" | "sequential_saving":
                 return sequential_attention(
                     qkv,
                     scale=scale,
                     bias=bias,
                     mask=mask,
                     scores_at_a_time=self.scores_at_a_time,
-                    keep=path == "auto",
+                    save_weights=kernel == "sequential_saving",
                 )
-
-
-def compiled_by_kernels() -> bool:
-    """Tell whether a graph is made that may hold operators of ours."""
-    return torch.compiler.is_compiling() and not being_exported()
-
-
-def _better_in_groups(tokens: Tensor) -> bool:
-    """Tell whether compiled blocks compute scores in groups, too: as fast, and in less memory."""
-    return tokens.device.type == "cpu" and tokens.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Log-spaced continuous position bias: what an offset between two tokens adds to their score."""
+"""Log-spaced continuous position bias: a score for each relative position of two tokens."""
 
 import math
 from collections.abc import Iterator
@@ -11,23 +11,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swinv2.config import Axes
-from swinv2.kernels.cached_tables import kept
-from swinv2.kernels.linear import Linear, being_exported, operators_are_watched
-from swinv2.kernels.relative_position_ops import spread_offsets
+from swinv2.kernels.cached_tables import cached_table
+from swinv2.kernels.dispatch import use_operators
+from swinv2.kernels.linear import Linear
+from swinv2.kernels.relative_position_ops import gather_relative_positions
 
 BIAS_HIDDEN = 512
-"""Width of the MLP."""
+"""Hidden units of the MLP."""
 
 
-@kept
-def offset_coordinates(
+@cached_table
+def relative_coordinates(
     window: Axes, reference: Axes, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Give log-spaced coordinates of all offsets in a window, (offsets, axes).
+    """Return the log-spaced coordinates of all offsets in a window, (offsets, axes).
 
-    Offsets along an axis are from 1 - side to side - 1; those of the last axis vary fastest.
-    Paper, equation 4, in the scale of the reference code: they are divided by the largest one of
-    the reference window, times 8, then sign(x)·log2(|x| + 1) / log2(8).
+    Offsets along an axis range from 1 - side to side - 1; those of the last axis vary fastest.
+    Paper, equation 4, in the scale of the reference code: offsets are divided by the largest one of
+    the reference window and multiplied by 8, then sign(x)·log2(|x| + 1) / log2(8).
     """
     along_axes = (
         torch.arange(1 - side, side, device="cpu", dtype=torch.float64)
@@ -38,14 +39,14 @@ def offset_coordinates(
     return (offsets.sign() * torch.log2(offsets.abs() + 1) / math.log2(8)).to(device, dtype)
 
 
-@kept
-def offset_index(window: Axes, device: torch.device) -> Tensor:
-    """Give the row of offset_coordinates for each (query, key) of a window, int64."""
+@cached_table
+def relative_position_index(window: Axes, device: torch.device) -> Tensor:
+    """Return the row of `relative_coordinates` for each (query, key) of a window, int64."""
     tokens = math.prod(window)
     places = torch.arange(tokens, device=device)
     index = places.new_zeros(1, 1)
     for side in window:
-        tokens //= side  # of which places along this axis are apart
+        tokens //= side  # stride of this axis
         along = places // tokens % side
         index = index * (2 * side - 1) + along[:, None] - along + side - 1
     return index
@@ -53,7 +54,7 @@ def offset_index(window: Axes, device: torch.device) -> Tensor:
 
 @contextmanager
 def without_autocast(device: torch.device) -> Iterator[None]:
-    """Compute in the precision of the tensors, whatever autocast says."""
+    """Compute in the precision of the tensors, even under autocast."""
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):
             yield
@@ -62,21 +63,21 @@ def without_autocast(device: torch.device) -> Iterator[None]:
 
 
 @dataclass(frozen=True, eq=False)
-class KeptBias:
-    """A position bias computed without gradients, and what it was computed of."""
+class CachedBias:
+    """A position bias computed without gradients, with its window and weights."""
 
     window: Axes
     copies: tuple[Tensor, ...]
-    """Of the weights, on a CPU."""
+    """The weights; on a CPU only."""
     versions: tuple[tuple[int, int], ...]
-    """Where each weight lay, and how often it had been written there, elsewhere."""
+    """Address and version counter of each weight; on other devices only."""
     bias: Tensor
 
-    def fits(self, window: Axes, weights: tuple[Tensor, ...]) -> bool:
-        """Tell whether it is that of these weights.
+    def is_valid(self, window: Axes, weights: tuple[Tensor, ...]) -> bool:
+        """Return whether the bias was computed from this window and these weights.
 
-        On a CPU they are compared by value: versions do not see what is written through `.data`.
-        Elsewhere that would wait for the device.
+        On a CPU weights are compared by value, since version counters miss writes through `.data`.
+        On other devices that comparison would wait for the device.
         """
         if window != self.window or self.bias.device != weights[0].device:
             return False
@@ -93,9 +94,9 @@ def _versions(weights: tuple[Tensor, ...]) -> tuple[tuple[int, int], ...]:
 
 
 class PositionBias(nn.Module):
-    """Bias of each head for each offset between two tokens, from a small MLP (section 3.3).
+    """Bias of each head for each relative position, from a small MLP (section 3.3).
 
-    It has as many coordinates as the reference window has axes.
+    Its inputs are one coordinate per axis of the reference window.
     """
 
     def __init__(self, num_heads: int, reference_window: Axes) -> None:
@@ -103,53 +104,50 @@ class PositionBias(nn.Module):
         self.reference_window = reference_window
         self.expand = Linear(len(reference_window), BIAS_HIDDEN)
         self.reduce = Linear(BIAS_HIDDEN, num_heads, bias=False)
-        self._kept: KeptBias | None = None
+        self._cached: CachedBias | None = None
 
     def forward(self, window: Axes) -> Tensor:
-        """Give the bias within a window, by its sides in tokens, as (heads, queries, keys)."""
+        """Return the bias within a window, given by its sides in tokens: (heads, queries, keys)."""
         weights = (self.expand.weight, self.expand.bias, self.reduce.weight)
         if torch.compiler.is_compiling():
             return self._compute(window)
-        if not self._may_keep(weights[0]):
-            self._kept = None
+        if not self._may_cache(weights[0]):
+            self._cached = None
             return self._compute(window)
-        if self._kept is None or not self._kept.fits(window, weights):
+        if self._cached is None or not self._cached.is_valid(window, weights):
             on_cpu = weights[0].is_cpu
-            # What is kept outlives the inference mode that it may be first needed in.
+            # The cached bias outlives the inference mode in which it may be computed.
             with torch.inference_mode(False), torch.no_grad():
                 copies = tuple(weight.detach().clone() for weight in weights if on_cpu)
                 versions = () if on_cpu else _versions(weights)
-                self._kept = KeptBias(window, copies, versions, self._compute(window))
-        return self._kept.bias
+                self._cached = CachedBias(window, copies, versions, self._compute(window))
+        return self._cached.bias
 
     def train(self, mode: bool = True) -> "PositionBias":
-        """Switch between training and evaluation, which begins with nothing kept."""
-        self._kept = None
+        """Switch between training and evaluation, which starts with an empty cache."""
+        self._cached = None
         return super().train(mode)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._kept = None
+        self._cached = None
         super()._load_from_state_dict(*args, **kwargs)
 
-    def _may_keep(self, weight: Tensor) -> bool:
-        """Tell whether the bias may be needed again with the same weights.
+    def _may_cache(self, weight: Tensor) -> bool:
+        """Return whether the bias may be needed again with the same weights.
 
-        Off the CPU, where changes are known by their version, in evaluation alone, and of tensors
-        that are really there.
+        On other devices than a CPU, where a change is known by the version counter, only in
+        evaluation, and only for real tensors.
         """
         if torch.is_grad_enabled():
             return False
         unsure = self.training or weight.is_inference() or weight.is_meta
-        return weight.is_cpu or not (unsure or operators_are_watched())
+        return weight.is_cpu or not (unsure or use_operators())
 
     def _compute(self, window: Axes) -> Tensor:
         weight = self.expand.weight
-        offsets = offset_coordinates(window, self.reference_window, weight.dtype, weight.device)
+        offsets = relative_coordinates(window, self.reference_window, weight.dtype, weight.device)
         with without_autocast(weight.device):
-            # Through operators of ours, so that a compiled backward keeps the precision, too.
+            # Custom operators, so that a compiled backward keeps the precision, too.
             table = 16 * torch.sigmoid(self.reduce(F.relu(self.expand(offsets))))
-        index = offset_index(window, weight.device)
-        if being_exported():
-            return F.embedding(index, table).permute(2, 0, 1)
-        bias: Tensor = spread_offsets(table, index, window)
-        return bias
+        index = relative_position_index(window, weight.device)
+        return gather_relative_positions(table, index, window)

@@ -1,1 +1,1 @@
-"""Attention, linear products and tables of relative positions, one fast way per device."""
+"""Faster kernels of attention, linear layers and relative positions; dispatch.py chooses."""

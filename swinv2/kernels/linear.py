@@ -1,8 +1,8 @@
-"""The product of a linear layer on the kernel that is fastest on the machine at hand.
+"""Linear layers on oneDNN, which is the fastest on a CPU.
 
-On a CPU these are oneDNN's, which are in PyTorch. For float32 PyTorch calls MKL instead, which is
-slower on AMD processors; for bfloat16 it calls oneDNN, but copies the bias into the output first.
-Both compute in IEEE arithmetic and add up in an order fixed by the shapes.
+oneDNN is part of PyTorch. For float32 PyTorch calls MKL instead, which is slower on AMD processors;
+for bfloat16 it calls oneDNN, but copies the bias into the output first. Both compute in IEEE
+arithmetic and sum in an order fixed by the shapes.
 """
 
 from collections.abc import Callable
@@ -13,18 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-ROWS_AT_A_TIME = 1024  # of a weight gradient: both operands are read across, so keep them in cache
+from swinv2.kernels.dispatch import use_onednn, use_operators
+
+ROWS_AT_A_TIME = 1024  # of a weight gradient: both operands are read by column, from the cache
 
 CAST = (torch.float32, torch.bfloat16, torch.float16)
-"""What autocast casts: double precision stays what it is."""
-
-ONEDNN_IS_FAST = torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(
-    torch.ops.mkldnn, "_linear_pointwise"
-)
+"""The types that autocast casts; double precision is not one of them."""
 
 
 class Linear(nn.Linear):
-    """nn.Linear on the fastest kernel."""
+    """`nn.Linear` on the fastest kernel."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map the last axis."""
@@ -32,46 +30,24 @@ class Linear(nn.Linear):
 
 
 def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Map (..., inputs) to (..., outputs) as F.linear does, under autocast too.
+    """Map (..., inputs) to (..., outputs) as `F.linear` does, under autocast too.
 
-    `torch.backends.mkldnn.flags(enabled=False)` turns oneDNN off here as everywhere.
+    `torch.backends.mkldnn.flags(enabled=False)` turns oneDNN off here, as in all of PyTorch.
     """
     if torch.is_autocast_enabled(tokens.device.type) and tokens.dtype in CAST:
-        # Windows are cast and laid out in a row by one copy.
+        # One copy both casts windows and makes them contiguous.
         dtype = torch.get_autocast_dtype(tokens.device.type)
         tokens = tokens.to(dtype, memory_format=torch.contiguous_format)
     elif tokens.dtype != weight.dtype:
-        return F.linear(tokens, weight, bias)  # which says what is wrong
-    if not _onednn_serves(tokens):
+        return F.linear(tokens, weight, bias)  # raises the usual error
+    if not use_onednn(tokens):
         return F.linear(tokens, weight, bias)
     rows = tokens.reshape(-1, tokens.shape[-1])
-    product = _product_operator if operators_are_watched() else _apply
+    product = _product_operator if use_operators() else _apply
     mapped: Tensor = product(
         rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype)
     )
     return mapped.view(*tokens.shape[:-1], len(weight))
-
-
-def being_exported() -> bool:
-    """Tell whether a graph is made for other programs, which have PyTorch's own operators alone."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-
-
-def operators_are_watched() -> bool:
-    """Tell whether what is computed is made a graph of, or counted, operator by operator."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-
-
-def _onednn_serves(tokens: Tensor) -> bool:
-    """Tell whether oneDNN is there, fast, and given tokens that it takes."""
-    return (
-        tokens.dtype in (torch.float32, torch.bfloat16)
-        and tokens.device.type == "cpu"
-        and tokens.numel() > 0
-        and not being_exported()
-        and ONEDNN_IS_FAST
-        and (torch.compiler.is_compiling() or bool(torch._C._get_mkldnn_enabled()))
-    )
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -118,12 +94,12 @@ def _(gradient: Tensor, rows: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """What the operators do, without a dispatcher on the way: of small products that is a third."""
+    """The operators without the dispatcher, which is a third of the time of small products."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         product = _product(rows, weight, bias)
-        _keep(ctx, (rows, weight, bias), product)
+        _save(ctx, (rows, weight, bias), product)
         return product
 
     @staticmethod
@@ -147,14 +123,14 @@ def _gradients(
     )
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     rows, weight, _ = inputs
     ctx.save_for_backward(rows, weight)
 
 
-def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return _gradients(ctx, gradient, _product_operator, _weight_gradient_operator)
 
 
-_product_operator.register_autograd(_differentiate, setup_context=_keep)
+_product_operator.register_autograd(_backward, setup_context=_save)
 _apply: Any = _Product.apply

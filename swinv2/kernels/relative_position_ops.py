@@ -1,69 +1,80 @@
-"""From the offsets of a window to its pairs of tokens and back, as operators.
+"""Gather by relative position and its gradient, as operators.
 
-Of a bias that is given by offset, each offset is read by many pairs, so the gradient of one is a
-sum over pairs. PyTorch adds these one by one, on one thread: in windows of 24 x 24 that took a
-quarter of a bfloat16 training step of one image. Offsets along an axis are differences of places,
-so that the keys of one query lie in a row of them, and sums are those of whole rows.
+A position bias is a table by relative position (offset), and many pairs of tokens of a window share
+one. The gradient of a row is therefore a sum over pairs, which PyTorch computes pair by pair on one
+thread: in windows of 24 x 24 that took a quarter of a bfloat16 training step of one image. Along an
+axis, offsets are differences of places, so that the keys of one query are consecutive offsets, and
+the sums are those of whole rows.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from swinv2.kernels.dispatch import is_exporting
+
+
+def gather_relative_positions(table: Tensor, index: Tensor, window: tuple[int, ...]) -> Tensor:
+    """Return the row of the table for each pair of tokens: (heads, queries, keys).
+
+    Args:
+        table: (offsets, heads); offsets along the last axis vary fastest.
+        index: (queries, keys), int64: the row of each pair, as
+            `swinv2.position_bias.relative_position_index` gives it for the window.
+        window: tokens along each axis.
+
+    Returns:
+        A tensor that can be differentiated once.
+    """
+    if is_exporting():
+        return F.embedding(index, table).permute(2, 0, 1)
+    gathered: Tensor = _gather(table, index, window)
+    return gathered
 
 
 @torch.library.custom_op(
-    "swinv2::spread_offsets",
+    "swinv2::gather_relative_positions",
     mutates_args=(),
     schema="(Tensor table, Tensor index, int[] window) -> Tensor",
     tags=torch.Tag.flexible_layout,
 )
-def spread_offsets(table: Tensor, index: Tensor, window: list[int]) -> Tensor:  # noqa: ARG001
-    """Give each pair of tokens the row of its offset: (heads, queries, keys).
-
-    Args:
-        table: (offsets, heads), offsets along the last axis vary fastest.
-        index: (queries, keys), int64: the row of each pair, as `swinv2.position_bias.offset_index`
-            gives it for the window.
-        window: tokens along each axis.
-
-    Returns:
-        It can be differentiated once.
-    """
+def _gather(table: Tensor, index: Tensor, window: list[int]) -> Tensor:  # noqa: ARG001
     rows = table.t().contiguous().index_select(1, index.flatten())
     return rows.view(-1, *index.shape)
 
 
 @torch.library.custom_op(
-    "swinv2::sum_by_offset",
+    "swinv2::sum_relative_positions",
     mutates_args=(),
     schema="(Tensor by_pair, int[] window) -> Tensor",
     tags=torch.Tag.flexible_layout,
 )
-def sum_by_offset(by_pair: Tensor, window: list[int]) -> Tensor:
-    """Sum (heads, queries, keys) over the pairs of each offset: (offsets, heads).
+def sum_relative_positions(by_pair: Tensor, window: list[int]) -> Tensor:
+    """Sum (heads, queries, keys) over the pairs of each relative position: (offsets, heads).
 
     The order of the sums is fixed by the window.
     """
     axes = len(window)
     sums = by_pair.view(-1, *window, *window)
     for axis, side in enumerate(window):
-        # Sums of the axes before are behind the keys, and go there for this one, too.
+        # The sums of earlier axes are behind the keys; move the keys of this one there, too.
         by_query = sums.movedim((1, 1 + axes - axis), (0, -1))
         sums = by_query.new_zeros(*by_query.shape[1:-1], 2 * side - 1)
         for query in range(side):
-            first = side - 1 - query  # the offset of key 0, counted from that of the last query
+            first = side - 1 - query  # offset of key 0, counted from that of the last query
             sums[..., first : first + side].add_(by_query[query])
-    # So far they are key minus query.
+    # So far offsets are key minus query.
     return sums.flip(tuple(range(1, 1 + axes))).flatten(1).t().contiguous()
 
 
-@spread_offsets.register_fake
+@_gather.register_fake
 def _(table: Tensor, index: Tensor, window: list[int]) -> Tensor:  # noqa: ARG001
     return table.new_empty(table.shape[1], *index.shape)
 
 
-@sum_by_offset.register_fake
+@sum_relative_positions.register_fake
 def _(by_pair: Tensor, window: list[int]) -> Tensor:
     offsets = 1
     for side in window:
@@ -71,12 +82,12 @@ def _(by_pair: Tensor, window: list[int]) -> Tensor:
     return by_pair.new_empty(offsets, by_pair.shape[0])
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+def _save_window(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     _, _, ctx.window = inputs
 
 
-def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-    return sum_by_offset(gradient.contiguous(), ctx.window), None, None
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    return sum_relative_positions(gradient.contiguous(), ctx.window), None, None
 
 
-spread_offsets.register_autograd(_differentiate, setup_context=_keep)
+_gather.register_autograd(_backward, setup_context=_save_window)

@@ -1,9 +1,9 @@
-"""Scaled cosine attention, one group of windows after the other, with a backward of its own.
+"""Sequential scaled cosine attention: one group of windows at a time, with its own backward.
 
 Scores are the largest tensors of the encoder: (windows, heads, tokens, tokens). Here only those of
-one group exist at a time, which stays in the processor's cache. For the backward the weights that
-come of them are either kept, once and in the precision of the values, or computed again: then
-inputs of any size take a fixed memory (paper, section 3.5, sequential self-attention).
+one group exist at a time, which fit into the processor's cache. For the backward the attention
+weights are either saved, once and in the precision of the values, or computed again: then inputs of
+any size take a fixed memory (paper, section 3.5, sequential self-attention).
 """
 
 import math
@@ -15,17 +15,14 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from swinv2.kernels.linear import operators_are_watched
+from swinv2.kernels.dispatch import choose_scores_at_a_time, use_operators
 
-SHORTEST = 1e-12
-"""What a query or key is divided by where it is shorter than this."""
-
-LARGE_WINDOW = 256
-"""Tokens of a window above which the scores of one head are too few for a fast product."""
+MIN_NORM = 1e-12
+"""Least norm that a query or key is divided by."""
 
 
 class Group(NamedTuple):
-    """Which scores are computed together."""
+    """Images, windows and heads whose scores are computed together."""
 
     images: slice
     windows: slice
@@ -39,7 +36,7 @@ def sequential_attention(
     bias: Tensor,
     mask: Tensor | None,
     scores_at_a_time: int | None,
-    keep: bool,
+    save_weights: bool,
 ) -> Tensor:
     """Attend within windows: softmax(scale · cos(query, key) + bias + mask) · value.
 
@@ -48,18 +45,17 @@ def sequential_attention(
         scale: (heads, 1, 1), at least float32.
         bias: (heads, tokens, tokens), in the precision of scale.
         mask: (windows, 1, tokens, tokens), added to the scores of each window, or None.
-        scores_at_a_time: numbers in the scores of a group, which has one window and head at least;
-            None for 2**19 on a CPU, whose cache holds them, or 2**21 in large windows, and 2**27
-            elsewhere.
-        keep: keep the attention weights for the backward, in the precision of qkv, instead of
-            computing them again.
+        scores_at_a_time: scores of a group, which has at least one window and head; None for
+            `swinv2.kernels.dispatch.choose_scores_at_a_time`.
+        save_weights: save the attention weights for the backward, in the precision of qkv, instead
+            of computing them again.
 
     Returns:
-        (batch, windows, tokens, heads·d). It can be differentiated once.
+        (batch, windows, tokens, heads·d), which can be differentiated once.
     """
-    keep = keep and torch.is_grad_enabled()
-    run = _attend if operators_are_watched() else _apply
-    mixed: Tensor = run(qkv, scale, bias, mask, scores_at_a_time, keep)[0]
+    save_weights = save_weights and torch.is_grad_enabled()
+    run = _attend if use_operators() else _apply
+    mixed: Tensor = run(qkv, scale, bias, mask, scores_at_a_time, save_weights)[0]
     return mixed
 
 
@@ -69,23 +65,25 @@ def attend(  # noqa: PLR0917  # an operator takes no keywords
     bias: Tensor,
     mask: Tensor | None,
     scores_at_a_time: int | None,
-    keep: bool,
+    save_weights: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Do what `sequential_attention` does, without a gradient; give the kept weights, too."""
+    """Return the output of `sequential_attention`, and the saved weights, empty if none are."""
     roles = _by_head(qkv, 3, len(scale))
     mixed = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
-    kept = qkv.new_empty(_kept_size(roles) if keep else 0)
+    saved = qkv.new_empty(_num_weights(roles) if save_weights else 0)
     (mixed_by_head,) = _by_head(mixed, 1, len(scale))
-    place = 0
+    position = 0
     for group in _groups(roles, scores_at_a_time):
         directions, _ = _directions(roles[:2][_of_both(group)], scale[group.heads])
         value = roles[2][group].contiguous()
-        weights = _weights(directions.to(value.dtype), _added(bias, mask, group))
-        if keep:
-            weights = kept[place : place + weights.numel()].view(weights.shape).copy_(weights)
-            place += weights.numel()
+        weights = _weights(directions.to(value.dtype), _bias_and_mask(bias, mask, group))
+        if save_weights:
+            weights = (
+                saved[position : position + weights.numel()].view(weights.shape).copy_(weights)
+            )
+            position += weights.numel()
         mixed_by_head[group] = _product(weights.to(value.dtype), value)
-    return mixed, kept
+    return mixed, saved
 
 
 def attend_backward(  # noqa: PLR0917
@@ -94,28 +92,28 @@ def attend_backward(  # noqa: PLR0917
     scale: Tensor,
     bias: Tensor,
     mask: Tensor | None,
-    kept: Tensor,
+    saved: Tensor,
     scores_at_a_time: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the gradients of qkv, scale and bias."""
+    """Return the gradients of qkv, scale and bias."""
     roles = _by_head(qkv, 3, len(scale))
     (gradient_by_head,) = _by_head(gradient, 1, len(scale))
     for_qkv, for_bias = qkv.new_empty(qkv.shape), bias.new_zeros(bias.shape)
     for_scale = scale.new_zeros(scale.shape)
     for_roles = _by_head(for_qkv, 3, len(scale))
-    place = 0
+    position = 0
     for group in _groups(roles, scores_at_a_time):
         scale_of_group = scale[group.heads]
         precise, factors = _directions(roles[:2][_of_both(group)], scale_of_group)
         value = roles[2][group].contiguous()
         directions = precise.to(value.dtype)
-        if len(kept):
+        if len(saved):
             shape = (*value.shape[:-1], value.shape[-2])
-            rounded = kept[place : place + math.prod(shape)].view(shape)
-            place += rounded.numel()
+            rounded = saved[position : position + math.prod(shape)].view(shape)
+            position += rounded.numel()
             weights = rounded.to(scale.dtype)
         else:
-            weights = _weights(directions, _added(bias, mask, group))
+            weights = _weights(directions, _bias_and_mask(bias, mask, group))
             rounded = weights.to(value.dtype)
         outcome = gradient_by_head[group].contiguous()
         for_roles[2][group] = _product(rounded.transpose(-2, -1), outcome)
@@ -126,7 +124,7 @@ def attend_backward(  # noqa: PLR0917
         )
         for_bias[group.heads] += for_scores.sum((0, 1))
 
-        # The backward of a normalisation: what lies along the direction has no effect.
+        # Backward of the normalisation: the component along the direction has no effect.
         for_directions = _for_directions(for_scores.to(value.dtype), directions).to(scale.dtype)
         along = _sum_of_rows(for_directions * precise)
         for_scale[group.heads] += along[0].sum((0, 1, 3), keepdim=True)[0, 0] / scale_of_group
@@ -141,14 +139,14 @@ _attend = torch.library.custom_op(
     attend,
     mutates_args=(),
     schema="(Tensor qkv, Tensor scale, Tensor bias, Tensor? mask, int? scores_at_a_time, "
-    "bool keep) -> (Tensor, Tensor)",
+    "bool save_weights) -> (Tensor, Tensor)",
     tags=torch.Tag.flexible_layout,
 )
 _attend_backward = torch.library.custom_op(
     "swinv2::sequential_attention_backward",
     attend_backward,
     mutates_args=(),
-    schema="(Tensor gradient, Tensor qkv, Tensor scale, Tensor bias, Tensor? mask, Tensor kept, "
+    schema="(Tensor gradient, Tensor qkv, Tensor scale, Tensor bias, Tensor? mask, Tensor saved, "
     "int? scores_at_a_time) -> (Tensor, Tensor, Tensor)",
     tags=torch.Tag.flexible_layout,
 )
@@ -161,10 +159,10 @@ def _(  # noqa: PLR0917
     bias: Tensor,  # noqa: ARG001
     mask: Tensor | None,  # noqa: ARG001
     scores_at_a_time: int | None,  # noqa: ARG001
-    keep: bool,
+    save_weights: bool,
 ) -> tuple[Tensor, Tensor]:
     mixed = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
-    return mixed, qkv.new_empty(_kept_size(_by_head(qkv, 3, len(scale))) if keep else 0)
+    return mixed, qkv.new_empty(_num_weights(_by_head(qkv, 3, len(scale))) if save_weights else 0)
 
 
 @_attend_backward.register_fake
@@ -178,13 +176,13 @@ def _(
     return qkv.new_empty(qkv.shape), scale.new_empty(scale.shape), bias.new_empty(bias.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scores_at_a_time, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, output[1])
 
 
-def _differentiate(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor | None, ...]:
     return _gradients(ctx, gradient, _attend_backward)
 
 
@@ -195,16 +193,16 @@ def _gradients(
     return (*gradients, None, None, None)
 
 
-_attend.register_autograd(_differentiate, setup_context=_keep)
+_attend.register_autograd(_backward, setup_context=_save)
 
 
 class _Attention(torch.autograd.Function):
-    """What the operators do, without a dispatcher on the way."""
+    """The operators without the dispatcher, which costs time eagerly."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         output = attend(*inputs)
-        _keep(ctx, inputs, output)
+        _save(ctx, inputs, output)
         return output
 
     @staticmethod
@@ -216,8 +214,8 @@ class _Attention(torch.autograd.Function):
 _apply: Any = _Attention.apply
 
 
-def _kept_size(roles: Tensor) -> int:
-    """Give the number of attention weights, of which each query has one for each key."""
+def _num_weights(roles: Tensor) -> int:
+    """Return the number of attention weights: one per query and key."""
     _, batch, windows, heads, tokens, _ = roles.shape
     return batch * windows * heads * tokens**2
 
@@ -233,15 +231,14 @@ def _by_head(tensor: Tensor, roles: int, heads: int) -> Tensor:
 
 
 def _groups(roles: Tensor, scores_at_a_time: int | None) -> Iterator[Group]:
-    """Cut (roles, batch, windows, heads, tokens, d) along its axes but the first and last.
+    """Split (roles, batch, windows, heads, tokens, d) along images, windows and heads.
 
-    A group has one window of many images rather than many windows of one: what is added to its
-    scores is then made once for all of them.
+    A group has one window of many images rather than many windows of one image, so that bias plus
+    mask is computed once for all of them.
     """
     _, batch, windows, heads, tokens, _ = roles.shape
     if scores_at_a_time is None:
-        large = tokens > LARGE_WINDOW
-        scores_at_a_time = (2**21 if large else 2**19) if roles.is_cpu else 2**27
+        scores_at_a_time = choose_scores_at_a_time(tokens, on_cpu=roles.is_cpu)
     heads_at_a_time = max(1, scores_at_a_time // tokens**2)
     images_at_a_time = min(batch, max(1, heads_at_a_time // heads))
     windows_at_a_time = max(1, heads_at_a_time // (heads * images_at_a_time))
@@ -263,28 +260,28 @@ def _of_both(group: Group) -> tuple[slice, ...]:
 def _directions(vectors: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Normalise queries and keys, (2, ..., heads, tokens, d), and scale the queries.
 
-    Returns the result, contiguous and in the precision of scale, and the factors
-    (2, ..., heads, tokens, 1) that led to it.
+    Return the result, contiguous and in the precision of scale, and the factors applied,
+    (2, ..., heads, tokens, 1).
     """
     directions = vectors.to(scale.dtype, memory_format=torch.contiguous_format, copy=True)
-    factors = _sum_of_rows(directions.square()).clamp_min_(SHORTEST**2).rsqrt_()
+    factors = _sum_of_rows(directions.square()).clamp_min_(MIN_NORM**2).rsqrt_()
     factors[0] *= scale
     return directions.mul_(factors), factors
 
 
 def _sum_of_rows(vectors: Tensor) -> Tensor:
-    """Sum (..., d) to (..., 1): of so short rows, a product with ones is faster than a sum."""
+    """Sum (..., d) to (..., 1); for rows this short a product with ones is faster than a sum."""
     ones = vectors.new_ones(vectors.shape[-1])
     return torch.mv(vectors.flatten(0, -2), ones).view(*vectors.shape[:-1], 1)
 
 
-def _added(bias: Tensor, mask: Tensor | None, group: Group) -> Tensor:
-    """Give what is added to the scores of a group, whichever the image."""
+def _bias_and_mask(bias: Tensor, mask: Tensor | None, group: Group) -> Tensor:
+    """Return bias plus mask of a group, the same for every image."""
     return bias[group.heads] if mask is None else bias[group.heads] + mask[group.windows]
 
 
 def _weights(directions: Tensor, added: Tensor) -> Tensor:
-    """Give the attention of each query to each key, (images, windows, heads, queries, keys)."""
+    """Return the attention weights (images, windows, heads, queries, keys)."""
     query, key = directions
     scores = _product(query, key.transpose(-2, -1)).to(added.dtype)
     scores += added
@@ -292,7 +289,7 @@ def _weights(directions: Tensor, added: Tensor) -> Tensor:
 
 
 def _for_directions(for_scores: Tensor, directions: Tensor) -> Tensor:
-    """Give the gradients of queries and keys, one behind the other as these are."""
+    """Return the gradients of queries and keys, stacked as these are."""
     (query, key), for_scores = directions.flatten(1, 3), for_scores.flatten(0, 2)
     gradients = torch.empty_like(directions)
     torch.bmm(for_scores, key, out=gradients[0].flatten(0, 2))
@@ -301,9 +298,9 @@ def _for_directions(for_scores: Tensor, directions: Tensor) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Multiply matrices, (images, windows, heads, ...) each.
+    """Multiply matrices of (images, windows, heads, ...).
 
-    Of a transposed factor in five dimensions `@` makes a copy before it comes to the same.
+    With a transposed factor in five dimensions `@` would copy it first.
     """
     return torch.bmm(left.flatten(0, 2), right.flatten(0, 2)).view(
         *left.shape[:-1], right.shape[-1]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from swinv2.position_bias import PositionBias, offset_coordinates
+from swinv2.position_bias import PositionBias, relative_coordinates
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_linear_coordinates_are_offsets_over_the_largest_in_pretraining(
     assert found.tolist() == [[row, column] for row in rows for column in (-1.0, 0.0, 1.0)]
     larger = transfer.linear_coordinates((24, 24), (8, 8))
     assert larger[0].tolist() == pytest.approx([-23 / 7, -23 / 7])
-    spaced = offset_coordinates((24, 24), (8, 8), torch.float32, torch.device("cpu"))
+    spaced = relative_coordinates((24, 24), (8, 8), torch.float32, torch.device("cpu"))
     assert torch.equal(larger.sign(), spaced.sign())
     torch.testing.assert_close(spaced.abs(), torch.log2(8 * larger.abs() + 1) / 3)
 

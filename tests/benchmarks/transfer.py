@@ -39,7 +39,7 @@ from simmim.tasks.classification.classifier import Classifier
 from simmim.tasks.features import Normalise
 from swinv2 import SwinV2, SwinV2Config
 from swinv2.attention import WindowAttention
-from swinv2.position_bias import PositionBias, offset_index
+from swinv2.position_bias import PositionBias, relative_position_index
 
 Kind = Literal["table", "linear", "log-spaced"]
 Pair = tuple[int, int]
@@ -118,7 +118,7 @@ def interpolated(table: Tensor, window: Pair) -> Tensor:
 def spread(offsets: Tensor, window: Pair) -> Tensor:
     """Turn a number for each offset and head into one for each (head, query, key)."""
     # The backward of an embedding adds up in a fixed order.
-    return F.embedding(offset_index(window, offsets.device), offsets).permute(2, 0, 1)
+    return F.embedding(relative_position_index(window, offsets.device), offsets).permute(2, 0, 1)
 
 
 def build_classifier(kind: Kind, classes: int, seed: int) -> Classifier:

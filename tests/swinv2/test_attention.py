@@ -21,7 +21,7 @@ from swinv2.attention import (
     window_regions,
 )
 from swinv2.kernels.sequential import sequential_attention
-from swinv2.position_bias import PositionBias, offset_coordinates, offset_index
+from swinv2.position_bias import PositionBias, relative_coordinates, relative_position_index
 
 CPU = torch.device("cpu")
 sides = st.integers(1, 20)
@@ -136,8 +136,8 @@ def test_scores_do_not_depend_on_the_length_of_queries_and_keys() -> None:
     "attend",
     [
         explicit_attention,
-        partial(sequential_attention, scores_at_a_time=1, keep=False),
-        partial(sequential_attention, scores_at_a_time=None, keep=True),
+        partial(sequential_attention, scores_at_a_time=1, save_weights=False),
+        partial(sequential_attention, scores_at_a_time=None, save_weights=True),
     ],
 )
 def test_a_zero_query_attends_evenly_and_has_finite_gradients(
@@ -156,12 +156,12 @@ def test_a_zero_query_attends_evenly_and_has_finite_gradients(
 
 def test_offset_coordinates_of_the_pretraining_window_end_at_its_border() -> None:
     edge = math.log2(9) / 3
-    same = offset_coordinates((8, 8), (8, 8), torch.float64, CPU)
+    same = relative_coordinates((8, 8), (8, 8), torch.float64, CPU)
     assert same.shape == (15 * 15, 2)
     torch.testing.assert_close(same[0], torch.tensor([-edge, -edge], dtype=torch.float64))
     torch.testing.assert_close(same[15 * 7 + 7], torch.zeros(2, dtype=torch.float64))
     torch.testing.assert_close(same, -same.flip(0))
-    transferred = offset_coordinates((16, 4), (8, 8), torch.float64, CPU)
+    transferred = relative_coordinates((16, 4), (8, 8), torch.float64, CPU)
     assert transferred.shape == (31 * 7, 2)
     assert transferred[-1, 0] == pytest.approx(math.log2(8 * 15 / 7 + 1) / 3)
     assert transferred[-1, 1] == pytest.approx(math.log2(8 * 3 / 7 + 1) / 3)
@@ -172,7 +172,7 @@ def test_position_bias_depends_on_the_offset_alone() -> None:
     table = bias((3, 5))
     assert table.shape == (3, 15, 15)
     assert ((table > 0) & (table < 16)).all()
-    index = offset_index((3, 5), CPU)
+    index = relative_position_index((3, 5), CPU)
     assert index.unique().tolist() == list(range(5 * 9))
     for query, key in itertools.product(range(15), repeat=2):
         offset = (query // 5 - key // 5, query % 5 - key % 5)

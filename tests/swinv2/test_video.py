@@ -37,7 +37,7 @@ from swinv2.attention import (
 )
 from swinv2.config import VideoConfig, video_config
 from swinv2.flops import forward_flops
-from swinv2.position_bias import PositionBias, offset_coordinates, offset_index
+from swinv2.position_bias import PositionBias, relative_coordinates, relative_position_index
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -151,9 +151,9 @@ def test_attention_in_clips_equals_one_softmax_for_every_query(
 
 def test_offsets_of_clips_are_numbered_time_first() -> None:
     window = (2, 3, 2)
-    index = offset_index(window, CPU)
+    index = relative_position_index(window, CPU)
     assert index.unique().tolist() == list(range(3 * 5 * 3))
-    coordinates = offset_coordinates(window, window, torch.float64, CPU)
+    coordinates = relative_coordinates(window, window, torch.float64, CPU)
     assert coordinates.shape == (3 * 5 * 3, 3)
     places = [tuple(place) for place in np.ndindex(*window)]
     for (a, query), (b, key) in itertools.product(enumerate(places), repeat=2):

@@ -1,4 +1,4 @@
-"""Attention as compilers get it equals attention as it is written, and can be differentiated."""
+"""Fused attention equals explicit attention, and its gradients are right."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from swinv2.attention import (
     window_mask,
     window_regions,
 )
-from swinv2.kernels.fused import fused_attention, mask_regions
+from swinv2.kernels.fused import fused_attention
 
 CPU = torch.device("cpu")
 HEADS, WIDTH = 3, 4
@@ -35,9 +35,7 @@ def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 )
-def test_it_equals_attention_as_it_is_written(
-    dtype: torch.dtype, tolerance: float, masked: bool
-) -> None:
+def test_it_equals_explicit_attention(dtype: torch.dtype, tolerance: float, masked: bool) -> None:
     results = []
     for attend, precision in ((explicit_attention, torch.float64), (fused_attention, dtype)):
         qkv, scale, bias, mask = inputs(torch.float64 if precision == torch.float64 else dtype)
@@ -52,7 +50,7 @@ def test_it_equals_attention_as_it_is_written(
         assert difference <= tolerance
 
 
-def test_its_gradients_are_those_of_small_differences() -> None:
+def test_gradients_equal_finite_differences() -> None:
     qkv, scale, bias, mask = inputs(torch.float64)
     assert torch.autograd.gradcheck(
         lambda *parts: fused_attention(parts[0], scale=parts[1], bias=parts[2], mask=mask),
@@ -62,8 +60,9 @@ def test_its_gradients_are_those_of_small_differences() -> None:
     )
 
 
-def test_the_mask_of_the_operator_equals_the_written_one() -> None:
+def test_the_mask_operator_equals_the_mask() -> None:
     grid = window_grid((7, 5), (4, 4), shifted=True)
     regions = window_regions(grid, CPU)
-    assert torch.equal(mask_regions(regions, ACROSS_REGIONS, PADDING), window_mask(grid, CPU))
-    torch.library.opcheck(mask_regions, (regions, ACROSS_REGIONS, PADDING))
+    operator = torch.ops.swinv2.region_mask
+    assert torch.equal(operator(regions, ACROSS_REGIONS, PADDING), window_mask(grid, CPU))
+    torch.library.opcheck(operator, (regions, ACROSS_REGIONS, PADDING))
