@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from simmim.export.export import compare_native
 from simmim.export.trial_image import trial_image
-from swinv2.bridges.contents import Imported
+from swinv2.bridges.checkpoints import Imported
 from swinv2.bridges.reference import import_reference
 from swinv2.bridges.sizes import PretrainedWindows
 from swinv2.bridges.timm import import_timm

@@ -30,7 +30,7 @@ from simmim.tasks.recipe import FineTuningRecipe
 from simmim.tasks.segmentation.dense_stage import DenseStage
 from simmim.tasks.segmentation.save_heads import load_dense
 from swinv2 import SwinV2, VideoSwinV2, load_video_encoder, read_video_config
-from swinv2.bridges.contents import Classifier, MaskedImageHead
+from swinv2.bridges.checkpoints import Classifier, MaskedImageHead
 from swinv2.bridges.transformers_backbone import encoder_from_backbone
 from swinv2.config_file import Provenance, is_video_encoder, read_encoder_config
 from swinv2.weights import load_encoder, load_strictly

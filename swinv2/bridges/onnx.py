@@ -1,11 +1,11 @@
 """The encoder as an ONNX model, for onnxruntime and others.
 
-The batch is open; height and width are those of the encoder, or open too with `any_size`: then
-windows, shifts, padding and masks are computed in the graph, and one pixel is enough. The model is
-of opset 18, which torch writes without converting, in float32. Weights that do not fit into one
-file with the model, two gigabytes, are in ``model.onnx.data`` beside it.
+It is converted from the graph of `swinv2.bridges.torch_export`: the same input and maps, a dynamic
+batch size, and with `any_size` dynamic height and width. The model has opset 18, which torch writes
+without a version conversion, in float32. Weights that do not fit into one file with the model, two
+gigabytes, are in `model.onnx.data` next to it.
 
-Measured with torch 2.13 and onnxruntime 1.32, in seconds of one CPU core, comparison included:
+Measured with torch 2.13 and onnxruntime 1.32, in seconds on one CPU core, comparison included:
 
     tiny, 256 pixels, window 8     118 MB, 25 s     any size  112 MB, 59 s
     base, 192 pixels, window 12    358 MB, 48 s     any size  350 MB, 77 s
@@ -23,29 +23,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swinv2.atomic import atomic_folder
-from swinv2.bridges.contents import BridgeError
-from swinv2.bridges.graphs import (
+from swinv2.bridges.checkpoints import BridgeError
+from swinv2.bridges.torch_export import (
     INPUT,
     compare_maps,
-    is_graph_export,
     output_names,
     trace,
-    write_description,
-    write_readme,
+    write_graph,
 )
-from swinv2.bridges.verification import Report, ignore, plain_copy
-from swinv2.config import SwinV2Config
-from swinv2.config_file import check_normalisation
+from swinv2.bridges.verification import Report, ignore
 from swinv2.encoder import SwinV2
 
 MODEL_FILE = "model.onnx"
-WEIGHTS_FILE = "model.onnx.data"
+EXTERNAL_DATA_FILE = "model.onnx.data"
 OPSET = 18
 LARGEST_FILE = 2**31 - 2**27
-"""Bytes of weights that go into one file with the model, which ends at 2**31."""
+"""Bytes of weights that fit into one file with the model, which ends at 2**31."""
 
-_SEES_EXTENSIONS = "torch.onnx._internal.exporter._registration"
+_EXTENSION_LOGGER = "torch.onnx._internal.exporter._registration"
 
 
 def export_onnx(
@@ -58,47 +53,61 @@ def export_onnx(
     images: Tensor | None = None,
     report: Report = ignore,
 ) -> Path:
-    """Write ``encoder`` as ``model.onnx``, run and compared with PyTorch before it is kept.
+    """Write `encoder` as `model.onnx`, run and compared with PyTorch before it is kept.
 
     Args:
-        encoder: left as it is; use `SwinV2.set_input` first to export it at another size.
+        encoder: not changed; use `SwinV2.set_input` first to export it at another size.
         path: a new or empty folder, or an earlier export.
-        mean: one value a channel, for images in [0, 1].
-        std: one positive value a channel.
-        any_size: leave height and width open.
-        images: to compare the maps on, as the encoder takes them; a picture where there are none.
-        report: is told how far the maps are apart.
+        mean: one value per channel, for images in [0, 1].
+        std: one positive value per channel.
+        any_size: make height and width dynamic.
+        images: normalised (batch, channels, height, width), to compare the maps on; by default a
+            zone plate.
+        report: called with the largest difference of the maps.
 
     Raises:
-        BridgeError: onnx or onnxscript is missing, or what the model gives differs from PyTorch.
-        ValueError: ``mean`` or ``std`` does not fit the channels, or ``path`` is occupied.
+        BridgeError: onnx or onnxscript is not installed, or the model computes something else than
+            PyTorch.
+        ValueError: `mean` or `std` does not fit the channels, or `path` holds something else.
     """
-    config = encoder.config
-    check_normalisation(mean, std, config.in_channels)
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
+        verb = "is" if len(missing) == 1 else "are"
         raise BridgeError(
-            f"{' and '.join(missing)} not installed, which write the model: "
-            "pip install 'simmim[export]'"
+            f"{' and '.join(missing)} {verb} not installed, and needed to write the model: "
+            "pip install 'simmim[export]'."
         )
-    with atomic_folder(path, may_replace=is_onnx_export) as folder:
-        plain = plain_copy(encoder).requires_grad_(False)
+
+    def write(plain: SwinV2, folder: Path) -> str:
         _write_model(plain, folder / MODEL_FILE, any_size=any_size)
-        report(_compare(plain, folder / MODEL_FILE, images, any_size=any_size))
-        write_description(folder, "onnx", config, mean=mean, std=std, any_size=any_size)
-        write_readme(folder, config, _lines(config), any_size=any_size)
-    return Path(path)
+        return _compare(plain, folder / MODEL_FILE, images, any_size=any_size)
+
+    return write_graph(
+        encoder,
+        path,
+        kind="onnx",
+        files={MODEL_FILE, EXTERNAL_DATA_FILE},
+        write=write,
+        example=_EXAMPLE,
+        mean=mean,
+        std=std,
+        any_size=any_size,
+        report=report,
+    )
 
 
-def is_onnx_export(path: Path) -> bool:
-    """Tell whether ``path`` is what `export_onnx` wrote, and holds nothing else."""
-    return is_graph_export(path, "onnx", {MODEL_FILE, WEIGHTS_FILE})
+_EXAMPLE = f"""import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession("{MODEL_FILE}")
+images = np.zeros((SHAPE), np.float32)  # yours, prepared as below
+maps = session.run(None, {{"{INPUT}": images}})"""
 
 
 def _write_model(plain: SwinV2, file: Path, *, any_size: bool) -> None:
     names = {0: "batch", 2: "height", 3: "width"} if any_size else {0: "batch"}
     program = trace(plain, any_size=any_size)
-    with _quiet():
+    with _silence_torch():
         model: Any = torch.onnx.export(
             program,
             input_names=[INPUT],
@@ -123,15 +132,15 @@ def _compare(plain: SwinV2, file: Path, images: Tensor | None, *, any_size: bool
 
     def run(images: Tensor) -> list[Tensor]:
         maps = session.run(output_names(plain.config), {INPUT: images.numpy()})
-        return [torch.from_numpy(one) for one in maps]
+        return [torch.from_numpy(array) for array in maps]
 
     return compare_maps(plain, run, images, any_size=any_size)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what torch says to itself from users: a form it uses is old, torchvision is absent."""
-    logger = logging.getLogger(_SEES_EXTENSIONS)
+def _silence_torch() -> Iterator[None]:
+    """Silence torch about its own code: a deprecated call, and a missing torchvision."""
+    logger = logging.getLogger(_EXTENSION_LOGGER)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
@@ -140,13 +149,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def _lines(config: SwinV2Config) -> str:
-    shape = ", ".join(str(side) for side in (1, config.in_channels, *config.image_size))
-    return f"""import numpy as np
-import onnxruntime
-
-session = onnxruntime.InferenceSession("{MODEL_FILE}")
-images = np.zeros(({shape}), np.float32)  # yours, prepared as below
-maps = session.run(None, {{"{INPUT}": images}})"""

@@ -19,27 +19,31 @@ from torch import Tensor
 
 from swinv2.atomic import atomic_folder
 from swinv2.attention import window_grid
-from swinv2.bridges.checkpoints import read_checkpoint
-from swinv2.bridges.contents import BridgeError, Classifier, Imported, MaskedImageHead
-from swinv2.bridges.layers import (
+from swinv2.bridges.checkpoints import (
+    BridgeError,
+    Classifier,
+    Imported,
+    MaskedImageHead,
+    read_checkpoint,
+)
+from swinv2.bridges.conversion import (
+    RECORD,
+    Found,
+    Layout,
+    assemble,
+    checked_head,
+    classifier_shapes,
+    convert,
+    count_classes,
+    decoder_shapes,
+)
+from swinv2.bridges.layer_names import (
     layer_parts,
     obstacles,
     read_architecture,
     refuse_other_models,
     their_windows,
     without_buffers,
-)
-from swinv2.bridges.placement import (
-    RECORD,
-    Found,
-    Layout,
-    assemble,
-    check_read_back,
-    checked_head,
-    classifier_shapes,
-    convert,
-    count_classes,
-    decoder_shapes,
 )
 from swinv2.bridges.sizes import (
     PretrainedWindows,
@@ -49,7 +53,7 @@ from swinv2.bridges.sizes import (
     given_sizes,
     read_buffers,
 )
-from swinv2.bridges.verification import Report, compare_read_back, ignore
+from swinv2.bridges.verification import Report, check_read_back, compare_read_back, ignore
 from swinv2.config import Pair, SwinV2Config, clamp_window
 from swinv2.config_file import check_normalisation
 from swinv2.encoder import SwinV2

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from swinv2.bridges.contents import BridgeError
+from swinv2.bridges.checkpoints import BridgeError
 from swinv2.config import VARIANTS, Pair, SwinV2Config, record_windows
 
 PretrainedWindows = Sequence[int | Pair] | Literal["same"] | None

@@ -6,22 +6,27 @@ reading need no timm; where it can be imported, it has to agree before an export
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from swinv2.atomic import atomic_folder
-from swinv2.bridges.checkpoints import read_checkpoint, read_json
-from swinv2.bridges.contents import BridgeError, Classifier, Imported
-from swinv2.bridges.layers import (
+from swinv2.bridges.checkpoints import BridgeError, Classifier, Imported, read_checkpoint, read_json
+from swinv2.bridges.conversion import (
+    RECORD,
+    Found,
+    Layout,
+    assemble,
+    convert,
+    count_classes,
+)
+from swinv2.bridges.layer_names import (
     layer_parts,
     obstacles,
     read_architecture,
@@ -29,28 +34,22 @@ from swinv2.bridges.layers import (
     their_windows,
     without_buffers,
 )
-from swinv2.bridges.placement import (
-    RECORD,
-    Found,
-    Layout,
-    assemble,
-    check_read_back,
-    convert,
-    count_classes,
-)
 from swinv2.bridges.sizes import (
     PretrainedWindows,
+    Sizes,
+    as_pair,
+    as_windows,
     given_sizes,
     read_buffers,
 )
-from swinv2.bridges.timm_names import model_name, named_sizes, only_missing, read_arguments
 from swinv2.bridges.verification import (
     Report,
-    compare,
+    check_read_back,
+    check_timm_shapes,
     compare_read_back,
+    compare_timm,
+    find_timm,
     ignore,
-    plain_copy,
-    zone_plate,
 )
 from swinv2.config import Pair, SwinV2Config
 from swinv2.config_file import check_normalisation
@@ -60,7 +59,78 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 README_FILE = "README.md"
 _PICKLE_FILE = "pytorch_model.bin"
+_NAME = re.compile(r"swinv2_(\w+?)_window(\d+)(?:to(\d+))?_(\d+)(?:to(\d+))?(?=\.|$)")
 _LAYOUT = Layout(split=partial(layer_parts, merge_shift=1), classifier="head.fc.")
+
+
+def model_name(config: SwinV2Config, arguments: Mapping[str, Any]) -> str:
+    """Return timm's name for these sizes, or for a model of the variant at other sizes."""
+    sizes = (arguments["img_size"], arguments["window_size"])
+    windows = config.pretrained_window_sizes or config.stage_windows
+    if config.variant in ("tiny", "small") or config.variant is None:
+        size = "window16_256" if sizes == (256, 16) else "window8_256"
+        return f"swinv2_{config.variant or 'tiny'}_{size}"
+    transferred = windows == ((12, 12), (12, 12), (12, 12), (6, 6))
+    if transferred and sizes == (256, 16):
+        size = "window12to16_192to256"
+    elif transferred and sizes == (384, 24):
+        size = "window12to24_192to384"
+    elif config.variant == "base" and sizes in ((256, 8), (256, 16)):
+        size = f"window{sizes[1]}_256"
+    else:
+        size = "window12_192"
+    return f"swinv2_{config.variant}_{size}"
+
+
+def named_sizes(origin: str, name: object, num_stages: int) -> Sizes:
+    """Return what a name such as swinv2_base_window12to16_192to256 says."""
+    if not isinstance(name, str):
+        return Sizes(origin=origin)
+    parts = _NAME.match(name)
+    if parts is None:
+        raise BridgeError(
+            f"{name!r} is no swinv2 model of timm: they have names such as "
+            "swinv2_tiny_window8_256 or swinv2_base_window12to16_192to256."
+        )
+    _, window, to_window, size, to_size = parts.groups()
+    windows: Any = "same"
+    if to_window is not None:
+        tokens = [int(size) // (4 * 2**stage) for stage in range(num_stages)]
+        windows = tuple(as_pair(min(int(window), side)) for side in tokens)
+    return Sizes(
+        origin=origin,
+        image_size=as_pair(int(to_size or size)),
+        window_size=as_pair(int(to_window or window)),
+        pretrained_window_sizes=windows,
+    )
+
+
+def only_missing(told: Sizes, other: Sizes) -> Sizes:
+    """Return what `other` says about what `told` leaves open."""
+    return Sizes(
+        origin=other.origin,
+        image_size=None if told.image_size is not None else other.image_size,
+        window_size=None if told.window_size is not None else other.window_size,
+        pretrained_window_sizes=None
+        if told.pretrained_window_sizes is not None
+        else other.pretrained_window_sizes,
+    )
+
+
+def read_arguments(content: Mapping[str, Any]) -> tuple[Sizes, float]:
+    """Return the sizes and the stochastic depth that a ``config.json`` tells."""
+    origin = "its config.json"
+    arguments = content.get("model_args") or {}
+    image, window = arguments.get("img_size"), arguments.get("window_size")
+    windows = arguments.get("pretrained_window_sizes")
+    if isinstance(window, list | tuple) and window and isinstance(window[0], list | tuple):
+        window = max(window, key=max)
+    return Sizes(
+        origin=origin,
+        image_size=None if image is None else as_pair(image),
+        window_size=None if window is None else as_pair(window),
+        pretrained_window_sizes=as_windows(windows),
+    ), float(arguments.get("drop_path_rate", 0.0))
 
 
 def timm_arguments(encoder: SwinV2) -> tuple[str, dict[str, Any]]:
@@ -182,8 +252,8 @@ def export_timm(
             report(f"not compared in timm: {reason}")
             report(compare_read_back(encoder, back, images))
         else:
-            _check_shapes(timm, name, arguments, classes, tensors)
-            _compare(timm, folder, encoder, classifier=classifier, images=images, report=report)
+            check_timm_shapes(timm, name, arguments, classes, tensors)
+            compare_timm(timm, folder, encoder, classifier=classifier, images=images, report=report)
     return Path(path)
 
 
@@ -201,27 +271,6 @@ def _pretrained_cfg(
         "first_conv": "patch_embed.proj",
         "classifier": "head.fc",
     }
-
-
-def _compare(
-    timm: ModuleType,
-    folder: Path,
-    encoder: SwinV2,
-    *,
-    classifier: Classifier | None,
-    images: Tensor | None,
-    report: Report,
-) -> None:
-    """Compare what timm computes with the export, and report it."""
-    images = zone_plate(encoder.config) if images is None else images
-    peer: Any = load_in_timm(timm, folder)
-    with torch.no_grad():
-        features = plain_copy(encoder)(images)
-        theirs = peer.forward_features(images)
-        report(compare("timm's features to ours", features, theirs))
-        if classifier is not None:
-            logits = classifier.logits(features)
-            report(compare("timm's logits to ours", logits, peer.forward_head(theirs)))
 
 
 def import_timm(
@@ -306,30 +355,6 @@ def _refuse_layout_of_reference(tensors: Mapping[str, Tensor], source: str) -> N
         )
 
 
-def find_timm() -> tuple[ModuleType | None, str]:
-    """Return timm, or ``None`` and why it cannot be used."""
-    if find_spec("timm") is None:
-        return None, "timm is not installed (pip install timm)"
-    try:
-        import timm  # noqa: PLC0415 - an optional part
-    except (ImportError, RuntimeError, OSError) as error:  # a torchvision of another torch
-        return None, f"timm cannot be imported ({error})"
-    return timm, ""
-
-
-def load_in_timm(timm: ModuleType, path: str | os.PathLike[str]) -> torch.nn.Module:
-    """Build the model of an export in timm and load its weights strictly."""
-    folder = Path(path)
-    content = _read_config(folder / CONFIG_FILE)
-    model: torch.nn.Module = timm.create_model(
-        content["architecture"],
-        num_classes=content["num_classes"],
-        checkpoint_path=str(folder / WEIGHTS_FILE),
-        **content["model_args"],
-    )
-    return model.eval()
-
-
 def is_timm_export(path: Path) -> bool:
     """Tell whether ``path`` is what `export_timm` wrote, and holds nothing else."""
     names = {CONFIG_FILE, WEIGHTS_FILE, README_FILE}
@@ -344,28 +369,6 @@ def is_timm_export(path: Path) -> bool:
 
 def _read_config(file: Path) -> dict[str, Any]:
     return read_json(file, "export it again") if file.is_file() else {}
-
-
-def _check_shapes(
-    timm: ModuleType,
-    name: str,
-    arguments: Mapping[str, Any],
-    classes: int,
-    tensors: Mapping[str, Tensor],
-) -> None:
-    """Hold the tensors to the model that the installed timm builds; no weights are made for it."""
-    with torch.device("meta"):
-        expected = timm.create_model(name, num_classes=classes, **arguments).state_dict()
-    different = sorted(
-        key
-        for key in expected.keys() | tensors.keys()
-        if key not in expected or key not in tensors or expected[key].shape != tensors[key].shape
-    )
-    if different:
-        raise BridgeError(
-            f"{name} of the installed timm has other tensors than those written for it "
-            f"({', '.join(different)}): install timm 1.0.20 or newer."
-        )
 
 
 def _readme(name: str, arguments: Mapping[str, Any], classes: int) -> str:

@@ -1,40 +1,48 @@
-"""The encoder as a ``.pt2`` program of torch.export, which runs without this code.
+"""The encoder as a `.pt2` program of torch.export, which runs without this code; the graph of ONNX.
 
-The batch is open; height and width are those of the encoder, or open too with `any_size`: then
-windows, shifts, padding and masks are computed in the graph, and one pixel is enough. A program
-with fixed sizes refuses others.
+A graph takes `images`, float32 (batch, channels, height, width), normalised, and returns the maps
+of `SwinV2.features` as `stage1`, `stage2` and so on. The batch size is dynamic; height and width
+are those of the encoder, or dynamic too with `any_size`: then windows, shifts, padding and masks
+are computed in the graph, and one pixel is enough. A program with fixed sizes refuses others.
 
-Measured with torch 2.13, in seconds of one CPU core, comparison included:
+It is traced from a copy of the encoder that shares its weights: on the CPU, in float32, in
+evaluation mode, without compiled blocks and with the default execution. The encoder is not changed.
+
+Measured with torch 2.13, in seconds on one CPU core, comparison included:
 
     tiny, 256 pixels, window 8     114 MB, 13 s     any size  114 MB, 27 s
     base, 192 pixels, window 12    353 MB, 19 s     any size  352 MB, 36 s
 
-Loading a ``.pt2`` means trust: torch.export.load falls back to a pickle that can run code, so load
-those alone that come from someone you trust. Here they are only written; what is read back is
-what was written a moment before.
+Load a `.pt2` only from someone you trust: torch.export.load falls back to a pickle that can run
+code. Here they are only written, and only what was just written is read back.
 """
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
 
 from swinv2.atomic import atomic_folder
-from swinv2.bridges.graphs import (
-    compare_maps,
-    is_graph_export,
-    trace,
-    write_description,
-    write_readme,
-)
-from swinv2.bridges.verification import Report, ignore, plain_copy
-from swinv2.config import SwinV2Config
-from swinv2.config_file import check_normalisation
+from swinv2.bridges.any_size import AnySizeFeatures
+from swinv2.bridges.checkpoints import BridgeError
+from swinv2.bridges.verification import TOLERANCE, Report, ignore, plain_copy, zone_plate
+from swinv2.config import Pair, SwinV2Config
+from swinv2.config_file import README_FILE, check_normalisation
 from swinv2.encoder import SwinV2
 
+GraphKind = Literal["onnx", "torch-export"]
+
 PROGRAM_FILE = "model.pt2"
+DESCRIPTION_FILE = "preprocessing.json"
+INPUT = "images"
+_FORMAT = "swinv2-graph"
+_FORMAT_VERSION = 1
+_BATCHES = (1, 3)
 
 
 def export_program(
@@ -47,42 +55,261 @@ def export_program(
     images: Tensor | None = None,
     report: Report = ignore,
 ) -> Path:
-    """Write ``encoder`` as ``model.pt2``, loaded and compared with PyTorch before it is kept.
+    """Write `encoder` as `model.pt2`, loaded and compared with PyTorch before it is kept.
 
     Args:
-        encoder: left as it is; use `SwinV2.set_input` first to export it at another size.
+        encoder: not changed; use `SwinV2.set_input` first to export it at another size.
         path: a new or empty folder, or an earlier export.
-        mean: one value a channel, for images in [0, 1].
-        std: one positive value a channel.
-        any_size: leave height and width open.
-        images: to compare the maps on, as the encoder takes them; a picture where there are none.
-        report: is told how far the maps are apart.
+        mean: one value per channel, for images in [0, 1].
+        std: one positive value per channel.
+        any_size: make height and width dynamic.
+        images: normalised (batch, channels, height, width), to compare the maps on; by default a
+            zone plate.
+        report: called with the largest difference of the maps.
 
     Raises:
-        BridgeError: what the program gives differs from PyTorch.
-        ValueError: ``mean`` or ``std`` does not fit the channels, or ``path`` is occupied.
+        BridgeError: the program computes something else than PyTorch.
+        ValueError: `mean` or `std` does not fit the channels, or `path` holds something else.
+    """
+
+    def write(plain: SwinV2, folder: Path) -> str:
+        torch.export.save(trace(plain, any_size=any_size), folder / PROGRAM_FILE)
+        program = torch.export.load(folder / PROGRAM_FILE).module()
+        return compare_maps(plain, program, images, any_size=any_size)
+
+    return write_graph(
+        encoder,
+        path,
+        kind="torch-export",
+        files={PROGRAM_FILE},
+        write=write,
+        example=_EXAMPLE,
+        mean=mean,
+        std=std,
+        any_size=any_size,
+        report=report,
+    )
+
+
+_EXAMPLE = f"""import torch
+
+program = torch.export.load("{PROGRAM_FILE}").module()
+images = torch.zeros(SHAPE)  # yours, prepared as below
+maps = program(images)"""
+
+
+def write_graph(
+    encoder: SwinV2,
+    path: str | os.PathLike[str],
+    *,
+    kind: GraphKind,
+    files: set[str],
+    write: Callable[[SwinV2, Path], str],
+    example: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    any_size: bool,
+    report: Report,
+) -> Path:
+    """Write a graph, its `preprocessing.json` and its `README.md` as the folder `path`.
+
+    Args:
+        encoder: not changed.
+        path: a new or empty folder, or an earlier export of this kind.
+        kind: of graph.
+        files: names that `write` may write.
+        write: writes a plain copy of the encoder to a folder, compares it, and returns a line about
+            the comparison.
+        example: lines of the README that run the graph, with SHAPE for the shape of the images.
+        mean: one value per channel.
+        std: one positive value per channel.
+        any_size: whether height and width are dynamic.
+        report: called with the line of `write`.
+
+    Raises:
+        ValueError: `mean` or `std` does not fit the channels, or `path` holds something else.
     """
     config = encoder.config
     check_normalisation(mean, std, config.in_channels)
-    with atomic_folder(path, may_replace=is_program_export) as folder:
-        plain = plain_copy(encoder).requires_grad_(False)
-        torch.export.save(trace(plain, any_size=any_size), folder / PROGRAM_FILE)
-        program = torch.export.load(folder / PROGRAM_FILE).module()
-        report(compare_maps(plain, program, images, any_size=any_size))
-        write_description(folder, "torch-export", config, mean=mean, std=std, any_size=any_size)
-        write_readme(folder, config, _lines(config), any_size=any_size)
+    shape = ", ".join(str(side) for side in (1, config.in_channels, *config.image_size))
+    with atomic_folder(path, may_replace=lambda old: is_graph_export(old, kind, files)) as folder:
+        report(write(plain_copy(encoder).requires_grad_(False), folder))
+        text = json.dumps(_description(kind, config, mean, std, any_size=any_size), indent=2) + "\n"
+        (folder / DESCRIPTION_FILE).write_text(text, encoding="utf-8")
+        readme = _readme(config, example.replace("SHAPE", shape), any_size=any_size)
+        (folder / README_FILE).write_text(readme, encoding="utf-8")
     return Path(path)
 
 
-def is_program_export(path: Path) -> bool:
-    """Tell whether ``path`` is what `export_program` wrote, and holds nothing else."""
-    return is_graph_export(path, "torch-export", {PROGRAM_FILE})
+class Features(nn.Module):
+    """`SwinV2.features` as a module."""
+
+    def __init__(self, encoder: SwinV2) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the maps of `SwinV2.features`."""
+        return tuple(self.encoder.features(images))
 
 
-def _lines(config: SwinV2Config) -> str:
-    shape = ", ".join(str(side) for side in (1, config.in_channels, *config.image_size))
-    return f"""import torch
+def trace(plain: SwinV2, *, any_size: bool) -> ExportedProgram:
+    """Trace an encoder for any batch size, at its image size or at any size."""
+    height, width = plain.config.image_size
+    images = torch.zeros(2, plain.config.in_channels, height, width)
+    sizes: dict[int, Any] = {0: Dim("batch")}
+    if any_size:
+        sizes |= {2: Dim("height", min=1), 3: Dim("width", min=1)}
+    model = AnySizeFeatures(plain) if any_size else Features(plain)
+    # By default a trace assumes that no dynamic length is ever 1.
+    ones_allowed = torch.fx.experimental._config.patch(  # type: ignore[attr-defined]
+        backed_size_oblivious=True
+    )
+    with ones_allowed, torch.no_grad():
+        return torch.export.export(model.eval(), (images,), dynamic_shapes=(sizes,), strict=False)
 
-program = torch.export.load("{PROGRAM_FILE}").module()
-images = torch.zeros({shape})  # yours, prepared as below
-maps = program(images)"""
+
+def output_names(config: SwinV2Config) -> list[str]:
+    """Name the maps: stage1, stage2 and so on."""
+    return [f"stage{index + 1}" for index in range(len(config.depths))]
+
+
+def trial_sizes(config: SwinV2Config, *, any_size: bool) -> list[Pair]:
+    """Return the image sizes that a graph is compared at.
+
+    Dynamic sizes are the nominal one, one that neither patches nor windows divide, one with fewer
+    tokens than a window in the last stages, and a single token.
+    """
+    height, width = config.image_size
+    if not any_size:
+        return [(height, width)]
+    stride = config.strides[-1]
+    odd = (height + stride + 1, max(width * 3 // 4, 1) + 3)
+    return [(height, width), odd, (2 * stride + 1, stride - 1), (1, 1)]
+
+
+@torch.no_grad()
+def compare_maps(
+    plain: SwinV2,
+    run: Callable[[Tensor], Sequence[Tensor]],
+    images: Tensor | None,
+    *,
+    any_size: bool,
+) -> str:
+    """Return a line with the largest difference between the maps of a graph and PyTorch's.
+
+    Differences are relative to the largest value of their map. Compared are `images`, or a zone
+    plate, and random batches of 1 and 3 images at the sizes of `trial_sizes`.
+
+    Raises:
+        BridgeError: a difference exceeds TOLERANCE, or a map has another shape.
+    """
+    largest = 0.0
+    pictures = zone_plate(plain.config) if images is None else images
+    for batch in (pictures, *_trial_images(plain.config, any_size=any_size)):
+        ours, theirs = plain.features(batch), run(batch)
+        shapes = [[tuple(one.shape) for one in maps] for maps in (ours, theirs)]
+        size = "x".join(str(side) for side in batch.shape)
+        if shapes[0] != shapes[1]:
+            raise BridgeError(
+                f"not exported: for images of {size} the graph returns {shapes[1]}, "
+                f"not {shapes[0]}."
+            )
+        for name, one, other in zip(output_names(plain.config), ours, theirs, strict=True):
+            scale = max(float(one.abs().max()), torch.finfo(one.dtype).tiny)
+            difference = float((one - other).abs().max()) / scale
+            if not difference <= TOLERANCE:
+                raise BridgeError(
+                    f"not exported: for images of {size}, {name} of the graph differs from "
+                    f"PyTorch's by {difference:.1e} of its largest value, more than "
+                    f"{TOLERANCE:.0e}: try another version of torch, onnxscript or onnxruntime."
+                )
+            largest = max(largest, difference)
+    return f"largest difference of its maps, relative to their largest value: {largest:.1e}"
+
+
+def _trial_images(config: SwinV2Config, *, any_size: bool) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    for size in trial_sizes(config, any_size=any_size):
+        for batch in _BATCHES:
+            yield torch.randn(batch, config.in_channels, *size, generator=generator)
+
+
+def _description(
+    kind: GraphKind,
+    config: SwinV2Config,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    any_size: bool,
+) -> dict[str, Any]:
+    """Return the content of `preprocessing.json`: the input and the outputs of a graph."""
+    stages = zip(output_names(config), config.stage_dims, config.strides, strict=True)
+    return {
+        "format": _FORMAT,
+        "format_version": _FORMAT_VERSION,
+        "kind": kind,
+        "input": {
+            "name": INPUT,
+            "dtype": "float32",
+            "layout": ["batch", "channels", "height", "width"],
+            "channels": config.in_channels,
+            "image_size": list(config.image_size),
+            "any_size": any_size,
+            "scale": [0.0, 1.0],
+            "mean": [float(value) for value in mean],
+            "std": [float(value) for value in std],
+        },
+        "outputs": [
+            {"name": name, "channels": channels, "stride": stride}
+            for name, channels, stride in stages
+        ],
+    }
+
+
+def _readme(config: SwinV2Config, example: str, *, any_size: bool) -> str:
+    height, width = config.image_size
+    maps = "\n".join(
+        f"- `{name}`: {channels} channels, at stride {stride}"
+        for name, channels, stride in zip(
+            output_names(config), config.stage_dims, config.strides, strict=True
+        )
+    )
+    sizes = (
+        "of any height and width; this encoder was trained at "
+        if any_size
+        else "of exactly this height and width: "
+    )
+    return f"""# Swin Transformer V2 as a graph
+
+In this folder:
+
+```python
+{example}
+```
+
+`images` is float32, (batch, {config.in_channels}, height, width), any number of images
+{sizes}{height}x{width} pixels. Pixels are scaled to [0, 1], then `(x - mean) / std` of each
+channel; `{DESCRIPTION_FILE}` has the numbers.
+
+The maps are (batch, channels, height / stride, width / stride), rounded up:
+
+{maps}
+
+The last is normalised and is the encoder's output, channels first; the others are outputs of the
+stages, without a norm.
+"""
+
+
+def is_graph_export(path: Path, kind: GraphKind, files: set[str]) -> bool:
+    """Return whether `path` is an export of this kind and holds nothing else."""
+    known = files | {DESCRIPTION_FILE, README_FILE}
+    if not path.is_dir() or not {place.name for place in path.iterdir()} <= known:
+        return False
+    try:
+        content = json.loads((path / DESCRIPTION_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if not isinstance(content, dict):
+        return False
+    return (content.get("format"), content.get("kind")) == (_FORMAT, kind)

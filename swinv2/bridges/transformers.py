@@ -19,21 +19,25 @@ import torch
 from torch import Tensor
 
 from swinv2.atomic import atomic_folder
-from swinv2.bridges.checkpoints import read_checkpoint, read_json
-from swinv2.bridges.contents import BridgeError, Classifier, Imported, MaskedImageHead
-from swinv2.bridges.layers import refuse_other_models, without_buffers
-from swinv2.bridges.placement import (
+from swinv2.bridges.checkpoints import (
+    BridgeError,
+    Classifier,
+    Imported,
+    MaskedImageHead,
+    read_checkpoint,
+    read_json,
+)
+from swinv2.bridges.conversion import (
     RECORD,
     Found,
     assemble,
-    check_read_back,
     checked_head,
     classifier_shapes,
     convert,
     decoder_shapes,
 )
+from swinv2.bridges.layer_names import refuse_other_models, without_buffers
 from swinv2.bridges.sizes import PretrainedWindows, given_sizes
-from swinv2.bridges.transformers_check import check_transformers_export, compare_transformers
 from swinv2.bridges.transformers_layout import (
     FOLDERS,
     WEIGHTS_FILE,
@@ -45,7 +49,14 @@ from swinv2.bridges.transformers_layout import (
     split,
     transformers_config,
 )
-from swinv2.bridges.verification import Report, compare_read_back, ignore
+from swinv2.bridges.verification import (
+    Report,
+    check_read_back,
+    check_transformers_export,
+    compare_read_back,
+    compare_transformers,
+    ignore,
+)
 from swinv2.config import Pair, SwinV2Config
 from swinv2.config_file import check_normalisation
 from swinv2.encoder import SwinV2

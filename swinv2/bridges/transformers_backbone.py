@@ -1,20 +1,20 @@
-"""Our encoder as a backbone for the dense heads of transformers (UperNet, Mask2Former, DETR, ...).
+"""The encoder as a backbone of transformers' dense heads (UperNet, Mask2Former, DETR, ...).
 
-It is our code that runs, so that every size works: images of any shape, oblong windows, extra
-norms. Each map is normalised by a LayerNorm of its own, as transformers' Swin backbone does.
-`SwinV2BackboneConfig` and `SwinV2Backbone` are classes of transformers, made when first asked for.
+The encoder itself runs, so that every size works: images of any shape, oblong windows, extra norms.
+Each map is normalised by a LayerNorm of its own, as transformers' Swin backbone does.
+`SwinV2BackboneConfig` and `SwinV2Backbone` are classes of transformers, created on first access.
 
     register_backbone()
-    backbone = backbone_from_encoder("encoders/mine", out_features=["stage1", "stage2", "stage3"])
-    model = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone.config))
-    model.backbone.load_state_dict(backbone.state_dict())
+    encoder = load_encoder("encoders/mine")
+    backbone = backbone_config(encoder.config, out_features=["stage1", "stage2", "stage3"])
+    model = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone))
+    fill_backbone(model.backbone, encoder)
 
-A folder that a backbone's ``save_pretrained`` wrote is loaded by ``SwinV2Backbone.from_pretrained``
-(``AutoBackbone.from_pretrained`` looks on the model hub alone).
+Load a folder written by `save_pretrained` of a backbone with `SwinV2Backbone.from_pretrained`
+(`AutoBackbone.from_pretrained` only looks on the model hub).
 """
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from functools import cache
@@ -27,14 +27,13 @@ from swinv2.attention import WindowAttention
 from swinv2.blocks import Block
 from swinv2.config import SwinV2Config, record_windows
 from swinv2.encoder import SwinV2
-from swinv2.weights import load_encoder
 
 MODEL_TYPE = "simmim_swinv2"
 FIELDS = fields(SwinV2Config)
 
 
 def __getattr__(name: str) -> type[Any]:
-    """Return a class of transformers by its name, so that models can be pickled and imported."""
+    """Return a class by its name, so that models can be imported and pickled (PEP 562)."""
     if name == "SwinV2BackboneConfig":
         return _config_class()
     if name == "SwinV2Backbone":
@@ -43,7 +42,7 @@ def __getattr__(name: str) -> type[Any]:
 
 
 def register_backbone() -> None:
-    """Make ``AutoConfig`` and ``AutoBackbone`` of transformers know the backbone; again is fine.
+    """Register the backbone with `AutoConfig` and `AutoBackbone`; repeated calls are harmless.
 
     Raises:
         ValueError: transformers is not installed.
@@ -55,29 +54,16 @@ def register_backbone() -> None:
     AutoBackbone.register(config, model, exist_ok=True)
 
 
-def backbone_from_encoder(
-    encoder: SwinV2 | str | os.PathLike[str], *, out_features: Sequence[str] | None = None
-) -> Any:
-    """Return a backbone with the weights of an encoder, in training mode.
-
-    The norm of the last map is the encoder's own; those of the others are fresh.
+def backbone_config(config: SwinV2Config, *, out_features: Sequence[str] | None = None) -> Any:
+    """Return the config of a backbone with the sizes of an encoder.
 
     Args:
-        encoder: it is copied; or an encoder directory.
+        config: of the encoder.
         out_features: names of the maps, of stem, stage1, stage2, ...; by default all stages.
 
     Raises:
-        ValueError: transformers is not installed, a name is unknown, or the directory is none.
+        ValueError: transformers is not installed, or a name is unknown.
     """
-    model_class = _model_class()
-    source = encoder if isinstance(encoder, SwinV2) else load_encoder(encoder)
-    backbone = model_class(backbone_config(source.config, out_features=out_features))
-    fill_backbone(backbone, source)
-    return backbone
-
-
-def backbone_config(config: SwinV2Config, *, out_features: Sequence[str] | None = None) -> Any:
-    """Return the config of a backbone for an encoder's; see `backbone_from_encoder`."""
     names = [f"stage{index + 1}" for index in range(len(config.depths))]
     described = asdict(config) | {"pretrained_window_sizes": record_windows(config)}
     return _config_class()(
@@ -86,7 +72,10 @@ def backbone_config(config: SwinV2Config, *, out_features: Sequence[str] | None 
 
 
 def fill_backbone(backbone: Any, encoder: SwinV2) -> None:
-    """Copy the weights of an encoder into a backbone of its config, however that was made."""
+    """Copy the weights of an encoder into a backbone of its config.
+
+    The norm of the last map is the encoder's own; those of the other maps are left as they are.
+    """
     tensors = {name: tensor.detach() for name, tensor in encoder.state_dict().items()}
     final = {leaf: tensors.pop(f"norm.{leaf}") for leaf in ("weight", "bias")}
     backbone.encoder.load_state_dict(tensors, strict=True)
@@ -96,14 +85,17 @@ def fill_backbone(backbone: Any, encoder: SwinV2) -> None:
 
 
 def encoder_from_backbone(backbone: Any) -> SwinV2:
-    """Return a copy of the encoder in a backbone: what `backbone_from_encoder` made it of.
+    """Return a copy of the encoder in a backbone: the inverse of `fill_backbone`.
 
     Raises:
-        ValueError: the backbone does not give the last map, whose norm is the encoder's.
+        ValueError: the backbone lacks the last map, whose norm is the encoder's.
     """
     last = backbone.stage_names[-1]
     if last not in backbone.hidden_states_norms:
-        raise ValueError(f"the backbone does not give {last}, so its encoder has no last norm.")
+        raise ValueError(
+            f"the backbone has no map {last}, and so no final norm of the encoder: add it to "
+            "out_features."
+        )
     encoder = SwinV2(backbone.encoder.config)
     norm = backbone.hidden_states_norms[last].state_dict()
     tensors = backbone.encoder.state_dict() | {f"norm.{leaf}": norm[leaf] for leaf in norm}
@@ -118,10 +110,10 @@ def _config_class() -> type[Any]:
     from transformers.backbone_utils import BackboneConfigMixin  # noqa: PLC0415
 
     class SwinV2BackboneConfig(BackboneConfigMixin, PreTrainedConfig):  # type: ignore[misc]
-        """Fields of `SwinV2Config`, and which maps are given (out_features or out_indices).
+        """Fields of `SwinV2Config`, and the maps to return (out_features or out_indices).
 
         Raises:
-            ValueError: a size cannot work, or there is no such map.
+            ValueError: a size cannot work, or a map does not exist.
         """
 
         model_type = MODEL_TYPE
@@ -168,7 +160,7 @@ def _model_class() -> type[Any]:
     from transformers.modeling_outputs import BackboneOutput  # noqa: PLC0415
 
     class SwinV2Backbone(BackboneMixin, PreTrainedModel):  # type: ignore[misc]
-        """An encoder that gives the maps of some stages, each with a norm of its own."""
+        """An encoder that returns the maps of some stages, each with a norm of its own."""
 
         config_class = _config_class()
         main_input_name = "pixel_values"
@@ -181,7 +173,7 @@ def _model_class() -> type[Any]:
             sizes: SwinV2Config = config.encoder_config()
             self.num_features = [sizes.embed_dim, *sizes.stage_dims]
             self.encoder = SwinV2(sizes)
-            # Its place is among the norms of all maps.
+            # It is one of the norms of the maps.
             self.encoder.norm = nn.Identity()  # type: ignore[assignment]
             self.hidden_states_norms = nn.ModuleDict(
                 {
@@ -193,10 +185,10 @@ def _model_class() -> type[Any]:
 
         @classmethod
         def is_custom_code(cls) -> bool:
-            """Let transformers initialise blocks too, which have no weights of their own.
+            """Make transformers initialise blocks too, which have no weights of their own.
 
-            It passes modules without weights over where it takes a class for one that does not
-            mind what was loaded; the functions that `_initialise` calls do.
+            It skips modules without weights unless a class is known to respect loaded weights; the
+            functions that `_initialise` calls respect them.
             """
             return False
 
@@ -214,15 +206,17 @@ def _model_class() -> type[Any]:
         ) -> Any:
             """Turn (batch, channels, height, width) of any size into a `BackboneOutput`.
 
-            Its ``feature_maps`` are (batch, embed_dim·2^i, height/stride, width/stride), rounded
-            up, for stage i + 1; ``hidden_states``, on demand, all maps before their norms. What
-            drop_path drops goes by ``drop_path_noise``; see `SwinV2.encode`.
+            `feature_maps` are (batch, embed_dim·2^i, height/stride, width/stride), rounded up, for
+            stage i + 1; `hidden_states`, on demand, all maps before their norms. For
+            `drop_path_noise` see `SwinV2.encode`.
 
             Raises:
-                ValueError: attentions are asked for.
+                ValueError: attentions are requested.
             """
             if output_attentions:
-                raise ValueError("this backbone keeps no attentions: leave output_attentions out.")
+                raise ValueError(
+                    "this backbone does not return attentions: leave output_attentions out."
+                )
             maps = self.encoder.features(pixel_values, drop_path_noise)
             if output_hidden_states or "stem" in self.out_features:
                 maps = [self.encoder.embed(pixel_values).permute(0, 3, 1, 2), *maps]
@@ -249,9 +243,9 @@ def _check_transformers() -> None:
 
 
 def _initialise(module: nn.Module) -> None:
-    """Draw the fresh weights of one module as `swinv2.encoder.initialise` does.
+    """Draw the fresh weights of one module as `swinv2.encoder` does.
 
-    transformers calls it from the leaves to the root, and lets what was loaded alone.
+    transformers calls it from the leaves to the root, and skips weights that were loaded.
     """
     match module:
         case nn.Linear():

@@ -7,8 +7,8 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from swinv2.attention import window_grid
-from swinv2.bridges.contents import BridgeError
-from swinv2.bridges.placement import Layout
+from swinv2.bridges.checkpoints import BridgeError
+from swinv2.bridges.conversion import Layout
 from swinv2.bridges.sizes import Sizes, as_pair, variant_of
 from swinv2.config import Pair, SwinV2Config, clamp_window
 from swinv2.encoder import SwinV2

@@ -1,14 +1,24 @@
-"""How an export is held to its encoder before it is kept: the same numbers on the same image."""
+"""Verification of an export before it is kept: it computes what the encoder computes."""
 
 import math
-from collections.abc import Callable
-from typing import TypeVar
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor
 
-from swinv2.bridges.contents import BridgeError
+from swinv2.bridges.checkpoints import BridgeError, Classifier, MaskedImageHead, read_json
+from swinv2.bridges.transformers_layout import FOLDERS, ModelClass
 from swinv2.config import SwinV2Config
+from swinv2.config_file import CONFIG_FILE, WEIGHTS_FILE
 from swinv2.encoder import HierarchicalEncoder, SwinV2
 
 Encoder = TypeVar("Encoder", bound=HierarchicalEncoder)
@@ -66,6 +76,33 @@ def compare_read_back(encoder: SwinV2, back: SwinV2, images: Tensor | None) -> s
     return compare("its features after reading it back", ours, theirs, tolerance=0)
 
 
+def check_read_back(encoder: SwinV2, back: SwinV2) -> None:
+    """Check that an encoder was read back as it was written, bit for bit.
+
+    Args:
+        encoder: of any type, on any device.
+        back: in float32, on the CPU.
+
+    Raises:
+        BridgeError: it was not; the first differences are named.
+    """
+    first, second = encoder.state_dict(), back.state_dict()
+    different = [
+        name
+        for name in first | second
+        if name not in first
+        or name not in second
+        or not torch.equal(first[name].detach().cpu().float(), second[name].cpu())
+    ]
+    before, after = asdict(encoder.config), asdict(back.config)
+    different += [f"config.{name}" for name in before if before[name] != after[name]]
+    if different:
+        raise BridgeError(
+            f"not exported: {', '.join(different[:5])} came back otherwise than written: check "
+            "the disk, and try again."
+        )
+
+
 def plain_copy(encoder: Encoder) -> Encoder:
     """Return an encoder that shares the weights: float32, CPU, evaluation, nothing else set."""
     with torch.device("meta"):
@@ -89,3 +126,200 @@ def zone_plate(config: SwinV2Config) -> Tensor:
     squares = rows[:, None].square() + columns[None, :].square()
     phases = torch.arange(config.in_channels) * 2.0
     return 1.5 * torch.cos(squares * (height + width) / 4 + phases[:, None, None])[None]
+
+
+def find_timm() -> tuple[ModuleType | None, str]:
+    """Return timm, or ``None`` and why it cannot be used."""
+    if find_spec("timm") is None:
+        return None, "timm is not installed (pip install timm)"
+    try:
+        import timm  # noqa: PLC0415 - an optional part
+    except (ImportError, RuntimeError, OSError) as error:  # a torchvision of another torch
+        return None, f"timm cannot be imported ({error})"
+    return timm, ""
+
+
+def load_in_timm(timm: ModuleType, path: str | os.PathLike[str]) -> torch.nn.Module:
+    """Build the model of an export in timm and load its weights strictly."""
+    folder = Path(path)
+    content = read_json(folder / CONFIG_FILE, "export it again")
+    model: torch.nn.Module = timm.create_model(
+        content["architecture"],
+        num_classes=content["num_classes"],
+        checkpoint_path=str(folder / WEIGHTS_FILE),
+        **content["model_args"],
+    )
+    return model.eval()
+
+
+def check_timm_shapes(
+    timm: ModuleType,
+    name: str,
+    arguments: Mapping[str, Any],
+    classes: int,
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Hold the tensors to the model that the installed timm builds; no weights are made for it."""
+    with torch.device("meta"):
+        expected = timm.create_model(name, num_classes=classes, **arguments).state_dict()
+    different = sorted(
+        key
+        for key in expected.keys() | tensors.keys()
+        if key not in expected or key not in tensors or expected[key].shape != tensors[key].shape
+    )
+    if different:
+        raise BridgeError(
+            f"{name} of the installed timm has other tensors than those written for it "
+            f"({', '.join(different)}): install timm 1.0.20 or newer."
+        )
+
+
+def compare_timm(
+    timm: ModuleType,
+    folder: Path,
+    encoder: SwinV2,
+    *,
+    classifier: Classifier | None,
+    images: Tensor | None,
+    report: Report,
+) -> None:
+    """Compare what timm computes with the export, and report it."""
+    images = zone_plate(encoder.config) if images is None else images
+    peer: Any = load_in_timm(timm, folder)
+    with torch.no_grad():
+        features = plain_copy(encoder)(images)
+        theirs = peer.forward_features(images)
+        report(compare("timm's features to ours", features, theirs))
+        if classifier is not None:
+            logits = classifier.logits(features)
+            report(compare("timm's logits to ours", logits, peer.forward_head(theirs)))
+
+
+def check_transformers_export(path: Path | str) -> None:
+    """Hold every folder of an export to the model transformers builds from its ``config.json``.
+
+    No weights are read, so this is cheap for the largest variants.
+
+    Raises:
+        BridgeError: a folder lacks a tensor, has one too many or one of another shape.
+    """
+    import transformers  # noqa: PLC0415 - an optional part
+
+    for name, place in FOLDERS.items():
+        folder = Path(path) / place
+        if not folder.is_dir():
+            continue
+        with torch.device("meta"):
+            config = transformers.Swinv2Config.from_pretrained(folder)
+            expected = _model_class(name)(config).state_dict()
+        expected_shapes = {key: list(tensor.shape) for key, tensor in expected.items()}
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        different = sorted(
+            key
+            for key in shapes.keys() | expected_shapes.keys()
+            if shapes.get(key) != expected_shapes.get(key)
+        )
+        if different:
+            raise BridgeError(
+                f"{name} of the installed transformers has other tensors than those "
+                f"written for it ({', '.join(different)}): install transformers 5."
+            )
+
+
+def compare_transformers(
+    path: Path,
+    encoder: SwinV2,
+    *,
+    head: MaskedImageHead | None,
+    classifier: Classifier | None,
+    images: Tensor | None,
+    report: Report,
+) -> None:
+    """Load each folder of an export, compute on an image and report how far it is apart.
+
+    Raises:
+        BridgeError: further than rounding in float32 explains.
+    """
+    images = zone_plate(encoder.config) if images is None else images
+    plain = plain_copy(encoder)
+    with torch.no_grad():
+        maps = plain.features(images)
+        tokens = maps[-1].permute(0, 2, 3, 1)
+        theirs = _load("Swinv2Model", path)(images).last_hidden_state
+        report(compare("Swinv2Model's features to ours", tokens.flatten(1, 2), theirs))
+        *before, last = _load("Swinv2Backbone", path)(images).feature_maps
+        # Theirs ends before the final norm.
+        normalised = plain.norm(last.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        ours = torch.cat([one.flatten(1) for one in maps], dim=1)
+        theirs = torch.cat([one.flatten(1) for one in (*before, normalised)], dim=1)
+        report(compare("Swinv2Backbone's maps to ours", ours, theirs))
+        if head is not None:
+            hidden = _checkered(plain, images)
+            ours = _reconstruct(plain, head, images, hidden)
+            peer = _load("Swinv2ForMaskedImageModeling", path)
+            theirs = peer(images, bool_masked_pos=hidden.flatten(1)).reconstruction
+            report(compare("Swinv2ForMaskedImageModeling's reconstruction to ours", ours, theirs))
+        if classifier is not None:
+            ours = classifier.logits(tokens)
+            theirs = _load("Swinv2ForImageClassification", path)(images).logits
+            report(compare("Swinv2ForImageClassification's logits to ours", ours, theirs))
+
+
+def _load(name: ModelClass, path: Path) -> Any:
+    """Load one class of an export in float32; every tensor has to have its place."""
+    with _no_progress_bars():
+        model, loading = _model_class(name).from_pretrained(
+            path / FOLDERS[name], dtype=torch.float32, output_loading_info=True
+        )
+    wrong = {kind: sorted(map(str, names)) for kind, names in loading.items() if names}
+    if wrong:
+        raise BridgeError(f"not exported: {name} of transformers loads it with {wrong}.")
+    return model.eval()
+
+
+def _model_class(name: ModelClass) -> Any:
+    import transformers  # noqa: PLC0415 - an optional part
+
+    match name:
+        case "Swinv2Model":
+            return transformers.Swinv2Model
+        case "Swinv2Backbone":
+            return transformers.Swinv2Backbone
+        case "Swinv2ForMaskedImageModeling":
+            return transformers.Swinv2ForMaskedImageModeling
+        case "Swinv2ForImageClassification":
+            return transformers.Swinv2ForImageClassification
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging  # noqa: PLC0415 - an optional part
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _checkered(encoder: SwinV2, images: Tensor) -> Tensor:
+    """Return a mask of tokens (batch, rows, columns) that hides every second one."""
+    rows, columns = encoder.config.stage_resolutions[0]
+    places = torch.arange(rows)[:, None] + torch.arange(columns)[None, :]
+    return (places % 2 == 0).expand(len(images), -1, -1)
+
+
+def _reconstruct(encoder: SwinV2, head: MaskedImageHead, images: Tensor, hidden: Tensor) -> Tensor:
+    """Predict all pixels of images (batch, channels, height, width) with some tokens hidden."""
+    tokens = encoder.embed(images)
+    token = head.mask_token.detach().to(tokens).reshape(-1)
+    features = encoder.encode(torch.where(hidden[..., None], token, tokens))
+    pixels = F.conv2d(
+        features.permute(0, 3, 1, 2),
+        head.weight.detach().to(tokens),
+        head.bias.detach().to(tokens),
+    )
+    return F.pixel_shuffle(pixels, encoder.strides[-1])

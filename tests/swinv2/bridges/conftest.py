@@ -15,7 +15,7 @@ from stand_in import import_with_stand_in
 from torch import nn
 
 from swinv2 import SwinV2, SwinV2Config
-from swinv2.bridges.contents import Classifier, MaskedImageHead
+from swinv2.bridges.checkpoints import Classifier, MaskedImageHead
 from swinv2.bridges.transformers import export_transformers
 
 RECORDED = Path(__file__).with_name("timm_tensors.json")

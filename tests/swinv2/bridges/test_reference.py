@@ -15,9 +15,9 @@ import yaml
 from torch import Tensor, nn
 
 from swinv2 import SwinV2, load_encoder, save_encoder, variant_config
-from swinv2.bridges.contents import BridgeError, Classifier, MaskedImageHead
-from swinv2.bridges.layers import layer_parts
-from swinv2.bridges.placement import place
+from swinv2.bridges.checkpoints import BridgeError, Classifier, MaskedImageHead
+from swinv2.bridges.conversion import place
+from swinv2.bridges.layer_names import layer_parts
 from swinv2.bridges.reference import (
     export_reference,
     import_reference,

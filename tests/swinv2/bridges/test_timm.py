@@ -16,18 +16,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from swinv2 import SwinV2, build_encoder, variant_config
-from swinv2.bridges.contents import BridgeError, Classifier
-from swinv2.bridges.layers import layer_parts
-from swinv2.bridges.placement import place
+from swinv2.bridges.checkpoints import BridgeError, Classifier
+from swinv2.bridges.conversion import place
+from swinv2.bridges.layer_names import layer_parts
 from swinv2.bridges.reference import to_reference
 from swinv2.bridges.timm import (
     export_timm,
-    find_timm,
     import_timm,
-    load_in_timm,
     timm_arguments,
     to_timm,
 )
+from swinv2.bridges.verification import find_timm, load_in_timm
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 SIZES = {"image_size": 64, "window_size": 8, "pretrained_window_sizes": "same"}
@@ -392,7 +391,7 @@ def test_writing_needs_no_timm(
 ) -> None:
     for name in [one for one in sys.modules if one.partition(".")[0] == "timm"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr("swinv2.bridges.timm.find_spec", lambda name: None)
+    monkeypatch.setattr("swinv2.bridges.verification.find_spec", lambda name: None)
     assert find_timm() == (None, "timm is not installed (pip install timm)")
     path = export_timm(build(), tmp_path / "out", mean=MEAN, std=STD)
     assert "head.fc.weight" not in load_file(path / "model.safetensors")

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from swinv2 import SwinV2, build_encoder
-from swinv2.bridges.contents import BridgeError, Classifier, MaskedImageHead
+from swinv2.bridges.checkpoints import BridgeError, Classifier, MaskedImageHead
 from swinv2.bridges.transformers import export_transformers, import_transformers
-from swinv2.bridges.transformers_check import check_transformers_export
 from swinv2.bridges.transformers_layout import transformers_config
+from swinv2.bridges.verification import check_transformers_export
 
 peer = pytest.mark.peer
 MEAN = (0.485, 0.456, 0.406)

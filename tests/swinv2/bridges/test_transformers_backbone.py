@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from swinv2 import SwinV2, SwinV2Config, save_encoder
-from swinv2.bridges.transformers_backbone import backbone_from_encoder, register_backbone
+from swinv2 import SwinV2, SwinV2Config
+from swinv2.bridges.transformers_backbone import backbone_config, fill_backbone, register_backbone
 
 pytestmark = pytest.mark.peer
 Build = Callable[..., SwinV2]
@@ -27,6 +27,14 @@ def transformers() -> Iterator[Any]:
     register_backbone()
     yield module
     module.utils.logging.enable_progress_bar()
+
+
+def build_backbone(encoder: SwinV2, out_features: list[str] | None = None) -> Any:
+    from swinv2.bridges.transformers_backbone import SwinV2Backbone
+
+    backbone = SwinV2Backbone(backbone_config(encoder.config, out_features=out_features))
+    fill_backbone(backbone, encoder)
+    return backbone
 
 
 def draw(*shape: int) -> Tensor:
@@ -47,16 +55,10 @@ def assert_trains(encoder: nn.Module, loss: Tensor) -> None:
     assert len(dead) < len(list(encoder.parameters())) / 4
 
 
-@pytest.mark.parametrize("source", ["encoder", "directory"])
 @pytest.mark.parametrize("size", [(64, 64), (70, 90)])
-def test_maps_are_the_encoders_with_a_norm_each(
-    build: Build, tmp_path: Path, source: str, size: tuple[int, int]
-) -> None:
+def test_maps_are_the_encoders_with_a_norm_each(build: Build, size: tuple[int, int]) -> None:
     encoder = build(extra_norm_every=2, window_size=(8, 4))
-    given: Any = encoder
-    if source == "directory":
-        given = save_encoder(encoder, tmp_path / "encoder", mean=(0.5,) * 3, std=(0.5,) * 3)
-    backbone = backbone_from_encoder(given).eval()
+    backbone = build_backbone(encoder).eval()
     images = draw(2, 3, *size)
     with torch.no_grad():
         *before, last = encoder.features(images)
@@ -77,7 +79,7 @@ def test_maps_are_the_encoders_with_a_norm_each(
 def test_names_and_indices_choose_maps(build: Build) -> None:
     encoder = build()
     images = draw(1, 3, 64, 64)
-    backbone = backbone_from_encoder(encoder, out_features=["stem", "stage3"]).eval()
+    backbone = build_backbone(encoder, out_features=["stem", "stage3"]).eval()
     assert (backbone.out_indices, backbone.channels) == ([0, 3], [8, 32])
     with torch.no_grad():
         stem, third = backbone(images).feature_maps
@@ -89,7 +91,7 @@ def test_names_and_indices_choose_maps(build: Build) -> None:
     config.out_indices = (2, 4)
     assert config.out_features == ["stage2", "stage4"]
     with pytest.raises(ValueError, match="stage_names"):
-        backbone_from_encoder(encoder, out_features=["stage5"])
+        build_backbone(encoder, out_features=["stage5"])
     with pytest.raises(ValueError, match="attentions"):
         backbone(images, output_attentions=True)
 
@@ -99,7 +101,7 @@ def test_it_is_saved_and_loaded_as_a_model_of_transformers(
 ) -> None:
     from swinv2.bridges.transformers_backbone import SwinV2Backbone
 
-    backbone = backbone_from_encoder(build(drop_path=0.2), out_features=STAGES[1:])
+    backbone = build_backbone(build(drop_path=0.2), out_features=STAGES[1:])
     backbone.save_pretrained(tmp_path / "saved")
     again, report = SwinV2Backbone.from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not any(report.values()), report
@@ -117,7 +119,7 @@ def test_it_is_saved_and_loaded_as_a_model_of_transformers(
 
 
 def test_a_fresh_one_starts_as_our_encoder_does(transformers: Any, build: Build) -> None:
-    config = backbone_from_encoder(build(), out_features=STAGES).config
+    config = build_backbone(build(), out_features=STAGES).config
     backbone = transformers.AutoBackbone.from_config(config)
     encoder = backbone.encoder
     assert all(
@@ -135,7 +137,7 @@ def test_a_fresh_one_starts_as_our_encoder_does(transformers: Any, build: Build)
 def test_a_norm_that_a_folder_lacks_starts_afresh(build: Build, tmp_path: Path) -> None:
     from swinv2.bridges.transformers_backbone import SwinV2Backbone
 
-    saved = backbone_from_encoder(build(), out_features=STAGES[3:])
+    saved = build_backbone(build(), out_features=STAGES[3:])
     saved.save_pretrained(tmp_path / "saved")
     loaded = SwinV2Backbone.from_pretrained(tmp_path / "saved", out_features=STAGES[2:])
     norms = loaded.hidden_states_norms
@@ -144,7 +146,7 @@ def test_a_norm_that_a_folder_lacks_starts_afresh(build: Build, tmp_path: Path) 
 
 
 def test_upernet_trains_on_it(build: Build, transformers: Any) -> None:
-    backbone = backbone_from_encoder(build())
+    backbone = build_backbone(build())
     model = transformers.UperNetForSemanticSegmentation(
         transformers.UperNetConfig(
             backbone_config=backbone.config,
@@ -166,7 +168,7 @@ def test_upernet_trains_on_it(build: Build, transformers: Any) -> None:
 def test_mask2former_trains_on_it(build: Build, transformers: Any, whole: bool) -> None:
     if whole:
         pytest.importorskip("scipy", reason="its loss needs scipy")
-    backbone = backbone_from_encoder(build())
+    backbone = build_backbone(build())
     config = transformers.Mask2FormerConfig(
         backbone_config=backbone.config,
         feature_size=32,
@@ -204,7 +206,7 @@ def test_mask2former_trains_on_it(build: Build, transformers: Any, whole: bool) 
 def test_detr_trains_on_it(build: Build, transformers: Any, family: str, whole: bool) -> None:
     if whole:
         pytest.importorskip("scipy", reason="its loss needs scipy")
-    backbone = backbone_from_encoder(
+    backbone = build_backbone(
         build(), out_features=STAGES[1:] if family == "DeformableDetr" else STAGES[3:]
     )
     config = getattr(transformers, f"{family}Config")(
@@ -252,7 +254,7 @@ except ValueError as error:
 
 
 def test_impossible_sizes_are_refused(build: Build) -> None:
-    config_class = type(backbone_from_encoder(build()).config)
+    config_class = type(build_backbone(build()).config)
     assert config_class().encoder_config() == SwinV2Config(
         embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)
     )

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from swinv2 import SwinV2, save_encoder
-from swinv2.bridges.contents import BridgeError
+from swinv2.bridges.checkpoints import BridgeError
 from swinv2.bridges.reference import import_reference, to_reference
 from swinv2.bridges.timm import export_timm, import_timm
 from swinv2.bridges.transformers import import_transformers

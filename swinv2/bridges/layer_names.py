@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from swinv2.attention import window_grid
-from swinv2.bridges.contents import BridgeError
+from swinv2.bridges.checkpoints import BridgeError
 from swinv2.bridges.sizes import variant_of
 from swinv2.config import SwinV2Config
 

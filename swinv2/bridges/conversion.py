@@ -1,13 +1,13 @@
 """From our tensors to another library's and back: every learned one is placed, or named."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from swinv2.bridges.contents import BridgeError, Classifier, Imported, MaskedImageHead
+from swinv2.bridges.checkpoints import BridgeError, Classifier, Imported, MaskedImageHead
 from swinv2.bridges.sizes import Sizes, settle
 from swinv2.config import SwinV2Config
 from swinv2.config_file import check_normalisation
@@ -274,30 +274,3 @@ def _not_numbers(tensor: Tensor) -> str | None:
         return f"{tensor.dtype}"
     # One number that is not finite makes the sum so; half precision would overflow in it.
     return None if tensor.sum(dtype=torch.float64).isfinite() else "some that are not finite"
-
-
-def check_read_back(encoder: SwinV2, back: SwinV2) -> None:
-    """Check that an encoder was read back as it was written, bit for bit.
-
-    Args:
-        encoder: of any type, on any device.
-        back: in float32, on the CPU.
-
-    Raises:
-        BridgeError: it was not; the first differences are named.
-    """
-    first, second = encoder.state_dict(), back.state_dict()
-    different = [
-        name
-        for name in first | second
-        if name not in first
-        or name not in second
-        or not torch.equal(first[name].detach().cpu().float(), second[name].cpu())
-    ]
-    before, after = asdict(encoder.config), asdict(back.config)
-    different += [f"config.{name}" for name in before if before[name] != after[name]]
-    if different:
-        raise BridgeError(
-            f"not exported: {', '.join(different[:5])} came back otherwise than written: check "
-            "the disk, and try again."
-        )
