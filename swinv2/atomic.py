@@ -16,12 +16,12 @@ class OccupiedError(ValueError):
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` as UTF-8 to ``path``, replacing what was there in one step."""
+    """Write `text` as UTF-8 to `path`, replacing what was there in one step."""
     atomic_write_bytes(path, text.encode())
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write ``data`` to ``path``, replacing what was there in one step; its folder must exist."""
+    """Write `data` to `path`, replacing what was there in one step; its folder must exist."""
     destination = _resolved(path)
     partial = _sibling(destination, "partial")
     try:
@@ -40,15 +40,15 @@ def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 def atomic_folder(
     path: str | os.PathLike[str], *, may_replace: Callable[[Path], bool] = lambda _: False
 ) -> Iterator[Path]:
-    """Yield a fresh folder to fill, which takes the place of ``path`` when the block ends well.
+    """Yield a fresh folder to fill, which takes the place of `path` when the block ends well.
 
-    Where the block raises, the folder is removed and ``path`` stays as it was. An empty folder at
-    ``path`` is always replaced, a filled one only where ``may_replace(path)`` is true. The swap is
-    two renames: a machine that dies between them leaves the earlier folder beside ``path`` as
-    ``.NAME.replaced-PID``.
+    Where the block raises, the folder is removed and `path` stays as it was. An empty folder at
+    `path` is always replaced, a filled one only where `may_replace(path)` is true. The swap is
+    two renames: a machine that dies between them leaves the earlier folder beside `path` as
+    `.NAME.replaced-PID`.
 
     Raises:
-        OccupiedError: ``path`` is a file, or a filled folder that may not be replaced.
+        OccupiedError: `path` is a file, or a filled folder that may not be replaced.
     """
     destination = _resolved(path)
     _check_replaceable(destination, may_replace)
@@ -100,7 +100,7 @@ def _check_replaceable(destination: Path, may_replace: Callable[[Path], bool]) -
 
 
 def _make_parents(folder: Path) -> list[Path]:
-    """Create ``folder`` and its ancestors; return those that were absent, the deepest first."""
+    """Create `folder` and its ancestors; return those that were absent, the deepest first."""
     absent = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

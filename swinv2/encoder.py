@@ -60,9 +60,9 @@ class HierarchicalEncoder(nn.Module):
                 f"(batch, {', '.join(axes)}, {self.config.embed_dim})."
             )
         depths = list(self.config.depths)
-        noise_shape = (len(tokens), sum(depths), 2)
         noise: list[Any] | tuple[Tensor, ...] = [None] * len(depths)
         if drop_path_noise is not None:
+            noise_shape = (len(tokens), sum(depths), 2)
             if tuple(drop_path_noise.shape) != noise_shape:
                 raise ValueError(
                     f"drop_path_noise has shape {tuple(drop_path_noise.shape)}; it needs two "

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from simmim.export.export import compare_native
 from simmim.export.trial_image import trial_image
-from swinv2.bridges.checkpoints import Imported
+from swinv2.bridges.checkpoints import ImportedEncoder
 from swinv2.bridges.reference import import_reference
 from swinv2.bridges.sizes import PretrainedWindows
 from swinv2.bridges.timm import import_timm
@@ -71,7 +71,7 @@ def import_encoder(source: Path, destination: Path, form: ImportFormat, known: K
         f"depths {config.depths}, {config.embed_dim} channels"
     )
     lines = [
-        f"Imported {source} as {destination}",
+        f"ImportedEncoder {source} as {destination}",
         sizes,
         f"  mean {imported.mean}, std {imported.std}",
     ]
@@ -89,7 +89,7 @@ def import_encoder(source: Path, destination: Path, form: ImportFormat, known: K
     return [*lines, *(f"  {line}" for line in compared)]
 
 
-def _read(source: Path, form: ImportFormat, known: Known) -> Imported:
+def _read(source: Path, form: ImportFormat, known: Known) -> ImportedEncoder:
     told: dict[str, Any] = {
         "image_size": known.image_size,
         "window_size": known.window_size,

@@ -1,10 +1,10 @@
-"""The encoder for a graph whose height and width stay open: no branch depends on a size.
+"""The encoder for graphs with dynamic height and width: no Python branch depends on a size.
 
-The encoder fits windows, shifts, padding and masks to a map in Python, which a trace would fix.
-Here they are tensors, computed in the graph from its input. A map is (batch, tokens, channels)
-throughout a stage; which of its tokens a window holds, and where they return to, are two lists of
-indices: padding and rolling, cutting and joining at once. An index that fills a window repeats
-the last row or column; the mask hides it, so that its features never count.
+The encoder fits windows, shifts, padding and masks to a map in Python, which tracing would make
+constant. Here they are tensors, computed in the graph from its input. A map is (batch, tokens,
+channels) throughout a stage. Two lists of indices gather its tokens into windows and scatter them
+back: padding and rolling, partitioning and reversing at once. Padding repeats the last row or
+column, and the mask hides it.
 """
 
 import math
@@ -29,18 +29,18 @@ from swinv2.encoder import SwinV2
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """Windows along one axis of a map; numbers are tensors () of int64."""
+    """Windows along one axis of a map; sizes are scalar int64 tensors."""
 
     tokens: Tensor
     window: Tensor
     windows: Tensor
     side: int
-    """The window before it was fitted to the map."""
+    """The window size before it is fitted to the map."""
 
     def places(self, places: Tensor, *, shifted: bool) -> tuple[Tensor, Tensor]:
-        """Say where tokens at these places of the shifted map come from, and in which region.
+        """Return the original places and the regions of tokens at places of the shifted map.
 
-        A place is counted from the start of the padded map; regions are those of
+        Places count from the start of the padded map; for regions see
         `swinv2.attention.window_regions`.
         """
         length = self.windows * self.window
@@ -50,35 +50,35 @@ class Axis:
         return origins, regions
 
     def shift(self, *, shifted: bool) -> Tensor:
-        """Give the shift, half a window, or none where one window spans the axis."""
+        """Return the shift: half a window, or 0 if one window spans the axis."""
         return (self.windows > 1).long() * (self.side // 2 if shifted else 0)
 
     def destinations(self, tokens: int, *, shifted: bool) -> Tensor:
-        """Give the place of each token in the shifted map, (tokens,)."""
+        """Return the place of each token in the shifted map, (tokens,)."""
         length = self.windows * self.window
         return (torch.arange(tokens) + length - self.shift(shifted=shifted)) % length
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
-    """How a map of tokens, row after row, is cut into windows and joined again."""
+class Partition:
+    """Partition of a map of tokens, in row-major order, into windows."""
 
     gather: Tensor
-    """The token at each place of each window, (windows, tokens of a window)."""
+    """Index of the token at each place of each window, (windows, window tokens)."""
     scatter: Tensor
-    """The place of each token among those of all windows, (tokens,)."""
+    """Index of each token among the places of all windows, (tokens,)."""
     mask: Tensor
-    """What is added to the scores of each window, (windows, 1, queries, keys)."""
+    """Added to the scores of each window, (windows, 1, queries, keys)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cuts:
-    """What the blocks of a stage share."""
+class StagePartitions:
+    """Partitions and relative positions that the blocks of a stage share."""
 
-    plain: Cut
-    shifted: Cut
+    plain: Partition
+    shifted: Partition
     offsets: Tensor
-    """Row of the bias table for each query and key of a window, (queries, keys)."""
+    """Row of the bias table for each pair of tokens of a window, (queries, keys)."""
 
 
 def fit_axis(tokens: int, side: int) -> Axis:
@@ -88,8 +88,8 @@ def fit_axis(tokens: int, side: int) -> Axis:
     return Axis(tokens=number, window=window, windows=(number + window - 1) // window, side=side)
 
 
-def cut_map(rows: int, columns: int, window: Pair) -> Cuts:
-    """Cut a map of tokens into windows, without and with a shift."""
+def partition_map(rows: int, columns: int, window: Pair) -> StagePartitions:
+    """Return the partitions of a map into windows, without and with a shift."""
     down, along = fit_axis(rows, window[0]), fit_axis(columns, window[1])
     windows = torch.arange(_length(down.windows * along.windows))[:, None]
     places = torch.arange(_length(down.window * along.window))
@@ -97,7 +97,7 @@ def cut_map(rows: int, columns: int, window: Pair) -> Cuts:
     row_places = windows // along.windows * down.window + place_rows
     column_places = windows % along.windows * along.window + place_columns
 
-    def cut(*, shifted: bool) -> Cut:
+    def build(*, shifted: bool) -> Partition:
         from_rows, row_regions = down.places(row_places, shifted=shifted)
         from_columns, column_regions = along.places(column_places, shifted=shifted)
         padded = (from_rows >= down.tokens) | (from_columns >= along.tokens)
@@ -108,7 +108,7 @@ def cut_map(rows: int, columns: int, window: Pair) -> Cuts:
         to_columns = along.destinations(columns, shifted=shifted)
         to_windows = to_rows // down.window * along.windows + to_columns // along.window
         to_places = to_rows % down.window * along.window + to_columns % along.window
-        return Cut(
+        return Partition(
             gather=torch.minimum(from_rows, down.tokens - 1) * along.tokens
             + torch.minimum(from_columns, along.tokens - 1),
             scatter=(to_windows * (down.window * along.window) + to_places).flatten(),
@@ -117,22 +117,22 @@ def cut_map(rows: int, columns: int, window: Pair) -> Cuts:
 
     row_offsets = place_rows[:, None] - place_rows + window[0] - 1
     column_offsets = place_columns[:, None] - place_columns + window[1] - 1
-    return Cuts(
-        plain=cut(shifted=False),
-        shifted=cut(shifted=True),
+    return StagePartitions(
+        plain=build(shifted=False),
+        shifted=build(shifted=True),
         offsets=row_offsets * (2 * window[1] - 1) + column_offsets,
     )
 
 
 def _length(number: Tensor) -> int:
-    """Turn a positive number into a length; in a trace it is a symbol of its own."""
+    """Turn a positive tensor into a length; in a trace it becomes a symbol."""
     length = cast(int, number.item())
     torch._check(length >= 1)  # type: ignore[no-untyped-call]
     return length
 
 
 class AnySizeAttention(nn.Module):
-    """WindowAttention with its grid given as tensors, and what is constant computed once."""
+    """WindowAttention with its grid given as tensors and its constants precomputed."""
 
     def __init__(self, attention: WindowAttention, window: Pair) -> None:
         super().__init__()
@@ -148,21 +148,21 @@ class AnySizeAttention(nn.Module):
         self.scale: Tensor
         self.bias_table: Tensor
 
-    def forward(self, tokens: Tensor, cut: Cut, offsets: Tensor) -> Tensor:
-        """Mix (batch, tokens, channels) within windows."""
-        gathered = tokens.index_select(1, cut.gather.flatten())
-        windows: Tensor = gathered.unflatten(1, cut.gather.shape)  # type: ignore[no-untyped-call]
+    def forward(self, tokens: Tensor, partition: Partition, offsets: Tensor) -> Tensor:
+        """Attend within windows; (batch, tokens, channels) to the same shape."""
+        gathered = tokens.index_select(1, partition.gather.flatten())
+        windows: Tensor = gathered.unflatten(1, partition.gather.shape)  # type: ignore[no-untyped-call]
         qkv = F.linear(windows, self.qkv.weight, self.qkv_bias)
         bias = F.embedding(offsets, self.bias_table).permute(2, 0, 1)
-        mixed = explicit_attention(qkv, scale=self.scale, bias=bias, mask=cut.mask)
+        mixed = explicit_attention(qkv, scale=self.scale, bias=bias, mask=partition.mask)
         joined: Tensor = self.projection(mixed).flatten(1, 2)
-        return joined.index_select(1, cut.scatter)
+        return joined.index_select(1, partition.scatter)
 
 
 def bias_table(attention: WindowAttention, window: Pair) -> Tensor:
-    """Give the position bias of all offsets in a window, ((2h-1)·(2w-1), heads).
+    """Return the position bias of all offsets in a window, ((2h-1)·(2w-1), heads).
 
-    A smaller window has a part of these offsets, with the same bias.
+    A smaller window uses a subset of these offsets, with the same bias.
     """
     height, width = window
     rows, columns = torch.arange(1 - height, height), torch.arange(1 - width, width)
@@ -182,16 +182,16 @@ class AnySizeBlock(nn.Module):
         self.attention = AnySizeAttention(block.attention, cast(Pair, block.window))
         self.norm1, self.mlp, self.norm2 = block.norm1, block.mlp, block.norm2
 
-    def forward(self, tokens: Tensor, cuts: Cuts) -> Tensor:
+    def forward(self, tokens: Tensor, partitions: StagePartitions) -> Tensor:
         """Map (batch, tokens, channels) to the same shape."""
-        cut = cuts.shifted if self.shifted else cuts.plain
-        tokens = tokens + self.norm1(self.attention(tokens, cut, cuts.offsets))
+        partition = partitions.shifted if self.shifted else partitions.plain
+        tokens = tokens + self.norm1(self.attention(tokens, partition, partitions.offsets))
         mapped: Tensor = tokens + self.norm2(self.mlp(tokens))
         return mapped
 
 
 class AnySizeStage(nn.Module):
-    """A Stage of such blocks."""
+    """A Stage of AnySizeBlocks, in evaluation mode."""
 
     def __init__(self, stage: Stage, window: Pair) -> None:
         super().__init__()
@@ -202,18 +202,18 @@ class AnySizeStage(nn.Module):
 
     def forward(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
         """Map (batch, rows·columns, channels) to the same shape."""
-        cuts = cut_map(rows, columns, self.window)
+        partitions = partition_map(rows, columns, self.window)
         for count, block in enumerate(self.blocks, start=1):
-            tokens = block(tokens, cuts)
+            tokens = block(tokens, partitions)
             if self.extra_norm_every and count % self.extra_norm_every == 0:
                 tokens = self.extra_norms[count // self.extra_norm_every - 1](tokens)
         return tokens
 
 
 class AnySizeFeatures(nn.Module):
-    """`SwinV2.features` of an encoder in evaluation mode, on the CPU, for a trace with open sizes.
+    """`SwinV2.features` in evaluation mode, on the CPU, for tracing with dynamic sizes.
 
-    The tensors are the encoder's own, but for what is constant in each attention.
+    It shares the tensors of the encoder, except for the constants of each attention.
     """
 
     def __init__(self, encoder: SwinV2) -> None:
@@ -227,11 +227,11 @@ class AnySizeFeatures(nn.Module):
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Turn (batch, channels, height, width) into a map (batch, channels, rows, columns) each.
+        """Return the maps of all stages, (batch, channels, rows, columns) each.
 
-        Any height and width of a pixel or more will do.
+        Images are (batch, channels, height, width), at least one pixel high and wide.
         """
-        # With a patch less a pixel of padding, rounding down is rounding up without it.
+        # Padding by a patch less one pixel turns rounding down into rounding up.
         margin = self.patch_embed.patch_size - 1
         patches = self.patch_embed.projection(F.pad(images, (0, margin, 0, margin)))
         rows, columns = patches.shape[2:]
@@ -249,10 +249,10 @@ class AnySizeFeatures(nn.Module):
 
 
 def merge(merging: PatchMerging, tokens: Tensor, rows: int, columns: int) -> Tensor:
-    """Do as PatchMerging does, on (batch, rows·columns, channels)."""
+    """Apply PatchMerging to (batch, rows·columns, channels)."""
     height, width = (torch.scalar_tensor(side, dtype=torch.int64) for side in (rows, columns))
     outside = height * width
-    tokens = F.pad(tokens, (0, 0, 0, 1))  # the token outside an odd map: zeros
+    tokens = F.pad(tokens, (0, 0, 0, 1))  # zeros, for neighbours outside an odd map
     neighbours = []
     for right in (0, 1):
         for below in (0, 1):

@@ -1,4 +1,4 @@
-"""Checkpoint files of other libraries: read without running anything that they hold."""
+"""Checkpoints of other libraries: what they hold, and reading the files without running code."""
 
 import argparse
 import errno
@@ -20,19 +20,19 @@ from swinv2.weights import read_tensors
 
 
 class BridgeError(ValueError):
-    """An encoder or a checkpoint that the other side cannot express as it is."""
+    """An encoder or a checkpoint that the other library, or ours, cannot express."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedImageHead:
-    """The tensors that SimMIM adds to an encoder."""
+    """Mask token and decoder, which SimMIM adds to an encoder."""
 
     mask_token: Tensor
-    """What stands for a hidden token, ``embed_dim`` values in any shape."""
+    """Replaces a masked token: `embed_dim` values in any shape."""
     weight: Tensor
-    """The decoder's 1x1 convolution (stride² · in_channels, num_features, 1, 1)."""
+    """Of the decoder, a 1x1 convolution: (stride² · in_channels, num_features, 1, 1)."""
     bias: Tensor
-    """Its bias (stride² · in_channels,)."""
+    """Of the decoder: (stride² · in_channels,)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,8 @@ class Classifier:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Imported:
-    """What a checkpoint of another library holds, as ours."""
+class ImportedEncoder:
+    """An encoder from a checkpoint of another library, with its heads and normalisation."""
 
     encoder: SwinV2
     """In float32, on the CPU, in evaluation mode."""
@@ -60,48 +60,51 @@ class Imported:
     head: MaskedImageHead | None
     """Mask token and decoder, from a SimMIM pretraining."""
     classifier: Classifier | None
-    """From a classification."""
+    """Linear head of a classification model."""
     dropped: tuple[str, ...]
-    """Buffers of the file, which are computed from the sizes."""
+    """Buffers of the file that are not read: they are computed from the sizes."""
     classes: tuple[str, ...] = ()
-    """Names of the classifier's classes, where the checkpoint has them."""
+    """Names of the classifier's classes, if the checkpoint has them."""
     fresh: tuple[str, ...] = ()
-    """Our tensors that a model of that kind has not: they start as ones and zeros."""
+    """Tensors of the encoder that such a model lacks: they start as ones and zeros."""
 
 
 WRAPPERS = ("module.", "_orig_mod.")
-"""What data parallelism and torch.compile put before every name."""
+"""Prefixes that data parallelism and torch.compile add to every name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What a file holds."""
+    """Contents of a checkpoint file."""
 
     source: str
     """The file, for messages."""
     tensors: dict[str, Tensor]
-    """By their own names, without wrappers."""
+    """By name, without WRAPPERS."""
     extras: dict[str, Any]
-    """What stands beside the tensors, by name; empty for a file of tensors alone."""
+    """Other entries by name; empty for a file of tensors only."""
 
 
 def read_checkpoint(path: str | os.PathLike[str], entries: Iterable[str]) -> Checkpoint:
     """Read a safetensors file or a pickle of tensors and plain values on to the CPU.
 
     Args:
-        path: ends in .safetensors where it is one.
-        entries: under which names the tensors may stand, the preferred one first.
+        path: of the file; safetensors files have the suffix .safetensors.
+        entries: names that may hold the tensors, the preferred one first.
 
     Raises:
-        BridgeError: the file is absent or damaged, holds no tensors, or needs code to be read.
+        BridgeError: the file is missing or damaged, holds no tensors, or needs code to be read.
     """
     file = Path(path)
     if not file.is_file():
-        raise BridgeError(f"{file} {_instead(file)}: give a checkpoint file.")
+        raise BridgeError(f"{file} {_describe_missing(file)}: give a checkpoint file.")
     safe = file.suffix == ".safetensors"
     content: Any = read_tensors(file, remedy="copy it again") if safe else _read_pickle(file)
     if not isinstance(content, Mapping):
-        raise BridgeError(f"{file} holds a {type(content).__name__}, not tensors by name.")
+        raise BridgeError(
+            f"{file} holds a {type(content).__name__}, not tensors by name: give a checkpoint of a "
+            "model."
+        )
     held = next((name for name in entries if isinstance(content.get(name), Mapping)), None)
     named = content if held is None else content[held]
     extras = {} if held is None else {k: part for k, part in content.items() if k != held}
@@ -118,51 +121,52 @@ def read_checkpoint(path: str | os.PathLike[str], entries: Iterable[str]) -> Che
     return Checkpoint(source=str(file), tensors=tensors, extras=extras)
 
 
-def _instead(file: Path) -> str:
-    """Say what there is in the place of a file that is none."""
+def _describe_missing(file: Path) -> str:
+    """Say why a path is not a file, with the files next to it."""
     if file.is_dir():
         return "is a folder"
-    beside = sorted(path.name for path in file.parent.iterdir()) if file.parent.is_dir() else []
-    return f"does not exist (there are {', '.join(beside[:5])})" if beside else "does not exist"
+    others = sorted(path.name for path in file.parent.iterdir()) if file.parent.is_dir() else []
+    found = f" (the folder has {', '.join(others[:5])})" if others else ""
+    return f"does not exist{found}"
 
 
 def read_json(file: Path, remedy: str) -> dict[str, Any]:
-    """Read a file of fields by name.
+    """Read a JSON file that holds an object.
 
     Raises:
-        BridgeError: it is absent or holds something else; the message ends with the remedy.
+        BridgeError: it is missing or holds something else; the message ends with the remedy.
     """
     if not file.is_file():
-        raise BridgeError(f"{file} {_instead(file)}: {remedy}.")
+        raise BridgeError(f"{file} {_describe_missing(file)}: {remedy}.")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise BridgeError(f"{file} is not valid JSON ({error}): {remedy}.") from error
     if not isinstance(content, dict):
-        raise BridgeError(f"{file} does not hold fields by name: {remedy}.")
+        raise BridgeError(f"{file} does not hold a JSON object: {remedy}.")
     return content
 
 
 def _read_pickle(file: Path) -> Any:
-    # Published checkpoints carry their settings too: those of timm are a plain namespace, and the
-    # nodes of yacs are read as dictionaries, without yacs.
+    # Published checkpoints also hold their settings: those of timm are a plain namespace, and yacs
+    # nodes are read as dictionaries, without yacs.
     known: list[Any] = [(OrderedDict, "yacs.config.CfgNode"), argparse.Namespace]
     try:
         with torch.serialization.safe_globals(known):
             return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        # A file that is cut short in some places makes torch look before its start.
+        # Some truncated files make torch seek before their start.
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused is None:
             raise BridgeError(
-                f"{file} is cut short, or no checkpoint of PyTorch with tensors and plain values "
-                "alone: copy it again."
+                f"{file} is truncated, or not a PyTorch checkpoint of tensors and plain values: "
+                "copy it again."
             ) from error
         raise BridgeError(
-            f"{file} was not read: it holds {refused[1]}, and reading that would run code. Where "
-            "you trust it, keep its tensors alone with torch.save({'model': state_dict}, ...)."
+            f"{file} was not read: it holds {refused[1]}, and reading that would run code. If you "
+            "trust it, save only its tensors with torch.save({'model': state_dict}, ...)."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""From our tensors to another library's and back: every learned one is placed, or named."""
+"""Conversion of tensors to another library's names and back, strictly: none is lost or ignored."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,117 +7,119 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swinv2.bridges.checkpoints import BridgeError, Classifier, Imported, MaskedImageHead
-from swinv2.bridges.sizes import Sizes, settle
+from swinv2.bridges.checkpoints import BridgeError, Classifier, ImportedEncoder, MaskedImageHead
+from swinv2.bridges.sizes import Sizes, resolve_config
 from swinv2.config import SwinV2Config
 from swinv2.config_file import check_normalisation
 from swinv2.encoder import SwinV2
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-RECORD = "swinv2_encoder"
-"""Where an export has its config in our own words, beside what the library reads."""
+CONFIG_KEY = "swinv2_encoder"
+"""Key under which an export also stores its `SwinV2Config`, next to the library's own fields."""
 
-Split = Callable[[str, Tensor], dict[str, Tensor]]
-"""Gives one of our tensors, or the parts of it along its first axis, under their names."""
+RenameTensor = Callable[[str, Tensor], dict[str, Tensor]]
+"""Returns one of our tensors, or its parts along the first axis, under the library's names."""
 Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
-    """Where the tensors of a checkpoint stand."""
+class TensorLayout:
+    """Names of the tensors in a checkpoint."""
 
-    split: Split
+    rename: RenameTensor
     classifier: str
-    """What stands before ``weight`` and ``bias`` of a classifier."""
+    """Prefix of `weight` and `bias` of a classifier."""
     prefix: str = ""
-    """What stands before the names of the encoder's own."""
+    """Prefix of the names of the encoder's tensors."""
     mask: str | None = None
-    """The mask token's name, in a checkpoint of SimMIM, where a decoder stands beside it."""
+    """Name of the mask token, in a checkpoint of SimMIM, which also has a decoder."""
     decoder_channels: int | None = None
-    """Channels of the images that the decoder predicts; those of the encoder's if None."""
+    """Channels that the decoder predicts; None for those of the encoder's images."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """What was read of a checkpoint, before anything is made of it."""
+class ParsedCheckpoint:
+    """A checkpoint as read, before an encoder is built from it."""
 
     source: str
     """The file, for messages."""
     tensors: Mapping[str, Tensor]
-    """Learned ones alone, by their own names."""
+    """Learned tensors by the library's names."""
     dropped: tuple[str, ...]
-    """Names of its buffers."""
-    layout: Layout
+    """Names of its buffers, which are not read."""
+    layout: TensorLayout
     architecture: Mapping[str, Any]
     """Fields of `SwinV2Config`."""
-    known: Sequence[Sizes]
-    """Other sizes by origin in the checkpoint, the most trusted first."""
+    sizes: Sequence[Sizes]
+    """Image and window sizes from each place in the checkpoint, the most trusted first."""
     drop_path: float
-    recorded: object
-    """The config that an export of ours wrote beside the tensors."""
+    own_config: object
+    """Value of CONFIG_KEY, if `swinv2` exported the checkpoint."""
     num_classes: int | None
-    """Of its classifier; None where there is none."""
+    """Of its classifier; None if it has none."""
     mean: Sequence[float] | None
-    """Of each channel, where the checkpoint tells."""
+    """Of each channel, if the checkpoint says."""
     std: Sequence[float] | None
     classes: tuple[str, ...] = ()
     """Names of its classes."""
     fresh: Mapping[str, Tensor] | None = None
-    """Our tensors that such a model has not."""
+    """Tensors of the encoder that such a model lacks, with their initial values."""
 
 
-def convert(encoder: SwinV2, split: Split) -> dict[str, Tensor]:
-    """Return copies of the encoder's tensors under their names, on the CPU."""
+def convert(encoder: SwinV2, rename: RenameTensor) -> dict[str, Tensor]:
+    """Return copies of the encoder's tensors under the library's names, on the CPU."""
     return {
         theirs: part.to("cpu", copy=True).contiguous()
         for name, tensor in encoder.state_dict().items()
-        for theirs, part in split(name, tensor.detach()).items()
+        for theirs, part in rename(name, tensor.detach()).items()
     }
 
 
 def assemble(
-    found: Found,
+    found: ParsedCheckpoint,
     given: Sizes,
     *,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
-) -> Imported:
-    """Make an encoder of a checkpoint, with its heads and normalisation.
+) -> ImportedEncoder:
+    """Build the encoder of a checkpoint, with its heads and normalisation.
 
     Args:
-        found: what the checkpoint holds.
-        given: sizes that the caller says, which may not contradict it.
-        mean: of each channel; by default what the checkpoint tells, or ImageNet's.
+        found: the parsed checkpoint.
+        given: sizes from the caller, which must not contradict the checkpoint.
+        mean: of each channel; by default the checkpoint's, or ImageNet's.
         std: of each channel, in the same way.
 
     Raises:
-        BridgeError: a tensor is missing, unexpected or misshapen, or holds no finite numbers, or a
-            size is unknown or told differently by two.
+        BridgeError: a tensor is missing, unexpected, of a wrong shape or not finite, or a size is
+            unknown or contradictory.
         ValueError: mean or std does not fit the channels.
     """
-    _check_numbers(found.tensors, found.source)
-    known = [given, *found.known]
-    config = settle(found.architecture, known, found.source, found.drop_path, found.recorded)
+    _check_finite(found.tensors, found.source)
+    sizes = [given, *found.sizes]
+    config = resolve_config(
+        found.architecture, sizes, found.source, found.drop_path, found.own_config
+    )
     layout = found.layout
-    also: Shapes = {}
+    head_shapes: Shapes = {}
     if layout.mask is not None:
-        also |= decoder_shapes(config, layout)
+        head_shapes |= decoder_shapes(config, layout)
     if found.num_classes is not None:
-        also |= classifier_shapes(config, layout.classifier, found.num_classes)
-    encoder = place(
+        head_shapes |= classifier_shapes(config, layout.classifier, found.num_classes)
+    encoder = load_renamed(
         found.tensors,
         config,
-        layout.split,
+        layout.rename,
         source=found.source,
-        also=also,
+        head_shapes=head_shapes,
         prefix=layout.prefix,
         fresh=found.fresh,
     )
     mean = tuple(mean or found.mean or IMAGENET_MEAN)
     std = tuple(std or found.std or IMAGENET_STD)
     check_normalisation(mean, std, config.in_channels)
-    return Imported(
+    return ImportedEncoder(
         encoder=encoder,
         mean=mean,
         std=std,
@@ -129,7 +131,7 @@ def assemble(
     )
 
 
-def _masked_image_head(found: Found) -> MaskedImageHead | None:
+def _masked_image_head(found: ParsedCheckpoint) -> MaskedImageHead | None:
     if found.layout.mask is None:
         return None
     return MaskedImageHead(
@@ -139,7 +141,7 @@ def _masked_image_head(found: Found) -> MaskedImageHead | None:
     )
 
 
-def _classifier(found: Found) -> Classifier | None:
+def _classifier(found: ParsedCheckpoint) -> Classifier | None:
     if found.num_classes is None:
         return None
     return Classifier(
@@ -149,13 +151,13 @@ def _classifier(found: Found) -> Classifier | None:
 
 
 def count_classes(tensors: Mapping[str, Tensor], classifier: str) -> int | None:
-    """Return how many classes the classifier of that prefix has; None where there is none."""
+    """Return the number of classes of the classifier with this prefix; None if there is none."""
     parts = [tensors[name] for leaf in ("weight", "bias") if (name := classifier + leaf) in tensors]
     return len(parts[0]) if parts and parts[0].ndim else None
 
 
-def decoder_shapes(config: SwinV2Config, layout: Layout) -> Shapes:
-    """Return the shapes of mask token and decoder by name."""
+def decoder_shapes(config: SwinV2Config, layout: TensorLayout) -> Shapes:
+    """Return the shapes of mask token and decoder, by name."""
     assert layout.mask is not None
     pixels = config.strides[-1] ** 2 * (layout.decoder_channels or config.in_channels)
     return {
@@ -166,7 +168,7 @@ def decoder_shapes(config: SwinV2Config, layout: Layout) -> Shapes:
 
 
 def classifier_shapes(config: SwinV2Config, classifier: str, classes: int) -> Shapes:
-    """Return the shapes of a classifier by name."""
+    """Return the shapes of a classifier, by name."""
     return {
         f"{classifier}weight": (classes, config.num_features),
         f"{classifier}bias": (classes,),
@@ -177,7 +179,7 @@ def checked_head(tensors: Mapping[str, Tensor], shapes: Shapes) -> dict[str, Ten
     """Return the tensors of a head on the CPU.
 
     Raises:
-        BridgeError: one is of another shape.
+        BridgeError: a tensor has another shape.
     """
     wrong = [
         f"{name} is {tuple(tensors[name].shape)}, not {shape}"
@@ -185,46 +187,48 @@ def checked_head(tensors: Mapping[str, Tensor], shapes: Shapes) -> dict[str, Ten
         if tuple(tensors[name].shape) != shape
     ]
     if wrong:
-        raise BridgeError(f"the head does not fit the encoder: {'; '.join(wrong)}.")
+        raise BridgeError(
+            f"the head does not fit the encoder: {'; '.join(wrong)}. Give a head trained on it."
+        )
     return {name: part.detach().cpu().contiguous() for name, part in tensors.items()}
 
 
-def place(
+def load_renamed(
     tensors: Mapping[str, Tensor],
     config: SwinV2Config,
-    split: Split,
+    rename: RenameTensor,
     *,
     source: str,
-    also: Mapping[str, tuple[int, ...]],
+    head_shapes: Mapping[str, tuple[int, ...]],
     prefix: str = "",
     fresh: Mapping[str, Tensor] | None = None,
 ) -> SwinV2:
-    """Build the encoder of `config` from learned tensors under their names.
+    """Build the encoder of `config` from learned tensors under the library's names.
 
     Args:
         tensors: without buffers.
         config: of the encoder.
-        split: what they call our tensors.
+        rename: from our names to the library's.
         source: where the tensors come from, for the message.
-        also: names and shapes that must be there beside the encoder's own.
-        prefix: what stands before the names of the encoder's own.
-        fresh: tensors of ours that are not looked for.
+        head_shapes: names and shapes that must be there in addition to the encoder's.
+        prefix: of the names of the encoder's tensors.
+        fresh: tensors of the encoder that the library lacks.
 
     Raises:
-        BridgeError: a tensor is missing, unexpected or of another shape; all are listed.
+        BridgeError: tensors are missing, unexpected or of another shape; all are listed.
     """
     fresh = fresh or {}
     with torch.device("meta"):
         encoder = SwinV2(config)
     ours = encoder.state_dict()
     parts = {
-        name: {prefix + theirs: tuple(part.shape) for theirs, part in split(name, tensor).items()}
+        name: {prefix + theirs: tuple(part.shape) for theirs, part in rename(name, tensor).items()}
         for name, tensor in ours.items()
         if name not in fresh
     }
     expected = {theirs: shape for part in parts.values() for theirs, shape in part.items()}
-    _check_tensors(tensors, expected | dict(also), config, source)
-    # Copies, since a tensor that lies askew in a file's memory is multiplied by other kernels.
+    _check_tensors(tensors, expected | dict(head_shapes), config, source)
+    # Copies, since tensors misaligned in a file's memory are multiplied by other kernels.
     placed = {
         name: torch.cat([tensors[theirs].float() for theirs in names]).reshape(ours[name].shape)
         for name, names in parts.items()
@@ -248,29 +252,29 @@ def _check_tensors(
     ]
     if problems:
         raise BridgeError(
-            f"{source} does not fit a Swin Transformer V2 of {config.variant or 'these'} sizes:\n  "
+            f"{source} does not fit a Swin Transformer V2 ({config.variant or 'custom'}):\n  "
             + "\n  ".join(problems)
         )
 
 
-def _check_numbers(tensors: Mapping[str, Tensor], source: str) -> None:
+def _check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     problems = [
-        f"{name} holds {reason}"
+        f"{name}: {reason}"
         for name, tensor in tensors.items()
-        if (reason := _not_numbers(tensor)) is not None
+        if (reason := _invalid_values(tensor)) is not None
     ]
     if problems:
         raise BridgeError(
-            f"{source} does not hold finite floating-point numbers alone:\n  "
+            f"{source} has tensors that are not finite floating-point numbers:\n  "
             + "\n  ".join(problems)
         )
 
 
-def _not_numbers(tensor: Tensor) -> str | None:
-    """Say what a tensor holds instead of finite floating-point numbers, or None."""
+def _invalid_values(tensor: Tensor) -> str | None:
+    """Say why a tensor does not hold finite floating-point numbers; None if it does."""
     if tensor.is_meta or tensor.layout != torch.strided:
-        return f"none in plain memory ({tensor.device}, {tensor.layout})"
+        return f"not stored as plain values ({tensor.device}, {tensor.layout})"
     if not tensor.is_floating_point():
-        return f"{tensor.dtype}"
-    # One number that is not finite makes the sum so; half precision would overflow in it.
-    return None if tensor.sum(dtype=torch.float64).isfinite() else "some that are not finite"
+        return f"of type {tensor.dtype}"
+    # One NaN or Inf makes the sum non-finite; in half precision the sum could overflow.
+    return None if tensor.sum(dtype=torch.float64).isfinite() else "values that are not finite"

@@ -1,8 +1,8 @@
-"""What the reference code and timm share: names of tensors, and what these tell of an encoder.
+"""Names of tensors that the reference code and timm share, and the architecture they imply.
 
-Both call stages ``layers``; the one merges patches at the end of a stage, the other at the start of
-the next. The learned tensors tell every size but three: the image size, the window size, and the
-windows of pretraining. The buffers that older files also hold tell these too.
+Both call stages `layers`; the reference code merges patches at the end of a stage, timm at the
+start of the next. The learned tensors imply every size but three: image size, window size and
+pretraining windows. The position buffers of older files imply these too.
 """
 
 from collections.abc import Mapping
@@ -16,26 +16,26 @@ from swinv2.bridges.sizes import variant_of
 from swinv2.config import SwinV2Config
 
 BUFFERS = ("relative_coords_table", "relative_position_index", "attn_mask")
-"""What both compute from sizes and neither learns."""
+"""Leaves of names of buffers, which both compute from sizes."""
 POSITIONS = {"cls_token", "pos_embed", "absolute_pos_embed", "position_embeddings", "gamma_1"}
-"""Leaves of names that tell of position embeddings, or of a ViT."""
+"""Leaves of names that position embeddings, or a ViT, have."""
 
 
-def layer_parts(name: str, tensor: Tensor, *, merge_shift: int) -> dict[str, Tensor]:
-    """Return our tensor under their name.
+def rename_tensor(name: str, tensor: Tensor, *, merge_shift: int) -> dict[str, Tensor]:
+    """Return our tensor under its name in the reference code or timm.
 
     Args:
-        name: ours; extra norms, which neither library has, are no names.
-        tensor: of any device.
-        merge_shift: 0 where a stage ends with merging, 1 where the next one starts with it.
+        name: ours; extra norms have no name there.
+        tensor: on any device.
+        merge_shift: 0 if a stage ends with merging, 1 if the next stage starts with it.
     """
     if name.endswith("logit_scale"):
         tensor = tensor[:, None, None]
-    return {layer_name(name, merge_shift): tensor}
+    return {_layer_name(name, merge_shift): tensor}
 
 
-def layer_name(name: str, merge_shift: int) -> str:
-    """Return what they call our tensor `name`."""
+def _layer_name(name: str, merge_shift: int) -> str:
+    """Return the name of our tensor there."""
     module, _, leaf = name.rpartition(".")
     match module.split("."):
         case ["patch_embed", "projection"]:
@@ -70,24 +70,24 @@ _BLOCK_NAMES = {
 }
 
 
-def without_buffers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return the learned tensors, and the names of those that are none."""
+def split_off_buffers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Return the learned tensors, and the names of the buffers."""
     dropped = tuple(name for name in tensors if name.rpartition(".")[2] in BUFFERS)
     return {name: part for name, part in tensors.items() if name not in dropped}, dropped
 
 
-def refuse_other_models(
+def check_is_swinv2(
     tensors: Mapping[str, Tensor], source: str, naming: Literal["layers", "transformers"]
 ) -> None:
-    """Raise where the names are those of another model or library, and say of which.
+    """Check that names are those of a Swin Transformer V2 in the expected naming.
 
     Args:
         tensors: by name.
         source: where they come from, for the message.
-        naming: whose names they should have; ``layers`` are the published code's and timm's.
+        naming: the expected one; `layers` is that of the published code and timm.
 
     Raises:
-        BridgeError: they are not.
+        BridgeError: they are those of another model or library; the message says of which.
     """
     leaves = {name.rpartition(".")[2] for name in tensors}
     firsts = {name.partition(".")[0] for name in tensors}
@@ -102,11 +102,12 @@ def refuse_other_models(
     elif "logit_scale" not in leaves and leaves & POSITIONS:
         reason = "a ViT (it has position tokens, and no logit_scale)"
     elif "logit_scale" not in leaves:
-        reason = f"no Swin Transformer V2 (no block has a logit_scale; {some})"
+        reason = f"not a Swin Transformer V2 (no block has a logit_scale; {some})"
     elif "meta_mlp" in parts:
-        reason = "a swinv2_cr of timm (it has meta_mlp), which computes something else"
+        reason = "a swinv2_cr of timm (it has meta_mlp), another architecture"
     elif "stages" in firsts:
-        reason, remedy = "an encoder of this package", "load_encoder reads its directory"
+        reason = "an encoder of swinv2"
+        remedy = "load its directory with load_encoder"
     elif found != naming and found == "transformers":
         reason = "a model in the layout of transformers (it has embeddings)"
         remedy = "import its folder with --format transformers"
@@ -114,23 +115,23 @@ def refuse_other_models(
         reason = "a model in the layout of the published code or timm (it has no embeddings)"
         remedy = "import it with --format reference or --format timm"
     elif leaves & POSITIONS:
-        reason = "a Swin Transformer with position embeddings, which this encoder has not"
+        reason = "a Swin Transformer with position embeddings, which this encoder does not have"
     elif naming == "layers" and "encoder.mask_token" in tensors:
-        reason = "a SimMIM of the published code (it has encoder.mask_token)"
+        reason = "a SimMIM model of the published code (it has encoder.mask_token)"
         remedy = "import it with --format reference"
     elif naming == "layers" and not firsts & {"layers", "patch_embed"}:
         reason = f"a Swin Transformer V2 under other names ({some})"
-        remedy = "save its tensors under those of the published code, patch_embed. and layers."
+        remedy = "rename its tensors as in the published code (patch_embed.*, layers.*)"
     else:
         return
     raise BridgeError(f"{source} holds {reason}: {remedy}.")
 
 
 def read_architecture(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
-    """Return the fields of `SwinV2Config` that the learned tensors tell.
+    """Return the fields of `SwinV2Config` that follow from the learned tensors.
 
     Raises:
-        BridgeError: a tensor that tells one is missing.
+        BridgeError: a tensor needed for that is missing.
     """
     patches = _needed(tensors, "patch_embed.proj.weight", 4, source)
     depths: list[int] = []
@@ -140,10 +141,14 @@ def read_architecture(tensors: Mapping[str, Tensor], source: str) -> dict[str, A
                 depths += [0] * (int(stage) + 1 - len(depths))
                 depths[int(stage)] = max(depths[int(stage)], int(block) + 1)
     if not depths or not all(depths):
-        raise BridgeError(f"{source} has no blocks in some stage (layers.N.blocks): a part of it.")
+        raise BridgeError(
+            f"{source} has no blocks in some stage (layers.N.blocks): give a complete checkpoint."
+        )
     dim, channels, rows, columns = patches.shape
     if rows != columns:
-        raise BridgeError(f"{source}: patches of {rows}x{columns} pixels are not square.")
+        raise BridgeError(
+            f"{source}: patches of {rows}x{columns} pixels are not square: give another checkpoint."
+        )
     heads = [
         len(_needed(tensors, f"layers.{stage}.blocks.0.attn.logit_scale", 3, source))
         for stage in range(len(depths))
@@ -169,24 +174,24 @@ def _needed(tensors: Mapping[str, Tensor], name: str, ndim: int, source: str) ->
         raise BridgeError(f"{source} does not fit a Swin Transformer V2:\n  missing: {name}")
     if tensors[name].ndim != ndim or not tensors[name].numel():
         raise BridgeError(
-            f"{source}: shape of {name}: {tuple(tensors[name].shape)}, expected {ndim} axes, none "
-            "of them empty"
+            f"{source}: shape of {name}: {tuple(tensors[name].shape)}, expected {ndim} axes of at "
+            "least 1."
         )
     return tensors[name]
 
 
-def obstacles(config: SwinV2Config) -> list[str]:
-    """Say what of `config` neither library can express, each with its remedy if there is one."""
+def unsupported(config: SwinV2Config) -> list[str]:
+    """List what neither library can express, with remedies."""
     problems = []
     if 0 < config.extra_norm_every <= max(config.depths):
         problems.append(
-            f"it has a norm after every {config.extra_norm_every} blocks, and theirs has none: "
+            f"it has a norm after every {config.extra_norm_every} blocks, which theirs lacks: "
             "use the native format"
         )
     if any(side % config.patch_size for side in config.image_size):
         problems.append(
-            f"image_size {config.image_size} is not made of whole patches of {config.patch_size} "
-            "pixels: load it with one that is"
+            f"image_size {config.image_size} is not a multiple of the patch size, "
+            f"{config.patch_size}: load it with one that is"
         )
         return problems
     for stage, resolution in enumerate(config.stage_resolutions):
@@ -201,11 +206,11 @@ def obstacles(config: SwinV2Config) -> list[str]:
     return problems
 
 
-def their_windows(config: SwinV2Config) -> list[int | list[int]]:
-    """Return a pretraining window for each stage, 0 where offsets are relative to the present one.
+def pretrained_windows_argument(config: SwinV2Config) -> list[int | list[int]]:
+    """Return their `pretrained_window_sizes`: one per stage, 0 for the present window.
 
-    A window of one token has no offsets, and theirs divide by zero; a window of two divides by the
-    same 1 as ours.
+    A window of one token has no offsets, and theirs would divide by zero; a window of two divides
+    by 1, as ours does.
     """
     windows = config.pretrained_window_sizes
     if windows is None:

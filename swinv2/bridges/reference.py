@@ -1,9 +1,8 @@
 """The checkpoints of the published code (microsoft/Swin-Transformer, microsoft/SimMIM).
 
-A checkpoint is a pickle with the tensors under ``model``: those of the encoder alone, with ``head``
-after a classification, or with ``encoder.`` before each name, a mask token and a decoder after
-SimMIM. It is read without running code. Its loaders compute position buffers anew and take a file
-without them, so an export has none.
+A checkpoint is a pickle with the tensors under `model`: those of the encoder, for a classification
+also `head`, and for SimMIM with the prefix `encoder.`, a mask token and a decoder. It is read
+without running code. The published loaders recompute position buffers, so an export has none.
 """
 
 import json
@@ -22,14 +21,14 @@ from swinv2.attention import window_grid
 from swinv2.bridges.checkpoints import (
     BridgeError,
     Classifier,
-    Imported,
+    ImportedEncoder,
     MaskedImageHead,
     read_checkpoint,
 )
 from swinv2.bridges.conversion import (
-    RECORD,
-    Found,
-    Layout,
+    CONFIG_KEY,
+    ParsedCheckpoint,
+    TensorLayout,
     assemble,
     checked_head,
     classifier_shapes,
@@ -38,12 +37,12 @@ from swinv2.bridges.conversion import (
     decoder_shapes,
 )
 from swinv2.bridges.layer_names import (
-    layer_parts,
-    obstacles,
+    check_is_swinv2,
+    pretrained_windows_argument,
     read_architecture,
-    refuse_other_models,
-    their_windows,
-    without_buffers,
+    rename_tensor,
+    split_off_buffers,
+    unsupported,
 )
 from swinv2.bridges.sizes import (
     PretrainedWindows,
@@ -61,24 +60,24 @@ from swinv2.encoder import SwinV2
 CHECKPOINT_FILE = "checkpoint.pth"
 CONFIG_FILE = "config.yaml"
 README_FILE = "README.md"
-_CHANNELS = 3  # that the published decoder predicts, whatever goes in
-_ENCODER = Layout(split=partial(layer_parts, merge_shift=0), classifier="head.")
+_CHANNELS = 3  # predicted by the published decoder, whatever the channels of the input
+_ENCODER = TensorLayout(rename=partial(rename_tensor, merge_shift=0), classifier="head.")
 _SIMMIM = replace(
     _ENCODER, prefix="encoder.", mask="encoder.mask_token", decoder_channels=_CHANNELS
 )
 
 
 def reference_config(encoder: SwinV2) -> dict[str, Any]:
-    """Return the arguments of the published ``SwinTransformerV2`` that computes the same.
+    """Return the arguments of the published `SwinTransformerV2` that computes the same.
 
     Raises:
-        BridgeError: there is no such model; all reasons are listed.
+        BridgeError: the published code cannot compute it; all reasons are listed.
     """
     config = encoder.config
-    problems = _obstacles(config)
+    problems = _unsupported(config)
     if problems:
         raise BridgeError(
-            "the reference code cannot compute what this encoder computes:\n  "
+            "the reference code cannot compute the same as this encoder:\n  "
             + "\n  ".join(problems)
         )
     height, width = config.image_size
@@ -93,7 +92,7 @@ def reference_config(encoder: SwinV2) -> dict[str, Any]:
         "window_size": config.window_size[0],
         "mlp_ratio": config.mlp_ratio,
         "drop_path_rate": config.drop_path,
-        "pretrained_window_sizes": their_windows(config),
+        "pretrained_window_sizes": pretrained_windows_argument(config),
     }
 
 
@@ -103,17 +102,19 @@ def to_reference(
     head: MaskedImageHead | None = None,
     classifier: Classifier | None = None,
 ) -> dict[str, Tensor]:
-    """Return the encoder's tensors under the names of the published models, on the CPU.
+    """Return the encoder's tensors under the published names, on the CPU.
 
-    Those of ``SimMIM`` with a mask token and decoder, else those of ``SwinTransformerV2``.
+    The names are those of `SimMIM` with a head, otherwise those of `SwinTransformerV2`.
 
     Raises:
-        BridgeError: there is no such model, or a head does not fit the encoder.
+        BridgeError: the published code cannot compute it, or a head does not fit the encoder.
     """
     reference_config(encoder)
     if head is not None and classifier is not None:
-        raise BridgeError("a checkpoint has a decoder or a classifier: leave one of them out.")
-    tensors = convert(encoder, _ENCODER.split)
+        raise BridgeError(
+            "a checkpoint has either a decoder or a classifier: leave one of them out."
+        )
+    tensors = convert(encoder, _ENCODER.rename)
     if classifier is not None:
         added = {"head.weight": classifier.weight, "head.bias": classifier.bias}
         shapes = classifier_shapes(encoder.config, "head.", len(classifier.bias))
@@ -145,26 +146,26 @@ def export_reference(
     images: Tensor | None = None,
     report: Report = ignore,
 ) -> Path:
-    """Write ``encoder`` as a folder for the published code, and read it back before it is kept.
+    """Write `encoder` as a folder for the published code, and read it back before it is kept.
 
-    ``checkpoint.pth`` has the tensors, ``config.yaml`` the settings for its ``--cfg``, and
-    ``README.md`` the lines that load it.
+    `checkpoint.pth` has the tensors, `config.yaml` the settings for `--cfg`, and `README.md` the
+    lines that load it.
 
     Args:
-        encoder: left as it is; use `SwinV2.set_input` first to export it at another size.
+        encoder: not changed; use `SwinV2.set_input` first to export it at another size.
         path: a new or empty folder, or an earlier export.
-        mean: one value a channel, for images in [0, 1].
-        std: one positive value a channel.
-        head: mask token and decoder, for a checkpoint of SimMIM.
-        classifier: for a checkpoint of a classification.
-        images: normalised (batch, channels, height, width), to compare features on before the
-            folder takes its place; by default a chart.
-        report: is told how far they are apart.
+        mean: one value per channel, for images in [0, 1].
+        std: one positive value per channel.
+        head: mask token and decoder, for a SimMIM checkpoint.
+        classifier: for a classification checkpoint.
+        images: normalised (batch, channels, height, width), to compare features on; by default a
+            zone plate.
+        report: called with a line on each comparison.
 
     Raises:
-        BridgeError: the published code has no such model, a head does not fit, or what was read
-            back computes something else.
-        ValueError: ``mean`` or ``std`` does not fit the channels, or ``path`` is occupied.
+        BridgeError: the published code cannot compute it, a head does not fit, or the export
+            read back differs.
+        ValueError: `mean` or `std` does not fit the channels, or `path` holds something else.
     """
     check_normalisation(mean, std, encoder.config.in_channels)
     arguments = reference_config(encoder)
@@ -175,7 +176,7 @@ def export_reference(
     content = {
         "model": tensors,
         "config": settings,
-        RECORD: asdict(encoder.config),
+        CONFIG_KEY: asdict(encoder.config),
         "normalisation": {
             "mean": [float(value) for value in mean],
             "std": [float(value) for value in std],
@@ -203,55 +204,55 @@ def import_reference(
     pretrained_window_sizes: PretrainedWindows = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-) -> Imported:
-    """Read a checkpoint of the published code, or a folder that `export_reference` wrote.
+) -> ImportedEncoder:
+    """Read a checkpoint of the published code, or a folder written by `export_reference`.
 
-    The learned tensors tell the architecture. Image size, window size and pretraining windows are
-    taken from the position buffers or the settings in the file; what neither tells has to be given.
+    The architecture follows from the learned tensors. Image size, window size and pretraining
+    windows come from position buffers or settings in the file, and must be given if it has neither.
 
     Args:
         path: a file (.pth or .safetensors) or a folder.
         image_size: (height, width) in pixels that it was trained at.
         window_size: (height, width) in tokens.
-        pretrained_window_sizes: of each stage, in tokens; "same" where it was trained at these.
-        mean: of each channel; by default what the file says, or ImageNet's, as the code has it.
+        pretrained_window_sizes: of each stage, in tokens; "same" if it was trained at these sizes.
+        mean: of each channel; by default the file's, or ImageNet's, as in the published code.
         std: of each channel, in the same way.
 
     Raises:
-        BridgeError: it is of another model, a tensor is missing, unexpected or misshapen, a size is
-            unknown or contradicts the file, or reading the file would run code.
+        BridgeError: it is another model, a tensor is missing, unexpected or of a wrong shape, a
+            size is unknown or contradictory, or reading the file would run code.
     """
     place = Path(path)
-    found = _find(place / CHECKPOINT_FILE if place.is_dir() else place)
+    found = _parse(place / CHECKPOINT_FILE if place.is_dir() else place)
     given = given_sizes(image_size, window_size, pretrained_window_sizes)
     return assemble(found, given, mean=mean, std=std)
 
 
-def _find(file: Path) -> Found:
+def _parse(file: Path) -> ParsedCheckpoint:
     checkpoint = read_checkpoint(file, entries=("model", "state_dict"))
     source, extras = checkpoint.source, checkpoint.extras
     named = {
         name.replace(".rpe_mlp.", ".cpb_mlp."): part for name, part in checkpoint.tensors.items()
     }
-    learned, dropped = without_buffers(named)
+    learned, dropped = split_off_buffers(named)
     layout = _SIMMIM if any(name.startswith(_SIMMIM.prefix) for name in learned) else _ENCODER
     tensors = {name.removeprefix(layout.prefix): part for name, part in learned.items()}
-    refuse_other_models(tensors, source, "layers")
-    _refuse_settings_of_another(extras, source)
+    check_is_swinv2(tensors, source, "layers")
+    _check_settings(extras, source)
     architecture = read_architecture(tensors, source)
-    _refuse_layout_of_timm(tensors, len(architecture["depths"]), source)
-    told, drop_path = _read_settings(extras)
+    _check_is_not_timm(tensors, len(architecture["depths"]), source)
+    settings, drop_path = _read_settings(extras)
     buffers = {name.removeprefix(layout.prefix): named[name] for name in dropped}
     norms = _node(extras, "normalisation")
-    return Found(
+    return ParsedCheckpoint(
         source=source,
         tensors=learned,
         dropped=dropped,
         layout=layout,
         architecture=architecture,
-        known=[told, read_buffers(buffers, architecture)],
+        sizes=[settings, read_buffers(buffers, architecture)],
         drop_path=drop_path,
-        recorded=extras.get(RECORD),
+        own_config=extras.get(CONFIG_KEY),
         num_classes=count_classes(learned, layout.classifier),
         mean=norms.get("mean"),
         std=norms.get("std"),
@@ -259,20 +260,20 @@ def _find(file: Path) -> Found:
 
 
 def is_reference_export(path: Path) -> bool:
-    """Tell whether ``path`` is what `export_reference` wrote, and holds nothing else."""
+    """Return whether `path` was written by `export_reference` and holds nothing else."""
     names = {CHECKPOINT_FILE, CONFIG_FILE, README_FILE}
     return path.is_dir() and {place.name for place in path.iterdir()} == names
 
 
-def _obstacles(config: SwinV2Config) -> list[str]:
-    """Say what of ``config`` the published code cannot compute."""
+def _unsupported(config: SwinV2Config) -> list[str]:
+    """List what the published code cannot compute, with remedies."""
     if config.window_size[0] != config.window_size[1]:
         return [f"window {config.window_size} is not square: load it with a square window"]
-    problems = obstacles(config)
+    problems = unsupported(config)
     if any(side % config.strides[-1] for side in config.image_size):
         problems.append(
-            f"image_size {config.image_size} is not divided by {config.strides[-1]}, and theirs "
-            "merges no odd maps: load it with one that is"
+            f"image_size {config.image_size} is not a multiple of {config.strides[-1]}, and theirs "
+            "cannot merge odd maps: load it with a multiple"
         )
         return problems
     for stage, resolution in enumerate(config.stage_resolutions):
@@ -288,7 +289,7 @@ def _obstacles(config: SwinV2Config) -> list[str]:
 
 
 def _settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments as the published code's settings, with its names and nesting."""
+    """Return the arguments under the names and nesting of the published settings."""
     swin = {
         name.upper(): value
         for name, value in arguments.items()
@@ -305,7 +306,7 @@ def _settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _refuse_layout_of_timm(tensors: Mapping[str, Tensor], num_stages: int, source: str) -> None:
+def _check_is_not_timm(tensors: Mapping[str, Tensor], num_stages: int, source: str) -> None:
     merges = {
         stage
         for stage in range(num_stages)
@@ -314,22 +315,23 @@ def _refuse_layout_of_timm(tensors: Mapping[str, Tensor], num_stages: int, sourc
     }
     if 0 not in merges and num_stages - 1 in merges:
         raise BridgeError(
-            f"{source} is laid out as timm does it (it has no layers.0.downsample): "
+            f"{source} has the layout of timm (no layers.0.downsample): "
             "import it with --format timm."
         )
 
 
-def _refuse_settings_of_another(extras: Mapping[str, Any], source: str) -> None:
+def _check_settings(extras: Mapping[str, Any], source: str) -> None:
     model = _node(extras.get("config"), "MODEL")
     kind = model.get("TYPE", "swinv2")
     if kind != "swinv2":
         raise BridgeError(
-            f"{source} says that its model is {kind!r}, and a Swin Transformer V2 is expected."
+            f"{source} has MODEL.TYPE {kind!r}: give a checkpoint of a Swin Transformer V2 "
+            "('swinv2')."
         )
 
 
 def _read_settings(extras: Mapping[str, Any]) -> tuple[Sizes, float]:
-    """Return the sizes and the stochastic depth that the settings in a checkpoint tell."""
+    """Return the sizes and the drop path rate in the settings of a checkpoint."""
     origin = "its settings"
     config = extras.get("config")
     model = _node(config, "MODEL")
@@ -364,7 +366,7 @@ def _readme(arguments: Mapping[str, Any], *, masked: bool) -> str:
     return f"""# Swin Transformer V2 for the published code
 
 `checkpoint.pth` holds the {holds}, `config.yaml` its sizes. In a checkout of
-microsoft/Swin-Transformer, with the files of this folder beside:
+microsoft/Swin-Transformer, with the files of this folder copied there:
 
 ```python
 import torch
@@ -382,5 +384,5 @@ assert not unexpected and all(name.endswith(buffers) for name in missing)
 
 The position buffers are not in the file: the model computes them from its sizes. To fine-tune:
 `python main_simmim_ft.py --cfg config.yaml --pretrained checkpoint.pth ...`. (`main.py
---pretrained` asks for a classifier, `head`, in the file.)
+--pretrained` needs a classifier, `head`, in the file.)
 """

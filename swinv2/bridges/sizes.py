@@ -1,7 +1,7 @@
-"""What the learned tensors of a checkpoint do not tell: image size and windows.
+"""Image size and windows of a checkpoint, which do not follow from its learned tensors.
 
-They are looked for in the position buffers that older files hold, in settings, in names, and in
-what a caller says; two that contradict each other are refused.
+They come from the position buffers of older files, from settings, from names, and from the caller;
+contradictions are refused.
 """
 
 import math
@@ -15,21 +15,22 @@ from swinv2.bridges.checkpoints import BridgeError
 from swinv2.config import VARIANTS, Pair, SwinV2Config, record_windows
 
 PretrainedWindows = Sequence[int | Pair] | Literal["same"] | None
-"""Pretraining window of each stage; "same" for the present ones; None where it is not known."""
+"""Pretraining window of each stage; "same" for the present windows; None if not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What the learned tensors do not tell, as far as one origin knows it."""
+    """Image size and windows as one source gives them; None for what it leaves open."""
 
     origin: str
+    """Name of the source, for messages."""
     image_size: Pair | None = None
     window_size: Pair | None = None
     pretrained_window_sizes: tuple[Pair, ...] | Literal["same"] | None = None
 
 
 def read_buffers(tensors: Mapping[str, Tensor], architecture: Mapping[str, Any]) -> Sizes:
-    """Return the sizes that buffers tell, for a square image; none where they are not whole."""
+    """Return the sizes that buffers imply for square images; none if buffers are missing."""
     origin = "its buffers"
     tables = [
         tensors.get(f"layers.{stage}.blocks.0.attn.relative_coords_table")
@@ -51,7 +52,7 @@ def read_buffers(tensors: Mapping[str, Tensor], architecture: Mapping[str, Any])
     side = _image_side(tensors, windows, architecture)
     if side is not None:
         fitted = SwinV2Config(**architecture, image_size=(side, side), window_size=window)
-        # Masks that somebody left out would make the stages seem smaller than they are.
+        # Without their masks, stages would seem smaller than they are.
         side = side if fitted.stage_windows == windows else None
     return Sizes(
         origin=origin,
@@ -95,7 +96,7 @@ def _image_side(
 
 
 def variant_of(architecture: Mapping[str, Any]) -> str | None:
-    """Return the published variant that has these fields; None where there is none."""
+    """Return the published variant with these fields; None if there is none."""
     return next(
         (
             name
@@ -111,7 +112,7 @@ def given_sizes(
     window_size: int | Pair | None,
     pretrained_window_sizes: PretrainedWindows,
 ) -> Sizes:
-    """Return what a caller says."""
+    """Return the sizes that a caller gives."""
     return Sizes(
         origin="your arguments",
         image_size=None if image_size is None else as_pair(image_size),
@@ -121,7 +122,7 @@ def given_sizes(
 
 
 def as_pair(size: int | Sequence[int]) -> Pair:
-    """Return (height, width) of a size with one number or two."""
+    """Return a size of one or two numbers as (height, width)."""
     if isinstance(size, int):
         return size, size
     height, width = size
@@ -136,71 +137,72 @@ def as_windows(windows: PretrainedWindows) -> tuple[Pair, ...] | Literal["same"]
     return "same" if all(pair == (0, 0) for pair in pairs) else pairs
 
 
-def settle(
+def resolve_config(
     architecture: Mapping[str, Any],
-    known: Sequence[Sizes],
+    sizes: Sequence[Sizes],
     source: str,
     drop_path: float,
-    recorded: object = None,
+    own_config: object = None,
 ) -> SwinV2Config:
-    """Return the config of an encoder, from what its tensors and each origin tell.
+    """Return the config of an encoder from its tensors and the sizes of each source.
 
     Args:
-        architecture: fields that the tensors tell.
-        known: other sizes by origin, the most trusted first.
-        source: where they come from, for messages.
-        drop_path: greatest rate of stochastic depth.
-        recorded: fields of the config that an export of ours wrote. They are taken where they
-            compute the same: they also have what no other library can say, such as a name.
+        architecture: fields that follow from the tensors.
+        sizes: from each source, the most trusted first.
+        source: the checkpoint, for messages.
+        drop_path: largest rate of stochastic depth.
+        own_config: fields of the config that our export stored. They are used if they compute the
+            same, since they include what other libraries cannot express, such as the variant.
 
     Raises:
-        BridgeError: a size is told by none, or told differently by two.
+        BridgeError: a size is given by no source, or differently by two.
     """
-    told = {
-        name: [(one.origin, value) for one in known if (value := getattr(one, name)) is not None]
+    given = {
+        name: [(one.origin, value) for one in sizes if (value := getattr(one, name)) is not None]
         for name in (field.name for field in fields(Sizes) if field.name != "origin")
     }
-    unknown = [name for name, values in told.items() if not values]
+    unknown = [name for name, values in given.items() if not values]
     if unknown:
         raise BridgeError(
-            f"{source} does not tell {', '.join(unknown)}: give "
+            f"{source} does not say its {', '.join(unknown)}: give "
             + " and ".join(_ARGUMENTS[name] for name in unknown)
-            + ". The tensors are the same for every one of them, the features are not."
+            + ". The tensors fit any of these, but the features depend on them."
         )
-    sizes = {name: told[name][0][1] for name in ("image_size", "window_size")}
-    present = SwinV2Config(**architecture, **sizes)
-    windows = told["pretrained_window_sizes"][0][1]
-    for name, values in told.items():
+    first_given = {name: given[name][0][1] for name in ("image_size", "window_size")}
+    present = SwinV2Config(**architecture, **first_given)
+    windows = given["pretrained_window_sizes"][0][1]
+    for name, values in given.items():
         resolved = [(one, present.stage_windows if v == "same" else v) for one, v in values]
         first, value = resolved[0]
         for other, another in resolved[1:]:
             if not _agree(value, another):
                 raise BridgeError(
-                    f"{source}: {name} is {value} by {first} and {another} by {other}. Convert it "
-                    "with the size it was saved at; set_input or load_encoder change it afterwards."
+                    f"{source}: {name} is {value} according to {first} and {another} according to "
+                    f"{other}. Import it with the saved size, and change that with set_input or "
+                    "load_encoder."
                 )
     config = SwinV2Config(
         **architecture,
-        **sizes,
+        **first_given,
         pretrained_window_sizes=None if windows == "same" else windows,
         drop_path=drop_path,
     )
-    return _as_recorded(config, recorded)
+    return _prefer_own_config(config, own_config)
 
 
-def _as_recorded(config: SwinV2Config, recorded: object) -> SwinV2Config:
-    """Return the recorded config, unless it computes something else than `config`."""
-    if not isinstance(recorded, Mapping):
+def _prefer_own_config(config: SwinV2Config, own_config: object) -> SwinV2Config:
+    """Return the config that our export stored, unless it computes something else."""
+    if not isinstance(own_config, Mapping):
         return config
     try:
-        ours = SwinV2Config(**recorded)
+        ours = SwinV2Config(**own_config)
         alike = replace(
             ours,
             variant=config.variant,
             mlp_ratio=config.mlp_ratio,
             pretrained_window_sizes=config.pretrained_window_sizes,
         )
-    except (TypeError, ValueError):  # somebody has changed it
+    except (TypeError, ValueError):  # edited by hand
         return config
     same = (
         alike == config
@@ -214,13 +216,13 @@ _ARGUMENTS = {
     "image_size": "image_size (pixels)",
     "window_size": "window_size (tokens)",
     "pretrained_window_sizes": (
-        'pretrained_window_sizes (tokens, one a stage, or "same" where it was trained at these)'
+        'pretrained_window_sizes (tokens, one per stage, or "same" if trained at these)'
     ),
 }
 
 
 def _agree(one: Any, other: Any) -> bool:
-    """Compare two sizes; windows of one token and of two have the same coordinates."""
+    """Return whether two sizes agree; windows of 1 and of 2 tokens have the same coordinates."""
     if one and isinstance(one[0], tuple):
         return len(one) == len(other) and all(
             max(ours, 2) == max(theirs, 2)

@@ -1,7 +1,7 @@
-"""timm's ``swinv2_*`` models: written as ``timm.create_model`` loads them, and read.
+"""timm's `swinv2_*` models: written as `timm.create_model` loads them, and read.
 
-timm ends nothing with merging: a stage starts with it. Its classifier is ``head.fc``. Writing and
-reading need no timm; where it can be imported, it has to agree before an export is kept.
+In timm a stage starts with patch merging, and the classifier is `head.fc`. Exporting and importing
+do not need timm; if it can be imported, its features are compared before an export is kept.
 """
 
 import json
@@ -17,22 +17,28 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from swinv2.atomic import atomic_folder
-from swinv2.bridges.checkpoints import BridgeError, Classifier, Imported, read_checkpoint, read_json
+from swinv2.bridges.checkpoints import (
+    BridgeError,
+    Classifier,
+    ImportedEncoder,
+    read_checkpoint,
+    read_json,
+)
 from swinv2.bridges.conversion import (
-    RECORD,
-    Found,
-    Layout,
+    CONFIG_KEY,
+    ParsedCheckpoint,
+    TensorLayout,
     assemble,
     convert,
     count_classes,
 )
 from swinv2.bridges.layer_names import (
-    layer_parts,
-    obstacles,
+    check_is_swinv2,
+    pretrained_windows_argument,
     read_architecture,
-    refuse_other_models,
-    their_windows,
-    without_buffers,
+    rename_tensor,
+    split_off_buffers,
+    unsupported,
 )
 from swinv2.bridges.sizes import (
     PretrainedWindows,
@@ -60,11 +66,11 @@ WEIGHTS_FILE = "model.safetensors"
 README_FILE = "README.md"
 _PICKLE_FILE = "pytorch_model.bin"
 _NAME = re.compile(r"swinv2_(\w+?)_window(\d+)(?:to(\d+))?_(\d+)(?:to(\d+))?(?=\.|$)")
-_LAYOUT = Layout(split=partial(layer_parts, merge_shift=1), classifier="head.fc.")
+_LAYOUT = TensorLayout(rename=partial(rename_tensor, merge_shift=1), classifier="head.fc.")
 
 
-def model_name(config: SwinV2Config, arguments: Mapping[str, Any]) -> str:
-    """Return timm's name for these sizes, or for a model of the variant at other sizes."""
+def _model_name(config: SwinV2Config, arguments: Mapping[str, Any]) -> str:
+    """Return timm's model name for these sizes, or for the same variant at other sizes."""
     sizes = (arguments["img_size"], arguments["window_size"])
     windows = config.pretrained_window_sizes or config.stage_windows
     if config.variant in ("tiny", "small") or config.variant is None:
@@ -82,14 +88,14 @@ def model_name(config: SwinV2Config, arguments: Mapping[str, Any]) -> str:
     return f"swinv2_{config.variant}_{size}"
 
 
-def named_sizes(origin: str, name: object, num_stages: int) -> Sizes:
-    """Return what a name such as swinv2_base_window12to16_192to256 says."""
+def _named_sizes(origin: str, name: object, num_stages: int) -> Sizes:
+    """Return the sizes in a name such as swinv2_base_window12to16_192to256."""
     if not isinstance(name, str):
         return Sizes(origin=origin)
     parts = _NAME.match(name)
     if parts is None:
         raise BridgeError(
-            f"{name!r} is no swinv2 model of timm: they have names such as "
+            f"{name!r} is not a swinv2 model of timm: give a name such as "
             "swinv2_tiny_window8_256 or swinv2_base_window12to16_192to256."
         )
     _, window, to_window, size, to_size = parts.groups()
@@ -105,20 +111,20 @@ def named_sizes(origin: str, name: object, num_stages: int) -> Sizes:
     )
 
 
-def only_missing(told: Sizes, other: Sizes) -> Sizes:
-    """Return what `other` says about what `told` leaves open."""
+def _only_missing(known: Sizes, other: Sizes) -> Sizes:
+    """Return the sizes of `other` that `known` leaves open."""
     return Sizes(
         origin=other.origin,
-        image_size=None if told.image_size is not None else other.image_size,
-        window_size=None if told.window_size is not None else other.window_size,
+        image_size=None if known.image_size is not None else other.image_size,
+        window_size=None if known.window_size is not None else other.window_size,
         pretrained_window_sizes=None
-        if told.pretrained_window_sizes is not None
+        if known.pretrained_window_sizes is not None
         else other.pretrained_window_sizes,
     )
 
 
-def read_arguments(content: Mapping[str, Any]) -> tuple[Sizes, float]:
-    """Return the sizes and the stochastic depth that a ``config.json`` tells."""
+def _read_arguments(content: Mapping[str, Any]) -> tuple[Sizes, float]:
+    """Return the sizes and the drop path rate in a `config.json`."""
     origin = "its config.json"
     arguments = content.get("model_args") or {}
     image, window = arguments.get("img_size"), arguments.get("window_size")
@@ -134,28 +140,28 @@ def read_arguments(content: Mapping[str, Any]) -> tuple[Sizes, float]:
 
 
 def timm_arguments(encoder: SwinV2) -> tuple[str, dict[str, Any]]:
-    """Return the name and the arguments for ``timm.create_model`` of the model that is the same.
+    """Return the name and arguments for `timm.create_model` of the same model.
 
     Raises:
-        BridgeError: timm has no such model; all reasons are listed.
+        BridgeError: timm cannot compute it; all reasons are listed.
     """
     config = encoder.config
-    problems = obstacles(config)
+    problems = unsupported(config)
     if config.window_size[0] != config.window_size[1] and len(config.depths) == 2:
         problems.append(
-            f"window {config.window_size} is not square, and theirs takes two numbers for the "
-            "windows of two stages: load it with a square window"
+            f"window {config.window_size} is not square, and with two stages theirs takes two "
+            "numbers as a window per stage: load it with a square window"
         )
     if problems:
         raise BridgeError(
-            "timm's swinv2 cannot compute what this encoder computes:\n  " + "\n  ".join(problems)
+            "timm's swinv2 cannot compute the same as this encoder:\n  " + "\n  ".join(problems)
         )
     height, width = config.image_size
     rows, columns = config.window_size
     arguments: dict[str, Any] = {
         "img_size": height if height == width else [height, width],
         "window_size": rows if rows == columns else [rows, columns],
-        "pretrained_window_sizes": their_windows(config),
+        "pretrained_window_sizes": pretrained_windows_argument(config),
         "drop_path_rate": config.drop_path,
     }
     if config.variant is None:
@@ -168,17 +174,17 @@ def timm_arguments(encoder: SwinV2) -> tuple[str, dict[str, Any]]:
     own = (config.patch_size, config.in_channels, config.mlp_ratio)
     named = zip(usual.items(), own, strict=True)
     arguments |= {name: value for (name, theirs), value in named if value != theirs}
-    return model_name(config, arguments), arguments
+    return _model_name(config, arguments), arguments
 
 
 def to_timm(encoder: SwinV2, *, classifier: Classifier | None = None) -> dict[str, Tensor]:
-    """Return the encoder's tensors under the names of timm's ``swinv2_*``, on the CPU.
+    """Return the encoder's tensors under the names of timm's `swinv2_*`, on the CPU.
 
     Raises:
-        BridgeError: timm has no such model, or the classifier does not fit the encoder.
+        BridgeError: timm cannot compute it, or the classifier does not fit the encoder.
     """
     timm_arguments(encoder)
-    tensors = convert(encoder, _LAYOUT.split)
+    tensors = convert(encoder, _LAYOUT.rename)
     if classifier is None:
         return tensors
     features = encoder.num_features
@@ -189,7 +195,8 @@ def to_timm(encoder: SwinV2, *, classifier: Classifier | None = None) -> dict[st
     ):
         raise BridgeError(
             f"the classifier is {tuple(classifier.weight.shape)} with a bias of "
-            f"{tuple(classifier.bias.shape)}, not (classes, {features}) and (classes,)."
+            f"{tuple(classifier.bias.shape)}, not (classes, {features}) and (classes,): give a "
+            "classifier trained on this encoder."
         )
     return tensors | {
         f"{_LAYOUT.classifier}weight": classifier.weight.detach().cpu().contiguous(),
@@ -207,25 +214,25 @@ def export_timm(
     images: Tensor | None = None,
     report: Report = ignore,
 ) -> Path:
-    """Write ``encoder`` as a folder for ``timm.create_model``, and read it back before it is kept.
+    """Write `encoder` as a folder for `timm.create_model`, and read it back before it is kept.
 
-    ``model.safetensors`` loads strictly by ``checkpoint_path``, the folder by ``local-dir:``;
-    ``README.md`` has the lines.
+    `model.safetensors` loads strictly by `checkpoint_path`, the folder by `local-dir:`;
+    `README.md` has the lines.
 
     Args:
-        encoder: left as it is; use `SwinV2.set_input` first to export it at another size.
+        encoder: not changed; use `SwinV2.set_input` first to export it at another size.
         path: a new or empty folder, or an earlier export.
-        mean: one value a channel, for images in [0, 1].
-        std: one positive value a channel.
+        mean: one value per channel, for images in [0, 1].
+        std: one positive value per channel.
         classifier: a linear head on average-pooled features.
-        images: normalised (batch, channels, height, width), to compare features on before the
-            folder takes its place; by default a chart.
-        report: is told how far they are apart.
+        images: normalised (batch, channels, height, width), to compare features on; by default a
+            zone plate.
+        report: called with a line on each comparison.
 
     Raises:
-        BridgeError: timm has no such model, the installed timm computes something else, or the
+        BridgeError: timm cannot compute it, the installed timm computes something else, or the
             classifier does not fit.
-        ValueError: ``mean`` or ``std`` does not fit the channels, or ``path`` is occupied.
+        ValueError: `mean` or `std` does not fit the channels, or `path` holds something else.
     """
     check_normalisation(mean, std, encoder.config.in_channels)
     name, arguments = timm_arguments(encoder)
@@ -238,7 +245,7 @@ def export_timm(
         "global_pool": "avg",
         "model_args": arguments,
         "pretrained_cfg": _pretrained_cfg(encoder.config, classes, mean, std),
-        RECORD: asdict(encoder.config),
+        CONFIG_KEY: asdict(encoder.config),
     }
     with atomic_folder(path, may_replace=is_timm_export) as folder:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -282,81 +289,81 @@ def import_timm(
     pretrained_window_sizes: PretrainedWindows = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-) -> Imported:
-    """Read the weights of a ``swinv2_*`` model of timm.
+) -> ImportedEncoder:
+    """Read the weights of a `swinv2_*` model of timm.
 
-    The learned tensors tell the architecture. Image size, window size and pretraining windows are
-    taken from ``config.json`` beside the weights, from the name of the model, or from the position
-    buffers that old files hold; what none of them tells has to be given.
+    The architecture follows from the learned tensors. Image size, window size and pretraining
+    windows come from `config.json` next to the weights, from the name of the model, or from the
+    position buffers of old files, and must be given if none of these has them.
 
     Args:
         path: a folder as on the model hub (config.json and model.safetensors or pytorch_model.bin),
             or a file (.safetensors, .pth, .bin).
-        architecture: timm's name of the model, such as ``swinv2_base_window12to16_192to256``.
+        architecture: timm's name of the model, such as `swinv2_base_window12to16_192to256`.
         image_size: (height, width) in pixels.
         window_size: (height, width) in tokens.
-        pretrained_window_sizes: of each stage, in tokens; "same" where it was trained at these.
-        mean: of each channel; by default what the folder says, or ImageNet's, as timm has it.
+        pretrained_window_sizes: of each stage, in tokens; "same" if it was trained at these sizes.
+        mean: of each channel; by default the folder's, or ImageNet's, as in timm.
         std: of each channel, in the same way.
 
     Raises:
-        BridgeError: it is of another model, a tensor is missing, unexpected or misshapen, a size is
-            unknown or contradicts the file, or reading the file would run code.
+        BridgeError: it is another model, a tensor is missing, unexpected or of a wrong shape, a
+            size is unknown or contradictory, or reading the file would run code.
     """
-    found = _find(Path(path), architecture)
+    found = _parse(Path(path), architecture)
     given = given_sizes(image_size, window_size, pretrained_window_sizes)
     return assemble(found, given, mean=mean, std=std)
 
 
-def _find(path: Path, name: str | None) -> Found:
-    """Read a file or folder; `name` is what the caller calls the model."""
+def _parse(path: Path, name: str | None) -> ParsedCheckpoint:
+    """Parse a file or folder; `name` is the model name that the caller gives."""
     folder = path if path.is_dir() else None
     content = {} if folder is None else _read_config(folder / CONFIG_FILE)
     file = path if folder is None else folder / WEIGHTS_FILE
     if folder is not None and not file.is_file() and (folder / _PICKLE_FILE).is_file():
         file = folder / _PICKLE_FILE
-    # The order in which timm itself takes them.
+    # In the order in which timm looks for them.
     checkpoint = read_checkpoint(file, ("state_dict_ema", "model_ema", "state_dict", "model"))
     source = checkpoint.source
-    tensors, dropped = without_buffers(checkpoint.tensors)
-    refuse_other_models(tensors, source, "layers")
-    _refuse_layout_of_reference(tensors, source)
+    tensors, dropped = split_off_buffers(checkpoint.tensors)
+    check_is_swinv2(tensors, source, "layers")
+    _check_is_not_reference(tensors, source)
     fields = read_architecture(tensors, source)
     stages = len(fields["depths"])
-    told, drop_path = read_arguments(content)
-    named = named_sizes("its model's name", content.get("architecture"), stages)
+    arguments, drop_path = _read_arguments(content)
+    named = _named_sizes("its model's name", content.get("architecture"), stages)
     described = content.get("pretrained_cfg", content)
-    return Found(
+    return ParsedCheckpoint(
         source=source,
         tensors=tensors,
         dropped=dropped,
         layout=_LAYOUT,
         architecture=fields,
-        known=[
-            told,
-            named_sizes("the name you gave", name, stages),
-            only_missing(told, named),
+        sizes=[
+            arguments,
+            _named_sizes("the name you gave", name, stages),
+            _only_missing(arguments, named),
             read_buffers({key: checkpoint.tensors[key] for key in dropped}, fields),
         ],
         drop_path=drop_path,
-        recorded=content.get(RECORD),
+        own_config=content.get(CONFIG_KEY),
         num_classes=count_classes(tensors, _LAYOUT.classifier),
         mean=described.get("mean"),
         std=described.get("std"),
     )
 
 
-def _refuse_layout_of_reference(tensors: Mapping[str, Tensor], source: str) -> None:
+def _check_is_not_reference(tensors: Mapping[str, Tensor], source: str) -> None:
     if "layers.0.downsample.reduction.weight" in tensors or "head.weight" in tensors:
         raise BridgeError(
-            f"{source} is laid out as the published code does it (it has "
+            f"{source} has the layout of the published code (it has "
             f"{'head' if 'head.weight' in tensors else 'layers.0.downsample'}): "
             "import it with --format reference."
         )
 
 
 def is_timm_export(path: Path) -> bool:
-    """Tell whether ``path`` is what `export_timm` wrote, and holds nothing else."""
+    """Return whether `path` was written by `export_timm` and holds nothing else."""
     names = {CONFIG_FILE, WEIGHTS_FILE, README_FILE}
     if not path.is_dir() or {place.name for place in path.iterdir()} != names:
         return False
@@ -387,7 +394,7 @@ model = timm.create_model(
 {listed})
 ```
 
-`model.forward_features(images)` gives (batch, rows, columns, channels). Elsewhere the folder is
-`timm.create_model("local-dir:FOLDER", pretrained=True)`; `config.json` has the mean and std of its
-images.
+`model.forward_features(images)` returns (batch, rows, columns, channels). From elsewhere, load the
+folder with `timm.create_model("local-dir:FOLDER", pretrained=True)`; `config.json` has the mean and
+std of its images.
 """

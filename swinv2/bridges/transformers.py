@@ -1,10 +1,10 @@
-"""Hugging Face transformers: folders that its classes load, written and read.
+"""Export to, and import from, the Swin Transformer V2 classes of Hugging Face transformers.
 
-One file cannot be loaded by several classes without a missing or an unexpected key, so an export
-has a folder for each: the encoder (``Swinv2Model``), ``backbone`` (``Swinv2Backbone``, which has no
-final norm), with a decoder ``masked-image-modeling`` (``Swinv2ForMaskedImageModeling``) and with a
-classifier ``image-classification`` (``Swinv2ForImageClassification``). Writing and reading need no
-transformers; where it is installed, it has to agree before an export is kept.
+Several classes cannot load one file without missing or unexpected keys, so an export has a folder
+for each: the encoder (`Swinv2Model`), `backbone` (`Swinv2Backbone`, which has no final norm), with
+a decoder `masked-image-modeling` (`Swinv2ForMaskedImageModeling`) and with a classifier
+`image-classification` (`Swinv2ForImageClassification`). Exporting and importing do not need
+transformers; if it is installed, its outputs are compared before an export is kept.
 """
 
 import json
@@ -22,32 +22,32 @@ from swinv2.atomic import atomic_folder
 from swinv2.bridges.checkpoints import (
     BridgeError,
     Classifier,
-    Imported,
+    ImportedEncoder,
     MaskedImageHead,
     read_checkpoint,
     read_json,
 )
 from swinv2.bridges.conversion import (
-    RECORD,
-    Found,
+    CONFIG_KEY,
+    ParsedCheckpoint,
     assemble,
     checked_head,
     classifier_shapes,
     convert,
     decoder_shapes,
 )
-from swinv2.bridges.layer_names import refuse_other_models, without_buffers
+from swinv2.bridges.layer_names import check_is_swinv2, split_off_buffers
 from swinv2.bridges.sizes import PretrainedWindows, given_sizes
 from swinv2.bridges.transformers_layout import (
     FOLDERS,
     WEIGHTS_FILE,
     ModelClass,
+    check_config_is_swinv2,
     layout_of,
-    obstacles,
-    read_their_config,
-    refuse_other_configs,
-    split,
+    parse_config,
+    rename_tensor,
     transformers_config,
+    unsupported,
 )
 from swinv2.bridges.verification import (
     Report,
@@ -71,20 +71,20 @@ _BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, as the file stores it
 
 
 def to_transformers(encoder: SwinV2) -> dict[str, Tensor]:
-    """Return the encoder's tensors under the names of ``Swinv2Model``, on the CPU.
+    """Return the encoder's tensors under the names of `Swinv2Model`, on the CPU.
 
     Raises:
-        BridgeError: transformers has no such model.
+        BridgeError: transformers cannot compute it.
     """
     transformers_config(encoder)
-    return convert(encoder, split)
+    return convert(encoder, rename_tensor)
 
 
 def to_transformers_masked(encoder: SwinV2, head: MaskedImageHead) -> dict[str, Tensor]:
-    """Return all tensors under the names of ``Swinv2ForMaskedImageModeling``, on the CPU.
+    """Return all tensors under the names of `Swinv2ForMaskedImageModeling`, on the CPU.
 
     Raises:
-        BridgeError: transformers has no such model, or the head is not one of this encoder.
+        BridgeError: transformers cannot compute it, or the head does not fit the encoder.
     """
     height, width = encoder.config.image_size
     stride = encoder.strides[-1]
@@ -106,10 +106,10 @@ def to_transformers_masked(encoder: SwinV2, head: MaskedImageHead) -> dict[str, 
 
 
 def to_transformers_classifier(encoder: SwinV2, classifier: Classifier) -> dict[str, Tensor]:
-    """Return all tensors under the names of ``Swinv2ForImageClassification``, on the CPU.
+    """Return all tensors under the names of `Swinv2ForImageClassification`, on the CPU.
 
     Raises:
-        BridgeError: transformers has no such model, or the classifier is not one of this encoder.
+        BridgeError: transformers cannot compute it, or the classifier does not fit the encoder.
     """
     layout = layout_of("Swinv2ForImageClassification")
     added = {
@@ -135,33 +135,34 @@ def export_transformers(
     images: Tensor | None = None,
     report: Report = ignore,
 ) -> Path:
-    """Write ``encoder`` as folders that transformers loads with no missing and no unexpected key.
+    """Write `encoder` as folders that transformers loads without missing or unexpected keys.
 
-    ``path`` is for ``Swinv2Model`` (and ``AutoModel``), ``path/backbone`` for ``Swinv2Backbone``,
-    with ``head`` ``path/masked-image-modeling`` for ``Swinv2ForMaskedImageModeling``, and with
-    ``classifier`` ``path/image-classification`` for ``Swinv2ForImageClassification``. Each also
-    describes how its images are prepared (``ViTImageProcessor``), and ``README.md`` has the lines
+    `path` is for `Swinv2Model` (and `AutoModel`), `path/backbone` for `Swinv2Backbone`,
+    with `head` `path/masked-image-modeling` for `Swinv2ForMaskedImageModeling`, and with
+    `classifier` `path/image-classification` for `Swinv2ForImageClassification`. Each also
+    describes how its images are prepared (`ViTImageProcessor`), and `README.md` has the lines
     that load them. Before the folder takes its place it is read back; transformers, where it is
     installed, has to compute the same from it.
 
     Args:
-        encoder: left as it is; use `SwinV2.set_input` first to export it at another size.
+        encoder: not changed; use `SwinV2.set_input` first to export it at another size.
         path: a new or empty folder, or an earlier export.
-        mean: one value a channel, for images in [0, 1].
-        std: one positive value a channel.
+        mean: one value per channel, for images in [0, 1].
+        std: one positive value per channel.
         head: mask token and decoder.
         classifier: a linear head on average-pooled features.
-        classes: names of its classes, if they have some.
+        classes: names of its classes, if known.
         images: normalised (batch, channels, height, width), to compare features on; by default a
-            chart.
-        report: is told how far they are apart.
+            zone plate.
+        report: called with a line on each comparison.
 
     Raises:
-        BridgeError: transformers has no such model, or computes something else.
-        ValueError: ``mean`` or ``std`` does not fit the channels, or ``path`` is occupied.
+        BridgeError: transformers cannot compute it, a head does not fit, or the installed
+            transformers computes something else.
+        ValueError: `mean` or `std` does not fit the channels, or `path` holds something else.
     """
     check_normalisation(mean, std, encoder.config.in_channels)
-    config = transformers_config(encoder) | {RECORD: asdict(encoder.config)}
+    config = transformers_config(encoder) | {CONFIG_KEY: asdict(encoder.config)}
     contents = _contents(encoder, config, head, classifier, classes)
     with atomic_folder(path, may_replace=is_transformers_export) as folder:
         for name, (described, tensors) in contents.items():
@@ -191,71 +192,72 @@ def import_transformers(
     pretrained_window_sizes: PretrainedWindows = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-) -> Imported:
-    """Read a folder that ``save_pretrained`` of a Swin Transformer V2 class wrote.
+) -> ImportedEncoder:
+    """Read a folder written by `save_pretrained` of a Swin Transformer V2 class.
 
-    ``config.json`` tells every size and which class it is: one of ``Swinv2Model``,
-    ``Swinv2Backbone``, ``Swinv2ForMaskedImageModeling`` and ``Swinv2ForImageClassification``. A
-    backbone has no final norm; ours starts with ones and zeros then, as `Imported.fresh` tells.
+    `config.json` has every size and the class, one of `Swinv2Model`,
+    `Swinv2Backbone`, `Swinv2ForMaskedImageModeling` and `Swinv2ForImageClassification`. A
+    backbone has no final norm; ours then starts with ones and zeros (`ImportedEncoder.fresh`).
 
     Args:
         path: with config.json and model.safetensors, in one file or in shards, or
             pytorch_model.bin.
-        image_size: (height, width) in pixels; here and below, what contradicts config.json is
-            refused.
+        image_size: (height, width) in pixels; like the next two, it must not contradict
+            config.json.
         window_size: (height, width) in tokens.
         pretrained_window_sizes: of each stage, in tokens; "same" for the present ones.
-        mean: of each channel; by default what preprocessor_config.json says, or ImageNet's.
+        mean: of each channel; by default that of preprocessor_config.json, or ImageNet's.
         std: of each channel, in the same way.
 
     Raises:
-        BridgeError: it is of another model, a field asks for what this encoder has not, a tensor is
-            missing, unexpected or misshapen, or reading a file would run code.
+        BridgeError: it is another model, a field asks for something this encoder lacks, a tensor is
+            missing, unexpected or of a wrong shape, or reading a file would run code.
     """
     folder = Path(path)
-    content = read_json(folder / _CONFIG_FILE, "give a folder that save_pretrained wrote")
+    content = read_json(folder / _CONFIG_FILE, "give a folder written by save_pretrained")
     given = given_sizes(image_size, window_size, pretrained_window_sizes)
-    imported = assemble(_find(folder, content), given, mean=mean, std=std)
-    problems = obstacles(imported.encoder.config)
+    imported = assemble(_parse(folder, content), given, mean=mean, std=std)
+    problems = unsupported(imported.encoder.config)
     if problems:
         raise BridgeError(
             f"{folder / _CONFIG_FILE}: at its image_size {content.get('image_size')} and "
             f"window_size {content.get('window_size')} this encoder computes something else than "
-            "transformers; change them there if other sizes will do:\n  " + "\n  ".join(problems)
+            "transformers; change them there if other sizes are acceptable:\n  "
+            + "\n  ".join(problems)
         )
     return imported
 
 
-def _find(folder: Path, content: Mapping[str, Any]) -> Found:
-    """Read what stands beside a ``config.json`` of that content."""
+def _parse(folder: Path, content: Mapping[str, Any]) -> ParsedCheckpoint:
+    """Parse a folder whose `config.json` has this content."""
     config_source = str(folder / _CONFIG_FILE)
-    refuse_other_configs(content, config_source)
+    check_config_is_swinv2(content, config_source)
     source, named = _read_weights(folder)
-    tensors, dropped = without_buffers(named)
-    refuse_other_models(tensors, source, "transformers")
-    told = read_their_config(content, tensors.keys(), config_source)
+    tensors, dropped = split_off_buffers(named)
+    check_is_swinv2(tensors, source, "transformers")
+    parsed = parse_config(content, tensors.keys(), config_source)
     mean, std = _read_processor(folder / _PROCESSOR_FILE)
-    features = told.architecture["embed_dim"] * 2 ** (len(told.architecture["depths"]) - 1)
+    features = parsed.architecture["embed_dim"] * 2 ** (len(parsed.architecture["depths"]) - 1)
     norm = {"norm.weight": torch.ones(features), "norm.bias": torch.zeros(features)}
-    return Found(
+    return ParsedCheckpoint(
         source=source,
         tensors=tensors,
         dropped=dropped,
-        layout=layout_of(told.model),
-        architecture=told.architecture,
-        known=[told.sizes],
-        drop_path=told.drop_path,
-        recorded=content.get(RECORD),
-        num_classes=told.num_classes,
+        layout=layout_of(parsed.model),
+        architecture=parsed.architecture,
+        sizes=[parsed.sizes],
+        drop_path=parsed.drop_path,
+        own_config=content.get(CONFIG_KEY),
+        num_classes=parsed.num_classes,
         mean=mean,
         std=std,
-        classes=told.classes if told.num_classes else (),
-        fresh=norm if told.model == "Swinv2Backbone" else None,
+        classes=parsed.classes if parsed.num_classes else (),
+        fresh=norm if parsed.model == "Swinv2Backbone" else None,
     )
 
 
 def is_transformers_export(path: Path) -> bool:
-    """Tell whether ``path`` is what `export_transformers` wrote, and holds nothing else."""
+    """Return whether `path` was written by `export_transformers` and holds nothing else."""
     files = {_CONFIG_FILE, WEIGHTS_FILE, _PROCESSOR_FILE}
     places = {place for name, place in FOLDERS.items() if name != "Swinv2Model"}
     names = {place.name for place in path.iterdir()} if path.is_dir() else set()
@@ -279,7 +281,7 @@ def _contents(
     classifier: Classifier | None,
     classes: Sequence[str],
 ) -> dict[ModelClass, tuple[Mapping[str, Any], dict[str, Tensor]]]:
-    """Return config and tensors of each class that is written."""
+    """Return the config and the tensors of each class."""
     tensors = to_transformers(encoder)
     backbone = {name: part for name, part in tensors.items() if not name.startswith("layernorm.")}
     stages = [f"stage{index + 1}" for index in range(len(encoder.config.depths))]
@@ -342,7 +344,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _read_weights(folder: Path) -> tuple[str, dict[str, Tensor]]:
-    """Return where the tensors of a folder stand, for messages, and all of them by name."""
+    """Return the source of the tensors of a folder, for messages, and all of them by name."""
     entries = ("state_dict", "model")
     shards = folder / _SHARDS_FILE
     if (folder / WEIGHTS_FILE).is_file() or not shards.is_file():
@@ -352,7 +354,7 @@ def _read_weights(folder: Path) -> tuple[str, dict[str, Tensor]]:
     places = read_json(shards, "copy the folder again").get("weight_map")
     files = sorted(set(places.values())) if isinstance(places, Mapping) else []
     if not files or any(Path(str(name)).name != name for name in files):
-        raise BridgeError(f"{shards} does not name files beside it: copy the folder again.")
+        raise BridgeError(f"{shards} does not name files next to it: copy the folder again.")
     tensors: dict[str, Tensor] = {}
     for name in files:
         tensors |= read_checkpoint(folder / name, entries).tensors
@@ -360,19 +362,19 @@ def _read_weights(folder: Path) -> tuple[str, dict[str, Tensor]]:
 
 
 def _read_processor(file: Path) -> tuple[list[float] | None, list[float] | None]:
-    """Return mean and std of each channel, for images in [0, 1], where the file tells them."""
+    """Return mean and std of each channel, for images in [0, 1]; None if they are not known."""
     if not file.is_file():
         return None, None
     content = read_json(file, "copy it again, or remove it and give mean and std")
     if not content.get("do_normalize", True):
         raise BridgeError(
-            f"{file} normalises no images (do_normalize is false): give mean and std."
+            f"{file} does not normalise images (do_normalize is false): give mean and std."
         )
     factor = content.get("rescale_factor", 1 / 255)
     if not content.get("do_rescale", True) or factor != 1 / 255:
         raise BridgeError(
-            f"{file} scales images by rescale_factor {factor!r}, and here mean and std are for "
-            "images in [0, 1]: set do_rescale true and rescale_factor 1/255, and scale them too."
+            f"{file} does not scale images to [0, 1] (rescale_factor {factor!r}): set do_rescale "
+            "to true and rescale_factor to 1/255, and scale mean and std to match."
         )
     return content.get("image_mean"), content.get("image_std")
 
@@ -389,12 +391,12 @@ def _readme(config: SwinV2Config, classes: Sequence[ModelClass]) -> str:
     resizes = "resizes and "
     if config.in_channels not in (1, 3):
         options.append('input_data_format="channels_last"')
-    if config.in_channels > 4:  # which Pillow cannot resize
+    if config.in_channels > 4:  # Pillow cannot resize these
         options.append("do_resize=False")
         resizes = ""
     return f"""# Swin Transformer V2 for transformers
 
-In this folder (transformers 5), for each class that it holds:
+In this folder (transformers 5), for each class:
 
 {blocks}
 `model(**processor(images=image, {", ".join(options)}))` takes images of

@@ -1,4 +1,4 @@
-"""How transformers names a Swin Transformer V2: its tensors, and the fields of its config.json."""
+"""Tensor names and `config.json` fields of a Swin Transformer V2 in transformers."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from swinv2.attention import window_grid
 from swinv2.bridges.checkpoints import BridgeError
-from swinv2.bridges.conversion import Layout
+from swinv2.bridges.conversion import TensorLayout
 from swinv2.bridges.sizes import Sizes, as_pair, variant_of
 from swinv2.config import Pair, SwinV2Config, clamp_window
 from swinv2.encoder import SwinV2
@@ -19,7 +19,7 @@ ModelClass = Literal[
     "Swinv2ForMaskedImageModeling",
     "Swinv2ForImageClassification",
 ]
-"""The classes that encoders are exchanged with."""
+"""Classes that encoders are exported to and imported from."""
 
 FOLDERS: dict[ModelClass, str] = {
     "Swinv2Model": ".",
@@ -27,24 +27,24 @@ FOLDERS: dict[ModelClass, str] = {
     "Swinv2ForMaskedImageModeling": "masked-image-modeling",
     "Swinv2ForImageClassification": "image-classification",
 }
-"""Where an export has the folder of each class."""
+"""Subfolder of an export for each class."""
 
 WEIGHTS_FILE = "model.safetensors"
 
 
 def transformers_config(encoder: SwinV2) -> dict[str, Any]:
-    """Return the fields of the ``Swinv2Config`` that computes what ``encoder`` computes.
+    """Return the fields of the `Swinv2Config` that computes the same as `encoder`.
 
-    It does so at the encoder's nominal image size: transformers fixes its windows by that size.
+    They hold at the encoder's nominal image size, from which transformers fixes its windows.
 
     Raises:
-        BridgeError: transformers has no such model; all reasons are listed.
+        BridgeError: transformers cannot compute it; all reasons are listed.
     """
     config = encoder.config
-    problems = obstacles(config)
+    problems = unsupported(config)
     if problems:
         raise BridgeError(
-            "transformers' Swinv2 cannot compute what this encoder computes:\n  "
+            "transformers' Swinv2 cannot compute the same as this encoder:\n  "
             + "\n  ".join(problems)
         )
     height, width = config.image_size
@@ -57,7 +57,7 @@ def transformers_config(encoder: SwinV2) -> dict[str, Any]:
         "depths": list(config.depths),
         "num_heads": list(config.num_heads),
         "window_size": config.window_size[0],
-        "pretrained_window_sizes": _their_pretraining_windows(config),
+        "pretrained_window_sizes": _pretrained_windows_argument(config),
         "mlp_ratio": config.mlp_ratio,
         "qkv_bias": True,
         "hidden_dropout_prob": 0.0,
@@ -72,8 +72,8 @@ def transformers_config(encoder: SwinV2) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TheirConfig:
-    """What the ``config.json`` of a model of transformers tells."""
+class ParsedConfig:
+    """Contents of the `config.json` of a model of transformers."""
 
     model: ModelClass
     architecture: dict[str, Any]
@@ -81,39 +81,37 @@ class TheirConfig:
     sizes: Sizes
     drop_path: float
     num_classes: int | None
-    """Of the classifier; None where there is none."""
+    """Of the classifier; None if there is none."""
     classes: tuple[str, ...]
-    """Their names, where they have names of their own."""
+    """Their names, if they are not the default ones."""
 
 
-def read_their_config(
-    content: Mapping[str, Any], names: Collection[str], source: str
-) -> TheirConfig:
-    """Read the fields of a ``config.json``; one that is missing has transformers' default.
+def parse_config(content: Mapping[str, Any], names: Collection[str], source: str) -> ParsedConfig:
+    """Parse a `config.json`; missing fields have transformers' defaults.
 
     Args:
         content: of the file.
-        names: of the tensors beside it, which tell the class where ``architectures`` does not.
+        names: of the tensors, from which the class follows if `architectures` is missing.
         source: the file, for messages.
 
     Raises:
-        BridgeError: it is of another class, or says something that this encoder cannot do; each
-            such field is listed with its value and a remedy.
+        BridgeError: it is another class, or has fields that this encoder cannot express; each is
+            listed with its value and a remedy.
     """
     model = _model_class(content, names, source)
-    told = _DEFAULTS | {name: value for name, value in content.items() if value is not None}
+    settings = _DEFAULTS | {name: value for name, value in content.items() if value is not None}
     try:
-        problems = _inexpressible(told, model)
+        problems = _unsupported_fields(settings, model)
         if problems:
             listed = "\n  ".join(problems)
-            raise BridgeError(f"it describes a model that this encoder cannot be:\n  {listed}")
-        architecture = _architecture(told)
+            raise BridgeError(f"its model cannot be expressed by this encoder:\n  {listed}")
+        architecture = _architecture(settings)
         num_classes, classes = _read_classes(content)
-        return TheirConfig(
+        return ParsedConfig(
             model=model,
             architecture=architecture,
-            sizes=_read_sizes(told, architecture),
-            drop_path=float(told["drop_path_rate"]),
+            sizes=_read_sizes(settings, architecture),
+            drop_path=float(settings["drop_path_rate"]),
             num_classes=(num_classes or None) if model == "Swinv2ForImageClassification" else None,
             classes=classes,
         )
@@ -121,7 +119,7 @@ def read_their_config(
         raise BridgeError(f"{source} cannot be used: {error}") from error
 
 
-# Those of Swinv2Config, which need not be in the file.
+# Defaults of Swinv2Config.
 _DEFAULTS: dict[str, Any] = {
     "image_size": 224,
     "patch_size": 4,
@@ -143,23 +141,28 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def refuse_other_configs(content: Mapping[str, Any], source: str) -> None:
-    """Raise where a ``config.json`` is not of a Swin Transformer V2 of transformers.
+def check_config_is_swinv2(content: Mapping[str, Any], source: str) -> None:
+    """Check that a `config.json` is that of a Swin Transformer V2 of transformers.
 
     Raises:
-        BridgeError: it is not; the message says what it is of, and what reads that.
+        BridgeError: it is not; the message says what it is, and how to read that.
     """
     kind = content.get("model_type")
     if kind == "swinv2":
         return
     if content.get("format") == "swinv2-encoder":
-        raise BridgeError(f"{source} describes an encoder of this package: load_encoder reads it.")
+        raise BridgeError(
+            f"{source} describes an encoder of swinv2: load its directory with load_encoder."
+        )
     if str(content.get("architecture", "")).startswith("swinv2_"):
         raise BridgeError(f"{source} describes a model of timm: import it with --format timm.")
-    names = {"swin": " (a Swin Transformer V1)", None: ": it is no config.json of transformers"}
+    names = {
+        "swin": " (a Swin Transformer V1)",
+        None: ", so it is not a config.json of transformers",
+    }
     raise BridgeError(
         f"{source} has model_type {kind!r}{names.get(kind, '')}, and a Swin Transformer V2 "
-        "('swinv2') is expected: give a folder that save_pretrained of such a model wrote."
+        "('swinv2') is expected: give a folder written by its save_pretrained."
     )
 
 
@@ -180,32 +183,34 @@ def _model_class(content: Mapping[str, Any], names: Collection[str], source: str
     return "Swinv2ForImageClassification" if headed else "Swinv2Model"
 
 
-def _inexpressible(told: Mapping[str, Any], model: ModelClass) -> list[str]:
-    """Say which fields ask for what this encoder has not."""
+def _unsupported_fields(settings: Mapping[str, Any], model: ModelClass) -> list[str]:
+    """List the fields that this encoder cannot express, with remedies."""
     problems = [
-        f"{name} is {told[name]!r}, and this encoder has {ours!r}: {remedy}"
+        f"{name} is {settings[name]!r}, and this encoder has {ours!r}: {remedy}"
         for name, ours, remedy in _FIXED
-        if told[name] != ours
+        if settings[name] != ours
     ]
-    patch = as_pair(told["patch_size"])
+    patch = as_pair(settings["patch_size"])
     if patch[0] != patch[1]:
-        problems.append(f"patch_size is {told['patch_size']!r}, and patches here are square: {_NO}")
-    windows = told["pretrained_window_sizes"]
+        problems.append(
+            f"patch_size is {settings['patch_size']!r}, and this encoder has square patches: {_NO}"
+        )
+    windows = settings["pretrained_window_sizes"]
     if any(1 in as_pair(window) for window in windows):
         problems.append(
-            f"pretrained_window_sizes is {windows!r}, and transformers divides by one less: "
-            "write 2 for 1, which has the same meaning here"
+            f"pretrained_window_sizes is {windows!r}, and transformers divides by it less 1: "
+            "write 2 instead of 1, which has the same meaning here"
         )
-    stride = patch[0] * 2 ** (len(told["depths"]) - 1)
-    if model == "Swinv2ForMaskedImageModeling" and told["encoder_stride"] != stride:
+    stride = patch[0] * 2 ** (len(settings["depths"]) - 1)
+    if model == "Swinv2ForMaskedImageModeling" and settings["encoder_stride"] != stride:
         problems.append(
-            f"encoder_stride is {told['encoder_stride']!r}, and this encoder has {stride} "
-            "(patch_size doubled at each merging): keep its encoder alone, as a Swinv2Model"
+            f"encoder_stride is {settings['encoder_stride']!r}, and this encoder has {stride} "
+            "(patch_size doubled at each merging): save only its encoder, as a Swinv2Model"
         )
     return problems
 
 
-_NO = "its features cannot be had from another, so choose another checkpoint"
+_NO = "choose another checkpoint, since no other value gives its features"
 _DROPOUT = "write 0.0, which changes no feature in evaluation; drop_path_rate is kept"
 _FIXED: tuple[tuple[str, Any, str], ...] = (
     ("hidden_act", "gelu", _NO),
@@ -217,29 +222,29 @@ _FIXED: tuple[tuple[str, Any, str], ...] = (
 )
 
 
-def _architecture(told: Mapping[str, Any]) -> dict[str, Any]:
+def _architecture(settings: Mapping[str, Any]) -> dict[str, Any]:
     sizes = {
-        "embed_dim": told["embed_dim"],
-        "depths": tuple(told["depths"]),
-        "num_heads": tuple(told["num_heads"]),
+        "embed_dim": settings["embed_dim"],
+        "depths": tuple(settings["depths"]),
+        "num_heads": tuple(settings["num_heads"]),
         "extra_norm_every": 0,
     }
     return {
         **sizes,
         "variant": variant_of(sizes),
-        "in_channels": told["num_channels"],
-        "patch_size": as_pair(told["patch_size"])[0],
-        "mlp_ratio": float(told["mlp_ratio"]),
+        "in_channels": settings["num_channels"],
+        "patch_size": as_pair(settings["patch_size"])[0],
+        "mlp_ratio": float(settings["mlp_ratio"]),
     }
 
 
-def _read_sizes(told: Mapping[str, Any], architecture: Mapping[str, Any]) -> Sizes:
-    image_size, window_size = as_pair(told["image_size"]), as_pair(told["window_size"])
-    windows = tuple(as_pair(window) for window in told["pretrained_window_sizes"])
+def _read_sizes(settings: Mapping[str, Any], architecture: Mapping[str, Any]) -> Sizes:
+    image_size, window_size = as_pair(settings["image_size"]), as_pair(settings["window_size"])
+    windows = tuple(as_pair(window) for window in settings["pretrained_window_sizes"])
     stages = len(architecture["depths"])
     if len(windows) < stages:
-        raise ValueError(f"pretrained_window_sizes names {len(windows)} of {stages} stages")
-    # Theirs reads no further, and takes zeros for the present window of that stage.
+        raise ValueError(f"pretrained_window_sizes has {len(windows)} of {stages} stages")
+    # transformers ignores further entries; zeros stand for the present window of the stage.
     windows = windows[:stages]
     present = SwinV2Config(**architecture, image_size=image_size, window_size=window_size)
     resolved = tuple(
@@ -255,7 +260,7 @@ def _read_sizes(told: Mapping[str, Any], architecture: Mapping[str, Any]) -> Siz
 
 
 def _read_classes(content: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
-    """Return the number of classes and their names, none where they are LABEL_0, LABEL_1, ..."""
+    """Return the number of classes and their names, none if they are LABEL_0, LABEL_1, ..."""
     labels = content.get("id2label")
     if not isinstance(labels, Mapping):
         return int(content.get("num_labels", 2)), ()
@@ -264,12 +269,12 @@ def _read_classes(content: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
     return len(names), () if unnamed else names
 
 
-def obstacles(config: SwinV2Config) -> list[str]:
-    """Say what of ``config`` transformers cannot express, each with its remedy if there is one."""
+def unsupported(config: SwinV2Config) -> list[str]:
+    """List what transformers cannot express, with remedies."""
     problems = []
     if 0 < config.extra_norm_every <= max(config.depths):
         problems.append(
-            f"it has a norm after every {config.extra_norm_every} blocks, and theirs has none: "
+            f"it has a norm after every {config.extra_norm_every} blocks, which theirs lacks: "
             "use the native format"
         )
     if config.window_size[0] != config.window_size[1]:
@@ -284,7 +289,7 @@ def obstacles(config: SwinV2Config) -> list[str]:
         if (ours.window, ours.shift) != _their_window(config, stage):
             problems.append(
                 f"{place}: theirs takes window and shift from the rows, counted before padding: "
-                "load it with a square image_size that its strides divide"
+                "load it with a square image_size that is a multiple of its strides"
             )
         elif any(ours.padding):
             problems.append(
@@ -298,37 +303,37 @@ def obstacles(config: SwinV2Config) -> list[str]:
 
 
 def _their_window(config: SwinV2Config, stage: int) -> tuple[Pair, Pair]:
-    """Return (window, shift) as ``Swinv2Layer`` fits them, from the height for both axes."""
+    """Return (window, shift) as `Swinv2Layer` computes both, from the height only."""
     rows = config.image_size[0] // config.patch_size // 2**stage
     window, moves = clamp_window(rows, config.window_size[0])
     shift = config.window_size[0] // 2 if moves else 0
     return (window, window), (shift, shift)
 
 
-def _their_pretraining_windows(config: SwinV2Config) -> list[int]:
-    """Return a window for each stage, 0 where offsets are relative to the present window.
+def _pretrained_windows_argument(config: SwinV2Config) -> list[int]:
+    """Return their `pretrained_window_sizes`: one per stage, 0 for the present window.
 
-    A pretraining window of one token has no offsets, and theirs would divide by zero; a window of
-    two divides by the same 1 as ours.
+    A window of one token has no offsets, and theirs would divide by zero; a window of two divides
+    by 1, as ours does.
     """
     if config.pretrained_window_sizes is None:
         return [0] * len(config.depths)
     return [max(rows, 2) for rows, _ in config.pretrained_window_sizes]
 
 
-def layout_of(model: ModelClass) -> Layout:
-    """Return where the tensors of a model class stand."""
+def layout_of(model: ModelClass) -> TensorLayout:
+    """Return the tensor names of a model class."""
     headed = model in ("Swinv2ForMaskedImageModeling", "Swinv2ForImageClassification")
-    return Layout(
-        split=split,
+    return TensorLayout(
+        rename=rename_tensor,
         classifier="classifier.",
         prefix="swinv2." if headed else "",
         mask="swinv2.embeddings.mask_token" if model == "Swinv2ForMaskedImageModeling" else None,
     )
 
 
-def split(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Return the tensor, or the parts of it, under the names of ``Swinv2Model``."""
+def rename_tensor(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Return the tensor, or its parts, under the names of `Swinv2Model`."""
     module, _, leaf = name.rpartition(".")
     match module.split("."):
         case ["patch_embed", "projection"]:

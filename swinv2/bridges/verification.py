@@ -24,51 +24,54 @@ from swinv2.encoder import HierarchicalEncoder, SwinV2
 Encoder = TypeVar("Encoder", bound=HierarchicalEncoder)
 
 TOLERANCE = 1e-4
-"""What rounding in float32 may change, as a share of the greatest number compared."""
+"""Largest difference that float32 rounding explains, relative to the largest value."""
 
 Report = Callable[[str], None]
-"""Is told, a line each, what was compared and how far it is apart."""
+"""Called with a line on each comparison: what was compared, and the largest difference."""
 
 
 def ignore(line: str) -> None:
-    """Report to nobody."""
+    """Discard a line of a report."""
 
 
 def compare(what: str, ours: Tensor, theirs: Tensor, *, tolerance: float = TOLERANCE) -> str:
-    """Return a line with the largest difference of two tensors.
+    """Return a line with the largest difference between two tensors.
 
     Args:
-        what: is compared to what.
-        ours: as the encoder computes it.
-        theirs: as the export does.
-        tolerance: the largest difference allowed, as a share of the greatest of `ours`.
+        what: is compared, for the message.
+        ours: computed by the encoder.
+        theirs: computed by the export.
+        tolerance: largest difference allowed, relative to the largest value of `ours`.
 
     Raises:
-        BridgeError: they are further apart, of another shape, or not finite.
+        BridgeError: the difference is larger, the shapes differ, or a value is not finite.
     """
     if ours.shape != theirs.shape:
         raise BridgeError(
             f"not exported: {what}: theirs have shape {tuple(theirs.shape)}, ours "
-            f"{tuple(ours.shape)}."
+            f"{tuple(ours.shape)}. Use another version of that library or another format."
         )
-    greatest = float(ours.abs().max())
+    largest = float(ours.abs().max())
     difference = float((ours - theirs).abs().max())
-    if not math.isfinite(greatest):
-        raise BridgeError(f"not exported: {what}: ours are not finite, so its weights are damaged.")
-    if not difference <= tolerance * greatest:  # which NaN is not either
+    if not math.isfinite(largest):
         raise BridgeError(
-            f"not exported: the largest difference of {what} is {difference:.1e}, and numbers up "
-            f"to {greatest:.1e} allow for {tolerance * greatest:.1e}. What was written does not "
-            "compute what the encoder does: use another version of that library or another format."
+            f"not exported: {what}: ours are not finite, so the weights are damaged: "
+            "export an earlier checkpoint."
+        )
+    if not difference <= tolerance * largest:  # true for NaN, too
+        raise BridgeError(
+            f"not exported: the largest difference of {what} is {difference:.1e}, more than "
+            f"{tolerance * largest:.1e} for values up to {largest:.1e}: use another version of "
+            "that library or another format."
         )
     return f"largest difference of {what}: {difference:.1e}"
 
 
 def compare_read_back(encoder: SwinV2, back: SwinV2, images: Tensor | None) -> str:
-    """Return a line with the largest difference of features after reading an export back.
+    """Return a line that says that features are equal after reading an export back.
 
     Raises:
-        BridgeError: there is one.
+        BridgeError: they differ.
     """
     images = zone_plate(encoder.config) if images is None else images
     with torch.no_grad():
@@ -80,11 +83,11 @@ def check_read_back(encoder: SwinV2, back: SwinV2) -> None:
     """Check that an encoder was read back as it was written, bit for bit.
 
     Args:
-        encoder: of any type, on any device.
+        encoder: of any dtype, on any device.
         back: in float32, on the CPU.
 
     Raises:
-        BridgeError: it was not; the first differences are named.
+        BridgeError: tensors or sizes differ; the first ones are named.
     """
     first, second = encoder.state_dict(), back.state_dict()
     different = [
@@ -98,13 +101,13 @@ def check_read_back(encoder: SwinV2, back: SwinV2) -> None:
     different += [f"config.{name}" for name in before if before[name] != after[name]]
     if different:
         raise BridgeError(
-            f"not exported: {', '.join(different[:5])} came back otherwise than written: check "
-            "the disk, and try again."
+            f"not exported: {', '.join(different[:5])} differed when read back: check the disk "
+            "and try again."
         )
 
 
 def plain_copy(encoder: Encoder) -> Encoder:
-    """Return an encoder that shares the weights: float32, CPU, evaluation, nothing else set."""
+    """Return an encoder that shares the weights: float32, CPU, evaluation, default execution."""
     with torch.device("meta"):
         plain = type(encoder)(encoder.config)
     tensors = {
@@ -116,10 +119,10 @@ def plain_copy(encoder: Encoder) -> Encoder:
 
 
 def zone_plate(config: SwinV2Config) -> Tensor:
-    """Draw rings that get finer from the middle to the border, out of phase in each channel.
+    """Return an image of rings that get finer towards the border, with a phase per channel.
 
     Returns:
-        (1, channels, height, width) of the encoder's size, from -1.5 to 1.5.
+        (1, channels, height, width) at the encoder's image size, values in [-1.5, 1.5].
     """
     height, width = config.image_size
     rows, columns = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
@@ -129,18 +132,22 @@ def zone_plate(config: SwinV2Config) -> Tensor:
 
 
 def find_timm() -> tuple[ModuleType | None, str]:
-    """Return timm, or ``None`` and why it cannot be used."""
+    """Return timm, or None and the reason why it cannot be imported."""
     if find_spec("timm") is None:
         return None, "timm is not installed (pip install timm)"
     try:
         import timm  # noqa: PLC0415 - an optional part
-    except (ImportError, RuntimeError, OSError) as error:  # a torchvision of another torch
+    except (
+        ImportError,
+        RuntimeError,
+        OSError,
+    ) as error:  # for example a torchvision for another torch
         return None, f"timm cannot be imported ({error})"
     return timm, ""
 
 
 def load_in_timm(timm: ModuleType, path: str | os.PathLike[str]) -> torch.nn.Module:
-    """Build the model of an export in timm and load its weights strictly."""
+    """Load an export with timm, strictly."""
     folder = Path(path)
     content = read_json(folder / CONFIG_FILE, "export it again")
     model: torch.nn.Module = timm.create_model(
@@ -159,7 +166,11 @@ def check_timm_shapes(
     classes: int,
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Hold the tensors to the model that the installed timm builds; no weights are made for it."""
+    """Check names and shapes against the model of the installed timm, built without weights.
+
+    Raises:
+        BridgeError: they differ.
+    """
     with torch.device("meta"):
         expected = timm.create_model(name, num_classes=classes, **arguments).state_dict()
     different = sorted(
@@ -169,7 +180,7 @@ def check_timm_shapes(
     )
     if different:
         raise BridgeError(
-            f"{name} of the installed timm has other tensors than those written for it "
+            f"not exported: {name} of the installed timm expects other tensors "
             f"({', '.join(different)}): install timm 1.0.20 or newer."
         )
 
@@ -183,7 +194,11 @@ def compare_timm(
     images: Tensor | None,
     report: Report,
 ) -> None:
-    """Compare what timm computes with the export, and report it."""
+    """Compare the outputs of an export loaded in timm with the encoder's.
+
+    Raises:
+        BridgeError: they differ by more than float32 rounding explains.
+    """
     images = zone_plate(encoder.config) if images is None else images
     peer: Any = load_in_timm(timm, folder)
     with torch.no_grad():
@@ -196,12 +211,12 @@ def compare_timm(
 
 
 def check_transformers_export(path: Path | str) -> None:
-    """Hold every folder of an export to the model transformers builds from its ``config.json``.
+    """Check names and shapes of every folder of an export against the model of transformers.
 
-    No weights are read, so this is cheap for the largest variants.
+    No weights are read, so this is cheap even for the largest variants.
 
     Raises:
-        BridgeError: a folder lacks a tensor, has one too many or one of another shape.
+        BridgeError: a tensor is missing, unexpected or of another shape.
     """
     import transformers  # noqa: PLC0415 - an optional part
 
@@ -222,8 +237,8 @@ def check_transformers_export(path: Path | str) -> None:
         )
         if different:
             raise BridgeError(
-                f"{name} of the installed transformers has other tensors than those "
-                f"written for it ({', '.join(different)}): install transformers 5."
+                f"not exported: {name} of the installed transformers expects other tensors "
+                f"({', '.join(different)}): install transformers 5."
             )
 
 
@@ -236,45 +251,47 @@ def compare_transformers(
     images: Tensor | None,
     report: Report,
 ) -> None:
-    """Load each folder of an export, compute on an image and report how far it is apart.
+    """Compare the outputs of each folder of an export, loaded in transformers, with the encoder's.
 
     Raises:
-        BridgeError: further than rounding in float32 explains.
+        BridgeError: they differ by more than float32 rounding explains.
     """
     images = zone_plate(encoder.config) if images is None else images
     plain = plain_copy(encoder)
     with torch.no_grad():
         maps = plain.features(images)
         tokens = maps[-1].permute(0, 2, 3, 1)
-        theirs = _load("Swinv2Model", path)(images).last_hidden_state
+        theirs = _load_in_transformers("Swinv2Model", path)(images).last_hidden_state
         report(compare("Swinv2Model's features to ours", tokens.flatten(1, 2), theirs))
-        *before, last = _load("Swinv2Backbone", path)(images).feature_maps
-        # Theirs ends before the final norm.
+        *before, last = _load_in_transformers("Swinv2Backbone", path)(images).feature_maps
+        # Swinv2Backbone has no final norm.
         normalised = plain.norm(last.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         ours = torch.cat([one.flatten(1) for one in maps], dim=1)
         theirs = torch.cat([one.flatten(1) for one in (*before, normalised)], dim=1)
         report(compare("Swinv2Backbone's maps to ours", ours, theirs))
         if head is not None:
-            hidden = _checkered(plain, images)
+            hidden = _checkerboard_mask(plain, images)
             ours = _reconstruct(plain, head, images, hidden)
-            peer = _load("Swinv2ForMaskedImageModeling", path)
+            peer = _load_in_transformers("Swinv2ForMaskedImageModeling", path)
             theirs = peer(images, bool_masked_pos=hidden.flatten(1)).reconstruction
             report(compare("Swinv2ForMaskedImageModeling's reconstruction to ours", ours, theirs))
         if classifier is not None:
             ours = classifier.logits(tokens)
-            theirs = _load("Swinv2ForImageClassification", path)(images).logits
+            theirs = _load_in_transformers("Swinv2ForImageClassification", path)(images).logits
             report(compare("Swinv2ForImageClassification's logits to ours", ours, theirs))
 
 
-def _load(name: ModelClass, path: Path) -> Any:
-    """Load one class of an export in float32; every tensor has to have its place."""
+def _load_in_transformers(name: ModelClass, path: Path) -> Any:
+    """Load one class of an export in float32, without missing or unexpected tensors."""
     with _no_progress_bars():
         model, loading = _model_class(name).from_pretrained(
             path / FOLDERS[name], dtype=torch.float32, output_loading_info=True
         )
     wrong = {kind: sorted(map(str, names)) for kind, names in loading.items() if names}
     if wrong:
-        raise BridgeError(f"not exported: {name} of transformers loads it with {wrong}.")
+        raise BridgeError(
+            f"not exported: {name} of transformers loads it with {wrong}: install transformers 5."
+        )
     return model.eval()
 
 
@@ -305,15 +322,15 @@ def _no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _checkered(encoder: SwinV2, images: Tensor) -> Tensor:
-    """Return a mask of tokens (batch, rows, columns) that hides every second one."""
+def _checkerboard_mask(encoder: SwinV2, images: Tensor) -> Tensor:
+    """Return a checkerboard mask of tokens, (batch, rows, columns), True = hidden."""
     rows, columns = encoder.config.stage_resolutions[0]
     places = torch.arange(rows)[:, None] + torch.arange(columns)[None, :]
     return (places % 2 == 0).expand(len(images), -1, -1)
 
 
 def _reconstruct(encoder: SwinV2, head: MaskedImageHead, images: Tensor, hidden: Tensor) -> Tensor:
-    """Predict all pixels of images (batch, channels, height, width) with some tokens hidden."""
+    """Reconstruct images (batch, channels, height, width) of which some tokens are hidden."""
     tokens = encoder.embed(images)
     token = head.mask_token.detach().to(tokens).reshape(-1)
     features = encoder.encode(torch.where(hidden[..., None], token, tokens))

@@ -156,7 +156,7 @@ OTHER_MODELS = {
         lambda: {"features.1.0.attn.logit_scale": torch.zeros(1, 1, 1)},
         r"under other names \(it begins with features\.1\.0\.attn\.logit_scale",
     ),
-    "resnet": (lambda: {"conv1.weight": torch.zeros(1)}, "no Swin Transformer V2.*conv1.weight"),
+    "resnet": (lambda: {"conv1.weight": torch.zeros(1)}, "not a Swin Transformer V2.*conv1.weight"),
     "transformers": (
         lambda: (
             {"encoder.layers.0.blocks.0.attention.self.logit_scale": torch.zeros(1)}

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from swinv2 import SwinV2, load_encoder, save_encoder, variant_config
 from swinv2.bridges.checkpoints import BridgeError, Classifier, MaskedImageHead
-from swinv2.bridges.conversion import place
-from swinv2.bridges.layer_names import layer_parts
+from swinv2.bridges.conversion import load_renamed
+from swinv2.bridges.layer_names import rename_tensor
 from swinv2.bridges.reference import (
     export_reference,
     import_reference,
@@ -33,7 +33,7 @@ PUBLISHED = {
     "base": "swinv2_base_window12_192",
     "large": "swinv2_large_window12_192",
 }
-SPLIT = partial(layer_parts, merge_shift=0)
+SPLIT = partial(rename_tensor, merge_shift=0)
 Build = Callable[..., SwinV2]
 Same = Callable[[nn.Module, nn.Module], None]
 
@@ -88,7 +88,7 @@ def test_the_published_tensors_of_each_variant_are_placed_one_to_one(
     head = {name: shape for name, shape in shapes.items() if name.startswith("head.")}
     assert head.keys() == {"head.weight", "head.bias"}
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    encoder = place(tensors, variant_config(variant), SPLIT, source="list", also=head)
+    encoder = load_renamed(tensors, variant_config(variant), SPLIT, source="list", head_shapes=head)
     assert len(encoder.state_dict()) == len(shapes) - 2
 
 
@@ -311,7 +311,7 @@ def test_the_settings_in_a_training_checkpoint_are_read_without_their_library(
 
     settings["MODEL"]["TYPE"] = "swin"
     torch.save({"model": to_reference(encoder), "config": settings}, tmp_path / "ckpt.pth")
-    with pytest.raises(BridgeError, match="its model is 'swin'"):
+    with pytest.raises(BridgeError, match="'swin'"):
         import_reference(tmp_path / "ckpt.pth")
 
 
@@ -323,7 +323,7 @@ def test_what_a_file_does_not_tell_is_asked_for(
     torch.save(tensors, file)
     with pytest.raises(BridgeError, match=r"image_size, window_size, pretrained_window_sizes"):
         import_reference(file)
-    with pytest.raises(BridgeError, match=r"does not tell pretrained_window_sizes: give"):
+    with pytest.raises(BridgeError, match=r"pretrained_window_sizes: give"):
         import_reference(file, image_size=64, window_size=8)
     back = import_reference(file, **SIZES)
     assert_same_weights(encoder, back.encoder)
@@ -367,7 +367,7 @@ def test_what_holds_no_finite_numbers_is_named(
 ) -> None:
     tensors = to_reference(build()) | {"norm.weight": spoilt}
     torch.save({"model": tensors}, tmp_path / "a.pth")
-    with pytest.raises(BridgeError, match=rf"numbers alone:\n  norm\.weight holds {reason}"):
+    with pytest.raises(BridgeError, match=rf"finite.*:\n  norm\.weight: {reason}"):
         import_reference(tmp_path / "a.pth", **SIZES)
 
 

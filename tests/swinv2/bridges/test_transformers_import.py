@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from swinv2 import SwinV2, build_encoder
 from swinv2.bridges.transformers import export_transformers, import_transformers
-from swinv2.bridges.transformers_layout import read_their_config
+from swinv2.bridges.transformers_layout import parse_config
 
 peer = pytest.mark.peer
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -260,7 +260,7 @@ def test_the_tensors_tell_the_class_where_the_config_does_not(exported: Path, fo
 
 
 def test_a_config_without_fields_has_the_defaults_of_transformers() -> None:
-    told = read_their_config({"model_type": "swinv2"}, [], "config.json")
+    told = parse_config({"model_type": "swinv2"}, [], "config.json")
     assert told.model == "Swinv2Model"
     assert (told.architecture["variant"], told.drop_path) == ("tiny", 0.1)
     assert (told.sizes.image_size, told.sizes.window_size) == ((224, 224), (7, 7))

@@ -32,7 +32,7 @@ def change(folder: Path, **fields: object) -> None:
 
 def test_what_contradicts_the_folder_is_refused(exported: Path) -> None:
     assert import_transformers(exported, image_size=64, window_size=8, mean=STD).mean == STD
-    with pytest.raises(BridgeError, match=r"image_size is \(96, 96\).* by its config.json"):
+    with pytest.raises(BridgeError, match=r"image_size is \(96, 96\).* its config.json"):
         import_transformers(exported, image_size=96)
 
 
@@ -195,7 +195,7 @@ def test_layouts_are_sent_to_their_own_format(
 
 def test_an_encoder_directory_is_no_folder_of_transformers(build: Build, tmp_path: Path) -> None:
     save_encoder(build(), tmp_path / "ours", mean=MEAN, std=STD)
-    with pytest.raises(BridgeError, match="load_encoder reads it"):
+    with pytest.raises(BridgeError, match="load_encoder"):
         import_transformers(tmp_path / "ours")
 
 
@@ -210,7 +210,7 @@ def test_a_folder_that_is_not_whole_is_refused(exported: Path, tmp_path: Path) -
     with pytest.raises(BridgeError, match=r"model-00001-of-00002.safetensors does not exist"):
         import_transformers(exported)
     index.write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
-    with pytest.raises(BridgeError, match="does not name files beside it"):
+    with pytest.raises(BridgeError, match="does not name files"):
         import_transformers(exported)
     (exported / "config.json").write_text("{")
     with pytest.raises(BridgeError, match="is not valid JSON"):
