@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all.
+"""Atomic writes of files and folders.
 
-Everything is written under a hidden sibling name, forced to disk, and renamed into place, so that a
-reader, or a run that died, never meets half of it.
+Everything is written under a hidden name in the same folder, synced to disk, and renamed into
+place, so that neither readers nor crashes leave a partial result.
 """
 
 import os
@@ -12,16 +12,16 @@ from pathlib import Path
 
 
 class OccupiedError(ValueError):
-    """The place to write to holds something that must not be replaced."""
+    """The destination holds something that must not be replaced."""
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` as UTF-8 to `path`, replacing what was there in one step."""
+    """Write `text` as UTF-8 to `path`, atomically replacing an earlier file."""
     atomic_write_bytes(path, text.encode())
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to `path`, replacing what was there in one step; its folder must exist."""
+    """Write `data` to `path`, atomically replacing an earlier file; its folder must exist."""
     destination = _resolved(path)
     partial = _sibling(destination, "partial")
     try:
@@ -40,15 +40,14 @@ def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 def atomic_folder(
     path: str | os.PathLike[str], *, may_replace: Callable[[Path], bool] = lambda _: False
 ) -> Iterator[Path]:
-    """Yield a fresh folder to fill, which takes the place of `path` when the block ends well.
+    """Yield an empty folder to fill, which is renamed to `path` when the block ends.
 
-    Where the block raises, the folder is removed and `path` stays as it was. An empty folder at
-    `path` is always replaced, a filled one only where `may_replace(path)` is true. The swap is
-    two renames: a machine that dies between them leaves the earlier folder beside `path` as
-    `.NAME.replaced-PID`.
+    If the block raises, the folder is removed and `path` stays as it was. An empty folder at `path`
+    is always replaced, a filled one only if `may_replace(path)` is true. Replacing takes two
+    renames: a crash between them leaves the earlier folder next to `path` as `.NAME.replaced-PID`.
 
     Raises:
-        OccupiedError: `path` is a file, or a filled folder that may not be replaced.
+        OccupiedError: `path` is a file, or a filled folder that must not be replaced.
     """
     destination = _resolved(path)
     _check_replaceable(destination, may_replace)
@@ -89,7 +88,7 @@ def _check_replaceable(destination: Path, may_replace: Callable[[Path], bool]) -
         return
     if not destination.is_dir():
         raise OccupiedError(
-            f"{destination} is a file, and a folder of that name is to be written: "
+            f"{destination} is a file, and a folder is to be written there: "
             "choose another destination, or move the file away."
         )
     if any(destination.iterdir()) and not may_replace(destination):
@@ -100,25 +99,26 @@ def _check_replaceable(destination: Path, may_replace: Callable[[Path], bool]) -
 
 
 def _make_parents(folder: Path) -> list[Path]:
-    """Create `folder` and its ancestors; return those that were absent, the deepest first."""
+    """Create `folder` and its ancestors; return those that did not exist, the deepest first."""
     absent = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise OccupiedError(
-            f"{folder} cannot be made, since a part of that path is a file: choose another place."
+            f"{folder} cannot be created, since a part of that path is a file: choose another "
+            "destination."
         ) from error
     return absent
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    with suppress(OSError):  # another writer may have put something there
+    with suppress(OSError):  # another writer may have written something there
         for folder in folders:
             folder.rmdir()
 
 
 def _resolved(path: str | os.PathLike[str]) -> Path:
-    # A link keeps pointing where it did: what it points at is replaced, not the link.
+    # Replace the target of a symbolic link, not the link itself.
     return Path(os.path.realpath(path))
 
 

@@ -1,4 +1,4 @@
-"""The sizes of a Swin Transformer V2, its published variants, and the rule that fits windows."""
+"""Configs of image and video encoders, the published variants, and execution settings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -8,14 +8,14 @@ from typing import Any, Literal, TypeVar, get_args
 
 Pair = tuple[int, int]
 Axes = tuple[int, ...]
-"""A number for each axis of a map of tokens: rows and columns, in a clip frames before them."""
+"""One number per axis of a token map: (rows, columns), or (frames, rows, columns) of a clip."""
 AttentionPath = Literal["auto", "explicit", "sdpa", "sequential"]
 Checkpointing = Literal["none", "attention", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What tells one variant from another (paper, section 3.4)."""
+    """The sizes in which variants differ (paper, section 3.4)."""
 
     embed_dim: int
     depths: tuple[int, ...]
@@ -23,7 +23,7 @@ class Architecture:
     extra_norm_every: int = 0
 
 
-# Heads of huge and giant are not published: both follow the head size of the others, 32.
+# The heads of huge and giant are not published: 32 channels per head, as in the others.
 VARIANTS: Mapping[str, Architecture] = MappingProxyType(
     {
         "tiny": Architecture(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
@@ -42,14 +42,14 @@ VARIANTS: Mapping[str, Architecture] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class SwinV2Config:
-    """Every size of an encoder.
+    """Sizes of an image encoder.
 
-    Sizes with two axes are (height, width); a single int means the same on both, and a list
-    will do for a tuple, so that a config read from JSON is built without conversions.
+    Sizes with two axes are (height, width); an int sets both. Lists are accepted for tuples, so
+    that a config can be built from JSON without conversions.
     """
 
     variant: str | None = None
-    """Name in VARIANTS whose architecture this is, or None for sizes of one's own."""
+    """Name in VARIANTS, or None for a custom architecture."""
 
     image_size: Pair = (256, 256)
     """Nominal input, (height, width) in pixels. Inputs of any other size work too."""
@@ -61,7 +61,7 @@ class SwinV2Config:
     """Channels of the images."""
 
     embed_dim: int
-    """Channels of the first stage; every further stage has twice as many."""
+    """Channels of the first stage; each further stage has twice as many."""
 
     depths: tuple[int, ...]
     """Blocks in each stage."""
@@ -70,19 +70,19 @@ class SwinV2Config:
     """Attention heads in each stage."""
 
     window_size: Pair = (8, 8)
-    """Attention window, (height, width) in tokens, before it is fitted to a stage."""
+    """Attention window, (height, width) in tokens; clamped in stages with fewer tokens."""
 
     mlp_ratio: float = 4.0
-    """Hidden units of a block's MLP for each of its channels."""
+    """Hidden units of a block's MLP per channel."""
 
     drop_path: float = 0.0
-    """Stochastic depth of the last block, a probability; it rises linearly from 0 at the first."""
+    """Rate of stochastic depth of the last block; it rises linearly from 0 at the first."""
 
     extra_norm_every: int = 0
-    """A LayerNorm on the main branch after every this many blocks of a stage; 0 for none."""
+    """Blocks of a stage between LayerNorms on the main branch; 0 for none."""
 
     pretrained_window_sizes: tuple[Pair, ...] | None = None
-    """Window of each stage in pretraining, (height, width) in tokens, or None for the present."""
+    """Window of each stage in pretraining, (height, width) in tokens; None for the present ones."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "window_size"):
@@ -95,13 +95,15 @@ class SwinV2Config:
         _check_number("mlp_ratio", self.mlp_ratio)
         _check_number("drop_path", self.drop_path)
         if self.mlp_ratio * self.embed_dim < 1:
-            raise ValueError(f"mlp_ratio is {self.mlp_ratio}; it must leave at least one unit")
+            raise ValueError(
+                f"mlp_ratio is {self.mlp_ratio}; it must leave at least one hidden unit."
+            )
         if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path is {self.drop_path}; it must be at least 0 and below 1")
+            raise ValueError(f"drop_path is {self.drop_path}; it must be at least 0 and below 1.")
         if min(self.image_size) < self.patch_size:
             raise ValueError(
                 f"image_size is {self.image_size}, less than one patch "
-                f"of {self.patch_size} pixels; enlarge image_size or lower patch_size"
+                f"of {self.patch_size} pixels; enlarge image_size or lower patch_size."
             )
         self._check_heads()
         self._check_pretrained_windows()
@@ -110,13 +112,14 @@ class SwinV2Config:
     def _check_heads(self) -> None:
         if len(self.num_heads) != len(self.depths):
             raise ValueError(
-                f"num_heads {self.num_heads} and depths {self.depths} must name as many stages"
+                f"num_heads {self.num_heads} and depths {self.depths} must have as many entries as "
+                "there are stages."
             )
         for stage, (dim, heads) in enumerate(zip(self.stage_dims, self.num_heads, strict=True)):
             if dim % heads:
                 raise ValueError(
                     f"num_heads[{stage}] is {heads}; it must divide the {dim} channels of stage "
-                    f"{stage} (embed_dim {self.embed_dim} doubled {stage} times)"
+                    f"{stage} (embed_dim {self.embed_dim} doubled {stage} times)."
                 )
 
     def _check_pretrained_windows(self) -> None:
@@ -126,7 +129,7 @@ class SwinV2Config:
         if not isinstance(windows, list | tuple) or len(windows) != len(self.depths):
             raise ValueError(
                 f"{name} is {windows!r}; it must have one window for each of the "
-                f"{len(self.depths)} stages"
+                f"{len(self.depths)} stages."
             )
         pairs = tuple(_pair(f"{name}[{stage}]", window) for stage, window in enumerate(windows))
         object.__setattr__(self, name, pairs)
@@ -140,7 +143,7 @@ class SwinV2Config:
             if published != present:
                 raise ValueError(
                     f"{field.name} is {present}, but the variant {self.variant!r} has {published}; "
-                    "pass variant=None for an architecture of your own"
+                    "pass variant=None for a custom architecture."
                 )
 
     @property
@@ -176,12 +179,12 @@ class SwinV2Config:
 
     @property
     def reference_windows(self) -> tuple[Axes, ...]:
-        """Window of each stage that position offsets are relative to, along every axis."""
+        """Window of each stage that relative positions are scaled by, along every axis."""
         return record_windows(self)
 
     @property
     def patch_channels(self) -> int:
-        """Channels of what a patch is cut from."""
+        """Channels of the input of the patch embedding."""
         return self.in_channels
 
     @property
@@ -198,19 +201,19 @@ class SwinV2Config:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoConfig(SwinV2Config):
-    """Every size of a video encoder: those within a frame, as for images, and those in time."""
+    """Sizes of a video encoder: those within a frame, as for images, and those in time."""
 
     frames: int = 8
-    """Nominal length of a clip, in frames. Any other length works too."""
+    """Nominal length of a clip in frames. Clips of any other length work too."""
 
     frame_patch: int = 1
-    """Frames of a patch."""
+    """Frames per patch."""
 
     window_frames: int = 8
-    """Attention window along time, in tokens, before it is fitted to the clip."""
+    """Attention window along time, in tokens; clamped in shorter clips."""
 
     pretrained_window_frames: int | None = None
-    """Window along time that was trained with, in tokens, or None for the present."""
+    """Window along time in the training, in tokens; None for the present one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -220,13 +223,13 @@ class VideoConfig(SwinV2Config):
             _check_count("pretrained_window_frames", self.pretrained_window_frames, least=1)
         if self.frames % self.frame_patch:
             raise ValueError(
-                f"frames is {self.frames}, no multiple of frame_patch {self.frame_patch}; "
-                "change either"
+                f"frames is {self.frames}, not a multiple of frame_patch {self.frame_patch}; "
+                "change either."
             )
 
     @property
     def recorded_frames(self) -> int:
-        """Window along time that position offsets are relative to, in tokens."""
+        """Window along time that relative positions are scaled by, in tokens."""
         tokens = self.frames // self.frame_patch
         return self.pretrained_window_frames or clamp_window(tokens, self.window_frames)[0]
 
@@ -243,38 +246,37 @@ class VideoConfig(SwinV2Config):
 
     @property
     def reference_windows(self) -> tuple[Axes, ...]:
-        """Window of each stage that position offsets are relative to, (frames, rows, columns)."""
+        """Window of each stage that relative positions are scaled by, (frames, rows, columns)."""
         return tuple((self.recorded_frames, *window) for window in record_windows(self))
 
     @property
     def patch_channels(self) -> int:
-        """Channels of all frames of a patch together."""
+        """Channels of all frames of a patch."""
         return self.frame_patch * self.in_channels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """How an encoder computes what it computes: results are equal, time and memory are not.
+    """How an encoder computes: changes time and memory, but results only by rounding.
 
-    A path or a checkpointing is one for all stages, or one for each.
+    Attention path and checkpointing are one choice for all stages, or one per stage.
     """
 
     attention: AttentionPath | tuple[AttentionPath, ...] = "auto"
     """explicit: all scores at once, in plain operations; the only path that can be differentiated
-    twice, or exported. sdpa: torch's scaled_dot_product_attention. sequential: the scores of one
-    group of windows after the other, computed again in the backward instead of kept: the least
-    memory. auto: so too, but attention weights are kept for the backward, which is faster, in the
-    precision of the values; in compiled blocks all scores at once, in a form that compilers fuse
-    (`swinv2/kernels/fused.py`), but for float32 on a CPU; explicit in an exported graph."""
+    twice, or exported. sdpa: torch's scaled_dot_product_attention. sequential: one group of windows
+    at a time, recomputed in the backward; takes the least memory. auto: sequential too, but faster,
+    since attention weights are saved for the backward; in compiled blocks, except for float32 on a
+    CPU, a form that compilers fuse; in exported graphs explicit
+    (`swinv2.kernels.dispatch.choose_attention`)."""
 
     checkpointing: Checkpointing | tuple[Checkpointing, ...] = "none"
-    """What is computed again in the backward instead of kept: nothing, the attention branch of a
+    """What the backward recomputes instead of saving it: nothing, the attention branch of each
     block, or the whole block."""
 
     scores_at_a_time: int | None = None
-    """Numbers in the scores of a group of windows; None for 2**19 on a CPU, two megabytes in
-    float32, which its cache holds, 2**21 where windows have more than 256 tokens, and 2**27
-    elsewhere."""
+    """Scores in a group of windows. None for 2**19 on a CPU (2 MB in float32, which fits into its
+    cache), 2**21 on a CPU if windows have more than 256 tokens, and 2**27 on other devices."""
 
     def __post_init__(self) -> None:
         for name, legal in (("attention", AttentionPath), ("checkpointing", Checkpointing)):
@@ -283,7 +285,7 @@ class Execution:
             for choice in choices:
                 if choice not in get_args(legal):
                     raise ValueError(
-                        f"{name} is {choice!r}; choose {_listed(list(get_args(legal)))}"
+                        f"{name} is {choice!r}; choose {_listed(list(get_args(legal)))}."
                     )
             if not isinstance(value, str):
                 object.__setattr__(self, name, tuple(choices))
@@ -291,17 +293,17 @@ class Execution:
             _check_count("scores_at_a_time", self.scores_at_a_time, least=1)
 
     def by_stage(self, stages: int) -> list["Execution"]:
-        """Give the settings of each stage.
+        """Return the settings of each stage.
 
         Raises:
-            ValueError: there are choices for another number of stages.
+            ValueError: a list of choices has another length than `stages`.
         """
         for name in ("attention", "checkpointing"):
             value = getattr(self, name)
             if not isinstance(value, str) and len(value) != stages:
                 raise ValueError(
                     f"{name} is {value}; it must be one choice, or one for each of the "
-                    f"{stages} stages"
+                    f"{stages} stages."
                 )
         return [
             replace(
@@ -321,10 +323,10 @@ Config = TypeVar("Config", bound=SwinV2Config)
 
 
 def clamp_window(resolution: int, window: int) -> tuple[int, bool]:
-    """Fit a window to one axis of a stage, as the reference code does.
+    """Clamp a window to one axis of a stage, as the reference code does; sizes are in tokens.
 
-    Returns the window, at most the resolution, and whether windows may be shifted along the
-    axis: one window that spans it leaves nothing to shift. All in tokens.
+    Return the window, at most the resolution, and whether windows are shifted along the axis, which
+    they are not if one window spans it.
     """
     if resolution <= window:
         return resolution, False
@@ -332,19 +334,19 @@ def clamp_window(resolution: int, window: int) -> tuple[int, bool]:
 
 
 def record_windows(config: SwinV2Config) -> tuple[Pair, ...]:
-    """Give the windows of each stage, (height, width) in tokens, to record with its weights.
+    """Return the window of each stage, (height, width) in tokens, to record with its weights.
 
-    These are what position offsets are divided by (paper, section 3.3): the windows of the first
-    training, which a change of image or window size keeps. 192 pixels with window 12 record
-    12, 12, 12 and 6.
+    Relative positions are divided by it (paper, section 3.3). It is the window of the first
+    training, and kept when the image or window size changes. 192 pixels with window 12 record 12,
+    12, 12 and 6.
     """
     return config.pretrained_window_sizes or config.stage_windows
 
 
 def variant_config(name: str, **overrides: Any) -> SwinV2Config:
-    """Make the config of a published variant, with any fields of SwinV2Config overridden.
+    """Return the config of a published variant, with any fields of SwinV2Config overridden.
 
-    A changed architecture is no longer the variant, and loses its name.
+    If an override changes the architecture, the config has no variant name.
 
     Raises:
         ValueError: the variant or a field is unknown, or a size cannot work.
@@ -366,7 +368,7 @@ def variant_config(name: str, **overrides: Any) -> SwinV2Config:
 
 
 def video_config(config: SwinV2Config, **sizes: Any) -> VideoConfig:
-    """Return the config of a video encoder with frames as an image encoder's images.
+    """Return the config of a video encoder whose frames have the sizes of an image encoder.
 
     Raises:
         ValueError: a size in time cannot work.
@@ -376,10 +378,10 @@ def video_config(config: SwinV2Config, **sizes: Any) -> VideoConfig:
 
 
 def replace_config(config: Config, **overrides: Any) -> Config:
-    """Change fields of a config.
+    """Return a config with some fields changed.
 
     Raises:
-        ValueError: a field is unknown (the closest names are given), or a size cannot work.
+        ValueError: a field is unknown (the message names close ones), or a size cannot work.
     """
     known = [field.name for field in fields(config)]
     for name in overrides:
@@ -392,7 +394,7 @@ def replace_config(config: Config, **overrides: Any) -> Config:
 
 def _architecture(name: str) -> Architecture:
     if name not in VARIANTS:
-        raise ValueError(f"there is no variant {name!r}; choose one of {_listed(list(VARIANTS))}")
+        raise ValueError(f"there is no variant {name!r}; choose one of {_listed(list(VARIANTS))}.")
     return VARIANTS[name]
 
 
@@ -402,17 +404,17 @@ def _listed(names: list[str]) -> str:
 
 def _check_count(name: str, value: object, *, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
 
 
 def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} is {value!r}; it must be a number")
+        raise ValueError(f"{name} is {value!r}; it must be a number.")
 
 
 def _counts(name: str, values: object) -> tuple[int, ...]:
     if not isinstance(values, list | tuple) or not values:
-        raise ValueError(f"{name} is {values!r}; it must list one number for each stage")
+        raise ValueError(f"{name} is {values!r}; it must list one number for each stage.")
     for index, value in enumerate(values):
         _check_count(f"{name}[{index}]", value, least=1)
     return tuple(values)
@@ -421,7 +423,7 @@ def _counts(name: str, values: object) -> tuple[int, ...]:
 def _pair(name: str, value: object) -> Pair:
     values = (value, value) if isinstance(value, int) else value
     if not isinstance(values, list | tuple) or len(values) != 2:
-        raise ValueError(f"{name} is {value!r}; it must be a number or (height, width)")
+        raise ValueError(f"{name} is {value!r}; it must be a number or (height, width).")
     height, width = values
     _check_count(name, height, least=1)
     _check_count(name, width, least=1)

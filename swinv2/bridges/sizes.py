@@ -130,7 +130,7 @@ def as_pair(size: int | Sequence[int]) -> Pair:
 
 
 def as_windows(windows: PretrainedWindows) -> tuple[Pair, ...] | Literal["same"] | None:
-    """Return the windows as pairs; zeros stand for the present windows."""
+    """Return the windows as pairs; zeros mean the present windows."""
     if windows is None or windows == "same":
         return windows
     pairs = tuple(as_pair(window) for window in windows)

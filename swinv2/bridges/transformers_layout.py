@@ -244,7 +244,7 @@ def _read_sizes(settings: Mapping[str, Any], architecture: Mapping[str, Any]) ->
     stages = len(architecture["depths"])
     if len(windows) < stages:
         raise ValueError(f"pretrained_window_sizes has {len(windows)} of {stages} stages")
-    # transformers ignores further entries; zeros stand for the present window of the stage.
+    # transformers ignores further entries; zeros mean the present window of the stage.
     windows = windows[:stages]
     present = SwinV2Config(**architecture, image_size=image_size, window_size=window_size)
     resolved = tuple(

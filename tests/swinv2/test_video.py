@@ -315,7 +315,7 @@ def test_tokens_of_other_shapes_are_named() -> None:
 
 def test_sizes_that_cannot_work_are_named() -> None:
     config = image_encoder().config
-    with pytest.raises(ValueError, match="frames is 7, no multiple of frame_patch 2"):
+    with pytest.raises(ValueError, match=r"frames is 7.* frame_patch 2"):
         video_config(config, frames=7, frame_patch=2)
     with pytest.raises(ValueError, match="window_frames is 0"):
         video_config(config, window_frames=0)

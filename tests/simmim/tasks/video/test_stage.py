@@ -272,7 +272,7 @@ def test_it_learns_what_no_single_frame_tells(
     [
         ("data", {"views": [0, 5]}, r"data: views is \[0, 5\]"),
         ("data", {"frames": 0}, "data: frames is 0"),
-        ("data", {"frames": 7}, "frames is 7, no multiple of frame_patch 2"),
+        ("data", {"frames": 7}, "frames is 7.* frame_patch 2"),
         ("data", {"slots": 3}, "training.batch_size 16 is no multiple of data.slots 3"),
         ("encoder", {"in_channels": 1}, "encoder: in_channels is 1; clips have 3"),
         ("encoder", {"window_frames": 0}, "encoder: window_frames is 0"),
