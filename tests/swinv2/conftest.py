@@ -1,4 +1,4 @@
-"""An encoder computed by hand, query by query, to hold the real one to."""
+"""An encoder computed by hand, query by query, as the reference for tests."""
 
 import math
 from collections.abc import Callable

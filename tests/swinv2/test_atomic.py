@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all."""
+"""Files and folders are written atomically."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
     assert (destination / "file").read_text() == "earlier"
 
 
-def test_a_folder_is_replaced_only_where_it_may_be(tmp_path: Path) -> None:
+def test_a_folder_is_replaced_only_if_allowed(tmp_path: Path) -> None:
     destination = tmp_path / "run"
     with atomic_folder(destination) as folder:
         (folder / "old").touch()
@@ -55,7 +55,7 @@ def test_a_folder_is_replaced_only_where_it_may_be(tmp_path: Path) -> None:
     assert everything_under(tmp_path) == ["run", "run/new"]
 
 
-def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+def test_a_folder_created_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     destination = tmp_path / "run"
     writing = atomic_folder(destination)
     (writing.__enter__() / "mine").touch()
@@ -73,7 +73,7 @@ def test_an_empty_folder_is_replaced(tmp_path: Path) -> None:
     assert everything_under(tmp_path) == ["run", "run/file"]
 
 
-def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+def test_an_existing_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for destination in (tmp_path / "file", tmp_path / "file" / "inner"):
         with pytest.raises(OccupiedError, match="file"), atomic_folder(destination):
@@ -81,7 +81,7 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     assert everything_under(tmp_path) == ["file"]
 
 
-def test_what_a_link_points_at_is_replaced(tmp_path: Path) -> None:
+def test_the_target_of_a_symbolic_link_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk", target_is_directory=True)
     with atomic_folder(tmp_path / "link") as folder:
@@ -90,7 +90,7 @@ def test_what_a_link_points_at_is_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "disk" / "file").exists()
 
 
-def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
+def test_a_file_is_replaced_atomically(tmp_path: Path) -> None:
     atomic_write_text(tmp_path / "file", "first")
     with (tmp_path / "file").open() as reader:
         atomic_write_text(tmp_path / "file", "zweite, größer")
@@ -101,7 +101,7 @@ def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
     assert everything_under(tmp_path) == ["file"]
 
 
-def test_a_file_that_cannot_be_placed_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_no_partial_file(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError, match="folder"):
         atomic_write_text(tmp_path / "folder", "text")

@@ -29,7 +29,7 @@ sides = st.integers(1, 20)
 
 @settings(deadline=None, max_examples=60)
 @given(rows=sides, columns=sides, height=sides, width=sides, shifted=st.booleans())
-def test_cutting_into_windows_and_back_is_the_identity(
+def test_partition_then_reverse_is_the_identity(
     rows: int, columns: int, height: int, width: int, shifted: bool
 ) -> None:
     grid = window_grid((rows, columns), (height, width), shifted=shifted)
@@ -41,7 +41,7 @@ def test_cutting_into_windows_and_back_is_the_identity(
 
 @settings(deadline=None, max_examples=60)
 @given(rows=sides, columns=sides, height=sides, width=sides, shifted=st.booleans())
-def test_the_mask_lets_every_token_see_its_own_stretch_only(
+def test_the_mask_separates_regions(
     rows: int, columns: int, height: int, width: int, shifted: bool
 ) -> None:
     grid = window_grid((rows, columns), (height, width), shifted=shifted)
@@ -84,7 +84,7 @@ def test_the_mask_lets_every_token_see_its_own_stretch_only(
     ],
 )
 @pytest.mark.parametrize("reference", [(12, 12), (3, 6), (1, 1)])
-def test_attention_equals_one_softmax_for_every_query(
+def test_attention_equals_a_softmax_per_query(
     resolution: tuple[int, int],
     window: tuple[int, int],
     shifted: bool,
@@ -119,7 +119,7 @@ def join(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.stack((query, key, value)).permute(2, 0, 1, 3).flatten(1)[None, None]
 
 
-def test_scores_do_not_depend_on_the_length_of_queries_and_keys() -> None:
+def test_scores_do_not_depend_on_norms_of_queries_and_keys() -> None:
     query, key, value = torch.randn(3, 2, 5, 4, dtype=torch.float64)
     rest: dict[str, Tensor | None] = {
         "scale": torch.full((2, 1, 1), 10.0, dtype=torch.float64),
@@ -154,7 +154,7 @@ def test_a_zero_query_attends_evenly_and_has_finite_gradients(
     assert query.grad.isfinite().all()
 
 
-def test_offset_coordinates_of_the_pretraining_window_end_at_its_border() -> None:
+def test_relative_coordinates_end_at_the_border_of_the_pretraining_window() -> None:
     edge = math.log2(9) / 3
     same = relative_coordinates((8, 8), (8, 8), torch.float64, CPU)
     assert same.shape == (15 * 15, 2)
@@ -167,7 +167,7 @@ def test_offset_coordinates_of_the_pretraining_window_end_at_its_border() -> Non
     assert transferred[-1, 1] == pytest.approx(math.log2(8 * 3 / 7 + 1) / 3)
 
 
-def test_position_bias_depends_on_the_offset_alone() -> None:
+def test_position_bias_depends_only_on_the_offset() -> None:
     bias = PositionBias(3, (4, 4)).double()
     table = bias((3, 5))
     assert table.shape == (3, 15, 15)
@@ -179,7 +179,7 @@ def test_position_bias_depends_on_the_offset_alone() -> None:
         assert index[query, key] == (offset[0] + 2) * 9 + offset[1] + 4
 
 
-def test_tables_made_in_inference_mode_serve_training() -> None:
+def test_tables_cached_in_inference_mode_work_in_training() -> None:
     attention = WindowAttention(8, 2, (4, 4))
     grid = window_grid((19, 23), (5, 3), shifted=True)
     tokens = torch.randn(1, 19, 23, 8)
@@ -203,7 +203,7 @@ def test_under_autocast_only_the_products_are_rounded(
     assert (rounded - exact).norm() / exact.norm() < 2e-2
 
 
-def test_repeated_runs_give_the_same_gradients_bit_for_bit() -> None:
+def test_gradients_are_reproducible_bit_for_bit() -> None:
     attention = WindowAttention(16, 2, (6, 6))
     tokens = torch.randn(3, 13, 13, 16)
     grid = window_grid((13, 13), (6, 6), shifted=True)
@@ -215,7 +215,7 @@ def test_repeated_runs_give_the_same_gradients_bit_for_bit() -> None:
     assert all(torch.equal(first, again) for first, again in zip(*gradients, strict=True))
 
 
-def test_tables_are_built_once_and_again_in_a_trace() -> None:
+def test_tables_are_cached_except_in_a_trace() -> None:
     attention = WindowAttention(8, 2, (4, 4)).eval()
     grid = window_grid((9, 7), (4, 3), shifted=True)
     tokens = torch.randn(1, 9, 7, 8)

@@ -18,7 +18,7 @@ def test_sizes_are_stored_for_each_axis() -> None:
     assert config.window_size == (4, 8)
 
 
-def test_a_config_survives_a_trip_through_lists() -> None:
+def test_a_config_is_built_from_lists() -> None:
     config = variant_config("tiny", pretrained_window_sizes=(12, 12, 12, 6))
     fields = {
         name: list(value) if isinstance(value, tuple) else value
@@ -51,7 +51,7 @@ def test_recorded_windows(image_size: int, window_size: int, recorded: tuple[int
     assert record_windows(config) == tuple((side, side) for side in recorded)
 
 
-def test_windows_recorded_once_stay() -> None:
+def test_recorded_windows_are_kept() -> None:
     config = variant_config("base", image_size=192, window_size=12)
     config = replace_config(config, pretrained_window_sizes=record_windows(config))
     larger = replace_config(config, image_size=256, window_size=16)
@@ -60,7 +60,7 @@ def test_windows_recorded_once_stay() -> None:
 
 @settings(deadline=None)
 @given(resolution=st.integers(1, 500), window=st.integers(1, 100))
-def test_a_window_fits_its_axis(resolution: int, window: int) -> None:
+def test_a_window_is_clamped_to_its_axis(resolution: int, window: int) -> None:
     fitted, shift_allowed = clamp_window(resolution, window)
     assert 1 <= fitted <= min(resolution, window)
     assert shift_allowed == (resolution > window) == (fitted < resolution)
@@ -111,7 +111,7 @@ def test_impossible_sizes_are_named(field: str, value: object, message: str) -> 
         SwinV2Config(**{**SIZES, field: value})
 
 
-def test_unknown_overrides_bring_the_closest_field() -> None:
+def test_unknown_overrides_suggest_the_closest_field() -> None:
     with pytest.raises(ValueError, match=r"no field 'windows_size'; did you mean .*window_size"):
         variant_config("tiny", windows_size=8)
     with pytest.raises(ValueError, match="no variant 'tinny'"):

@@ -71,7 +71,7 @@ def test_any_input_equals_an_encoder_computed_by_hand(
         torch.testing.assert_close(feature_map[1].permute(1, 2, 0), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_features_have_the_strides_and_channels_they_promise() -> None:
+def test_features_have_the_documented_strides_and_channels() -> None:
     encoder = small_encoder(image_size=64, window_size=4)
     maps = encoder.features(torch.randn(2, 3, 65, 130))
     assert encoder.strides == (4, 8, 16, 32)
@@ -84,7 +84,7 @@ def test_features_have_the_strides_and_channels_they_promise() -> None:
     assert encoder.num_features == 96
 
 
-def test_calling_is_encoding_what_is_embedded() -> None:
+def test_forward_is_embed_then_encode() -> None:
     encoder = small_encoder()
     images = torch.randn(2, 3, 64, 96)
     tokens = encoder.embed(images)
@@ -93,7 +93,7 @@ def test_calling_is_encoding_what_is_embedded() -> None:
     assert torch.equal(encoder(images), encoder.features(images)[-1].permute(0, 2, 3, 1))
 
 
-def test_encoding_leaves_the_tokens_as_they_were(randomise: Callable[[nn.Module], None]) -> None:
+def test_encode_does_not_change_its_input(randomise: Callable[[nn.Module], None]) -> None:
     encoder = small_encoder()
     randomise(encoder)
     tokens = torch.randn(1, 16, 16, 12)
@@ -141,14 +141,14 @@ def test_fresh_weights_are_drawn_as_published() -> None:
             assert parameter.std().item() == pytest.approx(0.02, rel=0.1), name
 
 
-def test_nothing_but_learned_tensors_is_saved() -> None:
+def test_the_state_dict_has_learned_tensors_only() -> None:
     encoder = small_encoder(window_size=4)
     encoder(torch.randn(1, 3, 50, 70))
     learned = {name for name, _ in encoder.named_parameters()}
     assert set(encoder.state_dict()) == learned
 
 
-def test_an_encoder_built_elsewhere_takes_weights_of_any_size() -> None:
+def test_weights_load_into_an_encoder_of_another_size() -> None:
     trained = small_encoder(image_size=192, window_size=12)
     with torch.device("meta"):
         encoder = small_encoder(image_size=192, window_size=12)
@@ -158,7 +158,7 @@ def test_an_encoder_built_elsewhere_takes_weights_of_any_size() -> None:
 
 
 @pytest.mark.parametrize("size", [(200, 312), (64, 64)])
-def test_an_input_of_another_size_is_treated_as_by_an_encoder_built_for_it(
+def test_another_input_size_equals_an_encoder_built_for_it(
     size: tuple[int, int], randomise: Callable[[nn.Module], None]
 ) -> None:
     windows = (12, 12, 12, 6)
@@ -170,7 +170,7 @@ def test_an_input_of_another_size_is_treated_as_by_an_encoder_built_for_it(
     assert torch.equal(usual(images), fitted(images))
 
 
-def test_changing_the_input_records_the_windows_of_the_first(
+def test_set_input_records_the_first_windows(
     randomise: Callable[[nn.Module], None],
 ) -> None:
     encoder = small_encoder(image_size=192, window_size=12)
@@ -193,7 +193,7 @@ def test_changing_the_input_records_the_windows_of_the_first(
 
 
 @pytest.mark.parametrize("size", [(128, 128), (90, 150)])
-def test_bfloat16_stays_near_double_precision(
+def test_bfloat16_is_close_to_double_precision(
     size: tuple[int, int], randomise: Callable[[nn.Module], None]
 ) -> None:
     encoder = small_encoder(image_size=128, embed_dim=32, num_heads=(1, 2, 4, 8))

@@ -1,4 +1,4 @@
-"""However the encoder computes, it computes the same."""
+"""All execution settings compute the same."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -61,7 +61,7 @@ def test_features_and_gradients_are_equal(
 
 
 @pytest.mark.parametrize("execution", [{}, *EXECUTIONS], ids=str)
-def test_bfloat16_stays_near_double(
+def test_bfloat16_is_close_to_double_precision(
     execution: dict[str, Any], randomise: Callable[[nn.Module], None]
 ) -> None:
     encoder = build_encoder("tiny", **SIZES | {"embed_dim": 32}).eval()
@@ -75,7 +75,7 @@ def test_bfloat16_stays_near_double(
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_gradients_repeat_bit_for_bit(
+def test_gradients_are_reproducible_bit_for_bit(
     autocast: bool, randomise: Callable[[nn.Module], None]
 ) -> None:
     encoder = build_encoder("tiny", **SIZES)
@@ -89,7 +89,7 @@ def test_gradients_repeat_bit_for_bit(
         assert torch.equal(tensor, found[1][name]), name
 
 
-def test_checkpointing_keeps_less() -> None:
+def test_checkpointing_saves_fewer_activations() -> None:
     encoder = build_encoder("tiny", **SIZES)
     images = torch.randn(2, 3, 64, 64)
 
@@ -125,7 +125,7 @@ def test_impossible_executions_are_explained() -> None:
     assert encoder.execution == Execution()
 
 
-def test_the_bias_is_kept_in_evaluation_until_its_weights_change() -> None:
+def test_the_bias_is_cached_until_its_weights_change() -> None:
     attention = build_encoder("tiny", **SIZES).stages[0].blocks[0].attention
     bias = attention.position_bias
     with torch.inference_mode():
@@ -139,7 +139,7 @@ def test_the_bias_is_kept_in_evaluation_until_its_weights_change() -> None:
         torch.testing.assert_close(bias((4, 4)), bias._compute((4, 4)))
 
 
-def test_off_the_cpu_the_bias_is_kept_in_evaluation_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_off_the_cpu_the_bias_is_cached_in_evaluation_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "is_cpu", False)  # as tensors on a GPU say
     bias = build_encoder("tiny", **SIZES).stages[0].blocks[0].attention.position_bias
     other = {name: tensor + 1 for name, tensor in bias.state_dict().items()}
@@ -177,7 +177,7 @@ def test_off_the_cpu_the_bias_is_kept_in_evaluation_alone(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 1500])
-def test_a_linear_layer_is_one(dtype: torch.dtype, rows: int) -> None:
+def test_linear_equals_torchs(dtype: torch.dtype, rows: int) -> None:
     layer = Linear(24, 40)
     tokens = torch.randn(2, rows, 24, requires_grad=True)
     outcomes = []
@@ -218,7 +218,7 @@ SEEN_BY_DYNAMO = pytest.mark.filterwarnings("ignore:The .grad attribute of a Ten
 @SEEN_BY_DYNAMO
 @pytest.mark.parametrize("drop_path", [0.0, 0.2])
 @pytest.mark.parametrize("checkpointing", ["none", "attention", "full"])
-def test_compiled_blocks_are_equal_and_few(
+def test_compiled_blocks_are_equal_with_few_graphs(
     drop_path: float, checkpointing: str, randomise: Callable[[nn.Module], None]
 ) -> None:
     torch._dynamo.reset()
@@ -267,7 +267,7 @@ def test_stages_do_not_use_up_each_others_graphs(randomise: Callable[[nn.Module]
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @SEEN_BY_DYNAMO
-def test_a_compiled_encoder_is_copied_saved_and_exported_like_any(
+def test_a_compiled_encoder_is_copied_saved_and_exported(
     tmp_path: Path, randomise: Callable[[nn.Module], None]
 ) -> None:
     torch._dynamo.reset()

@@ -11,7 +11,7 @@ def linear_flops(rows: torch.Size, weight: torch.Size, *_: object, **__: object)
 
 
 OURS = {torch.ops.swinv2.linear: linear_flops}
-"""Where oneDNN is fast, linear layers are an operator of our own, which torch cannot know."""
+"""If oneDNN is fast, linear layers are a custom operator, which torch cannot count."""
 
 
 def counted(config: SwinV2Config) -> int:
@@ -35,7 +35,7 @@ def counted(config: SwinV2Config) -> int:
         {"image_size": 48, "window_size": 3, "mlp_ratio": 3.0},
     ],
 )
-def test_it_is_what_torch_counts(sizes: dict[str, object]) -> None:
+def test_flops_equal_torchs_count(sizes: dict[str, object]) -> None:
     config = SwinV2Config(embed_dim=16, depths=(2, 1, 3), num_heads=(1, 2, 4), **sizes)
     assert forward_flops(config) == counted(config)
 

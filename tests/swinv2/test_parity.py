@@ -237,7 +237,7 @@ def test_simmim_loss_and_its_gradients_are_equal(
 
 
 @inputs
-def test_bfloat16_stays_near_double(
+def test_bfloat16_is_close_to_double_precision(
     randomise: Callable[[nn.Module], None],
     execution: dict[str, Any],
     image_size: int,

@@ -1,4 +1,4 @@
-"""Whatever sizes an encoder has been through, it is the one that its first windows made."""
+"""Window transfer: only the first windows and the present sizes matter."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -96,7 +96,7 @@ WAYS = [in_place, through_a_file, changed_then_saved, one_size_each]
     [*([way] * 3 for way in WAYS), [in_place, through_a_file, in_place], WAYS[::-1]],
     ids=lambda ways: ", ".join(way.__name__ for way in ways),
 )
-def test_steps_equal_a_direct_transfer(
+def test_a_transfer_in_steps_equals_a_direct_one(
     ways: list[Callable[[SwinV2, Step, Path], SwinV2]],
     steps: list[Step],
     encoder: SwinV2,
@@ -111,7 +111,7 @@ def test_steps_equal_a_direct_transfer(
     assert_equal(encoder, direct)
 
 
-def test_a_direct_transfer_is_the_encoder_by_hand(
+def test_a_direct_transfer_equals_the_encoder_by_hand(
     encoder: SwinV2,
     tmp_path: Path,
     encode_by_hand: Callable[..., tuple[list[Tensor], Tensor]],
@@ -125,7 +125,7 @@ def test_a_direct_transfer_is_the_encoder_by_hand(
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_the_way_to_the_largest_images_equals_a_direct_transfer(
+def test_transfer_in_steps_to_the_largest_images_equals_a_direct_one(
     encoder: SwinV2, tmp_path: Path
 ) -> None:
     path = save_encoder(encoder, tmp_path / "first", **NORMALISATION)
@@ -141,7 +141,7 @@ def test_the_way_to_the_largest_images_equals_a_direct_transfer(
 
 @pytest.mark.parametrize("step", [(224, 14), ((128, 224), (8, 14)), (64, 3)], ids=str)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_the_way_back_restores_the_features(
+def test_transferring_back_restores_the_features(
     way: Callable[[SwinV2, Step, Path], SwinV2], step: Step, encoder: SwinV2, tmp_path: Path
 ) -> None:
     before = features(encoder)
@@ -151,9 +151,7 @@ def test_the_way_back_restores_the_features(
     assert all(torch.equal(one, other) for one, other in zip(features(back), before, strict=True))
 
 
-def test_a_window_larger_than_a_stage_is_one_over_all_of_it(
-    encoder: SwinV2, tmp_path: Path
-) -> None:
+def test_a_window_larger_than_a_stage_spans_it(encoder: SwinV2, tmp_path: Path) -> None:
     path = save_encoder(encoder, tmp_path / "encoder", **NORMALISATION)
     vast = load_encoder(path, image_size=(96, 64), window_size=100)
     fitting = load_encoder(path, image_size=(96, 64), window_size=(24, 16))
@@ -167,7 +165,7 @@ def test_a_window_larger_than_a_stage_is_one_over_all_of_it(
     assert untrained.config.pretrained_window_sizes == ((16, 16), (8, 8))
 
 
-def test_an_impossible_size_leaves_the_encoder_as_it_was(encoder: SwinV2, tmp_path: Path) -> None:
+def test_an_impossible_size_does_not_change_the_encoder(encoder: SwinV2, tmp_path: Path) -> None:
     path = save_encoder(encoder, tmp_path / "encoder", **NORMALISATION)
     before, config = features(encoder), encoder.config
     for sizes, message in (
@@ -185,7 +183,7 @@ def test_an_impossible_size_leaves_the_encoder_as_it_was(encoder: SwinV2, tmp_pa
     )
 
 
-def test_training_goes_on_at_another_size_with_the_first_coordinates(
+def test_training_continues_at_another_size_with_the_first_coordinates(
     encoder: SwinV2, tmp_path: Path
 ) -> None:
     path = save_encoder(encoder, tmp_path / "encoder", **NORMALISATION)

@@ -1,4 +1,4 @@
-"""Clips: windows in three dimensions by brute force, and weights of images that begin as such."""
+"""Video encoder: three-dimensional windows by brute force, and inflated image weights."""
 
 import itertools
 import json
@@ -69,7 +69,7 @@ def stretches(position: Axes, shift: Axes, window: Axes) -> tuple[int, ...]:
 
 @settings(deadline=None, max_examples=40)
 @given(resolution=st.tuples(sides, sides, sides), window=st.tuples(sides, sides, sides))
-def test_windows_of_clips_hold_every_token_once_and_show_it_its_own_stretch_only(
+def test_windows_of_clips_have_every_token_once_and_separate_regions(
     resolution: Axes, window: Axes
 ) -> None:
     grid = window_grid(resolution, window, shifted=True)
@@ -136,7 +136,7 @@ def attend_in_three(attention: WindowAttention, tokens: Tensor, grid: object, re
     ],
 )
 @pytest.mark.parametrize("reference", [(8, 4, 4), (1, 3, 2)])
-def test_attention_in_clips_equals_one_softmax_for_every_query(
+def test_attention_in_clips_equals_a_softmax_per_query(
     resolution: Axes, window: Axes, reference: Axes, randomise: Callable[[nn.Module], None]
 ) -> None:
     attention = WindowAttention(8, 2, reference).double()
@@ -216,7 +216,7 @@ def test_fresh_weights_start_without_time() -> None:
 
 
 @pytest.mark.parametrize("execution", ["explicit", "sdpa", "sequential", "auto"])
-def test_every_path_of_attention_takes_clips(
+def test_every_attention_path_accepts_clips(
     execution: str, randomise: Callable[[nn.Module], None]
 ) -> None:
     video = VideoSwinV2(video_config(image_encoder().config, frames=3, window_frames=2)).eval()
@@ -230,7 +230,7 @@ def test_every_path_of_attention_takes_clips(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by torch
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it
-def test_compiled_blocks_take_clips(randomise: Callable[[nn.Module], None]) -> None:
+def test_compiled_blocks_accept_clips(randomise: Callable[[nn.Module], None]) -> None:
     video = VideoSwinV2(video_config(image_encoder().config, frames=3, window_frames=2)).eval()
     randomise(video)
     clip = torch.randn(1, 3, 3, 24, 20)
@@ -239,7 +239,7 @@ def test_compiled_blocks_take_clips(randomise: Callable[[nn.Module], None]) -> N
     torch.testing.assert_close(video(clip), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_saved_encoder_comes_back_and_keeps_its_windows(
+def test_a_saved_encoder_is_restored_with_its_windows(
     tmp_path: Path, randomise: Callable[[nn.Module], None]
 ) -> None:
     encoder = image_encoder()
@@ -272,7 +272,7 @@ def test_a_saved_encoder_comes_back_and_keeps_its_windows(
     assert read_video_config(again).inflated_from is None
 
 
-def test_directories_of_the_other_kind_are_named(tmp_path: Path) -> None:
+def test_the_loader_of_the_other_kind_is_named(tmp_path: Path) -> None:
     encoder = image_encoder()
     image = save_encoder(encoder, tmp_path / "image", mean=MEAN, std=STD)
     video = save_video_encoder(inflate(encoder), tmp_path / "video", mean=MEAN, std=STD)
@@ -313,7 +313,7 @@ def test_tokens_of_other_shapes_are_named() -> None:
         inflate(image_encoder()).encode(torch.zeros(1, 16, 16, 16))
 
 
-def test_sizes_that_cannot_work_are_named() -> None:
+def test_impossible_sizes_are_named() -> None:
     config = image_encoder().config
     with pytest.raises(ValueError, match=r"frames is 7.* frame_patch 2"):
         video_config(config, frames=7, frame_patch=2)
@@ -321,14 +321,14 @@ def test_sizes_that_cannot_work_are_named() -> None:
         video_config(config, window_frames=0)
 
 
-def test_operations_are_those_of_the_frames_and_more_for_wider_windows() -> None:
+def test_flops_are_those_of_the_frames_plus_wider_windows() -> None:
     config = image_encoder().config
     image = forward_flops(config)
     assert forward_flops(video_config(config, frames=8, window_frames=1)) == 8 * image
     assert forward_flops(video_config(config, frames=8, window_frames=8)) > 8 * image
 
 
-def test_the_papers_windows_fit() -> None:
+def test_the_papers_windows_work() -> None:
     """256 pixels with 16x16x8, 320 with 20x20x8, over 8 frames (appendix A5)."""
     base = VideoConfig(
         image_size=256, window_size=16, embed_dim=8, depths=(2, 2, 2, 2), num_heads=(1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""The encoder directory: what is saved comes back, and what does not fit is refused."""
+"""The encoder directory: round trips, window transfer, and refusal of everything else."""
 
 import json
 import re
@@ -63,7 +63,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     file.write_text(json.dumps(content))
 
 
-def test_what_is_saved_comes_back(encoder: SwinV2, saved: Path) -> None:
+def test_a_round_trip_is_bit_identical(encoder: SwinV2, saved: Path) -> None:
     loaded = load_encoder(saved)
     images = torch.randn(1, 3, 192, 192)
     assert not loaded.training
@@ -74,15 +74,13 @@ def test_what_is_saved_comes_back(encoder: SwinV2, saved: Path) -> None:
             assert torch.equal(expected, found)
 
 
-def test_the_folder_holds_safetensors_json_and_text_alone(encoder: SwinV2, saved: Path) -> None:
+def test_the_folder_has_safetensors_json_and_text_only(encoder: SwinV2, saved: Path) -> None:
     names = sorted(place.name for place in saved.iterdir())
     assert names == ["README.md", "config.json", "model.safetensors"]
     assert load_file(saved / "model.safetensors").keys() == dict(encoder.named_parameters()).keys()
 
 
-def test_the_description_says_every_size_and_where_it_comes_from(
-    encoder: SwinV2, tmp_path: Path
-) -> None:
+def test_the_description_has_every_size_and_the_provenance(encoder: SwinV2, tmp_path: Path) -> None:
     provenance = Provenance(step=300, samples_seen=614_400, recipe_hash="3f2a")
     path = save_encoder(encoder, tmp_path / "encoder", mean=MEAN, std=STD, provenance=provenance)
     described = read_encoder_config(path)
@@ -102,7 +100,7 @@ def test_a_variant_keeps_its_name(tmp_path: Path) -> None:
     assert load_encoder(path).config.variant == "tiny"
 
 
-def test_other_sizes_keep_the_coordinates_of_pretraining(encoder: SwinV2, saved: Path) -> None:
+def test_other_sizes_keep_the_pretraining_coordinates(encoder: SwinV2, saved: Path) -> None:
     loaded = load_encoder(saved, image_size=256, window_size=16, drop_path=0.3)
     assert loaded.config.drop_path == 0.3
     assert loaded.config.pretrained_window_sizes == ((12, 12), (12, 12), (12, 12), (6, 6))
@@ -121,14 +119,14 @@ def test_the_first_windows_survive_a_second_change(saved: Path, tmp_path: Path) 
     assert last.config.pretrained_window_sizes == ((12, 12), (12, 12), (12, 12), (6, 6))
 
 
-def test_saving_leaves_the_encoder_as_it_was(encoder: SwinV2, tmp_path: Path) -> None:
+def test_saving_does_not_change_the_encoder(encoder: SwinV2, tmp_path: Path) -> None:
     before = encoder.config
     save_encoder(encoder, tmp_path / "encoder", mean=MEAN, std=STD)
     assert encoder.config is before
     assert before.pretrained_window_sizes is None
 
 
-def test_what_is_not_of_this_encoder_is_listed_and_nothing_is_loaded(
+def test_tensors_that_do_not_fit_are_listed_and_nothing_is_loaded(
     encoder: SwinV2, saved: Path
 ) -> None:
     tensors = load_file(saved / "model.safetensors")
@@ -154,7 +152,7 @@ def test_what_is_not_of_this_encoder_is_listed_and_nothing_is_loaded(
         load_encoder(saved)
 
 
-def test_a_description_of_another_encoder_takes_no_memory(saved: Path) -> None:
+def test_a_wrong_size_is_refused_before_memory_is_allocated(saved: Path) -> None:
     file = saved / "config.json"
     content = json.loads(file.read_text())
     content["config"] |= {"variant": None, "embed_dim": 2**25}  # petabytes of weights
@@ -165,7 +163,7 @@ def test_a_description_of_another_encoder_takes_no_memory(saved: Path) -> None:
         load_encoder(saved)
 
 
-def test_an_absent_or_foreign_place_is_refused(saved: Path, tmp_path: Path) -> None:
+def test_a_missing_or_foreign_path_is_refused(saved: Path, tmp_path: Path) -> None:
     pickled = tmp_path / "model.pth"
     torch.save({}, pickled)
     (tmp_path / "empty").mkdir()
@@ -181,7 +179,7 @@ def test_an_absent_or_foreign_place_is_refused(saved: Path, tmp_path: Path) -> N
         load_encoder(saved)
 
 
-def test_weights_cut_short_are_refused(saved: Path) -> None:
+def test_truncated_weights_are_refused(saved: Path) -> None:
     file = saved / "model.safetensors"
     for size in (0, 5, file.stat().st_size // 2, file.stat().st_size - 1):
         file.write_bytes(file.read_bytes()[:size])
@@ -221,7 +219,7 @@ def test_a_wrong_description_is_refused(
     assert str(saved / "config.json") in str(caught.value)
 
 
-def test_all_that_is_wrong_in_a_description_is_listed_at_once(saved: Path) -> None:
+def test_all_wrong_fields_are_listed_at_once(saved: Path) -> None:
     def change(content: dict[str, Any]) -> None:
         content["mean"] = 1
         content["config"].pop("depths")
@@ -235,15 +233,13 @@ def test_all_that_is_wrong_in_a_description_is_listed_at_once(saved: Path) -> No
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"null"])
-def test_what_is_no_description_is_refused(saved: Path, content: bytes) -> None:
+def test_invalid_json_is_refused(saved: Path, content: bytes) -> None:
     (saved / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"config\.json"):
         read_encoder_config(saved)
 
 
-def test_an_earlier_encoder_is_replaced_and_nothing_else(
-    encoder: SwinV2, saved: Path, tmp_path: Path
-) -> None:
+def test_only_an_earlier_encoder_is_replaced(encoder: SwinV2, saved: Path, tmp_path: Path) -> None:
     save_encoder(encoder, saved, mean=(0.5,) * 3, std=STD)
     assert read_encoder_config(saved).mean == (0.5,) * 3
     (saved / "notes.txt").write_text("mine")
@@ -253,7 +249,7 @@ def test_an_earlier_encoder_is_replaced_and_nothing_else(
     assert [place.name for place in tmp_path.iterdir()] == ["encoder"]
 
 
-def test_an_encoder_with_heads_is_replaced_but_not_one_with_other_folders(
+def test_an_encoder_with_heads_is_replaced_but_not_with_other_content(
     encoder: SwinV2, saved: Path
 ) -> None:
     def add_head() -> Path:
@@ -287,7 +283,7 @@ def test_a_full_disk_leaves_the_earlier_encoder(
     load_encoder(saved)
 
 
-def test_a_normalisation_that_does_not_fit_writes_nothing(encoder: SwinV2, tmp_path: Path) -> None:
+def test_a_wrong_normalisation_writes_nothing(encoder: SwinV2, tmp_path: Path) -> None:
     for mean, std in (((0.5,), (0.5,)), (MEAN, (1, 1, 0)), ((float("nan"), 0, 0), STD)):
         with pytest.raises(ValueError, match=r"mean|std"):
             save_encoder(encoder, tmp_path / "other", mean=mean, std=std)
@@ -299,7 +295,7 @@ def test_weights_of_another_type_are_converted(encoder: SwinV2, tmp_path: Path) 
     assert load_encoder(path).norm.weight.dtype == torch.float32
 
 
-def test_the_lines_in_its_readme_load_it(
+def test_the_readme_example_loads_it(
     encoder: SwinV2, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = re.search(r"```python\n(.*?)```", (saved / "README.md").read_text(), re.DOTALL)
@@ -321,7 +317,7 @@ def test_a_directory_of_an_early_version_is_loaded_and_replaced(
     assert (saved / "README.md").is_file()
 
 
-def test_a_check_that_fails_leaves_what_was_there(encoder: SwinV2, saved: Path) -> None:
+def test_a_failed_check_keeps_the_earlier_encoder(encoder: SwinV2, saved: Path) -> None:
     before = (saved / "config.json").read_bytes()
 
     def check(folder: Path) -> None:

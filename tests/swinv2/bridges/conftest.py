@@ -1,4 +1,4 @@
-"""Peers and lists of their tensors for the bridges; timm imports without torchvision here."""
+"""timm (importable without torchvision here), recorded tensor lists, and checkpoints for tests."""
 
 import json
 import os

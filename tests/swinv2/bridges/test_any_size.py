@@ -1,4 +1,4 @@
-"""The encoder with open sizes, run as it is: equal to the encoder at every size."""
+"""The encoder for dynamic sizes equals the encoder at every size."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,9 @@ SIZES = [(64, 64), (70, 133), (33, 35), (9, 100), (4, 4), (1, 1), (31, 65)]
         {"window_size": 16, "pretrained_window_sizes": ((8, 8),) * 4},
     ],
 )
-def test_any_size_is_the_encoder(build: Callable[..., SwinV2], sizes: dict[str, object]) -> None:
+def test_any_size_equals_the_encoder(
+    build: Callable[..., SwinV2], sizes: dict[str, object]
+) -> None:
     encoder = build(**sizes)
     graph = AnySizeFeatures(plain_copy(encoder)).eval()
     for height, width in SIZES:
@@ -32,7 +34,9 @@ def test_any_size_is_the_encoder(build: Callable[..., SwinV2], sizes: dict[str, 
                 torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
-def test_the_bias_of_a_window_is_a_part_of_the_table(build: Callable[..., SwinV2]) -> None:
+def test_the_bias_of_a_smaller_window_is_a_subset_of_the_table(
+    build: Callable[..., SwinV2],
+) -> None:
     attention = build().stages[1].blocks[0].attention
     table = bias_table(attention, (4, 5))
     with torch.no_grad():
@@ -44,7 +48,7 @@ def test_the_bias_of_a_window_is_a_part_of_the_table(build: Callable[..., SwinV2
             torch.testing.assert_close(table[row], small[:, query, key])
 
 
-def test_a_plain_copy_shares_weights_and_leaves_the_rest(build: Callable[..., SwinV2]) -> None:
+def test_a_plain_copy_shares_weights_only(build: Callable[..., SwinV2]) -> None:
     encoder = build(drop_path=0.5, window_size=4)
     encoder.set_input(window_size=8)
     images = torch.randn(1, 3, 64, 64)

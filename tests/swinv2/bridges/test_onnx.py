@@ -72,7 +72,7 @@ def assert_same_maps(encoder: SwinV2, run: Callable[[Tensor], Sequence[Any]], *s
         assert difference <= 1e-4 * one.std(correction=0)
 
 
-def test_one_size_of_an_encoder_in_training(
+def test_a_fixed_size_from_an_encoder_in_training_mode(
     graph: Graph, build: Callable[..., SwinV2], tmp_path: Path
 ) -> None:
     sizes = {"in_channels": 1, "image_size": (36, 70), "extra_norm_every": 2, "drop_path": 0.5}
@@ -104,7 +104,7 @@ def test_any_size(graph: Graph, build: Callable[..., SwinV2], tmp_path: Path) ->
         assert_same_maps(encoder, run, *shape)
 
 
-def test_the_lines_of_the_readme_run(
+def test_the_readme_example_runs(
     graph: Graph, build: Callable[..., SwinV2], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = build(**NARROW)
@@ -134,7 +134,7 @@ def test_the_lines_of_the_readme_run(
     assert description["outputs"][1] == {"name": "stage2", "channels": 16, "stride": 8}
 
 
-def test_a_model_names_its_axes_and_keeps_large_weights_aside(
+def test_an_onnx_model_names_its_axes_and_stores_large_weights_externally(
     build: Callable[..., SwinV2], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -157,7 +157,7 @@ def test_a_model_names_its_axes_and_keeps_large_weights_aside(
     ]
 
 
-def test_a_program_replaces_its_like_and_nothing_else(
+def test_only_an_earlier_export_of_its_kind_is_replaced(
     build: Callable[..., SwinV2], tmp_path: Path
 ) -> None:
     encoder = build(**NARROW)
@@ -173,7 +173,7 @@ def test_a_program_replaces_its_like_and_nothing_else(
         export_program(encoder, tmp_path / "other", mean=[0.5], std=[0.5])
 
 
-def test_a_graph_that_is_refused_leaves_nothing(
+def test_a_refused_graph_leaves_nothing(
     graph: Graph, build: Callable[..., SwinV2], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch_export, "TOLERANCE", -1.0)  # equal maps would pass any other
@@ -202,7 +202,7 @@ def test_maps_that_differ_are_refused(
         )
 
 
-def test_what_is_missing_is_named_with_its_remedy(
+def test_a_missing_package_is_named_with_its_remedy(
     build: Callable[..., SwinV2], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)

@@ -1,4 +1,4 @@
-"""Checkpoints of the published code: there and back, strictly, and nothing in them runs."""
+"""Checkpoints of the published code: strict round trips, and no code in them runs."""
 
 import re
 import sys
@@ -81,7 +81,7 @@ def with_buffers(
 
 
 @pytest.mark.parametrize("variant", PUBLISHED)
-def test_the_published_tensors_of_each_variant_are_placed_one_to_one(
+def test_the_published_tensors_of_each_variant_map_one_to_one(
     reference_shapes: dict[str, dict[str, tuple[int, ...]]], variant: str
 ) -> None:
     shapes = reference_shapes[PUBLISHED[variant]]
@@ -146,7 +146,7 @@ def test_a_transferred_encoder_keeps_its_first_windows(build: Build, tmp_path: P
     ("image_size", "window_size", "pretrained"),
     [(192, 12, None), (256, 8, None), (384, 24, ((12, 12), (12, 12), (12, 12), (6, 6)))],
 )
-def test_timm_reads_the_checkpoint_as_one_of_the_published_code(
+def test_timm_converts_the_checkpoint_as_a_published_one(
     build: Build,
     timm: ModuleType,
     tmp_path: Path,
@@ -205,7 +205,7 @@ def published_code(encoder: SwinV2, seen: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_lines_in_its_readme_load_it(
+def test_the_readme_example_loads_it(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, masked: bool
 ) -> None:
     encoder = build(image_size=128)
@@ -220,7 +220,7 @@ def test_the_lines_in_its_readme_load_it(
     assert seen == reference_config(encoder)
 
 
-def test_its_settings_are_those_of_the_published_code(build: Build, tmp_path: Path) -> None:
+def test_settings_have_the_published_names(build: Build, tmp_path: Path) -> None:
     path = export_reference(build(), tmp_path / "out", mean=MEAN, std=STD)
     settings = yaml.safe_load((path / "config.yaml").read_text())
     assert settings["DATA"] == {"IMG_SIZE": 64}
@@ -243,7 +243,7 @@ def test_its_settings_are_those_of_the_published_code(build: Build, tmp_path: Pa
         (64, 16, ((12, 12), (8, 8), (4, 4), (2, 2))),
     ],
 )
-def test_buffers_tell_the_sizes_and_are_dropped(
+def test_sizes_follow_from_buffers_which_are_dropped(
     build: Build,
     assert_same_weights: Same,
     tmp_path: Path,
@@ -290,7 +290,7 @@ def yacs_installed() -> Any:
         del sys.modules["yacs"], sys.modules["yacs.config"]
 
 
-def test_the_settings_in_a_training_checkpoint_are_read_without_their_library(
+def test_yacs_settings_are_read_without_yacs(
     build: Build, assert_same_weights: Same, tmp_path: Path
 ) -> None:
     encoder = build(image_size=128, window_size=8)
@@ -315,7 +315,7 @@ def test_the_settings_in_a_training_checkpoint_are_read_without_their_library(
         import_reference(tmp_path / "ckpt.pth")
 
 
-def test_what_a_file_does_not_tell_is_asked_for(
+def test_unknown_sizes_are_asked_for(
     build: Build, assert_same_weights: Same, tmp_path: Path
 ) -> None:
     encoder, file = build(), tmp_path / "bare.pth"
@@ -362,7 +362,7 @@ def test_a_tensor_that_does_not_fit_is_named(
     ],
     ids=["nan", "inf", "whole", "complex", "sparse", "meta"],
 )
-def test_what_holds_no_finite_numbers_is_named(
+def test_tensors_that_are_not_finite_are_named(
     build: Build, tmp_path: Path, spoilt: Tensor, reason: str
 ) -> None:
     tensors = to_reference(build()) | {"norm.weight": spoilt}
@@ -371,7 +371,7 @@ def test_what_holds_no_finite_numbers_is_named(
         import_reference(tmp_path / "a.pth", **SIZES)
 
 
-def test_a_tensor_that_tells_a_size_is_not_empty(build: Build, tmp_path: Path) -> None:
+def test_an_empty_tensor_is_refused(build: Build, tmp_path: Path) -> None:
     tensors = to_reference(build()) | {"patch_embed.proj.weight": torch.zeros(0, 3, 4, 4)}
     torch.save({"model": tensors}, tmp_path / "a.pth")
     with pytest.raises(BridgeError, match=r"shape of patch_embed\.proj\.weight: \(0, 3, 4, 4\)"):
@@ -379,7 +379,7 @@ def test_a_tensor_that_tells_a_size_is_not_empty(build: Build, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("lost", ["encoder.mask_token", "decoder.0.bias", "encoder.norm.bias"])
-def test_a_pretraining_has_to_be_whole(build: Build, tmp_path: Path, lost: str) -> None:
+def test_a_simmim_checkpoint_must_be_complete(build: Build, tmp_path: Path, lost: str) -> None:
     encoder = build()
     tensors = to_reference(encoder, head=draw_head(encoder))
     del tensors[lost]
@@ -401,7 +401,7 @@ def test_other_architectures_are_refused_by_name(other_model: tuple[Path, str]) 
         import_reference(file, **SIZES)
 
 
-def test_what_is_no_checkpoint_is_refused(build: Build, tmp_path: Path) -> None:
+def test_files_that_are_not_checkpoints_are_refused(build: Build, tmp_path: Path) -> None:
     with pytest.raises(BridgeError, match="does not exist"):
         import_reference(tmp_path / "none.pth")
     cut = tmp_path / "cut.pth"
@@ -433,7 +433,7 @@ def test_what_is_no_checkpoint_is_refused(build: Build, tmp_path: Path) -> None:
         ({"extra_norm_every": 2}, "norm after every 2 blocks"),
     ],
 )
-def test_what_it_cannot_compute_is_refused(
+def test_an_encoder_unsupported_by_the_published_code_is_refused(
     build: Build, tmp_path: Path, sizes: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(BridgeError, match=reason):
@@ -453,7 +453,7 @@ def test_heads_that_do_not_fit_are_refused(build: Build, tmp_path: Path) -> None
         to_reference(encoder, head=draw_head(encoder), classifier=draw_classifier(encoder))
 
 
-def test_an_earlier_export_is_replaced_and_nothing_else(build: Build, tmp_path: Path) -> None:
+def test_only_an_earlier_export_is_replaced(build: Build, tmp_path: Path) -> None:
     path = export_reference(build(), tmp_path / "out", mean=MEAN, std=STD)
     export_reference(build(window_size=4), path, mean=MEAN, std=STD)
     assert import_reference(path).encoder.config.window_size == (4, 4)

@@ -1,4 +1,4 @@
-"""Weights of timm's swinv2 models: there and back, strictly, and equal where timm imports."""
+"""timm's swinv2 models: strict round trips, and equal outputs if timm can be imported."""
 
 import json
 import re
@@ -76,7 +76,7 @@ def draw_images(encoder: SwinV2) -> Tensor:
 
 
 @variants
-def test_the_recorded_tensors_of_each_variant_are_placed_one_to_one(
+def test_the_recorded_tensors_of_each_variant_map_one_to_one(
     timm_shapes: Shapes, variant: str
 ) -> None:
     shapes = timm_shapes[RECORDED[variant]]
@@ -89,7 +89,7 @@ def test_the_recorded_tensors_of_each_variant_are_placed_one_to_one(
 
 @pytest.mark.peer
 @variants
-def test_the_record_is_that_of_the_installed_timm(
+def test_the_recorded_tensors_equal_the_installed_timms(
     timm: ModuleType, timm_shapes: Shapes, variant: str
 ) -> None:
     with torch.device("meta"):
@@ -161,7 +161,7 @@ def test_timm_computes_the_same_at_published_sizes(
 
 @pytest.mark.peer
 @pytest.mark.parametrize("form", ["readme", "local-dir"])
-def test_the_lines_in_its_readme_load_it(
+def test_the_readme_example_loads_it(
     build: Build, timm: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     encoder = build()
@@ -208,7 +208,7 @@ def test_a_model_of_timm_is_imported(build: Build, timm: ModuleType, tmp_path: P
 
 
 @pytest.mark.peer
-def test_a_timm_of_other_tensors_is_found(
+def test_a_timm_with_other_tensors_is_refused(
     build: Build, timm: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     create = timm.create_model
@@ -225,7 +225,7 @@ def test_a_timm_of_other_tensors_is_found(
 
 
 @pytest.mark.peer
-def test_an_export_that_timm_computes_otherwise_is_not_kept(
+def test_an_export_that_differs_in_timm_is_not_kept(
     build: Build, timm: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []
@@ -265,9 +265,7 @@ def test_an_export_that_timm_computes_otherwise_is_not_kept(
         ("large", {"image_size": 224, "window_size": 7}, "swinv2_large_window12_192"),
     ],
 )
-def test_a_model_has_the_name_that_timm_gives_its_sizes(
-    variant: str, sizes: dict[str, Any], expected: str
-) -> None:
+def test_model_names_are_timms(variant: str, sizes: dict[str, Any], expected: str) -> None:
     with torch.device("meta"):
         encoder = build_encoder(variant, **sizes)
     name, arguments = timm_arguments(encoder)
@@ -281,7 +279,7 @@ def bare(encoder: SwinV2, folder: Path) -> Path:
     return file
 
 
-def test_a_name_tells_the_sizes(build: Build, tmp_path: Path) -> None:
+def test_sizes_follow_from_the_name(build: Build, tmp_path: Path) -> None:
     encoder = build(image_size=256, window_size=16, pretrained_window_sizes=TWELVE)
     file = bare(encoder, tmp_path)
     with pytest.raises(BridgeError, match="image_size, window_size, pretrained_window_sizes"):
@@ -303,7 +301,7 @@ def test_a_name_tells_the_sizes(build: Build, tmp_path: Path) -> None:
         import_timm(hub, window_size=8)
 
 
-def test_arguments_in_a_folder_replace_what_its_name_says(build: Build, tmp_path: Path) -> None:
+def test_arguments_in_a_folder_override_its_name(build: Build, tmp_path: Path) -> None:
     encoder = build()
     path = export_timm(encoder, tmp_path / "out", mean=MEAN, std=STD)
     content = json.loads((path / "config.json").read_text())
@@ -313,7 +311,7 @@ def test_arguments_in_a_folder_replace_what_its_name_says(build: Build, tmp_path
     assert import_timm(path).encoder.config == encoder.config
 
 
-def test_what_is_not_told_is_asked_for(build: Build, tmp_path: Path) -> None:
+def test_unknown_sizes_are_asked_for(build: Build, tmp_path: Path) -> None:
     encoder = build()
     file = bare(encoder, tmp_path)
     with pytest.raises(BridgeError, match="pretrained_window_sizes: give"):
@@ -344,7 +342,7 @@ def test_other_architectures_are_refused_by_name(other_model: tuple[Path, str]) 
         import_timm(file, **SIZES)
 
 
-def test_the_layout_of_the_published_code_is_sent_to_its_bridge(
+def test_the_published_layout_names_its_format(
     build: Build, draw_heads: Callable[[SwinV2], dict[str, Any]], tmp_path: Path
 ) -> None:
     from swinv2.bridges.reference import import_reference
@@ -373,7 +371,7 @@ def test_the_layout_of_the_published_code_is_sent_to_its_bridge(
         ),
     ],
 )
-def test_what_timm_cannot_compute_is_refused(
+def test_an_encoder_unsupported_by_timm_is_refused(
     build: Build, tmp_path: Path, sizes: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(BridgeError, match=reason):
@@ -386,7 +384,7 @@ def test_a_classifier_that_does_not_fit_is_refused(build: Build) -> None:
         to_timm(build(), classifier=draw_classifier(build(embed_dim=16)))
 
 
-def test_writing_needs_no_timm(
+def test_export_needs_no_timm(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [one for one in sys.modules if one.partition(".")[0] == "timm"]:
@@ -397,7 +395,7 @@ def test_writing_needs_no_timm(
     assert "head.fc.weight" not in load_file(path / "model.safetensors")
 
 
-def test_an_earlier_export_is_replaced_and_nothing_else(build: Build, tmp_path: Path) -> None:
+def test_only_an_earlier_export_is_replaced(build: Build, tmp_path: Path) -> None:
     path = export_timm(build(), tmp_path / "out", mean=MEAN, std=STD)
     export_timm(build(window_size=4), path, mean=MEAN, std=STD)
     assert import_timm(path).encoder.config.window_size == (4, 4)

@@ -1,4 +1,4 @@
-"""Exports load in transformers as they are, and what it cannot compute is refused."""
+"""Exports load in transformers; encoders that it cannot compute are refused."""
 
 import json
 import re
@@ -74,7 +74,7 @@ def reconstruct(
     ],
     ids=["plain", "patch-2", "last-stage-1x1", "grey", "four-channels", "transferred"],
 )
-def test_every_folder_loads_whole_and_computes_the_same(
+def test_every_folder_loads_strictly_and_computes_the_same(
     build: Callable[..., SwinV2], tmp_path: Path, sizes: dict[str, object]
 ) -> None:
     transformers = pytest.importorskip("transformers")
@@ -148,7 +148,7 @@ def test_a_classifier_has_the_names_of_its_classes(
 
 @peer
 @pytest.mark.parametrize("channels", [1, 3, 5])
-def test_the_lines_in_its_readme_load_it(
+def test_the_readme_example_loads_it(
     build: Callable[..., SwinV2],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -200,7 +200,7 @@ def test_the_lines_in_its_readme_load_it(
         ("window_size", "Swinv2Model's features"),
     ],
 )
-def test_an_export_that_computes_something_else_is_not_kept(
+def test_an_export_that_differs_is_not_kept(
     build: Callable[..., SwinV2],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -251,7 +251,7 @@ def test_every_class_is_compared_on_the_image_given(
 
 
 @peer
-def test_an_encoder_of_half_precision_is_compared_in_full(
+def test_a_half_precision_encoder_is_compared_in_float32(
     build: Callable[..., SwinV2], tmp_path: Path
 ) -> None:
     pytest.importorskip("transformers")
@@ -279,7 +279,7 @@ def test_auto_model_and_the_image_processor_load(
     torch.testing.assert_close(prepared[0], expected.permute(2, 0, 1), rtol=1e-5, atol=1e-5)
 
 
-def test_writing_needs_no_transformers(tmp_path: Path) -> None:
+def test_export_needs_no_transformers(tmp_path: Path) -> None:
     program = """
 import sys
 sys.modules["transformers"] = None  # as if it were not installed
@@ -307,9 +307,7 @@ export_transformers(SwinV2(config), sys.argv[1], mean=(0.5,) * 3, std=(0.5,) * 3
     }
 
 
-def test_an_earlier_export_is_replaced_and_nothing_else(
-    build: Callable[..., SwinV2], tmp_path: Path
-) -> None:
+def test_only_an_earlier_export_is_replaced(build: Callable[..., SwinV2], tmp_path: Path) -> None:
     path = export_transformers(build(), tmp_path / "export", mean=MEAN, std=STD)
     export_transformers(build(window_size=4), path, mean=MEAN, std=STD)
     assert json.loads((path / "config.json").read_text())["window_size"] == 4
@@ -325,9 +323,7 @@ def test_an_earlier_export_is_replaced_and_nothing_else(
 
 
 @peer
-def test_a_tensor_that_transformers_does_not_expect_is_found(
-    build: Callable[..., SwinV2], tmp_path: Path
-) -> None:
+def test_an_unexpected_tensor_is_refused(build: Callable[..., SwinV2], tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     path = export_transformers(build(), tmp_path / "export", mean=MEAN, std=STD)
     check_transformers_export(path)
@@ -339,7 +335,7 @@ def test_a_tensor_that_transformers_does_not_expect_is_found(
         check_transformers_export(path)
 
 
-def test_recorded_windows_are_handed_on(build: Callable[..., SwinV2]) -> None:
+def test_recorded_windows_are_exported(build: Callable[..., SwinV2]) -> None:
     encoder = build(image_size=192, window_size=12)
     assert transformers_config(encoder)["pretrained_window_sizes"] == [0, 0, 0, 0]
     encoder.set_input(image_size=256, window_size=16)
@@ -360,7 +356,7 @@ def test_recorded_windows_are_handed_on(build: Callable[..., SwinV2]) -> None:
         ),
     ],
 )
-def test_what_transformers_cannot_compute_is_refused(
+def test_an_encoder_unsupported_by_transformers_is_refused(
     build: Callable[..., SwinV2], tmp_path: Path, sizes: dict[str, object], reason: str
 ) -> None:
     with pytest.raises(BridgeError, match=reason):

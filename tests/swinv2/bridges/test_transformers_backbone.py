@@ -1,4 +1,4 @@
-"""Dense heads of transformers on our encoder, with its pretrained weights."""
+"""Dense heads of transformers train on the encoder with its pretrained weights."""
 
 import copy
 import pickle
@@ -56,7 +56,9 @@ def assert_trains(encoder: nn.Module, loss: Tensor) -> None:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (70, 90)])
-def test_maps_are_the_encoders_with_a_norm_each(build: Build, size: tuple[int, int]) -> None:
+def test_maps_are_the_normalised_features_of_the_encoder(
+    build: Build, size: tuple[int, int]
+) -> None:
     encoder = build(extra_norm_every=2, window_size=(8, 4))
     backbone = build_backbone(encoder).eval()
     images = draw(2, 3, *size)
@@ -76,7 +78,7 @@ def test_maps_are_the_encoders_with_a_norm_each(build: Build, size: tuple[int, i
     assert backbone(images, return_dict=False)[0][0].shape == output.feature_maps[0].shape
 
 
-def test_names_and_indices_choose_maps(build: Build) -> None:
+def test_maps_are_selected_by_name_or_index(build: Build) -> None:
     encoder = build()
     images = draw(1, 3, 64, 64)
     backbone = build_backbone(encoder, out_features=["stem", "stage3"]).eval()
@@ -96,7 +98,7 @@ def test_names_and_indices_choose_maps(build: Build) -> None:
         backbone(images, output_attentions=True)
 
 
-def test_it_is_saved_and_loaded_as_a_model_of_transformers(
+def test_it_is_saved_and_loaded_by_transformers(
     build: Build, tmp_path: Path, transformers: Any, assert_same_weights: Callable[..., None]
 ) -> None:
     from swinv2.bridges.transformers_backbone import SwinV2Backbone
@@ -118,7 +120,7 @@ def test_it_is_saved_and_loaded_as_a_model_of_transformers(
             assert torch.equal(one, two)
 
 
-def test_a_fresh_one_starts_as_our_encoder_does(transformers: Any, build: Build) -> None:
+def test_fresh_weights_are_initialised_as_the_encoders(transformers: Any, build: Build) -> None:
     config = build_backbone(build(), out_features=STAGES).config
     backbone = transformers.AutoBackbone.from_config(config)
     encoder = backbone.encoder
@@ -134,7 +136,7 @@ def test_a_fresh_one_starts_as_our_encoder_does(transformers: Any, build: Build)
     assert 0.015 < float(encoder.merges[0].reduction.weight.detach().std()) < 0.025
 
 
-def test_a_norm_that_a_folder_lacks_starts_afresh(build: Build, tmp_path: Path) -> None:
+def test_a_norm_missing_in_a_folder_is_initialised(build: Build, tmp_path: Path) -> None:
     from swinv2.bridges.transformers_backbone import SwinV2Backbone
 
     saved = build_backbone(build(), out_features=STAGES[3:])
@@ -231,7 +233,7 @@ def test_detr_trains_on_it(build: Build, transformers: Any, family: str, whole: 
     assert_trains(encoder, output.loss if whole else loss)
 
 
-def test_without_transformers_it_says_what_to_install() -> None:
+def test_a_missing_transformers_is_reported_with_its_remedy() -> None:
     program = """
 import sys
 sys.modules["transformers"] = None  # as if it were not installed

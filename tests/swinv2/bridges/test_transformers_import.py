@@ -1,4 +1,4 @@
-"""Folders of transformers: each class is read whole, and what we are not is refused by name."""
+"""Import of every class of transformers: round trips, sizes and defaults."""
 
 import json
 from collections.abc import Callable
@@ -188,7 +188,7 @@ CLASSES = [
 @peer
 @pytest.mark.parametrize("stored", ["safetensors", "shards", "pickle"])
 @pytest.mark.parametrize("name", CLASSES)
-def test_what_save_pretrained_wrote_is_read(tmp_path: Path, name: str, stored: str) -> None:
+def test_folders_of_save_pretrained_are_imported(tmp_path: Path, name: str, stored: str) -> None:
     transformers = pytest.importorskip("transformers")
     transformers.utils.logging.disable_progress_bar()
     model: Any = peer_model(transformers, name)
@@ -230,7 +230,7 @@ def test_what_save_pretrained_wrote_is_read(tmp_path: Path, name: str, stored: s
 
 
 @peer
-def test_windows_of_zero_are_the_present_ones(tmp_path: Path) -> None:
+def test_windows_of_zero_mean_the_present_ones(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     model: Any = peer_model(transformers, "Swinv2Model", pretrained_window_sizes=[6, 0, 3])
     model.save_pretrained(tmp_path)
@@ -242,7 +242,7 @@ def test_windows_of_zero_are_the_present_ones(tmp_path: Path) -> None:
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
 
 
-def test_a_changed_config_is_not_overruled_by_what_was_recorded(exported: Path) -> None:
+def test_an_edited_config_overrides_the_stored_one(exported: Path) -> None:
     change(exported, drop_path_rate=0.3, pretrained_window_sizes=[4, 4, 4, 2])
     config = import_transformers(exported).encoder.config
     assert config.drop_path == 0.3
@@ -252,7 +252,9 @@ def test_a_changed_config_is_not_overruled_by_what_was_recorded(exported: Path) 
 
 
 @pytest.mark.parametrize("folder", [".", "masked-image-modeling", "image-classification"])
-def test_the_tensors_tell_the_class_where_the_config_does_not(exported: Path, folder: str) -> None:
+def test_the_class_follows_from_the_tensors_if_the_config_lacks_it(
+    exported: Path, folder: str
+) -> None:
     change(exported / folder, architectures=None)
     imported = import_transformers(exported / folder)
     assert (imported.head is not None) == (folder == "masked-image-modeling")
@@ -267,7 +269,7 @@ def test_a_config_without_fields_has_the_defaults_of_transformers() -> None:
 
 
 @peer
-def test_those_defaults_are_those_of_the_installed_transformers() -> None:
+def test_the_defaults_equal_the_installed_transformers() -> None:
     from swinv2.bridges.transformers_layout import _DEFAULTS
 
     transformers = pytest.importorskip("transformers")

@@ -1,4 +1,4 @@
-"""Folders of transformers that are not whole, or of what we are not, are refused by name."""
+"""Incomplete folders of transformers, and unsupported models, are refused by name."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def change(folder: Path, **fields: object) -> None:
     (folder / "config.json").write_text(json.dumps(content))
 
 
-def test_what_contradicts_the_folder_is_refused(exported: Path) -> None:
+def test_sizes_that_contradict_the_folder_are_refused(exported: Path) -> None:
     assert import_transformers(exported, image_size=64, window_size=8, mean=STD).mean == STD
     with pytest.raises(BridgeError, match=r"image_size is \(96, 96\).* its config.json"):
         import_transformers(exported, image_size=96)
@@ -69,7 +69,7 @@ def test_every_tensor_that_does_not_fit_is_named(exported: Path, folder: str, st
         ("image-classification", "swinv2.layernorm.bias"),
     ],
 )
-def test_a_model_has_to_be_whole(exported: Path, folder: str, lost: str) -> None:
+def test_missing_tensors_are_named(exported: Path, folder: str, lost: str) -> None:
     file = exported / folder / "model.safetensors"
     tensors = load_file(file)
     del tensors[lost]
@@ -113,7 +113,7 @@ def test_a_pickle_that_runs_code_is_refused(exported: Path, malicious: tuple[Pat
         ({"image_size": 96}, r"window_size 8 this encoder computes something else(.|\n)*padding"),
     ],
 )
-def test_a_config_that_we_cannot_be_is_refused(
+def test_an_unsupported_config_is_refused(
     exported: Path, fields: dict[str, Any], message: str
 ) -> None:
     change(exported, **fields)
@@ -121,7 +121,7 @@ def test_a_config_that_we_cannot_be_is_refused(
         import_transformers(exported)
 
 
-def test_all_fields_that_do_not_fit_are_listed(exported: Path) -> None:
+def test_all_unsupported_fields_are_listed(exported: Path) -> None:
     change(exported, hidden_act="relu", qkv_bias=False)
     with pytest.raises(BridgeError) as caught:
         import_transformers(exported)
@@ -129,7 +129,7 @@ def test_all_fields_that_do_not_fit_are_listed(exported: Path) -> None:
     assert "qkv_bias" in str(caught.value)
 
 
-def test_the_stride_of_the_decoder_matters_where_there_is_one(exported: Path) -> None:
+def test_the_encoder_stride_is_checked_if_there_is_a_decoder(exported: Path) -> None:
     for folder in (exported, exported / "masked-image-modeling"):
         change(folder, encoder_stride=16)
     assert import_transformers(exported)
@@ -145,7 +145,7 @@ def test_the_stride_of_the_decoder_matters_where_there_is_one(exported: Path) ->
         ({"image_mean": [0.5]}, "mean is .0.5. and the images have 3 channels"),
     ],
 )
-def test_a_processor_that_we_cannot_follow_is_refused(
+def test_an_unsupported_image_processor_is_refused(
     exported: Path, fields: dict[str, Any], message: str
 ) -> None:
     file = exported / "preprocessor_config.json"
@@ -179,7 +179,7 @@ def test_other_models_of_transformers_are_refused(
         import_transformers(tmp_path)
 
 
-def test_layouts_are_sent_to_their_own_format(
+def test_other_layouts_name_their_format(
     build: Build, tmp_path: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for read in (import_reference, import_timm):
@@ -193,13 +193,13 @@ def test_layouts_are_sent_to_their_own_format(
         import_transformers(exported)
 
 
-def test_an_encoder_directory_is_no_folder_of_transformers(build: Build, tmp_path: Path) -> None:
+def test_an_encoder_directory_is_refused(build: Build, tmp_path: Path) -> None:
     save_encoder(build(), tmp_path / "ours", mean=MEAN, std=STD)
     with pytest.raises(BridgeError, match="load_encoder"):
         import_transformers(tmp_path / "ours")
 
 
-def test_a_folder_that_is_not_whole_is_refused(exported: Path, tmp_path: Path) -> None:
+def test_missing_files_are_named(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(BridgeError, match=r"config.json does not exist: give a folder"):
         import_transformers(tmp_path / "nowhere")
     (exported / "model.safetensors").unlink()
