@@ -353,12 +353,12 @@ def test_a_tensor_that_does_not_fit_is_named(
 @pytest.mark.parametrize(
     ("spoilt", "reason"),
     [
-        (torch.full((64,), torch.nan), "some that are not finite"),
-        (torch.full((64,), torch.inf, dtype=torch.float16), "some that are not finite"),
-        (torch.ones(64, dtype=torch.int64), r"torch\.int64"),
-        (torch.ones(64, dtype=torch.complex64), r"torch\.complex64"),
-        (torch.ones(64).to_sparse(), "none in plain memory"),
-        (torch.ones(64, device="meta"), "none in plain memory"),
+        (torch.full((64,), torch.nan), "values that are not finite"),
+        (torch.full((64,), torch.inf, dtype=torch.float16), "values that are not finite"),
+        (torch.ones(64, dtype=torch.int64), r".*torch\.int64"),
+        (torch.ones(64, dtype=torch.complex64), r".*torch\.complex64"),
+        (torch.ones(64).to_sparse(), "not stored as plain values"),
+        (torch.ones(64, device="meta"), "not stored as plain values"),
     ],
     ids=["nan", "inf", "whole", "complex", "sparse", "meta"],
 )
@@ -427,8 +427,8 @@ def test_files_that_are_not_checkpoints_are_refused(build: Build, tmp_path: Path
     [
         ({"window_size": (8, 4)}, "not square"),
         ({"image_size": (64, 96), "window_size": 16}, "from the shorter one"),
-        ({"image_size": 66}, "whole patches"),
-        ({"image_size": 80}, "merges no odd maps"),
+        ({"image_size": 66}, "multiple of the patch size"),
+        ({"image_size": 80}, "odd maps"),
         ({"image_size": 96, "window_size": 7}, "padding that fills"),
         ({"extra_norm_every": 2}, "norm after every 2 blocks"),
     ],

@@ -102,9 +102,9 @@ def test_a_pickle_that_runs_code_is_refused(exported: Path, malicious: tuple[Pat
         ({"layer_norm_eps": 1e-6}, "layer_norm_eps is 1e-06, and this encoder has 1e-05"),
         ({"hidden_dropout_prob": 0.1}, "hidden_dropout_prob is 0.1.*write 0.0"),
         ({"attention_probs_dropout_prob": 0.1}, "attention_probs_dropout_prob is 0.1"),
-        ({"pretrained_window_sizes": [4, 4, 4, 1]}, "divides by one less: write 2 for 1"),
-        ({"pretrained_window_sizes": [4, 4]}, "names 2 of 4 stages"),
-        ({"patch_size": [4, 8]}, r"patch_size is \[4, 8\], and patches here are square"),
+        ({"pretrained_window_sizes": [4, 4, 4, 1]}, "pretrained_window_sizes.*write 2"),
+        ({"pretrained_window_sizes": [4, 4]}, "2 of 4 stages"),
+        ({"patch_size": [4, 8]}, r"patch_size is \[4, 8\], .*square"),
         ({"num_heads": [1, 1, 2, 3]}, "num_heads"),
         ({"embed_dim": "eight"}, "cannot be used"),
         ({"architectures": ["Swinv2ForDepth"]}, "Swinv2ForDepth.*give a folder of one of"),
@@ -142,7 +142,7 @@ def test_the_encoder_stride_is_checked_if_there_is_a_decoder(exported: Path) -> 
     [
         ({"do_normalize": False}, "do_normalize is false"),
         ({"rescale_factor": 1.0}, "rescale_factor 1.0"),
-        ({"image_mean": [0.5]}, "mean is .0.5. and the images have 3 channels"),
+        ({"image_mean": [0.5]}, "mean is .0.5.,? and the images have 3 channels"),
     ],
 )
 def test_an_unsupported_image_processor_is_refused(
