@@ -43,7 +43,8 @@ for the checkpoint of a stop. `python -m simmim.engine.distributed.torchrun` and
 
 def run() -> None:
     """Run the command of this process and exit with its code; see EXIT_CODES."""
-    from simmim.engine.distributed.launcher import is_rank, run_as_rank  # noqa: PLC0415
+    from simmim.engine.distributed.environment import is_rank  # noqa: PLC0415
+    from simmim.engine.distributed.launcher import run_as_rank  # noqa: PLC0415
 
     if is_rank():
         run_as_rank(lambda: main(ends_process=True))

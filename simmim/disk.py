@@ -1,4 +1,4 @@
-"""Files that cannot be written, for a full disk most often: said loudly, and training goes on."""
+"""Failed writes, usually because of a full disk: explain, warn and continue."""
 
 import errno
 import os
@@ -10,11 +10,17 @@ from io import FileIO
 from pathlib import Path
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""What a disk, a quota and a limit on files say when they are full."""
+"""Errors of a full disk, an exceeded quota and a file size limit."""
 
 
 def why_not_written(error: OSError, place: Path, needed: int | None = None) -> str:
-    """Return why something could not be written, with the free and the needed space."""
+    """Return why a file could not be written, with the needed and the free space.
+
+    Args:
+        error: the error of the write.
+        place: folder on the disk.
+        needed: needed space in bytes; None if unknown.
+    """
     reason = error.strerror or str(error)
     room = [] if needed is None else [f"{needed / 2**20:.1f} MiB are needed"]
     if error.errno in FULL:
@@ -23,29 +29,29 @@ def why_not_written(error: OSError, place: Path, needed: int | None = None) -> s
 
 
 def free_bytes(place: Path) -> int:
-    """Return the free space where `place` is, or would be."""
+    """Return the free bytes on the disk of `place`, which need not exist."""
     while not place.exists() and place != place.parent:
         place = place.parent
     return shutil.disk_usage(place).free
 
 
 @contextmanager
-def goes_on_without(what: str, place: Path) -> Iterator[None]:
-    """Within this context a file that cannot be written is warned of, and nothing else."""
+def skip_if_unwritable(what: str, file: Path) -> Iterator[None]:
+    """Turn an OSError within this context into a warning: training continues without the file."""
     try:
         yield
     except OSError as error:
         sys.stderr.write(
-            f"\nWARNING: {what} cannot be written: {why_not_written(error, place.parent)}. Training"
-            " goes on; make room.\n"
+            f"\nWARNING: {what} cannot be written: {why_not_written(error, file.parent)}. Training"
+            " continues; free some space.\n"
         )
 
 
-def append_whole(file: FileIO, line: bytes) -> None:
-    """Append to an open, unbuffered file and wait for the disk; a part of a line is taken back.
+def append_line(file: FileIO, line: bytes) -> None:
+    """Append a line to an open, unbuffered file and flush it to disk; a partial line is removed.
 
     Raises:
-        OSError: there is no room.
+        OSError: the line cannot be written.
     """
     end = file.seek(0, os.SEEK_END)
     try:
@@ -53,5 +59,5 @@ def append_whole(file: FileIO, line: bytes) -> None:
             line = line[file.write(line) :]
         os.fsync(file.fileno())
     except OSError:
-        os.ftruncate(file.fileno(), end)  # half a line would spoil the next one
+        os.ftruncate(file.fileno(), end)  # the next line would be appended to a partial one
         raise

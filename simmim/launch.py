@@ -1,11 +1,11 @@
-"""`accelerate launch` for jobs that nobody watches: it can be told to stop, and says how it ended.
+"""`accelerate launch` for unattended jobs: it passes on stop signals and exit codes.
 
     python -m simmim.launch --config_file jobs/accelerate/one-node.yaml -m simmim pretrain …
 
-The arguments are those of `accelerate launch`, which does the work. By itself that ends with 1
-whatever its processes ended with, so that a scheduler cannot tell a stop on request from a mistake,
-and it dies of the warning that Slurm sends before the time is up, while its processes still write
-their checkpoint.
+The arguments are those of `accelerate launch`, which does the work. On its own it exits with 1
+whatever the exit codes of its processes, so a scheduler cannot distinguish a stop on request from a
+failure, and the warning that Slurm sends before the time limit kills it while its processes still
+write their checkpoint.
 """
 
 import signal
@@ -22,13 +22,13 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 
 from simmim.data.loader.workers import STOP_SIGNALS
-from simmim.engine.distributed.parallelism import NO_DEEPSPEED
-from simmim.engine.distributed.torchrun import code_of, telling_code
+from simmim.engine.distributed.environment import NO_DEEPSPEED
+from simmim.engine.distributed.torchrun import common_exit_code, exit_code_of
 from simmim.engine.exit_codes import STOPPED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Launch what `argv` asks for and return its exit code; 75 where a signal asked it to stop."""
+    """Run `accelerate launch` and return the exit code of its processes, 75 after a stop signal."""
     arguments = launch_command_parser().parse_args(argv)
     if _asks_for_deepspeed(arguments):  # refused here: accelerate ends with a traceback
         sys.stderr.write(f"simmim: {NO_DEEPSPEED}\n")
@@ -37,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in STOP_SIGNALS:
         signal.signal(number, relay)
     try:
-        code = code_of(lambda: launch_command(arguments))  # torchrun, for several processes
-    except subprocess.CalledProcessError as error:  # or a process of accelerate's
-        code = telling_code([error.returncode])
+        code = exit_code_of(lambda: launch_command(arguments))  # several processes: torchrun
+    except subprocess.CalledProcessError as error:  # one process, started by accelerate
+        code = common_exit_code([error.returncode])
     return STOPPED if code and relay.asked else code
 
 
@@ -53,16 +53,16 @@ def _asks_for_deepspeed(arguments: Namespace) -> bool:
 
 
 class StopRelay:
-    """A signal handler that asks the launched processes to stop, however it was asked itself.
+    """Signal handler that passes SIGTERM on to the launched processes, whatever the signal.
 
-    torchrun, where accelerate runs it, puts its own in this one's place.
+    If accelerate runs torchrun, torchrun's own handler replaces it.
     """
 
     def __init__(self) -> None:
         self.asked = False
 
     def __call__(self, _number: int, _frame: FrameType | None) -> None:
-        """Pass SIGTERM on, or end at once if nothing was launched yet."""
+        """Pass SIGTERM on, or exit if nothing was launched yet."""
         self.asked = True
         launched = psutil.Process().children()
         if not launched:

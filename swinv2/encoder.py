@@ -39,6 +39,13 @@ class HierarchicalEncoder(nn.Module):
         return self.config.num_features
 
     @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks of all stages, in order."""
+        return tuple(
+            block for stage in self.stages for block in stage.modules() if isinstance(block, Block)
+        )
+
+    @property
     def strides(self) -> tuple[int, ...]:
         """Pixels between neighbouring tokens of each stage."""
         return self.config.strides

@@ -20,14 +20,14 @@ from simmim.doctor.pace import check_pace
 from simmim.doctor.plan import check_plan
 from simmim.doctor.shards import check_shards, check_workers
 from simmim.engine.checkpoint.directory import find_checkpoint
-from simmim.engine.checkpoint.saver import fitting_state
+from simmim.engine.checkpoint.resume import resumable_state
+from simmim.engine.devices import build_accelerator
+from simmim.engine.distributed.environment import check_parallelism, requested_cpu_processes
 from simmim.engine.distributed.launcher import (
+    end_processes,
     end_with_launcher,
-    requested_cpu_processes,
     start_processes,
 )
-from simmim.engine.distributed.parallelism import check_parallelism, end_processes
-from simmim.engine.loop import build_accelerator
 from simmim.engine.run import RunFolder
 from simmim.recipe import RecipeError, load, read_values
 from simmim.tasks.all_tasks import TaskStage, task_named
@@ -186,7 +186,7 @@ def check_run(run: RunFolder, stage: TaskStage, resume: str | None) -> Check:
     run.check(stage.recipe, resume=resume is not None, checkpoint=checkpoint)
     if checkpoint is None:
         return Check(name="run folder", verdict="ok", found=f"training begins in {run.path}")
-    step = fitting_state(checkpoint, stage, allow_changes=False).step
+    step = resumable_state(checkpoint, stage, allow_changes=False).step
     found = f"training goes on in {run.path} from {checkpoint}, after step {step:,}"
     return Check(name="run folder", verdict="ok", found=found)
 

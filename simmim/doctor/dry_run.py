@@ -11,9 +11,10 @@ from accelerate import Accelerator
 
 from simmim.data.loader.batch import Batch
 from simmim.doctor.checks import Check, problem
-from simmim.engine.distributed.parallelism import trains_in_shards
-from simmim.engine.loop import prepare, training_step
-from simmim.engine.monitor.memory import host_peak, memory_in_use
+from simmim.engine.devices import prepare
+from simmim.engine.distributed.sharding import trains_in_shards
+from simmim.engine.loop import training_step
+from simmim.engine.monitor.hardware import host_peak, memory_in_use
 from simmim.engine.optimizer import set_learning_rate
 from simmim.engine.stage import Stage
 

@@ -4,14 +4,14 @@ import math
 import os
 from collections.abc import Iterator
 
-import psutil
 import torch
 
 from simmim.data.settings import DataSettings
 from simmim.doctor.checks import Check
 from simmim.doctor.dry_run import Speed
+from simmim.engine.distributed.environment import available_cores
+from simmim.engine.monitor.hardware import device_peak, utilisation
 from simmim.engine.monitor.progress import duration
-from simmim.engine.monitor.utilisation import device_peak, utilisation
 from simmim.tasks.all_tasks import TaskStage
 from simmim.tasks.recipe import TaskRecipe
 
@@ -53,8 +53,8 @@ def check_data_speed(recipe: TaskRecipe, speed: Speed, world: int) -> Check:
     if speed.data >= ENOUGH * speed.compute:
         return Check(name="data speed", verdict="ok", found=found)
     wanted = math.ceil(max(workers, 1) * ENOUGH * speed.compute / speed.data)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count()
-    possible = max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    cores = available_cores()
+    possible = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     smaller = "Smaller files are read faster"
     if isinstance(recipe.data, DataSettings):
         smaller = "Smaller images are read faster: `data-prep shard --short-side`"

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from simmim.doctor.checks import Check
+from simmim.engine.monitor.hardware import measured_peak
 from simmim.engine.monitor.tracking import chosen_trackers
-from simmim.engine.monitor.utilisation import measured_peak
 from simmim.engine.settings import TrainingSettings
 from simmim.tasks.recipe import TaskRecipe
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import psutil
 from PIL import Image, UnidentifiedImageError
 
 from data_prep.format.manifest import ShardEntry
@@ -23,6 +22,7 @@ from simmim.data.order.source import DataError
 from simmim.data.settings import AugmentedDataSettings
 from simmim.data.transforms.decoding import ARRAY_EXTENSION, decode_pixels
 from simmim.doctor.checks import Check
+from simmim.engine.distributed.environment import available_cores
 
 CHECKSUM_BYTES = 2**31
 """Larger shards are not read whole. Of each set three are: first, middle and last."""
@@ -286,8 +286,7 @@ def _listed(values: np.ndarray | tuple[float, ...]) -> str:
 
 def check_workers(workers: int) -> Check:
     """Hold the worker processes of this machine against its cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count()
-    cores = cores or 1
+    cores = available_cores()
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     found = f"{workers} for each of {ranks} processes on {cores} cores"
     if workers * ranks > cores:

@@ -1,4 +1,4 @@
-"""AdamW and its parameter groups: what decays, and how fast each layer learns."""
+"""AdamW and its parameter groups: weight decay and layer-wise learning rates."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from simmim.engine.checkpoint.sharded_state import is_sharded
 from simmim.engine.settings import OptimizerSettings
 
 EXCLUDED_FROM_DECAY = ("position_bias", "logit_scale", "mask_token")
-"""Parts of names that never decay, whatever their shape."""
+"""Components of the names of parameters that never decay, whatever their shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class ParameterGroup:
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Tell whether weight decay applies to a parameter."""
+    """Return whether weight decay applies to a parameter."""
     parts = name.split(".")
     return parameter.ndim > 1 and not any(part in EXCLUDED_FROM_DECAY for part in parts)
 
@@ -32,13 +32,13 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 def layer_of(name: str, depths: tuple[int, ...]) -> int:
     """Return the layer of a parameter, for layer-wise learning-rate decay.
 
-    Patch embedding and mask token are layer 0, blocks count from 1 over all stages, a patch
-    merging belongs to the last block before it, and whatever comes after the stages (the final
-    norm and the heads) is the top layer, sum(depths) + 1. The numbering is the SimMIM code's.
+    Patch embedding and mask token are layer 0, blocks are counted from 1 over all stages, a patch
+    merging belongs to the last block before it, and everything after the stages (the final norm and
+    the heads) is the top layer, sum(depths) + 1. The numbering is that of the SimMIM code.
 
     Args:
         name: dotted name, with or without a prefix before the encoder's own name.
-        depths: blocks of each stage.
+        depths: number of blocks of each stage.
     """
     parts = name.split(".")
     if "patch_embed" in parts or "mask_token" in parts:
@@ -64,16 +64,16 @@ def layer_of(name: str, depths: tuple[int, ...]) -> int:
 def parameter_groups(
     model: nn.Module, optimizer: OptimizerSettings, depths: tuple[int, ...]
 ) -> list[ParameterGroup]:
-    """Sort the trainable parameters of `model` into groups; each is in exactly one.
+    """Return the groups of the trainable parameters of `model`; each parameter is in exactly one.
 
     Raises:
-        ValueError: an exclusion of the encoder matches nothing, so a name must have changed.
+        ValueError: an exclusion from decay matches no parameter: a name must have changed.
     """
     top = sum(depths) + 1
     parameters = dict(model.named_parameters())
     for excluded in ("position_bias", "logit_scale"):
         if not any(excluded in name.split(".") for name in parameters):
-            raise ValueError(f"no parameter is named {excluded}; weight decay would reach it.")
+            raise ValueError(f"no parameter is named {excluded}, which weight decay must exclude.")
     members: dict[tuple[float, float], list[str]] = {}
     for name, parameter in parameters.items():
         if not parameter.requires_grad:
@@ -90,12 +90,12 @@ def parameter_groups(
 def build_optimizer(
     model: nn.Module, optimizer: OptimizerSettings, groups: list[ParameterGroup]
 ) -> torch.optim.Optimizer:
-    """Build the optimiser over `groups`; AdamW is fused where the parameters are on a CUDA device.
+    """Build the optimiser over `groups`; AdamW is fused if the parameters are on a CUDA device.
 
-    Its state knows the names of the parameters, for `load_optimizer` of a checkpoint.
+    Its groups hold the names of the parameters, by which checkpoints store its state.
 
     Raises:
-        ValueError: its library is not installed, or it cannot take parameters in shards.
+        ValueError: its library is not installed, or it does not support sharded parameters.
     """
     parameters = dict(model.named_parameters())
     named = [
@@ -110,8 +110,8 @@ def build_optimizer(
     if optimizer.name == "adamw_8bit":
         if is_sharded(model):
             raise ValueError(
-                "training.optimizer.name adamw_8bit cannot take weights in shards: use adamw, "
-                "whose state FSDP shards too, or leave out FSDP."
+                "training.optimizer.name adamw_8bit does not support sharded weights: use adamw, "
+                "whose state FSDP shards too, or train without FSDP."
             )
         in_8_bits: torch.optim.Optimizer = _adamw_8bit()(named, **shared)
         return in_8_bits
@@ -124,7 +124,7 @@ def _adamw_8bit() -> Any:
         from bitsandbytes.optim import AdamW8bit  # noqa: PLC0415 (an extra)
     except ImportError:
         raise ValueError(
-            "training.optimizer.name adamw_8bit needs bitsandbytes: pip install 'simmim[8bit]'"
+            "training.optimizer.name adamw_8bit needs bitsandbytes: pip install 'simmim[8bit]'."
         ) from None
     return AdamW8bit
 
@@ -132,16 +132,16 @@ def _adamw_8bit() -> Any:
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, learning_rate: Callable[[float], float]
 ) -> None:
-    """Set the learning rate of every group to `learning_rate` of the group's factor."""
+    """Set the learning rate of every group to `learning_rate(lr_factor of the group)`."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(group["lr_factor"])
 
 
-def depth_table(model: nn.Module, groups: list[ParameterGroup], depths: tuple[int, ...]) -> str:
-    """Return a table of layers for a person to check: learning-rate factor and numbers trained.
+def layer_table(model: nn.Module, groups: list[ParameterGroup], depths: tuple[int, ...]) -> str:
+    """Return a table of layers: learning-rate factor and number of trained parameters.
 
-    Position bias and logit scale, which names are matched for, have columns of their own, and the
-    last one has the modules that are in no block.
+    Position bias and logit scale, which are identified by name, have columns of their own; the last
+    column names the modules outside the blocks.
     """
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
     rows: dict[int, list[tuple[str, float]]] = {}
@@ -162,6 +162,6 @@ def depth_table(model: nn.Module, groups: list[ParameterGroup], depths: tuple[in
 
 
 def _outermost(name: str) -> str:
-    """Return what of a model a parameter outside the blocks belongs to; empty for one in them."""
+    """Return the outermost module of a parameter outside the blocks; empty for one in a block."""
     parts = name.removeprefix("model.").removeprefix("encoder.").split(".")
     return "" if parts[0] in ("stages", "merges") else parts[0]

@@ -1,4 +1,4 @@
-"""The run folder: where a training keeps its recipe, metrics, checkpoints, pictures and encoder."""
+"""Run folder: recipe, metrics, checkpoints, pictures and encoder of a training."""
 
 import errno
 import fcntl
@@ -11,15 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.format.atomic import atomic_write_text
-from simmim.disk import append_whole, goes_on_without
-from simmim.engine.checkpoint.directory import RECIPE_FILE, discard_all, remove_later_checkpoints
+from simmim.disk import append_line, skip_if_unwritable
+from simmim.engine.checkpoint.directory import (
+    RECIPE_FILE,
+    discard_all,
+    remove_later_checkpoints,
+)
 from simmim.recipe import differences, read_values, to_values, to_yaml
 
 LOCK = ".lock"
-"""File in the run folder that the process which writes there has locked."""
+"""File in the run folder that is locked by the process that writes there."""
 
 FREE_TO_CHANGE = (
-    "data.shards",  # they may have moved; `saving.fitting_state` compares what they hold
+    "data.shards",  # they may have moved; `resumable_state` compares their digest
     "data.workers",
     "data.max_bad_share",
     "data.remote",
@@ -41,53 +45,53 @@ FREE_TO_CHANGE = (
     "training.trackers",
     "probe",
 )
-"""Recipe keys and sections that may differ on resume: they change no batch and no schedule."""
+"""Recipe keys and sections that may change on resume: they affect neither batches nor schedule."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
-    """The paths of one run, and what may be done with them."""
+    """Paths and files of one run."""
 
     path: Path
 
     @property
     def recipe(self) -> Path:
-        """The resolved recipe, every default written out."""
+        """The resolved recipe, with all defaults."""
         return self.path / "recipe.yaml"
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line, a line for each logged step."""
+        """Figures of each logged step, one JSON object per line."""
         return self.path / "metrics.jsonl"
 
     @property
     def bad_samples(self) -> Path:
-        """One JSON object a line, a line for each sample that was replaced or left out."""
+        """Samples that were replaced or left out, one JSON object per line."""
         return self.path / "bad_samples.jsonl"
 
     @property
     def anomalies(self) -> Path:
-        """One JSON object a line: the steps that were skipped, and the samples in them."""
+        """Skipped steps and their samples, one JSON object per line."""
         return self.path / "anomalies.jsonl"
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of `step-00001000/` folders."""
+        """Folder of the checkpoints `step-00001000/`."""
         return self.path / "checkpoints"
 
     @property
     def reconstructions(self) -> Path:
-        """The folder of `step-….png` pictures."""
+        """Folder of the pictures `step-….png`."""
         return self.path / "reconstructions"
 
     @property
     def environment(self) -> Path:
-        """The machine and the versions of what it is trained with."""
+        """Machine and versions that the run was trained with."""
         return self.path / "environment.json"
 
     @property
     def report(self) -> Path:
-        """The page that shows all of the run."""
+        """HTML report of the run."""
         return self.path / "report.html"
 
     @property
@@ -103,20 +107,20 @@ class RunFolder:
         checkpoint: Path | None = None,
         allow_changes: bool = False,
     ) -> dict[str, str]:
-        """Refuse to mix runs, before anything is written.
+        """Check, before anything is written, that this folder can be used.
 
         Args:
-            recipe: what is to be trained.
-            resume: whether to go on with what is there.
-            checkpoint: from which, where there is one; its recipe is the one to compare with.
-            allow_changes: let the recipe differ in anything.
+            recipe: the recipe to train.
+            resume: whether to resume the run that is there.
+            checkpoint: checkpoint to resume from, if any; its recipe is the one to compare with.
+            allow_changes: accept any change of the recipe.
 
         Returns:
-            What differs from the saved recipe and was let pass: dotted key → `old → new`.
+            The accepted changes from the saved recipe: dotted key → `old → new`.
 
         Raises:
-            ValueError: the folder holds something and `resume` was not asked for, or the recipe
-                differs from the saved one in what changes the weights.
+            ValueError: the folder is not empty and `resume` is false, or a change of the recipe
+                would change the weights.
         """
         if not resume:
             if self.path.exists() and not (self.path.is_dir() and self._is_empty()):
@@ -142,18 +146,18 @@ class RunFolder:
     def _is_empty(self) -> bool:
         return all(path.name == LOCK for path in self.path.iterdir())
 
-    def lock(self, patience: float = 10.0) -> None:
-        """Keep every other process from writing into the run, until this one ends.
+    def lock(self, timeout: float = 10.0) -> None:
+        """Lock the run folder against other processes until this one ends.
 
         Args:
-            patience: seconds to wait for another to end: ranks outlive a kill by a moment.
+            timeout: seconds to wait for a previous process: ranks outlive a kill by a moment.
 
         Raises:
-            ValueError: another process still writes into the run.
+            ValueError: another process holds the lock.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        deadline = time.monotonic() + patience
-        # Never closed: it is open, and so locked, as long as the process lives.
+        deadline = time.monotonic() + timeout
+        # Never closed, so that the lock lasts as long as the process.
         file = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         while True:
             try:
@@ -171,19 +175,19 @@ class RunFolder:
                 return
 
     def begin(self, recipe: Any, *, step: int) -> None:
-        """Write the recipe, and drop what is of steps after `step`, which will be taken again."""
+        """Write the recipe, and remove checkpoints and metrics of steps after `step`."""
         self.path.mkdir(parents=True, exist_ok=True)
         discard_all(self.checkpoints)
         remove_later_checkpoints(self.checkpoints, step)
         atomic_write_text(self.recipe, to_yaml(recipe))
         if self.metrics.is_file():
-            # Before the first step nothing is kept: what stands at step 0 is written again too.
+            # From step 0 nothing is kept: lines of step 0 are written again, too.
             kept = [line for line in self._metric_lines() if 0 < step >= line["step"]]
             atomic_write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _metric_lines(self) -> list[dict[str, Any]]:
         lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        # A line without its end is one that a kill cut short, or that is being written.
+        # A line without a newline was cut short by a kill, or is being written.
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -191,19 +195,19 @@ class RunFolder:
         return self._metric_lines() if self.metrics.is_file() else []
 
     def log(self, metrics: dict[str, float | int | str]) -> None:
-        """Append one line to `metrics.jsonl`, without what is no finite number: JSON has none."""
+        """Append a line to `metrics.jsonl`, without non-finite numbers, which JSON lacks."""
         metrics = {
             name: value
             for name, value in metrics.items()
             if not isinstance(value, float) or math.isfinite(value)
         }
         with (
-            goes_on_without("a line of metrics", self.metrics),
+            skip_if_unwritable("a line of metrics", self.metrics),
             self.metrics.open("ab", buffering=0) as file,
         ):
-            append_whole(file, json.dumps(metrics).encode() + b"\n")
+            append_line(file, json.dumps(metrics).encode() + b"\n")
 
 
 def _is_free(key: str) -> bool:
-    """Tell whether the dotted key, or a section around it, is in FREE_TO_CHANGE."""
+    """Return whether the dotted key, or a section that contains it, is in FREE_TO_CHANGE."""
     return any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)

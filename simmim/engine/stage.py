@@ -1,4 +1,4 @@
-"""What a job brings to the training loop."""
+"""Stage: what a task supplies to the training loop."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ from simmim.engine.run import RunFolder
 
 
 class Stage(Protocol):
-    """What a job brings to the training loop."""
+    """Model, data and evaluation that a task supplies to the training loop."""
 
     @property
     def recipe(self) -> Any:
@@ -22,23 +22,23 @@ class Stage(Protocol):
 
     @property
     def module(self) -> nn.Module:
-        """Takes a Batch on its device and returns the mean loss over it, a scalar."""
+        """The trained module: takes a Batch on its device, returns the mean loss, a scalar."""
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Blocks of each encoder stage, for layer-wise learning rates."""
+        """Number of blocks of each encoder stage, for layer-wise learning rates."""
 
     @property
     def samples_per_epoch(self) -> int:
-        """Samples that the data order visits in one epoch."""
+        """Number of samples in one epoch of the data order."""
 
     @property
     def flops_per_sample(self) -> int:
-        """Operations of the matrix products in a forward pass over one sample."""
+        """FLOPs of the matrix products in a forward pass over one sample."""
 
     @property
     def data_digest(self) -> str:
-        """Digest of the shards that are trained on."""
+        """Digest of the training data."""
 
     @property
     def training_shards(self) -> SampleSource[Any]:
@@ -46,28 +46,28 @@ class Stage(Protocol):
 
     @property
     def bad_samples(self) -> BadSamples:
-        """The account of samples that could not be read."""
+        """Record of samples that could not be read."""
 
     def batches(self, *, rank: int, world: int, start: int, end: int) -> Iterable[Batch]:
-        """Yield this rank's micro-batches, from `start` to `end` samples of the global stream."""
+        """Yield a rank's micro-batches of samples `start` to `end` of the global stream."""
 
     def baselines(self) -> Mapping[str, float]:
-        """Return losses that need no learning, to be seen beside that of training.
+        """Return losses that are reached without learning, by name, for comparison.
 
-        Called on the main process alone, when the module is on its device.
+        Called only on the main process, once the module is on its device.
         """
 
     def fresh(self) -> "Stage":
-        """Return a stage of the same recipe, with initial weights on the CPU."""
+        """Return a stage of the same recipe with initial weights on the CPU."""
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return figures on held-out data, the same on every rank; empty if there is none."""
+        """Return figures on validation data, the same on every rank; empty if there is none."""
 
     @property
     def best_metric(self) -> str | None:
-        """Name of the figure of `validate` that tells the best checkpoint: the higher the better.
+        """Name of the figure of `validate` that selects the best checkpoint; higher is better.
 
-        None where no figure does.
+        None if no figure does.
         """
 
     @property
@@ -75,13 +75,13 @@ class Stage(Protocol):
         """Steps between probes; None for no probe."""
 
     def probe(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return how well frozen features tell classes apart, the same on every rank."""
+        """Return the accuracy of classifiers on frozen features, the same on every rank."""
 
-    def look(self, accelerator: Accelerator, run: RunFolder, step: int) -> Path | None:
-        """Draw pictures into the run, and return the file; None where there is nothing to see.
+    def visualize(self, accelerator: Accelerator, run: RunFolder, step: int) -> Path | None:
+        """Draw pictures into the run and return the file; None if there is nothing to draw.
 
-        Called on the main process alone.
+        Called only on the main process.
         """
 
-    def hand_on(self, run: RunFolder, step: int, samples: int) -> None:
-        """Write the encoder into the run; called on the main process, at the end."""
+    def export_encoder(self, run: RunFolder, step: int, samples: int) -> None:
+        """Write the encoder directory of the run; called on the main process, at the end."""

@@ -16,9 +16,9 @@ from simmim.engine.checkpoint.directory import (
     chosen_checkpoint,
     complete_checkpoints,
     load_state,
-    read_model,
 )
 from simmim.engine.checkpoint.ema import read_average
+from simmim.engine.checkpoint.resume import read_model
 from simmim.engine.run import RunFolder
 from simmim.recipe import RecipeError, load, read_values, recipe_hash
 from simmim.tasks.all_tasks import FINE_TUNING, task_named

@@ -8,17 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from simmim.disk import append_whole
-from simmim.engine.checkpoint.directory import (
-    RECIPE_FILE,
-    chosen_checkpoint,
-    load_model,
-    load_state,
-)
+from simmim.disk import append_line
+from simmim.engine.checkpoint.directory import RECIPE_FILE, chosen_checkpoint, load_state
 from simmim.engine.checkpoint.ema import load_average
-from simmim.engine.distributed.launcher import end_with_launcher, start_processes
-from simmim.engine.distributed.parallelism import end_processes
-from simmim.engine.loop import build_accelerator
+from simmim.engine.checkpoint.resume import load_model
+from simmim.engine.devices import build_accelerator
+from simmim.engine.distributed.launcher import (
+    end_processes,
+    end_with_launcher,
+    start_processes,
+)
 from simmim.engine.run import RunFolder
 from simmim.recipe import differences, load, read_values, to_values
 from simmim.tasks.all_tasks import task_named
@@ -122,4 +121,4 @@ def _note(run: RunFolder, found: Evaluation, overrides: Sequence[str]) -> None:
         **found.figures,
     }
     with (run.path / EVALUATIONS).open("ab", buffering=0) as file:
-        append_whole(file, json.dumps(line).encode() + b"\n")
+        append_line(file, json.dumps(line).encode() + b"\n")

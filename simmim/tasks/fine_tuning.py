@@ -163,7 +163,7 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
         """Return figures on held-out samples, the same on every rank; empty if there are none."""
 
     @abstractmethod
-    def hand_on(self, run: RunFolder, step: int, samples: int) -> None:
+    def export_encoder(self, run: RunFolder, step: int, samples: int) -> None:
         """Write encoder and head into the run."""
 
     def probe(self, accelerator: Accelerator) -> dict[str, float]:
@@ -175,7 +175,7 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
         """Return nothing, unless some answer without learning has a loss that tells."""
         return {}
 
-    def look(self, accelerator: Accelerator, run: RunFolder, step: int) -> Path | None:
+    def visualize(self, accelerator: Accelerator, run: RunFolder, step: int) -> Path | None:
         """Draw nothing, unless there is something to see."""
         del accelerator, run, step
         return None

@@ -6,19 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from simmim.engine.checkpoint.best import best_checkpoint
-from simmim.engine.checkpoint.directory import find_checkpoint
+from simmim.engine.checkpoint.directory import best_checkpoint, find_checkpoint
+from simmim.engine.devices import build_accelerator
+from simmim.engine.distributed.environment import check_parallelism, requested_cpu_processes
 from simmim.engine.distributed.launcher import (
+    end_processes,
     end_with_launcher,
-    requested_cpu_processes,
     start_processes,
 )
-from simmim.engine.distributed.parallelism import check_parallelism, end_processes
-from simmim.engine.loop import TrainingResult, build_accelerator, train
+from simmim.engine.loop import TrainingResult, train
 from simmim.engine.monitor.tracking import chosen_trackers
 from simmim.engine.run import RunFolder
 from simmim.engine.settings import TrainingSettings
 from simmim.engine.stage import Stage
+from simmim.report.page import write_report
 
 
 class Trains(Protocol):
@@ -84,7 +85,13 @@ def train_recipe(
         run.lock()
     accelerator.wait_for_everyone()
     result = train(
-        stage, run, accelerator, resume, allow_changes=allow_changes, init_from=init_from
+        stage,
+        run,
+        accelerator,
+        resume,
+        allow_changes=allow_changes,
+        init_from=init_from,
+        write_report=write_report,
     )
     if accelerator.is_main_process:
         print_result(result, run)

@@ -22,9 +22,8 @@ import torch
 import data_prep.cli
 from simmim import SimMIM
 from simmim.data.datasets.procedural import draw_images
-from simmim.engine.checkpoint.directory import Contents
-from simmim.engine.checkpoint.saver import Saver
-from simmim.engine.checkpoint.sharded_state import model_pieces, optimizer_pieces
+from simmim.engine.checkpoint.saver import RankContents, Saver
+from simmim.engine.checkpoint.sharded_state import model_shards, optimizer_shards
 from simmim.engine.optimizer import build_optimizer, parameter_groups
 from simmim.engine.settings import OptimizerSettings
 from simmim.recipe import parse
@@ -50,15 +49,15 @@ def trained(variant: str) -> tuple[SimMIM, torch.optim.Optimizer]:
 def measure_stall(variant: str, folder: Path, repeats: int) -> str:
     """Return a line of the table: what a step waits for, and what it would wait for."""
     model, optimizer = trained(variant)
-    contents = Contents(
-        part=0,
-        parts=1,
-        model=model_pieces(model, 0),
-        optimizer=optimizer_pieces(optimizer, 0),
+    contents = RankContents(
+        shard=0,
+        shard_count=1,
+        model=model_shards(model, 0),
+        optimizer=optimizer_shards(optimizer, 0),
         texts={"state.json": "{}"},
     )
-    pieces = [*contents.model.values(), *contents.optimizer.values()]
-    size = sum(piece.rows.numel() * piece.rows.element_size() for piece in pieces)
+    shards = [*contents.model.values(), *contents.optimizer.values()]
+    size = sum(shard.rows.numel() * shard.rows.element_size() for shard in shards)
     saver = Saver(folder, keep_last=1)
     stalls, works, totals = [], [], []
     for step in range(repeats + 1):

@@ -21,7 +21,7 @@ from stand_in import import_with_stand_in
 from torch import Tensor, nn
 
 from simmim import SimMIM
-from simmim.engine.monitor.memory import keep_freed_memory
+from simmim.engine.devices import keep_freed_memory
 from swinv2 import SwinV2, build_encoder
 from swinv2.bridges.timm import timm_arguments
 from swinv2.bridges.transformers_layout import transformers_config

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from simmim.engine.distributed.torchrun import telling_code
+from simmim.engine.distributed.torchrun import common_exit_code
 from simmim.launch import main
 
 EITHER = pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
@@ -90,7 +90,7 @@ def test_the_wish_to_stop_arrives(processes: int, number: signal.Signals, tmp_pa
     ],
 )
 def test_the_code_that_tells_most_is_taken(codes: list[int], code: int) -> None:
-    assert telling_code(codes) == code
+    assert common_exit_code(codes) == code
 
 
 def test_deepspeed_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

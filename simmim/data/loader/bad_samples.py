@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from simmim.data.order.source import DataError
-from simmim.disk import append_whole, goes_on_without
+from simmim.disk import append_line, skip_if_unwritable
 
 MIN_SAMPLES = 1000
 """Fewest samples that the share of bad ones refers to, so that a few early ones are tolerated."""
@@ -100,7 +100,7 @@ class BadSamples:
         if self.path is None or mark in self._named:
             return
         with (
-            goes_on_without("the name of a bad sample", self.path),
+            skip_if_unwritable("the name of a bad sample", self.path),
             self.path.open("ab+", buffering=0) as file,
         ):
             with suppress(OSError):  # a file system without locks
@@ -117,6 +117,6 @@ class BadSamples:
             file.seek(0, os.SEEK_END)
             if mark not in self._named:
                 line = json.dumps(vars(sample), ensure_ascii=False).encode() + b"\n"
-                append_whole(file, line)
+                append_line(file, line)
                 self._named.add(mark)
             self._read = file.tell()

@@ -1,1 +1,1 @@
-"""Checkpoints: what is saved, how, when, and which are kept."""
+"""Checkpoints: what is saved, how and when, which are kept, and the running average."""

@@ -1,7 +1,7 @@
-"""The running average of the weights over training: smoother than the last ones, often better.
+"""Exponential moving average of the weights (EMA).
 
-It is kept as a part of the optimiser's state, one tensor a parameter, and so it is sharded, saved
-and resumed as that is. A parameter without one has never been changed.
+It is kept in the optimiser's state, one tensor per parameter, so it is sharded, saved and resumed
+with that state. A parameter without an average has never been updated.
 """
 
 from collections.abc import Iterator
@@ -12,39 +12,43 @@ import torch
 from torch import Tensor, nn
 
 from simmim.engine.checkpoint.directory import OPTIMIZER
-from simmim.engine.checkpoint.shard_files import Parts
-from simmim.engine.checkpoint.sharded_state import as_dtensor, named_parameters, rows_of
+from simmim.engine.checkpoint.shard_files import ShardFiles
+from simmim.engine.checkpoint.sharded_state import (
+    local_rows,
+    local_tensor,
+    named_parameters,
+)
 
 AVERAGE = "ema"
-"""Name of the average in the state of a parameter."""
+"""Key of the average in the state of a parameter."""
 
 
 @torch.no_grad()
 def update_average(optimizer: torch.optim.Optimizer, decay: float, step: int) -> None:
-    """Move the averages towards the weights, after a step.
+    """Update the averages after an optimiser step.
 
     Args:
-        optimizer: has taken the step; what it has not touched yet has no average.
-        decay: share of the average that stays. In early steps it is (1 + step) / (10 + step), if
-            that is less: else a short training would end with an average of its beginning.
+        optimizer: parameters that it has not updated yet get no average.
+        decay: share of the average that is kept. In early steps it is (1 + step) / (10 + step), if
+            that is less; otherwise the average of a short training would be dominated by its start.
         step: number of the step, from 1.
     """
     decay = min(decay, (1 + step) / (10 + step))
     averages, weights = [], []
     for parameter in named_parameters(optimizer).values():
         state = optimizer.state.get(parameter)
-        if not state:  # without gradients so far, and the optimiser makes its state when it has one
+        if not state:  # no gradient so far: the optimiser creates its state with the first one
             continue
         if AVERAGE not in state:
             state[AVERAGE] = parameter.detach().clone()
-        averages.append(_here(state[AVERAGE]))
-        weights.append(_here(parameter.detach()))
+        averages.append(local_tensor(state[AVERAGE]))
+        weights.append(local_tensor(parameter.detach()))
     if averages:
         torch._foreach_lerp_(averages, weights, 1 - decay)
 
 
 def forget_average(optimizer: torch.optim.Optimizer) -> None:
-    """Drop the averages: they are of no more use where they are not updated."""
+    """Remove the averages from the optimiser's state."""
     for parameter in named_parameters(optimizer).values():
         if parameter in optimizer.state:
             optimizer.state[parameter].pop(AVERAGE, None)
@@ -52,61 +56,53 @@ def forget_average(optimizer: torch.optim.Optimizer) -> None:
 
 @contextmanager
 def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Within, the averages stand in the place of the weights; both are exchanged, not copied.
+    """Swap the averages, if there are any, with the weights within this context.
 
-    Nothing happens where there are none. No step may be taken within.
+    No step may be taken within.
     """
-    _exchange(optimizer)
+    _swap(optimizer)
     try:
         yield
     finally:
-        _exchange(optimizer)
+        _swap(optimizer)
 
 
 @torch.no_grad()
-def _exchange(optimizer: torch.optim.Optimizer) -> None:
+def _swap(optimizer: torch.optim.Optimizer) -> None:
     for parameter in named_parameters(optimizer).values():
         state = optimizer.state.get(parameter)
         if state and AVERAGE in state:
-            weight, average = _here(parameter.detach()), _here(state[AVERAGE])
-            kept = weight.clone()
+            weight, average = local_tensor(parameter.detach()), local_tensor(state[AVERAGE])
+            trained = weight.clone()
             weight.copy_(average)
-            average.copy_(kept)
-
-
-def _here(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor."""
-    sharded = as_dtensor(tensor)
-    if sharded is None:
-        return tensor
-    local: Tensor = sharded.to_local()
-    return local
+            average.copy_(trained)
 
 
 @torch.no_grad()
-def load_average(path: Path, module: nn.Module, below: str = "") -> bool:
-    """Put the averages of a checkpoint in the place of a module's weights.
+def load_average(path: Path, module: nn.Module, prefix: str = "") -> bool:
+    """Replace the weights of a module by the averages in a checkpoint.
 
     Args:
         path: a checkpoint.
-        module: what it is of, or a part of that; each process fills the rows it holds.
-        below: the name of that part, with a dot at the end.
+        module: the trained module, or a submodule; each rank fills the rows it holds.
+        prefix: dotted name of the submodule, with a dot at the end.
 
     Returns:
-        Whether there are any.
+        Whether the checkpoint has averages.
     """
     found = False
-    with Parts(path, OPTIMIZER) as parts:
+    with ShardFiles(path, OPTIMIZER) as files:
         for name, parameter in module.named_parameters():
-            saved = f"{AVERAGE}/{below}{name}"
-            if saved in parts.shapes:
-                _here(parameter.detach()).copy_(parts.read(saved, *rows_of(parameter)))
+            saved = f"{AVERAGE}/{prefix}{name}"
+            if saved in files.shapes:
+                rows = files.read(saved, *local_rows(parameter))
+                local_tensor(parameter.detach()).copy_(rows)
                 found = True
     return found
 
 
 def read_average(path: Path) -> dict[str, Tensor]:
-    """Return the averages of a checkpoint by the names of their parameters; empty without any."""
-    with Parts(path, OPTIMIZER) as parts:
-        names = [name for name in parts.shapes if name.startswith(f"{AVERAGE}/")]
-        return {name.removeprefix(f"{AVERAGE}/"): parts.read(name) for name in names}
+    """Return the averages in a checkpoint by parameter name; empty if there are none."""
+    with ShardFiles(path, OPTIMIZER) as files:
+        names = [name for name in files.shapes if name.startswith(f"{AVERAGE}/")]
+        return {name.removeprefix(f"{AVERAGE}/"): files.read(name) for name in names}

@@ -1,57 +1,142 @@
-"""Checkpoints in the background: a step waits for a copy of the tensors, a thread writes them.
+"""Saving in the background: a step waits for a copy of the tensors, and a thread writes them.
 
-Every process writes what it holds. All agree at the start of a later step that all have written;
-then rank 0 completes the checkpoint, in its thread too, and removes old ones. A write that failed
-on any rank is discarded and told of, and training goes on with the checkpoints it has.
+Every rank writes what it holds. At the start of later steps all ranks agree on whether all have
+finished; then rank 0 completes the checkpoint, in its thread too, and removes old ones. If writing
+failed on any rank the checkpoint is discarded with a warning, and training continues.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from simmim.disk import why_not_written
-from simmim.engine.checkpoint.best import Best, write_best
 from simmim.engine.checkpoint.directory import (
+    MODEL,
+    OPTIMIZER,
     RECIPE_FILE,
-    Contents,
+    SCALARS_FILE,
+    STATE_FILE,
+    Best,
     TrainingState,
     discard,
     finish_checkpoint,
-    load_model,
-    load_optimizer,
-    load_state,
     remove_old_checkpoints,
-    texts_of,
-    write_contents,
+    shard_path,
+    temporary_path,
+    write_best,
 )
-from simmim.engine.checkpoint.ema import load_average
-from simmim.engine.checkpoint.shard_files import Piece
-from simmim.engine.checkpoint.sharded_state import is_sharded, model_pieces, optimizer_pieces
-from simmim.recipe import read_values, to_yaml
+from simmim.engine.checkpoint.shard_files import TensorShard, write_shards
+from simmim.engine.checkpoint.sharded_state import (
+    is_sharded,
+    model_shards,
+    optimizer_scalars,
+    optimizer_shards,
+)
 
 Agree = Callable[[Sequence[int]], list[int]]
-"""Takes one integer or more from every rank, all together, and returns the largest of each."""
+"""Returns the maximum of each integer over all ranks, which must call it together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankContents:
+    """What one rank writes into a checkpoint."""
+
+    shard: int
+    """Number of its shard files."""
+    shard_count: int
+    """Number of ranks that write shard files."""
+    model: Mapping[str, TensorShard]
+    optimizer: Mapping[str, TensorShard]
+    texts: Mapping[str, str]
+    """Content of the other files by name; rank 0 writes them."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
+        shards = [*self.model.values(), *self.optimizer.values()]
+        return sum(shard.rows.nbytes for shard in shards)
+
+
+def rank_contents(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    state: TrainingState,
+    recipe: str,
+) -> RankContents:
+    """Return what this rank writes into the checkpoint of `state`; all ranks call it together.
+
+    The tensors are the trained ones themselves, not copies.
+    """
+    rank = accelerator.process_index
+    if accelerator.scaler is not None:
+        state = replace(state, scaler=accelerator.scaler.state_dict())
+    texts = {
+        SCALARS_FILE: json.dumps(optimizer_scalars(optimizer)),
+        STATE_FILE: json.dumps(asdict(state), indent=2),
+        RECIPE_FILE: recipe,
+    }
+    sharded = is_sharded(module)
+    return RankContents(
+        shard=rank if sharded else 0,
+        shard_count=accelerator.num_processes if sharded else 1,
+        model=model_shards(module, rank),
+        optimizer=optimizer_shards(optimizer, rank),
+        texts=texts if rank == 0 else {},
+    )
+
+
+def write_contents(folder: Path, step: int, contents: RankContents) -> None:
+    """Write what one rank holds to the temporary folder of a checkpoint and flush it to disk.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    temporary = temporary_path(folder, step)
+    temporary.mkdir(parents=True, exist_ok=True)
+    for kind, shards in ((MODEL, contents.model), (OPTIMIZER, contents.optimizer)):
+        file = shard_path(temporary, kind, contents.shard, contents.shard_count)
+        with _naming(file):
+            write_shards(file, shards)
+    for name, text in contents.texts.items():
+        file = temporary / name
+        with _naming(file), file.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{file} cannot be written ({error.strerror}); is the disk full?"
+        ) from error
 
 
 class HostCopies:
-    """Memory of the host that tensors are copied to, kept from one checkpoint to the next."""
+    """Buffers in host memory for the tensors to write, reused from one checkpoint to the next."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
-    def copy(self, pieces: Mapping[str, Piece], prefix: str) -> dict[str, Piece]:
-        """Copy pieces to the host; from a GPU without waiting, so `wait` before reading them."""
+    def copy(self, shards: Mapping[str, TensorShard], prefix: str) -> dict[str, TensorShard]:
+        """Copy shards to the host; copies from a GPU are asynchronous, see `wait`."""
         copied = {}
-        for name, piece in pieces.items():
-            buffer = self._buffer(f"{prefix}/{name}", piece.rows)
-            buffer.copy_(piece.rows, non_blocking=True)
-            copied[name] = replace(piece, rows=buffer)
+        for name, shard in shards.items():
+            buffer = self._buffer(f"{prefix}/{name}", shard.rows)
+            buffer.copy_(shard.rows, non_blocking=True)
+            copied[name] = replace(shard, rows=buffer)
         return copied
 
     def wait(self) -> None:
@@ -69,35 +154,35 @@ class HostCopies:
 
 @dataclass(frozen=True, kw_only=True)
 class SavingOutcome:
-    """How the writing of one checkpoint ended; the same on every rank."""
+    """How the writing of one checkpoint ended."""
 
     step: int
     saved: bool
+    """Whether the checkpoint is complete; the same on every rank."""
     reason: str = ""
-    """Why not, or what failed after it was complete, as this rank knows it."""
+    """Why it is not, or what failed after it was complete, as far as this rank knows."""
 
 
 @dataclass
 class _Writing:
     """A checkpoint that is being written."""
 
-    contents: Contents
+    contents: RankContents
     step: int
     future: "Future[None] | None"
-    """What this rank's thread does; None where it does nothing."""
+    """What this rank's thread is doing; None if nothing."""
     best: Best | None
-    """The best checkpoint by then."""
+    """The best validation so far."""
     completing: bool = False
-    """All ranks have written, and rank 0 completes it."""
-    trouble: str = ""
-    """What failed once it was complete."""
+    """All ranks have written their files, and rank 0 completes the checkpoint."""
+    warning: str = ""
+    """What failed after the checkpoint was complete."""
 
 
 class Saver:
-    """Writes the checkpoints of a run, one at a time.
+    """Writer of the checkpoints of a run, one at a time.
 
-    `heed` is called at every step, on all ranks together, with what they have agreed on; `signs` is
-    what each brings to that.
+    At every step all ranks agree on their `flags` and pass the result to `update`.
     """
 
     def __init__(
@@ -109,15 +194,10 @@ class Saver:
         self._writing: _Writing | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
 
-    @property
-    def is_writing(self) -> bool:
-        """Tell whether a checkpoint is on its way to disk; the same on all ranks."""
-        return self._writing is not None
+    def start(self, step: int, contents: RankContents, best: Best | None = None) -> None:
+        """Copy the tensors of this rank and start writing them; no other write may be in progress.
 
-    def start(self, step: int, contents: Contents, best: Best | None = None) -> None:
-        """Copy what this process holds, and let the thread write it; none may be on its way.
-
-        The checkpoint of `best` is kept once this one is complete, and the run names it then.
+        Once the checkpoint is complete, the one of `best` is kept and named in the run.
         """
         assert self._writing is None
         copied = replace(
@@ -131,7 +211,7 @@ class Saver:
             future = self._thread.submit(write_contents, self.folder, step, copied)
         self._writing = _Writing(contents=copied, step=step, future=future, best=best)
 
-    def signs(self) -> tuple[int, int]:
+    def flags(self) -> tuple[int, int]:
         """Return whether this rank is still writing, and whether its writing failed."""
         future = None if self._writing is None else self._writing.future
         if future is None:
@@ -140,8 +220,12 @@ class Saver:
             return 1, 0
         return 0, int(_failure(future) is not None)
 
-    def heed(self, still_writing: int, failed: int) -> SavingOutcome | None:
-        """Do what follows from the signs of all ranks, the largest of each.
+    def update(self, still_writing: int, failed: int) -> SavingOutcome | None:
+        """Complete or discard the checkpoint, as the flags of all ranks require.
+
+        Args:
+            still_writing: whether any rank is.
+            failed: whether writing failed on any rank.
 
         Returns:
             How a checkpoint ended, once it has; rank 0 has marked it by then.
@@ -165,150 +249,37 @@ class Saver:
                 writing.future = self._thread.submit(self._complete, writing)
             return None
         self._writing = None
-        return SavingOutcome(step=writing.step, saved=True, reason=writing.trouble)
+        return SavingOutcome(step=writing.step, saved=True, reason=writing.warning)
 
     def _complete(self, writing: _Writing) -> None:
-        finish_checkpoint(self.folder, writing.step, writing.contents.parts)
-        kept = None if writing.best is None else writing.best.step
-        trouble = "the best one cannot be named"
+        finish_checkpoint(self.folder, writing.step, writing.contents.shard_count)
+        best_step = None if writing.best is None else writing.best.step
+        warning = "best.json cannot be written"
         try:
             if writing.best is not None:
                 write_best(self.folder.parent, writing.best)
-            trouble = "old checkpoints cannot be removed"
-            remove_old_checkpoints(self.folder, self.keep_last, self.keep_every, kept)
+            warning = "old checkpoints cannot be removed"
+            remove_old_checkpoints(self.folder, self.keep_last, self.keep_every, best_step)
         except OSError as error:
-            writing.trouble = f"{trouble}: {error}"
+            writing.warning = f"{warning}: {error}"
 
     def finish(self, agree: Agree) -> SavingOutcome | None:
-        """Wait for the checkpoint that is on its way; all ranks must call it together."""
+        """Wait for the checkpoint in progress, if any; all ranks must call this together."""
         outcome = None
         while self._writing is not None:
             if self._writing.future is not None:
                 self._writing.future.exception()  # waits
-            outcome = self.heed(*agree(self.signs()))
+            outcome = self.update(*agree(self.flags()))
         return outcome
 
     def close(self) -> None:
-        """End the thread, after what it is doing."""
+        """Stop the thread once it has finished its work."""
         self._thread.shutdown(wait=True)
 
 
 def _failure(future: "Future[None]") -> OSError | None:
-    """Return why a thread that has ended could not write.
-
-    What is no mistake of the disk's is raised: one in this code must not pass for a full disk.
-    """
+    """Return the OSError that ended a thread's work; raise any other error: it is a bug."""
     error = future.exception()
     if error is not None and not isinstance(error, OSError):
         raise error
     return error
-
-
-AnyStage = TypeVar("AnyStage", bound="Trained")
-
-
-class Trained(Protocol):
-    """What of a stage is saved and restored; see `simmim.engine.loop.Stage`."""
-
-    @property
-    def recipe(self) -> Any:
-        """The recipe, with its training settings."""
-
-    @property
-    def module(self) -> nn.Module:
-        """What is trained."""
-
-    @property
-    def data_digest(self) -> str:
-        """Digest of the shards that are trained on."""
-
-    def fresh(self) -> Any:
-        """Return a stage of the same recipe, with initial weights on the CPU."""
-
-
-def contents_of(
-    stage: Trained,
-    accelerator: Accelerator,
-    optimizer: torch.optim.Optimizer,
-    state: TrainingState,
-) -> Contents:
-    """Return what this process writes into the checkpoint of `state`; all ranks call it together.
-
-    Its tensors are the ones that are trained, where they are.
-    """
-    rank = accelerator.process_index
-    if accelerator.scaler is not None:
-        state = replace(state, scaler=accelerator.scaler.state_dict())
-    sharded = is_sharded(stage.module)
-    return Contents(
-        part=rank if sharded else 0,
-        parts=accelerator.num_processes if sharded else 1,
-        model=model_pieces(stage.module, rank),
-        optimizer=optimizer_pieces(optimizer, rank),
-        texts=texts_of(optimizer, state, to_yaml(stage.recipe)) if rank == 0 else {},
-    )
-
-
-def restore(
-    path: Path,
-    stage: Trained,
-    accelerator: Accelerator,
-    optimizer: torch.optim.Optimizer,
-    *,
-    allow_changes: bool,
-) -> TrainingState:
-    """Load a checkpoint into what is trained, whatever number of processes wrote it.
-
-    Raises:
-        ValueError: it is of another model or does not fit, or cannot be read.
-    """
-    state = fitting_state(path, stage, allow_changes=allow_changes)
-    load_model(path, stage.module)
-    load_optimizer(path, optimizer)
-    if accelerator.scaler is not None and state.scaler is not None:
-        accelerator.scaler.load_state_dict(state.scaler)
-    return state
-
-
-def fitting_state(path: Path, stage: Trained, *, allow_changes: bool) -> TrainingState:
-    """Return where the training of a checkpoint stood, where that of `stage` can go on from it.
-
-    Raises:
-        ValueError: it is of other data or another optimiser, of another batch size unless changes
-            are allowed, or cannot be read.
-    """
-    state = load_state(path)
-    batch_size = stage.recipe.training.batch_size
-    if state.batch_size != batch_size and not allow_changes:
-        raise ValueError(
-            f"{path} was trained with batch size {state.batch_size}, the recipe says {batch_size}: "
-            "steps and learning rate would mean something else. Set it back, or accept this with "
-            "--allow-recipe-changes."
-        )
-    if state.data_digest != stage.data_digest:
-        raise ValueError(
-            f"{path} was trained on other images than the recipe names now (other shards, or a "
-            "folder whose files have changed since); its place in the data would be lost. Name the "
-            "images it was started with, or start another run."
-        )
-    wanted = stage.recipe.training.optimizer.name
-    saved = read_values(path / RECIPE_FILE)["training"]["optimizer"].get("name", wanted)
-    if saved != wanted:
-        raise ValueError(
-            f"{path} holds the state of the optimiser {saved}, the recipe says {wanted}: set "
-            f"training.optimizer.name to {saved}, or start anew from its weights with --init-from."
-        )
-    return state
-
-
-def whole_stage(stage: AnyStage, checkpoint: Path) -> AnyStage:
-    """Return a stage that holds all its weights: itself, or one anew with those of `checkpoint`.
-
-    Averages stand in their place in the latter, where the checkpoint has some.
-    """
-    if not is_sharded(stage.module):
-        return stage
-    again: AnyStage = stage.fresh()
-    load_model(checkpoint, again.module)
-    load_average(checkpoint, again.module)
-    return again

@@ -1,8 +1,7 @@
-"""Tensors in files: safetensors, in one part or in one for each process that holds rows of them.
+"""Safetensors files that hold whole tensors, or rows of tensors that ranks share.
 
-A part is written from memory as it lies there, without a copy and without holding up other threads,
-and forced to disk. Which rows of a tensor a part holds stands in its metadata; a tensor that is not
-named there is whole.
+A file is written straight from memory, without a copy and without the GIL, and flushed to disk. Its
+metadata says which rows of a tensor it holds; a tensor that is not listed there is whole.
 """
 
 import json
@@ -19,9 +18,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from simmim.engine.checkpoint.directory import shard_path, unreadable
+
 Entry = TypeVar("Entry")
 
-NAMES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -33,68 +34,63 @@ NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""What safetensors calls the types."""
+"""Names of the dtypes in safetensors."""
 
 ALIGNMENT = 8
-"""Bytes that the header is padded to a multiple of."""
+"""The header is padded to a multiple of this many bytes."""
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
-    """What one process holds of a tensor: neighbouring rows, which are indices along axis 0."""
+class TensorShard:
+    """Consecutive rows (indices along axis 0) of a tensor, held by one rank."""
 
     rows: Tensor
     first: int
-    """Number of the first of them."""
+    """Index of the first row."""
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
 
     @property
     def is_whole(self) -> bool:
-        """Tell whether these are all rows."""
+        """Whether these are all rows."""
         return tuple(self.rows.shape) == self.shape
 
 
-def whole(tensor: Tensor) -> Piece:
-    """Return all of a tensor as a piece."""
-    return Piece(tensor, 0, tuple(tensor.shape))
+def whole(tensor: Tensor) -> TensorShard:
+    """Return a shard that holds all rows of a tensor."""
+    return TensorShard(tensor, 0, tuple(tensor.shape))
 
 
-def part_path(folder: Path, kind: str, number: int, count: int) -> Path:
-    """Return the path of one part: `model-00000-of-00001.safetensors`."""
-    return folder / f"{kind}-{number:05d}-of-{count:05d}.safetensors"
-
-
-def write_part(file: Path, pieces: Mapping[str, Piece]) -> None:
-    """Write pieces, which lie on the CPU, as one safetensors file that is on disk at the return.
+def write_shards(file: Path, shards: Mapping[str, TensorShard]) -> None:
+    """Write shards of tensors on the CPU to one safetensors file and flush it to disk.
 
     Raises:
-        OSError: it cannot be written, for want of space for example.
+        OSError: the file cannot be written, for example because the disk is full.
     """
-    ordered = sorted(pieces.items(), key=lambda item: (-item[1].rows.element_size(), item[0]))
+    ordered = sorted(shards.items(), key=lambda item: (-item[1].rows.element_size(), item[0]))
     entries: dict[str, Any] = {
         "__metadata__": {
             "format": "pt",
             "rows": json.dumps(
-                {name: [piece.first, *piece.shape] for name, piece in ordered if not piece.is_whole}
+                {name: [shard.first, *shard.shape] for name, shard in ordered if not shard.is_whole}
             ),
         }
     }
     end = 0
-    for name, piece in ordered:
-        start, end = end, end + piece.rows.numel() * piece.rows.element_size()
+    for name, shard in ordered:
+        start, end = end, end + shard.rows.numel() * shard.rows.element_size()
         entries[name] = {
-            "dtype": NAMES[piece.rows.dtype],
-            "shape": list(piece.rows.shape),
+            "dtype": DTYPE_NAMES[shard.rows.dtype],
+            "shape": list(shard.rows.shape),
             "data_offsets": [start, end],
         }
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % ALIGNMENT)
     with file.open("wb", buffering=0) as raw:
         _write_all(raw.fileno(), len(header).to_bytes(8, "little") + header)
-        for _, piece in ordered:
-            if piece.rows.numel():
-                flat = piece.rows.detach().contiguous().view(-1).view(torch.uint8)
+        for _, shard in ordered:
+            if shard.rows.numel():
+                flat = shard.rows.detach().contiguous().view(-1).view(torch.uint8)
                 _write_all(raw.fileno(), flat.numpy().data)
         os.fsync(raw.fileno())
 
@@ -105,16 +101,16 @@ def _write_all(descriptor: int, data: bytes | memoryview) -> None:
         left = left[os.write(descriptor, left) :]
 
 
-class Parts:
-    """All parts of one kind in a folder, read by rows, whatever processes wrote them.
+class ShardFiles:
+    """Reader of all shard files of one kind in a folder, by rows, for any number of ranks.
 
     Args:
-        folder: where they are.
-        kind: what their names begin with.
-        file: another name, of the one file that holds everything.
+        folder: folder of the files.
+        kind: prefix of their names.
+        file: name of a single file to read instead.
 
     Raises:
-        ValueError: parts are missing or damaged.
+        ValueError: files or rows are missing or damaged.
     """
 
     def __init__(self, folder: Path, kind: str, *, file: str | None = None) -> None:
@@ -125,13 +121,13 @@ class Parts:
         self._held: dict[str, list[tuple[int, int, Path, Any]]] = {}
         try:
             for path in self._files() if file is None else [folder / file]:
-                self._look_into(path)
+                self._read_header(path)
             self._check_rows()
         except BaseException:
             self._open.close()
             raise
 
-    def __enter__(self) -> "Parts":
+    def __enter__(self) -> "ShardFiles":
         return self
 
     def __exit__(
@@ -147,59 +143,59 @@ class Parts:
         found = [match for path in self.folder.glob("*") if (match := pattern.fullmatch(path.name))]
         counts = {int(match[2]) for match in found} or {1}
         if len(counts) > 1:
-            raise _damaged(self.folder, f"parts of {sorted(counts)} {self.kind} files lie in it")
+            raise _damaged(self.folder, f"it mixes sets of {sorted(counts)} {self.kind} files")
         (count,) = counts
-        return [part_path(self.folder, self.kind, number, count) for number in range(count)]
+        return [shard_path(self.folder, self.kind, number, count) for number in range(count)]
 
-    def _look_into(self, file: Path) -> None:
+    def _read_header(self, path: Path) -> None:
         try:
-            part = self._open.enter_context(safe_open(file, framework="pt", device="cpu"))
-            rows = json.loads((part.metadata() or {}).get("rows", "{}"))
-            for name in part.keys():  # noqa: SIM118 (no dict)
-                shape = tuple(part.get_slice(name).get_shape())
-                first, *of_all = rows.get(name, [0, *shape])
-                count = shape[0] if shape else 1
-                self._held.setdefault(name, []).append((first, first + count, file, part))
-                if self.shapes.setdefault(name, tuple(of_all)) != tuple(of_all):
-                    raise _damaged(file, f"{name} has another shape in another part")
+            file = self._open.enter_context(safe_open(path, framework="pt", device="cpu"))
+            rows = json.loads((file.metadata() or {}).get("rows", "{}"))
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                held_shape = tuple(file.get_slice(name).get_shape())
+                first, *shape = rows.get(name, [0, *held_shape])
+                count = held_shape[0] if held_shape else 1
+                self._held.setdefault(name, []).append((first, first + count, path, file))
+                if self.shapes.setdefault(name, tuple(shape)) != tuple(shape):
+                    raise _damaged(path, f"{name} has another shape in another file")
         except (OSError, SafetensorError, json.JSONDecodeError) as error:
-            raise _damaged(file, error) from None
+            raise _damaged(path, error) from None
 
     def _check_rows(self) -> None:
         for name, held in self._held.items():
-            held.sort(key=lambda part: part[0])
+            held.sort(key=lambda shard: shard[0])
             ends = [0, *(last for _, last, _, _ in held)]
             rows = self.shapes[name][0] if self.shapes[name] else 1
             if [first for first, _, _, _ in held] != ends[:-1] or ends[-1] != rows:
-                raise _damaged(self.folder, f"rows of {name} are in no {self.kind} part")
+                raise _damaged(self.folder, f"rows of {name} are missing in the {self.kind} files")
 
     def keep_below(self, prefix: str) -> None:
-        """Forget all tensors but those whose names begin with a prefix, and forget that prefix."""
+        """Drop all tensors whose names do not begin with a prefix; strip it from the others."""
         self.shapes = _below(self.shapes, prefix)
         self._held = _below(self._held, prefix)
         self._prefix = prefix
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
-        """Return rows `first` to before `last` of a tensor, on the CPU; by default all of it."""
+        """Return rows `first` to `last` (exclusive) of a tensor, on the CPU; all by default."""
         shape = self.shapes[name]
         if not shape:
             tensor: Tensor = self._held[name][0][3].get_tensor(self._prefix + name)
             return tensor
         last = shape[0] if last is None else last
         found = [
-            part.get_slice(self._prefix + name)[max(first, begin) - begin : min(last, end) - begin]
-            for begin, end, _, part in self._held[name]
+            file.get_slice(self._prefix + name)[max(first, begin) - begin : min(last, end) - begin]
+            for begin, end, _, file in self._held[name]
             if max(first, begin) < min(last, end)
         ]
         if not found:
-            _, _, _, part = self._held[name][0]
+            _, _, _, file = self._held[name][0]
             return torch.empty(
-                (0, *shape[1:]), dtype=part.get_slice(self._prefix + name)[0:1].dtype
+                (0, *shape[1:]), dtype=file.get_slice(self._prefix + name)[0:1].dtype
             )
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def read_all(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Return whole tensors by name; by default all."""
+        """Return whole tensors by name; all of them by default."""
         return {name: self.read(name) for name in (self.shapes if names is None else names)}
 
 
@@ -211,8 +207,6 @@ def _below(entries: Mapping[str, Entry], prefix: str) -> dict[str, Entry]:
     }
 
 
-def _damaged(place: Path, reason: object) -> ValueError:
+def _damaged(path: Path, reason: object) -> ValueError:
     text = (str(reason).splitlines() or [type(reason).__name__])[0]
-    return ValueError(
-        f"{place} cannot be read: {text}. Resume from an earlier checkpoint with --resume PATH."
-    )
+    return ValueError(unreadable(path, text))

@@ -1,7 +1,7 @@
-"""What a process holds of a model and its optimiser: named, in pieces, to be saved and restored.
+"""State of a model and its optimiser as named tensor shards, to save and to restore.
 
-Parameters that FSDP2 has cut are DTensors, cut along their first axis: every process holds rows of
-them. Everything else is held whole by all, and rank 0 speaks for it.
+Parameters that FSDP2 has sharded are DTensors, cut along their first axis: every rank holds rows of
+them. All ranks hold everything else whole, and rank 0 writes it.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simmim.engine.checkpoint.shard_files import Parts, Piece, whole
+from simmim.engine.checkpoint.shard_files import ShardFiles, TensorShard, whole
 
 
 def as_dtensor(tensor: Tensor) -> Any:
-    """Return the tensor as the DTensor that it is; None where it is an ordinary one."""
+    """Return the tensor itself if it is a DTensor, else None."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None
     from torch.distributed.tensor import DTensor  # noqa: PLC0415 (half a second)
@@ -22,8 +22,8 @@ def as_dtensor(tensor: Tensor) -> Any:
     return tensor if isinstance(tensor, DTensor) else None
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """Return a tensor as an ordinary one; of one in shards, all that hold some call together."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return a tensor unsharded; for a DTensor all ranks of its mesh must call this together."""
     sharded = as_dtensor(tensor)
     if sharded is None:
         return tensor
@@ -31,13 +31,22 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return gathered
 
 
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return the rows of a tensor that this rank holds; they share its memory."""
+    sharded = as_dtensor(tensor)
+    if sharded is None:
+        return tensor
+    local: Tensor = sharded.to_local()
+    return local
+
+
 def is_sharded(module: nn.Module) -> bool:
-    """Tell whether processes share the parameters of a module among them."""
+    """Return whether the parameters of a module are sharded over ranks."""
     return any(as_dtensor(parameter) is not None for parameter in module.parameters())
 
 
-def rows_of(tensor: Tensor) -> tuple[int, int]:
-    """Return which rows of a tensor this process holds, from and to before."""
+def local_rows(tensor: Tensor) -> tuple[int, int]:
+    """Return the range of rows of a tensor that this rank holds, the end exclusive."""
     rows = tensor.shape[0] if tensor.ndim else 1
     sharded = as_dtensor(tensor)
     if sharded is None:
@@ -46,52 +55,52 @@ def rows_of(tensor: Tensor) -> tuple[int, int]:
     for axis, placement in enumerate(sharded.placements):
         if placement.is_shard():
             assert placement.dim == 0, "shards are cut along axis 0"
-            part = -(-(last - first) // sharded.device_mesh.size(axis))
-            begin = first + part * sharded.device_mesh.get_local_rank(axis)
-            first, last = min(begin, last), min(begin + part, last)
+            size = -(-(last - first) // sharded.device_mesh.size(axis))
+            begin = first + size * sharded.device_mesh.get_local_rank(axis)
+            first, last = min(begin, last), min(begin + size, last)
     return first, last
 
 
-def piece_of(tensor: Tensor, rank: int) -> Piece | None:
-    """Return what this process has to write of a tensor; None where another one does."""
+def shard_to_write(tensor: Tensor, rank: int) -> TensorShard | None:
+    """Return the shard of a tensor that this rank writes; None if another rank does."""
     sharded = as_dtensor(tensor)
     if sharded is None:
         return whole(tensor.detach()) if rank == 0 else None
-    first, last = rows_of(tensor)
+    first, last = local_rows(tensor)
     is_copy = any(
         placement.is_replicate() and sharded.device_mesh.get_local_rank(axis)
         for axis, placement in enumerate(sharded.placements)
     )
     if is_copy or first == last:
         return None
-    rows = sharded.to_local().detach()
+    rows = local_tensor(tensor).detach()
     assert len(rows) == last - first
-    return Piece(rows, first, tuple(tensor.shape))
+    return TensorShard(rows, first, tuple(tensor.shape))
 
 
-def model_pieces(model: nn.Module, rank: int) -> dict[str, Piece]:
-    """Return what this process has to write of a model's weights and buffers."""
-    return _pieces(model.state_dict(), rank)
+def model_shards(model: nn.Module, rank: int) -> dict[str, TensorShard]:
+    """Return the weights and buffers that this rank writes."""
+    return _shards(model.state_dict(), rank)
 
 
-def optimizer_pieces(optimizer: torch.optim.Optimizer, rank: int) -> dict[str, Piece]:
-    """Return what this process has to write of an optimiser's state: `exp_avg/NAME` and so on."""
+def optimizer_shards(optimizer: torch.optim.Optimizer, rank: int) -> dict[str, TensorShard]:
+    """Return the tensors of the optimiser's state that this rank writes: `exp_avg/NAME` etc."""
     tensors = {
         f"{key}/{name}": value
         for name, parameter in named_parameters(optimizer).items()
         for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }
-    return _pieces(tensors, rank)
+    return _shards(tensors, rank)
 
 
-def _pieces(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Piece]:
-    found = {name: piece_of(tensor, rank) for name, tensor in tensors.items()}
-    return {name: piece for name, piece in found.items() if piece is not None}
+def _shards(tensors: Mapping[str, Tensor], rank: int) -> dict[str, TensorShard]:
+    found = {name: shard_to_write(tensor, rank) for name, tensor in tensors.items()}
+    return {name: shard for name, shard in found.items() if shard is not None}
 
 
-def optimizer_values(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-    """Return of each parameter, by its name, what its state holds besides tensors."""
+def optimizer_scalars(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """Return the state of each parameter, by name, without its tensors."""
     return {
         name: {
             key: value
@@ -112,50 +121,53 @@ def named_parameters(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def restore_model(model: nn.Module, parts: Parts) -> None:
-    """Copy weights into a model, or a part of one; each process reads the rows it holds.
+def restore_model(model: nn.Module, files: ShardFiles) -> None:
+    """Copy weights into a model; each rank reads the rows it holds.
 
     Raises:
-        ValueError: a tensor is missing, unexpected or of another shape; nothing was changed then.
+        ValueError: a tensor is missing, unexpected or of another shape; the model is unchanged.
     """
     expected = model.state_dict()
-    problems = [f"missing: {name}" for name in expected if name not in parts.shapes]
-    problems += [f"unexpected: {name}" for name in parts.shapes if name not in expected]
+    problems = [f"missing: {name}" for name in expected if name not in files.shapes]
+    problems += [f"unexpected: {name}" for name in files.shapes if name not in expected]
     problems += [
-        f"shape of {name}: {parts.shapes[name]}, expected {tuple(tensor.shape)}"
+        f"shape of {name}: {files.shapes[name]}, expected {tuple(tensor.shape)}"
         for name, tensor in expected.items()
-        if name in parts.shapes and parts.shapes[name] != tuple(tensor.shape)
+        if name in files.shapes and files.shapes[name] != tuple(tensor.shape)
     ]
     if problems:
         raise ValueError(
-            f"{parts.folder} does not fit {type(model).__name__}; use the recipe of that "
-            "run:\n  " + "\n  ".join(problems)
+            f"{files.folder} does not fit {type(model).__name__}; use the recipe of that run:\n  "
+            + "\n  ".join(problems)
         )
     for name, tensor in expected.items():
-        sharded = as_dtensor(tensor)
-        here = tensor if sharded is None else sharded.to_local()
-        here.copy_(parts.read(name, *rows_of(tensor)))
+        local_tensor(tensor).copy_(files.read(name, *local_rows(tensor)))
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, parts: Parts, values: Mapping[str, Mapping[str, Any]]
+    optimizer: torch.optim.Optimizer, files: ShardFiles, scalars: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Give an optimiser a saved state, each parameter's by its name.
+    """Load the state of an optimiser by the names of its parameters.
 
-    Weight decay, betas and the like stay those of `optimizer`: the recipe has the last word.
+    Hyperparameters such as weight decay and betas stay as they are in `optimizer`.
+
+    Args:
+        optimizer: its previous state is dropped.
+        files: the tensors of the state.
+        scalars: the rest of the state, by parameter.
 
     Raises:
-        ValueError: a parameter of `optimizer` is in neither `parts` nor `values`.
+        ValueError: `scalars` lacks a parameter of `optimizer`.
     """
     parameters = named_parameters(optimizer)
-    missing = sorted(set(parameters) - set(values))
+    missing = sorted(set(parameters) - set(scalars))
     if missing:
         raise ValueError(
-            f"{parts.folder} lacks the state of {', '.join(missing)}: it is of another model. "
-            "Resume with the recipe of that run."
+            f"{files.folder} lacks the optimiser state of {', '.join(missing)}: it belongs to "
+            "another model. Resume with the recipe of that run."
         )
     keys: dict[str, list[str]] = {}
-    for full in parts.shapes:
+    for full in files.shapes:
         key, _, name = full.partition("/")
         keys.setdefault(name, []).append(key)
     optimizer.state.clear()
@@ -165,25 +177,25 @@ def restore_optimizer(
         for name in group["param_names"]
     }
     for name, parameter in parameters.items():
-        state: dict[str, Any] = dict(values[name])
+        state: dict[str, Any] = dict(scalars[name])
         for key in keys.get(name, ()):
             on_cpu = key == "step" and not fused[name]
             device = torch.device("cpu") if on_cpu else parameter.device
-            state[key] = _like(parameter, parts, f"{key}/{name}", device)
+            state[key] = _read_like(parameter, files, f"{key}/{name}", device)
         if state:
             optimizer.state[parameter] = state
 
 
-def _like(parameter: Tensor, parts: Parts, name: str, device: torch.device) -> Tensor:
-    """Read a tensor of the optimiser's state, cut as its parameter is if it has the same shape."""
+def _read_like(parameter: Tensor, files: ShardFiles, name: str, device: torch.device) -> Tensor:
+    """Read a state tensor, sharded as its parameter if it has the same shape."""
     sharded = as_dtensor(parameter)
-    if sharded is None or parts.shapes[name] != tuple(parameter.shape):
-        return parts.read(name).to(device)
+    if sharded is None or files.shapes[name] != tuple(parameter.shape):
+        return files.read(name).to(device)
     from torch.distributed.tensor import DTensor  # noqa: PLC0415 (half a second)
 
     wrap: Callable[..., Tensor] = DTensor.from_local
     return wrap(
-        parts.read(name, *rows_of(parameter)).to(device),
+        files.read(name, *local_rows(parameter)).to(device),
         sharded.device_mesh,
         sharded.placements,
         run_check=False,

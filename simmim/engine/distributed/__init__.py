@@ -1,1 +1,1 @@
-"""Several processes: launching, FSDP2, stop signals, watchdog."""
+"""Several processes: launching, FSDP2, stop signals and watchdog."""

@@ -1,11 +1,14 @@
-"""FSDP2: weights, gradients and optimiser state cut into as many parts as there are devices.
+"""FSDP2: weights, gradients and optimiser state sharded over the ranks.
 
-Each block of the encoder is a unit, gathered for its forward and its backward and let go after
-each; what is left, the embedding, merges, norms and heads, is one more. Each batch norm of a head
-is a unit too, in its own precision: its running means are, and they take no other weights.
+Each block of the encoder is a unit: its weights are gathered for its forward and backward and freed
+after each. Everything else (embedding, merges, norms and heads) is one more unit. Each batch norm
+of a head is a unit of its own, in its own precision, because its running statistics are.
 """
 
 import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +17,14 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from swinv2.blocks import Block
-from swinv2.encoder import HierarchicalEncoder
+from simmim.engine.checkpoint.sharded_state import is_sharded
+from simmim.engine.distributed.environment import fsdp_requested
 
-if TYPE_CHECKING:  # FSDP takes most of a second to import, so it is where it is used
+if TYPE_CHECKING:  # FSDP takes most of a second to import, so it is imported where it is used
     from torch.distributed.device_mesh import DeviceMesh
 
-OUTSIDE_FORWARD = ("embed", "encode", "features")
-"""Methods of the encoder that are called like its forward."""
+ENTRY_POINTS = ("embed", "encode", "features")
+"""Methods of an encoder that are called like its forward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,25 +32,48 @@ class ShardingUnit:
     """Parameters that are gathered together."""
 
     name: str
-    """Dotted name of the block or batch norm; empty for what is outside all of them."""
+    """Dotted name of the block or batch norm; empty for everything outside them."""
     parameters: tuple[str, ...]
     """Dotted names."""
     size: int
-    """Numbers in them."""
+    """Number of elements."""
+
+
+def trains_in_shards(accelerator: Accelerator) -> bool:
+    """Return whether the weights are sharded: FSDP was asked for, and there are several ranks."""
+    return fsdp_requested() and accelerator.num_processes > 1
+
+
+def encoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of the encoder in a model: the `blocks` of the module that encodes.
+
+    Raises:
+        ValueError: no module of the model has `embed` and `blocks`.
+    """
+    for module in model.modules():
+        if _is_encoder(module):
+            blocks: Sequence[nn.Module] = module.blocks  # type: ignore[assignment]
+            return list(blocks)
+    raise ValueError(f"{type(model).__name__} has no encoder whose blocks can be sharded.")
+
+
+def _is_encoder(module: nn.Module) -> bool:
+    return hasattr(module, "blocks") and hasattr(module, "embed")
 
 
 def sharding_units(model: nn.Module) -> list[ShardingUnit]:
-    """Return the units that `shard_by_block` makes of a model, what is outside all others last.
+    """Return the units in which `shard_by_block` shards a model; the last is what is outside them.
 
     The model may be on the meta device.
 
     Raises:
-        ValueError: there is no block in it.
+        ValueError: the model has no encoder.
     """
-    if not any(isinstance(module, Block) for module in model.modules()):
-        raise ValueError(f"{type(model).__name__} has no blocks of an encoder to shard by.")
+    blocks = set(encoder_blocks(model))
     units = [
-        name for name, module in model.named_modules() if isinstance(module, Block | _BatchNorm)
+        name
+        for name, module in model.named_modules()
+        if module in blocks or isinstance(module, _BatchNorm)
     ]
     members: dict[str, list[tuple[str, int]]] = {name: [] for name in [*units, ""]}
     for name, parameter in model.named_parameters():
@@ -64,15 +90,16 @@ def sharding_units(model: nn.Module) -> list[ShardingUnit]:
 
 
 def shard_size(model: nn.Module, *, rank: int, world: int) -> int:
-    """Return how many numbers of its parameters one of `world` devices keeps.
+    """Return the number of parameter elements that a rank keeps.
 
-    Each parameter is cut along its first axis into equal parts, the last of them shorter or empty.
+    Each parameter is cut along its first axis into `world` equal shards, the last of which may be
+    shorter or empty.
     """
     total = 0
     for parameter in model.parameters():
         rows = len(parameter)
-        part = -(-rows // world)
-        kept = min(max(rows - rank * part, 0), part)
+        size = -(-rows // world)
+        kept = min(max(rows - rank * size, 0), size)
         total += parameter.numel() // rows * kept
     return total
 
@@ -85,22 +112,22 @@ def shard_by_block(
     reduce_dtype: torch.dtype | None = torch.float32,
     reshard_after_forward: bool = True,
 ) -> None:
-    """Shard a model with an encoder in it over the devices of a mesh, in place.
+    """Shard a model that contains an encoder over the devices of a mesh, in place.
 
-    Optimisers are to be built afterwards: parameters become DTensors. Checkpointing and compiling
-    of blocks (`SwinV2.set_execution`, `compile_blocks`) work as before.
+    Build optimisers afterwards: parameters become DTensors. Checkpointing and compiling of blocks
+    work as before.
 
     Args:
-        model: an encoder, or a module that holds one and whose forward calls it.
-        mesh: one-dimensional.
-        param_dtype: what weights are gathered and computed in; None for their own. The shards,
-            which the optimiser updates, keep theirs: float32, if that is what the model is in.
-        reduce_dtype: what gradients are averaged in; None for `param_dtype`.
-        reshard_after_forward: let a block's weights go after its forward, and gather them again
-            for its backward: less memory, and half as much traffic again.
+        model: an encoder, or a module that contains one and whose forward calls it.
+        mesh: a one-dimensional mesh.
+        param_dtype: dtype in which weights are gathered and used; None for their own. The shards,
+            which the optimiser updates, keep theirs, float32 for example.
+        reduce_dtype: dtype in which gradients are averaged; None for `param_dtype`.
+        reshard_after_forward: free a block's weights after its forward, and gather them again for
+            its backward: less memory, half as much communication again.
 
     Raises:
-        ValueError: the model has no blocks, or the mesh has more than one dimension.
+        ValueError: the model has no encoder, or the mesh has more than one dimension.
     """
     from torch.distributed.fsdp import (  # noqa: PLC0415
         MixedPrecisionPolicy,
@@ -109,27 +136,27 @@ def shard_by_block(
     )
 
     if mesh.ndim != 1:
-        raise ValueError(f"the mesh has {mesh.ndim} dimensions; sharding takes one of its axes.")
-    sharding_units(model)  # raises where there are no blocks
+        raise ValueError(f"the mesh has {mesh.ndim} dimensions; shard over one of its axes.")
+    blocks = set(encoder_blocks(model))
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     own = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
     for module in list(model.modules()):
-        if isinstance(module, Block):
+        if module in blocks:
             fully_shard(
                 module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
             )
         elif isinstance(module, _BatchNorm):
             fully_shard(module, mesh=mesh, mp_policy=own, reshard_after_forward=False)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    if isinstance(model, HierarchicalEncoder):
-        for name in OUTSIDE_FORWARD:
+    if _is_encoder(model):
+        for name in ENTRY_POINTS:
             register_fsdp_forward_method(model, name)
 
 
 def shard_for_training(module: nn.Module, accelerator: Accelerator) -> None:
-    """Shard what is trained over all processes, in place and in the precision of training.
+    """Shard a module over all ranks, in place and in the precision of training.
 
-    What accelerate's config file says of FSDP is followed, so far as `check_parallelism` allows it.
+    Of accelerate's configuration, `fsdp_reshard_after_forward` is followed.
     """
     from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
 
@@ -141,13 +168,12 @@ def shard_for_training(module: nn.Module, accelerator: Accelerator) -> None:
         param_dtype=precision,
         reshard_after_forward=reshard != "false",
     )
-    compute_in_precision(module, accelerator)
+    if accelerator.mixed_precision != "no":
+        _autocast_forward(module, accelerator)
 
 
-def compute_in_precision(module: nn.Module, accelerator: Accelerator) -> None:
-    """Let the forward of a module compute in the precision of training, whoever calls it."""
-    if accelerator.mixed_precision == "no":
-        return
+def _autocast_forward(module: nn.Module, accelerator: Accelerator) -> None:
+    """Run the forward of a module under autocast, whoever calls it."""
     forward = module.forward
 
     def in_precision(*args: Any, **options: Any) -> Any:
@@ -155,3 +181,59 @@ def compute_in_precision(module: nn.Module, accelerator: Accelerator) -> None:
             return forward(*args, **options)
 
     module.forward = in_precision
+
+
+def synchronise_norms(module: nn.Module, device: torch.device, processes: int) -> None:
+    """Replace batch norms by ones that use the statistics of the whole batch, over all GPUs.
+
+    Names, weights and running statistics stay. On CPUs, for which torch has no such norm, each rank
+    uses the statistics of its own share.
+    """
+    if processes > 1 and device.type == "cuda":
+        assert not isinstance(module, _BatchNorm)  # only submodules are replaced
+        convert: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
+        convert(module)
+
+
+@contextmanager
+def no_gradient_sync(module: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Accumulate gradients locally within this context, without communication."""
+    if not is_sharded(module):
+        with accelerator.no_sync(module):
+            yield
+        return
+    (outermost, *_) = _fsdp_modules(module)
+    outermost.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        outermost.set_requires_gradient_sync(True)
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Keep all weights gathered on every rank within this context, in compute precision.
+
+    All ranks enter together. Within, each may run the forward, without gradients, as often as it
+    likes, so evaluation may differ between ranks. Without sharding this does nothing.
+    """
+    units = _fsdp_modules(module) if is_sharded(module) else []
+    hooks = []
+    for unit in units:
+        unit.unshard()
+        # The hooks would gather and free weights, and wait for ranks that do not compute.
+        hooks.append((unit, unit._forward_pre_hooks, unit._forward_hooks))
+        unit._forward_pre_hooks, unit._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for unit, before, after in hooks:
+            unit._forward_pre_hooks, unit._forward_hooks = before, after
+            unit.reshard()
+
+
+def _fsdp_modules(module: nn.Module) -> list[Any]:
+    """Return the sharded modules, the outermost first."""
+    from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415 (most of a second)
+
+    return [unit for unit in module.modules() if isinstance(unit, FSDPModule)]

@@ -1,8 +1,8 @@
-"""The watch over ranks: one that hangs or is lost ends the job, and is named.
+"""Watchdog over ranks: a rank that hangs or is lost is named, and the job ends.
 
-A collective operation waits for every rank. One that is stopped, hangs in its own code or is gone
-would be waited for until a process group's timeout, or for ever, and then the message names nobody.
-Here each rank says where it stands, and a thread in each looks at what all the others say.
+A collective operation waits for every rank. A rank that is stopped, hangs or has ended would make
+the others wait until the process group's timeout, or forever, and the error would not name it. Here
+each rank posts its status to the store, and a thread in each rank reads the status of all.
 """
 
 import itertools
@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -24,47 +24,47 @@ from torch.distributed import distributed_c10d
 
 from simmim.engine.exit_codes import LOST, RankLostError
 
-LONGEST_GOODBYE = 5.0
-"""Most seconds to wait for a thread of the watch to end."""
+LONGEST_JOIN = 5.0
+"""Longest wait for a thread of the watchdog to end, in seconds."""
 
 LONGEST_INTERVAL = 2.0
-"""Most seconds between two signs of life of a rank."""
+"""Longest time between two heartbeats of a rank, in seconds."""
 
 FAULT_GRACE = 60.0
-"""Seconds that a rank may take to notice by itself that another one has failed."""
+"""Seconds that the other ranks have to notice the failure of one themselves."""
 
-INTERVALS_TO_TELL = 10
-"""How long a rank that lost a connection waits, at most, to learn which other one is gone."""
+INTERVALS_TO_IDENTIFY = 10
+"""Intervals that a rank which lost a connection waits, at most, to learn which rank is lost."""
 
 WAITING_FOR_DATA = "waiting for data"
-"""What a rank does where its data workers, or a file system, may hang."""
+"""Activity in which data workers or a file system may hang."""
 
-KEEPER = "rank 0, or the launcher that keeps the ranks' store,"
+STORE_HOST = "rank 0, or the launcher that hosts the store,"
 
-_SIGNS_OF_COMMUNICATION = ("gloo", "nccl", "connection", "socket", "store", "broken pipe")
-_numbers = itertools.count()  # each of a process's trainings has keys of its own
+_COMMUNICATION_ERRORS = ("gloo", "nccl", "connection", "socket", "store", "broken pipe")
+_numbers = itertools.count()  # every training in this process has its own keys in the store
 
 
 def group_timeout(rank_timeout: float) -> timedelta:
-    """Return the limit of process groups: above that of the watch, which knows more to tell."""
+    """Return the timeout of process groups: longer than the watchdog's, whose error says more."""
     return timedelta(seconds=1.25 * rank_timeout + 30)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
-    """What a rank says of itself."""
+class RankStatus:
+    """Status that a rank posts to the others."""
 
     rank: int
     host: str
     process: int
     beat: int = 0
-    """Counts signs of life."""
+    """Number of heartbeats."""
     moves: int = 0
-    """Counts what the rank began to do; all ranks do the same in the same order."""
+    """Number of activities begun; all ranks begin the same ones in the same order."""
     step: int = 0
-    doing: str = "starting"
+    activity: str = "starting"
     fault: str = ""
-    """What the rank failed with."""
+    """Error with which the rank failed."""
     finished: bool = False
 
     def __str__(self) -> str:
@@ -72,90 +72,85 @@ class Standing:
 
     @property
     def place(self) -> str:
-        """Where it stands, for a person."""
-        return f"{self.doing}, step {self.step}"
+        """Activity and step."""
+        return f"{self.activity}, step {self.step}"
 
 
 @dataclass
-class Seen:
-    """What is known of a rank, and for how many seconds nothing new."""
+class ObservedRank:
+    """Last known status of a rank, and for how many seconds it has not changed."""
 
-    standing: Standing
+    status: RankStatus
     silent: float = 0.0
-    """Without a sign of life."""
-    still: float = 0.0
-    """Without a move."""
+    """Seconds without a heartbeat."""
+    stuck: float = 0.0
+    """Seconds in the same activity."""
     failed: float = 0.0
-    """Since its fault was read."""
+    """Seconds since its fault was read."""
 
 
 @dataclass
-class Ranks:
-    """What one rank knows of all, judged by its own clock."""
+class RankTable:
+    """What one rank knows of all ranks, timed by its own clock."""
 
     timeout: float
-    seen: dict[int, Seen] = field(default_factory=dict)
+    ranks: dict[int, ObservedRank] = field(default_factory=dict)
 
-    def learn(self, standing: Standing, passed: float) -> None:
-        """Take in what a rank says now, `passed` seconds after the last time."""
-        known = self.seen.get(standing.rank)
+    def update(self, status: RankStatus, passed: float) -> None:
+        """Record the status of a rank, `passed` seconds after the previous one."""
+        known = self.ranks.get(status.rank)
         if known is None:
-            self.seen[standing.rank] = Seen(standing)
+            self.ranks[status.rank] = ObservedRank(status)
             return
-        before, known.standing = known.standing, standing
-        known.silent = 0.0 if standing.beat != before.beat else known.silent + passed
-        known.still = 0.0 if standing.moves != before.moves else known.still + passed
-        known.failed = known.failed + passed if standing.fault else 0.0
+        before, known.status = known.status, status
+        known.silent = 0.0 if status.beat != before.beat else known.silent + passed
+        known.stuck = 0.0 if status.moves != before.moves else known.stuck + passed
+        known.failed = known.failed + passed if status.fault else 0.0
 
     def verdict(self) -> str | None:
-        """Return what is wrong and who is to blame; None while all is well."""
-        at_work = [known for known in self.seen.values() if not known.standing.finished]
-        for known in at_work:
-            if known.standing.fault and known.failed >= FAULT_GRACE:
-                return f"{known.standing} failed: {known.standing.fault}"
-        at_work = [known for known in at_work if not known.standing.fault]
-        silent = [known for known in at_work if known.silent > self.timeout]
+        """Return what is wrong and which ranks are to blame; None if nothing is."""
+        working = [known for known in self.ranks.values() if not known.status.finished]
+        for known in working:
+            if known.status.fault and known.failed >= FAULT_GRACE:
+                return f"{known.status} failed: {known.status.fault}"
+        working = [known for known in working if not known.status.fault]
+        silent = [known for known in working if known.silent > self.timeout]
         if silent:
             return self._listed(silent, "gave no sign of life for {:.0f} s, last seen {}", "silent")
-        if not any(known.still > self.timeout for known in at_work):
+        if not any(known.stuck > self.timeout for known in working):
             return None
-        behind = min(known.standing.moves for known in at_work)
-        lagging = [known for known in at_work if known.standing.moves == behind]
-        text = self._listed(lagging, "made no progress for {:.0f} s: {}", "still")
-        others = [known for known in at_work if known.standing.moves > behind]
+        behind = min(known.status.moves for known in working)
+        lagging = [known for known in working if known.status.moves == behind]
+        text = self._listed(lagging, "made no progress for {:.0f} s: {}", "stuck")
+        others = [known for known in working if known.status.moves > behind]
         if others:
-            return f"{text}. The others wait for it: {others[0].standing.place}"
-        return f"{text}. All ranks stand there; see where in the code below"
+            return f"{text}. The other ranks wait for it: {others[0].status.place}"
+        return f"{text}. All ranks are stuck here; stack trace below"
 
-    def _listed(self, ranks: list[Seen], text: str, age: str) -> str:
+    def _listed(self, ranks: list[ObservedRank], text: str, age: str) -> str:
         shown = [
-            f"{known.standing} {text.format(getattr(known, age), known.standing.place)}"
+            f"{known.status} {text.format(getattr(known, age), known.status.place)}"
             for known in ranks[:8]
         ]
         more = [f"{len(ranks) - 8} more"] if len(ranks) > 8 else []
         return "; ".join(shown + more)
 
 
-def _ending(standing: Standing) -> str:
-    return f"failed: {standing.fault}" if standing.fault else "is gone"
-
-
 class Watchdog:
-    """Ends this process, within this context, where a rank makes no progress.
+    """Context that ends this process if a rank makes no progress.
 
-    Of several processes all must enter it together. A single one is watched while it waits for
-    data.
+    All ranks must enter it together. A single process is watched only while it waits for data.
 
     Args:
-        timeout: seconds without progress, or without a sign of life, that a rank is granted.
-        end: ends this process with an exit code, whatever its main thread waits for.
+        timeout: longest time without progress, or without a heartbeat, in seconds.
+        end: ends this process with an exit code, whatever its main thread is waiting for.
     """
 
     def __init__(self, timeout: float, *, end: Callable[[int], None] = os._exit) -> None:
         self.timeout = timeout
         self.interval = min(LONGEST_INTERVAL, timeout / 10)
         self._end = end
-        self._ranks = Ranks(timeout)
+        self._table = RankTable(timeout)
         self._beat = 0
         self._answered = 0.0
         self._stop = threading.Event()
@@ -165,13 +160,13 @@ class Watchdog:
         if torch.distributed.is_initialized():
             self._world = torch.distributed.get_world_size()
         rank = torch.distributed.get_rank() if self._world > 1 else 0
-        self._own = Standing(rank=rank, host=socket.gethostname(), process=os.getpid())
+        self._own = RankStatus(rank=rank, host=socket.gethostname(), process=os.getpid())
 
     def __enter__(self) -> "Watchdog":
         if self._world == 1:
             self._start(self._judge_alone)
             return self
-        # Connections of their own: the main thread may wait on its for a long time.
+        # Separate connections: the main thread may wait on its own for a long time.
         store: Any = distributed_c10d._get_default_store()
         prefix = f"watchdog/{next(_numbers)}"
         self._posting, self._reading = (
@@ -181,7 +176,7 @@ class Watchdog:
         self._reading.set_timeout(timedelta(seconds=self.timeout))
         self._post()
         torch.distributed.barrier()
-        for work in (self._tell, self._listen, self._judge):
+        for work in (self._heartbeat, self._listen, self._judge):
             self._start(work)
         return self
 
@@ -196,51 +191,50 @@ class Watchdog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Tell the others how this rank ended.
+        """Post how this rank ended.
 
         Raises:
-            RankLostError: it ended because another one did.
+            RankLostError: it ended because another rank did.
         """
         lost = None
         if self._world > 1:
-            lost = self._who_is_lost(error) if error is not None else None
+            lost = self._lost_ranks(error) if error is not None else None
             if error is None:
-                self._say(finished=True)
+                self._post_end(finished=True)
             else:
-                self._say(fault=lost or str(error) or type(error).__name__)
+                self._post_end(fault=lost or str(error) or type(error).__name__)
         self._stop.set()
-        for thread in self._threads:  # Python aborts where one still waits for the store as it ends
-            thread.join(LONGEST_GOODBYE)
+        for thread in self._threads:  # one still waiting for the store as Python ends would abort
+            thread.join(LONGEST_JOIN)
         if lost is not None:
             raise RankLostError(lost) from error
 
-    def at(self, step: int, doing: str) -> None:
-        """Note what this rank begins to do; every rank says the same in the same order."""
+    def at(self, step: int, activity: str) -> None:
+        """Record the activity that this rank begins; all ranks call this in the same order."""
         with self._lock:
-            moved = {"moves": self._own.moves + 1, "step": step, "doing": doing}
-            self._own = Standing(**(asdict(self._own) | moved))
+            moves = self._own.moves + 1
+            self._own = replace(self._own, moves=moves, step=step, activity=activity)
 
-    def _say(self, *, fault: str = "", finished: bool = False) -> None:
+    def _post_end(self, *, fault: str = "", finished: bool = False) -> None:
         with self._lock:
-            ending = {"fault": fault, "finished": finished}
-            self._own = Standing(**(asdict(self._own) | ending))
+            self._own = replace(self._own, fault=fault, finished=finished)
         try:
             self._post()
-        except RuntimeError:  # the store's host has ended before
+        except RuntimeError:  # the store's host has already ended
             return
 
     def _post(self) -> None:
         with self._lock:
             self._beat += 1
-            standing = Standing(**(asdict(self._own) | {"beat": self._beat}))
-        self._posting.set(str(standing.rank), json.dumps(asdict(standing)))
+            status = replace(self._own, beat=self._beat)
+        self._posting.set(str(status.rank), json.dumps(asdict(status)))
 
-    def _tell(self) -> None:
+    def _heartbeat(self) -> None:
         while not self._stop.wait(self.interval):
             try:
                 self._post()
             except RuntimeError:
-                continue  # the judge notices that nothing is answered
+                continue  # _judge notices that the store does not answer
 
     def _listen(self) -> None:
         before = time.monotonic()
@@ -250,10 +244,10 @@ class Watchdog:
             except RuntimeError:
                 continue
             now = time.monotonic()
-            # Time in which this process was stopped, and the others perhaps too, counts little.
+            # Capped: this process, and perhaps the others, may have been stopped for a while.
             passed, before = min(now - before, 3 * self.interval), now
             for answer in answers:
-                self._ranks.learn(Standing(**json.loads(answer)), passed)
+                self._table.update(RankStatus(**json.loads(answer)), passed)
             self._answered = 0.0
 
     def _judge(self) -> None:
@@ -262,62 +256,66 @@ class Watchdog:
             now = time.monotonic()
             self._answered += min(now - before, 3 * self.interval)
             before = now
-            verdict = self._ranks.verdict()
+            verdict = self._table.verdict()
             if verdict is None and self._answered > self.timeout:
-                verdict = f"{KEEPER} did not answer for {self._answered:.0f} s"
+                verdict = f"{STORE_HOST} did not answer for {self._answered:.0f} s"
             if verdict is not None and not self._stop.is_set():
                 self._give_up(verdict)
                 return
 
     def _judge_alone(self) -> None:
-        seen, before = Seen(self._own), time.monotonic()
+        seen, before = ObservedRank(self._own), time.monotonic()
         while not self._stop.wait(self.interval):
             now = time.monotonic()
             passed, before = min(now - before, 3 * self.interval), now
             own = self._own
-            moved = own.moves != seen.standing.moves or own.doing != WAITING_FOR_DATA
-            seen = Seen(own, still=0.0 if moved else seen.still + passed)
-            if seen.still > self.timeout:
-                self._give_up(f"{own} made no progress for {seen.still:.0f} s: {own.place}")
+            moved = own.moves != seen.status.moves or own.activity != WAITING_FOR_DATA
+            seen = ObservedRank(own, stuck=0.0 if moved else seen.stuck + passed)
+            if seen.stuck > self.timeout:
+                self._give_up(f"{own} made no progress for {seen.stuck:.0f} s: {own.place}")
                 return
 
     def _give_up(self, verdict: str) -> None:
         sys.stderr.write(
             f"\nsimmim: {verdict}.\nThe limit is training.rank_timeout, {self.timeout:g} s. Rank"
-            f" {self._own.rank} ends with code {LOST}; it stood at: {self._own.place}. Go on from"
-            " the last checkpoint with --resume auto.\n"
+            f" {self._own.rank} ({self._own.place}) exits with code {LOST}. Resume from the last"
+            " checkpoint with --resume auto.\n"
         )
         main = threading.main_thread().ident
         traceback.print_stack(sys._current_frames().get(main or 0), file=sys.stderr)
         sys.stderr.flush()
         self._end(LOST)
 
-    def _who_is_lost(self, error: BaseException) -> str | None:
-        """Return which other ranks are gone, if `error` comes of that; None if it is our own."""
+    def _lost_ranks(self, error: BaseException) -> str | None:
+        """Return a message that names the lost ranks if they caused `error`, else None."""
         text = f"{type(error).__name__} {error}".lower()
         if not isinstance(error, RuntimeError) or not any(
-            sign in text for sign in _SIGNS_OF_COMMUNICATION
+            word in text for word in _COMMUNICATION_ERRORS
         ):
             return None
-        first: list[Seen] = []
-        for _ in range(INTERVALS_TO_TELL):
+        first: list[ObservedRank] = []
+        for _ in range(INTERVALS_TO_IDENTIFY):
             time.sleep(self.interval)
-            gone = [known for known in list(self._ranks.seen.values()) if self._is_gone(known)]
-            # Those that fell silent without a word, or with a reason of their own, fell first.
-            first = [known for known in gone if "lost" not in known.standing.fault]
+            gone = [known for known in list(self._table.ranks.values()) if self._is_gone(known)]
+            # Those that went silent, or failed for a reason of their own, are the cause.
+            first = [known for known in gone if "lost" not in known.status.fault]
             if first:
                 break
         else:
             first = gone
         reasons = [
-            f"{known.standing} {_ending(known.standing)}, at {known.standing.place}"
+            f"{known.status} {_ending(known.status)}, at {known.status.place}"
             for known in first[:8]
         ]
-        found = "; ".join(reasons) or f"{KEEPER} perhaps"
+        found = "; ".join(reasons) or f"{STORE_HOST} perhaps"
         return f"a rank was lost, and training needs all: {found}"
 
-    def _is_gone(self, known: Seen) -> bool:
-        """Tell whether another rank has failed, or is silent for longer than one that lives."""
-        if known.standing.rank == self._own.rank or known.standing.finished:
+    def _is_gone(self, known: ObservedRank) -> bool:
+        """Return whether another rank has failed, or is silent for longer than a live one is."""
+        if known.status.rank == self._own.rank or known.status.finished:
             return False
-        return bool(known.standing.fault) or known.silent > 2.5 * self.interval
+        return bool(known.status.fault) or known.silent > 2.5 * self.interval
+
+
+def _ending(status: RankStatus) -> str:
+    return f"failed: {status.fault}" if status.fault else "is gone"

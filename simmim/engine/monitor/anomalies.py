@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is no number: skipped, explained, and too many in a row refused."""
+"""Non-finite (NaN or Inf) steps: skip, log, stop after N in a row."""
 
 import json
 import math
@@ -11,55 +11,55 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from simmim.data.loader.batch import Batch
 from simmim.data.order.source import SampleSource
-from simmim.disk import append_whole, goes_on_without
+from simmim.disk import append_line, skip_if_unwritable
+from simmim.engine.checkpoint.sharded_state import local_tensor
 
-What = Literal["loss", "gradient", "weights"]
+Cause = Literal["loss", "gradient", "weights"]
 
 NAMED_ON_SCREEN = 4
-"""Samples that a warning names; the file names all."""
+"""Number of samples that a warning names; the file names all."""
 
 
 class DivergedError(ValueError):
-    """The loss or the gradient is no number, step after step."""
+    """Loss or gradient were non-finite in too many steps in a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Anomaly:
-    """A line of `anomalies.jsonl`: what one rank knows of a step that was skipped."""
+    """A line of `anomalies.jsonl`: what one rank found in a skipped step."""
 
     step: int
     rank: int
-    what: What
-    """What is not finite: the loss of the samples; the gradient alone, and these are all samples
-    of the rank; or the weights already, which makes every sample look bad."""
+    what: Cause
+    """What is non-finite: the loss of these samples; the gradient alone, where these are all
+    samples of the rank; or the weights, in which case every sample looks bad."""
     samples: tuple[str, ...]
     """Shard and key of each."""
     in_a_row: int
-    """Skipped steps up to this one, without a good one between."""
+    """Number of consecutive skipped steps, this one included."""
 
 
-def poisoned(loss: Tensor) -> Tensor:
-    """Return the loss such that one that is no number has a gradient that is none.
+def propagate_nonfinite(loss: Tensor) -> Tensor:
+    """Make a non-finite loss produce a non-finite gradient.
 
-    An infinite loss may have a finite gradient. With this the norm of the gradient, which is the
-    same on all ranks, tells of every rank's loss, and nothing else needs to be exchanged. A finite
+    An infinite loss may have a finite gradient. With this, the norm of the gradient, which is the
+    same on all ranks, reveals a non-finite loss on any rank without further communication. A finite
     loss and its gradient are multiplied by one.
     """
     return loss * (1 + 0 * loss.detach())
 
 
 class Anomalies:
-    """Watches the gradient's norm of every step. All ranks use it together.
+    """Record of non-finite steps; all ranks use it together.
 
     Args:
-        accelerator: the ranks.
-        shards: that samples are named in.
-        path: of `anomalies.jsonl`.
-        limit: skipped steps in a row that end training.
+        accelerator: devices and processes.
+        shards: the training data, for the names of samples.
+        path: path of `anomalies.jsonl`.
+        limit: number of consecutive skipped steps that ends training.
     """
 
     def __init__(
@@ -75,27 +75,27 @@ class Anomalies:
         self.path = path
         self.limit = limit
         self.in_a_row = 0
-        """Skipped steps since the last good one."""
+        """Number of skipped steps since the last good one."""
 
-    def judge(
+    def check(
         self,
         step: int,
         norm: Tensor,
         module: nn.Module,
         batches: Sequence[Batch],
-        say: Callable[[str], None],
+        warn: Callable[[str], None],
     ) -> None:
-        """Take note of a step that was taken, or skipped for a norm that is no number.
+        """Check the gradient norm of a step, and explain a non-finite one.
 
         Args:
-            step: its number.
-            norm: of the whole gradient.
-            module: what was trained; it is asked again for the loss of each sample.
-            batches: of this rank.
-            say: tells a person.
+            step: number of the step.
+            norm: norm of the whole gradient.
+            module: the trained module; it recomputes the loss of each sample.
+            batches: micro-batches of this rank.
+            warn: prints a warning.
 
         Raises:
-            DivergedError: it is the last of too many in a row.
+            DivergedError: this is the last of too many skipped steps in a row.
         """
         if math.isfinite(float(norm)):
             self.in_a_row = 0
@@ -106,28 +106,26 @@ class Anomalies:
         found = self._explain(step, module, batches)
         if self.accelerator.is_main_process:
             self._write(found)
-        say(self._warning(found))
+        warn(self._warning(found))
         if self.in_a_row >= self.limit:
             raise DivergedError(self._verdict(step, found))
 
     def _is_overflow(self) -> bool:
-        """Tell whether this is the fp16 scaler at work, which looks for the largest good scale."""
+        """Return whether the fp16 scaler, which searches for the largest usable scale, did this."""
         scaler = self.accelerator.scaler
         return scaler is not None and float(scaler.get_scale()) >= 1.0
 
     def _explain(self, step: int, module: nn.Module, batches: Sequence[Batch]) -> list[Anomaly]:
-        """Return what all ranks find when they look at their samples one by one."""
+        """Return what all ranks find when they check their samples one by one."""
         bare = self.accelerator.unwrap_model(module)
-        held = (
-            weight.to_local() if isinstance(weight, DTensor) else weight
-            for weight in bare.parameters()
+        weights_finite = all(
+            bool(local_tensor(weight).isfinite().all()) for weight in bare.parameters()
         )
-        spoilt = not all(bool(weight.isfinite().all()) for weight in held)
-        what: What
-        if self._on_any_rank(spoilt):
+        what: Cause
+        if self._on_any_rank(not weights_finite):
             what, samples = "weights", []
         else:
-            # Every rank asks for each of its samples: sharded weights come from all of them.
+            # Every rank checks all its samples: sharded weights are gathered from all ranks.
             samples = [name for batch in batches for name in self._without_a_loss(bare, batch)]
             what = "loss" if self._on_any_rank(bool(samples)) else "gradient"
         if what == "gradient":
@@ -163,16 +161,16 @@ class Anomalies:
     def _name(self, shard: int, sample: int) -> str:
         try:
             return self.shards.name(shard, sample)
-        except ValueError:  # the shard is gone meanwhile
+        except ValueError:  # the shard has disappeared since
             return f"shard {shard}, sample {sample}"
 
     def _write(self, found: Sequence[Anomaly]) -> None:
         lines = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in found)
         with (
-            goes_on_without("a line of anomalies", self.path),
+            skip_if_unwritable("a line of anomalies", self.path),
             self.path.open("ab", buffering=0) as file,
         ):
-            append_whole(file, lines.encode())
+            append_line(file, lines.encode())
 
     def _warning(self, found: Sequence[Anomaly]) -> str:
         first = found[0]
@@ -182,11 +180,12 @@ class Anomalies:
         )
         match first.what:
             case "weights":
-                reason = "the weights are no longer finite: an earlier step spoiled them"
+                reason = "the weights are no longer finite: an earlier step corrupted them"
             case "loss":
                 reason = f"the loss of {', '.join(samples[:NAMED_ON_SCREEN])}{more} is not finite"
             case "gradient":
-                reason = f"the gradient over {len(samples)} samples is not finite"
+                noun = "sample" if len(samples) == 1 else "samples"
+                reason = f"the gradient over {len(samples)} {noun} is not finite"
         return (
             f"WARNING: step {first.step} was skipped on all ranks: {reason}"
             f" ({first.in_a_row} in a row; {self.limit} end training). See {self.path}."
@@ -195,9 +194,9 @@ class Anomalies:
     def _verdict(self, step: int, found: Sequence[Anomaly]) -> str:
         return (
             f"{self.limit} steps in a row, up to step {step}, were skipped because the"
-            f" {found[0].what} was not finite; {self.path} names the samples, and no checkpoint"
-            " was written since the first of them. --resume auto goes back to the one before. Lower"
+            f" {found[0].what} was not finite; {self.path} names the samples. The last checkpoint"
+            " is from before the first of them, and --resume auto resumes from it. Lower"
             " training.optimizer.lr or training.clip_norm, or lengthen the warm-up (with"
-            " --allow-recipe-changes), or leave out the named samples; if the weights were spoiled"
-            " already, resume from an earlier checkpoint with --resume PATH."
+            " --allow-recipe-changes), or remove the named samples; if the weights were already"
+            " corrupted, resume from an earlier checkpoint with --resume PATH."
         )

@@ -1,4 +1,4 @@
-"""The progress bar of training, and the clock behind its rates."""
+"""Progress bar of training, and the clock behind its rates."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """How fast training went between two readings of the clock."""
+    """Speed of training between two readings of the clock."""
 
     images_per_second: float
     """Over all ranks."""
@@ -21,7 +21,7 @@ class Rates:
 
 
 class Clock:
-    """Measures images a second and the share of time spent waiting for data, between logs."""
+    """Measures images per second and the share of time spent waiting for data, between logs."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -29,12 +29,12 @@ class Clock:
         self._waited = 0.0
 
     def add(self, images: int, waited: float) -> None:
-        """Count one step: its images over all ranks, and seconds waited for its data."""
+        """Count one step: its images over all ranks, and the seconds waited for its data."""
         self._images += images
         self._waited += waited
 
     def read(self) -> Rates:
-        """Return the rates since the last reading."""
+        """Return the rates since the last reading and start the next interval."""
         now = time.perf_counter()
         elapsed = max(now - self._start, 1e-9)
         rates = Rates(
@@ -43,14 +43,14 @@ class Clock:
         self._start, self._images, self._waited = now, 0, 0.0
         return rates
 
-    def skip(self) -> None:
-        """Leave out the time since the last reading, with the steps in it."""
+    def restart(self) -> None:
+        """Discard the interval since the last reading, with its steps."""
         self._start = time.perf_counter()
         self._images, self._waited = 0, 0.0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out the time within: validation and checkpoints are no training."""
+        """Exclude the time spent within this context, in validation for example."""
         began = time.perf_counter()
         try:
             yield
@@ -59,9 +59,9 @@ class Clock:
 
 
 class Forecast:
-    """Tells when training ends, from all the time that its steps have taken so far.
+    """Estimate of the time left, from the wall-clock time of all steps so far.
 
-    Validation, pictures and checkpoints count, so that the guess is of the clock on the wall.
+    It includes validation, pictures and checkpoints.
     """
 
     def __init__(self, step: int, total: int) -> None:
@@ -69,12 +69,12 @@ class Forecast:
         self._start = time.perf_counter()
 
     def seconds_left(self, step: int) -> float:
-        """Return the seconds until the last step; `step` are those taken, at least one of them."""
+        """Return the seconds until the last step, after at least one step up to `step`."""
         return (time.perf_counter() - self._start) / (step - self._first) * (self._total - step)
 
 
 class Bar:
-    """A bar over optimiser steps, with the figures of the last log behind it."""
+    """Progress bar over optimiser steps that also shows the figures logged last."""
 
     def __init__(self, total: int, initial: int, *, visible: bool, label: str) -> None:
         self._bar: tqdm[Any] = tqdm(
@@ -84,13 +84,13 @@ class Bar:
             unit="step",
             disable=not visible,
             dynamic_ncols=True,
-            # A log file wants a line now and then, not ten a second.
+            # In a log file one line now and then is enough.
             mininterval=0.5 if sys.stderr.isatty() else 30.0,
             smoothing=0.05,
         )
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Stop updating the bar."""
         self._bar.close()
 
     def advance(self) -> None:
@@ -101,14 +101,14 @@ class Bar:
         """Show figures behind the bar."""
         self._bar.set_postfix_str(text, refresh=False)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a line above the bar."""
         if not self._bar.disable:
             tqdm.write(text, file=sys.stderr)
 
 
 def duration(seconds: float) -> str:
-    """Write a length of time for a person: `3 d 4 h`, `2 h 05 min`, `7 min`, `42 s`."""
+    """Return a duration as readable text: `3 d 4 h`, `2 h 05 min`, `7 min`, `42 s`."""
     minutes, hours = round(seconds / 60), round(seconds / 3600)
     if seconds < 90:
         return f"{seconds:.0f} s"

@@ -1,6 +1,6 @@
-"""Trackers: where metrics go beside `metrics.jsonl`, through accelerate's classes.
+"""Trackers that receive metrics in addition to `metrics.jsonl`, through accelerate's classes.
 
-A tracker is a convenience: what it raises is said once, and never ends training.
+An error of a tracker is printed once and never ends training.
 """
 
 import json
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from PIL import Image
 
 from data_prep.format.atomic import atomic_write_text
@@ -20,19 +19,21 @@ from simmim.engine.settings import Trackers
 from simmim.recipe import to_values, to_yaml
 
 PROJECT = "simmim"
-"""What runs are gathered under, where a tracker has such a thing."""
+"""Project name in trackers that group runs."""
 PACKAGES = {"tensorboard": "'simmim[track]'", "comet_ml": "comet-ml"}
-"""What pip calls the packages that have another name."""
+"""Pip packages of trackers whose package has another name."""
 FAILURES = 5
-"""Failures in a row after which a tracker is left alone: each may have waited for a network."""
+"""Consecutive failures after which a tracker is dropped: each may have waited for a network."""
 
 
 def chosen_trackers(trackers: Trackers) -> tuple[str, ...]:
-    """Return the names of the trackers to use; `auto` is TensorBoard where it is installed.
+    """Return the names of the trackers to use; `auto` is TensorBoard if it is installed.
 
     Raises:
-        ValueError: one that was asked for by name is not installed.
+        ValueError: a tracker that is requested by name is not installed.
     """
+    from accelerate.tracking import get_available_trackers  # noqa: PLC0415 (imports torch)
+
     installed = [str(name) for name in get_available_trackers()]
     if trackers == "auto":
         return ("tensorboard",) if "tensorboard" in installed else ()
@@ -49,11 +50,11 @@ class Tracking:
     """The trackers of one run, on its main process.
 
     Args:
-        run: its folder, where TensorBoard writes and the names of series at services are kept.
-        names: of trackers that are installed.
-        recipe: what they show as the run's configuration.
-        step: that training begins after: series go on from there.
-        say: is told what goes wrong.
+        run: the run folder, which also holds TensorBoard's events and the ids at services.
+        names: names of installed trackers.
+        recipe: recipe to store as the configuration of the run.
+        step: step after which training begins and series continue.
+        warn: prints a warning.
     """
 
     def __init__(
@@ -63,9 +64,9 @@ class Tracking:
         *,
         recipe: Any,
         step: int,
-        say: Callable[[str], None],
+        warn: Callable[[str], None],
     ) -> None:
-        self._say = say
+        self._warn = warn
         self._failures: dict[str, int] = {}
         self._trackers: dict[str, Any] = {}
         ids = _Ids(run.path / "trackers.json")
@@ -73,10 +74,12 @@ class Tracking:
             self._try(name, partial(self._open, name, run, ids, recipe, step))
 
     def _open(self, name: str, run: RunFolder, ids: "_Ids", recipe: Any, step: int) -> None:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS  # noqa: PLC0415 (imports torch)
+
         tracker_class = LOGGER_TYPE_TO_CLASS[name]
         match name:
             case "tensorboard":
-                # Events of later steps, which will be taken again, are hidden.
+                # Events of later steps, which will be trained again, are hidden.
                 tracker = tracker_class("tensorboard", run.path, purge_step=step + 1)
             case "wandb":
                 series = ids.get(name, uuid.uuid4().hex[:12])
@@ -93,41 +96,44 @@ class Tracking:
         self._trackers[name] = tracker
         if name == "mlflow":
             ids.get(name, tracker.tracker.info.run_id)
-        if name == "tensorboard":  # its table of parameters would make a folder at each resume
+        if name == "tensorboard":  # its hyperparameters would create a folder on each resume
             tracker.writer.add_text("recipe", f"```yaml\n{to_yaml(recipe)}```", step)
         else:
             tracker.store_init_configuration(dict(flattened(to_values(recipe))))
 
     def log(self, figures: Mapping[str, float | int | str], step: int) -> None:
-        """Hand on the numbers among some figures."""
+        """Log the figures that are numbers."""
         numbers = {key: value for key, value in figures.items() if not isinstance(value, str)}
         for name, tracker in list(self._trackers.items()):
             self._try(name, partial(tracker.log, numbers, step=step))
 
-    def show(self, title: str, picture: Path, step: int) -> None:
-        """Hand on a picture, to trackers that take some."""
+    def log_picture(self, title: str, picture: Path, step: int) -> None:
+        """Log a picture with the trackers that support pictures."""
         for name, tracker in list(self._trackers.items()):
             self._try(name, partial(_show, name, tracker, title, picture, step))
 
     def close(self) -> None:
-        """Let the trackers finish what they hold."""
+        """Finish all trackers."""
         for name, tracker in list(self._trackers.items()):
             self._try(name, tracker.finish)
 
     def _try(self, name: str, call: Callable[[], None]) -> None:
         try:
             call()
-        except Exception as error:  # each tracker has its own, networks all of them
+        except Exception as error:  # trackers raise errors of their own and of the network
             count = self._failures[name] = self._failures.get(name, 0) + 1
             text = (str(error).splitlines() or [""])[0]
             if count == 1:
-                self._say(
-                    f"tracker {name} failed, and training goes on: {type(error).__name__}: {text}"
+                self._warn(
+                    f"WARNING: tracker {name} failed: {type(error).__name__}: {text}. Training "
+                    "continues."
                 )
             if count >= FAILURES and self._trackers.pop(name, None) is not None:
-                self._say(f"tracker {name} failed {count} times in a row and is left alone now.")
+                self._warn(
+                    f"WARNING: tracker {name} failed {count} times in a row and is no longer used."
+                )
         else:
-            self._failures[name] = min(self._failures.get(name, 0), 1)  # said once, counted anew
+            self._failures[name] = min(self._failures.get(name, 0), 1)  # counted again
 
 
 def _show(name: str, tracker: Any, title: str, picture: Path, step: int) -> None:
@@ -146,7 +152,7 @@ def _show(name: str, tracker: Any, title: str, picture: Path, step: int) -> None
 
 
 class _Ids:
-    """Names of a run's series at services, which a resumed run goes on with."""
+    """Ids of a run at tracking services, which a resumed run continues."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -168,7 +174,7 @@ class _Ids:
 
 
 def flattened(values: Any, prefix: str = "") -> Iterator[tuple[str, float | int | str | bool]]:
-    """Yield a recipe's values under dotted keys; what is no number or text is written as text."""
+    """Yield a recipe's values under dotted keys; lists and null are converted to text."""
     if isinstance(values, dict):
         for key, value in values.items():
             yield from flattened(value, f"{prefix}.{key}" if prefix else str(key))

@@ -143,7 +143,7 @@ class ClassifierStage(FineTuningStage[RecipeT, DataT]):
     def save_encoder(self, path: Path, provenance: Provenance) -> None:
         """Write the encoder directory."""
 
-    def hand_on(self, run: RunFolder, step: int, samples: int) -> None:
+    def export_encoder(self, run: RunFolder, step: int, samples: int) -> None:
         """Write the encoder directory and the classifier's head into the run."""
         self.save_encoder(run.encoder, self.provenance(step, samples))
         save_head(self.model.head, run.path / HEAD_FOLDER, self.classes)

@@ -14,13 +14,9 @@ from simmim.data.loader.batch import Batch
 from simmim.data.loader.batches import BatchStream, evaluation_batches
 from simmim.data.settings import DataSettings, with_statistics
 from simmim.data.transforms.image_transforms import EvalTransform
-from simmim.engine.checkpoint.directory import (
-    TrainingState,
-    find_checkpoint,
-    load_model,
-    load_state,
-)
+from simmim.engine.checkpoint.directory import TrainingState, find_checkpoint, load_state
 from simmim.engine.checkpoint.ema import load_average
+from simmim.engine.checkpoint.resume import load_model
 from simmim.engine.run import RunFolder
 from simmim.method.masking import MaskGenerator
 from simmim.method.model import SimMIM
@@ -112,7 +108,7 @@ class PretrainStage:
         return forward_flops(config) + 2 * decoded * config.num_features * pixels
 
     def batches(self, *, rank: int, world: int, start: int, end: int) -> Iterable[Batch]:
-        """Yield this rank's micro-batches; see `simmim.engine.loop.Stage`."""
+        """Yield this rank's micro-batches; see `simmim.engine.stage.Stage`."""
         recipe = self.recipe
         return training_batches(
             self.training_shards,
@@ -210,7 +206,7 @@ class PretrainStage:
         return self.online_probe.run(self.module.features, accelerator)
 
     @torch.no_grad()
-    def look(self, accelerator: Accelerator, run: RunFolder, step: int) -> Path | None:
+    def visualize(self, accelerator: Accelerator, run: RunFolder, step: int) -> Path | None:
         """Draw reconstructions of the first held-out images into the run."""
         batch = next(iter(self.held_out_batches(batch_size=PANEL_IMAGES)), None)
         if batch is None:
@@ -234,7 +230,7 @@ class PretrainStage:
         )
         return path
 
-    def hand_on(self, run: RunFolder, step: int, samples: int) -> None:
+    def export_encoder(self, run: RunFolder, step: int, samples: int) -> None:
         """Write the encoder directory into the run."""
         save_pretrained(self.model, self.recipe, run.encoder, step=step, samples=samples)
 

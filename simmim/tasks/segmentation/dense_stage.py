@@ -119,7 +119,7 @@ class DenseStage(FineTuningStage[RecipeT, DataT]):
         """Yield held-out images as pictures, one for each caption, with a colour for each class."""
 
     @torch.no_grad()
-    def look(self, accelerator: Accelerator, run: RunFolder, step: int) -> Path | None:
+    def visualize(self, accelerator: Accelerator, run: RunFolder, step: int) -> Path | None:
         """Draw held-out images, what is true of them and what is found."""
         if self.validation_shards is None or not self.recipe.pictures:
             return None
@@ -131,7 +131,7 @@ class DenseStage(FineTuningStage[RecipeT, DataT]):
         write_panel(rows, self.captions, list(zip(self.names, colours, strict=True)), path)
         return path
 
-    def hand_on(self, run: RunFolder, step: int, samples: int) -> None:
+    def export_encoder(self, run: RunFolder, step: int, samples: int) -> None:
         """Write the encoder directory, and encoder and head as transformers has them."""
         mean, std = self.initial.mean, self.initial.std
         encoder = encoder_from_backbone(self.model.backbone)

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from simmim.data.loader.bad_samples import BadSample, BadSamples
-from simmim.disk import append_whole, why_not_written
+from simmim.disk import append_line, why_not_written
 from simmim.engine.checkpoint.directory import complete_checkpoints
 from simmim.engine.checkpoint.saver import Saver
-from simmim.engine.loop import build_accelerator, train
+from simmim.engine.devices import build_accelerator
+from simmim.engine.loop import train
 from simmim.engine.run import RunFolder
 from simmim.recipe import parse
 from simmim.tasks.pretrain.recipe import PretrainRecipe
@@ -51,14 +52,14 @@ def fill(place: Path, *, leaving: int = 0) -> Path:
 @pytest.fixture
 def prompt_writing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let each step wait for the thread that writes, so that it is known what is on disk when."""
-    signs = Saver.signs
+    flags = Saver.flags
 
     def settled(saver: Saver) -> tuple[int, int]:
         if saver._writing is not None and saver._writing.future is not None:
             saver._writing.future.exception()
-        return signs(saver)
+        return flags(saver)
 
-    monkeypatch.setattr(Saver, "signs", settled)
+    monkeypatch.setattr(Saver, "flags", settled)
 
 
 def test_a_line_is_appended_whole_or_not_at_all(small_disk: Path) -> None:
@@ -66,13 +67,13 @@ def test_a_line_is_appended_whole_or_not_at_all(small_disk: Path) -> None:
     path.write_bytes(b"first\n")
     ballast = fill(small_disk)
     with path.open("ab", buffering=0) as file, pytest.raises(OSError, match="No space") as raised:
-        append_whole(file, b"x" * 3 * 2**14 + b"\n")
+        append_line(file, b"x" * 3 * 2**14 + b"\n")
     assert path.read_bytes() == b"first\n"
     text = why_not_written(raised.value, small_disk, needed=2**20)
     assert text == f"No space left on device (1.0 MiB are needed, 0.0 MiB are free in {small_disk})"
     ballast.unlink()
     with path.open("ab", buffering=0) as file:
-        append_whole(file, b"second\n")
+        append_line(file, b"second\n")
     assert path.read_bytes() == b"first\nsecond\n"
 
 

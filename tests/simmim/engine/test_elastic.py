@@ -17,7 +17,8 @@ import torch
 import yaml
 
 import data_prep.cli
-from simmim.engine.checkpoint.directory import complete_checkpoints, read_model
+from simmim.engine.checkpoint.directory import complete_checkpoints
+from simmim.engine.checkpoint.resume import read_model
 from simmim.engine.run import RunFolder
 from simmim.export.export import export
 from swinv2 import load_encoder

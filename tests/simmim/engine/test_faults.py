@@ -165,7 +165,7 @@ def test_a_rank_that_hangs_in_its_own_code_is_named(
         assert process.wait(timeout=200) == 76, log.read_text()
     text = log.read_text()
     assert "made no progress for" in text
-    assert f"Rank {rank} ends with code 76; it stood at: computing, step 3" in text
+    assert f"Rank {rank} (computing, step 3) exits with code 76" in text
     assert "time.sleep(600)" in text  # where the rank hangs
 
 

@@ -10,8 +10,8 @@ from simmim.engine.optimizer import (
     OptimizerSettings,
     build_optimizer,
     decays,
-    depth_table,
     layer_of,
+    layer_table,
     parameter_groups,
     set_learning_rate,
 )
@@ -216,7 +216,7 @@ def test_the_table_counts_every_parameter() -> None:
     model = tiny_model()
     groups = parameter_groups(model, OptimizerSettings(lr=1e-3, layer_decay=0.5), (2, 1))
     rows = [
-        line.replace(",", "").split() for line in depth_table(model, groups, (2, 1)).split("\n")
+        line.replace(",", "").split() for line in layer_table(model, groups, (2, 1)).split("\n")
     ]
     assert [row[0] for row in rows[1:]] == ["0", "1", "2", "3", "4"]
     assert [float(row[1]) for row in rows[1:]] == pytest.approx(

@@ -13,7 +13,8 @@ import psutil
 import pytest
 import torch
 
-from simmim.engine.checkpoint.directory import complete_checkpoints, read_model
+from simmim.engine.checkpoint.directory import complete_checkpoints
+from simmim.engine.checkpoint.resume import read_model
 from simmim.engine.run import RunFolder
 
 PRETRAIN = ["-m", "simmim", "pretrain"]

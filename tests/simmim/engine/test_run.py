@@ -219,9 +219,9 @@ def test_a_run_has_one_writer(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "locked\n"
         with pytest.raises(ValueError, match="another process is writing"):
-            run.lock(patience=0.2)
+            run.lock(timeout=0.2)
     finally:
         process.kill()
         process.communicate(timeout=30)
-    run.lock(patience=5)  # a kill gives it free
+    run.lock(timeout=5)  # a kill gives it free
     assert run.path.is_dir()

@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from simmim.cli import main
-from simmim.engine.checkpoint.best import best_checkpoint
-from simmim.engine.checkpoint.directory import chosen_checkpoint, read_model
-from simmim.engine.loop import build_accelerator, train
+from simmim.engine.checkpoint.directory import best_checkpoint, chosen_checkpoint
+from simmim.engine.checkpoint.resume import read_model
+from simmim.engine.devices import build_accelerator
+from simmim.engine.loop import train
 from simmim.engine.run import RunFolder
 from simmim.export.export import FORMATS, GRAPHS, export
 from simmim.export.import_encoder import Known, import_encoder

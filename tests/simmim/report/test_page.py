@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from simmim.cli import main
-from simmim.engine.loop import build_accelerator, train
+from simmim.engine.devices import build_accelerator
+from simmim.engine.loop import train
 from simmim.engine.run import RunFolder
 from simmim.recipe import parse
 from simmim.report.charts import POINTS, Series, chart, ticks

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import simmim.cli
-from simmim.engine.checkpoint.best import best_checkpoint
+from simmim.engine.checkpoint.directory import best_checkpoint
 from simmim.engine.run import RunFolder
 from simmim.tasks.evaluate import evaluate
 

@@ -12,7 +12,8 @@ from torch._dynamo.utils import counters
 import simmim.cli
 import simmim.tasks.train
 from simmim.cli import main
-from simmim.engine.checkpoint.directory import complete_checkpoints, read_model
+from simmim.engine.checkpoint.directory import complete_checkpoints
+from simmim.engine.checkpoint.resume import read_model
 from simmim.engine.run import RunFolder
 from simmim.recipe import RecipeError, parse
 from simmim.tasks.classification.recipe import ClassificationRecipe

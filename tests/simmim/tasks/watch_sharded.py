@@ -13,8 +13,7 @@ from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 
 from simmim.engine.distributed.launcher import run_as_rank
-from simmim.engine.distributed.parallelism import gathered
-from simmim.engine.distributed.sharding import shard_by_block
+from simmim.engine.distributed.sharding import gathered, shard_by_block
 from simmim.engine.run import RunFolder
 from simmim.recipe import load
 from simmim.tasks.pretrain.recipe import PretrainRecipe
@@ -41,7 +40,7 @@ def main(config: Path, folder: Path, precision: str) -> int:
                 figures = stage.validate(accelerator)
             figures |= stage.probe(accelerator)
             if accelerator.is_main_process:  # the other one has nothing to compute
-                assert stage.look(accelerator, run, 1) is not None
+                assert stage.visualize(accelerator, run, 1) is not None
         found.append(figures)
     if accelerator.is_main_process:
         sys.stdout.write(json.dumps(found) + "\n")

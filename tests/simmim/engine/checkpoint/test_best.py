@@ -8,9 +8,16 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
-from simmim.engine.checkpoint.best import Best, best_checkpoint, better, write_best
-from simmim.engine.checkpoint.directory import complete_checkpoints, load_state
-from simmim.engine.loop import build_accelerator, train
+from simmim.engine.checkpoint.directory import (
+    Best,
+    best_checkpoint,
+    complete_checkpoints,
+    is_better,
+    load_state,
+    write_best,
+)
+from simmim.engine.devices import build_accelerator
+from simmim.engine.loop import train
 from simmim.engine.run import RunFolder
 from simmim.recipe import parse
 from simmim.tasks.classification.recipe import ClassificationRecipe
@@ -96,11 +103,11 @@ def test_it_can_be_left_out(classification_values: dict[str, Any], tmp_path: Pat
 
 def test_better_is_higher_and_of_the_same_figure() -> None:
     best = Best(step=3, metric="top1", value=50.0)
-    assert better(None, {"top1": 0.0}, "top1")
-    assert better(best, {"top1": 50.1}, "top1")
-    assert not better(best, {"top1": 50.0}, "top1")
-    assert not better(best, {}, "top1")
-    assert better(best, {"miou": 1.0}, "miou")  # another recipe's figure cannot be compared
+    assert is_better(None, {"top1": 0.0}, "top1")
+    assert is_better(best, {"top1": 50.1}, "top1")
+    assert not is_better(best, {"top1": 50.0}, "top1")
+    assert not is_better(best, {}, "top1")
+    assert is_better(best, {"miou": 1.0}, "miou")  # another recipe's figure cannot be compared
 
 
 def test_a_name_can_be_taken_away(tmp_path: Path) -> None:

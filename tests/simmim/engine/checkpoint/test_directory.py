@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from simmim.engine.checkpoint.directory import (
@@ -21,15 +22,16 @@ from simmim.engine.checkpoint.directory import (
     TrainingState,
     checkpoint_path,
     complete_checkpoints,
+    discard,
     discard_all,
     find_checkpoint,
-    load_model,
-    load_optimizer,
+    finish_checkpoint,
     load_state,
     remove_later_checkpoints,
     remove_old_checkpoints,
-    save_checkpoint,
 )
+from simmim.engine.checkpoint.resume import load_model, load_optimizer
+from simmim.engine.checkpoint.saver import rank_contents, write_contents
 from simmim.engine.optimizer import ParameterGroup, build_optimizer
 from simmim.engine.settings import OptimizerSettings
 
@@ -69,6 +71,19 @@ def state_of(step: int) -> TrainingState:
         data_digest="d1",
         recipe_hash="0123456789abcdef",
     )
+
+
+def save_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState
+) -> Path:
+    """Write a checkpoint as a single rank does, and remove it if that fails."""
+    contents = rank_contents(model, optimizer, Accelerator(cpu=True), state, "")
+    try:
+        write_contents(folder, state.step, contents)
+    except BaseException:
+        discard(folder, state.step)
+        raise
+    return finish_checkpoint(folder, state.step, 1)
 
 
 def save(folder: Path, step: int) -> Path:
@@ -249,7 +264,7 @@ def test_the_state_of_another_model_is_refused(tmp_path: Path) -> None:
     groups = [ParameterGroup(names=("0.weight",), weight_decay=0.0, lr_factor=1.0)]
     model, optimizer = build(groups)
     path = save_checkpoint(tmp_path, model, optimizer, state_of(1))
-    with pytest.raises(ValueError, match=r"lacks the state of 0\.bias, 1\.bias, 1\.weight"):
+    with pytest.raises(ValueError, match=r"lacks .*0\.bias, 1\.bias, 1\.weight"):
         load_optimizer(path, build()[1])
     with pytest.raises(ValueError, match=r"(?s)missing: 2\.weight.*shape of 0\.weight"):
         load_model(path, nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2), nn.Linear(2, 2)))

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from simmim.engine.checkpoint.directory import complete_checkpoints, read_model
+from simmim.engine.checkpoint.directory import complete_checkpoints
 from simmim.engine.checkpoint.ema import averaged, read_average, update_average
-from simmim.engine.loop import build_accelerator, train
+from simmim.engine.checkpoint.resume import read_model
+from simmim.engine.devices import build_accelerator
+from simmim.engine.loop import train
 from simmim.engine.run import RunFolder
 from simmim.engine.settings import OptimizerSettings, TrainingSettings
 from simmim.export.export import read_source

@@ -9,24 +9,24 @@ import pytest
 import torch
 
 from simmim.engine.checkpoint import saver as saving
-from simmim.engine.checkpoint.best import Best
-from simmim.engine.checkpoint.directory import (
-    Contents,
-    complete_checkpoints,
-    read_model,
+from simmim.engine.checkpoint.directory import Best, complete_checkpoints
+from simmim.engine.checkpoint.resume import read_model
+from simmim.engine.checkpoint.saver import (
+    RankContents,
+    Saver,
+    SavingOutcome,
     write_contents,
 )
-from simmim.engine.checkpoint.saver import Saver, SavingOutcome
-from simmim.engine.checkpoint.shard_files import Piece
+from simmim.engine.checkpoint.shard_files import TensorShard
 
 
-def contents(rank: int, world: int, value: float) -> Contents:
+def contents(rank: int, world: int, value: float) -> RankContents:
     """Two rows for each rank."""
     rows = torch.full((2, 3), value)
-    return Contents(
-        part=rank,
-        parts=world,
-        model={"weight": Piece(rows, 2 * rank, (2 * world, 3))},
+    return RankContents(
+        shard=rank,
+        shard_count=world,
+        model={"weight": TensorShard(rows, 2 * rank, (2 * world, 3))},
         optimizer={},
         texts={"state.json": "{}"} if rank == 0 else {},
     )
@@ -42,8 +42,8 @@ def both(tmp_path: Path) -> Iterator[list[Saver]]:
 
 def meet(savers: list[Saver]) -> list[SavingOutcome | None]:
     """Do what happens at the start of a step."""
-    signs = [max(sign) for sign in zip(*(saver.signs() for saver in savers), strict=True)]
-    return [saver.heed(*signs) for saver in savers]
+    flags = [max(flag) for flag in zip(*(saver.flags() for saver in savers), strict=True)]
+    return [saver.update(*flags) for saver in savers]
 
 
 def steps(folder: Path) -> list[str]:
@@ -56,8 +56,8 @@ class Gate:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
         self.opened = threading.Event()
 
-        def write(folder: Path, step: int, what: Contents) -> None:
-            if what.part == rank:
+        def write(folder: Path, step: int, what: RankContents) -> None:
+            if what.shard == rank:
                 assert self.opened.wait(timeout=60)
             write_contents(folder, step, what)
 
@@ -76,7 +76,6 @@ def test_a_checkpoint_is_complete_once_all_ranks_have_written(
     gate.opened.set()
     outcomes: list[SavingOutcome | None] = [None, None]
     while outcomes == [None, None]:
-        assert all(saver.is_writing for saver in both)
         outcomes = meet(both)
     assert outcomes == 2 * [SavingOutcome(step=4, saved=True)]
     assert steps(tmp_path) == ["step-00000004"]
@@ -114,9 +113,9 @@ def test_a_failure_on_any_rank_leaves_the_earlier_checkpoints(
         saver.start(4, contents(rank, 2, 1.0))
     agree(both)
 
-    def full(folder: Path, step: int, what: Contents) -> None:
+    def full(folder: Path, step: int, what: RankContents) -> None:
         write_contents(folder, step, what)
-        if what.part == 1:
+        if what.shard == 1:
             raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -166,7 +165,7 @@ def test_a_part_on_another_machines_disk_is_missed(tmp_path: Path) -> None:
 def test_a_mistake_that_is_not_the_disks_is_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(folder: Path, step: int, what: Contents) -> None:
+    def broken(folder: Path, step: int, what: RankContents) -> None:
         raise KeyError("weight")
 
     monkeypatch.setattr(saving, "write_contents", broken)
@@ -180,8 +179,8 @@ def test_a_mistake_that_is_not_the_disks_is_raised(
 def test_some_are_kept_for_good(tmp_path: Path) -> None:
     saver = Saver(tmp_path, keep_last=2, keep_every=10)
 
-    def agree(signs: Sequence[int]) -> list[int]:
-        return list(signs)
+    def agree(flags: Sequence[int]) -> list[int]:
+        return list(flags)
 
     for step in range(5, 45, 5):
         saver.start(step, contents(0, 1, 1.0))
@@ -193,8 +192,8 @@ def test_some_are_kept_for_good(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fails", "told"),
     [
-        ("remove_old_checkpoints", "old checkpoints cannot be removed"),
-        ("write_best", "the best one cannot be named"),
+        ("remove_old_checkpoints", "old checkpoints"),
+        ("write_best", "best.json"),
     ],
 )
 def test_a_checkpoint_is_complete_though_what_follows_fails(
@@ -213,5 +212,6 @@ def test_a_checkpoint_is_complete_though_what_follows_fails(
     saver.close()
     assert outcome is not None
     assert outcome.saved
-    assert f"{told}: [Errno 13] Permission denied" in outcome.reason
+    assert told in outcome.reason
+    assert "Permission denied" in outcome.reason
     assert steps(tmp_path) == ["step-00000001", "step-00000002"]

@@ -8,7 +8,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from simmim.engine.checkpoint.shard_files import NAMES, Parts, Piece, part_path, whole, write_part
+from simmim.engine.checkpoint.directory import shard_path
+from simmim.engine.checkpoint.shard_files import (
+    DTYPE_NAMES,
+    ShardFiles,
+    TensorShard,
+    whole,
+    write_shards,
+)
 
 SHAPES = {"long": (7, 3), "short": (2, 2, 2), "flat": (5,), "number": ()}
 
@@ -30,14 +37,14 @@ def write(folder: Path, count: int) -> None:
             part = -(-len(tensor) // count)
             rows = tensor[part * rank : part * (rank + 1)]
             if len(rows):
-                pieces[name] = Piece(rows, part * rank, tuple(tensor.shape))
-        write_part(part_path(folder, "model", rank, count), pieces)
+                pieces[name] = TensorShard(rows, part * rank, tuple(tensor.shape))
+        write_shards(shard_path(folder, "model", rank, count), pieces)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_any_rows_are_read_whatever_wrote_them(tmp_path: Path, count: int) -> None:
     write(tmp_path, count)
-    with Parts(tmp_path, "model") as parts:
+    with ShardFiles(tmp_path, "model") as parts:
         assert parts.shapes == SHAPES
         for name, tensor in tensors().items():
             assert torch.equal(parts.read(name), tensor)
@@ -49,10 +56,11 @@ def test_any_rows_are_read_whatever_wrote_them(tmp_path: Path, count: int) -> No
 
 def test_one_part_is_an_ordinary_safetensors_file(tmp_path: Path) -> None:
     many = {
-        str(dtype): torch.arange(6, dtype=torch.float32).view(3, 2).T.to(dtype) for dtype in NAMES
+        str(dtype): torch.arange(6, dtype=torch.float32).view(3, 2).T.to(dtype)
+        for dtype in DTYPE_NAMES
     }
-    file = part_path(tmp_path, "model", 0, 1)
-    write_part(file, {name: whole(tensor) for name, tensor in many.items()})
+    file = shard_path(tmp_path, "model", 0, 1)
+    write_shards(file, {name: whole(tensor) for name, tensor in many.items()})
     loaded = load_file(file)
     assert loaded.keys() == many.keys()
     assert all(torch.equal(loaded[name], many[name]) for name in many)
@@ -61,8 +69,8 @@ def test_one_part_is_an_ordinary_safetensors_file(tmp_path: Path) -> None:
 
 def test_names_below_a_prefix_can_be_kept_alone(tmp_path: Path) -> None:
     pieces = {name: whole(torch.full((2,), float(len(name)))) for name in ("a.x", "a.b.x", "c")}
-    write_part(part_path(tmp_path, "model", 0, 1), pieces)
-    with Parts(tmp_path, "model") as parts:
+    write_shards(shard_path(tmp_path, "model", 0, 1), pieces)
+    with ShardFiles(tmp_path, "model") as parts:
         parts.keep_below("a.")
         assert parts.shapes == {"x": (2,), "b.x": (2,)}
         assert parts.read("b.x", 0, 1).tolist() == [5.0]
@@ -70,30 +78,30 @@ def test_names_below_a_prefix_can_be_kept_alone(tmp_path: Path) -> None:
 
 def test_a_part_that_is_gone_is_named(tmp_path: Path) -> None:
     write(tmp_path, 3)
-    file = part_path(tmp_path, "model", 1, 3)
+    file = shard_path(tmp_path, "model", 1, 3)
     file.unlink()
     with pytest.raises(ValueError, match="cannot be read") as caught:
-        Parts(tmp_path, "model")
+        ShardFiles(tmp_path, "model")
     assert str(file) in str(caught.value)
 
 
 def test_parts_of_two_writings_do_not_mix(tmp_path: Path) -> None:
     write(tmp_path, 2)
     write(tmp_path, 3)
-    with pytest.raises(ValueError, match=r"parts of \[2, 3\] model files"):
-        Parts(tmp_path, "model")
+    with pytest.raises(ValueError, match=r"\[2, 3\] model files"):
+        ShardFiles(tmp_path, "model")
 
 
 def test_rows_that_nobody_wrote_are_missed(tmp_path: Path) -> None:
-    rows = Piece(torch.zeros(2, 3), 1, (4, 3))
-    write_part(part_path(tmp_path, "model", 0, 1), {"name": rows})
-    with pytest.raises(ValueError, match="rows of name are in no model part"):
-        Parts(tmp_path, "model")
+    rows = TensorShard(torch.zeros(2, 3), 1, (4, 3))
+    write_shards(shard_path(tmp_path, "model", 0, 1), {"name": rows})
+    with pytest.raises(ValueError, match=r"rows of name .*model"):
+        ShardFiles(tmp_path, "model")
 
 
 def test_the_header_is_readable_by_hand(tmp_path: Path) -> None:
     write(tmp_path, 2)
-    raw = part_path(tmp_path, "model", 1, 2).read_bytes()
+    raw = shard_path(tmp_path, "model", 1, 2).read_bytes()
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
     assert json.loads(header["__metadata__"]["rows"])["long"] == [4, 7, 3]

@@ -7,10 +7,10 @@ import pytest
 import yaml
 from accelerate.commands import config
 
-from simmim.engine.distributed.launcher import (
+from simmim.engine.distributed.environment import (
     RANK_VARIABLES,
     is_rank,
-    processes_asked_for,
+    processes_in,
     requested_cpu_processes,
 )
 from simmim.engine.exit_codes import LOST
@@ -64,7 +64,7 @@ def write(path: Path, **values: object) -> Path:
 def test_the_number_is_found_in_the_command_line(
     launcher: str, options: list[str], processes: int
 ) -> None:
-    assert processes_asked_for([*LAUNCHERS[launcher], *options, *SIMMIM]) == processes
+    assert processes_in([*LAUNCHERS[launcher], *options, *SIMMIM]) == processes
 
 
 @pytest.mark.parametrize(
@@ -72,14 +72,14 @@ def test_the_number_is_found_in_the_command_line(
 )
 def test_what_is_launched_has_options_of_its_own(launched: list[str], tmp_path: Path) -> None:
     ours = ["--num_processes", "9", "--num_machines", "9", "--config_file", str(tmp_path / "none")]
-    assert processes_asked_for([*LAUNCH, "--num_processes", "2", *launched, *ours]) == 2
-    assert processes_asked_for([*LAUNCH, *launched, *ours]) == 1
+    assert processes_in([*LAUNCH, "--num_processes", "2", *launched, *ours]) == 2
+    assert processes_in([*LAUNCH, *launched, *ours]) == 1
 
 
 def test_an_option_may_hold_our_name(tmp_path: Path) -> None:
     file = write(tmp_path / "simmim", num_processes=2)
     options = ["--config_file", str(file), "--num_processes", "3"]
-    assert processes_asked_for([*LAUNCH, *options, *SIMMIM]) == 3
+    assert processes_in([*LAUNCH, *options, *SIMMIM]) == 3
 
 
 @pytest.mark.parametrize(
@@ -95,39 +95,39 @@ def test_an_option_may_hold_our_name(tmp_path: Path) -> None:
     ],
 )
 def test_other_parents_ask_for_nothing(arguments: list[str]) -> None:
-    assert processes_asked_for(arguments) == 1
+    assert processes_in(arguments) == 1
 
 
 def test_a_config_file_gives_what_the_line_leaves_open(tmp_path: Path) -> None:
     file = write(tmp_path / "cpu.yaml", num_processes=3, num_machines=1, use_cpu=True)
     line = [*LAUNCH, "--config_file", str(file)]
-    assert processes_asked_for([*line, *SIMMIM]) == 3
-    assert processes_asked_for([*line, "--cpu", *SIMMIM]) == 3
-    assert processes_asked_for([*line, "--num_processes", "2", *SIMMIM]) == 2
+    assert processes_in([*line, *SIMMIM]) == 3
+    assert processes_in([*line, "--cpu", *SIMMIM]) == 3
+    assert processes_in([*line, "--num_processes", "2", *SIMMIM]) == 2
 
 
 def test_a_config_file_without_a_number_means_one_process(tmp_path: Path) -> None:
     file = write(tmp_path / "cpu.yaml")
-    assert processes_asked_for([*LAUNCH, "--config_file", str(file), *SIMMIM]) == 1
+    assert processes_in([*LAUNCH, "--config_file", str(file), *SIMMIM]) == 1
 
 
 def test_the_file_of_accelerate_config_counts_where_accelerate_reads_it(
     default_config: Path, tmp_path: Path
 ) -> None:
     write(default_config, num_processes=4, use_cpu=True)
-    assert processes_asked_for([*LAUNCH, *SIMMIM]) == 4
-    assert processes_asked_for([*LAUNCH, "--num_processes", "2", *SIMMIM]) == 2
-    assert processes_asked_for([*LAUNCH, "--cpu", *SIMMIM]) == 1  # accelerate passes it over
+    assert processes_in([*LAUNCH, *SIMMIM]) == 4
+    assert processes_in([*LAUNCH, "--num_processes", "2", *SIMMIM]) == 2
+    assert processes_in([*LAUNCH, "--cpu", *SIMMIM]) == 1  # accelerate passes it over
     other = write(tmp_path / "other.yaml", num_processes=3)
-    assert processes_asked_for([*LAUNCH, "--config_file", str(other), *SIMMIM]) == 3
+    assert processes_in([*LAUNCH, "--config_file", str(other), *SIMMIM]) == 3
 
 
 def test_several_machines_are_refused_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="torchrun --nnodes"):
-        processes_asked_for([*LAUNCH, "--num_machines", "2", "--num_processes", "4", *SIMMIM])
+        processes_in([*LAUNCH, "--num_machines", "2", "--num_processes", "4", *SIMMIM])
     file = write(tmp_path / "cpu.yaml", num_processes=4, num_machines=2)
     with pytest.raises(ValueError, match="torchrun --nnodes"):
-        processes_asked_for([*LAUNCH, "--config_file", str(file), *SIMMIM])
+        processes_in([*LAUNCH, "--config_file", str(file), *SIMMIM])
 
 
 def test_a_process_that_nobody_launched_asks_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

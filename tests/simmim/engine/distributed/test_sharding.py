@@ -15,7 +15,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from torch import nn
 
 from simmim import SimMIM
-from simmim.engine.distributed.parallelism import check_parallelism
+from simmim.engine.distributed.environment import check_parallelism
 from simmim.engine.distributed.sharding import shard_size, sharding_units
 from swinv2 import build_encoder
 from swinv2.blocks import Block

@@ -38,13 +38,13 @@ def test_terminals_launchers_and_slurm_ask_to_stop() -> None:
 @EACH
 def test_a_signal_is_noted_and_not_obeyed(number: signal.Signals, no_harm: list[int]) -> None:
     with StopRequest() as stop:
-        assert not stop.agreed()
+        assert not any(stop.agree([stop.wanted]))
         assert stop.received is None
         os.kill(os.getpid(), number)
-        assert stop.agreed()
+        assert any(stop.agree([stop.wanted]))
         assert stop.received == number
         os.kill(os.getpid(), number)  # launcher and terminal both deliver it
-        assert stop.agreed()
+        assert any(stop.agree([stop.wanted]))
     assert no_harm == []
 
 
@@ -71,7 +71,7 @@ def test_after_a_stop_that_ends_the_process_signals_are_ignored(
     os.kill(os.getpid(), number)
     assert no_harm == [number]  # nothing was stopped
     with StopRequest() as stop:
-        stop.heeded = True
+        stop.honoured = True
     os.kill(os.getpid(), number)
     assert no_harm == [number]
 
@@ -81,16 +81,16 @@ def test_ignored_signals_are_noted_and_ignored_again(number: signal.Signals) -> 
     signal.signal(number, signal.SIG_IGN)  # as a shell starts background jobs
     with StopRequest() as stop:
         os.kill(os.getpid(), number)
-        assert stop.agreed()
+        assert any(stop.agree([stop.wanted]))
     assert signal.getsignal(number) == signal.SIG_IGN
 
 
 def test_a_request_starts_unasked(no_harm: list[int]) -> None:
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.agreed()
+        assert any(stop.agree([stop.wanted]))
     with StopRequest() as again:
-        assert not again.agreed()
+        assert not any(again.agree([again.wanted]))
 
 
 def test_outside_the_main_thread_handlers_stay() -> None:
@@ -100,7 +100,7 @@ def test_outside_the_main_thread_handlers_stay() -> None:
     def work() -> None:
         with StopRequest() as stop:
             seen.extend(signal.getsignal(number) for number in STOP_SIGNALS)
-            seen.append(stop.agreed())
+            seen.append(any(stop.agree([stop.wanted])))
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -115,10 +115,10 @@ def ask_as_rank(rank: int, store: str) -> None:
     )
     answers = []
     with StopRequest() as stop:
-        answers.append(stop.agreed())
+        answers.append(any(stop.agree([stop.wanted])))
         if rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        answers += [stop.agreed(), stop.agreed()]
+        answers += [any(stop.agree([stop.wanted])), any(stop.agree([stop.wanted]))]
         received = stop.received
         assert stop.agree([rank, 1 - rank, 0, 7 + rank]) == [1, 1, 0, 8]
     torch.distributed.destroy_process_group()

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 
 from simmim.data.loader.batch import Batch
 from simmim.engine.checkpoint.directory import complete_checkpoints
-from simmim.engine.loop import build_accelerator, train, training_step
-from simmim.engine.monitor.anomalies import Anomalies, DivergedError, poisoned
+from simmim.engine.devices import build_accelerator
+from simmim.engine.loop import train, training_step
+from simmim.engine.monitor.anomalies import Anomalies, DivergedError, propagate_nonfinite
 from simmim.engine.run import RunFolder
 from simmim.recipe import parse
 from simmim.tasks.pretrain.recipe import PretrainRecipe
@@ -50,7 +51,7 @@ def names_by_step(values: dict[str, Any]) -> list[list[str]]:
 def test_a_loss_that_is_no_number_has_no_gradient(value: float) -> None:
     weight = torch.tensor(1.5, requires_grad=True)
     loss = 2.5 * weight
-    spoilt = poisoned(loss - loss.detach() + value)
+    spoilt = propagate_nonfinite(loss - loss.detach() + value)
     spoilt.backward()
     assert weight.grad is not None
     if math.isfinite(value):
@@ -183,8 +184,8 @@ def test_the_scaler_of_fp16_at_work_is_no_anomaly(
     stage = PretrainStage(recipe(pretrain_values))
     watch = Anomalies(accelerator, stage.training_shards, tmp_path / "anomalies.jsonl", limit=2)
     said: list[str] = []
-    watch.judge(1, torch.tensor(math.inf), stage.module, [], said.append)
+    watch.check(1, torch.tensor(math.inf), stage.module, [], said.append)
     assert not watch.in_a_row
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=0.5)  # as after many overflows
-    watch.judge(2, torch.tensor(math.inf), stage.module, [], said.append)
+    watch.check(2, torch.tensor(math.inf), stage.module, [], said.append)
     assert watch.in_a_row == 1

@@ -8,10 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from simmim.engine.loop import build_accelerator, train
-from simmim.engine.monitor.memory import memory_in_use
+from simmim.engine.devices import build_accelerator
+from simmim.engine.loop import train
+from simmim.engine.monitor.hardware import (
+    DevicePeak,
+    device_peak,
+    memory_in_use,
+    utilisation,
+)
 from simmim.engine.monitor.progress import Clock, Forecast, duration
-from simmim.engine.monitor.utilisation import Peak, device_peak, utilisation
 from simmim.engine.run import RunFolder
 from simmim.recipe import parse
 from simmim.tasks.pretrain.recipe import PretrainRecipe
@@ -68,13 +73,13 @@ def test_the_environment_is_kept(pretrain_values: dict[str, Any], tmp_path: Path
 
 def test_a_pause_is_no_training() -> None:
     clock = Clock()
-    clock.skip()
+    clock.restart()
     clock.add(100, 0.0)
     with clock.paused():
         time.sleep(0.3)
     assert clock.read().images_per_second > 1000
     clock.add(10, 0.0)
-    clock.skip()
+    clock.restart()
     assert clock.read().images_per_second == 0
 
 
@@ -86,7 +91,7 @@ def test_the_forecast_is_that_of_the_steps_so_far() -> None:
 
 
 def test_utilisation_counts_three_forward_passes() -> None:
-    peak = Peak(flops=1e12, source="matmul")
+    peak = DevicePeak(flops=1e12, source="matmul")
     assert utilisation(10**9, 100, peak, devices=1) == pytest.approx(0.3)
     assert utilisation(10**9, 100, peak, devices=2) == pytest.approx(0.15)
 

@@ -8,7 +8,8 @@ import pytest
 from accelerate import Accelerator
 from PIL import Image
 
-from simmim.engine.loop import build_accelerator, train
+from simmim.engine.devices import build_accelerator
+from simmim.engine.loop import train
 from simmim.engine.monitor.tracking import Tracking, chosen_trackers, flattened
 from simmim.engine.run import RunFolder
 from simmim.engine.settings import OptimizerSettings, TrainingSettings
@@ -23,7 +24,7 @@ def open_tracking(run: RunFolder, *names: str, step: int = 0) -> tuple[Tracking,
     Accelerator(cpu=True)  # accelerate's trackers ask which process they are in
     said: list[str] = []
     run.path.mkdir(parents=True, exist_ok=True)
-    return Tracking(run, names, recipe=RECIPE, step=step, say=said.append), said
+    return Tracking(run, names, recipe=RECIPE, step=step, warn=said.append), said
 
 
 def test_a_missing_package_is_named_with_its_pip_command() -> None:
@@ -77,17 +78,17 @@ def test_a_resumed_series_goes_on_without_doubled_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tensorboard")
-def test_a_tracker_that_fails_while_it_runs_is_left_alone(tmp_path: Path) -> None:
+def test_a_tracker_that_keeps_failing_is_dropped(tmp_path: Path) -> None:
     run = RunFolder(path=tmp_path / "run")
     tracking, said = open_tracking(run, "tensorboard")
     picture = tmp_path / "picture.png"
     picture.write_bytes(b"no picture")
     for step in range(1, 10):
-        tracking.show("reconstructions", picture, step)
+        tracking.log_picture("reconstructions", picture, step)
     tracking.log({"train/loss": 1.0}, 10)
     tracking.close()
     assert len(said) == 2
-    assert "left alone" in said[1]
+    assert "no longer used" in said[1]
 
 
 @pytest.mark.usefixtures("tensorboard")

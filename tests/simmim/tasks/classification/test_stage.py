@@ -12,7 +12,8 @@ import data_prep.cli
 from simmim.data.datasets.shards import ShardSet
 from simmim.data.loader.batch import Batch
 from simmim.data.transforms.mixing import draw_mixes, mix, partners
-from simmim.engine.loop import TrainingResult, build_accelerator, train
+from simmim.engine.devices import build_accelerator
+from simmim.engine.loop import TrainingResult, train
 from simmim.engine.run import RunFolder
 from simmim.recipe import RecipeError, parse
 from simmim.tasks.classification.classifier import copy_head, load_classifier, save_head

@@ -15,7 +15,8 @@ from simmim.data.datasets.coco import CocoSet
 from simmim.data.order.order import Address
 from simmim.data.transforms.detection_transforms import TrainDetectionTransform, box_of, mask_of
 from simmim.data.transforms.sample import Instances
-from simmim.engine.loop import TrainingResult, build_accelerator, train
+from simmim.engine.devices import build_accelerator
+from simmim.engine.loop import TrainingResult, train
 from simmim.engine.run import RunFolder
 from simmim.export.export import export
 from simmim.recipe import parse

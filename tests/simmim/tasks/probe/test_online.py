@@ -12,7 +12,8 @@ import yaml
 from accelerate import Accelerator
 
 from simmim.data.loader.batch import Batch
-from simmim.engine.loop import build_accelerator, train
+from simmim.engine.devices import build_accelerator
+from simmim.engine.loop import train
 from simmim.engine.run import RunFolder
 from simmim.recipe import parse
 from simmim.tasks.pretrain.recipe import PretrainRecipe

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from simmim.engine.distributed.parallelism import synchronise_norms
+from simmim.engine.distributed.sharding import synchronise_norms
 from simmim.tasks.detection.heads import build_detector
 from simmim.tasks.detection.recipe import DetectionHead
 from simmim.tasks.segmentation.heads import build_segmenter

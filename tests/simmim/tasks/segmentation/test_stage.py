@@ -10,8 +10,9 @@ import yaml
 from PIL import Image
 
 from simmim.cli import main
-from simmim.engine.checkpoint.directory import read_model
-from simmim.engine.loop import TrainingResult, build_accelerator, train
+from simmim.engine.checkpoint.resume import read_model
+from simmim.engine.devices import build_accelerator
+from simmim.engine.loop import TrainingResult, train
 from simmim.engine.optimizer import layer_of
 from simmim.engine.run import RunFolder
 from simmim.export.export import export

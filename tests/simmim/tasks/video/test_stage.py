@@ -12,9 +12,9 @@ import yaml
 
 from simmim.cli import main
 from simmim.data.loader.batch import Batch
-from simmim.engine.checkpoint.best import best_checkpoint
-from simmim.engine.checkpoint.directory import read_model
+from simmim.engine.checkpoint.directory import best_checkpoint
 from simmim.engine.checkpoint.ema import read_average
+from simmim.engine.checkpoint.resume import read_model
 from simmim.engine.optimizer import layer_of, parameter_groups
 from simmim.engine.settings import OptimizerSettings
 from simmim.recipe import RecipeError, parse

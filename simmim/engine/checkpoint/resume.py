@@ -1,0 +1,194 @@
+"""Loading: resume a training, start from other weights, or read what a checkpoint holds."""
+
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from accelerate import Accelerator
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from simmim.engine.checkpoint.directory import (
+    COMPLETE,
+    MODEL,
+    OPTIMIZER,
+    RECIPE_FILE,
+    SCALARS_FILE,
+    TrainingState,
+    complete_checkpoints,
+    load_state,
+    read_json,
+)
+from simmim.engine.checkpoint.ema import load_average
+from simmim.engine.checkpoint.shard_files import ShardFiles
+from simmim.engine.checkpoint.sharded_state import (
+    is_sharded,
+    restore_model,
+    restore_optimizer,
+)
+from simmim.recipe import read_values
+
+ENCODER_FOLDER, ENCODER_FILE = "encoder", "model.safetensors"
+ENCODER = "model.encoder"
+"""Dotted name of the encoder in a stage's module."""
+
+StageT = TypeVar("StageT", bound="Resumable")
+
+
+class Resumable(Protocol):
+    """The members of a stage that resuming needs; see `simmim.engine.stage.Stage`."""
+
+    @property
+    def recipe(self) -> Any:
+        """The recipe, with its training settings."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The trained module."""
+
+    @property
+    def data_digest(self) -> str:
+        """Digest of the training data."""
+
+    def fresh(self) -> Any:
+        """Return a stage of the same recipe with initial weights on the CPU."""
+
+
+def restore(
+    path: Path,
+    stage: Resumable,
+    accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer,
+    *,
+    allow_changes: bool,
+) -> TrainingState:
+    """Load a checkpoint, written by any number of ranks, into a stage and its optimiser.
+
+    Raises:
+        ValueError: the checkpoint belongs to another model, does not fit or cannot be read.
+    """
+    state = resumable_state(path, stage, allow_changes=allow_changes)
+    load_model(path, stage.module)
+    load_optimizer(path, optimizer)
+    if accelerator.scaler is not None and state.scaler is not None:
+        accelerator.scaler.load_state_dict(state.scaler)
+    return state
+
+
+def resumable_state(path: Path, stage: Resumable, *, allow_changes: bool) -> TrainingState:
+    """Return the training state of a checkpoint after checking that `stage` can resume from it.
+
+    Raises:
+        ValueError: data or optimiser differ, or the batch size does and changes are not allowed, or
+            the checkpoint cannot be read.
+    """
+    state = load_state(path)
+    batch_size = stage.recipe.training.batch_size
+    if state.batch_size != batch_size and not allow_changes:
+        raise ValueError(
+            f"{path} was trained with batch size {state.batch_size}, the recipe has {batch_size}: "
+            "steps and learning rate would change their meaning. Set it back, or accept this with "
+            "--allow-recipe-changes."
+        )
+    if state.data_digest != stage.data_digest:
+        raise ValueError(
+            f"{path} was trained on other images than the recipe names now (other shards, or a "
+            "folder whose files have changed since); its position in the data would be lost. Name "
+            "the images it was started with, or start another run."
+        )
+    wanted = stage.recipe.training.optimizer.name
+    saved = read_values(path / RECIPE_FILE)["training"]["optimizer"].get("name", wanted)
+    if saved != wanted:
+        raise ValueError(
+            f"{path} holds the state of the optimiser {saved}, the recipe has {wanted}: set "
+            f"training.optimizer.name to {saved}, or start a new run from its weights with "
+            "--init-from."
+        )
+    return state
+
+
+def load_model(path: Path, model: nn.Module) -> None:
+    """Load the weights of a checkpoint.
+
+    Raises:
+        ValueError: a file cannot be read, or a tensor is missing, unexpected or of another shape.
+    """
+    with ShardFiles(path, MODEL) as files:
+        restore_model(model, files)
+
+
+def read_model(path: Path) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint, unsharded and on the CPU.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    with ShardFiles(path, MODEL) as files:
+        return files.read_all()
+
+
+def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Load the optimiser state of a checkpoint by the names of the parameters.
+
+    Hyperparameters such as weight decay and betas stay those of `optimizer`, hence of the recipe.
+
+    Raises:
+        ValueError: a file cannot be read, or lacks a parameter of `optimizer`.
+    """
+    scalars = read_json(path / SCALARS_FILE, TypeAdapter(dict[str, dict[str, Any]]))
+    with ShardFiles(path, OPTIMIZER) as files:
+        restore_optimizer(optimizer, files, scalars)
+
+
+def load_initial(path: Path, module: nn.Module) -> str:
+    """Load only weights into a module that is to be trained, without optimiser and data position.
+
+    If the module has other parts than the model at `path`, only its encoder is loaded. If a
+    checkpoint has averages of its weights, they are loaded.
+
+    Args:
+        path: a checkpoint, a run folder (its last complete checkpoint, or else its encoder), or an
+            encoder directory.
+        module: the module of a stage, sharded or not.
+
+    Returns:
+        A message that says what was loaded.
+
+    Raises:
+        ValueError: there are no weights at `path`, or the encoder does not fit.
+    """
+    checkpoints = complete_checkpoints(path / "checkpoints")
+    if (path / COMPLETE).is_file():
+        checkpoints = [path]
+    encoder = path / ENCODER_FOLDER if (path / ENCODER_FOLDER).is_dir() else path
+    if not checkpoints and not (encoder / ENCODER_FILE).is_file():
+        raise ValueError(
+            f"{path} holds no weights to start from: give a run folder, a checkpoint in one, or an "
+            "encoder directory."
+        )
+    if not checkpoints:
+        with ShardFiles(encoder, MODEL, file=ENCODER_FILE) as files:
+            restore_model(module.get_submodule(ENCODER), files)
+        return f"Starting from the encoder in {encoder}."
+    with ShardFiles(checkpoints[-1], MODEL) as files:
+        if files.shapes.keys() == module.state_dict().keys():
+            restore_model(module, files)
+            load_average(checkpoints[-1], module)
+            return f"Starting from the weights of {checkpoints[-1]}."
+        files.keep_below(f"{ENCODER}.")
+        restore_model(module.get_submodule(ENCODER), files)
+        load_average(checkpoints[-1], module.get_submodule(ENCODER), f"{ENCODER}.")
+    return f"Starting from the encoder of {checkpoints[-1]}; everything else is initialised."
+
+
+def unsharded_stage(stage: StageT, checkpoint: Path) -> StageT:
+    """Return the stage itself, or if it is sharded a new one with the weights of `checkpoint`.
+
+    The new one has the averages of the weights, if the checkpoint has some.
+    """
+    if not is_sharded(stage.module):
+        return stage
+    unsharded: StageT = stage.fresh()
+    load_model(checkpoint, unsharded.module)
+    load_average(checkpoint, unsharded.module)
+    return unsharded

@@ -1,0 +1,267 @@
+"""State of a training, and the bookkeeping between its steps."""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from simmim.data.loader.batch import Batch
+from simmim.engine.checkpoint.directory import Best, TrainingState, checkpoint_path, is_better
+from simmim.engine.checkpoint.ema import averaged, forget_average, update_average
+from simmim.engine.checkpoint.resume import restore
+from simmim.engine.checkpoint.saver import Saver, SavingOutcome, rank_contents
+from simmim.engine.distributed.signals import StopRequest
+from simmim.engine.distributed.watchdog import WAITING_FOR_DATA, Watchdog
+from simmim.engine.monitor.anomalies import Anomalies
+from simmim.engine.monitor.monitor import Monitor, ReportWriter, TrainingPosition
+from simmim.engine.optimizer import ParameterGroup, parameter_groups
+from simmim.engine.run import RunFolder
+from simmim.engine.schedule import learning_rate
+from simmim.engine.settings import TrainingSettings
+from simmim.engine.stage import Stage
+from simmim.recipe import recipe_hash, to_yaml
+
+
+class Trainer:
+    """State of a training: position, losses, checkpoints and best validation.
+
+    Args:
+        stage: model, data and recipe.
+        run: folder of the run.
+        accelerator: devices and processes.
+        module: the stage's module, prepared for the devices.
+        optimizer: the optimiser of its parameters.
+        stop: tells whether training was asked to stop.
+        write_report: writes the report of the run; None writes none.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        run: RunFolder,
+        accelerator: Accelerator,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        stop: StopRequest,
+        write_report: ReportWriter | None,
+    ) -> None:
+        self.stage, self.run, self.accelerator, self.stop = stage, run, accelerator, stop
+        self.module, self.optimizer = module, optimizer
+        self.settings: TrainingSettings = stage.recipe.training
+        self.total = self.settings.total_steps(stage.samples_per_epoch)
+        self.step = self.cursor = self.skipped = 0
+        self.saved_step = -1
+        """Step of the last complete checkpoint; -1 if there is none."""
+        self.begun_step = -1
+        """Step of the last checkpoint that was begun."""
+        self.best: Best | None = None
+        self.lr = 0.0
+        self.losses: list[Tensor] = []
+        self.watchdog = Watchdog(self.settings.rank_timeout)
+        self.anomalies = Anomalies(
+            accelerator, stage.training_shards, run.anomalies, limit=self.settings.max_nonfinite
+        )
+        self.monitor = Monitor(
+            stage, run, accelerator, begin=self.watchdog.at, write_report=write_report
+        )
+        self.saver = Saver(
+            run.checkpoints,
+            rank=accelerator.process_index,
+            keep_last=self.settings.keep_last,
+            keep_every=self.settings.keep_every,
+        )
+
+    def groups(self) -> list[ParameterGroup]:
+        """Return the parameter groups of the optimiser."""
+        return parameter_groups(self.stage.module, self.settings.optimizer, self.stage.depths)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Return a context in which the weights are their averages, if these are kept."""
+        return nullcontext() if self.settings.ema_decay is None else averaged(self.optimizer)
+
+    def batches(self) -> Iterable[Batch]:
+        """Return this rank's micro-batches from the current position to the last step."""
+        return self.stage.batches(
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            start=self.cursor,
+            end=self.cursor + (self.total - self.step) * self.settings.batch_size,
+        )
+
+    def restore(self, path: Path, *, allow_changes: bool) -> None:
+        """Load a checkpoint.
+
+        Raises:
+            ValueError: the checkpoint does not fit the stage, or is of a step after the last.
+        """
+        state = restore(
+            path, self.stage, self.accelerator, self.optimizer, allow_changes=allow_changes
+        )
+        if state.cursor != state.step * self.settings.batch_size:  # the batch size has changed
+            self.total = self.settings.steps_to_the_end(
+                state.step, state.cursor, self.stage.samples_per_epoch
+            )
+        if state.step > self.total:
+            raise ValueError(
+                f"{path} is of step {state.step} and training ends at step {self.total}: increase "
+                "training.steps or training.epochs, or resume from an earlier checkpoint."
+            )
+        self.step = self.saved_step = self.begun_step = state.step
+        self.cursor, self.skipped = state.cursor, state.skipped_steps
+        if state.best is not None and checkpoint_path(path.parent, state.best.step).is_dir():
+            self.best = state.best
+        if self.settings.ema_decay is None:
+            forget_average(self.optimizer)
+        self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in state.losses]
+
+    def must_stop(self) -> bool:
+        """Agree with the other ranks on stop requests and on the checkpoint in progress."""
+        wanted, *saving = self.stop.agree([self.stop.wanted, *self.saver.flags()])
+        self._note_outcome(self.saver.update(*saving))
+        return bool(wanted)
+
+    def learning_rate(self, factor: float) -> float:
+        """Return the learning rate of the next step; the factor scales only the schedule's peak."""
+        return learning_rate(
+            self.settings.schedule,
+            self.step,
+            peak=self.settings.optimizer.lr * factor,
+            total_steps=self.total,
+            steps_per_epoch=self.stage.samples_per_epoch / self.settings.batch_size,
+        )
+
+    def next_batch(self, batches: Iterator[Batch]) -> list[Batch]:
+        """Return the micro-batches of the next step."""
+        self.watchdog.at(self.step + 1, WAITING_FOR_DATA)
+        began = time.perf_counter()
+        micro_batches = [next(batches) for _ in range(self.settings.accumulation)]
+        self.monitor.clock.add(self.settings.batch_size, time.perf_counter() - began)
+        self.watchdog.at(self.step + 1, "computing")
+        return micro_batches
+
+    def record(self, loss: Tensor, norm: Tensor, micro_batches: list[Batch]) -> None:
+        """Record a step: position, loss, averaged weights, anomalies and metrics.
+
+        Args:
+            loss: loss of the step, NaN if it was skipped.
+            norm: norm of the whole gradient.
+            micro_batches: micro-batches of the step.
+        """
+        self.skipped += int(loss.isnan())
+        self.losses.append(loss)
+        self.lr = self.learning_rate(1.0)
+        self.step += 1
+        self.cursor += self.settings.batch_size
+        self.watchdog.at(self.step, "checking and logging the step")
+        if self.settings.ema_decay is not None and not loss.isnan():
+            update_average(self.optimizer, self.settings.ema_decay, self.step)
+        self.anomalies.check(self.step, norm, self.module, micro_batches, self.monitor.print)
+        self.monitor.advance()
+        if self.step % self.settings.log_every == 0 or self.step == self.total:
+            self._log(norm)
+
+    def _log(self, norm: Tensor) -> None:
+        loss = float(self._losses_since_log().nanmean())
+        self.losses.clear()
+        position = TrainingPosition(
+            step=self.step,
+            epoch=self.cursor / self.stage.samples_per_epoch,
+            samples=self.cursor,
+        )
+        counts = {"skipped": self.skipped}
+        self.monitor.log_training(position, loss=loss, lr=self.lr, norm=float(norm), counts=counts)
+
+    def _losses_since_log(self) -> Tensor:
+        """Return the mean over ranks of each loss since the last log; NaN for a skipped step."""
+        if not self.losses:
+            return torch.zeros(0)
+        losses: Tensor = self.accelerator.reduce(torch.stack(self.losses), "mean").cpu()
+        return losses
+
+    def evaluate_and_save(self) -> None:
+        """Validate, probe, draw and save, whichever is due after the current step."""
+        figures = self.monitor.evaluate(self.step, self.averaged())
+        if self._is_best(figures) or self.step % self.settings.checkpoint_every == 0:
+            self.watchdog.at(self.step, "copying a checkpoint, or waiting for the previous one")
+            self.save()
+        self.watchdog.at(self.step, "agreeing with all ranks whether to continue")
+
+    def _is_best(self, figures: Mapping[str, float]) -> bool:
+        """Return whether a validation is the best so far, and remember it."""
+        metric = self.stage.best_metric if self.settings.keep_best else None
+        if metric is None or self.anomalies.in_a_row or not is_better(self.best, figures, metric):
+            return False
+        self.best = Best(step=self.step, metric=metric, value=figures[metric])
+        return True
+
+    @property
+    def checkpoint_at_stop(self) -> str:
+        """What happens to the current step if training stops now, as a message."""
+        if self.anomalies.in_a_row:
+            return "which was skipped and is not saved: the previous checkpoint stays the last"
+        return "writing a checkpoint"
+
+    def save(self) -> None:
+        """Start writing a checkpoint of the current step, unless it has one.
+
+        None is written during a series of skipped steps, so that a restart begins before it.
+        """
+        if self.begun_step == self.step or (self.anomalies.in_a_row and self.step < self.total):
+            return
+        losses = tuple(self._losses_since_log().tolist())
+        self._note_outcome(self.saver.finish(self.stop.agree))
+        state = TrainingState(
+            step=self.step,
+            cursor=self.cursor,
+            total_steps=self.total,
+            batch_size=self.settings.batch_size,
+            seed=self.settings.seed,
+            losses=losses,
+            data_digest=self.stage.data_digest,
+            recipe_hash=recipe_hash(self.stage.recipe),
+            processes=self.accelerator.num_processes,
+            skipped_steps=self.skipped,
+            best=self.best,
+        )
+        contents = rank_contents(
+            self.stage.module, self.optimizer, self.accelerator, state, to_yaml(self.stage.recipe)
+        )
+        self.saver.start(self.step, contents, self.best)
+        self.begun_step = self.step
+        self.monitor.clock.restart()
+
+    def save_final(self, *, required: bool) -> None:
+        """Write a checkpoint of the current step and wait until it is complete.
+
+        Raises:
+            OSError: it cannot be written though it is required.
+        """
+        self.watchdog.at(self.step, "writing the last checkpoint")
+        self.save()
+        outcome = self.saver.finish(self.stop.agree)
+        self._note_outcome(outcome)
+        if required and outcome is not None and not outcome.saved:
+            raise OSError(f"step {outcome.step} has no checkpoint: {outcome.reason}")
+
+    def _note_outcome(self, outcome: SavingOutcome | None) -> None:
+        """Record how the writing of a checkpoint ended, and warn of failures."""
+        if outcome is None:
+            return
+        if outcome.saved:
+            self.saved_step = outcome.step
+            text = f"checkpoint {outcome.step} is complete, but {outcome.reason}"
+        else:
+            self.begun_step = self.saved_step
+            if self.best is not None and self.best.step == outcome.step:
+                self.best = None  # the next validation will be the best with a checkpoint
+            text = (
+                f"the checkpoint of step {outcome.step} was not written: {outcome.reason}. Until "
+                "another one is written, a restart resumes from the previous one"
+            )
+        if outcome.reason:
+            self.monitor.print(f"WARNING: {text}.")
