@@ -10,7 +10,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from simmim.data.loader.batch import Batch
-from simmim.engine.checkpoint.directory import Best, TrainingState, checkpoint_path, is_better
+from simmim.engine.checkpoint.directory import (
+    Best,
+    TrainingState,
+    checkpoint_path,
+    is_better,
+)
 from simmim.engine.checkpoint.ema import averaged, forget_average, update_average
 from simmim.engine.checkpoint.resume import restore
 from simmim.engine.checkpoint.saver import Saver, SavingOutcome, rank_contents
