@@ -3,13 +3,11 @@
 import csv
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from data_prep.format.storage import Location, RemotePath, StorageError, locate
-from data_prep.format.tars import describe_path_problem
+from data_prep.format.tars import as_local_file, describe_path_problem
 from data_prep.sources.files import Selection, SourceError, SourceFile
 from data_prep.sources.folders import FolderSource, RemoteFolderSource
 
@@ -50,7 +48,7 @@ class ListSource:
         Raises:
             SourceError: the list is damaged, is not UTF-8 or has no column `path`.
         """
-        with _on_disk(self.path) as path:
+        with as_local_file(self.path) as path:
             match path.suffix.lower():
                 case ".csv":
                     rows = _read_csv(path)
@@ -98,19 +96,6 @@ class ListSource:
             reason = error.strerror if isinstance(error, OSError) else "its name is impossible"
             return file._replace(problem=f"it cannot be read: {reason or 'it is not there'}")
         return file._replace(size=size, stamp=stamp)
-
-
-@contextmanager
-def _on_disk(path: Location) -> Iterator[Path]:
-    """Yield a list as a local file; a remote one is downloaded for the time it is read."""
-    if isinstance(path, Path):
-        yield path
-        return
-    with TemporaryDirectory(prefix="data-prep-") as scratch:
-        copy = Path(scratch, path.name)
-        with copy.open("wb") as file:
-            file.writelines(path.blocks())
-        yield copy
 
 
 def _text(value: object) -> str:
