@@ -1,4 +1,4 @@
-"""Line charts as SVG text: nothing to install, and nothing to fetch when they are looked at."""
+"""Line charts as SVG text, without plotting libraries or network."""
 
 import math
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ WIDTH, HEIGHT = 520, 260
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 30
 DOT = 2.5
 POINTS = 400
-"""Most points of a line; where there are more, neighbours are joined and their spread is shaded."""
+"""Most points of a line; beyond that, neighbours are averaged and their range is shaded."""
 ROBUST_FROM = 50
-"""Points from which on the axis leaves out the most extreme half percent at each end."""
+"""From this number of points on, the axis excludes the most extreme half percent at each end."""
 TICKS = 5
 
 
@@ -25,21 +25,21 @@ class Series:
 
     name: str
     points: Sequence[tuple[float, float]]
-    """(step, value), by rising step; values that are no number are left out."""
+    """(step, value) by rising step; non-finite values are left out."""
     kind: Literal["line", "dots", "baseline"] = "line"
-    """`dots` marks each point of a few, `baseline` is dashed."""
+    """`dots` marks each point, `baseline` is dashed."""
     color: int | None = None
-    """Number of its colour; None for its place in the chart."""
+    """Index of its colour; None for its position in the chart."""
 
 
 def chart(title: str, series: Sequence[Series], *, unit: str = "", from_zero: bool = False) -> str:
-    """Return a chart of the series that have points, as a figure; empty text where none has.
+    """Return a chart as an HTML figure; an empty string if no series has points.
 
     Args:
-        title: stands above it.
-        series: in the order of their colours.
-        unit: stands behind the last values.
-        from_zero: let the axis begin at 0.
+        title: title above the chart.
+        series: series in the order of their colours.
+        unit: unit of the last values in the legend.
+        from_zero: whether the axis begins at 0.
     """
     colored = (
         replace(one, color=number if one.color is None else one.color)
@@ -69,7 +69,7 @@ def chart(title: str, series: Sequence[Series], *, unit: str = "", from_zero: bo
 
 @dataclass(frozen=True, kw_only=True)
 class _Frame:
-    """The ranges of both axes."""
+    """Ranges of both axes."""
 
     first: float
     last: float
@@ -142,7 +142,7 @@ def _line(series: Series, frame: _Frame) -> str:
 def _thinned(
     points: Sequence[tuple[float, float]],
 ) -> tuple[list[tuple[float, float]], list[tuple[float, float, float]]]:
-    """Return the means of at most POINTS groups of neighbours, and (step, least, most) of each."""
+    """Return the means of at most POINTS groups of neighbours, and (step, min, max) of each."""
     if len(points) <= POINTS:
         return list(points), []
     edges = np.linspace(0, len(points), POINTS + 1).astype(int).tolist()
@@ -170,7 +170,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def _number(value: float) -> str:
-    """Write a number for a person, in few characters."""
+    """Return a number as short text."""
     size = abs(value)
     if size >= 1e6:
         return f"{value / 1e6:.4g}M"

@@ -1,4 +1,4 @@
-"""The page of few labels: what pretraining gains over random weights, by the share of labels."""
+"""HTML page on label efficiency: pretrained against random weights, by the share of labels."""
 
 import math
 from collections.abc import Sequence
@@ -16,20 +16,20 @@ METRICS = {
     "mask_map": "mask mAP %",
     "box_map": "box mAP %",
 }
-"""What a person calls the figures."""
+"""Titles of the metrics."""
 COLORS = {"pretrained": "#2563eb", "scratch": "#d97706"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scores:
-    """How good one start gets with one share of the labels, over seeds."""
+class LabelScores:
+    """Scores over seeds from one initialisation with one share of the labels."""
 
     start: str
     """pretrained or scratch."""
     fraction: float
     """Share of the labels."""
     values: tuple[float, ...]
-    """Percent, one a seed; at least one."""
+    """Percent, one per seed; at least one."""
 
     @property
     def mean(self) -> float:
@@ -43,20 +43,22 @@ class Scores:
 
     @property
     def text(self) -> str:
-        """Mean and spread for a person."""
+        """Mean and standard deviation."""
         if self.spread is None:
             return f"{self.mean:.1f}"
         return f"{self.mean:.1f} ± {self.spread:.1f}"
 
 
-def labels_page(title: str, scores: Sequence[Scores], metric: str, notes: Sequence[str]) -> str:
+def labels_page(
+    title: str, scores: Sequence[LabelScores], metric: str, notes: Sequence[str]
+) -> str:
     """Return the page as HTML.
 
     Args:
-        title: of the page.
-        scores: of both starts, for the same fractions.
-        metric: what the scores are, as `METRICS` has it.
-        notes: what was trained, a paragraph each.
+        title: title of the page.
+        scores: scores of both initialisations, for the same fractions.
+        metric: name of the metric, a key of `METRICS`.
+        notes: paragraphs on what was trained.
     """
     header, *rows = table_of(scores, metric)
     cells = "".join(f"<th>{escape(cell)}</th>" for cell in header)
@@ -73,8 +75,8 @@ def labels_page(title: str, scores: Sequence[Scores], metric: str, notes: Sequen
     )
 
 
-def table_of(scores: Sequence[Scores], metric: str) -> list[list[str]]:
-    """Return the rows of the table: a header, and one for each share of the labels."""
+def table_of(scores: Sequence[LabelScores], metric: str) -> list[list[str]]:
+    """Return the rows of the table: a header, then one per share of the labels."""
     name = METRICS.get(metric, metric)
     rows = [["labels", f"pretrained, {name}", f"scratch, {name}", "gain, points", "seeds"]]
     for fraction in sorted({one.fraction for one in scores}):
@@ -87,14 +89,14 @@ def table_of(scores: Sequence[Scores], metric: str) -> list[list[str]]:
     return rows
 
 
-def gained(scores: Sequence[Scores], fraction: float) -> float:
-    """Return the points that pretraining gains at a share of the labels."""
+def gained(scores: Sequence[LabelScores], fraction: float) -> float:
+    """Return the gain from pretraining with a share of the labels, in percentage points."""
     found = {one.start: one.mean for one in scores if one.fraction == fraction}
     return found["pretrained"] - found["scratch"]
 
 
-def drawing(scores: Sequence[Scores]) -> str:
-    """Return an SVG that stands alone: means, seeds as dots, standard deviations as whiskers.
+def drawing(scores: Sequence[LabelScores]) -> str:
+    """Return a standalone SVG: means as lines, seeds as dots, standard deviations as bars.
 
     The axis of the share of labels is logarithmic.
     """
@@ -147,7 +149,7 @@ def _grid(axes: _Axes, fractions: Sequence[float]) -> str:
     return "".join(parts)
 
 
-def _curve(own: Sequence[Scores], color: str, axes: _Axes) -> str:
+def _curve(own: Sequence[LabelScores], color: str, axes: _Axes) -> str:
     path = " ".join(f"{axes.x(one.fraction):.1f},{axes.y(one.mean):.1f}" for one in own)
     parts = [f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6"/>']
     for one in own:

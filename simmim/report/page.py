@@ -1,4 +1,4 @@
-"""The page of a run: everything that it wrote, in one HTML file that needs no network."""
+"""HTML report of a run: charts, pictures, environment and recipe in one file without network."""
 
 import base64
 import json
@@ -36,27 +36,27 @@ KNOWN = {
     "top1",
     "top5",
 }
-"""Figures that have a place of their own; others are drawn by their names, after these."""
+"""Figures with a tile or chart of their own; the others are drawn after these, by name."""
 
 
 def write_report(run: RunFolder) -> Path:
-    """Write `report.html` into a run, and return it.
+    """Write the HTML report of a run and return its path.
 
     Raises:
-        ValueError: there is no run, or its metrics cannot be read.
+        ValueError: `run` is not a folder, or its metrics cannot be read.
     """
     if not run.path.is_dir():
-        raise ValueError(f"{run.path} is no run folder: give the folder of a training.")
+        raise ValueError(f"{run.path} is not a run folder: give the folder of a training.")
     try:
         lines = run.read_metrics()
     except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{run.metrics} cannot be read: {error}. Mend or remove it.") from None
+        raise ValueError(f"{run.metrics} cannot be read: {error}. Repair or remove it.") from None
     atomic_write_text(run.report, page(run, lines))
     return run.report
 
 
 def page(run: RunFolder, lines: Lines) -> str:
-    """Return the page as text."""
+    """Return the report as HTML."""
     parts = [
         f"<h1>{escape(run.path.resolve().name)}</h1>",
         f'<p class="when">written {time.strftime("%Y-%m-%d %H:%M:%S %Z")}</p>',
@@ -76,7 +76,7 @@ def page(run: RunFolder, lines: Lines) -> str:
 
 
 def _summary(lines: Lines) -> str:
-    """Return the last value of what one looks at first."""
+    """Return tiles with the latest values of the main figures."""
     last: dict[str, Any] = {}
     for line in lines:
         last |= line
@@ -86,8 +86,8 @@ def _summary(lines: Lines) -> str:
         ("epoch", "epoch", "{:.2f}"),
         ("samples", "samples seen", "{:,}"),
         ("loss", "loss", "{:.4f}"),
-        ("mean_color_loss", "mean colour", "{:.4f}"),
-        ("uniform_loss", "uniform guess", "{:.4f}"),
+        ("mean_color_loss", "baseline: mean colour", "{:.4f}"),
+        ("uniform_loss", "baseline: uniform", "{:.4f}"),
         ("validation_loss", "validation loss", "{:.4f}"),
         ("top1", "top-1 %", "{:.2f}"),
         ("probe_knn_top1", "kNN top-1 %", "{:.2f}"),
@@ -107,7 +107,7 @@ def _charts(lines: Lines) -> str:
     def series(key: str, name: str, kind: Any = "line", factor: float = 1.0) -> Series:
         points = [(line["step"], line[key] * factor) for line in lines if key in line]
         if key == "device_memory_gib" and not any(value for _, value in points):
-            points = []  # on a CPU there is no such thing
+            points = []  # training on a CPU
         return Series(name=name, points=points, kind=kind)
 
     probes = sorted({key for line in lines for key in line if key.startswith("probe_")})
@@ -117,8 +117,8 @@ def _charts(lines: Lines) -> str:
             [
                 series("loss", "training"),
                 series("validation_loss", "validation", "dots"),
-                series("mean_color_loss", "mean colour", "baseline"),
-                series("uniform_loss", "uniform guess", "baseline"),
+                series("mean_color_loss", "baseline: mean colour", "baseline"),
+                series("uniform_loss", "baseline: uniform prediction", "baseline"),
             ],
         ),
         chart("Validation, %", [series("top1", "top-1", "dots"), series("top5", "top-5", "dots")]),
@@ -128,21 +128,21 @@ def _charts(lines: Lines) -> str:
         ),
         chart("Learning rate", [series("lr", "learning rate")], from_zero=True),
         chart("Gradient norm, before clipping", [series("grad_norm", "norm")], from_zero=True),
-        chart("Images a second", [series("images_per_second", "all ranks")], from_zero=True),
+        chart("Images per second", [series("images_per_second", "all ranks")], from_zero=True),
         chart(
-            "Time waited for data, slowest rank",
+            "Time spent waiting for data, slowest rank",
             [series("data_wait", "data wait", factor=100)],
             unit=" %",
             from_zero=True,
         ),
         chart(
-            f"Model FLOP utilisation, of {_peak(lines)}",
+            f"Model FLOP utilisation, relative to {_peak(lines)}",
             [series("mfu", "MFU", factor=100)],
             unit=" %",
             from_zero=True,
         ),
         chart(
-            "Memory, fullest rank",
+            "Memory, largest over ranks",
             [
                 series("device_memory_gib", "device peak"),
                 series("host_memory_gib", "process"),
@@ -155,14 +155,14 @@ def _charts(lines: Lines) -> str:
         key
         for key in {key for line in lines for key in line} - KNOWN - set(probes)
         if all(isinstance(line.get(key, 0), int | float) for line in lines)
-        and any(line.get(key, 0) for line in lines)  # a count of nothing is no news
+        and any(line.get(key, 0) for line in lines)  # counts that stay 0 are not drawn
     )
     shown += [chart(key.replace("_", " "), [series(key, key)], from_zero=True) for key in others]
     return f'<section class="charts">{"".join(shown)}</section>'
 
 
 def _probe(lines: Lines, key: str, color: int) -> Iterator[Series]:
-    """Yield the figures of a probe, and what it found before the first step as a baseline."""
+    """Yield the results of a probe, and that of step 0 (random weights) as a baseline."""
     name = key.removeprefix("probe_").removesuffix("_top1")
     points = [(line["step"], line[key]) for line in lines if key in line]
     yield Series(name=name, points=points, kind="dots", color=color)
@@ -174,7 +174,7 @@ def _probe(lines: Lines, key: str, color: int) -> Iterator[Series]:
 
 def _peak(lines: Lines) -> str:
     sources = {line["mfu_peak"] for line in lines if "mfu_peak" in line}
-    return "the maker's peak" if sources == {"maker"} else "a measured matrix product"
+    return "the data sheet" if sources == {"maker"} else "a measured matrix product"
 
 
 def _pictures(run: RunFolder) -> str:
@@ -211,4 +211,4 @@ def _bad_samples(run: RunFolder) -> str:
     if not run.bad_samples.is_file():
         return ""
     count = len(run.bad_samples.read_bytes().splitlines())
-    return f"<h2>Damaged samples</h2><p>{count:,} are named in {escape(run.bad_samples.name)}.</p>"
+    return f"<h2>Damaged samples</h2><p>{count:,} listed in {escape(run.bad_samples.name)}.</p>"

@@ -1,4 +1,4 @@
-"""Panels to look at: original, masked, prediction, prediction pasted into the visible part."""
+"""Reconstruction panels: original, masked, prediction, and prediction pasted into the original."""
 
 import io
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -36,22 +37,22 @@ def reconstruction_panel(
     path: Path,
     norm_target: bool = False,
 ) -> None:
-    """Draw what the model saw and what it made of it into a PNG, a row for each image.
+    """Draw inputs and reconstructions into a PNG, one row per image.
 
     Args:
-        images: (batch, channels, height, width), normalised. One channel is drawn grey; of more
-            than three, the first three are drawn.
+        images: (batch, channels, height, width), normalised. One or two channels are drawn as grey
+            (the first); of more than three, the first three are drawn.
         mask: bool (batch, rows, columns) of mask cells, True = hidden.
-        reconstruction: prediction of every pixel, shape of ``images``.
-        mean: of each channel, on a scale from 0 to 1.
-        std: of each channel, on a scale from 0 to 1.
-        path: PNG to write, replaced in one step; its folder is made where it is missing.
-        norm_target: the prediction is of normalised pixels (see `normalise_target` of
-            `simmim.method.losses`); colours are restored with the mean and variance of the
-            original around each pixel.
+        reconstruction: predicted pixels, same shape as `images`.
+        mean: mean of each channel, for values from 0 to 1.
+        std: standard deviation of each channel, for values from 0 to 1.
+        path: PNG to write atomically; its folder is created if missing.
+        norm_target: whether the prediction is of normalised pixels (see `normalise_target` in
+            `simmim.method.losses`); colours are restored with the local mean and variance of the
+            original.
 
     Raises:
-        ValueError: the shapes do not fit each other, or there is nothing to draw.
+        ValueError: the shapes do not match, or there are no images.
     """
     _check(images, mask, reconstruction, mean, std)
     images, reconstruction = images.detach().float(), reconstruction.detach().float()
@@ -79,13 +80,13 @@ def _check(
     if images.ndim != 4 or not len(images) or images.shape != reconstruction.shape:
         raise ValueError(
             f"images of shape {tuple(images.shape)} and a reconstruction of shape "
-            f"{tuple(reconstruction.shape)} make no panel: both must be (batch, channels, height, "
+            f"{tuple(reconstruction.shape)} do not match: both must be (batch, channels, height, "
             "width) of at least one image."
         )
     if not len(mean) == len(std) == images.shape[1]:
         raise ValueError(
-            f"mean has {len(mean)} and std {len(std)} numbers for images of {images.shape[1]} "
-            "channels: give one for each channel."
+            f"mean has {len(mean)} and std {len(std)} values for images of {images.shape[1]} "
+            "channels: give one value per channel."
         )
     height, width = images.shape[-2:]
     cell = height // mask.shape[1] if mask.ndim == 3 and mask.shape[1] else 0
@@ -96,8 +97,8 @@ def _check(
         )
 
 
-def _to_colors(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Undo the normalisation: float32 (batch, height, width, 3) between 0 and 1."""
+def _to_colors(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.float32]:
+    """Return images without normalisation: float32 (batch, height, width, 3) from 0 to 1."""
     scale = torch.tensor(std, dtype=torch.float32)[:, None, None]
     offset = torch.tensor(mean, dtype=torch.float32)[:, None, None]
     colors = (images.cpu() * scale + offset).nan_to_num(nan=0.0).clamp(0, 1)
@@ -105,8 +106,8 @@ def _to_colors(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> n
     return rearrange(colors, "b c h w -> b h w c").numpy()
 
 
-def _lay_out(columns: list[np.ndarray]) -> Image.Image:
-    """Set four columns of images side by side; many images go into two blocks of four columns."""
+def _lay_out(columns: list[NDArray[np.float32]]) -> Image.Image:
+    """Return four columns of images side by side, or two such blocks for many images."""
     count, height, width, _ = columns[0].shape
     factor = max(1, -(-SMALLEST_TILE // max(height, width)))
     blocks = 1 if count <= ROWS_BEFORE_SECOND_BLOCK else 2

@@ -1,4 +1,4 @@
-"""How the page of a run looks, on light and dark screens and on paper."""
+"""Style sheet of the HTML pages, for light and dark screens and for print."""
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --faint: #6b7280; --line: #e5e7eb;

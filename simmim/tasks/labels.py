@@ -16,7 +16,7 @@ from typing import Literal
 from data_prep.format.atomic import atomic_write_text
 from simmim.engine.run import RunFolder
 from simmim.recipe import load, read_values
-from simmim.report.labels_page import Scores, drawing, labels_page, table_of
+from simmim.report.labels_page import LabelScores, drawing, labels_page, table_of
 from simmim.tasks.all_tasks import fine_tuning_named
 from simmim.tasks.recipe import SCRATCH, FineTuningRecipe
 
@@ -124,7 +124,7 @@ def _score(place: RunFolder, metric: str) -> float | None:
     return float(found[-1]) if found else None
 
 
-def _scores(folder: Path, runs: Sequence[LabelRun], metric: str) -> list[Scores]:
+def _scores(folder: Path, runs: Sequence[LabelRun], metric: str) -> list[LabelScores]:
     """Return the scores of the runs that have ended, by start and share."""
     values: dict[tuple[str, float], list[float]] = {}
     for run in runs:
@@ -132,12 +132,14 @@ def _scores(folder: Path, runs: Sequence[LabelRun], metric: str) -> list[Scores]
         if score is not None:
             values.setdefault((run.start, run.fraction), []).append(score)
     return [
-        Scores(start=start, fraction=fraction, values=tuple(found))
+        LabelScores(start=start, fraction=fraction, values=tuple(found))
         for (start, fraction), found in values.items()
     ]
 
 
-def _write(folder: Path, config: Path, init: str, metric: str, scores: Sequence[Scores]) -> None:
+def _write(
+    folder: Path, config: Path, init: str, metric: str, scores: Sequence[LabelScores]
+) -> None:
     note = (
         f"Fine-tuning with {config}, the same for both starts; pretrained is {init}. Means and "
         "standard deviations over seeds, each with its own choice of labels; the last validation "

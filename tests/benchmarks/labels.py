@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from simmim.report.labels_page import Scores, gained
+from simmim.report.labels_page import LabelScores, gained
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "../shared/data/cifar10.zip"
@@ -64,7 +64,7 @@ def main() -> int:
 def told(folder: Path, share: float, expected: float) -> bool:
     """Print what pretraining gains with a share of the labels; return whether it is enough."""
     found = json.loads((folder / "labels.json").read_text())
-    scores = [Scores(**(one | {"values": tuple(one["values"])})) for one in found]
+    scores = [LabelScores(**(one | {"values": tuple(one["values"])})) for one in found]
     points = gained(scores, share)
     say(f"{folder.name}, {100 * share:g} %: {points:+.1f} points, {expected:g} are expected")
     return points >= expected

@@ -1,4 +1,4 @@
-"""`python -m simmim.launch`: exit codes arrive, and so does the wish to stop."""
+"""`python -m simmim.launch` passes on exit codes and stop signals."""
 
 import os
 import signal
@@ -60,14 +60,14 @@ def launched(folder: Path, processes: int, ending: str) -> Iterator["subprocess.
 
 
 @EITHER
-def test_the_code_of_the_run_arrives(processes: int, tmp_path: Path) -> None:
+def test_the_exit_code_of_the_run_is_returned(processes: int, tmp_path: Path) -> None:
     with launched(tmp_path, processes, "2") as process:
         assert process.wait(timeout=150) == 2
 
 
 @EITHER
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_the_wish_to_stop_arrives(processes: int, number: signal.Signals, tmp_path: Path) -> None:
+def test_stop_signals_are_passed_on(processes: int, number: signal.Signals, tmp_path: Path) -> None:
     with launched(tmp_path, processes, "wait") as process:
         deadline = time.monotonic() + 100
         while len(list((tmp_path / "ready").iterdir())) < processes:
@@ -89,7 +89,7 @@ def test_the_wish_to_stop_arrives(processes: int, number: signal.Signals, tmp_pa
         ([1], 1),
     ],
 )
-def test_the_code_that_tells_most_is_taken(codes: list[int], code: int) -> None:
+def test_the_most_informative_exit_code_is_taken(codes: list[int], code: int) -> None:
     assert common_exit_code(codes) == code
 
 

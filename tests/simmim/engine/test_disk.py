@@ -62,7 +62,7 @@ def prompt_writing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Saver, "flags", settled)
 
 
-def test_a_line_is_appended_whole_or_not_at_all(small_disk: Path) -> None:
+def test_append_line_writes_the_whole_line_or_nothing(small_disk: Path) -> None:
     path = small_disk / "lines"
     path.write_bytes(b"first\n")
     ballast = fill(small_disk)
@@ -77,7 +77,7 @@ def test_a_line_is_appended_whole_or_not_at_all(small_disk: Path) -> None:
     assert path.read_bytes() == b"first\nsecond\n"
 
 
-def test_a_bad_sample_is_named_once_there_is_room(
+def test_a_bad_sample_is_recorded_once_there_is_space(
     small_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     account = BadSamples()
@@ -95,7 +95,7 @@ def test_a_bad_sample_is_named_once_there_is_room(
 
 
 @pytest.mark.usefixtures("prompt_writing")
-def test_training_outlives_a_full_disk(
+def test_training_survives_a_full_disk(
     small_disk: Path,
     pretrain_values: dict[str, Any],
     capsys: pytest.CaptureFixture[str],
@@ -137,7 +137,7 @@ def test_training_outlives_a_full_disk(
 
 
 @pytest.mark.usefixtures("prompt_writing")
-def test_a_stop_on_a_full_disk_leaves_the_checkpoint_before(
+def test_a_stop_on_a_full_disk_keeps_the_previous_checkpoint(
     small_disk: Path,
     pretrain_values: dict[str, Any],
     capsys: pytest.CaptureFixture[str],

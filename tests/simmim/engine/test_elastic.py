@@ -1,4 +1,4 @@
-"""Going on after kills and on other machines: the same samples, losses and weights."""
+"""Resuming after kills and with other processes: the same samples, losses and weights."""
 
 import json
 import os
@@ -153,7 +153,9 @@ def config(pretrain_values: dict[str, Any], tmp_path: Path) -> Path:
     return path
 
 
-def test_shards_of_two_processes_go_on_in_one(config: Path, tmp_path: Path) -> None:
+def test_sharded_checkpoint_of_two_ranks_resumes_in_one_process(
+    config: Path, tmp_path: Path
+) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     values = yaml.safe_load(config.read_text())
     values["probe"] = {"shards": values["data"]["shards"], "every": 4}  # before step 1, too
@@ -176,7 +178,7 @@ def test_shards_of_two_processes_go_on_in_one(config: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_shards_are_as_whole_weights_and_go_on_as_shards(config: Path, tmp_path: Path) -> None:
+def test_sharded_training_equals_ddp_and_resumes(config: Path, tmp_path: Path) -> None:
     whole, shards, broken = tmp_path / "whole", tmp_path / "shards", tmp_path / "broken"
     go(torchrun(2), config, whole)
     go(SHARDED, config, shards)
@@ -190,7 +192,7 @@ def test_shards_are_as_whole_weights_and_go_on_as_shards(config: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_processes_and_workers_may_come_and_go(config: Path, tmp_path: Path) -> None:
+def test_processes_and_workers_may_change_on_resume(config: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     go([], config, whole)
     go([], config, broken, "--stop-at", "1", code=75)
@@ -202,7 +204,7 @@ def test_processes_and_workers_may_come_and_go(config: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_torchrun_starts_ranks_again_that_go_on(config: Path, tmp_path: Path) -> None:
+def test_torchrun_restarts_ranks_that_resume(config: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     go(torchrun(2), config, whole)
     with started(torchrun(2, "--max-restarts", "2"), config, broken) as process:

@@ -1,4 +1,4 @@
-"""Every sample once an epoch, through real loaders in processes of their own.
+"""Every sample once per epoch, through real loaders in separate processes.
 
 Run as a script, `test_every_key.py RECIPE WORLD FOLDER`, this file is all ranks of a run: each
 writes the names of the samples in its batches into FOLDER.
@@ -74,7 +74,7 @@ def images(shards: Path) -> Path:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="starts ranks by fork")
 @pytest.mark.parametrize(("samples_per_shard", "workers"), [(60, 3), (5, 1)])
-def test_every_key_once_an_epoch_on_any_number_of_ranks(
+def test_every_key_once_per_epoch_on_any_number_of_ranks(
     images: Path,
     pretrain_values: dict[str, Any],
     tmp_path: Path,

@@ -131,7 +131,7 @@ def test_a_rank_that_is_stopped_or_killed_ends_the_job_and_is_named(
 
 
 @pytest.mark.slow
-def test_the_rank_that_keeps_the_store_is_named_too(
+def test_the_rank_that_hosts_the_store_is_named_too(
     write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Ranks that no torchrun started, as srun and mpirun do: the store is in rank 0."""
@@ -170,7 +170,7 @@ def test_a_rank_that_hangs_in_its_own_code_is_named(
 
 
 @pytest.mark.slow
-def test_a_rank_that_fails_is_what_the_job_ends_with(
+def test_the_job_ends_with_the_exit_code_of_the_failed_rank(
     write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
@@ -298,7 +298,7 @@ def test_too_many_corrupt_images_end_the_job(
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("amiss", ["removed", "truncated"])
-def test_a_shard_that_goes_amiss_ends_the_job_by_name(
+def test_a_damaged_shard_ends_the_job_and_is_named(
     write_config: Callable[..., Path], own_shards: Path, tmp_path: Path, amiss: str, workers: int
 ) -> None:
     data = {"shards": str(own_shards), "workers": workers, "attempts": 5}

@@ -91,7 +91,7 @@ def test_training_learns_and_fills_its_run_folder(
     assert steps == ["step-00000052", "step-00000056", "step-00000060"]
 
 
-def test_what_takes_long_is_named_to_the_watch(
+def test_activities_are_reported_to_the_watchdog(
     pretrain_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noted: list[tuple[int, str]] = []
@@ -140,7 +140,7 @@ def test_resume_equals_the_uninterrupted_run(
     assert_same_weights(whole, broken)
 
 
-def test_fp16_leaves_out_overflows_and_resumes_with_its_scale(
+def test_fp16_skips_overflows_and_resumes_with_its_scale(
     pretrain_values: dict[str, Any], tmp_path: Path
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -164,7 +164,7 @@ def test_resume_from_a_named_checkpoint(pretrain_values: dict[str, Any], tmp_pat
     assert losses(tmp_path) == before
 
 
-def test_resume_auto_starts_anew_where_nothing_was_saved(
+def test_resume_auto_starts_a_new_run_if_nothing_was_saved(
     pretrain_values: dict[str, Any], tmp_path: Path
 ) -> None:
     assert run_training(pretrain_values, tmp_path, resume="auto").step == 12
@@ -176,7 +176,7 @@ def test_resume_refuses_another_batch_size(pretrain_values: dict[str, Any], tmp_
         run_training(pretrain_values, tmp_path, resume="auto", batch_size=16)
 
 
-def test_another_batch_size_goes_on_at_the_same_image(
+def test_another_batch_size_resumes_at_the_same_image(
     pretrain_values: dict[str, Any], tmp_path: Path
 ) -> None:
     run_training(pretrain_values, tmp_path, steps=None, epochs=1.0)
@@ -220,14 +220,14 @@ def test_a_run_starts_from_the_weights_of_another(
         run_training(pretrain_values, second / "other", init_from=first)
 
 
-def test_checkpoints_are_kept_for_good(pretrain_values: dict[str, Any], tmp_path: Path) -> None:
+def test_keep_every_keeps_checkpoints(pretrain_values: dict[str, Any], tmp_path: Path) -> None:
     training = {"checkpoint_every": 1, "keep_last": 2, "keep_every": 5, "look_every": 100}
     run_training(pretrain_values, tmp_path, validate_every=100, **training)
     found = [path.name[-2:] for path in complete_checkpoints(tmp_path / "checkpoints")]
     assert found == ["05", "10", "11", "12"]
 
 
-def test_fp16_says_that_it_needs_a_gpu() -> None:
+def test_fp16_needs_a_gpu() -> None:
     if torch.accelerator.is_available():
         pytest.skip("there is one")
     with pytest.raises(ValueError, match="fp16 needs a GPU"):
@@ -242,7 +242,7 @@ def test_resume_refuses_another_optimizer(pretrain_values: dict[str, Any], tmp_p
         run_training(pretrain_values, tmp_path, resume="auto", steps=1)
 
 
-def test_resume_refuses_to_end_before_it_begins(
+def test_resume_refuses_a_checkpoint_after_the_last_step(
     pretrain_values: dict[str, Any], tmp_path: Path
 ) -> None:
     run_training(pretrain_values, tmp_path)
@@ -289,7 +289,7 @@ def test_bfloat16_trains(pretrain_values: dict[str, Any], tmp_path: Path) -> Non
     assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path).values())
 
 
-def test_a_loss_that_is_no_number_ends_training_before_it_is_saved(
+def test_diverged_training_ends_and_saves_no_nonfinite_weights(
     pretrain_values: dict[str, Any], tmp_path: Path
 ) -> None:
     with pytest.raises(DivergedError, match="Lower"):
@@ -299,7 +299,9 @@ def test_a_loss_that_is_no_number_ends_training_before_it_is_saved(
         assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
-def test_metrics_drop_what_is_taken_again(pretrain_values: dict[str, Any], tmp_path: Path) -> None:
+def test_metrics_of_repeated_steps_are_dropped(
+    pretrain_values: dict[str, Any], tmp_path: Path
+) -> None:
     run_training(pretrain_values, tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 99, "loss": 1.0}) + '\n{"step": 10')
@@ -307,7 +309,7 @@ def test_metrics_drop_what_is_taken_again(pretrain_values: dict[str, Any], tmp_p
     assert max(losses(tmp_path)) == 12
 
 
-def test_settings_say_what_is_wrong() -> None:
+def test_invalid_settings_are_refused() -> None:
     optimizer = OptimizerSettings(lr=1e-3)
     with pytest.raises(ValueError, match="either epochs or steps"):
         TrainingSettings(batch_size=8, optimizer=optimizer)

@@ -144,7 +144,7 @@ def test_layers_of_known_names(name: str, layer: int) -> None:
     assert layer_of(name, (2, 2, 18, 2)) == layer
 
 
-def test_an_unknown_part_of_a_stage_is_refused() -> None:
+def test_an_unknown_component_of_a_stage_is_refused() -> None:
     with pytest.raises(ValueError, match=r"stages\.0\.gates\.0\.weight: no layer is known"):
         layer_of("stages.0.gates.0.weight", (2, 2))
 
@@ -159,7 +159,7 @@ def test_an_exclusion_that_matches_nothing_is_refused(renamed: str) -> None:
         parameter_groups(model, OptimizerSettings(lr=1.0), (1,))
 
 
-def test_a_part_of_a_word_excludes_nothing() -> None:
+def test_exclusions_match_whole_components() -> None:
     matrix = nn.Parameter(torch.ones(2, 2))
     assert decays("encoder.position_bias_projection.weight", matrix)
     assert not decays("encoder.position_bias.expand.weight", matrix)
@@ -238,7 +238,9 @@ def test_the_table_counts_every_parameter() -> None:
     assert " ".join(rows[5][5:]) == "decoder norm"
 
 
-def test_8_bits_without_their_library_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adamw_8bit_without_bitsandbytes_names_the_pip_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     model, settings = tiny_model(), OptimizerSettings(lr=1e-3, name="adamw_8bit")
     with pytest.raises(ValueError, match=r"pip install 'simmim\[8bit\]'"):

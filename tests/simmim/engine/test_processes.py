@@ -1,4 +1,4 @@
-"""Training in processes of its own: several ranks, signals and kills."""
+"""Training in separate processes: several ranks, signals and kills."""
 
 import os
 import signal
@@ -94,7 +94,7 @@ def test_one_and_two_processes_train_alike(pretrain_config: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_with_a_checkpoint_and_resume_goes_on(
+def test_a_signal_ends_with_a_checkpoint_that_can_be_resumed(
     pretrain_config: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -114,7 +114,7 @@ def test_a_signal_ends_with_a_checkpoint_and_resume_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_two_ranks_stop_and_go_on(
+def test_two_ranks_stop_and_resume(
     pretrain_config: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -142,7 +142,7 @@ def test_two_ranks_stop_and_go_on(
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's end")
 @pytest.mark.parametrize("processes", [1, 2])
-def test_ranks_stop_when_only_their_launcher_is_told_to(
+def test_ranks_stop_when_only_their_launcher_gets_a_signal(
     pretrain_config: Path, tmp_path: Path, processes: int
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
@@ -160,7 +160,7 @@ def test_ranks_stop_when_only_their_launcher_is_told_to(
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's end")
-def test_no_rank_outlives_its_killed_launchers(pretrain_config: Path, tmp_path: Path) -> None:
+def test_ranks_end_with_their_killed_launchers(pretrain_config: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     steps = ("--training.steps", "5000", "--training.checkpoint_every", "5000")
     with started([*TWO_PROCESSES, *arguments(pretrain_config, run, *steps)], log) as process:

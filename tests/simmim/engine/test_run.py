@@ -39,7 +39,7 @@ def run(tmp_path: Path) -> RunFolder:
     return run
 
 
-def test_everything_lies_in_the_folder_under_the_names_of_the_design(tmp_path: Path) -> None:
+def test_run_folder_paths(tmp_path: Path) -> None:
     run = RunFolder(path=tmp_path)
     names = [run.recipe, run.metrics, run.checkpoints, run.reconstructions, run.encoder]
     assert [path.name for path in names] == [
@@ -64,7 +64,7 @@ def test_checking_writes_nothing(tmp_path: Path) -> None:
     assert not run.path.exists()
 
 
-def test_a_new_run_wants_an_empty_folder(tmp_path: Path) -> None:
+def test_a_new_run_needs_an_empty_folder(tmp_path: Path) -> None:
     RunFolder(path=tmp_path).check(recipe_with(), resume=False)
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "file"):
@@ -72,7 +72,7 @@ def test_a_new_run_wants_an_empty_folder(tmp_path: Path) -> None:
             RunFolder(path=path).check(recipe_with(), resume=False)
 
 
-def test_a_run_goes_on_with_its_own_recipe(run: RunFolder) -> None:
+def test_a_run_resumes_with_its_own_recipe(run: RunFolder) -> None:
     run.check(recipe_with(), resume=True)
     run.check(load(PretrainRecipe, run.recipe), resume=True)
 
@@ -99,7 +99,9 @@ def test_a_change_of_the_weights_is_refused_unless_allowed(
     run.check(changed, resume=True, allow_changes=True)
 
 
-def test_a_checkpoint_of_elsewhere_brings_its_own_recipe(run: RunFolder, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_compared_with_its_own_recipe(
+    run: RunFolder, tmp_path: Path
+) -> None:
     checkpoint = tmp_path / "step-00000004"
     checkpoint.mkdir()
     (checkpoint / "recipe.yaml").write_text(to_yaml(recipe_with(training__seed=1)))
@@ -110,7 +112,7 @@ def test_a_checkpoint_of_elsewhere_brings_its_own_recipe(run: RunFolder, tmp_pat
     assert run.check(changed, **again).keys() == {"training.seed", "training.log_every"}
 
 
-def test_what_changes_no_weight_may_change(run: RunFolder) -> None:
+def test_keys_that_do_not_affect_weights_may_change(run: RunFolder) -> None:
     changed = recipe_with(
         data__shards="moved",
         data__workers=7,
@@ -131,7 +133,7 @@ def test_what_changes_no_weight_may_change(run: RunFolder) -> None:
     run.check(changed, resume=True)
 
 
-def test_every_key_that_is_free_to_change_is_one_of_the_recipe() -> None:
+def test_free_keys_exist_in_the_recipe() -> None:
     resolved = to_values(recipe_with())
     for dotted in FREE_TO_CHANGE:
         inner = resolved
@@ -168,7 +170,7 @@ def test_metrics_read_as_they_were_logged(run: RunFolder) -> None:
     assert len(run.metrics.read_text().splitlines()) == 3
 
 
-def test_going_on_drops_what_will_be_taken_again(run: RunFolder) -> None:
+def test_resuming_drops_metrics_of_later_steps(run: RunFolder) -> None:
     for step in range(1, 9):
         run.log({"step": step, "loss": 1.0 / step})
         folder = run.checkpoints / f"step-{step:08d}"
@@ -195,7 +197,7 @@ def test_a_line_that_a_kill_cut_short_is_dropped(run: RunFolder, cut: int) -> No
     assert [line["step"] for line in run.read_metrics()] == [1, 3]
 
 
-def test_beginning_again_leaves_no_partial_files(run: RunFolder) -> None:
+def test_begin_removes_partial_files(run: RunFolder) -> None:
     run.log({"step": 1})
     run.begin(recipe_with(training__log_every=3), step=1)
     assert {path.name for path in run.path.iterdir()} == {"recipe.yaml", "metrics.jsonl"}

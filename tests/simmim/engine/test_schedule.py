@@ -28,7 +28,7 @@ KINDS = pytest.mark.parametrize("kind", ["cosine", "linear", "multistep"])
 
 @KINDS
 @pytest.mark.parametrize("warmup", [{"warmup_steps": 200}, {"warmup_epochs": 20.0}])
-def test_warm_up_is_a_line_from_warmup_lr_to_the_peak(kind: Any, warmup: dict[str, Any]) -> None:
+def test_warm_up_is_linear_from_warmup_lr_to_the_peak(kind: Any, warmup: dict[str, Any]) -> None:
     schedule = build(kind, warmup_lr=1e-5, **warmup)
     rates = [rate(schedule, step) for step in range(200)]
     assert rates[0] == 1e-5
@@ -37,7 +37,7 @@ def test_warm_up_is_a_line_from_warmup_lr_to_the_peak(kind: Any, warmup: dict[st
 
 
 @KINDS
-def test_the_shape_counts_from_step_0_and_not_from_the_end_of_warm_up(kind: Any) -> None:
+def test_decay_counts_from_step_0_not_from_the_end_of_warm_up(kind: Any) -> None:
     warm, cold = build(kind, warmup_steps=200), build(kind)
     assert [rate(warm, step) for step in range(200, 1000)] == [
         rate(cold, step) for step in range(200, 1000)
@@ -45,13 +45,13 @@ def test_the_shape_counts_from_step_0_and_not_from_the_end_of_warm_up(kind: Any)
 
 
 @KINDS
-def test_without_warm_up_the_first_step_has_the_peak(kind: Any) -> None:
+def test_training_without_warm_up_starts_at_the_peak(kind: Any) -> None:
     assert rate(build(kind), 0) == pytest.approx(1e-3)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
 @given(warmup=st.integers(0, 500), floor=st.floats(0, 1e-3))
-def test_falling_shapes_fall_to_min_lr(kind: Any, warmup: int, floor: float) -> None:
+def test_cosine_and_linear_decay_to_min_lr(kind: Any, warmup: int, floor: float) -> None:
     schedule = ScheduleSettings(kind=kind, warmup_steps=warmup, min_lr=floor)
     rates = [rate(schedule, step) for step in range(warmup, 1001)]
     assert all(later <= earlier for earlier, later in itertools.pairwise(rates))
@@ -75,7 +75,7 @@ def test_multistep_multiplies_at_each_milestone() -> None:
 @given(
     step=st.integers(0, 2000), warmup=st.integers(0, 1500), kind=st.sampled_from(["c", "l", "m"])
 )
-def test_every_rate_lies_between_the_ends(step: int, warmup: int, kind: str) -> None:
+def test_every_rate_is_between_the_extremes(step: int, warmup: int, kind: str) -> None:
     names = {"c": "cosine", "l": "linear", "m": "multistep"}
     schedule = build(names[kind], warmup_steps=warmup, warmup_lr=1e-6, min_lr=1e-6)
     assert 1e-6 * (1 - 1e-9) <= rate(schedule, step) <= 1e-3

@@ -1,16 +1,16 @@
-"""The table and the plot of few labels."""
+"""Table and plot of label efficiency."""
 
 import xml.etree.ElementTree as ET
 
 import pytest
 
-from simmim.report.labels_page import Scores, drawing, gained, labels_page, table_of
+from simmim.report.labels_page import LabelScores, drawing, gained, labels_page, table_of
 
 SCORES = [
-    Scores(start="pretrained", fraction=0.01, values=(40.0, 42.0, 44.0)),
-    Scores(start="scratch", fraction=0.01, values=(30.0, 30.0, 33.0)),
-    Scores(start="pretrained", fraction=1.0, values=(90.0,)),
-    Scores(start="scratch", fraction=1.0, values=(85.5,)),
+    LabelScores(start="pretrained", fraction=0.01, values=(40.0, 42.0, 44.0)),
+    LabelScores(start="scratch", fraction=0.01, values=(30.0, 30.0, 33.0)),
+    LabelScores(start="pretrained", fraction=1.0, values=(90.0,)),
+    LabelScores(start="scratch", fraction=1.0, values=(85.5,)),
 ]
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -26,12 +26,12 @@ def test_mean_spread_and_gain() -> None:
     ]
 
 
-def test_half_a_comparison_has_no_gain_yet() -> None:
+def test_one_initialisation_alone_has_no_gain() -> None:
     assert table_of(SCORES[:1], "top1")[1] == ["1 %", "42.0 ± 2.0", "", "", "3"]
     assert ET.fromstring(drawing(SCORES[:1])) is not None
 
 
-def test_the_drawing_has_a_dot_for_each_seed_where_it_belongs() -> None:
+def test_the_drawing_has_a_dot_per_seed() -> None:
     root = ET.fromstring(drawing(SCORES))
     dots = [(float(dot.attrib["cx"]), float(dot.attrib["cy"])) for dot in root.iter(f"{SVG}circle")]
     values = [value for one in SCORES for value in one.values]
@@ -46,7 +46,7 @@ def test_the_drawing_has_a_dot_for_each_seed_where_it_belongs() -> None:
     assert len(list(root.iter(f"{SVG}polyline"))) == 2
 
 
-def test_the_page_stands_alone() -> None:
+def test_the_page_is_self_contained() -> None:
     page = labels_page("Labels & more", SCORES, "miou", ["what was <trained>"])
     assert "Labels &amp; more" in page
     assert "&lt;trained&gt;" in page

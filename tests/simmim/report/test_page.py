@@ -1,4 +1,4 @@
-"""The page of a run, read back as HTML and its charts as XML."""
+"""The HTML report of a run, parsed as HTML and its charts as XML."""
 
 import json
 import re
@@ -59,30 +59,32 @@ def titles(text: str) -> list[str]:
     return re.findall(r"<figcaption>(.*?)</figcaption>", text)
 
 
-def test_training_leaves_a_page(
+def test_training_writes_a_report(
     pretrain_values: dict[str, Any], shards: Path, tmp_path: Path
 ) -> None:
     pretrain_values["probe"] = {"shards": str(shards), "every": 6}
     run = RunFolder(path=tmp_path / "run")
     stage = PretrainStage(parse(PretrainRecipe, pretrain_values, "test"))
-    train(stage, run, build_accelerator("fp32"), None)
+    train(stage, run, build_accelerator("fp32"), None, write_report=write_report)
     text = read(run)
     assert titles(text) == [
         "Loss",
         "Frozen features, top-1 %",
         "Learning rate",
         "Gradient norm, before clipping",
-        "Images a second",
-        "Time waited for data, slowest rank",
-        "Model FLOP utilisation, of a measured matrix product",
-        "Memory, fullest rank",
+        "Images per second",
+        "Time spent waiting for data, slowest rank",
+        "Model FLOP utilisation, relative to a measured matrix product",
+        "Memory, largest over ranks",
     ]
     for part in ("mean colour", "validation", "random weights", "data:image/png", "task: pretrain"):
         assert part in text
     assert "accelerate" in text
 
 
-def test_the_command_writes_it_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_command_rewrites_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = RunFolder(path=tmp_path / "a <b> run")
     run.path.mkdir()
     lines = [
@@ -97,14 +99,14 @@ def test_the_command_writes_it_anew(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert titles(text) == ["Loss", "skipped steps"]  # what has only been 0 is not drawn
 
 
-def test_a_run_without_a_line_has_a_page(tmp_path: Path) -> None:
+def test_a_run_without_metrics_has_a_report(tmp_path: Path) -> None:
     write_report(RunFolder(path=tmp_path))
     assert "Nothing has been logged yet" in read(RunFolder(path=tmp_path))
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path / "nowhere")]) == 2
-    assert "is no run folder" in capsys.readouterr().err
+    assert "not a run folder" in capsys.readouterr().err
     (tmp_path / "metrics.jsonl").write_text("no json\n")
     assert main(["report", str(tmp_path)]) == 2
     assert "metrics.jsonl cannot be read" in capsys.readouterr().err
@@ -115,7 +117,7 @@ def points_of(svg: str, kind: str) -> list[tuple[float, float]]:
     return [tuple(map(float, pair.split(","))) for pair in found.split()]  # type: ignore[misc]
 
 
-def test_a_long_line_is_thinned_and_its_spread_shaded() -> None:
+def test_a_long_line_is_thinned_and_its_range_shaded() -> None:
     values = [(float(step), 1.0 + (step % 100 == 7)) for step in range(10_000)]
     svg = chart("x", [Series(name="x", points=values)])
     assert len(points_of(svg, "polyline")) == POINTS
@@ -125,13 +127,13 @@ def test_a_long_line_is_thinned_and_its_spread_shaded() -> None:
     assert len(heights) == 2  # a spike is not averaged away
 
 
-def test_what_is_no_number_is_left_out() -> None:
+def test_nonfinite_values_are_left_out() -> None:
     values = [(0.0, 1.0), (1.0, float("nan")), (2.0, float("inf")), (3.0, 2.0)]
     assert len(points_of(chart("x", [Series(name="x", points=values)]), "polyline")) == 2
     assert chart("x", [Series(name="x", points=[(0.0, float("nan"))])]) == ""
 
 
-def test_larger_values_stand_higher_and_later_ones_further_right() -> None:
+def test_larger_values_are_higher_and_later_ones_further_right() -> None:
     svg = chart("x", [Series(name="x", points=[(0, 1.0), (10, 3.0), (20, 2.0)])])
     (x0, y0), (x1, y1), (x2, y2) = points_of(svg, "polyline")
     assert x0 < x1 < x2

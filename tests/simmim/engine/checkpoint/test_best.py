@@ -1,4 +1,4 @@
-"""The best checkpoint: written when it is found, kept beside the last ones, named in the run."""
+"""The best checkpoint: written, kept, and named in the run."""
 
 import json
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ def steps(folder: Path) -> list[int]:
     return [load_state(path).step for path in complete_checkpoints(folder / "checkpoints")]
 
 
-def test_the_best_is_kept_beside_the_last_and_named(
+def test_the_best_checkpoint_is_kept_and_named(
     classification_values: dict[str, Any], tmp_path: Path
 ) -> None:
     run_training(classification_values, tmp_path, [10, 30, 20, 30])
@@ -62,7 +62,7 @@ def test_the_best_is_kept_beside_the_last_and_named(
     }
 
 
-def test_a_resumed_run_knows_the_best_so_far(
+def test_a_resumed_run_remembers_the_best_so_far(
     classification_values: dict[str, Any], tmp_path: Path
 ) -> None:
     run_training(classification_values, tmp_path, [10, 30, 20, 25])
@@ -82,7 +82,7 @@ def test_a_resumed_run_knows_the_best_so_far(
     assert best_checkpoint(tmp_path).name == "step-00000004"
 
 
-def test_steps_that_are_taken_again_are_judged_again(
+def test_repeated_steps_are_compared_again(
     classification_values: dict[str, Any], tmp_path: Path
 ) -> None:
     run_training(
@@ -94,14 +94,14 @@ def test_steps_that_are_taken_again_are_judged_again(
     assert steps(tmp_path) == [4, 8]
 
 
-def test_it_can_be_left_out(classification_values: dict[str, Any], tmp_path: Path) -> None:
+def test_keep_best_can_be_disabled(classification_values: dict[str, Any], tmp_path: Path) -> None:
     run_training(classification_values, tmp_path, [10, 30, 20, 25], keep_best=False)
     assert steps(tmp_path) == [8]
     with pytest.raises(ValueError, match="names no best checkpoint"):
         best_checkpoint(tmp_path)
 
 
-def test_better_is_higher_and_of_the_same_figure() -> None:
+def test_is_better_compares_values_of_the_same_metric() -> None:
     best = Best(step=3, metric="top1", value=50.0)
     assert is_better(None, {"top1": 0.0}, "top1")
     assert is_better(best, {"top1": 50.1}, "top1")
@@ -110,7 +110,7 @@ def test_better_is_higher_and_of_the_same_figure() -> None:
     assert is_better(best, {"miou": 1.0}, "miou")  # another recipe's figure cannot be compared
 
 
-def test_a_name_can_be_taken_away(tmp_path: Path) -> None:
+def test_write_best_removes_the_file(tmp_path: Path) -> None:
     write_best(tmp_path, Best(step=3, metric="top1", value=50.0))
     write_best(tmp_path, None)
     write_best(tmp_path, None)

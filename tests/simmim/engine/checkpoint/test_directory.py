@@ -1,4 +1,4 @@
-"""Checkpoints. Run as a script, this file is killed at every moment of writing some."""
+"""Checkpoint directories. Run as a script, this file writes checkpoints until it is killed."""
 
 import json
 import os
@@ -116,7 +116,7 @@ def steps(folder: Path) -> list[int]:
     return [int(path.name.removeprefix("step-")) for path in complete_checkpoints(folder)]
 
 
-def test_training_goes_on_from_a_checkpoint_as_if_uninterrupted(tmp_path: Path) -> None:
+def test_resumed_training_equals_uninterrupted_training(tmp_path: Path) -> None:
     whole, whole_optimizer = build()
     train(whole, whole_optimizer, 0, 7)
     path = save(tmp_path, 4)
@@ -128,7 +128,7 @@ def test_training_goes_on_from_a_checkpoint_as_if_uninterrupted(tmp_path: Path) 
     assert_same((model, optimizer), (whole, whole_optimizer))
 
 
-def test_the_step_before_the_first_has_a_checkpoint_too(tmp_path: Path) -> None:
+def test_step_0_has_a_checkpoint_too(tmp_path: Path) -> None:
     assert_whole(save(tmp_path, 0))
 
 
@@ -141,7 +141,7 @@ def test_checkpoints_are_found_by_rising_step(tmp_path: Path) -> None:
     assert found == checkpoint_path(tmp_path, 100_000_000)
 
 
-def test_unmarked_folders_are_never_picked(tmp_path: Path) -> None:
+def test_incomplete_checkpoints_are_never_found(tmp_path: Path) -> None:
     save(tmp_path, 2)
     later = save(tmp_path, 5)
     (later / COMPLETE).unlink()
@@ -163,7 +163,7 @@ def test_a_path_names_its_checkpoint(tmp_path: Path) -> None:
             find_checkpoint(tmp_path, str(other))
 
 
-def test_what_people_put_beside_checkpoints_is_let_alone(tmp_path: Path) -> None:
+def test_other_files_in_the_folder_are_left_alone(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step)
     shutil.copytree(checkpoint_path(tmp_path, 1), tmp_path / "step-00000001-best")
@@ -195,7 +195,7 @@ def test_the_last_ones_are_kept(tmp_path: Path, keep_last: int) -> None:
     assert len(list(tmp_path.iterdir())) == len(steps(tmp_path))
 
 
-def test_going_on_from_an_earlier_step_removes_the_later_ones(tmp_path: Path) -> None:
+def test_resuming_from_an_earlier_step_removes_later_checkpoints(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save(tmp_path, step)
     (checkpoint_path(tmp_path, 4) / COMPLETE).unlink()
@@ -204,14 +204,14 @@ def test_going_on_from_an_earlier_step_removes_the_later_ones(tmp_path: Path) ->
     remove_later_checkpoints(tmp_path / "absent", 2)
 
 
-def test_a_step_taken_again_replaces_its_checkpoint(tmp_path: Path) -> None:
+def test_a_repeated_step_replaces_its_checkpoint(tmp_path: Path) -> None:
     path = save(tmp_path, 2)
     (path / MODEL).write_bytes(b"old")
     save(tmp_path, 2)
     assert_whole(path)
 
 
-def test_state_goes_to_parameters_by_name_and_the_recipe_has_the_last_word(
+def test_optimizer_state_is_restored_by_name_and_hyperparameters_stay(
     tmp_path: Path,
 ) -> None:
     model, optimizer = build()
@@ -232,7 +232,7 @@ def test_state_goes_to_parameters_by_name_and_the_recipe_has_the_last_word(
     assert {group["eps"] for group in other.param_groups} == {1e-6}
 
 
-def test_the_state_in_8_bits_goes_on_as_if_uninterrupted(tmp_path: Path) -> None:
+def test_the_8_bit_state_resumes_as_if_uninterrupted(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="pip install 'simmim[8bit]'")
 
     def build_large() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -402,7 +402,7 @@ def kill_everywhere(
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path: Path) -> None:
+def test_a_kill_at_any_moment_leaves_complete_checkpoints(tmp_path: Path) -> None:
     # In a process of its own, since one that has threads must not fork.
     process = subprocess.Popen(
         [sys.executable, __file__, str(tmp_path)],
@@ -427,7 +427,7 @@ if __name__ == "__main__":
     print(kill_everywhere(write_again, Path(sys.argv[1]) / "again", {1, 2}, [1, 2]))
 
 
-def test_a_state_of_another_version_names_what_is_absent(tmp_path: Path) -> None:
+def test_a_state_of_another_version_names_missing_fields(tmp_path: Path) -> None:
     path = save(tmp_path, 4)
     values = json.loads((path / "state.json").read_text())
     del values["data_digest"]

@@ -1,4 +1,4 @@
-"""The running average of the weights, beside training and in checkpoints."""
+"""Exponential moving average of the weights, in training and in checkpoints."""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def small_optimizer() -> tuple[nn.Linear, torch.optim.Optimizer]:
     return model, torch.optim.AdamW(named, lr=0.1)  # type: ignore[arg-type]
 
 
-def test_it_is_the_weighted_sum_of_all_weights_so_far() -> None:
+def test_the_average_is_the_weighted_sum_of_all_weights_so_far() -> None:
     torch.manual_seed(0)
     model, optimizer = small_optimizer()
     expected: torch.Tensor | None = None
@@ -64,7 +64,7 @@ def test_it_is_the_weighted_sum_of_all_weights_so_far() -> None:
     assert torch.equal(model.weight, trained)
 
 
-def test_before_the_first_step_there_is_nothing_to_average_and_none_to_exchange() -> None:
+def test_before_the_first_step_there_is_no_average() -> None:
     model, optimizer = small_optimizer()
     update_average(optimizer, 0.9, 1)
     assert not optimizer.state  # AdamW takes a state that holds anything for its own
@@ -85,7 +85,7 @@ def test_weights_come_back_after_an_error() -> None:
     assert torch.equal(model.weight, before)
 
 
-def test_a_resumed_average_is_the_uninterrupted_one(
+def test_a_resumed_average_equals_the_uninterrupted_one(
     classification_values: dict[str, Any], tmp_path: Path
 ) -> None:
     values = classification_values
@@ -131,7 +131,7 @@ def test_validation_and_export_use_the_average(
     assert {name: logged[name] for name in figures} == figures
 
 
-def test_an_average_that_is_given_up_is_forgotten(
+def test_an_average_without_ema_decay_is_dropped(
     classification_values: dict[str, Any], tmp_path: Path
 ) -> None:
     run_training(classification_values, tmp_path / "run", steps=4, ema_decay=0.9)

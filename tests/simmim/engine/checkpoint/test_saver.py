@@ -1,4 +1,4 @@
-"""Checkpoints in the background, by one rank or by two that share this process."""
+"""Saving in the background, by one rank or by two in this process."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -83,7 +83,7 @@ def test_a_checkpoint_is_complete_once_all_ranks_have_written(
     assert meet(both) == [None, None]
 
 
-def test_what_is_written_is_what_training_had_at_that_step(
+def test_the_checkpoint_holds_the_weights_of_its_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(monkeypatch, rank=0)
@@ -134,7 +134,7 @@ def test_a_failure_on_any_rank_leaves_the_earlier_checkpoints(
     assert agree(both) == 2 * [SavingOutcome(step=12, saved=True)]
 
 
-def test_a_full_disk_is_told_of_and_leaves_nothing(
+def test_a_full_disk_is_reported_and_leaves_nothing(
     tmp_path: Path, no_file_above: Callable[[int], AbstractContextManager[None]]
 ) -> None:
     saver = Saver(tmp_path, keep_last=2)
@@ -148,7 +148,7 @@ def test_a_full_disk_is_told_of_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_part_on_another_machines_disk_is_missed(tmp_path: Path) -> None:
+def test_a_shard_file_on_another_machines_disk_is_missed(tmp_path: Path) -> None:
     savers = [Saver(tmp_path / str(rank), rank=rank, keep_last=1) for rank in range(2)]
     for rank, saver in enumerate(savers):
         saver.start(1, contents(rank, 2, 1.0))
@@ -162,7 +162,7 @@ def test_a_part_on_another_machines_disk_is_missed(tmp_path: Path) -> None:
         saver.close()
 
 
-def test_a_mistake_that_is_not_the_disks_is_raised(
+def test_a_bug_in_the_writing_thread_is_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(folder: Path, step: int, what: RankContents) -> None:
@@ -176,7 +176,7 @@ def test_a_mistake_that_is_not_the_disks_is_raised(
     saver.close()
 
 
-def test_some_are_kept_for_good(tmp_path: Path) -> None:
+def test_keep_every_keeps_checkpoints_permanently(tmp_path: Path) -> None:
     saver = Saver(tmp_path, keep_last=2, keep_every=10)
 
     def agree(flags: Sequence[int]) -> list[int]:
@@ -196,7 +196,7 @@ def test_some_are_kept_for_good(tmp_path: Path) -> None:
         ("write_best", "best.json"),
     ],
 )
-def test_a_checkpoint_is_complete_though_what_follows_fails(
+def test_a_checkpoint_is_complete_even_if_later_work_fails(
     fails: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver = Saver(tmp_path, keep_last=1)

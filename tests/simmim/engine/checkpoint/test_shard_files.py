@@ -1,4 +1,4 @@
-"""Tensors in parts: what any number of processes wrote is read by rows."""
+"""Shard files: what any number of ranks wrote is read by rows."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def write(folder: Path, count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_any_rows_are_read_whatever_wrote_them(tmp_path: Path, count: int) -> None:
+def test_any_rows_are_read_from_any_number_of_files(tmp_path: Path, count: int) -> None:
     write(tmp_path, count)
     with ShardFiles(tmp_path, "model") as parts:
         assert parts.shapes == SHAPES
@@ -54,7 +54,7 @@ def test_any_rows_are_read_whatever_wrote_them(tmp_path: Path, count: int) -> No
                 assert torch.equal(parts.read("long", first, last), expected)
 
 
-def test_one_part_is_an_ordinary_safetensors_file(tmp_path: Path) -> None:
+def test_a_single_shard_file_is_an_ordinary_safetensors_file(tmp_path: Path) -> None:
     many = {
         str(dtype): torch.arange(6, dtype=torch.float32).view(3, 2).T.to(dtype)
         for dtype in DTYPE_NAMES
@@ -67,7 +67,7 @@ def test_one_part_is_an_ordinary_safetensors_file(tmp_path: Path) -> None:
     assert all(loaded[name].dtype == many[name].dtype for name in many)
 
 
-def test_names_below_a_prefix_can_be_kept_alone(tmp_path: Path) -> None:
+def test_keep_below_keeps_names_with_a_prefix(tmp_path: Path) -> None:
     pieces = {name: whole(torch.full((2,), float(len(name)))) for name in ("a.x", "a.b.x", "c")}
     write_shards(shard_path(tmp_path, "model", 0, 1), pieces)
     with ShardFiles(tmp_path, "model") as parts:
@@ -76,7 +76,7 @@ def test_names_below_a_prefix_can_be_kept_alone(tmp_path: Path) -> None:
         assert parts.read("b.x", 0, 1).tolist() == [5.0]
 
 
-def test_a_part_that_is_gone_is_named(tmp_path: Path) -> None:
+def test_a_missing_shard_file_is_named(tmp_path: Path) -> None:
     write(tmp_path, 3)
     file = shard_path(tmp_path, "model", 1, 3)
     file.unlink()
@@ -85,14 +85,14 @@ def test_a_part_that_is_gone_is_named(tmp_path: Path) -> None:
     assert str(file) in str(caught.value)
 
 
-def test_parts_of_two_writings_do_not_mix(tmp_path: Path) -> None:
+def test_shard_files_of_two_checkpoints_do_not_mix(tmp_path: Path) -> None:
     write(tmp_path, 2)
     write(tmp_path, 3)
     with pytest.raises(ValueError, match=r"\[2, 3\] model files"):
         ShardFiles(tmp_path, "model")
 
 
-def test_rows_that_nobody_wrote_are_missed(tmp_path: Path) -> None:
+def test_missing_rows_are_reported(tmp_path: Path) -> None:
     rows = TensorShard(torch.zeros(2, 3), 1, (4, 3))
     write_shards(shard_path(tmp_path, "model", 0, 1), {"name": rows})
     with pytest.raises(ValueError, match=r"rows of name .*model"):

@@ -61,7 +61,7 @@ def write(path: Path, **values: object) -> Path:
         ([], 1),
     ],
 )
-def test_the_number_is_found_in_the_command_line(
+def test_the_number_of_processes_is_read_from_the_command_line(
     launcher: str, options: list[str], processes: int
 ) -> None:
     assert processes_in([*LAUNCHERS[launcher], *options, *SIMMIM]) == processes
@@ -70,7 +70,7 @@ def test_the_number_is_found_in_the_command_line(
 @pytest.mark.parametrize(
     "launched", [SIMMIM, ["--module", *SIMMIM[1:]], ["/venv/bin/simmim", *SIMMIM[2:]]]
 )
-def test_what_is_launched_has_options_of_its_own(launched: list[str], tmp_path: Path) -> None:
+def test_options_of_the_launched_program_are_ignored(launched: list[str], tmp_path: Path) -> None:
     ours = ["--num_processes", "9", "--num_machines", "9", "--config_file", str(tmp_path / "none")]
     assert processes_in([*LAUNCH, "--num_processes", "2", *launched, *ours]) == 2
     assert processes_in([*LAUNCH, *launched, *ours]) == 1
@@ -94,11 +94,11 @@ def test_an_option_may_hold_our_name(tmp_path: Path) -> None:
         ["pytest", "-k", "accelerate", "--num_processes", "4"],
     ],
 )
-def test_other_parents_ask_for_nothing(arguments: list[str]) -> None:
+def test_other_parent_processes_request_one_process(arguments: list[str]) -> None:
     assert processes_in(arguments) == 1
 
 
-def test_a_config_file_gives_what_the_line_leaves_open(tmp_path: Path) -> None:
+def test_a_config_file_supplies_missing_options(tmp_path: Path) -> None:
     file = write(tmp_path / "cpu.yaml", num_processes=3, num_machines=1, use_cpu=True)
     line = [*LAUNCH, "--config_file", str(file)]
     assert processes_in([*line, *SIMMIM]) == 3
@@ -111,7 +111,7 @@ def test_a_config_file_without_a_number_means_one_process(tmp_path: Path) -> Non
     assert processes_in([*LAUNCH, "--config_file", str(file), *SIMMIM]) == 1
 
 
-def test_the_file_of_accelerate_config_counts_where_accelerate_reads_it(
+def test_the_default_config_counts_where_accelerate_reads_it(
     default_config: Path, tmp_path: Path
 ) -> None:
     write(default_config, num_processes=4, use_cpu=True)
@@ -130,7 +130,7 @@ def test_several_machines_are_refused_with_a_remedy(tmp_path: Path) -> None:
         processes_in([*LAUNCH, "--config_file", str(file), *SIMMIM])
 
 
-def test_a_process_that_nobody_launched_asks_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_without_a_launcher_requests_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ACCELERATE_MIXED_PRECISION", *RANK_VARIABLES):
         monkeypatch.delenv(name, raising=False)
     assert requested_cpu_processes() == 1
@@ -139,7 +139,7 @@ def test_a_process_that_nobody_launched_asks_for_nothing(monkeypatch: pytest.Mon
     assert requested_cpu_processes() == 1  # the parent is whoever runs the tests
 
 
-def test_the_number_is_found_in_the_process_that_launched_this_one(tmp_path: Path) -> None:
+def test_the_number_of_processes_is_read_from_the_parent(tmp_path: Path) -> None:
     """The parent is a real process with accelerate's command line; asking is its child."""
     parent = tmp_path / "accelerate"
     parent.write_text(
@@ -206,21 +206,21 @@ def ending(end: str) -> subprocess.CompletedProcess[str]:
         ("raise ValueError('of its own')", 1, ["done", "what was registered"]),
     ],
 )
-def test_a_rank_ends_without_taking_python_down(end: str, code: int, printed: list[str]) -> None:
+def test_a_rank_exits_without_finalising_python(end: str, code: int, printed: list[str]) -> None:
     done = ending(end)
     assert done.returncode == code, done.stderr
     assert done.stdout.splitlines() == printed
     assert ("ValueError: of its own" in done.stderr) == ("raise" in end)
 
 
-def test_a_rank_that_crashes_tells_where() -> None:
+def test_a_crashing_rank_prints_its_stack() -> None:
     done = ending("ctypes.string_at(0)")
     assert done.returncode < 0
     assert "in program" in done.stderr
 
 
 @pytest.mark.parametrize("name", RANK_VARIABLES)
-def test_ranks_of_any_launcher_are_known(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_of_any_launcher_are_recognised(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for one in RANK_VARIABLES:
         monkeypatch.delenv(one, raising=False)
     assert not is_rank()

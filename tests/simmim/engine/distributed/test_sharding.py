@@ -1,4 +1,4 @@
-"""Shards by block: who holds what, and that training in shards is training."""
+"""Sharding by block: sizes of shards, and parity with unsharded training."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def assert_equal(found: dict[str, float]) -> None:
     assert found["feature"] < 1e-4, found  # of size 1 and after all blocks
 
 
-def test_two_ranks_in_shards_train_as_one_does_whole() -> None:
+def test_sharded_training_equals_unsharded_training() -> None:
     assert_equal(train(attention="sequential", checkpointing="full"))
 
 
@@ -58,18 +58,20 @@ def test_two_ranks_in_shards_train_as_one_does_whole() -> None:
 @pytest.mark.parametrize(
     "execution", [{}, {"checkpointing": "attention"}, {"attention": "sdpa"}], ids=str
 )
-def test_they_do_with_every_execution(execution: dict[str, Any]) -> None:
+def test_sharded_training_is_exact_with_every_execution(
+    execution: dict[str, Any],
+) -> None:
     assert_equal(train(**execution))
 
 
 @pytest.mark.slow
-def test_weights_gathered_in_bfloat16_stay_near() -> None:
+def test_weights_gathered_in_bfloat16_stay_close() -> None:
     found = train(bf16=True, checkpointing="full")
     assert 0 < found["loss"] < 5e-3, found
     assert found["weight"] < 1e-2, found  # of float32 shards, after four steps of 1e-3
 
 
-def test_the_plan_of_giant() -> None:
+def test_sharding_units_of_giant() -> None:
     with torch.device("meta"):
         encoder = build_encoder("giant", image_size=192, window_size=12)
         model = SimMIM(encoder)
@@ -121,7 +123,7 @@ def test_accelerates_file_makes_each_block_a_unit() -> None:
     assert len(units) == sum(encoder.config.depths)
 
 
-def test_what_accelerate_would_do_and_we_do_not_is_refused(
+def test_unsupported_settings_of_accelerate_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     check_parallelism()

@@ -1,4 +1,4 @@
-"""Stopping on request. Run as a script, this file is two ranks of which one gets a signal."""
+"""Stop requests. Run as a script, this file is two ranks of which one gets a signal."""
 
 import multiprocessing
 import os
@@ -31,12 +31,12 @@ def no_harm() -> Iterator[list[int]]:
         signal.signal(number, handler)
 
 
-def test_terminals_launchers_and_slurm_ask_to_stop() -> None:
+def test_stop_signals_include_those_of_terminals_launchers_and_slurm() -> None:
     assert set(STOP_SIGNALS) == {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
 
 @EACH
-def test_a_signal_is_noted_and_not_obeyed(number: signal.Signals, no_harm: list[int]) -> None:
+def test_a_signal_is_recorded_instead_of_obeyed(number: signal.Signals, no_harm: list[int]) -> None:
     with StopRequest() as stop:
         assert not any(stop.agree([stop.wanted]))
         assert stop.received is None
@@ -49,7 +49,7 @@ def test_a_signal_is_noted_and_not_obeyed(number: signal.Signals, no_harm: list[
 
 
 @EACH
-def test_the_earlier_handlers_come_back(number: signal.Signals, no_harm: list[int]) -> None:
+def test_previous_handlers_are_restored(number: signal.Signals, no_harm: list[int]) -> None:
     before = signal.getsignal(number)
     with StopRequest():
         assert signal.getsignal(number) != before
@@ -77,7 +77,7 @@ def test_after_a_stop_that_ends_the_process_signals_are_ignored(
 
 
 @EACH
-def test_ignored_signals_are_noted_and_ignored_again(number: signal.Signals) -> None:
+def test_ignored_signals_are_recorded_and_ignored_again(number: signal.Signals) -> None:
     signal.signal(number, signal.SIG_IGN)  # as a shell starts background jobs
     with StopRequest() as stop:
         os.kill(os.getpid(), number)
@@ -93,7 +93,7 @@ def test_a_request_starts_unasked(no_harm: list[int]) -> None:
         assert not any(again.agree([again.wanted]))
 
 
-def test_outside_the_main_thread_handlers_stay() -> None:
+def test_handlers_stay_outside_the_main_thread() -> None:
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     seen: list[object] = []
 

@@ -1,4 +1,4 @@
-"""What is concluded from what ranks say of themselves; real ranks are in test_faults."""
+"""Verdicts of the watchdog on given statuses; real ranks are in test_faults."""
 
 import threading
 import time
@@ -27,7 +27,7 @@ def status(rank: int) -> RankStatus:
     )
 
 
-def test_all_is_well_while_ranks_move() -> None:
+def test_there_is_no_verdict_while_ranks_make_progress() -> None:
     ranks = RankTable(TIMEOUT)
     for moves in range(50):
         for rank in (0, 1):
@@ -35,7 +35,7 @@ def test_all_is_well_while_ranks_move() -> None:
         assert ranks.verdict() is None
 
 
-def test_a_rank_without_a_sign_of_life_is_named() -> None:
+def test_a_silent_rank_is_named() -> None:
     ranks = RankTable(TIMEOUT)
     for beat in range(11):
         ranks.update(replace(status(0), beat=beat), 10.0)
@@ -49,7 +49,7 @@ def test_a_rank_without_a_sign_of_life_is_named() -> None:
     assert "rank 0" not in verdict
 
 
-def test_the_rank_that_is_behind_is_named_and_those_that_wait_for_it_are_not() -> None:
+def test_only_the_rank_that_is_behind_is_blamed() -> None:
     ranks = RankTable(TIMEOUT)
     for beat in range(12):
         ranks.update(replace(status(0), beat=beat, moves=8, activity="asking"), 10.0)
@@ -72,7 +72,7 @@ def test_all_ranks_are_named_if_all_are_stuck_in_the_same_place() -> None:
     assert "All ranks" in verdict
 
 
-def test_a_rank_that_has_finished_is_not_waited_for() -> None:
+def test_a_finished_rank_is_ignored() -> None:
     ranks = RankTable(TIMEOUT)
     for beat in range(30):
         ranks.update(replace(status(0), beat=beat, moves=beat), 10.0)
@@ -80,7 +80,7 @@ def test_a_rank_that_has_finished_is_not_waited_for() -> None:
     assert ranks.verdict() is None
 
 
-def test_a_fault_is_told_once_the_others_had_time_to_notice() -> None:
+def test_a_fault_is_reported_after_a_grace_period() -> None:
     ranks = RankTable(TIMEOUT)
     failed = replace(status(1), fault="no shards")
     ranks.update(failed, 10.0)
@@ -90,11 +90,11 @@ def test_a_fault_is_told_once_the_others_had_time_to_notice() -> None:
 
 
 @pytest.mark.parametrize("timeout", [1.0, 600.0, 86400.0])
-def test_process_groups_wait_longer_than_the_watch(timeout: float) -> None:
+def test_process_groups_wait_longer_than_the_watchdog(timeout: float) -> None:
     assert group_timeout(timeout).total_seconds() > timeout + Watchdog(timeout).interval * 3
 
 
-def test_a_single_process_is_watched_where_it_waits_for_data(
+def test_a_single_process_is_watched_while_it_waits_for_data(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     ended: list[int] = []
@@ -120,7 +120,7 @@ def test_a_single_process_fails_for_its_own_reason() -> None:
     assert ended == []
 
 
-def test_no_thread_of_the_watch_outlives_it(tmp_path: Path) -> None:
+def test_no_watchdog_thread_outlives_its_context(tmp_path: Path) -> None:
     """Python aborts where one of them waits for the store as it ends."""
     store = torch.distributed.FileStore(str(tmp_path / "store"), 2)
     torch.distributed.init_process_group("fake", store=store, rank=0, world_size=2)

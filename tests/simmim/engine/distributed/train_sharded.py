@@ -1,4 +1,4 @@
-"""One of two ranks: train a narrow giant whole and in shards, on the same images.
+"""One of two ranks: train a narrow giant unsharded and sharded, on the same images.
 
 Started by torchrun; prints the largest differences, of losses and of gathered weights.
 """

@@ -1,4 +1,4 @@
-"""Losses and gradients that are no number: the step is left out, explained, and not for ever."""
+"""Non-finite losses and gradients: the step is skipped and explained, a limited number of times."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def names_by_step(values: dict[str, Any]) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 3.0, 0.0, -1e38])
-def test_a_loss_that_is_no_number_has_no_gradient(value: float) -> None:
+def test_a_nonfinite_loss_has_a_nonfinite_gradient(value: float) -> None:
     weight = torch.tensor(1.5, requires_grad=True)
     loss = 2.5 * weight
     spoilt = propagate_nonfinite(loss - loss.detach() + value)
@@ -63,7 +63,7 @@ def test_a_loss_that_is_no_number_has_no_gradient(value: float) -> None:
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_step_left_out_changes_nothing(
+def test_a_skipped_step_changes_nothing(
     pretrain_values: dict[str, Any], kind: str, accumulation: int
 ) -> None:
     first, second = names_by_step(pretrain_values)[:2]
@@ -91,7 +91,7 @@ def test_a_step_left_out_changes_nothing(
     )
 
 
-def test_training_goes_on_and_names_the_sample(
+def test_training_continues_and_names_the_sample(
     pretrain_values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     steps = names_by_step(pretrain_values)
@@ -119,7 +119,7 @@ def test_training_goes_on_and_names_the_sample(
     assert rates == {number: line["lr"] for number, line in lines.items()}
 
 
-def test_a_mean_over_several_steps_leaves_out_the_skipped(
+def test_the_mean_loss_excludes_skipped_steps(
     pretrain_values: dict[str, Any], tmp_path: Path
 ) -> None:
     steps = names_by_step(pretrain_values)
@@ -144,7 +144,7 @@ def test_a_gradient_alone_is_blamed_on_all_samples_of_the_step(
     assert found["samples"] == steps[1]
 
 
-def test_too_many_in_a_row_end_training_and_resume_goes_back_to_before(
+def test_too_many_in_a_row_end_training_and_resume_starts_before_them(
     pretrain_values: dict[str, Any], tmp_path: Path
 ) -> None:
     steps = names_by_step(pretrain_values)
@@ -165,7 +165,7 @@ def test_too_many_in_a_row_end_training_and_resume_goes_back_to_before(
     }
 
 
-def test_spoilt_weights_are_told_from_spoilt_samples(
+def test_corrupt_weights_are_distinguished_from_corrupt_samples(
     pretrain_values: dict[str, Any], tmp_path: Path
 ) -> None:
     stage = PretrainStage(recipe(pretrain_values, max_nonfinite=2))
@@ -176,7 +176,7 @@ def test_spoilt_weights_are_told_from_spoilt_samples(
     assert [line["what"] for line in anomalies(tmp_path)] == ["weights", "weights"]
 
 
-def test_the_scaler_of_fp16_at_work_is_no_anomaly(
+def test_an_overflow_of_the_fp16_scaler_is_not_an_anomaly(
     pretrain_values: dict[str, Any], tmp_path: Path
 ) -> None:
     accelerator = build_accelerator("fp32")

@@ -1,4 +1,4 @@
-"""What a line of metrics tells."""
+"""Lines of metrics, and the measurements in them."""
 
 import json
 import time
@@ -30,7 +30,7 @@ def run_training(values: dict[str, Any], folder: Path, resume: str | None = None
     return run
 
 
-def test_a_line_tells_what_happens(pretrain_values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_metrics_line_has_all_figures(pretrain_values: dict[str, Any], tmp_path: Path) -> None:
     run = run_training(pretrain_values, tmp_path / "run")
     lines = [line for line in run.read_metrics() if "loss" in line]
     for line in lines:
@@ -46,7 +46,7 @@ def test_a_line_tells_what_happens(pretrain_values: dict[str, Any], tmp_path: Pa
     assert lines[0]["eta_seconds"] >= 0
 
 
-def test_the_baseline_is_that_of_validation(
+def test_the_baseline_is_taken_from_validation(
     pretrain_values: dict[str, Any], tmp_path: Path
 ) -> None:
     lines = run_training(pretrain_values, tmp_path / "run").read_metrics()
@@ -56,7 +56,7 @@ def test_the_baseline_is_that_of_validation(
     assert beside[-1] == validated[0]
 
 
-def test_nothing_held_out_leaves_no_baseline(
+def test_without_validation_data_there_is_no_baseline(
     pretrain_values: dict[str, Any], tmp_path: Path
 ) -> None:
     pretrain_values["data"]["validation_shards"] = 0
@@ -64,14 +64,14 @@ def test_nothing_held_out_leaves_no_baseline(
     assert all("mean_color_loss" not in line and "validation_loss" not in line for line in lines)
 
 
-def test_the_environment_is_kept(pretrain_values: dict[str, Any], tmp_path: Path) -> None:
+def test_the_environment_is_written(pretrain_values: dict[str, Any], tmp_path: Path) -> None:
     run = run_training(pretrain_values, tmp_path / "run")
     found = json.loads(run.environment.read_text())
     assert found["torch"] == torch.__version__
     assert found["processes"] == 1
 
 
-def test_a_pause_is_no_training() -> None:
+def test_a_pause_does_not_count() -> None:
     clock = Clock()
     clock.restart()
     clock.add(100, 0.0)
@@ -83,7 +83,7 @@ def test_a_pause_is_no_training() -> None:
     assert clock.read().images_per_second == 0
 
 
-def test_the_forecast_is_that_of_the_steps_so_far() -> None:
+def test_the_forecast_extrapolates_the_steps_so_far() -> None:
     forecast = Forecast(100, 200)
     time.sleep(0.2)
     assert forecast.seconds_left(150) == pytest.approx(0.2, rel=0.5)
@@ -102,7 +102,7 @@ def test_the_peak_of_this_machine_is_measured() -> None:
     assert 1e8 < peak.flops < 1e14
 
 
-def test_memory_of_the_process_is_seen() -> None:
+def test_memory_in_use_includes_tensors_on_the_host() -> None:
     size = 256 * 2**20  # what the process had freed and kept is much less
     before = memory_in_use(torch.device("cpu")).host
     held = torch.ones(size // 4)
@@ -114,5 +114,5 @@ def test_memory_of_the_process_is_seen() -> None:
     ("seconds", "text"),
     [(42, "42 s"), (7 * 60, "7 min"), (7500, "2 h 05 min"), (280_000, "3 d 6 h")],
 )
-def test_a_length_of_time_is_written_for_a_person(seconds: float, text: str) -> None:
+def test_durations_are_readable(seconds: float, text: str) -> None:
     assert duration(seconds) == text

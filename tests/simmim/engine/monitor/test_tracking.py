@@ -1,4 +1,4 @@
-"""Trackers: what is chosen, what they are told, and that their failures end nothing."""
+"""Trackers: selection, logging, and failures that do not end training."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def test_a_missing_package_is_named_with_its_pip_command() -> None:
     assert set(chosen_trackers("auto")) <= {"tensorboard"}
 
 
-def test_a_tracker_that_cannot_start_is_said_once(tmp_path: Path) -> None:
+def test_a_tracker_that_cannot_start_is_reported_once(tmp_path: Path) -> None:
     tracking, said = open_tracking(RunFolder(path=tmp_path / "run"), "aim")
     for step in range(1, 10):
         tracking.log({"train/loss": 1.0}, step)
@@ -62,7 +62,7 @@ def tensorboard() -> None:
 
 
 @pytest.mark.usefixtures("tensorboard")
-def test_a_resumed_series_goes_on_without_doubled_steps(tmp_path: Path) -> None:
+def test_a_resumed_series_has_no_duplicate_steps(tmp_path: Path) -> None:
     run = RunFolder(path=tmp_path / "run")
     first, _ = open_tracking(run, "tensorboard")
     for step in range(1, 9):
