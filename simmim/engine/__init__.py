@@ -1,1 +1,1 @@
-"""The one training loop and what it stands on."""
+"""Training: the loop, its checkpoints, processes and monitoring."""

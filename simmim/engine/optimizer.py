@@ -34,7 +34,7 @@ def layer_of(name: str, depths: tuple[int, ...]) -> int:
 
     Patch embedding and mask token are layer 0, blocks are counted from 1 over all stages, a patch
     merging belongs to the last block before it, and everything after the stages (the final norm and
-    the heads) is the top layer, sum(depths) + 1. The numbering is that of the SimMIM code.
+    the heads) is the top layer, sum(depths) + 1. The numbering follows the SimMIM code.
 
     Args:
         name: dotted name, with or without a prefix before the encoder's own name.

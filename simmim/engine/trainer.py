@@ -40,7 +40,7 @@ class Trainer:
         accelerator: devices and processes.
         module: the stage's module, prepared for the devices.
         optimizer: the optimiser of its parameters.
-        stop: tells whether training was asked to stop.
+        stop: the stop request of this training.
         write_report: writes the report of the run; None writes none.
     """
 

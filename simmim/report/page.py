@@ -162,7 +162,7 @@ def _charts(lines: Lines) -> str:
 
 
 def _probe(lines: Lines, key: str, color: int) -> Iterator[Series]:
-    """Yield the results of a probe, and that of step 0 (random weights) as a baseline."""
+    """Yield the results of a probe, with the one at step 0 (random weights) as a baseline."""
     name = key.removeprefix("probe_").removesuffix("_top1")
     points = [(line["step"], line[key]) for line in lines if key in line]
     yield Series(name=name, points=points, kind="dots", color=color)

@@ -62,7 +62,7 @@ def _is_encoder(module: nn.Module) -> bool:
 
 
 def sharding_units(model: nn.Module) -> list[ShardingUnit]:
-    """Return the units in which `shard_by_block` shards a model; the last is what is outside them.
+    """Return the units in which `shard_by_block` shards a model; the rest is the last one.
 
     The model may be on the meta device.
 

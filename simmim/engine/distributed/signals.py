@@ -17,7 +17,7 @@ class StopRequest:
     """Context in which stop signals are recorded instead of ending the process.
 
     A launcher and the terminal may both deliver the same signal, so repeated ones are only
-    recorded, too. `agree` tells all ranks, so that none waits for one that has already stopped. If
+    recorded, too. `agree` shares them with all ranks, so that none waits for a stopped one. If
     the process ends once training has stopped, further signals on the way out are ignored.
 
     Args:

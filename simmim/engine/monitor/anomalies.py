@@ -34,8 +34,8 @@ class Anomaly:
     step: int
     rank: int
     what: Cause
-    """What is non-finite: the loss of these samples; the gradient alone, where these are all
-    samples of the rank; or the weights, in which case every sample looks bad."""
+    """What is non-finite: the loss of these samples; the gradient alone, in which case all
+    samples of the rank are listed; or the weights, in which case every sample looks bad."""
     samples: tuple[str, ...]
     """Shard and key of each."""
     in_a_row: int

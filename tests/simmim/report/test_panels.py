@@ -101,7 +101,7 @@ def test_mismatched_shapes_are_refused_and_nothing_is_written(tmp_path: Path) ->
         reconstruction_panel(images, mask, images[:1], mean=MEAN, std=STD, path=path)
     with pytest.raises(ValueError, match="do not match"):
         reconstruction_panel(images[:0], mask[:0], images[:0], mean=MEAN, std=STD, path=path)
-    with pytest.raises(ValueError, match="mean has .*per channel"):
+    with pytest.raises(ValueError, match=r"mean has .*per channel"):
         reconstruction_panel(images, mask, images, mean=(0.5,), std=STD, path=path)
     for wrong in (mask[0], mask[:1], mask[:, :1]):
         with pytest.raises(ValueError, match="does not fit images"):

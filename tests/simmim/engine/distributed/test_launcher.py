@@ -1,185 +1,22 @@
-import os
+"""How a rank ends: exit code, atexit functions, and no finalisation of Python."""
+
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import yaml
-from accelerate.commands import config
 
-from simmim.engine.distributed.environment import (
-    RANK_VARIABLES,
-    is_rank,
-    processes_in,
-    requested_cpu_processes,
-)
 from simmim.engine.exit_codes import LOST
-
-SIMMIM = ["-m", "simmim", "pretrain", "--config", "jobs/pretrain/cifar10.yaml"]
-LAUNCHERS = {
-    "console script": ["/venv/bin/python3", "/venv/bin/accelerate", "launch"],
-    "console script of launch": ["/venv/bin/python3", "/venv/bin/accelerate-launch"],
-    "module": ["python", "-m", "accelerate.commands.launch"],
-    "module of all commands": [
-        "python",
-        "-u",
-        "-m",
-        "accelerate.commands.accelerate_cli",
-        "launch",
-    ],
-    "file": ["python", "/venv/site-packages/accelerate/commands/launch.py"],
-    "binary": ["accelerate", "launch"],
-}
-LAUNCH = LAUNCHERS["console script"]
-
-
-@pytest.fixture(autouse=True)
-def default_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where `accelerate config` would write; this machine may have such a file."""
-    path = tmp_path / "default_config.yaml"
-    monkeypatch.setattr(config, "default_config_file", str(path))
-    return path
-
-
-def write(path: Path, **values: object) -> Path:
-    common = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO"}
-    path.write_text(yaml.safe_dump(common | values))
-    return path
-
-
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize(
-    ("options", "processes"),
-    [
-        (["--num_processes", "2", "--cpu"], 2),
-        (["--num-processes", "3", "--cpu"], 3),
-        (["--cpu", "--num_processes=4", "--num_machines", "1"], 4),
-        (["--num_processes", "2", "--main_process_port", "29501", "--quiet"], 2),
-        (["--num_processes", "1", "--cpu"], 1),
-        (["--num_processes", "0"], 1),
-        (["--cpu"], 1),
-        ([], 1),
-    ],
-)
-def test_the_number_of_processes_is_read_from_the_command_line(
-    launcher: str, options: list[str], processes: int
-) -> None:
-    assert processes_in([*LAUNCHERS[launcher], *options, *SIMMIM]) == processes
-
-
-@pytest.mark.parametrize(
-    "launched", [SIMMIM, ["--module", *SIMMIM[1:]], ["/venv/bin/simmim", *SIMMIM[2:]]]
-)
-def test_options_of_the_launched_program_are_ignored(launched: list[str], tmp_path: Path) -> None:
-    ours = ["--num_processes", "9", "--num_machines", "9", "--config_file", str(tmp_path / "none")]
-    assert processes_in([*LAUNCH, "--num_processes", "2", *launched, *ours]) == 2
-    assert processes_in([*LAUNCH, *launched, *ours]) == 1
-
-
-def test_an_option_may_hold_our_name(tmp_path: Path) -> None:
-    file = write(tmp_path / "simmim", num_processes=2)
-    options = ["--config_file", str(file), "--num_processes", "3"]
-    assert processes_in([*LAUNCH, *options, *SIMMIM]) == 3
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["bash"],
-        ["/usr/bin/make", "launch", "--num_processes", "4"],
-        ["python", "tools/launch.py", "--num_processes", "4"],
-        ["python", "/home/accelerate/train.py", "launch", "--num_processes", "4"],
-        ["python", "/venv/bin/accelerate", "test", "--num_processes", "4"],
-        ["pytest", "-k", "accelerate", "--num_processes", "4"],
-    ],
-)
-def test_other_parent_processes_request_one_process(arguments: list[str]) -> None:
-    assert processes_in(arguments) == 1
-
-
-def test_a_config_file_supplies_missing_options(tmp_path: Path) -> None:
-    file = write(tmp_path / "cpu.yaml", num_processes=3, num_machines=1, use_cpu=True)
-    line = [*LAUNCH, "--config_file", str(file)]
-    assert processes_in([*line, *SIMMIM]) == 3
-    assert processes_in([*line, "--cpu", *SIMMIM]) == 3
-    assert processes_in([*line, "--num_processes", "2", *SIMMIM]) == 2
-
-
-def test_a_config_file_without_a_number_means_one_process(tmp_path: Path) -> None:
-    file = write(tmp_path / "cpu.yaml")
-    assert processes_in([*LAUNCH, "--config_file", str(file), *SIMMIM]) == 1
-
-
-def test_the_default_config_counts_where_accelerate_reads_it(
-    default_config: Path, tmp_path: Path
-) -> None:
-    write(default_config, num_processes=4, use_cpu=True)
-    assert processes_in([*LAUNCH, *SIMMIM]) == 4
-    assert processes_in([*LAUNCH, "--num_processes", "2", *SIMMIM]) == 2
-    assert processes_in([*LAUNCH, "--cpu", *SIMMIM]) == 1  # accelerate passes it over
-    other = write(tmp_path / "other.yaml", num_processes=3)
-    assert processes_in([*LAUNCH, "--config_file", str(other), *SIMMIM]) == 3
-
-
-def test_several_machines_are_refused_with_a_remedy(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="torchrun --nnodes"):
-        processes_in([*LAUNCH, "--num_machines", "2", "--num_processes", "4", *SIMMIM])
-    file = write(tmp_path / "cpu.yaml", num_processes=4, num_machines=2)
-    with pytest.raises(ValueError, match="torchrun --nnodes"):
-        processes_in([*LAUNCH, "--config_file", str(file), *SIMMIM])
-
-
-def test_a_process_without_a_launcher_requests_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("ACCELERATE_MIXED_PRECISION", *RANK_VARIABLES):
-        monkeypatch.delenv(name, raising=False)
-    assert requested_cpu_processes() == 1
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
-    assert requested_cpu_processes() == 1  # the parent is whoever runs the tests
-
-
-def test_the_number_of_processes_is_read_from_the_parent(tmp_path: Path) -> None:
-    """The parent is a real process with accelerate's command line; asking is its child."""
-    parent = tmp_path / "accelerate"
-    parent.write_text(
-        "import subprocess, sys\n"
-        "ask = [sys.executable, '-c', sys.argv[-1]]\n"
-        "sys.exit(subprocess.run(ask, stdin=subprocess.DEVNULL).returncode)"
-    )
-    environment = {key: os.environ[key] for key in os.environ if key not in RANK_VARIABLES}
-    environment |= {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True"}
-    question = (
-        "import os\n"
-        "from simmim.engine.distributed.launcher import requested_cpu_processes\n"
-        "print(requested_cpu_processes())\n"
-        "os.environ['WORLD_SIZE'] = '3'\n"  # as torchrun, which has then started this process
-        "print(requested_cpu_processes())\n"
-    )
-    options = ["--num_processes", "3", "--cpu"]
-    done = subprocess.run(
-        [sys.executable, str(parent), "launch", *options, *SIMMIM, question],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        start_new_session=True,
-        check=True,
-    )
-    assert done.stdout.split() == ["3", "1"]
-
 
 ENDING = """
 import atexit, ctypes
 from simmim.engine.distributed.launcher import run_as_rank
 
-class Told:
+class Finalised:
     def __del__(self):
-        print("Python was taken down")
+        print("Python was finalised")
 
-told = Told()
-atexit.register(lambda: print("what was registered"))
+finalised = Finalised()
+atexit.register(lambda: print("registered function"))
 
 def program():
     print("done")
@@ -200,10 +37,10 @@ def ending(end: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("end", "code", "printed"),
     [
-        ("return 0", 0, ["done", "what was registered"]),
-        ("return 75", 75, ["done", "what was registered"]),
+        ("return 0", 0, ["done", "registered function"]),
+        ("return 75", 75, ["done", "registered function"]),
         (f"return {LOST}", LOST, ["done"]),
-        ("raise ValueError('of its own')", 1, ["done", "what was registered"]),
+        ("raise ValueError('of its own')", 1, ["done", "registered function"]),
     ],
 )
 def test_a_rank_exits_without_finalising_python(end: str, code: int, printed: list[str]) -> None:
@@ -217,14 +54,3 @@ def test_a_crashing_rank_prints_its_stack() -> None:
     done = ending("ctypes.string_at(0)")
     assert done.returncode < 0
     assert "in program" in done.stderr
-
-
-@pytest.mark.parametrize("name", RANK_VARIABLES)
-def test_ranks_of_any_launcher_are_recognised(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for one in RANK_VARIABLES:
-        monkeypatch.delenv(one, raising=False)
-    assert not is_rank()
-    monkeypatch.setenv(name, "1")
-    assert not is_rank()
-    monkeypatch.setenv(name, "2")
-    assert is_rank()

@@ -15,7 +15,6 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from torch import nn
 
 from simmim import SimMIM
-from simmim.engine.distributed.environment import check_parallelism
 from simmim.engine.distributed.sharding import shard_size, sharding_units
 from swinv2 import build_encoder
 from swinv2.blocks import Block
@@ -121,29 +120,3 @@ def test_accelerates_file_makes_each_block_a_unit() -> None:
     units = [module for module in encoder.modules() if is_unit(module)]
     assert units == [module for module in encoder.modules() if isinstance(module, Block)]
     assert len(units) == sum(encoder.config.depths)
-
-
-def test_unsupported_settings_of_accelerate_are_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    check_parallelism()
-    monkeypatch.setenv("FSDP_VERSION", "1")
-    check_parallelism()  # nobody asks for it
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="set fsdp_version to 2"):
-        check_parallelism()
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    check_parallelism()
-    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
-    with pytest.raises(ValueError, match=r"fsdp_activation_checkpointing .* execution"):
-        check_parallelism()
-    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "false")
-    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
-    with pytest.raises(ValueError, match="fsdp_offload_params"):
-        check_parallelism()
-
-
-def test_deepspeed_is_refused_in_favour_of_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ValueError, match=r"DeepSpeed.*fsdp2\.yaml"):
-        check_parallelism()
