@@ -1,9 +1,9 @@
-"""Objects of CamVid in COCO's format: connected parts of its movable classes.
+"""Convert CamVid's labels to COCO instances: connected components of its movable classes.
 
     python tests/benchmarks/camvid_instances.py camvid train camvid/train.json
 
-With `--images 4 --smallest 400` it is the set that jobs/finetune/detection-camvid.yaml learns by
-heart.
+With `--images 8 --smallest 1500` it writes the set that jobs/finetune/detection-camvid.yaml
+overfits.
 """
 
 import argparse
@@ -19,7 +19,7 @@ MOVABLE = {8: "car", 9: "pedestrian", 10: "bicyclist"}
 
 
 def run_lengths(mask: np.ndarray) -> dict[str, Any]:
-    """Return a mask as COCO's uncompressed run lengths: column by column, the first run of 0."""
+    """Encode a mask as COCO's uncompressed RLE: column-major, starting with a run of zeros."""
     flat = np.concatenate([[False], mask.T.ravel(), [not mask.T.ravel()[-1]]])
     ends = np.flatnonzero(flat[1:] != flat[:-1])
     counts = np.diff(np.concatenate([[0], ends]))
@@ -27,7 +27,7 @@ def run_lengths(mask: np.ndarray) -> dict[str, Any]:
 
 
 def objects_of(classes: np.ndarray, image: int, first: int, smallest: int) -> list[dict[str, Any]]:
-    """Return the objects of one label image, of `smallest` pixels or more; ids begin at `first`."""
+    """Return instances of at least `smallest` pixels in a label image; ids start at `first`."""
     found: list[dict[str, Any]] = []
     for category in MOVABLE:
         parts, _ = label(classes == category)
@@ -56,7 +56,7 @@ def objects_of(classes: np.ndarray, image: int, first: int, smallest: int) -> li
 def convert(
     folder: Path, split: str, *, count: int | None = None, smallest: int = 64
 ) -> dict[str, Any]:
-    """Return the content of a COCO file for one split of CamVid, or its first `count` images."""
+    """Return COCO annotations for a split of CamVid, or for its first `count` images."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     files = sorted((folder / "images" / split).glob("*.jpg"))
@@ -71,13 +71,17 @@ def convert(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of the command line."""
+    """Return the argument parser."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("split")
     parser.add_argument("destination", type=Path)
-    parser.add_argument("--images", type=int, help="the first of the split alone")
-    parser.add_argument("--smallest", type=int, default=64, help="pixels of a part that counts")
+    parser.add_argument(
+        "--images", type=int, help="only the first N images of the split", metavar="N"
+    )
+    parser.add_argument(
+        "--smallest", type=int, default=64, help="minimum area of an instance, in pixels"
+    )
     return parser
 
 

@@ -1,13 +1,13 @@
-"""How long a checkpoint stalls training, and how soon a resumed run has its first batch.
+"""Measure how long a checkpoint blocks training, and the time to the first batch on resume.
 
     OMP_NUM_THREADS=1 nice -n 15 python tests/benchmarks/checkpoints.py FOLDER
 
-FOLDER is on the disk to measure; some gigabytes are written there and removed again.
+FOLDER is on the disk to measure; a few gigabytes are written there and removed again.
 
-Stall: seconds that `Saver.start` keeps a step waiting, the first time, which fetches the memory,
-and later; what of it the processor worked, which is what an idle machine takes; and seconds until
-the checkpoint is complete, which a step would wait for without a thread. Resume: seconds from
-opening the shards to the first batch in hand, with the cursor at 1% and at 90% of an epoch.
+Stall: seconds for which `Saver.start` blocks a step, the first time (which allocates the memory)
+and later; the CPU time within a later stall, which is what it takes on an idle machine; and seconds
+until the checkpoint is complete, which a step would wait for without the background thread. Resume:
+seconds from opening the shards to the first batch, with the cursor at 1% and at 90% of an epoch.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from swinv2 import build_encoder
 
 
 def trained(variant: str) -> tuple[SimMIM, torch.optim.Optimizer]:
-    """Return a model with an optimiser that has taken a step, of gradients that are zeros."""
+    """Return a model and its optimiser after one step with zero gradients."""
     encoder = build_encoder(variant, image_size=192, window_size=12)
     model = SimMIM(encoder)
     settings = OptimizerSettings(lr=1e-3)
@@ -47,7 +47,7 @@ def trained(variant: str) -> tuple[SimMIM, torch.optim.Optimizer]:
 
 
 def measure_stall(variant: str, folder: Path, repeats: int) -> str:
-    """Return a line of the table: what a step waits for, and what it would wait for."""
+    """Return a row of the table: size, stalls and time to completion of a checkpoint."""
     model, optimizer = trained(variant)
     contents = RankContents(
         shard=0,
@@ -78,7 +78,7 @@ def measure_stall(variant: str, folder: Path, repeats: int) -> str:
 
 
 def measure_resume(folder: Path, images: int, repeats: int) -> Iterable[str]:
-    """Yield lines of the table: seconds to the first batch at two places of an epoch."""
+    """Yield rows of the table: seconds to the first batch at two positions in an epoch."""
     draw_images(folder / "images", count=images, size=32, seed=0)
     data_prep.cli.main(["shard", str(folder / "images"), str(folder / "shards")])
     values = {
@@ -107,15 +107,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="on the disk to measure")
     parser.add_argument("--variants", nargs="+", default=["tiny", "base"])
-    parser.add_argument("--images", type=int, default=20_000, help="in the shards to resume on")
+    parser.add_argument("--images", type=int, default=20_000, help="images of the resume test")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as work:
-        print("| | parameters | written | stall, first | later | of it work | until complete |")
+        print("| | parameters | written | first stall | later stalls | CPU | until complete |")
         print("|---|---|---|---|---|---|---|")
         for variant in arguments.variants:
             print(measure_stall(variant, Path(work, variant), arguments.repeats), flush=True)
-        print("\n| resumed at | first batch |\n|---|---|")
+        print("\n| resumed at | first batch, s |\n|---|---|")
         for line in measure_resume(Path(work), arguments.images, arguments.repeats):
             print(line, flush=True)
 

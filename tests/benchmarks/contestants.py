@@ -1,9 +1,9 @@
-"""A SimMIM step, forward and backward, of ours and of its peers, each as its users would write it.
+"""Forward and backward pass of SimMIM with our encoder or a peer's, as its users would write it.
 
-Run by `step.py` as a process of its own: it says "ready", then answers each line on standard input
-with a line of JSON. "step" takes a step and gives seconds, "products" multiplies matrices and gives
-operations a second; "peak" gives the memory that a step adds to what the process, or the GPU, had
-before the model, in bytes.
+`step.py` runs it as a subprocess: it prints "ready", then answers each line on standard input with
+a line of JSON. "step" runs a step and returns seconds, "products" multiplies matrices and returns
+operations per second; "peak" returns the memory in bytes that a step adds to what the process, or
+the GPU, used before the model was built.
 """
 
 import argparse
@@ -27,17 +27,17 @@ from swinv2.bridges.timm import timm_arguments
 from swinv2.bridges.transformers_layout import transformers_config
 
 SIDES = {"cpu": 1024, "cuda": 8192}
-"""Of the matrices that the limit is measured by."""
+"""Side of the matrices that measure the limit."""
 PRODUCTS = 16
-"""Of them at a time: as many operations as a step of a few images."""
+"""Matrix products per measurement: about the operations of a step of a few images."""
 WARM_UP = {"cpu": 1, "cuda": 5}
-"""Steps before the first that is timed: they compile, choose kernels and fill what is kept."""
+"""Untimed first steps: they compile, choose kernels and fill caches."""
 
 Step = Callable[[], None]
 
 
 class TimmSimMIM(nn.Module):
-    """SimMIM on timm's encoder, as the published SimMIM code has it on the published encoder."""
+    """SimMIM on timm's encoder, following the published SimMIM code."""
 
     def __init__(self, encoder: nn.Module, stride: int, channels: int) -> None:
         super().__init__()
@@ -78,18 +78,18 @@ def main() -> None:
     with torch.random.fork_rng():
         for _ in range(WARM_UP[options.device]):
             step()
-    keep_freed_memory()  # as training does, for all alike
+    keep_freed_memory()  # as training does; the same for all contestants
     products = matrix_products(options.precision, options.device)
     operations = PRODUCTS * 2 * SIDES[options.device] ** 3
-    # Of the processor on one thread, which others disturb less than the clock.
+    # CPU time on one thread: less sensitive to other load than wall time.
     clock = time.process_time if options.threads == 1 and not on_gpu else time.perf_counter
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         match line.strip():
             case "step" if on_gpu:
-                step()  # takes the memory
+                step()  # allocates the memory
                 answer = timed(step, clock)
-                torch.cuda.empty_cache()  # which the others need, too
+                torch.cuda.empty_cache()  # the other contestants need it
             case "step":
                 answer = timed(step, clock)
             case "products":
@@ -99,7 +99,7 @@ def main() -> None:
                 step()
                 answer = float(torch.cuda.max_memory_allocated())
             case _:
-                Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+                Path("/proc/self/clear_refs").write_text("5")  # reset the peak
                 step()
                 answer = memory("VmHWM") - baseline
         print(json.dumps(answer), flush=True)
@@ -183,7 +183,7 @@ def matrix_products(precision: str, device: str) -> Step:
 
 
 def timed(run: Step, clock: Callable[[], float]) -> float:
-    """Seconds until all of it is done, on a GPU too."""
+    """Return the seconds that a run takes, waiting for the GPU if there is one."""
     before = clock()
     run()
     if torch.cuda.is_initialized():
@@ -192,12 +192,12 @@ def timed(run: Step, clock: Callable[[], float]) -> float:
 
 
 def memory(what: str) -> int:
-    """What Linux says of this process, in bytes."""
+    """Return a field of /proc/self/status in bytes, for example VmRSS."""
     with contextlib.suppress(FileNotFoundError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(what):
                 return int(line.split()[1]) * 1024
-    raise SystemExit("memory is read from Linux's /proc")
+    raise SystemExit("memory is only measured on Linux (it is read from /proc)")
 
 
 if __name__ == "__main__":

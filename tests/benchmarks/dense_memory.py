@@ -1,4 +1,4 @@
-"""Memory and time of a forward and backward pass of UperNet on an encoder at a size.
+"""Measure memory and time of a forward and backward pass of UperNet on an encoder.
 
 python tests/benchmarks/dense_memory.py --variant tiny --size 1536 --window 32
 """
@@ -15,7 +15,7 @@ from swinv2 import build_encoder
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--variant", default="tiny")
     parser.add_argument("--size", type=int, default=1536)
     parser.add_argument("--window", type=int, default=32)
@@ -40,9 +40,9 @@ def main() -> None:
     total = time.perf_counter() - began
     print(
         f"{arguments.variant} with UperNet, {arguments.size}/{arguments.window}, checkpointing "
-        f"{arguments.checkpointing}, one image: loss {loss.item():.3f}, forward {forward:.0f} s, "
-        f"with backward {total:.0f} s, peak memory of the process {_peak():.2f} GiB "
-        f"({before:.2f} GiB before)"
+        f"{arguments.checkpointing}, 1 image: loss {loss.item():.3f}, forward {forward:.0f} s, "
+        f"forward and backward {total:.0f} s, peak memory of the process {_peak():.2f} GiB "
+        f"(before: {before:.2f} GiB)"
     )
 
 

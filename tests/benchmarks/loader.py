@@ -1,13 +1,13 @@
-"""Time data loaders on the same photographs, ours next to its peers, in one run.
+"""Measure the throughput of data loaders on the same photographs: ours and its peers, in one run.
 
     data-prep shard photos.zip shards/photos --samples-per-shard 40
     OMP_NUM_THREADS=1 python tests/benchmarks/loader.py shards/photos
 
-Peers: the stock WebDataset pipeline and a folder of images with a DataLoader, both with Pillow's
-decoder and its bicubic RandomResizedCrop, normalised to float32 in the worker. The floor is the
-decoding of the same bytes by libjpeg-turbo, in C, and nothing else. Repeats go round, so that all
-meet the same disturbances, and medians are compared. A loader runs without end: before each
-measurement what it has prepared in the pause is taken away.
+Peers: a stock WebDataset pipeline and an image folder with a DataLoader, both decoding with Pillow,
+with a bicubic RandomResizedCrop, normalised to float32 in the worker. The bound is libjpeg-turbo
+(in C) decoding the same bytes, and nothing else. Repeats are interleaved, so that all contestants
+see the same other load, and medians are compared. Loaders never end: before each measurement the
+batches prefetched while they were idle are consumed.
 """
 
 import argparse
@@ -49,7 +49,7 @@ MEAN, STD = (torch.tensor(part).view(3, 1, 1) for part in (IMAGENET_MEAN, IMAGEN
 
 
 class StockTransform:
-    """RandomResizedCrop, flip, ToTensor and Normalize as torchvision has them, on Pillow."""
+    """RandomResizedCrop, flip, ToTensor and Normalize as in torchvision, with Pillow."""
 
     def __call__(self, image: Image.Image) -> Tensor:
         rng = np.random.default_rng()
@@ -127,7 +127,7 @@ def our_transform() -> TrainTransform:
 
 @dataclass(kw_only=True)
 class Contestant:
-    """A loader that is running, and what was measured of it."""
+    """A running loader and its measurements."""
 
     name: str
     workers: int
@@ -135,10 +135,10 @@ class Contestant:
     processes: set[psutil.Process] = field(default_factory=set)
     rates: list[float] = field(default_factory=list)
     costs: list[float] = field(default_factory=list)
-    """Processor seconds of all workers for an image."""
+    """CPU seconds of all workers per image."""
 
     def measure(self, images: int) -> None:
-        """Take images from resting workers, and let them come to rest again."""
+        """Measure the throughput over `images` images, starting and ending with idle workers."""
         used, ahead = processor_seconds(self.processes), 0
         for _ in range(PREFETCH * self.workers + 1):
             ahead += len(next(self.batches))
@@ -150,7 +150,7 @@ class Contestant:
         self.costs.append((processor_seconds(self.processes) - used) / (ahead + count))
 
     def memory(self) -> float:
-        """Return the private memory of a worker in MiB, the mean over workers."""
+        """Return the private memory (USS) of a worker in MiB, averaged over the workers."""
         sizes = [process.memory_full_info().uss for process in self.processes]
         return statistics.mean(sizes) / 2**20
 
@@ -160,7 +160,7 @@ def processor_seconds(processes: set[psutil.Process]) -> float:
 
 
 def settle(processes: set[psutil.Process]) -> None:
-    """Wait until all workers have prepared what they may, and rest."""
+    """Wait until all workers have filled their prefetch queue and are idle."""
     before, used = -1.0, 0.0
     while used - before > 0.02:
         time.sleep(0.3)
@@ -175,16 +175,16 @@ def start(name: str, workers: int, make: Callable[[int], Iterator[Any]]) -> Cont
     return Contestant(name=name, workers=workers, batches=batches, processes=started)
 
 
-def floor_rate(files: list[bytes]) -> float:
-    """Return the images a second that libjpeg-turbo decodes, in one thread."""
+def bound_rate(files: list[bytes]) -> float:
+    """Return the images per second that libjpeg-turbo decodes in one thread."""
     began = time.perf_counter()
     for data in files:
         simplejpeg.decode_jpeg(data)
     return len(files) / (time.perf_counter() - began)
 
 
-def seconds_of_processor(work: Callable[[], int], repeats: int) -> float:
-    """Return the processor's seconds for an image, the least of some repeats."""
+def cpu_seconds(work: Callable[[], int], repeats: int) -> float:
+    """Return CPU seconds per image, the minimum over the repeats."""
     work()
     found = []
     for _ in range(repeats):
@@ -208,7 +208,7 @@ def take(batches: Iterator[Any], images: int) -> int:
 
 
 def fidelity(files: list[bytes]) -> dict[str, np.ndarray]:
-    """Return PSNR in dB of each crop against the exact resize, of ours and of Pillow's."""
+    """Return the PSNR in dB of each crop against an exact resize, for ours and Pillow's."""
     found: dict[str, list[float]] = {"ours": [], "Pillow": []}
     for number, data in enumerate(files):
         pixels = decode_pixels(data, "jpg").pixels
@@ -230,12 +230,12 @@ def fidelity(files: list[bytes]) -> dict[str, np.ndarray]:
     return {name: np.array(values) for name, values in found.items()}
 
 
-def report(contestants: list[Contestant], floor: list[float]) -> None:
+def report(contestants: list[Contestant], bound: list[float]) -> None:
     median = {(one.name, one.workers): statistics.median(one.rates) for one in contestants}
-    limit = statistics.median(floor)
-    print(f"\nfloor, libjpeg-turbo alone, one thread: {limit:.0f} images/s")
-    print("µs: processor time of the workers for an image; MiB: private memory of a worker")
-    print("| loader | workers | images/s | to stock | of the floor | to one worker | µs | MiB |")
+    limit = statistics.median(bound)
+    print(f"\nbound (libjpeg-turbo alone, one thread): {limit:.0f} images/s")
+    print("µs: CPU time of all workers per image; MiB: private memory per worker")
+    print("| loader | workers | images/s | to stock | of the bound | to one worker | µs | MiB |")
     print("|---|---|---|---|---|---|---|---|")
     for one in contestants:
         rate = median[one.name, one.workers]
@@ -248,23 +248,23 @@ def report(contestants: list[Contestant], floor: list[float]) -> None:
         )
 
 
-def report_processor(shards: ShardSet, files: list[bytes], repeats: int) -> None:
-    """Print what an image costs a processor within one process, which other loads disturb less."""
+def report_cpu_time(shards: ShardSet, files: list[bytes], repeats: int) -> None:
+    """Print CPU time per image in a single process, which is less sensitive to other load."""
     alone = ours(shards, 0)
     costs = {
-        "floor": seconds_of_processor(lambda: decode_all(files), repeats),
-        "ours": seconds_of_processor(lambda: take(alone, len(files)), repeats),
+        "bound": cpu_seconds(lambda: decode_all(files), repeats),
+        "ours": cpu_seconds(lambda: take(alone, len(files)), repeats),
     }
     print(
-        f"processor time an image, no worker: floor {1e6 * costs['floor']:.0f} µs,"
-        f" ours {1e6 * costs['ours']:.0f} µs: {costs['floor'] / costs['ours']:.0%} of the floor"
+        f"CPU time per image, no workers: bound {1e6 * costs['bound']:.0f} µs,"
+        f" ours {1e6 * costs['ours']:.0f} µs: {costs['bound'] / costs['ours']:.0%} of the bound"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("shards", type=Path, help="folder of shards of JPEG photographs")
-    parser.add_argument("--images", type=int, default=640, help="in each measurement")
+    parser.add_argument("shards", type=Path, help="folder of shards with JPEG photographs")
+    parser.add_argument("--images", type=int, default=640, help="images per measurement")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--processor-only", action="store_true", help="no workers, no peers")
@@ -277,12 +277,16 @@ def main() -> None:
     files = [sample.image for sample in samples]
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch"
-        f" {torch.__version__}; {len(files)} photographs, {np.mean([*map(len, files)]):,.0f} bytes"
+        f" {torch.__version__}; {len(files)} photographs, mean size"
+        f" {np.mean([*map(len, files)]):,.0f} bytes"
     )
     for name, values in fidelity(files).items():
         low = np.percentile(values, 1)
-        print(f"PSNR to the exact resize, {name}: mean {values.mean():.1f} dB, 1% {low:.1f} dB")
-    report_processor(shards, files, options.repeats)
+        print(
+            f"PSNR against an exact resize, {name}: mean {values.mean():.1f} dB,"
+            f" 1st percentile {low:.1f} dB"
+        )
+    report_cpu_time(shards, files, options.repeats)
     if options.processor_only:
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -300,12 +304,12 @@ def main() -> None:
         ]
         for one in running:
             settle(one.processes)
-        floor = []
+        bound = []
         for _ in range(options.repeats):
-            floor.append(floor_rate(files))
+            bound.append(bound_rate(files))
             for one in running:
                 one.measure(options.images)
-        report(running, floor)
+        report(running, bound)
 
 
 if __name__ == "__main__":

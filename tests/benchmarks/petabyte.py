@@ -1,10 +1,10 @@
-"""What the order of a petabyte costs: 100,000 shards and a billion samples, simulated.
+"""Measure the cost of the sample order at petabyte scale: 100,000 shards, a billion samples.
 
     python tests/benchmarks/petabyte.py
 
-Writes a manifest of that size into a temporary folder (no shards), reads it as a run does, and
-times the plan of an epoch, the first batch's addresses and those of a resume at 90%, each in a
-fresh order. Memory is the process's resident set.
+Writes a manifest of that size (and no shards) to a temporary folder, reads it as a run does, and
+times planning an epoch, the sample addresses of the first batch and of the first batch after a
+resume at 90%, each with a new order. Memory is the resident set size.
 """
 
 import argparse
@@ -26,16 +26,16 @@ from simmim.data.order.order import SampleOrder
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """What a step took."""
+    """Cost of one operation."""
 
     name: str
     seconds: float
     resident: int
-    """Of the process afterwards, in bytes."""
+    """Resident set size afterwards, in bytes."""
 
 
 def write_manifest(folder: Path, shards: int, samples: int) -> None:
-    """Write a manifest of shards whose sizes differ, with that many samples in all."""
+    """Write a manifest of shards of two sizes, with `samples` samples in total."""
     sizes = np.full(shards, samples // shards)
     sizes[::2] += 7
     sizes[1::2] -= 7
@@ -63,7 +63,7 @@ def write_manifest(folder: Path, shards: int, samples: int) -> None:
 
 
 def measure(folder: Path, batch_size: int = 4096) -> list[Figure]:
-    """Return what each step of planning takes."""
+    """Return the cost of each operation."""
     process, figures = psutil.Process(), []
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
@@ -79,10 +79,10 @@ def measure(folder: Path, batch_size: int = 4096) -> list[Figure]:
     timed("first batch", lambda: first.batch(0, batch_size))
     middle = int(0.9 * first.samples_per_epoch) // batch_size * batch_size
     again = SampleOrder(shards.sizes, seed=0, slots=64)
-    addresses = timed("resume at 90%: its batch", lambda: again.batch(middle, batch_size))
+    addresses = timed("resume at 90%: first batch", lambda: again.batch(middle, batch_size))
     timed("the next batch", lambda: again.batch(middle + batch_size, batch_size))
     part = timed(
-        "resume at 90%: part of rank 3 of 64",
+        "resume at 90%: first batch of rank 3 of 64",
         lambda: SampleOrder(shards.sizes, seed=0, slots=64).batch(middle, batch_size, 3, 64),
     )
     assert part == addresses[3 * batch_size // 64 : 4 * batch_size // 64]
@@ -98,8 +98,10 @@ def main() -> None:
         write_manifest(Path(name), options.shards, options.samples)
         size = (Path(name) / "manifest.json").stat().st_size
         before = psutil.Process().memory_info().rss
-        print(f"manifest of {size / 2**20:.0f} MiB; {before / 2**20:.0f} MiB resident before\n")
-        print("| | seconds | resident, MiB |\n|---|---|---|")
+        print(
+            f"manifest of {size / 2**20:.0f} MiB; {before / 2**20:.0f} MiB resident memory before\n"
+        )
+        print("| | seconds | resident memory, MiB |\n|---|---|---|")
         for figure in measure(Path(name)):
             print(f"| {figure.name} | {figure.seconds:.2f} | {figure.resident / 2**20:.0f} |")
 

@@ -1,14 +1,13 @@
-"""Images a second of `data-prep shard`, beside `tar` of the same files and beside decoding them.
+"""Measure the throughput of `data-prep shard` against `tar` and against decoding alone.
 
     python tests/benchmarks/sharding.py FOLDER_OF_ZIPS --workers 1 2
     python tests/benchmarks/sharding.py --first-shard FOLDER
 
-FOLDER_OF_ZIPS holds cifar10.zip and photos.zip. Photographs are repeated under other names up to
-10,000. Every figure is the median of `--repeats` runs, ours and `tar` in turn. With `--first-shard`
-the first shard of a folder is timed instead; 200,000 tiny images are drawn if it is not there.
+FOLDER_OF_ZIPS contains cifar10.zip and photos.zip; the photographs are copied under new names until
+there are 10,000. Every figure is the median of `--repeats` runs, alternating ours and `tar`. With
+`--first-shard` the time to the first shard of a folder is measured instead; if the folder does not
+exist, 200,000 tiny images are drawn into it.
 """
-
-from __future__ import annotations
 
 import argparse
 import io
@@ -30,7 +29,7 @@ _PHOTOS = 10_000
 _DECODED = 500
 _TINY, _TINY_A_FOLDER = 200_000, 2_000
 _ORDERS = (
-    ("shuffle over all", ()),
+    ("global shuffle", ()),
     ("--shuffle-window 10000", ("--shuffle-window", "10000")),
     ("--no-shuffle", ("--no-shuffle",)),
 )
@@ -43,18 +42,18 @@ class Run:
     seconds: float
     """Wall time."""
     peak: float
-    """Largest memory of the process and its children together, MiB, sampled."""
+    """Peak memory of the process and its children together, in MiB, sampled."""
 
 
 def main() -> None:
-    """Measure, and print a table for RESULTS.md."""
+    """Measure and print the tables of RESULTS.md."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("data", type=Path, nargs="?", help="folder of cifar10.zip and photos.zip")
+    parser.add_argument("data", type=Path, nargs="?", help="folder with cifar10.zip and photos.zip")
     parser.add_argument("--first-shard", type=Path, metavar="FOLDER", help="folder of tiny images")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--photos", type=int, default=_PHOTOS)
-    parser.add_argument("--work", type=Path, default=None, help="folder for what is written")
+    parser.add_argument("--work", type=Path, default=None, help="folder for temporary files")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder_name:
         work = Path(folder_name)
@@ -66,7 +65,9 @@ def main() -> None:
         cifar = _unpack(arguments.data / "cifar10.zip", work / "cifar10")
         photos = _repeat(arguments.data / "photos.zip", work / "photos", arguments.photos)
         few = _repeat(arguments.data / "photos.zip", work / "few", arguments.photos // 10)
-        print("| set | images | workers | tar | no check | to tar | decode | checked | to decode |")
+        print(
+            "| set | images | workers | tar | unchecked | to tar | decode | checked | to decode |"
+        )
         print("|---|---|---|---|---|---|---|---|---|")
         for name, source, folder in (
             ("cifar10.zip", arguments.data / "cifar10.zip", cifar),
@@ -106,7 +107,7 @@ def _print_first_shard(source: Path, work: Path, repeats: int) -> None:
     if not source.exists():
         _draw_tiny(source)
     reports = work / "out" / ".partial"
-    print("| order | first shard, s | peak until then, MiB |")
+    print("| order | first shard, s | peak memory until then, MiB |")
     print("|---|---|---|")
     for name, options in _ORDERS:
         command = [sys.executable, "-m", "data_prep", "shard", str(source), str(work / "out")]
@@ -134,7 +135,7 @@ def _draw_tiny(folder: Path) -> None:
 
 
 def _tar(folder: Path, path: Path) -> Run:
-    # To a file, since tar reads nothing when it writes to /dev/null.
+    # To a file: tar does not read its input when it writes to /dev/null.
     return _measure(["tar", "cf", str(path), str(folder)], path.unlink)
 
 
@@ -184,7 +185,7 @@ def _unpack(path: Path, folder: Path) -> Path:
 
 
 def _repeat(path: Path, folder: Path, count: int) -> Path:
-    """Write the images of a zip again and again under other names, until there are enough."""
+    """Write the images of a zip repeatedly, under new names, until there are `count`."""
     with zipfile.ZipFile(path) as archive:
         images = [archive.read(name) for name in archive.namelist() if not name.endswith("/")]
     for number in range(count):

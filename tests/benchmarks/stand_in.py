@@ -1,4 +1,4 @@
-"""Import timm where there is no torchvision: its models use names of it alone."""
+"""Import timm without torchvision, of which its models only use names."""
 
 import importlib
 import importlib.abc
@@ -19,7 +19,7 @@ class AnyName(type):
 
 
 class AnyModule(ModuleType):
-    """A module that has every name."""
+    """A module that has every attribute."""
 
     __path__: Sequence[str] = ()
 
@@ -30,7 +30,7 @@ class AnyModule(ModuleType):
 
 
 class StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports torchvision where there is none."""
+    """Import hook that provides a stub torchvision if it is not installed."""
 
     def find_spec(
         self, name: str, path: object = None, target: object = None
@@ -47,7 +47,7 @@ class StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def import_with_stand_in(name: str) -> ModuleType:
-    """Import a module; the stand-in is gone afterwards, so that nobody else meets it."""
+    """Import a module with the stub in place, and remove the stub again."""
     finder = StandIn()
     sys.meta_path.append(finder)  # the last resort: a real torchvision comes first
     try:

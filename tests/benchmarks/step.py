@@ -1,13 +1,13 @@
-"""Time a SimMIM step and its memory, ours next to timm's and transformers', in one run.
+"""Measure time and memory of a SimMIM step with our encoder, timm's and transformers', in one run.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/step.py --variants tiny base --threads 1 2
     python tests/benchmarks/step.py --device cuda --variants tiny base large --precisions bf16 \
         --batch 128 --modes eager compiled
 
-Each contestant has a process of its own (contestants.py); repeats go round, so that all of them
-meet the same disturbances, and medians are compared. The limit is the rate of torch.mm, measured
-in between, divided by the operations of the peer's step: work that a contestant adds or leaves out
-changes none of it. Peers are compiled as ours are, block by block.
+Each contestant runs in its own process (contestants.py); repeats are interleaved, so that all see
+the same other load, and medians are compared. The limit is the rate of torch.mm, measured in
+between, divided by the operations of transformers' step; it does not depend on work that a
+contestant adds or leaves out. Peers are compiled as our encoder is, block by block.
 """
 
 import argparse
@@ -31,7 +31,7 @@ CONTESTANTS = Path(__file__).with_name("contestants.py")
 
 @dataclass(kw_only=True)
 class Contestant:
-    """A process, and what was measured of it."""
+    """A contestant's process and its measurements."""
 
     name: str
     process: "subprocess.Popen[str]"
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--ours", nargs="+", default=["ours"], choices=["ours", "checkpointed"])
     parser.add_argument("--size", type=int, default=192, help="pixels")
     parser.add_argument("--window", type=int, default=12, help="tokens")
-    parser.add_argument("--batch", type=int, default=8, help="images a step")
+    parser.add_argument("--batch", type=int, default=8, help="images per step")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     place = torch.cuda.get_device_name() if options.device == "cuda" else processor()
@@ -66,10 +66,11 @@ def main() -> None:
     for variant in options.variants:
         operations = operations_of_peer(variant, options.size, options.window, options.batch)
         for threads in options.threads:
+            unit = "thread" if threads == 1 else "threads"
             for precision in options.precisions:
                 for mode in options.modes:
-                    title = f"{variant} {precision}, {threads} thread(s), {mode}"
-                    print(f"\n{title}: {operations / 1e9:.1f} GFLOP an image", flush=True)
+                    title = f"{variant} {precision}, {threads} {unit}, {mode}"
+                    print(f"\n{title}: {operations / 1e9:.1f} GFLOP per image", flush=True)
                     compare(options, variant, precision, threads, mode, operations)
 
 
@@ -122,12 +123,12 @@ def start(
     )
     assert process.stdout is not None
     if json.loads(process.stdout.readline() or "null") != "ready":
-        raise SystemExit(f"{name} could not be built; see above")
+        raise SystemExit(f"{name} failed to build; see the output above")
     return Contestant(name=name, process=process)
 
 
 def operations_of_peer(variant: str, size: int, window: int, batch: int) -> float:
-    """Operations of transformers' step, forward and backward, an image."""
+    """Return the operations per image of transformers' step, forward and backward."""
     import transformers
 
     encoder = build_encoder(variant, image_size=size, window_size=window)

@@ -1,4 +1,4 @@
-"""Objects cut from label images, against pycocotools."""
+"""Instances from label images, compared with pycocotools."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import pytest
 from camvid_instances import objects_of, run_lengths
 
 
-def test_run_lengths_are_cocos() -> None:
+def test_run_lengths_match_pycocotools() -> None:
     mask: Any = pytest.importorskip("pycocotools.mask", reason="needs simmim[finetune]")
     random = np.random.default_rng(0)
     for share in (0.0, 0.3, 0.7, 1.0):
@@ -17,13 +17,13 @@ def test_run_lengths_are_cocos() -> None:
         assert np.array_equal(decoded, pixels)
 
 
-def test_each_connected_part_of_a_movable_class_is_an_object() -> None:
+def test_each_connected_component_of_a_movable_class_is_an_instance() -> None:
     classes = np.zeros((40, 60), dtype=np.uint8)
     classes[2:12, 3:13] = 8
     classes[20:30, 3:15] = 8
-    classes[2:12, 13:33] = 9  # it touches a car and is another object
+    classes[2:12, 13:33] = 9  # touches a car, but is another instance
     classes[35:37, 50:52] = 8  # too small
-    classes[20:40, 30:45] = 3  # does not move
+    classes[20:40, 30:45] = 3  # not a movable class
     found = objects_of(classes, image=4, first=7, smallest=64)
     assert [(one["id"], one["image_id"], one["category_id"]) for one in found] == [
         (7, 4, 8),

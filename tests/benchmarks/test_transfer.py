@@ -1,4 +1,4 @@
-"""The position biases that the transfer benchmark compares are what they are said to be."""
+"""Tests of the position biases that the transfer benchmark compares."""
 
 import importlib.util
 import sys
@@ -17,7 +17,7 @@ from swinv2.position_bias import PositionBias, relative_coordinates
 
 @pytest.fixture(scope="module")
 def transfer() -> Iterator[ModuleType]:
-    """The benchmark as a module: benchmarks are scripts, in no package."""
+    """The benchmark as a module; benchmarks are scripts outside any package."""
     path = Path(__file__).with_name("transfer.py")
     spec = importlib.util.spec_from_file_location("transfer_benchmark", path)
     assert spec is not None
@@ -29,7 +29,7 @@ def transfer() -> Iterator[ModuleType]:
 
 
 def cubic(distance: np.ndarray) -> np.ndarray:
-    """Keys' kernel of cubic convolution with a = -0.75."""
+    """Evaluate Keys' cubic convolution kernel with a = -0.75."""
     a, s = -0.75, abs(distance)
     near = (a + 2) * s**3 - (a + 3) * s**2 + 1
     far = a * s**3 - 5 * a * s**2 + 8 * a * s - 4 * a
@@ -37,7 +37,7 @@ def cubic(distance: np.ndarray) -> np.ndarray:
 
 
 def resize_by_hand(values: np.ndarray, size: int) -> np.ndarray:
-    """Resize the first axis: pixel centres aligned, the border repeated."""
+    """Resize the first axis, with half-pixel centres and replicated borders."""
     length = len(values)
     centres = (np.arange(size) + 0.5) * length / size - 0.5
     taps = np.arange(-3, length + 3)
@@ -61,7 +61,7 @@ def test_interpolation_to_the_same_window_changes_nothing(transfer: ModuleType) 
 
 
 @pytest.mark.parametrize("side", [12, 16, 24])
-def test_interpolation_keeps_no_offset_and_stretches_a_line(
+def test_interpolation_keeps_the_zero_offset_and_stretches_a_line(
     transfer: ModuleType, side: int
 ) -> None:
     drawn = torch.randn(2, 15, 15, dtype=torch.float64)
@@ -70,8 +70,8 @@ def test_interpolation_keeps_no_offset_and_stretches_a_line(
 
     row, column = torch.meshgrid(*2 * [torch.arange(-7.0, 8).double()], indexing="ij")
     line = transfer.interpolated((3 * row - 2 * column)[None], (side, side))[0]
-    # Every offset grows as the table does. The kernel is within 0.05 of a cell of a line, away
-    # from the border, which it repeats.
+    # Every offset scales with the table. Away from the border, which is replicated, the kernel is
+    # within 0.05 of a cell of a line.
     offsets = torch.arange(1 - side, side).double() * 15 / (2 * side - 1)
     row, column = torch.meshgrid(offsets, offsets, indexing="ij")
     inside = (row.abs() <= 5.5) & (column.abs() <= 5.5)
@@ -79,7 +79,7 @@ def test_interpolation_keeps_no_offset_and_stretches_a_line(
     torch.testing.assert_close(line, -line.flip(0, 1))
 
 
-def test_linear_coordinates_are_offsets_over_the_largest_in_pretraining(
+def test_linear_coordinates_are_offsets_over_the_largest_of_pretraining(
     transfer: ModuleType,
 ) -> None:
     found = transfer.linear_coordinates((3, 2), (3, 2))
@@ -92,7 +92,7 @@ def test_linear_coordinates_are_offsets_over_the_largest_in_pretraining(
     torch.testing.assert_close(spaced.abs(), torch.log2(8 * larger.abs() + 1) / 3)
 
 
-def test_each_bias_gives_the_number_of_an_offset(transfer: ModuleType) -> None:
+def test_each_bias_looks_up_the_value_of_an_offset(transfer: ModuleType) -> None:
     tabled = transfer.TableBias(2, (3, 4))
     bias = tabled((3, 4))
     assert bias.shape == (2, 12, 12)
@@ -108,7 +108,7 @@ def test_each_bias_gives_the_number_of_an_offset(transfer: ModuleType) -> None:
     torch.testing.assert_close(found, 16 * torch.sigmoid(linear.reduce(hidden)))
 
 
-def test_contestants_differ_in_their_bias_alone(transfer: ModuleType) -> None:
+def test_contestants_differ_only_in_their_bias(transfer: ModuleType) -> None:
     models = {
         kind: transfer.build_classifier(kind, 10, seed=3)
         for kind in transfer.get_args(transfer.Kind)
@@ -129,7 +129,7 @@ def test_contestants_differ_in_their_bias_alone(transfer: ModuleType) -> None:
         assert model(images).isfinite().all()
 
 
-def test_every_run_of_a_seed_sees_the_same(transfer: ModuleType, tmp_path: Path) -> None:
+def test_every_run_of_a_seed_sees_the_same_batches(transfer: ModuleType, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "data.zip", "w") as file:
         for number in range(80):
             path = tmp_path / "image.png"

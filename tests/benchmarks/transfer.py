@@ -2,11 +2,11 @@
 
     OMP_NUM_THREADS=1 nice -n 15 python tests/benchmarks/transfer.py --data cifar10.zip
 
-Three classifiers differ in the position bias of their encoder alone: log-spaced coordinates (the
-product's), linear coordinates, and a table of one number for each offset, as in Swin Transformer
-V1, interpolated to larger windows as its published code does. They start from the same weights and
-see the same images in the same order. Image and window grow together, so that each stage has as
-many windows at every size: the last stage has one.
+Three classifiers differ only in the position bias of their encoder: log-spaced coordinates (as in
+swinv2), linear coordinates, and a table with one parameter per offset, as in Swin Transformer V1,
+interpolated to larger windows as in its published code. They start from the same weights and see
+the same images in the same order. Image and window grow together, so that each stage has the same
+number of windows at every size; the last stage has one.
 """
 
 import argparse
@@ -46,7 +46,7 @@ Pair = tuple[int, int]
 
 DATA = Path(__file__).parents[2] / "../shared/data/cifar10.zip"
 SIZES = {8: 64, 12: 96, 16: 128, 24: 192}
-"""Window in tokens: image in pixels. The first is trained at."""
+"""Window in tokens: image size in pixels. The first is the training window."""
 ENCODER = SwinV2Config(
     image_size=64, patch_size=4, embed_dim=32, depths=(2, 4), num_heads=(1, 2), window_size=8
 )
@@ -60,16 +60,17 @@ CLIP_NORM = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Labelled:
-    """Images with their classes, numbered in the order of the names."""
+    """Images and their class indices, in the order of the class names."""
 
     images: list[np.ndarray]
     labels: Tensor
 
 
 class LinearBias(nn.Module):
-    """The bias of an MLP as the log-spaced one's, from offsets as they are.
+    """Position bias from the same MLP as the log-spaced one, on linear coordinates.
 
-    They are divided by the largest of the pretraining window, so that both start in [-1, 1].
+    Offsets are divided by the largest one in the pretraining window, so that both lie in [-1, 1]
+    there.
     """
 
     def __init__(self, log_spaced: PositionBias) -> None:
@@ -78,14 +79,14 @@ class LinearBias(nn.Module):
         self.expand, self.reduce = log_spaced.expand, log_spaced.reduce
 
     def forward(self, window: Pair) -> Tensor:
-        """Give the bias within a window (height, width), as (heads, queries, keys)."""
+        """Return the bias of a window (height, width), as (heads, queries, keys)."""
         with torch.autocast("cpu", enabled=False):
             hidden = F.relu(self.expand(linear_coordinates(window, self.reference_window)))
             return spread(16 * torch.sigmoid(self.reduce(hidden)), window)
 
 
 class TableBias(nn.Module):
-    """A learned number for each head and offset (Swin Transformer V1, section 3.2)."""
+    """Position bias with one parameter per head and offset (Swin Transformer V1, section 3.2)."""
 
     def __init__(self, num_heads: int, window: Pair) -> None:
         super().__init__()
@@ -94,12 +95,12 @@ class TableBias(nn.Module):
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def forward(self, window: Pair) -> Tensor:
-        """Give the bias within a window (height, width), as (heads, queries, keys)."""
+        """Return the bias of a window (height, width), as (heads, queries, keys)."""
         return spread(interpolated(self.table, window).flatten(1).T, window)
 
 
 def linear_coordinates(window: Pair, reference: Pair) -> Tensor:
-    """Give all offsets in a window, ((2h-1)·(2w-1), 2), in the largest of the reference window."""
+    """Return the offsets in a window, ((2h-1)·(2w-1), 2), divided by the reference's largest."""
     rows, columns = (
         torch.arange(1 - side, side) / (reference_side - 1)
         for side, reference_side in zip(window, reference, strict=True)
@@ -108,7 +109,7 @@ def linear_coordinates(window: Pair, reference: Pair) -> Tensor:
 
 
 def interpolated(table: Tensor, window: Pair) -> Tensor:
-    """Resize (heads, 2h-1, 2w-1) to the offsets of another window, as Swin V1's published code."""
+    """Resize (heads, 2h-1, 2w-1) to another window's offsets, as in Swin V1's published code."""
     size = (2 * window[0] - 1, 2 * window[1] - 1)
     if tuple(table.shape[1:]) == size:
         return table
@@ -116,13 +117,13 @@ def interpolated(table: Tensor, window: Pair) -> Tensor:
 
 
 def spread(offsets: Tensor, window: Pair) -> Tensor:
-    """Turn a number for each offset and head into one for each (head, query, key)."""
-    # The backward of an embedding adds up in a fixed order.
+    """Expand values per (offset, head) to (head, query, key)."""
+    # The backward of an embedding accumulates in a fixed order.
     return F.embedding(relative_position_index(window, offsets.device), offsets).permute(2, 0, 1)
 
 
 def build_classifier(kind: Kind, classes: int, seed: int) -> Classifier:
-    """Build a fresh classifier; of one seed, all kinds share every weight that they have."""
+    """Return a new classifier; with the same seed, all kinds share all common weights."""
     torch.manual_seed(seed)
     model = Classifier(SwinV2(ENCODER), classes)
     for module in model.encoder.modules():
@@ -136,7 +137,7 @@ def build_classifier(kind: Kind, classes: int, seed: int) -> Classifier:
 
 
 def read_images(archive: Path, part: str, *, per_class: int | None = None) -> Labelled:
-    """Read `part`/CLASS/NAME of a zip file; `per_class` takes the first names of each class."""
+    """Read `part`/CLASS/NAME from a zip file, the first `per_class` names of each class."""
     with zipfile.ZipFile(archive) as file:
         names: dict[str, list[str]] = defaultdict(list)
         for name in sorted(file.namelist()):
@@ -154,7 +155,7 @@ def read_images(archive: Path, part: str, *, per_class: int | None = None) -> La
 
 
 def training_batches(data: Labelled, seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield uint8 images and classes, cropped and mirrored at random, epoch after epoch."""
+    """Yield uint8 images, randomly cropped and flipped, and classes, epoch after epoch."""
     steps_per_epoch = len(data.images) // BATCH
     for step in range(steps):
         epoch, place = divmod(step, steps_per_epoch)
@@ -172,7 +173,7 @@ def training_batches(data: Labelled, seed: int, steps: int) -> Iterator[tuple[Te
 
 
 def train(model: Classifier, data: Labelled, *, seed: int, epochs: float, label: str) -> None:
-    """Train in place with cross entropy, AdamW and a cosine schedule, in bfloat16."""
+    """Train in place with cross-entropy, AdamW and a cosine schedule, in bfloat16."""
     steps_per_epoch = len(data.images) // BATCH
     steps = round(epochs * steps_per_epoch)
     depths = ENCODER.depths
@@ -199,7 +200,7 @@ def train(model: Classifier, data: Labelled, *, seed: int, epochs: float, label:
 
 @torch.no_grad()
 def top1(model: Classifier, data: Labelled, window: int, *, label: str) -> float:
-    """Return the share of images classified rightly at a window and its image size, in percent."""
+    """Return top-1 accuracy in percent at a window and its image size."""
     side = SIZES[window]
     model.eval()
     model.encoder.set_input(image_size=side, window_size=window)
@@ -215,7 +216,7 @@ def top1(model: Classifier, data: Labelled, window: int, *, label: str) -> float
 
 
 def results_table(results: dict[Kind, list[dict[int, float]]]) -> str:
-    """Return the mean over seeds for each kind and window, and each seed's figure."""
+    """Return a Markdown table of the mean over seeds, with each seed's figure in parentheses."""
     sizes = [f"W{window}, {side} px" for window, side in SIZES.items()]
     lines = [f"| position bias | {' | '.join(sizes)} |", "|---" * (len(SIZES) + 1) + "|"]
     for kind, seeds in results.items():
@@ -233,8 +234,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="cifar10.zip")
     parser.add_argument("--kinds", nargs="+", default=get_args(Kind), choices=get_args(Kind))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--epochs", type=float, default=2.0, help="of the 50,000 images")
-    parser.add_argument("--tested", type=int, default=200, help="test images of each class")
+    parser.add_argument("--epochs", type=float, default=2.0, help="epochs of the 50,000 images")
+    parser.add_argument("--tested", type=int, default=200, help="test images per class")
     options = parser.parse_args()
     torch.set_num_threads(1)
     training = read_images(options.data, "train")
