@@ -1,4 +1,4 @@
-"""Images, shards and a recipe small enough that a training takes seconds."""
+"""Images, shards and a recipe small enough to train in seconds."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from simmim.data.datasets.procedural import draw_images
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of drawn images in classes."""
+    """A folder of procedurally drawn images in classes."""
     folder = tmp_path_factory.mktemp("data") / "images"
     draw_images(folder, count=64, size=24, seed=0)
     return folder
@@ -19,7 +19,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def recipe(images: Path) -> Path:
-    """A pretraining recipe of a second, beside its shards."""
+    """A pretraining recipe that runs in about a second, next to its shards."""
     shards = images.parent / "shards"
     assert data_prep.cli.main(["shard", str(images), str(shards), "--samples-per-shard", "8"]) == 0
     sizes = {"embed_dim": 16, "depths": [1, 2], "num_heads": [1, 2]}

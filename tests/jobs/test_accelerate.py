@@ -1,4 +1,4 @@
-"""The files in jobs/accelerate/ are ones that accelerate takes, and that train."""
+"""The configs in jobs/accelerate/ are accepted by accelerate, and train."""
 
 import os
 import signal
@@ -21,13 +21,13 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_accelerate_takes_each_file(path: Path) -> None:
+def test_accelerate_accepts_each_file(path: Path) -> None:
     values = config.load_config_from_file(str(path))  # refuses unknown keys
     assert values.num_processes % values.num_machines == 0
-    assert (values.mixed_precision or "no") in ("no", "bf16")  # else the recipe's would not count
+    assert (values.mixed_precision or "no") in ("no", "bf16")  # else it would override the recipe's
 
 
-def test_the_files_are_for_what_their_names_say() -> None:
+def test_files_match_their_names() -> None:
     kinds = {
         path.stem: (values.distributed_type, values.num_machines, values.num_processes)
         for path in FILES
@@ -46,8 +46,8 @@ def free_port() -> int:
 
 
 def train(launches: Sequence[Sequence[str]], recipe: Path, run: Path) -> None:
-    """Launch the recipe with each list of options at the same time, as on several machines."""
-    # As on a machine without GPUs, whatever this one has.
+    """Launch the recipe once per list of options, concurrently, as on several machines."""
+    # On the CPU, even if there are GPUs.
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     ours = ["-m", "simmim", "pretrain", "--config", str(recipe), "--folder", str(run)]
     with ExitStack() as stack:

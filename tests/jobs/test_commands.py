@@ -1,4 +1,4 @@
-"""What jobs/ tells people to type is understood, and every file in it says what it is."""
+"""Commands in jobs/ parse, and every file in it has a complete header."""
 
 import re
 import runpy
@@ -28,7 +28,7 @@ def name(path: Path) -> str:
 
 
 def header(path: Path) -> str:
-    """Return the comment at the start of a file, without its marks."""
+    """Return the comment at the start of a file, without the comment signs."""
     lines = path.read_text().splitlines()
     lines = lines[1:] if lines[0].startswith("#!") else lines
     comment = []
@@ -40,7 +40,7 @@ def header(path: Path) -> str:
 
 
 def commands(path: Path) -> Iterator[list[str]]:
-    """Yield the commands of a file's header, or of the code blocks of a text, as words."""
+    """Yield the commands in a file's header, or in the code blocks of a Markdown file, as words."""
     if path.suffix == ".md":
         text = "\n".join(re.findall(r"```bash\n(.*?)```", path.read_text(), re.DOTALL))
         lines = re.sub(r"\\\n\s*", "", text).splitlines()
@@ -61,7 +61,7 @@ ALL = [
 
 
 def check_ours(words: list[str]) -> None:
-    """Parse the words behind `simmim`, with the recipe that they name."""
+    """Parse the arguments of `simmim`, and load the recipe they name."""
     arguments, overrides = simmim.cli.build_parser().parse_known_args(words)
     assert arguments.takes_overrides or not overrides
     if arguments.command in ("pretrain", "finetune"):
@@ -73,7 +73,7 @@ def check_ours(words: list[str]) -> None:
 
 
 def check(words: list[str]) -> None:
-    """Fail where a command would not be understood."""
+    """Fail if a command does not parse."""
     for launcher in LAUNCHERS:
         if words[: len(launcher)] == launcher:
             check_launch(["0" if word == "RANK" else word for word in words[len(launcher) :]])
@@ -94,21 +94,21 @@ def check(words: list[str]) -> None:
         case ["unzip", _] | ["pip", "install", _]:
             pass
         case _:
-            pytest.fail(f"not a command that is checked here: {shlex.join(words)}")
+            pytest.fail(f"no check for this command: {shlex.join(words)}")
 
 
 def check_launch(words: list[str]) -> None:
-    """Parse what is said to `accelerate launch`, and to what it launches."""
+    """Parse the arguments of `accelerate launch` and of the program it launches."""
     arguments = launch_command_parser().parse_args(words)
     assert arguments.config_file is None or Path(arguments.config_file).is_file()
-    if arguments.training_script != "PROGRAM":  # the reader's own
+    if arguments.training_script != "PROGRAM":  # a placeholder for the reader's own
         assert arguments.module
         assert arguments.training_script == "simmim"
         check_ours(arguments.training_script_args)
 
 
 def check_sbatch(words: list[str]) -> None:
-    """Parse what an sbatch command wraps, or hands to one of our scripts."""
+    """Parse the command that sbatch wraps, or the arguments of one of our scripts."""
     if "--wrap" in words:
         wrapped = shlex.split(words[words.index("--wrap") + 1])
         check([Path(wrapped[0]).name, *wrapped[1:]])
@@ -120,7 +120,7 @@ def check_sbatch(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("words", ALL)
-def test_commands_are_understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     check(words)
 
@@ -136,7 +136,7 @@ def test_each_file_names_itself_in_its_command(path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["pretrain", "finetune"])
-def test_recipes_say_what_they_are(folder: str) -> None:
+def test_recipe_headers_are_complete(folder: str) -> None:
     for path in sorted((JOBS / folder).glob("*.yaml")):
         text = header(path)
         for label in ("Paper", "Reaches", "Hardware", "Time", "Command"):
@@ -144,12 +144,12 @@ def test_recipes_say_what_they_are(folder: str) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
-def test_files_that_are_named_exist(path: Path) -> None:
+def test_referenced_files_exist(path: Path) -> None:
     named = re.findall(r"\bjobs/[\w./-]*\w", path.read_text())
     assert [file for file in named if not (ROOT / file).exists()] == []
 
 
-def test_a_wrong_command_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_command_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     recipe = "--config jobs/pretrain/base-800ep.yaml"
     for wrong in (

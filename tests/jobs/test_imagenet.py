@@ -1,4 +1,4 @@
-"""The commands for ImageNet's layouts do what is said of them, on a small copy of the layouts."""
+"""The README's commands for ImageNet's layouts, run on small copies of the layouts."""
 
 import os
 import re
@@ -19,14 +19,14 @@ CLASSES = [f"n{1000 + number}" for number in range(11)]  # more than ten: "10" s
 
 
 def jpeg(number: int) -> bytes:
-    """A JPEG of one grey, by which it is known again."""
+    """Return a JPEG of a uniform grey that identifies its class."""
     file = BytesIO()
     Image.fromarray(np.full((16, 16, 3), 10 * number, dtype=np.uint8)).save(file, "JPEG")
     return file.getvalue()
 
 
 def write_layouts(folder: Path) -> None:
-    """Write V1's archives and flat folder, and V2's numbered folders."""
+    """Write V1's archive of archives and flat folder, and V2's numbered folders."""
     with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as outer:
         for number, name in enumerate(CLASSES):
             inner = BytesIO()
@@ -50,7 +50,7 @@ def write_layouts(folder: Path) -> None:
         (folder / "imagenetv2" / str(number) / "abc.jpeg").write_bytes(jpeg(number))
 
 
-def test_each_image_has_the_class_that_it_shows(tmp_path: Path) -> None:
+def test_each_image_gets_its_own_class(tmp_path: Path) -> None:
     write_layouts(tmp_path)
     script = "\n".join(re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL))
     root = str(Path(__file__).parents[2])

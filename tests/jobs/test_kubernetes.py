@@ -1,11 +1,11 @@
-"""The files in jobs/kubernetes/ are ones that a cluster takes, and that go on after an eviction.
+"""The manifests in jobs/kubernetes/ are valid, and resume after an eviction.
 
-The fields that the files use are checked here against the documented types of batch/v1 and of
-kubeflow.org/v1; anything else in a file is a mistake. Where kubernetes-validate is installed (100
-MiB of schemas), the whole schemas of Kubernetes itself are checked, too.
+Fields used in the files are checked against the documented types of batch/v1 and kubeflow.org/v1;
+any other field is an error. If kubernetes-validate is installed (100 MiB of schemas), the files are
+also validated against the full schemas of Kubernetes.
 """
 
-# ruff: noqa: N815 (the fields have the names of the API)
+# ruff: noqa: N815 (fields have the names of the API)
 import importlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,7 +30,7 @@ Path_ = Annotated[str, Field(pattern="^/")]
 
 
 class Strict(BaseModel):
-    """Fields of one type of the API; others are mistakes, as are values to be converted."""
+    """A type of the API; unknown fields and values of another type are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -183,7 +183,7 @@ def ours(pod: PodSpec) -> list[str]:
     return container.command[container.command.index("simmim") + 1 :]
 
 
-def test_a_field_that_does_not_exist_is_noticed() -> None:
+def test_an_unknown_field_is_rejected() -> None:
     values = read(JOB)
     values["spec"]["template"]["spec"]["terminationGracePeriod"] = 300
     with pytest.raises(ValidationError, match="terminationGracePeriod"):
@@ -191,7 +191,7 @@ def test_a_field_that_does_not_exist_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_schemas_of_kubernetes_hold(version: str) -> None:
+def test_manifests_match_kubernetes_schemas(version: str) -> None:
     try:
         schemas = importlib.import_module("kubernetes_validate")
     except ImportError:
@@ -220,7 +220,7 @@ def test_a_pod_resumes_and_has_time_for_a_checkpoint(
 
 
 @pytest.mark.parametrize("pod", pods(), ids=["job", "pytorchjob"])
-def test_what_is_mounted_exists(pod: PodSpec) -> None:
+def test_mounted_volumes_exist(pod: PodSpec) -> None:
     (container,) = pod.containers
     volumes = {volume.name for volume in pod.volumes}
     assert {mount.name for mount in container.volumeMounts} == volumes
@@ -229,9 +229,9 @@ def test_what_is_mounted_exists(pod: PodSpec) -> None:
     assert "/dev/shm" in {mount.mountPath for mount in container.volumeMounts}
 
 
-def test_the_job_is_tried_again_after_a_stop_and_not_after_bad_input() -> None:
+def test_the_job_is_retried_after_a_stop_but_not_after_bad_input() -> None:
     spec = job().spec
-    assert spec.template.spec.restartPolicy == "Never"  # podFailurePolicy asks for it
+    assert spec.template.spec.restartPolicy == "Never"  # required by podFailurePolicy
     assert spec.podReplacementPolicy == "Failed"
     name = spec.template.spec.containers[0].name
     by_code = {}
@@ -246,7 +246,7 @@ def test_the_job_is_tried_again_after_a_stop_and_not_after_bad_input() -> None:
     assert first.action == "Ignore"
 
 
-def test_any_number_of_nodes_can_deal_out_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_batch_divides_over_any_number_of_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     spec = pytorch_job().spec
     policy, worker = spec.elasticPolicy, spec.pytorchReplicaSpecs["Worker"]

@@ -1,4 +1,4 @@
-"""The scripts in jobs/slurm/, run by bash with stand-ins for Slurm's own programs."""
+"""The scripts in jobs/slurm/, run by bash with stubs for Slurm's programs."""
 
 import json
 import os
@@ -21,7 +21,7 @@ SCRIPTS = sorted(SLURM.glob("*.sbatch"))
 TRAIN = SLURM / "train.sbatch"
 
 SRUN = f"""#!{sys.executable}
-# Runs the command on each "node"; passes SIGUSR1 to all that it started, as srun does.
+# Runs the command on each "node"; forwards SIGUSR1 to all its processes, as srun does.
 import os, signal, subprocess, sys
 import psutil
 
@@ -48,14 +48,14 @@ esac
 """
 
 PROGRAM = f"""#!{sys.executable}
-# Stands for python: notes what it was asked for, and ends as it is told to.
+# Stub for python: records its arguments, and exits as the environment says.
 import json, os, signal, sys, time
 
-if os.environ["ENDS"] == "when warned":
+if os.environ["ENDS"] == "on warning":
     signal.signal(signal.SIGUSR1, lambda *_: sys.exit(int(os.environ["CODE"])))
 with open(f"asked-{{os.environ['SLURM_NODEID']}}", "w") as file:
     json.dump(sys.argv[1:] + [os.environ["MASTER_ADDR"]], file)
-if os.environ["ENDS"] == "when warned":
+if os.environ["ENDS"] == "on warning":
     time.sleep(60)
 sys.exit(int(os.environ["CODE"]))
 """
@@ -63,7 +63,7 @@ sys.exit(int(os.environ["CODE"]))
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """The environment of a job on two nodes, with our stand-ins on its path."""
+    """The environment of a job on two nodes, with the stubs on its PATH."""
     programs = {"srun": SRUN, "scontrol": SCONTROL, "program": PROGRAM}
     for name, text in programs.items():
         path = tmp_path / "bin" / name
@@ -85,14 +85,14 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def job(tmp_path: Path) -> Iterator["Job"]:
-    """Starts the script of a job; nothing of it outlives the test."""
+    """A job script in a temporary folder, killed at the end of the test."""
     job = Job(tmp_path)
     yield job
     job.kill()
 
 
 class Job:
-    """A batch script, as Slurm would run it in `folder`."""
+    """The batch script, run in `folder` as by Slurm."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -116,7 +116,7 @@ class Job:
         return self.process.wait(timeout=150)
 
     def warn(self) -> None:
-        """Send what --signal=B:USR1 sends, to the script alone."""
+        """Send SIGUSR1 to the script alone, as --signal=B:USR1 does."""
         assert self.process is not None
         self.process.send_signal(signal.SIGUSR1)
 
@@ -138,7 +138,7 @@ class Job:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_bash_can_read_each_script(script: Path) -> None:
+def test_bash_parses_each_script(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
@@ -153,13 +153,13 @@ def test_shellcheck_finds_nothing(script: Path) -> None:
     assert found.returncode == 0, found.stdout
 
 
-def test_the_warning_leaves_time_and_the_log_is_kept() -> None:
+def test_the_warning_comes_early_enough_and_the_log_is_appended() -> None:
     options = [line for line in TRAIN.read_text().splitlines() if line.startswith("#SBATCH")]
     for option in ("--signal=B:USR1@300", "--requeue", "--open-mode=append"):
         assert f"#SBATCH {option}" in options
 
 
-def test_each_node_starts_a_launcher_of_its_own(job: Job, environment: dict[str, str]) -> None:
+def test_each_node_starts_one_launcher(job: Job, environment: dict[str, str]) -> None:
     job.start(environment, "pretrain", "--config", "a recipe.yaml")
     assert job.end() == 0, job.log.read_text()
     for node in range(2):
@@ -186,7 +186,7 @@ def test_each_node_starts_a_launcher_of_its_own(job: Job, environment: dict[str,
         (137, 0, True),
     ],
 )
-def test_it_goes_back_into_the_queue_where_that_helps(
+def test_it_requeues_only_if_a_retry_can_help(
     code: int, retry_after: int, again: bool, job: Job, environment: dict[str, str]
 ) -> None:
     job.start(environment | {"CODE": str(code), "RETRY_AFTER": str(retry_after)}, "pretrain")
@@ -195,10 +195,10 @@ def test_it_goes_back_into_the_queue_where_that_helps(
 
 
 @pytest.mark.parametrize(("code", "again"), [(75, True), (1, True), (0, False)])
-def test_the_warning_reaches_the_run_and_it_goes_back(
+def test_the_warning_reaches_the_run_and_the_job_requeues(
     code: int, again: bool, job: Job, environment: dict[str, str]
 ) -> None:
-    job.start(environment | {"CODE": str(code), "ENDS": "when warned"}, "pretrain")
+    job.start(environment | {"CODE": str(code), "ENDS": "on warning"}, "pretrain")
     for node in range(2):
         job.wait_for("127.0.0.1", job.folder / f"asked-{node}")
     job.warn()
@@ -208,7 +208,7 @@ def test_the_warning_reaches_the_run_and_it_goes_back(
 
 
 @pytest.mark.slow
-def test_a_run_of_two_nodes_is_warned_requeued_and_goes_on(
+def test_a_run_on_two_nodes_is_warned_requeued_and_resumed(
     job: Job, environment: dict[str, str], recipe: Path
 ) -> None:
     run = job.folder / "run"
@@ -238,7 +238,7 @@ def test_a_run_of_two_nodes_is_warned_requeued_and_goes_on(
     assert "start 2 on" in job.log.read_text()
 
 
-def test_parts_of_an_array_merge_into_a_set(images: Path, tmp_path: Path) -> None:
+def test_parts_of_a_job_array_merge_into_one_set(images: Path, tmp_path: Path) -> None:
     program = tmp_path / "data-prep"
     program.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -m data_prep "$@"\n')
     program.chmod(0o755)

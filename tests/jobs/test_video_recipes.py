@@ -1,4 +1,4 @@
-"""Recipes of clips are those of the paper, load, and build."""
+"""Video recipes are valid, build their model, and have the paper's settings."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ PAPER = {
 }
 
 
-def test_there_are_recipes_for_both_stages_and_a_small_one() -> None:
+def test_both_stages_and_a_small_one_have_recipes() -> None:
     assert {path.stem for path in RECIPES} == {*PAPER, "video-tiny"}
 
 
@@ -39,7 +39,7 @@ def test_each_recipe_is_valid_and_builds(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_recipes_are_the_papers(name: str) -> None:
+def test_recipes_have_the_papers_settings(name: str) -> None:
     path = JOBS / "finetune" / f"{name}.yaml"
     recipe = load(VideoRecipe, path)
     training, schedule = recipe.training, recipe.training.schedule
@@ -67,7 +67,7 @@ def test_the_second_stage_starts_from_the_first() -> None:
     assert (JOBS / "finetune" / f"{run}.yaml").is_file()
 
 
-def test_an_encoder_of_images_is_inflated_on_the_meta_device() -> None:
+def test_an_image_encoder_is_inflated_on_the_meta_device() -> None:
     recipe = load(VideoRecipe, JOBS / "finetune" / "video-kinetics-256.yaml")
     with torch.device("meta"):
         encoder = inflate(SwinV2(recipe.encoder.config(256)))
