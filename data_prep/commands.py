@@ -18,7 +18,12 @@ from data_prep.format.storage import Location, RemotePath, locate
 from data_prep.images.settings import Encoding
 from data_prep.inspect.contact_sheet import draw_contact_sheet
 from data_prep.inspect.index_existing import index_existing
-from data_prep.inspect.info import describe_shards, describe_statistics, format_bytes
+from data_prep.inspect.info import (
+    count_noun,
+    describe_shards,
+    describe_statistics,
+    format_bytes,
+)
 from data_prep.inspect.statistics import measure_set
 from data_prep.inspect.verify import MAX_PROBLEMS, verify_shards
 from data_prep.sources.files import Selection
@@ -108,7 +113,7 @@ class _ProgressDisplay:
 
     def uploaded(self, shards: int, sent: int) -> None:
         """Show the progress of uploads."""
-        self._sent = f", uploaded {_count(shards, 'shard')}, sent {format_bytes(sent)}"
+        self._sent = f", uploaded {count_noun(shards, 'shard')}, sent {format_bytes(sent)}"
         self._show()
 
     def _show(self) -> None:
@@ -136,11 +141,11 @@ def _index(arguments: argparse.Namespace, interruption: Interruption) -> int:
         )
     manifest = indexed.manifest
     print(
-        f"{_count_samples(manifest)}, {_count(len(manifest.classes), 'class', 'classes')}, "
+        f"{_count_samples(manifest)}, {count_noun(len(manifest.classes), 'class', 'classes')}, "
         f"in {manifest.folder}"
     )
     if indexed.without_image:
-        print(f"left out: {_count(indexed.without_image, 'sample')} without an image")
+        print(f"left out: {count_noun(indexed.without_image, 'sample')} without an image")
     if indexed.empty:
         print(f"left out: tars without any image: {', '.join(indexed.empty)}")
     return 0
@@ -161,7 +166,7 @@ def _verify(arguments: argparse.Namespace, interruption: Interruption) -> int:
     for note, count in sorted(found.notes.items()):
         print(f"{note}: {count:,}")
     if found.count:
-        number = _count(found.count, "problem")
+        number = count_noun(found.count, "problem")
         lines = [f"data-prep: {manifest.folder} has {number}; write the shards again:"]
         lines += found.problems
         if found.count > len(found.problems):
@@ -190,7 +195,7 @@ def _info(arguments: argparse.Namespace, interruption: Interruption) -> int:
         tick = interruption.watch(bar.update)
         measured = measure_set(manifest, workers=arguments.workers, tick=tick)
     if measured.unreadable:
-        number = _count(len(measured.unreadable), "image")
+        number = count_noun(len(measured.unreadable), "image")
         lines = [f"data-prep: no {STATISTICS_NAME} written, since {number} cannot be decoded:"]
         lines += measured.unreadable[:MAX_PROBLEMS]
         print("\n  ".join(lines), file=sys.stderr)
@@ -249,15 +254,15 @@ def _bar(total: int | None = None) -> "tqdm[NoReturn]":
 
 def _describe_plan(plan: PlanSummary, source: str) -> str:
     if plan.found is None or plan.shards is None:
-        text = f"found {_count(plan.classes, 'class', 'classes')} in {source}"
+        text = f"found {count_noun(plan.classes, 'class', 'classes')} in {source}"
         if plan.finished:
-            text += f"; {_count(plan.finished, 'shard')} already finished"
+            text += f"; {count_noun(plan.finished, 'shard')} already finished"
         return f"{text}; writing shards while images are listed, {plan.workers} at a time"
-    classes = _count(plan.classes, "class", "classes")
-    text = f"found {_count(plan.found, 'image')} and {classes} in {source}"
+    classes = count_noun(plan.classes, "class", "classes")
+    text = f"found {count_noun(plan.found, 'image')} and {classes} in {source}"
     if plan.finished:
-        text += f"; {plan.finished:,} of {_count(plan.shards, 'shard')} already finished"
-    remaining = _count(plan.shards - plan.finished, "shard")
+        text += f"; {plan.finished:,} of {count_noun(plan.shards, 'shard')} already finished"
+    remaining = count_noun(plan.shards - plan.finished, "shard")
     return f"{text}; writing {remaining}, {plan.workers} at a time"
 
 
@@ -276,14 +281,11 @@ def _describe_set(manifest: Manifest, verb: str) -> str:
         counts += f"; see {manifest.folder / REJECTED_NAME}"
     for note, count in sorted(manifest.notes.items()):
         counts += f"\n{note}: {count:,}"
-    shards = _count(len(manifest.shards), "shard")
+    shards = count_noun(len(manifest.shards), "shard")
     return f"{counts}\n{verb}: {shards}, {length}, in {manifest.folder}"
 
 
 def _count_samples(manifest: Manifest) -> str:
-    return f"{_count(manifest.samples, 'sample')} in {_count(len(manifest.shards), 'shard')}"
-
-
-def _count(number: int, noun: str, plural: str = "") -> str:
-    """Return a number with its noun in singular or plural."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+    return (
+        f"{count_noun(manifest.samples, 'sample')} in {count_noun(len(manifest.shards), 'shard')}"
+    )

@@ -132,7 +132,8 @@ def _read_header(data: bytes, extension: str) -> tuple[int, int, str]:
     if extension == "npy":
         header = read_header(data)
         height, width = header.shape[:2]
-        return width, height, f"array of {header.channels} channels, {header.dtype.name}"
+        channels = count_noun(header.channels, "channel")
+        return width, height, f"array of {channels}, {header.dtype.name}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=_PICTURES) as image:
@@ -172,7 +173,7 @@ def describe_shards(manifest: Manifest, *, workers: int = 1, tick: Tick = lambda
         ("source", str(manifest.options.get("source", "tars written by someone else"))),
         ("samples", f"{manifest.samples:,} ({_describe_counts(summary.extensions)})"),
         ("rejected", f"{manifest.rejected:,}"),
-        ("shards", f"{len(samples):,} of {samples.min():,} to {samples.max():,} samples"),
+        ("shards", f"{len(samples):,} with {samples.min():,} to {samples.max():,} samples"),
         ("size", f"{format_bytes(lengths.sum())}, {format_bytes(lengths.mean())} per shard"),
         (
             "image file",
@@ -199,10 +200,10 @@ def describe_statistics(statistics: Sequence[Statistics]) -> str:
     """Return a table of statistics, with mean and std in a form to copy into a recipe."""
     lines = []
     for one in statistics:
-        kind = "arrays" if one.is_array else "pictures"
+        images = count_noun(one.images, "array" if one.is_array else "picture")
         missing = f"; NaN values left out: {one.missing:,}" if one.missing else ""
-        channels = f"channels: {one.channels:,}"
-        lines.append(f"statistics  {one.images:,} {kind}, {channels}, {one.scale}{missing}")
+        channels = count_noun(one.channels, "channel")
+        lines.append(f"statistics  {images}, {channels}, {one.scale}{missing}")
         lines += [
             f"  {name:<9} {_describe_numbers(values)}"
             for name, values in (("mean", one.mean), ("std", one.std))
@@ -217,6 +218,11 @@ def format_bytes(length: float) -> str:
             return f"{length:.0f} {unit}" if unit == "B" else f"{length:.1f} {unit}"
         length /= 1024
     return f"{length:.1f} TiB"
+
+
+def count_noun(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun in the singular or plural."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def printable(name: str) -> str:

@@ -53,7 +53,7 @@ def test_pictures_are_shrunk_measured_and_shown(
     assert main(["info", folder, "--statistics", "--contact-sheet", str(sheet)]) == 0
     output = capsys.readouterr().out
     assert "short side  12 to 12 pixels" in output
-    assert "statistics  24 pictures, channels: 3, 0 to 1" in output
+    assert "statistics  24 pictures, 3 channels, 0 to 1" in output
     assert sheet.read_bytes().startswith(b"\x89PNG")
     (measured,) = read_statistics(read_manifest(folder))
     assert len(measured.mean) == 3
