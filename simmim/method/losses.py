@@ -1,6 +1,6 @@
-"""What the prediction of hidden pixels is measured by.
+"""Losses of the predicted pixels, and their targets.
 
-Losses share one signature: (prediction, target) → a value for each element.
+Losses share one signature: (prediction, target) → elementwise loss.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,12 @@ VARIANCE_EPS = 1e-6
 
 
 def l1(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return |prediction - target|: SimMIM's choice."""
+    """Return |prediction - target|, SimMIM's default."""
     return (prediction - target).abs()
 
 
 def smooth_l1(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return half of l2 where the difference is below 1, and l1 - 1/2 beyond."""
+    """Return l2 / 2 for differences below 1, and l1 - 1/2 above."""
     return F.smooth_l1_loss(prediction, target, reduction="none")
 
 
@@ -33,10 +33,10 @@ def l2(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def loss_function(name: LossName) -> ElementwiseLoss:
-    """Return the loss of this name.
+    """Return the loss function of this name.
 
     Raises:
-        ValueError: no loss is called so.
+        ValueError: the name is unknown.
     """
     match name:
         case "l1":
@@ -54,34 +54,34 @@ def masked_mean(values: Tensor, hidden: Tensor) -> Tensor:
 
     Args:
         values: (batch, channels, height, width).
-        hidden: (batch, height, width), True or 1 where a pixel counts.
+        hidden: (batch, height, width), True or 1 for pixels that count.
     """
     weights = hidden.to(values.dtype)
     return (values * weights[:, None]).sum() / (weights.sum() + 1e-5) / values.shape[1]
 
 
 def normalise_target(images: Tensor, window: int = TARGET_WINDOW) -> Tensor:
-    """Normalise each pixel by mean and variance of the window around it (SimMIM code, SwinV2).
+    """Normalise each pixel by the mean and variance of the window around it (SimMIM code, SwinV2).
 
-    The variance is unbiased, 1e-6 is added to it, and beyond the border nothing counts.
+    The variance is unbiased, 1e-6 is added to it, and windows are cropped at the border.
 
     Args:
         images: (batch, channels, height, width), floating point.
-        window: side of the neighbourhood in pixels; odd.
+        window: side of the window in pixels; odd.
 
     Raises:
-        ValueError: the window has no centre pixel, or is a single pixel.
+        ValueError: the window is even, or smaller than 3 pixels.
     """
     mean, deviation = _local_statistics(images, window)
     return (images - mean) / deviation
 
 
 def denormalise_target(values: Tensor, images: Tensor, window: int = TARGET_WINDOW) -> Tensor:
-    """Undo `normalise_target`, with the mean and variance of ``images``, to look at a prediction.
+    """Undo `normalise_target` with the mean and variance of ``images``, to display a prediction.
 
     Args:
         values: (batch, channels, height, width), normalised.
-        images: what the statistics come from, same shape.
+        images: images to take the statistics from, same shape.
         window: as in `normalise_target`.
     """
     mean, deviation = _local_statistics(images, window)
@@ -92,10 +92,10 @@ def _local_statistics(images: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation around each pixel, at least in single precision."""
     if window < 3 or window % 2 == 0:
         raise ValueError(
-            f"the target window is {window} pixels; it must be odd and at least 3, as 47 is."
+            f"the target window is {window} pixels; it must be odd and at least 3, such as 47."
         )
     images = images.to(torch.promote_types(images.dtype, torch.float32))
-    # Around the image's own mean, mean(x²) - mean(x)² loses fewer digits.
+    # Relative to the image's own mean, mean(x²) - mean(x)² loses fewer digits.
     offset = images.mean(dim=(2, 3), keepdim=True)
     centred = images - offset
     count = _window_counts(images, window)
@@ -106,19 +106,19 @@ def _local_statistics(images: Tensor, window: int) -> tuple[Tensor, Tensor]:
 
 
 def _window_mean(values: Tensor, window: int) -> Tensor:
-    """Average over a window one axis after the other: 2 · window sums a pixel, not window²."""
+    """Average over a window axis by axis: 2 · window sums per pixel instead of window²."""
     half = window // 2
     rows = F.avg_pool2d(values, (window, 1), 1, (half, 0), count_include_pad=False)
     return F.avg_pool2d(rows, (1, window), 1, (0, half), count_include_pad=False)
 
 
 def _window_counts(images: Tensor, window: int) -> Tensor:
-    """Return (height, width): how many real pixels lie in the window around each."""
+    """Return the number of pixels in the window around each pixel, (height, width)."""
     counts = []
     for length in images.shape[-2:]:
-        place = torch.arange(length, device=images.device)
-        first = (place - window // 2).clamp(min=0)
-        last = (place + window // 2).clamp(max=length - 1)
+        position = torch.arange(length, device=images.device)
+        first = (position - window // 2).clamp(min=0)
+        last = (position + window // 2).clamp(max=length - 1)
         counts.append((last - first + 1).to(images.dtype))
     return counts[0][:, None] * counts[1]
 
@@ -126,15 +126,15 @@ def _window_counts(images: Tensor, window: int) -> Tensor:
 def mean_color_loss(
     target: Tensor, hidden: Tensor, loss: ElementwiseLoss = l1, counted: Tensor | None = None
 ) -> Tensor:
-    """Return the loss of answering every image with the mean colour of its visible pixels.
+    """Return the loss of predicting the mean colour of each image's visible pixels.
 
-    The baseline that a model must beat to have learnt anything about images.
+    The baseline that a trained model has to beat.
 
     Args:
-        target: (batch, channels, height, width), what is to be predicted.
+        target: (batch, channels, height, width), prediction target.
         hidden: bool (batch, height, width), True = hidden.
         loss: elementwise loss.
-        counted: bool (batch, height, width), where the loss is measured; by default, on ``hidden``.
+        counted: bool (batch, height, width), pixels to average over; ``hidden`` by default.
     """
     visible = (~hidden)[:, None].to(target.dtype)
     total = (target * visible).sum(dim=(2, 3), keepdim=True)

@@ -1,6 +1,6 @@
-"""Which cells of an image are hidden, and how far what is hidden lies from what is visible.
+"""Masking strategies, and the distance of masked from visible pixels.
 
-Masks are bool, True = hidden, one value for each mask cell. Every strategy hides exactly
+Masks are bool, True = hidden, one value per mask cell. Every strategy hides exactly
 ``hidden_count`` cells of every image and draws from an explicit generator.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from simmim.method.settings import Grid, MaskSettings, Strategy, hidden_count
 
 BLOCK_ASPECT = (0.3, 1 / 0.3)
-"""Height over width of a block of `block_mask`, as BEiT draws it."""
+"""Range of the aspect ratio (height / width) of blocks, as in BEiT."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class MaskGenerator:
 def mask_function(
     strategy: Strategy,
 ) -> Callable[[int, Grid, float, torch.Generator | None], Tensor]:
-    """Return the function that draws the masks of a strategy."""
+    """Return the mask function of a strategy."""
     match strategy:
         case "random":
             return random_mask
@@ -68,17 +68,17 @@ def random_mask(
         batch: number of masks.
         grid: rows and columns of mask cells.
         ratio: share of the cells to hide, 0 to 1.
-        generator: where the random numbers come from; the mask lives on its device.
+        generator: random generator; the mask is on its device.
 
     Returns:
-        bool (batch, rows, columns), True = hidden, exactly ``hidden_count(grid, ratio)`` in each.
+        bool (batch, rows, columns), True = hidden, exactly ``hidden_count(grid, ratio)`` per image.
     """
     rows, columns = grid
     hidden = hidden_count(grid, ratio)
     noise = torch.rand(
         batch, rows * columns, generator=generator, device=_device(generator), dtype=torch.float64
     )
-    if noise.device.type == "cpu" and batch == 1:  # in data workers, where torch's calls cost more
+    if noise.device.type == "cpu" and batch == 1:  # in data workers, where torch calls cost more
         chosen = np.zeros(rows * columns, dtype=bool)
         chosen[noise.numpy()[0].argsort(kind="stable")[:hidden]] = True
         return torch.from_numpy(chosen).view(batch, rows, columns)
@@ -90,10 +90,10 @@ def random_mask(
 def square_mask(
     batch: int, grid: Grid, ratio: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Hide one square at a random place; arguments and result as of `random_mask`.
+    """Hide one square at a random position; arguments and result as in `random_mask`.
 
-    The exact count decides the shape: the box nearest to a square that holds it, with its last
-    column (last row, where the grid is too narrow for a square) hidden in part.
+    To hide the exact count, it is the box closest to a square that contains as many cells, with its
+    last column (or last row, if the grid is too narrow for a square) partly hidden.
     """
     rows, columns = grid
     hidden = hidden_count(grid, ratio)
@@ -117,10 +117,10 @@ def square_mask(
 def block_mask(
     batch: int, grid: Grid, ratio: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Hide blocks until the count is reached (BEiT, algorithm 1); as `random_mask` otherwise.
+    """Hide blocks until the count is reached (BEiT, algorithm 1); otherwise as `random_mask`.
 
-    Blocks of random area and aspect ratio are laid at random places, and may overlap. A block that
-    would hide too much is drawn again; the last cells grow at the edge of what is hidden.
+    Blocks of random area and aspect ratio are placed at random and may overlap. A block that would
+    hide too many cells is redrawn; the last cells are added at the border of the hidden region.
     """
     hidden = hidden_count(grid, ratio)
     masks = [_grow_blocks(grid, hidden, generator) for _ in range(batch)]
@@ -131,7 +131,7 @@ def block_mask(
 def _grow_blocks(grid: Grid, hidden: int, generator: torch.Generator | None) -> Tensor:
     rows, columns = grid
     mask = torch.zeros(grid, dtype=torch.bool)
-    # BEiT's smallest block is 16 of the 75 cells that it hides.
+    # BEiT's smallest block has 16 of the 75 cells that it hides.
     smallest = max(1, hidden // 5)
     remaining, attempts = hidden, 0
     while remaining >= smallest and attempts < 10:
@@ -156,7 +156,7 @@ def _grow_blocks(grid: Grid, hidden: int, generator: torch.Generator | None) -> 
 
 
 def _edge(mask: Tensor) -> Tensor:
-    """Return the visible cells that touch a hidden one; all of them where nothing is hidden."""
+    """Return the visible cells next to a hidden one; all cells if none is hidden."""
     edge = torch.zeros_like(mask)
     edge[1:] |= mask[:-1]
     edge[:-1] |= mask[1:]
@@ -167,7 +167,7 @@ def _edge(mask: Tensor) -> Tensor:
 
 
 def average_distance(mask: Tensor, cell: int) -> float:
-    """Return AvgDist: the mean distance in pixels from a hidden pixel to the nearest visible one.
+    """Return AvgDist, the mean distance in pixels from a masked pixel to the nearest visible one.
 
     Computed exactly, between pixel centres (SimMIM, section 4.1.2).
 
@@ -176,13 +176,13 @@ def average_distance(mask: Tensor, cell: int) -> float:
         cell: side of a mask cell in pixels.
 
     Raises:
-        ValueError: an image with nothing hidden or nothing visible has no such distance.
+        ValueError: an image has no hidden or no visible cells.
     """
     hidden = mask.flatten(1)
     if bool((hidden.all(1) | ~hidden.any(1)).any()):
         raise ValueError(
-            "AvgDist needs something hidden and something visible in each image: "
-            "choose a mask ratio that leaves both."
+            "AvgDist needs hidden and visible cells in each image: choose a mask ratio that leaves "
+            "both."
         )
     _, rows, columns = mask.shape
     from_row = _squared_distance_to_cells(rows, cell).to(mask.device)
@@ -198,7 +198,7 @@ def average_distance(mask: Tensor, cell: int) -> float:
 
 
 def _squared_distance_to_cells(count: int, cell: int) -> Tensor:
-    """Return (pixels, cells): squared distance along an axis to the nearest pixel of a cell."""
+    """Return the squared distance along an axis from pixels to cells, (pixels, cells)."""
     pixel = torch.arange(count * cell, dtype=torch.float32)[:, None]
     first = torch.arange(count, dtype=torch.float32) * cell
     outside = torch.maximum(first - pixel, pixel - (first + cell - 1))

@@ -1,12 +1,14 @@
-"""SimMIM: hide a part of the tokens, encode, predict the hidden pixels (arXiv 2111.09886)."""
+"""SimMIM: mask tokens, encode, and predict the masked pixels (arXiv 2111.09886)."""
 
 from dataclasses import dataclass
+from typing import Generic
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from simmim.method.encoder import EncoderT
 from simmim.method.losses import (
     loss_function,
     masked_mean,
@@ -15,16 +17,15 @@ from simmim.method.losses import (
 )
 from simmim.method.masking import enlarge_mask
 from simmim.method.settings import LossArea, LossName, mask_grid
-from swinv2 import SwinV2
 
 
 class Decoder(nn.Module):
-    """A 1x1 convolution that turns each feature into a patch of pixels; PixelShuffle lays them.
+    """A 1x1 convolution and PixelShuffle: each feature is decoded to a patch of pixels.
 
     Args:
         num_features: channels of the encoder's output.
-        stride: side in pixels of what one feature stands for.
-        channels: channels of the images.
+        stride: side of the patch of a feature in pixels.
+        channels: image channels.
     """
 
     def __init__(self, num_features: int, stride: int, channels: int) -> None:
@@ -34,7 +35,7 @@ class Decoder(nn.Module):
         self.projection = nn.Conv2d(num_features, channels * stride * stride, kernel_size=1)
 
     def patches(self, features: Tensor) -> Tensor:
-        """Decode features one by one: (n, num_features) → (n, channels, stride, stride)."""
+        """Decode single features: (n, num_features) → (n, channels, stride, stride)."""
         weight, bias = self.projection.weight.flatten(1), self.projection.bias
         if not torch.is_autocast_enabled(features.device.type):
             features = features.to(weight.dtype)
@@ -44,10 +45,9 @@ class Decoder(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Decode a whole map.
+        """Decode a feature map.
 
-        (batch, rows, columns, num_features) becomes (batch, channels, rows · stride,
-        columns · stride).
+        (batch, rows, columns, num_features) → (batch, channels, rows · stride, columns · stride).
         """
         patches = self.patches(features)
         return rearrange(patches, "b row col c i j -> b c (row i) (col j)")
@@ -55,10 +55,10 @@ class Decoder(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class SimMIMOutput:
-    """What a forward pass gives."""
+    """Output of a forward pass."""
 
     loss: Tensor
-    """Scalar, in the precision of the images."""
+    """Scalar loss, in the precision of the images."""
 
     features: Tensor
     """(batch, rows, columns, num_features): the encoder's output."""
@@ -70,33 +70,35 @@ class SimMIMOutput:
 
     @property
     def reconstruction(self) -> Tensor:
-        """The prediction of every pixel, hidden or not: (batch, channels, height, width).
+        """Prediction of every pixel, masked or visible: (batch, channels, height, width).
 
-        Computed on demand, since training needs the loss alone. With ``norm_target`` it predicts
-        normalised pixels; `simmim.method.losses.denormalise_target` makes colours of them.
+        Computed on demand, since training only needs the loss. With ``norm_target`` these are
+        normalised pixels; `simmim.method.losses.denormalise_target` converts them to colours.
         """
         height, width = self.image_size
         decoded: Tensor = self.decoder(self.features)
         return decoded[:, :, :height, :width]
 
 
-class SimMIM(nn.Module):
-    """An encoder that learns to predict hidden pixels.
+class SimMIM(nn.Module, Generic[EncoderT]):
+    """An encoder with a mask token and a decoder, trained to predict masked pixels.
 
     Args:
-        encoder: the encoder to train; hidden tokens are replaced between its two halves.
+        encoder: the encoder to train; masked tokens are replaced between its two halves.
         mask_cell: side of a mask cell in pixels.
         norm_target: predict pixels normalised by their 47x47 neighbourhood (SwinV2's recipes).
         loss: l1, smooth_l1 or l2.
-        loss_area: measure the loss on the masked pixels or on all.
+        loss_area: average the loss over masked or all pixels.
 
     Raises:
         ValueError: mask cells do not tile the patches or the encoder's image, or a loss is unknown.
     """
 
+    encoder: EncoderT
+
     def __init__(
         self,
-        encoder: SwinV2,
+        encoder: EncoderT,
         mask_cell: int = 32,
         norm_target: bool = False,
         loss: LossName = "l1",
@@ -106,7 +108,7 @@ class SimMIM(nn.Module):
         config = encoder.config
         if mask_cell < 1 or mask_cell % config.patch_size:
             raise ValueError(
-                f"mask cells of {mask_cell} pixels are not made of whole patches of "
+                f"mask cells of {mask_cell} pixels do not consist of whole patches of "
                 f"{config.patch_size} pixels: choose a multiple of {config.patch_size}."
             )
         if loss_area not in ("masked", "all"):
@@ -124,16 +126,16 @@ class SimMIM(nn.Module):
     def forward(
         self, images: Tensor, mask: Tensor, drop_path_noise: Tensor | None = None
     ) -> SimMIMOutput:
-        """Predict what is hidden.
+        """Predict the masked pixels.
 
         Args:
             images: (batch, channels, height, width), normalised floating point.
-            mask: bool (batch, height / mask_cell, width / mask_cell), True = hidden. Where it is
-                on the CPU, the choice of what to decode needs no word from the GPU.
+            mask: bool (batch, height / mask_cell, width / mask_cell), True = hidden. On the CPU,
+                selecting the features to decode needs no synchronisation with the GPU.
             drop_path_noise: see `SwinV2.encode`.
 
         Raises:
-            ValueError: mask and images do not fit each other.
+            ValueError: mask and images do not match.
         """
         self._check(images, mask)
         height, width = images.shape[-2:]
@@ -153,13 +155,13 @@ class SimMIM(nn.Module):
         return SimMIMOutput(loss, features, self.decoder, (height, width))
 
     def target(self, images: Tensor) -> Tensor:
-        """Return what is to be predicted: the images, or their normalised pixels."""
+        """Return the prediction target: the images, or their normalised pixels."""
         return normalise_target(images) if self.norm_target else images
 
     def mean_color_loss(self, images: Tensor, mask: Tensor) -> Tensor:
-        """Return the loss of predicting the mean of what is visible: the baseline to beat.
+        """Return the baseline loss of predicting the mean colour of the visible pixels.
 
-        Arguments and errors are those of `forward`.
+        Arguments and errors as in `forward`.
         """
         self._check(images, mask)
         mask = mask.to(images.device)
@@ -175,14 +177,14 @@ class SimMIM(nn.Module):
         return self.encoder.encode(tokens, drop_path_noise)
 
     def _counted(self, mask: Tensor) -> Tensor:
-        """Return bool (batch, height, width): the pixels that the loss is measured on."""
+        """Return the pixels that the loss is averaged over, bool (batch, height, width)."""
         hidden = enlarge_mask(mask, self.mask_cell)
         return hidden if self.loss_area == "masked" else torch.ones_like(hidden)
 
     def _positions_to_decode(self, mask: Tensor) -> Tensor:
-        """Return the indices of the features, of (batch · rows · columns), that the loss needs.
+        """Return the indices, in batch · rows · columns, of the features that the loss needs.
 
-        What stands for visible pixels alone would be multiplied by 0. Computed where the mask is.
+        Those of visible pixels only would be multiplied by 0. Computed on the mask's device.
         """
         patch = self.encoder.config.patch_size
         hidden = enlarge_mask(mask, self.mask_cell // patch)
@@ -210,7 +212,7 @@ class SimMIM(nn.Module):
 def _cut_into_patches(images: Tensor, side: int) -> Tensor:
     """Cut (batch, channels, height, width) into (batch · rows · columns, channels, side, side).
 
-    Where the side does not divide an axis, zeros stand beyond the right and bottom border.
+    Axes that the side does not divide are padded with zeros at the right and bottom.
     """
     height, width = images.shape[-2:]
     if height % side or width % side:
