@@ -226,7 +226,7 @@ def measure(case: StepCase) -> Measurement:
 
 
 def _take_step(
-    model: SimMIM, case: StepCase, device: torch.device, *, batch: int, side: int
+    model: SimMIM[SwinV2], case: StepCase, device: torch.device, *, batch: int, side: int
 ) -> float:
     """Take a step with AdamW, if it belongs to the case, and return the seconds that it took."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda" or None)
@@ -247,14 +247,14 @@ def _take_step(
     return time.perf_counter() - began
 
 
-def _smallest_model(case: StepCase) -> SimMIM:
+def _smallest_model(case: StepCase) -> SimMIM[SwinV2]:
     encoder = build_encoder(
         "tiny", image_size=MASK_CELL, window_size=4, embed_dim=8, depths=(2, 1), num_heads=(1, 2)
     )
     return _prepare(encoder, replace(case, mask_cell=MASK_CELL))
 
 
-def build_step_model(case: StepCase) -> SimMIM:
+def build_step_model(case: StepCase) -> SimMIM[SwinV2]:
     """Build the model of a step on the present device, in training mode."""
     encoder = build_encoder(
         case.variant,
@@ -268,7 +268,7 @@ def build_step_model(case: StepCase) -> SimMIM:
     return _prepare(encoder, case)
 
 
-def _prepare(encoder: SwinV2, case: StepCase) -> SimMIM:
+def _prepare(encoder: SwinV2, case: StepCase) -> SimMIM[SwinV2]:
     encoder.set_execution(attention=case.attention, checkpointing=case.checkpointing)
     # Decoding every pixel is the most that any mask can ask for, and needs no look at the mask.
     model = SimMIM(encoder, mask_cell=case.mask_cell, loss_area="all").train()
@@ -276,7 +276,7 @@ def _prepare(encoder: SwinV2, case: StepCase) -> SimMIM:
 
 
 def forward_backward(
-    model: SimMIM, precision: Precision, device: torch.device, *, batch: int, side: int
+    model: SimMIM[SwinV2], precision: Precision, device: torch.device, *, batch: int, side: int
 ) -> None:
     """Compute the gradients of `batch` images of noise, of `side` pixels."""
     images = torch.randn(batch, model.encoder.config.in_channels, side, side, device=device)

@@ -9,9 +9,13 @@ from simmim.doctor.checks import Check
 from simmim.engine.monitor.hardware import measured_peak
 from simmim.engine.monitor.tracking import chosen_trackers
 from simmim.engine.settings import TrainingSettings
+from simmim.method.masking import MaskGenerator, average_distance
+from simmim.method.settings import MaskSettings
 from simmim.tasks.recipe import TaskRecipe
 
 REFERENCE_BATCH = 512
+GOOD_DISTANCES = (10, 20)
+"""Range of AvgDist in pixels with good fine-tuning accuracy (SimMIM, section 4.1.2)."""
 FASTER = 1.5
 """Times as fast that bf16 must be on a CPU to be advised: not all of a step is products."""
 FARTHEST = 4
@@ -45,6 +49,8 @@ def check_plan(recipe: TaskRecipe, samples_per_epoch: int, device: torch.device)
     """Look at the recipe's numbers."""
     training = recipe.training
     yield check_learning_rate(recipe)
+    if recipe.mask is not None:
+        yield check_masks(recipe.mask, recipe.data.image_size)
     yield from check_schedule(training, samples_per_epoch)
     yield check_precision(training.precision, device)
     names = chosen_trackers(training.trackers)
@@ -85,6 +91,24 @@ def check_learning_rate(recipe: TaskRecipe) -> Check:
         found=found,
         change=f"set training.optimizer.lr near {high:.1e}, or know why not: it is for the whole "
         "batch, and is not scaled by processes",
+    )
+
+
+def check_masks(mask: MaskSettings, image_size: int) -> Check:
+    """Report the AvgDist of the masks (SimMIM, section 4.1.2)."""
+    generator = MaskGenerator.from_settings(mask, (image_size, image_size))
+    rows, columns = generator.grid
+    count = max(4, min(256, 2**16 // (rows * columns)))
+    stream = torch.Generator().manual_seed(0)
+    masks = torch.stack([generator(stream) for _ in range(count)])
+    distance = average_distance(masks, mask.cell)
+    low, high = GOOD_DISTANCES
+    relation = "within" if low <= distance <= high else "outside"
+    return Check(
+        name="masks",
+        verdict="ok",
+        found=f"AvgDist {distance:.1f} pixels: {relation} the paper's good range {low} to {high} "
+        "(for images of 192 pixels)",
     )
 
 

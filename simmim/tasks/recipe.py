@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from simmim.data.settings import CroppedSettings
 from simmim.engine.settings import TrainingSettings
 from simmim.limits import check_least, check_rates
+from simmim.method.settings import MaskSettings
 from simmim.recipe import settings
 from swinv2.config import AttentionPath, Checkpointing, Execution, SwinV2Config, variant_config
 
@@ -171,6 +172,11 @@ class TaskRecipe:
     def input_text(self) -> str:
         """Size of the input and of the attention windows, for a person."""
         return f"{self.data.image_size} pixels with windows of {self.encoder.window_size}"
+
+    @property
+    def mask(self) -> MaskSettings | None:
+        """Masking settings of SimMIM; None for other tasks."""
+        return None
 
     @property
     def counted_mask_cell(self) -> int | None:

@@ -26,7 +26,7 @@ from simmim.tasks.features import Normalise, pool, sample_drop_path_noise
 from simmim.tasks.loading import train_transform, training_batches
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.probe.online import OnlineProbe
-from swinv2 import build_encoder, save_encoder
+from swinv2 import SwinV2, build_encoder, save_encoder
 from swinv2.config_file import Provenance
 from swinv2.flops import forward_flops
 
@@ -35,7 +35,7 @@ BASELINE_IMAGES = 256
 """Held-out images that the baseline is measured on before training, to be quick."""
 
 
-def build_model(recipe: PretrainRecipe) -> SimMIM:
+def build_model(recipe: PretrainRecipe) -> SimMIM[SwinV2]:
     """Build the model with its initial weights, which depend on the recipe's seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.training.seed)
@@ -51,7 +51,7 @@ def build_model(recipe: PretrainRecipe) -> SimMIM:
 class PretrainModule(nn.Module):
     """SimMIM over batches as they were stored: the device mirrors and normalises the images."""
 
-    def __init__(self, model: SimMIM, data: DataSettings, *, seed: int) -> None:
+    def __init__(self, model: SimMIM[SwinV2], data: DataSettings, *, seed: int) -> None:
         super().__init__()
         self.model = model
         self.seed = seed
@@ -236,7 +236,7 @@ class PretrainStage:
 
 
 def save_pretrained(
-    model: SimMIM, recipe: PretrainRecipe, path: Path, *, step: int, samples: int
+    model: SimMIM[SwinV2], recipe: PretrainRecipe, path: Path, *, step: int, samples: int
 ) -> None:
     """Write the encoder of a pretrained model as an encoder directory."""
     mean, std = recipe.data.normalisation
@@ -253,7 +253,7 @@ def save_pretrained(
 class Pretrained:
     """A model as a checkpoint of a pretraining run holds it."""
 
-    model: SimMIM
+    model: SimMIM[SwinV2]
     recipe: PretrainRecipe
     state: TrainingState
 

@@ -12,8 +12,9 @@ from simmim.doctor.checks import Check, attempt, table
 from simmim.doctor.dry_run import Speed
 from simmim.doctor.memory import check_disk, check_memory
 from simmim.doctor.pace import check_data_speed, check_duration
-from simmim.doctor.plan import check_learning_rate, check_precision, check_schedule
+from simmim.doctor.plan import check_learning_rate, check_masks, check_precision, check_schedule
 from simmim.doctor.shards import check_files, check_samples, check_workers, entries_of, sets_of
+from simmim.method.settings import MaskSettings
 from simmim.recipe import load, parse
 from simmim.tasks.classification.recipe import ClassificationRecipe
 from simmim.tasks.pretrain.recipe import PretrainRecipe
@@ -237,3 +238,10 @@ def test_rare_checkpoints_are_remarked_on(pretrain_values: dict[str, Any]) -> No
     assert "to 900" in found["checkpoints"].change
     rare = {check.name: check for check in check_duration(stage, recipe, 8000.0)}
     assert rare["checkpoints"].verdict == "ok"
+
+
+def test_the_average_distance_of_masks_is_reported() -> None:
+    assert "AvgDist 15." in check_masks(MaskSettings(), 192).found
+    small = check_masks(MaskSettings(cell=8, ratio=0.3), 192)
+    assert "outside" in small.found
+    assert small.verdict == "ok"
