@@ -20,7 +20,7 @@ from simmim.engine.distributed.signals import StopRequest
 from simmim.engine.distributed.watchdog import group_timeout
 from simmim.engine.monitor.anomalies import propagate_nonfinite
 from simmim.engine.monitor.monitor import ReportWriter
-from simmim.engine.optimizer import layer_table, set_learning_rate
+from simmim.engine.optimizer import set_learning_rate
 from simmim.engine.run import RunFolder
 from simmim.engine.stage import Stage
 from simmim.engine.trainer import Trainer
@@ -72,10 +72,7 @@ def train(
     trainer = Trainer(
         stage, run, accelerator, module, optimizer, stop=stop, write_report=write_report
     )
-    found = None if resume is None else find_checkpoint(run.checkpoints, resume)
-    if found is not None:
-        trainer.restore(found, allow_changes=allow_changes)
-    loaded = load_initial(init_from, stage.module) if init_from and found is None else None
+    loaded = load_weights(trainer, resume, init_from, allow_changes=allow_changes)
     stream = trainer.batches()  # raises before anything is written if ranks cannot share the data
     if accelerator.is_main_process:
         run.begin(stage.recipe, step=trainer.step)
@@ -87,10 +84,9 @@ def train(
         closing(trainer.saver),  # on a failure, a checkpoint in progress is still written
         trainer.monitor.monitoring(trainer.step, total=trainer.total) as monitor,
     ):
-        if loaded is not None:
-            monitor.print(loaded)
-        if trainer.settings.optimizer.layer_decay != 1:
-            monitor.print(layer_table(stage.module, trainer.groups(), stage.depths))
+        for message in (loaded, trainer.layer_table()):
+            if message is not None:
+                monitor.print(message)
         batches = iter(stream)
         monitor.clock.restart()
         while trainer.step < trainer.total and not trainer.must_stop():
@@ -104,7 +100,7 @@ def train(
 
 
 def advance(trainer: Trainer, batches: Iterator[Batch]) -> None:
-    """Take one optimiser step, then log, evaluate and save whatever is due."""
+    """Take one optimiser step; then log, evaluate and save, whichever is due."""
     set_learning_rate(trainer.optimizer, trainer.learning_rate)
     micro_batches = trainer.next_batch(batches)
     trainer.module.train()
@@ -151,6 +147,17 @@ def training_step(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return (loss_sum / len(batches) if finite else torch.full_like(loss_sum, math.nan)), norm
+
+
+def load_weights(
+    trainer: Trainer, resume: str | None, init_from: Path | None, *, allow_changes: bool
+) -> str | None:
+    """Resume from a checkpoint, or else load initial weights; return a message on the latter."""
+    found = None if resume is None else find_checkpoint(trainer.run.checkpoints, resume)
+    if found is not None:
+        trainer.restore(found, allow_changes=allow_changes)
+        return None
+    return None if init_from is None else load_initial(init_from, trainer.stage.module)
 
 
 def finish(trainer: Trainer, stop: StopRequest) -> None:

@@ -23,7 +23,7 @@ from simmim.engine.distributed.signals import StopRequest
 from simmim.engine.distributed.watchdog import WAITING_FOR_DATA, Watchdog
 from simmim.engine.monitor.anomalies import Anomalies
 from simmim.engine.monitor.monitor import Monitor, ReportWriter, TrainingPosition
-from simmim.engine.optimizer import ParameterGroup, parameter_groups
+from simmim.engine.optimizer import layer_table, parameter_groups
 from simmim.engine.run import RunFolder
 from simmim.engine.schedule import learning_rate
 from simmim.engine.settings import TrainingSettings
@@ -81,9 +81,12 @@ class Trainer:
             keep_every=self.settings.keep_every,
         )
 
-    def groups(self) -> list[ParameterGroup]:
-        """Return the parameter groups of the optimiser."""
-        return parameter_groups(self.stage.module, self.settings.optimizer, self.stage.depths)
+    def layer_table(self) -> str | None:
+        """Return the table of layer-wise learning rates; None if all layers have the same."""
+        settings, module, depths = self.settings.optimizer, self.stage.module, self.stage.depths
+        if settings.layer_decay == 1:
+            return None
+        return layer_table(module, parameter_groups(module, settings, depths), depths)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Return a context in which the weights are their averages, if these are kept."""

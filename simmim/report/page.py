@@ -4,6 +4,7 @@ import base64
 import json
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -104,12 +105,7 @@ def _summary(lines: Lines) -> str:
 
 
 def _charts(lines: Lines) -> str:
-    def series(key: str, name: str, kind: Any = "line", factor: float = 1.0) -> Series:
-        points = [(line["step"], line[key] * factor) for line in lines if key in line]
-        if key == "device_memory_gib" and not any(value for _, value in points):
-            points = []  # training on a CPU
-        return Series(name=name, points=points, kind=kind)
-
+    series = partial(_series, lines)
     probes = sorted({key for line in lines for key in line if key.startswith("probe_")})
     shown = [
         chart(
@@ -151,14 +147,28 @@ def _charts(lines: Lines) -> str:
             from_zero=True,
         ),
     ]
-    others = sorted(
+    shown += _other_charts(lines, KNOWN | set(probes))
+    return f'<section class="charts">{"".join(shown)}</section>'
+
+
+def _other_charts(lines: Lines, drawn: set[str]) -> list[str]:
+    """Return charts of the figures that have none of their own, by name."""
+    keys = sorted(
         key
-        for key in {key for line in lines for key in line} - KNOWN - set(probes)
+        for key in {key for line in lines for key in line} - drawn
         if all(isinstance(line.get(key, 0), int | float) for line in lines)
         and any(line.get(key, 0) for line in lines)  # counts that stay 0 are not drawn
     )
-    shown += [chart(key.replace("_", " "), [series(key, key)], from_zero=True) for key in others]
-    return f'<section class="charts">{"".join(shown)}</section>'
+    return [
+        chart(key.replace("_", " "), [_series(lines, key, key)], from_zero=True) for key in keys
+    ]
+
+
+def _series(lines: Lines, key: str, name: str, kind: Any = "line", factor: float = 1.0) -> Series:
+    points = [(line["step"], line[key] * factor) for line in lines if key in line]
+    if key == "device_memory_gib" and not any(value for _, value in points):
+        points = []  # training on a CPU
+    return Series(name=name, points=points, kind=kind)
 
 
 def _probe(lines: Lines, key: str, color: int) -> Iterator[Series]:

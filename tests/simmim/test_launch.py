@@ -29,7 +29,7 @@ sys.exit(int(sys.argv[2]))
 
 
 def options(processes: int) -> list[str]:
-    """Let accelerate start so many processes, by itself or through torchrun."""
+    """Return options for accelerate to start this many processes, itself or through torchrun."""
     if processes == 1:
         return ["--num_processes", "1", "--num_machines", "1", "--cpu"]
     with socket.socket() as found:

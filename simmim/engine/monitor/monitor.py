@@ -136,9 +136,9 @@ class Monitor:
 
         Args:
             position: position after these steps.
-            loss: mean loss of these steps.
-            lr: learning rate of the last step.
-            norm: gradient norm of the last step, before clipping.
+            loss: their mean loss.
+            lr: learning rate of the last one.
+            norm: gradient norm of the last one, before clipping.
             counts: numbers of skipped steps and the like, by name.
         """
         rates = self.clock.read()

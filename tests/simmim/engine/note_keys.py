@@ -1,4 +1,4 @@
-"""Run `simmim` with the address of every sample noted as it is trained on.
+"""Run `simmim` and record the address of every sample that is trained on.
 
     note_keys.py FILE [--stop-at STEP] pretrain …
 

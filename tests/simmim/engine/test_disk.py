@@ -51,7 +51,7 @@ def fill(place: Path, *, leaving: int = 0) -> Path:
 
 @pytest.fixture
 def prompt_writing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let each step wait for the thread that writes, so that it is known what is on disk when."""
+    """Make each step wait for the writing thread: what is on disk is then known."""
     flags = Saver.flags
 
     def settled(saver: Saver) -> tuple[int, int]:

@@ -30,7 +30,7 @@ DATA = Path(os.environ.get("SIMMIM_DATA", "data"))
 """Folder of cifar10.zip."""
 
 pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's end"),
+    pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals the end of a parent"),
     pytest.mark.timeout(3600),  # many starts, each of seconds, or minutes on a busy machine
 ]
 
@@ -228,7 +228,7 @@ def is_writing(run: Path) -> bool:
 
 
 def kill_and_go_on(config: Path, run: Path, kills: int, chance: random.Random) -> None:
-    """Train to the end through so many kills, every second in the midst of a checkpoint."""
+    """Train to the end through this many kills, half of them while a checkpoint is written."""
     for number in range(kills):
         with started(torchrun(2), config, run, "--resume", "auto") as process:
             before = len(losses(run))

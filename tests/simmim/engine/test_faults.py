@@ -37,7 +37,7 @@ pytestmark = [
 def started(
     arguments: list[str], log: Path, environment: dict[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Start python in a session of its own; whatever of it is left at the end is killed."""
+    """Start Python in a new session; at the end all its remaining processes are killed."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, *arguments],
@@ -243,7 +243,7 @@ def test_ranks_skip_together_and_name_the_sample_of_one(
 
 
 def damage(shards: Path, every: int) -> set[str]:
-    """Overwrite one image in `every` of the set where it lies in its tar; return their names."""
+    """Overwrite one in `every` images of the set inside the tars; return their names."""
     manifest, damaged = read_manifest(shards), set()
     number = 0
     for shard in manifest.shards:

@@ -247,7 +247,7 @@ def test_resume_refuses_a_checkpoint_after_the_last_step(
 ) -> None:
     run_training(pretrain_values, tmp_path)
     recipe = (tmp_path / "recipe.yaml").read_text()
-    with pytest.raises(ValueError, match="is of step 12 and training ends at step 8"):
+    with pytest.raises(ValueError, match=r"step 12 .*step 8.*training\.steps"):
         run_training(pretrain_values, tmp_path, resume="auto", steps=8)
     assert (tmp_path / "recipe.yaml").read_text() == recipe
 

@@ -23,7 +23,7 @@ TWO_PROCESSES = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--
 
 @contextmanager
 def started(arguments: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Start python in a session of its own; whatever of it is left at the end is killed."""
+    """Start Python in a new session; at the end all its remaining processes are killed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -140,7 +140,7 @@ def test_two_ranks_stop_and_resume(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's end")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals the end of a parent")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_ranks_stop_when_only_their_launcher_gets_a_signal(
     pretrain_config: Path, tmp_path: Path, processes: int
@@ -159,7 +159,7 @@ def test_ranks_stop_when_only_their_launcher_gets_a_signal(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's end")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals the end of a parent")
 def test_ranks_end_with_their_killed_launchers(pretrain_config: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     steps = ("--training.steps", "5000", "--training.checkpoint_every", "5000")

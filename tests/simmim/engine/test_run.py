@@ -93,7 +93,7 @@ def test_a_change_of_the_weights_is_refused_unless_allowed(
     run: RunFolder, changes: dict[str, Any], message: str
 ) -> None:
     changed = recipe_with(**changes)
-    with pytest.raises(ValueError, match="differs from the one") as caught:
+    with pytest.raises(ValueError, match="differs") as caught:
         run.check(changed, resume=True)
     assert f"\n  {message}\n" in str(caught.value)
     run.check(changed, resume=True, allow_changes=True)
@@ -220,7 +220,7 @@ def test_a_run_has_one_writer(tmp_path: Path) -> None:
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "locked\n"
-        with pytest.raises(ValueError, match="another process is writing"):
+        with pytest.raises(ValueError, match="writing"):
             run.lock(timeout=0.2)
     finally:
         process.kill()

@@ -1,8 +1,8 @@
-"""`simmim pretrain` in which something goes wrong: `train_faulty.py FAULT pretrain --config …`.
+"""`simmim pretrain` with an injected fault: `train_faulty.py FAULT pretrain --config …`.
 
-FAULT is `loss=NAME,NAME…` (the loss of these samples is no number, and its gradient is one),
-`gradient=NAME,…` (the other way round), `hang=RANK@STEP` or `fail=RANK@STEP` (the rank sleeps, or
-raises, instead of computing its loss of this step).
+FAULT is `loss=NAME,NAME…` (the loss of these samples is non-finite, its gradient finite),
+`gradient=NAME,…` (the opposite), `hang=RANK@STEP` or `fail=RANK@STEP` (the rank sleeps, or raises,
+instead of computing its loss of this step).
 """
 
 import os
@@ -21,7 +21,7 @@ from simmim.tasks.pretrain.stage import PretrainModule, PretrainStage
 
 
 class FaultyModule(PretrainModule):
-    """A module that spoils its loss, or does not come to it."""
+    """A module that corrupts its loss, hangs or raises."""
 
     shards: Shards
     fault: str

@@ -25,7 +25,7 @@ from simmim.tasks.classification.stage import ClassificationStage
 
 
 class GradedStage(ClassificationStage):
-    """A classification whose validations come out as they are told to."""
+    """A classification stage with prescribed validation results."""
 
     grades: Iterator[float]
 

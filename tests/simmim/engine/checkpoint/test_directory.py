@@ -403,7 +403,7 @@ def kill_everywhere(
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_kill_at_any_moment_leaves_complete_checkpoints(tmp_path: Path) -> None:
-    # In a process of its own, since one that has threads must not fork.
+    # In a separate process, as one that has threads must not fork.
     process = subprocess.Popen(
         [sys.executable, __file__, str(tmp_path)],
         stdin=subprocess.DEVNULL,

@@ -90,7 +90,7 @@ def test_the_checkpoint_holds_the_weights_of_its_step(
     saver = Saver(tmp_path, keep_last=2)
     what = contents(0, 1, 3.0)
     saver.start(1, what)
-    what.model["weight"].rows.zero_()  # training goes on while nothing is written yet
+    what.model["weight"].rows.zero_()  # training continues before anything is written
     gate.opened.set()
     assert saver.finish(list) == SavingOutcome(step=1, saved=True)
     assert read_model(tmp_path / "step-00000001")["weight"].unique().tolist() == [3.0]

@@ -26,7 +26,7 @@ def tensors() -> dict[str, Tensor]:
 
 
 def write(folder: Path, count: int) -> None:
-    """Write as so many processes do, each with its rows; numbers are the first one's."""
+    """Write as this many ranks do, each its rows; rank 0 writes scalars."""
     for rank in range(count):
         pieces = {}
         for name, tensor in tensors().items():

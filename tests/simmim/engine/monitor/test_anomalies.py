@@ -150,13 +150,13 @@ def test_too_many_in_a_row_end_training_and_resume_starts_before_them(
     steps = names_by_step(pretrain_values)
     spoilt = ",".join(names[0] for names in steps[4:7])  # steps 5 to 7
     settings = {"max_nonfinite": 3, "checkpoint_every": 1, "keep_last": 9}
-    with pytest.raises(DivergedError, match="3 steps in a row, up to step 7") as raised:
+    with pytest.raises(DivergedError, match=r"3 steps .*step 7") as raised:
         run_faulty(f"loss={spoilt}", pretrain_values, tmp_path, **settings)
     assert "Lower training.optimizer.lr" in str(raised.value)
     assert [line["in_a_row"] for line in anomalies(tmp_path)] == [1, 2, 3]
     saved = [path.name for path in complete_checkpoints(tmp_path / "checkpoints")]
     assert saved[-1] == "step-00000004"
-    # One more is allowed: it gets through, by itself.
+    # With one more allowed, training finishes.
     stage = faulty(f"loss={spoilt}")(recipe(pretrain_values, **(settings | {"max_nonfinite": 4})))
     result = train(stage, RunFolder(path=tmp_path), build_accelerator("fp32"), "auto")
     assert result.step == 12
@@ -171,7 +171,7 @@ def test_corrupt_weights_are_distinguished_from_corrupt_samples(
     stage = PretrainStage(recipe(pretrain_values, max_nonfinite=2))
     with torch.no_grad():
         next(iter(stage.module.parameters())).view(-1)[0] = math.nan
-    with pytest.raises(DivergedError, match="the weights was not finite"):
+    with pytest.raises(DivergedError, match=r"weights .*not finite"):
         train(stage, RunFolder(path=tmp_path), build_accelerator("fp32"), None)
     assert [line["what"] for line in anomalies(tmp_path)] == ["weights", "weights"]
 
