@@ -1,7 +1,7 @@
-"""Atomic writes of files and folders.
+"""Atomic writes of folders.
 
-Everything is written under a hidden name in the same folder, synced to disk, and renamed into
-place, so that neither readers nor crashes leave a partial result.
+A folder is filled under a hidden name next to its destination, synced to disk, and renamed into
+place, so that readers never see, and crashes never leave, a partial result.
 """
 
 import os
@@ -13,27 +13,6 @@ from pathlib import Path
 
 class OccupiedError(ValueError):
     """The destination holds something that must not be replaced."""
-
-
-def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` as UTF-8 to `path`, atomically replacing an earlier file."""
-    atomic_write_bytes(path, text.encode())
-
-
-def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to `path`, atomically replacing an earlier file; its folder must exist."""
-    destination = _resolved(path)
-    partial = _sibling(destination, "partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(destination)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    _fsync(destination.parent)
 
 
 @contextmanager

@@ -185,7 +185,7 @@ def unsupported(config: SwinV2Config) -> list[str]:
     problems = []
     if 0 < config.extra_norm_every <= max(config.depths):
         problems.append(
-            f"it has a norm after every {config.extra_norm_every} blocks, which theirs lacks: "
+            f"it has a norm after every {config.extra_norm_every} blocks, which that model lacks: "
             "use the native format"
         )
     if any(side % config.patch_size for side in config.image_size):
@@ -199,18 +199,18 @@ def unsupported(config: SwinV2Config) -> list[str]:
         if any(grid.padding):
             problems.append(
                 f"stage {stage + 1} of {resolution[0]}x{resolution[1]} tokens, window "
-                f"{grid.window[0]}x{grid.window[1]}: theirs attends to the padding that fills the "
-                "last windows, or fails: load it with an image_size or window_size whose windows "
-                "divide the stage"
+                f"{grid.window[0]}x{grid.window[1]}: that model attends to the padding that fills "
+                "the last windows, or fails: load it with an image_size or window_size whose "
+                "windows divide the stage"
             )
     return problems
 
 
 def pretrained_windows_argument(config: SwinV2Config) -> list[int | list[int]]:
-    """Return their `pretrained_window_sizes`: one per stage, 0 for the present window.
+    """Return the `pretrained_window_sizes` argument: one per stage, 0 for the present window.
 
-    A window of one token has no offsets, and theirs would divide by zero; a window of two divides
-    by 1, as ours does.
+    A window of one token has no offsets, and the other code would divide by zero; a window of two
+    divides by 1, as ours does.
     """
     windows = config.pretrained_window_sizes
     if windows is None:

@@ -272,8 +272,8 @@ def _unsupported(config: SwinV2Config) -> list[str]:
     problems = unsupported(config)
     if any(side % config.strides[-1] for side in config.image_size):
         problems.append(
-            f"image_size {config.image_size} is not a multiple of {config.strides[-1]}, and theirs "
-            "cannot merge odd maps: load it with a multiple"
+            f"image_size {config.image_size} is not a multiple of {config.strides[-1]}, and that "
+            "model cannot merge odd maps: load it with a multiple"
         )
         return problems
     for stage, resolution in enumerate(config.stage_resolutions):
@@ -282,8 +282,9 @@ def _unsupported(config: SwinV2Config) -> list[str]:
         ours = window_grid(resolution, config.window_size, shifted=True)
         if (ours.window, ours.shift) != ((window, window), (shift, shift)):
             problems.append(
-                f"stage {stage + 1} of {resolution[0]}x{resolution[1]} tokens: theirs takes window "
-                "and shift of both axes from the shorter one: load it with a square image_size"
+                f"stage {stage + 1} of {resolution[0]}x{resolution[1]} tokens: that model takes "
+                "window and shift of both axes from the shorter one: load it with a square "
+                "image_size"
             )
     return problems
 

@@ -149,7 +149,7 @@ def timm_arguments(encoder: SwinV2) -> tuple[str, dict[str, Any]]:
     problems = unsupported(config)
     if config.window_size[0] != config.window_size[1] and len(config.depths) == 2:
         problems.append(
-            f"window {config.window_size} is not square, and with two stages theirs takes two "
+            f"window {config.window_size} is not square, and with two stages timm takes two "
             "numbers as a window per stage: load it with a square window"
         )
     if problems:

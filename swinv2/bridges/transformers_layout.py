@@ -83,7 +83,7 @@ class ParsedConfig:
     num_classes: int | None
     """Of the classifier; None if there is none."""
     classes: tuple[str, ...]
-    """Their names, if they are not the default ones."""
+    """Names of the classes, if they are not the default ones."""
 
 
 def parse_config(content: Mapping[str, Any], names: Collection[str], source: str) -> ParsedConfig:
@@ -274,7 +274,7 @@ def unsupported(config: SwinV2Config) -> list[str]:
     problems = []
     if 0 < config.extra_norm_every <= max(config.depths):
         problems.append(
-            f"it has a norm after every {config.extra_norm_every} blocks, which theirs lacks: "
+            f"it has a norm after every {config.extra_norm_every} blocks, which that model lacks: "
             "use the native format"
         )
     if config.window_size[0] != config.window_size[1]:
@@ -288,12 +288,12 @@ def unsupported(config: SwinV2Config) -> list[str]:
         )
         if (ours.window, ours.shift) != _their_window(config, stage):
             problems.append(
-                f"{place}: theirs takes window and shift from the rows, counted before padding: "
-                "load it with a square image_size that is a multiple of its strides"
+                f"{place}: that model takes window and shift from the rows, counted before "
+                "padding: load it with a square image_size that is a multiple of the strides"
             )
         elif any(ours.padding):
             problems.append(
-                f"{place}: theirs attends to the padding that fills the last windows: "
+                f"{place}: that model attends to the padding that fills the last windows: "
                 "load it with an image_size or window_size whose windows divide the stage"
             )
     for stage, reference in enumerate(config.pretrained_window_sizes or ()):
@@ -311,10 +311,10 @@ def _their_window(config: SwinV2Config, stage: int) -> tuple[Pair, Pair]:
 
 
 def _pretrained_windows_argument(config: SwinV2Config) -> list[int]:
-    """Return their `pretrained_window_sizes`: one per stage, 0 for the present window.
+    """Return the `pretrained_window_sizes` argument: one per stage, 0 for the present window.
 
-    A window of one token has no offsets, and theirs would divide by zero; a window of two divides
-    by 1, as ours does.
+    A window of one token has no offsets, and transformers would divide by zero; a window of two
+    divides by 1, as ours does.
     """
     if config.pretrained_window_sizes is None:
         return [0] * len(config.depths)

@@ -48,14 +48,14 @@ def compare(what: str, ours: Tensor, theirs: Tensor, *, tolerance: float = TOLER
     """
     if ours.shape != theirs.shape:
         raise BridgeError(
-            f"not exported: {what}: theirs have shape {tuple(theirs.shape)}, ours "
-            f"{tuple(ours.shape)}. Use another version of that library or another format."
+            f"not exported: {what}: the export gives shape {tuple(theirs.shape)}, the "
+            f"encoder {tuple(ours.shape)}. Use another version of that library or another format."
         )
     largest = float(ours.abs().max())
     difference = float((ours - theirs).abs().max())
     if not math.isfinite(largest):
         raise BridgeError(
-            f"not exported: {what}: ours are not finite, so the weights are damaged: "
+            f"not exported: {what}: the encoder's are not finite, so its weights are damaged: "
             "export an earlier checkpoint."
         )
     if not difference <= tolerance * largest:  # true for NaN, too

@@ -1,10 +1,10 @@
-"""Files and folders are written atomically."""
+"""Folders are written atomically."""
 
 from pathlib import Path
 
 import pytest
 
-from swinv2.atomic import OccupiedError, atomic_folder, atomic_write_bytes, atomic_write_text
+from swinv2.atomic import OccupiedError, atomic_folder
 
 
 def everything_under(folder: Path) -> list[str]:
@@ -88,21 +88,3 @@ def test_the_target_of_a_symbolic_link_is_replaced(tmp_path: Path) -> None:
         (folder / "file").touch()
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "disk" / "file").exists()
-
-
-def test_a_file_is_replaced_atomically(tmp_path: Path) -> None:
-    atomic_write_text(tmp_path / "file", "first")
-    with (tmp_path / "file").open() as reader:
-        atomic_write_text(tmp_path / "file", "zweite, größer")
-        assert reader.read() == "first"
-    assert (tmp_path / "file").read_text(encoding="utf-8") == "zweite, größer"
-    atomic_write_bytes(tmp_path / "file", b"\x00\xff")
-    assert (tmp_path / "file").read_bytes() == b"\x00\xff"
-    assert everything_under(tmp_path) == ["file"]
-
-
-def test_a_failed_write_leaves_no_partial_file(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError, match="folder"):
-        atomic_write_text(tmp_path / "folder", "text")
-    assert everything_under(tmp_path) == ["folder"]
