@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from simmim.data.datasets.opening import open_set
-from simmim.data.datasets.procedural import SMALLEST_SIZE, render
+from simmim.data.datasets.procedural import MIN_SIZE, render
 from simmim.data.datasets.remote import RemoteReading
 from simmim.data.transforms.cropping import center_crop_resize
 from simmim.data.transforms.decoding import decode_pixels
@@ -70,7 +70,7 @@ def trial_clip(config: VideoConfig, mean: tuple[float, ...], std: tuple[float, .
 
 def draw_image(config: SwinV2Config) -> Tensor:
     """Draw a star, uint8 (channels, height, width); beyond three, its colours come again."""
-    side = max(*config.image_size, SMALLEST_SIZE)
+    side = max(*config.image_size, MIN_SIZE)
     drawn = render("star", [0], side, seed=0)[0]
     planes = center_crop_resize(drawn, config.image_size)
     return planes[torch.arange(config.in_channels) % len(planes)]

@@ -1,62 +1,62 @@
-"""Labelled images that the project draws itself: textured shapes before soft backgrounds.
+"""Procedurally drawn labelled images: textured shapes on smooth backgrounds.
 
-The class is the shape. Its colours, texture, size and place, and the background, say nothing about
-it, so that telling classes apart takes more than a colour histogram.
+The class is the shape. Colours, texture, size, position and background are independent of it, so
+that classification needs more than a colour histogram.
 """
 
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from simmim.data.order.randomness import numpy_stream
 
-SMALLEST_SIZE = 16
-PIXELS_AT_ONCE = 2**17
-"""Images are drawn together as long as they have no more pixels than this."""
+MIN_SIZE = 16
+BATCH_PIXELS = 2**17
+"""Most pixels of images that are drawn together."""
 
 NUM_DRAWS = 40
-"""Random numbers that an image may use."""
+"""Most random numbers per image."""
 
-Array = np.ndarray[Any, np.dtype[np.float32]]
+Array = NDArray[np.float32]
 Shape = Callable[[Array, Array], Array]
-"""Signed distance to an outline that fits the unit circle: (up, right) → negative inside."""
+"""Signed distance function of an outline in the unit circle: (up, right) → negative inside."""
 
 
 def draw_images(folder: Path, *, count: int, size: int, seed: int) -> None:
-    """Draw images into ``folder/CLASS/NUMBER.png``, the classes equally often.
+    """Draw images to ``folder/CLASS/NUMBER.png``, with balanced classes.
 
-    An image depends on the seed, the size and its number alone. Files that are there and equal stay
-    untouched, so that drawing the same again completes an interrupted drawing.
+    An image depends only on the seed, the size and its number. Identical existing files are left
+    untouched, so repeating a call completes an interrupted one.
 
     Args:
-        folder: where to; made where it is missing.
+        folder: output folder, created if missing.
         count: number of images.
         size: side in pixels.
-        seed: another seed draws other images.
+        seed: random seed.
 
     Raises:
-        ValueError: a size or count that cannot be drawn, or other files in the folder.
+        ValueError: an invalid size or count, or other files in the folder.
     """
     if count < 1:
-        raise ValueError(f"count is {count}; draw at least 1 image.")
-    if size < SMALLEST_SIZE:
+        raise ValueError(f"count is {count}; it must be at least 1 image.")
+    if size < MIN_SIZE:
         raise ValueError(
-            f"size is {size} pixels; shapes are told apart from {SMALLEST_SIZE} pixels on."
+            f"size is {size} pixels; it must be at least {MIN_SIZE} for shapes to be recognisable."
         )
     names = list(SHAPES)
     paths = [folder / names[number % len(names)] / f"{number:06d}.png" for number in range(count)]
     _refuse_others(folder, set(paths))
     for name in names[:count]:
         (folder / name).mkdir(parents=True, exist_ok=True)
-    at_once = max(1, PIXELS_AT_ONCE // size**2)
-    for place, name in enumerate(names):
-        numbers = range(place, count, len(names))
-        for start in range(0, len(numbers), at_once):
-            part = numbers[start : start + at_once]
+    batch = max(1, BATCH_PIXELS // size**2)
+    for label, name in enumerate(names):
+        numbers = range(label, count, len(names))
+        for start in range(0, len(numbers), batch):
+            part = numbers[start : start + batch]
             for number, pixels in zip(part, render(name, part, size, seed), strict=True):
                 _write(paths[number], pixels)
 
@@ -69,12 +69,12 @@ def _refuse_others(folder: Path, expected: set[Path]) -> None:
     for path in folder.rglob("*"):
         if path not in expected and not path.is_dir():
             raise ValueError(
-                f"{folder} holds {path.relative_to(folder)}, which is not to be drawn there: give "
-                "a new or empty folder, or remove it."
+                f"{folder} contains {path.relative_to(folder)}, which is not one of the images:"
+                " give a new or empty folder, or remove the file."
             )
 
 
-def _write(path: Path, pixels: np.ndarray) -> None:
+def _write(path: Path, pixels: NDArray[np.uint8]) -> None:
     encoded = BytesIO()
     Image.fromarray(pixels).save(encoded, format="PNG", compress_level=1)
     data = encoded.getvalue()
@@ -82,14 +82,14 @@ def _write(path: Path, pixels: np.ndarray) -> None:
         path.write_bytes(data)
 
 
-def render(shape: str, numbers: Sequence[int], size: int, seed: int) -> np.ndarray:
-    """Return images showing a shape.
+def render(shape: str, numbers: Sequence[int], size: int, seed: int) -> NDArray[np.uint8]:
+    """Return images of a shape.
 
     Args:
         shape: one of ``SHAPES``.
-        numbers: which images of the endless sequence of this seed.
+        numbers: numbers of the images, in the endless sequence of this seed.
         size: side in pixels.
-        seed: names the sequence.
+        seed: random seed.
 
     Returns:
         uint8 (len(numbers), size, size, 3).
@@ -98,8 +98,8 @@ def render(shape: str, numbers: Sequence[int], size: int, seed: int) -> np.ndarr
     axis: Array = (np.arange(size, dtype=np.float32) + 0.5) * np.float32(2 / size) - 1
     x, y = axis[None, None, :], axis[None, :, None]
 
-    # Nearly in the middle and nearly upright: what is hidden follows from what the shape is, and
-    # not only from the colours around, so that filling it in takes knowing the shape.
+    # Almost centred and upright, so that masked parts follow from the shape and not only from the
+    # surrounding colours: predicting them takes knowledge of the shape.
     radius = draws.between(0.7, 0.95)
     right, down = draws.between(-0.1, 0.1), draws.between(-0.1, 0.1)
     lean = draws.between(-0.25, 0.25)
@@ -111,16 +111,16 @@ def render(shape: str, numbers: Sequence[int], size: int, seed: int) -> np.ndarr
     background, texture = _background(x, y, draws), _texture(x, y, draws)
     for _ in range(3):
         ground = draws.between(0.0, 1.0)
-        figure = (ground + draws.between(0.3, 0.7)) % 1  # 0.3 or more away, on either side
+        figure = (ground + draws.between(0.3, 0.7)) % 1  # differs by at least 0.3
         ground = ground + draws.between(-0.2, 0.2) * background
         figure = figure + draws.between(-0.3, 0.3) * texture
         channels.append(ground + (figure - ground) * cover)
-    images: np.ndarray = np.rint(np.stack(channels, axis=-1).clip(0, 1) * 255)
+    images: NDArray[np.float32] = np.rint(np.stack(channels, axis=-1).clip(0, 1) * 255)
     return images.astype(np.uint8)
 
 
 class _Draws:
-    """Random numbers of several images side by side, each image with a stream of its own."""
+    """Random numbers of several images, each with its own stream."""
 
     def __init__(self, numbers: Sequence[int], seed: int) -> None:
         streams = [numpy_stream("procedural image", seed, number) for number in numbers]
@@ -128,7 +128,7 @@ class _Draws:
         self._rows = iter(draws.astype(np.float32)[:, :, None, None])
 
     def between(self, low: float, high: float) -> Array:
-        """Return a number for each image, (images, 1, 1)."""
+        """Return one number per image, (images, 1, 1)."""
         numbers: Array = np.float32(low) + next(self._rows) * np.float32(high - low)
         return numbers
 
@@ -139,7 +139,7 @@ def _turn(x: Array, y: Array, angle: Array) -> tuple[Array, Array]:
 
 
 def _background(x: Array, y: Array, draws: _Draws) -> Array:
-    """Return slow waves in two directions, from a gradient to a few clouds; -1 to 1."""
+    """Return the sum of two low-frequency waves, -1 to 1."""
     waves = []
     for _ in range(2):
         along, _ = _turn(x, y, draws.between(0, 2 * np.pi))
@@ -149,7 +149,7 @@ def _background(x: Array, y: Array, draws: _Draws) -> Array:
 
 
 def _texture(x: Array, y: Array, draws: _Draws) -> Array:
-    """Return stripes, checks, dots or nothing, -1 to 1."""
+    """Return stripes, checks, dots or a constant, -1 to 1."""
     along, across = _turn(x, y, draws.between(0, np.pi))
     frequency = draws.between(6, 14)  # 2 to 4.5 periods across the image
     first = np.sin(along * frequency + draws.between(0, 2 * np.pi))
@@ -161,7 +161,7 @@ def _texture(x: Array, y: Array, draws: _Draws) -> Array:
 
 
 def _polygon(x: Array, y: Array, sides: int) -> Array:
-    """Signed distance to the sides of a regular polygon."""
+    """Return the signed distance to the sides of a regular polygon."""
     outermost = np.full_like(x, -np.inf)
     for side in range(sides):
         angle = 2 * np.pi * side / sides
@@ -178,35 +178,35 @@ def _box(x: Array, y: Array, half_width: float, half_height: float) -> Array:
 
 
 def disc(x: Array, y: Array) -> Array:
-    """Signed distance to a disc."""
+    """Return the signed distance to a disc."""
     distance: Array = np.hypot(x, y) - np.float32(0.85)
     return distance
 
 
 def ring(x: Array, y: Array) -> Array:
-    """Signed distance to a disc with a hole."""
+    """Return the signed distance to a disc with a hole."""
     distance: Array = np.abs(np.hypot(x, y) - np.float32(0.75)) - np.float32(0.25)
     return distance
 
 
 def square(x: Array, y: Array) -> Array:
-    """Signed distance to a square."""
+    """Return the signed distance to a square."""
     return _box(x, y, 0.75, 0.75)
 
 
 def triangle(x: Array, y: Array) -> Array:
-    """Signed distance to a triangle of equal sides."""
+    """Return the signed distance to an equilateral triangle."""
     return _polygon(-x, y, 3)
 
 
 def cross(x: Array, y: Array) -> Array:
-    """Signed distance to a cross of two bars."""
+    """Return the signed distance to a cross of two bars."""
     distance: Array = np.minimum(_box(x, y, 1.0, 0.3), _box(x, y, 0.3, 1.0))
     return distance
 
 
 def star(x: Array, y: Array) -> Array:
-    """Signed distance to a star of five points."""
+    """Return the signed distance to a five-pointed star."""
     sector = 2 * np.pi / 5
     angle = np.abs(np.mod(np.arctan2(y, x), sector) - sector / 2)  # 0 in the notch, most at a tip
     radius = np.hypot(x, y)
@@ -219,14 +219,14 @@ def star(x: Array, y: Array) -> Array:
 
 
 def crescent(x: Array, y: Array) -> Array:
-    """Signed distance to a disc that another disc has bitten into."""
+    """Return the signed distance to a crescent: a disc minus another disc."""
     bite = np.hypot(x - np.float32(0.45), y) - np.float32(0.7)
     distance: Array = np.maximum(np.hypot(x, y) - np.float32(0.95), -bite)
     return distance
 
 
 def hourglass(x: Array, y: Array) -> Array:
-    """Signed distance to two triangles that touch."""
+    """Return the signed distance to two touching triangles."""
     sides = (np.abs(y) - np.abs(x) - np.float32(0.1)) * np.float32(np.sqrt(0.5))
     distance: Array = np.maximum(sides, np.abs(x) - np.float32(0.8))
     return distance
