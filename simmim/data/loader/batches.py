@@ -8,8 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from simmim.data.loader.bad_samples import BadSamples
-from simmim.data.loader.batch import Batch
-from simmim.data.loader.dataset import BatchDataset, Failure
+from simmim.data.loader.batch import Batch, BatchDataset, Failure
 from simmim.data.loader.sampler import EvaluationSampler, ShardPrefetcher, TrainingSampler
 from simmim.data.loader.shared_memory import BatchBuffers, BatchSender
 from simmim.data.loader.workers import init_worker, next_batch, start_without_stop_signals

@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
-from simmim.data.loader.batch import Batch, unpack_batch
-from simmim.data.loader.dataset import Failure
+from simmim.data.loader.batch import Batch, Failure, unpack_batch
 
 
 @dataclass(frozen=True)

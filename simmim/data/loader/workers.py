@@ -11,8 +11,7 @@ from typing import TypeVar
 
 from torch.utils.data import DataLoader
 
-from simmim.data.loader.batch import Batch
-from simmim.data.loader.dataset import Failure
+from simmim.data.loader.batch import Batch, Failure
 
 Item = TypeVar("Item")
 

@@ -1,4 +1,4 @@
-"""Recipes that name shards at URLs: alone, in mixtures, with statistics and with bad samples."""
+"""Recipes with shards at URLs: alone, mixed, with statistics and with bad samples."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -59,7 +59,7 @@ def batches(shards: Shards, account: BadSamples, workers: int = 0) -> TrainingBa
 
 @pytest.mark.parametrize("remote", ["shards", "ranges"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_mixture_of_near_and_far_sets_gives_the_batches_of_near_ones(
+def test_a_mixture_of_local_and_remote_sets_equals_a_local_one(
     folders: list[str], tmp_path: Path, remote: str, workers: int
 ) -> None:
     cache = tmp_path / "cache"
@@ -84,7 +84,7 @@ def test_sets_that_are_mixed_share_the_cache(folders: list[str], tmp_path: Path)
 
 
 @pytest.mark.parametrize("remote", ["shards", "ranges"])
-def test_a_shard_that_cannot_be_had_ends_the_run_and_is_named(
+def test_an_unavailable_shard_stops_the_run_and_is_named(
     folders: list[str], tmp_path: Path, remote: str
 ) -> None:
     far = settings_of(URL, folders[1], tmp_path, remote=remote, attempts=1).open_shards()
@@ -95,7 +95,7 @@ def test_a_shard_that_cannot_be_had_ends_the_run_and_is_named(
     assert all(sample.shard != "shard-000001" for sample in [account.first] if sample)
 
 
-def test_classes_parts_statistics_and_pictures_of_a_set_far_away(
+def test_classes_splits_statistics_and_pictures_of_a_remote_set(
     folders: list[str], tmp_path: Path
 ) -> None:
     options = {"classes": ("b",), "fraction": 0.5, "cache_dir": str(tmp_path / "cache")}
@@ -112,7 +112,7 @@ def test_classes_parts_statistics_and_pictures_of_a_set_far_away(
 
 
 @pytest.mark.usefixtures("folders")
-def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_cache_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     data = DataSettings(shards=URL, cache_dir=str(tmp_path / "file" / "cache"), remote="shards")
     assert data.open_shards().samples == 24

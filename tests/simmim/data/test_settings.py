@@ -51,7 +51,7 @@ def test_a_part_of_the_images(write_shards: WriteShards) -> None:
         ({"shards": "a", "mean": [0.5]}, "one number per channel"),
     ],
 )
-def test_settings_that_cannot_be(values: dict[str, Any], words: str) -> None:
+def test_impossible_settings_are_refused(values: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         parse(DataSettings, values, "test")
 
@@ -100,7 +100,7 @@ def test_statistics_of_a_mixture_are_those_of_all_its_pixels(
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"statistics": [], "shards": ""}'])
-def test_statistics_that_are_none(write_shards: WriteShards, content: str) -> None:
+def test_missing_or_invalid_statistics_are_refused(write_shards: WriteShards, content: str) -> None:
     folder = write_shards([4, 4])
     with pytest.raises(ValueError, match="data-prep info"):
         measured_statistics([str(folder)])
@@ -109,6 +109,6 @@ def test_statistics_that_are_none(write_shards: WriteShards, content: str) -> No
         measured_statistics([str(folder)])
 
 
-def test_a_channel_that_never_changes(measured_set: Callable[..., str]) -> None:
+def test_a_constant_channel_is_refused(measured_set: Callable[..., str]) -> None:
     with pytest.raises(ValueError, match=r"set data\.mean and data\.std"):
         measured_statistics([measured_set("flat", [0.5], [0.0])])

@@ -27,7 +27,7 @@ def test_losses_are_elementwise() -> None:
     assert smooth_l1(prediction, target).tolist() == [0.0, 0.125, 1.5]
 
 
-def test_each_loss_has_its_name() -> None:
+def test_losses_are_found_by_name() -> None:
     assert [loss_function("l1"), loss_function("smooth_l1"), loss_function("l2")] == [
         l1,
         smooth_l1,
@@ -37,7 +37,7 @@ def test_each_loss_has_its_name() -> None:
         loss_function("huber")  # type: ignore[arg-type]
 
 
-def test_masked_mean_counts_hidden_pixels_alone() -> None:
+def test_masked_mean_counts_only_hidden_pixels() -> None:
     values = images(2, 3, 4, 5)
     hidden = torch.zeros(2, 4, 5, dtype=torch.bool)
     hidden[0, :2] = True
@@ -90,7 +90,7 @@ def test_denormalising_undoes_normalising() -> None:
 
 
 @pytest.mark.parametrize("window", [0, 1, 46])
-def test_a_window_without_centre_is_refused(window: int) -> None:
+def test_invalid_windows_are_refused(window: int) -> None:
     with pytest.raises(ValueError, match="odd and at least 3"):
         normalise_target(images(1, 3, 8, 8), window)
 

@@ -45,7 +45,7 @@ def test_every_image_hides_exactly_the_count(
 
 
 @pytest.mark.parametrize("draw", STRATEGIES)
-def test_masks_follow_from_the_generator_alone(draw: MaskFunction) -> None:
+def test_masks_are_a_function_of_the_generator(draw: MaskFunction) -> None:
     first = draw(8, (6, 6), 0.6, generator(1))
     torch.rand(5)
     assert torch.equal(first, draw(8, (6, 6), 0.6, generator(1)))
@@ -79,7 +79,7 @@ def test_every_cell_is_hidden_as_often_by_random_masks() -> None:
         (8, 0.9, 10.0, 0.3, 40),
     ],
 )
-def test_average_distance_is_that_of_the_paper(
+def test_average_distance_equals_the_paper(
     cell: int, ratio: float, published: float, tolerance: float, draws: int
 ) -> None:
     masks = random_mask(draws, (192 // cell, 192 // cell), ratio, generator())
@@ -128,7 +128,7 @@ def test_blocks_clump_more_than_random_cells() -> None:
     assert random < blocks < square
 
 
-def test_each_strategy_has_its_function() -> None:
+def test_mask_functions_are_found_by_strategy() -> None:
     assert mask_function("random") is random_mask
     assert mask_function("square") is square_mask
     assert mask_function("block") is block_mask
@@ -165,12 +165,12 @@ def test_enlarged_masks_repeat_each_cell() -> None:
         (lambda: MaskSettings(cell=32).grid((32, 32)), "hides all of the 1x1 mask cells"),
     ],
 )
-def test_mistakes_are_named_with_their_remedy(mistake: Callable[[], object], message: str) -> None:
+def test_errors_name_the_remedy(mistake: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mistake()
 
 
-def test_one_mask_alone_is_the_first_of_a_batch_of_its_noise() -> None:
+def test_a_single_mask_equals_that_of_a_batch() -> None:
     grid, ratio = (6, 6), 0.6
     for seed in range(20):
         alone = random_mask(1, grid, ratio, torch.Generator().manual_seed(seed))

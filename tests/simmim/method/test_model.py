@@ -144,7 +144,7 @@ def test_a_few_steps_beat_the_mean_color() -> None:
     assert model(images, mask).loss < 0.7 * model.mean_color_loss(images, mask)
 
 
-def test_reduced_precision_gives_a_loss_in_full() -> None:
+def test_the_loss_is_in_full_precision_under_autocast() -> None:
     model = small_model().float()
     images, mask = batch(model, 64, 64)
     exact = model(images.float(), mask)
@@ -156,7 +156,7 @@ def test_reduced_precision_gives_a_loss_in_full() -> None:
     torch.testing.assert_close(rounded.reconstruction, exact.reconstruction, rtol=0.1, atol=0.1)
 
 
-def test_nothing_hidden_costs_nothing() -> None:
+def test_the_loss_without_masked_cells_is_zero() -> None:
     model = small_model()
     images, _ = batch(model, 64, 64)
     output = model(images, torch.zeros(2, 4, 4, dtype=torch.bool))

@@ -1,4 +1,4 @@
-"""Lists of clips, exact frames, and the views that are taken of them."""
+"""Lists of clips, exact frames, and their views."""
 
 import zipfile
 from collections import Counter
@@ -102,7 +102,7 @@ def test_frames_of_real_clips_are_those_of_decoding_all_in_order(real_clips: lis
         ("d.mp4", "libx264", {"g": "6"}),
     ],
 )
-def test_frames_are_those_of_their_numbers(
+def test_frames_have_the_requested_indices(
     name: str, codec: str, options: dict[str, str], tmp_path: Path
 ) -> None:
     path = write(tmp_path / name, numbered(LENGTH), codec, **options)
@@ -124,7 +124,7 @@ def test_every_segment_gives_one_frame() -> None:
     assert frame_numbers(16, np.full(8, 0.5)) == [1, 3, 5, 7, 9, 11, 13, 15]
 
 
-def test_a_short_clip_shows_frames_more_than_once() -> None:
+def test_a_short_clip_repeats_frames() -> None:
     assert frame_numbers(3, np.full(8, 0.5)) == [0, 0, 0, 1, 1, 2, 2, 2]
     assert frame_numbers(1, np.full(4, 0.99)) == [0, 0, 0, 0]
 
@@ -260,14 +260,14 @@ def test_lists_that_cannot_be_read_are_named(tmp_path: Path, text: str, message:
         open_clips(str(file), classes=("run", "jump"))
 
 
-def test_numbers_that_count_no_classes_are_refused(tmp_path: Path) -> None:
+def test_numeric_labels_with_too_many_gaps_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "list.csv"
     file.write_text("a.mp4,0\nb.mp4,2000000\n")
     with pytest.raises(DataError, match=r"label 2000000.* 2,000,001 classes for 2"):
         open_clips(str(file))
 
 
-def test_what_is_absent_or_empty_is_named(tmp_path: Path) -> None:
+def test_missing_or_empty_sources_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere does not exist"):
         open_clips(str(tmp_path / "nowhere"))
     (tmp_path / "run").mkdir()
@@ -351,7 +351,7 @@ def test_large_frames_are_refused_before_they_are_decoded(folder: Path) -> None:
         Video(folder / "run" / "0.mp4", max_pixels=100)
 
 
-def test_a_set_of_clips_is_read_as_shards_are() -> None:
+def test_a_set_of_clips_is_a_sample_source() -> None:
     clip = RawClip(key="a.mp4", path=Path("a.mp4"), label=0, shard_name="run")
     clips = ClipSet(Path("here"), ("run",), [[clip]])
     assert clips.samples == 1

@@ -1,4 +1,4 @@
-"""Folders of images give what shards give: one stream, labels, choices, an account of faults."""
+"""Folders of images behave like shards: order, labels, selections and bad samples."""
 
 import os
 import pickle
@@ -50,7 +50,7 @@ def everything(shards: Shards) -> list[tuple[bytes, int | None]]:
     return [(sample.image, sample.label) for sample in samples]
 
 
-def test_a_folder_holds_what_the_shards_made_of_it_hold(tmp_path: Path) -> None:
+def test_a_folder_equals_the_shards_made_of_it(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "images")
     assert data_prep.cli.main(["shard", str(folder), str(tmp_path / "shards")]) == 0
     images, shards = open_sets(str(folder)), open_sets(str(tmp_path / "shards"))
@@ -68,7 +68,7 @@ def test_a_folder_holds_what_the_shards_made_of_it_hold(tmp_path: Path) -> None:
             assert sample.shard_name == CLASSES[sample.label or 0]
 
 
-def test_neither_place_nor_history_of_a_folder_changes_the_stream(tmp_path: Path) -> None:
+def test_the_stream_does_not_depend_on_the_path_or_history_of_a_folder(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "images")
     moved = tmp_path / "moved"
     for file in sorted(folder.rglob("*.png"), reverse=True):
@@ -84,7 +84,7 @@ def test_neither_place_nor_history_of_a_folder_changes_the_stream(tmp_path: Path
     assert copy.digest == first.digest
 
 
-def test_the_digest_tells_that_files_came_went_or_changed(tmp_path: Path) -> None:
+def test_the_digest_changes_with_the_files(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "images")
     file = folder / "cat" / "000.png"
     content = file.read_bytes()
@@ -220,7 +220,7 @@ def test_faulty_files_are_replaced_counted_and_named(
         list(evaluation_batches(images, EVALUATE, batch_size=8, bad_samples=BadSamples(0.0)))
 
 
-def test_a_folder_that_is_away_is_waited_for(tmp_path: Path) -> None:
+def test_reads_of_a_missing_folder_are_retried(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "images")
     expected = open_folder(folder).read(0, 0).image
     away = folder.rename(tmp_path / "away")
@@ -278,7 +278,7 @@ def test_splits_are_not_classes(tmp_path: Path) -> None:
     open_folder(tmp_path / "train").require_labels()
 
 
-def test_names_that_are_no_text(tmp_path: Path) -> None:
+def test_file_names_that_are_not_text(tmp_path: Path) -> None:
     place = tmp_path / os.fsdecode(b"caf\xe9")
     place.mkdir()
     for number in range(3):

@@ -1,4 +1,4 @@
-"""What of a folder is found, and what of it is left out and counted."""
+"""Images of a folder are listed; everything else is skipped and counted."""
 
 import os
 from pathlib import Path
@@ -85,7 +85,7 @@ def test_folders_without_images_are_named(tmp_path: Path) -> None:
     )
 
 
-def test_what_is_called_an_image_and_is_none_is_counted(tmp_path: Path) -> None:
+def test_non_files_with_an_image_suffix_are_counted(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "folder.jpg" / "1.jpg").write_bytes(b"1")

@@ -40,7 +40,7 @@ def test_each_batch_holds_each_set_in_proportion(slots: int) -> None:
         assert abs(total[number] / total.total() - weight) < 0.001
 
 
-def test_each_set_is_walked_through_as_though_alone() -> None:
+def test_each_set_is_traversed_in_its_own_order() -> None:
     slots = 8
     order = mixed(slots)
     addresses = list(chain(*(order.batch(position, slots) for position in range(0, 16_000, slots))))

@@ -44,7 +44,7 @@ def test_batches_are_those_from_disk(folder: Path, piped: Path, tmp_path: Path, 
     assert (tmp_path / "log").exists()
 
 
-def test_no_command_is_run_unless_the_recipe_says_so(piped: Path, tmp_path: Path) -> None:
+def test_commands_run_only_if_the_recipe_allows_them(piped: Path, tmp_path: Path) -> None:
     cache = str(tmp_path / "cache")
     with pytest.raises(ValueError, match=r"data\.allow_pipe=true"):
         DataSettings(shards=str(piped), cache_dir=cache).open_shards()
@@ -56,7 +56,7 @@ def test_no_command_is_run_unless_the_recipe_says_so(piped: Path, tmp_path: Path
     assert (tmp_path / "log").read_text() == "run\n"
 
 
-def test_other_bytes_are_refused_and_what_never_ends_is_cut(
+def test_wrong_bytes_are_refused_and_endless_output_is_cut(
     folder: Path, piped: Path, tmp_path: Path
 ) -> None:
     reading = RemoteReading(cache_dir=tmp_path / "cache", allow_pipe=True)

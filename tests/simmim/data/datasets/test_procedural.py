@@ -34,7 +34,7 @@ def test_an_image_depends_on_seed_size_and_number_alone(tmp_path: Path) -> None:
     assert not few.items() & other.items()
 
 
-def test_drawing_again_completes_and_leaves_what_is_there(tmp_path: Path) -> None:
+def test_drawing_again_completes_and_keeps_existing_files(tmp_path: Path) -> None:
     draw_images(tmp_path, count=20, size=24, seed=0)
     whole = contents(tmp_path)
     kept, lost, cut = sorted(tmp_path.rglob("*.png"))[:3]
@@ -57,7 +57,7 @@ def test_shapes_are_sharp_inside_the_image_and_different(shape: str) -> None:
         assert ((SHAPES[other](x, y) < 0) != inside).mean() > 0.02
 
 
-def test_color_alone_does_not_tell_the_class() -> None:
+def test_color_alone_does_not_determine_the_class() -> None:
     """The nearest mean colour of a class is right about as often as a guess is."""
     colors = np.stack(
         [
@@ -71,12 +71,12 @@ def test_color_alone_does_not_tell_the_class() -> None:
     assert right.mean() < 0.25
 
 
-def test_figures_stand_out_from_their_ground() -> None:
+def test_shapes_contrast_with_the_background() -> None:
     images = render("disc", range(0, 400, 8), 32, seed=0).astype(np.float64)
     assert images.std(axis=(1, 2)).mean(axis=1).min() > 15
 
 
-def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
+def test_impossible_arguments_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"count is .*at least 1"):
         draw_images(tmp_path, count=0, size=32, seed=0)
     with pytest.raises(ValueError, match="size is 8 pixels"):

@@ -109,7 +109,7 @@ def test_many_readers_fetch_a_shard_once(folder: Path, tmp_path: Path) -> None:
     assert cache.read(entry, source, 5, 100) == (folder / entry.name).read_bytes()[5:105]
 
 
-def test_a_fetch_that_was_cut_goes_on_where_it_stopped(folder: Path, tmp_path: Path) -> None:
+def test_an_interrupted_fetch_resumes_where_it_stopped(folder: Path, tmp_path: Path) -> None:
     entry = ShardSet(folder).manifest.shards[0]
     cache = ShardCache(tmp_path / "cache", entry.bytes)
     with pytest.raises(ConnectionError):
@@ -133,7 +133,7 @@ def test_the_least_recently_read_is_evicted(folder: Path, tmp_path: Path) -> Non
     assert held(tmp_path / "cache") <= limit
 
 
-def test_what_differs_from_the_manifest_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_shards_that_differ_from_the_manifest_are_refused(folder: Path, tmp_path: Path) -> None:
     entry = ShardSet(folder).manifest.shards[0]
     wrong = replace(entry, sha256="0" * 64)
     cache = ShardCache(tmp_path / "cache", entry.bytes)
@@ -155,7 +155,7 @@ def test_a_shard_that_disappears_is_named(store: RemotePath, tmp_path: Path, mod
         remote.read(2, 0)
 
 
-def test_only_the_shards_of_the_plan_are_fetched_ahead_in_their_order() -> None:
+def test_shards_are_fetched_ahead_in_the_order_of_the_sampler() -> None:
     plan = [[Address(0, shard, row) for row in range(3)] for shard in (4, 2, 2, 7)]
     fetched: list[int] = []
     done = threading.Event()

@@ -111,7 +111,7 @@ def test_few_shards_stay_open(write_shards: WriteShards, monkeypatch: pytest.Mon
     assert open_files() == before
 
 
-def test_shards_that_are_gone_or_cut_off_are_named(write_shards: WriteShards) -> None:
+def test_missing_or_truncated_shards_are_named(write_shards: WriteShards) -> None:
     folder = write_shards([3, 3])
     twice = RemoteReading(attempts=2)
     shards = ShardSet(folder, remote=twice)
@@ -130,7 +130,7 @@ def test_shards_that_are_gone_or_cut_off_are_named(write_shards: WriteShards) ->
 
 @pytest.mark.parametrize("fault", ["gone", "cut off", "index"])
 @pytest.mark.parametrize("opened", [False, True])
-def test_a_shard_that_comes_back_is_waited_for(
+def test_reads_are_retried_until_a_shard_comes_back(
     write_shards: WriteShards, fault: str, opened: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_shards([3])
@@ -159,7 +159,7 @@ def test_a_shard_that_comes_back_is_waited_for(
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1, 2", '{"format": "simmim-shards"}'])
-def test_manifests_that_are_none(tmp_path: Path, content: str) -> None:
+def test_invalid_manifests_are_refused(tmp_path: Path, content: str) -> None:
     with pytest.raises(ManifestError, match="does not exist"):
         ShardSet(tmp_path / "nowhere")
     (tmp_path / "manifest.json").write_text(content)

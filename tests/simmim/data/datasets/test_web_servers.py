@@ -1,4 +1,4 @@
-"""Shards on web servers, with requests for parts and without."""
+"""Shards on web servers, with and without range requests."""
 
 import os
 import threading
@@ -118,7 +118,7 @@ def test_ranges_of_a_server_without_them_are_refused_by_name(served: str) -> Non
 
 
 @pytest.mark.parametrize("served", [WholeFiles], indirect=True)
-def test_a_whole_file_that_was_cut_off_is_asked_for_again(
+def test_an_interrupted_whole_file_is_requested_again(
     folder: Path, served: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = RemotePath(f"{served}/shard-000002.tar")
@@ -149,7 +149,7 @@ def test_what_sends_whole_files_only_is_indexed_verified_and_shown(
 
 
 @pytest.mark.parametrize("served", [Untold], indirect=True)
-def test_files_of_uncontent_length_are_measured(folder: Path, served: str, tmp_path: Path) -> None:
+def test_files_of_unknown_length_are_measured(folder: Path, served: str, tmp_path: Path) -> None:
     for path in folder.iterdir():
         far = RemotePath(f"{served}/{path.name}")
         assert far.stat().st_size == far.size_and_stamp()[0] == path.stat().st_size

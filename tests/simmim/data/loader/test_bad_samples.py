@@ -10,9 +10,8 @@ import torch
 
 from simmim.data.datasets.shards import ShardSet
 from simmim.data.loader.bad_samples import BadSample, BadSamples
-from simmim.data.loader.batch import Batch
+from simmim.data.loader.batch import Batch, BatchDataset
 from simmim.data.loader.batches import TrainingBatches, evaluation_batches
-from simmim.data.loader.dataset import BatchDataset
 from simmim.data.order.order import Address, SampleOrder
 from simmim.data.order.source import DataError
 from simmim.data.transforms.image_transforms import EvalTransform, TrainTransform
@@ -40,7 +39,7 @@ def training(shards: ShardSet, bad_samples: BadSamples, **options: int) -> Train
     return TrainingBatches(shards, order, TRAIN, bad_samples=bad_samples, **chosen)
 
 
-def test_training_puts_another_sample_of_the_shard_in_place(shards: ShardSet) -> None:
+def test_training_replaces_a_bad_sample_by_another_of_its_shard(shards: ShardSet) -> None:
     account = BadSamples()
     whole = joined(training(shards, account))
     assert whole.images.shape == (60, 3, 8, 8)
@@ -62,7 +61,7 @@ def test_training_puts_another_sample_of_the_shard_in_place(shards: ShardSet) ->
         assert torch.equal(good[[address]].images[0], whole.images[row])
 
 
-def test_what_takes_the_place_depends_on_the_address_alone(shards: ShardSet) -> None:
+def test_the_replacement_is_a_function_of_the_address(shards: ShardSet) -> None:
     whole = joined(training(shards, BadSamples()))
     assert equal(whole, joined(training(shards, BadSamples(), workers=2)))
     resumed = joined(training(shards, BadSamples(), start_position=20))
@@ -72,7 +71,7 @@ def test_what_takes_the_place_depends_on_the_address_alone(shards: ShardSet) -> 
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_evaluation_leaves_bad_samples_out(shards: ShardSet, batch_size: int) -> None:
+def test_evaluation_skips_bad_samples(shards: ShardSet, batch_size: int) -> None:
     account = BadSamples()
     stream = evaluation_batches(
         shards, EvalTransform(size=(8, 8)), batch_size=batch_size, bad_samples=account
@@ -87,7 +86,7 @@ def test_evaluation_leaves_bad_samples_out(shards: ShardSet, batch_size: int) ->
     assert "shard-000000/000000002" in account.summary()
 
 
-def test_a_shard_of_bad_samples_alone_is_given_up(write_shards: WriteShards) -> None:
+def test_a_shard_of_only_bad_samples_is_refused(write_shards: WriteShards) -> None:
     shards = ShardSet(write_shards([4, 4], images=random_images(4) + [b"bad"] * 4))
     with pytest.raises(DataError, match=r"is damaged.*replacements") as caught:
         list(training(shards, BadSamples(max_share=1)))
@@ -108,7 +107,7 @@ def problem(place: int, kind: str = "replaced") -> BadSample:
     return BadSample(kind=kind, folder="f", shard="s", key=str(place), reason=f"for {place}")
 
 
-def test_a_share_of_bad_samples_ends_it(tmp_path: Path) -> None:
+def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
     account = BadSamples(max_share=0.01)
     account.write_to(tmp_path / "bad.jsonl")
     for place in range(10):  # 1% of the least that is judged
@@ -126,7 +125,7 @@ def names(path: Path) -> list[str]:
     return [json.loads(line)["key"] for line in path.read_text().splitlines()]
 
 
-def test_each_is_named_once_whoever_writes(tmp_path: Path) -> None:
+def test_each_bad_sample_is_listed_once(tmp_path: Path) -> None:
     path = tmp_path / "bad_samples.jsonl"
     first, second = BadSamples(), BadSamples()
     for account in (first, second):
@@ -160,7 +159,7 @@ for place in range(60):
 """
 
 
-def test_processes_do_not_name_the_same_twice(tmp_path: Path) -> None:
+def test_processes_do_not_list_the_same_sample_twice(tmp_path: Path) -> None:
     path = tmp_path / "bad_samples.jsonl"
     running = [
         subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdin=subprocess.DEVNULL)
@@ -170,7 +169,7 @@ def test_processes_do_not_name_the_same_twice(tmp_path: Path) -> None:
     assert sorted(names(path), key=int) == [str(place) for place in range(60)]
 
 
-def test_arrays_of_two_types_make_no_batch(write_shards: WriteShards) -> None:
+def test_batches_of_mixed_types_are_refused(write_shards: WriteShards) -> None:
     arrays = [saved(np.ones((9, 9, 5), dtype=kind)) for kind in ("uint8", "uint16")]
     shards = ShardSet(write_shards([2], images=arrays, extension="npy"))
     transform = EvalTransform(size=(8, 8), channels=5)

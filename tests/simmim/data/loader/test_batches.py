@@ -113,7 +113,7 @@ def test_ranks_and_accumulation_change_no_global_batch(
         }
 
 
-def test_a_restart_goes_on_where_the_run_stopped(shards: ShardSet) -> None:
+def test_a_restart_resumes_where_the_run_stopped(shards: ShardSet) -> None:
     whole = list(training(shards))
     rest = list(training(shards, start_position=48, workers=1))
     assert all(equal(a, b) for a, b in zip(whole[3:], rest, strict=True))
@@ -137,12 +137,14 @@ def test_epochs_follow_each_other_without_a_break(shards: ShardSet) -> None:
         ({"prefetch": 0}, "prefetch 0"),
     ],
 )
-def test_sizes_that_do_not_divide(shards: ShardSet, options: dict[str, int], words: str) -> None:
+def test_sizes_that_do_not_divide_are_refused(
+    shards: ShardSet, options: dict[str, int], words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
         training(shards, **options)
 
 
-def test_an_order_of_other_shards(shards: ShardSet) -> None:
+def test_an_order_of_other_shards_is_refused(shards: ShardSet) -> None:
     with pytest.raises(ValueError, match="other shards"):
         TrainingBatches(
             shards,
@@ -220,7 +222,7 @@ def test_too_many_bad_images_are_named_in_one_message(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_shard_cut_off_is_named(write_shards: WriteShards, workers: int) -> None:
+def test_a_truncated_shard_is_named(write_shards: WriteShards, workers: int) -> None:
     folder = write_shards([4, 4])
     shards = ShardSet(folder)
     os.truncate(folder / "shard-000001.tar", 700)
@@ -234,7 +236,7 @@ def test_starting_draws_nothing_from_the_process(shards: ShardSet) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_streams_can_be_sent_to_another_process(shards: ShardSet) -> None:
+def test_streams_are_picklable(shards: ShardSet) -> None:
     stream = training(shards)
     next(iter(stream))
     copy = pickle.loads(pickle.dumps(stream))

@@ -1,4 +1,4 @@
-"""Long runs and large sets: memory stays where it is."""
+"""Memory in long runs and with large datasets."""
 
 import subprocess
 import sys

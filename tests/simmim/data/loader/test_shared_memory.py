@@ -143,7 +143,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_workers_that_were_not_forked_use_them_too(
+def test_spawned_workers_use_the_buffers(
     write_shards: WriteShards, tmp_path: Path, method: str
 ) -> None:
     assert method in multiprocessing.get_all_start_methods()

@@ -1,4 +1,4 @@
-"""The global stream as a whole: over ranks, workers, batch sizes and restarts; how it mixes."""
+"""The global stream: independent of ranks, workers, batch sizes and restarts; and well mixed."""
 
 from itertools import chain
 

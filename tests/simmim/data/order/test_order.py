@@ -116,7 +116,7 @@ def test_epochs_and_seeds_differ(form: str) -> None:
     assert first_epoch(0, 1) == first_epoch(0, 1)
 
 
-def test_what_an_epoch_leaves_out_changes(form: str) -> None:
+def test_skipped_samples_differ_between_epochs(form: str) -> None:
     order = SampleOrder([13] * 5, seed=0, slots=8)
     everything = {(shard, sample) for shard in range(5) for sample in range(13)}
     left_out = []
@@ -127,7 +127,7 @@ def test_what_an_epoch_leaves_out_changes(form: str) -> None:
     assert len(set(left_out)) > 1
 
 
-def test_the_order_is_written_down() -> None:
+def test_the_order_equals_recorded_values() -> None:
     """Another order here would send every resumed run through other data."""
     small = SampleOrder([3, 0, 5], seed=7, slots=2).batch(0, 8)
     assert [a[1:] for a in small] == [
@@ -182,7 +182,7 @@ def test_a_batch_mixes_shards_and_a_rank_touches_few(form: str) -> None:
         ([5, -1], 1, "at least 0"),
     ],
 )
-def test_sets_that_cannot_be_ordered(sizes: list[int], slots: int, words: str) -> None:
+def test_impossible_shard_sizes_are_refused(sizes: list[int], slots: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         SampleOrder(sizes, seed=0, slots=slots)
 
@@ -199,7 +199,7 @@ def test_sets_that_cannot_be_ordered(sizes: list[int], slots: int, words: str) -
         (-8, 8, 0, 1, "cursor -8"),
     ],
 )
-def test_batches_that_cannot_be_dealt(
+def test_impossible_batches_are_refused(
     position: int, batch_size: int, rank: int, world: int, words: str
 ) -> None:
     order = SampleOrder([100], seed=0, slots=8)

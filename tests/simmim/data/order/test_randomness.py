@@ -12,7 +12,7 @@ from simmim.data.order.randomness import (
 from simmim.data.transforms.image_transforms import torch_stream
 
 
-def test_streams_never_change_with_a_release_of_anything():
+def test_streams_are_the_same_in_every_release():
     """Written down once: another order would send resumed runs through other data."""
     assert stream_seed("epoch", 1, 2) == 0x476ACA28AD8F22E59FAC6F42C8108F99
     assert shuffled(8, "epoch", 1, 2).tolist() == [0, 4, 5, 1, 3, 6, 2, 7]
@@ -22,12 +22,12 @@ def test_streams_never_change_with_a_release_of_anything():
     ]
 
 
-def test_keys_do_not_run_together():
+def test_parts_of_a_key_are_kept_apart():
     keys = [("a", 1, 2), ("a", 12), ("a", 2, 1), ("b", 1, 2), ("a", "1", 2), ("a1", 2), ("a", 1)]
     assert len({stream_seed(*key) for key in keys}) == len(keys)
 
 
-def test_a_shuffle_holds_each_number_once():
+def test_a_shuffle_is_a_permutation():
     assert np.array_equal(np.sort(shuffled(1000, "epoch", 3)), np.arange(1000))
     assert shuffled(0, "epoch", 3).size == 0
 
@@ -42,7 +42,7 @@ def test_shuffles_are_fair():
     assert np.abs(places - draws / count).max() < 5 * deviation
 
 
-def test_streams_begin_anew_each_time():
+def test_streams_start_afresh_each_time():
     assert numpy_stream("crop", 1).random() == numpy_stream("crop", 1).random()
     first, second = torch_stream("mask", 1), torch_stream("mask", 1)
     assert torch.equal(torch.rand(4, generator=first), torch.rand(4, generator=second))
@@ -68,7 +68,7 @@ def test_a_stream_survives_pickling():
     assert pickle.loads(pickle.dumps(stream)).random() == stream.random()
 
 
-def test_the_bits_of_samples_are_theirs_alone_and_look_random() -> None:
+def test_sample_bits_depend_on_the_key_and_look_random() -> None:
     keys = np.array([[epoch, 0, sample] for epoch in range(4) for sample in range(2000)])
     bits = sample_bits(3, "drop path", keys, 8)
     assert bits.shape == (8000, 8)

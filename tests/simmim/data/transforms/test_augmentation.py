@@ -1,4 +1,4 @@
-"""RandAugment, colour jitter and random erasing of one picture."""
+"""RandAugment, colour jitter and random erasing of one image."""
 
 import importlib.util
 
@@ -115,7 +115,7 @@ def test_operations_are_those_of_timm(operation: Operation) -> None:
             assert np.array(theirs).tobytes() in ours
 
 
-def test_a_stream_decides_everything() -> None:
+def test_augmentation_is_a_function_of_the_stream() -> None:
     augment = Augment(settings=PAPER, mean=MEAN, std=STD)
     pixels = tensor(picture())
     before = pixels.clone()
@@ -127,7 +127,7 @@ def test_a_stream_decides_everything() -> None:
     assert {(one.dtype, tuple(one.shape)) for one in drawn} == {(torch.uint8, (3, 20, 24))}
 
 
-def test_nothing_is_done_by_default() -> None:
+def test_augmentation_is_off_by_default() -> None:
     augment = Augment(settings=AugmentationSettings(), mean=MEAN, std=STD)
     pixels = tensor(picture())
     assert torch.equal(augment(pixels, numpy_stream("test")), pixels)
@@ -145,7 +145,7 @@ def test_color_jitter_stays_within_its_factors() -> None:
     assert 134 < max(means) <= 142
 
 
-def test_erased_rectangles_hold_noise_of_the_asked_for_size() -> None:
+def test_erased_rectangles_are_noise_of_the_right_size() -> None:
     pixels = torch.zeros(3, 64, 64, dtype=torch.uint8)
     shares, values = [], []
     for number in range(300):

@@ -126,7 +126,7 @@ def test_damage_that_pillow_passes_over_is_named(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.7, 0.95])
-def test_files_cut_short_are_bad(keep: float) -> None:
+def test_truncated_files_are_bad_samples(keep: float) -> None:
     data = jpeg(scene(200, 200))
     with pytest.raises(BadSampleError, match="damaged"):
         decode_pixels(data[: int(keep * len(data))], "jpg")
@@ -194,7 +194,7 @@ def saved(array: np.ndarray, *, allow_pickle: bool = False) -> bytes:
 
 @pytest.mark.parametrize("kind", ["uint8", "uint16", ">u2", "float16", "float32", ">f4", "float64"])
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_arrays_come_as_they_are(kind: str, order: str) -> None:
+def test_arrays_are_unchanged(kind: str, order: str) -> None:
     array = (np.random.default_rng(0).random((5, 7, 6)) * 200).astype(kind)
     found = decode_pixels(saved(np.asarray(array, order=order)), "npy", channels=6).pixels
     assert found.dtype == array.dtype.newbyteorder("=")
@@ -225,7 +225,7 @@ def test_an_array_without_channels_has_one() -> None:
         (saved(np.array([{"a": 1}], dtype=object), allow_pickle=True), "of type object"),
     ],
 )
-def test_arrays_that_are_none(data: bytes, words: str) -> None:
+def test_invalid_arrays_are_refused(data: bytes, words: str) -> None:
     with pytest.raises(BadSampleError, match=words):
         decode_pixels(data, "npy", max_pixels=1000)
 
@@ -239,7 +239,7 @@ def test_a_hostile_header_allocates_nothing() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(places=st.lists(st.tuples(st.integers(0, 175), st.integers(0, 255)), min_size=1, max_size=5))
-def test_whatever_the_array_only_a_bad_sample_comes(places: list[tuple[int, int]]) -> None:
+def test_arbitrary_arrays_raise_only_bad_sample_errors(places: list[tuple[int, int]]) -> None:
     data = bytearray(saved(np.ones((4, 4, 3), dtype=np.uint8)))
     for place, value in places:
         data[place] = value

@@ -62,7 +62,7 @@ def test_training_is_a_pure_function_of_seed_epoch_and_sample() -> None:
     assert [same(first, other) for other in others] == [(False, False)] * 5
 
 
-def test_evaluation_does_not_know_of_epochs() -> None:
+def test_evaluation_is_the_same_in_every_epoch() -> None:
     first = EVALUATE(RAW[0], Address(0, 0, 0))
     assert same(first, EVALUATE(RAW[0], Address(4, 1, 1))) == (True, True)
     other_seed = dataclasses.replace(EVALUATE, seed=6)
@@ -93,7 +93,7 @@ def test_impossible_channels_are_refused_at_the_first_image() -> None:
             kind(size=(8, 8), seed=0, channels=2)(RAW[0], Address(0, 0, 0))
 
 
-def test_the_device_mirrors_what_the_worker_says() -> None:
+def test_the_device_flips_the_chosen_images() -> None:
     flips = [TRAIN(raw, Address(epoch, 0, 0)).flip for raw in RAW for epoch in range(50)]
     assert 70 < sum(flips) < 130
     plain = dataclasses.replace(TRAIN, flip=0.0)

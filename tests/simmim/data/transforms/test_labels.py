@@ -1,4 +1,4 @@
-"""Lists of classes reach the batches: from shards however their members lie, and from folders."""
+"""Lists of classes reach the batches, from shards with members in any order and from folders."""
 
 import csv
 import io
@@ -100,7 +100,7 @@ def path_of(shards: Shards, shard: int, row: int) -> str:
     return str(json.loads(found)["path"])
 
 
-def test_the_json_is_found_wherever_it_lies(tmp_path: Path) -> None:
+def test_the_json_member_is_found_in_any_position(tmp_path: Path) -> None:
     """Before the image or after it, among others, under long names, or not at all."""
     rng = np.random.default_rng(0)
     tar = tmp_path / "odd.tar"

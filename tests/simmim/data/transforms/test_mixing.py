@@ -1,4 +1,4 @@
-"""Mixup and cutmix: pairs of neighbours, the same wherever the batch is cut."""
+"""Mixup and CutMix of neighbours, independent of how the batch is divided."""
 
 import numpy as np
 import pytest
@@ -77,7 +77,7 @@ def test_mixups_shares_are_of_the_beta_distribution() -> None:
     assert float(shares.var()) == pytest.approx(1 / (4 * (2 * 0.8 + 1)), abs=0.01)
 
 
-def test_an_odd_one_out_stays_as_it_is() -> None:
+def test_the_last_image_of_an_odd_batch_is_unchanged() -> None:
     batch = images(5)
     mixes = draw_mixes(PAPER, 5, addresses(5), SIZE)
     assert torch.equal(mix(batch, mixes)[4], batch[4])

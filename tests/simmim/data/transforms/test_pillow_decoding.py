@@ -62,7 +62,7 @@ def png_header(width: int, height: int) -> bytes:
         ("P", "GIF"),
     ],
 )
-def test_every_mode_becomes_the_one_asked_for(mode: str, form: str, channels: int) -> None:
+def test_every_mode_is_converted_to_the_channels(mode: str, form: str, channels: int) -> None:
     grey = Image.fromarray(np.arange(0, 240, dtype=np.uint8).reshape(12, 20))
     match mode:
         case "I;16":
@@ -81,7 +81,7 @@ def test_every_mode_becomes_the_one_asked_for(mode: str, form: str, channels: in
 
 @pytest.mark.parametrize("mode", ["YCbCr", "HSV", "PA", "La", "RGBa", "RGBX"])
 @pytest.mark.parametrize("wanted", ["L", "RGB", "RGBA"])
-def test_modes_that_files_seldom_have(mode: str, wanted: str) -> None:
+def test_rare_modes(mode: str, wanted: str) -> None:
     grey = Image.fromarray(np.arange(0, 240, dtype=np.uint8).reshape(12, 20))
     by_way_of = {"La": "LA", "RGBa": "RGBA", "PA": "P"}.get(mode, "RGB")
     converted = to_mode(grey.convert(by_way_of).convert(mode), wanted)
@@ -91,7 +91,7 @@ def test_modes_that_files_seldom_have(mode: str, wanted: str) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-def test_images_come_upright(orientation: int, form: str) -> None:
+def test_images_are_turned_upright(orientation: int, form: str) -> None:
     upright = Image.fromarray(CORNERS)
     inverse = {6: 8, 8: 6}.get(orientation, orientation)
     stored = upright.transpose(ORIENTATIONS[inverse]) if orientation > 1 else upright
@@ -125,12 +125,12 @@ def test_grey_of_16_bits_is_scaled_by_its_full_range() -> None:
         (np.array([[7e9, 7e9, 7e9]], dtype=np.float32), [0, 0, 0]),
     ],
 )
-def test_wide_numbers_are_scaled_not_cut_off(values: np.ndarray, expected: list[int]) -> None:
+def test_wide_values_are_scaled_not_clipped(values: np.ndarray, expected: list[int]) -> None:
     decoded = pixels(decode_pillow(saved(Image.fromarray(values), "TIFF"), channels=1))
     assert decoded[0].tolist() == expected
 
 
-def test_what_is_transparent_comes_out_white() -> None:
+def test_transparent_parts_become_white() -> None:
     colour = np.zeros((8, 8, 4), dtype=np.uint8)
     colour[..., 0], colour[:4, :, 3] = 200, 255
     decoded = pixels(decode_pillow(saved(Image.fromarray(colour))))
@@ -163,7 +163,7 @@ def test_what_is_transparent_comes_out_white() -> None:
         png_header(16, 16),
     ],
 )
-def test_damaged_images_are_named_so(data: bytes) -> None:
+def test_damaged_images_are_reported(data: bytes) -> None:
     with pytest.raises(DataError, match="the image is damaged"):
         decode_pillow(data)
 
@@ -174,7 +174,7 @@ def test_damaged_images_are_named_so(data: bytes) -> None:
     places=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=6),
     length=st.floats(0, 1),
 )
-def test_whatever_the_bytes_only_a_data_error_comes(
+def test_arbitrary_bytes_raise_only_data_errors(
     form: str, places: list[tuple[float, int]], length: float
 ) -> None:
     exif = Image.Exif()
@@ -198,6 +198,6 @@ def test_bombs_are_refused_from_their_header() -> None:
         )
 
 
-def test_channels_that_no_image_has() -> None:
+def test_unsupported_channels_are_refused() -> None:
     with pytest.raises(ValueError, match="not 2: change in_channels"):
         decode_pillow(saved(Image.fromarray(CORNERS)), channels=2)

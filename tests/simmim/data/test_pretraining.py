@@ -1,4 +1,4 @@
-"""Pretraining on what is not a plain folder of images: mixtures, arrays, damaged members."""
+"""Pretraining on mixtures, arrays and damaged images."""
 
 import io
 import json
@@ -38,7 +38,7 @@ def pictures(count: int, seed: int = 0) -> list[bytes]:
     return [encode(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)) for _ in range(count)]
 
 
-def test_a_mixture_trains_and_resumes_as_it_would_have_gone_on(
+def test_a_resumed_mixture_equals_an_uninterrupted_one(
     pretrain_values: dict[str, Any],
     write_shards: WriteShards,
     tmp_path: Path,
@@ -115,7 +115,7 @@ def test_damaged_images_are_replaced_and_named_in_the_run(
         pretrain(pretrain_values, tmp_path / "strict")
 
 
-def test_the_device_mirrors_and_scales() -> None:
+def test_the_device_flips_and_scales() -> None:
     images = torch.arange(24, dtype=torch.uint8).view(2, 1, 3, 4)
     normalise = Normalise([0.5], [0.25])
     plain = normalise(images)
