@@ -4,15 +4,20 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from data_prep.format.atomic import atomic_write_text
-from simmim.bench.memory import ASSUMPTIONS, GIB, Placement, Sharding, make_rows
+from simmim.bench.memory import ASSUMPTIONS, GIB, Placement, Row, Sharding, make_rows
 from simmim.bench.step import MASK_CELL, Precision, StepCase
-from simmim.bench.tables import batch_table, memory_table, to_json
 from swinv2 import VARIANTS
 from swinv2.config import AttentionPath, Checkpointing
+
+NUMBER = 10
+"""Width of a column of numbers."""
+
+_STEP_HEADS = ("variant", "size", "checkpointing")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -168,3 +173,67 @@ def _size(text: str) -> tuple[int, int]:
     if int(image) % MASK_CELL:
         raise argparse.ArgumentTypeError(f"{image} pixels are not whole mask cells of {MASK_CELL}")
     return int(image), int(window)
+
+
+def memory_table(rows: Sequence[Row], placements: Sequence[Placement]) -> str:
+    """Return the memory of each step in GiB, one column per placement, and how it was measured."""
+    names = [str(placement) for placement in placements]
+    measured = any(row.measured for row in rows)
+    heads = ["params", "activ.", *names, *(["measured", "ratio", "seconds"] if measured else [])]
+    case = rows[0].case
+    images = "1 image" if case.batch == 1 else f"{case.batch} images"
+    step = "a step" if case.optimizer else "forward and backward"
+    how = f"{case.precision}, attention {case.attention}"
+    lines = [f"Device memory in GiB for {step} of {images}: {how}\n", _line(_STEP_HEADS, heads)]
+    for row in rows:
+        cells = [f"{row.parameters / 1e6:,.0f} M", _gib(row.activations)]
+        cells += [_gib(row.needs[name].total) for name in names]
+        if row.measured is not None and row.ratio is not None:
+            cells += [
+                _gib(row.measured.peak),
+                f"{row.ratio:.2f}",
+                f"{row.measured.seconds:.0f}",
+            ]
+        lines.append(_line(_step_cells(row), cells))
+    if measured:
+        meters = sorted({row.measured.meter for row in rows if row.measured})
+        lines.append(f"\nmeasured: {', '.join(meters)}. ratio: measured / none.")
+    return "\n".join(lines)
+
+
+def batch_table(rows: Sequence[Row], placements: Sequence[Placement]) -> str:
+    """Return the largest batch per device in each placement."""
+    names = [str(placement) for placement in placements]
+    lines = [_line(_STEP_HEADS, names)]
+    lines += [
+        _line(_step_cells(row), [f"{row.largest_batch[name]:,}" for name in names]) for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return the rows as JSON values; memory in bytes."""
+    return [
+        asdict(row)
+        | {
+            "needs": {
+                name: asdict(need) | {"total": need.total} for name, need in row.needs.items()
+            },
+            "ratio": row.ratio,
+        }
+        for row in rows
+    ]
+
+
+def _step_cells(row: Row) -> tuple[str, str, str]:
+    case = row.case
+    return case.variant, f"{case.image_size}/{case.window_size}", str(case.checkpointing)
+
+
+def _line(step: tuple[str, str, str], cells: Sequence[str]) -> str:
+    left = f"{step[0]:<8}{step[1]:<9}{step[2]:<14}"
+    return (left + "".join(f"{cell:>{NUMBER}}" for cell in cells)).rstrip()
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.2f}"

@@ -1,8 +1,8 @@
-"""`simmim bench memory`: what a SimMIM training step takes of a device, counted and measured.
+"""`simmim bench memory`: device memory of a SimMIM training step, estimated and measured.
 
-Weights, gradients and AdamW's state are counted from the parameters. Activations come from the step
-itself, run on tensors without content (`simmim.bench.step`): everything that is alive at once, the
-parts that are computed again and the working set of sequential attention included.
+Weights, gradients and AdamW's state follow from the parameters. Activations come from running the
+step on fake tensors (`simmim.bench.step`): everything that is alive at once, including recomputed
+parts and the working set of sequential attention.
 """
 
 import json
@@ -25,28 +25,27 @@ Sharding = Literal["none", "fsdp2"]
 
 GIB = 2**30
 MULTIPLES = (1, 64, 128)
-"""Of the batch, in the steps that tell what images add: with many of them the peak is elsewhere."""
+"""Multiples of the batch that are simulated for the largest batch: the peak moves with the size."""
 ADAMW_STATES = 2
 MEMORY_TO_LEAVE = 0.8
-"""Share of the free memory that a measured step may be expected to take."""
+"""Largest share of the free memory that a step may need to be measured."""
 
 ASSUMPTIONS = """\
 weights   float32; with bf16, fsdp2 computes with bf16 weights and shards the float32 ones
-gradients as the weights that are computed with; fsdp2 averages and keeps them in float32
+gradients in the precision of the forward weights; fsdp2 averages and keeps them in float32
 AdamW     two states, float32
-fsdp2     shares out everything; two blocks, what is outside the blocks, and the gradients of one
-          block are gathered at a time
+fsdp2     shards everything; gathered at a time are two blocks, the parameters outside the blocks,
+          and the gradients of one block
 bf16-weights: weights, gradients and states are all bf16
-activations: every tensor that is alive at once, in a step on tensors without content; bf16 is
-          autocast where weights are whole, with its bf16 copies of them
-One micro-batch a step. Gradients are none during the forward pass, and no second copy of them is
-kept for their exchange. What an allocator leaves unused, and what a GPU's context and libraries
-take, come on top."""
+activations: all tensors alive at once, in a step on fake tensors; bf16 with whole weights is
+          autocast, including its bf16 copies of them
+One micro-batch per step, without gradients in the forward pass and without communication buffers
+for them. Not included: memory that the allocator leaves unused, GPU context and libraries."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """How training is spread over devices."""
+    """How training is distributed over devices."""
 
     sharding: Sharding
     devices: int
@@ -57,14 +56,14 @@ class Placement:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """What the parameters of a model tell about its memory; all are numbers, not bytes."""
+    """Numbers of parameters that determine memory."""
 
     parameters: int
     gathered: int
     """In the two largest blocks and in what is outside all blocks."""
     largest_unit: int
     shards: dict[int, int]
-    """The largest share of one device, by number of devices."""
+    """Largest shard of one device, by number of devices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +71,10 @@ class Need:
     """Bytes that one device needs."""
 
     weights: int
-    """In shards or whole, master weights too."""
+    """Sharded or whole, with master weights."""
     optimizer: int
     gathered: int
-    """Weights and gradients that fsdp2 gathers for a moment."""
+    """Weights and gradients that fsdp2 gathers temporarily."""
     gradients: int
     """At the peak."""
     activations: int
@@ -89,28 +88,28 @@ class Need:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A step, what it needs in each placement, and what it was measured to take on one device."""
+    """A step, its estimated memory in each placement, and its measured memory on one device."""
 
     case: StepCase
     parameters: int
     activations: int
-    """Bytes, when they are the most; with few images that is not when the whole need is."""
+    """Peak bytes of activations; with few images, not at the peak of the total."""
     needs: dict[str, Need]
     """By placement."""
     largest_batch: dict[str, int]
-    """By placement: images a device that fit the device memory; empty where none was given."""
+    """By placement: largest batch per device; empty without a device memory."""
     measured: Measurement | None
 
     @property
     def ratio(self) -> float | None:
-        """What was measured over what was counted."""
+        """Measured over estimated memory."""
         if self.measured is None:
             return None
         return self.measured.peak / self.needs["none"].total
 
 
 def model_size(case: StepCase, devices: Iterable[int]) -> ModelSize:
-    """Count the parameters of the model of a step, which is built without content."""
+    """Count the parameters of the model of a step, built on the meta device."""
     with torch.device("meta"):
         model = build_step_model(case)
     *blocks, outside = sharding_units(model)
@@ -124,7 +123,7 @@ def model_size(case: StepCase, devices: Iterable[int]) -> ModelSize:
 
 
 def compute_precision(precision: Precision, sharding: Sharding) -> Precision:
-    """Return what a step computes in: sharded weights of bf16 training are bf16 themselves."""
+    """Return the precision of computing: with sharding, bf16 training has bf16 weights."""
     return "bf16-weights" if precision == "bf16" and sharding != "none" else precision
 
 
@@ -168,16 +167,16 @@ def need(
 
 
 def worst_peak(peaks: Iterable[Peak], gradient_bytes: float) -> Peak:
-    """Return the moment at which activations and gradients, of so many bytes each, are the most."""
+    """Return the peak with the most bytes of activations and gradients."""
     return max(peaks, key=lambda peak: peak.activations + gradient_bytes * peak.gradients)
 
 
 def largest_batch(device_memory: int, needed: Mapping[int, int]) -> int:
-    """Return how many images fit a device, by straight lines between some that were counted.
+    """Return the largest batch that fits a device, by linear interpolation.
 
     Args:
         device_memory: bytes.
-        needed: bytes that two or more numbers of images need.
+        needed: bytes needed for two or more batch sizes.
     """
     points = sorted(needed.items())
     for (few, less), (many, more) in pairwise(points):
@@ -188,12 +187,12 @@ def largest_batch(device_memory: int, needed: Mapping[int, int]) -> int:
 
 
 def run_cases(action: Literal["simulate", "measure"], cases: Sequence[StepCase]) -> Iterator[Any]:
-    """Let a process of its own simulate or measure the cases; yield its answers.
+    """Simulate or measure the cases in a separate process, and yield the results.
 
     Raises:
-        ValueError: it failed; its last line says why.
+        ValueError: the process failed; the message has its last line.
     """
-    # Large tensors go back to the system when they are freed, so that the peak is one of tensors.
+    # Return large tensors to the system when they are freed, so that the peak is of tensors.
     at_once = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
@@ -219,7 +218,7 @@ def run_cases(action: Literal["simulate", "measure"], cases: Sequence[StepCase])
         if process.wait():
             errors.seek(0)
             last = (errors.read().strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-            raise ValueError(f"the process that was to {action} steps failed: {last}")
+            raise ValueError(f"the process to {action} steps failed: {last}")
 
 
 def make_rows(
@@ -236,8 +235,8 @@ def make_rows(
         cases: steps.
         placements: the first is `none` on one device.
         device_memory: bytes, for the largest batch.
-        measure: take the step too, where it fits this machine.
-        say: is told what takes a while.
+        measure: also run the step if it fits this machine.
+        say: called with progress messages.
     """
     rows = [
         count(asked, answers, placements, device_memory)
@@ -249,7 +248,7 @@ def make_rows(
 
 
 def _measured(row: Row, say: Callable[[str], None]) -> Row:
-    """Add a measurement, where the step fits this machine."""
+    """Add a measurement if the step fits this machine."""
     if row.needs["none"].total > MEMORY_TO_LEAVE * free_memory():
         return row
     say(f"measuring {describe(row.case)}")
@@ -263,10 +262,8 @@ def simulations(
     many: bool,
     say: Callable[[str], None],
 ) -> Iterator[tuple[StepCase, dict[StepCase, Simulation]]]:
-    """Yield each case with the simulations that its row is made of.
-
-    They are those of every precision that a placement computes in; with `many`, of all MULTIPLES of
-    its batch.
+    """Yield each case with its simulations: in every precision of a placement and, with `many`, of
+    all MULTIPLES of its batch.
     """
     asked = {
         case: [
@@ -280,7 +277,7 @@ def simulations(
     }
     answers = run_cases("simulate", [step for steps in asked.values() for step in steps])
     for case, steps in asked.items():
-        say(f"counting {describe(case)}")
+        say(f"estimating {describe(case)}")
         yield case, dict(zip(steps, islice(answers, len(steps)), strict=True))
 
 
@@ -290,7 +287,7 @@ def count(
     placements: Sequence[Placement],
     device_memory: int | None,
 ) -> Row:
-    """Make the row of a case, without a measurement, from its simulations."""
+    """Return the row of a case from its simulations, without a measurement."""
     size = model_size(case, {placement.devices for placement in placements})
 
     def needs(batch: int) -> dict[str, Need]:
@@ -332,14 +329,14 @@ def count(
 
 
 def free_memory() -> int:
-    """Return the free bytes of this machine's GPU, or of its memory."""
+    """Return the free bytes of this machine's GPU or, without one, of its host memory."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
     return int(psutil.virtual_memory().available)
 
 
 def describe(case: StepCase) -> str:
-    """Name a step."""
+    """Return a step as text."""
     return (
         f"{case.variant} {case.image_size}/{case.window_size}, checkpointing {case.checkpointing}"
     )

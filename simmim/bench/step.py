@@ -1,10 +1,9 @@
-"""One training step, counted without being computed, or taken while its memory is watched.
+"""A training step, simulated on fake tensors or run, with the peak of its memory.
 
     python -m simmim.bench.step simulate|measure < cases.json
 
-A step runs in a process of its own: fake tensors get into the encoder's kept tables, and the peak
-of a process cannot be lowered again. Cases come as a JSON list, and a line of JSON goes out for
-each.
+Steps run in a separate process: fake tensors get into the encoder's cached tables, and the peak of
+a process cannot be reset. Cases are read as a JSON list; one line of JSON is written for each.
 """
 
 import contextlib
@@ -39,7 +38,7 @@ OPERATORS: Mapping[Any, Callable[..., Any]] = {
     torch.ops.swinv2.sequential_attention.default: sequential.attend,
     torch.ops.swinv2.sequential_attention_backward.default: sequential.attend_backward,
 }
-"""What our own operators do, whose working set counts too."""
+"""Bodies of our custom operators, whose working set counts too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,35 +63,35 @@ class StepCase:
     in_channels: int = 3
     """Channels of the images."""
     sizes: tuple[tuple[str, int | tuple[int, ...]], ...] = ()
-    """Fields of the encoder's configuration that replace the variant's, and their values."""
+    """Fields of the encoder's config that override the variant's, with their values."""
     optimizer: bool = True
-    """Whether AdamW belongs to the step, or only forward and backward."""
+    """Whether the step includes AdamW; else forward and backward only."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """The most that activations take while a part of the gradients is there."""
+    """Peak of the activations while a part of the gradients exists."""
 
     gradients: int
-    """Numbers in the gradients that the backward has finished."""
+    """Number of elements of the finished gradients."""
     activations: int
-    """Bytes of everything but weights, finished gradients and optimiser."""
+    """Bytes of everything except weights, finished gradients and optimiser state."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Simulation:
-    """What a step takes, from the sizes of its tensors."""
+    """Memory of a step, from the sizes of its tensors."""
 
     peaks: tuple[Peak, ...]
-    """In the order of the backward; the first is that of the forward pass too."""
+    """In the order of the backward pass; the first includes the forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What a step took."""
+    """Measured memory and time of a step."""
 
     peak: int
-    """Bytes at the peak, over what the process held before there was a model."""
+    """Peak bytes, minus what the process used before the model was built."""
     seconds: float
     """Of the step."""
     meter: str
@@ -100,7 +99,7 @@ class Measurement:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Count the bytes of the storages that operations make or meet, for as long as they live."""
+    """Count the bytes of live storages that operations create or use."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -141,12 +140,12 @@ class LiveBytes(TorchDispatchMode):
 
 @cache
 def _fake_mode() -> FakeTensorMode:
-    """Return the one mode of this process: tables that the encoder keeps belong to it."""
+    """Return the one fake mode of this process, which the encoder's cached tables belong to."""
     return FakeTensorMode()
 
 
 def simulate(case: StepCase) -> Simulation:
-    """Run the step on fake tensors, which have sizes and no content, and follow what is alive."""
+    """Run the step on fake tensors, which have sizes but no values, and track live memory."""
     with torch.device("meta"):
         model = build_step_model(case)
     peaks: list[Peak] = []
@@ -174,7 +173,7 @@ def simulate(case: StepCase) -> Simulation:
 
 
 def _materialise(model: nn.Module) -> None:
-    """Replace parameters on the meta device by fake ones on the CPU, which autocast knows."""
+    """Replace parameters on the meta device with fake ones on the CPU, which autocast supports."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
@@ -182,7 +181,7 @@ def _materialise(model: nn.Module) -> None:
 
 
 def _rising(peaks: Iterable[Peak]) -> Iterator[Peak]:
-    """Drop peaks below a later one, which has more gradients and so decides anyway."""
+    """Drop peaks that are lower than a later one, which has more gradients."""
     kept: list[Peak] = []
     for peak in peaks:
         while kept and kept[-1].activations <= peak.activations:
@@ -193,9 +192,9 @@ def _rising(peaks: Iterable[Peak]) -> Iterator[Peak]:
 
 @contextlib.contextmanager
 def few_groups() -> Iterator[None]:
-    """Let sequential attention stop after two groups: the others take the same once more.
+    """Stop sequential attention after two groups, since the others need the same memory.
 
-    It is the second that takes the most, since it begins while tensors of the first are there.
+    The second needs the most: it starts while tensors of the first are alive.
     """
     groups = sequential._groups
     sequential._groups = lambda *sizes: islice(groups(*sizes), 2)
@@ -206,10 +205,10 @@ def few_groups() -> Iterator[None]:
 
 
 def measure(case: StepCase) -> Measurement:
-    """Take the step on this machine's GPU, or its CPU, and watch the peak of its memory.
+    """Run the step on this machine's GPU or CPU, and measure the peak of its memory.
 
-    AdamW's state is there from the start, as in every step but the first. What torch loads when it
-    is first used is no part of it: a step of a very small encoder comes before.
+    AdamW's state exists from the start, as in every step but the first. A step of a very small
+    encoder before it keeps what torch loads on first use out of the measurement.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _take_step(_smallest_model(case).to(device), case, device, batch=1, side=MASK_CELL)
@@ -217,7 +216,7 @@ def measure(case: StepCase) -> Measurement:
     model = build_step_model(case).to(device)
     seconds = _take_step(model, case, device, batch=case.batch, side=case.image_size)
     if not all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters()):
-        raise ValueError("some gradient is missing or not finite")
+        raise ValueError("a gradient is missing or not finite.")
     if device.type == "cuda":
         peak, meter = torch.cuda.max_memory_allocated(), "torch.cuda.max_memory_allocated"
     else:
@@ -228,7 +227,7 @@ def measure(case: StepCase) -> Measurement:
 def _take_step(
     model: SimMIM[SwinV2], case: StepCase, device: torch.device, *, batch: int, side: int
 ) -> float:
-    """Take a step with AdamW, if it belongs to the case, and return the seconds that it took."""
+    """Run a step, with AdamW if the case includes it, and return its seconds."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda" or None)
     if case.optimizer:
         for parameter in model.parameters():
@@ -255,7 +254,7 @@ def _smallest_model(case: StepCase) -> SimMIM[SwinV2]:
 
 
 def build_step_model(case: StepCase) -> SimMIM[SwinV2]:
-    """Build the model of a step on the present device, in training mode."""
+    """Build the model of a step on the current device, in training mode."""
     encoder = build_encoder(
         case.variant,
         image_size=case.image_size,
@@ -270,7 +269,7 @@ def build_step_model(case: StepCase) -> SimMIM[SwinV2]:
 
 def _prepare(encoder: SwinV2, case: StepCase) -> SimMIM[SwinV2]:
     encoder.set_execution(attention=case.attention, checkpointing=case.checkpointing)
-    # Decoding every pixel is the most that any mask can ask for, and needs no look at the mask.
+    # Decoding every pixel is the maximum over masks, and does not depend on the mask's values.
     model = SimMIM(encoder, mask_cell=case.mask_cell, loss_area="all").train()
     return model.to(torch.bfloat16) if case.precision == "bf16-weights" else model
 
@@ -278,7 +277,7 @@ def _prepare(encoder: SwinV2, case: StepCase) -> SimMIM[SwinV2]:
 def forward_backward(
     model: SimMIM[SwinV2], precision: Precision, device: torch.device, *, batch: int, side: int
 ) -> None:
-    """Compute the gradients of `batch` images of noise, of `side` pixels."""
+    """Compute gradients for `batch` noise images with sides of `side` pixels."""
     images = torch.randn(batch, model.encoder.config.in_channels, side, side, device=device)
     cells = side // model.mask_cell
     mask = torch.ones(batch, cells, cells, dtype=torch.bool, device=device)
@@ -290,9 +289,9 @@ def forward_backward(
 
 
 def _peak_of_process() -> int:
-    """Return the most bytes of memory that this process has held so far."""
+    """Return the peak resident memory of this process in bytes."""
     status = Path("/proc/self/status")
-    if status.is_file():  # getrusage counts what the parent held before it started this process
+    if status.is_file():  # getrusage includes the parent's memory before the fork
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
         return int(fields["VmHWM"].split()[0]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
@@ -300,7 +299,7 @@ def _peak_of_process() -> int:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Answer the cases on stdin one after the other."""
+    """Simulate or measure the cases on stdin, one after another."""
     (action,) = arguments
     for values in json.load(sys.stdin):
         case = StepCase(**values)

@@ -1,4 +1,4 @@
-"""What a check finds, and the table of all of them."""
+"""The result of a check, and the table of all results."""
 
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -13,39 +13,36 @@ VERDICT_WIDTH, NAME_WIDTH = 9, 15
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """What was looked at, and what to do about it."""
+    """Result of one check."""
 
     name: str
     verdict: Verdict
-    """`problem`: training would fail, or could not be of use."""
+    """`problem`: training would fail or be useless."""
     found: str
     change: str = ""
-    """What to change; empty where nothing needs to be."""
+    """What to change; empty if nothing."""
 
 
 def attempt(name: str, examine: Callable[[], Iterable[Check]]) -> list[Check]:
-    """Return what `examine` finds; what it raises is a problem, with its message.
-
-    Training would have met the same error later, with less to say about it.
-    """
+    """Return the results of `examine`; an exception becomes a problem with its message."""
     found: list[Check] = []
     try:
         found.extend(examine())
-    except Exception as error:  # whatever it is, the other checks are still worth having
+    except Exception as error:  # the other checks are still worth having
         found.append(problem(name, error))
     return found
 
 
 def problem(name: str, error: Exception) -> Check:
-    """Return the problem that an error is."""
+    """Return an error as a problem."""
     text = str(error).strip() or type(error).__name__
-    if not isinstance(error, ValueError | OSError):  # of torch for example: its first line says it
+    if not isinstance(error, ValueError | OSError):  # from torch, say: the first line is enough
         text = f"{type(error).__name__}: {text.splitlines()[0]}"
     return Check(name=name, verdict="problem", found=text)
 
 
 def table(checks: Sequence[Check]) -> str:
-    """Return the checks for a person, and what follows from them."""
+    """Return the results as a table for a person, with a verdict."""
     lines = []
     for check in checks:
         lines += _block(check.verdict, check.name, check.found)
@@ -59,7 +56,7 @@ def table(checks: Sequence[Check]) -> str:
 
 
 def _block(verdict: str, name: str, text: str) -> list[str]:
-    """Return text in its column, beside verdict and name."""
+    """Return text wrapped in its column, next to verdict and name."""
     indent = VERDICT_WIDTH + NAME_WIDTH
     wrap = textwrap.TextWrapper(
         WIDTH - indent, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False

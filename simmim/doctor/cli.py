@@ -13,14 +13,12 @@ from accelerate import Accelerator
 from simmim.data.datasets.mixture import MixedShards
 from simmim.data.datasets.shards import ShardSet
 from simmim.doctor.checks import Check, attempt, table
-from simmim.doctor.dry_run import dry_run, gathered
+from simmim.doctor.dry_run import check_pace, dry_run, gather_value
 from simmim.doctor.files import check_labelled_files
 from simmim.doctor.memory import check_disk, check_memory
-from simmim.doctor.pace import check_pace
 from simmim.doctor.plan import check_plan
 from simmim.doctor.shards import check_shards, check_workers
 from simmim.engine.checkpoint.directory import find_checkpoint
-from simmim.engine.checkpoint.resume import resumable_state
 from simmim.engine.devices import build_accelerator
 from simmim.engine.distributed.environment import check_parallelism, requested_cpu_processes
 from simmim.engine.distributed.launcher import (
@@ -49,13 +47,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config", required=True, type=Path, help="the recipe, a YAML file")
     command.add_argument("--folder", help="run folder (default: runs/ and the recipe's name)")
     command.add_argument(
-        "--resume", metavar="auto|PATH", help="as for the training that is to be looked over"
+        "--resume", metavar="auto|PATH", help="as it will be given to the training"
     )
     command.add_argument(
         "--seconds",
         type=float,
         default=SECONDS,
-        help="about how long to read data, and again to compute (default: %(default)s)",
+        help="seconds to read data for, and again to compute for (default: %(default)s)",
     )
     command.set_defaults(handler=run_doctor, takes_overrides=True)
 
@@ -70,7 +68,7 @@ def run_doctor(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         return _finish([Check(name="recipe", verdict="problem", found=str(error))])
     checks.append(Check(name="recipe", verdict="ok", found=describe_recipe(recipe)))
     stages: list[TaskStage] = []
-    found = attempt("opening", lambda: _open(recipe, stages))
+    found = attempt("data and model", lambda: _open(recipe, stages))
     if found:
         return _finish(checks + found)
     start_processes()
@@ -78,16 +76,16 @@ def run_doctor(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     accelerator = build_accelerator(recipe.training.precision)
     stage, resume, seconds = stages[0], arguments.resume, arguments.seconds
     checks += examine(stage, run, accelerator, resume=resume, seconds=seconds)
-    code = max(gathered(accelerator, _finish(checks)))  # the same on every rank
+    code = max(gather_value(accelerator, _finish(checks)))  # the same on every rank
     end_processes(accelerator)
     return int(code)
 
 
 def read_recipe(config: Path, overrides: Sequence[str]) -> TaskRecipe:
-    """Read a recipe of a training, by the task it names.
+    """Read the recipe of any training task.
 
     Raises:
-        RecipeError: it cannot be read, or something in it is wrong.
+        RecipeError: it cannot be read or has mistakes.
     """
     task = task_named(read_values(config, overrides).get("task"), config)
     recipe: TaskRecipe = load(task.recipe, config, overrides)
@@ -95,7 +93,7 @@ def read_recipe(config: Path, overrides: Sequence[str]) -> TaskRecipe:
 
 
 def describe_recipe(recipe: TaskRecipe) -> str:
-    """Name what is trained."""
+    """Summarise a recipe in one line."""
     init = recipe.init_directory
     model = recipe.encoder.variant if init is None else f"the encoder of {init}"
     return (
@@ -105,7 +103,7 @@ def describe_recipe(recipe: TaskRecipe) -> str:
 
 
 def _open(recipe: TaskRecipe, stages: list[TaskStage]) -> Iterable[Check]:
-    """Open all that training opens before it starts; yield nothing where that succeeds."""
+    """Open everything that training opens before it starts; yield nothing on success."""
     check_parallelism()
     stage: Any = task_named(recipe.task, "recipe").stage(recipe)
     world = max(requested_cpu_processes(), int(os.environ.get("WORLD_SIZE", "1")))
@@ -122,29 +120,29 @@ def examine(
     resume: str | None,
     seconds: float,
 ) -> list[Check]:
-    """Look at everything but the recipe; all ranks call it, and the main one has the answers."""
+    """Check everything but the recipe; all ranks call it, and the main one has the results."""
     recipe, device, world = stage.recipe, accelerator.device, accelerator.num_processes
     checks: list[Check] = []
 
-    def look(name: str, examine: Callable[[], Iterable[Check]]) -> None:
+    def check(name: str, examine: Callable[[], Iterable[Check]]) -> None:
         if accelerator.is_main_process:
-            _say(name)
+            _report(name)
             checks.extend(attempt(name, examine))
 
-    look("run folder", lambda: [check_run(run, stage, resume)])
-    look("plan", lambda: check_plan(recipe, stage.samples_per_epoch, device))
-    look("shards" if _reads_shards(stage) else "data", lambda: _check_data(stage))
-    look("workers", lambda: [check_workers(recipe.data.workers)])
-    look("memory", lambda: check_memory(recipe, device, world))
-    look("disk", lambda: [_disk(stage, run)])
+    check("run folder", lambda: [check_run(run, stage, resume)])
+    check("plan", lambda: check_plan(recipe, stage.samples_per_epoch, device))
+    check("shards" if _reads_shards(stage) else "data", lambda: _check_data(stage))
+    check("workers", lambda: [check_workers(recipe.data.workers)])
+    check("memory", lambda: check_memory(recipe, device, world))
+    check("disk", lambda: [_disk(stage, run)])
     if accelerator.is_main_process:
-        _say(f"dry run, about {2 * seconds:.0f} s")
+        _report(f"dry run, about {2 * seconds:.0f} s")
     accelerator.wait_for_everyone()
     dry = dry_run(stage, accelerator, seconds)
     checks += dry.checks
     speed = dry.speed
     if speed is not None:
-        look("pace", lambda: check_pace(stage, recipe, speed, device, world))
+        check("pace", lambda: check_pace(stage, recipe, speed, device, world))
     return checks
 
 
@@ -153,15 +151,15 @@ def _reads_shards(stage: TaskStage) -> bool:
 
 
 def _check_data(stage: Any) -> Iterable[Check]:
-    """Look at what is trained and validated on."""
+    """Check the training and validation data."""
     if not _reads_shards(stage):
         return check_labelled_files(stage)
     channels = stage.encoder.config.in_channels
     return check_shards(stage.training_shards, stage.validation_shards, stage.recipe.data, channels)
 
 
-def kept_for_good(stage: TaskStage) -> int:
-    """Return how many checkpoints a whole training keeps besides the last ones."""
+def count_permanent_checkpoints(stage: TaskStage) -> int:
+    """Return how many checkpoints a complete training keeps in addition to the last ones."""
     training = stage.recipe.training
     if training.keep_every is None:
         return 0
@@ -175,19 +173,19 @@ def _disk(stage: TaskStage, run: RunFolder) -> Check:
     return check_disk(
         run.path,
         stage.module,
-        kept=training.keep_last + int(best) + kept_for_good(stage),
+        kept=training.keep_last + int(best) + count_permanent_checkpoints(stage),
         average=training.ema_decay is not None,
     )
 
 
 def check_run(run: RunFolder, stage: TaskStage, resume: str | None) -> Check:
-    """Tell whether training may write into its folder, and go on from the checkpoint in it."""
+    """Check that training may write into its folder, and resume from the checkpoint in it."""
     checkpoint = None if resume is None else find_checkpoint(run.checkpoints, resume)
     run.check(stage.recipe, resume=resume is not None, checkpoint=checkpoint)
     if checkpoint is None:
-        return Check(name="run folder", verdict="ok", found=f"training begins in {run.path}")
-    step = resumable_state(checkpoint, stage, allow_changes=False).step
-    found = f"training goes on in {run.path} from {checkpoint}, after step {step:,}"
+        return Check(name="run folder", verdict="ok", found=f"training starts in {run.path}")
+    step = fitting_state(checkpoint, stage, allow_changes=False).step
+    found = f"training resumes in {run.path} from {checkpoint}, after step {step:,}"
     return Check(name="run folder", verdict="ok", found=found)
 
 
@@ -199,6 +197,6 @@ def _finish(checks: Sequence[Check]) -> int:
     return BAD if any(check.verdict == "problem" for check in checks) else 0
 
 
-def _say(text: str) -> None:
-    sys.stderr.write(f"looking at: {text}\n")
+def _report(text: str) -> None:
+    sys.stderr.write(f"checking: {text}\n")
     sys.stderr.flush()

@@ -1,5 +1,7 @@
-"""A dry run on every rank: data as fast as it comes, then steps that leave the weights alone."""
+"""A dry run on every rank: reading data, then steps with a learning rate of 0; and its speed."""
 
+import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -10,66 +12,84 @@ import torch
 from accelerate import Accelerator
 
 from simmim.data.loader.batch import Batch
+from simmim.data.settings import DataSettings
 from simmim.doctor.checks import Check, problem
 from simmim.engine.devices import prepare
+from simmim.engine.distributed.environment import available_cores
 from simmim.engine.distributed.sharding import trains_in_shards
 from simmim.engine.loop import training_step
-from simmim.engine.monitor.hardware import host_peak, memory_in_use
+from simmim.engine.monitor.hardware import (
+    device_peak,
+    host_peak,
+    memory_in_use,
+    utilisation,
+)
+from simmim.engine.monitor.progress import duration
 from simmim.engine.optimizer import set_learning_rate
 from simmim.engine.stage import Stage
+from simmim.tasks.all_tasks import TaskStage
+from simmim.tasks.recipe import TaskRecipe
 
 Answer = TypeVar("Answer")
 
 MOST_BATCHES = 1000
-"""Global batches that are read at most."""
+"""Most global batches that are read."""
 MOST_STEPS = 10
 REMEDIES = {
-    "data": "mend or remove the shards that are named, or lower data.workers where memory ran out",
-    "dry step": "where memory ran out, raise training.accumulation or set execution.checkpointing",
+    "data": "repair or remove the shards named above, or lower data.workers if memory ran out",
+    "dry step": "if memory ran out, raise training.accumulation or set execution.checkpointing",
 }
 NO_RATE = 0.0
-"""Learning rate of dry steps: gradients are computed and clipped, and the weights stay."""
+"""Learning rate of dry steps: gradients are computed and clipped, weights do not change."""
+
+
+DATA_MARGIN = 1.2
+"""How many times faster than computing data loading should be."""
+LONGEST, SHORTEST = 3600.0, 60.0
+"""Seconds between checkpoints outside of which there is a warning."""
+VALIDATION_SHARE = 0.1
+"""Share of the time that validation and probes may take without a warning."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """What was measured, over all ranks."""
+    """Measured speeds over all ranks."""
 
     first_batch: float
-    """Seconds from asking for data to having some, on the slowest rank."""
+    """Seconds until the first batch, on the slowest rank."""
     data: float
-    """Images a second that the loaders hand over when nothing holds them up."""
+    """Samples per second from the loaders, with nothing computed."""
     compute: float
-    """Images a second of whole steps on data that is there."""
+    """Samples per second of training steps on data in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DryRun:
-    """What a dry run found."""
+    """Result of a dry run."""
 
     checks: list[Check]
     speed: Speed | None
-    """None where something failed."""
+    """None if something failed."""
 
 
 class DryRunError(Exception):
-    """Some rank failed; the check that tells is its argument."""
+    """Some rank failed; the argument is the check that reports it."""
 
 
 def dry_run(stage: Stage, accelerator: Accelerator, seconds: float) -> DryRun:
-    """Read and compute for a while; all ranks call it together.
+    """Read data and take steps for a while; all ranks call it together.
 
     Args:
-        stage: what would be trained.
+        stage: the training to try.
         accelerator: devices and processes.
-        seconds: about how long to read, and again to compute.
+        seconds: time to read for, and again to compute for.
     """
     try:
         wait, rate, batches = _on_all_ranks(
             "data", accelerator, lambda: _read(stage, accelerator, seconds)
         )
-        waits, rates = gathered(accelerator, wait), gathered(accelerator, rate)
-        if not trains_in_shards(accelerator):  # the whole need not fit one device
+        waits, rates = gather_value(accelerator, wait), gather_value(accelerator, rate)
+        if not trains_in_shards(accelerator):  # the model need not fit one device
             # Alone first: where one rank fails in a common step, the others would wait for it.
             _on_all_ranks("dry step", accelerator, lambda: _step_alone(stage, accelerator, batches))
         compute, loss, norm = _on_all_ranks(
@@ -78,56 +98,53 @@ def dry_run(stage: Stage, accelerator: Accelerator, seconds: float) -> DryRun:
     except DryRunError as failed:
         return DryRun(checks=list(failed.args), speed=None)
     speed = Speed(
-        first_batch=max(waits), data=sum(rates), compute=min(gathered(accelerator, compute))
+        first_batch=max(waits), data=sum(rates), compute=min(gather_value(accelerator, compute))
     )
-    return DryRun(checks=list(_told(accelerator, loss, norm)), speed=speed)
+    return DryRun(checks=list(_step_checks(accelerator, loss, norm)), speed=speed)
 
 
-def _told(accelerator: Accelerator, loss: float, norm: float) -> Iterator[Check]:
-    finite = all(map(_is_finite, [*gathered(accelerator, loss), *gathered(accelerator, norm)]))
-    shards = "in shards " if trains_in_shards(accelerator) else ""
+def _step_checks(accelerator: Accelerator, loss: float, norm: float) -> Iterator[Check]:
+    values = [*gather_value(accelerator, loss), *gather_value(accelerator, norm)]
+    finite = all(math.isfinite(value) for value in values)
+    sharded = "with sharded weights " if trains_in_shards(accelerator) else ""
     found = (
-        f"forward and backward {shards}on {accelerator.num_processes} "
+        f"forward and backward {sharded}on {accelerator.num_processes} "
         f"process{'' if accelerator.num_processes == 1 else 'es'} ({accelerator.device.type}): "
         f"loss {loss:.4f}, gradient norm {norm:.4g}"
     )
     on_device = accelerator.device.type == "cuda"
     peak = memory_in_use(accelerator.device).device_peak if on_device else host_peak()
-    place = "the device" if on_device else "the machine by each process"
-    found += f", {max(gathered(accelerator, peak / 2**30)):.2f} GiB of {place} at the peak"
+    place = "device memory" if on_device else "host memory per process"
+    found += f", peak {place} {max(gather_value(accelerator, peak / 2**30)):.2f} GiB"
     if finite:
         yield Check(name="dry step", verdict="ok", found=found)
     else:
         yield Check(
             name="dry step",
             verdict="problem",
-            found=f"{found}: no numbers",
-            change="look for images without content, or for a data.std near 0",
+            found=f"{found}: not finite",
+            change="look for blank images, or a data.std near 0",
         )
 
 
-def _is_finite(value: float) -> bool:
-    return abs(value) < float("inf")
-
-
 def _on_all_ranks(name: str, accelerator: Accelerator, act: Callable[[], Answer]) -> Answer:
-    """Return what `act` gives, once all ranks have it.
+    """Return the result of `act` once it has succeeded on all ranks.
 
     Raises:
-        DryRunError: some rank has not, so that none goes on alone.
+        DryRunError: it failed on some rank; raised on all, so that none continues alone.
     """
     try:
         answer = act()
         failed = None
-    except Exception as error:  # told to all ranks, whatever it is
+    except Exception as error:  # all ranks have to know, whatever it is
         failed = problem(name, error)
     ranks = [
-        rank for rank, bad in enumerate(gathered(accelerator, float(failed is not None))) if bad
+        rank for rank, bad in enumerate(gather_value(accelerator, float(failed is not None))) if bad
     ]
     if not ranks:
         return answer
     where = f"failed on rank {', '.join(map(str, ranks))} of {accelerator.num_processes}"
-    said = f"{where}: {failed.found}" if failed else f"{where}; its own output tells why"
+    said = f"{where}: {failed.found}" if failed else f"{where}; see that rank's own output"
     if failed and ranks[0] == accelerator.process_index and not accelerator.is_main_process:
         sys.stderr.write(f"rank {accelerator.process_index}: {failed.found}\n")
     raise DryRunError(
@@ -135,7 +152,7 @@ def _on_all_ranks(name: str, accelerator: Accelerator, act: Callable[[], Answer]
     )
 
 
-def gathered(accelerator: Accelerator, value: float) -> list[float]:
+def gather_value(accelerator: Accelerator, value: float) -> list[float]:
     """Return the value of each rank."""
     mine = torch.tensor([value], dtype=torch.float32, device=accelerator.device)
     values: list[float] = accelerator.gather(mine).tolist()
@@ -145,7 +162,7 @@ def gathered(accelerator: Accelerator, value: float) -> list[float]:
 def _read(
     stage: Stage, accelerator: Accelerator, seconds: float
 ) -> tuple[float, float, list[Batch]]:
-    """Return seconds to the first batch, this rank's images a second, and a batch's parts."""
+    """Return seconds to the first batch, this rank's samples per second, and micro-batches."""
     training = stage.recipe.training
     began = time.perf_counter()
     batches = stage.batches(
@@ -169,7 +186,7 @@ def _read(
 
 
 def _step_alone(stage: Stage, accelerator: Accelerator, batches: list[Batch]) -> None:
-    """Take a step on this rank's own module."""
+    """Compute a loss on this rank's own module."""
     module = stage.module.to(accelerator.device)
     with accelerator.autocast():
         loss = module.train()(batches[0].to(accelerator.device))
@@ -180,7 +197,7 @@ def _step_alone(stage: Stage, accelerator: Accelerator, batches: list[Batch]) ->
 def _steps(
     stage: Stage, accelerator: Accelerator, batches: list[Batch], seconds: float
 ) -> tuple[float, float, float]:
-    """Return images a second over all ranks, and loss and gradient norm of the last step."""
+    """Return samples per second over all ranks, and loss and gradient norm of the last step."""
     training = stage.recipe.training
     module, optimizer = prepare(stage, accelerator)
     set_learning_rate(optimizer, lambda _: NO_RATE)
@@ -190,13 +207,108 @@ def _steps(
         loss, norm = training_step(accelerator, module, optimizer, batches, training.clip_norm)
         return float(loss), float(norm)
 
-    step()  # the first one is slow: kernels are chosen, memory is taken
+    step()  # the first is slow: kernels are chosen, memory is allocated
     taken, began = 0, time.perf_counter()
     loss = norm = 0.0
     enough = False
     while taken < MOST_STEPS and not enough:
         loss, norm = step()
         taken += 1
-        # The slowest rank decides, so that all take as many.
-        enough = max(gathered(accelerator, time.perf_counter() - began)) > seconds
+        # The slowest rank decides, so that all take the same number.
+        enough = max(gather_value(accelerator, time.perf_counter() - began)) > seconds
     return taken * training.batch_size / (time.perf_counter() - began), loss, norm
+
+
+def check_pace(
+    stage: TaskStage, recipe: TaskRecipe, speed: Speed, device: torch.device, world: int
+) -> Iterator[Check]:
+    """Check data loading, compute, duration, checkpoints and validation."""
+    of = recipe.SAMPLES
+    yield check_data_speed(recipe, speed, world)
+    peak = device_peak(device, recipe.training.precision)
+    share = utilisation(stage.flops_per_sample, speed.compute, peak, devices=world)
+    source = "vendor figure" if peak.source == "maker" else "measured matrix product"
+    yield Check(
+        name="compute",
+        verdict="ok",
+        found=f"{speed.compute:,.1f} {of}/s, {share:.0%} of {peak.flops * world / 1e12:,.2f} "
+        f"TFLOP/s ({source})",
+    )
+    rate = min(speed.data, speed.compute)
+    yield from check_duration(stage, recipe, rate)
+
+
+def check_data_speed(recipe: TaskRecipe, speed: Speed, world: int) -> Check:
+    """Check whether computing would wait for data, and how many workers would be enough."""
+    workers = recipe.data.workers
+    found = (
+        f"data loading {speed.data:,.0f} {recipe.SAMPLES}/s ({world} x {workers} workers), compute "
+        f"{speed.compute:,.0f} {recipe.SAMPLES}/s; first batch after {speed.first_batch:.1f} s"
+    )
+    if speed.data >= DATA_MARGIN * speed.compute:
+        return Check(name="data speed", verdict="ok", found=found)
+    wanted = math.ceil(max(workers, 1) * DATA_MARGIN * speed.compute / speed.data)
+    cores = available_cores()
+    possible = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    smaller = "Smaller files load faster"
+    if isinstance(recipe.data, DataSettings):
+        smaller = "Smaller images load faster: `data-prep shard --short-side`"
+    change = f"set data.workers to {min(wanted, possible)}"
+    if wanted > possible:
+        change = f"{change}, one per core; {wanted} would be needed. {smaller}"
+        if workers >= possible:
+            change = (
+                f"{wanted} workers per process would be needed, and there are cores for "
+                f"{possible}. {smaller}"
+            )
+    return Check(name="data speed", verdict="warning", found=found, change=change)
+
+
+def check_duration(stage: TaskStage, recipe: TaskRecipe, rate: float) -> Iterator[Check]:
+    """Check how long training takes, and how often it saves, validates and probes."""
+    training = recipe.training
+    total = training.total_steps(stage.samples_per_epoch)
+    step = training.batch_size / rate
+    yield Check(
+        name="duration",
+        verdict="ok",
+        found=f"{duration(total * step)} for {total:,} steps of {step:.2f} s",
+    )
+    between = training.checkpoint_every * step
+    found = f"every {training.checkpoint_every:,} steps, {duration(between)}"
+    advised = max(1, round(LONGEST / 4 / step))
+    if between > LONGEST:
+        yield Check(
+            name="checkpoints",
+            verdict="warning",
+            found=f"{found}: that much work is lost when a machine fails",
+            change=f"set training.checkpoint_every to {advised:,}, about 15 minutes",
+        )
+    elif between < SHORTEST and total * step > LONGEST:
+        yield Check(
+            name="checkpoints",
+            verdict="warning",
+            found=f"{found}: each pauses training briefly",
+            change=f"set training.checkpoint_every to {advised:,}, about 15 minutes",
+        )
+    else:
+        yield Check(name="checkpoints", verdict="ok", found=found)
+    yield from _check_validation_time(stage, recipe)
+
+
+def _check_validation_time(stage: TaskStage, recipe: TaskRecipe) -> Iterator[Check]:
+    """Check the share of time that validation and probes take: a forward pass is 1/3 of a step."""
+    training = recipe.training
+    held_out = stage.validation_shards.samples if stage.validation_shards else 0
+    per_step = held_out / training.validate_every
+    share = (per_step + recipe.probed_per_step) / 3 / training.batch_size
+    found = f"validation and probes add about {share:.1%} to the time"
+    if share > VALIDATION_SHARE:
+        yield Check(
+            name="evaluation",
+            verdict="warning",
+            found=found,
+            change="raise training.validate_every or probe.every, or hold out fewer samples",
+        )
+    else:
+        yield Check(name="evaluation", verdict="ok", found=found)

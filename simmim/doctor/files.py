@@ -1,4 +1,4 @@
-"""Checks of labelled files: whether they are there, and some of them prepared as in training."""
+"""Checks of labelled files: all exist, and a sample of them is prepared as in training."""
 
 import time
 from collections import Counter
@@ -18,7 +18,7 @@ from simmim.doctor.checks import Check
 from simmim.tasks.fine_tuning import FineTuningStage, Prepare
 
 PREPARED = 256
-"""Samples of a set that are prepared."""
+"""Most samples of a set that are prepared."""
 PREPARING_SECONDS = 10.0
 MOST_IGNORED = 0.9
 MOST_EMPTY = 0.5
@@ -27,36 +27,36 @@ NAMED = 5
 
 @dataclass
 class Prepared:
-    """What the prepared samples told."""
+    """What preparing some samples found."""
 
     count: int = 0
     seconds: float = 0.0
     bad: list[str] = field(default_factory=list)
-    """Damaged ones: training replaces them."""
+    """Damaged samples, which training replaces."""
     wrong: str = ""
-    """What would end training; nothing is looked at behind it."""
+    """An error that would end training; preparing stops at it."""
     pixels: Counter[int] = field(default_factory=Counter)
-    """Pixels of each class, and of none."""
+    """Number of pixels of each class, and of IGNORED."""
     objects: list[int] = field(default_factory=list)
-    """Objects in each crop."""
+    """Number of objects in each crop."""
 
 
 def check_labelled_files(stage: FineTuningStage[Any, Any]) -> Iterator[Check]:
-    """Look at the files that are trained and validated on."""
+    """Check the training and validation files."""
     training, validation, data = stage.training_shards, stage.validation_shards, stage.recipe.data
     of = stage.recipe.SAMPLES
     yield Check(
         name="data",
         verdict="ok",
-        found=f"{training.samples:,} {of} to train on, {stage.samples_per_epoch:,} an epoch in "
+        found=f"{training.samples:,} {of} to train on, {stage.samples_per_epoch:,} per epoch in "
         f"{data.slots} slots",
     )
     if validation is None:
         yield Check(
             name="validation",
             verdict="warning",
-            found="nothing is held out, so no figure tells how good the model is",
-            change=f"name {of} to validate on, in the fields below data",
+            found="nothing is held out, so the model is never evaluated",
+            change=f"set the {of} to validate on in data",
         )
     else:
         yield Check(name="validation", verdict="ok", found=f"{validation.samples:,} {of}")
@@ -70,7 +70,7 @@ def check_labelled_files(stage: FineTuningStage[Any, Any]) -> Iterator[Check]:
 
 
 def check_presence(sets: list[LocalFiles[Any]]) -> Check:
-    """Tell whether all files are there and hold something."""
+    """Check that all files exist and are not empty."""
     places = dict.fromkeys(file for one in sets for file in one.files())
     total, wrong = 0, []
     for place in places:
@@ -87,13 +87,13 @@ def check_presence(sets: list[LocalFiles[Any]]) -> Check:
         return Check(
             name="files",
             verdict="problem",
-            found=f"{len(wrong):,} of {len(places):,} cannot be used:\n"
+            found=f"{len(wrong):,} of {len(places):,} files cannot be used:\n"
             + "\n".join(wrong[:NAMED])
             + more,
-            change="bring them here, or take them out of the lists",
+            change="copy them here, or remove them from the lists",
         )
     return Check(
-        name="files", verdict="ok", found=f"all {len(places):,} are there, {total / 2**30:,.2f} GiB"
+        name="files", verdict="ok", found=f"all {len(places):,} exist, {total / 2**30:,.2f} GiB"
     )
 
 
@@ -102,7 +102,7 @@ def prepare_some(source: SampleSource[Any], prepare: Prepare) -> Prepared:
     ends = np.cumsum(source.sizes)
     places = np.unique(np.linspace(0, source.samples - 1, min(PREPARED, source.samples)))
     found, began = Prepared(), time.perf_counter()
-    # In an order that soon covers all of them, should time run out.
+    # In random order, which covers the whole set even if time runs out.
     for place in np.random.default_rng(0).permutation(places.astype(int)).tolist():
         if time.perf_counter() - began > PREPARING_SECONDS:
             break
@@ -134,7 +134,7 @@ def _note(found: Prepared, targets: Targets | None) -> None:
 def _check_samples(
     stage: FineTuningStage[Any, Any], name: str, source: SampleSource[Any], prepare: Prepare
 ) -> Iterator[Check]:
-    """Prepare some samples, and tell what could not be, and what the others hold."""
+    """Prepare some samples, and report damaged ones and the labels of the others."""
     found, of = prepare_some(source, prepare), stage.recipe.SAMPLES
     if found.wrong:
         yield Check(name=name, verdict="problem", found=found.wrong)
@@ -143,7 +143,7 @@ def _check_samples(
     rate = found.count / max(found.seconds, 1e-9)
     text = f"{found.count:,} prepared at {rate:,.1f} {of}/s in one process"
     if found.bad:
-        text += f"; {len(found.bad)} could not be ({share:.1%}), the first {found.bad[0]}"
+        text += f"; {len(found.bad)} damaged ({share:.1%}), the first {found.bad[0]}"
     too_many = share > stage.recipe.data.max_bad_share
     yield Check(
         name=name,
@@ -158,53 +158,53 @@ def _check_samples(
 
 
 def _check_pixels(pixels: Counter[int], names: tuple[str, ...]) -> Check:
-    """Tell which classes the crops hold."""
+    """Check which classes are in the crops."""
     total, ignored = sum(pixels.values()), pixels[IGNORED]
     absent = [name for number, name in enumerate(names) if not pixels[number]]
     found = (
         f"{len(names) - len(absent)} of {len(names)} classes in these crops; "
-        f"{ignored / total:.0%} of the pixels are of no class"
+        f"{ignored / total:.0%} of the pixels are ignored"
     )
     if absent:
         more = ", …" if len(absent) > NAMED else ""
-        found += f"; without {', '.join(absent[:NAMED])}{more}"
+        found += f"; missing: {', '.join(absent[:NAMED])}{more}"
     if ignored > MOST_IGNORED * total:
         return Check(
             name="labels",
             verdict="problem" if ignored == total else "warning",
             found=found,
-            change="look at data.ignore_label and data.reduce_zero_label",
+            change="check data.ignore_label and data.reduce_zero_label",
         )
     return Check(name="labels", verdict="ok", found=found)
 
 
 def _check_objects(objects: list[int]) -> Check:
-    """Tell how many objects the crops hold."""
+    """Check how many objects are in the crops."""
     empty = objects.count(0) / len(objects)
     found = (
-        f"{np.mean(objects):.1f} objects in a crop, {max(objects)} at most; "
-        f"{empty:.0%} of the crops hold none"
+        f"{np.mean(objects):.1f} objects per crop, at most {max(objects)}; "
+        f"{empty:.0%} of the crops have none"
     )
     if empty > MOST_EMPTY:
         return Check(
             name="labels",
             verdict="warning",
             found=found,
-            change="narrow data.scale: too little of an image is seen, or it is seen too small",
+            change="narrow data.scale: crops are too small, or images are scaled down too far",
         )
     return Check(name="labels", verdict="ok", found=found)
 
 
 def _check_classes(classes: Sequence[str], sizes: Sequence[int], of: str) -> Check:
-    """Tell which classes of whole samples have none."""
+    """Check that every class has samples."""
     absent = [name for name, size in zip(classes, sizes, strict=True) if not size]
-    found = f"{len(classes):,} classes of {min(sizes):,} to {max(sizes):,} {of}"
+    found = f"{len(classes):,} classes with {min(sizes):,} to {max(sizes):,} {of} each"
     if absent:
         more = ", …" if len(absent) > NAMED else ""
         return Check(
             name="classes",
             verdict="warning",
-            found=f"{found}; there is nothing of {', '.join(absent[:NAMED])}{more}",
+            found=f"{found}; no {of} of {', '.join(absent[:NAMED])}{more}",
             change="add some, or number the classes without gaps",
         )
     return Check(name="classes", verdict="ok", found=found)

@@ -1,4 +1,4 @@
-"""Checks of what training takes: memory of the device, and room on the disk."""
+"""Checks of the device memory and the disk space that training needs."""
 
 import os
 import shutil
@@ -16,20 +16,17 @@ from simmim.doctor.checks import Check
 from simmim.tasks.recipe import TaskRecipe
 
 FULL = 0.9
-"""Share of the device above which the estimate is too near to be sure."""
+"""Share of the device memory above which an estimate is too close to be sure."""
 
 
 def check_memory(recipe: TaskRecipe, device: torch.device, world: int) -> Iterator[Check]:
-    """Compare the counted memory of a step with that of the device; see `simmim bench memory`.
-
-    Where it cannot be counted, the check says so.
-    """
+    """Compare the estimated memory of a step with the device's; see `simmim bench memory`."""
     if recipe.counted_mask_cell is None:
         yield Check(
             name="memory",
             verdict="ok",
-            found=f"not counted for {recipe.task}, whose head and samples decide it: the dry step "
-            "measures that of training; validation may take more",
+            found=f"not estimated for {recipe.task}, where head and samples decide; the dry step "
+            "measures a training step, and validation may need more",
         )
         return
     training = recipe.training
@@ -40,8 +37,8 @@ def check_memory(recipe: TaskRecipe, device: torch.device, world: int) -> Iterat
     needed = _needed(case, placement)
     there = device_memory(device)
     found = (
-        f"{needed / GIB:.2f} GiB are counted for {micro:,} images a process at a time, of "
-        f"{there / GIB:.2f} GiB"
+        f"{needed / GIB:.2f} GiB estimated for micro-batches of {micro:,} images per process; "
+        f"{there / GIB:.2f} GiB available"
     )
     if needed <= FULL * there:
         yield Check(name="memory", verdict="ok", found=found)
@@ -55,7 +52,7 @@ def check_memory(recipe: TaskRecipe, device: torch.device, world: int) -> Iterat
 
 
 def _what_fits(case: StepCase, placement: Placement, needed: int, there: int, share: int) -> str:
-    """Tell what would make a step fit: parts of the batch, or computing again."""
+    """Return what would make a step fit: accumulation, checkpointing or bf16."""
     few = _needed(replace(case, batch=1), placement)
     slope = (needed - few) / max(case.batch - 1, 1)
     room = FULL * there
@@ -66,15 +63,15 @@ def _what_fits(case: StepCase, placement: Placement, needed: int, there: int, sh
         advice.append(f"raise training.accumulation to {parts}")
     if case.checkpointing != "full":
         again = _needed(replace(case, checkpointing="full"), placement)
-        advice.append(f"set execution.checkpointing to full, which counts {again / GIB:.2f} GiB")
+        advice.append(f"set execution.checkpointing to full (estimate {again / GIB:.2f} GiB)")
     if case.precision == "fp32":
         advice.append("set training.precision to bf16")
-    advice.append("see `simmim bench memory` for sharding over devices")
+    advice.append("shard over devices, see `simmim bench memory`")
     return "; or ".join(advice)
 
 
 def step_case(recipe: TaskRecipe, batch: int, mask_cell: int) -> StepCase:
-    """Return a recipe's step for the count; that of a classifier is as large as one of SimMIM."""
+    """Return the SimMIM step whose memory is estimated for a recipe."""
     encoder, size = recipe.encoder, recipe.data.image_size
     names = ("embed_dim", "depths", "num_heads")
     chosen = [(name, getattr(encoder, name)) for name in names]
@@ -106,7 +103,7 @@ def _needed(case: StepCase, placement: Placement) -> int:
 
 
 def _placement(world: int) -> Placement:
-    """Return how accelerate was told to spread training."""
+    """Return how accelerate is configured to distribute training."""
     asked: Sharding = "none"
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         asked = "fsdp2"
@@ -116,7 +113,7 @@ def _placement(world: int) -> Placement:
 
 
 def device_memory(device: torch.device) -> int:
-    """Return the bytes of a GPU, or this process's part of what is free in the machine."""
+    """Return the bytes of the GPU, or this process's share of the free host memory."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -124,13 +121,13 @@ def device_memory(device: torch.device) -> int:
 
 
 def check_disk(folder: Path, model: nn.Module, *, kept: int, average: bool = False) -> Check:
-    """Hold the checkpoints that will be kept against the room on the disk.
+    """Compare the size of the checkpoints that will be kept with the free disk space.
 
     Args:
-        folder: of the run.
-        model: what is trained.
-        kept: checkpoints that are kept.
-        average: whether there is a running average of the weights in each.
+        folder: run folder.
+        model: the module that is trained.
+        kept: number of checkpoints kept.
+        average: whether each has a running average of the weights.
     """
     weights = sum(parameter.numel() for parameter in model.parameters()) * 4
     checkpoint = (4 if average else 3) * weights  # AdamW has two states
@@ -139,14 +136,14 @@ def check_disk(folder: Path, model: nn.Module, *, kept: int, average: bool = Fal
     free = shutil.disk_usage(place).free
     present = sum(path.stat().st_size for path in folder.glob("checkpoints/*/*") if path.is_file())
     found = (
-        f"{kept} checkpoints of {checkpoint / GIB:.2f} GiB, one more while it is written, and "
-        f"the encoder: {needed / GIB:.2f} GiB; {free / GIB:.2f} GiB are free for {folder}"
+        f"{needed / GIB:.2f} GiB for {kept} checkpoints of {checkpoint / GIB:.2f} GiB, one more "
+        f"while it is written, and the encoder; {free / GIB:.2f} GiB free for {folder}"
     )
     if not os.access(place, os.W_OK):
         return Check(
             name="disk",
             verdict="problem",
-            found=f"{place} cannot be written to",
+            found=f"{place} is not writable",
             change="choose another folder with --folder",
         )
     if needed - present > free:
@@ -154,7 +151,7 @@ def check_disk(folder: Path, model: nn.Module, *, kept: int, average: bool = Fal
             name="disk",
             verdict="problem",
             found=found,
-            change="free some, lower training.keep_last, raise training.keep_every if it is "
-            "set, or choose another place with --folder",
+            change="free disk space, lower training.keep_last, raise training.keep_every if it is "
+            "set, or choose another disk with --folder",
         )
     return Check(name="disk", verdict="ok", found=found)

@@ -1,4 +1,4 @@
-"""Checks of what a recipe plans: learning rate, warm-up, precision; nothing is run for them."""
+"""Checks of the recipe's numbers: learning rate, schedule, precision, workers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,19 +17,19 @@ REFERENCE_BATCH = 512
 GOOD_DISTANCES = (10, 20)
 """Range of AvgDist in pixels with good fine-tuning accuracy (SimMIM, section 4.1.2)."""
 FASTER = 1.5
-"""Times as fast that bf16 must be on a CPU to be advised: not all of a step is products."""
+"""Speed-up of matrix products in bf16 on a CPU from which bf16 is advised."""
 FARTHEST = 4
-"""Times that a learning rate may be above or below the paper's before it is remarked on."""
+"""Factor above or below the papers' learning rates from which there is a warning."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PaperRow:
-    """A learning rate that the papers trained with (arXiv 2111.09883 and 2111.09886)."""
+    """A learning rate from the papers (arXiv 2111.09883 and 2111.09886)."""
 
     task: str
     variants: tuple[str, ...]
     lr: float
-    """For REFERENCE_BATCH images, by linear scaling."""
+    """Scaled linearly to REFERENCE_BATCH images."""
     text: str
 
 
@@ -46,7 +46,7 @@ PAPER = (
 
 
 def check_plan(recipe: TaskRecipe, samples_per_epoch: int, device: torch.device) -> Iterator[Check]:
-    """Look at the recipe's numbers."""
+    """Check learning rate, schedule, precision and trackers."""
     training = recipe.training
     yield check_learning_rate(recipe)
     if recipe.mask is not None:
@@ -60,7 +60,7 @@ def check_plan(recipe: TaskRecipe, samples_per_epoch: int, device: torch.device)
 
 
 def check_learning_rate(recipe: TaskRecipe) -> Check:
-    """Hold the learning rate against those of the papers, scaled to the batch size in a line."""
+    """Compare the learning rate with those of the papers, scaled linearly to the batch size."""
     lr, batch = recipe.training.optimizer.lr, recipe.training.batch_size
     scale = batch / REFERENCE_BATCH
     encoder = recipe.encoder
@@ -72,25 +72,25 @@ def check_learning_rate(recipe: TaskRecipe) -> Check:
     rates = [row.lr * scale for row in (fitting if known else rows)]
     low, high = min(rates), max(rates)
     span = f"{low:.1e}" if low == high else f"{low:.1e} to {high:.1e}"
-    found = f"{lr:g} for {batch:,} {recipe.SAMPLES} a step"
+    found = f"{lr:g} for {batch:,} {recipe.SAMPLES} per step"
     if not known:
-        kind = "training from scratch" if scratch else "an encoder of these sizes"
+        kind = "training from scratch" if scratch else "an encoder of this size"
         return Check(
             name="learning rate",
             verdict="ok",
-            found=f"{found}; no row of the papers is for {kind}. Scaled in a line to this batch, "
-            f"those of others are {span}; small encoders take more.",
+            found=f"{found}; the papers have no learning rate for {kind}. Scaled linearly to this "
+            f"batch, their others are {span}; small encoders take higher ones.",
         )
     listed = "; ".join(row.text for row in fitting)
-    found = f"{found}; the papers' for {encoder.variant} ({listed}) scaled in a line: {span}"
+    found = f"{found}; the papers' for {encoder.variant} ({listed}), scaled linearly: {span}"
     if low / FARTHEST <= lr <= high * FARTHEST:
         return Check(name="learning rate", verdict="ok", found=found)
     return Check(
         name="learning rate",
         verdict="warning",
         found=found,
-        change=f"set training.optimizer.lr near {high:.1e}, or know why not: it is for the whole "
-        "batch, and is not scaled by processes",
+        change=f"set training.optimizer.lr near {high:.1e}, unless the difference is intended: it "
+        "is the learning rate of the global batch, never scaled by the number of processes",
     )
 
 
@@ -113,7 +113,7 @@ def check_masks(mask: MaskSettings, image_size: int) -> Check:
 
 
 def check_schedule(training: TrainingSettings, samples_per_epoch: int) -> Iterator[Check]:
-    """Look at the length of training and of its warm-up."""
+    """Check the length of training and of the warm-up."""
     total = training.total_steps(samples_per_epoch)
     per_epoch = samples_per_epoch / training.batch_size
     schedule = training.schedule
@@ -131,7 +131,7 @@ def check_schedule(training: TrainingSettings, samples_per_epoch: int) -> Iterat
             name="schedule",
             verdict="warning",
             found=found,
-            change="set training.schedule.warmup_epochs: the first steps of AdamW are the wildest",
+            change="set training.schedule.warmup_epochs: AdamW's first steps are unstable without",
         )
     else:
         yield Check(name="schedule", verdict="ok", found=found)
@@ -146,21 +146,21 @@ def check_schedule(training: TrainingSettings, samples_per_epoch: int) -> Iterat
         yield Check(
             name="batch",
             verdict="warning",
-            found=f"a batch of {training.batch_size:,} is more than an epoch of "
-            f"{samples_per_epoch:,} samples, which it holds more than once",
+            found=f"a batch of {training.batch_size:,} is larger than an epoch of "
+            f"{samples_per_epoch:,} samples, so it has samples more than once",
             change="lower training.batch_size, or add shards",
         )
 
 
 def check_precision(precision: str, device: torch.device) -> Check:
-    """Tell whether the device is good at the recipe's arithmetic."""
+    """Check whether the device computes fast in the recipe's precision."""
     change = ""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         if precision == "bf16" and not native:
-            change = "set training.precision to fp32: this GPU only imitates bfloat16"
+            change = "set training.precision to fp32: this GPU only emulates bfloat16"
         if precision == "fp32" and native:
-            change = "set training.precision to bf16: several times as fast here, in less memory"
+            change = "set training.precision to bf16: several times faster here, with less memory"
         found = f"{precision} on {torch.cuda.get_device_name(device)}"
         return Check(
             name="precision", verdict="warning" if change else "ok", found=found, change=change
@@ -168,10 +168,10 @@ def check_precision(precision: str, device: torch.device) -> Check:
     if device.type != "cpu":
         return Check(name="precision", verdict="ok", found=f"{precision} on {device.type}")
     full, half = (measured_peak(device, dtype) for dtype in (torch.float32, torch.bfloat16))
-    found = f"{precision} on the CPU; matrix products in bf16 take {full / half:.1f} of the time"
+    found = f"{precision} on the CPU; matrix products in bf16 take {full / half:.1f} times as long"
     if precision == "bf16" and half < full:
         change = "set training.precision to fp32, which is faster here"
         return Check(name="precision", verdict="warning", found=found, change=change)
     if precision == "fp32" and half > FASTER * full:
-        change = "training.precision bf16 may be faster here"
+        change = "try training.precision bf16, which may be faster here"
     return Check(name="precision", verdict="ok", found=found, change=change)

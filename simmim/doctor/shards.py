@@ -1,4 +1,4 @@
-"""Checks of the shards: files, checksums, and a sample of images decoded."""
+"""Checks of shards and image folders: files, checksums, and a sample of decoded images."""
 
 import hashlib
 import io
@@ -25,12 +25,12 @@ from simmim.doctor.checks import Check
 from simmim.engine.distributed.environment import available_cores
 
 CHECKSUM_BYTES = 2**31
-"""Larger shards are not read whole. Of each set three are: first, middle and last."""
+"""Largest shard that is checksummed. First, middle and last shard of each set are."""
 DECODED = 256
-"""Samples that are decoded."""
+"""Most samples that are decoded."""
 DECODING_SECONDS = 20.0
 MANY_FILES = 2_000_000
-"""Files of a folder beyond which shards are advised."""
+"""Files in a folder from which shards are advised."""
 SMALL_SHARE = 0.1
 MEAN_DISTANCE, STD_RATIO = 0.1, 1.5
 SCALES = {"uint8": 255.0, "uint16": 65535.0}
@@ -39,13 +39,13 @@ SCALES = {"uint8": 255.0, "uint16": 65535.0}
 def check_shards(
     training: Shards, validation: Shards | None, data: AugmentedDataSettings, channels: int
 ) -> Iterator[Check]:
-    """Look at the shards that are trained and validated on."""
+    """Check the training and validation shards."""
     tars = [entry for one in shard_sets_of(training) for entry in entries_of(one)]
-    there = f" in {sum(entry.bytes for entry in tars) / 2**30:,.2f} GiB of tars" if tars else ""
+    there = f" ({sum(entry.bytes for entry in tars) / 2**30:,.2f} GiB)" if tars else ""
     yield Check(
         name="shards",
         verdict="ok",
-        found=f"{len(training.sizes):,} shards, {training.samples:,} samples{there} to train on; "
+        found=f"{training.samples:,} samples in {len(training.sizes):,} shards{there} to train on; "
         f"{data.slots} slots",
     )
     yield from check_folders(training)
@@ -53,14 +53,14 @@ def check_shards(
         yield Check(
             name="validation",
             verdict="warning",
-            found="nothing is held out, so there is no validation loss",
-            change="set data.validation_shards to 1 or more: it predicts how fine-tuning will do",
+            found="no shard is held out, so there is no validation loss",
+            change="set data.validation_shards to 1 or more: that loss predicts fine-tuning",
         )
     else:
         yield Check(
             name="validation",
             verdict="ok",
-            found=f"{validation.samples:,} samples of {len(validation.sizes):,} shards",
+            found=f"{validation.samples:,} samples in {len(validation.sizes):,} shards",
         )
     entries: dict[Location, list[ShardEntry]] = {}
     for one in [*shard_sets_of(training), *(shard_sets_of(validation) if validation else [])]:
@@ -76,12 +76,12 @@ def sets_of(shards: Shards) -> tuple[ImageSet, ...]:
 
 
 def shard_sets_of(shards: Shards) -> list[ShardSet]:
-    """Return those of the sets that have shards."""
+    """Return the sets that have shards."""
     return [one for one in sets_of(shards) if isinstance(one, ShardSet)]
 
 
 def check_folders(shards: Shards) -> Iterator[Check]:
-    """Tell which of the sets are folders of images, and whether one is large for that."""
+    """Report image folders, and warn of very large ones."""
     for one in sets_of(shards):
         if not isinstance(one, ImageFolder):
             continue
@@ -92,20 +92,20 @@ def check_folders(shards: Shards) -> Iterator[Check]:
             verdict="warning" if many else "ok",
             found=f"{one.samples:,} files in {one.folder}, {len(one.classes):,} classes"
             + (f": {classes}" if classes else ""),
-            change="make shards of them (data-prep shard): every process lists all of these files, "
-            "and opens each by itself"
+            change="make shards of them (data-prep shard): every process lists all of these files "
+            "and opens each one"
             if many
             else "",
         )
 
 
 def entries_of(shards: ShardSet) -> list[ShardEntry]:
-    """Return what the manifest says of these shards."""
+    """Return the manifest entries of these shards."""
     return [shards.manifest.shards[number] for number in shards.numbers]
 
 
 def check_files(folder: Location, entries: Sequence[ShardEntry]) -> Check:
-    """Compare the files of a set on this machine with the manifest, a few of them byte by byte."""
+    """Compare the local files of a set with the manifest: all sizes, a few checksums."""
     places = [(entry, entry.location(folder)) for entry in entries]
     local = [(entry, place) for entry, place in places if isinstance(place, Path)]
     if not local:
@@ -120,25 +120,24 @@ def check_files(folder: Location, entries: Sequence[ShardEntry]) -> Check:
         if size == entry.bytes:
             whole.append((entry, place))
         else:
-            wrong.append(f"{place}: {size:,} bytes of {entry.bytes:,}")
+            wrong.append(f"{place}: {size:,} of {entry.bytes:,} bytes")
     chosen = sorted({0, len(whole) // 2, len(whole) - 1}) if whole else []
     for entry, place in (whole[number] for number in chosen):
         if entry.bytes <= CHECKSUM_BYTES and _sha256(place) != entry.sha256:
-            wrong.append(f"{place}: its content is not what was written")
+            wrong.append(f"{place}: the checksum differs from the manifest")
     if wrong:
         more = f"\nand {len(wrong) - 5:,} more" if len(wrong) > 5 else ""
         return Check(
             name="files",
             verdict="problem",
             found="\n".join(wrong[:5]) + more,
-            change="copy them again, or write them anew with `data-prep shard`; "
-            "`data-prep verify` looks at all",
+            change="copy them again, or make them again with `data-prep shard`; "
+            "`data-prep verify` checks all",
         )
     return Check(
         name="files",
         verdict="ok",
-        found=f"all {len(local):,} in {folder} are there in full; checksums of {len(chosen)} "
-        "compared",
+        found=f"all {len(local):,} in {folder} are complete; {len(chosen)} checksums verified",
     )
 
 
@@ -152,7 +151,7 @@ def _sha256(place: Path) -> str:
 
 @dataclass
 class Decoded:
-    """What the decoded samples told."""
+    """What decoding some samples found."""
 
     count: int = 0
     bad: list[str] = field(default_factory=list)
@@ -168,10 +167,10 @@ def decode_some(shards: Shards, data: AugmentedDataSettings, channels: int) -> D
     ends = np.cumsum(shards.sizes)
     found = Decoded()
     began = time.perf_counter()
-    # Where reading a sample brings its whole shard, one shard has to do.
+    # If reading a sample fetches its whole shard, one shard has to be enough.
     reach = shards.sizes[0] if shards.fetches_whole_shards else shards.samples
     places = np.unique(np.linspace(0, reach - 1, min(DECODED, reach)).astype(int))
-    # In an order that soon covers all of them, should time run out.
+    # In random order, which covers the whole set even if time runs out.
     for place in np.random.default_rng(0).permutation(places).tolist():
         if time.perf_counter() - began > DECODING_SECONDS:
             break
@@ -206,19 +205,19 @@ def _mode(image: bytes, extension: str) -> str:
 
 
 def check_samples(shards: Shards, data: AugmentedDataSettings, channels: int) -> Iterator[Check]:
-    """Decode some samples, and hold them against what the recipe says of them."""
+    """Decode some samples, and compare sizes, channels and statistics with the recipe."""
     found = decode_some(shards, data, channels)
     share = len(found.bad) / max(found.count, 1)
     rate = found.count / max(found.seconds, 1e-9)
     text = f"{found.count:,} decoded at {rate:,.0f} images/s in one process"
     if found.bad:
-        text += f"; {len(found.bad)} could not be ({share:.1%}), the first {found.bad[0]}"
+        text += f"; {len(found.bad)} damaged ({share:.1%}), the first {found.bad[0]}"
     yield Check(
         name="samples",
         verdict="problem" if share > data.max_bad_share else "warning" if found.bad else "ok",
         found=text,
-        change="make the shards again, or shards of the folder, with `data-prep shard`, which "
-        "rejects such images; `data-prep verify --deep` finds all of them"
+        change="make shards again, or of the folder, with `data-prep shard`, which rejects such "
+        "images; `data-prep verify --deep` lists all of them"
         if found.bad
         else "",
     )
@@ -240,7 +239,7 @@ def _check_sizes(found: Decoded, data: AugmentedDataSettings) -> Check:
         return Check(
             name="image sizes",
             verdict="warning",
-            found=f"{text}; {small:.0%} of the images are smaller and are enlarged",
+            found=f"{text}; {small:.0%} of the images are smaller and will be enlarged",
             change="lower data.image_size, or use larger images",
         )
     return Check(name="image sizes", verdict="ok", found=text)
@@ -253,8 +252,8 @@ def _check_channels(found: Decoded, channels: int) -> Iterator[Check]:
         yield Check(
             name="channels",
             verdict="warning",
-            found=f"{grey:.0%} of the images are grey ({listed}), the encoder takes 3 channels",
-            change="set encoder.in_channels to 1, with one data.mean and data.std",
+            found=f"{grey:.0%} of the images are greyscale ({listed}), encoder.in_channels is 3",
+            change="set encoder.in_channels to 1, and data.mean and data.std to one value each",
         )
     else:
         yield Check(name="channels", verdict="ok", found=f"{listed}; the encoder takes {channels}")
@@ -285,15 +284,15 @@ def _listed(values: np.ndarray | tuple[float, ...]) -> str:
 
 
 def check_workers(workers: int) -> Check:
-    """Hold the worker processes of this machine against its cores."""
+    """Compare the number of worker processes on this machine with its cores."""
     cores = available_cores()
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    found = f"{workers} for each of {ranks} processes on {cores} cores"
+    found = f"{workers} per process, {ranks} process{'' if ranks == 1 else 'es'}, {cores} cores"
     if workers * ranks > cores:
         return Check(
             name="workers",
             verdict="warning",
             found=found,
-            change=f"lower data.workers to {max(1, cores // ranks)}: more only take turns",
+            change=f"lower data.workers to {max(1, cores // ranks)}, at most one per core",
         )
     return Check(name="workers", verdict="ok", found=found)

@@ -1,4 +1,4 @@
-"""Import: a checkpoint of the published code, timm or transformers, as an encoder directory."""
+"""Convert a checkpoint of the published code, timm or transformers to an encoder directory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,37 +21,37 @@ IMPORT_FORMATS: tuple[ImportFormat, ...] = ("reference", "timm", "transformers")
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """What somebody knows of a checkpoint; what is ``None`` is looked for in the file."""
+    """Sizes and normalisation given by the user; None is read from the file."""
 
     architecture: str | None = None
-    """Name of the model in timm, which tells all sizes."""
+    """Name of the model in timm, which determines all sizes."""
     image_size: int | tuple[int, int] | None = None
-    """Pixels."""
+    """In pixels."""
     window_size: int | tuple[int, int] | None = None
-    """Tokens."""
+    """In tokens."""
     pretrained_window_sizes: PretrainedWindows = None
-    """Tokens, one window a stage; "same" where it was trained at the present windows."""
+    """In tokens, one per stage; "same" if it was trained with the present windows."""
     mean: Sequence[float] | None = None
-    """Of each channel, for images in [0, 1]."""
+    """Per channel, for images in [0, 1]."""
     std: Sequence[float] | None = None
-    """Of each channel."""
+    """Per channel."""
 
 
 def import_encoder(source: Path, destination: Path, form: ImportFormat, known: Known) -> list[str]:
-    """Write the encoder of a checkpoint as the encoder directory `destination`.
+    """Convert a third-party checkpoint to the encoder directory `destination`.
 
     Args:
-        source: a file, or a folder as an export or a model hub has it.
+        source: a file, or a folder from an export or a model hub.
         destination: a new or empty folder, or an earlier encoder directory.
-        form: the layout of the checkpoint.
-        known: what the file may not tell.
+        form: the format of the checkpoint.
+        known: what the file may not contain.
 
     Returns:
-        Lines to print: what was read, what was left out, and how far the directory is from it.
+        Lines to print: what was imported and what was not, and the difference after loading.
 
     Raises:
-        ValueError: the checkpoint is of another model, does not fit, does not tell a size, or would
-            run code; or the destination is occupied.
+        ValueError: the checkpoint is of another model, does not fit, lacks a size, or would run
+            code; or the destination is occupied.
     """
     imported = _read(source, form, known)
     encoder, config = imported.encoder, imported.encoder.config
@@ -66,8 +66,9 @@ def import_encoder(source: Path, destination: Path, form: ImportFormat, known: K
     )
     height, width = config.image_size
     rows, columns = config.window_size
+    name = config.variant or "custom architecture"
     sizes = (
-        f"  {config.variant or 'own sizes'}: {width}x{height} pixels, window {columns}x{rows}, "
+        f"  {name}: {width}x{height} pixels, window {columns}x{rows}, "
         f"depths {config.depths}, {config.embed_dim} channels"
     )
     lines = [
@@ -76,21 +77,23 @@ def import_encoder(source: Path, destination: Path, form: ImportFormat, known: K
         f"  mean {imported.mean}, std {imported.std}",
     ]
     if imported.head is not None:
-        lines.append("  left out: mask token and decoder, since this is an encoder alone")
+        lines.append("  not imported: mask token and decoder (an encoder directory has neither)")
     if imported.classifier is not None:
         classes = len(imported.classifier.bias)
-        lines.append(f"  left out: the classifier of {classes} classes, since this is an encoder")
+        lines.append(f"  not imported: the classifier of {classes} classes")
     if imported.dropped:
-        lines.append(f"  left out: {len(imported.dropped)} position buffers, which are computed")
+        lines.append(
+            f"  not imported: {len(imported.dropped)} position buffers (computed on loading)"
+        )
     if imported.fresh:
         lines.append(
-            f"  not in it: {', '.join(imported.fresh)}; the final norm starts with ones and zeros"
+            f"  not in the file: {', '.join(imported.fresh)}; initialised with ones and zeros"
         )
     return [*lines, *(f"  {line}" for line in compared)]
 
 
 def _read(source: Path, form: ImportFormat, known: Known) -> ImportedEncoder:
-    told: dict[str, Any] = {
+    given: dict[str, Any] = {
         "image_size": known.image_size,
         "window_size": known.window_size,
         "pretrained_window_sizes": known.pretrained_window_sizes,
@@ -98,11 +101,11 @@ def _read(source: Path, form: ImportFormat, known: Known) -> ImportedEncoder:
         "std": known.std,
     }
     if known.architecture is not None and form != "timm":
-        raise ValueError(f"the {form} format has no names of models: give the sizes.")
+        raise ValueError(f"architecture is for the timm format, not for {form}: give the sizes.")
     match form:
         case "reference":
-            return import_reference(source, **told)
+            return import_reference(source, **given)
         case "timm":
-            return import_timm(source, architecture=known.architecture, **told)
+            return import_timm(source, architecture=known.architecture, **given)
         case "transformers":
-            return import_transformers(source, **told)
+            return import_transformers(source, **given)

@@ -1,4 +1,4 @@
-"""What an export is made of: the encoder and the head of a run, a checkpoint or a directory."""
+"""Loading trained weights: encoder and head of a run, a checkpoint or an encoder directory."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -36,50 +36,50 @@ from swinv2.config_file import Provenance, is_video_encoder, read_encoder_config
 from swinv2.weights import load_encoder, load_strictly
 
 MODEL_PREFIX = "model."
-"""What precedes the names of encoder and head in the checkpoint of a fine-tuning."""
+"""Prefix of encoder and head in the names of a fine-tuning checkpoint's tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseHead:
-    """Encoder and head of a dense stage, as one model of transformers."""
+    """Encoder and head of segmentation or detection, as one model of transformers."""
 
     task: str
-    """Also the name of its folder."""
+    """The task, which is also the name of its folder."""
     net: Callable[[], Any]
     """Returns the model, in evaluation mode."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exportable:
-    """An encoder with all that an export of it says."""
+class TrainedModel:
+    """A trained encoder with its head, normalisation and provenance."""
 
     encoder: SwinV2 | VideoSwinV2
     mean: tuple[float, ...]
     std: tuple[float, ...]
     provenance: Provenance
     inflated_from: Provenance | None = None
-    """Where the weights of images come from that an encoder of clips began as."""
+    """Of an encoder of clips: provenance of the image encoder that it was inflated from."""
     head: MaskedImageHead | None = None
     """Mask token and decoder, from a pretraining run."""
     classifier: Classifier | None = None
     """Linear head, from a classification of images or clips."""
     classes: tuple[str, ...] = ()
-    """Names of its classes; empty where they are not known any more."""
+    """Class names of the classifier; empty if they are no longer known."""
     dense: DenseHead | None = None
-    """What a segmentation or detection has trained."""
+    """Model of a segmentation or detection."""
     shards: str | None = None
-    """What a run was trained on."""
+    """Training data of the run."""
     origin: str
-    """Where the weights come from, for a person."""
+    """Where the weights come from, for messages."""
 
 
-def read_source(source: Path, *, best: bool = False) -> Exportable:
+def read_source(source: Path, *, best: bool = False) -> TrainedModel:
     """Load the encoder of a run folder, a checkpoint or an encoder directory, on the CPU.
 
     Args:
-        source: a run folder, of which the last complete checkpoint is taken (or, without one, what
-            it has handed on); a checkpoint in one; or an encoder directory.
-        best: take the best checkpoint of the run instead of the last.
+        source: a run folder (its last complete checkpoint or, without one, its exported encoder),
+            a checkpoint, or an encoder directory.
+        best: load the best checkpoint of the run instead of the last.
 
     Raises:
         ValueError: `source` is none of them, has no such checkpoint, or cannot be read.
@@ -91,21 +91,21 @@ def read_source(source: Path, *, best: bool = False) -> Exportable:
         none = not best and not complete_checkpoints(run.checkpoints)
         return _read_run(run, None if none else chosen_checkpoint(source, best=best))
     if best:
-        raise ValueError(f"{source} is no run folder, and a best checkpoint is a run's.")
+        raise ValueError(f"{source} is not a run folder, so it has no best checkpoint.")
     if (source / "config.json").is_file():
         return _with_head(read_directory(source), source)
-    state = "does not exist" if not source.exists() else "is neither"
+    state = "does not exist" if not source.exists() else "has no trained weights"
     raise ValueError(
         f"{source} {state}: give a run folder (with recipe.yaml and checkpoints/) or an encoder "
         "directory (with config.json and model.safetensors)."
     )
 
 
-def read_directory(path: Path) -> Exportable:
+def read_directory(path: Path) -> TrainedModel:
     """Load an encoder directory, of images or of clips."""
     if is_video_encoder(path):
         clips = read_video_config(path)
-        return Exportable(
+        return TrainedModel(
             encoder=load_video_encoder(path),
             mean=clips.mean,
             std=clips.std,
@@ -114,7 +114,7 @@ def read_directory(path: Path) -> Exportable:
             origin=str(path),
         )
     images = read_encoder_config(path)
-    return Exportable(
+    return TrainedModel(
         encoder=load_encoder(path),
         mean=images.mean,
         std=images.std,
@@ -123,11 +123,11 @@ def read_directory(path: Path) -> Exportable:
     )
 
 
-def _read_run(run: RunFolder, checkpoint: Path | None) -> Exportable:
+def _read_run(run: RunFolder, checkpoint: Path | None) -> TrainedModel:
     task = read_values(run.recipe).get("task")
     if checkpoint is None and not run.encoder.is_dir():
         raise ValueError(
-            f"{run.path} holds no complete checkpoint and no encoder yet: train it further first."
+            f"{run.path} has no complete checkpoint and no encoder yet: train further first."
         )
     match task:
         case "pretrain":
@@ -137,16 +137,16 @@ def _read_run(run: RunFolder, checkpoint: Path | None) -> Exportable:
         case str() if task in FINE_TUNING:
             return _read_fine_tuning(run, task, checkpoint)
         case other:
-            raise RecipeError(f"{run.recipe} is of task {other!r}, which has no encoder to export.")
+            raise RecipeError(f"{run.recipe} has task {other!r}, which has no encoder to export.")
 
 
-def _read_pretraining(run: RunFolder, checkpoint: Path) -> Exportable:
+def _read_pretraining(run: RunFolder, checkpoint: Path) -> TrainedModel:
     pretrained = load_pretrained(run, str(checkpoint))
     model, recipe = pretrained.model, pretrained.recipe
     projection = model.decoder.projection
     assert projection.bias is not None
     mean, std = recipe.data.normalisation
-    return Exportable(
+    return TrainedModel(
         encoder=model.encoder,
         mean=mean,
         std=std,
@@ -161,8 +161,8 @@ def _read_pretraining(run: RunFolder, checkpoint: Path) -> Exportable:
     )
 
 
-def _read_fine_tuning(run: RunFolder, task: str, checkpoint: Path | None) -> Exportable:
-    """Load what was trained; a run that has ended needs what it started from no more."""
+def _read_fine_tuning(run: RunFolder, task: str, checkpoint: Path | None) -> TrainedModel:
+    """Load a fine-tuned model; a finished run does not need the weights that it started from."""
     trained = task_named(task, run.recipe)
     recipe: FineTuningRecipe = load(trained.recipe, run.recipe)
     stage: type[FineTuningStage[Any, Any]] = trained.stage
@@ -181,16 +181,16 @@ def _read_fine_tuning(run: RunFolder, task: str, checkpoint: Path | None) -> Exp
         shards=shards,
         origin=str(checkpoint),
     )
-    tensors = _below(read_model(checkpoint) | read_average(checkpoint), MODEL_PREFIX)
+    tensors = _strip_prefix(read_model(checkpoint) | read_average(checkpoint), MODEL_PREFIX)
     if issubclass(stage, DenseStage):
-        return _filled_dense(found, stage, recipe, tensors)
-    return _filled_classifier(found, stage, recipe, run, tensors)
+        return _fill_dense(found, stage, recipe, tensors)
+    return _fill_classifier(found, stage, recipe, run, tensors)
 
 
-def _initial(stage: type[FineTuningStage[Any, Any]], recipe: FineTuningRecipe) -> Exportable:
-    """Return what a run started from that has handed nothing on yet."""
+def _initial(stage: type[FineTuningStage[Any, Any]], recipe: FineTuningRecipe) -> TrainedModel:
+    """Return the initial encoder of a run that has not exported one yet."""
     initial = stage.load_initial(recipe)
-    return Exportable(
+    return TrainedModel(
         encoder=initial.encoder,
         mean=initial.mean,
         std=initial.std,
@@ -200,16 +200,16 @@ def _initial(stage: type[FineTuningStage[Any, Any]], recipe: FineTuningRecipe) -
     )
 
 
-def _filled_classifier(
-    found: Exportable,
+def _fill_classifier(
+    found: TrainedModel,
     stage: type[FineTuningStage[Any, Any]],
     recipe: FineTuningRecipe,
     run: RunFolder,
     tensors: Mapping[str, Tensor],
-) -> Exportable:
-    """Put the weights of a checkpoint in their places, and add the head."""
-    load_strictly(found.encoder, _below(tensors, "encoder."), found.origin)
-    head = _below(tensors, "head.")
+) -> TrainedModel:
+    """Load the weights of a checkpoint into the encoder, and add the head."""
+    load_strictly(found.encoder, _strip_prefix(tensors, "encoder."), found.origin)
+    head = _strip_prefix(tensors, "head.")
     return replace(
         found,
         encoder=found.encoder.eval(),
@@ -218,13 +218,13 @@ def _filled_classifier(
     )
 
 
-def _filled_dense(
-    found: Exportable,
+def _fill_dense(
+    found: TrainedModel,
     stage: type[DenseStage[Any, Any]],
     recipe: FineTuningRecipe,
     tensors: Mapping[str, Tensor],
-) -> Exportable:
-    """Build the model of a dense stage with the weights of a checkpoint."""
+) -> TrainedModel:
+    """Build the model of segmentation or detection with the weights of a checkpoint."""
     assert isinstance(found.encoder, SwinV2)
     with torch.random.fork_rng(devices=[]):
         model = stage.build_model(recipe, found.encoder, stage.class_names(recipe))
@@ -236,8 +236,8 @@ def _filled_dense(
     )
 
 
-def _with_head(found: Exportable, folder: Path) -> Exportable:
-    """Add the head that a run has handed on, or that stands in a native export."""
+def _with_head(found: TrainedModel, folder: Path) -> TrainedModel:
+    """Add the head that a finished run or a native export has in a folder."""
     if (folder / HEAD_FOLDER).is_dir():
         tensors, classes = read_head(folder / HEAD_FOLDER)
         linear = nn.Linear(found.encoder.num_features, len(classes))
@@ -254,7 +254,7 @@ def _with_head(found: Exportable, folder: Path) -> Exportable:
 def _class_names(
     stage: type[FineTuningStage[Any, Any]], recipe: FineTuningRecipe, run: RunFolder, count: int
 ) -> tuple[str, ...]:
-    """Return the names of the classes; none where the data are gone, or are others by now."""
+    """Return the class names; empty if the data are gone or have changed."""
     try:
         if (run.path / HEAD_FOLDER).is_dir():
             _, classes = read_head(run.path / HEAD_FOLDER)
@@ -265,7 +265,7 @@ def _class_names(
     return classes if len(classes) == count else ()
 
 
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _strip_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()

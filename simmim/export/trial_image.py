@@ -1,4 +1,4 @@
-"""The picture that exports are compared on: the first of a run's shards, or one that is drawn."""
+"""The image that exports are compared on: a run's first training image, or a drawn one."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,12 @@ from swinv2 import SwinV2Config, VideoConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TrialImage:
-    """A picture as the encoder takes it."""
+    """An input of the encoder, and where it comes from."""
 
     images: Tensor
-    """Normalised (1, channels, height, width) of the encoder's size."""
+    """Normalised images (1, channels, height, width), or clips with frames second."""
     origin: str
-    """Where it comes from, for a person."""
+    """Where it comes from, for messages."""
 
 
 def trial_image(
@@ -31,24 +31,24 @@ def trial_image(
     std: tuple[float, ...],
     shards: str | Path | None = None,
 ) -> TrialImage:
-    """Prepare a picture with the size, mean and std of an encoder.
+    """Return an image with the size, mean and std of an encoder.
 
     Args:
-        config: of the encoder, of any number of channels.
-        mean: of each channel, for images in [0, 1].
-        std: of each channel.
-        shards: whose first image is taken, where they are still there and it can be read.
+        config: config of the encoder, with any number of channels.
+        mean: per channel, for images in [0, 1].
+        std: per channel.
+        shards: data whose first image is used if it can still be read.
     """
-    pixels, origin = None, "a picture that was drawn for it"
+    pixels, origin = None, "a drawn image"
     if shards is not None:
         try:
-            # By range: one picture is not worth a shard.
+            # By range: do not fetch a shard for one image.
             reading = RemoteReading(mode="ranges", attempts=2)
             sample = open_set(shards, reading).read(0, 0)
             image = decode_pixels(sample.image, sample.extension, channels=config.in_channels)
             pixels = center_crop_resize(image.pixels, config.image_size)
             origin = f"{sample.name} of {shards}"
-        except ValueError:  # gone, or damaged since: what follows needs no shards
+        except ValueError:  # the data are gone or damaged: draw an image instead
             pixels = None
     if pixels is None:
         pixels = draw_image(config)
@@ -56,20 +56,20 @@ def trial_image(
 
 
 def trial_clip(config: VideoConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> TrialImage:
-    """Draw a picture that moves, (1, frames, channels, height, width) as a video encoder takes it.
+    """Return a drawn moving image, (1, frames, channels, height, width), for a video encoder.
 
     Args:
-        config: of the encoder.
-        mean: of each channel, for frames in [0, 1].
-        std: of each channel.
+        config: config of the encoder.
+        mean: per channel, for frames in [0, 1].
+        std: per channel.
     """
     picture = Normalise(mean, std)(draw_image(config)[None])
     frames = [picture.roll(config.patch_size * number, -1) for number in range(config.frames)]
-    return TrialImage(images=torch.stack(frames, 1), origin="a moving picture drawn for it")
+    return TrialImage(images=torch.stack(frames, 1), origin="a drawn clip")
 
 
 def draw_image(config: SwinV2Config) -> Tensor:
-    """Draw a star, uint8 (channels, height, width); beyond three, its colours come again."""
+    """Draw a star, uint8 (channels, height, width); colours repeat beyond three channels."""
     side = max(*config.image_size, MIN_SIZE)
     drawn = render("star", [0], side, seed=0)[0]
     planes = center_crop_resize(drawn, config.image_size)

@@ -1,4 +1,4 @@
-"""Evaluation of what a run has trained, by its stage's own validation, on any data."""
+"""Evaluation of a run's checkpoint by its task's validation, on its data or other data."""
 
 import json
 import sys
@@ -23,25 +23,25 @@ from simmim.recipe import differences, load, read_values, to_values
 from simmim.tasks.all_tasks import task_named
 
 EVALUATIONS = "evaluations.jsonl"
-"""File in the run with a line for each evaluation."""
+"""File in the run with one line per evaluation."""
 
 SIZES = ("encoder", "data.image_size")
-"""Keys, and sections, that change what the encoder is built for."""
+"""Recipe keys and sections that change the encoder's sizes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What an evaluation found."""
+    """Result of an evaluation."""
 
     checkpoint: Path
     step: int
     averaged: bool
-    """Whether the weights are the running average of training's."""
+    """Whether the weights are a running average (EMA)."""
     figures: dict[str, float]
 
     @property
     def text(self) -> str:
-        """Lines for a person."""
+        """The result as text, one line per metric."""
         average = ", averaged weights" if self.averaged else ""
         lines = [f"{self.checkpoint} (step {self.step}{average})"]
         return "\n".join(lines + [f"  {name} {value:.4f}" for name, value in self.figures.items()])
@@ -51,16 +51,16 @@ def evaluate(source: Path, overrides: Sequence[str] = (), *, best: bool = False)
     """Validate a checkpoint as its training did, and add a line to the run's evaluations.
 
     Args:
-        source: a run folder, of which the last complete checkpoint is taken, or a checkpoint.
-        overrides: `--key value` of its recipe; `--data.validation SHARDS` for other images, and
-            sizes too, once the run has ended.
-        best: take the best checkpoint of the run instead of the last.
+        source: a run folder (its last complete checkpoint), or a checkpoint.
+        overrides: `--key value` for its recipe: `--data.validation SHARDS` for other images; sizes
+            too, once the run has finished.
+        best: evaluate the best checkpoint of the run instead of the last.
 
     Returns:
-        Figures over all processes.
+        The metrics over all processes.
 
     Raises:
-        ValueError: there is no checkpoint, or the recipe has nothing to validate on.
+        ValueError: there is no checkpoint, or no validation data.
     """
     end_with_launcher()
     checkpoint = chosen_checkpoint(source, best=best)
@@ -76,7 +76,7 @@ def evaluate(source: Path, overrides: Sequence[str] = (), *, best: bool = False)
     figures = stage.validate(accelerator)
     if not figures:
         raise ValueError(
-            f"{checkpoint} was trained without images to validate on: name some with "
+            f"{checkpoint} was trained without validation data: give some with "
             "--data.validation SHARDS."
         )
     found = Evaluation(
@@ -93,20 +93,20 @@ def evaluate(source: Path, overrides: Sequence[str] = (), *, best: bool = False)
 
 
 def _recipe(checkpoint: Path, run: RunFolder, overrides: Sequence[str]) -> tuple[Any, Any]:
-    """Return the recipe of a checkpoint with what replaces parts of it, and what trains it."""
+    """Return the recipe of a checkpoint with overrides, and its stage class."""
     file = checkpoint / RECIPE_FILE
     task = task_named(read_values(file).get("task"), file)
     recipe = load(task.recipe, file, overrides)
     if "init" not in to_values(recipe):
         return recipe, task.stage
     if run.encoder.is_dir():
-        # It has the windows of the pretraining, and what the run started from may be gone.
+        # It records the windows of pretraining, and what the run started from may be gone.
         return replace(recipe, init=str(run.encoder)), task.stage
     for key in differences(read_values(file), read_values(file, overrides)):
         if any(key == size or key.startswith(f"{size}.") for size in SIZES):
             raise ValueError(
-                f"--{key} changes the encoder, and {run.path} has no encoder yet that knows the "
-                "windows of its pretraining: let the training end first."
+                f"--{key} changes the encoder's sizes, and {run.path} has no encoder directory yet "
+                "that records the pretraining windows: finish the training first."
             )
     return recipe, task.stage
 

@@ -10,14 +10,14 @@ from simmim.data.order.randomness import sample_bits
 from swinv2.encoder import HierarchicalEncoder
 
 RANGES = {torch.uint8: 255.0, torch.uint16: 65535.0}
-"""What stands for 1 in stored whole numbers; fractions are taken as they are."""
+"""Integer value that stands for 1.0; floating-point images are taken as they are."""
 
 
 class Normalise(nn.Module):
-    """Turns stored images into numbers of about zero mean and unit variance a channel.
+    """Normalise stored images to about zero mean and unit variance per channel.
 
     Args:
-        mean: of each channel: of 8 and 16 bits on a scale from 0 to 1, of fractions as they are.
+        mean: of each channel, on a scale from 0 to 1 for 8 and 16 bits, else in the images' scale.
         std: of each channel, on the same scale.
     """
 
@@ -31,11 +31,11 @@ class Normalise(nn.Module):
             self.register_buffer(name, numbers, persistent=False)
 
     def forward(self, images: Tensor, flips: Tensor | None = None) -> Tensor:
-        """Normalise and mirror images.
+        """Normalise images and flip some of them horizontally.
 
         Args:
             images: (batch, channels, height, width): uint8, uint16 or floating point.
-            flips: bool (batch,), which of them are mirrored; None mirrors none.
+            flips: bool (batch,), which images are flipped; None flips none.
 
         Returns:
             float32 of the same shape, contiguous.
@@ -64,7 +64,7 @@ def sample_drop_path_noise(encoder: HierarchicalEncoder, batch: Batch, seed: int
 def pooled_features(
     encoder: HierarchicalEncoder, images: Tensor, drop_path_noise: Tensor | None = None
 ) -> Tensor:
-    """Return the mean over all places of the encoder's output.
+    """Return the average-pooled output of an encoder.
 
     Normalised images (batch, channels, height, width), or clips (batch, frames, channels, height,
     width), become (batch, num_features).
@@ -73,5 +73,5 @@ def pooled_features(
 
 
 def pool(tokens: Tensor) -> Tensor:
-    """Return the mean over all places: (batch, *map, channels) to (batch, channels)."""
+    """Average over all positions: (batch, *map, channels) to (batch, channels)."""
     return tokens.mean(dim=tuple(range(1, tokens.ndim - 1)))

@@ -1,9 +1,9 @@
-"""What the fine-tuning stages have in common.
+"""The base of all fine-tuning stages.
 
-A new one is a file with a recipe and a stage that extend the two classes here: it opens the data,
-builds the model, says how a sample is prepared and what a validation finds, and hands on what was
-trained. `simmim.tasks.all_tasks` then names it. Classes of whole samples have
-`ClassifierStage` between, places in images `DenseStage`.
+A new task is a folder with a recipe (`FineTuningRecipe`) and a stage (`FineTuningStage`), which
+opens the data, builds the model, transforms samples, validates and exports;
+`simmim.tasks.all_tasks` lists it. `ClassifierStage` is the base for classes of whole samples,
+`DenseStage` for heads on feature maps.
 """
 
 from abc import ABC, abstractmethod
@@ -29,7 +29,7 @@ from simmim.tasks.recipe import FineTuningRecipe
 from swinv2.config_file import Provenance
 
 Prepare = Callable[[Any, Address], Sample]
-"""Makes a sample of what was read at an address."""
+"""A transform: makes a sample of what was read at an address."""
 
 
 RecipeT = TypeVar("RecipeT", bound=FineTuningRecipe)
@@ -37,20 +37,20 @@ DataT = TypeVar("DataT", bound=SampleSource[Any])
 
 
 class FineTuningStage(ABC, Generic[RecipeT, DataT]):
-    """A `simmim.engine.stage.Stage` on labelled data; what is left open here is the task's own.
+    """A `simmim.engine.stage.Stage` on labelled data; tasks fill in the abstract methods.
 
     Args:
-        recipe: what is trained, and how.
-        training: the samples to train on.
-        validation: those that are held out; None for none.
+        recipe: the recipe.
+        training: training samples.
+        validation: held-out samples; None for none.
     """
 
     initial: InitialEncoder[Any]
-    """What training starts from."""
+    """The encoder that training starts from."""
     module: nn.Module
     """Takes a Batch on its device and returns the mean loss over it."""
     probe_every: int | None = None
-    """No probe: there are labels already."""
+    """None: fine-tuning has labels, and no online probe."""
 
     def __init__(self, recipe: RecipeT, training: DataT, validation: DataT | None) -> None:
         self.recipe: RecipeT = recipe
@@ -86,7 +86,7 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
 
     @property
     def best_metric(self) -> str:
-        """The figure of validation that tells the best checkpoint."""
+        """Validation metric that selects the best checkpoint."""
         return self.recipe.best_metric
 
     @property
@@ -103,15 +103,15 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
     @property
     @abstractmethod
     def flops_per_sample(self) -> int:
-        """Operations of the matrix products in a forward pass over one sample."""
+        """FLOPs of the matrix products in a forward pass over one sample."""
 
     @abstractmethod
     def training_transform(self) -> Prepare:
-        """Return what makes a sample as training sees it."""
+        """Return the transform of training samples."""
 
     @abstractmethod
     def validation_transform(self) -> Prepare:
-        """Return what makes a sample as validation sees it."""
+        """Return the transform of validation samples."""
 
     def batches(self, *, rank: int, world: int, start: int, end: int) -> Iterable[Batch]:
         """Yield this rank's micro-batches, from `start` to `end` samples of the global stream."""
@@ -136,11 +136,11 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
         rank: int = 0,
         world: int = 1,
     ) -> BatchStream:
-        """Return this rank's part of the held-out samples: every one once over all ranks.
+        """Return batches of this rank's part of the held-out samples, each once over all ranks.
 
         Args:
-            transform: makes a sample; by default `validation_transform`.
-            at_a_time: samples that all ranks take together; None takes as many as training does.
+            transform: of a sample; None is `validation_transform`.
+            at_a_time: batch size over all ranks; None is the one of training.
             rank: number of this process.
             world: number of processes.
         """
@@ -160,23 +160,23 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
 
     @abstractmethod
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return figures on held-out samples, the same on every rank; empty if there are none."""
+        """Return metrics on held-out samples, the same on every rank; empty if there are none."""
 
     @abstractmethod
     def export_encoder(self, run: RunFolder, step: int, samples: int) -> None:
         """Write encoder and head into the run."""
 
     def probe(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return nothing."""
+        """Return no metrics: there is no probe."""
         del accelerator
         return {}
 
     def baselines(self) -> dict[str, float]:
-        """Return nothing, unless some answer without learning has a loss that tells."""
+        """Return losses of trivial predictions; by default none."""
         return {}
 
     def visualize(self, accelerator: Accelerator, run: RunFolder, step: int) -> Path | None:
-        """Draw nothing, unless there is something to see."""
+        """Draw pictures of validation samples; by default none."""
         del accelerator, run, step
         return None
 
@@ -186,5 +186,5 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
         return make(self.recipe)
 
     def provenance(self, step: int, samples: int) -> Provenance:
-        """Return what an encoder directory says of where its weights come from."""
+        """Return the provenance to record in the encoder directory."""
         return Provenance(step=step, samples_seen=samples, recipe_hash=recipe_hash(self.recipe))

@@ -1,8 +1,7 @@
-"""What few labels are worth: fine-tuning from pretrained and from random weights, run by run.
+"""`simmim labels`: fine-tuning with few labels, from pretrained and from random weights.
 
-Both starts get the same recipe: images, steps, learning rates and augmentation. Each seed draws its
-own share of the labels, the same one for both starts. A run that has ended is not repeated, and one
-that was stopped goes on.
+Both initialisations get the same recipe. Each seed draws its own subset of the labels, the same one
+for both initialisations. Finished runs are not repeated; stopped ones are resumed.
 """
 
 import json
@@ -25,17 +24,17 @@ Start = Literal["pretrained", "scratch"]
 
 @dataclass(frozen=True, kw_only=True)
 class LabelRun:
-    """One fine-tuning of the comparison."""
+    """One fine-tuning run of the comparison."""
 
     start: Start
     fraction: float
-    """Share of the labels."""
+    """Fraction of the labels."""
     seed: int
-    """Of the training, and of which labels are used."""
+    """Seed of the training and of the subset of labels."""
 
     @property
     def name(self) -> str:
-        """Name of its folder."""
+        """Name of the run's folder."""
         return f"{self.start}-{100 * self.fraction:g}-seed{self.seed}"
 
 
@@ -48,31 +47,32 @@ def compare_labels(
     seeds: Sequence[int],
     overrides: Sequence[str] = (),
 ) -> str:
-    """Train all runs that have not ended, and write labels.html, labels.svg and labels.json.
+    """Train all runs that are not finished, and write labels.html, labels.svg and labels.json.
 
     Args:
-        config: a fine-tuning recipe of any task, with samples to validate on. Give its length in
-            steps, and all shares of the labels get as many; in epochs, fewer labels get fewer.
-        init: the pretrained start; see `ClassificationRecipe.init`.
-        folder: of all runs and the page.
-        fractions: shares of the labels, above 0 and at most 1.
-        seeds: of the runs.
+        config: a fine-tuning recipe of any task, with validation data. A length in steps is the
+            same for all fractions; in epochs, smaller fractions train for fewer steps.
+        init: the pretrained weights; see `ClassificationRecipe.init`.
+        folder: output folder of all runs and the report.
+        fractions: fractions of the labels, above 0 and at most 1.
+        seeds: seeds of the runs.
         overrides: `--key value` for every run.
 
     Returns:
-        The table, as text.
+        The table as text.
 
     Raises:
-        ValueError: the recipe cannot be used, a run in the folder has another, or one failed.
+        ValueError: the recipe cannot be used, a run in the folder has a different one, or a run
+            failed.
     """
     runs = list(_runs(fractions, seeds))
     task = fine_tuning_named(read_values(config, overrides).get("task"), config)
     metric = ""
-    for run in runs:  # every mistake in a recipe is told before the first run
+    for run in runs:  # report mistakes in a recipe before the first run
         recipe: FineTuningRecipe = load(task.recipe, config, _arguments(run, init, overrides))
         metric = recipe.best_metric
         place = RunFolder(path=folder / run.name)
-        if _score(place, metric) is not None:  # of another recipe, it is refused
+        if _score(place, metric) is not None:  # raises if its recipe differs
             place.check(task.stage.resolve(recipe), resume=True)
     for number, run in enumerate(runs, start=1):
         place = RunFolder(path=folder / run.name)
@@ -85,7 +85,7 @@ def compare_labels(
 
 
 def _runs(fractions: Sequence[float], seeds: Sequence[int]) -> Iterator[LabelRun]:
-    """Yield all runs: every seed's comparison is whole before the next seed's begins."""
+    """Yield all runs; one seed's comparison is complete before the next seed starts."""
     starts: tuple[Start, ...] = ("pretrained", "scratch")
     for seed in seeds:
         for fraction in fractions:
@@ -94,7 +94,7 @@ def _runs(fractions: Sequence[float], seeds: Sequence[int]) -> Iterator[LabelRun
 
 
 def _arguments(run: LabelRun, init: str, overrides: Sequence[str]) -> list[str]:
-    """Return the options that make the recipe this run's."""
+    """Return the recipe overrides of a run."""
     own = {
         "init": init if run.start == "pretrained" else SCRATCH,
         "data.fraction": f"{run.fraction:g}",
@@ -110,14 +110,14 @@ def _train(config: Path, place: RunFolder, metric: str, arguments: Sequence[str]
     code = subprocess.run(command, check=False).returncode
     if code != 0 or _score(place, metric) is None:
         raise ValueError(
-            f"{place.path} ended with code {code}"
-            + ("" if code else f" and no {metric} of a validation: give samples to validate on")
-            + ". What it said stands above; the same command goes on from here."
+            f"{place.path} ended with exit code {code}"
+            + ("" if code else f" and without a validation {metric}: give validation data")
+            + ". See its output above; the same command resumes from here."
         )
 
 
 def _score(place: RunFolder, metric: str) -> float | None:
-    """Return the last validation of a run that has ended; not its best, which the test chose."""
+    """Return the last validation score of a finished run, not its best: that is selected on it."""
     if not place.encoder.is_dir():
         return None
     found = [line[metric] for line in place.read_metrics() if metric in line]
@@ -125,7 +125,7 @@ def _score(place: RunFolder, metric: str) -> float | None:
 
 
 def _scores(folder: Path, runs: Sequence[LabelRun], metric: str) -> list[LabelScores]:
-    """Return the scores of the runs that have ended, by start and share."""
+    """Return the scores of the finished runs, by initialisation and fraction."""
     values: dict[tuple[str, float], list[float]] = {}
     for run in runs:
         score = _score(RunFolder(path=folder / run.name), metric)
@@ -141,11 +141,11 @@ def _write(
     folder: Path, config: Path, init: str, metric: str, scores: Sequence[LabelScores]
 ) -> None:
     note = (
-        f"Fine-tuning with {config}, the same for both starts; pretrained is {init}. Means and "
-        "standard deviations over seeds, each with its own choice of labels; the last validation "
+        f"Fine-tuning with {config} from both initialisations; pretrained is {init}. Mean and "
+        "standard deviation over seeds, each with its own subset of the labels; last validation "
         "of each run."
     )
-    page = labels_page("What few labels are worth", scores, metric, [note])
+    page = labels_page("Accuracy with few labels", scores, metric, [note])
     atomic_write_text(folder / "labels.html", page)
     atomic_write_text(folder / "labels.svg", drawing(scores) + "\n")
     text = json.dumps([asdict(one) for one in scores], indent=1)

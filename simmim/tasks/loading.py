@@ -27,14 +27,14 @@ def train_transform(
     augment: Augmentation | None = None,
     label: LabelReader = class_of,
 ) -> TrainTransform:
-    """Return what crops and mirrors the images of shards.
+    """Return the training transform of images: random crop and flip.
 
     Args:
         data: size and augmentation of the images.
-        seed: of all that is drawn.
-        channels: of the images.
-        mask: draws the mask of an image, where the stage wants one.
-        augment: changes a cropped image, where the stage wants more than crop and mirroring.
+        seed: seed of the random numbers.
+        channels: channels of the images.
+        mask: draws the mask of an image; None for no masks.
+        augment: further augmentation of the cropped image; None for none.
         label: reads the label of an image.
     """
     return TrainTransform(
@@ -67,16 +67,16 @@ def training_batches(
     """Return this rank's micro-batches, from `start` to `end` samples of the global stream.
 
     Args:
-        shards: to train on.
-        order: of their samples.
-        transform: makes a sample of what is read.
+        shards: training data.
+        order: order of the samples.
+        transform: of a sample.
         data: how samples are read.
         training: batch size and accumulation.
         rank: number of this process.
         world: number of processes.
         start: cursor of the first batch.
-        end: cursor behind the last one.
-        bad_samples: where those that had to be replaced are counted.
+        end: cursor after the last batch.
+        bad_samples: counts the samples that had to be replaced.
     """
     return TrainingBatches(
         shards,
@@ -102,22 +102,21 @@ def open_labelled(
     fraction: float,
     seed: int,
 ) -> tuple[Shards, Shards | None]:
-    """Return the shards to train on and those to validate on.
+    """Split labelled shards into training and validation shards.
 
     Args:
-        shards: labelled ones.
-        validation: other shards, all of them for validation; None holds some of `shards` out.
-        validation_shards: how many of the last shards are held out; 0 holds out none. Not used
-            with `validation`.
-        fraction: share of each class's training samples that is kept.
-        seed: of the choice of that share.
+        shards: labelled shards.
+        validation: separate validation shards; None holds out some of `shards`.
+        validation_shards: number of shards at the end to hold out; not used with `validation`.
+        fraction: fraction of each class's training samples to keep.
+        seed: seed of that choice.
 
     Returns:
         Training shards, and validation shards or None.
 
     Raises:
-        ValueError: the shards have no classes or samples without one, or the
-            validation shards have other classes.
+        ValueError: the shards have no classes, samples without a class, or validation shards with
+            different classes.
     """
     if validation is None:
         training, held_out = shards.split(validation_shards)
@@ -132,7 +131,7 @@ def open_labelled(
 
 
 def all_labels(shards: Shards) -> np.ndarray:
-    """Return the label of every sample of every shard in order, int64 (samples,), -1 for none."""
+    """Return the labels of all samples in order, int64 (samples,), -1 for none."""
     labels = [shards.labels(number) for number in range(len(shards.sizes))]
     return np.concatenate([np.zeros(0, dtype=np.int64), *labels])
 
@@ -143,8 +142,8 @@ def _check_labels(shards: Shards) -> None:
     if missing:
         raise ValueError(
             f"{missing} of {shards.samples} images in {shards.folder} have no class: put each "
-            "image in the folder of its class, and make shards of them again with `data-prep shard`"
-            " where they are shards."
+            "image in the folder of its class, and make shards again with `data-prep shard` if "
+            "they are shards."
         )
 
 

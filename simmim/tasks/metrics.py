@@ -9,12 +9,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class AccuracySums:
-    """Sums over classified images, so that parts can be added up."""
+    """Sums over classified images; the sums of parts add up."""
 
     top1: float = 0.0
-    """Images whose class has the highest score."""
+    """Images whose true class has the highest score."""
     top5: float = 0.0
-    """Images whose class is among the five highest."""
+    """Images whose true class is among the five highest scores."""
     loss: float = 0.0
     """Sum of the cross entropy."""
     samples: int = 0
@@ -29,7 +29,7 @@ class AccuracySums:
 
 
 def accuracy_sums(logits: Tensor, labels: Tensor) -> AccuracySums:
-    """Score (samples, classes) logits against int64 (samples,) labels."""
+    """Compare (samples, classes) logits with int64 (samples,) labels."""
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = best == labels[:, None]
     return AccuracySums(
@@ -41,7 +41,7 @@ def accuracy_sums(logits: Tensor, labels: Tensor) -> AccuracySums:
 
 
 def gather_rows(part: Tensor, accelerator: Accelerator) -> Tensor:
-    """Return the rows of all ranks; where ranks have fewer, there are rows of -1."""
+    """Gather the rows of all ranks; ranks with fewer are padded with rows of -1."""
     even = accelerator.pad_across_processes(part, dim=0, pad_index=-1)
     rows: Tensor = accelerator.gather(even)
     return rows

@@ -1,4 +1,4 @@
-"""What a fine-tuning starts from: fresh weights, an encoder directory, or a run of any stage."""
+"""The encoder that fine-tuning starts from: random, or from an encoder directory or a run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,46 +15,46 @@ from swinv2.config_file import Provenance, read_encoder_config
 from swinv2.encoder import HierarchicalEncoder
 
 HEAD_FOLDER = "classifier"
-"""Folder in the run, or the native export, of a classifier: the head and its classes' names."""
+"""Folder in a run or a native export with a classifier's head and class names."""
 
 EncoderT = TypeVar("EncoderT", bound=HierarchicalEncoder)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedWeights:
-    """Where trained weights are."""
+    """Paths of trained weights."""
 
     encoder: Path
     """An encoder directory."""
     head: Path | None = None
-    """The head of a classifier, with the names of its classes."""
+    """Folder of a classifier's head; None if there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InitialEncoder(Generic[EncoderT]):
-    """What training starts from."""
+    """An encoder to fine-tune, with its normalisation."""
 
     encoder: EncoderT
     mean: tuple[float, ...]
     std: tuple[float, ...]
     head: Path | None = None
-    """Folder of a trained head, with the names of its classes."""
+    """Folder of a trained classifier head."""
     inflated_from: Provenance | None = None
     """Of an encoder of clips: provenance of the image encoder that it was inflated from."""
 
 
 def find_weights(init: str) -> TrainedWeights:
-    """Return what a recipe starts from.
+    """Return the paths of the weights that `init` names, an encoder directory or a finished run.
 
     Raises:
-        ValueError: it is a run that has not handed on its encoder yet.
+        ValueError: it is a run that has not finished.
     """
     run = RunFolder(path=Path(init))
     if run.encoder.is_dir() and not (run.path / "config.json").is_file():
         return TrainedWeights(encoder=run.encoder, head=_folder(run.path / HEAD_FOLDER))
     if complete_checkpoints(run.checkpoints):
         raise ValueError(
-            f"init is {init}, a run that has not ended: let it end, or write the encoder of its "
+            f"init is {init}, a run that has not finished: finish it, or export the encoder of its "
             f"last checkpoint with `simmim export {init} FOLDER` and start from FOLDER."
         )
     return TrainedWeights(encoder=run.path, head=_folder(run.path / HEAD_FOLDER))
@@ -67,13 +67,11 @@ def _folder(path: Path) -> Path | None:
 def load_initial_encoder(
     init: str, wanted: EncoderSettings, data: CroppedSettings, seed: int
 ) -> InitialEncoder[SwinV2]:
-    """Build the encoder that `init` asks for, with the normalisation that goes with it.
-
-    Fresh weights depend on the seed alone.
+    """Load the encoder that `init` names, or build one with random weights, which depend on `seed`.
 
     Raises:
-        ValueError: `init` is neither an encoder directory nor a run that has ended, or its encoder
-            cannot take the sizes.
+        ValueError: `init` is neither an encoder directory nor a finished run, or its encoder does
+            not fit the image or window size.
     """
     if init == SCRATCH:
         with torch.random.fork_rng(devices=[]):

@@ -21,44 +21,43 @@ class EncoderSettings:
     """A Swin Transformer V2 encoder."""
 
     variant: Literal["tiny", "small", "base", "large", "huge", "giant"] = "base"
-    """Size as in the paper; the fields below replace parts of it."""
+    """Architecture from the paper; the fields below override parts of it."""
     window_size: int
-    """Side of the attention windows in tokens; clamped where a stage has fewer."""
+    """Side of the attention windows in tokens; clamped to the size of the stage's map."""
     patch_size: int = 4
     """Side of a patch in pixels."""
     in_channels: int = 3
-    """Channels of the images: 1 grey, 3 colour, 4 colour and transparency; of arrays (.npy), any
-    number."""
+    """Channels of the images: 1 grey, 3 RGB, 4 RGBA; any number for arrays (.npy)."""
     embed_dim: int | None = None
-    """Channels of the first stage; null keeps the variant's."""
+    """Channels of the first stage; null is the variant's."""
     depths: tuple[int, ...] | None = None
-    """Blocks of each stage; null keeps the variant's."""
+    """Blocks of each stage; null is the variant's."""
     num_heads: tuple[int, ...] | None = None
-    """Attention heads of each stage; null keeps the variant's."""
+    """Attention heads of each stage; null is the variant's."""
     drop_path: float = 0.0
-    """Largest rate of stochastic depth, reached by the last block."""
+    """Stochastic depth rate of the last block; it grows linearly from 0 at the first."""
 
     def __post_init__(self) -> None:
         check_least(self, 1, "window_size", "patch_size", "in_channels")
         check_rates(self, "drop_path")
 
     def check_channels(self, mean: tuple[float, ...] | str) -> None:
-        """Check that images are normalised channel by channel, once the numbers are there.
+        """Check the number of means against the channels, unless they are still to be measured.
 
         Raises:
-            ValueError: `mean` has not one number a channel.
+            ValueError: `mean` does not have one value per channel.
         """
         if not isinstance(mean, str) and len(mean) != self.in_channels:
             raise ValueError(
-                f"data.mean has {len(mean)} numbers, encoder.in_channels is {self.in_channels}; "
-                "give one for each channel."
+                f"encoder.in_channels is {self.in_channels}, data.mean has {len(mean)} "
+                f"value{'' if len(mean) == 1 else 's'}; give one value per channel."
             )
 
     def config(self, image_size: int) -> SwinV2Config:
         """Return the encoder's configuration for square images of `image_size` pixels.
 
         Raises:
-            ValueError: the sizes cannot work together.
+            ValueError: the sizes do not fit together.
         """
         replaced = {
             name: getattr(self, name)
@@ -78,31 +77,31 @@ class EncoderSettings:
 
 @settings
 class ExecutionSettings:
-    """How the encoder computes what it computes: time and memory change, results only by rounding.
+    """How the encoder is computed: affects time and memory, and results only by rounding.
 
-    A run may be resumed with others, and its checkpoints and encoders are the same.
+    A run may be resumed with different values; checkpoints and encoders are the same.
     """
 
     attention: AttentionPath | tuple[AttentionPath, ...] = "auto"
-    """Path of attention, one for all stages or a list with one for each. sequential: the scores of
-    one group of windows after the other, which takes the least memory; sdpa: torch's fused kernels;
-    explicit: all scores at once; auto: groups too, with attention weights kept for the backward,
-    and all at once where blocks are compiled."""
+    """Attention implementation, one for all stages or a list with one per stage. sequential: one
+    group of windows after another, which needs the least memory; sdpa: torch's fused kernels;
+    explicit: all scores at once; auto: groups of windows with attention weights kept for the
+    backward pass, and all scores at once if blocks are compiled."""
     checkpointing: Checkpointing | tuple[Checkpointing, ...] = "none"
-    """What is computed again in the backward instead of kept, for all stages or a list with one for
-    each: none, attention (the attention branch of each block), full (each block)."""
+    """What the backward pass recomputes instead of keeping, for all stages or a list with one per
+    stage: none, attention (the attention branch of each block), full (each block)."""
     scores_at_a_time: int | None = None
-    """Attention scores that are computed together; null for 2**19 on a CPU, 2**21 in windows of
-    more than 256 tokens, and 2**27 on a GPU."""
+    """Attention scores per group of windows; null is 2**19 on a CPU, 2**21 for windows of more than
+    256 tokens, and 2**27 on a GPU."""
     compile: bool = False
-    """Compile the encoder's blocks with torch.compile: minutes at the start, faster steps after.
+    """Compile the encoder's blocks with torch.compile: minutes at the start, then faster steps.
     --compile is short for --execution.compile true."""
 
     def __post_init__(self) -> None:
-        self.execution()  # raises where a choice cannot work
+        self.execution()  # raises if a choice is invalid
 
     def execution(self) -> Execution:
-        """Return the part of these settings that the encoder itself knows."""
+        """Return these settings as the encoder's own class, without `compile`."""
         return Execution(
             attention=self.attention,
             checkpointing=self.checkpointing,
@@ -110,24 +109,24 @@ class ExecutionSettings:
         )
 
     def check_stages(self, stages: int) -> None:
-        """Check that a list has one choice for each of the encoder's stages.
+        """Check that lists have one entry per stage of the encoder.
 
         Raises:
-            ValueError: it has more or fewer.
+            ValueError: a list has more or fewer.
         """
         for name in ("attention", "checkpointing"):
             choices = getattr(self, name)
             if not isinstance(choices, str) and len(choices) != stages:
                 raise ValueError(
-                    f"execution.{name} is a list of {len(choices)}, and the encoder has {stages} "
-                    "stages; give one for each, or a single one for all."
+                    f"execution.{name} has {len(choices)} entries, and the encoder has {stages} "
+                    "stages; give one per stage, or a single one for all."
                 )
 
     def apply(self, encoder: "HierarchicalEncoder") -> None:
-        """Let `encoder` compute in this way.
+        """Apply these settings to an encoder.
 
         Raises:
-            ValueError: a list has not one choice for each of its stages.
+            ValueError: a list does not have one entry per stage.
         """
         self.check_stages(len(encoder.stages))
         encoder.set_execution(
@@ -140,15 +139,15 @@ class ExecutionSettings:
 
 
 def check_slots(slots: int, training: TrainingSettings) -> None:
-    """Check that a batch can take equally from each of so many slots.
+    """Check that the batch size is a multiple of the number of slots.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: it is not.
     """
     if training.batch_size % slots:
         raise ValueError(
-            f"training.batch_size {training.batch_size} is no multiple of data.slots "
-            f"{slots}; every batch takes equally from each slot. Change either."
+            f"training.batch_size {training.batch_size} is not a multiple of data.slots {slots}; "
+            "every batch takes equally from each slot. Change one of them."
         )
 
 
@@ -191,28 +190,28 @@ class TaskRecipe:
 
 @settings
 class FineTuningRecipe(TaskRecipe):
-    """A pretrained encoder, or fresh weights, trained for a task."""
+    """Fine-tuning of a pretrained or randomly initialised encoder."""
 
     task: str
-    """What this recipe does."""
+    """Task of the recipe."""
     init: str = SCRATCH
-    """`scratch`, or what to start from: an encoder directory, or the folder of a run that has
-    ended. It brings its architecture (variant, patch, channels, sizes) and its mean and std: of
-    `encoder` only `window_size` and `drop_path` then apply, and data.mean and data.std do not."""
+    """`scratch` for random weights, an encoder directory, or the folder of a finished run. Trained
+    weights come with their architecture (variant, patch, channels, sizes), mean and std: then only
+    `window_size` and `drop_path` of `encoder` apply, and data.mean and data.std do not."""
     encoder: EncoderSettings
     """The encoder."""
     data: CroppedSettings
-    """What is trained on."""
+    """The training data."""
     execution: ExecutionSettings = ExecutionSettings()
     """How the encoder is computed."""
     training: TrainingSettings
-    """The training."""
+    """Length, batch size, optimiser and schedule."""
 
     def __post_init__(self) -> None:
         check_slots(self.data.slots, self.training)
         if self.init == SCRATCH:
             self.encoder.check_channels(self.data.mean)
-            config = self.encoder.config(self.data.image_size)  # raises where sizes cannot work
+            config = self.encoder.config(self.data.image_size)  # raises if sizes do not fit
             self.execution.check_stages(len(config.depths))
 
     @property
@@ -222,5 +221,5 @@ class FineTuningRecipe(TaskRecipe):
 
     @property
     def best_metric(self) -> str:
-        """The figure of validation that tells the best checkpoint; higher is better."""
+        """Validation metric that selects the best checkpoint; higher is better."""
         raise NotImplementedError

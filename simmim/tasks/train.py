@@ -1,4 +1,4 @@
-"""Running a stage from its recipe: checks, processes, training, and what is said at the end."""
+"""Training a recipe: check the input, start processes, train, print the result."""
 
 import os
 import sys
@@ -23,11 +23,11 @@ from simmim.report.page import write_report
 
 
 class Trains(Protocol):
-    """A recipe of a stage."""
+    """A recipe with training settings."""
 
     @property
     def training(self) -> TrainingSettings:
-        """How long and how it is trained."""
+        """The training settings."""
 
 
 RecipeT = TypeVar("RecipeT", bound=Trains)
@@ -42,18 +42,18 @@ def train_recipe(
     allow_changes: bool,
     init_from: Path | None = None,
 ) -> TrainingResult:
-    """Train the stage of `recipe` in the folder `run`, on all the processes that were asked for.
+    """Train the stage of `recipe` in the run folder, on all processes that were asked for.
 
-    Everything that can be wrong with the input is looked at before processes start.
+    The input is checked before processes start.
 
     Args:
-        make_stage: makes the stage of a recipe.
-        recipe: what is trained, and how.
-        run: where everything is written.
-        resume: None to start anew, `auto`, or the path of a checkpoint. Processes that torchrun has
-            started again go on from the last complete one, whatever they had started from.
-        allow_changes: resume though the recipe changes what is trained.
-        init_from: weights to start from where no checkpoint is resumed.
+        make_stage: the stage class.
+        recipe: its recipe.
+        run: the run folder.
+        resume: None to start from the beginning, `auto`, or the path of a checkpoint. Processes
+            that torchrun restarts resume from the last complete checkpoint in any case.
+        allow_changes: resume although the recipe has changed.
+        init_from: weights to start from if no checkpoint is resumed.
 
     Raises:
         ValueError: the run folder, the shards or the sizes cannot be used.
@@ -66,14 +66,14 @@ def train_recipe(
     if restarted and (resume is None or find_checkpoint(run.checkpoints, "auto")):
         resume = "auto"
     checkpoint = None if resume is None else find_checkpoint(run.checkpoints, resume)
-    if int(os.environ.get("RANK", "0")) == 0:  # the others would meet what rank 0 has begun
+    if int(os.environ.get("RANK", "0")) == 0:  # others would see what rank 0 has written
         changed = run.check(
             stage.recipe,
             resume=resume is not None,
             checkpoint=checkpoint,
             allow_changes=allow_changes,
         )
-        if changed and requested_cpu_processes() < 2:  # told once, by the process that trains
+        if changed and requested_cpu_processes() < 2:  # printed once, by the process that trains
             listed = "".join(f"\n  {key}: {text}" for key, text in changed.items())
             sys.stderr.write(f"the recipe has changed:{listed}\n")
     stage.bad_samples.write_to(run.bad_samples)
@@ -100,13 +100,13 @@ def train_recipe(
 
 
 def print_result(result: TrainingResult, run: RunFolder) -> None:
-    """Print where a training ended and where its results are."""
+    """Print how training ended and where its results are."""
     if result.stopped:
         lines = [
             f"Stopped at step {result.step}; its checkpoint is in {run.checkpoints}."
             if result.step
-            else "Stopped before there was a checkpoint.",
-            "Go on with the same command and --resume auto.",
+            else "Stopped before the first checkpoint.",
+            "Resume with the same command and --resume auto.",
         ]
     else:
         figures = ", ".join(f"{name} {value:.4f}" for name, value in result.figures.items())
@@ -118,7 +118,7 @@ def print_result(result: TrainingResult, run: RunFolder) -> None:
             f"Report   {run.report}",
         ]
         if run.bad_samples.is_file():
-            lines.append(f"Damaged  {run.bad_samples}: samples that were replaced or left out")
+            lines.append(f"Damaged  {run.bad_samples}: samples that were replaced or skipped")
         if run.reconstructions.is_dir():
             lines.append(f"Pictures {run.reconstructions}")
     sys.stdout.write("\n".join(lines) + "\n")
@@ -132,5 +132,5 @@ def _best_line(run: RunFolder) -> list[str]:
 
 
 def run_folder(path: str | None, config: Path) -> RunFolder:
-    """Return the folder of a run: `path`, or `runs/` and the recipe's name."""
+    """Return the run folder: `path`, or `runs/` and the recipe's name."""
     return RunFolder(path=Path(path) if path else Path("runs") / config.stem)

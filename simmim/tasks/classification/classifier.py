@@ -1,4 +1,4 @@
-"""A classifier: the encoder, its average-pooled features, and a linear head."""
+"""A classifier: encoder, average pooling and a linear head; and its files."""
 
 import json
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ CLASSES_FILE = "classes.json"
 
 
 class Classifier(nn.Module):
-    """Encoder, average pool and a linear layer, whose fresh weights are small (std 0.02)."""
+    """Encoder, average pooling and a linear head, initialised with std 0.02."""
 
     def __init__(self, encoder: HierarchicalEncoder, num_classes: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor, drop_path_noise: Tensor | None = None) -> Tensor:
-        """Turn normalised images, or clips, into (batch, classes) logits; see `pooled_features`.
+        """Map normalised images or clips to (batch, classes) logits; see `pooled_features`.
 
         For `drop_path_noise` see `SwinV2.encode`.
         """
@@ -49,7 +49,7 @@ class Classifier(nn.Module):
 
 
 def save_head(head: nn.Linear, path: Path, classes: Sequence[str]) -> None:
-    """Write a head and the names of its classes as the folder `path`."""
+    """Write a head and its class names as the folder `path`."""
     tensors = {name: part.detach().cpu().contiguous() for name, part in head.state_dict().items()}
     with atomic_folder(path, may_replace=_is_head) as folder:
         write_tensors(folder / HEAD_FILE, tensors)
@@ -59,7 +59,7 @@ def save_head(head: nn.Linear, path: Path, classes: Sequence[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedClassifier:
-    """A classifier as a finished run holds it, with what using it needs."""
+    """The classifier of a finished run, with class names and normalisation."""
 
     model: Classifier
     classes: tuple[str, ...]
@@ -75,7 +75,7 @@ def load_classifier(encoder: Path, head: Path) -> TrainedClassifier:
         head: the run's `classifier` folder.
 
     Raises:
-        ValueError: a file is absent or damaged, or the two do not belong together.
+        ValueError: a file is missing or damaged, or the two do not belong together.
     """
     description: EncoderDescription
     trained: HierarchicalEncoder
@@ -93,28 +93,28 @@ def load_classifier(encoder: Path, head: Path) -> TrainedClassifier:
 
 
 def read_head(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return the tensors of a saved head, `weight` and `bias`, and the names of its classes.
+    """Return the tensors of a saved head, `weight` and `bias`, and its class names.
 
     Raises:
-        ValueError: a file is absent or damaged.
+        ValueError: a file is missing or damaged.
     """
     return read_tensors(path / HEAD_FILE), _read_classes(path / CLASSES_FILE)
 
 
 @torch.no_grad()
 def copy_head(head: nn.Linear, classes: Sequence[str], source: Path) -> bool:
-    """Copy a trained head, class by class of the same name.
+    """Copy the rows of a trained head to a new one by class name.
 
     Args:
-        head: to be filled, an output for each of `classes`.
-        classes: that are to be told apart.
-        source: folder of the trained head; it may know more classes.
+        head: the new head, with one output per class.
+        classes: its class names.
+        source: folder of the trained head, which may have more classes.
 
     Returns:
-        Whether it knew all of them; else nothing is changed.
+        Whether the trained head has all classes; otherwise nothing is copied.
 
     Raises:
-        ValueError: a file is absent or damaged, or it is of another encoder.
+        ValueError: a file is missing or damaged, or the head is of another encoder.
     """
     tensors, known = read_head(source)
     places = {name: place for place, name in enumerate(known)}
@@ -124,7 +124,7 @@ def copy_head(head: nn.Linear, classes: Sequence[str], source: Path) -> bool:
     if tensors["weight"].shape[1] != head.in_features:
         raise ValueError(
             f"{source} has a head for {tensors['weight'].shape[1]} features, and the encoder has "
-            f"{head.in_features}: the two are not of one run."
+            f"{head.in_features}: they are from different runs."
         )
     head.weight.copy_(tensors["weight"][rows])
     head.bias.copy_(tensors["bias"][rows])
@@ -137,8 +137,8 @@ def _read_classes(file: Path) -> tuple[str, ...]:
         return tuple(str(name) for name in classes)
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(
-            f"{file} does not hold the names of classes: give the `classifier` folder of a "
-            "fine-tuning run that has ended."
+            f"{file} has no class names: give the `classifier` folder of a finished fine-tuning "
+            "run."
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Loss and figures of images that may have several classes, or none."""
+"""Loss and metrics of multi-label classification."""
 
 from collections.abc import Callable, Iterable
 
@@ -12,22 +12,22 @@ from simmim.tasks.metrics import gather_rows
 
 
 def multi_label_losses(logits: Tensor, labels: Tensor, *, smoothing: float) -> Tensor:
-    """Return the binary cross entropy of each image, the mean over classes, (batch,).
+    """Return the binary cross-entropy of each image, averaged over classes, (batch,).
 
     Args:
         logits: (batch, classes).
         labels: bool (batch, classes).
-        smoothing: share of each target that is spread evenly over all classes, as timm does.
+        smoothing: share of each target that is spread evenly over all classes, as in timm.
     """
     targets = labels.float() * (1 - smoothing) + smoothing / labels.shape[1]
     return F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none").mean(1)
 
 
 def average_precisions(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return the average precision of each class that some image has, float64, up to 1.
+    """Return the average precision of each class that occurs, float64, from 0 to 1.
 
-    It is the sum over thresholds of precision times the recall gained there, with one threshold
-    for equal scores: as scikit-learn defines it.
+    As in scikit-learn: the sum over thresholds of precision times the gain in recall, with one
+    threshold for equal scores.
 
     Args:
         scores: (samples, classes).
@@ -57,16 +57,16 @@ def multi_label_figures(
     *,
     classes: int,
 ) -> dict[str, float]:
-    """Return mean average precision in percent, over classes that some image has, and the loss.
+    """Return mean average precision in percent, over classes that occur, and the loss.
 
     Args:
         batches: this rank's part.
-        logits: turns images as they were stored into the scores of the classes.
-        accelerator: over whose ranks the figures are.
-        classes: how many there are.
+        logits: maps stored images to (batch, classes) logits.
+        accelerator: the ranks.
+        classes: number of classes.
     """
     device = accelerator.device
-    # A rank may have no batch at all.
+    # A rank may have no batch.
     scores = [torch.zeros(0, classes, device=device)]
     labels = [torch.zeros(0, classes, dtype=torch.int64, device=device)]
     for batch in batches:

@@ -14,13 +14,12 @@ class ClassifierRecipe(FineTuningRecipe):
     """A linear head on the encoder's average-pooled features, trained with it."""
 
     init: str = SCRATCH
-    """`scratch`, or what to start from: an encoder directory, or the folder of a run that has
-    ended. It brings its architecture (variant, patch, channels, sizes) and its mean and std: of
-    `encoder` only `window_size` and `drop_path` then apply, and data.mean and data.std do not. A
-    classification run, or its native export, brings its head too, where it knows all classes by
-    the same names."""
+    """`scratch` for random weights, an encoder directory, or the folder of a finished run. Trained
+    weights come with their architecture (variant, patch, channels, sizes), mean and std: then only
+    `window_size` and `drop_path` of `encoder` apply, and data.mean and data.std do not. The head of
+    a classification run, or of its native export, is used too if it has all classes by name."""
     label_smoothing: float = 0.1
-    """Share of the target that is spread evenly over all classes, 0 to below 1."""
+    """Label smoothing: share of the target spread evenly over all classes, 0 to below 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -28,7 +27,7 @@ class ClassifierRecipe(FineTuningRecipe):
 
     @property
     def best_metric(self) -> str:
-        """Share of samples whose class has the highest score."""
+        """Top-1 accuracy."""
         return "top1"
 
 
@@ -39,21 +38,21 @@ class ClassificationData(AugmentedDataSettings):
     image_size: int = 224
     """Side of the square images in pixels."""
     validation: str | None = None
-    """Other shards, or folder of images, of the same classes, all of them for validation; null
-    holds out `validation_shards`."""
+    """Separate validation shards or folder with the same classes; null holds out
+    `validation_shards`."""
     scale: tuple[float, float] = (0.08, 1.0)
-    """Share of the image's area that the random crop takes, from and to."""
+    """Random crop: range of its share of the image's area."""
     multi_label: MultiLabelSettings | None = None
-    """Where the classes of an image are listed that may have several, or none; null takes the one
-    class of each that shards and folders know."""
+    """Multi-label classification: where the classes of an image are listed; null is one class per
+    image, from the shards or folders."""
     crop_pct: float = 0.875
-    """Validation: share of the short side that the central crop keeps, above 0 and at most 1."""
+    """Validation: share of the short side that the centre crop keeps, above 0 and at most 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_shares(self, "crop_pct")
         if self.multi_label is not None and self.classes is not None:
-            raise ValueError("classes picks images of one class each; multi_label has its own.")
+            raise ValueError("classes and multi_label.classes are both given; leave out classes.")
 
 
 @settings
@@ -64,7 +63,7 @@ class ClassificationRecipe(ClassifierRecipe):
     data: ClassificationData
     """The images."""
     augmentation: AugmentationSettings = AugmentationSettings()
-    """What is done to the images besides crop and mirroring."""
+    """Augmentation in addition to crop and flip."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,7 +77,7 @@ class ClassificationRecipe(ClassifierRecipe):
 
     @property
     def best_metric(self) -> str:
-        """Top-1, or mean average precision where an image may have several classes."""
+        """Top-1 accuracy; mean average precision for multi-label data."""
         return "top1" if self.data.multi_label is None else "mean_average_precision"
 
     @property

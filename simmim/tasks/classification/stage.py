@@ -1,4 +1,4 @@
-"""Fine-tuning for classification: average pool, a linear head, and the whole encoder trained."""
+"""Fine-tuning for classification: average pooling and a linear head, trained with the encoder."""
 
 import math
 from abc import abstractmethod
@@ -41,7 +41,7 @@ from swinv2.flops import forward_flops
 
 
 class ClassificationModule(nn.Module):
-    """Cross entropy with label smoothing over batches as they were stored, mixed if asked for."""
+    """Cross-entropy with label smoothing, and mixup or cutmix, over stored batches."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ RecipeT = TypeVar("RecipeT", bound=ClassifierRecipe)
 
 
 class ClassifierStage(FineTuningStage[RecipeT, DataT]):
-    """A stage whose model is a `Classifier` of the classes of its data."""
+    """The base of stages with a `Classifier`: of images and of clips."""
 
     def __init__(
         self, recipe: RecipeT, training: DataT, validation: DataT | None, classes: tuple[str, ...]
@@ -104,24 +104,24 @@ class ClassifierStage(FineTuningStage[RecipeT, DataT]):
 
     @property
     def flops_per_sample(self) -> int:
-        """Operations of encoder and head; see `simmim.engine.stage.Stage`."""
+        """FLOPs of encoder and head; see `simmim.engine.stage.Stage`."""
         config: SwinV2Config = self.initial.encoder.config
         return forward_flops(config) + 2 * config.num_features * len(self.classes)
 
     def baselines(self) -> dict[str, float]:
-        """Return the loss of holding every class for as likely as any other."""
+        """Return the cross-entropy of a uniform prediction."""
         return {"uniform_loss": math.log(len(self.classes))}
 
     @torch.no_grad()
     def figures(
         self, batches: BatchStream, accelerator: Accelerator, logits: Callable[[Tensor], Tensor]
     ) -> dict[str, float]:
-        """Return top-1 and top-5 in percent and the mean cross entropy.
+        """Return top-1 and top-5 accuracy in percent and the mean cross-entropy.
 
         Args:
             batches: this rank's part.
-            accelerator: over whose ranks the figures are.
-            logits: turns images as they were stored into the scores of the classes.
+            accelerator: the ranks.
+            logits: maps stored images to (batch, classes) logits.
         """
         total = AccuracySums()
         for batch in batches:
@@ -144,7 +144,7 @@ class ClassifierStage(FineTuningStage[RecipeT, DataT]):
         """Write the encoder directory."""
 
     def export_encoder(self, run: RunFolder, step: int, samples: int) -> None:
-        """Write the encoder directory and the classifier's head into the run."""
+        """Write the encoder directory and the head into the run."""
         self.save_encoder(run.encoder, self.provenance(step, samples))
         save_head(self.model.head, run.path / HEAD_FOLDER, self.classes)
 
@@ -153,7 +153,7 @@ class ClassificationStage(ClassifierStage[ClassificationRecipe, Shards]):
     """Classification of images.
 
     Raises:
-        ValueError: the shards have no classes, too few samples, or the start cannot be loaded.
+        ValueError: the shards have no classes or too few samples, or `init` cannot be loaded.
     """
 
     module: ClassificationModule
@@ -184,7 +184,7 @@ class ClassificationStage(ClassifierStage[ClassificationRecipe, Shards]):
         return recipe.data.open_shards().classes if multi_label is None else multi_label.classes
 
     def training_transform(self) -> TrainTransform:
-        """Return what crops, mirrors and changes an image."""
+        """Return the transform: crop, flip and augmentation."""
         recipe, augment = self.recipe, None
         if recipe.augmentation.changes_images:
             mean, std = self.initial.mean, self.initial.std
@@ -198,7 +198,7 @@ class ClassificationStage(ClassifierStage[ClassificationRecipe, Shards]):
         )
 
     def baselines(self) -> dict[str, float]:
-        """Return the loss of holding every class for as likely as any other, or for as not."""
+        """Return the loss of a uniform prediction, or of probability 1/2 for each label."""
         if self.recipe.data.multi_label is None:
             return super().baselines()
         return {"uniform_loss": math.log(2)}
@@ -207,19 +207,19 @@ class ClassificationStage(ClassifierStage[ClassificationRecipe, Shards]):
         """Yield this rank's micro-batches; see `simmim.engine.stage.Stage`.
 
         Raises:
-            ValueError: images are mixed in pairs, and a micro-batch is odd.
+            ValueError: images are mixed in pairs, and the size of a micro-batch is odd.
         """
         training = self.recipe.training
         part = training.batch_size // world // training.accumulation
         if self.recipe.augmentation.mixes and part % 2:
             raise ValueError(
-                f"mixup and cutmix take images in pairs, and a micro-batch holds {part}: change "
+                f"mixup and cutmix need an even micro-batch, which has {part} images: change "
                 "training.batch_size, training.accumulation or the number of processes."
             )
         return super().batches(rank=rank, world=world, start=start, end=end)
 
     def validation_transform(self) -> EvalTransform:
-        """Return what shows the middle of an image."""
+        """Return the transform: centre crop."""
         data = self.recipe.data
         return EvalTransform(
             size=(data.image_size, data.image_size),
@@ -230,9 +230,9 @@ class ClassificationStage(ClassifierStage[ClassificationRecipe, Shards]):
         )
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return top-1 and top-5 in percent and the mean cross entropy on held-out images.
+        """Return top-1 and top-5 accuracy in percent and the mean cross-entropy on held-out images.
 
-        Of images with several classes it is mean average precision, and binary cross entropy.
+        For multi-label data, mean average precision and binary cross-entropy.
         """
         if self.validation_shards is None:
             return {}
@@ -259,11 +259,11 @@ def label_reader(data: ClassificationData) -> LabelReader:
 
 
 def open_split(data: ClassificationData) -> tuple[Shards, Shards | None]:
-    """Open the training and validation shards; no validation is None.
+    """Open the training and validation shards; None if nothing is held out.
 
     Raises:
         ValueError: there are no shards, no classes, samples without a class, or the validation
-            shards have other classes.
+            shards have different classes.
     """
     validation = None
     if data.validation is not None:

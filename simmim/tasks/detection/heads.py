@@ -1,4 +1,4 @@
-"""Models that find objects: Mask2Former's instance head, and RT-DETR for boxes, of transformers.
+"""Object detectors of transformers: Mask2Former for instances, RT-DETR for boxes.
 
 Sources: Mask2Former (CVPR 2022), RT-DETR (CVPR 2024).
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from simmim.data.transforms.sample import Instances
 from simmim.tasks.detection.recipe import DetectionHead
-from simmim.tasks.segmentation.backbone import described, last_maps
+from simmim.tasks.segmentation.backbone import backbone_config_of, last_maps
 from simmim.tasks.segmentation.heads import build_mask2former, names_of_labels
 from swinv2 import SwinV2
 from swinv2.bridges.transformers_backbone import fill_backbone
@@ -21,20 +21,20 @@ from swinv2.bridges.transformers_backbone import fill_backbone
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What was found in one image, as the model sees it."""
+    """Detections in one image, in the coordinates of the padded square."""
 
     labels: Tensor
     """int64 (objects,)."""
     scores: Tensor
-    """float32 (objects,), the highest first."""
+    """float32 (objects,), highest first."""
     boxes: Tensor | None
-    """float32 (objects, 4): left, top, right, bottom, pixels; None where masks say it."""
+    """float32 (objects, 4): left, top, right, bottom in pixels; None if there are masks."""
     masks: Tensor | None
-    """float32 (objects, rows, columns), logits at some resolution; None for boxes alone."""
+    """float32 (objects, rows, columns), logits at any resolution; None if there are boxes."""
 
 
 class InstanceMask2Former(nn.Module):
-    """Mask2Former with a mask for each object."""
+    """Mask2Former for instance segmentation."""
 
     has_masks = True
 
@@ -52,7 +52,7 @@ class InstanceMask2Former(nn.Module):
 
     @property
     def backbone(self) -> Any:
-        """The encoder within it."""
+        """The encoder in the model."""
         return self.net.model.pixel_level_module.encoder
 
     def loss(self, images: Tensor, targets: Sequence[Instances]) -> Tensor:
@@ -66,7 +66,7 @@ class InstanceMask2Former(nn.Module):
         return loss
 
     def find(self, images: Tensor) -> list[Found]:
-        """Return what is in each image; a score is class times mean certainty of the mask."""
+        """Return the detections in each image, scored by class and mean mask probability."""
         output = self.net(pixel_values=images)
         found = []
         classes = output.class_queries_logits.float().softmax(dim=-1)[..., :-1]
@@ -82,14 +82,14 @@ class InstanceMask2Former(nn.Module):
 
 
 class RTDetr(nn.Module):
-    """RT-DETR on the last three maps of the encoder."""
+    """RT-DETR on the last three feature maps of the encoder."""
 
     has_masks = False
 
     def __init__(self, encoder: SwinV2, names: Sequence[str], head: DetectionHead) -> None:
         super().__init__()
         self.detections = head.detections
-        backbone = described(encoder, last_maps(encoder, 3))
+        backbone = backbone_config_of(encoder, last_maps(encoder, 3))
         from transformers import (  # noqa: PLC0415 - an optional part
             RTDetrConfig,
             RTDetrForObjectDetection,
@@ -106,7 +106,7 @@ class RTDetr(nn.Module):
             decoder_ffn_dim=4 * head.channels,
             num_queries=head.queries,
             decoder_layers=head.decoder_layers or 6,
-            freeze_backbone_batch_norms=False,  # it has none
+            freeze_backbone_batch_norms=False,  # there are none
             **names_of_labels(names),
         )
         net = RTDetrForObjectDetection(config)
@@ -115,7 +115,7 @@ class RTDetr(nn.Module):
 
     @property
     def backbone(self) -> Any:
-        """The encoder within it."""
+        """The encoder in the model."""
         return self.net.model.backbone.model
 
     def loss(self, images: Tensor, targets: Sequence[Instances]) -> Tensor:
@@ -130,7 +130,7 @@ class RTDetr(nn.Module):
         return loss
 
     def find(self, images: Tensor) -> list[Found]:
-        """Return what is in each image."""
+        """Return the detections in each image."""
         output = self.net(pixel_values=images)
         size = images.new_tensor([images.shape[-1], images.shape[-2]] * 2)
         found = []
@@ -147,10 +147,10 @@ class RTDetr(nn.Module):
 def build_detector(
     encoder: SwinV2, names: Sequence[str], head: DetectionHead
 ) -> InstanceMask2Former | RTDetr:
-    """Build the model of a recipe, with fresh weights of the head.
+    """Build the model of a recipe, with a randomly initialised head.
 
     Raises:
-        ValueError: a part is not installed, or the encoder does not suit the head.
+        ValueError: a package is not installed, or the encoder does not fit the head.
     """
     match head.kind:
         case "mask2former":
@@ -160,11 +160,11 @@ def build_detector(
 
 
 def masks_at(logits: Tensor, side: int, size: tuple[int, int]) -> Tensor:
-    """Bring masks of the padded square to the image's own pixels: bool (objects, *size).
+    """Resize masks of the padded square to the image: bool (objects, *size).
 
     Args:
         logits: (objects, rows, columns) over the square.
-        side: of the square in pixels; the image fills it from the upper left, as far as it reaches.
+        side: side of the square in pixels, with the image in the upper left.
         size: rows and columns of the image.
     """
     if not len(logits):

@@ -1,7 +1,4 @@
-"""Box and mask mAP by the official implementation, pycocotools.
-
-It is what published figures were measured with; faster-coco-eval is a rewriting of it.
-"""
+"""Box and mask mAP by pycocotools, the official implementation of published results."""
 
 import io
 from collections.abc import Sequence
@@ -15,19 +12,19 @@ from simmim.data.transforms.detection_transforms import box_of
 from simmim.tasks.detection.heads import Found, masks_at
 
 NAMES = ("map", "map50", "map75", "map_small", "map_medium", "map_large")
-"""What the first numbers of COCO's summary are."""
+"""Names of the first values in COCO's summary."""
 
 
 def results_of(
     found: Found, image: Sequence[int], side: int, category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Return what was found in an image as COCO's results, in the image's own pixels.
+    """Return detections as COCO results, in pixels of the image.
 
     Args:
-        found: in the padded square.
+        found: detections in the padded square.
         image: id, rows and columns.
-        side: of the square, pixels.
-        category_ids: of each class.
+        side: side of the square in pixels.
+        category_ids: COCO id of each class.
     """
     number, rows, columns = image
     masks = None
@@ -58,7 +55,7 @@ def results_of(
 
 
 def encode_mask(pixels: np.ndarray) -> dict[str, Any]:
-    """Return a bool (rows, columns) mask as COCO's run lengths."""
+    """Encode a bool (rows, columns) mask as COCO RLE."""
     from pycocotools import mask  # noqa: PLC0415 - an optional part
 
     encoded: dict[str, Any] = mask.encode(np.asfortranarray(pixels.astype(np.uint8)))
@@ -72,16 +69,16 @@ def mean_average_precision(
     images: Sequence[int],
     kind: Literal["bbox", "segm"],
 ) -> dict[str, float]:
-    """Return mAP and its parts in percent, under box_map, box_map50, ... or mask_map, ...
+    """Return mAP and related metrics in percent: box_map, box_map50, ... or mask_map, ...
 
     Args:
         ground_truth: content of a COCO file.
-        results: what was found.
-        images: ids of the images that were looked at.
+        results: detections as COCO results.
+        images: ids of the evaluated images.
         kind: boxes or masks.
 
     Returns:
-        The figures; those of which there is nothing, such as small objects, are left out.
+        The metrics, without those that have no objects (such as small ones).
     """
     from pycocotools.coco import COCO  # noqa: PLC0415 - an optional part
     from pycocotools.cocoeval import COCOeval  # noqa: PLC0415
@@ -89,11 +86,11 @@ def mean_average_precision(
     prefix = {"bbox": "box", "segm": "mask"}[kind]
     if not results:
         return {f"{prefix}_{NAMES[0]}": 0.0}
-    with redirect_stdout(io.StringIO()):  # it prints what it does
+    with redirect_stdout(io.StringIO()):  # it prints its progress
         truth = COCO()
         truth.dataset = ground_truth
         truth.createIndex()
-        # A result with a mask would be measured by it where areas are sorted by size.
+        # With a mask, a result's area would be the mask's, which decides small, medium or large.
         kept = [one if kind == "segm" else _only_box(one) for one in results]
         evaluation = COCOeval(truth, truth.loadRes(kept), kind)
         evaluation.params.imgIds = sorted(images)
@@ -111,8 +108,8 @@ def _only_box(result: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in result.items() if name != "segmentation"}
 
 
-def most_certain(found: Found, least: float) -> Found:
-    """Return what has at least this score."""
+def above_score(found: Found, least: float) -> Found:
+    """Return the detections with at least this score."""
     kept = torch.nonzero(found.scores >= least).flatten()
     return Found(
         labels=found.labels[kept],

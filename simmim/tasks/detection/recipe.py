@@ -9,18 +9,18 @@ from simmim.tasks.segmentation.recipe import DenseData, DenseRecipe
 
 @settings
 class DetectionData(DenseData):
-    """Images, and JSON files of COCO's format that say what is in them."""
+    """Images with annotations in COCO format."""
 
     images: str
-    """Folder of the images to train on."""
+    """Folder of the training images."""
     annotations: str
-    """JSON file of their objects."""
+    """COCO annotation file (JSON) of the training images."""
     validation_images: str | None = None
-    """Folder of the images to validate on; null is `images`."""
+    """Folder of the validation images; null is `images`."""
     validation_annotations: str | None = None
-    """JSON file of their objects; null validates on nothing."""
+    """COCO annotation file of the validation images; null for no validation."""
     scale: tuple[float, float] = (0.1, 2.0)
-    """Large-scale jitter: factor of the size at which an image just fits, from and to."""
+    """Large-scale jitter: range of the scale relative to the size at which an image just fits."""
 
 
 @settings
@@ -28,19 +28,19 @@ class DetectionHead:
     """The head on the encoder."""
 
     kind: Literal["mask2former", "rt_detr"] = "mask2former"
-    """Mask2Former finds masks, and boxes around them; RT-DETR boxes alone. Batch norms of RT-DETR
-    see the images of all GPUs at a time (SyncBatchNorm); on CPUs each process's own."""
+    """Mask2Former predicts masks, with boxes around them; RT-DETR boxes only. RT-DETR's batch norms
+    are synchronised over GPUs (SyncBatchNorm); on CPUs each process has its own."""
     channels: int = 256
     """Channels of the head, a multiple of 32."""
     queries: int = 100
-    """Objects that are proposed for an image."""
+    """Number of queries (object proposals per image)."""
     decoder_layers: int | None = None
-    """Layers of the decoder; null is the publications': 10 (with the first prediction, 9 layers)
-    of Mask2Former, 6 of RT-DETR."""
+    """Decoder layers; null is 10 for Mask2Former (9 layers plus the first prediction) and 6 for
+    RT-DETR, as published."""
     points: int = 12544
-    """Mask2Former: places of a mask that the loss looks at."""
+    """Mask2Former: points of a mask that the loss is sampled at."""
     detections: int = 100
-    """Objects that are given for an image, those of the highest scores."""
+    """Most detections per image, those with the highest scores."""
 
     def __post_init__(self) -> None:
         check_least(self, 1, "queries", "points", "detections")
@@ -48,8 +48,8 @@ class DetectionHead:
             raise ValueError(f"channels is {self.channels}; it must be a multiple of 32.")
 
     @property
-    def finds_masks(self) -> bool:
-        """Whether it finds masks, not boxes alone."""
+    def predicts_masks(self) -> bool:
+        """Whether the head predicts masks in addition to boxes."""
         return self.kind == "mask2former"
 
 
@@ -61,11 +61,11 @@ class DetectionRecipe(DenseRecipe):
     data: DetectionData
     """The images."""
     head: DetectionHead = DetectionHead()
-    """What stands on the encoder."""
+    """The head on the encoder."""
     picture_score: float = 0.5
-    """Least score of what is drawn."""
+    """Lowest score of drawn detections."""
 
     @property
     def best_metric(self) -> str:
-        """Mean average precision of masks where they are found, else of boxes."""
-        return "mask_map" if self.head.finds_masks else "box_map"
+        """Mean average precision of masks, or of boxes if the head predicts no masks."""
+        return "mask_map" if self.head.predicts_masks else "box_map"

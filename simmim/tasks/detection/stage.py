@@ -22,7 +22,7 @@ from simmim.tasks.detection.heads import (
     RTDetr,
     build_detector,
 )
-from simmim.tasks.detection.metric import mean_average_precision, most_certain, results_of
+from simmim.tasks.detection.metric import above_score, mean_average_precision, results_of
 from simmim.tasks.detection.recipe import DetectionRecipe
 from simmim.tasks.segmentation.backbone import check_installed
 from simmim.tasks.segmentation.dense_stage import DenseStage
@@ -31,10 +31,10 @@ from swinv2 import SwinV2
 
 
 class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
-    """Detection.
+    """Detection and instance segmentation.
 
     Raises:
-        ValueError: the files are not as they must be, or the start cannot be loaded.
+        ValueError: the files cannot be used, or `init` cannot be loaded.
     """
 
     model: InstanceMask2Former | RTDetr
@@ -54,9 +54,9 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
             if validation.class_names != training.class_names:
                 raise ValueError(
                     f"{data.annotations} and {data.validation_annotations} have different "
-                    "categories, so a class does not mean the same in both."
+                    "categories: use files with the same categories."
                 )
-        if recipe.head.finds_masks:
+        if recipe.head.predicts_masks:
             for one in (training, validation):
                 if one is not None:
                     one.require_masks()
@@ -76,7 +76,7 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
         return build_detector(encoder, names, recipe.head)
 
     def training_transform(self) -> TrainDetectionTransform:
-        """Return what scales, crops and mirrors an image with its objects."""
+        """Return the transform: large-scale jitter, crop and flip."""
         data, ids = self.recipe.data, self.training_shards.category_ids
         return TrainDetectionTransform(
             side=data.image_size,
@@ -92,7 +92,7 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
 
     @torch.no_grad()
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return box and mask mAP in percent on the validation images, every image once."""
+        """Return box and mask mAP in percent on the validation images."""
         if self.validation_shards is None:
             return {}
         results: list[dict[str, Any]] = []
@@ -110,7 +110,7 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
         return figures
 
     def validation_transform(self) -> EvalDetectionTransform:
-        """Return what shows a whole image."""
+        """Return the transform: the whole image, padded to a square."""
         return EvalDetectionTransform(
             side=self.recipe.data.image_size,
             mean=self.initial.mean,
@@ -119,28 +119,28 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
         )
 
     def _find(self, accelerator: Accelerator, batch: Batch) -> list[Found]:
-        """Return what is found in each image of a batch."""
+        """Return the detections in each image of a batch."""
         images = self.module.normalise(batch.images.to(accelerator.device))
         with accelerator.autocast():
             return self.model.find(images)
 
     def _results(self, batch: Batch, row: int, found: Found) -> list[dict[str, Any]]:
-        """Return what was found in an image of a batch as COCO has it."""
+        """Return the detections in an image of a batch as COCO results."""
         assert self.validation_shards is not None
         image, side = instances(batch, row).image.tolist(), self.recipe.data.image_size
         return results_of(found, image, side, self.validation_shards.category_ids)
 
     def drawn(self, accelerator: Accelerator, colours: np.ndarray) -> Iterator[list[np.ndarray]]:
-        """Yield images with their objects, and with those that are found."""
+        """Yield images with true and with detected objects."""
         for batch in self.held_out():
             for row, found in enumerate(self._find(accelerator, batch)):
-                certain = most_certain(found, self.recipe.picture_score)
+                certain = above_score(found, self.recipe.picture_score)
                 yield self._tiles(batch, row, self._results(batch, row, certain), colours)
 
     def _tiles(
         self, batch: Batch, row: int, results: list[dict[str, Any]], colours: np.ndarray
     ) -> list[np.ndarray]:
-        """Return an image with its objects, and with those that were found."""
+        """Return an image with its true and with its detected objects."""
         assert self.validation_shards is not None
         number, rows, columns = instances(batch, row).image.tolist()
         pixels = square_picture_of(batch, row, (rows, columns))

@@ -17,7 +17,7 @@ class PretrainData(AugmentedDataSettings):
     image_size: int = 192
     """Side of the square images in pixels."""
     scale: tuple[float, float] = (0.67, 1.0)
-    """Share of the image's area that the random crop takes, from and to."""
+    """Random crop: range of its share of the image's area."""
 
 
 @settings
@@ -25,35 +25,35 @@ class PretrainRecipe(TaskRecipe):
     """SimMIM pretraining of a Swin Transformer V2."""
 
     task: Literal["pretrain"]
-    """What this recipe does."""
+    """Task of the recipe."""
     encoder: EncoderSettings
     """The encoder."""
     data: PretrainData
     """The images."""
     mask: MaskSettings = MaskSettings()
-    """What is hidden."""
+    """The mask."""
     loss: LossSettings = LossSettings()
-    """What is asked for."""
+    """The loss."""
     execution: ExecutionSettings = ExecutionSettings()
     """How the encoder is computed."""
     probe: OnlineProbeSettings | None = None
-    """Frozen features are tried on labelled images now and then; null does without."""
+    """Evaluation of frozen features on labelled images during training; null for none."""
     training: TrainingSettings
-    """The training."""
+    """Length, batch size, optimiser and schedule."""
 
     def __post_init__(self) -> None:
         size, cell = self.data.image_size, self.mask.cell
         if cell % self.encoder.patch_size:
             raise ValueError(
-                f"mask.cell {cell} is no multiple of encoder.patch_size "
-                f"{self.encoder.patch_size}, so cells would cut through patches."
+                f"mask.cell {cell} is not a multiple of encoder.patch_size "
+                f"{self.encoder.patch_size}: cells would cut through patches."
             )
         self.mask.grid((size, size))  # raises unless cells tile the image and some stay visible
         self.encoder.check_channels(self.data.mean)
         check_slots(self.data.slots, self.training)
         if self.training.optimizer.layer_decay != 1.0:
             raise ValueError("training.optimizer.layer_decay belongs to fine-tuning; leave it 1.")
-        config = self.encoder.config(size)  # raises where the sizes cannot work together
+        config = self.encoder.config(size)  # raises if the sizes do not fit together
         self.execution.check_stages(len(config.depths))
 
     @property

@@ -32,7 +32,7 @@ from swinv2.flops import forward_flops
 
 PANEL_IMAGES = 8
 BASELINE_IMAGES = 256
-"""Held-out images that the baseline is measured on before training, to be quick."""
+"""Held-out images for the baseline, which is computed before training."""
 
 
 def build_model(recipe: PretrainRecipe) -> SimMIM[SwinV2]:
@@ -49,7 +49,7 @@ def build_model(recipe: PretrainRecipe) -> SimMIM[SwinV2]:
 
 
 class PretrainModule(nn.Module):
-    """SimMIM over batches as they were stored: the device mirrors and normalises the images."""
+    """SimMIM over stored batches: images are flipped and normalised on the device."""
 
     def __init__(self, model: SimMIM[SwinV2], data: DataSettings, *, seed: int) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class PretrainModule(nn.Module):
 
 
 class PretrainStage:
-    """Pretraining, as the training loop sees it."""
+    """SimMIM pretraining, as the training loop sees it."""
 
     def __init__(self, recipe: PretrainRecipe) -> None:
         recipe = replace(recipe, data=with_statistics(recipe.data))
@@ -99,7 +99,7 @@ class PretrainStage:
 
     @property
     def flops_per_sample(self) -> int:
-        """Operations of encoder and decoder; see `simmim.engine.stage.Stage`."""
+        """FLOPs of encoder and decoder; see `simmim.engine.stage.Stage`."""
         config = self.model.encoder.config
         decoded = math.prod(config.stage_resolutions[-1])
         if self.recipe.loss.area == "masked" and self.recipe.mask.cell >= config.strides[-1]:
@@ -131,7 +131,7 @@ class PretrainStage:
     def held_out_batches(
         self, *, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
     ) -> BatchStream:
-        """Yield this rank's part of the held-out images; their masks are always the same."""
+        """Return batches of this rank's part of the held-out images, with fixed masks."""
         data = self.recipe.data
         transform = EvalTransform(
             size=(data.image_size, data.image_size),
@@ -150,7 +150,7 @@ class PretrainStage:
         )
 
     def baselines(self) -> dict[str, float]:
-        """Return the loss of answering with the mean colour, on some of the held-out images."""
+        """Return the loss of predicting the mean colour, on some of the held-out images."""
         total = count = 0.0
         for batch in self.held_out_batches(batch_size=64):
             total += self._mean_color_loss(batch) * len(batch)
@@ -166,7 +166,7 @@ class PretrainStage:
         return float(self.model.mean_color_loss(images, batch.masks))
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return the loss on held-out images, beside that of answering with the mean colour."""
+        """Return the loss on held-out images, and the loss of predicting the mean colour."""
         sums = torch.zeros(3, dtype=torch.float64)
         training = self.recipe.training
         for batch in self.held_out_batches(
@@ -191,7 +191,7 @@ class PretrainStage:
 
     @property
     def best_metric(self) -> str | None:
-        """None: a lower loss is no better encoder."""
+        """None: a lower loss does not mean a better encoder."""
         return None
 
     @property
@@ -200,7 +200,7 @@ class PretrainStage:
         return None if self.recipe.probe is None else self.recipe.probe.every
 
     def probe(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return how well frozen features tell the classes of labelled images apart."""
+        """Return the accuracy of classifiers on frozen features."""
         if self.online_probe is None:
             return {}
         return self.online_probe.run(self.module.features, accelerator)
@@ -251,7 +251,7 @@ def save_pretrained(
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained:
-    """A model as a checkpoint of a pretraining run holds it."""
+    """The model in a checkpoint of a pretraining run."""
 
     model: SimMIM[SwinV2]
     recipe: PretrainRecipe
@@ -263,15 +263,15 @@ def load_pretrained(run: RunFolder, checkpoint: str = "auto") -> Pretrained:
 
     Args:
         run: a pretraining run folder.
-        checkpoint: `auto` for the last complete one, or its path.
+        checkpoint: path, or `auto` for the last complete one.
 
     Raises:
-        ValueError: the run holds no readable recipe or no complete checkpoint.
+        ValueError: the run has no readable recipe or no complete checkpoint.
     """
     recipe = load(PretrainRecipe, run.recipe)
     path = find_checkpoint(run.checkpoints, checkpoint)
     if path is None:
-        raise ValueError(f"{run.checkpoints} holds no complete checkpoint; train it further first.")
+        raise ValueError(f"{run.checkpoints} has no complete checkpoint; train further first.")
     module = PretrainModule(build_model(recipe), recipe.data, seed=recipe.training.seed)
     load_model(path, module)
     load_average(path, module)

@@ -1,6 +1,6 @@
-"""Probing while pretraining: frozen features of labelled images, tried every so many steps.
+"""The online probe: frozen features are evaluated on labelled images during pretraining.
 
-The ranks share the images, and each decides the classes of its part: none waits for another.
+The images are split over the ranks, and each classifies its part.
 """
 
 from collections.abc import Callable
@@ -28,16 +28,16 @@ from simmim.tasks.probe.recipe import OnlineProbeSettings
 
 
 class OnlineProbe:
-    """The images of a probe, and what is done with them.
+    """The online probe of a pretraining.
 
     Args:
-        settings: of the probe.
-        size: channels, height and width of the images that the encoder takes.
-        width: numbers in the features of an image.
+        settings: settings of the probe.
+        size: channels, height and width of the encoder's input.
+        width: number of features per image.
         data: of the pretraining, for how images are read.
 
     Raises:
-        ValueError: the shards cannot be read, or are not labelled alike.
+        ValueError: the shards cannot be read, are not labelled, or have different classes.
     """
 
     def __init__(
@@ -66,10 +66,11 @@ class OnlineProbe:
     def run(
         self, features: Callable[[Batch], Tensor], accelerator: Accelerator
     ) -> dict[str, float]:
-        """Return the share of images that are classified rightly, in percent.
+        """Return top-1 accuracy in percent.
 
         Args:
-            features: of a batch on its device, (batch, num_features); called as often on each rank.
+            features: maps a batch on its device to (batch, num_features); called as often on each
+                rank.
             accelerator: devices and processes.
         """
         mine = self._features(self.known, features, accelerator)
@@ -127,9 +128,9 @@ class OnlineProbe:
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             workers=self.data.workers,
-            bad_samples=BadSamples(max_share=1.0),  # they are no part of training
+            bad_samples=BadSamples(max_share=1.0),  # they are not part of training
         )
-        # A rank may have no batch at all.
+        # A rank may have no batch.
         values = [torch.zeros(0, self.width, device=accelerator.device)]
         labels = [torch.zeros(0, dtype=torch.int64, device=accelerator.device)]
         for stored in batches:
@@ -142,5 +143,5 @@ class OnlineProbe:
 
 
 def at_most(shards: Shards, samples: int) -> Shards:
-    """Return about this many samples at most, the same share of each class."""
+    """Return at most about this many samples, the same fraction of each class."""
     return shards if shards.samples <= samples else shards.share(samples / shards.samples, seed=0)

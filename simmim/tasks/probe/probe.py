@@ -1,4 +1,4 @@
-"""Probing: how well frozen features tell classes apart, by nearest neighbours and linearly."""
+"""Evaluation of frozen features with k-nearest neighbours and a linear classifier."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -26,10 +26,10 @@ from swinv2.config_file import read_encoder_config
 Start = Literal["pretrained", "scratch"]
 
 L2_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
-"""Penalties that the linear probe chooses from."""
+"""L2 penalties that the linear classifier chooses from."""
 
 BLOCK_SIMILARITIES = 2**26
-"""Similarities held at a time while neighbours are searched: 256 MB."""
+"""Similarities in memory at a time in the neighbour search: 256 MB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Features:
 
 
 def compare(recipe: ProbeRecipe, device: torch.device | str = "cpu") -> dict[Start, ProbeResult]:
-    """Probe the weights that `recipe.init` names, on the same images.
+    """Evaluate the weights that `recipe.init` names on the same images.
 
     Raises:
         ValueError: the encoder directory or the shards cannot be used.
@@ -83,7 +83,7 @@ def compare(recipe: ProbeRecipe, device: torch.device | str = "cpu") -> dict[Sta
 
 
 def table(results: Mapping[Start, ProbeResult]) -> str:
-    """Return the results as a table for a person, a row for each start."""
+    """Return the results as a table for a person, one row per initialisation."""
     lines = ["encoder      kNN top-1  linear top-1  linear top-5"]
     lines += [
         f"{start:<11s}  {found.knn_top1:9.2f}  {found.linear_top1:12.2f}  {found.linear_top5:12.2f}"
@@ -98,7 +98,7 @@ def table(results: Mapping[Start, ProbeResult]) -> str:
 
 
 def scratch_like(encoder: SwinV2, seed: int) -> SwinV2:
-    """Return an encoder of the same architecture with fresh weights, which depend on `seed`."""
+    """Return an encoder of the same architecture with random weights drawn with `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_encoder(encoder.config).eval()
@@ -108,7 +108,7 @@ def open_probe_shards(data: ProbeData) -> tuple[Shards, Shards]:
     """Open the training and validation shards.
 
     Raises:
-        ValueError: shards cannot be read, or are not labelled alike.
+        ValueError: shards cannot be read, are not labelled, or have different classes.
     """
     training, validation = open_labelled(
         open_sets(data.shards, data.remote_reading),
@@ -135,18 +135,18 @@ def probe(
     device: torch.device | str = "cpu",
     label: str = "probe",
 ) -> ProbeResult:
-    """Classify the validation images by frozen features of the training images.
+    """Classify the validation images by the frozen features of the training images.
 
     Args:
-        encoder: at its nominal image size; moved to `device`, its weights stay as they are.
+        encoder: at its nominal image size; moved to `device`, its weights do not change.
         training: labelled shards.
         validation: shards with the same classes.
-        data: how images are read; its folders are not looked at.
-        settings: the two classifiers.
+        data: how images are read; its folders are not used.
+        settings: the classifiers.
         mean: of each channel, on a scale from 0 to 1.
         std: of each channel, on a scale from 0 to 1.
         device: where features are computed and compared.
-        label: stands before the progress bar.
+        label: prefix of the progress bar.
     """
     known, asked = (
         extract_features(encoder, shards, data=data, mean=mean, std=std, device=device, label=text)
@@ -203,7 +203,7 @@ def extract_features(
             labels.append(batch.labels.to(device))
             bar.update(len(batch))
     if batches.bad_samples.bad:
-        tqdm.write(f"{label}: left out {batches.bad_samples.summary()}", file=sys.stderr)
+        tqdm.write(f"{label}: skipped {batches.bad_samples.summary()}", file=sys.stderr)
     return Features(values=torch.cat(values), labels=torch.cat(labels))
 
 
@@ -218,9 +218,9 @@ def _frozen(encoder: SwinV2) -> Iterator[None]:
 
 
 def standardise(known: Features, asked: Features) -> tuple[Features, Features]:
-    """Shift and scale both so that each feature of the known ones has mean 0 and deviation 1.
+    """Standardise both by the mean and standard deviation of the known features.
 
-    Without it a few strong features, and what all images share, decide every cosine.
+    Without it a few strong features, and what all images share, dominate every cosine similarity.
     """
     mean, std = known.values.mean(dim=0), known.values.std(dim=0, correction=0).clamp(min=1e-6)
     return (
@@ -232,13 +232,13 @@ def standardise(known: Features, asked: Features) -> tuple[Features, Features]:
 def knn_votes(
     known: Features, asked: Tensor, *, num_classes: int, neighbours: int, temperature: float
 ) -> Tensor:
-    """Let the nearest known features vote, weighted by exp(cosine similarity / temperature).
+    """Return kNN votes, weighted by exp(cosine similarity / temperature).
 
     Args:
-        known: features with their classes.
+        known: labelled features.
         asked: (samples, num_features).
         num_classes: number of classes.
-        neighbours: how many vote; all there are, where there are fewer.
+        neighbours: number of neighbours; at most all known features.
         temperature: of the votes.
 
     Returns:
@@ -259,8 +259,8 @@ def knn_votes(
 def linear_logits(known: Features, asked: Tensor, *, num_classes: int, steps: int) -> Tensor:
     """Fit a linear classifier to the known features and apply it: (samples, num_classes).
 
-    Both should be standardised. The penalty on the weights is the one of `L2_STRENGTHS` that does
-    best on a fifth of the known features, after fitting the others.
+    Both should be standardised. The L2 penalty is the one of `L2_STRENGTHS` with the lowest loss on
+    a fifth of the known features after fitting the rest.
     """
     values, labels = known.values, known.labels
     order = torch.from_numpy(shuffled(len(labels), "probe penalty")).to(labels.device)
@@ -285,7 +285,7 @@ class _Line:
 def _fit_line(
     values: Tensor, labels: Tensor, num_classes: int, strength: float, steps: int
 ) -> _Line:
-    """Minimise cross entropy + strength / 2 · |weight|², which has one minimum."""
+    """Minimise cross entropy + strength / 2 · |weight|², which is convex."""
     weight = values.new_zeros(num_classes, values.shape[1]).requires_grad_()
     bias = values.new_zeros(num_classes).requires_grad_()
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")

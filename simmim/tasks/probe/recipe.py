@@ -1,4 +1,4 @@
-"""Recipe of a probe, and settings of the probe that runs during pretraining."""
+"""Recipe of `simmim probe`, and settings of the online probe during pretraining."""
 
 from typing import Literal
 
@@ -13,29 +13,29 @@ class ProbeData(RemoteSettings):
     """Labelled shards, and how they are read."""
 
     shards: str
-    """Folder of labelled shards that data-prep made, or its URL; or of a folder of images for each
-    class."""
+    """Folder of labelled shards made by data-prep, or its URL; or a folder with a folder of images
+    per class."""
     validation: str | None = None
-    """Other images of the same classes, all of them for validation; null holds out
+    """Separate validation shards or folder with the same classes; null holds out
     `validation_shards`."""
     validation_shards: int = 1
-    """Shards at the end of the set that are held out for validation."""
+    """Number of shards at the end of the set that are held out for validation."""
     fraction: float = 1.0
-    """Share of each class's training images that is used, above 0 and at most 1."""
+    """Fraction of each class's training images that is used, above 0 and at most 1."""
     fraction_seed: int = 0
     """Seed of that choice."""
     image_size: int | None = None
-    """Side of the square images in pixels; null takes the encoder's."""
+    """Side of the square images in pixels; null is the encoder's."""
     window_size: int | None = None
-    """Side of the attention windows in tokens; null takes the encoder's."""
+    """Side of the attention windows in tokens; null is the encoder's."""
     crop_pct: float = 1.0
     """Share of the short side that the central crop keeps, above 0 and at most 1."""
     batch_size: int = 128
-    """Images that are encoded together."""
+    """Batch size of the encoder."""
     workers: int = 2
-    """Worker processes that decode; 0 decodes in the process itself."""
+    """Worker processes that decode; 0 decodes in the main process."""
     max_pixels: int = MAX_PIXELS
-    """Images of more pixels are refused from their header, before anything is decoded."""
+    """Images with more pixels are rejected by their header, before they are decoded."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,14 +48,14 @@ class ProbeData(RemoteSettings):
 
 @settings
 class ProbeSettings:
-    """Two classifiers on frozen features."""
+    """k-nearest-neighbour and linear classifiers on frozen features."""
 
     neighbours: int = 20
-    """Nearest training images that vote on the class of an image."""
+    """kNN: number of nearest training images that vote."""
     temperature: float = 0.07
-    """A neighbour's vote is exp(cosine similarity / temperature)."""
+    """kNN: a neighbour's vote has weight exp(cosine similarity / temperature)."""
     linear_steps: int = 100
-    """Most L-BFGS steps over all training features for the linear classifier."""
+    """Linear classifier: most L-BFGS steps over all training features."""
 
     def __post_init__(self) -> None:
         check_least(self, 1, "neighbours", "linear_steps")
@@ -65,14 +65,14 @@ class ProbeSettings:
 
 @settings
 class ProbeRecipe:
-    """A probe of an encoder's frozen features."""
+    """Evaluation of an encoder's frozen features."""
 
     task: Literal["probe"] = "probe"
-    """What this recipe does."""
+    """Task of the recipe."""
     encoder: str
     """Encoder directory."""
     init: Literal["pretrained", "scratch", "both"] = "both"
-    """Weights: the directory's, random ones in the same architecture, or one after the other."""
+    """Weights: the directory's, random ones in the same architecture, or both in turn."""
     seed: int = 0
     """Seed of the random weights."""
     data: ProbeData
@@ -87,28 +87,28 @@ class ProbeRecipe:
 
 @settings
 class OnlineProbeSettings:
-    """A classifier on frozen features, to see if pretraining learns what classes are made of."""
+    """Evaluation of frozen features on labelled images during pretraining."""
 
     shards: str
-    """Folder of labelled shards that data-prep made, or its URL; or of a folder of images for each
-    class."""
+    """Folder of labelled shards made by data-prep, or its URL; or a folder with a folder of images
+    per class."""
     validation: str | None = None
-    """Other images of the same classes, which are classified; null holds out
+    """Separate validation shards or folder with the same classes; null holds out
     `validation_shards`."""
     validation_shards: int = 1
-    """Shards at the end of the set that are held out to be classified."""
+    """Number of shards at the end of the set that are held out for validation."""
     every: int = 5000
-    """Steps between probes; there is one before training, of random weights, and one at the end."""
+    """Steps between probes; there is also one of the random weights and one at the end."""
     kind: Literal["knn", "linear", "both"] = "knn"
-    """knn: nearest neighbours vote; linear: a linear classifier is fitted; or both."""
+    """k-nearest neighbours, a linear classifier, or both."""
     samples: int = 10_000
-    """Most labelled images that are known, the same share of each class."""
+    """Most training images, the same fraction of each class."""
     validation_samples: int = 5_000
-    """Most images that are classified, the same share of each class."""
+    """Most validation images, the same fraction of each class."""
     batch_size: int = 256
-    """Images that all processes together encode at a time."""
+    """Batch size of the encoder, over all processes."""
     classifier: ProbeSettings = ProbeSettings()
-    """How they vote and how a line is fitted."""
+    """The classifiers."""
 
     def __post_init__(self) -> None:
         if self.validation is None and self.validation_shards < 1:

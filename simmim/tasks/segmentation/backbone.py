@@ -1,4 +1,4 @@
-"""The encoder of a dense stage, as a backbone of transformers' heads."""
+"""The encoder as a backbone of transformers' dense-prediction heads."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,32 +18,32 @@ from swinv2.bridges.transformers_backbone import (
 
 
 def check_installed(*, packages: Sequence[str] = ("transformers",)) -> None:
-    """Raise ValueError unless what dense stages need is installed."""
+    """Raise ValueError unless these optional packages are installed."""
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise ValueError(
-            f"dense stages need {' and '.join(missing)}: install with pip install "
+            f"segmentation and detection need {' and '.join(missing)}: pip install "
             "'simmim[finetune]'."
         )
 
 
 def last_maps(encoder: SwinV2, count: int) -> list[str]:
-    """Return the names of the last maps of an encoder, for `as_backbone`.
+    """Return the names of the last feature maps of an encoder, for transformers.
 
     Raises:
-        ValueError: it has fewer stages.
+        ValueError: the encoder has fewer stages.
     """
     stages = len(encoder.config.depths)
     if stages < count:
         raise ValueError(
-            f"the head takes {count} maps, and the encoder has {stages} stages: choose an encoder "
-            "with more, or another head."
+            f"the head needs {count} feature maps, and the encoder has {stages} stages: choose an "
+            "encoder with more, or another head."
         )
     return [f"stage{number + 1}" for number in range(stages - count, stages)]
 
 
-def described(encoder: SwinV2, maps: Sequence[str]) -> Any:
-    """Return the description of an encoder as a backbone with these maps, for a head's config.
+def backbone_config_of(encoder: SwinV2, maps: Sequence[str]) -> Any:
+    """Return the backbone config of an encoder with these feature maps, for a head's config.
 
     Raises:
         ValueError: transformers is not installed.
@@ -54,7 +54,7 @@ def described(encoder: SwinV2, maps: Sequence[str]) -> Any:
 
 
 @contextmanager
-def dropping_by(backbone: nn.Module, drop_path_noise: Tensor | None) -> Iterator[None]:
+def passing_noise(backbone: nn.Module, drop_path_noise: Tensor | None) -> Iterator[None]:
     """Pass `drop_path_noise` to a backbone through heads that do not take it."""
 
     def with_noise(
@@ -71,8 +71,8 @@ def dropping_by(backbone: nn.Module, drop_path_noise: Tensor | None) -> Iterator
 
 
 @contextmanager
-def drawing_by(batch: Batch, seed: int) -> Iterator[None]:
-    """Let what a head draws from torch's generators be a function of the seed and the batch."""
+def seeded_by(batch: Batch, seed: int) -> Iterator[None]:
+    """Seed torch's generators by seed and batch, for the random numbers that heads draw."""
     device = batch.images.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         key = batch.addresses.flatten().tolist()

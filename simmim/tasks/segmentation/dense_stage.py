@@ -1,4 +1,4 @@
-"""What the stages have in common whose answers are places in an image."""
+"""The base of segmentation and detection: a head of transformers on the encoder."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ from simmim.engine.run import RunFolder
 from simmim.tasks.features import Normalise, sample_drop_path_noise
 from simmim.tasks.fine_tuning import DataT, FineTuningStage
 from simmim.tasks.pretrained import InitialEncoder
-from simmim.tasks.segmentation.backbone import drawing_by, dropping_by
+from simmim.tasks.segmentation.backbone import passing_noise, seeded_by
 from simmim.tasks.segmentation.overlays import palette, write_panel
 from simmim.tasks.segmentation.recipe import DenseRecipe
 from simmim.tasks.segmentation.save_heads import count_flops, save_dense
@@ -29,7 +29,7 @@ RecipeT = TypeVar("RecipeT", bound=DenseRecipe)
 
 
 class DenseModule(nn.Module):
-    """The loss of a model over batches as they were stored."""
+    """The loss of a model over stored batches."""
 
     def __init__(
         self,
@@ -49,27 +49,27 @@ class DenseModule(nn.Module):
         """Return the mean loss over a batch."""
         images = self.normalise(batch.images, batch.flips)
         noise = sample_drop_path_noise(self.model.backbone.encoder, batch, self.seed)
-        with dropping_by(self.model.backbone, noise), drawing_by(batch, self.seed):
+        with passing_noise(self.model.backbone, noise), seeded_by(batch, self.seed):
             loss: Tensor = self.model.loss(images, self.targets(batch))
             return loss
 
 
 class DenseStage(FineTuningStage[RecipeT, DataT]):
-    """A stage with a model of transformers, which it draws, counts and hands on.
+    """A stage with a model of transformers.
 
     Args:
-        recipe: what is trained, and how.
-        training: the images to train on.
-        validation: those that are held out.
-        names: of the classes.
+        recipe: the recipe.
+        training: training images.
+        validation: held-out images; None for none.
+        names: class names.
     """
 
     initial: InitialEncoder[SwinV2]
     model: Any
-    """What `build_model` returned."""
+    """The model from `build_model`."""
     module: DenseModule
     captions: Sequence[str]
-    """What stands above the columns of pictures."""
+    """Captions of the columns of pictures."""
 
     def __init__(
         self, recipe: RecipeT, training: DataT, validation: DataT | None, names: Sequence[str]
@@ -82,7 +82,7 @@ class DenseStage(FineTuningStage[RecipeT, DataT]):
             torch.manual_seed(seed)
             self.model = self.build_model(recipe, initial.encoder, names)
         self.initial = replace(initial, encoder=self.model.backbone.encoder)
-        # While it is whole: what is shared out cannot be copied.
+        # Before sharding: sharded modules cannot be copied.
         self._flops = count_flops(self.model.net, self.model.backbone, recipe.data.image_size)
         recipe.execution.apply(self.initial.encoder)
         self.module = DenseModule(self.model, self.initial, self.targets_of, seed=seed)
@@ -90,37 +90,37 @@ class DenseStage(FineTuningStage[RecipeT, DataT]):
     @staticmethod
     @abstractmethod
     def build_model(recipe: RecipeT, encoder: SwinV2, names: Sequence[str]) -> Any:
-        """Return the model, with the weights of an encoder and a fresh head.
+        """Build the model, with a copy of the encoder and a randomly initialised head.
 
-        It has `net`, the model of transformers; `backbone`, the encoder within it; and `loss`, of
-        normalised images and the targets of a batch.
+        The model has `net`, the model of transformers; `backbone`, the encoder in it; and
+        `loss(images, targets)` of normalised images.
 
         Args:
-            recipe: names the head and its sizes.
-            encoder: it is copied.
-            names: of the classes.
+            recipe: the recipe, with the settings of the head.
+            encoder: the encoder to copy.
+            names: class names.
 
         Raises:
-            ValueError: a part is not installed, or the encoder does not suit the head.
+            ValueError: a package is not installed, or the encoder does not fit the head.
         """
 
     @staticmethod
     def targets_of(batch: Batch) -> Any:
-        """Return what the model's loss takes beside the images."""
+        """Return the targets for the model's loss."""
         return batch.targets
 
     @property
     def flops_per_sample(self) -> int:
-        """Operations of encoder and head; see `simmim.engine.stage.Stage`."""
+        """FLOPs of encoder and head; see `simmim.engine.stage.Stage`."""
         return self._flops
 
     @abstractmethod
     def drawn(self, accelerator: Accelerator, colours: np.ndarray) -> Iterator[list[np.ndarray]]:
-        """Yield held-out images as pictures, one for each caption, with a colour for each class."""
+        """Yield a row of pictures for each held-out image, one per caption, given class colours."""
 
     @torch.no_grad()
     def visualize(self, accelerator: Accelerator, run: RunFolder, step: int) -> Path | None:
-        """Draw held-out images, what is true of them and what is found."""
+        """Draw held-out images with labels and predictions."""
         if self.validation_shards is None or not self.recipe.pictures:
             return None
         self.module.eval()
@@ -132,7 +132,7 @@ class DenseStage(FineTuningStage[RecipeT, DataT]):
         return path
 
     def export_encoder(self, run: RunFolder, step: int, samples: int) -> None:
-        """Write the encoder directory, and encoder and head as transformers has them."""
+        """Write the encoder directory, and encoder and head in transformers' format."""
         mean, std = self.initial.mean, self.initial.std
         encoder = encoder_from_backbone(self.model.backbone)
         provenance = self.provenance(step, samples)

@@ -1,6 +1,6 @@
-"""Models that tell the class of every pixel: UperNet and Mask2Former of transformers.
+"""Semantic segmentation models: UperNet and Mask2Former of transformers.
 
-Both take normalised images, give a loss for training, and scores of each class for each pixel.
+Both take normalised images and return a loss, or scores (batch, classes, rows, columns).
 Sources: UperNet (ECCV 2018), Mask2Former (CVPR 2022).
 """
 
@@ -12,24 +12,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simmim.data.transforms.labels import IGNORED
-from simmim.tasks.segmentation.backbone import described, last_maps
+from simmim.tasks.segmentation.backbone import backbone_config_of, last_maps
 from simmim.tasks.segmentation.recipe import SegmentationHead
 from swinv2 import SwinV2
 from swinv2.bridges.transformers_backbone import fill_backbone
 
 
 class UperNet(nn.Module):
-    """Pyramid pooling on the last map, a feature pyramid over all, and an auxiliary head.
+    """UperNet: pyramid pooling on the last map, a feature pyramid over all, an auxiliary head.
 
-    Batch norms see what all GPUs compute at a time; on CPUs, or one GPU, what one process does: two
-    images at least should be together there. Of a single one, the norm of what is pooled to one
-    place goes by its running mean.
+    Batch norms are synchronised over GPUs. On CPUs, or on one GPU, a process should have two images
+    or more per micro-batch: for a single one, the batch norm of the 1x1 pooling uses its running
+    statistics.
     """
 
     def __init__(self, encoder: SwinV2, names: Sequence[str], head: SegmentationHead) -> None:
         super().__init__()
         maps = last_maps(encoder, len(encoder.config.depths))
-        backbone = described(encoder, maps)
+        backbone = backbone_config_of(encoder, maps)
         from transformers import (  # noqa: PLC0415 - an optional part
             UperNetConfig,
             UperNetForSemanticSegmentation,
@@ -82,7 +82,7 @@ class UperNet(nn.Module):
 
 
 class Mask2Former(nn.Module):
-    """Masks with a class each, which together say the class of a pixel."""
+    """Mask2Former for semantic segmentation: one mask per class of an image."""
 
     def __init__(self, encoder: SwinV2, names: Sequence[str], head: SegmentationHead) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Mask2Former(nn.Module):
         return self.net.model.pixel_level_module.encoder
 
     def loss(self, images: Tensor, classes: Tensor) -> Tensor:
-        """Return the loss over masks, a mask for each class of an image."""
+        """Return the loss, with one target mask per class in an image."""
         labels = [one[one != IGNORED].unique() for one in classes]
         masks = [
             (one[None] == there[:, None, None]).float()
@@ -130,13 +130,13 @@ def build_mask2former(
     decoder_layers: int,
     points: int,
 ) -> Any:
-    """Build Mask2Former of transformers on an encoder of four stages.
+    """Build Mask2Former of transformers on an encoder with four stages.
 
     Raises:
-        ValueError: a part is not installed, or the encoder has not four stages.
+        ValueError: transformers is not installed, or the encoder has fewer than four stages.
     """
     maps = last_maps(encoder, 4)
-    backbone = described(encoder, maps)
+    backbone = backbone_config_of(encoder, maps)
     from transformers import (  # noqa: PLC0415 - an optional part
         Mask2FormerConfig,
         Mask2FormerForUniversalSegmentation,
@@ -164,10 +164,10 @@ def build_mask2former(
 def build_segmenter(
     encoder: SwinV2, names: Sequence[str], head: SegmentationHead
 ) -> UperNet | Mask2Former:
-    """Build the model of a recipe, with fresh weights of the head.
+    """Build the model of a recipe, with a randomly initialised head.
 
     Raises:
-        ValueError: a part is not installed, or the encoder does not suit the head.
+        ValueError: a package is not installed, or the encoder does not fit the head.
     """
     match head.kind:
         case "upernet":
@@ -177,7 +177,7 @@ def build_segmenter(
 
 
 def names_of_labels(names: Sequence[str]) -> dict[str, Any]:
-    """Return how a config of transformers names classes."""
+    """Return class names as in a config of transformers."""
     return {
         "id2label": dict(enumerate(names)),
         "label2id": {name: number for number, name in enumerate(names)},
@@ -185,7 +185,7 @@ def names_of_labels(names: Sequence[str]) -> dict[str, Any]:
 
 
 def _cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
-    """Return the mean over all pixels that count; 0, not NaN, where none does."""
+    """Return the mean over all pixels that are not ignored; 0, not NaN, if all are."""
     enlarged = _enlarged(logits.float(), classes.shape[-2:])
     total = F.cross_entropy(enlarged, classes.long(), ignore_index=IGNORED, reduction="sum")
     return total / (classes != IGNORED).sum().clamp(min=1)

@@ -1,7 +1,4 @@
-"""How well classes of pixels are told apart: a confusion matrix, and what follows from it.
-
-A matrix that is summed over ranks is all there is to it: torchmetrics would be the larger part.
-"""
+"""Segmentation metrics from a confusion matrix, which is summed over ranks."""
 
 import torch
 from torch import Tensor
@@ -10,12 +7,12 @@ from simmim.data.transforms.labels import IGNORED
 
 
 def confusion(predicted: Tensor, classes: Tensor, num_classes: int) -> Tensor:
-    """Count pixels by true class (rows) and predicted class (columns), int64; IGNORED do not count.
+    """Return the confusion matrix, int64: true class in rows, predicted class in columns.
 
     Args:
         predicted: class of each pixel, of any shape.
-        classes: the true ones, of the same shape.
-        num_classes: sides of the matrix.
+        classes: true classes of the same shape; pixels with IGNORED are not counted.
+        num_classes: side of the matrix.
     """
     counted = classes != IGNORED
     pairs = classes[counted].long() * num_classes + predicted[counted].long()
@@ -23,7 +20,7 @@ def confusion(predicted: Tensor, classes: Tensor, num_classes: int) -> Tensor:
 
 
 def intersection_over_union(counts: Tensor) -> Tensor:
-    """Return the IoU of each class, NaN for one that neither is there nor is predicted."""
+    """Return the IoU of each class; NaN if it is in neither labels nor predictions."""
     hits = counts.diagonal().double()
     return hits / (counts.sum(0) + counts.sum(1) - hits)
 
@@ -31,8 +28,8 @@ def intersection_over_union(counts: Tensor) -> Tensor:
 def segmentation_figures(counts: Tensor, names: tuple[str, ...]) -> dict[str, float]:
     """Return mIoU, mean accuracy and pixel accuracy in percent, and the IoU of each class.
 
-    Means are over the classes that there are: in the truth or predicted for the IoU, in the truth
-    for the accuracy. A class that is neither has no figure.
+    Means are over the classes that occur: in labels or predictions for IoU, in labels for accuracy.
+    Classes that do not occur have no IoU.
     """
     counts = counts.double().cpu()
     union = intersection_over_union(counts)

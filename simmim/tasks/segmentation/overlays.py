@@ -1,4 +1,4 @@
-"""Pictures of what a dense stage finds, beside what is true, with a legend."""
+"""Pictures of labels and predictions over images, with a legend."""
 
 import colorsys
 import io
@@ -17,14 +17,14 @@ from simmim.data.transforms.labels import IGNORED
 GAP = 6
 HEADER = 20
 ENTRY = 18
-"""Height of a line of the legend, pixels."""
+"""Height of a line of the legend in pixels."""
 
 PAPER, INK = (255, 255, 255), (40, 40, 40)
 OPACITY = 0.7
 
 
 def palette(count: int) -> np.ndarray:
-    """Return colours that are far apart, uint8 (count, 3): hues by the golden ratio."""
+    """Return distinct colours, uint8 (count, 3), with hues spaced by the golden ratio."""
     return np.array(
         [
             [
@@ -40,12 +40,12 @@ def palette(count: int) -> np.ndarray:
 
 
 def picture_of(batch: Batch, row: int, size: tuple[int, ...]) -> np.ndarray:
-    """Return an image of a batch for a person: uint8 (rows, columns, 3) of this size."""
+    """Return an image of a batch as uint8 RGB (rows, columns, 3), resized to `size`."""
     return _picture(batch.images[row], size)
 
 
 def square_picture_of(batch: Batch, row: int, size: tuple[int, int]) -> np.ndarray:
-    """Return an image that was scaled to fit a square, without what fills it up, at its size."""
+    """Return an image that was padded to a square, without the padding, resized to `size`."""
     square = batch.images[row]
     factor = square.shape[-1] / max(size)
     rows, columns = (max(1, round(length * factor)) for length in size)
@@ -88,13 +88,13 @@ def draw_objects(
 
 
 def paint_classes(pixels: np.ndarray, classes: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """Lay the colours of classes over an image in grey, so that they are those of the legend.
+    """Blend class colours over an image in grey, so that they match the legend.
 
-    Pixels without a class stay dark.
+    Ignored pixels stay dark.
 
     Args:
         pixels: uint8 (rows, columns, 3).
-        classes: uint8 (rows, columns), IGNORED for none.
+        classes: uint8 (rows, columns), or IGNORED.
         colours: uint8 (classes, 3).
     """
     known = classes != IGNORED
@@ -115,10 +115,10 @@ def write_panel(
     """Write rows of images (uint8, rows x columns x 3) with captions and a legend as a PNG.
 
     Args:
-        rows: as many images in each as there are captions; one row's images have one size.
-        captions: of the columns.
+        rows: one image per caption in each; images in a row have the same size.
+        captions: captions of the columns.
         legend: names and colours.
-        path: replaced in one step; its folder is made where it is missing.
+        path: the file, replaced atomically; its folder is created if missing.
     """
     widths = [max(row[place].shape[1] for row in rows) for place in range(len(captions))]
     total = max(sum(widths) + GAP * (len(widths) + 1), 240)
@@ -151,7 +151,7 @@ def write_panel(
 def _lines(
     legend: Sequence[tuple[str, np.ndarray]], width: int
 ) -> list[list[tuple[int, str, np.ndarray]]]:
-    """Break a legend into lines of entries, each with its place from the left."""
+    """Break a legend into lines of entries, each with its x position."""
     font = ImageFont.load_default(12)
     lines: list[list[tuple[int, str, np.ndarray]]] = []
     left = width

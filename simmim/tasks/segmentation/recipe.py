@@ -13,18 +13,18 @@ from simmim.tasks.recipe import FineTuningRecipe
 
 @settings
 class DenseData(CroppedSettings):
-    """Files of images, how they are read, scaled, cropped and mirrored."""
+    """Image files, and how they are read, scaled, cropped and flipped."""
 
-    REMEDY = "Mend or leave out these files"
+    REMEDY = "Repair or remove these files"
 
     fraction: float = 1.0
-    """Share of the training images that is used, above 0; a larger one holds every smaller one."""
+    """Fraction of the training images that is used, above 0; larger ones contain smaller ones."""
     fraction_seed: int = 0
     """Seed of that choice."""
     image_size: int
-    """Side of the square crops that are trained on, pixels."""
+    """Side of the square training crops in pixels."""
     scale: tuple[float, float]
-    """Factor of the image's size before the crop, from and to."""
+    """Range of the random scale factor before the crop."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
@@ -36,12 +36,12 @@ class DenseData(CroppedSettings):
 
 @settings
 class DenseRecipe(FineTuningRecipe):
-    """A head of transformers on the encoder as its backbone."""
+    """Fine-tuning with a head of transformers on the encoder as backbone."""
 
     data: DenseData
     """The images."""
     pictures: int = 4
-    """Validation images that are drawn with what is found in them; 0 draws none."""
+    """Validation images to draw with their predictions; 0 draws none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,93 +53,95 @@ class SegmentationHead:
     """The head on the encoder."""
 
     kind: Literal["upernet", "mask2former"] = "upernet"
-    """UperNet (the paper's), or Mask2Former. Batch norms of UperNet see the images of all GPUs at a
-    time (SyncBatchNorm); on CPUs each process's own, of which there should be two at least."""
+    """UperNet (the paper's), or Mask2Former. UperNet's batch norms are synchronised over GPUs
+    (SyncBatchNorm); on CPUs each process has its own, and should have two images or more."""
     channels: int | None = None
-    """Channels of the head; null is the publications': 512 of UperNet, 256 of Mask2Former, which
-    takes a multiple of 32."""
+    """Channels of the head; null is 512 for UperNet and 256 for Mask2Former, as published.
+    Mask2Former needs a multiple of 32."""
     auxiliary_weight: float = 0.4
-    """UperNet: weight of the loss of a second, small head on the last map but one; 0 has none."""
+    """UperNet: loss weight of the auxiliary head on the second-to-last feature map; 0 for none."""
     auxiliary_channels: int = 256
-    """UperNet: channels of that head."""
+    """UperNet: channels of the auxiliary head."""
     queries: int = 100
-    """Mask2Former: masks that are proposed for an image."""
+    """Mask2Former: number of queries (mask proposals per image)."""
     decoder_layers: int = 10
-    """Mask2Former: layers of the transformer decoder and one; the paper's is 10."""
+    """Mask2Former: number of decoder layers plus one; 10 in the paper."""
     points: int = 12544
-    """Mask2Former: places of a mask that the loss looks at."""
+    """Mask2Former: points of a mask that the loss is sampled at."""
 
     def __post_init__(self) -> None:
         check_least(self, 1, "channels", "auxiliary_channels", "queries", "points")
         check_least(self, 2, "decoder_layers")
         check_least(self, 0, "auxiliary_weight")
         if self.kind == "mask2former" and (self.channels or 32) % 32:
-            raise ValueError(f"channels is {self.channels}; Mask2Former takes a multiple of 32.")
+            raise ValueError(
+                f"channels is {self.channels}; it must be a multiple of 32 for Mask2Former."
+            )
 
 
 @settings
 class SegmentationEvaluation:
-    """How an image is looked at to tell the classes of its pixels."""
+    """Inference in validation: whole images or sliding windows, scales and flip."""
 
     mode: Literal["whole", "slide"] = "whole"
-    """The whole image at once, or square windows of it, averaged where they overlap."""
+    """Whole images, or square sliding windows whose scores are averaged where they overlap."""
     size: int | None = None
-    """Side of the windows in pixels; null is data.image_size."""
+    """Side of the sliding windows in pixels; null is data.image_size."""
     stride: int | None = None
-    """Pixels from one window to the next; null is two thirds of a window."""
+    """Stride of the sliding windows in pixels; null is two thirds of a window."""
     window_size: int | None = None
-    """Side of the attention windows in tokens; null is encoder.window_size. 56 with a size of 896
-    is the paper's for an encoder trained at 640 with 40."""
+    """Side of the attention windows in tokens; null is encoder.window_size. The paper uses 56
+    with a size of 896 for an encoder trained at 640 with 40."""
     scales: tuple[float, ...] = (1.0,)
-    """Factors of the image's size whose scores are averaged."""
+    """Scale factors for multi-scale inference, whose scores are averaged."""
     flip: bool = False
-    """Average with the scores of the mirrored image too."""
+    """Average with the scores of the flipped image."""
 
     def __post_init__(self) -> None:
         check_least(self, 1, "size", "stride", "window_size")
         if not self.scales or min(self.scales) <= 0:
-            raise ValueError(f"scales are {self.scales}; give at least one, all above 0.")
+            raise ValueError(f"scales is {list(self.scales)}; give at least one, all above 0.")
 
     def check_stride(self, side: int) -> None:
-        """Raise ValueError where windows leave gaps; `side` is theirs where no size is given."""
+        """Raise ValueError if sliding windows leave gaps; `side` is the default of their size."""
         size = self.size or side
         if self.mode == "slide" and self.stride is not None and self.stride > size:
             raise ValueError(
-                f"evaluation.stride is {self.stride} and leaves gaps between windows of {size} "
-                "pixels: choose a smaller one."
+                f"evaluation.stride is {self.stride}, larger than the windows of {size} pixels, so "
+                "there would be gaps: choose a smaller one."
             )
 
 
 @settings
 class SegmentationData(DenseData):
-    """Images with a label image each, and their augmentation."""
+    """Images with label maps, and their augmentation."""
 
     folder: str
-    """Folder of images, and of annotations: PNGs with the number of a class for each pixel, grey or
-    palette, of the names of their images."""
+    """Folder of images and annotations: grey or palette PNGs with the class number of each pixel,
+    named as their images."""
     layout: FolderLayout = FolderLayout()
-    """Where both lie in it."""
+    """Where images and annotations are in the folder."""
     train: str = "training"
     """Name of the split to train on."""
     validation: str | None = "validation"
-    """Name of the split to validate on; null validates on nothing."""
+    """Name of the split to validate on; null for none."""
     num_classes: int
     """Number of classes, at most 255."""
     class_names: tuple[str, ...] | None = None
-    """Their names, in the order of their numbers; null calls them class 0, class 1, ..."""
+    """Class names in the order of their numbers; null is class 0, class 1, ..."""
     ignore_label: int | None = 255
-    """Number in the annotations that stands for no class."""
+    """Number in the annotations for pixels without a class."""
     reduce_zero_label: bool = False
-    """Whether 0 stands for no class and the classes count from 1, as in ADE20K."""
+    """Whether 0 is no class and classes are numbered from 1, as in ADE20K."""
     short_side: int | None = None
-    """Pixels that the short side of an image is scaled to, before the random scale and for
-    validation; null keeps the image's own."""
+    """Length in pixels that the short side is resized to, before the random scale and in
+    validation; null keeps the image's size."""
     scale: tuple[float, float] = (0.5, 2.0)
-    """Factor of the image's size before the crop, from and to."""
+    """Range of the random scale factor before the crop."""
     largest_class: float = 0.75
-    """Share of a crop that a single class may have; ten crops are tried."""
+    """Largest share of a crop that one class may have; up to ten crops are tried."""
     photometric: bool = True
-    """Change brightness, contrast, saturation and hue at random, as SSD does."""
+    """Photometric distortion of brightness, contrast, saturation and hue, as in SSD."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,12 +150,14 @@ class SegmentationData(DenseData):
         folders = {self.layout.folders(Path(self.folder), split)[0] for split in splits}
         if len(folders) < len(splits):
             raise ValueError(
-                f"training and validation take the same images, those of {min(folders)}: put "
+                f"training and validation both use the images of {min(folders)}: put "
                 "{split} into data.layout.images, or set data.validation to another split or null."
             )
         check_shares(self, "largest_class")
         if not 1 <= self.num_classes <= MOST_CLASSES:
-            raise ValueError(f"num_classes is {self.num_classes}; from 1 to {MOST_CLASSES}.")
+            raise ValueError(
+                f"num_classes is {self.num_classes}; it must be from 1 to {MOST_CLASSES}."
+            )
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ValueError(
                 f"class_names has {len(self.class_names)} names for {self.num_classes} classes."
@@ -173,9 +177,9 @@ class SegmentationRecipe(DenseRecipe):
     data: SegmentationData
     """The images."""
     head: SegmentationHead = SegmentationHead()
-    """What stands on the encoder."""
+    """The head on the encoder."""
     evaluation: SegmentationEvaluation = SegmentationEvaluation()
-    """How validation looks at images."""
+    """Inference in validation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Encoder and head of a dense stage, written for transformers and counted in operations."""
+"""Encoder and head of segmentation and detection in transformers' format, and their FLOPs."""
 
 import json
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from swinv2.bridges.transformers_backbone import register_backbone
 from swinv2.flops import forward_flops
 
 PREPROCESSING = "preprocessing.json"
-"""File beside the model that says how its images were normalised."""
+"""File next to the model with the mean and std of its images."""
 
 
 def save_dense(net: Any, folder: Path, *, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Write encoder and head as `from_pretrained` loads them, with how images are normalised.
+    """Write encoder and head for `from_pretrained`, and the mean and std of images.
 
-    `swinv2.bridges.transformers_backbone.register_backbone` comes before `from_pretrained`.
+    Call `swinv2.bridges.transformers_backbone.register_backbone` before `from_pretrained`.
     """
     with atomic_folder(folder, may_replace=_is_dense) as written:
         net.save_pretrained(written)
@@ -32,10 +32,10 @@ def save_dense(net: Any, folder: Path, *, mean: Sequence[float], std: Sequence[f
 
 
 def load_dense(folder: Path) -> Any:
-    """Load what `save_dense` wrote, on the CPU, in evaluation mode.
+    """Load a model written by `save_dense`, on the CPU, in evaluation mode.
 
     Raises:
-        ValueError: transformers is not installed, or the folder holds no such model.
+        ValueError: transformers is not installed, or the folder has no such model.
     """
     check_installed()
     register_backbone()
@@ -55,13 +55,14 @@ def load_dense(folder: Path) -> Any:
         (model,) = (one for one in known if [one.__name__] == named)
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(
-            f"{folder} holds no model of a dense stage: give that folder of a run that has ended."
+            f"{folder} has no segmentation or detection model: give the folder of that name in a "
+            "finished run."
         ) from None
     return model.from_pretrained(folder).eval()
 
 
-def answer_of(output: Any) -> Tensor:
-    """Return the numbers of a model's output in a row: of classes, and of masks or boxes."""
+def flat_output(output: Any) -> Tensor:
+    """Return a model's class logits, and masks or boxes, flattened into one tensor."""
     names = ("logits", "pred_boxes", "class_queries_logits", "masks_queries_logits")
     parts = [output[name].float().flatten() for name in names if output.get(name) is not None]
     return torch.cat(parts)
@@ -72,10 +73,9 @@ def _is_dense(path: Path) -> bool:
 
 
 def count_flops(net: Any, backbone: Any, side: int) -> int:
-    """Return the operations of the matrix products of a forward pass over one square image.
+    """Return the FLOPs of the matrix products in a forward pass over one square image.
 
-    Those of the encoder follow from its sizes; those of the head are counted on a copy of it
-    without values, so that nothing is computed.
+    The encoder's are computed from its sizes, the head's counted on a copy on the meta device.
     """
     encoder = backbone.encoder
     backbone.encoder = _EmptyMaps(encoder)
@@ -90,7 +90,7 @@ def count_flops(net: Any, backbone: Any, side: int) -> int:
 
 
 class _EmptyMaps(nn.Module):
-    """What stands for an encoder where nothing but the shape of its maps matters."""
+    """A stand-in for the encoder that returns feature maps of the right shapes without values."""
 
     def __init__(self, encoder: SwinV2) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Fine-tuning for semantic segmentation: a class for every pixel, with UperNet or Mask2Former."""
+"""Fine-tuning for semantic segmentation, with UperNet or Mask2Former."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
     """Semantic segmentation.
 
     Raises:
-        ValueError: the folder is not as it must be, or the start cannot be loaded.
+        ValueError: the folder does not have the expected layout, or `init` cannot be loaded.
     """
 
     model: UperNet | Mask2Former
@@ -67,14 +67,14 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
         return torch.stack([class_map(batch, row) for row in range(len(batch))])
 
     def baselines(self) -> dict[str, float]:
-        """Return the loss of holding every class for as likely as any other, for UperNet."""
+        """Return the loss of a uniform prediction for UperNet; none for Mask2Former."""
         if self.recipe.head.kind != "upernet":
             return {}
         weights = 1 + self.recipe.head.auxiliary_weight
         return {"uniform_loss": weights * math.log(self.recipe.data.num_classes)}
 
     def training_transform(self) -> TrainSegmentationTransform:
-        """Return what scales, crops, mirrors and colours an image."""
+        """Return the transform: scale, crop, flip and photometric distortion."""
         data = self.recipe.data
         return TrainSegmentationTransform(
             side=data.image_size,
@@ -92,7 +92,7 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
 
     @torch.no_grad()
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return mIoU and its like in percent on the validation split, every image once."""
+        """Return mIoU, accuracies and class IoUs in percent on the validation split."""
         if self.validation_shards is None:
             return {}
         classes = self.recipe.data.num_classes
@@ -105,7 +105,7 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
         return segmentation_figures(counts, self.recipe.data.names) if counts.any() else {}
 
     def validation_transform(self) -> EvalSegmentationTransform:
-        """Return what shows a whole image."""
+        """Return the transform: the whole image."""
         data = self.recipe.data
         return EvalSegmentationTransform(
             labels=label_reading(data),
@@ -115,11 +115,11 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
         )
 
     def _views(self, rank: int, world: int) -> BatchStream:
-        """Return the validation images of a rank, one at a time: each has a size of its own."""
+        """Return the validation images of a rank one at a time, since their sizes differ."""
         return self.held_out(at_a_time=world, rank=rank, world=world)
 
     def _predict(self, accelerator: Accelerator, batch: Batch) -> Tensor:
-        """Return the class found for each pixel of an image: int64 (rows, columns)."""
+        """Return the predicted class of each pixel of an image: int64 (rows, columns)."""
         images = self.module.normalise(batch.images.to(accelerator.device))
         rows, columns = class_map(batch).shape
         with accelerator.autocast():
@@ -134,7 +134,7 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
 
     @contextmanager
     def _at_evaluation_windows(self) -> Iterator[None]:
-        """Let the encoder have the windows of `evaluation`, and then its own again."""
+        """Use the attention windows of `evaluation`, and restore the encoder's afterwards."""
         encoder = self.model.backbone.encoder
         before = encoder.config
         if self.recipe.evaluation.window_size is not None:
@@ -156,7 +156,7 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
 
 
 def label_reading(data: SegmentationData) -> LabelMapReader:
-    """Return how annotations are read."""
+    """Return the reader of annotations."""
     return LabelMapReader(
         num_classes=data.num_classes,
         ignore_label=data.ignore_label,

@@ -18,21 +18,21 @@ class VideoEncoderSettings(EncoderSettings):
     """A Swin Transformer V2 encoder of clips."""
 
     frame_patch: int = 1
-    """Frames of a patch; data.frames is a multiple of it."""
+    """Frames per patch; data.frames has to be a multiple of it."""
     window_frames: int = 8
-    """Attention window along time in tokens; clamped where a clip has fewer."""
+    """Attention window along time in tokens; clamped to the length of a clip."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, 1, "frame_patch", "window_frames")
         if self.in_channels != CHANNELS:
-            raise ValueError(f"in_channels is {self.in_channels}; clips have {CHANNELS}.")
+            raise ValueError(f"in_channels is {self.in_channels}; it must be {CHANNELS} for clips.")
 
     def video_config(self, image_size: int, frames: int) -> VideoConfig:
         """Return the encoder's configuration for clips of square frames.
 
         Raises:
-            ValueError: the sizes cannot work together.
+            ValueError: the sizes do not fit together.
         """
         return video_config(
             self.config(image_size),
@@ -49,11 +49,12 @@ class VideoRecipe(ClassifierRecipe):
     SAMPLES: ClassVar[str] = "clips"
     task: Literal["video"]
     init: str = SCRATCH
-    """`scratch`, or what to start from: the directory of an encoder of images, whose weights are
-    inflated so that a still clip gives the features of its image, or of one of clips; or the folder
-    of a run that has ended. It brings its architecture and its mean and std: of `encoder` only
-    `window_size`, `window_frames`, `frame_patch` (for images) and `drop_path` then apply, and
-    data.mean and data.std do not. A video run brings its head too, where it knows all classes."""
+    """`scratch` for random weights, an encoder directory (of an image encoder, which is inflated so
+    that a still clip has the features of its image; or of a video encoder), or the folder of a
+    finished run. Trained weights come with their architecture, mean and std: then only
+    `window_size`, `window_frames`, `frame_patch` (of image encoders) and `drop_path` of `encoder`
+    apply, and data.mean and data.std do not. The head of a video run is used too if it has all
+    classes."""
     encoder: VideoEncoderSettings
     """The encoder."""
     data: ClipDataSettings
@@ -61,7 +62,7 @@ class VideoRecipe(ClassifierRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Raises where sizes cannot work.
+        # Raises if sizes do not fit.
         self.encoder.video_config(self.data.image_size, self.data.frames)
 
     @property

@@ -35,7 +35,7 @@ from swinv2.config_file import is_video_encoder
 
 
 class VideoModule(nn.Module):
-    """Cross entropy with label smoothing over batches of clips as they travelled."""
+    """Cross-entropy with label smoothing over stored batches of clips."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class VideoModule(nn.Module):
         return F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.label_smoothing)
 
     def clips(self, images: Tensor, flips: Tensor | None = None) -> Tensor:
-        """Return normalised clips (batch · views, frames, 3, height, width), mirrored by flips."""
+        """Return normalised, flipped clips (batch · views, frames, 3, height, width)."""
         clips = unfold_frames(images, self.frames)
         of_frames = None if flips is None else flips.repeat_interleave(self.frames)
         normal: Tensor = self.normalise(clips.flatten(0, 1), of_frames)
@@ -69,10 +69,10 @@ class VideoModule(nn.Module):
 
 
 class VideoStage(ClassifierStage[VideoRecipe, ClipSet]):
-    """Classification of clips; top-1 of the single view tells the best checkpoint.
+    """Classification of clips; single-view top-1 selects the best checkpoint.
 
     Raises:
-        ValueError: there are no clips, too few of them, or the start cannot be loaded.
+        ValueError: there are no or too few clips, or `init` cannot be loaded.
     """
 
     initial: InitialEncoder[VideoSwinV2]
@@ -92,13 +92,11 @@ class VideoStage(ClassifierStage[VideoRecipe, ClipSet]):
 
     @staticmethod
     def load_initial(recipe: VideoRecipe) -> InitialEncoder[VideoSwinV2]:
-        """Build the encoder that `init` asks for, with the normalisation that goes with it.
-
-        Fresh weights depend on the recipe's seed alone.
+        """Load the encoder that `init` names, inflating one of images, or build a random one.
 
         Raises:
-            ValueError: `init` is neither an encoder directory nor a run that has ended, or its
-                encoder cannot take the sizes.
+            ValueError: `init` is neither an encoder directory nor a finished run, or its encoder
+                does not fit the sizes.
         """
         init, wanted, data, seed = recipe.init, recipe.encoder, recipe.data, recipe.training.seed
         if init == SCRATCH:
@@ -127,8 +125,8 @@ class VideoStage(ClassifierStage[VideoRecipe, ClipSet]):
         images = read_encoder_config(source.encoder)
         if images.config.in_channels != CHANNELS:
             raise ValueError(
-                f"the encoder {init} takes images of {images.config.in_channels} channels, and "
-                f"clips have {CHANNELS}; start from another."
+                f"the encoder {init} has {images.config.in_channels} input channels, clips "
+                f"have {CHANNELS}; start from another encoder."
             )
         initial = load_initial_encoder(init, wanted, data, seed)
         encoder = inflate(
@@ -147,7 +145,7 @@ class VideoStage(ClassifierStage[VideoRecipe, ClipSet]):
         return recipe.data.open()[0].classes
 
     def training_transform(self) -> TrainClipTransform:
-        """Return what draws frames of a clip, crops and mirrors them."""
+        """Return the transform: frame sampling, crop and flip."""
         data = self.recipe.data
         return TrainClipTransform(
             size=data.size,
@@ -160,7 +158,7 @@ class VideoStage(ClassifierStage[VideoRecipe, ClipSet]):
         )
 
     def validation_transform(self, views: tuple[int, int] = (1, 1)) -> EvalClipTransform:
-        """Return what shows so many views in time and space of a clip."""
+        """Return the transform to this many views in time and space."""
         data = self.recipe.data
         return EvalClipTransform(
             size=data.size,
@@ -171,9 +169,9 @@ class VideoStage(ClassifierStage[VideoRecipe, ClipSet]):
         )
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return top-1 and top-5 in percent and the mean cross entropy on held-out clips.
+        """Return top-1 and top-5 accuracy in percent and the mean cross-entropy on held-out clips.
 
-        Those of one view of each, and top-1 and top-5 of `data.views` where these are more.
+        Of a single view, plus multi-view top-1 and top-5 if `data.views` has more than one.
         """
         if self.validation_shards is None:
             return {}
@@ -185,7 +183,7 @@ class VideoStage(ClassifierStage[VideoRecipe, ClipSet]):
         return figures
 
     def _figures(self, accelerator: Accelerator, views: tuple[int, int]) -> dict[str, float]:
-        """Return figures over all ranks for so many views in time and space of each clip."""
+        """Return metrics over all ranks for this many views in time and space."""
         training, count = self.recipe.training, math.prod(views)
         batches = self.held_out(
             self.validation_transform(views),
@@ -195,14 +193,14 @@ class VideoStage(ClassifierStage[VideoRecipe, ClipSet]):
         )
 
         def logits(images: Tensor) -> Tensor:
-            # Views of a clip lie one behind the other, and their probabilities are averaged.
+            # Views of a clip are consecutive, and their probabilities are averaged.
             found: Tensor = self.model(self.module.clips(images)).float().log_softmax(-1)
             return found.view(-1, count, found.shape[-1]).logsumexp(1) - math.log(count)
 
         return self.figures(batches, accelerator, logits)
 
     def save_encoder(self, path: Path, provenance: Provenance) -> None:
-        """Write the directory of the encoder of clips."""
+        """Write the encoder directory."""
         initial = self.initial
         save_video_encoder(
             initial.encoder,

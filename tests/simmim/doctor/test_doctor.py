@@ -48,14 +48,14 @@ def test_a_good_recipe_passes_and_nothing_is_written(
         "compute",
         "duration",
         "checkpoints",
-        "looking",
+        "evaluation",
     ):
         assert any(line[9:].startswith(name) for line in text.splitlines()), name
     assert "0 problems" in text
     assert not run.parent.exists()
 
 
-def test_whether_a_run_can_go_on_is_told(
+def test_it_checks_whether_a_run_can_resume(
     pretrain_config: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -78,7 +78,7 @@ def test_whether_a_run_can_go_on_is_told(
     assert "was trained on other images" in refused
 
 
-def test_a_classifier_is_looked_over_too(
+def test_it_checks_a_classifier(
     pretrain_values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     del pretrain_values["mask"], pretrain_values["training"]["look_every"]
@@ -106,7 +106,7 @@ def test_all_mistakes_of_a_recipe_are_listed(
         (["--task", "dance"], "task is 'dance'"),
     ],
 )
-def test_what_training_would_refuse_is_a_problem(
+def test_what_training_would_reject_is_a_problem(
     pretrain_config: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -119,7 +119,7 @@ def test_what_training_would_refuse_is_a_problem(
     assert "training would fail" in text
 
 
-def test_everything_wrong_is_told_at_once(
+def test_all_problems_are_reported_at_once(
     pretrain_values: dict[str, Any],
     shards: Path,
     tmp_path: Path,
@@ -174,7 +174,7 @@ def test_two_processes_take_the_dry_step_together(pretrain_config: Path, tmp_pat
     assert done.stdout.count("training can start") == 1
 
 
-def test_two_processes_take_it_in_shards_where_training_would(
+def test_two_processes_take_the_dry_step_with_sharded_weights(
     pretrain_values: dict[str, Any], tmp_path: Path
 ) -> None:
     pretrain_values["training"] |= {"checkpoint_every": 2, "keep_every": 4, "keep_last": 2}
@@ -183,7 +183,7 @@ def test_two_processes_take_it_in_shards_where_training_would(
     shards = ["-m", "simmim.launch", "--config_file", FSDP2, "--num_processes", "2"]
     done = launched(shards, config, tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "forward and backward in shards on 2 processes (cpu)" in done.stdout
+    assert "forward and backward with sharded weights on 2 processes (cpu)" in done.stdout
     assert "5 checkpoints of" in done.stdout  # the last two, and three of twelve steps
 
 

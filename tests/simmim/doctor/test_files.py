@@ -114,7 +114,7 @@ def video(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def looked_over(
+def run_doctor(
     values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> tuple[int, str]:
     """Return the exit code of the doctor, and its table in one line."""
@@ -126,54 +126,54 @@ def looked_over(
     return code, " ".join(capsys.readouterr().out.split())
 
 
-def told(text: str, *parts: str) -> Iterator[str]:
+def missing(text: str, *parts: str) -> Iterator[str]:
     yield from (part for part in parts if part not in text)
 
 
-def test_a_segmentation_is_looked_over(
+def test_it_checks_a_segmentation(
     segmentation: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, text = looked_over(segmentation, tmp_path, capsys)
+    code, text = run_doctor(segmentation, tmp_path, capsys)
     assert code == 0, text
     assert not list(
-        told(
+        missing(
             text,
-            "segmentation, tiny at 32 pixels with windows of 4, 4 images a step",
-            "data 8 images to train on, 8 an epoch in 4 slots",
+            "segmentation, tiny at 32 pixels with windows of 4, 4 images per step",
+            "data 8 images to train on, 8 per epoch in 4 slots",
             "validation 4 images",
-            "files all 24 are there",
+            "files all 24 exist",
             "samples 8 prepared",
             "held out 4 prepared",
             "labels 3 of 3 classes in these crops",
-            "not counted for segmentation",
+            "not estimated for segmentation",
             "forward and backward on 1 process (cpu)",
-            "of the machine by each process at the peak",
+            "peak host memory per process",
             "training can start",
         )
     )
 
 
-def test_a_detection_is_looked_over(
+def test_it_checks_a_detection(
     detection: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, text = looked_over(detection, tmp_path, capsys)
+    code, text = run_doctor(detection, tmp_path, capsys)
     assert code == 0, text
-    assert "labels 1.0 objects in a crop" in text
+    assert "labels 1.0 objects per crop" in text
     assert "nothing is held out" in text
-    assert "name images to validate on" in text
+    assert "images to validate on" in text
 
 
-def test_a_video_is_looked_over(
+def test_it_checks_a_video_recipe(
     video: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, text = looked_over(video, tmp_path, capsys)
+    code, text = run_doctor(video, tmp_path, capsys)
     assert code == 0, text
-    assert "2 frames of 32 pixels with windows of 4 and 8 frames, 4 clips a step" in text
-    assert "classes 2 classes of 2 to 2 clips" in text
+    assert "2 frames of 32 pixels with windows of 4 and 8 frames, 4 clips per step" in text
+    assert "classes 2 classes with 2 to 2 clips" in text
     assert "clips/s" in text
 
 
-def test_labels_that_would_end_training_are_found_before(
+def test_labels_that_would_end_training_are_a_problem(
     segmentation: dict[str, Any],
     scenes: Path,
     tmp_path: Path,
@@ -183,23 +183,23 @@ def test_labels_that_would_end_training_are_found_before(
     labels = scenes / "annotations"
     Image.fromarray(np.full(SIZE, 9, dtype=np.uint8)).save(labels / "validation" / "1.png")
     Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(labels / "training" / "1.png")
-    code, text = looked_over(values, tmp_path, capsys)
+    code, text = run_doctor(values, tmp_path, capsys)
     assert code == 2
     assert "problem held out validation/1: its label map contains 9, which is not a class" in text
-    assert "1 could not be (12.5%), the first training/1: its label map has 8x8 pixels" in text
+    assert "1 damaged (12.5%), the first training/1: its label map has 8x8 pixels" in text
     assert "→ Mend or leave out these files" in text
 
 
 def test_what_cannot_be_opened_is_a_problem(
     segmentation: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, text = looked_over(segmentation | {"init": "nowhere"}, tmp_path, capsys)
+    code, text = run_doctor(segmentation | {"init": "nowhere"}, tmp_path, capsys)
     assert code == 2
-    assert "problem opening nowhere does not exist" in text
+    assert "problem data and model nowhere does not exist" in text
     assert "the encoder of nowhere at 32 pixels" in text
 
 
-def test_files_that_are_gone_or_empty_are_named(scenes: Path, tmp_path: Path) -> None:
+def test_missing_and_empty_files_are_named(scenes: Path, tmp_path: Path) -> None:
     folder = LabelledFolder(scenes, "training")
     assert check_presence([folder]).verdict == "ok"
     (scenes / "images" / "training" / "0.png").unlink()
