@@ -5,10 +5,12 @@ from typing import Literal
 
 from simmim.data.datasets.label_maps import FolderLayout
 from simmim.data.settings import IMAGENET_MEAN, IMAGENET_STD, CroppedSettings
-from simmim.data.transforms.labels import MOST_CLASSES
 from simmim.limits import check_least, check_shares, check_span
 from simmim.recipe import settings
 from simmim.tasks.recipe import FineTuningRecipe
+
+MAX_CLASSES = 255
+"""Most classes of a label map, which is uint8 with 255 for no class."""
 
 
 @settings
@@ -154,9 +156,9 @@ class SegmentationData(DenseData):
                 "{split} into data.layout.images, or set data.validation to another split or null."
             )
         check_shares(self, "largest_class")
-        if not 1 <= self.num_classes <= MOST_CLASSES:
+        if not 1 <= self.num_classes <= MAX_CLASSES:
             raise ValueError(
-                f"num_classes is {self.num_classes}; it must be from 1 to {MOST_CLASSES}."
+                f"num_classes is {self.num_classes}; it must be from 1 to {MAX_CLASSES}."
             )
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ValueError(
