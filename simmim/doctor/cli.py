@@ -19,6 +19,7 @@ from simmim.doctor.memory import check_disk, check_memory
 from simmim.doctor.plan import check_plan
 from simmim.doctor.shards import check_shards, check_workers
 from simmim.engine.checkpoint.directory import find_checkpoint
+from simmim.engine.checkpoint.resume import resumable_state
 from simmim.engine.devices import build_accelerator
 from simmim.engine.distributed.environment import check_parallelism, requested_cpu_processes
 from simmim.engine.distributed.launcher import (
@@ -184,7 +185,7 @@ def check_run(run: RunFolder, stage: TaskStage, resume: str | None) -> Check:
     run.check(stage.recipe, resume=resume is not None, checkpoint=checkpoint)
     if checkpoint is None:
         return Check(name="run folder", verdict="ok", found=f"training starts in {run.path}")
-    step = fitting_state(checkpoint, stage, allow_changes=False).step
+    step = resumable_state(checkpoint, stage, allow_changes=False).step
     found = f"training resumes in {run.path} from {checkpoint}, after step {step:,}"
     return Check(name="run folder", verdict="ok", found=found)
 

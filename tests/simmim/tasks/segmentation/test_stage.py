@@ -283,7 +283,9 @@ def test_encoder_and_head_of_any_checkpoint_are_exported(
     encoder = load_encoder(out).state_dict()
     (name,) = (name for name in kept if name.endswith("encoder.patch_embed.norm.weight"))
     assert torch.equal(encoder["patch_embed.norm.weight"], kept[name])
-    assert any("not exported: the head" in line for line in export(run, tmp_path / "timm", "reference"))
+    assert any(
+        "not exported: the head" in line for line in export(run, tmp_path / "timm", "reference")
+    )
 
 
 def test_images_to_train_on_are_not_those_to_validate_on(values: dict[str, Any]) -> None:
