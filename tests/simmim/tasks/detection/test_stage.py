@@ -24,7 +24,7 @@ from simmim.tasks.detection.heads import Found
 from simmim.tasks.detection.metric import encode_mask, mean_average_precision, results_of
 from simmim.tasks.detection.recipe import DetectionRecipe
 from simmim.tasks.detection.stage import DetectionStage
-from simmim.tasks.segmentation.save_heads import answer_of, load_dense
+from simmim.tasks.segmentation.save_heads import flat_output, load_dense
 
 SIZE = (40, 56)
 
@@ -301,7 +301,7 @@ def test_encoder_and_head_of_a_run_that_has_not_ended_are_exported(
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected, found = ours(pixel_values=images), theirs(pixel_values=images)
-    torch.testing.assert_close(answer_of(expected), answer_of(found))
+    torch.testing.assert_close(flat_output(expected), flat_output(found))
     assert theirs.config.id2label == {0: "red", 1: "blue"}
 
 

@@ -5,7 +5,7 @@ import torch
 
 from simmim.data.transforms.labels import IGNORED
 from simmim.tasks.segmentation.metric import confusion, segmentation_figures
-from simmim.tasks.segmentation.prediction import predict, starts
+from simmim.tasks.segmentation.prediction import predict, window_starts
 from simmim.tasks.segmentation.recipe import SegmentationEvaluation
 
 
@@ -68,7 +68,7 @@ def test_scales_are_averaged() -> None:
     ("length", "size", "stride"), [(10, 4, 3), (4, 4, 2), (3, 8, 5), (11, 4, 4)]
 )
 def test_windows_cover_all_and_stay_inside(length: int, size: int, stride: int) -> None:
-    found = list(starts(length, size, stride))
+    found = list(window_starts(length, size, stride))
     covered = {place for first in found for place in range(first, min(length, first + size))}
     assert covered == set(range(length))
     assert found == sorted(set(found))

@@ -18,7 +18,7 @@ from simmim.engine.run import RunFolder
 from simmim.export.export import export
 from simmim.recipe import RecipeError, parse
 from simmim.tasks.segmentation.recipe import SegmentationRecipe
-from simmim.tasks.segmentation.save_heads import answer_of, load_dense
+from simmim.tasks.segmentation.save_heads import flat_output, load_dense
 from simmim.tasks.segmentation.stage import SegmentationStage
 from swinv2.weights import load_encoder
 
@@ -267,7 +267,7 @@ def test_encoder_and_head_of_any_checkpoint_are_exported(
         ours, theirs = stage.model.net.eval(), load_dense(out / "segmentation")
         assert type(theirs) is type(ours)
         with torch.no_grad():
-            same = answer_of(ours(pixel_values=images)), answer_of(theirs(pixel_values=images))
+            same = flat_output(ours(pixel_values=images)), flat_output(theirs(pixel_values=images))
             assert torch.equal(features, stage.model.backbone.encoder.features(images)[1])
         torch.testing.assert_close(*same)
 
