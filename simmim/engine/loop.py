@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from simmim.data.loader.batch import Batch
-from simmim.engine.checkpoint.directory import checkpoint_path, find_checkpoint, write_best
-from simmim.engine.checkpoint.resume import load_initial, unsharded_stage
+from simmim.engine.checkpoint.directory import checkpoint_path
+from simmim.engine.checkpoint.resume import unsharded_stage
 from simmim.engine.checkpoint.sharded_state import full_tensor
 from simmim.engine.devices import prepare
 from simmim.engine.distributed.sharding import no_gradient_sync
@@ -72,12 +72,9 @@ def train(
     trainer = Trainer(
         stage, run, accelerator, module, optimizer, stop=stop, write_report=write_report
     )
-    loaded = load_weights(trainer, resume, init_from, allow_changes=allow_changes)
+    loaded = trainer.load_weights(resume, init_from, allow_changes=allow_changes)
     stream = trainer.batches()  # raises before anything is written if ranks cannot share the data
-    if accelerator.is_main_process:
-        run.begin(stage.recipe, step=trainer.step)
-        write_best(run.path, trainer.best)
-    accelerator.wait_for_everyone()
+    trainer.begin_run()
     with (
         stop,
         trainer.watchdog,
@@ -147,17 +144,6 @@ def training_step(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return (loss_sum / len(batches) if finite else torch.full_like(loss_sum, math.nan)), norm
-
-
-def load_weights(
-    trainer: Trainer, resume: str | None, init_from: Path | None, *, allow_changes: bool
-) -> str | None:
-    """Resume from a checkpoint, or else load initial weights; return a message on the latter."""
-    found = None if resume is None else find_checkpoint(trainer.run.checkpoints, resume)
-    if found is not None:
-        trainer.restore(found, allow_changes=allow_changes)
-        return None
-    return None if init_from is None else load_initial(init_from, trainer.stage.module)
 
 
 def finish(trainer: Trainer, stop: StopRequest) -> None:

@@ -14,10 +14,12 @@ from simmim.engine.checkpoint.directory import (
     Best,
     TrainingState,
     checkpoint_path,
+    find_checkpoint,
     is_better,
+    write_best,
 )
 from simmim.engine.checkpoint.ema import averaged, forget_average, update_average
-from simmim.engine.checkpoint.resume import restore
+from simmim.engine.checkpoint.resume import load_initial, restore
 from simmim.engine.checkpoint.saver import Saver, SavingOutcome, rank_contents
 from simmim.engine.distributed.signals import StopRequest
 from simmim.engine.distributed.watchdog import WAITING_FOR_DATA, Watchdog
@@ -101,6 +103,25 @@ class Trainer:
             end=self.cursor + (self.total - self.step) * self.settings.batch_size,
         )
 
+    def load_weights(
+        self, resume: str | None, init_from: Path | None, *, allow_changes: bool
+    ) -> str | None:
+        """Resume from a checkpoint, or else load initial weights.
+
+        Args:
+            resume: None, `auto`, or the path of a checkpoint; see `find_checkpoint`.
+            init_from: initial weights if no checkpoint is resumed; see `load_initial`.
+            allow_changes: resume with another batch size than the checkpoint's.
+
+        Returns:
+            A message on the initial weights that were loaded, if any.
+        """
+        found = None if resume is None else find_checkpoint(self.run.checkpoints, resume)
+        if found is not None:
+            self.restore(found, allow_changes=allow_changes)
+            return None
+        return None if init_from is None else load_initial(init_from, self.stage.module)
+
     def restore(self, path: Path, *, allow_changes: bool) -> None:
         """Load a checkpoint.
 
@@ -126,6 +147,13 @@ class Trainer:
         if self.settings.ema_decay is None:
             forget_average(self.optimizer)
         self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in state.losses]
+
+    def begin_run(self) -> None:
+        """Bring the run folder to the current step: recipe, metrics, checkpoints, best.json."""
+        if self.accelerator.is_main_process:
+            self.run.begin(self.stage.recipe, step=self.step)
+            write_best(self.run.path, self.best)
+        self.accelerator.wait_for_everyone()
 
     def must_stop(self) -> bool:
         """Agree with the other ranks on stop requests and on the checkpoint in progress."""

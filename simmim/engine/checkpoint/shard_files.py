@@ -7,7 +7,7 @@ metadata says which rows of a tensor it holds; a tensor that is not listed there
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,9 +194,9 @@ class ShardFiles:
             )
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def read_all(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Return whole tensors by name; all of them by default."""
-        return {name: self.read(name) for name in (self.shapes if names is None else names)}
+    def read_all(self) -> dict[str, Tensor]:
+        """Return all tensors, whole, by name."""
+        return {name: self.read(name) for name in self.shapes}
 
 
 def _below(entries: Mapping[str, Entry], prefix: str) -> dict[str, Entry]:
