@@ -88,7 +88,7 @@ def test_the_fast_way_turns_images_upright(
     inverse = {6: 8, 8: 6}.get(orientation, orientation)
     stored = scene().transpose(ORIENTATIONS[inverse]) if orientation > 1 else scene()
     data = oriented(orientation, stored)
-    monkeypatch.setattr(decoding, "decode", refused)  # so that it is the fast way
+    monkeypatch.setattr(decoding, "decode_pillow", refused)  # so that it is the fast way
     fast = decode_pixels(data, "jpg")
     monkeypatch.undo()
     assert np.array_equal(fast.pixels, by_pillow(data, 3, monkeypatch).pixels)
@@ -137,7 +137,7 @@ def test_the_size_is_read_before_anything_is_decoded(monkeypatch: pytest.MonkeyP
     frame = data.index(b"\xff\xc0")
     data[frame + 5 : frame + 9] = struct.pack(">HH", 65000, 65000)
     monkeypatch.setattr(simplejpeg, "decode_jpeg", refused)
-    monkeypatch.setattr(decoding, "decode", refused)
+    monkeypatch.setattr(decoding, "decode_pillow", refused)
     with pytest.raises(BadSampleError, match=r"65000x65000 pixels.*max_pixels"):
         decode_pixels(bytes(data), "jpg")
     with pytest.raises(BadSampleError, match="83x61 pixels"):
@@ -211,7 +211,7 @@ def test_an_array_without_channels_has_one() -> None:
     ("data", "words"),
     [
         (b"", "damaged"),
-        (b"\x93NUMPY\x09\x00", "of a version"),
+        (b"\x93NUMPY\x09\x00", "version"),
         (saved(np.ones((4, 4, 3), dtype=np.uint8))[:-1], "is cut: 47 bytes of values, 48"),
         (saved(np.ones((4, 4, 3), dtype=np.uint8)) + b"!", "49 bytes of values, 48"),
         (saved(np.ones((4, 4, 2), dtype=np.uint8)), "2 channels.*in_channels is 3"),
