@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -112,3 +114,15 @@ def test_missing_or_invalid_statistics_are_refused(write_shards: WriteShards, co
 def test_a_constant_channel_is_refused(measured_set: Callable[..., str]) -> None:
     with pytest.raises(ValueError, match=r"set data\.mean and data\.std"):
         measured_statistics([measured_set("flat", [0.5], [0.0])])
+
+
+def test_settings_import_no_torch() -> None:
+    modules = (
+        "simmim.method.settings",
+        "simmim.data.settings",
+        "simmim.data.transforms.settings",
+        "simmim.data.datasets.label_maps",
+    )
+    heavy = "{'torch', 'accelerate', 'transformers'} & sys.modules.keys()"
+    program = f"import sys, {', '.join(modules)}; sys.exit(str({heavy}) if {heavy} else 0)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
