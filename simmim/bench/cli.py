@@ -21,8 +21,8 @@ _STEP_HEADS = ("variant", "size", "checkpointing")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Add the benches of `simmim bench`."""
-    command.description = "Measure what a training needs."
+    """Add the benchmarks of `simmim bench`."""
+    command.description = "Benchmarks of training."
     benches = command.add_subparsers(dest="bench", required=True, metavar="BENCH")
     add_memory(benches)
 
@@ -31,10 +31,10 @@ def add_memory(benches: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     """Add `simmim bench memory`."""
     command = benches.add_parser(
         "memory",
-        help="memory of a device for each variant, size, checkpointing and sharding",
-        description="Memory that a SimMIM training step takes of one device, in GiB: counted for "
-        "every placement, and measured on this machine where a whole step fits it.",
-        epilog=f"what is counted:\n{ASSUMPTIONS}",
+        help="device memory per variant, size, checkpointing and sharding",
+        description="Device memory of a SimMIM training step in GiB: estimated for every "
+        "placement, and measured on this machine if the step fits it.",
+        epilog=f"assumptions:\n{ASSUMPTIONS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -53,19 +53,19 @@ def add_memory(benches: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         nargs="+",
         choices=get_args(Checkpointing),
         default=["none", "full"],
-        help="what is computed again instead of kept (default: none full)",
+        help="what the backward pass recomputes (default: none full)",
     )
     command.add_argument(
         "--attention",
         choices=get_args(AttentionPath),
         default="sequential",
-        help="path of attention (default: %(default)s)",
+        help="attention implementation (default: %(default)s)",
     )
     command.add_argument(
         "--precision", choices=get_args(Precision), default="bf16", help="(default: %(default)s)"
     )
     command.add_argument(
-        "--batch", type=_count, default=1, help="images a device (default: %(default)s)"
+        "--batch", type=_count, default=1, help="images per device (default: %(default)s)"
     )
     command.add_argument(
         "--devices",
@@ -80,27 +80,29 @@ def add_memory(benches: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         nargs="+",
         choices=get_args(Sharding),
         default=list(get_args(Sharding)),
-        help="what is counted for more than one device, beside none (default: all)",
+        help="sharding over more than one device, in addition to none (default: all)",
     )
     command.add_argument(
         "--device-memory",
         type=float,
         metavar="GIB",
-        help="list the largest batch that fits such a device, too",
+        help="also list the largest batch that fits this device memory",
     )
     command.add_argument(
         "--measure",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="take each step that fits this machine: minutes for large ones (default: yes)",
+        help="run each step that fits this machine: minutes for large ones (default: yes)",
     )
     command.add_argument(
         "--optimizer",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="AdamW is part of the step; --no-optimizer is forward and backward (default: yes)",
+        help="include AdamW; --no-optimizer is forward and backward only (default: yes)",
     )
-    command.add_argument("--json", type=Path, metavar="PATH", help="write the figures there, too")
+    command.add_argument(
+        "--json", type=Path, metavar="PATH", help="also write the figures to this file"
+    )
     command.set_defaults(handler=run_memory, takes_overrides=False)
 
 
@@ -118,9 +120,9 @@ def run_memory(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     )
     print(memory_table(rows, placements))
     if memory is not None:
-        print(f"\nImages that a device of {memory:g} GiB takes at most:\n")
+        print(f"\nLargest batch on a device with {memory:g} GiB:\n")
         print(batch_table(rows, placements))
-    print(f"\nWhat is counted:\n{ASSUMPTIONS}")
+    print(f"\nAssumptions:\n{ASSUMPTIONS}")
     if arguments.json is not None:
         atomic_write_text(arguments.json, json.dumps(to_json(rows), indent=1) + "\n")
     return 0
@@ -169,9 +171,13 @@ def _count(text: str) -> int:
 def _size(text: str) -> tuple[int, int]:
     image, separator, window = text.partition("/")
     if not separator or not image.isdecimal() or not window.isdecimal() or "0" in (image, window):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: give IMAGE/WINDOW, 192/12 say")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size: give IMAGE/WINDOW, such as 192/12"
+        )
     if int(image) % MASK_CELL:
-        raise argparse.ArgumentTypeError(f"{image} pixels are not whole mask cells of {MASK_CELL}")
+        raise argparse.ArgumentTypeError(
+            f"{image} is not a multiple of the mask cell, {MASK_CELL} pixels"
+        )
     return int(image), int(window)
 
 

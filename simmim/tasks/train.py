@@ -22,7 +22,7 @@ from simmim.engine.stage import Stage
 from simmim.report.page import write_report
 
 
-class Trains(Protocol):
+class HasTraining(Protocol):
     """A recipe with training settings."""
 
     @property
@@ -30,7 +30,7 @@ class Trains(Protocol):
         """The training settings."""
 
 
-RecipeT = TypeVar("RecipeT", bound=Trains)
+RecipeT = TypeVar("RecipeT", bound=HasTraining)
 
 
 def train_recipe(

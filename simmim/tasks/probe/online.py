@@ -19,7 +19,7 @@ from simmim.data.transforms.image_transforms import EvalTransform
 from simmim.tasks.loading import open_labelled
 from simmim.tasks.metrics import accuracy_sums, gather_rows
 from simmim.tasks.probe.probe import (
-    Features,
+    LabelledFeatures,
     knn_votes,
     linear_logits,
     standardise,
@@ -74,12 +74,12 @@ class OnlineProbe:
             accelerator: devices and processes.
         """
         mine = self._features(self.known, features, accelerator)
-        everyone = Features(
+        everyone = LabelledFeatures(
             values=gather_rows(mine.values, accelerator),
             labels=gather_rows(mine.labels, accelerator),
         )
         real = everyone.labels >= 0
-        known = Features(values=everyone.values[real], labels=everyone.labels[real])
+        known = LabelledFeatures(values=everyone.values[real], labels=everyone.labels[real])
         asked = self._features(self.asked, features, accelerator)
         known, asked = standardise(known, asked)
         guesses = self._guesses(known, asked.values)
@@ -96,7 +96,7 @@ class OnlineProbe:
             for name, found in zip(guesses, right, strict=True)
         }
 
-    def _guesses(self, known: Features, asked: Tensor) -> dict[str, Tensor]:
+    def _guesses(self, known: LabelledFeatures, asked: Tensor) -> dict[str, Tensor]:
         classifier, kind = self.settings.classifier, self.settings.kind
         guesses: dict[str, Tensor] = {}
         if kind != "linear":
@@ -116,7 +116,7 @@ class OnlineProbe:
 
     def _features(
         self, shards: Shards, features: Callable[[Batch], Tensor], accelerator: Accelerator
-    ) -> Features:
+    ) -> LabelledFeatures:
         """Return the features of this rank's part of the images."""
         transform = EvalTransform(
             size=self.size[1:], channels=self.size[0], max_pixels=self.data.max_pixels
@@ -139,7 +139,7 @@ class OnlineProbe:
             with accelerator.autocast():
                 values.append(features(batch).float())
             labels.append(batch.labels)
-        return Features(values=torch.cat(values), labels=torch.cat(labels))
+        return LabelledFeatures(values=torch.cat(values), labels=torch.cat(labels))
 
 
 def at_most(shards: Shards, samples: int) -> Shards:

@@ -44,7 +44,7 @@ class ProbeResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Features:
+class LabelledFeatures:
     """Frozen features of a set of images."""
 
     values: Tensor
@@ -182,7 +182,7 @@ def extract_features(
     std: tuple[float, ...],
     device: torch.device | str,
     label: str,
-) -> Features:
+) -> LabelledFeatures:
     """Return the average-pooled features of every sample of `shards`, in order."""
     transform = EvalTransform(
         size=encoder.config.image_size,
@@ -204,7 +204,7 @@ def extract_features(
             bar.update(len(batch))
     if batches.bad_samples.bad:
         tqdm.write(f"{label}: skipped {batches.bad_samples.summary()}", file=sys.stderr)
-    return Features(values=torch.cat(values), labels=torch.cat(labels))
+    return LabelledFeatures(values=torch.cat(values), labels=torch.cat(labels))
 
 
 @contextmanager
@@ -217,20 +217,22 @@ def _frozen(encoder: SwinV2) -> Iterator[None]:
         encoder.train(was_training)
 
 
-def standardise(known: Features, asked: Features) -> tuple[Features, Features]:
+def standardise(
+    known: LabelledFeatures, asked: LabelledFeatures
+) -> tuple[LabelledFeatures, LabelledFeatures]:
     """Standardise both by the mean and standard deviation of the known features.
 
     Without it a few strong features, and what all images share, dominate every cosine similarity.
     """
     mean, std = known.values.mean(dim=0), known.values.std(dim=0, correction=0).clamp(min=1e-6)
     return (
-        Features(values=(known.values - mean) / std, labels=known.labels),
-        Features(values=(asked.values - mean) / std, labels=asked.labels),
+        LabelledFeatures(values=(known.values - mean) / std, labels=known.labels),
+        LabelledFeatures(values=(asked.values - mean) / std, labels=asked.labels),
     )
 
 
 def knn_votes(
-    known: Features, asked: Tensor, *, num_classes: int, neighbours: int, temperature: float
+    known: LabelledFeatures, asked: Tensor, *, num_classes: int, neighbours: int, temperature: float
 ) -> Tensor:
     """Return kNN votes, weighted by exp(cosine similarity / temperature).
 
@@ -256,7 +258,9 @@ def knn_votes(
     return votes
 
 
-def linear_logits(known: Features, asked: Tensor, *, num_classes: int, steps: int) -> Tensor:
+def linear_logits(
+    known: LabelledFeatures, asked: Tensor, *, num_classes: int, steps: int
+) -> Tensor:
     """Fit a linear classifier to the known features and apply it: (samples, num_classes).
 
     Both should be standardised. The L2 penalty is the one of `L2_STRENGTHS` with the lowest loss on

@@ -54,7 +54,7 @@ def case(**changes: object) -> StepCase:
         (FSDP2, "bf16", 400, 800, 2 * (300 + 100), 0, 5000),
     ],
 )
-def test_what_a_device_needs(
+def test_the_memory_of_a_device(
     placement: Placement,
     precision: Precision,
     weights: int,
@@ -70,7 +70,7 @@ def test_what_a_device_needs(
     assert need(SIZE, SIMULATION, placement, precision, optimizer=False).optimizer == 0
 
 
-def test_the_worst_moment_depends_on_the_bytes_of_a_gradient() -> None:
+def test_the_peak_depends_on_the_bytes_of_a_gradient() -> None:
     assert worst_peak(SIMULATION.peaks, 4).gradients == 800
     assert worst_peak(SIMULATION.peaks, 0.5).gradients == 0
 
@@ -88,9 +88,7 @@ def test_the_worst_moment_depends_on_the_bytes_of_a_gradient() -> None:
         (4000, 200),
     ],
 )
-def test_the_largest_batch_is_on_lines_between_those_counted(
-    device_memory: int, expected: int
-) -> None:
+def test_the_largest_batch_is_interpolated(device_memory: int, expected: int) -> None:
     def needed(images: int) -> int:
         return 1000 + 10 * min(images, 100) + 20 * max(0, images - 100)
 
@@ -105,7 +103,7 @@ def test_the_largest_variant_is_as_large_as_published() -> None:
     assert size.parameters / 64 <= size.shards[64] < 1.01 * size.parameters / 64
 
 
-def test_a_simulated_step_follows_what_is_kept() -> None:
+def test_a_simulated_step_tracks_live_memory() -> None:
     cases = {
         "plain": case(),
         "twice": case(batch=4),
@@ -154,7 +152,7 @@ print(*[peak.activations for found in (few, all_groups) for peak in found.peaks[
 """
 
 
-def test_few_groups_of_sequential_attention_tell_of_all() -> None:
+def test_few_groups_of_sequential_attention_have_the_peak_of_all() -> None:
     done = subprocess.run(
         [sys.executable, "-c", FEW_AND_ALL], capture_output=True, text=True, check=True
     )
@@ -162,7 +160,7 @@ def test_few_groups_of_sequential_attention_tell_of_all() -> None:
     assert few == pytest.approx(all_groups, rel=1e-3)
 
 
-def test_counted_and_measured_agree(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_estimate_and_measurement_agree(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "memory.json"
     command = ["bench", "memory", "--variants", "tiny", "--sizes", "128/8", "--batch", "8"]
     more = ["--precision", "fp32", "--checkpointing", "none", "--devices", "1", "--json", str(file)]
@@ -204,12 +202,12 @@ def test_the_tables_are_aligned_and_complete(
     ("wrong", "message"),
     [
         (["--sizes", "192"], "give IMAGE/WINDOW"),
-        (["--sizes", "100/8"], "not whole mask cells of 32"),
+        (["--sizes", "100/8"], "multiple of the mask cell"),
         (["--variants", "huger"], "invalid choice: 'huger'"),
         (["--devices", "0"], "0 is below 1"),
     ],
 )
-def test_what_cannot_be_is_explained(
+def test_impossible_arguments_are_explained(
     wrong: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:

@@ -67,7 +67,7 @@ def test_native_export_of_a_run_is_its_trained_encoder(
     assert ours == handed_on
 
 
-def test_native_export_of_a_run_that_has_not_ended(
+def test_native_export_of_an_unfinished_run(
     pretrained: tuple[Path, PretrainStage], tmp_path: Path
 ) -> None:
     run, _ = pretrained
@@ -88,7 +88,7 @@ def test_a_run_without_checkpoints_gives_its_encoder_directory(
     assert_same_weights(found.encoder, stage.model.encoder)
 
 
-def test_native_export_of_a_directory_keeps_what_it_says(
+def test_native_export_of_a_directory_keeps_its_config(
     encoder_directory: Path, tmp_path: Path
 ) -> None:
     export(encoder_directory, tmp_path / "out", "native")
@@ -134,7 +134,7 @@ def test_a_native_export_has_the_classifier_too(
     assert find_weights(str(tmp_path / "out")).head == tmp_path / "out" / "classifier"
 
 
-def test_the_best_checkpoint_is_exported_where_it_is_asked_for(
+def test_the_best_checkpoint_is_exported_on_request(
     classification_values: dict[str, Any], tmp_path: Path
 ) -> None:
     run = tmp_path / "tuned"
@@ -156,7 +156,7 @@ def test_the_best_checkpoint_is_exported_where_it_is_asked_for(
     assert chosen_checkpoint(run, best=True) == chosen_checkpoint(best, best=False)
 
 
-def test_there_is_no_best_of_what_was_not_validated(
+def test_there_is_no_best_checkpoint_without_validation(
     pretrained: tuple[Path, PretrainStage], encoder_directory: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="names no best checkpoint"):
@@ -255,7 +255,7 @@ def spoilt(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("form", [form for form in FORMATS if form not in GRAPHS])
-def test_what_is_written_wrong_is_not_kept(
+def test_a_wrong_export_is_not_kept(
     encoder_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Any
 ) -> None:
     def contents() -> dict[Path, bytes]:
@@ -330,7 +330,7 @@ def test_an_exported_run_is_imported_again(
     assert (back.config, back.mean, back.std) == (ours.config, ours.mean, ours.std)
 
 
-def test_sources_that_are_none_are_refused(tmp_path: Path) -> None:
+def test_invalid_sources_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere does not exist"):
         export(tmp_path / "nowhere", tmp_path / "out", "native")
     with pytest.raises(ValueError, match="has no trained weights"):
@@ -354,7 +354,7 @@ def test_an_occupied_destination_is_left_alone(
 
 
 @pytest.mark.parametrize(("form", "file"), [("onnx", "model.onnx"), ("torch-export", "model.pt2")])
-def test_a_graph_of_a_directory_says_how_far_it_is(
+def test_a_graph_export_reports_its_difference(
     encoder_directory: Path, tmp_path: Path, form: Any, file: str
 ) -> None:
     if form == "onnx":
@@ -372,7 +372,7 @@ def test_a_graph_of_a_directory_says_how_far_it_is(
     ]
 
 
-def test_the_command_leaves_sizes_open_where_they_can_be(
+def test_the_command_exports_dynamic_sizes_for_graphs(
     encoder_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["export", str(encoder_directory), str(tmp_path / "out"), "--any-size"]

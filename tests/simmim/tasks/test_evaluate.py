@@ -29,13 +29,15 @@ def logged(run: Path) -> dict[int, dict[str, Any]]:
     return {line["step"]: line for line in lines if "top1" in line}
 
 
-def test_it_finds_what_training_found(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_reproduces_the_validation_of_training(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     capsys.readouterr()
     assert simmim.cli.main(["evaluate", str(run)]) == 0
-    told = capsys.readouterr().out
+    text = capsys.readouterr().out
     figures = logged(run)[8]
-    assert f"top1 {figures['top1']:.4f}" in told
-    assert "averaged weights" in told
+    assert f"top1 {figures['top1']:.4f}" in text
+    assert "averaged weights" in text
     found = evaluate(run / "checkpoints" / "step-00000004")
     assert found.step == 4
     assert found.figures == {name: logged(run)[4][name] for name in found.figures}
@@ -54,7 +56,7 @@ def test_other_data_and_sizes(run: Path, shards: Path) -> None:
     assert line["changes"] == larger
 
 
-def test_what_it_started_from_may_be_gone(
+def test_the_initial_weights_may_be_gone(
     classification_values: dict[str, Any], encoder_directory: Path, tmp_path: Path
 ) -> None:
     config, folder = tmp_path / "small.yaml", tmp_path / "run"

@@ -193,7 +193,7 @@ STEPS = [
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler
-def test_a_compiled_run_equals_an_eager_one_and_goes_on_as_one(
+def test_a_compiled_run_equals_an_eager_one_and_resumes_as_one(
     pretrain_config: Path, classification_values: dict[str, Any], tmp_path: Path
 ) -> None:
     compiled_training(pretrain_config, tmp_path, *STEPS, tolerance=1e-5)

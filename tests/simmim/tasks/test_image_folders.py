@@ -37,7 +37,7 @@ def losses(run: RunFolder) -> list[float]:
     return [line["loss"] for line in run.read_metrics() if "loss" in line]
 
 
-def test_pretraining_resumes_as_it_would_have_gone_on_unless_files_changed(
+def test_resumed_pretraining_equals_uninterrupted_unless_files_changed(
     pretrain_values: dict[str, Any], images: Path, tmp_path: Path
 ) -> None:
     pretrain_values["data"]["shards"] = str(images)
@@ -99,7 +99,7 @@ def test_measured_statistics_are_of_shards(pretrain_values: dict[str, Any], imag
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_the_doctor_looks_at_a_folder(
+def test_the_doctor_checks_a_folder(
     pretrain_values: dict[str, Any], images: Path, shards: Path, mixed: bool
 ) -> None:
     folders = [{"shards": str(images)}, {"shards": str(shards)}]

@@ -12,7 +12,7 @@ from simmim.engine.run import RunFolder
 
 
 @pytest.mark.timeout(900)  # two trainings in processes of their own
-def test_one_command_trains_compares_and_goes_on(
+def test_one_command_trains_compares_and_resumes(
     classification_values: dict[str, Any],
     encoder_directory: Path,
     tmp_path: Path,
@@ -49,7 +49,7 @@ def test_one_command_trains_compares_and_goes_on(
     assert "training.steps: 2 → 3" in capsys.readouterr().err
 
 
-def test_mistakes_are_told_before_the_first_run(
+def test_mistakes_are_reported_before_the_first_run(
     classification_values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "small.yaml"

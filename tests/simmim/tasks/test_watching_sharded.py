@@ -17,7 +17,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 
 
 @pytest.mark.parametrize(("precision", "rounding", "levels"), [("no", 1e-5, 1), ("bf16", 1e-2, 8)])
-def test_ranks_with_parts_of_the_weights_see_what_whole_ones_see(
+def test_sharded_ranks_record_the_same_as_whole_ones(
     pretrain_values: dict[str, Any],
     shards: Path,
     tmp_path: Path,

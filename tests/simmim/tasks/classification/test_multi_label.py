@@ -29,7 +29,7 @@ def average_precision(scores: list[float], labels: list[bool]) -> float:
     return total
 
 
-def test_average_precision_is_the_area_that_its_definition_says() -> None:
+def test_average_precision_equals_its_definition() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         scores = torch.randint(0, 8, (30, 4), generator=generator).float()  # many are equal
@@ -109,7 +109,7 @@ def test_two_attributes_are_learnt(
     assert stage.validation_shards.samples == 24
 
 
-def test_classes_are_told_in_one_place(classification_values: dict[str, Any]) -> None:
+def test_classes_are_given_in_one_place(classification_values: dict[str, Any]) -> None:
     classification_values["data"] |= {"multi_label": {"classes": ["a"]}, "classes": ["circle"]}
     with pytest.raises(RecipeError, match="multi_label has its own"):
         parse(ClassificationRecipe, classification_values, "test")

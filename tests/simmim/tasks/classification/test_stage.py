@@ -62,7 +62,7 @@ def test_training_from_scratch_learns_the_classes(
     assert after["validation_loss"] < before["validation_loss"]
 
 
-def test_the_run_hands_on_what_was_trained(
+def test_the_run_exports_what_was_trained(
     classification_values: dict[str, Any], tmp_path: Path
 ) -> None:
     stage = build_stage(classification_values)
@@ -89,7 +89,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
-def test_a_directory_brings_weights_sizes_and_normalisation(
+def test_a_directory_provides_weights_sizes_and_normalisation(
     classification_values: dict[str, Any], encoder_directory: Path
 ) -> None:
     other = changed(classification_values, "encoder", embed_dim=32, num_heads=[2, 4], window_size=8)
@@ -106,7 +106,7 @@ def test_a_directory_brings_weights_sizes_and_normalisation(
     )
 
 
-def test_fine_tuning_at_other_sizes_hands_on_the_first_windows(
+def test_fine_tuning_at_other_sizes_keeps_the_pretrained_windows(
     classification_values: dict[str, Any], encoder_directory: Path, tmp_path: Path
 ) -> None:
     values = changed(classification_values, "training", steps=2, validate_every=2)
@@ -173,7 +173,7 @@ def test_validation_counts_every_image_once(classification_values: dict[str, Any
     assert figures[0]["validation_loss"] == pytest.approx(figures[1]["validation_loss"], rel=1e-6)
 
 
-def test_no_held_out_shards_no_figures(classification_values: dict[str, Any]) -> None:
+def test_no_held_out_shards_no_metrics(classification_values: dict[str, Any]) -> None:
     stage = build_stage(changed(classification_values, "data", validation_shards=0))
     assert stage.validate(build_accelerator("fp32")) == {}
 
@@ -220,7 +220,7 @@ def test_impossible_recipes_are_refused(
         parse(ClassificationRecipe, changed(classification_values, section, **settings), "test")
 
 
-def test_a_start_that_is_no_encoder_is_refused(
+def test_an_init_without_an_encoder_is_refused(
     classification_values: dict[str, Any], tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="nowhere does not exist"):
@@ -306,7 +306,7 @@ def test_odd_micro_batches_cannot_be_mixed(classification_values: dict[str, Any]
         stage.batches(rank=0, world=1, start=0, end=8)
 
 
-def test_a_chain_of_runs_keeps_the_head_where_it_knows_the_classes(
+def test_a_chain_of_runs_keeps_the_head_if_it_has_the_classes(
     classification_values: dict[str, Any], tmp_path: Path
 ) -> None:
     run_training(build_stage(classification_values), tmp_path / "first")
@@ -322,7 +322,7 @@ def test_a_chain_of_runs_keeps_the_head_where_it_knows_the_classes(
     assert not torch.equal(encoder_alone.model.head.weight, some.model.head.weight)
 
 
-def test_a_head_of_other_classes_is_left(tmp_path: Path) -> None:
+def test_a_head_of_other_classes_is_not_copied(tmp_path: Path) -> None:
     trained = torch.nn.Linear(4, 2)
     save_head(trained, tmp_path / "classifier", ["cat", "dog"])
     head = torch.nn.Linear(4, 2)
@@ -335,7 +335,7 @@ def test_a_head_of_other_classes_is_left(tmp_path: Path) -> None:
         copy_head(torch.nn.Linear(5, 1), ["dog"], tmp_path / "classifier")
 
 
-def test_a_run_that_has_not_ended_says_how_to_start_from_it(
+def test_an_unfinished_init_run_comes_with_a_remedy(
     classification_values: dict[str, Any], tmp_path: Path
 ) -> None:
     run_training(build_stage(classification_values), tmp_path / "run")

@@ -143,7 +143,7 @@ def test_training_resumes_validates_and_draws(
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("kind", "steps"), [("mask2former", 400), ("rt_detr", 1000)])
-def test_a_small_set_is_learnt_by_heart(
+def test_a_small_set_is_memorised(
     values: dict[str, Any], tmp_path: Path, kind: str, steps: int
 ) -> None:
     values = changed(values, "head", kind=kind)
@@ -184,7 +184,7 @@ def test_boxes_and_masks_follow_scale_crop_and_flip(values: dict[str, Any]) -> N
             assert min((box - one).abs().max() for one in other.boxes) < 2.1
 
 
-def test_truth_handed_in_as_found_is_perfect(values: dict[str, Any]) -> None:
+def test_ground_truth_as_detections_is_perfect(values: dict[str, Any]) -> None:
     source = coco(values)
     truth = source.ground_truth()
     results = [
@@ -242,7 +242,7 @@ def test_the_metric_is_that_of_pycocotools_on_recorded_predictions(
         assert 1 < ours[f"{prefix}_map"] < 99
 
 
-def test_what_is_found_goes_back_to_the_images_own_pixels() -> None:
+def test_detections_are_mapped_back_to_image_pixels() -> None:
     logits = torch.full((1, 16, 16), -9.0)
     logits[0, 2:6, 4:12] = 9.0  # of a square of 64: rows 8 to 24, columns 16 to 48
     found = Found(labels=torch.tensor([1]), scores=torch.tensor([0.7]), boxes=None, masks=logits)
@@ -256,7 +256,7 @@ def test_what_is_found_goes_back_to_the_images_own_pixels() -> None:
     assert result["bbox"] == [32, 16, 64, 32]
 
 
-def test_objects_without_masks_are_for_boxes_alone(values: dict[str, Any]) -> None:
+def test_objects_without_masks_are_for_box_detectors_only(values: dict[str, Any]) -> None:
     file = Path(values["data"]["annotations"])
     content = json.loads(file.read_text())
     del content["annotations"][0]["segmentation"]
@@ -275,7 +275,7 @@ def test_images_of_another_size_are_named(values: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mask2former", "rt_detr"])
-def test_a_batch_in_which_nothing_is_left_has_a_loss(values: dict[str, Any], kind: str) -> None:
+def test_a_batch_without_objects_has_a_loss(values: dict[str, Any], kind: str) -> None:
     stage = build(changed(values, "head", kind=kind))
     nothing = Instances(
         labels=torch.zeros(0, dtype=torch.int64),
@@ -289,7 +289,7 @@ def test_a_batch_in_which_nothing_is_left_has_a_loss(values: dict[str, Any], kin
 
 
 @pytest.mark.parametrize("kind", ["mask2former", "rt_detr"])
-def test_encoder_and_head_of_a_run_that_has_not_ended_are_exported(
+def test_encoder_and_head_of_an_unfinished_run_are_exported(
     values: dict[str, Any], tmp_path: Path, kind: str
 ) -> None:
     stage = build(changed(values, "head", kind=kind))

@@ -35,7 +35,7 @@ def probed(run: RunFolder) -> dict[int, dict[str, float]]:
     }
 
 
-def test_it_is_taken_before_on_the_way_and_at_the_end(
+def test_it_runs_before_during_and_after_training(
     pretrain_values: dict[str, Any], shards: Path, tmp_path: Path
 ) -> None:
     run = RunFolder(path=tmp_path / "run")
@@ -52,7 +52,7 @@ def test_it_is_taken_before_on_the_way_and_at_the_end(
         assert all(0 <= value <= 100 for value in figures.values())
 
 
-def test_it_changes_nothing_of_training(
+def test_it_does_not_affect_training(
     pretrain_values: dict[str, Any], shards: Path, tmp_path: Path
 ) -> None:
     with_probe, without = RunFolder(path=tmp_path / "one"), RunFolder(path=tmp_path / "two")
@@ -91,7 +91,7 @@ def test_it_takes_no_more_images_than_asked_for(
     assert at_most(stage.training_shards, 10**6) is stage.training_shards
 
 
-def test_settings_say_what_is_wrong(shards: Path) -> None:
+def test_mistakes_in_settings_are_named(shards: Path) -> None:
     with pytest.raises(ValueError, match="every is 0"):
         OnlineProbeSettings(shards=str(shards), every=0)
     with pytest.raises(ValueError, match="images to classify"):

@@ -10,7 +10,7 @@ from data_prep.format.storage import RemotePath
 from simmim.data.datasets.shards import ShardSet
 from simmim.recipe import RecipeError, parse
 from simmim.tasks.probe.probe import (
-    Features,
+    LabelledFeatures,
     compare,
     extract_features,
     knn_votes,
@@ -27,13 +27,13 @@ from swinv2.weights import load_encoder
 NORMALISATION = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 
 
-def draw_clusters(count: int, *, spread: float, seed: int) -> Features:
+def draw_clusters(count: int, *, spread: float, seed: int) -> LabelledFeatures:
     """Draw features around one of five directions, a class each."""
     centres = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(5, (count,), generator=generator)
     noise = torch.randn(count, 12, generator=generator)
-    return Features(values=centres[labels] + spread * noise, labels=labels)
+    return LabelledFeatures(values=centres[labels] + spread * noise, labels=labels)
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:
@@ -66,7 +66,7 @@ def test_fewer_images_than_neighbours_all_vote() -> None:
     assert torch.equal(votes.argmax(dim=1), known.labels)
 
 
-def test_both_classifiers_tell_clusters_apart() -> None:
+def test_both_classifiers_separate_clusters() -> None:
     known, asked = draw_clusters(400, spread=0.3, seed=1), draw_clusters(200, spread=0.3, seed=2)
     votes = knn_votes(known, asked.values, num_classes=5, neighbours=20, temperature=0.07)
     logits = linear_logits(known, asked.values, num_classes=5, steps=50)
@@ -74,7 +74,7 @@ def test_both_classifiers_tell_clusters_apart() -> None:
     assert accuracy(logits, asked.labels) > 0.95
 
 
-def test_features_that_say_nothing_give_chance() -> None:
+def test_uninformative_features_give_chance_accuracy() -> None:
     known, asked = draw_clusters(400, spread=1e3, seed=1), draw_clusters(200, spread=1e3, seed=2)
     votes = knn_votes(known, asked.values, num_classes=5, neighbours=20, temperature=0.07)
     logits = linear_logits(known, asked.values, num_classes=5, steps=50)
@@ -86,7 +86,7 @@ def test_standardised_features_have_no_scale() -> None:
     known, asked = draw_clusters(100, spread=1.0, seed=1), draw_clusters(50, spread=1.0, seed=2)
     scale, shift = torch.logspace(-3, 3, 12), torch.linspace(-5, 5, 12)
     moved = [
-        Features(values=features.values * scale + shift, labels=features.labels)
+        LabelledFeatures(values=features.values * scale + shift, labels=features.labels)
         for features in (known, asked)
     ]
     for one, other in zip(standardise(known, asked), standardise(*moved), strict=True):
@@ -94,9 +94,7 @@ def test_standardised_features_have_no_scale() -> None:
     assert standardise(known, asked)[0].values.mean(dim=0).abs().max() < 1e-5
 
 
-def test_features_are_the_average_over_all_places_in_order(
-    shards: Path, encoder_directory: Path
-) -> None:
+def test_features_are_average_pooled_in_order(shards: Path, encoder_directory: Path) -> None:
     encoder = load_encoder(encoder_directory).train()
     data = ProbeData(shards=str(shards), batch_size=7, workers=0)
     opened = ShardSet(shards)
@@ -176,15 +174,13 @@ def test_a_seed_beyond_64_bits_is_refused() -> None:
         parse(ProbeRecipe, values, "test")
 
 
-def test_a_folder_that_is_no_encoder_is_refused(shards: Path, tmp_path: Path) -> None:
+def test_a_folder_without_an_encoder_is_refused(shards: Path, tmp_path: Path) -> None:
     values = {"encoder": str(tmp_path), "data": {"shards": str(shards)}}
     with pytest.raises(ValueError, match=r"config\.json"):
         compare(parse(ProbeRecipe, values, "test"))
 
 
-def test_labelled_shards_of_a_store_go_through_the_cache_that_is_named(
-    shards: Path, tmp_path: Path
-) -> None:
+def test_remote_labelled_shards_use_the_given_cache(shards: Path, tmp_path: Path) -> None:
     url, cache = "memory://probe/set", tmp_path / "cache"
     for path in shards.iterdir():
         (RemotePath(url) / path.name).upload(path)

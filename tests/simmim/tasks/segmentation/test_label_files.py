@@ -45,7 +45,7 @@ def test_a_folder_gives_each_image_with_its_labels(scenes: Path) -> None:
     assert (labels[:, 0] == IGNORED).all()
 
 
-def test_the_digest_follows_what_is_there(scenes: Path) -> None:
+def test_the_digest_depends_on_the_files(scenes: Path) -> None:
     before = LabelledFolder(scenes, "training").digest
     assert LabelledFolder(scenes, "training").digest == before
     (scenes / "images" / "training" / "007.png").unlink()
@@ -90,7 +90,7 @@ def test_other_names_and_folders_are_found(scenes: Path) -> None:
         )
 
 
-def test_images_and_labels_may_lie_side_by_side(tmp_path: Path) -> None:
+def test_images_and_labels_may_share_a_folder(tmp_path: Path) -> None:
     for name in ("a.png", "a_mask.png", "b.png", "b_mask.png"):
         Image.fromarray(np.zeros((40, 56), dtype=np.uint8)).save(tmp_path / name)
     layout = FolderLayout(images=".", annotations=".", annotation_suffix="_mask")
@@ -107,7 +107,7 @@ def test_images_and_labels_may_lie_side_by_side(tmp_path: Path) -> None:
     assert [found.name(0, place) for place in range(found.samples)] == ["all/a", "all/b"]
 
 
-def test_a_suffix_of_labels_elsewhere_says_nothing_of_images(scenes: Path) -> None:
+def test_a_label_suffix_in_another_folder_does_not_affect_images(scenes: Path) -> None:
     for kind in ("images", "annotations"):
         for file in sorted((scenes / kind / "training").iterdir()):
             file.rename(scenes / kind / "training" / f"{file.stem}_L.png")
@@ -188,7 +188,7 @@ def test_labels_stay_on_their_pixels_through_scale_crop_and_flip(scenes: Path) -
         assert (told[known] == classes[known]).float().mean() > 0.93
 
 
-def test_small_images_are_filled_up_with_the_mean_and_no_class(scenes: Path) -> None:
+def test_small_images_are_padded_with_the_mean_and_ignored_labels(scenes: Path) -> None:
     folder = LabelledFolder(scenes, "training")
     small = transform(side=64, scale=(0.5, 0.5), photometric=False)
     sample = small(folder.read(0, 0), Address(0, 0, 0))
@@ -208,13 +208,13 @@ def test_evaluation_keeps_labels_and_scales_the_image(scenes: Path) -> None:
     assert np.array_equal(sample.targets.classes.numpy(), labels_in(folder))
 
 
-def test_targets_survive_the_way_from_a_worker() -> None:
+def test_targets_survive_the_transfer_from_a_worker() -> None:
     target = ClassMap(torch.arange(6, dtype=torch.uint8).view(2, 3))
     again = pickle.loads(pickle.dumps(target))
     assert torch.equal(again.classes, target.classes)
 
 
-def test_colours_change_within_bounds_and_as_often_as_they_should() -> None:
+def test_photometric_distortion_has_the_right_bounds_and_rates() -> None:
     image = torch.full((3, 8, 8), 120, dtype=torch.uint8)
     image[0] = 200
     changed = [distort(image, np.random.default_rng(seed)) for seed in range(200)]
@@ -304,7 +304,7 @@ def runs(*counts: Any, rows: int = 40) -> dict[str, Any]:
         ({"size": [40, 56], "counts": "é"}, "whose counts .* 2240 pixels"),
     ],
 )
-def test_masks_that_are_none_are_named_where_they_are_needed(
+def test_invalid_masks_are_named_if_masks_are_needed(
     scenes: Path, segmentation: Any, message: str
 ) -> None:
     file = scenes / "training.json"
@@ -316,7 +316,7 @@ def test_masks_that_are_none_are_named_where_they_are_needed(
         found.require_masks()
 
 
-def test_polygons_that_cover_nothing_are_left_out(scenes: Path) -> None:
+def test_empty_polygons_are_skipped(scenes: Path) -> None:
     file = scenes / "training.json"
     content = json.loads(file.read_text())
     expected = content["annotations"][1]["segmentation"]

@@ -9,7 +9,7 @@ from simmim.tasks.segmentation.prediction import predict, window_starts
 from simmim.tasks.segmentation.recipe import SegmentationEvaluation
 
 
-def test_figures_are_those_counted_by_hand() -> None:
+def test_metrics_equal_those_computed_by_hand() -> None:
     truth = torch.tensor([[0, 0, 1, 1], [0, 1, IGNORED, IGNORED]], dtype=torch.uint8)
     found = torch.tensor([[0, 1, 1, 1], [0, 0, 0, 2]])
     figures = segmentation_figures(confusion(found, truth, 4), ("a", "b", "c", "d"))
@@ -20,7 +20,7 @@ def test_figures_are_those_counted_by_hand() -> None:
     assert "iou/c" not in figures  # neither there nor, where it counts, found
 
 
-def test_a_class_that_is_found_where_it_is_not_counts_as_zero() -> None:
+def test_a_falsely_predicted_class_has_iou_zero() -> None:
     truth = torch.zeros(4, dtype=torch.uint8)
     figures = segmentation_figures(confusion(torch.tensor([0, 0, 0, 1]), truth, 2), ("a", "b"))
     assert figures["iou/b"] == 0
@@ -42,7 +42,7 @@ def scores(images: torch.Tensor) -> torch.Tensor:
         SegmentationEvaluation(mode="slide", size=40, flip=True),
     ],
 )
-def test_every_way_to_look_gives_each_pixel_its_own_score(
+def test_every_inference_mode_returns_each_pixels_own_score(
     evaluation: SegmentationEvaluation,
 ) -> None:
     images = torch.rand(1, 1, 17, 23)

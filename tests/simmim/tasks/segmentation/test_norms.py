@@ -51,7 +51,7 @@ def test_batch_norms_of_several_gpus_become_one(kind: str) -> None:
         assert parameter is parameters[name]
 
 
-def test_a_lone_image_of_a_process_counts_where_all_are_seen() -> None:
+def test_a_single_image_per_process_counts_with_synchronised_norms() -> None:
     model = model_of("upernet").train()
     pooled = model.net.decode_head.psp_modules.blocks[0].layers[1]
     model._spare_lone_values(1)

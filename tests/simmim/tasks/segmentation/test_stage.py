@@ -97,7 +97,7 @@ def changed(values: dict[str, Any], section: str, **settings: Any) -> dict[str, 
     return values | {section: values[section] | settings}
 
 
-def test_training_learns_and_hands_everything_on(values: dict[str, Any], tmp_path: Path) -> None:
+def test_training_learns_and_exports_everything(values: dict[str, Any], tmp_path: Path) -> None:
     stage = build(changed(values, "training", steps=40, validate_every=40, look_every=40))
     result = run_training(stage, tmp_path / "run")
     assert result.figures["miou"] > 50
@@ -182,7 +182,7 @@ def test_every_parameter_has_the_layer_it_should(values: dict[str, Any]) -> None
         assert layer_of(name, depths) == (own[inner] if inner else sum(depths) + 1), name
 
 
-def test_drop_path_goes_by_the_sample(values: dict[str, Any]) -> None:
+def test_drop_path_depends_on_the_sample(values: dict[str, Any]) -> None:
     stage = build(changed(values, "encoder", drop_path=0.5))
     for norm in stage.module.modules():
         if isinstance(norm, torch.nn.LayerNorm):
@@ -195,7 +195,7 @@ def test_drop_path_goes_by_the_sample(values: dict[str, Any]) -> None:
     assert torch.equal(stage.module(batch), first)
 
 
-def test_evaluation_windows_are_put_back(values: dict[str, Any]) -> None:
+def test_evaluation_windows_are_restored(values: dict[str, Any]) -> None:
     evaluation = {"mode": "slide", "size": 48, "window_size": 6, "scales": [1.0, 1.5], "flip": True}
     stage = build(values | {"evaluation": evaluation})
     stage.module.eval()
@@ -242,7 +242,7 @@ def test_impossible_recipes_are_refused(
         parse(SegmentationRecipe, changed(values, section, **settings), "test")
 
 
-def test_an_ended_run_is_a_start(values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_finished_run_can_be_started_from(values: dict[str, Any], tmp_path: Path) -> None:
     run_training(build(changed(values, "training", steps=2)), tmp_path / "first")
     stage = build(values | {"init": str(tmp_path / "first")})
     saved = load_encoder(tmp_path / "first" / "encoder").state_dict()

@@ -122,7 +122,7 @@ def finetune(values: dict[str, Any], folder: Path) -> tuple[int, list[dict[str, 
     return code, [json.loads(line) for line in lines]
 
 
-def test_a_run_trains_validates_and_hands_its_encoder_on(
+def test_a_run_trains_validates_and_exports_its_encoder(
     values: dict[str, Any], tmp_path: Path
 ) -> None:
     values["data"] |= {"views": [2, 2], "workers": 1}
@@ -252,7 +252,7 @@ def test_every_parameter_learns_at_the_rate_of_its_layer(values: dict[str, Any])
     [(2, 200, 2e-3, 100), (1, 1000, 5e-3, 90)],
     ids=["patches", "attention"],
 )
-def test_it_learns_what_no_single_frame_tells(
+def test_it_learns_what_single_frames_do_not_show(
     values: dict[str, Any], tmp_path: Path, frame_patch: int, steps: int, lr: float, least: float
 ) -> None:
     """A patch of two frames sees motion; of one, attention has to, and starts blind to time."""
