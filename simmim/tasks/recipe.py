@@ -118,8 +118,8 @@ class ExecutionSettings:
             choices = getattr(self, name)
             if not isinstance(choices, str) and len(choices) != stages:
                 raise ValueError(
-                    f"execution.{name} has {len(choices)} entries, and the encoder has {stages} "
-                    "stages; give one per stage, or a single one for all."
+                    f"execution.{name} has length {len(choices)}, and the encoder has {stages} "
+                    "stages; give one value per stage, or a single one for all."
                 )
 
     def apply(self, encoder: "HierarchicalEncoder") -> None:

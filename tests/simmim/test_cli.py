@@ -26,14 +26,14 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (["--mask.cell", "5"], "mask.cell 5 is no multiple of encoder.patch_size 2"),
+        (["--mask.cell", "5"], "multiple of encoder.patch_size 2"),
         (["--mask.cell", "6"], "do not divide"),
         (["--mask.ratio", "1.5"], "between 0 and 1"),
         (["--mask.ratio", "0.99"], "hides all"),
         (["--mask.strategy", "stripes"], "random"),
         (["--encoder.window_size", "0"], "window_size is 0"),
         (["--encoder.num_heads", "[3, 6]"], "embed_dim"),
-        (["--encoder.in_channels", "2"], "data.mean has 3 numbers, encoder.in_channels is 2"),
+        (["--encoder.in_channels", "2"], "encoder.in_channels is 2"),
         (["--data.image_size", "0"], "image"),
         (["--encoder.widow_size", "4"], "did you mean window_size?"),
         (["--training.batch_size", "6"], "data.slots"),

@@ -162,7 +162,8 @@ class SegmentationData(DenseData):
             )
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ValueError(
-                f"class_names has {len(self.class_names)} names for {self.num_classes} classes."
+                f"num_classes is {self.num_classes}, and len(class_names) is "
+                f"{len(self.class_names)}; give one name per class."
             )
 
     @property

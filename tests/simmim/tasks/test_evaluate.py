@@ -71,8 +71,8 @@ def test_the_initial_weights_may_be_gone(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "nowhere holds no complete checkpoint"),
-        (["RUN", "--best", "--data.validation_shards", "0"], "name some with --data.validation"),
+        (["nowhere"], "no complete checkpoint"),
+        (["RUN", "--best", "--data.validation_shards", "0"], "--data.validation"),
         (["RUN", "--data", "nowhere"], "nowhere"),
         (["RUN", "--data.crop_pct", "2"], "crop_pct is 2"),
     ],

@@ -72,7 +72,7 @@ def test_by_default_nothing_is_compiled(pretrain_values: dict[str, Any]) -> None
         ({"checkpointing": ["full", "half"]}, ["execution.checkpointing.1: ", "got 'half'"]),
         (
             {"checkpointing": ["full"]},
-            ["execution.checkpointing is a list of 1, and the encoder has 2 stages"],
+            ["execution.checkpointing has length 1, and the encoder has 2 stages"],
         ),
         ({"scores_at_a_time": 0}, ["scores_at_a_time is 0; it must be a whole number"]),
         (
@@ -99,7 +99,7 @@ def test_a_directory_with_other_stages_is_compared_with_the_lists(
         "init": str(encoder_directory),
         "execution": {"checkpointing": ["full", "none", "none"]},
     }
-    with pytest.raises(ValueError, match="is a list of 3, and the encoder has 2 stages"):
+    with pytest.raises(ValueError, match="length 3, and the encoder has 2 stages"):
         ClassificationStage(parse(ClassificationRecipe, values, "test"))
 
 

@@ -78,7 +78,7 @@ def test_windows_cover_all_and_stay_inside(length: int, size: int, stride: int) 
 @pytest.mark.parametrize("size", [None, 8])
 def test_windows_with_gaps_are_refused(size: int | None) -> None:
     evaluation = SegmentationEvaluation(mode="slide", size=size, stride=9)
-    with pytest.raises(ValueError, match="leaves gaps between windows of 8"):
+    with pytest.raises(ValueError, match="gaps"):
         evaluation.check_stride(8)
     SegmentationEvaluation(mode="slide", size=size, stride=8).check_stride(8)
     SegmentationEvaluation(size=size, stride=9).check_stride(8)  # without windows

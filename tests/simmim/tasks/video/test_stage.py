@@ -273,8 +273,8 @@ def test_it_learns_what_single_frames_do_not_show(
         ("data", {"views": [0, 5]}, r"data: views is \[0, 5\]"),
         ("data", {"frames": 0}, "data: frames is 0"),
         ("data", {"frames": 7}, "frames is 7.* frame_patch 2"),
-        ("data", {"slots": 3}, "training.batch_size 16 is no multiple of data.slots 3"),
-        ("encoder", {"in_channels": 1}, "encoder: in_channels is 1; clips have 3"),
+        ("data", {"slots": 3}, "multiple of data.slots 3"),
+        ("encoder", {"in_channels": 1}, "encoder: in_channels is 1; .*3"),
         ("encoder", {"window_frames": 0}, "encoder: window_frames is 0"),
         ("data", {"clip": "a"}, "data.clip: unknown key; did you mean clips"),
     ],
@@ -317,7 +317,7 @@ def test_encoder_and_head_of_any_checkpoint_are_exported(
 
     def written(*arguments: str) -> dict[str, torch.Tensor]:
         assert main(["export", str(run), str(out), *arguments]) == 0
-        assert "its classes after loading: 0.0e+00" in capsys.readouterr().out
+        assert "its logits after loading: 0.0e+00" in capsys.readouterr().out
         trained = load_classifier(out, out / "classifier")
         assert trained.classes == CLASSES
         encoder = load_video_encoder(out).state_dict()
@@ -340,7 +340,7 @@ def test_encoder_and_head_of_any_checkpoint_are_exported(
     (run / "encoder").rename(tmp_path / "gone")
     assert same(written(), kept(last))
     assert main(["export", str(run), str(tmp_path / "timm"), "--format", "timm"]) == 2
-    assert "no format but native" in capsys.readouterr().err
+    assert "as native" in capsys.readouterr().err
 
     # What was exported is a start, with its head.
     stage = VideoStage(parse(VideoRecipe, values | {"init": str(out)}, "recipe"))
