@@ -153,7 +153,7 @@ def test_off_the_cpu_the_bias_is_cached_in_evaluation_only(monkeypatch: pytest.M
         bias.reduce.weight.data = bias.reduce.weight.data * 2
         yield
         bias.train()
-        bias.reduce.weight.data.add_(1)  # which no version tells of
+        bias.reduce.weight.data.add_(1)  # which version counters miss
         bias.eval()
         yield
         bias.reduce.weight.data.add_(1)
@@ -287,7 +287,7 @@ def test_a_compiled_encoder_is_copied_saved_and_exported(
         copied = copy.deepcopy(encoder)
         for parameter in encoder.parameters():
             parameter.zero_()
-        torch.testing.assert_close(copied(images), expected)  # of weights of its own
+        torch.testing.assert_close(copied(images), expected)  # its weights are a copy
 
         program = torch.export.export(copied, (images,)).module()
         torch.testing.assert_close(program(images), expected)

@@ -44,7 +44,7 @@ def timm_shapes() -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def _numbers(name: str) -> Iterator[int]:
-    """Numbers of the blocks that a recorded name such as layers.0.blocks.{0-1}.x stands for."""
+    """Block numbers of a recorded name such as layers.0.blocks.{0-1}.x."""
     block = re.search(r"\{(\d+)-(\d+)\}", name)
     return iter(range(int(block[1]), int(block[2]) + 1) if block else (0,))
 

@@ -55,7 +55,7 @@ def graph(request: pytest.FixtureRequest) -> Graph:
 
 
 def reported(lines: list[str]) -> float:
-    """The difference that an export reports, in a line of its own."""
+    """Return the difference that an export reports."""
     (line,) = lines
     return float(line.rpartition(" ")[2])
 

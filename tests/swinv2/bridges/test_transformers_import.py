@@ -262,10 +262,10 @@ def test_the_class_follows_from_the_tensors_if_the_config_lacks_it(
 
 
 def test_a_config_without_fields_has_the_defaults_of_transformers() -> None:
-    told = parse_config({"model_type": "swinv2"}, [], "config.json")
-    assert told.model == "Swinv2Model"
-    assert (told.architecture["variant"], told.drop_path) == ("tiny", 0.1)
-    assert (told.sizes.image_size, told.sizes.window_size) == ((224, 224), (7, 7))
+    parsed = parse_config({"model_type": "swinv2"}, [], "config.json")
+    assert parsed.model == "Swinv2Model"
+    assert (parsed.architecture["variant"], parsed.drop_path) == ("tiny", 0.1)
+    assert (parsed.sizes.image_size, parsed.sizes.window_size) == ((224, 224), (7, 7))
 
 
 @peer
