@@ -20,11 +20,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from simmim.data.loader.batch import Batch
+from simmim.engine.loop import accumulate_gradients
 from simmim.method.model import SimMIM
 from swinv2 import SwinV2, build_encoder
 from swinv2.config import AttentionPath, Checkpointing
@@ -274,18 +277,35 @@ def _prepare(encoder: SwinV2, case: StepCase) -> SimMIM[SwinV2]:
     return model.to(torch.bfloat16) if case.precision == "bf16-weights" else model
 
 
+class StepModule(nn.Module):
+    """SimMIM over batches, in the precision of a case."""
+
+    def __init__(self, model: SimMIM[SwinV2], precision: Precision) -> None:
+        super().__init__()
+        self.model, self.precision = model, precision
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the loss of a batch of normalised images."""
+        images = batch.images.bfloat16() if self.precision == "bf16-weights" else batch.images
+        device, autocast = images.device.type, self.precision == "bf16"
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            loss: Tensor = self.model(images, batch.masks).loss
+        return loss
+
+
 def forward_backward(
     model: SimMIM[SwinV2], precision: Precision, device: torch.device, *, batch: int, side: int
 ) -> None:
-    """Compute gradients for `batch` noise images with sides of `side` pixels."""
-    images = torch.randn(batch, model.encoder.config.in_channels, side, side, device=device)
+    """Compute the gradients of `batch` images of noise, `side` pixels high and wide."""
     cells = side // model.mask_cell
-    mask = torch.ones(batch, cells, cells, dtype=torch.bool, device=device)
-    if precision == "bf16-weights":
-        images = images.to(torch.bfloat16)
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        loss = model(images, mask).loss
-    loss.backward()
+    noise = Batch(
+        images=torch.randn(batch, model.encoder.config.in_channels, side, side, device=device),
+        masks=torch.ones(batch, cells, cells, dtype=torch.bool, device=device),
+        labels=None,
+        addresses=torch.zeros(batch, 3, dtype=torch.int64, device="cpu"),
+    )
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    accumulate_gradients(accelerator, StepModule(model, precision), [noise])
 
 
 def _peak_of_process() -> int:

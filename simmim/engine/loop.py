@@ -1,7 +1,7 @@
 """The training loop, which every stage runs on. It is the one place that calls backward."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +128,21 @@ def training_step(
         The mean loss over this rank's share, NaN if the step was skipped, and the norm of the whole
         gradient before clipping; scalars on the device.
     """
+    loss = accumulate_gradients(accelerator, module, batches)
+    norm = accelerator.clip_grad_norm_(module.parameters(), clip_norm or math.inf)
+    assert norm is not None
+    norm = full_tensor(torch.as_tensor(norm))
+    finite = bool(norm.isfinite())
+    if finite or accelerator.scaler is not None:  # the fp16 scaler skips such steps itself
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return (loss if finite else torch.full_like(loss, math.nan)), norm
+
+
+def accumulate_gradients(
+    accelerator: Accelerator, module: nn.Module, batches: Sequence[Batch]
+) -> Tensor:
+    """Add the gradient of the mean loss over micro-batches; return that loss, on the device."""
     loss_sum = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(batches, start=1):
         last = number == len(batches)
@@ -136,14 +151,7 @@ def training_step(
             loss = module(batch.to(accelerator.device))
             accelerator.backward(propagate_nonfinite(loss) / len(batches))
         loss_sum += loss.detach()
-    norm = accelerator.clip_grad_norm_(module.parameters(), clip_norm or math.inf)
-    assert norm is not None
-    norm = full_tensor(torch.as_tensor(norm))
-    finite = bool(norm.isfinite())
-    if finite or accelerator.scaler is not None:  # the fp16 scaler skips such steps itself
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return (loss_sum / len(batches) if finite else torch.full_like(loss_sum, math.nan)), norm
+    return loss_sum / len(batches)
 
 
 def finish(trainer: Trainer, stop: StopRequest) -> None:
