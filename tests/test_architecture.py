@@ -460,4 +460,4 @@ def test_help_and_mistakes_load_nothing_heavy(package: str, argv: list[str]) -> 
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == ""
-    assert argv == ["--help"] or done.stderr
+    assert len(done.stdout.splitlines()) + len(done.stderr.splitlines()) > 1

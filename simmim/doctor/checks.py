@@ -1,9 +1,13 @@
 """The result of a check, and the table of all results."""
 
+import os
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from simmim.engine.exit_codes import BAD_INPUT
 
 Verdict = Literal["ok", "warning", "problem"]
 
@@ -68,3 +72,11 @@ def _block(verdict: str, name: str, text: str) -> list[str]:
 
 def _counted(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def print_checks(checks: Sequence[Check]) -> int:
+    """Print the table on the main process, and return the exit code."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        sys.stdout.write(table(checks) + "\n")
+        sys.stdout.flush()
+    return BAD_INPUT if any(check.verdict == "problem" for check in checks) else 0

@@ -1,0 +1,146 @@
+"""Checks of a training setup beyond its recipe: data, memory, disk, and a dry run."""
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from simmim.data.datasets.mixture import MixedShards
+from simmim.data.datasets.shards import ShardSet
+from simmim.doctor.checks import Check, attempt, print_checks
+from simmim.doctor.dry_run import check_pace, dry_run, gather_value
+from simmim.doctor.files import check_labelled_files
+from simmim.doctor.memory import check_disk, check_memory
+from simmim.doctor.plan import check_plan
+from simmim.doctor.shards import check_shards, check_workers
+from simmim.engine.checkpoint.directory import find_checkpoint
+from simmim.engine.checkpoint.resume import resumable_state
+from simmim.engine.devices import build_accelerator
+from simmim.engine.distributed.environment import check_parallelism, requested_cpu_processes
+from simmim.engine.distributed.launcher import end_processes, end_with_launcher, start_processes
+from simmim.engine.run import RunFolder
+from simmim.tasks.all_tasks import TaskStage, task_named
+from simmim.tasks.recipe import TaskRecipe
+
+
+def examine_training(
+    recipe: TaskRecipe, folder: str, first: Check, *, resume: str | None, seconds: float
+) -> int:
+    """Check everything but the recipe, print all checks, and return the exit code.
+
+    Args:
+        recipe: the recipe of the training.
+        folder: its run folder.
+        first: the check of the recipe.
+        resume: as for training.
+        seconds: how long to read data for, and again to compute for.
+    """
+    checks = [first]
+    stages: list[TaskStage] = []
+    found = attempt("data and model", lambda: _open(recipe, stages))
+    if found:
+        return print_checks(checks + found)
+    start_processes()
+    end_with_launcher()
+    accelerator = build_accelerator(recipe.training.precision)
+    run = RunFolder(path=Path(folder))
+    checks += examine(stages[0], run, accelerator, resume=resume, seconds=seconds)
+    code = max(gather_value(accelerator, print_checks(checks)))  # the same on every rank
+    end_processes(accelerator)
+    return int(code)
+
+
+def _open(recipe: TaskRecipe, stages: list[TaskStage]) -> Iterable[Check]:
+    """Open everything that training opens before it starts; yield nothing on success."""
+    check_parallelism()
+    stage: Any = task_named(recipe.task, "recipe").stage(recipe)
+    world = max(requested_cpu_processes(), int(os.environ.get("WORLD_SIZE", "1")))
+    stage.batches(rank=0, world=world, start=0, end=recipe.training.batch_size)
+    stages.append(stage)
+    return ()
+
+
+def examine(
+    stage: TaskStage,
+    run: RunFolder,
+    accelerator: Accelerator,
+    *,
+    resume: str | None,
+    seconds: float,
+) -> list[Check]:
+    """Check everything but the recipe; all ranks call it, and the main one has the results."""
+    recipe, device, world = stage.recipe, accelerator.device, accelerator.num_processes
+    checks: list[Check] = []
+
+    def check(name: str, examine: Callable[[], Iterable[Check]]) -> None:
+        if accelerator.is_main_process:
+            _report(name)
+            checks.extend(attempt(name, examine))
+
+    check("run folder", lambda: [check_run(run, stage, resume)])
+    check("plan", lambda: check_plan(recipe, stage.samples_per_epoch, device))
+    check("shards" if _reads_shards(stage) else "data", lambda: _check_data(stage))
+    check("workers", lambda: [check_workers(recipe.data.workers)])
+    check("memory", lambda: check_memory(recipe, device, world))
+    check("disk", lambda: [_disk(stage, run)])
+    if accelerator.is_main_process:
+        _report(f"dry run, about {2 * seconds:.0f} s")
+    accelerator.wait_for_everyone()
+    dry = dry_run(stage, accelerator, seconds)
+    checks += dry.checks
+    speed = dry.speed
+    if speed is not None:
+        check("pace", lambda: check_pace(stage, recipe, speed, device, world))
+    return checks
+
+
+def _reads_shards(stage: TaskStage) -> bool:
+    return isinstance(stage.training_shards, ShardSet | MixedShards)
+
+
+def _check_data(stage: Any) -> Iterable[Check]:
+    """Check the training and validation data."""
+    if not _reads_shards(stage):
+        return check_labelled_files(stage)
+    channels = stage.encoder.config.in_channels
+    return check_shards(stage.training_shards, stage.validation_shards, stage.recipe.data, channels)
+
+
+def count_permanent_checkpoints(stage: TaskStage) -> int:
+    """Return how many checkpoints a complete training keeps in addition to the last ones."""
+    training = stage.recipe.training
+    if training.keep_every is None:
+        return 0
+    every = math.lcm(training.keep_every, training.checkpoint_every)
+    return training.total_steps(stage.samples_per_epoch) // every
+
+
+def _disk(stage: TaskStage, run: RunFolder) -> Check:
+    training = stage.recipe.training
+    best = training.keep_best and stage.best_metric is not None
+    return check_disk(
+        run.path,
+        stage.module,
+        kept=training.keep_last + int(best) + count_permanent_checkpoints(stage),
+        average=training.ema_decay is not None,
+    )
+
+
+def check_run(run: RunFolder, stage: TaskStage, resume: str | None) -> Check:
+    """Check that training may write into its folder, and resume from the checkpoint in it."""
+    checkpoint = None if resume is None else find_checkpoint(run.checkpoints, resume)
+    run.check(stage.recipe, resume=resume is not None, checkpoint=checkpoint)
+    if checkpoint is None:
+        return Check(name="run folder", verdict="ok", found=f"training starts in {run.path}")
+    step = resumable_state(checkpoint, stage, allow_changes=False).step
+    found = f"training resumes in {run.path} from {checkpoint}, after step {step:,}"
+    return Check(name="run folder", verdict="ok", found=found)
+
+
+def _report(text: str) -> None:
+    sys.stderr.write(f"checking: {text}\n")
+    sys.stderr.flush()
