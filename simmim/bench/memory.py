@@ -6,7 +6,6 @@ parts and the working set of sequential attention.
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import psutil
 import torch
 
 from simmim.bench.step import Measurement, Peak, Precision, Simulation, StepCase, build_step_model
+from simmim.engine.distributed.environment import without_launcher
 from simmim.engine.distributed.sharding import shard_size, sharding_units
 
 Sharding = Literal["none", "fsdp2"]
@@ -201,7 +201,7 @@ def run_cases(action: Literal["simulate", "measure"], cases: Sequence[StepCase])
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            env=os.environ | at_once,
+            env=without_launcher() | at_once,
             text=True,
         ) as process,
     ):

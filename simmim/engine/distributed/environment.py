@@ -14,6 +14,22 @@ import psutil
 RANK_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Environment variables in which launchers give the number of processes."""
 
+LAUNCHER_PREFIXES = (
+    "ACCELERATE_",
+    "FSDP_",
+    "GROUP_",
+    "LOCAL_",
+    "MASTER_",
+    "MPI_",
+    "MV2_",
+    "OMPI_",
+    "PMI_",
+    "RANK",
+    "ROLE_",
+    "TORCHELASTIC_",
+    "WORLD_",
+)
+
 NO_DEEPSPEED = (
     "accelerate's config asks for DeepSpeed, which is not supported: use FSDP2, with "
     "jobs/accelerate/fsdp2.yaml. In place of ZeRO-1 and ZeRO-2 set fsdp_reshard_after_forward to "
@@ -32,6 +48,13 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def without_launcher() -> dict[str, str]:
+    """Return the environment without what a launcher set, for a process that runs on its own."""
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_PREFIXES)
+    }
 
 
 def is_rank() -> bool:
