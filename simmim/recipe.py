@@ -19,6 +19,10 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import dataclass_transform
 
+_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
+
+UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
+
 Settings = TypeVar("Settings")
 
 
@@ -154,9 +158,6 @@ def parse(recipe_type: type[Settings], values: dict[str, Any], source: str) -> S
     return recipe
 
 
-_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
-
-
 def _adapter(recipe_type: type[Any]) -> TypeAdapter[Any]:
     """Return the cached validator of `recipe_type`; building one is the slow part."""
     if recipe_type not in _ADAPTERS:
@@ -167,9 +168,6 @@ def _adapter(recipe_type: type[Any]) -> TypeAdapter[Any]:
 def load(recipe_type: type[Settings], path: Path, overrides: Sequence[str] = ()) -> Settings:
     """Read, override and validate a recipe file; see `read_values` and `parse`."""
     return parse(recipe_type, read_values(path, overrides), f"recipe {path}")
-
-
-UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 
 
 def _one_for_each_field(mistakes: Sequence[Any]) -> Iterator[Any]:
@@ -306,3 +304,43 @@ def _type_name(hint: Any) -> str:
     if arguments and get_origin(hint) is not tuple:
         return " | ".join(str(argument) for argument in arguments)
     return getattr(hint, "__name__", str(hint)) if not arguments else "list"
+
+
+def check_least(settings: Any, least: float, *names: str) -> None:
+    """Raise ValueError unless each of these fields is `least` or more; null is fine."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}; it must be {least} or more.")
+
+
+def check_shares(settings: Any, *names: str) -> None:
+    """Raise ValueError unless each of these fields is above 0 and at most 1."""
+    for name in names:
+        if not 0 < getattr(settings, name) <= 1:
+            raise ValueError(
+                f"{name} is {getattr(settings, name)}; it must be above 0 and at most 1."
+            )
+
+
+def check_probabilities(settings: Any, *names: str) -> None:
+    """Raise ValueError unless each of these fields is from 0 to 1."""
+    for name in names:
+        if not 0 <= getattr(settings, name) <= 1:
+            raise ValueError(f"{name} is {getattr(settings, name)}; it must be from 0 to 1.")
+
+
+def check_rates(settings: Any, *names: str) -> None:
+    """Raise ValueError unless each of these fields is 0 or more and below 1."""
+    for name in names:
+        if not 0 <= getattr(settings, name) < 1:
+            value = getattr(settings, name)
+            raise ValueError(f"{name} is {value}; it must be 0 or more and below 1.")
+
+
+def check_span(settings: Any, name: str, *, most: float | None = None) -> None:
+    """Raise ValueError unless a field is a range (from, to) above 0 and at most `most`."""
+    first, last = getattr(settings, name)
+    if not 0 < first <= last or (most is not None and last > most):
+        limit = "both above 0" if most is None else f"above 0 and at most {most}"
+        raise ValueError(f"{name} is {getattr(settings, name)}; it must be (from, to), {limit}.")

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
 
 from data_prep.format.storage import locate
-from simmim.data.datasets.cache import DEFAULT_CACHE_BYTES
 from simmim.data.datasets.clips import ClipSet, open_clips
 from simmim.data.datasets.mixture import Shards
 from simmim.data.datasets.opening import (
@@ -16,12 +15,11 @@ from simmim.data.datasets.opening import (
     open_sets,
     weights_of,
 )
-from simmim.data.datasets.remote import RemoteReading
+from simmim.data.datasets.remote import DEFAULT_CACHE_BYTES, RemoteReading
 from simmim.data.loader.bad_samples import MAX_BAD_SHARE, REMEDY, BadSamples
 from simmim.data.order.order import DEFAULT_SLOTS
 from simmim.data.transforms.settings import MAX_PIXELS
-from simmim.limits import check_least, check_probabilities, check_shares, check_span
-from simmim.recipe import settings
+from simmim.recipe import check_least, check_probabilities, check_shares, check_span, settings
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -27,8 +27,7 @@ from simmim.tasks.fine_tuning import FineTuningStage
 from simmim.tasks.pretrain.stage import load_pretrained
 from simmim.tasks.pretrained import HEAD_FOLDER
 from simmim.tasks.recipe import FineTuningRecipe
-from simmim.tasks.segmentation.dense_stage import DenseStage
-from simmim.tasks.segmentation.save_heads import load_dense
+from simmim.tasks.segmentation.dense_stage import DenseStage, load_dense
 from swinv2 import SwinV2, VideoSwinV2, load_video_encoder, read_video_config
 from swinv2.bridges.checkpoints import Classifier, MaskedImageHead
 from swinv2.bridges.transformers_backbone import encoder_from_backbone

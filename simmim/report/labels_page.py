@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from html import escape
 from statistics import fmean, stdev
 
-from simmim.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, ticks
-from simmim.report.style import STYLE
+from simmim.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, STYLE, TOP, WIDTH, ticks
 
 METRICS = {
     "top1": "top-1 %",

@@ -12,8 +12,7 @@ from typing import Any
 from data_prep.format.atomic import atomic_write_text
 from simmim.engine.monitor.progress import duration
 from simmim.engine.run import RunFolder
-from simmim.report.charts import Series, chart
-from simmim.report.style import STYLE
+from simmim.report.charts import STYLE, Series, chart
 
 Lines = Sequence[dict[str, Any]]
 

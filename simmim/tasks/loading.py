@@ -8,8 +8,7 @@ import torch
 from simmim.data.datasets.mixture import Shards
 from simmim.data.loader.bad_samples import BadSamples
 from simmim.data.loader.batches import TrainingBatches
-from simmim.data.order.mixed_order import Order
-from simmim.data.order.order import Address
+from simmim.data.order.order import Address, Order
 from simmim.data.order.source import Encoded, SampleSource
 from simmim.data.settings import AugmentedDataSettings, SampleSettings
 from simmim.data.transforms.image_transforms import Augmentation, MaskFunction, TrainTransform

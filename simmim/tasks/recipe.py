@@ -4,9 +4,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from simmim.data.settings import CroppedSettings
 from simmim.engine.settings import TrainingSettings
-from simmim.limits import check_least, check_rates
 from simmim.method.settings import MaskSettings
-from simmim.recipe import settings
+from simmim.recipe import check_least, check_rates, settings
 from swinv2.config import AttentionPath, Checkpointing, Execution, SwinV2Config, variant_config
 
 if TYPE_CHECKING:

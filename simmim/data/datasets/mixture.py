@@ -7,8 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.data.datasets.image_set import ImageSet
-from simmim.data.order.mixed_order import MixedOrder, Order
-from simmim.data.order.order import SampleOrder
+from simmim.data.order.order import MixedOrder, Order, SampleOrder
 from simmim.data.order.source import EncodedImage, SampleSource
 
 

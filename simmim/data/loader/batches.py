@@ -12,8 +12,7 @@ from simmim.data.loader.batch import Batch, BatchDataset, Failure
 from simmim.data.loader.sampler import EvaluationSampler, ShardPrefetcher, TrainingSampler
 from simmim.data.loader.shared_memory import BatchBuffers, BatchSender
 from simmim.data.loader.workers import init_worker, next_batch, start_without_stop_signals
-from simmim.data.order.mixed_order import Order
-from simmim.data.order.order import Address
+from simmim.data.order.order import Address, Order
 from simmim.data.order.source import DataError, Encoded, SampleSource
 from simmim.data.transforms.sample import Sample
 

@@ -6,8 +6,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from simmim.data.order.mixed_order import Order
-from simmim.data.order.order import Address
+from simmim.data.order.order import Address, Order
 
 MAX_SHARDS_AHEAD = 8
 """Most shards fetched before a batch needs them."""

@@ -1,7 +1,6 @@
 """Settings of augmentation and of multi-label targets, and the largest image. Imports no torch."""
 
-from simmim.limits import check_least, check_probabilities
-from simmim.recipe import settings
+from simmim.recipe import check_least, check_probabilities, settings
 
 MAX_PIXELS = 178_956_970
 """Pixels of the largest image that is decoded by default; also Pillow's limit."""

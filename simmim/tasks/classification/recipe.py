@@ -4,8 +4,7 @@ from typing import Literal
 
 from simmim.data.settings import AugmentedDataSettings
 from simmim.data.transforms.settings import AugmentationSettings, MultiLabelSettings
-from simmim.limits import check_rates, check_shares
-from simmim.recipe import settings
+from simmim.recipe import check_rates, check_shares, settings
 from simmim.tasks.recipe import SCRATCH, FineTuningRecipe
 
 

@@ -13,8 +13,12 @@ from torch import Tensor, nn
 
 from simmim.data.transforms.sample import Instances
 from simmim.tasks.detection.recipe import DetectionHead
-from simmim.tasks.segmentation.backbone import backbone_config_of, last_maps
-from simmim.tasks.segmentation.heads import build_mask2former, names_of_labels
+from simmim.tasks.segmentation.heads import (
+    backbone_config_of,
+    build_mask2former,
+    last_maps,
+    names_of_labels,
+)
 from swinv2 import SwinV2
 from swinv2.bridges.transformers_backbone import fill_backbone
 

@@ -2,8 +2,7 @@
 
 from typing import Literal
 
-from simmim.limits import check_least
-from simmim.recipe import settings
+from simmim.recipe import check_least, settings
 from simmim.tasks.segmentation.recipe import DenseData, DenseRecipe
 
 

@@ -24,8 +24,8 @@ from simmim.tasks.detection.heads import (
 )
 from simmim.tasks.detection.metric import above_score, mean_average_precision, results_of
 from simmim.tasks.detection.recipe import DetectionRecipe
-from simmim.tasks.segmentation.backbone import check_installed
 from simmim.tasks.segmentation.dense_stage import DenseStage
+from simmim.tasks.segmentation.heads import check_installed
 from simmim.tasks.segmentation.overlays import draw_objects, square_picture_of
 from swinv2 import SwinV2
 

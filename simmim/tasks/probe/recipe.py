@@ -4,8 +4,7 @@ from typing import Literal
 
 from simmim.data.settings import RemoteSettings
 from simmim.data.transforms.settings import MAX_PIXELS
-from simmim.limits import check_least, check_shares
-from simmim.recipe import settings
+from simmim.recipe import check_least, check_shares, settings
 
 
 @settings

@@ -5,8 +5,7 @@ from typing import Literal
 
 from simmim.data.datasets.label_maps import FolderLayout
 from simmim.data.settings import IMAGENET_MEAN, IMAGENET_STD, CroppedSettings
-from simmim.limits import check_least, check_shares, check_span
-from simmim.recipe import settings
+from simmim.recipe import check_least, check_shares, check_span, settings
 from simmim.tasks.recipe import FineTuningRecipe
 
 MAX_CLASSES = 255

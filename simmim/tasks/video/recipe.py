@@ -3,8 +3,7 @@
 from typing import ClassVar, Literal
 
 from simmim.data.settings import ClipDataSettings
-from simmim.limits import check_least
-from simmim.recipe import settings
+from simmim.recipe import check_least, settings
 from simmim.tasks.classification.recipe import ClassifierRecipe
 from simmim.tasks.recipe import SCRATCH, EncoderSettings
 from swinv2.config import VideoConfig, video_config

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.format.index import index_tar
-from data_prep.write.shard_writer import ShardWriter
+from data_prep.write.shard import ShardWriter
 
 SAMPLES = st.lists(
     st.tuples(st.sampled_from(["jpg", "png", "webp"]), st.binary(min_size=1, max_size=2000)),

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from simmim.data.datasets.mixture import MixedShards, order_of
 from simmim.data.datasets.shards import ShardSet
 from simmim.data.loader.batches import TrainingBatches
-from simmim.data.order.mixed_order import MixedOrder, pattern
-from simmim.data.order.order import Address, SampleOrder
+from simmim.data.order.order import Address, MixedOrder, SampleOrder, pattern
 from tests.simmim.data.conftest import WriteShards, random_images
 from tests.simmim.data.loader.test_batches import TRAIN, equal, joined
 

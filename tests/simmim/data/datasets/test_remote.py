@@ -10,8 +10,7 @@ import fsspec
 import pytest
 
 from data_prep.format.storage import RemotePath
-from simmim.data.datasets.cache import ShardCache
-from simmim.data.datasets.remote import RemoteReading
+from simmim.data.datasets.remote import RemoteReading, ShardCache
 from simmim.data.datasets.shards import ShardSet
 from simmim.data.loader.batches import TrainingBatches
 from simmim.data.loader.sampler import ShardPrefetcher

@@ -24,7 +24,7 @@ from simmim.tasks.detection.heads import Found
 from simmim.tasks.detection.metric import encode_mask, mean_average_precision, results_of
 from simmim.tasks.detection.recipe import DetectionRecipe
 from simmim.tasks.detection.stage import DetectionStage
-from simmim.tasks.segmentation.save_heads import flat_output, load_dense
+from simmim.tasks.segmentation.dense_stage import flat_output, load_dense
 
 SIZE = (40, 56)
 

@@ -17,8 +17,8 @@ from simmim.engine.optimizer import layer_of
 from simmim.engine.run import RunFolder
 from simmim.export.export import export
 from simmim.recipe import RecipeError, parse
+from simmim.tasks.segmentation.dense_stage import flat_output, load_dense
 from simmim.tasks.segmentation.recipe import SegmentationRecipe
-from simmim.tasks.segmentation.save_heads import flat_output, load_dense
 from simmim.tasks.segmentation.stage import SegmentationStage
 from swinv2.weights import load_encoder
 
