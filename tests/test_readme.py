@@ -91,6 +91,23 @@ def test_files_and_folders_it_names_exist() -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+def test_its_tree_is_the_tree() -> None:
+    text = re.search(r"```text\n(.*?)```", README, re.DOTALL)
+    assert text is not None
+    named: set[str] = set()
+    top = ""
+    for line in text[1].splitlines():
+        names = re.findall(r"[a-z_]+[0-9]*/", line.strip().split("   ")[0])
+        top = top if line.startswith(" ") else names[0]
+        named |= {top, *(top + name for name in names if line.startswith(" "))}
+    assert named == {
+        f"{folder.relative_to(ROOT)}/"
+        for package in ("swinv2", "data_prep", "simmim")
+        for folder in (ROOT / package, *(ROOT / package).iterdir())
+        if (folder / "__init__.py").is_file()
+    } | {"jobs/", "tests/"}
+
+
 def test_its_recipe_is_valid(tmp_path: Path) -> None:
     text = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
     assert text is not None
