@@ -187,7 +187,7 @@ def test_labels_that_would_end_training_are_a_problem(
     assert code == 2
     assert "problem held out validation/1: its label map contains 9, which is not a class" in text
     assert "1 damaged (12.5%), the first training/1: its label map has 8x8 pixels" in text
-    assert "→ Mend or leave out these files" in text
+    assert "→ Repair or remove these files" in text
 
 
 def test_what_cannot_be_opened_is_a_problem(
@@ -207,7 +207,7 @@ def test_missing_and_empty_files_are_named(scenes: Path, tmp_path: Path) -> None
     (tmp_path / "clips.csv").write_text("one.mp4,a\ntwo.mp4,b\n")
     found = check_presence([folder, open_clips(str(tmp_path / "clips.csv"))])
     assert found.verdict == "problem"
-    assert found.found.startswith("4 of 18 cannot be used")
+    assert found.found.startswith("4 of 18 files")
     assert "images/training/0.png: No such file" in found.found
     assert "annotations/training/1.png: empty" in found.found
     assert "one.mp4: No such file" in found.found

@@ -123,7 +123,7 @@ def test_a_native_export_has_the_classifier_too(
     for _ in range(2):  # the second takes the place of the first
         lines = export(run, tmp_path / "out", "native")
     assert "  classifier: the head with 3 classes" in lines
-    assert lines[-1] == "  largest difference of its classes after loading: 0.0e+00"
+    assert lines[-1] == "  largest difference of its logits after loading: 0.0e+00"
     trained = load_classifier(tmp_path / "out", tmp_path / "out" / "classifier")
     assert trained.classes == ("circle", "square", "stripe")
     assert_same_weights(trained.model, stage.model)

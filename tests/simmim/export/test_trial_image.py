@@ -36,7 +36,7 @@ def test_without_shards_it_is_drawn(channels: int, size: int | tuple[int, int]) 
     described = config(channels, size)
     trial = trial_image(described, (0.5,) * channels, (0.25,) * channels)
     assert trial.images.shape == (1, channels, *described.image_size)
-    assert trial.origin == "a picture that was drawn for it"
+    assert trial.origin == "a drawn image"
     assert trial.images.std() > 0.1
     assert float(trial.images.abs().max()) <= 2
     again = trial_image(described, (0.5,) * channels, (0.25,) * channels)
