@@ -15,15 +15,11 @@ from data_prep.format.manifest import Manifest, read_manifest
 from data_prep.format.pipes import PIPE, PipedFile
 from data_prep.format.statistics_file import STATISTICS_NAME, write_statistics
 from data_prep.format.storage import Location, RemotePath, locate
+from data_prep.format.text import count_noun, format_bytes
 from data_prep.images.settings import Encoding
 from data_prep.inspect.contact_sheet import draw_contact_sheet
 from data_prep.inspect.index_existing import index_existing
-from data_prep.inspect.info import (
-    count_noun,
-    describe_shards,
-    describe_statistics,
-    format_bytes,
-)
+from data_prep.inspect.info import describe_shards, describe_statistics
 from data_prep.inspect.statistics import measure_set
 from data_prep.inspect.verify import MAX_PROBLEMS, verify_shards
 from data_prep.sources.files import Selection

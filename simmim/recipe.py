@@ -19,6 +19,8 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import dataclass_transform
 
+from data_prep.format.text import count_noun
+
 _ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
 
 UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
@@ -153,7 +155,7 @@ def parse(recipe_type: type[Settings], values: dict[str, Any], source: str) -> S
     except ValidationError as error:
         mistakes = _one_for_each_field(error.errors())
         lines = [_describe_mistake(recipe_type, mistake) for mistake in mistakes]
-        number = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+        number = count_noun(len(lines), "mistake")
         raise RecipeError("\n  ".join([f"{source} has {number}:", *lines])) from None
     return recipe
 

@@ -11,8 +11,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from data_prep.format.atomic import atomic_write_bytes
 from data_prep.format.index import read_images, read_index
 from data_prep.format.manifest import Manifest
+from data_prep.format.text import printable
 from data_prep.images.checking import RejectedImageError, read_pixels
-from data_prep.inspect.info import printable, spread_rows
+from data_prep.inspect.info import spread_rows
 
 _COLUMNS, _ROWS = 8, 6
 _SIDE = 160

@@ -15,6 +15,7 @@ from data_prep.format.index import ShardIndex, read_images, read_index
 from data_prep.format.manifest import Manifest, ShardEntry
 from data_prep.format.statistics_file import Statistics
 from data_prep.format.storage import Location
+from data_prep.format.text import count_noun, format_bytes, printable
 from data_prep.images.arrays import read_header
 
 MAX_HEADERS = 10_000
@@ -209,26 +210,6 @@ def describe_statistics(statistics: Sequence[Statistics]) -> str:
             for name, values in (("mean", one.mean), ("std", one.std))
         ]
     return "\n".join(lines)
-
-
-def format_bytes(length: float) -> str:
-    """Return a length in bytes as text with a binary unit."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if length < 1024:
-            return f"{length:.0f} {unit}" if unit == "B" else f"{length:.1f} {unit}"
-        length /= 1024
-    return f"{length:.1f} TiB"
-
-
-def count_noun(number: int, noun: str, plural: str = "") -> str:
-    """Return a number with its noun in the singular or plural."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
-
-
-def printable(name: str) -> str:
-    """Return a class name as one printable line; folder names may contain anything."""
-    text = name.encode("utf-8", "backslashreplace").decode()
-    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
 
 
 def _describe_counts(counts: Counter[str]) -> str:

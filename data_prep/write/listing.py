@@ -17,6 +17,7 @@ from data_prep.format.atomic import atomic_write_bytes
 from data_prep.format.index import MAX_CLASSES
 from data_prep.format.manifest import IMAGE_SUFFIXES
 from data_prep.format.storage import Location
+from data_prep.format.text import count_noun
 from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import Selection, SourceError, SourceFile
 from data_prep.sources.image_source import ImageSource
@@ -360,8 +361,7 @@ def _describe_absence(path: Location, selection: Selection, others: int) -> str:
     wanted = f"files that match {', '.join(selection.include)}" if selection.include else "images"
     if selection.only_split is not None:
         wanted += f" of split {selection.only_split!r}"
-    number = "1 other file" if others == 1 else f"{others:,} other files"
     return (
-        f"{path} has no {wanted}, only {number}. Image suffixes are "
+        f"{path} has no {wanted}, only {count_noun(others, 'other file')}. Image suffixes are "
         f"{' '.join(sorted(IMAGE_SUFFIXES))}; select others with --include."
     )

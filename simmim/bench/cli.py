@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from data_prep.format.atomic import atomic_write_text
+from data_prep.format.text import count_noun
 from simmim.bench.memory import ASSUMPTIONS, GIB, Placement, Row, Sharding, make_rows
 from simmim.bench.step import MASK_CELL, Precision, StepCase
 from swinv2 import VARIANTS
@@ -187,7 +188,7 @@ def memory_table(rows: Sequence[Row], placements: Sequence[Placement]) -> str:
     measured = any(row.measured for row in rows)
     heads = ["params", "activ.", *names, *(["measured", "ratio", "seconds"] if measured else [])]
     case = rows[0].case
-    images = "1 image" if case.batch == 1 else f"{case.batch} images"
+    images = count_noun(case.batch, "image")
     step = "a step" if case.optimizer else "forward and backward"
     how = f"{case.precision}, attention {case.attention}"
     lines = [f"Device memory in GiB for {step} of {images}: {how}\n", _line(_STEP_HEADS, heads)]

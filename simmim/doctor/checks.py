@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from data_prep.format.text import count_noun
 from simmim.engine.exit_codes import BAD_INPUT
 
 Verdict = Literal["ok", "warning", "problem"]
@@ -55,7 +56,8 @@ def table(checks: Sequence[Check]) -> str:
     problems = sum(check.verdict == "problem" for check in checks)
     warnings = sum(check.verdict == "warning" for check in checks)
     verdict = "training would fail" if problems else "training can start"
-    lines += ["", f"{_counted(problems, 'problem')}, {_counted(warnings, 'warning')}: {verdict}."]
+    counts = f"{count_noun(problems, 'problem')}, {count_noun(warnings, 'warning')}"
+    lines += ["", f"{counts}: {verdict}."]
     return "\n".join(lines)
 
 
@@ -68,10 +70,6 @@ def _block(verdict: str, name: str, text: str) -> list[str]:
     wrapped = [part for line in text.splitlines() for part in wrap(line) or [""]] or [""]
     first = f"{verdict:<{VERDICT_WIDTH}}{name:<{NAME_WIDTH}}{wrapped[0]}".rstrip()
     return [first, *(f"{'':{indent}}{line}" for line in wrapped[1:])]
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def print_checks(checks: Sequence[Check]) -> int:

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator
 
+from data_prep.format.text import count_noun
 from simmim.data.loader.batch import Batch
 from simmim.data.settings import DataSettings
 from simmim.doctor.checks import Check, problem
@@ -108,8 +109,9 @@ def _step_checks(accelerator: Accelerator, loss: float, norm: float) -> Iterator
     finite = all(math.isfinite(value) for value in values)
     sharded = "with sharded weights " if trains_in_shards(accelerator) else ""
     found = (
-        f"forward and backward {sharded}on {accelerator.num_processes} "
-        f"process{'' if accelerator.num_processes == 1 else 'es'} ({accelerator.device.type}): "
+        f"forward and backward {sharded}on "
+        f"{count_noun(accelerator.num_processes, 'process', 'processes')} "
+        f"({accelerator.device.type}): "
         f"loss {loss:.4f}, gradient norm {norm:.4g}"
     )
     on_device = accelerator.device.type == "cuda"
@@ -242,7 +244,8 @@ def check_data_speed(recipe: TaskRecipe, speed: Speed, world: int) -> Check:
     """Check whether computing would wait for data, and how many workers would be enough."""
     workers = recipe.data.workers
     found = (
-        f"data loading {speed.data:,.0f} {recipe.SAMPLES}/s ({world} x {workers} workers), compute "
+        f"data loading {speed.data:,.0f} {recipe.SAMPLES}/s ({world} x "
+        f"{count_noun(workers, 'worker')}), compute "
         f"{speed.compute:,.0f} {recipe.SAMPLES}/s; first batch after {speed.first_batch:.1f} s"
     )
     if speed.data >= DATA_MARGIN * speed.compute:
@@ -258,8 +261,8 @@ def check_data_speed(recipe: TaskRecipe, speed: Speed, world: int) -> Check:
         change = f"{change}, one per core; {wanted} would be needed. {smaller}"
         if workers >= possible:
             change = (
-                f"{wanted} workers per process would be needed, and there are cores for "
-                f"{possible}. {smaller}"
+                f"{count_noun(wanted, 'worker')} per process would be needed, but there are only "
+                f"{count_noun(possible, 'core')} per process. {smaller}"
             )
     return Check(name="data speed", verdict="warning", found=found, change=change)
 
@@ -272,16 +275,16 @@ def check_duration(stage: TaskStage, recipe: TaskRecipe, rate: float) -> Iterato
     yield Check(
         name="duration",
         verdict="ok",
-        found=f"{duration(total * step)} for {total:,} steps of {step:.2f} s",
+        found=f"{duration(total * step)} for {count_noun(total, 'step')} of {step:.2f} s",
     )
     between = training.checkpoint_every * step
-    found = f"every {training.checkpoint_every:,} steps, {duration(between)}"
+    found = f"every {count_noun(training.checkpoint_every, 'step')}, {duration(between)}"
     advised = max(1, round(LONGEST / 4 / step))
     if between > LONGEST:
         yield Check(
             name="checkpoints",
             verdict="warning",
-            found=f"{found}: that much work is lost when a machine fails",
+            found=f"{found}: a failure loses that much work",
             change=f"set training.checkpoint_every to {advised:,}, about 15 minutes",
         )
     elif between < SHORTEST and total * step > LONGEST:
@@ -302,7 +305,7 @@ def _check_validation_time(stage: TaskStage, recipe: TaskRecipe) -> Iterator[Che
     held_out = stage.validation_shards.samples if stage.validation_shards else 0
     per_step = held_out / training.validate_every
     share = (per_step + recipe.probed_per_step) / 3 / training.batch_size
-    found = f"validation and probes add about {share:.1%} to the time"
+    found = f"validation and probes add about {share:.1%} to the training time"
     if share > VALIDATION_SHARE:
         yield Check(
             name="evaluation",

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_prep.format.text import count_noun
 from simmim.data.datasets.local_files import LocalFiles
 from simmim.data.order.order import Address
 from simmim.data.order.source import BadSampleError, DataError, SampleSource
@@ -49,14 +50,14 @@ def check_labelled_files(stage: FineTuningStage[Any, Any]) -> Iterator[Check]:
         name="data",
         verdict="ok",
         found=f"{training.samples:,} {of} to train on, {stage.samples_per_epoch:,} per epoch in "
-        f"{data.slots} slots",
+        f"{count_noun(data.slots, 'slot')}",
     )
     if validation is None:
         yield Check(
             name="validation",
             verdict="warning",
             found="nothing is held out, so the model is never evaluated",
-            change=f"set the {of} to validate on in data",
+            change=f"name validation {of} in the data section",
         )
     else:
         yield Check(name="validation", verdict="ok", found=f"{validation.samples:,} {of}")
@@ -198,7 +199,9 @@ def _check_objects(objects: list[int]) -> Check:
 def _check_classes(classes: Sequence[str], sizes: Sequence[int], of: str) -> Check:
     """Check that every class has samples."""
     absent = [name for name, size in zip(classes, sizes, strict=True) if not size]
-    found = f"{len(classes):,} classes with {min(sizes):,} to {max(sizes):,} {of} each"
+    found = (
+        f"{count_noun(len(classes), 'class', 'classes')} with {min(sizes):,} to {max(sizes):,} {of}"
+    )
     if absent:
         more = ", …" if len(absent) > NAMED else ""
         return Check(

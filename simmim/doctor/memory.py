@@ -10,6 +10,7 @@ import psutil
 import torch
 from torch import nn
 
+from data_prep.format.text import count_noun
 from simmim.bench.memory import GIB, Placement, Sharding, make_rows
 from simmim.bench.step import StepCase
 from simmim.doctor.checks import Check
@@ -25,8 +26,8 @@ def check_memory(recipe: TaskRecipe, device: torch.device, world: int) -> Iterat
         yield Check(
             name="memory",
             verdict="ok",
-            found=f"not estimated for {recipe.task}, where head and samples decide; the dry step "
-            "measures a training step, and validation may need more",
+            found=f"not estimated for {recipe.task}, whose memory depends on head and samples; "
+            "the dry step measures a training step, and validation may need more",
         )
         return
     training = recipe.training
@@ -37,7 +38,8 @@ def check_memory(recipe: TaskRecipe, device: torch.device, world: int) -> Iterat
     needed = _needed(case, placement)
     there = device_memory(device)
     found = (
-        f"{needed / GIB:.2f} GiB estimated for micro-batches of {micro:,} images per process; "
+        f"{needed / GIB:.2f} GiB estimated for micro-batches of {count_noun(micro, 'image')} per "
+        f"process; "
         f"{there / GIB:.2f} GiB available"
     )
     if needed <= FULL * there:
@@ -52,7 +54,7 @@ def check_memory(recipe: TaskRecipe, device: torch.device, world: int) -> Iterat
 
 
 def _what_fits(case: StepCase, placement: Placement, needed: int, there: int, share: int) -> str:
-    """Return what would make a step fit: accumulation, checkpointing or bf16."""
+    """Suggest how to make a step fit: accumulation, checkpointing, bf16 or sharding."""
     few = _needed(replace(case, batch=1), placement)
     slope = (needed - few) / max(case.batch - 1, 1)
     room = FULL * there
@@ -136,8 +138,9 @@ def check_disk(folder: Path, model: nn.Module, *, kept: int, average: bool = Fal
     free = shutil.disk_usage(place).free
     present = sum(path.stat().st_size for path in folder.glob("checkpoints/*/*") if path.is_file())
     found = (
-        f"{needed / GIB:.2f} GiB for {kept} checkpoints of {checkpoint / GIB:.2f} GiB, one more "
-        f"while it is written, and the encoder; {free / GIB:.2f} GiB free for {folder}"
+        f"{needed / GIB:.2f} GiB for {count_noun(kept, 'checkpoint')} of "
+        f"{checkpoint / GIB:.2f} GiB, one more while it is written, and the encoder; "
+        f"{free / GIB:.2f} GiB free for {folder}"
     )
     if not os.access(place, os.W_OK):
         return Check(

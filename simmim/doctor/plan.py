@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from data_prep.format.text import count_noun
 from simmim.doctor.checks import Check
 from simmim.engine.monitor.hardware import measured_peak
 from simmim.engine.monitor.tracking import chosen_trackers
@@ -118,7 +119,10 @@ def check_schedule(training: TrainingSettings, samples_per_epoch: int) -> Iterat
     per_epoch = samples_per_epoch / training.batch_size
     schedule = training.schedule
     warmup = schedule.warmup_steps or round(schedule.warmup_epochs * per_epoch)
-    found = f"{total:,} steps, {total / per_epoch:.2f} epochs; {warmup:,} steps of warm-up"
+    found = (
+        f"{count_noun(total, 'step')}, {total / per_epoch:.2f} epochs; "
+        f"{count_noun(warmup, 'step')} of warm-up"
+    )
     if warmup >= total:
         yield Check(
             name="schedule",
@@ -131,7 +135,8 @@ def check_schedule(training: TrainingSettings, samples_per_epoch: int) -> Iterat
             name="schedule",
             verdict="warning",
             found=found,
-            change="set training.schedule.warmup_epochs: AdamW's first steps are unstable without",
+            change="set training.schedule.warmup_epochs: without warm-up AdamW's first steps are "
+            "unstable",
         )
     else:
         yield Check(name="schedule", verdict="ok", found=found)
@@ -147,7 +152,7 @@ def check_schedule(training: TrainingSettings, samples_per_epoch: int) -> Iterat
             name="batch",
             verdict="warning",
             found=f"a batch of {training.batch_size:,} is larger than an epoch of "
-            f"{samples_per_epoch:,} samples, so it has samples more than once",
+            f"{count_noun(samples_per_epoch, 'sample')}, so it repeats samples",
             change="lower training.batch_size, or add shards",
         )
 

@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from data_prep.format.manifest import ShardEntry
 from data_prep.format.storage import Location
+from data_prep.format.text import count_noun
 from simmim.data.datasets.folder import ImageFolder
 from simmim.data.datasets.image_set import ImageSet
 from simmim.data.datasets.mixture import MixedShards, Shards
@@ -45,8 +46,8 @@ def check_shards(
     yield Check(
         name="shards",
         verdict="ok",
-        found=f"{training.samples:,} samples in {len(training.sizes):,} shards{there} to train on; "
-        f"{data.slots} slots",
+        found=f"{_samples_in_shards(training)}{there} to train on; "
+        f"{count_noun(data.slots, 'slot')}",
     )
     yield from check_folders(training)
     if validation is None or not validation.samples:
@@ -60,7 +61,7 @@ def check_shards(
         yield Check(
             name="validation",
             verdict="ok",
-            found=f"{validation.samples:,} samples in {len(validation.sizes):,} shards",
+            found=_samples_in_shards(validation),
         )
     entries: dict[Location, list[ShardEntry]] = {}
     for one in [*shard_sets_of(training), *(shard_sets_of(validation) if validation else [])]:
@@ -68,6 +69,11 @@ def check_shards(
     for folder, of_folder in entries.items():
         yield check_files(folder, of_folder)
     yield from check_samples(training, data, channels)
+
+
+def _samples_in_shards(shards: Shards) -> str:
+    samples, number = count_noun(shards.samples, "sample"), count_noun(len(shards.sizes), "shard")
+    return f"{samples} in {number}"
 
 
 def sets_of(shards: Shards) -> tuple[ImageSet, ...]:
@@ -90,10 +96,11 @@ def check_folders(shards: Shards) -> Iterator[Check]:
         yield Check(
             name="images",
             verdict="warning" if many else "ok",
-            found=f"{one.samples:,} files in {one.folder}, {len(one.classes):,} classes"
+            found=f"{count_noun(one.samples, 'file')} in {one.folder}, "
+            f"{count_noun(len(one.classes), 'class', 'classes')}"
             + (f": {classes}" if classes else ""),
-            change="make shards of them (data-prep shard): every process lists all of these files "
-            "and opens each one"
+            change="write them as shards with `data-prep shard`: every process lists all "
+            "files, and opens them one by one"
             if many
             else "",
         )
@@ -216,8 +223,8 @@ def check_samples(shards: Shards, data: AugmentedDataSettings, channels: int) ->
         name="samples",
         verdict="problem" if share > data.max_bad_share else "warning" if found.bad else "ok",
         found=text,
-        change="make shards again, or of the folder, with `data-prep shard`, which rejects such "
-        "images; `data-prep verify --deep` lists all of them"
+        change="write the images as shards with `data-prep shard`, which rejects such images; "
+        "`data-prep verify --deep` lists all damaged images of a set"
         if found.bad
         else "",
     )
@@ -287,7 +294,10 @@ def check_workers(workers: int) -> Check:
     """Compare the number of worker processes on this machine with its cores."""
     cores = available_cores()
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    found = f"{workers} per process, {ranks} process{'' if ranks == 1 else 'es'}, {cores} cores"
+    found = (
+        f"{workers} per process, {count_noun(ranks, 'process', 'processes')}, "
+        f"{count_noun(cores, 'core')}"
+    )
     if workers * ranks > cores:
         return Check(
             name="workers",

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from data_prep.format.text import count_noun
 from simmim.export.load_trained import TrainedModel, read_source
 from simmim.export.trial_image import TrialImage, trial_clip, trial_image
 from simmim.tasks.classification.classifier import load_classifier, save_head
@@ -142,7 +143,8 @@ def _write_native(
         report(compare_native(encoder, folder, images))
         if found.classifier is not None:
             report(_write_classifier(found, folder, images))
-            lines.append(f"{HEAD_FOLDER}: the head with {len(found.classifier.bias)} classes")
+            classes = count_noun(len(found.classifier.bias), "class", "classes")
+            lines.append(f"{HEAD_FOLDER}: the head with {classes}")
         if found.dense is not None:
             report(_write_dense(found, folder, images))
             lines.append(f"{found.dense.task}: encoder and head, for transformers")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from data_prep.format.text import count_noun
 from simmim.export.export import compare_native
 from simmim.export.trial_image import trial_image
 from swinv2.bridges.checkpoints import ImportedEncoder
@@ -80,7 +81,7 @@ def import_encoder(source: Path, destination: Path, form: ImportFormat, known: K
         lines.append("  not imported: mask token and decoder (an encoder directory has neither)")
     if imported.classifier is not None:
         classes = len(imported.classifier.bias)
-        lines.append(f"  not imported: the classifier of {classes} classes")
+        lines.append(f"  not imported: the classifier of {count_noun(classes, 'class', 'classes')}")
     if imported.dropped:
         lines.append(
             f"  not imported: {len(imported.dropped)} position buffers (computed on loading)"

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from data_prep.format.text import count_noun
 from simmim.data.settings import CroppedSettings
 from simmim.engine.settings import TrainingSettings
 from simmim.method.settings import MaskSettings
@@ -48,8 +49,8 @@ class EncoderSettings:
         """
         if not isinstance(mean, str) and len(mean) != self.in_channels:
             raise ValueError(
-                f"encoder.in_channels is {self.in_channels}, data.mean has {len(mean)} "
-                f"value{'' if len(mean) == 1 else 's'}; give one value per channel."
+                f"encoder.in_channels is {self.in_channels}, data.mean has "
+                f"{count_noun(len(mean), 'value')}; give one value per channel."
             )
 
     def config(self, image_size: int) -> SwinV2Config:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from data_prep.format.text import count_noun
 from simmim.engine.checkpoint.directory import best_checkpoint, find_checkpoint
 from simmim.engine.devices import build_accelerator
 from simmim.engine.distributed.environment import check_parallelism, requested_cpu_processes
@@ -111,7 +112,7 @@ def print_result(result: TrainingResult, run: RunFolder) -> None:
     else:
         figures = ", ".join(f"{name} {value:.4f}" for name, value in result.figures.items())
         lines = [
-            f"Done: {result.step} steps" + (f"; {figures}." if figures else "."),
+            f"Done: {count_noun(result.step, 'step')}" + (f"; {figures}." if figures else "."),
             f"Encoder  {run.encoder}",
             *_best_line(run),
             f"Metrics  {run.metrics}",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.format.text import count_noun
 from simmim.data.datasets.local_files import FileSet, list_files, read_bytes
 
 FIELDS: dict[str, dict[str, type]] = {
@@ -128,7 +129,7 @@ class CocoSet(FileSet[CocoImage, dict[str, Any]]):
         total = bare.total()
         if total:
             raise ValueError(
-                f"{total} object{' of' if total == 1 else 's of'} {self.file}"
+                f"{count_noun(total, 'object')} of {self.file}"
                 f" {'has' if total == 1 else 'have'} no segmentation (the first in image "
                 f"{next(iter(bare))}), which masks are learned from: choose head.kind rt_detr, "
                 "which needs only boxes."

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data_prep.format import manifest
+from data_prep.format.text import count_noun
 from simmim.data.datasets.image_set import ImageSet
 from simmim.data.datasets.retry import ShardUnavailableError, retry
 from simmim.data.order.randomness import shuffled
@@ -329,7 +330,7 @@ def open_folder(folder: Path, *, attempts: int = 1) -> ImageFolder:
             f" made by `data-prep shard`. Image suffixes are {suffixes}."
         )
     if remarks and int(os.environ.get("RANK", "0")) == 0:
-        sys.stderr.write(f"{folder}: {len(listing.paths):,} images; {remarks}\n")
+        sys.stderr.write(f"{folder}: {count_noun(len(listing.paths), 'image')}; {remarks}\n")
     return ImageFolder(folder, listing, attempts=attempts)
 
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from typing_extensions import Self
 
 from data_prep.format.storage import Location
+from data_prep.format.text import count_noun
 from simmim.data.order.randomness import choose_share
 from simmim.data.order.source import EncodedImage, SampleSource
 
@@ -105,7 +106,7 @@ class ImageSet(SampleSource[EncodedImage]):
         if len(self.classes) < 2:
             raise ValueError(
                 f"{self.samples_are} {self.folder} have"
-                f" {len(self.classes)} class{'' if len(self.classes) == 1 else 'es'};"
+                f" {count_noun(len(self.classes), 'class', 'classes')};"
                 " classification needs at least 2: put the images of each class in a folder of its"
                 " own, and give their parent folder, or shards made of it by `data-prep shard`."
             )

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from data_prep.format.text import count_noun
 from simmim.data.order.source import DataError
 
 FIRST_PAUSE = 0.1
@@ -45,5 +46,5 @@ def retry(read: Callable[[], Result], attempts: int) -> Result:
     try:
         return read()
     except ShardUnavailableError as error:
-        tried = f"{attempts} attempt{'' if attempts == 1 else 's'}"
+        tried = count_noun(attempts, "attempt")
         raise DataError(f"{error} (after {tried}, data.attempts).") from None

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.format.text import count_noun
 from simmim.data.order.randomness import shuffled
 
 WHOLE_SHUFFLE_LIMIT = 65_536
@@ -62,8 +63,8 @@ def check_batch(batch_size: int, world: int, slots: int) -> None:
     if world < 1 or slots % world:
         legal = [count for count in range(1, slots + 1) if slots % count == 0]
         raise ValueError(
-            f"{world} processes cannot share {slots} slots equally;"
-            f" use {', '.join(map(str, legal))} processes."
+            f"{count_noun(world, 'process', 'processes')} cannot share {count_noun(slots, 'slot')}"
+            f" equally; use {', '.join(map(str, legal))} processes."
         )
 
 
@@ -109,7 +110,8 @@ class SampleOrder:
             raise ValueError("shard_sizes must be a flat sequence of counts, each at least 0.")
         if self.samples < slots:
             raise ValueError(
-                f"{self.samples} samples cannot fill {slots} slots; use more images, or at most"
+                f"{count_noun(self.samples, 'sample')} cannot fill {count_noun(slots, 'slot')};"
+                f" use more images, or at most"
                 f" {max(1, self.samples)} slots (a divisor of the global batch size)."
             )
         self._slot_length = self.samples // slots

@@ -116,7 +116,7 @@ class RankTable:
         working = [known for known in working if not known.status.fault]
         silent = [known for known in working if known.silent > self.timeout]
         if silent:
-            return self._listed(silent, "gave no sign of life for {:.0f} s, last seen {}", "silent")
+            return self._listed(silent, "sent no heartbeat for {:.0f} s, last seen {}", "silent")
         if not any(known.stuck > self.timeout for known in working):
             return None
         behind = min(known.status.moves for known in working)

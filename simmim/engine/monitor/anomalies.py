@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from data_prep.format.text import count_noun
 from simmim.data.loader.batch import Batch
 from simmim.data.order.source import SampleSource
 from simmim.disk import append_line, skip_if_unwritable
@@ -184,8 +185,8 @@ class Anomalies:
             case "loss":
                 reason = f"the loss of {', '.join(samples[:NAMED_ON_SCREEN])}{more} is not finite"
             case "gradient":
-                noun = "sample" if len(samples) == 1 else "samples"
-                reason = f"the gradient over {len(samples)} {noun} is not finite"
+                number = count_noun(len(samples), "sample")
+                reason = f"the gradient over {number} is not finite"
         return (
             f"WARNING: step {first.step} was skipped on all ranks: {reason}"
             f" ({first.in_a_row} in a row; {self.limit} end training). See {self.path}."

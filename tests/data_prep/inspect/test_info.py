@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.inspect.info import describe_shards, format_bytes
+from data_prep.format.text import format_bytes
+from data_prep.inspect.info import describe_shards
 from data_prep.write.build import build_shards
 from data_prep.write.options import ShardOptions
 

@@ -160,7 +160,7 @@ def test_it_checks_a_detection(
     assert code == 0, text
     assert "labels 1.0 objects per crop" in text
     assert "nothing is held out" in text
-    assert "images to validate on" in text
+    assert "validation images" in text
 
 
 def test_it_checks_a_video_recipe(

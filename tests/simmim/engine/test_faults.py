@@ -127,7 +127,7 @@ def test_a_rank_that_is_stopped_or_killed_ends_the_job_and_is_named(
     text = log.read_text()
     assert f"rank 1 (process {rank.pid} on" in text
     assert "--resume auto" in text or "was killed by SIGKILL" in text
-    assert ("gave no sign of life for" in text) == (number == signal.SIGSTOP)
+    assert ("sent no heartbeat for" in text) == (number == signal.SIGSTOP)
 
 
 @pytest.mark.slow

@@ -177,7 +177,7 @@ def test_a_batch_mixes_shards_and_a_rank_touches_few(form: str) -> None:
     ("sizes", "slots", "words"),
     [
         ([3, 4], 8, "7 samples .* 8 slots"),
-        ([], 1, "0 samples .* 1 slots"),
+        ([], 1, "0 samples .* 1 slot"),
         ([5], 0, "at least 1"),
         ([5, -1], 1, "at least 0"),
     ],

@@ -44,7 +44,7 @@ def test_a_silent_rank_is_named() -> None:
     ranks.update(status(1), 10.0)
     verdict = ranks.verdict()
     assert verdict is not None
-    assert verdict.startswith("rank 1 (process 41 on node1) gave no sign of life for 110 s")
+    assert verdict.startswith("rank 1 (process 41 on node1) sent no heartbeat for 110 s")
     assert "last seen computing, step 3" in verdict
     assert "rank 0" not in verdict
 

@@ -1,0 +1,21 @@
+"""Counts, lengths and names as text for messages."""
+
+
+def format_bytes(length: float) -> str:
+    """Return a length in bytes as text with a binary unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if length < 1024:
+            return f"{length:.0f} {unit}" if unit == "B" else f"{length:.1f} {unit}"
+        length /= 1024
+    return f"{length:.1f} TiB"
+
+
+def count_noun(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun in the singular or plural."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def printable(name: str) -> str:
+    """Return a class name as one printable line; folder names may contain anything."""
+    text = name.encode("utf-8", "backslashreplace").decode()
+    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
