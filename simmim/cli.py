@@ -227,7 +227,7 @@ def add_evaluate(command: CommandParser) -> None:
         "source", metavar="RUN", type=Path, help="run folder (its last checkpoint) or checkpoint"
     )
     command.add_argument(
-        "--best", action="store_true", help="take the best checkpoint of the run, not the last"
+        "--best", action="store_true", help="use the best checkpoint of the run, not the last"
     )
     command.add_argument(
         "--data", metavar="SHARDS", help="other data, short for --data.validation SHARDS"
@@ -300,7 +300,12 @@ def add_labels(command: CommandParser) -> None:
         help="fractions of the labels (default: 0.01 0.1 1)",
     )
     command.add_argument(
-        "--seeds", metavar="N", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)"
+        "--seeds",
+        metavar="N",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2],
+        help="training seeds (default: 0 1 2)",
     )
     command.set_defaults(handler=run_labels, takes_overrides=True, trains=True)
 
@@ -380,6 +385,6 @@ COMMANDS: dict[str, tuple[str, Callable[[CommandParser], None]]] = {
     "import": ("convert a third-party checkpoint", add_import),
     "report": ("write the HTML report of a run", add_report),
     "doctor": ("check a training setup before it starts", add_doctor),
-    "bench": ("measure what a training needs", add_bench),
+    "bench": ("estimate and measure the memory that training needs", add_bench),
 }
-"""Name of each command: its summary, and what adds its arguments."""
+"""Commands: name → summary, and the function that adds the arguments."""

@@ -59,7 +59,7 @@ def quickstart(images: Path | None, folder: Path) -> Outcome:
     result = train_recipe(PretrainStage, recipe, run=run, resume="auto", allow_changes=False)
     if result.stopped:
         return Outcome(text="Resume with the same command.", stopped=True)
-    say("4/4 evaluating what it learnt")
+    say("4/4 probing its frozen features")
     return Outcome(text=summarise(run, shards, began), stopped=False)
 
 
@@ -78,7 +78,7 @@ def make_shards(images: Path, shards: Path) -> None:
     command = [sys.executable, "-m", "data_prep", "shard", str(images), str(shards)]
     done = subprocess.run(command, check=False)
     if done.returncode:
-        raise ValueError(f"no shards could be written from {images}; see the reason above.")
+        raise ValueError(f"no shards could be written from {images}; see the error above.")
 
 
 def quickstart_recipe(shards: Path) -> PretrainRecipe:

@@ -18,7 +18,7 @@ _FULL_COLOUR_QUALITY = 90
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoded:
+class ReencodedImage:
     """A re-encoded picture."""
 
     data: bytes
@@ -35,7 +35,7 @@ class Encoded:
 
 def encode(
     image: Image.Image, target: str, encoding: Encoding, *, lossless: bool = False
-) -> Encoded:
+) -> ReencodedImage:
     """Encode a loaded picture upright, in the target format and size.
 
     EXIF is dropped; the ICC profile is kept if the values stay in its colour space.
@@ -62,7 +62,7 @@ def encode(
     resized = _resize(plain, encoding.target_size(*plain.size))
     if target != "png":
         resized = _to_8_bits(resized, alpha=target == "webp", notes=notes)
-    return Encoded(
+    return ReencodedImage(
         data=_save(resized, target, encoding.quality, profile, lossless),
         extension=_EXTENSIONS[target],
         width=resized.width,
@@ -82,11 +82,11 @@ def turn_upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _encode_values(image: Image.Image) -> Encoded:
+def _encode_values(image: Image.Image) -> ReencodedImage:
     values = np.asarray(image)
     if values.dtype != np.float32:
         values = values.astype(np.float64)  # holds every 32-bit integer
-    return Encoded(
+    return ReencodedImage(
         data=write_array(values),
         extension="npy",
         width=image.width,

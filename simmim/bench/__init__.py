@@ -1,1 +1,1 @@
-"""What a training takes of a machine: tables for people who plan one."""
+"""Benchmarks of training: the device memory of a step, estimated and measured."""

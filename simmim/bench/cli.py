@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from data_prep.format.atomic import atomic_write_text
 from data_prep.format.text import count_noun
-from simmim.bench.memory import ASSUMPTIONS, GIB, Placement, Row, Sharding, make_rows
+from simmim.bench.memory import ASSUMPTIONS, GIB, MemoryRow, Placement, Sharding, make_rows
 from simmim.bench.step import MASK_CELL, Precision, StepCase
 from swinv2 import VARIANTS
 from swinv2.config import AttentionPath, Checkpointing
@@ -32,15 +32,22 @@ def add_memory(benches: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     """Add `simmim bench memory`."""
     command = benches.add_parser(
         "memory",
-        help="device memory per variant, size, checkpointing and sharding",
+        help="estimate device memory per variant, size, checkpointing and sharding",
         description="Device memory of a SimMIM training step in GiB: estimated for every "
-        "placement, and measured on this machine if the step fits it.",
+        "placement, and measured on this machine if the step fits.",
         epilog=f"assumptions:\n{ASSUMPTIONS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     variants = list(VARIANTS)
-    command.add_argument("--variants", nargs="+", choices=variants, default=variants, metavar="V")
+    command.add_argument(
+        "--variants",
+        nargs="+",
+        choices=variants,
+        default=variants,
+        metavar="NAME",
+        help=f"published variants: {', '.join(variants)} (default: all)",
+    )
     command.add_argument(
         "--sizes",
         nargs="+",
@@ -54,7 +61,7 @@ def add_memory(benches: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         nargs="+",
         choices=get_args(Checkpointing),
         default=["none", "full"],
-        help="what the backward pass recomputes (default: none full)",
+        help="activation checkpointing: what the backward pass recomputes (default: none full)",
     )
     command.add_argument(
         "--attention",
@@ -63,7 +70,10 @@ def add_memory(benches: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="attention implementation (default: %(default)s)",
     )
     command.add_argument(
-        "--precision", choices=get_args(Precision), default="bf16", help="(default: %(default)s)"
+        "--precision",
+        choices=get_args(Precision),
+        default="bf16",
+        help="precision of training (default: %(default)s)",
     )
     command.add_argument(
         "--batch", type=_count, default=1, help="images per device (default: %(default)s)"
@@ -182,16 +192,19 @@ def _size(text: str) -> tuple[int, int]:
     return int(image), int(window)
 
 
-def memory_table(rows: Sequence[Row], placements: Sequence[Placement]) -> str:
-    """Return the memory of each step in GiB, one column per placement, and how it was measured."""
+def memory_table(rows: Sequence[MemoryRow], placements: Sequence[Placement]) -> str:
+    """Return a table of the memory of each step in GiB, estimated per placement and measured."""
     names = [str(placement) for placement in placements]
     measured = any(row.measured for row in rows)
     heads = ["params", "activ.", *names, *(["measured", "ratio", "seconds"] if measured else [])]
     case = rows[0].case
     images = count_noun(case.batch, "image")
-    step = "a step" if case.optimizer else "forward and backward"
+    step = "a step" if case.optimizer else "a forward and backward pass"
     how = f"{case.precision}, attention {case.attention}"
-    lines = [f"Device memory in GiB for {step} of {images}: {how}\n", _line(_STEP_HEADS, heads)]
+    lines = [
+        f"Estimated device memory in GiB for {step} of {images}: {how}\n",
+        _line(_STEP_HEADS, heads),
+    ]
     for row in rows:
         cells = [f"{row.parameters / 1e6:,.0f} M", _gib(row.activations)]
         cells += [_gib(row.needs[name].total) for name in names]
@@ -204,11 +217,13 @@ def memory_table(rows: Sequence[Row], placements: Sequence[Placement]) -> str:
         lines.append(_line(_step_cells(row), cells))
     if measured:
         meters = sorted({row.measured.meter for row in rows if row.measured})
-        lines.append(f"\nmeasured: {', '.join(meters)}. ratio: measured / none.")
+        lines.append(
+            f"\nmeasured: {', '.join(meters)}. ratio: measured / estimated without sharding."
+        )
     return "\n".join(lines)
 
 
-def batch_table(rows: Sequence[Row], placements: Sequence[Placement]) -> str:
+def batch_table(rows: Sequence[MemoryRow], placements: Sequence[Placement]) -> str:
     """Return the largest batch per device in each placement."""
     names = [str(placement) for placement in placements]
     lines = [_line(_STEP_HEADS, names)]
@@ -218,7 +233,7 @@ def batch_table(rows: Sequence[Row], placements: Sequence[Placement]) -> str:
     return "\n".join(lines)
 
 
-def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def to_json(rows: Sequence[MemoryRow]) -> list[dict[str, Any]]:
     """Return the rows as JSON values; memory in bytes."""
     return [
         asdict(row)
@@ -232,7 +247,7 @@ def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def _step_cells(row: Row) -> tuple[str, str, str]:
+def _step_cells(row: MemoryRow) -> tuple[str, str, str]:
     case = row.case
     return case.variant, f"{case.image_size}/{case.window_size}", str(case.checkpointing)
 

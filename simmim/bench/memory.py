@@ -18,14 +18,15 @@ import psutil
 import torch
 
 from simmim.bench.step import Measurement, Peak, Precision, Simulation, StepCase, build_step_model
-from simmim.engine.distributed.environment import without_launcher
+from simmim.engine.distributed.environment import environment_without_launcher
 from simmim.engine.distributed.sharding import shard_size, sharding_units
 
 Sharding = Literal["none", "fsdp2"]
 
 GIB = 2**30
 MULTIPLES = (1, 64, 128)
-"""Multiples of the batch that are simulated for the largest batch: the peak moves with the size."""
+"""Multiples of the batch that are simulated to find the largest batch: the peak memory occurs at
+another point of the step as the batch grows."""
 ADAMW_STATES = 2
 MEMORY_TO_LEAVE = 0.8
 """Largest share of the free memory that a step may need to be measured."""
@@ -67,8 +68,8 @@ class ModelSize:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Need:
-    """Bytes that one device needs."""
+class MemoryEstimate:
+    """Estimated bytes on one device, by purpose."""
 
     weights: int
     """Sharded or whole, with master weights."""
@@ -87,14 +88,14 @@ class Need:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class MemoryRow:
     """A step, its estimated memory in each placement, and its measured memory on one device."""
 
     case: StepCase
     parameters: int
     activations: int
     """Peak bytes of activations; with few images, not at the peak of the total."""
-    needs: dict[str, Need]
+    needs: dict[str, MemoryEstimate]
     """By placement."""
     largest_batch: dict[str, int]
     """By placement: largest batch per device; empty without a device memory."""
@@ -127,22 +128,22 @@ def compute_precision(precision: Precision, sharding: Sharding) -> Precision:
     return "bf16-weights" if precision == "bf16" and sharding != "none" else precision
 
 
-def need(
+def estimate_memory(
     size: ModelSize,
     simulation: Simulation,
     placement: Placement,
     precision: Precision,
     *,
     optimizer: bool,
-) -> Need:
-    """Add up what one device needs at the peak of a step.
+) -> MemoryEstimate:
+    """Estimate the memory that one device needs at the peak of a step.
 
     Args:
-        size: the model's.
-        simulation: the step's activations, computed in `compute_precision`.
-        placement: the devices.
-        precision: of the training.
-        optimizer: whether AdamW's state is there.
+        size: numbers of parameters of the model.
+        simulation: activations of the step, simulated in `compute_precision`.
+        placement: distribution over devices.
+        precision: precision of the training.
+        optimizer: whether to include AdamW's state.
     """
     computed = 2 if compute_precision(precision, placement.sharding) == "bf16-weights" else 4
     kept = 2 if precision == "bf16-weights" else 4
@@ -157,7 +158,7 @@ def need(
             gathered = computed * (size.gathered + size.largest_unit)
             gradient = kept * share / whole
     peak = worst_peak(simulation.peaks, gradient)
-    return Need(
+    return MemoryEstimate(
         weights=weights,
         optimizer=states,
         gathered=gathered,
@@ -201,7 +202,7 @@ def run_cases(action: Literal["simulate", "measure"], cases: Sequence[StepCase])
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            env=without_launcher() | at_once,
+            env=environment_without_launcher() | at_once,
             text=True,
         ) as process,
     ):
@@ -228,8 +229,8 @@ def make_rows(
     device_memory: int | None,
     measure: bool,
     say: Callable[[str], None],
-) -> list[Row]:
-    """Return a row for each case; see `Row`.
+) -> list[MemoryRow]:
+    """Return a row for each case; see `MemoryRow`.
 
     Args:
         cases: steps.
@@ -239,7 +240,7 @@ def make_rows(
         say: called with progress messages.
     """
     rows = [
-        count(asked, answers, placements, device_memory)
+        estimate_row(asked, answers, placements, device_memory)
         for asked, answers in simulations(cases, placements, bool(device_memory), say)
     ]
     if not measure:
@@ -247,7 +248,7 @@ def make_rows(
     return [_measured(row, say) for row in rows]
 
 
-def _measured(row: Row, say: Callable[[str], None]) -> Row:
+def _measured(row: MemoryRow, say: Callable[[str], None]) -> MemoryRow:
     """Add a measurement if the step fits this machine."""
     if row.needs["none"].total > MEMORY_TO_LEAVE * free_memory():
         return row
@@ -281,18 +282,18 @@ def simulations(
         yield case, dict(zip(steps, islice(answers, len(steps)), strict=True))
 
 
-def count(
+def estimate_row(
     case: StepCase,
     found: Mapping[StepCase, Simulation],
     placements: Sequence[Placement],
     device_memory: int | None,
-) -> Row:
-    """Return the row of a case from its simulations, without a measurement."""
+) -> MemoryRow:
+    """Estimate the memory of a case from its simulations; nothing is measured."""
     size = model_size(case, {placement.devices for placement in placements})
 
-    def needs(batch: int) -> dict[str, Need]:
+    def needs(batch: int) -> dict[str, MemoryEstimate]:
         return {
-            str(place): need(
+            str(place): estimate_memory(
                 size,
                 found[
                     replace(
@@ -318,7 +319,7 @@ def count(
             )
             for name in few
         }
-    return Row(
+    return MemoryRow(
         case=case,
         parameters=size.parameters,
         activations=max(peak.activations for peak in found[case].peaks),

@@ -153,7 +153,7 @@ def simulate(case: StepCase) -> Simulation:
         model = build_step_model(case)
     peaks: list[Peak] = []
     finished = 0
-    with _fake_mode(), LiveBytes() as live, few_groups():
+    with _fake_mode(), LiveBytes() as live, only_two_groups():
         _materialise(model)
         weights = live.now
 
@@ -194,7 +194,7 @@ def _rising(peaks: Iterable[Peak]) -> Iterator[Peak]:
 
 
 @contextlib.contextmanager
-def few_groups() -> Iterator[None]:
+def only_two_groups() -> Iterator[None]:
     """Stop sequential attention after two groups, since the others need the same memory.
 
     The second needs the most: it starts while tensors of the first are alive.

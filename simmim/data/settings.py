@@ -10,7 +10,7 @@ from simmim.data.datasets.mixture import Shards
 from simmim.data.datasets.opening import (
     ShardsSetting,
     folders_of,
-    holds_images,
+    is_image_folder,
     measured_statistics,
     open_sets,
     weights_of,
@@ -187,7 +187,7 @@ def with_statistics(data: Data) -> Data:
     if MEASURED not in (data.mean, data.std):
         return data
     for folder in folders_of(data.shards):
-        if holds_images(locate(folder)):
+        if is_image_folder(locate(folder)):
             raise ValueError(
                 f"data.mean and data.std can only be measured of shards, and {folder} is a folder"
                 f" of images: set them to numbers, or make shards: data-prep shard {folder} DST,"

@@ -1,1 +1,1 @@
-"""`simmim doctor`: what can be known of a training before it starts."""
+"""`simmim doctor`: check a training setup before it starts."""

@@ -16,20 +16,22 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `simmim doctor`."""
     command.description = (
         "Check recipe, run folder, data, memory, disk and speeds, take dry steps on every process, "
-        "and print what to change. Nothing is written. Start it as training would be: with "
+        "and print what to change. Nothing is written. Launch it the same way as training: with "
         "accelerate launch or torchrun for several processes. --KEY VALUE overrides any field of "
         "the recipe. Exit code 2 if training would fail."
     )
     command.add_argument("--config", required=True, type=Path, help="the recipe, a YAML file")
     command.add_argument("--folder", help="run folder (default: runs/ and the recipe's name)")
     command.add_argument(
-        "--resume", metavar="auto|PATH", help="as it will be given to the training"
+        "--resume",
+        metavar="auto|PATH",
+        help="the value of --resume that training will be started with",
     )
     command.add_argument(
         "--seconds",
         type=float,
         default=SECONDS,
-        help="seconds to read data for, and again to compute for (default: %(default)s)",
+        help="seconds of reading data, and of taking dry steps (default: %(default)s)",
     )
     command.set_defaults(handler=run_doctor, takes_overrides=True)
 

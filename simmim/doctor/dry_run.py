@@ -27,7 +27,7 @@ from simmim.engine.monitor.hardware import (
 )
 from simmim.engine.monitor.progress import duration
 from simmim.engine.optimizer import set_learning_rate
-from simmim.engine.stage import Stage
+from simmim.engine.stage import TrainingStage
 from simmim.tasks.all_tasks import TaskStage
 from simmim.tasks.recipe import TaskRecipe
 
@@ -77,7 +77,7 @@ class DryRunError(Exception):
     """Some rank failed; the argument is the check that reports it."""
 
 
-def dry_run(stage: Stage, accelerator: Accelerator, seconds: float) -> DryRun:
+def dry_run(stage: TrainingStage, accelerator: Accelerator, seconds: float) -> DryRun:
     """Read data and take steps for a while; all ranks call it together.
 
     Args:
@@ -162,7 +162,7 @@ def gather_value(accelerator: Accelerator, value: float) -> list[float]:
 
 
 def _read(
-    stage: Stage, accelerator: Accelerator, seconds: float
+    stage: TrainingStage, accelerator: Accelerator, seconds: float
 ) -> tuple[float, float, list[Batch]]:
     """Return seconds to the first batch, this rank's samples per second, and micro-batches."""
     training = stage.recipe.training
@@ -187,7 +187,7 @@ def _read(
     return first - began, images / max(time.perf_counter() - first, 1e-9), kept
 
 
-def _step_alone(stage: Stage, accelerator: Accelerator, batches: list[Batch]) -> None:
+def _step_alone(stage: TrainingStage, accelerator: Accelerator, batches: list[Batch]) -> None:
     """Compute a loss on this rank's own module."""
     module = stage.module.to(accelerator.device)
     with accelerator.autocast():
@@ -197,7 +197,7 @@ def _step_alone(stage: Stage, accelerator: Accelerator, batches: list[Batch]) ->
 
 
 def _steps(
-    stage: Stage, accelerator: Accelerator, batches: list[Batch], seconds: float
+    stage: TrainingStage, accelerator: Accelerator, batches: list[Batch], seconds: float
 ) -> tuple[float, float, float]:
     """Return samples per second over all ranks, and loss and gradient norm of the last step."""
     training = stage.recipe.training

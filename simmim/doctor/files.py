@@ -27,7 +27,7 @@ NAMED = 5
 
 
 @dataclass
-class Prepared:
+class PreparedSamples:
     """What preparing some samples found."""
 
     count: int = 0
@@ -98,11 +98,11 @@ def check_presence(sets: list[LocalFiles[Any]]) -> Check:
     )
 
 
-def prepare_some(source: SampleSource[Any], prepare: Prepare) -> Prepared:
+def prepare_some(source: SampleSource[Any], prepare: Prepare) -> PreparedSamples:
     """Prepare samples spread evenly over all shards, for a limited time."""
     ends = np.cumsum(source.sizes)
     places = np.unique(np.linspace(0, source.samples - 1, min(PREPARED, source.samples)))
-    found, began = Prepared(), time.perf_counter()
+    found, began = PreparedSamples(), time.perf_counter()
     # In random order, which covers the whole set even if time runs out.
     for place in np.random.default_rng(0).permutation(places.astype(int)).tolist():
         if time.perf_counter() - began > PREPARING_SECONDS:
@@ -123,7 +123,7 @@ def prepare_some(source: SampleSource[Any], prepare: Prepare) -> Prepared:
     return found
 
 
-def _note(found: Prepared, targets: Targets | None) -> None:
+def _note(found: PreparedSamples, targets: Targets | None) -> None:
     match targets:
         case ClassMap(classes=classes):
             values, counts = torch.unique(classes, return_counts=True)

@@ -22,7 +22,7 @@ FULL = 0.9
 
 def check_memory(recipe: TaskRecipe, device: torch.device, world: int) -> Iterator[Check]:
     """Compare the estimated memory of a step with the device's; see `simmim bench memory`."""
-    if recipe.counted_mask_cell is None:
+    if recipe.mask_cell_for_estimate is None:
         yield Check(
             name="memory",
             verdict="ok",
@@ -33,7 +33,7 @@ def check_memory(recipe: TaskRecipe, device: torch.device, world: int) -> Iterat
     training = recipe.training
     share = training.batch_size // world
     micro = max(1, share // training.accumulation)
-    case = step_case(recipe, micro, recipe.counted_mask_cell)
+    case = step_case(recipe, micro, recipe.mask_cell_for_estimate)
     placement = _placement(world)
     needed = _needed(case, placement)
     there = device_memory(device)

@@ -157,7 +157,7 @@ def _sha256(place: Path) -> str:
 
 
 @dataclass
-class Decoded:
+class DecodedSamples:
     """What decoding some samples found."""
 
     count: int = 0
@@ -169,10 +169,10 @@ class Decoded:
     seconds: float = 0.0
 
 
-def decode_some(shards: Shards, data: AugmentedDataSettings, channels: int) -> Decoded:
+def decode_some(shards: Shards, data: AugmentedDataSettings, channels: int) -> DecodedSamples:
     """Decode samples spread evenly over all shards, for a limited time."""
     ends = np.cumsum(shards.sizes)
-    found = Decoded()
+    found = DecodedSamples()
     began = time.perf_counter()
     # If reading a sample fetches its whole shard, one shard has to be enough.
     reach = shards.sizes[0] if shards.fetches_whole_shards else shards.samples
@@ -235,7 +235,7 @@ def check_samples(shards: Shards, data: AugmentedDataSettings, channels: int) ->
     yield from _check_statistics(found, data)
 
 
-def _check_sizes(found: Decoded, data: AugmentedDataSettings) -> Check:
+def _check_sizes(found: DecodedSamples, data: AugmentedDataSettings) -> Check:
     sides = np.array(found.short_sides)
     small = float((sides < data.image_size).mean())
     text = (
@@ -252,7 +252,7 @@ def _check_sizes(found: Decoded, data: AugmentedDataSettings) -> Check:
     return Check(name="image sizes", verdict="ok", found=text)
 
 
-def _check_channels(found: Decoded, channels: int) -> Iterator[Check]:
+def _check_channels(found: DecodedSamples, channels: int) -> Iterator[Check]:
     grey = (found.modes["L"] + found.modes["1"]) / sum(found.modes.values())
     listed = ", ".join(f"{count} {mode}" for mode, count in found.modes.most_common())
     if channels == 3 and grey > 0.5:
@@ -266,7 +266,7 @@ def _check_channels(found: Decoded, channels: int) -> Iterator[Check]:
         yield Check(name="channels", verdict="ok", found=f"{listed}; the encoder takes {channels}")
 
 
-def _check_statistics(found: Decoded, data: AugmentedDataSettings) -> Iterator[Check]:
+def _check_statistics(found: DecodedSamples, data: AugmentedDataSettings) -> Iterator[Check]:
     if isinstance(data.mean, str) or isinstance(data.std, str):
         return
     mean = np.mean(found.means, axis=0)

@@ -15,7 +15,7 @@ from simmim.engine.distributed.sharding import (
 )
 from simmim.engine.distributed.watchdog import group_timeout
 from simmim.engine.optimizer import build_optimizer, parameter_groups
-from simmim.engine.stage import Stage
+from simmim.engine.stage import TrainingStage
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Options of glibc's mallopt."""
@@ -44,7 +44,9 @@ def build_accelerator(precision: str, rank_timeout: float = 600.0) -> Accelerato
         )
 
 
-def prepare(stage: Stage, accelerator: Accelerator) -> tuple[nn.Module, torch.optim.Optimizer]:
+def prepare(
+    stage: TrainingStage, accelerator: Accelerator
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Move a stage's module to its devices, whole or sharded, and build the optimiser.
 
     Returns:

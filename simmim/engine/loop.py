@@ -22,7 +22,7 @@ from simmim.engine.monitor.anomalies import propagate_nonfinite
 from simmim.engine.monitor.monitor import ReportWriter
 from simmim.engine.optimizer import set_learning_rate
 from simmim.engine.run import RunFolder
-from simmim.engine.stage import Stage
+from simmim.engine.stage import TrainingStage
 from simmim.engine.trainer import Trainer
 
 
@@ -40,7 +40,7 @@ class TrainingResult:
 
 
 def train(
-    stage: Stage,
+    stage: TrainingStage,
     run: RunFolder,
     accelerator: Accelerator,
     resume: str | None,

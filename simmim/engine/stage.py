@@ -1,4 +1,4 @@
-"""Stage: what a task supplies to the training loop."""
+"""TrainingStage: what a task supplies to the training loop."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from simmim.data.order.source import SampleSource
 from simmim.engine.run import RunFolder
 
 
-class Stage(Protocol):
+class TrainingStage(Protocol):
     """Model, data and evaluation that a task supplies to the training loop."""
 
     @property
@@ -57,7 +57,7 @@ class Stage(Protocol):
         Called only on the main process, once the module is on its device.
         """
 
-    def fresh(self) -> "Stage":
+    def fresh(self) -> "TrainingStage":
         """Return a stage of the same recipe with initial weights on the CPU."""
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:

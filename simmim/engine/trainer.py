@@ -29,7 +29,7 @@ from simmim.engine.optimizer import layer_table, parameter_groups
 from simmim.engine.run import RunFolder
 from simmim.engine.schedule import learning_rate
 from simmim.engine.settings import TrainingSettings
-from simmim.engine.stage import Stage
+from simmim.engine.stage import TrainingStage
 from simmim.recipe import recipe_hash, to_yaml
 
 
@@ -48,7 +48,7 @@ class Trainer:
 
     def __init__(
         self,
-        stage: Stage,
+        stage: TrainingStage,
         run: RunFolder,
         accelerator: Accelerator,
         module: nn.Module,

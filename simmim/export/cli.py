@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from simmim.export.export import FORMATS, export
-from simmim.export.import_encoder import IMPORT_FORMATS, Known, import_encoder
+from simmim.export.import_encoder import IMPORT_FORMATS, ImportOptions, import_encoder
 from swinv2.bridges.sizes import PretrainedWindows
 
 
@@ -23,9 +23,9 @@ def add_export_arguments(command: argparse.ArgumentParser) -> None:
         "--format",
         choices=FORMATS,
         default="native",
-        help="native: an encoder directory with any head; transformers, timm: what these libraries "
-        "load; reference: a checkpoint of the published code; onnx, torch-export: a graph that "
-        "runs without this code (default: %(default)s)",
+        help="native: an encoder directory with any head; transformers, timm: in the format of "
+        "these libraries; reference: a checkpoint of the published code; onnx, torch-export: a "
+        "graph that runs without this code (default: %(default)s)",
     )
     command.add_argument(
         "--any-size",
@@ -33,7 +33,7 @@ def add_export_arguments(command: argparse.ArgumentParser) -> None:
         help="onnx and torch-export: dynamic height and width (default: the encoder's size)",
     )
     command.add_argument(
-        "--best", action="store_true", help="take the best checkpoint of the run, not the last"
+        "--best", action="store_true", help="use the best checkpoint of the run, not the last"
     )
     command.set_defaults(handler=run_export)
 
@@ -56,7 +56,7 @@ def add_import_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `simmim import`."""
     command.description = (
         "Convert a third-party Swin Transformer V2 checkpoint to an encoder directory. Sizes are "
-        "read from the file; those it does not record have to be given. No code in it is run."
+        "read from the file; give those that it does not record. Code in the file is never run."
     )
     command.add_argument("source", metavar="SRC", type=Path, help="checkpoint file or folder")
     command.add_argument("destination", metavar="DST", type=Path, help="output folder")
@@ -93,7 +93,7 @@ def add_import_arguments(command: argparse.ArgumentParser) -> None:
 def run_import(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run `simmim import`."""
     del overrides
-    known = Known(
+    known = ImportOptions(
         architecture=arguments.architecture,
         image_size=arguments.image_size,
         window_size=arguments.window_size,

@@ -21,7 +21,7 @@ IMPORT_FORMATS: tuple[ImportFormat, ...] = ("reference", "timm", "transformers")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Known:
+class ImportOptions:
     """Sizes and normalisation given by the user; None is read from the file."""
 
     architecture: str | None = None
@@ -38,7 +38,9 @@ class Known:
     """Per channel."""
 
 
-def import_encoder(source: Path, destination: Path, form: ImportFormat, known: Known) -> list[str]:
+def import_encoder(
+    source: Path, destination: Path, form: ImportFormat, known: ImportOptions
+) -> list[str]:
     """Convert a third-party checkpoint to the encoder directory `destination`.
 
     Args:
@@ -93,7 +95,7 @@ def import_encoder(source: Path, destination: Path, form: ImportFormat, known: K
     return [*lines, *(f"  {line}" for line in compared)]
 
 
-def _read(source: Path, form: ImportFormat, known: Known) -> ImportedEncoder:
+def _read(source: Path, form: ImportFormat, known: ImportOptions) -> ImportedEncoder:
     given: dict[str, Any] = {
         "image_size": known.image_size,
         "window_size": known.window_size,

@@ -29,7 +29,7 @@ from simmim.tasks.pretrained import HEAD_FOLDER
 from simmim.tasks.recipe import FineTuningRecipe
 from simmim.tasks.segmentation.dense_stage import DenseStage, load_dense
 from swinv2 import SwinV2, VideoSwinV2, load_video_encoder, read_video_config
-from swinv2.bridges.checkpoints import Classifier, MaskedImageHead
+from swinv2.bridges.checkpoints import ClassifierHead, MaskedImageHead
 from swinv2.bridges.transformers_backbone import encoder_from_backbone
 from swinv2.config_file import Provenance, is_video_encoder, read_encoder_config
 from swinv2.weights import load_encoder, load_strictly
@@ -60,7 +60,7 @@ class TrainedModel:
     """Of an encoder of clips: provenance of the image encoder that it was inflated from."""
     head: MaskedImageHead | None = None
     """Mask token and decoder, from a pretraining run."""
-    classifier: Classifier | None = None
+    classifier: ClassifierHead | None = None
     """Linear head, from a classification of images or clips."""
     classes: tuple[str, ...] = ()
     """Class names of the classifier; empty if they are no longer known."""
@@ -212,7 +212,7 @@ def _fill_classifier(
     return replace(
         found,
         encoder=found.encoder.eval(),
-        classifier=Classifier(weight=head["weight"], bias=head["bias"]),
+        classifier=ClassifierHead(weight=head["weight"], bias=head["bias"]),
         classes=_class_names(stage, recipe, run, len(head["bias"])),
     )
 
@@ -241,7 +241,7 @@ def _with_head(found: TrainedModel, folder: Path) -> TrainedModel:
         tensors, classes = read_head(folder / HEAD_FOLDER)
         linear = nn.Linear(found.encoder.num_features, len(classes))
         load_strictly(linear, tensors, str(folder / HEAD_FOLDER))
-        classifier = Classifier(weight=linear.weight.detach(), bias=linear.bias.detach())
+        classifier = ClassifierHead(weight=linear.weight.detach(), bias=linear.bias.detach())
         return replace(found, classifier=classifier, classes=classes)
     for task in ("segmentation", "detection"):
         place = folder / task

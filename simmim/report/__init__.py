@@ -1,1 +1,1 @@
-"""Pictures of what a run learns."""
+"""HTML reports of runs, with charts and reconstructions."""

@@ -70,7 +70,7 @@ def labels_page(
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>"
         f"<h1>{escape(title)}</h1>{paragraphs}<table><tr>{cells}</tr>{body}</table>"
         f"<figure><figcaption>{escape(METRICS.get(metric, metric))}, by the share of labels"
-        f"</figcaption>{drawing(scores)}</figure></body></html>\n"
+        f"</figcaption>{scores_svg(scores)}</figure></body></html>\n"
     )
 
 
@@ -81,20 +81,24 @@ def table_of(scores: Sequence[LabelScores], metric: str) -> list[list[str]]:
     for fraction in sorted({one.fraction for one in scores}):
         found = {one.start: one for one in scores if one.fraction == fraction}
         pretrained, scratch = found.get("pretrained"), found.get("scratch")
-        gain = "" if pretrained is None or scratch is None else f"{gained(scores, fraction):+.1f}"
+        gain = (
+            ""
+            if pretrained is None or scratch is None
+            else f"{gain_from_pretraining(scores, fraction):+.1f}"
+        )
         texts = [one.text if one is not None else "" for one in (pretrained, scratch)]
         seeds = max(len(one.values) for one in found.values())
         rows.append([f"{100 * fraction:g} %", *texts, gain, str(seeds)])
     return rows
 
 
-def gained(scores: Sequence[LabelScores], fraction: float) -> float:
+def gain_from_pretraining(scores: Sequence[LabelScores], fraction: float) -> float:
     """Return the gain from pretraining with a share of the labels, in percentage points."""
     found = {one.start: one.mean for one in scores if one.fraction == fraction}
     return found["pretrained"] - found["scratch"]
 
 
-def drawing(scores: Sequence[LabelScores]) -> str:
+def scores_svg(scores: Sequence[LabelScores]) -> str:
     """Return a standalone SVG: means as lines, seeds as dots, standard deviations as bars.
 
     The axis of the share of labels is logarithmic.

@@ -37,7 +37,7 @@ DataT = TypeVar("DataT", bound=SampleSource[Any])
 
 
 class FineTuningStage(ABC, Generic[RecipeT, DataT]):
-    """A `simmim.engine.stage.Stage` on labelled data; tasks fill in the abstract methods.
+    """A `simmim.engine.stage.TrainingStage` on labelled data; tasks fill in the abstract methods.
 
     Args:
         recipe: the recipe.

@@ -15,7 +15,7 @@ from typing import Literal
 from data_prep.format.atomic import atomic_write_text
 from simmim.engine.run import RunFolder
 from simmim.recipe import load, read_values
-from simmim.report.labels_page import LabelScores, drawing, labels_page, table_of
+from simmim.report.labels_page import LabelScores, labels_page, scores_svg, table_of
 from simmim.tasks.all_tasks import fine_tuning_named
 from simmim.tasks.recipe import SCRATCH, FineTuningRecipe
 
@@ -147,6 +147,6 @@ def _write(
     )
     page = labels_page("Accuracy with few labels", scores, metric, [note])
     atomic_write_text(folder / "labels.html", page)
-    atomic_write_text(folder / "labels.svg", drawing(scores) + "\n")
+    atomic_write_text(folder / "labels.svg", scores_svg(scores) + "\n")
     text = json.dumps([asdict(one) for one in scores], indent=1)
     atomic_write_text(folder / "labels.json", text + "\n")

@@ -178,7 +178,7 @@ class TaskRecipe:
         return None
 
     @property
-    def counted_mask_cell(self) -> int | None:
+    def mask_cell_for_estimate(self) -> int | None:
         """Mask cell of a SimMIM step that needs as much memory; None if no such step does."""
         return None
 

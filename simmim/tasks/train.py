@@ -19,7 +19,7 @@ from simmim.engine.loop import TrainingResult, train
 from simmim.engine.monitor.tracking import chosen_trackers
 from simmim.engine.run import RunFolder
 from simmim.engine.settings import TrainingSettings
-from simmim.engine.stage import Stage
+from simmim.engine.stage import TrainingStage
 from simmim.report.page import write_report
 
 
@@ -35,7 +35,7 @@ RecipeT = TypeVar("RecipeT", bound=HasTraining)
 
 
 def train_recipe(
-    make_stage: Callable[[RecipeT], Stage],
+    make_stage: Callable[[RecipeT], TrainingStage],
     recipe: RecipeT,
     *,
     run: RunFolder,

@@ -36,7 +36,7 @@ class MaskedImageHead:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classifier:
+class ClassifierHead:
     """A linear head on average-pooled features."""
 
     weight: Tensor
@@ -59,7 +59,7 @@ class ImportedEncoder:
     std: tuple[float, ...]
     head: MaskedImageHead | None
     """Mask token and decoder, from a SimMIM pretraining."""
-    classifier: Classifier | None
+    classifier: ClassifierHead | None
     """Linear head of a classification model."""
     dropped: tuple[str, ...]
     """Buffers of the file that are not read: they are computed from the sizes."""
@@ -74,7 +74,7 @@ WRAPPERS = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class CheckpointContents:
     """Contents of a checkpoint file."""
 
     source: str
@@ -85,7 +85,7 @@ class Checkpoint:
     """Other entries by name; empty for a file of tensors only."""
 
 
-def read_checkpoint(path: str | os.PathLike[str], entries: Iterable[str]) -> Checkpoint:
+def read_checkpoint(path: str | os.PathLike[str], entries: Iterable[str]) -> CheckpointContents:
     """Read a safetensors file or a pickle of tensors and plain values on to the CPU.
 
     Args:
@@ -118,7 +118,7 @@ def read_checkpoint(path: str | os.PathLike[str], entries: Iterable[str]) -> Che
             + (f"; it has {', '.join(strange[:5])}" if strange else "")
             + ": give a checkpoint of a model."
         )
-    return Checkpoint(source=str(file), tensors=tensors, extras=extras)
+    return CheckpointContents(source=str(file), tensors=tensors, extras=extras)
 
 
 def _describe_missing(file: Path) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swinv2.bridges.checkpoints import BridgeError, Classifier, ImportedEncoder, MaskedImageHead
+from swinv2.bridges.checkpoints import BridgeError, ClassifierHead, ImportedEncoder, MaskedImageHead
 from swinv2.bridges.sizes import Sizes, resolve_config
 from swinv2.config import SwinV2Config
 from swinv2.config_file import check_normalisation
@@ -141,10 +141,10 @@ def _masked_image_head(found: ParsedCheckpoint) -> MaskedImageHead | None:
     )
 
 
-def _classifier(found: ParsedCheckpoint) -> Classifier | None:
+def _classifier(found: ParsedCheckpoint) -> ClassifierHead | None:
     if found.num_classes is None:
         return None
-    return Classifier(
+    return ClassifierHead(
         weight=found.tensors[f"{found.layout.classifier}weight"].float(),
         bias=found.tensors[f"{found.layout.classifier}bias"].float(),
     )

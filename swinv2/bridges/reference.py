@@ -20,7 +20,7 @@ from swinv2.atomic import atomic_folder
 from swinv2.attention import window_grid
 from swinv2.bridges.checkpoints import (
     BridgeError,
-    Classifier,
+    ClassifierHead,
     ImportedEncoder,
     MaskedImageHead,
     read_checkpoint,
@@ -100,7 +100,7 @@ def to_reference(
     encoder: SwinV2,
     *,
     head: MaskedImageHead | None = None,
-    classifier: Classifier | None = None,
+    classifier: ClassifierHead | None = None,
 ) -> dict[str, Tensor]:
     """Return the encoder's tensors under the published names, on the CPU.
 
@@ -142,7 +142,7 @@ def export_reference(
     mean: Sequence[float],
     std: Sequence[float],
     head: MaskedImageHead | None = None,
-    classifier: Classifier | None = None,
+    classifier: ClassifierHead | None = None,
     images: Tensor | None = None,
     report: Report = ignore,
 ) -> Path:

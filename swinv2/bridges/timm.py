@@ -19,7 +19,7 @@ from torch import Tensor
 from swinv2.atomic import atomic_folder
 from swinv2.bridges.checkpoints import (
     BridgeError,
-    Classifier,
+    ClassifierHead,
     ImportedEncoder,
     read_checkpoint,
     read_json,
@@ -177,7 +177,7 @@ def timm_arguments(encoder: SwinV2) -> tuple[str, dict[str, Any]]:
     return _model_name(config, arguments), arguments
 
 
-def to_timm(encoder: SwinV2, *, classifier: Classifier | None = None) -> dict[str, Tensor]:
+def to_timm(encoder: SwinV2, *, classifier: ClassifierHead | None = None) -> dict[str, Tensor]:
     """Return the encoder's tensors under the names of timm's `swinv2_*`, on the CPU.
 
     Raises:
@@ -210,7 +210,7 @@ def export_timm(
     *,
     mean: Sequence[float],
     std: Sequence[float],
-    classifier: Classifier | None = None,
+    classifier: ClassifierHead | None = None,
     images: Tensor | None = None,
     report: Report = ignore,
 ) -> Path:

@@ -21,7 +21,7 @@ from torch import Tensor
 from swinv2.atomic import atomic_folder
 from swinv2.bridges.checkpoints import (
     BridgeError,
-    Classifier,
+    ClassifierHead,
     ImportedEncoder,
     MaskedImageHead,
     read_checkpoint,
@@ -105,7 +105,7 @@ def to_transformers_masked(encoder: SwinV2, head: MaskedImageHead) -> dict[str, 
     }
 
 
-def to_transformers_classifier(encoder: SwinV2, classifier: Classifier) -> dict[str, Tensor]:
+def to_transformers_classifier(encoder: SwinV2, classifier: ClassifierHead) -> dict[str, Tensor]:
     """Return all tensors under the names of `Swinv2ForImageClassification`, on the CPU.
 
     Raises:
@@ -130,7 +130,7 @@ def export_transformers(
     mean: Sequence[float],
     std: Sequence[float],
     head: MaskedImageHead | None = None,
-    classifier: Classifier | None = None,
+    classifier: ClassifierHead | None = None,
     classes: Sequence[str] = (),
     images: Tensor | None = None,
     report: Report = ignore,
@@ -278,7 +278,7 @@ def _contents(
     encoder: SwinV2,
     config: Mapping[str, Any],
     head: MaskedImageHead | None,
-    classifier: Classifier | None,
+    classifier: ClassifierHead | None,
     classes: Sequence[str],
 ) -> dict[ModelClass, tuple[Mapping[str, Any], dict[str, Tensor]]]:
     """Return the config and the tensors of each class."""

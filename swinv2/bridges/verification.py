@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from swinv2.bridges.checkpoints import BridgeError, Classifier, MaskedImageHead, read_json
+from swinv2.bridges.checkpoints import BridgeError, ClassifierHead, MaskedImageHead, read_json
 from swinv2.bridges.transformers_layout import FOLDERS, ModelClass
 from swinv2.config import SwinV2Config
 from swinv2.config_file import CONFIG_FILE, WEIGHTS_FILE
@@ -190,7 +190,7 @@ def compare_timm(
     folder: Path,
     encoder: SwinV2,
     *,
-    classifier: Classifier | None,
+    classifier: ClassifierHead | None,
     images: Tensor | None,
     report: Report,
 ) -> None:
@@ -247,7 +247,7 @@ def compare_transformers(
     encoder: SwinV2,
     *,
     head: MaskedImageHead | None,
-    classifier: Classifier | None,
+    classifier: ClassifierHead | None,
     images: Tensor | None,
     report: Report,
 ) -> None:

@@ -34,7 +34,7 @@ def fused_attention(qkv: Tensor, *, scale: Tensor, bias: Tensor, mask: Tensor | 
     return mixed.transpose(2, 3).flatten(3)
 
 
-class _Attention(torch.autograd.Function):
+class _FusedAttention(torch.autograd.Function):
     """Attention of (batch, windows, heads, tokens, d).
 
     The exponentials are rounded to the precision of the values and saved before dividing by their
@@ -87,7 +87,7 @@ class _Attention(torch.autograd.Function):
         return for_query, for_key, for_value, for_scale, for_bias, None
 
 
-_attend: Any = _Attention.apply
+_attend: Any = _FusedAttention.apply
 
 
 def _inverse_norms(vectors: Tensor, precise: torch.dtype) -> Tensor:

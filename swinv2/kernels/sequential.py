@@ -196,7 +196,7 @@ def _gradients(
 _attend.register_autograd(_backward, setup_context=_save)
 
 
-class _Attention(torch.autograd.Function):
+class _SequentialAttention(torch.autograd.Function):
     """The operators without the dispatcher, which costs time eagerly."""
 
     @staticmethod
@@ -211,7 +211,7 @@ class _Attention(torch.autograd.Function):
         return _gradients(ctx, gradient, attend_backward)
 
 
-_apply: Any = _Attention.apply
+_apply: Any = _SequentialAttention.apply
 
 
 def _num_weights(roles: Tensor) -> int:

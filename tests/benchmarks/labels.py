@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from simmim.report.labels_page import LabelScores, gained
+from simmim.report.labels_page import LabelScores, gain_from_pretraining
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "../shared/data/cifar10.zip"
@@ -68,7 +68,7 @@ def check_gain(folder: Path, share: float, expected: float) -> bool:
     """Print the gain from pretraining at a fraction of the labels; return whether it suffices."""
     found = json.loads((folder / "labels.json").read_text())
     scores = [LabelScores(**(one | {"values": tuple(one["values"])})) for one in found]
-    points = gained(scores, share)
+    points = gain_from_pretraining(scores, share)
     say(f"{folder.name}, {100 * share:g} %: {points:+.1f} points (expected: {expected:g})")
     return points >= expected
 

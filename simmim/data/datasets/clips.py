@@ -134,13 +134,13 @@ def open_clips(source: str, *, classes: Sequence[str] | None = None) -> ClipSet:
     return ClipSet(path, names, clips)
 
 
-Found = dict[str, list[tuple[str, Path]]]
+ClipsByClass = dict[str, list[tuple[str, Path]]]
 """(key, path) of the clips of each class."""
 
 
-def _in_folders(folder: Path) -> Found:
+def _in_folders(folder: Path) -> ClipsByClass:
     """List the clips below each subfolder, at any depth."""
-    found: Found = {}
+    found: ClipsByClass = {}
     for subfolder in sorted(folder.iterdir()):
         if subfolder.is_dir() and not subfolder.name.startswith("."):
             found[subfolder.name] = [
@@ -151,9 +151,9 @@ def _in_folders(folder: Path) -> Found:
     return {name: clips for name, clips in found.items() if clips}
 
 
-def _in_csv(file: Path) -> tuple[Found, dict[str, str]]:
+def _in_csv(file: Path) -> tuple[ClipsByClass, dict[str, str]]:
     """List the clips in a CSV file, and the first line of each class."""
-    found: Found = {}
+    found: ClipsByClass = {}
     where: dict[str, str] = {}
     with file.open(newline="", encoding="utf-8-sig", errors="replace") as text:
         for line, row in enumerate(csv.reader(text), start=1):
@@ -171,7 +171,7 @@ def _in_csv(file: Path) -> tuple[Found, dict[str, str]]:
     return found, where
 
 
-def _class_names(found: Found, file: Path) -> tuple[str, ...]:
+def _class_names(found: ClipsByClass, file: Path) -> tuple[str, ...]:
     """Return the sorted class names; numeric labels count from 0 to the largest."""
     if not all(name.isascii() and name.isdecimal() for name in found):
         return tuple(sorted(found))

@@ -56,12 +56,12 @@ def open_set(folder: str | Path, remote: RemoteReading) -> ImageSet:
         ValueError: it is neither, or cannot be used.
     """
     location = locate(folder)
-    if holds_images(location):
+    if is_image_folder(location):
         return open_folder(location, attempts=remote.attempts)
     return ShardSet(folder, remote=remote)
 
 
-def holds_images(location: Location) -> TypeGuard[Path]:
+def is_image_folder(location: Location) -> TypeGuard[Path]:
     """Return whether a location is a local folder without manifest and tars."""
     if not isinstance(location, Path) or not location.is_dir():
         return False

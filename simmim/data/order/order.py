@@ -227,7 +227,7 @@ class MixedOrder:
         self.slots = slots
         self.shard_sizes = np.concatenate([order.shard_sizes for order in self.orders])
         self._firsts = np.cumsum([0, *(len(order.shard_sizes) for order in self.orders)])
-        self.pattern = pattern(weights, next(period for period in PERIODS if slots % period))
+        self.pattern = dataset_pattern(weights, next(period for period in PERIODS if slots % period))
         self._slots: dict[int, tuple[NDArray[np.int16], NDArray[np.int32]]] = {}
 
     @property
@@ -276,7 +276,7 @@ class MixedOrder:
         return self._slots[slot]
 
 
-def pattern(weights: Sequence[float], period: int) -> NDArray[np.int16]:
+def dataset_pattern(weights: Sequence[float], period: int) -> NDArray[np.int16]:
     """Return the dataset drawn at each of `period` positions, as evenly spread as possible.
 
     Raises ValueError if a weight is so small that its dataset would never be drawn.

@@ -101,7 +101,7 @@ def decode_pixels(
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
             if width * height > max_pixels:
-                raise too_large(width, height, max_pixels)
+                raise too_large_error(width, height, max_pixels)
             if colours in FAST_COLOUR_SPACES:
                 pixels = simplejpeg.decode_jpeg(data, "RGB")
                 return DecodedImage(_orient_and_convert(pixels, data, channels))
@@ -155,7 +155,7 @@ def read_array(data: bytes, *, channels: int, max_pixels: int = MAX_PIXELS) -> N
         raise BadSampleError(f"the array cannot be used: {error}") from None
     height, width = header.shape[:2]
     if height * width > max_pixels:
-        raise too_large(width, height, max_pixels)
+        raise too_large_error(width, height, max_pixels)
     if header.channels != channels:
         raise BadSampleError(
             f"the array has {header.channels} channels, but in_channels is {channels}"
@@ -176,7 +176,7 @@ def check_channels(channels: int) -> None:
         )
 
 
-def too_large(width: int, height: int, max_pixels: int) -> BadSampleError:
+def too_large_error(width: int, height: int, max_pixels: int) -> BadSampleError:
     """Return the error for an image with more pixels than allowed."""
     return BadSampleError(
         f"the image has {width}x{height} pixels, more than the {max_pixels:,} allowed:"
@@ -210,7 +210,7 @@ def decode_pillow(data: bytes, *, channels: int = 3, max_pixels: int = MAX_PIXEL
             raise BadSampleError("the image is damaged or of an unknown format") from None
         except DECODING_ERRORS as error:
             raise BadSampleError(f"the image is damaged: {error}") from error
-    raise too_large(width, height, max_pixels)
+    raise too_large_error(width, height, max_pixels)
 
 
 def orientation_transpose(image: Image.Image) -> Image.Transpose | None:

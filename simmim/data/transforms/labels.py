@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from simmim.data.order.source import BadSampleError, DataError, EncodedImage
-from simmim.data.transforms.decoding import DECODING_ERRORS, too_large
+from simmim.data.transforms.decoding import DECODING_ERRORS, too_large_error
 from simmim.data.transforms.settings import MAX_PIXELS, MultiLabelSettings
 
 IGNORED = 255
@@ -128,7 +128,7 @@ class LabelMapReader:
         try:
             image = Image.open(io.BytesIO(data))
             if image.width * image.height > self.max_pixels:
-                raise too_large(image.width, image.height, self.max_pixels)
+                raise too_large_error(image.width, image.height, self.max_pixels)
             mode, values = image.mode, np.asarray(image)
         except UnidentifiedImageError:
             raise BadSampleError("its label map is damaged or of an unknown format") from None

@@ -287,9 +287,9 @@ def read_json(file: Path, content: "TypeAdapter[Content]", *, strict: bool = Fal
         reason = "; ".join(f"{where}: {what}" if where else what for where, what in mistakes)
     except OSError as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-    raise ValueError(unreadable(file, reason))
+    raise ValueError(unreadable_message(file, reason))
 
 
-def unreadable(path: Path, reason: str) -> str:
+def unreadable_message(path: Path, reason: str) -> str:
     """Return the error message for a part of a checkpoint that cannot be read."""
     return f"{path} cannot be read: {reason}. Resume from an earlier checkpoint with --resume PATH."

@@ -36,7 +36,7 @@ StageT = TypeVar("StageT", bound="Resumable")
 
 
 class Resumable(Protocol):
-    """The members of a stage that resuming needs; see `simmim.engine.stage.Stage`."""
+    """The members of a stage that resuming needs; see `simmim.engine.stage.TrainingStage`."""
 
     @property
     def recipe(self) -> Any:

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from simmim.engine.checkpoint.directory import shard_path, unreadable
+from simmim.engine.checkpoint.directory import shard_path, unreadable_message
 
 Entry = TypeVar("Entry")
 
@@ -56,7 +56,7 @@ class TensorShard:
         return tuple(self.rows.shape) == self.shape
 
 
-def whole(tensor: Tensor) -> TensorShard:
+def whole_tensor(tensor: Tensor) -> TensorShard:
     """Return a shard that holds all rows of a tensor."""
     return TensorShard(tensor, 0, tuple(tensor.shape))
 
@@ -209,4 +209,4 @@ def _below(entries: Mapping[str, Entry], prefix: str) -> dict[str, Entry]:
 
 def _damaged(path: Path, reason: object) -> ValueError:
     text = (str(reason).splitlines() or [type(reason).__name__])[0]
-    return ValueError(unreadable(path, text))
+    return ValueError(unreadable_message(path, text))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simmim.engine.checkpoint.shard_files import ShardFiles, TensorShard, whole
+from simmim.engine.checkpoint.shard_files import ShardFiles, TensorShard, whole_tensor
 
 
 def as_dtensor(tensor: Tensor) -> Any:
@@ -65,7 +65,7 @@ def shard_to_write(tensor: Tensor, rank: int) -> TensorShard | None:
     """Return the shard of a tensor that this rank writes; None if another rank does."""
     sharded = as_dtensor(tensor)
     if sharded is None:
-        return whole(tensor.detach()) if rank == 0 else None
+        return whole_tensor(tensor.detach()) if rank == 0 else None
     first, last = local_rows(tensor)
     is_copy = any(
         placement.is_replicate() and sharded.device_mesh.get_local_rank(axis)

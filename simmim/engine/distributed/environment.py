@@ -50,7 +50,7 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def without_launcher() -> dict[str, str]:
+def environment_without_launcher() -> dict[str, str]:
     """Return the environment without what a launcher set, for a process that runs on its own."""
     return {
         name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_PREFIXES)

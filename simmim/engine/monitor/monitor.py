@@ -19,7 +19,7 @@ from simmim.engine.monitor.hardware import (
 from simmim.engine.monitor.progress import Bar, Clock, Forecast, duration
 from simmim.engine.monitor.tracking import Tracking, chosen_trackers
 from simmim.engine.run import RunFolder
-from simmim.engine.stage import Stage
+from simmim.engine.stage import TrainingStage
 
 GIB = 2**30
 
@@ -55,7 +55,7 @@ class Monitor:
 
     def __init__(
         self,
-        stage: Stage,
+        stage: TrainingStage,
         run: RunFolder,
         accelerator: Accelerator,
         *,

@@ -80,6 +80,6 @@ class ClassificationRecipe(ClassifierRecipe):
         return "top1" if self.data.multi_label is None else "mean_average_precision"
 
     @property
-    def counted_mask_cell(self) -> int:
+    def mask_cell_for_estimate(self) -> int:
         """One cell as large as the image: a classifier needs as much memory as SimMIM."""
         return self.data.image_size

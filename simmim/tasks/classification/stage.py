@@ -104,7 +104,7 @@ class ClassifierStage(FineTuningStage[RecipeT, DataT]):
 
     @property
     def flops_per_sample(self) -> int:
-        """FLOPs of encoder and head; see `simmim.engine.stage.Stage`."""
+        """FLOPs of encoder and head; see `simmim.engine.stage.TrainingStage`."""
         config: SwinV2Config = self.initial.encoder.config
         return forward_flops(config) + 2 * config.num_features * len(self.classes)
 
@@ -204,7 +204,7 @@ class ClassificationStage(ClassifierStage[ClassificationRecipe, Shards]):
         return {"uniform_loss": math.log(2)}
 
     def batches(self, *, rank: int, world: int, start: int, end: int) -> Iterable[Batch]:
-        """Yield this rank's micro-batches; see `simmim.engine.stage.Stage`.
+        """Yield this rank's micro-batches; see `simmim.engine.stage.TrainingStage`.
 
         Raises:
             ValueError: images are mixed in pairs, and the size of a micro-batch is odd.

@@ -24,7 +24,7 @@ from swinv2.bridges.transformers_backbone import fill_backbone
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class Detections:
     """Detections in one image, in the coordinates of the padded square."""
 
     labels: Tensor
@@ -69,7 +69,7 @@ class InstanceMask2Former(nn.Module):
         loss: Tensor = found.loss.squeeze()
         return loss
 
-    def find(self, images: Tensor) -> list[Found]:
+    def find(self, images: Tensor) -> list[Detections]:
         """Return the detections in each image, scored by class and mean mask probability."""
         output = self.net(pixel_values=images)
         found = []
@@ -81,7 +81,7 @@ class InstanceMask2Former(nn.Module):
             certain = (masks.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
             total, order = (best.values * certain).sort(descending=True)
             labels = (best.indices % scores.shape[1])[order]
-            found.append(Found(labels=labels, scores=total, boxes=None, masks=masks[order]))
+            found.append(Detections(labels=labels, scores=total, boxes=None, masks=masks[order]))
         return found
 
 
@@ -133,7 +133,7 @@ class RTDetr(nn.Module):
         loss: Tensor = self.net(pixel_values=images, labels=labels).loss
         return loss
 
-    def find(self, images: Tensor) -> list[Found]:
+    def find(self, images: Tensor) -> list[Detections]:
         """Return the detections in each image."""
         output = self.net(pixel_values=images)
         size = images.new_tensor([images.shape[-1], images.shape[-2]] * 2)
@@ -144,7 +144,7 @@ class RTDetr(nn.Module):
             centres, extents = boxes[best.indices // scores.shape[1]].split(2, dim=1)
             corners = torch.cat([centres - extents / 2, centres + extents / 2], dim=1) * size
             labels = best.indices % scores.shape[1]
-            found.append(Found(labels=labels, scores=best.values, boxes=corners, masks=None))
+            found.append(Detections(labels=labels, scores=best.values, boxes=corners, masks=None))
         return found
 
 

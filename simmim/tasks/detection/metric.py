@@ -9,14 +9,14 @@ import numpy as np
 import torch
 
 from simmim.data.transforms.detection_transforms import box_of
-from simmim.tasks.detection.heads import Found, masks_at
+from simmim.tasks.detection.heads import Detections, masks_at
 
 NAMES = ("map", "map50", "map75", "map_small", "map_medium", "map_large")
 """Names of the first values in COCO's summary."""
 
 
 def results_of(
-    found: Found, image: Sequence[int], side: int, category_ids: Sequence[int]
+    found: Detections, image: Sequence[int], side: int, category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Return detections as COCO results, in pixels of the image.
 
@@ -108,10 +108,10 @@ def _only_box(result: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in result.items() if name != "segmentation"}
 
 
-def above_score(found: Found, least: float) -> Found:
+def above_score(found: Detections, least: float) -> Detections:
     """Return the detections with at least this score."""
     kept = torch.nonzero(found.scores >= least).flatten()
-    return Found(
+    return Detections(
         labels=found.labels[kept],
         scores=found.scores[kept],
         boxes=None if found.boxes is None else found.boxes[kept],

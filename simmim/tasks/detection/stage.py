@@ -17,7 +17,7 @@ from simmim.data.transforms.detection_transforms import (
 )
 from simmim.data.transforms.sample import Instances
 from simmim.tasks.detection.heads import (
-    Found,
+    Detections,
     InstanceMask2Former,
     RTDetr,
     build_detector,
@@ -100,7 +100,7 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
         rank, world = accelerator.process_index, accelerator.num_processes
         for batch in self.held_out(rank=rank, world=world):
             for row, found in enumerate(self._find(accelerator, batch)):
-                seen.append(int(instances(batch, row).image[0]))
+                seen.append(int(instances_of(batch, row).image[0]))
                 results += self._results(batch, row, found)
         results, seen = gather_object(results), gather_object(seen)
         truth = self.validation_shards.ground_truth()
@@ -118,19 +118,21 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
             max_pixels=self.recipe.data.max_pixels,
         )
 
-    def _find(self, accelerator: Accelerator, batch: Batch) -> list[Found]:
+    def _find(self, accelerator: Accelerator, batch: Batch) -> list[Detections]:
         """Return the detections in each image of a batch."""
         images = self.module.normalise(batch.images.to(accelerator.device))
         with accelerator.autocast():
             return self.model.find(images)
 
-    def _results(self, batch: Batch, row: int, found: Found) -> list[dict[str, Any]]:
+    def _results(self, batch: Batch, row: int, found: Detections) -> list[dict[str, Any]]:
         """Return the detections in an image of a batch as COCO results."""
         assert self.validation_shards is not None
-        image, side = instances(batch, row).image.tolist(), self.recipe.data.image_size
+        image, side = instances_of(batch, row).image.tolist(), self.recipe.data.image_size
         return results_of(found, image, side, self.validation_shards.category_ids)
 
-    def drawn(self, accelerator: Accelerator, colours: np.ndarray) -> Iterator[list[np.ndarray]]:
+    def picture_rows(
+        self, accelerator: Accelerator, colours: np.ndarray
+    ) -> Iterator[list[np.ndarray]]:
         """Yield images with true and with detected objects."""
         for batch in self.held_out():
             for row, found in enumerate(self._find(accelerator, batch)):
@@ -142,7 +144,7 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
     ) -> list[np.ndarray]:
         """Return an image with its true and with its detected objects."""
         assert self.validation_shards is not None
-        number, rows, columns = instances(batch, row).image.tolist()
+        number, rows, columns = instances_of(batch, row).image.tolist()
         pixels = square_picture_of(batch, row, (rows, columns))
         truth = self.validation_shards.objects_of(number)
         labels = {one: place for place, one in enumerate(self.validation_shards.category_ids)}
@@ -158,7 +160,7 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
         return tiles
 
 
-def instances(batch: Batch, row: int) -> Instances:
+def instances_of(batch: Batch, row: int) -> Instances:
     """Return the objects in one image of a batch."""
     target = batch.targets[row]
     assert isinstance(target, Instances)

@@ -57,7 +57,7 @@ class PretrainRecipe(TaskRecipe):
         self.execution.check_stages(len(config.depths))
 
     @property
-    def counted_mask_cell(self) -> int:
+    def mask_cell_for_estimate(self) -> int:
         """Side of the mask cells in pixels."""
         return self.mask.cell
 

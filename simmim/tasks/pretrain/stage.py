@@ -99,7 +99,7 @@ class PretrainStage:
 
     @property
     def flops_per_sample(self) -> int:
-        """FLOPs of encoder and decoder; see `simmim.engine.stage.Stage`."""
+        """FLOPs of encoder and decoder; see `simmim.engine.stage.TrainingStage`."""
         config = self.model.encoder.config
         decoded = math.prod(config.stage_resolutions[-1])
         if self.recipe.loss.area == "masked" and self.recipe.mask.cell >= config.strides[-1]:
@@ -108,7 +108,7 @@ class PretrainStage:
         return forward_flops(config) + 2 * decoded * config.num_features * pixels
 
     def batches(self, *, rank: int, world: int, start: int, end: int) -> Iterable[Batch]:
-        """Yield this rank's micro-batches; see `simmim.engine.stage.Stage`."""
+        """Yield this rank's micro-batches; see `simmim.engine.stage.TrainingStage`."""
         recipe = self.recipe
         return training_batches(
             self.training_shards,

@@ -60,8 +60,8 @@ class OnlineProbe:
         )
         assert asked is not None
         self.classes = known.classes
-        self.known = at_most(known, settings.samples)
-        self.asked = at_most(asked, settings.validation_samples)
+        self.known = subsample(known, settings.samples)
+        self.asked = subsample(asked, settings.validation_samples)
 
     def run(
         self, features: Callable[[Batch], Tensor], accelerator: Accelerator
@@ -142,6 +142,6 @@ class OnlineProbe:
         return LabelledFeatures(values=torch.cat(values), labels=torch.cat(labels))
 
 
-def at_most(shards: Shards, samples: int) -> Shards:
+def subsample(shards: Shards, samples: int) -> Shards:
     """Return at most about this many samples, the same fraction of each class."""
     return shards if shards.samples <= samples else shards.share(samples / shards.samples, seed=0)

@@ -204,11 +204,13 @@ class DenseStage(FineTuningStage[RecipeT, DataT]):
 
     @property
     def flops_per_sample(self) -> int:
-        """FLOPs of encoder and head; see `simmim.engine.stage.Stage`."""
+        """FLOPs of encoder and head; see `simmim.engine.stage.TrainingStage`."""
         return self._flops
 
     @abstractmethod
-    def drawn(self, accelerator: Accelerator, colours: np.ndarray) -> Iterator[list[np.ndarray]]:
+    def picture_rows(
+        self, accelerator: Accelerator, colours: np.ndarray
+    ) -> Iterator[list[np.ndarray]]:
         """Yield a row of pictures for each held-out image, one per caption, given class colours."""
 
     @torch.no_grad()
@@ -218,7 +220,7 @@ class DenseStage(FineTuningStage[RecipeT, DataT]):
             return None
         self.module.eval()
         colours = palette(len(self.names))
-        with closing(self.drawn(accelerator, colours)) as drawn:  # type: ignore[type-var]
+        with closing(self.picture_rows(accelerator, colours)) as drawn:  # type: ignore[type-var]
             rows = list(islice(drawn, self.recipe.pictures))
         path = run.reconstructions / f"step-{step:08d}.png"
         write_panel(rows, self.captions, list(zip(self.names, colours, strict=True)), path)

@@ -64,7 +64,7 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
     @staticmethod
     def targets_of(batch: Batch) -> Tensor:
         """Return the classes of all pixels: uint8 (batch, rows, columns)."""
-        return torch.stack([class_map(batch, row) for row in range(len(batch))])
+        return torch.stack([class_map_of(batch, row) for row in range(len(batch))])
 
     def baselines(self) -> dict[str, float]:
         """Return the loss of a uniform prediction for UperNet; none for Mask2Former."""
@@ -79,7 +79,7 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
         return TrainSegmentationTransform(
             side=data.image_size,
             seed=self.recipe.training.seed,
-            labels=label_reading(data),
+            labels=label_map_reader(data),
             mean=self.initial.mean,
             short_side=data.short_side,
             scale=data.scale,
@@ -99,7 +99,7 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
         counts = torch.zeros(classes, classes, dtype=torch.int64, device=accelerator.device)
         with self._at_evaluation_windows():
             for batch in self._views(accelerator.process_index, accelerator.num_processes):
-                truth = class_map(batch).to(accelerator.device)
+                truth = class_map_of(batch).to(accelerator.device)
                 counts += confusion(self._predict(accelerator, batch), truth, classes)
         counts = accelerator.reduce(counts, "sum")
         return segmentation_figures(counts, self.recipe.data.names) if counts.any() else {}
@@ -108,7 +108,7 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
         """Return the transform: the whole image."""
         data = self.recipe.data
         return EvalSegmentationTransform(
-            labels=label_reading(data),
+            labels=label_map_reader(data),
             short_side=data.short_side,
             channels=self.initial.encoder.config.in_channels,
             max_pixels=data.max_pixels,
@@ -121,7 +121,7 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
     def _predict(self, accelerator: Accelerator, batch: Batch) -> Tensor:
         """Return the predicted class of each pixel of an image: int64 (rows, columns)."""
         images = self.module.normalise(batch.images.to(accelerator.device))
-        rows, columns = class_map(batch).shape
+        rows, columns = class_map_of(batch).shape
         with accelerator.autocast():
             scores = predict(
                 self.model.scores,
@@ -144,18 +144,20 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
         finally:
             encoder.set_input(window_size=before.window_size)
 
-    def drawn(self, accelerator: Accelerator, colours: np.ndarray) -> Iterator[list[np.ndarray]]:
+    def picture_rows(
+        self, accelerator: Accelerator, colours: np.ndarray
+    ) -> Iterator[list[np.ndarray]]:
         """Yield image, labels and prediction, at the size of the labels."""
         with self._at_evaluation_windows():
             for batch in self._views(0, 1):
-                truth = class_map(batch).numpy()
+                truth = class_map_of(batch).numpy()
                 pixels = picture_of(batch, 0, truth.shape)
                 found = self._predict(accelerator, batch).cpu().numpy().astype(np.uint8)
                 painted = [paint_classes(pixels, classes, colours) for classes in (truth, found)]
                 yield [pixels, *painted]
 
 
-def label_reading(data: SegmentationData) -> LabelMapReader:
+def label_map_reader(data: SegmentationData) -> LabelMapReader:
     """Return the reader of annotations."""
     return LabelMapReader(
         num_classes=data.num_classes,
@@ -165,7 +167,7 @@ def label_reading(data: SegmentationData) -> LabelMapReader:
     )
 
 
-def class_map(batch: Batch, row: int = 0) -> Tensor:
+def class_map_of(batch: Batch, row: int = 0) -> Tensor:
     """Return the classes of the pixels of an image of a batch: uint8 (rows, columns)."""
     target = batch.targets[row]
     assert isinstance(target, ClassMap)

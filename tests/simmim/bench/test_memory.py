@@ -11,9 +11,9 @@ from simmim.bench.memory import (
     GIB,
     ModelSize,
     Placement,
+    estimate_memory,
     largest_batch,
     model_size,
-    need,
     run_cases,
     worst_peak,
 )
@@ -63,11 +63,11 @@ def test_the_memory_of_a_device(
     gradients: int,
     activations: int,
 ) -> None:
-    found = need(SIZE, SIMULATION, placement, precision, optimizer=True)
+    found = estimate_memory(SIZE, SIMULATION, placement, precision, optimizer=True)
     assert (found.weights, found.optimizer, found.gathered) == (weights, optimizer, gathered)
     assert (found.gradients, found.activations) == (gradients, activations)
     assert found.total == weights + optimizer + gathered + gradients + activations
-    assert need(SIZE, SIMULATION, placement, precision, optimizer=False).optimizer == 0
+    assert estimate_memory(SIZE, SIMULATION, placement, precision, optimizer=False).optimizer == 0
 
 
 def test_the_peak_depends_on_the_bytes_of_a_gradient() -> None:
@@ -146,7 +146,7 @@ def one_window_at_a_time(case):
 
 step.build_step_model = one_window_at_a_time
 few = step.simulate(case)
-step.few_groups = nullcontext
+step.only_two_groups = nullcontext
 all_groups = step.simulate(case)
 print(*[peak.activations for found in (few, all_groups) for peak in found.peaks[:1]])
 """

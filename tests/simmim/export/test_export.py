@@ -13,7 +13,7 @@ from simmim.engine.devices import build_accelerator
 from simmim.engine.loop import train
 from simmim.engine.run import RunFolder
 from simmim.export.export import FORMATS, GRAPHS, export
-from simmim.export.import_encoder import Known, import_encoder
+from simmim.export.import_encoder import ImportOptions, import_encoder
 from simmim.export.load_trained import read_source
 from simmim.recipe import parse
 from simmim.tasks.classification.classifier import load_classifier
@@ -245,7 +245,7 @@ def test_a_fine_tuned_run_is_exported_with_its_classifier(
     assert imported.classifier is not None
     assert torch.equal(imported.classifier.weight, stage.model.head.weight)
     assert torch.equal(imported.classifier.bias, stage.model.head.bias)
-    lines = import_encoder(tmp_path / "out", tmp_path / "back", form, Known())
+    lines = import_encoder(tmp_path / "out", tmp_path / "back", form, ImportOptions())
     assert any("not imported: the classifier of 3 classes" in line for line in lines)
 
 
@@ -297,7 +297,7 @@ def test_a_run_goes_to_transformers_and_back(
     export(run, tmp_path / "out", "transformers")
     for folder in (".", "masked-image-modeling"):
         lines = import_encoder(
-            tmp_path / "out" / folder, tmp_path / "back", "transformers", Known()
+            tmp_path / "out" / folder, tmp_path / "back", "transformers", ImportOptions()
         )
         assert any("not imported: mask token" in line for line in lines) == (folder != ".")
         assert lines[-1].endswith("0.0e+00")
@@ -305,12 +305,12 @@ def test_a_run_goes_to_transformers_and_back(
         ours, back = read_encoder_config(run / "encoder"), read_encoder_config(tmp_path / "back")
         assert (back.config, back.mean, back.std) == (ours.config, ours.mean, ours.std)
     lines = import_encoder(
-        tmp_path / "out" / "backbone", tmp_path / "back", "transformers", Known()
+        tmp_path / "out" / "backbone", tmp_path / "back", "transformers", ImportOptions()
     )
     assert "norm.weight, norm.bias" in "\n".join(lines)
     with pytest.raises(ValueError, match="architecture is for the timm format"):
         import_encoder(
-            tmp_path / "out", tmp_path / "back", "transformers", Known(architecture="tiny")
+            tmp_path / "out", tmp_path / "back", "transformers", ImportOptions(architecture="tiny")
         )
 
 
@@ -322,7 +322,7 @@ def test_an_exported_run_is_imported_again(
     lines = export(run, tmp_path / "out", form)
     assert float(lines[-1].split()[-1]) < 1e-5
     assert any("mask token and decoder" in line for line in lines)
-    lines = import_encoder(tmp_path / "out", tmp_path / "back", form, Known())
+    lines = import_encoder(tmp_path / "out", tmp_path / "back", form, ImportOptions())
     assert lines[-1].endswith("0.0e+00")
     assert any("not imported: mask token" in line for line in lines) == (form == "reference")
     assert_same_weights(load_encoder(tmp_path / "back"), stage.model.encoder)

@@ -4,7 +4,13 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from simmim.report.labels_page import LabelScores, drawing, gained, labels_page, table_of
+from simmim.report.labels_page import (
+    LabelScores,
+    gain_from_pretraining,
+    labels_page,
+    scores_svg,
+    table_of,
+)
 
 SCORES = [
     LabelScores(start="pretrained", fraction=0.01, values=(40.0, 42.0, 44.0)),
@@ -19,7 +25,7 @@ def test_mean_spread_and_gain() -> None:
     assert SCORES[0].mean == 42
     assert SCORES[0].spread == pytest.approx(2)
     assert SCORES[2].spread is None
-    assert gained(SCORES, 0.01) == pytest.approx(11)
+    assert gain_from_pretraining(SCORES, 0.01) == pytest.approx(11)
     assert table_of(SCORES, "top1")[1:] == [
         ["1 %", "42.0 ± 2.0", "31.0 ± 1.7", "+11.0", "3"],
         ["100 %", "90.0", "85.5", "+4.5", "1"],
@@ -28,11 +34,11 @@ def test_mean_spread_and_gain() -> None:
 
 def test_one_initialisation_alone_has_no_gain() -> None:
     assert table_of(SCORES[:1], "top1")[1] == ["1 %", "42.0 ± 2.0", "", "", "3"]
-    assert ET.fromstring(drawing(SCORES[:1])) is not None
+    assert ET.fromstring(scores_svg(SCORES[:1])) is not None
 
 
 def test_the_drawing_has_a_dot_per_seed() -> None:
-    root = ET.fromstring(drawing(SCORES))
+    root = ET.fromstring(scores_svg(SCORES))
     dots = [(float(dot.attrib["cx"]), float(dot.attrib["cy"])) for dot in root.iter(f"{SVG}circle")]
     values = [value for one in SCORES for value in one.values]
     assert len(dots) == len(values)

@@ -15,7 +15,7 @@ from stand_in import import_with_stand_in
 from torch import nn
 
 from swinv2 import SwinV2, SwinV2Config
-from swinv2.bridges.checkpoints import Classifier, MaskedImageHead
+from swinv2.bridges.checkpoints import ClassifierHead, MaskedImageHead
 from swinv2.bridges.transformers import export_transformers
 
 RECORDED = Path(__file__).with_name("timm_tensors.json")
@@ -214,7 +214,7 @@ def heads_of(encoder: SwinV2) -> dict[str, Any]:
             weight=draw(channels, encoder.num_features, 1, 1),
             bias=draw(channels),
         ),
-        "classifier": Classifier(weight=draw(5, encoder.num_features), bias=draw(5)),
+        "classifier": ClassifierHead(weight=draw(5, encoder.num_features), bias=draw(5)),
     }
 
 

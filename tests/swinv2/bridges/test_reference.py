@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor, nn
 
 from swinv2 import SwinV2, load_encoder, save_encoder, variant_config
-from swinv2.bridges.checkpoints import BridgeError, Classifier, MaskedImageHead
+from swinv2.bridges.checkpoints import BridgeError, ClassifierHead, MaskedImageHead
 from swinv2.bridges.conversion import load_renamed
 from swinv2.bridges.layer_names import rename_tensor
 from swinv2.bridges.reference import (
@@ -48,9 +48,9 @@ def draw_head(encoder: SwinV2) -> MaskedImageHead:
     )
 
 
-def draw_classifier(encoder: SwinV2) -> Classifier:
+def draw_classifier(encoder: SwinV2) -> ClassifierHead:
     generator = torch.Generator().manual_seed(8)
-    return Classifier(
+    return ClassifierHead(
         weight=torch.randn(5, encoder.num_features, generator=generator),
         bias=torch.randn(5, generator=generator),
     )

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from swinv2 import SwinV2, build_encoder, variant_config
-from swinv2.bridges.checkpoints import BridgeError, Classifier
+from swinv2.bridges.checkpoints import BridgeError, ClassifierHead
 from swinv2.bridges.conversion import load_renamed
 from swinv2.bridges.layer_names import rename_tensor
 from swinv2.bridges.reference import to_reference
@@ -57,9 +57,9 @@ shapes_of_models = pytest.mark.parametrize(
 )
 
 
-def draw_classifier(encoder: SwinV2) -> Classifier:
+def draw_classifier(encoder: SwinV2) -> ClassifierHead:
     generator = torch.Generator().manual_seed(8)
-    return Classifier(
+    return ClassifierHead(
         weight=torch.randn(5, encoder.num_features, generator=generator),
         bias=torch.randn(5, generator=generator),
     )

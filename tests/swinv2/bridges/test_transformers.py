@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from swinv2 import SwinV2, build_encoder
-from swinv2.bridges.checkpoints import BridgeError, Classifier, MaskedImageHead
+from swinv2.bridges.checkpoints import BridgeError, ClassifierHead, MaskedImageHead
 from swinv2.bridges.transformers import export_transformers, import_transformers
 from swinv2.bridges.transformers_layout import transformers_config
 from swinv2.bridges.verification import check_transformers_export
@@ -27,9 +27,9 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
-def draw_classifier(encoder: SwinV2, classes: int = 5) -> Classifier:
+def draw_classifier(encoder: SwinV2, classes: int = 5) -> ClassifierHead:
     generator = torch.Generator().manual_seed(8)
-    return Classifier(
+    return ClassifierHead(
         weight=torch.randn(classes, encoder.num_features, generator=generator),
         bias=torch.randn(classes, generator=generator),
     )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from simmim.data.datasets.mixture import MixedShards, order_of
 from simmim.data.datasets.shards import ShardSet
 from simmim.data.loader.batches import TrainingBatches
-from simmim.data.order.order import Address, MixedOrder, SampleOrder, pattern
+from simmim.data.order.order import Address, MixedOrder, SampleOrder, dataset_pattern
 from tests.simmim.data.conftest import WriteShards, random_images
 from tests.simmim.data.loader.test_batches import TRAIN, equal, joined
 
@@ -80,14 +80,14 @@ def test_cursor_and_ranks_change_nothing_and_no_sample_comes_twice_an_epoch(
 
 def test_patterns_spread_evenly() -> None:
     for weights in ([1, 1], [0.9, 0.1], [3, 2, 1, 0.01]):
-        found = pattern(weights, 10_007)
+        found = dataset_pattern(weights, 10_007)
         assert len(found) == 10_007
         for number, weight in enumerate(weights):
             share = weight / sum(weights)
             running = np.cumsum(found == number) - share * np.arange(1, 10_008)
             assert np.abs(running).max() <= len(weights)
     with pytest.raises(ValueError, match="never be drawn"):
-        pattern([1, 1e-6], 10_007)
+        dataset_pattern([1, 1e-6], 10_007)
 
 
 def test_an_epoch_counts_the_samples_of_all_sets() -> None:

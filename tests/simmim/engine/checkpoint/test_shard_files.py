@@ -13,7 +13,7 @@ from simmim.engine.checkpoint.shard_files import (
     DTYPE_NAMES,
     ShardFiles,
     TensorShard,
-    whole,
+    whole_tensor,
     write_shards,
 )
 
@@ -32,7 +32,7 @@ def write(folder: Path, count: int) -> None:
         for name, tensor in tensors().items():
             if not tensor.ndim:
                 if rank == 0:
-                    pieces[name] = whole(tensor)
+                    pieces[name] = whole_tensor(tensor)
                 continue
             part = -(-len(tensor) // count)
             rows = tensor[part * rank : part * (rank + 1)]
@@ -60,7 +60,7 @@ def test_a_single_shard_file_is_an_ordinary_safetensors_file(tmp_path: Path) -> 
         for dtype in DTYPE_NAMES
     }
     file = shard_path(tmp_path, "model", 0, 1)
-    write_shards(file, {name: whole(tensor) for name, tensor in many.items()})
+    write_shards(file, {name: whole_tensor(tensor) for name, tensor in many.items()})
     loaded = load_file(file)
     assert loaded.keys() == many.keys()
     assert all(torch.equal(loaded[name], many[name]) for name in many)
@@ -68,7 +68,9 @@ def test_a_single_shard_file_is_an_ordinary_safetensors_file(tmp_path: Path) -> 
 
 
 def test_keep_below_keeps_names_with_a_prefix(tmp_path: Path) -> None:
-    pieces = {name: whole(torch.full((2,), float(len(name)))) for name in ("a.x", "a.b.x", "c")}
+    pieces = {
+        name: whole_tensor(torch.full((2,), float(len(name)))) for name in ("a.x", "a.b.x", "c")
+    }
     write_shards(shard_path(tmp_path, "model", 0, 1), pieces)
     with ShardFiles(tmp_path, "model") as parts:
         parts.keep_below("a.")

@@ -20,7 +20,7 @@ from simmim.engine.loop import TrainingResult, train
 from simmim.engine.run import RunFolder
 from simmim.export.export import export
 from simmim.recipe import parse
-from simmim.tasks.detection.heads import Found
+from simmim.tasks.detection.heads import Detections
 from simmim.tasks.detection.metric import encode_mask, mean_average_precision, results_of
 from simmim.tasks.detection.recipe import DetectionRecipe
 from simmim.tasks.detection.stage import DetectionStage
@@ -245,13 +245,17 @@ def test_the_metric_is_that_of_pycocotools_on_recorded_predictions(
 def test_detections_are_mapped_back_to_image_pixels() -> None:
     logits = torch.full((1, 16, 16), -9.0)
     logits[0, 2:6, 4:12] = 9.0  # of a square of 64: rows 8 to 24, columns 16 to 48
-    found = Found(labels=torch.tensor([1]), scores=torch.tensor([0.7]), boxes=None, masks=logits)
+    found = Detections(
+        labels=torch.tensor([1]), scores=torch.tensor([0.7]), boxes=None, masks=logits
+    )
     (result,) = results_of(found, (5, 64, 128), 64, (3, 7))  # the image was halved
     assert result["category_id"] == 7
     assert result["image_id"] == 5
     assert np.allclose(result["bbox"], [32, 16, 64, 32], atol=4)
     boxes = torch.tensor([[16.0, 8.0, 48.0, 24.0]])
-    found = Found(labels=torch.tensor([0]), scores=torch.tensor([0.7]), boxes=boxes, masks=None)
+    found = Detections(
+        labels=torch.tensor([0]), scores=torch.tensor([0.7]), boxes=boxes, masks=None
+    )
     (result,) = results_of(found, (5, 64, 128), 64, (3, 7))
     assert result["bbox"] == [32, 16, 64, 32]
 

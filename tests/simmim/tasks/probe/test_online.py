@@ -18,7 +18,7 @@ from simmim.engine.run import RunFolder
 from simmim.recipe import parse
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.pretrain.stage import PretrainStage
-from simmim.tasks.probe.online import OnlineProbe, at_most
+from simmim.tasks.probe.online import OnlineProbe, subsample
 from simmim.tasks.probe.recipe import OnlineProbeSettings
 
 
@@ -88,7 +88,7 @@ def test_it_takes_no_more_images_than_asked_for(
     assert stage.online_probe is not None
     assert stage.online_probe.known.samples == 12
     assert stage.online_probe.asked.samples == 6
-    assert at_most(stage.training_shards, 10**6) is stage.training_shards
+    assert subsample(stage.training_shards, 10**6) is stage.training_shards
 
 
 def test_mistakes_in_settings_are_named(shards: Path) -> None:
