@@ -155,7 +155,9 @@ def test_import_asks_for_what_a_checkpoint_does_not_tell(
     assert "does not exist" in refused(command, capsys)
     torch.save({"model": to_reference(encoder)}, file)
     assert "give image_size (pixels) and window_size (tokens)" in refused(command, capsys)
-    assert "architecture is for the timm format" in refused([*command, "--architecture", "swinv2_a"], capsys)
+    assert "architecture is for the timm format" in refused(
+        [*command, "--architecture", "swinv2_a"], capsys
+    )
     command += ["--image-size", "32", "--window-size", "4,4"]
     assert "pretrained_window_sizes" in refused(command, capsys)
     assert not out.exists()

@@ -170,7 +170,7 @@ def test_estimate_and_measurement_agree(capsys: pytest.CaptureFixture[str], tmp_
     assert row["ratio"] == row["measured"]["peak"] / row["needs"]["none"]["total"]
     printed = capsys.readouterr().out
     assert f"{row['ratio']:.2f}" in printed
-    assert "ratio: measured / none" in printed
+    assert "ratio: measured /" in printed
 
 
 def test_the_tables_are_aligned_and_complete(
