@@ -227,7 +227,9 @@ class MixedOrder:
         self.slots = slots
         self.shard_sizes = np.concatenate([order.shard_sizes for order in self.orders])
         self._firsts = np.cumsum([0, *(len(order.shard_sizes) for order in self.orders)])
-        self.pattern = dataset_pattern(weights, next(period for period in PERIODS if slots % period))
+        self.pattern = dataset_pattern(
+            weights, next(period for period in PERIODS if slots % period)
+        )
         self._slots: dict[int, tuple[NDArray[np.int16], NDArray[np.int32]]] = {}
 
     @property
