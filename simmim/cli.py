@@ -63,10 +63,7 @@ def main(argv: Sequence[str] | None = None, *, ends_process: bool = False) -> in
     arguments, overrides = parser.parse_known_args(argv)
     if overrides and not arguments.takes_overrides:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
-    if ends_process and arguments.trains:
-        from simmim.engine.distributed.signals import StopRequest  # noqa: PLC0415 (imports torch)
-
-        StopRequest.ends_process = True
+    arguments.ends_process = ends_process
     try:
         code: int = arguments.handler(arguments, overrides)
     except (ValueError, OSError) as error:
@@ -104,7 +101,7 @@ def build_parser(names: Sequence[str] | None = None) -> argparse.ArgumentParser:
     )
     for name, (summary, add_arguments) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, allow_abbrev=False)
-        command.set_defaults(takes_overrides=False, trains=False)
+        command.set_defaults(takes_overrides=False)
         if names is None or name in names:
             add_arguments(command)
     return parser
@@ -122,7 +119,7 @@ def add_quickstart(command: CommandParser) -> None:
         default=Path("runs/quickstart"),
         help="output folder (default: %(default)s)",
     )
-    command.set_defaults(handler=run_quickstart, trains=True)
+    command.set_defaults(handler=run_quickstart)
 
 
 def run_quickstart(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -130,6 +127,7 @@ def run_quickstart(arguments: argparse.Namespace, overrides: Sequence[str]) -> i
     from simmim.quickstart import quickstart  # noqa: PLC0415
 
     del overrides
+    ignore_signals_at_exit(arguments)
     outcome = quickstart(arguments.images, arguments.folder)
     print(outcome.text)
     return STOPPED if outcome.stopped else 0
@@ -174,7 +172,7 @@ def _add_training(command: CommandParser, summary: str, task_names: Sequence[str
         action="store_true",
         help="compile the encoder's blocks, as --execution.compile true does",
     )
-    command.set_defaults(handler=run_training, takes_overrides=True, trains=True)
+    command.set_defaults(handler=run_training, takes_overrides=True)
 
 
 def fields_of(task_name: str) -> str:
@@ -191,6 +189,7 @@ def run_training(arguments: argparse.Namespace, overrides: Sequence[str]) -> int
         overrides = [*overrides, "--execution.compile", "true"]
     task = task_of(arguments)
     recipe = load(task.recipe, arguments.config, overrides)
+    ignore_signals_at_exit(arguments)
     from simmim.tasks.train import run_folder, train_recipe  # noqa: PLC0415 (imports torch)
 
     result = train_recipe(
@@ -202,6 +201,13 @@ def run_training(arguments: argparse.Namespace, overrides: Sequence[str]) -> int
         init_from=arguments.init_from,
     )
     return STOPPED if result.stopped else 0
+
+
+def ignore_signals_at_exit(arguments: argparse.Namespace) -> None:
+    """Ignore the signals that still arrive while a process exits after it stopped on request."""
+    from simmim.engine.distributed.signals import StopRequest  # noqa: PLC0415 (imports torch)
+
+    StopRequest.ends_process = arguments.ends_process
 
 
 def task_of(arguments: argparse.Namespace) -> "Task":
@@ -307,13 +313,14 @@ def add_labels(command: CommandParser) -> None:
         default=[0, 1, 2],
         help="training seeds (default: 0 1 2)",
     )
-    command.set_defaults(handler=run_labels, takes_overrides=True, trains=True)
+    command.set_defaults(handler=run_labels, takes_overrides=True)
 
 
 def run_labels(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run `simmim labels`."""
     from simmim.tasks.labels import compare_labels  # noqa: PLC0415
 
+    ignore_signals_at_exit(arguments)
     text = compare_labels(
         arguments.config,
         arguments.init,

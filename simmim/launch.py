@@ -21,7 +21,7 @@ from accelerate.commands.config import default_config_file, load_config_from_fil
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 
-from simmim.data.loader.workers import STOP_SIGNALS
+from simmim.data.loader.batches import STOP_SIGNALS
 from simmim.engine.distributed.environment import NO_DEEPSPEED
 from simmim.engine.distributed.torchrun import common_exit_code, exit_code_of
 from simmim.engine.exit_codes import STOPPED

@@ -409,9 +409,10 @@ def test_everything_imports_without_the_extras_and_prints_nothing(
 HEAVY = ("torch", "accelerate", "transformers")
 RUN = """
 import sys
-from {package}.cli import main
+from {package}.cli import run
+sys.argv[1:] = {argv!r}
 try:
-    main({argv!r})
+    run()
 except SystemExit:
     pass
 print(*(name for name in {heavy!r} if name in sys.modules))

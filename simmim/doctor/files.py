@@ -13,8 +13,8 @@ from data_prep.format.text import count_noun
 from simmim.data.datasets.local_files import LocalFiles
 from simmim.data.order.order import Address
 from simmim.data.order.source import BadSampleError, DataError, SampleSource
+from simmim.data.transforms.image_transforms import ClassMap, Instances, Targets
 from simmim.data.transforms.labels import IGNORED
-from simmim.data.transforms.sample import ClassMap, Instances, Targets
 from simmim.doctor.checks import Check
 from simmim.tasks.fine_tuning import FineTuningStage, Prepare
 

@@ -20,7 +20,7 @@ from simmim.data.loader.batch import Batch
 from simmim.data.loader.batches import BatchStream, evaluation_batches
 from simmim.data.order.order import Address
 from simmim.data.order.source import SampleSource
-from simmim.data.transforms.sample import Sample
+from simmim.data.transforms.image_transforms import Sample
 from simmim.engine.run import RunFolder
 from simmim.recipe import recipe_hash
 from simmim.tasks.loading import training_batches

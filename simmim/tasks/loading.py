@@ -11,9 +11,14 @@ from simmim.data.loader.batches import TrainingBatches
 from simmim.data.order.order import Address, Order
 from simmim.data.order.source import Encoded, SampleSource
 from simmim.data.settings import AugmentedDataSettings, SampleSettings
-from simmim.data.transforms.image_transforms import Augmentation, MaskFunction, TrainTransform
-from simmim.data.transforms.labels import LabelReader, class_of
-from simmim.data.transforms.sample import Sample
+from simmim.data.transforms.image_transforms import (
+    Augmentation,
+    LabelReader,
+    MaskFunction,
+    Sample,
+    TrainTransform,
+    class_of,
+)
 from simmim.engine.settings import TrainingSettings
 
 

@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 from data_prep.format import manifest
 from data_prep.format.text import count_noun
-from simmim.data.datasets.image_set import ImageSet
-from simmim.data.datasets.retry import ShardUnavailableError, retry
+from simmim.data.datasets.image_set import ImageSet, ShardUnavailableError, retry
 from simmim.data.order.randomness import shuffled
 from simmim.data.order.source import BadSampleError, DataError
 

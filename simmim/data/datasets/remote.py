@@ -13,7 +13,7 @@ from typing import BinaryIO, Literal, Protocol
 from data_prep.format.manifest import Manifest, ShardEntry
 from data_prep.format.pipes import PipedFile
 from data_prep.format.storage import RemotePath
-from simmim.data.datasets.retry import ShardUnavailableError
+from simmim.data.datasets.image_set import ShardUnavailableError
 from simmim.data.order.order import BLOCK_SAMPLES, WHOLE_SHUFFLE_LIMIT
 from simmim.data.order.source import DataError
 

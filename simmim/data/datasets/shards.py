@@ -18,9 +18,8 @@ from data_prep.format.index import read_index
 from data_prep.format.manifest import Manifest, ManifestError, ShardEntry, read_manifest
 from data_prep.format.pipes import PipedFile
 from data_prep.format.storage import Location, RemotePath, locate
-from simmim.data.datasets.image_set import ImageSet
+from simmim.data.datasets.image_set import ImageSet, ShardUnavailableError, retry
 from simmim.data.datasets.remote import RemoteReading, RemoteShard, ShardCache
-from simmim.data.datasets.retry import ShardUnavailableError, retry
 from simmim.data.order.source import DataError
 
 OPEN_SHARDS = 320

@@ -15,7 +15,7 @@ from simmim.data.loader.bad_samples import BadSample
 from simmim.data.order.order import Address
 from simmim.data.order.randomness import shuffled
 from simmim.data.order.source import BadSampleError, DataError, Encoded, SampleSource
-from simmim.data.transforms.sample import Sample, Targets, stack_labels
+from simmim.data.transforms.image_transforms import Sample, Targets, stack_labels
 
 REPLACEMENTS = 100
 """Samples of a shard tried in place of a damaged one before the shard is rejected."""

@@ -20,7 +20,7 @@ from simmim.data.order.order import Address
 from simmim.data.order.randomness import numpy_stream
 from simmim.data.transforms.cropping import Box, central_box, random_box, resize
 from simmim.data.transforms.frames import Video
-from simmim.data.transforms.sample import Sample
+from simmim.data.transforms.image_transforms import Sample
 from simmim.data.transforms.settings import MAX_PIXELS
 
 CHANNELS = 3

@@ -16,7 +16,7 @@ from simmim.data.order.order import Address
 from simmim.data.order.randomness import numpy_stream
 from simmim.data.order.source import BadSampleError
 from simmim.data.transforms.decoding import DecodedImage, decode_pixels
-from simmim.data.transforms.sample import Instances, Sample
+from simmim.data.transforms.image_transforms import Instances, Sample
 from simmim.data.transforms.segmentation_transforms import draw_crop, fill_values, pad, scale_image
 from simmim.data.transforms.settings import MAX_PIXELS
 

@@ -3,7 +3,6 @@
 import io
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +23,6 @@ MOST_CLASSES = IGNORED
 
 SEPARATORS = re.compile(r"[\s,;|]+")
 """Separators of classes in a string."""
-
-
-LabelReader = Callable[[EncodedImage], int | Tensor]
-"""Returns the label of a sample; see `Sample.label`."""
-
-
-def class_of(raw: EncodedImage) -> int:
-    """Return the class index of a sample, -1 if it has none."""
-    return -1 if raw.label is None else raw.label
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from simmim.data.order.order import Address
 from simmim.data.order.randomness import numpy_stream
 from simmim.data.transforms.cropping import Box, resize
 from simmim.data.transforms.decoding import decode_pixels
+from simmim.data.transforms.image_transforms import ClassMap, Sample
 from simmim.data.transforms.labels import IGNORED, LabelMapReader
-from simmim.data.transforms.sample import ClassMap, Sample
 from simmim.data.transforms.settings import MAX_PIXELS
 
 CROP_ATTEMPTS = 10

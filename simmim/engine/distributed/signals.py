@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from simmim.data.loader.workers import STOP_SIGNALS
+from simmim.data.loader.batches import STOP_SIGNALS
 
 
 class StopRequest:

@@ -18,8 +18,13 @@ from simmim.data.loader.batch import Batch
 from simmim.data.loader.batches import BatchStream
 from simmim.data.settings import with_statistics
 from simmim.data.transforms.augmentation import Augment
-from simmim.data.transforms.image_transforms import EvalTransform, TrainTransform
-from simmim.data.transforms.labels import LabelReader, MultiLabelReader, class_of
+from simmim.data.transforms.image_transforms import (
+    EvalTransform,
+    LabelReader,
+    TrainTransform,
+    class_of,
+)
+from simmim.data.transforms.labels import MultiLabelReader
 from simmim.data.transforms.mixing import draw_mixes, mix, partners
 from simmim.data.transforms.settings import AugmentationSettings
 from simmim.engine.run import RunFolder

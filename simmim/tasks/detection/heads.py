@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simmim.data.transforms.sample import Instances
+from simmim.data.transforms.image_transforms import Instances
 from simmim.tasks.detection.recipe import DetectionHead
 from simmim.tasks.segmentation.heads import (
     backbone_config_of,

@@ -15,7 +15,7 @@ from simmim.data.transforms.detection_transforms import (
     TrainDetectionTransform,
     mask_of,
 )
-from simmim.data.transforms.sample import Instances
+from simmim.data.transforms.image_transforms import Instances
 from simmim.tasks.detection.heads import (
     Detections,
     InstanceMask2Former,

@@ -12,8 +12,8 @@ from torch import Tensor
 from simmim.data.datasets.label_maps import LabelledFolder
 from simmim.data.loader.batch import Batch
 from simmim.data.loader.batches import BatchStream
+from simmim.data.transforms.image_transforms import ClassMap
 from simmim.data.transforms.labels import LabelMapReader
-from simmim.data.transforms.sample import ClassMap
 from simmim.data.transforms.segmentation_transforms import (
     EvalSegmentationTransform,
     TrainSegmentationTransform,

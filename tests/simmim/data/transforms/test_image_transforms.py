@@ -9,8 +9,7 @@ from torch import Tensor
 from simmim.data.datasets.shards import RawSample
 from simmim.data.order.order import Address
 from simmim.data.order.source import DataError
-from simmim.data.transforms.image_transforms import EvalTransform, TrainTransform
-from simmim.data.transforms.sample import Sample
+from simmim.data.transforms.image_transforms import EvalTransform, Sample, TrainTransform
 from tests.simmim.data.conftest import random_images
 
 

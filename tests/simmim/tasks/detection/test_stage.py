@@ -14,7 +14,7 @@ pytest.importorskip("pycocotools", reason="needs simmim[finetune]")
 from simmim.data.datasets.coco import CocoSet
 from simmim.data.order.order import Address
 from simmim.data.transforms.detection_transforms import TrainDetectionTransform, box_of, mask_of
-from simmim.data.transforms.sample import Instances
+from simmim.data.transforms.image_transforms import Instances
 from simmim.engine.devices import build_accelerator
 from simmim.engine.loop import TrainingResult, train
 from simmim.engine.run import RunFolder

@@ -13,8 +13,8 @@ from simmim.data.datasets.coco import CocoSet, run_lengths
 from simmim.data.datasets.label_maps import FolderLayout, LabelledFolder
 from simmim.data.order.order import Address
 from simmim.data.order.source import BadSampleError, DataError
+from simmim.data.transforms.image_transforms import ClassMap
 from simmim.data.transforms.labels import IGNORED, LabelMapReader
-from simmim.data.transforms.sample import ClassMap
 from simmim.data.transforms.segmentation_transforms import (
     EvalSegmentationTransform,
     TrainSegmentationTransform,
