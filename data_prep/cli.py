@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for command in (shard, reshard):
         _add_shard_arguments(command)
-    merge = _add_command(commands, "merge", "combine the parts written with --part into one set")
+    merge = _add_command(commands, "merge", "merge the parts written with --part into one set")
     _add_max_rejected(merge)
     index = _add_command(
         commands, "index", "write manifest and indexes for existing WebDataset tars"
@@ -151,7 +151,7 @@ def _add_shard_arguments(parser: argparse.ArgumentParser) -> None:
     numbers = {
         "--samples-per-shard": (
             None,
-            "maximum samples per shard; None: the least of 10,000, 256 MiB, and an 8th of all",
+            "maximum samples per shard; None: the least of 10,000, 256 MiB and 1/8 of all samples",
         ),
         "--bytes-per-shard": (
             None,
@@ -187,7 +187,7 @@ def _add_shard_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-shuffle": "keep the order of the source (folders: by path), like --shuffle-window 1",
         "--no-check": "read image headers only, without decoding the images",
         "--deduplicate": "of files with identical bytes, keep the one with the smallest path",
-        "--overwrite": "replace shards written from other options or other input",
+        "--overwrite": "replace shards written with other options or from other input",
     }
     for name, about in switches.items():
         parser.add_argument(name, action="store_true", help=about)

@@ -318,7 +318,7 @@ def add_labels(command: CommandParser) -> None:
 
 def run_labels(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run `simmim labels`."""
-    from simmim.tasks.labels import compare_labels  # noqa: PLC0415
+    from simmim.tasks.label_efficiency import compare_labels  # noqa: PLC0415
 
     ignore_signals_at_exit(arguments)
     text = compare_labels(

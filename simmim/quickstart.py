@@ -147,6 +147,6 @@ def summarise(run: RunFolder, shards: Path, began: float) -> str:
         f"Shards    {shards}",
         "",
         "Next: simmim export, finetune and probe use the encoder; jobs/ has more recipes.",
-        f"This took {(time.perf_counter() - began) / 60:.1f} minutes.",
+        f"Finished in {(time.perf_counter() - began) / 60:.1f} minutes.",
     ]
     return "\n".join(lines)

@@ -67,12 +67,12 @@ def _check_replaceable(destination: Path, may_replace: Callable[[Path], bool]) -
         return
     if not destination.is_dir():
         raise OccupiedError(
-            f"{destination} is a file, and a folder is to be written there: "
+            f"{destination} is a file, not a folder: "
             "choose another destination, or move the file away."
         )
     if any(destination.iterdir()) and not may_replace(destination):
         raise OccupiedError(
-            f"{destination} holds something else and is not replaced: "
+            f"{destination} holds other files and is not replaced: "
             "choose an empty or new destination, or remove that folder first."
         )
 

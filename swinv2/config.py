@@ -404,7 +404,7 @@ def _listed(names: list[str]) -> str:
 
 def _check_count(name: str, value: object, *, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
+        raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}.")
 
 
 def _check_number(name: str, value: object) -> None:

@@ -61,7 +61,7 @@ def save_encoder(
             stays as it was.
 
     Raises:
-        ValueError: `mean` or `std` does not fit the channels, or `path` holds something else.
+        ValueError: `mean` or `std` does not fit the channels, or `path` holds other files.
     """
     config = encoder.config
     if config.pretrained_window_sizes is None:
@@ -97,7 +97,7 @@ def save_video_encoder(
         check: called with the written folder before it is renamed to `path`.
 
     Raises:
-        ValueError: `mean` or `std` does not fit the channels, or `path` holds something else.
+        ValueError: `mean` or `std` does not fit the channels, or `path` holds other files.
     """
     config = replace(
         encoder.config,

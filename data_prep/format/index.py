@@ -314,6 +314,6 @@ def _check_length(path: Location, shard: ShardEntry) -> None:
         ) from None
     if length is not None and length != shard.bytes:  # None is checked when the tar is fetched
         raise ManifestError(
-            f"shard {path} has {length:,} bytes and the manifest says {shard.bytes:,}: it was cut "
-            f"or changed. {REMEDY}"
+            f"shard {path} has {length:,} bytes and the manifest says {shard.bytes:,}: it was "
+            f"truncated or changed. {REMEDY}"
         )

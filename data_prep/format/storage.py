@@ -54,7 +54,7 @@ class RemotePath:
     requests are retried with exponential back-off and jitter. Build it with `locate`.
 
     Raises:
-        FileNotFoundError: there is nothing at the URL.
+        FileNotFoundError: the URL does not exist.
         StorageError: the store does not answer, or the package for its protocol is missing.
     """
 

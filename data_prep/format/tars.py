@@ -28,7 +28,7 @@ def walk_tar(
         length: length of the tar in bytes; None is the rest of the file.
 
     Raises:
-        TarError: the file is not a tar, is compressed, is cut, or loops back on itself.
+        TarError: the file is not a tar, is compressed, is truncated, or loops back on itself.
     """
     try:
         with path.open("rb") as file:
@@ -121,7 +121,7 @@ def _describe(path: Location, error: Exception) -> str:
             f"{path} is a compressed tar, which allows no random access: decompress it first "
             "(gunzip, xz -d or zstd -d)."
         )
-    return f"{path} is cut, damaged or not a tar ({error}). Fetch or write it again."
+    return f"{path} is truncated, damaged or not a tar ({error}). Fetch or write it again."
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def read_header(data: bytes) -> ArrayHeader:
     expected = math.prod(shape) * dtype.itemsize
     held = len(data) - stream.tell()
     if held != expected:
-        fault = "is cut" if held < expected else "has more than its header says"
+        fault = "is truncated" if held < expected else "is longer than its header says"
         raise ArrayError(f"it {fault}: {held:,} bytes of values, {expected:,} by its header")
     return ArrayHeader(shape=shape, dtype=dtype, fortran_order=fortran_order, offset=stream.tell())
 

@@ -86,8 +86,8 @@ def check_image(
         encoding: size and format of stored pictures.
 
     Raises:
-        RejectedImageError: the data is not an image, is cut or damaged, is too large, or cannot be
-            stored without loss.
+        RejectedImageError: the data is not an image, is truncated, damaged or too large, or cannot
+            be stored without loss.
     """
     try:
         checked = _check_plain_jpeg(data, max_pixels, decode, encoding)
@@ -106,7 +106,7 @@ def check_image(
     # Pillow's readers raise nearly any type when the bytes are hostile.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise RejectedImageError(f"it does not decode: {reason}") from None
+        raise RejectedImageError(f"it cannot be decoded: {reason}") from None
 
 
 def _check_plain_jpeg(
@@ -229,7 +229,7 @@ def read_pixels(data: bytes, extension: str) -> NDArray[Any]:
     on white. Arrays are returned as stored.
 
     Raises:
-        RejectedImageError: the image does not decode.
+        RejectedImageError: the image cannot be decoded.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -240,7 +240,7 @@ def read_pixels(data: bytes, extension: str) -> NDArray[Any]:
         # Pillow's readers raise nearly any type when the bytes are hostile.
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise RejectedImageError(f"it does not decode: {reason}") from None
+            raise RejectedImageError(f"it cannot be decoded: {reason}") from None
     return values[..., None] if values.ndim == 2 else values
 
 

@@ -76,7 +76,7 @@ def _decode(
     except ValueError as error:
         reason = " ".join(str(error).split())
         if reason.startswith(_DAMAGE):
-            raise DamageError(f"it does not decode whole: {reason}") from None
+            raise DamageError(f"it cannot be decoded completely: {reason}") from None
         return None
     return pixels
 
@@ -110,7 +110,7 @@ def check_png(data: bytes) -> None:
         if kind == b"IEND":
             return
         place = stop + 4
-    raise DamageError("it is cut: its last chunk is missing")
+    raise DamageError("it is truncated: its last chunk is missing")
 
 
 def check_webp(data: bytes) -> None:
@@ -121,4 +121,4 @@ def check_webp(data: bytes) -> None:
     """
     (length,) = struct.unpack_from("<I", data, 4)
     if length + 8 > len(data):
-        raise DamageError(f"it is cut: {len(data):,} bytes of {length + 8:,}")
+        raise DamageError(f"it is truncated: {len(data):,} bytes of {length + 8:,}")

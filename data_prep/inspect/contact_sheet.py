@@ -55,7 +55,7 @@ def _draw_tile(data: bytes, extension: str) -> Image.Image:
     except RejectedImageError:
         tile = Image.new("RGB", (_SIDE, _SIDE), _EMPTY)
         draw = ImageDraw.Draw(tile)
-        draw.text((_SIDE / 2, _SIDE / 2), "does not decode", fill=_INK, anchor="mm")
+        draw.text((_SIDE / 2, _SIDE / 2), "cannot be decoded", fill=_INK, anchor="mm")
         return tile
     picture = Image.fromarray(_to_colour(values))
     return ImageOps.contain(picture, (_SIDE, _SIDE), Image.Resampling.LANCZOS)

@@ -120,7 +120,7 @@ class SetStatistics:
     statistics: tuple[Statistics, ...]
     """Statistics per kind of image, the most frequent kind first."""
     unreadable: tuple[str, ...]
-    """Images that do not decode, by shard and key."""
+    """images that cannot be decoded, by shard and key."""
 
 
 def measure_set(

@@ -56,7 +56,7 @@ class ZipSource:
         """Return the bytes of a member, never more than its declared size.
 
         Raises:
-            UnreadableFileError: its data is cut, damaged or longer than declared.
+            UnreadableFileError: its data is truncated, damaged or longer than declared.
         """
         # Name and extra field have any length, but nearly always at most this.
         block = self._bytes.read(file.offset, 30 + len(file.path) + _EXTRA_BYTES + file.stored)
@@ -121,20 +121,20 @@ class TarSource:
                     file = _describe_member(member)
                     place = tar.offset + file.offset
                     if file.offset + file.size > tar.size and not file.problem:
-                        file = file._replace(problem="the tar it is in is cut before its end")
+                        file = file._replace(problem="the tar that contains it is truncated")
                     yield file._replace(path=f"{tar.path}/{file.path}", offset=place, label=label)
         except TarError:
-            yield tar._replace(problem="it is a cut, damaged or compressed tar")
+            yield tar._replace(problem="it is a truncated, damaged or compressed tar")
 
     def read(self, file: SourceFile) -> bytes:
         """Return the bytes of a member.
 
         Raises:
-            UnreadableFileError: the tar is cut before its end.
+            UnreadableFileError: the tar is truncated.
         """
         data = self._bytes.read(file.offset, file.size)
         if len(data) != file.size:
-            raise UnreadableFileError("the tar is cut before its end")
+            raise UnreadableFileError("the tar is truncated")
         return data
 
     def close(self) -> None:

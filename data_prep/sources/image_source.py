@@ -35,7 +35,7 @@ def open_source(
         without: a folder that must not be inside a source folder, even through links.
 
     Raises:
-        SourceError: there is nothing at `path`, or it is not a supported source.
+        SourceError: `path` does not exist, or it is not a supported source.
         TarError: it is a compressed or damaged tar.
     """
     selection = selection or Selection()
@@ -59,7 +59,7 @@ def _open_remote(path: RemotePath, selection: Selection, *, shards: bool) -> Ima
     if not _is_named_as_file(path) and path.is_dir():
         return RemoteFolderSource(path)
     if not path.exists():
-        raise SourceError(f"there is nothing at {path}. Give the URL of {_KINDS}.")
+        raise SourceError(f"{path} does not exist. Give the URL of {_KINDS}.")
     return _open_file(path, selection)
 
 

@@ -122,7 +122,7 @@ def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
         try:
             if "path" not in (rows.fieldnames or ()):
                 raise SourceError(
-                    f"{path} has no column `path`: its first line must name the columns, and is "
+                    f"{path} has no column `path`: its first line must name the columns, but is "
                     f"{','.join(rows.fieldnames or ())[:100]!r}."
                 )
             for row in rows:

@@ -47,14 +47,14 @@ class ShardSource:
         """Return the bytes of an image.
 
         Raises:
-            UnreadableFileError: the tar is missing or cut before its end.
+            UnreadableFileError: the tar is missing or truncated.
         """
         try:
             data = self._reader(file.container).read(file.offset, file.size)
         except OSError as error:
             raise UnreadableFileError(f"cannot be read: {error.strerror or error}") from None
         if len(data) != file.size:
-            raise UnreadableFileError("the tar is cut before its end")
+            raise UnreadableFileError("the tar is truncated")
         return data
 
     def close(self) -> None:
@@ -128,7 +128,7 @@ class ShardSource:
             return file._replace(label=label)
         if label.isascii() and label.isdecimal() and int(label[:9]) < len(self.classes):
             return file._replace(label=self.classes[int(label[:9])])
-        return file._replace(problem=f"its label {label[:40]!r} is no class of the manifest")
+        return file._replace(problem=f"its label {label[:40]!r} is not a class in the manifest")
 
 
 def _leave_out_arrays(images: list[SourceFile]) -> list[SourceFile]:

@@ -203,7 +203,7 @@ def require_hashes() -> None:
 
 
 def perceptual_hash(data: bytes, *, max_pixels: int) -> int | None:
-    """Return the 64-bit DCT hash of an image, or None if it does not decode or is too large."""
+    """Return the 64-bit DCT hash of an image, or None if it cannot be decoded or is too large."""
     import imagehash  # noqa: PLC0415
 
     with warnings.catch_warnings():

@@ -250,8 +250,8 @@ def open_output_dir(
         overwrite: whether to replace what is at the URL.
 
     Raises:
-        OutputDirError: it holds something else, or another process writes to it.
-        StorageError: the store does not answer, or holds something else.
+        OutputDirError: it holds other files, or another process writes to it.
+        StorageError: the store does not answer, or holds other files.
         OSError: it cannot be written.
     """
     refuse_other_files(folder)
@@ -285,7 +285,7 @@ def refuse_other_files(folder: Path) -> None:
     """Check that a folder holds nothing but a set of shards, finished or not.
 
     Raises:
-        OutputDirError: it holds something else.
+        OutputDirError: it holds other files.
     """
     if not folder.exists():
         return
@@ -302,7 +302,7 @@ def refuse_other_files(folder: Path) -> None:
     ]
     if foreign:
         shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
-        raise OutputDirError(f"{folder} holds other things ({shown}). Give an empty or new folder.")
+        raise OutputDirError(f"{folder} holds other files ({shown}). Give an empty or new folder.")
     if (folder / MANIFEST_NAME).exists():
         refuse_foreign_shards(read_manifest(folder))
 

@@ -63,7 +63,7 @@ class Upload:
         """Check that the URL is empty, belongs to this run, or may be replaced.
 
         Raises:
-            StorageError: the store does not answer, or the URL holds something else.
+            StorageError: the store does not answer, or the URL holds other files.
             ManifestError: the URL holds a manifest that cannot be read.
         """
         self.reload_log()
@@ -89,7 +89,7 @@ class Upload:
         """Remove what may be replaced, and mark the URL as belonging to this run.
 
         Raises:
-            StorageError: the store does not answer, or the URL now holds something else.
+            StorageError: the store does not answer, or the URL now holds other files.
         """
         if self._is_claimed:
             return
@@ -149,7 +149,7 @@ class Upload:
             rejected: local file of rejected images, if there are any.
 
         Raises:
-            StorageError: the store does not answer, lacks shards, or the URL holds other things.
+            StorageError: the store does not answer, lacks shards, or the URL holds other files.
         """
         self.claim()
         self._check_ownership()
@@ -180,7 +180,7 @@ class Upload:
         foreign = [name for name in sorted(self._present) if not _OUR_OBJECTS.fullmatch(name)]
         if foreign:
             raise StorageError(
-                f"{self.place} holds other things ({', '.join(foreign[:3])}). Give an empty "
+                f"{self.place} holds other files ({', '.join(foreign[:3])}). Give an empty "
                 "prefix, or remove them."
             )
 

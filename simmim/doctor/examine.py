@@ -14,8 +14,8 @@ from simmim.data.datasets.shards import ShardSet
 from simmim.doctor.checks import Check, attempt, print_checks
 from simmim.doctor.dry_run import check_pace, dry_run, gather_value
 from simmim.doctor.files import check_labelled_files
+from simmim.doctor.hyperparameters import check_hyperparameters
 from simmim.doctor.memory import check_disk, check_memory
-from simmim.doctor.plan import check_plan
 from simmim.doctor.shards import check_shards, check_workers
 from simmim.engine.checkpoint.directory import find_checkpoint
 from simmim.engine.checkpoint.resume import resumable_state
@@ -82,7 +82,7 @@ def examine(
             checks.extend(attempt(name, examine))
 
     check("run folder", lambda: [check_run(run, stage, resume)])
-    check("plan", lambda: check_plan(recipe, stage.samples_per_epoch, device))
+    check("plan", lambda: check_hyperparameters(recipe, stage.samples_per_epoch, device))
     check("shards" if _reads_shards(stage) else "data", lambda: _check_data(stage))
     check("workers", lambda: [check_workers(recipe.data.workers)])
     check("memory", lambda: check_memory(recipe, device, world))

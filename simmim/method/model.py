@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from simmim.method.encoder import EncoderT
+from simmim.method.encoder_protocol import EncoderT
 from simmim.method.losses import (
     loss_function,
     masked_mean,

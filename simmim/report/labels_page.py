@@ -1,4 +1,4 @@
-"""HTML page on label efficiency: pretrained against random weights, by the share of labels."""
+"""HTML page on label efficiency: pretrained against random weights, by share of labels."""
 
 import math
 from collections.abc import Sequence
@@ -69,7 +69,7 @@ def labels_page(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>"
         f"<h1>{escape(title)}</h1>{paragraphs}<table><tr>{cells}</tr>{body}</table>"
-        f"<figure><figcaption>{escape(METRICS.get(metric, metric))}, by the share of labels"
+        f"<figure><figcaption>{escape(METRICS.get(metric, metric))}, by share of labels"
         f"</figcaption>{scores_svg(scores)}</figure></body></html>\n"
     )
 

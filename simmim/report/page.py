@@ -95,7 +95,7 @@ def _summary(lines: Lines) -> str:
         ("images_per_second", "images/s", "{:,.0f}"),
         ("data_wait", "data wait", "{:.1%}"),
         ("mfu", "MFU", "{:.1%}"),
-        ("eta_seconds", "left", None),
+        ("eta_seconds", "time left", None),
     ):
         if key in last:
             text = form.format(last[key]) if form else duration(last[key])
@@ -137,7 +137,7 @@ def _charts(lines: Lines) -> str:
             from_zero=True,
         ),
         chart(
-            "Memory, largest over ranks",
+            "Memory, maximum over ranks",
             [
                 series("device_memory_gib", "device peak"),
                 series("host_memory_gib", "process"),

@@ -66,9 +66,9 @@ def export_onnx(
         report: called with the largest difference of the maps.
 
     Raises:
-        BridgeError: onnx or onnxscript is not installed, or the model computes something else than
-            PyTorch.
-        ValueError: `mean` or `std` does not fit the channels, or `path` holds something else.
+        BridgeError: onnx or onnxscript is not installed, or the model computes something different
+            from PyTorch.
+        ValueError: `mean` or `std` does not fit the channels, or `path` holds other files.
     """
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:

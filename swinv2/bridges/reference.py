@@ -165,7 +165,7 @@ def export_reference(
     Raises:
         BridgeError: the published code cannot compute it, a head does not fit, or the export
             read back differs.
-        ValueError: `mean` or `std` does not fit the channels, or `path` holds something else.
+        ValueError: `mean` or `std` does not fit the channels, or `path` holds other files.
     """
     check_normalisation(mean, std, encoder.config.in_channels)
     arguments = reference_config(encoder)

@@ -164,7 +164,7 @@ def resolve_config(
     unknown = [name for name, values in given.items() if not values]
     if unknown:
         raise BridgeError(
-            f"{source} does not say its {', '.join(unknown)}: give "
+            f"{source} does not record its {', '.join(unknown)}: give "
             + " and ".join(_ARGUMENTS[name] for name in unknown)
             + ". The tensors fit any of these, but the features depend on them."
         )

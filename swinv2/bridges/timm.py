@@ -232,7 +232,7 @@ def export_timm(
     Raises:
         BridgeError: timm cannot compute it, the installed timm computes something else, or the
             classifier does not fit.
-        ValueError: `mean` or `std` does not fit the channels, or `path` holds something else.
+        ValueError: `mean` or `std` does not fit the channels, or `path` holds other files.
     """
     check_normalisation(mean, std, encoder.config.in_channels)
     name, arguments = timm_arguments(encoder)
@@ -341,7 +341,7 @@ def _parse(path: Path, name: str | None) -> ParsedCheckpoint:
         architecture=fields,
         sizes=[
             arguments,
-            _named_sizes("the name you gave", name, stages),
+            _named_sizes("the given name", name, stages),
             _only_missing(arguments, named),
             read_buffers({key: checkpoint.tensors[key] for key in dropped}, fields),
         ],

@@ -68,8 +68,8 @@ def export_program(
         report: called with the largest difference of the maps.
 
     Raises:
-        BridgeError: the program computes something else than PyTorch.
-        ValueError: `mean` or `std` does not fit the channels, or `path` holds something else.
+        BridgeError: the program computes something different from PyTorch.
+        ValueError: `mean` or `std` does not fit the channels, or `path` holds other files.
     """
 
     def write(plain: SwinV2, folder: Path) -> str:
@@ -127,7 +127,7 @@ def write_graph(
         report: called with the line of `write`.
 
     Raises:
-        ValueError: `mean` or `std` does not fit the channels, or `path` holds something else.
+        ValueError: `mean` or `std` does not fit the channels, or `path` holds other files.
     """
     config = encoder.config
     check_normalisation(mean, std, config.in_channels)

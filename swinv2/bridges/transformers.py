@@ -159,7 +159,7 @@ def export_transformers(
     Raises:
         BridgeError: transformers cannot compute it, a head does not fit, or the installed
             transformers computes something else.
-        ValueError: `mean` or `std` does not fit the channels, or `path` holds something else.
+        ValueError: `mean` or `std` does not fit the channels, or `path` holds other files.
     """
     check_normalisation(mean, std, encoder.config.in_channels)
     config = transformers_config(encoder) | {CONFIG_KEY: asdict(encoder.config)}
@@ -221,8 +221,8 @@ def import_transformers(
     if problems:
         raise BridgeError(
             f"{folder / _CONFIG_FILE}: at its image_size {content.get('image_size')} and "
-            f"window_size {content.get('window_size')} this encoder computes something else than "
-            "transformers; change them there if other sizes are acceptable:\n  "
+            f"window_size {content.get('window_size')} this encoder computes something different "
+            "from transformers; set other sizes there if they are acceptable:\n  "
             + "\n  ".join(problems)
         )
     return imported

@@ -198,8 +198,8 @@ def _unsupported_fields(settings: Mapping[str, Any], model: ModelClass) -> list[
     windows = settings["pretrained_window_sizes"]
     if any(1 in as_pair(window) for window in windows):
         problems.append(
-            f"pretrained_window_sizes is {windows!r}, and transformers divides by it less 1: "
-            "write 2 instead of 1, which has the same meaning here"
+            f"pretrained_window_sizes is {windows!r}, and transformers divides by the window minus "
+            "1: write 2 instead of 1, which has the same meaning here"
         )
     stride = patch[0] * 2 ** (len(settings["depths"]) - 1)
     if model == "Swinv2ForMaskedImageModeling" and settings["encoder_stride"] != stride:
@@ -210,7 +210,7 @@ def _unsupported_fields(settings: Mapping[str, Any], model: ModelClass) -> list[
     return problems
 
 
-_NO = "choose another checkpoint, since no other value gives its features"
+_NO = "choose another checkpoint: no other value gives the same features"
 _DROPOUT = "write 0.0, which changes no feature in evaluation; drop_path_rate is kept"
 _FIXED: tuple[tuple[str, Any, str], ...] = (
     ("hidden_act", "gelu", _NO),

@@ -38,7 +38,7 @@ def compare(what: str, ours: Tensor, theirs: Tensor, *, tolerance: float = TOLER
     """Return a line with the largest difference between two tensors.
 
     Args:
-        what: is compared, for the message.
+        what: name of the compared values, for the message.
         ours: computed by the encoder.
         theirs: computed by the export.
         tolerance: largest difference allowed, relative to the largest value of `ours`.
@@ -55,8 +55,8 @@ def compare(what: str, ours: Tensor, theirs: Tensor, *, tolerance: float = TOLER
     difference = float((ours - theirs).abs().max())
     if not math.isfinite(largest):
         raise BridgeError(
-            f"not exported: {what}: the encoder's are not finite, so its weights are damaged: "
-            "export an earlier checkpoint."
+            f"not exported: {what}: values of the encoder are not finite, so its weights are "
+            "damaged: export an earlier checkpoint."
         )
     if not difference <= tolerance * largest:  # true for NaN, too
         raise BridgeError(
@@ -204,10 +204,10 @@ def compare_timm(
     with torch.no_grad():
         features = plain_copy(encoder)(images)
         theirs = peer.forward_features(images)
-        report(compare("timm's features to ours", features, theirs))
+        report(compare("timm's features from ours", features, theirs))
         if classifier is not None:
             logits = classifier.logits(features)
-            report(compare("timm's logits to ours", logits, peer.forward_head(theirs)))
+            report(compare("timm's logits from ours", logits, peer.forward_head(theirs)))
 
 
 def check_transformers_export(path: Path | str) -> None:
@@ -262,23 +262,23 @@ def compare_transformers(
         maps = plain.features(images)
         tokens = maps[-1].permute(0, 2, 3, 1)
         theirs = _load_in_transformers("Swinv2Model", path)(images).last_hidden_state
-        report(compare("Swinv2Model's features to ours", tokens.flatten(1, 2), theirs))
+        report(compare("Swinv2Model's features from ours", tokens.flatten(1, 2), theirs))
         *before, last = _load_in_transformers("Swinv2Backbone", path)(images).feature_maps
         # Swinv2Backbone has no final norm.
         normalised = plain.norm(last.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         ours = torch.cat([one.flatten(1) for one in maps], dim=1)
         theirs = torch.cat([one.flatten(1) for one in (*before, normalised)], dim=1)
-        report(compare("Swinv2Backbone's maps to ours", ours, theirs))
+        report(compare("Swinv2Backbone's maps from ours", ours, theirs))
         if head is not None:
             hidden = _checkerboard_mask(plain, images)
             ours = _reconstruct(plain, head, images, hidden)
             peer = _load_in_transformers("Swinv2ForMaskedImageModeling", path)
             theirs = peer(images, bool_masked_pos=hidden.flatten(1)).reconstruction
-            report(compare("Swinv2ForMaskedImageModeling's reconstruction to ours", ours, theirs))
+            report(compare("Swinv2ForMaskedImageModeling's reconstruction from ours", ours, theirs))
         if classifier is not None:
             ours = classifier.logits(tokens)
             theirs = _load_in_transformers("Swinv2ForImageClassification", path)(images).logits
-            report(compare("Swinv2ForImageClassification's logits to ours", ours, theirs))
+            report(compare("Swinv2ForImageClassification's logits from ours", ours, theirs))
 
 
 def _load_in_transformers(name: ModelClass, path: Path) -> Any:

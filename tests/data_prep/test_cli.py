@@ -92,7 +92,7 @@ def _bad_sources(folder: Path, whole: bytes) -> dict[str, tuple[Path, str]]:
     return {
         "empty": (folder / "empty", "is empty"),
         "text": (folder / "text", "a.jpg: it is not an image"),
-        "cut": (folder / "cut", "a.jpg: it does not decode"),
+        "cut": (folder / "cut", "a.jpg: it cannot be decoded"),
         "other": (folder / "other", "has no images"),
         "missing": (folder / "missing", "does not exist"),
         "broken": (folder / "broken.zip", "is not a folder, a zip or a tar"),

@@ -84,7 +84,7 @@ def test_a_changed_architecture_loses_the_name_of_the_variant() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("image_size", 0, "image_size is 0; it must be a whole number of at least 1"),
+        ("image_size", 0, "image_size is 0; it must be an integer of at least 1"),
         ("image_size", (64, 64, 3), "it must be a number or \\(height, width\\)"),
         ("image_size", 2, "less than one patch of 4 pixels"),
         ("window_size", (8, -1), "window_size is -1"),

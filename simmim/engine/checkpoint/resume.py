@@ -87,8 +87,8 @@ def resumable_state(path: Path, stage: Resumable, *, allow_changes: bool) -> Tra
     if state.batch_size != batch_size and not allow_changes:
         raise ValueError(
             f"{path} was trained with batch size {state.batch_size}, the recipe has {batch_size}: "
-            "steps and learning rate would change their meaning. Set it back, or accept this with "
-            "--allow-recipe-changes."
+            "steps and learning rate would change their meaning. Restore the batch size, or accept "
+            "this with --allow-recipe-changes."
         )
     if state.data_digest != stage.data_digest:
         raise ValueError(

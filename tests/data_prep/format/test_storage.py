@@ -337,7 +337,7 @@ def test_remote_locations_that_are_not_folders_are_refused(
     remote_images: RemotePath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["shard", "memory://photos/none", str(tmp_path / "set")]) == 2
-    assert "there is nothing at memory://photos/none" in capsys.readouterr().err
+    assert "memory://photos/none does not exist" in capsys.readouterr().err
     assert main(["reshard", str(remote_images), str(tmp_path / "set")]) == 2
     assert "no tars" in capsys.readouterr().err
     (remote_images / "a.tar").write_bytes(b"no tar" * 1000)

@@ -83,7 +83,7 @@ def test_hostile_shapes_are_refused_before_allocation(shape: str) -> None:
 
 def test_cut_and_overlong_files_are_refused() -> None:
     data = _save(np.zeros((4, 5), dtype=np.uint16))
-    for wrong, reason in ((data[:-1], "is cut"), (data + b"\0", "more than its header")):
+    for wrong, reason in ((data[:-1], "is truncated"), (data + b"\0", "longer than its header")):
         with pytest.raises(ArrayError, match=reason):
             read_array(wrong)
     for length in range(len(data)):

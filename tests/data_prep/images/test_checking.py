@@ -115,7 +115,7 @@ def test_16_bit_colour_is_kept_or_rejected_unless_8_bits_are_accepted() -> None:
 
 def test_a_cut_jpeg_is_rejected_only_when_decoded() -> None:
     data = _save(Image.fromarray(_pixels(64, 64, 3)), "JPEG")[:-800]
-    with pytest.raises(RejectedImageError, match="does not decode"):
+    with pytest.raises(RejectedImageError, match="cannot be decoded"):
         check_image(data)
     assert check_image(data, decode=False).width == 64
 

@@ -50,7 +50,7 @@ def test_lost_cut_and_stray_tars_are_found(shards: Manifest) -> None:
     path = shards.folder / "shard-000001.tar"
     whole = path.read_bytes()
     path.write_bytes(whole[:-512])
-    assert "was cut" in _problem(shards)
+    assert "truncated or changed" in _problem(shards)
     path.unlink()
     assert "cannot be read" in _problem(shards)
     path.write_bytes(whole)
@@ -125,7 +125,7 @@ def test_sets_that_others_wrote_are_verified_too(
     write_tar(tmp_path / "theirs.tar", members)
     manifest = index_existing(tmp_path).manifest
     assert verify_shards(manifest, decode=False).count == 0
-    assert "image 003: it is cut" in _problem(manifest)
+    assert "image 003: it is truncated" in _problem(manifest)
 
 
 def test_a_format_that_shards_do_not_hold_is_found(

@@ -231,7 +231,7 @@ def test_unsupported_sources_are_refused(tmp_path: Path, image_tar: Path) -> Non
 
 def test_a_cut_archive_is_named(image_tar: Path, image_zip: Path) -> None:
     image_tar.write_bytes(image_tar.read_bytes()[:9000])
-    with pytest.raises(TarError, match=r"images\.tar is cut"):
+    with pytest.raises(TarError, match=r"images\.tar is truncated"):
         _list(image_tar)
     data = image_zip.read_bytes()
     image_zip.write_bytes(data[:100] + data[-400:])

@@ -143,7 +143,7 @@ def test_bad_images_are_named_and_the_others_kept(image_folder: Path, tmp_path: 
     lines = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     rejected = {line["path"]: line["reason"] for line in map(json.loads, lines)}
     assert list(rejected) == [f"train/cat/{number}.jpg" for number in range(3)]
-    assert "it does not decode" in rejected["train/cat/0.jpg"]
+    assert "it cannot be decoded" in rejected["train/cat/0.jpg"]
     assert built.manifest.rejected == 3
     assert built.manifest.samples + 3 == built.found == 24
     assert len(_read_stock(tmp_path / "out")) == 21

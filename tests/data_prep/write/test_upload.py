@@ -335,7 +335,7 @@ def test_objects_that_appear_meanwhile_are_left_alone(
     image_folder: Path, store: RemotePath, tmp_path: Path
 ) -> None:
     progress = Progress(finished=lambda _: (store / "notes.txt").write_bytes(b"mine"))
-    with pytest.raises(StorageError, match=r"other things.*notes\.txt"):
+    with pytest.raises(StorageError, match=r"other files.*notes\.txt"):
         ship(image_folder, store, tmp_path / "staging", SHUFFLED, progress=progress)
     assert (store / "notes.txt").read_bytes() == b"mine"
     (store / "notes.txt").unlink()
@@ -350,7 +350,7 @@ def test_foreign_objects_are_left_alone(
     (store / "shard-000000.tar").write_bytes(b"mine")
     for name in ("notes.txt", "folder/a.jpg"):
         (store / name).write_bytes(b"mine")
-        with pytest.raises(StorageError, match=f"other things.*{name.split('/')[0]}"):
+        with pytest.raises(StorageError, match=f"other files.*{name.split('/')[0]}"):
             ship(image_folder, store, tmp_path / "staging", EACH, overwrite=overwrite)
         (store / name).unlink()
         fsspec.filesystem("memory").pseudo_dirs[:] = [""]

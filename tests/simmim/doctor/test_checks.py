@@ -10,8 +10,13 @@ import torch
 
 from simmim.doctor.checks import Check, attempt, table
 from simmim.doctor.dry_run import Speed, check_data_speed, check_duration
+from simmim.doctor.hyperparameters import (
+    check_learning_rate,
+    check_masks,
+    check_precision,
+    check_schedule,
+)
 from simmim.doctor.memory import check_disk, check_memory
-from simmim.doctor.plan import check_learning_rate, check_masks, check_precision, check_schedule
 from simmim.doctor.shards import check_files, check_samples, check_workers, entries_of, sets_of
 from simmim.method.settings import MaskSettings
 from simmim.recipe import load, parse

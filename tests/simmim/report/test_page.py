@@ -75,7 +75,7 @@ def test_training_writes_a_report(
         "Images per second",
         "Time spent waiting for data, slowest rank",
         "Model FLOP utilisation, relative to a measured matrix product",
-        "Memory, largest over ranks",
+        "Memory, maximum over ranks",
     ]
     for part in ("mean colour", "validation", "random weights", "data:image/png", "task: pretrain"):
         assert part in text

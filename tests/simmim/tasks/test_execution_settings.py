@@ -74,7 +74,7 @@ def test_by_default_nothing_is_compiled(pretrain_values: dict[str, Any]) -> None
             {"checkpointing": ["full"]},
             ["execution.checkpointing has length 1, and the encoder has 2 stages"],
         ),
-        ({"scores_at_a_time": 0}, ["scores_at_a_time is 0; it must be a whole number"]),
+        ({"scores_at_a_time": 0}, ["scores_at_a_time is 0; it must be an integer"]),
         (
             {"attention": 1, "compile": "yes", "speed": 2},
             ["execution.attention: ", "execution.compile: ", "execution.speed: unknown key"],

@@ -233,8 +233,8 @@ def test_an_export_that_differs_in_timm_is_not_kept(
     options: dict[str, Any] = {"mean": MEAN, "std": STD, "classifier": draw_classifier(encoder)}
     export_timm(encoder, tmp_path / "out", **options, report=lines.append)
     assert [line.rpartition(":")[0] for line in lines] == [
-        "largest difference of timm's features to ours",
-        "largest difference of timm's logits to ours",
+        "largest difference of timm's features from ours",
+        "largest difference of timm's logits from ours",
     ]
     name, arguments = timm_arguments(encoder)
     wrong = (name, arguments | {"pretrained_window_sizes": [3, 3, 3, 3]})

@@ -236,7 +236,7 @@ def test_every_class_is_compared_on_the_image_given(
     kinds = ["Model's features", "Backbone's maps", "ForMaskedImageModeling's reconstruction"]
     kinds.append("ForImageClassification's logits")
     assert [line.rpartition(":")[0] for line in lines] == [
-        f"largest difference of Swinv2{kind} to ours" for kind in kinds
+        f"largest difference of Swinv2{kind} from ours" for kind in kinds
     ]
     assert all(0 < float(line.split()[-1]) < 1e-3 for line in lines)
     with pytest.raises(BridgeError, match="not finite"):

@@ -145,7 +145,9 @@ def test_what_sends_whole_files_only_is_indexed_verified_and_shown(
     tar.write_bytes(b"\1" * tar.stat().st_size)
     capsys.readouterr()
     assert main(["verify", served, *alone]) == 2
-    assert f"{served}/shard-000002.tar is cut, damaged or not a tar" in capsys.readouterr().err
+    assert (
+        f"{served}/shard-000002.tar is truncated, damaged or not a tar" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("served", [Untold], indirect=True)

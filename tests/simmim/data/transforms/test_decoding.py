@@ -212,7 +212,7 @@ def test_an_array_without_channels_has_one() -> None:
     [
         (b"", "damaged"),
         (b"\x93NUMPY\x09\x00", "version"),
-        (saved(np.ones((4, 4, 3), dtype=np.uint8))[:-1], "is cut: 47 bytes of values, 48"),
+        (saved(np.ones((4, 4, 3), dtype=np.uint8))[:-1], "is truncated: 47 bytes of values, 48"),
         (saved(np.ones((4, 4, 3), dtype=np.uint8)) + b"!", "49 bytes of values, 48"),
         (saved(np.ones((4, 4, 2), dtype=np.uint8)), "2 channels.*in_channels is 3"),
         (saved(np.ones(4, dtype=np.uint8)), "shape"),

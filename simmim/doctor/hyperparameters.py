@@ -1,4 +1,4 @@
-"""Checks of the recipe's numbers: learning rate, schedule, precision, workers."""
+"""Checks of hyperparameters: learning rate, masks, schedule, precision."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,7 +46,9 @@ PAPER = (
 )
 
 
-def check_plan(recipe: TaskRecipe, samples_per_epoch: int, device: torch.device) -> Iterator[Check]:
+def check_hyperparameters(
+    recipe: TaskRecipe, samples_per_epoch: int, device: torch.device
+) -> Iterator[Check]:
     """Check learning rate, schedule, precision and trackers."""
     training = recipe.training
     yield check_learning_rate(recipe)
