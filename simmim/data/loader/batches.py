@@ -81,8 +81,8 @@ def next_batch(batches: Iterator[Batch | Failure]) -> Batch | Failure | None:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         return Failure(
-            f"a data worker died ({error or 'without an error'}); usually because the machine ran out"
-            " of memory or of shared memory (/dev/shm): use fewer workers, or smaller batches."
+            f"a data worker died ({error or 'without an error'}); usually because the machine ran"
+            " out of memory or of shared memory (/dev/shm): use fewer workers, or smaller batches."
         )
 
 
