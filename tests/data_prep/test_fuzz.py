@@ -155,7 +155,7 @@ def test_a_mutant_is_rejected_or_becomes_a_valid_image(
 ) -> None:
     accepted = rejected = 0
     for number, data in enumerate(_mutants(seeds, count)):
-        start = time.monotonic()
+        start = time.process_time()
         try:
             checked = check_image(data, max_pixels=2**20, encoding=encoding)
         except RejectedImageError:
@@ -164,7 +164,7 @@ def test_a_mutant_is_rejected_or_becomes_a_valid_image(
             read_pixels(checked.data, checked.extension)  # raises unless it decodes
             assert check_image(checked.data).data == checked.data, number
             accepted += 1
-        assert time.monotonic() - start < SECONDS_AN_IMAGE, number
+        assert time.process_time() - start < SECONDS_AN_IMAGE, number
     assert accepted + rejected == count
     assert min(accepted, rejected) > count // 20
 
