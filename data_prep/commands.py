@@ -203,7 +203,7 @@ def _info(arguments: argparse.Namespace, interruption: Interruption) -> int:
 
 
 def _shard_options(arguments: argparse.Namespace) -> ShardOptions:
-    """Return the options that determine what is written."""
+    """Return the options that determine the contents of the shards."""
     return ShardOptions(
         samples_per_shard=arguments.samples_per_shard,
         bytes_per_shard=arguments.bytes_per_shard,

@@ -38,7 +38,7 @@ def quickstart(images: Path | None, folder: Path) -> Outcome:
 
     Args:
         images: a folder, zip or tar of images; None draws labelled procedural ones.
-        folder: where images, shards and the run are written.
+        folder: output folder of images, shards and the run.
 
     Raises:
         ValueError: the images cannot be used, or the folder holds another run.

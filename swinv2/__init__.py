@@ -44,7 +44,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs torch on first access (PEP 562)."""
+    """Import names that need torch on first access (PEP 562)."""
     if name in __all__:
         from swinv2 import encoder, video, weights  # noqa: PLC0415
 

@@ -271,7 +271,7 @@ class Execution:
     (`swinv2.kernels.dispatch.choose_attention`)."""
 
     checkpointing: Checkpointing | tuple[Checkpointing, ...] = "none"
-    """What the backward recomputes instead of saving it: nothing, the attention branch of each
+    """Activation checkpointing: what the backward recomputes: nothing, the attention branch of each
     block, or the whole block."""
 
     scores_at_a_time: int | None = None

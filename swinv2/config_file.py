@@ -43,7 +43,7 @@ def installed_versions() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Where the weights of an encoder come from; None if it is not known."""
+    """Origin of the weights of an encoder; None for unknown fields."""
 
     step: int | None = None
     """Optimiser steps taken."""
@@ -335,7 +335,7 @@ def _read_fields(
     prefix: str,
     problems: list[str],
 ) -> dict[str, Any]:
-    """Read every field of `content`, and append what is wrong to `problems`."""
+    """Read every field of `content`, and append defects to `problems`."""
     if not isinstance(content, dict):
         problems.append(f"{prefix.rstrip('.')}: expected fields by name")
         return {}

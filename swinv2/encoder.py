@@ -84,7 +84,7 @@ class HierarchicalEncoder(nn.Module):
         return outputs
 
     def set_execution(self, **changes: Any) -> None:
-        """Change how the encoder computes, not what: fields of `Execution` by name.
+        """Change fields of `Execution` by name: they affect time and memory, not the function.
 
         For very large inputs `set_execution(attention=("sequential", "sequential", "auto", "auto"),
         checkpointing="full")` trades time for memory.

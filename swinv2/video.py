@@ -97,7 +97,7 @@ def inflate(
     `set_input` first.
 
     Args:
-        encoder: of images; it is not changed.
+        encoder: image encoder, which is not changed.
         frames: nominal length of a clip.
         frame_patch: frames of a patch; its weights are those of the image divided by this number.
         window_frames: attention window along time, in tokens.

@@ -225,7 +225,7 @@ def read_tensors(
     """Read a safetensors file on to the CPU.
 
     Args:
-        path: of the file.
+        path: path of the file.
         remedy: how to replace a missing or damaged file, for the message.
 
     Raises:
@@ -264,8 +264,8 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str)
 
     Args:
         module: every persistent tensor of it is overwritten.
-        tensors: by name; they are converted to the module's dtype.
-        source: where the tensors come from, for the message.
+        tensors: tensors by name; they are converted to the module's dtype.
+        source: source of the tensors, for the message.
 
     Raises:
         ValueError: tensors are missing, unexpected or of another shape; all of them are listed and

@@ -76,8 +76,8 @@ def map_tasks(
 
     Args:
         function: a module-level function.
-        tasks: its arguments; a task is sent only to an idle process, and none is sent while the
-            caller uses a result.
+        tasks: arguments of the calls; a task is sent only to an idle process, and none
+            is sent while the caller uses a result.
         workers: number of processes, at least 1.
         tick: called in this process with the number of samples done.
         may_start: see `TaskQueue`; processes wait until it returns True.

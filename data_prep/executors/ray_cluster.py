@@ -30,7 +30,8 @@ def map_on_ray(
 
     Args:
         function: a module-level function that is safe to run again.
-        tasks: its arguments; the next one is drawn when fewer than `max_in_flight` are in flight.
+        tasks: arguments of the calls; the next one is drawn when fewer than `max_in_flight` are in
+            flight.
         address: address of the cluster; None starts a local one.
         max_in_flight: maximum number of tasks in flight.
         tick: called after each task with the number of its samples (`found` of its result).

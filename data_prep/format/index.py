@@ -99,7 +99,7 @@ def read_images(
 
     Args:
         path: the tar.
-        index: its index.
+        index: index of the shard.
         rows: positions in the index, in any order.
 
     Raises:

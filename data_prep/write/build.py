@@ -93,9 +93,9 @@ def build_shards(
         source_path: the source.
         folder: output folder.
         store: URL of the set, which then is stored only there; None: it stays in `folder`.
-        options: what to write.
+        options: contents of the shards.
         shards: whether the source is a folder of WebDataset tars.
-        run: how to do the work.
+        run: workers, parts and limits of this run.
         overwrite: whether to replace a set written from something else.
         progress: callbacks.
 

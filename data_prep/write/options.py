@@ -1,4 +1,4 @@
-"""Options of writing a set: what the shards hold, and how the work is done."""
+"""Options of writing a set: contents of the shards, and execution of the work."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any

@@ -47,7 +47,7 @@ class OutputDirError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What a set of shards is made from: sets with equal identities are equal byte for byte."""
+    """Options and inputs of a set of shards: sets with equal identities are equal byte for byte."""
 
     options: dict[str, Any]
     """Options as plain values, with the name of the source."""
@@ -84,12 +84,12 @@ class OutputDir:
         return self.folder / _PARTIAL_NAME
 
     def identity(self) -> Identity | None:
-        """Return what the unfinished work is made from, or None if there is none."""
+        """Return the identity of the unfinished work, or None if there is none."""
         note = self._note()
         return Identity(**note["identity"]) if note is not None else None
 
     def begin(self, identity: Identity) -> None:
-        """Record what the work is made from, once its listing is complete."""
+        """Record the identity of the work, once its listing is complete."""
         note = {"version": _WORK_VERSION, "identity": asdict(identity)}
         atomic_write_bytes(self.partial / _NOTE_NAME, json.dumps(note, indent=1).encode())
 

@@ -56,7 +56,7 @@ class Upload:
 
     @property
     def _is_ours(self) -> bool:
-        """Whether this run uploaded what is at the URL."""
+        """Whether this run uploaded the objects at the URL."""
         return self._log.run is not None and self._owner_run == self._log.run
 
     def check_target(self) -> None:
@@ -86,7 +86,7 @@ class Upload:
         )
 
     def claim(self) -> None:
-        """Remove what may be replaced, and mark the URL as belonging to this run.
+        """Remove objects that may be replaced, and mark the URL as belonging to this run.
 
         Raises:
             StorageError: the store does not answer, or the URL now holds other files.
@@ -124,7 +124,7 @@ class Upload:
 
         Args:
             entry: the shard, with its local name.
-            position: its position in the set.
+            position: position of the shard in the set.
             sent: called with the number of bytes sent.
 
         Raises:

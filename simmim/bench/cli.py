@@ -39,6 +39,12 @@ def add_memory(benches: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    _add_step_arguments(command)
+    _add_device_arguments(command)
+    command.set_defaults(handler=run_memory, takes_overrides=False)
+
+
+def _add_step_arguments(command: argparse.ArgumentParser) -> None:
     variants = list(VARIANTS)
     command.add_argument(
         "--variants",
@@ -79,6 +85,15 @@ def add_memory(benches: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "--batch", type=_count, default=1, help="images per device (default: %(default)s)"
     )
     command.add_argument(
+        "--optimizer",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="include AdamW; --no-optimizer is forward and backward only (default: yes)",
+    )
+
+
+def _add_device_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
         "--devices",
         nargs="+",
         type=_count,
@@ -106,15 +121,8 @@ def add_memory(benches: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="run each step that fits this machine: minutes for large ones (default: yes)",
     )
     command.add_argument(
-        "--optimizer",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="include AdamW; --no-optimizer is forward and backward only (default: yes)",
-    )
-    command.add_argument(
         "--json", type=Path, metavar="PATH", help="also write the figures to this file"
     )
-    command.set_defaults(handler=run_memory, takes_overrides=False)
 
 
 def run_memory(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:

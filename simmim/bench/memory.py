@@ -61,7 +61,7 @@ class ModelSize:
 
     parameters: int
     gathered: int
-    """In the two largest blocks and in what is outside all blocks."""
+    """Parameters of the two largest blocks and outside all blocks, gathered at the same time."""
     largest_unit: int
     shards: dict[int, int]
     """Largest shard of one device, by number of devices."""
@@ -77,13 +77,13 @@ class MemoryEstimate:
     gathered: int
     """Weights and gradients that fsdp2 gathers temporarily."""
     gradients: int
-    """At the peak."""
+    """Gradients that exist at the peak."""
     activations: int
-    """At the peak."""
+    """Activations at the peak."""
 
     @property
     def total(self) -> int:
-        """Bytes at the peak."""
+        """Total bytes at the peak."""
         return sum(asdict(self).values())
 
 
@@ -96,9 +96,9 @@ class MemoryRow:
     activations: int
     """Peak bytes of activations; with few images, not at the peak of the total."""
     needs: dict[str, MemoryEstimate]
-    """By placement."""
+    """Estimated memory by placement."""
     largest_batch: dict[str, int]
-    """By placement: largest batch per device; empty without a device memory."""
+    """Largest batch per device by placement; empty without a device memory."""
     measured: Measurement | None
 
     @property

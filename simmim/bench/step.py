@@ -58,7 +58,7 @@ class StepCase:
     checkpointing: Checkpointing | tuple[Checkpointing, ...]
     precision: Precision
     batch: int
-    """Images."""
+    """Number of images."""
     mask_cell: int = MASK_CELL
     """Side of a mask cell in pixels."""
     patch_size: int = 4
@@ -86,7 +86,7 @@ class Simulation:
     """Memory of a step, from the sizes of its tensors."""
 
     peaks: tuple[Peak, ...]
-    """In the order of the backward pass; the first includes the forward pass."""
+    """Peaks in the order of the backward pass; the first includes the forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +94,9 @@ class Measurement:
     """Measured memory and time of a step."""
 
     peak: int
-    """Peak bytes, minus what the process used before the model was built."""
+    """Peak bytes, minus the memory of the process before the model was built."""
     seconds: float
-    """Of the step."""
+    """Duration of the step."""
     meter: str
     """How it was measured."""
 

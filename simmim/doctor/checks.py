@@ -25,7 +25,7 @@ class Check:
     """`problem`: training would fail or be useless."""
     found: str
     change: str = ""
-    """What to change; empty if nothing."""
+    """Advice on what to change; empty if nothing."""
 
 
 def attempt(name: str, examine: Callable[[], Iterable[Check]]) -> list[Check]:

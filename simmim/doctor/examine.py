@@ -34,10 +34,10 @@ def examine_training(
 
     Args:
         recipe: the recipe of the training.
-        folder: its run folder.
+        folder: run folder.
         first: the check of the recipe.
-        resume: as for training.
-        seconds: how long to read data for, and again to compute for.
+        resume: value of `--resume`, as for training.
+        seconds: duration of reading data, and of the dry steps.
     """
     checks = [first]
     stages: list[TaskStage] = []

@@ -28,7 +28,7 @@ NAMED = 5
 
 @dataclass
 class PreparedSamples:
-    """What preparing some samples found."""
+    """Results of preparing some samples."""
 
     count: int = 0
     seconds: float = 0.0

@@ -158,7 +158,7 @@ def _sha256(place: Path) -> str:
 
 @dataclass
 class DecodedSamples:
-    """What decoding some samples found."""
+    """Results of decoding some samples."""
 
     count: int = 0
     bad: list[str] = field(default_factory=list)

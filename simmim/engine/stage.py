@@ -1,4 +1,4 @@
-"""TrainingStage: what a task supplies to the training loop."""
+"""The interface between a task and the training loop."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path

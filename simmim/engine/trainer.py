@@ -40,7 +40,7 @@ class Trainer:
         stage: model, data and recipe.
         run: folder of the run.
         accelerator: devices and processes.
-        module: the stage's module, prepared for the devices.
+        module: module of the stage, prepared for the devices.
         optimizer: the optimiser of its parameters.
         stop: the stop request of this training.
         write_report: writes the report of the run; None writes none.
@@ -237,7 +237,7 @@ class Trainer:
 
     @property
     def checkpoint_at_stop(self) -> str:
-        """What happens to the current step if training stops now, as a message."""
+        """Whether a stop would save the current step, as a message."""
         if self.anomalies.in_a_row:
             return "which was skipped and is not saved: the previous checkpoint stays the last"
         return "writing a checkpoint"

@@ -27,15 +27,15 @@ class ImportOptions:
     architecture: str | None = None
     """Name of the model in timm, which determines all sizes."""
     image_size: int | tuple[int, int] | None = None
-    """In pixels."""
+    """Height and width of training images in pixels, or the side of a square."""
     window_size: int | tuple[int, int] | None = None
-    """In tokens."""
+    """Height and width of the attention windows in tokens, or the side of a square."""
     pretrained_window_sizes: PretrainedWindows = None
-    """In tokens, one per stage; "same" if it was trained with the present windows."""
+    """Pretraining windows in tokens, one per stage; "same" for the present windows."""
     mean: Sequence[float] | None = None
-    """Per channel, for images in [0, 1]."""
+    """Mean per channel, for images in [0, 1]."""
     std: Sequence[float] | None = None
-    """Per channel."""
+    """Standard deviation per channel."""
 
 
 def import_encoder(
@@ -47,7 +47,7 @@ def import_encoder(
         source: a file, or a folder from an export or a model hub.
         destination: a new or empty folder, or an earlier encoder directory.
         form: the format of the checkpoint.
-        known: what the file may not contain.
+        known: values that the file may lack.
 
     Returns:
         Lines to print: what was imported and what was not, and the difference after loading.

@@ -57,7 +57,7 @@ class TrainedModel:
     std: tuple[float, ...]
     provenance: Provenance
     inflated_from: Provenance | None = None
-    """Of an encoder of clips: provenance of the image encoder that it was inflated from."""
+    """Provenance of the image encoder that an encoder of clips was inflated from."""
     head: MaskedImageHead | None = None
     """Mask token and decoder, from a pretraining run."""
     classifier: ClassifierHead | None = None
@@ -69,7 +69,7 @@ class TrainedModel:
     shards: str | None = None
     """Training data of the run."""
     origin: str
-    """Where the weights come from, for messages."""
+    """Source of the weights, for messages."""
 
 
 def read_source(source: Path, *, best: bool = False) -> TrainedModel:

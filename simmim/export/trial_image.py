@@ -22,7 +22,7 @@ class TrialImage:
     images: Tensor
     """Normalised images (1, channels, height, width), or clips with frames second."""
     origin: str
-    """Where it comes from, for messages."""
+    """Source of the input, for messages."""
 
 
 def trial_image(

@@ -82,7 +82,7 @@ def denormalise_target(values: Tensor, images: Tensor, window: int = TARGET_WIND
     Args:
         values: (batch, channels, height, width), normalised.
         images: images to take the statistics from, same shape.
-        window: as in `normalise_target`.
+        window: side of the window in pixels, as in `normalise_target`.
     """
     mean, deviation = _local_statistics(images, window)
     return values * deviation + mean

@@ -17,8 +17,8 @@ class Normalise(nn.Module):
     """Normalise stored images to about zero mean and unit variance per channel.
 
     Args:
-        mean: of each channel, on a scale from 0 to 1 for 8 and 16 bits, else in the images' scale.
-        std: of each channel, on the same scale.
+        mean: mean per channel, from 0 to 1 for 8 and 16 bits, else on the scale of the images.
+        std: standard deviation per channel, on the same scale.
     """
 
     mean: Tensor

@@ -29,7 +29,7 @@ from simmim.tasks.recipe import FineTuningRecipe
 from swinv2.config_file import Provenance
 
 Prepare = Callable[[Any, Address], Sample]
-"""A transform: makes a sample of what was read at an address."""
+"""A transform: turns an encoded sample and its address into a sample."""
 
 
 RecipeT = TypeVar("RecipeT", bound=FineTuningRecipe)
@@ -139,7 +139,7 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
         """Return batches of this rank's part of the held-out samples, each once over all ranks.
 
         Args:
-            transform: of a sample; None is `validation_transform`.
+            transform: transform of the samples; None is `validation_transform`.
             at_a_time: batch size over all ranks; None is the one of training.
             rank: number of this process.
             world: number of processes.

@@ -73,8 +73,8 @@ def training_batches(
     Args:
         shards: training data.
         order: order of the samples.
-        transform: of a sample.
-        data: how samples are read.
+        transform: transform of the samples.
+        data: settings for reading samples.
         training: batch size and accumulation.
         rank: number of this process.
         world: number of processes.

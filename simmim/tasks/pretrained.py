@@ -40,7 +40,7 @@ class InitialEncoder(Generic[EncoderT]):
     head: Path | None = None
     """Folder of a trained classifier head."""
     inflated_from: Provenance | None = None
-    """Of an encoder of clips: provenance of the image encoder that it was inflated from."""
+    """Provenance of the image encoder that an encoder of clips was inflated from."""
 
 
 def find_weights(init: str) -> TrainedWeights:

@@ -1,4 +1,4 @@
-"""What the recipes of the tasks share: the encoder, how it is computed, and fine-tuning."""
+"""Shared parts of recipes: the encoder and its execution, fine-tuning, and their base."""
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -152,10 +152,10 @@ def check_slots(slots: int, training: TrainingSettings) -> None:
 
 
 class TaskRecipe:
-    """What the recipes of all tasks have in common."""
+    """Base of the recipes of all tasks."""
 
     SAMPLES: ClassVar[str] = "images"
-    """What samples are called."""
+    """Plural noun for samples in messages."""
     task: str
     encoder: EncoderSettings
     data: Any

@@ -49,7 +49,7 @@ def train_recipe(
 
     Args:
         make_stage: the stage class.
-        recipe: its recipe.
+        recipe: recipe of the training.
         run: the run folder.
         resume: None to start from the beginning, `auto`, or the path of a checkpoint. Processes
             that torchrun restarts resume from the last complete checkpoint in any case.

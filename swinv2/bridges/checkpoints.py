@@ -1,4 +1,4 @@
-"""Checkpoints of other libraries: what they hold, and reading the files without running code."""
+"""Checkpoints of other libraries: their contents, read without running code."""
 
 import argparse
 import errno
@@ -28,11 +28,11 @@ class MaskedImageHead:
     """Mask token and decoder, which SimMIM adds to an encoder."""
 
     mask_token: Tensor
-    """Replaces a masked token: `embed_dim` values in any shape."""
+    """Mask token, which replaces masked tokens: `embed_dim` values in any shape."""
     weight: Tensor
-    """Of the decoder, a 1x1 convolution: (stride² · in_channels, num_features, 1, 1)."""
+    """Weight of the decoder, a 1x1 convolution: (stride² · in_channels, num_features, 1, 1)."""
     bias: Tensor
-    """Of the decoder: (stride² · in_channels,)."""
+    """Bias of the decoder: (stride² · in_channels,)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class ImportedEncoder:
     """An encoder from a checkpoint of another library, with its heads and normalisation."""
 
     encoder: SwinV2
-    """In float32, on the CPU, in evaluation mode."""
+    """The encoder, in float32, on the CPU, in evaluation mode."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     head: MaskedImageHead | None
@@ -80,7 +80,7 @@ class CheckpointContents:
     source: str
     """The file, for messages."""
     tensors: dict[str, Tensor]
-    """By name, without WRAPPERS."""
+    """Tensors by name, without WRAPPERS."""
     extras: dict[str, Any]
     """Other entries by name; empty for a file of tensors only."""
 
@@ -89,7 +89,7 @@ def read_checkpoint(path: str | os.PathLike[str], entries: Iterable[str]) -> Che
     """Read a safetensors file or a pickle of tensors and plain values on to the CPU.
 
     Args:
-        path: of the file; safetensors files have the suffix .safetensors.
+        path: path of the file; safetensors files have the suffix .safetensors.
         entries: names that may hold the tensors, the preferred one first.
 
     Raises:

@@ -57,9 +57,9 @@ class ParsedCheckpoint:
     own_config: object
     """Value of CONFIG_KEY, if `swinv2` exported the checkpoint."""
     num_classes: int | None
-    """Of its classifier; None if it has none."""
+    """Number of classes of its classifier; None if it has none."""
     mean: Sequence[float] | None
-    """Of each channel, if the checkpoint says."""
+    """Mean per channel, if the checkpoint records it."""
     std: Sequence[float] | None
     classes: tuple[str, ...] = ()
     """Names of its classes."""
@@ -88,8 +88,8 @@ def assemble(
     Args:
         found: the parsed checkpoint.
         given: sizes from the caller, which must not contradict the checkpoint.
-        mean: of each channel; by default the checkpoint's, or ImageNet's.
-        std: of each channel, in the same way.
+        mean: mean per channel; by default the checkpoint's, or ImageNet's.
+        std: standard deviation per channel, likewise.
 
     Raises:
         BridgeError: a tensor is missing, unexpected, of a wrong shape or not finite, or a size is
@@ -207,11 +207,11 @@ def load_renamed(
 
     Args:
         tensors: without buffers.
-        config: of the encoder.
-        rename: from our names to the library's.
-        source: where the tensors come from, for the message.
+        config: config of the encoder.
+        rename: maps our names to the library's.
+        source: source of the tensors, for the message.
         head_shapes: names and shapes that must be there in addition to the encoder's.
-        prefix: of the names of the encoder's tensors.
+        prefix: prefix of the names of the encoder's tensors.
         fresh: tensors of the encoder that the library lacks.
 
     Raises:

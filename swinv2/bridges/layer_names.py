@@ -82,8 +82,8 @@ def check_is_swinv2(
     """Check that names are those of a Swin Transformer V2 in the expected naming.
 
     Args:
-        tensors: by name.
-        source: where they come from, for the message.
+        tensors: tensors by name.
+        source: source of the tensors, for the message.
         naming: the expected one; `layers` is that of the published code and timm.
 
     Raises:
@@ -181,7 +181,7 @@ def _needed(tensors: Mapping[str, Tensor], name: str, ndim: int, source: str) ->
 
 
 def unsupported(config: SwinV2Config) -> list[str]:
-    """List what neither library can express, with remedies."""
+    """List features that neither library can express, with remedies."""
     problems = []
     if 0 < config.extra_norm_every <= max(config.depths):
         problems.append(

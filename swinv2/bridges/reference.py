@@ -214,9 +214,9 @@ def import_reference(
         path: a file (.pth or .safetensors) or a folder.
         image_size: (height, width) in pixels that it was trained at.
         window_size: (height, width) in tokens.
-        pretrained_window_sizes: of each stage, in tokens; "same" if it was trained at these sizes.
-        mean: of each channel; by default the file's, or ImageNet's, as in the published code.
-        std: of each channel, in the same way.
+        pretrained_window_sizes: one per stage, in tokens; "same" if it was trained at these sizes.
+        mean: mean per channel; by default the file's, or ImageNet's, as in the published code.
+        std: standard deviation per channel, likewise.
 
     Raises:
         BridgeError: it is another model, a tensor is missing, unexpected or of a wrong shape, a
@@ -266,7 +266,7 @@ def is_reference_export(path: Path) -> bool:
 
 
 def _unsupported(config: SwinV2Config) -> list[str]:
-    """List what the published code cannot compute, with remedies."""
+    """List features that the published code cannot compute, with remedies."""
     if config.window_size[0] != config.window_size[1]:
         return [f"window {config.window_size} is not square: load it with a square window"]
     problems = unsupported(config)

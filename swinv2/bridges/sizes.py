@@ -148,7 +148,7 @@ def resolve_config(
 
     Args:
         architecture: fields that follow from the tensors.
-        sizes: from each source, the most trusted first.
+        sizes: sizes from each source, the most trusted first.
         source: the checkpoint, for messages.
         drop_path: largest rate of stochastic depth.
         own_config: fields of the config that our export stored. They are used if they compute the

@@ -302,9 +302,9 @@ def import_timm(
         architecture: timm's name of the model, such as `swinv2_base_window12to16_192to256`.
         image_size: (height, width) in pixels.
         window_size: (height, width) in tokens.
-        pretrained_window_sizes: of each stage, in tokens; "same" if it was trained at these sizes.
-        mean: of each channel; by default the folder's, or ImageNet's, as in timm.
-        std: of each channel, in the same way.
+        pretrained_window_sizes: one per stage, in tokens; "same" if it was trained at these sizes.
+        mean: mean per channel; by default the folder's, or ImageNet's, as in timm.
+        std: standard deviation per channel, likewise.
 
     Raises:
         BridgeError: it is another model, a tensor is missing, unexpected or of a wrong shape, a

@@ -116,7 +116,7 @@ def write_graph(
     Args:
         encoder: not changed.
         path: a new or empty folder, or an earlier export of this kind.
-        kind: of graph.
+        kind: kind of graph.
         files: names that `write` may write.
         write: writes a plain copy of the encoder to a folder, compares it, and returns a line about
             the comparison.

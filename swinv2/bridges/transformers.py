@@ -205,9 +205,9 @@ def import_transformers(
         image_size: (height, width) in pixels; like the next two, it must not contradict
             config.json.
         window_size: (height, width) in tokens.
-        pretrained_window_sizes: of each stage, in tokens; "same" for the present ones.
-        mean: of each channel; by default that of preprocessor_config.json, or ImageNet's.
-        std: of each channel, in the same way.
+        pretrained_window_sizes: one per stage, in tokens; "same" for the present windows.
+        mean: mean per channel; by default from preprocessor_config.json, or ImageNet's.
+        std: standard deviation per channel, likewise.
 
     Raises:
         BridgeError: it is another model, a field asks for something this encoder lacks, a tensor is

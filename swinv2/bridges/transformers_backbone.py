@@ -58,7 +58,7 @@ def backbone_config(config: SwinV2Config, *, out_features: Sequence[str] | None 
     """Return the config of a backbone with the sizes of an encoder.
 
     Args:
-        config: of the encoder.
+        config: config of the encoder.
         out_features: names of the maps, of stem, stage1, stage2, ...; by default all stages.
 
     Raises:

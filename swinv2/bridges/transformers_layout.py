@@ -81,7 +81,7 @@ class ParsedConfig:
     sizes: Sizes
     drop_path: float
     num_classes: int | None
-    """Of the classifier; None if there is none."""
+    """Number of classes of the classifier; None if there is none."""
     classes: tuple[str, ...]
     """Names of the classes, if they are not the default ones."""
 
@@ -90,8 +90,8 @@ def parse_config(content: Mapping[str, Any], names: Collection[str], source: str
     """Parse a `config.json`; missing fields have transformers' defaults.
 
     Args:
-        content: of the file.
-        names: of the tensors, from which the class follows if `architectures` is missing.
+        content: content of the file.
+        names: tensor names, which determine the class if `architectures` is missing.
         source: the file, for messages.
 
     Raises:
@@ -270,7 +270,7 @@ def _read_classes(content: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
 
 
 def unsupported(config: SwinV2Config) -> list[str]:
-    """List what transformers cannot express, with remedies."""
+    """List features that transformers cannot express, with remedies."""
     problems = []
     if 0 < config.extra_norm_every <= max(config.depths):
         problems.append(

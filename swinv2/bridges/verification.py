@@ -1,4 +1,4 @@
-"""Verification of an export before it is kept: it computes what the encoder computes."""
+"""Verification of an export before it is kept: its outputs equal the encoder's."""
 
 import math
 import os
@@ -27,7 +27,7 @@ TOLERANCE = 1e-4
 """Largest difference that float32 rounding explains, relative to the largest value."""
 
 Report = Callable[[str], None]
-"""Called with a line on each comparison: what was compared, and the largest difference."""
+"""Called with one line per comparison: the compared values, and the largest difference."""
 
 
 def ignore(line: str) -> None:
@@ -83,8 +83,8 @@ def check_read_back(encoder: SwinV2, back: SwinV2) -> None:
     """Check that an encoder was read back as it was written, bit for bit.
 
     Args:
-        encoder: of any dtype, on any device.
-        back: in float32, on the CPU.
+        encoder: the exported encoder, in any dtype, on any device.
+        back: the encoder read back, in float32, on the CPU.
 
     Raises:
         BridgeError: tensors or sizes differ; the first ones are named.

@@ -40,7 +40,7 @@ class ClipSet(LocalFiles[RawClip]):
     So a damaged clip is replaced by one of the same class.
 
     Args:
-        folder: where the clips were listed, for messages.
+        folder: folder or CSV file of the clips, for messages.
         classes: class names.
         clips: clips of every class, in order.
     """

@@ -250,7 +250,7 @@ def _numbers(found: Any, count: int | None = None) -> bool:
 
 
 def _wrong_mask(annotation: dict[str, Any], size: tuple[int, int]) -> str:
-    """Return what is wrong with an object's segmentation; empty if it is valid or missing."""
+    """Describe the defect of an object's segmentation; empty if it is valid or missing."""
     segmentation = annotation.get("segmentation")
     if not segmentation:
         return ""

@@ -61,7 +61,7 @@ class FolderListing:
 
     @property
     def remarks(self) -> str:
-        """Summary of what was skipped, for the user; empty if nothing was."""
+        """Summary of skipped entries, for the user; empty if there are none."""
         parts = []
         if self.skipped:
             most_first = sorted(self.skipped.items(), key=lambda item: (-item[1], item[0]))
@@ -261,7 +261,7 @@ class ImageFolder(ImageSet):
 
     Args:
         folder: the listed folder.
-        listing: its listing, of at least one image.
+        listing: listing of the folder, with at least one image.
         attempts: attempts to read a file if the folder is missing or the disk fails.
     """
 

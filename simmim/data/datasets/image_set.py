@@ -65,13 +65,13 @@ class ImageSet(SampleSource[EncodedImage]):
     subclasses implement, take the number of a shard and the row of a sample among all.
 
     Args:
-        folder: where the images are.
+        folder: folder of the images.
         numbers: numbers of the selected shards, in order.
         names: names of all classes.
     """
 
     samples_are = "the images in"
-    """What messages call the samples, before the folder."""
+    """Name of the samples in messages, before the folder."""
 
     def __init__(self, folder: Location, numbers: Sequence[int], names: Sequence[str]) -> None:
         self.folder = folder

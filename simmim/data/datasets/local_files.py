@@ -25,7 +25,7 @@ class LocalFiles(SampleSource[Encoded_co]):
 
     classes: tuple[str, ...] = ()
     folder: Path
-    """Where the files were listed, for messages."""
+    """Folder or file in which they were listed, for messages."""
 
     @abstractmethod
     def files(self) -> Iterator[Path]:

@@ -28,7 +28,7 @@ SMALL_SHARE = 0.1
 
 
 class ByteSource(Protocol):
-    """Where the bytes of a shard are fetched from."""
+    """Source from which the bytes of a shard are fetched."""
 
     def blocks(self, start: int = 0) -> Iterable[bytes]:
         """Yield the bytes from offset `start`."""

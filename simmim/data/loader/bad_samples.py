@@ -38,7 +38,7 @@ class BadSamples:
 
     Args:
         max_share: largest share of bad samples, 0 to 1; repaired ones do not count.
-        remedy: what to do if there are more, for the error message.
+        remedy: remedy named in the error message if there are more.
     """
 
     def __init__(self, max_share: float = MAX_BAD_SHARE, *, remedy: str = REMEDY) -> None:

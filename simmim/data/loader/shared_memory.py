@@ -139,7 +139,7 @@ class BatchSender:
     buffers: BatchBuffers
 
     def __call__(self, batch: Batch | Failure) -> Batch | Failure | BufferedBatch:
-        """Return what is sent through the pipe."""
+        """Return the object to send through the pipe."""
         if isinstance(batch, Failure):
             return batch
         images = self.buffers.fill(batch.pixels)

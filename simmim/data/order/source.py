@@ -1,4 +1,4 @@
-"""What samples are read from, an encoded sample, and the errors of data that cannot be used."""
+"""Sample sources, encoded samples, and errors of unusable data."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -80,7 +80,7 @@ class SampleSource(ABC, Generic[Encoded_co]):
 
     @abstractmethod
     def _digest_parts(self) -> Iterator[bytes]:
-        """Yield what identifies the samples, in order."""
+        """Yield texts that identify the samples, in order."""
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -61,7 +61,7 @@ class AugmentationSettings:
 
 @settings
 class MultiLabelSettings:
-    """Where each image's classes are listed, if images may have several or none."""
+    """Multi-label classification: class names, and the JSON field that lists an image's classes."""
 
     classes: tuple[str, ...]
     """Names of all classes, in order. Images list them by name, or by index from 0."""

@@ -1,1 +1,1 @@
-"""Checkpoints: what is saved, how and when, which are kept, and the running average."""
+"""Checkpoints: contents, saving, retention, resuming, and the running average (EMA)."""

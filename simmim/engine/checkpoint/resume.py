@@ -1,4 +1,4 @@
-"""Loading: resume a training, start from other weights, or read what a checkpoint holds."""
+"""Loading: resume a training, start from other weights, or read a checkpoint."""
 
 from pathlib import Path
 from typing import Any, Protocol, TypeVar

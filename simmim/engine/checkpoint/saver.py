@@ -47,7 +47,7 @@ Agree = Callable[[Sequence[int]], list[int]]
 
 @dataclass(frozen=True, kw_only=True)
 class RankContents:
-    """What one rank writes into a checkpoint."""
+    """Contents that one rank writes into a checkpoint."""
 
     shard: int
     """Number of its shard files."""
@@ -72,7 +72,7 @@ def rank_contents(
     state: TrainingState,
     recipe: str,
 ) -> RankContents:
-    """Return what this rank writes into the checkpoint of `state`; all ranks call it together.
+    """Return the contents of the checkpoint of `state` for this rank; all ranks call it together.
 
     The tensors are the trained ones themselves, not copies.
     """
@@ -95,7 +95,7 @@ def rank_contents(
 
 
 def write_contents(folder: Path, step: int, contents: RankContents) -> None:
-    """Write what one rank holds to the temporary folder of a checkpoint and flush it to disk.
+    """Write the contents of one rank to the temporary folder of a checkpoint and flush it to disk.
 
     Raises:
         OSError: a file cannot be written.
@@ -160,7 +160,7 @@ class SavingOutcome:
     saved: bool
     """Whether the checkpoint is complete; the same on every rank."""
     reason: str = ""
-    """Why it is not, or what failed after it was complete, as far as this rank knows."""
+    """Reason why it is not, or failure after it was complete, as far as this rank knows."""
 
 
 @dataclass
@@ -170,13 +170,13 @@ class _Writing:
     contents: RankContents
     step: int
     future: "Future[None] | None"
-    """What this rank's thread is doing; None if nothing."""
+    """Current work of this rank's thread; None if it is idle."""
     best: Best | None
     """The best validation so far."""
     completing: bool = False
     """All ranks have written their files, and rank 0 completes the checkpoint."""
     warning: str = ""
-    """What failed after the checkpoint was complete."""
+    """Failure after the checkpoint was complete."""
 
 
 class Saver:

@@ -152,7 +152,7 @@ def restore_optimizer(
     Hyperparameters such as weight decay and betas stay as they are in `optimizer`.
 
     Args:
-        optimizer: its previous state is dropped.
+        optimizer: optimiser to restore, whose state is replaced.
         files: the tensors of the state.
         scalars: the rest of the state, by parameter.
 

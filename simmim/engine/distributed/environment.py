@@ -1,4 +1,4 @@
-"""What the launcher's environment asks for: number of processes and cores, FSDP2 or DDP.
+"""Environment of the launcher: number of processes and cores, FSDP2 or DDP.
 
 accelerate leaves the processes of a CPU job to MPI: without it, `--num_processes 2 --cpu` silently
 starts one process. Here the requested number is recovered, so that torchrun can start them.
@@ -40,7 +40,7 @@ REFUSED = {
     "FSDP_ACTIVATION_CHECKPOINTING": "use execution.checkpointing of the recipe.",
     "FSDP_OFFLOAD_PARAMS": "weights stay on the devices; more devices make the shards smaller.",
 }
-"""Settings of accelerate that would be ignored, and what to do instead."""
+"""Settings of accelerate that would be ignored, each with its remedy."""
 
 
 def available_cores() -> int:
@@ -51,7 +51,7 @@ def available_cores() -> int:
 
 
 def environment_without_launcher() -> dict[str, str]:
-    """Return the environment without what a launcher set, for a process that runs on its own."""
+    """Return the environment without a launcher's variables, for a process outside the job."""
     return {
         name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_PREFIXES)
     }
@@ -130,7 +130,7 @@ def processes_in(command_line: list[str]) -> int:
     `accelerate config` wrote.
 
     Args:
-        command_line: of any process; the number is 1 if it is not `accelerate launch`.
+        command_line: arguments of a process; the number is 1 if it is not `accelerate launch`.
 
     Raises:
         ValueError: the command line asks for more than one machine.

@@ -91,7 +91,7 @@ class ObservedRank:
 
 @dataclass
 class RankTable:
-    """What one rank knows of all ranks, timed by its own clock."""
+    """Status of all ranks as one rank knows it, timed by its own clock."""
 
     timeout: float
     ranks: dict[int, ObservedRank] = field(default_factory=dict)
@@ -108,7 +108,7 @@ class RankTable:
         known.failed = known.failed + passed if status.fault else 0.0
 
     def verdict(self) -> str | None:
-        """Return what is wrong and which ranks are to blame; None if nothing is."""
+        """Return a description of the failure and the ranks that caused it; None if all is well."""
         working = [known for known in self.ranks.values() if not known.status.finished]
         for known in working:
             if known.status.fault and known.failed >= FAULT_GRACE:

@@ -117,7 +117,7 @@ class Anomalies:
         return scaler is not None and float(scaler.get_scale()) >= 1.0
 
     def _explain(self, step: int, module: nn.Module, batches: Sequence[Batch]) -> list[Anomaly]:
-        """Return what all ranks find when they check their samples one by one."""
+        """Check the samples one by one on every rank; return the anomalies of all ranks."""
         bare = self.accelerator.unwrap_model(module)
         weights_finite = all(
             bool(local_tensor(weight).isfinite().all()) for weight in bare.parameters()

@@ -71,8 +71,8 @@ def load_classifier(encoder: Path, head: Path) -> TrainedClassifier:
     """Load the classifier of a run, on the CPU, in evaluation mode.
 
     Args:
-        encoder: the run's encoder directory, of images or of clips.
-        head: the run's `classifier` folder.
+        encoder: encoder directory of the run, of images or of clips.
+        head: `classifier` folder of the run.
 
     Raises:
         ValueError: a file is missing or damaged, or the two do not belong together.
@@ -107,7 +107,7 @@ def copy_head(head: nn.Linear, classes: Sequence[str], source: Path) -> bool:
 
     Args:
         head: the new head, with one output per class.
-        classes: its class names.
+        classes: class names of the new head.
         source: folder of the trained head, which may have more classes.
 
     Returns:

@@ -34,7 +34,7 @@ class OnlineProbe:
         settings: settings of the probe.
         size: channels, height and width of the encoder's input.
         width: number of features per image.
-        data: of the pretraining, for how images are read.
+        data: data settings of the pretraining, for reading images.
 
     Raises:
         ValueError: the shards cannot be read, are not labelled, or have different classes.

@@ -141,11 +141,11 @@ def probe(
         encoder: at its nominal image size; moved to `device`, its weights do not change.
         training: labelled shards.
         validation: shards with the same classes.
-        data: how images are read; its folders are not used.
+        data: settings for reading images; the folders are not used.
         settings: the classifiers.
-        mean: of each channel, on a scale from 0 to 1.
-        std: of each channel, on a scale from 0 to 1.
-        device: where features are computed and compared.
+        mean: mean per channel, from 0 to 1.
+        std: standard deviation per channel, from 0 to 1.
+        device: device for encoding and comparing.
         label: prefix of the progress bar.
     """
     known, asked = (
@@ -241,7 +241,7 @@ def knn_votes(
         asked: (samples, num_features).
         num_classes: number of classes.
         neighbours: number of neighbours; at most all known features.
-        temperature: of the votes.
+        temperature: temperature of the votes.
 
     Returns:
         (samples, num_classes): each row sums to 1.

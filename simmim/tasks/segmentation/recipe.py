@@ -1,4 +1,4 @@
-"""Recipe of semantic segmentation, and what it shares with detection."""
+"""Recipe of semantic segmentation, and settings shared with detection."""
 
 from pathlib import Path
 from typing import Literal
