@@ -1,5 +1,6 @@
 """Shared parts of recipes: the encoder and its execution, fine-tuning, and their base."""
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from data_prep.format.text import count_noun
@@ -189,7 +190,7 @@ class TaskRecipe:
 
 
 @settings
-class FineTuningRecipe(TaskRecipe):
+class FineTuningRecipe(TaskRecipe, ABC):
     """Fine-tuning of a pretrained or randomly initialised encoder."""
 
     task: str
@@ -220,6 +221,6 @@ class FineTuningRecipe(TaskRecipe):
         return None if self.init == SCRATCH else self.init
 
     @property
+    @abstractmethod
     def best_metric(self) -> str:
         """Validation metric that selects the best checkpoint; higher is better."""
-        raise NotImplementedError
