@@ -89,7 +89,7 @@ class RunOptions:
     part: tuple[int, int] | None = None
     """(part, number of parts) to write, counted from 1; None: all."""
     max_rejected: float = 1.0
-    """Largest fraction of images that may be rejected, 0 to 1."""
+    """Maximum fraction of images that may be rejected, 0 to 1."""
 
     def __post_init__(self) -> None:
         if self.part is not None and not 1 <= self.part[0] <= self.part[1]:

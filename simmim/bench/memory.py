@@ -29,7 +29,7 @@ MULTIPLES = (1, 64, 128)
 another point of the step as the batch grows."""
 ADAMW_STATES = 2
 MEMORY_TO_LEAVE = 0.8
-"""Largest share of the free memory that a step may need to be measured."""
+"""Maximum fraction of the free memory that a step may need to be measured."""
 
 ASSUMPTIONS = """\
 weights   float32; with bf16, fsdp2 computes with bf16 weights and shards the float32 ones

@@ -80,7 +80,7 @@ class SampleSettings:
     max_pixels: int = MAX_PIXELS
     """Largest image or frame, in pixels; larger ones are rejected before decoding."""
     max_bad_share: float = MAX_BAD_SHARE
-    """Largest share of damaged samples, 0 to 1; more stop the run. Training replaces a damaged
+    """Maximum fraction of damaged samples, 0 to 1; more stop the run. Training replaces a damaged
     sample by another from its shard (a clip by one of its class), validation skips it, and both
     list it in bad_samples.jsonl."""
 
@@ -135,8 +135,8 @@ class DataSettings(RemoteSettings, SampleSettings):
     classes: tuple[str, ...] | None = None
     """Names of the classes to use; null uses all images."""
     fraction: float = 1.0
-    """Share of each class's training images to use, above 0 and at most 1. The choice depends only
-    on `fraction_seed`, and a larger share contains every smaller one."""
+    """Fraction of each class's training images to use, above 0 and at most 1. The choice depends
+    only on `fraction_seed`, and a larger fraction contains every smaller one."""
     fraction_seed: int = 0
     """Seed of that choice; separate from training.seed, so that runs with other seeds share it."""
     mean: tuple[float, ...] | Literal["measured"] = IMAGENET_MEAN
@@ -206,7 +206,7 @@ class AugmentedDataSettings(DataSettings, CroppedSettings):
     """Images that are cropped and mirrored at random in training."""
 
     scale: tuple[float, float]
-    """Range of the random crop's area, as a share of the image's."""
+    """Range of the random crop's area, as a fraction of the image's."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of the random crop's aspect ratio (width / height)."""
 
@@ -229,8 +229,8 @@ class ClipDataSettings(CroppedSettings):
     validation: str | None = None
     """Folder or CSV file of the validation clips; null skips validation."""
     fraction: float = 1.0
-    """Share of each class's training clips to use, above 0 and at most 1; a larger share contains
-    every smaller one."""
+    """Fraction of each class's training clips to use, above 0 and at most 1; a larger fraction
+    contains every smaller one."""
     fraction_seed: int = 0
     """Seed of that choice."""
     frames: int = 8
@@ -239,8 +239,8 @@ class ClipDataSettings(CroppedSettings):
     image_size: int = 224
     """Side of the square frames in pixels."""
     scale: tuple[float, float] = (0.08, 1.0)
-    """Range of the random crop's area, as a share of the frame's; the same crop for all frames of a
-    clip. Validation uses the largest central square."""
+    """Range of the random crop's area, as a fraction of the frame's; the same crop for all frames
+    of a clip. Validation uses the largest central square."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of the random crop's aspect ratio (width / height)."""
     flip: float = 0.5

@@ -34,7 +34,7 @@ from simmim.tasks.recipe import TaskRecipe
 Answer = TypeVar("Answer")
 
 MOST_BATCHES = 1000
-"""Most global batches that are read."""
+"""Maximum number of global batches that are read."""
 MOST_STEPS = 10
 REMEDIES = {
     "data": "repair or remove the shards named above, or lower data.workers if memory ran out",
@@ -49,7 +49,7 @@ DATA_MARGIN = 1.2
 LONGEST, SHORTEST = 3600.0, 60.0
 """Seconds between checkpoints outside of which there is a warning."""
 VALIDATION_SHARE = 0.1
-"""Share of the time that validation and probes may take without a warning."""
+"""Fraction of the time that validation and probes may take without a warning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,7 +300,7 @@ def check_duration(stage: TaskStage, recipe: TaskRecipe, rate: float) -> Iterato
 
 
 def _check_validation_time(stage: TaskStage, recipe: TaskRecipe) -> Iterator[Check]:
-    """Check the share of time that validation and probes take: a forward pass is 1/3 of a step."""
+    """Check the time that validation and probes take: a forward pass is 1/3 of a step."""
     training = recipe.training
     held_out = stage.validation_shards.samples if stage.validation_shards else 0
     per_step = held_out / training.validate_every

@@ -19,7 +19,7 @@ from simmim.doctor.checks import Check
 from simmim.tasks.fine_tuning import FineTuningStage, Prepare
 
 PREPARED = 256
-"""Most samples of a set that are prepared."""
+"""Maximum number of samples of a set that are prepared."""
 PREPARING_SECONDS = 10.0
 MOST_IGNORED = 0.9
 MOST_EMPTY = 0.5

@@ -17,7 +17,7 @@ from simmim.doctor.checks import Check
 from simmim.tasks.recipe import TaskRecipe
 
 FULL = 0.9
-"""Share of the device memory above which an estimate is too close to be sure."""
+"""Fraction of the device memory above which an estimate is too close to be sure."""
 
 
 def check_memory(recipe: TaskRecipe, device: torch.device, world: int) -> Iterator[Check]:

@@ -28,7 +28,7 @@ from simmim.engine.distributed.environment import available_cores
 CHECKSUM_BYTES = 2**31
 """Largest shard that is checksummed. First, middle and last shard of each set are."""
 DECODED = 256
-"""Most samples that are decoded."""
+"""Maximum number of samples that are decoded."""
 DECODING_SECONDS = 20.0
 MANY_FILES = 2_000_000
 """Files in a folder from which shards are advised."""

@@ -103,7 +103,7 @@ class TrainingSettings:
     """Arithmetic of the forward pass; weights and optimiser state are always float32. fp16 scales
     the loss, and skips steps whose gradients overflow; it is for GPUs without bf16."""
     clip_norm: float | None = 5.0
-    """Largest norm of the whole gradient; null does not clip."""
+    """Maximum norm of the gradient over all parameters; null disables clipping."""
     max_nonfinite: int = 10
     """Training ends after this many steps in a row with a non-finite (NaN or Inf) loss or gradient.
     Such steps are skipped on all ranks and leave the weights as they are."""
@@ -131,7 +131,7 @@ class TrainingSettings:
     validate_every: int = 500
     """Steps between validations; one follows the last step, too."""
     look_every: int = 500
-    """Steps between pictures, for tasks that draw some; one follows the last step, too."""
+    """Steps between pictures, for tasks that draw them; one follows the last step, too."""
     trackers: Trackers = "auto"
     """Where metrics go besides metrics.jsonl: auto is TensorBoard if it is installed; or a list of
     tensorboard, wandb, mlflow, comet_ml, aim, clearml, dvclive, swanlab, trackio; [] is none."""

@@ -67,7 +67,7 @@ def random_mask(
     Args:
         batch: number of masks.
         grid: rows and columns of mask cells.
-        ratio: share of the cells to hide, 0 to 1.
+        ratio: fraction of the cells to hide, 0 to 1.
         generator: random generator; the mask is on its device.
 
     Returns:

@@ -21,7 +21,7 @@ class MaskSettings:
     """Side of a mask cell in pixels: a multiple of the patch size that divides the image size."""
 
     ratio: float = 0.6
-    """Share of the mask cells to hide, between 0 and 1; rounded up to whole cells."""
+    """Fraction of the mask cells to hide, between 0 and 1; rounded up to whole cells."""
 
     strategy: Strategy = "random"
     """How masked cells are drawn: `random` cells, one `square`, or `block` (block-wise masking as

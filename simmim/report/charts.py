@@ -13,7 +13,7 @@ WIDTH, HEIGHT = 520, 260
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 30
 DOT = 2.5
 POINTS = 400
-"""Most points of a line; beyond that, neighbours are averaged and their range is shaded."""
+"""Maximum number of points of a line; beyond it, neighbours are averaged and their range shaded."""
 ROBUST_FROM = 50
 """From this number of points on, the axis excludes the most extreme half percent at each end."""
 TICKS = 5

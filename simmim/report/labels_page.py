@@ -1,4 +1,4 @@
-"""HTML page on label efficiency: pretrained against random weights, by share of labels."""
+"""HTML page on label efficiency: pretrained against random weights, by fraction of labels."""
 
 import math
 from collections.abc import Sequence
@@ -21,12 +21,12 @@ COLORS = {"pretrained": "#2563eb", "scratch": "#d97706"}
 
 @dataclass(frozen=True, kw_only=True)
 class LabelScores:
-    """Scores over seeds from one initialisation with one share of the labels."""
+    """Scores over seeds from one initialisation with one fraction of the labels."""
 
     start: str
     """pretrained or scratch."""
     fraction: float
-    """Share of the labels."""
+    """Fraction of the labels."""
     values: tuple[float, ...]
     """Percent, one per seed; at least one."""
 
@@ -69,13 +69,13 @@ def labels_page(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>"
         f"<h1>{escape(title)}</h1>{paragraphs}<table><tr>{cells}</tr>{body}</table>"
-        f"<figure><figcaption>{escape(METRICS.get(metric, metric))}, by share of labels"
+        f"<figure><figcaption>{escape(METRICS.get(metric, metric))}, by fraction of labels"
         f"</figcaption>{scores_svg(scores)}</figure></body></html>\n"
     )
 
 
 def table_of(scores: Sequence[LabelScores], metric: str) -> list[list[str]]:
-    """Return the rows of the table: a header, then one per share of the labels."""
+    """Return the rows of the table: a header, then one per fraction of the labels."""
     name = METRICS.get(metric, metric)
     rows = [["labels", f"pretrained, {name}", f"scratch, {name}", "gain, points", "seeds"]]
     for fraction in sorted({one.fraction for one in scores}):
@@ -93,7 +93,7 @@ def table_of(scores: Sequence[LabelScores], metric: str) -> list[list[str]]:
 
 
 def gain_from_pretraining(scores: Sequence[LabelScores], fraction: float) -> float:
-    """Return the gain from pretraining with a share of the labels, in percentage points."""
+    """Return the gain from pretraining with a fraction of the labels, in percentage points."""
     found = {one.start: one.mean for one in scores if one.fraction == fraction}
     return found["pretrained"] - found["scratch"]
 
@@ -101,7 +101,7 @@ def gain_from_pretraining(scores: Sequence[LabelScores], fraction: float) -> flo
 def scores_svg(scores: Sequence[LabelScores]) -> str:
     """Return a standalone SVG: means as lines, seeds as dots, standard deviations as bars.
 
-    The axis of the share of labels is logarithmic.
+    The axis of the fraction of labels is logarithmic.
     """
     fractions = sorted({one.fraction for one in scores})
     values = [value for one in scores for value in one.values]

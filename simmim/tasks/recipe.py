@@ -78,7 +78,7 @@ class EncoderSettings:
 
 @settings
 class ExecutionSettings:
-    """How the encoder is computed: affects time and memory, and results only by rounding.
+    """Execution of the encoder: affects time and memory, and results only by rounding.
 
     A run may be resumed with different values; checkpoints and encoders are the same.
     """
@@ -89,8 +89,8 @@ class ExecutionSettings:
     explicit: all scores at once; auto: groups of windows with attention weights kept for the
     backward pass, and all scores at once if blocks are compiled."""
     checkpointing: Checkpointing | tuple[Checkpointing, ...] = "none"
-    """What the backward pass recomputes instead of keeping, for all stages or a list with one per
-    stage: none, attention (the attention branch of each block), full (each block)."""
+    """Activation checkpointing: what the backward pass recomputes, for all stages or a list with
+    one per stage: none, attention (the attention branch of each block), full (each block)."""
     scores_at_a_time: int | None = None
     """Attention scores per group of windows; null is 2**19 on a CPU, 2**21 for windows of more than
     256 tokens, and 2**27 on a GPU."""
@@ -204,7 +204,7 @@ class FineTuningRecipe(TaskRecipe, ABC):
     data: CroppedSettings
     """The training data."""
     execution: ExecutionSettings = ExecutionSettings()
-    """How the encoder is computed."""
+    """Execution of the encoder: affects time and memory only."""
     training: TrainingSettings
     """Length, batch size, optimiser and schedule."""
 

@@ -31,7 +31,7 @@ class RawClip:
 
 
 MOST_GAPS = 1000
-"""Most classes that numeric labels may imply if there are fewer clips than that."""
+"""Maximum number of classes that numeric labels may imply if there are fewer clips than that."""
 
 
 class ClipSet(LocalFiles[RawClip]):
@@ -65,7 +65,7 @@ class ClipSet(LocalFiles[RawClip]):
                 yield f"{name}\t{clip.key}\n".encode()
 
     def share(self, share: float, *, seed: int) -> "ClipSet":
-        """Return a share of each class's clips, at least one of each class; see `choose_share`."""
+        """Return a fraction of each class's clips, at least one of each; see `choose_share`."""
         kept = [
             [of_class[index] for index in choose_share(len(of_class), share, seed, label).tolist()]
             for label, of_class in enumerate(self._clips)

@@ -30,13 +30,13 @@ PROGRESS_DELAY = 2.0
 """Seconds before the progress bar appears."""
 
 NAMED = 5
-"""Most folders, or kinds of files, listed in a message."""
+"""Maximum number of folders, or kinds of files, listed in a message."""
 
 SHARD_FILES = 1_000
-"""Most files per shard."""
+"""Maximum number of files per shard."""
 
 MIN_SHARDS = 8
-"""Fewest shards of a folder, unless it has fewer files."""
+"""Minimum number of shards of a folder, unless it has fewer files."""
 
 STAT_FILES = 1_024
 """Files whose sizes enter the digest: all of them would take minutes on a network disk."""

@@ -171,7 +171,7 @@ class ImageSet(SampleSource[EncodedImage]):
         return self._only(range(cut)), self._only(range(cut, total))
 
     def share(self, share: float, *, seed: int) -> Self:
-        """Return a share of each class's samples, at least one of each, in order.
+        """Return a fraction of each class's samples, at least one of each, in order.
 
         See `choose_share`.
         """

@@ -15,7 +15,7 @@ SHARD_FILES = 256
 """Files per shard, the unit that the order of large datasets shuffles."""
 
 NAMED = 5
-"""Most files listed in a message."""
+"""Maximum number of files listed in a message."""
 
 Item = TypeVar("Item")
 
@@ -49,7 +49,7 @@ class FileSet(LocalFiles[Encoded_co], Generic[Encoded_co, Item]):
         return [min(SHARD_FILES, total - first) for first in range(0, total, SHARD_FILES)]
 
     def share(self, share: float, *, seed: int) -> Self:
-        """Return a share of the images, in order; see `choose_share`."""
+        """Return a fraction of the images, in order; see `choose_share`."""
         selection = copy(self)
         chosen = choose_share(len(self._items), share, seed).tolist()
         selection._items = [self._items[index] for index in chosen]

@@ -93,7 +93,7 @@ class MixedShards(SampleSource[EncodedImage]):
         return MixedShards(training, self.weights), MixedShards(validation, self.weights)
 
     def share(self, share: float, *, seed: int) -> "MixedShards":
-        """Return a share of each class's samples of each dataset; see `ImageSet.share`."""
+        """Return a fraction of each class's samples of each dataset; see `ImageSet.share`."""
         return self._map(lambda one: one.share(share, seed=seed))
 
     def only_classes(self, names: Sequence[str]) -> "MixedShards":

@@ -16,10 +16,10 @@ from simmim.data.order.randomness import numpy_stream
 
 MIN_SIZE = 16
 BATCH_PIXELS = 2**17
-"""Most pixels of images that are drawn together."""
+"""Maximum number of pixels of images that are drawn together."""
 
 NUM_DRAWS = 40
-"""Most random numbers per image."""
+"""Maximum number of random numbers per image."""
 
 Array = NDArray[np.float32]
 Shape = Callable[[Array, Array], Array]

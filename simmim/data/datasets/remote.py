@@ -24,7 +24,7 @@ _POLL_SECONDS = 0.05
 _TRIES = 3
 
 SMALL_SHARE = 0.1
-"""Share of selected samples below which `auto` reads by ranges."""
+"""Fraction of selected samples below which `auto` reads by ranges."""
 
 
 class ByteSource(Protocol):

@@ -23,7 +23,8 @@ from simmim.data.datasets.remote import RemoteReading, RemoteShard, ShardCache
 from simmim.data.order.source import DataError
 
 OPEN_SHARDS = 320
-"""Most shards a process keeps open: those that a rank's slots read while shuffling a block."""
+"""Maximum number of shards a process keeps open: those that a rank's slots read while shuffling a
+block."""
 
 
 @dataclass(frozen=True)

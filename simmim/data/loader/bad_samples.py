@@ -13,7 +13,8 @@ from simmim.data.order.source import DataError
 from simmim.disk import append_line, skip_if_unwritable
 
 MIN_SAMPLES = 1000
-"""Fewest samples that the share of bad ones refers to, so that a few early ones are tolerated."""
+"""Minimum number of samples that the fraction of bad ones is computed over, so that a few early
+ones are tolerated."""
 
 MAX_BAD_SHARE = 0.01
 
@@ -37,7 +38,7 @@ class BadSamples:
     """Counter of the bad samples of a process.
 
     Args:
-        max_share: largest share of bad samples, 0 to 1; repaired ones do not count.
+        max_share: maximum fraction of bad samples, 0 to 1; repaired ones do not count.
         remedy: remedy named in the error message if there are more.
     """
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from simmim.data.order.order import Address, Order
 
 MAX_SHARDS_AHEAD = 8
-"""Most shards fetched before a batch needs them."""
+"""Maximum number of shards fetched before a batch needs them."""
 
 _MAX_BATCHES_AHEAD = 64
 

@@ -47,7 +47,7 @@ def shuffled(count: int, purpose: str, *key: int | str) -> NDArray[np.int64]:
 
 
 def choose_share(count: int, share: float, *key: int) -> NDArray[np.int64]:
-    """Return a random share of `range(count)`, at least one, ascending.
+    """Return a random fraction of `range(count)`, at least one, ascending.
 
     A pure function of the key; a larger share contains every smaller one.
 

@@ -77,7 +77,7 @@ class TrainClipTransform:
     frames: int
     seed: int
     scale: tuple[float, float]
-    """Range of the crop's area, as a share of the frame's."""
+    """Range of the crop's area, as a fraction of the frame's."""
     ratio: tuple[float, float]
     """Range of the crop's aspect ratio (width / height)."""
     flip: float

@@ -47,8 +47,8 @@ def random_box(
 ) -> Box:
     """Draw a random crop of an image of this shape, (rows, columns, …).
 
-    Its area is a share of the image's in `scale`, its aspect ratio (width / height) in `ratio`, the
-    latter uniform in the logarithm. As torchvision's RandomResizedCrop.
+    Its area is drawn from `scale`, as a fraction of the image's; its aspect ratio (width / height)
+    from `ratio`, uniformly in the logarithm. As torchvision's RandomResizedCrop.
     """
     height, width = shape[:2]
     low, high = math.log(ratio[0]), math.log(ratio[1])

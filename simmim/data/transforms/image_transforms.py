@@ -123,7 +123,7 @@ class TrainTransform:
     """Height and width in pixels."""
     seed: int
     scale: tuple[float, float] = (0.67, 1.0)
-    """Range of the crop's area, as a share of the image's."""
+    """Range of the crop's area, as a fraction of the image's."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of the crop's aspect ratio (width / height)."""
     flip: float = 0.5
@@ -165,7 +165,7 @@ class EvalTransform:
     """Height and width in pixels."""
     seed: int = 0
     crop_pct: float = 1.0
-    """Share of the image's shorter side, relative to the crop, that is kept."""
+    """Fraction of the image's shorter side, relative to the crop, that is kept."""
     channels: int = 3
     """1 (grey), 3 (colour) or 4 (colour, alpha); any number for arrays."""
     mask: MaskFunction | None = None

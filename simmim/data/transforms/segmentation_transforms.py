@@ -93,7 +93,7 @@ class TrainSegmentationTransform:
     """Length of the short side before random scaling, in pixels; None keeps the image's."""
     scale: tuple[float, float] = (0.5, 2.0)
     largest_class: float = 0.75
-    """Largest share of a crop that one class should cover."""
+    """Maximum fraction of a crop that one class should cover."""
     flip: float = 0.5
     photometric: bool = True
     channels: int = 3

@@ -29,8 +29,8 @@ def update_average(optimizer: torch.optim.Optimizer, decay: float, step: int) ->
 
     Args:
         optimizer: parameters that it has not updated yet get no average.
-        decay: share of the average that is kept. In early steps it is (1 + step) / (10 + step), if
-            that is less; otherwise the average of a short training would be dominated by its start.
+        decay: fraction of the average that is kept. In early steps it is (1 + step) / (10 + step)
+            if that is less; otherwise its start would dominate the average of a short training.
         step: number of the step, from 1.
     """
     decay = min(decay, (1 + step) / (10 + step))

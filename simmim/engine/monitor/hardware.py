@@ -94,7 +94,7 @@ def _synchronize(device: torch.device) -> None:
 def utilisation(
     flops_per_sample: int, samples_per_second: float, peak: DevicePeak, *, devices: int
 ) -> float:
-    """Return the MFU: FLOP/s that the model requires, as a share of the devices' peak.
+    """Return the MFU: FLOP/s that the model requires, as a fraction of the devices' peak.
 
     A training step counts as three forward passes. Recomputation by activation checkpointing does
     not count, as the model does not require it.

@@ -17,11 +17,11 @@ class Rates:
     images_per_second: float
     """Over all ranks."""
     data_wait: float
-    """Share of the time that this rank waited for data."""
+    """Fraction of the time that this rank waited for data."""
 
 
 class Clock:
-    """Measures images per second and the share of time spent waiting for data, between logs."""
+    """Measures images per second and the fraction of time spent waiting for data, between logs."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()

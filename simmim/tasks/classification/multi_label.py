@@ -17,7 +17,7 @@ def multi_label_losses(logits: Tensor, labels: Tensor, *, smoothing: float) -> T
     Args:
         logits: (batch, classes).
         labels: bool (batch, classes).
-        smoothing: share of each target that is spread evenly over all classes, as in timm.
+        smoothing: fraction of each target that is spread evenly over all classes, as in timm.
     """
     targets = labels.float() * (1 - smoothing) + smoothing / labels.shape[1]
     return F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none").mean(1)

@@ -18,7 +18,7 @@ class ClassifierRecipe(FineTuningRecipe):
     `window_size` and `drop_path` of `encoder` apply, and data.mean and data.std do not. The head of
     a classification run, or of its native export, is used too if it has all classes by name."""
     label_smoothing: float = 0.1
-    """Label smoothing: share of the target spread evenly over all classes, 0 to below 1."""
+    """Label smoothing: fraction of the target spread evenly over all classes, 0 to below 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,12 +40,12 @@ class ClassificationData(AugmentedDataSettings):
     """Separate validation shards or folder with the same classes; null holds out
     `validation_shards`."""
     scale: tuple[float, float] = (0.08, 1.0)
-    """Random crop: range of its share of the image's area."""
+    """Random crop: range of its area, as a fraction of the image's."""
     multi_label: MultiLabelSettings | None = None
     """Multi-label classification: where the classes of an image are listed; null is one class per
     image, from the shards or folders."""
     crop_pct: float = 0.875
-    """Validation: share of the short side that the centre crop keeps, above 0 and at most 1."""
+    """Validation: fraction of the short side that the centre crop keeps, above 0 and at most 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -39,7 +39,7 @@ class DetectionHead:
     points: int = 12544
     """Mask2Former: points of a mask that the loss is sampled at."""
     detections: int = 100
-    """Most detections per image, those with the highest scores."""
+    """Maximum number of detections per image, those with the highest scores."""
 
     def __post_init__(self) -> None:
         check_least(self, 1, "queries", "points", "detections")

@@ -17,7 +17,7 @@ class PretrainData(AugmentedDataSettings):
     image_size: int = 192
     """Side of the square images in pixels."""
     scale: tuple[float, float] = (0.67, 1.0)
-    """Random crop: range of its share of the image's area."""
+    """Random crop: range of its area, as a fraction of the image's."""
 
 
 @settings
@@ -35,7 +35,7 @@ class PretrainRecipe(TaskRecipe):
     loss: LossSettings = LossSettings()
     """The loss."""
     execution: ExecutionSettings = ExecutionSettings()
-    """How the encoder is computed."""
+    """Execution of the encoder: affects time and memory only."""
     probe: OnlineProbeSettings | None = None
     """Evaluation of frozen features on labelled images during training; null for none."""
     training: TrainingSettings

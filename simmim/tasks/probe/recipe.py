@@ -20,7 +20,7 @@ class ProbeData(RemoteSettings):
     validation_shards: int = 1
     """Number of shards at the end of the set that are held out for validation."""
     fraction: float = 1.0
-    """Fraction of each class's training images that is used, above 0 and at most 1."""
+    """Fraction of each class's training images to use, above 0 and at most 1."""
     fraction_seed: int = 0
     """Seed of that choice."""
     image_size: int | None = None
@@ -28,7 +28,7 @@ class ProbeData(RemoteSettings):
     window_size: int | None = None
     """Side of the attention windows in tokens; null is the encoder's."""
     crop_pct: float = 1.0
-    """Share of the short side that the central crop keeps, above 0 and at most 1."""
+    """Fraction of the short side that the central crop keeps, above 0 and at most 1."""
     batch_size: int = 128
     """Batch size of the encoder."""
     workers: int = 2
@@ -54,7 +54,7 @@ class ProbeSettings:
     temperature: float = 0.07
     """kNN: a neighbour's vote has weight exp(cosine similarity / temperature)."""
     linear_steps: int = 100
-    """Linear classifier: most L-BFGS steps over all training features."""
+    """Linear classifier: maximum number of L-BFGS steps over all training features."""
 
     def __post_init__(self) -> None:
         check_least(self, 1, "neighbours", "linear_steps")
@@ -101,9 +101,9 @@ class OnlineProbeSettings:
     kind: Literal["knn", "linear", "both"] = "knn"
     """k-nearest neighbours, a linear classifier, or both."""
     samples: int = 10_000
-    """Most training images, the same fraction of each class."""
+    """Maximum number of training images, the same fraction of each class."""
     validation_samples: int = 5_000
-    """Most validation images, the same fraction of each class."""
+    """Maximum number of validation images, the same fraction of each class."""
     batch_size: int = 256
     """Batch size of the encoder, over all processes."""
     classifier: ProbeSettings = ProbeSettings()

@@ -9,7 +9,7 @@ from simmim.recipe import check_least, check_shares, check_span, settings
 from simmim.tasks.recipe import FineTuningRecipe
 
 MAX_CLASSES = 255
-"""Most classes of a label map, which is uint8 with 255 for no class."""
+"""Maximum number of classes of a label map, which is uint8 with 255 for no class."""
 
 
 @settings
@@ -133,14 +133,14 @@ class SegmentationData(DenseData):
     ignore_label: int | None = 255
     """Number in the annotations for pixels without a class."""
     reduce_zero_label: bool = False
-    """Whether 0 is no class and classes are numbered from 1, as in ADE20K."""
+    """Whether 0 means no class and classes are numbered from 1, as in ADE20K."""
     short_side: int | None = None
     """Length in pixels that the short side is resized to, before the random scale and in
     validation; null keeps the image's size."""
     scale: tuple[float, float] = (0.5, 2.0)
     """Range of the random scale factor before the crop."""
     largest_class: float = 0.75
-    """Largest share of a crop that one class may have; up to ten crops are tried."""
+    """Maximum fraction of a crop that one class may have; up to ten crops are tried."""
     photometric: bool = True
     """Photometric distortion of brightness, contrast, saturation and hue, as in SSD."""
 
