@@ -121,10 +121,10 @@ class TarSource:
                     file = _describe_member(member)
                     place = tar.offset + file.offset
                     if file.offset + file.size > tar.size and not file.problem:
-                        file = file._replace(problem="the tar that contains it is truncated")
+                        file = file._replace(problem="the tar it is in is cut before its end")
                     yield file._replace(path=f"{tar.path}/{file.path}", offset=place, label=label)
         except TarError:
-            yield tar._replace(problem="it is a truncated, damaged or compressed tar")
+            yield tar._replace(problem="it is a cut, damaged or compressed tar")
 
     def read(self, file: SourceFile) -> bytes:
         """Return the bytes of a member.

@@ -128,7 +128,7 @@ class ShardSource:
             return file._replace(label=label)
         if label.isascii() and label.isdecimal() and int(label[:9]) < len(self.classes):
             return file._replace(label=self.classes[int(label[:9])])
-        return file._replace(problem=f"its label {label[:40]!r} is not a class in the manifest")
+        return file._replace(problem=f"its label {label[:40]!r} is no class of the manifest")
 
 
 def _leave_out_arrays(images: list[SourceFile]) -> list[SourceFile]:

@@ -204,5 +204,5 @@ def test_a_damaged_inner_tar_is_counted(tmp_path: Path, write_tar: Callable[...,
     stream = io.BytesIO(b"no tar at all" * 100)
     write_tar(tmp_path / "outer.tar", {"cat.tar": stream.getvalue()})
     (file,) = _files(tmp_path / "outer.tar")
-    assert file.problem == "it is a truncated, damaged or compressed tar"
+    assert file.problem == "it is a cut, damaged or compressed tar"
     assert Selection().wants(file)
