@@ -53,7 +53,8 @@ def read_header(data: bytes) -> ArrayHeader:
     """Read the header of a `.npy` file and check that all of its values are there.
 
     Raises:
-        ArrayError: the file is damaged, truncated or too long, or its type or shape is not an image's.
+        ArrayError: the file is damaged, truncated or too long, or its type or shape is not that of
+            an image.
     """
     stream = io.BytesIO(data)
     try:

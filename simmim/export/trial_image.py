@@ -35,8 +35,8 @@ def trial_image(
 
     Args:
         config: config of the encoder, with any number of channels.
-        mean: per channel, for images in [0, 1].
-        std: per channel.
+        mean: mean per channel, for images in [0, 1].
+        std: standard deviation per channel.
         shards: data whose first image is used if it can still be read.
     """
     pixels, origin = None, "a drawn image"
@@ -60,8 +60,8 @@ def trial_clip(config: VideoConfig, mean: tuple[float, ...], std: tuple[float, .
 
     Args:
         config: config of the encoder.
-        mean: per channel, for frames in [0, 1].
-        std: per channel.
+        mean: mean per channel, for frames in [0, 1].
+        std: standard deviation per channel.
     """
     picture = Normalise(mean, std)(draw_image(config)[None])
     frames = [picture.roll(config.patch_size * number, -1) for number in range(config.frames)]

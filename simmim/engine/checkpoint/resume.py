@@ -130,7 +130,7 @@ def read_model(path: Path) -> dict[str, Tensor]:
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
     """Load the optimiser state of a checkpoint by the names of the parameters.
 
-    Hyperparameters such as weight decay and betas stay those of `optimizer`, hence of the recipe.
+    Hyperparameters such as weight decay and betas are kept from `optimizer`, that is, the recipe.
 
     Raises:
         ValueError: a file cannot be read, or lacks a parameter of `optimizer`.
