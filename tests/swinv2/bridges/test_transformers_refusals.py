@@ -110,7 +110,7 @@ def test_a_pickle_that_runs_code_is_refused(exported: Path, malicious: tuple[Pat
         ({"architectures": ["Swinv2ForDepth"]}, "Swinv2ForDepth.*give a folder of one of"),
         ({"model_type": "swin"}, "model_type 'swin' .a Swin Transformer V1."),
         ({"model_type": "vit"}, "model_type 'vit', and a Swin Transformer V2"),
-        ({"image_size": 96}, r"window_size 8 this encoder computes something else(.|\n)*padding"),
+        ({"image_size": 96}, r"window_size 8(.|\n)*padding"),
     ],
 )
 def test_an_unsupported_config_is_refused(
