@@ -7,6 +7,7 @@ Masks are bool, True = hidden, one value per mask cell. Every strategy hides exa
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from einops import rearrange
 from torch import Tensor
 
 from simmim.method.settings import Grid, MaskSettings, Strategy, hidden_count
+
+GOOD_DISTANCES = (10, 20)
+"""Range of AvgDist in pixels with good fine-tuning accuracy (SimMIM, section 4.1.2)."""
 
 BLOCK_ASPECT = (0.3, 1 / 0.3)
 """Range of the aspect ratio (height / width) of blocks, as in BEiT."""
@@ -195,6 +199,28 @@ def average_distance(mask: Tensor, cell: int) -> float:
         nearest = (within[:, None] + from_column).amin(dim=2)
         total += float(nearest.sqrt().sum(dtype=torch.float64))
     return total / (int(mask.sum()) * cell * cell)
+
+
+@lru_cache
+def describe_distance(settings: MaskSettings, image_size: int) -> str:
+    """Return the AvgDist of the masks of some settings as text, with the paper's good range.
+
+    Args:
+        settings: the mask settings of a recipe.
+        image_size: side of the square images in pixels.
+    """
+    generator = MaskGenerator.from_settings(settings, (image_size, image_size))
+    distances = image_size**2 * generator.grid[1]  # computed per image
+    count = min(256, 1 + 2**26 // distances)
+    stream = torch.Generator().manual_seed(0)
+    masks = torch.stack([generator(stream) for _ in range(count)])
+    distance = average_distance(masks, settings.cell)
+    low, high = GOOD_DISTANCES
+    relation = "within" if low <= distance <= high else "outside"
+    return (
+        f"AvgDist {distance:.1f} pixels: {relation} the paper's good range {low} to {high} "
+        "(for images of 192 pixels)"
+    )
 
 
 def _squared_distance_to_cells(count: int, cell: int) -> Tensor:

@@ -12,6 +12,8 @@ from typing import Any
 from data_prep.format.atomic import atomic_write_text
 from simmim.engine.monitor.progress import duration
 from simmim.engine.run import RunFolder
+from simmim.method.settings import MaskSettings
+from simmim.recipe import parse, read_values
 from simmim.report.charts import STYLE, Series, chart
 
 Lines = Sequence[dict[str, Any]]
@@ -63,6 +65,7 @@ def page(run: RunFolder, lines: Lines) -> str:
         _summary(lines),
         _charts(lines) if lines else "<p>Nothing has been logged yet.</p>",
         _pictures(run),
+        _masks(run),
         _bad_samples(run),
         _environment(run),
         _text("Recipe", run.recipe),
@@ -202,6 +205,19 @@ def _text(title: str, path: Path) -> str:
         return ""
     text = path.read_text(encoding="utf-8", errors="replace")
     return f"<details><summary>{title}</summary><pre>{escape(text)}</pre></details>"
+
+
+def _masks(run: RunFolder) -> str:
+    """Return the AvgDist of a pretraining's masks; empty for other tasks."""
+    from simmim.method.masking import describe_distance  # noqa: PLC0415 (imports torch)
+
+    try:
+        values = read_values(run.recipe)
+        settings = parse(MaskSettings, values["mask"], "mask")
+        text = describe_distance(settings, int(values["data"]["image_size"]))
+    except (OSError, ValueError, KeyError, TypeError):  # no recipe of a pretraining
+        return ""
+    return f"<h2>Masks</h2><p>{escape(text)}.</p>"
 
 
 def _environment(run: RunFolder) -> str:

@@ -77,7 +77,8 @@ def test_training_writes_a_report(
         "Model FLOP utilisation, relative to a measured matrix product",
         "Memory, maximum over ranks",
     ]
-    for part in ("mean colour", "validation", "random weights", "data:image/png", "task: pretrain"):
+    parts = ("mean colour", "validation", "random weights", "data:image/png", "task: pretrain")
+    for part in (*parts, "AvgDist"):
         assert part in text
     assert "accelerate" in text
 
