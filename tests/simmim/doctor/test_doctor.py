@@ -129,7 +129,7 @@ def test_all_problems_are_reported_at_once(
     copied = shutil.copytree(shards, tmp_path / "shards")
     for tar in copied.glob("*.tar"):
         tar.write_bytes(tar.read_bytes()[:512])
-    pretrain_values["data"]["shards"] = str(copied)
+    pretrain_values["data"] |= {"shards": str(copied), "attempts": 1}
     pretrain_values["training"]["trackers"] = ["aim"]
     config = tmp_path / "recipe.yaml"
     config.write_text(yaml.safe_dump(pretrain_values))
