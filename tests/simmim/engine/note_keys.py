@@ -2,7 +2,7 @@
 
     note_keys.py FILE [--stop-at STEP] pretrain …
 
-Each rank appends to FILE.RANK a line for each micro-batch. With --stop-at, rank 0 sends itself
+Each rank appends to FILE.RANK one line for each micro-batch. With --stop-at, rank 0 sends itself
 SIGTERM when the first batch of that step is drawn, counted from 0.
 """
 
