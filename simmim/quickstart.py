@@ -17,7 +17,6 @@ from simmim.tasks.probe.probe import compare, table
 from simmim.tasks.probe.recipe import ProbeRecipe
 from simmim.tasks.train import train_recipe
 
-DEFAULT_FOLDER = Path("runs/quickstart")
 NUM_IMAGES = 4096
 IMAGE_SIZE = 64
 BATCH_SIZE = 64

@@ -19,8 +19,6 @@ from simmim.data.transforms.settings import MAX_PIXELS, MultiLabelSettings
 IGNORED = 255
 """Value of pixels without a class in memory, whatever it is in the files."""
 
-MOST_CLASSES = IGNORED
-
 SEPARATORS = re.compile(r"[\s,;|]+")
 """Separators of classes in a string."""
 
