@@ -39,40 +39,45 @@ def atomic_folder(
         yield partial
         _fsync_tree(partial)
         _check_replaceable(destination, may_replace)
-        _swap(partial, destination)
+        _swap(partial, destination, may_replace)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         _remove_empty(made)
         raise
 
 
-def _swap(partial: Path, destination: Path) -> None:
-    replaced = _sibling(destination, "replaced")
-    if destination.exists():
-        destination.rename(replaced)
-        try:
-            partial.rename(destination)
-        except BaseException:
-            replaced.rename(destination)
-            raise
-        _fsync(destination.parent)
-        shutil.rmtree(replaced)
-    else:
-        partial.rename(destination)
-        _fsync(destination.parent)
-
-
-def _check_replaceable(destination: Path, may_replace: Callable[[Path], bool]) -> None:
+def _swap(partial: Path, destination: Path, may_replace: Callable[[Path], bool]) -> None:
     if not destination.exists():
+        partial.rename(destination)  # fails if something has appeared there meanwhile
+        _fsync(destination.parent)
         return
-    if not destination.is_dir():
+    replaced = _sibling(destination, "replaced")
+    destination.rename(replaced)
+    try:
+        # What was moved away is checked, since the destination may change until that moment.
+        _check_replaceable(replaced, may_replace, name=destination)
+        partial.rename(destination)
+    except BaseException:
+        replaced.rename(destination)
+        raise
+    _fsync(destination.parent)
+    shutil.rmtree(replaced)
+
+
+def _check_replaceable(
+    found: Path, may_replace: Callable[[Path], bool], *, name: Path | None = None
+) -> None:
+    """Check that what is found may be replaced; messages call it `name`."""
+    name = name or found
+    if not found.exists():
+        return
+    if not found.is_dir():
         raise OccupiedError(
-            f"{destination} is a file, not a folder: "
-            "choose another destination, or move the file away."
+            f"{name} is a file, not a folder: choose another destination, or move the file away."
         )
-    if any(destination.iterdir()) and not may_replace(destination):
+    if any(found.iterdir()) and not may_replace(found):
         raise OccupiedError(
-            f"{destination} holds other files and is not replaced: "
+            f"{name} holds other files and is not replaced: "
             "choose an empty or new destination, or remove that folder first."
         )
 

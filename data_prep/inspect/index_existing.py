@@ -98,6 +98,7 @@ def index_existing(
         workers = max(1, min(workers, len(tasks)))
         found = list(map_tasks(_index_aside, tasks, workers=workers, tick=tick))
         found.sort(key=lambda one: one.entry.name)
+        _refuse_replacing(folder, overwrite)  # again, since reading all tars may take hours
         manifest = _publish(folder, Path(partial), found)
     return IndexingResult(
         manifest=manifest,

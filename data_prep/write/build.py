@@ -120,15 +120,16 @@ def build_shards(
         refuse_other_files(folder)
         place = store or folder
         if not overwrite and (place / MANIFEST_NAME).exists():
-            survey = survey_source(source, options, progress.listed)
-            complete = read_complete_set(place, job.identity(survey.fingerprint))
+            built = _read_built(place, job, source, progress)
             if store and folder.exists():
                 with open_output_dir(folder):
                     shutil.rmtree(folder)
-            return BuildResult(manifest=complete, found=survey.found, was_complete=True)
+            return built
         part = run.part[0] if run.part else None
         opened = open_output_dir(folder, part=part, store=store, overwrite=overwrite)
         with opened as output:
+            if not overwrite and (place / MANIFEST_NAME).exists():  # since the check above
+                return _read_built(place, job, source, progress)
             output.check_version(overwrite=overwrite)
             make = _list_and_write if options.streams else _list_then_write
             listing = make(output, job, source, progress, overwrite=overwrite)
@@ -136,6 +137,17 @@ def build_shards(
             if run.part is None:
                 manifest = finalize_set(output, listing, max_rejected=run.max_rejected)
     return BuildResult(manifest=manifest, found=listing.survey.found, was_complete=False)
+
+
+def _read_built(place: Location, job: _Job, source: ImageSource, progress: Progress) -> BuildResult:
+    """Return a set that is complete already.
+
+    Raises:
+        OutputDirError: it was made from something else.
+    """
+    survey = survey_source(source, job.options, progress.listed)
+    complete = read_complete_set(place, job.identity(survey.fingerprint))
+    return BuildResult(manifest=complete, found=survey.found, was_complete=True)
 
 
 def merge_parts(folder: Path, *, max_rejected: float = 1.0) -> Manifest:

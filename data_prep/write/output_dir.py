@@ -8,10 +8,11 @@ finalized under an exclusive lock.
 
 import fcntl
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -268,17 +269,30 @@ def open_output_dir(
                 path.unlink()  # half-written by a process that is gone
         else:
             _lock(stack, partial / f"part-{part}.lock", folder, shared=False)
+        refuse_other_files(folder)  # again, since another process may have ended meanwhile
         yield OutputDir(folder=folder, created=created, upload=upload)
 
 
 def _lock(stack: ExitStack, path: Path, folder: Path, *, shared: bool) -> None:
-    file = stack.enter_context(path.open("w"))
-    try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OutputDirError(
-            f"another data-prep is writing to {folder}. Wait for it, or choose another folder."
-        ) from None
+    """Lock a file, which a process that is just ending may remove together with its folder."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = path.open("w")
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise OutputDirError(
+                f"another data-prep is writing to {folder}. Wait for it, or choose another folder."
+            ) from None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                stack.enter_context(file)
+                return
+        file.close()
 
 
 def refuse_other_files(folder: Path) -> None:

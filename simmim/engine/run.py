@@ -1,11 +1,7 @@
 """Run folder: recipe, metrics, checkpoints, pictures and encoder of a training."""
 
-import errno
-import fcntl
 import json
 import math
-import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +13,8 @@ from simmim.engine.checkpoint.directory import (
     discard_all,
     remove_later_checkpoints,
 )
+from simmim.engine.folder_lock import LOCK, lock_folder
 from simmim.recipe import differences, read_values, to_values, to_yaml
-
-LOCK = ".lock"
-"""File in the run folder that is locked by the process that writes there."""
 
 FREE_TO_CHANGE = (
     "data.shards",  # they may have moved; `resumable_state` compares their digest
@@ -147,32 +141,12 @@ class RunFolder:
         return all(path.name == LOCK for path in self.path.iterdir())
 
     def lock(self, timeout: float = 10.0) -> None:
-        """Lock the run folder against other processes until this one ends.
-
-        Args:
-            timeout: seconds to wait for a previous process: ranks outlive a kill by a moment.
+        """Lock the run folder against other processes until this one ends; see `lock_folder`.
 
         Raises:
             ValueError: another process holds the lock.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        deadline = time.monotonic() + timeout
-        # Never closed, so that the lock lasts as long as the process.
-        file = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    return  # a file system without locks
-                if time.monotonic() > deadline:
-                    raise ValueError(
-                        f"another process is writing into {self.path}: wait for it, stop it, or "
-                        "choose another folder with --folder."
-                    ) from None
-                time.sleep(0.1)
-            else:
-                return
+        lock_folder(self.path, timeout)
 
     def begin(self, recipe: Any, *, step: int) -> None:
         """Write the recipe, and remove checkpoints and metrics of steps after `step`."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_prep.format.atomic import atomic_write_text
+from simmim.engine.folder_lock import lock_folder
 from simmim.engine.run import RunFolder
 from simmim.recipe import load, read_values
 from simmim.report.labels_page import LabelScores, labels_page, scores_svg, table_of
@@ -66,14 +67,9 @@ def compare_labels(
             failed.
     """
     runs = list(_runs(fractions, seeds))
-    task = fine_tuning_named(read_values(config, overrides).get("task"), config)
-    metric = ""
-    for run in runs:  # report mistakes in a recipe before the first run
-        recipe: FineTuningRecipe = load(task.recipe, config, _arguments(run, init, overrides))
-        metric = recipe.best_metric
-        place = RunFolder(path=folder / run.name)
-        if _score(place, metric) is not None:  # raises if its recipe differs
-            place.check(task.stage.resolve(recipe), resume=True)
+    _check_runs(runs, config, init, folder, overrides)
+    lock_folder(folder)
+    metric = _check_runs(runs, config, init, folder, overrides)  # others may have run meanwhile
     for number, run in enumerate(runs, start=1):
         place = RunFolder(path=folder / run.name)
         if _score(place, metric) is None:
@@ -82,6 +78,25 @@ def compare_labels(
         _write(folder, config, init, metric, _scores(folder, runs, metric))
     table = table_of(_scores(folder, runs, metric), metric)
     return "\n".join("  ".join(f"{cell:<20}" for cell in row).rstrip() for row in table)
+
+
+def _check_runs(
+    runs: Sequence[LabelRun], config: Path, init: str, folder: Path, overrides: Sequence[str]
+) -> str:
+    """Report mistakes in a recipe before the first run; return the metric that is compared.
+
+    Raises:
+        ValueError: a recipe cannot be used, or a run in the folder has a different one.
+    """
+    task = fine_tuning_named(read_values(config, overrides).get("task"), config)
+    metric = ""
+    for run in runs:
+        recipe: FineTuningRecipe = load(task.recipe, config, _arguments(run, init, overrides))
+        metric = recipe.best_metric
+        place = RunFolder(path=folder / run.name)
+        if _score(place, metric) is not None:
+            place.check(task.stage.resolve(recipe), resume=True)
+    return metric
 
 
 def _runs(fractions: Sequence[float], seeds: Sequence[int]) -> Iterator[LabelRun]:

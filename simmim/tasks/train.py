@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
 from data_prep.format.text import count_noun
 from simmim.engine.checkpoint.directory import best_checkpoint, find_checkpoint
 from simmim.engine.devices import build_accelerator
@@ -66,14 +69,8 @@ def train_recipe(
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if restarted and (resume is None or find_checkpoint(run.checkpoints, "auto")):
         resume = "auto"
-    checkpoint = None if resume is None else find_checkpoint(run.checkpoints, resume)
     if int(os.environ.get("RANK", "0")) == 0:  # others would see what rank 0 has written
-        changed = run.check(
-            stage.recipe,
-            resume=resume is not None,
-            checkpoint=checkpoint,
-            allow_changes=allow_changes,
-        )
+        changed = check_folder(run, stage.recipe, resume, allow_changes=allow_changes)
         if changed and requested_cpu_processes() < 2:  # printed once, by the process that trains
             listed = "".join(f"\n  {key}: {text}" for key, text in changed.items())
             sys.stderr.write(f"the recipe has changed:{listed}\n")
@@ -82,9 +79,7 @@ def train_recipe(
     stage.batches(rank=0, world=world, start=0, end=recipe.training.batch_size)
     start_processes()
     accelerator = build_accelerator(recipe.training.precision, recipe.training.rank_timeout)
-    if accelerator.is_main_process:
-        run.lock()
-    accelerator.wait_for_everyone()
+    lock_and_check_again(run, stage.recipe, accelerator, resume, allow_changes=allow_changes)
     result = train(
         stage,
         run,
@@ -98,6 +93,49 @@ def train_recipe(
         print_result(result, run)
     end_processes(accelerator)
     return result
+
+
+def check_folder(
+    run: RunFolder, recipe: object, resume: str | None, *, allow_changes: bool
+) -> dict[str, str]:
+    """Check that a run folder can be used; return the accepted changes of the recipe.
+
+    Raises:
+        ValueError: see `RunFolder.check` and `find_checkpoint`.
+    """
+    return run.check(
+        recipe,
+        resume=resume is not None,
+        checkpoint=None if resume is None else find_checkpoint(run.checkpoints, resume),
+        allow_changes=allow_changes,
+    )
+
+
+def lock_and_check_again(
+    run: RunFolder,
+    recipe: object,
+    accelerator: Accelerator,
+    resume: str | None,
+    *,
+    allow_changes: bool,
+) -> None:
+    """Lock the run folder and check it again; all ranks call this together.
+
+    Another start may have written into it since the first check, and ended while this one waited.
+
+    Raises:
+        ValueError: the folder can no longer be used; on all ranks.
+    """
+    refusal = [""]
+    if accelerator.is_main_process:
+        try:
+            run.lock()
+            check_folder(run, recipe, resume, allow_changes=allow_changes)
+        except (ValueError, OSError) as error:
+            refusal = [str(error)]
+    broadcast_object_list(refusal)
+    if refusal[0]:
+        raise ValueError(refusal[0])
 
 
 def print_result(result: TrainingResult, run: RunFolder) -> None:

@@ -1,5 +1,6 @@
 """Bad input: one clear message, exit code 2, and nothing left behind."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from simmim.cli import main
 from simmim.engine.checkpoint.directory import complete_checkpoints
 from simmim.engine.exit_codes import LOST, STOPPED
 from simmim.engine.run import RunFolder
+from simmim.recipe import load
+from simmim.tasks.pretrain.recipe import PretrainRecipe
 from swinv2 import SwinV2, SwinV2Config, read_encoder_config, save_encoder
 from swinv2.bridges.reference import to_reference
 
@@ -101,6 +104,37 @@ def test_a_run_folder_is_never_mixed_up(
     # More workers change nothing, so they need no leave.
     more = ["--resume", "auto", "--training.steps", "8", "--data.workers", "1"]
     assert main([*command, *more]) == 0
+
+
+def test_a_start_that_waited_for_another_does_not_wipe_its_run(
+    pretrain_config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Between the check of an empty folder and its lock, another start trains there and ends."""
+    run = tmp_path / "run"
+    command = ["pretrain", "--config", str(pretrain_config), "--folder", str(run)]
+    command += ["--training.steps", "4"]
+    lock_now = RunFolder.lock
+
+    def lock_after_another_run(folder: RunFolder) -> None:
+        monkeypatch.setattr(RunFolder, "lock", lock_now)
+        assert main([*command, *other]) == 0
+        lock_now(folder)
+
+    for resume, message in (([], "is not empty"), (["--resume", "auto"], "training.seed: 1 → 0")):
+        shutil.rmtree(run, ignore_errors=True)
+        other = ["--training.seed", "1"]
+        monkeypatch.setattr(RunFolder, "lock", lock_after_another_run)
+        assert message in refused([*command, *resume], capsys)
+        assert load(PretrainRecipe, run / "recipe.yaml").training.seed == 1
+        assert RunFolder(path=run).read_metrics()[-1]["step"] == 4
+        assert complete_checkpoints(run / "checkpoints")[-1].name == "step-00000004"
+    shutil.rmtree(run)
+    other = []
+    monkeypatch.setattr(RunFolder, "lock", lock_after_another_run)
+    assert main([*command, "--resume", "auto"]) == 0  # resumes what the other has trained
 
 
 def test_ranks_that_torchrun_starts_again_go_on(

@@ -88,3 +88,25 @@ def test_the_target_of_a_symbolic_link_is_replaced(tmp_path: Path) -> None:
         (folder / "file").touch()
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "disk" / "file").exists()
+
+
+def test_what_appears_at_the_last_moment_is_not_removed(tmp_path: Path) -> None:
+    destination = tmp_path / "run"
+    destination.mkdir()
+    (destination / "export").touch()
+    asked = 0
+
+    def may_replace(place: Path) -> bool:
+        nonlocal asked
+        asked += 1
+        answer = (place / "export").exists()
+        if asked == 2:  # the last check before the swap
+            (place / "export").unlink()
+            (place / "theirs").touch()
+        return answer
+
+    writing = atomic_folder(destination, may_replace=may_replace)
+    (writing.__enter__() / "mine").touch()
+    with pytest.raises(OccupiedError, match=f"{destination} holds other files"):
+        writing.__exit__(None, None, None)
+    assert everything_under(tmp_path) == ["run", "run/theirs"]

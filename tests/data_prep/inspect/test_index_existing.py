@@ -63,6 +63,16 @@ def test_a_manifest_is_not_replaced_without_overwrite(foreign: Path) -> None:
     assert index_existing(foreign, overwrite=True).manifest == first
 
 
+def test_a_manifest_written_while_tars_are_read_is_kept(foreign: Path) -> None:
+    def write_manifest(_samples: int) -> None:
+        (foreign / "manifest.json").write_text("of another process")
+
+    with pytest.raises(ManifestError, match="--overwrite"):
+        index_existing(foreign, tick=write_manifest)
+    assert (foreign / "manifest.json").read_text() == "of another process"
+    assert not list(foreign.glob("*.npy"))
+
+
 def test_our_own_sets_keep_their_class_names(image_zip: Path, tmp_path: Path) -> None:
     build_shards(image_zip, tmp_path / "out", ShardOptions())
     with pytest.raises(ManifestError, match="class names"):

@@ -1,7 +1,9 @@
 """Building sets: every image once, readable by stock webdataset, deterministic bytes."""
 
+import fcntl
 import hashlib
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from data_prep.cli import main
 from data_prep.format.index import index_tar, read_index
 from data_prep.format.manifest import Manifest, read_manifest
 from data_prep.sources.files import Selection, SourceError
+from data_prep.write import output_dir
 from data_prep.write.build import build_shards, merge_parts
 from data_prep.write.options import RunOptions, ShardOptions
 from data_prep.write.output_dir import OutputDirError
@@ -300,3 +303,43 @@ def test_indexes_say_what_a_reader_of_the_tars_finds(image_folder: Path, tmp_pat
         assert found.entry(shard.name) == shard
         for name, column in vars(found.index).items():
             assert (column == getattr(index, name)).all()
+
+
+def test_a_set_completed_by_another_start_meanwhile_is_kept(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the first check of the folder and its lock, another process writes the set."""
+    folder = tmp_path / "shards"
+    open_now = output_dir.open_output_dir
+
+    def open_late(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr("data_prep.write.build.open_output_dir", open_now)
+        _build(image_folder, folder)
+        return open_now(*arguments, **options)
+
+    monkeypatch.setattr("data_prep.write.build.open_output_dir", open_late)
+    with pytest.raises(OutputDirError, match="finished set"):
+        _build(image_folder, folder, ShardOptions(samples_per_shard=7))
+    assert {shard.samples for shard in read_manifest(folder).shards} == {5, 4}
+    shutil.rmtree(folder)
+    monkeypatch.setattr("data_prep.write.build.open_output_dir", open_late)
+    assert _build(image_folder, folder).was_complete
+
+
+def test_a_lock_that_another_run_removes_with_its_folder_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = tmp_path / "shards" / ".partial"
+    lock_now, calls = fcntl.flock, list[int]()
+
+    def lock_late(file: Any, operation: int) -> None:
+        if not calls:
+            shutil.rmtree(partial)  # the run that held the lock ends
+        calls.append(operation)
+        lock_now(file, operation)
+
+    monkeypatch.setattr("data_prep.write.output_dir.fcntl.flock", lock_late)
+    with output_dir.open_output_dir(tmp_path / "shards"):
+        second = output_dir.open_output_dir(tmp_path / "shards")
+        with pytest.raises(OutputDirError, match="another data-prep"), second:
+            pytest.fail("two runs write at once")

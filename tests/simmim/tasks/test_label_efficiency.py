@@ -58,3 +58,22 @@ def test_mistakes_are_reported_before_the_first_run(
     assert simmim.cli.main([*command, "--fractions", "0.5", "2"]) == 2
     assert "fraction is 2" in capsys.readouterr().err
     assert not (tmp_path / "f").exists()
+
+
+def test_a_folder_has_one_writer(
+    classification_values: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, folder = tmp_path / "small.yaml", tmp_path / "labels"
+    config.write_text(yaml.safe_dump(classification_values))
+
+    def held(path: Path) -> None:
+        raise ValueError(f"another process is writing into {path}")
+
+    monkeypatch.setattr("simmim.tasks.label_efficiency.lock_folder", held)
+    command = ["labels", "--config", str(config), "--init", "x", "--folder", str(folder)]
+    assert simmim.cli.main(command) == 2
+    assert f"writing into {folder}" in capsys.readouterr().err
+    assert not folder.exists()
