@@ -5,12 +5,14 @@ import hashlib
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
 from tqdm import tqdm
 
 from data_prep.executors.processes import Interruption
+from data_prep.format.kinds import describe_kinds
 from data_prep.format.manifest import Manifest, read_manifest
 from data_prep.format.pipes import PIPE, PipedFile
 from data_prep.format.statistics_file import STATISTICS_NAME, write_statistics
@@ -138,7 +140,7 @@ def _index(arguments: argparse.Namespace, interruption: Interruption) -> int:
     manifest = indexed.manifest
     print(
         f"{_count_samples(manifest)}, {count_noun(len(manifest.classes), 'class', 'classes')}, "
-        f"in {manifest.folder}"
+        f"in {manifest.folder}{_describe_skipped(manifest.skipped)}"
     )
     if indexed.without_image:
         print(f"left out: {count_noun(indexed.without_image, 'sample')} without an image")
@@ -277,8 +279,14 @@ def _describe_set(manifest: Manifest, verb: str) -> str:
         counts += f"; see {manifest.folder / REJECTED_NAME}"
     for note, count in sorted(manifest.notes.items()):
         counts += f"\n{note}: {count:,}"
+    counts += _describe_skipped(manifest.skipped)
     shards = count_noun(len(manifest.shards), "shard")
     return f"{counts}\n{verb}: {shards}, {length}, in {manifest.folder}"
+
+
+def _describe_skipped(skipped: Mapping[str, int]) -> str:
+    """Return a line on the files that were met and not taken, or an empty string."""
+    return f"\nskipped: {describe_kinds(skipped)}" if skipped else ""
 
 
 def _count_samples(manifest: Manifest) -> str:

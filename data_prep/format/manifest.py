@@ -76,6 +76,8 @@ class Manifest:
     """Number of inputs that were found but rejected; `rejected.jsonl` lists them."""
     notes: Mapping[str, int] = field(default_factory=dict)
     """Note on images → number of samples with it, for example `NaN values`."""
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Kind of file (see `data_prep.format.kinds`) → number that were met and not taken."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options the shards were written with."""
     fingerprint: str = ""
@@ -134,6 +136,7 @@ def write_manifest(manifest: Manifest) -> None:
         "samples": manifest.samples,
         "rejected": manifest.rejected,
         "notes": dict(manifest.notes),
+        **({"skipped": dict(sorted(manifest.skipped.items()))} if manifest.skipped else {}),
         "classes": list(manifest.classes),
         "options": dict(manifest.options),
         "fingerprint": manifest.fingerprint,
@@ -179,7 +182,8 @@ def _parse(values: dict[str, Any], path: Location, allow_pipe: bool) -> Manifest
         shards=entries,
         classes=tuple(classes),
         rejected=_count(values, "rejected", 0, path),
-        notes=_parse_notes(values, path),
+        notes=_parse_counts(values, "notes", path),
+        skipped=_parse_counts(values, "skipped", path),
         options=_field(values, "options", dict, path),
         fingerprint=_field(values, "fingerprint", str, path),
     )
@@ -191,9 +195,9 @@ def _parse(values: dict[str, Any], path: Location, allow_pipe: bool) -> Manifest
     return manifest
 
 
-def _parse_notes(values: dict[str, Any], path: Location) -> dict[str, int]:
-    notes = _field({"notes": {}} | values, "notes", dict, path)
-    return {name: _count(notes, name, 1, path) for name in notes}
+def _parse_counts(values: dict[str, Any], field_name: str, path: Location) -> dict[str, int]:
+    counts = _field({field_name: {}} | values, field_name, dict, path)
+    return {name: _count(counts, name, 1, path) for name in counts}
 
 
 def _parse_shard(values: Any, number: int, path: Location, allow_pipe: bool) -> ShardEntry:

@@ -4,6 +4,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
@@ -23,6 +24,7 @@ class ZipSource:
 
     def __init__(self, path: Location) -> None:
         self.path = path
+        self.skipped: Counter[str] = Counter()
         self._bytes = ByteReader(path)
 
     def files(self) -> Iterator[SourceFile]:
@@ -91,6 +93,7 @@ class TarSource:
 
     def __init__(self, path: Location) -> None:
         self.path = path
+        self.skipped: Counter[str] = Counter()
         self._bytes = ByteReader(path)
 
     def files(self) -> Iterator[SourceFile]:

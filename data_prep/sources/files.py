@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import PurePosixPath
 from typing import NamedTuple
 
+from data_prep.format.kinds import HIDDEN, is_hidden, kind_of, suffix_of
 from data_prep.format.manifest import IMAGE_SUFFIXES
 
 
@@ -70,25 +70,21 @@ class Selection:
             file: a file of a source.
             explicit: whether a list or shard names it, so that its suffix does not matter.
         """
+        return not self.why_not(file, explicit=explicit)
+
+    def why_not(self, file: SourceFile, *, explicit: bool = False) -> str:
+        """Return why a file is not used, as a kind to count; empty if it is used."""
         path = file.path
         if self.only_split is not None and file.split != self.only_split:
-            return False
-        if not explicit and _is_hidden(path):
-            return False
+            return "not of --only-split"
+        if not explicit and is_hidden(path):
+            return HIDDEN
         if any(fnmatchcase(path, pattern) for pattern in self.exclude):
-            return False
+            return "matches --exclude"
         if self.include:
-            return any(fnmatchcase(path, pattern) for pattern in self.include)
-        if explicit:
-            return True
-        name = path[path.rfind("/") + 1 :]  # a PurePosixPath would take longer than all the rest
-        dot = name.rfind(".")
-        suffix = name[dot:].lower() if dot > 0 else ""
-        return suffix in IMAGE_SUFFIXES or bool(suffix == ".tar" and file.problem)
-
-
-def _is_hidden(path: str) -> bool:
-    if "__MACOSX" not in path and "/." not in path and path[:1] != ".":
-        return False  # nearly always, and much faster than splitting the path
-    parts = PurePosixPath(path).parts
-    return "__MACOSX" in parts or any(part[0] == "." and part != ".." for part in parts)
+            wanted = any(fnmatchcase(path, pattern) for pattern in self.include)
+            return "" if wanted else "does not match --include"
+        suffix = suffix_of(path)
+        if explicit or suffix in IMAGE_SUFFIXES or (suffix == ".tar" and file.problem):
+            return ""
+        return kind_of(path)

@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -35,6 +36,7 @@ class FolderSource:
 
     def __init__(self, path: Path, *, ordered: bool = False, without: Path | None = None) -> None:
         self.path = path
+        self.skipped: Counter[str] = Counter()
         self._ordered, self._without = ordered, without
         self._prefix = os.path.join(path, "")  # noqa: PTH118 - joined to many names
 
@@ -167,6 +169,7 @@ class RemoteFolderSource:
 
     def __init__(self, path: RemotePath) -> None:
         self.path = path
+        self.skipped: Counter[str] = Counter()
 
     def files(self) -> Iterator[SourceFile]:
         """Yield every file.

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class ListSource:
 
     def __init__(self, path: Location, selection: Selection) -> None:
         self.path = path
+        self.skipped: Counter[str] = Counter()
         self._split_column = selection.split_column
         root = locate(selection.root) if selection.root else path.parent
         self._folder = (

@@ -1,6 +1,7 @@
 """Folders of WebDataset tars as sources, for resharding."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
@@ -20,6 +21,7 @@ class ShardSource:
 
     def __init__(self, path: Location, selection: Selection) -> None:
         self.path = path
+        self.skipped: Counter[str] = Counter()
         self._split_column = selection.split_column
         self._open: tuple[str, ByteReader] | None = None
         self.classes: tuple[str, ...] | None = None

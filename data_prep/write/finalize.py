@@ -91,6 +91,7 @@ def _describe(output: OutputDir, listing: SourceListing, totals: _Totals) -> Man
         ),
         classes=listing.survey.classes,
         notes=dict(sorted(totals.notes.items())),
+        skipped=listing.survey.skipped,
         options=options,
         fingerprint=identity.fingerprint,
     )

@@ -8,16 +8,17 @@ import hashlib
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from data_prep.executors.processes import Tick
 from data_prep.format.atomic import atomic_write_bytes
 from data_prep.format.index import MAX_CLASSES
+from data_prep.format.kinds import count_kind, describe_kinds
 from data_prep.format.manifest import IMAGE_SUFFIXES
 from data_prep.format.storage import Location
-from data_prep.format.text import count_noun
 from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import Selection, SourceError, SourceFile
 from data_prep.sources.image_source import ImageSource
@@ -45,6 +46,8 @@ class Survey:
     """Class names, indexed by label."""
     fingerprint: str
     """Digest of the selected files: paths, sizes, dates, offsets, labels, fields."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Kind of file → number that were met and not selected."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,15 +213,17 @@ class Surveyor:
         self._source, self._selection = source, options.selection
         self._window = options.window
         self._listed = listed
-        self._found = self._others = self._sum = 0
+        self._found = self._sum = 0
+        self._skipped: Counter[str] = Counter()
         self._classes = _ClassNames()
 
     def files(self) -> WindowedFiles:
         """Yield every selected file with its window, including files with a problem."""
         taken = 0
         for file in self._source.files():
-            if not self._selection.wants(file, explicit=self._source.is_explicit):
-                self._others += 1
+            kind = self._selection.why_not(file, explicit=self._source.is_explicit)
+            if kind:
+                count_kind(self._skipped, kind)
                 continue
             checked = _find_problem(file, self._selection)
             window = taken // self._window if self._window else 0
@@ -232,12 +237,14 @@ class Surveyor:
         Raises:
             SourceError: there were none.
         """
+        skipped = dict(self._skipped + self._source.skipped)
         if not self._found:
-            raise SourceError(_describe_absence(self._source.path, self._selection, self._others))
+            raise SourceError(_describe_absence(self._source.path, self._selection, skipped))
         return Survey(
             found=self._found,
             classes=self._source.classes or self._classes.sorted(),
             fingerprint=f"{self._sum:064x}",
+            skipped=skipped,
         )
 
     def _count(self, file: SourceFile, window: int) -> None:
@@ -355,13 +362,13 @@ def _find_problem(file: SourceFile, selection: Selection) -> SourceFile:
     return file
 
 
-def _describe_absence(path: Location, selection: Selection, others: int) -> str:
-    if not others:
+def _describe_absence(path: Location, selection: Selection, skipped: dict[str, int]) -> str:
+    if not skipped:
         return f"{path} is empty. Give a folder, a zip, a tar or a list of images."
     wanted = f"files that match {', '.join(selection.include)}" if selection.include else "images"
     if selection.only_split is not None:
         wanted += f" of split {selection.only_split!r}"
     return (
-        f"{path} has no {wanted}, only {count_noun(others, 'other file')}. Image suffixes are "
+        f"{path} has no {wanted}; other files: {describe_kinds(skipped)}. Image suffixes are "
         f"{' '.join(sorted(IMAGE_SUFFIXES))}; select others with --include."
     )

@@ -1,0 +1,75 @@
+"""Kinds of files that are met among images and not taken, for counts that users read."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+
+from data_prep.format.manifest import IMAGE_SUFFIXES
+
+HIDDEN = "hidden"
+"""Kind of hidden files, and of the metadata that macOS adds to archives."""
+_MAC_ARCHIVE = "__MACOSX"
+_MAX_KINDS = 50
+_MANY = "other kinds"
+_NAMED = 20
+_SUFFIX = re.compile(r"\.[a-z][a-z0-9_+-]{0,11}|\.7z|\.3gp|\.3g2")
+_COMPRESSED = re.compile(r"\.tar(\.[a-z0-9]{1,4})\Z")
+_QUERY = re.compile(r"(\.[a-z0-9]{1,5})[?#&:@!].*\Z", re.DOTALL)
+
+
+def suffix_of(path: str) -> str:
+    """Return the suffix of a file name in lower case with its dot, or an empty string.
+
+    The name of a hidden file is not a suffix.
+    """
+    name = path[path.rfind("/") + 1 :]  # a PurePosixPath would take longer than all the rest
+    dot = name.rfind(".")
+    return name[dot:].lower() if dot > 0 else ""
+
+
+def is_hidden(path: str) -> bool:
+    """Return whether a file or a folder on its path is hidden or metadata of macOS."""
+    if _MAC_ARCHIVE not in path and "/." not in path and path[:1] != ".":
+        return False  # nearly always, and much faster than splitting the path
+    parts = path.split("/")
+    return _MAC_ARCHIVE in parts or any(
+        part[:1] == "." and part not in (".", "..") for part in parts
+    )
+
+
+def kind_of(path: str) -> str:
+    """Return the kind of a file by its name: its suffix, or what stands in place of one.
+
+    There are few kinds, whatever the names: `.heic`, `.tar.gz`, `.jpg with a query`, `hidden`,
+    `numbered suffix` (as of DICOM series), `no suffix`.
+    """
+    if is_hidden(path):
+        return HIDDEN
+    name = path[path.rfind("/") + 1 :].lower()
+    compressed = _COMPRESSED.search(name)
+    if compressed and compressed.start():
+        return compressed.group()
+    suffix = suffix_of(path)
+    if _SUFFIX.fullmatch(suffix):
+        return suffix
+    query = _QUERY.search(name)
+    if query and query.group(1) in IMAGE_SUFFIXES:
+        return f"{query.group(1)} with a query"  # as a downloader names it: a.jpg?width=100
+    if suffix[1:].isdecimal():
+        return "numbered suffix"
+    return "no suffix"
+
+
+def count_kind(counts: Counter[str], kind: str, number: int = 1) -> None:
+    """Add to the count of a kind; beyond 50 kinds, all others are counted together."""
+    counts[kind if kind in counts or len(counts) < _MAX_KINDS else _MANY] += number
+
+
+def describe_kinds(counts: Mapping[str, int], most: int = _NAMED) -> str:
+    """Return counts as text, the largest first: `.heic (12), no suffix (3)`."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{kind} ({count:,})" for kind, count in ordered[:most]]
+    if len(ordered) > most:
+        rest = sum(count for _, count in ordered[most:])
+        shown.append(f"{len(ordered) - most} more kinds ({rest:,})")
+    return ", ".join(shown)
