@@ -5,14 +5,13 @@ else. Other formats are re-encoded as PNG or as an array, whichever is lossless.
 decodes stored images.
 """
 
-import io
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile
 
 from data_prep.images.arrays import (
     MAGIC,
@@ -33,16 +32,15 @@ from data_prep.images.damage import (
 )
 from data_prep.images.encoding import encode, turn_upright
 from data_prep.images.headers import plain_jpeg_size, truncated_bit_depth
-from data_prep.images.settings import MAX_PIXELS, Encoding
+from data_prep.images.opening import KEPT, UnknownFormatError, load, open_picture
+from data_prep.images.settings import MAX_PIXELS, MAX_READ_PIXELS, Encoding
 
 KEEP = Encoding()
 """Encoding that keeps the bytes of every format that shards can hold."""
 RE_ENCODED = "written anew"
 """Note on a picture whose bytes were not kept, as sets on disk have it."""
 
-_KEPT = {"JPEG": "jpeg", "MPO": "jpeg", "PNG": "png", "WEBP": "webp"}
 _EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
-_REWRITTEN = ("AVIF", "BMP", "DIB", "GIF", "JPEG2000", "PPM", "TGA", "TIFF")
 _LOSSLESS_WEBP = b"VP8L"
 _WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
@@ -101,7 +99,7 @@ def check_image(
             return _check_picture(data, max_pixels, decode, encoding)
     except (RejectedImageError, MemoryError):
         raise
-    except (ArrayError, DamageError) as error:
+    except (ArrayError, DamageError, UnknownFormatError) as error:
         raise RejectedImageError(str(error)) from None
     # Pillow's readers raise nearly any type when the bytes are hostile.
     except Exception as error:
@@ -114,7 +112,7 @@ def _check_plain_jpeg(
 ) -> CheckedImage | None:
     """Check a JPEG that is kept as it is without opening it in Pillow; None if that is needed."""
     size = plain_jpeg_size(data)
-    if size is None or size[0] * size[1] > min(max_pixels, MAX_PIXELS):
+    if size is None or size[0] * size[1] > max_pixels:
         return None
     if encoding.target_format("jpeg") != "jpeg" or encoding.target_size(*size) != size:
         return None
@@ -142,15 +140,9 @@ def _plain_array(data: bytes, header: ArrayHeader) -> bytes:
 
 
 def _check_picture(data: bytes, max_pixels: int, decode: bool, encoding: Encoding) -> CheckedImage:
-    Image.init()
-    formats = [name for name in (*_KEPT, *_REWRITTEN) if name in Image.OPEN]
-    try:
-        image = Image.open(io.BytesIO(data), formats=formats)
-    except UnidentifiedImageError:
-        raise RejectedImageError("it is not an image of a supported format") from None
-    with image:
+    with open_picture(data) as image:
         _check_size(image.width, image.height, max_pixels)
-        own = _KEPT.get(image.format or "")
+        own = KEPT.get(image.format or "")
         target = encoding.target_format(own)
         if own != target or encoding.target_size(*image.size) != image.size:
             return _re_encode(image, data, target, encoding)
@@ -170,7 +162,9 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise RejectedImageError(f"it has {size} pixels, more than --max-pixels {max_pixels:,}")
 
 
-def _re_encode(image: Image.Image, data: bytes, target: str, encoding: Encoding) -> CheckedImage:
+def _re_encode(
+    image: ImageFile.ImageFile, data: bytes, target: str, encoding: Encoding
+) -> CheckedImage:
     bits = truncated_bit_depth(image, data)
     notes: tuple[str, ...] = ()
     if bits and target == "png":
@@ -191,9 +185,9 @@ def _re_encode(image: Image.Image, data: bytes, target: str, encoding: Encoding)
     )
 
 
-def _load(image: Image.Image, data: bytes) -> tuple[Image.Image, tuple[str, ...]]:
+def _load(image: ImageFile.ImageFile, data: bytes) -> tuple[Image.Image, tuple[str, ...]]:
     """Decode every pixel as strictly as possible; return the picture and notes on it."""
-    if _KEPT.get(image.format or "") == "jpeg" and image.mode in ("L", "RGB"):
+    if KEPT.get(image.format or "") == "jpeg" and image.mode in ("L", "RGB"):
         check_scans(data, image.width * image.height)
         pixels = decode_jpeg(data, image.size)
         if pixels is not None:
@@ -203,13 +197,12 @@ def _load(image: Image.Image, data: bytes) -> tuple[Image.Image, tuple[str, ...]
                 loaded.info = {name: image.info[name] for name in kept if name in image.info}
                 return loaded, ()
     notes = _check_pixels(image, data)
-    image.load()
-    return image, notes
+    return load(image, data), notes
 
 
-def _check_pixels(image: Image.Image, data: bytes) -> tuple[str, ...]:
+def _check_pixels(image: ImageFile.ImageFile, data: bytes) -> tuple[str, ...]:
     """Check for damage as strictly as possible; return notes on the check."""
-    match _KEPT.get(image.format or ""):
+    match KEPT.get(image.format or ""):
         case "png":
             check_png(data)
         case "webp":
@@ -218,24 +211,24 @@ def _check_pixels(image: Image.Image, data: bytes) -> tuple[str, ...]:
             check_scans(data, image.width * image.height)
             if check_jpeg(data, image.size):
                 return ()
-    image.load()
+    load(image, data)
     return ("JPEG checked by Pillow alone",) if image.format in ("JPEG", "MPO") else ()
 
 
-def read_pixels(data: bytes, extension: str) -> NDArray[Any]:
+def read_pixels(data: bytes, extension: str, *, max_pixels: int = MAX_READ_PIXELS) -> NDArray[Any]:
     """Return the values of an image, rotated upright, of shape (height, width, channels).
 
     Pictures have 1 channel (grey) or 3 (RGB) in uint8, or uint16 for 16-bit grey; transparency is
     on white. Arrays are returned as stored.
 
     Raises:
-        RejectedImageError: the image cannot be decoded.
+        RejectedImageError: the image cannot be decoded, or is a picture of more than `max_pixels`.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            values = read_array(data) if extension == "npy" else _read_picture(data)
-        except MemoryError:
+            values = read_array(data) if extension == "npy" else _read_picture(data, max_pixels)
+        except (RejectedImageError, MemoryError):
             raise
         # Pillow's readers raise nearly any type when the bytes are hostile.
         except Exception as error:
@@ -244,10 +237,10 @@ def read_pixels(data: bytes, extension: str) -> NDArray[Any]:
     return values[..., None] if values.ndim == 2 else values
 
 
-def _read_picture(data: bytes) -> NDArray[Any]:
-    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as opened:
-        opened.load()
-        image = turn_upright(opened)
+def _read_picture(data: bytes, max_pixels: int) -> NDArray[Any]:
+    with open_picture(data, tuple(KEPT)) as opened:
+        _check_size(opened.width, opened.height, max_pixels)
+        image = turn_upright(load(opened, data))
     if image.mode in _WIDE_MODES:
         return np.asarray(image).astype(np.uint16)
     if image.has_transparency_data:

@@ -4,23 +4,31 @@ JPEG has no checksums: libjpeg reports invalid codes and missing or extra data, 
 may still give another valid picture. PNG has a checksum per chunk, WebP has a length.
 """
 
+import re
 import struct
 import zlib
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.images.opening import PNG_START
+from data_prep.images.settings import MAX_PIXELS
+
 try:
     import simplejpeg
 except ImportError:  # no wheel for this platform
     simplejpeg = None
 
-_DAMAGE = ("Corrupt JPEG data", "Premature end", "Inconsistent progression")
+DAMAGE = ("Corrupt JPEG data", "Premature end", "Inconsistent progression")
 """Prefixes of libjpeg warnings that mean wrong pixels; others concern odd headers."""
 _COLOURS = {"Gray": "GRAY", "CMYK": "CMYK", "YCCK": "CMYK"}
-_MAX_WORK = 20 * 89_478_485
-"""Maximum of pixels x scans of a JPEG: 20 scans (a dozen is usual) of the largest default image."""
-_PNG_START = b"\x89PNG\r\n\x1a\n"
+_USUAL_SCANS = 20
+"""Scans that a JPEG of any size may have; a dozen is usual."""
+_MAX_WORK = _USUAL_SCANS * MAX_PIXELS
+"""Maximum of pixels x scans of a JPEG up to the default size."""
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
+"""A JPEG marker that has a length, or ends the image; not stuffed zeros, restarts, fill bytes."""
+_SCAN, _END = 0xDA, 0xD9
 
 
 class DamageError(ValueError):
@@ -75,7 +83,7 @@ def _decode(
         )
     except ValueError as error:
         reason = " ".join(str(error).split())
-        if reason.startswith(_DAMAGE):
+        if reason.startswith(DAMAGE):
             raise DamageError(f"it cannot be decoded completely: {reason}") from None
         return None
     return pixels
@@ -84,12 +92,29 @@ def _decode(
 def check_scans(data: bytes, pixels: int) -> None:
     """Check that a JPEG does not have so many scans that decoding it would take minutes.
 
+    Args:
+        data: the file; a video or another image may follow the first.
+        pixels: width x height of the first image.
+
     Raises:
         DamageError: it has too many.
     """
-    scans = data.count(b"\xff\xda")
-    if scans * pixels > _MAX_WORK:
+    limit = max(_MAX_WORK, _USUAL_SCANS * pixels)
+    if data.count(b"\xff\xda") * pixels <= limit:
+        return
+    scans = _count_scans(data)
+    if scans * pixels > limit:
         raise DamageError(f"it has {scans:,} scans of {pixels:,} pixels, far more than is usual")
+
+
+def _count_scans(data: bytes) -> int:
+    """Count the scans of the first image; thumbnails and whatever follows its end do not count."""
+    scans, place = 0, 2
+    while (found := _MARKER.search(data, place)) and data[found.start() + 1] != _END:
+        place = found.end()
+        scans += data[place - 1] == _SCAN
+        place += int.from_bytes(data[place : place + 2], "big")
+    return scans
 
 
 def check_png(data: bytes) -> None:
@@ -98,7 +123,7 @@ def check_png(data: bytes) -> None:
     Raises:
         DamageError: a checksum differs, or the last chunk is missing.
     """
-    view, place = memoryview(data), len(_PNG_START)
+    view, place = memoryview(data), len(PNG_START)
     while len(view) - place >= 12:
         length, kind = struct.unpack_from(">I4s", view, place)
         stop = place + 8 + length

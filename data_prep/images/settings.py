@@ -1,11 +1,21 @@
 """Settings of image checks and encoding."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 MAX_PIXELS = 89_478_485
-"""Default of the largest accepted image, in pixels; Pillow warns about larger ones."""
+"""Default of the largest accepted image, in pixels."""
+MAX_READ_PIXELS = 178_956_970
+"""Default of the largest image that is read back from shards, in pixels."""
 FORMATS = ("keep", "jpeg", "png", "webp")
 """Valid values of `Encoding.format`."""
+
+
+def read_limit(options: Mapping[str, Any]) -> int:
+    """Return the largest image to read back, in pixels, of a set written with these options."""
+    limit = options.get("max_pixels")
+    return max(MAX_READ_PIXELS, limit) if isinstance(limit, int) else MAX_READ_PIXELS
 
 
 @dataclass(frozen=True, kw_only=True)

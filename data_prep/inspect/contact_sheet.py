@@ -13,6 +13,7 @@ from data_prep.format.index import read_images, read_index
 from data_prep.format.manifest import Manifest
 from data_prep.format.text import printable
 from data_prep.images.checking import RejectedImageError, read_pixels
+from data_prep.images.settings import read_limit
 from data_prep.inspect.info import spread_rows
 
 _COLUMNS, _ROWS = 8, 6
@@ -33,6 +34,7 @@ def draw_contact_sheet(manifest: Manifest, path: Path) -> None:
         OSError: a shard cannot be read, or the picture cannot be written.
     """
     rows = spread_rows([shard.samples for shard in manifest.shards], _COLUMNS * _ROWS)
+    limit = read_limit(manifest.options)
     tiles: list[tuple[Image.Image, str]] = []
     for shard, chosen in zip(manifest.shards, rows, strict=True):
         if not len(chosen):
@@ -43,15 +45,15 @@ def draw_contact_sheet(manifest: Manifest, path: Path) -> None:
             label = int(index.labels[row])
             named = 0 <= label < len(manifest.classes)
             caption = manifest.classes[label] if named else str(index.keys[row])
-            tiles.append((_draw_tile(data, str(index.extensions[row])), caption))
+            tiles.append((_draw_tile(data, str(index.extensions[row]), limit), caption))
     buffer = io.BytesIO()
     _lay_out(tiles).save(buffer, format="PNG")
     atomic_write_bytes(path, buffer.getvalue())
 
 
-def _draw_tile(data: bytes, extension: str) -> Image.Image:
+def _draw_tile(data: bytes, extension: str, max_pixels: int) -> Image.Image:
     try:
-        values = read_pixels(data, extension)
+        values = read_pixels(data, extension, max_pixels=max_pixels)
     except RejectedImageError:
         tile = Image.new("RGB", (_SIDE, _SIDE), _EMPTY)
         draw = ImageDraw.Draw(tile)

@@ -1,6 +1,5 @@
 """Summary of a set of shards from its indexes and image headers, as a table."""
 
-import io
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -8,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from data_prep.executors.processes import Tick, map_tasks
 from data_prep.format.index import ShardIndex, read_images, read_index
@@ -18,12 +16,12 @@ from data_prep.format.statistics_file import Statistics
 from data_prep.format.storage import Location
 from data_prep.format.text import count_noun, format_bytes, printable
 from data_prep.images.arrays import read_header
+from data_prep.images.opening import KEPT, open_picture
 
 MAX_HEADERS = 10_000
 """Maximum number of image headers read, evenly spread over the set."""
 
 _SAMPLES_PER_WORKER = 20_000
-_PICTURES = ("JPEG", "PNG", "WEBP")
 _MODES = {"1": "grey", "L": "grey", "P": "palette", "LA": "grey with transparency"}
 _MODES |= {"RGB": "colour", "RGBA": "colour with transparency", "I;16": "grey of 16 bits"}
 _MAX_CLASSES = 20
@@ -138,7 +136,7 @@ def _read_header(data: bytes, extension: str) -> tuple[int, int, str]:
         return width, height, f"array of {channels}, {header.dtype.name}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(data), formats=_PICTURES) as image:
+        with open_picture(data, tuple(KEPT)) as image:
             return image.width, image.height, _MODES.get(image.mode, image.mode)
 
 

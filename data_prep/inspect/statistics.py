@@ -14,6 +14,7 @@ from data_prep.format.statistics_file import Statistics
 from data_prep.format.storage import Location
 from data_prep.format.tars import as_local_file
 from data_prep.images.checking import RejectedImageError, read_pixels
+from data_prep.images.settings import read_limit
 
 _VALUES_PER_PART = 2**22
 
@@ -104,6 +105,7 @@ class _StatisticsTask:
     number: int
     folder: Location
     shard: ShardEntry
+    max_pixels: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +138,12 @@ def measure_set(
         OSError: a shard cannot be read.
     """
     tasks = [
-        _StatisticsTask(number=number, folder=manifest.folder, shard=shard)
+        _StatisticsTask(
+            number=number,
+            folder=manifest.folder,
+            shard=shard,
+            max_pixels=read_limit(manifest.options),
+        )
         for number, shard in enumerate(manifest.shards)
     ]
     workers = max(1, min(workers, len(tasks)))
@@ -169,7 +176,7 @@ def _measure_images(
     for row, data in enumerate(images):
         extension = str(index.extensions[row])
         try:
-            values = read_pixels(data, extension)
+            values = read_pixels(data, extension, max_pixels=task.max_pixels)
         except RejectedImageError as error:
             unreadable.append(f"{task.shard.name}: image {index.keys[row]}: {error}")
         else:

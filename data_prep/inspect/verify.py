@@ -13,12 +13,12 @@ from data_prep.format.manifest import Manifest, ManifestError, ShardEntry
 from data_prep.format.storage import Location, StorageError
 from data_prep.format.tars import TarError, as_local_file
 from data_prep.images.checking import RE_ENCODED, RejectedImageError, check_image
+from data_prep.images.settings import read_limit
 
 MAX_PROBLEMS = 100
 """Maximum number of problems listed; all are counted."""
 
 _MAX_PER_SHARD = 20
-_NO_LIMIT = 2**62
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class _VerifyTask:
     shard: ShardEntry
     classes: int
     decode: bool
+    max_pixels: int
 
 
 @dataclass(kw_only=True)
@@ -78,7 +79,11 @@ def verify_shards(
     """
     tasks = (
         _VerifyTask(
-            folder=manifest.folder, shard=shard, classes=len(manifest.classes), decode=decode
+            folder=manifest.folder,
+            shard=shard,
+            classes=len(manifest.classes),
+            decode=decode,
+            max_pixels=read_limit(manifest.options),
         )
         for shard in manifest.shards
     )
@@ -132,14 +137,16 @@ def _compare(
     found.add(problems, _MAX_PER_SHARD)
     if task.decode:
         # By the tar's own headers, since a wrong index would name the wrong images.
-        _decode_all(path, actual.index, found, tick)
+        _decode_all(path, actual.index, task.max_pixels, found, tick)
 
 
-def _decode_all(path: Path, index: ShardIndex, found: _Problems, tick: Tick) -> None:
+def _decode_all(
+    path: Path, index: ShardIndex, max_pixels: int, found: _Problems, tick: Tick
+) -> None:
     images = read_images(path, index, np.arange(len(index)))
     for data, key in zip(images, index.keys, strict=True):
         try:
-            notes = check_image(data, max_pixels=_NO_LIMIT).notes
+            notes = check_image(data, max_pixels=max_pixels).notes
             if RE_ENCODED in notes:
                 raise RejectedImageError("its format is not one that shards may hold")
             found.notes.update(notes)

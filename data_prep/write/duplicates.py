@@ -4,7 +4,6 @@ Identical files are found by an external sort of digests, in bounded memory.
 """
 
 import hashlib
-import io
 import json
 import os
 import tempfile
@@ -18,11 +17,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from data_prep.executors.processes import Tick, map_tasks
 from data_prep.format.atomic import atomic_write_bytes
 from data_prep.format.storage import Location
+from data_prep.images.opening import open_picture
 from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import SourceFile, UnreadableFileError
 from data_prep.sources.image_source import open_source
@@ -209,7 +208,7 @@ def perceptual_hash(data: bytes, *, max_pixels: int) -> int | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with Image.open(io.BytesIO(data)) as image:
+            with open_picture(data) as image:
                 if image.width * image.height > max_pixels:
                     return None
                 return int(str(imagehash.phash(image)), 16)

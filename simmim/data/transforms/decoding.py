@@ -5,7 +5,6 @@ Whatever simplejpeg does not support, and everything if it is not installed, is 
 Arrays (`.npy`) are read as they are, and never unpickled.
 """
 
-import io
 import struct
 import warnings
 import zlib
@@ -14,9 +13,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms
 
 from data_prep.images.arrays import ArrayError, read_header, read_values
+from data_prep.images.damage import DAMAGE
+from data_prep.images.opening import UnknownFormatError, load, open_picture
 from simmim.data.order.source import BadSampleError, DataError
 from simmim.data.transforms.settings import MAX_PIXELS
 
@@ -108,7 +109,8 @@ def decode_pixels(
         except BadSampleError:
             raise
         except ValueError as error:
-            defect = str(error)
+            # Other reports concern what simplejpeg does not read, such as unusual sampling.
+            defect = str(error) if str(error).startswith(DAMAGE) else None
     image = decode_pillow(data, channels=channels, max_pixels=max_pixels)
     return DecodedImage(image_to_array(image), defect)
 
@@ -126,7 +128,7 @@ def _orient_and_convert(pixels: NDArray[np.uint8], data: bytes, channels: int) -
     if any(marker in head for marker in ORIENTATION_MARKERS):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about invalid Exif
-            method = orientation_transpose(Image.open(io.BytesIO(data)))
+            method = orientation_transpose(open_picture(data))
     if channels == 3 and method is None:
         return pixels
     image = Image.fromarray(pixels)
@@ -197,16 +199,14 @@ def decode_pillow(data: bytes, *, channels: int = 3, max_pixels: int = MAX_PIXEL
             "ignore"
         )  # relevant problems raise; the others would flood the console
         try:
-            image = Image.open(io.BytesIO(data))
-            width, height = image.size
+            opened = open_picture(data)
+            width, height = opened.size
             if width * height <= max_pixels:
-                image.load()
+                image = load(opened, data)
                 method = orientation_transpose(image)
                 turned = image if method is None else image.transpose(method)
                 return to_mode(turned, MODES[channels])
-        except Image.DecompressionBombError as error:
-            raise BadSampleError(f"the image is too large, scale it down: {error}") from None
-        except UnidentifiedImageError:
+        except UnknownFormatError:
             raise BadSampleError("the image is damaged or of an unknown format") from None
         except DECODING_ERRORS as error:
             raise BadSampleError(f"the image is damaged: {error}") from error

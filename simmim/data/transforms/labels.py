@@ -1,6 +1,5 @@
 """Labels of samples: a class, a list of classes, or a label map with a class per pixel."""
 
-import io
 import json
 import re
 from dataclasses import dataclass
@@ -9,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from data_prep.images.opening import UnknownFormatError, open_picture
 from simmim.data.order.source import BadSampleError, DataError, EncodedImage
 from simmim.data.transforms.decoding import DECODING_ERRORS, too_large_error
 from simmim.data.transforms.settings import MAX_PIXELS, MultiLabelSettings
@@ -114,11 +113,11 @@ class LabelMapReader:
 
     def _decode(self, data: bytes) -> NDArray[np.int64]:
         try:
-            image = Image.open(io.BytesIO(data))
+            image = open_picture(data)
             if image.width * image.height > self.max_pixels:
                 raise too_large_error(image.width, image.height, self.max_pixels)
             mode, values = image.mode, np.asarray(image)
-        except UnidentifiedImageError:
+        except UnknownFormatError:
             raise BadSampleError("its label map is damaged or of an unknown format") from None
         except BadSampleError:
             raise

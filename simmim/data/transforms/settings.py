@@ -3,7 +3,7 @@
 from simmim.recipe import check_least, check_probabilities, settings
 
 MAX_PIXELS = 178_956_970
-"""Pixels of the largest image that is decoded by default; also Pillow's limit."""
+"""Pixels of the largest image that is decoded by default."""
 
 MAX_LEVEL = 10.0
 """Highest level of a RandAugment operation."""

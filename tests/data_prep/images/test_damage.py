@@ -133,4 +133,25 @@ def test_a_jpeg_of_endless_scans_is_refused_unread(draw_image: Callable[..., byt
     Image.new("RGB", (64, 64)).save(buffer, format="JPEG", progressive=True)
     check_scans(buffer.getvalue(), 89_478_485)
     with pytest.raises(DamageError, match="30 scans"):
-        check_scans(b"\xff\xda\1\1" * 30, 89_478_485)
+        check_scans(b"\xff\xd8" + b"\xff\xda\0\2\1" * 30, 89_478_485)
+
+
+def test_only_scans_of_the_image_itself_are_counted(draw_image: Callable[..., bytes]) -> None:
+    many = b"\xff\xda\0\2" * 40
+    photo = draw_image(0, size=64)
+    video = photo + b"\0\0\0\x18ftypmp42" + many * 1000
+    comment = b"\xff\xfe" + (2 + len(many)).to_bytes(2, "big") + many
+    thumbnail = photo[:2] + comment + photo[2:]
+    restarts = b"\xff\xd8" + b"\xff\xda\0\2\1\xff\0\xff\xd0" * 30
+    for data in (video, thumbnail):
+        check_scans(data, 89_478_485)
+        assert check_image(data).data == data
+    with pytest.raises(DamageError, match="30 scans"):
+        check_scans(restarts, 89_478_485)
+
+
+def test_a_jpeg_beyond_the_default_size_may_have_as_many_scans_as_a_smaller_one() -> None:
+    scan = b"\xff\xda\0\2\1"
+    check_scans(b"\xff\xd8" + scan * 20, 2**31)
+    with pytest.raises(DamageError, match="21 scans"):
+        check_scans(b"\xff\xd8" + scan * 21, 2**31)

@@ -104,7 +104,7 @@ def test_limits_hold_without_pillow() -> None:
     frame = data.index(b"\xff\xc0") + 5
     forged = data[:frame] + b"\xfd\xe8\xfd\xe8" + data[frame + 4 :]
     assert plain_jpeg_size(forged) == (65000, 65000)
-    with pytest.raises(RejectedImageError, match="4225000000 pixels"):
+    with pytest.raises(RejectedImageError, match="65000x65000 pixels"):
         check_image(forged)
     with pytest.raises(RejectedImageError, match="cannot be decoded"):
         check_image(data[: len(data) // 2 + 200])

@@ -125,6 +125,21 @@ def test_damage_that_pillow_passes_over_is_named(monkeypatch: pytest.MonkeyPatch
     assert np.array_equal(found.pixels, by_pillow(data, 3, monkeypatch).pixels)
 
 
+@pytest.mark.parametrize("sampling", [(0x21, 0x21, 0x11), (0x31, 0x11, 0x11), (0x11, 0x21, 0x11)])
+def test_unusual_sampling_is_no_damage(
+    sampling: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = bytearray(jpeg(scene(48, 48), keep_rgb=True, subsampling=0))
+    frame = data.index(b"\xff\xc0")
+    for channel, factors in enumerate(sampling):
+        data[frame + 11 + 3 * channel] = factors
+    with pytest.raises(ValueError, match="subsampling"):
+        simplejpeg.decode_jpeg(bytes(data))
+    found = decode_pixels(bytes(data), "jpg")
+    assert found.repaired is None
+    assert np.array_equal(found.pixels, by_pillow(bytes(data), 3, monkeypatch).pixels)
+
+
 @pytest.mark.parametrize("keep", [0.3, 0.7, 0.95])
 def test_truncated_files_are_bad_samples(keep: float) -> None:
     data = jpeg(scene(200, 200))

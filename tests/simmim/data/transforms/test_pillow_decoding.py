@@ -190,7 +190,7 @@ def test_arbitrary_bytes_raise_only_data_errors(
 def test_bombs_are_refused_from_their_header() -> None:
     with pytest.raises(DataError, match="10000x10000 pixels, more than the 50,000,000"):
         decode_pillow(png_header(10_000, 10_000), max_pixels=50_000_000)
-    with pytest.raises(DataError, match="too large"):  # Pillow itself opens none of these
+    with pytest.raises(DataError, match="60000x60000 pixels"):
         decode_pillow(png_header(60_000, 60_000))
     with pytest.raises(DataError, match="max_pixels"):
         decode_pillow(

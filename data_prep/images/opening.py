@@ -1,0 +1,139 @@
+"""Opening picture files in Pillow: which formats, which limits, and metadata that is in the way."""
+
+import io
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from PIL import Image, ImageFile
+
+KEPT = {"JPEG": "jpeg", "MPO": "jpeg", "PNG": "png", "WEBP": "webp"}
+"""Pillow's name of each format that shards can hold → format."""
+FORMATS = (*KEPT, "AVIF", "BMP", "DIB", "GIF", "JPEG2000", "PPM", "TGA", "TIFF")
+"""Pillow's names of all supported formats, in the order in which they are tried."""
+PNG_START = b"\x89PNG\r\n\x1a\n"
+"""First bytes of every PNG."""
+
+_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"eXIf", b"IEND")
+_MAX_PROFILE = 2**24
+_NOT_THIS_FORMAT = (SyntaxError, IndexError, TypeError, struct.error)
+"""What Pillow's readers raise on files of another format, as in `Image.open`."""
+
+
+class UnknownFormatError(ValueError):
+    """The data is not an image of a supported format."""
+
+
+def open_picture(data: bytes, formats: tuple[str, ...] = FORMATS) -> ImageFile.ImageFile:
+    """Open a picture without decoding it; its format is detected from the bytes.
+
+    Unlike `Image.open` it has no limit on the size: compare that before pixels are loaded. Text and
+    colour profiles of a PNG, of whatever length, never keep it from being opened.
+
+    Raises:
+        UnknownFormatError: no reader accepts the data.
+        Exception: nearly any type, on hostile bytes.
+    """
+    try:
+        return _open(data, formats)
+    except Exception as error:
+        plain = _without_metadata(data)
+        if plain is None:
+            raise
+        try:
+            image = _open(plain, formats)
+        except Exception:
+            raise error from None
+        profile = _png_profile(data)
+        if profile:
+            image.info["icc_profile"] = profile
+        return image
+
+
+def load(image: ImageFile.ImageFile, data: bytes) -> ImageFile.ImageFile:
+    """Decode the pixels of an opened picture.
+
+    Args:
+        image: the opened picture.
+        data: its file.
+
+    Returns:
+        The picture, or another one of the same file if metadata behind the pixels was in the way.
+
+    Raises:
+        Exception: nearly any type, on hostile bytes.
+    """
+    try:
+        with _without_limit():
+            image.load()
+    except Exception:
+        plain = _without_metadata(data)
+        if plain is None:
+            raise
+        again = _open(plain, FORMATS)
+        with _without_limit():
+            again.load()
+        again.info |= {name: image.info[name] for name in ("icc_profile",) if name in image.info}
+        return again
+    return image
+
+
+def _open(data: bytes, formats: tuple[str, ...]) -> ImageFile.ImageFile:
+    Image.init()
+    prefix = data[:16]
+    for name in formats:
+        if name not in Image.OPEN:
+            continue  # this build of Pillow lacks it
+        factory, accept = Image.OPEN[name]
+        try:
+            if accept is None or accept(prefix) is True:
+                with _without_limit():
+                    return factory(io.BytesIO(data), "")
+        except _NOT_THIS_FORMAT:
+            continue
+    raise UnknownFormatError("it is not an image of a supported format")
+
+
+@contextmanager
+def _without_limit() -> Iterator[None]:
+    """Lift the size limit that some of Pillow's readers take from a global variable."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield (type, start, end) of every complete chunk, checksum included."""
+    place = len(PNG_START)
+    while place + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, place)
+        stop = place + 12 + length
+        if stop > len(data):
+            break
+        yield kind, place, stop
+        place = stop
+
+
+def _without_metadata(data: bytes) -> bytes | None:
+    """Return a PNG without the chunks that pixels do not depend on; None if it is no PNG."""
+    if not data.startswith(PNG_START):
+        return None
+    kept = [data[start:stop] for kind, start, stop in _png_chunks(data) if kind in _PIXEL_CHUNKS]
+    return PNG_START + b"".join(kept)
+
+
+def _png_profile(data: bytes) -> bytes | None:
+    for kind, start, stop in _png_chunks(data):
+        if kind == b"iCCP":
+            _, _, packed = data[start + 8 : stop - 4].partition(b"\0")
+            reader = zlib.decompressobj()
+            try:
+                profile = reader.decompress(packed[1:], _MAX_PROFILE)
+            except zlib.error:
+                return None
+            return profile if reader.eof else None
+    return None
