@@ -16,6 +16,12 @@ from data_prep.images.settings import FORMATS, MAX_PIXELS, Encoding
 from data_prep.sources.files import Selection
 
 _MAX_REJECTED = 0.05
+_ABOUT_LISTS = """A list has one image per row: in a text a path and, after a tab, its label;
+elsewhere columns that are found by name (path, file, image; label, class, category, target) or
+asked for. Where there are labels, a row without one (empty, NaN, -1) is unlabelled; without any,
+classes are names of folders. Integers are numbers: 7, 007 and 7.0 are one class. Paths are
+relative to --root. Rows that cannot be used are in rejected.jsonl; damage that hides rows is an
+error that names the line. All rules are in data_prep/FORMATS.md."""
 
 
 def run() -> None:
@@ -120,9 +126,11 @@ def _add_command(
     )
     if name == "shard":
         about = (
-            "folder, zip, uncompressed tar or list (txt, tsv, csv, parquet) of images; path or URL"
+            "folder, zip, uncompressed tar or list (txt, tsv, csv, jsonl, parquet) of images; path "
+            "or URL"
         )
         parser.add_argument("source", help=about)
+        parser.epilog = _ABOUT_LISTS
     elif name == "reshard":
         parser.add_argument("source", help="folder of WebDataset tars; path or URL")
     parser.add_argument("folder", help="folder of shards; path or URL (s3, gs, http)")
@@ -168,6 +176,14 @@ def _add_shard_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, type=_positive, metavar="N", default=default, help=about)
     texts = {
         "--root": (None, "folder that the paths of a list are relative to; None: the list's own"),
+        "--path-column": (None, "column with the paths of a list; None: path, file, image, ..."),
+        "--label-column": (
+            None,
+            (
+                "column with the labels of a list, where a row without label is unlabelled; None: "
+                "label, class, category, target, ..."
+            ),
+        ),
         "--split-column": ("split", "column or JSON field with the split"),
         "--only-split": (None, "use this split only; None: all"),
     }

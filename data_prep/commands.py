@@ -93,6 +93,8 @@ class _ProgressDisplay:
         self._bar.set_description_str(f"listing, {found:,} found so far" if found else "listing")
 
     def planned(self, plan: PlanSummary) -> None:
+        if plan.labels:
+            print(plan.labels)
         print(_describe_plan(plan, self._source))
         self._bar.set_description_str("")
         self._bar.total, self._bar.initial, self._bar.n = plan.found, plan.done, plan.done
@@ -215,6 +217,8 @@ def _shard_options(arguments: argparse.Namespace) -> ShardOptions:
             max_bytes=arguments.max_bytes,
             split_column=arguments.split_column,
             only_split=arguments.only_split,
+            path_column=arguments.path_column,
+            label_column=arguments.label_column,
             root=arguments.root,
         ),
         seed=arguments.seed,

@@ -60,6 +60,10 @@ class Selection:
     """Column or field with the split of a file."""
     only_split: str | None = None
     """Split to use; None: all."""
+    path_column: str | None = None
+    """Column with the paths of a list; None: found by its name."""
+    label_column: str | None = None
+    """Column with the labels of a list; None: found by its name."""
     root: str | None = None
     """Folder that the paths of a list are relative to; None: the folder of the list."""
 

@@ -8,7 +8,8 @@ from data_prep.format.tars import is_tar, walk_tar
 from data_prep.sources.archives import TarSource, ZipSource
 from data_prep.sources.files import Selection, SourceError
 from data_prep.sources.folders import FolderSource, RemoteFolderSource
-from data_prep.sources.lists import LIST_SUFFIXES, ListSource
+from data_prep.sources.list_rows import LIST_SUFFIXES
+from data_prep.sources.lists import ListSource
 from data_prep.sources.shard_source import ShardSource
 
 _KINDS = "a folder, a zip, a tar or a list of images"

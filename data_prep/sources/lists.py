@@ -1,26 +1,59 @@
-"""Lists of paths as sources: text, CSV or Parquet files, read a few rows at a time."""
+"""Lists of paths as sources: text, TSV, CSV, JSON lines or Parquet."""
 
-import csv
 import json
+import math
+import os
+import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from data_prep.format.manifest import IMAGE_SUFFIXES
 from data_prep.format.storage import Location, RemotePath, StorageError, locate
-from data_prep.format.tars import as_local_file, describe_path_problem
+from data_prep.format.tars import as_local_file
+from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import Selection, SourceError, SourceFile
 from data_prep.sources.folders import FolderSource, RemoteFolderSource
+from data_prep.sources.list_columns import find_column, parse_label, text_of
+from data_prep.sources.list_paths import PathRules
+from data_prep.sources.list_rows import Layout, ListRow, find_layout, read_rows
 
-LIST_SUFFIXES = (".txt", ".tsv", ".csv", ".parquet")
-"""File name suffixes of lists."""
+LISTED_AGAIN = "listed again"
+"""Kind of rows that are the same as an earlier one."""
+
+_SUFFIXES = "|".join(suffix[1:] for suffix in sorted(IMAGE_SUFFIXES))
+_JOINED = re.compile(rf"(.+\.(?:{_SUFFIXES}))(?:\s*[,;|]\s*|\s+)(\S.*)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Columns:
+    path: str
+    label: str | None
+    split: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Overview:
+    """What a first reading of a list found."""
+
+    layout: Layout
+    columns: _Columns
+    repeated: set[int] = field(default_factory=set)
+    """Numbers of rows that are the same as an earlier one."""
+    contradictions: dict[int, str] = field(default_factory=dict)
+    """Number of a row whose path has several labels → the problem."""
 
 
 class ListSource:
     """A list of paths in a folder, optionally with labels, splits and other fields.
 
-    A text list has one path per line, optionally followed by a tab and a label. CSV and Parquet
-    have a column `path`, optionally `label` and a split; other columns become JSON fields.
+    A text has one path per line, optionally followed by a tab and a label, or a first line that
+    names the columns, as CSV has. Columns of paths and labels are found by their names; columns
+    without a role become JSON fields. Where there are labels, a row without one is unlabelled.
     """
 
     is_explicit = True
@@ -29,17 +62,19 @@ class ListSource:
     def __init__(self, path: Location, selection: Selection) -> None:
         self.path = path
         self.skipped: Counter[str] = Counter()
-        self._split_column = selection.split_column
+        self._selection = selection
+        self._overview: _Overview | None = None
         root = locate(selection.root) if selection.root else path.parent
         self._folder = (
             RemoteFolderSource(root) if isinstance(root, RemotePath) else FolderSource(root)
         )
+        self._rules = PathRules(root)
 
     def files(self) -> Iterator[SourceFile]:
         """Yield every file in the list, in its order.
 
         Raises:
-            SourceError: the list is damaged, is not UTF-8 or has no column `path`.
+            SourceError: the list is damaged, is not UTF-8 or has no column of paths.
         """
         for file in self.unmeasured_files():
             yield self._measure(file)
@@ -48,18 +83,36 @@ class ListSource:
         """Yield every file in the list without size and stamp; the files are not accessed.
 
         Raises:
-            SourceError: the list is damaged, is not UTF-8 or has no column `path`.
+            SourceError: the list is damaged, is not UTF-8 or has no column of paths.
         """
+        self.skipped.clear()
         with as_local_file(self.path) as path:
-            match path.suffix.lower():
-                case ".csv":
-                    rows = _read_csv(path)
-                case ".parquet":
-                    rows = _read_parquet(path)
-                case _:
-                    rows = _read_text(path)
-            for row in rows:
-                yield self._describe(row)
+            overview = self._read_over(path)
+            for number, row in enumerate(read_rows(path, overview.layout)):
+                if number in overview.repeated:
+                    self.skipped[LISTED_AGAIN] += 1
+                    continue
+                file = self._describe(row, overview.columns)
+                problem = overview.contradictions.get(number)
+                yield file._replace(problem=problem) if problem else file
+
+    def describe_columns(self) -> str:
+        """Return where paths and labels come from, for the user.
+
+        Raises:
+            SourceError: the list is damaged, is not UTF-8 or has no column of paths.
+        """
+        overview = self._overview
+        if overview is None:
+            with as_local_file(self.path) as path:
+                overview = self._read_over(path)
+        columns = overview.columns
+        if columns.label is None:
+            names = ", ".join(overview.layout.names)
+            return f"no column of labels among {names}: classes are names of folders"
+        if not overview.layout.has_header and overview.layout.delimiter:
+            return "labels from the list"
+        return f"paths from column {columns.path!r}, labels from column {columns.label!r}"
 
     def read(self, file: SourceFile) -> bytes:
         """Return the bytes of a file.
@@ -72,20 +125,78 @@ class ListSource:
     def close(self) -> None:
         """Nothing is held open."""
 
-    def _describe(self, row: Mapping[str, Any]) -> SourceFile:
-        rest = dict(row)
-        path, label = _text(rest.pop("path")), rest.pop("label", None)
-        split = rest.get(self._split_column)
-        file = SourceFile(
+    def _read_over(self, path: Path) -> _Overview:
+        """Find the columns, and rows that repeat or contradict others; sorted on disk."""
+        if self._overview is None:
+            layout = find_layout(path, self._selection.path_column)
+            overview = _Overview(layout=layout, columns=self._find_columns(layout))
+            with tempfile.TemporaryDirectory(prefix="data-prep-") as folder:
+                sorter = ExternalSort(Path(folder), "rows")
+                for number, row in enumerate(read_rows(path, layout)):
+                    file = self._describe(row, overview.columns)
+                    if not file.problem and self._selection.only_split in (None, file.split):
+                        key = os.path.normpath(file.path).encode("utf-8", "surrogateescape").hex()
+                        rest = [file.label, file.split, file.fields]
+                        sorter.add(key, f"{number:018d}{json.dumps([row.place, *rest])}")
+                rows = (
+                    (key, int(line[:18]), json.loads(line[18:])) for key, line in sorter.merged()
+                )
+                for _, same in groupby(rows, key=lambda row: row[0]):
+                    _compare(list(same), overview)
+            self._overview = overview
+        return self._overview
+
+    def _find_columns(self, layout: Layout) -> _Columns:
+        asked, names = self._selection, layout.names
+        path = find_column(names, "path", asked.path_column, self.path)
+        label = find_column(names, "label", asked.label_column, self.path)
+        split = asked.split_column if asked.split_column in names else None
+        for option, wanted, found in (
+            ("path", asked.path_column or "path", path),
+            ("label", asked.label_column, label),
+            ("split", asked.only_split and asked.split_column, split),
+        ):
+            if wanted and found is None:
+                raise SourceError(
+                    f"{self.path} has no column `{wanted}`, only {', '.join(names) or 'no rows'}. "
+                    f"Name the column with --{option}-column."
+                )
+        assert path is not None
+        return _Columns(path=path, label=label if label != path else None, split=split)
+
+    def _describe(self, row: ListRow, columns: _Columns) -> SourceFile:
+        rest = dict(row.cells)
+        given = rest.pop(columns.path, None)
+        given = None if _is_missing(given) else given
+        label = None
+        if columns.label is not None:
+            label = self._parse(row, columns.label, rest.pop(columns.label, None), parse_label)
+        path, problem = self._rules.place(given, where=f"{self.path}, {row.place}: {columns.path}")
+        if not path:
+            problem = f"{row.place} has no path"
+        split = rest.get(columns.split) if columns.split is not None else None
+        return SourceFile(
             path=path,
             size=0,
             stamp=0,
-            label=None if label is None or label == "" else _text(label),
-            split="" if split is None else _text(split),
-            fields=_describe_fields(rest),
+            problem=row.problem or problem,
+            label=label,
+            split=self._parse(row, columns.split or "", split, text_of),
+            fields=self._describe_fields(row, rest),
         )
-        problem = describe_path_problem(path) if path else "its row has no path"
-        return file._replace(problem=problem) if problem else file
+
+    def _parse(self, row: ListRow, column: str, value: object, parse: Any) -> str:
+        try:
+            return str(parse(value))
+        except ValueError as error:
+            raise SourceError(f"{self.path}, {row.place}: {column} {value!r} {error}.") from None
+
+    def _describe_fields(self, row: ListRow, fields: Mapping[str, Any]) -> str:
+        given = {name: value for name, value in fields.items() if name and not _is_missing(value)}
+        for name, value in given.items():
+            if isinstance(value, str) and not value.isascii():
+                self._parse(row, name, value, text_of)
+        return json.dumps(given, default=str) if given else ""
 
     def _measure(self, file: SourceFile) -> SourceFile:
         if file.problem:
@@ -96,59 +207,41 @@ class ListSource:
             raise
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "its name is impossible"
-            return file._replace(problem=f"it cannot be read: {reason or 'it is not there'}")
+            reason = f"it cannot be read: {reason or 'it is not there'}"
+            return file._replace(problem=reason + _hint(file.path))
         return file._replace(size=size, stamp=stamp)
 
 
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else "" if value is None else str(value)
+def _compare(rows: list[tuple[str, int, list[Any]]], overview: _Overview) -> None:
+    """Note which rows of one path repeat or contradict others; `rows` are in their order."""
+    places: dict[str, str] = {}
+    for _, _, (place, label, *_) in rows:
+        places.setdefault(label, place)
+    if len(places) > 1:
+        named = [f"{label or 'none'!r} in {place}" for label, place in list(places.items())[:3]]
+        problem = f"it is listed with different labels: {', '.join(named)}"
+        overview.contradictions.update((number, problem) for _, number, _ in rows)
+        return
+    seen: set[str] = set()
+    for _, number, (_, *rest) in rows:
+        content = json.dumps(rest)
+        if content in seen:
+            overview.repeated.add(number)
+        seen.add(content)
 
 
-def _describe_fields(fields: Mapping[str, Any]) -> str:
-    given = {name: value for name, value in fields.items() if value is not None and name}
-    return json.dumps(given, default=str) if given else ""
+def _is_missing(value: object) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _read_text(path: Path) -> Iterator[dict[str, Any]]:
-    # Surrogate escapes keep names that are not UTF-8.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-        for line in file:
-            name, _, label = line.rstrip("\r\n").partition("\t")
-            if name.strip():
-                yield {"path": name, "label": label.strip()}
-
-
-def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.DictReader(file, restkey="", restval="")
-        try:
-            if "path" not in (rows.fieldnames or ()):
-                raise SourceError(
-                    f"{path} has no column `path`: its first line must name the columns, but is "
-                    f"{','.join(rows.fieldnames or ())[:100]!r}."
-                )
-            for row in rows:
-                if "" in row:
-                    row["path"] = ""  # more values than columns, so it is unclear which is which
-                yield row
-        except csv.Error as error:
-            raise SourceError(f"{path} is a damaged CSV, line {rows.line_num}: {error}.") from None
-
-
-def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        import pyarrow  # noqa: PLC0415
-        import pyarrow.parquet  # noqa: PLC0415
-    except ImportError:
-        raise SourceError(
-            f"{path} needs pyarrow, which is not installed: pip install 'simmim[parquet]'."
-        ) from None
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if "path" not in file.schema_arrow.names:
-                names = ", ".join(file.schema_arrow.names)
-                raise SourceError(f"{path} has no column `path`, only {names}.")
-            for batch in file.iter_batches(batch_size=4096):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise SourceError(f"{path} is a damaged Parquet file ({error}).") from None
+def _hint(path: str) -> str:
+    """Return what may be wrong with the path of a missing file."""
+    joined = _JOINED.fullmatch(path)
+    if joined:
+        return (
+            f"; if {joined[1]!r} is the path and {joined[2]!r} its label, put a tab between them "
+            "(a comma in a CSV)"
+        )
+    if not path.isascii() and any("\udc80" <= char <= "\udcff" for char in path):
+        return "; its name is not UTF-8: if the list is, say, Latin-1, save it as UTF-8"
+    return ""

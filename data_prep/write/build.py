@@ -10,6 +10,7 @@ from data_prep.executors.processes import Tick
 from data_prep.format.manifest import MANIFEST_NAME, Manifest
 from data_prep.format.storage import Location, RemotePath
 from data_prep.sources.image_source import ImageSource, open_source
+from data_prep.sources.lists import ListSource
 from data_prep.write.duplicates import make_duplicate_filter
 from data_prep.write.finalize import finalize_set
 from data_prep.write.listing import (
@@ -236,6 +237,7 @@ def _list_then_write(
             shards=len(plans),
             finished=len(done),
             workers=workers,
+            labels=_describe_labels(source),
         )
     )
     missing = (plan for plan in plans if plan.number not in done)
@@ -283,6 +285,7 @@ def _stream(
             shards=None,
             finished=len(done),
             workers=run.workers,
+            labels=_describe_labels(source),
         )
     )
     streamed = StreamedListing(
@@ -301,6 +304,10 @@ def _stream(
         return streamed.finish()
     finally:
         streamed.discard()
+
+
+def _describe_labels(source: ImageSource) -> str:
+    return source.describe_columns() if isinstance(source, ListSource) else ""
 
 
 def _begin_streaming(output: OutputDir, job: _Job, *, overwrite: bool) -> None:

@@ -278,7 +278,13 @@ class _ClassNames:
             names = tuple(str(number) for number in range(min(largest + 1, MAX_CLASSES)))
             if self._names <= set(names):
                 return names
-        return tuple(sorted(self._names))
+        return tuple(sorted(self._names, key=_number_first if self._are_labels else None))
+
+
+def _number_first(name: str) -> tuple[bool, int, str]:
+    """Return the sort key of a label: integers as numbers, before names."""
+    is_number = name.isascii() and name.isdecimal() and len(name) <= 20
+    return not is_number, int(name) if is_number else 0, name
 
 
 class _Sorter:

@@ -70,7 +70,8 @@ class ShardOptions:
         """Return the options as plain values, for the manifest."""
         values: dict[str, Any] = asdict(self)
         selection: dict[str, Any] = values.pop("selection")
-        del selection["root"]  # depends on the machine; the fingerprint covers its files
+        for name in ("root", "path_column", "label_column"):
+            del selection[name]  # the fingerprint covers the files and labels they lead to
         encoding: dict[str, Any] = values.pop("encoding")
         lists = {name: list(selection[name]) for name in ("include", "exclude")}
         return {**values, **encoding, **selection, **lists}

@@ -23,6 +23,8 @@ class PlanSummary:
     """Shards finished by an interrupted run."""
     workers: int
     """Number of worker processes."""
+    labels: str = ""
+    """Where the labels of a list come from; empty for other sources."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,91 @@
+"""Paths in lists: relative to the root, whatever system or form they are written in."""
+
+import os
+import re
+from functools import lru_cache
+from urllib.parse import unquote
+
+from data_prep.format.storage import Location, RemotePath
+from data_prep.sources.files import SourceError
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+_FILE_URL = "file://"
+_ROOT_HINT = "give the folder that holds all files as --root"
+
+
+class PathRules:
+    """Turns the paths of a list into paths below a root folder.
+
+    A backslash separates folders as a slash does. Absolute paths and URLs must lead into the root.
+    """
+
+    def __init__(self, root: Location) -> None:
+        self._root = root
+        self._prefixes: tuple[str, ...] = ()
+        if not isinstance(root, RemotePath):
+            places = (os.path.abspath(root), os.path.realpath(root))  # noqa: PTH100
+            self._prefixes = tuple(os.path.join(place, "") for place in places)  # noqa: PTH118
+
+    def place(self, given: object, *, where: str) -> tuple[str, str]:
+        """Return the path below the root, and its problem, which is empty if there is none.
+
+        Args:
+            given: the cell of the list.
+            where: its place, for messages.
+
+        Raises:
+            SourceError: the cell holds no text.
+        """
+        if given is None:
+            return "", ""
+        if isinstance(given, bytes):
+            given = os.fsdecode(given)
+        if isinstance(given, list | tuple | dict | float):
+            raise SourceError(
+                f"{where} holds {type(given).__name__} values, not paths. Name the column of the "
+                "paths with --path-column."
+            )
+        path = str(given).strip()
+        try:
+            path.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:
+            return path.encode("utf-8", "backslashreplace").decode(), "its name is not text"
+        return self._place(path)
+
+    def _place(self, path: str) -> tuple[str, str]:
+        if path.startswith(_FILE_URL) and self._prefixes:
+            path = unquote(path[len(_FILE_URL) :])
+        if _URL.match(path):
+            return self._below_url(path)
+        if _WINDOWS.match(path):
+            return path, "it is a Windows path: write it relative to --root"
+        path = path.replace("\\", "/")
+        if path.startswith("/"):
+            return self._below_root(path)
+        if ".." in path and ".." in path.split("/"):
+            inside = os.path.normpath(path)
+            if inside == ".." or inside.startswith("../"):
+                return path, f"it leads out of the list's folder: {_ROOT_HINT}"
+            return inside, ""
+        return path, ""
+
+    def _below_url(self, path: str) -> tuple[str, str]:
+        below = f"{self._root}/"
+        if not self._prefixes and path.startswith(below):
+            return path[len(below) :], ""
+        return path, f"it is a URL outside of the list's folder: {_ROOT_HINT}, or download it"
+
+    def _below_root(self, path: str) -> tuple[str, str]:
+        path = os.path.normpath(path)
+        folder, _, name = path.rpartition("/")
+        for place in (path, f"{_real_folder(folder)}/{name}") if self._prefixes else ():
+            for prefix in self._prefixes:
+                if place.startswith(prefix):
+                    return place[len(prefix) :], ""
+        return path, f"it is an absolute path outside of the list's folder: {_ROOT_HINT}"
+
+
+@lru_cache(maxsize=10_000)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder or "/").rstrip("/")
