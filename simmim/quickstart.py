@@ -8,7 +8,6 @@ from pathlib import Path
 
 from data_prep.format.manifest import read_manifest
 from simmim.data.datasets.procedural import draw_images
-from simmim.data.order.order import slots_for
 from simmim.engine.run import RunFolder
 from simmim.recipe import parse
 from simmim.tasks.pretrain.recipe import PretrainRecipe
@@ -107,7 +106,6 @@ def quickstart_recipe(shards: Path) -> PretrainRecipe:
                 "shards": str(shards),
                 "image_size": IMAGE_SIZE,
                 "workers": 1,
-                "slots": slots_for(BATCH_SIZE, sum(s.samples for s in manifest.shards[:-1])),
             },
             "mask": {"cell": 8, "ratio": 0.6},
             "training": {

@@ -17,7 +17,7 @@ from simmim.data.datasets.opening import (
 )
 from simmim.data.datasets.remote import DEFAULT_CACHE_BYTES, RemoteReading
 from simmim.data.loader.bad_samples import MAX_BAD_SHARE, REMEDY, BadSamples
-from simmim.data.order.order import DEFAULT_SLOTS
+from simmim.data.order.order import MAX_SLOTS, Slots
 from simmim.data.transforms.settings import MAX_PIXELS
 from simmim.recipe import check_least, check_probabilities, check_shares, check_span, settings
 
@@ -70,9 +70,14 @@ class SampleSettings:
     """Remedy named in the error about too many bad samples."""
     workers: int = 2
     """Data worker processes per training process; 0 decodes in the training process itself."""
-    slots: int = DEFAULT_SLOTS
-    """Number of equal parts of an epoch; the batch size must be a multiple of it, and the number of
-    processes a divisor. Changing it changes the order of samples."""
+    UNRECORDED_SLOTS: ClassVar[int] = 64
+    """Slots of a run whose recipe does not record them: the default of earlier versions."""
+    slots: Slots | None = None
+    """Number of equal parts of an epoch, from which every batch takes equally; the batch size must
+    be a multiple of it. null shuffles sets of up to 65,536 samples as a whole, without leaving any
+    out, and chooses the largest divisor of the batch size up to 64 for larger ones. A run records
+    the number in its recipe, for a mixture of small and large sets one per set. Changing it changes
+    the order of samples."""
     mean: tuple[float, ...] | Literal["measured"] = IMAGENET_MEAN
     """Mean of each channel, on a scale of 0 to 1."""
     std: tuple[float, ...] | Literal["measured"] = IMAGENET_STD
@@ -86,12 +91,19 @@ class SampleSettings:
 
     def __post_init__(self) -> None:
         check_least(self, 0, "workers")
-        check_least(self, 1, "slots", "max_pixels")
+        check_least(self, 1, "max_pixels")
+        if self.slots is not None and min(self.slots_of_sets, default=0) < 1:
+            raise ValueError(f"slots is {self.slots}; it must be at least 1, or null.")
         check_probabilities(self, "max_bad_share")
         if isinstance(self.mean, str) or isinstance(self.std, str):
             return
         if len(self.mean) != len(self.std) or min(self.std, default=0) <= 0:
             raise ValueError("mean and std need one number per channel, every std above 0.")
+
+    @property
+    def slots_of_sets(self) -> tuple[int, ...]:
+        """Numbers of slots, one for all datasets or one for each; empty if not chosen yet."""
+        return (self.slots,) if isinstance(self.slots, int) else self.slots or ()
 
     @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -165,7 +177,7 @@ class DataSettings(RemoteSettings, SampleSettings):
     @property
     def remote_reading(self) -> RemoteReading:
         """Options for reading remote shards in the shuffled order of an epoch."""
-        return replace(super().remote_reading, slots=self.slots)
+        return replace(super().remote_reading, slots=max(self.slots_of_sets, default=MAX_SLOTS))
 
     def split_shards(self) -> tuple[Shards, Shards]:
         """Open the datasets and return (training, validation); see `open_shards`."""
@@ -249,7 +261,7 @@ class ClipDataSettings(CroppedSettings):
     """Validation views per clip (temporal, spatial), whose probabilities are averaged into
     views_top1 and views_top5, in addition to the single central view; [4, 5] in the paper. Each
     view costs a forward pass."""
-    slots: int = 8
+    UNRECORDED_SLOTS: ClassVar[int] = 8
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 

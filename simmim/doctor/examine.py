@@ -16,7 +16,7 @@ from simmim.doctor.dry_run import check_pace, dry_run, gather_value
 from simmim.doctor.files import check_labelled_files
 from simmim.doctor.hyperparameters import check_hyperparameters
 from simmim.doctor.memory import check_disk, check_memory
-from simmim.doctor.shards import check_shards, check_workers
+from simmim.doctor.shards import check_order, check_shards, check_workers
 from simmim.engine.checkpoint.directory import find_checkpoint
 from simmim.engine.checkpoint.resume import resumable_state
 from simmim.engine.devices import build_accelerator
@@ -24,6 +24,7 @@ from simmim.engine.distributed.environment import check_parallelism, requested_c
 from simmim.engine.distributed.launcher import end_processes, end_with_launcher, start_processes
 from simmim.engine.run import RunFolder
 from simmim.tasks.all_tasks import TaskStage, task_named
+from simmim.tasks.loading import with_recorded_slots
 from simmim.tasks.recipe import TaskRecipe
 
 
@@ -41,13 +42,15 @@ def examine_training(
     """
     checks = [first]
     stages: list[TaskStage] = []
-    found = attempt("data and model", lambda: _open(recipe, stages))
+    run = RunFolder(path=Path(folder))
+    found = attempt(
+        "data and model", lambda: _open(with_recorded_slots(recipe, run, resume), stages)
+    )
     if found:
         return print_checks(checks + found)
     start_processes()
     end_with_launcher()
     accelerator = build_accelerator(recipe.training.precision)
-    run = RunFolder(path=Path(folder))
     checks += examine(stages[0], run, accelerator, resume=resume, seconds=seconds)
     code = max(gather_value(accelerator, print_checks(checks)))  # the same on every rank
     end_processes(accelerator)
@@ -84,6 +87,7 @@ def examine(
     check("run folder", lambda: [check_run(run, stage, resume)])
     check("plan", lambda: check_hyperparameters(recipe, stage.samples_per_epoch, device))
     check("shards" if _reads_shards(stage) else "data", lambda: _check_data(stage))
+    check("order", lambda: [check_order(stage.order, recipe.training.batch_size)])
     check("workers", lambda: [check_workers(recipe.data.workers)])
     check("memory", lambda: check_memory(recipe, device, world))
     check("disk", lambda: [_disk(stage, run)])

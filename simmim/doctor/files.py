@@ -44,13 +44,12 @@ class PreparedSamples:
 
 def check_labelled_files(stage: FineTuningStage[Any, Any]) -> Iterator[Check]:
     """Check the training and validation files."""
-    training, validation, data = stage.training_shards, stage.validation_shards, stage.recipe.data
+    training, validation = stage.training_shards, stage.validation_shards
     of = stage.recipe.SAMPLES
     yield Check(
         name="data",
         verdict="ok",
-        found=f"{training.samples:,} {of} to train on, {stage.samples_per_epoch:,} per epoch in "
-        f"{count_noun(data.slots, 'slot')}",
+        found=f"{training.samples:,} {of} to train on",
     )
     if validation is None:
         yield Check(

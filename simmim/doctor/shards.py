@@ -19,6 +19,13 @@ from simmim.data.datasets.folder import ImageFolder
 from simmim.data.datasets.image_set import ImageSet
 from simmim.data.datasets.mixture import MixedShards, Shards
 from simmim.data.datasets.shards import ShardSet
+from simmim.data.order.order import (
+    MAX_SLOTS,
+    WHOLE_SHUFFLE_LIMIT,
+    Order,
+    describe_order,
+    needless_slots,
+)
 from simmim.data.order.source import DataError
 from simmim.data.settings import AugmentedDataSettings
 from simmim.data.transforms.decoding import ARRAY_EXTENSION, decode_pixels
@@ -33,6 +40,8 @@ DECODING_SECONDS = 20.0
 MANY_FILES = 2_000_000
 """Files in a folder from which shards are advised."""
 SMALL_SHARE = 0.1
+FEW_SLOTS = 8
+"""Slots of a large set below which its batches are poorly mixed."""
 MEAN_DISTANCE, STD_RATIO = 0.1, 1.5
 SCALES = {"uint8": 255.0, "uint16": 65535.0}
 
@@ -46,8 +55,7 @@ def check_shards(
     yield Check(
         name="shards",
         verdict="ok",
-        found=f"{_samples_in_shards(training)}{there} to train on; "
-        f"{count_noun(data.slots, 'slot')}",
+        found=f"{_samples_in_shards(training)}{there} to train on",
     )
     yield from check_folders(training)
     if validation is None or not validation.samples:
@@ -84,6 +92,20 @@ def sets_of(shards: Shards) -> tuple[ImageSet, ...]:
 def shard_sets_of(shards: Shards) -> list[ShardSet]:
     """Return the sets that have shards."""
     return [one for one in sets_of(shards) if isinstance(one, ShardSet)]
+
+
+def check_order(order: Order, batch_size: int) -> Check:
+    """Report how epochs are shuffled, and warn of slots that leave out samples or are too few."""
+    found, change = describe_order(order), ""
+    if needless_slots(order):
+        change = "remove data.slots: up to 65,536 images need none, and all are trained on"
+    elif order.samples > WHOLE_SHUFFLE_LIMIT and order.slots < FEW_SLOTS <= batch_size:
+        found += f", as the batch size of {batch_size:,} has no larger divisor up to {MAX_SLOTS}"
+        change = (
+            f"set training.batch_size to a multiple of {FEW_SLOTS} or more: a batch takes its "
+            "samples from as many places of the set as there are slots"
+        )
+    return Check(name="order", verdict="warning" if change else "ok", found=found, change=change)
 
 
 def check_folders(shards: Shards) -> Iterator[Check]:

@@ -93,7 +93,8 @@ class TrainingSettings:
     batch_size: int
     """Images per optimiser step, over all processes."""
     epochs: float | None = None
-    """Length of training in passes over the data; either this or steps."""
+    """Length of training in passes over the data, rounded to whole steps; either this or steps. The
+    stream of samples runs on from pass to pass, so one batch may hold samples of two."""
     steps: int | None = None
     """Length of training in optimiser steps; either this or epochs."""
     accumulation: int = 1

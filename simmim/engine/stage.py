@@ -9,6 +9,7 @@ from torch import nn
 
 from simmim.data.loader.bad_samples import BadSamples
 from simmim.data.loader.batch import Batch
+from simmim.data.order.order import Order
 from simmim.data.order.source import SampleSource
 from simmim.engine.run import RunFolder
 
@@ -27,6 +28,10 @@ class TrainingStage(Protocol):
     @property
     def depths(self) -> tuple[int, ...]:
         """Number of blocks of each encoder stage, for layer-wise learning rates."""
+
+    @property
+    def order(self) -> Order:
+        """Order of the samples."""
 
     @property
     def samples_per_epoch(self) -> int:

@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from torch import nn
 from typing_extensions import Self
 
-from simmim.data.datasets.mixture import order_of
 from simmim.data.loader.batch import Batch
 from simmim.data.loader.batches import BatchStream, evaluation_batches
 from simmim.data.order.order import Address
@@ -23,7 +22,7 @@ from simmim.data.order.source import SampleSource
 from simmim.data.transforms.image_transforms import Sample
 from simmim.engine.run import RunFolder
 from simmim.recipe import recipe_hash
-from simmim.tasks.loading import training_batches
+from simmim.tasks.loading import order_for, training_batches, with_slots
 from simmim.tasks.pretrained import InitialEncoder, load_initial_encoder
 from simmim.tasks.recipe import FineTuningRecipe
 from swinv2.config_file import Provenance
@@ -53,11 +52,11 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
     """None: fine-tuning has labels, and no online probe."""
 
     def __init__(self, recipe: RecipeT, training: DataT, validation: DataT | None) -> None:
-        self.recipe: RecipeT = recipe
+        self.recipe: RecipeT = with_slots(recipe, training)
         self.training_shards: DataT = training
         self.validation_shards: DataT | None = validation
         self.bad_samples = recipe.data.bad_samples()
-        self.order = order_of(training, seed=recipe.training.seed, slots=recipe.data.slots)
+        self.order = order_for(self.recipe, training)
         self.samples_per_epoch = self.order.samples_per_epoch
         self.data_digest = training.digest
 

@@ -1,14 +1,16 @@
 """Loading data as a recipe asks: labelled sets and their split, transforms, batches."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from simmim.data.datasets.mixture import Shards
+from simmim.data.datasets.mixture import Shards, order_of, slots_of
 from simmim.data.loader.bad_samples import BadSamples
 from simmim.data.loader.batches import TrainingBatches
-from simmim.data.order.order import Address, Order
+from simmim.data.order.order import Address, Order, Slots
 from simmim.data.order.source import Encoded, SampleSource
 from simmim.data.settings import AugmentedDataSettings, SampleSettings
 from simmim.data.transforms.image_transforms import (
@@ -19,7 +21,57 @@ from simmim.data.transforms.image_transforms import (
     TrainTransform,
     class_of,
 )
+from simmim.engine.checkpoint.directory import RECIPE_FILE, find_checkpoint
+from simmim.engine.run import RunFolder
 from simmim.engine.settings import TrainingSettings
+from simmim.recipe import read_values
+
+RecipeT = TypeVar("RecipeT")
+
+
+def with_slots(recipe: RecipeT, training: SampleSource[Any]) -> RecipeT:
+    """Return a task's recipe with the number of slots that its data and batch size lead to."""
+    settings: Any = recipe
+    if settings.data.slots is not None:
+        return recipe
+    return _replace_slots(recipe, slots_of(training, settings.training.batch_size))
+
+
+def with_recorded_slots(recipe: RecipeT, run: RunFolder, resume: str | None) -> RecipeT:
+    """Return a task's recipe with the number of slots of the run that it resumes.
+
+    A recipe that fixes the number keeps it. In a run of an earlier version, whose recipe may not
+    record it, it is that version's default.
+
+    Args:
+        recipe: the recipe.
+        run: the run folder.
+        resume: None to start a new training, `auto`, or the path of a checkpoint.
+
+    Raises:
+        ValueError: there is no such checkpoint, or its recipe cannot be read.
+    """
+    settings: Any = recipe
+    if settings.data.slots is not None or resume is None:
+        return recipe
+    checkpoint = find_checkpoint(run.checkpoints, resume)
+    saved = run.recipe if checkpoint is None else checkpoint / RECIPE_FILE
+    if not saved.is_file():
+        return recipe
+    recorded = read_values(saved)["data"].get("slots", settings.data.UNRECORDED_SLOTS)
+    return _replace_slots(recipe, tuple(recorded) if isinstance(recorded, list) else recorded)
+
+
+def _replace_slots(recipe: RecipeT, slots: Slots | None) -> RecipeT:
+    changed: Any = recipe
+    changed = replace(changed, data=replace(changed.data, slots=slots))
+    replaced: RecipeT = changed
+    return replaced
+
+
+def order_for(recipe: Any, training: SampleSource[Any]) -> Order:
+    """Return the order of the samples for a recipe whose slots are chosen; see `with_slots`."""
+    return order_of(training, seed=recipe.training.seed, slots=recipe.data.slots)
 
 
 def train_transform(

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from data_prep.format.text import count_noun
-from simmim.data.settings import CroppedSettings
+from simmim.data.settings import CroppedSettings, SampleSettings
 from simmim.engine.settings import TrainingSettings
 from simmim.method.settings import MaskSettings
 from simmim.recipe import check_least, check_rates, settings
@@ -139,16 +139,17 @@ class ExecutionSettings:
             encoder.compile_blocks()
 
 
-def check_slots(slots: int, training: TrainingSettings) -> None:
-    """Check that the batch size is a multiple of the number of slots.
+def check_slots(data: SampleSettings, training: TrainingSettings) -> None:
+    """Check that the batch size is a multiple of the number of slots, if the recipe fixes it.
 
     Raises:
         ValueError: it is not.
     """
+    slots = max(data.slots_of_sets, default=1)
     if training.batch_size % slots:
         raise ValueError(
             f"training.batch_size {training.batch_size} is not a multiple of data.slots {slots}; "
-            "every batch takes equally from each slot. Change one of them."
+            "every batch takes equally from each slot. Remove data.slots, or change one of them."
         )
 
 
@@ -209,7 +210,7 @@ class FineTuningRecipe(TaskRecipe, ABC):
     """Length, batch size, optimiser and schedule."""
 
     def __post_init__(self) -> None:
-        check_slots(self.data.slots, self.training)
+        check_slots(self.data, self.training)
         if self.init == SCRATCH:
             self.encoder.check_channels(self.data.mean)
             config = self.encoder.config(self.data.image_size)  # raises if sizes do not fit

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from data_prep.format.text import count_noun
+from simmim.data.order.order import describe_order, needless_slots
 from simmim.engine.checkpoint.directory import best_checkpoint, find_checkpoint
 from simmim.engine.devices import build_accelerator
 from simmim.engine.distributed.environment import check_parallelism, requested_cpu_processes
@@ -24,6 +25,7 @@ from simmim.engine.run import RunFolder
 from simmim.engine.settings import TrainingSettings
 from simmim.engine.stage import TrainingStage
 from simmim.report.page import write_report
+from simmim.tasks.loading import with_recorded_slots
 
 
 class HasTraining(Protocol):
@@ -65,15 +67,20 @@ def train_recipe(
     check_parallelism()
     chosen_trackers(recipe.training.trackers)
     end_with_launcher()
-    stage = make_stage(recipe)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if restarted and (resume is None or find_checkpoint(run.checkpoints, "auto")):
         resume = "auto"
+    recipe = with_recorded_slots(recipe, run, resume)
+    stage = make_stage(recipe)
     if int(os.environ.get("RANK", "0")) == 0:  # others would see what rank 0 has written
         changed = check_folder(run, stage.recipe, resume, allow_changes=allow_changes)
         if changed and requested_cpu_processes() < 2:  # printed once, by the process that trains
             listed = "".join(f"\n  {key}: {text}" for key, text in changed.items())
             sys.stderr.write(f"the recipe has changed:{listed}\n")
+        if resume is None and requested_cpu_processes() < 2 and needless_slots(stage.order):
+            sys.stderr.write(
+                f"WARNING: {describe_order(stage.order)}: remove data.slots to train on all.\n"
+            )
     stage.bad_samples.write_to(run.bad_samples)
     world = max(requested_cpu_processes(), int(os.environ.get("WORLD_SIZE", "1")))
     stage.batches(rank=0, world=world, start=0, end=recipe.training.batch_size)

@@ -12,9 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import data_prep.cli
 import simmim.cli
+from simmim.engine.run import RunFolder
+from simmim.recipe import load, read_values
+from simmim.tasks.all_tasks import task_named
+from simmim.tasks.loading import with_recorded_slots
 from swinv2 import load_encoder, load_video_encoder
 
 SAVED = Path(__file__).parent / "saved"
@@ -46,6 +51,42 @@ def test_runs_resume_to_the_same_losses(saved: Path, command: str, recipe: str, 
     code = simmim.cli.main([command, "--config", recipe, "--folder", run, "--resume", "auto"])
     assert code == 0
     assert read_losses(saved / run) == pytest.approx(EXPECTED[run], rel=1e-4)
+
+
+@pytest.mark.parametrize("resumes", ["checkpoint", "start"])
+def test_a_run_keeps_its_slots_though_the_recipe_names_none(saved: Path, resumes: str) -> None:
+    """Recipes of today need no slots; the run of before had a number, which orders its samples."""
+    recipe = saved / "pretrain.yaml"
+    recipe.write_text(recipe.read_text().replace("  slots: 2\n", ""))
+    if resumes == "start":  # stopped before the first checkpoint
+        shutil.rmtree(saved / "pretraining" / "checkpoints")
+    command = ["pretrain", "--config", str(recipe), "--folder", "pretraining"]
+    assert simmim.cli.main([*command, "--resume", "auto"]) == 0
+    losses = read_losses(saved / "pretraining")
+    assert losses == pytest.approx(EXPECTED["pretraining"], rel=1e-4)
+    assert read_values(saved / "pretraining" / "recipe.yaml")["data"]["slots"] == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "config", "slots"),
+    [("pretrain", "pretrain.yaml", 64), ("video", "video.yaml", 8)],
+)
+def test_a_run_without_recorded_slots_had_the_default_of_its_version(
+    saved: Path, task: str, config: str, slots: int
+) -> None:
+    values = read_values(saved / "pretrain.yaml")
+    values["data"].pop("slots")
+    values["training"]["batch_size"] = 64
+    if task == "video":
+        values = {name: values[name] for name in ("encoder", "training")}
+        values |= {"task": "video", "data": {"clips": "clips"}}
+    (saved / config).write_text(yaml.safe_dump(values))
+    run = RunFolder(path=saved / "run")
+    run.path.mkdir()
+    shutil.copy(saved / config, run.recipe)
+    recipe = load(task_named(task, saved / config).recipe, saved / config)
+    assert with_recorded_slots(recipe, run, None).data.slots is None
+    assert with_recorded_slots(recipe, run, "auto").data.slots == slots
 
 
 @torch.no_grad()

@@ -68,7 +68,7 @@ def pretrain_values(shards: Path) -> dict[str, Any]:
             "num_heads": [1, 2],
             "drop_path": 0.2,
         },
-        "data": {"shards": str(shards), "image_size": 16, "workers": 0, "slots": 4},
+        "data": {"shards": str(shards), "image_size": 16, "workers": 0},
         "mask": {"cell": 4},
         "training": {
             "batch_size": 8,

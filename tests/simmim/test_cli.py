@@ -39,7 +39,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--encoder.in_channels", "2"], "encoder.in_channels is 2"),
         (["--data.image_size", "0"], "image"),
         (["--encoder.widow_size", "4"], "did you mean window_size?"),
-        (["--training.batch_size", "6"], "data.slots"),
+        (["--training.batch_size", "6", "--data.slots", "4"], "data.slots"),
         (["--training.batch_size", "-8"], "batch_size is -8"),
         (["--training.accumulation", "3"], "accumulation is 3"),
         (["--training.seed", "99999999999999999999"], "seed is 99999999999999999999"),

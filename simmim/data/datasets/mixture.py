@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.data.datasets.image_set import ImageSet
-from simmim.data.order.order import MixedOrder, Order, SampleOrder
+from simmim.data.order.order import MixedOrder, Order, SampleOrder, Slots, choose_slots
 from simmim.data.order.source import EncodedImage, SampleSource
 
 
@@ -113,9 +113,23 @@ Shards = ImageSet | MixedShards
 """One dataset of images, or a mixture."""
 
 
-def order_of(shards: SampleSource[Any], *, seed: int, slots: int) -> Order:
-    """Return the order of the samples of a source, or of a mixture."""
+def slots_of(shards: SampleSource[Any], batch_size: int) -> Slots:
+    """Return the slots of a source, or of a mixture, for this global batch size."""
+    sets = shards.sets if isinstance(shards, MixedShards) else (shards,)
+    return choose_slots([one.samples for one in sets], batch_size)
+
+
+def order_of(shards: SampleSource[Any], *, seed: int, slots: Slots) -> Order:
+    """Return the order of the samples of a source, or of a mixture.
+
+    Raises:
+        ValueError: the numbers of slots do not fit the datasets.
+    """
     if isinstance(shards, MixedShards):
         sizes = [one.sizes for one in shards.sets]
         return MixedOrder(sizes, shards.weights, seed=seed, slots=slots)
+    if not isinstance(slots, int):
+        raise ValueError(
+            f"data.slots is {list(slots)}; a list is for mixtures: give one number or null."
+        )
     return SampleOrder(shards.sizes, seed=seed, slots=slots)

@@ -162,7 +162,7 @@ class BatchStream:
 class TrainingBatches(BatchStream):
     """The micro-batches of one rank between two cursors, across epochs.
 
-    Each global batch is divided among the ranks by slots, and a rank's part into `accumulation`
+    Each rank takes a contiguous, equal part of each global batch, divided into `accumulation`
     micro-batches in order. The samples of a global batch and their augmentation depend neither on
     ranks nor on workers. `len` counts micro-batches. Raises ValueError if sizes do not divide.
     """

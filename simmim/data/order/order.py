@@ -1,12 +1,14 @@
 """The order of samples: a pure function of seed, epoch and shard sizes.
 
-An epoch is a stream of all samples, cut into a fixed number of equal slots. A global batch takes
-the same number of samples from every slot, and each rank owns some slots; so the global batches are
-the same on any number of ranks, and a rank reads only its own part of the data. The whole state is
-the cursor: the number of samples that all ranks together have consumed.
+An epoch of up to 65,536 samples is one shuffle of them: a single slot, whose stream runs on from
+epoch to epoch, so that no sample is left out and batches have any size. A larger epoch is a stream
+of all samples that is cut into a fixed number of equal slots; a global batch takes the same number
+of samples from every slot. Each rank takes a contiguous, equal part of the global batch. So the
+global batches are the same on any number of ranks, and a rank reads only its own part of a large
+set. The whole state is the cursor: the number of samples that all ranks together have consumed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,11 +24,16 @@ WHOLE_SHUFFLE_LIMIT = 65_536
 BLOCK_SAMPLES = 32_768
 """Samples of a slot that are shuffled together in larger datasets: a few shards."""
 
-DEFAULT_SLOTS = 64
+MAX_SLOTS = 64
+"""Largest number of slots that is chosen for a dataset."""
 
 PERIODS = (10_007, 10_009)
 """Lengths of the pattern, both prime: the first that does not divide the number of slots, so that
 every slot passes through all of it."""
+
+
+Slots = int | tuple[int, ...]
+"""Number of slots of a dataset or of each dataset of a mixture; or one number for each."""
 
 
 class Address(NamedTuple):
@@ -49,22 +56,36 @@ class EpochStream:
 
 def slots_for(batch_size: int, samples: int) -> int:
     """Return the largest divisor of the global batch that is at most 64 and at most `samples`."""
-    limit = max(1, min(DEFAULT_SLOTS, samples, batch_size))
+    limit = max(1, min(MAX_SLOTS, samples, batch_size))
     return next(slots for slots in range(limit, 0, -1) if batch_size % slots == 0)
 
 
+def choose_slots(samples: Sequence[int], batch_size: int) -> Slots:
+    """Return the slots of datasets with these numbers of samples: 1 unless one is large.
+
+    A single number if it is the same for all datasets.
+    """
+    large = [count > WHOLE_SHUFFLE_LIMIT for count in samples]
+    if not any(large):
+        return 1
+    most = slots_for(batch_size, min(count for count in samples if count > WHOLE_SHUFFLE_LIMIT))
+    return most if all(large) else tuple(most if one else 1 for one in large)
+
+
 def check_batch(batch_size: int, world: int, slots: int) -> None:
-    """Raise ValueError unless a global batch divides into slots and the slots among the ranks."""
+    """Raise ValueError unless slots and ranks divide a global batch."""
     if batch_size < 1 or batch_size % slots:
         raise ValueError(
             f"global batch size {batch_size} is not a multiple of the {slots} slots;"
             f" use {max(1, batch_size // slots) * slots} or another multiple."
         )
-    if world < 1 or slots % world:
-        legal = [count for count in range(1, slots + 1) if slots % count == 0]
+    if world < 1 or batch_size % world:
+        legal = [count for count in range(1, batch_size + 1) if batch_size % count == 0]
+        near = sorted(legal, key=lambda count: abs(count - world))[:4]
         raise ValueError(
-            f"{count_noun(world, 'process', 'processes')} cannot share {count_noun(slots, 'slot')}"
-            f" equally; use {', '.join(map(str, legal))} processes."
+            f"{count_noun(world, 'process', 'processes')} cannot share a global batch of"
+            f" {batch_size} equally; use {', '.join(map(str, sorted(near)))} processes, or set"
+            f" training.batch_size to a multiple of the number of processes."
         )
 
 
@@ -82,24 +103,33 @@ def turns_of(position: int, batch_size: int, slots: int) -> NDArray[np.int64]:
     return np.arange(first, first + batch_size // slots)
 
 
-def slots_of(rank: int, world: int, slots: int) -> range:
-    """Return the slots that a rank owns. Raises ValueError if there is no such rank."""
+def turns_of_rank(
+    position: int, batch_size: int, rank: int, world: int, slots: int
+) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Yield each slot in a rank's part of the global batch at cursor `position`, and its turns.
+
+    The global batch is all turns of the first slot, then those of the next; a rank takes a
+    contiguous part of it. Raises ValueError if sizes do not divide, or there is no such rank.
+    """
+    check_batch(batch_size, world, slots)
+    turns = turns_of(position, batch_size, slots)
     if not 0 <= rank < world:
         raise ValueError(f"rank is {rank}; it must be from 0 to {world - 1}.")
-    owned = slots // world
-    return range(rank * owned, (rank + 1) * owned)
+    share = batch_size // world
+    first, last = rank * share, (rank + 1) * share
+    for slot in range(first // len(turns), -(-last // len(turns))):
+        begin = slot * len(turns)
+        yield slot, turns[max(0, first - begin) : last - begin]
 
 
 class SampleOrder:
     """The endless sequence of samples over `shard_sizes` (number of samples in each shard).
 
-    An epoch visits each sample at most once and skips fewer than `slots` of them.
+    An epoch visits each sample at most once and skips fewer than `slots` of them: none of one slot.
     Raises ValueError if there are fewer samples than slots.
     """
 
-    def __init__(
-        self, shard_sizes: Sequence[int], *, seed: int, slots: int = DEFAULT_SLOTS
-    ) -> None:
+    def __init__(self, shard_sizes: Sequence[int], *, seed: int, slots: int = MAX_SLOTS) -> None:
         self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.seed = seed
         self.slots = slots
@@ -134,10 +164,8 @@ class SampleOrder:
         The concatenated parts of ranks 0 … world - 1 are the same list for every `world`. The
         cursor is any multiple of `slots`. Raises ValueError if sizes do not divide.
         """
-        self.check_batch(batch_size, world)
-        turns = turns_of(position, batch_size, self.slots)
-        owned = slots_of(rank, world, self.slots)
-        return [address for slot in owned for address in self.slot_addresses(slot, turns)]
+        parts = turns_of_rank(position, batch_size, rank, world, self.slots)
+        return [address for slot, turns in parts for address in self.slot_addresses(slot, turns)]
 
     def slot_addresses(self, slot: int, turns: NDArray[np.int64]) -> list[Address]:
         """Return the samples of a slot at these turns, ascending; one sample per turn."""
@@ -212,25 +240,40 @@ class MixedOrder:
         sets: shard sizes of each dataset.
         weights: weight of each dataset, above 0.
         seed: seed of the first dataset's order; those of the others follow.
-        slots: slots of each order.
+        slots: slots of each order; or one number for each, of which those other than 1 are equal.
+            A dataset of one slot is traversed by all slots of the others in turn.
 
     Raises:
-        ValueError: a dataset has fewer samples than slots, or a weight too small to be drawn.
+        ValueError: a dataset has fewer samples than slots, or a weight too small to be drawn; or
+            `slots` does not fit the datasets.
     """
 
     def __init__(
-        self, sets: Sequence[Sequence[int]], weights: Sequence[float], *, seed: int, slots: int
+        self, sets: Sequence[Sequence[int]], weights: Sequence[float], *, seed: int, slots: Slots
     ) -> None:
+        of_sets = (slots,) * len(sets) if isinstance(slots, int) else slots
+        if len(of_sets) != len(sets) or len({1, *of_sets}) > 2:
+            raise ValueError(
+                f"slots is {list(of_sets)} for {count_noun(len(sets), 'set')}; give one number per"
+                " set, 1 or one that is the same for all others."
+            )
         self.orders = [
-            SampleOrder(sizes, seed=seed + number, slots=slots) for number, sizes in enumerate(sets)
+            SampleOrder(sizes, seed=seed + number, slots=of_set)
+            for number, (sizes, of_set) in enumerate(zip(sets, of_sets, strict=True))
         ]
-        self.slots = slots
+        self.slots = slots = max(of_sets)
         self.shard_sizes = np.concatenate([order.shard_sizes for order in self.orders])
         self._firsts = np.cumsum([0, *(len(order.shard_sizes) for order in self.orders)])
         self.pattern = dataset_pattern(
             weights, next(period for period in PERIODS if slots % period)
         )
+        self._drawn = self._cumulative_draws(self.pattern)
         self._slots: dict[int, tuple[NDArray[np.int16], NDArray[np.int32]]] = {}
+
+    @property
+    def samples(self) -> int:
+        """Number of samples in all datasets."""
+        return sum(order.samples for order in self.orders)
 
     @property
     def samples_per_epoch(self) -> int:
@@ -243,21 +286,24 @@ class MixedOrder:
 
     def batch(self, position: int, batch_size: int, rank: int = 0, world: int = 1) -> list[Address]:
         """Return the part of a global batch that belongs to `rank`; see `SampleOrder.batch`."""
-        self.check_batch(batch_size, world)
-        turns = turns_of(position, batch_size, self.slots)
-        owned = slots_of(rank, world, self.slots)
-        return [address for slot in owned for address in self._slot_addresses(slot, turns)]
+        parts = turns_of_rank(position, batch_size, rank, world, self.slots)
+        return [address for slot, turns in parts for address in self._slot_addresses(slot, turns)]
 
     def _slot_addresses(self, slot: int, turns: NDArray[np.int64]) -> list[Address]:
         """Return the samples of a slot at these turns, each from the dataset drawn there."""
-        chosen, drawn = self._slot(slot)
-        periods, places = np.divmod(turns, len(self.pattern))
+        chosen, of_slot = self._slot(slot)
+        period = len(self.pattern)
+        places = turns % period
+        positions = turns * self.slots + slot
         found: list[Address] = [Address(0, 0, 0)] * len(turns)
         for number, order in enumerate(self.orders):
             here = np.flatnonzero(chosen[places] == number)
-            # How often the dataset was drawn before: in whole periods, and since.
-            earlier = periods[here] * int(drawn[number, -1]) + drawn[number, places[here]]
-            addresses = order.slot_addresses(slot, earlier)
+            # How often the dataset was drawn before: in this slot, or in all if it has only one.
+            alone = order.slots == 1
+            drawn = (self._drawn if alone else of_slot)[number]
+            periods, after = np.divmod((positions if alone else turns)[here], period)
+            earlier = periods * int(drawn[-1]) + drawn[after]
+            addresses = order.slot_addresses(0 if alone else slot, earlier)
             first = int(self._firsts[number])
             for place, (epoch, shard, sample) in zip(here.tolist(), addresses, strict=True):
                 found[place] = Address(epoch, first + shard, sample)
@@ -271,11 +317,15 @@ class MixedOrder:
         if slot not in self._slots:
             period = len(self.pattern)
             chosen = self.pattern[(np.arange(period) * self.slots + slot) % period]
-            drawn = np.zeros((len(self.orders), period + 1), dtype=np.int32)
-            for number in range(len(self.orders)):
-                drawn[number, 1:] = np.cumsum(chosen == number)
-            self._slots[slot] = (chosen, drawn)
+            self._slots[slot] = (chosen, self._cumulative_draws(chosen))
         return self._slots[slot]
+
+    def _cumulative_draws(self, chosen: NDArray[np.int16]) -> NDArray[np.int32]:
+        """Return how often each dataset is in the first 0 … n of these draws: (datasets, n + 1)."""
+        drawn = np.zeros((len(self.orders), len(chosen) + 1), dtype=np.int32)
+        for number in range(len(self.orders)):
+            drawn[number, 1:] = np.cumsum(chosen == number)
+        return drawn
 
 
 def dataset_pattern(weights: Sequence[float], period: int) -> NDArray[np.int16]:
@@ -299,3 +349,20 @@ def dataset_pattern(weights: Sequence[float], period: int) -> NDArray[np.int16]:
 
 Order = SampleOrder | MixedOrder
 """Which sample comes next, in one dataset or a mixture."""
+
+
+def needless_slots(order: Order) -> bool:
+    """Return whether slots leave out samples of a set that a single shuffle would include."""
+    orders = order.orders if isinstance(order, MixedOrder) else [order]
+    return any(
+        one.samples > one.samples_per_epoch and one.samples <= WHOLE_SHUFFLE_LIMIT for one in orders
+    )
+
+
+def describe_order(order: Order) -> str:
+    """Describe for a person how an epoch is shuffled, and how many samples it leaves out."""
+    left_out = order.samples - order.samples_per_epoch
+    if order.slots == 1 and order.samples <= WHOLE_SHUFFLE_LIMIT:
+        return "one shuffle of all samples per epoch"
+    text = f"shuffled in {count_noun(order.slots, 'slot')}"
+    return f"{text}, which leave {left_out:,} samples out of each epoch" if left_out else text

@@ -50,7 +50,7 @@ class PretrainRecipe(TaskRecipe):
             )
         self.mask.grid((size, size))  # raises unless cells tile the image and some stay visible
         self.encoder.check_channels(self.data.mean)
-        check_slots(self.data.slots, self.training)
+        check_slots(self.data, self.training)
         if self.training.optimizer.layer_decay != 1.0:
             raise ValueError("training.optimizer.layer_decay belongs to fine-tuning; leave it 1.")
         config = self.encoder.config(size)  # raises if the sizes do not fit together

@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from simmim.data.datasets.mixture import order_of
 from simmim.data.loader.batch import Batch
 from simmim.data.loader.batches import BatchStream, evaluation_batches
 from simmim.data.settings import DataSettings, with_statistics
@@ -23,7 +22,7 @@ from simmim.method.model import SimMIM
 from simmim.recipe import load, recipe_hash
 from simmim.report.panels import reconstruction_panel
 from simmim.tasks.features import Normalise, pool, sample_drop_path_noise
-from simmim.tasks.loading import train_transform, training_batches
+from simmim.tasks.loading import order_for, train_transform, training_batches, with_slots
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.probe.online import OnlineProbe
 from swinv2 import SwinV2, build_encoder, save_encoder
@@ -75,12 +74,10 @@ class PretrainStage:
 
     def __init__(self, recipe: PretrainRecipe) -> None:
         recipe = replace(recipe, data=with_statistics(recipe.data))
-        self.recipe = recipe
         self.bad_samples = recipe.data.bad_samples()
         self.training_shards, self.validation_shards = recipe.data.split_shards()
-        self.order = order_of(
-            self.training_shards, seed=recipe.training.seed, slots=recipe.data.slots
-        )
+        self.recipe = recipe = with_slots(recipe, self.training_shards)
+        self.order = order_for(recipe, self.training_shards)
         self.samples_per_epoch = self.order.samples_per_epoch
         self.data_digest = self.training_shards.digest
         self.model = build_model(recipe)

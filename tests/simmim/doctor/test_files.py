@@ -139,7 +139,7 @@ def test_it_checks_a_segmentation(
         missing(
             text,
             "segmentation, tiny at 32 pixels with windows of 4, 4 images per step",
-            "data 8 images to train on, 8 per epoch in 4 slots",
+            "data 8 images to train on",
             "validation 4 images",
             "files all 24 exist",
             "samples 8 prepared",

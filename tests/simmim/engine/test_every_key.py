@@ -25,14 +25,14 @@ from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.pretrain.stage import PretrainStage
 
 EPOCHS = 3
-BATCH = 16
 
 
 def load_as_rank(recipe: Path, rank: int, world: int, folder: Path) -> None:
     stage = PretrainStage(load(PretrainRecipe, recipe))
-    steps = stage.recipe.training.total_steps(stage.samples_per_epoch)
+    training = stage.recipe.training
+    end = training.total_steps(stage.samples_per_epoch) * training.batch_size
     with (folder / f"{world}-{rank}.jsonl").open("w") as file:
-        for batch in stage.batches(rank=rank, world=world, start=0, end=steps * BATCH):
+        for batch in stage.batches(rank=rank, world=world, start=0, end=end):
             found = [
                 (epoch, stage.training_shards.name(shard, sample))
                 for epoch, shard, sample in batch.addresses.tolist()
@@ -73,13 +73,18 @@ def images(shards: Path) -> Path:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="starts ranks by fork")
-@pytest.mark.parametrize(("samples_per_shard", "workers"), [(60, 3), (5, 1)])
+@pytest.mark.parametrize(
+    ("samples_per_shard", "workers", "slots", "batch_size"),
+    [(60, 3, 8, 16), (60, 3, None, 20), (5, 1, None, 16)],
+)
 def test_every_key_once_per_epoch_on_any_number_of_ranks(
     images: Path,
     pretrain_values: dict[str, Any],
     tmp_path: Path,
     samples_per_shard: int,
     workers: int,
+    slots: int | None,
+    batch_size: int,
 ) -> None:
     command = ["shard", str(images), str(tmp_path / "set"), "--samples-per-shard"]
     assert data_prep.cli.main([*command, str(samples_per_shard)]) == 0
@@ -87,9 +92,9 @@ def test_every_key_once_per_epoch_on_any_number_of_ranks(
         "shards": str(tmp_path / "set"),
         "validation_shards": 0,
         "workers": workers,  # more than there are shards, of the large ones
-        "slots": 8,
+        "slots": slots,
     }
-    pretrain_values["training"] |= {"batch_size": BATCH, "steps": None, "epochs": EPOCHS}
+    pretrain_values["training"] |= {"batch_size": batch_size, "steps": None, "epochs": EPOCHS}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(pretrain_values))
     whole = load_in_processes(recipe, 1, tmp_path)
@@ -99,7 +104,9 @@ def test_every_key_once_per_epoch_on_any_number_of_ranks(
     for epoch in range(EPOCHS):
         seen = Counter(name for step in whole for number, name in step if number == epoch)
         assert set(seen.values()) == {1}
-        assert samples - BATCH < len(seen) <= samples
+        assert samples - batch_size < len(seen) <= samples
+        if slots is None and epoch < EPOCHS - 1:  # the last one ends with a whole batch
+            assert len(seen) == samples
 
 
 @pytest.mark.parametrize("workers", [0, 3])

@@ -73,9 +73,40 @@ def test_cursor_and_ranks_change_nothing_and_no_sample_comes_twice_an_epoch(
     assert all(0 <= sample < order.shard_sizes[shard] for _, shard, sample in seen)
     fresh = MixedOrder(sets, weights, seed=seed, slots=slots)
     middle = cursor + 5 * batch_size
-    for world in (world for world in range(1, 17) if slots % world == 0):
+    for world in (world for world in range(1, 17) if batch_size % world == 0):
         parts = [fresh.batch(middle, batch_size, rank, world) for rank in range(world)]
         assert list(chain(*parts)) == batches[5]
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), slots=st.sampled_from([2, 4, 6]))
+def test_small_sets_in_a_mixture_with_large_ones_leave_nothing_out(
+    data: st.DataObject, slots: int
+) -> None:
+    small = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))
+    weights = [data.draw(st.floats(0.2, 5)), 1.0, data.draw(st.floats(0.2, 5))]
+    sets = [small, [40, 30], [7]]
+    order = MixedOrder(sets, weights, seed=2, slots=(1, slots, 1))
+    batch_size = slots * data.draw(st.integers(1, 4))
+    addresses = [
+        address
+        for position in range(0, 900 * slots, batch_size)
+        for address in order.batch(position, batch_size)
+    ]
+    firsts = [0, len(small), len(small) + 2]
+    for number in (0, 2):
+        alone = SampleOrder(sets[number], seed=2 + number, slots=1)
+        shards = range(firsts[number], firsts[number] + len(sets[number]))
+        mine = [address for address in addresses if address.shard in shards]
+        expected = alone.slot_addresses(0, np.arange(len(mine)))
+        # Within a batch the turns of a slot follow each other, so the order differs there.
+        assert set(mine) == {Address(e, firsts[number] + shard, row) for e, shard, row in expected}
+        assert len(set(mine)) == len(mine) > alone.samples
+    for world in (world for world in range(1, 9) if batch_size % world == 0):
+        parts = [order.batch(5 * batch_size, batch_size, rank, world) for rank in range(world)]
+        assert list(chain(*parts)) == order.batch(5 * batch_size, batch_size)
+    with pytest.raises(ValueError, match="one number per set"):
+        MixedOrder(sets, weights, seed=2, slots=(1, 2))
 
 
 def test_patterns_spread_evenly() -> None:

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simmim.data.order import order as order_module
-from simmim.data.order.order import Address, SampleOrder, slots_for
+from simmim.data.order.order import (
+    WHOLE_SHUFFLE_LIMIT,
+    Address,
+    MixedOrder,
+    SampleOrder,
+    choose_slots,
+    describe_order,
+    needless_slots,
+    slots_for,
+)
 
 shard_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12)
 
@@ -68,7 +77,7 @@ def test_ranks_end_to_end_are_the_same_batch_for_every_world(
     position = batch_size * data.draw(st.integers(0, 50))
     whole = order.batch(position, batch_size)
     assert len(whole) == batch_size
-    for world in (count for count in range(1, slots + 1) if slots % count == 0):
+    for world in (count for count in range(1, batch_size + 1) if batch_size % count == 0):
         fresh = SampleOrder(order.shard_sizes.tolist(), seed=order.seed, slots=slots)
         parts = [fresh.batch(position, batch_size, rank, world) for rank in range(world)]
         assert {len(part) for part in parts} == {batch_size // world}
@@ -193,6 +202,7 @@ def test_impossible_shard_sizes_are_refused(sizes: list[int], slots: int, words:
         (0, 12, 0, 1, "12 .*8 slots; use 8"),
         (0, 0, 0, 1, "use 8"),
         (0, 8, 0, 3, "use 1, 2, 4, 8 processes"),
+        (0, 48, 0, 10, "use 4, 6, 8, 12 processes"),
         (0, 8, 0, 0, "0 processes"),
         (0, 8, 2, 2, "from 0 to 1"),
         (4, 8, 0, 1, "cursor 4"),
@@ -213,3 +223,57 @@ def test_impossible_batches_are_refused(
 )
 def test_slots_for_a_batch(batch_size: int, samples: int, slots: int) -> None:
     assert slots_for(batch_size, samples) == slots
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), batch_size=st.integers(1, 50))
+def test_one_slot_takes_any_batch_and_leaves_nothing_out(
+    data: st.DataObject, batch_size: int
+) -> None:
+    """Batches that do not divide an epoch run on into the next one."""
+    order = draw_order(data, slots=1)
+    assert order.samples_per_epoch == order.samples
+    steps = -(-3 * order.samples // batch_size)
+    addresses = list(chain(*stream(order, 0, steps * batch_size, batch_size)))
+    for epoch in range(3):
+        seen = Counter(a[1:] for a in addresses if a.epoch == epoch)
+        assert len(seen) == order.samples
+        assert set(seen.values()) == {1}
+    assert [a.epoch for a in addresses] == sorted(a.epoch for a in addresses)
+
+
+@pytest.mark.parametrize("batch_size", [8, 16, 32, 50])
+def test_107_samples_are_all_in_each_epoch(batch_size: int) -> None:
+    slots = choose_slots([107], batch_size)
+    assert slots == 1
+    order = SampleOrder([60, 47], seed=0, slots=slots)
+    for world in (1, 2):
+        parts = [order.batch(3 * batch_size, batch_size, rank, world) for rank in range(world)]
+        assert list(chain(*parts)) == order.batch(3 * batch_size, batch_size)
+    batches = stream(order, 0, 107 * batch_size, batch_size)
+    counts = Counter(address.epoch for batch in batches for address in batch)
+    assert set(counts.values()) == {107}
+    assert describe_order(order) == "one shuffle of all samples per epoch"
+
+
+def test_slots_follow_from_the_sizes_of_sets() -> None:
+    large = WHOLE_SHUFFLE_LIMIT + 1
+    assert choose_slots([WHOLE_SHUFFLE_LIMIT], 2048) == 1
+    assert choose_slots([large], 2048) == 64
+    assert choose_slots([large], 50) == 50
+    assert choose_slots([large, large], 96) == 48
+    assert choose_slots([107, large, 12], 96) == (1, 48, 1)
+    assert choose_slots([107, 12], 96) == 1
+
+
+def test_slots_that_leave_samples_out_are_told() -> None:
+    few = SampleOrder([107], seed=0, slots=64)
+    assert needless_slots(few)
+    assert "43 samples out of each epoch" in describe_order(few)
+    assert not needless_slots(SampleOrder([100], seed=0, slots=10))
+    large = SampleOrder([WHOLE_SHUFFLE_LIMIT + 1], seed=0, slots=64)
+    assert not needless_slots(large)
+    assert "1 samples out" in describe_order(large)
+    mixed = MixedOrder([[107], [70_000]], [1, 1], seed=0, slots=(1, 64))
+    assert not needless_slots(mixed)
+    assert needless_slots(MixedOrder([[107], [70_000]], [1, 1], seed=0, slots=64))
