@@ -12,6 +12,7 @@ from data_prep.executors.processes import (
     available_cores,
     raise_on_signals,
 )
+from data_prep.format.terminal import ExitCode, flush_output, protect_output
 from data_prep.images.settings import FORMATS, MAX_PIXELS, Encoding
 from data_prep.sources.files import Selection
 
@@ -26,7 +27,12 @@ error that names the line. All rules are in data_prep/FORMATS.md."""
 
 def run() -> None:
     """Run the command and leave the process with its exit code."""
-    sys.exit(main())
+    protect_output(optional=False)
+    try:
+        code: ExitCode = main()
+    except SystemExit as ending:
+        code = ending.code
+    sys.exit(flush_output(code))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_prep.format.terminal import ExitCode, flush_output
 from simmim.engine.exit_codes import BAD_INPUT, LOST, STOPPED, RankLostError
 from simmim.recipe import describe, load, read_values
+from simmim.start import start_process
 
 if TYPE_CHECKING:
     from simmim.tasks.all_tasks import Task
@@ -31,8 +33,8 @@ class CommandParser(argparse.ArgumentParser):
 EXIT_CODES = f"""exit codes:
   0    done
   {BAD_INPUT}    fix the input first: command, recipe, shards, disk, or training diverged
-  {STOPPED}   stopped by SIGTERM, SIGINT or SIGUSR1, with a checkpoint (on a full disk: the previous
-       one, and a warning): resume with --resume auto
+  {STOPPED}   stopped by SIGTERM, SIGINT, SIGUSR1 or SIGHUP (but not under nohup), with a checkpoint
+       (on a full disk: the previous one, and a warning): resume with --resume auto
   {LOST}   a process hung or was lost (training.rank_timeout): resume with --resume auto
 torchrun and accelerate launch turn all of these except 0 into 1, and accelerate launch may not wait
 for the checkpoint of a stop. `python -m simmim.engine.distributed.torchrun` and
@@ -45,9 +47,14 @@ def run() -> None:
     from simmim.engine.distributed.environment import is_rank  # noqa: PLC0415
     from simmim.engine.distributed.launcher import run_as_rank  # noqa: PLC0415
 
+    start_process(sys.argv[1:])
     if is_rank():
         run_as_rank(lambda: main(ends_process=True))
-    sys.exit(main(ends_process=True))
+    try:
+        code: ExitCode = main(ends_process=True)
+    except SystemExit as ending:
+        code = ending.code
+    sys.exit(flush_output(code))
 
 
 def main(argv: Sequence[str] | None = None, *, ends_process: bool = False) -> int:
@@ -329,6 +336,9 @@ def run_labels(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         seeds=arguments.seeds,
         overrides=overrides,
     )
+    if text is None:
+        print("Stopped. Resume with the same command.")
+        return STOPPED
     print(f"{text}\n{arguments.folder / 'labels.html'}")
     return 0
 

@@ -8,42 +8,43 @@ failure, and the warning that Slurm sends before the time limit kills it while i
 write their checkpoint.
 """
 
-import signal
+import os
 import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
-import psutil
-from accelerate.commands.config import default_config_file, load_config_from_file
-from accelerate.commands.launch import launch_command, launch_command_parser
-from accelerate.utils import DistributedType
-
-from simmim.data.loader.batches import STOP_SIGNALS
+from data_prep.format.terminal import protect_output
 from simmim.engine.distributed.environment import NO_DEEPSPEED
 from simmim.engine.distributed.torchrun import common_exit_code, exit_code_of
 from simmim.engine.exit_codes import STOPPED
+from simmim.stop_signals import StopRelay, exit_on_stop_signals
+
+# ruff: noqa: PLC0415 (importing accelerate takes seconds, in which signals have to be handled)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `accelerate launch` and return the exit code of its processes, 75 after a stop signal."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
     arguments = launch_command_parser().parse_args(argv)
     if _asks_for_deepspeed(arguments):  # refused here: accelerate ends with a traceback
         sys.stderr.write(f"simmim: {NO_DEEPSPEED}\n")
         return 2
-    relay = StopRelay()
-    for number in STOP_SIGNALS:
-        signal.signal(number, relay)
-    try:
-        code = exit_code_of(lambda: launch_command(arguments))  # several processes: torchrun
-    except subprocess.CalledProcessError as error:  # one process, started by accelerate
-        code = common_exit_code([error.returncode])
+    # If accelerate runs torchrun, torchrun's own handler replaces this one.
+    with StopRelay(without_children=lambda: os._exit(STOPPED)) as relay:
+        try:
+            code = exit_code_of(lambda: launch_command(arguments))  # several processes: torchrun
+        except subprocess.CalledProcessError as error:  # one process, started by accelerate
+            code = common_exit_code([error.returncode])
     return STOPPED if code and relay.asked else code
 
 
 def _asks_for_deepspeed(arguments: Namespace) -> bool:
+    from accelerate.commands.config import default_config_file, load_config_from_file
+    from accelerate.utils import DistributedType
+
     file = arguments.config_file
     if file is None and Path(default_config_file).is_file():
         file = default_config_file
@@ -52,24 +53,7 @@ def _asks_for_deepspeed(arguments: Namespace) -> bool:
     return bool(load_config_from_file(file).distributed_type == DistributedType.DEEPSPEED)
 
 
-class StopRelay:
-    """Signal handler that passes SIGTERM on to the launched processes, whatever the signal.
-
-    If accelerate runs torchrun, torchrun's own handler replaces it.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __call__(self, _number: int, _frame: FrameType | None) -> None:
-        """Pass SIGTERM on, or exit if nothing was launched yet."""
-        self.asked = True
-        launched = psutil.Process().children()
-        if not launched:
-            sys.exit(STOPPED)
-        for process in launched:
-            process.terminate()
-
-
 if __name__ == "__main__":
+    protect_output(optional=True)
+    exit_on_stop_signals(STOPPED)
     sys.exit(main())

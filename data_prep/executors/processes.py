@@ -25,6 +25,9 @@ Result = TypeVar("Result")
 Tick = Callable[[int], object]
 """Progress callback, called with the number of samples done since the last call."""
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals from a terminal, a scheduler and a dropped connection."""
+
 _SECONDS_BETWEEN_TICKS = 0.1
 
 
@@ -148,7 +151,7 @@ def _start(function: Callable[..., Any], workers: int) -> dict[Connection, BaseP
     # Started here, since starting it with the first child would unblock interrupts.
     resource_tracker.ensure_running()
     # Children start with interrupts blocked, so that none arrives before they ignore them.
-    signals = {signal.SIGINT, signal.SIGTERM}
+    signals = set(STOP_SIGNALS)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         for _ in range(workers):
@@ -163,8 +166,8 @@ def _start(function: Callable[..., Any], workers: int) -> dict[Connection, BaseP
 
 
 def _serve(function: Callable[[Any, Tick], Any], connection: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     ticks = _Ticks(connection)
     try:
         while True:
@@ -204,7 +207,7 @@ class _Ticks:
 
 
 class InterruptedBySignal(KeyboardInterrupt):
-    """SIGINT or SIGTERM was received."""
+    """A stop signal was received."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -236,7 +239,7 @@ class Interruption:
 
 @contextmanager
 def raise_on_signals() -> Iterator[Interruption]:
-    """Raise `InterruptedBySignal` on SIGINT and SIGTERM, in the main thread."""
+    """Raise `InterruptedBySignal` on stop signals, in the main thread."""
     interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():
         yield interruption
@@ -246,8 +249,11 @@ def raise_on_signals() -> Iterator[Interruption]:
         if not isinstance(unraisable.exc_value, InterruptedBySignal):
             hook(unraisable)
 
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {each: signal.signal(each, interruption.receive) for each in signals}
+    before = {
+        each: signal.signal(each, interruption.receive)
+        for each in STOP_SIGNALS
+        if each != signal.SIGHUP or signal.getsignal(each) is not signal.SIG_IGN  # nohup
+    }
     hook, sys.unraisablehook = sys.unraisablehook, report
     try:
         yield interruption

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Literal
 
 from data_prep.format.atomic import atomic_write_text
+from simmim.engine.exit_codes import STOPPED
 from simmim.engine.folder_lock import lock_folder
 from simmim.engine.run import RunFolder
 from simmim.recipe import load, read_values
 from simmim.report.labels_page import LabelScores, labels_page, scores_svg, table_of
+from simmim.stop_signals import StopRelay
 from simmim.tasks.all_tasks import fine_tuning_named
 from simmim.tasks.recipe import SCRATCH, FineTuningRecipe
 
@@ -47,7 +49,7 @@ def compare_labels(
     fractions: Sequence[float],
     seeds: Sequence[int],
     overrides: Sequence[str] = (),
-) -> str:
+) -> str | None:
     """Train all runs that are not finished, and write labels.html, labels.svg and labels.json.
 
     Args:
@@ -60,7 +62,7 @@ def compare_labels(
         overrides: `--key value` for every run.
 
     Returns:
-        The table as text.
+        The table as text; None if a signal stopped a run, which wrote a checkpoint.
 
     Raises:
         ValueError: the recipe cannot be used, a run in the folder has a different one, or a run
@@ -74,7 +76,8 @@ def compare_labels(
         place = RunFolder(path=folder / run.name)
         if _score(place, metric) is None:
             sys.stderr.write(f"run {number} of {len(runs)}: {run.name}\n")
-            _train(config, place, metric, _arguments(run, init, overrides))
+            if not _train(config, place, metric, _arguments(run, init, overrides)):
+                return None
         _write(folder, config, init, metric, _scores(folder, runs, metric))
     table = table_of(_scores(folder, runs, metric), metric)
     return "\n".join("  ".join(f"{cell:<20}" for cell in row).rstrip() for row in table)
@@ -119,16 +122,21 @@ def _arguments(run: LabelRun, init: str, overrides: Sequence[str]) -> list[str]:
     return [*overrides, *(text for key, value in own.items() for text in (f"--{key}", value))]
 
 
-def _train(config: Path, place: RunFolder, metric: str, arguments: Sequence[str]) -> None:
+def _train(config: Path, place: RunFolder, metric: str, arguments: Sequence[str]) -> bool:
+    """Train one run in a process of its own; return whether it reached its end."""
     command = [sys.executable, "-m", "simmim", "finetune", "--config", str(config)]
     command += ["--folder", str(place.path), "--resume", "auto", *arguments]
-    code = subprocess.run(command, check=False).returncode
+    with StopRelay() as relay:
+        code = subprocess.run(command, check=False).returncode
+    if code == STOPPED or (code and relay.asked):
+        return False
     if code != 0 or _score(place, metric) is None:
         raise ValueError(
             f"{place.path} ended with exit code {code}"
             + ("" if code else f" and without a validation {metric}: give validation data")
             + ". See its output above; the same command resumes from here."
         )
+    return True
 
 
 def _score(place: RunFolder, metric: str) -> float | None:

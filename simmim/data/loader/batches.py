@@ -20,11 +20,9 @@ from simmim.data.loader.shared_memory import BatchBuffers, BatchSender
 from simmim.data.order.order import Address, Order
 from simmim.data.order.source import DataError, Encoded, SampleSource
 from simmim.data.transforms.image_transforms import Sample
+from simmim.stop_signals import STOP_SIGNALS
 
 Item = TypeVar("Item")
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Signals that ask a run to stop: from a terminal, a launcher, or Slurm before the time limit."""
 
 
 def start_without_stop_signals(loader: DataLoader[Item]) -> Iterator[Item]:
@@ -47,7 +45,7 @@ def start_without_stop_signals(loader: DataLoader[Item]) -> Iterator[Item]:
 
 def init_worker(_worker: int) -> None:
     """Make a worker exit only if its parent terminates it or is gone, whoever else signals it."""
-    ignored = {signal.SIGINT, signal.SIGUSR1}
+    ignored = set(STOP_SIGNALS) - {signal.SIGTERM}
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ignored)

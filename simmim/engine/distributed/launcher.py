@@ -10,8 +10,10 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
+from data_prep.format.terminal import ExitCode, flush_output
 from simmim.engine.distributed.environment import available_cores, requested_cpu_processes
 from simmim.engine.exit_codes import LOST
+from simmim.stop_signals import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,6 +56,8 @@ def start_processes() -> None:
     arguments = [sys.executable, *torchrun, "-m", "simmim", *sys.argv[1:]]
     sys.stdout.flush()
     sys.stderr.flush()
+    # Received by torchrun once it handles them, see `exit_on_stop_signals`.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     os.execve(sys.executable, arguments, environment)  # noqa: S606 (no shell, our own arguments)
 
 
@@ -67,16 +71,18 @@ def run_as_rank(program: Callable[[], int]) -> NoReturn:
     """
     if not faulthandler.is_enabled():
         faulthandler.enable()
+    code: ExitCode
     try:
         code = program()
+    except SystemExit as ending:  # a mistake in the arguments
+        code = ending.code
     except Exception:  # its traceback is what Python would print
         traceback.print_exc()
         code = 1
     if code != LOST:  # process groups that have lost a process may hang
         atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    code = flush_output(code)
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def end_processes(accelerator: "Accelerator") -> None:

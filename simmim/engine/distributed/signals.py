@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from simmim.data.loader.batches import STOP_SIGNALS
+from simmim.stop_signals import handled_stop_signals
 
 
 class StopRequest:
@@ -37,7 +37,7 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            for number in STOP_SIGNALS:
+            for number in handled_stop_signals():
                 self._before[number] = signal.signal(number, self._record)
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             # A group of its own on the CPU, so that agreeing never waits for the accelerator.

@@ -12,23 +12,24 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from torch.distributed import run
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
+from data_prep.format.terminal import protect_output
 from simmim.engine.exit_codes import LOST, STOPPED
+from simmim.stop_signals import exit_on_stop_signals, handled_stop_signals
 
 DEFAULTS = {
-    "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
 }
-"""Settings of torchrun unless the environment or its options say otherwise: pass on Slurm's
-warning, and give ranks this many seconds to write a checkpoint before they are killed. Slurm and
-Kubernetes have limits of their own, which end earlier."""
+"""Settings of torchrun unless the environment or its options say otherwise: ranks have this many
+seconds to write a checkpoint before they are killed. Slurm and Kubernetes have limits of their own,
+which end earlier."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run torchrun and return the exit code of its ranks."""
+    protect_output(optional=True)
+    exit_on_stop_signals(STOPPED)
+    from torch.distributed import run
+
     return exit_code_of(lambda: run.main(arguments))
 
 
@@ -37,7 +38,13 @@ def exit_code_of(torchrun: Callable[[], object]) -> int:
 
     A stop signal to torchrun, which passes it on to the ranks, gives STOPPED.
     """
-    for name, value in DEFAULTS.items():
+    # ruff: noqa: PLC0415 (importing torch takes seconds, in which signals have to be handled)
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # Slurm's warning is passed on; SIGHUP is not handled under nohup.
+    handled = [number.name for number in (*handled_stop_signals(), signal.SIGQUIT)]
+    for name, value in {**DEFAULTS, "PET_SIGNALS_TO_HANDLE": ",".join(handled)}.items():
         os.environ.setdefault(name, value)
     try:
         torchrun()

@@ -93,7 +93,7 @@ def test_one_and_two_processes_train_alike(pretrain_config: Path, tmp_path: Path
         assert losses(two)[step] == pytest.approx(loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
 def test_a_signal_ends_with_a_checkpoint_that_can_be_resumed(
     pretrain_config: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

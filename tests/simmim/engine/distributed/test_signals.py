@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from simmim.engine.distributed.signals import STOP_SIGNALS, StopRequest
+from simmim.engine.distributed.signals import StopRequest
+from simmim.stop_signals import STOP_SIGNALS
 
 EACH = pytest.mark.parametrize("number", STOP_SIGNALS)
 
@@ -32,7 +33,7 @@ def no_harm() -> Iterator[list[int]]:
 
 
 def test_stop_signals_include_those_of_terminals_launchers_and_slurm() -> None:
-    assert set(STOP_SIGNALS) == {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+    assert set(STOP_SIGNALS) == {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
 
 
 @EACH
@@ -76,13 +77,21 @@ def test_after_a_stop_that_ends_the_process_signals_are_ignored(
     assert no_harm == [number]
 
 
-@EACH
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_ignored_signals_are_recorded_and_ignored_again(number: signal.Signals) -> None:
     signal.signal(number, signal.SIG_IGN)  # as a shell starts background jobs
     with StopRequest() as stop:
         os.kill(os.getpid(), number)
         assert any(stop.agree([stop.wanted]))
     assert signal.getsignal(number) == signal.SIG_IGN
+
+
+def test_under_nohup_a_dropped_connection_stops_nothing() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.received is None
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_a_request_starts_unasked(no_harm: list[int]) -> None:

@@ -1,0 +1,121 @@
+"""Standard output and error that may be closed, broken or full.
+
+A command that prints its result ends quietly when nobody reads it, as other Unix tools do. A
+training goes on without a terminal: it outlives the one it was started in.
+"""
+
+import errno
+import io
+import os
+import select
+import sys
+from contextlib import suppress
+from typing import Any, TypeAlias
+
+BROKEN_PIPE = 141
+"""Exit code of a command whose output is no longer read: 128 + SIGPIPE, as a shell reports it."""
+CANNOT_WRITE = 2
+"""Exit code of a command whose output cannot be written, for example on a full disk."""
+
+ExitCode: TypeAlias = str | int | None
+"""What `sys.exit` takes."""
+
+_WAIT = 1.0
+"""Seconds between two attempts at a non-blocking terminal that does not take more output."""
+
+
+class OutputFile(io.FileIO):
+    """File descriptor of a standard stream.
+
+    Args:
+        descriptor: its number; it is not closed with this object.
+        name: name for error messages.
+        optional: drop what cannot be written. Otherwise a broken pipe ends the process quietly, by
+            SystemExit, and other failures are raised once.
+    """
+
+    def __init__(self, descriptor: int, name: str, *, optional: bool) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self.name = name
+        self.optional = optional
+        self._is_gone = False
+
+    def write(self, data: Any, /) -> int:
+        """Write bytes, or drop them if nobody can receive them; return their number."""
+        length = memoryview(data).nbytes
+        if self._is_gone:
+            return length
+        try:
+            while (written := super().write(data)) is None:  # a non-blocking terminal
+                select.select([], [self.fileno()], [], _WAIT)
+        except OSError as error:
+            gone = error.errno == errno.EPIPE
+            self._is_gone = gone or not self.optional
+            if self.optional:
+                return length
+            if gone:
+                raise SystemExit(BROKEN_PIPE) from None
+            raise OSError(error.errno, error.strerror, self.name) from None
+        return written
+
+
+def protect_output(*, optional: bool) -> None:
+    """Make standard output and error robust; see `OutputFile`.
+
+    Descriptors that were closed when the process started are opened on the null device: files
+    opened later would take their numbers, and receive what libraries print.
+
+    Args:
+        optional: whether the command goes on without them.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for descriptor, attribute in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, attribute)
+        raw = getattr(getattr(stream, "buffer", None), "raw", None)
+        if isinstance(raw, OutputFile):
+            raw.optional = optional
+        elif stream is None or _descriptor_of(stream) == descriptor:
+            setattr(sys, attribute, _protected(stream, descriptor, attribute, optional))
+
+
+def _descriptor_of(stream: io.TextIOBase) -> int:
+    with suppress(OSError, ValueError, AttributeError):
+        return stream.fileno()
+    return -1
+
+
+def _protected(
+    stream: "io.TextIOWrapper | None", descriptor: int, name: str, optional: bool
+) -> io.TextIOWrapper:
+    if stream is not None:
+        with suppress(OSError):
+            stream.flush()
+    file = OutputFile(descriptor, f"<{name}>", optional=optional)
+    return io.TextIOWrapper(
+        io.BufferedWriter(file),
+        encoding=getattr(stream, "encoding", None) or "utf-8",
+        errors="backslashreplace",  # a name that the terminal cannot show is no error
+        line_buffering=name == "stderr" or file.isatty(),
+        write_through=getattr(stream, "write_through", False),
+    )
+
+
+def flush_output(code: ExitCode = 0) -> ExitCode:
+    """Flush standard output and error at the end of a command; return its exit code.
+
+    Args:
+        code: exit code if they can be flushed, as for `sys.exit`.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except SystemExit as ending:
+            code = code or ending.code
+        except OSError as error:
+            code = code or CANNOT_WRITE
+            with suppress(OSError, SystemExit):
+                sys.stderr.write(f"{error.filename or 'output'}: {error.strerror}.\n")
+                sys.stderr.flush()
+    return code
