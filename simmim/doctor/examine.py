@@ -17,7 +17,7 @@ from simmim.doctor.files import check_labelled_files
 from simmim.doctor.hyperparameters import check_hyperparameters
 from simmim.doctor.memory import check_disk, check_memory
 from simmim.doctor.shards import check_order, check_shards, check_workers
-from simmim.engine.checkpoint.directory import find_checkpoint
+from simmim.engine.checkpoint.choosing import choose_checkpoint
 from simmim.engine.checkpoint.resume import resumable_state
 from simmim.engine.devices import build_accelerator
 from simmim.engine.distributed.environment import check_parallelism, requested_cpu_processes
@@ -136,12 +136,20 @@ def _disk(stage: TaskStage, run: RunFolder) -> Check:
 
 def check_run(run: RunFolder, stage: TaskStage, resume: str | None) -> Check:
     """Check that training may write into its folder, and resume from the checkpoint in it."""
-    checkpoint = None if resume is None else find_checkpoint(run.checkpoints, resume)
+    chosen = choose_checkpoint(run.checkpoints, resume, run=run.identity())
+    checkpoint = chosen.path
     run.check(stage.recipe, resume=resume is not None, checkpoint=checkpoint)
     if checkpoint is None:
         return Check(name="run folder", verdict="ok", found=f"training starts in {run.path}")
     step = resumable_state(checkpoint, stage, allow_changes=False).step
     found = f"training resumes in {run.path} from {checkpoint}, after step {step:,}"
+    if chosen.rejected:
+        return Check(
+            name="run folder",
+            verdict="warning",
+            found=f"{found}; rejected: {'; '.join(chosen.rejected.values())}",
+            change="copy them again from where they were saved, or train those steps again",
+        )
     return Check(name="run folder", verdict="ok", found=found)
 
 

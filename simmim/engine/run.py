@@ -16,6 +16,9 @@ from simmim.engine.checkpoint.directory import (
 from simmim.engine.folder_lock import LOCK, lock_folder
 from simmim.recipe import differences, read_values, to_values, to_yaml
 
+IDENTITY = "run.json"
+"""File in the run folder with the identity of the run."""
+
 FREE_TO_CHANGE = (
     "data.shards",  # they may have moved; `resumable_state` compares their digest
     "data.workers",
@@ -136,6 +139,31 @@ class RunFolder:
                 "--allow-recipe-changes."
             )
         return changed
+
+    def identity(self) -> str:
+        """Return the random identity of the run, which its checkpoints carry; empty without one.
+
+        Raises:
+            ValueError: the file that holds it is damaged.
+        """
+        file = self.path / IDENTITY
+        try:
+            found = json.loads(file.read_bytes())["run"]
+        except FileNotFoundError:
+            return ""  # a new run, or one of an earlier version
+        except (ValueError, KeyError, TypeError, RecursionError):
+            found = None
+        if not isinstance(found, str):
+            raise ValueError(
+                f"{file} is damaged: remove it, and the run takes the identity of the checkpoint "
+                "that it resumes from."
+            )
+        return found
+
+    def set_identity(self, identity: str) -> None:
+        """Write the identity of the run, unless it is written already."""
+        if self.identity() != identity:
+            atomic_write_text(self.path / IDENTITY, json.dumps({"run": identity}) + "\n")
 
     def _is_empty(self) -> bool:
         return all(path.name == LOCK for path in self.path.iterdir())

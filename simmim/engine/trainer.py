@@ -1,5 +1,6 @@
 """State of a training, and the bookkeeping between its steps."""
 
+import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -7,15 +8,17 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from simmim.data.loader.batch import Batch
+from simmim.engine.checkpoint.choosing import Choice, choose_checkpoint
 from simmim.engine.checkpoint.directory import (
     Best,
     TrainingState,
     checkpoint_path,
-    find_checkpoint,
     is_better,
+    set_aside,
     write_best,
 )
 from simmim.engine.checkpoint.ema import averaged, forget_average, update_average
@@ -67,6 +70,9 @@ class Trainer:
         self.begun_step = -1
         """Step of the last checkpoint that was begun."""
         self.best: Best | None = None
+        self.identity = run.identity() or secrets.token_hex(8)
+        """Identity of the run, as rank 0 writes it; a resumed run keeps its own."""
+        self.chosen = Choice(path=None)
         self.lr = 0.0
         self.losses: list[Tensor] = []
         self.watchdog = Watchdog(self.settings.rank_timeout)
@@ -109,17 +115,31 @@ class Trainer:
         """Resume from a checkpoint, or else load initial weights.
 
         Args:
-            resume: None, `auto`, or the path of a checkpoint; see `find_checkpoint`.
+            resume: None, `auto`, or the path of a checkpoint; see `choose_checkpoint`.
             init_from: initial weights if no checkpoint is resumed; see `load_initial`.
             allow_changes: resume with another batch size than the checkpoint's.
 
         Returns:
-            A message on the initial weights that were loaded, if any.
+            A message on rejected checkpoints, or on the initial weights that were loaded, if any.
         """
-        found = None if resume is None else find_checkpoint(self.run.checkpoints, resume)
-        if found is not None:
-            self.restore(found, allow_changes=allow_changes)
-            return None
+        self.chosen = choose_checkpoint(
+            self.run.checkpoints,
+            resume,
+            run=self.run.identity(),
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            gather=lambda reason: gather_object([reason]),
+        )
+        if self.chosen.path is not None:
+            if self.chosen.rejected:  # its recipe has not been compared yet
+                self.run.check(
+                    self.stage.recipe,
+                    resume=True,
+                    checkpoint=self.chosen.path,
+                    allow_changes=allow_changes,
+                )
+            self.restore(self.chosen.path, allow_changes=allow_changes)
+            return self.chosen.warning
         return None if init_from is None else load_initial(init_from, self.stage.module)
 
     def restore(self, path: Path, *, allow_changes: bool) -> None:
@@ -142,6 +162,7 @@ class Trainer:
             )
         self.step = self.saved_step = self.begun_step = state.step
         self.cursor, self.skipped = state.cursor, state.skipped_steps
+        self.identity = state.run or self.identity
         if state.best is not None and checkpoint_path(path.parent, state.best.step).is_dir():
             self.best = state.best
         if self.settings.ema_decay is None:
@@ -149,9 +170,15 @@ class Trainer:
         self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in state.losses]
 
     def begin_run(self) -> None:
-        """Bring the run folder to the current step: recipe, metrics, checkpoints, best.json."""
+        """Bring the run folder to the current step: recipe, metrics, checkpoints, best.json.
+
+        Checkpoints that cannot be used are renamed, not removed.
+        """
         if self.accelerator.is_main_process:
+            for path in self.chosen.rejected:
+                set_aside(path)
             self.run.begin(self.stage.recipe, step=self.step)
+            self.run.set_identity(self.identity)
             write_best(self.run.path, self.best)
         self.accelerator.wait_for_everyone()
 
@@ -263,6 +290,7 @@ class Trainer:
             processes=self.accelerator.num_processes,
             skipped_steps=self.skipped,
             best=self.best,
+            run=self.identity,
         )
         contents = rank_contents(
             self.stage.module, self.optimizer, self.accelerator, state, to_yaml(self.stage.recipe)

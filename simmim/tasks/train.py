@@ -11,6 +11,7 @@ from accelerate.utils import broadcast_object_list
 
 from data_prep.format.text import count_noun
 from simmim.data.order.order import describe_order, needless_slots
+from simmim.engine.checkpoint.choosing import choose_checkpoint
 from simmim.engine.checkpoint.directory import best_checkpoint, find_checkpoint
 from simmim.engine.devices import build_accelerator
 from simmim.engine.distributed.environment import check_parallelism, requested_cpu_processes
@@ -108,12 +109,14 @@ def check_folder(
     """Check that a run folder can be used; return the accepted changes of the recipe.
 
     Raises:
-        ValueError: see `RunFolder.check` and `find_checkpoint`.
+        ValueError: see `RunFolder.check` and `choose_checkpoint`.
     """
     return run.check(
         recipe,
         resume=resume is not None,
-        checkpoint=None if resume is None else find_checkpoint(run.checkpoints, resume),
+        checkpoint=choose_checkpoint(
+            run.checkpoints, resume, run=run.identity(), tensors=False
+        ).path,
         allow_changes=allow_changes,
     )
 

@@ -2,31 +2,48 @@
 
 `step-00001000/` holds `model-….safetensors` and `optimizer-….safetensors`, one file of each or one
 per rank, `optimizer.json`, `state.json` and `recipe.yaml`. It is written under a temporary name,
-renamed, and then marked complete. Nothing in it can run code.
+renamed, and then marked complete; the mark holds the digests of the other files. Nothing in it can
+run code.
 """
 
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from data_prep.format.atomic import atomic_write_text
+from simmim.engine.checkpoint.digests import (
+    FileDigest,
+    describe_difference,
+    digest_file,
+    join_notes,
+    read_marker,
+)
 
 COMPLETE = "complete"
-"""Name of the empty file that marks a complete checkpoint."""
+"""Name of the file that marks a complete checkpoint. It holds the digests of the other files; of a
+checkpoint of an earlier version it is empty."""
 MODEL, OPTIMIZER = "model", "optimizer"
 """Prefixes of the files with tensors."""
 STATE_FILE, SCALARS_FILE, RECIPE_FILE = "state.json", "optimizer.json", "recipe.yaml"
 BEST_FILE = "best.json"
 """File in the run folder that names the best checkpoint."""
 
+AN_EARLIER_ONE = "Resume from an earlier checkpoint with --resume PATH."
+"""The remedy for a checkpoint that cannot be read."""
+LARGEST = 2**63 - 1
+"""Largest integer in a state."""
+
 Content = TypeVar("Content")
+Scalars = dict[str, dict[str, Any]]
+"""State of the optimiser without its tensors, by the name of the parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +85,35 @@ class TrainingState:
     """Steps without an update, because of a non-finite loss or gradient."""
     best: Best | None = None
     """The best validation so far, whose checkpoint is kept."""
+    run: str = ""
+    """Identity of the run; empty in checkpoints of earlier versions."""
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{name} is {value}; it must be {least} to {most}"
+            for name, value, least, most in self._ranges()
+            if not least <= value <= most
+        ]
+        if self.best is not None and not math.isfinite(self.best.value):
+            wrong.append(f"best.value is {self.best.value}; it must be finite")
+        for name, number in (self.scaler or {}).items():
+            if not (math.isfinite(number) and number >= 0):
+                wrong.append(f"scaler.{name} is {number}; it must be finite, and 0 or more")
+        if wrong:
+            raise ValueError("; ".join(wrong))
+
+    def _ranges(self) -> Iterator[tuple[str, int, int, int]]:
+        """Yield name, value, least and most of each number."""
+        yield "total_steps", self.total_steps, 0, LARGEST
+        yield "step", self.step, 0, self.total_steps
+        yield "batch_size", self.batch_size, 1, LARGEST
+        # Every step takes one sample or more, of whatever batch size it was.
+        yield "cursor", self.cursor, self.step, LARGEST if self.step else 0
+        yield "seed", self.seed, -LARGEST - 1, LARGEST
+        yield "processes", self.processes, 1, LARGEST
+        yield "skipped_steps", self.skipped_steps, 0, self.step
+        if self.best is not None:
+            yield "best.step", self.best.step, 0, self.step
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -103,12 +149,13 @@ def finish_checkpoint(folder: Path, step: int, shard_count: int) -> Path:
                     f"{file} is missing though its process has written it: the run folder must be "
                     "on a file system that all machines share."
                 )
+    digests = join_notes(temporary)
     _fsync(temporary)
     if path.exists():  # left unmarked by a kill between rename and mark, or trained again
         _remove(path)
     temporary.rename(path)
     _fsync(folder)
-    atomic_write_text(path / COMPLETE, "")
+    atomic_write_text(path / COMPLETE, digests)
     return path
 
 
@@ -206,6 +253,15 @@ def remove_later_checkpoints(folder: Path, step: int) -> None:
             _remove(path)
 
 
+def set_aside(path: Path) -> Path:
+    """Rename a checkpoint that cannot be used, so that it is neither found nor removed."""
+    aside = path.with_name(f"rejected-{path.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    path.rename(aside)
+    return aside
+
+
 def _checkpoints(folder: Path) -> list[Path]:
     """Return the folders named as checkpoints, complete or not, by rising step."""
     named = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
@@ -257,39 +313,87 @@ def best_checkpoint(run: Path) -> Path:
     """
     try:
         named = json.loads((run / BEST_FILE).read_text(encoding="utf-8"))
-        return run / str(named["checkpoint"])
-    except (OSError, ValueError, KeyError, TypeError):
+        step = re.fullmatch(r"checkpoints/step-(\d+)", named["checkpoint"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        step = None
+    if step is None:
         raise ValueError(
             f"{run} names no best checkpoint: train with training.keep_best true and validation "
             "data, or leave out --best for the last checkpoint."
-        ) from None
+        )
+    return run / step[0]
 
 
 def load_state(path: Path) -> TrainingState:
     """Read the training state of a checkpoint.
 
     Raises:
-        ValueError: the file cannot be read or does not hold a training state.
+        ValueError: the file cannot be read, is not what was written, or does not hold a training
+            state.
     """
     return read_json(path / STATE_FILE, TypeAdapter(TrainingState), strict=True)
 
 
 def read_json(file: Path, content: "TypeAdapter[Content]", *, strict: bool = False) -> Content:
-    """Read a JSON file of a checkpoint and validate its content.
+    """Read a JSON file of a checkpoint and validate its content and its digest.
 
     Raises:
-        ValueError: the file cannot be read or has other content.
+        ValueError: the file cannot be read, has other content, or is not what was written.
     """
     try:
-        return content.validate_json(file.read_bytes(), strict=strict)
+        found = content.validate_json(file.read_bytes(), strict=strict)
     except ValidationError as error:
         mistakes = [(".".join(map(str, found["loc"])), found["msg"]) for found in error.errors()]
-        reason = "; ".join(f"{where}: {what}" if where else what for where, what in mistakes)
+        reason = "; ".join(
+            f"{where}: {what}" if where else what.removeprefix("Value error, ")
+            for where, what in mistakes
+        )
     except OSError as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+    else:
+        check_file(file)
+        return found
     raise ValueError(unreadable_message(file, reason))
+
+
+def recorded_digests(path: Path) -> dict[str, FileDigest] | None:
+    """Return the digests that a checkpoint recorded of its files, by name.
+
+    None if there are none: it is of an earlier version, or `path` is not a checkpoint.
+
+    Raises:
+        ValueError: they cannot be read.
+    """
+    if not (path / COMPLETE).is_file():
+        return None
+    try:
+        return read_marker(path / COMPLETE)
+    except ValueError as error:
+        raise ValueError(unreadable_message(path / COMPLETE, str(error))) from None
+
+
+def check_file(file: Path) -> None:
+    """Compare a file of a checkpoint with its digest, if the checkpoint recorded one.
+
+    Raises:
+        ValueError: it is missing, cannot be read, or is not what was written.
+    """
+    digests = recorded_digests(file.parent)
+    if digests is None:
+        return
+    try:
+        recorded = digests.get(file.name)
+        reason = (
+            "it does not belong to this checkpoint"
+            if recorded is None
+            else describe_difference(recorded, digest_file(file))
+        )
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+    if reason is not None:
+        raise ValueError(unreadable_message(file, reason))
 
 
 def unreadable_message(path: Path, reason: str) -> str:
     """Return the error message for a part of a checkpoint that cannot be read."""
-    return f"{path} cannot be read: {reason}. Resume from an earlier checkpoint with --resume PATH."
+    return f"{path} cannot be read: {reason}. {AN_EARLIER_ONE}"

@@ -14,6 +14,7 @@ from simmim.engine.checkpoint.directory import (
     OPTIMIZER,
     RECIPE_FILE,
     SCALARS_FILE,
+    Scalars,
     TrainingState,
     complete_checkpoints,
     load_state,
@@ -64,12 +65,14 @@ def restore(
 ) -> TrainingState:
     """Load a checkpoint, written by any number of ranks, into a stage and its optimiser.
 
+    It is one that `choose_checkpoint` has verified.
+
     Raises:
         ValueError: the checkpoint belongs to another model, does not fit or cannot be read.
     """
     state = resumable_state(path, stage, allow_changes=allow_changes)
-    load_model(path, stage.module)
-    load_optimizer(path, optimizer)
+    load_model(path, stage.module, verified=True)
+    load_optimizer(path, optimizer, verified=True)
     if accelerator.scaler is not None and state.scaler is not None:
         accelerator.scaler.load_state_dict(state.scaler)
     return state
@@ -107,13 +110,18 @@ def resumable_state(path: Path, stage: Resumable, *, allow_changes: bool) -> Tra
     return state
 
 
-def load_model(path: Path, model: nn.Module) -> None:
+def load_model(path: Path, model: nn.Module, *, verified: bool = False) -> None:
     """Load the weights of a checkpoint.
+
+    Args:
+        path: a checkpoint.
+        model: its weights are replaced.
+        verified: the digests have been compared already.
 
     Raises:
         ValueError: a file cannot be read, or a tensor is missing, unexpected or of another shape.
     """
-    with ShardFiles(path, MODEL) as files:
+    with ShardFiles(path, MODEL, verified=verified) as files:
         restore_model(model, files)
 
 
@@ -127,16 +135,21 @@ def read_model(path: Path) -> dict[str, Tensor]:
         return files.read_all()
 
 
-def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
+def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, *, verified: bool = False) -> None:
     """Load the optimiser state of a checkpoint by the names of the parameters.
 
     Hyperparameters such as weight decay and betas are kept from `optimizer`, that is, the recipe.
 
+    Args:
+        path: a checkpoint.
+        optimizer: its state is replaced.
+        verified: the digests have been compared already.
+
     Raises:
         ValueError: a file cannot be read, or lacks a parameter of `optimizer`.
     """
-    scalars = read_json(path / SCALARS_FILE, TypeAdapter(dict[str, dict[str, Any]]))
-    with ShardFiles(path, OPTIMIZER) as files:
+    scalars = read_json(path / SCALARS_FILE, TypeAdapter(Scalars))
+    with ShardFiles(path, OPTIMIZER, verified=verified) as files:
         restore_optimizer(optimizer, files, scalars)
 
 

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from simmim.disk import why_not_written
+from simmim.engine.checkpoint.digests import FileDigest, digest_text, note_digests
 from simmim.engine.checkpoint.directory import (
     MODEL,
     OPTIMIZER,
@@ -102,16 +103,20 @@ def write_contents(folder: Path, step: int, contents: RankContents) -> None:
     """
     temporary = temporary_path(folder, step)
     temporary.mkdir(parents=True, exist_ok=True)
+    digests: dict[str, FileDigest] = {}
     for kind, shards in ((MODEL, contents.model), (OPTIMIZER, contents.optimizer)):
         file = shard_path(temporary, kind, contents.shard, contents.shard_count)
         with _naming(file):
-            write_shards(file, shards)
+            digests[file.name] = write_shards(file, shards)
     for name, text in contents.texts.items():
         file = temporary / name
         with _naming(file), file.open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
+        digests[name] = digest_text(text)
+    with _naming(temporary):
+        note_digests(temporary, contents.shard, digests)
 
 
 @contextmanager

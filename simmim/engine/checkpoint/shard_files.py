@@ -4,6 +4,7 @@ A file is written straight from memory, without a copy and without the GIL, and 
 metadata says which rows of a tensor it holds; a tensor that is not listed there is whole.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -12,13 +13,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
+from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from simmim.engine.checkpoint.directory import shard_path, unreadable_message
+from simmim.engine.checkpoint.digests import FileDigest
+from simmim.engine.checkpoint.directory import check_file, shard_path, unreadable_message
 
 Entry = TypeVar("Entry")
 
@@ -36,6 +39,7 @@ DTYPE_NAMES = {
 }
 """Names of the dtypes in safetensors."""
 
+_RANGES = TypeAdapter(dict[str, Annotated[list[NonNegativeInt], Field(min_length=1)]])
 ALIGNMENT = 8
 """The header is padded to a multiple of this many bytes."""
 
@@ -61,8 +65,11 @@ def whole_tensor(tensor: Tensor) -> TensorShard:
     return TensorShard(tensor, 0, tuple(tensor.shape))
 
 
-def write_shards(file: Path, shards: Mapping[str, TensorShard]) -> None:
+def write_shards(file: Path, shards: Mapping[str, TensorShard]) -> FileDigest:
     """Write shards of tensors on the CPU to one safetensors file and flush it to disk.
+
+    Returns:
+        The digest of what was written.
 
     Raises:
         OSError: the file cannot be written, for example because the disk is full.
@@ -86,19 +93,52 @@ def write_shards(file: Path, shards: Mapping[str, TensorShard]) -> None:
         }
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % ALIGNMENT)
+    begin = len(header).to_bytes(8, "little") + header
+    hashed = hashlib.sha256(begin)
     with file.open("wb", buffering=0) as raw:
-        _write_all(raw.fileno(), len(header).to_bytes(8, "little") + header)
+        _write_all(raw.fileno(), begin)
         for _, shard in ordered:
             if shard.rows.numel():
                 flat = shard.rows.detach().contiguous().view(-1).view(torch.uint8)
+                hashed.update(flat.numpy().data)  # 1 s of one core for each GiB, without the GIL
                 _write_all(raw.fileno(), flat.numpy().data)
         os.fsync(raw.fileno())
+    return FileDigest(len(begin) + end, hashed.hexdigest())
 
 
 def _write_all(descriptor: int, data: bytes | memoryview) -> None:
     left = memoryview(data)
     while left:
         left = left[os.write(descriptor, left) :]
+
+
+def shard_files(folder: Path, kind: str) -> list[Path]:
+    """Return the paths of all shard files of one kind in a folder, the missing ones included.
+
+    Raises:
+        ValueError: there are files of several sets.
+    """
+    pattern = re.compile(rf"{kind}-(\d+)-of-(\d+)\.safetensors")
+    found = [match for path in folder.glob("*") if (match := pattern.fullmatch(path.name))]
+    counts = {int(match[2]) for match in found} or {1}
+    if len(counts) > 1:
+        raise _damaged(folder, f"it mixes sets of {sorted(counts)} {kind} files")
+    (count,) = counts
+    if count > max(1, 2 * len(found)):
+        raise _damaged(folder, f"it has {len(found)} of {count:,} {kind} files")
+    return [shard_path(folder, kind, number, count) for number in range(count)]
+
+
+def read_ranges(text: str) -> dict[str, list[int]]:
+    """Read the part of a header that says which rows a file holds: name → first row and shape.
+
+    Raises:
+        ValueError: it says something else; the message is the reason.
+    """
+    try:
+        return _RANGES.validate_json(text, strict=True)
+    except ValidationError:
+        raise ValueError("its header does not say which rows it holds") from None
 
 
 class ShardFiles:
@@ -108,20 +148,25 @@ class ShardFiles:
         folder: folder of the files.
         kind: prefix of their names.
         file: name of a single file to read instead.
+        verified: the digests have been compared already.
 
     Raises:
         ValueError: files or rows are missing or damaged.
     """
 
-    def __init__(self, folder: Path, kind: str, *, file: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, kind: str, *, file: str | None = None, verified: bool = False
+    ) -> None:
         self.folder, self.kind = folder, kind
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._prefix = ""
         self._open = ExitStack()
         self._held: dict[str, list[tuple[int, int, Path, Any]]] = {}
         try:
-            for path in self._files() if file is None else [folder / file]:
+            for path in shard_files(folder, kind) if file is None else [folder / file]:
                 self._read_header(path)
+                if not verified:
+                    check_file(path)
             self._check_rows()
         except BaseException:
             self._open.close()
@@ -129,6 +174,10 @@ class ShardFiles:
 
     def __enter__(self) -> "ShardFiles":
         return self
+
+    def close(self) -> None:
+        """Close the files."""
+        self._open.close()
 
     def __exit__(
         self,
@@ -138,28 +187,31 @@ class ShardFiles:
     ) -> None:
         self._open.close()
 
-    def _files(self) -> list[Path]:
-        pattern = re.compile(rf"{self.kind}-(\d+)-of-(\d+)\.safetensors")
-        found = [match for path in self.folder.glob("*") if (match := pattern.fullmatch(path.name))]
-        counts = {int(match[2]) for match in found} or {1}
-        if len(counts) > 1:
-            raise _damaged(self.folder, f"it mixes sets of {sorted(counts)} {self.kind} files")
-        (count,) = counts
-        return [shard_path(self.folder, self.kind, number, count) for number in range(count)]
-
     def _read_header(self, path: Path) -> None:
         try:
             file = self._open.enter_context(safe_open(path, framework="pt", device="cpu"))
-            rows = json.loads((file.metadata() or {}).get("rows", "{}"))
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                held_shape = tuple(file.get_slice(name).get_shape())
-                first, *shape = rows.get(name, [0, *held_shape])
-                count = held_shape[0] if held_shape else 1
-                self._held.setdefault(name, []).append((first, first + count, path, file))
-                if self.shapes.setdefault(name, tuple(shape)) != tuple(shape):
-                    raise _damaged(path, f"{name} has another shape in another file")
-        except (OSError, SafetensorError, json.JSONDecodeError) as error:
+            ranges = read_ranges((file.metadata() or {}).get("rows", "{}"))
+            held = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError, ValueError) as error:
             raise _damaged(path, error) from None
+        unknown = sorted(ranges.keys() - held.keys())
+        if unknown:
+            raise _damaged(path, f"it has rows of {unknown[0]} in its header, but no such tensor")
+        for name, held_shape in held.items():
+            first, *shape = ranges.get(name, [0, *held_shape])
+            count = held_shape[0] if held_shape else 1
+            if name in ranges and (not shape or held_shape[1:] != tuple(shape[1:])):
+                raise _damaged(
+                    path, f"{name} has the shape {list(held_shape)} in it, as rows of {shape}"
+                )
+            if shape and not 0 <= first <= first + count <= shape[0]:
+                raise _damaged(
+                    path,
+                    f"it has rows {first} to {first + count} of {name}, which has {shape[0]} rows",
+                )
+            self._held.setdefault(name, []).append((first, first + count, path, file))
+            if self.shapes.setdefault(name, tuple(shape)) != tuple(shape):
+                raise _damaged(path, f"{name} has another shape in another file")
 
     def _check_rows(self) -> None:
         for name, held in self._held.items():

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from simmim.engine.checkpoint.shard_files import ShardFiles, TensorShard, whole_tensor
 
+LIKE_PARAMETERS = ("exp_avg", "exp_avg_sq", "ema")
+"""Keys of an optimiser's state whose tensors have the shapes of the parameters."""
+
 
 def as_dtensor(tensor: Tensor) -> Any:
     """Return the tensor itself if it is a DTensor, else None."""
@@ -157,7 +160,7 @@ def restore_optimizer(
         scalars: the rest of the state, by parameter.
 
     Raises:
-        ValueError: `scalars` lacks a parameter of `optimizer`.
+        ValueError: `scalars` lacks a parameter of `optimizer`, or a tensor has another shape.
     """
     parameters = named_parameters(optimizer)
     missing = sorted(set(parameters) - set(scalars))
@@ -170,6 +173,17 @@ def restore_optimizer(
     for full in files.shapes:
         key, _, name = full.partition("/")
         keys.setdefault(name, []).append(key)
+    wrong = [
+        f"shape of {key}/{name}: {files.shapes[f'{key}/{name}']}, expected {tuple(parameter.shape)}"
+        for name, parameter in parameters.items()
+        for key in keys.get(name, ())
+        if key in LIKE_PARAMETERS and files.shapes[f"{key}/{name}"] != tuple(parameter.shape)
+    ]
+    if wrong:
+        raise ValueError(
+            f"{files.folder} does not fit the optimiser; use the recipe of that run:\n  "
+            + "\n  ".join(wrong)
+        )
     optimizer.state.clear()
     fused = {
         name: bool(group.get("fused") or group.get("capturable"))
