@@ -65,7 +65,7 @@ class StepCase:
     """Side of a patch in pixels."""
     in_channels: int = 3
     """Channels of the images."""
-    sizes: tuple[tuple[str, int | tuple[int, ...]], ...] = ()
+    sizes: tuple[tuple[str, float | tuple[int, ...]], ...] = ()
     """Fields of the encoder's config that override the variant's, with their values."""
     optimizer: bool = True
     """Whether the step includes AdamW; else forward and backward only."""

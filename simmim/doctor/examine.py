@@ -24,6 +24,7 @@ from simmim.engine.distributed.environment import check_parallelism, requested_c
 from simmim.engine.distributed.launcher import end_processes, end_with_launcher, start_processes
 from simmim.engine.run import RunFolder
 from simmim.tasks.all_tasks import TaskStage, task_named
+from simmim.tasks.architecture import overridden
 from simmim.tasks.loading import with_recorded_slots
 from simmim.tasks.recipe import TaskRecipe
 
@@ -51,7 +52,10 @@ def examine_training(
     start_processes()
     end_with_launcher()
     accelerator = build_accelerator(recipe.training.precision)
-    checks += examine(stages[0], run, accelerator, resume=resume, seconds=seconds)
+    line = overridden(recipe, stages[0].recipe)
+    if line is not None:
+        checks.append(Check(name="encoder", verdict="ok", found=line))
+    checks += examine(stages[0], run, accelerator, resume=resume, seconds=seconds, given=recipe)
     code = max(gather_value(accelerator, print_checks(checks)))  # the same on every rank
     end_processes(accelerator)
     return int(code)
@@ -74,6 +78,7 @@ def examine(
     *,
     resume: str | None,
     seconds: float,
+    given: TaskRecipe | None = None,
 ) -> list[Check]:
     """Check everything but the recipe; all ranks call it, and the main one has the results."""
     recipe, device, world = stage.recipe, accelerator.device, accelerator.num_processes
@@ -84,7 +89,7 @@ def examine(
             _report(name)
             checks.extend(attempt(name, examine))
 
-    check("run folder", lambda: [check_run(run, stage, resume)])
+    check("run folder", lambda: [check_run(run, stage, resume, given)])
     check("plan", lambda: check_hyperparameters(recipe, stage.samples_per_epoch, device))
     check("shards" if _reads_shards(stage) else "data", lambda: _check_data(stage))
     check("order", lambda: [check_order(stage.order, recipe.training.batch_size)])
@@ -134,11 +139,13 @@ def _disk(stage: TaskStage, run: RunFolder) -> Check:
     )
 
 
-def check_run(run: RunFolder, stage: TaskStage, resume: str | None) -> Check:
+def check_run(
+    run: RunFolder, stage: TaskStage, resume: str | None, given: TaskRecipe | None = None
+) -> Check:
     """Check that training may write into its folder, and resume from the checkpoint in it."""
     chosen = choose_checkpoint(run.checkpoints, resume, run=run.identity())
     checkpoint = chosen.path
-    run.check(stage.recipe, resume=resume is not None, checkpoint=checkpoint)
+    run.check(stage.recipe, resume=resume is not None, checkpoint=checkpoint, given=given)
     if checkpoint is None:
         return Check(name="run folder", verdict="ok", found=f"training starts in {run.path}")
     step = resumable_state(checkpoint, stage, allow_changes=False).step

@@ -75,7 +75,7 @@ def _what_fits(case: StepCase, placement: Placement, needed: int, there: int, sh
 def step_case(recipe: TaskRecipe, batch: int, mask_cell: int) -> StepCase:
     """Return the SimMIM step whose memory is estimated for a recipe."""
     encoder, size = recipe.encoder, recipe.data.image_size
-    names = ("embed_dim", "depths", "num_heads")
+    names = ("embed_dim", "depths", "num_heads", "extra_norm_every", "mlp_ratio")
     chosen = [(name, getattr(encoder, name)) for name in names]
     return StepCase(
         variant=encoder.variant,

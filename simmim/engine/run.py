@@ -103,6 +103,7 @@ class RunFolder:
         resume: bool,
         checkpoint: Path | None = None,
         allow_changes: bool = False,
+        given: Any = None,
     ) -> dict[str, str]:
         """Check, before anything is written, that this folder can be used.
 
@@ -111,6 +112,8 @@ class RunFolder:
             resume: whether to resume the run that is there.
             checkpoint: checkpoint to resume from, if any; its recipe is the one to compare with.
             allow_changes: accept any change of the recipe.
+            given: the recipe before the architecture that is trained was filled in, as earlier
+                versions saved it; None if it is the same.
 
         Returns:
             The accepted changes from the saved recipe: dotted key → `old → new`.
@@ -130,6 +133,9 @@ class RunFolder:
         if not saved.is_file():
             return {}
         changed = differences(read_values(saved), to_values(recipe))
+        if given is not None:
+            as_before = differences(read_values(saved), to_values(given))
+            changed = as_before if all(map(_is_free, as_before)) else changed
         refused = [f"{key}: {text}" for key, text in changed.items() if not _is_free(key)]
         if refused and not allow_changes:
             listed = "\n  ".join(refused)

@@ -11,7 +11,7 @@ from simmim.export.load_trained import TrainedModel, read_source
 from simmim.export.trial_image import TrialImage, trial_clip, trial_image
 from simmim.tasks.classification.classifier import load_classifier, save_head
 from simmim.tasks.features import pool
-from simmim.tasks.pretrained import HEAD_FOLDER
+from simmim.tasks.recipe import HEAD_FOLDER
 from simmim.tasks.segmentation.dense_stage import flat_output, load_dense, save_dense
 from swinv2 import SwinV2, VideoSwinV2, load_video_encoder, save_video_encoder
 from swinv2.bridges.onnx import MODEL_FILE, export_onnx

@@ -25,8 +25,7 @@ from simmim.tasks.all_tasks import FINE_TUNING, task_named
 from simmim.tasks.classification.classifier import read_head
 from simmim.tasks.fine_tuning import FineTuningStage
 from simmim.tasks.pretrain.stage import load_pretrained
-from simmim.tasks.pretrained import HEAD_FOLDER
-from simmim.tasks.recipe import FineTuningRecipe
+from simmim.tasks.recipe import HEAD_FOLDER, FineTuningRecipe
 from simmim.tasks.segmentation.dense_stage import DenseStage, load_dense
 from swinv2 import SwinV2, VideoSwinV2, load_video_encoder, read_video_config
 from swinv2.bridges.checkpoints import ClassifierHead, MaskedImageHead

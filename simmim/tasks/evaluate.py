@@ -21,6 +21,7 @@ from simmim.engine.distributed.launcher import (
 from simmim.engine.run import RunFolder
 from simmim.recipe import differences, load, read_values, to_values
 from simmim.tasks.all_tasks import task_named
+from simmim.tasks.architecture import overridden
 
 EVALUATIONS = "evaluations.jsonl"
 """File in the run with one line per evaluation."""
@@ -68,8 +69,11 @@ def evaluate(source: Path, overrides: Sequence[str] = (), *, best: bool = False)
     recipe, stage_type = _recipe(checkpoint, run, overrides)
     stage = stage_type(recipe)
     start_processes()
+    line = overridden(recipe, stage.recipe)
     training = recipe.training
     accelerator = build_accelerator(training.precision, training.rank_timeout)
+    if accelerator.is_main_process and line is not None:
+        sys.stderr.write(f"{line}\n")
     load_model(checkpoint, stage.module)
     averaged = load_average(checkpoint, stage.module)
     stage.module.to(accelerator.device).eval()

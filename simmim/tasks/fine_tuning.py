@@ -22,6 +22,7 @@ from simmim.data.order.source import SampleSource
 from simmim.data.transforms.image_transforms import Sample
 from simmim.engine.run import RunFolder
 from simmim.recipe import recipe_hash
+from simmim.tasks.architecture import resolve_architecture
 from simmim.tasks.loading import order_for, training_batches, with_slots
 from simmim.tasks.pretrained import InitialEncoder, load_initial_encoder
 from simmim.tasks.recipe import FineTuningRecipe
@@ -52,7 +53,7 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
     """None: fine-tuning has labels, and no online probe."""
 
     def __init__(self, recipe: RecipeT, training: DataT, validation: DataT | None) -> None:
-        self.recipe: RecipeT = with_slots(recipe, training)
+        self.recipe: RecipeT = with_slots(self.resolve(recipe), training)
         self.training_shards: DataT = training
         self.validation_shards: DataT | None = validation
         self.bad_samples = recipe.data.bad_samples()
@@ -62,12 +63,12 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
 
     @staticmethod
     def resolve(recipe: RecipeT) -> RecipeT:
-        """Return the recipe as a run of it keeps it, with measured values filled in.
+        """Return the recipe as a run of it records it: with the architecture that is trained.
 
         Raises:
-            ValueError: they were not measured.
+            ValueError: the encoder that it starts from or is compared with cannot be used.
         """
-        return recipe
+        return resolve_architecture(recipe)
 
     @staticmethod
     def load_initial(recipe: RecipeT) -> InitialEncoder[Any]:

@@ -1,26 +1,31 @@
 """`simmim labels`: fine-tuning with few labels, from pretrained and from random weights.
 
-Both initialisations get the same recipe. Each seed draws its own subset of the labels, the same one
-for both initialisations. Finished runs are not repeated; stopped ones are resumed.
+Both initialisations get the same recipe and train the same architecture, that of the pretrained
+encoder, on images of the same mean and std; both start with a random head. Each seed draws its own
+subset of the labels, the same one for both initialisations. Finished runs are not repeated; stopped
+ones are resumed.
 """
 
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from data_prep.format.atomic import atomic_write_text
+from data_prep.format.text import count_noun
 from simmim.engine.exit_codes import STOPPED
 from simmim.engine.folder_lock import lock_folder
 from simmim.engine.run import RunFolder
 from simmim.recipe import load, read_values
 from simmim.report.labels_page import LabelScores, labels_page, scores_svg, table_of
 from simmim.stop_signals import StopRelay
-from simmim.tasks.all_tasks import fine_tuning_named
-from simmim.tasks.recipe import SCRATCH, FineTuningRecipe
+from simmim.tasks.all_tasks import FINE_TUNING, fine_tuning_named
+from simmim.tasks.classification.recipe import ClassifierRecipe
+from simmim.tasks.loading import with_recorded_slots
+from simmim.tasks.recipe import HEAD_FOLDER, SCRATCH, FineTuningRecipe
 
 Start = Literal["pretrained", "scratch"]
 
@@ -68,37 +73,51 @@ def compare_labels(
         ValueError: the recipe cannot be used, a run in the folder has a different one, or a run
             failed.
     """
-    runs = list(_runs(fractions, seeds))
-    _check_runs(runs, config, init, folder, overrides)
+    task = fine_tuning_named(read_values(config, overrides).get("task"), config)
+    planned = {
+        run: _arguments(run, init, overrides, task.recipe) for run in _runs(fractions, seeds)
+    }
+    recipes: dict[LabelRun, FineTuningRecipe] = {
+        run: load(task.recipe, config, arguments) for run, arguments in planned.items()
+    }  # reports mistakes in a recipe before the first run
+    trained = {run: task.stage.resolve(recipe) for run, recipe in recipes.items()}
+    _check_runs(recipes, trained, folder)
     lock_folder(folder)
-    metric = _check_runs(runs, config, init, folder, overrides)  # others may have run meanwhile
+    metric = _check_runs(recipes, trained, folder)  # others may have run meanwhile
+    runs = list(planned)
+    notes = _notes(config, init, next(iter(trained.values())))
+    for note in notes[1:]:
+        sys.stderr.write(f"{note}\n")
     for number, run in enumerate(runs, start=1):
         place = RunFolder(path=folder / run.name)
         if _score(place, metric) is None:
             sys.stderr.write(f"run {number} of {len(runs)}: {run.name}\n")
-            if not _train(config, place, metric, _arguments(run, init, overrides)):
+            if not _train(config, place, metric, planned[run]):
                 return None
-        _write(folder, config, init, metric, _scores(folder, runs, metric))
+        _write(folder, notes, metric, _scores(folder, runs, metric))
     table = table_of(_scores(folder, runs, metric), metric)
     return "\n".join("  ".join(f"{cell:<20}" for cell in row).rstrip() for row in table)
 
 
 def _check_runs(
-    runs: Sequence[LabelRun], config: Path, init: str, folder: Path, overrides: Sequence[str]
+    recipes: Mapping[LabelRun, FineTuningRecipe],
+    trained: Mapping[LabelRun, FineTuningRecipe],
+    folder: Path,
 ) -> str:
-    """Report mistakes in a recipe before the first run; return the metric that is compared.
+    """Check the runs that are finished; return the metric that is compared.
 
     Raises:
-        ValueError: a recipe cannot be used, or a run in the folder has a different one.
+        ValueError: a run in the folder has a different recipe.
     """
-    task = fine_tuning_named(read_values(config, overrides).get("task"), config)
     metric = ""
-    for run in runs:
-        recipe: FineTuningRecipe = load(task.recipe, config, _arguments(run, init, overrides))
+    for run, recipe in recipes.items():
         metric = recipe.best_metric
         place = RunFolder(path=folder / run.name)
         if _score(place, metric) is not None:
-            place.check(task.stage.resolve(recipe), resume=True)
+            given, recorded = (
+                with_recorded_slots(one, place, "auto") for one in (recipe, trained[run])
+            )
+            place.check(recorded, resume=True, given=given)
     return metric
 
 
@@ -111,10 +130,19 @@ def _runs(fractions: Sequence[float], seeds: Sequence[int]) -> Iterator[LabelRun
                 yield LabelRun(start=start, fraction=fraction, seed=seed)
 
 
-def _arguments(run: LabelRun, init: str, overrides: Sequence[str]) -> list[str]:
+def _arguments(
+    run: LabelRun, init: str, overrides: Sequence[str], recipe: type[FineTuningRecipe]
+) -> list[str]:
     """Return the recipe overrides of a run."""
+    if run.start == SCRATCH:
+        start = {"init": SCRATCH, "like": init}
+    else:
+        start = {"init": init}
+        if issubclass(recipe, ClassifierRecipe) and (Path(init) / HEAD_FOLDER).is_dir():
+            # It may have been trained on all labels; and the other initialisation has none.
+            start["init_head"] = "false"
     own = {
-        "init": init if run.start == "pretrained" else SCRATCH,
+        **start,
         "data.fraction": f"{run.fraction:g}",
         "data.fraction_seed": str(run.seed),
         "training.seed": str(run.seed),
@@ -160,15 +188,45 @@ def _scores(folder: Path, runs: Sequence[LabelRun], metric: str) -> list[LabelSc
     ]
 
 
-def _write(
-    folder: Path, config: Path, init: str, metric: str, scores: Sequence[LabelScores]
-) -> None:
-    note = (
+def _notes(config: Path, init: str, trained: FineTuningRecipe) -> list[str]:
+    """Return paragraphs on what is compared: the protocol, the architecture, and any doubt."""
+    encoder = trained.encoder
+    sizes = (getattr(encoder, name) for name in ("embed_dim", "depths", "num_heads"))
+    custom = "" if all(size is None for size in sizes) else ", with sizes of its own"
+    protocol = (
         f"Fine-tuning with {config} from both initialisations; pretrained is {init}. Mean and "
         "standard deviation over seeds, each with its own subset of the labels; last validation "
         "of each run."
     )
-    page = labels_page("Accuracy with few labels", scores, metric, [note])
+    architecture = (
+        f"Both initialisations train the architecture of {init} ({encoder.variant}{custom}) on "
+        f"{trained.input_text}, {count_noun(encoder.in_channels, 'channel')}, with its mean and "
+        "std, and start with a random head."
+    )
+    notes = [protocol, architecture]
+    if saw_labels(init):
+        notes.append(
+            f"WARNING: {init} was fine-tuned with labels. Its head is not used, but its encoder "
+            "has learned from them: if they are these labels, the comparison shows more than "
+            "pretraining gives."
+        )
+    return notes
+
+
+def saw_labels(init: str) -> bool:
+    """Return whether an encoder is known to have been fine-tuned: a run, or an export with a head.
+
+    The encoder directory in a run counts as the run.
+    """
+    path = Path(init)
+    for recipe in (path / "recipe.yaml", path.parent / "recipe.yaml"):
+        if recipe.is_file() and read_values(recipe).get("task") in FINE_TUNING:
+            return True
+    return any((path / name).is_dir() for name in (HEAD_FOLDER, "segmentation", "detection"))
+
+
+def _write(folder: Path, notes: Sequence[str], metric: str, scores: Sequence[LabelScores]) -> None:
+    page = labels_page("Accuracy with few labels", scores, metric, notes)
     atomic_write_text(folder / "labels.html", page)
     atomic_write_text(folder / "labels.svg", scores_svg(scores) + "\n")
     text = json.dumps([asdict(one) for one in scores], indent=1)

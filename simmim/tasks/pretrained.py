@@ -9,13 +9,10 @@ import torch
 from simmim.data.settings import CroppedSettings
 from simmim.engine.checkpoint.directory import complete_checkpoints
 from simmim.engine.run import RunFolder
-from simmim.tasks.recipe import SCRATCH, EncoderSettings
+from simmim.tasks.recipe import HEAD_FOLDER, SCRATCH, EncoderSettings
 from swinv2 import SwinV2, build_encoder, load_encoder
 from swinv2.config_file import Provenance, read_encoder_config
 from swinv2.encoder import HierarchicalEncoder
-
-HEAD_FOLDER = "classifier"
-"""Folder in a run or a native export with a classifier's head and class names."""
 
 EncoderT = TypeVar("EncoderT", bound=HierarchicalEncoder)
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 SCRATCH = "scratch"
 """Value of `init` for random weights."""
 
+HEAD_FOLDER = "classifier"
+"""Folder in a run or a native export with a classifier's head and class names."""
+
 
 @settings
 class EncoderSettings:
@@ -35,6 +38,10 @@ class EncoderSettings:
     """Blocks of each stage; null is the variant's."""
     num_heads: tuple[int, ...] | None = None
     """Attention heads of each stage; null is the variant's."""
+    extra_norm_every: int | None = None
+    """Blocks of a stage between extra LayerNorms, 0 for none; null is the variant's."""
+    mlp_ratio: float | None = None
+    """Hidden units of a block's MLP per channel; null is 4."""
     drop_path: float = 0.0
     """Stochastic depth rate of the last block; it grows linearly from 0 at the first."""
 
@@ -62,7 +69,7 @@ class EncoderSettings:
         """
         replaced = {
             name: getattr(self, name)
-            for name in ("embed_dim", "depths", "num_heads")
+            for name in ("embed_dim", "depths", "num_heads", "extra_norm_every", "mlp_ratio")
             if getattr(self, name) is not None
         }
         return variant_config(
@@ -170,6 +177,11 @@ class TaskRecipe:
         return None
 
     @property
+    def architecture_source(self) -> str | None:
+        """Path of the trained weights whose architecture, mean and std are trained, if any."""
+        return self.init_directory
+
+    @property
     def input_text(self) -> str:
         """Size of the input and of the attention windows, for a person."""
         return f"{self.data.image_size} pixels with windows of {self.encoder.window_size}"
@@ -199,7 +211,11 @@ class FineTuningRecipe(TaskRecipe, ABC):
     init: str = SCRATCH
     """`scratch` for random weights, an encoder directory, or the folder of a finished run. Trained
     weights come with their architecture (variant, patch, channels, sizes), mean and std: then only
-    `window_size` and `drop_path` of `encoder` apply, and data.mean and data.std do not."""
+    `window_size` and `drop_path` of `encoder` apply, and data.mean and data.std do not; the recipe
+    in the run records what was trained."""
+    like: str | None = None
+    """For random weights: the encoder directory or run that they are compared with, whose
+    architecture, mean and std they take; null takes those of the recipe."""
     encoder: EncoderSettings
     """The encoder."""
     data: CroppedSettings
@@ -211,7 +227,12 @@ class FineTuningRecipe(TaskRecipe, ABC):
 
     def __post_init__(self) -> None:
         check_slots(self.data, self.training)
-        if self.init == SCRATCH:
+        if self.like is not None and self.init != SCRATCH:
+            raise ValueError(
+                f"like is {self.like} and init {self.init}: like is for init: scratch; leave it "
+                "out, trained weights have an architecture of their own."
+            )
+        if self.architecture_source is None:
             self.encoder.check_channels(self.data.mean)
             config = self.encoder.config(self.data.image_size)  # raises if sizes do not fit
             self.execution.check_stages(len(config.depths))
@@ -220,6 +241,11 @@ class FineTuningRecipe(TaskRecipe, ABC):
     def init_directory(self) -> str | None:
         """Path of the trained weights to start from; None for random ones."""
         return None if self.init == SCRATCH else self.init
+
+    @property
+    def architecture_source(self) -> str | None:
+        """Path of the trained weights whose architecture, mean and std are trained, if any."""
+        return self.init_directory or self.like
 
     @property
     @abstractmethod

@@ -3,8 +3,9 @@
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -23,21 +24,13 @@ from simmim.engine.distributed.launcher import (
 from simmim.engine.loop import TrainingResult, train
 from simmim.engine.monitor.tracking import chosen_trackers
 from simmim.engine.run import RunFolder
-from simmim.engine.settings import TrainingSettings
 from simmim.engine.stage import TrainingStage
 from simmim.report.page import write_report
+from simmim.tasks.architecture import overridden
 from simmim.tasks.loading import with_recorded_slots
+from simmim.tasks.recipe import TaskRecipe
 
-
-class HasTraining(Protocol):
-    """A recipe with training settings."""
-
-    @property
-    def training(self) -> TrainingSettings:
-        """The training settings."""
-
-
-RecipeT = TypeVar("RecipeT", bound=HasTraining)
+RecipeT = TypeVar("RecipeT", bound=TaskRecipe)
 
 
 def train_recipe(
@@ -73,21 +66,25 @@ def train_recipe(
         resume = "auto"
     recipe = with_recorded_slots(recipe, run, resume)
     stage = make_stage(recipe)
+    check = partial(check_folder, run, stage.recipe, recipe, resume, allow_changes=allow_changes)
     if int(os.environ.get("RANK", "0")) == 0:  # others would see what rank 0 has written
-        changed = check_folder(run, stage.recipe, resume, allow_changes=allow_changes)
-        if changed and requested_cpu_processes() < 2:  # printed once, by the process that trains
-            listed = "".join(f"\n  {key}: {text}" for key, text in changed.items())
-            sys.stderr.write(f"the recipe has changed:{listed}\n")
-        if resume is None and requested_cpu_processes() < 2 and needless_slots(stage.order):
-            sys.stderr.write(
-                f"WARNING: {describe_order(stage.order)}: remove data.slots to train on all.\n"
-            )
+        changed = check()
+        if requested_cpu_processes() < 2:  # printed once, by the process that trains
+            if changed:
+                listed = "".join(f"\n  {key}: {text}" for key, text in changed.items())
+                sys.stderr.write(f"the recipe has changed:{listed}\n")
+            line = overridden(recipe, stage.recipe)
+            sys.stderr.write("" if line is None else f"{line}\n")
+            if resume is None and needless_slots(stage.order):
+                sys.stderr.write(
+                    f"WARNING: {describe_order(stage.order)}: remove data.slots to train on all.\n"
+                )
     stage.bad_samples.write_to(run.bad_samples)
     world = max(requested_cpu_processes(), int(os.environ.get("WORLD_SIZE", "1")))
     stage.batches(rank=0, world=world, start=0, end=recipe.training.batch_size)
     start_processes()
     accelerator = build_accelerator(recipe.training.precision, recipe.training.rank_timeout)
-    lock_and_check_again(run, stage.recipe, accelerator, resume, allow_changes=allow_changes)
+    lock_and_check_again(run, accelerator, check)
     result = train(
         stage,
         run,
@@ -104,9 +101,16 @@ def train_recipe(
 
 
 def check_folder(
-    run: RunFolder, recipe: object, resume: str | None, *, allow_changes: bool
+    run: RunFolder, recipe: object, given: object, resume: str | None, *, allow_changes: bool
 ) -> dict[str, str]:
     """Check that a run folder can be used; return the accepted changes of the recipe.
+
+    Args:
+        run: the run folder.
+        recipe: the recipe that is trained.
+        given: the recipe before the stage filled it in; see `RunFolder.check`.
+        resume: None, `auto`, or the path of a checkpoint.
+        allow_changes: accept any change.
 
     Raises:
         ValueError: see `RunFolder.check` and `choose_checkpoint`.
@@ -118,16 +122,12 @@ def check_folder(
             run.checkpoints, resume, run=run.identity(), tensors=False
         ).path,
         allow_changes=allow_changes,
+        given=given,
     )
 
 
 def lock_and_check_again(
-    run: RunFolder,
-    recipe: object,
-    accelerator: Accelerator,
-    resume: str | None,
-    *,
-    allow_changes: bool,
+    run: RunFolder, accelerator: Accelerator, check: Callable[[], object]
 ) -> None:
     """Lock the run folder and check it again; all ranks call this together.
 
@@ -140,7 +140,7 @@ def lock_and_check_again(
     if accelerator.is_main_process:
         try:
             run.lock()
-            check_folder(run, recipe, resume, allow_changes=allow_changes)
+            check()
         except (ValueError, OSError) as error:
             refusal = [str(error)]
     broadcast_object_list(refusal)

@@ -15,8 +15,11 @@ class ClassifierRecipe(FineTuningRecipe):
     init: str = SCRATCH
     """`scratch` for random weights, an encoder directory, or the folder of a finished run. Trained
     weights come with their architecture (variant, patch, channels, sizes), mean and std: then only
-    `window_size` and `drop_path` of `encoder` apply, and data.mean and data.std do not. The head of
-    a classification run, or of its native export, is used too if it has all classes by name."""
+    `window_size` and `drop_path` of `encoder` apply, and data.mean and data.std do not; the recipe
+    in the run records what was trained. For the head see `init_head`."""
+    init_head: bool | None = None
+    """Whether to start from the head of `init` too, of a classification run or its native export;
+    null takes it if it has all classes by name, true requires that, false starts a random head."""
     label_smoothing: float = 0.1
     """Label smoothing: fraction of the target spread evenly over all classes, 0 to below 1."""
 

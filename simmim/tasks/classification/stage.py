@@ -28,6 +28,7 @@ from simmim.data.transforms.labels import MultiLabelReader
 from simmim.data.transforms.mixing import draw_mixes, mix, partners
 from simmim.data.transforms.settings import AugmentationSettings
 from simmim.engine.run import RunFolder
+from simmim.tasks.architecture import resolve_architecture
 from simmim.tasks.classification.classifier import Classifier, copy_head, save_head
 from simmim.tasks.classification.multi_label import multi_label_figures, multi_label_losses
 from simmim.tasks.classification.recipe import (
@@ -39,7 +40,8 @@ from simmim.tasks.features import Normalise, sample_drop_path_noise
 from simmim.tasks.fine_tuning import DataT, FineTuningStage
 from simmim.tasks.loading import open_labelled, train_transform
 from simmim.tasks.metrics import AccuracySums, accuracy_sums
-from simmim.tasks.pretrained import HEAD_FOLDER, InitialEncoder
+from simmim.tasks.pretrained import InitialEncoder
+from simmim.tasks.recipe import HEAD_FOLDER
 from swinv2 import SwinV2, SwinV2Config, save_encoder
 from swinv2.config_file import Provenance
 from swinv2.flops import forward_flops
@@ -98,14 +100,26 @@ class ClassifierStage(FineTuningStage[RecipeT, DataT]):
         self, recipe: RecipeT, training: DataT, validation: DataT | None, classes: tuple[str, ...]
     ) -> None:
         super().__init__(recipe, training, validation)
+        recipe = self.recipe
         self.initial = initial = self.load_initial(recipe)
         self.classes = classes
         recipe.execution.apply(initial.encoder)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.training.seed)
             self.model = Classifier(initial.encoder, len(self.classes))
-        if initial.head is not None:
-            copy_head(self.model.head, self.classes, initial.head)
+        self._copy_head(initial.head, recipe.init_head)
+
+    def _copy_head(self, source: Path | None, wanted: bool | None) -> None:
+        """Start from a trained head, as the recipe's `init_head` says."""
+        if wanted is False:
+            return
+        copied = source is not None and copy_head(self.model.head, self.classes, source)
+        if wanted and not copied:
+            lacks = "has no head" if source is None else "has a head without all of the classes"
+            raise ValueError(
+                f"init_head is true, but {self.recipe.init} {lacks}: set it to null to start from "
+                "a random head, or name the classifier of these classes in init."
+            )
 
     @property
     def flops_per_sample(self) -> int:
@@ -164,7 +178,6 @@ class ClassificationStage(ClassifierStage[ClassificationRecipe, Shards]):
     module: ClassificationModule
 
     def __init__(self, recipe: ClassificationRecipe) -> None:
-        recipe = self.resolve(recipe)
         training, validation = open_split(recipe.data)
         several = recipe.data.multi_label
         classes = training.classes if several is None else several.classes
@@ -179,8 +192,9 @@ class ClassificationStage(ClassifierStage[ClassificationRecipe, Shards]):
 
     @staticmethod
     def resolve(recipe: ClassificationRecipe) -> ClassificationRecipe:
-        """Return the recipe with mean and std as measured; see `FineTuningStage.resolve`."""
-        return replace(recipe, data=with_statistics(recipe.data))
+        """Return the recipe as trained, with mean and std measured where no encoder has them."""
+        resolved = resolve_architecture(recipe)
+        return replace(resolved, data=with_statistics(resolved.data))
 
     @staticmethod
     def class_names(recipe: ClassificationRecipe) -> tuple[str, ...]:

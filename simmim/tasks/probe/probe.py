@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from data_prep.format.text import count_noun
 from simmim.data.datasets.mixture import Shards
 from simmim.data.datasets.opening import open_sets
 from simmim.data.loader.batches import evaluation_batches
@@ -19,9 +21,10 @@ from simmim.data.transforms.image_transforms import EvalTransform
 from simmim.tasks.features import Normalise, pooled_features
 from simmim.tasks.loading import open_labelled
 from simmim.tasks.metrics import accuracy_sums
+from simmim.tasks.pretrained import find_weights
 from simmim.tasks.probe.recipe import ProbeData, ProbeRecipe, ProbeSettings
 from swinv2 import SwinV2, build_encoder, load_encoder
-from swinv2.config_file import read_encoder_config
+from swinv2.config_file import EncoderDescription, read_encoder_config
 
 Start = Literal["pretrained", "scratch"]
 
@@ -59,10 +62,12 @@ def compare(recipe: ProbeRecipe, device: torch.device | str = "cpu") -> dict[Sta
     Raises:
         ValueError: the encoder directory or the shards cannot be used.
     """
-    description = read_encoder_config(recipe.encoder)
+    directory = find_weights(recipe.encoder).encoder
+    description = read_encoder_config(directory)
     pretrained = load_encoder(
-        recipe.encoder, image_size=recipe.data.image_size, window_size=recipe.data.window_size
+        directory, image_size=recipe.data.image_size, window_size=recipe.data.window_size
     )
+    sys.stderr.write(f"{describe(directory, description, pretrained)}\n")
     training, validation = open_probe_shards(recipe.data)
     starts: tuple[Start, ...] = ("pretrained", "scratch")
     results: dict[Start, ProbeResult] = {}
@@ -80,6 +85,24 @@ def compare(recipe: ProbeRecipe, device: torch.device | str = "cpu") -> dict[Sta
                 label=start,
             )
     return results
+
+
+def describe(directory: Path, description: EncoderDescription, probed: SwinV2) -> str:
+    """Return a line on the architecture and normalisation that both initialisations have."""
+    config, trained = probed.config, description.config
+    (height, width), (rows, columns) = config.image_size, config.window_size
+    line = (
+        f"the encoder of {directory} ({config.variant or 'sizes of its own'}, "
+        f"{count_noun(config.in_channels, 'channel')}, mean {list(description.mean)}, std "
+        f"{list(description.std)}) at {width}x{height} pixels with windows of {columns}x{rows}"
+    )
+    if (config.image_size, config.window_size) == (trained.image_size, trained.window_size):
+        return line
+    (height, width), (rows, columns) = trained.image_size, trained.window_size
+    return (
+        f"{line}; data.image_size and data.window_size override its {width}x{height} pixels "
+        f"with windows of {columns}x{rows}"
+    )
 
 
 def table(results: Mapping[Start, ProbeResult]) -> str:

@@ -69,7 +69,7 @@ class ProbeRecipe:
     task: Literal["probe"] = "probe"
     """Task of the recipe."""
     encoder: str
-    """Encoder directory."""
+    """Encoder directory, or the folder of a finished run."""
     init: Literal["pretrained", "scratch", "both"] = "both"
     """Weights: the directory's, random ones in the same architecture, or both in turn."""
     seed: int = 0

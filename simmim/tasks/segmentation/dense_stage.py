@@ -168,6 +168,7 @@ class DenseStage(FineTuningStage[RecipeT, DataT]):
         self, recipe: RecipeT, training: DataT, validation: DataT | None, names: Sequence[str]
     ) -> None:
         super().__init__(recipe, training, validation)
+        recipe = self.recipe
         self.names = names
         seed = recipe.training.seed
         initial = self.load_initial(recipe)

@@ -52,8 +52,8 @@ class VideoRecipe(ClassifierRecipe):
     that a still clip has the features of its image; or of a video encoder), or the folder of a
     finished run. Trained weights come with their architecture, mean and std: then only
     `window_size`, `window_frames`, `frame_patch` (of image encoders) and `drop_path` of `encoder`
-    apply, and data.mean and data.std do not. The head of a video run is used too if it has all
-    classes."""
+    apply, and data.mean and data.std do not; the recipe in the run records what was trained. For
+    the head see `init_head`."""
     encoder: VideoEncoderSettings
     """The encoder."""
     data: ClipDataSettings

@@ -137,13 +137,16 @@ def test_scratch_is_the_same_architecture_with_weights_of_the_seed(encoder_direc
 
 
 def test_compare_probes_both_starts_on_the_same_images(
-    shards: Path, encoder_directory: Path
+    shards: Path, encoder_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = {
-        "encoder": str(encoder_directory),
+        "encoder": str(encoder_directory.parent),  # a run: its encoder is in `encoder`
         "data": {"shards": str(shards), "workers": 0, "fraction": 0.5, "image_size": 24},
     }
     results = compare(parse(ProbeRecipe, values, "test"))
+    said = capsys.readouterr().err
+    assert "mean [0.4, 0.5, 0.6]" in said
+    assert "at 24x24 pixels with windows of 4x4; data.image_size" in said
     assert list(results) == ["pretrained", "scratch"]
     assert results["pretrained"].train_samples == results["scratch"].train_samples
     assert 36 <= results["scratch"].train_samples <= 48

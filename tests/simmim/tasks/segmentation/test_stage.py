@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,9 @@ def test_an_encoder_directory_brings_its_weights(values: dict[str, Any], tmp_pat
     run_training(build(changed(values, "training", steps=2)), tmp_path / "first")
     start = tmp_path / "first" / "encoder"
     wider = changed(changed(values, "encoder", window_size=8), "data", image_size=64)
-    stage = build(wider | {"init": str(start)})
+    others = {"variant": "base", "window_size": 8, "drop_path": 0.1}
+    stage = build(wider | {"init": str(start), "encoder": others})
+    assert stage.recipe.encoder == replace(build(wider).recipe.encoder, variant="base")
     inside, saved = stage.model.backbone.encoder.state_dict(), load_encoder(start).state_dict()
     assert all(torch.equal(part, saved[name]) for name, part in inside.items())
     norm = stage.model.backbone.hidden_states_norms["stage4"].state_dict()

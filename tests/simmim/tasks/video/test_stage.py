@@ -17,7 +17,7 @@ from simmim.engine.checkpoint.ema import read_average
 from simmim.engine.checkpoint.resume import read_model
 from simmim.engine.optimizer import layer_of, parameter_groups
 from simmim.engine.settings import OptimizerSettings
-from simmim.recipe import RecipeError, parse
+from simmim.recipe import RecipeError, load, parse
 from simmim.tasks.classification.classifier import load_classifier
 from simmim.tasks.video.recipe import VideoRecipe
 from simmim.tasks.video.stage import VideoStage
@@ -139,7 +139,7 @@ def test_a_run_trains_validates_and_exports_its_encoder(
         encoder, tmp_path / "image", mean=MEAN, std=STD, provenance=Provenance(step=5)
     )
     values["init"] = str(image)
-    values["encoder"]["drop_path"] = 0.2
+    values["encoder"] = {"variant": "small", "window_size": 4, "drop_path": 0.2}
     values["training"]["optimizer"]["layer_decay"] = 0.8
     code, lines = finetune(values, tmp_path)
     assert code == 0
@@ -149,6 +149,9 @@ def test_a_run_trains_validates_and_exports_its_encoder(
 
     description = read_video_config(tmp_path / "run" / "encoder")
     assert description.mean == MEAN
+    recorded = load(VideoRecipe, tmp_path / "run" / "recipe.yaml")
+    assert recorded.encoder.embed_dim == 32
+    assert recorded.data.mean == MEAN
     assert description.inflated_from is not None
     assert description.inflated_from.step == 5
     assert description.provenance.step == 3

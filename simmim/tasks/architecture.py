@@ -1,0 +1,94 @@
+"""The architecture that a fine-tuning trains: that of the encoder it starts from.
+
+Trained weights come with their sizes, mean and std, whatever the recipe says. The recipe of a run
+records what was trained, so what the recipe said before is replaced here, in one place.
+"""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from simmim.recipe import differences, to_values
+from simmim.tasks.pretrained import find_weights
+from simmim.tasks.recipe import EncoderSettings, FineTuningRecipe, TaskRecipe
+from swinv2.config import SwinV2Config, VideoConfig, variant_config
+from swinv2.config_file import (
+    EncoderDescription,
+    is_video_encoder,
+    read_encoder_config,
+    read_video_config,
+)
+
+RecipeT = TypeVar("RecipeT", bound=FineTuningRecipe)
+
+OF_VARIANT = ("embed_dim", "depths", "num_heads", "extra_norm_every", "mlp_ratio")
+"""Fields of the encoder's settings that are null where the variant's value holds."""
+
+
+def describe_directory(path: Path) -> EncoderDescription:
+    """Read the `config.json` of an encoder directory, of images or of clips."""
+    return read_video_config(path) if is_video_encoder(path) else read_encoder_config(path)
+
+
+def resolve_architecture(recipe: RecipeT) -> RecipeT:
+    """Return the recipe with the architecture, mean and std that it trains.
+
+    They come from the encoder that `init` names or, for random weights, `like`. Image size, window
+    and drop path stay the recipe's.
+
+    Raises:
+        ValueError: there is no such encoder, or it does not fit the recipe.
+    """
+    source = recipe.architecture_source
+    if source is None:
+        return recipe
+    description = describe_directory(find_weights(source).encoder)
+    try:
+        return replace(
+            recipe,
+            encoder=settings_of(recipe.encoder, description.config),
+            data=replace(recipe.data, mean=description.mean, std=description.std),
+            like=None,
+        )
+    except ValueError as error:
+        raise ValueError(f"the encoder of {source} does not fit the recipe: {error}") from None
+
+
+def settings_of(wanted: EncoderSettings, config: SwinV2Config) -> EncoderSettings:
+    """Return encoder settings with the architecture of a config; see `resolve_architecture`."""
+    variant = config.variant or wanted.variant
+    published = variant_config(variant)
+    values: dict[str, Any] = {
+        "variant": variant,
+        "patch_size": config.patch_size,
+        "in_channels": config.in_channels,
+    }
+    for name in OF_VARIANT:
+        value, usual = getattr(config, name), getattr(published, name)
+        as_given = variant == wanted.variant and getattr(wanted, name) == value
+        values[name] = value if as_given or value != usual else None
+    if isinstance(config, VideoConfig):
+        values["frame_patch"] = config.frame_patch
+    known = {field.name for field in fields(wanted)}
+    return replace(wanted, **{name: value for name, value in values.items() if name in known})
+
+
+def overridden(given: TaskRecipe, trained: TaskRecipe) -> str | None:
+    """Return a line on the settings of a recipe that the encoder overrides; None if there are none.
+
+    Args:
+        given: the recipe as it was given.
+        trained: the recipe with the architecture that is trained.
+    """
+    source = given.architecture_source
+    if source is None:
+        return None
+    found = differences(to_values(given), to_values(trained))
+    listed = [
+        f"{key} {text}"
+        for key, text in found.items()
+        if key.startswith("encoder.") or key in ("data.mean", "data.std")
+    ]
+    if not listed:
+        return None
+    return f"the encoder of {source} overrides the recipe: {', '.join(listed)}"
