@@ -132,8 +132,8 @@ def _add_command(
     )
     if name == "shard":
         about = (
-            "folder, zip, uncompressed tar or list (txt, tsv, csv, jsonl, parquet) of images; path "
-            "or URL"
+            "folder, zip, tar (also compressed) or list (txt, tsv, csv, jsonl, parquet) of images; "
+            "path or URL"
         )
         parser.add_argument("source", help=about)
         parser.epilog = _ABOUT_LISTS

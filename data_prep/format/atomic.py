@@ -6,9 +6,22 @@ anyway.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from data_prep.format.storage import Location, RemotePath
+
+
+@contextmanager
+def name_in_errors(path: Path) -> Iterator[None]:
+    """Add the path of a file to errors of the block that lack one, as of a write to a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def atomic_write_text(path: Location, text: str) -> None:

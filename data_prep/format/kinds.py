@@ -14,6 +14,7 @@ _MANY = "other kinds"
 _NAMED = 20
 _SUFFIX = re.compile(r"\.[a-z][a-z0-9_+-]{0,11}|\.7z|\.3gp|\.3g2")
 _COMPRESSED = re.compile(r"\.tar(\.[a-z0-9]{1,4})\Z")
+_ARCHIVE = re.compile(r"\.(?:zip|t(?:ar|gz|bz2?|xz)|tar\.(?:gz|bz2?|xz|lzma))\Z", re.IGNORECASE)
 _QUERY = re.compile(r"(\.[a-z0-9]{1,5})[?#&:@!].*\Z", re.DOTALL)
 
 
@@ -25,6 +26,17 @@ def suffix_of(path: str) -> str:
     name = path[path.rfind("/") + 1 :]  # a PurePosixPath would take longer than all the rest
     dot = name.rfind(".")
     return name[dot:].lower() if dot > 0 else ""
+
+
+def is_archive_name(path: str) -> bool:
+    """Return whether a file is called like an archive whose members are read."""
+    return _ARCHIVE.search(path) is not None
+
+
+def archive_stem(path: str) -> str:
+    """Return the name of an archive without its suffix; empty for other files."""
+    suffix = _ARCHIVE.search(path)
+    return path[path.rfind("/") + 1 : suffix.start()] if suffix else ""
 
 
 def is_hidden(path: str) -> bool:

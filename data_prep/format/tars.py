@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, cast
 
 from data_prep.format.pipes import PipedFile
 from data_prep.format.storage import Location, RemotePath
@@ -78,6 +78,11 @@ class _Part(io.RawIOBase):
         data = self._file.read(size)
         self._position += len(data)
         return data
+
+
+def open_part(file: IO[bytes], start: int, length: int) -> IO[bytes]:
+    """Return a byte range of an open file as a file of its own."""
+    return cast(IO[bytes], _Part(file, start, length))
 
 
 def is_tar(path: Location) -> bool:

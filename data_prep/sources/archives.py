@@ -1,57 +1,78 @@
-"""Zip and tar archives as sources; members are read at their recorded offsets."""
+"""Zips and tars as sources, with the archives in them; members are read at their offsets."""
 
 import struct
-import tarfile
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import PurePosixPath
+from pathlib import Path
 
+from data_prep.format.kinds import archive_stem, is_hidden
 from data_prep.format.storage import ByteReader, Location
-from data_prep.format.tars import TarError, describe_path_problem, describe_problem, walk_tar
+from data_prep.format.tars import TarError, open_part
 from data_prep.sources.files import SourceError, SourceFile, UnreadableFileError
+from data_prep.sources.members import Archive, list_members
+from data_prep.sources.unpacking import (
+    HEAD_BYTES,
+    UnpackedFiles,
+    UnpackError,
+    decompress,
+    inflate,
+    is_compressed,
+)
 
-_MAX_OFFSET = 2**62
 _EXTRA_BYTES = 64
+_HEADER_BYTES = 30
+_HEADER = b"PK\x03\x04"
+_EMPTY_ZIP = b"PK\x05\x06"
+_MAX_DEPTH = 3
+_MAX_OPEN = 32
+_WHOLE = "."
+"""Container of the members of a tar that is compressed as a whole."""
 
 
-class ZipSource:
-    """A zip; members are read at their offsets, so no process needs to hold the directory."""
+class ArchiveSource:
+    """A zip or tar, also compressed, and the archives in it.
+
+    An archive in it counts as a folder: files directly in it are labelled with its name without
+    suffix, others with their folder. Archives that allow no random access are unpacked once.
+
+    Args:
+        path: the archive.
+        is_zip: whether it is a zip rather than a tar.
+        scratch: folder of unpacked archives, shared by all processes; None: a temporary one.
+    """
 
     is_explicit = False
     classes: tuple[str, ...] | None = None
 
-    def __init__(self, path: Location) -> None:
+    def __init__(self, path: Location, *, is_zip: bool, scratch: Path | None = None) -> None:
         self.path = path
         self.skipped: Counter[str] = Counter()
-        self._bytes = ByteReader(path)
+        self._is_zip = is_zip
+        self._unpacked = UnpackedFiles(path, scratch)
+        self._readers: dict[str, ByteReader] = {}
 
     def files(self) -> Iterator[SourceFile]:
-        """Yield every member that is not a folder.
+        """Yield every member that is not a folder; those of archives in it in their place.
 
         Raises:
-            SourceError: the zip is damaged.
+            SourceError, TarError: it is damaged; damaged archives in it have a problem instead.
+            OSError: an archive in it cannot be unpacked for lack of space.
         """
+        self._unpacked.forget()
+        archive = Archive(self.path, is_zip=self._is_zip)
         try:
-            with self.path.open("rb") as file, zipfile.ZipFile(file) as archive:
-                members = archive.infolist()
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
-            raise SourceError(f"{self.path} is a damaged zip ({error}). Fetch it again.") from None
-        for member in members:
-            if not member.is_dir():
-                yield SourceFile(
-                    path=member.filename,
-                    size=member.file_size,
-                    stamp=member.CRC,
-                    offset=member.header_offset,
-                    stored=member.compress_size,
-                    method=member.compress_type,
-                    problem=_describe_zip_problem(member),
-                )
+            if not self._is_zip:
+                archive = self._decompress(archive, _WHOLE)
+            yield from self._walk(archive, 0)
+        except UnpackError as error:
+            raise TarError(f"{self.path} cannot be used: {error}. Fetch it again.") from None
+        except TarError as error:  # of an unpacked copy, which the user does not know
+            raise TarError(str(error).replace(str(archive.place), str(self.path))) from None
 
     def unmeasured_files(self) -> Iterator[SourceFile]:
-        """Yield every member that is not a folder; the directory of a zip has their sizes too."""
+        """Yield every member that is not a folder; archives have their sizes too."""
         return self.files()
 
     def read(self, file: SourceFile) -> bytes:
@@ -60,113 +81,120 @@ class ZipSource:
         Raises:
             UnreadableFileError: its data is truncated, damaged or longer than declared.
         """
-        # Name and extra field have any length, but nearly always at most this.
-        block = self._bytes.read(file.offset, 30 + len(file.path) + _EXTRA_BYTES + file.stored)
-        if len(block) < 30 or block[:4] != b"PK\x03\x04":
-            raise UnreadableFileError("its header in the zip is damaged")
-        start = 30 + sum(struct.unpack_from("<HH", block, 26))
-        data = block[start : start + file.stored]
-        if len(data) < file.stored:
-            data = self._bytes.read(file.offset + start, file.stored)
-        if file.method == zipfile.ZIP_DEFLATED:
-            try:
-                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, file.size + 1)
-            except zlib.error:
-                raise UnreadableFileError("its compressed data is damaged") from None
-        if len(data) != file.size or zlib.crc32(data) != file.stamp:
-            raise UnreadableFileError("its data does not match the zip's length and checksum")
-        return data
-
-    def close(self) -> None:
-        """Close the zip."""
-        self._bytes.close()
-
-
-class TarSource:
-    """An uncompressed tar; members are read at their offsets.
-
-    A member that is itself a tar is a class: its members are files labelled with its stem.
-    """
-
-    is_explicit = False
-    classes: tuple[str, ...] | None = None
-
-    def __init__(self, path: Location) -> None:
-        self.path = path
-        self.skipped: Counter[str] = Counter()
-        self._bytes = ByteReader(path)
-
-    def files(self) -> Iterator[SourceFile]:
-        """Yield every member that is not a folder.
-
-        Raises:
-            TarError: the tar is damaged.
-        """
-        for member in walk_tar(self.path):
-            if member.isdir():
-                continue
-            file = _describe_member(member)
-            if file.path.lower().endswith(".tar") and not file.problem:
-                yield from self._inner(file)
-            else:
-                yield file
-
-    def unmeasured_files(self) -> Iterator[SourceFile]:
-        """Yield every member that is not a folder; the headers of a tar have their sizes too."""
-        return self.files()
-
-    def _inner(self, tar: SourceFile) -> Iterator[SourceFile]:
-        """Yield the members of a tar inside the tar, and the inner tar itself if it is damaged."""
-        label = PurePosixPath(tar.path).stem
-        try:
-            for member in walk_tar(self.path, start=tar.offset, length=tar.size):
-                if not member.isdir():
-                    file = _describe_member(member)
-                    place = tar.offset + file.offset
-                    if file.offset + file.size > tar.size and not file.problem:
-                        file = file._replace(problem="the tar it is in is cut before its end")
-                    yield file._replace(path=f"{tar.path}/{file.path}", offset=place, label=label)
-        except TarError:
-            yield tar._replace(problem="it is a cut, damaged or compressed tar")
-
-    def read(self, file: SourceFile) -> bytes:
-        """Return the bytes of a member.
-
-        Raises:
-            UnreadableFileError: the tar is truncated.
-        """
-        data = self._bytes.read(file.offset, file.size)
+        reader = self._reader(file.container)
+        if file.stored:
+            return _read_zipped(reader, file)
+        data = reader.read(file.offset, file.size)
         if len(data) != file.size:
             raise UnreadableFileError("the tar is truncated")
         return data
 
     def close(self) -> None:
-        """Close the tar."""
-        self._bytes.close()
+        """Close the files and remove temporary ones."""
+        for reader in self._readers.values():
+            reader.close()
+        self._readers = {}
+        self._unpacked.close()
+
+    def _reader(self, container: str) -> ByteReader:
+        if container not in self._readers:
+            while len(self._readers) >= _MAX_OPEN:
+                self._readers.pop(next(iter(self._readers))).close()
+            place = self._unpacked.path(container) if container else self.path
+            if container and not place.exists():
+                raise UnreadableFileError("the unpacked copy of its archive is missing")
+            self._readers[container] = ByteReader(place)
+        return self._readers[container]
+
+    def _walk(self, archive: Archive, depth: int) -> Iterator[SourceFile]:
+        for file in list_members(archive):
+            stem = archive_stem(file.path)
+            if not stem or file.problem or is_hidden(file.path):
+                yield file
+                continue
+            if depth == _MAX_DEPTH:
+                yield file._replace(problem=f"it is in more than {_MAX_DEPTH} other archives")
+                continue
+            yield from self._inner(file, archive, stem, depth)
+
+    def _inner(
+        self, outer: SourceFile, archive: Archive, stem: str, depth: int
+    ) -> Iterator[SourceFile]:
+        """Yield the members of an archive in the archive; itself if it is damaged."""
+        try:
+            inner = self._open(outer, archive)
+            for file in self._walk(inner, depth + 1):
+                label = stem if file.label is None and "/" not in file.path else file.label
+                yield file._replace(path=f"{outer.path}/{file.path}", label=label)
+        except UnpackError as error:
+            yield outer._replace(problem=str(error))
+        except (SourceError, TarError):
+            plain = outer.path.lower().endswith(".tar")
+            kind = "cut, damaged or compressed tar" if plain else "cut or damaged archive"
+            yield outer._replace(problem=f"it is a {kind}")
+
+    def _open(self, file: SourceFile, archive: Archive) -> Archive:
+        """Return an archive in the archive as a range of a file, unpacked if need be."""
+        name = f"{archive.container}/{file.path}" if archive.container else file.path
+        if not file.stored:
+            inner = Archive(archive.place, archive.container, file.offset, file.size)
+        else:
+            start = file.offset + _data_offset(self._reader(archive.container), file)
+            inner = Archive(archive.place, archive.container, start, file.stored)
+        if file.method == zipfile.ZIP_DEFLATED:
+            with inner.place.open("rb") as stream:
+                part = open_part(stream, inner.start, file.stored)
+                copy = self._unpacked.unpack(name, inflate(part, file.size, file.stamp))
+            inner = Archive(copy, name, 0, file.size)
+        else:
+            self._unpacked.count(file.size)
+        inner = self._decompress(inner, f"{name}/{_WHOLE}")
+        head = self._head(inner)
+        return inner._replace(is_zip=head.startswith((_HEADER, _EMPTY_ZIP)))
+
+    def _decompress(self, archive: Archive, name: str) -> Archive:
+        """Return a compressed archive unpacked, any other as it is."""
+        head = self._head(archive)
+        if not is_compressed(head):
+            return archive
+        with archive.place.open("rb") as stream:
+            length = archive.length
+            part = stream if length is None else open_part(stream, archive.start, length)
+            copy = self._unpacked.unpack(name, decompress(part, head))
+        return Archive(copy, name, 0, copy.stat().st_size)
+
+    def _head(self, archive: Archive) -> bytes:
+        return self._reader(archive.container).read(archive.start, HEAD_BYTES)
 
 
-def _describe_zip_problem(member: zipfile.ZipInfo) -> str:
-    if member.flag_bits & 0x1:
-        return "it is encrypted"
-    if (member.external_attr >> 28) == 0xA:
-        return "it is a link"
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        return f"its compression method {member.compress_type} is not read here"
-    if not 0 <= member.header_offset < _MAX_OFFSET:
-        return "its place in the zip is impossible"
-    # Deflate adds 5 bytes to a block that it cannot shrink.
-    most = member.file_size + (member.file_size // 1000 + 64) * (member.compress_type != 0)
-    least = 0 if member.compress_type else member.file_size
-    if not least <= member.compress_size <= most:
-        return "its lengths in the zip contradict each other"
-    return describe_path_problem(member.filename) or ""
+def _data_offset(reader: ByteReader, file: SourceFile) -> int:
+    """Return the offset of a zipped member's data behind its header.
+
+    Raises:
+        UnpackError: the header is damaged.
+    """
+    block = reader.read(file.offset, _HEADER_BYTES)
+    if len(block) < _HEADER_BYTES or not block.startswith(_HEADER):
+        raise UnpackError("its header in the zip is damaged")
+    name, extra = struct.unpack_from("<HH", block, _HEADER_BYTES - 4)
+    return _HEADER_BYTES + int(name) + int(extra)
 
 
-def _describe_member(member: tarfile.TarInfo) -> SourceFile:
-    return SourceFile(
-        path=member.name.removeprefix("./"),
-        size=member.size,
-        stamp=int(member.mtime),
-        offset=member.offset_data,
-        problem=describe_problem(member) or "",
-    )
+def _read_zipped(reader: ByteReader, file: SourceFile) -> bytes:
+    # Name and extra field have any length, but nearly always at most this.
+    length = _HEADER_BYTES + len(file.path) + _EXTRA_BYTES + file.stored
+    block = reader.read(file.offset, length)
+    if len(block) < _HEADER_BYTES or not block.startswith(_HEADER):
+        raise UnreadableFileError("its header in the zip is damaged")
+    start = _HEADER_BYTES + sum(struct.unpack_from("<HH", block, _HEADER_BYTES - 4))
+    data = block[start : start + file.stored]
+    if len(data) < file.stored:
+        data = reader.read(file.offset + start, file.stored)
+    if file.method == zipfile.ZIP_DEFLATED:
+        try:
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, file.size + 1)
+        except zlib.error:
+            raise UnreadableFileError("its compressed data is damaged") from None
+    if len(data) != file.size or zlib.crc32(data) != file.stamp:
+        raise UnreadableFileError("its data does not match the zip's length and checksum")
+    return data

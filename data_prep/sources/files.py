@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from data_prep.format.kinds import HIDDEN, is_hidden, kind_of, suffix_of
+from data_prep.format.kinds import HIDDEN, is_archive_name, is_hidden, kind_of, suffix_of
 from data_prep.format.manifest import IMAGE_SUFFIXES
 
 
@@ -89,6 +89,6 @@ class Selection:
             wanted = any(fnmatchcase(path, pattern) for pattern in self.include)
             return "" if wanted else "does not match --include"
         suffix = suffix_of(path)
-        if explicit or suffix in IMAGE_SUFFIXES or (suffix == ".tar" and file.problem):
+        if explicit or suffix in IMAGE_SUFFIXES or (file.problem and is_archive_name(path)):
             return ""
         return kind_of(path)

@@ -5,15 +5,16 @@ from pathlib import Path
 
 from data_prep.format.storage import Location, RemotePath
 from data_prep.format.tars import is_tar, walk_tar
-from data_prep.sources.archives import TarSource, ZipSource
+from data_prep.sources.archives import ArchiveSource
 from data_prep.sources.files import Selection, SourceError
 from data_prep.sources.folders import FolderSource, RemoteFolderSource
 from data_prep.sources.list_rows import LIST_SUFFIXES
 from data_prep.sources.lists import ListSource
 from data_prep.sources.shard_source import ShardSource
+from data_prep.sources.unpacking import HEAD_BYTES, UnpackError, is_compressed
 
 _KINDS = "a folder, a zip, a tar or a list of images"
-ImageSource = FolderSource | RemoteFolderSource | ZipSource | TarSource | ListSource | ShardSource
+ImageSource = FolderSource | RemoteFolderSource | ArchiveSource | ListSource | ShardSource
 
 
 def open_source(
@@ -23,8 +24,9 @@ def open_source(
     shards: bool = False,
     ordered: bool = False,
     without: Path | None = None,
+    scratch: Path | None = None,
 ) -> ImageSource:
-    """Open a folder, a zip, an uncompressed tar, a list of paths, or a folder of shards.
+    """Open a folder, a zip, a tar (also compressed), a list of paths, or a folder of shards.
 
     Remote archives are read by byte range; remote lists are downloaded while they are read.
 
@@ -34,14 +36,16 @@ def open_source(
         shards: whether `path` is a folder of WebDataset tars to read sample by sample.
         ordered: whether a folder must list its files in the same order every time.
         without: a folder that must not be inside a source folder, even through links.
+        scratch: folder for archives that must be unpacked, shared by all processes; None: a
+            temporary one.
 
     Raises:
         SourceError: `path` does not exist, or it is not a supported source.
-        TarError: it is a compressed or damaged tar.
+        TarError: it is a damaged tar.
     """
     selection = selection or Selection()
     if isinstance(path, RemotePath):
-        return _open_remote(path, selection, shards=shards)
+        return _open_remote(path, selection, scratch, shards=shards)
     if path.is_dir():
         if shards:
             return ShardSource(path, selection)
@@ -51,27 +55,29 @@ def open_source(
     if not path.is_file() or shards:
         what = "folder of shards" if shards else "file"
         raise SourceError(f"source {path} is not a {what}. Give {_KINDS}.")
-    return _open_file(path, selection)
+    return _open_file(path, selection, scratch)
 
 
-def _open_remote(path: RemotePath, selection: Selection, *, shards: bool) -> ImageSource:
+def _open_remote(
+    path: RemotePath, selection: Selection, scratch: Path | None, *, shards: bool
+) -> ImageSource:
     if shards:
         return ShardSource(path, selection)
     if not _is_named_as_file(path) and path.is_dir():
         return RemoteFolderSource(path)
     if not path.exists():
         raise SourceError(f"{path} does not exist. Give the URL of {_KINDS}.")
-    return _open_file(path, selection)
+    return _open_file(path, selection, scratch)
 
 
-def _open_file(path: Location, selection: Selection) -> ImageSource:
+def _open_file(path: Location, selection: Selection, scratch: Path | None) -> ImageSource:
     if path.name.lower().endswith(LIST_SUFFIXES):
         return ListSource(path, selection)
-    if is_tar(path):
-        return TarSource(path)
     with path.open("rb") as file:
+        if is_tar(path) or _is_compressed(file.read(HEAD_BYTES), path):
+            return ArchiveSource(path, is_zip=False, scratch=scratch)
         if zipfile.is_zipfile(file):
-            return ZipSource(path)
+            return ArchiveSource(path, is_zip=True, scratch=scratch)
     if ".tar" in path.name.lower() or path.name.lower().endswith((".tgz", ".txz", ".tbz2")):
         list(walk_tar(path))  # raises an error that says whether it is compressed or damaged
     suffixes = ", ".join(LIST_SUFFIXES)
@@ -79,6 +85,13 @@ def _open_file(path: Location, selection: Selection) -> ImageSource:
         f"source {path} is not a folder, a zip or a tar of images, nor a list ({suffixes}). "
         f"Give {_KINDS}."
     )
+
+
+def _is_compressed(head: bytes, path: Location) -> bool:
+    try:
+        return is_compressed(head)
+    except UnpackError as error:
+        raise SourceError(f"source {path} cannot be used: {error}.") from None
 
 
 def _is_named_as_file(path: Location) -> bool:

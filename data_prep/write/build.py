@@ -56,7 +56,7 @@ class _Job:
     options: ShardOptions
     run: RunOptions
 
-    def open(self, folder: Path) -> ImageSource:
+    def open(self, folder: Path, scratch: Path | None = None) -> ImageSource:
         """Open the source; the output folder must not be inside it."""
         return open_source(
             self.source,
@@ -64,6 +64,7 @@ class _Job:
             shards=self.shards,
             ordered=self.options.window is not None,
             without=folder,
+            scratch=scratch,
         )
 
     def identity(self, fingerprint: str) -> Identity:
@@ -133,7 +134,8 @@ def build_shards(
                 return _read_built(place, job, source, progress)
             output.check_version(overwrite=overwrite)
             make = _list_and_write if options.streams else _list_then_write
-            listing = make(output, job, source, progress, overwrite=overwrite)
+            with closing(job.open(folder, output.partial)) as shared:
+                listing = make(output, job, shared, progress, overwrite=overwrite)
             manifest = None
             if run.part is None:
                 manifest = finalize_set(output, listing, max_rejected=run.max_rejected)

@@ -126,7 +126,9 @@ def _hash_files(task: _DigestTask, tick: Tick) -> list[tuple[str, int | None]]:
     if kept.exists():
         return [(digest, perceptual) for digest, perceptual in json.loads(kept.read_text())]
     found: list[tuple[str, int | None]] = []
-    opened = open_source(task.source, task.options.selection, shards=task.shards)
+    opened = open_source(
+        task.source, task.options.selection, shards=task.shards, scratch=task.folder
+    )
     with closing(opened) as source:
         for file, _ in task.files:
             digest, perceptual = "-", None  # an unreadable file is not a duplicate

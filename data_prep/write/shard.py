@@ -286,7 +286,9 @@ def _write_tar(
 ) -> tuple[IndexedTar, list[Rejection], dict[str, int]]:
     rejected: list[Rejection] = []
     notes: Counter[str] = Counter()
-    opened = open_source(task.source, task.options.selection, shards=task.shards)
+    opened = open_source(
+        task.source, task.options.selection, shards=task.shards, scratch=task.folder
+    )
     files = read_files(task.folder / task.plan.listing, task.plan.start, task.plan.length)
     with closing(opened) as source, closing(ShardWriter(path)) as writer:
         for position, file in enumerate(files, start=task.plan.first):

@@ -217,12 +217,14 @@ def test_a_file_that_vanished_is_unreadable(image_folder: Path) -> None:
 def test_unsupported_sources_are_refused(tmp_path: Path, image_tar: Path) -> None:
     for name, data, message in (
         ("a.bin", b"text", "is not a folder, a zip or a tar"),
-        ("a.tar.gz", gzip.compress(image_tar.read_bytes()), "compressed tar"),
+        ("a.tar.zst", b"\x28\xb5\x2f\xfd" + bytes(100), "zstd -d"),
+        ("a.gz", gzip.compress(b"text"), "a.gz is truncated, damaged or not a tar"),
+        ("a.tar.gz", gzip.compress(image_tar.read_bytes())[:-50], "a.tar.gz cannot be used"),
         ("b.tar", image_tar.read_bytes()[10:], "not a tar"),
     ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises((SourceError, TarError), match=message):
-            open_source(tmp_path / name)
+            _list(tmp_path / name)
     with pytest.raises(SourceError, match="does not exist"):
         open_source(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()

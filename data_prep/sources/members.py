@@ -1,0 +1,106 @@
+"""Members of zips and tars, listed without trusting them."""
+
+import struct
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from data_prep.format.storage import Location
+from data_prep.format.tars import describe_path_problem, describe_problem, open_part, walk_tar
+from data_prep.sources.files import SourceError, SourceFile
+
+_MAX_OFFSET = 2**62
+
+
+class Archive(NamedTuple):
+    """A zip or an uncompressed tar: a file, or a byte range of one."""
+
+    place: Location
+    """The file."""
+    container: str = ""
+    """Name of the file in the source, if it is unpacked; empty if it is the source itself."""
+    start: int = 0
+    """First byte in the file."""
+    length: int | None = None
+    """Length in bytes; None: the rest of the file."""
+    is_zip: bool = False
+    """Whether it is a zip."""
+
+
+def list_members(archive: Archive) -> Iterator[SourceFile]:
+    """Yield every member that is not a folder.
+
+    A backslash in a name separates folders, as programs for Windows write it.
+
+    Raises:
+        SourceError: the zip is damaged.
+        TarError: the tar is damaged.
+    """
+    for file in _list_zip(archive) if archive.is_zip else _list_tar(archive):
+        if file.path[-1:] != "/":
+            yield file._replace(offset=archive.start + file.offset, container=archive.container)
+
+
+def _list_zip(archive: Archive) -> Iterator[SourceFile]:
+    try:
+        with archive.place.open("rb") as file:
+            length = archive.length
+            part = file if length is None else open_part(file, archive.start, length)
+            with zipfile.ZipFile(part) as members:
+                found = members.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+        raise SourceError(f"{archive.place} is a damaged zip ({error}). Fetch it again.") from None
+    for member in found:
+        name = _plain_name(member.filename)
+        yield SourceFile(
+            path=name,
+            size=member.file_size,
+            stamp=member.CRC,
+            offset=member.header_offset,
+            stored=member.compress_size,
+            method=member.compress_type,
+            problem=_describe_zip_problem(member, name),
+        )
+
+
+def _list_tar(archive: Archive) -> Iterator[SourceFile]:
+    for member in walk_tar(archive.place, start=archive.start, length=archive.length):
+        if member.isdir():
+            continue
+        file = SourceFile(
+            path=_plain_name(member.name),
+            size=member.size,
+            stamp=int(member.mtime),
+            offset=member.offset_data,
+            problem=_describe_tar_problem(member),
+        )
+        end = file.offset + file.size
+        if archive.length is not None and end > archive.length and not file.problem:
+            file = file._replace(problem="the tar it is in is cut before its end")
+        yield file
+
+
+def _plain_name(name: str) -> str:
+    return name.replace("\\", "/").removeprefix("./")
+
+
+def _describe_tar_problem(member: tarfile.TarInfo) -> str:
+    return describe_problem(member) or describe_path_problem(_plain_name(member.name)) or ""
+
+
+def _describe_zip_problem(member: zipfile.ZipInfo, name: str) -> str:
+    if member.flag_bits & 0x1:
+        return "it is encrypted"
+    if (member.external_attr >> 28) == 0xA:
+        return "it is a link"
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return f"its compression method {member.compress_type} is not read here"
+    if not 0 <= member.header_offset < _MAX_OFFSET:
+        return "its place in the zip is impossible"
+    # Deflate adds 5 bytes to a block that it cannot shrink, and needs one for anything at all.
+    most = member.file_size + (member.file_size // 1000 + 64) * (member.compress_type != 0)
+    least = min(1, member.file_size) if member.compress_type else member.file_size
+    if not least <= member.compress_size <= most:
+        return "its lengths in the zip contradict each other"
+    return describe_path_problem(name) or ""
