@@ -305,7 +305,7 @@ def forward_backward(
         addresses=torch.zeros(batch, 3, dtype=torch.int64, device="cpu"),
     )
     accelerator = Accelerator(cpu=device.type == "cpu")
-    accumulate_gradients(accelerator, StepModule(model, precision), [noise])
+    accumulate_gradients(accelerator, StepModule(model, precision), [noise], lambda _: None)
 
 
 def _peak_of_process() -> int:

@@ -206,8 +206,15 @@ def _steps(
     module.train()
 
     def step() -> tuple[float, float]:
-        loss, norm = training_step(accelerator, module, optimizer, batches, training.clip_norm)
-        return float(loss), float(norm)
+        loss, norm = training_step(
+            accelerator,
+            module,
+            optimizer,
+            batches,
+            clip_norm=training.clip_norm,
+            normalisers=stage.normalisers,
+        )
+        return float(accelerator.reduce(loss, "mean")), float(norm)
 
     step()  # the first is slow: kernels are chosen, memory is allocated
     taken, began = 0, time.perf_counter()

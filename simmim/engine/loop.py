@@ -1,7 +1,7 @@
 """The training loop, which every stage runs on. It is the one place that calls backward."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,10 +106,15 @@ def advance(trainer: Trainer, batches: Iterator[Batch]) -> None:
         trainer.module,
         trainer.optimizer,
         micro_batches,
-        trainer.settings.clip_norm,
+        clip_norm=trainer.settings.clip_norm,
+        normalisers=trainer.stage.normalisers,
     )
     trainer.record(loss, norm, micro_batches)
     trainer.evaluate_and_save()
+
+
+Normalisers = Callable[[Batch], Tensor | None]
+"""What the terms of the loss are divided by; see `TrainingStage.normalisers`."""
 
 
 def training_step(
@@ -117,7 +122,9 @@ def training_step(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: list[Batch],
+    *,
     clip_norm: float | None,
+    normalisers: Normalisers,
 ) -> tuple[Tensor, Tensor]:
     """Take one optimiser step over the micro-batches of one batch.
 
@@ -125,10 +132,10 @@ def training_step(
     state do not change.
 
     Returns:
-        The mean loss over this rank's share, NaN if the step was skipped, and the norm of the whole
-        gradient before clipping; scalars on the device.
+        This rank's loss, whose mean over ranks is that of the batch, NaN if the step was skipped;
+        and the norm of the whole gradient before clipping; scalars on the device.
     """
-    loss = accumulate_gradients(accelerator, module, batches)
+    loss = accumulate_gradients(accelerator, module, batches, normalisers)
     norm = accelerator.clip_grad_norm_(module.parameters(), clip_norm or math.inf)
     assert norm is not None
     norm = full_tensor(torch.as_tensor(norm))
@@ -140,18 +147,48 @@ def training_step(
 
 
 def accumulate_gradients(
-    accelerator: Accelerator, module: nn.Module, batches: Sequence[Batch]
+    accelerator: Accelerator,
+    module: nn.Module,
+    batches: Sequence[Batch],
+    normalisers: Normalisers,
 ) -> Tensor:
     """Add the gradient of the mean loss over micro-batches; return that loss, on the device."""
     loss_sum = torch.zeros((), device=accelerator.device)
+    divisors = batch_normalisers(accelerator, batches, normalisers)
     for number, batch in enumerate(batches, start=1):
         last = number == len(batches)
         # Ranks exchange gradients once per step, with the last micro-batch.
         with nullcontext() if last else no_gradient_sync(module, accelerator):
-            loss = module(batch.to(accelerator.device))
-            accelerator.backward(propagate_nonfinite(loss) / len(batches))
+            here = batch.to(accelerator.device)
+            loss = module(here) / len(batches) if divisors is None else module(here, divisors)
+            accelerator.backward(propagate_nonfinite(loss))
         loss_sum += loss.detach()
-    return loss_sum / len(batches)
+    return loss_sum
+
+
+def batch_normalisers(
+    accelerator: Accelerator, batches: Sequence[Batch], normalisers: Normalisers
+) -> Tensor | None:
+    """Return the normalisers of a whole optimiser batch, divided by the number of ranks.
+
+    With these a rank's loss, summed over micro-batches, and its gradient are such that their means
+    over ranks are those of the batch. None if the stage has none; see `TrainingStage.normalisers`.
+
+    Args:
+        accelerator: devices and processes.
+        batches: this rank's micro-batches, on any device.
+        normalisers: returns those of a micro-batch.
+    """
+    parts = [part for batch in batches if (part := normalisers(batch)) is not None]
+    if not parts:
+        return None
+    total: Tensor = accelerator.reduce(torch.stack(parts).sum(0).to(accelerator.device), "sum")
+    return nonzero(total) / accelerator.num_processes
+
+
+def nonzero(normalisers: Tensor) -> Tensor:
+    """Return normalisers with 1 in place of 0, where there is nothing to average."""
+    return torch.where(normalisers == 0, 1.0, normalisers)
 
 
 def finish(trainer: Trainer, stop: StopRequest) -> None:

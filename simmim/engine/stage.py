@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from simmim.data.loader.bad_samples import BadSamples
 from simmim.data.loader.batch import Batch
@@ -23,7 +23,11 @@ class TrainingStage(Protocol):
 
     @property
     def module(self) -> nn.Module:
-        """The trained module: takes a Batch on its device, returns the mean loss, a scalar."""
+        """The trained module: takes a Batch on its device, returns the mean loss, a scalar.
+
+        If the stage has `normalisers`, it also takes those of the whole optimiser batch as a second
+        argument, and returns its part of the mean loss over that batch.
+        """
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -55,6 +59,14 @@ class TrainingStage(Protocol):
 
     def batches(self, *, rank: int, world: int, start: int, end: int) -> Iterable[Batch]:
         """Yield a rank's micro-batches of samples `start` to `end` of the global stream."""
+
+    def normalisers(self, batch: Batch) -> Tensor | None:
+        """Return what each term of the loss is divided by on a micro-batch, float32 (terms,).
+
+        For example the number of labelled pixels, or of objects. Their sums over all micro-batches
+        and ranks are what the module divides by, so that the loss does not depend on how a batch is
+        cut. None if the loss is a mean over samples, of which every micro-batch has equally many.
+        """
 
     def baselines(self) -> Mapping[str, float]:
         """Return losses that are reached without learning, by name, for comparison.

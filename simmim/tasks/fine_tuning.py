@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from simmim.data.loader.batch import Batch
@@ -165,6 +165,11 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
     @abstractmethod
     def export_encoder(self, run: RunFolder, step: int, samples: int) -> None:
         """Write encoder and head into the run."""
+
+    def normalisers(self, batch: Batch) -> Tensor | None:
+        """Return None: by default the loss is a mean over samples."""
+        del batch
+        return None
 
     def probe(self, accelerator: Accelerator) -> dict[str, float]:
         """Return no metrics: there is no probe."""

@@ -34,7 +34,7 @@ def main() -> None:
     images = torch.randn(1, 3, arguments.size, arguments.size)
     classes = torch.randint(0, arguments.classes, images.shape[-2:], dtype=torch.uint8)[None]
     before, began = _peak(), time.perf_counter()
-    loss = model.loss(images, classes)
+    loss = model.loss(images, classes, seeds=[0], normalisers=model.normalisers(classes))
     forward = time.perf_counter() - began
     loss.backward()
     total = time.perf_counter() - began

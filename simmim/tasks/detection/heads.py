@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simmim.data.transforms.image_transforms import Instances
+from simmim.tasks.detection.box_loss import box_loss
 from simmim.tasks.detection.recipe import DetectionHead
 from simmim.tasks.segmentation.heads import (
     backbone_config_of,
@@ -19,6 +20,7 @@ from simmim.tasks.segmentation.heads import (
     last_maps,
     names_of_labels,
 )
+from simmim.tasks.segmentation.mask_loss import mask_loss, mask_normalisers
 from swinv2 import SwinV2
 from swinv2.bridges.transformers_backbone import fill_backbone
 
@@ -59,15 +61,21 @@ class InstanceMask2Former(nn.Module):
         """The encoder in the model."""
         return self.net.model.pixel_level_module.encoder
 
-    def loss(self, images: Tensor, targets: Sequence[Instances]) -> Tensor:
-        """Return the mean loss over normalised images (batch, channels, side, side)."""
-        found = self.net(
-            pixel_values=images,
-            mask_labels=[one.masks.float() for one in targets],
-            class_labels=[one.labels for one in targets],
-        )
-        loss: Tensor = found.loss.squeeze()
-        return loss
+    def normalisers(self, targets: Sequence[Instances]) -> Tensor:
+        """Return those of `mask_normalisers`."""
+        return mask_normalisers(self.net, [len(one.labels) for one in targets])
+
+    def loss(
+        self,
+        images: Tensor,
+        targets: Sequence[Instances],
+        *,
+        seeds: Sequence[int],
+        normalisers: Tensor,
+    ) -> Tensor:
+        """Return the loss over normalised images (batch, channels, side, side)."""
+        masks, labels = [one.masks.float() for one in targets], [one.labels for one in targets]
+        return mask_loss(self.net, images, masks, labels, seeds=seeds, normalisers=normalisers)
 
     def find(self, images: Tensor) -> list[Detections]:
         """Return the detections in each image, scored by class and mean mask probability."""
@@ -122,16 +130,26 @@ class RTDetr(nn.Module):
         """The encoder in the model."""
         return self.net.model.backbone.model
 
-    def loss(self, images: Tensor, targets: Sequence[Instances]) -> Tensor:
-        """Return the mean loss over normalised images (batch, channels, side, side)."""
+    def normalisers(self, targets: Sequence[Instances]) -> Tensor:
+        """Return the number of boxes, float32 (1,)."""
+        return torch.tensor([float(sum(len(one.labels) for one in targets))])
+
+    def loss(
+        self,
+        images: Tensor,
+        targets: Sequence[Instances],
+        *,
+        seeds: Sequence[int],
+        normalisers: Tensor,
+    ) -> Tensor:
+        """Return the loss over normalised images (batch, channels, side, side)."""
         size = images.new_tensor([images.shape[-1], images.shape[-2]] * 2)
         labels = []
         for one in targets:
             left_top, right_bottom = one.boxes[:, :2], one.boxes[:, 2:]
             centred = torch.cat([(left_top + right_bottom) / 2, right_bottom - left_top], dim=1)
             labels.append({"class_labels": one.labels, "boxes": centred / size})
-        loss: Tensor = self.net(pixel_values=images, labels=labels).loss
-        return loss
+        return box_loss(self.net, images, labels, seeds=seeds, boxes=normalisers[0])
 
     def find(self, images: Tensor) -> list[Detections]:
         """Return the detections in each image."""

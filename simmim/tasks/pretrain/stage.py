@@ -125,6 +125,11 @@ class PretrainStage:
             bad_samples=self.bad_samples,
         )
 
+    def normalisers(self, batch: Batch) -> Tensor | None:
+        """Return None: every mask hides equally many pixels, so the loss is a mean over images."""
+        del batch
+        return None
+
     def held_out_batches(
         self, *, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
     ) -> BatchStream:

@@ -2,13 +2,13 @@
 
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from simmim.data.loader.batch import Batch
+from simmim.engine.loop import nonzero
 from simmim.engine.run import RunFolder
 from simmim.tasks.features import Normalise, sample_drop_path_noise
 from simmim.tasks.fine_tuning import DataT, FineTuningStage
 from simmim.tasks.pretrained import InitialEncoder
-from simmim.tasks.segmentation.heads import check_installed, passing_noise, seeded_by
+from simmim.tasks.segmentation.heads import check_installed, passing_noise, seeds_of
 from simmim.tasks.segmentation.overlays import palette, write_panel
 from simmim.tasks.segmentation.recipe import DenseRecipe
 from swinv2 import SwinV2, save_encoder
@@ -121,6 +122,13 @@ class _EmptyMaps(nn.Module):
 RecipeT = TypeVar("RecipeT", bound=DenseRecipe)
 
 
+class TargetReader(Protocol):
+    """Returns the targets of a batch for the model's loss."""
+
+    def __call__(self, batch: Batch, /) -> Any:
+        """Return the targets."""
+
+
 class DenseModule(nn.Module):
     """The loss of a model over stored batches."""
 
@@ -128,7 +136,7 @@ class DenseModule(nn.Module):
         self,
         model: Any,
         initial: InitialEncoder[SwinV2],
-        targets: Callable[[Batch], Any],
+        targets: TargetReader,
         *,
         seed: int,
     ) -> None:
@@ -138,12 +146,26 @@ class DenseModule(nn.Module):
         self.seed = seed
         self.normalise = Normalise(initial.mean, initial.std)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the mean loss over a batch."""
-        images = self.normalise(batch.images, batch.flips)
+    def forward(self, batch: Batch, normalisers: Tensor | None = None) -> Tensor:
+        """Return the loss of a batch.
+
+        Args:
+            batch: the images and their targets.
+            normalisers: what the terms of the loss are divided by, if the batch is a part of a
+                larger one; None for those of the batch.
+        """
+        images, targets = self.normalise(batch.images, batch.flips), self.targets(batch)
+        if normalisers is None:
+            normalisers = nonzero(self.model.normalisers(targets)).to(images.device)
         noise = sample_drop_path_noise(self.model.backbone.encoder, batch, self.seed)
-        with passing_noise(self.model.backbone, noise), seeded_by(batch, self.seed):
-            loss: Tensor = self.model.loss(images, self.targets(batch))
+        device = images.device
+        with (
+            passing_noise(self.model.backbone, noise),
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        ):
+            loss: Tensor = self.model.loss(
+                images, targets, seeds=seeds_of(batch, self.seed), normalisers=normalisers
+            )
             return loss
 
 
@@ -186,8 +208,9 @@ class DenseStage(FineTuningStage[RecipeT, DataT]):
     def build_model(recipe: RecipeT, encoder: SwinV2, names: Sequence[str]) -> Any:
         """Build the model, with a copy of the encoder and a randomly initialised head.
 
-        The model has `net`, the model of transformers; `backbone`, the encoder in it; and
-        `loss(images, targets)` of normalised images.
+        The model has `net`, the model of transformers; `backbone`, the encoder in it;
+        `normalisers(targets)`, what the terms of its loss are divided by; and
+        `loss(images, targets, seeds, normalisers)` of normalised images, with a seed for each.
 
         Args:
             recipe: the recipe, with the settings of the head.
@@ -202,6 +225,11 @@ class DenseStage(FineTuningStage[RecipeT, DataT]):
     def targets_of(batch: Batch) -> Any:
         """Return the targets for the model's loss."""
         return batch.targets
+
+    def normalisers(self, batch: Batch) -> Tensor:
+        """Return numbers of pixels or objects; see `simmim.engine.stage.TrainingStage`."""
+        counts: Tensor = self.model.normalisers(self.targets_of(batch))
+        return counts
 
     @property
     def flops_per_sample(self) -> int:

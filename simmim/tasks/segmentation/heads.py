@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from simmim.data.loader.batch import Batch
 from simmim.data.order.randomness import stream_seed
 from simmim.data.transforms.labels import IGNORED
+from simmim.tasks.segmentation.mask_loss import mask_loss, mask_normalisers
 from simmim.tasks.segmentation.recipe import SegmentationHead
 from swinv2 import SwinV2
 from swinv2.bridges.transformers_backbone import (
@@ -78,14 +79,10 @@ def passing_noise(backbone: nn.Module, drop_path_noise: Tensor | None) -> Iterat
         handle.remove()
 
 
-@contextmanager
-def seeded_by(batch: Batch, seed: int) -> Iterator[None]:
-    """Seed torch's generators by seed and batch, for the random numbers that heads draw."""
-    device = batch.images.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        key = batch.addresses.flatten().tolist()
-        torch.manual_seed(stream_seed("dense head", seed, *key) % 2**63)
-        yield
+def seeds_of(batch: Batch, seed: int) -> list[int]:
+    """Return a seed for each image, from seed, epoch and sample, for what heads draw at random."""
+    addresses = batch.addresses.tolist()
+    return [stream_seed("dense head", seed, *address) % 2**63 for address in addresses]
 
 
 class UperNet(nn.Module):
@@ -127,15 +124,29 @@ class UperNet(nn.Module):
         """The encoder."""
         return self.net.backbone
 
-    def loss(self, images: Tensor, classes: Tensor) -> Tensor:
-        """Return the cross entropy, plus the weighted one of the auxiliary head."""
+    def normalisers(self, classes: Tensor) -> Tensor:
+        """Return the number of pixels that are not ignored, float32 (1,)."""
+        return (classes != IGNORED).sum().view(1).float()
+
+    def loss(
+        self, images: Tensor, classes: Tensor, *, seeds: Sequence[int], normalisers: Tensor
+    ) -> Tensor:
+        """Return the cross entropy, plus the weighted one of the auxiliary head.
+
+        Args:
+            images: normalised (batch, channels, side, side).
+            classes: uint8 (batch, side, side).
+            seeds: not used, since the head draws nothing at random.
+            normalisers: number of pixels that the loss is averaged over.
+        """
+        del seeds
         self._spare_lone_values(len(images))
         maps = self.backbone.forward_with_filtered_kwargs(images).feature_maps
         total = _cross_entropy(self.net.decode_head(maps), classes)
         if self.net.auxiliary_head is not None:
             auxiliary = _cross_entropy(self.net.auxiliary_head(maps), classes)
             total = total + self.auxiliary_weight * auxiliary
-        return total
+        return total / normalisers[0]
 
     def scores(self, images: Tensor) -> Tensor:
         """Return probabilities, (batch, classes, rows, columns)."""
@@ -170,18 +181,20 @@ class Mask2Former(nn.Module):
         """The encoder."""
         return self.net.model.pixel_level_module.encoder
 
-    def loss(self, images: Tensor, classes: Tensor) -> Tensor:
-        """Return the loss, with one target mask per class in an image."""
-        labels = [one[one != IGNORED].unique() for one in classes]
+    def normalisers(self, classes: Tensor) -> Tensor:
+        """Return those of `mask_normalisers`, with one target mask per class in an image."""
+        return mask_normalisers(self.net, [len(one) for one in _classes_in(classes)])
+
+    def loss(
+        self, images: Tensor, classes: Tensor, *, seeds: Sequence[int], normalisers: Tensor
+    ) -> Tensor:
+        """Return the loss, with one target mask per class in an image; see `mask_loss`."""
+        labels = _classes_in(classes)
         masks = [
             (one[None] == there[:, None, None]).float()
             for one, there in zip(classes, labels, strict=True)
         ]
-        found = self.net(
-            pixel_values=images, mask_labels=masks, class_labels=[one.long() for one in labels]
-        )
-        loss: Tensor = found.loss.squeeze()
-        return loss
+        return mask_loss(self.net, images, masks, labels, seeds=seeds, normalisers=normalisers)
 
     def scores(self, images: Tensor) -> Tensor:
         """Return sums over masks of the probability of class and pixel."""
@@ -254,11 +267,15 @@ def names_of_labels(names: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def _classes_in(classes: Tensor) -> list[Tensor]:
+    """Return the classes that occur in each label map, int64."""
+    return [one[one != IGNORED].unique().long() for one in classes]
+
+
 def _cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
-    """Return the mean over all pixels that are not ignored; 0, not NaN, if all are."""
+    """Return the sum over all pixels that are not ignored."""
     enlarged = _enlarged(logits.float(), classes.shape[-2:])
-    total = F.cross_entropy(enlarged, classes.long(), ignore_index=IGNORED, reduction="sum")
-    return total / (classes != IGNORED).sum().clamp(min=1)
+    return F.cross_entropy(enlarged, classes.long(), ignore_index=IGNORED, reduction="sum")
 
 
 def _enlarged(maps: Tensor, size: Sequence[int]) -> Tensor:

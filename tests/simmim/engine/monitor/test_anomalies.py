@@ -75,7 +75,14 @@ def test_a_skipped_step_changes_nothing(
     before = {name: weight.clone() for name, weight in stage.module.state_dict().items()}
 
     def step(part: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
-        return training_step(accelerator, stage.module, optimizer, part, 5.0)
+        return training_step(
+            accelerator,
+            stage.module,
+            optimizer,
+            part,
+            clip_norm=5.0,
+            normalisers=stage.normalisers,
+        )
 
     loss, norm = step(batches[:accumulation])
     assert loss.isnan()

@@ -16,7 +16,7 @@ from simmim.data.order.order import Address
 from simmim.data.transforms.detection_transforms import TrainDetectionTransform, box_of, mask_of
 from simmim.data.transforms.image_transforms import Instances
 from simmim.engine.devices import build_accelerator
-from simmim.engine.loop import TrainingResult, train
+from simmim.engine.loop import TrainingResult, nonzero, train
 from simmim.engine.run import RunFolder
 from simmim.export.export import export
 from simmim.recipe import parse
@@ -287,7 +287,10 @@ def test_a_batch_without_objects_has_a_loss(values: dict[str, Any], kind: str) -
         masks=torch.zeros(0, 64, 64, dtype=torch.bool),
         image=torch.tensor([1, 64, 64]),
     )
-    loss = stage.model.train().loss(torch.randn(2, 3, 64, 64), [nothing, nothing])
+    model, targets = stage.model.train(), [nothing, nothing]
+    normalisers = nonzero(model.normalisers(targets))
+    images = torch.randn(2, 3, 64, 64)
+    loss = model.loss(images, targets, seeds=[0, 1], normalisers=normalisers)
     loss.backward()
     assert torch.isfinite(loss)
 
