@@ -188,7 +188,7 @@ def batch_normalisers(
 
 def nonzero(normalisers: Tensor) -> Tensor:
     """Return normalisers with 1 in place of 0, where there is nothing to average."""
-    return torch.where(normalisers == 0, 1.0, normalisers)
+    return normalisers.masked_fill(normalisers == 0, 1.0)
 
 
 def finish(trainer: Trainer, stop: StopRequest) -> None:

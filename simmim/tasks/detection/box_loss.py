@@ -38,7 +38,7 @@ def box_loss(
         output = net.model(images, labels=targets)
     groups = output.denoising_meta_values if net.training else None
     # Without objects the embedding is not used, and DDP waits for a gradient of every parameter.
-    total = 0.0 * net.model.denoising_class_embed.weight.sum()
+    total: Tensor = 0.0 * net.model.denoising_class_embed.weight.sum()
     for row, target in enumerate(targets):
         own = None if groups is None else groups["images"][row]
         total = total + _loss_of_image(net, output, row, target, own) / boxes
