@@ -182,8 +182,9 @@ def batch_normalisers(
     parts = [part for batch in batches if (part := normalisers(batch)) is not None]
     if not parts:
         return None
-    total: Tensor = accelerator.reduce(torch.stack(parts).sum(0).to(accelerator.device), "sum")
-    return nonzero(total) / accelerator.num_processes
+    total = accelerator.reduce(torch.stack(parts).sum(0).to(accelerator.device), "sum")
+    processes: int = accelerator.num_processes
+    return nonzero(total) / processes
 
 
 def nonzero(normalisers: Tensor) -> Tensor:
