@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.format.terminal import ExitCode, flush_output
+from simmim.data.loader.lost_workers import lost_worker
 from simmim.engine.exit_codes import BAD_INPUT, LOST, STOPPED, RankLostError
 from simmim.recipe import describe, load, read_values
-from simmim.start import start_process
+from simmim.start import TRAINING, start_process
 
 if TYPE_CHECKING:
     from simmim.tasks.all_tasks import Task
@@ -35,7 +36,8 @@ EXIT_CODES = f"""exit codes:
   {BAD_INPUT}    fix the input first: command, recipe, shards, disk, or training diverged
   {STOPPED}   stopped by SIGTERM, SIGINT, SIGUSR1 or SIGHUP (but not under nohup), with a checkpoint
        (on a full disk: the previous one, and a warning): resume with --resume auto
-  {LOST}   a process hung or was lost (training.rank_timeout): resume with --resume auto
+  {LOST}   a process hung (training.rank_timeout) or was lost, or a data worker was killed, usually
+       because memory ran out: resume with --resume auto
 torchrun and accelerate launch turn all of these except 0 into 1, and accelerate launch may not wait
 for the checkpoint of a stop. `python -m simmim.engine.distributed.torchrun` and
 `python -m simmim.launch` take the same options, wait, and pass the exit code on.
@@ -80,11 +82,12 @@ def main(argv: Sequence[str] | None = None, *, ends_process: bool = False) -> in
         print(f"simmim {arguments.command}: {error}", file=sys.stderr)
         return LOST
     except RuntimeError as error:
-        # torch raises this wherever the main thread happens to be when a data worker is killed.
-        if "DataLoader worker" not in str(error):
+        lost = lost_worker(error)
+        if lost is None:
             raise
-        print(f"simmim {arguments.command}: {error}", file=sys.stderr)
-        return BAD_INPUT
+        resume = " Resume with --resume auto." if arguments.command in TRAINING else ""
+        print(f"simmim {arguments.command}: {lost}{resume}", file=sys.stderr)
+        return LOST
     except KeyboardInterrupt:
         print(f"simmim {arguments.command}: interrupted", file=sys.stderr)
         return 128 + 2

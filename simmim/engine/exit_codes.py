@@ -7,7 +7,7 @@ STOPPED = 75
 """Stopped on request, with a checkpoint: EX_TEMPFAIL, "try again later"."""
 
 LOST = 76
-"""A rank hung or was lost: resume from the last checkpoint."""
+"""A rank hung, or a rank or a data worker was lost: resume from the last checkpoint."""
 
 
 class RankLostError(RuntimeError):

@@ -16,7 +16,7 @@ from typing import Literal
 
 from data_prep.format.atomic import atomic_write_text
 from data_prep.format.text import count_noun
-from simmim.engine.exit_codes import STOPPED
+from simmim.engine.exit_codes import LOST, STOPPED, RankLostError
 from simmim.engine.folder_lock import lock_folder
 from simmim.engine.run import RunFolder
 from simmim.recipe import load, read_values
@@ -72,6 +72,7 @@ def compare_labels(
     Raises:
         ValueError: the recipe cannot be used, a run in the folder has a different one, or a run
             failed.
+        RankLostError: a run lost a process, and is worth retrying.
     """
     task = fine_tuning_named(read_values(config, overrides).get("task"), config)
     planned = {
@@ -158,6 +159,10 @@ def _train(config: Path, place: RunFolder, metric: str, arguments: Sequence[str]
         code = subprocess.run(command, check=False).returncode
     if code == STOPPED or (code and relay.asked):
         return False
+    if code == LOST:
+        raise RankLostError(
+            f"{place.path} lost a process: see its output above; the same command resumes here."
+        )
     if code != 0 or _score(place, metric) is None:
         raise ValueError(
             f"{place.path} ended with exit code {code}"

@@ -240,7 +240,8 @@ def test_the_job_is_retried_after_a_stop_but_not_after_bad_input() -> None:
         if rule.onExitCodes is not None:
             assert rule.onExitCodes.containerName == name
             by_code |= dict.fromkeys(rule.onExitCodes.values, rule.action)
-    assert by_code == {STOPPED: "Ignore", BAD_INPUT: "FailJob"}
+    assert by_code == {STOPPED: "Ignore", BAD_INPUT: "FailJob"}  # LOST and 137 start a new pod
+    assert spec.backoffLimit >= 3
     first = spec.podFailurePolicy.rules[0]
     assert first.onPodConditions == [PodCondition(type="DisruptionTarget", status="True")]
     assert first.action == "Ignore"

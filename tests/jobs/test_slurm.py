@@ -184,6 +184,8 @@ def test_each_node_starts_one_launcher(job: Job, environment: dict[str, str]) ->
         (1, 1800, False),
         (1, 0, True),
         (137, 0, True),
+        (76, 1800, True),
+        (137, 1800, True),
     ],
 )
 def test_it_requeues_only_if_a_retry_can_help(
@@ -191,6 +193,15 @@ def test_it_requeues_only_if_a_retry_can_help(
 ) -> None:
     job.start(environment | {"CODE": str(code), "RETRY_AFTER": str(retry_after)}, "pretrain")
     assert job.end() == code
+    assert job.requeued() == int(again)
+
+
+@pytest.mark.parametrize(("restarts", "again"), [(19, True), (20, False)])
+def test_a_run_that_loses_a_process_each_time_is_given_up(
+    restarts: int, again: bool, job: Job, environment: dict[str, str]
+) -> None:
+    job.start(environment | {"CODE": "76", "SLURM_RESTART_COUNT": str(restarts)}, "pretrain")
+    assert job.end() == 76
     assert job.requeued() == int(again)
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from simmim.data.loader.bad_samples import BadSamples
 from simmim.data.loader.batch import Batch, BatchDataset, Failure
+from simmim.data.loader.lost_workers import lost_worker, unstartable_workers
 from simmim.data.loader.sampler import EvaluationSampler, ShardPrefetcher, TrainingSampler
 from simmim.data.loader.shared_memory import BatchBuffers, BatchSender
 from simmim.data.order.order import Address, Order
@@ -39,6 +40,8 @@ def start_without_stop_signals(loader: DataLoader[Item]) -> Iterator[Item]:
             # Python 3.12 and later warn about any thread; torch's own threads survive a fork.
             warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork")
             return iter(loader)
+    except OSError as error:
+        raise unstartable_workers(error) or error from None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -71,17 +74,15 @@ def exit_with_parent(starter: int) -> None:
 
 
 def next_batch(batches: Iterator[Batch | Failure]) -> Batch | Failure | None:
-    """Return the next batch, the error that prevented it, or None at the end."""
+    """Return the next batch, the error that prevented it, or None at the end.
+
+    Raises:
+        WorkerLostError: a worker was killed.
+    """
     try:
         return next(batches, None)
-    except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
-        # The last three come from tensors whose sender is dead.
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
-        return Failure(
-            f"a data worker died ({error or 'without an error'}); usually because the machine ran"
-            " out of memory or of shared memory (/dev/shm): use fewer workers, or smaller batches."
-        )
+    except (RuntimeError, MemoryError, EOFError, ConnectionError, FileNotFoundError) as error:
+        raise lost_worker(error) or error from None
 
 
 class BatchStream:
@@ -114,7 +115,8 @@ class BatchStream:
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches, except those without any readable sample.
 
-        Raises DataError naming a shard that cannot be read, or if too many samples are bad.
+        Raises DataError naming a shard that cannot be read, or if too many samples are bad, and
+        WorkerLostError if a worker was killed.
         """
         loader: DataLoader[Batch | Failure] = DataLoader(
             self.dataset,

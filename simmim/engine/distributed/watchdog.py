@@ -22,6 +22,7 @@ from typing import Any
 import torch.distributed
 from torch.distributed import distributed_c10d
 
+from simmim.data.loader.lost_workers import lost_worker
 from simmim.engine.exit_codes import LOST, RankLostError
 
 LONGEST_JOIN = 5.0
@@ -289,8 +290,10 @@ class Watchdog:
     def _lost_ranks(self, error: BaseException) -> str | None:
         """Return a message that names the lost ranks if they caused `error`, else None."""
         text = f"{type(error).__name__} {error}".lower()
-        if not isinstance(error, RuntimeError) or not any(
-            word in text for word in _COMMUNICATION_ERRORS
+        if (
+            not isinstance(error, RuntimeError)
+            or lost_worker(error)
+            or not any(word in text for word in _COMMUNICATION_ERRORS)
         ):
             return None
         first: list[ObservedRank] = []

@@ -130,6 +130,42 @@ def test_a_rank_that_is_stopped_or_killed_ends_the_job_and_is_named(
     assert ("sent no heartbeat for" in text) == (number == signal.SIGSTOP)
 
 
+def data_workers(family: psutil.Process) -> list[psutil.Process]:
+    """Return the data workers among the processes that a command started: forks of ranks."""
+    return [
+        child
+        for child in family.children(recursive=True)
+        if "pretrain" in child.cmdline() and child.cmdline() == (child.parent() or child).cmdline()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number", "word"),
+    [
+        (OURS, signal.SIGKILL, "ran out of memory"),
+        pytest.param([], signal.SIGKILL, "ran out of memory", marks=pytest.mark.slow),
+        pytest.param([], signal.SIGBUS, "/dev/shm", marks=pytest.mark.slow),
+        pytest.param([], signal.SIGSEGV, "native code", marks=pytest.mark.slow),
+    ],
+)
+def test_a_data_worker_that_is_killed_ends_the_job_as_lost(
+    write_config: Callable[..., Path],
+    tmp_path: Path,
+    launcher: list[str],
+    number: signal.Signals,
+    word: str,
+) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = pretrain(write_config(data={"workers": 1}, rank_timeout=20), run)
+    with started([*launcher, *command], log) as process:
+        wait_for_step(run, 3, log)
+        data_workers(psutil.Process(process.pid))[0].send_signal(number)
+        assert process.wait(timeout=200) == 76, log.read_text()
+    text = log.read_text()
+    assert all(part in text for part in (word, "data.workers", "--resume auto"))
+    assert "Traceback" not in text
+
+
 @pytest.mark.slow
 def test_the_rank_that_hosts_the_store_is_named_too(
     write_config: Callable[..., Path], tmp_path: Path

@@ -17,6 +17,7 @@ from simmim.data.datasets.shards import ShardSet
 from simmim.data.loader.bad_samples import BadSamples
 from simmim.data.loader.batch import Batch
 from simmim.data.loader.batches import TrainingBatches, evaluation_batches
+from simmim.data.loader.lost_workers import WorkerLostError
 from simmim.data.order.order import Address, SampleOrder
 from simmim.data.order.source import DataError
 from simmim.data.transforms.image_transforms import EvalTransform, TrainTransform
@@ -260,7 +261,7 @@ def test_a_worker_that_dies_is_reported(shards: ShardSet) -> None:
     batches = iter(training(shards, workers=2, end_position=16 * 400))
     next(batches)
     (set(psutil.Process().children()) - before).pop().kill()
-    with pytest.raises(DataError, match="a data worker died"):
+    with pytest.raises(WorkerLostError, match=r"memory.*data\.workers"):
         list(batches)
     assert set(psutil.Process().children()) == before
 
