@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_prep.executors.processes import (
@@ -23,6 +23,7 @@ asked for. Where there are labels, a row without one (empty, NaN, -1) is unlabel
 classes are names of folders. Integers are numbers: 7, 007 and 7.0 are one class. Paths are
 relative to --root. Rows that cannot be used are in rejected.jsonl; damage that hides rows is an
 error that names the line. All rules are in data_prep/FORMATS.md."""
+_TARS = "folder of WebDataset tars, or a pattern: 'DIR/train-*.tar', 'DIR/train-{000..099}.tar'"
 
 
 def run() -> None:
@@ -56,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"data-prep: stopped{remedy}.", file=sys.stderr)
         return 128 + interrupt.number
     except (ValueError, OSError) as error:
-        print(f"data-prep: {_describe(error)}", file=sys.stderr)
+        # File names need not be text that a terminal takes.
+        message = _describe(error).encode("utf-8", "backslashreplace").decode()
+        print(f"data-prep: {message}", file=sys.stderr)
         return 2
     except WorkerError as error:
         print(f"data-prep: {error}", file=sys.stderr)
@@ -83,6 +86,14 @@ def _parser() -> argparse.ArgumentParser:
         commands, "index", "write manifest and indexes for existing WebDataset tars"
     )
     index.add_argument("--overwrite", action="store_true", help="replace an existing manifest")
+    _add_globs(
+        index,
+        {
+            "--include": "use only tars whose names match, as in 'train-*.tar' or "
+            "'train-{000..099}.tar'",
+            "--exclude": "leave out tars whose names match",
+        },
+    )
     index.add_argument(
         "--output",
         type=Path,
@@ -116,6 +127,13 @@ def _parser() -> argparse.ArgumentParser:
             help="allow shards that are the output of commands, which are run: "
             "index 'pipe:COMMAND' --output FOLDER",
         )
+    for command in (shard, reshard, index, verify):
+        command.add_argument(
+            "--allow-missing-end",
+            action="store_true",
+            help="warn of tars without an end mark instead of refusing them: some programs leave "
+            "it out, but a tar that was cut looks the same",
+        )
     for command in (shard, reshard, index, verify, info):
         _add_workers(command)
     return parser
@@ -138,8 +156,9 @@ def _add_command(
         parser.add_argument("source", help=about)
         parser.epilog = _ABOUT_LISTS
     elif name == "reshard":
-        parser.add_argument("source", help="folder of WebDataset tars; path or URL")
-    parser.add_argument("folder", help="folder of shards; path or URL (s3, gs, http)")
+        parser.add_argument("source", help=f"{_TARS}; path or URL")
+    about = "folder of shards" if name != "index" else _TARS
+    parser.add_argument("folder", help=f"{about}; path or URL (s3, gs, http)")
     return parser
 
 
@@ -199,10 +218,7 @@ def _add_shard_arguments(parser: argparse.ArgumentParser) -> None:
         "--include": "use only paths that match, whatever their suffix; * also matches /",
         "--exclude": "skip paths that match; * also matches /",
     }
-    for name, about in globs.items():
-        parser.add_argument(
-            name, action="append", metavar="GLOB", default=[], help=f"{about}; may be repeated"
-        )
+    _add_globs(parser, globs)
     _add_encoding(parser)
     _add_split(parser)
     switches = {
@@ -214,6 +230,13 @@ def _add_shard_arguments(parser: argparse.ArgumentParser) -> None:
     for name, about in switches.items():
         parser.add_argument(name, action="store_true", help=about)
     _add_execution(parser)
+
+
+def _add_globs(parser: argparse.ArgumentParser, globs: Mapping[str, str]) -> None:
+    for name, about in globs.items():
+        parser.add_argument(
+            name, action="append", metavar="GLOB", default=[], help=f"{about}; may be repeated"
+        )
 
 
 def _add_max_rejected(parser: argparse.ArgumentParser) -> None:

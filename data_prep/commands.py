@@ -5,7 +5,7 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,13 +14,14 @@ from tqdm import tqdm
 from data_prep.executors.processes import Interruption
 from data_prep.format.kinds import describe_kinds
 from data_prep.format.manifest import Manifest, read_manifest
+from data_prep.format.patterns import Names
 from data_prep.format.pipes import PIPE, PipedFile
 from data_prep.format.statistics_file import STATISTICS_NAME, write_statistics
 from data_prep.format.storage import Location, RemotePath, locate
 from data_prep.format.text import count_noun, format_bytes
 from data_prep.images.settings import Encoding
 from data_prep.inspect.contact_sheet import draw_contact_sheet
-from data_prep.inspect.index_existing import index_existing
+from data_prep.inspect.index_existing import IndexingOptions, index_existing
 from data_prep.inspect.info import describe_shards, describe_statistics
 from data_prep.inspect.statistics import measure_set
 from data_prep.inspect.verify import MAX_PROBLEMS, verify_shards
@@ -135,6 +136,10 @@ def _index(arguments: argparse.Namespace, interruption: Interruption) -> int:
         indexed = index_existing(
             _tars(arguments),
             output=arguments.output,
+            options=IndexingOptions(
+                names=Names(include=tuple(arguments.include), exclude=tuple(arguments.exclude)),
+                allow_missing_end=arguments.allow_missing_end,
+            ),
             overwrite=arguments.overwrite,
             workers=arguments.workers,
             tick=interruption.watch(bar.update),
@@ -148,7 +153,13 @@ def _index(arguments: argparse.Namespace, interruption: Interruption) -> int:
         print(f"left out: {count_noun(indexed.without_image, 'sample')} without an image")
     if indexed.empty:
         print(f"left out: tars without any image: {', '.join(indexed.empty)}")
+    _warn(indexed.remarks)
     return 0
+
+
+def _warn(remarks: Iterable[str]) -> None:
+    for remark in remarks:
+        print(f"WARNING: {remark}", file=sys.stderr)
 
 
 def _tars(arguments: argparse.Namespace) -> Location | PipedFile:
@@ -162,7 +173,14 @@ def _verify(arguments: argparse.Namespace, interruption: Interruption) -> int:
     manifest = read_manifest(arguments.folder, allow_pipe=arguments.allow_pipe)
     with _bar(manifest.samples) as bar:
         tick = interruption.watch(bar.update)
-        found = verify_shards(manifest, decode=arguments.deep, workers=arguments.workers, tick=tick)
+        found = verify_shards(
+            manifest,
+            decode=arguments.deep,
+            allow_missing_end=arguments.allow_missing_end,
+            workers=arguments.workers,
+            tick=tick,
+        )
+    _warn(found.remarks)
     for note, count in sorted(found.notes.items()):
         print(f"{note}: {count:,}")
     if found.count:
@@ -220,6 +238,7 @@ def _shard_options(arguments: argparse.Namespace) -> ShardOptions:
             path_column=arguments.path_column,
             label_column=arguments.label_column,
             root=arguments.root,
+            allow_missing_end=arguments.allow_missing_end,
         ),
         seed=arguments.seed,
         shuffle=not arguments.no_shuffle,

@@ -7,8 +7,8 @@ read away.
 import hashlib
 import io
 import os
-import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,18 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.format.atomic import atomic_write_bytes
-from data_prep.format.manifest import IMAGE_EXTENSIONS, REMEDY, ManifestError, ShardEntry
+from data_prep.format.kinds import count_kind
+from data_prep.format.manifest import (
+    IMAGE_EXTENSIONS,
+    READ_EXTENSIONS,
+    REMEDY,
+    ManifestError,
+    ShardEntry,
+)
 from data_prep.format.pipes import PipedFile
+from data_prep.format.samples import SampleReader
 from data_prep.format.storage import Location, RemotePath, StorageError, locate
-from data_prep.format.tars import TarError, describe_problem, open_seekable, walk_tar
-
-MAX_CLASSES = 1_000_000
-"""Upper bound on the number of classes."""
-
-# Key and extension, and metadata members, as webdataset itself parses them.
-_KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
-_META = re.compile(r"__[^/]*__($|/)")
-_LABEL_BYTES = 32
+from data_prep.format.tars import TarError, Warn, open_seekable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class ShardIndex:
     keys: NDArray[np.str_]
     """WebDataset key."""
     extensions: NDArray[np.str_]
-    """Extension of the image member, one of `IMAGE_EXTENSIONS`."""
+    """Extension of the image member, one of `READ_EXTENSIONS`."""
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -123,6 +123,9 @@ class IndexedTar:
     """SHA-256 of the tar."""
     without_image: int
     """Number of samples without an image, which the index omits."""
+    skipped: Counter[str] = field(default_factory=Counter)
+    """What the index omits: kind of a sample without an image, or of a member that belongs to no
+    sample → how many."""
 
     def entry(self, name: str) -> ShardEntry:
         """Return the manifest entry of the tar under that name."""
@@ -143,43 +146,52 @@ class _Row(NamedTuple):
     extension: str
 
 
-@dataclass
-class _Sample:
-    key: str
-    images: dict[str, tuple[int, int]] = field(default_factory=dict)
-    label: int = -1
-
-
 def index_name(shard_name: str) -> str:
-    """Return the file name of a shard's index: `a.index.npy` for `a.tar`."""
+    """Return the file name of a shard's index: `a.index.npy` for `a.tar`, but not for `a.TAR`."""
     return shard_name.removesuffix(".tar") + ".index.npy"
 
 
-def index_tar(path: Path, tick: Callable[[int], object]) -> IndexedTar:
+def index_tar(
+    path: Path,
+    tick: Callable[[int], object],
+    *,
+    extensions: tuple[str, ...] = IMAGE_EXTENSIONS,
+    missing_end: Warn | None = None,
+) -> IndexedTar:
     """Read the headers of a WebDataset tar and compute its checksum.
 
     A sample is a run of members with the same key: the path up to the first dot of the file name.
-    Its image is its only member with extension jpg, jpeg, png or webp, or else npy; its label is
-    the integer in `cls`.
+    Its image is its only member with extension jpg, jpeg, png or webp, or else npy, or else its
+    only one with another of the extensions; its label is the integer in `cls`.
+
+    Args:
+        path: the tar.
+        tick: called with 1 after each sample.
+        extensions: extensions of images, in lower case.
+        missing_end: see `walk_tar`.
 
     Raises:
-        TarError: the tar is damaged, or has links, devices, sparse files or unsafe paths, two
-            images in one sample, a sample whose members are not contiguous, or an invalid label.
+        TarError: the tar is damaged or cut, or has links, devices, sparse files or unsafe paths,
+            two images in one sample, a sample whose members are not contiguous, or an invalid
+            label.
     """
     rows: list[_Row] = []
+    skipped: Counter[str] = Counter()
     without_image = 0
-    for sample in _samples(path):
+    reader = SampleReader(path, extensions=extensions, missing_end=missing_end)
+    for sample in reader.samples():
         tick(1)
-        if len(sample.images) > 1:
-            sample.images.pop("npy", None)  # next to a picture it is something else
+        if sample.problem:
+            raise TarError(
+                f"{path}: sample {sample.key!r} is refused: {sample.problem}. Write the tar "
+                "without it, or repaired."
+            )
         if not sample.images:
+            count_kind(skipped, sample.kind)
             without_image += 1
             continue
-        if len(sample.images) > 1:
-            names = " and ".join(sorted(sample.images))
-            raise TarError(f"{path}: sample {sample.key!r} has two images, {names}. Keep one.")
-        ((extension, (offset, size)),) = sample.images.items()
-        rows.append(_Row(offset, size, sample.label, sample.key, extension))
+        ((extension, member),) = sample.images.items()
+        rows.append(_Row(member.offset_data, member.size, sample.label, sample.key, extension))
     columns = list(zip(*rows, strict=True)) or [()] * 5
     index = ShardIndex(
         offsets=np.array(columns[0], dtype=np.int64),
@@ -188,8 +200,13 @@ def index_tar(path: Path, tick: Callable[[int], object]) -> IndexedTar:
         keys=np.array(columns[3], dtype=np.str_),
         extensions=np.array(columns[4], dtype=np.str_),
     )
-    length = path.stat().st_size
-    return IndexedTar(index=index, bytes=length, sha256=checksum(path), without_image=without_image)
+    return IndexedTar(
+        index=index,
+        bytes=path.stat().st_size,
+        sha256=checksum(path),
+        without_image=without_image,
+        skipped=skipped + reader.skipped,
+    )
 
 
 def checksum(path: Path) -> str:
@@ -199,61 +216,6 @@ def checksum(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _samples(path: Path) -> Iterator[_Sample]:
-    """Yield the samples of a tar, each from consecutive members."""
-    seen: set[str] = set()
-    sample: _Sample | None = None
-    with path.open("rb") as file:
-        for member in walk_tar(path):
-            if member.isdir() or _META.match(member.name):
-                continue
-            problem = describe_problem(member)
-            if problem:
-                raise TarError(
-                    f"{path}: {member.name!r} is refused: {problem}. Write the tar without it."
-                )
-            match = _KEY.fullmatch(member.name)
-            if not match:
-                continue
-            key, extension = match.group(1), match.group(2).lower()
-            if sample is None or sample.key != key:
-                if sample is not None:
-                    yield sample
-                _check_key(key, seen, path)
-                seen.add(key)
-                sample = _Sample(key)
-            if extension in IMAGE_EXTENSIONS:
-                if extension in sample.images:
-                    raise TarError(f"{path}: {member.name!r} occurs twice. Keep one.")
-                if member.size == 0:
-                    raise TarError(f"{path}: {member.name!r} is empty. Remove it.")
-                sample.images[extension] = (member.offset_data, member.size)
-            elif extension == "cls":
-                file.seek(member.offset_data)
-                data = file.read(min(member.size, _LABEL_BYTES + 1))
-                sample.label = _parse_label(data, path, member.name)
-    if sample is not None:
-        yield sample
-
-
-def _check_key(key: str, seen: set[str], path: Path) -> None:
-    if key in seen:
-        raise TarError(f"{path}: the members of sample {key!r} are not contiguous. Sort them.")
-    try:
-        key.encode()
-    except UnicodeEncodeError:
-        raise TarError(f"{path}: the name of sample {key!r} is not UTF-8. Rename it.") from None
-
-
-def _parse_label(data: bytes, path: Path, name: str) -> int:
-    text = data.decode("ascii", "replace").strip()
-    if len(data) > _LABEL_BYTES or not re.fullmatch("[0-9]{1,9}", text) or int(text) >= MAX_CLASSES:
-        raise TarError(
-            f"{path}: {name!r} must be an integer below {MAX_CLASSES:,}, got {text[:40]!r}."
-        )
-    return int(text)
 
 
 def _map_rows(path: Location) -> NDArray[Any]:
@@ -293,7 +255,7 @@ def _unpack(rows: NDArray[np.void], path: Location, shard: ShardEntry) -> ShardI
     )
     # Compared by subtraction, since the sum of two hostile numbers may overflow.
     fits = (index.offsets >= 0) & (index.sizes > 0) & (index.sizes <= shard.bytes - index.offsets)
-    wrong = np.flatnonzero(~fits | (index.labels < -1) | ~np.isin(extensions, IMAGE_EXTENSIONS))
+    wrong = np.flatnonzero(~fits | (index.labels < -1) | ~np.isin(extensions, READ_EXTENSIONS))
     if len(wrong):
         raise ManifestError(
             f"index {path} is damaged: sample {wrong[0]} (key {keys[wrong[0]]}) is outside of "

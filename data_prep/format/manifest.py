@@ -24,11 +24,13 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "npy")
 _SUFFIXES = "avif bmp dib gif j2k jfif jp2 jpe jpeg jpg npy pbm pgm png pnm ppm tga tif tiff webp"
 IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 """Lower-case file name suffixes by which images are found in folders and archives."""
+READ_EXTENSIONS = (*IMAGE_EXTENSIONS, *sorted(set(_SUFFIXES.split()) - set(IMAGE_EXTENSIONS)))
+"""Extensions of the image members that are read in shards that someone else wrote."""
 
 REMEDY = "Make the shards again with `data-prep shard`, or index them again with `data-prep index`."
 """Remedy in error messages about a damaged manifest or index."""
 
-_SHARD_NAME = re.compile(r"[^/\\\x00.][^/\\\x00]*\.tar")
+_SHARD_NAME = re.compile(r"[^/\\\x00.][^/\\\x00]*\.(?i:tar)")
 _INDEX_NAME = re.compile(r"[^/\\\x00.][^/\\\x00]*\.npy")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -87,6 +89,23 @@ class Manifest:
     def samples(self) -> int:
         """Number of samples in all shards."""
         return sum(shard.samples for shard in self.shards)
+
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        """Extensions of the image members that its indexes were made of."""
+        found = self._index_options.get("extensions")
+        known = isinstance(found, list) and all(name in READ_EXTENSIONS for name in found)
+        return tuple(found) if known and found else IMAGE_EXTENSIONS
+
+    @property
+    def allows_missing_end(self) -> bool:
+        """Whether its tars were indexed with leave to lack their end mark."""
+        return self._index_options.get("allow_missing_end") is True
+
+    @property
+    def _index_options(self) -> dict[str, Any]:
+        options = self.options.get("index")
+        return options if isinstance(options, dict) else {}
 
 
 def read_manifest(

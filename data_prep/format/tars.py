@@ -4,7 +4,7 @@ import io
 import os
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO, cast
@@ -17,45 +17,128 @@ class TarError(ValueError):
     """A tar is compressed, cut or damaged."""
 
 
+_BLOCK = tarfile.BLOCKSIZE
+_END_BYTES = 2 * _BLOCK
+"""Length of the end mark: two blocks of zeros."""
+_READ_BYTES = 2**20
+_COMPRESSED = {
+    b"\x1f\x8b": "gunzip",
+    b"BZh": "bunzip2",
+    b"\xfd7zXZ\0": "xz -d",
+    b"\x28\xb5\x2f\xfd": "zstd -d",
+}
+"""First bytes of compressed files, and the command that decompresses them."""
+
+Warn = Callable[[str], object]
+"""Takes the description of something that is unusual and allowed."""
+
+
 def walk_tar(
-    path: Location, *, start: int = 0, length: int | None = None
+    path: Location, *, start: int = 0, length: int | None = None, missing_end: Warn | None = None
 ) -> Iterator[tarfile.TarInfo]:
     """Yield every member of an uncompressed tar in order, in constant memory.
+
+    Once all members are read the tar must end as tars do, with two blocks of zeros and at a
+    multiple of 512 bytes: one that is cut between two members looks whole otherwise.
 
     Args:
         path: a file.
         start: offset of the tar in the file, in bytes; member offsets are relative to it.
         length: length of the tar in bytes; None is the rest of the file.
+        missing_end: called with a description of a tar that holds whole members but lacks the end
+            mark, as some programs write them; None: such a tar is an error.
 
     Raises:
         TarError: the file is not a tar, is compressed, is truncated, or loops back on itself.
     """
     try:
         with path.open("rb") as file:
-            stream = file if length is None else _Part(file, start, length)
-            with tarfile.open(fileobj=stream, mode="r:") as tar:
-                offset = -1
-                for member in tar:
-                    # A negative size would make tarfile read the same header forever.
-                    if member.size < 0 or member.offset <= offset:
-                        raise TarError(
-                            f"{path} is damaged: member {member.name!r} has an impossible size. "
-                            "Fetch or write it again."
-                        )
-                    offset = member.offset
-                    yield member
-                    tar.members.clear()  # type: ignore[attr-defined]
+            stream = _Part(file, start, _length_of(file) - start if length is None else length)
+            yield from _walk(path, stream, missing_end)
     except (tarfile.TarError, OverflowError, ValueError) as error:
         if isinstance(error, TarError):
             raise
         raise TarError(_describe(path, error)) from None
 
 
+def _walk(path: Location, stream: "_Part", missing_end: Warn | None) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of a tar, then check its end."""
+    place, member = -1, None
+    with tarfile.open(fileobj=stream, mode="r:") as tar:
+        try:
+            for member in tar:
+                # A negative size would make tarfile read the same header forever.
+                if member.size < 0 or member.offset <= place:
+                    raise TarError(
+                        f"{path} is damaged: member {member.name!r} has an impossible size. "
+                        "Fetch or write it again."
+                    )
+                place = member.offset
+                yield member
+                tar.members.clear()  # type: ignore[attr-defined]
+        except tarfile.ReadError:
+            # The file ends before the block after a member: its data may be whole nevertheless.
+            if member is None or not _only_padding_is_missing(member, stream.length):
+                raise
+            _refuse_or_warn(path, "its last block is not filled up", missing_end)
+            return
+        _check_end(path, stream, tar.offset, missing_end)
+
+
+def _only_padding_is_missing(last: tarfile.TarInfo, length: int) -> bool:
+    stop = last.offset_data + last.size
+    return not last.issparse() and stop <= length < stop + -stop % _BLOCK
+
+
+def _check_end(path: Location, stream: "_Part", offset: int, missing_end: Warn | None) -> None:
+    """Check what follows the last member: tarfile stops at anything that is not a header.
+
+    Raises:
+        TarError: it is not an end mark, or there is more behind it.
+    """
+    stream.seek(offset)
+    tail = stream.read(_END_BYTES)
+    header = tail[:_BLOCK]
+    if any(header):
+        what = (
+            "is damaged: there is no header of a member at"
+            if len(header) == _BLOCK
+            else ("is truncated: it ends within the header of a member, at")
+        )
+        raise TarError(f"{path} {what} byte {offset:,}. Fetch or write it again.")
+    if any(tail) or any(any(block) for block in iter(lambda: stream.read(_READ_BYTES), b"")):
+        raise TarError(
+            f"{path} has data behind its end, at byte {offset:,}, where readers of tars stop: it "
+            "may be several tars one after another. Unpack it with `tar --ignore-zeros` and write "
+            "it again."
+        )
+    if len(tail) < _END_BYTES:
+        _refuse_or_warn(path, "it has no end mark (two blocks of zeros)", missing_end)
+    elif stream.length % _BLOCK:
+        _refuse_or_warn(
+            path, f"its length of {stream.length:,} bytes is not a multiple of 512", missing_end
+        )
+
+
+def _refuse_or_warn(path: Location, problem: str, missing_end: Warn | None) -> None:
+    if missing_end is None:
+        raise TarError(
+            f"{path} is truncated: {problem}, so members may be missing. Fetch or write it again; "
+            "if the program that wrote it leaves the end out, allow it with --allow-missing-end."
+        )
+    missing_end(f"{path}: {problem}; accepted as complete, as allowed")
+
+
+def _length_of(file: IO[bytes]) -> int:
+    return file.seek(0, os.SEEK_END)
+
+
 class _Part(io.RawIOBase):
     """A byte range of a file as a file of its own."""
 
     def __init__(self, file: IO[bytes], start: int, length: int) -> None:
-        self._file, self._start, self._length, self._position = file, start, length, 0
+        self._file, self._start, self._position = file, start, 0
+        self.length = length
 
     def readable(self) -> bool:
         return True
@@ -67,12 +150,12 @@ class _Part(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.length}[whence]
         self._position = max(0, base + offset)
         return self._position
 
     def read(self, size: int | None = -1) -> bytes:
-        left = max(0, self._length - self._position)
+        left = max(0, self.length - self._position)
         size = left if size is None or size < 0 else min(size, left)
         self._file.seek(self._start + self._position)
         data = self._file.read(size)
@@ -116,16 +199,14 @@ def describe_path_problem(name: str) -> str | None:
 
 
 def _describe(path: Location, error: Exception) -> str:
-    try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:*"):
-            compressed = not is_tar(path)
-    except (tarfile.TarError, OSError, EOFError):
-        compressed = False
-    if compressed:
-        return (
-            f"{path} is a compressed tar, which allows no random access: decompress it first "
-            "(gunzip, xz -d or zstd -d)."
-        )
+    with path.open("rb") as file:
+        head = file.read(8)
+    for mark, command in _COMPRESSED.items():
+        if head.startswith(mark):
+            return (
+                f"{path} is a compressed tar, which allows no random access: decompress it first "
+                f"({command})."
+            )
     return f"{path} is truncated, damaged or not a tar ({error}). Fetch or write it again."
 
 

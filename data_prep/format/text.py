@@ -1,5 +1,7 @@
 """Counts, lengths and names as text for messages."""
 
+import sys
+
 
 def format_bytes(length: float) -> str:
     """Return a length in bytes as text with a binary unit."""
@@ -19,3 +21,16 @@ def printable(name: str) -> str:
     """Return a class name as one printable line; folder names may contain anything."""
     text = name.encode("utf-8", "backslashreplace").decode()
     return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
+
+
+class WarnOnce:
+    """Writes warnings to standard error, each text once: a source is listed several times."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def __call__(self, text: str) -> None:
+        """Write a warning unless it was written before."""
+        if text not in self._said:
+            self._said.add(text)
+            sys.stderr.write(f"WARNING: {text}\n")

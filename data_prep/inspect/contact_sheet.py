@@ -15,6 +15,7 @@ from data_prep.format.text import printable
 from data_prep.images.checking import RejectedImageError, read_pixels
 from data_prep.images.settings import read_limit
 from data_prep.inspect.info import spread_rows
+from data_prep.inspect.pixels import stored_form
 
 _COLUMNS, _ROWS = 8, 6
 _SIDE = 160
@@ -53,7 +54,8 @@ def draw_contact_sheet(manifest: Manifest, path: Path) -> None:
 
 def _draw_tile(data: bytes, extension: str, max_pixels: int) -> Image.Image:
     try:
-        values = read_pixels(data, extension, max_pixels=max_pixels)
+        stored = stored_form(data, extension, max_pixels=max_pixels)
+        values = read_pixels(*stored, max_pixels=max_pixels)
     except RejectedImageError:
         tile = Image.new("RGB", (_SIDE, _SIDE), _EMPTY)
         draw = ImageDraw.Draw(tile)

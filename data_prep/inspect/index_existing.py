@@ -2,28 +2,61 @@
 
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from data_prep.executors.processes import Tick, map_tasks
 from data_prep.format.index import index_tar, write_index
+from data_prep.format.kinds import describe_kinds
 from data_prep.format.manifest import (
     MANIFEST_NAME,
+    READ_EXTENSIONS,
     Manifest,
     ManifestError,
     ShardEntry,
     read_manifest,
     write_manifest,
 )
+from data_prep.format.patterns import (
+    Names,
+    PatternError,
+    describe_names,
+    describe_prefixes,
+    describe_splits,
+    is_pattern,
+    list_tars,
+)
 from data_prep.format.pipes import PipedFile
 from data_prep.format.storage import Location
 from data_prep.format.tars import as_local_file
 
 _PARTIAL_NAME = ".partial-index"
-_RANGE = re.compile(r"([^{}]*)\{(\d+)\.\.(\d+)\}([^{}]*\.tar)")
 _COMMAND_RANGE = re.compile(r"(.*?)\{(\d+)\.\.(\d+)\}(.*)", re.DOTALL)
 _MAX_TARS = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexingOptions:
+    """What of the tars is indexed."""
+
+    names: Names = field(default_factory=Names)
+    """Tars to use of those in the folder."""
+    allow_missing_end: bool = False
+    """Whether tars may lack their end mark; see `data_prep.format.tars.walk_tar`."""
+
+    def values(self) -> dict[str, Any]:
+        """Return them as plain values, for the manifest."""
+        values: dict[str, Any] = {"extensions": list(READ_EXTENSIONS)}
+        if self.names.include or self.names.exclude:
+            values["include"], values["exclude"] = map(
+                list, (self.names.include, self.names.exclude)
+            )
+        if self.allow_missing_end:
+            values["allow_missing_end"] = True
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +69,17 @@ class IndexingResult:
     """Number of samples left out because they have no image."""
     empty: tuple[str, ...]
     """Names of tars left out because none of their samples has an image."""
+    remarks: tuple[str, ...]
+    """What is unusual and accepted, one line each."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _IndexedShard:
     entry: ShardEntry
     without_image: int
+    skipped: Counter[str]
     largest_label: int
+    remarks: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +87,21 @@ class _IndexTask:
     path: Location | PipedFile
     partial: Path
     place: str
+    allow_missing_end: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    tars: Sequence[Location | PipedFile]
+    skipped: Counter[str] = field(default_factory=Counter)
+    remarks: tuple[str, ...] = ()
 
 
 def index_existing(
     source: Location | PipedFile,
     *,
     output: Path | None = None,
+    options: IndexingOptions | None = None,
     overwrite: bool = False,
     workers: int = 1,
     tick: Tick = lambda _: None,
@@ -66,23 +112,26 @@ def index_existing(
     for its checksum.
 
     Args:
-        source: folder of tars; a range of tars with numbers in braces, as in
-            `shard-{000000..000099}.tar`; or a command, optionally with such a range, that writes a
-            tar to its standard output.
-        output: folder for manifest and indexes; None: the folder of the tars (not for commands).
+        source: folder of tars; a pattern of tars, as in `shard-{000000..000099}.tar` or
+            `train-*.tar`; or a command, optionally with a range of numbers in braces, that writes
+            a tar to its standard output.
+        output: folder for manifest and indexes; None: the folder of the tars (not for commands,
+            nor for tars in several folders).
+        options: which tars, and how they may end.
         overwrite: whether to replace an existing manifest.
         workers: number of processes.
         tick: called with the number of samples indexed.
 
     Raises:
-        ManifestError: there are no tars, no images in them, or there is a manifest already.
-        TarError: a tar is damaged or hostile; see `data_prep.format.index.index_tar`.
+        ManifestError: there are no tars, no images in them, several splits, or a manifest already.
+        TarError: a tar is damaged, cut or hostile; see `data_prep.format.index.index_tar`.
         StorageError: a store does not answer.
         OSError: the folder cannot be read or written.
     """
+    options = options or IndexingOptions()
     source = source.resolve() if isinstance(source, Path) else source
-    paths = _find_tars(source)
-    folder = _folder_for(paths[0], output)
+    listed = _find_tars(source, options.names)
+    folder = _folder_for(listed.tars, output)
     _refuse_replacing(folder, overwrite)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
@@ -91,29 +140,41 @@ def index_existing(
     with tempfile.TemporaryDirectory(prefix=_PARTIAL_NAME, dir=parent) as partial:
         tasks = [
             _IndexTask(
-                path=path, partial=Path(partial), place=str(path) if output is not None else ""
+                path=path,
+                partial=Path(partial),
+                place=str(path) if output is not None else "",
+                allow_missing_end=options.allow_missing_end,
             )
-            for path in paths
+            for path in listed.tars
         ]
         workers = max(1, min(workers, len(tasks)))
         found = list(map_tasks(_index_aside, tasks, workers=workers, tick=tick))
         found.sort(key=lambda one: one.entry.name)
         _refuse_replacing(folder, overwrite)  # again, since reading all tars may take hours
-        manifest = _publish(folder, Path(partial), found)
+        skipped = sum((one.skipped for one in found), listed.skipped)
+        manifest = _publish(folder, Path(partial), found, skipped, options)
     return IndexingResult(
         manifest=manifest,
         without_image=sum(one.without_image for one in found),
         empty=tuple(one.entry.name for one in found if not one.entry.samples),
+        remarks=(*listed.remarks, *(remark for one in found for remark in one.remarks)),
     )
 
 
-def _publish(folder: Location, partial: Path, found: list[_IndexedShard]) -> Manifest:
+def _publish(
+    folder: Location,
+    partial: Path,
+    found: list[_IndexedShard],
+    skipped: Counter[str],
+    options: IndexingOptions,
+) -> Manifest:
     """Move or upload the indexes, then write the manifest."""
     full = [one for one in found if one.entry.samples]
     if not full:
+        others = f", only {describe_kinds(skipped)}" if skipped else ""
         raise ManifestError(
-            f"the tars in {folder} have no images. The image of a WebDataset sample must be a "
-            "member KEY.jpg, KEY.jpeg, KEY.png, KEY.webp or KEY.npy."
+            f"the tars in {folder} have no images{others}. The image of a WebDataset sample must "
+            f"be a member KEY.EXT, where EXT is one of {', '.join(READ_EXTENSIONS)}."
         )
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
     for one in full:
@@ -127,43 +188,50 @@ def _publish(folder: Location, partial: Path, found: list[_IndexedShard]) -> Man
         folder=folder,
         shards=tuple(one.entry for one in full),
         classes=tuple(str(label) for label in range(largest + 1)),
+        skipped=skipped,
+        options={"index": options.values()},
     )
     write_manifest(manifest)
     return manifest
 
 
-def _folder_for(tar: Location | PipedFile, output: Path | None) -> Location:
+def _folder_for(tars: Sequence[Location | PipedFile], output: Path | None) -> Location:
     if output is not None:
         return output.resolve()
-    if isinstance(tar, PipedFile):
-        raise ManifestError(f"{tar} has no folder. Give one for the manifest with --output.")
-    return tar.parent
-
-
-def _find_tars(source: Location | PipedFile) -> Sequence[Location | PipedFile]:
-    if isinstance(source, PipedFile):
-        return _expand_command(source)
-    pattern = _RANGE.fullmatch(source.name)
-    if pattern:
-        return _expand(source, pattern)
-    if not source.is_dir():
+    first = tars[0]
+    if isinstance(first, PipedFile):
+        raise ManifestError(f"{first} has no folder. Give one for the manifest with --output.")
+    if len({str(tar.parent) for tar in tars if not isinstance(tar, PipedFile)}) > 1:
         raise ManifestError(
-            f"{source} is not a folder. Give a folder of WebDataset tars, or a range with numbers "
-            "in braces: shard-{000000..000099}.tar"
+            "the tars are in several folders. Give one for the manifest with --output."
         )
-    paths: list[Location] = sorted(
-        (path for path in source.glob("*.tar") if not path.name.startswith(".")),
-        key=lambda path: path.name,
-    )
-    if not paths:
-        raise ManifestError(f"{source} has no tars. Give a folder of WebDataset tars.")
-    return paths
+    return first.parent
 
 
-def _expand(source: Location, pattern: re.Match[str]) -> list[Location]:
-    """Return the tars of a name with a range of numbers in braces."""
-    head, *_, tail = pattern.groups()
-    return [source.parent / f"{head}{number}{tail}" for number in _numbers(source, pattern)]
+def _find_tars(source: Location | PipedFile, names: Names) -> _Found:
+    if isinstance(source, PipedFile):
+        return _Found(tars=_expand_command(source))
+    try:
+        listed = list_tars(source, names)
+    except PatternError as error:
+        raise ManifestError(str(error)) from None
+    found = [tar.name for tar in listed.tars]
+    repeated = sorted(name for name, count in Counter(found).items() if count > 1)
+    if repeated:
+        raise ManifestError(
+            f"{source}: several tars are called {describe_names(repeated)}. Names must be unique "
+            "in a set: index the folders one by one."
+        )
+    splits = describe_splits(found)
+    if splits and not names.include and not is_pattern(source):
+        raise ManifestError(
+            f"the tars in {source} are of several splits: {splits}. Index one of them, as in "
+            f"--include 'train-*.tar' (with --output FOLDER for each, to have several), or all "
+            "with --include '*' and choose in training with data.include."
+        )
+    prefixes = describe_prefixes(found)
+    remarks = (f"names with several beginnings, all in one set: {prefixes}",) if prefixes else ()
+    return _Found(tars=listed.tars, skipped=listed.skipped, remarks=remarks)
 
 
 def _expand_command(source: PipedFile) -> list[PipedFile]:
@@ -171,22 +239,16 @@ def _expand_command(source: PipedFile) -> list[PipedFile]:
     pattern = _COMMAND_RANGE.fullmatch(source.command)
     if pattern is None:
         return [source]
-    head, *_, tail = pattern.groups()
-    commands = [
-        replace(source, command=f"{head}{number}{tail}") for number in _numbers(source, pattern)
-    ]
-    if len({command.name for command in commands}) < len(commands):
-        raise ManifestError(f"{source}: the number in braces must be in the name of the tar.")
-    return commands
-
-
-def _numbers(source: Location | PipedFile, pattern: re.Match[str]) -> list[str]:
-    _, first, last, _ = pattern.groups()
+    head, first, last, tail = pattern.groups()
     if int(last) < int(first) or int(last) - int(first) >= _MAX_TARS:
         raise ManifestError(
             f"{source}: numbers in braces must ascend, over at most {_MAX_TARS:,} tars."
         )
-    return [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+    numbers = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+    commands = [replace(source, command=f"{head}{number}{tail}") for number in numbers]
+    if len({command.name for command in commands}) < len(commands):
+        raise ManifestError(f"{source}: the number in braces must be in the name of the tar.")
+    return commands
 
 
 def _refuse_replacing(folder: Location, overwrite: bool) -> None:
@@ -208,9 +270,19 @@ def _has_source(folder: Location) -> bool:
 
 
 def _index_aside(task: _IndexTask, tick: Tick) -> _IndexedShard:
+    remarks: list[str] = []
     try:
         with as_local_file(task.path) as path:
-            indexed = index_tar(path, tick)
+
+            def remark(text: str) -> None:
+                remarks.append(text.replace(str(path), str(task.path)))
+
+            indexed = index_tar(
+                path,
+                tick,
+                extensions=READ_EXTENSIONS,
+                missing_end=remark if task.allow_missing_end else None,
+            )
     except FileNotFoundError:
         raise ManifestError(f"{task.path} is missing. Restore it, or index the others.") from None
     entry = replace(indexed.entry(task.path.name), place=task.place)
@@ -219,5 +291,7 @@ def _index_aside(task: _IndexTask, tick: Tick) -> _IndexedShard:
     return _IndexedShard(
         entry=entry,
         without_image=indexed.without_image,
+        skipped=indexed.skipped,
         largest_label=int(indexed.index.labels.max(initial=-1)),
+        remarks=tuple(remarks),
     )

@@ -17,6 +17,8 @@ from data_prep.format.storage import Location
 from data_prep.format.text import count_noun, format_bytes, printable
 from data_prep.images.arrays import read_header
 from data_prep.images.opening import KEPT, open_picture
+from data_prep.images.settings import MAX_READ_PIXELS
+from data_prep.inspect.pixels import stored_form
 
 MAX_HEADERS = 10_000
 """Maximum number of image headers read, evenly spread over the set."""
@@ -116,7 +118,8 @@ def _read_headers(
     sizes = []
     for row, data in zip(rows, images, strict=True):
         try:
-            width, height, layout = _read_header(data, str(index.extensions[row]))
+            stored = stored_form(data, str(index.extensions[row]), max_pixels=MAX_READ_PIXELS)
+            width, height, layout = _read_header(*stored)
         except MemoryError:
             raise
         # Pillow's readers raise nearly any type when the bytes are hostile.

@@ -15,6 +15,7 @@ from data_prep.format.storage import Location
 from data_prep.format.tars import as_local_file
 from data_prep.images.checking import RejectedImageError, read_pixels
 from data_prep.images.settings import read_limit
+from data_prep.inspect.pixels import stored_form
 
 _VALUES_PER_PART = 2**22
 
@@ -173,9 +174,11 @@ def _measure_images(
 ) -> _Measured:
     sums: dict[_Kind, _Sum] = {}
     unreadable = []
-    for row, data in enumerate(images):
-        extension = str(index.extensions[row])
+    for row, found in enumerate(images):
         try:
+            data, extension = stored_form(
+                found, str(index.extensions[row]), max_pixels=task.max_pixels
+            )
             values = read_pixels(data, extension, max_pixels=task.max_pixels)
         except RejectedImageError as error:
             unreadable.append(f"{task.shard.name}: image {index.keys[row]}: {error}")

@@ -9,7 +9,7 @@ import numpy as np
 
 from data_prep.executors.processes import Tick, map_tasks
 from data_prep.format.index import ShardIndex, index_tar, read_images, read_index
-from data_prep.format.manifest import Manifest, ManifestError, ShardEntry
+from data_prep.format.manifest import IMAGE_EXTENSIONS, Manifest, ManifestError, ShardEntry
 from data_prep.format.storage import Location, StorageError
 from data_prep.format.tars import TarError, as_local_file
 from data_prep.images.checking import RE_ENCODED, RejectedImageError, check_image
@@ -31,6 +31,8 @@ class Verification:
     """Number of all problems."""
     notes: Counter[str]
     """Note on decoded images → number of images."""
+    remarks: tuple[str, ...] = ()
+    """What is unusual and accepted, one line each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,8 @@ class _VerifyTask:
     classes: int
     decode: bool
     max_pixels: int
+    extensions: tuple[str, ...]
+    allow_missing_end: bool
 
 
 @dataclass(kw_only=True)
@@ -47,6 +51,7 @@ class _Problems:
     problems: list[str] = field(default_factory=list)
     count: int = 0
     notes: Counter[str] = field(default_factory=Counter)
+    remarks: list[str] = field(default_factory=list)
 
     def add(self, problems: Iterable[str], most: int) -> None:
         for problem in problems:
@@ -63,6 +68,7 @@ def verify_shards(
     manifest: Manifest,
     *,
     decode: bool,
+    allow_missing_end: bool = False,
     workers: int = 1,
     tick: Tick = lambda _: None,
 ) -> Verification:
@@ -71,6 +77,8 @@ def verify_shards(
     Args:
         manifest: manifest of the set.
         decode: whether to decode every image too.
+        allow_missing_end: whether tars may lack their end mark; those that were indexed with that
+            leave have it anyway.
         workers: number of processes.
         tick: called with the number of samples verified.
 
@@ -84,6 +92,8 @@ def verify_shards(
             classes=len(manifest.classes),
             decode=decode,
             max_pixels=read_limit(manifest.options),
+            extensions=manifest.extensions,
+            allow_missing_end=allow_missing_end or manifest.allows_missing_end,
         )
         for shard in manifest.shards
     )
@@ -93,9 +103,15 @@ def verify_shards(
         total.add(found.problems, MAX_PROBLEMS)
         total.count += found.count - len(found.problems)
         total.notes += found.notes
+        total.remarks += found.remarks
     total.add(_find_strays(manifest), MAX_PROBLEMS)
     total.keep_first(MAX_PROBLEMS)
-    return Verification(problems=tuple(total.problems), count=total.count, notes=total.notes)
+    return Verification(
+        problems=tuple(total.problems),
+        count=total.count,
+        notes=total.notes,
+        remarks=tuple(sorted(total.remarks)),
+    )
 
 
 def _find_strays(manifest: Manifest) -> list[str]:
@@ -126,7 +142,12 @@ def _compare(
     task: _VerifyTask, promised: ShardIndex, path: Path, found: _Problems, tick: Tick
 ) -> None:
     name = task.shard.name
-    actual = index_tar(path, (lambda _: None) if task.decode else tick)
+    actual = index_tar(
+        path,
+        (lambda _: None) if task.decode else tick,
+        extensions=task.extensions,
+        missing_end=found.remarks.append if task.allow_missing_end else None,
+    )
     problems = []
     if actual.sha256 != task.shard.sha256:
         problems.append(f"{name}: its SHA-256 is {actual.sha256}, not {task.shard.sha256}")
@@ -137,17 +158,17 @@ def _compare(
     found.add(problems, _MAX_PER_SHARD)
     if task.decode:
         # By the tar's own headers, since a wrong index would name the wrong images.
-        _decode_all(path, actual.index, task.max_pixels, found, tick)
+        _decode_all(path, actual.index, task, found, tick)
 
 
 def _decode_all(
-    path: Path, index: ShardIndex, max_pixels: int, found: _Problems, tick: Tick
+    path: Path, index: ShardIndex, task: _VerifyTask, found: _Problems, tick: Tick
 ) -> None:
     images = read_images(path, index, np.arange(len(index)))
-    for data, key in zip(images, index.keys, strict=True):
+    for data, key, extension in zip(images, index.keys, index.extensions, strict=True):
         try:
-            notes = check_image(data, max_pixels=max_pixels).notes
-            if RE_ENCODED in notes:
+            notes = check_image(data, max_pixels=task.max_pixels).notes
+            if RE_ENCODED in notes and extension in IMAGE_EXTENSIONS:
                 raise RejectedImageError("its format is not one that shards may hold")
             found.notes.update(notes)
         except RejectedImageError as error:

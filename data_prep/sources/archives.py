@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data_prep.format.kinds import archive_stem, is_hidden
 from data_prep.format.storage import ByteReader, Location
-from data_prep.format.tars import TarError, open_part
+from data_prep.format.tars import TarError, Warn, open_part
 from data_prep.sources.files import SourceError, SourceFile, UnreadableFileError
 from data_prep.sources.members import Archive, list_members
 from data_prep.sources.unpacking import (
@@ -41,13 +41,22 @@ class ArchiveSource:
         path: the archive.
         is_zip: whether it is a zip rather than a tar.
         scratch: folder of unpacked archives, shared by all processes; None: a temporary one.
+        missing_end: see `walk_tar`.
     """
 
     is_explicit = False
     classes: tuple[str, ...] | None = None
 
-    def __init__(self, path: Location, *, is_zip: bool, scratch: Path | None = None) -> None:
+    def __init__(
+        self,
+        path: Location,
+        *,
+        is_zip: bool,
+        scratch: Path | None = None,
+        missing_end: Warn | None = None,
+    ) -> None:
         self.path = path
+        self._missing_end = missing_end
         self.skipped: Counter[str] = Counter()
         self._is_zip = is_zip
         self._unpacked = UnpackedFiles(path, scratch)
@@ -107,7 +116,7 @@ class ArchiveSource:
         return self._readers[container]
 
     def _walk(self, archive: Archive, depth: int) -> Iterator[SourceFile]:
-        for file in list_members(archive):
+        for file in list_members(archive, self._end_warning(archive)):
             stem = archive_stem(file.path)
             if not stem or file.problem or is_hidden(file.path):
                 yield file
@@ -116,6 +125,13 @@ class ArchiveSource:
                 yield file._replace(problem=f"it is in more than {_MAX_DEPTH} other archives")
                 continue
             yield from self._inner(file, archive, stem, depth)
+
+    def _end_warning(self, archive: Archive) -> Warn | None:
+        warn = self._missing_end
+        if warn is None:
+            return None
+        name = f"{self.path} ({archive.container})" if archive.container else str(self.path)
+        return lambda text: warn(text.replace(str(archive.place), name))
 
     def _inner(
         self, outer: SourceFile, archive: Archive, stem: str, depth: int

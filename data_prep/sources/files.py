@@ -44,6 +44,8 @@ class SourceFile(NamedTuple):
     """Split from a list or shard."""
     fields: str = ""
     """Other fields from a list or shard: a JSON object as text, or empty."""
+    notes: str = ""
+    """What of its JSON was left out or replaced, for the counts of the manifest, joined by `; `."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,8 @@ class Selection:
     """Column with the labels of a list; None: found by its name."""
     root: str | None = None
     """Folder that the paths of a list are relative to; None: the folder of the list."""
+    allow_missing_end: bool = False
+    """Whether tars may lack their end mark; see `data_prep.format.tars.walk_tar`."""
 
     def wants(self, file: SourceFile, *, explicit: bool = False) -> bool:
         """Return whether to use a file; in a pattern, `*` also matches slashes.

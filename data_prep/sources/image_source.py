@@ -3,8 +3,10 @@
 import zipfile
 from pathlib import Path
 
+from data_prep.format.patterns import is_pattern
 from data_prep.format.storage import Location, RemotePath
 from data_prep.format.tars import is_tar, walk_tar
+from data_prep.format.text import WarnOnce
 from data_prep.sources.archives import ArchiveSource
 from data_prep.sources.files import Selection, SourceError
 from data_prep.sources.folders import FolderSource, RemoteFolderSource
@@ -33,7 +35,7 @@ def open_source(
     Args:
         path: path or URL.
         selection: root folder of a list's paths, and the column with the split.
-        shards: whether `path` is a folder of WebDataset tars to read sample by sample.
+        shards: whether `path` is a folder or pattern of WebDataset tars to read sample by sample.
         ordered: whether a folder must list its files in the same order every time.
         without: a folder that must not be inside a source folder, even through links.
         scratch: folder for archives that must be unpacked, shared by all processes; None: a
@@ -46,9 +48,9 @@ def open_source(
     selection = selection or Selection()
     if isinstance(path, RemotePath):
         return _open_remote(path, selection, scratch, shards=shards)
+    if shards and (path.is_dir() or is_pattern(path)):
+        return ShardSource(path, selection)
     if path.is_dir():
-        if shards:
-            return ShardSource(path, selection)
         return FolderSource(path, ordered=ordered, without=without)
     if not path.exists():
         raise SourceError(f"source {path} does not exist. Give {_KINDS}.")
@@ -75,7 +77,8 @@ def _open_file(path: Location, selection: Selection, scratch: Path | None) -> Im
         return ListSource(path, selection)
     with path.open("rb") as file:
         if is_tar(path) or _is_compressed(file.read(HEAD_BYTES), path):
-            return ArchiveSource(path, is_zip=False, scratch=scratch)
+            warn = WarnOnce() if selection.allow_missing_end else None
+            return ArchiveSource(path, is_zip=False, scratch=scratch, missing_end=warn)
         if zipfile.is_zipfile(file):
             return ArchiveSource(path, is_zip=True, scratch=scratch)
     if ".tar" in path.name.lower() or path.name.lower().endswith((".tgz", ".txz", ".tbz2")):

@@ -7,7 +7,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from data_prep.format.storage import Location
-from data_prep.format.tars import describe_path_problem, describe_problem, open_part, walk_tar
+from data_prep.format.tars import (
+    Warn,
+    describe_path_problem,
+    describe_problem,
+    open_part,
+    walk_tar,
+)
 from data_prep.sources.files import SourceError, SourceFile
 
 _MAX_OFFSET = 2**62
@@ -28,16 +34,18 @@ class Archive(NamedTuple):
     """Whether it is a zip."""
 
 
-def list_members(archive: Archive) -> Iterator[SourceFile]:
+def list_members(archive: Archive, missing_end: Warn | None = None) -> Iterator[SourceFile]:
     """Yield every member that is not a folder.
 
-    A backslash in a name separates folders, as programs for Windows write it.
+    A backslash in a name separates folders, as programs for Windows write it. For `missing_end` see
+    `walk_tar`.
 
     Raises:
         SourceError: the zip is damaged.
         TarError: the tar is damaged.
     """
-    for file in _list_zip(archive) if archive.is_zip else _list_tar(archive):
+    files = _list_zip(archive) if archive.is_zip else _list_tar(archive, missing_end)
+    for file in files:
         if file.path[-1:] != "/":
             yield file._replace(offset=archive.start + file.offset, container=archive.container)
 
@@ -64,8 +72,10 @@ def _list_zip(archive: Archive) -> Iterator[SourceFile]:
         )
 
 
-def _list_tar(archive: Archive) -> Iterator[SourceFile]:
-    for member in walk_tar(archive.place, start=archive.start, length=archive.length):
+def _list_tar(archive: Archive, missing_end: Warn | None) -> Iterator[SourceFile]:
+    for member in walk_tar(
+        archive.place, start=archive.start, length=archive.length, missing_end=missing_end
+    ):
         if member.isdir():
             continue
         file = SourceFile(

@@ -1,45 +1,68 @@
-"""Folders of WebDataset tars as sources, for resharding."""
+"""WebDataset tars as sources, for resharding."""
 
 import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
-from typing import Any
 
-from data_prep.format.manifest import IMAGE_EXTENSIONS, MANIFEST_NAME, read_manifest
+from data_prep.format.manifest import MANIFEST_NAME, read_manifest
+from data_prep.format.patterns import (
+    PatternError,
+    TarListing,
+    describe_prefixes,
+    describe_splits,
+    is_pattern,
+    list_tars,
+)
+from data_prep.format.samples import SampleReader, TarSample
 from data_prep.format.storage import ByteReader, Location
-from data_prep.format.tars import describe_problem, walk_tar
+from data_prep.format.text import WarnOnce
 from data_prep.sources.files import Selection, SourceError, SourceFile, UnreadableFileError
-
-_MAX_METADATA_BYTES = 2**20
+from data_prep.sources.json_fields import (
+    LEFT_OUT,
+    MAX_JSON_BYTES,
+    TOO_LONG,
+    JsonFields,
+    parse_fields,
+)
 
 
 class ShardSource:
-    """A folder of WebDataset tars, read by sample with its label, JSON fields and key."""
+    """WebDataset tars, read by sample with its label, JSON fields and key.
+
+    Args:
+        path: folder of the tars, a pattern of tars in one folder, or one tar.
+        selection: column with the split, and how tars may end.
+
+    Attributes:
+        skipped: kind → number of members and archives that belong to no sample.
+    """
 
     is_explicit = True
 
     def __init__(self, path: Location, selection: Selection) -> None:
         self.path = path
-        self.skipped: Counter[str] = Counter()
-        self._split_column = selection.split_column
+        self._selection = selection
+        self._is_pattern = is_pattern(path)
+        self._folder = path.parent if self._is_pattern else path
         self._open: tuple[str, ByteReader] | None = None
+        self._say = WarnOnce()
+        self.skipped: Counter[str] = Counter()
         self.classes: tuple[str, ...] | None = None
-        if (path / MANIFEST_NAME).exists():
-            self.classes = read_manifest(path).classes or None
+        if (self._folder / MANIFEST_NAME).exists():
+            self.classes = read_manifest(self._folder).classes or None
 
     def files(self) -> Iterator[SourceFile]:
         """Yield the image of every sample; those that cannot be used have a problem.
 
         Raises:
-            SourceError: there are no tars.
-            TarError: a tar is damaged.
+            SourceError: there are no tars, or they are of several splits.
+            TarError: a tar is damaged or cut.
         """
-        tars = sorted(path.name for path in self.path.glob("*.tar") if path.name[0] != ".")
-        if not tars:
-            raise SourceError(f"{self.path} has no tars. Give a folder of WebDataset tars.")
-        for name in tars:
-            yield from self._samples(name)
+        listed = self._list_tars()
+        self.skipped = listed.skipped.copy()
+        for tar in listed.tars:
+            yield from self._samples(tar.name)
 
     def unmeasured_files(self) -> Iterator[SourceFile]:
         """Yield the image of every sample; labels are in the tars, so these are read anyway."""
@@ -65,83 +88,88 @@ class ShardSource:
             self._open[1].close()
             self._open = None
 
+    def _list_tars(self) -> TarListing:
+        try:
+            listed = list_tars(self.path)
+        except PatternError as error:
+            raise SourceError(str(error)) from None
+        names = [tar.name for tar in listed.tars]
+        if len({str(tar.parent) for tar in listed.tars}) > 1:
+            raise SourceError(
+                f"{self.path} stands for tars in several folders. Give those of one folder."
+            )
+        splits = describe_splits(names)
+        if splits and not self._is_pattern:
+            raise SourceError(
+                f"the tars in {self.path} are of several splits: {splits}. Give one of them, as in "
+                f"'{self.path}/train-*.tar', or all of them as '{self.path}/*.tar'."
+            )
+        if prefixes := describe_prefixes(names):
+            self._say(f"{self.path}: names with several beginnings, all in one set: {prefixes}")
+        return listed
+
     def _reader(self, name: str) -> ByteReader:
         if self._open is None or self._open[0] != name:
             self.close()
-            self._open = (name, ByteReader(self.path / name))
+            self._open = (name, ByteReader(self._folder / name))
         return self._open[1]
 
     def _samples(self, name: str) -> Iterator[SourceFile]:
-        key, images, metadata = "", list[SourceFile](), dict[str, bytes]()
-        with closing(ByteReader(self.path / name)) as tar:
-            for member in walk_tar(self.path / name):
-                folder, slash, base = member.name.rpartition("/")
-                stem, dot, extension = base.partition(".")
-                if member.isdir() or not dot or not stem or member.name.startswith("__"):
-                    continue
-                if folder + slash + stem != key:
-                    yield from self._finish(name, key, images, metadata)
-                    key, images, metadata = folder + slash + stem, [], {}
-                extension = extension.lower()
-                if extension in IMAGE_EXTENSIONS:
-                    images.append(
-                        SourceFile(
-                            path=f"{name}/{member.name}",
-                            size=member.size,
-                            stamp=int(member.mtime),
-                            offset=member.offset_data,
-                            problem=describe_problem(member) or "",
-                            container=name,
-                        )
-                    )
-                elif extension in ("cls", "json") and member.isreg():
-                    length = min(member.size, _MAX_METADATA_BYTES)
-                    metadata[extension] = tar.read(member.offset_data, length)
-        yield from self._finish(name, key, images, metadata)
+        path = self._folder / name
+        allowed = self._say if self._selection.allow_missing_end else None
+        reader = SampleReader(path, missing_end=allowed)
+        with closing(ByteReader(path)) as tar:
+            for sample in reader.samples():
+                yield from self._files_of(sample, name, tar)
+        self.skipped += reader.skipped
 
-    def _finish(
-        self, name: str, key: str, images: list[SourceFile], metadata: dict[str, bytes]
-    ) -> Iterator[SourceFile]:
-        if not images:
-            if key:
-                yield SourceFile(f"{name}/{key}", 0, 0, problem="its sample has no image")
+    def _files_of(self, sample: TarSample, name: str, tar: ByteReader) -> Iterator[SourceFile]:
+        """Yield the image of a sample; all of its images if it has a problem."""
+        if not sample.images:
+            yield SourceFile(f"{name}/{sample.key}", 0, 0, problem="its sample has no image")
             return
-        images = _leave_out_arrays(images)
-        fields = _parse_fields(metadata.get("json", b"{}"))
-        label = metadata.get("cls", b"").decode("utf-8", "replace").strip()
-        first, *others = images
-        first = first._replace(label=label)
-        if fields is None:
-            fields, first = {}, first._replace(problem="its JSON is damaged")
-        if label:
-            first = self._name_class(first, label)
-        path, split = fields.pop("path", None), fields.get(self._split_column, "")
+        for member in sample.images.values():
+            file = SourceFile(
+                path=f"{name}/{member.name}",
+                size=member.size,
+                stamp=int(member.mtime),
+                offset=member.offset_data,
+                problem=sample.problem,
+                container=name,
+                label="",
+            )
+            yield file if sample.problem else self._describe(file, sample, tar)
+
+    def _describe(self, file: SourceFile, sample: TarSample, tar: ByteReader) -> SourceFile:
+        """Return a file with the label, path, split and fields of its sample."""
+        if sample.label >= 0:
+            file = self._name_class(file, sample.label)
+        found = _read_fields(sample, tar)
+        fields = found.values
+        path, split = fields.pop("path", None), fields.get(self._selection.split_column, "")
         if isinstance(path, str) and path:
-            first = first._replace(path=path)
-        first = first._replace(
-            split=split if isinstance(split, str) else "", fields=json.dumps({**fields, "key": key})
+            file = file._replace(path=path)
+        if self._selection.only_split is not None and LEFT_OUT & {*found.notes}:
+            # Without its split nobody knows whether it is wanted.
+            file = file._replace(problem="its JSON is damaged", split=self._selection.only_split)
+            split = self._selection.only_split
+        return file._replace(
+            split=split if isinstance(split, str) else "",
+            fields=json.dumps({**fields, "key": sample.key}),
+            notes="; ".join(found.notes),
         )
-        yield first
-        for other in others:
-            yield other._replace(problem=f"its sample {key!r} has another image already")
 
-    def _name_class(self, file: SourceFile, label: str) -> SourceFile:
+    def _name_class(self, file: SourceFile, label: int) -> SourceFile:
         if self.classes is None:
-            return file._replace(label=label)
-        if label.isascii() and label.isdecimal() and int(label[:9]) < len(self.classes):
-            return file._replace(label=self.classes[int(label[:9])])
-        return file._replace(problem=f"its label {label[:40]!r} is no class of the manifest")
+            return file._replace(label=str(label))
+        if label < len(self.classes):
+            return file._replace(label=self.classes[label])
+        return file._replace(problem=f"its label {str(label)!r} is no class of the manifest")
 
 
-def _leave_out_arrays(images: list[SourceFile]) -> list[SourceFile]:
-    """Return the pictures of a sample, or its array if it has none, as the index does."""
-    pictures = [file for file in images if not file.path.lower().endswith(".npy")]
-    return pictures or images
-
-
-def _parse_fields(data: bytes) -> dict[str, Any] | None:
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    return values if isinstance(values, dict) else {"json": values}
+def _read_fields(sample: TarSample, tar: ByteReader) -> JsonFields:
+    if sample.json is None:
+        return JsonFields()
+    if sample.json.size > MAX_JSON_BYTES:
+        return JsonFields(notes=(TOO_LONG,))
+    return parse_fields(tar.read(sample.json.offset_data, sample.json.size))

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from data_prep.executors.processes import Tick
 from data_prep.format.atomic import atomic_write_bytes
-from data_prep.format.index import MAX_CLASSES
 from data_prep.format.kinds import count_kind, describe_kinds
+from data_prep.format.labels import MAX_CLASSES
 from data_prep.format.manifest import IMAGE_SUFFIXES
 from data_prep.format.storage import Location
 from data_prep.sources.external_sort import ExternalSort

@@ -70,7 +70,7 @@ class ShardOptions:
         """Return the options as plain values, for the manifest."""
         values: dict[str, Any] = asdict(self)
         selection: dict[str, Any] = values.pop("selection")
-        for name in ("root", "path_column", "label_column"):
+        for name in ("root", "path_column", "label_column", "allow_missing_end"):
             del selection[name]  # the fingerprint covers the files and labels they lead to
         encoding: dict[str, Any] = values.pop("encoding")
         lists = {name: list(selection[name]) for name in ("include", "exclude")}

@@ -5,7 +5,7 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -300,8 +300,9 @@ def _write_tar(
             else:
                 name = class_name(file)
                 label = -1 if name is None else task.labels[name]
-                writer.write(key, _members(file, image, label, task), label)
-                notes.update(image.notes)
+                image_notes = [*_notes_of(file), *image.notes]
+                writer.write(key, _members(file, image, image_notes, label, task), label)
+                notes.update(image_notes)
             tick(1)
         return writer.finish(), rejected, dict(sorted(notes.items()))
 
@@ -316,8 +317,12 @@ def _read_image(source: ImageSource, file: SourceFile, options: ShardOptions) ->
     )
 
 
+def _notes_of(file: SourceFile) -> list[str]:
+    return file.notes.split("; ") if file.notes else []
+
+
 def _members(
-    file: SourceFile, image: CheckedImage, label: int, task: ShardTask
+    file: SourceFile, image: CheckedImage, notes: Sequence[str], label: int, task: ShardTask
 ) -> dict[str, bytes]:
     about: dict[str, Any] = json.loads(file.fields) if file.fields else {}
     about |= {
@@ -326,8 +331,8 @@ def _members(
         "height": image.height,
         "source": task.source.name,
     }
-    if image.notes:
-        about["notes"] = image.notes
+    if notes:
+        about["notes"] = notes
     members = {image.extension: image.data, "json": json.dumps(about).encode()}
     if label >= 0:
         members["cls"] = str(label).encode()

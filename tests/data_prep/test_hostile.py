@@ -89,5 +89,5 @@ def test_accepted_plus_rejected_is_found(
             assert built.manifest.samples + len(lines) == built.found
             built_sets += 1
     assert all(messages)
-    assert built_sets > 5
+    assert built_sets > 1  # few tars: one that is longer or shorter than it says is refused
     assert built_sets + len(messages) == MUTANTS

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.format.index import MAX_CLASSES, index_tar
+from data_prep.format.index import index_tar
+from data_prep.format.labels import MAX_CLASSES
 from data_prep.format.tars import TarError
 
 WriteTar = Callable[[Path, dict[str, bytes]], None]

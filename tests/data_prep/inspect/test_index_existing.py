@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.format.index import read_index
-from data_prep.format.manifest import ManifestError, read_manifest
+from data_prep.cli import main
+from data_prep.format.index import index_tar, read_index, write_index
+from data_prep.format.manifest import Manifest, ManifestError, read_manifest, write_manifest
 from data_prep.format.tars import TarError
 from data_prep.inspect.index_existing import index_existing
 from data_prep.inspect.verify import verify_shards
 from data_prep.write.build import build_shards
 from data_prep.write.options import ShardOptions
+from simmim.data.datasets.shards import ShardSet
+from simmim.data.transforms.decoding import decode_pixels
 
 WriteTar = Callable[[Path, dict[str, bytes]], None]
 
@@ -88,3 +91,138 @@ def test_tars_without_images_are_refused(tmp_path: Path, write_tar: WriteTar) ->
     with pytest.raises(ManifestError, match="no images"):
         index_existing(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
+
+
+@pytest.fixture
+def splits(tmp_path: Path, write_tar: WriteTar, draw_image: Callable[..., bytes]) -> Path:
+    """Three tars of a training split and two of validation, in one folder."""
+    folder = tmp_path / "splits"
+    folder.mkdir()
+    for number, name in enumerate(("train-0", "train-1", "train-2", "val-0", "val-1")):
+        write_tar(folder / f"{name}.tar", {"x.jpg": draw_image(number), "x.cls": b"1"})
+    return folder
+
+
+def _indexed(source: Path, *options: str) -> list[str]:
+    out = source.parent / "out"
+    command = ["index", str(source), "--output", str(out), "--overwrite", "--workers", "1"]
+    assert main([*command, *options]) == 0
+    return [shard.name for shard in read_manifest(out).shards]
+
+
+def test_two_splits_are_not_merged_without_a_word(
+    splits: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = splits.parent / "resharded"
+    for command in (["index", str(splits)], ["reshard", str(splits), str(out)]):
+        assert main(command) == 2
+        message = capsys.readouterr().err
+        assert "train (3)" in message
+        assert "val (2)" in message
+    assert not (splits / "manifest.json").exists()
+    assert not out.exists()
+
+
+def test_one_split_is_chosen_by_name(splits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _indexed(splits, "--include", "val-*") == ["val-0.tar", "val-1.tar"]
+    assert _indexed(splits, "--exclude", "val-*", "--exclude", "*-{0..1}.tar") == ["train-2.tar"]
+    assert _indexed(splits / "train-{0..1}.tar") == ["train-0.tar", "train-1.tar"]
+    assert _indexed(splits / "train-*.tar") == ["train-0.tar", "train-1.tar", "train-2.tar"]
+    assert capsys.readouterr().err == ""
+    assert len(_indexed(splits, "--include", "*")) == 5
+    assert "train-* (3), val-* (2)" in capsys.readouterr().err
+    built = build_shards(
+        splits / "train-{0..1}.tar", splits.parent / "again", ShardOptions(), shards=True
+    )
+    assert built.manifest is not None
+    assert (built.manifest.samples, built.manifest.classes) == (2, ("0", "1"))
+
+
+def test_several_beginnings_are_said(
+    tmp_path: Path,
+    write_tar: WriteTar,
+    draw_image: Callable[..., bytes],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "two").mkdir()
+    for name in ("cars-0", "pets-0", "pets-1"):
+        write_tar(tmp_path / "two" / f"{name}.tar", {"x.jpg": draw_image(0)})
+    assert main(["index", str(tmp_path / "two"), "--workers", "1"]) == 0
+    assert "cars-* (1), pets-* (2)" in capsys.readouterr().err
+
+
+def test_pictures_of_every_format_that_is_read_are_indexed(
+    tmp_path: Path,
+    write_tar: WriteTar,
+    draw_image: Callable[..., bytes],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    formats = {"gif": "GIF", "tif": "TIFF", "tiff": "TIFF", "bmp": "BMP", "ppm": "PPM"}
+    formats |= {"jp2": "JPEG2000", "tga": "TGA", "TIF": "TIFF", "avif": "AVIF"}
+    members = {}
+    for number, (extension, name) in enumerate(formats.items()):
+        members |= {f"{number}.{extension}": draw_image(number, image_format=name)}
+        members |= {f"{number}.cls": b"2"}
+    members |= {"h.heic": b"?", "h.cls": b"1", "i.heic": b"?", "j.jxl": b"?", "k.dcm": b"?"}
+    members |= {"l.txt": b"x", "m.json": b"{}", "noextension": b"x", ".hidden.jpg": b"x"}
+    members |= {"x.jpg": draw_image(0), "x.tif": b"a mask", "x.gif": b"another"}
+    write_tar(folder / "0.tar", members)
+    (folder / "1.tar.gz").write_bytes(b"x")
+    assert main(["index", str(folder), "--workers", "1"]) == 0
+    printed = capsys.readouterr().out
+    manifest = read_manifest(folder)
+    assert manifest.samples == len(formats) + 1
+    assert manifest.skipped == {
+        ".heic": 2,
+        ".jxl": 1,
+        ".dcm": 1,
+        ".txt": 1,
+        ".json": 1,
+        "no suffix": 1,
+        "hidden": 1,
+        ".tar.gz": 1,
+    }
+    assert ".heic (2)" in printed
+    index = read_index(folder, manifest.shards[0])
+    assert index.extensions.tolist() == [*(name.lower() for name in formats), "jpg"]
+    assert verify_shards(manifest, decode=True).problems == ()
+    shards = ShardSet(folder)
+    for row in range(manifest.samples):
+        raw = shards.read(0, row)
+        assert decode_pixels(raw.image, raw.extension).pixels.shape == (24, 28, 3)
+    assert main(["info", str(folder), "--statistics", "--workers", "1"]) == 0
+    assert main(["reshard", str(folder), str(tmp_path / "b"), "--max-rejected", "1"]) == 0
+    assert read_manifest(tmp_path / "b").samples == manifest.samples
+
+
+def test_sets_of_before_are_verified_as_they_were_indexed(
+    tmp_path: Path, write_tar: WriteTar, draw_image: Callable[..., bytes]
+) -> None:
+    """A manifest that names no extensions is of the time when only five were read."""
+    folder = tmp_path / "old"
+    folder.mkdir()
+    write_tar(
+        folder / "0.tar", {"a.jpg": draw_image(0), "b.gif": draw_image(1, image_format="GIF")}
+    )
+    indexed = index_tar(folder / "0.tar", lambda _: None)
+    write_index(folder / "0.index.npy", indexed.index)
+    write_manifest(Manifest(folder=folder, shards=(indexed.entry("0.tar"),)))
+    manifest = read_manifest(folder)
+    assert manifest.samples == 1
+    assert verify_shards(manifest, decode=True).problems == ()
+
+
+def test_tars_of_several_folders_need_a_place_for_the_manifest(
+    tmp_path: Path, write_tar: WriteTar, draw_image: Callable[..., bytes]
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / name / f"{name}-0.tar", {"x.jpg": draw_image(0)})
+    pattern = tmp_path / "{a/a,b/b}-0.tar"
+    with pytest.raises(ManifestError, match="--output"):
+        index_existing(pattern)
+    manifest = index_existing(pattern, output=tmp_path / "out").manifest
+    assert [shard.name for shard in manifest.shards] == ["a-0.tar", "b-0.tar"]
+    assert ShardSet(tmp_path / "out").read(1, 0).image == draw_image(0)

@@ -187,11 +187,14 @@ def test_reshard_of_shards_that_someone_else_wrote(
     assert (about["caption"], about["key"], name) == ("an owl", "x/1", "7")
     assert samples["one.tar/2.png"][1] is None
     assert "one.tar/6.jpg" in samples
+    assert samples["one.tar/4.jpg"][0]["notes"] == ["JSON left out: damaged"]
+    assert built.manifest is not None
+    assert built.manifest.notes["JSON left out: damaged"] == 1
     lines = (tmp_path / "b" / "rejected.jsonl").read_text().splitlines()
     assert {row["path"]: row["reason"] for row in map(json.loads, lines)} == {
         "one.tar/3": "its sample has no image",
-        "one.tar/4.jpg": "its JSON is damaged",
-        "one.tar/5.png": "its sample '5' has another image already",
+        "one.tar/5.jpg": "its sample '5' has two images, jpg and png",
+        "one.tar/5.png": "its sample '5' has two images, jpg and png",
     }
     assert built.found == len(samples) + 3
     with pytest.raises(SourceError, match="no tars"):

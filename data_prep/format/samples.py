@@ -1,0 +1,167 @@
+"""The samples of a WebDataset tar: consecutive members of one key, and what is wrong with them.
+
+One grouping for all that reads foreign tars, so that `index` and `reshard` find the same images
+and labels, and refuse the same samples.
+"""
+
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+
+from data_prep.format.kinds import count_kind, kind_of
+from data_prep.format.labels import MAX_LABEL_BYTES, LabelError, parse_label
+from data_prep.format.manifest import IMAGE_EXTENSIONS, READ_EXTENSIONS
+from data_prep.format.storage import ByteReader, Location
+from data_prep.format.tars import TarError, Warn, describe_problem, walk_tar
+
+# Key and extension, and metadata members, as webdataset itself parses them.
+_KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
+_META = re.compile(r"__[^/]*__($|/)")
+_COMPANIONS = {"cls", "json", "txt"}
+
+
+@dataclass(kw_only=True)
+class TarSample:
+    """A run of members with the same key: the path up to the first dot of the file name."""
+
+    key: str
+    images: dict[str, tarfile.TarInfo] = field(default_factory=dict)
+    """Image members by their extension in lower case; one, unless the sample has a problem."""
+    label: int = -1
+    """Integer in the `cls` member, -1 if there is none."""
+    json: tarfile.TarInfo | None = None
+    """The `json` member."""
+    extensions: list[str] = field(default_factory=list)
+    """Extensions of all members, in lower case."""
+    repeated: set[str] = field(default_factory=set)
+    """Extensions of images that occur more than once."""
+    problem: str = ""
+    """Why the sample must not be used, as a clause; empty if it may be."""
+
+    @property
+    def kind(self) -> str:
+        """Kind of what the sample holds instead of an image; see `data_prep.format.kinds`."""
+        names = [name for name in self.extensions if name not in _COMPANIONS] or self.extensions
+        return kind_of(f"{self.key}.{names[0]}")
+
+
+class SampleReader:
+    """Groups the members of a tar into samples.
+
+    Args:
+        path: the tar.
+        extensions: extensions of images, in lower case.
+        missing_end: see `walk_tar`.
+
+    Attributes:
+        skipped: kind → number of members that belong to no sample.
+    """
+
+    def __init__(
+        self,
+        path: Location,
+        *,
+        extensions: tuple[str, ...] = READ_EXTENSIONS,
+        missing_end: Warn | None = None,
+    ) -> None:
+        self._path, self._extensions, self._missing_end = path, extensions, missing_end
+        self.skipped: Counter[str] = Counter()
+
+    def samples(self) -> Iterator[TarSample]:
+        """Yield every sample, those without an image too.
+
+        Raises:
+            TarError: the tar is damaged (see `walk_tar`), or the members of a sample are apart.
+            OSError: it cannot be read.
+        """
+        seen: set[str] = set()
+        sample: TarSample | None = None
+        with closing(ByteReader(self._path)) as tar:
+            for member in walk_tar(self._path, missing_end=self._missing_end):
+                match = None if member.isdir() else self._key(member)
+                if match is None:
+                    continue
+                key, extension = match.group(1), match.group(2).lower()
+                if sample is None or sample.key != key:
+                    if sample is not None:
+                        yield self._finish(sample)
+                    if key in seen:
+                        raise TarError(
+                            f"{self._path}: the members of sample {key!r} are not contiguous, so "
+                            "that no reader finds them together. Sort them."
+                        )
+                    seen.add(key)
+                    sample = TarSample(key=key, problem=_describe_key(key))
+                self._add(sample, member, extension, tar)
+        if sample is not None:
+            yield self._finish(sample)
+
+    def _key(self, member: tarfile.TarInfo) -> "re.Match[str] | None":
+        if _META.match(member.name):
+            return None
+        match = _KEY.fullmatch(member.name)
+        if match is None:
+            count_kind(self.skipped, kind_of(member.name))
+        return match
+
+    def _add(
+        self, sample: TarSample, member: tarfile.TarInfo, extension: str, tar: ByteReader
+    ) -> None:
+        sample.extensions.append(extension)
+        is_image = extension in self._extensions
+        problem = describe_problem(member)
+        if problem and not is_image:
+            problem = f"its member {member.name!r} must not be read: {problem}"
+        if is_image:
+            if extension in sample.images:
+                sample.repeated.add(extension)
+            sample.images[extension] = member
+        elif extension == "json" and not problem:
+            sample.json = member
+        elif extension == "cls" and not problem:
+            length = min(member.size, MAX_LABEL_BYTES + 1)
+            try:
+                sample.label = parse_label(tar.read(member.offset_data, length))
+            except LabelError as error:
+                problem = str(error)
+        sample.problem = sample.problem or problem or ""
+
+    def _finish(self, sample: TarSample) -> TarSample:
+        sample.images = _choose(sample.images)
+        sample.problem = sample.problem or _describe_images(sample)
+        return sample
+
+
+def _choose(images: dict[str, tarfile.TarInfo]) -> dict[str, tarfile.TarInfo]:
+    """Return the images of a sample that may be meant.
+
+    Next to a picture that shards may hold, an array or a picture of another format is something
+    else: depth, a mask.
+    """
+    pictures = [name for name in images if name in IMAGE_EXTENSIONS and name != "npy"]
+    arrays = [name for name in images if name == "npy"]
+    names = pictures or arrays or list(images)
+    return {name: images[name] for name in names}
+
+
+def _describe_images(sample: TarSample) -> str:
+    names = sorted(sample.images)
+    if len(names) > 1:
+        return f"its sample {sample.key!r} has two images, {' and '.join(names)}"
+    for name, member in sample.images.items():
+        if name in sample.repeated:
+            return f"its image {member.name!r} occurs twice"
+        if member.size == 0:
+            return "it is empty"
+    return ""
+
+
+def _describe_key(key: str) -> str:
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8"
+    return ""
