@@ -153,7 +153,7 @@ class DataSettings(RemoteSettings, SampleSettings):
     """Seed of that choice; separate from training.seed, so that runs with other seeds share it."""
     mean: tuple[float, ...] | Literal["measured"] = IMAGENET_MEAN
     """Mean of each channel, on a scale of 0 to 1 (floating point values unscaled). `measured` uses
-    the result of `data-prep info --statistics`."""
+    the result of `data-prep info --statistics`, for data.std as well unless that is given."""
     std: tuple[float, ...] | Literal["measured"] = IMAGENET_STD
     """Standard deviation of each channel, on the same scale, or `measured`."""
 
@@ -193,6 +193,8 @@ Data = TypeVar("Data", bound=DataSettings)
 def with_statistics(data: Data) -> Data:
     """Return the settings with `measured` mean and std replaced by numbers.
 
+    If one of them is `measured` and the other is the default, both are.
+
     Raises:
         ValueError: the shards were not measured.
     """
@@ -208,8 +210,8 @@ def with_statistics(data: Data) -> Data:
     found = measured_statistics(
         folders_of(data.shards), weights_of(data.shards), allow_pipe=data.allow_pipe
     )
-    mean = found.mean if isinstance(data.mean, str) else data.mean
-    std = found.std if isinstance(data.std, str) else data.std
+    mean = found.mean if data.mean in (MEASURED, IMAGENET_MEAN) else data.mean
+    std = found.std if data.std in (MEASURED, IMAGENET_STD) else data.std
     return replace(data, mean=mean, std=std)
 
 
@@ -268,6 +270,11 @@ class ClipDataSettings(CroppedSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, 1, "frames")
+        if max(*self.mean, *self.std) > 1:
+            raise ValueError(
+                f"mean is {list(self.mean)} and std {list(self.std)}; both are on a scale of 0 to "
+                "1: divide values from 0 to 255 by 255."
+            )
         check_shares(self, "fraction")
         if min(self.views) < 1:
             raise ValueError(f"views is {list(self.views)}; both must be at least 1.")

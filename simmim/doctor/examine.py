@@ -25,6 +25,7 @@ from simmim.engine.distributed.launcher import end_processes, end_with_launcher,
 from simmim.engine.run import RunFolder
 from simmim.tasks.all_tasks import TaskStage, task_named
 from simmim.tasks.architecture import overridden
+from simmim.tasks.input_check import input_of
 from simmim.tasks.loading import with_recorded_slots
 from simmim.tasks.recipe import TaskRecipe
 
@@ -115,8 +116,9 @@ def _check_data(stage: Any) -> Iterable[Check]:
     """Check the training and validation data."""
     if not _reads_shards(stage):
         return check_labelled_files(stage)
-    channels = stage.encoder.config.in_channels
-    return check_shards(stage.training_shards, stage.validation_shards, stage.recipe.data, channels)
+    return check_shards(
+        stage.training_shards, stage.validation_shards, stage.recipe.data, input_of(stage)
+    )
 
 
 def count_permanent_checkpoints(stage: TaskStage) -> int:

@@ -10,17 +10,23 @@ import numpy as np
 import torch
 
 from data_prep.format.text import count_noun
+from simmim.data.datasets.clips import ClipSet
 from simmim.data.datasets.local_files import LocalFiles
 from simmim.data.order.order import Address
 from simmim.data.order.source import BadSampleError, DataError, SampleSource
 from simmim.data.transforms.image_transforms import ClassMap, Instances, Targets
 from simmim.data.transforms.labels import IGNORED
+from simmim.data.transforms.sampling import sample_images
 from simmim.doctor.checks import Check
+from simmim.doctor.shards import input_checks
 from simmim.tasks.fine_tuning import FineTuningStage, Prepare
+from simmim.tasks.input_check import input_of
 
 PREPARED = 256
 """Maximum number of samples of a set that are prepared."""
 PREPARING_SECONDS = 10.0
+MEASURED = 64
+"""Maximum number of images whose channels and statistics are compared with the recipe."""
 MOST_IGNORED = 0.9
 MOST_EMPTY = 0.5
 NAMED = 5
@@ -63,6 +69,15 @@ def check_labelled_files(stage: FineTuningStage[Any, Any]) -> Iterator[Check]:
     sets = [training] if validation is None else [training, validation]
     yield check_presence([one for one in sets if isinstance(one, LocalFiles)])
     yield from _check_samples(stage, "samples", training, stage.training_transform())
+    if not isinstance(training, ClipSet):
+        found = sample_images(
+            training,
+            channels=stage.encoder.config.in_channels,
+            max_pixels=stage.recipe.data.max_pixels,
+            most=MEASURED,
+            seconds=PREPARING_SECONDS,
+        )
+        yield from input_checks(found, input_of(stage))
     if validation is not None:
         yield from _check_samples(stage, "held out", validation, stage.validation_transform())
     if training.classes:  # then there is a shard for each

@@ -1,16 +1,11 @@
 """Checks of shards and image folders: files, checksums, and a sample of decoded images."""
 
 import hashlib
-import io
 import os
-import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from data_prep.format.manifest import ShardEntry
 from data_prep.format.storage import Location
@@ -26,11 +21,11 @@ from simmim.data.order.order import (
     describe_order,
     needless_slots,
 )
-from simmim.data.order.source import DataError
 from simmim.data.settings import AugmentedDataSettings
-from simmim.data.transforms.decoding import ARRAY_EXTENSION, decode_pixels
+from simmim.data.transforms.sampling import SampledImages, sample_images
 from simmim.doctor.checks import Check
 from simmim.engine.distributed.environment import available_cores
+from simmim.tasks.input_check import EncoderInput, compare_input
 
 CHECKSUM_BYTES = 2**31
 """Largest shard that is checksummed. First, middle and last shard of each set are."""
@@ -42,12 +37,10 @@ MANY_FILES = 2_000_000
 SMALL_SHARE = 0.1
 FEW_SLOTS = 8
 """Slots of a large set below which its batches are poorly mixed."""
-MEAN_DISTANCE, STD_RATIO = 0.1, 1.5
-SCALES = {"uint8": 255.0, "uint16": 65535.0}
 
 
 def check_shards(
-    training: Shards, validation: Shards | None, data: AugmentedDataSettings, channels: int
+    training: Shards, validation: Shards | None, data: AugmentedDataSettings, wanted: EncoderInput
 ) -> Iterator[Check]:
     """Check the training and validation shards."""
     tars = [entry for one in shard_sets_of(training) for entry in entries_of(one)]
@@ -76,7 +69,7 @@ def check_shards(
         entries.setdefault(one.folder, []).extend(entries_of(one))
     for folder, of_folder in entries.items():
         yield check_files(folder, of_folder)
-    yield from check_samples(training, data, channels)
+    yield from check_samples(training, data, wanted)
 
 
 def _samples_in_shards(shards: Shards) -> str:
@@ -178,64 +171,17 @@ def _sha256(place: Path) -> str:
     return digest.hexdigest()
 
 
-@dataclass
-class DecodedSamples:
-    """Results of decoding some samples."""
-
-    count: int = 0
-    bad: list[str] = field(default_factory=list)
-    short_sides: list[int] = field(default_factory=list)
-    modes: Counter[str] = field(default_factory=Counter)
-    means: list[np.ndarray] = field(default_factory=list)
-    squares: list[np.ndarray] = field(default_factory=list)
-    seconds: float = 0.0
-
-
-def decode_some(shards: Shards, data: AugmentedDataSettings, channels: int) -> DecodedSamples:
-    """Decode samples spread evenly over all shards, for a limited time."""
-    ends = np.cumsum(shards.sizes)
-    found = DecodedSamples()
-    began = time.perf_counter()
-    # If reading a sample fetches its whole shard, one shard has to be enough.
-    reach = shards.sizes[0] if shards.fetches_whole_shards else shards.samples
-    places = np.unique(np.linspace(0, reach - 1, min(DECODED, reach)).astype(int))
-    # In random order, which covers the whole set even if time runs out.
-    for place in np.random.default_rng(0).permutation(places).tolist():
-        if time.perf_counter() - began > DECODING_SECONDS:
-            break
-        shard = int(np.searchsorted(ends, place, side="right"))
-        raw = shards.read(shard, place - int(ends[shard] - shards.sizes[shard]))
-        found.count += 1
-        try:
-            decoded = decode_pixels(
-                raw.image, raw.extension, channels=channels, max_pixels=data.max_pixels
-            )
-        except DataError as error:
-            found.bad.append(f"{raw.name}: {error}")
-            continue
-        found.modes[_mode(raw.image, raw.extension)] += 1
-        pixels = decoded.pixels
-        found.short_sides.append(min(pixels.shape[:2]))
-        values = pixels.reshape(-1, pixels.shape[-1]) / SCALES.get(str(pixels.dtype), 1.0)
-        found.means.append(values.mean(axis=0))
-        found.squares.append((values**2).mean(axis=0))
-    found.seconds = time.perf_counter() - began
-    return found
-
-
-def _mode(image: bytes, extension: str) -> str:
-    if extension == ARRAY_EXTENSION:
-        return "array"
-    try:
-        with Image.open(io.BytesIO(image)) as opened:
-            return opened.mode
-    except (OSError, UnidentifiedImageError):
-        return "unknown"
-
-
-def check_samples(shards: Shards, data: AugmentedDataSettings, channels: int) -> Iterator[Check]:
+def check_samples(
+    shards: Shards, data: AugmentedDataSettings, wanted: EncoderInput
+) -> Iterator[Check]:
     """Decode some samples, and compare sizes, channels and statistics with the recipe."""
-    found = decode_some(shards, data, channels)
+    found = sample_images(
+        shards,
+        channels=wanted.channels,
+        max_pixels=data.max_pixels,
+        most=DECODED,
+        seconds=DECODING_SECONDS,
+    )
     share = len(found.bad) / max(found.count, 1)
     rate = found.count / max(found.seconds, 1e-9)
     text = f"{found.count:,} decoded at {rate:,.0f} images/s in one process"
@@ -253,11 +199,16 @@ def check_samples(shards: Shards, data: AugmentedDataSettings, channels: int) ->
     if not found.short_sides:
         return
     yield _check_sizes(found, data)
-    yield from _check_channels(found, channels)
-    yield from _check_statistics(found, data)
+    yield from input_checks(found, wanted)
 
 
-def _check_sizes(found: DecodedSamples, data: AugmentedDataSettings) -> Check:
+def input_checks(found: SampledImages, wanted: EncoderInput) -> Iterator[Check]:
+    """Compare channels, range and statistics of images with what the encoder takes."""
+    for one in compare_input(found, wanted):
+        yield Check(name=one.name, verdict=one.verdict, found=one.found, change=one.change)
+
+
+def _check_sizes(found: SampledImages, data: AugmentedDataSettings) -> Check:
     sides = np.array(found.short_sides)
     small = float((sides < data.image_size).mean())
     text = (
@@ -272,44 +223,6 @@ def _check_sizes(found: DecodedSamples, data: AugmentedDataSettings) -> Check:
             change="lower data.image_size, or use larger images",
         )
     return Check(name="image sizes", verdict="ok", found=text)
-
-
-def _check_channels(found: DecodedSamples, channels: int) -> Iterator[Check]:
-    grey = (found.modes["L"] + found.modes["1"]) / sum(found.modes.values())
-    listed = ", ".join(f"{count} {mode}" for mode, count in found.modes.most_common())
-    if channels == 3 and grey > 0.5:
-        yield Check(
-            name="channels",
-            verdict="warning",
-            found=f"{grey:.0%} of the images are greyscale ({listed}), encoder.in_channels is 3",
-            change="set encoder.in_channels to 1, and data.mean and data.std to one value each",
-        )
-    else:
-        yield Check(name="channels", verdict="ok", found=f"{listed}; the encoder takes {channels}")
-
-
-def _check_statistics(found: DecodedSamples, data: AugmentedDataSettings) -> Iterator[Check]:
-    if isinstance(data.mean, str) or isinstance(data.std, str):
-        return
-    mean = np.mean(found.means, axis=0)
-    std = np.sqrt(np.maximum(np.mean(found.squares, axis=0) - mean**2, 1e-12))
-    ratio = np.maximum(std / data.std, data.std / std).max()
-    text = f"mean {_listed(mean)}, std {_listed(std)} of these samples"
-    if np.abs(mean - data.mean).max() > MEAN_DISTANCE or ratio > STD_RATIO:
-        yield Check(
-            name="statistics",
-            verdict="warning",
-            found=f"{text}; the recipe has {_listed(data.mean)} and {_listed(data.std)}",
-            change="run `data-prep info --statistics` on the shards, and set data.mean and "
-            "data.std to measured",
-        )
-    else:
-        yield Check(name="statistics", verdict="ok", found=f"{text}, near the recipe's")
-
-
-def _listed(values: np.ndarray | tuple[float, ...]) -> str:
-    shown = [f"{value:.3f}" for value in values[:4]]
-    return "[" + ", ".join(shown) + (", …" if len(values) > 4 else "") + "]"
 
 
 def check_workers(workers: int) -> Check:

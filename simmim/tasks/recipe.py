@@ -58,7 +58,8 @@ class EncoderSettings:
         if not isinstance(mean, str) and len(mean) != self.in_channels:
             raise ValueError(
                 f"encoder.in_channels is {self.in_channels}, data.mean has "
-                f"{count_noun(len(mean), 'value')}; give one value per channel."
+                f"{count_noun(len(mean), 'value')}; give one value per channel in data.mean and "
+                "data.std, or set both to measured."
             )
 
     def config(self, image_size: int) -> SwinV2Config:

@@ -27,6 +27,7 @@ from simmim.engine.run import RunFolder
 from simmim.engine.stage import TrainingStage
 from simmim.report.page import write_report
 from simmim.tasks.architecture import overridden
+from simmim.tasks.input_check import check_stage_input
 from simmim.tasks.loading import with_recorded_slots
 from simmim.tasks.recipe import TaskRecipe
 
@@ -69,16 +70,17 @@ def train_recipe(
     check = partial(check_folder, run, stage.recipe, recipe, resume, allow_changes=allow_changes)
     if int(os.environ.get("RANK", "0")) == 0:  # others would see what rank 0 has written
         changed = check()
+        starts = resume is None or find_checkpoint(run.checkpoints, resume) is None
+        warnings = check_stage_input(stage) if starts else []
+        if starts and needless_slots(stage.order):
+            warnings.append(f"{describe_order(stage.order)}: remove data.slots to train on all")
         if requested_cpu_processes() < 2:  # printed once, by the process that trains
             if changed:
                 listed = "".join(f"\n  {key}: {text}" for key, text in changed.items())
                 sys.stderr.write(f"the recipe has changed:{listed}\n")
             line = overridden(recipe, stage.recipe)
             sys.stderr.write("" if line is None else f"{line}\n")
-            if resume is None and needless_slots(stage.order):
-                sys.stderr.write(
-                    f"WARNING: {describe_order(stage.order)}: remove data.slots to train on all.\n"
-                )
+            sys.stderr.writelines(f"WARNING: {text.rstrip('.')}.\n" for text in warnings)
     stage.bad_samples.write_to(run.bad_samples)
     world = max(requested_cpu_processes(), int(os.environ.get("WORLD_SIZE", "1")))
     stage.batches(rank=0, world=world, start=0, end=recipe.training.batch_size)

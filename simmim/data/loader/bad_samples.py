@@ -21,6 +21,12 @@ MAX_BAD_SHARE = 0.01
 REMEDY = "Write the shards again with `data-prep shard`, repair the files of a folder of images"
 
 
+CHANNELS_REMEDY = (
+    "Set encoder.in_channels to the channels of the images, with as many values in data.mean and"
+    " data.std, leave out images of other channels"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class BadSample:
     """A damaged sample, its defect and how it was handled."""
@@ -93,8 +99,12 @@ class BadSamples:
                 f" data.max_bad_share {self.max_share:g} allows (of at least {MIN_SAMPLES});"
                 f" the last is sample {last.shard}/{last.key} in {last.folder}: {last.reason}."
                 + (f" All are listed in {self.path}." if self.path else "")
-                + f" {self.remedy}, or raise data.max_bad_share."
+                + f" {self._remedy_for(last)}, or raise data.max_bad_share."
             )
+
+    def _remedy_for(self, sample: BadSample) -> str:
+        """Return what to do about a bad sample: images of other channels are not damaged."""
+        return CHANNELS_REMEDY if "in_channels" in sample.reason else self.remedy
 
     def _name(self, sample: BadSample) -> None:
         mark = (sample.kind, sample.folder, sample.shard, sample.key)

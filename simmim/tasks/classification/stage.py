@@ -16,7 +16,6 @@ from simmim.data.datasets.mixture import Shards
 from simmim.data.datasets.opening import open_sets
 from simmim.data.loader.batch import Batch
 from simmim.data.loader.batches import BatchStream
-from simmim.data.settings import with_statistics
 from simmim.data.transforms.augmentation import Augment
 from simmim.data.transforms.image_transforms import (
     EvalTransform,
@@ -38,6 +37,7 @@ from simmim.tasks.classification.recipe import (
 )
 from simmim.tasks.features import Normalise, sample_drop_path_noise
 from simmim.tasks.fine_tuning import DataT, FineTuningStage
+from simmim.tasks.input_check import with_measured
 from simmim.tasks.loading import open_labelled, train_transform
 from simmim.tasks.metrics import AccuracySums, accuracy_sums
 from simmim.tasks.pretrained import InitialEncoder
@@ -193,8 +193,7 @@ class ClassificationStage(ClassifierStage[ClassificationRecipe, Shards]):
     @staticmethod
     def resolve(recipe: ClassificationRecipe) -> ClassificationRecipe:
         """Return the recipe as trained, with mean and std measured where no encoder has them."""
-        resolved = resolve_architecture(recipe)
-        return replace(resolved, data=with_statistics(resolved.data))
+        return with_measured(resolve_architecture(recipe))
 
     @staticmethod
     def class_names(recipe: ClassificationRecipe) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from simmim.data.loader.batch import Batch
 from simmim.data.loader.batches import BatchStream, evaluation_batches
-from simmim.data.settings import DataSettings, with_statistics
+from simmim.data.settings import DataSettings
 from simmim.data.transforms.image_transforms import EvalTransform
 from simmim.engine.checkpoint.directory import TrainingState, find_checkpoint, load_state
 from simmim.engine.checkpoint.ema import load_average
@@ -22,6 +22,7 @@ from simmim.method.model import SimMIM
 from simmim.recipe import load, recipe_hash
 from simmim.report.panels import reconstruction_panel
 from simmim.tasks.features import Normalise, pool, sample_drop_path_noise
+from simmim.tasks.input_check import with_measured
 from simmim.tasks.loading import order_for, train_transform, training_batches, with_slots
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.probe.online import OnlineProbe
@@ -73,7 +74,7 @@ class PretrainStage:
     """SimMIM pretraining, as the training loop sees it."""
 
     def __init__(self, recipe: PretrainRecipe) -> None:
-        recipe = replace(recipe, data=with_statistics(recipe.data))
+        recipe = with_measured(recipe)
         self.bad_samples = recipe.data.bad_samples()
         self.training_shards, self.validation_shards = recipe.data.split_shards()
         self.recipe = recipe = with_slots(recipe, self.training_shards)

@@ -19,6 +19,7 @@ from simmim.data.loader.batches import evaluation_batches
 from simmim.data.order.randomness import shuffled
 from simmim.data.transforms.image_transforms import EvalTransform
 from simmim.tasks.features import Normalise, pooled_features
+from simmim.tasks.input_check import EncoderInput, check_input
 from simmim.tasks.loading import open_labelled
 from simmim.tasks.metrics import accuracy_sums
 from simmim.tasks.pretrained import find_weights
@@ -69,6 +70,14 @@ def compare(recipe: ProbeRecipe, device: torch.device | str = "cpu") -> dict[Sta
     )
     sys.stderr.write(f"{describe(directory, description, pretrained)}\n")
     training, validation = open_probe_shards(recipe.data)
+    wanted = EncoderInput(
+        channels=description.config.in_channels,
+        mean=description.mean,
+        std=description.std,
+        trained=recipe.encoder,
+    )
+    for text in check_input(training, wanted, max_pixels=recipe.data.max_pixels):
+        sys.stderr.write(f"WARNING: {text}\n")
     starts: tuple[Start, ...] = ("pretrained", "scratch")
     results: dict[Start, ProbeResult] = {}
     for start in starts:

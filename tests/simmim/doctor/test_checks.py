@@ -21,6 +21,7 @@ from simmim.doctor.shards import check_files, check_samples, check_workers, entr
 from simmim.method.settings import MaskSettings
 from simmim.recipe import load, parse
 from simmim.tasks.classification.recipe import ClassificationRecipe
+from simmim.tasks.input_check import input_of
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.pretrain.stage import PretrainStage
 
@@ -147,7 +148,8 @@ def test_missing_truncated_and_changed_files_are_named(
 
 def samples_of(stage: PretrainStage, **data: Any) -> list[Check]:
     changed = replace(stage.recipe.data, **data)
-    return list(check_samples(stage.training_shards, changed, 3))
+    wanted = replace(input_of(stage), mean=changed.mean, std=changed.std)
+    return list(check_samples(stage.training_shards, changed, wanted))
 
 
 def test_samples_are_decoded_and_measured(shards: Path, pretrain_values: dict[str, Any]) -> None:
@@ -157,7 +159,7 @@ def test_samples_are_decoded_and_measured(shards: Path, pretrain_values: dict[st
     assert "84 decoded" in found["samples"].found
     assert found["image sizes"].verdict == "ok"
     assert "short sides 20 to 20" in found["image sizes"].found
-    assert found["channels"].found.startswith("84 RGB")
+    assert found["channels"].found.startswith("84 images of 3 channels and 8 bits")
     assert found["statistics"].verdict == "warning"  # these are darker than ImageNet
 
 

@@ -12,6 +12,7 @@ from simmim.engine.run import RunFolder
 from simmim.recipe import parse
 from simmim.tasks.classification.recipe import ClassificationRecipe
 from simmim.tasks.classification.stage import ClassificationStage
+from simmim.tasks.input_check import EncoderInput
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.pretrain.stage import PretrainStage
 from simmim.tasks.probe.probe import compare
@@ -108,7 +109,8 @@ def test_the_doctor_checks_a_folder(
     training, validation = data.split_shards()
     faulty = training.name(0, 0)
     (images / faulty).write_bytes(b"")
-    checks = {check.name: check for check in check_shards(training, validation, data, 3)}
+    wanted = EncoderInput(channels=3, mean=data.mean, std=data.std)
+    checks = {check.name: check for check in check_shards(training, validation, data, wanted)}
     assert checks["images"].found == f"84 files in {images}, 3 classes: circle, square, stripe"
     assert checks["images"].verdict == "ok"
     assert ("GiB" in checks["shards"].found) == mixed

@@ -1,0 +1,183 @@
+"""A few samples of a set of images: their channels, bits, sizes and statistics."""
+
+import io
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from data_prep.format.text import count_noun
+from data_prep.images.arrays import ArrayError, read_header
+from data_prep.images.checking import RejectedImageError, read_pixels
+from simmim.data.order.source import BadSampleError, DataError, SampleSource
+from simmim.data.transforms.decoding import ARRAY_EXTENSION, decode_pixels
+
+MEASURED_SIDE = 256
+"""Rows and columns of an image that are measured, about; others between them are skipped."""
+
+RANGES = {"uint8": 255.0, "uint16": 65535.0}
+"""Integer value that stands for 1.0; floating-point images are taken as they are."""
+
+STORED = {
+    "1": (1, "uint8"),
+    "L": (1, "uint8"),
+    "I;16": (1, "uint16"),
+    "RGB": (3, "uint8"),
+    "RGBA": (4, "uint8"),
+}
+"""Channels and type of the pictures of common modes of Pillow."""
+
+
+@dataclass(frozen=True, order=True)
+class ImageForm:
+    """Channels and type of an image as it is stored."""
+
+    channels: int
+    type: str
+    """uint8, uint16 or a floating-point type."""
+
+    @property
+    def scale(self) -> float:
+        """Stored value that stands for 1.0."""
+        return RANGES.get(self.type, 1.0)
+
+    def __str__(self) -> str:
+        bits = f"{8 * np.dtype(self.type).itemsize} bits"
+        kind = bits if self.type in RANGES else f"{bits} (floating point)"
+        return f"{count_noun(self.channels, 'channel')} and {kind}"
+
+
+@dataclass
+class SampledImages:
+    """What is known of some images of a set."""
+
+    count: int = 0
+    bad: list[str] = field(default_factory=list)
+    """Images that training cannot decode, but for their channels."""
+    short_sides: list[int] = field(default_factory=list)
+    forms: Counter[ImageForm] = field(default_factory=Counter)
+    refused: Counter[ImageForm] = field(default_factory=Counter)
+    """Those of `forms` that cannot be decoded to the channels of the encoder."""
+    seconds: float = 0.0
+    _means: dict[ImageForm, list[NDArray[Any]]] = field(default_factory=dict)
+    _squares: dict[ImageForm, list[NDArray[Any]]] = field(default_factory=dict)
+
+    @property
+    def main(self) -> ImageForm:
+        """The most frequent form."""
+        return self.forms.most_common(1)[0][0]
+
+    def listed(self) -> str:
+        """Return all forms with their numbers, for a person."""
+        forms = self.forms.most_common()
+        return ", ".join(f"{count_noun(count, 'image')} of {form}" for form, count in forms)
+
+    def statistics(self, form: ImageForm) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return mean and std of each channel over the images of a form, integers as 0 to 1."""
+        mean = np.mean(self._means[form], axis=0)
+        return mean, np.sqrt(np.maximum(np.mean(self._squares[form], axis=0) - mean**2, 0.0))
+
+    def measure(self, form: ImageForm, pixels: NDArray[Any]) -> None:
+        """Add the pixels (rows, columns, channels) of an image of a form."""
+        step = max(1, min(pixels.shape[:2]) // MEASURED_SIDE)
+        values = pixels[::step, ::step].reshape(-1, pixels.shape[-1])
+        values = values / RANGES.get(str(pixels.dtype), 1.0)
+        self._means.setdefault(form, []).append(values.mean(axis=0))
+        self._squares.setdefault(form, []).append((values**2).mean(axis=0))
+
+
+def sample_images(
+    source: SampleSource[Any], *, channels: int, max_pixels: int, most: int, seconds: float
+) -> SampledImages:
+    """Decode samples spread evenly over a set as training does, for a limited time.
+
+    Args:
+        source: a set whose samples have an encoded `image` and an `extension`.
+        channels: channels of the encoder.
+        max_pixels: largest image that is decoded.
+        most: maximum number of samples.
+        seconds: time after which no further sample is read.
+
+    Raises:
+        DataError: a shard cannot be read.
+    """
+    found, began = SampledImages(), time.perf_counter()
+    for raw in _spread(source, most, lambda: time.perf_counter() - began > seconds):
+        found.count += 1
+        try:
+            form = form_of(raw.image, raw.extension, max_pixels)
+        except BadSampleError as error:
+            found.bad.append(f"{raw.name}: {error}")
+            continue
+        try:
+            pixels = decode_pixels(
+                raw.image, raw.extension, channels=channels, max_pixels=max_pixels
+            ).pixels
+            # Channels that the image does not have: copies of grey, or opaque.
+            pixels = pixels[..., : form.channels]
+        except DataError as error:
+            try:
+                pixels = _read_stored(raw.image, raw.extension, max_pixels)
+            except BadSampleError:
+                pixels = np.empty((0, 0, channels))
+            if pixels.shape[-1] == channels:
+                found.bad.append(f"{raw.name}: {error}")
+                continue
+            found.refused[form] += 1
+        found.forms[form] += 1
+        found.short_sides.append(min(pixels.shape[:2]))
+        found.measure(form, pixels)
+    found.seconds = time.perf_counter() - began
+    return found
+
+
+def _spread(source: SampleSource[Any], most: int, enough: Callable[[], bool]) -> Iterator[Any]:
+    """Yield encoded samples spread evenly over a set, in random order, until it is enough."""
+    ends = np.cumsum(source.sizes)
+    # If reading a sample fetches its whole shard, one shard has to be enough.
+    reach = source.sizes[0] if source.fetches_whole_shards else source.samples
+    places = np.unique(np.linspace(0, reach - 1, min(most, reach)).astype(int))
+    # In random order, which covers the whole set even if time runs out.
+    for place in np.random.default_rng(0).permutation(places).tolist():
+        if enough():
+            return
+        shard = int(np.searchsorted(ends, place, side="right"))
+        yield source.read(shard, place - int(ends[shard] - source.sizes[shard]))
+
+
+def form_of(data: bytes, extension: str, max_pixels: int) -> ImageForm:
+    """Return channels and type of an encoded image, from its header if that is enough.
+
+    Raises:
+        BadSampleError: it is not an image, or damaged.
+    """
+    if extension == ARRAY_EXTENSION:
+        try:
+            header = read_header(data)
+        except ArrayError as error:
+            raise BadSampleError(f"the array cannot be used: {error}") from None
+        return ImageForm(header.channels, header.dtype.newbyteorder("=").name)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as opened:
+                if opened.format != "TIFF" and opened.mode in STORED:
+                    return ImageForm(*STORED[opened.mode])
+    except Exception:  # noqa: S110 (hostile bytes raise nearly any type)
+        pass
+    pixels = _read_stored(data, extension, max_pixels)
+    return ImageForm(pixels.shape[-1], pixels.dtype.name)
+
+
+def _read_stored(data: bytes, extension: str, max_pixels: int) -> NDArray[Any]:
+    """Return the pixels of an image with all its channels."""
+    try:
+        return read_pixels(data, extension, max_pixels=max_pixels)
+    except RejectedImageError as error:
+        raise BadSampleError(f"the image is damaged: {error}") from None

@@ -1,0 +1,263 @@
+"""Whether images fit the encoder: their channels, range and statistics, before training starts.
+
+Images whose channels do not fit cannot be trained on. Images of another scale than `data.mean` and
+`data.std` train silently and badly: of 16-bit images that fill a hundredth of their range nearly
+nothing is left after normalisation with the statistics of photographs.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.format.text import count_noun
+from simmim.data.datasets.clips import ClipSet
+from simmim.data.order.source import DataError, SampleSource
+from simmim.data.settings import MEASURED, with_statistics
+from simmim.data.transforms.sampling import RANGES, ImageForm, SampledImages, sample_images
+
+RecipeT = TypeVar("RecipeT")
+
+SAMPLES = 32
+"""Images that are decoded before training starts."""
+SECONDS = 5.0
+
+SMALLEST_STD = 1e-5
+"""Standard deviation that is proposed for constant channels; 0 would be no divisor."""
+
+NEAR_MEAN, NEAR_STD = 0.5, 1.5
+"""Largest difference of means, in units of the recipe's std, and ratio of stds without warning."""
+FAR_MEAN, FAR_STD = 4.0, 5.0
+"""Those from which training is refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """How images fit the encoder and its normalisation, in one respect."""
+
+    name: Literal["channels", "range", "statistics"]
+    verdict: Literal["ok", "warning", "problem"]
+    found: str
+    change: str = ""
+    """Advice on what to change; empty if nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderInput:
+    """What an encoder takes."""
+
+    channels: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    trained: str | None = None
+    """Trained weights that fix channels, mean and std, as named by the user; None for none."""
+
+
+def input_of(stage: Any) -> EncoderInput:
+    """Return what the encoder of a task's stage takes."""
+    normalise = stage.module.normalise
+    return EncoderInput(
+        channels=stage.encoder.config.in_channels,
+        mean=normalise.mean.flatten().tolist(),
+        std=normalise.std.flatten().tolist(),
+        trained=stage.recipe.architecture_source,
+    )
+
+
+def check_stage_input(stage: Any) -> list[str]:
+    """Check the training images of a task's stage, and those of an online probe.
+
+    Raises:
+        ValueError: they do not fit the encoder; see `check_input`.
+    """
+    wanted, data = input_of(stage), stage.recipe.data
+    warnings = check_input(stage.training_shards, wanted, max_pixels=data.max_pixels)
+    probe = getattr(stage, "online_probe", None)
+    if probe is not None:
+        probed = check_input(probe.known, wanted, max_pixels=data.max_pixels)
+        warnings += [f"probe.shards: {text}" for text in probed if text not in warnings]
+    return warnings
+
+
+def with_measured(recipe: RecipeT) -> RecipeT:
+    """Return a recipe of images with `measured` mean and std replaced by numbers.
+
+    Raises:
+        ValueError: they were not measured, or are of other channels than the encoder's; the message
+            has all settings that fit.
+    """
+    task: Any = recipe
+    data = task.data
+    if MEASURED not in (data.mean, data.std):
+        return recipe
+    channels = task.encoder.in_channels
+    try:
+        resolved = with_statistics(data)
+    except ValueError as error:
+        found = sample_images(
+            data.open_shards(),
+            channels=channels,
+            max_pixels=data.max_pixels,
+            most=SAMPLES,
+            seconds=SECONDS,
+        )
+        if not found.forms:
+            raise
+        raise ValueError(
+            f"{str(error).rstrip('.')}. The images have {found.main}; encoder.in_channels is "
+            f"{channels}. Without measuring all, set {settings_for(found)}."
+        ) from None
+    count = len(resolved.mean)
+    if task.architecture_source is None and count != channels:
+        raise ValueError(
+            f"the measured images have {count_noun(count, 'channel')}, encoder.in_channels is "
+            f"{channels}: set encoder.in_channels to {count}; data.mean and data.std follow."
+        )
+    measured: RecipeT = replace(task, data=resolved)
+    return measured
+
+
+def check_input(source: SampleSource[Any], wanted: EncoderInput, *, max_pixels: int) -> list[str]:
+    """Compare a few images with what the encoder takes, and return warnings.
+
+    Raises:
+        ValueError: the images do not fit; the message has the settings that do.
+    """
+    if isinstance(source, ClipSet) or not source.samples:
+        return []
+    try:
+        found = sample_images(
+            source,
+            channels=wanted.channels,
+            max_pixels=max_pixels,
+            most=SAMPLES,
+            seconds=SECONDS,
+        )
+    except DataError:  # training will retry it, and report it
+        return []
+    findings = [one for one in compare_input(found, wanted) if one.verdict != "ok"]
+    if any(one.verdict == "problem" for one in findings):
+        raise ValueError(_as_text(findings))
+    return [_as_text(findings)] if findings else []
+
+
+def _as_text(findings: Sequence[Finding]) -> str:
+    """Return findings as one message; a change that several have in common is said once."""
+    changes = dict.fromkeys(one.change for one in findings)
+    return f"{'; '.join(one.found for one in findings)}. To mend it, {'; '.join(changes)}."
+
+
+def compare_input(found: SampledImages, wanted: EncoderInput) -> Iterator[Finding]:
+    """Yield how sampled images fit the encoder; nothing if none could be decoded."""
+    if not found.forms:
+        return
+    channels = _compare_channels(found, wanted)
+    yield channels
+    scale = _check_scale(found.main, wanted, advice(found, wanted))
+    if scale is not None:
+        yield scale
+    elif found.main not in found.refused:
+        yield _compare_statistics(found, wanted)
+
+
+def _compare_channels(found: SampledImages, wanted: EncoderInput) -> Finding:
+    form, total = found.main, found.forms.total()
+    source = "encoder.in_channels is" if wanted.trained is None else f"{wanted.trained} takes"
+    text = f"{found.listed()}; {source} {wanted.channels}"
+    if found.refused:
+        main = form in found.refused
+        return Finding(
+            name="channels",
+            verdict="problem" if main else "warning",
+            found=text,
+            change=advice(found, wanted) if main else "leave out images of other channels",
+        )
+    grey = sum(count for one, count in found.forms.items() if one.channels == 1)
+    if wanted.channels == 3 and grey > total / 2:
+        text = f"{text}, so that grey is copied to three channels"
+    elif wanted.channels == 4 and form.channels < 4:
+        text = f"{text}, so that the fourth channel is constant"
+    else:
+        return Finding(name="channels", verdict="ok", found=text)
+    if wanted.trained is not None:
+        return Finding(name="channels", verdict="ok", found=text)
+    return Finding(name="channels", verdict="warning", found=text, change=advice(found, wanted))
+
+
+def _check_scale(form: ImageForm, wanted: EncoderInput, change: str) -> Finding | None:
+    """Return a finding if mean or std are on the scale of stored integers, else None."""
+    largest = max(*wanted.mean, *wanted.std)
+    if form.type not in RANGES or largest <= 1:
+        return None
+    return Finding(
+        name="range",
+        verdict="problem",
+        found=f"data.mean {_listed(wanted.mean)} and data.std {_listed(wanted.std)} are not on the "
+        f"scale of 0 to 1 on which images of {form.type} are normalised",
+        change=change,
+    )
+
+
+def _compare_statistics(found: SampledImages, wanted: EncoderInput) -> Finding:
+    mean, std = found.statistics(found.main)
+    text = f"mean {_listed(mean)}, std {_listed(std)} of "
+    text += f"{count_noun(found.forms[found.main], 'image')} of {found.main}"
+    owner = "the recipe has" if wanted.trained is None else f"{wanted.trained} was trained with"
+    text += f"; {owner} {_listed(wanted.mean)} and {_listed(wanted.std)}"
+    count = min(len(wanted.mean), 3 if len(mean) == 1 else len(mean))
+    own_mean, own_std = np.asarray(wanted.mean)[:count], np.asarray(wanted.std)[:count]
+    distance = float(np.abs((mean - own_mean) / own_std).max())
+    ratios = np.maximum(std, 1e-9) / own_std
+    ratio = float(np.maximum(ratios, 1 / ratios).max())
+    far = distance > FAR_MEAN or ratio > FAR_STD
+    near = distance <= NEAR_MEAN and ratio <= NEAR_STD
+    if near or (wanted.trained is not None and not far):
+        return Finding(name="statistics", verdict="ok", found=text)
+    return Finding(
+        name="statistics",
+        verdict="problem" if far and wanted.trained is None else "warning",
+        found=text,
+        change=advice(found, wanted),
+    )
+
+
+def advice(found: SampledImages, wanted: EncoderInput) -> str:
+    """Return the settings of channels, mean and std that fit the images together."""
+    form = found.main
+    if wanted.trained is not None:
+        return (
+            "start from an encoder that was pretrained on such images, or from scratch with "
+            f"{settings_for(found)}"
+        )
+    keeps = form not in found.refused and form.channels > wanted.channels
+    return (
+        f"set {settings_for(found, wanted.channels if keeps else None)}; or measure all images of "
+        "shards with `data-prep info --statistics`, and set data.mean and data.std to measured"
+    )
+
+
+def settings_for(found: SampledImages, channels: int | None = None) -> str:
+    """Return `encoder.in_channels`, `data.mean` and `data.std` for images, from their statistics.
+
+    Args:
+        found: the images.
+        channels: channels that they are decoded to; None are those that they have.
+    """
+    mean, std = found.statistics(found.main)
+    std = np.maximum(std, SMALLEST_STD)
+    count = len(mean) if channels is None else channels
+    return (
+        f"encoder.in_channels to {count}, data.mean to {_numbers(mean)} and data.std to "
+        f"{_numbers(std)} (those of {count_noun(found.forms[found.main], 'image')})"
+    )
+
+
+def _numbers(values: NDArray[Any]) -> str:
+    return "[" + ", ".join(f"{value:.4g}" for value in values) + "]"
+
+
+def _listed(values: Sequence[float] | NDArray[Any]) -> str:
+    shown = [f"{value:.3g}" for value in values[:5]]
+    return "[" + ", ".join(shown) + (", …" if len(values) > 5 else "") + "]"

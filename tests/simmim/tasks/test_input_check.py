@@ -1,0 +1,228 @@
+"""Images that do not fit the encoder's channels or the recipe's scale are refused, or warned of."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+import data_prep.cli
+import simmim.cli
+from simmim.data.datasets.coco import CocoSet
+from simmim.data.datasets.opening import open_sets
+from simmim.doctor.shards import input_checks
+from simmim.recipe import parse
+from simmim.tasks.input_check import EncoderInput, check_input, compare_input, sample_images
+from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.pretrain.stage import PretrainStage
+from simmim.tasks.video.recipe import VideoRecipe
+
+PHOTOS = EncoderInput(channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+SIDE, IMAGES = 24, 12
+
+
+def values_of(kind: str, number: int) -> np.ndarray:
+    """Pixels of an image: `TYPExCHANNELS-HIGHEST`."""
+    (name, channels), highest = kind.split("-", maxsplit=1)[0].split("x"), float(kind.split("-")[1])
+    rng = np.random.default_rng(number)
+    shape = (SIDE, SIDE) if channels == "1" else (SIDE, SIDE, int(channels))
+    return (rng.random(shape) * highest).astype(name)
+
+
+def write_images(folder: Path, kind: str) -> Path:
+    """Write images: PNG if they may be that, arrays if not."""
+    folder.mkdir(parents=True)
+    for number in range(IMAGES):
+        values = values_of(kind, number)
+        pictures = {"uint8": ((), (3,), (4,)), "uint16": ((),)}
+        if values.shape[2:] in pictures.get(values.dtype.name, ()):
+            Image.fromarray(values).save(folder / f"{number}.png")
+        else:
+            np.save(folder / f"{number}.npy", values)
+    return folder
+
+
+def make_set(tmp_path: Path, kind: str, *, as_shards: bool) -> Path:
+    folder = write_images(tmp_path / "images", kind)
+    if not as_shards:
+        return folder
+    command = ["shard", str(folder), str(tmp_path / "shards"), "--samples-per-shard", "4"]
+    assert data_prep.cli.main(command) == 0
+    return tmp_path / "shards"
+
+
+def settings_in(text: str) -> tuple[int, list[float], list[float]]:
+    """The three settings that a message gives."""
+    found = re.search(
+        r"encoder\.in_channels to (\d+), data\.mean to (\[[^]]+\]) and data\.std to (\[[^]]+\])",
+        " ".join(text.split()),
+    )
+    assert found is not None, text
+    return int(found[1]), yaml.safe_load(found[2]), yaml.safe_load(found[3])
+
+
+def truth(kind: str) -> tuple[np.ndarray, np.ndarray]:
+    values = np.stack([values_of(kind, number) for number in range(IMAGES)])
+    scale = {"uint8": 255, "uint16": 65535}.get(values.dtype.name, 1)
+    values = values.reshape(-1, 1 if values.ndim == 3 else values.shape[-1]) / scale
+    return values.mean(axis=0), values.std(axis=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "as_shards"),
+    [
+        ("uint16x1-4095", False),
+        ("uint16x1-4095", True),
+        ("uint16x3-10000", True),
+        ("uint16x4-3000", True),
+        ("uint16x5-3000", True),
+        ("uint8x2-255", True),
+        ("uint8x6-255", False),
+        ("float32x2-1", True),
+        ("float32x3-300", True),
+        ("uint8x3-12", False),
+    ],
+)
+def test_other_channels_and_scales_are_refused_with_settings_that_train(
+    pretrain_values: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    as_shards: bool,
+) -> None:
+    folder = make_set(tmp_path, kind, as_shards=as_shards)
+    pretrain_values["data"] |= {"shards": str(folder), "validation_shards": 0}
+    pretrain_values["training"]["steps"] = 2
+    config, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    config.write_text(yaml.safe_dump(pretrain_values))
+    command = ["pretrain", "--config", str(config), "--folder", str(run)]
+    capsys.readouterr()
+    assert simmim.cli.main(command) == 2
+    message = capsys.readouterr().err
+    assert not run.exists()
+    channels, mean, std = settings_in(message)
+    bits = 8 * np.dtype(kind[: kind.index("x")]).itemsize
+    assert re.search(rf"{channels} channels? and {bits} bits", message)
+    true_mean, true_std = truth(kind)
+    assert channels == len(true_mean)
+    assert mean == pytest.approx(true_mean, rel=0.05)
+    assert std == pytest.approx(true_std, rel=0.05)
+    fitting = ["--encoder.in_channels", str(channels), "--data.mean", str(mean)]
+    assert simmim.cli.main([*command, *fitting, "--data.std", str(std)]) == 0
+    assert "WARNING" not in capsys.readouterr().err
+
+
+def findings(folder: Path, wanted: EncoderInput) -> dict[str, str]:
+    found = sample_images(
+        open_sets(str(folder)), channels=wanted.channels, max_pixels=10**6, most=32, seconds=60
+    )
+    doctor = {check.name: check.verdict for check in input_checks(found, wanted)}
+    assert doctor == {one.name: one.verdict for one in compare_input(found, wanted)}
+    return doctor
+
+
+def test_what_fits_is_ok_and_what_trains_is_a_warning(tmp_path: Path) -> None:
+    photos = write_images(tmp_path / "photos", "uint8x3-255")
+    grey = write_images(tmp_path / "grey", "uint8x1-255")
+    centred = EncoderInput(channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
+    ok = {"channels": "ok", "statistics": "ok"}
+    assert findings(photos, PHOTOS) == ok
+    assert findings(photos, centred)["statistics"] == "warning"
+    assert findings(grey, PHOTOS) == {"channels": "warning", "statistics": "ok"}
+    assert findings(photos, EncoderInput(channels=1, mean=(0.45,), std=(0.2,))) == ok
+    opaque = EncoderInput(channels=4, mean=(0.5,) * 4, std=(0.28,) * 4)
+    assert findings(photos, opaque)["channels"] == "warning"
+    assert check_input(open_sets(str(photos)), PHOTOS, max_pixels=10**6) == []
+    (text,) = check_input(open_sets(str(grey)), PHOTOS, max_pixels=10**6)
+    assert settings_in(text)[0] == 1
+    assert "12 images of 1 channel and 8 bits" in text
+
+
+@pytest.mark.parametrize("values", [[123.7, 116.3, 103.5], [0.5, 0.5, 2.0]])
+def test_a_mean_from_0_to_255_is_refused(tmp_path: Path, values: list[float]) -> None:
+    photos = write_images(tmp_path / "photos", "uint8x3-255")
+    wanted = EncoderInput(channels=3, mean=values, std=[58.4, 57.1, 57.4])
+    assert findings(photos, wanted) == {"channels": "ok", "range": "problem"}
+    with pytest.raises(ValueError, match="not on the scale of 0 to 1") as caught:
+        check_input(open_sets(str(photos)), wanted, max_pixels=10**6)
+    assert settings_in(str(caught.value))[1] == pytest.approx([0.5, 0.5, 0.5], abs=0.05)
+    floats = write_images(tmp_path / "floats", "float32x3-250")
+    unscaled = EncoderInput(channels=3, mean=[125.0] * 3, std=[72.0] * 3)
+    assert findings(floats, unscaled) == {"channels": "ok", "statistics": "ok"}
+    clips = {"clips": "clips", "mean": [123.7, 116.3, 103.5]}
+    training = {"batch_size": 8, "steps": 1, "optimizer": {"lr": 1e-3}}
+    video = {"task": "video", "encoder": {"window_size": 4}, "data": clips, "training": training}
+    with pytest.raises(ValueError, match="scale of 0 to 1"):
+        parse(VideoRecipe, video, "test")
+
+
+@pytest.mark.parametrize("as_shards", [False, True])
+def test_measured_alone_asks_for_all_else_at_once(
+    pretrain_values: dict[str, Any], tmp_path: Path, as_shards: bool
+) -> None:
+    folder = make_set(tmp_path, "uint16x5-3000", as_shards=as_shards)
+    pretrain_values["data"] |= {"shards": str(folder), "mean": "measured", "validation_shards": 0}
+    with pytest.raises(ValueError, match=r"5 channels and 16 bits; .*in_channels is 3") as why:
+        PretrainStage(parse(PretrainRecipe, pretrain_values, "test"))
+    assert settings_in(str(why.value))[0] == 5
+    assert "data-prep info" in str(why.value)
+    if not as_shards:
+        return
+    assert data_prep.cli.main(["info", str(folder), "--statistics"]) == 0
+    with pytest.raises(ValueError, match=r"set encoder\.in_channels to 5"):
+        PretrainStage(parse(PretrainRecipe, pretrain_values, "test"))
+    pretrain_values["encoder"]["in_channels"] = 5
+    recipe = PretrainStage(parse(PretrainRecipe, pretrain_values, "test")).recipe
+    mean, std = truth("uint16x5-3000")
+    assert recipe.data.mean == pytest.approx(mean, rel=1e-3)
+    assert recipe.data.std == pytest.approx(std, rel=1e-3)  # follows, though it was not asked for
+
+
+def test_a_trained_encoder_is_named_and_its_scale_only_warned_of(tmp_path: Path) -> None:
+    bands = write_images(tmp_path / "bands", "uint16x5-3000")
+    dark = write_images(tmp_path / "dark", "uint16x1-4095")
+    photos = write_images(tmp_path / "photos", "uint8x3-200")
+    encoder = EncoderInput(channels=3, mean=PHOTOS.mean, std=PHOTOS.std, trained="runs/base")
+    with pytest.raises(ValueError, match=r"runs/base takes 3.*start from an encoder"):
+        check_input(open_sets(str(bands)), encoder, max_pixels=10**6)
+    (text,) = check_input(open_sets(str(dark)), encoder, max_pixels=10**6)
+    assert "runs/base was trained with [0.485, 0.456, 0.406]" in text
+    assert check_input(open_sets(str(photos)), encoder, max_pixels=10**6) == []
+
+
+def test_images_with_boxes_are_compared_too(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", "uint16x1-4095")
+    images = [
+        {"id": n, "file_name": f"{n}.png", "height": SIDE, "width": SIDE} for n in range(IMAGES)
+    ]
+    boxes = [
+        {"id": n + 1, "image_id": n, "category_id": 1, "bbox": [1, 1, 5, 5], "area": 25}
+        for n in range(IMAGES)
+    ]
+    file = tmp_path / "boxes.json"
+    content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "a"}]}
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="1 channel and 16 bits") as caught:
+        check_input(CocoSet(folder, file, only_with_objects=True), PHOTOS, max_pixels=10**6)
+    assert settings_in(str(caught.value))[0] == 1
+
+
+def test_a_resumed_run_is_not_refused(
+    pretrain_values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Runs of before, which nothing refused, go on."""
+    folder = write_images(tmp_path / "images", "uint8x3-12")
+    own = {"mean": [0.02] * 3, "std": [0.02] * 3}
+    pretrain_values["data"] |= {"shards": str(folder), "validation_shards": 0, **own}
+    pretrain_values["training"] |= {"steps": 4, "checkpoint_every": 2}
+    config, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    config.write_text(yaml.safe_dump(pretrain_values))
+    command = ["pretrain", "--config", str(config), "--folder", str(run), "--resume", "auto"]
+    assert simmim.cli.main(command) == 0
+    other = ["--data.std", "[0.9, 0.9, 0.9]", "--allow-recipe-changes"]
+    assert simmim.cli.main([*command, *other]) == 0
+    assert "data.std" in capsys.readouterr().err
