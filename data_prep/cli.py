@@ -1,6 +1,7 @@
 """The `data-prep` command line; the commands themselves are in `data_prep.commands`."""
 
 import argparse
+import errno
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from data_prep.images.settings import FORMATS, MAX_PIXELS, Encoding
 from data_prep.sources.files import Selection
 
 _MAX_REJECTED = 0.05
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _ABOUT_LISTS = """A list has one image per row: in a text a path and, after a tab, its label;
 elsewhere columns that are found by name (path, file, image; label, class, category, target) or
 asked for. Where there are labels, a row without one (empty, NaN, -1) is unlabelled; without any,
@@ -173,6 +175,12 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
 
 
 def _describe(error: ValueError | OSError) -> str:
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return (
+            f"the disk is full: {error.strerror}, at {error.filename or 'an unnamed file'}. Make "
+            "room there (temporary files are in TMPDIR), or give a folder on another disk, and run "
+            "the same command again; finished shards are kept."
+        )
     if isinstance(error, OSError) and error.strerror:
         place = f" {error.filename}" if error.filename else ""
         return f"cannot continue{place}: {error.strerror}."

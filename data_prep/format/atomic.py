@@ -43,7 +43,7 @@ def atomic_write_bytes(path: Location, data: bytes) -> None:
     destination = Path(os.path.realpath(path))
     partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
     try:
-        with partial.open("wb") as file:
+        with name_in_errors(destination), partial.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -51,10 +51,11 @@ def atomic_write_bytes(path: Location, data: bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _sync_folder(destination.parent)
+    sync_folder(destination.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Sync the names in a folder to disk, after files were renamed in it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

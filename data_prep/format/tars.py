@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO, cast
 
+from data_prep.format.atomic import name_in_errors
 from data_prep.format.pipes import PipedFile
 from data_prep.format.storage import Location, RemotePath
 
@@ -223,7 +224,7 @@ def as_local_file(place: Location | PipedFile) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="data-prep-") as folder:
         copy = Path(folder, place.name)
-        with copy.open("wb") as file:
+        with name_in_errors(copy), copy.open("wb") as file:
             file.writelines(place.blocks())
         try:
             yield copy

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+from data_prep.format.atomic import name_in_errors
+
 _LINES_IN_MEMORY = 50_000
 _MAX_MERGED_RUNS = 200
 
@@ -59,7 +61,7 @@ class ExternalSort:
         path = self._folder / f".{self._name}-{self._made}.run"
         self._made += 1
         self._runs.append(path)
-        with path.open("w", encoding="ascii", newline="\n") as file:
+        with name_in_errors(path), path.open("w", encoding="ascii", newline="\n") as file:
             file.writelines(lines)
 
     def _merge(self, runs: list[Path]) -> Iterator[str]:

@@ -13,12 +13,16 @@ from data_prep.format.storage import RemotePath
 from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import SourceError, SourceFile, UnreadableFileError
 
+_CIRCULAR = "circular links"
 _SORTED_IN_MEMORY = 50_000
 _MAX_OPEN_FOLDERS = 64
 _BROKEN_LINKS: dict[int | None, str] = {
     errno.ENOENT: "it is a broken link",
     errno.ELOOP: "it is a link that leads back to itself",
 }
+_VANISHED = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+VANISHED = "vanished while listed"
+"""Kind of files and folders that were removed while their folder was listed."""
 _ODD_LINK = "it is a link that cannot be followed"
 
 
@@ -46,11 +50,17 @@ class FolderSource:
         Raises:
             SourceError: the folder `without` is inside it.
         """
+        self.skipped.clear()
         for path in self._walk(ordered=self._ordered):
-            yield self._measure(path)
+            file = self._measure(path)
+            if file is None:
+                self.skipped[VANISHED] += 1
+            else:
+                yield file
 
     def unmeasured_files(self) -> Iterator[SourceFile]:
         """Yield every file without size and stamp, in any order."""
+        self.skipped.clear()
         for path in self._walk(ordered=False):
             yield SourceFile(path, 0, 0)
 
@@ -62,7 +72,11 @@ class FolderSource:
         ancestors = {identity}
         while open_folders:
             prefix, identity, entries = open_folders[-1]
-            entry = next(entries, None)
+            try:
+                entry = next(entries, None)
+            except OSError as error:
+                self._count_vanished(error, prefix)
+                entry = None
             if entry is None:
                 open_folders.pop()
                 ancestors.remove(identity)
@@ -72,17 +86,29 @@ class FolderSource:
                 yield prefix + name
                 continue
             below = f"{prefix}{name}/"
-            identity = _identity(self.path / below)
+            try:
+                identity = _identity(self.path / below)
+            except OSError as error:
+                self._count_vanished(error, below)
+                continue
             if identity == refused:
                 raise SourceError(
                     f"{self.path / below} in the source is the output folder. Give one outside of "
                     "the source."
                 )
-            if identity not in ancestors:
+            if identity in ancestors:
+                self.skipped[_CIRCULAR] += 1
+            else:
                 if len(open_folders) >= _MAX_OPEN_FOLDERS:  # limit the open file descriptors
                     open_folders[-1] = (*open_folders[-1][:2], iter(list(entries)))
                 open_folders.append((below, identity, self._entries(below, ordered=ordered)))
                 ancestors.add(identity)
+
+    def _count_vanished(self, error: OSError, prefix: str) -> None:
+        """Count a folder that was removed meanwhile; other errors would hide files."""
+        if not prefix or error.errno not in _VANISHED:
+            raise error
+        self.skipped[VANISHED] += 1
 
     def _entries(self, prefix: str, *, ordered: bool) -> Iterator[tuple[str, bool]]:
         """Yield (name, is a folder) for the entries of a folder."""
@@ -90,12 +116,15 @@ class FolderSource:
             entries = ((entry.name, _is_folder(entry)) for entry in found)
             yield from _sort(entries) if ordered else entries
 
-    def _measure(self, path: str) -> SourceFile:
+    def _measure(self, path: str) -> SourceFile | None:
+        """Return a file with size and stamp, or None if it was removed meanwhile."""
         place = f"{self._prefix}{path}"
         try:
             status = os.stat(place)  # noqa: PTH116 - one call for each of many
         except OSError as error:
             if not os.path.islink(place):  # noqa: PTH114
+                if error.errno in _VANISHED:
+                    return None
                 raise
             return SourceFile(path, 0, 0, problem=_BROKEN_LINKS.get(error.errno, _ODD_LINK))
         if not stat.S_ISREG(status.st_mode):

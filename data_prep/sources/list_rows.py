@@ -105,7 +105,10 @@ def _name_cells(number: int, cells: list[str], names: tuple[str, ...]) -> ListRo
 def _find_csv_layout(path: Path, path_column: str | None) -> Layout:
     for delimiter in _DELIMITERS:
         names = _first_cells(path, delimiter, quoted=True)
-        if find_column(names, "path", path_column, path) is not None:
+        if (
+            _names_columns(names, path_column)
+            and find_column(names, "path", path_column, path) is not None
+        ):
             return Layout(names=names, delimiter=delimiter, has_header=True)
     for delimiter in _DELIMITERS:
         cells = _first_cells(path, delimiter, quoted=True)
@@ -117,7 +120,8 @@ def _find_csv_layout(path: Path, path_column: str | None) -> Layout:
 
 def _find_text_layout(path: Path, path_column: str | None, *, quoted: bool) -> Layout:
     first = _first_cells(path, "\t", quoted=quoted)
-    if find_column(first, "path", path_column, path) is not None:
+    is_header = _names_columns(first, path_column)
+    if is_header and find_column(first, "path", path_column, path) is not None:
         return Layout(names=first, delimiter="\t", has_header=True)
     if path_column is not None or looks_like_header(first):
         raise _no_path_column(path, first, path_column)
@@ -129,6 +133,11 @@ def _find_text_layout(path: Path, path_column: str | None, *, quoted: bool) -> L
     with path.open("rb") as file:  # without any tab there is no column of labels
         count = 2 if any(b"\t" in line for line in file) else 1
     return Layout(names=_WITHOUT_HEADER[:count], delimiter="\t")
+
+
+def _names_columns(cells: tuple[str, ...], path_column: str | None) -> bool:
+    """Return whether a first line may name columns: that of an image is a row, whatever else."""
+    return path_column is not None or all(suffix_of(cell) not in IMAGE_SUFFIXES for cell in cells)
 
 
 def _no_path_column(path: Path, names: tuple[str, ...], asked: str | None) -> SourceError:

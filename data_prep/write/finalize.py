@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
+from data_prep.format.atomic import name_in_errors
 from data_prep.format.index import index_name
 from data_prep.format.manifest import Manifest, ShardEntry
 from data_prep.sources.external_sort import ExternalSort
@@ -99,7 +100,7 @@ def _describe(output: OutputDir, listing: SourceListing, totals: _Totals) -> Man
 
 def _write_rejected(path: Path, rows: Iterator[Rejection]) -> int:
     count = 0
-    with path.open("w", encoding="ascii") as file:
+    with name_in_errors(path), path.open("w", encoding="ascii") as file:
         for count, rejection in enumerate(rows, start=1):  # noqa: B007 - used below
             values = {"key": rejection.key} if rejection.key is not None else {}
             values |= {"path": rejection.path, "reason": rejection.reason}

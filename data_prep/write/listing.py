@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from data_prep.executors.processes import Tick
-from data_prep.format.atomic import atomic_write_bytes
+from data_prep.format.atomic import atomic_write_bytes, name_in_errors
 from data_prep.format.kinds import count_kind, describe_kinds
 from data_prep.format.labels import MAX_CLASSES
 from data_prep.format.manifest import IMAGE_SUFFIXES
@@ -320,7 +320,8 @@ class _Sorter:
         }
         place, validation_shards = 0, 0
         sized = self._options.bytes_per_shard is not None
-        with (self._folder / LISTING_NAME).open("w", encoding="ascii", newline="\n") as file:
+        path = self._folder / LISTING_NAME
+        with name_in_errors(path), path.open("w", encoding="ascii", newline="\n") as file:
             for position, (key, line) in enumerate(self._good.merged()):
                 if cutters[key[0]].starts_shard(decode_file(line).size if sized else 0):
                     starts.append((position, place))
@@ -338,7 +339,7 @@ class _Sorter:
 def write_refused(folder: Path, sorter: ExternalSort) -> None:
     """Write the list of files that must not be used."""
     path = folder / f".{REFUSED_NAME}.partial-{os.getpid()}"
-    with path.open("w", encoding="ascii", newline="\n") as file:
+    with name_in_errors(path), path.open("w", encoding="ascii", newline="\n") as file:
         file.writelines(line + "\n" for _, line in sorter.merged())
     path.replace(folder / REFUSED_NAME)
 

@@ -13,11 +13,11 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_prep.format.atomic import atomic_write_bytes
+from data_prep.format.atomic import atomic_write_bytes, sync_folder
 from data_prep.format.index import index_name, read_index
 from data_prep.format.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from data_prep.format.statistics_file import STATISTICS_NAME
@@ -179,6 +179,8 @@ class OutputDir:
             manifest = self.upload.publish(manifest, self.partial / REJECTED_NAME)
             shutil.rmtree(self.folder, ignore_errors=True)
             return manifest
+        # First, since a full disk would otherwise leave moved shards without a manifest.
+        write_manifest(replace(manifest, folder=self.partial))
         for name in (MANIFEST_NAME, STATISTICS_NAME):
             (self.folder / name).unlink(missing_ok=True)
         for path in self.folder.iterdir():
@@ -191,7 +193,8 @@ class OutputDir:
             (self.partial / REJECTED_NAME).replace(self.folder / REJECTED_NAME)
         else:
             (self.folder / REJECTED_NAME).unlink(missing_ok=True)
-        write_manifest(manifest)
+        (self.partial / MANIFEST_NAME).replace(self.folder / MANIFEST_NAME)
+        sync_folder(self.folder)
         shutil.rmtree(self.partial)
         return manifest
 

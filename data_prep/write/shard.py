@@ -15,7 +15,7 @@ import numpy as np
 
 from data_prep.executors.processes import Tick, map_tasks
 from data_prep.executors.ray_cluster import map_on_ray
-from data_prep.format.atomic import atomic_write_bytes
+from data_prep.format.atomic import atomic_write_bytes, name_in_errors
 from data_prep.format.index import IndexedTar, ShardIndex, index_name, write_index
 from data_prep.format.manifest import IMAGE_EXTENSIONS, ShardEntry
 from data_prep.format.storage import Location
@@ -42,6 +42,7 @@ class ShardWriter:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = path.open("wb", buffering=_BUFFER)
         self._digest = hashlib.sha256()
         self._length = 0
@@ -78,8 +79,9 @@ class ShardWriter:
         end = bytes(2 * _BLOCK + -(self._length + 2 * _BLOCK) % _RECORD)
         self._length += len(end)
         self._put(end)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with name_in_errors(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
         places = np.array(self._places, dtype=np.int64).reshape(-1, 3)
         index = ShardIndex(
             offsets=places[:, 0],
@@ -97,10 +99,12 @@ class ShardWriter:
 
     def close(self) -> None:
         """Close the file, finished or not."""
-        self._file.close()
+        with name_in_errors(self._path):
+            self._file.close()
 
     def _put(self, data: bytes) -> None:
-        self._file.write(data)
+        with name_in_errors(self._path):
+            self._file.write(data)
         self._digest.update(data)
 
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_prep.executors.processes import Tick
-from data_prep.format.atomic import atomic_write_bytes
+from data_prep.format.atomic import atomic_write_bytes, name_in_errors
 from data_prep.format.index import index_name
 from data_prep.format.manifest import (
     MANIFEST_NAME,
@@ -274,7 +274,11 @@ class _Log:
         return self._hash_files.get(name) == digest
 
     def add(self, name: str, digest: str) -> None:
-        with self._lock, self._path.open("a", encoding="ascii") as file:
+        with (
+            self._lock,
+            name_in_errors(self._path),
+            self._path.open("a", encoding="ascii") as file,
+        ):
             file.write(f"\n{name} {digest}")
             file.flush()
             os.fsync(file.fileno())

@@ -1,5 +1,6 @@
 """Folders of image files, as datasets."""
 
+import errno
 import hashlib
 import os
 import sys
@@ -15,6 +16,14 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data_prep.format import manifest
+from data_prep.format.kinds import (
+    HIDDEN,
+    count_kind,
+    describe_kinds,
+    is_hidden,
+    kind_of,
+    suffix_of,
+)
 from data_prep.format.text import count_noun
 from simmim.data.datasets.image_set import ImageSet, ShardUnavailableError, retry
 from simmim.data.order.randomness import shuffled
@@ -23,14 +32,14 @@ from simmim.data.order.source import BadSampleError, DataError
 IMAGE_SUFFIXES = frozenset(suffix.encode() for suffix in manifest.IMAGE_SUFFIXES)
 """File name suffixes of images, in lower case, as bytes: those of `data-prep`."""
 
-MAC_ARCHIVE = b"__MACOSX"
-"""Folder of macOS metadata in zip archives."""
-
 PROGRESS_DELAY = 2.0
 """Seconds before the progress bar appears."""
 
 NAMED = 5
-"""Maximum number of folders, or kinds of files, listed in a message."""
+"""Maximum number of folders listed in a message."""
+
+VANISHED = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+"""Errors of files and folders that were removed since their folder was listed."""
 
 SHARD_FILES = 1_000
 """Maximum number of files per shard."""
@@ -64,9 +73,7 @@ class FolderListing:
         """Summary of skipped entries, for the user; empty if there are none."""
         parts = []
         if self.skipped:
-            most_first = sorted(self.skipped.items(), key=lambda item: (-item[1], item[0]))
-            kinds = [f"{kind} ({count:,})" for kind, count in most_first]
-            parts.append(f"skipped: {_listed(kinds)}")
+            parts.append(f"skipped: {describe_kinds(self.skipped)}")
         if self.without_images:
             names = _listed(self.without_images)
             parts.append(f"folders without images ({len(self.without_images):,}): {names}")
@@ -77,7 +84,8 @@ def list_images(folder: Path) -> FolderListing:
     """List every image below a folder, at any depth.
 
     Links are followed, except circular ones. Files are recognised by suffix and not opened; hidden
-    files and folders, and files with other suffixes, are skipped and counted.
+    files and folders, files with other suffixes, and folders that vanish meanwhile are skipped
+    and counted.
 
     Raises:
         DataError: a folder cannot be read.
@@ -90,6 +98,9 @@ def list_images(folder: Path) -> FolderListing:
         while waiting:
             prefix, above = waiting.pop()
             identity, entries = _scan(folder, prefix)
+            if identity is None:
+                skipped["vanished while listed"] += 1
+                continue
             if identity in above:
                 skipped["circular links"] += 1
                 continue
@@ -102,7 +113,7 @@ def list_images(folder: Path) -> FolderListing:
                         if not prefix:
                             classes.add(entry.name)
                     case str(other):
-                        skipped[other] += 1
+                        count_kind(skipped, other)
             bar.update(len(paths) - bar.n)
     paths.sort()
     filled = {first for first, slash, _ in (path.partition(b"/") for path in paths) if slash}
@@ -126,14 +137,16 @@ def _progress(folder: Path) -> "tqdm[NoReturn]":
     )
 
 
-def _scan(folder: Path, prefix: bytes) -> tuple[tuple[int, int], list[os.DirEntry[bytes]]]:
-    """Return the (device, inode) of a folder, and its entries."""
+def _scan(folder: Path, prefix: bytes) -> tuple[tuple[int, int] | None, list[os.DirEntry[bytes]]]:
+    """Return the (device, inode) of a folder, None if it was removed meanwhile, and its entries."""
     path = os.path.join(os.fsencode(folder), prefix)  # noqa: PTH118 - names need not be text
     try:
         status = os.stat(path)  # noqa: PTH116
         with os.scandir(path) as entries:
             return (status.st_dev, status.st_ino), list(entries)
     except OSError as error:
+        if prefix and error.errno in VANISHED:
+            return None, []
         raise DataError(
             f"folder {display_name(path)} cannot be listed ({error.strerror}): make it readable, or"
             " remove it."
@@ -153,9 +166,10 @@ def _kind(entry: os.DirEntry[bytes]) -> EntryKind | str:
     Only links are looked up in the file system, except those with an image suffix: a lookup for
     each of a million files on a network disk takes minutes.
     """
-    if entry.name.startswith(b".") or entry.name == MAC_ARCHIVE:
-        return "hidden"
-    suffix = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122 - names need not be text
+    name = display_name(entry.name)
+    if is_hidden(name):
+        return HIDDEN
+    suffix = suffix_of(name).encode()
     if suffix in IMAGE_SUFFIXES and (entry.is_symlink() or entry.is_file()):
         return EntryKind.IMAGE
     try:
@@ -167,7 +181,7 @@ def _kind(entry: os.DirEntry[bytes]) -> EntryKind | str:
         return "broken links"
     if suffix in IMAGE_SUFFIXES:
         return "pipes, sockets or devices"
-    return display_name(suffix) if suffix else "no suffix"
+    return kind_of(name)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -344,11 +358,11 @@ def _fingerprint(folder: Path, paths: Sequence[bytes]) -> str:
         try:
             length = str(os.stat(path).st_size)  # noqa: PTH116
         except OSError as error:
-            if not isinstance(error, FileNotFoundError) and not os.path.islink(path):  # noqa: PTH114
+            if error.errno not in VANISHED and not os.path.islink(path):  # noqa: PTH114
                 raise DataError(
                     f"{display_name(path)} cannot be accessed ({error.strerror}): make its folder"
                     " readable, or remove it."
                 ) from None
-            length = "none"  # a broken link; reading it will report it
+            length = "none"  # a broken link or removed; reading it will report it
         digest.update(f"\0{length}".encode())
     return digest.hexdigest()

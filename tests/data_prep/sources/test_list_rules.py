@@ -79,6 +79,8 @@ TEXTS = [
     ("a.csv", "path,label\n./{0},x\ncat/../{1},y\nowl\\2.jpg,x\n", ("x", "y", "x")),
     ("a.txt", "{0}\tx\n\n{1}\n  \n{2}\ty  \n", ("x", None, "y")),
     ("a.txt", "{0}\n{1}\n{2}\n", ("cat", "dog", "owl")),
+    ("a.txt", "{0}\timages\n{1}\tlabel\n{2}\tpath\n", ("images", "label", "path")),
+    ("a.csv", "{0},image\n{1},label\n{2},path\n", ("image", "label", "path")),
     ("a.txt", "\ufeff{0}\r\n{1} \r\n{2}\r\n", ("cat", "dog", "owl")),
     ("a.txt", "{0}\r{1}\r{2}", ("cat", "dog", "owl")),
     ("a.txt", "path\tlabel\n{0}\tx\n{1}\t\n{2}\ty\n", ("x", None, "y")),

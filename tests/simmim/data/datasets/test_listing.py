@@ -1,6 +1,7 @@
 """Images of a folder are listed; everything else is skipped and counted."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,41 @@ def test_non_files_with_an_image_suffix_are_counted(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone/? cannot be listed \(No such file"):
         list_images(tmp_path / "gone")
+
+
+def test_kinds_are_those_of_data_prep(tmp_path: Path) -> None:
+    """A query in each name once made a kind of its own of each file."""
+    names = [f"{number}.jpg?width={number}" for number in range(60)]
+    for name in (*names, "a.HEIC", "a.tar.gz", "IM.0001", "IM.0002", "__MACOSX", "a.jpg"):
+        (tmp_path / name).write_bytes(b"content")
+    listing = list_images(tmp_path)
+    assert listing.paths == [b"a.jpg"]
+    assert listing.skipped == {
+        ".jpg with a query": 60,
+        ".heic": 1,
+        ".tar.gz": 1,
+        "numbered suffix": 2,
+        "hidden": 1,
+    }
+
+
+def test_a_folder_that_vanishes_while_it_is_listed_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("cat", "dog", "owl"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").write_bytes(b"content")
+    scan = os.scandir
+
+    def scan_and_remove(path: bytes | int) -> object:
+        if isinstance(path, bytes) and path.rstrip(b"/") != os.fsencode(
+            tmp_path
+        ):  # the three folders are found by now
+            for other in {"cat", "dog", "owl"} - {Path(os.fsdecode(path)).name}:
+                shutil.rmtree(tmp_path / other, ignore_errors=True)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scan_and_remove)
+    listing = list_images(tmp_path)
+    assert len(listing.paths) == 1
+    assert listing.skipped == {"vanished while listed": 2}
