@@ -170,6 +170,10 @@ def _values_of(shard: ShardEntry) -> dict[str, Any]:
 
 
 def _describe_absence(folder: Location) -> str:
+    if not folder.exists() or not folder.is_dir():
+        name = folder.name.lower()
+        if "{" in name or "*" in name or name.endswith(".tar"):
+            return f"{folder} is not a folder of shards. Give the folder: {folder.parent}"
     if not folder.exists():
         return f"folder of shards {folder} does not exist. Write it: data-prep shard SRC {folder}"
     if not folder.is_dir():

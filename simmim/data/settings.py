@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
 
+from data_prep.format.patterns import Names
 from data_prep.format.storage import locate
 from simmim.data.datasets.clips import ClipSet, open_clips
 from simmim.data.datasets.mixture import Shards
@@ -138,9 +139,14 @@ class DataSettings(RemoteSettings, SampleSettings):
 
     shards: ShardsSetting
     """Folder of shards made by data-prep (tars, indexes and manifest.json), or its URL (s3, gs,
-    http or https); or a local folder of images, with one subfolder per class if there are classes;
-    or a list of {shards: any of these, weight: number}, from which every batch samples in
-    proportion."""
+    http or https); or a pattern of shards in it, `DIR/train-{000..099}.tar` or `DIR/train-*.tar`;
+    or a local folder of images, with one subfolder per class if there are classes; or a list of
+    {shards: any of these, weight: number}, from which every batch samples in proportion."""
+    include: tuple[str, ...] = ()
+    """Patterns of the names of the shards to use, as in [train-*.tar] or [train-{000..099}.tar];
+    empty uses all of the manifest."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of the names of shards to leave out."""
     validation_shards: int = 1
     """Number of shards at the end of each dataset held out for validation. A folder of images is
     divided into random shards of at most 1,000 images."""
@@ -171,7 +177,8 @@ class DataSettings(RemoteSettings, SampleSettings):
         Raises:
             ValueError: no such folder, no valid manifest in it, or no such class.
         """
-        shards = open_sets(self.shards, self.remote_reading)
+        names = Names(include=self.include, exclude=self.exclude)
+        shards = open_sets(self.shards, self.remote_reading, names)
         return shards if self.classes is None else shards.only_classes(self.classes)
 
     @property

@@ -21,6 +21,8 @@ IDENTITY = "run.json"
 
 FREE_TO_CHANGE = (
     "data.shards",  # they may have moved; `resumable_state` compares their digest
+    "data.include",
+    "data.exclude",
     "data.workers",
     "data.max_bad_share",
     "data.remote",

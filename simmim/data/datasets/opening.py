@@ -1,5 +1,6 @@
 """How recipes name datasets of images, opening them, and their measured statistics."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,14 +9,18 @@ from typing import TypeGuard
 import numpy as np
 
 from data_prep.format.manifest import MANIFEST_NAME, read_manifest
+from data_prep.format.patterns import Names, describe_splits
 from data_prep.format.statistics_file import read_statistics
 from data_prep.format.storage import Location, locate
+from data_prep.format.text import WarnOnce
 from simmim.data.datasets.folder import open_folder
 from simmim.data.datasets.image_set import ImageSet
 from simmim.data.datasets.mixture import MixedShards, Shards
 from simmim.data.datasets.remote import RemoteReading
-from simmim.data.datasets.shards import ShardSet
+from simmim.data.datasets.shards import ShardSet, set_of
 from simmim.recipe import settings
+
+_warn = WarnOnce()
 
 
 @settings
@@ -23,7 +28,8 @@ class WeightedShards:
     """One dataset of a mixture."""
 
     shards: str
-    """Folder or URL of shards made by data-prep, or a folder of images."""
+    """Folder or URL of shards made by data-prep, a pattern of such shards, or a folder of images.
+    """
     weight: float = 1.0
     """Sampling weight relative to the other datasets."""
 
@@ -33,32 +39,60 @@ class WeightedShards:
 
 
 ShardsSetting = str | tuple[WeightedShards, ...]
-"""A folder or URL of shards, or a folder of images; or several with weights."""
+"""A folder, URL or pattern of shards, or a folder of images; or several with weights."""
 
 
-def open_sets(shards: ShardsSetting, remote: RemoteReading | None = None) -> Shards:
-    """Open shards or a folder of images, or a mixture of several; `remote` applies to URLs.
+def open_sets(
+    shards: ShardsSetting, remote: RemoteReading | None = None, names: Names | None = None
+) -> Shards:
+    """Open shards or a folder of images, or a mixture of several.
+
+    Args:
+        shards: what to open.
+        remote: how URLs are read.
+        names: names of the shards to use, of each dataset.
 
     Raises:
-        ValueError: a folder cannot be used.
+        ValueError: a folder or pattern cannot be used.
     """
     folders = folders_of(shards)
     remote = replace(remote or RemoteReading(), sets=len(folders))
     if isinstance(shards, str):
-        return open_set(shards, remote)
-    return MixedShards([open_set(one, remote) for one in folders], weights_of(shards))
+        return open_set(shards, remote, names)
+    return MixedShards([open_set(one, remote, names) for one in folders], weights_of(shards))
 
 
-def open_set(folder: str | Path, remote: RemoteReading) -> ImageSet:
-    """Open a folder of shards, or a local folder of images.
+def open_set(folder: str | Path, remote: RemoteReading, names: Names | None = None) -> ImageSet:
+    """Open a folder or pattern of shards, or a local folder of images.
 
     Raises:
         ValueError: it is neither, or cannot be used.
     """
     location = locate(folder)
+    is_chosen = names is not None and bool(names.include or names.exclude)
     if is_image_folder(location):
+        if is_chosen:
+            raise ValueError(
+                f"data.include and data.exclude choose shards by name, and {folder} is a folder of"
+                f" images: make shards of those you want: data-prep shard {folder} DST --include …"
+            )
         return open_folder(location, attempts=remote.attempts)
-    return ShardSet(folder, remote=remote)
+    shards = ShardSet(folder, remote=remote, names=names)
+    if not is_chosen and shards.folder == location:
+        _warn_of_splits(shards)
+    return shards
+
+
+def _warn_of_splits(shards: ShardSet) -> None:
+    """Say that a set of someone else's shards, used whole, has several splits by their names."""
+    manifest = shards.manifest
+    splits = describe_splits(shard.name for shard in manifest.shards)
+    if splits and "source" not in manifest.options and int(os.environ.get("RANK", "0")) == 0:
+        _warn(
+            f"the shards in {shards.folder} are of several splits, and all are used: {splits}."
+            " Choose some with data.include or data.exclude, or by a pattern as in data.shards:"
+            f" {shards.folder}/train-*.tar"
+        )
 
 
 def is_image_folder(location: Location) -> TypeGuard[Path]:
@@ -117,7 +151,8 @@ def measured_statistics(
 
 
 def _read_statistics(folder: str, allow_pipe: bool) -> ChannelStatistics:
-    measured = read_statistics(read_manifest(folder, allow_pipe=allow_pipe))[0]
+    place = set_of(locate(folder))[0]  # what is measured are all shards of a folder
+    measured = read_statistics(read_manifest(place, allow_pipe=allow_pipe))[0]
     if min(measured.std) <= 0:
         raise ValueError(
             f"a channel of the images in {folder} is constant, so its measured standard deviation"

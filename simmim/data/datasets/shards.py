@@ -15,7 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.format.index import read_index
-from data_prep.format.manifest import Manifest, ManifestError, ShardEntry, read_manifest
+from data_prep.format.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    ManifestError,
+    ShardEntry,
+    read_manifest,
+)
+from data_prep.format.patterns import Names, PatternError, is_pattern, split_pattern
 from data_prep.format.pipes import PipedFile
 from data_prep.format.storage import Location, RemotePath, locate
 from simmim.data.datasets.image_set import ImageSet, ShardUnavailableError, retry
@@ -153,12 +160,52 @@ def member_named(name: str, part: bytes) -> bytes | None:
     return None
 
 
+def set_of(place: Location) -> tuple[Location, Names]:
+    """Return the folder of a set of shards, and which of them: all, unless `place` is a pattern.
+
+    Raises:
+        ManifestError: the folder of a pattern has no manifest.
+        PatternError: the pattern is malformed.
+    """
+    if not is_pattern(place):
+        return place, Names()
+    folder, names = split_pattern(place)
+    if folder.exists() and not (folder / MANIFEST_NAME).exists():
+        raise ManifestError(
+            f"{place}: its folder has no {MANIFEST_NAME}, in which training finds the samples. "
+            f"Write it: data-prep index '{place}'"
+        )
+    return folder, names
+
+
+def _choose(manifest: Manifest, names: Names, place: Location) -> Manifest:
+    """Return a manifest with the shards of these names only.
+
+    Raises:
+        PatternError: a pattern matches none of them.
+    """
+    if not names.include and not names.exclude:
+        return manifest
+    try:
+        chosen = set(names.chosen([shard.name for shard in manifest.shards], place))
+    except PatternError as error:
+        raise PatternError(
+            f"{error} Only tars in {MANIFEST_NAME} count: to add others, index them all with "
+            f"`data-prep index {place} --include '*' --overwrite`."
+        ) from None
+    return replace(
+        manifest, shards=tuple(shard for shard in manifest.shards if shard.name in chosen)
+    )
+
+
 class ShardSet(ImageSet):
     """The shards in `folder`, or some of them; every sample takes one read.
 
-    The folder is a path or a URL (s3, gs, http), which is read as `remote` says. `shards` are
-    numbers of the manifest's shards, which this set counts from 0 in the order given. Each process
-    opens files on first read. Raises ValueError if the folder or its manifest cannot be used.
+    The folder is a path or a URL (s3, gs, http), which is read as `remote` says, or a pattern of
+    tars in one (`train-{000..099}.tar`, `train-*.tar`), which chooses among the manifest's shards
+    as `names` does. `shards` are numbers of those, which this set counts from 0 in the order given.
+    Each process opens files on first read. Raises ValueError if the folder, its manifest or a
+    pattern cannot be used.
     """
 
     samples_are = "the shards in"
@@ -169,12 +216,17 @@ class ShardSet(ImageSet):
         *,
         shards: Iterable[int] | slice | None = None,
         remote: RemoteReading | None = None,
+        names: Names | None = None,
     ) -> None:
         self.remote = remote or RemoteReading()
         place = locate(folder)
         if isinstance(place, RemotePath):
             place = replace(place, attempts=self.remote.attempts)
-        self.manifest: Manifest = read_manifest(place, allow_pipe=self.remote.allow_pipe)
+        place, chosen = set_of(place)
+        manifest = read_manifest(place, allow_pipe=self.remote.allow_pipe)
+        for choice in (chosen, names or Names()):
+            manifest = _choose(manifest, choice, place)
+        self.manifest: Manifest = manifest
         total = len(self.manifest.shards)
         match shards:
             case None:
