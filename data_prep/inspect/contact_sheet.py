@@ -2,10 +2,7 @@
 
 import io
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from data_prep.format.atomic import atomic_write_bytes
@@ -13,6 +10,7 @@ from data_prep.format.index import read_images, read_index
 from data_prep.format.manifest import Manifest
 from data_prep.format.text import printable
 from data_prep.images.checking import RejectedImageError, read_pixels
+from data_prep.images.display import to_display
 from data_prep.images.settings import read_limit
 from data_prep.inspect.info import spread_rows
 from data_prep.inspect.pixels import stored_form
@@ -61,20 +59,8 @@ def _draw_tile(data: bytes, extension: str, max_pixels: int) -> Image.Image:
         draw = ImageDraw.Draw(tile)
         draw.text((_SIDE / 2, _SIDE / 2), "cannot be decoded", fill=_INK, anchor="mm")
         return tile
-    picture = Image.fromarray(_to_colour(values))
+    picture = Image.fromarray(to_display(values))
     return ImageOps.contain(picture, (_SIDE, _SIDE), Image.Resampling.LANCZOS)
-
-
-def _to_colour(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """Convert an array of shape (height, width, channels) to uint8 RGB, (height, width, 3)."""
-    channels = values[..., :3] if values.shape[2] >= 3 else values[..., :1].repeat(3, axis=2)
-    if channels.dtype == np.uint8:
-        return np.ascontiguousarray(channels)
-    numbers = np.nan_to_num(channels.astype(np.float64), nan=float(np.nanmin(values)))
-    low, high = np.percentile(numbers, (1, 99), axis=(0, 1))
-    stretched = (numbers - low) / np.maximum(high - low, np.finfo(np.float32).tiny)
-    colour: NDArray[np.uint8] = np.rint(stretched.clip(0, 1) * 255).astype(np.uint8)
-    return colour
 
 
 def _lay_out(tiles: list[tuple[Image.Image, str]]) -> Image.Image:

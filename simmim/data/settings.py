@@ -134,6 +134,33 @@ class CroppedSettings(SampleSettings):
 
 
 @settings
+class DrawnSettings(SampleSettings):
+    """Images of which pictures are drawn."""
+
+    picture_bands: tuple[int, ...] | None = None
+    """Channels that pictures show in red, green and blue, counted from 0; one is shown in grey.
+    null shows the first three, or the first of one or two. Images of more than 8 bits are stretched
+    from the 1st to the 99th percentile of each channel."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bands = self.picture_bands
+        if bands is not None and (len(bands) not in (1, 3) or min(bands) < 0):
+            raise ValueError(
+                f"picture_bands is {list(bands)}; give three channels for red, green and blue or "
+                "one for grey, counted from 0."
+            )
+
+    def check_bands(self, channels: int) -> None:
+        """Raise ValueError unless the encoder's images have the channels that pictures show."""
+        if max(self.picture_bands or (0,)) >= channels:
+            raise ValueError(
+                f"data.picture_bands is {list(self.picture_bands or ())}, and the images have "
+                f"{channels} channels, counted from 0: choose among these."
+            )
+
+
+@settings
 class DataSettings(RemoteSettings, SampleSettings):
     """Images in shards or folders, and how they are read."""
 

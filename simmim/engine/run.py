@@ -30,6 +30,7 @@ FREE_TO_CHANGE = (
     "data.cache_bytes",
     "data.attempts",
     "data.allow_pipe",
+    "data.picture_bands",
     "execution",
     "training.accumulation",
     "training.log_every",

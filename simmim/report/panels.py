@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from data_prep.format.atomic import atomic_write_bytes
+from data_prep.images.display import choose_bands, stretch, stretch_limits
 from simmim.method.losses import denormalise_target
 from simmim.method.masking import enlarge_mask
 
@@ -36,12 +38,14 @@ def reconstruction_panel(
     std: Sequence[float],
     path: Path,
     norm_target: bool = False,
+    stretched: bool = False,
+    bands: Sequence[int] | None = None,
+    caption: str = CAPTIONS[0],
 ) -> None:
     """Draw inputs and reconstructions into a PNG, one row per image.
 
     Args:
-        images: (batch, channels, height, width), normalised. One or two channels are drawn as grey
-            (the first); of more than three, the first three are drawn.
+        images: (batch, channels, height, width), normalised.
         mask: bool (batch, rows, columns) of mask cells, True = hidden.
         reconstruction: predicted pixels, same shape as `images`.
         mean: mean of each channel, for values from 0 to 1.
@@ -50,6 +54,11 @@ def reconstruction_panel(
         norm_target: whether the prediction is of normalised pixels (see `normalise_target` in
             `simmim.method.losses`); colours are restored with the local mean and variance of the
             original.
+        stretched: stretch each image from the 1st to the 99th percentile of the original, as
+            contact sheets of more than 8 bits are; otherwise values from 0 to 1 are drawn.
+        bands: channels that are drawn in red, green and blue, or one that is drawn in grey; None
+            are the first three, or the first of one or two.
+        caption: caption of the originals.
 
     Raises:
         ValueError: the shapes do not match, or there are no images.
@@ -58,12 +67,16 @@ def reconstruction_panel(
     images, reconstruction = images.detach().float(), reconstruction.detach().float()
     if norm_target:
         reconstruction = denormalise_target(reconstruction, images)
-    original = _to_colors(images, mean, std)
-    prediction = _to_colors(reconstruction, mean, std)
+    original = _bands_of(images, mean, std, bands)
+    prediction = _bands_of(reconstruction, mean, std, bands)
+    if stretched:
+        limits = stretch_limits(original)
+        original, prediction = stretch(original, *limits), stretch(prediction, *limits)
+    original, prediction = original.clip(0, 1), prediction.clip(0, 1)
     hidden = enlarge_mask(mask.cpu(), images.shape[-2] // mask.shape[1])[..., None].numpy()
-    masked = np.where(hidden, np.float32(HIDDEN_GREY), original)
+    masked = np.where(hidden, HIDDEN_GREY, original)
     pasted = np.where(hidden, prediction, original)
-    panel = _lay_out([original, masked, prediction, pasted])
+    panel = _lay_out([original, masked, prediction, pasted], (caption, *CAPTIONS[1:]))
     encoded = io.BytesIO()
     panel.save(encoded, format="PNG", optimize=True)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,16 +110,17 @@ def _check(
         )
 
 
-def _to_colors(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.float32]:
-    """Return images without normalisation: float32 (batch, height, width, 3) from 0 to 1."""
+def _bands_of(
+    images: Tensor, mean: Sequence[float], std: Sequence[float], bands: Sequence[int] | None
+) -> NDArray[Any]:
+    """Return the drawn bands of images without normalisation: (batch, height, width, 3)."""
     scale = torch.tensor(std, dtype=torch.float32)[:, None, None]
     offset = torch.tensor(mean, dtype=torch.float32)[:, None, None]
-    colors = (images.cpu() * scale + offset).nan_to_num(nan=0.0).clamp(0, 1)
-    colors = colors[:, :3] if colors.shape[1] >= 3 else colors[:, :1].expand(-1, 3, -1, -1)
-    return rearrange(colors, "b c h w -> b h w c").numpy()
+    values = (images.cpu() * scale + offset).nan_to_num(nan=0.0)
+    return choose_bands(rearrange(values, "b c h w -> b h w c").numpy(), bands)
 
 
-def _lay_out(columns: list[NDArray[np.float32]]) -> Image.Image:
+def _lay_out(columns: list[NDArray[Any]], captions: Sequence[str]) -> Image.Image:
     """Return four columns of images side by side, or two such blocks for many images."""
     count, height, width, _ = columns[0].shape
     factor = max(1, -(-SMALLEST_TILE // max(height, width)))
@@ -116,7 +130,7 @@ def _lay_out(columns: list[NDArray[np.float32]]) -> Image.Image:
     block_width = len(columns) * step_right + 2 * GAP
     panel = Image.new("RGB", (blocks * block_width - GAP, HEADER + rows * step_down), PAPER)
     for block in range(blocks):
-        for place, caption in enumerate(CAPTIONS):
+        for place, caption in enumerate(captions):
             left = block * block_width + GAP + place * step_right
             _write_caption(panel, caption, left, width * factor)
             tiles = columns[place][block * rows : (block + 1) * rows]

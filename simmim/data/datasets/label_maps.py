@@ -7,7 +7,7 @@ from pathlib import Path
 from simmim.data.datasets.local_files import FileSet, list_files, read_bytes
 from simmim.recipe import settings
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy"})
 """File name suffixes of images, in lower case."""
 
 

@@ -126,15 +126,14 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
 
     def _results(self, batch: Batch, row: int, found: Detections) -> list[dict[str, Any]]:
         """Return the detections in an image of a batch as COCO results."""
-        assert self.validation_shards is not None
         image, side = instances_of(batch, row).image.tolist(), self.recipe.data.image_size
-        return results_of(found, image, side, self.validation_shards.category_ids)
+        return results_of(found, image, side, self.pictured.category_ids)
 
     def picture_rows(
         self, accelerator: Accelerator, colours: np.ndarray
     ) -> Iterator[list[np.ndarray]]:
         """Yield images with true and with detected objects."""
-        for batch in self.held_out():
+        for batch in self.held_out(source=self.pictured):
             for row, found in enumerate(self._find(accelerator, batch)):
                 certain = above_score(found, self.recipe.picture_score)
                 yield self._tiles(batch, row, self._results(batch, row, certain), colours)
@@ -143,11 +142,10 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
         self, batch: Batch, row: int, results: list[dict[str, Any]], colours: np.ndarray
     ) -> list[np.ndarray]:
         """Return an image with its true and with its detected objects."""
-        assert self.validation_shards is not None
         number, rows, columns = instances_of(batch, row).image.tolist()
-        pixels = square_picture_of(batch, row, (rows, columns))
-        truth = self.validation_shards.objects_of(number)
-        labels = {one: place for place, one in enumerate(self.validation_shards.category_ids)}
+        pixels = square_picture_of(batch, row, (rows, columns), self.recipe.data.picture_bands)
+        truth = self.pictured.objects_of(number)
+        labels = {one: place for place, one in enumerate(self.pictured.category_ids)}
         tiles = []
         for objects in (truth, results):
             masks = [

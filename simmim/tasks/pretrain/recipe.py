@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from simmim.data.settings import AugmentedDataSettings
+from simmim.data.settings import AugmentedDataSettings, DrawnSettings
 from simmim.engine.settings import TrainingSettings
 from simmim.method.settings import LossSettings, MaskSettings
 from simmim.recipe import settings
@@ -11,13 +11,17 @@ from simmim.tasks.recipe import EncoderSettings, ExecutionSettings, TaskRecipe, 
 
 
 @settings
-class PretrainData(AugmentedDataSettings):
+class PretrainData(AugmentedDataSettings, DrawnSettings):
     """Unlabelled shards and their augmentation."""
 
     image_size: int = 192
     """Side of the square images in pixels."""
     scale: tuple[float, float] = (0.67, 1.0)
     """Random crop: range of its area, as a fraction of the image's."""
+
+    def __post_init__(self) -> None:
+        AugmentedDataSettings.__post_init__(self)
+        DrawnSettings.__post_init__(self)
 
 
 @settings
@@ -50,6 +54,7 @@ class PretrainRecipe(TaskRecipe):
             )
         self.mask.grid((size, size))  # raises unless cells tile the image and some stay visible
         self.encoder.check_channels(self.data.mean)
+        self.data.check_bands(self.encoder.in_channels)
         check_slots(self.data, self.training)
         if self.training.optimizer.layer_decay != 1.0:
             raise ValueError("training.optimizer.layer_decay belongs to fine-tuning; leave it 1.")

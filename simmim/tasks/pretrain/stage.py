@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from simmim.data.datasets.mixture import Shards
 from simmim.data.loader.batch import Batch
 from simmim.data.loader.batches import BatchStream, evaluation_batches
 from simmim.data.settings import DataSettings
@@ -132,9 +133,23 @@ class PretrainStage:
         return None
 
     def held_out_batches(
-        self, *, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
+        self,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        shards: Shards | None = None,
     ) -> BatchStream:
-        """Return batches of this rank's part of the held-out images, with fixed masks."""
+        """Return batches of this rank's part of the held-out images, with fixed masks.
+
+        Args:
+            batch_size: images over all ranks.
+            rank: number of this process.
+            world: number of processes.
+            workers: data worker processes.
+            shards: other images; None are those held out.
+        """
         data = self.recipe.data
         transform = EvalTransform(
             size=(data.image_size, data.image_size),
@@ -143,7 +158,7 @@ class PretrainStage:
             max_pixels=data.max_pixels,
         )
         return evaluation_batches(
-            self.validation_shards,
+            self.validation_shards if shards is None else shards,
             transform,
             batch_size=batch_size,
             rank=rank,
@@ -210,8 +225,14 @@ class PretrainStage:
 
     @torch.no_grad()
     def visualize(self, accelerator: Accelerator, run: RunFolder, step: int) -> Path | None:
-        """Draw reconstructions of the first held-out images into the run."""
-        batch = next(iter(self.held_out_batches(batch_size=PANEL_IMAGES)), None)
+        """Draw reconstructions of the first held-out images, or training images if there are none.
+
+        They keep their masks during the whole training.
+        """
+        held_out = self.validation_shards.samples > 0
+        shards = self.validation_shards if held_out else self.training_shards
+        batches = self.held_out_batches(batch_size=PANEL_IMAGES, shards=shards)
+        batch = next(iter(batches), None)
         if batch is None:
             return None
         batch = batch.to(accelerator.device)
@@ -230,6 +251,9 @@ class PretrainStage:
             std=std,
             path=path,
             norm_target=self.recipe.loss.norm_target,
+            stretched=batch.images.dtype != torch.uint8,
+            bands=self.recipe.data.picture_bands,
+            caption="original" if held_out else "training image",
         )
         return path
 

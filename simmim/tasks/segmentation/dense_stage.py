@@ -197,6 +197,7 @@ class DenseStage(FineTuningStage[RecipeT, DataT]):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = self.build_model(recipe, initial.encoder, names)
+        recipe.data.check_bands(initial.encoder.config.in_channels)
         self.initial = replace(initial, encoder=self.model.backbone.encoder)
         # Before sharding: sharded modules cannot be copied.
         self._flops = count_flops(self.model.net, self.model.backbone, recipe.data.image_size)
@@ -236,23 +237,31 @@ class DenseStage(FineTuningStage[RecipeT, DataT]):
         """FLOPs of encoder and head; see `simmim.engine.stage.TrainingStage`."""
         return self._flops
 
+    @property
+    def pictured(self) -> DataT:
+        """The images of which pictures are drawn: those held out, or else those trained on."""
+        return self.training_shards if self.validation_shards is None else self.validation_shards
+
     @abstractmethod
     def picture_rows(
         self, accelerator: Accelerator, colours: np.ndarray
     ) -> Iterator[list[np.ndarray]]:
-        """Yield a row of pictures for each held-out image, one per caption, given class colours."""
+        """Yield a row of pictures for each image, one per caption, given class colours."""
 
     @torch.no_grad()
     def visualize(self, accelerator: Accelerator, run: RunFolder, step: int) -> Path | None:
-        """Draw held-out images with labels and predictions."""
-        if self.validation_shards is None or not self.recipe.pictures:
+        """Draw held-out images, or else training images, with labels and predictions."""
+        if not self.recipe.pictures:
             return None
         self.module.eval()
         colours = palette(len(self.names))
         with closing(self.picture_rows(accelerator, colours)) as drawn:  # type: ignore[type-var]
             rows = list(islice(drawn, self.recipe.pictures))
         path = run.reconstructions / f"step-{step:08d}.png"
-        write_panel(rows, self.captions, list(zip(self.names, colours, strict=True)), path)
+        captions = list(self.captions)
+        if self.validation_shards is None:
+            captions[0] = f"{captions[0]} (training)"
+        write_panel(rows, captions, list(zip(self.names, colours, strict=True)), path)
         return path
 
     def export_encoder(self, run: RunFolder, step: int, samples: int) -> None:

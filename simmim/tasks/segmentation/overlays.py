@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from data_prep.format.atomic import atomic_write_bytes
+from data_prep.images.display import to_display
 from simmim.data.loader.batch import Batch
 from simmim.data.transforms.labels import IGNORED
 
@@ -39,25 +39,25 @@ def palette(count: int) -> np.ndarray:
     ).reshape(-1, 3)
 
 
-def picture_of(batch: Batch, row: int, size: tuple[int, ...]) -> np.ndarray:
+def picture_of(
+    batch: Batch, row: int, size: tuple[int, ...], bands: Sequence[int] | None
+) -> np.ndarray:
     """Return an image of a batch as uint8 RGB (rows, columns, 3), resized to `size`."""
-    return _picture(batch.images[row], size)
+    return _picture(batch.images[row], size, bands)
 
 
-def square_picture_of(batch: Batch, row: int, size: tuple[int, int]) -> np.ndarray:
+def square_picture_of(
+    batch: Batch, row: int, size: tuple[int, int], bands: Sequence[int] | None
+) -> np.ndarray:
     """Return an image that was padded to a square, without the padding, resized to `size`."""
     square = batch.images[row]
     factor = square.shape[-1] / max(size)
     rows, columns = (max(1, round(length * factor)) for length in size)
-    return _picture(square[:, :rows, :columns], size)
+    return _picture(square[:, :rows, :columns], size, bands)
 
 
-def _picture(image: Tensor, size: tuple[int, ...]) -> np.ndarray:
-    pixels = image.float().cpu()
-    if image.dtype != torch.uint8:
-        pixels = 255 * (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp(min=1e-12)
-    planes = pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
-    drawn = Image.fromarray(planes.permute(1, 2, 0).numpy().round().astype(np.uint8))
+def _picture(image: Tensor, size: tuple[int, ...], bands: Sequence[int] | None) -> np.ndarray:
+    drawn = Image.fromarray(to_display(image.cpu().numpy().transpose(1, 2, 0), bands))
     return np.asarray(drawn.resize((size[1], size[0])))
 
 

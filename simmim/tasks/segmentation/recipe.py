@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from simmim.data.datasets.label_maps import FolderLayout
-from simmim.data.settings import IMAGENET_MEAN, IMAGENET_STD, CroppedSettings
+from simmim.data.settings import IMAGENET_MEAN, IMAGENET_STD, CroppedSettings, DrawnSettings
 from simmim.recipe import check_least, check_shares, check_span, settings
 from simmim.tasks.recipe import FineTuningRecipe
 
@@ -13,7 +13,7 @@ MAX_CLASSES = 255
 
 
 @settings
-class DenseData(CroppedSettings):
+class DenseData(CroppedSettings, DrawnSettings):
     """Image files, and how they are read, scaled, cropped and flipped."""
 
     REMEDY = "Repair or remove these files"
@@ -30,7 +30,8 @@ class DenseData(CroppedSettings):
     std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        CroppedSettings.__post_init__(self)
+        DrawnSettings.__post_init__(self)
         check_shares(self, "fraction")
         check_span(self, "scale")
 
@@ -42,7 +43,8 @@ class DenseRecipe(FineTuningRecipe):
     data: DenseData
     """The images."""
     pictures: int = 4
-    """Validation images to draw with their predictions; 0 draws none."""
+    """Validation images to draw with their predictions, or training images if none are held out; 0
+    draws none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
