@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data_prep.images.display import to_display
 from simmim import random_mask
 from simmim.method.losses import normalise_target
 from simmim.method.masking import enlarge_mask
@@ -107,3 +108,31 @@ def test_mismatched_shapes_are_refused_and_nothing_is_written(tmp_path: Path) ->
         with pytest.raises(ValueError, match="does not fit images"):
             reconstruction_panel(images, wrong, images, mean=MEAN, std=STD, path=path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bands", [None, (3, 0, 1), (2,)])
+def test_16_bit_images_are_stretched_like_contact_sheets(
+    tmp_path: Path, bands: tuple[int, ...] | None
+) -> None:
+    """Values that fill a hundredth of the range are neither black nor of another scale."""
+    stored = (random_colors(1, 4, 128, 128, seed=0) * 600 + 100).to(torch.uint16)
+    mean, std = (0.006, 0.007, 0.006, 0.007), (0.002, 0.003, 0.002, 0.003)
+    offset, scale = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    images = (stored.float() / 65535 - offset) / scale
+    path = tmp_path / "panel.png"
+    options = {"mean": mean, "std": std, "bands": bands}
+    mask = random_mask(1, (4, 4), 0.5)
+    reconstruction_panel(images, mask, images, path=path, stretched=True, **options)  # type: ignore[arg-type]
+    expected = to_display(stored[0].permute(1, 2, 0).numpy(), bands)
+    with Image.open(path) as panel:
+        for column in (0, 2, 3):
+            shown = tile(np.asarray(panel), 0, column, (128, 128), 1).permute(1, 2, 0) * 255
+            assert (shown - torch.from_numpy(expected)).abs().max() <= 2
+    assert 100 < expected.mean() < 155
+    brighter = images + 0.5
+    reconstruction_panel(images, mask, brighter, path=path, stretched=True, **options)  # type: ignore[arg-type]
+    with Image.open(path) as panel:
+        original, predicted = (
+            tile(np.asarray(panel), 0, column, (128, 128), 1).mean() for column in (0, 2)
+        )
+    assert predicted > original + 0.1  # the limits are those of the original
