@@ -8,7 +8,6 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import re
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,14 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import dataclass_transform
 
 from data_prep.format.text import count_noun
+from simmim.recipe_text import MOST_BYTES, RecipeDumper, RecipeTextError, read_text
 
 _ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
 
+MOST_MISTAKES = 50
+"""Mistakes that are listed."""
+YES_OR_NO = ("yes", "no", "on", "off", "y", "n")
+"""Words that YAML 1.1 takes for true and false, and YAML 1.2 and recipes for text."""
 UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 
 Settings = TypeVar("Settings")
@@ -44,40 +48,6 @@ def settings(cls: type[Settings]) -> type[Settings]:
     return dataclass(frozen=True, kw_only=True)(cls)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML loader that reads `1e-4` as a number and refuses duplicate keys."""
-
-    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
-        # The nodes are as written here; merge keys (<<) add keys only later.
-        node = super().compose_mapping_node(anchor)
-        line = node.start_mark.line + 1
-        keys = []
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise RecipeError(f"below line {line}, a key is a list or a mapping; use a name.")
-            if key.tag != "tag:yaml.org,2002:merge":
-                key.tag = "tag:yaml.org,2002:str"  # also a key that looks like a number or a date
-            keys.append(key.value)
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        if twice:
-            raise RecipeError(
-                f"below line {line}, duplicate keys: {', '.join(twice)}. Keep one of each."
-            )
-        return node
-
-
-class _Dumper(yaml.SafeDumper):
-    """Inverse of the loader: quotes text that would be read as a number."""
-
-
-for _yaml in (_Loader, _Dumper):
-    _yaml.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
-        list("-+.0123456789"),
-    )
-
-
 def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a recipe file and apply `--a.b value` overrides, without validation.
 
@@ -85,7 +55,8 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         RecipeError: the file is missing or not YAML, or an override is malformed.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        with path.open(encoding="utf-8") as file:
+            values = read_text(file.read(MOST_BYTES + 1))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise RecipeError(
@@ -94,7 +65,7 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         ) from None
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {path} is not valid YAML: {error}") from None
-    except RecipeError as error:
+    except RecipeTextError as error:
         raise RecipeError(f"recipe {path}: {error}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"recipe {path} must be a mapping of keys to values.")
@@ -117,9 +88,11 @@ def _parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[list[str], Any]
             if text.startswith("--"):
                 raise RecipeError(f"--{name} has no value before {text}: add one.")
         try:
-            yield name.split("."), yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+            yield name.split("."), read_text(text)
         except yaml.YAMLError:
-            raise RecipeError(f"--{name}: {text!r} is not a YAML value.") from None
+            raise RecipeError(f"--{name}: {_shortened(text)} is not a YAML value.") from None
+        except RecipeTextError as error:
+            raise RecipeError(f"--{name}: {error}") from None
 
 
 def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
@@ -146,16 +119,20 @@ def parse(recipe_type: type[Settings], values: dict[str, Any], source: str) -> S
     """
     try:
         text = json.dumps(values, default=str)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise RecipeError(
-            f"{source} has an alias (*name) that refers to itself; remove it."
+            f"{source} has a value that contains itself, is nested too deeply, or is a number of "
+            "thousands of digits; remove it."
         ) from None
     try:
         recipe: Settings = _adapter(recipe_type).validate_json(text)
     except ValidationError as error:
-        mistakes = _one_for_each_field(error.errors())
+        found = error.errors()
+        mistakes = _one_for_each_field(found[:MOST_MISTAKES])
         lines = [_describe_mistake(recipe_type, mistake) for mistake in mistakes]
         number = count_noun(len(lines), "mistake")
+        if len(found) > MOST_MISTAKES:
+            lines.append(f"and {len(found) - MOST_MISTAKES:,} more")
         raise RecipeError("\n  ".join([f"{source} has {number}:", *lines])) from None
     return recipe
 
@@ -211,7 +188,18 @@ def _describe_mistake(recipe_type: type[Any], mistake: Any) -> str:
     message = mistake["msg"].removeprefix("Value error, ")
     if mistake["type"] == "value_error":
         return f"{where}: {message}"
-    return f"{where}: {message}, got {mistake['input']!r}"
+    hint = ""
+    if mistake["type"] == "bool_type" and str(mistake["input"]).lower() in YES_OR_NO:
+        hint = ": write true or false"
+    elif str(mistake["type"]).startswith(("int_", "float_")) and isinstance(mistake["input"], str):
+        hint = ": write a decimal number"
+    return f"{where}: {message}, got {_shortened(mistake['input'])}{hint}"
+
+
+def _shortened(value: object) -> str:
+    """Return the representation of a value for a message, at most 200 characters of it."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _field_names(recipe_type: type[Any], path: list[str]) -> list[str]:
@@ -242,7 +230,7 @@ def to_values(recipe: Any) -> dict[str, Any]:
 
 def to_yaml(recipe: Any) -> str:
     """Return a recipe as YAML text including every default."""
-    return yaml.dump(to_values(recipe), Dumper=_Dumper, sort_keys=False)
+    return yaml.dump(to_values(recipe), Dumper=RecipeDumper, sort_keys=False)
 
 
 def recipe_hash(recipe: Any) -> str:

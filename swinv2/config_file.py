@@ -168,7 +168,7 @@ def _format_of(file: Path) -> str | None:
     """Return the format that a `config.json` names, if it can be read."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     found = content.get("format") if isinstance(content, dict) else None
     return found if isinstance(found, str) else None
@@ -227,7 +227,7 @@ def _parse(text: str, source: Path, format_name: str) -> dict[str, Any]:
     """Return the content of a file that must have this format and version."""
     try:
         content = json.loads(text, parse_constant=_refuse_constant)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{source} is not valid JSON ({error}): export it again.") from error
     found = content.get("format") if isinstance(content, dict) else None
     if isinstance(found, str) and found != format_name and found in LOADERS:
@@ -261,7 +261,10 @@ def _integer(value: object) -> int:
 def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError("a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise TypeError("a number that fits into 64 bits") from None
 
 
 def _string(value: object) -> str:
@@ -348,5 +351,5 @@ def _read_fields(
         try:
             values[name] = read(content[name])
         except TypeError as error:
-            problems.append(f"{prefix}{name}: {content[name]!r}, expected {error}")
+            problems.append(f"{prefix}{name}: {repr(content[name])[:200]}, expected {error}")
     return values

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from swinv2.atomic import atomic_folder
-from swinv2.config import record_windows
+from swinv2.config import SwinV2Config, record_windows
 from swinv2.config_file import (
     CONFIG_FILE,
     README_FILE,
@@ -35,6 +35,9 @@ from swinv2.encoder import SwinV2
 from swinv2.video import VideoSwinV2
 
 Encoder = TypeVar("Encoder", bound=nn.Module)
+Shape = tuple[int, ...]
+MOST_PROBLEMS = 20
+"""Tensors that an error message lists."""
 
 
 def save_encoder(
@@ -164,7 +167,7 @@ def load_encoder(
     folder = Path(path)
     sizes = {"image_size": image_size, "window_size": window_size, "drop_path": drop_path}
     config = replace(read_encoder_config(folder).config, **_given(sizes))
-    return _load_into(lambda: SwinV2(config), folder / WEIGHTS_FILE)
+    return _load_into(config, lambda: SwinV2(config), folder / WEIGHTS_FILE)
 
 
 def load_video_encoder(
@@ -201,22 +204,70 @@ def load_video_encoder(
         "drop_path": drop_path,
     }
     config = replace(read_video_config(path).config, **_given(sizes))
-    return _load_into(lambda: VideoSwinV2(config), Path(path) / WEIGHTS_FILE)
+    return _load_into(config, lambda: VideoSwinV2(config), Path(path) / WEIGHTS_FILE)
 
 
 def _given(sizes: Mapping[str, Any]) -> dict[str, Any]:
     return {name: size for name, size in sizes.items() if size is not None}
 
 
-def _load_into(build: Callable[[], Encoder], file: Path) -> Encoder:
+def _load_into(config: SwinV2Config, build: Callable[[], Encoder], file: Path) -> Encoder:
     """Build an encoder with the weights of a file, in evaluation mode."""
-    tensors = read_tensors(file)
-    # A wrong config.json may ask for any amount of memory: compare the shapes before taking it.
-    with torch.device("meta"):
-        _check_fit(build(), tensors, str(file))
+    # A wrong config.json may ask for any number of blocks and any amount of memory: what the header
+    # of the weights says is compared before either is taken.
+    shapes = read_shapes(file)
+    _check_fit(build_on_meta(config, build, shapes, str(file)), shapes, str(file))
     encoder = build()
-    encoder.load_state_dict(tensors, strict=True)
+    encoder.load_state_dict(read_tensors(file), strict=True)
     return encoder.eval()
+
+
+def build_on_meta(
+    config: SwinV2Config, build: Callable[[], Encoder], shapes: Mapping[str, Shape], source: str
+) -> Encoder:
+    """Build an encoder without memory, if a file has tensors for its blocks.
+
+    Args:
+        config: config of the encoder.
+        build: builds it.
+        shapes: shape of each tensor of the file.
+        source: the file, for the message.
+
+    Raises:
+        ValueError: there are fewer tensors than blocks, or no memory could hold the encoder.
+    """
+    blocks = sum(config.depths)
+    if blocks > len(shapes):
+        raise WeightsError(
+            f"{source} has {len(shapes):,} tensors, and config.json describes an encoder of "
+            f"{blocks:,} blocks: they are not of the same encoder. Export it again."
+        )
+    try:
+        with torch.device("meta"):
+            return build()
+    except RuntimeError as error:  # more bytes than 64 bits can count
+        raise WeightsError(
+            f"config.json of {source} describes an encoder of {config.num_features:,} channels, "
+            f"which no memory can hold ({str(error).splitlines()[0]}). Export it again."
+        ) from None
+
+
+def read_shapes(file: Path) -> dict[str, Shape]:
+    """Return the shape of each tensor of a safetensors file, from its header alone.
+
+    Raises:
+        ValueError: the file is missing or truncated, or not a safetensors file.
+    """
+    remedy = "export the encoder again"
+    if not file.is_file():
+        raise WeightsError(f"{file} is missing: {remedy}.")
+    try:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise WeightsError(
+            f"{file} is truncated or not a safetensors file ({error}): {remedy}."
+        ) from error
 
 
 def read_tensors(
@@ -271,24 +322,31 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str)
         ValueError: tensors are missing, unexpected or of another shape; all of them are listed and
             the module is unchanged.
     """
-    _check_fit(module, tensors, source)
+    _check_fit(module, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, source)
     module.load_state_dict(dict(tensors), strict=True)
 
 
-def _check_fit(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+def _check_fit(module: nn.Module, shapes: Mapping[str, Shape], source: str) -> None:
     expected = module.state_dict()
-    problems = [f"missing: {name}" for name in expected if name not in tensors]
-    problems += [f"unexpected: {name}" for name in tensors if name not in expected]
+    problems = [f"missing: {name}" for name in expected if name not in shapes]
+    problems += [f"unexpected: {name}" for name in shapes if name not in expected]
     problems += [
-        f"shape of {name}: {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}"
+        f"shape of {name}: {shapes[name]}, expected {tuple(tensor.shape)}"
         for name, tensor in expected.items()
-        if name in tensors and tensors[name].shape != tensor.shape
+        if name in shapes and shapes[name] != tuple(tensor.shape)
     ]
     if problems:
         raise WeightsError(
             f"{source} does not fit {type(module).__name__}; use weights of the same variant and "
-            "sizes, or change the configuration to theirs:\n  " + "\n  ".join(problems)
+            f"sizes, or change the configuration to theirs:\n  {list_problems(problems)}"
         )
+
+
+def list_problems(problems: Sequence[str]) -> str:
+    """Return problems as indented lines, the first MOST_PROBLEMS of them."""
+    more = len(problems) - MOST_PROBLEMS
+    shown = [*problems[:MOST_PROBLEMS], *([f"and {more:,} more"] if more > 0 else [])]
+    return "\n  ".join(shown)
 
 
 def _readme(description: EncoderDescription) -> str:

@@ -172,7 +172,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "simmim": ("simmim.export", "simmim.doctor", "data_prep"),
 }
 """Which rooms a room may import, besides itself and what those may import."""
-IN_ROOM = {"simmim.disk": "simmim.recipe", "simmim.stop_signals": "simmim.recipe"}
+IN_ROOM = {
+    "simmim.disk": "simmim.recipe",
+    "simmim.recipe_text": "simmim.recipe",
+    "simmim.stop_signals": "simmim.recipe",
+}
 """Modules that belong to a room of another name."""
 STRICT = {"swinv2", "data_prep", "simmim"}
 """Rooms whose folders may not import them. Elsewhere a folder's own files and its subfolders may

@@ -227,7 +227,7 @@ def _environment(run: RunFolder) -> str:
             f"<tr><th>{escape(str(key).replace('_', ' '))}</th><td>{escape(str(value))}</td></tr>"
             for key, value in found.items()
         ]
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return ""
     return f"<h2>Environment</h2><table>{''.join(rows)}</table>"
 

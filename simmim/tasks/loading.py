@@ -21,7 +21,8 @@ from simmim.data.transforms.image_transforms import (
     TrainTransform,
     class_of,
 )
-from simmim.engine.checkpoint.directory import RECIPE_FILE, find_checkpoint
+from simmim.engine.checkpoint.choosing import choose_checkpoint
+from simmim.engine.checkpoint.directory import RECIPE_FILE
 from simmim.engine.run import RunFolder
 from simmim.engine.settings import TrainingSettings
 from simmim.recipe import read_values
@@ -54,7 +55,7 @@ def with_recorded_slots(recipe: RecipeT, run: RunFolder, resume: str | None) -> 
     settings: Any = recipe
     if settings.data.slots is not None or resume is None:
         return recipe
-    checkpoint = find_checkpoint(run.checkpoints, resume)
+    checkpoint = choose_checkpoint(run.checkpoints, resume, run=run.identity(), tensors=False).path
     saved = run.recipe if checkpoint is None else checkpoint / RECIPE_FILE
     if not saved.is_file():
         return recipe

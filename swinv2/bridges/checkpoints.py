@@ -5,12 +5,14 @@ import errno
 import json
 import os
 import pickle
+import pickletools
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -69,6 +71,12 @@ class ImportedEncoder:
     """Tensors of the encoder that such a model lacks: they start as ones and zeros."""
 
 
+PICKLES_BEFORE_TENSORS = 5
+"""Pickles at the start of a file of torch before 1.6: number, protocol, system, content, keys."""
+SHARED = 1000
+"""Tensors that may share a storage; each names its size again."""
+INTEGERS = {"INT", "LONG", "LONG1", "LONG4", "BININT", "BININT1", "BININT2"}
+"""Operations of a pickle that put an integer on its stack."""
 WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes that data parallelism and torch.compile add to every name."""
 
@@ -111,6 +119,8 @@ def read_checkpoint(path: str | os.PathLike[str], entries: Iterable[str]) -> Che
     tensors = {
         _unwrapped(str(name)): part for name, part in named.items() if isinstance(part, Tensor)
     }
+    if not safe:
+        _check_expanded(file, tensors)
     strange = [str(name) for name, part in named.items() if not isinstance(part, Tensor)]
     if strange or not tensors:
         raise BridgeError(
@@ -140,14 +150,89 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
         raise BridgeError(f"{file} {_describe_missing(file)}: {remedy}.")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BridgeError(f"{file} is not valid JSON ({error}): {remedy}.") from error
     if not isinstance(content, dict):
         raise BridgeError(f"{file} does not hold a JSON object: {remedy}.")
     return content
 
 
+def _check_sizes(file: Path) -> None:
+    """Check, before anything of a pickle is unpacked, that it holds no more than the file.
+
+    `torch.save` stores tensors as they are: in a zip archive without compression, and earlier
+    behind a pickle.
+
+    Raises:
+        BridgeError: an entry is compressed, or what the file says of its tensors is larger than it.
+    """
+    length = file.stat().st_size
+    try:
+        if not zipfile.is_zipfile(file):
+            with file.open("rb") as stream:
+                for _ in range(PICKLES_BEFORE_TENSORS):
+                    _check_pickle(stream, length)
+            return
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            packed = [one.filename for one in entries if one.compress_type != zipfile.ZIP_STORED]
+            if packed:
+                raise _TooLargeError(f"its entry {packed[0][:80]!r} is compressed")
+            if (claimed := sum(one.file_size for one in entries)) > length:
+                raise _TooLargeError(f"its entries claim {claimed:,} bytes")
+            for one in entries:
+                if one.filename.endswith("data.pkl"):
+                    with archive.open(one) as stream:
+                        _check_pickle(stream, length)
+    except _TooLargeError as error:
+        raise BridgeError(
+            f"{file} was not read: it has {length:,} bytes, and {error}, which torch.save never "
+            "writes: unpacked it could take any amount of memory. Save its tensors anew with "
+            "torch.save({'model': state_dict}, ...)."
+        ) from None
+    except (ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, OverflowError):
+        raise _damaged(file) from None
+
+
+class _TooLargeError(Exception):
+    """A pickle that claims to hold more than its file does."""
+
+
+def _check_pickle(stream: IO[bytes], length: int) -> None:
+    """Check the sizes that a pickle names for its tensors, without running it."""
+    number, claimed = 0, 0
+    for operation, argument, _ in pickletools.genops(stream):
+        if isinstance(argument, int) and operation.name in INTEGERS:
+            number = argument
+        elif operation.name == "BINPERSID":  # a reference to a storage, which ends in its elements
+            claimed += abs(number)
+            if max(number, claimed // SHARED) > length:
+                raise _TooLargeError(f"its tensors claim {number:,} elements")
+            number = 0
+        elif isinstance(argument, str) and "bytearray" in argument[:40]:
+            raise _TooLargeError("it holds a bytearray, of whatever length")
+
+
+def _check_expanded(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Check that no tensor repeats its elements so often that it is larger than the file."""
+    length = file.stat().st_size
+    for name, part in tensors.items():
+        if part.layout == torch.strided and part.numel() * part.element_size() > length:
+            raise BridgeError(
+                f"{file} was not read: it has {length:,} bytes, and its tensor {name} repeats "
+                f"its elements to the shape {tuple(part.shape)}. Save it with .contiguous()."
+            )
+
+
+def _damaged(file: Path) -> BridgeError:
+    return BridgeError(
+        f"{file} is truncated, or not a PyTorch checkpoint of tensors and plain values: copy it "
+        "again."
+    )
+
+
 def _read_pickle(file: Path) -> Any:
+    _check_sizes(file)
     # Published checkpoints also hold their settings: those of timm are a plain namespace, and yacs
     # nodes are read as dictionaries, without yacs.
     known: list[Any] = [(OrderedDict, "yacs.config.CfgNode"), argparse.Namespace]
@@ -160,10 +245,7 @@ def _read_pickle(file: Path) -> Any:
             raise
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused is None:
-            raise BridgeError(
-                f"{file} is truncated, or not a PyTorch checkpoint of tensors and plain values: "
-                "copy it again."
-            ) from error
+            raise _damaged(file) from error
         raise BridgeError(
             f"{file} was not read: it holds {refused[1]}, and reading that would run code. If you "
             "trust it, save only its tensors with torch.save({'model': state_dict}, ...)."

@@ -12,6 +12,7 @@ from swinv2.bridges.sizes import Sizes, resolve_config
 from swinv2.config import SwinV2Config
 from swinv2.config_file import check_normalisation
 from swinv2.encoder import SwinV2
+from swinv2.weights import build_on_meta, list_problems
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -218,8 +219,11 @@ def load_renamed(
         BridgeError: tensors are missing, unexpected or of another shape; all are listed.
     """
     fresh = fresh or {}
-    with torch.device("meta"):
-        encoder = SwinV2(config)
+    shapes = {name: tuple(part.shape) for name, part in tensors.items()}
+    try:
+        encoder = build_on_meta(config, lambda: SwinV2(config), shapes, source)
+    except ValueError as error:
+        raise BridgeError(str(error)) from None
     ours = encoder.state_dict()
     parts = {
         name: {prefix + theirs: tuple(part.shape) for theirs, part in rename(name, tensor).items()}
@@ -233,7 +237,8 @@ def load_renamed(
         name: torch.cat([tensors[theirs].float() for theirs in names]).reshape(ours[name].shape)
         for name, names in parts.items()
     }
-    encoder.load_state_dict(placed | dict(fresh), strict=True, assign=True)
+    new = {name: part.contiguous() for name, part in fresh.items()}
+    encoder.load_state_dict(placed | new, strict=True, assign=True)
     return encoder.requires_grad_().eval()
 
 
@@ -253,7 +258,7 @@ def _check_tensors(
     if problems:
         raise BridgeError(
             f"{source} does not fit a Swin Transformer V2 ({config.variant or 'custom'}):\n  "
-            + "\n  ".join(problems)
+            + list_problems(problems)
         )
 
 

@@ -308,7 +308,7 @@ def is_graph_export(path: Path, kind: GraphKind, files: set[str]) -> bool:
         return False
     try:
         content = json.loads((path / DESCRIPTION_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     if not isinstance(content, dict):
         return False

@@ -238,7 +238,7 @@ def _parse(folder: Path, content: Mapping[str, Any]) -> ParsedCheckpoint:
     parsed = parse_config(content, tensors.keys(), config_source)
     mean, std = _read_processor(folder / _PROCESSOR_FILE)
     features = parsed.architecture["embed_dim"] * 2 ** (len(parsed.architecture["depths"]) - 1)
-    norm = {"norm.weight": torch.ones(features), "norm.bias": torch.zeros(features)}
+    norm = {"norm.weight": torch.ones(1), "norm.bias": torch.zeros(1)}
     return ParsedCheckpoint(
         source=source,
         tensors=tensors,
@@ -252,7 +252,11 @@ def _parse(folder: Path, content: Mapping[str, Any]) -> ParsedCheckpoint:
         mean=mean,
         std=std,
         classes=parsed.classes if parsed.num_classes else (),
-        fresh=norm if parsed.model == "Swinv2Backbone" else None,
+        fresh=(
+            {name: part.expand(features) for name, part in norm.items()}  # not allocated yet
+            if parsed.model == "Swinv2Backbone"
+            else None
+        ),
     )
 
 
@@ -269,7 +273,7 @@ def is_transformers_export(path: Path) -> bool:
         return False
     try:
         content = json.loads((path / _CONFIG_FILE).read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(content, dict) and content.get("model_type") == "swinv2"
 

@@ -10,7 +10,7 @@ from swinv2.attention import window_grid
 from swinv2.bridges.checkpoints import BridgeError
 from swinv2.bridges.conversion import TensorLayout
 from swinv2.bridges.sizes import Sizes, as_pair, variant_of
-from swinv2.config import Pair, SwinV2Config, clamp_window
+from swinv2.config import MOST_STAGES, Pair, SwinV2Config, clamp_window
 from swinv2.encoder import SwinV2
 
 ModelClass = Literal[
@@ -115,7 +115,7 @@ def parse_config(content: Mapping[str, Any], names: Collection[str], source: str
             num_classes=(num_classes or None) if model == "Swinv2ForImageClassification" else None,
             classes=classes,
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise BridgeError(f"{source} cannot be used: {error}") from error
 
 
@@ -185,6 +185,9 @@ def _model_class(content: Mapping[str, Any], names: Collection[str], source: str
 
 def _unsupported_fields(settings: Mapping[str, Any], model: ModelClass) -> list[str]:
     """List the fields that this encoder cannot express, with remedies."""
+    depths = settings["depths"]
+    if len(depths) > MOST_STAGES:
+        raise ValueError(f"depths lists {len(depths):,} stages; there are at most {MOST_STAGES}")
     problems = [
         f"{name} is {settings[name]!r}, and this encoder has {ours!r}: {remedy}"
         for name, ours, remedy in _FIXED

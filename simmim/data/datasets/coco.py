@@ -202,7 +202,7 @@ def _read(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{file} does not exist: give the JSON file of the annotations.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not a readable JSON file: {error}.") from None
     missing = [part for part in FIELDS if not isinstance(content, dict) or part not in content]
     if missing:

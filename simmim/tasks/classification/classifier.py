@@ -135,7 +135,7 @@ def _read_classes(file: Path) -> tuple[str, ...]:
     try:
         classes = json.loads(file.read_text(encoding="utf-8"))["classes"]
         return tuple(str(name) for name in classes)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(
             f"{file} has no class names: give the `classifier` folder of a finished fine-tuning "
             "run."

@@ -67,7 +67,7 @@ def load_dense(folder: Path) -> Any:
     try:
         named = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
         (model,) = (one for one in known if [one.__name__] == named)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(
             f"{folder} has no segmentation or detection model: give the folder of that name in a "
             "finished run."
