@@ -41,7 +41,7 @@ class _Loader(yaml.SafeLoader):
         """Number of values of each node that is complete, with its aliases expanded."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        line = self.peek_event().start_mark.line + 1
+        line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
         is_alias = self.check_event(yaml.AliasEvent)
         self._depth += 1
         if self._depth > DEEPEST:
@@ -128,13 +128,12 @@ for _name, _pattern, _first in (
 ):
     _Loader.add_implicit_resolver(f"{_TAG}{_name}", _pattern, _first)
 _Loader.yaml_constructors = {
-    f"{_TAG}{_name}": yaml.SafeLoader.yaml_constructors[f"{_TAG}{_name}"]
-    for _name in ("bool", "null", "str", "seq", "map")
-} | {
-    f"{_TAG}int": _Loader.construct_number,
-    f"{_TAG}float": _Loader.construct_number,
-    None: yaml.SafeLoader.yaml_constructors[None],
+    tag: construct
+    for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.removeprefix(_TAG) in ("bool", "null", "str", "seq", "map")
 }
+for _name in ("int", "float"):
+    _Loader.add_constructor(f"{_TAG}{_name}", _Loader.construct_number)
 
 
 def read_text(text: str) -> Any:
