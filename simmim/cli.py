@@ -246,7 +246,10 @@ def add_evaluate(command: CommandParser) -> None:
         "--best", action="store_true", help="use the best checkpoint of the run, not the last"
     )
     command.add_argument(
-        "--data", metavar="SHARDS", help="other data, short for --data.validation SHARDS"
+        "--data",
+        metavar="DATA",
+        help="other validation data: shards or a folder of images, clips, a folder of images and "
+        "annotations, or a COCO file",
     )
     command.set_defaults(handler=run_evaluate, takes_overrides=True)
 
@@ -255,9 +258,7 @@ def run_evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> int
     """Run `simmim evaluate`."""
     from simmim.tasks.evaluate import evaluate  # noqa: PLC0415
 
-    if arguments.data is not None:
-        overrides = [*overrides, "--data.validation", arguments.data]
-    evaluate(arguments.source, overrides, best=arguments.best)
+    evaluate(arguments.source, overrides, best=arguments.best, data=arguments.data)
     return 0
 
 

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 
+from simmim.data.datasets.image_set import ImageSet
 from simmim.data.datasets.mixture import MixedShards
-from simmim.data.datasets.shards import ShardSet
 from simmim.doctor.checks import Check, attempt, print_checks
 from simmim.doctor.dry_run import check_pace, dry_run, gather_value
-from simmim.doctor.files import check_labelled_files
+from simmim.doctor.files import check_class_sizes, check_labelled_files
 from simmim.doctor.hyperparameters import check_hyperparameters
 from simmim.doctor.memory import check_disk, check_memory
 from simmim.doctor.shards import check_order, check_shards, check_workers
@@ -25,8 +26,9 @@ from simmim.engine.distributed.launcher import end_processes, end_with_launcher,
 from simmim.engine.run import RunFolder
 from simmim.tasks.all_tasks import TaskStage, task_named
 from simmim.tasks.architecture import overridden
+from simmim.tasks.classification.stage import ClassificationStage
 from simmim.tasks.input_check import input_of
-from simmim.tasks.loading import with_recorded_slots
+from simmim.tasks.loading import all_labels, with_recorded_slots
 from simmim.tasks.recipe import TaskRecipe
 
 
@@ -92,7 +94,7 @@ def examine(
 
     check("run folder", lambda: [check_run(run, stage, resume, given)])
     check("plan", lambda: check_hyperparameters(recipe, stage.samples_per_epoch, device))
-    check("shards" if _reads_shards(stage) else "data", lambda: _check_data(stage))
+    check("shards" if _reads_images(stage) else "data", lambda: _check_data(stage))
     check("order", lambda: [check_order(stage.order, recipe.training.batch_size)])
     check("workers", lambda: [check_workers(recipe.data.workers)])
     check("memory", lambda: check_memory(recipe, device, world))
@@ -108,17 +110,21 @@ def examine(
     return checks
 
 
-def _reads_shards(stage: TaskStage) -> bool:
-    return isinstance(stage.training_shards, ShardSet | MixedShards)
+def _reads_images(stage: TaskStage) -> bool:
+    """Return whether training is on images alone, in shards or folders, perhaps with a class."""
+    return isinstance(stage.training_shards, ImageSet | MixedShards)
 
 
 def _check_data(stage: Any) -> Iterable[Check]:
     """Check the training and validation data."""
-    if not _reads_shards(stage):
-        return check_labelled_files(stage)
-    return check_shards(
-        stage.training_shards, stage.validation_shards, stage.recipe.data, input_of(stage)
-    )
+    if not _reads_images(stage):
+        yield from check_labelled_files(stage)
+        return
+    training, validation = stage.training_shards, stage.validation_shards
+    yield from check_shards(training, validation, stage.recipe.data, input_of(stage))
+    if isinstance(stage, ClassificationStage) and stage.recipe.data.multi_label is None:
+        counts = np.bincount(all_labels(training), minlength=len(training.classes))
+        yield check_class_sizes(training.classes, counts.tolist(), stage.recipe.SAMPLES)
 
 
 def count_permanent_checkpoints(stage: TaskStage) -> int:

@@ -80,8 +80,8 @@ def check_labelled_files(stage: FineTuningStage[Any, Any]) -> Iterator[Check]:
         yield from input_checks(found, input_of(stage))
     if validation is not None:
         yield from _check_samples(stage, "held out", validation, stage.validation_transform())
-    if training.classes:  # then there is a shard for each
-        yield _check_classes(training.classes, training.sizes, of)
+    if isinstance(training, ClipSet):  # it has a shard for each class
+        yield check_class_sizes(training.classes, training.sizes, of)
 
 
 def check_presence(sets: list[LocalFiles[Any]]) -> Check:
@@ -210,8 +210,14 @@ def _check_objects(objects: list[int]) -> Check:
     return Check(name="labels", verdict="ok", found=found)
 
 
-def _check_classes(classes: Sequence[str], sizes: Sequence[int], of: str) -> Check:
-    """Check that every class has samples."""
+def check_class_sizes(classes: Sequence[str], sizes: Sequence[int], of: str) -> Check:
+    """Check that every class has samples.
+
+    Args:
+        classes: names of the classes.
+        sizes: number of training samples of each.
+        of: plural noun for samples.
+    """
     absent = [name for name, size in zip(classes, sizes, strict=True) if not size]
     found = (
         f"{count_noun(len(classes), 'class', 'classes')} with {min(sizes):,} to {max(sizes):,} {of}"

@@ -73,8 +73,10 @@ def check_shards(
 
 
 def _samples_in_shards(shards: Shards) -> str:
-    samples, number = count_noun(shards.samples, "sample"), count_noun(len(shards.sizes), "shard")
-    return f"{samples} in {number}"
+    samples = count_noun(shards.samples, "sample")
+    if not shard_sets_of(shards):  # a folder's parts are nothing to the user
+        return samples
+    return f"{samples} in {count_noun(len(shards.sizes), 'shard')}"
 
 
 def sets_of(shards: Shards) -> tuple[ImageSet, ...]:

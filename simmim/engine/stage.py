@@ -77,6 +77,10 @@ class TrainingStage(Protocol):
     def fresh(self) -> "TrainingStage":
         """Return a stage of the same recipe with initial weights on the CPU."""
 
+    @property
+    def validates(self) -> bool:
+        """Whether there is validation data."""
+
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         """Return figures on validation data, the same on every rank; empty if there is none."""
 

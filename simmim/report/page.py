@@ -93,6 +93,10 @@ def _summary(lines: Lines) -> str:
         ("uniform_loss", "baseline: uniform", "{:.4f}"),
         ("validation_loss", "validation loss", "{:.4f}"),
         ("top1", "top-1 %", "{:.2f}"),
+        ("mean_average_precision", "mAP %", "{:.2f}"),
+        ("miou", "mIoU %", "{:.2f}"),
+        ("mask_map", "mask mAP %", "{:.2f}"),
+        ("box_map", "box mAP %", "{:.2f}"),
         ("probe_knn_top1", "kNN top-1 %", "{:.2f}"),
         ("probe_linear_top1", "linear top-1 %", "{:.2f}"),
         ("images_per_second", "images/s", "{:,.0f}"),
@@ -159,7 +163,8 @@ def _other_charts(lines: Lines, drawn: set[str]) -> list[str]:
         key
         for key in {key for line in lines for key in line} - drawn
         if all(isinstance(line.get(key, 0), int | float) for line in lines)
-        and any(line.get(key, 0) for line in lines)  # counts that stay 0 are not drawn
+        # Counts that stay 0 are not drawn; a class IoU or an mAP of 0 is.
+        and any(line.get(key, 0) or isinstance(line.get(key), float) for line in lines)
     )
     return [
         chart(key.replace("_", " "), [_series(lines, key, key)], from_zero=True) for key in keys

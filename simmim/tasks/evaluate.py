@@ -48,7 +48,9 @@ class Evaluation:
         return "\n".join(lines + [f"  {name} {value:.4f}" for name, value in self.figures.items()])
 
 
-def evaluate(source: Path, overrides: Sequence[str] = (), *, best: bool = False) -> Evaluation:
+def evaluate(
+    source: Path, overrides: Sequence[str] = (), *, best: bool = False, data: str | None = None
+) -> Evaluation:
     """Validate a checkpoint as its training did, and add a line to the run's evaluations.
 
     Args:
@@ -56,17 +58,22 @@ def evaluate(source: Path, overrides: Sequence[str] = (), *, best: bool = False)
         overrides: `--key value` for its recipe: `--data.validation SHARDS` for other images; sizes
             too, once the run has finished.
         best: evaluate the best checkpoint of the run instead of the last.
+        data: validate on this folder or file, named as the task's recipe names it.
 
     Returns:
         The metrics over all processes.
 
     Raises:
-        ValueError: there is no checkpoint, or no validation data.
+        ValueError: there is no checkpoint, no validation data, or nothing to measure in it.
     """
     end_with_launcher()
     checkpoint = chosen_checkpoint(source, best=best)
     run = RunFolder(path=checkpoint.parent.parent)
-    recipe, stage_type = _recipe(checkpoint, run, overrides)
+    file = checkpoint / RECIPE_FILE
+    task = task_named(read_values(file).get("task"), file)
+    if data is not None:
+        overrides = [*overrides, *task.recipe.validating_on(data, overrides)]
+    recipe, stage_type = _recipe(checkpoint, run, overrides), task.stage
     stage = stage_type(recipe)
     start_processes()
     line = overridden(recipe, stage.recipe)
@@ -78,10 +85,14 @@ def evaluate(source: Path, overrides: Sequence[str] = (), *, best: bool = False)
     averaged = load_average(checkpoint, stage.module)
     stage.module.to(accelerator.device).eval()
     figures = stage.validate(accelerator)
+    if not stage.validates:
+        raise ValueError(
+            f"{checkpoint} was trained without validation data: give some with {recipe.VALIDATION}."
+        )
     if not figures:
         raise ValueError(
-            f"{checkpoint} was trained without validation data: give some with "
-            "--data.validation SHARDS."
+            "the validation data has nothing to measure: all its samples are damaged or without "
+            f"labels. Give other data with {recipe.VALIDATION}."
         )
     found = Evaluation(
         checkpoint=checkpoint,
@@ -96,23 +107,22 @@ def evaluate(source: Path, overrides: Sequence[str] = (), *, best: bool = False)
     return found
 
 
-def _recipe(checkpoint: Path, run: RunFolder, overrides: Sequence[str]) -> tuple[Any, Any]:
-    """Return the recipe of a checkpoint with overrides, and its stage class."""
+def _recipe(checkpoint: Path, run: RunFolder, overrides: Sequence[str]) -> Any:
+    """Return the recipe of a checkpoint with overrides."""
     file = checkpoint / RECIPE_FILE
-    task = task_named(read_values(file).get("task"), file)
-    recipe = load(task.recipe, file, overrides)
+    recipe: Any = load(task_named(read_values(file).get("task"), file).recipe, file, overrides)
     if "init" not in to_values(recipe):
-        return recipe, task.stage
+        return recipe
     if run.encoder.is_dir():
         # It records the windows of pretraining, and what the run started from may be gone.
-        return replace(recipe, init=str(run.encoder)), task.stage
+        return replace(recipe, init=str(run.encoder))
     for key in differences(read_values(file), read_values(file, overrides)):
         if any(key == size or key.startswith(f"{size}.") for size in SIZES):
             raise ValueError(
                 f"--{key} changes the encoder's sizes, and {run.path} has no encoder directory yet "
                 "that records the pretraining windows: finish the training first."
             )
-    return recipe, task.stage
+    return recipe
 
 
 def _note(run: RunFolder, found: Evaluation, overrides: Sequence[str]) -> None:

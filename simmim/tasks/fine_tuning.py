@@ -161,6 +161,11 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
             bad_samples=self.bad_samples,
         )
 
+    @property
+    def validates(self) -> bool:
+        """Whether there is validation data."""
+        return self.validation_shards is not None
+
     @abstractmethod
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         """Return metrics on held-out samples, the same on every rank; empty if there are none."""

@@ -11,7 +11,7 @@ from simmim.data.datasets.mixture import Shards, order_of, slots_of
 from simmim.data.loader.bad_samples import BadSamples
 from simmim.data.loader.batches import TrainingBatches
 from simmim.data.order.order import Address, Order, Slots
-from simmim.data.order.source import Encoded, SampleSource
+from simmim.data.order.source import BadSampleError, DataError, Encoded, SampleSource
 from simmim.data.settings import AugmentedDataSettings, SampleSettings
 from simmim.data.transforms.image_transforms import (
     Augmentation,
@@ -185,6 +185,32 @@ def open_labelled(
     if fraction < 1:
         training = training.share(fraction, seed=seed)
     return training, held_out if held_out.samples else None
+
+
+def any_labelled(source: SampleSource[Encoded], is_labelled: Callable[[Encoded], bool]) -> bool:
+    """Return whether a sample has a label, reading no further than the first that has.
+
+    Also True if no sample can be read: damaged ones are counted and named in training.
+
+    Args:
+        source: the samples.
+        is_labelled: returns whether one has a label.
+
+    Raises:
+        DataError: a label cannot be used; names its sample.
+    """
+    readable = False
+    for shard, size in enumerate(source.sizes):
+        for sample in range(size):
+            try:
+                if is_labelled(source.read(shard, sample)):
+                    return True
+            except BadSampleError:
+                continue
+            except DataError as error:
+                raise DataError(f"sample {source.name(shard, sample)}: {error}") from None
+            readable = True
+    return not readable
 
 
 def all_labels(shards: Shards) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Shared parts of recipes: the encoder and its execution, fine-tuning, and their base."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from data_prep.format.text import count_noun
@@ -166,6 +167,8 @@ class TaskRecipe:
 
     SAMPLES: ClassVar[str] = "images"
     """Plural noun for samples in messages."""
+    VALIDATION: ClassVar[str] = "--data.validation SHARDS"
+    """Options that name validation data, for messages."""
     task: str
     encoder: EncoderSettings
     data: Any
@@ -186,6 +189,20 @@ class TaskRecipe:
     def input_text(self) -> str:
         """Size of the input and of the attention windows, for a person."""
         return f"{self.data.image_size} pixels with windows of {self.encoder.window_size}"
+
+    @classmethod
+    def validating_on(cls, source: str, overrides: Sequence[str]) -> list[str]:
+        """Return the overrides of a recipe that validate on other data.
+
+        Args:
+            source: folder or file of the data.
+            overrides: the overrides that are given besides.
+
+        Raises:
+            ValueError: more of them are needed; says which.
+        """
+        del overrides
+        return ["--data.validation", source]
 
     @property
     def mask(self) -> MaskSettings | None:

@@ -71,8 +71,13 @@ class CocoSet(FileSet[CocoImage, dict[str, Any]]):
             if not only_with_objects
             or any(not one.get("iscrowd", 0) for one in self._objects.get(image["id"], ()))
         ]
-        if not self._items:
-            raise ValueError(f"{annotations} has no images with objects: give another file.")
+        if not any(map(_counts, self._objects_of_items())):
+            raise ValueError(
+                f"{annotations} has no images with objects, other than crowds and empty boxes: "
+                f"there is nothing to {'learn' if only_with_objects else 'measure'}. Give another "
+                "file."
+            )
+        self._check_shared()
         missing = [
             str(self.folder / image["file_name"])
             for image in self._items
@@ -84,19 +89,36 @@ class CocoSet(FileSet[CocoImage, dict[str, Any]]):
                 f"{list_files(missing)}. Add the files, or correct data.images."
             )
 
+    def _objects_of_items(self) -> Iterator[dict[str, Any]]:
+        for image in self._items:
+            yield from self._objects.get(image["id"], ())
+
+    def _check_shared(self) -> None:
+        first: dict[str, Any] = {}
+        for image in self._items:
+            other = first.setdefault(image["file_name"], image)
+            if other is not image:
+                raise ValueError(
+                    f"{self.file}: the images {other['id']} and {image['id']} share the file "
+                    f"{image['file_name']}: give all its objects one image_id."
+                )
+
     def _sorted_objects(self) -> dict[int, list[dict[str, Any]]]:
         known = {image["id"] for image in self.content["images"]}
         found: dict[int, list[dict[str, Any]]] = {}
         for index, one in enumerate(self.content["annotations"]):
-            what = f"{self.file}: annotation {one.get('id', f'at index {index}')}"
+            number = repr(one["id"]) if "id" in one else f"at index {index}"
+            what = f"{self.file}: annotation {number}"
             if one.get("category_id") not in self.category_ids:
                 raise ValueError(
-                    f"{what} has the unknown category_id {one.get('category_id')}: choose from "
-                    f"{', '.join(map(str, self.category_ids))}."
+                    f"{what} has the unknown category_id {_shown(one.get('category_id'))}: choose "
+                    f"from {', '.join(map(str, self.category_ids))}."
                 )
             image = one.get("image_id")
             if not isinstance(image, int | float) or image not in known:
-                raise ValueError(f"{what} has the image_id {image}, which is not in images.")
+                raise ValueError(
+                    f"{what} has the image_id {_shown(image)}, which is not in images."
+                )
             box = one.get("bbox")
             if not _numbers(box, 4) or min(box[2:]) < 0:
                 raise ValueError(
@@ -177,6 +199,18 @@ class CocoSet(FileSet[CocoImage, dict[str, Any]]):
         }
 
 
+def _counts(annotation: dict[str, Any]) -> bool:
+    """Return whether an object is learned from and measured: no crowd, no empty box."""
+    return not annotation.get("iscrowd", 0) and min(annotation["bbox"][2:]) > 0
+
+
+def _shown(number: Any) -> str:
+    """Return an id as in the JSON file, for a message: text in quotes, with what it should be."""
+    if isinstance(number, str):
+        return f"{number!r} (text: write the number without quotes)"
+    return repr(number)
+
+
 def category_names(annotations: str | Path) -> tuple[str, ...]:
     """Return the names of the categories of a COCO file, in the order of their ids.
 
@@ -232,7 +266,7 @@ def _check_fields(one: Any, fields: Mapping[str, type], what: str) -> None:
         if kind is int and isinstance(value, float) and value.is_integer():
             one[field] = value = int(value)
         if not isinstance(value, kind) or isinstance(value, bool):
-            expected = "an integer" if kind is int else "text"
+            expected = "an integer (write it without quotes)" if kind is int else "text"
             raise ValueError(f"{what} has the {field} {value!r}, which is not {expected}: {one}.")
     sides = [one[field] for field in ("height", "width") if field in fields]
     if sides and min(sides) < 1:

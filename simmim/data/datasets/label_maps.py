@@ -77,7 +77,7 @@ class LabelledFolder(FileSet[LabelledImage, ImageAndLabels]):
         layout: folders and file names.
 
     Raises:
-        ValueError: a folder is missing or empty, or images have no label map.
+        ValueError: a folder is missing or empty, or images have no label map, or share one.
     """
 
     def __init__(self, root: str | Path, split: str, layout: FolderLayout | None = None) -> None:
@@ -113,12 +113,23 @@ class LabelledFolder(FileSet[LabelledImage, ImageAndLabels]):
         if not self._items:
             ending = f" whose names end with {layout.image_suffix}" if layout.image_suffix else ""
             raise ValueError(f"{images} contains no images{ending}: choose another split.")
+        self._check_shared()
         missing = [str(pair.labels) for pair in self._items if not pair.labels.is_file()]
         if missing:
             raise ValueError(
                 f"{len(missing)} of {len(self._items)} images in {images} have no annotation: "
                 f"missing {list_files(missing)}. Add them, or remove these images."
             )
+
+    def _check_shared(self) -> None:
+        first: dict[Path, Path] = {}
+        for pair in self._items:
+            other = first.setdefault(pair.labels, pair.image)
+            if other != pair.image:
+                raise ValueError(
+                    f"{other} and {pair.image} would share the label map {pair.labels}, as their "
+                    "names differ only after the dot: remove or rename one of them."
+                )
 
     def _digest_parts(self) -> Iterator[bytes]:
         """Yield names and sizes of all files."""

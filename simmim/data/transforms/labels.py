@@ -96,6 +96,14 @@ class LabelMapReader:
                 f"its label map has {numbers.shape[1]}x{numbers.shape[0]} pixels, the image "
                 f"{shape[1]}x{shape[0]}: make them the same size"
             )
+        return self._classes(numbers)
+
+    def read(self, data: bytes) -> NDArray[np.uint8]:
+        """Return the class of each pixel without its image; raises as a call does."""
+        return self._classes(self._decode(data))
+
+    def _classes(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Return the classes for the numbers in a file. Raises DataError if one is not a class."""
         ignored = numbers == self.ignore_label
         if self.reduce_zero_label:
             ignored |= numbers == 0

@@ -218,6 +218,12 @@ class Monitor:
         self.stage.module.eval()
         with torch.no_grad():
             self.figures = self.stage.validate(self.accelerator)
+        metric = self.stage.best_metric
+        if self.stage.validates and (not self.figures or metric not in {None, *self.figures}):
+            self.print(
+                f"WARNING: validation at step {step} found nothing to measure "
+                f"{metric or 'the loss'} by: all its samples are damaged or without labels."
+            )
         for name in self._baselines.keys() & self.figures.keys():
             self._baselines[name] = self.figures[name]  # over all validation samples
         self._log(step, self.figures, "validation")

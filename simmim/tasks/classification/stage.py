@@ -38,7 +38,7 @@ from simmim.tasks.classification.recipe import (
 from simmim.tasks.features import Normalise, sample_drop_path_noise
 from simmim.tasks.fine_tuning import DataT, FineTuningStage
 from simmim.tasks.input_check import with_measured
-from simmim.tasks.loading import open_labelled, train_transform
+from simmim.tasks.loading import any_labelled, open_labelled, train_transform
 from simmim.tasks.metrics import AccuracySums, accuracy_sums
 from simmim.tasks.pretrained import InitialEncoder
 from simmim.tasks.recipe import HEAD_FOLDER
@@ -288,10 +288,21 @@ def open_split(data: ClassificationData) -> tuple[Shards, Shards | None]:
         validation = open_sets(data.validation, data.remote_reading)
     if validation is not None and data.classes is not None:
         validation = validation.only_classes(data.classes)
+    if validation is not None and not validation.samples:
+        raise ValueError(
+            f"{data.validation} has no images of the classes that are trained: there is nothing to "
+            "measure. Give other data.validation."
+        )
     if data.multi_label is not None:
         held_out_shards = data.validation_shards if validation is None else 0
         training, held_out = replace(data, validation_shards=held_out_shards).split_shards()
         held_out = held_out if validation is None else validation
+        reader = MultiLabelReader(data.multi_label)
+        if not any_labelled(training, lambda raw: bool(reader(raw).any())):
+            raise ValueError(
+                f"no image of {training.folder} lists a class in its field "
+                f"{data.multi_label.field!r}: there is nothing to learn."
+            )
         return training, held_out if held_out.samples else None
     return open_labelled(
         data.open_shards(),

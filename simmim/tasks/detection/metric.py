@@ -78,21 +78,20 @@ def mean_average_precision(
         kind: boxes or masks.
 
     Returns:
-        The metrics, without those that have no objects (such as small ones).
+        The metrics, without those that have no objects (such as small ones); 0 without detections.
     """
     from pycocotools.coco import COCO  # noqa: PLC0415 - an optional part
     from pycocotools.cocoeval import COCOeval  # noqa: PLC0415
 
     prefix = {"bbox": "box", "segm": "mask"}[kind]
-    if not results:
-        return {f"{prefix}_{NAMES[0]}": 0.0}
     with redirect_stdout(io.StringIO()):  # it prints its progress
         truth = COCO()
         truth.dataset = ground_truth
         truth.createIndex()
         # With a mask, a result's area would be the mask's, which decides small, medium or large.
         kept = [one if kind == "segm" else _only_box(one) for one in results]
-        evaluation = COCOeval(truth, truth.loadRes(kept), kind)
+        found = truth.loadRes(kept) if kept else _no_detections(truth)
+        evaluation = COCOeval(truth, found, kind)
         evaluation.params.imgIds = sorted(images)
         evaluation.evaluate()
         evaluation.accumulate()
@@ -102,6 +101,14 @@ def mean_average_precision(
         for name, value in zip(NAMES, evaluation.stats, strict=False)
         if value >= 0
     }
+
+
+def _no_detections(truth: Any) -> Any:
+    """Return a COCO object of no results, which `loadRes` cannot make."""
+    found = type(truth)()
+    found.dataset = truth.dataset | {"annotations": []}
+    found.createIndex()
+    return found
 
 
 def _only_box(result: dict[str, Any]) -> dict[str, Any]:

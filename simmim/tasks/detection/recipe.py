@@ -1,6 +1,7 @@
 """Recipe of object detection and instance segmentation."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 from simmim.recipe import check_least, settings
 from simmim.tasks.segmentation.recipe import DenseData, DenseRecipe
@@ -56,6 +57,9 @@ class DetectionHead:
 class DetectionRecipe(DenseRecipe):
     """Detection or instance segmentation on a Swin Transformer V2."""
 
+    VALIDATION: ClassVar[str] = (
+        "--data.validation_annotations FILE, and --data.validation_images FOLDER"
+    )
     task: Literal["detection"]
     data: DetectionData
     """The images."""
@@ -63,6 +67,23 @@ class DetectionRecipe(DenseRecipe):
     """The head on the encoder."""
     picture_score: float = 0.5
     """Lowest score of drawn detections."""
+
+    @classmethod
+    def validating_on(cls, source: str, overrides: Sequence[str]) -> list[str]:
+        """Return the overrides that validate on a folder of images, or on an annotation file.
+
+        Raises:
+            ValueError: it is a folder, and no override names the annotations.
+        """
+        if source.endswith(".json"):
+            return ["--data.validation_annotations", source]
+        named = [one.partition("=")[0] for one in overrides]
+        if "--data.validation_annotations" not in named:
+            raise ValueError(
+                f"--data {source} needs annotations: give the folder of the images as --data or "
+                "--data.validation_images, and their COCO file as --data.validation_annotations."
+            )
+        return ["--data.validation_images", source]
 
     @property
     def best_metric(self) -> str:

@@ -1,6 +1,7 @@
 """Recipe of SimMIM pretraining."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 from simmim.data.settings import AugmentedDataSettings, DrawnSettings
 from simmim.engine.settings import TrainingSettings
@@ -28,6 +29,7 @@ class PretrainData(AugmentedDataSettings, DrawnSettings):
 class PretrainRecipe(TaskRecipe):
     """SimMIM pretraining of a Swin Transformer V2."""
 
+    VALIDATION: ClassVar[str] = "--data.shards SHARDS --data.validation_shards NUMBER"
     task: Literal["pretrain"]
     """Task of the recipe."""
     encoder: EncoderSettings
@@ -60,6 +62,15 @@ class PretrainRecipe(TaskRecipe):
             raise ValueError("training.optimizer.layer_decay belongs to fine-tuning; leave it 1.")
         config = self.encoder.config(size)  # raises if the sizes do not fit together
         self.execution.check_stages(len(config.depths))
+
+    @classmethod
+    def validating_on(cls, source: str, overrides: Sequence[str]) -> list[str]:
+        """Refuse: validation is on held-out shards of the training data; see `TaskRecipe`."""
+        del overrides
+        raise ValueError(
+            f"--data {source} is for fine-tuned runs; pretraining is validated on the last shards "
+            f"of its data: give {cls.VALIDATION}."
+        )
 
     @property
     def mask_cell_for_estimate(self) -> int:

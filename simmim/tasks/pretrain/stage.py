@@ -183,6 +183,11 @@ class PretrainStage:
         images = self.module.normalise(batch.images)
         return float(self.model.mean_color_loss(images, batch.masks))
 
+    @property
+    def validates(self) -> bool:
+        """Whether there is validation data."""
+        return self.validation_shards.samples > 0
+
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the loss on held-out images, and the loss of predicting the mean colour."""
         sums = torch.zeros(3, dtype=torch.float64)

@@ -1,7 +1,8 @@
 """Recipe of semantic segmentation, and settings shared with detection."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from simmim.data.datasets.label_maps import FolderLayout
 from simmim.data.settings import IMAGENET_MEAN, IMAGENET_STD, CroppedSettings, DrawnSettings
@@ -128,6 +129,8 @@ class SegmentationData(DenseData):
     """Name of the split to train on."""
     validation: str | None = "validation"
     """Name of the split to validate on; null for none."""
+    validation_folder: str | None = None
+    """Folder of the validation split; null is `folder`."""
     num_classes: int
     """Number of classes, at most 255."""
     class_names: tuple[str, ...] | None = None
@@ -149,11 +152,14 @@ class SegmentationData(DenseData):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, 1, "short_side")
-        splits = [self.train] if self.validation is None else [self.train, self.validation]
-        folders = {self.layout.folders(Path(self.folder), split)[0] for split in splits}
-        if len(folders) < len(splits):
+        images, _ = self.layout.folders(Path(self.folder), self.train)
+        held_out = None
+        if self.validation is not None:
+            root = Path(self.validation_folder or self.folder)
+            held_out, _ = self.layout.folders(root, self.validation)
+        if images == held_out:
             raise ValueError(
-                f"training and validation both use the images of {min(folders)}: put "
+                f"training and validation both use the images of {images}: put "
                 "{split} into data.layout.images, or set data.validation to another split or null."
             )
         check_shares(self, "largest_class")
@@ -177,6 +183,7 @@ class SegmentationData(DenseData):
 class SegmentationRecipe(DenseRecipe):
     """Semantic segmentation on a Swin Transformer V2, pretrained or from scratch."""
 
+    VALIDATION: ClassVar[str] = "--data.validation SPLIT, or --data.validation_folder FOLDER"
     task: Literal["segmentation"]
     data: SegmentationData
     """The images."""
@@ -188,6 +195,12 @@ class SegmentationRecipe(DenseRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.evaluation.check_stride(self.data.image_size)
+
+    @classmethod
+    def validating_on(cls, source: str, overrides: Sequence[str]) -> list[str]:
+        """Return the overrides that validate on the folder `source`; see `TaskRecipe`."""
+        del overrides
+        return ["--data.validation_folder", source]
 
     @property
     def best_metric(self) -> str:

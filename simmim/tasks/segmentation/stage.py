@@ -13,11 +13,12 @@ from simmim.data.datasets.label_maps import LabelledFolder
 from simmim.data.loader.batch import Batch
 from simmim.data.loader.batches import BatchStream
 from simmim.data.transforms.image_transforms import ClassMap
-from simmim.data.transforms.labels import LabelMapReader
+from simmim.data.transforms.labels import IGNORED, LabelMapReader
 from simmim.data.transforms.segmentation_transforms import (
     EvalSegmentationTransform,
     TrainSegmentationTransform,
 )
+from simmim.tasks.loading import any_labelled
 from simmim.tasks.segmentation.dense_stage import DenseStage
 from simmim.tasks.segmentation.heads import Mask2Former, UperNet, build_segmenter
 from simmim.tasks.segmentation.metric import confusion, segmentation_figures
@@ -45,8 +46,11 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
         validation = (
             None
             if data.validation is None
-            else LabelledFolder(data.folder, data.validation, data.layout)
+            else LabelledFolder(data.validation_folder or data.folder, data.validation, data.layout)
         )
+        for source in (training, validation):
+            if source is not None:
+                require_labels(source, data)
         super().__init__(recipe, training, validation, data.names)
 
     @staticmethod
@@ -155,6 +159,18 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
                 found = self._predict(accelerator, batch).cpu().numpy().astype(np.uint8)
                 painted = [paint_classes(pixels, classes, colours) for classes in (truth, found)]
                 yield [pixels, *painted]
+
+
+def require_labels(source: LabelledFolder, data: SegmentationData) -> None:
+    """Raise ValueError if no pixel has a class; reading ends with the first label map that has."""
+    reader = label_map_reader(data)
+    if not any_labelled(source, lambda raw: bool((reader.read(raw.labels) != IGNORED).any())):
+        raise ValueError(
+            f"no pixel of the label maps of {source.folder}, split {source.split}, has a class, so "
+            "there is nothing to learn or to measure: check data.ignore_label "
+            f"({data.ignore_label}), data.reduce_zero_label ({data.reduce_zero_label}) and the "
+            "files."
+        )
 
 
 def label_map_reader(data: SegmentationData) -> LabelMapReader:

@@ -46,6 +46,7 @@ class VideoRecipe(ClassifierRecipe):
     """Classification of clips on a Swin Transformer V2 with windows in time and space."""
 
     SAMPLES: ClassVar[str] = "clips"
+    VALIDATION: ClassVar[str] = "--data.validation CLIPS"
     task: Literal["video"]
     init: str = SCRATCH
     """`scratch` for random weights, an encoder directory (of an image encoder, which is inflated so

@@ -147,3 +147,16 @@ def test_larger_values_are_higher_and_later_ones_further_right() -> None:
 )
 def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
     assert ticks(low, high) == expected
+
+
+def test_figures_of_0_are_shown_and_counts_of_0_are_not(tmp_path: Path) -> None:
+    run = RunFolder(path=tmp_path / "run")
+    run.path.mkdir()
+    figures = {"miou": 0.0, "iou/road": 0.0, "mask_map": 0.0, "mean_average_precision": 0.0}
+    lines = [{"step": 2, "loss": 1.0, "skipped": 0}, {"step": 2} | figures]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_report(run)
+    text = read(run)
+    assert {"miou", "iou/road", "mask map", "mean average precision"} <= set(titles(text))
+    assert "skipped" not in titles(text)
+    assert "<b>0.00</b>mIoU %" in text

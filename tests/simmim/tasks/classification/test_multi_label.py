@@ -1,6 +1,7 @@
 """Images of several classes: loss and figures by their definitions, and a training."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,29 @@ def test_two_attributes_are_learnt(
     assert stage.training_shards.samples == 72
     assert stage.validation_shards is not None
     assert stage.validation_shards.samples == 24
+
+
+def test_no_class_anywhere_is_refused_and_none_held_out_is_said(
+    classification_values: dict[str, Any],
+    attributes: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    held_out = Path(shutil.copytree(attributes, tmp_path / "held out"))
+    for file in held_out.glob("*.json"):
+        file.write_text('{"labels": []}')
+    data = {"shards": str(attributes), "multi_label": {"classes": ["red", "bright"]}}
+    classification_values["data"] |= data | {"validation": str(held_out)}
+    classification_values["training"] |= {"steps": 1}
+    recipe = parse(ClassificationRecipe, classification_values, "test")
+    run = RunFolder(path=tmp_path / "run")
+    result = train_recipe(ClassificationStage, recipe, run=run, resume=None, allow_changes=False)
+    assert set(result.figures) == {"validation_loss"}
+    assert "nothing to measure mean_average_precision by" in capsys.readouterr().err
+    for file in attributes.glob("*.json"):
+        file.write_text('{"labels": []}')
+    with pytest.raises(ValueError, match="lists a class in its field 'labels'"):
+        ClassificationStage(recipe)
 
 
 def test_classes_are_given_in_one_place(classification_values: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 pytest.importorskip("transformers", reason="needs simmim[finetune]")
 pytest.importorskip("pycocotools", reason="needs simmim[finetune]")
 
+from simmim.cli import main
 from simmim.data.datasets.coco import CocoSet
 from simmim.data.order.order import Address
 from simmim.data.transforms.detection_transforms import TrainDetectionTransform, box_of, mask_of
@@ -200,7 +201,6 @@ def test_ground_truth_as_detections_is_perfect(values: dict[str, Any]) -> None:
     images = [image["id"] for image in truth["images"]]
     assert mean_average_precision(truth, results, images, "bbox")["box_map"] == pytest.approx(100)
     assert mean_average_precision(truth, results, images, "segm")["mask_map"] == pytest.approx(100)
-    assert mean_average_precision(truth, [], images, "bbox") == {"box_map": 0.0}
 
 
 def test_the_metric_is_that_of_pycocotools_on_recorded_predictions(
@@ -354,3 +354,30 @@ def test_two_processes_train_in_shards(
     channels = 32 if kind == "rt_detr" else values["head"]["channels"]
     lines = train_in_shards(changed(values, "head", kind=kind, channels=channels), tmp_path / "run")
     assert "box_map" in lines[-1]
+
+
+def test_without_detections_every_figure_is_0(values: dict[str, Any]) -> None:
+    truth = coco(values).ground_truth()
+    images = [image["id"] for image in truth["images"]]
+    figures = mean_average_precision(truth, [], images, "bbox")
+    assert {"box_map", "box_map50", "box_map75", "box_map_small"} <= set(figures)
+    assert set(figures.values()) == {0.0}
+
+
+def test_evaluate_takes_other_images_and_annotations(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = changed(values, "head", kind="rt_detr", decoder_layers=1)
+    values = changed(values, "training", steps=1, checkpoint_every=1)
+    del values["data"]["validation_annotations"]
+    run_training(build(values), tmp_path / "run")
+    write_objects(tmp_path / "others", 3)
+    images, file = tmp_path / "others" / "images", tmp_path / "others" / "objects.json"
+    evaluation = ["evaluate", str(tmp_path / "run")]
+    for more in ([], ["--data", str(images)]):
+        assert main([*evaluation, *more]) == 2
+        assert "--data.validation_annotations" in capsys.readouterr().err
+    named = ["--data.validation_annotations", str(file)]
+    assert main([*evaluation, "--data", str(images), *named]) == 0
+    assert "box_map" in capsys.readouterr().out
+    assert main([*evaluation, "--data", str(file), "--data.validation_images", str(images)]) == 0

@@ -362,3 +362,49 @@ def test_an_absent_or_broken_coco_file_is_named(scenes: Path) -> None:
         CocoSet(images, scenes / "training.json", only_with_objects=True)
     with pytest.raises(ValueError, match="is not a folder"):
         CocoSet(scenes / "nowhere", scenes / "training.json", only_with_objects=True)
+
+
+def test_two_images_never_share_a_label_map(scenes: Path) -> None:
+    images = scenes / "images" / "training"
+    Image.open(images / "003.png").convert("RGB").save(images / "003.jpg")
+    with pytest.raises(ValueError, match="share the label map") as refused:
+        LabelledFolder(scenes, "training")
+    for name in ("images/training/003.jpg", "images/training/003.png", "annotations/training/003"):
+        assert name in str(refused.value)
+
+
+@pytest.mark.parametrize("crowds", [False, True])
+def test_a_coco_file_without_objects_has_nothing_to_measure(scenes: Path, crowds: bool) -> None:
+    file = scenes / "validation.json"
+    content = json.loads(file.read_text())
+    for one in content["annotations"]:
+        one["iscrowd"] = 1
+    file.write_text(json.dumps(content if crowds else content | {"annotations": []}))
+    for only in (False, True):
+        with pytest.raises(ValueError, match=r"validation\.json has no images with objects"):
+            CocoSet(scenes / "images" / "validation", file, only_with_objects=only)
+
+
+def test_images_never_share_a_file_of_coco(scenes: Path) -> None:
+    file = scenes / "training.json"
+    content = json.loads(file.read_text())
+    content["images"].append(content["images"][0] | {"id": 99})
+    content["annotations"].append(content["annotations"][0] | {"image_id": 99})
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="images 1 and 99 share the file"):
+        CocoSet(scenes / "images" / "training", file, only_with_objects=True)
+
+
+@pytest.mark.parametrize(
+    ("part", "field"),
+    [("annotations", "image_id"), ("annotations", "category_id"), ("images", "id")],
+)
+def test_an_id_in_quotes_is_shown_as_text(scenes: Path, part: str, field: str) -> None:
+    file = scenes / "training.json"
+    content = json.loads(file.read_text())
+    number = content[part][2][field]
+    content[part][2][field] = str(number)
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="without quotes") as refused:
+        CocoSet(scenes / "images" / "training", file, only_with_objects=True)
+    assert f"{field} '{number}'" in str(refused.value)

@@ -304,3 +304,30 @@ def test_two_processes_train_in_shards(
 ) -> None:
     """Batch norms of the head keep their own precision, while the rest is gathered in bf16."""
     assert "miou" in train_in_shards(values, tmp_path / "run")[-1]
+
+
+@pytest.mark.parametrize("split", ["training", "validation"])
+def test_labels_that_are_all_ignored_are_refused(values: dict[str, Any], split: str) -> None:
+    folder = Path(values["data"]["folder"])
+    files = sorted((folder / "annotations" / split).iterdir())
+    for file in files[1:]:
+        Image.fromarray(np.full(SIZE, 255, dtype=np.uint8)).save(file)
+    assert build(values).validates  # one image is enough
+    Image.fromarray(np.full(SIZE, 255, dtype=np.uint8)).save(files[0])
+    with pytest.raises(ValueError, match=rf"split {split}, has a class.*data\.ignore_label"):
+        build(values)
+
+
+def test_evaluate_takes_another_folder(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values["data"]["validation"] = None
+    values["training"] |= {"steps": 1, "checkpoint_every": 1}
+    run_training(build(values), tmp_path / "run")
+    assert main(["evaluate", str(tmp_path / "run")]) == 2
+    assert "--data.validation_folder" in capsys.readouterr().err
+    write_scenes(tmp_path / "others", "validation", 2)
+    options = ["--data.validation", "validation"]
+    others = ["--data", str(tmp_path / "others")]
+    assert main(["evaluate", str(tmp_path / "run"), *others, *options]) == 0
+    assert "miou" in capsys.readouterr().out
