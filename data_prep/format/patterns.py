@@ -109,7 +109,8 @@ def list_tars(place: Location, names: Names | None = None) -> TarListing:
         if not found:
             there = f", only {describe_kinds(skipped)}" if skipped else ""
             raise PatternError(
-                f"{place} has no tars{there}. Give a folder of uncompressed WebDataset tars."
+                f"{place} has no tars{there}. Give a folder of uncompressed WebDataset tars"
+                f"{_advise_subfolders(place)}."
             )
     if names is not None and (names.include or names.exclude):
         chosen = set(names.chosen([tar.name for tar in found], place))
@@ -196,7 +197,21 @@ def describe_prefixes(names: Sequence[str]) -> str:
     return describe_names([f"{prefix}* ({count:,})" for prefix, count in sorted(found.items())])
 
 
+def _advise_subfolders(place: Location) -> str:
+    """Return what to do about tars in subfolders, or an empty text."""
+    if not isinstance(place, Path) or next(place.glob("*/*.tar"), None) is None:
+        return ""
+    below = sorted({path.parent.name for path in place.glob("*/*.tar")})
+    some = "{" + ",".join(below[:_NAMED]) + "}" if len(below) > 1 else below[0]
+    return f": there are some in subfolders, '{place / some}/*.tar'"
+
+
 def _find(place: Location) -> list[Location]:
+    if isinstance(place, Path) and _GLOB.search(str(place.parent)) and not place.parent.exists():
+        raise PatternError(
+            f"{place} has a glob in the name of a folder. Globs stand in names of tars; name "
+            "several folders in braces: '{a,b}/*.tar'."
+        )
     if not _GLOB.search(place.name):
         return [place]
     there: list[Location] = sorted(place.parent.glob("*.[tT][aA][rR]"), key=lambda path: path.name)

@@ -8,8 +8,9 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 
 from data_prep.format.kinds import count_kind, kind_of
 from data_prep.format.labels import MAX_LABEL_BYTES, LabelError, parse_label
@@ -21,6 +22,7 @@ from data_prep.format.tars import TarError, Warn, describe_problem, walk_tar
 _KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
 _COMPANIONS = {"cls", "json", "txt"}
+_PEEKED = 1_000
 
 
 @dataclass(kw_only=True)
@@ -46,6 +48,20 @@ class TarSample:
         """Kind of what the sample holds instead of an image; see `data_prep.format.kinds`."""
         names = [name for name in self.extensions if name not in _COMPANIONS] or self.extensions
         return kind_of(f"{self.key}.{names[0]}")
+
+
+def has_labelled_samples(path: Location) -> bool:
+    """Return whether one of the first members of a tar is a `cls` next to the image of its key."""
+    images, labels = set[str](), set[str]()
+    with suppress(TarError), closing(walk_tar(path)) as members:
+        for member in islice(members, _PEEKED):
+            if match := _KEY.fullmatch(member.name):
+                key, extension = match.group(1), match.group(2).lower()
+                if extension in READ_EXTENSIONS:
+                    images.add(key)
+                elif extension == "cls":
+                    labels.add(key)
+    return not images.isdisjoint(labels)
 
 
 class SampleReader:

@@ -4,7 +4,7 @@ import io
 import os
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO, cast
@@ -36,7 +36,7 @@ Warn = Callable[[str], object]
 
 def walk_tar(
     path: Location, *, start: int = 0, length: int | None = None, missing_end: Warn | None = None
-) -> Iterator[tarfile.TarInfo]:
+) -> Generator[tarfile.TarInfo, None, None]:
     """Yield every member of an uncompressed tar in order, in constant memory.
 
     Once all members are read the tar must end as tars do, with two blocks of zeros and at a

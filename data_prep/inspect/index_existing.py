@@ -209,9 +209,9 @@ def _folder_for(tars: Sequence[Location | PipedFile], output: Path | None) -> Lo
 
 
 def _find_tars(source: Location | PipedFile, names: Names) -> _Found:
-    if isinstance(source, PipedFile):
-        return _Found(tars=_expand_command(source))
     try:
+        if isinstance(source, PipedFile):
+            return _Found(tars=_choose_commands(_expand_command(source), names))
         listed = list_tars(source, names)
     except PatternError as error:
         raise ManifestError(str(error)) from None
@@ -232,6 +232,13 @@ def _find_tars(source: Location | PipedFile, names: Names) -> _Found:
     prefixes = describe_prefixes(found)
     remarks = (f"names with several beginnings, all in one set: {prefixes}",) if prefixes else ()
     return _Found(tars=listed.tars, skipped=listed.skipped, remarks=remarks)
+
+
+def _choose_commands(commands: list[PipedFile], names: Names) -> list[PipedFile]:
+    if not names.include and not names.exclude:
+        return commands
+    chosen = set(names.chosen([command.name for command in commands], "the commands"))
+    return [command for command in commands if command.name in chosen]
 
 
 def _expand_command(source: PipedFile) -> list[PipedFile]:

@@ -4,6 +4,7 @@ import zipfile
 from pathlib import Path
 
 from data_prep.format.patterns import is_pattern
+from data_prep.format.samples import has_labelled_samples
 from data_prep.format.storage import Location, RemotePath
 from data_prep.format.tars import is_tar, walk_tar
 from data_prep.format.text import WarnOnce
@@ -75,6 +76,9 @@ def _open_remote(
 def _open_file(path: Location, selection: Selection, scratch: Path | None) -> ImageSource:
     if path.name.lower().endswith(LIST_SUFFIXES):
         return ListSource(path, selection)
+    if path.name.lower().endswith(".tar") and has_labelled_samples(path):
+        notice = f"{path} is a WebDataset tar: labels are read from its cls members, as by reshard"
+        return ShardSource(path, selection, notice=notice)
     with path.open("rb") as file:
         if is_tar(path) or _is_compressed(file.read(HEAD_BYTES), path):
             warn = WarnOnce() if selection.allow_missing_end else None

@@ -33,6 +33,7 @@ class ShardSource:
     Args:
         path: folder of the tars, a pattern of tars in one folder, or one tar.
         selection: column with the split, and how tars may end.
+        notice: a warning when the tars are listed, or empty.
 
     Attributes:
         skipped: kind → number of members and archives that belong to no sample.
@@ -40,8 +41,9 @@ class ShardSource:
 
     is_explicit = True
 
-    def __init__(self, path: Location, selection: Selection) -> None:
+    def __init__(self, path: Location, selection: Selection, *, notice: str = "") -> None:
         self.path = path
+        self._notice = notice
         self._selection = selection
         self._is_pattern = is_pattern(path)
         self._folder = path.parent if self._is_pattern else path
@@ -59,6 +61,8 @@ class ShardSource:
             SourceError: there are no tars, or they are of several splits.
             TarError: a tar is damaged or cut.
         """
+        if self._notice:
+            self._say(self._notice)
         listed = self._list_tars()
         self.skipped = listed.skipped.copy()
         for tar in listed.tars:

@@ -74,11 +74,15 @@ def test_index_and_reshard_read_the_same_label(
     (tmp_path / "a").mkdir()
     members = {"x.jpg": draw_image(0), "x.cls": data, "y.jpg": draw_image(1), "y.cls": b"00"}
     write_tar(tmp_path / "a" / "0.tar", members)
-    assert main(["reshard", str(tmp_path / "a"), str(tmp_path / "b"), "--workers", "1"]) == 0
-    assert main(["index", str(tmp_path / "a"), "--workers", "1"]) == 0
+    alone = ["--workers", "1"]
+    assert main(["reshard", str(tmp_path / "a"), str(tmp_path / "b"), *alone]) == 0
+    assert main(["index", str(tmp_path / "a"), *alone]) == 0
     expected = parse_label(data)
     classes = tuple(map(str, range(expected + 1)))
     assert _label_of(tmp_path / "a") == _label_of(tmp_path / "b") == (expected, classes)
+    # `shard` from the tar itself reads them too.
+    assert main(["shard", str(tmp_path / "a" / "0.tar"), str(tmp_path / "d"), *alone]) == 0
+    assert _label_of(tmp_path / "d") == (expected, classes)
     # With the manifest of `index` beside the tars, names come from there: they are the same.
     assert main(["reshard", str(tmp_path / "a"), str(tmp_path / "c"), "--workers", "1"]) == 0
     assert _label_of(tmp_path / "c") == (expected, classes)
@@ -110,13 +114,20 @@ def test_index_and_reshard_refuse_the_same_samples(
     write_tar(tmp_path / "a" / "0.tar", good | filled)
     assert main(["index", str(tmp_path / "a"), "--workers", "1"]) == 2
     assert "0.tar" in capsys.readouterr().err
-    command = ["reshard", str(tmp_path / "a"), str(tmp_path / "b"), "--workers", "1"]
-    assert main(command) == 2  # more than --max-rejected
-    assert main([*command, "--max-rejected", "1"]) == 0
-    assert read_manifest(tmp_path / "b").samples == 3
-    lines = (tmp_path / "b" / "rejected.jsonl").read_text().splitlines()
-    assert lines
-    assert all(json.loads(line)["path"].startswith("0.tar/") for line in lines)
+    # What holds no cls at all is no WebDataset tar for `shard`: any name will do there.
+    labelled = {"0.cls": b"0"} if any(name.endswith("cls") for name in odd) else {}
+    write_tar(tmp_path / "a" / "0.tar", {"0.jpg": image} | labelled | good | filled)
+    for name, source in (("reshard", tmp_path / "a"), ("shard", tmp_path / "a" / "0.tar")):
+        if name == "shard" and not labelled:
+            continue
+        out = tmp_path / name
+        command = [name, str(source), str(out), "--workers", "1"]
+        assert main(command) == 2  # more than --max-rejected
+        assert main([*command, "--max-rejected", "1"]) == 0
+        assert read_manifest(out).samples == 3
+        lines = (out / "rejected.jsonl").read_text().splitlines()
+        assert lines
+        assert all(json.loads(line)["path"].startswith("0.tar/") for line in lines)
 
 
 def test_members_of_a_sample_that_are_apart_are_refused(

@@ -93,6 +93,18 @@ def test_what_is_there_instead_of_tars_is_named(tmp_path: Path) -> None:
         list_tars(tmp_path / "train-*.tar")
 
 
+def test_tars_in_subfolders_are_pointed_at(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.tar").touch()
+    with pytest.raises(PatternError) as error:
+        list_tars(tmp_path)
+    advice = str(error.value).split("'")[1]
+    assert [tar.name for tar in list_tars(Path(advice)).tars] == ["a.tar", "b.tar"]
+    with pytest.raises(PatternError, match="in braces"):
+        list_tars(tmp_path / "*" / "a.tar")
+
+
 def test_a_folder_is_no_pattern_whatever_its_name(tmp_path: Path) -> None:
     for name in ("set{1..2}", "set.tar", "a*"):
         (tmp_path / name).mkdir()
