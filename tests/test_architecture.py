@@ -47,11 +47,13 @@ ALLOWED = {
 OPTIONAL = {
     "av",
     "bitsandbytes",
+    "imagecodecs",
     "imagehash",
     "onnxruntime",
     "pyarrow",
     "pycocotools",
     "ray",
+    "tifffile",
     "timm",
     "transformers",
 }

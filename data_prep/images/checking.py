@@ -30,19 +30,34 @@ from data_prep.images.damage import (
     check_webp,
     decode_jpeg,
 )
-from data_prep.images.encoding import encode, turn_upright
+from data_prep.images.decoding import (
+    DecodingError,
+    Loaded,
+    check_size,
+    decode,
+    load_tiff,
+    reason_of,
+    wide_values,
+)
+from data_prep.images.encoding import encode
 from data_prep.images.headers import plain_jpeg_size, truncated_bit_depth
 from data_prep.images.opening import KEPT, UnknownFormatError, load, open_picture
+from data_prep.images.orientation import turn_upright
 from data_prep.images.settings import MAX_PIXELS, MAX_READ_PIXELS, Encoding
+from data_prep.images.tiff import check_layout
+from data_prep.images.tiff_layout import STARTS, TiffError, read_layout
 
 KEEP = Encoding()
 """Encoding that keeps the bytes of every format that shards can hold."""
 RE_ENCODED = "written anew"
 """Note on a picture whose bytes were not kept, as sets on disk have it."""
+FIRST_PAGE = "first of several pages"
+"""Note on a TIFF of which later pages are left out."""
+MISSING = "NaN values"
+"""Note on an array with missing measurements."""
 
 _EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 _LOSSLESS_WEBP = b"VP8L"
-_WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 class RejectedImageError(ValueError):
@@ -99,12 +114,11 @@ def check_image(
             return _check_picture(data, max_pixels, decode, encoding)
     except (RejectedImageError, MemoryError):
         raise
-    except (ArrayError, DamageError, UnknownFormatError) as error:
+    except (ArrayError, DamageError, DecodingError, TiffError, UnknownFormatError) as error:
         raise RejectedImageError(str(error)) from None
     # Pillow's readers raise nearly any type when the bytes are hostile.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise RejectedImageError(f"it cannot be decoded: {reason}") from None
+        raise RejectedImageError(f"it cannot be decoded: {reason_of(error)}") from None
 
 
 def _check_plain_jpeg(
@@ -126,10 +140,10 @@ def _check_plain_jpeg(
 def _check_array(data: bytes, max_pixels: int, decode: bool) -> CheckedImage:
     header = read_header(data)
     height, width = header.shape[:2]
-    _check_size(width, height, max_pixels)
+    check_size(width, height, max_pixels)
     notes: tuple[str, ...] = ()
     if decode and count_nan(read_array(data)):
-        notes = ("NaN values",)
+        notes = (MISSING,)
     return CheckedImage(
         data=_plain_array(data, header), extension="npy", width=width, height=height, notes=notes
     )
@@ -140,8 +154,10 @@ def _plain_array(data: bytes, header: ArrayHeader) -> bytes:
 
 
 def _check_picture(data: bytes, max_pixels: int, decode: bool, encoding: Encoding) -> CheckedImage:
+    if data.startswith(STARTS):
+        return _check_tiff(data, max_pixels, encoding)
     with open_picture(data) as image:
-        _check_size(image.width, image.height, max_pixels)
+        check_size(image.width, image.height, max_pixels)
         own = KEPT.get(image.format or "")
         target = encoding.target_format(own)
         if own != target or encoding.target_size(*image.size) != image.size:
@@ -156,10 +172,18 @@ def _check_picture(data: bytes, max_pixels: int, decode: bool, encoding: Encodin
         )
 
 
-def _check_size(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        size = f"{width}x{height}"
-        raise RejectedImageError(f"it has {size} pixels, more than --max-pixels {max_pixels:,}")
+def _check_tiff(data: bytes, max_pixels: int, encoding: Encoding) -> CheckedImage:
+    layout = read_layout(data)
+    check_size(layout.width, layout.height, max_pixels)
+    check_layout(layout, max_pixels)
+    loaded = load_tiff(data, layout)
+    notes = (FIRST_PAGE,) if layout.has_more_pages else ()
+    accepts_8_bits = layout.colours == "RGB" and encoding.format in ("jpeg", "webp")
+    if isinstance(loaded, np.ndarray) and loaded.dtype == np.uint16 and accepts_8_bits:
+        loaded = Image.fromarray((loaded // 256).astype(np.uint8))
+        notes = (*notes, "16 bits cut to 8")
+    target = encoding.target_format(None)
+    return _store(loaded, target, encoding, notes, profile=layout.profile)
 
 
 def _re_encode(
@@ -175,18 +199,50 @@ def _re_encode(
     if bits:
         notes = (f"{bits} bits cut to 8",)
     loaded, found = _load(image, data)
-    encoded = encode(loaded, target, encoding, lossless=_LOSSLESS_WEBP in data)
-    return CheckedImage(
-        data=encoded.data,
-        extension=encoded.extension,
-        width=encoded.width,
-        height=encoded.height,
-        notes=(*found, *notes, *encoded.notes, RE_ENCODED),
+    return _store(
+        loaded,
+        target,
+        encoding,
+        (*found, *notes),
+        profile=image.info.get("icc_profile"),
+        lossless=_LOSSLESS_WEBP in data,
     )
 
 
-def _load(image: ImageFile.ImageFile, data: bytes) -> tuple[Image.Image, tuple[str, ...]]:
-    """Decode every pixel as strictly as possible; return the picture and notes on it."""
+def _store(
+    loaded: Loaded,
+    target: str,
+    encoding: Encoding,
+    notes: tuple[str, ...],
+    *,
+    profile: bytes | None,
+    lossless: bool = False,
+) -> CheckedImage:
+    """Encode a decoded picture; values that no picture format holds become an array."""
+    if isinstance(loaded, Image.Image) or (loaded.dtype == np.uint16 and loaded.ndim == 2):
+        image = loaded if isinstance(loaded, Image.Image) else Image.fromarray(loaded)
+        if profile:
+            image.info["icc_profile"] = profile
+        encoded = encode(image, target, encoding, lossless=lossless)
+        return CheckedImage(
+            data=encoded.data,
+            extension=encoded.extension,
+            width=encoded.width,
+            height=encoded.height,
+            notes=(*notes, *encoded.notes, RE_ENCODED),
+        )
+    missing = (MISSING,) if count_nan(loaded) else ()
+    return CheckedImage(
+        data=write_array(loaded),
+        extension="npy",
+        width=loaded.shape[1],
+        height=loaded.shape[0],
+        notes=(*notes, *missing, "stored as an array", RE_ENCODED),
+    )
+
+
+def _load(image: ImageFile.ImageFile, data: bytes) -> tuple[Loaded, tuple[str, ...]]:
+    """Decode every pixel as strictly as possible, upright; return the picture and notes on it."""
     if KEPT.get(image.format or "") == "jpeg" and image.mode in ("L", "RGB"):
         check_scans(data, image.width * image.height)
         pixels = decode_jpeg(data, image.size)
@@ -195,9 +251,9 @@ def _load(image: ImageFile.ImageFile, data: bytes) -> tuple[Image.Image, tuple[s
             if loaded.mode == image.mode:
                 kept = ("exif", "icc_profile", "xmp")
                 loaded.info = {name: image.info[name] for name in kept if name in image.info}
-                return loaded, ()
+                return turn_upright(loaded), ()
     notes = _check_pixels(image, data)
-    return load(image, data), notes
+    return wide_values(turn_upright(load(image, data))), notes
 
 
 def _check_pixels(image: ImageFile.ImageFile, data: bytes) -> tuple[str, ...]:
@@ -216,35 +272,12 @@ def _check_pixels(image: ImageFile.ImageFile, data: bytes) -> tuple[str, ...]:
 
 
 def read_pixels(data: bytes, extension: str, *, max_pixels: int = MAX_READ_PIXELS) -> NDArray[Any]:
-    """Return the values of an image, rotated upright, of shape (height, width, channels).
-
-    Pictures have 1 channel (grey) or 3 (RGB) in uint8, or uint16 for 16-bit grey; transparency is
-    on white. Arrays are returned as stored.
+    """Return the values of a stored image, as `decode` does, with the channels that it has.
 
     Raises:
-        RejectedImageError: the image cannot be decoded, or is a picture of more than `max_pixels`.
+        RejectedImageError: the image cannot be decoded, or has more than `max_pixels`.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            values = read_array(data) if extension == "npy" else _read_picture(data, max_pixels)
-        except (RejectedImageError, MemoryError):
-            raise
-        # Pillow's readers raise nearly any type when the bytes are hostile.
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise RejectedImageError(f"it cannot be decoded: {reason}") from None
-    return values[..., None] if values.ndim == 2 else values
-
-
-def _read_picture(data: bytes, max_pixels: int) -> NDArray[Any]:
-    with open_picture(data, tuple(KEPT)) as opened:
-        _check_size(opened.width, opened.height, max_pixels)
-        image = turn_upright(load(opened, data))
-    if image.mode in _WIDE_MODES:
-        return np.asarray(image).astype(np.uint16)
-    if image.has_transparency_data:
-        seen = image.convert("RGBA")
-        white = Image.new("RGBA", seen.size, "white")
-        return np.asarray(Image.alpha_composite(white, seen).convert("RGB"))
-    return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+    try:
+        return decode(data, extension, max_pixels=max_pixels).pixels
+    except DecodingError as error:
+        raise RejectedImageError(str(error)) from None

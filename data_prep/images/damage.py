@@ -51,6 +51,17 @@ def check_jpeg(data: bytes, size: tuple[int, int]) -> bool:
     return _decode(data, size, "GRAY", min_factor=8) is not None
 
 
+def read_jpeg_header(data: bytes) -> tuple[int, int, str] | None:
+    """Return width, height and colour space of a JPEG; None if only Pillow can read it."""
+    if simplejpeg is None or not data.startswith(b"\xff\xd8\xff"):
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return width, height, colours
+
+
 def decode_jpeg(data: bytes, size: tuple[int, int]) -> NDArray[np.uint8] | None:
     """Decode a JPEG strictly.
 

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageCms, ImageFile, ImageOps
+from PIL import Image, ImageFile
 
-from data_prep.images.arrays import write_array
+from data_prep.images.decoding import to_mode, to_srgb
 from data_prep.images.settings import Encoding
 
 _EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
@@ -24,7 +24,7 @@ class ReencodedImage:
     data: bytes
     """The file."""
     extension: str
-    """jpg, png, webp, or npy for values that no picture format holds."""
+    """jpg, png or webp."""
     width: int
     """Columns."""
     height: int
@@ -36,7 +36,7 @@ class ReencodedImage:
 def encode(
     image: Image.Image, target: str, encoding: Encoding, *, lossless: bool = False
 ) -> ReencodedImage:
-    """Encode a loaded picture upright, in the target format and size.
+    """Encode a loaded, upright picture in the target format and size.
 
     EXIF is dropped; the ICC profile is kept if the values stay in its colour space.
 
@@ -50,15 +50,8 @@ def encode(
         OSError, ValueError: the format cannot hold a picture of this size.
     """
     profile = image.info.get("icc_profile")
-    upright = turn_upright(image)
-    if upright.mode == "I":
-        low, high = np.asarray(upright).min(), np.asarray(upright).max()
-        if low >= 0 and high < 2**16:
-            upright = upright.convert("I;16")
-    if upright.mode in ("I", "F"):
-        return _encode_values(upright)
     notes: list[str] = []
-    plain, profile = _to_plain(upright, profile, notes)
+    plain, profile = _to_plain(image, profile, notes)
     resized = _resize(plain, encoding.target_size(*plain.size))
     if target != "png":
         resized = _to_8_bits(resized, alpha=target == "webp", notes=notes)
@@ -71,30 +64,6 @@ def encode(
     )
 
 
-def turn_upright(image: Image.Image) -> Image.Image:
-    """Return a loaded picture rotated by its EXIF orientation; damaged EXIF is ignored."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except MemoryError:
-        raise
-    # Pillow raises nearly any type on damaged EXIF, which does not affect the pixels.
-    except Exception:
-        return image
-
-
-def _encode_values(image: Image.Image) -> ReencodedImage:
-    values = np.asarray(image)
-    if values.dtype != np.float32:
-        values = values.astype(np.float64)  # holds every 32-bit integer
-    return ReencodedImage(
-        data=write_array(values),
-        extension="npy",
-        width=image.width,
-        height=image.height,
-        notes=("stored as an array",),
-    )
-
-
 def _to_plain(
     image: Image.Image, profile: bytes | None, notes: list[str]
 ) -> tuple[Image.Image, bytes | None]:
@@ -104,19 +73,9 @@ def _to_plain(
     if image.mode in _PLAIN:
         return image.convert(_PLAIN[image.mode]), profile
     notes.append(f"{image.mode} converted to RGB")
-    if image.mode == "LAB":
-        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
-    if image.mode in ("CMYK", "LAB") and profile:
-        try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            converted = ImageCms.profileToProfile(
-                image, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
-            )
-        except ImageCms.PyCMSError:
-            converted = None  # the profile is damaged or of another colour space
-        if converted is not None:
-            return converted, None
-    return image.convert("RGB"), None if image.mode == "CMYK" else profile
+    if image.mode in ("CMYK", "LAB"):
+        return to_srgb(image), None
+    return image.convert("RGB"), profile
 
 
 def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -142,8 +101,7 @@ def _to_8_bits(image: Image.Image, *, alpha: bool, notes: list[str]) -> Image.Im
         if alpha:
             return seen
         notes.append("transparency laid on white")
-        white = Image.new("RGBA", seen.size, "white")
-        return Image.alpha_composite(white, seen).convert("RGB")
+        return to_mode(seen, "RGB")
     return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
 
 

@@ -8,14 +8,13 @@ short, stray markers between segments.
 
 from collections.abc import Iterator
 
-from PIL import Image, TiffImagePlugin
+from PIL import Image
 
 _START = b"\xff\xd8\xff"
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
 _SKIPPED = (0xC4, 0xDD, 0xFE)  # Huffman tables, restart interval, comment
 _SCAN = 0xDA
 _TABLE_BYTES = 65
-_BITS_PER_SAMPLE = 258
 _JPEG2000_SIZES = b"\xff\x51"
 _AV1_SETTINGS = b"av1C"
 
@@ -88,8 +87,6 @@ def truncated_bit_depth(image: Image.Image, data: bytes) -> int:
     match image.format:
         case "PNG":
             bits = data[24] if data[25] else 8  # 16-bit grey is read as it is
-        case "TIFF":
-            bits = _tiff_bits(image)
         case "PPM":
             bits = _ppm_bits(data) if image.mode == "RGB" else 8
         case "JPEG2000":
@@ -102,13 +99,6 @@ def truncated_bit_depth(image: Image.Image, data: bytes) -> int:
         case _:
             bits = 8
     return bits if bits > 8 else 0
-
-
-def _tiff_bits(image: Image.Image) -> int:
-    assert isinstance(image, TiffImagePlugin.TiffImageFile)
-    values = image.tag_v2.get(_BITS_PER_SAMPLE, (8,))
-    bits = values if isinstance(values, tuple) else (values,)
-    return max(bits) if len(bits) > 1 else 8
 
 
 def _ppm_bits(data: bytes) -> int:

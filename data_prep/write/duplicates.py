@@ -7,21 +7,22 @@ import hashlib
 import json
 import os
 import tempfile
-import warnings
 from array import array
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from data_prep.executors.processes import Tick, map_tasks
 from data_prep.format.atomic import atomic_write_bytes
 from data_prep.format.storage import Location
-from data_prep.images.opening import open_picture
+from data_prep.images.decoding import DecodingError, load_picture
 from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import SourceFile, UnreadableFileError
 from data_prep.sources.image_source import open_source
@@ -207,16 +208,20 @@ def perceptual_hash(data: bytes, *, max_pixels: int) -> int | None:
     """Return the 64-bit DCT hash of an image, or None if it cannot be decoded or is too large."""
     import imagehash  # noqa: PLC0415
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with open_picture(data) as image:
-                if image.width * image.height > max_pixels:
-                    return None
-                return int(str(imagehash.phash(image)), 16)
-        # Pillow's readers raise nearly any type when the bytes are hostile.
-        except Exception:
-            return None  # it is rejected with the reason when it is written
+    try:
+        loaded = load_picture(data, max_pixels=max_pixels)
+    except DecodingError:
+        return None  # it is rejected with the reason when it is written
+    image = loaded if isinstance(loaded, Image.Image) else _stretch(loaded)
+    return int(str(imagehash.phash(image)), 16)
+
+
+def _stretch(values: NDArray[Any]) -> Image.Image:
+    """Return an array (height, width) or (height, width, bands) as grey from black to white."""
+    grey = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
+    grey = grey.mean(axis=2) if grey.ndim == 3 else grey
+    grey = (grey - grey.min()) / max(grey.max() - grey.min(), 1e-300)
+    return Image.fromarray(np.rint(255 * grey).astype(np.uint8))
 
 
 class SimilarImages:

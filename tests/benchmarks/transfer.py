@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from simmim.data.order.randomness import numpy_stream, shuffled
 from simmim.data.transforms.cropping import center_crop_resize, random_resized_crop
-from simmim.data.transforms.decoding import decode_pillow, image_to_array
+from simmim.data.transforms.decoding import decode_pixels
 from simmim.engine.optimizer import (
     OptimizerSettings,
     build_optimizer,
@@ -147,7 +147,7 @@ def read_images(archive: Path, part: str, *, per_class: int | None = None) -> La
         numbers = {label: number for number, label in enumerate(names)}
         return Labelled(
             images=[
-                image_to_array(decode_pillow(file.read(name)))
+                decode_pixels(file.read(name), "jpg").pixels
                 for name, _ in tqdm(chosen, desc=part, unit="image")
             ],
             labels=torch.tensor([numbers[label] for _, label in chosen]),

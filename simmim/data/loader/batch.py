@@ -105,13 +105,20 @@ def unpack_batch(
 
 
 def stack_images(images: Sequence[Tensor]) -> Tensor:
-    """Stack images (channels, height, width) to a batch, channels last in memory."""
+    """Stack images (channels, height, width) to a batch, channels last in memory.
+
+    Next to images of 16 bits those of 8 bits are scaled, exactly, to the same range.
+    """
     if not images:
         return torch.zeros(0, 0, 0, 0, dtype=torch.uint8)
     channels, height, width = images[0].shape
-    batch = torch.empty((len(images), height, width, channels), dtype=images[0].dtype)
+    is_deep = any(image.dtype == torch.uint16 for image in images)
+    dtype = torch.uint16 if is_deep else images[0].dtype
+    batch = torch.empty((len(images), height, width, channels), dtype=dtype)
     for row, image in zip(batch, images, strict=True):
         row.copy_(image.permute(1, 2, 0))
+        if is_deep and image.dtype == torch.uint8:
+            row.copy_(row.to(torch.int32) * 257)
     return batch.permute(0, 3, 1, 2)
 
 
@@ -154,7 +161,7 @@ class BatchDataset(Dataset[Batch | Failure], Generic[Encoded]):
                 samples.append(taken[0])
                 found.append(taken[1])
         dtypes = {str(sample.image.dtype).removeprefix("torch.") for sample in samples}
-        if len(dtypes) > 1:
+        if len(dtypes) > 1 and dtypes != {"uint8", "uint16"}:
             return Failure(
                 f"a batch would mix {' and '.join(sorted(dtypes))}: put images and arrays of"
                 " different types in separate shards, or write all arrays in one type."

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from data_prep.images.decoding import Decoded
 from simmim.data.datasets.coco import CocoImage
 from simmim.data.order.order import Address
 from simmim.data.order.randomness import numpy_stream
 from simmim.data.order.source import BadSampleError
-from simmim.data.transforms.decoding import DecodedImage, decode_pixels
+from simmim.data.transforms.decoding import decode_pixels
 from simmim.data.transforms.image_transforms import Instances, Sample
 from simmim.data.transforms.segmentation_transforms import draw_crop, fill_values, pad, scale_image
 from simmim.data.transforms.settings import MAX_PIXELS
@@ -102,7 +103,7 @@ class EvalDetectionTransform:
         return Sample(image, None, -1, repaired=decoded.repaired, targets=targets)
 
 
-def _decoded(raw: CocoImage, channels: int, max_pixels: int) -> DecodedImage:
+def _decoded(raw: CocoImage, channels: int, max_pixels: int) -> Decoded:
     decoded = decode_pixels(raw.image, raw.extension, channels=channels, max_pixels=max_pixels)
     if decoded.pixels.shape[:2] != raw.size:
         rows, columns = decoded.pixels.shape[:2]

@@ -17,7 +17,7 @@ from simmim.data.order.order import Address
 from simmim.data.order.randomness import numpy_stream, stream_seed
 from simmim.data.order.source import DataError, EncodedImage
 from simmim.data.transforms.cropping import center_crop_resize, random_resized_crop
-from simmim.data.transforms.decoding import decode_pixels
+from simmim.data.transforms.decoding import ARRAY_EXTENSION, decode_pixels
 from simmim.data.transforms.settings import MAX_PIXELS
 
 TargetsT = TypeVar("TargetsT", bound="Targets")
@@ -148,6 +148,8 @@ class TrainTransform:
         )
         flip = bool(rng.random() < self.flip)
         if self.augment is not None:
+            if crop.dtype == torch.uint16 and raw.extension != ARRAY_EXTENSION:
+                crop = ((crop.to(torch.int32) + 128) // 257).to(torch.uint8)
             if crop.dtype != torch.uint8:
                 raise DataError("augmentation needs images of 8 bits: turn all of it off.")
             crop = self.augment(crop, numpy_stream("augment", self.seed, address.epoch, raw.name))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_prep.images.opening import UnknownFormatError, open_picture
 from simmim.data.order.source import BadSampleError, DataError, EncodedImage
-from simmim.data.transforms.decoding import DECODING_ERRORS, too_large_error
+from simmim.data.transforms.decoding import too_large_error
 from simmim.data.transforms.settings import MAX_PIXELS, MultiLabelSettings
 
 IGNORED = 255
@@ -127,9 +127,10 @@ class LabelMapReader:
             mode, values = image.mode, np.asarray(image)
         except UnknownFormatError:
             raise BadSampleError("its label map is damaged or of an unknown format") from None
-        except BadSampleError:
+        except (BadSampleError, MemoryError):
             raise
-        except DECODING_ERRORS as error:
+        # Pillow's readers raise nearly any type when the bytes are hostile.
+        except Exception as error:
             raise BadSampleError(f"its label map is damaged: {error}") from error
         if values.ndim != 2:
             raise DataError(

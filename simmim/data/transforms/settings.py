@@ -18,7 +18,7 @@ class AugmentationSettings:
 
     rand_magnitude: float | None = None
     """Mean level of RandAugment, 0 to 10 (9 in the papers); null turns it off. Needs images of 3
-    channels of 8 bits."""
+    channels; those of 16 bits are rounded to 8, arrays must have 8."""
     rand_std: float = 0.5
     """Standard deviation of the RandAugment level."""
     rand_operations: int = 2

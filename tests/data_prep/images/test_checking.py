@@ -55,9 +55,8 @@ def test_sixteen_bits_survive() -> None:
     with Image.open(io.BytesIO(checked.data)) as image:
         assert np.array_equal(np.asarray(image, dtype=np.int64), values)
     wide = Image.fromarray(values.astype(np.int32))
-    checked = check_image(_save(wide, "TIFF"))
-    with Image.open(io.BytesIO(checked.data)) as image:
-        assert np.array_equal(np.asarray(image, dtype=np.int64), values)
+    checked = check_image(_save(wide, "TIFF"))  # by its type, whatever the values
+    assert np.array_equal(np.load(io.BytesIO(checked.data), allow_pickle=False), values)
 
 
 @pytest.mark.parametrize(

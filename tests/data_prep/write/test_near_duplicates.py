@@ -1,6 +1,7 @@
 """Near duplicates agree with brute force."""
 
 import importlib.util
+import io
 import json
 import tempfile
 from contextlib import closing
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep.write.build import build_shards
-from data_prep.write.duplicates import SimilarImages
+from data_prep.write.duplicates import SimilarImages, perceptual_hash
 from data_prep.write.options import ShardOptions
 
 
@@ -40,6 +41,26 @@ def brute_force(values: list[int], value: int, distance: int) -> str | None:
 def _write(path: Path, seed: int, quality: int) -> None:
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     Image.fromarray(coarse).resize((96, 96), Image.Resampling.BICUBIC).save(path, quality=quality)
+
+
+def test_images_of_16_bits_are_compared_by_their_content() -> None:
+    pytest.importorskip("imagehash")
+    hashes = []
+    for seed in range(2):
+        buffer = io.BytesIO()
+        coarse = np.random.default_rng(seed).integers(0, 256, (6, 6), dtype=np.uint8)
+        large = Image.fromarray(coarse).resize((96, 96), Image.Resampling.BICUBIC)
+        Image.fromarray(np.asarray(large).astype(np.uint16) * 16 + 1000).save(buffer, "PNG")
+        found = perceptual_hash(buffer.getvalue(), max_pixels=10_000)
+        hashes.append(found)
+        assert found is not None
+        buffer = io.BytesIO()
+        large.save(buffer, "PNG")
+        other = perceptual_hash(buffer.getvalue(), max_pixels=10_000)
+        assert other is not None
+        assert (found ^ other).bit_count() <= 6
+    assert (hashes[0] ^ hashes[1]).bit_count() > 6
+    assert perceptual_hash(b"no image", max_pixels=10_000) is None
 
 
 def test_a_second_encoding_of_an_image_is_a_near_duplicate(tmp_path: Path) -> None:

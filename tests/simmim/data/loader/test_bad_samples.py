@@ -1,3 +1,4 @@
+import io
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from simmim.data.datasets.shards import ShardSet
 from simmim.data.loader.bad_samples import BadSample, BadSamples
@@ -150,6 +152,8 @@ def test_each_bad_sample_is_listed_once(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
+from PIL import Image
+
 from simmim.data.loader.bad_samples import BadSample, BadSamples
 account = BadSamples(max_share=1)
 account.write_to(Path(sys.argv[1]))
@@ -169,12 +173,29 @@ def test_processes_do_not_list_the_same_sample_twice(tmp_path: Path) -> None:
     assert sorted(names(path), key=int) == [str(place) for place in range(60)]
 
 
+def png(values: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def test_batches_of_mixed_types_are_refused(write_shards: WriteShards) -> None:
-    arrays = [saved(np.ones((9, 9, 5), dtype=kind)) for kind in ("uint8", "uint16")]
+    arrays = [saved(np.ones((9, 9, 5), dtype=kind)) for kind in ("uint8", "float32")]
     shards = ShardSet(write_shards([2], images=arrays, extension="npy"))
     transform = EvalTransform(size=(8, 8), channels=5)
-    with pytest.raises(DataError, match="would mix uint16 and uint8"):
+    with pytest.raises(DataError, match="would mix float32 and uint8"):
         list(evaluation_batches(shards, transform, batch_size=2))
     batches: list[Batch] = list(evaluation_batches(shards, transform, batch_size=1, workers=1))
-    assert [batch.images.dtype for batch in batches] == [torch.uint8, torch.uint16]
+    assert [batch.images.dtype for batch in batches] == [torch.uint8, torch.float32]
     assert [batch.images.shape for batch in batches] == [(1, 5, 8, 8)] * 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pictures_of_8_and_16_bits_share_a_batch(write_shards: WriteShards, workers: int) -> None:
+    deep = np.full((9, 9), 300, dtype=np.uint16)
+    images = [png(np.full((9, 9), 200, dtype=np.uint8)), png(deep)]
+    shards = ShardSet(write_shards([2], images=images, extension="png"))
+    transform = EvalTransform(size=(8, 8), channels=1)
+    (batch,) = evaluation_batches(shards, transform, batch_size=2, workers=workers)
+    assert batch.images.dtype == torch.uint16
+    assert batch.images.to(torch.int32).amax(dim=(1, 2, 3)).tolist() == [200 * 257, 300]

@@ -8,16 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from data_prep.images import damage, decoding
+from data_prep.images.decoding import Decoded
+from data_prep.images.orientation import ORIENTATIONS
 from simmim.data.order.source import BadSampleError, DataError
-from simmim.data.transforms import decoding
-from simmim.data.transforms.decoding import ORIENTATIONS, DecodedImage, decode_pixels
+from simmim.data.transforms.decoding import decode_pixels
 
 simplejpeg = pytest.importorskip("simplejpeg")
 
 
 @pytest.fixture
 def pillow_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "simplejpeg", None)
+    monkeypatch.setattr(damage, "simplejpeg", None)
 
 
 def scene(height: int = 61, width: int = 83) -> Image.Image:
@@ -40,9 +42,9 @@ def oriented(orientation: int, image: Image.Image | None = None) -> bytes:
     return jpeg(image, exif=exif)
 
 
-def by_pillow(data: bytes, channels: int, monkeypatch: pytest.MonkeyPatch) -> DecodedImage:
+def by_pillow(data: bytes, channels: int, monkeypatch: pytest.MonkeyPatch) -> Decoded:
     with monkeypatch.context() as patch:
-        patch.setattr(decoding, "simplejpeg", None)
+        patch.setattr(damage, "simplejpeg", None)
         return decode_pixels(data, "jpg", channels=channels)
 
 
@@ -88,7 +90,7 @@ def test_the_fast_way_turns_images_upright(
     inverse = {6: 8, 8: 6}.get(orientation, orientation)
     stored = scene().transpose(ORIENTATIONS[inverse]) if orientation > 1 else scene()
     data = oriented(orientation, stored)
-    monkeypatch.setattr(decoding, "decode_pillow", refused)  # so that it is the fast way
+    monkeypatch.setattr(decoding, "load_picture", refused)  # so that it is the fast way
     fast = decode_pixels(data, "jpg")
     monkeypatch.undo()
     assert np.array_equal(fast.pixels, by_pillow(data, 3, monkeypatch).pixels)
@@ -152,7 +154,7 @@ def test_the_size_is_read_before_anything_is_decoded(monkeypatch: pytest.MonkeyP
     frame = data.index(b"\xff\xc0")
     data[frame + 5 : frame + 9] = struct.pack(">HH", 65000, 65000)
     monkeypatch.setattr(simplejpeg, "decode_jpeg", refused)
-    monkeypatch.setattr(decoding, "decode_pillow", refused)
+    monkeypatch.setattr(decoding, "load_picture", refused)
     with pytest.raises(BadSampleError, match=r"65000x65000 pixels.*max_pixels"):
         decode_pixels(bytes(data), "jpg")
     with pytest.raises(BadSampleError, match="83x61 pixels"):
