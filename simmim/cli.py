@@ -240,11 +240,9 @@ def add_evaluate(command: CommandParser) -> None:
         "--KEY VALUE overrides any field of its recipe: --data.validation SHARDS uses other data."
     )
     command.add_argument(
-        "source", metavar="RUN", type=Path, help="run folder (its last checkpoint) or checkpoint"
+        "source", metavar="RUN", type=Path, help="run folder (its best checkpoint) or checkpoint"
     )
-    command.add_argument(
-        "--best", action="store_true", help="use the best checkpoint of the run, not the last"
-    )
+    _add_which(command)
     command.add_argument(
         "--data",
         metavar="DATA",
@@ -252,6 +250,23 @@ def add_evaluate(command: CommandParser) -> None:
         "annotations, or a COCO file",
     )
     command.set_defaults(handler=run_evaluate, takes_overrides=True)
+
+
+def _add_which(command: CommandParser) -> None:
+    choice = command.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--best",
+        action="store_const",
+        const=True,
+        help="use the best checkpoint of the run: the default, but an error where none is known",
+    )
+    choice.add_argument(
+        "--last",
+        dest="best",
+        action="store_const",
+        const=False,
+        help="use the last checkpoint of the run, not the best",
+    )
 
 
 def run_evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -352,6 +367,7 @@ def add_export(command: CommandParser) -> None:
     from simmim.export.cli import add_export_arguments  # noqa: PLC0415
 
     add_export_arguments(command)
+    _add_which(command)
 
 
 def add_import(command: CommandParser) -> None:

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from simmim.data.loader.batch import Batch
-from simmim.engine.checkpoint.directory import checkpoint_path
-from simmim.engine.checkpoint.resume import unsharded_stage
+from simmim.engine.checkpoint.directory import checkpoint_path, kept_best, load_state
+from simmim.engine.checkpoint.resume import stage_to_export
 from simmim.engine.checkpoint.sharded_state import full_tensor
 from simmim.engine.devices import prepare
 from simmim.engine.distributed.sharding import no_gradient_sync
@@ -204,8 +204,25 @@ def finish(trainer: Trainer, stop: StopRequest) -> None:
     trainer.save_final(required=not stopped)
     trainer.watchdog.at(trainer.step, "ending" if stopped else "exporting the encoder")
     if not stopped and trainer.accelerator.is_main_process:
-        checkpoint = checkpoint_path(trainer.run.checkpoints, trainer.step)
-        with trainer.averaged():
-            stage = unsharded_stage(trainer.stage, checkpoint)
-            stage.export_encoder(trainer.run, trainer.step, trainer.cursor)
+        export(trainer)
     trainer.accelerator.wait_for_everyone()
+
+
+def export(trainer: Trainer) -> None:
+    """Write encoder and head into the run: of the best checkpoint if one is kept, else the last."""
+    last = checkpoint_path(trainer.run.checkpoints, trainer.step)
+    best = kept_best(trainer.run.path) if trainer.settings.keep_best else None
+    if best is not None and best != last:
+        try:
+            state = load_state(best)
+            stage = stage_to_export(trainer.stage, best, trained=False)
+        except (ValueError, OSError) as error:
+            trainer.monitor.print(f"WARNING: the last step is exported, not the best: {error}")
+            stage = stage_to_export(trainer.stage, last, trained=False)
+            stage.export_encoder(trainer.run, trainer.step, trainer.cursor)
+        else:
+            stage.export_encoder(trainer.run, state.step, state.cursor)
+        return
+    with trainer.averaged():
+        stage = stage_to_export(trainer.stage, last, trained=True)
+        stage.export_encoder(trainer.run, trainer.step, trainer.cursor)

@@ -125,7 +125,7 @@ class TrainingSettings:
     """Steps between checkpoints that are kept permanently; null keeps only the most recent ones."""
     keep_best: bool = True
     """Whether to write and keep the checkpoint of the best validation, for tasks with a metric to
-    select by; best.json in the run names it."""
+    select by; best.json in the run names it. The run then exports it, and not the last."""
     ema_decay: float | None = None
     """Decay per step of an exponential moving average of the weights, for example 0.9999; it rises
     to that value over the first steps. Validation and export use the average; null keeps none."""

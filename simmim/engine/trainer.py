@@ -163,8 +163,9 @@ class Trainer:
         self.step = self.saved_step = self.begun_step = state.step
         self.cursor, self.skipped = state.cursor, state.skipped_steps
         self.identity = state.run or self.identity
-        if state.best is not None and checkpoint_path(path.parent, state.best.step).is_dir():
-            self.best = state.best
+        best = state.best if self.settings.keep_best else None
+        if best is not None and checkpoint_path(path.parent, best.step).is_dir():
+            self.best = best
         if self.settings.ema_decay is None:
             forget_average(self.optimizer)
         self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in state.losses]

@@ -12,8 +12,8 @@ from swinv2.bridges.sizes import PretrainedWindows
 def add_export_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `simmim export`."""
     command.description = (
-        "Export the encoder of a run's last checkpoint, or of an encoder directory. The native "
-        "format includes the head of a fine-tuned model."
+        "Export the encoder of a run's best checkpoint (its last where none is the best), or of an "
+        "encoder directory. The native format includes the head of a fine-tuned model."
     )
     command.add_argument(
         "source", metavar="RUN", type=Path, help="run folder, checkpoint or encoder directory"
@@ -31,9 +31,6 @@ def add_export_arguments(command: argparse.ArgumentParser) -> None:
         "--any-size",
         action="store_true",
         help="onnx and torch-export: dynamic height and width (default: the encoder's size)",
-    )
-    command.add_argument(
-        "--best", action="store_true", help="use the best checkpoint of the run, not the last"
     )
     command.set_defaults(handler=run_export)
 

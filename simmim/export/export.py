@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.format.text import count_noun
+from simmim.engine.checkpoint.directory import read_best
 from simmim.export.load_trained import TrainedModel, read_source
 from simmim.export.trial_image import TrialImage, trial_clip, trial_image
 from simmim.tasks.classification.classifier import load_classifier, save_head
@@ -40,20 +41,25 @@ GRAPHS: tuple[Format, ...] = ("onnx", "torch-export")
 
 
 def export(
-    source: Path, destination: Path, form: Format, *, any_size: bool = False, best: bool = False
+    source: Path,
+    destination: Path,
+    form: Format,
+    *,
+    any_size: bool = False,
+    best: bool | None = None,
 ) -> list[str]:
     """Write the encoder of `source` as the folder `destination`.
 
     Args:
-        source: a run folder (its last complete checkpoint or, without one, its exported encoder),
-            a checkpoint, or an encoder directory.
+        source: a run folder (a complete checkpoint or, without one, its exported encoder), a
+            checkpoint, or an encoder directory.
         destination: a new or empty folder, or an earlier export of the same format.
         form: `native` is the encoder directory, with a fine-tuned head in a folder in it;
             `transformers` is folders for its model classes, `reference` a checkpoint of the
             published code, `timm` weights for its create_model, `onnx` and `torch-export` a graph
             that runs without this code.
         any_size: dynamic image height and width; for graphs.
-        best: export the best checkpoint of the run instead of the last.
+        best: take the best checkpoint of a run, or the last; None is the best if it has one.
 
     Returns:
         Lines to print: what was written, and its difference from the source after loading.
@@ -71,8 +77,20 @@ def export(
     trial = _trial_input(found)
     compared = [f"compared on {trial.origin}:"]
     written = _write(found, destination, form, trial.images, compared.append, any_size=any_size)
-    title = f"Exported the encoder of {found.origin} as {destination}"
+    note = describe_best(source, found.provenance.step)
+    title = f"Exported the encoder of {found.origin}{note} as {destination}"
     return [title, *(f"  {line}" for line in [*written, *compared])]
+
+
+def describe_best(source: Path, step: int | None) -> str:
+    """Return a note on whether the weights of `step` are the best of a run; empty if unknown."""
+    best = read_best(source)
+    if best is None or step is None:
+        return ""
+    figure = f"{best.metric} {best.value:.4f}"
+    if step == best.step:
+        return f" (step {step}, the best: {figure})"
+    return f" (step {step}; the best is step {best.step}: {figure})"
 
 
 def _write(

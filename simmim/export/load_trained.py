@@ -16,6 +16,7 @@ from simmim.engine.checkpoint.directory import (
     chosen_checkpoint,
     complete_checkpoints,
     load_state,
+    read_best,
 )
 from simmim.engine.checkpoint.ema import read_average
 from simmim.engine.checkpoint.resume import read_model
@@ -71,13 +72,13 @@ class TrainedModel:
     """Source of the weights, for messages."""
 
 
-def read_source(source: Path, *, best: bool = False) -> TrainedModel:
+def read_source(source: Path, *, best: bool | None = None) -> TrainedModel:
     """Load the encoder of a run folder, a checkpoint or an encoder directory, on the CPU.
 
     Args:
-        source: a run folder (its last complete checkpoint or, without one, its exported encoder),
-            a checkpoint, or an encoder directory.
-        best: load the best checkpoint of the run instead of the last.
+        source: a run folder (a complete checkpoint or, without one, its exported encoder), a
+            checkpoint, or an encoder directory.
+        best: take the best checkpoint of a run, or the last; None is the best if it has one.
 
     Raises:
         ValueError: `source` is none of them, has no such checkpoint, or cannot be read.
@@ -86,10 +87,13 @@ def read_source(source: Path, *, best: bool = False) -> TrainedModel:
         return _read_run(RunFolder(path=source.resolve().parent.parent), source.resolve())
     run = RunFolder(path=source)
     if run.recipe.is_file():
-        none = not best and not complete_checkpoints(run.checkpoints)
+        # Without checkpoints there is only the export, which is the best if the run has one.
+        required = best or (best is False and read_best(run.path) is not None)
+        none = not required and not complete_checkpoints(run.checkpoints)
         return _read_run(run, None if none else chosen_checkpoint(source, best=best))
-    if best:
-        raise ValueError(f"{source} is not a run folder, so it has no best checkpoint.")
+    if best is not None:
+        name = "best" if best else "last"
+        raise ValueError(f"{source} is not a run folder, so it has no {name} checkpoint.")
     if (source / "config.json").is_file():
         return _with_head(read_directory(source), source)
     state = "does not exist" if not source.exists() else "has no trained weights"

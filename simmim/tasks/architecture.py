@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from simmim.engine.checkpoint.directory import read_best
 from simmim.recipe import differences, to_values
 from simmim.tasks.pretrained import find_weights
 from simmim.tasks.recipe import EncoderSettings, FineTuningRecipe, TaskRecipe
@@ -71,6 +72,26 @@ def settings_of(wanted: EncoderSettings, config: SwinV2Config) -> EncoderSetting
         values["frame_patch"] = config.frame_patch
     known = {field.name for field in fields(wanted)}
     return replace(wanted, **{name: value for name, value in values.items() if name in known})
+
+
+def describe_start(recipe: TaskRecipe) -> str | None:
+    """Return a line if the exported encoder of the run that a recipe starts from is not its best.
+
+    Runs of earlier versions exported their last step.
+    """
+    source = recipe.init_directory
+    if source is None:
+        return None
+    encoder = find_weights(source).encoder
+    run = next((path for path in (encoder.parent, encoder) if read_best(path)), encoder.parent)
+    best, step = read_best(run), describe_directory(encoder).provenance.step
+    if best is None or step is None or step == best.step:
+        return None
+    return (
+        f"WARNING: {encoder} is of step {step:,} of its run, and the best is step {best.step:,} "
+        f"({best.metric} {best.value:.4f}): to start from that, export it with `simmim export "
+        f"{run} FOLDER` and set init to FOLDER."
+    )
 
 
 def overridden(given: TaskRecipe, trained: TaskRecipe) -> str | None:

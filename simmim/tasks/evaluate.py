@@ -49,15 +49,19 @@ class Evaluation:
 
 
 def evaluate(
-    source: Path, overrides: Sequence[str] = (), *, best: bool = False, data: str | None = None
+    source: Path,
+    overrides: Sequence[str] = (),
+    *,
+    best: bool | None = None,
+    data: str | None = None,
 ) -> Evaluation:
     """Validate a checkpoint as its training did, and add a line to the run's evaluations.
 
     Args:
-        source: a run folder (its last complete checkpoint), or a checkpoint.
+        source: a run folder, or a checkpoint.
         overrides: `--key value` for its recipe: `--data.validation SHARDS` for other images; sizes
             too, once the run has finished.
-        best: evaluate the best checkpoint of the run instead of the last.
+        best: take the best checkpoint of a run, or the last; None is the best if it has one.
         data: validate on this folder or file, named as the task's recipe names it.
 
     Returns:

@@ -25,7 +25,7 @@ from simmim.stop_signals import StopRelay
 from simmim.tasks.all_tasks import FINE_TUNING, fine_tuning_named
 from simmim.tasks.classification.recipe import ClassifierRecipe
 from simmim.tasks.loading import with_recorded_slots
-from simmim.tasks.recipe import HEAD_FOLDER, SCRATCH, FineTuningRecipe
+from simmim.tasks.recipe import HEAD_FOLDER, HEAD_FOLDERS, SCRATCH, FineTuningRecipe
 
 Start = Literal["pretrained", "scratch"]
 
@@ -227,7 +227,7 @@ def saw_labels(init: str) -> bool:
     for recipe in (path / "recipe.yaml", path.parent / "recipe.yaml"):
         if recipe.is_file() and read_values(recipe).get("task") in FINE_TUNING:
             return True
-    return any((path / name).is_dir() for name in (HEAD_FOLDER, "segmentation", "detection"))
+    return any((path / name).is_dir() for name in HEAD_FOLDERS)
 
 
 def _write(folder: Path, notes: Sequence[str], metric: str, scores: Sequence[LabelScores]) -> None:

@@ -20,6 +20,9 @@ SCRATCH = "scratch"
 HEAD_FOLDER = "classifier"
 """Folder in a run or a native export with a classifier's head and class names."""
 
+HEAD_FOLDERS = (HEAD_FOLDER, "segmentation", "detection")
+"""Folders in a run or a native export with a head, or a model with its encoder."""
+
 
 @settings
 class EncoderSettings:
@@ -227,7 +230,8 @@ class FineTuningRecipe(TaskRecipe, ABC):
     task: str
     """Task of the recipe."""
     init: str = SCRATCH
-    """`scratch` for random weights, an encoder directory, or the folder of a finished run. Trained
+    """`scratch` for random weights, an encoder directory, or the folder of a finished run, which
+    exports its best checkpoint (`simmim export RUN FOLDER --last` exports the last). Trained
     weights come with their architecture (variant, patch, channels, sizes), mean and std: then only
     `window_size` and `drop_path` of `encoder` apply, and data.mean and data.std do not; the recipe
     in the run records what was trained."""

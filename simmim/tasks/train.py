@@ -13,7 +13,11 @@ from accelerate.utils import broadcast_object_list
 from data_prep.format.text import count_noun
 from simmim.data.order.order import describe_order, needless_slots
 from simmim.engine.checkpoint.choosing import choose_checkpoint
-from simmim.engine.checkpoint.directory import best_checkpoint, find_checkpoint
+from simmim.engine.checkpoint.directory import (
+    find_checkpoint,
+    kept_best,
+    read_best,
+)
 from simmim.engine.devices import build_accelerator
 from simmim.engine.distributed.environment import check_parallelism, requested_cpu_processes
 from simmim.engine.distributed.launcher import (
@@ -26,10 +30,10 @@ from simmim.engine.monitor.tracking import chosen_trackers
 from simmim.engine.run import RunFolder
 from simmim.engine.stage import TrainingStage
 from simmim.report.page import write_report
-from simmim.tasks.architecture import overridden
+from simmim.tasks.architecture import describe_start, overridden
 from simmim.tasks.input_check import check_stage_input
 from simmim.tasks.loading import with_recorded_slots
-from simmim.tasks.recipe import TaskRecipe
+from simmim.tasks.recipe import HEAD_FOLDERS, TaskRecipe
 
 RecipeT = TypeVar("RecipeT", bound=TaskRecipe)
 
@@ -78,8 +82,8 @@ def train_recipe(
             if changed:
                 listed = "".join(f"\n  {key}: {text}" for key, text in changed.items())
                 sys.stderr.write(f"the recipe has changed:{listed}\n")
-            line = overridden(recipe, stage.recipe)
-            sys.stderr.write("" if line is None else f"{line}\n")
+            for line in (describe_start(recipe), overridden(recipe, stage.recipe)):
+                sys.stderr.write("" if line is None else f"{line}\n")
             sys.stderr.writelines(f"WARNING: {text.rstrip('.')}.\n" for text in warnings)
     stage.bad_samples.write_to(run.bad_samples)
     world = max(requested_cpu_processes(), int(os.environ.get("WORLD_SIZE", "1")))
@@ -163,8 +167,7 @@ def print_result(result: TrainingResult, run: RunFolder) -> None:
         figures = ", ".join(f"{name} {value:.4f}" for name, value in result.figures.items())
         lines = [
             f"Done: {count_noun(result.step, 'step')}" + (f"; {figures}." if figures else "."),
-            f"Encoder  {run.encoder}",
-            *_best_line(run),
+            *_exported_lines(run, result.step),
             f"Metrics  {run.metrics}",
             f"Report   {run.report}",
         ]
@@ -175,11 +178,17 @@ def print_result(result: TrainingResult, run: RunFolder) -> None:
     sys.stdout.write("\n".join(lines) + "\n")
 
 
-def _best_line(run: RunFolder) -> list[str]:
-    try:
-        return [f"Best     {best_checkpoint(run.path)}"]
-    except ValueError:
-        return []
+def _exported_lines(run: RunFolder, last: int) -> list[str]:
+    """Return lines on the folders of encoder and head, and the checkpoint that they are of."""
+    best, path = read_best(run.path), kept_best(run.path)
+    of = "" if path is None else " (of the best checkpoint)"
+    heads = [run.path / name for name in HEAD_FOLDERS if (run.path / name).is_dir()]
+    lines = [f"Encoder  {run.encoder}{of}", *(f"Head     {head}{of}" for head in heads)]
+    if best is not None and path is not None:
+        lines.append(f"Best     {path}: {best.metric} {best.value:.4f} at step {best.step:,}")
+        if best.step != last:
+            lines.append(f"Last     simmim export {run.path} FOLDER --last exports step {last:,}")
+    return lines
 
 
 def run_folder(path: str | None, config: Path) -> RunFolder:

@@ -202,12 +202,12 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
     return path
 
 
-def chosen_checkpoint(source: Path, *, best: bool) -> Path:
-    """Return the checkpoint at `source`, or the last or best one of a run.
+def chosen_checkpoint(source: Path, *, best: bool | None = None) -> Path:
+    """Return the checkpoint at `source`, or the best or last one of a run.
 
     Args:
         source: a run folder, or a checkpoint in one.
-        best: take the best checkpoint of the run instead of the last.
+        best: the best one of a run, or the last; None is the best if the run has kept one.
 
     Raises:
         ValueError: there is none.
@@ -221,7 +221,17 @@ def chosen_checkpoint(source: Path, *, best: bool) -> Path:
         raise ValueError(
             f"{source} holds no complete checkpoint: give a run folder or a checkpoint in one."
         )
-    return found[-1].resolve()
+    kept = kept_best(source) if best is None else None
+    return (found[-1] if kept is None else kept).resolve()
+
+
+def kept_best(run: Path) -> Path | None:
+    """Return the best checkpoint of a run; None if it names none, or has it no more."""
+    try:
+        best = best_checkpoint(run)
+    except ValueError:
+        return None
+    return best if (best / COMPLETE).is_file() else None
 
 
 def remove_old_checkpoints(
@@ -311,17 +321,22 @@ def best_checkpoint(run: Path) -> Path:
     Raises:
         ValueError: the run names none.
     """
-    try:
-        named = json.loads((run / BEST_FILE).read_text(encoding="utf-8"))
-        step = re.fullmatch(r"checkpoints/step-(\d+)", named["checkpoint"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        step = None
+    step = None if (best := read_best(run)) is None else best.step
     if step is None:
         raise ValueError(
             f"{run} names no best checkpoint: train with training.keep_best true and validation "
             "data, or leave out --best for the last checkpoint."
         )
-    return run / step[0]
+    return checkpoint_path(run / "checkpoints", step)
+
+
+def read_best(run: Path) -> Best | None:
+    """Return what `best.json` in a run folder says; None if there is none, or it cannot be read."""
+    try:
+        named = json.loads((run / BEST_FILE).read_text(encoding="utf-8"))
+        return TypeAdapter(Best).validate_python({key: named[key] for key in Best.__annotations__})
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def load_state(path: Path) -> TrainingState:

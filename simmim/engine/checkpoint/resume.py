@@ -16,6 +16,7 @@ from simmim.engine.checkpoint.directory import (
     SCALARS_FILE,
     Scalars,
     TrainingState,
+    chosen_checkpoint,
     complete_checkpoints,
     load_state,
     read_json,
@@ -160,8 +161,8 @@ def load_initial(path: Path, module: nn.Module) -> str:
     checkpoint has averages of its weights, they are loaded.
 
     Args:
-        path: a checkpoint, a run folder (its last complete checkpoint, or else its encoder), or an
-            encoder directory.
+        path: a checkpoint, a run folder (its best checkpoint if it has kept one, else its last, or
+            else its encoder), or an encoder directory.
         module: the module of a stage, sharded or not.
 
     Returns:
@@ -170,38 +171,44 @@ def load_initial(path: Path, module: nn.Module) -> str:
     Raises:
         ValueError: there are no weights at `path`, or the encoder does not fit.
     """
-    checkpoints = complete_checkpoints(path / "checkpoints")
-    if (path / COMPLETE).is_file():
-        checkpoints = [path]
+    checkpoint = None
+    if (path / COMPLETE).is_file() or complete_checkpoints(path / "checkpoints"):
+        checkpoint = chosen_checkpoint(path)
     encoder = path / ENCODER_FOLDER if (path / ENCODER_FOLDER).is_dir() else path
-    if not checkpoints and not (encoder / ENCODER_FILE).is_file():
+    if checkpoint is None and not (encoder / ENCODER_FILE).is_file():
         raise ValueError(
             f"{path} holds no weights to start from: give a run folder, a checkpoint in one, or an "
             "encoder directory."
         )
-    if not checkpoints:
+    if checkpoint is None:
         with ShardFiles(encoder, MODEL, file=ENCODER_FILE) as files:
             restore_model(module.get_submodule(ENCODER), files)
         return f"Starting from the encoder in {encoder}."
-    with ShardFiles(checkpoints[-1], MODEL) as files:
+    with ShardFiles(checkpoint, MODEL) as files:
         if files.shapes.keys() == module.state_dict().keys():
             restore_model(module, files)
-            load_average(checkpoints[-1], module)
-            return f"Starting from the weights of {checkpoints[-1]}."
+            load_average(checkpoint, module)
+            return f"Starting from the weights of {checkpoint}."
         files.keep_below(f"{ENCODER}.")
         restore_model(module.get_submodule(ENCODER), files)
-        load_average(checkpoints[-1], module.get_submodule(ENCODER), f"{ENCODER}.")
-    return f"Starting from the encoder of {checkpoints[-1]}; everything else is initialised."
+        load_average(checkpoint, module.get_submodule(ENCODER), f"{ENCODER}.")
+    return f"Starting from the encoder of {checkpoint}; everything else is initialised."
 
 
-def unsharded_stage(stage: StageT, checkpoint: Path) -> StageT:
-    """Return the stage itself, or if it is sharded a new one with the weights of `checkpoint`.
+def stage_to_export(stage: StageT, checkpoint: Path, *, trained: bool) -> StageT:
+    """Return the stage, or if it is sharded a new one, with the weights of `checkpoint`.
 
-    The new one has the averages of the weights, if the checkpoint has some.
+    They are the averages of the weights, if the checkpoint has some.
+
+    Args:
+        stage: the stage that was trained.
+        checkpoint: the checkpoint to export.
+        trained: whether it is the one of the present weights, which are then taken as they are.
     """
-    if not is_sharded(stage.module):
+    sharded = is_sharded(stage.module)
+    if trained and not sharded:
         return stage
-    unsharded: StageT = stage.fresh()
-    load_model(checkpoint, unsharded.module)
-    load_average(checkpoint, unsharded.module)
-    return unsharded
+    filled: StageT = stage.fresh() if sharded else stage
+    load_model(checkpoint, filled.module)
+    load_average(checkpoint, filled.module)
+    return filled

@@ -134,7 +134,7 @@ def test_a_native_export_has_the_classifier_too(
     assert find_weights(str(tmp_path / "out")).head == tmp_path / "out" / "classifier"
 
 
-def test_the_best_checkpoint_is_exported_on_request(
+def test_the_best_checkpoint_is_exported_unless_the_last_is_asked_for(
     classification_values: dict[str, Any], tmp_path: Path
 ) -> None:
     run = tmp_path / "tuned"
@@ -146,14 +146,22 @@ def test_the_best_checkpoint_is_exported_on_request(
     train(stage, RunFolder(path=run), build_accelerator("fp32"), None)
     best = best_checkpoint(run)
     step = int(best.name.removeprefix("step-"))
-    assert main(["export", str(run), str(tmp_path / "out"), "--best"]) == 0
+    assert main(["export", str(run), str(tmp_path / "last"), "--last"]) == 0
+    assert read_encoder_config(tmp_path / "last").provenance.step == 12
+    last = load_classifier(tmp_path / "last", tmp_path / "last" / "classifier").model
+    final = read_model(run / "checkpoints" / "step-00000012")
+    assert torch.equal(last.head.weight, final["model.head.weight"])
+    for chosen in (["--best"], []):
+        title = export(run, tmp_path / "out", "native", best=bool(chosen) or None)[0]
+        assert f"step {step}, the best: top1" in title
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
     found = load_classifier(tmp_path / "out", tmp_path / "out" / "classifier").model
     kept = {name.removeprefix("model."): part for name, part in read_model(best).items()}
     assert all(torch.equal(part, kept[name]) for name, part in found.state_dict().items())
     assert read_encoder_config(tmp_path / "out").provenance.step == step
     export(best, tmp_path / "named", "native")
     assert read_encoder_config(tmp_path / "named") == read_encoder_config(tmp_path / "out")
-    assert chosen_checkpoint(run, best=True) == chosen_checkpoint(best, best=False)
+    assert chosen_checkpoint(run) == chosen_checkpoint(best, best=False)
 
 
 def test_there_is_no_best_checkpoint_without_validation(
@@ -161,8 +169,9 @@ def test_there_is_no_best_checkpoint_without_validation(
 ) -> None:
     with pytest.raises(ValueError, match="names no best checkpoint"):
         export(pretrained[0], tmp_path / "out", "native", best=True)
-    with pytest.raises(ValueError, match="not a run folder"):
-        export(encoder_directory, tmp_path / "out", "native", best=True)
+    for best in (True, False):
+        with pytest.raises(ValueError, match="not a run folder"):
+            export(encoder_directory, tmp_path / "out", "native", best=best)
 
 
 @pytest.mark.peer

@@ -33,7 +33,7 @@ def test_it_reproduces_the_validation_of_training(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    assert simmim.cli.main(["evaluate", str(run)]) == 0
+    assert simmim.cli.main(["evaluate", str(run), "--last"]) == 0
     text = capsys.readouterr().out
     figures = logged(run)[8]
     assert f"top1 {figures['top1']:.4f}" in text
@@ -43,7 +43,7 @@ def test_it_reproduces_the_validation_of_training(
     assert found.figures == {name: logged(run)[4][name] for name in found.figures}
     lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [8, 4]
-    best = evaluate(run, best=True)
+    best = evaluate(run)
     assert best.checkpoint == best_checkpoint(run).resolve()
     assert best.figures["top1"] == max(line["top1"] for line in logged(run).values())
 
@@ -64,7 +64,7 @@ def test_the_initial_weights_may_be_gone(
     config.write_text(yaml.safe_dump(classification_values))
     assert simmim.cli.main(["finetune", "--config", str(config), "--folder", str(folder)]) == 0
     encoder_directory.rename(tmp_path / "gone")
-    found = evaluate(folder)
+    found = evaluate(folder, best=False)
     assert found.figures == {name: logged(folder)[8][name] for name in found.figures}
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate import Accelerator
 
 from simmim.engine.checkpoint.directory import (
@@ -16,12 +17,18 @@ from simmim.engine.checkpoint.directory import (
     load_state,
     write_best,
 )
+from simmim.engine.checkpoint.ema import read_average
+from simmim.engine.checkpoint.resume import load_initial, read_model
 from simmim.engine.devices import build_accelerator
-from simmim.engine.loop import train
+from simmim.engine.loop import TrainingResult, train
 from simmim.engine.run import RunFolder
 from simmim.recipe import parse
+from simmim.tasks.architecture import describe_start
+from simmim.tasks.classification.classifier import load_classifier
 from simmim.tasks.classification.recipe import ClassificationRecipe
 from simmim.tasks.classification.stage import ClassificationStage
+from simmim.tasks.train import print_result
+from swinv2 import read_encoder_config
 
 
 class GradedStage(ClassificationStage):
@@ -62,6 +69,79 @@ def test_the_best_checkpoint_is_kept_and_named(
     }
 
 
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_encoder_and_head_of_the_best_are_exported(
+    classification_values: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    ema: float | None,
+) -> None:
+    run_training(classification_values, tmp_path, [10, 30, 20, 25], ema_decay=ema)
+    best = tmp_path / "checkpoints" / "step-00000004"
+    kept = read_model(best) | read_average(best)
+    found = load_classifier(tmp_path / "encoder", tmp_path / "classifier").model.state_dict()
+    assert all(torch.equal(part, kept[f"model.{name}"]) for name, part in found.items())
+    provenance = read_encoder_config(tmp_path / "encoder").provenance
+    assert (provenance.step, provenance.samples_seen) == (4, 32)
+    capsys.readouterr()
+    result = TrainingResult(step=8, stopped=False, figures={"top1": 25.0})
+    print_result(result, RunFolder(path=tmp_path))
+    said = capsys.readouterr().out
+    for line in (
+        "Done: 8 steps; top1 25.0000.",
+        f"Encoder  {tmp_path}/encoder (of the best checkpoint)",
+        f"Head     {tmp_path}/classifier (of the best checkpoint)",
+        f"Best     {best}: top1 30.0000 at step 4",
+        f"Last     simmim export {tmp_path} FOLDER --last exports step 8",
+    ):
+        assert line in said.splitlines()
+    # What starts from the run starts from its best, too.
+    stage = ClassificationStage(parse(ClassificationRecipe, classification_values, "test"))
+    assert str(best) in load_initial(tmp_path, stage.module)
+    assert torch.equal(stage.model.head.weight, kept["model.head.weight"])
+
+
+def test_the_last_is_exported_where_the_best_is_damaged(
+    classification_values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class DamagingStage(GradedStage):
+        def validate(self, accelerator: Accelerator) -> dict[str, float]:
+            figures = super().validate(accelerator)
+            if figures["top1"] == 25:
+                best = tmp_path / "checkpoints" / "step-00000004"
+                file = next(best.glob("model-*.safetensors"))
+                file.write_bytes(file.read_bytes()[:-100])
+            return figures
+
+    training = classification_values["training"] | {"validate_every": 2, "keep_last": 2}
+    values = classification_values | {"training": training}
+    stage = DamagingStage(parse(ClassificationRecipe, values, "test"))
+    stage.grades = iter([10, 30, 20, 25])
+    train(stage, RunFolder(path=tmp_path), build_accelerator("fp32"), None)
+    assert "the last step is exported, not the best" in capsys.readouterr().err
+    kept = read_model(tmp_path / "checkpoints" / "step-00000008")
+    found = load_classifier(tmp_path / "encoder", tmp_path / "classifier").model.state_dict()
+    assert all(torch.equal(part, kept[f"model.{name}"]) for name, part in found.items())
+    assert read_encoder_config(tmp_path / "encoder").provenance.step == 8
+
+
+def test_starting_from_an_encoder_that_is_not_the_best_is_said(
+    classification_values: dict[str, Any], tmp_path: Path
+) -> None:
+    run_training(classification_values, tmp_path, [10, 30, 20, 25])
+    starts = [
+        parse(ClassificationRecipe, classification_values | {"init": init}, "test")
+        for init in (str(tmp_path), str(tmp_path / "encoder"))
+    ]
+    assert [describe_start(one) for one in starts] == [None, None]
+    write_best(tmp_path, Best(step=6, metric="top1", value=50.0))
+    for one in starts:
+        said = describe_start(one)
+        assert said is not None
+        assert "is of step 4" in said
+        assert f"simmim export {tmp_path} FOLDER" in said
+
+
 def test_a_resumed_run_remembers_the_best_so_far(
     classification_values: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -97,6 +177,7 @@ def test_repeated_steps_are_compared_again(
 def test_keep_best_can_be_disabled(classification_values: dict[str, Any], tmp_path: Path) -> None:
     run_training(classification_values, tmp_path, [10, 30, 20, 25], keep_best=False)
     assert steps(tmp_path) == [8]
+    assert read_encoder_config(tmp_path / "encoder").provenance.step == 8
     with pytest.raises(ValueError, match="names no best checkpoint"):
         best_checkpoint(tmp_path)
 
