@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from data_prep.format.storage import Location
@@ -24,6 +25,7 @@ LABEL_NAMES = frozenset(_LABELS.split())
 _INTEGER = re.compile(r"([+-]?)0*([0-9]{1,18})(?:\.0*)?")
 _FRACTION = re.compile(r"[+-]?[0-9]*\.[0-9]+")
 _UNLABELLED = -1
+_FRACTIONAL = "is a fraction; classes are integers or names"
 
 
 def find_column(names: Sequence[str], role: str, asked: str | None, path: Location) -> str | None:
@@ -82,17 +84,27 @@ def parse_label(value: object) -> str:
     Raises:
         ValueError: it is no class; the message is a clause.
     """
+    if isinstance(value, str):
+        return _parse_text(value)  # few texts, in many rows
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, list | tuple | dict):
         raise ValueError("is a list or an object; give one class per image")
     text = text_of(value)
+    if isinstance(value, float) and not _INTEGER.fullmatch(text):
+        raise ValueError(_FRACTIONAL)
+    return _parse_text(text)
+
+
+@lru_cache(maxsize=10_000)
+def _parse_text(text: str) -> str:
+    text = text_of(text)
     if not text or text.lower() == "nan":
         return ""
     integer = _INTEGER.fullmatch(text)
     if integer is None:
-        if _FRACTION.fullmatch(text) or (isinstance(value, float) and not isinstance(value, bool)):
-            raise ValueError("is a fraction; classes are integers or names")
+        if _FRACTION.fullmatch(text):
+            raise ValueError(_FRACTIONAL)
         return text
     number = int(integer[1] + integer[2])
     if number < _UNLABELLED:

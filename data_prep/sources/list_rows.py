@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from data_prep.format.kinds import suffix_of
 from data_prep.format.manifest import IMAGE_SUFFIXES
@@ -25,8 +25,7 @@ _DELIMITERS = ",;\t|"
 _WITHOUT_HEADER = ("path", "label")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ListRow:
+class ListRow(NamedTuple):
     """One row of a list."""
 
     place: str

@@ -5,12 +5,15 @@ import math
 import os
 import re
 import tempfile
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from data_prep.format.manifest import IMAGE_SUFFIXES
 from data_prep.format.storage import Location, RemotePath, StorageError, locate
@@ -126,25 +129,40 @@ class ListSource:
         """Nothing is held open."""
 
     def _read_over(self, path: Path) -> _Overview:
-        """Find the columns, and rows that repeat or contradict others; sorted on disk."""
+        """Find the columns, and rows that repeat or contradict others."""
         if self._overview is None:
             layout = find_layout(path, self._selection.path_column)
             overview = _Overview(layout=layout, columns=self._find_columns(layout))
-            with tempfile.TemporaryDirectory(prefix="data-prep-") as folder:
-                sorter = ExternalSort(Path(folder), "rows")
-                for number, row in enumerate(read_rows(path, layout)):
-                    file = self._describe(row, overview.columns)
-                    if not file.problem and self._selection.only_split in (None, file.split):
-                        key = os.path.normpath(file.path).encode("utf-8", "surrogateescape").hex()
-                        rest = [file.label, file.split, file.fields]
-                        sorter.add(key, f"{number:018d}{json.dumps([row.place, *rest])}")
-                rows = (
-                    (key, int(line[:18]), json.loads(line[18:])) for key, line in sorter.merged()
-                )
-                for _, same in groupby(rows, key=lambda row: row[0]):
-                    _compare(list(same), overview)
+            repeated = self._repeated_paths(path, overview)
+            if repeated:
+                self._compare_rows(path, overview, repeated)
             self._overview = overview
         return self._overview
+
+    def _repeated_paths(self, path: Path, overview: _Overview) -> frozenset[int]:
+        """Return the hashes of paths in several rows; those of all rows take 8 bytes each."""
+        hashes = array("q")
+        for row in read_rows(path, overview.layout):
+            hashes.append(hash(_normal(self._place(row, overview.columns)[0])))
+        ordered = np.sort(np.frombuffer(hashes, dtype=np.int64))
+        return frozenset(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+
+    def _compare_rows(self, path: Path, overview: _Overview, repeated: frozenset[int]) -> None:
+        """Compare the rows of repeated paths, sorted on disk."""
+        with tempfile.TemporaryDirectory(prefix="data-prep-") as folder:
+            sorter = ExternalSort(Path(folder), "rows")
+            for number, row in enumerate(read_rows(path, overview.layout)):
+                place = _normal(self._place(row, overview.columns)[0])
+                if hash(place) not in repeated:
+                    continue
+                file = self._describe(row, overview.columns)
+                if not file.problem and self._selection.only_split in (None, file.split):
+                    key = place.encode("utf-8", "surrogateescape").hex()
+                    values = [row.place, file.label, file.split, file.fields]
+                    sorter.add(key, f"{number:018d}{json.dumps(values)}")
+            rows = ((key, int(line[:18]), json.loads(line[18:])) for key, line in sorter.merged())
+            for _, same in groupby(rows, key=lambda row: row[0]):
+                _compare(list(same), overview)
 
     def _find_columns(self, layout: Layout) -> _Columns:
         asked, names = self._selection, layout.names
@@ -166,14 +184,11 @@ class ListSource:
 
     def _describe(self, row: ListRow, columns: _Columns) -> SourceFile:
         rest = dict(row.cells)
-        given = rest.pop(columns.path, None)
-        given = None if _is_missing(given) else given
+        rest.pop(columns.path, None)
         label = None
         if columns.label is not None:
             label = self._parse(row, columns.label, rest.pop(columns.label, None), parse_label)
-        path, problem = self._rules.place(given, where=f"{self.path}, {row.place}: {columns.path}")
-        if not path:
-            problem = f"{row.place} has no path"
+        path, problem = self._place(row, columns)
         split = rest.get(columns.split) if columns.split is not None else None
         return SourceFile(
             path=path,
@@ -181,9 +196,21 @@ class ListSource:
             stamp=0,
             problem=row.problem or problem,
             label=label,
-            split=self._parse(row, columns.split or "", split, text_of),
+            split="" if split is None else self._parse(row, columns.split or "", split, text_of),
             fields=self._describe_fields(row, rest),
         )
+
+    def _place(self, row: ListRow, columns: _Columns) -> tuple[str, str]:
+        """Return the path of a row below the root, and its problem."""
+        given = row.cells.get(columns.path)
+        try:
+            path, problem = self._rules.place(None if _is_missing(given) else given)
+        except ValueError as error:
+            raise SourceError(
+                f"{self.path}, {row.place}: {columns.path} {error}. Name the column of the paths "
+                "with --path-column."
+            ) from None
+        return path, problem if path else f"{row.place} has no path"
 
     def _parse(self, row: ListRow, column: str, value: object, parse: Any) -> str:
         try:
@@ -228,6 +255,13 @@ def _compare(rows: list[tuple[str, int, list[Any]]], overview: _Overview) -> Non
         if content in seen:
             overview.repeated.add(number)
         seen.add(content)
+
+
+def _normal(path: str) -> str:
+    """Return one form of all ways to write a path."""
+    if "//" not in path and "./" not in path and path[-1:] != "/":
+        return path  # nearly always, and much faster
+    return os.path.normpath(path)
 
 
 def _is_missing(value: object) -> bool:
