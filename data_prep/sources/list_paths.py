@@ -5,11 +5,14 @@ import re
 from functools import lru_cache
 from urllib.parse import unquote
 
+from data_prep.format.manifest import IMAGE_SUFFIXES
 from data_prep.format.storage import Location, RemotePath
 
 _SPECIAL = re.compile(r"\A/|[:\\]|\.\.")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+_SUFFIXES = "|".join(suffix[1:] for suffix in sorted(IMAGE_SUFFIXES))
+_JOINED = re.compile(rf"(.+\.(?:{_SUFFIXES}))(?:\s*[,;|]\s*|\s+)(\S.*)", re.IGNORECASE)
 _FILE_URL = "file://"
 _ROOT_HINT = "give the folder that holds all files as --root"
 
@@ -87,3 +90,16 @@ class PathRules:
 @lru_cache(maxsize=10_000)
 def _real_folder(folder: str) -> str:
     return os.path.realpath(folder or "/").rstrip("/")
+
+
+def describe_mistake(path: str) -> str:
+    """Return what may be wrong with the path of a missing file, as a clause after a semicolon."""
+    joined = _JOINED.fullmatch(path)
+    if joined:
+        return (
+            f"; if {joined[1]!r} is the path and {joined[2]!r} its label, put a tab between them "
+            "(a comma in a CSV)"
+        )
+    if not path.isascii() and any("\udc80" <= char <= "\udcff" for char in path):
+        return "; its name is not UTF-8: if the list is, say, Latin-1, save it as UTF-8"
+    return ""

@@ -16,6 +16,7 @@ from data_prep.format.kinds import suffix_of
 from data_prep.format.manifest import IMAGE_SUFFIXES
 from data_prep.sources.files import SourceError
 from data_prep.sources.list_columns import find_column, looks_like_header
+from data_prep.sources.list_paths import describe_mistake
 
 LIST_SUFFIXES = (".txt", ".tsv", ".csv", ".jsonl", ".ndjson", ".parquet")
 """File name suffixes of lists."""
@@ -141,10 +142,11 @@ def _names_columns(cells: tuple[str, ...], path_column: str | None) -> bool:
 
 def _no_path_column(path: Path, names: tuple[str, ...], asked: str | None) -> SourceError:
     found = f"has {', '.join(names)[:200]!r}" if names else "is empty"
+    mistake = describe_mistake(names[0]) if names else ""
     wanted = f"no column {asked!r}" if asked else "no column `path`"
     return SourceError(
         f"{path} has {wanted}: its first line must name the columns, but {found}. Name the column "
-        "of the paths with --path-column, or add a first line such as path,label."
+        f"of the paths with --path-column, or add a first line such as path,label{mistake}."
     )
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import tempfile
 from array import array
 from collections import Counter
@@ -15,21 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.format.manifest import IMAGE_SUFFIXES
 from data_prep.format.storage import Location, RemotePath, StorageError, locate
 from data_prep.format.tars import as_local_file
 from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import Selection, SourceError, SourceFile
 from data_prep.sources.folders import FolderSource, RemoteFolderSource
 from data_prep.sources.list_columns import find_column, parse_label, text_of
-from data_prep.sources.list_paths import PathRules
+from data_prep.sources.list_paths import PathRules, describe_mistake
 from data_prep.sources.list_rows import Layout, ListRow, find_layout, read_rows
 
 LISTED_AGAIN = "listed again"
 """Kind of rows that are the same as an earlier one."""
-
-_SUFFIXES = "|".join(suffix[1:] for suffix in sorted(IMAGE_SUFFIXES))
-_JOINED = re.compile(rf"(.+\.(?:{_SUFFIXES}))(?:\s*[,;|]\s*|\s+)(\S.*)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +161,8 @@ class ListSource:
 
     def _find_columns(self, layout: Layout) -> _Columns:
         asked, names = self._selection, layout.names
+        if not names:
+            raise SourceError(f"{self.path} has no rows. Give a list with an image in each.")
         path = find_column(names, "path", asked.path_column, self.path)
         label = find_column(names, "label", asked.label_column, self.path)
         split = asked.split_column if asked.split_column in names else None
@@ -235,7 +232,7 @@ class ListSource:
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "its name is impossible"
             reason = f"it cannot be read: {reason or 'it is not there'}"
-            return file._replace(problem=reason + _hint(file.path))
+            return file._replace(problem=reason + describe_mistake(file.path))
         return file._replace(size=size, stamp=stamp)
 
 
@@ -266,16 +263,3 @@ def _normal(path: str) -> str:
 
 def _is_missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _hint(path: str) -> str:
-    """Return what may be wrong with the path of a missing file."""
-    joined = _JOINED.fullmatch(path)
-    if joined:
-        return (
-            f"; if {joined[1]!r} is the path and {joined[2]!r} its label, put a tab between them "
-            "(a comma in a CSV)"
-        )
-    if not path.isascii() and any("\udc80" <= char <= "\udcff" for char in path):
-        return "; its name is not UTF-8: if the list is, say, Latin-1, save it as UTF-8"
-    return ""

@@ -155,6 +155,8 @@ DAMAGE = [
     ("a.csv", "path,note\n{0},naïve\n", "latin-1", ("line 2", "note", "UTF-8")),
     ("a.csv", "path,label\n{0},x\n", "utf-16", ("UTF-16",)),
     ("a.csv", "name,label\n{0},x\n", "utf-8", ("no column `path`", "--path-column", "name, label")),
+    ("a.csv", "{0} 1\n{1} 2\n", "utf-8", ("'cat/0.jpg' is the path", "'1' its label", "comma")),
+    ("a.jsonl", "\n\n", "utf-8", ("no rows",)),
     ("a.csv", "species;name\nx;{0}\n", "utf-8", ("no column `path`", "--path-column")),
     ("a.csv", "path,class_id,class_name\n{0},1,x\n", "utf-8", ("class_id, class_name", "--label-")),
     ("a.csv", "image,file,label\n{0},{1},x\n", "utf-8", ("image, file", "--path-column")),
