@@ -1,6 +1,7 @@
 """Evaluation of a run's checkpoint by its task's validation, on its data or other data."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from simmim.engine.run import RunFolder
 from simmim.recipe import differences, load, read_values, to_values
 from simmim.tasks.all_tasks import task_named
 from simmim.tasks.architecture import overridden
+from simmim.tasks.input_check import check_input, input_of
 
 EVALUATIONS = "evaluations.jsonl"
 """File in the run with one line per evaluation."""
@@ -79,6 +81,7 @@ def evaluate(
         overrides = [*overrides, *task.recipe.validating_on(data, overrides)]
     recipe, stage_type = _recipe(checkpoint, run, overrides), task.stage
     stage = stage_type(recipe)
+    check_validation_input(stage, checkpoint)
     start_processes()
     line = overridden(recipe, stage.recipe)
     training = recipe.training
@@ -109,6 +112,20 @@ def evaluate(
         sys.stdout.write(found.text + "\n")
     end_processes(accelerator)
     return found
+
+
+def check_validation_input(stage: Any, checkpoint: Path) -> None:
+    """Warn of held-out images of another scale than the weights of a checkpoint were trained on.
+
+    Raises:
+        ValueError: the images have other channels.
+    """
+    if stage.validation_shards is not None:
+        wanted = replace(input_of(stage), trained=str(checkpoint))
+        max_pixels = stage.recipe.data.max_pixels
+        for text in check_input(stage.validation_shards, wanted, max_pixels=max_pixels):
+            if int(os.environ.get("RANK", "0")) == 0:
+                sys.stderr.write(f"WARNING: {text}\n")
 
 
 def _recipe(checkpoint: Path, run: RunFolder, overrides: Sequence[str]) -> Any:

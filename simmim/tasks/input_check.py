@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from data_prep.format.text import count_noun
 from simmim.data.datasets.clips import ClipSet
+from simmim.data.datasets.mixture import MixedShards
+from simmim.data.datasets.shards import ShardSet
 from simmim.data.order.source import DataError, SampleSource
 from simmim.data.settings import MEASURED, with_statistics
 from simmim.data.transforms.sampling import RANGES, ImageForm, SampledImages, sample_images
@@ -51,6 +53,8 @@ class EncoderInput:
     channels: int
     mean: Sequence[float]
     std: Sequence[float]
+    measurable: bool = False
+    """Whether the images are shards, of which mean and std can be measured."""
     trained: str | None = None
     """Trained weights that fix channels, mean and std, as named by the user; None for none."""
 
@@ -62,8 +66,15 @@ def input_of(stage: Any) -> EncoderInput:
         channels=stage.encoder.config.in_channels,
         mean=normalise.mean.flatten().tolist(),
         std=normalise.std.flatten().tolist(),
+        measurable=is_measurable(stage.training_shards),
         trained=stage.recipe.architecture_source,
     )
+
+
+def is_measurable(source: SampleSource[Any]) -> bool:
+    """Return whether `data-prep info --statistics` can measure all images of a source."""
+    sets = source.sets if isinstance(source, MixedShards) else (source,)
+    return all(isinstance(one, ShardSet) for one in sets)
 
 
 def check_stage_input(stage: Any) -> list[str]:
@@ -232,9 +243,12 @@ def advice(found: SampledImages, wanted: EncoderInput) -> str:
             f"{settings_for(found)}"
         )
     keeps = form not in found.refused and form.channels > wanted.channels
+    text = f"set {settings_for(found, wanted.channels if keeps else None)}"
+    if not wanted.measurable:
+        return text
     return (
-        f"set {settings_for(found, wanted.channels if keeps else None)}; or measure all images of "
-        "shards with `data-prep info --statistics`, and set data.mean and data.std to measured"
+        f"{text}; or measure all images with `data-prep info --statistics` and set data.mean and "
+        "data.std to measured"
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from data_prep.format.text import count_noun
-from simmim.data.settings import CroppedSettings, SampleSettings
+from simmim.data.settings import CroppedSettings, DataSettings, SampleSettings
 from simmim.engine.settings import TrainingSettings
 from simmim.method.settings import MaskSettings
 from simmim.recipe import check_least, check_rates, settings
@@ -53,8 +53,12 @@ class EncoderSettings:
         check_least(self, 1, "window_size", "patch_size", "in_channels")
         check_rates(self, "drop_path")
 
-    def check_channels(self, mean: tuple[float, ...] | str) -> None:
+    def check_channels(self, mean: tuple[float, ...] | str, *, measurable: bool = False) -> None:
         """Check the number of means against the channels, unless they are still to be measured.
+
+        Args:
+            mean: mean of each channel.
+            measurable: whether the recipe may have them measured.
 
         Raises:
             ValueError: `mean` does not have one value per channel.
@@ -63,7 +67,7 @@ class EncoderSettings:
             raise ValueError(
                 f"encoder.in_channels is {self.in_channels}, data.mean has "
                 f"{count_noun(len(mean), 'value')}; give one value per channel in data.mean and "
-                "data.std, or set both to measured."
+                f"data.std{', or set both to measured' if measurable else ''}."
             )
 
     def config(self, image_size: int) -> SwinV2Config:
@@ -255,7 +259,8 @@ class FineTuningRecipe(TaskRecipe, ABC):
                 "out, trained weights have an architecture of their own."
             )
         if self.architecture_source is None:
-            self.encoder.check_channels(self.data.mean)
+            measurable = isinstance(self.data, DataSettings)
+            self.encoder.check_channels(self.data.mean, measurable=measurable)
             config = self.encoder.config(self.data.image_size)  # raises if sizes do not fit
             self.execution.check_stages(len(config.depths))
 

@@ -55,7 +55,7 @@ class PretrainRecipe(TaskRecipe):
                 f"{self.encoder.patch_size}: cells would cut through patches."
             )
         self.mask.grid((size, size))  # raises unless cells tile the image and some stay visible
-        self.encoder.check_channels(self.data.mean)
+        self.encoder.check_channels(self.data.mean, measurable=True)
         self.data.check_bands(self.encoder.in_channels)
         check_slots(self.data, self.training)
         if self.training.optimizer.layer_decay != 1.0:

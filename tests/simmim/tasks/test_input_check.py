@@ -23,6 +23,16 @@ from simmim.tasks.video.recipe import VideoRecipe
 
 PHOTOS = EncoderInput(channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 SIDE, IMAGES = 24, 12
+MORE = (
+    ("uint16x1-4095", True),
+    ("uint16x3-10000", True),
+    ("uint16x4-3000", True),
+    ("uint8x2-255", True),
+    ("uint8x6-255", False),
+    ("float32x3-300", True),
+    ("uint8x3-12", False),
+)
+"""Further kinds of images, in shards or not."""
 
 
 def values_of(kind: str, number: int) -> np.ndarray:
@@ -76,15 +86,9 @@ def truth(kind: str) -> tuple[np.ndarray, np.ndarray]:
     ("kind", "as_shards"),
     [
         ("uint16x1-4095", False),
-        ("uint16x1-4095", True),
-        ("uint16x3-10000", True),
-        ("uint16x4-3000", True),
         ("uint16x5-3000", True),
-        ("uint8x2-255", True),
-        ("uint8x6-255", False),
         ("float32x2-1", True),
-        ("float32x3-300", True),
-        ("uint8x3-12", False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE),
     ],
 )
 def test_other_channels_and_scales_are_refused_with_settings_that_train(
@@ -104,6 +108,7 @@ def test_other_channels_and_scales_are_refused_with_settings_that_train(
     assert simmim.cli.main(command) == 2
     message = capsys.readouterr().err
     assert not run.exists()
+    assert ("data-prep info --statistics" in message) == as_shards
     channels, mean, std = settings_in(message)
     bits = 8 * np.dtype(kind[: kind.index("x")]).itemsize
     assert re.search(rf"{channels} channels? and {bits} bits", message)

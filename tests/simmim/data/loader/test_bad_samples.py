@@ -199,3 +199,11 @@ def test_pictures_of_8_and_16_bits_share_a_batch(write_shards: WriteShards, work
     (batch,) = evaluation_batches(shards, transform, batch_size=2, workers=workers)
     assert batch.images.dtype == torch.uint16
     assert batch.images.to(torch.int32).amax(dim=(1, 2, 3)).tolist() == [200 * 257, 300]
+
+
+def test_other_channels_are_not_a_matter_of_damage(write_shards: WriteShards) -> None:
+    arrays = [saved(np.ones((9, 9, 5), dtype=np.uint8))] * 20
+    shards = ShardSet(write_shards([20], images=arrays, extension="npy"))
+    with pytest.raises(DataError, match=r"Set encoder\.in_channels") as caught:
+        list(evaluation_batches(shards, EvalTransform(size=(8, 8), channels=3), batch_size=20))
+    assert "again" not in str(caught.value)
