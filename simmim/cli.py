@@ -178,6 +178,11 @@ def _add_training(command: CommandParser, summary: str, task_names: Sequence[str
         help="resume although the recipe differs from the one the run was started with",
     )
     command.add_argument(
+        "--ignore-memory",
+        action="store_true",
+        help="train although the memory counted for a step is more than this machine has",
+    )
+    command.add_argument(
         "--compile",
         action="store_true",
         help="compile the encoder's blocks, as --execution.compile true does",
@@ -200,7 +205,8 @@ def run_training(arguments: argparse.Namespace, overrides: Sequence[str]) -> int
     task = task_of(arguments)
     recipe = load(task.recipe, arguments.config, overrides)
     ignore_signals_at_exit(arguments)
-    from simmim.tasks.train import run_folder, train_recipe  # noqa: PLC0415 (imports torch)
+    from simmim.doctor.fits import check_fits  # noqa: PLC0415 (imports torch)
+    from simmim.tasks.train import run_folder, train_recipe  # noqa: PLC0415
 
     result = train_recipe(
         task.stage,
@@ -209,6 +215,7 @@ def run_training(arguments: argparse.Namespace, overrides: Sequence[str]) -> int
         resume=arguments.resume,
         allow_changes=arguments.allow_recipe_changes,
         init_from=arguments.init_from,
+        check_memory=None if arguments.ignore_memory else check_fits,
     )
     return STOPPED if result.stopped else 0
 

@@ -44,6 +44,12 @@ NO_RATE = 0.0
 """Learning rate of dry steps: gradients are computed and clipped, weights do not change."""
 
 
+USUAL_SHARE = 0.3
+"""Share of the peak that training reaches, for an estimate."""
+WHOLE_STEPS = 3
+"""Steps that a dry run takes at least."""
+LONGEST_ANSWER = 30.0
+"""Seconds that dry steps may take without a message before them."""
 DATA_MARGIN = 1.2
 """How many times faster than computing data loading should be."""
 LONGEST, SHORTEST = 3600.0, 60.0
@@ -226,6 +232,25 @@ def _steps(
         # The slowest rank decides, so that all take the same number.
         enough = max(gather_value(accelerator, time.perf_counter() - began)) > seconds
     return taken * training.batch_size / (time.perf_counter() - began), loss, norm
+
+
+def warn_of_long_steps(*, flops: float, batch_size: int, peak: float, seconds: float) -> str | None:
+    """Return a message if the dry steps take longer than `seconds`, as every one is whole.
+
+    Args:
+        flops: FLOPs of a forward pass over a sample.
+        batch_size: samples of a step.
+        peak: FLOP/s of all devices.
+        seconds: the time to compute for.
+    """
+    step = 3 * flops * batch_size / (USUAL_SHARE * peak)
+    if WHOLE_STEPS * step < max(seconds, LONGEST_ANSWER):
+        return None
+    return (
+        f"the dry steps take longer: a step of {batch_size:,} samples takes about "
+        f"{duration(step)} here, and {WHOLE_STEPS} are taken. For a quicker answer add "
+        "--training.batch_size with a smaller one"
+    )
 
 
 def check_pace(

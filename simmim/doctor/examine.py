@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from simmim.data.datasets.image_set import ImageSet
 from simmim.data.datasets.mixture import MixedShards
 from simmim.doctor.checks import Check, attempt, print_checks
-from simmim.doctor.dry_run import check_pace, dry_run, gather_value
+from simmim.doctor.dry_run import check_pace, dry_run, gather_value, warn_of_long_steps
 from simmim.doctor.files import check_class_sizes, check_labelled_files
 from simmim.doctor.hyperparameters import check_hyperparameters
 from simmim.doctor.memory import check_disk, check_memory
@@ -23,6 +23,7 @@ from simmim.engine.checkpoint.resume import resumable_state
 from simmim.engine.devices import build_accelerator
 from simmim.engine.distributed.environment import check_parallelism, requested_cpu_processes
 from simmim.engine.distributed.launcher import end_processes, end_with_launcher, start_processes
+from simmim.engine.monitor.hardware import device_peak
 from simmim.engine.run import RunFolder
 from simmim.tasks.all_tasks import TaskStage, task_named
 from simmim.tasks.architecture import overridden
@@ -99,8 +100,19 @@ def examine(
     check("workers", lambda: [check_workers(recipe.data.workers)])
     check("memory", lambda: check_memory(recipe, device, world))
     check("disk", lambda: [_disk(stage, run)])
+    too_large = any(one.name == "memory" and one.verdict == "problem" for one in checks)
+    if device.type == "cpu" and max(gather_value(accelerator, float(too_large))):
+        skipped = "left out: a step would take more memory than this machine has"
+        checks.append(Check(name="dry step", verdict="warning", found=skipped))
+        return checks
     if accelerator.is_main_process:
-        _report(f"dry run, about {2 * seconds:.0f} s")
+        longer = warn_of_long_steps(
+            flops=stage.flops_per_sample,
+            batch_size=recipe.training.batch_size,
+            peak=device_peak(device, recipe.training.precision).flops * world,
+            seconds=seconds,
+        )
+        _report(longer or f"dry run, about {2 * seconds:.0f} s")
     accelerator.wait_for_everyone()
     dry = dry_run(stage, accelerator, seconds)
     checks += dry.checks

@@ -14,6 +14,7 @@ from data_prep.format.text import count_noun
 from simmim.bench.memory import GIB, Placement, Sharding, make_rows
 from simmim.bench.step import StepCase
 from simmim.doctor.checks import Check
+from simmim.doctor.machine import machine_memory
 from simmim.tasks.recipe import TaskRecipe
 
 FULL = 0.9
@@ -34,8 +35,8 @@ def check_memory(recipe: TaskRecipe, device: torch.device, world: int) -> Iterat
     share = training.batch_size // world
     micro = max(1, share // training.accumulation)
     case = step_case(recipe, micro, recipe.mask_cell_for_estimate)
-    placement = _placement(world)
-    needed = _needed(case, placement)
+    placement = placement_of(world)
+    needed = needed_memory(case, placement)
     there = device_memory(device)
     found = (
         f"{needed / GIB:.2f} GiB estimated for micro-batches of {count_noun(micro, 'image')} per "
@@ -49,13 +50,13 @@ def check_memory(recipe: TaskRecipe, device: torch.device, world: int) -> Iterat
         name="memory",
         verdict="problem" if needed > there else "warning",
         found=found,
-        change=_what_fits(case, placement, needed, there, share),
+        change=advise(case, placement, needed, there, share),
     )
 
 
-def _what_fits(case: StepCase, placement: Placement, needed: int, there: int, share: int) -> str:
+def advise(case: StepCase, placement: Placement, needed: int, there: int, share: int) -> str:
     """Suggest how to make a step fit: accumulation, checkpointing, bf16 or sharding."""
-    few = _needed(replace(case, batch=1), placement)
+    few = needed_memory(replace(case, batch=1), placement)
     slope = (needed - few) / max(case.batch - 1, 1)
     room = FULL * there
     fitting = int(1 + (room - few) / slope) if few <= room and slope > 0 else 0
@@ -64,7 +65,7 @@ def _what_fits(case: StepCase, placement: Placement, needed: int, there: int, sh
     if parts is not None and case.batch > 1:
         advice.append(f"raise training.accumulation to {parts}")
     if case.checkpointing != "full":
-        again = _needed(replace(case, checkpointing="full"), placement)
+        again = needed_memory(replace(case, checkpointing="full"), placement)
         advice.append(f"set execution.checkpointing to full (estimate {again / GIB:.2f} GiB)")
     if case.precision == "fp32":
         advice.append("set training.precision to bf16")
@@ -92,7 +93,8 @@ def step_case(recipe: TaskRecipe, batch: int, mask_cell: int) -> StepCase:
     )
 
 
-def _needed(case: StepCase, placement: Placement) -> int:
+def needed_memory(case: StepCase, placement: Placement) -> int:
+    """Return the bytes that a step needs on each device; it is simulated."""
     whole = Placement(sharding="none", devices=1)
     (row,) = make_rows(
         [case],
@@ -104,7 +106,7 @@ def _needed(case: StepCase, placement: Placement) -> int:
     return row.needs[str(placement)].total
 
 
-def _placement(world: int) -> Placement:
+def placement_of(world: int) -> Placement:
     """Return how accelerate is configured to distribute training."""
     asked: Sharding = "none"
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
@@ -119,7 +121,7 @@ def device_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return int(psutil.virtual_memory().available) // ranks
+    return min(machine_memory(), int(psutil.virtual_memory().available)) // ranks
 
 
 def check_disk(folder: Path, model: nn.Module, *, kept: int, average: bool = False) -> Check:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -33,7 +33,7 @@ from simmim.report.page import write_report
 from simmim.tasks.architecture import describe_start, overridden
 from simmim.tasks.input_check import check_stage_input
 from simmim.tasks.loading import with_recorded_slots
-from simmim.tasks.recipe import HEAD_FOLDERS, TaskRecipe
+from simmim.tasks.recipe import HEAD_FOLDERS, SCRATCH, TaskRecipe
 
 RecipeT = TypeVar("RecipeT", bound=TaskRecipe)
 
@@ -46,6 +46,7 @@ def train_recipe(
     resume: str | None,
     allow_changes: bool,
     init_from: Path | None = None,
+    check_memory: Callable[[Any], None] | None = None,
 ) -> TrainingResult:
     """Train the stage of `recipe` in the run folder, on all processes that were asked for.
 
@@ -59,6 +60,8 @@ def train_recipe(
             that torchrun restarts resume from the last complete checkpoint in any case.
         allow_changes: resume although the recipe has changed.
         init_from: weights to start from if no checkpoint is resumed.
+        check_memory: called with the recipe before anything large is built, or with the resolved
+            one if weights bring their own architecture; raises ValueError if it does not fit.
 
     Raises:
         ValueError: the run folder, the shards or the sizes cannot be used.
@@ -70,12 +73,19 @@ def train_recipe(
     if restarted and (resume is None or find_checkpoint(run.checkpoints, "auto")):
         resume = "auto"
     recipe = with_recorded_slots(recipe, run, resume)
+    check_memory = check_memory or (lambda _recipe: None)
+    own = getattr(recipe, "init", SCRATCH) == SCRATCH and getattr(recipe, "like", None) is None
+    if own:
+        check_memory(recipe)
     stage = make_stage(recipe)
+    if not own:
+        check_memory(stage.recipe)
     check = partial(check_folder, run, stage.recipe, recipe, resume, allow_changes=allow_changes)
     if int(os.environ.get("RANK", "0")) == 0:  # others would see what rank 0 has written
         changed = check()
         starts = resume is None or find_checkpoint(run.checkpoints, resume) is None
         warnings = check_stage_input(stage) if starts else []
+        warnings += batch_above_data(recipe.training.batch_size, stage.samples_per_epoch)
         if starts and needless_slots(stage.order):
             warnings.append(f"{describe_order(stage.order)}: remove data.slots to train on all")
         if requested_cpu_processes() < 2:  # printed once, by the process that trains
@@ -104,6 +114,18 @@ def train_recipe(
         print_result(result, run)
     end_processes(accelerator)
     return result
+
+
+def batch_above_data(batch_size: int, samples: int) -> list[str]:
+    """Return a warning if a batch has more samples than an epoch."""
+    if batch_size <= samples:
+        return []
+    text = (
+        f"training.batch_size {batch_size:,} is larger than the data set: an epoch has "
+        f"{count_noun(samples, 'sample')}, and a batch holds each {batch_size / samples:.1f} "
+        "times; lower training.batch_size"
+    )
+    return [text]
 
 
 def check_folder(
