@@ -237,7 +237,26 @@ def _add_shard_arguments(parser: argparse.ArgumentParser) -> None:
     }
     for name, about in switches.items():
         parser.add_argument(name, action="store_true", help=about)
+    _add_channel_axis(parser)
     _add_execution(parser)
+
+
+def _add_channel_axis(parser: argparse.ArgumentParser) -> None:
+    axis = parser.add_mutually_exclusive_group()
+    axes = {
+        "first": "arrays (.npy) with three axes are channels x height x width; without this and "
+        "--channels-last, few channels before rows and columns, like 5x224x224, are recognised",
+        "last": "arrays with three axes are height x width x channels, whatever their shape",
+    }
+    for name, about in axes.items():
+        axis.add_argument(
+            f"--channels-{name}",
+            action="store_const",
+            const=name,
+            dest="channel_axis",
+            default="auto",
+            help=about,
+        )
 
 
 def _add_globs(parser: argparse.ArgumentParser, globs: Mapping[str, str]) -> None:

@@ -248,6 +248,7 @@ def _shard_options(arguments: argparse.Namespace) -> ShardOptions:
         near_duplicates=arguments.near_duplicates,
         check=not arguments.no_check,
         max_pixels=arguments.max_pixels,
+        channel_axis=arguments.channel_axis,
         encoding=Encoding(
             max_side=arguments.max_side,
             short_side=arguments.short_side,

@@ -49,8 +49,13 @@ class ArrayHeader:
         return not self.fortran_order and self.dtype == self.dtype.newbyteorder("<")
 
 
-def read_header(data: bytes) -> ArrayHeader:
+def read_header(data: bytes, *, channels_last: bool = True) -> ArrayHeader:
     """Read the header of a `.npy` file and check that all of its values are there.
+
+    Args:
+        data: the file.
+        channels_last: whether the shape is to be that of an image as shards store it; otherwise its
+            axes may be in another order.
 
     Raises:
         ArrayError: the file is damaged, truncated or too long, or its type or shape is not that of
@@ -73,7 +78,7 @@ def read_header(data: bytes) -> ArrayHeader:
     if dtype.name not in _TYPES or dtype.fields is not None or dtype.subdtype is not None:
         kinds = ", ".join(_TYPES)
         raise ArrayError(f"its values are of type {dtype}: supported are {kinds}")
-    _check_shape(shape)
+    check_shape(shape, channels_last=channels_last)
     expected = math.prod(shape) * dtype.itemsize
     held = len(data) - stream.tell()
     if held != expected:
@@ -122,15 +127,35 @@ def count_nan(values: NDArray[Any]) -> int:
     return missing
 
 
-def _check_shape(shape: tuple[int, ...]) -> None:
+def is_channels_first(shape: tuple[int, ...]) -> bool:
+    """Return whether a shape is that of a few channels, followed by rows and columns.
+
+    An image of so few rows would have at least four times as many channels.
+    """
+    return len(shape) == 3 and 4 * shape[0] <= min(shape[1:])
+
+
+def check_shape(shape: tuple[int, ...], *, channels_last: bool = True) -> None:
+    """Check that a shape is (height, width) or (height, width, channels).
+
+    Args:
+        shape: the shape.
+        channels_last: whether to check the number of channels and that they are the last axis too.
+
+    Raises:
+        ArrayError: it is not.
+    """
     text = "x".join(map(str, shape)) or "no axes"
     # The header's parser accepts True as 1, which nothing else does.
     if len(shape) not in (2, 3) or any(type(side) is bool or side < 1 for side in shape):
         raise ArrayError(f"its shape is {text}: it must be height x width (x channels)")
-    if len(shape) == 2:
+    if len(shape) == 2 or not channels_last:
         return
     if shape[2] > MAX_CHANNELS:
         raise ArrayError(f"its shape is {text}: that is more than {MAX_CHANNELS:,} channels")
     # No image has so few rows and so many channels, but every channel-first array does.
     if shape[0] <= 4 and shape[2] > 16:
-        raise ArrayError(f"its shape is {text}: move its channels to the last axis")
+        raise ArrayError(
+            f"its shape is {text}: move its channels to the last axis, as "
+            "`data-prep shard --channels-first` does"
+        )

@@ -17,9 +17,12 @@ from data_prep.images.arrays import (
     MAGIC,
     ArrayError,
     ArrayHeader,
+    check_shape,
     count_nan,
+    is_channels_first,
     read_array,
     read_header,
+    read_values,
     write_array,
 )
 from data_prep.images.damage import (
@@ -53,6 +56,8 @@ RE_ENCODED = "written anew"
 """Note on a picture whose bytes were not kept, as sets on disk have it."""
 FIRST_PAGE = "first of several pages"
 """Note on a TIFF of which later pages are left out."""
+MOVED = "channels moved to the last axis"
+"""Note on an array whose channels came first."""
 MISSING = "NaN values"
 """Note on an array with missing measurements."""
 
@@ -86,6 +91,7 @@ def check_image(
     max_pixels: int = MAX_PIXELS,
     decode: bool = True,
     encoding: Encoding = KEEP,
+    channel_axis: str = "last",
 ) -> CheckedImage:
     """Check that an image can be used, and re-encode it if the options or its format require it.
 
@@ -97,6 +103,8 @@ def check_image(
         max_pixels: maximum number of pixels; a larger image is rejected before it is decoded.
         decode: whether to decode the whole image, or to read its header only.
         encoding: size and format of stored pictures.
+        channel_axis: axis of the channels of arrays: last, first, or auto, which recognises few
+            channels before rows and columns. First ones are moved to the last axis.
 
     Raises:
         RejectedImageError: the data is not an image, is truncated, damaged or too large, or cannot
@@ -110,7 +118,7 @@ def check_image(
             # Pillow warns about odd metadata, which does not affect the pixels.
             warnings.simplefilter("ignore")
             if data.startswith(MAGIC):
-                return _check_array(data, max_pixels, decode)
+                return _check_array(data, max_pixels, decode, channel_axis)
             return _check_picture(data, max_pixels, decode, encoding)
     except (RejectedImageError, MemoryError):
         raise
@@ -137,13 +145,22 @@ def _check_plain_jpeg(
     return CheckedImage(data=data, extension="jpg", width=size[0], height=size[1])
 
 
-def _check_array(data: bytes, max_pixels: int, decode: bool) -> CheckedImage:
-    header = read_header(data)
+def _check_array(data: bytes, max_pixels: int, decode: bool, channel_axis: str) -> CheckedImage:
+    header = read_header(data, channels_last=channel_axis == "last")
+    notes: tuple[str, ...] = ()
+    is_first = channel_axis == "auto" and is_channels_first(header.shape)
+    if len(header.shape) == 3 and (is_first or channel_axis == "first"):
+        channels, height, width = header.shape
+        check_size(width, height, max_pixels)
+        check_shape((height, width, channels))
+        data = write_array(np.moveaxis(read_values(data, header), 0, -1))
+        header = read_header(data)
+        notes = (MOVED,)
     height, width = header.shape[:2]
     check_size(width, height, max_pixels)
-    notes: tuple[str, ...] = ()
-    if decode and count_nan(read_array(data)):
-        notes = (MISSING,)
+    check_shape(header.shape)
+    if decode and count_nan(read_values(data, header)):
+        notes = (*notes, MISSING)
     return CheckedImage(
         data=_plain_array(data, header), extension="npy", width=width, height=height, notes=notes
     )

@@ -35,6 +35,9 @@ class ShardOptions:
     """Largest accepted image, in pixels."""
     encoding: Encoding = field(default_factory=Encoding)
     """Size and format of stored pictures."""
+    channel_axis: str = "auto"
+    """Axis of the channels of arrays: first, last, or auto, which recognises few channels before
+    rows and columns. Shards hold them last."""
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -48,6 +51,8 @@ class ShardOptions:
                 raise ValueError(f"--{name} must be at least 1, got {value}.")
         if self.near_duplicates is not None and not 0 <= self.near_duplicates <= 16:
             raise ValueError(f"--near-duplicates must be 0 to 16, got {self.near_duplicates}.")
+        if self.channel_axis not in ("auto", "first", "last"):
+            raise ValueError(f"channel_axis is auto, first or last, got {self.channel_axis!r}.")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(
                 f"--validation-fraction must be at least 0 and below 1, got "
@@ -73,6 +78,8 @@ class ShardOptions:
         for name in ("root", "path_column", "label_column", "allow_missing_end"):
             del selection[name]  # the fingerprint covers the files and labels they lead to
         encoding: dict[str, Any] = values.pop("encoding")
+        if values["channel_axis"] == "auto":
+            del values["channel_axis"]  # as in the manifests of earlier versions
         lists = {name: list(selection[name]) for name in ("include", "exclude")}
         return {**values, **encoding, **selection, **lists}
 

@@ -318,6 +318,7 @@ def _read_image(source: ImageSource, file: SourceFile, options: ShardOptions) ->
         max_pixels=options.max_pixels,
         decode=options.check,
         encoding=options.encoding,
+        channel_axis=options.channel_axis,
     )
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from data_prep.images.arrays import read_header
 from data_prep.images.decoding import (
     MODES,
     ChannelsError,
@@ -45,8 +46,11 @@ def decode_pixels(
     except TooLargeError as error:
         raise too_large_error(*error.size, max_pixels) from None
     except ChannelsError as error:
+        hint = ""
+        if kind == "array" and read_header(data).shape[0] == channels:
+            hint = ": move them to the last axis, as `data-prep shard --channels-first` does"
         raise BadSampleError(
-            f"the {kind} has {error.channels} channels, but in_channels is {channels}"
+            f"the {kind} has {error.channels} channels, but in_channels is {channels}{hint}"
         ) from None
     except DecodingError as error:
         if isinstance(error.__cause__, UnknownFormatError):

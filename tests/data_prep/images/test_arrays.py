@@ -53,7 +53,7 @@ def test_other_orders_are_rewritten_with_the_same_values(values: np.ndarray) -> 
         (np.zeros(7, dtype=np.uint8), "its shape is 7"),
         (np.zeros((1, 2, 3, 4), dtype=np.uint8), "its shape is 1x2x3x4"),
         (np.zeros((0, 5), dtype=np.uint8), "its shape is 0x5"),
-        (np.zeros((3, 40, 50), dtype=np.uint8), "move its channels"),
+        (np.zeros((3, 40, 50), dtype=np.uint8), "--channels-first"),
         (np.zeros((5, 5, 1025), dtype=np.uint8), "more than 1,024 channels"),
         (np.zeros((4, 5), dtype=np.int64), "type int64"),
         (np.zeros((4, 5), dtype=[("a", "u1")]), "type"),
@@ -97,3 +97,41 @@ def test_missing_values_are_noted_and_size_is_limited() -> None:
     assert check_image(_save(values)).notes == ("NaN values",)
     with pytest.raises(RejectedImageError, match="5x4 pixels, more than --max-pixels 19"):
         check_image(_save(values), max_pixels=19)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", ">u2", "float32"])
+@pytest.mark.parametrize(
+    "shape", [(5, 224, 224), (1, 30, 20), (3, 16, 12), (13, 64, 64), (2, 9, 200), (4, 32, 17)]
+)
+def test_few_channels_in_front_are_recognised_and_moved(shape: tuple[int, ...], dtype: str) -> None:
+    values = np.random.default_rng(0).integers(0, 200, shape).astype(dtype)
+    for axis in ("auto", "first"):
+        checked = check_image(_save(values), channel_axis=axis)
+        assert checked.notes == ("channels moved to the last axis",)
+        assert (checked.height, checked.width) == shape[1:]
+        assert read_header(checked.data).is_plain
+        assert np.array_equal(read_array(checked.data), values.transpose(1, 2, 0))
+        again = check_image(checked.data, channel_axis="auto")
+        assert (again.data, again.notes) == (checked.data, ())
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 13), (224, 224, 5), (200, 64, 64), (8, 9), (3, 200, 3)])
+def test_other_shapes_are_taken_as_they_are_unless_told(shape: tuple[int, ...]) -> None:
+    values = np.random.default_rng(0).integers(0, 200, shape).astype(np.uint8)
+    data = _save(values)
+    for axis in ("auto", "last"):
+        assert check_image(data, channel_axis=axis).data == data
+    moved = read_array(check_image(data, channel_axis="first").data)
+    assert np.array_equal(moved, values.transpose(1, 2, 0) if len(shape) == 3 else values)
+
+
+def test_moved_channels_keep_to_the_limits() -> None:
+    values = np.zeros((5, 30, 40), dtype=np.uint8)
+    assert check_image(_save(values), max_pixels=1200, channel_axis="auto").width == 40
+    with pytest.raises(RejectedImageError, match="40x30 pixels"):
+        check_image(_save(values), max_pixels=1199, channel_axis="auto")
+    with pytest.raises(RejectedImageError, match=r"more than 1,024 channels"):
+        check_image(_save(np.zeros((1025, 3, 4), dtype=np.uint8)), channel_axis="first")
+    values = np.full((5, 30, 40), np.nan, dtype=np.float32)
+    with pytest.raises(RejectedImageError, match="all of its values are NaN"):
+        check_image(_save(values), channel_axis="auto")

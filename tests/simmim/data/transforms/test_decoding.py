@@ -247,6 +247,12 @@ def test_invalid_arrays_are_refused(data: bytes, words: str) -> None:
         decode_pixels(data, "npy", max_pixels=1000)
 
 
+def test_channels_in_front_are_pointed_out() -> None:
+    data = saved(np.ones((5, 224, 224), dtype=np.uint8))
+    with pytest.raises(BadSampleError, match=r"224 channels.*is 5.*--channels-first"):
+        decode_pixels(data, "npy", channels=5)
+
+
 def test_a_hostile_header_allocates_nothing() -> None:
     header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (9999999, 99999, 3), }"
     data = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
