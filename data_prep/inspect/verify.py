@@ -170,7 +170,7 @@ def _decode_all(
             notes = check_image(data, max_pixels=task.max_pixels).notes
             if RE_ENCODED in notes and extension in IMAGE_EXTENSIONS:
                 raise RejectedImageError("its format is not one that shards may hold")
-            found.notes.update(notes)
+            found.notes.update(note for note in notes if note != RE_ENCODED)  # it is not written
         except RejectedImageError as error:
             found.add([f"{path.name}: image {key}: {error}"], _MAX_PER_SHARD)
         tick(1)

@@ -130,7 +130,8 @@ class ShardSource:
     def _files_of(self, sample: TarSample, name: str, tar: ByteReader) -> Iterator[SourceFile]:
         """Yield the image of a sample; all of its images if it has a problem."""
         if not sample.images:
-            yield SourceFile(f"{name}/{sample.key}", 0, 0, problem="its sample has no image")
+            problem = sample.problem or "its sample has no image"
+            yield SourceFile(f"{name}/{sample.key}", 0, 0, problem=problem)
             return
         for member in sample.images.values():
             file = SourceFile(
