@@ -12,7 +12,7 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from data_prep.executors.processes import Interruption
-from data_prep.format.kinds import describe_kinds
+from data_prep.format.kinds import UNCLEAR, WITH_QUERY, describe_kinds
 from data_prep.format.manifest import Manifest, read_manifest
 from data_prep.format.patterns import Names
 from data_prep.format.pipes import PIPE, PipedFile
@@ -310,7 +310,11 @@ def _describe_set(manifest: Manifest, verb: str) -> str:
 
 def _describe_skipped(skipped: Mapping[str, int]) -> str:
     """Return a line on the files that were met and not taken, or an empty string."""
-    return f"\nskipped: {describe_kinds(skipped)}" if skipped else ""
+    if not skipped:
+        return ""
+    unclear = any(kind in UNCLEAR or kind.endswith(WITH_QUERY) for kind in skipped)
+    hint = "; --include GLOB takes files whatever their suffix" if unclear else ""
+    return f"\nskipped: {describe_kinds(skipped)}{hint}"
 
 
 def _count_samples(manifest: Manifest) -> str:

@@ -8,6 +8,12 @@ from data_prep.format.manifest import IMAGE_SUFFIXES
 
 HIDDEN = "hidden"
 """Kind of hidden files, and of the metadata that macOS adds to archives."""
+NO_SUFFIX = "no suffix"
+NUMBERED = "numbered suffix"
+WITH_QUERY = " with a query"
+"""End of the kinds of image names with a query behind the suffix."""
+UNCLEAR = frozenset({NO_SUFFIX, NUMBERED})
+"""Kinds of files that may be images for all that their names say."""
 _MAC_ARCHIVE = "__MACOSX"
 _MAX_KINDS = 50
 _MANY = "other kinds"
@@ -66,10 +72,10 @@ def kind_of(path: str) -> str:
         return suffix
     query = _QUERY.search(name)
     if query and query.group(1) in IMAGE_SUFFIXES:
-        return f"{query.group(1)} with a query"  # as a downloader names it: a.jpg?width=100
+        return f"{query.group(1)}{WITH_QUERY}"  # as a downloader names it: a.jpg?width=100
     if suffix[1:].isdecimal():
-        return "numbered suffix"
-    return "no suffix"
+        return NUMBERED
+    return NO_SUFFIX
 
 
 def count_kind(counts: Counter[str], kind: str, number: int = 1) -> None:

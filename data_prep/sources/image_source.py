@@ -79,8 +79,10 @@ def _open_file(path: Location, selection: Selection, scratch: Path | None) -> Im
     if path.name.lower().endswith(".tar") and has_labelled_samples(path):
         notice = f"{path} is a WebDataset tar: labels are read from its cls members, as by reshard"
         return ShardSource(path, selection, notice=notice)
+    _refuse_other_tables(path)
     with path.open("rb") as file:
-        if is_tar(path) or _is_compressed(file.read(HEAD_BYTES), path):
+        head = file.read(HEAD_BYTES)
+        if is_tar(path) or _is_compressed(head, path):
             warn = WarnOnce() if selection.allow_missing_end else None
             return ArchiveSource(path, is_zip=False, scratch=scratch, missing_end=warn)
         if zipfile.is_zipfile(file):
@@ -92,6 +94,15 @@ def _open_file(path: Location, selection: Selection, scratch: Path | None) -> Im
         f"source {path} is not a folder, a zip or a tar of images, nor a list ({suffixes}). "
         f"Give {_KINDS}."
     )
+
+
+def _refuse_other_tables(path: Location) -> None:
+    """Refuse lists in forms that are not read, with their remedy."""
+    stem, _, suffix = path.name.lower().rpartition(".")
+    if stem.endswith(LIST_SUFFIXES) and suffix in ("gz", "bz2", "xz", "zst"):
+        raise SourceError(f"source {path} is a compressed list. Decompress it first.")
+    if suffix in ("xls", "xlsx", "ods"):
+        raise SourceError(f"source {path} is a spreadsheet. Save it as CSV (UTF-8).")
 
 
 def _is_compressed(head: bytes, path: Location) -> bool:

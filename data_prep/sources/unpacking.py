@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import lzma
 import os
+import re
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -25,14 +26,15 @@ MAX_RATIO = 200
 """Bytes that they may have for each byte of the archive, if that is more."""
 
 _BLOCK = 2**20
-_OPENERS: dict[bytes, Any] = {
-    b"\x1f\x8b": gzip.GzipFile,
-    b"BZh": bz2.BZ2File,
-    b"\xfd7zXZ\0": lzma.LZMAFile,
-    b"\x5d\x00\x00": lzma.LZMAFile,
+# As few bytes as tell them from tars, which begin with the name of a member.
+_OPENERS: dict[re.Pattern[bytes], Any] = {
+    re.compile(rb"\x1f\x8b"): gzip.GzipFile,
+    re.compile(rb"BZh[1-9]1AY&SY"): bz2.BZ2File,
+    re.compile(rb"\xfd7zXZ\0"): lzma.LZMAFile,
+    re.compile(rb"\x5d\0\0(?!\0\0)"): lzma.LZMAFile,
 }
 _ZSTD = b"\x28\xb5\x2f\xfd"
-HEAD_BYTES = 6
+HEAD_BYTES = 10
 """First bytes of a file that tell how it is compressed."""
 
 
@@ -127,7 +129,7 @@ def is_compressed(head: bytes) -> bool:
     """
     if head.startswith(_ZSTD):
         raise UnpackError("it is compressed with zstd, which is not read here: use zstd -d first")
-    return any(head.startswith(mark) for mark in _OPENERS)
+    return any(mark.match(head) for mark in _OPENERS)
 
 
 def decompress(file: IO[bytes], head: bytes) -> Iterator[bytes]:
@@ -141,7 +143,7 @@ def decompress(file: IO[bytes], head: bytes) -> Iterator[bytes]:
         UnpackError: it is damaged or cut.
         OSError: it cannot be read.
     """
-    opener = next(opener for mark, opener in _OPENERS.items() if head.startswith(mark))
+    opener = next(opener for mark, opener in _OPENERS.items() if mark.match(head))
     try:
         with opener(fileobj=file) if opener is gzip.GzipFile else opener(file) as stream:
             while block := stream.read(_BLOCK):

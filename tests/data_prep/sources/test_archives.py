@@ -10,11 +10,13 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from data_prep.cli import main
 from data_prep.format.index import read_index
 from data_prep.format.manifest import read_manifest
+from data_prep.format.storage import RemotePath
 from data_prep.sources import unpacking
 from data_prep.sources.files import Selection, SourceFile
 from data_prep.sources.image_source import open_source
@@ -204,3 +206,26 @@ def test_an_archive_that_holds_itself_ends(tmp_path: Path) -> None:
     problems = [file.problem for file in _files(tmp_path / "a.zip") if file.problem]
     assert 0 < len(problems) < 2_000
     assert all("decompression bomb" in problem for problem in problems)
+
+
+def test_a_tar_is_not_taken_for_a_compressed_one_by_the_name_of_its_first_member(
+    tmp_path: Path, draw_image: Callable[..., bytes]
+) -> None:
+    inner = _pack("tar", {"]": b"x", "0.jpg": draw_image(0)})
+    members = {"BZh9.jpg": draw_image(1), "a.tar": inner, "a.tar.lzma": lzma.compress(inner, 2)}
+    (tmp_path / "a.tar").write_bytes(_pack("tar", members))
+    found = [file.path for file in _files(tmp_path / "a.tar") if not file.problem]
+    assert found == ["BZh9.jpg", "a.tar/]", "a.tar/0.jpg", "a.tar.lzma/]", "a.tar.lzma/0.jpg"]
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip"])
+def test_archives_in_archives_of_a_store(
+    kind: str, tmp_path: Path, draw_image: Callable[..., bytes]
+) -> None:
+    files = {"0.jpg": draw_image(0), "1.jpg": draw_image(1)}
+    members = {f"c{number}.{inner}": _pack(inner, files) for number, inner in enumerate(KINDS)}
+    place = RemotePath(f"memory://archives/a.{kind}")
+    place.write_bytes(_pack(kind, members))
+    assert main(["shard", str(place), str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert _labels(tmp_path / "out") == {f"c{number}": 2 for number in range(len(KINDS))}
+    fsspec.filesystem("memory").store.clear()

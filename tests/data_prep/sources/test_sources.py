@@ -217,6 +217,8 @@ def test_a_file_that_vanished_is_unreadable(image_folder: Path) -> None:
 def test_unsupported_sources_are_refused(tmp_path: Path, image_tar: Path) -> None:
     for name, data, message in (
         ("a.bin", b"text", "is not a folder, a zip or a tar"),
+        ("a.csv.gz", gzip.compress(b"path,label\n"), "compressed list"),
+        ("a.xlsx", b"PK", "spreadsheet"),
         ("a.tar.zst", b"\x28\xb5\x2f\xfd" + bytes(100), "zstd -d"),
         ("a.gz", gzip.compress(b"text"), "a.gz is truncated, damaged or not a tar"),
         ("a.tar.gz", gzip.compress(image_tar.read_bytes())[:-50], "a.tar.gz cannot be used"),
