@@ -22,15 +22,21 @@ _METADATA = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 """Entries of `Image.info` that may hold the orientation; they no longer hold for a turned image."""
 
 
-def orientation_transpose(image: Image.Image) -> Image.Transpose | None:
-    """Return the transpose that turns an image upright; None if it is, or if EXIF is damaged."""
+def orientation_of(image: Image.Image) -> int:
+    """Return the orientation of an image, 2 to 8; 1 if it is upright, or if EXIF is damaged."""
     try:
-        return ORIENTATIONS.get(image.getexif().get(_TAG, 1))
+        found = image.getexif().get(_TAG, 1)
     except MemoryError:
         raise
     # Pillow raises nearly any type on damaged EXIF, which does not affect the pixels.
     except Exception:
-        return None
+        return 1
+    return found if found in ORIENTATIONS else 1
+
+
+def orientation_transpose(image: Image.Image) -> Image.Transpose | None:
+    """Return the transpose that turns an image upright; None if it is, or if EXIF is damaged."""
+    return ORIENTATIONS.get(orientation_of(image))
 
 
 def turn_upright(image: Image.Image) -> Image.Image:

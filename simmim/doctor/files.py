@@ -40,6 +40,8 @@ class PreparedSamples:
     seconds: float = 0.0
     bad: list[str] = field(default_factory=list)
     """Damaged samples, which training replaces."""
+    turned: list[str] = field(default_factory=list)
+    """Samples whose labels may not be upright although the image is."""
     wrong: str = ""
     """An error that would end training; preparing stops at it."""
     pixels: Counter[int] = field(default_factory=Counter)
@@ -125,14 +127,16 @@ def prepare_some(source: SampleSource[Any], prepare: Prepare) -> PreparedSamples
         sample = place - int(ends[shard] - source.sizes[shard])
         found.count += 1
         try:
-            targets = prepare(source.read(shard, sample), Address(0, shard, sample)).targets
+            prepared = prepare(source.read(shard, sample), Address(0, shard, sample))
         except BadSampleError as error:
             found.bad.append(f"{source.name(shard, sample)}: {error}")
         except DataError as error:
             found.wrong = f"{source.name(shard, sample)}: {error}"
             break
         else:
-            _note(found, targets)
+            _note(found, prepared.targets)
+            if prepared.turned is not None:
+                found.turned.append(f"{source.name(shard, sample)}: {prepared.turned}")
     found.seconds = time.perf_counter() - began
     return found
 
@@ -166,6 +170,15 @@ def _check_samples(
         found=text,
         change=stage.recipe.data.REMEDY if found.bad else "",
     )
+    if found.turned:
+        yield Check(
+            name="orientation",
+            verdict="warning",
+            found=f"{len(found.turned):,} of {found.count:,} {of} are turned upright when read, "
+            f"the first {found.turned[0]}",
+            change="look at the pictures of a validation, where labels are drawn; turn labels that "
+            "are not upright, or remove the orientation from the image files",
+        )
     if name == "samples" and found.pixels:
         yield _check_pixels(found.pixels, stage.class_names(stage.recipe))
     if name == "samples" and found.objects:

@@ -194,7 +194,9 @@ def print_result(result: TrainingResult, run: RunFolder) -> None:
             f"Report   {run.report}",
         ]
         if run.bad_samples.is_file():
-            lines.append(f"Damaged  {run.bad_samples}: samples that were replaced or skipped")
+            lines.append(
+                f"Damaged  {run.bad_samples}: samples that were replaced, skipped or noted"
+            )
         if run.reconstructions.is_dir():
             lines.append(f"Pictures {run.reconstructions}")
     sys.stdout.write("\n".join(lines) + "\n")

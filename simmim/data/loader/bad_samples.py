@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,9 +32,10 @@ CHANNELS_REMEDY = (
 class BadSample:
     """A damaged sample, its defect and how it was handled."""
 
-    kind: Literal["replaced", "skipped", "repaired"]
+    kind: Literal["replaced", "skipped", "repaired", "turned"]
     """`replaced`: training used another sample of the shard; `skipped`: evaluation left it out;
-    `repaired`: it is damaged but could be decoded, with some pixels possibly wrong."""
+    `repaired`: it is damaged but could be decoded, with some pixels possibly wrong; `turned`: its
+    image was turned upright, and its labels may not be."""
     folder: str
     shard: str
     key: str
@@ -44,7 +46,7 @@ class BadSamples:
     """Counter of the bad samples of a process.
 
     Args:
-        max_share: maximum fraction of bad samples, 0 to 1; repaired ones do not count.
+        max_share: maximum fraction of bad samples, 0 to 1; repaired and turned ones do not count.
         remedy: remedy named in the error message if there are more.
     """
 
@@ -57,6 +59,8 @@ class BadSamples:
         """Number of replaced or skipped samples, with repetitions."""
         self.repaired = 0
         """Number of damaged samples that could be decoded, with repetitions."""
+        self.turned = 0
+        """Number of samples whose labels may not be upright, with repetitions."""
         self.first: BadSample | None = None
         """The first replaced or skipped sample."""
         self.path: Path | None = None
@@ -88,6 +92,8 @@ class BadSamples:
         for sample in found:
             if sample.kind == "repaired":
                 self.repaired += 1
+            elif sample.kind == "turned":
+                self._warn_of_turned(sample)
             else:
                 self.bad += 1
                 self.first = self.first or sample
@@ -105,6 +111,16 @@ class BadSamples:
     def _remedy_for(self, sample: BadSample) -> str:
         """Return what to do about a bad sample: images of other channels are not damaged."""
         return CHANNELS_REMEDY if "in_channels" in sample.reason else self.remedy
+
+    def _warn_of_turned(self, sample: BadSample) -> None:
+        """Count a sample whose labels may not be upright, and warn of the first."""
+        self.turned += 1
+        if self.turned == 1:
+            listed = f" More are listed in {self.path}." if self.path else ""
+            sys.stderr.write(
+                f"\nWARNING: sample {sample.shard}/{sample.key} in {sample.folder}: "
+                f"{sample.reason}.{listed}\n"
+            )
 
     def _name(self, sample: BadSample) -> None:
         mark = (sample.kind, sample.folder, sample.shard, sample.key)

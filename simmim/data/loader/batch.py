@@ -199,6 +199,8 @@ class BatchDataset(Dataset[Batch | Failure], Generic[Encoded]):
                 raise DataError(f"sample {raw.name}: {error}") from None
             if sample.repaired is not None:
                 bad.append(bad_sample(kind="repaired", reason=sample.repaired))
+            if sample.turned is not None:
+                bad.append(bad_sample(kind="turned", reason=sample.turned))
             return sample, candidate
         if self.replacing:
             raise DataError(

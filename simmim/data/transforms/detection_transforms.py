@@ -15,11 +15,11 @@ from data_prep.images.decoding import Decoded
 from simmim.data.datasets.coco import CocoImage
 from simmim.data.order.order import Address
 from simmim.data.order.randomness import numpy_stream
-from simmim.data.order.source import BadSampleError
 from simmim.data.transforms.decoding import decode_pixels
 from simmim.data.transforms.image_transforms import Instances, Sample
 from simmim.data.transforms.segmentation_transforms import draw_crop, fill_values, pad, scale_image
 from simmim.data.transforms.settings import MAX_PIXELS
+from simmim.data.transforms.turned import size_error, unsure_frame
 
 MIN_SIDE = 1.0
 """Smallest width and height of an object in a crop, in pixels."""
@@ -76,7 +76,8 @@ class TrainDetectionTransform:
             image=torch.tensor([raw.number, *raw.size]),
         )
         image = pad(image, self.side, fill_values(self.mean, image.dtype))
-        return Sample(image, None, -1, repaired=decoded.repaired, targets=targets)
+        turned = unsure_frame(raw.image, raw.size) if raw.objects else None
+        return Sample(image, None, -1, repaired=decoded.repaired, turned=turned, targets=targets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,16 +101,20 @@ class EvalDetectionTransform:
             image=torch.tensor([raw.number, *raw.size]),
         )
         image = pad(image, self.side, fill_values(self.mean, image.dtype))
-        return Sample(image, None, -1, repaired=decoded.repaired, targets=targets)
+        turned = unsure_frame(raw.image, raw.size) if raw.objects else None
+        return Sample(image, None, -1, repaired=decoded.repaired, turned=turned, targets=targets)
 
 
 def _decoded(raw: CocoImage, channels: int, max_pixels: int) -> Decoded:
     decoded = decode_pixels(raw.image, raw.extension, channels=channels, max_pixels=max_pixels)
     if decoded.pixels.shape[:2] != raw.size:
         rows, columns = decoded.pixels.shape[:2]
-        raise BadSampleError(
-            f"the image has {columns}x{rows} pixels, but its annotations are for {raw.size[1]}x"
-            f"{raw.size[0]}: correct height and width in the JSON file"
+        raise size_error(
+            raw.image,
+            (rows, columns),
+            raw.size,
+            of="entry in the JSON file",
+            remedy="use the image that was annotated, or correct height and width in the JSON file",
         )
     return decoded
 

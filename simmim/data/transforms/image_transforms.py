@@ -77,6 +77,8 @@ class Sample:
     """Whether to flip the image horizontally, on the device."""
     repaired: str | None = None
     """Defect of a damaged file that could be decoded."""
+    turned: str | None = None
+    """Why the labels may not be upright although the image is."""
     targets: Targets | None = None
     """Targets of dense tasks."""
 

@@ -14,6 +14,7 @@ from data_prep.images.opening import UnknownFormatError, open_picture
 from simmim.data.order.source import BadSampleError, DataError, EncodedImage
 from simmim.data.transforms.decoding import too_large_error
 from simmim.data.transforms.settings import MAX_PIXELS, MultiLabelSettings
+from simmim.data.transforms.turned import size_error
 
 IGNORED = 255
 """Value of pixels without a class in memory, whatever it is in the files."""
@@ -79,22 +80,30 @@ class LabelMapReader:
     """Whether 0 means no class and classes count from 1, as in ADE20K."""
     max_pixels: int = MAX_PIXELS
 
-    def __call__(self, data: bytes, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-        """Return the class of each pixel, IGNORED for none.
+    def __call__(
+        self, data: bytes, shape: tuple[int, ...], image: bytes = b""
+    ) -> NDArray[np.uint8]:
+        """Return the class of each pixel of the upright image, IGNORED for none.
 
         Args:
             data: the encoded label map.
-            shape: (rows, columns, ...) of the image.
+            shape: (rows, columns, ...) of the upright image.
+            image: the encoded image, whose orientation is named if sizes differ.
 
         Raises:
             BadSampleError: the file is damaged, or of another size than the image.
-            DataError: it has colours rather than numbers, or a number that is not a class.
+            DataError: it has colours rather than numbers, or a number that is not a class; or it
+                is of the stored pixels of an image that is turned.
         """
         numbers = self._decode(data)
-        if numbers.shape != shape[:2]:
-            raise BadSampleError(
-                f"its label map has {numbers.shape[1]}x{numbers.shape[0]} pixels, the image "
-                f"{shape[1]}x{shape[0]}: make them the same size"
+        rows, columns = numbers.shape
+        if (rows, columns) != shape[:2]:
+            raise size_error(
+                image,
+                (shape[0], shape[1]),
+                (rows, columns),
+                of="label map",
+                remedy="make them the same size",
             )
         return self._classes(numbers)
 

@@ -22,6 +22,7 @@ from simmim.data.transforms.decoding import decode_pixels
 from simmim.data.transforms.image_transforms import ClassMap, Sample
 from simmim.data.transforms.labels import IGNORED, LabelMapReader
 from simmim.data.transforms.settings import MAX_PIXELS
+from simmim.data.transforms.turned import unsure_frame
 
 CROP_ATTEMPTS = 10
 """Crops drawn at most until none of their classes is too large."""
@@ -104,7 +105,7 @@ class TrainSegmentationTransform:
         decoded = decode_pixels(
             raw.image, raw.extension, channels=self.channels, max_pixels=self.max_pixels
         )
-        labels = self.labels(raw.labels, decoded.pixels.shape)
+        labels = self.labels(raw.labels, decoded.pixels.shape, raw.image)
         rng = numpy_stream("dense crop", self.seed, address.epoch, raw.name)
         factor = rng.uniform(*self.scale) * _factor(labels.shape, self.short_side)
         for _ in range(CROP_ATTEMPTS):
@@ -119,7 +120,15 @@ class TrainSegmentationTransform:
             image = distort(image, rng)
         image = pad(image, self.side, fill_values(self.mean, image.dtype))
         target = pad(torch.from_numpy(classes.copy())[None], self.side, [IGNORED])[0]
-        return Sample(image, None, -1, repaired=decoded.repaired, targets=ClassMap(target))
+        turned = unsure_frame(raw.image, labels.shape)
+        return Sample(
+            image,
+            None,
+            -1,
+            repaired=decoded.repaired,
+            turned=turned,
+            targets=ClassMap(target),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,10 +146,11 @@ class EvalSegmentationTransform:
         decoded = decode_pixels(
             raw.image, raw.extension, channels=self.channels, max_pixels=self.max_pixels
         )
-        labels = self.labels(raw.labels, decoded.pixels.shape)
+        labels = self.labels(raw.labels, decoded.pixels.shape, raw.image)
         image = scale_image(decoded.pixels, _factor(labels.shape, self.short_side))
         target = ClassMap(torch.from_numpy(labels))
-        return Sample(image, None, -1, repaired=decoded.repaired, targets=target)
+        turned = unsure_frame(raw.image, labels.shape)
+        return Sample(image, None, -1, repaired=decoded.repaired, turned=turned, targets=target)
 
 
 def scale_image(pixels: NDArray[Any], factor: float) -> Tensor:

@@ -14,7 +14,8 @@ class DetectionData(DenseData):
     images: str
     """Folder of the training images."""
     annotations: str
-    """COCO annotation file (JSON) of the training images."""
+    """COCO annotation file (JSON) of the training images. Images with an Exif orientation are read
+    upright: sizes, boxes and masks have to be those of the upright image."""
     validation_images: str | None = None
     """Folder of the validation images; null is `images`."""
     validation_annotations: str | None = None

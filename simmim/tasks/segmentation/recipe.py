@@ -122,7 +122,8 @@ class SegmentationData(DenseData):
 
     folder: str
     """Folder of images and annotations: grey or palette PNGs with the class number of each pixel,
-    named as their images."""
+    named as their images. Images with an Exif orientation are read upright, and their annotations
+    have to be upright."""
     layout: FolderLayout = FolderLayout()
     """Where images and annotations are in the folder."""
     train: str = "training"
