@@ -31,6 +31,8 @@ SMALLEST_STD = 1e-5
 
 NEAR_MEAN, NEAR_STD = 0.5, 1.5
 """Largest difference of means, in units of the recipe's std, and ratio of stds without warning."""
+LOUD_MEAN, LOUD_STD = 1.0, 2.0
+"""Those up to which only the doctor warns."""
 FAR_MEAN, FAR_STD = 4.0, 5.0
 """Those from which training is refused."""
 
@@ -44,6 +46,8 @@ class Finding:
     found: str
     change: str = ""
     """Advice on what to change; empty if nothing."""
+    minor: bool = False
+    """Whether a warning is not worth a line at the start of training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +91,11 @@ def check_stage_input(stage: Any) -> list[str]:
     warnings = check_input(stage.training_shards, wanted, max_pixels=data.max_pixels)
     probe = getattr(stage, "online_probe", None)
     if probe is not None:
-        probed = check_input(probe.known, wanted, max_pixels=data.max_pixels)
+        try:
+            probes = replace(wanted, trained="the encoder of this recipe")
+            probed = check_input(probe.known, probes, max_pixels=data.max_pixels)
+        except ValueError as error:
+            raise ValueError(f"probe.shards: {error}") from None
         warnings += [f"probe.shards: {text}" for text in probed if text not in warnings]
     return warnings
 
@@ -148,7 +156,9 @@ def check_input(source: SampleSource[Any], wanted: EncoderInput, *, max_pixels: 
         )
     except DataError:  # training will retry it, and report it
         return []
-    findings = [one for one in compare_input(found, wanted) if one.verdict != "ok"]
+    findings = [
+        one for one in compare_input(found, wanted) if one.verdict != "ok" and not one.minor
+    ]
     if any(one.verdict == "problem" for one in findings):
         raise ValueError(_as_text(findings))
     return [_as_text(findings)] if findings else []
@@ -157,7 +167,7 @@ def check_input(source: SampleSource[Any], wanted: EncoderInput, *, max_pixels: 
 def _as_text(findings: Sequence[Finding]) -> str:
     """Return findings as one message; a change that several have in common is said once."""
     changes = dict.fromkeys(one.change for one in findings)
-    return f"{'; '.join(one.found for one in findings)}. To mend it, {'; '.join(changes)}."
+    return f"{'; '.join(one.found for one in findings)}. To fit the images, {'; '.join(changes)}."
 
 
 def compare_input(found: SampledImages, wanted: EncoderInput) -> Iterator[Finding]:
@@ -231,6 +241,7 @@ def _compare_statistics(found: SampledImages, wanted: EncoderInput) -> Finding:
         verdict="problem" if far and wanted.trained is None else "warning",
         found=text,
         change=advice(found, wanted),
+        minor=distance <= LOUD_MEAN and ratio <= LOUD_STD,
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,17 @@ from simmim.data.datasets.coco import CocoSet
 from simmim.data.datasets.opening import open_sets
 from simmim.doctor.shards import input_checks
 from simmim.recipe import parse
-from simmim.tasks.input_check import EncoderInput, check_input, compare_input, sample_images
+from simmim.tasks.input_check import (
+    EncoderInput,
+    check_input,
+    check_stage_input,
+    compare_input,
+    sample_images,
+)
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.pretrain.stage import PretrainStage
+from simmim.tasks.probe.probe import compare
+from simmim.tasks.probe.recipe import ProbeRecipe
 from simmim.tasks.video.recipe import VideoRecipe
 
 PHOTOS = EncoderInput(channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -133,10 +142,14 @@ def findings(folder: Path, wanted: EncoderInput) -> dict[str, str]:
 def test_what_fits_is_ok_and_what_trains_is_a_warning(tmp_path: Path) -> None:
     photos = write_images(tmp_path / "photos", "uint8x3-255")
     grey = write_images(tmp_path / "grey", "uint8x1-255")
-    centred = EncoderInput(channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
+    wide = EncoderInput(channels=3, mean=(0.5,) * 3, std=(0.7,) * 3)
     ok = {"channels": "ok", "statistics": "ok"}
     assert findings(photos, PHOTOS) == ok
-    assert findings(photos, centred)["statistics"] == "warning"
+    assert findings(photos, wide)["statistics"] == "warning"
+    usual = replace(wide, std=(0.5,) * 3)  # fits less than it could, as many recipes do
+    assert findings(photos, usual)["statistics"] == "warning"
+    assert check_input(open_sets(str(photos)), usual, max_pixels=10**6) == []
+    assert check_input(open_sets(str(photos)), wide, max_pixels=10**6)
     assert findings(grey, PHOTOS) == {"channels": "warning", "statistics": "ok"}
     assert findings(photos, EncoderInput(channels=1, mean=(0.45,), std=(0.2,))) == ok
     opaque = EncoderInput(channels=4, mean=(0.5,) * 4, std=(0.28,) * 4)
@@ -231,3 +244,21 @@ def test_a_resumed_run_is_not_refused(
     other = ["--data.std", "[0.9, 0.9, 0.9]", "--allow-recipe-changes"]
     assert simmim.cli.main([*command, *other]) == 0
     assert "data.std" in capsys.readouterr().err
+
+
+def test_the_images_of_probes_are_compared(
+    pretrain_values: dict[str, Any],
+    encoder_directory: Path,
+    shards: Path,
+    tmp_path: Path,
+) -> None:
+    for label in ("a", "b"):
+        write_images(tmp_path / "bands" / label, "uint16x5-3000")
+    data = {"shards": str(tmp_path / "bands"), "validation_shards": 1, "workers": 0}
+    recipe = {"encoder": str(encoder_directory), "data": data}
+    with pytest.raises(ValueError, match=r"takes 3.*start from an encoder"):
+        compare(parse(ProbeRecipe, recipe, "test"))
+    pretrain_values["probe"] = {"shards": str(tmp_path / "bands"), "every": 1}
+    stage = PretrainStage(parse(PretrainRecipe, pretrain_values, "test"))
+    with pytest.raises(ValueError, match=r"probe\.shards.*5 channels and 16 bits"):
+        check_stage_input(stage)
