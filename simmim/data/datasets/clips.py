@@ -155,20 +155,51 @@ def _in_csv(file: Path) -> tuple[ClipsByClass, dict[str, str]]:
     """List the clips in a CSV file, and the first line of each class."""
     found: ClipsByClass = {}
     where: dict[str, str] = {}
-    with file.open(newline="", encoding="utf-8-sig", errors="replace") as text:
-        for line, row in enumerate(csv.reader(text), start=1):
-            cells = [cell.strip() for cell in row]
-            if not any(cells) or (line == 1 and cells == ["path", "label"]):
-                continue
-            if len(cells) != 2 or not all(cells):
-                raise DataError(
-                    f"{file}, line {line}: {','.join(row)!r} is not a path and a label separated "
-                    "by a comma; put a path with commas in double quotes."
-                )
-            key, label = cells
-            found.setdefault(label, []).append((key, file.parent / key))
-            where.setdefault(label, f"{file}, line {line},")
+    labels: dict[str, tuple[str, int]] = {}
+    for line, row in _read_rows(file):
+        cells = [cell.strip() for cell in row]
+        if not any(cells) or (line == 1 and cells == ["path", "label"]):
+            continue
+        if len(cells) != 2 or not all(cells):
+            raise DataError(
+                f"{file}, line {line}: {','.join(row)!r} is not a path and a label separated "
+                "by a comma; put a path with commas in double quotes."
+            )
+        key, label = cells
+        before, first = labels.setdefault(key, (label, line))
+        if before != label:
+            raise DataError(
+                f"{file}, line {line}: {key} has the label {label!r}, and {before!r} in line "
+                f"{first}. Keep one."
+            )
+        found.setdefault(label, []).append((key, file.parent / key))
+        where.setdefault(label, f"{file}, line {line},")
     return found, where
+
+
+def _read_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows of a CSV file with the numbers of their lines.
+
+    Raises:
+        DataError: a quote is not closed, which would hide rows, or a label is not UTF-8.
+    """
+    with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as text:
+        rows = csv.reader(text, strict=True)
+        while True:
+            line = rows.line_num + 1
+            try:
+                row = next(rows, None)
+            except csv.Error as error:
+                raise DataError(f"{file}, line {line}: {error}: close the quote.") from None
+            if row is None:
+                return
+            if rows.line_num > line:
+                raise DataError(f"{file}, line {line}: a value has a line break: close the quote.")
+            try:
+                "".join(row[1:]).encode()
+            except UnicodeEncodeError:
+                raise DataError(f"{file}, line {line} is not UTF-8: save it as UTF-8.") from None
+            yield line, row
 
 
 def _class_names(found: ClipsByClass, file: Path) -> tuple[str, ...]:

@@ -250,7 +250,7 @@ def test_csv_files_name_clips(folder: Path, tmp_path: Path, header: str) -> None
         ("a.mp4,run,3\n", r"line 1: 'a\.mp4,run,3' is not a path and a label"),
         ("a.mp4,\n", "line 1: .* is not a path and a label"),
         ("path,label\n", "contains no clips.*a path and a label"),
-        ("a.mp4,run\na.mp4,hop\n", r"line 2, has the class 'hop'.*run, jump"),
+        ("a.mp4,run\nb.mp4,hop\n", r"line 2, has the class 'hop'.*run, jump"),
     ],
 )
 def test_lists_that_cannot_be_read_are_named(tmp_path: Path, text: str, message: str) -> None:
@@ -357,3 +357,20 @@ def test_a_set_of_clips_is_a_sample_source() -> None:
     assert clips.samples == 1
     assert clips.folder_of(0) == "here"
     assert not clips.fetches_whole_shards
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ('cat/0.mp4,cat\n"dog/0.mp4,dog\ncat/1.mp4,cat\n', ("line 2", "quote")),
+        ('"cat/0.mp4,cat\ncat/1.mp4",cat\n', ("line 1", "quote")),
+        ("cat/0.mp4,cat\ncat/0.mp4,dog\n", ("line 2", "'dog'", "'cat' in line 1")),
+        ("cat/0.mp4,Łódź\n", ("line 1", "UTF-8")),
+    ],
+)
+def test_damage_in_a_csv_file_is_named(tmp_path: Path, rows: str, words: tuple[str, ...]) -> None:
+    (tmp_path / "list.csv").write_bytes(rows.encode("iso-8859-2"))
+    with pytest.raises(DataError) as caught:
+        open_clips(str(tmp_path / "list.csv"))
+    for word in words:
+        assert word in str(caught.value)
