@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from data_prep.executors.processes import (
     InterruptedBySignal,
@@ -14,6 +15,7 @@ from data_prep.executors.processes import (
     raise_on_signals,
 )
 from data_prep.format.terminal import ExitCode, flush_output, protect_output
+from data_prep.format.text import printable_lines
 from data_prep.images.settings import FORMATS, MAX_PIXELS, Encoding
 from data_prep.sources.files import Selection
 
@@ -59,17 +61,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"data-prep: stopped{remedy}.", file=sys.stderr)
         return 128 + interrupt.number
     except (ValueError, OSError) as error:
-        # File names need not be text that a terminal takes.
-        message = _describe(error).encode("utf-8", "backslashreplace").decode()
-        print(f"data-prep: {message}", file=sys.stderr)
+        print(f"data-prep: {printable_lines(_describe(error))}", file=sys.stderr)
         return 2
     except WorkerError as error:
-        print(f"data-prep: {error}", file=sys.stderr)
+        print(f"data-prep: {printable_lines(error)}", file=sys.stderr)
         return 1
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(printable_lines(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="data-prep",
         description="Write, check and summarize WebDataset shards of images for training.",
     )
@@ -142,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, about: str
+    commands: "argparse._SubParsersAction[_Parser]", name: str, about: str
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,

@@ -8,9 +8,10 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from data_prep.format.terminal import ExitCode, flush_output
+from data_prep.format.text import printable_lines
 from simmim.data.loader.lost_workers import lost_worker
 from simmim.engine.exit_codes import BAD_INPUT, LOST, STOPPED, RankLostError
 from simmim.recipe import describe, load, read_values
@@ -30,13 +31,17 @@ class CommandParser(argparse.ArgumentParser):
         details = "" if self.details is None else f"\n{self.details()}\n"
         return super().format_help() + details
 
+    def error(self, message: str) -> NoReturn:
+        """Exit with a message on a mistake in the arguments."""
+        super().error(printable_lines(message))
+
 
 EXIT_CODES = f"""exit codes:
   0    done
   {BAD_INPUT}    fix the input first: command, recipe, shards, disk, or training diverged
-  {STOPPED}   stopped by SIGTERM, SIGINT, SIGUSR1 or SIGHUP (but not under nohup), with a checkpoint
+  {STOPPED}   stopped by SIGTERM, SIGINT or SIGUSR1, or SIGHUP (not under nohup), with a checkpoint
        (on a full disk: the previous one, and a warning): resume with --resume auto
-  {LOST}   a process hung (training.rank_timeout) or was lost, or a data worker was killed, usually
+  {LOST}   a process hung or was lost (training.rank_timeout), or a data worker was killed, usually
        because memory ran out: resume with --resume auto
 torchrun and accelerate launch turn all of these except 0 into 1, and accelerate launch may not wait
 for the checkpoint of a stop. `python -m simmim.engine.distributed.torchrun` and
@@ -76,17 +81,17 @@ def main(argv: Sequence[str] | None = None, *, ends_process: bool = False) -> in
     try:
         code: int = arguments.handler(arguments, overrides)
     except (ValueError, OSError) as error:
-        print(f"simmim {arguments.command}: {error}", file=sys.stderr)
+        print(f"simmim {arguments.command}: {printable_lines(error)}", file=sys.stderr)
         return BAD_INPUT
     except RankLostError as error:
-        print(f"simmim {arguments.command}: {error}", file=sys.stderr)
+        print(f"simmim {arguments.command}: {printable_lines(error)}", file=sys.stderr)
         return LOST
     except RuntimeError as error:
         lost = lost_worker(error)
         if lost is None:
             raise
         resume = " Resume with --resume auto." if arguments.command in TRAINING else ""
-        print(f"simmim {arguments.command}: {lost}{resume}", file=sys.stderr)
+        print(f"simmim {arguments.command}: {printable_lines(lost)}{resume}", file=sys.stderr)
         return LOST
     except KeyboardInterrupt:
         print(f"simmim {arguments.command}: interrupted", file=sys.stderr)
@@ -100,7 +105,7 @@ def build_parser(names: Sequence[str] | None = None) -> argparse.ArgumentParser:
     Args:
         names: the commands whose arguments are needed; the others are only listed. None for all.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="simmim",
         description="Pretrain a Swin Transformer V2 on unlabelled images with SimMIM, and use its "
         "encoder.",

@@ -1,5 +1,6 @@
 """The whole pipeline on one machine in minutes: images → shards → pretraining → encoder → probe."""
 
+import math
 import subprocess
 import sys
 import time
@@ -125,7 +126,10 @@ def quickstart_recipe(shards: Path) -> PretrainRecipe:
 
 def summarise(run: RunFolder, shards: Path, began: float) -> str:
     """Return the results of the run and the paths of its files."""
-    validated = [line for line in run.read_metrics() if "validation_loss" in line][-1]
+    validated: dict[str, float] = {"validation_loss": math.nan, "mean_color_loss": math.nan}
+    for line in run.read_metrics():
+        if "validation_loss" in line:
+            validated |= line
     lines = [
         "",
         f"L1 on masked pixels, held-out images:    {validated['validation_loss']:.3f}",

@@ -5,7 +5,9 @@ place, so that readers never see, and crashes never leave, a partial result.
 """
 
 import os
+import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,13 +24,16 @@ def atomic_folder(
     """Yield an empty folder to fill, which is renamed to `path` when the block ends.
 
     If the block raises, the folder is removed and `path` stays as it was. An empty folder at `path`
-    is always replaced, a filled one only if `may_replace(path)` is true. Replacing takes two
-    renames: a crash between them leaves the earlier folder next to `path` as `.NAME.replaced-PID`.
+    is always replaced, a filled one only if `may_replace(path)` is true. Files in it get the
+    permissions of the umask. What a killed process has left is removed by the next call: a folder
+    `.NAME.partial-PID`, or, between the two renames of a replacement, the earlier folder as
+    `.NAME.replaced-PID`, which returns to `path` if nothing is there.
 
     Raises:
         OccupiedError: `path` is a file, or a filled folder that must not be replaced.
     """
     destination = _resolved(path)
+    _clean_up(destination)
     _check_replaceable(destination, may_replace)
     made = _make_parents(destination.parent)
     partial = _sibling(destination, "partial")
@@ -37,6 +42,7 @@ def atomic_folder(
             shutil.rmtree(partial)
         partial.mkdir()
         yield partial
+        _apply_umask(partial)
         _fsync_tree(partial)
         _check_replaceable(destination, may_replace)
         _swap(partial, destination, may_replace)
@@ -108,6 +114,45 @@ def _resolved(path: str | os.PathLike[str]) -> Path:
 
 def _sibling(destination: Path, role: str) -> Path:
     return destination.with_name(f".{destination.name}.{role}-{os.getpid()}")
+
+
+def _clean_up(destination: Path) -> None:
+    """Remove or restore what processes that are gone have left next to the destination."""
+    if not destination.parent.is_dir():
+        return
+    pattern = re.compile(rf"\.{re.escape(destination.name)}\.(partial|replaced)-(\d{{1,9}})")
+    for path in list(destination.parent.iterdir()):
+        match = pattern.fullmatch(path.name)
+        if match is None or _is_running(int(match[2])):
+            continue
+        if match[1] == "replaced" and not destination.exists():
+            path.rename(destination)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+def _apply_umask(folder: Path) -> None:
+    """Give all files the permissions that new files have; some libraries write private ones."""
+    probe = folder / ".permissions"
+    descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    wanted = stat.S_IMODE(os.fstat(descriptor).st_mode)
+    os.close(descriptor)
+    probe.unlink()
+    for place, _, names in os.walk(folder):
+        for name in names:
+            mode = stat.S_IMODE(Path(place, name).stat().st_mode)
+            if mode | wanted != mode:
+                Path(place, name).chmod(mode | wanted)
 
 
 def _fsync_tree(folder: Path) -> None:

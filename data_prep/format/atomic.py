@@ -6,11 +6,15 @@ anyway.
 """
 
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from data_prep.format.storage import Location, RemotePath
+
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.partial-(?P<process>\d{1,9})(-\w+)?")
 
 
 @contextmanager
@@ -52,6 +56,35 @@ def atomic_write_bytes(path: Location, data: bytes) -> None:
         partial.unlink(missing_ok=True)
         raise
     sync_folder(destination.parent)
+
+
+def remove_leftovers(folder: Location, name: str | None = None) -> None:
+    """Remove the unfinished files and folders that killed processes have left in a folder.
+
+    Args:
+        folder: the folder, which may be missing.
+        name: only those of a file of this name; None: all.
+    """
+    for path in list(folder.iterdir()) if isinstance(folder, Path) and folder.is_dir() else []:
+        found = _LEFTOVER.fullmatch(path.name)
+        if found is None or name not in (None, found["name"]):
+            continue
+        if _is_running(int(found["process"])):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def sync_folder(folder: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from data_prep.format.atomic import atomic_write_bytes
+from data_prep.format.atomic import atomic_write_bytes, remove_leftovers
 from data_prep.format.manifest import Manifest, ManifestError
 
 STATISTICS_NAME = "statistics.json"
@@ -51,6 +51,7 @@ def write_statistics(manifest: Manifest, statistics: Sequence[Statistics]) -> No
         "statistics": [asdict(one) for one in statistics],
     }
     text = json.dumps(values, indent=1) + "\n"
+    remove_leftovers(manifest.folder)
     atomic_write_bytes(manifest.folder / STATISTICS_NAME, text.encode())
 
 

@@ -7,6 +7,7 @@ training goes on without a terminal: it outlives the one it was started in.
 import errno
 import io
 import os
+import re
 import select
 import sys
 from contextlib import suppress
@@ -59,6 +60,33 @@ class OutputFile(io.FileIO):
         return written
 
 
+class OutputText(io.TextIOWrapper):
+    """Text of a standard stream, in which control characters are shown as escapes.
+
+    Carriage returns, tabs and the cursor movements of tqdm are kept; on a terminal also colours,
+    which libraries use.
+    """
+
+    def write(self, text: str, /) -> int:
+        """Write text."""
+        if _CONTROL.search(text) and not _MOVES_UP.fullmatch(text):
+            pattern = _CONTROL_OR_COLOUR if self.isatty() else _CONTROL
+            super().write(pattern.sub(_escaped, text))
+        else:
+            super().write(text)
+        return len(text)
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_CONTROL_OR_COLOUR = re.compile(rf"\x1b\[[0-9;]*m|{_CONTROL.pattern}")
+_MOVES_UP = re.compile(r"(\x1b\[A)+")
+
+
+def _escaped(found: re.Match[str]) -> str:
+    text = found[0]
+    return ascii(text)[1:-1] if len(text) == 1 else text
+
+
 def protect_output(*, optional: bool) -> None:
     """Make standard output and error robust; see `OutputFile`.
 
@@ -93,7 +121,7 @@ def _protected(
         with suppress(OSError):
             stream.flush()
     file = OutputFile(descriptor, f"<{name}>", optional=optional)
-    return io.TextIOWrapper(
+    return OutputText(
         io.BufferedWriter(file),
         encoding=getattr(stream, "encoding", None) or "utf-8",
         errors="backslashreplace",  # a name that the terminal cannot show is no error

@@ -1,5 +1,6 @@
 """Counts, lengths and names as text for messages."""
 
+import re
 import sys
 
 
@@ -21,6 +22,20 @@ def printable(name: str) -> str:
     """Return a class name as one printable line; folder names may contain anything."""
     text = name.encode("utf-8", "backslashreplace").decode()
     return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
+
+
+_CONTROLS = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Control characters other than tabs and line feeds, bidirectional overrides, undecodable bytes."""
+
+
+def printable_lines(text: object) -> str:
+    """Return a message without control characters, which could rewrite what a terminal shows.
+
+    File names, YAML and checkpoints may contain any; they are shown as escapes: `\\x1b`.
+    """
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], str(text))
 
 
 class WarnOnce:

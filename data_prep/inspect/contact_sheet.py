@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from data_prep.format.atomic import atomic_write_bytes
+from data_prep.format.atomic import atomic_write_bytes, remove_leftovers
 from data_prep.format.index import read_images, read_index
 from data_prep.format.manifest import Manifest
 from data_prep.format.text import printable
@@ -47,6 +47,7 @@ def draw_contact_sheet(manifest: Manifest, path: Path) -> None:
             tiles.append((_draw_tile(data, str(index.extensions[row]), limit), caption))
     buffer = io.BytesIO()
     _lay_out(tiles).save(buffer, format="PNG")
+    remove_leftovers(path.parent, path.name)
     atomic_write_bytes(path, buffer.getvalue())
 
 

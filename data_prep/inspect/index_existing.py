@@ -1,5 +1,6 @@
 """Indexing existing WebDataset tars, written by any tool, so that they can be used as a set."""
 
+import os
 import re
 import tempfile
 from collections import Counter
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.executors.processes import Tick, map_tasks
+from data_prep.format.atomic import remove_leftovers
 from data_prep.format.index import index_tar, write_index
 from data_prep.format.kinds import describe_kinds
 from data_prep.format.manifest import (
@@ -33,7 +35,6 @@ from data_prep.format.pipes import PipedFile
 from data_prep.format.storage import Location
 from data_prep.format.tars import as_local_file
 
-_PARTIAL_NAME = ".partial-index"
 _COMMAND_RANGE = re.compile(r"(.*?)\{(\d+)\.\.(\d+)\}(.*)", re.DOTALL)
 _MAX_TARS = 1_000_000
 
@@ -135,9 +136,11 @@ def index_existing(
     _refuse_replacing(folder, overwrite)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     # Written to a temporary folder, and moved or uploaded when every tar has been read.
     parent = folder if isinstance(folder, Path) else None
-    with tempfile.TemporaryDirectory(prefix=_PARTIAL_NAME, dir=parent) as partial:
+    prefix = f".index.partial-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as partial:
         tasks = [
             _IndexTask(
                 path=path,

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_prep.format.atomic import atomic_write_bytes, sync_folder
+from data_prep.format.atomic import atomic_write_bytes, remove_leftovers, sync_folder
 from data_prep.format.index import index_name, read_index
 from data_prep.format.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from data_prep.format.statistics_file import STATISTICS_NAME
@@ -272,6 +272,7 @@ def open_output_dir(
                 path.unlink()  # half-written by a process that is gone
         else:
             _lock(stack, partial / f"part-{part}.lock", folder, shared=False)
+        remove_leftovers(folder)
         refuse_other_files(folder)  # again, since another process may have ended meanwhile
         yield OutputDir(folder=folder, created=created, upload=upload)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.format.atomic import atomic_write_text
+from data_prep.format.atomic import atomic_write_text, remove_leftovers
 from simmim.disk import append_line, skip_if_unwritable
 from simmim.engine.checkpoint.directory import (
     RECIPE_FILE,
@@ -14,6 +14,7 @@ from simmim.engine.checkpoint.directory import (
     remove_later_checkpoints,
 )
 from simmim.engine.folder_lock import LOCK, lock_folder
+from simmim.engine.metrics_file import keep_lines_up_to, read_lines
 from simmim.recipe import differences, read_values, to_values, to_yaml
 
 IDENTITY = "run.json"
@@ -186,24 +187,20 @@ class RunFolder:
         lock_folder(self.path, timeout)
 
     def begin(self, recipe: Any, *, step: int) -> None:
-        """Write the recipe, and remove checkpoints and metrics of steps after `step`."""
+        """Write the recipe, and remove checkpoints, metrics and anomalies of steps after `step`."""
         self.path.mkdir(parents=True, exist_ok=True)
+        for folder in (self.path, self.reconstructions):
+            remove_leftovers(folder)
         discard_all(self.checkpoints)
         remove_later_checkpoints(self.checkpoints, step)
         atomic_write_text(self.recipe, to_yaml(recipe))
-        if self.metrics.is_file():
-            # From step 0 nothing is kept: lines of step 0 are written again, too.
-            kept = [line for line in self._metric_lines() if 0 < step >= line["step"]]
-            atomic_write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
-
-    def _metric_lines(self) -> list[dict[str, Any]]:
-        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        # A line without a newline was cut short by a kill, or is being written.
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        for file in (self.metrics, self.anomalies):
+            keep_lines_up_to(file, step)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return the logged lines; empty if there are none yet."""
-        return self._metric_lines() if self.metrics.is_file() else []
+        """Return the figures of the logged lines by step, without damaged lines."""
+        lines = [line.figures for line in read_lines(self.metrics) if line.step is not None]
+        return sorted(lines, key=lambda line: int(line["step"]))
 
     def log(self, metrics: dict[str, float | int | str]) -> None:
         """Append a line to `metrics.jsonl`, without non-finite numbers, which JSON lacks."""

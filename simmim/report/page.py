@@ -2,6 +2,7 @@
 
 import base64
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.format.atomic import atomic_write_text
+from data_prep.format.text import count_noun
+from simmim.engine.metrics_file import read_lines
 from simmim.engine.monitor.progress import duration
 from simmim.engine.run import RunFolder
 from simmim.method.settings import MaskSettings
@@ -49,10 +52,18 @@ def write_report(run: RunFolder) -> Path:
     """
     if not run.path.is_dir():
         raise ValueError(f"{run.path} is not a run folder: give the folder of a training.")
-    try:
-        lines = run.read_metrics()
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{run.metrics} cannot be read: {error}. Repair or remove it.") from None
+    lines = run.read_metrics()
+    damaged = sum(line.step is None for line in read_lines(run.metrics))
+    if damaged and not lines:
+        raise ValueError(
+            f"{run.metrics} cannot be read: none of its lines is JSON with a step. Repair it, or "
+            "remove it."
+        )
+    if damaged:
+        sys.stderr.write(
+            f"WARNING: the report leaves out {count_noun(damaged, 'line')} of {run.metrics}, which "
+            "cannot be read.\n"
+        )
     atomic_write_text(run.report, page(run, lines))
     return run.report
 
@@ -220,7 +231,7 @@ def _masks(run: RunFolder) -> str:
         values = read_values(run.recipe)
         settings = parse(MaskSettings, values["mask"], "mask")
         text = describe_distance(settings, int(values["data"]["image_size"]))
-    except (OSError, ValueError, KeyError, TypeError):  # no recipe of a pretraining
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # no recipe of a pretraining
         return ""
     return f"<h2>Masks</h2><p>{escape(text)}.</p>"
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from data_prep.format.atomic import atomic_write_text
+from data_prep.format.atomic import atomic_write_text, remove_leftovers
 from data_prep.format.text import count_noun
 from simmim.engine.exit_codes import LOST, STOPPED, RankLostError
 from simmim.engine.folder_lock import lock_folder
@@ -84,6 +84,7 @@ def compare_labels(
     trained = {run: task.stage.resolve(recipe) for run, recipe in recipes.items()}
     _check_runs(recipes, trained, folder)
     lock_folder(folder)
+    remove_leftovers(folder)
     metric = _check_runs(recipes, trained, folder)  # others may have run meanwhile
     runs = list(planned)
     notes = _notes(config, init, next(iter(trained.values())))

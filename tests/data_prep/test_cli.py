@@ -282,3 +282,21 @@ def test_three_kills_leave_the_bytes_of_an_uninterrupted_run(
     assert sorted(path.name for path in folder.iterdir()) == names
     for name in names:
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_control_characters_in_messages_are_escaped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "a\x1b[31m\r\x9b2J\u202eb"
+    (tmp_path / f"{name}.zip").write_bytes(b"no zip")
+    (tmp_path / name).mkdir()
+    for arguments in (
+        ["shard", f"{tmp_path}/{name}-missing", str(tmp_path / "out")],
+        ["shard", f"{tmp_path}/{name}.zip", str(tmp_path / "out")],
+        ["shard", f"{tmp_path}/{name}", str(tmp_path / "out")],
+        ["verify", f"{tmp_path}/{name}"],
+        ["index", f"{tmp_path}/{name}"],
+    ):
+        assert main(arguments) == 2
+        message = capsys.readouterr().err
+        assert not set("\x1b\r\x9b\u202e") & set(message), ascii(message)

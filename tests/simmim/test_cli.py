@@ -137,6 +137,62 @@ def test_a_start_that_waited_for_another_does_not_wipe_its_run(
     assert main([*command, "--resume", "auto"]) == 0  # resumes what the other has trained
 
 
+TIMES = {
+    "images_per_second",
+    "data_wait",
+    "mfu",
+    "eta_seconds",
+    "device_memory_gib",
+    "host_memory_gib",
+}
+
+
+@pytest.mark.parametrize("command", ["pretrain", pytest.param("finetune", marks=pytest.mark.slow)])
+def test_metrics_of_a_resumed_run_equal_those_of_an_uninterrupted_one(
+    command: str,
+    pretrain_values: dict[str, Any],
+    classification_values: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    """All figures but times, through a log interval that a checkpoint divides."""
+    values = pretrain_values if command == "pretrain" else classification_values
+    own = {"steps": 12, "log_every": 3, "checkpoint_every": 4, "validate_every": 5}
+    values["training"] |= own | {"ema_decay": 0.9}
+    config, run = tmp_path / "recipe.yaml", RunFolder(path=tmp_path / "run")
+    config.write_text(yaml.safe_dump(values))
+    arguments = [command, "--config", str(config), "--folder", str(run.path), "--resume", "auto"]
+    assert main(arguments) == 0
+    logged = run.read_metrics()
+    assert len(logged) > 6
+    shutil.rmtree(run.checkpoints / "step-00000012")  # as if killed before it was written
+    assert main(arguments) == 0
+    assert [{key: line[key] for key in line.keys() - TIMES} for line in run.read_metrics()] == [
+        {key: line[key] for key in line.keys() - TIMES} for line in logged
+    ]
+
+
+def test_control_characters_in_messages_are_escaped(
+    pretrain_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "a\x1b[31m\r\x9b2J\u202eb"
+    broken = tmp_path / f"{name}.yaml"
+    broken.write_text('task: pretrain\ndata: {shards: [1, "\\e]0;title\\a", }\n')
+    unknown = ["--data.shards", name, "--mask.ratio", "3"]
+    for arguments in (
+        ["pretrain", "--config", f"{tmp_path}/{name}"],
+        ["pretrain", "--config", str(broken)],
+        ["pretrain", "--config", str(pretrain_config), *unknown],
+        ["pretrain", "--config", str(pretrain_config), "--data.shards", name],
+        ["export", name, str(tmp_path / "out")],
+        ["report", name],
+    ):
+        message = refused(arguments, capsys)
+        assert not set("\x1b\r\x9b\x07\u202e") & set(message), ascii(message)
+    with pytest.raises(SystemExit):
+        main(["report", "x", f"--{name}"])
+    assert "\x1b" not in capsys.readouterr().err
+
+
 def test_ranks_that_torchrun_starts_again_go_on(
     pretrain_config: Path,
     tmp_path: Path,

@@ -185,6 +185,7 @@ def test_a_relay_passes_stop_signals_on_and_waits() -> None:
 
 def test_labels_end_with_75_when_a_run_was_stopped(
     classification_values: dict[str, Any],
+    encoder_directory: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -193,6 +194,28 @@ def test_labels_end_with_75_when_a_run_was_stopped(
     config.write_text(yaml.safe_dump(classification_values))
     ended = subprocess.CompletedProcess([], 75)
     monkeypatch.setattr("simmim.tasks.label_efficiency.subprocess.run", lambda *_, **__: ended)
-    command = ["labels", "--config", str(config), "--init", "x", "--folder", str(tmp_path / "all")]
+    command = ["labels", "--config", str(config), "--init", str(encoder_directory)]
+    command += ["--folder", str(tmp_path / "all")]
     assert simmim.cli.main(command) == 75
     assert "same command" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["ro", "size=4k", "size=64k"])
+def test_training_does_without_shared_memory(
+    pretrain_config: Path, tmp_path: Path, options: str
+) -> None:
+    mounted = f"mount -t tmpfs -o {options} tmpfs /dev/shm && "
+    allowed = subprocess.run(
+        ["unshare", "-m", "sh", "-c", f"{mounted} true"], capture_output=True, check=False
+    )
+    if allowed.returncode:
+        pytest.skip("mounting is not permitted")
+    run = tmp_path / "run"
+    arguments = ["--config", str(pretrain_config), "--folder", str(run), "--training.steps", "4"]
+    script = f'exec unshare -m bash -c \'{mounted} "$@"\' bash "$@"'
+    done = shell(script, [*PRETRAIN, *arguments, "--data.workers", "2"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "/dev/shm" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert RunFolder(path=run).read_metrics()[-1]["step"] == 4

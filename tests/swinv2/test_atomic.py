@@ -1,5 +1,8 @@
 """Folders are written atomically."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,3 +113,48 @@ def test_what_appears_at_the_last_moment_is_not_removed(tmp_path: Path) -> None:
     with pytest.raises(OccupiedError, match=f"{destination} holds other files"):
         writing.__exit__(None, None, None)
     assert everything_under(tmp_path) == ["run", "run/theirs"]
+
+
+@pytest.fixture
+def dead() -> int:
+    """The id of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_what_killed_processes_left_is_removed(tmp_path: Path, dead: int) -> None:
+    names = [f".run.partial-{dead}", f".run.replaced-{dead}", f".run.partial-{os.getppid()}"]
+    for name in [*names, f".other.partial-{dead}", "run"]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    with atomic_folder(tmp_path / "run", may_replace=lambda _: True) as folder:
+        (folder / "new").touch()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"run", f".run.partial-{os.getppid()}", f".other.partial-{dead}"}
+    assert everything_under(tmp_path / "run") == ["new"]
+
+
+def test_a_folder_lost_between_two_renames_returns(tmp_path: Path, dead: int) -> None:
+    earlier = tmp_path / f".run.replaced-{dead}"
+    earlier.mkdir()
+    (earlier / "file").write_text("earlier")
+    with pytest.raises(RuntimeError):
+        write_half(tmp_path / "run", RuntimeError)
+    assert everything_under(tmp_path) == ["run", "run/file"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_get_the_permissions_of_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        with atomic_folder(tmp_path / "run") as folder:
+            (folder / "inner").mkdir()
+            (folder / "plain").touch()
+            for private in (folder / "private", folder / "inner" / "private"):
+                private.touch(0o600)  # as tempfile and safetensors create files
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {mode}
+    assert len(files) == 3

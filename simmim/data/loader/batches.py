@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from simmim.data.loader.bad_samples import BadSamples
 from simmim.data.loader.batch import Batch, BatchDataset, Failure
-from simmim.data.loader.lost_workers import lost_worker, unstartable_workers
+from simmim.data.loader.lost_workers import lost_worker, unstartable_workers, usable_workers
 from simmim.data.loader.sampler import EvaluationSampler, ShardPrefetcher, TrainingSampler
 from simmim.data.loader.shared_memory import BatchBuffers, BatchSender
 from simmim.data.order.order import Address, Order
@@ -118,15 +118,16 @@ class BatchStream:
         Raises DataError naming a shard that cannot be read, or if too many samples are bad, and
         WorkerLostError if a worker was killed.
         """
+        workers = usable_workers(self.workers) if self.workers else 0
         loader: DataLoader[Batch | Failure] = DataLoader(
             self.dataset,
             batch_size=None,
             sampler=self._addresses(),
-            num_workers=self.workers,
-            collate_fn=self._collate(),
+            num_workers=workers,
+            collate_fn=self._collate(workers),
             pin_memory=self.pin_memory,
             worker_init_fn=init_worker,
-            prefetch_factor=self.prefetch if self.workers else None,
+            prefetch_factor=self.prefetch if workers else None,
             # Keeps the start of a loader from drawing from the global generator.
             generator=torch.Generator().manual_seed(0),
         )
@@ -144,11 +145,11 @@ class BatchStream:
             # garbage collected after their queues, and could not be stopped.
             del batches
 
-    def _collate(self) -> Callable[[Any], Any]:
+    def _collate(self, workers: int) -> Callable[[Any], Any]:
         """Return the collate function, which passes batches through shared memory if possible."""
-        if self.workers:
+        if workers:
             with suppress(AttributeError, OSError):  # not Linux, or not permitted
-                return BatchSender(BatchBuffers(self.workers, self.prefetch + 1))
+                return BatchSender(BatchBuffers(workers, self.prefetch + 1))
         return _identity
 
     def _addresses(self) -> Iterable[Sequence[Address]]:

@@ -1,6 +1,9 @@
-"""Data workers that the system has killed, usually because memory ran out."""
+"""Data workers that the system does not allow, or has killed, usually because memory ran out."""
 
 import errno
+import multiprocessing
+import sys
+from contextlib import suppress
 
 ADVICE = (
     "usually the machine or its container ran out of memory. Lower data.workers or the batch size, "
@@ -44,6 +47,34 @@ def lost_worker(error: BaseException) -> WorkerLostError | None:
             f"a data worker was lost ({text or type(error).__name__}); {ADVICE}."
         )
     return None
+
+
+def usable_workers(workers: int) -> int:
+    """Return the number of workers that can be started: all, or 0 with a warning.
+
+    Their queues need semaphores, which Linux keeps in /dev/shm; it may be read-only or full. The
+    batches are the same without workers.
+    """
+    try:
+        held = [multiprocessing.Lock() for _ in range(_SEMAPHORES + _PER_WORKER * workers)]
+    except OSError as error:
+        if error.errno in _WARNED:
+            return 0
+        _WARNED.add(error.errno)
+        with suppress(OSError):
+            sys.stderr.write(
+                f"\nWARNING: no data workers can be started ({error.strerror} in /dev/shm), so the "
+                "main process reads the data, which is slower. Make /dev/shm writable and larger, "
+                "for example with --shm-size for a container.\n"
+            )
+        return 0
+    del held
+    return workers
+
+
+_SEMAPHORES, _PER_WORKER = 20, 4
+"""Semaphores of a loader, and of each worker, rounded up."""
+_WARNED: set[int | None] = set()
 
 
 def unstartable_workers(error: OSError) -> WorkerLostError | None:

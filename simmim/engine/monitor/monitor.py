@@ -108,6 +108,8 @@ class Monitor:
         self._peak = device_peak(self.accelerator.device, self.training.precision)
         write_environment(self.run.environment, self.accelerator, self._peak)
         self._baselines = dict(self.stage.baselines())
+        for line in self.run.read_metrics():  # a resumed run has those of its last validation
+            self._baselines |= {name: line[name] for name in self._baselines.keys() & line.keys()}
         for name, value in self._baselines.items():
             self.print(f"{name} {value:.4f}: baseline loss, reached without learning")
 
@@ -262,5 +264,5 @@ class Monitor:
             return
         try:
             self.write_report(self.run)
-        except (OSError, ValueError) as error:  # a full disk, or files that someone has edited
+        except Exception as error:  # a full disk, or files that someone has edited: never the end
             self.print(f"WARNING: the report was not written: {error}")

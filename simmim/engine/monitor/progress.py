@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data_prep.format.text import printable_lines
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
@@ -104,7 +106,7 @@ class Bar:
     def print(self, text: str) -> None:
         """Print a line above the bar."""
         if not self._bar.disable:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(printable_lines(text), file=sys.stderr)
 
 
 def duration(seconds: float) -> str:

@@ -81,3 +81,20 @@ def test_a_full_disk_is_an_error_that_is_named_once(tmp_path: Path) -> None:
         )
     assert done.returncode == CANNOT_WRITE
     assert done.stderr == "<stdout>: No space left on device.\n"
+
+
+CONTROLS = """
+import sys
+from data_prep.format.terminal import protect_output
+protect_output(optional=False)
+sys.stderr.write("\\x1b[A")  # as tqdm moves up
+sys.stderr.write("\\ra name \\x1b]0;title\\x07 \\x9b \\u202e \\udcff \\tend\\n")
+"""
+
+
+def test_control_characters_are_shown_as_escapes() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CONTROLS], capture_output=True, timeout=60, check=True
+    )
+    shown = rb"\x1b]0;title\x07 \x9b \u202e \udcff"
+    assert done.stderr == b"\x1b[A\ra name " + shown + b" \tend\n"

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -202,6 +203,24 @@ def test_begin_removes_partial_files(run: RunFolder) -> None:
     run.begin(recipe_with(training__log_every=3), step=1)
     assert {path.name for path in run.path.iterdir()} == {"recipe.yaml", "metrics.jsonl"}
     assert load(PretrainRecipe, run.recipe).training.log_every == 3
+
+
+def test_leftovers_of_killed_processes_are_removed(run: RunFolder) -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    run.reconstructions.mkdir()
+    left = [
+        run.path / f".recipe.yaml.partial-{process.pid}",
+        run.path / f".encoder.partial-{process.pid}" / "model.safetensors",
+        run.reconstructions / f".step-00000004.png.partial-{process.pid}",
+    ]
+    kept = run.path / f".report.html.partial-{os.getppid()}"
+    for path in (*left, kept):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    run.begin(recipe_with(), step=4)
+    assert not any(path.exists() for path in (*left, left[1].parent))
+    assert kept.exists()
 
 
 def test_a_run_has_one_writer(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
+from simmim.data.loader import lost_workers
 from simmim.data.loader.batches import next_batch, start_without_stop_signals
-from simmim.data.loader.lost_workers import WorkerLostError, lost_worker
+from simmim.data.loader.lost_workers import WorkerLostError, lost_worker, usable_workers
 
 KILLED = "DataLoader worker (pid 7) is killed by signal: {}. "
 CAUGHT = "Caught {} in DataLoader worker process 0.\nOriginal Traceback (most recent call last)"
@@ -62,3 +63,20 @@ def test_workers_that_cannot_be_started(number: int, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(DataLoader, "__iter__", refuse)
     with pytest.raises(WorkerLostError, match=r"the system refuses.*data\.workers"):
         start_without_stop_signals(DataLoader([1]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EACCES, errno.ENOENT])
+def test_without_shared_memory_the_main_process_reads(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lost_workers, "_WARNED", set())
+    assert usable_workers(3) == 3
+
+    def refuse() -> None:
+        raise OSError(number, "the system refuses")
+
+    monkeypatch.setattr(lost_workers.multiprocessing, "Lock", refuse)
+    assert usable_workers(3) == 0
+    assert "the system refuses in /dev/shm" in capsys.readouterr().err
+    assert usable_workers(3) == 0
+    assert capsys.readouterr().err == ""  # once
