@@ -169,11 +169,11 @@ class DataSettings(RemoteSettings, SampleSettings):
     http or https); or a pattern of shards in it, `DIR/train-{000..099}.tar` or `DIR/train-*.tar`;
     or a local folder of images, with one subfolder per class if there are classes; or a list of
     {shards: any of these, weight: number}, from which every batch samples in proportion."""
-    include: tuple[str, ...] = ()
-    """Patterns of the names of the shards to use, as in [train-*.tar] or [train-{000..099}.tar];
-    empty uses all of the manifest."""
-    exclude: tuple[str, ...] = ()
-    """Patterns of the names of shards to leave out."""
+    include: str | tuple[str, ...] = ()
+    """Pattern of the names of the shards to use, `train-*.tar` or `train-{000..099}.tar`, or a list
+    of patterns; empty uses all of the manifest."""
+    exclude: str | tuple[str, ...] = ()
+    """Pattern of the names of shards to leave out, or a list of patterns."""
     validation_shards: int = 1
     """Number of shards at the end of each dataset held out for validation. A folder of images is
     divided into random shards of at most 1,000 images."""
@@ -204,7 +204,10 @@ class DataSettings(RemoteSettings, SampleSettings):
         Raises:
             ValueError: no such folder, no valid manifest in it, or no such class.
         """
-        names = Names(include=self.include, exclude=self.exclude)
+        include, exclude = (
+            (one,) if isinstance(one, str) else one for one in (self.include, self.exclude)
+        )
+        names = Names(include=include, exclude=exclude)
         shards = open_sets(self.shards, self.remote_reading, names)
         return shards if self.classes is None else shards.only_classes(self.classes)
 

@@ -40,7 +40,7 @@ class ClassificationData(AugmentedDataSettings):
     image_size: int = 224
     """Side of the square images in pixels."""
     validation: str | None = None
-    """Separate validation shards or folder with the same classes; null holds out
+    """Separate validation shards, a folder or a pattern, with the same classes; null holds out
     `validation_shards`."""
     scale: tuple[float, float] = (0.08, 1.0)
     """Random crop: range of its area, as a fraction of the image's."""

@@ -15,7 +15,7 @@ class ProbeData(RemoteSettings):
     """Folder of labelled shards made by data-prep, or its URL; or a folder with a folder of images
     per class."""
     validation: str | None = None
-    """Separate validation shards or folder with the same classes; null holds out
+    """Separate validation shards, a folder or a pattern, with the same classes; null holds out
     `validation_shards`."""
     validation_shards: int = 1
     """Number of shards at the end of the set that are held out for validation."""
@@ -92,7 +92,7 @@ class OnlineProbeSettings:
     """Folder of labelled shards made by data-prep, or its URL; or a folder with a folder of images
     per class."""
     validation: str | None = None
-    """Separate validation shards or folder with the same classes; null holds out
+    """Separate validation shards, a folder or a pattern, with the same classes; null holds out
     `validation_shards`."""
     validation_shards: int = 1
     """Number of shards at the end of the set that are held out for validation."""

@@ -72,7 +72,7 @@ def test_a_pattern_chooses_among_the_shards_of_the_manifest(
 
 def test_include_and_exclude_are_the_same_choice(both: Path) -> None:
     pattern = DataSettings(shards=f"{both}/train-{{01..05}}.tar").open_shards()
-    included = DataSettings(shards=str(both), include=("train-*",), exclude=("*-00.tar",))
+    included = DataSettings(shards=str(both), include="train-*", exclude=("*-00.tar",))
     assert included.open_shards().digest == pattern.digest
     assert _names(included.open_shards()) == [f"train-{number:02d}.tar" for number in range(1, 6)]
     mixed = (WeightedShards(shards=f"{both}/train-*.tar"), WeightedShards(shards=str(both)))
