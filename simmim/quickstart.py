@@ -4,13 +4,16 @@ import math
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_prep.format.manifest import read_manifest
+from simmim.data.datasets.opening import measured_statistics
 from simmim.data.datasets.procedural import draw_images
+from simmim.data.transforms.sampling import ImageForm, sample_images
 from simmim.engine.run import RunFolder
-from simmim.recipe import parse
+from simmim.recipe import load, parse
+from simmim.tasks.input_check import SAMPLES, SECONDS
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.pretrain.stage import PretrainStage
 from simmim.tasks.probe.probe import compare, table
@@ -20,6 +23,8 @@ from simmim.tasks.train import train_recipe
 NUM_IMAGES = 4096
 IMAGE_SIZE = 64
 BATCH_SIZE = 64
+COLOUR = ImageForm(3, "uint8")
+"""Images that fit the recipe as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,8 @@ def quickstart(images: Path | None, folder: Path) -> Outcome:
     say("3/4 pretraining a small SwinV2")
     run = RunFolder(path=folder / "run")
     recipe = quickstart_recipe(shards)
+    if not run.recipe.is_file() or load(PretrainRecipe, run.recipe).encoder != recipe.encoder:
+        recipe = fit_to_images(recipe, shards)
     result = train_recipe(PretrainStage, recipe, run=run, resume="auto", allow_changes=False)
     if result.stopped:
         return Outcome(text="Resume with the same command.", stopped=True)
@@ -121,6 +128,33 @@ def quickstart_recipe(shards: Path) -> PretrainRecipe:
             },
         },
         "the quickstart's recipe",
+    )
+
+
+def fit_to_images(recipe: PretrainRecipe, shards: Path) -> PretrainRecipe:
+    """Return the recipe with channels, mean and std of images that are not colour of 8 bits.
+
+    Raises:
+        ValueError: their statistics cannot be measured; data-prep has printed the reason.
+    """
+    found = sample_images(
+        recipe.data.open_shards(),
+        channels=recipe.encoder.in_channels,
+        max_pixels=recipe.data.max_pixels,
+        most=SAMPLES,
+        seconds=SECONDS,
+    )
+    if not found.forms or found.main == COLOUR:
+        return recipe
+    say(f"    the images have {found.main}; measuring their mean and std")
+    command = [sys.executable, "-m", "data_prep", "info", str(shards), "--statistics"]
+    if subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode:
+        raise ValueError(f"{shards} cannot be measured; see the error above.")
+    measured = measured_statistics([str(shards)])
+    return replace(
+        recipe,
+        encoder=replace(recipe.encoder, in_channels=len(measured.mean)),
+        data=replace(recipe.data, mean=measured.mean, std=measured.std),
     )
 
 

@@ -3,10 +3,12 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from simmim.data.datasets.procedural import draw_images
-from simmim.quickstart import make_shards, quickstart, quickstart_recipe
+from simmim.quickstart import fit_to_images, make_shards, quickstart, quickstart_recipe
 from simmim.tasks.pretrain.stage import PretrainStage
 
 
@@ -44,3 +46,28 @@ def test_the_pretrained_encoder_wins(tmp_path: Path) -> None:
     assert float(knn) > float(random_knn)
     assert float(linear) > 1.3 * float(random_linear)
     assert len(list((tmp_path / "run" / "reconstructions").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize(("bands", "channels"), [(1, 1), (5, 5), (None, 3)])
+def test_the_recipe_takes_the_channels_and_statistics_of_the_images(
+    tmp_path: Path, bands: int | None, channels: int
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(12):
+        values = np.random.default_rng(number).integers(0, 4000, (32, 32, bands or 3))
+        if bands is None:
+            Image.fromarray((values % 256).astype(np.uint8)).save(images / f"{number}.png")
+        elif bands == 1:
+            Image.fromarray(values[..., 0].astype(np.uint16)).save(images / f"{number}.png")
+        else:
+            np.save(images / f"{number}.npy", values.astype(np.uint16))
+    make_shards(images, tmp_path / "shards")
+    before = quickstart_recipe(tmp_path / "shards")
+    recipe = fit_to_images(before, tmp_path / "shards")
+    assert recipe.encoder.in_channels == channels
+    if bands is None:
+        assert recipe == before
+    else:
+        assert recipe.data.mean == pytest.approx([2000 / 65535] * bands, rel=0.05)
+    PretrainStage(recipe)
