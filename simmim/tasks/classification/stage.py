@@ -297,6 +297,8 @@ def open_split(data: ClassificationData) -> tuple[Shards, Shards | None]:
         held_out_shards = data.validation_shards if validation is None else 0
         training, held_out = replace(data, validation_shards=held_out_shards).split_shards()
         held_out = held_out if validation is None else validation
+        training.require_own_metadata()
+        held_out.require_own_metadata()
         reader = MultiLabelReader(data.multi_label)
         if not any_labelled(training, lambda raw: bool(reader(raw).any())):
             raise ValueError(

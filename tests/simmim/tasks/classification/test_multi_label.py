@@ -133,6 +133,19 @@ def test_no_class_anywhere_is_refused_and_none_held_out_is_said(
         ClassificationStage(recipe)
 
 
+def test_two_images_never_share_their_classes(
+    classification_values: dict[str, Any], attributes: Path
+) -> None:
+    data = {"shards": str(attributes), "multi_label": {"classes": ["red", "bright"]}}
+    classification_values["data"] |= data
+    Image.open(attributes / "007.png").save(attributes / "007.jpg")
+    recipe = parse(ClassificationRecipe, classification_values, "test")
+    with pytest.raises(ValueError, match="share one JSON") as refused:
+        ClassificationStage(recipe)
+    assert "007.jpg" in str(refused.value)
+    assert "007.png" in str(refused.value)
+
+
 def test_classes_are_given_in_one_place(classification_values: dict[str, Any]) -> None:
     classification_values["data"] |= {"multi_label": {"classes": ["a"]}, "classes": ["circle"]}
     with pytest.raises(RecipeError, match="leave out classes"):
