@@ -50,8 +50,8 @@ def mask_loss(
     """
     output = net(pixel_values=images, output_auxiliary_logits=True)
     layers = [
-        *output.auxiliary_logits,
         {name: output[name] for name in ("masks_queries_logits", "class_queries_logits")},
+        *output.auxiliary_logits,
     ]
     total = images.new_zeros(())
     for row, seed in enumerate(seeds):
