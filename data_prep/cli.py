@@ -1,5 +1,9 @@
 """The `data-prep` command line; the commands themselves are in `data_prep.commands`."""
 
+# ruff: noqa: E402 (the system comes first: Windows lacks what the others import)
+from data_prep.format.systems import require_posix
+
+require_posix("data-prep")
 import argparse
 import errno
 import re

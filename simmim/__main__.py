@@ -2,11 +2,14 @@
 
 import sys
 
-from simmim.start import start_process
+from data_prep.format.systems import require_posix
 
 
 def main() -> None:
     """Run the command of this process; signals and streams are handled before it is imported."""
+    require_posix("simmim")
+    from simmim.start import start_process  # noqa: PLC0415 (its signals are those of POSIX)
+
     start_process(sys.argv[1:])
     from simmim.cli import run  # noqa: PLC0415
 

@@ -8,6 +8,10 @@ failure, and the warning that Slurm sends before the time limit kills it while i
 write their checkpoint.
 """
 
+# ruff: noqa: E402 (the system comes first: Windows lacks what the others import)
+from data_prep.format.systems import require_posix
+
+require_posix("simmim.launch")
 import os
 import subprocess
 import sys

@@ -78,10 +78,23 @@ class HierarchicalEncoder(nn.Module):
             noise = torch.split(drop_path_noise, depths, dim=1)
         outputs: list[Tensor] = []
         for index, stage in enumerate(self.stages):
-            tokens = stage(self.merges[index - 1](outputs[-1]) if index else tokens, noise[index])
+            tokens = self.merges[index - 1](outputs[-1]) if index else tokens
+            if len(tokens):  # blocks keep the shape, and have nothing to do in an empty batch
+                tokens = stage(tokens, noise[index])
             outputs.append(tokens)
         outputs[-1] = self.norm(outputs[-1])
         return outputs
+
+    def in_weight_precision(self, pixels: Tensor) -> Tensor:
+        """Return pixels in the precision of the weights, unless autocast converts them itself."""
+        weight = self.patch_embed.projection.weight
+        kind = pixels.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        # Autocast leaves float64 as it is; sharded weights are gathered in their own precision.
+        converts = autocast and pixels.dtype != torch.float64
+        if pixels.dtype == weight.dtype or converts or type(weight) is not nn.Parameter:
+            return pixels
+        return pixels.to(weight.dtype)
 
     def set_execution(self, **changes: Any) -> None:
         """Change fields of `Execution` by name: they affect time and memory, not the function.
@@ -128,20 +141,17 @@ class SwinV2(HierarchicalEncoder):
         embed_dim), rounded up.
 
         Raises:
-            ValueError: the images have a wrong shape or number of channels, or are integers.
+            ValueError: the images have a wrong shape or number of channels, are integers, or are no
+                tensor.
         """
         channels = self.config.in_channels
-        if images.ndim != 4 or images.shape[1] != channels:
+        check_pixels("images", images)
+        if images.ndim != 4 or images.shape[1] != channels or not images.shape[2:].numel():
             raise ValueError(
                 f"images have shape {tuple(images.shape)}; this encoder takes (batch, {channels}, "
                 "height, width). For another number of channels set in_channels."
             )
-        if not images.is_floating_point():
-            raise ValueError(
-                f"images are {images.dtype}; convert them to floating point and normalise them "
-                "first."
-            )
-        tokens: Tensor = self.patch_embed(images)
+        tokens: Tensor = self.patch_embed(self.in_weight_precision(images))
         return tokens
 
     def encode(self, tokens: Tensor, drop_path_noise: Tensor | None = None) -> Tensor:
@@ -208,6 +218,27 @@ class SwinV2(HierarchicalEncoder):
         for module in self.stages.modules():
             if isinstance(module, Block):
                 module.window = self.config.window_size
+
+
+def check_pixels(name: str, pixels: object) -> None:
+    """Check that `pixels` is a tensor of floating-point numbers.
+
+    Args:
+        name: what they are, for the message.
+        pixels: argument of `embed`.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    if not isinstance(pixels, Tensor):
+        raise ValueError(
+            f"{name} are a {type(pixels).__module__}.{type(pixels).__name__}; give a tensor: "
+            "torch.from_numpy converts an array, torch.stack a list of tensors."
+        )
+    if not pixels.is_floating_point():
+        raise ValueError(
+            f"{name} are {pixels.dtype}; convert them to floating point and normalise them first."
+        )
 
 
 def build_encoder(encoder: str | SwinV2Config, **overrides: Any) -> SwinV2:

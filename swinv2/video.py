@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from swinv2.config import VideoConfig, video_config
-from swinv2.encoder import HierarchicalEncoder, SwinV2
+from swinv2.encoder import HierarchicalEncoder, SwinV2, check_pixels
 from swinv2.position_bias import PositionBias
 
 
@@ -44,15 +44,13 @@ class VideoSwinV2(HierarchicalEncoder):
                 is not a multiple of `frame_patch`, or are integers.
         """
         channels, depth = self.config.in_channels, self.config.frame_patch
-        if clips.ndim != 5 or clips.shape[2] != channels or clips.shape[1] % depth:
+        check_pixels("clips", clips)
+        wrong = clips.ndim != 5 or clips.shape[2] != channels or clips.shape[1] % depth
+        if wrong or not (clips.shape[1] and clips.shape[3:].numel()):
             multiple = f"a multiple of {depth} " if depth > 1 else ""
             raise ValueError(
                 f"clips have shape {tuple(clips.shape)}; this encoder takes (batch, {multiple}"
                 f"frames, {channels}, height, width)."
-            )
-        if not clips.is_floating_point():
-            raise ValueError(
-                f"clips are {clips.dtype}; convert them to floating point and normalise them first."
             )
         # A patch of several frames is a patch of an image with the channels of all of them.
         images = rearrange(
@@ -60,11 +58,11 @@ class VideoSwinV2(HierarchicalEncoder):
             "batch (frames t) channels height width -> (batch frames) (t channels) height width",
             t=depth,
         )
-        tokens: Tensor = self.patch_embed(images)
+        tokens: Tensor = self.patch_embed(self.in_weight_precision(images))
         return rearrange(
             tokens,
             "(batch frames) rows columns dim -> batch frames rows columns dim",
-            batch=len(clips),
+            frames=clips.shape[1] // depth,
         )
 
     def encode(self, tokens: Tensor, drop_path_noise: Tensor | None = None) -> Tensor:

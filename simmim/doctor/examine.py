@@ -20,7 +20,7 @@ from simmim.doctor.memory import check_disk, check_memory
 from simmim.doctor.shards import check_order, check_shards, check_workers
 from simmim.engine.checkpoint.choosing import choose_checkpoint
 from simmim.engine.checkpoint.resume import resumable_state
-from simmim.engine.devices import build_accelerator
+from simmim.engine.devices import build_accelerator, own_process_state
 from simmim.engine.distributed.environment import check_parallelism, requested_cpu_processes
 from simmim.engine.distributed.launcher import end_processes, end_with_launcher, start_processes
 from simmim.engine.monitor.hardware import device_peak
@@ -33,6 +33,7 @@ from simmim.tasks.loading import all_labels, with_recorded_slots
 from simmim.tasks.recipe import TaskRecipe
 
 
+@own_process_state()
 def examine_training(
     recipe: TaskRecipe, folder: str, first: Check, *, resume: str | None, seconds: float
 ) -> int:

@@ -1,10 +1,14 @@
 """Devices of a training: the accelerator, and a stage's module and optimiser on it."""
 
 import ctypes
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
 from simmim.engine.distributed.environment import fsdp_hidden
@@ -23,6 +27,31 @@ NEVER = 2**31 - 1
 LARGEST_BLOCK = 2**30
 
 
+@contextmanager
+def own_process_state() -> Iterator[None]:
+    """Give a run the process-wide state of a fresh process, and restore what was before.
+
+    That is accelerate's shared state, the environment, torch's number of threads and its generator:
+    runs of different precision may follow each other in one process.
+    """
+    shared = (AcceleratorState, PartialState, GradientState)
+    before = [dict(kind._shared_state) for kind in shared]
+    environment, threads = dict(os.environ), torch.get_num_threads()
+    for kind in shared:
+        kind._shared_state.clear()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        for kind, state in zip(shared, before, strict=True):
+            kind._shared_state.clear()
+            kind._shared_state.update(state)
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+        torch.set_num_threads(threads)
+
+
 def build_accelerator(precision: str, rank_timeout: float = 600.0) -> Accelerator:
     """Build the accelerator: this machine's devices, or its CPU, and the recipe's precision.
 
@@ -36,10 +65,13 @@ def build_accelerator(precision: str, rank_timeout: float = 600.0) -> Accelerato
                 "on a CPU."
             )
         keep_freed_memory()
+    mixed_precision = "no" if precision == "fp32" else precision
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
+        AcceleratorState._reset_state()  # of an earlier run; the processes stay as they are
     with fsdp_hidden():
         return Accelerator(
             cpu=not torch.accelerator.is_available(),
-            mixed_precision="no" if precision == "fp32" else precision,
+            mixed_precision=mixed_precision,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=group_timeout(rank_timeout))],
         )
 

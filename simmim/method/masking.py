@@ -19,6 +19,9 @@ from simmim.method.settings import Grid, MaskSettings, Strategy, hidden_count
 GOOD_DISTANCES = (10, 20)
 """Range of AvgDist in pixels with good fine-tuning accuracy (SimMIM, section 4.1.2)."""
 
+WITHOUT_FLOAT64 = ("mps",)
+"""Types of devices without float64."""
+
 BLOCK_ASPECT = (0.3, 1 / 0.3)
 """Range of the aspect ratio (height / width) of blocks, as in BEiT."""
 
@@ -79,8 +82,9 @@ def random_mask(
     """
     rows, columns = grid
     hidden = hidden_count(grid, ratio)
+    device = _device(generator)
     noise = torch.rand(
-        batch, rows * columns, generator=generator, device=_device(generator), dtype=torch.float64
+        batch, rows * columns, generator=generator, device=device, dtype=_widest(device)
     )
     if noise.device.type == "cpu" and batch == 1:  # in data workers, where torch calls cost more
         chosen = np.zeros(rows * columns, dtype=bool)
@@ -197,7 +201,7 @@ def average_distance(mask: Tensor, cell: int) -> float:
         visible = torch.where(image, torch.inf, 0.0)
         within = (from_row[:, :, None] + visible).amin(dim=1)
         nearest = (within[:, None] + from_column).amin(dim=2)
-        total += float(nearest.sqrt().sum(dtype=torch.float64))
+        total += float(nearest.sqrt().cpu().sum(dtype=torch.float64))
     return total / (int(mask.sum()) * cell * cell)
 
 
@@ -238,12 +242,17 @@ def enlarge_mask(mask: Tensor, factor: int) -> Tensor:
 
 
 def _draw(generator: torch.Generator | None) -> float:
-    noise = torch.rand((), generator=generator, device=_device(generator), dtype=torch.float64)
-    return float(noise)
+    device = _device(generator)
+    return float(torch.rand((), generator=generator, device=device, dtype=_widest(device)))
 
 
 def _draw_integer(below: int, generator: torch.Generator | None) -> int:
     return min(below - 1, int(_draw(generator) * below))
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on devices without it."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 
 def _device(generator: torch.Generator | None) -> torch.device:

@@ -194,6 +194,21 @@ class SimMIM(nn.Module, Generic[EncoderT]):
         return patches.flatten(1).any(dim=1).nonzero()[:, 0]
 
     def _check(self, images: Tensor, mask: Tensor) -> None:
+        for name, given in (("images", images), ("the mask", mask)):
+            if not isinstance(given, Tensor):
+                raise ValueError(
+                    f"{name} must be a tensor, not {type(given).__module__}."
+                    f"{type(given).__name__}: torch.from_numpy converts an array."
+                )
+        if not images.is_floating_point():
+            raise ValueError(
+                f"images are {images.dtype}; convert them to floating point and normalise them "
+                "first."
+            )
+        if images.ndim == 4 and not images.numel():
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}: the loss needs one image or more."
+            )
         if images.ndim != 4:
             raise ValueError(
                 f"images have shape {tuple(images.shape)}; SimMIM takes (batch, channels, height, "

@@ -13,7 +13,7 @@ from simmim.disk import append_line
 from simmim.engine.checkpoint.directory import RECIPE_FILE, chosen_checkpoint, load_state
 from simmim.engine.checkpoint.ema import load_average
 from simmim.engine.checkpoint.resume import load_model
-from simmim.engine.devices import build_accelerator
+from simmim.engine.devices import build_accelerator, own_process_state
 from simmim.engine.distributed.launcher import (
     end_processes,
     end_with_launcher,
@@ -50,6 +50,7 @@ class Evaluation:
         return "\n".join(lines + [f"  {name} {value:.4f}" for name, value in self.figures.items()])
 
 
+@own_process_state()
 def evaluate(
     source: Path,
     overrides: Sequence[str] = (),

@@ -18,7 +18,7 @@ from simmim.engine.checkpoint.directory import (
     kept_best,
     read_best,
 )
-from simmim.engine.devices import build_accelerator
+from simmim.engine.devices import build_accelerator, own_process_state
 from simmim.engine.distributed.environment import check_parallelism, requested_cpu_processes
 from simmim.engine.distributed.launcher import (
     end_processes,
@@ -38,6 +38,7 @@ from simmim.tasks.recipe import HEAD_FOLDERS, SCRATCH, TaskRecipe
 RecipeT = TypeVar("RecipeT", bound=TaskRecipe)
 
 
+@own_process_state()
 def train_recipe(
     make_stage: Callable[[RecipeT], TrainingStage],
     recipe: RecipeT,

@@ -7,6 +7,10 @@ that stopped on request from one that failed. The options are torchrun's own.
 `python -m simmim.launch` does the same for `accelerate launch`.
 """
 
+# ruff: noqa: E402 (the system comes first: Windows lacks what the others import)
+from data_prep.format.systems import require_posix
+
+require_posix("simmim.engine.distributed.torchrun")
 import os
 import signal
 import sys

@@ -33,6 +33,7 @@ def average_precisions(scores: Tensor, labels: Tensor) -> Tensor:
         scores: (samples, classes).
         labels: bool (samples, classes).
     """
+    scores, labels = scores.cpu(), labels.cpu()  # not every device has float64
     shown = torch.nonzero(labels.any(0)).flatten().tolist()
     found = [_average_precision(scores[:, place], labels[:, place]) for place in shown]
     return torch.tensor(found, dtype=torch.float64)

@@ -20,8 +20,9 @@ def confusion(predicted: Tensor, classes: Tensor, num_classes: int) -> Tensor:
 
 
 def intersection_over_union(counts: Tensor) -> Tensor:
-    """Return the IoU of each class; NaN if it is in neither labels nor predictions."""
-    hits = counts.diagonal().double()
+    """Return the IoU of each class, on the CPU; NaN if it is in neither labels nor predictions."""
+    counts = counts.cpu().double()  # in this order: not every device has float64
+    hits = counts.diagonal()
     return hits / (counts.sum(0) + counts.sum(1) - hits)
 
 
@@ -31,7 +32,7 @@ def segmentation_figures(counts: Tensor, names: tuple[str, ...]) -> dict[str, fl
     Means are over the classes that occur: in labels or predictions for IoU, in labels for accuracy.
     Classes that do not occur have no IoU.
     """
-    counts = counts.double().cpu()
+    counts = counts.cpu().double()
     union = intersection_over_union(counts)
     recall = counts.diagonal() / counts.sum(1)
     figures = {

@@ -1,0 +1,44 @@
+"""What people hand to SimMIM gives a result or an error that says what to do."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from simmim import SimMIM
+from swinv2 import SwinV2, SwinV2Config
+
+CONFIG = SwinV2Config(image_size=32, embed_dim=8, depths=(1, 1), num_heads=(1, 2), window_size=4)
+IMAGES, MASK = torch.rand(1, 3, 32, 32), torch.ones(1, 4, 4, dtype=torch.bool)
+
+
+def test_float64_images_have_the_loss_of_float32_images() -> None:
+    model = SimMIM(SwinV2(CONFIG), mask_cell=8)
+    expected = model(IMAGES, MASK).loss.item()
+    assert model(IMAGES.double(), MASK).loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("images", "mask", "word"),
+    [
+        (IMAGES[:0], MASK[:0], "one image or more"),
+        (IMAGES[..., :0], MASK, "one image or more"),
+        (np.zeros((1, 3, 32, 32), np.float32), MASK, "from_numpy"),
+        (np.zeros((1, 3, 32, 32)), MASK, "from_numpy"),
+        (IMAGES, MASK.numpy(), "the mask must be a tensor"),
+        (IMAGES, None, "the mask must be a tensor"),
+        ([IMAGES[0]], MASK, "must be a tensor"),
+        (IMAGES.byte(), MASK, "floating point"),
+        (IMAGES[0], MASK, "shape"),
+        (torch.rand(1, 4, 32, 32), MASK, "channels"),
+        (IMAGES, MASK.float(), "bool"),
+        (IMAGES, MASK[0], "shape"),
+    ],
+)
+def test_other_inputs_are_named(images: Any, mask: Any, word: str) -> None:
+    model = SimMIM(SwinV2(CONFIG), mask_cell=8)
+    for call in (model, model.mean_color_loss):
+        if call is model or word != "channels":
+            with pytest.raises(ValueError, match=word):
+                call(images, mask)
