@@ -270,7 +270,7 @@ def _load(image: ImageFile.ImageFile, data: bytes) -> tuple[Loaded, tuple[str, .
                 loaded.info = {name: image.info[name] for name in kept if name in image.info}
                 return turn_upright(loaded), ()
     notes = _check_pixels(image, data)
-    return wide_values(turn_upright(load(image, data))), notes
+    return wide_values(turn_upright(load(image, data)), data), notes
 
 
 def _check_pixels(image: ImageFile.ImageFile, data: bytes) -> tuple[str, ...]:

@@ -17,8 +17,15 @@ from PIL import Image, ImageCms
 
 from data_prep.images.arrays import ArrayError, read_header, read_values
 from data_prep.images.damage import DamageError, decode_jpeg, read_jpeg_header
+from data_prep.images.deep_png import is_deep_png, read_deep_png, to_channels
+from data_prep.images.headers import grey_maximum, jpeg2000_shift
 from data_prep.images.opening import FORMATS, UnknownFormatError, load, open_picture
-from data_prep.images.orientation import orientation_transpose, turn_upright
+from data_prep.images.orientation import (
+    orientation_of,
+    orientation_transpose,
+    turn_array,
+    turn_upright,
+)
 from data_prep.images.tiff import check_layout, read_tiff, reads_right
 from data_prep.images.tiff_layout import STARTS, TiffError, TiffLayout, read_layout
 
@@ -101,6 +108,10 @@ def decode(data: bytes, extension: str, *, channels: int | None = None, max_pixe
     except DamageError as error:
         defect = str(error)
     loaded = load_picture(data, max_pixels=max_pixels)
+    if isinstance(loaded, np.ndarray) and is_deep_png(data):
+        if channels not in (None, *MODES):
+            raise ChannelsError(3)
+        return Decoded(to_channels(loaded, channels or 3))
     if isinstance(loaded, Image.Image):
         # CMYK in JPEG is converted without its profile, as it always was.
         if loaded.mode == "LAB" or (loaded.mode == "CMYK" and not data.startswith(_JPEG_START)):
@@ -127,7 +138,9 @@ def load_picture(data: bytes, *, max_pixels: int, formats: tuple[str, ...] = FOR
                 return load_tiff(data, layout)
             opened = open_picture(data, formats)
             check_size(opened.width, opened.height, max_pixels)
-            return wide_values(turn_upright(load(opened, data)))
+            if is_deep_png(data):
+                return turn_array(read_deep_png(data), orientation_of(opened))
+            return wide_values(turn_upright(load(opened, data)), data)
         except (DecodingError, MemoryError):
             raise
         except TiffError as error:
@@ -151,7 +164,7 @@ def load_tiff(data: bytes, layout: TiffLayout) -> Loaded:
         if image.mode == "I":
             values = np.asarray(image)
             return values.astype(np.float32 if max(layout.bits) <= 16 else np.float64)
-        return wide_values(image)
+        return wide_values(image, data)
     values = read_tiff(data, layout)
     if values.dtype != np.uint8 or not layout.colours:
         return values
@@ -267,14 +280,22 @@ def _spread_grey(values: NDArray[np.uint16], channels: int | None) -> NDArray[An
     return spread
 
 
-def wide_values(image: Image.Image) -> Loaded:
-    """Return the values of a picture of more than 8 bits, any other picture as it is."""
+def wide_values(image: Image.Image, data: bytes) -> Loaded:
+    """Return the values of a picture of more than 8 bits as stored, any other picture as it is.
+
+    Args:
+        image: the loaded picture; Pillow scales some formats to 16 bits.
+        data: its file.
+    """
     if image.mode.startswith("I;16"):
-        return np.asarray(image).astype(np.uint16)
+        return np.asarray(image).astype(np.uint16) >> jpeg2000_shift(data)
     if image.mode == "F":
         return np.asarray(image).astype(np.float32)
     if image.mode == "I":
         values = np.asarray(image)
+        highest = grey_maximum(data)
+        if highest is not None:
+            values = np.rint(values * (highest / 65_535)).astype(np.int32)
         holds = values.min() >= 0 and values.max() < 2**16
         return values.astype(np.uint16 if holds else np.float64)
     return image

@@ -15,6 +15,7 @@ _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
 _SKIPPED = (0xC4, 0xDD, 0xFE)  # Huffman tables, restart interval, comment
 _SCAN = 0xDA
 _TABLE_BYTES = 65
+_JPEG2000_STARTS = (b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ")
 _JPEG2000_SIZES = b"\xff\x51"
 _AV1_SETTINGS = b"av1C"
 
@@ -90,9 +91,7 @@ def truncated_bit_depth(image: Image.Image, data: bytes) -> int:
         case "PPM":
             bits = _ppm_bits(data) if image.mode == "RGB" else 8
         case "JPEG2000":
-            place = data.find(_JPEG2000_SIZES)
-            grey = image.mode.startswith("I")
-            bits = 8 if grey or place < 0 else 1 + (data[place + 40 : place + 41] or b"\7")[0] % 128
+            bits = 8 if image.mode.startswith("I") else _jpeg2000_bits(data)
         case "AVIF":
             place = data.find(_AV1_SETTINGS)
             bits = 10 if place >= 0 and (data[place + 6 : place + 7] or b"\0")[0] & 0x40 else 8
@@ -101,7 +100,28 @@ def truncated_bit_depth(image: Image.Image, data: bytes) -> int:
     return bits if bits > 8 else 0
 
 
+def jpeg2000_shift(data: bytes) -> int:
+    """Return by how many bits Pillow shifts grey of 9 to 15 bits to 16; 0 for other formats."""
+    if not data.startswith(_JPEG2000_STARTS):
+        return 0
+    return max(0, 16 - max(8, _jpeg2000_bits(data)))
+
+
+def grey_maximum(data: bytes) -> int | None:
+    """Return the value that stands for white in a PGM, which Pillow scales to 65,535; else None."""
+    return _ppm_maximum(data) if data.startswith((b"P2", b"P5")) else None
+
+
+def _jpeg2000_bits(data: bytes) -> int:
+    place = data.find(_JPEG2000_SIZES)
+    return 8 if place < 0 else 1 + (data[place + 40 : place + 41] or b"\7")[0] % 128
+
+
 def _ppm_bits(data: bytes) -> int:
+    return (_ppm_maximum(data) or 255).bit_length()
+
+
+def _ppm_maximum(data: bytes) -> int | None:
     lines = (line.partition(b"#")[0] for line in data[:4096].split(b"\n"))
     words = b" ".join(lines).split(maxsplit=4)
-    return int(words[3]).bit_length() if len(words) > 3 and words[3].isdigit() else 8
+    return int(words[3]) if len(words) > 3 and words[3].isdigit() else None

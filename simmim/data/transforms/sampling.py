@@ -15,6 +15,7 @@ from PIL import Image
 from data_prep.format.text import count_noun
 from data_prep.images.arrays import ArrayError, read_header
 from data_prep.images.checking import RejectedImageError, read_pixels
+from data_prep.images.deep_png import is_deep_png
 from simmim.data.order.source import BadSampleError, DataError, SampleSource
 from simmim.data.transforms.decoding import ARRAY_EXTENSION, decode_pixels
 
@@ -167,7 +168,8 @@ def form_of(data: bytes, extension: str, max_pixels: int) -> ImageForm:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as opened:
-                if opened.format != "TIFF" and opened.mode in STORED:
+                is_plain = opened.format != "TIFF" and not is_deep_png(data)
+                if is_plain and opened.mode in STORED:
                     return ImageForm(*STORED[opened.mode])
     except Exception:  # noqa: S110 (hostile bytes raise nearly any type)
         pass

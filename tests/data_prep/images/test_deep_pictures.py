@@ -1,0 +1,116 @@
+"""Pictures of more than 8 bits in PNG, PGM, PPM and JPEG 2000 keep their values."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.images.checking import RejectedImageError, check_image, read_pixels
+from simmim.data.transforms.decoding import decode_pixels
+
+COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
+
+
+def _chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I4s", len(body), kind) + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def _png(values: np.ndarray, *, filtered: int = 0, transparent: bytes = b"") -> bytes:
+    """Write a 16-bit PNG of (height, width, channels), each row with a filter of PNG."""
+    height, width, channels = values.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, COLOUR_TYPES[channels], 0, 0, 0)
+    rows, before = [], np.zeros(width * channels * 2, dtype=np.uint8)
+    for row in values:
+        raw = np.frombuffer(row.astype(">u2").tobytes(), dtype=np.uint8)
+        left = np.concatenate([np.zeros(2 * channels, dtype=np.uint8), raw[: -2 * channels]])
+        rows.append(bytes([filtered]) + (raw - (0, left, before)[filtered]).astype("u1").tobytes())
+        before = raw
+    key = _chunk(b"tRNS", transparent) if transparent else b""
+    body = _chunk(b"IHDR", header) + key + _chunk(b"IDAT", zlib.compress(b"".join(rows)))
+    return b"\x89PNG\r\n\x1a\n" + body + _chunk(b"IEND", b"")
+
+
+def _random(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 2**16, shape, dtype=np.uint16)
+
+
+@pytest.mark.parametrize("filtered", [0, 1, 2])
+def test_colour_png_of_16_bits_keeps_every_bit(filtered: int) -> None:
+    values = _random(13, 17, 3)
+    data = _png(values, filtered=filtered)
+    assert check_image(data).data == data
+    for found in (read_pixels(data, "png"), decode_pixels(data, "png").pixels):
+        assert found.dtype == np.uint16
+        assert np.array_equal(found, values)
+    opaque = decode_pixels(data, "png", channels=4).pixels
+    assert np.array_equal(opaque[..., :3], values)
+    assert (opaque[..., 3] == 65_535).all()
+    grey = decode_pixels(data, "png", channels=1).pixels[..., 0]
+    assert np.abs(grey - values @ np.array([0.299, 0.587, 0.114])).max() < 1.5
+
+
+def test_transparency_of_16_bits_is_laid_on_white() -> None:
+    values = _random(13, 17, 4)
+    values[0, :, 3], values[1, :, 3] = 0, 65_535
+    data = _png(values)
+    assert np.array_equal(decode_pixels(data, "png", channels=4).pixels, values)
+    found = read_pixels(data, "png")
+    assert (found[0] == 65_535).all()
+    assert np.array_equal(found[1], values[1, :, :3])
+    alpha = values[..., 3:] / 65_535
+    assert np.abs(found - (values[..., :3] * alpha + 65_535 * (1 - alpha))).max() < 1
+    grey = _random(13, 17, 2)
+    shown = decode_pixels(_png(grey), "png", channels=4).pixels
+    assert np.array_equal(shown[..., [0, 3]], grey)
+
+
+def test_a_transparent_colour_of_16_bits() -> None:
+    values = _random(13, 17, 3)
+    key = values[2, 3].astype(">u2").tobytes()
+    found = read_pixels(_png(values, transparent=key), "png")
+    assert (found[2, 3] == 65_535).all()
+    assert np.array_equal(found[2, 4:], values[2, 4:])
+
+
+def test_orientation_holds_for_16_bits_too() -> None:
+    data = _png(_random(13, 17, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = data[:33] + _chunk(b"eXIf", exif.tobytes()[6:]) + data[33:]
+    expected = np.rot90(read_pixels(data, "png"), -1)
+    assert np.array_equal(decode_pixels(turned, "png").pixels, expected)
+
+
+def test_damage_in_16_bits_is_found() -> None:
+    data = _png(_random(13, 17, 3))
+    with pytest.raises(RejectedImageError):
+        read_pixels(data[: len(data) // 2], "png")
+
+
+@pytest.mark.parametrize("maximum", [256, 1023, 4095, 65_534, 65_535])
+@pytest.mark.parametrize("plain", [False, True])
+def test_pgm_values_are_kept_whatever_stands_for_white(maximum: int, plain: bool) -> None:
+    values = np.random.default_rng(0).integers(0, maximum, (9, 11), endpoint=True)
+    values[0, :2] = 0, maximum
+    if plain:
+        data = f"P2 # deep\n11 9\n{maximum}\n".encode() + " ".join(map(str, values.flat)).encode()
+    else:
+        data = f"P5\n11 9 {maximum}\n".encode() + values.astype(">u2").tobytes()
+    checked = check_image(data)
+    assert checked.extension == "png"
+    assert np.array_equal(read_pixels(checked.data, "png")[..., 0], values)
+    assert np.array_equal(decode_pixels(data, "pgm", channels=1).pixels[..., 0], values)
+
+
+@pytest.mark.parametrize("bits", [10, 12, 16])
+def test_jpeg_2000_keeps_values_of_any_depth(bits: int) -> None:
+    imagecodecs = pytest.importorskip("imagecodecs")
+    values = np.random.default_rng(0).integers(0, 2**bits, (32, 40), dtype=np.uint16)
+    for codec in ("jp2", "j2k"):
+        data = imagecodecs.jpeg2k_encode(
+            values, codecformat=codec, bitspersample=bits, reversible=True, level=0
+        )
+        checked = check_image(bytes(data))
+        assert np.array_equal(read_pixels(checked.data, "png")[..., 0], values)
