@@ -1,5 +1,6 @@
 """Export a trained encoder as an encoder directory or in the format of another library."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from data_prep.format.text import count_noun
 from simmim.engine.checkpoint.directory import read_best
 from simmim.export.load_trained import TrainedModel, read_source
+from simmim.export.picture_check import compare_pictures
 from simmim.export.trial_image import TrialImage, trial_clip, trial_image
 from simmim.tasks.classification.classifier import load_classifier, save_head
 from simmim.tasks.features import pool
@@ -16,6 +18,7 @@ from simmim.tasks.recipe import HEAD_FOLDER
 from simmim.tasks.segmentation.dense_stage import flat_output, load_dense, save_dense
 from swinv2 import SwinV2, VideoSwinV2, load_video_encoder, save_video_encoder
 from swinv2.bridges.onnx import MODEL_FILE, export_onnx
+from swinv2.bridges.preprocessing import Preparation, describe, sentences
 from swinv2.bridges.reference import export_reference
 from swinv2.bridges.timm import export_timm
 from swinv2.bridges.torch_export import PROGRAM_FILE, export_program
@@ -75,6 +78,10 @@ def export(
         )
     found = read_source(source, best=best)
     trial = _trial_input(found)
+    preparation = found.preparation or Preparation()
+    if trial.largest is not None:  # the data tell
+        preparation = replace(preparation, largest=trial.largest)
+    found = replace(found, preparation=preparation)
     compared = [f"compared on {trial.origin}:"]
     written = _write(found, destination, form, trial.images, compared.append, any_size=any_size)
     note = describe_best(source, found.provenance.step)
@@ -111,7 +118,9 @@ def _write(
             f"{found.origin} is an encoder of clips, which can only be exported as native."
         )
     prepared: dict[str, Any] = {"mean": found.mean, "std": found.std}
-    verified = {**prepared, "images": images, "report": report}
+    assert found.preparation is not None
+    preparation = found.preparation
+    verified = {**prepared, "images": images, "report": report, "preparation": preparation}
     loads = "README.md shows how to load"
     # Our heads take normalised maps, and backbones of other libraries return others.
     left_out = "not exported: the head of the {}, which --format native writes for transformers"
@@ -119,7 +128,14 @@ def _write(
     match form:
         case "transformers":
             heads: dict[str, Any] = {"head": head, "classifier": classifier}
-            export_transformers(encoder, destination, **verified, **heads, classes=found.classes)
+            export_transformers(
+                encoder,
+                destination,
+                **verified,
+                **heads,
+                classes=found.classes,
+                check=lambda folder: report(compare_pictures(found, folder)),
+            )
             places = {name: destination / folder for name, folder in FOLDERS.items()}
             lines = [f"{place}: {name}" for name, place in places.items() if place.is_dir()]
             return [*lines, f"{loads} them", *dense]
@@ -156,8 +172,12 @@ def _write_native(
 ) -> list[str]:
     """Write an encoder directory, with a fine-tuned head in a folder in it."""
     encoder, lines = found.encoder, ["README.md shows how to load it"]
+    assert found.preparation is not None
+    prepared_text = sentences(encoder.config, found.preparation)
 
     def complete(folder: Path) -> None:
+        if isinstance(encoder, SwinV2):
+            _add_to_readme(folder, f"\n{prepared_text}\n")
         report(compare_native(encoder, folder, images))
         if found.classifier is not None:
             report(_write_classifier(found, folder, images))
@@ -188,7 +208,11 @@ def _write_classifier(found: TrainedModel, folder: Path, images: Tensor) -> str:
     head = nn.Linear(weight.shape[1], weight.shape[0])
     head.load_state_dict({"weight": weight, "bias": bias})
     names = found.classes or tuple(f"class {number}" for number in range(len(bias)))
-    save_head(head, folder / HEAD_FOLDER, names)
+    assert found.preparation is not None
+    prepared = None
+    if isinstance(found.encoder, SwinV2):
+        prepared = describe(found.encoder.config, found.preparation, found.mean, found.std)
+    save_head(head, folder / HEAD_FOLDER, names, prepared)
     _add_to_readme(folder, CLASSIFIER_LINES)
     with torch.no_grad():
         ours = head(pool(plain_copy(found.encoder)(images)))
@@ -225,7 +249,8 @@ from simmim.tasks.classification.classifier import load_classifier
 trained = load_classifier(Path("."), Path("{HEAD_FOLDER}"))
 ```
 
-`trained.model` gives a score for each of `trained.classes`.
+`trained.model` gives a score for each of `trained.classes`. For pictures, `preparation` in
+`{HEAD_FOLDER}/classes.json` has the steps to its input.
 """
 
 DENSE_LINES = """

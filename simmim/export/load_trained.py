@@ -23,13 +23,14 @@ from simmim.engine.checkpoint.resume import read_model
 from simmim.engine.run import RunFolder
 from simmim.recipe import RecipeError, load, read_values, recipe_hash
 from simmim.tasks.all_tasks import FINE_TUNING, task_named
-from simmim.tasks.classification.classifier import read_head
+from simmim.tasks.classification.classifier import read_head, read_preparation
 from simmim.tasks.fine_tuning import FineTuningStage
 from simmim.tasks.pretrain.stage import load_pretrained
 from simmim.tasks.recipe import HEAD_FOLDER, FineTuningRecipe
 from simmim.tasks.segmentation.dense_stage import DenseStage, load_dense
 from swinv2 import SwinV2, VideoSwinV2, load_video_encoder, read_video_config
 from swinv2.bridges.checkpoints import ClassifierHead, MaskedImageHead
+from swinv2.bridges.preprocessing import Preparation
 from swinv2.bridges.transformers_backbone import encoder_from_backbone
 from swinv2.config_file import Provenance, is_video_encoder, read_encoder_config
 from swinv2.weights import load_encoder, load_strictly
@@ -66,6 +67,8 @@ class TrainedModel:
     """Class names of the classifier; empty if they are no longer known."""
     dense: DenseHead | None = None
     """Model of a segmentation or detection."""
+    preparation: Preparation | None = None
+    """Preparation of pictures besides mean and std, as validation has it; None if unknown."""
     shards: str | None = None
     """Training data of the run."""
     origin: str
@@ -174,12 +177,15 @@ def _read_fine_tuning(run: RunFolder, task: str, checkpoint: Path | None) -> Tra
     if ended is not None and (
         checkpoint is None or load_state(checkpoint).step == ended.provenance.step
     ):
-        return replace(_with_head(ended, run.path), shards=shards)
+        headed = _with_head(ended, run.path)
+        crop = Preparation(crop_pct=recipe.validation_crop)
+        return replace(headed, preparation=headed.preparation or crop, shards=shards)
     assert checkpoint is not None
     untrained = ended or _initial(stage, recipe)
     found = replace(
         untrained,
         provenance=_provenance(checkpoint, recipe),
+        preparation=Preparation(crop_pct=recipe.validation_crop),
         shards=shards,
         origin=str(checkpoint),
     )
@@ -245,7 +251,8 @@ def _with_head(found: TrainedModel, folder: Path) -> TrainedModel:
         linear = nn.Linear(found.encoder.num_features, len(classes))
         load_strictly(linear, tensors, str(folder / HEAD_FOLDER))
         classifier = ClassifierHead(weight=linear.weight.detach(), bias=linear.bias.detach())
-        return replace(found, classifier=classifier, classes=classes)
+        preparation = read_preparation(folder / HEAD_FOLDER)
+        return replace(found, classifier=classifier, classes=classes, preparation=preparation)
     for task in ("segmentation", "detection"):
         place = folder / task
         if place.is_dir():

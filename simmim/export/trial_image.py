@@ -11,7 +11,7 @@ from simmim.data.datasets.procedural import MIN_SIZE, render
 from simmim.data.datasets.remote import RemoteReading
 from simmim.data.transforms.cropping import center_crop_resize
 from simmim.data.transforms.decoding import decode_pixels
-from simmim.tasks.features import Normalise
+from simmim.tasks.features import RANGES, Normalise
 from swinv2 import SwinV2Config, VideoConfig
 
 
@@ -23,6 +23,8 @@ class TrialImage:
     """Normalised images (1, channels, height, width), or clips with frames second."""
     origin: str
     """Source of the input, for messages."""
+    largest: float | None = None
+    """Stored value of the data that becomes 1.0; None if the input was drawn."""
 
 
 def trial_image(
@@ -39,7 +41,7 @@ def trial_image(
         std: standard deviation per channel.
         shards: data whose first image is used if it can still be read.
     """
-    pixels, origin = None, "a drawn image"
+    pixels, origin, largest = None, "a drawn image", None
     if shards is not None:
         try:
             # By range: do not fetch a shard for one image.
@@ -47,12 +49,13 @@ def trial_image(
             sample = open_set(shards, reading).read(0, 0)
             image = decode_pixels(sample.image, sample.extension, channels=config.in_channels)
             pixels = center_crop_resize(image.pixels, config.image_size)
+            largest = RANGES.get(pixels.dtype, 1.0)
             origin = f"{sample.name} of {shards}"
         except ValueError:  # the data are gone or damaged: draw an image instead
-            pixels = None
+            pixels = largest = None
     if pixels is None:
         pixels = draw_image(config)
-    return TrialImage(images=Normalise(mean, std)(pixels[None]), origin=origin)
+    return TrialImage(images=Normalise(mean, std)(pixels[None]), origin=origin, largest=largest)
 
 
 def trial_clip(config: VideoConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> TrialImage:

@@ -212,6 +212,11 @@ class TaskRecipe:
         return ["--data.validation", source]
 
     @property
+    def validation_crop(self) -> float:
+        """Fraction of the short side of a picture that validation keeps, and users should."""
+        return 1.0
+
+    @property
     def mask(self) -> MaskSettings | None:
         """Masking settings of SimMIM; None for other tasks."""
         return None

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from swinv2.bridges.checkpoints import BridgeError
+from swinv2.bridges.preprocessing import WHOLE_PICTURES, Preparation
 from swinv2.bridges.torch_export import (
     INPUT,
     compare_maps,
@@ -50,6 +51,7 @@ def export_onnx(
     mean: Sequence[float],
     std: Sequence[float],
     any_size: bool = False,
+    preparation: Preparation = WHOLE_PICTURES,
     images: Tensor | None = None,
     report: Report = ignore,
 ) -> Path:
@@ -61,6 +63,7 @@ def export_onnx(
         mean: one value per channel, for images in [0, 1].
         std: one positive value per channel.
         any_size: make height and width dynamic.
+        preparation: how pictures are prepared.
         images: normalised (batch, channels, height, width), to compare the maps on; by default a
             zone plate.
         report: called with the largest difference of the maps.
@@ -92,6 +95,7 @@ def export_onnx(
         mean=mean,
         std=std,
         any_size=any_size,
+        preparation=preparation,
         report=report,
     )
 

@@ -44,6 +44,7 @@ from swinv2.bridges.layer_names import (
     split_off_buffers,
     unsupported,
 )
+from swinv2.bridges.preprocessing import WHOLE_PICTURES, Preparation, describe, sentences
 from swinv2.bridges.sizes import (
     PretrainedWindows,
     Sizes,
@@ -143,6 +144,7 @@ def export_reference(
     std: Sequence[float],
     head: MaskedImageHead | None = None,
     classifier: ClassifierHead | None = None,
+    preparation: Preparation = WHOLE_PICTURES,
     images: Tensor | None = None,
     report: Report = ignore,
 ) -> Path:
@@ -158,6 +160,7 @@ def export_reference(
         std: one positive value per channel.
         head: mask token and decoder, for a SimMIM checkpoint.
         classifier: for a classification checkpoint.
+        preparation: how pictures are prepared.
         images: normalised (batch, channels, height, width), to compare features on; by default a
             zone plate.
         report: called with a line on each comparison.
@@ -181,15 +184,16 @@ def export_reference(
             "mean": [float(value) for value in mean],
             "std": [float(value) for value in std],
         },
+        "preparation": describe(encoder.config, preparation, mean, std),
     }
     with atomic_folder(path, may_replace=is_reference_export) as folder:
         torch.save(content, folder / CHECKPOINT_FILE)
         # Every JSON text is YAML too.
         text = json.dumps(settings, indent=2) + "\n"
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
-        (folder / README_FILE).write_text(
-            _readme(arguments, masked=head is not None), encoding="utf-8"
-        )
+        readme = _readme(arguments, masked=head is not None)
+        readme += f"\n{sentences(encoder.config, preparation)}\n"
+        (folder / README_FILE).write_text(readme, encoding="utf-8")
         back = import_reference(folder).encoder
         check_read_back(encoder, back)
         report(compare_read_back(encoder, back, images))

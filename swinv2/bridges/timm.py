@@ -40,6 +40,7 @@ from swinv2.bridges.layer_names import (
     split_off_buffers,
     unsupported,
 )
+from swinv2.bridges.preprocessing import WHOLE_PICTURES, Preparation, describe, sentences
 from swinv2.bridges.sizes import (
     PretrainedWindows,
     Sizes,
@@ -211,6 +212,7 @@ def export_timm(
     mean: Sequence[float],
     std: Sequence[float],
     classifier: ClassifierHead | None = None,
+    preparation: Preparation = WHOLE_PICTURES,
     images: Tensor | None = None,
     report: Report = ignore,
 ) -> Path:
@@ -225,6 +227,7 @@ def export_timm(
         mean: one value per channel, for images in [0, 1].
         std: one positive value per channel.
         classifier: a linear head on average-pooled features.
+        preparation: how pictures are prepared.
         images: normalised (batch, channels, height, width), to compare features on; by default a
             zone plate.
         report: called with a line on each comparison.
@@ -244,14 +247,16 @@ def export_timm(
         "num_features": encoder.num_features,
         "global_pool": "avg",
         "model_args": arguments,
-        "pretrained_cfg": _pretrained_cfg(encoder.config, classes, mean, std),
+        "pretrained_cfg": _pretrained_cfg(encoder.config, classes, mean, std, preparation.crop_pct),
+        "preparation": describe(encoder.config, preparation, mean, std),
         CONFIG_KEY: asdict(encoder.config),
     }
     with atomic_folder(path, may_replace=is_timm_export) as folder:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         text = json.dumps(content, indent=2) + "\n"
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
-        (folder / README_FILE).write_text(_readme(name, arguments, classes), encoding="utf-8")
+        text = _readme(name, arguments, classes, sentences(encoder.config, preparation))
+        (folder / README_FILE).write_text(text, encoding="utf-8")
         back = import_timm(folder).encoder
         check_read_back(encoder, back)
         timm, reason = find_timm()
@@ -265,14 +270,19 @@ def export_timm(
 
 
 def _pretrained_cfg(
-    config: SwinV2Config, classes: int, mean: Sequence[float], std: Sequence[float]
+    config: SwinV2Config,
+    classes: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    crop_pct: float,
 ) -> dict[str, Any]:
     return {
         "num_classes": classes,
         "input_size": [config.in_channels, *config.image_size],
         "fixed_input_size": True,
         "interpolation": "bicubic",
-        "crop_pct": 0.9,
+        "crop_pct": crop_pct,
+        "crop_mode": "center",
         "mean": [float(value) for value in mean],
         "std": [float(value) for value in std],
         "first_conv": "patch_embed.proj",
@@ -378,7 +388,7 @@ def _read_config(file: Path) -> dict[str, Any]:
     return read_json(file, "export it again") if file.is_file() else {}
 
 
-def _readme(name: str, arguments: Mapping[str, Any], classes: int) -> str:
+def _readme(name: str, arguments: Mapping[str, Any], classes: int, prepared: str) -> str:
     listed = "".join(f"    {key}={value!r},\n" for key, value in arguments.items())
     return f"""# Swin Transformer V2 for timm
 
@@ -396,5 +406,8 @@ model = timm.create_model(
 
 `model.forward_features(images)` returns (batch, rows, columns, channels). From elsewhere, load the
 folder with `timm.create_model("local-dir:FOLDER", pretrained=True)`; `config.json` has the mean and
-std of its images.
+std of its images, and in `pretrained_cfg` what `timm.data.create_transform` needs.
+
+{prepared} timm resizes before it crops, so its pixels are shifted
+by less than one; `preparation` in `config.json` has the exact steps.
 """

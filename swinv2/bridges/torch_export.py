@@ -30,6 +30,7 @@ from torch.export import Dim, ExportedProgram
 from swinv2.atomic import atomic_folder
 from swinv2.bridges.any_size import AnySizeFeatures
 from swinv2.bridges.checkpoints import BridgeError
+from swinv2.bridges.preprocessing import WHOLE_PICTURES, Preparation, describe, sentences
 from swinv2.bridges.verification import TOLERANCE, Report, ignore, plain_copy, zone_plate
 from swinv2.config import Pair, SwinV2Config
 from swinv2.config_file import README_FILE, check_normalisation
@@ -52,6 +53,7 @@ def export_program(
     mean: Sequence[float],
     std: Sequence[float],
     any_size: bool = False,
+    preparation: Preparation = WHOLE_PICTURES,
     images: Tensor | None = None,
     report: Report = ignore,
 ) -> Path:
@@ -63,6 +65,7 @@ def export_program(
         mean: one value per channel, for images in [0, 1].
         std: one positive value per channel.
         any_size: make height and width dynamic.
+        preparation: how pictures are prepared.
         images: normalised (batch, channels, height, width), to compare the maps on; by default a
             zone plate.
         report: called with the largest difference of the maps.
@@ -87,6 +90,7 @@ def export_program(
         mean=mean,
         std=std,
         any_size=any_size,
+        preparation=preparation,
         report=report,
     )
 
@@ -109,6 +113,7 @@ def write_graph(
     mean: Sequence[float],
     std: Sequence[float],
     any_size: bool,
+    preparation: Preparation,
     report: Report,
 ) -> Path:
     """Write a graph, its `preprocessing.json` and its `README.md` as the folder `path`.
@@ -124,6 +129,7 @@ def write_graph(
         mean: one value per channel.
         std: one positive value per channel.
         any_size: whether height and width are dynamic.
+        preparation: how pictures are prepared.
         report: called with the line of `write`.
 
     Raises:
@@ -134,9 +140,12 @@ def write_graph(
     shape = ", ".join(str(side) for side in (1, config.in_channels, *config.image_size))
     with atomic_folder(path, may_replace=lambda old: is_graph_export(old, kind, files)) as folder:
         report(write(plain_copy(encoder).requires_grad_(False), folder))
-        text = json.dumps(_description(kind, config, mean, std, any_size=any_size), indent=2) + "\n"
+        content = _description(kind, config, mean, std, any_size=any_size)
+        content["preparation"] = describe(config, preparation, mean, std)
+        text = json.dumps(content, indent=2) + "\n"
         (folder / DESCRIPTION_FILE).write_text(text, encoding="utf-8")
         readme = _readme(config, example.replace("SHAPE", shape), any_size=any_size)
+        readme += f"\n{sentences(config, preparation)}\n"
         (folder / README_FILE).write_text(readme, encoding="utf-8")
     return Path(path)
 

@@ -9,7 +9,7 @@ transformers; if it is installed, its outputs are compared before an export is k
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,6 +37,7 @@ from swinv2.bridges.conversion import (
     decoder_shapes,
 )
 from swinv2.bridges.layer_names import check_is_swinv2, split_off_buffers
+from swinv2.bridges.preprocessing import WHOLE_PICTURES, Preparation, processor_config, sentences
 from swinv2.bridges.sizes import PretrainedWindows, given_sizes
 from swinv2.bridges.transformers_layout import (
     FOLDERS,
@@ -67,7 +68,6 @@ _SHARDS_FILE = "model.safetensors.index.json"
 _PICKLE_FILE = "pytorch_model.bin"
 _PROCESSOR_FILE = "preprocessor_config.json"
 _README_FILE = "README.md"
-_BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, as the file stores it
 
 
 def to_transformers(encoder: SwinV2) -> dict[str, Tensor]:
@@ -132,17 +132,19 @@ def export_transformers(
     head: MaskedImageHead | None = None,
     classifier: ClassifierHead | None = None,
     classes: Sequence[str] = (),
+    preparation: Preparation = WHOLE_PICTURES,
     images: Tensor | None = None,
     report: Report = ignore,
+    check: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write `encoder` as folders that transformers loads without missing or unexpected keys.
 
     `path` is for `Swinv2Model` (and `AutoModel`), `path/backbone` for `Swinv2Backbone`,
     with `head` `path/masked-image-modeling` for `Swinv2ForMaskedImageModeling`, and with
     `classifier` `path/image-classification` for `Swinv2ForImageClassification`. Each also
-    describes how its images are prepared (`ViTImageProcessor`), and `README.md` has the lines
-    that load them. Before the folder takes its place it is read back; transformers, where it is
-    installed, has to compute the same from it.
+    describes how its pictures are prepared (`PerceiverImageProcessor`), and `README.md` has the
+    lines that load them. Before the folder takes its place it is read back; transformers, where it
+    is installed, has to compute the same from it.
 
     Args:
         encoder: not changed; use `SwinV2.set_input` first to export it at another size.
@@ -152,9 +154,12 @@ def export_transformers(
         head: mask token and decoder.
         classifier: a linear head on average-pooled features.
         classes: names of its classes, if known.
+        preparation: how pictures are prepared.
         images: normalised (batch, channels, height, width), to compare features on; by default a
             zone plate.
         report: called with a line on each comparison.
+        check: called with the written folder before it takes its place, where transformers is
+            installed; if it raises, `path` stays as it was.
 
     Raises:
         BridgeError: transformers cannot compute it, a head does not fit, or the installed
@@ -168,8 +173,9 @@ def export_transformers(
         for name, (described, tensors) in contents.items():
             place = folder / FOLDERS[name]
             _write_model(place, name, described, tensors)
-            _write_processor(place, encoder.config, mean, std)
-        text = _readme(encoder.config, tuple(contents))
+            content = processor_config(encoder.config, preparation, mean, std)
+            _write_json(place / _PROCESSOR_FILE, content)
+        text = _readme(encoder.config, preparation, tuple(contents))
         (folder / _README_FILE).write_text(text, encoding="utf-8")
         back = import_transformers(folder).encoder
         check_read_back(encoder, back)
@@ -181,6 +187,8 @@ def export_transformers(
             compare_transformers(
                 folder, encoder, head=head, classifier=classifier, images=images, report=report
             )
+            if check is not None:
+                check(folder)
     return Path(path)
 
 
@@ -325,24 +333,6 @@ def _write_model(
     _write_json(folder / _CONFIG_FILE, content)
 
 
-def _write_processor(
-    folder: Path, config: SwinV2Config, mean: Sequence[float], std: Sequence[float]
-) -> None:
-    height, width = config.image_size
-    content = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": height, "width": width},
-        "resample": _BICUBIC,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [float(value) for value in mean],
-        "image_std": [float(value) for value in std],
-    }
-    _write_json(folder / _PROCESSOR_FILE, content)
-
-
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -375,7 +365,8 @@ def _read_processor(file: Path) -> tuple[list[float] | None, list[float] | None]
             f"{file} does not normalise images (do_normalize is false): give mean and std."
         )
     factor = content.get("rescale_factor", 1 / 255)
-    if not content.get("do_rescale", True) or factor != 1 / 255:
+    as_they_are = factor == 1  # floating point, as our exports write it
+    if factor not in (1, 1 / 255, 1 / 65535) or content.get("do_rescale", True) == as_they_are:
         raise BridgeError(
             f"{file} does not scale images to [0, 1] (rescale_factor {factor!r}): set do_rescale "
             "to true and rescale_factor to 1/255, and scale mean and std to match."
@@ -383,7 +374,7 @@ def _read_processor(file: Path) -> tuple[list[float] | None, list[float] | None]
     return content.get("image_mean"), content.get("image_std")
 
 
-def _readme(config: SwinV2Config, classes: Sequence[ModelClass]) -> str:
+def _readme(config: SwinV2Config, preparation: Preparation, classes: Sequence[ModelClass]) -> str:
     blocks = "\n".join(
         f"```python\nfrom transformers import AutoImageProcessor, {name}\n\n"
         f'processor = AutoImageProcessor.from_pretrained("{FOLDERS[name]}")\n'
@@ -406,4 +397,29 @@ In this folder (transformers 5), for each class:
 `model(**processor(images=image, {", ".join(options)}))` takes images of
 {width}x{height} pixels and {config.in_channels} channels, which the processor \
 {resizes}normalises.
+
+{_how_exact(config, preparation)}
 """
+
+
+def _how_exact(config: SwinV2Config, preparation: Preparation) -> str:
+    """Return sentences on the preparation, and on where the processor differs from it."""
+    text = sentences(config, preparation)
+    height, width = config.image_size
+    if height != width:
+        text += (
+            " The processor squashes whole pictures instead: transformers has none that crops to "
+            "this shape, so crop them first."
+        )
+    elif config.in_channels in (1, 3) and preparation.largest == 255:
+        text += (
+            " The processor does the same to rounding, but for Exif and transparency: open "
+            "pictures with `PIL.ImageOps.exif_transpose`, on a white background, and grey ones "
+            'for one channel with `convert("L")`.'
+        )
+    else:
+        text += (
+            " The processor resizes pictures of 8 bits with 1 or 3 channels only: crop and resize "
+            "others first, and give it float arrays with do_center_crop=False and do_resize=False."
+        )
+    return text

@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+ROUNDING = 1e-6
+"""Pixels by which the product of a whole number and a fraction may be less than a whole number."""
+
 
 class Box(NamedTuple):
     """A rectangle of an image, in pixels."""
@@ -71,12 +74,13 @@ def central_box(shape: tuple[int, ...], size: tuple[int, int], *, crop_pct: floa
     """Return the centre crop of an image of this shape, (rows, columns, …).
 
     Equivalent to scaling the image until it just covers `size / crop_pct` and cropping the centre,
-    but the crop comes first, so that elongated images need no large intermediate one.
+    but the crop comes first, so that elongated images need no large intermediate one. Its sides are
+    rounded down, as in transformers' PerceiverImageProcessor, by which exports do the same.
     """
     height, width = shape[:2]
     side = crop_pct * min(height / size[0], width / size[1])  # source pixels per output pixel
-    crop_width = min(width, max(1, round(size[1] * side)))
-    crop_height = min(height, max(1, round(size[0] * side)))
+    crop_width = min(width, max(1, math.floor(size[1] * side + ROUNDING)))
+    crop_height = min(height, max(1, math.floor(size[0] * side + ROUNDING)))
     return _centred(height, width, crop_height, crop_width)
 
 

@@ -1,15 +1,17 @@
 """A classifier: encoder, average pooling and a linear head; and its files."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from simmim.tasks.features import pooled_features
 from swinv2.atomic import atomic_folder
+from swinv2.bridges.preprocessing import Preparation, from_description
 from swinv2.config_file import (
     EncoderDescription,
     is_video_encoder,
@@ -27,6 +29,8 @@ from swinv2.weights import (
 
 HEAD_FILE = "model.safetensors"
 CLASSES_FILE = "classes.json"
+PREPARATION = "preparation"
+"""Key in the classes' file with the preparation of pictures, `swinv2.bridges.preprocessing`."""
 
 
 class Classifier(nn.Module):
@@ -48,12 +52,19 @@ class Classifier(nn.Module):
         return logits
 
 
-def save_head(head: nn.Linear, path: Path, classes: Sequence[str]) -> None:
-    """Write a head and its class names as the folder `path`."""
+def save_head(
+    head: nn.Linear,
+    path: Path,
+    classes: Sequence[str],
+    preparation: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a head, its class names and the preparation of pictures as the folder `path`."""
     tensors = {name: part.detach().cpu().contiguous() for name, part in head.state_dict().items()}
     with atomic_folder(path, may_replace=_is_head) as folder:
         write_tensors(folder / HEAD_FILE, tensors)
-        text = json.dumps({"classes": list(classes)}, indent=1, ensure_ascii=False)
+        content: dict[str, Any] = {"classes": list(classes)}
+        content |= {} if preparation is None else {PREPARATION: dict(preparation)}
+        text = json.dumps(content, indent=1, ensure_ascii=False)
         (folder / CLASSES_FILE).write_text(text + "\n", encoding="utf-8")
 
 
@@ -99,6 +110,15 @@ def read_head(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         ValueError: a file is missing or damaged.
     """
     return read_tensors(path / HEAD_FILE), _read_classes(path / CLASSES_FILE)
+
+
+def read_preparation(path: Path) -> Preparation | None:
+    """Return the preparation of pictures for a saved head; None if it was saved without."""
+    try:
+        content = json.loads((path / CLASSES_FILE).read_text(encoding="utf-8"))
+        return from_description(content[PREPARATION])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @torch.no_grad()

@@ -83,6 +83,11 @@ class ClassificationRecipe(ClassifierRecipe):
         return "top1" if self.data.multi_label is None else "mean_average_precision"
 
     @property
+    def validation_crop(self) -> float:
+        """Fraction of the short side of a picture that validation keeps, and users should."""
+        return self.data.crop_pct
+
+    @property
     def mask_cell_for_estimate(self) -> int:
         """One cell as large as the image: a classifier needs as much memory as SimMIM."""
         return self.data.image_size

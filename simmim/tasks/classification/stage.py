@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,7 @@ from simmim.tasks.metrics import AccuracySums, accuracy_sums
 from simmim.tasks.pretrained import InitialEncoder
 from simmim.tasks.recipe import HEAD_FOLDER
 from swinv2 import SwinV2, SwinV2Config, save_encoder
+from swinv2.bridges.preprocessing import Preparation, describe
 from swinv2.config_file import Provenance
 from swinv2.flops import forward_flops
 
@@ -165,7 +166,11 @@ class ClassifierStage(FineTuningStage[RecipeT, DataT]):
     def export_encoder(self, run: RunFolder, step: int, samples: int) -> None:
         """Write the encoder directory and the head into the run."""
         self.save_encoder(run.encoder, self.provenance(step, samples))
-        save_head(self.model.head, run.path / HEAD_FOLDER, self.classes)
+        save_head(self.model.head, run.path / HEAD_FOLDER, self.classes, self.preparation())
+
+    def preparation(self) -> dict[str, Any] | None:
+        """Return how pictures are prepared, to save with the head; None for clips."""
+        return None
 
 
 class ClassificationStage(ClassifierStage[ClassificationRecipe, Shards]):
@@ -260,6 +265,13 @@ class ClassificationStage(ClassifierStage[ClassificationRecipe, Shards]):
             count = len(self.classes)
             return multi_label_figures(batches, self._logits, accelerator, classes=count)
         return self.figures(batches, accelerator, self._logits)
+
+    def preparation(self) -> dict[str, Any]:
+        """Return how pictures are prepared, as in validation."""
+        # The range of stored values is the data's: an export looks at it.
+        preparation = Preparation(crop_pct=self.recipe.validation_crop)
+        config, mean, std = self.initial.encoder.config, self.initial.mean, self.initial.std
+        return describe(config, preparation, mean, std)
 
     def _logits(self, images: Tensor) -> Tensor:
         logits: Tensor = self.model(self.module.normalise(images))

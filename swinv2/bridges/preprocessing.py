@@ -1,0 +1,109 @@
+"""How pictures become the input of an encoder, in our words and in those of other libraries.
+
+A picture is decoded upright, cropped to its centre, resized with an antialiased bicubic filter,
+rounded to its stored type, scaled to [0, 1] and normalised. The crop comes before resizing, as in
+transformers' PerceiverImageProcessor, whose pixels therefore equal ours to rounding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from swinv2.config import SwinV2Config
+
+BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, as processors store it
+MARGIN = 1e-9
+"""Relative margin by which the crop of a processor is enlarged, so that it is truncated as ours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """The preparation of pictures besides mean and std."""
+
+    crop_pct: float = 1.0
+    """Fraction of the short side that the central crop keeps."""
+    largest: float = 255.0
+    """Stored value that becomes 1.0: 255 for 8 bits, 65535 for 16, 1 for floating point."""
+
+
+WHOLE_PICTURES = Preparation()
+"""8-bit pictures, of which the largest central square is kept."""
+
+
+def describe(
+    config: SwinV2Config, preparation: Preparation, mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Any]:
+    """Return the preparation as JSON values."""
+    height, width = config.image_size
+    return {
+        "orientation": "upright, by Exif",
+        "channels": config.in_channels,
+        "crop": {
+            "kind": "centre",
+            "crop_pct": preparation.crop_pct,
+            "order": "before resizing",
+            "side": "floor(crop_pct * short side) of a square input, in pixels of the picture",
+        },
+        "resize": {"height": height, "width": width, "filter": "bicubic", "antialias": True},
+        "rescale_factor": 1 / preparation.largest,
+        "mean": [float(value) for value in mean],
+        "std": [float(value) for value in std],
+    }
+
+
+def from_description(content: Any) -> Preparation:
+    """Return the preparation that `describe` wrote.
+
+    Raises:
+        ValueError: the content is of another form.
+    """
+    try:
+        return Preparation(
+            crop_pct=float(content["crop"]["crop_pct"]),
+            largest=1 / float(content["rescale_factor"]),
+        )
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"it does not describe the preparation of pictures ({error})") from None
+
+
+def processor_config(
+    config: SwinV2Config, preparation: Preparation, mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Any]:
+    """Return the `preprocessor_config.json` of transformers.
+
+    An encoder of images that are not square has no processor that crops: pictures are squashed.
+    """
+    height, width = config.image_size
+    rescales = preparation.largest != 1.0
+    content = {
+        "do_convert_rgb": config.in_channels == 3,
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": BICUBIC,
+        "do_rescale": rescales,
+        "rescale_factor": 1 / preparation.largest,
+        "do_normalize": True,
+        "image_mean": [float(value) for value in mean],
+        "image_std": [float(value) for value in std],
+    }
+    if height != width:
+        return {"image_processor_type": "ViTImageProcessor", **content}
+    side = height / (preparation.crop_pct * (1 + MARGIN))
+    return {
+        "image_processor_type": "PerceiverImageProcessor",
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        **content,
+    }
+
+
+def sentences(config: SwinV2Config, preparation: Preparation) -> str:
+    """Return sentences for a README on how to prepare pictures."""
+    height, width = config.image_size
+    values = {255.0: "8-bit values are divided by 255", 65535.0: "16-bit values by 65535"}.get(
+        preparation.largest, "values are taken as they are"
+    )
+    return (
+        f"Pictures are turned upright (Exif), the central {preparation.crop_pct:.4g} of the short "
+        f"side is cropped, resized to {width}x{height} pixels (bicubic, antialiased), and {values}."
+    )
