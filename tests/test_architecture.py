@@ -22,7 +22,7 @@ ALLOWED = {
     "swinv2": {"torch", "einops", "safetensors", "numpy"},
     "data_prep": {
         "PIL",
-        "braceexpand",  # webdataset brings it
+        "braceexpand",
         "fsspec",
         "numpy",
         "simplejpeg",
@@ -338,7 +338,7 @@ def test_what_is_imported_is_what_is_installed_with_us_no_more_and_no_less() -> 
         if found.package not in set(sys.stdlib_module_names) | OURS | OPTIONAL
     }
     assert core >= NOT_IMPORTED
-    assert imported - {"typing_extensions", "braceexpand"} == core - NOT_IMPORTED
+    assert imported - {"typing_extensions"} == core - NOT_IMPORTED
 
 
 def test_the_walk_sees_every_form_of_import(tmp_path: Path) -> None:
