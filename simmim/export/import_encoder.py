@@ -75,7 +75,7 @@ def import_encoder(
         f"depths {config.depths}, {config.embed_dim} channels"
     )
     lines = [
-        f"ImportedEncoder {source} as {destination}",
+        f"Imported {source} as {destination}",
         sizes,
         f"  mean {imported.mean}, std {imported.std}",
     ]

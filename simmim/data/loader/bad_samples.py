@@ -137,7 +137,7 @@ class BadSamples:
             if lines and not lines[-1].endswith(b"\n"):  # truncated by a kill
                 file.truncate(self._read + sum(map(len, lines[:-1])))
             for line in lines:  # what other processes, or an earlier run, wrote
-                with suppress(ValueError, TypeError, KeyError):
+                with suppress(ValueError, TypeError, KeyError, RecursionError):
                     known = json.loads(line)
                     fields = ("kind", "folder", "shard", "key")
                     self._named.add(tuple(str(known[name]) for name in fields))

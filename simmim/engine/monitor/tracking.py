@@ -160,7 +160,7 @@ class _Ids:
             self._ids = {
                 str(key): str(value) for key, value in json.loads(path.read_text()).items()
             }
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             self._ids = {}
 
     def known(self, name: str) -> str | None:

@@ -142,8 +142,10 @@ def test_each_bad_sample_is_listed_once(tmp_path: Path) -> None:
     resumed.write_to(path)
     resumed.record(10, [problem(place) for place in (4, 5, 1)])
     assert names(path)[5:] == ["5"]
-    with path.open("a") as file:
-        file.write('{"kind": "replaced", "fo')  # as a kill leaves it
+    with path.open("ab") as file:
+        file.write(
+            b"no json\n" + b"[" * 100_000 + b'\n{"kind": "replaced", "fo'
+        )  # edited, and killed
     resumed.record(10, [problem(6)])
     after = path.read_text().splitlines()
     assert json.loads(after[-1])["key"] == "6"
