@@ -64,7 +64,10 @@ def reads_right(layout: TiffLayout) -> bool:
         return False
     if layout.photometric == Photometric.YCBCR and layout.compression != _JPEG:
         return False
-    cell = (layout.photometric, kinds.pop(), bits.pop(), layout.samples, layout.extra)
+    kind = kinds.pop()
+    if kind != SampleFormat.UNSIGNED and layout.start.startswith(b"MM") and layout.compression != 1:
+        return False  # libtiff swaps the bytes, and Pillow swaps them back
+    cell = (layout.photometric, kind, bits.pop(), layout.samples, layout.extra)
     return cell in _RIGHT and _unpacks_right(layout)
 
 

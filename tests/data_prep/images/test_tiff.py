@@ -73,14 +73,19 @@ def test_values_are_turned_upright(kind: str, orientation: int) -> None:
     assert np.array_equal(decode_pixels(data, "tif", channels=1).pixels, expected)
 
 
-@pytest.mark.parametrize("kind", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("compression", [None, "lzw", "zlib", "packbits"])
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "int16", "int32", "float32"])
 @pytest.mark.parametrize("bigtiff", [False, True])
 @pytest.mark.parametrize("byteorder", ["<", ">"])
-def test_plain_values_in_every_kind_of_file(byteorder: str, bigtiff: bool, kind: str) -> None:
+def test_plain_values_in_every_kind_of_file(
+    byteorder: str, bigtiff: bool, kind: str, compression: str | None
+) -> None:
     values = (np.arange(72).reshape(8, 9) * 3.5).astype(kind)
-    values[0, 0] = 250 if kind == "uint8" else 60_000
-    data = _write(values, byteorder=byteorder, bigtiff=bigtiff)
-    assert np.array_equal(_values(data)[..., 0], values)
+    values[0, 0] = {"uint8": 250, "int16": -300, "int32": -70_000}.get(kind, 60_000)
+    options = {"byteorder": byteorder, "bigtiff": bigtiff, "compression": compression}
+    assert np.array_equal(_values(_write(values, **options))[..., 0], values)
+    tiled = _write(np.pad(values, ((0, 8), (0, 7))), tile=(16, 16), **options)
+    assert np.array_equal(_values(tiled)[:8, :9, 0], values)
 
 
 def test_the_first_of_several_pages_is_noted() -> None:
