@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -189,6 +190,22 @@ def test_sharded_training_equals_ddp_and_resumes(config: Path, tmp_path: Path) -
     for run in (whole, shards, broken):
         export(run, tmp_path / f"{run.name}-encoder", "native")
         assert (run / "encoder" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_ranks_fall_back_from_a_damaged_checkpoint_together(config: Path, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    go(SHARDED, config, whole)
+    shutil.copytree(whole, broken)
+    last = complete_checkpoints(broken / "checkpoints")[-1]
+    file = last / "optimizer-00001-of-00002.safetensors"  # the second rank verifies every other
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    go(SHARDED, config, broken, "--resume", "auto")
+    assert (last.parent / f"rejected-{last.name}").is_dir()
+    first, second = weights(whole), weights(broken)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.slow
