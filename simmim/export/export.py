@@ -128,17 +128,18 @@ def _write(
     match form:
         case "transformers":
             heads: dict[str, Any] = {"head": head, "classifier": classifier}
+            from_files: list[str] = []
             export_transformers(
                 encoder,
                 destination,
                 **verified,
                 **heads,
                 classes=found.classes,
-                check=lambda folder: report(compare_pictures(found, folder)),
+                check=lambda folder: from_files.append(compare_pictures(found, folder)),
             )
             places = {name: destination / folder for name, folder in FOLDERS.items()}
             lines = [f"{place}: {name}" for name, place in places.items() if place.is_dir()]
-            return [*lines, f"{loads} them", *dense]
+            return [*lines, f"{loads} them", *dense, *from_files]
         case "reference":
             export_reference(encoder, destination, **verified, head=head, classifier=classifier)
             heads_text = "" if classifier is None else " and classifier"

@@ -77,7 +77,7 @@ def compare_pictures(found: TrainedModel, folder: Path) -> str:
             )
     what, same, apart_most = _answers(found, folder, torch.cat(ours), torch.cat(theirs))
     return (
-        f"from {len(ours)} picture files through its processor: pixels differ by at most "
+        f"compared from {len(ours)} picture files through its processor: pixels differ by at most "
         f"{largest:.0f} of 255 (mean {mean:.3f}), {what} by {apart_most:.1e}"
         + ("" if same is None else f"; the same class for {same} of {len(ours)}")
     )
