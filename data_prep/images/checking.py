@@ -56,6 +56,8 @@ RE_ENCODED = "written anew"
 """Note on a picture whose bytes were not kept, as sets on disk have it."""
 FIRST_PAGE = "first of several pages"
 """Note on a TIFF of which later pages are left out."""
+FIRST_FRAME = "first of several frames"
+"""Note on an animation of a format that shards cannot hold."""
 MOVED = "channels moved to the last axis"
 """Note on an array whose channels came first."""
 MISSING = "NaN values"
@@ -215,6 +217,8 @@ def _re_encode(
         )
     if bits:
         notes = (f"{bits} bits cut to 8",)
+    if image.format not in KEPT and getattr(image, "is_animated", False):
+        notes = (*notes, FIRST_FRAME)
     loaded, found = _load(image, data)
     return _store(
         loaded,

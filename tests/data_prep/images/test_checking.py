@@ -49,6 +49,18 @@ def test_other_formats_are_rewritten_without_loss(mode: str, image_format: str) 
         assert np.array_equal(before.convert("RGBA"), after.convert("RGBA"))
 
 
+@pytest.mark.parametrize("image_format", ["GIF", "AVIF"])
+def test_the_first_frame_of_an_animation_is_noted(image_format: str) -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    if image_format.lower() not in {
+        name.lower() for name in Image.registered_extensions().values()
+    }:
+        pytest.skip(f"Pillow was built without {image_format}")
+    animated = _save(frames[0], image_format, save_all=True, append_images=frames[1:])
+    assert "first of several frames" in check_image(animated).notes
+    assert "first of several frames" not in check_image(_save(frames[0], image_format)).notes
+
+
 def test_sixteen_bits_survive() -> None:
     values = np.arange(0, 65_536, 1024, dtype=np.uint16).reshape(8, 8)
     checked = check_image(_save(Image.fromarray(values), "TIFF"))
