@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from data_prep.executors.processes import (
     InterruptedBySignal,
+    LostWorkerError,
     WorkerError,
     available_cores,
     raise_on_signals,
@@ -51,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program name; None: those of the process.
 
     Returns:
-        0 on success, 2 on bad input, 1 if a worker died, 128 + signal number if interrupted.
+        0 on success, 2 on bad input, 76 if a worker was lost (the same command resumes), 1 if one
+        failed otherwise, 128 + signal number if interrupted.
     """
     arguments = _parser().parse_args(argv)
     try:
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except WorkerError as error:
         print(f"data-prep: {printable_lines(error)}", file=sys.stderr)
-        return 1
+        return 76 if isinstance(error, LostWorkerError) else 1
 
 
 class _Parser(argparse.ArgumentParser):

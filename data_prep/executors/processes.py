@@ -32,7 +32,11 @@ _SECONDS_BETWEEN_TICKS = 0.1
 
 
 class WorkerError(RuntimeError):
-    """A worker process died, or failed for a reason other than its input."""
+    """A worker process failed for a reason other than its input."""
+
+
+class LostWorkerError(WorkerError):
+    """A worker process died, such as one killed for memory: running again may succeed."""
 
 
 def available_cores() -> int:
@@ -87,7 +91,8 @@ def map_tasks(
 
     Raises:
         ValueError, OSError: what `function` raised.
-        WorkerError: a worker died or raised something else.
+        LostWorkerError: a worker died.
+        WorkerError: a worker raised something else.
     """
     if workers == 1:
         for task in tasks:
@@ -116,7 +121,7 @@ def _dispatch(
                 kind, value = connection.recv()
             except (EOFError, ConnectionResetError):
                 pool[connection].join()
-                raise WorkerError(_describe_death(pool[connection].exitcode)) from None
+                raise LostWorkerError(_describe_death(pool[connection].exitcode)) from None
             if kind == "ticks":
                 tick(value)
             elif kind == "error":

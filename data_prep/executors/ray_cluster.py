@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from data_prep.executors.processes import TaskQueue, Tick, WorkerError
+from data_prep.executors.processes import LostWorkerError, TaskQueue, Tick, WorkerError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -40,7 +40,8 @@ def map_on_ray(
     Raises:
         MissingRayError: Ray is not installed.
         ValueError, OSError: what `function` raised.
-        WorkerError: a task raised something else, or its node was lost repeatedly.
+        LostWorkerError: the node of a task was lost repeatedly.
+        WorkerError: a task raised something else.
     """
     try:
         import ray  # noqa: PLC0415
@@ -88,7 +89,8 @@ def _run(
                 raise cause from None
             raise WorkerError(str(error)) from None
         except ray.exceptions.RayError as error:
-            raise WorkerError(f"a Ray task failed after {_MAX_RETRIES} retries: {error}") from None
+            message = f"a Ray task failed after {_MAX_RETRIES} retries: {error}"
+            raise LostWorkerError(message) from None
         tick(getattr(result, "found", 1))
         yield result
 

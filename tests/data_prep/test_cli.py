@@ -238,6 +238,22 @@ def test_an_interrupt_stops_all_processes_and_a_rerun_resumes(
     assert read_manifest(folder).samples == 240
 
 
+def test_a_killed_worker_ends_the_command_as_worth_retrying(
+    many_images: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    arguments = ("shard", str(many_images), str(folder), "--samples-per-shard", "4")
+    with _running(*arguments, "--workers", "2") as process:
+        _wait_for(lambda: len(list(folder.glob(".partial/*.report.json"))) >= 2, process)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        max(workers, key=lambda worker: worker.memory_info().rss).kill()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 76, errors
+    assert "memory" in errors
+    assert "--workers" in errors
+    assert main([*arguments, "--workers", "1"]) == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "samples", "classes"), [("cifar10.zip", 60_000, 10), ("photos.zip", 122, 1)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.executors.processes import WorkerError, map_tasks
+from data_prep.executors.processes import LostWorkerError, WorkerError, map_tasks
 
 # In a module of its own, since a worker must be able to import it.
 MODULE = """
@@ -68,6 +68,6 @@ def test_failures_are_raised_in_the_parent(square: Callable[..., Any]) -> None:
     with pytest.raises(WorkerError, match="KeyError: 'a mistake of the program'"):
         _run(square, [-2], 2)
     started = time.monotonic()
-    with pytest.raises(WorkerError, match=r"killed.*fewer --workers"):
+    with pytest.raises(LostWorkerError, match=r"killed.*fewer --workers"):
         _run(square, [1, -3, 2], 2)
     assert time.monotonic() - started < 60
