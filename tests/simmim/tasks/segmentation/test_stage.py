@@ -221,9 +221,15 @@ def test_labels_of_another_size_are_replaced_and_counted(values: dict[str, Any])
 
 
 def test_a_class_out_of_range_ends_the_run(values: dict[str, Any]) -> None:
-    stage = build(changed(values, "data", num_classes=2, class_names=["a", "b"]))
-    with pytest.raises(ValueError, match=r"training/00\d: .* contains 2, which is not a class"):
-        list(stage.batches(rank=0, world=1, start=0, end=4))
+    values = changed(values, "data", num_classes=2, class_names=["a", "b"])
+    wrong = r"training/00\d: .* contains 2, which is not a class"
+    with pytest.raises(ValueError, match=wrong):
+        build(values)  # the first label map is read before training starts
+    for split in ("training", "validation"):
+        first = Path(values["data"]["folder"]) / "annotations" / split / "000.png"
+        Image.fromarray(np.zeros(SIZE, dtype=np.uint8)).save(first)
+    with pytest.raises(ValueError, match=wrong):
+        list(build(values).batches(rank=0, world=1, start=0, end=8))
 
 
 @pytest.mark.parametrize(
