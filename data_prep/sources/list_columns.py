@@ -16,11 +16,11 @@ _PATHS = (
 PATH_NAMES = frozenset(_PATHS.split())
 """Names of columns with paths, in lower case, with underscores for blanks and hyphens."""
 _LABELS = (
-    "label labels label_name label_id class classes class_name classname class_id class_index "
-    "class_label category category_name category_id target targets cls"
+    "label label_name label_id class class_name classname class_id class_index "
+    "class_label category category_name category_id target cls"
 )
 LABEL_NAMES = frozenset(_LABELS.split())
-"""Names of columns with labels, written likewise."""
+"""Names of columns with labels, written likewise; plurals are fields: several classes per image."""
 
 _INTEGER = re.compile(r"([+-]?)0*([0-9]{1,18})(?:\.0*)?")
 _FRACTION = re.compile(r"[+-]?[0-9]*\.[0-9]+")

@@ -107,7 +107,10 @@ class ListSource:
         columns = overview.columns
         if columns.label is None:
             names = ", ".join(overview.layout.names)
-            return f"no column of labels among {names}: classes are names of folders"
+            return (
+                f"no column of one label per image among {names}: classes are names of folders; "
+                "--label-column chooses one"
+            )
         if not overview.layout.has_header and overview.layout.delimiter:
             return "labels from the list"
         return f"paths from column {columns.path!r}, labels from column {columns.label!r}"
