@@ -26,6 +26,8 @@ SAMPLES = 32
 """Images that are decoded before training starts."""
 SECONDS = 5.0
 
+LISTED_CHANNELS = 16
+"""Channels up to which mean and std are written out in a message."""
 SMALLEST_STD = 1e-5
 """Standard deviation that is proposed for constant channels; 0 would be no divisor."""
 
@@ -273,6 +275,8 @@ def settings_for(found: SampledImages, channels: int | None = None) -> str:
     mean, std = found.statistics(found.main)
     std = np.maximum(std, SMALLEST_STD)
     count = len(mean) if channels is None else channels
+    if count > LISTED_CHANNELS:
+        return f"encoder.in_channels to {count}, data.mean and data.std to measured"
     return (
         f"encoder.in_channels to {count}, data.mean to {_numbers(mean)} and data.std to "
         f"{_numbers(std)} (those of {count_noun(found.forms[found.main], 'image')})"

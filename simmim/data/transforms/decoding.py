@@ -2,7 +2,13 @@
 
 import numpy as np
 
-from data_prep.images.arrays import read_header
+from data_prep.images.arrays import (
+    ArrayError,
+    is_channels_first,
+    read_header,
+    read_values,
+    write_array,
+)
 from data_prep.images.decoding import (
     MODES,
     ChannelsError,
@@ -20,10 +26,34 @@ from simmim.data.transforms.settings import MAX_PIXELS
 ARRAY_EXTENSION = "npy"
 
 
+def channels_last(data: bytes, extension: str, channels: int) -> bytes:
+    """Return an array of few channels before rows and columns with its channels last.
+
+    It is recognised as in `data-prep shard`, unless its last axis has the channels of the encoder.
+    Any other file is returned as it is.
+
+    Args:
+        data: content of the file.
+        extension: file name extension; distinguishes pictures and arrays.
+        channels: channels of the encoder.
+    """
+    if extension != ARRAY_EXTENSION:
+        return data
+    try:
+        header = read_header(data, channels_last=False)
+    except ArrayError:  # decoding it will report it
+        return data
+    if not is_channels_first(header.shape) or header.channels == channels:
+        return data
+    return write_array(np.moveaxis(read_values(data, header), 0, -1))
+
+
 def decode_pixels(
     data: bytes, extension: str, *, channels: int = 3, max_pixels: int = MAX_PIXELS
 ) -> Decoded:
-    """Decode a file: a picture upright, an array as it is; see `data_prep.images.decoding.decode`.
+    """Decode a file: a picture upright, an array with its channels last.
+
+    See `data_prep.images.decoding.decode` and `channels_last`.
 
     Args:
         data: content of the file.
@@ -40,6 +70,7 @@ def decode_pixels(
             f"images have 1 (grey), 3 (colour) or 4 channels (with transparency), not {channels}:"
             " change in_channels, or use arrays (.npy) with that many channels."
         )
+    data = channels_last(data, extension, channels)
     kind = "array" if extension == ARRAY_EXTENSION else "image"
     try:
         decoded = decode(data, extension, channels=channels, max_pixels=max_pixels)

@@ -17,7 +17,7 @@ from data_prep.images.arrays import ArrayError, read_header
 from data_prep.images.checking import RejectedImageError, read_pixels
 from data_prep.images.deep_png import is_deep_png
 from simmim.data.order.source import BadSampleError, DataError, SampleSource
-from simmim.data.transforms.decoding import ARRAY_EXTENSION, decode_pixels
+from simmim.data.transforms.decoding import ARRAY_EXTENSION, channels_last, decode_pixels
 
 MEASURED_SIDE = 256
 """Rows and columns of an image that are measured, about; others between them are skipped."""
@@ -112,19 +112,20 @@ def sample_images(
     for raw in _spread(source, most, lambda: time.perf_counter() - began > seconds):
         found.count += 1
         try:
-            form = form_of(raw.image, raw.extension, max_pixels)
+            data = channels_last(raw.image, raw.extension, channels)
+            form = form_of(data, raw.extension, max_pixels)
         except BadSampleError as error:
             found.bad.append(f"{raw.name}: {error}")
             continue
         try:
             pixels = decode_pixels(
-                raw.image, raw.extension, channels=channels, max_pixels=max_pixels
+                data, raw.extension, channels=channels, max_pixels=max_pixels
             ).pixels
             # Channels that the image does not have: copies of grey, or opaque.
             pixels = pixels[..., : form.channels]
         except DataError as error:
             try:
-                pixels = _read_stored(raw.image, raw.extension, max_pixels)
+                pixels = _read_stored(data, raw.extension, max_pixels)
             except BadSampleError:
                 pixels = np.empty((0, 0, channels))
             if pixels.shape[-1] == channels:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import data_prep.cli
 import simmim.cli
 from simmim.data.datasets.coco import CocoSet
 from simmim.data.datasets.opening import open_sets
+from simmim.data.transforms.decoding import decode_pixels
 from simmim.doctor.shards import input_checks
 from simmim.recipe import parse
 from simmim.tasks.input_check import (
@@ -262,3 +264,43 @@ def test_the_images_of_probes_are_compared(
     stage = PretrainStage(parse(PretrainRecipe, pretrain_values, "test"))
     with pytest.raises(ValueError, match=r"probe\.shards.*5 channels and 16 bits"):
         check_stage_input(stage)
+
+
+@pytest.mark.parametrize("tarred", [False, True])
+def test_channels_before_rows_are_recognised_as_in_shard(tmp_path: Path, tarred: bool) -> None:
+    folder = tmp_path / "arrays"
+    folder.mkdir()
+    shape, last = (5, 24, 32), (24, 32, 5)
+    arrays = [
+        np.random.default_rng(n).integers(0, 3000, shape).astype("uint16") for n in range(IMAGES)
+    ]
+    for number, values in enumerate(arrays):
+        np.save(folder / f"{number}.npy", values)
+    if tarred:
+        place = tmp_path / "tars"
+        place.mkdir()
+        with tarfile.open(place / "a.tar", "w") as tar:
+            for number in range(IMAGES):
+                tar.add(folder / f"{number}.npy", f"{number}.npy")
+        assert data_prep.cli.main(["index", str(place)]) == 0
+        folder = place
+    with pytest.raises(ValueError, match="5 channels and 16 bits") as caught:
+        check_input(open_sets(str(folder)), PHOTOS, max_pixels=10**6)
+    channels, mean, _ = settings_in(str(caught.value))
+    assert channels == 5
+    fits = EncoderInput(channels=5, mean=mean, std=settings_in(str(caught.value))[2])
+    assert check_input(open_sets(str(folder)), fits, max_pixels=10**6) == []
+    shards = open_sets(str(folder))
+    raw = shards.read(0, 0)
+    pixels = decode_pixels(raw.image, raw.extension, channels=5).pixels
+    assert pixels.shape == last
+    assert any((pixels == np.moveaxis(values, 0, -1)).all() for values in arrays)
+    kept = decode_pixels(raw.image, raw.extension, channels=shape[-1]).pixels
+    assert kept.shape == shape  # what has the channels of the encoder is left
+
+
+def test_long_lists_of_values_are_not_printed(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", "uint8x40-255")
+    with pytest.raises(ValueError, match=r"encoder\.in_channels to 40.*measured") as caught:
+        check_input(open_sets(str(folder)), PHOTOS, max_pixels=10**6)
+    assert len(str(caught.value)) < 500

@@ -248,8 +248,8 @@ def test_invalid_arrays_are_refused(data: bytes, words: str) -> None:
 
 
 def test_channels_in_front_are_pointed_out() -> None:
-    data = saved(np.ones((5, 224, 224), dtype=np.uint8))
-    with pytest.raises(BadSampleError, match=r"224 channels.*is 5.*--channels-first"):
+    data = saved(np.ones((5, 224, 7), dtype=np.uint8))
+    with pytest.raises(BadSampleError, match=r"7 channels.*is 5.*--channels-first"):
         decode_pixels(data, "npy", channels=5)
 
 
