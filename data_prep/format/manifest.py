@@ -17,6 +17,12 @@ from data_prep.format.pipes import PIPE, PipedFile
 from data_prep.format.storage import Location, RemotePath, StorageError, locate
 
 MANIFEST_NAME = "manifest.json"
+PARTIAL_NAME = ".partial"
+"""Subfolder of a set with the work of a run that is not finished."""
+LOCK_NAME = "lock"
+"""File in it that every run creates."""
+UPLOADING_NAME = "uploading.txt"
+"""Object next to the shards of a set whose upload is not finished."""
 FORMAT = "simmim-shards"
 VERSION = 1
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "npy")
@@ -126,7 +132,7 @@ def read_manifest(
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise ManifestError(_describe_absence(place)) from None
+        raise ManifestError(describe_unfinished(place) or _describe_absence(place)) from None
     except StorageError as error:
         raise ManifestError(str(error)) from None
     except OSError as error:
@@ -167,6 +173,20 @@ def write_manifest(manifest: Manifest) -> None:
 
 def _values_of(shard: ShardEntry) -> dict[str, Any]:
     return {name: value for name, value in vars(shard).items() if name != "place" or value}
+
+
+def describe_unfinished(folder: Location) -> str:
+    """Return what is wrong with a set that is not finished, and the remedy; empty if it is none."""
+    if (folder / MANIFEST_NAME).exists():
+        return ""
+    is_local = isinstance(folder, Path)
+    if not (folder / (f"{PARTIAL_NAME}/{LOCK_NAME}" if is_local else UPLOADING_NAME)).exists():
+        return ""
+    merge = f"; after --part, run all parts, then: data-prep merge {folder}" if is_local else "."
+    return (
+        f"the set of shards in {folder} is not finished. Run the same `data-prep shard` (or "
+        f"`reshard`) command again, which resumes it{merge}"
+    )
 
 
 def _describe_absence(folder: Location) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from data_prep.format.kinds import describe_kinds, kind_of
+from data_prep.format.manifest import describe_unfinished
 from data_prep.format.storage import Location, RemotePath
 
 MAX_NAMES = 1_000_000
@@ -91,10 +92,16 @@ def list_tars(place: Location, names: Names | None = None) -> TarListing:
         names: names to use of those.
 
     Raises:
-        PatternError: there are none, or a pattern is malformed or matches none.
+        PatternError: there are none, a pattern is malformed or matches none, or they are shards of
+            a set that is not finished.
     """
     skipped: Counter[str] = Counter()
-    if is_pattern(place):
+    by_name = is_pattern(place)
+    if not (by_name and isinstance(place, RemotePath)):  # few web servers say what is missing
+        unfinished = describe_unfinished(place.parent if by_name else place)
+        if unfinished:
+            raise PatternError(unfinished)
+    if by_name:
         found = [tar for one in expand_places(place) for tar in _find(one)]
     else:
         if not place.is_dir():

@@ -19,7 +19,14 @@ from typing import Any
 
 from data_prep.format.atomic import atomic_write_bytes, remove_leftovers, sync_folder
 from data_prep.format.index import index_name, read_index
-from data_prep.format.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
+from data_prep.format.manifest import (
+    LOCK_NAME,
+    MANIFEST_NAME,
+    PARTIAL_NAME,
+    Manifest,
+    read_manifest,
+    write_manifest,
+)
 from data_prep.format.statistics_file import STATISTICS_NAME
 from data_prep.format.storage import Location, RemotePath
 from data_prep.write.duplicates import DIGESTS
@@ -29,14 +36,13 @@ from data_prep.write.upload import Upload, check_uploaded, refuse_foreign_shards
 REJECTED_NAME = "rejected.jsonl"
 VALIDATION_SHARDS = "validation_shards"
 """Option in the manifest: number of shards, at the end, for validation."""
-_PARTIAL_NAME = ".partial"
 _WORK_VERSION = 2
 """Version of the contents of `.partial`; raise it when they change, so that none are mixed."""
 _NOTE_NAME = "made-from.json"
 _OTHER_INPUT = "other files of the same source, or the same files with other dates"
 _SHARD_FILES = re.compile(r"shard-\d{6,}\.(tar|index\.npy)")
 _OUTCOMES = {VALIDATION_SHARDS}  # options in the manifest that record results
-_KNOWN_NAMES = {MANIFEST_NAME, REJECTED_NAME, STATISTICS_NAME, _PARTIAL_NAME, "lost+found"}
+_KNOWN_NAMES = {MANIFEST_NAME, REJECTED_NAME, STATISTICS_NAME, PARTIAL_NAME, "lost+found"}
 _TEMPORARY_PREFIXES = tuple(
     f".{name}.partial" for name in (MANIFEST_NAME, REJECTED_NAME, STATISTICS_NAME)
 )
@@ -82,7 +88,7 @@ class OutputDir:
     @property
     def partial(self) -> Path:
         """Folder of unfinished work."""
-        return self.folder / _PARTIAL_NAME
+        return self.folder / PARTIAL_NAME
 
     def identity(self) -> Identity | None:
         """Return the identity of the unfinished work, or None if there is none."""
@@ -233,7 +239,7 @@ def read_complete_set(place: Location, identity: Identity) -> Manifest:
         return manifest
     for shard in manifest.shards:
         read_index(place, shard)
-    shutil.rmtree(place / _PARTIAL_NAME, ignore_errors=True)
+    shutil.rmtree(place / PARTIAL_NAME, ignore_errors=True)
     return manifest
 
 
@@ -260,13 +266,13 @@ def open_output_dir(
     """
     refuse_other_files(folder)
     created = _first_missing(folder)
-    partial = folder / _PARTIAL_NAME
+    partial = folder / PARTIAL_NAME
     upload = None if store is None else Upload(store, partial, overwrite=overwrite)
     if upload is not None:
         upload.check_target()
     partial.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        _lock(stack, partial / "lock", folder, shared=part is not None)
+        _lock(stack, partial / LOCK_NAME, folder, shared=part is not None)
         if part is None:
             for path in partial.glob(".*"):
                 path.unlink()  # half-written by a process that is gone
@@ -310,7 +316,7 @@ def refuse_other_files(folder: Path) -> None:
     if not folder.is_dir():
         raise OutputDirError(f"{folder} is a file. Give a folder to write shards to.")
     names = sorted(path.name for path in folder.iterdir())
-    ours = bool({MANIFEST_NAME, _PARTIAL_NAME} & set(names))
+    ours = bool({MANIFEST_NAME, PARTIAL_NAME} & set(names))
     foreign = [
         name
         for name in names

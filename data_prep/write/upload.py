@@ -20,6 +20,7 @@ from data_prep.format.atomic import atomic_write_bytes, name_in_errors
 from data_prep.format.index import index_name
 from data_prep.format.manifest import (
     MANIFEST_NAME,
+    UPLOADING_NAME,
     Manifest,
     ManifestError,
     ShardEntry,
@@ -29,7 +30,6 @@ from data_prep.format.manifest import (
 from data_prep.format.storage import RemotePath, StorageError
 from data_prep.write.shard import shard_name
 
-_NOTE_NAME = "uploading.txt"
 _LOG_NAME = "uploaded.txt"
 _OUR_OBJECTS = re.compile(
     r"shard-\d{6,}\.(tar|index\.npy)|manifest\.json|rejected\.jsonl|statistics\.json|"
@@ -98,11 +98,11 @@ class Upload:
         if MANIFEST_NAME in self._present:
             (self.place / MANIFEST_NAME).unlink(missing_ok=True)
         if not self._is_ours:
-            self.place.remove_objects(sorted(set(self._present) - {MANIFEST_NAME, _NOTE_NAME}))
+            self.place.remove_objects(sorted(set(self._present) - {MANIFEST_NAME, UPLOADING_NAME}))
             self._present = {}
             self._owner_run = self._log.begin()
             note = f"{self._owner_run}\n{platform.node()}\n"
-            (self.place / _NOTE_NAME).write_bytes(note.encode())
+            (self.place / UPLOADING_NAME).write_bytes(note.encode())
         self._is_claimed = True
 
     def reload_log(self) -> None:
@@ -161,9 +161,9 @@ class Upload:
         if manifest.rejected:
             self._send(rejected, rejected.name, lambda _: None)
             wanted.add(rejected.name)
-        self.place.remove_objects(sorted(set(self._present) - wanted - {_NOTE_NAME}))
+        self.place.remove_objects(sorted(set(self._present) - wanted - {UPLOADING_NAME}))
         write_manifest(manifest)
-        (self.place / _NOTE_NAME).unlink(missing_ok=True)
+        (self.place / UPLOADING_NAME).unlink(missing_ok=True)
         return manifest
 
     def _send(self, path: Path, name: str, sent: Tick) -> None:
@@ -195,7 +195,7 @@ class Upload:
     def _read_note(self) -> tuple[str, str]:
         """Return the run and the machine in the note at the URL, "" if there is none."""
         try:
-            lines = (self.place / _NOTE_NAME).read_bytes().decode(errors="replace").splitlines()
+            lines = (self.place / UPLOADING_NAME).read_bytes().decode(errors="replace").splitlines()
         except FileNotFoundError:
             lines = []
         run, machine, *_ = [*lines, "", ""]
@@ -228,8 +228,8 @@ def check_uploaded(manifest: Manifest) -> None:
         _check_lengths(manifest, present, "Restore it, or write the set again with --overwrite.")
     except StorageError as error:
         raise ManifestError(str(error)) from None
-    if _NOTE_NAME in present:  # from a run killed just before its end
-        (manifest.folder / _NOTE_NAME).unlink(missing_ok=True)
+    if UPLOADING_NAME in present:  # from a run killed just before its end
+        (manifest.folder / UPLOADING_NAME).unlink(missing_ok=True)
 
 
 def _check_lengths(manifest: Manifest, present: dict[str, int], remedy: str) -> None:

@@ -8,7 +8,7 @@ from typing import TypeGuard
 
 import numpy as np
 
-from data_prep.format.manifest import MANIFEST_NAME, read_manifest
+from data_prep.format.manifest import MANIFEST_NAME, describe_unfinished, read_manifest
 from data_prep.format.patterns import Names, describe_splits
 from data_prep.format.statistics_file import read_statistics
 from data_prep.format.storage import Location, locate
@@ -96,8 +96,8 @@ def _warn_of_splits(shards: ShardSet) -> None:
 
 
 def is_image_folder(location: Location) -> TypeGuard[Path]:
-    """Return whether a location is a local folder without manifest and tars."""
-    if not isinstance(location, Path) or not location.is_dir():
+    """Return whether a location is a local folder without manifest, tars and unfinished shards."""
+    if not isinstance(location, Path) or not location.is_dir() or describe_unfinished(location):
         return False
     return not (location / MANIFEST_NAME).exists() and next(location.glob("*.tar"), None) is None
 

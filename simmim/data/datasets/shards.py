@@ -20,6 +20,7 @@ from data_prep.format.manifest import (
     Manifest,
     ManifestError,
     ShardEntry,
+    describe_unfinished,
     read_manifest,
 )
 from data_prep.format.patterns import Names, PatternError, is_pattern, split_pattern
@@ -164,7 +165,7 @@ def set_of(place: Location) -> tuple[Location, Names]:
     """Return the folder of a set of shards, and which of them: all, unless `place` is a pattern.
 
     Raises:
-        ManifestError: the folder of a pattern has no manifest.
+        ManifestError: the folder of a pattern has no manifest, or its set is not finished.
         PatternError: the pattern is malformed.
     """
     if not is_pattern(place):
@@ -172,7 +173,8 @@ def set_of(place: Location) -> tuple[Location, Names]:
     folder, names = split_pattern(place)
     if folder.exists() and not (folder / MANIFEST_NAME).exists():
         raise ManifestError(
-            f"{place}: its folder has no {MANIFEST_NAME}, in which training finds the samples. "
+            describe_unfinished(folder)
+            or f"{place}: its folder has no {MANIFEST_NAME}, in which training finds the samples. "
             f"Write it: data-prep index '{place}'"
         )
     return folder, names
