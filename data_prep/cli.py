@@ -28,10 +28,11 @@ _MAX_REJECTED = 0.05
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _ABOUT_LISTS = """A list has one image per row: in a text a path and, after a tab, its label;
 elsewhere columns that are found by name (path, file, image; label, class, category, target) or
-asked for. Where there are labels, a row without one (empty, NaN, -1) is unlabelled; without any,
-classes are names of folders. Integers are numbers: 7, 007 and 7.0 are one class. Paths are
-relative to --root. Rows that cannot be used are in rejected.jsonl; damage that hides rows is an
-error that names the line. All rules are in data_prep/FORMATS.md."""
+asked for. Where there are labels, a row without one (empty, NaN, NA, None, -1) is unlabelled;
+without any, classes are names of folders. Integers are numbers: 7, 007 and 7.0 are one class, and
+names among them are an error. Paths are relative to --root. Rows that cannot be used are in
+rejected.jsonl; damage that hides rows is an error that names the line. All rules are in
+data_prep/FORMATS.md."""
 _TARS = "folder of WebDataset tars, or a pattern: 'DIR/train-*.tar', 'DIR/train-{000..099}.tar'"
 
 

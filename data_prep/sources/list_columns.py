@@ -1,10 +1,7 @@
-"""Columns of lists: which one has the paths and the labels, and what a label is."""
+"""Columns of lists: which one has the paths and the labels."""
 
-import math
 import re
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
 
 from data_prep.format.storage import Location
 from data_prep.sources.files import SourceError
@@ -21,11 +18,6 @@ _LABELS = (
 )
 LABEL_NAMES = frozenset(_LABELS.split())
 """Names of columns with labels, written likewise; plurals are fields: several classes per image."""
-
-_INTEGER = re.compile(r"([+-]?)0*([0-9]{1,18})(?:\.0*)?")
-_FRACTION = re.compile(r"[+-]?[0-9]*\.[0-9]+")
-_UNLABELLED = -1
-_FRACTIONAL = "is a fraction; classes are integers or names"
 
 
 def find_column(names: Sequence[str], role: str, asked: str | None, path: Location) -> str | None:
@@ -72,59 +64,3 @@ def looks_like_header(cells: Sequence[str]) -> bool:
 
 def _plain(name: str) -> str:
     return re.sub(r"[\s-]+", "_", name.strip().lower())
-
-
-def parse_label(value: object) -> str:
-    """Return the class of a cell; empty if it is unlabelled.
-
-    Unlabelled are empty cells, None, NaN (also as text) and -1. Integers are numbers, however they
-    are written: 7, `007`, 7.0 and `7.0` are one class. Everything else is a name, without the
-    blanks around it.
-
-    Raises:
-        ValueError: it is no class; the message is a clause.
-    """
-    if isinstance(value, str):
-        return _parse_text(value)  # few texts, in many rows
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, list | tuple | dict):
-        raise ValueError("is a list or an object; give one class per image")
-    text = text_of(value)
-    if isinstance(value, float) and not _INTEGER.fullmatch(text):
-        raise ValueError(_FRACTIONAL)
-    return _parse_text(text)
-
-
-@lru_cache(maxsize=10_000)
-def _parse_text(text: str) -> str:
-    text = text_of(text)
-    if not text or text.lower() == "nan":
-        return ""
-    integer = _INTEGER.fullmatch(text)
-    if integer is None:
-        if _FRACTION.fullmatch(text):
-            raise ValueError(_FRACTIONAL)
-        return text
-    number = int(integer[1] + integer[2])
-    if number < _UNLABELLED:
-        raise ValueError("is negative; classes are 0 or more, and -1 is unlabelled")
-    return "" if number == _UNLABELLED else str(number)
-
-
-def text_of(value: Any) -> str:
-    """Return a cell as text without the blanks around it; integers in floats as integers.
-
-    Raises:
-        ValueError: it is not UTF-8; the message is a clause.
-    """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        value = int(value)
-    try:
-        text = value.decode() if isinstance(value, bytes) else str(value)
-        text.encode()
-    except UnicodeError:
-        raise ValueError("is not UTF-8; save the list as UTF-8") from None
-    return text.strip()

@@ -19,7 +19,8 @@ from data_prep.format.tars import as_local_file
 from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import Selection, SourceError, SourceFile
 from data_prep.sources.folders import FolderSource, RemoteFolderSource
-from data_prep.sources.list_columns import find_column, parse_label, text_of
+from data_prep.sources.list_columns import find_column
+from data_prep.sources.list_labels import LabelTally, parse_label, text_of
 from data_prep.sources.list_paths import PathRules, describe_mistake
 from data_prep.sources.list_rows import Layout, ListRow, find_layout, read_rows
 
@@ -40,6 +41,8 @@ class _Overview:
 
     layout: Layout
     columns: _Columns
+    tally: LabelTally
+    """What the rows that are used have as labels."""
     repeated: set[int] = field(default_factory=set)
     """Numbers of rows that are the same as an earlier one."""
     contradictions: dict[int, str] = field(default_factory=dict)
@@ -111,9 +114,10 @@ class ListSource:
                 f"no column of one label per image among {names}: classes are names of folders; "
                 "--label-column chooses one"
             )
+        counts = overview.tally.describe()
         if not overview.layout.has_header and overview.layout.delimiter:
-            return "labels from the list"
-        return f"paths from column {columns.path!r}, labels from column {columns.label!r}"
+            return f"labels from the list{counts}"
+        return f"paths from column {columns.path!r}, labels from column {columns.label!r}{counts}"
 
     def read(self, file: SourceFile) -> bytes:
         """Return the bytes of a file.
@@ -127,21 +131,33 @@ class ListSource:
         """Nothing is held open."""
 
     def _read_over(self, path: Path) -> _Overview:
-        """Find the columns, and rows that repeat or contradict others."""
+        """Find the columns, check the labels, and find rows that repeat or contradict others."""
         if self._overview is None:
             layout = find_layout(path, self._selection.path_column)
-            overview = _Overview(layout=layout, columns=self._find_columns(layout))
-            repeated = self._repeated_paths(path, overview)
+            overview = _Overview(
+                layout=layout, columns=self._find_columns(layout), tally=LabelTally(self.path)
+            )
+            repeated = self._read_first(path, overview)
+            overview.tally.check()
             if repeated:
                 self._compare_rows(path, overview, repeated)
             self._overview = overview
         return self._overview
 
-    def _repeated_paths(self, path: Path, overview: _Overview) -> frozenset[int]:
-        """Return the hashes of paths in several rows; those of all rows take 8 bytes each."""
+    def _read_first(self, path: Path, overview: _Overview) -> frozenset[int]:
+        """Count labels, and return the hashes of paths in several rows; all take 8 bytes each."""
         hashes = array("q")
+        columns = overview.columns
         for row in read_rows(path, overview.layout):
-            hashes.append(hash(_normal(self._place(row, overview.columns)[0])))
+            place, problem = self._place(row, columns)
+            hashes.append(hash(_normal(place)))
+            if columns.label is None or problem or row.problem:
+                continue
+            file = SourceFile(place, 0, 0, split=self._split(row, columns))
+            if self._selection.wants(file, explicit=True):
+                value = row.cells.get(columns.label)
+                label = self._parse(row, columns.label, value, parse_label)
+                overview.tally.add(row.place, value, label)
         ordered = np.sort(np.frombuffer(hashes, dtype=np.int64))
         return frozenset(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
 
@@ -189,14 +205,13 @@ class ListSource:
         if columns.label is not None:
             label = self._parse(row, columns.label, rest.pop(columns.label, None), parse_label)
         path, problem = self._place(row, columns)
-        split = rest.get(columns.split) if columns.split is not None else None
         return SourceFile(
             path=path,
             size=0,
             stamp=0,
             problem=row.problem or problem,
             label=label,
-            split="" if split is None else self._parse(row, columns.split or "", split, text_of),
+            split=self._split(row, columns),
             fields=self._describe_fields(row, rest),
         )
 
@@ -211,6 +226,10 @@ class ListSource:
                 "with --path-column."
             ) from None
         return path, problem if path else f"{row.place} has no path"
+
+    def _split(self, row: ListRow, columns: _Columns) -> str:
+        value = row.cells.get(columns.split) if columns.split is not None else None
+        return "" if value is None else self._parse(row, columns.split or "", value, text_of)
 
     def _parse(self, row: ListRow, column: str, value: object, parse: Any) -> str:
         try:

@@ -4,11 +4,21 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
+from typing import NoReturn
 
-from data_prep.format.manifest import MANIFEST_NAME, read_manifest
+from data_prep.format.index import read_index
+from data_prep.format.manifest import (
+    MANIFEST_NAME,
+    REMEDY,
+    Manifest,
+    ManifestError,
+    ShardEntry,
+    read_manifest,
+)
 from data_prep.format.patterns import (
     PatternError,
     TarListing,
+    describe_names,
     describe_prefixes,
     describe_splits,
     is_pattern,
@@ -26,9 +36,13 @@ from data_prep.sources.json_fields import (
     parse_fields,
 )
 
+_NOT_IN_MANIFEST = "tars not in the manifest"
+
 
 class ShardSource:
     """WebDataset tars, read by sample with its label, JSON fields and key.
+
+    Tars of a set with a manifest must be those of the manifest: none missing, none replaced.
 
     Args:
         path: folder of the tars, a pattern of tars in one folder, or one tar.
@@ -51,8 +65,10 @@ class ShardSource:
         self._say = WarnOnce()
         self.skipped: Counter[str] = Counter()
         self.classes: tuple[str, ...] | None = None
+        self._manifest: Manifest | None = None
         if (self._folder / MANIFEST_NAME).exists():
-            self.classes = read_manifest(self._folder).classes or None
+            self._manifest = read_manifest(self._folder)
+            self.classes = self._manifest.classes or None
 
     def files(self) -> Iterator[SourceFile]:
         """Yield the image of every sample; those that cannot be used have a problem.
@@ -60,13 +76,18 @@ class ShardSource:
         Raises:
             SourceError: there are no tars, or they are of several splits.
             TarError: a tar is damaged or cut.
+            ManifestError: the tars are not those of their manifest.
         """
         if self._notice:
             self._say(self._notice)
         listed = self._list_tars()
         self.skipped = listed.skipped.copy()
+        entries = self._match_entries([tar.name for tar in listed.tars])
         for tar in listed.tars:
-            yield from self._samples(tar.name)
+            if tar.name in entries:
+                yield from self._samples(tar.name, entries[tar.name])
+            else:
+                self.skipped[_NOT_IN_MANIFEST] += 1
 
     def unmeasured_files(self) -> Iterator[SourceFile]:
         """Yield the image of every sample; labels are in the tars, so these are read anyway."""
@@ -112,20 +133,51 @@ class ShardSource:
             self._say(f"{self.path}: names with several beginnings, all in one set: {prefixes}")
         return listed
 
+    def _match_entries(self, names: list[str]) -> dict[str, ShardEntry | None]:
+        """Return the tars to read, each with its entry in the manifest, if there is one.
+
+        Raises:
+            ManifestError: a tar is missing, or none that data-prep wrote.
+        """
+        if self._manifest is None:
+            return dict.fromkeys(names)
+        entries = {entry.name: entry for entry in self._manifest.shards if not entry.place}
+        missing = sorted(entries.keys() - names)
+        if missing and not self._is_pattern:
+            raise ManifestError(
+                f"{self._folder} lacks {describe_names(missing)} of its manifest. Restore what is "
+                f"missing, or choose among the others: '{self._folder / '*.tar'}'."
+            )
+        strays = [name for name in names if name not in entries]
+        if strays and ("source" in self._manifest.options or len(strays) == len(names)):
+            raise ManifestError(
+                f"{self._folder} has tars that are not in its manifest: {describe_names(strays)}. "
+                f"Move them elsewhere, or the {MANIFEST_NAME} to take all tars as they are."
+            )
+        return {name: entries[name] for name in names if name in entries}
+
     def _reader(self, name: str) -> ByteReader:
         if self._open is None or self._open[0] != name:
             self.close()
             self._open = (name, ByteReader(self._folder / name))
         return self._open[1]
 
-    def _samples(self, name: str) -> Iterator[SourceFile]:
+    def _samples(self, name: str, entry: ShardEntry | None) -> Iterator[SourceFile]:
         path = self._folder / name
-        allowed = self._say if self._selection.allow_missing_end else None
-        reader = SampleReader(path, missing_end=allowed)
+        promised = None if entry is None else _Promise(self._folder, entry)
+        reader = SampleReader(path, missing_end=self._say if self._may_lack_end() else None)
         with closing(ByteReader(path)) as tar:
             for sample in reader.samples():
+                if promised is not None:
+                    promised.check(sample)
                 yield from self._files_of(sample, name, tar)
+        if promised is not None:
+            promised.check_end()
         self.skipped += reader.skipped
+
+    def _may_lack_end(self) -> bool:
+        indexed_so = self._manifest is not None and self._manifest.allows_missing_end
+        return self._selection.allow_missing_end or indexed_so
 
     def _files_of(self, sample: TarSample, name: str, tar: ByteReader) -> Iterator[SourceFile]:
         """Yield the image of a sample; all of its images if it has a problem."""
@@ -170,6 +222,47 @@ class ShardSource:
         if label < len(self.classes):
             return file._replace(label=self.classes[label])
         return file._replace(problem=f"its label {str(label)!r} is no class of the manifest")
+
+
+class _Promise:
+    """The index of a tar, against which its samples are checked in their order."""
+
+    def __init__(self, folder: Location, entry: ShardEntry) -> None:
+        self._index, self._entry = read_index(folder, entry), entry
+        self._place = folder / entry.name
+        self._known = frozenset(self._index.extensions.tolist())
+        self._row = 0
+
+    def check(self, sample: TarSample) -> None:
+        """Compare a sample with the next row of the index.
+
+        Raises:
+            ManifestError: it is another one.
+        """
+        row, index = self._row, self._index
+        for member in sample.images.values() if row < len(index) else ():
+            found = (sample.key, member.offset_data, member.size, sample.label)
+            if found == (index.keys[row], index.offsets[row], index.sizes[row], index.labels[row]):
+                self._row += 1
+                return
+        # Sets indexed when fewer kinds of images were known leave the others out.
+        if not sample.problem and self._known.intersection(sample.images):
+            self._refuse()
+
+    def check_end(self) -> None:
+        """Check that all rows were found.
+
+        Raises:
+            ManifestError: some were not.
+        """
+        if self._row < len(self._index):
+            self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise ManifestError(
+            f"{self._place} does not hold the samples of its index {self._entry.index}: it was "
+            f"replaced or changed. {REMEDY}"
+        )
 
 
 def _read_fields(sample: TarSample, tar: ByteReader) -> JsonFields:

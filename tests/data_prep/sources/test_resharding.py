@@ -1,0 +1,72 @@
+"""`reshard` of a set takes the tars of its manifest, or refuses what is not as `verify` does."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_prep.cli import main
+from data_prep.format.manifest import read_manifest
+from data_prep.write.build import build_shards
+from data_prep.write.options import ShardOptions
+
+WriteTar = Callable[[Path, dict[str, bytes]], None]
+_OTHER = "shard-000001.tar"
+
+
+@pytest.fixture
+def shards(image_zip: Path, tmp_path: Path) -> Path:
+    """A set of four shards of six samples."""
+    build_shards(image_zip, tmp_path / "set", ShardOptions(samples_per_shard=6))
+    return tmp_path / "set"
+
+
+def _remove(folder: Path, write_tar: WriteTar, image: bytes) -> None:
+    (folder / _OTHER).unlink()
+
+
+def _replace(folder: Path, write_tar: WriteTar, image: bytes) -> None:
+    write_tar(folder / _OTHER, {"a.jpg": image, "a.cls": b"0"})
+
+
+def _swap(folder: Path, write_tar: WriteTar, image: bytes) -> None:
+    shutil.copy(folder / "shard-000002.tar", folder / _OTHER)
+
+
+def _add(folder: Path, write_tar: WriteTar, image: bytes) -> None:
+    write_tar(folder / "shard-000009.tar", {"a.jpg": image, "a.cls": b"0"})
+
+
+@pytest.mark.parametrize("order", [[], ["--no-shuffle"]])
+@pytest.mark.parametrize("damage", [_remove, _replace, _swap, _add])
+def test_a_set_unlike_its_manifest_is_refused(
+    damage: Callable[[Path, WriteTar, bytes], None],
+    order: list[str],
+    shards: Path,
+    write_tar: WriteTar,
+    image_files: dict[str, bytes],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    damage(shards, write_tar, image_files["train/cat/0.jpg"])
+    assert main(["verify", str(shards), "--workers", "1"]) != 0
+    command = ["reshard", str(shards), str(tmp_path / "out"), "--workers", "1", *order]
+    assert main(command) == 2
+    assert "shard-00000" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_tars_beside_an_indexed_set_are_counted(
+    write_tar: WriteTar, image_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    image = image_files["train/cat/0.jpg"]
+    (tmp_path / "a").mkdir()
+    for name in ("train-0", "train-1", "val-0"):
+        write_tar(tmp_path / "a" / f"{name}.tar", {"a.jpg": image, "a.cls": b"3"})
+    assert main(["index", str(tmp_path / "a"), "--include", "train-*.tar"]) == 0
+    pattern = str(tmp_path / "a" / "*.tar")
+    assert main(["reshard", pattern, str(tmp_path / "b"), "--workers", "1"]) == 0
+    manifest = read_manifest(tmp_path / "b")
+    assert (manifest.samples, len(manifest.classes)) == (2, 4)
+    assert manifest.skipped == {"tars not in the manifest": 1}
