@@ -1,19 +1,21 @@
 """Settings of the data that tasks read: images in shards or folders, and clips."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
 
 from data_prep.format.patterns import Names
-from data_prep.format.storage import locate
 from simmim.data.datasets.clips import ClipSet, open_clips
 from simmim.data.datasets.mixture import Shards
 from simmim.data.datasets.opening import (
+    ChannelStatistics,
     ShardsSetting,
     folders_of,
-    is_image_folder,
     measured_statistics,
     open_sets,
+    recorded_statistics,
     weights_of,
 )
 from simmim.data.datasets.remote import DEFAULT_CACHE_BYTES, RemoteReading
@@ -186,7 +188,8 @@ class DataSettings(RemoteSettings, SampleSettings):
     """Seed of that choice; separate from training.seed, so that runs with other seeds share it."""
     mean: tuple[float, ...] | Literal["measured"] = IMAGENET_MEAN
     """Mean of each channel, on a scale of 0 to 1 (floating point values unscaled). `measured` uses
-    the result of `data-prep info --statistics`, for data.std as well unless that is given."""
+    the result of `data-prep info --statistics`, or measures up to 1,000 images of a folder at the
+    start, for data.std as well unless that is given."""
     std: tuple[float, ...] | Literal["measured"] = IMAGENET_STD
     """Standard deviation of each channel, on the same scale, or `measured`."""
 
@@ -227,26 +230,22 @@ class DataSettings(RemoteSettings, SampleSettings):
 Data = TypeVar("Data", bound=DataSettings)
 
 
-def with_statistics(data: Data) -> Data:
+def with_statistics(data: Data, read: Callable[[str], ChannelStatistics] | None = None) -> Data:
     """Return the settings with `measured` mean and std replaced by numbers.
 
     If one of them is `measured` and the other is the default, both are.
+
+    Args:
+        data: the settings.
+        read: returns the statistics of one dataset; None reads those recorded of shards.
 
     Raises:
         ValueError: the shards were not measured.
     """
     if MEASURED not in (data.mean, data.std):
         return data
-    for folder in folders_of(data.shards):
-        if is_image_folder(locate(folder)):
-            raise ValueError(
-                f"data.mean and data.std can only be measured of shards, and {folder} is a folder"
-                f" of images: set them to numbers, or make shards: data-prep shard {folder} DST,"
-                " then data-prep info DST --statistics."
-            )
-    found = measured_statistics(
-        folders_of(data.shards), weights_of(data.shards), allow_pipe=data.allow_pipe
-    )
+    read = read or partial(recorded_statistics, allow_pipe=data.allow_pipe)
+    found = measured_statistics(folders_of(data.shards), weights_of(data.shards), read=read)
     mean = found.mean if data.mean in (MEASURED, IMAGENET_MEAN) else data.mean
     std = found.std if data.std in (MEASURED, IMAGENET_STD) else data.std
     return replace(data, mean=mean, std=std)

@@ -7,7 +7,7 @@ nothing is left after normalisation with the statistics of photographs.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +17,7 @@ from simmim.data.datasets.clips import ClipSet
 from simmim.data.datasets.mixture import MixedShards
 from simmim.data.datasets.shards import ShardSet
 from simmim.data.order.source import DataError, SampleSource
-from simmim.data.settings import MEASURED, with_statistics
 from simmim.data.transforms.sampling import RANGES, ImageForm, SampledImages, sample_images
-
-RecipeT = TypeVar("RecipeT")
 
 SAMPLES = 32
 """Images that are decoded before training starts."""
@@ -28,6 +25,10 @@ SECONDS = 5.0
 
 LISTED_CHANNELS = 16
 """Channels up to which mean and std are written out in a message."""
+LEAVE_OUT = (
+    "name those to keep by `data-prep shard FOLDER DST --include PATTERN`, or those to leave out "
+    "by --exclude PATTERN"
+)
 SMALLEST_STD = 1e-5
 """Standard deviation that is proposed for constant channels; 0 would be no divisor."""
 
@@ -43,7 +44,7 @@ FAR_MEAN, FAR_STD = 4.0, 5.0
 class Finding:
     """How images fit the encoder and its normalisation, in one respect."""
 
-    name: Literal["channels", "range", "statistics"]
+    name: Literal["channels", "types", "transparency", "range", "statistics"]
     verdict: Literal["ok", "warning", "problem"]
     found: str
     change: str = ""
@@ -102,44 +103,6 @@ def check_stage_input(stage: Any) -> list[str]:
     return warnings
 
 
-def with_measured(recipe: RecipeT) -> RecipeT:
-    """Return a recipe of images with `measured` mean and std replaced by numbers.
-
-    Raises:
-        ValueError: they were not measured, or are of other channels than the encoder's; the message
-            has all settings that fit.
-    """
-    task: Any = recipe
-    data = task.data
-    if MEASURED not in (data.mean, data.std):
-        return recipe
-    channels = task.encoder.in_channels
-    try:
-        resolved = with_statistics(data)
-    except ValueError as error:
-        found = sample_images(
-            data.open_shards(),
-            channels=channels,
-            max_pixels=data.max_pixels,
-            most=SAMPLES,
-            seconds=SECONDS,
-        )
-        if not found.forms:
-            raise
-        raise ValueError(
-            f"{str(error).rstrip('.')}. The images have {found.main}; encoder.in_channels is "
-            f"{channels}. Without measuring all, set {settings_for(found)}."
-        ) from None
-    count = len(resolved.mean)
-    if task.architecture_source is None and count != channels:
-        raise ValueError(
-            f"the measured images have {count_noun(count, 'channel')}, encoder.in_channels is "
-            f"{channels}: set encoder.in_channels to {count}; data.mean and data.std follow."
-        )
-    measured: RecipeT = replace(task, data=resolved)
-    return measured
-
-
 def check_input(source: SampleSource[Any], wanted: EncoderInput, *, max_pixels: int) -> list[str]:
     """Compare a few images with what the encoder takes, and return warnings.
 
@@ -176,8 +139,11 @@ def compare_input(found: SampledImages, wanted: EncoderInput) -> Iterator[Findin
     """Yield how sampled images fit the encoder; nothing if none could be decoded."""
     if not found.forms:
         return
-    channels = _compare_channels(found, wanted)
-    yield channels
+    yield _compare_channels(found, wanted)
+    if found.mixes_types:
+        yield _compare_types(found)
+    if found.transparent:
+        yield _compare_transparency(found, wanted)
     scale = _check_scale(found.main, wanted, advice(found, wanted))
     if scale is not None:
         yield scale
@@ -188,14 +154,17 @@ def compare_input(found: SampledImages, wanted: EncoderInput) -> Iterator[Findin
 def _compare_channels(found: SampledImages, wanted: EncoderInput) -> Finding:
     form, total = found.main, found.forms.total()
     source = "encoder.in_channels is" if wanted.trained is None else f"{wanted.trained} takes"
-    text = f"{found.listed()}; {source} {wanted.channels}"
+    text = f"{found.listed(examples=bool(found.refused))}; {source} {wanted.channels}"
     if found.refused:
-        main = form in found.refused
+        changes = [advice(found, wanted)] if form in found.refused else []
+        if len(found.forms) > 1:
+            changes.insert(0, f"leave out images of other channels: {LEAVE_OUT}")
+        stops = form in found.refused or bool(found.stopping)
         return Finding(
             name="channels",
-            verdict="problem" if main else "warning",
+            verdict="problem" if stops else "warning",
             found=text,
-            change=advice(found, wanted) if main else "leave out images of other channels",
+            change="; or ".join(changes),
         )
     grey = sum(count for one, count in found.forms.items() if one.channels == 1)
     if wanted.channels == 3 and grey > total / 2:
@@ -207,6 +176,31 @@ def _compare_channels(found: SampledImages, wanted: EncoderInput) -> Finding:
     if wanted.trained is not None:
         return Finding(name="channels", verdict="ok", found=text)
     return Finding(name="channels", verdict="warning", found=text, change=advice(found, wanted))
+
+
+def _compare_types(found: SampledImages) -> Finding:
+    listed = ", ".join(f"{kind} (such as {name})" for kind, name in sorted(found.types.items()))
+    return Finding(
+        name="types",
+        verdict="problem",
+        found=f"the images are of types that a batch cannot mix: {listed}",
+        change=f"leave out all but one type: {LEAVE_OUT}; or write all arrays in one type",
+    )
+
+
+def _compare_transparency(found: SampledImages, wanted: EncoderInput) -> Finding:
+    count, total = len(found.transparent), found.forms.total()
+    change = "set encoder.in_channels to 4, and data.mean and data.std to measured"
+    if wanted.trained is not None:
+        change = "start from an encoder of 4 channels"
+    return Finding(
+        name="transparency",
+        verdict="warning",
+        found=f"{count:,} of {count_noun(total, 'image')} (such as {found.transparent[0]}) "
+        f"{'has' if count == 1 else 'have'} transparency, shown on white",
+        change=f"if the fourth band is data, such as near infrared, {change}",
+        minor=wanted.trained is not None,
+    )
 
 
 def _check_scale(form: ImageForm, wanted: EncoderInput, change: str) -> Finding | None:
@@ -257,12 +251,11 @@ def advice(found: SampledImages, wanted: EncoderInput) -> str:
         )
     keeps = form not in found.refused and form.channels > wanted.channels
     text = f"set {settings_for(found, wanted.channels if keeps else None)}"
-    if not wanted.measurable:
-        return text
-    return (
-        f"{text}; or measure all images with `data-prep info --statistics` and set data.mean and "
-        "data.std to measured"
-    )
+    info = "`data-prep info --statistics`" if wanted.measurable else ""
+    if len(found.statistics(form)[0]) > LISTED_CHANNELS and not keeps:
+        return f"{text}, after {info}" if info else text
+    first = f"measure all images with {info} and " if info else ""
+    return f"{text}; or {first}set data.mean and data.std to measured"
 
 
 def settings_for(found: SampledImages, channels: int | None = None) -> str:

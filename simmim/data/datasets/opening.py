@@ -1,7 +1,7 @@
 """How recipes name datasets of images, opening them, and their measured statistics."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeGuard
@@ -126,16 +126,22 @@ class ChannelStatistics:
 
 
 def measured_statistics(
-    folders: Sequence[str], weights: Sequence[float] = (1.0,), *, allow_pipe: bool = False
+    folders: Sequence[str],
+    weights: Sequence[float] = (1.0,),
+    *,
+    read: Callable[[str], ChannelStatistics] | None = None,
 ) -> ChannelStatistics:
-    """Read the statistics measured by `data-prep info --statistics`, pooled by weight.
+    """Return the statistics of datasets, pooled by weight.
 
-    If a dataset has images of several types, those of the most frequent type are taken.
+    Args:
+        folders: datasets, as a recipe names them.
+        weights: their weights.
+        read: returns the statistics of one; None takes `recorded_statistics`.
 
     Raises:
         ValueError: a dataset was not measured, or channel counts differ.
     """
-    found = [_read_statistics(folder, allow_pipe) for folder in folders]
+    found = [(read or recorded_statistics)(folder) for folder in folders]
     if len(found) == 1:
         return found[0]
     if len({len(one.mean) for one in found}) > 1:
@@ -150,7 +156,14 @@ def measured_statistics(
     return ChannelStatistics(mean=tuple(mean.tolist()), std=tuple(spread.tolist()))
 
 
-def _read_statistics(folder: str, allow_pipe: bool) -> ChannelStatistics:
+def recorded_statistics(folder: str, *, allow_pipe: bool = False) -> ChannelStatistics:
+    """Read what `data-prep info --statistics` measured of a set of shards.
+
+    If it has images of several types, those of the most frequent type are taken.
+
+    Raises:
+        ValueError: it was not measured, or a channel is constant.
+    """
     place = set_of(locate(folder))[0]  # what is measured are all shards of a folder
     measured = read_statistics(read_manifest(place, allow_pipe=allow_pipe))[0]
     if min(measured.std) <= 0:

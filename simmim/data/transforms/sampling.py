@@ -15,7 +15,9 @@ from PIL import Image
 from data_prep.format.text import count_noun
 from data_prep.images.arrays import ArrayError, read_header
 from data_prep.images.checking import RejectedImageError, read_pixels
+from data_prep.images.decoding import DecodingError, decode
 from data_prep.images.deep_png import is_deep_png
+from data_prep.images.tiff_layout import STARTS, TiffError, read_layout
 from simmim.data.order.source import BadSampleError, DataError, SampleSource
 from simmim.data.transforms.decoding import ARRAY_EXTENSION, channels_last, decode_pixels
 
@@ -25,14 +27,12 @@ MEASURED_SIDE = 256
 RANGES = {"uint8": 255.0, "uint16": 65535.0}
 """Integer value that stands for 1.0; floating-point images are taken as they are."""
 
-STORED = {
-    "1": (1, "uint8"),
-    "L": (1, "uint8"),
-    "I;16": (1, "uint16"),
-    "RGB": (3, "uint8"),
-    "RGBA": (4, "uint8"),
-}
+STORED = {"1": (1, "uint8"), "L": (1, "uint8"), "I;16": (1, "uint16"), "RGB": (3, "uint8")}
 """Channels and type of the pictures of common modes of Pillow."""
+WITH_ALPHA = 4
+"""Channels of a picture with transparency: colour and alpha, whichever way it is stored."""
+SHARED = {"uint8", "uint16"}
+"""Types of images that a batch may mix; others have to be of one type."""
 
 
 @dataclass(frozen=True, order=True)
@@ -65,32 +65,65 @@ class SampledImages:
     forms: Counter[ImageForm] = field(default_factory=Counter)
     refused: Counter[ImageForm] = field(default_factory=Counter)
     """Those of `forms` that cannot be decoded to the channels of the encoder."""
+    stopping: set[ImageForm] = field(default_factory=set)
+    """Those of `refused` that training stops at, rather than replacing the image by another."""
+    examples: dict[ImageForm, str] = field(default_factory=dict)
+    """Name of an image of each form."""
+    types: dict[str, str] = field(default_factory=dict)
+    """Types that images are decoded to, with the name of an image of each."""
+    transparent: list[str] = field(default_factory=list)
+    """Names of images whose transparent parts are shown on white."""
     seconds: float = 0.0
-    _means: dict[ImageForm, list[NDArray[Any]]] = field(default_factory=dict)
-    _squares: dict[ImageForm, list[NDArray[Any]]] = field(default_factory=dict)
+    trained_on: "Moments" = field(default_factory=lambda: Moments())  # noqa: PLW0108 (defined below)
+    """Of all images that can be decoded to the channels of the encoder, with these channels."""
+    _moments: dict[ImageForm, "Moments"] = field(default_factory=dict)
 
     @property
     def main(self) -> ImageForm:
         """The most frequent form."""
         return self.forms.most_common(1)[0][0]
 
-    def listed(self) -> str:
-        """Return all forms with their numbers, for a person."""
-        forms = self.forms.most_common()
-        return ", ".join(f"{count_noun(count, 'image')} of {form}" for form, count in forms)
+    @property
+    def mixes_types(self) -> bool:
+        """Whether the images are of types that cannot be in one batch."""
+        return len(self.types) > 1 and not self.types.keys() <= SHARED
+
+    def listed(self, *, examples: bool = False) -> str:
+        """Return all forms with their numbers, and an example of each if asked, for a person."""
+        return ", ".join(
+            f"{count_noun(count, 'image')} of {form}"
+            + (f" (such as {self.examples[form]})" if examples else "")
+            for form, count in self.forms.most_common()
+        )
 
     def statistics(self, form: ImageForm) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return mean and std of each channel over the images of a form, integers as 0 to 1."""
-        mean = np.mean(self._means[form], axis=0)
-        return mean, np.sqrt(np.maximum(np.mean(self._squares[form], axis=0) - mean**2, 0.0))
+        return self._moments[form].statistics()
 
     def measure(self, form: ImageForm, pixels: NDArray[Any]) -> None:
         """Add the pixels (rows, columns, channels) of an image of a form."""
+        self._moments.setdefault(form, Moments()).add(pixels)
+
+
+@dataclass
+class Moments:
+    """Means of the values, and of their squares, of each channel of some images."""
+
+    means: list[NDArray[Any]] = field(default_factory=list)
+    squares: list[NDArray[Any]] = field(default_factory=list)
+
+    def add(self, pixels: NDArray[Any]) -> None:
+        """Add an image (rows, columns, channels)."""
         step = max(1, min(pixels.shape[:2]) // MEASURED_SIDE)
-        values = pixels[::step, ::step].reshape(-1, pixels.shape[-1])
-        values = values / RANGES.get(str(pixels.dtype), 1.0)
-        self._means.setdefault(form, []).append(values.mean(axis=0))
-        self._squares.setdefault(form, []).append((values**2).mean(axis=0))
+        values = pixels[::step, ::step].reshape(-1, pixels.shape[-1]).astype(np.float64)
+        values /= RANGES.get(str(pixels.dtype), 1.0)
+        self.means.append(values.mean(axis=0))
+        self.squares.append((values**2).mean(axis=0))
+
+    def statistics(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return mean and std of each channel, integers as 0 to 1."""
+        mean = np.mean(self.means, axis=0)
+        return mean, np.sqrt(np.maximum(np.mean(self.squares, axis=0) - mean**2, 0.0))
 
 
 def sample_images(
@@ -121,6 +154,7 @@ def sample_images(
             pixels = decode_pixels(
                 data, raw.extension, channels=channels, max_pixels=max_pixels
             ).pixels
+            found.trained_on.add(pixels)
             # Channels that the image does not have: copies of grey, or opaque.
             pixels = pixels[..., : form.channels]
         except DataError as error:
@@ -132,7 +166,14 @@ def sample_images(
                 found.bad.append(f"{raw.name}: {error}")
                 continue
             found.refused[form] += 1
+            if not isinstance(error, BadSampleError):
+                found.stopping.add(form)
+        else:
+            found.types.setdefault(pixels.dtype.name, raw.name)
+            if form.channels == WITH_ALPHA > channels and _shows_white(data, max_pixels):
+                found.transparent.append(raw.name)
         found.forms[form] += 1
+        found.examples.setdefault(form, raw.name)
         found.short_sides.append(min(pixels.shape[:2]))
         found.measure(form, pixels)
     found.seconds = time.perf_counter() - began
@@ -169,13 +210,34 @@ def form_of(data: bytes, extension: str, max_pixels: int) -> ImageForm:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as opened:
-                is_plain = opened.format != "TIFF" and not is_deep_png(data)
-                if is_plain and opened.mode in STORED:
-                    return ImageForm(*STORED[opened.mode])
-    except Exception:  # noqa: S110 (hostile bytes raise nearly any type)
-        pass
+                mode = "" if opened.format == "TIFF" or is_deep_png(data) else opened.mode
+                has_alpha = opened.format != "TIFF" and opened.has_transparency_data
+    except Exception:  # hostile bytes raise nearly any type
+        mode, has_alpha = "", False
+    if mode in STORED and not has_alpha:
+        return ImageForm(*STORED[mode])
+    if data.startswith(STARTS):
+        has_alpha = _is_tiff_with_alpha(data)
     pixels = _read_stored(data, extension, max_pixels)
-    return ImageForm(pixels.shape[-1], pixels.dtype.name)
+    return ImageForm(WITH_ALPHA if has_alpha else pixels.shape[-1], pixels.dtype.name)
+
+
+def _is_tiff_with_alpha(data: bytes) -> bool:
+    """Return whether a TIFF is a picture whose last band its tags call alpha."""
+    try:
+        layout = read_layout(data)
+    except TiffError:
+        return False
+    return layout.colours.endswith("A") and layout.type == "uint8"
+
+
+def _shows_white(data: bytes, max_pixels: int) -> bool:
+    """Return whether parts of a picture are transparent, which fewer channels show on white."""
+    try:
+        alpha = decode(data, "", channels=WITH_ALPHA, max_pixels=max_pixels).pixels[..., 3]
+    except DecodingError:
+        return False
+    return bool(alpha.min() < np.iinfo(alpha.dtype).max)
 
 
 def _read_stored(data: bytes, extension: str, max_pixels: int) -> NDArray[Any]:

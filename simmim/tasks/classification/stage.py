@@ -37,8 +37,8 @@ from simmim.tasks.classification.recipe import (
 )
 from simmim.tasks.features import Normalise, sample_drop_path_noise
 from simmim.tasks.fine_tuning import DataT, FineTuningStage
-from simmim.tasks.input_check import with_measured
 from simmim.tasks.loading import any_labelled, open_labelled, train_transform
+from simmim.tasks.measured import with_measured
 from simmim.tasks.metrics import AccuracySums, accuracy_sums
 from simmim.tasks.pretrained import InitialEncoder
 from simmim.tasks.recipe import HEAD_FOLDER

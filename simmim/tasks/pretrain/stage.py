@@ -23,8 +23,8 @@ from simmim.method.model import SimMIM
 from simmim.recipe import load, recipe_hash
 from simmim.report.panels import reconstruction_panel
 from simmim.tasks.features import Normalise, pool, sample_drop_path_noise
-from simmim.tasks.input_check import with_measured
 from simmim.tasks.loading import order_for, train_transform, training_batches, with_slots
+from simmim.tasks.measured import with_measured
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.probe.online import OnlineProbe
 from swinv2 import SwinV2, build_encoder, save_encoder

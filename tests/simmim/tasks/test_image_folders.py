@@ -4,8 +4,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 from accelerate.state import AcceleratorState
+from PIL import Image
 
 from simmim.doctor.shards import check_shards
 from simmim.engine.run import RunFolder
@@ -92,11 +95,18 @@ def test_frozen_features_are_probed_on_a_folder(encoder_directory: Path, images:
     assert (found.train_samples, found.validation_samples) == (72, 24)
 
 
-def test_measured_statistics_are_of_shards(pretrain_values: dict[str, Any], images: Path) -> None:
+def test_measured_statistics_of_a_folder_are_recorded_as_numbers(
+    pretrain_values: dict[str, Any], images: Path, tmp_path: Path
+) -> None:
     pretrain_values["data"] |= {"shards": str(images), "mean": "measured"}
-    recipe = parse(PretrainRecipe, pretrain_values, "test")
-    with pytest.raises(ValueError, match=r"measured of shards.*images is a folder of im"):
-        PretrainStage(recipe)
+    files = images.rglob("*.png")
+    pixels = np.concatenate([np.asarray(Image.open(one).convert("RGB")) for one in files])
+    pixels = pixels.reshape(-1, 3)
+    run = pretrain(pretrain_values, tmp_path / "run")
+    recorded = yaml.safe_load((run.path / "recipe.yaml").read_text())["data"]
+    assert recorded["mean"] == pytest.approx(pixels.mean(axis=0) / 255, rel=0.01)
+    assert recorded["std"] == pytest.approx(pixels.std(axis=0) / 255, rel=0.01)
+    pretrain(pretrain_values, tmp_path / "run", resume="auto")  # the recipe is still the same
 
 
 @pytest.mark.parametrize("mixed", [False, True])

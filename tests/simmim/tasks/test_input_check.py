@@ -188,11 +188,10 @@ def test_measured_alone_asks_for_all_else_at_once(
     pretrain_values["data"] |= {"shards": str(folder), "mean": "measured", "validation_shards": 0}
     with pytest.raises(ValueError, match=r"5 channels and 16 bits; .*in_channels is 3") as why:
         PretrainStage(parse(PretrainRecipe, pretrain_values, "test"))
-    assert settings_in(str(why.value))[0] == 5
-    assert "data-prep info" in str(why.value)
-    if not as_shards:
-        return
-    assert data_prep.cli.main(["info", str(folder), "--statistics"]) == 0
+    if as_shards:
+        assert settings_in(str(why.value))[0] == 5
+        assert "data-prep info" in str(why.value)
+        assert data_prep.cli.main(["info", str(folder), "--statistics"]) == 0
     with pytest.raises(ValueError, match=r"set encoder\.in_channels to 5"):
         PretrainStage(parse(PretrainRecipe, pretrain_values, "test"))
     pretrain_values["encoder"]["in_channels"] = 5
@@ -304,3 +303,114 @@ def test_long_lists_of_values_are_not_printed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"encoder\.in_channels to 40.*measured") as caught:
         check_input(open_sets(str(folder)), PHOTOS, max_pixels=10**6)
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("kinds", "as_shards"),
+    [(("uint8x5-255", "float32x5-1"), False), (("uint8x3-255", "float32x3-1"), True)],
+)
+def test_types_that_no_batch_can_mix_are_refused_at_once_with_an_example_of_each(
+    tmp_path: Path, kinds: tuple[str, str], as_shards: bool
+) -> None:
+    for number, kind in enumerate(kinds):
+        write_images(tmp_path / "images" / f"part{number}", kind)
+    folder = tmp_path / "images"
+    if as_shards:
+        assert data_prep.cli.main(["shard", str(folder), str(tmp_path / "shards")]) == 0
+        folder = tmp_path / "shards"
+    channels = int(kinds[0].split("-")[0][-1])
+    wanted = EncoderInput(channels=channels, mean=(0.5,) * channels, std=(0.28,) * channels)
+    with pytest.raises(ValueError, match=r"cannot mix: float32 .*uint8") as caught:
+        check_input(open_sets(str(folder)), wanted, max_pixels=10**6)
+    message = str(caught.value)
+    for word in ("--include", "--exclude", *(() if as_shards else ("part0/", "part1/"))):
+        assert word in message
+    assert len(re.findall(r"such as [^ )]+", message)) >= 2
+
+
+def test_images_of_8_and_16_bits_share_a_batch(tmp_path: Path) -> None:
+    for kind in ("uint8x1-255", "uint16x1-65535"):
+        write_images(tmp_path / "images" / kind, kind)
+    wanted = EncoderInput(channels=1, mean=(0.5,), std=(0.28,))
+    assert check_input(open_sets(str(tmp_path / "images")), wanted, max_pixels=10**6) == []
+
+
+def test_images_of_other_channels_are_named_with_the_option_that_leaves_them_out(
+    tmp_path: Path,
+) -> None:
+    write_images(tmp_path / "images" / "bands", "uint16x5-3000")
+    write_images(tmp_path / "images" / "labels", "uint8x1-255")
+    fits = EncoderInput(channels=5, mean=(0.02,) * 5, std=(0.02,) * 5)
+    # Pictures cannot have five channels: training would stop at the first.
+    with pytest.raises(ValueError, match=r"such as labels/\d+\.png") as caught:
+        check_input(open_sets(str(tmp_path / "images")), fits, max_pixels=10**6)
+    assert "such as bands/" in str(caught.value)
+    assert "--exclude" in str(caught.value)
+
+
+def near_infrared(folder: Path, extension: str) -> Path:
+    """Colour and near infrared, which the file calls alpha."""
+    folder.mkdir(parents=True)
+    for number in range(IMAGES):
+        values = values_of("uint8x4-255", number)
+        if extension == "tif":
+            tifffile = pytest.importorskip("tifffile")
+            tifffile.imwrite(folder / f"{number}.tif", values, photometric="rgb")
+        else:
+            Image.fromarray(values).save(folder / f"{number}.{extension}", lossless=True)
+    return folder
+
+
+@pytest.mark.parametrize("extension", ["tif", "png", "webp"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_fourth_band_that_is_shown_as_transparency_is_pointed_out(
+    tmp_path: Path, extension: str, channels: int
+) -> None:
+    folder = near_infrared(tmp_path / "images", extension)
+    wanted = EncoderInput(channels=channels, mean=(0.6,) * channels, std=(0.28,) * channels)
+    checks = findings(folder, wanted)
+    assert checks.get("transparency") == (None if channels == 4 else "warning")
+    texts = check_input(open_sets(str(folder)), wanted, max_pixels=10**6)
+    said = " ".join(texts)
+    assert ("12 of 12 images" in said) == (channels != 4)
+    assert ("set encoder.in_channels to 4" in said) == (channels != 4)
+
+
+def test_opaque_pictures_have_no_transparency(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", "uint8x3-255")
+    for file in folder.iterdir():
+        Image.open(file).convert("RGBA").save(file)
+    assert findings(folder, PHOTOS) == {"channels": "ok", "statistics": "ok"}
+
+
+@pytest.mark.parametrize("as_shards", [False, True])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_measured_is_of_the_channels_that_are_trained_on(
+    pretrain_values: dict[str, Any], tmp_path: Path, channels: int, as_shards: bool
+) -> None:
+    folder = make_set(tmp_path, "uint8x4-255", as_shards=as_shards)
+    if as_shards:
+        assert data_prep.cli.main(["info", str(folder), "--statistics"]) == 0
+    pretrain_values["data"] |= {"shards": str(folder), "mean": "measured", "validation_shards": 0}
+    pretrain_values["encoder"]["in_channels"] = channels
+    stage = PretrainStage(parse(PretrainRecipe, pretrain_values, "test"))
+    data: Any = stage.recipe.data
+    assert len(data.mean) == len(data.std) == channels
+    if channels == 4:
+        mean, std = truth("uint8x4-255")
+        assert data.mean == pytest.approx(mean, rel=1e-3)
+        assert data.std == pytest.approx(std, rel=1e-3)
+        assert check_stage_input(stage) == []
+    else:
+        assert min(data.mean) > 0.6  # on white
+        assert "transparency" in " ".join(check_stage_input(stage))
+
+
+def test_a_folder_of_opaque_pictures_has_no_fourth_channel_to_measure(
+    pretrain_values: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = write_images(tmp_path / "photos", "uint8x3-255")
+    pretrain_values["data"] |= {"shards": str(folder), "mean": "measured", "validation_shards": 0}
+    pretrain_values["encoder"]["in_channels"] = 4
+    with pytest.raises(ValueError, match=r"set encoder\.in_channels to 3"):
+        PretrainStage(parse(PretrainRecipe, pretrain_values, "test"))
