@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 from data_prep.format.atomic import name_in_errors
 from data_prep.format.index import index_name
 from data_prep.format.manifest import Manifest, ShardEntry
+from data_prep.format.text import WarnOnce
 from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import SourceError
 from data_prep.write.listing import SourceListing
@@ -23,6 +24,8 @@ from data_prep.write.output_dir import (
 from data_prep.write.plan import path_key
 from data_prep.write.shard import Rejection, shard_name
 
+_NAMED = 5
+
 
 class TooManyRejectedError(SourceError):
     """More images were rejected than allowed; the work is kept."""
@@ -32,6 +35,7 @@ class TooManyRejectedError(SourceError):
 class _Totals:
     entries: list[ShardEntry] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
+    kinds: dict[str, tuple[int, str]] = field(default_factory=dict)
     validation_shards: int = 0
     damaged: int = 0
     """Images rejected for damage."""
@@ -57,20 +61,22 @@ def finalize_set(output: OutputDir, listing: SourceListing, *, max_rejected: flo
         found = listing.survey.found
         rows = _rejections(sorter)
         if totals.rejected == found:
-            first = list(islice(rows, 5))
+            first = list(islice(rows, _NAMED))
             output.abandon()
             raise SourceError(_describe_all_rejected(found, first))
+        path = output.partial / REJECTED_NAME
+        rejected = _write_rejected(path, rows)
         if totals.damaged > max_rejected * found:
-            reasons = "\n  ".join(f"{row.path}: {row.reason}" for row in islice(rows, 5))
             raise TooManyRejectedError(
                 f"{totals.damaged:,} of {found:,} images were rejected, more than --max-rejected "
                 f"{max_rejected:g}. The finished shards are kept: repair the source, or run the "
-                f"same command again with a larger --max-rejected. The first are:\n  {reasons}"
+                f"same command again with a larger --max-rejected. All are listed in {path}; the "
+                f"first are:\n  {_describe_first(path)}"
             )
-        manifest = replace(
-            _describe(output, listing, totals),
-            rejected=_write_rejected(output.partial / REJECTED_NAME, rows),
-        )
+        hint = _describe_mixture(totals.kinds)
+        if hint:
+            WarnOnce()(hint)
+        manifest = replace(_describe(output, listing, totals), rejected=rejected)
         return output.publish(manifest, [entry.name for entry in totals.entries])
     finally:
         sorter.discard()
@@ -130,6 +136,9 @@ def _gather(output: OutputDir, listing: SourceListing, sorter: ExternalSort) -> 
         totals.rejected += len(report.rejected)
         totals.damaged += len(report.rejected)
         totals.notes.update(report.notes)
+        for kind, (count, path) in report.kinds.items():
+            before, example = totals.kinds.get(kind, (0, path))
+            totals.kinds[kind] = before + count, example
         if report.entry is not None:
             totals.entries.append(report.entry)
             is_validation = plan.number >= len(listing.shards) - listing.validation_shards
@@ -151,6 +160,26 @@ def _add(sorter: ExternalSort, rejection: Rejection) -> None:
 def _rejections(sorter: ExternalSort) -> Iterator[Rejection]:
     for _, line in sorter.merged():
         yield Rejection(**json.loads(line))
+
+
+def _describe_first(path: Path) -> str:
+    with path.open(encoding="ascii") as file:
+        first = [json.loads(line) for line in islice(file, _NAMED)]
+    return "\n  ".join(f"{row['path']}: {row['reason']}" for row in first)
+
+
+def _describe_mixture(kinds: Mapping[str, tuple[int, str]]) -> str:
+    """Return a hint on images that training cannot take together, or an empty string."""
+    if len(kinds) < 2:
+        return ""
+    ordered = sorted(kinds.items(), key=lambda item: (-item[1][0], item[0]))
+    shown = "; ".join(f"{count:,} {kind}, as {path}" for kind, (count, path) in ordered[:_NAMED])
+    more = f"; {len(ordered) - _NAMED} more kinds" if len(ordered) > _NAMED else ""
+    return (
+        f"the set holds images of several kinds, of which training takes one: {shown}{more}. If "
+        "some do not belong to it, as label maps do not, choose with --include or --exclude and "
+        "write it again with --overwrite."
+    )
 
 
 def _describe_all_rejected(found: int, first: list[Rejection]) -> str:

@@ -7,7 +7,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,17 @@ from data_prep.format.atomic import atomic_write_bytes, name_in_errors
 from data_prep.format.index import IndexedTar, ShardIndex, index_name, write_index
 from data_prep.format.manifest import IMAGE_EXTENSIONS, ShardEntry
 from data_prep.format.storage import Location
+from data_prep.format.text import count_noun
+from data_prep.images.arrays import read_header
 from data_prep.images.checking import CheckedImage, RejectedImageError, check_image
 from data_prep.sources.files import SourceFile, UnreadableFileError
 from data_prep.sources.image_source import ImageSource, open_source
 from data_prep.write.listing import class_name, read_files
 from data_prep.write.options import RunOptions, ShardOptions
 from data_prep.write.plan import ShardPlan
+
+PICTURES = "pictures"
+"""Kind of all JPEG, PNG and WebP."""
 
 _BLOCK = 512
 """Block size of a tar; a member is a header block and its data, padded with zeros."""
@@ -185,6 +190,8 @@ class ShardReport:
     """Note (see `CheckedImage.notes`) → number of images."""
     listing: str = ""
     """Digest of its listing; see `ShardPlan.digest`."""
+    kinds: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Kind of image, as training tells them apart → number of images and the path of the first."""
 
     @property
     def found(self) -> int:
@@ -213,7 +220,7 @@ def write_shard(task: ShardTask, tick: Tick) -> ShardReport:
     name = shard_name(task.plan.number)
     partial = task.folder / f".{name}.partial-{os.getpid()}"
     try:
-        indexed, rejected, notes = _write_tar(partial, task, tick)
+        indexed, rejected, notes, kinds = _write_tar(partial, task, tick)
         entry = None
         if len(indexed.index):
             entry = indexed.entry(name)
@@ -227,6 +234,7 @@ def write_shard(task: ShardTask, tick: Tick) -> ShardReport:
         rejected=tuple(rejected),
         notes=notes,
         listing=task.plan.digest,
+        kinds=kinds,
     )
     text = json.dumps(asdict(report))
     atomic_write_bytes(task.folder / report_name(report.number), text.encode())
@@ -270,6 +278,7 @@ def read_report(folder: Path, number: int) -> ShardReport | None:
         rejected=rejected,
         notes=values["notes"],
         listing=values["listing"],
+        kinds={name: (count, path) for name, (count, path) in values.get("kinds", {}).items()},
     )
 
 
@@ -287,9 +296,10 @@ def shard_exists(folder: Path, entry: ShardEntry) -> bool:
 
 def _write_tar(
     path: Path, task: ShardTask, tick: Tick
-) -> tuple[IndexedTar, list[Rejection], dict[str, int]]:
+) -> tuple[IndexedTar, list[Rejection], dict[str, int], dict[str, tuple[int, str]]]:
     rejected: list[Rejection] = []
     notes: Counter[str] = Counter()
+    kinds: dict[str, tuple[int, str]] = {}
     opened = open_source(
         task.source, task.options.selection, shards=task.shards, scratch=task.folder
     )
@@ -307,8 +317,19 @@ def _write_tar(
                 image_notes = [*_notes_of(file), *image.notes]
                 writer.write(key, _members(file, image, image_notes, label, task), label)
                 notes.update(image_notes)
+                kind = _kind_of(image)
+                count, example = kinds.get(kind, (0, file.path))
+                kinds[kind] = count + 1, example
             tick(1)
-        return writer.finish(), rejected, dict(sorted(notes.items()))
+        return writer.finish(), rejected, dict(sorted(notes.items())), kinds
+
+
+def _kind_of(image: CheckedImage) -> str:
+    """Return the kind of an image; pictures are one, since training converts their channels."""
+    if image.extension != "npy":
+        return PICTURES
+    header = read_header(image.data)
+    return f"arrays of {count_noun(header.channels, 'channel')}, {header.dtype.name}"
 
 
 def _read_image(source: ImageSource, file: SourceFile, options: ShardOptions) -> CheckedImage:

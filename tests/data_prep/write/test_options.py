@@ -80,15 +80,21 @@ def test_of_duplicates_the_smallest_path_is_kept(image_folder: Path, tmp_path: P
     assert _hash_files(tmp_path / "one") == _hash_files(tmp_path / "two")
 
 
-def test_too_many_rejected_keep_the_work(image_folder: Path, tmp_path: Path) -> None:
-    for number in range(2):
-        (image_folder / f"train/cat/{number}.jpg").write_bytes(b"some text")
+def test_too_many_rejected_keep_the_work_and_are_all_listed(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [*(f"cat/{number}.jpg" for number in range(6)), "dog/0.JPEG"]:
+        (image_folder / "train" / name).write_bytes(b"some text")
     arguments = ["shard", str(image_folder), str(tmp_path / "out"), "--workers", "1"]
-    with pytest.raises(TooManyRejectedError, match=r"(?s)2 of 24 .*train/cat/0\.jpg"):
+    with pytest.raises(TooManyRejectedError, match=r"(?s)7 of 24 .*train/cat/0\.jpg"):
         build_shards(image_folder, tmp_path / "api", OPTIONS, run=RunOptions(max_rejected=0.08))
     assert main(arguments) == 2
+    listed = tmp_path / "out" / ".partial" / "rejected.jsonl"
+    assert str(listed) in capsys.readouterr().err
+    paths = [json.loads(line)["path"] for line in listed.read_text().splitlines()]
+    assert paths == [f"train/cat/{number}.jpg" for number in range(6)] + ["train/dog/0.JPEG"]
     finished = {path.stat().st_ino for path in (tmp_path / "out" / ".partial").glob("*.tar")}
-    assert main([*arguments, "--max-rejected", "0.1"]) == 0
+    assert main([*arguments, "--max-rejected", "0.3"]) == 0
     assert finished == {path.stat().st_ino for path in (tmp_path / "out").glob("*.tar")}
     lines = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     assert all(json.loads(line)["key"].isdecimal() for line in lines)
