@@ -22,7 +22,7 @@ from data_prep.write.output_dir import (
     OutputDirError,
 )
 from data_prep.write.plan import path_key
-from data_prep.write.shard import Rejection, shard_name
+from data_prep.write.shard import Rejection, shard_name, share_batches
 
 _NAMED = 5
 
@@ -170,7 +170,7 @@ def _describe_first(path: Path) -> str:
 
 def _describe_mixture(kinds: Mapping[str, tuple[int, str]]) -> str:
     """Return a hint on images that training cannot take together, or an empty string."""
-    if len(kinds) < 2:
+    if share_batches(kinds):
         return ""
     ordered = sorted(kinds.items(), key=lambda item: (-item[1][0], item[0]))
     shown = "; ".join(f"{count:,} {kind}, as {path}" for kind, (count, path) in ordered[:_NAMED])

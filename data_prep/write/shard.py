@@ -5,7 +5,7 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from data_prep.write.plan import ShardPlan
 
 PICTURES = "pictures"
 """Kind of all JPEG, PNG and WebP."""
+_BITS = "8 or 16 bits"
 
 _BLOCK = 512
 """Block size of a tar; a member is a header block and its data, padded with zeros."""
@@ -324,12 +325,24 @@ def _write_tar(
         return writer.finish(), rejected, dict(sorted(notes.items())), kinds
 
 
+def share_batches(kinds: Collection[str]) -> bool:
+    """Return whether training can take images of all these kinds together."""
+    arrays = set(kinds) - {PICTURES}
+    like_pictures = {_kind_of_arrays(channels, "uint8") for channels in (1, 3, 4)}
+    return len(arrays) < 2 and (PICTURES not in kinds or arrays <= like_pictures)
+
+
 def _kind_of(image: CheckedImage) -> str:
     """Return the kind of an image; pictures are one, since training converts their channels."""
     if image.extension != "npy":
         return PICTURES
     header = read_header(image.data)
-    return f"arrays of {count_noun(header.channels, 'channel')}, {header.dtype.name}"
+    return _kind_of_arrays(header.channels, header.dtype.name)
+
+
+def _kind_of_arrays(channels: int, dtype: str) -> str:
+    values = _BITS if dtype in ("uint8", "uint16") else dtype  # the two may share a batch
+    return f"arrays of {count_noun(channels, 'channel')}, {values}"
 
 
 def _read_image(source: ImageSource, file: SourceFile, options: ShardOptions) -> CheckedImage:

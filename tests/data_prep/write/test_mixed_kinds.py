@@ -27,7 +27,7 @@ def _write(folder: Path, kinds: dict[str, np.ndarray | str]) -> Path:
     [
         ("L", "2 pictures, as b/1.png"),
         (ARRAY.astype(np.float32), "2 arrays of 5 channels, float32, as b/1"),
-        (ARRAY[..., 0], "2 arrays of 1 channel, uint16, as b/1"),
+        (ARRAY[..., 0], "2 arrays of 1 channel, 8 or 16 bits, as b/1"),
     ],
 )
 def test_images_of_several_kinds_are_named_with_an_example(
@@ -40,7 +40,7 @@ def test_images_of_several_kinds_are_named_with_an_example(
     command = ["shard", str(source), str(tmp_path / "out"), "--workers", "1", "--no-shuffle"]
     assert main(command) == 0
     shown = capsys.readouterr().err
-    assert "3 arrays of 5 channels, uint16, as a/0.npy" in shown
+    assert "3 arrays of 5 channels, 8 or 16 bits, as a/0.npy" in shown
     assert named in shown
     assert "--include" in shown
     assert main([*command, "--include", "a/*", "--overwrite"]) == 0
@@ -57,12 +57,13 @@ def test_the_parts_of_a_run_are_counted_together(
         assert main(["shard", str(source), out, *options]) == 0
     assert "several kinds" not in capsys.readouterr().err
     assert main(["merge", out]) == 0
-    assert "1 arrays of 5 channels, uint16, as 0.npy" in capsys.readouterr().err
+    assert "1 arrays of 5 channels, 8 or 16 bits, as 0.npy" in capsys.readouterr().err
 
 
-def test_grey_and_coloured_pictures_are_one_kind(
+def test_images_that_share_batches_are_one_kind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = _write(tmp_path / "in", {"0.png": "L", "1.png": "RGBA", "2.png": "I;16"})
+    files = {"0.png": "L", "1.png": "RGBA", "2.png": "I;16", "3.npy": ARRAY[..., :3]}
+    source = _write(tmp_path / "in", files | {"4.npy": ARRAY[..., :3].astype(np.uint8)})
     assert main(["shard", str(source), str(tmp_path / "out"), "--workers", "1"]) == 0
     assert "several kinds" not in capsys.readouterr().err
