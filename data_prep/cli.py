@@ -134,6 +134,14 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument(
         "--contact-sheet", type=Path, metavar="PNG", help="draw samples of the set as a picture"
     )
+    info.add_argument(
+        "--bands",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="bands of the contact sheet, counted from 0: three as red, green and blue, or one in "
+        "grey; None: the first three, or the first of fewer",
+    )
     for command in (index, verify, info):
         command.add_argument(
             "--allow-pipe",

@@ -5,7 +5,7 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -199,14 +199,15 @@ def _verify(arguments: argparse.Namespace, interruption: Interruption) -> int:
 
 
 def _info(arguments: argparse.Namespace, interruption: Interruption) -> int:
+    bands = _bands(arguments)
     manifest = read_manifest(arguments.folder, allow_pipe=arguments.allow_pipe)
     with _bar(manifest.samples) as bar:
         tick = interruption.watch(bar.update)
         text = describe_shards(manifest, workers=arguments.workers, tick=tick)
     print(text)
     if arguments.contact_sheet is not None:
-        draw_contact_sheet(manifest, arguments.contact_sheet)
-        print(f"contact sheet in {arguments.contact_sheet}")
+        channels = draw_contact_sheet(manifest, arguments.contact_sheet, bands)
+        print(f"contact sheet in {arguments.contact_sheet}{_describe_bands(bands, channels)}")
     if not arguments.statistics:
         return 0
     with _bar(manifest.samples) as bar:
@@ -222,6 +223,32 @@ def _info(arguments: argparse.Namespace, interruption: Interruption) -> int:
     print(describe_statistics(measured.statistics))
     print(f"written to {manifest.folder / STATISTICS_NAME}")
     return 0
+
+
+def _bands(arguments: argparse.Namespace) -> tuple[int, ...] | None:
+    """Return the bands to draw, None for the first ones.
+
+    Raises:
+        ValueError: they cannot be drawn, or there is no contact sheet to draw them in.
+    """
+    if arguments.bands is None:
+        return None
+    if arguments.contact_sheet is None:
+        raise ValueError("--bands chooses those of --contact-sheet PNG: give that too.")
+    if len(arguments.bands) not in (1, 3) or min(arguments.bands) < 0:
+        given = " ".join(map(str, arguments.bands))
+        raise ValueError(f"--bands must be one or three numbers of at least 0, got {given}.")
+    return tuple(arguments.bands)
+
+
+def _describe_bands(bands: Sequence[int] | None, channels: int) -> str:
+    """Return which bands were drawn, unless all are seen: the largest image has `channels`."""
+    if bands is None and channels in (0, 1, 3):  # 0: none could be decoded
+        return ""
+    shown = bands or ((0, 1, 2) if channels > 3 else (0,))
+    numbers = ", ".join(map(str, shown))
+    drawn = f"bands {numbers} as red, green, blue" if len(shown) == 3 else f"band {numbers} in grey"
+    return f": {drawn}" + ("" if bands else "; --bands chooses others")
 
 
 def _shard_options(arguments: argparse.Namespace) -> ShardOptions:

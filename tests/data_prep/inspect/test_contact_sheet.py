@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep.cli import main
 from data_prep.inspect.contact_sheet import draw_contact_sheet
 from data_prep.write.build import build_shards
 from data_prep.write.options import ShardOptions
@@ -66,3 +67,36 @@ def test_a_sheet_has_at_most_48_samples(samples: int, tmp_path: Path) -> None:
     with Image.open(tmp_path / "sheet.png") as image:
         lines = -(-min(samples, 48) // 8)
         assert image.size == (8 + 168 * min(samples, 8), 8 + 186 * lines)
+
+
+def test_bands_are_chosen_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out, sheet = tmp_path / "images", tmp_path / "out", tmp_path / "sheet.png"
+    source.mkdir()
+    values = np.zeros((64, 64, 5), dtype=np.uint8)
+    values[..., 4], values[..., 1] = 200, 100
+    np.save(source / "a.npy", values)
+    np.save(source / "b.npy", values[..., :2])
+    build_shards(source, out, ShardOptions(shuffle=False))
+    command = ["info", str(out), "--workers", "1"]
+    drawn = [*command, "--contact-sheet", str(sheet)]
+    for bands, colour, named in (
+        ([], (0, 100, 0), "bands 0, 1, 2 as red, green, blue; --bands chooses others"),
+        (["4", "1", "0"], (200, 100, 0), "bands 4, 1, 0 as red, green, blue"),
+        (["4"], (200, 200, 200), "band 4 in grey"),
+    ):
+        assert main([*drawn, *(["--bands", *bands] if bands else [])]) == 0
+        assert f"{sheet}: {named}\n" in capsys.readouterr().out
+        with Image.open(sheet) as image:
+            assert image.getpixel((88, 88)) == colour
+            if bands:  # b.npy lacks band 4: its place is empty
+                assert image.getpixel((168 + 12, 12)) == (224, 224, 224)
+    before = sheet.read_bytes()
+    for wrong, named in (
+        ([*drawn, "--bands", "5"], "at most 5 bands"),
+        ([*drawn, "--bands", "0", "1"], "one or three"),
+        ([*drawn, "--bands", "-1"], "at least 0"),
+        ([*command, "--bands", "0"], "--contact-sheet"),
+    ):
+        assert main(wrong) == 2
+        assert named in capsys.readouterr().err
+    assert sheet.read_bytes() == before
