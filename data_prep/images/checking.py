@@ -36,14 +36,16 @@ from data_prep.images.damage import (
 from data_prep.images.decoding import (
     DecodingError,
     Loaded,
+    check_depth,
     check_size,
     decode,
     load_tiff,
     reason_of,
     wide_values,
 )
-from data_prep.images.encoding import encode
-from data_prep.images.headers import plain_jpeg_size, truncated_bit_depth
+from data_prep.images.encoding import encode, round_to_8_bits
+from data_prep.images.headers import grey_white, plain_jpeg_size
+from data_prep.images.jpeg2000 import DepthError, read_8_bits
 from data_prep.images.opening import KEPT, UnknownFormatError, load, open_picture
 from data_prep.images.orientation import turn_upright
 from data_prep.images.settings import MAX_PIXELS, MAX_READ_PIXELS, Encoding
@@ -124,7 +126,14 @@ def check_image(
             return _check_picture(data, max_pixels, decode, encoding)
     except (RejectedImageError, MemoryError):
         raise
-    except (ArrayError, DamageError, DecodingError, TiffError, UnknownFormatError) as error:
+    except (
+        ArrayError,
+        DamageError,
+        DecodingError,
+        DepthError,
+        TiffError,
+        UnknownFormatError,
+    ) as error:
         raise RejectedImageError(str(error)) from None
     # Pillow's readers raise nearly any type when the bytes are hostile.
     except Exception as error:
@@ -199,27 +208,27 @@ def _check_tiff(data: bytes, max_pixels: int, encoding: Encoding) -> CheckedImag
     notes = (FIRST_PAGE,) if layout.has_more_pages else ()
     accepts_8_bits = layout.colours == "RGB" and encoding.format in ("jpeg", "webp")
     if isinstance(loaded, np.ndarray) and loaded.dtype == np.uint16 and accepts_8_bits:
-        loaded = Image.fromarray((loaded // 256).astype(np.uint8))
-        notes = (*notes, "16 bits cut to 8")
+        bits = layout.bits[0]
+        # Of 16 bits the upper 8, as in the sets that exist.
+        reduced = loaded >> 8 if bits == 16 else round_to_8_bits(loaded, 2**bits - 1)
+        loaded = Image.fromarray(reduced.astype(np.uint8))
+        notes = (*notes, f"{bits} bits {'cut' if bits == 16 else 'rounded'} to 8")
     target = encoding.target_format(None)
-    return _store(loaded, target, encoding, notes, profile=layout.profile)
+    white = 2 ** min(16, layout.bits[0]) - 1
+    return _store(loaded, target, encoding, notes, profile=layout.profile, white=white)
 
 
 def _re_encode(
     image: ImageFile.ImageFile, data: bytes, target: str, encoding: Encoding
 ) -> CheckedImage:
-    bits = truncated_bit_depth(image, data)
-    notes: tuple[str, ...] = ()
-    if bits and target == "png":
-        raise RejectedImageError(
-            f"it has {bits} bits per colour channel, of which 8 would be left: convert it to an "
-            "array (.npy), or accept 8 bits with --format jpeg or webp"
-        )
-    if bits:
-        notes = (f"{bits} bits cut to 8",)
+    bits = check_depth(image, data, accept_8_bits=target != "png")
+    notes: tuple[str, ...] = (f"{bits} bits cut to 8",) if bits else ()
     if image.format not in KEPT and getattr(image, "is_animated", False):
         notes = (*notes, FIRST_FRAME)
-    loaded, found = _load(image, data)
+    if bits and image.format == "JPEG2000":
+        loaded, found = read_8_bits(data), ()
+    else:
+        loaded, found = _load(image, data)
     return _store(
         loaded,
         target,
@@ -227,6 +236,7 @@ def _re_encode(
         (*found, *notes),
         profile=image.info.get("icc_profile"),
         lossless=_LOSSLESS_WEBP in data,
+        white=grey_white(data),
     )
 
 
@@ -238,13 +248,14 @@ def _store(
     *,
     profile: bytes | None,
     lossless: bool = False,
+    white: int,
 ) -> CheckedImage:
     """Encode a decoded picture; values that no picture format holds become an array."""
     if isinstance(loaded, Image.Image) or (loaded.dtype == np.uint16 and loaded.ndim == 2):
         image = loaded if isinstance(loaded, Image.Image) else Image.fromarray(loaded)
         if profile:
             image.info["icc_profile"] = profile
-        encoded = encode(image, target, encoding, lossless=lossless)
+        encoded = encode(image, target, encoding, lossless=lossless, white=white)
         return CheckedImage(
             data=encoded.data,
             extension=encoded.extension,

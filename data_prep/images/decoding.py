@@ -18,7 +18,8 @@ from PIL import Image, ImageCms
 from data_prep.images.arrays import ArrayError, read_header, read_values
 from data_prep.images.damage import DamageError, decode_jpeg, read_jpeg_header
 from data_prep.images.deep_png import is_deep_png, read_deep_png, to_channels
-from data_prep.images.headers import grey_maximum, jpeg2000_shift
+from data_prep.images.headers import grey_maximum, jpeg2000_shift, truncated_bit_depth
+from data_prep.images.jpeg2000 import DepthError, check_sign, is_jpeg2000, scale_few_bits
 from data_prep.images.opening import FORMATS, UnknownFormatError, load, open_picture
 from data_prep.images.orientation import (
     orientation_of,
@@ -140,10 +141,11 @@ def load_picture(data: bytes, *, max_pixels: int, formats: tuple[str, ...] = FOR
             check_size(opened.width, opened.height, max_pixels)
             if is_deep_png(data):
                 return turn_array(read_deep_png(data), orientation_of(opened))
+            check_depth(opened, data)
             return wide_values(turn_upright(load(opened, data)), data)
         except (DecodingError, MemoryError):
             raise
-        except TiffError as error:
+        except (DepthError, TiffError) as error:
             raise DecodingError(str(error)) from None
         except UnknownFormatError as error:
             raise DamagedError(str(error)) from error
@@ -176,6 +178,28 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
     """Raise TooLargeError if an image has too many pixels."""
     if width * height > max_pixels:
         raise TooLargeError(width, height, max_pixels)
+
+
+def check_depth(image: Image.Image, data: bytes, *, accept_8_bits: bool = False) -> int:
+    """Return the bits per channel of a file of which Pillow reads 8, or 0 if it reads all.
+
+    Args:
+        image: the opened file; its pixels are not loaded.
+        data: the file.
+        accept_8_bits: whether 8 bits are enough.
+
+    Raises:
+        DecodingError: they are not.
+        DepthError: its values are signed.
+    """
+    check_sign(data)
+    bits = truncated_bit_depth(image, data)
+    if bits and not accept_8_bits:
+        raise DecodingError(
+            f"it has {bits} bits per colour channel, of which 8 would be left: convert it to an "
+            "array (.npy), or accept 8 bits with `data-prep shard --format jpeg` or webp"
+        )
+    return bits
 
 
 def reason_of(error: Exception) -> str:
@@ -281,7 +305,7 @@ def _spread_grey(values: NDArray[np.uint16], channels: int | None) -> NDArray[An
 
 
 def wide_values(image: Image.Image, data: bytes) -> Loaded:
-    """Return the values of a picture of more than 8 bits as stored, any other picture as it is.
+    """Return the values of a picture of more than 8 bits as stored, any other as a picture of 8.
 
     Args:
         image: the loaded picture; Pillow scales some formats to 16 bits.
@@ -298,7 +322,7 @@ def wide_values(image: Image.Image, data: bytes) -> Loaded:
             values = np.rint(values * (highest / 65_535)).astype(np.int32)
         holds = values.min() >= 0 and values.max() < 2**16
         return values.astype(np.uint16 if holds else np.float64)
-    return image
+    return scale_few_bits(image, data) if is_jpeg2000(data) else image
 
 
 def _to_channels(image: Image.Image, channels: int | None) -> Image.Image:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from data_prep.images.decoding import to_mode, to_srgb
@@ -34,7 +35,12 @@ class ReencodedImage:
 
 
 def encode(
-    image: Image.Image, target: str, encoding: Encoding, *, lossless: bool = False
+    image: Image.Image,
+    target: str,
+    encoding: Encoding,
+    *,
+    lossless: bool = False,
+    white: int = 65_535,
 ) -> ReencodedImage:
     """Encode a loaded, upright picture in the target format and size.
 
@@ -45,6 +51,7 @@ def encode(
         target: jpeg, png or webp.
         encoding: size and quality.
         lossless: whether to encode WebP losslessly.
+        white: value of white in a grey picture of more than 8 bits, by which it is scaled to 8.
 
     Raises:
         OSError, ValueError: the format cannot hold a picture of this size.
@@ -54,7 +61,7 @@ def encode(
     plain, profile = _to_plain(image, profile, notes)
     resized = _resize(plain, encoding.target_size(*plain.size))
     if target != "png":
-        resized = _to_8_bits(resized, alpha=target == "webp", notes=notes)
+        resized = _to_8_bits(resized, white, alpha=target == "webp", notes=notes)
     return ReencodedImage(
         data=_save(resized, target, encoding.quality, profile, lossless),
         extension=_EXTENSIONS[target],
@@ -90,12 +97,17 @@ def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _to_8_bits(image: Image.Image, *, alpha: bool, notes: list[str]) -> Image.Image:
+def round_to_8_bits(values: NDArray[np.uint16], white: int) -> NDArray[np.uint8]:
+    """Return values from 0 to `white` as 0 to 255."""
+    scaled = (values.astype(np.uint32) * 510 + white) // (2 * white)
+    return np.minimum(scaled, 255).astype(np.uint8)  # resizing may overshoot white
+
+
+def _to_8_bits(image: Image.Image, white: int, *, alpha: bool, notes: list[str]) -> Image.Image:
     """Return the picture in mode L or RGB, or in RGBA if it has transparency and `alpha` is set."""
     if image.mode == "I;16":
-        notes.append("16 bits rounded to 8")
-        values = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        notes.append(f"{white.bit_length()} bits rounded to 8")
+        return Image.fromarray(round_to_8_bits(np.asarray(image), white))
     if image.has_transparency_data:
         seen = image.convert("RGBA")
         if alpha:

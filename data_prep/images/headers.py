@@ -10,13 +10,13 @@ from collections.abc import Iterator
 
 from PIL import Image
 
+from data_prep.images.jpeg2000 import bit_depth, is_jpeg2000
+
 _START = b"\xff\xd8\xff"
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
 _SKIPPED = (0xC4, 0xDD, 0xFE)  # Huffman tables, restart interval, comment
 _SCAN = 0xDA
 _TABLE_BYTES = 65
-_JPEG2000_STARTS = (b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ")
-_JPEG2000_SIZES = b"\xff\x51"
 _AV1_SETTINGS = b"av1C"
 
 
@@ -91,7 +91,8 @@ def truncated_bit_depth(image: Image.Image, data: bytes) -> int:
         case "PPM":
             bits = _ppm_bits(data) if image.mode == "RGB" else 8
         case "JPEG2000":
-            bits = 8 if image.mode.startswith("I") else _jpeg2000_bits(data)
+            bits = bit_depth(data)
+            bits = 8 if image.mode.startswith("I") and bits <= 16 else bits
         case "AVIF":
             place = data.find(_AV1_SETTINGS)
             bits = 10 if place >= 0 and (data[place + 6 : place + 7] or b"\0")[0] & 0x40 else 8
@@ -102,9 +103,7 @@ def truncated_bit_depth(image: Image.Image, data: bytes) -> int:
 
 def jpeg2000_shift(data: bytes) -> int:
     """Return by how many bits Pillow shifts grey of 9 to 15 bits to 16; 0 for other formats."""
-    if not data.startswith(_JPEG2000_STARTS):
-        return 0
-    return max(0, 16 - max(8, _jpeg2000_bits(data)))
+    return max(0, 16 - max(8, bit_depth(data))) if is_jpeg2000(data) else 0
 
 
 def grey_maximum(data: bytes) -> int | None:
@@ -112,9 +111,11 @@ def grey_maximum(data: bytes) -> int | None:
     return _ppm_maximum(data) if data.startswith((b"P2", b"P5")) else None
 
 
-def _jpeg2000_bits(data: bytes) -> int:
-    place = data.find(_JPEG2000_SIZES)
-    return 8 if place < 0 else 1 + (data[place + 40 : place + 41] or b"\7")[0] % 128
+def grey_white(data: bytes) -> int:
+    """Return the value of white in a grey picture of more than 8 bits that is not a TIFF."""
+    if is_jpeg2000(data):
+        return int(2 ** bit_depth(data)) - 1
+    return grey_maximum(data) or 65_535
 
 
 def _ppm_bits(data: bytes) -> int:

@@ -1,0 +1,99 @@
+"""JPEG 2000: depth and sign of its components, which Pillow shifts to 8 or 16 bits.
+
+Pillow shifts values of 1 to 7 bits to 8, so that white is 128 to 254, wraps white to black where it
+rounds 9 bits and more to 8, and adds half of the range to signed values.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+_STARTS = (b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ")
+_SIZES = b"\xff\x4f\xff\x51"
+"""Start of the codestream, and its segment of sizes."""
+_COUNT, _FIRST = 40, 42
+"""Offsets of the number of components and of the first one from there."""
+_YCC = b"colr\1\0\0\0\0\0\x12"
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+
+
+class DepthError(ValueError):
+    """Values of a JPEG 2000 cannot be read right; the message says which."""
+
+
+def is_jpeg2000(data: bytes) -> bool:
+    """Return whether a file is a JPEG 2000, with or without a container."""
+    return data.startswith(_STARTS)
+
+
+def component_bits(data: bytes) -> tuple[int, ...]:
+    """Return the bits of each component of a JPEG 2000, negative for signed ones."""
+    place = data.find(_SIZES)
+    if place < 0:
+        return ()
+    count = int.from_bytes(data[place + _COUNT : place + _FIRST], "big")
+    kinds = data[place + _FIRST : place + _FIRST + 3 * count : 3]
+    return tuple(-(1 + kind % 128) if kind >= 128 else 1 + kind for kind in kinds)
+
+
+def bit_depth(data: bytes) -> int:
+    """Return the largest number of bits of a component; 8 if the file does not say."""
+    return max(map(abs, component_bits(data)), default=8)
+
+
+def check_sign(data: bytes) -> None:
+    """Check that a file, if it is a JPEG 2000, has unsigned values.
+
+    Raises:
+        DepthError: some are signed.
+    """
+    if is_jpeg2000(data) and min(component_bits(data), default=1) < 0:
+        raise DepthError(
+            f"it is a JPEG 2000 with signed values of {bit_depth(data)} bits: convert it to an "
+            "array (.npy)"
+        )
+
+
+def scale_few_bits(image: Image.Image, data: bytes) -> Image.Image:
+    """Return a picture that Pillow loaded, with its components of 1 to 7 bits from 0 to 255."""
+    depths = component_bits(data)
+    if min(depths, default=8) >= 8:
+        return image
+    values = np.asarray(image)
+    pixels = values.reshape(*values.shape[:2], -1).copy()
+    bands = pixels.shape[2]
+    depths = depths if len(depths) == bands else (max(depths),) * bands
+    for band, bits in enumerate(depths):
+        if bits < 8:
+            stored = (pixels[..., band] >> (8 - bits)).astype(np.uint16)
+            white = 255 if image.mode == "P" else 2**bits - 1  # an index stays as it is
+            pixels[..., band] = (stored * 510 + white) // (2 * white)
+    scaled = Image.frombytes(image.mode, image.size, pixels.tobytes())
+    if image.mode == "P":
+        scaled.putpalette(image.palette)
+    scaled.info = image.info
+    return scaled
+
+
+def read_8_bits(data: bytes) -> Image.Image:
+    """Return a picture of more than 8 bits, rounded to 8.
+
+    Raises:
+        DepthError: its components differ or are not RGB or grey, or imagecodecs is not installed.
+        Exception: nearly any type, on hostile bytes.
+    """
+    try:
+        import imagecodecs  # noqa: PLC0415
+    except ImportError:
+        raise DepthError(
+            f"it is a JPEG 2000 of {bit_depth(data)} bits, which needs imagecodecs: pip install "
+            "'simmim[tiff]', or convert it to an array (.npy)"
+        ) from None
+    depths = set(component_bits(data))
+    if len(depths) != 1 or _YCC in data:
+        raise DepthError("it is a JPEG 2000 of YCbCr or of several depths: convert it to PNG")
+    values: NDArray[np.uint32] = imagecodecs.jpeg2k_decode(data).astype(np.uint32)
+    white = 2 ** depths.pop() - 1
+    reduced = np.minimum((values * 510 + white) // (2 * white), 255).astype(np.uint8)
+    mode = _MODES[reduced.shape[2] if reduced.ndim == 3 else 1]
+    return Image.frombytes(mode, (reduced.shape[1], reduced.shape[0]), reduced.tobytes())
