@@ -60,6 +60,8 @@ FIRST_PAGE = "first of several pages"
 """Note on a TIFF of which later pages are left out."""
 FIRST_FRAME = "first of several frames"
 """Note on an animation of a format that shards cannot hold."""
+PREMULTIPLIED = "premultiplied alpha divided out"
+"""Note on a TIFF of which the colours were multiplied by alpha."""
 MOVED = "channels moved to the last axis"
 """Note on an array whose channels came first."""
 MISSING = "NaN values"
@@ -206,6 +208,8 @@ def _check_tiff(data: bytes, max_pixels: int, encoding: Encoding) -> CheckedImag
     check_layout(layout, max_pixels)
     loaded = load_tiff(data, layout)
     notes = (FIRST_PAGE,) if layout.has_more_pages else ()
+    if layout.is_premultiplied and isinstance(loaded, Image.Image):
+        notes = (*notes, PREMULTIPLIED)
     accepts_8_bits = layout.colours == "RGB" and encoding.format in ("jpeg", "webp")
     if isinstance(loaded, np.ndarray) and loaded.dtype == np.uint16 and accepts_8_bits:
         bits = layout.bits[0]
@@ -225,10 +229,7 @@ def _re_encode(
     notes: tuple[str, ...] = (f"{bits} bits cut to 8",) if bits else ()
     if image.format not in KEPT and getattr(image, "is_animated", False):
         notes = (*notes, FIRST_FRAME)
-    if bits and image.format == "JPEG2000":
-        loaded, found = read_8_bits(data), ()
-    else:
-        loaded, found = _load(image, data)
+    loaded, found = _load(image, data, bits)
     return _store(
         loaded,
         target,
@@ -273,8 +274,10 @@ def _store(
     )
 
 
-def _load(image: ImageFile.ImageFile, data: bytes) -> tuple[Loaded, tuple[str, ...]]:
+def _load(image: ImageFile.ImageFile, data: bytes, cut_bits: int) -> tuple[Loaded, tuple[str, ...]]:
     """Decode every pixel as strictly as possible, upright; return the picture and notes on it."""
+    if cut_bits and image.format == "JPEG2000":
+        return read_8_bits(data), ()
     if KEPT.get(image.format or "") == "jpeg" and image.mode in ("L", "RGB"):
         check_scans(data, image.width * image.height)
         pixels = decode_jpeg(data, image.size)

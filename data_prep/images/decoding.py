@@ -163,14 +163,18 @@ def load_tiff(data: bytes, layout: TiffLayout) -> Loaded:
     """
     if reads_right(layout):
         image = turn_upright(load(open_picture(data, ("TIFF",)), data))
+        if image.mode == "P" and not layout.is_deep_palette:
+            image.putpalette(layout.palette.tobytes())
         if image.mode == "I":
             values = np.asarray(image)
             return values.astype(np.float32 if max(layout.bits) <= 16 else np.float64)
         return wide_values(image, data)
     values = read_tiff(data, layout)
+    size = values.shape[1], values.shape[0]
+    if layout.is_premultiplied and values.dtype == np.uint8:
+        return Image.frombytes("RGBA", size, values.tobytes(), "raw", "RGBa")
     if values.dtype != np.uint8 or not layout.colours:
         return values
-    size = values.shape[1], values.shape[0]
     return Image.frombytes(layout.colours, size, values.tobytes())
 
 

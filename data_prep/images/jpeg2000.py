@@ -69,7 +69,7 @@ def scale_few_bits(image: Image.Image, data: bytes) -> Image.Image:
             white = 255 if image.mode == "P" else 2**bits - 1  # an index stays as it is
             pixels[..., band] = (stored * 510 + white) // (2 * white)
     scaled = Image.frombytes(image.mode, image.size, pixels.tobytes())
-    if image.mode == "P":
+    if image.palette is not None:
         scaled.putpalette(image.palette)
     scaled.info = image.info
     return scaled

@@ -64,6 +64,8 @@ def reads_right(layout: TiffLayout) -> bool:
         return False
     if layout.photometric == Photometric.YCBCR and layout.compression != _JPEG:
         return False
+    if layout.photometric == Photometric.CMYK and not layout.colours:
+        return False  # of other inks
     kind = kinds.pop()
     if kind != SampleFormat.UNSIGNED and layout.start.startswith(b"MM") and layout.compression != 1:
         return False  # libtiff swaps the bytes, and Pillow swaps them back
@@ -137,7 +139,6 @@ def read_tiff(data: bytes, layout: TiffLayout) -> NDArray[Any]:
             page = file.pages[0]
             values: NDArray[Any] = page.asarray(maxworkers=1)
             values = values.reshape(-1, layout.height, layout.width, _contiguous(layout))
-            palette = page.colormap
     except MemoryError:
         raise
     # tifffile and imagecodecs raise nearly any type when the bytes are hostile.
@@ -148,11 +149,19 @@ def read_tiff(data: bytes, layout: TiffLayout) -> NDArray[Any]:
         ) from None
     values = np.moveaxis(values, 0, -1)[..., 0] if layout.planar == 1 else _join_planes(values)
     if layout.photometric == Photometric.PALETTE:
-        values = (np.asarray(palette).T[values[..., 0]] >> 8).astype(np.uint8)
+        values = _look_up(values[..., 0], layout)
     else:
         values = _convert(values, layout, page_type)
     upright = turn_array(values, layout.orientation)
     return np.ascontiguousarray(upright[..., 0] if upright.shape[2] == 1 else upright)
+
+
+def _look_up(indices: NDArray[Any], layout: TiffLayout) -> NDArray[np.uint8]:
+    palette = layout.palette
+    if int(indices.max()) >= len(palette):
+        raise TiffError(f"it is {layout} with colours that its palette does not have")
+    colours: NDArray[np.uint8] = palette[indices]
+    return colours
 
 
 def _contiguous(layout: TiffLayout) -> int:

@@ -1,20 +1,30 @@
 """The layout of a TIFF: the tags of its first page, read before anything is decoded."""
 
+import math
+import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from data_prep.images.arrays import MAX_CHANNELS
 
 STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """First bytes of every TIFF and BigTIFF."""
 
-_PROFILE, _SUBFILE = 34675, 254
+_PROFILE, _SUBFILE, _OLD_SUBFILE, _DESCRIPTION, _COLORMAP, _INK_SET = 34675, 254, 255, 270, 320, 332
+_PLACES = {False: (273, 279), True: (324, 325)}
+"""Tags of offsets and lengths of strips (False) or tiles (True)."""
 _TAGS = {
-    *(_SUBFILE, 256, 257, 258, 259, 262, 266, 274, 277, 284, 317, 322, 323, 338, 339, 32997),
-    _PROFILE,
+    *(_SUBFILE, _OLD_SUBFILE, _DESCRIPTION, _COLORMAP, _INK_SET),
+    *(256, 257, 258, 259, 262, 266, 274, 277, 284, 317, 322, 323, 338, 339, 32997),
+    *(278, *_PLACES[False], *_PLACES[True], _PROFILE),
 }
+_LONG = (*_PLACES[False], *_PLACES[True])
+_CMYK_INKS, _OLD_REDUCED = 1, 2
 _TYPES = {1: "B", 2: "c", 3: "H", 4: "I", 6: "b", 7: "B", 8: "h", 9: "i", 16: "Q", 17: "q"}
 """TIFF's type number → the character of `struct`; fractions are of no concern here."""
 
@@ -87,6 +97,9 @@ PREVIEW = 1
 """Bit of NewSubfileType: a smaller copy of another page."""
 _MASK = 4
 _MAX_PAGES = 4096
+_DAMAGE = (AttributeError, IndexError, OverflowError, TypeError, ValueError, struct.error)
+_SHAPE = re.compile(r'"shape": \[([\d, ]{1,200})\]')
+_IMAGES = re.compile(r"^images=(\d{1,9})\s*$", re.MULTILINE)
 
 
 class TiffError(ValueError):
@@ -133,11 +146,33 @@ class TiffLayout:
     """Whether other pages of full size follow."""
     profile: bytes | None
     """ICC profile."""
+    inks: int
+    """InkSet of separated bands: 1 CMYK, 2 other inks."""
+    colormap: tuple[int, ...]
+    """All red, all green and all blue values of the palette."""
 
     @property
     def alpha(self) -> int:
         """Number of bands that are transparency, 0 or 1."""
         return int(len(self.extra) == 1 and self.extra[0] == 2)
+
+    @property
+    def is_premultiplied(self) -> bool:
+        """Whether it is RGB of 8 bits, multiplied by its alpha."""
+        is_rgb = self.photometric == Photometric.RGB and self.samples == 4
+        return is_rgb and self.extra == (1,) and set(self.bits) == {8}
+
+    @property
+    def palette(self) -> NDArray[np.uint8]:
+        """Colours of the palette, (colours, 3), of 16 bits; or of 8 as in libtiff, if all fit."""
+        colours = np.array(self.colormap, dtype=np.int64).reshape(3, -1).T
+        shown: NDArray[np.uint8] = (colours >> (8 if self.is_deep_palette else 0)).astype(np.uint8)
+        return shown
+
+    @property
+    def is_deep_palette(self) -> bool:
+        """Whether the colours of the palette have 16 bits, as they should."""
+        return max(self.colormap, default=256) > 255
 
     @property
     def colours(self) -> str:
@@ -151,6 +186,8 @@ class TiffLayout:
             (5, 4): "CMYK",
         }
         mode = modes.get((self.photometric, self.samples - len(self.extra)), "")
+        if mode == "CMYK" and self.inks != _CMYK_INKS:
+            return ""
         if not self.extra:
             return mode
         return f"{mode}A" if self.alpha and mode in ("L", "RGB") else ""
@@ -179,8 +216,19 @@ def read_layout(data: bytes) -> TiffLayout:
     try:
         first = _first_offset(data)
         tags, following = _read_page(data, first)
-        return _to_layout(data[:4], tags, _has_more_pages(data, following, first))
-    except (IndexError, OverflowError, TypeError, ValueError, struct.error) as error:
+        layout = _to_layout(data[:4], tags, _has_more_pages(data, following, first))
+        _check_places(layout, tags, len(data))
+        if _has_more_slices(layout, tags, len(data)):
+            layout = replace(layout, has_more_pages=True)
+        return layout
+    except (
+        AttributeError,
+        IndexError,
+        OverflowError,
+        TypeError,
+        ValueError,
+        struct.error,
+    ) as error:
         if isinstance(error, TiffError):
             raise
         raise TiffError("it is a TIFF with damaged tags, or a truncated one") from None
@@ -221,8 +269,10 @@ def _read_page(data: bytes, offset: int) -> tuple[dict[int, Any], int]:
             held = field if start is None else data[start : start + one * values]
             if len(held) < one * values:
                 raise struct.error
-            if tag == _PROFILE:
+            if tag in (_PROFILE, _DESCRIPTION):
                 tags[tag] = held[:values]
+            elif tag in _LONG:
+                tags[tag] = np.frombuffer(held, f"{order}{_TYPES[kind]}", values)
             elif values <= MAX_CHANNELS:
                 tags[tag] = struct.unpack_from(f"{order}{values}{_TYPES[kind]}", held)
     following = place + count * length
@@ -235,9 +285,60 @@ def _has_more_pages(data: bytes, offset: int, first: int) -> bool:
     while offset not in seen and len(seen) < _MAX_PAGES:
         seen.add(offset)
         tags, offset = _read_page(data, offset)
-        if not tags.get(_SUBFILE, (0,))[0] & (PREVIEW | _MASK):
+        if not _subfile(tags) & (PREVIEW | _MASK):
             return True
     return False
+
+
+def _subfile(tags: dict[int, Any]) -> int:
+    """Return NewSubfileType, or what the older tag says."""
+    old = PREVIEW if tags.get(_OLD_SUBFILE, (0,))[0] == _OLD_REDUCED else 0
+    kind: int = tags.get(_SUBFILE, (old,))[0]
+    return kind
+
+
+def _check_places(layout: TiffLayout, tags: dict[int, Any], length: int) -> None:
+    """Check that every strip or tile was written; decoders take what is missing as zeros.
+
+    Raises:
+        TiffError: one has no place in the file.
+    """
+    planes = layout.samples if layout.planar == 2 else 1
+    if layout.tile is not None:
+        columns, rows = layout.tile
+        count = -(-layout.width // columns) * -(-layout.height // rows) * planes
+    else:
+        count = -(-layout.height // max(1, min(tags.get(278, (2**32,))[0], layout.height))) * planes
+    kind = "strip" if layout.tile is None else "tile"
+    offsets, lengths = (tags.get(tag) for tag in _PLACES[layout.tile is not None])
+    if offsets is None or (lengths is not None and len(lengths) < count) or len(offsets) < count:
+        raise TiffError(f"it is a truncated TIFF: not all of its {count:,} {kind}s have a place")
+    wrong = (offsets[:count] == 0) | (offsets[:count] >= length)
+    if lengths is not None:
+        wrong = wrong | (lengths[:count] == 0)
+    if wrong.any():
+        raise TiffError(
+            f"it is a truncated TIFF: {np.count_nonzero(wrong):,} of its {count:,} {kind}s were "
+            f"never written, the first is number {int(np.argmax(wrong)) + 1:,}"
+        )
+
+
+def _has_more_slices(layout: TiffLayout, tags: dict[int, Any], length: int) -> bool:
+    """Return whether slices follow the first one without a page of their own.
+
+    ImageJ writes stacks above 4 GiB so, and tifffile with `truncate`: the description has their
+    number, or the shape.
+    """
+    text = tags.get(_DESCRIPTION, b"").rstrip(b"\0").decode("latin1")
+    page = layout.width * layout.height * layout.samples
+    slices = 1
+    if text.startswith("ImageJ=") and (found := _IMAGES.search(text)):
+        slices = int(found[1])
+    elif text.startswith("{") and (found := _SHAPE.search(text)):
+        slices = math.prod(int(side) for side in found[1].split(",") if side.strip()) // page
+    first = int(tags[_PLACES[layout.tile is not None][0]][0])
+    held = slices * page * max(1, layout.bits[0] // 8)
+    return slices > 1 and layout.compression == 1 and first + held <= length
 
 
 def _to_layout(start: bytes, tags: dict[int, Any], has_more_pages: bool) -> TiffLayout:
@@ -264,10 +365,12 @@ def _to_layout(start: bytes, tags: dict[int, Any], has_more_pages: bool) -> Tiff
         fill_order=first(266, 1),
         orientation=first(274, 1),
         tile=(first(322, 0), first(323, 0)) if 322 in tags else None,
-        subfile=first(_SUBFILE, 0),
+        subfile=_subfile(tags),
         depth=first(32997, 1),
         has_more_pages=has_more_pages,
         profile=tags.get(_PROFILE),
+        inks=first(_INK_SET, _CMYK_INKS),
+        colormap=tags.get(_COLORMAP, ()),
     )
     if min(layout.width, layout.height, layout.samples, layout.depth, *(layout.tile or ())) < 1:
         raise TiffError("it is a TIFF with damaged tags: its sizes are not positive")
