@@ -19,6 +19,7 @@ from data_prep.format.pipes import PIPE, PipedFile
 from data_prep.format.statistics_file import STATISTICS_NAME, write_statistics
 from data_prep.format.storage import Location, RemotePath, locate
 from data_prep.format.text import count_noun, format_bytes
+from data_prep.images.checking import MOVED, UNSURE
 from data_prep.images.settings import Encoding
 from data_prep.inspect.contact_sheet import draw_contact_sheet
 from data_prep.inspect.index_existing import IndexingOptions, index_existing
@@ -330,6 +331,11 @@ def _describe_set(manifest: Manifest, verb: str) -> str:
         counts += f"; see {manifest.folder / REJECTED_NAME}"
     for note, count in sorted(manifest.notes.items()):
         counts += f"\n{note}: {count:,}"
+    if UNSURE in manifest.notes and MOVED in manifest.notes:
+        counts += (
+            "\nwarning: arrays of this set have different numbers of channels, since their axis "
+            "was guessed from the shape: give --channels-first or --channels-last"
+        )
     counts += _describe_skipped(manifest.skipped)
     shards = count_noun(len(manifest.shards), "shard")
     return f"{counts}\n{verb}: {shards}, {length}, in {manifest.folder}"

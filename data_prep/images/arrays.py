@@ -6,6 +6,7 @@ is allocated for the values, and nothing is ever unpickled.
 
 import io
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,18 @@ MAGIC = b"\x93NUMPY"
 MAX_CHANNELS = 1024
 """Maximum number of channels."""
 
+MAX_FIRST_CHANNELS = 64
+"""Maximum length of a first axis that is recognised as channels."""
+
 _TYPES = ("uint8", "uint16", "float16", "float32", "float64")
+_CONVERTED = {
+    "bool": "uint8",
+    "int8": "float32",
+    "int16": "float32",
+    **dict.fromkeys(("int32", "int64", "uint32", "uint64"), "float64"),
+}
+"""Other types → type that holds their values, as of the same values in TIFF."""
+_EXACT_IN_FLOAT64 = 2**53
 _HEADER_BYTES = 4096
 
 
@@ -46,7 +58,14 @@ class ArrayHeader:
     @property
     def is_plain(self) -> bool:
         """Whether the values are row-major and little-endian, as shards store them."""
-        return not self.fortran_order and self.dtype == self.dtype.newbyteorder("<")
+        is_plain = not self.fortran_order and self.dtype == self.dtype.newbyteorder("<")
+        return is_plain and self.dtype.name in _TYPES
+
+    @property
+    def stored_type(self) -> np.dtype[Any]:
+        """Type of the values as they are read, in native byte order."""
+        name = _CONVERTED.get(self.dtype.name)
+        return self.dtype.newbyteorder("=") if name is None else np.dtype(name)
 
 
 def read_header(data: bytes, *, channels_last: bool = True) -> ArrayHeader:
@@ -68,16 +87,22 @@ def read_header(data: bytes, *, channels_last: bool = True) -> ArrayHeader:
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
-        shape, fortran_order, dtype = read(stream, max_header_size=_HEADER_BYTES)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about headers of Python 2, which are read right
+            shape, fortran_order, dtype = read(stream, max_header_size=_HEADER_BYTES)
     except KeyError:
         raise ArrayError("its .npy header has an unsupported version") from None
     # NumPy parses headers with Python's parser, which raises many types.
     except Exception as error:
         reason = " ".join(str(error).split())[:100] or type(error).__name__
         raise ArrayError(f"its .npy header is damaged: {reason}") from None
-    if dtype.name not in _TYPES or dtype.fields is not None or dtype.subdtype is not None:
+    is_known = dtype.name in _TYPES or dtype.name in _CONVERTED
+    if not is_known or dtype.fields is not None or dtype.subdtype is not None:
         kinds = ", ".join(_TYPES)
-        raise ArrayError(f"its values are of type {dtype}: supported are {kinds}")
+        raise ArrayError(
+            f"its values are of type {dtype}: supported are {kinds}, to which integers and bool "
+            "are converted; save it with values.astype('float32')"
+        )
     check_shape(shape, channels_last=channels_last)
     expected = math.prod(shape) * dtype.itemsize
     held = len(data) - stream.tell()
@@ -88,7 +113,7 @@ def read_header(data: bytes, *, channels_last: bool = True) -> ArrayHeader:
 
 
 def read_array(data: bytes) -> NDArray[Any]:
-    """Return the array of a `.npy` file, read-only and without a copy.
+    """Return the array of a `.npy` file; see `read_values`.
 
     Raises:
         ArrayError: see `read_header`.
@@ -97,9 +122,27 @@ def read_array(data: bytes) -> NDArray[Any]:
 
 
 def read_values(data: bytes, header: ArrayHeader) -> NDArray[Any]:
-    """Return the array of a `.npy` file whose header is known, read-only and without a copy."""
+    """Return the array of a `.npy` file whose header is known.
+
+    Values of a supported type are read-only and not copied. int8 and int16 become float32, longer
+    integers float64, and bool 0 and 255 of uint8, as in TIFF.
+
+    Raises:
+        ArrayError: integers are not exact in float64.
+    """
     flat = np.frombuffer(data, dtype=header.dtype, offset=header.offset)
-    return flat.reshape(header.shape, order="F" if header.fortran_order else "C")
+    values: NDArray[Any] = flat.reshape(header.shape, order="F" if header.fortran_order else "C")
+    if header.dtype.name not in _CONVERTED:
+        return values
+    if header.dtype.kind == "b":
+        return (values.view(np.uint8) != 0).astype(np.uint8) * np.uint8(255)
+    low, high = int(values.min()), int(values.max())
+    if max(-low, high) > _EXACT_IN_FLOAT64:
+        raise ArrayError(
+            f"its values of {header.dtype} from {low:,} to {high:,} are not exact in float64: save "
+            "it as float64 or uint16"
+        )
+    return values.astype(header.stored_type)
 
 
 def write_array(values: NDArray[Any]) -> bytes:
@@ -130,9 +173,10 @@ def count_nan(values: NDArray[Any]) -> int:
 def is_channels_first(shape: tuple[int, ...]) -> bool:
     """Return whether a shape is that of a few channels, followed by rows and columns.
 
-    An image of so few rows would have at least four times as many channels.
+    They are the shortest axis, of at most 64: square patches of many channels, as of 11 x 11 x 200,
+    are not taken for it.
     """
-    return len(shape) == 3 and 4 * shape[0] <= min(shape[1:])
+    return len(shape) == 3 and shape[0] <= MAX_FIRST_CHANNELS and shape[0] < min(shape[1:])
 
 
 def check_shape(shape: tuple[int, ...], *, channels_last: bool = True) -> None:

@@ -43,11 +43,12 @@ from data_prep.images.decoding import (
     reason_of,
     wide_values,
 )
+from data_prep.images.deep_png import read_deep_png
 from data_prep.images.encoding import encode, round_to_8_bits
 from data_prep.images.headers import grey_white, plain_jpeg_size
 from data_prep.images.jpeg2000 import DepthError, read_8_bits
 from data_prep.images.opening import KEPT, UnknownFormatError, load, open_picture
-from data_prep.images.orientation import turn_upright
+from data_prep.images.orientation import orientation_of, turn_array, turn_upright
 from data_prep.images.settings import MAX_PIXELS, MAX_READ_PIXELS, Encoding
 from data_prep.images.tiff import check_layout
 from data_prep.images.tiff_layout import STARTS, TiffError, read_layout
@@ -64,6 +65,8 @@ PREMULTIPLIED = "premultiplied alpha divided out"
 """Note on a TIFF of which the colours were multiplied by alpha."""
 MOVED = "channels moved to the last axis"
 """Note on an array whose channels came first."""
+UNSURE = "channels taken from the last axis, which is not the shortest"
+"""Note on an array whose channels may be on another axis."""
 MISSING = "NaN values"
 """Note on an array with missing measurements."""
 
@@ -172,7 +175,15 @@ def _check_array(data: bytes, max_pixels: int, decode: bool, channel_axis: str) 
     height, width = header.shape[:2]
     check_size(width, height, max_pixels)
     check_shape(header.shape)
-    if decode and count_nan(read_values(data, header)):
+    if (
+        channel_axis == "auto"
+        and len(header.shape) == 3
+        and header.shape[2] > min(header.shape[:2])
+    ):
+        notes = (*notes, UNSURE)
+    if header.stored_type != header.dtype.newbyteorder("="):
+        notes = (*notes, f"{header.dtype.name} converted to {header.stored_type}")
+    if (decode or not header.is_plain) and count_nan(read_values(data, header)):
         notes = (*notes, MISSING)
     return CheckedImage(
         data=_plain_array(data, header), extension="npy", width=width, height=height, notes=notes
@@ -278,6 +289,10 @@ def _load(image: ImageFile.ImageFile, data: bytes, cut_bits: int) -> tuple[Loade
     """Decode every pixel as strictly as possible, upright; return the picture and notes on it."""
     if cut_bits and image.format == "JPEG2000":
         return read_8_bits(data), ()
+    if cut_bits and image.format == "PNG" and "transparency" in image.info:
+        check_png(data)
+        upper = (read_deep_png(data) >> 8).astype(np.uint8)
+        return Image.fromarray(turn_array(upper, orientation_of(image))), ()
     if KEPT.get(image.format or "") == "jpeg" and image.mode in ("L", "RGB"):
         check_scans(data, image.width * image.height)
         pixels = decode_jpeg(data, image.size)

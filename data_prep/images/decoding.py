@@ -282,10 +282,10 @@ def _header_length(data: bytes) -> int:
 def _read_array(data: bytes, max_pixels: int) -> NDArray[Any]:
     try:
         header = read_header(data)
+        check_size(header.shape[1], header.shape[0], max_pixels)
+        return read_values(data, header).astype(header.stored_type, copy=False)
     except ArrayError as error:
         raise DecodingError(str(error)) from None
-    check_size(header.shape[1], header.shape[0], max_pixels)
-    return read_values(data, header).astype(header.dtype.newbyteorder("="), copy=False)
 
 
 def _exactly(values: NDArray[Any], channels: int | None) -> NDArray[Any]:

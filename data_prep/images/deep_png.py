@@ -1,4 +1,4 @@
-"""Colour of 16 bits in PNG, of which Pillow keeps the upper 8."""
+"""PNG of 16 bits with colour, of which Pillow keeps the upper 8, or with transparency."""
 
 from typing import Any
 
@@ -6,18 +6,30 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_prep.images.opening import PNG_START, load, open_picture
+from data_prep.images.opening import PNG_START, load, open_picture, png_chunks
 
 _BITS, _COLOUR_TYPE = 24, 25
-_GREY_ALPHA, _RGB, _RGBA = 4, 2, 6
+_GREY, _GREY_ALPHA, _RGB, _RGBA = 0, 4, 2, 6
 _WHITE = 65_535
 
 
 def is_deep_png(data: bytes) -> bool:
-    """Return whether a file is a PNG of 16 bits with colours or alpha."""
+    """Return whether a file is a PNG of 16 bits with colours, alpha or a transparent grey."""
     if not data.startswith(PNG_START) or len(data) <= _COLOUR_TYPE or data[_BITS] != 16:
         return False
+    if data[_COLOUR_TYPE] == _GREY:
+        return transparent_grey(data) is not None
     return data[_COLOUR_TYPE] in (_GREY_ALPHA, _RGB, _RGBA)
+
+
+def transparent_grey(data: bytes) -> int | None:
+    """Return the value of a grey PNG that is transparent, or None."""
+    for kind, start, _ in png_chunks(data):
+        if kind == b"tRNS":
+            return int.from_bytes(data[start + 8 : start + 10], "big")
+        if kind == b"IDAT":
+            break
+    return None
 
 
 def read_deep_png(data: bytes) -> NDArray[np.uint16]:
@@ -30,6 +42,11 @@ def read_deep_png(data: bytes) -> NDArray[np.uint16]:
         # As four bytes a pixel: upper and lower byte of grey, and of alpha.
         parts = _unpack(data, "RGBA", "RGBA").astype(np.uint16)
         grey, alpha = (parts[..., first] << 8 | parts[..., first + 1] for first in (0, 2))
+        return np.stack([grey, grey, grey, alpha], axis=2)
+    if data[_COLOUR_TYPE] == _GREY:
+        with open_picture(data, ("PNG",)) as image:
+            grey = np.asarray(load(image, data)).astype(np.uint16)
+        alpha = np.where(grey == transparent_grey(data), 0, _WHITE).astype(np.uint16)
         return np.stack([grey, grey, grey, alpha], axis=2)
     mode = "RGB" if data[_COLOUR_TYPE] == _RGB else "RGBA"
     # Read as if little-endian, a value's lower byte is the one that is kept.

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from PIL import Image
 
+from data_prep.images.deep_png import is_deep_png
 from data_prep.images.jpeg2000 import bit_depth, is_jpeg2000
 
 _START = b"\xff\xd8\xff"
@@ -87,7 +88,7 @@ def truncated_bit_depth(image: Image.Image, data: bytes) -> int:
     """
     match image.format:
         case "PNG":
-            bits = data[24] if data[25] else 8  # 16-bit grey is read as it is
+            bits = 16 if is_deep_png(data) else 8  # other grey of 16 bits is read as it is
         case "PPM":
             bits = _ppm_bits(data) if image.mode == "RGB" else 8
         case "JPEG2000":

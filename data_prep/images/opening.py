@@ -89,10 +89,21 @@ def _open(data: bytes, formats: tuple[str, ...]) -> ImageFile.ImageFile:
         try:
             if accept is None or accept(prefix) is True:
                 with _without_limit():
-                    return factory(io.BytesIO(data), "")
+                    image = factory(io.BytesIO(data), "")
+                if name == "PNG":
+                    _scale_grey_key(image, data)
+                return image
         except _NOT_THIS_FORMAT:
             continue
     raise UnknownFormatError("it is not an image of a supported format")
+
+
+def _scale_grey_key(image: ImageFile.ImageFile, data: bytes) -> None:
+    """Scale the transparent grey of a PNG of 2 or 4 bits to 8, as Pillow does with its pixels."""
+    bits, colour_type, key = data[24], data[25], image.info.get("transparency")
+    if colour_type == 0 and bits in (2, 4) and isinstance(key, int):
+        white = 2**bits - 1
+        image.info["transparency"] = (key & white) * 255 // white
 
 
 @contextmanager
@@ -106,7 +117,7 @@ def _without_limit() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     """Yield (type, start, end) of every complete chunk, checksum included."""
     place = len(PNG_START)
     while place + 12 <= len(data):
@@ -122,12 +133,12 @@ def _without_metadata(data: bytes) -> bytes | None:
     """Return a PNG without the chunks that pixels do not depend on; None if it is no PNG."""
     if not data.startswith(PNG_START):
         return None
-    kept = [data[start:stop] for kind, start, stop in _png_chunks(data) if kind in _PIXEL_CHUNKS]
+    kept = [data[start:stop] for kind, start, stop in png_chunks(data) if kind in _PIXEL_CHUNKS]
     return PNG_START + b"".join(kept)
 
 
 def _png_profile(data: bytes) -> bytes | None:
-    for kind, start, stop in _png_chunks(data):
+    for kind, start, stop in png_chunks(data):
         if kind == b"iCCP":
             _, _, packed = data[start + 8 : stop - 4].partition(b"\0")
             reader = zlib.decompressobj()

@@ -12,11 +12,17 @@ from data_prep.format.index import ShardIndex, index_tar, read_images, read_inde
 from data_prep.format.manifest import IMAGE_EXTENSIONS, Manifest, ManifestError, ShardEntry
 from data_prep.format.storage import Location, StorageError
 from data_prep.format.tars import TarError, as_local_file
+from data_prep.images.arrays import MAGIC, is_channels_first, read_header
 from data_prep.images.checking import RE_ENCODED, RejectedImageError, check_image
 from data_prep.images.settings import read_limit
 
 MAX_PROBLEMS = 100
 """Maximum number of problems listed; all are counted."""
+
+OTHER_FORMAT = "of another format than the extension says"
+"""Note on a picture that is read by its content, whatever its extension."""
+FIRST_AXIS = "channels probably on the first axis: data-prep reshard moves them"
+"""Note on an array whose shape is that of channels x height x width."""
 
 _MAX_PER_SHARD = 20
 
@@ -167,14 +173,30 @@ def _decode_all(
     images = read_images(path, index, np.arange(len(index)))
     for data, key, extension in zip(images, index.keys, index.extensions, strict=True):
         try:
-            notes = check_image(data, max_pixels=task.max_pixels).notes
-            if RE_ENCODED in notes and extension in IMAGE_EXTENSIONS:
-                raise RejectedImageError("its format is not one that shards may hold")
-            found.notes.update(note for note in notes if note != RE_ENCODED)  # it is not written
+            found.notes.update(_check_stored(data, extension, task.max_pixels))
         except RejectedImageError as error:
             found.add([f"{path.name}: image {key}: {error}"], _MAX_PER_SHARD)
         tick(1)
     found.keep_first(_MAX_PER_SHARD)
+
+
+def _check_stored(data: bytes, extension: str, max_pixels: int) -> list[str]:
+    """Check an image as training reads it, where the extension tells arrays from pictures.
+
+    Raises:
+        RejectedImageError: training cannot read it.
+    """
+    is_array = data.startswith(MAGIC)
+    if is_array != (extension == "npy"):
+        what = "a NumPy array" if is_array else "no NumPy array"
+        raise RejectedImageError(f"it is {what}, but its extension is {extension}: rename it")
+    checked = check_image(data, max_pixels=max_pixels)
+    notes = [note for note in checked.notes if note != RE_ENCODED]  # it is not written
+    if len(notes) < len(checked.notes) and extension in IMAGE_EXTENSIONS:
+        notes.append(OTHER_FORMAT)
+    if is_array and is_channels_first(read_header(data).shape):
+        notes.append(FIRST_AXIS)
+    return notes
 
 
 def _equal(one: ShardIndex, other: ShardIndex) -> bool:

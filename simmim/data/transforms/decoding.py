@@ -41,11 +41,11 @@ def channels_last(data: bytes, extension: str, channels: int) -> bytes:
         return data
     try:
         header = read_header(data, channels_last=False)
+        if not is_channels_first(header.shape) or header.channels == channels:
+            return data
+        return write_array(np.moveaxis(read_values(data, header), 0, -1))
     except ArrayError:  # decoding it will report it
         return data
-    if not is_channels_first(header.shape) or header.channels == channels:
-        return data
-    return write_array(np.moveaxis(read_values(data, header), 0, -1))
 
 
 def decode_pixels(

@@ -205,7 +205,7 @@ def form_of(data: bytes, extension: str, max_pixels: int) -> ImageForm:
             header = read_header(data)
         except ArrayError as error:
             raise BadSampleError(f"the array cannot be used: {error}") from None
-        return ImageForm(header.channels, header.dtype.newbyteorder("=").name)
+        return ImageForm(header.channels, header.stored_type.name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -2,12 +2,15 @@
 
 import io
 import struct
+import warnings
 
 import numpy as np
 import pytest
 
 from data_prep.images.arrays import MAGIC, ArrayError, read_array, read_header
 from data_prep.images.checking import RejectedImageError, check_image
+from simmim.data.order.source import BadSampleError
+from simmim.data.transforms.decoding import decode_pixels
 
 
 def _save(values: np.ndarray, *, allow_pickle: bool = False) -> bytes:
@@ -55,7 +58,7 @@ def test_other_orders_are_rewritten_with_the_same_values(values: np.ndarray) -> 
         (np.zeros((0, 5), dtype=np.uint8), "its shape is 0x5"),
         (np.zeros((3, 40, 50), dtype=np.uint8), "--channels-first"),
         (np.zeros((5, 5, 1025), dtype=np.uint8), "more than 1,024 channels"),
-        (np.zeros((4, 5), dtype=np.int64), "type int64"),
+        (np.zeros((4, 5), dtype=np.complex64), "type complex64.*astype"),
         (np.zeros((4, 5), dtype=[("a", "u1")]), "type"),
         (np.full((4, 5), np.inf, dtype=np.float16), "20 of its 20 values are infinite"),
         (np.full((4, 5), np.nan, dtype=np.float64), "all of its values are NaN"),
@@ -135,3 +138,64 @@ def test_moved_channels_keep_to_the_limits() -> None:
     values = np.full((5, 30, 40), np.nan, dtype=np.float32)
     with pytest.raises(RejectedImageError, match="all of its values are NaN"):
         check_image(_save(values), channel_axis="auto")
+
+
+@pytest.mark.parametrize("size", [(60, 70), (64, 64), (48, 48), (47, 70), (40, 90), (200, 13)])
+def test_arrays_of_one_kind_are_read_alike_whatever_their_size(size: tuple[int, int]) -> None:
+    values = np.random.default_rng(0).random((12, *size), dtype=np.float32)
+    checked = check_image(_save(values), channel_axis="auto")
+    assert read_header(checked.data).channels == 12
+    assert checked.notes == ("channels moved to the last axis",)
+
+
+def test_square_patches_of_many_channels_are_kept_and_pointed_out() -> None:
+    data = _save(np.zeros((11, 11, 200), dtype=np.uint16))
+    checked = check_image(data, channel_axis="auto")
+    assert checked.data == data
+    assert "not the shortest" in checked.notes[0]
+    assert check_image(data, channel_axis="last").notes == ()
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored"),
+    [
+        ("int8", "float32"),
+        (">i2", "float32"),
+        ("int32", "float64"),
+        ("uint32", "float64"),
+        (">i8", "float64"),
+        ("uint64", "float64"),
+        ("bool", "uint8"),
+    ],
+)
+def test_other_types_are_converted_as_in_tiff(kind: str, stored: str) -> None:
+    rng = np.random.default_rng(0)
+    limit = np.iinfo(kind) if kind != "bool" else None
+    low, high = (0, 1) if limit is None else (max(limit.min, -(2**53)), min(limit.max, 2**53))
+    values = rng.integers(low, high, (9, 11, 2), endpoint=True, dtype=np.int64).astype(kind)
+    values[0, 0] = low, high
+    expected = values.astype(np.float64) * (255 if kind == "bool" else 1)
+    data = _save(values)
+    checked = check_image(data)
+    found = np.load(io.BytesIO(checked.data), allow_pickle=False)
+    assert found.dtype == stored
+    assert np.array_equal(found, expected)
+    assert any(f"converted to {stored}" in note for note in checked.notes)
+    trained = decode_pixels(data, "npy", channels=2).pixels
+    assert trained.dtype == stored
+    assert np.array_equal(trained, expected)
+
+
+def test_integers_beyond_float64_are_refused_with_a_remedy() -> None:
+    data = _save(np.full((4, 5), 2**53 + 1, dtype=np.int64))
+    with pytest.raises(RejectedImageError, match=r"9,007,199,254,740,993.*float64"):
+        check_image(data)
+    with pytest.raises(BadSampleError, match=r"9,007,199,254,740,993"):
+        decode_pixels(data, "npy", channels=1)
+
+
+def test_headers_of_python_2_are_read_in_silence() -> None:
+    data = _forge("{'descr': '|u1', 'fortran_order': False, 'shape': (8L, 8L)}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert check_image(data).width == 8

@@ -229,3 +229,45 @@ def test_signed_jpeg_2000_is_refused_by_name(kind: str) -> None:
         check_image(data)
     with pytest.raises(BadSampleError, match=r"JPEG 2000 with signed values.*\.npy"):
         decode_pixels(data, "jp2", channels=1)
+
+
+def _few_bits_png(values: np.ndarray, bits: int, key: int) -> bytes:
+    """Write a grey PNG of 1 to 16 bits with a transparent value."""
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, 0, 0, 0, 0)
+    rows = []
+    for row in values:
+        packed = "".join(f"{value:0{bits}b}" for value in row)
+        packed += "0" * (-len(packed) % 8)
+        rows.append(b"\0" + int(packed, 2).to_bytes(len(packed) // 8, "big"))
+    body = _chunk(b"IHDR", header) + _chunk(b"tRNS", struct.pack(">H", key))
+    body += _chunk(b"IDAT", zlib.compress(b"".join(rows)))
+    return b"\x89PNG\r\n\x1a\n" + body + _chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_a_transparent_grey_is_the_right_one_at_every_depth(bits: int) -> None:
+    values = np.random.default_rng(0).integers(0, 2**bits, (9, 13))
+    key = int(values[2, 3])
+    data = _few_bits_png(values, bits, key)
+    white = 65_535 if bits == 16 else 255
+    shown = values * white // (2**bits - 1)
+    on_white = np.where(values == key, white, shown)
+    assert np.array_equal(decode_pixels(data, "png", channels=1).pixels[..., 0], on_white)
+    assert np.array_equal(read_pixels(data, "png"), np.stack([on_white] * 3, axis=2))
+    with_alpha = decode_pixels(data, "png", channels=4).pixels
+    assert np.array_equal(with_alpha[..., 3] == 0, values == key)
+    checked = check_image(data, encoding=Encoding(format="webp", quality=100))
+    alpha = decode_pixels(checked.data, "webp", channels=4).pixels[..., 3]
+    assert np.array_equal(alpha == 0, values == key)
+    if bits == 16:
+        with pytest.raises(RejectedImageError, match="16 bits"):
+            check_image(data, encoding=Encoding(max_side=5))
+
+
+def test_a_transparent_colour_of_16_bits_is_kept_in_8() -> None:
+    values = _random(9, 13, 3)
+    data = _png(values, transparent=values[2, 3].astype(">u2").tobytes())
+    checked = check_image(data, encoding=Encoding(format="webp", quality=100))
+    alpha = decode_pixels(checked.data, "webp", channels=4).pixels[..., 3]
+    assert alpha[2, 3] == 0
+    assert np.count_nonzero(alpha == 0) == 1

@@ -1,9 +1,12 @@
 """Verification passes what was written and names every kind of damage."""
 
+import io
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_prep.format.index import checksum, read_index, write_index
@@ -12,6 +15,8 @@ from data_prep.inspect.index_existing import index_existing
 from data_prep.inspect.verify import MAX_PROBLEMS, verify_shards
 from data_prep.write.build import build_shards
 from data_prep.write.options import ShardOptions
+from simmim.data.order.source import BadSampleError
+from simmim.data.transforms.decoding import decode_pixels
 
 
 @pytest.fixture
@@ -128,11 +133,53 @@ def test_sets_that_others_wrote_are_verified_too(
     assert "image 003: it is truncated" in _problem(manifest)
 
 
-def test_a_format_that_shards_do_not_hold_is_found(
+def test_another_format_than_the_extension_says_is_noted(
     tmp_path: Path,
     write_tar: Callable[[Path, dict[str, bytes]], None],
     draw_image: Callable[..., bytes],
 ) -> None:
     write_tar(tmp_path / "theirs.tar", {"a.jpg": draw_image(0, image_format="BMP")})
     manifest = index_existing(tmp_path).manifest
-    assert "image a: its format" in _problem(manifest)
+    found = verify_shards(read_manifest(manifest.folder), decode=True)
+    assert found.count == 0
+    assert found.notes["of another format than the extension says"] == 1
+
+
+def _tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as file:
+        for name, data in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            file.addfile(header, io.BytesIO(data))
+
+
+def test_every_image_is_judged_as_training_reads_it(
+    tmp_path: Path, draw_image: Callable[..., bytes]
+) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros((12, 60, 70), dtype=np.uint8))
+    array, jpeg = buffer.getvalue(), draw_image(0)
+    good = {
+        "a.jpg": draw_image(1, image_format="GIF"),
+        "b.png": draw_image(2, image_format="TIFF"),
+        "c.npy": array,
+    }
+    for members, count in ((good, 0), ({"d.jpg": array, "e.npy": jpeg, "f.jpg": jpeg}, 2)):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        _tar(folder / "x.tar", members)
+        index_existing(folder)
+        found = verify_shards(read_manifest(folder), decode=True)
+        assert found.count == count, found.problems
+        for name, data in members.items():
+            extension = name.partition(".")[2]
+            channels = 70 if extension == "npy" else 3
+            try:
+                decode_pixels(data, extension, channels=channels)
+                is_read = True
+            except BadSampleError:
+                is_read = False
+            assert is_read == (not any(f"image {name[0]}:" in line for line in found.problems))
+        if count == 0:
+            assert found.notes["of another format than the extension says"] == 2
+            assert any("first axis" in note for note in found.notes)

@@ -234,9 +234,8 @@ def test_an_array_without_channels_has_one() -> None:
         (saved(np.ones((4, 4, 2), dtype=np.uint8)), "2 channels.*in_channels is 3"),
         (saved(np.ones(4, dtype=np.uint8)), "shape"),
         (saved(np.ones((0, 4, 3), dtype=np.uint8)), "shape"),
-        (saved(np.ones((4, 4, 3), dtype=np.int64)), "of type int64"),
-        (saved(np.ones((4, 4, 3), dtype=np.uint32)), "of type uint32"),
-        (saved(np.ones((4, 4, 3), dtype=bool)), "of type bool"),
+        (saved(np.full((4, 4, 3), 2**60)), "not exact in float64"),
+        (saved(np.ones((4, 4, 3), dtype=np.complex64)), "of type complex64"),
         (saved(np.full((4, 4, 3), np.nan)), "non-finite"),
         (saved(np.ones((90, 90, 3), dtype=np.uint8)), "90x90 pixels"),
         (saved(np.array([{"a": 1}], dtype=object), allow_pickle=True), "of type object"),
@@ -248,9 +247,9 @@ def test_invalid_arrays_are_refused(data: bytes, words: str) -> None:
 
 
 def test_channels_in_front_are_pointed_out() -> None:
-    data = saved(np.ones((5, 224, 7), dtype=np.uint8))
-    with pytest.raises(BadSampleError, match=r"7 channels.*is 5.*--channels-first"):
-        decode_pixels(data, "npy", channels=5)
+    data = saved(np.ones((100, 224, 7), dtype=np.uint8))
+    with pytest.raises(BadSampleError, match=r"7 channels.*is 100.*--channels-first"):
+        decode_pixels(data, "npy", channels=100, max_pixels=10**6)
 
 
 def test_a_hostile_header_allocates_nothing() -> None:
