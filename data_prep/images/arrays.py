@@ -135,7 +135,8 @@ def read_values(data: bytes, header: ArrayHeader) -> NDArray[Any]:
     if header.dtype.name not in _CONVERTED:
         return values
     if header.dtype.kind == "b":
-        return (values.view(np.uint8) != 0).astype(np.uint8) * np.uint8(255)
+        white: NDArray[Any] = np.where(values, 255, 0).astype(np.uint8)
+        return white
     low, high = int(values.min()), int(values.max())
     if max(-low, high) > _EXACT_IN_FLOAT64:
         raise ArrayError(

@@ -20,7 +20,13 @@ from data_prep.images.damage import DamageError, decode_jpeg, read_jpeg_header
 from data_prep.images.deep_png import is_deep_png, read_deep_png, to_channels
 from data_prep.images.headers import grey_maximum, jpeg2000_shift, truncated_bit_depth
 from data_prep.images.jpeg2000 import DepthError, check_sign, is_jpeg2000, scale_few_bits
-from data_prep.images.opening import FORMATS, UnknownFormatError, load, open_picture
+from data_prep.images.opening import (
+    FORMATS,
+    UnknownFormatError,
+    load,
+    open_picture,
+    silence_libtiff,
+)
 from data_prep.images.orientation import (
     orientation_of,
     orientation_transpose,
@@ -162,7 +168,13 @@ def load_tiff(data: bytes, layout: TiffLayout) -> Loaded:
         Exception: nearly any type, on hostile bytes.
     """
     if reads_right(layout):
-        image = turn_upright(load(open_picture(data, ("TIFF",)), data))
+        silence_libtiff()
+        try:
+            image = turn_upright(load(open_picture(data, ("TIFF",)), data))
+        except OSError as error:
+            raise TiffError(
+                f"it is {layout}, whose data is damaged or truncated: {reason_of(error)}"
+            ) from None
         if image.mode == "P" and not layout.is_deep_palette:
             image.putpalette(layout.palette.tobytes())
         if image.mode == "I":

@@ -1,12 +1,18 @@
 """Opening picture files in Pillow: which formats, which limits, and metadata that is in the way."""
 
+import ctypes
 import io
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
 
+import PIL
 from PIL import Image, ImageFile
+
+from data_prep.images.foreign_formats import name_format
 
 KEPT = {"JPEG": "jpeg", "MPO": "jpeg", "PNG": "png", "WEBP": "webp"}
 """Pillow's name of each format that shards can hold → format."""
@@ -95,7 +101,27 @@ def _open(data: bytes, formats: tuple[str, ...]) -> ImageFile.ImageFile:
                 return image
         except _NOT_THIS_FORMAT:
             continue
-    raise UnknownFormatError("it is not an image of a supported format")
+    foreign = name_format(data)
+    if foreign is None:
+        raise UnknownFormatError("it is not an image of a supported format")
+    raise UnknownFormatError(
+        f"it is {foreign}, which is not supported: convert it to PNG, or to an array (.npy)"
+    )
+
+
+@cache
+def silence_libtiff() -> None:
+    """Keep libtiff from writing to the terminal; Pillow raises, and leaves the messages to it.
+
+    Pillow has no setting for it. Its wheels bring libtiff along, elsewhere nothing changes.
+    """
+    package = Path(PIL.__file__).parent
+    places = (package.parent / "pillow.libs", package / ".dylibs")
+    for library in (path for place in places for path in place.glob("libtiff*")):
+        with suppress(OSError, AttributeError):
+            set_handler = ctypes.CDLL(str(library)).TIFFSetErrorHandler
+            set_handler.argtypes, set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+            set_handler(None)
 
 
 def _scale_grey_key(image: ImageFile.ImageFile, data: bytes) -> None:

@@ -85,7 +85,7 @@ def decode_pixels(
         ) from None
     except DecodingError as error:
         if isinstance(error.__cause__, UnknownFormatError):
-            raise BadSampleError("the image is damaged or of an unknown format") from None
+            raise BadSampleError(f"the image is damaged or of an unknown format: {error}") from None
         fault = "is damaged" if isinstance(error, DamagedError) else "cannot be used"
         raise BadSampleError(f"the {kind} {fault}: {error}") from error
     if decoded.pixels.dtype.kind == "f" and not np.isfinite(decoded.pixels).all():
