@@ -199,3 +199,4 @@ def test_headers_of_python_2_are_read_in_silence() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert check_image(data).width == 8
+        assert decode_pixels(data, "npy", channels=1).pixels.shape == (8, 8, 1)
