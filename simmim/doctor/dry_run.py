@@ -328,22 +328,39 @@ def check_duration(stage: TaskStage, recipe: TaskRecipe, rate: float) -> Iterato
         )
     else:
         yield Check(name="checkpoints", verdict="ok", found=found)
-    yield from _check_validation_time(stage, recipe)
+    yield check_validation_time(stage, recipe, rate)
 
 
-def _check_validation_time(stage: TaskStage, recipe: TaskRecipe) -> Iterator[Check]:
-    """Check the time that validation and probes take: a forward pass is 1/3 of a step."""
+def check_validation_time(stage: TaskStage, recipe: TaskRecipe, rate: float) -> Check:
+    """Check the time that validation and probes take: a forward pass is 1/3 of a step.
+
+    Args:
+        stage: the training.
+        recipe: its recipe, as resolved.
+        rate: samples that training takes per second.
+    """
     training = recipe.training
+    total = training.total_steps(stage.samples_per_epoch)
     held_out = stage.validation_shards.samples if stage.validation_shards else 0
-    per_step = held_out / training.validate_every
-    share = (per_step + recipe.probed_per_step) / 3 / training.batch_size
-    found = f"validation and probes add about {share:.1%} to the training time"
+    # As `Monitor` does, whatever the interval, after the last step too.
+    validations = math.ceil(total / training.validate_every)
+    probe_every = stage.probe_every
+    probes = 0 if probe_every is None else math.ceil(total / probe_every)
+    probed = 0.0 if probe_every is None else recipe.probed_per_step * probe_every
+    forward = (held_out * validations + probed * probes) / 3
+    share = forward / (total * training.batch_size)
+    times = count_noun(validations, "validation") if held_out else "no validation"
+    if probes:
+        times += f" and {count_noun(probes, 'probe')}"
+    found = (
+        f"{times}: about {duration(forward / rate)}, {share:.1%} of the training time; pictures "
+        "are not counted"
+    )
     if share > VALIDATION_SHARE:
-        yield Check(
+        return Check(
             name="evaluation",
             verdict="warning",
             found=found,
             change="raise training.validate_every or probe.every, or hold out fewer samples",
         )
-    else:
-        yield Check(name="evaluation", verdict="ok", found=found)
+    return Check(name="evaluation", verdict="ok", found=found)

@@ -117,6 +117,15 @@ def check_schedule(training: TrainingSettings, samples_per_epoch: int) -> Iterat
             found=f"{found}: the learning rate never reaches training.optimizer.lr",
             change="train longer, or shorten training.schedule.warmup_steps or warmup_epochs",
         )
+    elif not warmup and schedule.warmup_epochs:
+        yield Check(
+            name="schedule",
+            verdict="warning",
+            found=f"{found}: the {schedule.warmup_epochs:g} epochs of "
+            f"training.schedule.warmup_epochs round to no step, as an epoch is {per_epoch:.2g} "
+            "steps",
+            change="lower training.batch_size, or set training.schedule.warmup_steps",
+        )
     elif not warmup:
         yield Check(
             name="schedule",
@@ -160,7 +169,10 @@ def check_precision(precision: str, device: torch.device) -> Check:
     if device.type != "cpu":
         return Check(name="precision", verdict="ok", found=f"{precision} on {device.type}")
     full, half = (measured_peak(device, dtype) for dtype in (torch.float32, torch.bfloat16))
-    found = f"{precision} on the CPU; matrix products in bf16 take {full / half:.1f} times as long"
+    # Of two digits: on some processors bf16 is a hundred times faster or slower.
+    slower = half <= full
+    compared = f"{full / half:.2g} times as long" if slower else f"1/{half / full:.2g} of the time"
+    found = f"{precision} on the CPU; matrix products in bf16 take {compared}"
     if precision == "bf16" and half < full:
         change = "set training.precision to fp32, which is faster here"
         return Check(name="precision", verdict="warning", found=found, change=change)

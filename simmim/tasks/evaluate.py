@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data_prep.format.text import count_noun
 from simmim.disk import append_line
 from simmim.engine.checkpoint.directory import RECIPE_FILE, chosen_checkpoint, load_state
 from simmim.engine.checkpoint.ema import load_average
@@ -41,12 +42,16 @@ class Evaluation:
     averaged: bool
     """Whether the weights are a running average (EMA)."""
     figures: dict[str, float]
+    data: str = ""
+    """What was measured: how many samples, and where they are."""
 
     @property
     def text(self) -> str:
         """The result as text, one line per metric."""
         average = ", averaged weights" if self.averaged else ""
         lines = [f"{self.checkpoint} (step {self.step}{average})"]
+        if self.data:
+            lines.append(f"  on {self.data}")
         return "\n".join(lines + [f"  {name} {value:.4f}" for name, value in self.figures.items()])
 
 
@@ -107,12 +112,21 @@ def evaluate(
         step=load_state(checkpoint).step,
         averaged=averaged,
         figures=figures,
+        data=_describe_data(stage),
     )
     if accelerator.is_main_process:
         _note(run, found, overrides)
         sys.stdout.write(found.text + "\n")
     end_processes(accelerator)
     return found
+
+
+def _describe_data(stage: Any) -> str:
+    """Return how many samples were held out, and where they are."""
+    source = stage.validation_shards
+    folders = dict.fromkeys(str(source.folder_of(shard)) for shard in range(len(source.sizes)))
+    noun = stage.recipe.SAMPLES.removesuffix("s")
+    return f"{count_noun(source.samples, noun)} of {', '.join(folders)}"
 
 
 def check_validation_input(stage: Any, checkpoint: Path) -> None:

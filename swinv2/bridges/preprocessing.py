@@ -103,7 +103,11 @@ def sentences(config: SwinV2Config, preparation: Preparation) -> str:
     values = {255.0: "8-bit values are divided by 255", 65535.0: "16-bit values by 65535"}.get(
         preparation.largest, "values are taken as they are"
     )
+    part = f"the central {preparation.crop_pct:.4g} of the short side"
+    if preparation.crop_pct == 1:
+        square = height == width
+        part = "the central square" if square else "the largest central part of that aspect ratio"
     return (
-        f"Pictures are turned upright (Exif), the central {preparation.crop_pct:.4g} of the short "
-        f"side is cropped, resized to {width}x{height} pixels (bicubic, antialiased), and {values}."
+        f"Pictures are turned upright (Exif), {part} is cropped, resized to {width}x{height} "
+        f"pixels (bicubic, antialiased), and {values}."
     )

@@ -185,6 +185,9 @@ def probe(
         for shards, text in ((training, f"{label}: training"), (validation, f"{label}: validation"))
     )
     known, asked = standardise(known, asked)
+    if not sys.stderr.isatty():  # no bars were shown
+        counts = f"{len(known.labels):,} training and {len(asked.labels):,} validation images"
+        sys.stderr.write(f"{label}: encoded {counts}; fitting the classifiers\n")
     votes = knn_votes(
         known,
         asked.values,

@@ -39,6 +39,7 @@ def save_dense(net: Any, folder: Path, *, mean: Sequence[float], std: Sequence[f
 
     Call `swinv2.bridges.transformers_backbone.register_backbone` before `from_pretrained`.
     """
+    _hide_progress()
     with atomic_folder(folder, may_replace=_is_dense) as written:
         net.save_pretrained(written)
         text = json.dumps({"mean": list(mean), "std": list(std)}, indent=1)
@@ -72,7 +73,15 @@ def load_dense(folder: Path) -> Any:
             f"{folder} has no segmentation or detection model: give the folder of that name in a "
             "finished run."
         ) from None
+    _hide_progress()
     return model.from_pretrained(folder).eval()
+
+
+def _hide_progress() -> None:
+    """Turn off transformers' progress bars, which would mix with our output."""
+    from transformers.utils import logging  # noqa: PLC0415 - an optional part
+
+    logging.disable_progress_bar()
 
 
 def flat_output(output: Any) -> Tensor:

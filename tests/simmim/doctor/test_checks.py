@@ -8,8 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from simmim.doctor import hyperparameters
 from simmim.doctor.checks import Check, attempt, table
-from simmim.doctor.dry_run import Speed, check_data_speed, check_duration
+from simmim.doctor.dry_run import (
+    Speed,
+    check_data_speed,
+    check_duration,
+    check_validation_time,
+)
 from simmim.doctor.hyperparameters import (
     check_learning_rate,
     check_masks,
@@ -18,6 +24,7 @@ from simmim.doctor.hyperparameters import (
 )
 from simmim.doctor.memory import check_disk, check_memory
 from simmim.doctor.shards import check_files, check_samples, check_workers, entries_of, sets_of
+from simmim.engine.monitor.progress import duration
 from simmim.method.settings import MaskSettings
 from simmim.recipe import load, parse
 from simmim.tasks.classification.recipe import ClassificationRecipe
@@ -251,3 +258,42 @@ def test_the_average_distance_of_masks_is_reported() -> None:
     small = check_masks(MaskSettings(cell=8, ratio=0.3), 192)
     assert "outside" in small.found
     assert small.verdict == "ok"
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "validations"), [(10, 500, 1), (1000, 500, 2), (1001, 500, 3)]
+)
+def test_the_validation_after_the_last_step_is_counted(
+    pretrain_values: dict[str, Any], steps: int, every: int, validations: int
+) -> None:
+    pretrain_values["training"] |= {"steps": steps, "validate_every": every}
+    recipe = parse(PretrainRecipe, pretrain_values, "test")
+    stage = PretrainStage(recipe)
+    assert stage.validation_shards is not None
+    rate = 2.0
+    found = check_validation_time(stage, recipe, rate)
+    images = validations * stage.validation_shards.samples / 3
+    share = images / (steps * recipe.training.batch_size)
+    assert f"{validations} validation" in found.found
+    assert f"{share:.1%}" in found.found
+    assert f"about {duration(images / rate)}" in found.found
+    assert found.verdict == ("warning" if share > 0.1 else "ok")
+
+
+def test_epochs_of_warmup_that_round_to_no_step_are_explained(recipe: PretrainRecipe) -> None:
+    schedule = replace(recipe.training.schedule, warmup_steps=0, warmup_epochs=10)
+    training = replace(recipe.training, batch_size=2048, schedule=schedule)
+    found = {check.name: check for check in check_schedule(training, 84)}["schedule"]
+    assert found.verdict == "warning"
+    assert "10 epochs" in found.found
+    assert "training.batch_size" in found.change
+    assert "warmup_epochs" not in found.change
+
+
+@pytest.mark.parametrize("ratio", [0.004, 0.5, 1.0, 3.0, 250.0])
+def test_the_ratio_of_precisions_is_never_0(monkeypatch: pytest.MonkeyPatch, ratio: float) -> None:
+    peaks = {torch.float32: 1e12, torch.bfloat16: 1e12 / ratio}
+    monkeypatch.setattr(hyperparameters, "measured_peak", lambda _, dtype: peaks[dtype])
+    found = check_precision("fp32", torch.device("cpu")).found
+    assert f"{ratio:.2g} times" in found or f"1/{1 / ratio:.2g} of the time" in found
+    assert "0.0 " not in found

@@ -1,6 +1,7 @@
 """`simmim evaluate` and the tasks that `simmim finetune` knows."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def logged(run: Path) -> dict[int, dict[str, Any]]:
 
 
 def test_it_reproduces_the_validation_of_training(
-    run: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
     assert simmim.cli.main(["evaluate", str(run), "--last"]) == 0
@@ -38,6 +39,7 @@ def test_it_reproduces_the_validation_of_training(
     figures = logged(run)[8]
     assert f"top1 {figures['top1']:.4f}" in text
     assert "averaged weights" in text
+    assert re.search(rf"on \d+ images of {re.escape(str(shards))}", text)
     found = evaluate(run / "checkpoints" / "step-00000004")
     assert found.step == 4
     assert found.figures == {name: logged(run)[4][name] for name in found.figures}
