@@ -211,14 +211,14 @@ def form_of(data: bytes, extension: str, max_pixels: int) -> ImageForm:
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as opened:
                 mode = "" if opened.format == "TIFF" or is_deep_png(data) else opened.mode
-                has_alpha = opened.format != "TIFF" and opened.has_transparency_data
+                has_alpha = opened.has_transparency_data
     except Exception:  # hostile bytes raise nearly any type
         mode, has_alpha = "", False
     if mode in STORED and not has_alpha:
         return ImageForm(*STORED[mode])
-    if data.startswith(STARTS):
-        has_alpha = _is_tiff_with_alpha(data)
     pixels = _read_stored(data, extension, max_pixels)
+    if data.startswith(STARTS):  # one of many bands is stored with all of them
+        has_alpha = pixels.shape[-1] <= 3 and (has_alpha or _is_tiff_with_alpha(data))
     return ImageForm(WITH_ALPHA if has_alpha else pixels.shape[-1], pixels.dtype.name)
 
 

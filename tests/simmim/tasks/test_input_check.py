@@ -355,7 +355,13 @@ def near_infrared(folder: Path, extension: str) -> Path:
         values = values_of("uint8x4-255", number)
         if extension == "tif":
             tifffile = pytest.importorskip("tifffile")
-            tifffile.imwrite(folder / f"{number}.tif", values, photometric="rgb")
+            kinds = ("unassalpha", "assocalpha")
+            tifffile.imwrite(
+                folder / f"{number}.tif",
+                values,
+                photometric="rgb",
+                extrasamples=[kinds[number % 2]],
+            )
         else:
             Image.fromarray(values).save(folder / f"{number}.{extension}", lossless=True)
     return folder
