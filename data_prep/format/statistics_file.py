@@ -62,17 +62,19 @@ def read_statistics(manifest: Manifest) -> tuple[Statistics, ...]:
         ManifestError: nothing was measured, or the shards have changed since.
     """
     path = manifest.folder / STATISTICS_NAME
-    remedy = f"Measure again: data-prep info {manifest.folder} --statistics"
+    command = f"data-prep info {manifest.folder} --statistics"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         measured = [_parse_statistics(one) for one in values["statistics"]]
         shards = values["shards"]
     except FileNotFoundError:
-        raise ManifestError(f"{manifest.folder} has no {STATISTICS_NAME}. {remedy}") from None
+        raise ManifestError(
+            f"{manifest.folder} has no {STATISTICS_NAME}. Measure: {command}"
+        ) from None
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ManifestError(f"{path} is damaged ({error}). {remedy}") from None
+        raise ManifestError(f"{path} is damaged ({error}). Measure again: {command}") from None
     if shards != _digest_shards(manifest) or not measured:
-        raise ManifestError(f"{path} was measured on other shards. {remedy}")
+        raise ManifestError(f"{path} was measured on other shards. Measure again: {command}")
     return tuple(measured)
 
 

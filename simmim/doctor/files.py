@@ -50,8 +50,8 @@ class PreparedSamples:
     """Number of objects in each crop."""
 
 
-def check_labelled_files(stage: FineTuningStage[Any, Any]) -> Iterator[Check]:
-    """Check the training and validation files."""
+def check_labelled_files(stage: FineTuningStage[Any, Any], trained: str | None) -> Iterator[Check]:
+    """Check the training and validation files; `trained` as in `input_of`."""
     training, validation = stage.training_shards, stage.validation_shards
     of = stage.recipe.SAMPLES
     yield Check(
@@ -79,7 +79,7 @@ def check_labelled_files(stage: FineTuningStage[Any, Any]) -> Iterator[Check]:
             most=MEASURED,
             seconds=PREPARING_SECONDS,
         )
-        yield from input_checks(found, input_of(stage))
+        yield from input_checks(found, input_of(stage, trained))
     if validation is not None:
         yield from _check_samples(stage, "held out", validation, stage.validation_transform())
     if isinstance(training, ClipSet):  # it has a shard for each class

@@ -64,17 +64,25 @@ class EncoderInput:
     """Whether the images are shards, of which mean and std can be measured."""
     trained: str | None = None
     """Trained weights that fix channels, mean and std, as named by the user; None for none."""
+    evaluated: bool = False
+    """Whether the images are only evaluated on, so that other images are the remedy."""
 
 
-def input_of(stage: Any) -> EncoderInput:
-    """Return what the encoder of a task's stage takes."""
+def input_of(stage: Any, trained: str | None) -> EncoderInput:
+    """Return what the encoder of a task's stage takes.
+
+    Args:
+        stage: the stage.
+        trained: trained weights that fix channels, mean and std, as named by the user; None for
+            none. The stage's own recipe no longer tells, since it has taken their values.
+    """
     normalise = stage.module.normalise
     return EncoderInput(
         channels=stage.encoder.config.in_channels,
         mean=normalise.mean.flatten().tolist(),
         std=normalise.std.flatten().tolist(),
         measurable=is_measurable(stage.training_shards),
-        trained=stage.recipe.architecture_source,
+        trained=trained,
     )
 
 
@@ -84,22 +92,32 @@ def is_measurable(source: SampleSource[Any]) -> bool:
     return all(isinstance(one, ShardSet) for one in sets)
 
 
-def check_stage_input(stage: Any) -> list[str]:
-    """Check the training images of a task's stage, and those of an online probe.
+def check_stage_input(stage: Any, trained: str | None) -> list[str]:
+    """Check the training images of a task's stage, held-out ones, and those of an online probe.
+
+    Args:
+        stage: the stage.
+        trained: see `input_of`.
 
     Raises:
         ValueError: they do not fit the encoder; see `check_input`.
     """
-    wanted, data = input_of(stage), stage.recipe.data
+    wanted, data = input_of(stage, trained), stage.recipe.data
     warnings = check_input(stage.training_shards, wanted, max_pixels=data.max_pixels)
     probe = getattr(stage, "online_probe", None)
-    if probe is not None:
+    others = {
+        "held-out images": stage.validation_shards,
+        "probe.shards": None if probe is None else probe.known,
+    }
+    for name, source in others.items():
+        if source is None or not source.samples:
+            continue
+        compared = replace(wanted, trained="the encoder of this training", evaluated=True)
         try:
-            probes = replace(wanted, trained="the encoder of this recipe")
-            probed = check_input(probe.known, probes, max_pixels=data.max_pixels)
+            found = check_input(source, compared, max_pixels=data.max_pixels)
         except ValueError as error:
-            raise ValueError(f"probe.shards: {error}") from None
-        warnings += [f"probe.shards: {text}" for text in probed if text not in warnings]
+            raise ValueError(f"{name}: {error}") from None
+        warnings += [f"{name}: {text}" for text in found]
     return warnings
 
 
@@ -244,9 +262,11 @@ def _compare_statistics(found: SampledImages, wanted: EncoderInput) -> Finding:
 def advice(found: SampledImages, wanted: EncoderInput) -> str:
     """Return the settings of channels, mean and std that fit the images together."""
     form = found.main
+    if wanted.evaluated:
+        return "give images like those of the training, of the same channels, bits and range"
     if wanted.trained is not None:
         return (
-            "start from an encoder that was pretrained on such images, or from scratch with "
+            "start from an encoder that was pretrained on such images, or from scratch and set "
             f"{settings_for(found)}"
         )
     keeps = form not in found.refused and form.channels > wanted.channels

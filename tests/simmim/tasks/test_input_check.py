@@ -19,6 +19,8 @@ from simmim.data.datasets.opening import open_sets
 from simmim.data.transforms.decoding import decode_pixels
 from simmim.doctor.shards import input_checks
 from simmim.recipe import parse
+from simmim.tasks.classification.recipe import ClassificationRecipe
+from simmim.tasks.classification.stage import ClassificationStage
 from simmim.tasks.input_check import (
     EncoderInput,
     check_input,
@@ -262,7 +264,7 @@ def test_the_images_of_probes_are_compared(
     pretrain_values["probe"] = {"shards": str(tmp_path / "bands"), "every": 1}
     stage = PretrainStage(parse(PretrainRecipe, pretrain_values, "test"))
     with pytest.raises(ValueError, match=r"probe\.shards.*5 channels and 16 bits"):
-        check_stage_input(stage)
+        check_stage_input(stage, None)
 
 
 @pytest.mark.parametrize("tarred", [False, True])
@@ -406,10 +408,10 @@ def test_measured_is_of_the_channels_that_are_trained_on(
         mean, std = truth("uint8x4-255")
         assert data.mean == pytest.approx(mean, rel=1e-3)
         assert data.std == pytest.approx(std, rel=1e-3)
-        assert check_stage_input(stage) == []
+        assert check_stage_input(stage, None) == []
     else:
         assert min(data.mean) > 0.6  # on white
-        assert "transparency" in " ".join(check_stage_input(stage))
+        assert "transparency" in " ".join(check_stage_input(stage, None))
 
 
 def test_a_folder_of_opaque_pictures_has_no_fourth_channel_to_measure(
@@ -420,3 +422,51 @@ def test_a_folder_of_opaque_pictures_has_no_fourth_channel_to_measure(
     pretrain_values["encoder"]["in_channels"] = 4
     with pytest.raises(ValueError, match=r"set encoder\.in_channels to 3"):
         PretrainStage(parse(PretrainRecipe, pretrain_values, "test"))
+
+
+def test_held_out_images_are_compared_too(
+    classification_values: dict[str, Any], tmp_path: Path
+) -> None:
+    classification_values["encoder"]["in_channels"] = 3
+    for name, kind in (("dark", "uint16x1-4095"), ("bands", "uint16x5-3000")):
+        for label in ("a", "b"):
+            write_images(tmp_path / name / label, kind)
+    data = classification_values["data"] | {"validation_shards": 0, "shards": str(tmp_path / "rgb")}
+    for label in ("a", "b"):
+        write_images(tmp_path / "rgb" / label, "uint8x3-255")
+
+    def stage(validation: str) -> ClassificationStage:
+        own = data | {"validation": str(tmp_path / validation)}
+        return ClassificationStage(
+            parse(ClassificationRecipe, classification_values | {"data": own}, "test")
+        )
+
+    assert "held-out" not in " ".join(check_stage_input(stage("rgb"), None))
+    (text,) = [one for one in check_stage_input(stage("dark"), None) if "held-out" in one]
+    assert "16 bits" in text
+    assert "images like those of the training" in text
+    with pytest.raises(ValueError, match=r"held-out images: .*5 channels and 16 bits"):
+        check_stage_input(stage("bands"), None)
+
+
+@pytest.mark.parametrize("start", ["init", "like"])
+def test_both_starts_of_a_comparison_meet_the_same_check(
+    start: str,
+    classification_values: dict[str, Any],
+    encoder_directory: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Otherwise the pretrained half of a comparison would train and the other be refused."""
+    for label in ("a", "b"):
+        write_images(tmp_path / "dark" / label, "uint16x1-4095")
+    classification_values["data"] |= {"shards": str(tmp_path / "dark")}
+    classification_values["training"] |= {"steps": 1}
+    values = classification_values | {start: str(encoder_directory)}
+    config = tmp_path / "recipe.yaml"
+    config.write_text(yaml.safe_dump(values))
+    command = ["finetune", "--config", str(config), "--folder", str(tmp_path / "run")]
+    assert simmim.cli.main(command) == 0
+    errors = capsys.readouterr().err
+    assert f"{encoder_directory} was trained with" in errors
+    assert "the recipe has" not in errors
