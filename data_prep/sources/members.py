@@ -92,7 +92,10 @@ def _list_tar(archive: Archive, missing_end: Warn | None) -> Iterator[SourceFile
 
 
 def _plain_name(name: str) -> str:
-    return name.replace("\\", "/").removeprefix("./")
+    name = name.replace("\\", "/")
+    while name.startswith("./"):
+        name = name[2:].lstrip("/")
+    return name
 
 
 def _describe_tar_problem(member: tarfile.TarInfo) -> str:

@@ -9,10 +9,11 @@ from pathlib import Path
 from data_prep.executors.processes import Tick
 from data_prep.format.manifest import MANIFEST_NAME, Manifest
 from data_prep.format.storage import Location, RemotePath
+from data_prep.sources.files import SourceError
 from data_prep.sources.image_source import ImageSource, open_source
 from data_prep.sources.lists import ListSource
 from data_prep.write.duplicates import make_duplicate_filter
-from data_prep.write.finalize import finalize_set
+from data_prep.write.finalize import finalize_set, refuse_unread_archives
 from data_prep.write.listing import (
     SourceListing,
     find_classes,
@@ -225,6 +226,12 @@ def _list_then_write(
 ) -> SourceListing:
     """List the whole source, then write all shards of this run that are not finished."""
     listing = _reuse_or_write_listing(output, job, source, progress.listed, overwrite=overwrite)
+    try:
+        refuse_unread_archives(listing.survey, max_rejected=job.run.max_rejected)
+    except SourceError:
+        if job.run.part is None and not finished_shards(output.partial):
+            output.abandon()
+        raise
     plans = [plan for plan in listing.shards if job.run.writes(plan.number)]
     _reload_log(output)
     reports = output.reports(plan.number for plan in plans)
@@ -283,7 +290,7 @@ def _stream(
         PlanSummary(
             found=None,
             done=sum(report.found for report in done.values()),
-            classes=len(classes),
+            classes=len(classes.names),
             shards=None,
             finished=len(done),
             workers=run.workers,
@@ -302,7 +309,7 @@ def _stream(
     try:
         mine = _select(streamed.plans(), run, progress.counted)
         missing = _unfinished(output, mine, done, overwrite=overwrite)
-        _write(output, job, missing, classes, progress, done=done)
+        _write(output, job, missing, classes.names, progress, done=done)
         return streamed.finish()
     finally:
         streamed.discard()

@@ -14,7 +14,7 @@ from data_prep.format.manifest import Manifest, ShardEntry
 from data_prep.format.text import WarnOnce
 from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import SourceError
-from data_prep.write.listing import SourceListing
+from data_prep.write.listing import SourceListing, Survey
 from data_prep.write.output_dir import (
     REJECTED_NAME,
     VALIDATION_SHARDS,
@@ -53,8 +53,9 @@ def finalize_set(output: OutputDir, listing: SourceListing, *, max_rejected: flo
 
     Raises:
         OutputDirError: shards are missing.
-        SourceError: none or too few of the images can be used.
+        SourceError: none or too few of the images can be used, or an archive in the archive cannot.
     """
+    refuse_unread_archives(listing.survey, max_rejected=max_rejected)
     sorter = ExternalSort(output.partial, "rejected")
     try:
         totals = _gather(output, listing, sorter)
@@ -80,6 +81,26 @@ def finalize_set(output: OutputDir, listing: SourceListing, *, max_rejected: flo
         return output.publish(manifest, [entry.name for entry in totals.entries])
     finally:
         sorter.discard()
+
+
+def refuse_unread_archives(survey: Survey, *, max_rejected: float) -> None:
+    """Check that every archive in the source could be read: each may hold any number of images.
+
+    Args:
+        survey: summary of the source.
+        max_rejected: see `finalize_set`; 1 allows such archives.
+
+    Raises:
+        TooManyRejectedError: one could not.
+    """
+    if survey.unread and max_rejected < 1:
+        reasons = "\n  ".join(survey.unread)
+        name = survey.unread[0].partition(": ")[0]
+        raise TooManyRejectedError(
+            "archives in the source cannot be read, and the number of images in them is unknown: "
+            "repair them, leave them out (--exclude "
+            f"'{name}*'), or allow it with --max-rejected 1:\n  {reasons}"
+        )
 
 
 def _describe(output: OutputDir, listing: SourceListing, totals: _Totals) -> Manifest:

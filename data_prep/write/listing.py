@@ -9,18 +9,20 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from data_prep.executors.processes import Tick
 from data_prep.format.atomic import atomic_write_bytes, name_in_errors
-from data_prep.format.kinds import count_kind, describe_kinds
+from data_prep.format.kinds import count_kind, describe_kinds, is_archive_name
 from data_prep.format.labels import MAX_CLASSES
 from data_prep.format.manifest import IMAGE_SUFFIXES
 from data_prep.format.storage import Location
+from data_prep.sources.archives import ArchiveSource
 from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import Selection, SourceError, SourceFile
+from data_prep.sources.folders import VANISHED
 from data_prep.sources.image_source import ImageSource
 from data_prep.write.options import ShardOptions
 from data_prep.write.plan import LISTING_NAME, MIN_SHARDS, Cutter, ShardPlan, order_key, path_key
@@ -30,6 +32,7 @@ _SUMMARY_NAME = "listing.json"
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 _DEFAULTS = [SourceFile._field_defaults.get(name, ...) for name in SourceFile._fields]
 _FILES_PER_REPORT = 5_000
+_MOST_NAMED = 5
 WindowedFiles = Iterator[tuple[SourceFile, int]]
 """Files, each with the number of its shuffle window."""
 DuplicateFilter = Callable[[WindowedFiles], WindowedFiles]
@@ -48,6 +51,8 @@ class Survey:
     """Digest of the selected files: paths, sizes, dates, offsets, labels, fields."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Kind of file → number that were met and not selected."""
+    unread: Sequence[str] = ()
+    """Archives in the archive that could not be read, with the reason: the first few."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +88,27 @@ def class_name(file: SourceFile) -> str | None:
     """Return the class of a file: its label, else the name of its folder, else None."""
     if file.label is not None:
         return file.label or None
-    folder = file.path.rpartition("/")[0].rpartition("/")[2]
+    folders = file.path.rpartition("/")[0]
+    folder = folders.rpartition("/")[2]
+    while folder in ("", ".") and folders:  # of a//1.jpg and a/./1.jpg
+        folders = folders.rpartition("/")[0]
+        folder = folders.rpartition("/")[2]
     return folder if folder not in ("", ".", "..") else None
 
 
-def find_classes(source: ImageSource, selection: Selection) -> tuple[str, ...]:
+@dataclass(frozen=True, kw_only=True)
+class FoundClasses:
+    """What a first pass over the names in a source found."""
+
+    names: tuple[str, ...]
+    """Class names, indexed by label."""
+    files: int = 0
+    """Number of selected files; 0 if no pass was needed."""
+    vanished: int = 0
+    """Number of folders that were removed meanwhile."""
+
+
+def find_classes(source: ImageSource, selection: Selection) -> FoundClasses:
     """Return the names of all classes, from file names alone: no file is opened.
 
     A folder whose files all turn out to be unusable is a class without samples.
@@ -96,17 +117,20 @@ def find_classes(source: ImageSource, selection: Selection) -> tuple[str, ...]:
         SourceError, TarError: the source is damaged.
     """
     if source.classes is not None:
-        return source.classes
-    names, folders = _ClassNames(), set[str]()
+        return FoundClasses(names=source.classes)
+    names, folders, count = _ClassNames(), set[str](), 0
     for file in source.unmeasured_files():
+        if not selection.wants(file, explicit=source.is_explicit):
+            continue
+        count += 1
         folder = file.path.rpartition("/")[0]
-        known = file.label is None and folder in folders
-        if known or file.problem or not selection.wants(file, explicit=source.is_explicit):
+        if file.problem or (file.label is None and folder in folders):
             continue
         names.add(file)
         if file.label is None:
             folders.add(folder)
-    return names.sorted()
+    vanished = source.skipped[VANISHED]
+    return FoundClasses(names=names.sorted(), files=count, vanished=vanished)
 
 
 def survey_source(
@@ -207,10 +231,25 @@ def decode_file(line: str) -> SourceFile:
 
 
 class Surveyor:
-    """Selects the files of a source and collects their summary."""
+    """Selects the files of a source and collects their summary.
 
-    def __init__(self, source: ImageSource, options: ShardOptions, listed: Tick) -> None:
+    Args:
+        source: the source.
+        options: selection and window.
+        listed: called regularly with the number of files found so far.
+        earlier: what a first pass found; files that are gone since are counted.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        options: ShardOptions,
+        listed: Tick,
+        earlier: FoundClasses | None = None,
+    ) -> None:
         self._source, self._selection = source, options.selection
+        self._earlier = earlier
+        self._unread: list[str] = []
         self._window = options.window
         self._listed = listed
         self._found = self._sum = 0
@@ -237,7 +276,11 @@ class Surveyor:
         Raises:
             SourceError: there were none.
         """
-        skipped = dict(self._skipped + self._source.skipped)
+        counts = self._skipped + self._source.skipped
+        if self._earlier is not None:
+            gone = max(counts[VANISHED], self._earlier.files - self._found)
+            counts[VANISHED] = gone + self._earlier.vanished
+        skipped = dict(+counts)
         if not self._found:
             raise SourceError(_describe_absence(self._source.path, self._selection, skipped))
         return Survey(
@@ -245,6 +288,7 @@ class Surveyor:
             classes=self._source.classes or self._classes.sorted(),
             fingerprint=f"{self._sum:064x}",
             skipped=skipped,
+            unread=self._unread,
         )
 
     def _count(self, file: SourceFile, window: int) -> None:
@@ -256,6 +300,8 @@ class Surveyor:
             self._listed(self._found)
         if not file.problem:
             self._classes.add(file)
+        elif isinstance(self._source, ArchiveSource) and is_archive_name(file.path):
+            self._unread += [f"{file.path}: {file.problem}"] * (len(self._unread) < _MOST_NAMED)
 
 
 class _ClassNames:

@@ -17,6 +17,7 @@ from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import SourceError, SourceFile
 from data_prep.sources.image_source import ImageSource
 from data_prep.write.listing import (
+    FoundClasses,
     SourceListing,
     Surveyor,
     class_name,
@@ -40,7 +41,7 @@ class StreamedListing:
         source: the source.
         options: selection, order and size of shards; `options.streams` must be True.
         folder: folder for listings.
-        classes: names of all classes.
+        classes: all classes.
         needed: whether to write the listing of a shard.
         name: distinguishes its files from those of other processes that list into the folder.
         listed: called regularly with the number of files found so far.
@@ -52,15 +53,15 @@ class StreamedListing:
         options: ShardOptions,
         folder: Path,
         *,
-        classes: tuple[str, ...],
+        classes: FoundClasses,
         needed: Callable[[ShardPlan], bool],
         name: str,
         listed: Tick,
     ) -> None:
         assert options.streams, options
         self._options, self._folder, self._needed = options, folder, needed
-        self._surveyor = Surveyor(source, options, listed)
-        self._classes, self._known = classes, frozenset(classes)
+        self._surveyor = Surveyor(source, options, listed, classes)
+        self._classes, self._known = classes.names, frozenset(classes.names)
         self._window = ExternalSort(folder, f"window-{name}")
         self._held_out = ExternalSort(folder, f"validation-{name}")
         self._refused = ExternalSort(folder, f"refused-{name}")

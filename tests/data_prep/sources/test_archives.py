@@ -147,6 +147,29 @@ def test_backslashes_separate_folders(
     assert _labels(tmp_path / "out") == {"cat": 2, "dog": 2}
 
 
+@pytest.mark.parametrize("kind", ["zip", "tar", "tgz", "csv", "list of backslashes"])
+def test_empty_parts_of_a_path_are_no_class(
+    kind: str, tmp_path: Path, draw_image: Callable[..., bytes]
+) -> None:
+    names = ["a//1.jpg", "a/./2.jpg", "a\\\\3.jpg", ".//a/5.jpg", "././a/6.jpg", "a/.//./7.jpg"]
+    files = {name: draw_image(number) for number, name in enumerate(names)}
+    path = tmp_path / ("a.csv" if "list" in kind or kind == "csv" else f"a.{kind}")
+    if path.suffix == ".csv":
+        for name, data in files.items():
+            place = tmp_path / name.replace("\\", "/")
+            place.parent.mkdir(exist_ok=True)
+            place.write_bytes(data)
+        rows = [name.replace("/", "\\") if "list" in kind else name for name in names]
+        path.write_text("\n".join(["path", *rows]))
+    else:
+        path.write_bytes(_pack(kind, files))
+    assert [(class_name(file), file.problem) for file in _files(path)] == [("a", "")] * len(names)
+    for order in ((), ("--no-shuffle",)):
+        out = tmp_path / f"out{len(order)}"
+        assert main(["shard", str(path), str(out), "--workers", "1", *order]) == 0
+        assert _labels(out) == {"a": len(names)}
+
+
 def test_damaged_archives_in_an_archive_are_rejected_by_name(
     tmp_path: Path, draw_image: Callable[..., bytes]
 ) -> None:
@@ -168,6 +191,30 @@ def test_damaged_archives_in_an_archive_are_rejected_by_name(
         assert set(problems) == {*cut, *other, "flipped.tgz"}
         assert "zstd -d" in problems["zstd.tar"]
         assert all("damaged" in problem for name, problem in problems.items() if name != "zstd.tar")
+
+
+@pytest.mark.parametrize("order", [[], ["--no-shuffle"], ["--part", "1/1"]])
+def test_an_archive_that_cannot_be_read_is_not_one_image_of_many(
+    order: list[str],
+    tmp_path: Path,
+    draw_image: Callable[..., bytes],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    images = {f"{number}.jpg": draw_image(number) for number in range(40)}
+    members = {"c0.tar": _pack("tar", images), "c1.tgz": _pack("tgz", images)[:-40]}
+    (tmp_path / "a.tar").write_bytes(_pack("tar", members))
+    command = ["shard", str(tmp_path / "a.tar"), str(tmp_path / "out"), "--workers", "1", *order]
+    assert main(command) == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in ("c1.tgz", "--max-rejected 1", "--exclude", "damaged"))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    for number, choice in enumerate((["--max-rejected", "1"], ["--exclude", "c1.tgz*"])):
+        other = [*command[:2], str(tmp_path / f"out{number}"), *command[3:], *choice]
+        assert main(other) == 0
+        if "--part" in order:
+            assert main(["merge", other[2], *choice[: 2 * (number == 0)]]) == 0
+        manifest = read_manifest(tmp_path / f"out{number}")
+        assert (manifest.samples, manifest.rejected) == (40, 1 - number)
 
 
 def test_bombs_are_refused(

@@ -46,7 +46,7 @@ def test_words_for_missing_values_are_unlabelled(folder: Path, word: str) -> Non
     path = _write_csv(folder, ["1", "2", word, "10"])
     assert _labels(path) == ["1", "2", None, "10"]
     source = open_source(path)
-    assert find_classes(source, Selection()) == tuple(str(number) for number in range(11))
+    assert find_classes(source, Selection()).names == tuple(str(number) for number in range(11))
     assert f"1 of 4 rows unlabelled: {word!r} (1)" in source.describe_columns()  # type: ignore[union-attr]
 
 

@@ -45,7 +45,7 @@ def _rows(path: Path, **options: Any) -> list[tuple[str, str | None]]:
 
 def _classes(path: Path, **options: Any) -> tuple[str, ...]:
     with closing(open_source(path, Selection(**options))) as source:
-        return find_classes(source, Selection(**options))
+        return find_classes(source, Selection(**options)).names
 
 
 def _write(folder: Path, name: str, text: str, encoding: str = "utf-8") -> Path:

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -97,3 +97,23 @@ def test_a_folder_that_may_not_be_read_is_still_the_end(
     printed = capsys.readouterr().err
     assert "cat" in printed
     assert "Permission denied" in printed
+
+
+@pytest.mark.parametrize("order", [["--no-shuffle"], ["--shuffle-window", "8"], []])
+def test_what_vanishes_in_the_pass_for_the_classes_is_counted(
+    order: list[str], image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walk = folders.FolderSource._walk
+    gone = sorted((image_folder / "train/dog").iterdir())[:5]
+
+    def walk_and_remove(source: folders.FolderSource, *, ordered: bool) -> Iterator[str]:
+        found = list(walk(source, ordered=ordered))
+        for path in gone:
+            path.unlink(missing_ok=True)
+        yield from found
+
+    monkeypatch.setattr(folders.FolderSource, "_walk", walk_and_remove)
+    command = ["shard", str(image_folder), str(tmp_path / "out"), "--workers", "1", *order]
+    assert main(command) == 0
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.samples, manifest.skipped) == (19, {folders.VANISHED: 5})

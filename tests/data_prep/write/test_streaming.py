@@ -189,11 +189,11 @@ def test_classes_are_found_by_name_alone(mixed_folder: Path, tmp_path: Path) -> 
     (mixed_folder / "notes").mkdir()
     (mixed_folder / "notes" / "readme.txt").write_text("no image")
     source = open_source(mixed_folder)
-    assert find_classes(source, Selection()) == ("cat", "dog", "owl", "train")
-    assert find_classes(source, Selection(include=("train/owl/*",))) == ("owl",)
+    assert find_classes(source, Selection()).names == ("cat", "dog", "owl", "train")
+    assert find_classes(source, Selection(include=("train/owl/*",))).names == ("owl",)
     path = mixed_folder / "list.txt"
     path.write_text("gone/cat/1.jpg\t3\n../up.jpg\t9\ntrain/owl/0.png\t1\n")
-    assert find_classes(open_source(path), Selection()) == ("0", "1", "2", "3")
+    assert find_classes(open_source(path), Selection()).names == ("0", "1", "2", "3")
 
 
 @pytest.mark.parametrize("in_memory", [2, 50_000])
