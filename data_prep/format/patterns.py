@@ -4,6 +4,7 @@ A pattern may stand where the path or URL of a folder of tars does: `DIR/train-{
 `DIR/{train,extra}-*.tar`, or the path of one tar.
 """
 
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -195,6 +196,23 @@ def describe_splits(names: Iterable[str]) -> str:
     return ", ".join(f"{split or 'others'} ({count:,})" for split, count in sorted(found.items()))
 
 
+def describe_splits_of_folders(tars: Sequence[Location]) -> str:
+    """Return the splits that the folders of tars mention, like `describe_splits`.
+
+    Only the parts in which their paths differ count, and a split in a file name goes before them.
+    """
+    parents = sorted({str(tar.parent) for tar in tars})
+    if len(parents) < 2:
+        return ""
+    common = len(posixpath.commonprefix([parent.split("/") for parent in parents]))
+    names = [
+        _split_of(tar.name) or "/".join(reversed(str(tar.parent).split("/")[common:]))
+        for tar in tars
+    ]
+    mentioned = {_split_of(name) for name in names} - {""}
+    return describe_splits(names) if len(mentioned) > 1 else ""
+
+
 def describe_prefixes(names: Sequence[str]) -> str:
     """Return the prefixes of numbered tars, each with its number; empty if there is only one."""
     stems = [name[: -len(".tar")] for name in names]
@@ -208,7 +226,11 @@ def _advise_subfolders(place: Location) -> str:
     """Return what to do about tars in subfolders, or an empty text."""
     if not isinstance(place, Path) or next(place.glob("*/*.tar"), None) is None:
         return ""
-    below = sorted({path.parent.name for path in place.glob("*/*.tar")})
+    tars = list(place.glob("*/*.tar"))
+    below = sorted({path.parent.name for path in tars})
+    if describe_splits_of_folders(tars):
+        each = " and ".join(f"'{place / name}'" for name in below[:_NAMED])
+        return f": its subfolders are of several splits, each a set of its own: {each}"
     some = "{" + ",".join(below[:_NAMED]) + "}" if len(below) > 1 else below[0]
     return f": there are some in subfolders, '{place / some}/*.tar'"
 

@@ -22,6 +22,7 @@ from data_prep.format.tars import TarError, Warn, describe_problem, walk_tar
 _KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
 _COMPANIONS = {"cls", "json", "txt"}
+_DOUBLE = re.compile(r"[a-z][a-z0-9_-]{0,11}\.[a-z][a-z0-9_-]{0,11}")
 _PEEKED = 1_000
 
 
@@ -73,7 +74,8 @@ class SampleReader:
         missing_end: see `walk_tar`.
 
     Attributes:
-        skipped: kind → number of members that belong to no sample.
+        skipped: kind → number of members that belong to no sample, or are beside the image, label
+            and JSON of one.
     """
 
     def __init__(
@@ -137,6 +139,8 @@ class SampleReader:
             sample.images[extension] = member
         elif extension == "json" and not problem:
             sample.json = member
+        elif extension == "cls" and sample.extensions.count("cls") > 1:
+            problem = problem or f"its sample {sample.key!r} has two labels (cls)"
         elif extension == "cls" and not problem:
             length = min(member.size, MAX_LABEL_BYTES + 1)
             try:
@@ -148,7 +152,18 @@ class SampleReader:
     def _finish(self, sample: TarSample) -> TarSample:
         sample.images = _choose(sample.images)
         sample.problem = sample.problem or _describe_images(sample)
+        if sample.images and not sample.problem and len(sample.extensions) > 1:
+            used = {*sample.images, "cls", "json"}
+            for extension in sample.extensions:
+                if extension not in used:
+                    count_kind(self.skipped, _kind_of_member(sample.key, extension))
+                used.discard(extension)  # of several JSONs one is read
         return sample
+
+
+def _kind_of_member(key: str, extension: str) -> str:
+    """Return the kind of a member beside an image: `.txt`, `.mask.png`."""
+    return f".{extension}" if _DOUBLE.fullmatch(extension) else kind_of(f"{key}.{extension}")
 
 
 def _choose(images: dict[str, tarfile.TarInfo]) -> dict[str, tarfile.TarInfo]:

@@ -28,6 +28,7 @@ from data_prep.format.patterns import (
     describe_names,
     describe_prefixes,
     describe_splits,
+    describe_splits_of_folders,
     is_pattern,
     list_tars,
 )
@@ -231,6 +232,14 @@ def _find_tars(source: Location | PipedFile, names: Names) -> _Found:
             f"the tars in {source} are of several splits: {splits}. Index one of them, as in "
             f"--include 'train-*.tar' (with --output FOLDER for each, to have several), or all "
             "with --include '*' and choose in training with data.include."
+        )
+    splits = describe_splits_of_folders(listed.tars)
+    if splits and not names.include:
+        folders = sorted({str(tar.parent) for tar in listed.tars})
+        raise ManifestError(
+            f"the tars of {source} are of several splits, by their folders: {splits}. Index each "
+            f"as a set of its own: {' and '.join(f'data-prep index {one!r}' for one in folders[:3])} "
+            "(with --output FOLDER for each, if need be), or all as one with --include '*'."
         )
     prefixes = describe_prefixes(found)
     remarks = (f"names with several beginnings, all in one set: {prefixes}",) if prefixes else ()

@@ -94,6 +94,7 @@ def test_index_and_reshard_read_the_same_label(
         *({"o.jpg": b"", "o.cls": data} for data in (b"", b"+1", b"-1", b"1.0", b"cat", b"9" * 40)),
         {"o.jpg": b"", "o.png": b""},
         {"o.jpg": b"", "o.JPG": b""},
+        {"o.jpg": b"", "o.cls": b"1", "o.CLS": b"2"},
         {"o.gif": b"", "o.bmp": b""},
         {"../o.jpg": b""},
         {"o\udcff.jpg": b""},

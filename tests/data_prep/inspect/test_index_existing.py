@@ -138,6 +138,50 @@ def test_one_split_is_chosen_by_name(splits: Path, capsys: pytest.CaptureFixture
     assert (built.manifest.samples, built.manifest.classes) == (2, ("0", "1"))
 
 
+@pytest.mark.parametrize("names", [("train", "val"), ("training/x", "test/x"), ("dev", "train")])
+def test_splits_by_folder_are_sets_of_their_own(
+    names: tuple[str, str],
+    tmp_path: Path,
+    write_tar: WriteTar,
+    draw_image: Callable[..., bytes],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for number, name in enumerate(names):
+        (tmp_path / "j" / name).mkdir(parents=True)
+        write_tar(tmp_path / "j" / name / f"{'ab'[number]}0.tar", {"x.jpg": draw_image(number)})
+    below = "/x" if "/" in names[0] else ""
+    pattern = f"{tmp_path}/j/{{{names[0].split('/')[0]},{names[1].split('/')[0]}}}{below}/*.tar"
+    places = [str(tmp_path / "j" / name) for name in names]
+    for source in [pattern] if below else [pattern, str(tmp_path / "j")]:
+        command = ["index", source, "--output", str(tmp_path / "all"), "--workers", "1"]
+        assert main(command) == 2
+        message = capsys.readouterr().err
+        assert all(place in message for place in places)
+        assert "set of its own" in message
+    assert [_indexed(Path(place)) for place in places] == [["a0.tar"], ["b0.tar"]]
+    assert len(_indexed(Path(pattern), "--include", "*")) == 2
+
+
+def test_members_beside_the_image_are_counted(
+    tmp_path: Path, write_tar: WriteTar, draw_image: Callable[..., bytes]
+) -> None:
+    folder = tmp_path / "laion"
+    folder.mkdir()
+    members: dict[str, bytes] = {}
+    for number in range(3):
+        members |= {f"{number}.jpg": draw_image(number), f"{number}.txt": b"a caption"}
+        members |= {f"{number}.cls": b"1", f"{number}.mask.png": b"?", f"{number}.label": b"x"}
+        members |= {f"{number}.json": b"{}", f"{number}.npy": b"depth"}
+    write_tar(folder / "0.tar", members)
+    expected = {".txt": 3, ".mask.png": 3, ".label": 3, ".npy": 3}
+    assert _indexed(folder) == ["0.tar"]
+    assert read_manifest(tmp_path / "out").skipped == expected
+    for number, command in enumerate((["reshard", str(folder)], ["shard", str(folder / "0.tar")])):
+        assert main([*command, str(tmp_path / f"b{number}"), "--workers", "1"]) == 0
+        manifest = read_manifest(tmp_path / f"b{number}")
+        assert (manifest.samples, manifest.skipped) == (3, expected)
+
+
 def test_several_beginnings_are_said(
     tmp_path: Path,
     write_tar: WriteTar,
@@ -180,6 +224,8 @@ def test_pictures_of_every_format_that_is_read_are_indexed(
         ".dcm": 1,
         ".txt": 1,
         ".json": 1,
+        ".tif": 1,
+        ".gif": 1,
         "no suffix": 1,
         "hidden": 1,
         ".tar.gz": 1,
