@@ -236,10 +236,11 @@ def _find_tars(source: Location | PipedFile, names: Names) -> _Found:
     splits = describe_splits_of_folders(listed.tars)
     if splits and not names.include:
         folders = sorted({str(tar.parent) for tar in listed.tars})
+        commands = " and ".join(f"data-prep index {folder!r}" for folder in folders[:3])
         raise ManifestError(
             f"the tars of {source} are of several splits, by their folders: {splits}. Index each "
-            f"as a set of its own: {' and '.join(f'data-prep index {one!r}' for one in folders[:3])} "
-            "(with --output FOLDER for each, if need be), or all as one with --include '*'."
+            f"as a set of its own: {commands} (with --output FOLDER for each, "
+            "if need be), or all as one with --include '*'."
         )
     prefixes = describe_prefixes(found)
     remarks = (f"names with several beginnings, all in one set: {prefixes}",) if prefixes else ()

@@ -6,7 +6,7 @@ A sample is an image first: what cannot be used of its JSON is left out or repla
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +50,7 @@ def parse_fields(data: bytes) -> JsonFields:
         notes.add(NOT_UTF8)
         text = data.decode("utf-8", "replace").removeprefix("\ufeff")
     try:
-        values = _reader(notes.add).decode(text)
+        values = decode_json(text, notes.add)
         cleaned = _clean(values, notes.add, 0)
     except (RecursionError, _TooDeepError):
         return JsonFields(notes=(TOO_DEEP,))
@@ -60,11 +60,37 @@ def parse_fields(data: bytes) -> JsonFields:
     return JsonFields(values=fields, notes=tuple(sorted(notes)))
 
 
+def clean_fields(fields: Mapping[str, Any]) -> JsonFields:
+    """Return fields from elsewhere, such as a row of a list, as they can be written in a JSON.
+
+    Bytes become text; values of types that JSON lacks, such as dates, their text.
+
+    Raises:
+        ValueError: they are nested deeper than `MAX_DEPTH`; the message is a clause.
+    """
+    notes: set[str] = set()
+    try:
+        values = _clean(dict(fields), notes.add, 0)
+    except (RecursionError, _TooDeepError):
+        raise ValueError(f"is nested deeper than {MAX_DEPTH}") from None
+    return JsonFields(values=values, notes=tuple(sorted(notes)))
+
+
 class _TooDeepError(Exception):
     """A value is nested deeper than `MAX_DEPTH`."""
 
 
-def _reader(note: Callable[[str], object]) -> json.JSONDecoder:
+def decode_json(text: str, note: Callable[[str], object]) -> Any:
+    """Return the value of a JSON; numbers of too many digits for Python are kept as text.
+
+    Args:
+        text: the JSON.
+        note: called with a note on what was replaced.
+
+    Raises:
+        ValueError, RecursionError: it is not JSON, or nested too deeply.
+    """
+
     def read_integer(text: str) -> int | str:
         if len(text) <= _MAX_DIGITS:
             return int(text)
@@ -77,7 +103,7 @@ def _reader(note: Callable[[str], object]) -> json.JSONDecoder:
             note(REPEATED)
         return values
 
-    return json.JSONDecoder(parse_int=read_integer, object_pairs_hook=read_pairs)
+    return json.JSONDecoder(parse_int=read_integer, object_pairs_hook=read_pairs).decode(text)
 
 
 def _clean(value: Any, note: Callable[[str], object], depth: int) -> Any:
@@ -90,13 +116,24 @@ def _clean(value: Any, note: Callable[[str], object], depth: int) -> Any:
         case float() if not math.isfinite(value):
             note(NOT_FINITE)
             return None
-        case list():
+        case bytes():
+            return _decode(value, note)
+        case list() | tuple():
             return [_clean(one, note, depth + 1) for one in value]
         case dict():
             return {
-                _clean_text(name, note): _clean(one, note, depth + 1) for name, one in value.items()
+                _clean_text(str(name), note): _clean(one, note, depth + 1)
+                for name, one in value.items()
             }
-    return value
+    return value if isinstance(value, int | float | None) else _clean_text(str(value), note)
+
+
+def _decode(data: bytes, note: Callable[[str], object]) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        note(NOT_UTF8)
+        return data.decode("utf-8", "replace")
 
 
 def _clean_text(text: str, note: Callable[[str], object]) -> str:

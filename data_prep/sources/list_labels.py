@@ -78,7 +78,9 @@ def text_of(value: Any) -> str:
         text = value.decode() if isinstance(value, bytes) else str(value)
         text.encode()
     except UnicodeError:
-        raise ValueError("is not UTF-8; save the list as UTF-8") from None
+        raise ValueError(
+            "is not UTF-8, or holds half a character (a lone surrogate); save the list as UTF-8"
+        ) from None
     return text.strip()
 
 

@@ -5,7 +5,6 @@ with the number of its line.
 """
 
 import csv
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +14,13 @@ from typing import IO, Any, NamedTuple
 from data_prep.format.kinds import suffix_of
 from data_prep.format.manifest import IMAGE_SUFFIXES
 from data_prep.sources.files import SourceError
+from data_prep.sources.json_fields import decode_json
 from data_prep.sources.list_columns import find_column, looks_like_header
 from data_prep.sources.list_paths import describe_mistake
 
-LIST_SUFFIXES = (".txt", ".tsv", ".csv", ".jsonl", ".ndjson", ".parquet")
+TEXT_SUFFIXES = (".txt", ".tsv", ".csv")
+"""File name suffixes of lists whose cells are text alone."""
+LIST_SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".ndjson", ".parquet")
 """File name suffixes of lists."""
 
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -35,6 +37,8 @@ class ListRow(NamedTuple):
     """Column → value."""
     problem: str = ""
     """Why the row cannot be used, or empty."""
+    notes: frozenset[str] = frozenset()
+    """What of its JSON was replaced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,15 +221,16 @@ def _read_json(path: Path) -> Iterator[ListRow]:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
+            notes: set[str] = set()
             try:
                 line.encode()
-                values = json.loads(line)
+                values = decode_json(line, notes.add)
             except (ValueError, RecursionError) as error:
                 reason = "not UTF-8" if isinstance(error, UnicodeEncodeError) else "not JSON"
                 raise SourceError(f"{path}, line {number} is {reason} ({error}).") from None
             if not isinstance(values, dict):
                 raise SourceError(f"{path}, line {number} is not a JSON object: {line[:80]!r}.")
-            yield ListRow(place=f"line {number}", cells=values)
+            yield ListRow(place=f"line {number}", cells=values, notes=frozenset(notes))
 
 
 @contextmanager

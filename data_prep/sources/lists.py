@@ -19,10 +19,11 @@ from data_prep.format.tars import as_local_file
 from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import Selection, SourceError, SourceFile
 from data_prep.sources.folders import FolderSource, RemoteFolderSource
+from data_prep.sources.json_fields import clean_fields
 from data_prep.sources.list_columns import find_column
 from data_prep.sources.list_labels import LabelTally, parse_label, text_of
 from data_prep.sources.list_paths import PathRules, describe_mistake
-from data_prep.sources.list_rows import Layout, ListRow, find_layout, read_rows
+from data_prep.sources.list_rows import TEXT_SUFFIXES, Layout, ListRow, find_layout, read_rows
 
 LISTED_AGAIN = "listed again"
 """Kind of rows that are the same as an earlier one."""
@@ -205,6 +206,7 @@ class ListSource:
         if columns.label is not None:
             label = self._parse(row, columns.label, rest.pop(columns.label, None), parse_label)
         path, problem = self._place(row, columns)
+        fields, notes = self._describe_fields(row, rest)
         return SourceFile(
             path=path,
             size=0,
@@ -212,7 +214,8 @@ class ListSource:
             problem=row.problem or problem,
             label=label,
             split=self._split(row, columns),
-            fields=self._describe_fields(row, rest),
+            fields=fields,
+            notes="; ".join(notes),
         )
 
     def _place(self, row: ListRow, columns: _Columns) -> tuple[str, str]:
@@ -235,14 +238,23 @@ class ListSource:
         try:
             return str(parse(value))
         except ValueError as error:
-            raise SourceError(f"{self.path}, {row.place}: {column} {value!r} {error}.") from None
+            raise SourceError(
+                f"{self.path}, {row.place}: {column} {_cut(value)} {error}."
+            ) from None
 
-    def _describe_fields(self, row: ListRow, fields: Mapping[str, Any]) -> str:
+    def _describe_fields(self, row: ListRow, fields: Mapping[str, Any]) -> tuple[str, list[str]]:
+        """Return the fields of a row as JSON, and notes on what was replaced in them."""
         given = {name: value for name, value in fields.items() if name and not _is_missing(value)}
-        for name, value in given.items():
-            if isinstance(value, str) and not value.isascii():
-                self._parse(row, name, value, text_of)
-        return json.dumps(given, default=str) if given else ""
+        if self.path.name.lower().endswith(TEXT_SUFFIXES):
+            for name, value in given.items():
+                if not value.isascii():  # bytes in another encoding are kept for paths alone
+                    self._parse(row, name, value, text_of)
+        try:
+            cleaned = clean_fields(given)
+        except ValueError as error:
+            raise SourceError(f"{self.path}, {row.place} {error}.") from None
+        text = json.dumps(cleaned.values) if given else ""
+        return text, sorted({*cleaned.notes, *row.notes})
 
     def _measure(self, file: SourceFile) -> SourceFile:
         if file.problem:
@@ -281,6 +293,11 @@ def _normal(path: str) -> str:
     if "//" not in path and "./" not in path and path[-1:] != "/":
         return path  # nearly always, and much faster
     return os.path.normpath(path)
+
+
+def _cut(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def _is_missing(value: object) -> bool:

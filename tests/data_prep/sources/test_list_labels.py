@@ -113,3 +113,51 @@ def test_labels_of_rows_that_are_not_used_do_not_matter(
     assert main([*command, "--max-rejected", "1"]) == 0
     assert len(read_manifest(folder / "out").classes) == 11
     assert "1 of 3 rows unlabelled: 'NA' (1)" in capsys.readouterr().out
+
+
+def test_odd_fields_of_json_lines_are_replaced_and_noted(folder: Path) -> None:
+    digits = "7" * 5_000
+    lines = [
+        f'{{"path": "{PATHS[0]}", "label": 1, "a": "x\\ud83d", "b": {{"\\udc00": [NaN, 1e999]}}}}',
+        f'{{"path": "{PATHS[1]}", "label": 2, "n": {digits}, "d": 1, "d": 2}}',
+        f'{{"path": "{PATHS[2]}", "label": 3, "n": [1, "ä", null, true]}}',
+    ]
+    (folder / "a.jsonl").write_text("\n".join(lines))
+    for order in ([], ["--no-shuffle"]):
+        out = folder / f"out{len(order)}"
+        command = ["shard", str(folder / "a.jsonl"), str(out), "--workers", "1", *order]
+        assert main(command) == 0
+        manifest = read_manifest(out)
+        assert manifest.samples == 3
+        assert set(manifest.notes.values()) == {1}
+        assert {note.split(" ")[2] for note in manifest.notes} == {
+            "lone",
+            "NaN",
+            "numbers",
+            "repeated",
+        }
+    fields = [json.loads(file.fields) for file in open_source(folder / "a.jsonl").files()]
+    assert fields == [
+        {"a": "x\ufffd", "b": {"\ufffd": [None, None]}},
+        {"n": digits, "d": 2},
+        {"n": [1, "ä", None, True]},
+    ]
+    (folder / "a.jsonl").write_text(f'{{"path": "{PATHS[0]}", "label": {digits}}}')
+    with pytest.raises(SourceError, match="in line 1 as label"):
+        _labels(folder / "a.jsonl")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")
+def test_fields_of_parquet_are_standard_json(folder: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    odd = [{"x": float("nan")}, {"x": float("inf")}]
+    table = pyarrow.table({"path": list(PATHS[:2]), "odd": odd, "raw": [b"\xff", b"ab"]})
+    pyarrow.parquet.write_table(table, folder / "a.parquet")
+    files = list(open_source(folder / "a.parquet").files())
+    assert [json.loads(file.fields, parse_constant=pytest.fail) for file in files] == [
+        {"odd": {"x": None}, "raw": "\ufffd"},
+        {"odd": {"x": None}, "raw": "ab"},
+    ]
+    assert all("NaN or Infinity" in file.notes for file in files)
