@@ -54,6 +54,11 @@ def open_source(
     if path.is_dir():
         return FolderSource(path, ordered=ordered, without=without)
     if not path.exists():
+        if is_pattern(path):
+            raise SourceError(
+                f"source {path} is a pattern of tars, which `data-prep reshard` reads, sample by "
+                f"sample, and `data-prep index`. Give `shard` {_KINDS}."
+            )
         raise SourceError(f"source {path} does not exist. Give {_KINDS}.")
     if not path.is_file() or shards:
         what = "folder of shards" if shards else "file"
@@ -89,6 +94,13 @@ def _open_file(path: Location, selection: Selection, scratch: Path | None) -> Im
             return ArchiveSource(path, is_zip=True, scratch=scratch)
     if ".tar" in path.name.lower() or path.name.lower().endswith((".tgz", ".txz", ".tbz2")):
         list(walk_tar(path))  # raises an error that says whether it is compressed or damaged
+    if not head:
+        raise SourceError(f"source {path} is empty: it has 0 bytes. Fetch or write it again.")
+    if head.startswith(b"PK\x03\x04") or path.name.lower().endswith(".zip"):
+        raise SourceError(
+            f"source {path} is a cut or damaged zip: the table of its members, at its end, is "
+            "missing. Fetch it again."
+        )
     suffixes = ", ".join(LIST_SUFFIXES)
     raise SourceError(
         f"source {path} is not a folder, a zip or a tar of images, nor a list ({suffixes}). "

@@ -186,6 +186,8 @@ class ListSource:
         path = find_column(names, "path", asked.path_column, self.path)
         label = find_column(names, "label", asked.label_column, self.path)
         split = asked.split_column if asked.split_column in names else None
+        if split is None and (asked.only_split or asked.split_column != Selection.split_column):
+            split = find_column(names, "split", asked.split_column, self.path)
         for option, wanted, found in (
             ("path", asked.path_column or "path", path),
             ("label", asked.label_column, label),

@@ -13,7 +13,7 @@ from data_prep.sources.files import SourceError
 from data_prep.sources.image_source import ImageSource, open_source
 from data_prep.sources.lists import ListSource
 from data_prep.write.duplicates import make_duplicate_filter
-from data_prep.write.finalize import finalize_set, refuse_unread_archives
+from data_prep.write.finalize import check_parts, finalize_set, refuse_unread_archives
 from data_prep.write.listing import (
     SourceListing,
     find_classes,
@@ -172,6 +172,7 @@ def merge_parts(folder: Path, *, max_rejected: float = 1.0) -> Manifest:
         made_from = output.identity()
         if listing is None or made_from is None or not made_from.fingerprint:
             raise OutputDirError(f"{folder} has no complete part. Run the parts again.")
+        check_parts(output, listing)
         return finalize_set(output, listing, max_rejected=max_rejected)
 
 

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from data_prep.format.atomic import name_in_errors
-from data_prep.format.index import index_name
+from data_prep.format.index import checksum, index_name
 from data_prep.format.manifest import Manifest, ShardEntry
 from data_prep.format.text import WarnOnce
 from data_prep.sources.external_sort import ExternalSort
@@ -22,7 +22,7 @@ from data_prep.write.output_dir import (
     OutputDirError,
 )
 from data_prep.write.plan import path_key
-from data_prep.write.shard import Rejection, shard_name, share_batches
+from data_prep.write.shard import Rejection, report_name, shard_name, share_batches
 
 _NAMED = 5
 
@@ -81,6 +81,25 @@ def finalize_set(output: OutputDir, listing: SourceListing, *, max_rejected: flo
         return output.publish(manifest, [entry.name for entry in totals.entries])
     finally:
         sorter.discard()
+
+
+def check_parts(output: OutputDir, listing: SourceListing) -> None:
+    """Compare the shards of all parts, which other machines wrote, with their checksums.
+
+    Raises:
+        OutputDirError: one was damaged since.
+        OSError: one cannot be read.
+    """
+    for report in output.reports(plan.number for plan in listing.shards):
+        if report is None or report.entry is None:
+            continue
+        path = output.partial / report.entry.name
+        if checksum(path) != report.entry.sha256:
+            raise OutputDirError(
+                f"{path} was changed or damaged since it was written: its SHA-256 is not that of "
+                f"its report. Remove {output.partial / report_name(report.number)}, run the part "
+                "that wrote it again, and merge again."
+            )
 
 
 def refuse_unread_archives(survey: Survey, *, max_rejected: float) -> None:

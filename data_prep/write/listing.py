@@ -421,6 +421,12 @@ def _describe_absence(path: Location, selection: Selection, skipped: dict[str, i
     wanted = f"files that match {', '.join(selection.include)}" if selection.include else "images"
     if selection.only_split is not None:
         wanted += f" of split {selection.only_split!r}"
+    if ".tar" in skipped and not selection.include:
+        return (
+            f"{path} has no {wanted} but tars: {describe_kinds(skipped)}. `data-prep reshard` "
+            "reads folders of WebDataset tars, and `data-prep index` uses them as they are; give "
+            "`shard` a single tar of images."
+        )
     return (
         f"{path} has no {wanted}; other files: {describe_kinds(skipped)}. Image suffixes are "
         f"{' '.join(sorted(IMAGE_SUFFIXES))}; select others with --include."

@@ -70,3 +70,54 @@ def test_tars_beside_an_indexed_set_are_counted(
     manifest = read_manifest(tmp_path / "b")
     assert (manifest.samples, len(manifest.classes)) == (2, 4)
     assert manifest.skipped == {"tars not in the manifest": 1}
+
+
+def test_a_damaged_part_is_not_merged(
+    image_zip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["shard", str(image_zip), str(out), "--samples-per-shard", "6", "--workers", "1"]
+    for part in ("1/2", "2/2"):
+        assert main([*command, "--part", part]) == 0
+    path = out / ".partial" / "shard-000001.tar"
+    data = bytearray(path.read_bytes())
+    data[2_000] ^= 1
+    path.write_bytes(data)
+    assert main(["merge", str(out)]) == 2
+    message = capsys.readouterr().err
+    assert "shard-000001.tar" in message
+    assert "shard-000001.report.json" in message
+    (out / ".partial" / "shard-000001.report.json").unlink()
+    assert main([*command, "--part", "2/2"]) == 0
+    assert main(["merge", str(out)]) == 0
+    assert main(["verify", str(out), "--workers", "1"]) == 0
+
+
+def test_shard_names_the_command_for_tars(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in shards.glob("*.npy"):
+        path.unlink()
+    for name in ("", "shard-{000000..000001}.tar", "x-*.tar"):
+        source = str(shards / name)
+        assert main(["shard", source, str(tmp_path / "out")]) == 2
+        assert "data-prep reshard" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("content", "word"), [(b"", "empty"), (b"PK\x03\x04" + bytes(99), "cut")])
+def test_cut_zips_are_named(
+    content: bytes, word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.zip", "a"):
+        (tmp_path / name).write_bytes(content)
+        assert main(["shard", str(tmp_path / name), str(tmp_path / "out")]) == 2
+        assert word in capsys.readouterr().err
+
+
+def test_the_split_column_is_found_in_any_case(image_folder: Path, tmp_path: Path) -> None:
+    rows = ["path,label,My Split", "train/cat/0.jpg,a,train", "train/cat/1.jpg,b,test"]
+    (image_folder / "a.csv").write_text("\n".join(rows))
+    for number, name in enumerate(("My Split", "my_split", "MY-SPLIT")):
+        command = ["shard", str(image_folder / "a.csv"), str(tmp_path / f"out{number}")]
+        assert main([*command, "--split-column", name, "--only-split", "train"]) == 0
+        assert read_manifest(tmp_path / f"out{number}").classes == ("a",)
