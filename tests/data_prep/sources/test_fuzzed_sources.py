@@ -41,7 +41,7 @@ def _seeds() -> dict[str, bytes]:
     files = {"cat/0.jpg": b"a" * 700, "dog/1.png": bytes(range(256)) * 3, "x.txt": b"text"}
     inner = {"a.tgz": gzip.compress(_tar(files)), "b.zip": _zip(files), "c.tar": _tar(files)}
     inner |= {"d.tar.bz2": bz2.compress(_tar(files)), "e.txz": lzma.compress(_tar(files))}
-    rows = [("a b/c.jpg", "x"), ("d,e.jpg", "7"), ("f'g.png", ""), ("h.webp", "nan")]
+    rows = [("a b/c.jpg", "x"), ("d,e.jpg", "y 7"), ("f'g.png", ""), ("h.webp", "nan")]
     quoted = [f'"{path}",{label}\n' for path, label in rows]
     lines = [f'{{"file": "{path}", "label": "{label}"}}\n' for path, label in rows]
     plain = "".join(f"{path}\t{label}\n" for path, label in rows)
