@@ -95,7 +95,7 @@ def _bad_sources(folder: Path, whole: bytes) -> dict[str, tuple[Path, str]]:
         "cut": (folder / "cut", "a.jpg: it cannot be decoded"),
         "other": (folder / "other", "has no images"),
         "missing": (folder / "missing", "does not exist"),
-        "broken": (folder / "broken.zip", "is not a folder, a zip or a tar"),
+        "broken": (folder / "broken.zip", "is a cut or damaged zip"),
     }
 
 
