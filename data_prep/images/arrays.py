@@ -174,10 +174,13 @@ def count_nan(values: NDArray[Any]) -> int:
 def is_channels_first(shape: tuple[int, ...]) -> bool:
     """Return whether a shape is that of a few channels, followed by rows and columns.
 
-    They are the shortest axis, of at most 64: square patches of many channels, as of 11 x 11 x 200,
-    are not taken for it.
+    They are the shortest axis, of at most 64. Patches of many channels, such as 11 x 11 x 200 or
+    40 x 50 x 200, are not taken for it: their first two axes are alike, and the last is far longer.
     """
-    return len(shape) == 3 and shape[0] <= MAX_FIRST_CHANNELS and shape[0] < min(shape[1:])
+    if len(shape) != 3 or shape[0] > MAX_FIRST_CHANNELS or shape[0] >= min(shape[1:]):
+        return False
+    first, second, last = shape
+    return not (2 * first > second and last > 2 * second)
 
 
 def check_shape(shape: tuple[int, ...], *, channels_last: bool = True) -> None:
