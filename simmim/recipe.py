@@ -27,6 +27,8 @@ MOST_MISTAKES = 50
 """Mistakes that are listed."""
 YES_OR_NO = ("yes", "no", "on", "off", "y", "n")
 """Words that YAML 1.1 takes for true and false, and YAML 1.2 and recipes for text."""
+LARGEST_INTEGER = 2**63 - 1
+"""Largest integer of a recipe, of the steps and samples of a training, and of a checkpoint."""
 UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 
 Settings = TypeVar("Settings")
@@ -124,6 +126,16 @@ def parse(recipe_type: type[Settings], values: dict[str, Any], source: str) -> S
             f"{source} has a value that contains itself, is nested too deeply, or is a number of "
             "thousands of digits; remove it."
         ) from None
+    large = [
+        f"{where}: {_shortened(number)} does not fit into 64 bits; lower it."
+        for where, number in _large_integers(values)
+    ]
+    if large:
+        raise RecipeError(
+            "\n  ".join(
+                [f"{source} has {count_noun(len(large), 'mistake')}:", *large[:MOST_MISTAKES]]
+            )
+        )
     try:
         recipe: Settings = _adapter(recipe_type).validate_json(text)
     except ValidationError as error:
@@ -135,6 +147,16 @@ def parse(recipe_type: type[Settings], values: dict[str, Any], source: str) -> S
             lines.append(f"and {len(found) - MOST_MISTAKES:,} more")
         raise RecipeError("\n  ".join([f"{source} has {number}:", *lines])) from None
     return recipe
+
+
+def _large_integers(value: Any, where: str = "") -> Iterator[tuple[str, int]]:
+    """Yield the dotted key and the value of each integer that does not fit into 64 bits."""
+    if isinstance(value, int) and not -LARGEST_INTEGER - 1 <= value <= LARGEST_INTEGER:
+        yield where, value
+    elif isinstance(value, dict | list | tuple):
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, part in parts:
+            yield from _large_integers(part, f"{where}.{key}" if where else str(key))
 
 
 def _adapter(recipe_type: type[Any]) -> TypeAdapter[Any]:

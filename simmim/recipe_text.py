@@ -18,6 +18,8 @@ class RecipeTextError(ValueError):
 
 MOST_BYTES = 2**20
 """Maximum size of a recipe file; one that lists 20,000 class names has half of that."""
+MOST_CHARACTERS = 4 * 2**20
+"""Maximum number of characters of all values, with what aliases stand for."""
 MOST_VALUES = 100_000
 """Maximum number of values of a recipe, with what its aliases stand for."""
 DEEPEST = 50
@@ -39,6 +41,10 @@ class _Loader(yaml.SafeLoader):
         self._depth = 0
         self._sizes: dict[yaml.Node, int] = {}
         """Number of values of each node that is complete, with its aliases expanded."""
+        self._lengths: dict[yaml.Node, int] = {}
+        """Number of their characters."""
+        self._characters = 0
+        """Characters up to here, with aliases expanded."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
@@ -57,6 +63,17 @@ class _Loader(yaml.SafeLoader):
             )
         if not is_alias:
             self._sizes[node] = 1 + sum(self._sizes[part] for part in _parts(node))
+            self._lengths[node] = sum(self._lengths[part] for part in _parts(node))
+            if isinstance(node, yaml.ScalarNode):
+                _check_characters(node.value, line, index)
+                self._lengths[node] = len(node.value)
+        if is_alias or isinstance(node, yaml.ScalarNode):
+            self._characters += self._lengths[node]
+        if self._characters > MOST_CHARACTERS:
+            raise RecipeTextError(
+                f"up to line {line} there are more than {MOST_CHARACTERS:,} characters, counting "
+                "what aliases (*name) and merge keys (<<) stand for; shorten the values."
+            )
         if self._sizes[node] > MOST_VALUES or len(self._sizes) > MOST_VALUES:
             raise RecipeTextError(
                 f"up to line {line} there are more than {MOST_VALUES:,} values, counting what "
@@ -84,6 +101,19 @@ class _Loader(yaml.SafeLoader):
             )
         return node
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        # PyYAML's constructors raise whatever a value leads to, when a tag (!!bool) is not for it.
+        try:
+            return super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+        except (yaml.YAMLError, RecipeTextError):
+            raise
+        except Exception:
+            tag = node.tag.replace(_TAG, "!!")
+            raise RecipeTextError(
+                f"line {node.start_mark.line + 1} has a value that is not {tag}; remove the tag or "
+                "correct the value."
+            ) from None
+
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
         """Return the number that a scalar is."""
         text = node.value.replace("_", "").lower()
@@ -99,6 +129,17 @@ class _Loader(yaml.SafeLoader):
             raise RecipeTextError(
                 f"line {node.start_mark.line + 1}: {node.value!r} is not a number."
             ) from None
+
+
+def _check_characters(text: str, line: int, key: Any) -> None:
+    """Refuse what escapes can write into a string, and neither JSON nor UTF-8 can hold."""
+    for character in text:
+        if "\ud800" <= character <= "\udfff":
+            where = f"{key.value[:80]!r}" if isinstance(key, yaml.ScalarNode) else "a text"
+            raise RecipeTextError(
+                f"line {line}: {where} has the character U+{ord(character):04X}, which no text "
+                "may have; remove it."
+            )
 
 
 def _parts(node: yaml.Node) -> Iterator[yaml.Node]:
@@ -145,4 +186,14 @@ def read_text(text: str) -> Any:
     """
     if len(text) > MOST_BYTES:
         raise RecipeTextError(f"it is larger than {MOST_BYTES // 2**20} MiB.")
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    except (yaml.YAMLError, RecipeTextError):
+        raise
+    except (ValueError, OverflowError):  # PyYAML on an escape beyond Unicode: "\U00110000"
+        raise RecipeTextError(
+            f"line {loader.line + 1} has an escape (\\U…) that is no character."
+        ) from None
+    finally:
+        loader.dispose()

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from simmim.recipe import settings
+from simmim.recipe import LARGEST_INTEGER, settings
 
 TrackerName = Literal[
     "tensorboard",
@@ -159,13 +159,26 @@ class TrainingSettings:
             )
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}; it must fit into 64 bits.")
+        if self.steps is not None:
+            self._check_length(self.steps)
+
+    def _check_length(self, steps: float) -> None:
+        """Raise ValueError if a checkpoint cannot count the samples of so many steps."""
+        if not steps * self.batch_size <= LARGEST_INTEGER:
+            name = "steps" if self.epochs is None else "epochs"
+            raise ValueError(
+                f"{name} is {getattr(self, name)}; with batch_size {self.batch_size} that is more "
+                "samples than fit into 64 bits. Lower it."
+            )
 
     def total_steps(self, samples_per_epoch: int) -> int:
         """Return the number of optimiser steps of the whole training."""
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
-        return max(1, round(self.epochs * samples_per_epoch / self.batch_size))
+        steps = self.epochs * samples_per_epoch / self.batch_size
+        self._check_length(steps)
+        return max(1, round(steps))
 
     def steps_to_the_end(self, step: int, cursor: int, samples_per_epoch: int) -> int:
         """Return the total number of steps after a change of batch size.
@@ -179,4 +192,5 @@ class TrainingSettings:
             return self.steps
         assert self.epochs is not None
         left = self.epochs * samples_per_epoch - cursor
+        self._check_length(step + left / self.batch_size)
         return step + max(0, round(left / self.batch_size))

@@ -13,6 +13,7 @@ from simmim.data.datasets.opening import first_folder
 from simmim.data.settings import DataSettings
 from simmim.engine.checkpoint.directory import (
     COMPLETE,
+    RECIPE_FILE,
     chosen_checkpoint,
     complete_checkpoints,
     load_state,
@@ -87,7 +88,8 @@ def read_source(source: Path, *, best: bool | None = None) -> TrainedModel:
         ValueError: `source` is none of them, has no such checkpoint, or cannot be read.
     """
     if (source / COMPLETE).is_file():
-        return _read_run(RunFolder(path=source.resolve().parent.parent), source.resolve())
+        checkpoint = chosen_checkpoint(source)
+        return _read_run(RunFolder(path=checkpoint.parent.parent), checkpoint)
     run = RunFolder(path=source)
     if run.recipe.is_file():
         # Without checkpoints there is only the export, which is the best if the run has one.
@@ -129,7 +131,8 @@ def read_directory(path: Path) -> TrainedModel:
 
 
 def _read_run(run: RunFolder, checkpoint: Path | None) -> TrainedModel:
-    task = read_values(run.recipe).get("task")
+    recipe = run.recipe if checkpoint is None else checkpoint / RECIPE_FILE
+    task = read_values(recipe).get("task")
     if checkpoint is None and not run.encoder.is_dir():
         raise ValueError(
             f"{run.path} has no complete checkpoint and no encoder yet: train further first."
@@ -140,9 +143,9 @@ def _read_run(run: RunFolder, checkpoint: Path | None) -> TrainedModel:
                 return read_directory(run.encoder)
             return _read_pretraining(run, checkpoint)
         case str() if task in FINE_TUNING:
-            return _read_fine_tuning(run, task, checkpoint)
+            return _read_fine_tuning(run, recipe, task, checkpoint)
         case other:
-            raise RecipeError(f"{run.recipe} has task {other!r}, which has no encoder to export.")
+            raise RecipeError(f"{recipe} has task {other!r}, which has no encoder to export.")
 
 
 def _read_pretraining(run: RunFolder, checkpoint: Path) -> TrainedModel:
@@ -166,10 +169,12 @@ def _read_pretraining(run: RunFolder, checkpoint: Path) -> TrainedModel:
     )
 
 
-def _read_fine_tuning(run: RunFolder, task: str, checkpoint: Path | None) -> TrainedModel:
+def _read_fine_tuning(
+    run: RunFolder, saved: Path, task: str, checkpoint: Path | None
+) -> TrainedModel:
     """Load a fine-tuned model; a finished run does not need the weights that it started from."""
-    trained = task_named(task, run.recipe)
-    recipe: FineTuningRecipe = load(trained.recipe, run.recipe)
+    trained = task_named(task, saved)
+    recipe: FineTuningRecipe = load(trained.recipe, saved)
     stage: type[FineTuningStage[Any, Any]] = trained.stage
     data = recipe.data
     shards = first_folder(data.shards) if isinstance(data, DataSettings) else None

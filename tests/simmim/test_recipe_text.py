@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from simmim.engine.settings import TrainingSettings
 from simmim.recipe import RecipeError, load, parse, read_values, settings, to_yaml
 from simmim.recipe_text import RecipeTextError, read_text
 
@@ -43,6 +44,11 @@ BOMBS = {
     "long hexadecimal": "seed: 0x" + "f" * 5000,
     "alias of itself": "a: &a [*a]",
     "merge of itself": "a: &a {<<: *a}",
+    "aliases of a long text": f"a: &a '{'x' * 600_000}'\nb: [{', '.join(['*a'] * 90_000)}]",
+    "merges of a long text": f"a: &a {{x: {'x' * 600_000}}}\n"
+    + "".join(f"b{number}: {{<<: *a}}\n" for number in range(9000)),
+    "aliases of aliases": f"a: &a {'x' * 9000}\nb: &b [{','.join(['*a'] * 99)}]\n"
+    f"c: [{','.join(['*b'] * 99)}]",
     "large": "a: " + "x" * 2**21,
 }
 
@@ -153,3 +159,35 @@ def test_values_from_python_are_limited_too(values: dict[str, Any]) -> None:
         deep = [deep]
     with pytest.raises(RecipeError, match="nested"):
         parse(Small, {"names": deep}, "test")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "!!bool maybe", "!!bool [true]", "!!int [1]", "!!int {a: 1}", "!!float {a: 1}", "!!int ''",
+        "!!null [1]", "!!str {a: 1}", "!!seq 3", "!!map 3", "!!timestamp 3", "!!binary 'é'",
+        "!!python/name:os.system", "!own 3", r'"\U00110000"', r'"\UFFFFFFFF"', r'"\ud800"',
+        r'["\udfff"]', r'{"\ud800": 1}',
+    ],
+)  # fmt: skip
+def test_what_a_tag_or_an_escape_cannot_mean_is_refused_with_its_line(
+    tmp_path: Path, value: str
+) -> None:
+    with pytest.raises(RecipeError, match="line 2"):
+        read_values_of(f"seed: 3\nrate: {value}\n", tmp_path, [])
+    with pytest.raises(RecipeError, match="--rate"):
+        read_values_of("seed: 3", tmp_path, ["--rate", value])
+
+
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**22])
+def test_integers_beyond_64_bits_are_refused_by_name(number: int) -> None:
+    with pytest.raises(RecipeError, match=r"seed: .*64 bits"):
+        parse(Small, {"seed": number}, "test")
+    assert parse(Small, {"seed": 2**63 - 1}, "test").seed == 2**63 - 1
+
+
+@pytest.mark.parametrize("length", [{"steps": 10**22}, {"steps": 2**62}, {"epochs": 1e300}])
+def test_a_length_that_no_checkpoint_can_count_is_refused(length: dict[str, Any]) -> None:
+    values = {"batch_size": 8, "optimizer": {"lr": 0.1}, **length}
+    with pytest.raises(ValueError, match=rf"{next(iter(length))}.*64 bits"):
+        parse(TrainingSettings, values, "test").total_steps(10**9)

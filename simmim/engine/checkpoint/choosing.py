@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 
 from simmim.engine.checkpoint.directory import (
     AN_EARLIER_ONE,
+    ANOTHER_ONE,
     MODEL,
     OPTIMIZER,
     RECIPE_FILE,
@@ -124,7 +125,7 @@ def _why_unusable(path: Path, run: str, mine: range) -> str | None:
             for kind in (MODEL, OPTIMIZER):
                 ShardFiles(path, kind, verified=True).close()  # row ranges
     except ValueError as error:
-        return str(error).removesuffix(f" {AN_EARLIER_ONE}")
+        return str(error).removesuffix(f" {ANOTHER_ONE}")
     return None
 
 

@@ -36,8 +36,10 @@ STATE_FILE, SCALARS_FILE, RECIPE_FILE = "state.json", "optimizer.json", "recipe.
 BEST_FILE = "best.json"
 """File in the run folder that names the best checkpoint."""
 
-AN_EARLIER_ONE = "Resume from an earlier checkpoint with --resume PATH."
+ANOTHER_ONE = "Copy it again from where it was saved, or name another checkpoint."
 """The remedy for a checkpoint that cannot be read."""
+AN_EARLIER_ONE = "Resume from an earlier checkpoint with --resume PATH."
+"""The remedy in training."""
 LARGEST = 2**63 - 1
 """Largest integer in a state."""
 
@@ -205,24 +207,33 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
 def chosen_checkpoint(source: Path, *, best: bool | None = None) -> Path:
     """Return the checkpoint at `source`, or the best or last one of a run.
 
+    Its files without tensors are compared with their digests; those with tensors are when they are
+    read.
+
     Args:
         source: a run folder, or a checkpoint in one.
         best: the best one of a run, or the last; None is the best if the run has kept one.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it is not what was written.
     """
+    path = _chosen(source, best).resolve()
+    check_small_files(path)
+    return path
+
+
+def _chosen(source: Path, best: bool | None) -> Path:
     if (source / COMPLETE).is_file():
-        return source.resolve()
+        return source
     if best:
-        return best_checkpoint(source).resolve()
+        return best_checkpoint(source)
     found = complete_checkpoints(source / "checkpoints")
     if not found:
         raise ValueError(
             f"{source} holds no complete checkpoint: give a run folder or a checkpoint in one."
         )
     kept = kept_best(source) if best is None else None
-    return (found[-1] if kept is None else kept).resolve()
+    return found[-1] if kept is None else kept
 
 
 def kept_best(run: Path) -> Path | None:
@@ -382,9 +393,31 @@ def recorded_digests(path: Path) -> dict[str, FileDigest] | None:
     if not (path / COMPLETE).is_file():
         return None
     try:
-        return read_marker(path / COMPLETE)
+        digests = read_marker(path / COMPLETE)
+        if digests is None and _names_its_run(path):
+            raise ValueError("it is empty, and digests of the checkpoint's files were written")
     except ValueError as error:
         raise ValueError(unreadable_message(path / COMPLETE, str(error))) from None
+    return digests
+
+
+def _names_its_run(path: Path) -> bool:
+    """Return whether a checkpoint is of a version that recorded runs, and with them digests."""
+    try:
+        return bool(json.loads((path / STATE_FILE).read_bytes()).get("run"))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False  # whoever reads the state says what is wrong
+
+
+def check_small_files(path: Path) -> None:
+    """Compare the files of a checkpoint without tensors, such as its recipe, with their digests.
+
+    Raises:
+        ValueError: one is missing, cannot be read, or is not what was written.
+    """
+    for name in sorted(recorded_digests(path) or {}):
+        if not name.endswith(".safetensors"):
+            check_file(path / name)
 
 
 def check_file(file: Path) -> None:
@@ -411,4 +444,4 @@ def check_file(file: Path) -> None:
 
 def unreadable_message(path: Path, reason: str) -> str:
     """Return the error message for a part of a checkpoint that cannot be read."""
-    return f"{path} cannot be read: {reason}. {AN_EARLIER_ONE}"
+    return f"{path} cannot be read: {reason}. {ANOTHER_ONE}"

@@ -14,7 +14,13 @@ from simmim.data.loader.batch import Batch
 from simmim.data.loader.batches import BatchStream, evaluation_batches
 from simmim.data.settings import DataSettings
 from simmim.data.transforms.image_transforms import EvalTransform
-from simmim.engine.checkpoint.directory import TrainingState, find_checkpoint, load_state
+from simmim.engine.checkpoint.directory import (
+    RECIPE_FILE,
+    TrainingState,
+    check_small_files,
+    find_checkpoint,
+    load_state,
+)
 from simmim.engine.checkpoint.ema import load_average
 from simmim.engine.checkpoint.resume import load_model
 from simmim.engine.run import RunFolder
@@ -300,10 +306,11 @@ def load_pretrained(run: RunFolder, checkpoint: str = "auto") -> Pretrained:
     Raises:
         ValueError: the run has no readable recipe or no complete checkpoint.
     """
-    recipe = load(PretrainRecipe, run.recipe)
     path = find_checkpoint(run.checkpoints, checkpoint)
     if path is None:
         raise ValueError(f"{run.checkpoints} has no complete checkpoint; train further first.")
+    check_small_files(path)
+    recipe = load(PretrainRecipe, path / RECIPE_FILE)
     module = PretrainModule(build_model(recipe), recipe.data, seed=recipe.training.seed)
     load_model(path, module)
     load_average(path, module)

@@ -18,15 +18,17 @@ from simmim.engine.checkpoint.directory import (
     COMPLETE,
     Best,
     TrainingState,
+    chosen_checkpoint,
     finish_checkpoint,
     load_state,
     set_aside,
 )
 from simmim.engine.checkpoint.ema import read_average
-from simmim.engine.checkpoint.resume import load_optimizer, read_model
+from simmim.engine.checkpoint.resume import load_initial, load_optimizer, read_model
 from simmim.engine.checkpoint.saver import rank_contents, write_contents
 from simmim.engine.optimizer import ParameterGroup, build_optimizer
 from simmim.engine.settings import OptimizerSettings
+from simmim.export.load_trained import read_source
 
 MODEL, OPTIMIZER = "model-00000-of-00001.safetensors", "optimizer-00000-of-00001.safetensors"
 FILES = (MODEL, OPTIMIZER, "optimizer.json", "state.json", "recipe.yaml", COMPLETE)
@@ -57,6 +59,8 @@ def save(folder: Path, step: int, *, digests: bool = True, **changed: Any) -> Pa
         best=Best(step=step, metric="accuracy", value=0.5),
         run="this run",
     )
+    if not digests:  # versions before digests recorded no run either
+        state = replace(state, run="")
     state = replace(state, **changed)
     contents = rank_contents(model, optimizer, Accelerator(cpu=True), state, "task: pretrain\n")
     write_contents(folder, step, contents)
@@ -203,10 +207,8 @@ def test_a_moment_of_another_shape_is_refused(tmp_path: Path) -> None:
         load_optimizer(path, build()[1])
 
 
-@pytest.mark.parametrize("digests", [True, False])
-def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, digests: bool) -> None:
-    earlier = save(tmp_path, 4, digests=digests)
-    last = save(tmp_path, 8, digests=digests, run="other run")
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    earlier, last = save(tmp_path, 4), save(tmp_path, 8, run="other run")
     assert_rejected(last, earlier, "another run", "other run")
     # A folder that has no identity yet goes on with it: the run was moved there.
     assert choose_checkpoint(tmp_path, "auto").path == last
@@ -264,3 +266,29 @@ def test_a_rejected_checkpoint_is_kept_under_another_name(tmp_path: Path) -> Non
     found = choose_checkpoint(tmp_path, "auto").path
     assert found is not None
     assert found.name == "step-00000004"
+
+
+def test_an_emptied_marker_does_not_switch_the_digests_off(tmp_path: Path) -> None:
+    earlier, last = save(tmp_path, 4), save(tmp_path, 8)
+    (last / COMPLETE).write_bytes(b"")
+    assert_rejected(last, earlier, COMPLETE, "empty")
+    with pytest.raises(ValueError, match=COMPLETE):
+        read_model(last)
+    with pytest.raises(ValueError, match=COMPLETE):
+        chosen_checkpoint(last)
+
+
+@pytest.mark.parametrize("name", ["optimizer.json", "state.json", "recipe.yaml"])
+@pytest.mark.parametrize(
+    "read", [chosen_checkpoint, read_source, lambda path: load_initial(path, build()[0])]
+)
+def test_what_takes_weights_refuses_an_edited_file(
+    tmp_path: Path, name: str, read: Callable[[Path], Any]
+) -> None:
+    path = save(tmp_path, 4)
+    with (path / name).open("a") as file:
+        file.write(" ")
+    with pytest.raises(ValueError, match=re.escape(f"{path / name} cannot be read")) as caught:
+        read(path)
+    assert "bytes" in str(caught.value)
+    assert "--resume" not in str(caught.value)

@@ -295,7 +295,7 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, damage: str) -> None
         "optimizer.json": lambda: load_optimizer(path, optimizer),
         "state.json": lambda: load_state(path),
     }
-    with pytest.raises(ValueError, match=r"cannot be read: .+ Resume from an earlier") as caught:
+    with pytest.raises(ValueError, match=r"cannot be read: .+ Copy it again") as caught:
         loads[name]()
     assert str(path / name) in str(caught.value)
 
