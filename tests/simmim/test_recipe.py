@@ -280,13 +280,15 @@ TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=12) | st.samp
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 WHOLES = st.builds(
     Whole,
-    batch_size=st.integers(-(2**70), 2**70),
+    batch_size=st.integers(-(2**63), 2**63 - 1),
     kind=st.sampled_from(["one", "two"]),
     name=TEXT,
     limit=st.none() | FINITE,
     shuffle=st.booleans(),
     inner=st.builds(
-        Inner, rate=st.floats(0, 1), sizes=st.lists(st.integers(), max_size=4).map(tuple)
+        Inner,
+        rate=st.floats(0, 1),
+        sizes=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=4).map(tuple),
     ),
 )
 
