@@ -79,7 +79,7 @@ class HierarchicalEncoder(nn.Module):
         outputs: list[Tensor] = []
         for index, stage in enumerate(self.stages):
             tokens = self.merges[index - 1](outputs[-1]) if index else tokens
-            if len(tokens):  # blocks keep the shape, and have nothing to do in an empty batch
+            if tokens.shape[0]:  # blocks keep the shape, and have nothing to do in an empty batch
                 tokens = stage(tokens, noise[index])
             outputs.append(tokens)
         outputs[-1] = self.norm(outputs[-1])
