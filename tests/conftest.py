@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -16,6 +17,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ[MARK] = uuid.uuid4().hex
     # Two threads a process on two cores thrash as soon as a test starts a second process.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        # Under nohup: programs that tests start get the default, since handlers are not inherited.
+        signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 @pytest.fixture
