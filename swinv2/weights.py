@@ -218,7 +218,7 @@ def _load_into(config: SwinV2Config, build: Callable[[], Encoder], file: Path) -
     shapes = read_shapes(file)
     _check_fit(build_on_meta(config, build, shapes, str(file)), shapes, str(file))
     encoder = build()
-    encoder.load_state_dict(read_tensors(file), strict=True)
+    load_strictly(encoder, read_tensors(file), str(file))
     return encoder.eval()
 
 
@@ -319,10 +319,19 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str)
         source: source of the tensors, for the message.
 
     Raises:
-        ValueError: tensors are missing, unexpected or of another shape; all of them are listed and
-            the module is unchanged.
+        ValueError: tensors are missing, unexpected, of another shape, or integers in place of
+            floating-point numbers; all of them are listed and the module is unchanged.
     """
     _check_fit(module, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, source)
+    problems = [
+        f"type of {name}: {tensors[name].dtype}, expected {tensor.dtype}"
+        for name, tensor in module.state_dict().items()
+        if tensors[name].is_floating_point() != tensor.is_floating_point()
+    ]
+    if problems:
+        raise WeightsError(
+            f"{source} is damaged; export the encoder again:\n  {list_problems(problems)}"
+        )
     module.load_state_dict(dict(tensors), strict=True)
 
 

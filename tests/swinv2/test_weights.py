@@ -290,6 +290,17 @@ def test_a_wrong_normalisation_writes_nothing(encoder: SwinV2, tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("other", ["I32", "U32"])
+def test_integers_in_place_of_weights_are_refused(saved: Path, other: str) -> None:
+    """A header that calls the bytes of float32 integers has the right lengths and shapes."""
+    file = saved / "model.safetensors"
+    data = file.read_bytes()
+    start, end = data.index(b'"patch_embed.projection.weight"'), len(data)
+    file.write_bytes(data[:start] + data[start:end].replace(b'"F32"', f'"{other}"'.encode(), 1))
+    with pytest.raises(ValueError, match=r"type of patch_embed\.projection\.weight.*float32"):
+        load_encoder(saved)
+
+
 def test_weights_of_another_type_are_converted(encoder: SwinV2, tmp_path: Path) -> None:
     path = save_encoder(encoder.to(torch.bfloat16), tmp_path / "encoder", mean=MEAN, std=STD)
     assert load_encoder(path).norm.weight.dtype == torch.float32
