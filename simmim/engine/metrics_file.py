@@ -14,6 +14,8 @@ from data_prep.format.text import count_noun
 TEXTS = {"mfu_peak"}
 """Figures that are text; all others are numbers."""
 
+_MOST_VALUES = 10_000
+"""Values of a line; more than any task has, and a report of many more would take minutes."""
 _LARGEST_STEP = 2**53
 _LARGEST_VALUE = 1e39
 """Above all float32 numbers; differences of such numbers stay finite."""
@@ -66,7 +68,8 @@ def read_lines(path: Path) -> Iterator[LoggedLine]:
             values = json.loads(line)
         except (ValueError, RecursionError):  # no JSON, no UTF-8, too deep, or too many digits
             values = None
-        yield LoggedLine(text=line + b"\n", values=values if isinstance(values, dict) else {})
+        usable = isinstance(values, dict) and len(values) <= _MOST_VALUES
+        yield LoggedLine(text=line + b"\n", values=values if usable else {})
 
 
 def keep_lines_up_to(path: Path, step: int) -> None:

@@ -30,6 +30,7 @@ DAMAGED = [
     b'{"step": null, "loss": 1}',
     b'{"loss": 1}',
     b"[1, 2]",
+    json.dumps({"step": 2} | {f"k{number}": 1 for number in range(20_000)}).encode(),
     b"7",
     b"null",
     b"",
