@@ -42,7 +42,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--training.batch_size", "6", "--data.slots", "4"], "data.slots"),
         (["--training.batch_size", "-8"], "batch_size is -8"),
         (["--training.accumulation", "3"], "accumulation is 3"),
-        (["--training.seed", "99999999999999999999"], "seed is 99999999999999999999"),
+        (["--training.seed", "99999999999999999999"], "seed: 99999999999999999999"),
         (["--training.precision", "fp64"], "fp32"),
         (["--data.shards", "nowhere"], "nowhere does not exist"),
         (["--data.validation_shards", "8"], "validation_shards|held out"),

@@ -100,7 +100,7 @@ def test_arrays_are_measured_separately_and_without_nan(build: Build) -> None:
             "d.png": _png(np.zeros((4, 4, 3), dtype=np.uint8)),
         }
     )
-    assert manifest.notes == {"NaN values": 2}
+    assert manifest.notes["NaN values"] == 2
     fractions, picture, whole = measure_set(manifest).statistics
     both = np.concatenate([values.reshape(-1, 5), values.reshape(-1, 5) + 1]).astype(np.float64)
     assert (fractions.images, fractions.scale, fractions.missing) == (2, "as stored", 2)

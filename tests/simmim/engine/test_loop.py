@@ -261,7 +261,10 @@ def test_resume_refuses_another_optimizer(pretrain_values: dict[str, Any], tmp_p
     run_training(pretrain_values, tmp_path, steps=1)
     file = tmp_path / "checkpoints" / "step-00000001" / "recipe.yaml"
     file.write_text(file.read_text().replace("name: adamw\n", "name: adamw_8bit\n"))
-    (file.parent / "complete").write_text("")  # as of a version that recorded no digests
+    # As of a version that recorded neither digests nor the run.
+    (file.parent / "complete").write_text("")
+    state = json.loads((file.parent / "state.json").read_text())
+    (file.parent / "state.json").write_text(json.dumps(state | {"run": ""}))
     with pytest.raises(ValueError, match=r"adamw_8bit.*adamw"):
         run_training(pretrain_values, tmp_path, resume="auto", steps=1)
 

@@ -173,7 +173,7 @@ def test_impossible_settings_are_refused(data: dict[str, object], message: str) 
 
 def test_a_seed_beyond_64_bits_is_refused() -> None:
     values = {"encoder": "e", "seed": 2**63, "data": {"shards": "s"}}
-    with pytest.raises(RecipeError, match="seed is 9223372036854775808"):
+    with pytest.raises(RecipeError, match="seed: 9223372036854775808"):
         parse(ProbeRecipe, values, "test")
 
 
