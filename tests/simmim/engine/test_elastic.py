@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -57,7 +58,7 @@ def started(launch: list[str], config: Path, run: Path, *more: str) -> Iterator[
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
         )
     try:
         yield process
@@ -76,9 +77,22 @@ def kill(process: "subprocess.Popen[bytes]") -> None:
     process.wait(timeout=30)
 
 
+def end_of(process: "subprocess.Popen[bytes]", run: Path, patience: float = 600) -> int:
+    """Return the exit code; after `patience` seconds, fail with the stack of every process."""
+    try:
+        return process.wait(timeout=patience)
+    except subprocess.TimeoutExpired:
+        for member in reversed(psutil.Process(process.pid).children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                member.send_signal(signal.SIGABRT)  # faulthandler prints where it was
+                member.wait(timeout=10)
+        text = run.with_suffix(".log").read_text()[-12000:]
+        pytest.fail(f"has not ended after {patience:.0f} s:\n{text}")
+
+
 def go(launch: list[str], config: Path, run: Path, *more: str, code: int | None = 0) -> None:
     with started(launch, config, run, *more) as process:
-        ended = process.wait(timeout=600)
+        ended = end_of(process, run)
     if code is None:
         assert "Stopped at step" in run.with_suffix(".log").read_text()
     else:
@@ -228,7 +242,7 @@ def test_torchrun_restarts_ranks_that_resume(config: Path, tmp_path: Path) -> No
         wait_for(lambda: len(complete_checkpoints(broken / "checkpoints")) > 1, process, broken)
         ranks = psutil.Process(process.pid).children()
         ranks[-1].kill()
-        assert process.wait(timeout=600) == 0, broken.with_suffix(".log").read_text()[-3000:]
+        assert end_of(process, broken) == 0, broken.with_suffix(".log").read_text()[-3000:]
     assert_same(whole, broken)
 
 
