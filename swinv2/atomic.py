@@ -132,6 +132,12 @@ def _clean_up(destination: Path) -> None:
 
 
 def _is_running(process: int) -> bool:
+    """Return whether another process has this number.
+
+    What this one finds under its own number is older: in containers, numbers are the same again.
+    """
+    if process == os.getpid():
+        return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -144,6 +144,19 @@ def test_a_folder_lost_between_two_renames_returns(tmp_path: Path, dead: int) ->
     assert everything_under(tmp_path) == ["run", "run/file"]
 
 
+@pytest.mark.parametrize("role", ["partial", "replaced"])
+def test_what_an_earlier_process_of_the_same_number_left_is_removed(
+    tmp_path: Path, role: str
+) -> None:
+    """In a container, a program has the same number at each start."""
+    for name in (f".run.{role}-{os.getpid()}", "run"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    with atomic_folder(tmp_path / "run", may_replace=lambda _: True) as folder:
+        (folder / "new").touch()
+    assert everything_under(tmp_path) == ["run", "run/new"]
+
+
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
 def test_files_get_the_permissions_of_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
     before = os.umask(umask)
