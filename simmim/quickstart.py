@@ -11,6 +11,7 @@ from data_prep.format.manifest import read_manifest
 from simmim.data.datasets.opening import measured_statistics
 from simmim.data.datasets.procedural import draw_images
 from simmim.data.transforms.sampling import ImageForm, sample_images
+from simmim.engine.folder_lock import locked_folder
 from simmim.engine.run import RunFolder
 from simmim.recipe import load, parse
 from simmim.tasks.input_check import SAMPLES, SECONDS
@@ -47,6 +48,11 @@ def quickstart(images: Path | None, folder: Path) -> Outcome:
     Raises:
         ValueError: the images cannot be used, or the folder holds another run.
     """
+    with locked_folder(folder):
+        return _run_pipeline(images, folder)
+
+
+def _run_pipeline(images: Path | None, folder: Path) -> Outcome:
     began = time.perf_counter()
     if images is None:
         say(f"1/4 drawing {NUM_IMAGES} images of shapes, textures and backgrounds")

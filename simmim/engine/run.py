@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from simmim.engine.checkpoint.directory import (
     discard_all,
     remove_later_checkpoints,
 )
-from simmim.engine.folder_lock import LOCK, lock_folder
+from simmim.engine.folder_lock import LOCK, locked_folder
 from simmim.engine.metrics_file import keep_lines_up_to, read_lines
 from simmim.recipe import differences, read_values, to_values, to_yaml
 
@@ -178,13 +179,9 @@ class RunFolder:
     def _is_empty(self) -> bool:
         return all(path.name == LOCK for path in self.path.iterdir())
 
-    def lock(self, timeout: float = 10.0) -> None:
-        """Lock the run folder against other processes until this one ends; see `lock_folder`.
-
-        Raises:
-            ValueError: another process holds the lock.
-        """
-        lock_folder(self.path, timeout)
+    def locked(self, timeout: float = 10.0) -> AbstractContextManager[None]:
+        """Return a context in which the run folder is locked; see `locked_folder`."""
+        return locked_folder(self.path, timeout)
 
     def begin(self, recipe: Any, *, step: int) -> None:
         """Write the recipe, and remove checkpoints, metrics and anomalies of steps after `step`."""

@@ -17,7 +17,7 @@ from typing import Literal
 from data_prep.format.atomic import atomic_write_text, remove_leftovers
 from data_prep.format.text import count_noun
 from simmim.engine.exit_codes import LOST, STOPPED, RankLostError
-from simmim.engine.folder_lock import lock_folder
+from simmim.engine.folder_lock import locked_folder
 from simmim.engine.run import RunFolder
 from simmim.recipe import load, read_values
 from simmim.report.labels_page import LabelScores, labels_page, scores_svg, table_of
@@ -83,11 +83,25 @@ def compare_labels(
     }  # reports mistakes in a recipe before the first run
     trained = {run: task.stage.resolve(recipe) for run, recipe in recipes.items()}
     _check_runs(recipes, trained, folder)
-    lock_folder(folder)
-    remove_leftovers(folder)
-    metric = _check_runs(recipes, trained, folder)  # others may have run meanwhile
-    runs = list(planned)
     notes = _notes(config, init, next(iter(trained.values())))
+    with locked_folder(folder):
+        remove_leftovers(folder)
+        metric = _check_runs(recipes, trained, folder)  # others may have run meanwhile
+        if not _train_all(config, folder, metric, planned, notes):
+            return None
+    table = table_of(_scores(folder, list(planned), metric), metric)
+    return "\n".join("  ".join(f"{cell:<20}" for cell in row).rstrip() for row in table)
+
+
+def _train_all(
+    config: Path,
+    folder: Path,
+    metric: str,
+    planned: Mapping[LabelRun, Sequence[str]],
+    notes: Sequence[str],
+) -> bool:
+    """Train the runs that are not finished; return whether all reached their end."""
+    runs = list(planned)
     for note in notes[1:]:
         sys.stderr.write(f"{note}\n")
     for number, run in enumerate(runs, start=1):
@@ -95,10 +109,9 @@ def compare_labels(
         if _score(place, metric) is None:
             sys.stderr.write(f"run {number} of {len(runs)}: {run.name}\n")
             if not _train(config, place, metric, planned[run]):
-                return None
+                return False
         _write(folder, notes, metric, _scores(folder, runs, metric))
-    table = table_of(_scores(folder, runs, metric), metric)
-    return "\n".join("  ".join(f"{cell:<20}" for cell in row).rstrip() for row in table)
+    return True
 
 
 def _check_runs(

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -101,19 +102,19 @@ def train_recipe(
     stage.batches(rank=0, world=world, start=0, end=recipe.training.batch_size)
     start_processes()
     accelerator = build_accelerator(recipe.training.precision, recipe.training.rank_timeout)
-    lock_and_check_again(run, accelerator, check)
-    result = train(
-        stage,
-        run,
-        accelerator,
-        resume,
-        allow_changes=allow_changes,
-        init_from=init_from,
-        write_report=write_report,
-    )
-    if accelerator.is_main_process:
-        print_result(result, run)
-    end_processes(accelerator)
+    with locked_and_checked_again(run, accelerator, check):
+        result = train(
+            stage,
+            run,
+            accelerator,
+            resume,
+            allow_changes=allow_changes,
+            init_from=init_from,
+            write_report=write_report,
+        )
+        if accelerator.is_main_process:
+            print_result(result, run)
+        end_processes(accelerator)
     return result
 
 
@@ -155,10 +156,11 @@ def check_folder(
     )
 
 
-def lock_and_check_again(
+@contextmanager
+def locked_and_checked_again(
     run: RunFolder, accelerator: Accelerator, check: Callable[[], object]
-) -> None:
-    """Lock the run folder and check it again; all ranks call this together.
+) -> Iterator[None]:
+    """Lock the run folder within this context and check it again; all ranks enter it together.
 
     Another start may have written into it since the first check, and ended while this one waited.
 
@@ -166,15 +168,17 @@ def lock_and_check_again(
         ValueError: the folder can no longer be used; on all ranks.
     """
     refusal = [""]
-    if accelerator.is_main_process:
-        try:
-            run.lock()
-            check()
-        except (ValueError, OSError) as error:
-            refusal = [str(error)]
-    broadcast_object_list(refusal)
-    if refusal[0]:
-        raise ValueError(refusal[0])
+    with ExitStack() as held:
+        if accelerator.is_main_process:
+            try:
+                held.enter_context(run.locked())
+                check()
+            except (ValueError, OSError) as error:
+                refusal = [str(error)]
+        broadcast_object_list(refusal)
+        if refusal[0]:
+            raise ValueError(refusal[0])
+        yield
 
 
 def print_result(result: TrainingResult, run: RunFolder) -> None:

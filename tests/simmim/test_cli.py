@@ -1,6 +1,7 @@
 """Bad input: one clear message, exit code 2, and nothing left behind."""
 
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -116,24 +117,24 @@ def test_a_start_that_waited_for_another_does_not_wipe_its_run(
     run = tmp_path / "run"
     command = ["pretrain", "--config", str(pretrain_config), "--folder", str(run)]
     command += ["--training.steps", "4"]
-    lock_now = RunFolder.lock
+    lock_now = RunFolder.locked
 
-    def lock_after_another_run(folder: RunFolder) -> None:
-        monkeypatch.setattr(RunFolder, "lock", lock_now)
+    def lock_after_another_run(folder: RunFolder) -> AbstractContextManager[None]:
+        monkeypatch.setattr(RunFolder, "locked", lock_now)
         assert main([*command, *other]) == 0
-        lock_now(folder)
+        return lock_now(folder)
 
     for resume, message in (([], "is not empty"), (["--resume", "auto"], "training.seed: 1 → 0")):
         shutil.rmtree(run, ignore_errors=True)
         other = ["--training.seed", "1"]
-        monkeypatch.setattr(RunFolder, "lock", lock_after_another_run)
+        monkeypatch.setattr(RunFolder, "locked", lock_after_another_run)
         assert message in refused([*command, *resume], capsys)
         assert load(PretrainRecipe, run / "recipe.yaml").training.seed == 1
         assert RunFolder(path=run).read_metrics()[-1]["step"] == 4
         assert complete_checkpoints(run / "checkpoints")[-1].name == "step-00000004"
     shutil.rmtree(run)
     other = []
-    monkeypatch.setattr(RunFolder, "lock", lock_after_another_run)
+    monkeypatch.setattr(RunFolder, "locked", lock_after_another_run)
     assert main([*command, "--resume", "auto"]) == 0  # resumes what the other has trained
 
 

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from simmim.data.datasets.procedural import draw_images
+from simmim.engine.folder_lock import locked_folder
 from simmim.quickstart import fit_to_images, make_shards, quickstart, quickstart_recipe
 from simmim.tasks.pretrain.stage import PretrainStage
 
@@ -25,6 +26,12 @@ def test_the_recipe_fits_a_few_images(tmp_path: Path) -> None:
     stage = PretrainStage(quickstart_recipe(tmp_path / "shards"))
     assert len(next(iter(stage.batches(rank=0, world=1, start=0, end=64)))) == 64
     assert 0 < stage.validation_shards.samples < 20
+
+
+def test_a_folder_has_one_writer(tmp_path: Path) -> None:
+    with locked_folder(tmp_path / "folder"), pytest.raises(ValueError, match="is writing into"):
+        quickstart(None, tmp_path / "folder")
+    assert {path.name for path in (tmp_path / "folder").iterdir()} == {".lock"}
 
 
 def test_images_that_cannot_be_used_are_refused(tmp_path: Path) -> None:

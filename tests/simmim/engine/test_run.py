@@ -227,7 +227,8 @@ def test_a_run_has_one_writer(tmp_path: Path) -> None:
     run = RunFolder(path=tmp_path / "run")
     hold = (
         "import sys, time; from pathlib import Path; from simmim.engine.run import RunFolder;"
-        "RunFolder(path=Path(sys.argv[1])).lock(); print('locked', flush=True); time.sleep(60)"
+        "held = RunFolder(path=Path(sys.argv[1])).locked(); held.__enter__();"
+        "print('locked', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", hold, str(run.path)],
@@ -239,10 +240,29 @@ def test_a_run_has_one_writer(tmp_path: Path) -> None:
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "locked\n"
-        with pytest.raises(ValueError, match="writing"):
-            run.lock(timeout=0.2)
+        with pytest.raises(ValueError, match="another process is writing"), run.locked(timeout=0.2):
+            pass
     finally:
         process.kill()
         process.communicate(timeout=30)
-    run.lock(timeout=5)  # a kill gives it free
-    assert run.path.is_dir()
+    with run.locked(timeout=5):  # a kill gives it free
+        assert run.path.is_dir()
+
+
+def test_the_lock_of_a_run_ends_with_it(tmp_path: Path) -> None:
+    """As in a notebook, whose process goes on."""
+    run = RunFolder(path=tmp_path / "run")
+    lock = (
+        "import sys; from pathlib import Path; from simmim.engine.run import RunFolder;"
+        "RunFolder(path=Path(sys.argv[1])).locked(timeout=0.1).__enter__()"
+    )
+    command = [sys.executable, "-c", lock, str(run.path)]
+    files = len(list(Path("/dev/fd").iterdir()))
+    with run.locked():
+        with pytest.raises(ValueError, match="another run in this process is writing"):
+            run.locked().__enter__()
+        assert subprocess.run(command, capture_output=True, check=False).returncode != 0
+    with pytest.raises(KeyError), run.locked():
+        raise KeyError
+    assert subprocess.run(command, check=False).returncode == 0
+    assert len(list(Path("/dev/fd").iterdir())) == files

@@ -90,7 +90,7 @@ def test_a_folder_has_one_writer(
     def held(path: Path) -> None:
         raise ValueError(f"another process is writing into {path}")
 
-    monkeypatch.setattr("simmim.tasks.label_efficiency.lock_folder", held)
+    monkeypatch.setattr("simmim.tasks.label_efficiency.locked_folder", held)
     init = str(encoder_directory)
     command = ["labels", "--config", str(config), "--init", init, "--folder", str(folder)]
     assert simmim.cli.main(command) == 2
