@@ -16,6 +16,7 @@ from simmim.data.loader.lost_workers import lost_worker
 from simmim.engine.exit_codes import BAD_INPUT, LOST, STOPPED, RankLostError
 from simmim.recipe import describe, load, read_values
 from simmim.start import TRAINING, start_process
+from simmim.stop_signals import ignore_stop_signals
 
 if TYPE_CHECKING:
     from simmim.tasks.all_tasks import Task
@@ -61,6 +62,8 @@ def run() -> None:
         code: ExitCode = main(ends_process=True)
     except SystemExit as ending:
         code = ending.code
+    if sys.argv[1:2] and sys.argv[1] in TRAINING:
+        ignore_stop_signals()
     sys.exit(flush_output(code))
 
 

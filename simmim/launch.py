@@ -23,7 +23,7 @@ from data_prep.format.terminal import protect_output
 from simmim.engine.distributed.environment import NO_DEEPSPEED
 from simmim.engine.distributed.torchrun import common_exit_code, exit_code_of
 from simmim.engine.exit_codes import STOPPED
-from simmim.stop_signals import StopRelay, exit_on_stop_signals
+from simmim.stop_signals import StopRelay, exit_on_stop_signals, ignore_stop_signals
 
 # ruff: noqa: PLC0415 (importing accelerate takes seconds, in which signals have to be handled)
 
@@ -60,4 +60,6 @@ def _asks_for_deepspeed(arguments: Namespace) -> bool:
 if __name__ == "__main__":
     protect_output(optional=True)
     exit_on_stop_signals(STOPPED)
-    sys.exit(main())
+    code = main()
+    ignore_stop_signals()
+    sys.exit(code)

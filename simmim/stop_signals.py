@@ -50,6 +50,15 @@ def exit_on_stop_signals(code: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
+def ignore_stop_signals() -> None:
+    """Ignore stop signals from now on: nothing is left to stop, only the process to end.
+
+    Python restores their default actions before it has ended, and these would change its exit code.
+    """
+    for number in handled_stop_signals():
+        signal.signal(number, signal.SIG_IGN)
+
+
 def end_children() -> None:
     """Send SIGTERM to the child processes and wait until they have ended."""
     import psutil

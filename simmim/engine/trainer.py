@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from simmim.data.loader.batch import Batch
 from simmim.engine.checkpoint.choosing import Choice, choose_checkpoint
 from simmim.engine.checkpoint.directory import (
+    COMPLETE,
     Best,
     TrainingState,
     checkpoint_path,
@@ -164,7 +165,11 @@ class Trainer:
         self.cursor, self.skipped = state.cursor, state.skipped_steps
         self.identity = state.run or self.identity
         best = state.best if self.settings.keep_best else None
-        if best is not None and checkpoint_path(path.parent, best.step).is_dir():
+        # Of another folder's checkpoint, the best has stayed behind there.
+        if (
+            best is not None
+            and (checkpoint_path(self.run.checkpoints, best.step) / COMPLETE).is_file()
+        ):
             self.best = best
         if self.settings.ema_decay is None:
             forget_average(self.optimizer)

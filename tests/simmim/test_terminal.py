@@ -169,6 +169,37 @@ time.sleep(60)
 """
 
 
+AT_THE_VERY_END = """
+import os, signal, sys
+class Late:
+    def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGINT):
+        kill(process, number)  # while Python ends, with the default actions of signals
+sys.late = Late()
+"""
+ENDED_PROGRAMS = {
+    "command": """
+import simmim.cli
+simmim.cli.main = lambda **_: 75
+sys.argv = ["simmim", "pretrain"]
+simmim.cli.run()
+""",
+    "torchrun": """
+from simmim.engine.distributed.torchrun import exit_code_of
+from torch.distributed.elastic.multiprocessing.api import SignalException
+def stopped():
+    signal.signal(signal.SIGINT, lambda *_: None)  # as torchrun handles it
+    raise SignalException("", signal.SIGTERM)
+sys.exit(exit_code_of(stopped))
+""",
+}
+
+
+@pytest.mark.parametrize("program", ENDED_PROGRAMS)
+def test_a_signal_while_python_ends_changes_no_exit_code(program: str, tmp_path: Path) -> None:
+    done = shell('"$@"', ["-c", AT_THE_VERY_END + ENDED_PROGRAMS[program]], tmp_path)
+    assert done.returncode == 75, done.stderr
+
+
 def test_a_relay_passes_stop_signals_on_and_waits() -> None:
     before = signal.getsignal(signal.SIGHUP)
     with StopRelay() as relay:

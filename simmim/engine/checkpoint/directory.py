@@ -42,6 +42,8 @@ AN_EARLIER_ONE = "Resume from an earlier checkpoint with --resume PATH."
 """The remedy in training."""
 LARGEST = 2**63 - 1
 """Largest integer in a state."""
+LARGEST_CURSOR = 2**53
+"""Largest number of samples in a state; the order of the data still counts exactly far beyond."""
 
 Content = TypeVar("Content")
 Scalars = dict[str, dict[str, Any]]
@@ -110,7 +112,7 @@ class TrainingState:
         yield "step", self.step, 0, self.total_steps
         yield "batch_size", self.batch_size, 1, LARGEST
         # Every step takes one sample or more, of whatever batch size it was.
-        yield "cursor", self.cursor, self.step, LARGEST if self.step else 0
+        yield "cursor", self.cursor, self.step, LARGEST_CURSOR if self.step else 0
         yield "seed", self.seed, -LARGEST - 1, LARGEST
         yield "processes", self.processes, 1, LARGEST
         yield "skipped_steps", self.skipped_steps, 0, self.step

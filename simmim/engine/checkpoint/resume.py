@@ -83,8 +83,8 @@ def resumable_state(path: Path, stage: Resumable, *, allow_changes: bool) -> Tra
     """Return the training state of a checkpoint after checking that `stage` can resume from it.
 
     Raises:
-        ValueError: data or optimiser differ, or the batch size does and changes are not allowed, or
-            the checkpoint cannot be read.
+        ValueError: data or optimiser differ, or batch size or seed do and changes are not allowed,
+            or the checkpoint cannot be read.
     """
     state = load_state(path)
     batch_size = stage.recipe.training.batch_size
@@ -93,6 +93,13 @@ def resumable_state(path: Path, stage: Resumable, *, allow_changes: bool) -> Tra
             f"{path} was trained with batch size {state.batch_size}, the recipe has {batch_size}: "
             "steps and learning rate would change their meaning. Restore the batch size, or accept "
             "this with --allow-recipe-changes."
+        )
+    seed = stage.recipe.training.seed
+    if state.seed != seed and not allow_changes:
+        raise ValueError(
+            f"{path} was trained with training.seed {state.seed}, the recipe has {seed}: order and "
+            "masks of the images would change. Restore the seed, or accept this with "
+            "--allow-recipe-changes."
         )
     if state.data_digest != stage.data_digest:
         raise ValueError(

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 from data_prep.format.terminal import protect_output
 from simmim.engine.exit_codes import LOST, STOPPED
-from simmim.stop_signals import exit_on_stop_signals, handled_stop_signals
+from simmim.stop_signals import exit_on_stop_signals, handled_stop_signals, ignore_stop_signals
 
 DEFAULTS = {
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     exit_on_stop_signals(STOPPED)
     from torch.distributed import run
 
-    return exit_code_of(lambda: run.main(arguments))
+    code = exit_code_of(lambda: run.main(arguments))
+    ignore_stop_signals()
+    return code
 
 
 def exit_code_of(torchrun: Callable[[], object]) -> int:
@@ -53,12 +55,14 @@ def exit_code_of(torchrun: Callable[[], object]) -> int:
     try:
         torchrun()
     except ChildFailedError as error:
+        ignore_stop_signals()
         for rank, failure in error.failures.items():
             if failure.exitcode < 0:
                 name, process = signal.Signals(-failure.exitcode).name, failure.pid
                 sys.stderr.write(f"simmim: rank {rank} (process {process}) was killed by {name}.\n")
         return common_exit_code([failure.exitcode for failure in error.failures.values()])
     except SignalException as error:
+        ignore_stop_signals()
         name = signal.Signals(error.sigval).name
         sys.stderr.write(f"simmim: the launcher received {name} and stopped its processes.\n")
         return STOPPED

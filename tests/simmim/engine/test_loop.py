@@ -177,6 +177,18 @@ def test_resume_refuses_another_batch_size(pretrain_values: dict[str, Any], tmp_
         run_training(pretrain_values, tmp_path, resume="auto", batch_size=16)
 
 
+def test_resume_refuses_a_state_of_another_seed(
+    pretrain_values: dict[str, Any], tmp_path: Path
+) -> None:
+    run_training(pretrain_values, tmp_path, steps=4)
+    last = tmp_path / "checkpoints" / "step-00000004"
+    state = json.loads((last / "state.json").read_text()) | {"seed": 7, "run": ""}
+    (last / "state.json").write_text(json.dumps(state))
+    (last / "complete").write_bytes(b"")  # as earlier versions marked it, without digests
+    with pytest.raises(ValueError, match="seed 7, the recipe has 0"):
+        run_training(pretrain_values, tmp_path, resume="auto", steps=4)
+
+
 def test_auto_falls_back_to_the_checkpoint_before_a_damaged_one(
     pretrain_values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

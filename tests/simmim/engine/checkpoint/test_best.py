@@ -14,6 +14,7 @@ from simmim.engine.checkpoint.directory import (
     best_checkpoint,
     complete_checkpoints,
     is_better,
+    kept_best,
     load_state,
     write_best,
 )
@@ -160,6 +161,17 @@ def test_a_resumed_run_remembers_the_best_so_far(
     train(stage, folder, build_accelerator("fp32"), "auto", allow_changes=True)
     assert steps(tmp_path) == [4, 12]
     assert best_checkpoint(tmp_path).name == "step-00000004"
+
+
+def test_the_best_of_another_folder_stays_there(
+    classification_values: dict[str, Any], tmp_path: Path
+) -> None:
+    run_training(classification_values, tmp_path / "one", [10, 30, 20, 25])
+    last = str(tmp_path / "one" / "checkpoints" / "step-00000008")
+    longer = {"steps": 12, "schedule": {"warmup_steps": 0}}
+    run_training(classification_values, tmp_path / "two", [29, 28], resume=last, **longer)
+    assert steps(tmp_path / "two") == [10, 12]
+    assert kept_best(tmp_path / "two") == tmp_path / "two" / "checkpoints" / "step-00000010"
 
 
 def test_repeated_steps_are_compared_again(
