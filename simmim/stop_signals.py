@@ -45,8 +45,11 @@ def exit_on_stop_signals(code: int) -> None:
         end_children()
         os._exit(code)
 
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     for number in handled_stop_signals():
         signal.signal(number, stop)
+    import psutil  # noqa: F401 (`stop` would find it half imported)
+
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 

@@ -169,6 +169,26 @@ time.sleep(60)
 """
 
 
+WHILE_PSUTIL_IS_IMPORTED = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "psutil._common":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGTERM)
+sys.meta_path.insert(0, Finder())
+from simmim.start import start_process
+start_process(["pretrain"])
+import psutil
+"""
+
+
+def test_a_signal_while_its_handler_is_prepared_ends_with_75(tmp_path: Path) -> None:
+    done = shell('"$@"', ["-c", WHILE_PSUTIL_IS_IMPORTED], tmp_path)
+    assert done.returncode == 75, done.stderr
+    assert "SIGTERM outside of training" in done.stderr
+
+
 AT_THE_VERY_END = """
 import os, signal, sys
 class Late:
