@@ -116,15 +116,13 @@ def check_presence(sets: list[LocalFiles[Any]]) -> Check:
 
 def prepare_some(source: SampleSource[Any], prepare: Prepare) -> PreparedSamples:
     """Prepare samples spread evenly over all shards, for a limited time."""
-    ends = np.cumsum(source.sizes)
-    places = np.unique(np.linspace(0, source.samples - 1, min(PREPARED, source.samples)))
+    places = source.spread(PREPARED)
     found, began = PreparedSamples(), time.perf_counter()
     # In random order, which covers the whole set even if time runs out.
-    for place in np.random.default_rng(0).permutation(places.astype(int)).tolist():
+    for index in np.random.default_rng(0).permutation(len(places)).tolist():
         if time.perf_counter() - began > PREPARING_SECONDS:
             break
-        shard = int(np.searchsorted(ends, place, side="right"))
-        sample = place - int(ends[shard] - source.sizes[shard])
+        shard, sample = places[index]
         found.count += 1
         try:
             prepared = prepare(source.read(shard, sample), Address(0, shard, sample))

@@ -132,7 +132,6 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
         self,
         transform: Prepare | None = None,
         *,
-        source: DataT | None = None,
         at_a_time: int | None = None,
         rank: int = 0,
         world: int = 1,
@@ -141,18 +140,16 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
 
         Args:
             transform: transform of the samples; None is `validation_transform`.
-            source: other samples; None are those held out.
             at_a_time: batch size over all ranks; None is the one of training.
             rank: number of this process.
             world: number of processes.
         """
-        source = self.validation_shards if source is None else source
-        assert source is not None
+        assert self.validation_shards is not None
         training = self.recipe.training
         if at_a_time is None:
             at_a_time = training.batch_size // training.accumulation
         return evaluation_batches(
-            source,
+            self.validation_shards,
             transform or self.validation_transform(),
             batch_size=max(world, at_a_time),
             rank=rank,

@@ -91,7 +91,7 @@ class BatchStream:
     def __init__(
         self,
         dataset: BatchDataset[Any],
-        sampler: TrainingSampler | EvaluationSampler,
+        sampler: TrainingSampler | EvaluationSampler | Sequence[Sequence[Address]],
         *,
         workers: int,
         prefetch: int,
@@ -231,6 +231,29 @@ def evaluation_batches(
         workers=workers,
         prefetch=prefetch,
         pin_memory=pin_memory,
+        bad_samples=bad_samples,
+    )
+
+
+def picture_batches(
+    shards: SampleSource[Encoded],
+    transform: Callable[[Encoded, Address], Sample],
+    *,
+    count: int,
+    batch_size: int,
+    bad_samples: BadSamples | None = None,
+) -> BatchStream:
+    """Return batches of up to `count` samples spread over a set, always the same.
+
+    Unreadable ones are skipped, counted and listed.
+    """
+    addresses = [Address(0, shard, sample) for shard, sample in shards.spread(count)]
+    return BatchStream(
+        BatchDataset(shards, transform, replacing=False),
+        [addresses[first : first + batch_size] for first in range(0, len(addresses), batch_size)],
+        workers=0,
+        prefetch=1,
+        pin_memory=False,
         bad_samples=bad_samples,
     )
 

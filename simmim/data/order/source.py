@@ -5,6 +5,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Generic, Protocol, TypeVar
 
+import numpy as np
+
 
 class DataError(ValueError):
     """Shards or images that cannot be used; the message says which, why and what to do."""
@@ -95,6 +97,24 @@ class SampleSource(ABC, Generic[Encoded_co]):
     def fetch(self, shard: int) -> None:
         """Fetch a shard into the cache, if there is one. Raises DataError if that fails."""
         del shard
+
+    def spread(self, count: int) -> list[tuple[int, int]]:
+        """Return shard and number of up to `count` samples at equal distances, always the same.
+
+        They are of the first shard that has samples, if reading one fetches its whole shard.
+        """
+        sizes = self.sizes
+        first = next((shard for shard, size in enumerate(sizes) if size), 0)
+        if self.fetches_whole_shards:
+            sizes = sizes[: first + 1]
+        total = sum(sizes)
+        places = np.unique(np.linspace(0, total - 1, min(count, total)).astype(int))
+        ends = np.cumsum(sizes)
+        shards = np.searchsorted(ends, places, side="right")
+        return [
+            (shard, place - int(ends[shard] - sizes[shard]))
+            for shard, place in zip(shards.tolist(), places.tolist(), strict=True)
+        ]
 
     @abstractmethod
     def folder_of(self, shard: int) -> str:

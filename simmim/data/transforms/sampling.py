@@ -182,16 +182,12 @@ def sample_images(
 
 def _spread(source: SampleSource[Any], most: int, enough: Callable[[], bool]) -> Iterator[Any]:
     """Yield encoded samples spread evenly over a set, in random order, until it is enough."""
-    ends = np.cumsum(source.sizes)
-    # If reading a sample fetches its whole shard, one shard has to be enough.
-    reach = source.sizes[0] if source.fetches_whole_shards else source.samples
-    places = np.unique(np.linspace(0, reach - 1, min(most, reach)).astype(int))
+    places = source.spread(most)
     # In random order, which covers the whole set even if time runs out.
-    for place in np.random.default_rng(0).permutation(places).tolist():
+    for index in np.random.default_rng(0).permutation(len(places)).tolist():
         if enough():
             return
-        shard = int(np.searchsorted(ends, place, side="right"))
-        yield source.read(shard, place - int(ends[shard] - source.sizes[shard]))
+        yield source.read(*places[index])
 
 
 def form_of(data: bytes, extension: str, max_pixels: int) -> ImageForm:

@@ -29,6 +29,9 @@ from simmim.tasks.segmentation.heads import check_installed
 from simmim.tasks.segmentation.overlays import draw_objects, square_picture_of
 from swinv2 import SwinV2
 
+PICTURES_AT_A_TIME = 8
+"""Batch size of the images that are drawn."""
+
 
 class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
     """Detection and instance segmentation.
@@ -133,7 +136,7 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
         self, accelerator: Accelerator, colours: np.ndarray
     ) -> Iterator[list[np.ndarray]]:
         """Yield images with true and with detected objects."""
-        for batch in self.held_out(source=self.pictured):
+        for batch in self.pictured_batches(at_a_time=PICTURES_AT_A_TIME):
             for row, found in enumerate(self._find(accelerator, batch)):
                 certain = above_score(found, self.recipe.picture_score)
                 yield self._tiles(batch, row, self._results(batch, row, certain), colours)

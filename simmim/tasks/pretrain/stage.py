@@ -9,9 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from simmim.data.datasets.mixture import Shards
 from simmim.data.loader.batch import Batch
-from simmim.data.loader.batches import BatchStream, evaluation_batches
+from simmim.data.loader.batches import BatchStream, evaluation_batches, picture_batches
 from simmim.data.settings import DataSettings
 from simmim.data.transforms.image_transforms import EvalTransform
 from simmim.engine.checkpoint.directory import (
@@ -145,7 +144,6 @@ class PretrainStage:
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
-        shards: Shards | None = None,
     ) -> BatchStream:
         """Return batches of this rank's part of the held-out images, with fixed masks.
 
@@ -154,23 +152,25 @@ class PretrainStage:
             rank: number of this process.
             world: number of processes.
             workers: data worker processes.
-            shards: other images; None are those held out.
         """
-        data = self.recipe.data
-        transform = EvalTransform(
-            size=(data.image_size, data.image_size),
-            channels=self.recipe.encoder.in_channels,
-            mask=self.draw_mask,
-            max_pixels=data.max_pixels,
-        )
         return evaluation_batches(
-            self.validation_shards if shards is None else shards,
-            transform,
+            self.validation_shards,
+            self._whole_images(),
             batch_size=batch_size,
             rank=rank,
             world=world,
             workers=workers,
             bad_samples=self.bad_samples,
+        )
+
+    def _whole_images(self) -> EvalTransform:
+        """Return the transform of held-out images: centre crop, and the same mask every time."""
+        data = self.recipe.data
+        return EvalTransform(
+            size=(data.image_size, data.image_size),
+            channels=self.recipe.encoder.in_channels,
+            mask=self.draw_mask,
+            max_pixels=data.max_pixels,
         )
 
     def baselines(self) -> dict[str, float]:
@@ -236,13 +236,18 @@ class PretrainStage:
 
     @torch.no_grad()
     def visualize(self, accelerator: Accelerator, run: RunFolder, step: int) -> Path | None:
-        """Draw reconstructions of the first held-out images, or training images if there are none.
+        """Draw reconstructions of held-out images, or of training images if there are none.
 
-        They keep their masks during the whole training.
+        They are spread over the set, and are the same with the same masks during the training.
         """
         held_out = self.validation_shards.samples > 0
-        shards = self.validation_shards if held_out else self.training_shards
-        batches = self.held_out_batches(batch_size=PANEL_IMAGES, shards=shards)
+        batches = picture_batches(
+            self.validation_shards if held_out else self.training_shards,
+            self._whole_images(),
+            count=PANEL_IMAGES,
+            batch_size=PANEL_IMAGES,
+            bad_samples=self.bad_samples,
+        )
         batch = next(iter(batches), None)
         if batch is None:
             return None

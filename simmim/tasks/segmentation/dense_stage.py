@@ -3,10 +3,8 @@
 import json
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from copy import deepcopy
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from simmim.data.loader.batch import Batch
+from simmim.data.loader.batches import BatchStream, picture_batches
 from simmim.engine.loop import nonzero
 from simmim.engine.run import RunFolder
 from simmim.tasks.features import Normalise, sample_drop_path_noise
@@ -251,6 +250,16 @@ class DenseStage(FineTuningStage[RecipeT, DataT]):
         """The images of which pictures are drawn: those held out, or else those trained on."""
         return self.training_shards if self.validation_shards is None else self.validation_shards
 
+    def pictured_batches(self, *, at_a_time: int) -> BatchStream:
+        """Return the images of which pictures are drawn, spread over the set."""
+        return picture_batches(
+            self.pictured,
+            self.validation_transform(),
+            count=self.recipe.pictures,
+            batch_size=at_a_time,
+            bad_samples=self.bad_samples,
+        )
+
     @abstractmethod
     def picture_rows(
         self, accelerator: Accelerator, colours: np.ndarray
@@ -264,8 +273,9 @@ class DenseStage(FineTuningStage[RecipeT, DataT]):
             return None
         self.module.eval()
         colours = palette(len(self.names))
-        with closing(self.picture_rows(accelerator, colours)) as drawn:  # type: ignore[type-var]
-            rows = list(islice(drawn, self.recipe.pictures))
+        rows = list(self.picture_rows(accelerator, colours))
+        if not rows:  # all of them are damaged
+            return None
         path = run.reconstructions / f"step-{step:08d}.png"
         captions = list(self.captions)
         if self.validation_shards is None:

@@ -44,8 +44,8 @@ class DenseRecipe(FineTuningRecipe):
     data: DenseData
     """The images."""
     pictures: int = 4
-    """Validation images to draw with their predictions, or training images if none are held out; 0
-    draws none."""
+    """Validation images to draw with their predictions, spread over the split and always the same,
+    or training images if none are held out; 0 draws none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -153,7 +153,7 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
     ) -> Iterator[list[np.ndarray]]:
         """Yield image, labels and prediction, at the size of the labels."""
         with self._at_evaluation_windows():
-            for batch in self.held_out(source=self.pictured, at_a_time=1):
+            for batch in self.pictured_batches(at_a_time=1):
                 truth = class_map_of(batch).numpy()
                 pixels = picture_of(batch, 0, truth.shape, self.recipe.data.picture_bands)
                 found = self._predict(accelerator, batch).cpu().numpy().astype(np.uint8)

@@ -1,5 +1,6 @@
 """Pictures during training: of images of more than 8 bits, and where nothing is held out."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,34 @@ def test_pictures_under_labels_are_stretched(bands: tuple[int, ...] | None) -> N
         assert picture[12:20, 12:20].mean() > 190
 
 
+def test_pictures_show_images_spread_over_the_set(
+    pretrain_values: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(40):
+        grey = np.full((SIDE, SIDE, 3), 6 * number, dtype=np.uint8)
+        Image.fromarray(grey).save(tmp_path / "images" / f"{number:02}.png")
+    pretrain_values["data"] |= {"shards": str(tmp_path / "images"), "image_size": SIDE}
+    for held_out in (0, 1):
+        pretrain_values["data"]["validation_shards"] = 2 * held_out
+        stage = PretrainStage(parse(PretrainRecipe, pretrain_values, "test"))
+        source = stage.validation_shards if held_out else stage.training_shards
+        places = [(shard, row) for shard, size in enumerate(source.sizes) for row in range(size)]
+        assert source.spread(3) == [places[0], places[(len(places) - 1) // 2], places[-1]]
+        assert source.spread(1000) == places
+        run = RunFolder(path=tmp_path / str(held_out))
+        paths = [stage.visualize(build_accelerator("fp32"), run, step) for step in (1, 2)]
+        assert all(paths)
+        first, second = (np.asarray(Image.open(str(path))) for path in paths)
+        assert np.array_equal(first, second)
+        drawn = [first[60 + 132 * row, 60 + 540 * block, 0] for block in (0, 1) for row in range(4)]
+        shown = source.spread(8)
+        grey = [
+            np.asarray(Image.open(io.BytesIO(source.read(*one).image)))[0, 0, 0] for one in shown
+        ]
+        assert drawn == grey
+
+
 DENSE = {
     "encoder": {
         "variant": "tiny",
@@ -149,6 +178,8 @@ def test_dense_tasks_draw_training_images_of_many_bands_if_nothing_is_held_out(
         from simmim.tasks.detection.stage import DetectionStage
 
         stage = DetectionStage(parse(DetectionRecipe, values, "test"))
+    drawn = [batch.addresses[:, 2].tolist() for batch in stage.pictured_batches(at_a_time=2)]
+    assert drawn == [[0, 5]]
     path = stage.visualize(build_accelerator("fp32"), RunFolder(path=tmp_path / "run"), 1)
     assert path is not None
     with Image.open(path) as panel:
