@@ -136,6 +136,12 @@ def read_video_config(path: str | os.PathLike[str]) -> VideoEncoderDescription:
     return VideoEncoderDescription(**_read(path, VIDEO_FORMAT, VideoConfig, "inflated_from"))
 
 
+def read_provenance(path: str | os.PathLike[str]) -> Provenance:
+    """Read the provenance in an encoder directory, of images or of clips; raises as they do."""
+    read = read_video_config if is_video_encoder(path) else read_encoder_config
+    return read(path).provenance
+
+
 def is_video_encoder(path: str | os.PathLike[str]) -> bool:
     """Return whether `path` is the directory of a video encoder."""
     return _format_of(Path(path) / CONFIG_FILE) == VIDEO_FORMAT

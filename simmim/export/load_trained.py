@@ -16,6 +16,7 @@ from simmim.engine.checkpoint.directory import (
     RECIPE_FILE,
     chosen_checkpoint,
     complete_checkpoints,
+    kept_best,
     load_state,
     read_best,
 )
@@ -33,7 +34,12 @@ from swinv2 import SwinV2, VideoSwinV2, load_video_encoder, read_video_config
 from swinv2.bridges.checkpoints import ClassifierHead, MaskedImageHead
 from swinv2.bridges.preprocessing import Preparation
 from swinv2.bridges.transformers_backbone import encoder_from_backbone
-from swinv2.config_file import Provenance, is_video_encoder, read_encoder_config
+from swinv2.config_file import (
+    Provenance,
+    is_video_encoder,
+    read_encoder_config,
+    read_provenance,
+)
 from swinv2.weights import load_encoder, load_strictly
 
 MODEL_PREFIX = "model."
@@ -92,10 +98,8 @@ def read_source(source: Path, *, best: bool | None = None) -> TrainedModel:
         return _read_run(RunFolder(path=checkpoint.parent.parent), checkpoint)
     run = RunFolder(path=source)
     if run.recipe.is_file():
-        # Without checkpoints there is only the export, which is the best if the run has one.
-        required = best or (best is False and read_best(run.path) is not None)
-        none = not required and not complete_checkpoints(run.checkpoints)
-        return _read_run(run, None if none else chosen_checkpoint(source, best=best))
+        exported = _is_only_in_export(run, best)
+        return _read_run(run, None if exported else chosen_checkpoint(source, best=best))
     if best is not None:
         name = "best" if best else "last"
         raise ValueError(f"{source} is not a run folder, so it has no {name} checkpoint.")
@@ -106,6 +110,16 @@ def read_source(source: Path, *, best: bool | None = None) -> TrainedModel:
         f"{source} {state}: give a run folder (with recipe.yaml and checkpoints/) or an encoder "
         "directory (with config.json and model.safetensors)."
     )
+
+
+def _is_only_in_export(run: RunFolder, best: bool | None) -> bool:
+    """Return whether only the run's own export still has the weights: their checkpoint is gone."""
+    named = read_best(run.path)
+    if named is None or best is False:
+        return not (best or named) and not complete_checkpoints(run.checkpoints)
+    if kept_best(run.path) is not None or not run.encoder.is_dir():
+        return False
+    return read_provenance(run.encoder).step == named.step
 
 
 def read_directory(path: Path) -> TrainedModel:

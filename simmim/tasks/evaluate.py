@@ -102,10 +102,10 @@ def evaluate(
         raise ValueError(
             f"{checkpoint} was trained without validation data: give some with {recipe.VALIDATION}."
         )
-    if not figures:
+    if not figures or stage.best_metric not in {None, *figures}:
         raise ValueError(
-            "the validation data has nothing to measure: all its samples are damaged or without "
-            f"labels. Give other data with {recipe.VALIDATION}."
+            f"the validation data has nothing to measure {stage.best_metric or 'the loss'} by: all "
+            f"its samples are damaged or without labels. Give other data with {recipe.VALIDATION}."
         )
     found = Evaluation(
         checkpoint=checkpoint,

@@ -35,6 +35,7 @@ from simmim.tasks.architecture import describe_start, overridden
 from simmim.tasks.input_check import check_stage_input
 from simmim.tasks.loading import with_recorded_slots
 from simmim.tasks.recipe import HEAD_FOLDERS, SCRATCH, TaskRecipe
+from swinv2.config_file import read_provenance
 
 RecipeT = TypeVar("RecipeT", bound=TaskRecipe)
 
@@ -210,12 +211,13 @@ def print_result(result: TrainingResult, run: RunFolder) -> None:
 def _exported_lines(run: RunFolder, last: int) -> list[str]:
     """Return lines on the folders of encoder and head, and the checkpoint that they are of."""
     best, path = read_best(run.path), kept_best(run.path)
-    of = "" if path is None else " (of the best checkpoint)"
+    is_best = best is not None and read_provenance(run.encoder).step == best.step
+    of = " (of the best checkpoint)" if is_best else ""
     heads = [run.path / name for name in HEAD_FOLDERS if (run.path / name).is_dir()]
     lines = [f"Encoder  {run.encoder}{of}", *(f"Head     {head}{of}" for head in heads)]
     if best is not None and path is not None:
         lines.append(f"Best     {path}: {best.metric} {best.value:.4f} at step {best.step:,}")
-        if best.step != last:
+        if best.step != last and is_best:
             lines.append(f"Last     simmim export {run.path} FOLDER --last exports step {last:,}")
     return lines
 

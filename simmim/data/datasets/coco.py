@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -94,9 +95,9 @@ class CocoSet(FileSet[CocoImage, dict[str, Any]]):
             yield from self._objects.get(image["id"], ())
 
     def _check_shared(self) -> None:
-        first: dict[str, Any] = {}
+        first: dict[Path, Any] = {}
         for image in self._items:
-            other = first.setdefault(image["file_name"], image)
+            other = first.setdefault(Path(os.path.normpath(image["file_name"])), image)
             if other is not image:
                 raise ValueError(
                     f"{self.file}: the images {other['id']} and {image['id']} share the file "
@@ -123,6 +124,10 @@ class CocoSet(FileSet[CocoImage, dict[str, Any]]):
             if not _numbers(box, 4) or min(box[2:]) < 0:
                 raise ValueError(
                     f"{what} has the bbox {box}; it must be [left, top, width, height]."
+                )
+            if one.get("iscrowd") not in (None, 0, 1):
+                raise ValueError(
+                    f"{what} has the iscrowd {_shown(one['iscrowd'])}; it must be 0 or 1."
                 )
             found.setdefault(int(image), []).append(one)
         return found

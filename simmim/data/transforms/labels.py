@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_prep.images.opening import UnknownFormatError, open_picture
+from data_prep.images.orientation import orientation_of, turn_array
 from simmim.data.order.source import BadSampleError, DataError, EncodedImage
 from simmim.data.transforms.decoding import too_large_error
 from simmim.data.transforms.settings import MAX_PIXELS, MultiLabelSettings
@@ -133,7 +134,7 @@ class LabelMapReader:
             image = open_picture(data)
             if image.width * image.height > self.max_pixels:
                 raise too_large_error(image.width, image.height, self.max_pixels)
-            mode, values = image.mode, np.asarray(image)
+            mode, values = image.mode, turn_array(np.asarray(image), orientation_of(image))
         except UnknownFormatError:
             raise BadSampleError("its label map is damaged or of an unknown format") from None
         except (BadSampleError, MemoryError):

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -227,15 +228,28 @@ def chosen_checkpoint(source: Path, *, best: bool | None = None) -> Path:
 def _chosen(source: Path, best: bool | None) -> Path:
     if (source / COMPLETE).is_file():
         return source
-    if best:
-        return best_checkpoint(source)
-    found = complete_checkpoints(source / "checkpoints")
+    kept, found = kept_best(source), complete_checkpoints(source / "checkpoints")
+    if best and kept is None:
+        path = best_checkpoint(source)
+        raise ValueError(
+            f"{path}, the best checkpoint of {source}, is gone or incomplete: leave out --best for "
+            "the last checkpoint."
+        )
+    if best or (best is None and kept is not None):
+        assert kept is not None
+        return kept
     if not found:
         raise ValueError(
             f"{source} holds no complete checkpoint: give a run folder or a checkpoint in one."
         )
-    kept = kept_best(source) if best is None else None
-    return found[-1] if kept is None else kept
+    named = read_best(source) if best is None else None
+    if named is not None and int(os.environ.get("RANK", "0")) == 0:
+        sys.stderr.write(
+            f"WARNING: {checkpoint_path(source / 'checkpoints', named.step)}, the best checkpoint "
+            f"({named.metric} {named.value:.4f}), is gone or incomplete: {found[-1].name}, the "
+            "last, is taken.\n"
+        )
+    return found[-1]
 
 
 def kept_best(run: Path) -> Path | None:

@@ -123,7 +123,7 @@ class SegmentationData(DenseData):
     folder: str
     """Folder of images and annotations: grey or palette PNGs with the class number of each pixel,
     named as their images. Images with an Exif orientation are read upright, and their annotations
-    have to be upright."""
+    have to be upright, by an orientation of their own or as they are stored."""
     layout: FolderLayout = FolderLayout()
     """Where images and annotations are in the folder."""
     train: str = "training"
@@ -133,7 +133,7 @@ class SegmentationData(DenseData):
     validation_folder: str | None = None
     """Folder of the validation split; null is `folder`."""
     num_classes: int
-    """Number of classes, at most 255."""
+    """Number of classes, 2 to 255."""
     class_names: tuple[str, ...] | None = None
     """Class names in the order of their numbers; null is class 0, class 1, ..."""
     ignore_label: int | None = 255
@@ -164,9 +164,10 @@ class SegmentationData(DenseData):
                 "{split} into data.layout.images, or set data.validation to another split or null."
             )
         check_shares(self, "largest_class")
-        if not 1 <= self.num_classes <= MAX_CLASSES:
+        if not 2 <= self.num_classes <= MAX_CLASSES:
             raise ValueError(
-                f"num_classes is {self.num_classes}; it must be from 1 to {MAX_CLASSES}."
+                f"num_classes is {self.num_classes}; it must be from 2 to {MAX_CLASSES}. For a "
+                "single class of interest the background is the other one."
             )
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ValueError(

@@ -104,6 +104,17 @@ def test_upright_labels_fit_upright_pixels(tmp_path: Path, orientation: int, for
     assert (sample.turned is not None) == (orientation in {2, 3, 4})
 
 
+@pytest.mark.parametrize("orientation", list(STORED))
+def test_label_maps_are_turned_by_their_own_orientation(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(STORED[orientation])).save(file, "PNG", exif=exif)
+    reader = LabelMapReader(num_classes=2)
+    assert np.array_equal(reader(file.getvalue(), UPRIGHT.shape), UPRIGHT)
+    assert np.array_equal(reader.read(file.getvalue()), UPRIGHT)
+
+
 @pytest.mark.parametrize("orientation", [2, 3, 4])
 @pytest.mark.parametrize("training", [False, True])
 def test_where_sizes_cannot_tell_the_image_is_noted(

@@ -1,6 +1,7 @@
 """The best checkpoint: written, kept, and named in the run."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 from simmim.engine.checkpoint.directory import (
     Best,
     best_checkpoint,
+    chosen_checkpoint,
     complete_checkpoints,
     is_better,
     kept_best,
@@ -23,6 +25,7 @@ from simmim.engine.checkpoint.resume import load_initial, read_model
 from simmim.engine.devices import build_accelerator
 from simmim.engine.loop import TrainingResult, train
 from simmim.engine.run import RunFolder
+from simmim.export.load_trained import read_source
 from simmim.recipe import parse
 from simmim.tasks.architecture import describe_start
 from simmim.tasks.classification.classifier import load_classifier
@@ -124,6 +127,35 @@ def test_the_last_is_exported_where_the_best_is_damaged(
     found = load_classifier(tmp_path / "encoder", tmp_path / "classifier").model.state_dict()
     assert all(torch.equal(part, kept[f"model.{name}"]) for name, part in found.items())
     assert read_encoder_config(tmp_path / "encoder").provenance.step == 8
+    print_result(TrainingResult(step=8, stopped=False, figures={}), RunFolder(path=tmp_path))
+    said = capsys.readouterr().out.splitlines()
+    assert f"Encoder  {tmp_path}/encoder" in said
+    assert f"Head     {tmp_path}/classifier" in said
+    assert not any("--last" in line for line in said)
+
+
+def test_a_best_checkpoint_that_is_gone_is_said(
+    classification_values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_training(classification_values, tmp_path, [10, 30, 20, 25])
+    best, last = complete_checkpoints(tmp_path / "checkpoints")
+    exported = load_classifier(tmp_path / "encoder", tmp_path / "classifier").model.head.weight
+    shutil.rmtree(best)
+    for choice in (None, True):  # the run's own export still has it
+        found = read_source(tmp_path, best=choice)
+        assert found.provenance.step == 4
+        assert found.classifier is not None
+        assert torch.equal(found.classifier.weight, exported)
+    assert read_source(tmp_path, best=False).provenance.step == 8
+    capsys.readouterr()
+    assert chosen_checkpoint(tmp_path) == last
+    said = capsys.readouterr().err
+    assert f"WARNING: {best}, the best checkpoint (top1 30.0000), is gone" in said
+    assert f"{last.name}, the last, is taken" in said
+    assert chosen_checkpoint(tmp_path, best=False) == last
+    assert not capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"step-00000004, the best .* leave out --best"):
+        chosen_checkpoint(tmp_path, best=True)
 
 
 def test_starting_from_an_encoder_that_is_not_the_best_is_said(

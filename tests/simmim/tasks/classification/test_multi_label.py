@@ -16,6 +16,7 @@ from simmim.recipe import RecipeError, parse
 from simmim.tasks.classification.multi_label import average_precisions, multi_label_losses
 from simmim.tasks.classification.recipe import ClassificationRecipe
 from simmim.tasks.classification.stage import ClassificationStage
+from simmim.tasks.evaluate import evaluate
 from simmim.tasks.train import train_recipe
 
 
@@ -127,6 +128,8 @@ def test_no_class_anywhere_is_refused_and_none_held_out_is_said(
     result = train_recipe(ClassificationStage, recipe, run=run, resume=None, allow_changes=False)
     assert set(result.figures) == {"validation_loss"}
     assert "nothing to measure mean_average_precision by" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="has nothing to measure mean_average_precision by"):
+        evaluate(run.path)
     for file in attributes.glob("*.json"):
         file.write_text('{"labels": []}')
     with pytest.raises(ValueError, match="lists a class in its field 'labels'"):

@@ -250,6 +250,10 @@ def test_photometric_distortion_has_the_right_bounds_and_rates() -> None:
         (lambda content: content.update(annotations=None), "annotations is not a list"),
         (lambda content: content["annotations"].append([1]), "is not an object"),
         (
+            lambda content: content["annotations"][2].update(iscrowd="0"),
+            "annotation 3 has the iscrowd '0'",
+        ),
+        (
             lambda content: content["annotations"][2].update(bbox=["1", "2", "3", "4"]),
             "annotation 3 has the bbox",
         ),
@@ -388,7 +392,8 @@ def test_a_coco_file_without_objects_has_nothing_to_measure(scenes: Path, crowds
 def test_images_never_share_a_file_of_coco(scenes: Path) -> None:
     file = scenes / "training.json"
     content = json.loads(file.read_text())
-    content["images"].append(content["images"][0] | {"id": 99})
+    name = f"./{content['images'][0]['file_name']}"
+    content["images"].append(content["images"][0] | {"id": 99, "file_name": name})
     content["annotations"].append(content["annotations"][0] | {"image_id": 99})
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="images 1 and 99 share the file"):
