@@ -27,9 +27,13 @@ from data_prep.images.tiff_layout import (
 
 _BIG_BIG_ENDIAN = b"MM\0+"
 _PICTURE_CODECS = (33003, 33005, 34712)
-_LERC = 34887
 _LOSSLESS = (1, 5, 8, 32773, 32946)
 _PREDICTED = (5, 8, 32946)
+_MAY_BE_PREDICTED = (*_PREDICTED, 32773, 34925, 50000)
+"""Compressions with which values are written through a predictor; with others readers disagree."""
+_BITS = {"uint": (*range(1, 17), 32, 64), "int": (8, 16, 32, 64), "float": (16, 24, 32, 64)}
+_PREDICTED_BITS = {2: (8, 16, 32, 64), 3: (8, 16, 24, 32, 64)}
+"""Bits per value for which a predictor is defined."""
 _FAX = (2, 3, 4)
 _JPEG = 7
 _RIGHT = {
@@ -56,8 +60,7 @@ _EXACT_IN_FLOAT64 = 2**53
 
 def reads_right(layout: TiffLayout) -> bool:
     """Return whether Pillow decodes this layout with the right values."""
-    undefined: dict[int, int] = {SampleFormat.UNDEFINED: SampleFormat.UNSIGNED}
-    bits, kinds = set(layout.bits), {undefined.get(kind, kind) for kind in layout.formats}
+    bits, kinds = set(layout.bits), set(layout.formats)
     if len(bits) > 1 or len(kinds) > 1 or layout.depth > 1 or layout.fill_order != 1:
         return False
     if layout.start == _BIG_BIG_ENDIAN or (layout.compression in _FAX and bits != {1}):
@@ -185,7 +188,7 @@ def _check_values(layout: TiffLayout) -> str:
     bits = layout.bits[0]
     is_inexact = layout.compression in _PICTURE_CODECS and bits > 16
     is_packed = bits < 8 and layout.samples > 1 and layout.planar == 1
-    if is_packed or is_inexact or (layout.compression == _LERC and layout.predictor != 1):
+    if is_packed or is_inexact or bits not in _BITS[kind] or not _has_defined_predictor(layout):
         raise TiffError(f"it is {layout}, which is not sure to be decoded exactly: {_ARRAY}")
     plain = (
         Photometric.WHITE_IS_ZERO,
@@ -204,6 +207,14 @@ def _check_values(layout: TiffLayout) -> str:
     if layout.photometric == Photometric.WHITE_IS_ZERO and kind != "uint":
         raise TiffError(f"it is {layout}: white has no defined value in {layout.type}: {_ARRAY}")
     return kind
+
+
+def _has_defined_predictor(layout: TiffLayout) -> bool:
+    """Return whether all readers agree on the values behind the predictor."""
+    if layout.predictor == 1:
+        return True
+    is_defined = layout.bits[0] in _PREDICTED_BITS.get(layout.predictor, ())
+    return is_defined and layout.compression in _MAY_BE_PREDICTED
 
 
 def _convert(values: NDArray[Any], layout: TiffLayout, kind: str) -> NDArray[Any]:

@@ -316,6 +316,8 @@ def _check_places(layout: TiffLayout, tags: dict[int, Any], length: int) -> None
     wrong = (offsets[:count] == 0) | (offsets[:count] >= length)
     if lengths is not None:
         wrong = wrong | (lengths[:count] == 0)
+        if layout.tile is not None:  # strips may be shorter than their stated length
+            wrong = wrong | (lengths[:count] > length - np.minimum(offsets[:count], length))
     if wrong.any():
         raise TiffError(
             f"it is a truncated TIFF: {np.count_nonzero(wrong):,} of its {count:,} {kind}s were "

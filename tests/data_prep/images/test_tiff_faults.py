@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -160,3 +161,64 @@ def test_the_old_tag_marks_previews_too() -> None:
         file.write(values, metadata=None)
         file.write(values[::2, ::2], extratags=reduced, metadata=None)
     assert "first of several pages" not in check_image(buffer.getvalue()).notes
+
+
+def _by_tags(payload: bytes, order: str, bits: int, **tags: int) -> bytes:
+    """Write a grey TIFF of 24 by 16 values with tags that no library writes."""
+    numbers = {"compression": 259, "samples": 277, "predictor": 317, "kind": 339}
+    known = {256: 24, 257: 16, 258: bits, 259: 1, 262: 1, 273: 0, 278: 16, 279: len(payload)}
+    known |= {numbers[name]: value for name, value in tags.items()}
+    known[273] = 8 + 2 + 12 * len(known) + 4
+    entries = [struct.pack(order + "HHII", tag, 4, 1, known[tag]) for tag in sorted(known)]
+    start = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I", 8)
+    head = start + struct.pack(order + "H", len(entries))
+    return head + b"".join(entries) + bytes(4) + payload
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        *(("uint", bits) for bits in (17, 20, 24, 31, 40, 48)),
+        *(("int", bits) for bits in (4, 12, 24)),
+        *(("float", bits) for bits in (1, 8)),
+    ],
+)
+def test_odd_depths_that_readers_disagree_on_are_named(name: str, bits: int, order: str) -> None:
+    payload = np.random.default_rng(0).bytes(24 * 16 * bits // 8)
+    data = _by_tags(payload, order, bits, kind={"uint": 1, "int": 2, "float": 3}[name])
+    for check in (check_image, lambda data: decode_pixels(data, "tif")):
+        with pytest.raises(ValueError, match=rf"1 band of {name}{bits} .*\.npy"):
+            check(data)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_values_of_undefined_format_are_unsigned(bits: int, order: str) -> None:
+    values = np.random.default_rng(0).integers(0, 2**bits, (16, 24)).astype(f"{order}u{bits // 8}")
+    data = _by_tags(values.tobytes(), order, bits, kind=4)
+    assert np.array_equal(_values(data)[..., 0], values)
+
+
+@pytest.mark.parametrize(
+    ("bits", "compression", "predictor"),
+    [(8, 1, 2), (16, 1, 2), (2, 8, 2), (4, 8, 2), (12, 8, 2), (12, 8, 3)],
+)
+def test_predictors_without_a_defined_meaning_are_named(
+    bits: int, compression: int, predictor: int
+) -> None:
+    raw = np.random.default_rng(0).bytes(24 * 16 * bits // 8)
+    payload = raw if compression == 1 else zlib.compress(raw)
+    data = _by_tags(payload, "<", bits, compression=compression, predictor=predictor)
+    with pytest.raises(RejectedImageError, match=rf"predictor {predictor}.*\.npy"):
+        check_image(data)
+
+
+@pytest.mark.parametrize("compression", [None, "deflate"])
+def test_a_last_tile_that_is_cut_in_its_padding_is_truncated(compression: str | None) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (37, 45), dtype=np.uint8)
+    data = _write(values, tile=(16, 16), compression=compression)
+    check_image(data)
+    for cut in (1, 20, 100):
+        with pytest.raises(RejectedImageError, match="TIFF"):
+            check_image(data[:-cut])
