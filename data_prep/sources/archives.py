@@ -17,9 +17,10 @@ from data_prep.sources.unpacking import (
     UnpackedFiles,
     UnpackError,
     decompress,
-    inflate,
+    decompress_member,
     is_compressed,
 )
+from data_prep.sources.zip_methods import MemberDataError, MemberDecoder
 
 _EXTRA_BYTES = 64
 _HEADER_BYTES = 30
@@ -157,10 +158,11 @@ class ArchiveSource:
         else:
             start = file.offset + _data_offset(self._reader(archive.container), file)
             inner = Archive(archive.place, archive.container, start, file.stored)
-        if file.method == zipfile.ZIP_DEFLATED:
+        if file.method != zipfile.ZIP_STORED:
             with inner.place.open("rb") as stream:
                 part = open_part(stream, inner.start, file.stored)
-                copy = self._unpacked.unpack(name, inflate(part, file.size, file.stamp))
+                blocks = decompress_member(part, file.method, file.size, file.stamp)
+                copy = self._unpacked.unpack(name, blocks)
             inner = Archive(copy, name, 0, file.size)
         else:
             self._unpacked.count(file.size)
@@ -206,11 +208,11 @@ def _read_zipped(reader: ByteReader, file: SourceFile) -> bytes:
     data = block[start : start + file.stored]
     if len(data) < file.stored:
         data = reader.read(file.offset + start, file.stored)
-    if file.method == zipfile.ZIP_DEFLATED:
+    if file.method != zipfile.ZIP_STORED:
         try:
-            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, file.size + 1)
-        except zlib.error:
-            raise UnreadableFileError("its compressed data is damaged") from None
+            data = MemberDecoder(file.method, file.size).decompress(data, file.size + 1)
+        except MemberDataError as error:
+            raise UnreadableFileError(str(error)) from None
     if len(data) != file.size or zlib.crc32(data) != file.stamp:
         raise UnreadableFileError("its data does not match the zip's length and checksum")
     return data

@@ -33,7 +33,7 @@ class SourceFile(NamedTuple):
     stored: int = 0
     """Length of the compressed data in a zip."""
     method: int = 0
-    """Compression method in a zip: 0 stored, 8 deflated."""
+    """Compression method in a zip: 0 stored, 8 deflated, 12 bzip2, 14 LZMA."""
     problem: str = ""
     """Why the file must not be used, or empty."""
     container: str = ""

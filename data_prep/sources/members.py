@@ -15,6 +15,7 @@ from data_prep.format.tars import (
     walk_tar,
 )
 from data_prep.sources.files import SourceError, SourceFile
+from data_prep.sources.zip_methods import METHODS
 
 _MAX_OFFSET = 2**62
 
@@ -107,12 +108,14 @@ def _describe_zip_problem(member: zipfile.ZipInfo, name: str) -> str:
         return "it is encrypted"
     if (member.external_attr >> 28) == 0xA:
         return "it is a link"
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+    if member.compress_type not in METHODS:
         return f"its compression method {member.compress_type} is not read here"
     if not 0 <= member.header_offset < _MAX_OFFSET:
         return "its place in the zip is impossible"
-    # Deflate adds 5 bytes to a block that it cannot shrink, and needs one for anything at all.
-    most = member.file_size + (member.file_size // 1000 + 64) * (member.compress_type != 0)
+    # Deflate adds 5 bytes to a block that it cannot shrink, LZMA 1 in 64 KiB, bzip2 a hundredth and
+    # 600 bytes; each needs one for anything at all.
+    added = {zipfile.ZIP_STORED: 0, zipfile.ZIP_DEFLATED: member.file_size // 1000 + 64}
+    most = member.file_size + added.get(member.compress_type, member.file_size // 50 + 1024)
     least = min(1, member.file_size) if member.compress_type else member.file_size
     if not least <= member.compress_size <= most:
         return "its lengths in the zip contradict each other"

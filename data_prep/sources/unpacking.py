@@ -19,6 +19,7 @@ from typing import IO, Any
 from data_prep.format.atomic import name_in_errors
 from data_prep.format.storage import Location, RemotePath, StorageError
 from data_prep.format.text import format_bytes
+from data_prep.sources.zip_methods import MemberDataError, MemberDecoder
 
 MIN_LIMIT = 2**30
 """Bytes that the archives in an archive may have in total, however small it is."""
@@ -156,11 +157,12 @@ def decompress(file: IO[bytes], head: bytes) -> Iterator[bytes]:
         raise UnpackError("its compressed data is cut or damaged") from None
 
 
-def inflate(file: IO[bytes], size: int, checksum: int) -> Iterator[bytes]:
-    """Yield the contents of a deflated member of a zip in blocks.
+def decompress_member(file: IO[bytes], method: int, size: int, checksum: int) -> Iterator[bytes]:
+    """Yield the contents of a compressed member of a zip in blocks.
 
     Args:
         file: its compressed data.
+        method: its compression method.
         size: its declared length in bytes.
         checksum: its declared CRC-32.
 
@@ -168,17 +170,17 @@ def inflate(file: IO[bytes], size: int, checksum: int) -> Iterator[bytes]:
         UnpackError: it is damaged, or longer or shorter than declared.
         OSError: it cannot be read.
     """
-    decoder = zlib.decompressobj(-zlib.MAX_WBITS)
+    decoder = MemberDecoder(method, size)
     found, left = 0, size
-    try:
-        while not decoder.eof and left >= 0:
-            data = decoder.unconsumed_tail or file.read(_BLOCK)
+    while not decoder.eof and left >= 0:
+        data = file.read(_BLOCK) if decoder.needs_input else b""
+        try:
             block = decoder.decompress(data, _BLOCK)
-            if not data and not block:
-                break
-            found, left = zlib.crc32(block, found), left - len(block)
-            yield block
-    except zlib.error:
-        raise UnpackError("its compressed data is damaged") from None
+        except MemberDataError as error:
+            raise UnpackError(str(error)) from None
+        if not data and not block:
+            break
+        found, left = zlib.crc32(block, found), left - len(block)
+        yield block
     if left or found != checksum:
         raise UnpackError("its data does not match the zip's length and checksum")

@@ -174,12 +174,10 @@ def test_unsafe_members_of_a_zip_are_rejected(tmp_path: Path) -> None:
         link = zipfile.ZipInfo("link.jpg")
         link.external_attr = 0o120777 << 16
         archive.writestr(link, "/etc/passwd")
-        archive.writestr("packed.jpg", b"x", zipfile.ZIP_LZMA)
         archive.writestr("huge.jpg", bytes(10**6), zipfile.ZIP_DEFLATED)
     assert _problems(path, max_bytes=10**5) == {
         "../up.jpg": "its path leads out of the archive",
         "link.jpg": "it is a link",
-        "packed.jpg": "its compression method 14 is not read here",
         "huge.jpg": "it declares 1,000,000 bytes, more than --max-bytes 100,000",
     }
 
