@@ -19,7 +19,7 @@ from data_prep.executors.processes import (
     available_cores,
     raise_on_signals,
 )
-from data_prep.format.terminal import ExitCode, flush_output, protect_output
+from data_prep.format.terminal import CANNOT_WRITE, ExitCode, flush_output, protect_output
 from data_prep.format.text import printable_lines
 from data_prep.images.settings import FORMATS, MAX_PIXELS, Encoding
 from data_prep.sources.files import Selection
@@ -43,6 +43,8 @@ def run() -> None:
         code: ExitCode = main()
     except SystemExit as ending:
         code = ending.code
+    except OSError:  # of a message that could not be written either
+        code = CANNOT_WRITE
     sys.exit(flush_output(code))
 
 

@@ -34,6 +34,7 @@ LONGEST_DELAY = 20.0
 """Longest delay between two attempts, in seconds."""
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+_NO_NAME = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # Python keeps other bytes in the rest
 _EXTRAS = {"s3fs": "s3", "gcsfs": "gcs", "aiohttp": "http"}
 _BLOCK = 2**22
 _READ_AHEAD = 2**22
@@ -288,10 +289,15 @@ def locate(place: str | os.PathLike[str] | RemotePath) -> Location:
     """Return the location of a path or a URL.
 
     Raises:
-        StorageError: the URL is chained, or its protocol is not supported.
+        StorageError: it is empty or no file can have that name, the URL is chained, or its protocol
+            is not supported.
     """
     if isinstance(place, RemotePath):
         return place
+    name = os.fspath(place)
+    if not name.strip() or _NO_NAME.search(name):
+        fault = "holds NUL or half a character, as no name does" if name.strip() else "is empty"
+        raise StorageError(f"{name!a} {fault}. Give a path or a URL.")
     if not isinstance(place, str):
         return Path(place)
     text, match = place, _URL.fullmatch(place)
@@ -311,6 +317,8 @@ def locate(place: str | os.PathLike[str] | RemotePath) -> Location:
             f"{text!r}: the protocol {protocol!r} is refused. Give a path, or a URL of "
             f"{', '.join(PROTOCOLS)}."
         )
+    if not text.partition("://")[2].strip("/"):
+        raise StorageError(f"{text!r} names no host or bucket. Give a whole URL.")
     return RemotePath(text.rstrip("/"))
 
 

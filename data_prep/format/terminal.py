@@ -32,13 +32,18 @@ class OutputFile(io.FileIO):
         descriptor: its number; it is not closed with this object.
         name: name for error messages.
         optional: drop what cannot be written. Otherwise a broken pipe ends the process quietly, by
-            SystemExit, and other failures are raised once.
+            SystemExit, and other failures are raised once, and kept as `failure`: argparse, for
+            one, drops them.
+
+    Attributes:
+        failure: why output was lost that is not optional, or None.
     """
 
     def __init__(self, descriptor: int, name: str, *, optional: bool) -> None:
         super().__init__(descriptor, "w", closefd=False)
         self.name = name
         self.optional = optional
+        self.failure: OSError | None = None
         self._is_gone = False
 
     def write(self, data: Any, /) -> int:
@@ -56,7 +61,8 @@ class OutputFile(io.FileIO):
                 return length
             if gone:
                 raise SystemExit(BROKEN_PIPE) from None
-            raise OSError(error.errno, error.strerror, self.name) from None
+            self.failure = OSError(error.errno, error.strerror, self.name)
+            raise self.failure from None
         return written
 
 
@@ -137,13 +143,16 @@ def flush_output(code: ExitCode = 0) -> ExitCode:
         code: exit code if they can be flushed, as for `sys.exit`.
     """
     for stream in (sys.stdout, sys.stderr):
+        lost = getattr(getattr(getattr(stream, "buffer", None), "raw", None), "failure", None)
         try:
             stream.flush()
         except SystemExit as ending:
             code = code or ending.code
         except OSError as error:
-            code = code or CANNOT_WRITE
+            lost = error
+        if lost is not None and code in (None, 0):  # otherwise it was said when it happened
+            code = CANNOT_WRITE
             with suppress(OSError, SystemExit):
-                sys.stderr.write(f"{error.filename or 'output'}: {error.strerror}.\n")
+                sys.stderr.write(f"{lost.filename or 'output'}: {lost.strerror}.\n")
                 sys.stderr.flush()
     return code

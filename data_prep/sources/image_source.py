@@ -3,6 +3,7 @@
 import zipfile
 from pathlib import Path
 
+from data_prep.format.manifest import ManifestError, read_manifest
 from data_prep.format.patterns import is_pattern
 from data_prep.format.samples import has_labelled_samples
 from data_prep.format.storage import Location, RemotePath
@@ -52,6 +53,7 @@ def open_source(
     if shards and (path.is_dir() or is_pattern(path)):
         return ShardSource(path, selection)
     if path.is_dir():
+        _refuse_finished_set(path)
         return FolderSource(path, ordered=ordered, without=without)
     if not path.exists():
         if is_pattern(path):
@@ -72,6 +74,7 @@ def _open_remote(
     if shards:
         return ShardSource(path, selection)
     if not _is_named_as_file(path) and path.is_dir():
+        _refuse_finished_set(path)
         return RemoteFolderSource(path)
     if not path.exists():
         raise SourceError(f"{path} does not exist. Give the URL of {_KINDS}.")
@@ -105,6 +108,18 @@ def _open_file(path: Location, selection: Selection, scratch: Path | None) -> Im
     raise SourceError(
         f"source {path} is not a folder, a zip or a tar of images, nor a list ({suffixes}). "
         f"Give {_KINDS}."
+    )
+
+
+def _refuse_finished_set(folder: Location) -> None:
+    """Refuse a folder that data-prep has written: its indexes (.npy) would be taken for images."""
+    try:
+        read_manifest(folder, allow_pipe=True)
+    except ManifestError:
+        return  # none, or a file of another program that is called so
+    raise SourceError(
+        f"source {folder} is a finished set of shards already: train on it with data.shards. To "
+        f"write its samples anew: `data-prep reshard {folder} DST`."
     )
 
 

@@ -44,6 +44,14 @@ def find_column(names: Sequence[str], role: str, asked: str | None, path: Locati
     return None
 
 
+def find_named(names: Sequence[str], asked: str) -> str | None:
+    """Return the field with a name, or the only one that is the same but for case and blanks."""
+    if asked in names:
+        return asked
+    found = [name for name in names if _plain(name) == _plain(asked)]
+    return found[0] if len(found) == 1 else None
+
+
 def _only(names: Sequence[str], found: list[str], role: str, path: Location) -> str:
     if len(found) > 1 or names.count(found[0]) > 1:
         raise SourceError(

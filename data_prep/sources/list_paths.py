@@ -21,6 +21,7 @@ class PathRules:
     """Turns the paths of a list into paths below a root folder.
 
     A backslash separates folders as a slash does. Absolute paths and URLs must lead into the root.
+    Blanks around a path do not belong to it, unless there is a local file of exactly that name.
     """
 
     def __init__(self, root: Location) -> None:
@@ -45,7 +46,9 @@ class PathRules:
             given = os.fsdecode(given)
         if isinstance(given, list | tuple | dict | float):
             raise ValueError(f"holds {type(given).__name__} values, not paths")
-        path = str(given).strip()
+        path = str(given)
+        if path != path.strip() and not self._is_there(path):
+            path = path.strip()
         if path.isascii() and not _SPECIAL.search(path):
             return path, ""  # nearly always, and much faster
         try:
@@ -53,6 +56,15 @@ class PathRules:
         except UnicodeEncodeError:
             return path.encode("utf-8", "backslashreplace").decode(), "its name is not text"
         return self._place(path)
+
+    def _is_there(self, path: str) -> bool:
+        """Return whether a local file has this name, blanks included."""
+        if not self._prefixes or "\0" in path:
+            return False
+        try:
+            return bool(path.strip()) and os.path.lexists(self._prefixes[0] + path)
+        except (OSError, ValueError):
+            return False
 
     def _place(self, path: str) -> tuple[str, str]:
         if path.startswith(_FILE_URL) and self._prefixes:

@@ -2,9 +2,9 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from data_prep.format.index import read_index
 from data_prep.format.manifest import (
@@ -35,6 +35,8 @@ from data_prep.sources.json_fields import (
     JsonFields,
     parse_fields,
 )
+from data_prep.sources.list_columns import find_named
+from data_prep.sources.list_labels import text_of
 
 _NOT_IN_MANIFEST = "tars not in the manifest"
 
@@ -203,7 +205,7 @@ class ShardSource:
             file = self._name_class(file, sample.label)
         found = _read_fields(sample, tar)
         fields = found.values
-        path, split = fields.pop("path", None), fields.get(self._selection.split_column, "")
+        path, split = fields.pop("path", None), self._split(fields)
         if isinstance(path, str) and path:
             file = file._replace(path=path)
         if self._selection.only_split is not None and LEFT_OUT & {*found.notes}:
@@ -211,10 +213,16 @@ class ShardSource:
             file = file._replace(problem="its JSON is damaged", split=self._selection.only_split)
             split = self._selection.only_split
         return file._replace(
-            split=split if isinstance(split, str) else "",
+            split=split,
             fields=json.dumps({**fields, "key": sample.key}),
             notes="; ".join(found.notes),
         )
+
+    def _split(self, fields: Mapping[str, Any]) -> str:
+        """Return the split in the fields of a sample, whose name is found as a column of a list."""
+        name = find_named(tuple(fields), self._selection.split_column)
+        value = None if name is None else fields[name]
+        return "" if isinstance(value, list | dict) else text_of(value)
 
     def _name_class(self, file: SourceFile, label: int) -> SourceFile:
         if self.classes is None:

@@ -213,13 +213,22 @@ def _describe_mixture(kinds: Mapping[str, tuple[int, str]]) -> str:
     if share_batches(kinds):
         return ""
     ordered = sorted(kinds.items(), key=lambda item: (-item[1][0], item[0]))
-    shown = "; ".join(f"{count:,} {kind}, as {path}" for kind, (count, path) in ordered[:_NAMED])
+    shown = "; ".join(
+        f"{count:,} {kind if count > 1 else _singular(kind)}, as {path}"
+        for kind, (count, path) in ordered[:_NAMED]
+    )
     more = f"; {len(ordered) - _NAMED} more kinds" if len(ordered) > _NAMED else ""
     return (
         f"the set holds images of several kinds, of which training takes one: {shown}{more}. If "
         "some do not belong to it, as label maps do not, choose with --include or --exclude and "
         "write it again with --overwrite."
     )
+
+
+def _singular(kind: str) -> str:
+    """Return the name of a kind of images, which is a plural in reports, for one of them."""
+    noun, *rest = kind.split(" ", 1)
+    return " ".join((noun.removesuffix("s"), *rest))
 
 
 def _describe_all_rejected(found: int, first: list[Rejection]) -> str:

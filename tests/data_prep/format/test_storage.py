@@ -85,6 +85,25 @@ def test_urls_that_run_commands_or_chain_are_refused(url: str, reason: str) -> N
         read_manifest(url)
 
 
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("", "is empty"),
+        ("  ", "is empty"),
+        ("a\0b", "NUL"),
+        ("s3://bucket/a\0b", "NUL"),
+        ("half \ud800", "half a character"),
+        ("http://", "names no host or bucket"),
+        ("s3:///", "names no host or bucket"),
+    ],
+)
+def test_what_no_file_can_be_called_is_named_as_such(place: str, reason: str) -> None:
+    with pytest.raises(StorageError, match=reason) as caught:
+        locate(place)
+    assert str(caught.value).isprintable()
+    assert locate("bytes \udcff").name == "bytes \udcff"
+
+
 @pytest.mark.skipif(find_spec("gcsfs") is not None, reason="the extra is installed")
 def test_a_missing_extra_is_named_with_its_command() -> None:
     with pytest.raises(ValueError, match=r"pip install 'simmim\[gcs\]'"):

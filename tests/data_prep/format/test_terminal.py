@@ -1,5 +1,6 @@
 """Standard streams that are closed, broken or full, as shells and schedulers leave them."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,28 @@ def test_a_full_disk_is_an_error_that_is_named_once(tmp_path: Path) -> None:
         )
     assert done.returncode == CANNOT_WRITE
     assert done.stderr == "<stdout>: No space left on device.\n"
+
+
+@pytest.mark.parametrize("columns", ["30", "200"])  # more and less than a buffer of output
+def test_help_that_cannot_be_written_is_an_error(columns: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "data_prep", "shard", "--help"],
+            env=os.environ | {"COLUMNS": columns},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (CANNOT_WRITE, "<stdout>: No space left on device.\n")
+
+
+def test_a_message_that_cannot_be_written_changes_no_exit_code() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "data_prep", "info", "missing"]
+        done = subprocess.run(command, stdout=full, stderr=full, timeout=60, check=False)
+    assert done.returncode == CANNOT_WRITE
 
 
 CONTROLS = """

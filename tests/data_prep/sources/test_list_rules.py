@@ -311,3 +311,20 @@ def test_lists_of_captions_keep_their_lines(folder: Path) -> None:
     text = 'path,caption\ncat/0.jpg,"a cat,\nsleeping"\ncat/0.jpg,a cat\n'
     files = _files(_write(folder, "a.csv", text))
     assert [json.loads(file.fields)["caption"] for file in files] == ["a cat,\nsleeping", "a cat"]
+
+
+def test_blanks_around_a_path_are_dropped_unless_the_name_has_them(
+    image_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    names = {"a.jpg": "train/cat/0.jpg", " a.jpg": "train/cat/1.jpg", "b.jpg ": "train/cat/2.jpg"}
+    for name, image in names.items():
+        (tmp_path / name).write_bytes(image_files[image])
+    path = tmp_path / "list.txt"
+    path.write_text("a.jpg\tx\n a.jpg\ty\nb.jpg \tz\n")
+    assert [(file.path, file.label, file.problem) for file in _files(path)] == [
+        ("a.jpg", "x", ""),
+        (" a.jpg", "y", ""),
+        ("b.jpg ", "z", ""),
+    ]
+    path.write_text("a.jpg \tx\n")
+    assert _files(path)[0].path == "a.jpg"

@@ -104,14 +104,23 @@ def test_shard_names_the_command_for_tars(
         assert "data-prep reshard" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("content", "word"), [(b"", "empty"), (b"PK\x03\x04" + bytes(99), "cut")])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty: it has 0 bytes. Fetch"),
+        (
+            b"PK\x03\x04" + bytes(99),
+            "is a cut or damaged zip: the table of its members, at its end",
+        ),
+    ],
+)
 def test_cut_zips_are_named(
-    content: bytes, word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: bytes, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("a.zip", "a"):
         (tmp_path / name).write_bytes(content)
         assert main(["shard", str(tmp_path / name), str(tmp_path / "out")]) == 2
-        assert word in capsys.readouterr().err
+        assert words in capsys.readouterr().err
 
 
 def test_the_split_column_is_found_in_any_case(image_folder: Path, tmp_path: Path) -> None:
@@ -121,3 +130,40 @@ def test_the_split_column_is_found_in_any_case(image_folder: Path, tmp_path: Pat
         command = ["shard", str(image_folder / "a.csv"), str(tmp_path / f"out{number}")]
         assert main([*command, "--split-column", name, "--only-split", "train"]) == 0
         assert read_manifest(tmp_path / f"out{number}").classes == ("a",)
+
+
+def test_the_split_field_is_found_in_any_case_and_may_be_a_number(
+    write_tar: WriteTar, image_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    image = image_files["train/cat/0.jpg"]
+    (tmp_path / "a").mkdir()
+    for field, wanted in (('"Split": "train"', "train"), ('"my-split": 1', "1")):
+        members = {"a.jpg": image, "a.json": f"{{{field}}}".encode()}
+        members |= {"b.jpg": image, "b.json": b'{"Split": "test", "my-split": 2}'}
+        write_tar(tmp_path / "a" / "x-0.tar", members)
+        out = tmp_path / f"out-{wanted}"
+        name = "split" if wanted == "train" else "My_Split"
+        command = ["reshard", str(tmp_path / "a"), str(out), "--workers", "1"]
+        assert main([*command, "--only-split", wanted, "--split-column", name]) == 0
+        assert read_manifest(out).samples == 1
+
+
+@pytest.mark.parametrize("prefix", ["", "memory://bucket/"])
+def test_a_finished_set_is_named_as_one(
+    prefix: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(shards)
+    if prefix:
+        source = f"{prefix}set-{tmp_path.name}"
+        command = ["reshard", str(shards), source, "--workers", "1"]
+        assert main([*command, "--staging", str(tmp_path / "staging")]) == 0
+    assert main(["shard", source, str(tmp_path / "out")]) == 2
+    shown = capsys.readouterr().err
+    assert "is a finished set of shards already" in shown
+    assert f"data-prep reshard {source} DST" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_manifest_is_no_set(image_folder: Path, tmp_path: Path) -> None:
+    (image_folder / "manifest.json").write_text('{"name": "a web page"}')
+    assert main(["shard", str(image_folder), str(tmp_path / "out"), "--workers", "1"]) == 0

@@ -57,7 +57,9 @@ def test_the_parts_of_a_run_are_counted_together(
         assert main(["shard", str(source), out, *options]) == 0
     assert "several kinds" not in capsys.readouterr().err
     assert main(["merge", out]) == 0
-    assert "1 arrays of 5 channels, 8 or 16 bits, as 0.npy" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "1 array of 5 channels, 8 or 16 bits, as 0.npy" in shown
+    assert "1 picture, as 1.png" in shown
 
 
 def test_images_that_share_batches_are_one_kind(
