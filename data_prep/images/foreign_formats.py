@@ -9,6 +9,8 @@ _STARTS: dict[bytes, str] = {
     b"PF\n": "a PFM image in colour",
     b"8BPS": "a Photoshop document",
     b"v/1\x01": "an OpenEXR image",
+    b"II\xbc\x01": "a JPEG XR image",
+    b"version https://git-lfs": "a pointer of Git LFS (fetch the file with git lfs pull)",
     b"#?RADIANCE": "a Radiance HDR image",
     b"SIMPLE  =": "a FITS file",
     b"\x89HDF\r\n\x1a\n": "an HDF5 file",
@@ -30,6 +32,7 @@ _HEIF = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 _JPEG = b"\xff\xd8\xff"
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _LOSSLESS = (0xC3, 0xC7, 0xCB, 0xCF)
+_JPEG_LS = 0xF7
 _ARITHMETIC = (0xC9, 0xCA, 0xCD, 0xCE)
 
 
@@ -53,6 +56,8 @@ def _name_jpeg(data: bytes) -> str | None:
     place = 2
     while place + 5 <= len(data) and data[place] == 0xFF:
         kind = data[place + 1]
+        if kind == _JPEG_LS:
+            return "a JPEG-LS image"
         if kind in _FRAMES:
             if kind in _LOSSLESS:
                 return "a lossless JPEG"

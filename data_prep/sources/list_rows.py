@@ -208,8 +208,9 @@ def _damaged(path: Path, place: str, reason: str) -> SourceError:
 def _open_text(path: Path) -> Iterator[IO[str]]:
     """Open a text; bytes of names that are not UTF-8 are kept by surrogate escapes."""
     with path.open("rb") as raw:
-        if raw.read(2) in _UTF16:
-            raise SourceError(f"{path} is UTF-16: save it as UTF-8.")
+        head = raw.read(4)
+    if head.startswith(_UTF16) or b"\0" in head:
+        raise SourceError(f"{path} is UTF-16 or UTF-32: save it as UTF-8.")
     # Line ends are translated where nothing is quoted, and left to the reader where it is.
     newline = None if path.suffix.lower() == ".txt" else ""
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline) as file:

@@ -17,6 +17,7 @@ from data_prep.format.tars import (
 from data_prep.sources.files import SourceError, SourceFile
 from data_prep.sources.zip_methods import METHODS
 
+_MEMBER = b"PK\x03\x04"
 _MAX_OFFSET = 2**62
 
 
@@ -58,8 +59,16 @@ def _list_zip(archive: Archive) -> Iterator[SourceFile]:
             part = file if length is None else open_part(file, archive.start, length)
             with zipfile.ZipFile(part) as members:
                 found = members.infolist()
+            part.seek(0)
+            begins_with_member = part.read(len(_MEMBER)) == _MEMBER
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
         raise SourceError(f"{archive.place} is a damaged zip ({error}). Fetch it again.") from None
+    if begins_with_member and all(member.header_offset for member in found):
+        # The table found near the end is that of a zip inside of this one.
+        raise SourceError(
+            f"{archive.place} is a cut or damaged zip: its first member is not in the table of its "
+            "members. Fetch it again."
+        )
     for member in found:
         name = _plain_name(member.filename)
         yield SourceFile(

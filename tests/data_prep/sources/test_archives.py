@@ -276,3 +276,23 @@ def test_archives_in_archives_of_a_store(
     assert main(["shard", str(place), str(tmp_path / "out"), "--workers", "1"]) == 0
     assert _labels(tmp_path / "out") == {f"c{number}": 2 for number in range(len(KINDS))}
     fsspec.filesystem("memory").store.clear()
+
+
+def test_a_zip_that_is_cut_behind_a_zip_inside_is_not_taken_for_that(
+    tmp_path: Path, image_files: dict[str, bytes]
+) -> None:
+    """The table of an inner zip, stored near the end, is found in place of the missing one."""
+    names = list(image_files)[:4]
+    inner = _pack("zip", {name: image_files[name] for name in names[2:]})
+    files = {name: image_files[name] for name in names[:2]}
+    whole = _pack("zip", {**files, "in.zip": inner}, zipfile.ZIP_STORED)
+    (tmp_path / "a.zip").write_bytes(b"#!/bin/sh\n" + whole)  # a prefix is allowed
+    assert len(_files(tmp_path / "a.zip")) == 4
+    for length in range(whole.index(inner), len(whole), 7):
+        (tmp_path / "a.zip").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="cut or damaged zip"):
+            _files(tmp_path / "a.zip")
+        outer = _pack("zip", {"cut.zip": whole[:length], "0.jpg": files[names[0]]})
+        (tmp_path / "b.zip").write_bytes(outer)
+        problems = {file.path: file.problem for file in _files(tmp_path / "b.zip")}
+        assert problems == {"cut.zip": "it is a cut or damaged archive", "0.jpg": ""}
