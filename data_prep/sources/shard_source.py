@@ -119,7 +119,7 @@ class ShardSource:
         try:
             listed = list_tars(self.path)
         except PatternError as error:
-            raise SourceError(str(error)) from None
+            raise SourceError(self._describe_elsewhere() or str(error)) from None
         names = [tar.name for tar in listed.tars]
         if len({str(tar.parent) for tar in listed.tars}) > 1:
             raise SourceError(
@@ -134,6 +134,17 @@ class ShardSource:
         if prefixes := describe_prefixes(names):
             self._say(f"{self.path}: names with several beginnings, all in one set: {prefixes}")
         return listed
+
+    def _describe_elsewhere(self) -> str:
+        """Return where the tars of a set are that was indexed in another folder, or nothing."""
+        entries = self._manifest.shards if self._manifest is not None else ()
+        folders = sorted({entry.place.rpartition("/")[0] for entry in entries if entry.place})
+        if not folders or self._is_pattern:
+            return ""
+        return (
+            f"{self.path} is an index of tars elsewhere, in {describe_names(folders)}. Reshard "
+            f"those, if need be by a pattern: '{folders[0]}/*.tar'."
+        )
 
     def _match_entries(self, names: list[str]) -> dict[str, ShardEntry | None]:
         """Return the tars to read, each with its entry in the manifest, if there is one.

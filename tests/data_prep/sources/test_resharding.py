@@ -167,3 +167,12 @@ def test_a_finished_set_is_named_as_one(
 def test_another_manifest_is_no_set(image_folder: Path, tmp_path: Path) -> None:
     (image_folder / "manifest.json").write_text('{"name": "a web page"}')
     assert main(["shard", str(image_folder), str(tmp_path / "out"), "--workers", "1"]) == 0
+
+
+def test_an_index_of_tars_elsewhere_says_where_they_are(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (shards / "manifest.json").unlink()
+    assert main(["index", str(shards), "--output", str(tmp_path / "index"), "--workers", "1"]) == 0
+    assert main(["reshard", str(tmp_path / "index"), str(tmp_path / "out"), "--workers", "1"]) == 2
+    assert f"tars elsewhere, in {shards}. Reshard" in capsys.readouterr().err
