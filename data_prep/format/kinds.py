@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from data_prep.format.manifest import IMAGE_SUFFIXES
+from data_prep.format.text import count_noun
 
 HIDDEN = "hidden"
 """Kind of hidden files, and of the metadata that macOS adds to archives."""
@@ -89,5 +90,5 @@ def describe_kinds(counts: Mapping[str, int], most: int = _NAMED) -> str:
     shown = [f"{kind} ({count:,})" for kind, count in ordered[:most]]
     if len(ordered) > most:
         rest = sum(count for _, count in ordered[most:])
-        shown.append(f"{len(ordered) - most} more kinds ({rest:,})")
+        shown.append(f"{count_noun(len(ordered) - most, 'more kind')} ({rest:,})")
     return ", ".join(shown)

@@ -11,7 +11,7 @@ from pathlib import Path
 from data_prep.format.atomic import name_in_errors
 from data_prep.format.index import checksum, index_name
 from data_prep.format.manifest import Manifest, ShardEntry
-from data_prep.format.text import WarnOnce
+from data_prep.format.text import WarnOnce, count_noun
 from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import SourceError
 from data_prep.write.listing import SourceListing, Survey
@@ -217,7 +217,8 @@ def _describe_mixture(kinds: Mapping[str, tuple[int, str]]) -> str:
         f"{count:,} {kind if count > 1 else _singular(kind)}, as {path}"
         for kind, (count, path) in ordered[:_NAMED]
     )
-    more = f"; {len(ordered) - _NAMED} more kinds" if len(ordered) > _NAMED else ""
+    left = len(ordered) - _NAMED
+    more = f"; {count_noun(left, 'more kind')}" if left > 0 else ""
     return (
         f"the set holds images of several kinds, of which training takes one: {shown}{more}. If "
         "some do not belong to it, as label maps do not, choose with --include or --exclude and "

@@ -427,6 +427,11 @@ def _describe_absence(path: Location, selection: Selection, skipped: dict[str, i
             "reads folders of WebDataset tars, and `data-prep index` uses them as they are; give "
             "`shard` a single tar of images."
         )
+    if selection.include:
+        return (
+            f"{path} has no {wanted}; other files: {describe_kinds(skipped)}. A pattern is that of "
+            "a whole path, case matters, and braces are not expanded: repeat --include for each."
+        )
     return (
         f"{path} has no {wanted}; other files: {describe_kinds(skipped)}. Image suffixes are "
         f"{' '.join(sorted(IMAGE_SUFFIXES))}; select others with --include."

@@ -46,3 +46,4 @@ def test_kinds_stay_few_and_none_is_lost() -> None:
     assert counts.total() == 200
     assert describe_kinds(counts, most=2) == "other kinds (150), .a0 (1), 49 more kinds (49)"
     assert describe_kinds({".heic": 12, "no suffix": 1_300}) == "no suffix (1,300), .heic (12)"
+    assert describe_kinds({".a": 2, ".b": 1}, most=1) == ".a (2), 1 more kind (1)"

@@ -104,3 +104,14 @@ def test_a_manifest_of_before_has_skipped_nothing(tmp_path: Path, image_folder: 
     path = tmp_path / "out" / MANIFEST_NAME
     assert "skipped" not in json.loads(path.read_text())
     assert read_manifest(tmp_path / "out").skipped == {}
+
+
+@pytest.mark.parametrize("pattern", ["*.{jpg,png}", "*.JpG"])
+def test_a_pattern_that_matches_nothing_says_how_patterns_are_read(
+    pattern: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["shard", str(image_folder), str(tmp_path / "out"), "--include", pattern]
+    assert main(command) == 2
+    shown = capsys.readouterr().err
+    assert f"no files that match {pattern}" in shown
+    assert "case matters, and braces are not expanded: repeat --include" in shown
