@@ -12,6 +12,7 @@ import yaml
 
 import data_prep.cli
 from simmim.cli import main
+from tests.simmim.forked import finish
 
 QUICK = ["--seconds", "0.2"]
 
@@ -168,10 +169,10 @@ FSDP2 = str(Path(__file__).parents[3] / "jobs" / "accelerate" / "fsdp2.yaml")
 
 
 def test_two_processes_take_the_dry_step_together(pretrain_config: Path, tmp_path: Path) -> None:
-    done = launched(TWO, pretrain_config, tmp_path / "run")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "forward and backward on 2 processes (cpu)" in done.stdout
-    assert done.stdout.count("training can start") == 1
+    arguments = ["--config", str(pretrain_config), "--folder", str(tmp_path / "run"), *QUICK]
+    text = finish(["-m", "simmim", "doctor", *arguments], tmp_path / "log", ranks=2)
+    assert "forward and backward on 2 processes (cpu)" in text
+    assert text.count("training can start") == 1
 
 
 def test_two_processes_take_the_dry_step_with_sharded_weights(

@@ -30,8 +30,9 @@ def noted(self: PretrainStage, *, rank: int, world: int, **cursors: Any) -> Iter
     training = self.recipe.training
     first = cursors["start"] // training.batch_size
     batches = draw(self, rank=rank, world=world, **cursors)
-    elastic = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
-    start = "-".join(os.environ.get(name, str(os.getpid())) for name in elastic)
+    shared = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
+    job = [os.environ[name] for name in shared if name in os.environ]  # the same on all ranks
+    start = "-".join(job or [str(os.getpid())])
     with Path(f"{FILE}.{rank}").open("a") as file:
         for number, batch in enumerate(batches):
             step = first + number // training.accumulation

@@ -24,6 +24,7 @@ from simmim.engine.checkpoint.resume import read_model
 from simmim.engine.run import RunFolder
 from simmim.export.export import export
 from swinv2 import load_encoder
+from tests.simmim.forked import Job, forked
 
 PROGRAM = str(Path(__file__).with_name("note_keys.py"))
 FSDP2 = Path(__file__).parents[3] / "jobs" / "accelerate" / "fsdp2.yaml"
@@ -38,19 +39,24 @@ pytestmark = [
 
 
 def torchrun(processes: int, *more: str) -> list[str]:
-    if processes == 1 and not more:
-        return []
     launch = ["-m", "torch.distributed.run", "--standalone"]
     return [*launch, *more, "--nproc_per_node", str(processes)]
 
 
 @contextmanager
-def started(launch: list[str], config: Path, run: Path, *more: str) -> Iterator[Any]:
-    """Start a training of `config` in the folder `run`; whatever is left at the end is killed."""
+def started(launch: list[str] | int, config: Path, run: Path, *more: str) -> Iterator[Any]:
+    """Start a training of `config` in the folder `run`; whatever is left at the end is killed.
+
+    By a launcher, or in so many processes without one.
+    """
     noting = [PROGRAM, str(run.with_suffix(".keys"))]
     stop = [more[0], more[1]] if more[:1] == ("--stop-at",) else []
     rest = more[len(stop) :]
     command = [*noting, *stop, "pretrain", "--config", str(config), "--folder", str(run), *rest]
+    if isinstance(launch, int):
+        with forked(command, run.with_suffix(".log"), launch) as job:
+            yield job
+        return
     with run.with_suffix(".log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, *launch, *command],
@@ -77,12 +83,15 @@ def kill(process: "subprocess.Popen[bytes]") -> None:
     process.wait(timeout=30)
 
 
-def end_of(process: "subprocess.Popen[bytes]", run: Path, patience: float = 600) -> int:
+def end_of(process: "subprocess.Popen[bytes] | Job", run: Path, patience: float = 600) -> int:
     """Return the exit code; after `patience` seconds, fail with the stack of every process."""
     try:
         return process.wait(timeout=patience)
     except subprocess.TimeoutExpired:
-        for member in reversed(psutil.Process(process.pid).children(recursive=True)):
+        started = process.pids if isinstance(process, Job) else [process.pid]
+        family = [psutil.Process(pid) for pid in started if psutil.pid_exists(pid)]
+        children = [child for one in family for child in one.children(recursive=True)]
+        for member in reversed([*(family if isinstance(process, Job) else ()), *children]):
             with suppress(psutil.NoSuchProcess):
                 member.send_signal(signal.SIGABRT)  # faulthandler prints where it was
                 member.wait(timeout=10)
@@ -90,7 +99,7 @@ def end_of(process: "subprocess.Popen[bytes]", run: Path, patience: float = 600)
         pytest.fail(f"has not ended after {patience:.0f} s:\n{text}")
 
 
-def go(launch: list[str], config: Path, run: Path, *more: str, code: int | None = 0) -> None:
+def go(launch: list[str] | int, config: Path, run: Path, *more: str, code: int | None = 0) -> None:
     with started(launch, config, run, *more) as process:
         ended = end_of(process, run)
     if code is None:
@@ -175,14 +184,14 @@ def test_sharded_checkpoint_of_two_ranks_resumes_in_one_process(
     values = yaml.safe_load(config.read_text())
     values["probe"] = {"shards": values["data"]["shards"], "every": 4}  # before step 1, too
     config.write_text(yaml.safe_dump(values))
-    go([], config, whole)
+    go(1, config, whole)
     go(SHARDED, config, broken, "--stop-at", "3", code=None)
     saved = complete_checkpoints(broken / "checkpoints")[-1]
     assert saved.name == "step-00000004"
     assert len(list(saved.glob("*-of-00002.safetensors"))) == 4
     export(broken, tmp_path / "encoder", "native")  # in a process without ranks
     halves = ("--training.accumulation", "2", "--data.workers", "1", "--resume", "auto")
-    go([], config, broken, *halves)
+    go(1, config, broken, *halves)
     assert_alike(whole, broken)
     assert [step for step, _ in probes(broken)] == [0, 4, 8]
     assert probes(broken) == probes(whole)
@@ -198,7 +207,7 @@ def test_sharded_training_equals_ddp_and_resumes(config: Path, tmp_path: Path) -
     go(torchrun(2), config, whole)
     go(SHARDED, config, shards)
     assert_alike(whole, shards)
-    go([], config, broken, "--stop-at", "3", code=75)
+    go(1, config, broken, "--stop-at", "3", code=75)
     go(SHARDED, config, broken, "--training.accumulation", "2", "--resume", "auto")
     assert_alike(whole, broken)
     for run in (whole, shards, broken):
@@ -225,12 +234,12 @@ def test_ranks_fall_back_from_a_damaged_checkpoint_together(config: Path, tmp_pa
 @pytest.mark.slow
 def test_processes_and_workers_may_change_on_resume(config: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    go([], config, whole)
-    go([], config, broken, "--stop-at", "1", code=75)
+    go(1, config, whole)
+    go(1, config, broken, "--stop-at", "1", code=75)
     more = ("--resume", "auto", "--data.workers")
     go(torchrun(2), config, broken, "--stop-at", "4", *more, "3", code=None)
     assert complete_checkpoints(broken / "checkpoints")[-1].name == "step-00000005"
-    go([], config, broken, *more, "1", "--training.accumulation", "4")
+    go(1, config, broken, *more, "1", "--training.accumulation", "4")
     assert_alike(whole, broken)
 
 
@@ -261,7 +270,7 @@ def is_writing(run: Path) -> bool:
 def kill_and_go_on(config: Path, run: Path, kills: int, chance: random.Random) -> None:
     """Train to the end through this many kills, half of them while a checkpoint is written."""
     for number in range(kills):
-        with started(torchrun(2), config, run, "--resume", "auto") as process:
+        with started(2, config, run, "--resume", "auto") as process:
             before = len(losses(run))
             steps = chance.randrange(1, 4)
             wait_for(lambda: len(losses(run)) >= before + steps, process, run)  # noqa: B023
@@ -270,14 +279,14 @@ def kill_and_go_on(config: Path, run: Path, kills: int, chance: random.Random) -
             else:
                 time.sleep(chance.uniform(0, 0.05))
             assert process.poll() is None, "ended before it was killed: give it more steps"
-            kill(process)
-    go(torchrun(2), config, run, "--resume", "auto")
+            process.kill()
+    go(2, config, run, "--resume", "auto")
 
 
 def test_two_kills_change_nothing(config: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     more_steps(config, steps=14, workers=1)
-    go(torchrun(2), config, whole)
+    go(2, config, whole)
     kill_and_go_on(config, broken, 2, random.Random(0))
     assert_same(whole, broken)
 

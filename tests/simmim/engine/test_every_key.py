@@ -6,12 +6,8 @@ writes the names of the samples in its batches into FOLDER.
 
 import json
 import multiprocessing
-import os
-import signal
-import subprocess
 import sys
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ import simmim.cli
 from simmim.recipe import load
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.pretrain.stage import PretrainStage
+from tests.simmim.forked import finish
 
 EPOCHS = 3
 
@@ -42,20 +39,7 @@ def load_as_rank(recipe: Path, rank: int, world: int, folder: Path) -> None:
 
 def load_in_processes(recipe: Path, world: int, folder: Path) -> list[list[tuple[int, str]]]:
     """Return the global batches: each the parts of all ranks, end to end."""
-    process = subprocess.Popen(
-        [sys.executable, __file__, str(recipe), str(world), str(folder)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        output = process.communicate(timeout=200)[0].decode()
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=30)
-    assert process.returncode == 0, output
+    finish([__file__, str(recipe), str(world), str(folder)], folder / "log")
     parts = [
         [json.loads(line) for line in (folder / f"{world}-{rank}.jsonl").read_text().splitlines()]
         for rank in range(world)

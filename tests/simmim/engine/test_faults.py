@@ -21,6 +21,7 @@ from data_prep.format.index import read_index
 from data_prep.format.manifest import read_manifest
 from simmim.engine.checkpoint.directory import complete_checkpoints
 from simmim.engine.run import RunFolder
+from tests.simmim.forked import finish, forked
 
 FAULTY = str(Path(__file__).with_name("train_faulty.py"))
 RANKS = ["--standalone", "--nproc_per_node", "2"]
@@ -127,7 +128,8 @@ def test_a_rank_that_is_stopped_or_killed_ends_the_job_and_is_named(
     text = log.read_text()
     assert f"rank 1 (process {rank.pid} on" in text
     assert "--resume auto" in text or "was killed by SIGKILL" in text
-    assert ("sent no heartbeat for" in text) == (number == signal.SIGSTOP)
+    found = any(part in text for part in ("sent no heartbeat for", "made no progress for"))
+    assert found == (number == signal.SIGSTOP)  # on a busy machine the lag is noticed first
 
 
 def data_workers(family: psutil.Process) -> list[psutil.Process]:
@@ -248,12 +250,12 @@ def test_a_signal_that_is_repeated_until_the_end_changes_no_exit_code(
     write_config: Callable[..., Path], tmp_path: Path, number: signal.Signals
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
-    with started(pretrain(write_config(), run), log) as process:
+    with forked(pretrain(write_config(), run), log) as process:
         wait_for_step(run, 3, log)
         while process.poll() is None:
             process.send_signal(number)
             time.sleep(0.002)
-        assert process.returncode == 75, log.read_text()
+        assert process.poll() == 75, log.read_text()
     assert "Stopped at step" in log.read_text()
 
 
@@ -263,8 +265,7 @@ def test_ranks_skip_together_and_name_the_sample_of_one(
     run, log = tmp_path / "run", tmp_path / "log"
     config = write_config(steps=11, checkpoint_every=1, keep_last=20)
     name = "shard-000003/000000041"
-    with started([*OURS, *faulty(f"loss={name}", config, run)], log) as process:
-        assert process.wait(timeout=200) == 0, log.read_text()
+    finish(faulty(f"loss={name}", config, run), log, ranks=2)
     found = anomalies(run)
     assert found
     assert {line["what"] for line in found} == {"loss"}
@@ -306,8 +307,7 @@ def test_corrupt_images_are_replaced_and_named_on_two_ranks(
     damaged = damage(own_shards, every=20)  # 5 %
     data = {"shards": str(own_shards), "workers": 1, "validation_shards": 0, "max_bad_share": 0.1}
     run, log = tmp_path / "run", tmp_path / "log"
-    with started([*OURS, *pretrain(write_config(data, steps=12), run)], log) as process:
-        assert process.wait(timeout=200) == 0, log.read_text()
+    finish(pretrain(write_config(data, steps=12), run), log, ranks=2)
     lines = RunFolder(path=run).bad_samples.read_text().splitlines()
     named = [json.loads(line) for line in lines]
     assert {f"{line['shard']}/{line['key']}" for line in named} == damaged
@@ -367,7 +367,7 @@ def test_a_truncated_shard_that_comes_back_is_waited_for(
     config = write_config({"shards": str(own_shards), "workers": 1}, steps=60)
     path = own_shards / "shard-000002.tar"
     content = path.read_bytes()
-    with started(pretrain(config, run), log) as process:
+    with forked(pretrain(config, run), log) as process:
         wait_for_step(run, 2, log)
         os.truncate(path, 1024)
         wait_until(lambda: "retrying in" in log.read_text(), log)

@@ -5,10 +5,7 @@ process, are left out; jobs/README.md says so.
 """
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +15,11 @@ import pytest
 from accelerate import Accelerator
 from PIL import Image
 
+from tests.simmim.forked import finish
+
 pytest.importorskip("transformers", reason="needs simmim[finetune]")
 pytest.importorskip("pycocotools", reason="needs simmim[finetune]")
 
-ROOT = Path(__file__).parents[3]
 SIZE, BATCH = 32, 8
 ENCODER = {
     "variant": "tiny",
@@ -105,20 +103,9 @@ def measure(tmp_path: Path) -> Measure:
             }
         file = tmp_path / "recipes.json"
         file.write_text(json.dumps({name: [one, accumulations] for name, one in recipes.items()}))
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-        program = [str(PROGRAM), str(file)]
-        done = subprocess.run(
-            [sys.executable, *torchrun, str(processes), *program],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=400,
-            start_new_session=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        found: dict[str, dict[str, float]] = json.loads(done.stdout)
+        text = finish([str(PROGRAM), str(file)], tmp_path / "log", processes)
+        (line,) = [line for line in text.splitlines() if line.startswith("{")]
+        found: dict[str, dict[str, float]] = json.loads(line)
         return found
 
     return on

@@ -1,9 +1,6 @@
 """Looking at a module whose weights are shared out over ranks."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-ROOT = Path(__file__).parents[3]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+from tests.simmim.forked import finish
 
 
 @pytest.mark.parametrize(("precision", "rounding", "levels"), [("no", 1e-5, 1), ("bf16", 1e-2, 8)])
@@ -36,18 +32,9 @@ def test_sharded_ranks_record_the_same_as_whole_ones(
     config = tmp_path / "recipe.yaml"
     config.write_text(yaml.safe_dump(pretrain_values))
     program = str(Path(__file__).parent / "watch_sharded.py")
-    done = subprocess.run(
-        [sys.executable, *TORCHRUN, program, str(config), str(tmp_path), precision],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        start_new_session=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    whole, sharded = json.loads(done.stdout)
+    text = finish([program, str(config), str(tmp_path), precision], tmp_path / "log", ranks=2)
+    (line,) = [line for line in text.splitlines() if line.startswith("[{")]
+    whole, sharded = json.loads(line)
     assert set(whole) == {"validation_loss", "mean_color_loss", "probe_knn_top1"}
     assert sharded == pytest.approx(whole, rel=rounding)
     one, other = (

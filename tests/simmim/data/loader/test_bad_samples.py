@@ -1,7 +1,5 @@
 import io
 import json
-import subprocess
-import sys
 from itertools import chain
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from tests.simmim.data.conftest import WriteShards, random_images
 from tests.simmim.data.loader.test_batches import equal, joined
 from tests.simmim.data.transforms.test_decoding import damaged_in_the_middle, jpeg, saved
 from tests.simmim.data.transforms.test_image_transforms import DrawMask
+from tests.simmim.forked import finish
 
 TRAIN = TrainTransform(size=(8, 8), seed=3, mask=DrawMask((2, 2)))
 BAD = {2: b"no image at all", 11: b"\xff\xd8\xff", 17: random_images(1)[0][:40]}
@@ -167,11 +166,7 @@ for place in range(60):
 
 def test_processes_do_not_list_the_same_sample_twice(tmp_path: Path) -> None:
     path = tmp_path / "bad_samples.jsonl"
-    running = [
-        subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdin=subprocess.DEVNULL)
-        for _ in range(3)
-    ]
-    assert [process.wait(timeout=100) for process in running] == [0, 0, 0]
+    finish(["-c", WRITER, str(path)], tmp_path / "log", ranks=3)
     assert sorted(names(path), key=int) == [str(place) for place in range(60)]
 
 

@@ -23,6 +23,7 @@ from simmim.data.order.source import DataError
 from simmim.data.transforms.image_transforms import EvalTransform, TrainTransform
 from tests.simmim.data.conftest import WriteShards, random_images
 from tests.simmim.data.transforms.test_image_transforms import DrawMask
+from tests.simmim.forked import forked
 
 TRAIN = TrainTransform(size=(8, 8), seed=3, mask=DrawMask((2, 2)))
 EVALUATE = EvalTransform(size=(8, 8), mask=DrawMask((2, 2)))
@@ -312,17 +313,6 @@ for batch in batches:
 """
 
 
-def run(program: str, folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", program, str(folder), *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def group_ends(group: int, timeout: float = 15) -> bool:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
@@ -334,19 +324,25 @@ def group_ends(group: int, timeout: float = 15) -> bool:
     return False
 
 
-def test_signals_to_the_whole_group_leave_workers_to_the_main_process(shards: ShardSet) -> None:
-    process = run(STOPPED, shards.folder)
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "started\n"
-        os.killpg(process.pid, signal.SIGINT)
+def wait_for_start(log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not log.read_text().startswith("started\n"):
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+
+
+def test_signals_to_the_whole_group_leave_workers_to_the_main_process(
+    shards: ShardSet, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    with forked(["-c", STOPPED, str(shards.folder)], log) as process:
+        wait_for_start(log)
+        process.send_signal(signal.SIGINT)
         time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGTERM)
-        output, errors = process.communicate(timeout=60)
-        assert (output, errors, process.returncode) == ("stopped by itself\n", "", 0)
-        assert group_ends(process.pid)
-    finally:
-        stop(process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 0, log.read_text()
+        assert log.read_text() == "started\nstopped by itself\n"
+        assert group_ends(process.pids[0])
 
 
 @pytest.mark.parametrize("reason", ["leave", "read on"])
@@ -355,30 +351,30 @@ def test_an_error_while_workers_work_ends_the_program(
 ) -> None:
     images = random_images(60)
     images[9] = b"no image at all"
-    process = run(ENDS, write_shards([60], images=images), reason)
+    folder = write_shards([60], images=images)
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDS, str(folder), reason],  # not forked: the end of Python itself
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=120)
         assert process.returncode == 1
         words = "with its workers still at work" if reason == "leave" else "of an unknown format"
         assert words in errors.splitlines()[-1]
         assert group_ends(process.pid)
     finally:
-        stop(process)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=30)
 
 
-def test_workers_do_not_outlive_a_killed_main_process(shards: ShardSet) -> None:
-    process = run(STOPPED, shards.folder)
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "started\n"
-        process.kill()
-        process.communicate(timeout=60)
-        assert group_ends(process.pid, timeout=30)
-    finally:
-        stop(process)
-
-
-def stop(process: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=30)
+def test_workers_do_not_outlive_a_killed_main_process(shards: ShardSet, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with forked(["-c", STOPPED, str(shards.folder)], log) as process:
+        wait_for_start(log)
+        os.kill(process.pids[0], signal.SIGKILL)
+        process.wait(timeout=120)
+        assert group_ends(process.pids[0], timeout=60)

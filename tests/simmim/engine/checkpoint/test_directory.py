@@ -4,10 +4,9 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from simmim.engine.checkpoint.resume import load_model, load_optimizer
 from simmim.engine.checkpoint.saver import rank_contents, write_contents
 from simmim.engine.optimizer import ParameterGroup, build_optimizer
 from simmim.engine.settings import OptimizerSettings
+from tests.simmim.forked import finish
 
 MODEL, OPTIMIZER = "model-00000-of-00001.safetensors", "optimizer-00000-of-00001.safetensors"
 SETTINGS = OptimizerSettings(lr=0.01)
@@ -404,20 +404,7 @@ def kill_everywhere(
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_kill_at_any_moment_leaves_complete_checkpoints(tmp_path: Path) -> None:
     # In a separate process, as one that has threads must not fork.
-    process = subprocess.Popen(
-        [sys.executable, __file__, str(tmp_path)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        output = process.communicate(timeout=100)[0].decode()
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=30)
-    assert process.returncode == 0, output
+    output = finish([__file__, str(tmp_path)], tmp_path / "log")
     assert all(int(changes) >= 10 for changes in output.split()), output
 
 

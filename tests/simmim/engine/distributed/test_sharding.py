@@ -1,9 +1,7 @@
 """Sharding by block: sizes of shards, and parity with unsharded training."""
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +16,27 @@ from simmim import SimMIM
 from simmim.engine.distributed.sharding import shard_size, sharding_units
 from swinv2 import build_encoder
 from swinv2.blocks import Block
+from tests.simmim.forked import finish
 
 ROOT = Path(__file__).parents[4]
 FSDP2 = ROOT / "jobs" / "accelerate" / "fsdp2.yaml"
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-def train(**execution: Any) -> dict[str, float]:
+Train = Callable[..., dict[str, float]]
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Train:
     """Train on two ranks and return the largest differences from training whole."""
-    program = str(Path(__file__).with_name("train_sharded.py"))
-    done = subprocess.run(
-        [sys.executable, *TORCHRUN, program, json.dumps(execution)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        start_new_session=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
+
+    def on_two_ranks(**execution: Any) -> dict[str, float]:
+        program = str(Path(__file__).with_name("train_sharded.py"))
+        text = finish([program, json.dumps(execution)], tmp_path / "log", ranks=2)
+        (line,) = [line for line in text.splitlines() if line.startswith("{")]
+        found: dict[str, float] = json.loads(line)
+        return found
+
+    return on_two_ranks
 
 
 def assert_equal(found: dict[str, float]) -> None:
@@ -49,7 +46,7 @@ def assert_equal(found: dict[str, float]) -> None:
     assert found["feature"] < 1e-4, found  # of size 1 and after all blocks
 
 
-def test_sharded_training_equals_unsharded_training() -> None:
+def test_sharded_training_equals_unsharded_training(train: Train) -> None:
     assert_equal(train(attention="sequential", checkpointing="full"))
 
 
@@ -58,13 +55,13 @@ def test_sharded_training_equals_unsharded_training() -> None:
     "execution", [{}, {"checkpointing": "attention"}, {"attention": "sdpa"}], ids=str
 )
 def test_sharded_training_is_exact_with_every_execution(
-    execution: dict[str, Any],
+    train: Train, execution: dict[str, Any]
 ) -> None:
     assert_equal(train(**execution))
 
 
 @pytest.mark.slow
-def test_weights_gathered_in_bfloat16_stay_close() -> None:
+def test_weights_gathered_in_bfloat16_stay_close(train: Train) -> None:
     found = train(bf16=True, checkpointing="full")
     assert 0 < found["loss"] < 5e-3, found
     assert found["weight"] < 1e-2, found  # of float32 shards, after four steps of 1e-3

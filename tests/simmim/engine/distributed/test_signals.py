@@ -3,11 +3,9 @@
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ import torch
 
 from simmim.engine.distributed.signals import StopRequest
 from simmim.stop_signals import STOP_SIGNALS
+from tests.simmim.forked import finish
 
 EACH = pytest.mark.parametrize("number", STOP_SIGNALS)
 
@@ -137,20 +136,7 @@ def ask_as_rank(rank: int, store: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="starts ranks by fork")
 def test_all_ranks_learn_of_a_signal_to_one_in_the_same_step(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, __file__, str(tmp_path / "store")],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        output = process.communicate(timeout=100)[0].decode()
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=30)
-    assert process.returncode == 0, output
+    finish([__file__, str(tmp_path / "store")], tmp_path / "log")
 
 
 if __name__ == "__main__":

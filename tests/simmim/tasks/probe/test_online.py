@@ -1,8 +1,5 @@
 """Probing in the middle of pretraining."""
 
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.pretrain.stage import PretrainStage
 from simmim.tasks.probe.online import OnlineProbe, subsample
 from simmim.tasks.probe.recipe import OnlineProbeSettings
+from tests.simmim.forked import finish
 
 
 def stage_with(values: dict[str, Any], shards: Path, **probe: Any) -> PretrainStage:
@@ -98,18 +96,9 @@ def test_mistakes_in_settings_are_named(shards: Path) -> None:
         OnlineProbeSettings(shards=str(shards), validation_shards=0)
 
 
-def pretrain(launcher: Sequence[str], config: Path, run: Path) -> RunFolder:
+def pretrain(processes: int, config: Path, run: Path) -> RunFolder:
     arguments = ["-m", "simmim", "pretrain", "--config", str(config), "--folder", str(run)]
-    done = subprocess.run(
-        [sys.executable, *launcher, *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        start_new_session=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    finish(arguments, run.with_suffix(".log"), processes)
     return RunFolder(path=run)
 
 
@@ -129,7 +118,6 @@ def test_two_processes_find_what_one_finds(
     }
     config = tmp_path / "small.yaml"
     config.write_text(yaml.safe_dump(pretrain_values))
-    two = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
-    one = probed(pretrain([], config, tmp_path / "one"))
-    assert probed(pretrain(two, config, tmp_path / "two")) == one
+    one = probed(pretrain(1, config, tmp_path / "one"))
+    assert probed(pretrain(2, config, tmp_path / "two")) == one
     assert list(one) == [0, 1, 2]

@@ -1,7 +1,9 @@
 import json
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from simmim.tasks.segmentation.dense_stage import flat_output, load_dense
 from simmim.tasks.segmentation.recipe import SegmentationRecipe
 from simmim.tasks.segmentation.stage import SegmentationStage
 from swinv2.weights import load_encoder
+from tests.simmim.forked import finish
 
 pytest.importorskip("transformers", reason="needs simmim[finetune]")
 
@@ -128,8 +131,15 @@ def test_training_learns_and_exports_everything(values: dict[str, Any], tmp_path
 
 @pytest.mark.timeout(900)  # two trainings in processes of their own
 def test_few_labels_are_compared_by_its_metric(
-    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    values: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def run(command: list[str], *, check: bool) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 0, finish(command[1:], tmp_path / "log"))
+
+    monkeypatch.setattr("simmim.tasks.label_efficiency.subprocess", SimpleNamespace(run=run))
     values = changed(values, "training", steps=2, validate_every=2) | {"pictures": 0}
     config, folder = tmp_path / "scenes.yaml", tmp_path / "labels"
     config.write_text(yaml.safe_dump(values))
