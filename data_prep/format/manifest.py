@@ -197,7 +197,7 @@ def _describe_absence(folder: Location) -> str:
     if not folder.exists():
         return f"folder of shards {folder} does not exist. Write it: data-prep shard SRC {folder}"
     if not folder.is_dir():
-        return f"{folder} is not a folder of shards. Write one: data-prep shard SRC DST"
+        return f"{folder} is not a folder of shards. Write one: data-prep shard {folder} DST"
     if any(folder.glob("*.tar")):
         return f"{folder} has tars but no {MANIFEST_NAME}. Write it: data-prep index {folder}"
     if isinstance(folder, Path) and any(place.is_dir() for place in folder.iterdir()):

@@ -1,5 +1,7 @@
 """Loading data as a recipe asks: labelled sets and their split, transforms, batches."""
 
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -172,8 +174,8 @@ def open_labelled(
         Training shards, and validation shards or None.
 
     Raises:
-        ValueError: the shards have no classes, samples without a class, or validation shards with
-            different classes.
+        ValueError: the shards have no classes, samples without a class or of one class only, or
+            validation shards with different classes.
     """
     if validation is None:
         training, held_out = shards.split(validation_shards)
@@ -182,6 +184,13 @@ def open_labelled(
         _check_same_classes(training, held_out)
     _check_labels(training)
     _check_labels(held_out)
+    lone = _only_class(training)
+    if lone is not None:
+        raise ValueError(
+            f"all {training.samples:,} images to learn from in {training.folder} are of the class "
+            f"{lone!r}: add images of another, or choose other shards to train on."
+        )
+    _warn_of_only_class(held_out)
     if fraction < 1:
         training = training.share(fraction, seed=seed)
     return training, held_out if held_out.samples else None
@@ -211,6 +220,23 @@ def any_labelled(source: SampleSource[Encoded], is_labelled: Callable[[Encoded],
                 raise DataError(f"sample {source.name(shard, sample)}: {error}") from None
             readable = True
     return not readable
+
+
+def _only_class(shards: Shards) -> str | None:
+    """Return the class that all of several labelled images have; None if they differ."""
+    labels = all_labels(shards)
+    is_alone = len(labels) > 1 and labels.min() == labels.max() >= 0
+    return shards.classes[labels[0]] if is_alone else None
+
+
+def _warn_of_only_class(held_out: Shards) -> None:
+    """Warn of held-out samples that are all of one class, which any constant answer is right on."""
+    lone = _only_class(held_out)
+    if lone is not None and int(os.environ.get("RANK", "0")) == 0:
+        sys.stderr.write(
+            f"WARNING: all {held_out.samples:,} held-out images of {held_out.folder} are of the "
+            f"class {lone!r}, so accuracy on them says little: hold out others.\n"
+        )
 
 
 def all_labels(shards: Shards) -> np.ndarray:

@@ -12,6 +12,9 @@ from simmim.data.order.source import DataError
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 """File name suffixes of clips, in lower case."""
 
+ARCHIVES = frozenset({".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar"})
+"""File name suffixes of archives, in which clips are not read."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RawClip:
@@ -104,6 +107,8 @@ def open_clips(source: str, *, classes: Sequence[str] | None = None) -> ClipSet:
     if path.is_dir():
         found = _in_folders(path)
         where = {name: str(path / name) for name in found}
+    elif path.suffix.lower() in ARCHIVES:
+        raise DataError(f"{path} is an archive: unpack it and give the folder of its clips.")
     elif path.is_file():
         found, where = _in_csv(path)
     else:

@@ -273,6 +273,9 @@ def test_missing_or_empty_sources_are_named(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with pytest.raises(DataError, match=r"contains no clips.*\.avi"):
         open_clips(str(tmp_path))
+    (tmp_path / "clips.zip").write_bytes(b"PK\x05\x06" + bytes(18))
+    with pytest.raises(DataError, match=r"clips\.zip is an archive: unpack it"):
+        open_clips(str(tmp_path / "clips.zip"))
 
 
 def damaged(folder: Path, kind: str) -> Path:
