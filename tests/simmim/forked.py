@@ -20,9 +20,11 @@ from pathlib import Path
 
 PRELOADED = (
     "torch._dynamo",  # imported by every optimizer
+    "torch._subclasses.fake_tensor",
     "torch.distributed.fsdp",
     "torch.nn.parallel",
     "accelerate",
+    "simmim.bench.step",
     "simmim.tasks.pretrain.stage",
     "simmim.tasks.probe.online",
     "simmim.tasks.train",
@@ -32,6 +34,9 @@ PRELOADED = (
     "transformers.models.upernet.modeling_upernet",
 )
 """Modules that are imported once, before the processes are forked; absent ones are skipped."""
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+"""What `accelerate launch` with jobs/accelerate/fsdp2.yaml asks ranks for."""
 
 
 class Job:

@@ -1,9 +1,8 @@
 """What a step takes of a device: the arithmetic by hand, the counting against a measured step."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +18,7 @@ from simmim.bench.memory import (
 )
 from simmim.bench.step import Peak, Precision, Simulation, StepCase
 from simmim.cli import main
+from tests.simmim.forked import finish
 
 NONE = Placement(sharding="none", devices=1)
 FSDP2 = Placement(sharding="fsdp2", devices=8)
@@ -104,18 +104,20 @@ def test_the_largest_variant_is_as_large_as_published() -> None:
 
 
 def test_a_simulated_step_tracks_live_memory() -> None:
-    cases = {
-        "plain": case(),
-        "twice": case(batch=4),
-        "four times": case(batch=8),
-        "sequential": case(attention="sequential"),
-        "attention": case(checkpointing="attention"),
-        "full": case(checkpointing="full"),
-        "bf16": case(precision="bf16"),
-        "bf16 weights": case(precision="bf16-weights"),
+    shallow = (("depths", (1, 1, 2, 1)),)
+    cases: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "twice": {"batch": 4},
+        "four times": {"batch": 8},
+        "sequential": {"attention": "sequential"},
+        "attention": {"checkpointing": "attention"},
+        "full": {"checkpointing": "full"},
+        "bf16": {"precision": "bf16"},
+        "bf16 weights": {"precision": "bf16-weights"},
     }
-    found = dict(zip(cases, run_cases("simulate", list(cases.values())), strict=True))
-    parameters = model_size(case(), {1}).parameters
+    steps = [case(sizes=shallow, **changes) for changes in cases.values()]
+    found = dict(zip(cases, run_cases("simulate", steps), strict=True))
+    parameters = model_size(steps[0], {1}).parameters
     for simulation in found.values():
         gradients = [peak.gradients for peak in simulation.peaks]
         assert gradients == sorted(set(gradients))
@@ -136,7 +138,7 @@ from contextlib import nullcontext
 from simmim.bench import step
 
 case = step.StepCase(variant="tiny", image_size=64, window_size=8, attention="sequential",
-    checkpointing="full", precision="fp32", batch=2)
+    checkpointing="full", precision="fp32", batch=2, sizes=(("depths", (1, 1, 2, 1)),))
 build = step.build_step_model
 
 def one_window_at_a_time(case):
@@ -152,11 +154,9 @@ print(*[peak.activations for found in (few, all_groups) for peak in found.peaks[
 """
 
 
-def test_few_groups_of_sequential_attention_have_the_peak_of_all() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FEW_AND_ALL], capture_output=True, text=True, check=True
-    )
-    few, all_groups = map(int, done.stdout.split())
+def test_few_groups_of_sequential_attention_have_the_peak_of_all(tmp_path: Path) -> None:
+    text = finish(["-c", FEW_AND_ALL], tmp_path / "log")
+    few, all_groups = map(int, text.splitlines()[-1].split())
     assert few == pytest.approx(all_groups, rel=1e-3)
 
 

@@ -1,32 +1,48 @@
-"""Simulated steps are computed once for all tests: each takes a process of some seconds."""
+"""Simulated steps are computed once for all tests, in processes whose imports are done."""
 
+import json
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from simmim.bench import memory
-from simmim.bench.step import StepCase
+from simmim.bench.step import Peak, Simulation, StepCase
+from tests.simmim.forked import finish
 
 Cases = Sequence[StepCase]
-Action = Literal["simulate", "measure"]
+
+SIMULATE = """
+import io, sys
+from simmim.bench.step import main
+sys.stdin = io.StringIO(sys.argv[1])
+main(["simulate"])
+"""
 
 
 @pytest.fixture(scope="session")
-def answers() -> dict[tuple[Action, tuple[StepCase, ...]], list[Any]]:
+def answers() -> dict[tuple[StepCase, ...], list[Simulation]]:
     return {}
 
 
 @pytest.fixture(autouse=True)
 def simulate_once(
-    answers: dict[tuple[Action, tuple[StepCase, ...]], list[Any]], monkeypatch: pytest.MonkeyPatch
+    answers: dict[tuple[StepCase, ...], list[Simulation]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run_cases = memory.run_cases
-
-    def remembered(action: Action, cases: Cases) -> Iterator[Any]:
-        key = action, tuple(cases)
+    def remembered(action: Literal["simulate"], cases: Cases) -> Iterator[Simulation]:
+        assert action == "simulate"
+        key = tuple(cases)
         if key not in answers:
-            answers[key] = list(run_cases(action, cases))
+            given = json.dumps([asdict(case) for case in cases])
+            text = finish(["-c", SIMULATE, given], tmp_path / "simulation.log")
+            found = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+            answers[key] = [
+                Simulation(peaks=tuple(Peak(**peak) for peak in one["peaks"])) for one in found
+            ]
         return iter(answers[key])
 
     monkeypatch.setattr(memory, "run_cases", remembered)

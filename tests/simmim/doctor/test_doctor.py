@@ -3,7 +3,7 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import yaml
 
 import data_prep.cli
 from simmim.cli import main
-from tests.simmim.forked import finish
+from tests.simmim.forked import FSDP2, finish
 
 QUICK = ["--seconds", "0.2"]
 
@@ -165,12 +165,16 @@ def launched(launcher: Sequence[str], config: Path, run: Path) -> subprocess.Com
 
 
 TWO = ["-m", "simmim.launch", "--num_processes", "2", "--cpu"]
-FSDP2 = str(Path(__file__).parents[3] / "jobs" / "accelerate" / "fsdp2.yaml")
+
+
+def on_two(config: Path, run: Path, environment: Mapping[str, str] | None = None) -> str:
+    """Return what the command prints on two ranks that no launcher has started."""
+    command = ["-m", "simmim", "doctor", "--config", str(config), "--folder", str(run), *QUICK]
+    return finish(command, run.with_suffix(".log"), ranks=2, environment=environment)
 
 
 def test_two_processes_take_the_dry_step_together(pretrain_config: Path, tmp_path: Path) -> None:
-    arguments = ["--config", str(pretrain_config), "--folder", str(tmp_path / "run"), *QUICK]
-    text = finish(["-m", "simmim", "doctor", *arguments], tmp_path / "log", ranks=2)
+    text = on_two(pretrain_config, tmp_path / "run")
     assert "forward and backward on 2 processes (cpu)" in text
     assert text.count("training can start") == 1
 
@@ -181,11 +185,9 @@ def test_two_processes_take_the_dry_step_with_sharded_weights(
     pretrain_values["training"] |= {"checkpoint_every": 2, "keep_every": 4, "keep_last": 2}
     config = tmp_path / "recipe.yaml"
     config.write_text(yaml.safe_dump(pretrain_values))
-    shards = ["-m", "simmim.launch", "--config_file", FSDP2, "--num_processes", "2"]
-    done = launched(shards, config, tmp_path / "run")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "forward and backward with sharded weights on 2 processes (cpu)" in done.stdout
-    assert "5 checkpoints of" in done.stdout  # the last two, and three of twelve steps
+    text = on_two(config, tmp_path / "run", FSDP2)
+    assert "forward and backward with sharded weights on 2 processes (cpu)" in text
+    assert "5 checkpoints of" in text  # the last two, and three of twelve steps
 
 
 @pytest.mark.slow

@@ -8,10 +8,7 @@ import pytest
 import yaml
 
 from simmim.engine.run import RunFolder
-from tests.simmim.forked import finish
-
-FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-"""What `accelerate launch` with jobs/accelerate/fsdp2.yaml asks ranks for."""
+from tests.simmim.forked import FSDP2, finish
 
 
 @pytest.fixture
