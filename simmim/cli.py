@@ -229,10 +229,13 @@ def run_training(arguments: argparse.Namespace, overrides: Sequence[str]) -> int
 
 
 def ignore_signals_at_exit(arguments: argparse.Namespace) -> None:
-    """Ignore the signals that still arrive while a process exits after it stopped on request."""
+    """Ignore the signals that still arrive while a process exits after its training."""
     from simmim.engine.distributed.signals import StopRequest  # noqa: PLC0415 (imports torch)
 
     StopRequest.ends_process = arguments.ends_process
+    # Others do something after the training.
+    last = arguments.command in ("pretrain", "finetune")
+    StopRequest.ends_when_finished = arguments.ends_process and last
 
 
 def task_of(arguments: argparse.Namespace) -> "Task":

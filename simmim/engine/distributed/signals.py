@@ -18,14 +18,16 @@ class StopRequest:
 
     A launcher and the terminal may both deliver the same signal, so repeated ones are only
     recorded, too. `agree` shares them with all ranks, so that none waits for a stopped one. If
-    the process ends once training has stopped, further signals on the way out are ignored.
+    the process ends after training, further signals on the way out are ignored.
 
     Args:
         timeout: the longest wait for another rank in `agree`; None is torch's default.
     """
 
     ends_process = False
-    """Whether the process ends once training has stopped, as a command's does."""
+    """Whether the process ends once training has stopped on request, as a command's does."""
+    ends_when_finished = False
+    """Whether it also ends once training has reached its last step: nothing is left to stop."""
 
     def __init__(self, timeout: timedelta | None = None) -> None:
         self._timeout = timeout
@@ -50,8 +52,10 @@ class StopRequest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        finished = error is None and not self.honoured
+        ends = (self.honoured and self.ends_process) or (finished and self.ends_when_finished)
         for number, handler in self._before.items():
-            if self.honoured and self.ends_process:
+            if ends:
                 signal.signal(number, signal.SIG_IGN)
             else:
                 # None: a handler that was not installed from Python cannot be restored.

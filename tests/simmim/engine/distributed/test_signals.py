@@ -76,6 +76,21 @@ def test_after_a_stop_that_ends_the_process_signals_are_ignored(
     assert no_harm == [number]
 
 
+@EACH
+def test_after_a_finished_training_signals_are_ignored(
+    number: signal.Signals, no_harm: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StopRequest, "ends_when_finished", True)
+    with pytest.raises(KeyError), StopRequest():
+        raise KeyError
+    os.kill(os.getpid(), number)
+    assert no_harm == [number]  # nothing was finished
+    with StopRequest():
+        pass
+    os.kill(os.getpid(), number)
+    assert no_harm == [number]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_ignored_signals_are_recorded_and_ignored_again(number: signal.Signals) -> None:
     signal.signal(number, signal.SIG_IGN)  # as a shell starts background jobs
