@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from simmim.data.datasets.opening import first_folder
 from simmim.data.settings import DataSettings
+from simmim.engine.checkpoint.choosing import chosen_checkpoint
 from simmim.engine.checkpoint.directory import (
     COMPLETE,
     RECIPE_FILE,
-    chosen_checkpoint,
     complete_checkpoints,
     kept_best,
     load_state,

@@ -11,7 +11,8 @@ from typing import Any
 
 from data_prep.format.text import count_noun
 from simmim.disk import append_line
-from simmim.engine.checkpoint.directory import RECIPE_FILE, chosen_checkpoint, load_state
+from simmim.engine.checkpoint.choosing import chosen_checkpoint
+from simmim.engine.checkpoint.directory import RECIPE_FILE, load_state
 from simmim.engine.checkpoint.ema import load_average
 from simmim.engine.checkpoint.resume import load_model
 from simmim.engine.devices import build_accelerator, own_process_state

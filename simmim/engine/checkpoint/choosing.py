@@ -1,9 +1,10 @@
-"""The checkpoint that a training resumes from: verified, and of the same run.
+"""The checkpoint that a training resumes from, or that is read: verified, and of the same run.
 
 `--resume auto` takes the last complete checkpoint that is as it was written, and says which later
 ones it has rejected. A checkpoint that is named by its path is refused instead.
 """
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -15,21 +16,34 @@ from pydantic import TypeAdapter
 from simmim.engine.checkpoint.directory import (
     AN_EARLIER_ONE,
     ANOTHER_ONE,
+    COMPLETE,
     MODEL,
     OPTIMIZER,
     RECIPE_FILE,
     SCALARS_FILE,
     Scalars,
     TrainingState,
+    best_checkpoint,
     check_file,
+    check_small_files,
+    checkpoint_path,
     complete_checkpoints,
     find_checkpoint,
+    kept_best,
     load_state,
+    read_best,
     read_json,
     recorded_digests,
 )
 from simmim.engine.checkpoint.shard_files import ShardFiles, shard_files
+from simmim.engine.run import RunFolder
 from simmim.recipe import read_values
+
+ITS_OWN_PLACE = (
+    "Give it its own name, resume it in the folder of its own run, or start a new run from its "
+    "weights with --init-from."
+)
+"""The remedy for a checkpoint of another step or run in training."""
 
 Gather = Callable[[str | None], list[str | None]]
 """Returns what every rank passes to it; all ranks must call it together."""
@@ -102,6 +116,56 @@ def choose_checkpoint(
     )
 
 
+def chosen_checkpoint(source: Path, *, best: bool | None = None) -> Path:
+    """Return the checkpoint at `source`, or the best or last one of a run.
+
+    Its files without tensors are compared with their digests; those with tensors are when they are
+    read.
+
+    Args:
+        source: a run folder, or a checkpoint in one.
+        best: the best one of a run, or the last; None is the best if the run has kept one.
+
+    Raises:
+        ValueError: there is none, it is not what was written, or it is of another step than its
+            name says or of another run than its folder.
+    """
+    path = _chosen(source, best).resolve()
+    check_small_files(path)
+    state, run = load_state(path), RunFolder(path=path.parent.parent).identity()
+    reason = _why_misplaced(path, state, run)
+    if reason is not None:
+        raise ValueError(f"{reason} Take it from where it was written, or name another checkpoint.")
+    return path
+
+
+def _chosen(source: Path, best: bool | None) -> Path:
+    if (source / COMPLETE).is_file():
+        return source
+    kept, found = kept_best(source), complete_checkpoints(source / "checkpoints")
+    if best and kept is None:
+        path = best_checkpoint(source)
+        raise ValueError(
+            f"{path}, the best checkpoint of {source}, is gone or incomplete: leave out --best for "
+            "the last checkpoint."
+        )
+    if best or (best is None and kept is not None):
+        assert kept is not None
+        return kept
+    if not found:
+        raise ValueError(
+            f"{source} holds no complete checkpoint: give a run folder or a checkpoint in one."
+        )
+    named = read_best(source) if best is None else None
+    if named is not None and int(os.environ.get("RANK", "0")) == 0:
+        sys.stderr.write(
+            f"WARNING: {checkpoint_path(source / 'checkpoints', named.step)}, the best checkpoint "
+            f"({named.metric} {named.value:.4f}), is gone or incomplete: {found[-1].name}, the "
+            "last, is taken.\n"
+        )
+    return found[-1]
+
+
 def _why_unusable(path: Path, run: str, mine: range) -> str | None:
     """Return why a checkpoint cannot be resumed, if this rank finds a reason.
 
@@ -111,7 +175,9 @@ def _why_unusable(path: Path, run: str, mine: range) -> str | None:
         mine: numbers of the files with tensors that this rank verifies.
     """
     try:
-        _check_identity(path, load_state(path), run)
+        misplaced = _why_misplaced(path, load_state(path), run)
+        if misplaced is not None:
+            return f"{misplaced} {ITS_OWN_PLACE}"
         read_json(path / SCALARS_FILE, TypeAdapter(Scalars))
         check_file(path / RECIPE_FILE)
         read_values(path / RECIPE_FILE)
@@ -129,16 +195,14 @@ def _why_unusable(path: Path, run: str, mine: range) -> str | None:
     return None
 
 
-def _check_identity(path: Path, state: TrainingState, run: str) -> None:
-    """Check that a checkpoint is of the step in its name and of the run `run`."""
+def _why_misplaced(path: Path, state: TrainingState, run: str) -> str | None:
+    """Return why a checkpoint is not of the step in its name or the run `run`, if it is not."""
     named = re.fullmatch(r"step-(\d+)", path.name)
     if named and int(named[1]) != state.step:
-        raise ValueError(
+        return (
             f"{path} holds step {state.step} and is named otherwise: it was renamed, or copied "
-            "over another. Give it its own name."
+            "over another."
         )
     if run and state.run and state.run != run:
-        raise ValueError(
-            f"{path} is of another run ({state.run}; this folder holds run {run}). Resume it in "
-            "the folder of that run, or start a new one from its weights with --init-from."
-        )
+        return f"{path} is of another run ({state.run}; this folder holds run {run})."
+    return None

@@ -11,7 +11,6 @@ import math
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -205,51 +204,6 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
             f"{checkpoint_path(folder, 1000)}, or --resume auto for the last complete one."
         )
     return path
-
-
-def chosen_checkpoint(source: Path, *, best: bool | None = None) -> Path:
-    """Return the checkpoint at `source`, or the best or last one of a run.
-
-    Its files without tensors are compared with their digests; those with tensors are when they are
-    read.
-
-    Args:
-        source: a run folder, or a checkpoint in one.
-        best: the best one of a run, or the last; None is the best if the run has kept one.
-
-    Raises:
-        ValueError: there is none, or it is not what was written.
-    """
-    path = _chosen(source, best).resolve()
-    check_small_files(path)
-    return path
-
-
-def _chosen(source: Path, best: bool | None) -> Path:
-    if (source / COMPLETE).is_file():
-        return source
-    kept, found = kept_best(source), complete_checkpoints(source / "checkpoints")
-    if best and kept is None:
-        path = best_checkpoint(source)
-        raise ValueError(
-            f"{path}, the best checkpoint of {source}, is gone or incomplete: leave out --best for "
-            "the last checkpoint."
-        )
-    if best or (best is None and kept is not None):
-        assert kept is not None
-        return kept
-    if not found:
-        raise ValueError(
-            f"{source} holds no complete checkpoint: give a run folder or a checkpoint in one."
-        )
-    named = read_best(source) if best is None else None
-    if named is not None and int(os.environ.get("RANK", "0")) == 0:
-        sys.stderr.write(
-            f"WARNING: {checkpoint_path(source / 'checkpoints', named.step)}, the best checkpoint "
-            f"({named.metric} {named.value:.4f}), is gone or incomplete: {found[-1].name}, the "
-            "last, is taken.\n"
-        )
-    return found[-1]
 
 
 def kept_best(run: Path) -> Path | None:

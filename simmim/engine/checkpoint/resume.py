@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
+from simmim.engine.checkpoint.choosing import chosen_checkpoint
 from simmim.engine.checkpoint.directory import (
     COMPLETE,
     MODEL,
@@ -16,7 +17,6 @@ from simmim.engine.checkpoint.directory import (
     SCALARS_FILE,
     Scalars,
     TrainingState,
-    chosen_checkpoint,
     complete_checkpoints,
     load_state,
     read_json,

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from simmim.cli import main
-from simmim.engine.checkpoint.directory import best_checkpoint, chosen_checkpoint
+from simmim.engine.checkpoint.choosing import chosen_checkpoint
+from simmim.engine.checkpoint.directory import best_checkpoint
 from simmim.engine.checkpoint.resume import read_model
 from simmim.engine.devices import build_accelerator
 from simmim.engine.loop import train

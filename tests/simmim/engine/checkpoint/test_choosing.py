@@ -13,12 +13,11 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from simmim.engine.checkpoint.choosing import choose_checkpoint
+from simmim.engine.checkpoint.choosing import choose_checkpoint, chosen_checkpoint
 from simmim.engine.checkpoint.directory import (
     COMPLETE,
     Best,
     TrainingState,
-    chosen_checkpoint,
     finish_checkpoint,
     load_state,
     set_aside,
@@ -27,6 +26,7 @@ from simmim.engine.checkpoint.ema import read_average
 from simmim.engine.checkpoint.resume import load_initial, load_optimizer, read_model
 from simmim.engine.checkpoint.saver import rank_contents, write_contents
 from simmim.engine.optimizer import ParameterGroup, build_optimizer
+from simmim.engine.run import RunFolder
 from simmim.engine.settings import OptimizerSettings
 from simmim.export.load_trained import read_source
 
@@ -218,6 +218,25 @@ def test_a_checkpoint_under_the_name_of_another_step_is_refused(tmp_path: Path) 
     earlier = save(tmp_path, 4)
     last = save(tmp_path, 8).rename(tmp_path / "step-00000012")
     assert_rejected(last, earlier, "step 8")
+
+
+@pytest.mark.parametrize(
+    "read", [chosen_checkpoint, read_source, lambda path: load_initial(path, build()[0])]
+)
+def test_what_takes_weights_refuses_a_checkpoint_in_the_place_of_another(
+    tmp_path: Path, read: Callable[[Path], Any]
+) -> None:
+    run = RunFolder(path=tmp_path / "run")
+    foreign = save(run.checkpoints, 8, run="other run")
+    run.recipe.write_bytes((foreign / "recipe.yaml").read_bytes())
+    run.set_identity("its own")
+    for source in (foreign, run.path):
+        with pytest.raises(ValueError, match="is of another run") as caught:
+            read(source)
+        assert "--resume" not in str(caught.value)
+    renamed = save(tmp_path / "elsewhere", 4).rename(tmp_path / "elsewhere" / "step-00000009")
+    with pytest.raises(ValueError, match="holds step 4"):
+        read(renamed)
 
 
 @pytest.mark.parametrize("lost", [MODEL, "recipe.yaml", "optimizer.json"])
