@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.format.text import count_noun
-from simmim.disk import append_line
+from simmim.disk import append_line, why_not_written
 from simmim.engine.checkpoint.choosing import chosen_checkpoint
 from simmim.engine.checkpoint.directory import RECIPE_FILE, load_state
 from simmim.engine.checkpoint.ema import load_average
@@ -116,8 +116,8 @@ def evaluate(
         data=_describe_data(stage),
     )
     if accelerator.is_main_process:
-        _note(run, found, overrides)
         sys.stdout.write(found.text + "\n")
+        _note(run, found, overrides)
     end_processes(accelerator)
     return found
 
@@ -171,5 +171,10 @@ def _note(run: RunFolder, found: Evaluation, overrides: Sequence[str]) -> None:
         "changes": list(overrides),
         **found.figures,
     }
-    with (run.path / EVALUATIONS).open("ab", buffering=0) as file:
-        append_line(file, json.dumps(line).encode() + b"\n")
+    path = run.path / EVALUATIONS
+    try:
+        with path.open("ab", buffering=0) as file:
+            append_line(file, json.dumps(line).encode() + b"\n")
+    except OSError as error:  # a run of others may be read-only
+        reason = why_not_written(error, run.path)
+        sys.stderr.write(f"WARNING: the result was not added to {path}: {reason}.\n")

@@ -45,7 +45,10 @@ def test_it_reproduces_the_validation_of_training(
     assert found.figures == {name: logged(run)[4][name] for name in found.figures}
     lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [8, 4]
+    (run / "evaluations.jsonl").unlink()
+    (run / "evaluations.jsonl").mkdir()  # as in a read-only run, it cannot be written
     best = evaluate(run)
+    assert f"was not added to {run / 'evaluations.jsonl'}" in capsys.readouterr().err
     assert best.checkpoint == best_checkpoint(run).resolve()
     assert best.figures["top1"] == max(line["top1"] for line in logged(run).values())
 
