@@ -11,9 +11,13 @@ def main() -> None:
     from simmim.start import start_process  # noqa: PLC0415 (its signals are those of POSIX)
 
     start_process(sys.argv[1:])
-    from simmim.cli import run  # noqa: PLC0415
+    try:
+        from simmim.cli import run  # noqa: PLC0415
 
-    run()
+        run()
+    except KeyboardInterrupt:  # while a command is imported
+        sys.stderr.write("simmim: interrupted\n")
+        sys.exit(128 + 2)
 
 
 if __name__ == "__main__":

@@ -169,24 +169,34 @@ time.sleep(60)
 """
 
 
-WHILE_PSUTIL_IS_IMPORTED = """
+WHILE_IMPORTING = """
 import os, signal, sys
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name == "psutil._common":
+        if name == "{module}":
             sys.meta_path.remove(self)
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.{signal})
 sys.meta_path.insert(0, Finder())
-from simmim.start import start_process
-start_process(["pretrain"])
-import psutil
+sys.argv = ["simmim", "{command}", "x", "y"]
+from simmim.__main__ import main
+main()
 """
 
 
 def test_a_signal_while_its_handler_is_prepared_ends_with_75(tmp_path: Path) -> None:
-    done = shell('"$@"', ["-c", WHILE_PSUTIL_IS_IMPORTED], tmp_path)
+    program = WHILE_IMPORTING.format(module="psutil._common", signal="SIGTERM", command="pretrain")
+    done = shell('"$@"', ["-c", program], tmp_path)
     assert done.returncode == 75, done.stderr
     assert "SIGTERM outside of training" in done.stderr
+
+
+@pytest.mark.parametrize("module", ["simmim.cli", "simmim.export.cli"])
+def test_an_interrupt_while_a_command_is_imported_has_no_traceback(
+    tmp_path: Path, module: str
+) -> None:
+    program = WHILE_IMPORTING.format(module=module, signal="SIGINT", command="export")
+    done = shell('"$@"', ["-c", program], tmp_path)
+    assert (done.returncode, done.stderr) == (130, "simmim: interrupted\n")
 
 
 AT_THE_VERY_END = """
