@@ -10,10 +10,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from simmim.engine.checkpoint.choosing import chosen_checkpoint
 from simmim.engine.checkpoint.directory import (
     Best,
     best_checkpoint,
-    chosen_checkpoint,
     complete_checkpoints,
     is_better,
     kept_best,
