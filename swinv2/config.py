@@ -406,7 +406,7 @@ def replace_config(config: Config, **overrides: Any) -> Config:
 
 
 def _architecture(name: str) -> Architecture:
-    if name not in VARIANTS:
+    if not isinstance(name, str) or name not in VARIANTS:
         raise ValueError(f"there is no variant {name!r}; choose one of {_listed(list(VARIANTS))}.")
     return VARIANTS[name]
 

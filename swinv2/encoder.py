@@ -25,6 +25,10 @@ class HierarchicalEncoder(nn.Module):
 
     def __init__(self, config: SwinV2Config) -> None:
         super().__init__()
+        if not isinstance(config, SwinV2Config):
+            raise TypeError(
+                f"config is a {type(config).__name__}; give a SwinV2Config, or use build_encoder."
+            )
         self.config = config
         self.patch_embed = PatchEmbed(config.patch_size, config.patch_channels, config.embed_dim)
         self.stages = nn.ModuleList(_build_stages(config))
@@ -251,6 +255,10 @@ def build_encoder(encoder: str | SwinV2Config, **overrides: Any) -> SwinV2:
     """
     if isinstance(encoder, str):
         return SwinV2(variant_config(encoder, **overrides))
+    if not isinstance(encoder, SwinV2Config):
+        raise TypeError(
+            f"encoder is a {type(encoder).__name__}; give the name of a variant or a SwinV2Config."
+        )
     return SwinV2(replace_config(encoder, **overrides))
 
 

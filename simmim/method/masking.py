@@ -80,6 +80,7 @@ def random_mask(
     Returns:
         bool (batch, rows, columns), True = hidden, exactly ``hidden_count(grid, ratio)`` per image.
     """
+    _check_request(batch, grid, ratio)
     rows, columns = grid
     hidden = hidden_count(grid, ratio)
     device = _device(generator)
@@ -93,6 +94,21 @@ def random_mask(
     mask = torch.zeros_like(noise, dtype=torch.bool)
     mask.scatter_(1, noise.argsort(dim=1, stable=True)[:, :hidden], True)
     return mask.view(batch, rows, columns)
+
+
+def _check_request(batch: object, grid: object, ratio: object) -> None:
+    """Check the types of the arguments of a mask function.
+
+    Raises:
+        TypeError: one is something else; names it.
+    """
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 0:
+        raise TypeError(f"batch is {batch!r}; give the number of masks, an integer of at least 0.")
+    sizes = list(grid) if isinstance(grid, list | tuple) else []
+    if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise TypeError(f"grid is {grid!r}; give rows and columns, two integers of at least 1.")
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float):
+        raise TypeError(f"ratio is {ratio!r}; give the fraction to hide, a number from 0 to 1.")
 
 
 def square_mask(

@@ -105,6 +105,7 @@ class SimMIM(nn.Module, Generic[EncoderT]):
         loss_area: LossArea = "masked",
     ) -> None:
         super().__init__()
+        _check_types(encoder, mask_cell)
         config = encoder.config
         if mask_cell < 1 or mask_cell % config.patch_size:
             raise ValueError(
@@ -222,6 +223,21 @@ class SimMIM(nn.Module, Generic[EncoderT]):
                 f"{tuple(images.shape)} with mask cells of {self.mask_cell} pixels take a bool "
                 f"mask of shape {expected}, True = hidden."
             )
+
+
+def _check_types(encoder: object, mask_cell: object) -> None:
+    """Check arguments of `SimMIM` whose mistakes would show up far from it.
+
+    Raises:
+        TypeError: one is something else; names it.
+    """
+    if not isinstance(encoder, nn.Module) or not hasattr(encoder, "config"):
+        raise TypeError(
+            f"encoder is a {type(encoder).__name__}; give an encoder, for example "
+            "swinv2.build_encoder('tiny')."
+        )
+    if isinstance(mask_cell, bool) or not isinstance(mask_cell, int):
+        raise TypeError(f"mask_cell is {mask_cell!r}; give its side in pixels, an integer.")
 
 
 def _cut_into_patches(images: Tensor, side: int) -> Tensor:

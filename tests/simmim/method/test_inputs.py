@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from simmim import SimMIM
-from swinv2 import SwinV2, SwinV2Config
+from simmim import SimMIM, random_mask
+from swinv2 import SwinV2, SwinV2Config, build_encoder
 
 CONFIG = SwinV2Config(image_size=32, embed_dim=8, depths=(1, 1), num_heads=(1, 2), window_size=4)
 IMAGES, MASK = torch.rand(1, 3, 32, 32), torch.ones(1, 4, 4, dtype=torch.bool)
@@ -42,3 +42,22 @@ def test_other_inputs_are_named(images: Any, mask: Any, word: str) -> None:
         if call is model or word != "channels":
             with pytest.raises(ValueError, match=word):
                 call(images, mask)
+
+
+@pytest.mark.parametrize(
+    ("call", "word"),
+    [
+        (lambda: SimMIM(None), "build_encoder"),  # type: ignore[type-var]
+        (lambda: SimMIM("tiny"), "build_encoder"),  # type: ignore[type-var]
+        (lambda: SimMIM(SwinV2(CONFIG), mask_cell="4"), "mask_cell is '4'"),  # type: ignore[arg-type]
+        (lambda: SimMIM(SwinV2(CONFIG), mask_cell=4.0), "mask_cell is 4.0"),  # type: ignore[arg-type]
+        (lambda: random_mask("2", (4, 4), 0.5), "batch is '2'"),  # type: ignore[arg-type]
+        (lambda: random_mask(2, 4, 0.5), "rows and columns"),  # type: ignore[arg-type]
+        (lambda: random_mask(2, (4, 4), "half"), "ratio is 'half'"),  # type: ignore[arg-type]
+        (lambda: build_encoder(None), "name of a variant"),  # type: ignore[arg-type]
+        (lambda: SwinV2({"embed_dim": 8}), "SwinV2Config"),  # type: ignore[arg-type]
+    ],
+)
+def test_arguments_of_other_types_are_named(call: Any, word: str) -> None:
+    with pytest.raises(TypeError, match=word):
+        call()
