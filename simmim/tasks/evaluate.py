@@ -30,6 +30,18 @@ from simmim.tasks.input_check import check_input, input_of
 EVALUATIONS = "evaluations.jsonl"
 """File in the run with one line per evaluation."""
 
+OF_TRAINING = ("training", "init", "like", "init_head", "mixing", "probe")
+"""Recipe keys and sections that only training uses, except for EVALUATED."""
+
+EVALUATED = (
+    "training.precision",
+    "training.batch_size",
+    "training.accumulation",
+    "training.rank_timeout",
+    "training.seed",
+)
+"""Keys of `training` that validation uses, or that have to fit those it does."""
+
 SIZES = ("encoder", "data.image_size")
 """Recipe keys and sections that change the encoder's sizes."""
 
@@ -88,6 +100,7 @@ def evaluate(
         overrides = [*overrides, *task.recipe.validating_on(data, overrides)]
     recipe, stage_type = _recipe(checkpoint, run, overrides), task.stage
     stage = stage_type(recipe)
+    check_overrides(file, overrides, recipe, stage.recipe)
     check_validation_input(stage, checkpoint)
     start_processes()
     line = overridden(recipe, stage.recipe)
@@ -144,6 +157,35 @@ def check_validation_input(stage: Any, checkpoint: Path) -> None:
                 sys.stderr.write(f"WARNING: {text}\n")
 
 
+def check_overrides(file: Path, overrides: Sequence[str], given: Any, trained: Any) -> None:
+    """Refuse overrides that would change nothing in an evaluation.
+
+    Args:
+        file: the recipe of the checkpoint.
+        overrides: `--key value` for it.
+        given: the recipe with them.
+        trained: the recipe as the stage has it, with the architecture of the trained weights.
+
+    Raises:
+        ValueError: the encoder decides on a setting, or only training uses it; names each.
+    """
+    replaced = differences(to_values(given), to_values(trained))
+    for key, text in differences(read_values(file), read_values(file, overrides)).items():
+        if key in replaced:
+            raise ValueError(
+                f"--{key} ({text}) has no effect: the trained encoder has {key} of its own. Leave "
+                "it out."
+            )
+        if _within(key, OF_TRAINING) and not _within(key, EVALUATED):
+            raise ValueError(
+                f"--{key} ({text}) has no effect: only training uses it. Leave it out."
+            )
+
+
+def _within(key: str, sections: Sequence[str]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
 def _recipe(checkpoint: Path, run: RunFolder, overrides: Sequence[str]) -> Any:
     """Return the recipe of a checkpoint with overrides."""
     file = checkpoint / RECIPE_FILE
@@ -154,7 +196,7 @@ def _recipe(checkpoint: Path, run: RunFolder, overrides: Sequence[str]) -> Any:
         # It records the windows of pretraining, and what the run started from may be gone.
         return replace(recipe, init=str(run.encoder))
     for key in differences(read_values(file), read_values(file, overrides)):
-        if any(key == size or key.startswith(f"{size}.") for size in SIZES):
+        if _within(key, SIZES):
             raise ValueError(
                 f"--{key} changes the encoder's sizes, and {run.path} has no encoder directory yet "
                 "that records the pretraining windows: finish the training first."

@@ -80,6 +80,9 @@ def test_the_initial_weights_may_be_gone(
         (["RUN", "--best", "--data.validation_shards", "0"], "--data.validation"),
         (["RUN", "--data", "nowhere"], "nowhere"),
         (["RUN", "--data.crop_pct", "2"], "crop_pct is 2"),
+        (["RUN", "--encoder.embed_dim", "64"], "--encoder.embed_dim"),
+        (["RUN", "--encoder.mlp_ratio", "2"], "--encoder.mlp_ratio"),
+        (["RUN", "--training.optimizer.lr", "1"], "--training.optimizer.lr"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(
