@@ -72,6 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"data-prep: {printable_lines(_describe(error))}", file=sys.stderr)
         return 2
+    except MemoryError:
+        advice = "lower --workers or --max-pixels, or give the job more memory"
+        print(f"data-prep: memory ran out: {advice}.", file=sys.stderr)
+        return 76
     except WorkerError as error:
         print(f"data-prep: {printable_lines(error)}", file=sys.stderr)
         return 76 if isinstance(error, LostWorkerError) else 1

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from data_prep.format.terminal import ExitCode, flush_output
 from data_prep.format.text import printable_lines
 from simmim.data.loader.lost_workers import lost_worker
-from simmim.engine.exit_codes import BAD_INPUT, LOST, STOPPED, RankLostError
+from simmim.engine.exit_codes import BAD_INPUT, LOST, STOPPED, RankLostError, out_of_memory
 from simmim.recipe import describe, load, read_values
 from simmim.start import TRAINING, start_process
 from simmim.stop_signals import ignore_stop_signals
@@ -83,19 +83,18 @@ def main(argv: Sequence[str] | None = None, *, ends_process: bool = False) -> in
     arguments.ends_process = ends_process
     try:
         code: int = arguments.handler(arguments, overrides)
-    except (ValueError, OSError) as error:
-        print(f"simmim {arguments.command}: {printable_lines(error)}", file=sys.stderr)
-        return BAD_INPUT
     except RankLostError as error:
         print(f"simmim {arguments.command}: {printable_lines(error)}", file=sys.stderr)
         return LOST
-    except RuntimeError as error:
-        lost = lost_worker(error)
-        if lost is None:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        lost = lost_worker(error) if isinstance(error, RuntimeError) else None
+        reason = lost or out_of_memory(error)
+        if reason is None and isinstance(error, RuntimeError):
             raise
-        resume = " Resume with --resume auto." if arguments.command in TRAINING else ""
-        print(f"simmim {arguments.command}: {printable_lines(lost)}{resume}", file=sys.stderr)
-        return LOST
+        resume = " Resume with --resume auto." if reason and arguments.command in TRAINING else ""
+        text = f"{printable_lines(reason or error)}{resume}"
+        print(f"simmim {arguments.command}: {text}", file=sys.stderr)
+        return LOST if reason else BAD_INPUT
     except KeyboardInterrupt:
         print(f"simmim {arguments.command}: interrupted", file=sys.stderr)
         return 128 + 2

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_prep.format.manifest import read_manifest
+from simmim.bench.memory import GIB
 from simmim.data.datasets.opening import measured_statistics
 from simmim.data.datasets.procedural import draw_images
 from simmim.data.transforms.sampling import ImageForm, sample_images
+from simmim.doctor.fits import find_room, most_memory
 from simmim.engine.folder_lock import locked_folder
 from simmim.engine.run import RunFolder
 from simmim.recipe import load, parse
@@ -46,8 +48,10 @@ def quickstart(images: Path | None, folder: Path) -> Outcome:
         folder: output folder of images, shards and the run.
 
     Raises:
-        ValueError: the images cannot be used, or the folder holds another run.
+        ValueError: the images cannot be used, the folder holds another run, or there is too little
+            memory.
     """
+    check_memory(embedded_recipe(folder / "shards"))
     with locked_folder(folder):
         return _run_pipeline(images, folder)
 
@@ -73,6 +77,22 @@ def _run_pipeline(images: Path | None, folder: Path) -> Outcome:
         return Outcome(text="Resume with the same command.", stopped=True)
     say("4/4 probing its frozen features")
     return Outcome(text=summarise(run, shards, began), stopped=False)
+
+
+def check_memory(recipe: PretrainRecipe) -> None:
+    """Refuse a machine or container that is too small before images are drawn.
+
+    Raises:
+        ValueError: training needs more memory than there is.
+    """
+    room = find_room()
+    most = 0.0 if room is None else most_memory(recipe, BATCH_SIZE, room)
+    if room is not None and most > room.there:
+        raise ValueError(
+            f"the quickstart needs up to {most / GIB:.1f} GiB of memory, and this machine "
+            f"or its container has {room.there / GIB:.1f} GiB: use a larger one, or raise the "
+            "container's limit."
+        )
 
 
 def say(text: str) -> None:
@@ -105,6 +125,11 @@ def quickstart_recipe(shards: Path) -> PretrainRecipe:
             f"{manifest.samples} image is too few: the quickstart trains on some images and "
             "validates on others."
         )
+    return embedded_recipe(shards)
+
+
+def embedded_recipe(shards: Path) -> PretrainRecipe:
+    """Return the embedded recipe for shards that need not exist yet."""
     return parse(
         PretrainRecipe,
         {

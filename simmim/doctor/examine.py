@@ -15,6 +15,7 @@ from simmim.data.datasets.mixture import MixedShards
 from simmim.doctor.checks import Check, attempt, print_checks
 from simmim.doctor.dry_run import check_pace, dry_run, gather_value, warn_of_long_steps
 from simmim.doctor.files import check_class_sizes, check_labelled_files
+from simmim.doctor.fits import check_weights_fit
 from simmim.doctor.hyperparameters import check_hyperparameters
 from simmim.doctor.memory import check_disk, check_memory
 from simmim.doctor.shards import check_order, check_shards, check_workers
@@ -69,6 +70,7 @@ def examine_training(
 def _open(recipe: TaskRecipe, stages: list[TaskStage]) -> Iterable[Check]:
     """Open everything that training opens before it starts; yield nothing on success."""
     check_parallelism()
+    check_weights_fit(recipe)
     stage: Any = task_named(recipe.task, "recipe").stage(recipe)
     world = max(requested_cpu_processes(), int(os.environ.get("WORLD_SIZE", "1")))
     stage.batches(rank=0, world=world, start=0, end=recipe.training.batch_size)

@@ -2,133 +2,179 @@
 
 import os
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from data_prep.format.text import count_noun
 from simmim.bench.memory import GIB
+from simmim.doctor.estimates import (
+    HEAD_ROOM,
+    advise_accumulation,
+    clip_length,
+    least_memory,
+    most_activations,
+    most_parameters,
+    share_kept,
+)
 from simmim.doctor.machine import machine_memory
 from simmim.doctor.memory import FULL, advise, needed_memory, placement_of, step_case
 from simmim.engine.distributed.environment import requested_cpu_processes
 from simmim.tasks.recipe import TaskRecipe
-from swinv2.config import SwinV2Config
 
 PROCESS = 0.4 * GIB
 """Bytes of a process with torch, before it builds a model."""
+WORKER = 0.15 * GIB
+"""Bytes of a data worker, without its batches."""
 COPIES = 3
 """Copies of the weights' size that a checkpoint holds in host memory: weights and two states."""
-HEAD_ROOM = 1.6
-"""Factor by which `most_activations` may exceed the activations of a step in fp32."""
-SHARE_KEPT = {"none": 1.0, "attention": 0.7, "full": 0.1}
-"""Share of the activations that is kept until the backward, by activation checkpointing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """The memory for each process of a training."""
+
+    there: int
+    """Bytes of the GPU, or of this machine by the number of its processes."""
+    processes: int
+    """Number of processes on this machine."""
+    world: int
+    """Number of processes on all machines."""
+    on_gpu: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """The memory that each process needs."""
+
+    least: bool
+    """Whether training may need more."""
+    number: float
+    """Bytes."""
+    change: str
+    """What to set to need less."""
 
 
 def check_fits(recipe: Any) -> None:
     """Compare the memory of a training step on all ranks of this machine with the machine's.
 
-    A step that clearly fits is counted from its sizes in no time; another is simulated, which takes
-    some seconds. On a GPU a step that does not fit is warned of.
+    A step that clearly fits, or clearly does not, is told from its sizes in no time; another is
+    simulated, which takes some seconds. On a GPU a step that does not fit is warned of.
 
     Raises:
         ValueError: training does not fit the memory of the machine.
     """
     if int(os.environ.get("LOCAL_RANK", "0")) or not isinstance(recipe, TaskRecipe):
         return
+    room = find_room()
+    if room is None:
+        return
+    micro = max(1, recipe.training.batch_size // room.world // recipe.training.accumulation)
+    need = count_need(recipe, micro, room)
+    if need is None or need.number <= room.there:
+        return
+    images = count_noun(micro, recipe.SAMPLES.removesuffix("s"))
+    least = "at least " if need.least else ""
+    found = f"training needs {least}{_gib(need.number)} per process for micro-batches of {images}"
+    if room.on_gpu:
+        sys.stderr.write(f"WARNING: {found}, and this GPU has {_gib(room.there)}.\n")
+        return
+    number = room.processes
+    raise ValueError(
+        f"{found}, {_gib(need.number * number)} for {count_noun(number, 'process', 'processes')}, "
+        f"and this machine has {_gib(room.there * number)}. To fit it: {need.change}; or choose a "
+        "smaller encoder.variant or data.image_size. --ignore-memory starts training all the same."
+    )
+
+
+def find_room() -> Room | None:
+    """Return the memory for each process; None if it is not known beforehand."""
     processes = max(requested_cpu_processes(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    world = max(processes, int(os.environ.get("WORLD_SIZE", "1")))
     on_gpu = torch.accelerator.is_available()
     if on_gpu and not torch.cuda.is_available():
-        return  # its memory is the machine's, and grows with what is in use
-    there = torch.cuda.mem_get_info()[1] if on_gpu else machine_memory() // processes
-    other = 0.0 if on_gpu else PROCESS
-    training = recipe.training
-    micro = max(1, training.batch_size // world // training.accumulation)
-    config = recipe.encoder.config(recipe.data.image_size)
-    weights = 4.0 * most_parameters(config)
-    states = weights * (4 + (training.ema_decay is not None) + (0 if on_gpu else COPIES))
-    sharded = placement_of(world)
-    states /= sharded.devices
-    most = most_activations(config) * micro * _clip_length(recipe)
-    if states + most + other <= FULL * there:
-        return
-    cell = recipe.mask_cell_for_estimate
-    if cell is None:  # the encoder alone; heads and boxes come on top
-        needed = states + other + most / HEAD_ROOM * _share_kept(recipe)
-    else:
-        sys.stderr.write("counting the memory of a training step, some seconds\n")
-        case = step_case(recipe, micro, cell)
-        counted = needed_memory(case, sharded)
-        needed = counted + other + (0 if on_gpu else COPIES * weights / sharded.devices)
-    if needed <= there:
-        return
-    found = (
-        f"training needs {_gib(needed)} per process for micro-batches of "
-        f"{count_noun(micro, recipe.SAMPLES.removesuffix('s'))}"
-    )
-    if on_gpu:
-        sys.stderr.write(f"WARNING: {found}, and this GPU has {_gib(there)}.\n")
-        return
-    change = (
-        f"lower training.batch_size or raise training.accumulation (now {training.accumulation})"
-    )
-    if cell is not None:
-        share = training.batch_size // world
-        change = advise(case, sharded, round(needed), there, share)
-    raise ValueError(
-        f"{found}, {_gib(needed * processes)} for {count_noun(processes, 'process', 'processes')}, "
-        f"and this machine has {_gib(there * processes)}. To fit it: {change}; or choose a smaller "
-        "encoder.variant or data.image_size. --ignore-memory starts training all the same."
+        return None  # its memory is the machine's, and grows with what is in use
+    return Room(
+        there=torch.cuda.mem_get_info()[1] if on_gpu else machine_memory() // processes,
+        processes=processes,
+        world=max(processes, int(os.environ.get("WORLD_SIZE", "1"))),
+        on_gpu=on_gpu,
     )
 
 
-def most_parameters(config: SwinV2Config) -> float:
-    """Return an upper estimate of the number of an encoder's parameters, from its sizes."""
-    blocks = sum(
-        depth * dim * dim * (4 + 2 * config.mlp_ratio)
-        for depth, dim in zip(config.depths, config.stage_dims, strict=True)
-    )
-    merges = sum(8 * dim * dim for dim in config.stage_dims[:-1])
-    decoder = config.num_features * config.strides[-1] ** 2 * config.in_channels
-    return 1.05 * (blocks + merges + decoder) + 512 * sum(
-        depth * heads for depth, heads in zip(config.depths, config.num_heads, strict=True)
-    )
+def most_memory(recipe: TaskRecipe, micro: int, room: Room) -> float:
+    """Return an upper bound of the bytes that a process needs, from sizes alone.
 
-
-def most_activations(config: SwinV2Config) -> float:
-    """Return an upper estimate of the bytes of activations of an image, in fp32.
-
-    A block keeps about 10 maps of its width, 3 of its MLP's, and two sets of attention weights.
+    Args:
+        recipe: the recipe.
+        micro: samples of a micro-batch.
+        room: the memory there is, and the processes that share it.
     """
-    return sum(
-        4.0
-        * depth
-        * (rows * columns)
-        * (dim * (10 + 3 * config.mlp_ratio) + 2 * heads * window[0] * window[1])
-        for (rows, columns), dim, heads, window, depth in zip(
-            config.stage_resolutions,
-            config.stage_dims,
-            config.num_heads,
-            config.stage_windows,
-            config.depths,
-            strict=True,
+    config = recipe.encoder.config(recipe.data.image_size)
+    average = recipe.training.ema_decay is not None
+    weights = 4.0 * most_parameters(config) / placement_of(room.world).devices
+    states = weights * (4 + average) + checkpoint_copies(recipe, room)
+    return states + micro * most_activations(config) * clip_length(recipe) + outside(recipe, room)
+
+
+def count_need(recipe: TaskRecipe, micro: int, room: Room) -> Need | None:
+    """Return the memory that a process needs, None if it clearly fits; arguments as above."""
+    most, fixed = most_memory(recipe, micro, room), most_memory(recipe, 0, room)
+    if most <= FULL * room.there:
+        return None
+    cell = recipe.mask_cell_for_estimate
+    config = recipe.encoder.config(recipe.data.image_size)
+    placement = placement_of(room.world)
+    share = max(1, recipe.training.batch_size // room.world)
+    fitting = (FULL * room.there - fixed) / (most - fixed) * micro
+    change = advise_accumulation(recipe, share, fitting)
+    least = least_memory(recipe, config, micro, placement)
+    if least > room.there:
+        return Need(least=True, number=least, change=change)
+    if cell is None:  # the encoder alone; heads and boxes come on top
+        number = fixed + (most - fixed) / HEAD_ROOM * share_kept(recipe)
+        return Need(least=False, number=number, change=change)
+    sys.stderr.write("counting the memory of a training step, some seconds\n")
+    case = step_case(recipe, micro, cell)
+    number = needed_memory(case, placement) + outside(recipe, room)
+    number += checkpoint_copies(recipe, room)
+    if number > room.there and not room.on_gpu:
+        change = advise(case, placement, round(number), room.there, share)
+    return Need(least=False, number=number, change=change)
+
+
+def checkpoint_copies(recipe: TaskRecipe, room: Room) -> float:
+    """Return the bytes of a checkpoint in the memory that training shares with it."""
+    if room.on_gpu:
+        return 0.0
+    config = recipe.encoder.config(recipe.data.image_size)
+    return COPIES * 4.0 * most_parameters(config) / placement_of(room.world).devices
+
+
+def outside(recipe: TaskRecipe, room: Room) -> float:
+    """Return the bytes of a process and its data workers, besides the model."""
+    return 0.0 if room.on_gpu else PROCESS + WORKER * recipe.data.workers
+
+
+def check_weights_fit(recipe: TaskRecipe) -> None:
+    """Refuse weights that no machine like this one can hold, before a model is built.
+
+    Raises:
+        ValueError: weights, gradients and optimiser alone need more than this machine's memory.
+    """
+    room = find_room()
+    if room is None or recipe.architecture_source is not None:
+        return
+    config = recipe.encoder.config(recipe.data.image_size)
+    least = least_memory(recipe, config, 0, placement_of(room.world))
+    if least > room.there:
+        where = "this GPU" if room.on_gpu else "this machine"
+        raise ValueError(
+            f"weights, gradients and optimiser need at least {_gib(least)} per process, and "
+            f"{where} has {_gib(room.there)} for each: choose a smaller encoder.variant, or lower "
+            "encoder.embed_dim, encoder.depths or encoder.mlp_ratio."
         )
-    )
-
-
-def _share_kept(recipe: TaskRecipe) -> float:
-    """Return the least share of the activations in fp32 that a step keeps."""
-    chosen = recipe.execution.checkpointing
-    choices = [chosen] if isinstance(chosen, str) else list(chosen)
-    kept = min(SHARE_KEPT[choice] for choice in choices)
-    return kept * (1.0 if recipe.training.precision == "fp32" else 0.6)
-
-
-def _clip_length(recipe: TaskRecipe) -> float:
-    """Return the number of maps of a sample: the patches of a clip along time, else 1."""
-    data: Any = recipe.data
-    return max(1.0, getattr(data, "frames", 1) / getattr(recipe.encoder, "frame_patch", 1))
 
 
 def _gib(number: float) -> str:
-    return f"{number / GIB:.1f} GiB"
+    return f"{number / GIB:,.1f} GiB"

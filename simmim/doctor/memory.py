@@ -14,6 +14,12 @@ from data_prep.format.text import count_noun
 from simmim.bench.memory import GIB, Placement, Sharding, make_rows
 from simmim.bench.step import StepCase
 from simmim.doctor.checks import Check
+from simmim.doctor.estimates import (
+    advise_accumulation,
+    least_memory,
+    most_activations,
+    most_parameters,
+)
 from simmim.doctor.machine import machine_memory
 from simmim.tasks.recipe import TaskRecipe
 
@@ -34,10 +40,22 @@ def check_memory(recipe: TaskRecipe, device: torch.device, world: int) -> Iterat
     training = recipe.training
     share = training.batch_size // world
     micro = max(1, share // training.accumulation)
-    case = step_case(recipe, micro, recipe.mask_cell_for_estimate)
     placement = placement_of(world)
-    needed = needed_memory(case, placement)
     there = device_memory(device)
+    config = recipe.encoder.config(recipe.data.image_size)
+    least = least_memory(recipe, config, micro, placement)
+    if least > there:  # simulating it may take minutes
+        free = FULL * there - 4 * 4 * most_parameters(config) / placement.devices
+        yield Check(
+            name="memory",
+            verdict="problem",
+            found=f"at least {least / GIB:.2f} GiB for micro-batches of "
+            f"{count_noun(micro, 'image')} per process; {there / GIB:.2f} GiB available",
+            change=advise_accumulation(recipe, max(1, share), free / most_activations(config)),
+        )
+        return
+    case = step_case(recipe, micro, recipe.mask_cell_for_estimate)
+    needed = needed_memory(case, placement)
     found = (
         f"{needed / GIB:.2f} GiB estimated for micro-batches of {count_noun(micro, 'image')} per "
         f"process; "

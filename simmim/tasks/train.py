@@ -123,10 +123,12 @@ def batch_above_data(batch_size: int, samples: int) -> list[str]:
     """Return a warning if a batch has more samples than an epoch."""
     if batch_size <= samples:
         return []
+    least, rest = divmod(batch_size, samples)
+    times = f"{least} or {least + 1} times" if rest else f"{least} times"
     text = (
         f"training.batch_size {batch_size:,} is larger than the data set: an epoch has "
-        f"{count_noun(samples, 'sample')}, and a batch holds each {batch_size / samples:.1f} "
-        "times; lower training.batch_size"
+        f"{count_noun(samples, 'sample')}, so the same sample is in a batch {times}; lower "
+        "training.batch_size"
     )
     return [text]
 

@@ -316,3 +316,14 @@ def test_control_characters_in_messages_are_escaped(
         assert main(arguments) == 2
         message = capsys.readouterr().err
         assert not set("\x1b\r\x9b\u202e") & set(message), ascii(message)
+
+
+def test_memory_that_runs_out_ends_with_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise MemoryError
+
+    monkeypatch.setattr("data_prep.commands.run_command", fail)
+    assert main(["info", str(tmp_path)]) == 76
+    assert "memory ran out: lower --workers" in capsys.readouterr().err

@@ -172,6 +172,37 @@ def test_metrics_of_a_resumed_run_equal_those_of_an_uninterrupted_one(
     ]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(12, "Cannot allocate memory"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
+        ),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError("Storage size calculation overflowed with sizes=[3221225472, 1073741824]"),
+    ],
+)
+def test_memory_that_runs_out_ends_with_one_message(
+    pretrain_config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("simmim.engine.loop.accumulate_gradients", fail)
+    command = ["pretrain", "--config", str(pretrain_config), "--folder", str(tmp_path / "run")]
+    assert main(command) == 76
+    said = capsys.readouterr().err
+    for part in ("memory ran out", "training.accumulation", "data.workers", "--resume auto"):
+        assert part in said
+    assert "Traceback" not in said
+
+
 def test_control_characters_in_messages_are_escaped(
     pretrain_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """Training compares the memory that it needs with the machine's before it starts."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,17 @@ from simmim.bench.step import StepCase
 from simmim.cli import main
 from simmim.doctor import fits
 from simmim.doctor.dry_run import warn_of_long_steps
-from simmim.doctor.fits import check_fits, most_activations, most_parameters
+from simmim.doctor.estimates import (
+    least_activations,
+    least_parameters,
+    most_activations,
+    most_parameters,
+    share_kept,
+)
+from simmim.doctor.fits import check_fits
 from simmim.doctor.machine import machine_memory
+from simmim.doctor.memory import step_case
+from simmim.quickstart import check_memory, embedded_recipe
 from simmim.recipe import parse
 from simmim.tasks.all_tasks import task_named
 from simmim.tasks.train import batch_above_data
@@ -80,24 +90,66 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def test_what_does_not_fit_is_refused_with_figures_and_remedies(machine: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"2,048 images") as caught:
-        check_fits(recipe_of())
+    with pytest.raises(ValueError, match=r"96 images") as caught:
+        check_fits(recipe_of(batch_size=96))
     text = str(caught.value)
-    for part in ("21.5 GiB", "16.0 GiB", "training.accumulation", "--ignore-memory", "image_size"):
+    for part in ("21.8 GiB", "16.0 GiB", "training.accumulation", "--ignore-memory", "image_size"):
         assert part in text
     machine["memory"] = 32 * GIB
-    check_fits(recipe_of())
+    check_fits(recipe_of(batch_size=96))
+
+
+def test_what_clearly_does_not_fit_is_not_simulated(machine: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"at least 2\d\d\.\d GiB .* raise .*accumulation to \d+"):
+        check_fits(recipe_of())
+    assert machine["counted"] == 0
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"embed_dim": 2**30, "num_heads": [1, 1, 1, 1]},
+        {"depths": [1000, 1000, 1000, 1000]},
+        {"mlp_ratio": 1000},
+    ],
+)
+@pytest.mark.parametrize("command", ["pretrain", "doctor"])
+def test_sizes_beyond_all_measure_are_refused_at_once(
+    machine: dict[str, int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    sizes: dict[str, Any],
+    command: str,
+) -> None:
+    config = tmp_path / "huge.yaml"
+    config.write_text(json.dumps({**BASE, "encoder": {**BASE["encoder"], **sizes}}))
+    assert main([command, "--config", str(config), "--folder", str(tmp_path / "run")]) == 2
+    said = "".join(capsys.readouterr())
+    assert "at least" in said
+    assert "encoder." in said
+    assert machine["counted"] == 0
+
+
+def test_the_quickstart_is_refused_on_a_small_machine(
+    machine: dict[str, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine["memory"] = GIB
+    assert main(["quickstart", "--folder", str(tmp_path / "run")]) == 2
+    assert "has 1.0 GiB" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    machine["memory"] = 2 * GIB
+    check_memory(embedded_recipe(tmp_path))
 
 
 def test_all_ranks_of_the_machine_count(
     machine: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine["step"] = 6 * GIB
-    check_fits(recipe_of())
+    check_fits(recipe_of(batch_size=96))
     for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
         monkeypatch.setenv(name, "4")
     with pytest.raises(ValueError, match=r"4 processes, and this machine has 16\.0 GiB"):
-        check_fits(recipe_of())
+        check_fits(recipe_of(batch_size=96))
     monkeypatch.setenv("LOCAL_RANK", "1")
     check_fits(recipe_of())  # the first rank of the machine speaks for it
 
@@ -145,7 +197,8 @@ def test_a_batch_above_the_data_set_is_said() -> None:
     (text,) = batch_above_data(2048, 107)
     assert "2,048 is larger than the data set" in text
     assert "107 samples" in text
-    assert "19.1 times" in text
+    assert "the same sample is in a batch 19 or 20 times" in text
+    assert "2 times;" in batch_above_data(8, 4)[0]
 
 
 def test_doctor_says_how_long_a_step_of_a_large_batch_takes() -> None:
@@ -163,6 +216,7 @@ def test_parameters_are_estimated_from_above(variant: str) -> None:
         encoder = SwinV2(config)
     real = sum(parameter.numel() for parameter in encoder.parameters())
     assert real < most_parameters(config) < 1.3 * real + 4e6
+    assert 0.9 * real < least_parameters(config) < real
 
 
 @pytest.mark.slow
@@ -191,6 +245,28 @@ def test_activations_are_estimated_from_above(
     )
     most = 4 * most_activations(variant_config(variant, image_size=size, window_size=window))
     assert row.activations < most < fits.HEAD_ROOM * row.activations
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["none", "attention", "full"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_are_estimated_from_below(checkpointing: Any, precision: Any) -> None:
+    values = {
+        **BASE,
+        "encoder": {"variant": "tiny", "window_size": 12},
+        "execution": {"checkpointing": checkpointing, "attention": "sequential"},
+    }
+    values["training"] = {**BASE["training"], "precision": precision}
+    recipe = parse(task_named("pretrain", "test").recipe, values, "test")
+    (row,) = make_rows(
+        [step_case(recipe, 4, 32)],
+        [Placement(sharding="none", devices=1)],
+        device_memory=None,
+        measure=False,
+        say=lambda _: None,
+    )
+    least = 4 * least_activations(recipe.encoder.config(192)) * share_kept(recipe)
+    assert 0.1 * row.activations < least < row.activations
 
 
 @pytest.mark.slow
