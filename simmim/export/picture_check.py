@@ -19,7 +19,7 @@ from simmim.tasks.features import Normalise, pool
 from swinv2 import SwinV2
 from swinv2.bridges.checkpoints import BridgeError
 from swinv2.bridges.transformers_layout import FOLDERS
-from swinv2.bridges.verification import plain_copy
+from swinv2.bridges.verification import plain_copy, quiet_transformers
 
 OF_DATA = 3
 """Pictures of the training data that are compared."""
@@ -51,7 +51,8 @@ def compare_pictures(found: TrainedModel, folder: Path) -> str:
         )
     from transformers import AutoImageProcessor  # noqa: PLC0415 - an optional part
 
-    processor = AutoImageProcessor.from_pretrained(folder)
+    with quiet_transformers():
+        processor = AutoImageProcessor.from_pretrained(folder)
     scale = torch.tensor(found.std).view(-1, 1, 1) * 255
     normalise = Normalise(found.mean, found.std)
     ours, theirs = [], []
@@ -75,7 +76,8 @@ def compare_pictures(found: TrainedModel, folder: Path) -> str:
                 f"differ by {float(apart.mean()):.2f} of 255 on average. Use another version of "
                 "that library or another format."
             )
-    what, same, apart_most = _answers(found, folder, torch.cat(ours), torch.cat(theirs))
+    with quiet_transformers():
+        what, same, apart_most = _answers(found, folder, torch.cat(ours), torch.cat(theirs))
     return (
         f"compared from {len(ours)} picture files through its processor: pixels differ by at most "
         f"{largest:.0f} of 255 (mean {mean:.3f}), {what} by {apart_most:.1e}"

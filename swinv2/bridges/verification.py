@@ -283,7 +283,7 @@ def compare_transformers(
 
 def _load_in_transformers(name: ModelClass, path: Path) -> Any:
     """Load one class of an export in float32, without missing or unexpected tensors."""
-    with _no_progress_bars():
+    with quiet_transformers():
         model, loading = _model_class(name).from_pretrained(
             path / FOLDERS[name], dtype=torch.float32, output_loading_info=True
         )
@@ -310,14 +310,17 @@ def _model_class(name: ModelClass) -> Any:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
+    """Keep progress bars and warnings of transformers out of our output."""
     from transformers.utils import logging  # noqa: PLC0415 - an optional part
 
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 

@@ -24,7 +24,7 @@ from simmim.tasks.classification.classifier import read_preparation, save_head
 from simmim.tasks.classification.recipe import ClassificationRecipe
 from simmim.tasks.classification.stage import ClassificationStage
 from simmim.tasks.features import Normalise
-from swinv2 import SwinV2, SwinV2Config
+from swinv2 import SwinV2, SwinV2Config, save_encoder
 from swinv2.bridges.checkpoints import BridgeError
 from swinv2.bridges.preprocessing import Preparation, describe, from_description, processor_config
 from swinv2.bridges.transformers import export_transformers, import_transformers
@@ -183,3 +183,16 @@ def test_no_processor_crops_to_a_shape_that_is_not_square() -> None:
     content = processor_config(config, Preparation(), [0.5] * 3, [0.2] * 3)
     assert content["image_processor_type"] == "ViTImageProcessor"
     assert "crop_size" not in content
+
+
+@pytest.mark.peer
+def test_output_of_transformers_stays_out_of_an_export(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    save_encoder(encoder(), tmp_path / "encoder", mean=(0.5,) * 3, std=(0.5,) * 3)
+    arguments = ["export", str(tmp_path / "encoder"), str(tmp_path / "out")]
+    assert main([*arguments, "--format", "transformers"]) == 0
+    captured = capfd.readouterr()
+    assert "Loading weights" not in captured.out + captured.err
+    assert captured.err == ""
