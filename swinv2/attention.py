@@ -1,20 +1,25 @@
 """Window attention: partition, shift and mask, scaled cosine scores, position bias."""
 
+import itertools
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from swinv2.config import AttentionPath, Axes, clamp_window
 from swinv2.kernels.cached_tables import cached_table
 from swinv2.kernels.dispatch import choose_attention
 from swinv2.kernels.fused import fused_attention, region_mask
 from swinv2.kernels.linear import Linear, linear
+from swinv2.kernels.precision import without_autocast
 from swinv2.kernels.sequential import MIN_NORM, sequential_attention
-from swinv2.position_bias import PositionBias
+from swinv2.position_bias import PositionBias, PositionTables
 
 LARGEST_LOGIT_SCALE = math.log(100)
 ACROSS_REGIONS = -100.0  # added to scores between regions that only the shift brought together
@@ -126,8 +131,11 @@ def window_mask(grid: WindowGrid, device: torch.device) -> Tensor:
     Minus infinity for padding keys, which nothing may attend to; -100, as in the reference code,
     between tokens that are neighbours only because the shift wrapped the map around; 0 elsewhere.
     """
-    padding = PADDING if any(grid.padding) else None
-    return region_mask(window_regions(grid, device), ACROSS_REGIONS, padding)
+    return _mask(window_regions(grid, device), grid)
+
+
+def _mask(regions: Tensor, grid: WindowGrid) -> Tensor:
+    return region_mask(regions, ACROSS_REGIONS, PADDING if any(grid.padding) else None)
 
 
 @cached_table
@@ -156,6 +164,56 @@ def _axis_regions(grid: WindowGrid, axis: int, device: torch.device) -> Tensor:
     return regions.masked_fill(before_shift >= grid.resolution[axis], PADDING)
 
 
+class WindowGroup(NamedTuple):
+    """Windows of a grid that have the same mask."""
+
+    places: tuple[slice, ...]
+    """Places of the windows along each axis of the grid."""
+    first: int
+    """Number of the first window."""
+    masked: bool
+    """Whether the mask is other than 0."""
+
+
+def windows_by_mask(grid: WindowGrid) -> tuple[WindowGroup, ...]:
+    """Group the windows of a grid by their masks, of which there are few.
+
+    Only the last windows along an axis have one, and only where they are shifted or padded.
+    """
+    groups = []
+    for runs in itertools.product(*(_runs(grid, axis) for axis in range(len(grid.window)))):
+        first = 0
+        for number, run in zip(grid.windows, runs, strict=True):
+            first = first * number + run.start
+        places = tuple(slice(run.start, run.end) for run in runs)
+        groups.append(WindowGroup(places, first, any(run.masked for run in runs)))
+    return tuple(groups)
+
+
+class _Run(NamedTuple):
+    start: int
+    end: int
+    masked: bool
+
+
+def _runs(grid: WindowGrid, axis: int) -> list[_Run]:
+    """Return the runs of windows along one axis that have the same regions."""
+    window, shift, tokens = grid.window[axis], grid.shift[axis], grid.resolution[axis]
+    last = grid.windows[axis] - 1
+
+    def regions(number: int) -> tuple[int, ...]:
+        first = number * window + shift
+        origins = (place % ((last + 1) * window) for place in range(first, first + window))
+        return tuple(PADDING if origin >= tokens else origin < shift for origin in origins)
+
+    runs: list[_Run] = []
+    for pattern, alike in itertools.groupby(range(last + 1), key=regions):
+        start = runs[-1].end if runs else 0
+        masked = len(set(pattern)) > 1 or PADDING in pattern
+        runs.append(_Run(start, start + len(list(alike)), masked))
+    return runs
+
+
 def explicit_attention(qkv: Tensor, *, scale: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
     """Attend by scaled cosine similarity: softmax(scale · cos(query, key) + bias + mask) · value.
 
@@ -164,39 +222,79 @@ def explicit_attention(qkv: Tensor, *, scale: Tensor, bias: Tensor, mask: Tensor
     tokens), mask (windows, 1, tokens, tokens). Everything but the two products is computed in at
     least float32, under autocast too.
     """
-    query, key, value = _directions_and_values(qkv, scale)
-    scores = query @ key.transpose(-2, -1) + bias
-    if mask is not None:
-        scores += mask
-    mixed = scores.softmax(dim=-1).to(value.dtype) @ value
+    with without_autocast(qkv.device):
+        query, key, value = _directions_and_values(qkv, scale)
+        scores = (query @ key.transpose(-2, -1)).to(scale.dtype) + bias
+        if mask is not None:
+            scores += mask
+        mixed = scores.softmax(dim=-1).to(value.dtype) @ value
     return mixed.transpose(2, 3).flatten(3)
 
 
-def sdpa_attention(qkv: Tensor, *, scale: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
-    """Compute `explicit_attention` with torch's scaled_dot_product_attention."""
-    query, key, value = _directions_and_values(qkv, scale)
-    added = bias[None] if mask is None else (bias + mask).expand(len(qkv), -1, -1, -1, -1)
-    query, key, value = (part.flatten(0, 1).to(value.dtype) for part in (query, key, value))
-    mixed = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=added.reshape(-1, *bias.shape).to(value.dtype), scale=1.0
-    )
-    return rearrange(
-        mixed,
-        "(batch windows) heads tokens d -> batch windows tokens (heads d)",
-        windows=qkv.shape[1],
-    )
+def sdpa_attention(
+    qkv: Tensor, *, scale: Tensor, bias: Tensor, grid: WindowGrid, regions: Tensor | None
+) -> Tensor:
+    """Compute `explicit_attention` with torch's scaled_dot_product_attention.
+
+    Windows of the same mask are computed together, and share what is added to their scores.
+
+    Args:
+        qkv: see `explicit_attention`.
+        scale: see `explicit_attention`.
+        bias: see `explicit_attention`.
+        grid: the windows.
+        regions: see `window_regions`; None if the grid needs no mask.
+    """
+    with without_autocast(qkv.device):
+        roles = _directions_and_values(qkv, scale)
+        if regions is None:
+            return rearrange(_attend_alike(*roles, bias), _HEADS_APART)
+        maps = [part.unflatten(1, grid.windows) for part in roles]  # type: ignore[no-untyped-call]
+        mixed = torch.empty_like(maps[2])
+        for places, first, masked in windows_by_mask(grid):
+            added = bias + _mask(regions[first : first + 1], grid)[0] if masked else bias
+            here = (slice(None), *places)
+            query, key, value = (part[here].flatten(1, len(places)) for part in maps)
+            mixed[here] = _attend_alike(query, key, value, added).view_as(mixed[here])
+        return rearrange(mixed.flatten(1, len(grid.windows)), _HEADS_APART)
+
+
+_HEADS_APART = "batch windows heads tokens d -> batch windows tokens (heads d)"
+
+_SDPA_KERNELS = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""All but cuDNN's, whose gradients are NaN for some windows in some versions."""
+
+
+def _attend_alike(query: Tensor, key: Tensor, value: Tensor, added: Tensor) -> Tensor:
+    """Attend in (batch, windows, heads, tokens, d), with the same (heads, queries, keys) added."""
+    images, tokens = value.shape[0], value.shape[3]
+    query, key, value = (part.flatten(0, 1) for part in (query, key, value))
+    # Rows of other lengths would be copied for each window, to align them.
+    added = F.pad(added.to(value.dtype), (0, -tokens % 16))[..., :tokens]
+    added = added.expand(len(value), -1, -1, -1)
+    with sdpa_kernel(_SDPA_KERNELS) if value.is_cuda else nullcontext():
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=1.0)
+    return mixed.unflatten(0, (images, -1))  # type: ignore[no-untyped-call,no-any-return]
 
 
 def _directions_and_values(qkv: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Split into (batch, windows, heads, tokens, d); normalise queries and keys, scale queries."""
+    """Split into (batch, windows, heads, tokens, d); normalise queries and keys, scale queries.
+
+    Computed in the precision of scale, and rounded to that of qkv.
+    """
     query, key, value = rearrange(
         qkv,
         "batch windows tokens (roles heads d) -> roles batch windows heads tokens d",
         roles=3,
         heads=len(scale),
     )
-    query, key = query.to(scale.dtype), key.to(scale.dtype)
-    return query * (scale / _norm(query)), key / _norm(key), value
+    precise = query.to(scale.dtype), key.to(scale.dtype)
+    query, key = precise[0] * (scale / _norm(precise[0])), precise[1] / _norm(precise[1])
+    return query.to(value.dtype), key.to(value.dtype), value
 
 
 def _norm(vectors: Tensor) -> Tensor:
@@ -219,28 +317,46 @@ class WindowAttention(nn.Module):
         self.position_bias = PositionBias(num_heads, reference_window)
         self.projection = Linear(dim, dim)
 
-    def forward(self, tokens: Tensor, grid: WindowGrid) -> Tensor:
-        """Map (batch, *resolution, channels) to the same shape, attending within the windows."""
+    def tables(self, grid: WindowGrid) -> "WindowTables":
+        """Return the tables for a grid of windows."""
+        device = self.logit_scale.device
+        regions = window_regions(grid, device) if grid.needs_mask else None
+        return WindowTables(self.position_bias.tables(grid.window), regions)
+
+    def forward(
+        self, tokens: Tensor, grid: WindowGrid, tables: "WindowTables | None" = None
+    ) -> Tensor:
+        """Map (batch, *resolution, channels) to the same shape, attending within the windows.
+
+        Args:
+            tokens: a map of tokens.
+            grid: the windows.
+            tables: see `tables`; a compiled graph takes them, rather than make them in each call.
+        """
+        if tables is None:
+            tables = self.tables(grid)
         qkv_bias = torch.cat((self.query_bias, torch.zeros_like(self.query_bias), self.value_bias))
         windows = partition(shift_tokens(tokens, grid), grid)
         qkv = linear(windows, self.qkv.weight, qkv_bias)
 
         precise = torch.promote_types(self.logit_scale.dtype, torch.float32)
         scale = self.logit_scale.to(precise).clamp(max=LARGEST_LOGIT_SCALE).exp()[:, None, None]
-        bias = self.position_bias(grid.window).to(precise)
-        mask = window_mask(grid, tokens.device) if grid.needs_mask else None
-        mixed = self._attend(qkv, scale, bias, mask)
+        bias = self.position_bias(grid.window, tables.position).to(precise)
+        mixed = self._attend(qkv, scale, bias, grid, tables.regions)
 
         output: Tensor = self.projection(mixed)
         return unshift_tokens(reverse(output, grid), grid)
 
-    def _attend(self, qkv: Tensor, scale: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(
+        self, qkv: Tensor, scale: Tensor, bias: Tensor, grid: WindowGrid, regions: Tensor | None
+    ) -> Tensor:
         kernel = choose_attention(self.path, qkv)
+        if kernel == "sdpa":
+            return sdpa_attention(qkv, scale=scale, bias=bias, grid=grid, regions=regions)
+        mask = None if regions is None else _mask(regions, grid)
         match kernel:
             case "explicit":
                 return explicit_attention(qkv, scale=scale, bias=bias, mask=mask)
-            case "sdpa":
-                return sdpa_attention(qkv, scale=scale, bias=bias, mask=mask)
             case "fused":
                 return fused_attention(qkv, scale=scale, bias=bias, mask=mask)
             case "sequential" | "sequential_saving":
@@ -252,3 +368,11 @@ class WindowAttention(nn.Module):
                     scores_at_a_time=self.scores_at_a_time,
                     save_weights=kernel == "sequential_saving",
                 )
+
+
+class WindowTables(NamedTuple):
+    """Tables of a block that depend on sizes only."""
+
+    position: PositionTables
+    regions: Tensor | None
+    """See `window_regions`; None if the grid needs no mask."""

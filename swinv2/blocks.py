@@ -11,9 +11,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from swinv2.attention import WindowAttention, WindowGrid, window_grid
+from swinv2.attention import WindowAttention, WindowGrid, WindowTables, window_grid
 from swinv2.config import AttentionPath, Axes, Checkpointing, Execution
 from swinv2.kernels.linear import Linear, linear
+from swinv2.kernels.precision import LayerNorm
 
 NOISE_RANGE = 2**31
 """Drop path noise is an integer in [0, NOISE_RANGE), which no low-precision arithmetic rounds."""
@@ -48,7 +49,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.projection = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
 
     def forward(self, images: Tensor) -> Tensor:
         """Turn (batch, channels, height, width) into (batch, rows, columns, dim).
@@ -76,7 +77,7 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.reduction = Linear(4 * dim, 2 * dim, bias=False)
-        self.norm = nn.LayerNorm(2 * dim)
+        self.norm = LayerNorm(2 * dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Turn (..., rows, columns, dim) into (..., rows/2, columns/2, 2·dim), rounded up.
@@ -135,9 +136,9 @@ class Block(nn.Module):
         self.checkpointing: Checkpointing = "none"
         self.compiled_run: Callable[..., Tensor] | None = None
         self.attention = WindowAttention(dim, num_heads, reference_window)
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.mlp = MLP(dim, int(mlp_ratio * dim))
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
 
     def forward(self, tokens: Tensor, drop_path_noise: Tensor | None = None) -> Tensor:
         """Map (batch, *resolution, dim) to the same shape.
@@ -154,9 +155,11 @@ class Block(nn.Module):
         # A graph traced around the block contains the block's operations, not a compiled graph.
         traced = torch.compiler.is_compiling() or torch._C._is_tracing()
         run = Block.run if traced or self.compiled_run is None else self.compiled_run
+        # Made here, tables are inputs of a compiled graph, which would make them in every call.
+        tables = self.attention.tables(grid)
         if self.checkpointing == "full" and torch.is_grad_enabled():
-            return _recompute(run, self, tokens, grid, *factors)
-        return run(self, tokens, grid, *factors)
+            return _recompute(run, self, tokens, grid, tables, *factors)
+        return run(self, tokens, grid, tables, *factors)
 
     def set_execution(self, execution: Execution) -> None:
         """Set the attention path and the checkpointing of one stage."""
@@ -165,13 +168,18 @@ class Block(nn.Module):
         self.attention.scores_at_a_time = execution.scores_at_a_time
 
     def run(
-        self, tokens: Tensor, grid: WindowGrid, mixing: Tensor | None, mapping: Tensor | None
+        self,
+        tokens: Tensor,
+        grid: WindowGrid,
+        tables: WindowTables,
+        mixing: Tensor | None,
+        mapping: Tensor | None,
     ) -> Tensor:
         """Compute the block in a given grid, with the drop path factors of its two branches."""
         if self.checkpointing == "attention" and torch.is_grad_enabled():
-            branch = _recompute(self.attention, tokens, grid)
+            branch = _recompute(self.attention, tokens, grid, tables)
         else:
-            branch = self.attention(tokens, grid)
+            branch = self.attention(tokens, grid, tables)
         tokens = _join(tokens, self.norm1(branch), mixing)
         return _join(tokens, self.norm2(self.mlp(tokens)), mapping)
 
@@ -207,7 +215,7 @@ class Stage(nn.Module):
         self.extra_norm_every = extra_norm_every
         num_extra_norms = len(blocks) // extra_norm_every if extra_norm_every else 0
         self.blocks = nn.ModuleList(blocks)
-        self.extra_norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(num_extra_norms))
+        self.extra_norms = nn.ModuleList(LayerNorm(dim) for _ in range(num_extra_norms))
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile one function for the plain blocks and one for the shifted ones."""

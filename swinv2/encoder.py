@@ -15,6 +15,7 @@ from swinv2.config import (
     replace_config,
     variant_config,
 )
+from swinv2.kernels.precision import LayerNorm, autocast_dtype
 
 
 class HierarchicalEncoder(nn.Module):
@@ -33,7 +34,7 @@ class HierarchicalEncoder(nn.Module):
         self.patch_embed = PatchEmbed(config.patch_size, config.patch_channels, config.embed_dim)
         self.stages = nn.ModuleList(_build_stages(config))
         self.merges = nn.ModuleList(PatchMerging(dim) for dim in config.stage_dims[:-1])
-        self.norm = nn.LayerNorm(config.num_features)
+        self.norm = LayerNorm(config.num_features)
         self.execution = Execution()
         _initialise(self)
 
@@ -92,8 +93,7 @@ class HierarchicalEncoder(nn.Module):
     def in_weight_precision(self, pixels: Tensor) -> Tensor:
         """Return pixels in the precision of the weights, unless autocast converts them itself."""
         weight = self.patch_embed.projection.weight
-        kind = pixels.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        autocast = autocast_dtype(pixels.device) is not None
         # Autocast leaves float64 as it is; sharded weights are gathered in their own precision.
         converts = autocast and pixels.dtype != torch.float64
         if pixels.dtype == weight.dtype or converts or type(weight) is not nn.Parameter:

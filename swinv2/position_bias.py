@@ -1,10 +1,8 @@
 """Log-spaced continuous position bias: a score for each relative position of two tokens."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +12,7 @@ from swinv2.config import Axes
 from swinv2.kernels.cached_tables import cached_table
 from swinv2.kernels.dispatch import use_operators
 from swinv2.kernels.linear import Linear
+from swinv2.kernels.precision import without_autocast
 from swinv2.kernels.relative_position_ops import gather_relative_positions
 
 BIAS_HIDDEN = 512
@@ -41,9 +40,9 @@ def relative_coordinates(
 
 @cached_table
 def relative_position_index(window: Axes, device: torch.device) -> Tensor:
-    """Return the row of `relative_coordinates` for each (query, key) of a window, int64."""
+    """Return the row of `relative_coordinates` for each (query, key) of a window, int32."""
     tokens = math.prod(window)
-    places = torch.arange(tokens, device=device)
+    places = torch.arange(tokens, dtype=torch.int32, device=device)
     index = places.new_zeros(1, 1)
     for side in window:
         tokens //= side  # stride of this axis
@@ -52,14 +51,13 @@ def relative_position_index(window: Axes, device: torch.device) -> Tensor:
     return index
 
 
-@contextmanager
-def without_autocast(device: torch.device) -> Iterator[None]:
-    """Compute in the precision of the tensors, even under autocast."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        with torch.autocast(device.type, enabled=False):
-            yield
-    else:
-        yield
+class PositionTables(NamedTuple):
+    """What a position bias is computed from, besides its weights."""
+
+    coordinates: Tensor
+    """See `relative_coordinates`."""
+    pairs: Tensor
+    """See `relative_position_index`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,21 +104,37 @@ class PositionBias(nn.Module):
         self.reduce = Linear(BIAS_HIDDEN, num_heads, bias=False)
         self._cached: CachedBias | None = None
 
-    def forward(self, window: Axes) -> Tensor:
-        """Return the bias within a window, given by its sides in tokens: (heads, queries, keys)."""
+    def tables(self, window: Axes) -> PositionTables:
+        """Return the tables for a window, given by its sides in tokens."""
+        weight = self.expand.weight
+        return PositionTables(
+            relative_coordinates(window, self.reference_window, weight.dtype, weight.device),
+            relative_position_index(window, weight.device),
+        )
+
+    def forward(self, window: Axes, tables: PositionTables | None = None) -> Tensor:
+        """Return the bias within a window: (heads, queries, keys).
+
+        Args:
+            window: its sides in tokens.
+            tables: see `tables`; a compiled graph takes them, rather than make them in each call.
+        """
         weights = (self.expand.weight, self.expand.bias, self.reduce.weight)
+        if tables is None:
+            tables = self.tables(window)
         if torch.compiler.is_compiling():
-            return self._compute(window)
+            return self._compute(window, tables)
         if not self._may_cache(weights[0]):
             self._cached = None
-            return self._compute(window)
+            return self._compute(window, tables)
         if self._cached is None or not self._cached.is_valid(window, weights):
             on_cpu = weights[0].is_cpu
             # The cached bias outlives the inference mode in which it may be computed.
             with torch.inference_mode(False), torch.no_grad():
                 copies = tuple(weight.detach().clone() for weight in weights if on_cpu)
                 versions = () if on_cpu else _versions(weights)
-                self._cached = CachedBias(window, copies, versions, self._compute(window))
+                bias = self._compute(window, tables)
+                self._cached = CachedBias(window, copies, versions, bias)
         return self._cached.bias
 
     def train(self, mode: bool = True) -> "PositionBias":
@@ -143,11 +157,8 @@ class PositionBias(nn.Module):
         unsure = self.training or weight.is_inference() or weight.is_meta
         return weight.is_cpu or not (unsure or use_operators())
 
-    def _compute(self, window: Axes) -> Tensor:
-        weight = self.expand.weight
-        offsets = relative_coordinates(window, self.reference_window, weight.dtype, weight.device)
-        with without_autocast(weight.device):
+    def _compute(self, window: Axes, tables: PositionTables) -> Tensor:
+        with without_autocast(tables.coordinates.device):
             # Custom operators, so that a compiled backward keeps the precision, too.
-            table = 16 * torch.sigmoid(self.reduce(F.relu(self.expand(offsets))))
-        index = relative_position_index(window, weight.device)
-        return gather_relative_positions(table, index, window)
+            table = 16 * torch.sigmoid(self.reduce(F.relu(self.expand(tables.coordinates))))
+        return gather_relative_positions(table, tables.pairs, window)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swinv2.kernels.dispatch import is_compiling_kernels
+from swinv2.kernels.precision import without_autocast
 from swinv2.kernels.sequential import MIN_NORM
 
 
@@ -30,7 +31,8 @@ def fused_attention(qkv: Tensor, *, scale: Tensor, bias: Tensor, mask: Tensor | 
         roles=3,
         heads=len(scale),
     )
-    mixed: Tensor = _attend(query, key, value, scale, bias, mask)[0]
+    with without_autocast(qkv.device):
+        mixed: Tensor = _attend(query, key, value, scale, bias, mask)[0]
     return mixed.transpose(2, 3).flatten(3)
 
 

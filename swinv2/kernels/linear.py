@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from swinv2.kernels.dispatch import use_onednn, use_operators
+from swinv2.kernels.precision import autocast_dtype
 
 ROWS_AT_A_TIME = 1024  # of a weight gradient: both operands are read by column, from the cache
 
@@ -34,9 +35,9 @@ def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
     `torch.backends.mkldnn.flags(enabled=False)` turns oneDNN off here, as in all of PyTorch.
     """
-    if torch.is_autocast_enabled(tokens.device.type) and tokens.dtype in CAST:
+    dtype = autocast_dtype(tokens.device)
+    if dtype is not None and tokens.dtype in CAST:
         # One copy both casts windows and makes them contiguous.
-        dtype = torch.get_autocast_dtype(tokens.device.type)
         tokens = tokens.to(dtype, memory_format=torch.contiguous_format)
     elif tokens.dtype != weight.dtype:
         return F.linear(tokens, weight, bias)  # raises the usual error

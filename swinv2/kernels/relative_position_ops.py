@@ -3,8 +3,8 @@
 A position bias is a table by relative position (offset), and many pairs of tokens of a window share
 one. The gradient of a row is therefore a sum over pairs, which PyTorch computes pair by pair on one
 thread: in windows of 24 x 24 that took a quarter of a bfloat16 training step of one image. Along an
-axis, offsets are differences of places, so that the keys of one query are consecutive offsets, and
-the sums are those of whole rows.
+axis, offsets are differences of places: with the queries of each key moved by the key's place, the
+pairs of an offset are a column, and one sum adds them.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ def gather_relative_positions(table: Tensor, index: Tensor, window: tuple[int, .
 
     Args:
         table: (offsets, heads); offsets along the last axis vary fastest.
-        index: (queries, keys), int64: the row of each pair, as
+        index: (queries, keys), int32 or int64: the row of each pair, as
             `swinv2.position_bias.relative_position_index` gives it for the window.
         window: tokens along each axis.
 
@@ -59,14 +59,30 @@ def sum_relative_positions(by_pair: Tensor, window: list[int]) -> Tensor:
     axes = len(window)
     sums = by_pair.view(-1, *window, *window)
     for axis, side in enumerate(window):
-        # The sums of earlier axes are behind the keys; move the keys of this one there, too.
-        by_query = sums.movedim((1, 1 + axes - axis), (0, -1))
-        sums = by_query.new_zeros(*by_query.shape[1:-1], 2 * side - 1)
-        for query in range(side):
-            first = side - 1 - query  # offset of key 0, counted from that of the last query
-            sums[..., first : first + side].add_(by_query[query])
-    # So far offsets are key minus query.
-    return sums.flip(tuple(range(1, 1 + axes))).flatten(1).t().contiguous()
+        # Axes: heads, offsets so far; queries and keys of this axis; queries, keys of later ones.
+        queries, keys = 1 + axis, 1 + axes
+        sums = _sum_diagonals(sums.movedim((keys, queries), (queries, queries + 1)), queries, side)
+    return sums.flatten(1).t().contiguous()
+
+
+def _sum_diagonals(pairs: Tensor, axis: int, side: int) -> Tensor:
+    """Sum (..., keys, queries, ...) over the pairs of each offset query - key: (..., offsets, ...).
+
+    Rows of `side` places, written 2·side - 2 places apart and read 2·side - 1 apart, begin one
+    place earlier from key to key, so that each offset is a column.
+
+    Args:
+        pairs: any layout.
+        axis: axis of the keys; that of the queries is the next.
+        side: length of both.
+    """
+    offsets = 2 * side - 1
+    rows = pairs.new_zeros(*pairs.shape[: axis + 1], offsets, *pairs.shape[axis + 2 :])
+    strides = list(rows.stride())
+    place = strides[axis + 1]
+    strides[axis] = (offsets - 1) * place
+    rows.as_strided(pairs.shape, strides, (side - 1) * place).copy_(pairs)
+    return rows.sum(axis)
 
 
 @_gather.register_fake

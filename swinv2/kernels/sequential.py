@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swinv2.kernels.dispatch import choose_scores_at_a_time, use_operators
+from swinv2.kernels.precision import outside_autocast
 
 MIN_NORM = 1e-12
 """Least norm that a query or key is divided by."""
@@ -59,6 +60,7 @@ def sequential_attention(
     return mixed
 
 
+@outside_autocast
 def attend(  # noqa: PLR0917  # an operator takes no keywords
     qkv: Tensor,
     scale: Tensor,
@@ -86,6 +88,7 @@ def attend(  # noqa: PLR0917  # an operator takes no keywords
     return mixed, saved
 
 
+@outside_autocast
 def attend_backward(  # noqa: PLR0917
     gradient: Tensor,
     qkv: Tensor,
@@ -270,7 +273,9 @@ def _directions(vectors: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sum_of_rows(vectors: Tensor) -> Tensor:
-    """Sum (..., d) to (..., 1); for rows this short a product with ones is faster than a sum."""
+    """Sum (..., d) to (..., 1); on a CPU a product with ones is faster for rows this short."""
+    if not vectors.is_cpu:
+        return vectors.sum(-1, keepdim=True)
     ones = vectors.new_ones(vectors.shape[-1])
     return torch.mv(vectors.flatten(0, -2), ones).view(*vectors.shape[:-1], 1)
 

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from swinv2.attention import (
     window_grid,
     window_mask,
     window_regions,
+    windows_by_mask,
 )
 from swinv2.kernels.sequential import sequential_attention
 from swinv2.position_bias import PositionBias, relative_coordinates, relative_position_index
@@ -69,6 +71,26 @@ def test_the_mask_separates_regions(
     padded = (names == 0)[:, None, :].expand_as(mask)
     assert mask[padded].isneginf().all()
     assert set(mask[~padded].tolist()) <= {0.0, -100.0}
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=sides, columns=sides, height=sides, width=sides, shifted=st.booleans())
+def test_windows_of_a_group_have_the_same_mask(
+    rows: int, columns: int, height: int, width: int, shifted: bool
+) -> None:
+    grid = window_grid((rows, columns), (height, width), shifted=shifted)
+    mask = window_mask(grid, CPU)[:, 0]
+    numbers = torch.arange(len(mask)).view(grid.windows)
+    groups = windows_by_mask(grid)
+    for places, first, masked in groups:
+        members = numbers[places].flatten()
+        assert int(members[0]) == first
+        assert all(torch.equal(mask[number], mask[first]) for number in members)
+        assert masked or not mask[first].any()
+    covered = torch.cat([numbers[group.places].flatten() for group in groups])
+    assert covered.sort().values.tolist() == list(range(len(mask)))
+    if not any(grid.padding):
+        assert len(groups) <= 4
 
 
 @pytest.mark.parametrize(
@@ -201,6 +223,28 @@ def test_under_autocast_only_the_products_are_rounded(
         assert attention.position_bias((4, 4)).dtype == torch.float32
     assert rounded.dtype == torch.bfloat16
     assert (rounded - exact).norm() / exact.norm() < 2e-2
+
+
+@pytest.mark.parametrize("tokens_of_window", [16, 9])
+def test_sdpa_shares_one_mask_among_images_and_windows(
+    tokens_of_window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks = []
+    attend = F.scaled_dot_product_attention
+
+    def noted(*args: Tensor, attn_mask: Tensor, **rest: float) -> Tensor:
+        masks.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask, **rest)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    attention = WindowAttention(8, 2, (4, 4))
+    attention.path = "sdpa"
+    side = math.isqrt(tokens_of_window)
+    attention(torch.randn(3, 13, 19, 8), window_grid((13, 19), (side, side), shifted=True))
+    assert len(masks) > 1
+    for mask in masks:
+        assert mask.stride(0) == 0
+        assert mask.stride(2) % 16 == 0  # aligned rows, which the kernels would copy otherwise
 
 
 def test_gradients_are_reproducible_bit_for_bit() -> None:
