@@ -94,15 +94,13 @@ def clip_length(recipe: TaskRecipe) -> float:
     return max(1.0, getattr(data, "frames", 1) / getattr(recipe.encoder, "frame_patch", 1))
 
 
-def advise_accumulation(recipe: TaskRecipe, share: int, fitting: float) -> str:
+def advise_accumulation(share: int, fitting: float) -> str:
     """Return what to set to need less memory.
 
     Args:
-        recipe: the recipe.
         share: samples of a process per step.
         fitting: samples of a micro-batch that fit for sure; negative if the weights do not.
     """
-    now = recipe.training.accumulation
     if fitting < 0:
         return "shard weights and optimiser over devices, see `simmim bench memory`"
     if fitting < 1:
@@ -111,4 +109,4 @@ def advise_accumulation(recipe: TaskRecipe, share: int, fitting: float) -> str:
             "training.precision to bf16"
         )
     parts = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= fitting)
-    return f"raise training.accumulation to {parts} (now {now}), or lower training.batch_size"
+    return f"raise training.accumulation to {parts}; or lower training.batch_size"

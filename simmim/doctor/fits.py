@@ -127,7 +127,7 @@ def count_need(recipe: TaskRecipe, micro: int, room: Room) -> Need | None:
     placement = placement_of(room.world)
     share = max(1, recipe.training.batch_size // room.world)
     fitting = (FULL * room.there - fixed) / (most - fixed) * micro
-    change = advise_accumulation(recipe, share, fitting)
+    change = advise_accumulation(share, fitting)
     least = least_memory(recipe, config, micro, placement)
     if least > room.there:
         return Need(least=True, number=least, change=change)

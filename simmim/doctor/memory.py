@@ -51,7 +51,7 @@ def check_memory(recipe: TaskRecipe, device: torch.device, world: int) -> Iterat
             verdict="problem",
             found=f"at least {least / GIB:.2f} GiB for micro-batches of "
             f"{count_noun(micro, 'image')} per process; {there / GIB:.2f} GiB available",
-            change=advise_accumulation(recipe, max(1, share), free / most_activations(config)),
+            change=advise_accumulation(max(1, share), free / most_activations(config)),
         )
         return
     case = step_case(recipe, micro, recipe.mask_cell_for_estimate)
