@@ -300,7 +300,7 @@ def forward_backward(
     cells = side // model.mask_cell
     noise = Batch(
         images=torch.randn(batch, model.encoder.config.in_channels, side, side, device=device),
-        masks=torch.ones(batch, cells, cells, dtype=torch.bool, device=device),
+        masks=torch.ones(batch, cells, cells, dtype=torch.bool),
         labels=None,
         addresses=torch.zeros(batch, 3, dtype=torch.int64, device="cpu"),
     )

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from torch import nn
+from torch import Tensor, nn
 
 from simmim.engine.distributed.environment import fsdp_hidden
 from simmim.engine.distributed.sharding import (
@@ -93,6 +93,28 @@ def prepare(
     groups = parameter_groups(stage.module, settings, stage.depths)
     optimizer = accelerator.prepare(build_optimizer(stage.module, settings, groups))
     return stage.module if sharded else accelerator.prepare(stage.module), optimizer
+
+
+class HostCopy:
+    """A number of the device on its way to the host.
+
+    Read after more work was started, it waits for its own computation and for none of that work.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self._copied: torch.cuda.Event | None = None
+        self._value = value
+        if value.is_cuda:
+            self._value = torch.empty_like(value, device="cpu", pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+
+    def __float__(self) -> float:
+        """Wait until the number is here, and return it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return float(self._value)
 
 
 def keep_freed_memory() -> None:

@@ -20,7 +20,7 @@ from simmim.engine.distributed.signals import StopRequest
 from simmim.engine.distributed.watchdog import group_timeout
 from simmim.engine.monitor.anomalies import propagate_nonfinite
 from simmim.engine.monitor.monitor import ReportWriter
-from simmim.engine.optimizer import set_learning_rate
+from simmim.engine.optimizer import set_learning_rate, step_if_finite
 from simmim.engine.run import RunFolder
 from simmim.engine.stage import TrainingStage
 from simmim.engine.trainer import Trainer
@@ -108,6 +108,7 @@ def advance(trainer: Trainer, batches: Iterator[Batch]) -> None:
         micro_batches,
         clip_norm=trainer.settings.clip_norm,
         normalisers=trainer.stage.normalisers,
+        before_update=trainer.settle,
     )
     trainer.record(loss, norm, micro_batches)
     trainer.evaluate_and_save()
@@ -125,11 +126,13 @@ def training_step(
     *,
     clip_norm: float | None,
     normalisers: Normalisers,
+    before_update: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
     """Take one optimiser step over the micro-batches of one batch.
 
     If loss or gradient are non-finite on any rank, all ranks skip the step: weights and optimiser
-    state do not change.
+    state do not change. With a fused optimiser the device decides, and nothing here waits for it.
+    `before_update` is called before the weights change, while the device computes the gradient.
 
     Returns:
         This rank's loss, whose mean over ranks is that of the batch, NaN if the step was skipped;
@@ -139,11 +142,13 @@ def training_step(
     norm = accelerator.clip_grad_norm_(module.parameters(), clip_norm or math.inf)
     assert norm is not None
     norm = full_tensor(torch.as_tensor(norm))
-    finite = bool(norm.isfinite())
-    if finite or accelerator.scaler is not None:  # the fp16 scaler skips such steps itself
+    before_update()
+    if accelerator.scaler is not None:  # the fp16 scaler skips such steps itself
         optimizer.step()
+    else:
+        step_if_finite(optimizer, norm)
     optimizer.zero_grad(set_to_none=True)
-    return (loss if finite else torch.full_like(loss, math.nan)), norm
+    return torch.where(norm.isfinite(), loss, math.nan), norm
 
 
 def accumulate_gradients(
@@ -182,7 +187,8 @@ def batch_normalisers(
     parts = [part for batch in batches if (part := normalisers(batch)) is not None]
     if not parts:
         return None
-    total = accelerator.reduce(torch.stack(parts).sum(0).to(accelerator.device), "sum")
+    own = torch.stack(parts).sum(0).to(accelerator.device, non_blocking=True)
+    total = accelerator.reduce(own, "sum")
     processes: int = accelerator.num_processes
     return nonzero(total) / processes
 
@@ -194,6 +200,7 @@ def nonzero(normalisers: Tensor) -> Tensor:
 
 def finish(trainer: Trainer, stop: StopRequest) -> None:
     """Write the last checkpoint and, unless training was stopped, export the encoder."""
+    trainer.settle()
     stopped = trainer.step < trainer.total
     stop.honoured = stopped
     if stopped:

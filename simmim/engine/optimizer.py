@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from simmim.engine.checkpoint.sharded_state import is_sharded
 from simmim.engine.settings import OptimizerSettings
@@ -135,6 +135,24 @@ def set_learning_rate(
     """Set the learning rate of every group to `learning_rate(lr_factor of the group)`."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(group["lr_factor"])
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+    """Take an optimiser step unless the norm of the gradient is NaN or Inf.
+
+    A skipped step changes neither weights nor moments. Fused optimisers decide on the device;
+    others wait until the norm is known here.
+    """
+    inner: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate's is a wrapper
+    if not getattr(inner, "_step_supports_amp_scaling", False):
+        if bool(norm.isfinite()):
+            optimizer.step()
+        return
+    inner.found_inf = (~norm.isfinite()).to(torch.float32)  # as `torch.amp.GradScaler` tells it
+    try:
+        optimizer.step()
+    finally:
+        del inner.found_inf
 
 
 def layer_table(model: nn.Module, groups: list[ParameterGroup], depths: tuple[int, ...]) -> str:

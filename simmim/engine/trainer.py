@@ -1,9 +1,11 @@
 """State of a training, and the bookkeeping between its steps."""
 
+import math
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from simmim.engine.checkpoint.directory import (
 from simmim.engine.checkpoint.ema import averaged, forget_average, update_average
 from simmim.engine.checkpoint.resume import load_initial, restore
 from simmim.engine.checkpoint.saver import Saver, SavingOutcome, rank_contents
+from simmim.engine.devices import HostCopy
 from simmim.engine.distributed.signals import StopRequest
 from simmim.engine.distributed.watchdog import WAITING_FOR_DATA, Watchdog
 from simmim.engine.monitor.anomalies import Anomalies
@@ -35,6 +38,16 @@ from simmim.engine.schedule import learning_rate
 from simmim.engine.settings import TrainingSettings
 from simmim.engine.stage import TrainingStage
 from simmim.recipe import recipe_hash, to_yaml
+
+
+@dataclass(frozen=True)
+class TakenStep:
+    """A step that the device has been given, and whose result has not been looked at."""
+
+    step: int
+    norm: HostCopy
+    """Norm of the whole gradient."""
+    micro_batches: list[Batch]
 
 
 class Trainer:
@@ -76,6 +89,9 @@ class Trainer:
         self.chosen = Choice(path=None)
         self.lr = 0.0
         self.losses: list[Tensor] = []
+        self.norm = math.nan
+        """Norm of the gradient of the last settled step."""
+        self._taken: TakenStep | None = None
         self.watchdog = Watchdog(self.settings.rank_timeout)
         self.anomalies = Anomalies(
             accelerator, stage.training_shards, run.anomalies, limit=self.settings.max_nonfinite
@@ -97,9 +113,13 @@ class Trainer:
             return None
         return layer_table(module, parameter_groups(module, settings, depths), depths)
 
-    def averaged(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
         """Return a context in which the weights are their averages, if these are kept."""
-        return nullcontext() if self.settings.ema_decay is None else averaged(self.optimizer)
+        self.settle()
+        kept = self.settings.ema_decay is not None
+        with averaged(self.optimizer) if kept else nullcontext():
+            yield
 
     def batches(self) -> Iterable[Batch]:
         """Return this rank's micro-batches from the current position to the last step."""
@@ -214,27 +234,48 @@ class Trainer:
         return micro_batches
 
     def record(self, loss: Tensor, norm: Tensor, micro_batches: list[Batch]) -> None:
-        """Record a step: position, loss, averaged weights, anomalies and metrics.
+        """Record a step: position and loss, and metrics if they are due.
+
+        Whether it was skipped is not known here yet; see `settle`.
 
         Args:
             loss: loss of the step, NaN if it was skipped.
             norm: norm of the whole gradient.
             micro_batches: micro-batches of the step.
         """
-        self.skipped += int(loss.isnan())
         self.losses.append(loss)
         self.lr = self.learning_rate(1.0)
         self.step += 1
         self.cursor += self.settings.batch_size
+        self._taken = TakenStep(self.step, HostCopy(norm), micro_batches)
         self.watchdog.at(self.step, "checking and logging the step")
-        if self.settings.ema_decay is not None and not loss.isnan():
-            update_average(self.optimizer, self.settings.ema_decay, self.step)
-        self.anomalies.check(self.step, norm, self.module, micro_batches, self.monitor.print)
         self.monitor.advance()
         if self.step % self.settings.log_every == 0 or self.step == self.total:
-            self._log(norm)
+            self._log()
 
-    def _log(self, norm: Tensor) -> None:
+    def settle(self) -> None:
+        """Account for the last step, once: running average, number of skipped steps, anomalies.
+
+        This waits until the device has taken it, so it happens while the gradient of the next one
+        is computed, before the weights change again; or earlier, where the result is needed.
+
+        Raises:
+            DivergedError: see `Anomalies.check`.
+        """
+        taken, self._taken = self._taken, None
+        if taken is None:
+            return
+        self.norm = float(taken.norm)
+        if not math.isfinite(self.norm):
+            self.skipped += 1
+        elif self.settings.ema_decay is not None:
+            update_average(self.optimizer, self.settings.ema_decay, taken.step)
+        self.anomalies.check(
+            taken.step, self.norm, self.module, taken.micro_batches, self.monitor.print
+        )
+
+    def _log(self) -> None:
+        self.settle()
         loss = float(self._losses_since_log().nanmean())
         self.losses.clear()
         position = TrainingPosition(
@@ -243,7 +284,7 @@ class Trainer:
             samples=self.cursor,
         )
         counts = {"skipped": self.skipped}
-        self.monitor.log_training(position, loss=loss, lr=self.lr, norm=float(norm), counts=counts)
+        self.monitor.log_training(position, loss=loss, lr=self.lr, norm=self.norm, counts=counts)
 
     def _losses_since_log(self) -> Tensor:
         """Return the mean over ranks of each loss since the last log; NaN for a skipped step."""
@@ -280,6 +321,7 @@ class Trainer:
 
         None is written during a series of skipped steps, so that a restart begins before it.
         """
+        self.settle()
         if self.begun_step == self.step or (self.anomalies.in_a_row and self.step < self.total):
             return
         losses = tuple(self._losses_since_log().tolist())

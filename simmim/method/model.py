@@ -165,7 +165,7 @@ class SimMIM(nn.Module, Generic[EncoderT]):
         Arguments and errors as in `forward`.
         """
         self._check(images, mask)
-        mask = mask.to(images.device)
+        mask = mask.to(images.device, non_blocking=True)
         hidden = enlarge_mask(mask, self.mask_cell)
         return mean_color_loss(
             self.target(images), hidden, self.elementwise_loss, self._counted(mask)

@@ -28,7 +28,8 @@ class Batch:
     images: Tensor
     """(batch, channels, height, width), channels last in memory: uint8, or the type of arrays."""
     masks: Tensor | None
-    """bool (batch, rows, columns) of mask cells, True = hidden."""
+    """bool (batch, rows, columns) of mask cells, True = hidden. Always on the CPU, where what is
+    to be decoded is looked up; the model copies them to the device."""
     labels: Tensor | None
     """int64 (batch,), -1 for none; or bool (batch, classes), the classes of each sample; None if
     the dataset has no labels."""
@@ -65,16 +66,26 @@ class Batch:
         """Return one sample as a batch."""
         one = self._map(lambda part: part[row : row + 1])
         return replace(
-            one, addresses=self.addresses[row : row + 1], targets=self.targets[row : row + 1]
+            one,
+            masks=None if self.masks is None else self.masks[row : row + 1],
+            addresses=self.addresses[row : row + 1],
+            targets=self.targets[row : row + 1],
         )
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
-        """Return the batch on a device."""
-        return self._map_with_targets(lambda part: part.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str) -> "Batch":
+        """Return the batch on a device, except for masks and addresses.
+
+        Copies to a GPU are asynchronous: neither do they wait for earlier work of the GPU, nor
+        does this wait for them. Memory that is not pinned is staged by the driver meanwhile.
+        """
+        device = torch.device(device)
+        waits = device.type in ("cpu", "mps")
+        return self._map_with_targets(lambda part: part.to(device, non_blocking=not waits))
 
     def pin_memory(self) -> "Batch":
         """Return the batch in pinned memory, for asynchronous copies to a GPU."""
-        return self._map_with_targets(lambda part: part.pin_memory())
+        pinned = self._map_with_targets(lambda part: part.pin_memory())
+        return replace(pinned, masks=None if self.masks is None else self.masks.pin_memory())
 
     def _map_with_targets(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         targets = tuple(one.map(function) for one in self.targets)
@@ -84,7 +95,6 @@ class Batch:
         return replace(
             self,
             images=function(self.images),
-            masks=None if self.masks is None else function(self.masks),
             labels=None if self.labels is None else function(self.labels),
             flips=None if self.flips is None else function(self.flips),
         )

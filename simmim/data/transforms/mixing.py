@@ -79,8 +79,8 @@ def mix(images: Tensor, mixes: Mixes) -> Tensor:
         mixes: mixing of the batch, on any device.
     """
     others = partners(images)
-    shares = mixes.shares.to(images.device)
-    boxes = mixes.boxes.to(images.device)[:, :, None, None]
+    shares = mixes.shares.to(images.device, non_blocking=True)
+    boxes = mixes.boxes.to(images.device, non_blocking=True)[:, :, None, None]
     top, bottom, left, right = boxes.unbind(1)
     rows = torch.arange(images.shape[2], device=images.device)[None, :, None]
     columns = torch.arange(images.shape[3], device=images.device)[None, None, :]

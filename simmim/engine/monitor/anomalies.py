@@ -81,7 +81,7 @@ class Anomalies:
     def check(
         self,
         step: int,
-        norm: Tensor,
+        norm: float,
         module: nn.Module,
         batches: Sequence[Batch],
         warn: Callable[[str], None],
@@ -98,7 +98,7 @@ class Anomalies:
         Raises:
             DivergedError: this is the last of too many skipped steps in a row.
         """
-        if math.isfinite(float(norm)):
+        if math.isfinite(norm):
             self.in_a_row = 0
             return
         if self._is_overflow():

@@ -80,7 +80,9 @@ class ClassificationModule(nn.Module):
         losses = self._losses(logits, batch.labels)
         if mixes is not None:
             of_partners = self._losses(logits, partners(batch.labels))
-            losses = torch.lerp(of_partners, losses, mixes.shares.to(losses.device))
+            losses = torch.lerp(
+                of_partners, losses, mixes.shares.to(losses.device, non_blocking=True)
+            )
         return losses.mean()
 
     def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -261,7 +261,7 @@ class PretrainStage:
         path = run.reconstructions / f"step-{step:08d}.png"
         reconstruction_panel(
             images,
-            batch.masks,
+            batch.masks.to(images.device),
             reconstruction,
             mean=mean,
             std=std,

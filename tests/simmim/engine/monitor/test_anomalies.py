@@ -11,7 +11,8 @@ import torch
 from accelerate import Accelerator
 
 from simmim.data.loader.batch import Batch
-from simmim.engine.checkpoint.directory import complete_checkpoints
+from simmim.engine.checkpoint.directory import OPTIMIZER, complete_checkpoints
+from simmim.engine.checkpoint.shard_files import ShardFiles
 from simmim.engine.devices import build_accelerator
 from simmim.engine.loop import train, training_step
 from simmim.engine.monitor.anomalies import Anomalies, DivergedError, propagate_nonfinite
@@ -126,6 +127,28 @@ def test_training_continues_and_names_the_sample(
     assert rates == {number: line["lr"] for number, line in lines.items()}
 
 
+def test_a_step_settled_during_the_next_one_leaves_the_same_weights_averages_and_records(
+    pretrain_values: dict[str, Any], tmp_path: Path
+) -> None:
+    steps = names_by_step(pretrain_values)
+    spoilt = f"loss={steps[0][0]},{steps[4][0]}"
+    late = {"ema_decay": 0.9, "log_every": 50, "checkpoint_every": 50, "validate_every": 50}
+    states = []
+    for name, often in (("late", {}), ("at once", {"log_every": 1})):
+        run_faulty(spoilt, pretrain_values, tmp_path / name, **(late | often))
+        last = complete_checkpoints(tmp_path / name / "checkpoints")[-1]
+        with ShardFiles(last, OPTIMIZER) as files:
+            states.append({name: files.read(name) for name in files.shapes})
+        lines = list(RunFolder(path=tmp_path / name).read_metrics())
+        assert [line["skipped"] for line in lines if "skipped" in line][-1] == len(
+            anomalies(tmp_path / name)
+        )
+    assert any(name.startswith("ema/") for name in states[0])
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert anomalies(tmp_path / "late") == anomalies(tmp_path / "at once")
+
+
 def test_the_mean_loss_excludes_skipped_steps(
     pretrain_values: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -191,8 +214,8 @@ def test_an_overflow_of_the_fp16_scaler_is_not_an_anomaly(
     stage = PretrainStage(recipe(pretrain_values))
     watch = Anomalies(accelerator, stage.training_shards, tmp_path / "anomalies.jsonl", limit=2)
     said: list[str] = []
-    watch.check(1, torch.tensor(math.inf), stage.module, [], said.append)
+    watch.check(1, math.inf, stage.module, [], said.append)
     assert not watch.in_a_row
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=0.5)  # as after many overflows
-    watch.check(2, torch.tensor(math.inf), stage.module, [], said.append)
+    watch.check(2, math.inf, stage.module, [], said.append)
     assert watch.in_a_row == 1
