@@ -192,7 +192,7 @@ def _add_training(command: CommandParser, summary: str, task_names: Sequence[str
     command.add_argument(
         "--compile",
         action="store_true",
-        help="compile the encoder's blocks, as --execution.compile true does",
+        help="compile the encoder's blocks, as is the default on a GPU",
     )
     command.set_defaults(handler=run_training, takes_overrides=True)
 

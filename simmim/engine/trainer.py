@@ -27,6 +27,7 @@ from simmim.engine.checkpoint.directory import (
 from simmim.engine.checkpoint.ema import averaged, forget_average, update_average
 from simmim.engine.checkpoint.resume import load_initial, restore
 from simmim.engine.checkpoint.saver import Saver, SavingOutcome, rank_contents
+from simmim.engine.compiling import CompiledBlocks
 from simmim.engine.devices import HostCopy
 from simmim.engine.distributed.signals import StopRequest
 from simmim.engine.distributed.watchdog import WAITING_FOR_DATA, Watchdog
@@ -92,6 +93,7 @@ class Trainer:
         self.norm = math.nan
         """Norm of the gradient of the last settled step."""
         self._taken: TakenStep | None = None
+        self.compiled = CompiledBlocks(stage.module)
         self.watchdog = Watchdog(self.settings.rank_timeout)
         self.anomalies = Anomalies(
             accelerator, stage.training_shards, run.anomalies, limit=self.settings.max_nonfinite
@@ -209,9 +211,12 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def must_stop(self) -> bool:
-        """Agree with the other ranks on stop requests and on the checkpoint in progress."""
-        wanted, *saving = self.stop.agree([self.stop.wanted, *self.saver.flags()])
+        """Agree with the other ranks on stop requests, compiling and the checkpoint in progress."""
+        flags = [self.stop.wanted, self.compiled.failed, *self.saver.flags()]
+        wanted, eager, *saving = self.stop.agree(flags)
         self._note_outcome(self.saver.update(*saving))
+        if eager:
+            self.monitor.print(self.compiled.run_eagerly(lambda reason: gather_object([reason])))
         return bool(wanted)
 
     def learning_rate(self, factor: float) -> float:
@@ -231,6 +236,7 @@ class Trainer:
         micro_batches = [next(batches) for _ in range(self.settings.accumulation)]
         self.monitor.clock.add(self.settings.batch_size, time.perf_counter() - began)
         self.watchdog.at(self.step + 1, "computing")
+        self.compiled.begin_step()
         return micro_batches
 
     def record(self, loss: Tensor, norm: Tensor, micro_batches: list[Batch]) -> None:
@@ -249,6 +255,8 @@ class Trainer:
         self.cursor += self.settings.batch_size
         self._taken = TakenStep(self.step, HostCopy(norm), micro_batches)
         self.watchdog.at(self.step, "checking and logging the step")
+        if (compiled := self.compiled.end_step()) is not None:
+            self.monitor.print(compiled)
         self.monitor.advance()
         if self.step % self.settings.log_every == 0 or self.step == self.total:
             self._log()

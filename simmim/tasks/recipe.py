@@ -110,9 +110,10 @@ class ExecutionSettings:
     scores_at_a_time: int | None = None
     """Attention scores per group of windows; null is 2**19 on a CPU, 2**21 for windows of more than
     256 tokens, and 2**27 on a GPU."""
-    compile: bool = False
-    """Compile the encoder's blocks with torch.compile: minutes at the start, then faster steps.
-    --compile is short for --execution.compile true."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile the encoder's blocks with torch.compile: a minute or more at the start, then faster
+    steps; auto does on a CUDA GPU. Where they cannot be compiled, a warning says why, and they run
+    eagerly. --compile is short for --execution.compile true."""
 
     def __post_init__(self) -> None:
         self.execution()  # raises if a choice is invalid
@@ -151,8 +152,17 @@ class ExecutionSettings:
             checkpointing=self.checkpointing,
             scores_at_a_time=self.scores_at_a_time,
         )
-        if self.compile:
+        if self.compiles:
             encoder.compile_blocks()
+
+    @property
+    def compiles(self) -> bool:
+        """Whether blocks are compiled on this machine."""
+        if self.compile != "auto":
+            return self.compile
+        import torch  # noqa: PLC0415 (slow to import; recipes are read without it)
+
+        return torch.cuda.is_available()
 
 
 def check_slots(data: SampleSettings, training: TrainingSettings) -> None:

@@ -15,7 +15,7 @@ from simmim.cli import main
 from simmim.engine.checkpoint.directory import complete_checkpoints
 from simmim.engine.checkpoint.resume import read_model
 from simmim.engine.run import RunFolder
-from simmim.recipe import RecipeError, parse
+from simmim.recipe import RecipeError, parse, to_yaml
 from simmim.tasks.classification.recipe import ClassificationRecipe
 from simmim.tasks.classification.stage import ClassificationStage
 from simmim.tasks.pretrain.recipe import PretrainRecipe
@@ -55,11 +55,21 @@ def test_a_recipe_reaches_the_encoder(
         assert is_compiled(stage.model.encoder)
 
 
-def test_by_default_nothing_is_compiled(pretrain_values: dict[str, Any]) -> None:
-    stage = PretrainStage(parse(PretrainRecipe, pretrain_values, "test"))
-    assert stage.recipe.execution == ExecutionSettings()
+@pytest.mark.parametrize("has_gpu", [False, True])
+@pytest.mark.parametrize("given", ["auto", True, False])
+def test_by_default_blocks_are_compiled_on_a_gpu(
+    pretrain_values: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    given: Any,
+    has_gpu: bool,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    values = pretrain_values | ({} if given == "auto" else {"execution": {"compile": given}})
+    stage = PretrainStage(parse(PretrainRecipe, values, "test"))
+    assert stage.recipe.execution == ExecutionSettings(compile=given)
     assert stage.model.encoder.execution == Execution()
-    assert not is_compiled(stage.model.encoder)
+    assert is_compiled(stage.model.encoder) == (has_gpu if given == "auto" else given)
+    assert parse(PretrainRecipe, yaml.safe_load(to_yaml(stage.recipe)), "saved") == stage.recipe
 
 
 @pytest.mark.parametrize(
@@ -107,7 +117,7 @@ def test_a_directory_with_other_stages_is_compared_with_the_lists(
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ([], False),
+        ([], "auto"),
         (["--compile"], True),
         (["--execution.compile", "true"], True),
         (["--compile", "--execution.checkpointing", "full"], True),
@@ -116,7 +126,7 @@ def test_a_directory_with_other_stages_is_compared_with_the_lists(
 def test_the_command_line_asks_for_compiling(
     command: str,
     given: list[str],
-    expected: bool,
+    expected: Any,
     pretrain_values: dict[str, Any],
     classification_values: dict[str, Any],
     tmp_path: Path,
@@ -126,7 +136,7 @@ def test_the_command_line_asks_for_compiling(
         pass
 
     def launch(_: Any, recipe: Any, **options: Any) -> None:
-        assert recipe.execution.compile is expected
+        assert recipe.execution.compile == expected
         assert recipe.execution.checkpointing == ("full" if "full" in given else "none")
         raise LaunchedError
 
