@@ -12,16 +12,18 @@ import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import dataclass_transform
 
 from data_prep.format.text import count_noun
 from simmim.recipe_text import MOST_BYTES, RecipeDumper, RecipeTextError, read_text
 
-_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
+if TYPE_CHECKING:  # settings are classes; only checking a recipe takes pydantic
+    from pydantic import TypeAdapter
+
+_ADAPTERS: "dict[type[Any], TypeAdapter[Any]]" = {}
 
 MOST_MISTAKES = 50
 """Mistakes that are listed."""
@@ -44,9 +46,12 @@ def settings(cls: type[Settings]) -> type[Settings]:
 
     The docstring below each field, with its unit, is shown by `--help`.
     """
-    cls.__pydantic_config__ = ConfigDict(  # type: ignore[attr-defined]
-        extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    cls.__pydantic_config__ = {  # type: ignore[attr-defined]
+        "extra": "forbid",
+        "strict": True,
+        "allow_inf_nan": False,
+        "use_attribute_docstrings": True,
+    }
     return dataclass(frozen=True, kw_only=True)(cls)
 
 
@@ -136,6 +141,8 @@ def parse(recipe_type: type[Settings], values: dict[str, Any], source: str) -> S
                 [f"{source} has {count_noun(len(large), 'mistake')}:", *large[:MOST_MISTAKES]]
             )
         )
+    from pydantic import ValidationError  # noqa: PLC0415
+
     try:
         recipe: Settings = _adapter(recipe_type).validate_json(text)
     except ValidationError as error:
@@ -159,8 +166,10 @@ def _large_integers(value: Any, where: str = "") -> Iterator[tuple[str, int]]:
             yield from _large_integers(part, f"{where}.{key}" if where else str(key))
 
 
-def _adapter(recipe_type: type[Any]) -> TypeAdapter[Any]:
+def _adapter(recipe_type: type[Any]) -> "TypeAdapter[Any]":
     """Return the cached validator of `recipe_type`; building one is the slow part."""
+    from pydantic import TypeAdapter  # noqa: PLC0415
+
     if recipe_type not in _ADAPTERS:
         _ADAPTERS[recipe_type] = TypeAdapter(recipe_type)
     return _ADAPTERS[recipe_type]

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from data_prep.format.atomic import atomic_write_text
 from data_prep.format.text import count_noun
+from simmim.bench.gpu.cli import add_gpu
 from simmim.bench.memory import ASSUMPTIONS, GIB, MemoryRow, Placement, Sharding, make_rows
 from simmim.bench.step import MASK_CELL, Precision, StepCase
 from swinv2 import VARIANTS
@@ -26,6 +27,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.description = "Benchmarks of training."
     benches = command.add_subparsers(dest="bench", required=True, metavar="BENCH")
     add_memory(benches)
+    add_gpu(benches)
 
 
 def add_memory(benches: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -6,42 +6,32 @@ Steps run in a separate process: fake tensors get into the encoder's cached tabl
 a process cannot be reset. Cases are read as a JSON list; one line of JSON is written for each.
 """
 
-import contextlib
 import json
 import resource
 import sys
 import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from simmim.bench.live_bytes import LiveBytes, materialise, only_two_groups
 from simmim.data.loader.batch import Batch
 from simmim.engine.loop import accumulate_gradients
 from simmim.method.model import SimMIM
 from swinv2 import SwinV2, build_encoder
 from swinv2.config import AttentionPath, Checkpointing
-from swinv2.kernels import sequential
 
 Precision = Literal["fp32", "bf16", "bf16-weights"]
 """fp32; bf16 arithmetic over float32 weights (autocast); or weights in bf16 themselves."""
 
 MASK_CELL = 32
-OPERATORS: Mapping[Any, Callable[..., Any]] = {
-    torch.ops.swinv2.sequential_attention.default: sequential.attend,
-    torch.ops.swinv2.sequential_attention_backward.default: sequential.attend_backward,
-}
-"""Bodies of our custom operators, whose working set counts too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,46 +91,6 @@ class Measurement:
     """How it was measured."""
 
 
-class LiveBytes(TorchDispatchMode):
-    """Count the bytes of live storages that operations create or use."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = 0
-        self.most = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        del types
-        body = OPERATORS.get(func)
-        if body is None:
-            outcome = func(*args, **(kwargs or {}))
-        else:
-            with self:
-                outcome = body(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, outcome)):
-            if isinstance(leaf, Tensor):
-                self._count(leaf)
-        return outcome
-
-    def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-        self._known.add(key)
-        size = storage.nbytes()
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-
 @cache
 def _fake_mode() -> FakeTensorMode:
     """Return the one fake mode of this process, which the encoder's cached tables belong to."""
@@ -154,7 +104,7 @@ def simulate(case: StepCase) -> Simulation:
     peaks: list[Peak] = []
     finished = 0
     with _fake_mode(), LiveBytes() as live, only_two_groups():
-        _materialise(model)
+        materialise(model, torch.device("cpu"))
         weights = live.now
 
         def close() -> None:
@@ -175,14 +125,6 @@ def simulate(case: StepCase) -> Simulation:
     return Simulation(peaks=tuple(_rising(peaks)))
 
 
-def _materialise(model: nn.Module) -> None:
-    """Replace parameters on the meta device with fake ones on the CPU, which autocast supports."""
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-            setattr(module, name, nn.Parameter(empty))
-
-
 def _rising(peaks: Iterable[Peak]) -> Iterator[Peak]:
     """Drop peaks that are lower than a later one, which has more gradients."""
     kept: list[Peak] = []
@@ -191,20 +133,6 @@ def _rising(peaks: Iterable[Peak]) -> Iterator[Peak]:
             kept.pop()
         kept.append(peak)
     return iter(kept)
-
-
-@contextlib.contextmanager
-def only_two_groups() -> Iterator[None]:
-    """Stop sequential attention after two groups, since the others need the same memory.
-
-    The second needs the most: it starts while tensors of the first are alive.
-    """
-    groups = sequential._groups
-    sequential._groups = lambda *sizes: islice(groups(*sizes), 2)
-    try:
-        yield
-    finally:
-        sequential._groups = groups
 
 
 def measure(case: StepCase) -> Measurement:

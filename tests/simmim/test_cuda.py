@@ -10,8 +10,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch import Tensor
 
+from simmim.bench.gpu.cells import Cell, Skipped
+from simmim.bench.gpu.plan import make_plan
+from simmim.bench.gpu.scale import FULL
+from simmim.bench.gpu.selftest import (
+    build_moving_encoder,
+    features_and_gradients,
+    images_of,
+    relative_error,
+)
 from simmim.cli import main
 from simmim.engine.run import RunFolder
 from simmim.method.model import SimMIM
@@ -24,67 +32,29 @@ pytestmark = [
 ]
 
 DEVICE = torch.device("cuda")
-SIZES: dict[str, Any] = {
-    "image_size": 192,
-    "window_size": 12,
-    "embed_dim": 48,
-    "depths": (2, 2, 2, 2),
-    "num_heads": (2, 4, 8, 16),
-}
-PATHS = ["auto", "explicit", "sdpa", "sequential"]
-PRECISIONS = [(torch.float32, 1e-4), (torch.bfloat16, 2e-2), (torch.float16, 5e-3)]
-"""Of autocast, and the largest relative error of features; float32 is without TF32."""
+CELLS = [
+    cell
+    for cell in make_plan(FULL)
+    if cell.name.startswith("selftest/")
+    or cell.name in ("machine/environment", "machine/process groups")
+]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+def test_the_self_test_passes(cell: Cell) -> None:
+    """As `simmim bench gpu` runs it: attention paths, steps, memory, training."""
+    try:
+        cell.run()
+    except Skipped as reason:
+        pytest.skip(str(reason))
 
 
 @pytest.fixture(scope="module")
 def encoder() -> SwinV2:
-    """An encoder whose blocks do something: norms of fresh ones are zero."""
-    encoder = build_encoder("tiny", **SIZES)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in encoder.named_parameters():
-        if "norm" in name:
-            parameter.data += 0.5 * torch.rand(parameter.shape, generator=generator)
-    return encoder
-
-
-def images_of(*size: int) -> Tensor:
-    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
-
-
-def features_and_gradients(encoder: SwinV2, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the features, and the gradients of all weights in a row."""
-    features = encoder(images)
-    features.float().square().mean().backward()
-    gradients = [p.grad.flatten() for p in encoder.parameters() if p.grad is not None]
-    assert len(gradients) == len(list(encoder.parameters()))
-    return features.detach(), torch.cat(gradients).detach()
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found.double().cpu() - expected).norm() / expected.norm())
-
-
-@pytest.mark.parametrize("size", [(192, 192), (200, 328)])
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
-def test_features_and_gradients_are_those_of_the_cpu_in_double(
-    encoder: SwinV2,
-    dtype: torch.dtype,
-    tolerance: float,
-    path: Any,
-    compiled: bool,
-    size: tuple[int, int],
-) -> None:
-    exact = features_and_gradients(copy.deepcopy(encoder).double(), images_of(*size).double())
-    ours = copy.deepcopy(encoder).to(DEVICE)
-    ours.set_execution(attention=path)
-    if compiled:
-        ours.compile_blocks()
-    with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
-        features, gradients = features_and_gradients(ours, images_of(*size).to(DEVICE))
-    assert relative_error(features, exact[0]) <= tolerance
-    assert relative_error(gradients, exact[1]) <= 3 * tolerance  # rounding adds up on the way back
+    return build_moving_encoder(
+        image_size=192, window_size=12, embed_dim=48, depths=(2, 2, 2, 2), num_heads=(2, 4, 8, 16)
+    )
 
 
 @pytest.mark.parametrize("checkpointing", ["attention", "full"])
@@ -94,7 +64,7 @@ def test_checkpointing_changes_nothing(encoder: SwinV2, checkpointing: Any) -> N
         ours = copy.deepcopy(encoder).to(DEVICE)
         ours.set_execution(checkpointing=setting)
         with torch.autocast(DEVICE.type, torch.bfloat16):
-            results.append(features_and_gradients(ours, images_of(192, 192).to(DEVICE)))
+            results.append(features_and_gradients(ours, images_of((192, 192)).to(DEVICE)))
     assert torch.equal(results[0][0], results[1][0])
     assert relative_error(results[1][1], results[0][1].double().cpu()) <= 1e-2
 

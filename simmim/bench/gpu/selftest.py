@@ -1,0 +1,209 @@
+"""The self-test: the encoder computes on this device what it computes on a CPU, and only that."""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from simmim.bench.gpu.cells import CheckFailed, Values
+from simmim.bench.gpu.gradients import adamw, assign_gradients, take_step
+from simmim.bench.gpu.scale import Scale, Size
+from simmim.bench.live_bytes import LiveBytes, materialise, only_two_groups
+from simmim.method.model import SimMIM
+from swinv2 import SwinV2, build_encoder
+from swinv2.config import AttentionPath
+
+Precision = Literal["bf16", "fp16", "fp32"]
+PATHS: tuple[AttentionPath, ...] = get_args(AttentionPath)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
+"""Largest relative error of features, by the precision of autocast; float32 is without TF32."""
+MEMORY_TOLERANCE = 0.05
+"""Largest relative difference between counted and measured memory."""
+ROUNDING = 3
+"""How much larger the error of gradients may be: rounding adds up on the way back."""
+
+
+def build_moving_encoder(**sizes: Any) -> SwinV2:
+    """Build an encoder whose blocks do something: norms of fresh ones are zero."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = build_encoder("tiny", **sizes)
+    for name, parameter in encoder.named_parameters():
+        if "norm" in name:
+            parameter.data += 0.5 * torch.rand(parameter.shape, generator=generator)
+    return encoder
+
+
+def images_of(size: Size) -> Tensor:
+    """Return two images of noise, the same in each call."""
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def features_and_gradients(encoder: SwinV2, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the features, and the gradients of all weights in a row."""
+    features = encoder(images)
+    assign_gradients(features.float().square().mean(), encoder.parameters())
+    gradients = [
+        weight.grad.flatten() for weight in encoder.parameters() if weight.grad is not None
+    ]
+    return features.detach(), torch.cat(gradients).detach()
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference over that of the expected, which is on the CPU."""
+    return float((found.double().cpu() - expected).norm() / expected.norm())
+
+
+@lru_cache(maxsize=8)
+def _exact(sizes: tuple[tuple[str, Any], ...], images: Size) -> tuple[Tensor, Tensor]:
+    encoder = build_moving_encoder(**dict(sizes)).double()
+    return features_and_gradients(encoder, images_of(images).double())
+
+
+def check_agreement(
+    scale: Scale, path: AttentionPath, precision: Precision, *, compiled: bool
+) -> Values:
+    """Compare features and gradients with those of the CPU in double precision.
+
+    Raises:
+        CheckFailed: they differ by more than rounding explains.
+    """
+    dtype, tolerance = TYPES[precision], TOLERANCES[precision]
+    ours = build_moving_encoder(**scale.encoder).to(scale.device)
+    ours.set_execution(attention=path)
+    found: dict[str, float] = {}
+    with quiet_compiler():
+        for name, size in scale.images.items():
+            if compiled and name not in scale.compiled_images:
+                continue
+            encoder = copy.deepcopy(ours)
+            if compiled:
+                torch._dynamo.reset()
+                encoder.compile_blocks(backend=scale.backend)
+            images = images_of(size).to(scale.device)
+            exact = _exact(tuple(sorted(scale.encoder.items())), size)
+            with torch.autocast(scale.torch_device.type, dtype, enabled=precision != "fp32"):
+                features, gradients = features_and_gradients(encoder, images)
+            found[f"{name} features"] = relative_error(features, exact[0])
+            found[f"{name} gradients"] = relative_error(gradients, exact[1])
+    wrong = [
+        f"{name} {error:.2g}"
+        for name, error in found.items()
+        # NaN is not below the tolerance either.
+        if not error <= tolerance * (ROUNDING if name.endswith("gradients") else 1)
+    ]
+    if wrong:
+        raise CheckFailed(f"relative errors beyond {tolerance:g}: {', '.join(wrong)}", found)
+    return found
+
+
+@contextmanager
+def quiet_compiler() -> Iterator[None]:
+    """Silence the compiler's warnings, of which nothing here depends."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def check_quiet_steps(scale: Scale) -> Values:
+    """Take training steps in which nothing may wait for the device."""
+    device = scale.torch_device
+    encoder = build_moving_encoder(**scale.encoder)
+    model = SimMIM(encoder, mask_cell=2 * encoder.strides[-1]).to(device).train()
+    optimizer = adamw(model, device)
+    images, mask = _inputs(model, batch=2, device=device)
+
+    def compute_loss() -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            loss: Tensor = model(images, mask).loss
+        return loss
+
+    losses = [take_step(model, optimizer, compute_loss) for _ in range(3)]
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses += [take_step(model, optimizer, compute_loss) for _ in range(scale.quiet_steps)]
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    values = torch.stack(losses).cpu()
+    found = {"steps": scale.quiet_steps, "first loss": float(values[0]), "last": float(values[-1])}
+    if not bool(values.isfinite().all()):
+        raise CheckFailed("a loss is not finite", found)
+    return found
+
+
+def _inputs(model: SimMIM[SwinV2], *, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return images of noise on the device, and masks on the host, as training has them."""
+    config = model.encoder.config
+    images = torch.randn(batch, config.in_channels, *config.image_size, device=device)
+    rows, columns = (side // model.mask_cell for side in config.image_size)
+    hidden = torch.arange(rows * columns).view(rows, columns) % 5 < 3
+    return images, hidden.expand(batch, rows, columns)
+
+
+def check_memory(scale: Scale) -> Values:
+    """Compare the peak of a training step with the count of its tensors.
+
+    Raises:
+        CheckFailed: they differ by more than the tolerance.
+    """
+    size, device = scale.steps[0], scale.torch_device
+    batch = min(16, scale.largest_batch)
+    with torch.device("meta"):
+        model = _model_of_step(scale)
+    with FakeTensorMode(), LiveBytes() as live, only_two_groups():
+        materialise(model, device)
+        states = [torch.zeros_like(weight) for weight in model.parameters() for _ in range(2)]
+        _compute_gradients(model, batch, device)
+    del states
+    found: dict[str, Any] = {"step": str(size), "batch": batch, "counted GiB": live.most / 2**30}
+    if device.type != "cuda":
+        return found | {"measured GiB": None}
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    model = _model_of_step(scale).to(device)
+    optimizer = adamw(model, device)
+    for _ in range(2):  # the first allocates the optimiser's state
+        torch.cuda.reset_peak_memory_stats()
+        _compute_gradients(model, batch, device)
+        optimizer.step()
+        optimizer.zero_grad()
+    measured = torch.cuda.max_memory_allocated() - before
+    found |= {"measured GiB": measured / 2**30, "ratio": measured / live.most}
+    if abs(found["ratio"] - 1) > MEMORY_TOLERANCE:
+        raise CheckFailed(
+            f"a step takes {found['ratio']:.3f} of the counted memory: more than "
+            f"{MEMORY_TOLERANCE:.0%} apart",
+            found,
+        )
+    return found
+
+
+def _model_of_step(scale: Scale) -> SimMIM[SwinV2]:
+    size = scale.steps[0]
+    encoder = build_encoder(
+        size.variant,
+        image_size=size.image_size,
+        window_size=size.window_size,
+        **scale.overrides,
+    )
+    # With all pixels in the loss no shape depends on the mask's values.
+    return SimMIM(encoder, loss_area="all").train()
+
+
+def _compute_gradients(model: SimMIM[SwinV2], batch: int, device: torch.device) -> None:
+    images, mask = _inputs(model, batch=batch, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        loss = model(images, mask).loss
+    assign_gradients(loss, model.parameters())
