@@ -60,6 +60,11 @@ class Job:
             raise subprocess.TimeoutExpired(f"processes {self.pids}", timeout)
         return code
 
+    def code_of(self, rank: int, timeout: float) -> int | None:
+        """Wait for one rank, and return its code; None if it still runs."""
+        self._processes[rank].join(timeout)
+        return self._processes[rank].exitcode
+
     def send_signal(self, number: int) -> None:
         """Send a signal to each process, and to all that it started."""
         for process, pid in zip(self._processes, self.pids, strict=True):

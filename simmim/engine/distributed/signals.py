@@ -1,8 +1,12 @@
 """Stop requests: a signal to any rank stops training on all ranks, with a checkpoint."""
 
+import os
 import signal
+import socket
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any
@@ -10,7 +14,12 @@ from typing import Any
 import torch
 import torch.distributed
 
+from simmim.engine.exit_codes import LOST
 from simmim.stop_signals import handled_stop_signals
+
+LONGEST_WAIT = 60.0
+"""Seconds after a stop signal in which a rank may wait in native code, where Python's handlers do
+not run. Then no answer of the other ranks is to be expected: one of them is hung or lost."""
 
 
 class StopRequest:
@@ -20,8 +29,13 @@ class StopRequest:
     recorded, too. `agree` shares them with all ranks, so that none waits for a stopped one. If
     the process ends after training, further signals on the way out are ignored.
 
+    A rank that waits for another in native code cannot record a signal. A thread sees it arrive,
+    and ends the process if it is not recorded in time.
+
     Args:
         timeout: the longest wait for another rank in `agree`; None is torch's default.
+        longest_wait: seconds after a signal until a rank that has not recorded it ends.
+        end: ends this process with an exit code, whatever its main thread is waiting for.
     """
 
     ends_process = False
@@ -29,8 +43,17 @@ class StopRequest:
     ends_when_finished = False
     """Whether it also ends once training has reached its last step: nothing is left to stop."""
 
-    def __init__(self, timeout: timedelta | None = None) -> None:
+    def __init__(
+        self,
+        timeout: timedelta | None = None,
+        *,
+        longest_wait: float = LONGEST_WAIT,
+        end: Callable[[int], None] = os._exit,
+    ) -> None:
         self._timeout = timeout
+        self._longest_wait, self._end = longest_wait, end
+        self._recorded = threading.Event()
+        self._arrivals: _Arrivals | None = None
         self.honoured = False
         """Whether training has been stopped on request."""
         self.received: signal.Signals | None = None
@@ -44,6 +67,8 @@ class StopRequest:
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             # A group of its own on the CPU, so that agreeing never waits for the accelerator.
             self._group = torch.distributed.new_group(backend="gloo", timeout=self._timeout)
+            if self._before:
+                self._arrivals = _Arrivals(self._expect_record)
         return self
 
     def __exit__(
@@ -52,6 +77,9 @@ class StopRequest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._arrivals is not None:
+            self._recorded.set()
+            self._arrivals.close()
         finished = error is None and not self.honoured
         ends = (self.honoured and self.ends_process) or (finished and self.ends_when_finished)
         for number, handler in self._before.items():
@@ -63,6 +91,21 @@ class StopRequest:
 
     def _record(self, number: int, _frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
+        self._recorded.set()
+
+    def _expect_record(self, number: int) -> None:
+        """End this process if the main thread does not record a stop signal in time."""
+        if number not in self._before or self._recorded.wait(self._longest_wait):
+            return
+        rank = torch.distributed.get_rank()
+        sys.stderr.write(
+            f"\nsimmim: {signal.Signals(number).name} arrived {self._longest_wait:.0f} s ago, and"
+            f" rank {rank} still waits for the others, one of which must be hung or lost. It exits"
+            f" with code {LOST} and without a checkpoint of its last steps; resume from the last"
+            " one with --resume auto.\n"
+        )
+        sys.stderr.flush()
+        self._end(LOST)
 
     @property
     def wanted(self) -> int:
@@ -80,3 +123,30 @@ class StopRequest:
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, self._group)
         agreed: list[int] = largest.tolist()
         return agreed
+
+
+class _Arrivals:
+    """A thread that is told of signals as they arrive, whatever the main thread is waiting for.
+
+    Args:
+        arrived: called in the thread with the number of each signal that Python handles.
+    """
+
+    def __init__(self, arrived: Callable[[int], None]) -> None:
+        self._arrived = arrived
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)  # signal.set_wakeup_fd requires it
+        self._before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._read, name="arrivals of signals", daemon=True).start()
+
+    def _read(self) -> None:
+        with self._reader:
+            while numbers := self._reader.recv(64):  # nothing once the writer is closed
+                for number in numbers:
+                    self._arrived(number)
+
+    def close(self) -> None:
+        """End the thread, and write to what signals were written to before."""
+        with suppress(ValueError):  # it was closed meanwhile
+            signal.set_wakeup_fd(self._before)
+        self._writer.close()

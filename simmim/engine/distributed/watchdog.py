@@ -28,6 +28,11 @@ from simmim.engine.exit_codes import LOST, RankLostError
 LONGEST_JOIN = 5.0
 """Longest wait for a thread of the watchdog to end, in seconds."""
 
+LONGEST_SILENCE = 45.0
+"""Seconds without a heartbeat after which a rank is lost. A thread sends them, so a rank that
+computes, compiles, waits or writes goes on; one that was killed, or whose node is gone, is noticed
+within a minute, although NCCL lets the others wait for it."""
+
 LONGEST_INTERVAL = 2.0
 """Longest time between two heartbeats of a rank, in seconds."""
 
@@ -95,6 +100,9 @@ class RankTable:
     """Status of all ranks as one rank knows it, timed by its own clock."""
 
     timeout: float
+    """Longest time without progress, in seconds."""
+    silence: float = LONGEST_SILENCE
+    """Longest time without a heartbeat, in seconds."""
     ranks: dict[int, ObservedRank] = field(default_factory=dict)
 
     def update(self, status: RankStatus, passed: float) -> None:
@@ -115,7 +123,7 @@ class RankTable:
             if known.status.fault and known.failed >= FAULT_GRACE:
                 return f"{known.status} failed: {known.status.fault}"
         working = [known for known in working if not known.status.fault]
-        silent = [known for known in working if known.silent > self.timeout]
+        silent = [known for known in working if known.silent > self.silence]
         if silent:
             return self._listed(silent, "sent no heartbeat for {:.0f} s, last seen {}", "silent")
         if not any(known.stuck > self.timeout for known in working):
@@ -143,15 +151,23 @@ class Watchdog:
     All ranks must enter it together. A single process is watched only while it waits for data.
 
     Args:
-        timeout: longest time without progress, or without a heartbeat, in seconds.
+        timeout: longest time without progress, in seconds.
+        silence: longest time without a heartbeat, in seconds; no longer than `timeout`.
         end: ends this process with an exit code, whatever its main thread is waiting for.
     """
 
-    def __init__(self, timeout: float, *, end: Callable[[int], None] = os._exit) -> None:
+    def __init__(
+        self,
+        timeout: float,
+        *,
+        silence: float = LONGEST_SILENCE,
+        end: Callable[[int], None] = os._exit,
+    ) -> None:
         self.timeout = timeout
-        self.interval = min(LONGEST_INTERVAL, timeout / 10)
+        self.silence = min(silence, timeout)
+        self.interval = min(LONGEST_INTERVAL, self.silence / 10)
         self._end = end
-        self._table = RankTable(timeout)
+        self._table = RankTable(timeout, self.silence)
         self._beat = 0
         self._answered = 0.0
         self._stop = threading.Event()
@@ -258,7 +274,7 @@ class Watchdog:
             self._answered += min(now - before, 3 * self.interval)
             before = now
             verdict = self._table.verdict()
-            if verdict is None and self._answered > self.timeout:
+            if verdict is None and self._answered > self.silence:
                 verdict = f"{STORE_HOST} did not answer for {self._answered:.0f} s"
             if verdict is not None and not self._stop.is_set():
                 self._give_up(verdict)
@@ -278,9 +294,10 @@ class Watchdog:
 
     def _give_up(self, verdict: str) -> None:
         sys.stderr.write(
-            f"\nsimmim: {verdict}.\nThe limit is training.rank_timeout, {self.timeout:g} s. Rank"
-            f" {self._own.rank} ({self._own.place}) exits with code {LOST}. Resume from the last"
-            " checkpoint with --resume auto.\n"
+            f"\nsimmim: {verdict}.\nThe limit is {self.silence:g} s without a sign of life and"
+            f" {self.timeout:g} s, training.rank_timeout, without progress. Rank {self._own.rank}"
+            f" ({self._own.place}) exits with code {LOST}. Resume from the last checkpoint with"
+            " --resume auto.\n"
         )
         main = threading.main_thread().ident
         traceback.print_stack(sys._current_frames().get(main or 0), file=sys.stderr)

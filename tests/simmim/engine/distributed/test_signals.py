@@ -3,17 +3,20 @@
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from simmim.engine.distributed.signals import StopRequest
+from simmim.engine.distributed.signals import StopRequest, _Arrivals
+from simmim.engine.exit_codes import LOST
 from simmim.stop_signals import STOP_SIGNALS
-from tests.simmim.forked import finish
+from tests.simmim.forked import finish, forked
 
 EACH = pytest.mark.parametrize("number", STOP_SIGNALS)
 
@@ -152,6 +155,56 @@ def ask_as_rank(rank: int, store: str) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="starts ranks by fork")
 def test_all_ranks_learn_of_a_signal_to_one_in_the_same_step(tmp_path: Path) -> None:
     finish([__file__, str(tmp_path / "store")], tmp_path / "log")
+
+
+STUCK = """
+import time
+from datetime import timedelta
+import torch.distributed as dist
+from simmim.engine.distributed.signals import StopRequest
+
+dist.init_process_group("gloo", timeout=timedelta(seconds=200))
+with StopRequest(timedelta(seconds=200), longest_wait=1.0):
+    dist.barrier()
+    print(f"rank {dist.get_rank()} waits", flush=True)
+    if dist.get_rank() == 0:
+        time.sleep(200)
+    dist.barrier()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="starts ranks by fork")
+def test_a_rank_that_waits_in_native_code_ends_on_a_signal(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with forked(["-c", STUCK], log, ranks=2) as job:
+        deadline = time.monotonic() + 100
+        while log.read_text().count("waits") < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(job.pids[0], signal.SIGSTOP)
+        os.kill(job.pids[1], signal.SIGTERM)
+        assert job.code_of(1, timeout=60) == LOST, log.read_text()
+    assert "SIGTERM arrived 1 s ago, and rank 1 still waits for the others" in log.read_text()
+
+
+def test_what_signals_were_written_to_is_restored() -> None:
+    """As asyncio sets it, on which notebooks run."""
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    before = signal.set_wakeup_fd(theirs.fileno())
+    seen: list[int] = []
+    try:
+        arrivals = _Arrivals(seen.append)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        deadline = time.monotonic() + 20
+        while not seen and time.monotonic() < deadline:
+            time.sleep(0.01)
+        arrivals.close()
+        assert seen == [signal.SIGUSR1]
+        assert signal.set_wakeup_fd(before) == theirs.fileno()
+    finally:
+        signal.set_wakeup_fd(before)
+        ours.close()
+        theirs.close()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Verdicts of the watchdog on given statuses; real ranks are in test_faults."""
 
+import os
+import signal
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -17,6 +20,8 @@ from simmim.engine.distributed.watchdog import (
     Watchdog,
     group_timeout,
 )
+from simmim.engine.exit_codes import LOST
+from tests.simmim.forked import forked
 
 TIMEOUT = 100.0
 
@@ -36,7 +41,7 @@ def test_there_is_no_verdict_while_ranks_make_progress() -> None:
 
 
 def test_a_silent_rank_is_named() -> None:
-    ranks = RankTable(TIMEOUT)
+    ranks = RankTable(TIMEOUT, silence=TIMEOUT)
     for beat in range(11):
         ranks.update(replace(status(0), beat=beat), 10.0)
         ranks.update(status(1), 10.0)
@@ -47,6 +52,49 @@ def test_a_silent_rank_is_named() -> None:
     assert verdict.startswith("rank 1 (process 41 on node1) sent no heartbeat for 110 s")
     assert "last seen computing, step 3" in verdict
     assert "rank 0" not in verdict
+
+
+def test_a_rank_without_a_sign_of_life_is_lost_long_before_one_without_progress() -> None:
+    ranks = RankTable(7200.0)
+    for beat in range(10):
+        ranks.update(replace(status(0), beat=beat), 10.0)
+        ranks.update(status(1), 10.0)
+    verdict = ranks.verdict()
+    assert verdict is not None
+    assert verdict.startswith("rank 1 (process 41 on node1) sent no heartbeat for 90 s")
+    busy = RankTable(7200.0)
+    for beat in range(100):  # it compiles, or waits in native code
+        busy.update(replace(status(0), beat=beat), 10.0)
+        assert busy.verdict() is None
+
+
+WATCHED = """
+import time
+from datetime import timedelta
+import torch.distributed as dist
+from simmim.engine.distributed.watchdog import Watchdog
+
+dist.init_process_group("gloo", timeout=timedelta(seconds=500))
+with Watchdog(400.0, silence=2.0):
+    dist.barrier()
+    print(f"rank {dist.get_rank()} waits", flush=True)
+    if dist.get_rank() == 1:
+        time.sleep(200)
+    dist.barrier()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="starts ranks by fork")
+def test_a_rank_that_waits_for_a_stopped_one_ends_after_the_short_limit(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with forked(["-c", WATCHED], log, ranks=2) as job:
+        deadline = time.monotonic() + 100
+        while log.read_text().count("waits") < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(job.pids[1], signal.SIGSTOP)
+        assert job.code_of(0, timeout=60) == LOST, log.read_text()
+    assert f"rank 1 (process {job.pids[1]} on" in log.read_text()
+    assert "sent no heartbeat for 2 s" in log.read_text()
 
 
 def test_only_the_rank_that_is_behind_is_blamed() -> None:
