@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import KwargsHandler
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from simmim.engine.distributed.environment import fsdp_hidden
 from simmim.engine.distributed.sharding import (
@@ -17,6 +19,7 @@ from simmim.engine.distributed.sharding import (
     synchronise_norms,
     trains_in_shards,
 )
+from simmim.engine.distributed.switches import DDP_OPTIONS, switched, switches_for
 from simmim.engine.distributed.watchdog import group_timeout
 from simmim.engine.optimizer import build_optimizer, parameter_groups
 from simmim.engine.stage import TrainingStage
@@ -31,16 +34,18 @@ LARGEST_BLOCK = 2**30
 def own_process_state() -> Iterator[None]:
     """Give a run the process-wide state of a fresh process, and restore what was before.
 
-    That is accelerate's shared state, the environment, torch's number of threads and its generator:
-    runs of different precision may follow each other in one process.
+    That is accelerate's shared state, the environment, torch's number of threads and its generator,
+    and on a GPU what `switched` sets: runs of different precision may follow each other in one
+    process.
     """
     shared = (AcceleratorState, PartialState, GradientState)
     before = [dict(kind._shared_state) for kind in shared]
     environment, threads = dict(os.environ), torch.get_num_threads()
     for kind in shared:
         kind._shared_state.clear()
+    switches = switches_for("cuda" if torch.cuda.is_available() else "cpu", environment)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), switched(switches, environment):
             yield
     finally:
         for kind, state in zip(shared, before, strict=True):
@@ -68,11 +73,15 @@ def build_accelerator(precision: str, rank_timeout: float = 600.0) -> Accelerato
     mixed_precision = "no" if precision == "fp32" else precision
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()  # of an earlier run; the processes stay as they are
+    handlers: list[KwargsHandler] = [InitProcessGroupKwargs(timeout=group_timeout(rank_timeout))]
+    if torch.cuda.is_available():
+        as_views = DDP_OPTIONS["gradient_as_bucket_view"]
+        handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=as_views))
     with fsdp_hidden():
         return Accelerator(
             cpu=not torch.accelerator.is_available(),
             mixed_precision=mixed_precision,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=group_timeout(rank_timeout))],
+            kwargs_handlers=handlers,
         )
 
 
@@ -92,7 +101,13 @@ def prepare(
     settings = stage.recipe.training.optimizer
     groups = parameter_groups(stage.module, settings, stage.depths)
     optimizer = accelerator.prepare(build_optimizer(stage.module, settings, groups))
-    return stage.module if sharded else accelerator.prepare(stage.module), optimizer
+    if sharded:
+        return stage.module, optimizer
+    module = accelerator.prepare(stage.module)
+    if isinstance(module, DistributedDataParallel) and accelerator.device.type == "cuda":
+        # They were broadcast once. The constructor's argument differs between versions of torch.
+        module.broadcast_buffers = DDP_OPTIONS["broadcast_buffers"]
+    return module, optimizer
 
 
 class HostCopy:

@@ -162,7 +162,7 @@ def accumulate_gradients(
     divisors = batch_normalisers(accelerator, batches, normalisers)
     for number, batch in enumerate(batches, start=1):
         last = number == len(batches)
-        # Ranks exchange gradients once per step, with the last micro-batch.
+        # Ranks exchange gradients once per step, with the last micro-batch; shards with each.
         with nullcontext() if last else no_gradient_sync(module, accelerator):
             here = batch.to(accelerator.device)
             loss = module(here) / len(batches) if divisors is None else module(here, divisors)

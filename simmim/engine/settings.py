@@ -102,7 +102,8 @@ class TrainingSettings:
     backward."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the forward pass; weights and optimiser state are always float32. fp16 scales
-    the loss, and skips steps whose gradients overflow; it is for GPUs without bf16."""
+    the loss, and skips steps whose gradients overflow; it is for GPUs without bf16. fp32 on a GPU
+    multiplies matrices in TF32."""
     clip_norm: float | None = 5.0
     """Maximum norm of the gradient over all parameters; null disables clipping."""
     max_nonfinite: int = 10

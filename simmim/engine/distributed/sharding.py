@@ -197,17 +197,16 @@ def synchronise_norms(module: nn.Module, device: torch.device, processes: int) -
 
 @contextmanager
 def no_gradient_sync(module: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """Accumulate gradients locally within this context, without communication."""
-    if not is_sharded(module):
-        with accelerator.no_sync(module):
-            yield
-        return
-    (outermost, *_) = _fsdp_modules(module)
-    outermost.set_requires_gradient_sync(False)
-    try:
+    """Accumulate gradients within this context, without communication where they are whole anyway.
+
+    Sharded weights have sharded gradients, too, which each backward adds to: without communication
+    every rank would keep the whole gradient, which is what sharding is to save.
+    """
+    if is_sharded(module):
         yield
-    finally:
-        outermost.set_requires_gradient_sync(True)
+        return
+    with accelerator.no_sync(module):
+        yield
 
 
 @contextmanager

@@ -15,6 +15,8 @@ import psutil
 import torch
 
 from data_prep.format.atomic import atomic_write_text
+from simmim.engine.distributed.sharding import trains_in_shards
+from simmim.engine.distributed.switches import in_force
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -25,12 +27,18 @@ BACKWARD = 2
 KNOWN_PEAKS: Mapping[str, float] = MappingProxyType(
     {
         "B200": 2250e12,
-        "GH200": 989e12,
+        "GH200 120GB": 989e12,
+        "GH200 144G HBM3e": 989e12,
+        "GH200 480GB": 989e12,
         "H200": 989e12,
+        "H200 NVL": 835e12,
         "H100 PCIe": 756e12,
         "H100 NVL": 835e12,
-        "H100": 989e12,
-        "A100": 312e12,
+        "H100 80GB HBM3": 989e12,
+        "A100 80GB PCIe": 312e12,
+        "A100-PCIE-40GB": 312e12,
+        "A100-SXM4-40GB": 312e12,
+        "A100-SXM4-80GB": 312e12,
         "L40S": 362e12,
         "L40": 181e12,
         "L4": 121e12,
@@ -39,7 +47,10 @@ KNOWN_PEAKS: Mapping[str, float] = MappingProxyType(
         "MI300X": 1307e12,
     }
 )
-"""Dense bfloat16 FLOP/s from the data sheets; the first name contained in the device's applies."""
+"""Dense bfloat16 FLOP/s from the data sheets, by the whole name without its maker. Others are
+measured: a laptop's, a workstation's or a slice (MIG) of a device has a similar name."""
+
+MAKERS = ("NVIDIA ", "AMD Instinct ")
 
 SIDE = {"cpu": 512}
 OTHER_SIDE = 8192
@@ -64,12 +75,18 @@ def device_peak(device: torch.device, precision: str) -> DevicePeak:
     is too low, and the utilisation looks too high.
     """
     if device.type == "cuda" and precision != "fp32":
-        name = torch.cuda.get_device_name(device)
-        for known, flops in KNOWN_PEAKS.items():
-            if known in name:
-                return DevicePeak(flops=flops, source="maker")
+        flops = known_peak(torch.cuda.get_device_name(device))
+        if flops is not None:
+            return DevicePeak(flops=flops, source="maker")
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     return DevicePeak(flops=measured_peak(device, dtype), source="matmul")
+
+
+def known_peak(name: str) -> float | None:
+    """Return the FLOP/s of a device by its name as CUDA gives it; None for an unknown one."""
+    for maker in MAKERS:
+        name = name.removeprefix(maker)
+    return KNOWN_PEAKS.get(name)
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -133,6 +150,7 @@ def environment(accelerator: "Accelerator", peak: DevicePeak) -> dict[str, Any]:
     import accelerate  # noqa: PLC0415 (only its version)
 
     device = accelerator.device
+    ddp = accelerator.num_processes > 1 and not trains_in_shards(accelerator)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
         "python": platform.python_version(),
@@ -148,6 +166,7 @@ def environment(accelerator: "Accelerator", peak: DevicePeak) -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "peak_tflops": round(peak.flops / 1e12, 2),
         "peak_from": peak.source,
+        **in_force(device.type, ddp=ddp),
         "command": " ".join(["simmim", *sys.argv[1:]]),
     }
 

@@ -7,13 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate import Accelerator
 from accelerate.commands.config import load_config_from_file
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from simmim import SimMIM
-from simmim.engine.distributed.sharding import shard_size, sharding_units
+from simmim.engine.distributed.sharding import (
+    no_gradient_sync,
+    shard_by_block,
+    shard_size,
+    sharding_units,
+)
 from swinv2 import build_encoder
 from swinv2.blocks import Block
 from tests.simmim.forked import finish
@@ -65,6 +74,30 @@ def test_weights_gathered_in_bfloat16_stay_close(train: Train) -> None:
     found = train(bf16=True, checkpointing="full")
     assert 0 < found["loss"] < 5e-3, found
     assert found["weight"] < 1e-2, found  # of float32 shards, after four steps of 1e-3
+
+
+def test_accumulated_gradients_are_kept_in_shards(tmp_path: Path) -> None:
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        encoder = build_encoder(
+            "tiny", image_size=16, window_size=4, patch_size=2, embed_dim=8, depths=(1,),
+            num_heads=(1,),
+        )  # fmt: skip
+        shard_by_block(encoder, init_device_mesh("cpu", (1,)), param_dtype=None)
+        images = torch.randn(2, 3, 16, 16)
+        with no_gradient_sync(encoder, Accelerator(cpu=True)):
+            encoder(images[:1]).square().sum().backward()
+        first = [one.grad for one in encoder.parameters()]
+        assert all(isinstance(gradient, DTensor) for gradient in first)
+        encoder(images[1:]).square().sum().backward()
+        total = [one.grad.full_tensor() for one in encoder.parameters()]  # type: ignore[union-attr]
+        encoder.zero_grad()
+        encoder(images).square().sum().backward()
+        whole = [one.grad.full_tensor() for one in encoder.parameters()]  # type: ignore[union-attr]
+        torch.testing.assert_close(total, whole)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_sharding_units_of_giant() -> None:

@@ -13,6 +13,7 @@ from simmim.engine.loop import train
 from simmim.engine.monitor.hardware import (
     DevicePeak,
     device_peak,
+    known_peak,
     memory_in_use,
     utilisation,
 )
@@ -100,6 +101,24 @@ def test_the_peak_of_this_machine_is_measured() -> None:
     peak = device_peak(torch.device("cpu"), "fp32")
     assert peak.source == "matmul"
     assert 1e8 < peak.flops < 1e14
+
+
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA L40S", 362e12),
+        ("AMD Instinct MI300X", 1307e12),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA A10G", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+    ],
+)
+def test_peaks_are_known_by_whole_names(name: str, flops: float | None) -> None:
+    assert known_peak(name) == flops
 
 
 def test_memory_in_use_includes_tensors_on_the_host() -> None:
