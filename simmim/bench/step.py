@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from simmim.bench.cuda_rules import cuda_rules
 from simmim.bench.live_bytes import LiveBytes, materialise, only_two_groups
 from simmim.data.loader.batch import Batch
 from simmim.engine.loop import accumulate_gradients
@@ -30,6 +31,8 @@ from swinv2.config import AttentionPath, Checkpointing
 
 Precision = Literal["fp32", "bf16", "bf16-weights"]
 """fp32; bf16 arithmetic over float32 weights (autocast); or weights in bf16 themselves."""
+
+Device = Literal["cuda", "cpu"]
 
 MASK_CELL = 32
 
@@ -57,6 +60,8 @@ class StepCase:
     """Channels of the images."""
     sizes: tuple[tuple[str, float | tuple[int, ...]], ...] = ()
     """Fields of the encoder's config that override the variant's, with their values."""
+    device: Device = "cuda"
+    """Kind of device, whose kernels and rules of autocast are counted."""
     optimizer: bool = True
     """Whether the step includes AdamW; else forward and backward only."""
 
@@ -103,7 +108,8 @@ def simulate(case: StepCase) -> Simulation:
         model = build_step_model(case)
     peaks: list[Peak] = []
     finished = 0
-    with _fake_mode(), LiveBytes() as live, only_two_groups():
+    rules = cuda_rules() if case.device == "cuda" else contextlib.nullcontext()
+    with _fake_mode(), LiveBytes() as live, only_two_groups(), rules:
         materialise(model, torch.device("cpu"))
         weights = live.now
 

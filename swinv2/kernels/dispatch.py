@@ -35,7 +35,7 @@ def choose_attention(path: AttentionPath, qkv: Tensor) -> AttentionKernel:
         return path
     if is_exporting():
         return "explicit"
-    float_on_cpu = qkv.device.type == "cpu" and qkv.dtype == torch.float32
+    float_on_cpu = qkv.is_cpu and qkv.dtype == torch.float32
     if torch.compiler.is_compiling() and not float_on_cpu:
         return "fused"
     return "sequential_saving"
@@ -55,7 +55,7 @@ def use_onednn(tokens: Tensor) -> bool:
     """Return whether linear layers call oneDNN: it is fast here and takes these tokens."""
     return (
         tokens.dtype in (torch.float32, torch.bfloat16)
-        and tokens.device.type == "cpu"
+        and tokens.is_cpu
         and tokens.numel() > 0
         and not is_exporting()
         and ONEDNN_IS_FAST

@@ -1,7 +1,4 @@
-"""CUDA's rules of autocast without a GPU: emulated on the CPU, and as they are on fake tensors.
-
-The rules are PyTorch's, from "CUDA Ops that can autocast" in the documentation of torch.amp.
-"""
+"""CUDA's rules of autocast without a GPU: emulated on the CPU, and as they are on fake tensors."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,105 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
-LOWER = {
-    "__matmul__",
-    "addbmm",
-    "addmm",
-    "addmv",
-    "baddbmm",
-    "bmm",
-    "chain_matmul",
-    "conv1d",
-    "conv2d",
-    "conv3d",
-    "einsum",
-    "linear",
-    "matmul",
-    "mm",
-    "multi_dot",
-    "mv",
-    "scaled_dot_product_attention",
-}
-"""Functions that compute in the lower precision."""
-FLOAT32 = {
-    "__pow__",
-    "__rpow__",
-    "acos",
-    "asin",
-    "binary_cross_entropy_with_logits",
-    "cdist",
-    "cosh",
-    "cosine_embedding_loss",
-    "cosine_similarity",
-    "cross_entropy",
-    "cumprod",
-    "cumsum",
-    "dist",
-    "erfinv",
-    "exp",
-    "expm1",
-    "group_norm",
-    "hinge_embedding_loss",
-    "kl_div",
-    "l1_loss",
-    "layer_norm",
-    "log",
-    "log10",
-    "log1p",
-    "log2",
-    "log_softmax",
-    "logsumexp",
-    "mse_loss",
-    "nll_loss",
-    "norm",
-    "normalize",
-    "pow",
-    "prod",
-    "reciprocal",
-    "rsqrt",
-    "sinh",
-    "smooth_l1_loss",
-    "softmax",
-    "softmin",
-    "softplus",
-    "sum",
-    "tan",
-    "vector_norm",
-}
-"""Functions that compute in, and return, float32."""
-
-
-class CudaRules(TorchFunctionMode):
-    """Cast as CUDA's autocast does wherever the CPU's is enabled."""
-
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        name, kwargs = getattr(function, "__name__", ""), kwargs or {}
-        cast = name in LOWER | FLOAT32 and "out" not in kwargs
-        if not cast or not torch.is_autocast_enabled("cpu"):
-            return function(*args, **kwargs)
-        dtype = torch.get_autocast_dtype("cpu") if name in LOWER else torch.float32
-        args, kwargs = tree_map_only(Tensor, lambda tensor: _cast(tensor, dtype), (args, kwargs))
-        with torch.autocast("cpu", enabled=False):
-            return function(*args, **kwargs)
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    castable = (torch.float32, torch.bfloat16, torch.float16)
-    return tensor.to(dtype) if tensor.dtype in castable else tensor
+from simmim.bench.cuda_rules import cuda_rules
 
 
 @contextmanager
-def cuda_rules(dtype: torch.dtype) -> Iterator[None]:
+def cuda_autocast(dtype: torch.dtype) -> Iterator[None]:
     """Run under CUDA's rules of autocast, on the CPU."""
-    with torch.autocast("cpu", dtype), CudaRules():
+    with torch.autocast("cpu", dtype), cuda_rules():
         yield
 
 

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from swinv2 import SwinV2, build_encoder
 from swinv2.kernels.precision import LayerNorm
 from swinv2.kernels.sequential import attend, attend_backward
-from tests.swinv2.cuda_rules import cuda_rules, fake_cuda
+from tests.swinv2.cuda_rules import cuda_autocast, fake_cuda
 
 SIZES: dict[str, Any] = {
     "image_size": 64,
@@ -73,7 +73,7 @@ def functions() -> dict[str, Callable[[Tensor], Tensor]]:
 @pytest.mark.parametrize("name", functions())
 def test_emulated_rules_are_those_of_pytorch(name: str, given: torch.dtype) -> None:
     function = functions()[name]
-    with cuda_rules(torch.float16):
+    with cuda_autocast(torch.float16):
         found = function(torch.ones(4, 4, dtype=given)).dtype
     with fake_cuda(nn.Identity(), torch.float16):
         expected = function(torch.ones(4, 4, dtype=given, device="cuda")).dtype
@@ -111,7 +111,7 @@ def test_features_and_gradients_are_those_of_double_precision(
     images = torch.randn(2, 3, *PADDED, generator=torch.Generator().manual_seed(1))
     exact = features_and_gradients(copy.deepcopy(encoder).double(), images.double())
     encoder.set_execution(attention=path)
-    with cuda_rules(dtype):
+    with cuda_autocast(dtype):
         rounded = features_and_gradients(encoder, images)
     assert relative_error(rounded[0], exact[0]) < tolerance
     assert relative_error(rounded[1], exact[1]) < 3 * tolerance
@@ -137,7 +137,7 @@ def test_operators_compute_outside_of_autocast(dtype: torch.dtype) -> None:
     expected, weights = attend(qkv, scale, bias, None, None, True)
     gradient = torch.ones_like(expected)
     gradients = attend_backward(gradient, qkv, scale, bias, None, weights, None)
-    with cuda_rules(dtype):
+    with cuda_autocast(dtype):
         found, _ = attend(qkv, scale, bias, None, None, True)
         again = attend_backward(gradient, qkv, scale, bias, None, weights, None)
     assert found.isfinite().all()
