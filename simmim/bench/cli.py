@@ -12,7 +12,7 @@ from data_prep.format.atomic import atomic_write_text
 from data_prep.format.text import count_noun
 from simmim.bench.gpu.cli import add_gpu
 from simmim.bench.memory import ASSUMPTIONS, GIB, MemoryRow, Placement, Sharding, make_rows
-from simmim.bench.step import MASK_CELL, Precision, StepCase
+from simmim.bench.step import MASK_CELL, Device, Precision, StepCase
 from swinv2 import VARIANTS
 from swinv2.config import AttentionPath, Checkpointing
 
@@ -111,6 +111,12 @@ def _add_device_arguments(command: argparse.ArgumentParser) -> None:
         help="sharding over more than one device, in addition to none (default: all)",
     )
     command.add_argument(
+        "--device",
+        choices=get_args(Device),
+        default="cuda",
+        help="kind of device whose rules of precision are counted (default: %(default)s)",
+    )
+    command.add_argument(
         "--device-memory",
         type=float,
         metavar="GIB",
@@ -120,7 +126,8 @@ def _add_device_arguments(command: argparse.ArgumentParser) -> None:
         "--measure",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="run each step that fits this machine: minutes for large ones (default: yes)",
+        help="also run each step that fits this machine, on its GPU or else its CPU: "
+        "minutes for large ones (default: yes)",
     )
     command.add_argument(
         "--json", type=Path, metavar="PATH", help="also write the figures to this file"
@@ -159,6 +166,7 @@ def _cases(arguments: argparse.Namespace) -> list[StepCase]:
             checkpointing=checkpointing,
             precision=arguments.precision,
             batch=arguments.batch,
+            device=arguments.device,
             optimizer=arguments.optimizer,
         )
         for variant in arguments.variants

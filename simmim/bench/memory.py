@@ -38,8 +38,9 @@ AdamW     two states, float32
 fsdp2     shards everything; gathered at a time are two blocks, the parameters outside the blocks,
           and the gradients of one block
 bf16-weights: weights, gradients and states are all bf16
-activations: all tensors alive at once, in a step on fake tensors; bf16 with whole weights is
-          autocast, including its bf16 copies of them
+activations: all tensors alive at once, in a step on fake tensors, with the kernels and by the rules
+          of autocast of CUDA (--device cpu: of the CPU); bf16 with whole weights is autocast,
+          including its bf16 copies of them; blocks are not compiled
 One micro-batch per step, without gradients in the forward pass and without communication buffers
 for them. Not included: memory that the allocator leaves unused, GPU context and libraries."""
 

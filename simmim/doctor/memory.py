@@ -107,6 +107,7 @@ def step_case(recipe: TaskRecipe, batch: int, mask_cell: int) -> StepCase:
         mask_cell=mask_cell,
         patch_size=encoder.patch_size,
         in_channels=encoder.in_channels,
+        device="cuda" if torch.cuda.is_available() else "cpu",
         sizes=tuple((name, value) for name, value in chosen if value is not None),
     )
 

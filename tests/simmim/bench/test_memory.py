@@ -164,6 +164,7 @@ def test_estimate_and_measurement_agree(capsys: pytest.CaptureFixture[str], tmp_
     file = tmp_path / "memory.json"
     command = ["bench", "memory", "--variants", "tiny", "--sizes", "128/8", "--batch", "8"]
     more = ["--precision", "fp32", "--checkpointing", "none", "--devices", "1", "--json", str(file)]
+    more += ["--device", "cpu"]
     assert main([*command, *more]) == 0
     (row,) = json.loads(file.read_text())
     assert 0.9 < row["ratio"] < 1.3
@@ -214,3 +215,28 @@ def test_impossible_arguments_are_explained(
         main(["bench", "memory", *wrong])
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+CUDA_RULES = """
+from torch import nn
+from simmim.bench import step
+from swinv2 import blocks
+
+def layer_norm(precise):
+    blocks.LayerNorm = nn.LayerNorm if precise else ours
+    case = step.StepCase(variant="tiny", image_size=64, window_size=8, attention="auto",
+        checkpointing="none", precision="bf16", batch=16, device="{device}",
+        sizes=(("depths", (1, 1, 2, 1)),))
+    return step.simulate(case).peaks[0].activations
+
+ours = blocks.LayerNorm
+print(layer_norm(False), layer_norm(True))
+"""
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_activations_are_counted_by_the_rules_of_the_device(device: str, tmp_path: Path) -> None:
+    """PyTorch's LayerNorm returns float32 under autocast on CUDA, and bfloat16 on a CPU."""
+    text = finish(["-c", CUDA_RULES.replace("{device}", device)], tmp_path / "log")
+    ours, pytorch = map(int, text.splitlines()[-1].split())
+    assert (pytorch > 1.03 * ours) == (device == "cuda")
