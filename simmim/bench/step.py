@@ -6,6 +6,7 @@ Steps run in a separate process: fake tensors get into the encoder's cached tabl
 a process cannot be reset. Cases are read as a JSON list; one line of JSON is written for each.
 """
 
+import contextlib
 import json
 import resource
 import sys

@@ -101,12 +101,19 @@ def _check_request(batch: object, grid: object, ratio: object) -> None:
 
     Raises:
         TypeError: one is something else; names it.
+        ValueError: a number is too small; names it.
     """
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 0:
-        raise TypeError(f"batch is {batch!r}; give the number of masks, an integer of at least 0.")
+    text = f"batch is {batch!r}; give the number of masks, an integer of at least 0."
+    if isinstance(batch, bool) or not isinstance(batch, int):
+        raise TypeError(text)
+    if batch < 0:
+        raise ValueError(text)
+    text = f"grid is {grid!r}; give rows and columns, two integers of at least 1."
     sizes = list(grid) if isinstance(grid, list | tuple) else []
-    if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise TypeError(f"grid is {grid!r}; give rows and columns, two integers of at least 1.")
+    if len(sizes) != 2 or not all(isinstance(size, int) for size in sizes):
+        raise TypeError(text)
+    if min(sizes) < 1:
+        raise ValueError(text)
     if isinstance(ratio, bool) or not isinstance(ratio, int | float):
         raise TypeError(f"ratio is {ratio!r}; give the fraction to hide, a number from 0 to 1.")
 

@@ -39,7 +39,7 @@ from simmim.tasks.classification.classifier import Classifier
 from simmim.tasks.features import Normalise
 from swinv2 import SwinV2, SwinV2Config
 from swinv2.attention import WindowAttention
-from swinv2.position_bias import PositionBias, relative_position_index
+from swinv2.position_bias import PositionBias, PositionTables, relative_position_index
 
 Kind = Literal["table", "linear", "log-spaced"]
 Pair = tuple[int, int]
@@ -78,11 +78,17 @@ class LinearBias(nn.Module):
         self.reference_window = log_spaced.reference_window
         self.expand, self.reduce = log_spaced.expand, log_spaced.reduce
 
-    def forward(self, window: Pair) -> Tensor:
+    def tables(self, window: Pair) -> PositionTables:
+        """Return the tables for a window; see `PositionBias.tables`."""
+        coordinates = linear_coordinates(window, self.reference_window)
+        return PositionTables(coordinates, relative_position_index(window, coordinates.device))
+
+    def forward(self, window: Pair, tables: PositionTables | None = None) -> Tensor:
         """Return the bias of a window (height, width), as (heads, queries, keys)."""
+        tables = tables or self.tables(window)
         with torch.autocast("cpu", enabled=False):
-            hidden = F.relu(self.expand(linear_coordinates(window, self.reference_window)))
-            return spread(16 * torch.sigmoid(self.reduce(hidden)), window)
+            hidden = F.relu(self.expand(tables.coordinates))
+            return spread(16 * torch.sigmoid(self.reduce(hidden)), tables)
 
 
 class TableBias(nn.Module):
@@ -94,9 +100,14 @@ class TableBias(nn.Module):
         self.table = nn.Parameter(torch.empty(num_heads, 2 * height - 1, 2 * width - 1))
         nn.init.trunc_normal_(self.table, std=0.02)
 
-    def forward(self, window: Pair) -> Tensor:
+    def tables(self, window: Pair) -> PositionTables:
+        """Return the tables for a window, which has no coordinates."""
+        none = self.table.new_empty(0)
+        return PositionTables(none, relative_position_index(window, none.device))
+
+    def forward(self, window: Pair, tables: PositionTables | None = None) -> Tensor:
         """Return the bias of a window (height, width), as (heads, queries, keys)."""
-        return spread(interpolated(self.table, window).flatten(1).T, window)
+        return spread(interpolated(self.table, window).flatten(1).T, tables or self.tables(window))
 
 
 def linear_coordinates(window: Pair, reference: Pair) -> Tensor:
@@ -116,10 +127,10 @@ def interpolated(table: Tensor, window: Pair) -> Tensor:
     return F.interpolate(table[None], size=size, mode="bicubic")[0]
 
 
-def spread(offsets: Tensor, window: Pair) -> Tensor:
+def spread(offsets: Tensor, tables: PositionTables) -> Tensor:
     """Expand values per (offset, head) to (head, query, key)."""
     # The backward of an embedding accumulates in a fixed order.
-    return F.embedding(relative_position_index(window, offsets.device), offsets).permute(2, 0, 1)
+    return F.embedding(tables.pairs, offsets).permute(2, 0, 1)
 
 
 def build_classifier(kind: Kind, classes: int, seed: int) -> Classifier:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from simmim.bench.cuda_rules import cuda_rules
-from simmim.bench.step import OPERATORS
+from simmim.bench.live_bytes import OPERATORS
 from swinv2 import build_encoder
 from swinv2.kernels.relative_position_ops import sum_relative_positions
 
