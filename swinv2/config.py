@@ -294,7 +294,7 @@ class Execution:
     def __post_init__(self) -> None:
         for name, legal in (("attention", AttentionPath), ("checkpointing", Checkpointing)):
             value = getattr(self, name)
-            choices = [value] if isinstance(value, str) else list(value)
+            choices = list(value) if isinstance(value, list | tuple) else [value]
             for choice in choices:
                 if choice not in get_args(legal):
                     raise ValueError(

@@ -68,6 +68,10 @@ class EncoderDescription:
     provenance: Provenance
 
     def __post_init__(self) -> None:
+        provenance: object = self.provenance
+        if not isinstance(provenance, Provenance):
+            kind = type(provenance).__name__
+            raise TypeError(f"provenance is a {kind}; give a swinv2.Provenance.")
         check_normalisation(self.mean, self.std, self.config.in_channels)
 
 
@@ -79,6 +83,18 @@ class VideoEncoderDescription(EncoderDescription):
     """Every size of the encoder, with the windows it was trained with."""
     inflated_from: Provenance | None
     """Provenance of the image encoder that it was inflated from; None if it was not."""
+
+
+def per_channel(name: str, values: Sequence[float]) -> tuple[float, ...]:
+    """Return one number per channel; raises ValueError for anything else."""
+    try:
+        if any(isinstance(value, str) for value in values):
+            raise TypeError
+        return tuple(float(value) for value in values)
+    except TypeError:
+        raise WeightsError(
+            f"{name} is {values!r}: give a list of one number per channel."
+        ) from None
 
 
 def check_normalisation(mean: Sequence[float], std: Sequence[float], channels: int) -> None:

@@ -1,7 +1,7 @@
 """Swin Transformer V2 (arXiv 2111.09883): images → tokens → features."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,15 @@ class HierarchicalEncoder(nn.Module):
     The axes of a token map are those of `config.map_window`; merging halves rows and columns only.
     """
 
+    CONFIG: ClassVar[type[SwinV2Config]] = SwinV2Config
+    """Type of its config: that of clips is no config of images, nor the other way round."""
+
     def __init__(self, config: SwinV2Config) -> None:
         super().__init__()
-        if not isinstance(config, SwinV2Config):
+        if type(config) is not self.CONFIG:
             raise TypeError(
-                f"config is a {type(config).__name__}; give a SwinV2Config, or use build_encoder."
+                f"config is a {type(config).__name__}; give a {self.CONFIG.__name__}, or use "
+                "build_encoder for images and inflate for clips."
             )
         self.config = config
         self.patch_embed = PatchEmbed(config.patch_size, config.patch_channels, config.embed_dim)
@@ -63,15 +67,18 @@ class HierarchicalEncoder(nn.Module):
             drop_path_noise: see `SwinV2.encode`.
 
         Raises:
-            ValueError: the tokens or the noise have a wrong shape.
+            ValueError: the tokens or the noise have a wrong shape or type.
         """
         axes = ("frames", "rows", "columns")[-len(self.config.map_window) :]
-        if tokens.ndim != 2 + len(axes) or tokens.shape[-1] != self.config.embed_dim:
+        check_pixels("tokens", tokens)
+        wrong = tokens.ndim != 2 + len(axes) or tokens.shape[-1] != self.config.embed_dim
+        if wrong or not tokens.shape[1:].numel():
             raise ValueError(
                 f"tokens have shape {tuple(tokens.shape)}; encode takes the output of embed, "
                 f"(batch, {', '.join(axes)}, {self.config.embed_dim})."
             )
         depths = list(self.config.depths)
+        tokens = self.in_weight_precision(tokens)
         noise: list[Any] | tuple[Tensor, ...] = [None] * len(depths)
         if drop_path_noise is not None:
             noise_shape = (len(tokens), sum(depths), 2)
@@ -91,7 +98,7 @@ class HierarchicalEncoder(nn.Module):
         return outputs
 
     def in_weight_precision(self, pixels: Tensor) -> Tensor:
-        """Return pixels in the precision of the weights, unless autocast converts them itself."""
+        """Return pixels or tokens in the precision of the weights, unless autocast casts them."""
         weight = self.patch_embed.projection.weight
         autocast = autocast_dtype(pixels.device) is not None
         # Autocast leaves float64 as it is; sharded weights are gathered in their own precision.
@@ -241,7 +248,8 @@ def check_pixels(name: str, pixels: object) -> None:
         )
     if not pixels.is_floating_point():
         raise ValueError(
-            f"{name} are {pixels.dtype}; convert them to floating point and normalise them first."
+            f"{name} are {pixels.dtype}; convert them to floating point"
+            f"{'' if name == 'tokens' else ' and normalise them'} first."
         )
 
 

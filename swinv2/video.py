@@ -25,6 +25,7 @@ from swinv2.position_bias import PositionBias
 class VideoSwinV2(HierarchicalEncoder):
     """A hierarchical encoder of clips, with windows and shifts in time and space."""
 
+    CONFIG = VideoConfig
     config: VideoConfig
 
     def __init__(self, config: VideoConfig) -> None:
@@ -102,7 +103,10 @@ def inflate(
 
     Raises:
         ValueError: a size cannot work.
+        TypeError: `encoder` is not an image encoder.
     """
+    if not isinstance(encoder, SwinV2):
+        raise TypeError(f"encoder is a {type(encoder).__name__}; give an image encoder, a SwinV2.")
     config = video_config(
         encoder.config, frames=frames, frame_patch=frame_patch, window_frames=window_frames
     )

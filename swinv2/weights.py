@@ -27,6 +27,7 @@ from swinv2.config_file import (
     VideoEncoderDescription,
     WeightsError,
     is_encoder_directory,
+    per_channel,
     read_encoder_config,
     read_video_config,
     to_json,
@@ -65,14 +66,16 @@ def save_encoder(
 
     Raises:
         ValueError: `mean` or `std` does not fit the channels, or `path` holds other files.
+        TypeError: `encoder` is not an image encoder.
     """
+    _check_type(encoder, SwinV2)
     config = encoder.config
     if config.pretrained_window_sizes is None:
         config = replace(config, pretrained_window_sizes=record_windows(config))
     description = EncoderDescription(
         config=config,
-        mean=tuple(float(value) for value in mean),
-        std=tuple(float(value) for value in std),
+        mean=per_channel("mean", mean),
+        std=per_channel("std", std),
         provenance=provenance or Provenance(),
     )
     return _write_directory(encoder, path, description, _readme(description), check)
@@ -101,7 +104,9 @@ def save_video_encoder(
 
     Raises:
         ValueError: `mean` or `std` does not fit the channels, or `path` holds other files.
+        TypeError: `encoder` is not a video encoder.
     """
+    _check_type(encoder, VideoSwinV2)
     config = replace(
         encoder.config,
         pretrained_window_sizes=record_windows(encoder.config),
@@ -109,12 +114,27 @@ def save_video_encoder(
     )
     description = VideoEncoderDescription(
         config=config,
-        mean=tuple(float(value) for value in mean),
-        std=tuple(float(value) for value in std),
+        mean=per_channel("mean", mean),
+        std=per_channel("std", std),
         provenance=provenance or Provenance(),
         inflated_from=inflated_from,
     )
     return _write_directory(encoder, path, description, _video_readme(description), check)
+
+
+SAVED_BY = {SwinV2: "save_encoder", VideoSwinV2: "save_video_encoder"}
+"""The function that saves an encoder of each type."""
+
+
+def _check_type(encoder: object, wanted: type[nn.Module]) -> None:
+    """Raise TypeError unless an encoder is of the type that is saved."""
+    if isinstance(encoder, wanted):
+        return
+    others = [name for kind, name in SAVED_BY.items() if isinstance(encoder, kind)]
+    remedy = f"it is saved by {others[0]}" if others else f"give a {wanted.__name__}"
+    if isinstance(getattr(encoder, "encoder", None), wanted):
+        remedy = "give its `.encoder`"
+    raise TypeError(f"encoder is a {type(encoder).__name__}; {remedy}.")
 
 
 def _write_directory(

@@ -5,9 +5,11 @@ Masks are bool, True = hidden, one value per mask cell. Every strategy hides exa
 """
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -80,7 +82,7 @@ def random_mask(
     Returns:
         bool (batch, rows, columns), True = hidden, exactly ``hidden_count(grid, ratio)`` per image.
     """
-    _check_request(batch, grid, ratio)
+    _check_request(batch, grid, ratio, generator)
     rows, columns = grid
     hidden = hidden_count(grid, ratio)
     device = _device(generator)
@@ -96,7 +98,7 @@ def random_mask(
     return mask.view(batch, rows, columns)
 
 
-def _check_request(batch: object, grid: object, ratio: object) -> None:
+def _check_request(batch: object, grid: object, ratio: object, generator: object) -> None:
     """Check the types of the arguments of a mask function.
 
     Raises:
@@ -104,18 +106,26 @@ def _check_request(batch: object, grid: object, ratio: object) -> None:
         ValueError: a number is too small; names it.
     """
     text = f"batch is {batch!r}; give the number of masks, an integer of at least 0."
-    if isinstance(batch, bool) or not isinstance(batch, int):
+    if not _is_integer(batch):
         raise TypeError(text)
-    if batch < 0:
+    if int(batch) < 0:
         raise ValueError(text)
     text = f"grid is {grid!r}; give rows and columns, two integers of at least 1."
     sizes = list(grid) if isinstance(grid, list | tuple) else []
-    if len(sizes) != 2 or not all(isinstance(size, int) for size in sizes):
+    if len(sizes) != 2 or not all(map(_is_integer, sizes)):
         raise TypeError(text)
     if min(sizes) < 1:
         raise ValueError(text)
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float):
+    if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real):
         raise TypeError(f"ratio is {ratio!r}; give the fraction to hide, a number from 0 to 1.")
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(
+            f"generator is {generator!r}; give torch.Generator().manual_seed(…), or None."
+        )
+
+
+def _is_integer(value: object) -> TypeGuard[numbers.Integral]:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def square_mask(

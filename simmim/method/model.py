@@ -114,7 +114,7 @@ class SimMIM(nn.Module, Generic[EncoderT]):
             )
         if loss_area not in ("masked", "all"):
             raise ValueError(f"loss area {loss_area!r} is unknown: choose masked or all.")
-        mask_grid(config.image_size, mask_cell)
+        mask_grid(config.image_size, mask_cell, config.patch_size)
         self.encoder = encoder
         self.mask_cell = mask_cell
         self.norm_target = norm_target
@@ -210,13 +210,15 @@ class SimMIM(nn.Module, Generic[EncoderT]):
             raise ValueError(
                 f"images have shape {tuple(images.shape)}: the loss needs one image or more."
             )
-        if images.ndim != 4:
+        config = self.encoder.config
+        if images.ndim != 4 or images.shape[1] != config.in_channels:
             raise ValueError(
-                f"images have shape {tuple(images.shape)}; SimMIM takes (batch, channels, height, "
-                "width)."
+                f"images have shape {tuple(images.shape)}; SimMIM takes (batch, "
+                f"{config.in_channels} channels, height, width)."
             )
         height, width = images.shape[-2:]
-        expected = (len(images), *mask_grid((height, width), self.mask_cell))
+        grid = mask_grid((height, width), self.mask_cell, config.patch_size)
+        expected = (len(images), *grid)
         if tuple(mask.shape) != expected or mask.dtype != torch.bool:
             raise ValueError(
                 f"the mask is {mask.dtype} of shape {tuple(mask.shape)}; images of shape "

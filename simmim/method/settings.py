@@ -60,8 +60,13 @@ class LossSettings:
     """Normalise each target pixel by the mean and variance of its 47x47 neighbourhood."""
 
 
-def mask_grid(image_size: Grid, cell: int) -> Grid:
+def mask_grid(image_size: Grid, cell: int, patch_size: int = 1) -> Grid:
     """Return (rows, columns) of mask cells of an image of this height and width in pixels.
+
+    Args:
+        image_size: height and width in pixels.
+        cell: side of a mask cell in pixels.
+        patch_size: side of a patch in pixels, of which the cells that are named are multiples.
 
     Raises:
         ValueError: the cells do not tile the image; names the sides that would.
@@ -69,10 +74,16 @@ def mask_grid(image_size: Grid, cell: int) -> Grid:
     height, width = image_size
     if cell < 1 or height % cell or width % cell:
         common = math.gcd(height, width)
-        legal = ", ".join(str(side) for side in range(2, common + 1) if common % side == 0)
+        legal = [side for side in range(patch_size, common + 1, patch_size) if common % side == 0]
+        sides = ", ".join(str(side) for side in legal if side > 1)
+        remedy = (
+            f"a cell of {sides} pixels, or another image size"
+            if sides
+            else (f"an image size that is a multiple of {max(cell, patch_size)} pixels")
+        )
         raise ValueError(
             f"mask cells of {cell} pixels do not divide an image of {height}x{width} pixels: "
-            f"choose a cell of {legal or 1} pixels, or another image size."
+            f"choose {remedy}."
         )
     return height // cell, width // cell
 

@@ -156,10 +156,11 @@ def test_enlarged_masks_repeat_each_cell() -> None:
     ("mistake", "message"),
     [
         (lambda: mask_grid((192, 192), 36), "choose a cell of 2, 3, 4, 6, 8, .* 192 pixels"),
-        (lambda: mask_grid((7, 5), 2), "choose a cell of 1 pixels"),
+        (lambda: mask_grid((7, 5), 2), "choose an image size that is a multiple of 2"),
         (lambda: mask_grid((64, 64), 0), "do not divide"),
         (lambda: random_mask(1, (6, 6), 1.5), "between 0 and 1"),
         (lambda: random_mask(1, (0, 6), 0.5), "at least 1"),
+        (lambda: random_mask(-1, (6, 6), 0.5), "at least 0"),
         (lambda: MaskSettings(ratio=1.0), "ratio is 1.0"),
         (lambda: MaskSettings(cell=0), "cell is 0"),
         (lambda: MaskSettings(cell=32).grid((32, 32)), "hides all of the 1x1 mask cells"),

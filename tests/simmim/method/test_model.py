@@ -169,7 +169,7 @@ def test_the_loss_without_masked_cells_is_zero() -> None:
     [
         (18, {}, "choose a multiple of 4"),
         (0, {}, "choose a multiple of 4"),
-        (48, {}, "do not divide an image of 64x64 pixels: choose a cell of 2, 4, 8, 16, 32, 64"),
+        (48, {}, "do not divide an image of 64x64 pixels: choose a cell of 4, 8, 16, 32, 64"),
         (16, {"loss": "huber"}, "choose l1, smooth_l1 or l2"),
         (16, {"loss_area": "visible"}, "choose masked or all"),
     ],
