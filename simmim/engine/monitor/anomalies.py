@@ -17,6 +17,7 @@ from simmim.data.loader.batch import Batch
 from simmim.data.order.source import SampleSource
 from simmim.disk import append_line, skip_if_unwritable
 from simmim.engine.checkpoint.sharded_state import local_tensor
+from simmim.engine.distributed.sharding import gathered
 
 Cause = Literal["loss", "gradient", "weights"]
 
@@ -150,8 +151,9 @@ class Anomalies:
         training = module.training
         module.eval()
         batch = batch.to(self.accelerator.device)
-        # Compiled blocks would be compiled again for a batch of one.
-        with torch.compiler.set_stance("force_eager"):
+        # Compiled blocks would be compiled again for a batch of one. What a forward gathers of
+        # sharded weights must not stay: the next one would use it after these have changed.
+        with torch.compiler.set_stance("force_eager"), gathered(module):
             finite = [math.isfinite(float(module(batch.only(row)))) for row in range(len(batch))]
         module.train(training)
         return [name for name, good in zip(self._names(batch), finite, strict=True) if not good]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 
 from simmim.data.loader.batch import Batch
@@ -20,8 +21,10 @@ from simmim.engine.run import RunFolder
 from simmim.recipe import parse
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.pretrain.stage import PretrainStage
+from tests.simmim.forked import FSDP2, finish
 
-faulty = runpy.run_path(str(Path(__file__).parents[1] / "train_faulty.py"))["faulty"]
+FAULTY = str(Path(__file__).parents[1] / "train_faulty.py")
+faulty = runpy.run_path(FAULTY)["faulty"]
 
 
 def recipe(values: dict[str, Any], **training: Any) -> PretrainRecipe:
@@ -193,6 +196,25 @@ def test_too_many_in_a_row_end_training_and_resume_starts_before_them(
     assert "step-00000005" not in {
         path.name for path in complete_checkpoints(tmp_path / "checkpoints")
     }
+
+
+def test_sharded_weights_are_gathered_anew_after_a_check(
+    pretrain_values: dict[str, Any], tmp_path: Path
+) -> None:
+    steps = names_by_step(pretrain_values)
+    spoilt = f"loss={steps[3][2]},{steps[4][6]}"
+    late = {"log_every": 50, "checkpoint_every": 50, "validate_every": 50, "look_every": 50}
+    pretrain_values["training"] |= late | {"optimizer": {"lr": 5e-3}}
+    config = tmp_path / "recipe.yaml"
+    config.write_text(yaml.safe_dump(pretrain_values))
+    command = ["pretrain", "--config", str(config), "--folder", str(tmp_path / "sharded")]
+    finish([FAULTY, spoilt, *command], tmp_path / "log", ranks=2, environment=FSDP2)
+    run_faulty(spoilt, pretrain_values, tmp_path / "whole")
+    sharded, whole = (
+        [line["validation_loss"] for line in run.read_metrics() if "validation_loss" in line]
+        for run in (RunFolder(path=tmp_path / name) for name in ("sharded", "whole"))
+    )
+    assert sharded == pytest.approx(whole, rel=1e-4)
 
 
 def test_corrupt_weights_are_distinguished_from_corrupt_samples(
