@@ -15,7 +15,13 @@ from simmim.data.loader.bad_samples import BadSample
 from simmim.data.order.order import Address
 from simmim.data.order.randomness import shuffled
 from simmim.data.order.source import BadSampleError, DataError, Encoded, SampleSource
-from simmim.data.transforms.image_transforms import Sample, Targets, stack_labels
+from simmim.data.transforms.image_transforms import (
+    Sample,
+    StackedTargets,
+    stack_labels,
+)
+
+NO_TARGETS = StackedTargets()
 
 REPLACEMENTS = 100
 """Samples of a shard tried in place of a damaged one before the shard is rejected."""
@@ -40,7 +46,7 @@ class Batch:
     """bool (batch,): images to flip horizontally on the device; None flips none."""
     bad: tuple[BadSample, ...] = ()
     """Damaged samples."""
-    targets: tuple[Targets, ...] = ()
+    targets: StackedTargets = NO_TARGETS
     """Targets of dense tasks for each image; empty for other tasks."""
 
     def __len__(self) -> int:
@@ -88,8 +94,7 @@ class Batch:
         return replace(pinned, masks=None if self.masks is None else self.masks.pin_memory())
 
     def _map_with_targets(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        targets = tuple(one.map(function) for one in self.targets)
-        return replace(self._map(function), targets=targets)
+        return replace(self._map(function), targets=self.targets.map(function))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(
@@ -104,7 +109,7 @@ def unpack_batch(
     images: NDArray[Any],
     arrays: Sequence[NDArray[Any] | None],
     bad: tuple[BadSample, ...],
-    targets: tuple[Targets, ...],
+    targets: StackedTargets,
 ) -> Batch:
     """Rebuild a pickled batch; `images` are channels last."""
     parts = [None if part is None else torch.from_numpy(part) for part in arrays]
@@ -184,7 +189,9 @@ class BatchDataset(Dataset[Batch | Failure], Generic[Encoded]):
             addresses=torch.tensor(found, dtype=torch.int64).view(-1, 3),
             flips=torch.tensor([sample.flip for sample in samples]) if self.replacing else None,
             bad=tuple(bad),
-            targets=tuple(sample.targets for sample in samples if sample.targets is not None),
+            targets=StackedTargets.stack(
+                [sample.targets for sample in samples if sample.targets is not None]
+            ),
         )
 
     def _sample(self, address: Address, bad: list[BadSample]) -> tuple[Sample, Address] | None:

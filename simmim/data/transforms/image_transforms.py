@@ -5,7 +5,7 @@ Images keep their stored type; the device flips and normalises them.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -20,25 +20,84 @@ from simmim.data.transforms.cropping import center_crop_resize, random_resized_c
 from simmim.data.transforms.decoding import ARRAY_EXTENSION, decode_pixels
 from simmim.data.transforms.settings import MAX_PIXELS
 
-TargetsT = TypeVar("TargetsT", bound="Targets")
-
 
 @dataclass(frozen=True)
 class Targets:
-    """Base of the target tensors of one image; pickled as arrays, like batches."""
+    """Base of the target tensors of one image."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensor of each field."""
+        return [getattr(self, field.name) for field in fields(self)]
+
+
+class StackedTargets(Sequence[Targets]):
+    """The targets of a batch, one tensor for each field, so that each is one copy to the device.
+
+    Images may have tensors of different shapes, such as different numbers of objects. Pickled as
+    arrays, like batches. This is no dataclass, since FSDP would convert the values of one to the
+    precision of the weights.
+
+    Args:
+        kind: class of the targets of an image.
+        values: for each field the values of all images in a row.
+        shapes: for each image the shape of each field.
+    """
+
+    def __init__(
+        self,
+        kind: type[Targets] = Targets,
+        values: Sequence[Tensor] = (),
+        shapes: Sequence[Sequence[torch.Size]] = (),
+    ) -> None:
+        self.kind, self.values, self.shapes = kind, values, shapes
+
+    @classmethod
+    def stack(cls, targets: Sequence[Targets]) -> Self:
+        """Stack the targets of images of one task; there may be none."""
+        if not targets:
+            return cls()
+        values = zip(*(one.tensors for one in targets), strict=True)
+        return cls(
+            type(targets[0]),
+            [torch.cat([part.flatten() for part in parts]) for parts in values],
+            [[part.shape for part in one.tensors] for one in targets],
+        )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """Return the targets with a function applied to each tensor."""
-        return type(self)(*(function(getattr(self, field.name)) for field in fields(self)))
+        """Return the targets with a function applied to the tensor of each field."""
+        return type(self)(self.kind, [function(part) for part in self.values], self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    @overload
+    def __getitem__(self, row: int) -> Targets: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> Self: ...
+
+    def __getitem__(self, row: int | slice) -> Targets | Self:
+        """Return the targets of an image, which share memory with these; or those of several."""
+        if isinstance(row, slice):
+            return self.stack([self[one] for one in range(*row.indices(len(self)))])
+        row, parts = range(len(self))[row], []
+        for values, shapes in zip(self.values, zip(*self.shapes, strict=True), strict=True):
+            first = sum(shape.numel() for shape in shapes[:row])
+            own = values[first : first + shapes[row].numel()]
+            parts.append(own.view(shapes[row]))
+        return self.kind(*parts)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        arrays = [getattr(self, field.name).cpu().numpy() for field in fields(self)]
-        return _unpickle_targets, (type(self), arrays)
+        arrays = [part.cpu().numpy() for part in self.values]
+        return _unpickle_targets, (self.kind, arrays, self.shapes)
 
 
-def _unpickle_targets(kind: type[TargetsT], arrays: list[NDArray[Any]]) -> TargetsT:
+def _unpickle_targets(
+    kind: type[Targets], arrays: list[NDArray[Any]], shapes: Sequence[Sequence[torch.Size]]
+) -> StackedTargets:
     """Rebuild pickled targets."""
-    return kind(*(torch.from_numpy(array) for array in arrays))
+    return StackedTargets(kind, [torch.from_numpy(array) for array in arrays], shapes)
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,21 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from simmim.data.datasets.shards import ShardSet
 from simmim.data.loader.bad_samples import BadSamples
-from simmim.data.loader.batch import Batch
+from simmim.data.loader.batch import NO_TARGETS, Batch
 from simmim.data.loader.batches import TrainingBatches, evaluation_batches
 from simmim.data.loader.lost_workers import WorkerLostError
 from simmim.data.order.order import Address, SampleOrder
 from simmim.data.order.source import DataError
-from simmim.data.transforms.image_transforms import EvalTransform, TrainTransform
+from simmim.data.transforms.image_transforms import (
+    EvalTransform,
+    Instances,
+    StackedTargets,
+    TrainTransform,
+)
 from tests.simmim.data.conftest import WriteShards, random_images
 from tests.simmim.data.transforms.test_image_transforms import DrawMask
 from tests.simmim.forked import forked
@@ -82,6 +88,58 @@ def test_batches_are_bytes(shards: ShardSet) -> None:
     assert moved.masks is not None
     assert moved.images.device.type == "meta"
     assert moved.masks.device.type == "cpu"  # where it is looked up what to decode
+
+
+def objects(count: int) -> Instances:
+    return Instances(
+        labels=torch.arange(count),
+        boxes=torch.rand(count, 4),
+        masks=torch.rand(count, 3, 3) < 0.5,
+        image=torch.tensor([count, 3, 3]),
+    )
+
+
+def dense_batch(targets: list[Instances]) -> Batch:
+    count = len(targets)
+    return Batch(
+        images=torch.zeros(count, 3, 3, 3, dtype=torch.uint8),
+        masks=torch.zeros(count, 1, 1, dtype=torch.bool),
+        labels=None,
+        addresses=torch.zeros(count, 3, dtype=torch.int64),
+        flips=torch.zeros(count, dtype=torch.bool),
+        targets=StackedTargets.stack(targets),
+    )
+
+
+def test_targets_are_one_tensor_a_field_and_each_image_has_its_own() -> None:
+    targets = [objects(count) for count in (2, 0, 3)]
+    batch = dense_batch(targets)
+    for found in (batch, pickle.loads(pickle.dumps(batch)), batch.to("cpu")):
+        assert len(found.targets) == 3
+        for own, expected in zip(found.targets, targets, strict=True):
+            assert isinstance(own, Instances)
+            pairs = zip(own.tensors, expected.tensors, strict=True)
+            assert all(torch.equal(*pair) for pair in pairs)
+    assert [len(part) for part in batch.targets.values] == [5, 20, 45, 9]
+    assert torch.equal(batch.only(2).targets[0].tensors[1], targets[2].boxes)
+    assert batch.to("meta").targets[0].tensors[0].device.type == "meta"
+    assert list(NO_TARGETS) == []
+
+
+def test_the_whole_batch_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch's loader, whose thread knows nothing of batches but the method."""
+    pinned: list[torch.Size] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.shape)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    batch = dense_batch([objects(2), objects(1)])
+    assert isinstance(pin_memory(batch), Batch)
+    parts = [batch.images, batch.masks, batch.flips, *batch.targets.values]
+    expected = [part.shape for part in parts if part is not None]
+    assert sorted(pinned) == sorted(expected)
 
 
 def test_labels_and_masks_belong_to_their_images(shards: ShardSet) -> None:
