@@ -407,7 +407,9 @@ def replace_config(config: Config, **overrides: Any) -> Config:
 
 def _architecture(name: str) -> Architecture:
     if not isinstance(name, str) or name not in VARIANTS:
-        raise ValueError(f"there is no variant {name!r}; choose one of {_listed(list(VARIANTS))}.")
+        raise ValueError(
+            f"there is no variant {repr(name)[:200]}; choose one of {_listed(list(VARIANTS))}."
+        )
     return VARIANTS[name]
 
 

@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from swinv2.config import SwinV2Config, VideoConfig
+from swinv2.json_file import load_json, shortened
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 README_FILE = "README.md"
 
+MOST_PROBLEMS = 20
+"""Wrong fields or tensors that an error message lists."""
 FORMAT = "swinv2-encoder"
 VIDEO_FORMAT = "swinv2-video-encoder"
 FORMAT_VERSION = 1
@@ -189,8 +192,8 @@ def _is_head_folder(path: Path) -> bool:
 def _format_of(file: Path) -> str | None:
     """Return the format that a `config.json` names, if it can be read."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = load_json(file)
+    except (OSError, ValueError):
         return None
     found = content.get("format") if isinstance(content, dict) else None
     return found if isinstance(found, str) else None
@@ -203,8 +206,7 @@ def _read(
     folder = Path(path)
     _check_encoder_directory(folder)
     source = folder / CONFIG_FILE
-    text = source.read_text(encoding="utf-8", errors="replace")
-    content = _parse(text, source, format_name)
+    content = _parse(source, format_name)
     problems: list[str] = []
     top_fields = {**_TOP_FIELDS, **dict.fromkeys(more, _anything)}
     top = _read_fields(content, top_fields, "", problems)
@@ -215,7 +217,7 @@ def _read(
         if name == "provenance" or content.get(name) is not None
     }
     if problems:
-        raise WeightsError(f"{source} has wrong fields:\n  " + "\n  ".join(problems))
+        raise WeightsError(f"{source} has wrong fields:\n  {list_problems(problems)}")
     try:
         config = config_type(**values)
         check_normalisation(top["mean"], top["std"], config.in_channels)
@@ -228,6 +230,13 @@ def _read(
         **dict.fromkeys(more),
         **{name: Provenance(**origin) for name, origin in origins.items()},
     }
+
+
+def list_problems(problems: Sequence[str]) -> str:
+    """Return problems as indented lines, the first MOST_PROBLEMS of them."""
+    more = len(problems) - MOST_PROBLEMS
+    shown = [*problems[:MOST_PROBLEMS], *([f"and {more:,} more"] if more > 0 else [])]
+    return "\n  ".join(shown)
 
 
 def _check_encoder_directory(path: Path) -> None:
@@ -245,11 +254,11 @@ def _check_encoder_directory(path: Path) -> None:
         )
 
 
-def _parse(text: str, source: Path, format_name: str) -> dict[str, Any]:
+def _parse(source: Path, format_name: str) -> dict[str, Any]:
     """Return the content of a file that must have this format and version."""
     try:
-        content = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        content = load_json(source)
+    except ValueError as error:
         raise WeightsError(f"{source} is not valid JSON ({error}): export it again.") from error
     found = content.get("format") if isinstance(content, dict) else None
     if isinstance(found, str) and found != format_name and found in LOADERS:
@@ -264,14 +273,10 @@ def _parse(text: str, source: Path, format_name: str) -> dict[str, Any]:
         )
     if content.get("version") != FORMAT_VERSION:
         raise WeightsError(
-            f"{source} has format version {content.get('version')!r}, and this version of swinv2 "
-            f"reads {FORMAT_VERSION}: install the swinv2 that wrote it, or export it again."
+            f"{source} has format version {shortened(content.get('version'))}, and this version "
+            f"of swinv2 reads {FORMAT_VERSION}: install the one that wrote it, or export it again."
         )
     return content
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _integer(value: object) -> int:
@@ -364,7 +369,7 @@ def _read_fields(
     if not isinstance(content, dict):
         problems.append(f"{prefix.rstrip('.')}: expected fields by name")
         return {}
-    problems += [f"{prefix}{name}: unknown" for name in content if name not in readers]
+    problems += [f"{prefix}{name[:200]}: unknown" for name in content if name not in readers]
     values = {}
     for name, read in readers.items():
         if name not in content:
@@ -373,5 +378,5 @@ def _read_fields(
         try:
             values[name] = read(content[name])
         except TypeError as error:
-            problems.append(f"{prefix}{name}: {repr(content[name])[:200]}, expected {error}")
+            problems.append(f"{prefix}{name}: {shortened(content[name])}, expected {error}")
     return values

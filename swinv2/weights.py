@@ -27,6 +27,7 @@ from swinv2.config_file import (
     VideoEncoderDescription,
     WeightsError,
     is_encoder_directory,
+    list_problems,
     per_channel,
     read_encoder_config,
     read_video_config,
@@ -37,8 +38,6 @@ from swinv2.video import VideoSwinV2
 
 Encoder = TypeVar("Encoder", bound=nn.Module)
 Shape = tuple[int, ...]
-MOST_PROBLEMS = 20
-"""Tensors that an error message lists."""
 
 
 def save_encoder(
@@ -369,13 +368,6 @@ def _check_fit(module: nn.Module, shapes: Mapping[str, Shape], source: str) -> N
             f"{source} does not fit {type(module).__name__}; use weights of the same variant and "
             f"sizes, or change the configuration to theirs:\n  {list_problems(problems)}"
         )
-
-
-def list_problems(problems: Sequence[str]) -> str:
-    """Return problems as indented lines, the first MOST_PROBLEMS of them."""
-    more = len(problems) - MOST_PROBLEMS
-    shown = [*problems[:MOST_PROBLEMS], *([f"and {more:,} more"] if more > 0 else [])]
-    return "\n  ".join(shown)
 
 
 def _readme(description: EncoderDescription) -> str:

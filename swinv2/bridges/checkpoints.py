@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import json
 import os
 import pickle
 import pickletools
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from swinv2.encoder import SwinV2
+from swinv2.json_file import load_json
 from swinv2.weights import read_tensors
 
 
@@ -149,8 +149,8 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
     if not file.is_file():
         raise BridgeError(f"{file} {_describe_missing(file)}: {remedy}.")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        content = load_json(file)
+    except ValueError as error:
         raise BridgeError(f"{file} is not valid JSON ({error}): {remedy}.") from error
     if not isinstance(content, dict):
         raise BridgeError(f"{file} does not hold a JSON object: {remedy}.")

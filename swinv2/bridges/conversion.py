@@ -10,9 +10,9 @@ from torch import Tensor
 from swinv2.bridges.checkpoints import BridgeError, ClassifierHead, ImportedEncoder, MaskedImageHead
 from swinv2.bridges.sizes import Sizes, resolve_config
 from swinv2.config import SwinV2Config
-from swinv2.config_file import check_normalisation
+from swinv2.config_file import check_normalisation, list_problems
 from swinv2.encoder import SwinV2
-from swinv2.weights import build_on_meta, list_problems
+from swinv2.weights import build_on_meta
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -61,6 +61,7 @@ from swinv2.bridges.verification import (
 from swinv2.config import Pair, SwinV2Config
 from swinv2.config_file import check_normalisation
 from swinv2.encoder import SwinV2
+from swinv2.json_file import load_json
 from swinv2.weights import write_tensors
 
 _CONFIG_FILE = "config.json"
@@ -280,8 +281,8 @@ def is_transformers_export(path: Path) -> bool:
     if not inside <= files:
         return False
     try:
-        content = json.loads((path / _CONFIG_FILE).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        content = load_json(path / _CONFIG_FILE)
+    except ValueError:
         return False
     return isinstance(content, dict) and content.get("model_type") == "swinv2"
 

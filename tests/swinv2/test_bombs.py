@@ -76,6 +76,37 @@ def test_a_config_of_another_size_is_compared_with_the_weights(
     assert len(str(caught.value)) < 20_000
 
 
+@pytest.mark.parametrize(
+    ("edit", "word"),
+    [
+        (
+            lambda text: text.replace('"mean"', '"mean": [0.1, 0.1, 0.1], "mean"'),
+            "key 'mean' twice",
+        ),
+        (
+            lambda text: text.replace('"config": {', '"config": {"patch_size": 2,'),
+            "key 'patch_size'",
+        ),
+        (lambda text: " " * 2**24 + text, "larger than 16 MiB"),
+        (lambda text: text.replace('"variant": null', f'"variant": "{"x" * 10**6}"'), "no variant"),
+        (
+            lambda text: text.replace('"version": 1', f'"version": "{"x" * 10**6}"'),
+            "format version",
+        ),
+        (lambda text: text.replace("{", f'{{"{"x" * 10**6}": 1,', 1), "unknown"),
+        (lambda text: "{" + "".join(f'"{i}": 1,' for i in range(10**4)) + text[1:], "9,980 more"),
+    ],
+)
+def test_duplicate_keys_and_large_texts_are_named_in_a_short_message(
+    tmp_path: Path, edit: Callable[[str], str], word: str
+) -> None:
+    file = save_encoder(SwinV2(CONFIG), tmp_path / "encoder", **NORMALISATION) / "config.json"
+    file.write_text(edit(file.read_text()))
+    with pytest.raises(ValueError, match=word) as caught:
+        load_encoder(tmp_path / "encoder")
+    assert len(str(caught.value)) < 2_000
+
+
 @pytest.mark.parametrize("text", ["[" * 10**5, '{"a":' * 10**5, f'{{"a": {"9" * 5000}}}'])
 def test_a_config_of_deep_or_long_json_is_refused(tmp_path: Path, text: str) -> None:
     save_encoder(SwinV2(CONFIG), tmp_path / "encoder", **NORMALISATION)
