@@ -275,7 +275,9 @@ def advice(found: SampledImages, wanted: EncoderInput) -> str:
     if len(found.statistics(form)[0]) > LISTED_CHANNELS and not keeps:
         return f"{text}, after {info}" if info else text
     first = f"measure all images with {info} and " if info else ""
-    return f"{text}; or {first}set data.mean and data.std to measured"
+    differs = not keeps and form.channels != wanted.channels
+    channels = f"encoder.in_channels to {form.channels}, and " if differs else ""
+    return f"{text}; or {first}set {channels}data.mean and data.std to measured"
 
 
 def settings_for(found: SampledImages, channels: int | None = None) -> str:

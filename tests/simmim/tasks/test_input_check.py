@@ -123,6 +123,9 @@ def test_other_channels_and_scales_are_refused_with_settings_that_train(
     assert not run.exists()
     assert ("data-prep info --statistics" in message) == as_shards
     channels, mean, std = settings_in(message)
+    if channels != 3:
+        follow = f"set encoder.in_channels to {channels}, and data.mean and data.std to measured"
+        assert follow in " ".join(message.split())
     bits = 8 * np.dtype(kind[: kind.index("x")]).itemsize
     assert re.search(rf"{channels} channels? and {bits} bits", message)
     true_mean, true_std = truth(kind)
