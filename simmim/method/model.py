@@ -37,7 +37,9 @@ class Decoder(nn.Module):
     def patches(self, features: Tensor) -> Tensor:
         """Decode single features: (n, num_features) → (n, channels, stride, stride)."""
         weight, bias = self.projection.weight.flatten(1), self.projection.bias
-        if not torch.is_autocast_enabled(features.device.type):
+        device = features.device.type
+        # Of some devices, such as meta, autocast knows nothing.
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             features = features.to(weight.dtype)
         pixels = F.linear(features, weight, bias)
         return rearrange(

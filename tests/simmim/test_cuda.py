@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from simmim.bench.gpu.cells import Cell, Skipped
+from simmim.bench.gpu.cells import Cell, Results, Skipped
 from simmim.bench.gpu.plan import make_plan
 from simmim.bench.gpu.scale import FULL
 from simmim.bench.gpu.selftest import (
@@ -34,7 +34,7 @@ pytestmark = [
 DEVICE = torch.device("cuda")
 CELLS = [
     cell
-    for cell in make_plan(FULL)
+    for cell in make_plan(FULL, Results(Path(), {}))
     if cell.name.startswith("selftest/")
     or cell.name in ("machine/environment", "machine/process groups")
 ]

@@ -11,6 +11,7 @@ from data_prep.format.text import count_noun
 from simmim.bench.gpu.cells import Results
 from simmim.bench.gpu.command import run_plan
 from simmim.bench.gpu.report import write_report
+from simmim.bench.gpu.scale import FULL
 
 DESCRIPTION = (
     "Check on this GPU that training is right, then measure how fast it is. Writes results.json, "
@@ -115,7 +116,9 @@ def _begun(arguments: argparse.Namespace) -> Results:
             f"{path} exists: add --continue {path} to do what is left, or choose another --output."
         )
     arguments.output.mkdir(parents=True, exist_ok=True)
-    return Results.begin(path, {"dry run": arguments.dry_run, "command": _command(arguments)})
+    return Results.begin(
+        path, {"dry run": arguments.dry_run, "seed": FULL.seed, "command": _command(arguments)}
+    )
 
 
 def _continued(arguments: argparse.Namespace) -> Results:

@@ -1,69 +1,164 @@
 """The Markdown report of results; imports no torch."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 Outcome = Mapping[str, Any]
+Cells = Mapping[str, Outcome]
 
 
 def write_report(document: Mapping[str, Any]) -> str:
     """Return the report of a document of `Results`."""
-    cells: Mapping[str, Outcome] = document["cells"]
-    parts = ["# simmim bench gpu", _heading(document), _machine(cells)]
-    parts.append("## Self-test\n\n" + _selftest(cells))
-    parts.append(_others(cells))
+    cells: Cells = document["cells"]
+    parts = [
+        "# simmim bench gpu",
+        _heading(document),
+        _failures(cells),
+        _machine(cells),
+        _selftest(cells),
+        _steps(cells),
+        _attention(cells),
+        _loader(cells),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _heading(document: Mapping[str, Any]) -> str:
-    settings = document["settings"]
-    lines = [f"`{settings['command']}`"]
+    settings, outcomes = document["settings"], [one["status"] for one in document["cells"].values()]
+    counts = ", ".join(f"{outcomes.count(one)} {one}" for one in ("passed", "failed", "skipped"))
+    lines = [f"`{settings['command']}`, seed {settings.get('seed', 0)}: {counts}."]
     if settings["dry run"]:
         lines.append("**A dry run on a CPU in tiny sizes: the figures mean nothing.**")
     return "\n\n".join(lines)
 
 
-def _machine(cells: Mapping[str, Outcome]) -> str:
+def _failures(cells: Cells) -> str:
+    rows = [
+        (name, one["status"], one.get("message", ""))
+        for name, one in cells.items()
+        if one["status"] in ("failed", "skipped")
+    ]
+    rows.sort(key=lambda row: row[1])
+    return _section("Failed and skipped", ("cell", "outcome", "why"), rows)
+
+
+def _machine(cells: Cells) -> str:
     values = cells.get("machine/environment", {}).get("values", {})
-    if not values:
-        return ""
     rows = [
         (name, _text(value)) for name, value in values.items() if not isinstance(value, Mapping)
     ]
-    packages = ", ".join(f"{name} {one or 'missing'}" for name, one in values["packages"].items())
-    return "## Machine\n\n" + table(("", ""), [*rows, ("packages", packages)])
+    packages = values.get("packages", {})
+    if packages:
+        listed = ", ".join(f"{name} {one or 'missing'}" for name, one in packages.items())
+        rows.append(("packages", listed))
+    for name, figure, unit in (
+        ("matrix product", "flops per second", "TFLOP/s in bf16"),
+        ("copy", "bytes per second", "TB/s read and written"),
+    ):
+        found = cells.get(f"machine/{name}", {}).get("values", {})
+        if found:
+            rows.append(
+                (f"{name}, measured", f"{found[figure] / 1e12:.4g} {unit}, {_spread(found)}")
+            )
+    return _section("Machine", ("", ""), rows)
 
 
-def _selftest(cells: Mapping[str, Outcome]) -> str:
-    rows = [
-        (name.partition("/")[2], one["status"], _detail(one))
-        for name, one in cells.items()
-        if name.startswith("selftest/")
+def _selftest(cells: Cells) -> str:
+    rows = [(name, one["status"], _found(one)) for name, one in _of(cells, "selftest")]
+    rows += [
+        (name, one["status"], _found(one))
+        for name, one in _of(cells, "machine")
+        if name == "process groups"
     ]
-    return table(("check", "outcome", "found"), rows)
+    return _section("Self-test", ("check", "outcome", "found"), rows)
 
 
-def _others(cells: Mapping[str, Outcome]) -> str:
-    rows = [
-        (name, one["status"], _detail(one))
-        for name, one in cells.items()
-        if not name.startswith("selftest/") and name != "machine/environment"
-    ]
-    return "## Measurements\n\n" + table(("cell", "outcome", "found"), rows)
+def _steps(cells: Cells) -> str:
+    rows = []
+    for name, one in _of(cells, "step"):
+        values = one["values"]
+        if one["status"] == "passed":
+            rows.append(
+                (
+                    name,
+                    f"{values['images per second']:,.1f}",
+                    _spread(values),
+                    str(values["batch"]),
+                    _percent(values.get("share of the measured peak")),
+                    _percent(values.get("share of the ceiling")),
+                    _text(values["peak memory GiB"]),
+                    f"{values['seconds of the first step']:.1f}",
+                )
+            )
+    heads = ("step", "images/s", "spread", "batch", "of the peak", "of the ceiling", "GiB")
+    text = _section("Training steps", (*heads, "first step, s"), rows)
+    note = (
+        "Forward, backward and AdamW of SimMIM in bf16. Peak: the measured matrix product, for the "
+        "FLOPs that the model requires. Ceiling: the least time of all operations and bytes as "
+        "implemented, one after another (docs/performance.md)."
+    )
+    return f"{text}\n\n{note}" if text else ""
 
 
-def _detail(outcome: Outcome) -> str:
-    values = outcome.get("values", {})
-    found = ", ".join(f"{name} {_text(value)}" for name, value in values.items())
-    return "; ".join(part for part in (outcome.get("message", ""), found) if part)
+def _attention(cells: Cells) -> str:
+    rows = []
+    for name, one in _of(cells, "attention"):
+        values = one["values"]
+        if one["status"] == "passed":
+            rows.append(
+                (
+                    name,
+                    f"{1e3 * values['seconds']:.3g}",
+                    _spread(values),
+                    f"{values['scores per second'] / 1e9:.4g}",
+                    _percent(values.get("share of the measured peak")),
+                    _percent(values.get("share of the ceiling")),
+                )
+            )
+    heads = ("tokens, path", "ms", "spread", "10⁹ scores/s", "of the peak", "of the ceiling")
+    return _section("Window attention, forward and backward", heads, rows)
+
+
+def _loader(cells: Cells) -> str:
+    rows = [(name, one["status"], _found(one)) for name, one in _of(cells, "loader")]
+    return _section("Loader against step", ("cell", "outcome", "found"), rows)
+
+
+def _of(cells: Cells, section: str) -> Iterator[tuple[str, Outcome]]:
+    """Yield the cells of a section, named without it."""
+    for name, one in cells.items():
+        first, _, rest = name.partition("/")
+        if first == section:
+            yield rest, one
+
+
+def _spread(values: Mapping[str, Any]) -> str:
+    """Return the quartiles of the repeats, relative to their median."""
+    median = values["seconds"]
+    lower, upper = (values[f"{name} quartile"] / median - 1 for name in ("lower", "upper"))
+    return f"{lower:+.1%} {upper:+.1%}"
+
+
+def _found(outcome: Outcome) -> str:
+    return ", ".join(f"{name} {_text(value)}" for name, value in outcome["values"].items())
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
 
 
 def _text(value: Any) -> str:
+    if value is None:
+        return ""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def _section(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return f"## {title}\n\n{table(heads, rows)}" if rows else ""
+
+
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table; text in cells is put on one line."""
+    """Return a Markdown table; text in its cells is put on one line."""
     lines = [_row(heads), _row(["---"] * len(heads))]
     return "\n".join([*lines, *(_row(row) for row in rows)])
 

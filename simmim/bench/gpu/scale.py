@@ -4,24 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from simmim.bench.roofline.ceiling import StepSize
+
 if TYPE_CHECKING:
     import torch
 
 Size = tuple[int, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepSize:
-    """A training step that is measured."""
-
-    variant: str
-    image_size: int
-    """Side in pixels."""
-    window_size: int
-    """Side in tokens."""
-
-    def __str__(self) -> str:
-        return f"{self.variant} {self.image_size}/{self.window_size}"
 
 
 def _published_steps() -> tuple[StepSize, ...]:
@@ -85,6 +73,9 @@ class Scale:
     """Share of the free memory that the batch of a step is chosen to fill."""
     training_steps: int = 400
     """Steps of the training that is killed and resumed."""
+    loader_steps: int = 40
+    """Steps of the training whose wait for data is measured; 0 measures none."""
+    loader_batch: int = 128
     ranks: int = 2
     """Ranks of distributed training."""
 
@@ -115,17 +106,16 @@ DRY = Scale(
     warm_up=1,
     repeats=2,
     repeat_seconds=0.0,
-    windows=(2, 3),
+    windows=(2,),
     attention_channels=16,
     attention_heads=2,
     attention_tokens=64,
     attention_scores=2**12,
-    steps=(
-        StepSize(variant="tiny", image_size=64, window_size=2),
-        StepSize(variant="base", image_size=96, window_size=3),
-    ),
-    overrides={"embed_dim": 8, "depths": (1, 1, 2, 1), "num_heads": (1, 1, 1, 1)},
+    steps=(StepSize(variant="tiny", image_size=64, window_size=4),),
+    overrides={"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 1)},
     largest_batch=2,
     training_steps=100,
+    loader_steps=0,
+    loader_batch=4,
     ranks=1,
 )

@@ -120,7 +120,7 @@ def check_quiet_steps(scale: Scale) -> Values:
     encoder = build_moving_encoder(**scale.encoder)
     model = SimMIM(encoder, mask_cell=2 * encoder.strides[-1]).to(device).train()
     optimizer = adamw(model, device)
-    images, mask = _inputs(model, batch=2, device=device)
+    images, mask = _inputs(model, batch=2, device=device, pinned=True)
 
     def compute_loss() -> Tensor:
         with torch.autocast(device.type, torch.bfloat16):
@@ -143,13 +143,16 @@ def check_quiet_steps(scale: Scale) -> Values:
     return found
 
 
-def _inputs(model: SimMIM[SwinV2], *, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _inputs(
+    model: SimMIM[SwinV2], *, batch: int, device: torch.device, pinned: bool
+) -> tuple[Tensor, Tensor]:
     """Return images of noise on the device, and masks on the host, as training has them."""
     config = model.encoder.config
     images = torch.randn(batch, config.in_channels, *config.image_size, device=device)
     rows, columns = (side // model.mask_cell for side in config.image_size)
     hidden = torch.arange(rows * columns).view(rows, columns) % 5 < 3
-    return images, hidden.expand(batch, rows, columns)
+    mask = hidden.repeat(batch, 1, 1)
+    return images, mask.pin_memory() if device.type == "cuda" and pinned else mask
 
 
 def check_memory(scale: Scale) -> Values:
@@ -203,7 +206,7 @@ def _model_of_step(scale: Scale) -> SimMIM[SwinV2]:
 
 
 def _compute_gradients(model: SimMIM[SwinV2], batch: int, device: torch.device) -> None:
-    images, mask = _inputs(model, batch=batch, device=device)
+    images, mask = _inputs(model, batch=batch, device=device, pinned=False)
     with torch.autocast(device.type, torch.bfloat16):
         loss = model(images, mask).loss
     assign_gradients(loss, model.parameters())

@@ -290,10 +290,15 @@ def metric_lines(run: Path) -> list[str]:
 
 
 def measure_loader(scale: Scale) -> dict[str, Any]:
-    """Measure the images per second of training on images of its own, and its wait for data."""
+    """Measure the images per second of training on images of its own, and its wait for data.
+
+    Raises:
+        Skipped: packages are missing, or this is a dry run.
+    """
     require_pipeline()
-    size = scale.steps[0]
-    steps, batch = (40, 128) if scale.device == "cuda" else (3, 4)
+    if not scale.loader_steps:
+        raise Skipped("a dry run trains only once")
+    size, steps, batch = scale.steps[0], scale.loader_steps, scale.loader_batch
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         command = training_command(place, scale, steps)

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
         )
         return NO_DEVICE
     torch.manual_seed(scale.seed)
-    plan = make_plan(scale)
+    plan = make_plan(scale, results)
     if not run_cells(plan, results, deadline=float(deadline), is_usable=_device_answers):
         return SPOILED
     return 0 if results.count_done() >= len(plan) else TIME_IS_UP

@@ -52,8 +52,9 @@ def test_a_failing_cell_is_recorded_and_the_others_run(results: Results) -> None
         in (cells_found["selftest/broken"]["message"])
     )
     report = write_report(results.document)
-    assert "| wrong | failed | far / off; error 9 |" in report
-    assert "| absent | skipped | timm is missing |" in report
+    assert "| selftest/wrong | failed | far / off |" in report
+    assert "| wrong | failed | error 9 |" in report
+    assert "| selftest/absent | skipped | timm is missing |" in report
     assert "RuntimeError: no kernel image second line" in report
 
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from simmim.bench.gpu import selftest
-from simmim.bench.gpu.cells import CheckFailed
+from simmim.bench.gpu.cells import CheckFailed, Results
 from simmim.bench.gpu.plan import make_plan
 from simmim.bench.gpu.scale import DRY, FULL
-from simmim.bench.gpu.training import check_lost_rank, check_ranks
+from simmim.bench.gpu.training import check_lost_rank, check_ranks, measure_loader
 from simmim.cli import main
 from swinv2 import attention
 
@@ -29,6 +29,7 @@ def done_cells(path: Path) -> dict[str, Any]:
     return {name: one for name, one in cells.items() if one["status"] != "running"}
 
 
+@pytest.mark.timeout(600)  # a minute, on a quiet machine
 def test_a_killed_dry_run_is_continued_to_its_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,18 +49,25 @@ def test_a_killed_dry_run_is_continued_to_its_end(
     assert main(["bench", "gpu", "--dry-run", "--continue", str(file)]) == 0
     after = done_cells(file)
     assert {name: after[name] for name in before} == before
-    plan = [cell.name for cell in make_plan(DRY)]
+    plan = [cell.name for cell in make_plan(DRY, Results(file, {}))]
     assert list(after) == plan
     failed = {name: one for name, one in after.items() if one["status"] == "failed"}
     assert not failed
     skipped = {name for name, one in after.items() if one["status"] == "skipped"}
-    assert not [name for name in skipped if name not in MAY_BE_SKIPPED]
+    assert not [name for name in skipped if not name.startswith(MAY_BE_SKIPPED)]
+    shares = ("share of the measured peak", "share of the ceiling")
+    for name in (
+        "step/tiny 64/4 ours compiled",
+        "step/tiny 64/4 ours eager",
+        "attention/4 auto eager",
+    ):
+        assert all(after[name]["values"][share] > 0 for share in shares)
     report = (tmp_path / "report.md").read_text()
     assert "A dry run" in report
     assert f"{len(plan)} cells done: 0 failed" in capsys.readouterr().out
 
 
-MAY_BE_SKIPPED = {"selftest/ranks", "selftest/lost rank"}
+MAY_BE_SKIPPED = ("loader/training", "selftest/ranks", "selftest/lost rank", "step/tiny 64/4 timm")
 
 WITHOUT = """
 import sys
@@ -83,11 +91,24 @@ from simmim.bench.gpu.scale import DRY
 
 names = json.loads(sys.argv[2])
 results = Results.begin(Path(sys.argv[1]), {})
-cells = [cell for cell in make_plan(replace(DRY, ranks=2)) if cell.name in names]
+cells = [cell for cell in make_plan(replace(DRY, ranks=2), results) if cell.name in names]
 run_cells(cells, results, deadline=float("inf"))
 """
-NEEDS_PIPELINE = ["selftest/kill and resume", "selftest/ranks", "selftest/lost rank"]
-NEEDS_NONE = ["machine/environment", "selftest/auto bf16 eager", "selftest/memory"]
+NEEDS_PIPELINE = [
+    "selftest/kill and resume",
+    "selftest/ranks",
+    "selftest/lost rank",
+    "loader/training",
+]
+NEEDS_NONE = [
+    "machine/environment",
+    "machine/matrix product",
+    "machine/copy",
+    "selftest/auto bf16 eager",
+    "selftest/memory",
+    "step/tiny 64/4 ours eager",
+    "attention/4 auto eager",
+]
 
 
 def test_without_optional_packages_what_needs_them_is_skipped_by_name(tmp_path: Path) -> None:
@@ -113,13 +134,20 @@ def test_without_optional_packages_what_needs_them_is_skipped_by_name(tmp_path: 
 
 def test_cells_have_names_of_their_own() -> None:
     for scale in (FULL, DRY):
-        names = [cell.name for cell in make_plan(scale)]
+        names = [cell.name for cell in make_plan(scale, Results(Path(), {}))]
         assert len(set(names)) == len(names)
-    full = [cell.name for cell in make_plan(FULL)]
+    full = [cell.name for cell in make_plan(FULL, Results(Path(), {}))]
     for path in ("auto", "explicit", "sdpa", "sequential"):
         for precision in ("bf16", "fp16", "fp32"):
             for mode in ("eager", "compiled"):
                 assert f"selftest/{path} {precision} {mode}" in full
+
+
+@pytest.mark.slow
+def test_the_loader_is_measured() -> None:
+    found = measure_loader(replace(DRY, loader_steps=4))
+    assert found["images per second"] > 0
+    assert 0 <= found["share of the time waiting for data"] <= 1
 
 
 @pytest.mark.slow
