@@ -148,7 +148,7 @@ def _index(arguments: argparse.Namespace, interruption: Interruption) -> int:
     manifest = indexed.manifest
     print(
         f"{_count_samples(manifest)}, {count_noun(len(manifest.classes), 'class', 'classes')}, "
-        f"in {manifest.folder}{_describe_skipped(manifest.skipped)}"
+        f"in {manifest.folder}{_describe_skipped(manifest.skipped, rewriting=True)}"
     )
     if indexed.without_image:
         print(f"left out: {count_noun(indexed.without_image, 'sample')} without an image")
@@ -341,12 +341,16 @@ def _describe_set(manifest: Manifest, verb: str) -> str:
     return f"{counts}\n{verb}: {shards}, {length}, in {manifest.folder}"
 
 
-def _describe_skipped(skipped: Mapping[str, int]) -> str:
-    """Return a line on the files that were met and not taken, or an empty string."""
+def _describe_skipped(skipped: Mapping[str, int], *, rewriting: bool = False) -> str:
+    """Return a line on the files that were met and not taken, or an empty string.
+
+    With `rewriting`, taking them needs other shards: tars that are only indexed keep their names.
+    """
     if not skipped:
         return ""
     unclear = any(kind in UNCLEAR or kind.endswith(WITH_QUERY) for kind in skipped)
-    hint = "; --include GLOB takes files whatever their suffix" if unclear else ""
+    option = "`data-prep shard TAR DST --include GLOB`" if rewriting else "--include GLOB"
+    hint = f"; {option} takes files whatever their suffix" if unclear else ""
     return f"\nskipped: {describe_kinds(skipped)}{hint}"
 
 

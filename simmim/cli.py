@@ -146,7 +146,8 @@ def run_quickstart(arguments: argparse.Namespace, overrides: Sequence[str]) -> i
     del overrides
     ignore_signals_at_exit(arguments)
     outcome = quickstart(arguments.images, arguments.folder)
-    print(outcome.text)
+    if outcome.text:
+        print(outcome.text)
     return STOPPED if outcome.stopped else 0
 
 

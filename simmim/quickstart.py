@@ -35,7 +35,7 @@ class Outcome:
     """How a quickstart ended."""
 
     text: str
-    """Summary to print."""
+    """Summary to print; empty if there is none."""
     stopped: bool
     """Whether a signal stopped it early."""
 
@@ -74,7 +74,7 @@ def _run_pipeline(images: Path | None, folder: Path) -> Outcome:
         recipe = fit_to_images(recipe, shards)
     result = train_recipe(PretrainStage, recipe, run=run, resume="auto", allow_changes=False)
     if result.stopped:
-        return Outcome(text="Resume with the same command.", stopped=True)
+        return Outcome(text="", stopped=True)  # training has said how to resume
     say("4/4 probing its frozen features")
     return Outcome(text=summarise(run, shards, began), stopped=False)
 

@@ -18,6 +18,11 @@ def count_noun(number: int, noun: str, plural: str = "") -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
+def count_range(least: int, most: int) -> str:
+    """Return two numbers as a range, `5 to 14`, or as one if they are equal."""
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
+
+
 def printable(name: str) -> str:
     """Return a class name as one printable line; folder names may contain anything."""
     text = name.encode("utf-8", "backslashreplace").decode()

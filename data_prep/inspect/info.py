@@ -14,7 +14,7 @@ from data_prep.format.kinds import describe_kinds
 from data_prep.format.manifest import Manifest, ShardEntry
 from data_prep.format.statistics_file import Statistics
 from data_prep.format.storage import Location
-from data_prep.format.text import count_noun, format_bytes, printable
+from data_prep.format.text import count_noun, count_range, format_bytes, printable
 from data_prep.images.arrays import read_header
 from data_prep.images.opening import KEPT, open_picture
 from data_prep.images.settings import MAX_READ_PIXELS
@@ -176,7 +176,7 @@ def describe_shards(manifest: Manifest, *, workers: int = 1, tick: Tick = lambda
         ("source", str(manifest.options.get("source", "tars written by someone else"))),
         ("samples", f"{manifest.samples:,} ({_describe_counts(summary.extensions)})"),
         ("rejected", f"{manifest.rejected:,}"),
-        ("shards", f"{len(samples):,} with {samples.min():,} to {samples.max():,} samples"),
+        ("shards", f"{len(samples):,} with {count_range(samples.min(), samples.max())} samples"),
         ("size", f"{format_bytes(lengths.sum())}, {format_bytes(lengths.mean())} per shard"),
         (
             "image file",
@@ -237,6 +237,8 @@ def _describe_sizes(summary: SetSummary, samples: int) -> list[tuple[str, str]]:
             values, _PERCENTILES, method="nearest"
         ).tolist()
         text = f"{low:,} to {high:,} pixels, median {middle:,}, 90% in {few:,} to {most:,}"
+        if low == high:
+            text = f"{low:,} pixels"
         rows.append((name, text))
     return rows
 

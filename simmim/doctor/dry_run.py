@@ -37,7 +37,7 @@ MOST_BATCHES = 1000
 """Maximum number of global batches that are read."""
 MOST_STEPS = 10
 REMEDIES = {
-    "data": "repair or remove the shards named above, or lower data.workers if memory ran out",
+    "data": "repair or leave out what is named above, or lower data.workers if memory ran out",
     "dry step": "if memory ran out, raise training.accumulation or set execution.checkpointing",
 }
 NO_RATE = 0.0

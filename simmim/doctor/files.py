@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.format.text import count_noun
+from data_prep.format.text import count_noun, count_range
 from simmim.data.datasets.clips import ClipSet
 from simmim.data.datasets.local_files import LocalFiles
 from simmim.data.order.order import Address
@@ -231,7 +231,8 @@ def check_class_sizes(classes: Sequence[str], sizes: Sequence[int], of: str) -> 
     """
     absent = [name for name, size in zip(classes, sizes, strict=True) if not size]
     found = (
-        f"{count_noun(len(classes), 'class', 'classes')} with {min(sizes):,} to {max(sizes):,} {of}"
+        f"{count_noun(len(classes), 'class', 'classes')} with "
+        f"{count_range(min(sizes), max(sizes))} {of}"
     )
     if absent:
         more = ", …" if len(absent) > NAMED else ""

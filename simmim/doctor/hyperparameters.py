@@ -169,10 +169,10 @@ def check_precision(precision: str, device: torch.device) -> Check:
     if device.type != "cpu":
         return Check(name="precision", verdict="ok", found=f"{precision} on {device.type}")
     full, half = (measured_peak(device, dtype) for dtype in (torch.float32, torch.bfloat16))
-    # Of two digits: on some processors bf16 is a hundred times faster or slower.
-    slower = half <= full
-    compared = f"{full / half:.2g} times as long" if slower else f"1/{half / full:.2g} of the time"
-    found = f"{precision} on the CPU; matrix products in bf16 take {compared}"
+    ratio = max(half / full, full / half)  # a hundred or more on some processors
+    times = f"{ratio:.0f} times" if ratio >= 10 else f"{ratio:.2g} times"
+    compared = f"take {times} as long" if half <= full else f"are {times} as fast"
+    found = f"{precision} on the CPU; matrix products in bf16 {compared}"
     if precision == "bf16" and half < full:
         change = "set training.precision to fp32, which is faster here"
         return Check(name="precision", verdict="warning", found=found, change=change)

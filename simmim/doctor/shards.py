@@ -9,7 +9,7 @@ import numpy as np
 
 from data_prep.format.manifest import ShardEntry
 from data_prep.format.storage import Location
-from data_prep.format.text import count_noun
+from data_prep.format.text import count_noun, count_range
 from simmim.data.datasets.folder import ImageFolder
 from simmim.data.datasets.image_set import ImageSet
 from simmim.data.datasets.mixture import MixedShards, Shards
@@ -213,10 +213,10 @@ def input_checks(found: SampledImages, wanted: EncoderInput) -> Iterator[Check]:
 def _check_sizes(found: SampledImages, data: AugmentedDataSettings) -> Check:
     sides = np.array(found.short_sides)
     small = float((sides < data.image_size).mean())
-    text = (
-        f"short sides {sides.min()} to {sides.max()} pixels, median {np.median(sides):.0f}; "
-        f"crops of {data.image_size}"
-    )
+    text = f"short sides {count_range(sides.min(), sides.max())} pixels"
+    if sides.min() < sides.max():
+        text += f", median {np.median(sides):.0f}"
+    text += f"; crops of {data.image_size}"
     if small > SMALL_SHARE:
         return Check(
             name="image sizes",

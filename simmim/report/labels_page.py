@@ -105,6 +105,8 @@ def scores_svg(scores: Sequence[LabelScores]) -> str:
     """
     fractions = sorted({one.fraction for one in scores})
     values = [value for one in scores for value in one.values]
+    for one in scores:
+        values += [one.mean - (one.spread or 0.0), one.mean + (one.spread or 0.0)]
     low, high = min(values), max(values)
     room = 0.08 * (high - low) or 1.0
     axes = _Axes(low=low - room, high=high + room, first=fractions[0], last=fractions[-1])

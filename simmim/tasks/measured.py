@@ -95,4 +95,6 @@ def _with_settings(error: ValueError, found: SampledImages, channels: int) -> Va
     )
     if len(found.statistics(found.main)[0]) > LISTED_CHANNELS:
         return ValueError(f"{text}: set {settings_for(found)}.")
-    return ValueError(f"{text}. Without measuring all, set {settings_for(found)}.")
+    # Not the channels that the recipe has already.
+    settings = settings_for(found).removeprefix(f"encoder.in_channels to {channels}, ")
+    return ValueError(f"{text}. Without measuring all, set {settings}.")

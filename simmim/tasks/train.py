@@ -114,7 +114,7 @@ def train_recipe(
             write_report=write_report,
         )
         if accelerator.is_main_process:
-            print_result(result, run)
+            print_result(result, run, resume)
         end_processes(accelerator)
     return result
 
@@ -184,14 +184,20 @@ def locked_and_checked_again(
         yield
 
 
-def print_result(result: TrainingResult, run: RunFolder) -> None:
-    """Print how training ended and where its results are."""
+def print_result(result: TrainingResult, run: RunFolder, resume: str | None) -> None:
+    """Print how training ended and where its results are.
+
+    Args:
+        result: the result of training.
+        run: the run folder.
+        resume: what training was started with: with `auto`, the same command resumes.
+    """
     if result.stopped:
         lines = [
             f"Stopped at step {result.step}; its checkpoint is in {run.checkpoints}."
             if result.step
             else "Stopped before the first checkpoint.",
-            "Resume with the same command and --resume auto.",
+            "Resume with the same command" + ("." if resume == "auto" else " and --resume auto."),
         ]
     else:
         figures = ", ".join(f"{name} {value:.4f}" for name, value in result.figures.items())

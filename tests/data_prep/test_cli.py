@@ -19,6 +19,7 @@ from data_prep.cli import main
 from data_prep.format.manifest import ManifestError, read_manifest
 from data_prep.format.statistics_file import read_statistics
 
+WriteTar = Callable[[Path, dict[str, bytes]], None]
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 
 
@@ -43,6 +44,21 @@ def test_shard_info_and_verify(
     assert "--deep" in capsys.readouterr().out
 
 
+def test_files_that_an_index_leaves_out_need_other_shards(
+    write_tar: WriteTar,
+    draw_image: Callable[..., bytes],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_tar(tmp_path / "a.tar", {"x.jpg": draw_image(0), "y": draw_image(1)})
+    assert main(["index", str(tmp_path), "--workers", "1"]) == 0
+    output = capsys.readouterr().out
+    assert "skipped: no suffix (1); `data-prep shard TAR DST --include GLOB` takes" in output
+    found = ["shard", str(tmp_path / "a.tar"), str(tmp_path / "out"), "--include", "*"]
+    assert main([*found, "--workers", "1"]) == 0
+    assert "accepted 2 + rejected 0" in capsys.readouterr().out
+
+
 def test_pictures_are_shrunk_measured_and_shown(
     image_zip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -52,7 +68,7 @@ def test_pictures_are_shrunk_measured_and_shown(
     assert "written anew: 24" in capsys.readouterr().out
     assert main(["info", folder, "--statistics", "--contact-sheet", str(sheet)]) == 0
     output = capsys.readouterr().out
-    assert "short side  12 to 12 pixels" in output
+    assert "short side  12 pixels" in output
     assert "statistics  24 pictures, 3 channels, 0 to 1" in output
     assert sheet.read_bytes().startswith(b"\x89PNG")
     (measured,) = read_statistics(read_manifest(folder))

@@ -46,7 +46,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--training.seed", "99999999999999999999"], "seed: 99999999999999999999"),
         (["--training.precision", "fp64"], "fp32"),
         (["--data.shards", "nowhere"], "nowhere does not exist"),
-        (["--data.validation_shards", "8"], "validation_shards|held out"),
+        (["--data.validation_shards", "8"], "validation_shards is 8"),
         (["--loss.name", "l3"], "l1"),
         (["--training.optimizer.lr", "fast"], "valid number"),
         (["--data.mean", "[0.5]"], "data"),

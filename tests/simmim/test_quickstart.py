@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from simmim.cli import main
 from simmim.data.datasets.procedural import draw_images
 from simmim.engine.folder_lock import locked_folder
+from simmim.engine.loop import TrainingResult
+from simmim.engine.run import RunFolder
 from simmim.quickstart import fit_to_images, make_shards, quickstart, quickstart_recipe
 from simmim.tasks.pretrain.stage import PretrainStage
+from simmim.tasks.train import print_result
 
 
 def test_too_few_images_are_refused_by_name(tmp_path: Path) -> None:
@@ -32,6 +36,24 @@ def test_a_folder_has_one_writer(tmp_path: Path) -> None:
     with locked_folder(tmp_path / "folder"), pytest.raises(ValueError, match="is writing into"):
         quickstart(None, tmp_path / "folder")
     assert {path.name for path in (tmp_path / "folder").iterdir()} == {".lock"}
+
+
+def test_a_stopped_quickstart_says_once_how_to_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object, run: RunFolder, resume: str, **__: object) -> TrainingResult:
+        result = TrainingResult(step=3, stopped=True, figures={})
+        print_result(result, run, resume)
+        return result
+
+    draw_images(tmp_path / "images", count=20, size=32, seed=0)
+    monkeypatch.setattr("simmim.quickstart.train_recipe", stop)
+    command = ["quickstart", "--images", str(tmp_path / "images"), "--folder", str(tmp_path / "q")]
+    assert main(command) == 75
+    printed = capsys.readouterr().out
+    assert re.findall(r"Resume.*", printed) == ["Resume with the same command."]
+    print_result(TrainingResult(step=3, stopped=True, figures={}), RunFolder(path=tmp_path), None)
+    assert "Resume with the same command and --resume auto." in capsys.readouterr().out
 
 
 def test_images_that_cannot_be_used_are_refused(tmp_path: Path) -> None:

@@ -167,9 +167,10 @@ class ImageSet(SampleSource[EncodedImage]):
         total = len(self.numbers)
         if not 0 <= validation_shards < total:
             raise ValueError(
-                f"{validation_shards} of {total} shards in {self.folder} cannot be held out;"
-                f" hold out at most {total - 1}, or write more, smaller shards with"
-                " `data-prep shard --samples-per-shard`."
+                f"data.validation_shards is {validation_shards}, and {self.folder} has"
+                f" {count_noun(total, 'shard')}, of which one at least has to be trained on: set it"
+                f" to {total - 1} or less, or write more, smaller shards with"
+                " `data-prep shard --samples-per-shard` (`data-prep reshard` of existing ones)."
             )
         cut = total - validation_shards
         return self._only(range(cut)), self._only(range(cut, total))

@@ -166,6 +166,7 @@ class BatchDataset(Dataset[Batch | Failure], Generic[Encoded]):
         """Return the batch, or the error that prevented it."""
         bad: list[BadSample] = []
         samples, found = [], []
+        types: dict[str, str] = {}
         for address in addresses:
             try:
                 taken = self._sample(address, bad)
@@ -175,11 +176,13 @@ class BatchDataset(Dataset[Batch | Failure], Generic[Encoded]):
             if taken is not None:
                 samples.append(taken[0])
                 found.append(taken[1])
-        dtypes = {str(sample.image.dtype).removeprefix("torch.") for sample in samples}
-        if len(dtypes) > 1 and dtypes != {"uint8", "uint16"}:
+                dtype = str(taken[0].image.dtype).removeprefix("torch.")
+                types.setdefault(dtype, taken[2])
+        if len(types) > 1 and set(types) != {"uint8", "uint16"}:
+            listed = ", ".join(f"{kind} (such as {name})" for kind, name in sorted(types.items()))
             return Failure(
-                f"a batch would mix {' and '.join(sorted(dtypes))}: put images and arrays of"
-                " different types in separate shards, or write all arrays in one type."
+                f"the images of a batch are of types that it cannot mix: {listed}. Put images and"
+                " arrays of different types in separate shards, or write all arrays in one type."
             )
         masks = [sample.mask for sample in samples if sample.mask is not None]
         return Batch(
@@ -194,8 +197,8 @@ class BatchDataset(Dataset[Batch | Failure], Generic[Encoded]):
             ),
         )
 
-    def _sample(self, address: Address, bad: list[BadSample]) -> tuple[Sample, Address] | None:
-        """Return the sample at an address or its replacement, with the address of either."""
+    def _sample(self, address: Address, bad: list[BadSample]) -> tuple[Sample, Address, str] | None:
+        """Return the sample at an address or its replacement, with the address and name of it."""
         name = ""
         for candidate in self._candidates(address):
             raw = self.shards.read(candidate.shard, candidate.sample)
@@ -218,7 +221,7 @@ class BatchDataset(Dataset[Batch | Failure], Generic[Encoded]):
                 bad.append(bad_sample(kind="repaired", reason=sample.repaired))
             if sample.turned is not None:
                 bad.append(bad_sample(kind="turned", reason=sample.turned))
-            return sample, candidate
+            return sample, candidate, raw.name
         if self.replacing:
             raise DataError(
                 f"sample {name} is damaged ({bad[-1].reason}), and so are all replacements tried;"

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from data_prep.format.text import count_noun
 from data_prep.images.arrays import (
     ArrayError,
     is_channels_first,
@@ -81,7 +82,8 @@ def decode_pixels(
         if kind == "array" and read_header(data).shape[0] == channels:
             hint = ": move them to the last axis, as `data-prep shard --channels-first` does"
         raise BadSampleError(
-            f"the {kind} has {error.channels} channels, but in_channels is {channels}{hint}"
+            f"the {kind} has {count_noun(error.channels, 'channel')}, but in_channels is "
+            f"{channels}{hint}"
         ) from None
     except DecodingError as error:
         if isinstance(error.__cause__, UnknownFormatError):

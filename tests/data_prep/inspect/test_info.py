@@ -15,7 +15,7 @@ def test_the_table_counts_samples_and_classes(image_zip: Path, tmp_path: Path) -
     lines = [line.split(maxsplit=1) for line in describe_shards(built.manifest).splitlines()]
     rows = {name: value for name, value in lines if not name[0].isdigit()}
     assert rows["samples"] == "24 (18 jpg, 6 png)"
-    assert rows["shards"] == "4 with 6 to 6 samples"
+    assert rows["shards"] == "4 with 6 samples"
     assert rows["labelled"] == "24 of 24"
     assert lines[-3:] == [["12", "cat"], ["6", "dog"], ["6", "owl"]]
 

@@ -52,6 +52,15 @@ def test_the_drawing_has_a_dot_per_seed() -> None:
     assert len(list(root.iter(f"{SVG}polyline"))) == 2
 
 
+def test_deviations_larger_than_the_range_of_the_seeds_are_inside_the_drawing() -> None:
+    scores = [LabelScores(start="pretrained", fraction=1.0, values=(50.0, 66.7))]
+    root = ET.fromstring(scores_svg(scores))
+    (bar,) = [one for one in root.iter(f"{SVG}line") if "stroke-opacity" in one.attrib]
+    _, _, _, height = map(float, root.attrib["viewBox"].split())
+    heights = sorted(float(bar.attrib[end]) for end in ("y1", "y2"))
+    assert 0 < heights[0] < heights[1] < height
+
+
 def test_the_page_is_self_contained() -> None:
     page = labels_page("Labels & more", SCORES, "miou", ["what was <trained>"])
     assert "Labels &amp; more" in page

@@ -200,6 +200,11 @@ def test_measured_alone_asks_for_all_else_at_once(
     with pytest.raises(ValueError, match=r"set encoder\.in_channels to 5"):
         PretrainStage(parse(PretrainRecipe, pretrain_values, "test"))
     pretrain_values["encoder"]["in_channels"] = 5
+    if as_shards:
+        (folder / "statistics.json").rename(tmp_path / "statistics.json")
+        with pytest.raises(ValueError, match=r"Without measuring all, set data\.mean to"):
+            PretrainStage(parse(PretrainRecipe, pretrain_values, "test"))
+        (tmp_path / "statistics.json").rename(folder / "statistics.json")
     recipe = PretrainStage(parse(PretrainRecipe, pretrain_values, "test")).recipe
     mean, std = truth("uint16x5-3000")
     assert recipe.data.mean == pytest.approx(mean, rel=1e-3)

@@ -180,7 +180,8 @@ def test_batches_of_mixed_types_are_refused(write_shards: WriteShards) -> None:
     arrays = [saved(np.ones((9, 9, 5), dtype=kind)) for kind in ("uint8", "float32")]
     shards = ShardSet(write_shards([2], images=arrays, extension="npy"))
     transform = EvalTransform(size=(8, 8), channels=5)
-    with pytest.raises(DataError, match="would mix float32 and uint8"):
+    listed = r"float32 \(such as \S+/0*1\), uint8 \(such as \S+/0*0\)\. Put"
+    with pytest.raises(DataError, match=listed):
         list(evaluation_batches(shards, transform, batch_size=2))
     batches: list[Batch] = list(evaluation_batches(shards, transform, batch_size=1, workers=1))
     assert [batch.images.dtype for batch in batches] == [torch.uint8, torch.float32]

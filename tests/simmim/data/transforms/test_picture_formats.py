@@ -134,7 +134,7 @@ def test_other_values_are_trained_on_as_they_are(kind: str) -> None:
     image = Image.fromarray(values.astype(np.int32) if kind == "int16" else values)
     data = saved(image, "TIFF")
     assert np.array_equal(decoded(data, channels=1), values)
-    with pytest.raises(BadSampleError, match="1 channels, but in_channels is 3"):
+    with pytest.raises(BadSampleError, match="1 channel, but in_channels is 3"):
         decoded(data, channels=3)
     missing = np.array([[0.0, np.nan]], dtype=np.float32)
     with pytest.raises(BadSampleError, match="non-finite"):
