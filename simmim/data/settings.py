@@ -28,6 +28,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 MEASURED: Literal["measured"] = "measured"
+MOST_WORKERS = 1000
+"""Maximum number of data workers per training process: a slip of the finger starts no more."""
 
 
 @settings
@@ -94,6 +96,8 @@ class SampleSettings:
 
     def __post_init__(self) -> None:
         check_least(self, 0, "workers")
+        if self.workers > MOST_WORKERS:
+            raise ValueError(f"workers is {self.workers}; it must be at most {MOST_WORKERS}.")
         check_least(self, 1, "max_pixels")
         if self.slots is not None and min(self.slots_of_sets, default=0) < 1:
             raise ValueError(f"slots is {self.slots}; it must be at least 1, or null.")

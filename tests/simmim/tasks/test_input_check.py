@@ -478,3 +478,12 @@ def test_both_starts_of_a_comparison_meet_the_same_check(
     errors = capsys.readouterr().err
     assert f"{encoder_directory} was trained with" in errors
     assert "the recipe has" not in errors
+
+
+@pytest.mark.parametrize(("workers", "word"), [(10**6, "at most 1000"), (-1, "0 or more")])
+def test_numbers_of_workers_that_no_machine_has_are_refused(
+    pretrain_values: dict[str, Any], workers: int, word: str
+) -> None:
+    pretrain_values["data"]["workers"] = workers
+    with pytest.raises(ValueError, match=rf"workers is {workers}; it must be {word}"):
+        parse(PretrainRecipe, pretrain_values, "test")
