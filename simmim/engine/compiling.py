@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import _StopRecomputationError
 
 from simmim.engine.monitor.progress import duration
 
@@ -92,8 +93,8 @@ def with_fallback(compiled: Run, note: Callable[[Exception], None]) -> Run:
                 # The backward is compiled with the forward, not when it is too late to fall back.
                 with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
                     return compiled(block, *args)
-            except torch.OutOfMemoryError:
-                raise
+            except (torch.OutOfMemoryError, _StopRecomputationError):
+                raise  # the latter ends what a checkpointed block computes again
             except Exception as error:  # an error that compiling is not the cause of comes again
                 result = type(block).run(block, *args)
                 failed = True

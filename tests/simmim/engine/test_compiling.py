@@ -76,6 +76,15 @@ def test_blocks_that_cannot_be_compiled_run_eagerly_with_one_message(
     assert not torch._functorch.config.force_non_lazy_backward_lowering
 
 
+def test_checkpointed_blocks_stay_compiled(
+    pretrain_values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain_values["execution"] = {"checkpointing": "full"}
+    expected = losses(pretrain_values, tmp_path / "eager", None)
+    assert losses(pretrain_values, tmp_path / "compiled", Block.run) == expected
+    assert "cannot be compiled" not in capsys.readouterr().err
+
+
 def test_the_first_compiled_step_is_timed(
     pretrain_values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
