@@ -243,6 +243,8 @@ def kill_session(process: "subprocess.Popen[str]") -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    if process.stderr is not None:
+        process.stderr.close()
 
 
 def finish(process: "subprocess.Popen[str]") -> str:
