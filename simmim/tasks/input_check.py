@@ -21,7 +21,10 @@ from simmim.data.transforms.sampling import RANGES, ImageForm, SampledImages, sa
 
 SAMPLES = 32
 """Images that are decoded before training starts."""
+SMALL_SET = 256
+"""Images of a set up to which all are decoded, so that a single one of another kind is found."""
 SECONDS = 5.0
+"""Longest time that is taken for it."""
 
 LISTED_CHANNELS = 16
 """Channels up to which mean and std are written out in a message."""
@@ -134,7 +137,7 @@ def check_input(source: SampleSource[Any], wanted: EncoderInput, *, max_pixels: 
             source,
             channels=wanted.channels,
             max_pixels=max_pixels,
-            most=SAMPLES,
+            most=SAMPLES if source.samples > SMALL_SET else SMALL_SET,
             seconds=SECONDS,
         )
     except DataError:  # training will retry it, and report it

@@ -338,6 +338,16 @@ def test_types_that_no_batch_can_mix_are_refused_at_once_with_an_example_of_each
     assert len(re.findall(r"such as [^ )]+", message)) >= 2
 
 
+@pytest.mark.parametrize("place", [1, 44])
+def test_one_image_of_another_type_is_found_in_a_small_set(tmp_path: Path, place: int) -> None:
+    for number in range(60):
+        dtype = np.float32 if number == place else np.uint8
+        np.save(tmp_path / f"{number:02}.npy", np.zeros((8, 8, 3), dtype))
+    wanted = EncoderInput(channels=3, mean=(0.5,) * 3, std=(0.28,) * 3)
+    with pytest.raises(ValueError, match=r"cannot mix: float32 .*uint8"):
+        check_input(open_sets(str(tmp_path)), wanted, max_pixels=10**6)
+
+
 def test_images_of_8_and_16_bits_share_a_batch(tmp_path: Path) -> None:
     for kind in ("uint8x1-255", "uint16x1-65535"):
         write_images(tmp_path / "images" / kind, kind)
