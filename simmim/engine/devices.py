@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from simmim.engine.distributed.environment import fsdp_hidden
+from simmim.engine.distributed.restarts import join_restarted_group
 from simmim.engine.distributed.sharding import (
     shard_for_training,
     synchronise_norms,
@@ -73,7 +74,9 @@ def build_accelerator(precision: str, rank_timeout: float = 600.0) -> Accelerato
     mixed_precision = "no" if precision == "fp32" else precision
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()  # of an earlier run; the processes stay as they are
-    handlers: list[KwargsHandler] = [InitProcessGroupKwargs(timeout=group_timeout(rank_timeout))]
+    timeout = group_timeout(rank_timeout)
+    join_restarted_group(timeout)
+    handlers: list[KwargsHandler] = [InitProcessGroupKwargs(timeout=timeout)]
     if torch.cuda.is_available():
         as_views = DDP_OPTIONS["gradient_as_bucket_view"]
         handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=as_views))
