@@ -169,7 +169,7 @@ def test_it_checks_a_video_recipe(
     code, text = run_doctor(video, tmp_path, capsys)
     assert code == 0, text
     assert "2 frames of 32 pixels with windows of 4 and 8 frames, 4 clips per step" in text
-    assert "classes 2 classes with 2 to 2 clips" in text
+    assert "classes 2 classes with 2 clips" in text
     assert "clips/s" in text
 
 

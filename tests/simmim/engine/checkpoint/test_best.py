@@ -89,7 +89,7 @@ def test_encoder_and_head_of_the_best_are_exported(
     assert (provenance.step, provenance.samples_seen) == (4, 32)
     capsys.readouterr()
     result = TrainingResult(step=8, stopped=False, figures={"top1": 25.0})
-    print_result(result, RunFolder(path=tmp_path))
+    print_result(result, RunFolder(path=tmp_path), None)
     said = capsys.readouterr().out
     for line in (
         "Done: 8 steps; top1 25.0000.",
@@ -127,7 +127,7 @@ def test_the_last_is_exported_where_the_best_is_damaged(
     found = load_classifier(tmp_path / "encoder", tmp_path / "classifier").model.state_dict()
     assert all(torch.equal(part, kept[f"model.{name}"]) for name, part in found.items())
     assert read_encoder_config(tmp_path / "encoder").provenance.step == 8
-    print_result(TrainingResult(step=8, stopped=False, figures={}), RunFolder(path=tmp_path))
+    print_result(TrainingResult(step=8, stopped=False, figures={}), RunFolder(path=tmp_path), None)
     said = capsys.readouterr().out.splitlines()
     assert f"Encoder  {tmp_path}/encoder" in said
     assert f"Head     {tmp_path}/classifier" in said
