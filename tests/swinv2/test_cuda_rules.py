@@ -168,3 +168,23 @@ def test_a_compiled_block_makes_no_tables(path: Any) -> None:
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     made = {"arange", "cartesian_prod", "log2", "linspace"}
     assert not made & {getattr(node.target, "__name__", str(node.target)) for node in nodes}
+
+
+def test_sdpa_never_takes_the_kernel_of_cudnn(
+    encoder: SwinV2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enabled = []
+    attend = F.scaled_dot_product_attention
+
+    def noted(*args: Tensor, **rest: Any) -> Tensor:
+        enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*args, **rest)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    encoder.set_execution(attention="sdpa")
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with fake_cuda(encoder.eval(), torch.bfloat16):
+        encoder(torch.empty(1, 3, *PADDED, device="cuda"))
+    assert set(enabled) == {False}
+    assert before
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
