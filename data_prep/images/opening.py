@@ -81,7 +81,9 @@ def load(image: ImageFile.ImageFile, data: bytes) -> ImageFile.ImageFile:
         with _without_limit():
             again.load()
         again.info |= {name: image.info[name] for name in ("icc_profile",) if name in image.info}
-        return again
+        image = again
+    if image.mode == "P" and image.palette is None:
+        raise ValueError("its palette is missing")
     return image
 
 

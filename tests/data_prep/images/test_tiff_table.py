@@ -156,10 +156,10 @@ def _names(cell: Cell, message: str) -> bool:
 def _is_converted(cell: Cell) -> bool:
     """Tell whether a file holds colours that are converted: plain CMYK, premultiplied alpha."""
     extra = cell["bands"] - COLOURS[cell["photometric"]]
-    if cell["dtype"] != "uint8":
-        return False
+    if cell["photometric"] == "separated":
+        return extra == 0 and cell["dtype"] in ("uint8", "bool")
     premultiplied = cell["photometric"] == "rgb" and extra == 1 and cell["extra"] == "assocalpha"
-    return premultiplied or (cell["photometric"] == "separated" and extra == 0)
+    return premultiplied and cell["dtype"] == "uint8"
 
 
 def _check(cell: Cell) -> bool:
@@ -183,6 +183,10 @@ def _check(cell: Cell) -> bool:
         difference = np.abs(stored.astype(np.float64) - expected.astype(np.float64)).max()
         assert difference <= (9 if cell["compression"] == "jpeg" else 0), f"{cell}: {difference}"
         assert checked.extension == "npy" or stored.dtype in (np.uint8, np.uint16)
+    elif cell["dtype"] == "bool":  # inks are all or nothing, so their colour is exact
+        *inks, black = np.moveaxis(values.astype(np.uint8), -1, 0)
+        colours = np.stack([255 * (1 - ink) * (1 - black) for ink in inks], axis=-1)
+        assert np.array_equal(stored, colours), cell
     channels = stored.shape[2] if checked.extension == "npy" else 3
     trained = decode_pixels(data, "tif", channels=channels).pixels
     again = decode_pixels(checked.data, checked.extension, channels=channels).pixels
