@@ -6,7 +6,8 @@ from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args
 
-Pair = tuple[int, int]
+from swinv2.field_values import MOST_PIXELS, Pair, counts_of_stages, number, pair, set_count
+
 Axes = tuple[int, ...]
 """One number per axis of a token map: (rows, columns), or (frames, rows, columns) of a clip."""
 AttentionPath = Literal["auto", "explicit", "sdpa", "sequential"]
@@ -23,12 +24,10 @@ class Architecture:
     extra_norm_every: int = 0
 
 
-MOST_STAGES, MOST_BLOCKS = 8, 1000
-"""Maximum number of stages, and of blocks in a stage."""
+MOST_BLOCKS = 1000
+"""Maximum number of blocks in a stage."""
 MOST_CHANNELS = 2**30
 """Maximum number of channels of images and of the first stage, and of heads."""
-MOST_PIXELS = 2**24
-"""Maximum side of images, patches and windows."""
 MOST_HIDDEN = 1000
 """Maximum number of hidden units of an MLP per channel."""
 
@@ -95,15 +94,15 @@ class SwinV2Config:
 
     def __post_init__(self) -> None:
         for name in ("image_size", "window_size"):
-            object.__setattr__(self, name, _pair(name, getattr(self, name)))
+            object.__setattr__(self, name, pair(name, getattr(self, name)))
         for name, most in (("depths", MOST_BLOCKS), ("num_heads", MOST_CHANNELS)):
-            object.__setattr__(self, name, _counts(name, getattr(self, name), most))
+            object.__setattr__(self, name, counts_of_stages(name, getattr(self, name), most=most))
         for name in ("in_channels", "embed_dim"):
-            _check_count(name, getattr(self, name), least=1, most=MOST_CHANNELS)
-        _check_count("patch_size", self.patch_size, least=1, most=MOST_PIXELS)
-        _check_count("extra_norm_every", self.extra_norm_every, least=0)
-        _check_number("mlp_ratio", self.mlp_ratio)
-        _check_number("drop_path", self.drop_path)
+            set_count(self, name, least=1, most=MOST_CHANNELS)
+        set_count(self, "patch_size", least=1, most=MOST_PIXELS)
+        set_count(self, "extra_norm_every", least=0)
+        for name in ("mlp_ratio", "drop_path"):
+            object.__setattr__(self, name, number(name, getattr(self, name)))
         if not self.mlp_ratio <= MOST_HIDDEN:
             raise ValueError(f"mlp_ratio is {self.mlp_ratio}; it must be at most {MOST_HIDDEN}.")
         if self.mlp_ratio * self.embed_dim < 1:
@@ -143,7 +142,7 @@ class SwinV2Config:
                 f"{name} is {windows!r}; it must have one window for each of the "
                 f"{len(self.depths)} stages."
             )
-        pairs = tuple(_pair(f"{name}[{stage}]", window) for stage, window in enumerate(windows))
+        pairs = tuple(pair(f"{name}[{stage}]", window) for stage, window in enumerate(windows))
         object.__setattr__(self, name, pairs)
 
     def _check_variant(self) -> None:
@@ -230,10 +229,9 @@ class VideoConfig(SwinV2Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("frames", "frame_patch", "window_frames"):
-            _check_count(name, getattr(self, name), least=1, most=MOST_PIXELS)
+            set_count(self, name, least=1, most=MOST_PIXELS)
         if self.pretrained_window_frames is not None:
-            window = self.pretrained_window_frames
-            _check_count("pretrained_window_frames", window, least=1, most=MOST_PIXELS)
+            set_count(self, "pretrained_window_frames", least=1, most=MOST_PIXELS)
         if self.frames % self.frame_patch:
             raise ValueError(
                 f"frames is {self.frames}, not a multiple of frame_patch {self.frame_patch}; "
@@ -303,7 +301,7 @@ class Execution:
             if not isinstance(value, str):
                 object.__setattr__(self, name, tuple(choices))
         if self.scores_at_a_time is not None:
-            _check_count("scores_at_a_time", self.scores_at_a_time, least=1)
+            set_count(self, "scores_at_a_time", least=1)
 
     def by_stage(self, stages: int) -> list["Execution"]:
         """Return the settings of each stage.
@@ -415,36 +413,3 @@ def _architecture(name: str) -> Architecture:
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:-1]) + (" or " if len(names) > 1 else "") + names[-1]
-
-
-def _check_count(name: str, value: object, *, least: int, most: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}.")
-    if most is not None and value > most:
-        shown = value if value < 10**18 else "a larger number"
-        raise ValueError(f"{name} is {shown}; it must be at most {most}.")
-
-
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} is {value!r}; it must be a number.")
-
-
-def _counts(name: str, values: object, most: int) -> tuple[int, ...]:
-    if not isinstance(values, list | tuple) or not values:
-        raise ValueError(f"{name} is {values!r}; it must list one number for each stage.")
-    if len(values) > MOST_STAGES:
-        raise ValueError(f"{name} lists {len(values):,} stages; there are at most {MOST_STAGES}.")
-    for index, value in enumerate(values):
-        _check_count(f"{name}[{index}]", value, least=1, most=most)
-    return tuple(values)
-
-
-def _pair(name: str, value: object) -> Pair:
-    values = (value, value) if isinstance(value, int) else value
-    if not isinstance(values, list | tuple) or len(values) != 2:
-        raise ValueError(f"{name} is {value!r}; it must be a number or (height, width).")
-    height, width = values
-    _check_count(name, height, least=1, most=MOST_PIXELS)
-    _check_count(name, width, least=1, most=MOST_PIXELS)
-    return height, width

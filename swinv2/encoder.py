@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from swinv2.blocks import Block, PatchEmbed, PatchMerging, Stage
 from swinv2.config import (
     Execution,
-    Pair,
     SwinV2Config,
     record_windows,
     replace_config,
     variant_config,
 )
+from swinv2.field_values import Pair
 from swinv2.kernels.precision import LayerNorm, autocast_dtype
 
 

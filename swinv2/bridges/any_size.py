@@ -23,8 +23,8 @@ from swinv2.attention import (
     explicit_attention,
 )
 from swinv2.blocks import Block, PatchEmbed, PatchMerging, Stage
-from swinv2.config import Pair
 from swinv2.encoder import SwinV2
+from swinv2.field_values import Pair
 
 
 @dataclass(frozen=True, kw_only=True)

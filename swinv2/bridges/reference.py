@@ -54,9 +54,10 @@ from swinv2.bridges.sizes import (
     read_buffers,
 )
 from swinv2.bridges.verification import Report, check_read_back, compare_read_back, ignore
-from swinv2.config import Pair, SwinV2Config, clamp_window
+from swinv2.config import SwinV2Config, clamp_window
 from swinv2.config_file import check_normalisation
 from swinv2.encoder import SwinV2
+from swinv2.field_values import Pair
 
 CHECKPOINT_FILE = "checkpoint.pth"
 CONFIG_FILE = "config.yaml"

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from swinv2.bridges.checkpoints import BridgeError
-from swinv2.config import VARIANTS, Pair, SwinV2Config, record_windows
+from swinv2.config import VARIANTS, SwinV2Config, record_windows
+from swinv2.field_values import Pair
 
 PretrainedWindows = Sequence[int | Pair] | Literal["same"] | None
 """Pretraining window of each stage; "same" for the present windows; None if not known."""

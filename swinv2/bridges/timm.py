@@ -58,9 +58,10 @@ from swinv2.bridges.verification import (
     find_timm,
     ignore,
 )
-from swinv2.config import Pair, SwinV2Config
+from swinv2.config import SwinV2Config
 from swinv2.config_file import check_normalisation
 from swinv2.encoder import SwinV2
+from swinv2.field_values import Pair
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

@@ -32,9 +32,10 @@ from swinv2.bridges.any_size import AnySizeFeatures
 from swinv2.bridges.checkpoints import BridgeError
 from swinv2.bridges.preprocessing import WHOLE_PICTURES, Preparation, describe, sentences
 from swinv2.bridges.verification import TOLERANCE, Report, ignore, plain_copy, zone_plate
-from swinv2.config import Pair, SwinV2Config
+from swinv2.config import SwinV2Config
 from swinv2.config_file import README_FILE, check_normalisation
 from swinv2.encoder import SwinV2
+from swinv2.field_values import Pair
 
 GraphKind = Literal["onnx", "torch-export"]
 

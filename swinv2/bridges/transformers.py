@@ -58,9 +58,10 @@ from swinv2.bridges.verification import (
     compare_transformers,
     ignore,
 )
-from swinv2.config import Pair, SwinV2Config
+from swinv2.config import SwinV2Config
 from swinv2.config_file import check_normalisation
 from swinv2.encoder import SwinV2
+from swinv2.field_values import Pair
 from swinv2.json_file import load_json
 from swinv2.weights import write_tensors
 

@@ -10,8 +10,9 @@ from swinv2.attention import window_grid
 from swinv2.bridges.checkpoints import BridgeError
 from swinv2.bridges.conversion import TensorLayout
 from swinv2.bridges.sizes import Sizes, as_pair, variant_of
-from swinv2.config import MOST_STAGES, Pair, SwinV2Config, clamp_window
+from swinv2.config import SwinV2Config, clamp_window
 from swinv2.encoder import SwinV2
+from swinv2.field_values import MOST_STAGES, Pair
 
 ModelClass = Literal[
     "Swinv2Model",

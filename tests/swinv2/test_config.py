@@ -1,13 +1,15 @@
 import dataclasses
+import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swinv2 import VARIANTS, SwinV2Config, record_windows, variant_config
-from swinv2.config import clamp_window, replace_config
+from swinv2.config import clamp_window, replace_config, video_config
 
 SIZES = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
 
@@ -109,6 +111,20 @@ def test_a_changed_architecture_loses_the_name_of_the_variant() -> None:
 def test_impossible_sizes_are_named(field: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SwinV2Config(**{**SIZES, field: value})
+
+
+def test_numbers_of_numpy_are_stored_as_plain_ones() -> None:
+    plain = SwinV2Config(**SIZES, image_size=64, window_size=(4, 8), mlp_ratio=2.5, in_channels=5)
+    whole = {"image_size": np.int64(64), "in_channels": np.uint8(5), "embed_dim": np.int32(16)}
+    listed = {"window_size": [np.int64(4), np.int64(8)], "depths": list(np.array([2, 2]))}
+    config = SwinV2Config(**{**SIZES, **whole, **listed, "mlp_ratio": np.float64(2.5)})
+    assert config == plain
+    assert json.dumps(dataclasses.asdict(config)) == json.dumps(dataclasses.asdict(plain))
+    video = video_config(config, frames=np.int64(8), pretrained_window_frames=np.int64(4))
+    assert type(video.frames) is type(video.pretrained_window_frames) is int
+    for value in (np.bool_(True), np.array([4, 4]), np.float64(4.0)):
+        with pytest.raises(ValueError, match=r"patch_size is .*; it must be an integer"):
+            SwinV2Config(**SIZES, patch_size=value)
 
 
 def test_unknown_overrides_suggest_the_closest_field() -> None:
