@@ -33,17 +33,35 @@ class MaskSettings:
         if not 0 < self.ratio < 1:
             raise ValueError(f"ratio is {self.ratio}; it must be between 0 and 1, such as 0.6.")
 
-    def grid(self, image_size: Grid) -> Grid:
+    def grid(self, image_size: Grid, patch_size: int = 1) -> Grid:
         """Return (rows, columns) of mask cells of an image of this height and width in pixels.
 
+        Args:
+            image_size: height and width in pixels.
+            patch_size: side of a patch in pixels, of which cells have to be multiples.
+
         Raises:
-            ValueError: the cells do not tile the image, or no cell would stay visible.
+            ValueError: the cells cut through patches, do not tile the image, or none would stay
+                visible; names those that would do.
         """
-        grid = mask_grid(image_size, self.cell)
-        if hidden_count(grid, self.ratio) == math.prod(grid):
+        if self.cell % patch_size:
+            fitting = _fitting_cells(image_size, self.cell, patch_size, self.ratio)
+            raise ValueError(
+                f"mask.cell {self.cell} is not a multiple of encoder.patch_size {patch_size}, so "
+                f"that cells would cut through patches: choose {fitting}."
+            )
+        grid = mask_grid(image_size, self.cell, patch_size, ratio=self.ratio)
+        if _hides_all(grid, self.ratio):
+            choices = ["a larger image size"]
+            sides = _legal_sides(image_size, patch_size, self.ratio)
+            if smaller := [side for side in sides if side < self.cell]:
+                choices.insert(0, _as_cells(smaller))
+            if (cells := math.prod(grid)) > 1:  # the ratio is rounded down to three digits
+                ratio = math.floor(1000 - 1000 / cells) / 1000
+                choices.insert(0, f"a ratio of at most {ratio:g}")
             raise ValueError(
                 f"mask ratio {self.ratio} hides all of the {grid[0]}x{grid[1]} mask cells of an "
-                f"image: lower the ratio, or choose cells smaller than {self.cell} pixels."
+                f"image: choose {' or '.join(choices)}."
             )
         return grid
 
@@ -60,32 +78,56 @@ class LossSettings:
     """Normalise each target pixel by the mean and variance of its 47x47 neighbourhood."""
 
 
-def mask_grid(image_size: Grid, cell: int, patch_size: int = 1) -> Grid:
+def mask_grid(
+    image_size: Grid, cell: int, patch_size: int = 1, *, ratio: float | None = None
+) -> Grid:
     """Return (rows, columns) of mask cells of an image of this height and width in pixels.
 
     Args:
         image_size: height and width in pixels.
         cell: side of a mask cell in pixels.
         patch_size: side of a patch in pixels, of which the cells that are named are multiples.
+        ratio: share of the cells to hide, of which the cells that are named leave some visible;
+            None for any.
 
     Raises:
         ValueError: the cells do not tile the image; names the sides that would.
     """
     height, width = image_size
     if cell < 1 or height % cell or width % cell:
-        common = math.gcd(height, width)
-        legal = [side for side in range(patch_size, common + 1, patch_size) if common % side == 0]
-        sides = ", ".join(str(side) for side in legal if side > 1)
-        remedy = (
-            f"a cell of {sides} pixels, or another image size"
-            if sides
-            else (f"an image size that is a multiple of {max(cell, patch_size)} pixels")
-        )
         raise ValueError(
             f"mask cells of {cell} pixels do not divide an image of {height}x{width} pixels: "
-            f"choose {remedy}."
+            f"choose {_fitting_cells(image_size, cell, patch_size, ratio)}."
         )
     return height // cell, width // cell
+
+
+def _fitting_cells(image_size: Grid, cell: int, patch_size: int, ratio: float | None) -> str:
+    """Return the cells that an image can be masked by; if there are none, its sizes for a cell."""
+    sides = [side for side in _legal_sides(image_size, patch_size, ratio) if side > 1]
+    if sides:
+        return f"{_as_cells(sides)}, or another image size"
+    whole = -(-max(cell, 1) // patch_size) * patch_size
+    other = "" if whole == cell else f"a cell of {whole} pixels and "
+    return f"{other}an image size that is a multiple of {whole} pixels"
+
+
+def _legal_sides(image_size: Grid, patch_size: int, ratio: float | None) -> list[int]:
+    """Return the sides of cells of whole patches that tile an image and leave some visible."""
+    height, width = image_size
+    common = math.gcd(height, width)
+    sides = [side for side in range(patch_size, common + 1, patch_size) if common % side == 0]
+    if ratio is None:
+        return sides
+    return [side for side in sides if not _hides_all((height // side, width // side), ratio)]
+
+
+def _as_cells(sides: list[int]) -> str:
+    return f"a cell of {', '.join(map(str, sides))} pixels"
+
+
+def _hides_all(grid: Grid, ratio: float) -> bool:
+    return hidden_count(grid, ratio) == math.prod(grid)
 
 
 def hidden_count(grid: Grid, ratio: float) -> int:

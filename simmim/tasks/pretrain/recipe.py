@@ -48,13 +48,9 @@ class PretrainRecipe(TaskRecipe):
     """Length, batch size, optimiser and schedule."""
 
     def __post_init__(self) -> None:
-        size, cell = self.data.image_size, self.mask.cell
-        if cell % self.encoder.patch_size:
-            raise ValueError(
-                f"mask.cell {cell} is not a multiple of encoder.patch_size "
-                f"{self.encoder.patch_size}: cells would cut through patches."
-            )
-        self.mask.grid((size, size))  # raises unless cells tile the image and some stay visible
+        size = self.data.image_size
+        # Raises unless cells consist of patches, tile the image, and some stay visible.
+        self.mask.grid((size, size), self.encoder.patch_size)
         self.encoder.check_channels(self.data.mean, measurable=True)
         self.data.check_bands(self.encoder.in_channels)
         check_slots(self.data, self.training)

@@ -1,10 +1,12 @@
 import math
 import pickle
+import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -169,6 +171,32 @@ def test_enlarged_masks_repeat_each_cell() -> None:
 def test_errors_name_the_remedy(mistake: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mistake()
+
+
+@settings(deadline=None)
+@given(
+    cell=st.integers(1, 40),
+    patch=st.sampled_from([1, 2, 4, 7]),
+    size=st.sampled_from([(32, 32), (64, 48), (28, 28), (7, 5), (4, 4)]),
+    ratio=st.sampled_from([0.3, 0.6, 0.9, 0.999]),
+)
+def test_the_cells_ratios_and_images_that_errors_name_are_legal(
+    cell: int, patch: int, size: Grid, ratio: float
+) -> None:
+    mask = MaskSettings(cell=cell, ratio=ratio)
+    try:
+        mask.grid(size, patch)
+    except ValueError as error:
+        remedy = str(error).partition("choose ")[2]
+        cells = re.search(r"a cell of ([0-9, ]+) pixels", remedy)
+        multiple = re.search(r"multiple of (\d+) pixels", remedy)
+        lower = re.search(r"ratio of at most ([0-9.]+[0-9])", remedy)
+        large = size if multiple is None else (40 * int(multiple[1]), 60 * int(multiple[1]))
+        for side in cells[1].split(", ") if cells else [str(cell)] if multiple else []:
+            assert replace(mask, cell=int(side)).grid(large, patch)
+        if lower:
+            assert replace(mask, ratio=float(lower[1])).grid(size, patch)
+        assert cells or lower or "image size" in remedy
 
 
 def test_a_single_mask_equals_that_of_a_batch() -> None:
