@@ -14,6 +14,7 @@ from data_prep.format.terminal import ExitCode, flush_output
 from data_prep.format.text import printable_lines
 from simmim.data.loader.lost_workers import lost_worker
 from simmim.engine.exit_codes import BAD_INPUT, LOST, STOPPED, RankLostError, out_of_memory
+from simmim.environment import process_environment
 from simmim.recipe import describe, load, read_values
 from simmim.start import TRAINING, start_process
 from simmim.stop_signals import ignore_stop_signals
@@ -44,19 +45,18 @@ EXIT_CODES = f"""exit codes:
        (on a full disk: the previous one, and a warning): resume with --resume auto
   {LOST}   a process hung or was lost (training.rank_timeout), or a data worker was killed, usually
        because memory ran out: resume with --resume auto
-torchrun and accelerate launch turn all of these except 0 into 1, and accelerate launch may not wait
-for the checkpoint of a stop. `python -m simmim.engine.distributed.torchrun` and
-`python -m simmim.launch` take the same options, wait, and pass the exit code on.
+accelerate launch and torchrun turn all of these except 0 into 1, and accelerate launch may not wait
+for the checkpoint of a stop. `python -m simmim.launch` and `python -m simmim.launch torchrun` take
+the same options, wait, and pass the exit code on.
 """
 
 
 def run() -> None:
     """Run the command of this process and exit with its code; see EXIT_CODES."""
-    from simmim.engine.distributed.environment import is_rank  # noqa: PLC0415
     from simmim.engine.distributed.launcher import run_as_rank  # noqa: PLC0415
 
     start_process(sys.argv[1:])
-    if is_rank():
+    if process_environment().is_one_of_several:
         run_as_rank(lambda: main(ends_process=True))
     try:
         code: ExitCode = main(ends_process=True)

@@ -1,11 +1,12 @@
-"""`accelerate launch` for unattended jobs: it passes on stop signals and exit codes.
+"""`accelerate launch` and `torchrun` for unattended jobs: they pass on stop signals and exit codes.
 
     python -m simmim.launch --config_file jobs/accelerate/one-node.yaml -m simmim pretrain …
+    python -m simmim.launch torchrun --standalone --nproc_per_node 2 -m simmim pretrain …
 
-The arguments are those of `accelerate launch`, which does the work. On its own it exits with 1
-whatever the exit codes of its processes, so a scheduler cannot distinguish a stop on request from a
-failure, and the warning that Slurm sends before the time limit kills it while its processes still
-write their checkpoint.
+The arguments are those of `accelerate launch`, or after `torchrun` those of torchrun, which do the
+work. On their own they exit with 1 whatever the exit codes of their processes, so a scheduler
+cannot distinguish a stop on request from a failure, and the warning that Slurm sends before the
+time limit kills accelerate while its processes still write their checkpoint.
 """
 
 # ruff: noqa: E402 (the system comes first: Windows lacks what the others import)
@@ -13,23 +14,55 @@ from data_prep.format.systems import require_posix
 
 require_posix("simmim.launch")
 import os
+import signal
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data_prep.format.terminal import protect_output
-from simmim.engine.distributed.environment import NO_DEEPSPEED
-from simmim.engine.distributed.torchrun import common_exit_code, exit_code_of
-from simmim.engine.exit_codes import STOPPED
-from simmim.stop_signals import StopRelay, exit_on_stop_signals, ignore_stop_signals
+from simmim.engine.exit_codes import LOST, STOPPED
+from simmim.environment import NO_DEEPSPEED, set_defaults
+from simmim.stop_signals import (
+    StopRelay,
+    exit_on_stop_signals,
+    handled_stop_signals,
+    ignore_stop_signals,
+)
 
-# ruff: noqa: PLC0415 (importing accelerate takes seconds, in which signals have to be handled)
+# ruff: noqa: PLC0415 (importing torch takes seconds, in which signals have to be handled)
+
+TORCHRUN_DEFAULTS = {
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
+}
+"""Settings of torchrun unless the environment or its options say otherwise: ranks have this many
+seconds to write a checkpoint before they are killed. Slurm and Kubernetes have limits of their own,
+which end earlier."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `accelerate launch` and return the exit code of its processes, 75 after a stop signal."""
+    """Start processes and return their common exit code, 75 after a stop signal.
+
+    Args:
+        argv: arguments of `accelerate launch`, or `torchrun` and its arguments; None takes those of
+            this process.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["torchrun"]:
+        return launch_torchrun(argv[1:])
+    return launch_accelerate(argv)
+
+
+def launch_torchrun(arguments: list[str]) -> int:
+    """Run torchrun in this process and return the exit code of its ranks."""
+    from torch.distributed import run
+
+    return exit_code_of(lambda: run.main(arguments))
+
+
+def launch_accelerate(argv: list[str]) -> int:
+    """Run `accelerate launch` in this process and return the exit code of its processes."""
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     arguments = launch_command_parser().parse_args(argv)
@@ -43,6 +76,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         except subprocess.CalledProcessError as error:  # one process, started by accelerate
             code = common_exit_code([error.returncode])
     return STOPPED if code and relay.asked else code
+
+
+def exit_code_of(torchrun: Callable[[], object]) -> int:
+    """Run torchrun in this process and return the exit code of its ranks.
+
+    A stop signal to torchrun, which passes it on to the ranks, gives STOPPED.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # Slurm's warning is passed on; SIGHUP is not handled under nohup.
+    handled = [number.name for number in (*handled_stop_signals(), signal.SIGQUIT)]
+    set_defaults({**TORCHRUN_DEFAULTS, "PET_SIGNALS_TO_HANDLE": ",".join(handled)})
+    try:
+        torchrun()
+    except ChildFailedError as error:
+        ignore_stop_signals()
+        for rank, failure in error.failures.items():
+            if failure.exitcode < 0:
+                name, process = signal.Signals(-failure.exitcode).name, failure.pid
+                sys.stderr.write(f"simmim: rank {rank} (process {process}) was killed by {name}.\n")
+        return common_exit_code([failure.exitcode for failure in error.failures.values()])
+    except SignalException as error:
+        ignore_stop_signals()
+        name = signal.Signals(error.sigval).name
+        sys.stderr.write(f"simmim: the launcher received {name} and stopped its processes.\n")
+        return STOPPED
+    return 0
+
+
+def common_exit_code(codes: Sequence[int]) -> int:
+    """Return the exit code that explains how a job ended: the first that a rank chose itself.
+
+    The other ranks notice that they lost a failed one, or are killed by a signal (a negative code),
+    so LOST is returned only if there is no other code.
+    """
+    return next((code for code in codes if code > 0 and code != LOST), LOST)
 
 
 def _asks_for_deepspeed(arguments: Namespace) -> bool:

@@ -176,6 +176,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
 """Which rooms a room may import, besides itself and what those may import."""
 IN_ROOM = {
     "simmim.disk": "simmim.recipe",
+    "simmim.environment": "simmim.recipe",
     "simmim.recipe_text": "simmim.recipe",
     "simmim.stop_signals": "simmim.recipe",
 }
@@ -184,6 +185,32 @@ STRICT = {"swinv2", "data_prep", "simmim"}
 """Rooms whose folders may not import them. Elsewhere a folder's own files and its subfolders may
 import each other, as long as there are no circles between files."""
 LARGEST_ROOM = 16
+
+
+ENVIRONMENT = {"simmim": "environment.py", "data_prep": "commands.py"}
+"""The module of each package that reads or changes environment variables."""
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_one_module_reads_the_environment(package: str) -> None:
+    found = {
+        file.relative_to(ROOT / package).as_posix()
+        for file in (ROOT / package).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if _names_the_environment(node)
+    }
+    assert found == ({ENVIRONMENT[package]} if package in ENVIRONMENT else set())
+
+
+def _names_the_environment(node: ast.AST) -> bool:
+    """Return whether a node is `os.environ`, `os.getenv`, or an import of one of them."""
+    names = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
+    match node:
+        case ast.Attribute(value=ast.Name(id="os"), attr=name):
+            return name in names
+        case ast.ImportFrom(module="os", names=imported):
+            return any(one.name in names for one in imported)
+    return False
 
 
 def room_of(module: str) -> str:

@@ -23,9 +23,7 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["pretrain", "--config", "absent.yaml"], []])
-@pytest.mark.parametrize(
-    "module", ["simmim", "data_prep", "simmim.launch", "simmim.engine.distributed.torchrun"]
-)
+@pytest.mark.parametrize("module", ["simmim", "data_prep", "simmim.launch"])
 def test_windows_is_named_with_exit_code_2(module: str, arguments: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", AS_ON_WINDOWS, module, *arguments],

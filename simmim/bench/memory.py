@@ -18,8 +18,8 @@ import psutil
 import torch
 
 from simmim.bench.step import Measurement, Peak, Precision, Simulation, StepCase, build_step_model
-from simmim.engine.distributed.environment import environment_without_launcher
 from simmim.engine.distributed.sharding import shard_size, sharding_units
+from simmim.environment import process_environment
 
 Sharding = Literal["none", "fsdp2"]
 
@@ -203,7 +203,7 @@ def run_cases(action: Literal["simulate", "measure"], cases: Sequence[StepCase])
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            env=environment_without_launcher() | at_once,
+            env=process_environment().without_launcher() | at_once,
             text=True,
         ) as process,
     ):

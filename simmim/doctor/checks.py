@@ -1,6 +1,5 @@
 """The result of a check, and the table of all results."""
 
-import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -9,6 +8,7 @@ from typing import Literal
 
 from data_prep.format.text import count_noun
 from simmim.engine.exit_codes import BAD_INPUT
+from simmim.environment import process_environment
 
 Verdict = Literal["ok", "warning", "problem"]
 
@@ -74,7 +74,7 @@ def _block(verdict: str, name: str, text: str) -> list[str]:
 
 def print_checks(checks: Sequence[Check]) -> int:
     """Print the table on the main process, and return the exit code."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    if process_environment().is_main:
         sys.stdout.write(table(checks) + "\n")
         sys.stdout.flush()
     return BAD_INPUT if any(check.verdict == "problem" for check in checks) else 0

@@ -1,7 +1,6 @@
 """A dry run on every rank: reading data, then steps with a learning rate of 0; and its speed."""
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,6 @@ from simmim.data.loader.batch import Batch
 from simmim.data.settings import DataSettings
 from simmim.doctor.checks import Check, problem
 from simmim.engine.devices import prepare
-from simmim.engine.distributed.environment import available_cores
 from simmim.engine.distributed.sharding import trains_in_shards
 from simmim.engine.loop import training_step
 from simmim.engine.monitor.hardware import (
@@ -28,6 +26,7 @@ from simmim.engine.monitor.hardware import (
 from simmim.engine.monitor.progress import duration
 from simmim.engine.optimizer import set_learning_rate
 from simmim.engine.stage import TrainingStage
+from simmim.environment import available_cores, process_environment
 from simmim.tasks.all_tasks import TaskStage
 from simmim.tasks.recipe import TaskRecipe
 
@@ -284,7 +283,7 @@ def check_data_speed(recipe: TaskRecipe, speed: Speed, world: int) -> Check:
         return Check(name="data speed", verdict="ok", found=found)
     wanted = math.ceil(max(workers, 1) * DATA_MARGIN * speed.compute / speed.data)
     cores = available_cores()
-    possible = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    possible = max(1, cores // process_environment().local_world)
     smaller = "Smaller files load faster"
     if isinstance(recipe.data, DataSettings):
         smaller = "Smaller images load faster: `data-prep shard --short-side`"

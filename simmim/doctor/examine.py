@@ -1,7 +1,6 @@
 """Checks of a training setup beyond its recipe: data, memory, disk, and a dry run."""
 
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,10 +21,10 @@ from simmim.doctor.shards import check_order, check_shards, check_workers
 from simmim.engine.checkpoint.choosing import choose_checkpoint
 from simmim.engine.checkpoint.resume import resumable_state
 from simmim.engine.devices import build_accelerator, own_process_state
-from simmim.engine.distributed.environment import check_parallelism, requested_cpu_processes
 from simmim.engine.distributed.launcher import end_processes, end_with_launcher, start_processes
 from simmim.engine.monitor.hardware import device_peak
 from simmim.engine.run import RunFolder
+from simmim.environment import process_environment
 from simmim.tasks.all_tasks import TaskStage, task_named
 from simmim.tasks.architecture import overridden
 from simmim.tasks.classification.stage import ClassificationStage
@@ -69,11 +68,12 @@ def examine_training(
 
 def _open(recipe: TaskRecipe, stages: list[TaskStage]) -> Iterable[Check]:
     """Open everything that training opens before it starts; yield nothing on success."""
-    check_parallelism()
+    process_environment().check_parallelism()
     check_weights_fit(recipe)
     stage: Any = task_named(recipe.task, "recipe").stage(recipe)
-    world = max(requested_cpu_processes(), int(os.environ.get("WORLD_SIZE", "1")))
-    stage.batches(rank=0, world=world, start=0, end=recipe.training.batch_size)
+    stage.batches(
+        rank=0, world=process_environment().world, start=0, end=recipe.training.batch_size
+    )
     stages.append(stage)
     return ()
 

@@ -1,6 +1,5 @@
 """Whether a training fits this machine, counted before it starts."""
 
-import os
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from simmim.doctor.estimates import (
 )
 from simmim.doctor.machine import machine_memory
 from simmim.doctor.memory import FULL, advise, needed_memory, placement_of, step_case
-from simmim.engine.distributed.environment import requested_cpu_processes
+from simmim.environment import process_environment
 from simmim.tasks.recipe import TaskRecipe
 
 PROCESS = 0.4 * GIB
@@ -65,7 +64,7 @@ def check_fits(recipe: Any) -> None:
     Raises:
         ValueError: training does not fit the memory of the machine.
     """
-    if int(os.environ.get("LOCAL_RANK", "0")) or not isinstance(recipe, TaskRecipe):
+    if process_environment().local_rank or not isinstance(recipe, TaskRecipe):
         return
     room = find_room()
     if room is None:
@@ -90,14 +89,15 @@ def check_fits(recipe: Any) -> None:
 
 def find_room() -> Room | None:
     """Return the memory for each process; None if it is not known beforehand."""
-    processes = max(requested_cpu_processes(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    environment = process_environment()
+    processes = environment.local_world
     on_gpu = torch.accelerator.is_available()
     if on_gpu and not torch.cuda.is_available():
         return None  # its memory is the machine's, and grows with what is in use
     return Room(
         there=torch.cuda.mem_get_info()[1] if on_gpu else machine_memory() // processes,
         processes=processes,
-        world=max(processes, int(os.environ.get("WORLD_SIZE", "1"))),
+        world=environment.world,
         on_gpu=on_gpu,
     )
 

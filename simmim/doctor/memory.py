@@ -21,6 +21,7 @@ from simmim.doctor.estimates import (
     most_parameters,
 )
 from simmim.doctor.machine import machine_memory
+from simmim.environment import process_environment
 from simmim.tasks.recipe import TaskRecipe
 
 FULL = 0.9
@@ -128,7 +129,7 @@ def needed_memory(case: StepCase, placement: Placement) -> int:
 def placement_of(world: int) -> Placement:
     """Return how accelerate is configured to distribute training."""
     asked: Sharding = "none"
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    if process_environment().shards_weights:
         asked = "fsdp2"
     return Placement(
         sharding=asked if world > 1 else "none", devices=world if asked != "none" else 1
@@ -139,7 +140,7 @@ def device_memory(device: torch.device) -> int:
     """Return the bytes of the GPU, or this process's share of the free host memory."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = process_environment().local_world
     return min(machine_memory(), int(psutil.virtual_memory().available)) // ranks
 
 

@@ -1,7 +1,6 @@
 """Checks of shards and image folders: files, checksums, and a sample of decoded images."""
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from simmim.data.order.order import (
 from simmim.data.settings import AugmentedDataSettings
 from simmim.data.transforms.sampling import SampledImages, sample_images
 from simmim.doctor.checks import Check
-from simmim.engine.distributed.environment import available_cores
+from simmim.environment import available_cores, process_environment
 from simmim.tasks.input_check import EncoderInput, compare_input
 
 CHECKSUM_BYTES = 2**31
@@ -230,7 +229,7 @@ def _check_sizes(found: SampledImages, data: AugmentedDataSettings) -> Check:
 def check_workers(workers: int) -> Check:
     """Compare the number of worker processes on this machine with its cores."""
     cores = available_cores()
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = process_environment().local_world
     found = (
         f"{workers} per process, {count_noun(ranks, 'process', 'processes')}, "
         f"{count_noun(cores, 'core')}"

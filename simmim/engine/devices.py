@@ -1,7 +1,6 @@
 """Devices of a training: the accelerator, and a stage's module and optimiser on it."""
 
 import ctypes
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +12,7 @@ from accelerate.utils import KwargsHandler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simmim.engine.distributed.environment import fsdp_hidden
-from simmim.engine.distributed.restarts import join_restarted_group
+from simmim.engine.distributed.launcher import join_restarted_group
 from simmim.engine.distributed.sharding import (
     shard_for_training,
     synchronise_norms,
@@ -24,6 +22,7 @@ from simmim.engine.distributed.switches import DDP_OPTIONS, switched, switches_f
 from simmim.engine.distributed.watchdog import group_timeout
 from simmim.engine.optimizer import build_optimizer, parameter_groups
 from simmim.engine.stage import TrainingStage
+from simmim.environment import fsdp_hidden, process_environment, restored_variables
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Options of glibc's mallopt."""
@@ -41,20 +40,21 @@ def own_process_state() -> Iterator[None]:
     """
     shared = (AcceleratorState, PartialState, GradientState)
     before = [dict(kind._shared_state) for kind in shared]
-    environment, threads = dict(os.environ), torch.get_num_threads()
+    variables, threads = process_environment().variables, torch.get_num_threads()
     for kind in shared:
         kind._shared_state.clear()
-    switches = switches_for("cuda" if torch.cuda.is_available() else "cpu", environment)
+    switches = switches_for("cuda" if torch.cuda.is_available() else "cpu", variables)
     try:
-        with torch.random.fork_rng(devices=[]), switched(switches, environment):
+        with (
+            torch.random.fork_rng(devices=[]),
+            switched(switches, variables),
+            restored_variables(),
+        ):
             yield
     finally:
         for kind, state in zip(shared, before, strict=True):
             kind._shared_state.clear()
             kind._shared_state.update(state)
-        for name in os.environ.keys() - environment.keys():
-            del os.environ[name]
-        os.environ.update(environment)
         torch.set_num_threads(threads)
 
 

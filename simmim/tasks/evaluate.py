@@ -1,7 +1,6 @@
 """Evaluation of a run's checkpoint by its task's validation, on its data or other data."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from simmim.engine.distributed.launcher import (
     start_processes,
 )
 from simmim.engine.run import RunFolder
+from simmim.environment import print_on_main
 from simmim.recipe import differences, load, read_values, to_values
 from simmim.tasks.all_tasks import task_named
 from simmim.tasks.architecture import overridden
@@ -153,8 +153,7 @@ def check_validation_input(stage: Any, checkpoint: Path) -> None:
         wanted = replace(input_of(stage, str(checkpoint)), evaluated=True)
         max_pixels = stage.recipe.data.max_pixels
         for text in check_input(stage.validation_shards, wanted, max_pixels=max_pixels):
-            if int(os.environ.get("RANK", "0")) == 0:
-                sys.stderr.write(f"WARNING: {text}\n")
+            print_on_main(f"WARNING: {text}")
 
 
 def check_overrides(file: Path, overrides: Sequence[str], given: Any, trained: Any) -> None:

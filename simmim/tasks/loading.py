@@ -1,7 +1,5 @@
 """Loading data as a recipe asks: labelled sets and their split, transforms, batches."""
 
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -27,6 +25,7 @@ from simmim.engine.checkpoint.choosing import choose_checkpoint
 from simmim.engine.checkpoint.directory import RECIPE_FILE
 from simmim.engine.run import RunFolder
 from simmim.engine.settings import TrainingSettings
+from simmim.environment import print_on_main
 from simmim.recipe import read_values
 
 RecipeT = TypeVar("RecipeT")
@@ -232,10 +231,10 @@ def _only_class(shards: Shards) -> str | None:
 def _warn_of_only_class(held_out: Shards) -> None:
     """Warn of held-out samples that are all of one class, which any constant answer is right on."""
     lone = _only_class(held_out)
-    if lone is not None and int(os.environ.get("RANK", "0")) == 0:
-        sys.stderr.write(
+    if lone is not None:
+        print_on_main(
             f"WARNING: all {held_out.samples:,} held-out images of {held_out.folder} are of the "
-            f"class {lone!r}, so accuracy on them says little: hold out others.\n"
+            f"class {lone!r}, so accuracy on them says little: hold out others."
         )
 
 

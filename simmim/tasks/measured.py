@@ -1,8 +1,6 @@
 """Mean and std that are `measured`, as numbers: recorded of shards, or of a sample of images."""
 
 import math
-import os
-import sys
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -11,6 +9,7 @@ from data_prep.format.text import count_noun
 from simmim.data.datasets.opening import ChannelStatistics, is_image_folder, recorded_statistics
 from simmim.data.settings import MEASURED, with_statistics
 from simmim.data.transforms.sampling import SampledImages, sample_images
+from simmim.environment import print_on_main
 from simmim.tasks.input_check import LISTED_CHANNELS, SAMPLES, SECONDS, settings_for
 
 RecipeT = TypeVar("RecipeT")
@@ -68,9 +67,8 @@ def _read(task: Any, folder: str) -> ChannelStatistics:
             f"a channel of the images in {folder} is constant, so its measured standard deviation"
             " is 0: set data.mean and data.std to numbers."
         )
-    if int(os.environ.get("RANK", "0")) == 0:
-        images = count_noun(len(found.trained_on.means), "image")
-        sys.stderr.write(f"data.mean and data.std are measured of {images} in {folder}\n")
+    images = count_noun(len(found.trained_on.means), "image")
+    print_on_main(f"data.mean and data.std are measured of {images} in {folder}")
     return ChannelStatistics(mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 
 

@@ -1,6 +1,5 @@
 """Training a recipe: check the input, start processes, train, print the result."""
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,7 +19,6 @@ from simmim.engine.checkpoint.directory import (
     read_best,
 )
 from simmim.engine.devices import build_accelerator, own_process_state
-from simmim.engine.distributed.environment import check_parallelism, requested_cpu_processes
 from simmim.engine.distributed.launcher import (
     end_processes,
     end_with_launcher,
@@ -30,6 +28,7 @@ from simmim.engine.loop import TrainingResult, train
 from simmim.engine.monitor.tracking import chosen_trackers
 from simmim.engine.run import RunFolder
 from simmim.engine.stage import TrainingStage
+from simmim.environment import process_environment
 from simmim.report.page import write_report
 from simmim.tasks.architecture import describe_start, overridden
 from simmim.tasks.input_check import check_stage_input
@@ -69,11 +68,11 @@ def train_recipe(
     Raises:
         ValueError: the run folder, the shards or the sizes cannot be used.
     """
-    check_parallelism()
+    environment = process_environment()
+    environment.check_parallelism()
     chosen_trackers(recipe.training.trackers)
     end_with_launcher()
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if restarted and (resume is None or find_checkpoint(run.checkpoints, "auto")):
+    if environment.restarts and (resume is None or find_checkpoint(run.checkpoints, "auto")):
         resume = "auto"
     recipe = with_recorded_slots(recipe, run, resume)
     check_memory = check_memory or (lambda _recipe: None)
@@ -84,14 +83,14 @@ def train_recipe(
     if not own:
         check_memory(stage.recipe)
     check = partial(check_folder, run, stage.recipe, recipe, resume, allow_changes=allow_changes)
-    if int(os.environ.get("RANK", "0")) == 0:  # others would see what rank 0 has written
+    if environment.is_main:  # others would see what rank 0 has written
         changed = check()
         starts = resume is None or find_checkpoint(run.checkpoints, resume) is None
         warnings = check_stage_input(stage, recipe.architecture_source) if starts else []
         warnings += batch_above_data(recipe.training.batch_size, stage.samples_per_epoch)
         if starts and needless_slots(stage.order):
             warnings.append(f"{describe_order(stage.order)}: remove data.slots to train on all")
-        if requested_cpu_processes() < 2:  # printed once, by the process that trains
+        if environment.processes_to_start < 2:  # printed once, by the process that trains
             if changed:
                 listed = "".join(f"\n  {key}: {text}" for key, text in changed.items())
                 sys.stderr.write(f"the recipe has changed:{listed}\n")
@@ -99,8 +98,7 @@ def train_recipe(
                 sys.stderr.write("" if line is None else f"{line}\n")
             sys.stderr.writelines(f"WARNING: {text.rstrip('.')}.\n" for text in warnings)
     stage.bad_samples.write_to(run.bad_samples)
-    world = max(requested_cpu_processes(), int(os.environ.get("WORLD_SIZE", "1")))
-    stage.batches(rank=0, world=world, start=0, end=recipe.training.batch_size)
+    stage.batches(rank=0, world=environment.world, start=0, end=recipe.training.batch_size)
     start_processes()
     accelerator = build_accelerator(recipe.training.precision, recipe.training.rank_timeout)
     with locked_and_checked_again(run, accelerator, check):

@@ -41,7 +41,7 @@ def main() -> int:
     pretrained = folder / "pretrained"
     if not (pretrained / "encoder").is_dir():
         run(
-            *("-m", "simmim.engine.distributed.torchrun", "--standalone", "--nproc_per_node", "2"),
+            *("-m", "simmim.launch", "torchrun", "--standalone", "--nproc_per_node", "2"),
             *("-m", "simmim", "pretrain", "--config", str(PRETRAINING)),
             *("--folder", str(pretrained), "--resume", "auto"),
             *("--data.shards", str(shards["train"])),

@@ -1,5 +1,6 @@
 """Shards and recipes small enough that a training takes a second or two."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 import data_prep.cli
+from simmim.environment import process_environment
 from swinv2 import SwinV2, SwinV2Config
 from swinv2.weights import save_encoder
 
@@ -34,6 +36,14 @@ def draw(folder: Path, count: int) -> None:
         pixels[inside] += random.integers(100, 190, 3, dtype=np.uint8)
         (folder / name).mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(folder / name / f"{number:04d}.png")
+
+
+@pytest.fixture(autouse=True)
+def fresh_environment() -> Iterator[None]:
+    """Let each test set environment variables: they are read once in a process."""
+    process_environment.cache_clear()
+    yield
+    process_environment.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from simmim.cli import main
 from simmim.engine.checkpoint.directory import complete_checkpoints
 from simmim.engine.exit_codes import LOST, STOPPED
 from simmim.engine.run import RunFolder
+from simmim.environment import process_environment
 from simmim.recipe import load
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from swinv2 import SwinV2, SwinV2Config, read_encoder_config, save_encoder
@@ -238,6 +239,7 @@ def test_ranks_that_torchrun_starts_again_go_on(
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert "is not empty" in refused([*command, str(first)], capsys)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    process_environment.cache_clear()
     assert main([*command, str(first)]) == 0
     # A checkpoint that was named is where the run began, not where it is begun again.
     start, last = (first / "checkpoints" / f"step-{step:08d}" for step in (1, 2))
@@ -247,6 +249,7 @@ def test_ranks_that_torchrun_starts_again_go_on(
     assert main([*command, str(third), "--resume", str(start)]) == 0
     assert [line["step"] for line in RunFolder(path=third).read_metrics()] == [2, 2]
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    process_environment.cache_clear()
     assert main([*command, str(second), "--init-from", str(first)]) == 0
     assert f"weights of {first}" in capsys.readouterr().err
 

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from simmim.engine.distributed.torchrun import common_exit_code
-from simmim.launch import main
+from simmim.launch import common_exit_code, main
 
 EITHER = pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 

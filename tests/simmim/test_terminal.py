@@ -18,7 +18,7 @@ from simmim.engine.run import RunFolder
 from simmim.stop_signals import STOP_SIGNALS, StopRelay
 
 ROOT = Path(__file__).parents[2]
-TORCHRUN = ["-m", "simmim.engine.distributed.torchrun", "--standalone", "--nproc_per_node", "2"]
+TORCHRUN = ["-m", "simmim.launch", "torchrun", "--standalone", "--nproc_per_node", "2"]
 LAUNCH = ["-m", "simmim.launch", "--num_machines", "1", "--num_processes", "1", "--cpu"]
 PRETRAIN = ["-m", "simmim", "pretrain"]
 SLOW_START = """
@@ -214,7 +214,7 @@ sys.argv = ["simmim", "pretrain"]
 simmim.cli.run()
 """,
     "torchrun": """
-from simmim.engine.distributed.torchrun import exit_code_of
+from simmim.launch import exit_code_of
 from torch.distributed.elastic.multiprocessing.api import SignalException
 def stopped():
     signal.signal(signal.SIGINT, lambda *_: None)  # as torchrun handles it

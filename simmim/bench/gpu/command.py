@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from simmim.bench.gpu.cells import Results
+from simmim.environment import process_environment
 
 WORKER = [sys.executable, "-m", "simmim.bench.gpu.worker"]
 """The process that runs the cells; arguments are the file of results and the deadline."""
@@ -61,7 +62,8 @@ def _run_worker(path: Path, deadline: float, output: Any) -> int:
         stdin=subprocess.PIPE,
         stdout=output,
         stderr=subprocess.STDOUT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        env=dict(process_environment().variables)
+        | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )
     try:
         while True:

@@ -22,6 +22,7 @@ import torch
 
 from simmim.bench.gpu.cells import CheckFailed, Skipped, Values
 from simmim.bench.gpu.scale import Scale
+from simmim.environment import process_environment
 
 PIPELINE = (
     "PIL",
@@ -199,7 +200,7 @@ def training_command(
     (place / "recipe.yaml").write_text(json.dumps(recipe))  # which is YAML, too
     launcher = ["-m", "simmim"]
     if ranks > 1:
-        launcher = ["-m", "simmim.engine.distributed.torchrun", "--standalone"]
+        launcher = ["-m", "simmim.launch", "torchrun", "--standalone"]
         launcher += ["--nproc-per-node", str(ranks), "-m", "simmim"]
     options = ["--config", str(place / "recipe.yaml"), "--folder", str(place / "run")]
     return [sys.executable, *launcher, "pretrain", *options]
@@ -225,7 +226,7 @@ def started(
     hidden = {} if scale.device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
         command,
-        env=os.environ | hidden | environment,
+        env=dict(process_environment().variables) | hidden | environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import os
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from data_prep.format.text import count_noun
 from simmim.data.datasets.image_set import ImageSet, ShardUnavailableError, retry
 from simmim.data.order.randomness import shuffled
 from simmim.data.order.source import BadSampleError, DataError
+from simmim.environment import print_on_main, process_environment
 
 IMAGE_SUFFIXES = frozenset(suffix.encode() for suffix in manifest.IMAGE_SUFFIXES)
 """File name suffixes of images, in lower case, as bytes: those of `data-prep`."""
@@ -127,13 +127,12 @@ def display_name(name: bytes) -> str:
 
 
 def _progress(folder: Path) -> "tqdm[NoReturn]":
-    first = int(os.environ.get("RANK", "0")) == 0
     return tqdm(
         desc=f"listing {folder}",
         unit=" images",
         leave=False,
         delay=PROGRESS_DELAY,
-        disable=None if first else True,
+        disable=None if process_environment().is_main else True,
     )
 
 
@@ -361,8 +360,8 @@ def open_folder(folder: Path, *, attempts: int = 1) -> ImageFolder:
             " a folder of images, with one folder per class if there are classes, or of shards"
             f" made by `data-prep shard`. Image suffixes are {suffixes}."
         )
-    if remarks and int(os.environ.get("RANK", "0")) == 0:
-        sys.stderr.write(f"{folder}: {count_noun(len(listing.paths), 'image')}; {remarks}\n")
+    if remarks:
+        print_on_main(f"{folder}: {count_noun(len(listing.paths), 'image')}; {remarks}")
     return ImageFolder(folder, listing, attempts=attempts)
 
 

@@ -1,6 +1,5 @@
 """How recipes name datasets of images, opening them, and their measured statistics."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from simmim.data.datasets.image_set import ImageSet
 from simmim.data.datasets.mixture import MixedShards, Shards
 from simmim.data.datasets.remote import RemoteReading
 from simmim.data.datasets.shards import ShardSet, set_of
+from simmim.environment import process_environment
 from simmim.recipe import settings
 
 _warn = WarnOnce()
@@ -87,7 +87,7 @@ def _warn_of_splits(shards: ShardSet) -> None:
     """Say that a set of someone else's shards, used whole, has several splits by their names."""
     manifest = shards.manifest
     splits = describe_splits(shard.name for shard in manifest.shards)
-    if splits and "source" not in manifest.options and int(os.environ.get("RANK", "0")) == 0:
+    if splits and "source" not in manifest.options and process_environment().is_main:
         _warn(
             f"the shards in {shards.folder} are of several splits, and all are used: {splits}."
             " Choose some with data.include or data.exclude, or by a pattern as in data.shards:"

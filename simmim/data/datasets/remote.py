@@ -16,6 +16,7 @@ from data_prep.format.storage import RemotePath
 from simmim.data.datasets.image_set import ShardUnavailableError
 from simmim.data.order.order import BLOCK_SAMPLES, WHOLE_SHUFFLE_LIMIT
 from simmim.data.order.source import DataError
+from simmim.environment import process_environment
 
 DEFAULT_CACHE_BYTES = 64 * 2**30
 """Default size limit of the cache."""
@@ -37,8 +38,7 @@ class ByteSource(Protocol):
 
 def default_cache_folder() -> Path:
     """Return the shard folder in the user's cache directory."""
-    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(caches).expanduser() / "simmim" / "shards"
+    return process_environment().cache_folder / "simmim" / "shards"
 
 
 class ShardCache:

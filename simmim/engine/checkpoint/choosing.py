@@ -4,7 +4,6 @@
 ones it has rejected. A checkpoint that is named by its path is refused instead.
 """
 
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from simmim.engine.checkpoint.directory import (
 )
 from simmim.engine.checkpoint.shard_files import ShardFiles, shard_files
 from simmim.engine.run import RunFolder
+from simmim.environment import print_on_main
 from simmim.recipe import read_values
 
 ITS_OWN_PLACE = (
@@ -157,11 +157,11 @@ def _chosen(source: Path, best: bool | None) -> Path:
             f"{source} holds no complete checkpoint: give a run folder or a checkpoint in one."
         )
     named = read_best(source) if best is None else None
-    if named is not None and int(os.environ.get("RANK", "0")) == 0:
-        sys.stderr.write(
+    if named is not None:
+        print_on_main(
             f"WARNING: {checkpoint_path(source / 'checkpoints', named.step)}, the best checkpoint "
             f"({named.metric} {named.value:.4f}), is gone or incomplete: {found[-1].name}, the "
-            "last, is taken.\n"
+            "last, is taken."
         )
     return found[-1]
 

@@ -8,11 +8,12 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
 
 from data_prep.format.terminal import ExitCode, flush_output
-from simmim.engine.distributed.environment import available_cores, requested_cpu_processes
 from simmim.engine.exit_codes import LOST
+from simmim.environment import available_cores, process_environment
 from simmim.stop_signals import STOP_SIGNALS
 
 if TYPE_CHECKING:
@@ -28,8 +29,7 @@ def end_with_launcher() -> None:
     accelerate passes no signal on, and ranks outlive a torchrun that was killed: they would keep
     writing into the run folder while another process resumes the run.
     """
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if launched and sys.platform == "linux":
+    if process_environment().launcher is not None and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))  # outlives an exec
 
 
@@ -42,13 +42,15 @@ def start_processes() -> None:
     Raises:
         ValueError: several machines were asked for, which requires torchrun itself.
     """
-    number = requested_cpu_processes()
+    number = process_environment().processes_to_start
     if number < 2:
         return
-    environment = {"OMP_NUM_THREADS": str(max(1, available_cores() // number)), **os.environ}
+    variables = process_environment().variables
+    environment = {"OMP_NUM_THREADS": str(max(1, available_cores() // number)), **variables}
     torchrun = [
         "-m",
-        "simmim.engine.distributed.torchrun",
+        "simmim.launch",
+        "torchrun",
         "--standalone",
         "--nproc_per_node",
         str(number),
@@ -59,6 +61,33 @@ def start_processes() -> None:
     # Received by torchrun once it handles them, see `exit_on_stop_signals`.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     os.execve(sys.executable, arguments, environment)  # noqa: S606 (no shell, our own arguments)
+
+
+def join_restarted_group(timeout: timedelta) -> None:
+    """Initialise the process group if torchrun has started the ranks again; else do nothing.
+
+    Their keys in torchrun's store are those of this start. In torch 2.13 the store outlives the
+    ranks, and a rank that comes first would read the addresses of those before.
+
+    Args:
+        timeout: the longest wait for another rank.
+    """
+    import torch  # noqa: PLC0415 (slow to import, and this file is part of every command)
+    from torch.distributed.distributed_c10d import PrefixStore  # noqa: PLC0415
+    from torch.distributed.rendezvous import rendezvous  # noqa: PLC0415
+
+    environment = process_environment()
+    if not environment.restarts or not environment.keeps_store:
+        return
+    if torch.distributed.is_initialized():
+        return
+    store, rank, world = next(rendezvous("env://", timeout=timeout))
+    torch.distributed.init_process_group(
+        store=PrefixStore(f"restart-{environment.restarts}", store),
+        rank=rank,
+        world_size=world,
+        timeout=timeout,
+    )
 
 
 def run_as_rank(program: Callable[[], int]) -> NoReturn:

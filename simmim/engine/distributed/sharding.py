@@ -5,7 +5,6 @@ after each. Everything else (embedding, merges, norms and heads) is one more uni
 of a head is a unit of its own, in its own precision, because its running statistics are.
 """
 
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from simmim.engine.checkpoint.sharded_state import is_sharded
-from simmim.engine.distributed.environment import fsdp_requested
+from simmim.environment import process_environment
 
 if TYPE_CHECKING:  # FSDP takes most of a second to import, so it is imported where it is used
     from torch.distributed.device_mesh import DeviceMesh
@@ -41,7 +40,7 @@ class ShardingUnit:
 
 def trains_in_shards(accelerator: Accelerator) -> bool:
     """Return whether the weights are sharded: FSDP was asked for, and there are several ranks."""
-    return fsdp_requested() and accelerator.num_processes > 1
+    return process_environment().shards_weights and accelerator.num_processes > 1
 
 
 def encoder_blocks(model: nn.Module) -> list[nn.Module]:
@@ -161,12 +160,11 @@ def shard_for_training(module: nn.Module, accelerator: Accelerator) -> None:
     from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
 
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower()
     shard_by_block(
         module,
         init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
         param_dtype=precision,
-        reshard_after_forward=reshard != "false",
+        reshard_after_forward=process_environment().reshards_after_forward,
     )
     if accelerator.mixed_precision != "no":
         _autocast_forward(module, accelerator)

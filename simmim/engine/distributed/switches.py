@@ -1,6 +1,5 @@
 """Process-wide switches of torch that a run sets on a CUDA GPU, and sets back when it ends."""
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,23 +80,24 @@ def switched(switches: Switches | None, environment: Mapping[str, str]) -> Itera
             _set_allocator(_joined(_given_allocator(environment), expandable=False))
 
 
-def in_force(device: str, *, ddp: bool) -> dict[str, Any]:
+def in_force(device: str, environment: Mapping[str, str], *, ddp: bool) -> dict[str, Any]:
     """Return the settings of torch and of the network as they are, for the record of a run.
 
     Args:
         device: type of the run's devices.
+        environment: environment variables.
         ddp: whether DDP exchanges gradients.
     """
     found: dict[str, Any] = {}
-    switches = switches_for(device, os.environ)
+    switches = switches_for(device, environment)
     if switches is not None:
         found["float32_matmul"] = torch.get_float32_matmul_precision()
         found["cudnn_benchmark"] = torch.backends.cudnn.benchmark
         found["optimize_ddp"] = switches.optimize_ddp
-        found["allocator"] = switches.allocator or _given_allocator(os.environ)
+        found["allocator"] = switches.allocator or _given_allocator(environment)
         if ddp:
             found |= DDP_OPTIONS
-    return found | {name: os.environ[name] for name in NETWORK_VARIABLES if name in os.environ}
+    return found | {name: environment[name] for name in NETWORK_VARIABLES if name in environment}
 
 
 def _given_allocator(environment: Mapping[str, str]) -> str:

@@ -17,6 +17,7 @@ import torch
 from data_prep.format.atomic import atomic_write_text
 from simmim.engine.distributed.sharding import trains_in_shards
 from simmim.engine.distributed.switches import in_force
+from simmim.environment import process_environment
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -166,7 +167,7 @@ def environment(accelerator: "Accelerator", peak: DevicePeak) -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "peak_tflops": round(peak.flops / 1e12, 2),
         "peak_from": peak.source,
-        **in_force(device.type, ddp=ddp),
+        **in_force(device.type, process_environment().variables, ddp=ddp),
         "command": " ".join(["simmim", *sys.argv[1:]]),
     }
 

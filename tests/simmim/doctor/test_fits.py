@@ -23,6 +23,7 @@ from simmim.doctor.estimates import (
 from simmim.doctor.fits import check_fits
 from simmim.doctor.machine import machine_memory
 from simmim.doctor.memory import step_case
+from simmim.environment import process_environment
 from simmim.quickstart import check_memory, embedded_recipe
 from simmim.recipe import parse
 from simmim.tasks.all_tasks import task_named
@@ -148,9 +149,11 @@ def test_all_ranks_of_the_machine_count(
     check_fits(recipe_of(batch_size=96))
     for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
         monkeypatch.setenv(name, "4")
+    process_environment.cache_clear()
     with pytest.raises(ValueError, match=r"4 processes, and this machine has 16\.0 GiB"):
         check_fits(recipe_of(batch_size=96))
     monkeypatch.setenv("LOCAL_RANK", "1")
+    process_environment.cache_clear()
     check_fits(recipe_of())  # the first rank of the machine speaks for it
 
 

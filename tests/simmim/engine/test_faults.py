@@ -26,7 +26,7 @@ from tests.simmim.forked import finish, forked
 FAULTY = str(Path(__file__).with_name("train_faulty.py"))
 RANKS = ["--standalone", "--nproc_per_node", "2"]
 TORCHRUN = ["-m", "torch.distributed.run", *RANKS]
-OURS = ["-m", "simmim.engine.distributed.torchrun", *RANKS]
+OURS = ["-m", "simmim.launch", "torchrun", *RANKS]
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads other processes' environment"),

@@ -24,6 +24,7 @@ from simmim.data.loader.batch import Batch
 from simmim.data.loader.batches import TrainingBatches, evaluation_batches
 from simmim.data.order.order import SampleOrder
 from simmim.data.order.source import DataError
+from simmim.environment import process_environment
 from tests.simmim.data.conftest import WriteShards, encode
 from tests.simmim.data.loader.test_batches import EVALUATE, TRAIN, equal, joined
 
@@ -308,6 +309,7 @@ def test_skipped_entries_are_reported(
         f"{folder}: 6 images; skipped: .txt (1), hidden (1); folders without images (1): fox\n"
     )
     monkeypatch.setenv("RANK", "1")
+    process_environment.cache_clear()
     open_folder(folder)
     assert capsys.readouterr().err == ""
 

@@ -1,11 +1,17 @@
-"""How a rank ends: exit code, atexit functions, and no finalisation of Python."""
+"""How restarted ranks join, and how a rank ends: exit code, atexit, no finalisation of Python."""
 
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
+import torch.distributed
+from torch.distributed import TCPStore, distributed_c10d
 
+from simmim.engine.distributed.launcher import join_restarted_group
 from simmim.engine.exit_codes import LOST
+
+TIMEOUT = timedelta(seconds=60)
 
 ENDING = """
 import atexit, ctypes
@@ -54,3 +60,27 @@ def test_a_crashing_rank_prints_its_stack() -> None:
     done = ending("ctypes.string_at(0)")
     assert done.returncode < 0
     assert "in program" in done.stderr
+
+
+@pytest.mark.parametrize("restarts", [0, 1, 2])
+def test_each_restart_has_keys_of_its_own(restarts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = TCPStore("127.0.0.1", 0, is_master=True, timeout=TIMEOUT)
+    environment = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": server.port,
+        "RANK": 0,
+        "WORLD_SIZE": 1,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+        "TORCHELASTIC_RESTART_COUNT": restarts,
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    join_restarted_group(TIMEOUT)
+    assert torch.distributed.is_initialized() == (restarts > 0)
+    if restarts:
+        try:
+            distributed_c10d._get_default_store().set("key", "value")
+            groups = ("default_pg", "0/")  # names in versions of torch
+            assert any(server.check([f"restart-{restarts}/{group}/key"]) for group in groups)
+        finally:
+            torch.distributed.destroy_process_group()

@@ -58,14 +58,12 @@ def test_torch_has_the_function_that_changes_the_allocator() -> None:
     switches._set_allocator("expandable_segments:False")
 
 
-def test_settings_and_network_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*switches.ALLOCATOR_VARIABLES, *switches.NETWORK_VARIABLES):
-        monkeypatch.delenv(name, raising=False)
-    assert in_force("cpu", ddp=True) == {}
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth1")
-    assert in_force("cpu", ddp=True) == {"GLOO_SOCKET_IFNAME": "eth1"}
+def test_settings_and_network_are_recorded() -> None:
+    assert in_force("cpu", {}, ddp=True) == {}
+    network = {"GLOO_SOCKET_IFNAME": "eth1"}
+    assert in_force("cpu", network | {"HOME": "/"}, ddp=True) == network
     with switched(Switches(allocator=None), {}):
-        found = in_force("cuda", ddp=True)
+        found = in_force("cuda", network, ddp=True)
     assert found == {
         "float32_matmul": "high",
         "cudnn_benchmark": True,

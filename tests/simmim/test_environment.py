@@ -9,12 +9,14 @@ import pytest
 import yaml
 from accelerate.commands import config
 
-from simmim.engine.distributed.environment import (
-    RANK_VARIABLES,
-    check_parallelism,
-    is_rank,
+from simmim.environment import (
+    WORLD_VARIABLES,
+    ProcessEnvironment,
+    fsdp_hidden,
+    process_environment,
     processes_in,
-    requested_cpu_processes,
+    restored_variables,
+    set_defaults,
 )
 
 SIMMIM = ["-m", "simmim", "pretrain", "--config", "jobs/pretrain/cifar10.yaml"]
@@ -132,13 +134,35 @@ def test_several_machines_are_refused_with_a_remedy(tmp_path: Path) -> None:
         processes_in([*LAUNCH, "--config_file", str(file), *SIMMIM])
 
 
-def test_a_process_without_a_launcher_requests_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("ACCELERATE_MIXED_PRECISION", *RANK_VARIABLES):
-        monkeypatch.delenv(name, raising=False)
-    assert requested_cpu_processes() == 1
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
-    assert requested_cpu_processes() == 1  # the parent is whoever runs the tests
+def test_a_process_without_a_launcher_starts_no_others() -> None:
+    alone = ProcessEnvironment(variables={})
+    assert (alone.processes_to_start, alone.world, alone.local_world) == (1, 1, 1)
+    assert (alone.rank, alone.local_rank, alone.restarts) == (0, 0, 0)
+    assert alone.is_main
+    assert alone.launcher is None
+    launched = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True"}
+    environment = ProcessEnvironment(variables=launched)
+    assert environment.launcher == "accelerate"
+    assert environment.processes_to_start == 1  # the parent is whoever runs the tests
+
+
+def test_a_rank_of_torchrun_knows_its_place() -> None:
+    variables = {
+        "TORCHELASTIC_RUN_ID": "none",
+        "TORCHELASTIC_RESTART_COUNT": "2",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "RANK": "5",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "8",
+        "LOCAL_WORLD_SIZE": "4",
+    }
+    rank = ProcessEnvironment(variables=variables)
+    assert (rank.rank, rank.local_rank, rank.world, rank.local_world) == (5, 1, 8, 4)
+    assert rank.launcher == "torchrun"
+    assert rank.restarts == 2
+    assert rank.keeps_store
+    assert not rank.is_main
+    assert rank.without_launcher() == {}
 
 
 def test_the_number_of_processes_is_read_from_the_parent(tmp_path: Path) -> None:
@@ -149,14 +173,15 @@ def test_the_number_of_processes_is_read_from_the_parent(tmp_path: Path) -> None
         "ask = [sys.executable, '-c', sys.argv[-1]]\n"
         "sys.exit(subprocess.run(ask, stdin=subprocess.DEVNULL).returncode)"
     )
-    environment = {key: os.environ[key] for key in os.environ if key not in RANK_VARIABLES}
+    environment = {key: os.environ[key] for key in os.environ if key not in WORLD_VARIABLES}
     environment |= {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True"}
     question = (
-        "import os\n"
-        "from simmim.engine.distributed.environment import requested_cpu_processes\n"
-        "print(requested_cpu_processes())\n"
-        "os.environ['WORLD_SIZE'] = '3'\n"  # as torchrun, which has then started this process
-        "print(requested_cpu_processes())\n"
+        "from simmim.environment import ProcessEnvironment, process_environment\n"
+        "environment = process_environment()\n"
+        "print(environment.processes_to_start)\n"
+        # As torchrun, which has then started this process.
+        "ranks = dict(environment.variables) | {'WORLD_SIZE': '3'}\n"
+        "print(ProcessEnvironment(variables=ranks).processes_to_start)\n"
     )
     options = ["--num_processes", "3", "--cpu"]
     done = subprocess.run(
@@ -172,38 +197,64 @@ def test_the_number_of_processes_is_read_from_the_parent(tmp_path: Path) -> None
     assert done.stdout.split() == ["3", "1"]
 
 
-@pytest.mark.parametrize("name", RANK_VARIABLES)
-def test_ranks_of_any_launcher_are_recognised(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for one in RANK_VARIABLES:
-        monkeypatch.delenv(one, raising=False)
-    assert not is_rank()
-    monkeypatch.setenv(name, "1")
-    assert not is_rank()
-    monkeypatch.setenv(name, "2")
-    assert is_rank()
+@pytest.mark.parametrize("name", WORLD_VARIABLES)
+def test_ranks_of_any_launcher_are_recognised(name: str) -> None:
+    assert not ProcessEnvironment(variables={}).is_one_of_several
+    assert not ProcessEnvironment(variables={name: "1"}).is_one_of_several
+    assert ProcessEnvironment(variables={name: "2"}).is_one_of_several
 
 
+@pytest.mark.parametrize(
+    ("variables", "refusal"),
+    [
+        ({}, None),
+        ({"FSDP_VERSION": "1"}, None),  # nobody asks for it
+        ({"ACCELERATE_USE_FSDP": "true"}, "set fsdp_version to 2"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, None),
+        (
+            {
+                "ACCELERATE_USE_FSDP": "true",
+                "FSDP_VERSION": "2",
+                "FSDP_ACTIVATION_CHECKPOINTING": "true",
+            },
+            r"fsdp_activation_checkpointing .* execution",
+        ),
+        (
+            {"ACCELERATE_USE_FSDP": "True", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
+            "fsdp_offload_params",
+        ),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, r"DeepSpeed.*fsdp2\.yaml"),
+    ],
+)
 def test_unsupported_settings_of_accelerate_are_refused(
-    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str], refusal: str | None
 ) -> None:
-    check_parallelism()
-    monkeypatch.setenv("FSDP_VERSION", "1")
-    check_parallelism()  # nobody asks for it
+    environment = ProcessEnvironment(variables=variables)
+    if refusal is None:
+        environment.check_parallelism()
+        return
+    with pytest.raises(ValueError, match=refusal):
+        environment.check_parallelism()
+
+
+def test_the_environment_is_read_once_and_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    environment = process_environment()
+    monkeypatch.setenv("RANK", "4")
+    assert process_environment() is environment
+    assert environment.rank == 3
+    with pytest.raises(TypeError):
+        environment.variables["RANK"] = "5"  # type: ignore[index]
+
+
+def test_changes_of_libraries_are_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="set fsdp_version to 2"):
-        check_parallelism()
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    check_parallelism()
-    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
-    with pytest.raises(ValueError, match=r"fsdp_activation_checkpointing .* execution"):
-        check_parallelism()
-    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "false")
-    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
-    with pytest.raises(ValueError, match="fsdp_offload_params"):
-        check_parallelism()
-
-
-def test_deepspeed_is_refused_in_favour_of_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ValueError, match=r"DeepSpeed.*fsdp2\.yaml"):
-        check_parallelism()
+    monkeypatch.delenv("SIMMIM_TEST_VARIABLE", raising=False)
+    with restored_variables():
+        set_defaults({"ACCELERATE_USE_FSDP": "false", "SIMMIM_TEST_VARIABLE": "1"})
+        assert os.environ["ACCELERATE_USE_FSDP"] == "true"
+        with fsdp_hidden():
+            assert "ACCELERATE_USE_FSDP" not in os.environ
+        assert os.environ["ACCELERATE_USE_FSDP"] == "true"
+        assert os.environ["SIMMIM_TEST_VARIABLE"] == "1"
+    assert "SIMMIM_TEST_VARIABLE" not in os.environ
