@@ -12,11 +12,11 @@ from data_prep.format.storage import Location, RemotePath
 from data_prep.sources.files import SourceError
 from data_prep.sources.image_source import ImageSource, open_source
 from data_prep.sources.lists import ListSource
+from data_prep.write.classes import find_classes
 from data_prep.write.duplicates import make_duplicate_filter
 from data_prep.write.finalize import check_parts, finalize_set, refuse_unread_archives
 from data_prep.write.listing import (
     SourceListing,
-    find_classes,
     read_listing,
     survey_source,
     write_listing,
@@ -247,7 +247,7 @@ def _list_then_write(
             shards=len(plans),
             finished=len(done),
             workers=workers,
-            labels=_describe_labels(source),
+            labels=_describe_labels(source, listing.survey.doubts),
         )
     )
     missing = (plan for plan in plans if plan.number not in done)
@@ -295,7 +295,7 @@ def _stream(
             shards=None,
             finished=len(done),
             workers=run.workers,
-            labels=_describe_labels(source),
+            labels=_describe_labels(source, classes.doubts),
         )
     )
     streamed = StreamedListing(
@@ -316,8 +316,11 @@ def _stream(
         streamed.discard()
 
 
-def _describe_labels(source: ImageSource) -> str:
-    return source.describe_columns() if isinstance(source, ListSource) else ""
+def _describe_labels(source: ImageSource, doubts: str) -> str:
+    lines = [source.describe_columns()] if isinstance(source, ListSource) else []
+    if doubts:
+        lines.append(f"the class of an image is the folder that holds it: {doubts}")
+    return "\n".join(lines)
 
 
 def _begin_streaming(output: OutputDir, job: _Job, *, overwrite: bool) -> None:

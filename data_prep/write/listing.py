@@ -16,7 +16,6 @@ from pathlib import Path
 from data_prep.executors.processes import Tick
 from data_prep.format.atomic import atomic_write_bytes, name_in_errors
 from data_prep.format.kinds import count_kind, describe_kinds, is_archive_name
-from data_prep.format.labels import MAX_CLASSES
 from data_prep.format.manifest import IMAGE_SUFFIXES
 from data_prep.format.storage import Location
 from data_prep.sources.archives import ArchiveSource
@@ -24,6 +23,7 @@ from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import Selection, SourceError, SourceFile
 from data_prep.sources.folders import VANISHED
 from data_prep.sources.image_source import ImageSource
+from data_prep.write.classes import ClassNames, FoundClasses
 from data_prep.write.options import ShardOptions
 from data_prep.write.plan import LISTING_NAME, MIN_SHARDS, Cutter, ShardPlan, order_key, path_key
 
@@ -53,6 +53,8 @@ class Survey:
     """Kind of file → number that were met and not selected."""
     unread: Sequence[str] = ()
     """Archives in the archive that could not be read, with the reason: the first few."""
+    doubts: str = ""
+    """Classes of which the folders may mean something else, as a clause."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,55 +84,6 @@ class SourceListing:
         values = asdict(self)
         del values["folder"]
         atomic_write_bytes(self.folder / _SUMMARY_NAME, json.dumps(values).encode())
-
-
-def class_name(file: SourceFile) -> str | None:
-    """Return the class of a file: its label, else the name of its folder, else None."""
-    if file.label is not None:
-        return file.label or None
-    folders = file.path.rpartition("/")[0]
-    folder = folders.rpartition("/")[2]
-    while folder in ("", ".") and folders:  # of a//1.jpg and a/./1.jpg
-        folders = folders.rpartition("/")[0]
-        folder = folders.rpartition("/")[2]
-    return folder if folder not in ("", ".", "..") else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class FoundClasses:
-    """What a first pass over the names in a source found."""
-
-    names: tuple[str, ...]
-    """Class names, indexed by label."""
-    files: int = 0
-    """Number of selected files; 0 if no pass was needed."""
-    vanished: int = 0
-    """Number of folders that were removed meanwhile."""
-
-
-def find_classes(source: ImageSource, selection: Selection) -> FoundClasses:
-    """Return the names of all classes, from file names alone: no file is opened.
-
-    A folder whose files all turn out to be unusable is a class without samples.
-
-    Raises:
-        SourceError, TarError: the source is damaged.
-    """
-    if source.classes is not None:
-        return FoundClasses(names=source.classes)
-    names, folders, count = _ClassNames(), set[str](), 0
-    for file in source.unmeasured_files():
-        if not selection.wants(file, explicit=source.is_explicit):
-            continue
-        count += 1
-        folder = file.path.rpartition("/")[0]
-        if file.problem or (file.label is None and folder in folders):
-            continue
-        names.add(file)
-        if file.label is None:
-            folders.add(folder)
-    vanished = source.skipped[VANISHED]
-    return FoundClasses(names=names.sorted(), files=count, vanished=vanished)
 
 
 def survey_source(
@@ -254,7 +207,7 @@ class Surveyor:
         self._listed = listed
         self._found = self._sum = 0
         self._skipped: Counter[str] = Counter()
-        self._classes = _ClassNames()
+        self._classes = ClassNames()
 
     def files(self) -> WindowedFiles:
         """Yield every selected file with its window, including files with a problem."""
@@ -289,6 +242,7 @@ class Surveyor:
             fingerprint=f"{self._sum:064x}",
             skipped=skipped,
             unread=self._unread,
+            doubts=self._classes.describe_doubts(),
         )
 
     def _count(self, file: SourceFile, window: int) -> None:
@@ -302,35 +256,6 @@ class Surveyor:
             self._classes.add(file)
         elif isinstance(self._source, ArchiveSource) and is_archive_name(file.path):
             self._unread += [f"{file.path}: {file.problem}"] * (len(self._unread) < _MOST_NAMED)
-
-
-class _ClassNames:
-    """Collects the classes of files."""
-
-    def __init__(self) -> None:
-        self._names: set[str] = set()
-        self._are_labels = True
-
-    def add(self, file: SourceFile) -> None:
-        name = class_name(file)
-        if name is not None:
-            self._names.add(name)
-            self._are_labels = self._are_labels and file.label is not None
-
-    def sorted(self) -> tuple[str, ...]:
-        # Numeric labels keep their values.
-        if self._are_labels and all(name.isascii() and name.isdecimal() for name in self._names):
-            largest = max((int(name[:20]) for name in self._names), default=-1)
-            names = tuple(str(number) for number in range(min(largest + 1, MAX_CLASSES)))
-            if self._names <= set(names):
-                return names
-        return tuple(sorted(self._names, key=_number_first if self._are_labels else None))
-
-
-def _number_first(name: str) -> tuple[bool, int, str]:
-    """Return the sort key of a label: integers as numbers, before names."""
-    is_number = name.isascii() and name.isdecimal() and len(name) <= 20
-    return not is_number, int(name) if is_number else 0, name
 
 
 class _Sorter:

@@ -24,7 +24,7 @@ class PlanSummary:
     workers: int
     """Number of worker processes."""
     labels: str = ""
-    """Where the labels of a list come from; empty for other sources."""
+    """Where the labels of a list come from, and what is doubtful of classes of folders."""
 
 
 @dataclass(frozen=True, kw_only=True)

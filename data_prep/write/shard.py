@@ -24,7 +24,8 @@ from data_prep.images.arrays import read_header
 from data_prep.images.checking import CheckedImage, RejectedImageError, check_image
 from data_prep.sources.files import SourceFile, UnreadableFileError
 from data_prep.sources.image_source import ImageSource, open_source
-from data_prep.write.listing import class_name, read_files
+from data_prep.write.classes import class_name
+from data_prep.write.listing import read_files
 from data_prep.write.options import RunOptions, ShardOptions
 from data_prep.write.plan import ShardPlan
 

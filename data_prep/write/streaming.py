@@ -16,11 +16,10 @@ from data_prep.format.atomic import atomic_write_bytes
 from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import SourceError, SourceFile
 from data_prep.sources.image_source import ImageSource
+from data_prep.write.classes import FoundClasses, class_name
 from data_prep.write.listing import (
-    FoundClasses,
     SourceListing,
     Surveyor,
-    class_name,
     decode_file,
     encode_file,
     write_refused,

@@ -23,6 +23,7 @@ from data_prep.format.kinds import (
     kind_of,
     suffix_of,
 )
+from data_prep.format.labels import describe_doubts, find_doubtful_classes, folder_class
 from data_prep.format.text import count_noun
 from simmim.data.datasets.image_set import ImageSet, ShardUnavailableError, retry
 from simmim.data.order.randomness import shuffled
@@ -274,9 +275,9 @@ class ImageFile:
 class ImageFolder(ImageSet):
     """The images below a folder, in a fixed shuffle, divided evenly into shards.
 
-    The class of an image is the first folder on its path, as in torchvision's `ImageFolder`;
-    images directly in the folder have none. The listing is made once and determines everything:
-    the files, their shuffle, and so which files the last shards hold out.
+    The class of an image is the folder that holds it, as in shards that `data-prep` makes of the
+    same images; those directly in the listed folder have none. The listing is made once and
+    determines everything: the files, their shuffle, and so which files the last shards hold out.
 
     Args:
         folder: the listed folder.
@@ -286,29 +287,39 @@ class ImageFolder(ImageSet):
 
     def __init__(self, folder: Path, listing: FolderListing, *, attempts: int = 1) -> None:
         paths = [listing.paths[place] for place in shuffled(len(listing.paths), "folder").tolist()]
-        class_folders = [path[: max(0, path.find(b"/"))] for path in paths]
-        names = sorted({display_name(folder) for folder in class_folders if folder})
+        folders = [path.rpartition(b"/")[0] for path in paths]
+        classes = {folder: folder_class(os.fsdecode(folder)) for folder in set(folders)}
+        names = sorted({name for name in classes.values() if name is not None})
         shards = min(len(paths), max(MIN_SHARDS, -(-len(paths) // SHARD_FILES)))
-        super().__init__(folder, range(shards), names)
+        super().__init__(folder, range(shards), [display_name(os.fsencode(name)) for name in names])
         self.attempts = attempts
         self._root = folder
         self._edges = [len(paths) * shard // shards for shard in range(shards + 1)]
-        label_of = {name: label for label, name in enumerate(names)}
-        labels = [label_of.get(display_name(folder), -1) for folder in class_folders]
+        label_of: dict[str | None, int] = {name: label for label, name in enumerate(names)}
+        labels = [label_of.get(classes[folder], -1) for folder in folders]
         self._all_labels = np.array(labels, np.int64)
+        self._doubts = find_doubtful_classes(map(display_name, classes))
+        self._tops = {display_name(name.partition(b"/")[0]) for name in classes if name}
         # One string rather than a million: workers share it without copying.
         self._paths = b"".join(paths)
         self._ends = np.cumsum([0, *map(len, paths)], dtype=np.int64)
         self._listed = _fingerprint(folder, paths)
 
     def require_labels(self) -> None:
-        """Raise ValueError unless the folders are at least two classes, and not splits."""
-        super().require_labels()
-        if {name.lower() for name in self.classes} <= SPLIT_NAMES:
+        """Raise ValueError unless the folders are at least two classes, clear, and not splits."""
+        if len(self._tops) > 1 and {name.lower() for name in self._tops} <= SPLIT_NAMES:
             raise ValueError(
-                f"the folders in {self.folder} are called {' and '.join(self.classes)}, like splits"
-                " of a dataset rather than classes: give one of them, with one folder per class."
+                f"the folders in {self.folder} are called {' and '.join(sorted(self._tops))}, like"
+                " splits of a dataset: give one of them, with one folder per class."
             )
+        doubtful = [self._doubts[name] for name in self.classes if name in self._doubts]
+        if doubtful:
+            raise ValueError(
+                "the class of an image is the folder that holds it, so classes are not clear in"
+                f" {self.folder}: {describe_doubts(doubtful)}. Give a folder with one folder per"
+                " class, or shards that `data-prep shard` makes of a list of paths and labels."
+            )
+        super().require_labels()
 
     def require_own_metadata(self) -> None:
         """Raise ValueError if two images of the folder would share their JSON: a.jpg, a.png."""

@@ -20,7 +20,7 @@ from data_prep.format.storage import RemotePath
 from data_prep.sources import unpacking
 from data_prep.sources.files import Selection, SourceFile
 from data_prep.sources.image_source import open_source
-from data_prep.write.listing import class_name
+from data_prep.write.classes import class_name
 
 KINDS = ("tar", "tar.gz", "tgz", "tar.bz2", "tbz2", "tar.xz", "txz", "TAR", "zip", "ZIP")
 _COMPRESSORS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}

@@ -12,7 +12,7 @@ from data_prep.cli import main
 from data_prep.format.manifest import read_manifest
 from data_prep.sources.files import Selection, SourceError
 from data_prep.sources.image_source import open_source
-from data_prep.write.listing import class_name, find_classes
+from data_prep.write.classes import class_name, find_classes
 
 PATHS = tuple(f"f/{number}.jpg" for number in range(4))
 WORDS = ("NA", "N/A", "n/a", "null", "NULL", "None", "<NA>", "nan", "NaN", "NAN", "#N/A", "#NA")

@@ -15,7 +15,7 @@ from data_prep.format.index import read_index
 from data_prep.format.manifest import read_manifest
 from data_prep.sources.files import Selection, SourceError, SourceFile
 from data_prep.sources.image_source import open_source
-from data_prep.write.listing import class_name, find_classes
+from data_prep.write.classes import class_name, find_classes
 
 PATHS = ("cat/0.jpg", "dog/1.jpg", "owl/2.jpg")
 NAN = float("nan")

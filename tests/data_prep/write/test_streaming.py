@@ -19,7 +19,7 @@ from data_prep.sources.files import Selection, SourceError
 from data_prep.sources.folders import FolderSource
 from data_prep.sources.image_source import open_source
 from data_prep.write.build import build_shards, merge_parts
-from data_prep.write.listing import find_classes
+from data_prep.write.classes import find_classes
 from data_prep.write.options import RunOptions, ShardOptions
 from data_prep.write.output_dir import OutputDirError
 from data_prep.write.plan import cut_stream, path_key

@@ -255,21 +255,6 @@ def test_images_directly_in_the_folder_have_no_class(tmp_path: Path) -> None:
     assert Counter(label for _, label in everything(mixed)) == {0: 2, 1: 2, 2: 2, None: 1}
 
 
-def test_the_class_is_the_first_folder_on_the_path(tmp_path: Path) -> None:
-    for name in ("n1/images/1.png", "n1/images/2.png", "n2/images/1.png", "n2/3.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"1")
-    images = open_folder(tmp_path)
-    assert images.classes == ("n1", "n2")
-    names = {images.name(part, 0): images.read(part, 0).label for part in range(4)}
-    assert names == {
-        "n1/images/1.png": 0,
-        "n1/images/2.png": 0,
-        "n2/images/1.png": 1,
-        "n2/3.png": 1,
-    }
-
-
 def test_splits_are_not_classes(tmp_path: Path) -> None:
     write_folder(tmp_path / "train", 6)
     write_folder(tmp_path / "val", 6)
