@@ -20,6 +20,7 @@ from simmim.engine.distributed.sharding import (
 )
 from simmim.engine.distributed.switches import DDP_OPTIONS, switched, switches_for
 from simmim.engine.distributed.watchdog import group_timeout
+from simmim.engine.generators import own_generators
 from simmim.engine.optimizer import build_optimizer, parameter_groups
 from simmim.engine.stage import TrainingStage
 from simmim.environment import fsdp_hidden, process_environment, restored_variables
@@ -34,7 +35,7 @@ LARGEST_BLOCK = 2**30
 def own_process_state() -> Iterator[None]:
     """Give a run the process-wide state of a fresh process, and restore what was before.
 
-    That is accelerate's shared state, the environment, torch's number of threads and its generator,
+    That is accelerate's shared state, the environment, torch's number of threads and generators,
     and on a GPU what `switched` sets: runs of different precision may follow each other in one
     process.
     """
@@ -45,11 +46,7 @@ def own_process_state() -> Iterator[None]:
         kind._shared_state.clear()
     switches = switches_for("cuda" if torch.cuda.is_available() else "cpu", variables)
     try:
-        with (
-            torch.random.fork_rng(devices=[]),
-            switched(switches, variables),
-            restored_variables(),
-        ):
+        with own_generators(), switched(switches, variables), restored_variables():
             yield
     finally:
         for kind, state in zip(shared, before, strict=True):

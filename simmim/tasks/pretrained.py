@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-import torch
-
 from simmim.data.settings import CroppedSettings
 from simmim.engine.checkpoint.directory import complete_checkpoints
+from simmim.engine.generators import seeded
 from simmim.engine.run import RunFolder
 from simmim.tasks.recipe import HEAD_FOLDER, SCRATCH, EncoderSettings
 from swinv2 import SwinV2, build_encoder, load_encoder
@@ -71,8 +70,7 @@ def load_initial_encoder(
             not fit the image or window size.
     """
     if init == SCRATCH:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             encoder = build_encoder(wanted.config(data.image_size))
         mean, std = data.normalisation
         return InitialEncoder(encoder=encoder, mean=mean, std=std)

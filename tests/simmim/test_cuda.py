@@ -21,6 +21,8 @@ from simmim.bench.gpu.selftest import (
     relative_error,
 )
 from simmim.cli import main
+from simmim.engine.devices import own_process_state
+from simmim.engine.generators import seeded
 from simmim.engine.run import RunFolder
 from simmim.method.model import SimMIM
 from swinv2 import SwinV2, build_encoder, load_encoder
@@ -100,3 +102,16 @@ def test_it_trains_resumes_and_exports(
     target = tmp_path / "encoder"
     assert main(["export", str(folder), str(target)]) == 0
     assert load_encoder(target).config.embed_dim == 16
+
+
+def test_a_run_leaves_the_generators_of_the_caller() -> None:
+    torch.rand(3, device=DEVICE)
+    before = torch.cuda.get_rng_state(), torch.get_rng_state()
+    with own_process_state():
+        torch.manual_seed(1)
+        torch.rand(3, device=DEVICE)
+    assert torch.equal(torch.cuda.get_rng_state(), before[0])
+    assert torch.equal(torch.get_rng_state(), before[1])
+    with seeded(1):
+        torch.rand(3)
+    assert torch.equal(torch.cuda.get_rng_state(), before[0])

@@ -15,6 +15,7 @@ from simmim.bench.gpu.cells import CheckFailed, Values
 from simmim.bench.gpu.gradients import adamw, assign_gradients, take_step
 from simmim.bench.gpu.scale import Scale, Size
 from simmim.bench.live_bytes import LiveBytes, materialise, only_two_groups
+from simmim.engine.generators import seeded
 from simmim.method.model import SimMIM
 from swinv2 import SwinV2, build_encoder
 from swinv2.config import AttentionPath
@@ -34,8 +35,7 @@ ROUNDING = 3
 def build_moving_encoder(**sizes: Any) -> SwinV2:
     """Build an encoder whose blocks do something: norms of fresh ones are zero."""
     generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         encoder = build_encoder("tiny", **sizes)
     for name, parameter in encoder.named_parameters():
         if "norm" in name:

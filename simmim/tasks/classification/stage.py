@@ -26,6 +26,7 @@ from simmim.data.transforms.image_transforms import (
 from simmim.data.transforms.labels import MultiLabelReader
 from simmim.data.transforms.mixing import draw_mixes, mix, partners
 from simmim.data.transforms.settings import AugmentationSettings
+from simmim.engine.generators import seeded
 from simmim.engine.run import RunFolder
 from simmim.tasks.architecture import resolve_architecture
 from simmim.tasks.classification.classifier import Classifier, copy_head, save_head
@@ -107,8 +108,7 @@ class ClassifierStage(FineTuningStage[RecipeT, DataT]):
         self.initial = initial = self.load_initial(recipe)
         self.classes = classes
         recipe.execution.apply(initial.encoder)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.training.seed)
+        with seeded(recipe.training.seed):
             self.model = Classifier(initial.encoder, len(self.classes))
         self._copy_head(initial.head, recipe.init_head)
 

@@ -22,6 +22,7 @@ from simmim.engine.checkpoint.directory import (
 )
 from simmim.engine.checkpoint.ema import load_average
 from simmim.engine.checkpoint.resume import load_model
+from simmim.engine.generators import seeded
 from simmim.engine.run import RunFolder
 from simmim.method.masking import MaskGenerator
 from simmim.method.model import SimMIM
@@ -43,8 +44,7 @@ BASELINE_IMAGES = 256
 
 def build_model(recipe: PretrainRecipe) -> SimMIM[SwinV2]:
     """Build the model with its initial weights, which depend on the recipe's seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.training.seed)
+    with seeded(recipe.training.seed):
         return SimMIM(
             build_encoder(recipe.encoder.config(recipe.data.image_size)),
             mask_cell=recipe.mask.cell,

@@ -18,6 +18,7 @@ from simmim.data.datasets.opening import open_sets
 from simmim.data.loader.batches import evaluation_batches
 from simmim.data.order.randomness import shuffled
 from simmim.data.transforms.image_transforms import EvalTransform
+from simmim.engine.generators import seeded
 from simmim.tasks.features import Normalise, pooled_features
 from simmim.tasks.input_check import EncoderInput, check_input
 from simmim.tasks.loading import open_labelled
@@ -131,8 +132,7 @@ def table(results: Mapping[Start, ProbeResult]) -> str:
 
 def scratch_like(encoder: SwinV2, seed: int) -> SwinV2:
     """Return an encoder of the same architecture with random weights drawn with `seed`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return build_encoder(encoder.config).eval()
 
 

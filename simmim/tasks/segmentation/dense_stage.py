@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from simmim.data.loader.batch import Batch
 from simmim.data.loader.batches import BatchStream, picture_batches
+from simmim.engine.generators import seeded
 from simmim.engine.loop import nonzero
 from simmim.engine.run import RunFolder
 from simmim.tasks.features import Normalise, sample_drop_path_noise
@@ -202,8 +203,7 @@ class DenseStage(FineTuningStage[RecipeT, DataT]):
         self.names = names
         seed = recipe.training.seed
         initial = self.load_initial(recipe)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.model = self.build_model(recipe, initial.encoder, names)
         recipe.data.check_bands(initial.encoder.config.in_channels)
         self.initial = replace(initial, encoder=self.model.backbone.encoder)

@@ -3,7 +3,6 @@
 import math
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from simmim.data.transforms.clip_transforms import (
     unfold_frames,
 )
 from simmim.data.transforms.frames import require_decoder
+from simmim.engine.generators import seeded
 from simmim.tasks.classification.classifier import Classifier
 from simmim.tasks.classification.stage import ClassifierStage
 from simmim.tasks.features import Normalise, sample_drop_path_noise
@@ -100,8 +100,7 @@ class VideoStage(ClassifierStage[VideoRecipe, ClipSet]):
         """
         init, wanted, data, seed = recipe.init, recipe.encoder, recipe.data, recipe.training.seed
         if init == SCRATCH:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+            with seeded(seed):
                 encoder = VideoSwinV2(wanted.video_config(data.image_size, data.frames))
             return InitialEncoder(encoder=encoder, mean=data.mean, std=data.std, inflated_from=None)
         source = find_weights(init)
