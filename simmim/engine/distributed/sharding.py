@@ -8,7 +8,7 @@ of a head is a unit of its own, in its own precision, because its running statis
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -120,7 +120,8 @@ def shard_by_block(
         model: an encoder, or a module that contains one and whose forward calls it.
         mesh: a one-dimensional mesh.
         param_dtype: dtype in which weights are gathered and used; None for their own. The shards,
-            which the optimiser updates, keep theirs, float32 for example.
+            which the optimiser updates, keep theirs, float32 for example; so do the inputs of the
+            model, whose losses they may be the targets of.
         reduce_dtype: dtype in which gradients are averaged; None for `param_dtype`.
         reshard_after_forward: free a block's weights after its forward, and gather them again for
             its backward: less memory, half as much communication again.
@@ -138,6 +139,8 @@ def shard_by_block(
         raise ValueError(f"the mesh has {mesh.ndim} dimensions; shard over one of its axes.")
     blocks = set(encoder_blocks(model))
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    # The encoder converts images itself; targets and what losses are divided by stay as precise.
+    outermost = replace(policy, cast_forward_inputs=False)
     own = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
     for module in list(model.modules()):
         if module in blocks:
@@ -146,7 +149,7 @@ def shard_by_block(
             )
         elif isinstance(module, _BatchNorm):
             fully_shard(module, mesh=mesh, mp_policy=own, reshard_after_forward=False)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=outermost, reshard_after_forward=False)
     if _is_encoder(model):
         for name in ENTRY_POINTS:
             register_fsdp_forward_method(model, name)

@@ -1,7 +1,7 @@
 """Sharding by block: sizes of shards, and parity with unsharded training."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from simmim import SimMIM
+from simmim.data.loader.batch import Batch
 from simmim.engine.distributed.sharding import (
     no_gradient_sync,
     shard_by_block,
+    shard_for_training,
     shard_size,
     sharding_units,
 )
+from simmim.recipe import parse
+from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.pretrain.stage import PretrainModule, build_model
 from swinv2 import build_encoder
 from swinv2.blocks import Block
 from tests.simmim.forked import finish
@@ -76,28 +81,59 @@ def test_weights_gathered_in_bfloat16_stay_close(train: Train) -> None:
     assert found["weight"] < 1e-2, found  # of float32 shards, after four steps of 1e-3
 
 
-def test_accumulated_gradients_are_kept_in_shards(tmp_path: Path) -> None:
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        encoder = build_encoder(
-            "tiny", image_size=16, window_size=4, patch_size=2, embed_dim=8, depths=(1,),
-            num_heads=(1,),
-        )  # fmt: skip
-        shard_by_block(encoder, init_device_mesh("cpu", (1,)), param_dtype=None)
-        images = torch.randn(2, 3, 16, 16)
-        with no_gradient_sync(encoder, Accelerator(cpu=True)):
-            encoder(images[:1]).square().sum().backward()
-        first = [one.grad for one in encoder.parameters()]
-        assert all(isinstance(gradient, DTensor) for gradient in first)
-        encoder(images[1:]).square().sum().backward()
-        total = [one.grad.full_tensor() for one in encoder.parameters()]  # type: ignore[union-attr]
-        encoder.zero_grad()
-        encoder(images).square().sum().backward()
-        whole = [one.grad.full_tensor() for one in encoder.parameters()]  # type: ignore[union-attr]
-        torch.testing.assert_close(total, whole)
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+def test_accumulated_gradients_are_kept_in_shards(one_rank: None) -> None:
+    encoder = build_encoder(
+        "tiny", image_size=16, window_size=4, patch_size=2, embed_dim=8, depths=(1,),
+        num_heads=(1,),
+    )  # fmt: skip
+    shard_by_block(encoder, init_device_mesh("cpu", (1,)), param_dtype=None)
+    images = torch.randn(2, 3, 16, 16)
+    with no_gradient_sync(encoder, Accelerator(cpu=True)):
+        encoder(images[:1]).square().sum().backward()
+    first = [one.grad for one in encoder.parameters()]
+    assert all(isinstance(gradient, DTensor) for gradient in first)
+    encoder(images[1:]).square().sum().backward()
+    total = [one.grad.full_tensor() for one in encoder.parameters()]  # type: ignore[union-attr]
+    encoder.zero_grad()
+    encoder(images).square().sum().backward()
+    whole = [one.grad.full_tensor() for one in encoder.parameters()]  # type: ignore[union-attr]
+    torch.testing.assert_close(total, whole)
+
+
+def test_targets_keep_their_precision_in_bfloat16(one_rank: None) -> None:
+    """The loss of float images far from 0, such as heights, is that of the same rounded weights."""
+    values = {
+        "task": "pretrain",
+        "encoder": {"variant": "tiny", "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1]}
+        | {"window_size": 4, "in_channels": 1},
+        "data": {"shards": "nowhere", "image_size": 32, "mean": [1000.0], "std": [1.0]},
+        "mask": {"cell": 8},
+        "training": {"batch_size": 2, "steps": 1, "precision": "bf16"}
+        | {"optimizer": {"lr": 1e-3}},
+    }
+    recipe = parse(PretrainRecipe, values, "test")
+    whole, sharded = (PretrainModule(build_model(recipe), recipe.data, seed=0) for _ in range(2))
+    for parameter in whole.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    generator = torch.Generator().manual_seed(0)
+    images = 1000 + torch.randn(2, 1, 32, 32, generator=generator)
+    masks = torch.eye(4, dtype=torch.bool).expand(2, 4, 4)
+    batch = Batch(images, masks, None, torch.zeros(2, 3, dtype=torch.int64))
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    shard_for_training(sharded, accelerator)
+    with accelerator.autocast():
+        expected = whole(batch)
+    found = sharded(batch)
+    assert found.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
 def test_sharding_units_of_giant() -> None:
