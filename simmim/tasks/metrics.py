@@ -14,7 +14,7 @@ class AccuracySums:
     top1: float = 0.0
     """Images whose true class has the highest score."""
     top5: float = 0.0
-    """Images whose true class is among the five highest scores."""
+    """Images whose true class is among the five highest scores: all, of up to five classes."""
     loss: float = 0.0
     """Sum of the cross entropy."""
     samples: int = 0
@@ -26,6 +26,11 @@ class AccuracySums:
             loss=self.loss + other.loss,
             samples=self.samples + other.samples,
         )
+
+
+def tells_top5(classes: int) -> bool:
+    """Return whether top-5 accuracy says anything: there are more classes than five."""
+    return classes > 5
 
 
 def accuracy_sums(logits: Tensor, labels: Tensor) -> AccuracySums:

@@ -40,7 +40,7 @@ from simmim.tasks.features import Normalise, sample_drop_path_noise
 from simmim.tasks.fine_tuning import DataT, FineTuningStage
 from simmim.tasks.loading import any_labelled, open_labelled, train_transform
 from simmim.tasks.measured import with_measured
-from simmim.tasks.metrics import AccuracySums, accuracy_sums
+from simmim.tasks.metrics import AccuracySums, accuracy_sums, tells_top5
 from simmim.tasks.pretrained import InitialEncoder
 from simmim.tasks.recipe import HEAD_FOLDER
 from swinv2 import SwinV2, SwinV2Config, save_encoder
@@ -140,6 +140,8 @@ class ClassifierStage(FineTuningStage[RecipeT, DataT]):
     ) -> dict[str, float]:
         """Return top-1 and top-5 accuracy in percent and the mean cross-entropy.
 
+        There is no top-5 accuracy of five classes or fewer.
+
         Args:
             batches: this rank's part.
             accelerator: the ranks.
@@ -155,11 +157,10 @@ class ClassifierStage(FineTuningStage[RecipeT, DataT]):
         top1, top5, loss, count = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()
         if not count:
             return {}
-        return {
-            "top1": 100 * top1 / count,
-            "top5": 100 * top5 / count,
-            "validation_loss": loss / count,
-        }
+        figures = {"top1": 100 * top1 / count}
+        if tells_top5(len(self.classes)):
+            figures["top5"] = 100 * top5 / count
+        return figures | {"validation_loss": loss / count}
 
     @abstractmethod
     def save_encoder(self, path: Path, provenance: Provenance) -> None:

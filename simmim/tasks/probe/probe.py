@@ -22,7 +22,7 @@ from simmim.engine.generators import seeded
 from simmim.tasks.features import Normalise, pooled_features
 from simmim.tasks.input_check import EncoderInput, check_input
 from simmim.tasks.loading import open_labelled
-from simmim.tasks.metrics import accuracy_sums
+from simmim.tasks.metrics import accuracy_sums, tells_top5
 from simmim.tasks.pretrained import find_weights
 from simmim.tasks.probe.recipe import ProbeData, ProbeRecipe, ProbeSettings
 from swinv2 import SwinV2, build_encoder, load_encoder
@@ -43,7 +43,8 @@ class ProbeResult:
 
     knn_top1: float
     linear_top1: float
-    linear_top5: float
+    linear_top5: float | None
+    """None of five classes or fewer."""
     train_samples: int
     validation_samples: int
 
@@ -117,16 +118,16 @@ def describe(directory: Path, description: EncoderDescription, probed: SwinV2) -
 
 def table(results: Mapping[Start, ProbeResult]) -> str:
     """Return the results as a table for a person, one row per initialisation."""
-    lines = ["encoder      kNN top-1  linear top-1  linear top-5"]
+    has_top5 = any(found.linear_top5 is not None for found in results.values())
+    lines = ["encoder      kNN top-1  linear top-1" + ("  linear top-5" if has_top5 else "")]
+    for start, found in results.items():
+        top5 = "" if found.linear_top5 is None else f"  {found.linear_top5:12.2f}"
+        lines.append(f"{start:<11s}  {found.knn_top1:9.2f}  {found.linear_top1:12.2f}{top5}")
     lines += [
-        f"{start:<11s}  {found.knn_top1:9.2f}  {found.linear_top1:12.2f}  {found.linear_top5:12.2f}"
-        for start, found in results.items()
+        f"percent of {found.validation_samples:,} validation images, "
+        f"after {found.train_samples:,} labelled training images"
+        for found in list(results.values())[:1]
     ]
-    for found in list(results.values())[:1]:
-        lines.append(
-            f"percent of {found.validation_samples:,} validation images, "
-            f"after {found.train_samples:,} labelled training images"
-        )
     return "\n".join(lines)
 
 
@@ -202,7 +203,9 @@ def probe(
     return ProbeResult(
         knn_top1=100 * by_votes.top1 / by_votes.samples,
         linear_top1=100 * by_lines.top1 / by_lines.samples,
-        linear_top5=100 * by_lines.top5 / by_lines.samples,
+        linear_top5=(
+            100 * by_lines.top5 / by_lines.samples if tells_top5(len(training.classes)) else None
+        ),
         train_samples=len(known.labels),
         validation_samples=len(asked.labels),
     )

@@ -178,7 +178,8 @@ class VideoStage(ClassifierStage[VideoRecipe, ClipSet]):
         views = self.recipe.data.views
         if figures and views != (1, 1):
             of_views = self._figures(accelerator, views)
-            figures |= {f"views_{name}": of_views[name] for name in ("top1", "top5")}
+            accuracies = [name for name in ("top1", "top5") if name in of_views]
+            figures |= {f"views_{name}": of_views[name] for name in accuracies}
         return figures
 
     def _figures(self, accelerator: Accelerator, views: tuple[int, int]) -> dict[str, float]:

@@ -144,8 +144,8 @@ def test_a_run_trains_validates_and_exports_its_encoder(
     code, lines = finetune(values, tmp_path)
     assert code == 0
     figures = next(line for line in reversed(lines) if "top1" in line)
-    assert {"top1", "top5", "validation_loss", "views_top1", "views_top5"} <= set(figures)
-    assert figures["top5"] == figures["views_top5"] == 100
+    assert {"top1", "validation_loss", "views_top1"} <= set(figures)
+    assert not {"top5", "views_top5"} & set(figures)  # of two classes
 
     description = read_video_config(tmp_path / "run" / "encoder")
     assert description.mean == MEAN
