@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from simmim.engine.folder_lock import locked_folder
 from simmim.engine.run import FREE_TO_CHANGE, RunFolder
 from simmim.recipe import RecipeError, load, parse, to_values, to_yaml
 from simmim.tasks.pretrain.recipe import PretrainRecipe
@@ -266,3 +267,30 @@ def test_the_lock_of_a_run_ends_with_it(tmp_path: Path) -> None:
         raise KeyError
     assert subprocess.run(command, check=False).returncode == 0
     assert len(list(Path("/dev/fd").iterdir())) == files
+
+
+def test_a_refused_run_leaves_nothing_that_was_not_there(tmp_path: Path) -> None:
+    deep, there, used = tmp_path / "a" / "b", tmp_path / "there", tmp_path / "used"
+    there.mkdir()
+    for path in (deep, there):
+        with pytest.raises(KeyError), locked_folder(path):
+            raise KeyError
+    with locked_folder(used):
+        (used / "recipe.yaml").touch()
+    assert not deep.parent.exists()
+    assert list(there.iterdir()) == []
+    assert {path.name for path in used.iterdir()} == {".lock", "recipe.yaml"}
+
+
+def test_a_folder_that_is_removed_while_another_waits_has_one_writer(tmp_path: Path) -> None:
+    """Processes that write nothing create and remove the folder; each is alone in it."""
+    program = (
+        "import os, sys; from pathlib import Path;"
+        "from simmim.engine.folder_lock import locked_folder\n"
+        "for _ in range(40):\n"
+        "    with locked_folder(Path(sys.argv[1]) / 'run', timeout=60):\n"
+        "        os.mkdir(sys.argv[1] + '/alone'); os.rmdir(sys.argv[1] + '/alone')\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    processes = [subprocess.Popen(command) for _ in range(3)]
+    assert [process.wait(timeout=60) for process in processes] == [0, 0, 0]
