@@ -19,7 +19,7 @@ from data_prep.images.arrays import ArrayError, read_header, read_values
 from data_prep.images.damage import DamageError, decode_jpeg, read_jpeg_header
 from data_prep.images.deep_png import is_deep_png, read_deep_png, to_channels
 from data_prep.images.headers import grey_maximum, jpeg2000_shift, truncated_bit_depth
-from data_prep.images.jpeg2000 import DepthError, check_sign, is_jpeg2000, scale_few_bits
+from data_prep.images.jpeg2000 import DepthError, check_sign, has_alpha, is_jpeg2000, scale_few_bits
 from data_prep.images.opening import (
     FORMATS,
     UnknownFormatError,
@@ -326,6 +326,9 @@ def wide_values(image: Image.Image, data: bytes) -> Loaded:
     Args:
         image: the loaded picture; Pillow scales some formats to 16 bits.
         data: its file.
+
+    Raises:
+        DepthError: the components of a JPEG 2000 are in another order than Pillow's.
     """
     if image.mode.startswith("I;16"):
         return np.asarray(image).astype(np.uint16) >> jpeg2000_shift(data)
@@ -338,7 +341,12 @@ def wide_values(image: Image.Image, data: bytes) -> Loaded:
             values = np.rint(values * (highest / 65_535)).astype(np.int32)
         holds = values.min() >= 0 and values.max() < 2**16
         return values.astype(np.uint16 if holds else np.float64)
-    return scale_few_bits(image, data) if is_jpeg2000(data) else image
+    if not is_jpeg2000(data):
+        return image
+    scaled = scale_few_bits(image, data)
+    if scaled.mode == "P" or has_alpha(data) or scaled.mode not in ("LA", "RGBA"):
+        return scaled
+    return np.array(scaled)
 
 
 def _to_channels(image: Image.Image, channels: int | None) -> Image.Image:

@@ -1,8 +1,12 @@
-"""JPEG 2000: depth and sign of its components, which Pillow shifts to 8 or 16 bits.
+"""JPEG 2000: depth, sign and meaning of its components.
 
 Pillow shifts values of 1 to 7 bits to 8, so that white is 128 to 254, wraps white to black where it
-rounds 9 bits and more to 8, and adds half of the range to signed values.
+rounds 9 bits and more to 8, and adds half of the range to signed values. It takes the last of two
+or four components for transparency, and never looks at the `cdef` box, which says what they are.
 """
+
+import struct
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +18,10 @@ _SIZES = b"\xff\x4f\xff\x51"
 _COUNT, _FIRST = 40, 42
 """Offsets of the number of components and of the first one from there."""
 _YCC = b"colr\1\0\0\0\0\0\x12"
+_COLOUR, _OPACITY, _PREMULTIPLIED = 0, 1, 2
+"""Types of a channel in `cdef`."""
+_WHOLE, _NONE = 0, 65_535
+"""Colours that a channel may be of in `cdef`, other than a number from 1: all, and none."""
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
@@ -54,6 +62,48 @@ def check_sign(data: bytes) -> None:
         )
 
 
+def has_alpha(data: bytes) -> bool:
+    """Return whether the last component of a JPEG 2000 is transparency: only `cdef` says so.
+
+    Raises:
+        DepthError: the components are not in the order of the colours, or multiplied by alpha.
+    """
+    last, is_alpha = len(component_bits(data)) - 1, False
+    for channel, kind, colour in _definitions(data):
+        if kind == _COLOUR and colour not in (channel + 1, _WHOLE, _NONE):
+            raise DepthError("it is a JPEG 2000 with colours in another order: convert it to PNG")
+        if kind == _PREMULTIPLIED or (kind == _OPACITY and channel != last):
+            what = "alpha before colours" if kind == _OPACITY else "colours multiplied by alpha"
+            raise DepthError(f"it is a JPEG 2000 with {what}: convert it to PNG")
+        is_alpha = is_alpha or kind == _OPACITY
+    return is_alpha
+
+
+def _definitions(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield (channel, type, colour) of what the `cdef` box of a JPEG 2000 defines."""
+    for kind, start, stop in _boxes(data, 0, len(data)):
+        if kind == b"jp2h":
+            for inner, first, end in _boxes(data, start, stop):
+                if inner == b"cdef":
+                    body = data[first + 2 : end]
+                    yield from struct.iter_unpack(">HHH", body[: len(body) // 6 * 6])
+
+
+def _boxes(data: bytes, start: int, stop: int) -> Iterator[tuple[bytes, int, int]]:
+    """Yield type, first byte and end of the boxes in a part of a file, as far as they are whole."""
+    while start + 8 <= stop and not data.startswith(_SIZES):
+        length, kind = struct.unpack_from(">I4s", data, start)
+        first = start + 8
+        if length == 1 and first + 8 <= stop:
+            (length,) = struct.unpack_from(">Q", data, first)
+            first += 8
+        end = start + length if length else stop
+        if not first <= end <= stop:
+            return
+        yield kind, first, end
+        start = end
+
+
 def scale_few_bits(image: Image.Image, data: bytes) -> Image.Image:
     """Return a picture that Pillow loaded, with its components of 1 to 7 bits from 0 to 255."""
     depths = component_bits(data)
@@ -92,6 +142,11 @@ def read_8_bits(data: bytes) -> Image.Image:
     depths = set(component_bits(data))
     if len(depths) != 1 or _YCC in data:
         raise DepthError("it is a JPEG 2000 of YCbCr or of several depths: convert it to PNG")
+    if len(component_bits(data)) in (2, 4) and not has_alpha(data):
+        raise DepthError(
+            f"it is a JPEG 2000 of {bit_depth(data)} bits with a band that is not called alpha, or "
+            "of CMYK: convert it to an array (.npy)"
+        )
     values: NDArray[np.uint32] = imagecodecs.jpeg2k_decode(data).astype(np.uint32)
     white = 2 ** depths.pop() - 1
     reduced = np.minimum((values * 510 + white) // (2 * white), 255).astype(np.uint8)

@@ -19,6 +19,7 @@ from data_prep.images.decoding import (
     TooLargeError,
     decode,
 )
+from data_prep.images.jpeg2000 import is_jpeg2000
 from data_prep.images.opening import UnknownFormatError
 from data_prep.images.tiff_layout import STARTS
 from simmim.data.order.source import BadSampleError, DataError
@@ -66,7 +67,8 @@ def decode_pixels(
         BadSampleError: the file is damaged, too large, or an array with other channels or with NaN.
         DataError: pictures cannot have that many channels.
     """
-    if channels not in MODES and extension != ARRAY_EXTENSION and not data.startswith(STARTS):
+    has_bands = extension == ARRAY_EXTENSION or data.startswith(STARTS) or is_jpeg2000(data)
+    if channels not in MODES and not has_bands:
         raise DataError(
             f"images have 1 (grey), 3 (colour) or 4 channels (with transparency), not {channels}:"
             " change in_channels, or use arrays (.npy) with that many channels."

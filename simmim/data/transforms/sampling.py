@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_prep.format.text import count_noun
+from data_prep.images import jpeg2000
 from data_prep.images.arrays import ArrayError, read_header
 from data_prep.images.checking import RejectedImageError, read_pixels
 from data_prep.images.decoding import DecodingError, decode
@@ -208,6 +209,8 @@ def form_of(data: bytes, extension: str, max_pixels: int) -> ImageForm:
             with Image.open(io.BytesIO(data)) as opened:
                 mode = "" if opened.format == "TIFF" or is_deep_png(data) else opened.mode
                 has_alpha = opened.has_transparency_data
+                if opened.format == "JPEG2000" and has_alpha and not jpeg2000.has_alpha(data):
+                    has_alpha = False  # a band of data
     except Exception:  # hostile bytes raise nearly any type
         mode, has_alpha = "", False
     if mode in STORED and not has_alpha:
