@@ -12,7 +12,7 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from data_prep.executors.processes import Interruption
-from data_prep.format.kinds import UNCLEAR, WITH_QUERY, describe_kinds
+from data_prep.format.kinds import SECOND_DOT, UNCLEAR, WITH_QUERY, describe_kinds
 from data_prep.format.manifest import Manifest, read_manifest
 from data_prep.format.patterns import Names
 from data_prep.format.pipes import PIPE, PipedFile
@@ -351,6 +351,11 @@ def _describe_skipped(skipped: Mapping[str, int], *, rewriting: bool = False) ->
     unclear = any(kind in UNCLEAR or kind.endswith(WITH_QUERY) for kind in skipped)
     option = "`data-prep shard TAR DST --include GLOB`" if rewriting else "--include GLOB"
     hint = f"; {option} takes files whatever their suffix" if unclear else ""
+    if any(kind.endswith(SECOND_DOT) for kind in skipped):
+        hint += (
+            "; the key of a sample ends at the first dot of a name: KEY.b.jpg is a member b.jpg, "
+            "not its image, so write tars of names with one dot"
+        )
     return f"\nskipped: {describe_kinds(skipped)}{hint}"
 
 

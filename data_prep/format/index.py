@@ -31,6 +31,8 @@ from data_prep.format.samples import SampleReader
 from data_prep.format.storage import Location, RemotePath, StorageError, locate
 from data_prep.format.tars import TarError, Warn, open_seekable
 
+_REFUSALS_NAMED = 20
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardIndex:
@@ -138,6 +140,36 @@ class IndexedTar:
         )
 
 
+@dataclass(kw_only=True)
+class Refusals:
+    """Samples that must not be used, for one message that names the first of them."""
+
+    count: int = 0
+    """Number of all samples."""
+    named: list[str] = field(default_factory=list)
+    """What is wrong with the first ones."""
+
+    def add(self, problem: str) -> None:
+        """Count a sample."""
+        self.count += 1
+        self.named += [problem][: _REFUSALS_NAMED - len(self.named)]
+
+    def update(self, other: "Refusals") -> None:
+        """Count the samples of another tar too."""
+        self.count += other.count
+        self.named += other.named[: _REFUSALS_NAMED - len(self.named)]
+
+    def error(self) -> TarError:
+        """Return the error that names them; there must be at least one."""
+        remedy = "without them, or repaired, or write the others anew with `data-prep reshard`"
+        if self.count == 1:
+            return TarError(f"{self.named[0]}. Write the tar {remedy.replace('them', 'it')}.")
+        lines = [f"{self.count:,} samples are refused. Write the tars {remedy}:", *self.named]
+        if self.count > len(self.named):
+            lines.append(f"and {self.count - len(self.named):,} more")
+        return TarError("\n  ".join(lines))
+
+
 class _Row(NamedTuple):
     offset: int
     size: int
@@ -157,6 +189,7 @@ def index_tar(
     *,
     extensions: tuple[str, ...] = IMAGE_EXTENSIONS,
     missing_end: Warn | None = None,
+    refusals: Refusals | None = None,
 ) -> IndexedTar:
     """Read the headers of a WebDataset tar and compute its checksum.
 
@@ -169,12 +202,14 @@ def index_tar(
         tick: called with 1 after each sample.
         extensions: extensions of images, in lower case.
         missing_end: see `walk_tar`.
+        refusals: takes the samples that must not be used; None: they are an error.
 
     Raises:
-        TarError: the tar is damaged or cut, or has links, devices, sparse files or unsafe paths,
-            two images in one sample, a sample whose members are not contiguous, or an invalid
-            label.
+        TarError: the tar is damaged or cut, or the members of a sample are not contiguous; or
+            samples have links, devices, sparse files or unsafe paths, two images, an empty image,
+            or an invalid label.
     """
+    refused = Refusals() if refusals is None else refusals
     rows: list[_Row] = []
     skipped: Counter[str] = Counter()
     without_image = 0
@@ -182,16 +217,17 @@ def index_tar(
     for sample in reader.samples():
         tick(1)
         if sample.problem:
-            raise TarError(
-                f"{path}: sample {sample.key!r} is refused: {sample.problem}. Write the tar "
-                "without it, or repaired."
-            )
+            refused.add(f"{path}: sample {sample.key!r} is refused: {sample.problem}")
+            continue
         if not sample.images:
-            count_kind(skipped, sample.kind)
+            for kind in sample.kinds:
+                count_kind(skipped, kind)
             without_image += 1
             continue
         ((extension, member),) = sample.images.items()
         rows.append(_Row(member.offset_data, member.size, sample.label, sample.key, extension))
+    if refusals is None and refused.count:
+        raise refused.error()
     columns = list(zip(*rows, strict=True)) or [()] * 5
     index = ShardIndex(
         offsets=np.array(columns[0], dtype=np.int64),

@@ -13,6 +13,8 @@ NO_SUFFIX = "no suffix"
 NUMBERED = "numbered suffix"
 WITH_QUERY = " with a query"
 """End of the kinds of image names with a query behind the suffix."""
+SECOND_DOT = " after a second dot"
+"""End of the kinds of images in tars whose names have more dots than that of the extension."""
 UNCLEAR = frozenset({NO_SUFFIX, NUMBERED})
 """Kinds of files that may be images for all that their names say."""
 _MAC_ARCHIVE = "__MACOSX"

@@ -12,9 +12,9 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 
-from data_prep.format.kinds import count_kind, kind_of
+from data_prep.format.kinds import SECOND_DOT, count_kind, kind_of, suffix_of
 from data_prep.format.labels import MAX_LABEL_BYTES, LabelError, parse_label
-from data_prep.format.manifest import IMAGE_EXTENSIONS, READ_EXTENSIONS
+from data_prep.format.manifest import IMAGE_EXTENSIONS, IMAGE_SUFFIXES, READ_EXTENSIONS
 from data_prep.format.storage import ByteReader, Location
 from data_prep.format.tars import TarError, Warn, describe_problem, walk_tar
 
@@ -45,10 +45,16 @@ class TarSample:
     """Why the sample must not be used, as a clause; empty if it may be."""
 
     @property
-    def kind(self) -> str:
-        """Kind of what the sample holds instead of an image; see `data_prep.format.kinds`."""
+    def kinds(self) -> list[str]:
+        """Kinds of what the sample holds instead of an image; see `data_prep.format.kinds`.
+
+        They are those of all images whose extension has a dot, as `a.1.jpg` and `a.2.jpg` of the
+        key `a` and the extensions `1.jpg` and `2.jpg`, or else that of one member.
+        """
+        suffixes = [suffix_of(f"{self.key}.{name}") for name in self.extensions]
+        images = [f"{suffix}{SECOND_DOT}" for suffix in suffixes if suffix in IMAGE_SUFFIXES]
         names = [name for name in self.extensions if name not in _COMPANIONS] or self.extensions
-        return kind_of(f"{self.key}.{names[0]}")
+        return images or [kind_of(f"{self.key}.{names[0]}")]
 
 
 def has_labelled_samples(path: Location) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from data_prep.executors.processes import Tick, map_tasks
 from data_prep.format.atomic import remove_leftovers
-from data_prep.format.index import index_tar, write_index
+from data_prep.format.index import Refusals, index_tar, write_index
 from data_prep.format.kinds import describe_kinds
 from data_prep.format.manifest import (
     MANIFEST_NAME,
@@ -82,6 +82,7 @@ class _IndexedShard:
     skipped: Counter[str]
     largest_label: int
     remarks: tuple[str, ...]
+    refusals: Refusals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +127,8 @@ def index_existing(
 
     Raises:
         ManifestError: there are no tars, no images in them, several splits, or a manifest already.
-        TarError: a tar is damaged, cut or hostile; see `data_prep.format.index.index_tar`.
+        TarError: a tar is damaged or cut, or samples of any tar must not be used; see
+            `data_prep.format.index.index_tar`.
         StorageError: a store does not answer.
         OSError: the folder cannot be read or written.
     """
@@ -154,6 +156,11 @@ def index_existing(
         workers = max(1, min(workers, len(tasks)))
         found = list(map_tasks(_index_aside, tasks, workers=workers, tick=tick))
         found.sort(key=lambda one: one.entry.name)
+        refusals = Refusals()
+        for one in found:
+            refusals.update(one.refusals)
+        if refusals.count:
+            raise refusals.error()
         _refuse_replacing(folder, overwrite)  # again, since reading all tars may take hours
         skipped = sum((one.skipped for one in found), listed.skipped)
         manifest = _publish(folder, Path(partial), found, skipped, options)
@@ -178,7 +185,8 @@ def _publish(
         others = f", only {describe_kinds(skipped)}" if skipped else ""
         raise ManifestError(
             f"the tars in {folder} have no images{others}. The image of a WebDataset sample must "
-            f"be a member KEY.EXT, where EXT is one of {', '.join(READ_EXTENSIONS)}."
+            f"be a member KEY.EXT, where EXT is one of {', '.join(READ_EXTENSIONS)}, and the only "
+            "dot in its file name is that before EXT."
         )
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
     for one in full:
@@ -291,6 +299,7 @@ def _has_source(folder: Location) -> bool:
 
 def _index_aside(task: _IndexTask, tick: Tick) -> _IndexedShard:
     remarks: list[str] = []
+    refusals = Refusals()
     try:
         with as_local_file(task.path) as path:
 
@@ -302,7 +311,9 @@ def _index_aside(task: _IndexTask, tick: Tick) -> _IndexedShard:
                 tick,
                 extensions=READ_EXTENSIONS,
                 missing_end=remark if task.allow_missing_end else None,
+                refusals=refusals,
             )
+            refusals.named = [text.replace(str(path), str(task.path)) for text in refusals.named]
     except FileNotFoundError:
         raise ManifestError(f"{task.path} is missing. Restore it, or index the others.") from None
     entry = replace(indexed.entry(task.path.name), place=task.place)
@@ -314,4 +325,5 @@ def _index_aside(task: _IndexTask, tick: Tick) -> _IndexedShard:
         skipped=indexed.skipped,
         largest_label=int(indexed.index.labels.max(initial=-1)),
         remarks=tuple(remarks),
+        refusals=refusals,
     )

@@ -182,6 +182,44 @@ def test_members_beside_the_image_are_counted(
         assert (manifest.samples, manifest.skipped) == (3, expected)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_all_samples_that_are_refused_are_named(
+    foreign: Path, write_tar: WriteTar, draw_image: Callable[..., bytes], workers: int
+) -> None:
+    image = draw_image(0)
+    write_tar(foreign / "d.tar", {"1.jpg": b"", "2.jpg": image, "3.jpg": image, "3.cls": b"cat"})
+    write_tar(foreign / "e.tar", {f"{number}.jpg": b"" for number in range(30)})
+    before = sorted(foreign.iterdir())
+    with pytest.raises(TarError, match=r"32 samples are refused\.") as raised:
+        index_existing(foreign, workers=workers)
+    _, *named, last = str(raised.value).split("\n  ")
+    assert named[0] == f"{foreign / 'd.tar'}: sample '1' is refused: it is empty"
+    assert "d.tar: sample '3' is refused: its label" in named[1]
+    assert [f"e.tar: sample '{number}'" in named[2 + number] for number in range(18)] == [True] * 18
+    assert last == "and 12 more"
+    assert sorted(foreign.iterdir()) == before
+
+
+def test_images_with_a_second_dot_in_their_names_are_counted_with_a_remedy(
+    tmp_path: Path,
+    write_tar: WriteTar,
+    draw_image: Callable[..., bytes],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "dots"
+    folder.mkdir()
+    members = {f"img.{number}.jpg": draw_image(number) for number in range(3)}
+    members |= {"0.png": draw_image(0, image_format="PNG"), "0.mask.png": b"?"}
+    members |= {"1.image.png": b"?", "1.cls": b"1", "2.txt": b"a"}
+    write_tar(folder / "0.tar", members)
+    assert main(["index", str(folder), "--workers", "1"]) == 0
+    manifest = read_manifest(folder)
+    assert manifest.samples == 1
+    dotted = {".jpg after a second dot": 3, ".png after a second dot": 1}
+    assert manifest.skipped == {**dotted, ".mask.png": 1, ".txt": 1}
+    assert "write tars of names with one dot" in capsys.readouterr().out
+
+
 def test_several_beginnings_are_said(
     tmp_path: Path,
     write_tar: WriteTar,
