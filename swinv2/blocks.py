@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from itertools import count
-from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -12,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from swinv2.attention import WindowAttention, WindowGrid, WindowTables, window_grid
+from swinv2.compat import copied_function
 from swinv2.config import AttentionPath, Axes, Checkpointing, Execution
+from swinv2.kernels.dispatch import is_exporting
 from swinv2.kernels.linear import Linear, linear
 from swinv2.kernels.precision import LayerNorm
 
@@ -153,7 +154,7 @@ class Block(nn.Module):
             for noise in noises
         ]
         # A graph traced around the block contains the block's operations, not a compiled graph.
-        traced = torch.compiler.is_compiling() or torch._C._is_tracing()
+        traced = torch.compiler.is_compiling() or is_exporting()
         run = Block.run if traced or self.compiled_run is None else self.compiled_run
         # Made here, tables are inputs of a compiled graph, which would make them in every call.
         tables = self.attention.tables(grid)
@@ -192,7 +193,7 @@ def compile_run(**options: Any) -> Callable[..., Tensor]:
     shapes or grid do not use up each other's, and only the batch may become dynamic.
     """
     name = f"run_{next(COMPILED_COPIES)}"
-    run = FunctionType(Block.run.__code__.replace(co_name=name), Block.run.__globals__, name)
+    run = copied_function(Block.run, name)
     compiled: Callable[..., Tensor] = torch.compile(run, fullgraph=True, **options)
     return compiled
 

@@ -175,6 +175,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
 }
 """Which rooms a room may import, besides itself and what those may import."""
 IN_ROOM = {
+    "swinv2.compat": "swinv2.kernels",
+    "simmim.compat": "simmim.recipe",
     "simmim.disk": "simmim.recipe",
     "simmim.environment": "simmim.recipe",
     "simmim.recipe_text": "simmim.recipe",
@@ -211,6 +213,65 @@ def _names_the_environment(node: ast.AST) -> bool:
         case ast.ImportFrom(module="os", names=imported):
             return any(one.name in names for one in imported)
     return False
+
+
+DOCUMENTED = {"_exit", "_current_frames", "_replace", "_fields", "_field_defaults"}
+"""Names with an underscore that Python documents: of `os`, `sys` and named tuples."""
+TYPES_ONLY = {"_Decompress"}
+"""Names in annotations that exist for type checkers."""
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_private_names_of_other_libraries_are_in_one_module(package: str) -> None:
+    trees = {
+        file: ast.parse(file.read_text(encoding="utf-8"))
+        for name in ALLOWED
+        for file in sorted((ROOT / name).rglob("*.py"))
+    }
+    known = DOCUMENTED | TYPES_ONLY
+    known |= {name for tree in trees.values() for node in ast.walk(tree) for name in _defined(node)}
+    found = [
+        f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)} {name}"
+        for file, tree in trees.items()
+        if file.is_relative_to(ROOT / package)
+        and file != ROOT / package / "compat.py"
+        and "bench" not in file.parts
+        for node in ast.walk(tree)
+        for name in _private_names(node)
+        if name not in known
+    ]
+    assert not found, "\n".join(found)
+
+
+def _defined(node: ast.AST) -> list[str]:
+    """Return the names that a statement of ours defines."""
+    match node:
+        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+            return [name]
+        case ast.Name(id=name, ctx=ast.Store()):
+            return [name]
+        case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
+            return [name]
+    return []
+
+
+def _private_names(node: ast.AST) -> list[str]:
+    """Return the private names that an expression or an import uses."""
+    match node:
+        case ast.Attribute(attr=name):
+            names = [name]
+        case ast.Call(
+            func=ast.Name(id="getattr" | "setattr" | "hasattr"),
+            args=[_, ast.Constant(value=str(name)), *_],
+        ):
+            names = [name]
+        case ast.Import(names=imported):
+            names = [part for one in imported for part in one.name.split(".")]
+        case ast.ImportFrom(module=str(module), names=imported) if module.split(".")[0] not in OURS:
+            names = [*module.split("."), *(one.name for one in imported)]
+        case _:
+            return []
+    return [name for name in names if re.match(r"_(?!_)", name)]
 
 
 def room_of(module: str) -> str:

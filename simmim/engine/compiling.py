@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import _StopRecomputationError
 
+from simmim.compat import backward_compiled_at_once, ends_recomputation
 from simmim.engine.monitor.progress import duration
 
 Run = Callable[..., Tensor]
@@ -91,11 +91,13 @@ def with_fallback(compiled: Run, note: Callable[[Exception], None]) -> Run:
         if not failed:
             try:
                 # The backward is compiled with the forward, not when it is too late to fall back.
-                with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+                with backward_compiled_at_once():
                     return compiled(block, *args)
-            except (torch.OutOfMemoryError, _StopRecomputationError):
-                raise  # the latter ends what a checkpointed block computes again
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # an error that compiling is not the cause of comes again
+                if ends_recomputation(error):
+                    raise
                 result = type(block).run(block, *args)
                 failed = True
                 note(error)

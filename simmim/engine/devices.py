@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import KwargsHandler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from simmim.compat import forget_precision, fresh_accelerate_state
 from simmim.engine.distributed.launcher import join_restarted_group
 from simmim.engine.distributed.sharding import (
     shard_for_training,
@@ -39,19 +39,17 @@ def own_process_state() -> Iterator[None]:
     and on a GPU what `switched` sets: runs of different precision may follow each other in one
     process.
     """
-    shared = (AcceleratorState, PartialState, GradientState)
-    before = [dict(kind._shared_state) for kind in shared]
     variables, threads = process_environment().variables, torch.get_num_threads()
-    for kind in shared:
-        kind._shared_state.clear()
     switches = switches_for("cuda" if torch.cuda.is_available() else "cpu", variables)
     try:
-        with own_generators(), switched(switches, variables), restored_variables():
+        with (
+            fresh_accelerate_state(),
+            own_generators(),
+            switched(switches, variables),
+            restored_variables(),
+        ):
             yield
     finally:
-        for kind, state in zip(shared, before, strict=True):
-            kind._shared_state.clear()
-            kind._shared_state.update(state)
         torch.set_num_threads(threads)
 
 
@@ -69,8 +67,7 @@ def build_accelerator(precision: str, rank_timeout: float = 600.0) -> Accelerato
             )
         keep_freed_memory()
     mixed_precision = "no" if precision == "fp32" else precision
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
-        AcceleratorState._reset_state()  # of an earlier run; the processes stay as they are
+    forget_precision(mixed_precision)
     timeout = group_timeout(rank_timeout)
     join_restarted_group(timeout)
     handlers: list[KwargsHandler] = [InitProcessGroupKwargs(timeout=timeout)]

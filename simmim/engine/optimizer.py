@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simmim.compat import accepts_found_inf
 from simmim.engine.checkpoint.sharded_state import is_sharded
 from simmim.engine.settings import OptimizerSettings
 
@@ -144,7 +145,7 @@ def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
     others wait until the norm is known here.
     """
     inner: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate's is a wrapper
-    if not getattr(inner, "_step_supports_amp_scaling", False):
+    if not accepts_found_inf(inner):
         if bool(norm.isfinite()):
             optimizer.step()
         return

@@ -32,6 +32,7 @@ from swinv2.bridges.any_size import AnySizeFeatures
 from swinv2.bridges.checkpoints import BridgeError
 from swinv2.bridges.preprocessing import WHOLE_PICTURES, Preparation, describe, sentences
 from swinv2.bridges.verification import TOLERANCE, Report, ignore, plain_copy, zone_plate
+from swinv2.compat import lengths_of_one_allowed
 from swinv2.config import SwinV2Config
 from swinv2.config_file import README_FILE, check_normalisation
 from swinv2.encoder import SwinV2
@@ -171,11 +172,7 @@ def trace(plain: SwinV2, *, any_size: bool) -> ExportedProgram:
     if any_size:
         sizes |= {2: Dim("height", min=1), 3: Dim("width", min=1)}
     model = AnySizeFeatures(plain) if any_size else Features(plain)
-    # By default a trace assumes that no dynamic length is ever 1.
-    ones_allowed = torch.fx.experimental._config.patch(  # type: ignore[attr-defined]
-        backed_size_oblivious=True
-    )
-    with ones_allowed, torch.no_grad():
+    with lengths_of_one_allowed(), torch.no_grad():
         return torch.export.export(model.eval(), (images,), dynamic_shapes=(sizes,), strict=False)
 
 

@@ -11,12 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from swinv2.compat import HAS_LINEAR_POINTWISE, in_dispatch_mode
+
 AttentionPath = Literal["auto", "explicit", "sdpa", "sequential"]
 AttentionKernel = Literal["explicit", "sdpa", "sequential", "sequential_saving", "fused"]
 
-ONEDNN_IS_FAST = torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(
-    torch.ops.mkldnn, "_linear_pointwise"
-)
+ONEDNN_IS_FAST = torch.backends.cpu.get_cpu_capability() == "AVX512" and HAS_LINEAR_POINTWISE
 
 LARGE_WINDOW = 256
 """Tokens of a window above which the scores of one head are too few for a fast product."""
@@ -59,7 +59,7 @@ def use_onednn(tokens: Tensor) -> bool:
         and tokens.numel() > 0
         and not is_exporting()
         and ONEDNN_IS_FAST
-        and (torch.compiler.is_compiling() or bool(torch._C._get_mkldnn_enabled()))
+        and (torch.compiler.is_compiling() or bool(torch.backends.mkldnn.enabled))
     )
 
 
@@ -68,7 +68,7 @@ def use_operators() -> bool:
 
     They are needed where operations are compiled, or intercepted by a dispatch mode.
     """
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return torch.compiler.is_compiling() or in_dispatch_mode()
 
 
 def is_exporting() -> bool:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from swinv2.compat import onednn_linear
 from swinv2.kernels.dispatch import use_onednn, use_operators
 from swinv2.kernels.precision import autocast_dtype
 
@@ -51,18 +52,13 @@ def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return mapped.view(*tokens.shape[:-1], len(weight))
 
 
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-    return product
-
-
 def _weight_gradient(gradient: Tensor, rows: Tensor) -> Tensor:
     if gradient.dtype != torch.float32:
         return gradient.t() @ rows
     total: Tensor | None = None
     for start in range(0, len(rows), ROWS_AT_A_TIME):
         piece = slice(start, start + ROWS_AT_A_TIME)
-        product = _product(gradient[piece].t(), rows[piece].t(), None)
+        product = onednn_linear(gradient[piece].t(), rows[piece].t(), None)
         total = product if total is None else total.add_(product)
     assert total is not None
     return total
@@ -70,7 +66,7 @@ def _weight_gradient(gradient: Tensor, rows: Tensor) -> Tensor:
 
 _product_operator = torch.library.custom_op(
     "swinv2::linear",
-    _product,
+    onednn_linear,
     mutates_args=(),
     schema="(Tensor rows, Tensor weight, Tensor? bias) -> Tensor",
     tags=torch.Tag.flexible_layout,
@@ -99,14 +95,14 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        product = _product(rows, weight, bias)
+        product = onednn_linear(rows, weight, bias)
         _save(ctx, (rows, weight, bias), product)
         return product
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, gradient, _product, _weight_gradient)
+        return _gradients(ctx, gradient, onednn_linear, _weight_gradient)
 
 
 def _gradients(

@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from swinv2.compat import softmax_backward_in_place
 from swinv2.kernels.dispatch import choose_scores_at_a_time, use_operators
 from swinv2.kernels.precision import outside_autocast
 
@@ -122,9 +123,7 @@ def attend_backward(  # noqa: PLR0917
         for_roles[2][group] = _product(rounded.transpose(-2, -1), outcome)
 
         for_scores = _product(outcome, value.transpose(-2, -1)).to(scale.dtype)
-        torch._softmax_backward_data(
-            for_scores, weights, -1, for_scores.dtype, grad_input=for_scores
-        )
+        softmax_backward_in_place(for_scores, weights)
         for_bias[group.heads] += for_scores.sum((0, 1))
 
         # Backward of the normalisation: the component along the direction has no effect.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from simmim.engine.checkpoint.directory import OPTIMIZER
 from simmim.engine.checkpoint.shard_files import ShardFiles
@@ -44,7 +45,8 @@ def update_average(optimizer: torch.optim.Optimizer, decay: float, step: int) ->
         averages.append(local_tensor(state[AVERAGE]))
         weights.append(local_tensor(parameter.detach()))
     if averages:
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        update(averages, weights, step)
 
 
 def forget_average(optimizer: torch.optim.Optimizer) -> None:

@@ -1,6 +1,5 @@
 """Start and end of the processes of a training."""
 
-import atexit
 import ctypes
 import faulthandler
 import os
@@ -12,6 +11,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
 
 from data_prep.format.terminal import ExitCode, flush_output
+from simmim.compat import run_exit_functions
 from simmim.engine.exit_codes import LOST
 from simmim.environment import available_cores, process_environment
 from simmim.stop_signals import STOP_SIGNALS
@@ -109,7 +109,7 @@ def run_as_rank(program: Callable[[], int]) -> NoReturn:
         traceback.print_exc()
         code = 1
     if code != LOST:  # process groups that have lost a process may hang
-        atexit._run_exitfuncs()
+        run_exit_functions()
     code = flush_output(code)
     os._exit(code if isinstance(code, int) else int(code is not None))
 

@@ -5,7 +5,6 @@ after each. Everything else (embedding, merges, norms and heads) is one more uni
 of a head is a unit of its own, in its own precision, because its running statistics are.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from simmim.compat import without_forward_hooks
 from simmim.engine.checkpoint.sharded_state import is_sharded
 from simmim.environment import process_environment
 
@@ -24,6 +23,9 @@ if TYPE_CHECKING:  # FSDP takes most of a second to import, so it is imported wh
 
 ENTRY_POINTS = ("embed", "encode", "features")
 """Methods of an encoder that are called like its forward."""
+
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,7 @@ def sharding_units(model: nn.Module) -> list[ShardingUnit]:
     units = [
         name
         for name, module in model.named_modules()
-        if module in blocks or isinstance(module, _BatchNorm)
+        if module in blocks or isinstance(module, BATCH_NORMS)
     ]
     members: dict[str, list[tuple[str, int]]] = {name: [] for name in [*units, ""]}
     for name, parameter in model.named_parameters():
@@ -147,7 +149,7 @@ def shard_by_block(
             fully_shard(
                 module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
             )
-        elif isinstance(module, _BatchNorm):
+        elif isinstance(module, BATCH_NORMS):
             fully_shard(module, mesh=mesh, mp_policy=own, reshard_after_forward=False)
     fully_shard(model, mesh=mesh, mp_policy=outermost, reshard_after_forward=False)
     if _is_encoder(model):
@@ -191,7 +193,7 @@ def synchronise_norms(module: nn.Module, device: torch.device, processes: int) -
     uses the statistics of its own share.
     """
     if processes > 1 and device.type == "cuda":
-        assert not isinstance(module, _BatchNorm)  # only submodules are replaced
+        assert not isinstance(module, BATCH_NORMS)  # only submodules are replaced
         convert: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
         convert(module)
 
@@ -218,17 +220,14 @@ def gathered(module: nn.Module) -> Iterator[None]:
     likes, so evaluation may differ between ranks. Without sharding this does nothing.
     """
     units = _fsdp_modules(module) if is_sharded(module) else []
-    hooks = []
     for unit in units:
         unit.unshard()
-        # The hooks would gather and free weights, and wait for ranks that do not compute.
-        hooks.append((unit, unit._forward_pre_hooks, unit._forward_hooks))
-        unit._forward_pre_hooks, unit._forward_hooks = OrderedDict(), OrderedDict()
     try:
-        yield
+        # The hooks would gather and free weights, and wait for ranks that do not compute.
+        with without_forward_hooks(units):
+            yield
     finally:
-        for unit, before, after in hooks:
-            unit._forward_pre_hooks, unit._forward_hooks = before, after
+        for unit in units:
             unit.reshard()
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from simmim.compat import ddp_graphs, set_allocator_settings
+
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 EXPANDABLE = "expandable_segments"
 
@@ -61,23 +63,19 @@ def switched(switches: Switches | None, environment: Mapping[str, str]) -> Itera
     if switches is None:
         yield
         return
-    import torch._dynamo.config as dynamo  # noqa: PLC0415 (seconds)
-
     matmul, benchmark = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
-    optimize_ddp = dynamo.optimize_ddp
     torch.set_float32_matmul_precision(switches.float32_matmul)
     torch.backends.cudnn.benchmark = switches.cudnn_benchmark
-    dynamo.optimize_ddp = switches.optimize_ddp
     if switches.allocator is not None:
-        _set_allocator(switches.allocator)
+        set_allocator_settings(switches.allocator)
     try:
-        yield
+        with ddp_graphs(cut=switches.optimize_ddp):
+            yield
     finally:
         torch.set_float32_matmul_precision(matmul)
         torch.backends.cudnn.benchmark = benchmark
-        dynamo.optimize_ddp = optimize_ddp
         if switches.allocator is not None:
-            _set_allocator(_joined(_given_allocator(environment), expandable=False))
+            set_allocator_settings(_joined(_given_allocator(environment), expandable=False))
 
 
 def in_force(device: str, environment: Mapping[str, str], *, ddp: bool) -> dict[str, Any]:
@@ -107,11 +105,3 @@ def _given_allocator(environment: Mapping[str, str]) -> str:
 def _joined(given: str, *, expandable: bool) -> str:
     """Return all settings of the allocator: those that are not repeated would be reset."""
     return ",".join(part for part in (given, f"{EXPANDABLE}:{expandable}") if part)
-
-
-def _set_allocator(settings: str) -> None:
-    # A private name; before torch 2.9 it had another.
-    change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
-    if change is None:
-        change = torch.cuda.memory._set_allocator_settings
-    change(settings)

@@ -17,11 +17,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
 
 import torch.distributed
-from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import PrefixStore
 
+from simmim.compat import default_store
 from simmim.data.loader.lost_workers import lost_worker
 from simmim.engine.exit_codes import LOST, RankLostError
 
@@ -184,11 +184,9 @@ class Watchdog:
             self._start(self._judge_alone)
             return self
         # Separate connections: the main thread may wait on its own for a long time.
-        store: Any = distributed_c10d._get_default_store()
+        store = default_store()
         prefix = f"watchdog/{next(_numbers)}"
-        self._posting, self._reading = (
-            distributed_c10d.PrefixStore(prefix, store.clone()) for _ in range(2)
-        )
+        self._posting, self._reading = (PrefixStore(prefix, store.clone()) for _ in range(2))
         self._posting.set_timeout(timedelta(seconds=self.timeout))
         self._reading.set_timeout(timedelta(seconds=self.timeout))
         self._post()

@@ -40,7 +40,7 @@ def state() -> list[Any]:
 
 def test_switches_are_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
     allocators: list[str] = []
-    monkeypatch.setattr(switches, "_set_allocator", allocators.append)
+    monkeypatch.setattr(switches, "set_allocator_settings", allocators.append)
     before = state()
     environment = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}
     with suppress(KeyError), switched(switches_for("cuda", environment), environment):
@@ -51,11 +51,6 @@ def test_switches_are_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
         "max_split_size_mb:512,expandable_segments:True",
         "max_split_size_mb:512,expandable_segments:False",
     ]
-
-
-def test_torch_has_the_function_that_changes_the_allocator() -> None:
-    switches._set_allocator("expandable_segments:True")
-    switches._set_allocator("expandable_segments:False")
 
 
 def test_settings_and_network_are_recorded() -> None:

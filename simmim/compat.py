@@ -1,0 +1,142 @@
+"""Private names of torch, accelerate and Python, each with the reason that there is no public way.
+
+No other module of this package uses one. tests/simmim/test_compat.py tells when one changes.
+"""
+
+import atexit
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # torch takes seconds to import, and every command imports this file
+    import torch
+    from torch import nn
+
+# ruff: noqa: PLC0415 (see above)
+
+
+def run_exit_functions() -> None:
+    """Call the functions registered with atexit, as Python does when it ends.
+
+    For a process that ends with `os._exit`, which calls none of them.
+    """
+    atexit._run_exitfuncs()
+
+
+@contextmanager
+def fresh_accelerate_state() -> Iterator[None]:
+    """Give accelerate the state of a new process within this context, and restore the old one.
+
+    It keeps one state for the whole process, and has no public way to put one back.
+    """
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    shared = (AcceleratorState, PartialState, GradientState)
+    before = [dict(kind._shared_state) for kind in shared]
+    for kind in shared:
+        kind._shared_state.clear()
+    try:
+        yield
+    finally:
+        for kind, state in zip(shared, before, strict=True):
+            kind._shared_state.clear()
+            kind._shared_state.update(state)
+
+
+def forget_precision(precision: str) -> None:
+    """Let accelerate take another precision than an earlier run in this process had.
+
+    It keeps the first one; the processes stay as they are.
+    """
+    from accelerate.state import AcceleratorState
+
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()
+
+
+def default_store() -> Any:
+    """Return the key-value store of the default process group, through which ranks found another.
+
+    A second store would need a port of its own, which a launcher does not hand out.
+    """
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()
+
+
+@contextmanager
+def without_forward_hooks(modules: "list[nn.Module]") -> Iterator[None]:
+    """Call no forward hooks of these modules within this context.
+
+    FSDP2 gathers and frees weights in hooks, which wait for all ranks, and has no switch for them.
+    """
+    hooks = [(module, module._forward_pre_hooks, module._forward_hooks) for module in modules]
+    for module in modules:
+        module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for module, before, after in hooks:
+            module._forward_pre_hooks, module._forward_hooks = before, after
+
+
+def backward_compiled_at_once() -> AbstractContextManager[None]:
+    """Return a context in which torch.compile compiles the backward with the forward.
+
+    By default it does so in the first backward, when it is too late to run the block eagerly.
+    """
+    import torch
+
+    at_once: AbstractContextManager[None] = torch._functorch.config.patch(
+        force_non_lazy_backward_lowering=True
+    )
+    return at_once
+
+
+def ends_recomputation(error: BaseException) -> bool:
+    """Return whether an exception is torch's way to end the recomputation of a checkpointed block.
+
+    Whoever handles all exceptions has to let it pass.
+    """
+    from torch.utils.checkpoint import _StopRecomputationError
+
+    return isinstance(error, _StopRecomputationError)
+
+
+@contextmanager
+def ddp_graphs(*, cut: bool) -> Iterator[None]:
+    """Set, within this context, whether compiled graphs are cut where DDP sends gradients.
+
+    Torch documents this setting under its private name only.
+    """
+    import torch._dynamo.config as dynamo
+
+    before = dynamo.optimize_ddp
+    dynamo.optimize_ddp = cut
+    try:
+        yield
+    finally:
+        dynamo.optimize_ddp = before
+
+
+def set_allocator_settings(settings: str) -> None:
+    """Change the settings of the allocator of GPU memory, which the environment gives at the start.
+
+    Args:
+        settings: as in PYTORCH_ALLOC_CONF.
+    """
+    import torch
+
+    change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # from torch 2.9
+    if change is None:
+        change = torch.cuda.memory._set_allocator_settings
+    change(settings)
+
+
+def accepts_found_inf(optimizer: "torch.optim.Optimizer") -> bool:
+    """Return whether an optimiser skips its step on the device if its `found_inf` is not 0.
+
+    `torch.amp.GradScaler` asks fused optimisers the same; without it there is no public way.
+    """
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))

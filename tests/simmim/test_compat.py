@@ -1,0 +1,132 @@
+"""The private names that the pipeline uses still do what it uses them for."""
+
+import subprocess
+import sys
+from datetime import timedelta
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from simmim import compat
+
+
+def test_exit_functions_are_run_before_a_sudden_end() -> None:
+    program = """
+import atexit, os
+from simmim.compat import run_exit_functions
+atexit.register(print, "registered", flush=True)
+run_exit_functions()
+os._exit(3)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert (done.returncode, done.stdout) == (3, "registered\n")
+
+
+def test_accelerate_starts_afresh_and_keeps_its_state() -> None:
+    Accelerator(cpu=True, mixed_precision="no")
+    with compat.fresh_accelerate_state():
+        assert Accelerator(cpu=True, mixed_precision="bf16").mixed_precision == "bf16"
+    assert AcceleratorState().mixed_precision == "no"
+
+
+def test_accelerate_takes_another_precision() -> None:
+    Accelerator(cpu=True, mixed_precision="no")
+    compat.forget_precision("bf16")
+    assert Accelerator(cpu=True, mixed_precision="bf16").mixed_precision == "bf16"
+
+
+def test_the_default_store_is_that_of_the_process_group() -> None:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=0, world_size=1, timeout=timedelta(seconds=60)
+    )
+    try:
+        compat.default_store().set("key", "value")
+        assert compat.default_store().get("key") == b"value"
+        copy = compat.default_store().clone()  # a connection of its own
+        assert copy.get("key") == b"value"
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_no_forward_hook_is_called() -> None:
+    called: list[str] = []
+    module = nn.Linear(2, 2)
+    module.register_forward_pre_hook(lambda *_: called.append("before"))
+    module.register_forward_hook(lambda *_: called.append("after"))
+    with compat.without_forward_hooks([module]):
+        module(torch.ones(1, 2))
+    assert called == []
+    module(torch.ones(1, 2))
+    assert called == ["before", "after"]
+
+
+def test_the_backward_is_compiled_in_the_forward() -> None:
+    from torch._dynamo.backends.common import aot_autograd
+
+    compiled: list[str] = []
+
+    def backend(direction: str):  # type: ignore[no-untyped-def]
+        def compile_graph(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+            compiled.append(direction)
+            return graph
+
+        return compile_graph
+
+    def square(tensor: torch.Tensor) -> torch.Tensor:
+        return (tensor.sin() * tensor).sum()
+
+    both = aot_autograd(fw_compiler=backend("forward"), bw_compiler=backend("backward"))
+    with compat.backward_compiled_at_once():
+        torch.compile(square, backend=both, dynamic=True)(torch.ones(3, requires_grad=True))
+    assert compiled == ["forward", "backward"]
+
+
+def test_the_end_of_a_recomputation_is_recognised() -> None:
+    caught: list[bool] = []
+
+    def block(tensor: torch.Tensor) -> torch.Tensor:
+        try:
+            return tensor.sin().cos() * 2
+        except Exception as error:
+            caught.append(compat.ends_recomputation(error))
+            raise
+
+    checkpoint(block, torch.ones(2, requires_grad=True), use_reentrant=False).sum().backward()
+    assert caught in ([], [True])  # torch ends it early if it has all it needs
+    assert not compat.ends_recomputation(ValueError())
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_whether_ddp_cuts_graphs_is_set_and_restored(*, cut: bool) -> None:
+    import torch._dynamo.config as dynamo
+
+    before = dynamo.optimize_ddp
+    with compat.ddp_graphs(cut=cut):
+        assert dynamo.optimize_ddp is cut
+    assert dynamo.optimize_ddp is before
+
+
+def test_torch_has_the_function_that_changes_the_allocator() -> None:
+    compat.set_allocator_settings("expandable_segments:True")
+    compat.set_allocator_settings("expandable_segments:False")
+
+
+def test_fused_optimisers_skip_a_step_by_themselves() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    fused = torch.optim.AdamW([weight], fused=True)
+    assert compat.accepts_found_inf(fused)
+    fused.found_inf = torch.ones(())  # type: ignore[attr-defined]
+    fused.step()
+    assert weight.tolist() == [1, 1, 1]
+    fused.found_inf = torch.zeros(())  # type: ignore[attr-defined]
+    fused.step()
+    assert weight.tolist() != [1, 1, 1]
+    assert not compat.accepts_found_inf(torch.optim.AdamW([weight], fused=False))
