@@ -5,14 +5,20 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from tqdm import tqdm
 
 from data_prep.executors.processes import Interruption
-from data_prep.format.kinds import SECOND_DOT, UNCLEAR, WITH_QUERY, describe_kinds
+from data_prep.format.kinds import (
+    SECOND_DOT,
+    UNCLEAR,
+    WITH_QUERY,
+    describe_examples,
+    describe_kinds,
+)
 from data_prep.format.manifest import Manifest, read_manifest
 from data_prep.format.patterns import Names
 from data_prep.format.pipes import PIPE, PipedFile
@@ -148,7 +154,7 @@ def _index(arguments: argparse.Namespace, interruption: Interruption) -> int:
     manifest = indexed.manifest
     print(
         f"{_count_samples(manifest)}, {count_noun(len(manifest.classes), 'class', 'classes')}, "
-        f"in {manifest.folder}{_describe_skipped(manifest.skipped, rewriting=True)}"
+        f"in {manifest.folder}{_describe_skipped(manifest, rewriting=True)}"
     )
     if indexed.without_image:
         print(f"left out: {count_noun(indexed.without_image, 'sample')} without an image")
@@ -336,16 +342,17 @@ def _describe_set(manifest: Manifest, verb: str) -> str:
             "\nwarning: arrays of this set have different numbers of channels, since their axis "
             "was guessed from the shape: give --channels-first or --channels-last"
         )
-    counts += _describe_skipped(manifest.skipped)
+    counts += _describe_skipped(manifest)
     shards = count_noun(len(manifest.shards), "shard")
     return f"{counts}\n{verb}: {shards}, {length}, in {manifest.folder}"
 
 
-def _describe_skipped(skipped: Mapping[str, int], *, rewriting: bool = False) -> str:
-    """Return a line on the files that were met and not taken, or an empty string.
+def _describe_skipped(manifest: Manifest, *, rewriting: bool = False) -> str:
+    """Return lines on the files that were met and not taken, or an empty string.
 
     With `rewriting`, taking them needs other shards: tars that are only indexed keep their names.
     """
+    skipped = manifest.skipped
     if not skipped:
         return ""
     unclear = any(kind in UNCLEAR or kind.endswith(WITH_QUERY) for kind in skipped)
@@ -356,7 +363,8 @@ def _describe_skipped(skipped: Mapping[str, int], *, rewriting: bool = False) ->
             "; the key of a sample ends at the first dot of a name: KEY.b.jpg is a member b.jpg, "
             "not its image, so write tars of names with one dot"
         )
-    return f"\nskipped: {describe_kinds(skipped)}{hint}"
+    lines = [f"\nskipped: {describe_kinds(skipped)}{hint}"]
+    return "\n  ".join([*lines, *describe_examples(skipped, manifest.examples)])
 
 
 def _count_samples(manifest: Manifest) -> str:

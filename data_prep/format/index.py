@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.format.atomic import atomic_write_bytes
-from data_prep.format.kinds import count_kind
+from data_prep.format.kinds import Examples, count_kind
 from data_prep.format.manifest import (
     IMAGE_EXTENSIONS,
     READ_EXTENSIONS,
@@ -128,6 +128,8 @@ class IndexedTar:
     skipped: Counter[str] = field(default_factory=Counter)
     """What the index omits: kind of a sample without an image, or of a member that belongs to no
     sample → how many."""
+    examples: Examples = field(default_factory=Examples)
+    """The first members of these kinds."""
 
     def entry(self, name: str) -> ShardEntry:
         """Return the manifest entry of the tar under that name."""
@@ -220,8 +222,8 @@ def index_tar(
             refused.add(f"{path}: sample {sample.key!r} is refused: {sample.problem}")
             continue
         if not sample.images:
-            for kind in sample.kinds:
-                count_kind(skipped, kind)
+            for kind, name in sample.others:
+                reader.examples.add(count_kind(skipped, kind), name)
             without_image += 1
             continue
         ((extension, member),) = sample.images.items()
@@ -242,6 +244,7 @@ def index_tar(
         sha256=checksum(path),
         without_image=without_image,
         skipped=skipped + reader.skipped,
+        examples=reader.examples,
     )
 
 

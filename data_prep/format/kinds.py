@@ -1,11 +1,13 @@
 """Kinds of files that are met among images and not taken, for counts that users read."""
 
 import re
+from bisect import insort
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from data_prep.format.manifest import IMAGE_SUFFIXES
-from data_prep.format.text import count_noun
+from data_prep.format.text import count_noun, printable
 
 HIDDEN = "hidden"
 """Kind of hidden files, and of the metadata that macOS adds to archives."""
@@ -21,6 +23,7 @@ _MAC_ARCHIVE = "__MACOSX"
 _MAX_KINDS = 50
 _MANY = "other kinds"
 _NAMED = 20
+_EXAMPLES = 3
 _SUFFIX = re.compile(r"\.[a-z][a-z0-9_+-]{0,11}|\.7z|\.3gp|\.3g2")
 _COMPRESSED = re.compile(r"\.tar(\.[a-z0-9]{1,4})\Z")
 _ARCHIVE = re.compile(r"\.(?:zip|t(?:ar|gz|bz2?|xz)|tar\.(?:gz|bz2?|xz|lzma))\Z", re.IGNORECASE)
@@ -81,9 +84,32 @@ def kind_of(path: str) -> str:
     return NO_SUFFIX
 
 
-def count_kind(counts: Counter[str], kind: str, number: int = 1) -> None:
-    """Add to the count of a kind; beyond 50 kinds, all others are counted together."""
-    counts[kind if kind in counts or len(counts) < _MAX_KINDS else _MANY] += number
+@dataclass(frozen=True)
+class Examples:
+    """The first paths of each kind, in the order of paths, whatever the order they are met in."""
+
+    paths: dict[str, list[str]] = field(default_factory=dict)
+    """Kind → at most 3 paths."""
+
+    def add(self, kind: str, path: str) -> None:
+        """Keep a path if it is one of the first of its kind."""
+        kept = self.paths.setdefault(kind, [])
+        if path not in kept:
+            insort(kept, path)
+            del kept[_EXAMPLES:]
+
+    def update(self, other: "Examples") -> None:
+        """Keep the first paths of another source too."""
+        for kind, paths in other.paths.items():
+            for path in paths:
+                self.add(kind, path)
+
+
+def count_kind(counts: Counter[str], kind: str) -> str:
+    """Add to the count of a kind, and return it; beyond 50 kinds, all others are one."""
+    kind = kind if kind in counts or len(counts) < _MAX_KINDS else _MANY
+    counts[kind] += 1
+    return kind
 
 
 def describe_kinds(counts: Mapping[str, int], most: int = _NAMED) -> str:
@@ -94,3 +120,16 @@ def describe_kinds(counts: Mapping[str, int], most: int = _NAMED) -> str:
         rest = sum(count for _, count in ordered[most:])
         shown.append(f"{count_noun(len(ordered) - most, 'more kind')} ({rest:,})")
     return ", ".join(shown)
+
+
+def describe_examples(
+    counts: Mapping[str, int], examples: Mapping[str, Sequence[str]], most: int = _NAMED
+) -> list[str]:
+    """Return a line for each kind of which there are examples: `.heic: a.heic, b.heic, ...`."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]
+    return [
+        f"{kind}: {', '.join(map(printable, examples[kind]))}"
+        + (", ..." if count > len(examples[kind]) else "")
+        for kind, count in ordered
+        if examples.get(kind)
+    ]

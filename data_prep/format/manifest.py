@@ -7,7 +7,7 @@ A set is a folder of WebDataset tars with one index each (see `data_prep.format.
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,8 @@ class Manifest:
     """Note on images → number of samples with it, for example `NaN values`."""
     skipped: Mapping[str, int] = field(default_factory=dict)
     """Kind of file (see `data_prep.format.kinds`) → number that were met and not taken."""
+    examples: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Kind of file that was not taken → the first few paths."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options the shards were written with."""
     fingerprint: str = ""
@@ -162,6 +164,7 @@ def write_manifest(manifest: Manifest) -> None:
         "rejected": manifest.rejected,
         "notes": dict(manifest.notes),
         **({"skipped": dict(sorted(manifest.skipped.items()))} if manifest.skipped else {}),
+        **({"skipped_examples": _sorted_examples(manifest)} if manifest.examples else {}),
         "classes": list(manifest.classes),
         "options": dict(manifest.options),
         "fingerprint": manifest.fingerprint,
@@ -169,6 +172,10 @@ def write_manifest(manifest: Manifest) -> None:
     }
     text = json.dumps(values, indent=1) + "\n"
     atomic_write_bytes(manifest.folder / MANIFEST_NAME, text.encode())
+
+
+def _sorted_examples(manifest: Manifest) -> dict[str, list[str]]:
+    return {kind: list(paths) for kind, paths in sorted(manifest.examples.items())}
 
 
 def _values_of(shard: ShardEntry) -> dict[str, Any]:
@@ -227,6 +234,7 @@ def _parse(values: dict[str, Any], path: Location, allow_pipe: bool) -> Manifest
         rejected=_count(values, "rejected", 0, path),
         notes=_parse_counts(values, "notes", path),
         skipped=_parse_counts(values, "skipped", path),
+        examples=_parse_examples(values, path),
         options=_field(values, "options", dict, path),
         fingerprint=_field(values, "fingerprint", str, path),
     )
@@ -241,6 +249,15 @@ def _parse(values: dict[str, Any], path: Location, allow_pipe: bool) -> Manifest
 def _parse_counts(values: dict[str, Any], field_name: str, path: Location) -> dict[str, int]:
     counts = _field({field_name: {}} | values, field_name, dict, path)
     return {name: _count(counts, name, 1, path) for name in counts}
+
+
+def _parse_examples(values: dict[str, Any], path: Location) -> dict[str, list[str]]:
+    name = "skipped_examples"
+    found: dict[str, list[str]] = _field({name: {}} | values, name, dict, path)
+    for paths in found.values():
+        if not isinstance(paths, list) or not all(isinstance(one, str) for one in paths):
+            raise ManifestError(f"{path}: `{name}` must be lists of paths. {REMEDY}")
+    return found
 
 
 def _parse_shard(values: Any, number: int, path: Location, allow_pipe: bool) -> ShardEntry:

@@ -12,7 +12,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 
-from data_prep.format.kinds import SECOND_DOT, count_kind, kind_of, suffix_of
+from data_prep.format.kinds import SECOND_DOT, Examples, count_kind, kind_of, suffix_of
 from data_prep.format.labels import MAX_LABEL_BYTES, LabelError, parse_label
 from data_prep.format.manifest import IMAGE_EXTENSIONS, IMAGE_SUFFIXES, READ_EXTENSIONS
 from data_prep.format.storage import ByteReader, Location
@@ -45,16 +45,19 @@ class TarSample:
     """Why the sample must not be used, as a clause; empty if it may be."""
 
     @property
-    def kinds(self) -> list[str]:
-        """Kinds of what the sample holds instead of an image; see `data_prep.format.kinds`.
+    def others(self) -> list[tuple[str, str]]:
+        """Kind (see `data_prep.format.kinds`) and name of what it holds instead of an image.
 
-        They are those of all images whose extension has a dot, as `a.1.jpg` and `a.2.jpg` of the
-        key `a` and the extensions `1.jpg` and `2.jpg`, or else that of one member.
+        They are all images whose extension has a dot, as `a.1.jpg` and `a.2.jpg` of the key `a` and
+        the extensions `1.jpg` and `2.jpg`, or else one member.
         """
-        suffixes = [suffix_of(f"{self.key}.{name}") for name in self.extensions]
-        images = [f"{suffix}{SECOND_DOT}" for suffix in suffixes if suffix in IMAGE_SUFFIXES]
-        names = [name for name in self.extensions if name not in _COMPANIONS] or self.extensions
-        return images or [kind_of(f"{self.key}.{names[0]}")]
+        members = [f"{self.key}.{extension}" for extension in self.extensions]
+        images = [name for name in members if suffix_of(name) in IMAGE_SUFFIXES]
+        if images:
+            return [(f"{suffix_of(name)}{SECOND_DOT}", name) for name in images]
+        pairs = zip(self.extensions, members, strict=True)
+        main = [name for extension, name in pairs if extension not in _COMPANIONS] or members
+        return [(kind_of(main[0]), main[0])]
 
 
 def has_labelled_samples(path: Location) -> bool:
@@ -82,6 +85,7 @@ class SampleReader:
     Attributes:
         skipped: kind → number of members that belong to no sample, or are beside the image, label
             and JSON of one.
+        examples: first of these members by kind.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class SampleReader:
     ) -> None:
         self._path, self._extensions, self._missing_end = path, extensions, missing_end
         self.skipped: Counter[str] = Counter()
+        self.examples = Examples()
 
     def samples(self) -> Iterator[TarSample]:
         """Yield every sample, those without an image too.
@@ -128,7 +133,7 @@ class SampleReader:
             return None
         match = _KEY.fullmatch(member.name)
         if match is None:
-            count_kind(self.skipped, kind_of(member.name))
+            self._skip(kind_of(member.name), member.name)
         return match
 
     def _add(
@@ -155,6 +160,9 @@ class SampleReader:
                 problem = str(error)
         sample.problem = sample.problem or problem or ""
 
+    def _skip(self, kind: str, member: str) -> None:
+        self.examples.add(count_kind(self.skipped, kind), member)
+
     def _finish(self, sample: TarSample) -> TarSample:
         sample.images = _choose(sample.images)
         sample.problem = sample.problem or _describe_images(sample)
@@ -162,7 +170,8 @@ class SampleReader:
             used = {*sample.images, "cls", "json"}
             for extension in sample.extensions:
                 if extension not in used:
-                    count_kind(self.skipped, _kind_of_member(sample.key, extension))
+                    kind = _kind_of_member(sample.key, extension)
+                    self._skip(kind, f"{sample.key}.{extension}")
                 used.discard(extension)  # of several JSONs one is read
         return sample
 

@@ -12,7 +12,7 @@ from typing import Any
 from data_prep.executors.processes import Tick, map_tasks
 from data_prep.format.atomic import remove_leftovers
 from data_prep.format.index import Refusals, index_tar, write_index
-from data_prep.format.kinds import describe_kinds
+from data_prep.format.kinds import Examples, describe_kinds
 from data_prep.format.manifest import (
     MANIFEST_NAME,
     READ_EXTENSIONS,
@@ -81,6 +81,7 @@ class _IndexedShard:
     without_image: int
     skipped: Counter[str]
     largest_label: int
+    examples: Examples
     remarks: tuple[str, ...]
     refusals: Refusals
 
@@ -195,12 +196,16 @@ def _publish(
             (partial / one.entry.index).replace(index)
         else:
             index.upload(partial / one.entry.index)
+    examples = Examples()
+    for one in found:
+        examples.update(one.examples)
     largest = max(one.largest_label for one in full)
     manifest = Manifest(
         folder=folder,
         shards=tuple(one.entry for one in full),
         classes=tuple(str(label) for label in range(largest + 1)),
         skipped=skipped,
+        examples=examples.paths,
         options={"index": options.values()},
     )
     write_manifest(manifest)
@@ -317,12 +322,17 @@ def _index_aside(task: _IndexTask, tick: Tick) -> _IndexedShard:
     except FileNotFoundError:
         raise ManifestError(f"{task.path} is missing. Restore it, or index the others.") from None
     entry = replace(indexed.entry(task.path.name), place=task.place)
+    examples = Examples()
+    for kind, names in indexed.examples.paths.items():
+        for name in names:
+            examples.add(kind, f"{task.path.name}/{name}")
     if len(indexed.index):
         write_index(task.partial / entry.index, indexed.index)
     return _IndexedShard(
         entry=entry,
         without_image=indexed.without_image,
         skipped=indexed.skipped,
+        examples=examples,
         largest_label=int(indexed.index.labels.max(initial=-1)),
         remarks=tuple(remarks),
         refusals=refusals,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from data_prep.executors.processes import Tick, map_tasks
 from data_prep.format.index import ShardIndex, read_images, read_index
-from data_prep.format.kinds import describe_kinds
+from data_prep.format.kinds import describe_examples, describe_kinds
 from data_prep.format.manifest import Manifest, ShardEntry
 from data_prep.format.statistics_file import Statistics
 from data_prep.format.storage import Location
@@ -189,6 +189,7 @@ def describe_shards(manifest: Manifest, *, workers: int = 1, tick: Tick = lambda
         ("labelled", f"{summary.labelled:,} of {manifest.samples:,}"),
         *(("notes", f"{note}: {count:,}") for note, count in sorted(manifest.notes.items())),
         *([("skipped", describe_kinds(manifest.skipped))] if manifest.skipped else []),
+        *(("", f"  {line}") for line in describe_examples(manifest.skipped, manifest.examples)),
         ("classes", f"{len(manifest.classes):,}"),
     ]
     lines = [f"{name:<11} {value}" for name, value in rows]

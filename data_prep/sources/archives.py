@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.format.kinds import archive_stem, is_hidden
+from data_prep.format.kinds import Examples, archive_stem, is_hidden
 from data_prep.format.storage import ByteReader, Location
 from data_prep.format.tars import TarError, Warn, open_part
 from data_prep.sources.files import SourceError, SourceFile, UnreadableFileError
@@ -59,6 +59,7 @@ class ArchiveSource:
         self.path = path
         self._missing_end = missing_end
         self.skipped: Counter[str] = Counter()
+        self.examples = Examples()
         self._is_zip = is_zip
         self._unpacked = UnpackedFiles(path, scratch)
         self._readers: dict[str, ByteReader] = {}

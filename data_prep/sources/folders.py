@@ -9,6 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from data_prep.format.kinds import Examples
 from data_prep.format.storage import RemotePath
 from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import SourceError, SourceFile, UnreadableFileError
@@ -41,6 +42,7 @@ class FolderSource:
     def __init__(self, path: Path, *, ordered: bool = False, without: Path | None = None) -> None:
         self.path = path
         self.skipped: Counter[str] = Counter()
+        self.examples = Examples()
         self._ordered, self._without = ordered, without
         self._prefix = os.path.join(path, "")  # noqa: PTH118 - joined to many names
 
@@ -98,6 +100,7 @@ class FolderSource:
                 )
             if identity in ancestors:
                 self.skipped[_CIRCULAR] += 1
+                self.examples.add(_CIRCULAR, below)
             else:
                 if len(open_folders) >= _MAX_OPEN_FOLDERS:  # limit the open file descriptors
                     open_folders[-1] = (*open_folders[-1][:2], iter(list(entries)))
@@ -199,6 +202,7 @@ class RemoteFolderSource:
     def __init__(self, path: RemotePath) -> None:
         self.path = path
         self.skipped: Counter[str] = Counter()
+        self.examples = Examples()
 
     def files(self) -> Iterator[SourceFile]:
         """Yield every file.

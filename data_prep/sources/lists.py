@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.format.kinds import Examples
 from data_prep.format.storage import Location, RemotePath, StorageError, locate
 from data_prep.format.tars import as_local_file
 from data_prep.sources.external_sort import ExternalSort
@@ -64,6 +65,7 @@ class ListSource:
     def __init__(self, path: Location, selection: Selection) -> None:
         self.path = path
         self.skipped: Counter[str] = Counter()
+        self.examples = Examples()
         self._selection = selection
         self._overview: _Overview | None = None
         root = locate(selection.root) if selection.root else path.parent
@@ -93,6 +95,8 @@ class ListSource:
             for number, row in enumerate(read_rows(path, overview.layout)):
                 if number in overview.repeated:
                     self.skipped[LISTED_AGAIN] += 1
+                    place = self._place(row, overview.columns)[0]
+                    self.examples.add(LISTED_AGAIN, f"{place} in {row.place}")
                     continue
                 file = self._describe(row, overview.columns)
                 problem = overview.contradictions.get(number)

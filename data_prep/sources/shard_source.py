@@ -7,6 +7,7 @@ from contextlib import closing
 from typing import Any, NoReturn
 
 from data_prep.format.index import read_index
+from data_prep.format.kinds import Examples
 from data_prep.format.manifest import (
     MANIFEST_NAME,
     REMEDY,
@@ -66,6 +67,7 @@ class ShardSource:
         self._open: tuple[str, ByteReader] | None = None
         self._say = WarnOnce()
         self.skipped: Counter[str] = Counter()
+        self.examples = Examples()
         self.classes: tuple[str, ...] | None = None
         self._manifest: Manifest | None = None
         if (self._folder / MANIFEST_NAME).exists():
@@ -90,6 +92,7 @@ class ShardSource:
                 yield from self._samples(tar.name, entries[tar.name])
             else:
                 self.skipped[_NOT_IN_MANIFEST] += 1
+                self.examples.add(_NOT_IN_MANIFEST, tar.name)
 
     def unmeasured_files(self) -> Iterator[SourceFile]:
         """Yield the image of every sample; labels are in the tars, so these are read anyway."""
@@ -187,6 +190,9 @@ class ShardSource:
         if promised is not None:
             promised.check_end()
         self.skipped += reader.skipped
+        for kind, members in reader.examples.paths.items():
+            for member in members:
+                self.examples.add(kind, f"{name}/{member}")
 
     def _may_lack_end(self) -> bool:
         indexed_so = self._manifest is not None and self._manifest.allows_missing_end

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from data_prep.executors.processes import Tick
 from data_prep.format.atomic import atomic_write_bytes, name_in_errors
-from data_prep.format.kinds import count_kind, describe_kinds, is_archive_name
+from data_prep.format.kinds import Examples, count_kind, describe_kinds, is_archive_name
 from data_prep.format.manifest import IMAGE_SUFFIXES
 from data_prep.format.storage import Location
 from data_prep.sources.archives import ArchiveSource
@@ -51,6 +51,8 @@ class Survey:
     """Digest of the selected files: paths, sizes, dates, offsets, labels, fields."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Kind of file → number that were met and not selected."""
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """Kind of file that was not selected → the first few paths."""
     unread: Sequence[str] = ()
     """Archives in the archive that could not be read, with the reason: the first few."""
     doubts: str = ""
@@ -207,6 +209,7 @@ class Surveyor:
         self._listed = listed
         self._found = self._sum = 0
         self._skipped: Counter[str] = Counter()
+        self._examples = Examples()
         self._classes = ClassNames()
 
     def files(self) -> WindowedFiles:
@@ -215,7 +218,7 @@ class Surveyor:
         for file in self._source.files():
             kind = self._selection.why_not(file, explicit=self._source.is_explicit)
             if kind:
-                count_kind(self._skipped, kind)
+                self._examples.add(count_kind(self._skipped, kind), file.path)
                 continue
             checked = _find_problem(file, self._selection)
             window = taken // self._window if self._window else 0
@@ -234,6 +237,7 @@ class Surveyor:
             gone = max(counts[VANISHED], self._earlier.files - self._found)
             counts[VANISHED] = gone + self._earlier.vanished
         skipped = dict(+counts)
+        self._examples.update(self._source.examples)
         if not self._found:
             raise SourceError(_describe_absence(self._source.path, self._selection, skipped))
         return Survey(
@@ -241,6 +245,7 @@ class Surveyor:
             classes=self._source.classes or self._classes.sorted(),
             fingerprint=f"{self._sum:064x}",
             skipped=skipped,
+            examples=self._examples.paths,
             unread=self._unread,
             doubts=self._classes.describe_doubts(),
         )

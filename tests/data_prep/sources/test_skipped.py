@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import main
-from data_prep.format.manifest import MANIFEST_NAME, read_manifest
+from data_prep.format.manifest import MANIFEST_NAME, ManifestError, read_manifest
 
 ODD = [
     "a.heic",
@@ -34,6 +34,13 @@ SKIPPED = {
     "no suffix": 1,
     ".txt": 2,
     "hidden": 2,
+}
+EXAMPLES = {
+    **{f".{suffix}": [f"a.{suffix}"] for suffix in ("heic", "jxl", "npz", "dcm", "ico")},
+    ".jpg with a query": ["a.jpg?width=100"],
+    "no suffix": ["ILSVRC2012"],
+    ".txt": ["b.jpg.txt", "readme.txt"],
+    "hidden": [".hidden.jpg", "__MACOSX/a.jpg"],
 }
 
 
@@ -69,11 +76,36 @@ def test_what_is_not_taken_is_counted_printed_and_kept(
     command = ["shard", str(source), str(tmp_path / "out"), "--workers", "1", *options]
     assert main(command) == 0
     assert read_manifest(tmp_path / "out").skipped == SKIPPED
+    assert read_manifest(tmp_path / "out").examples == EXAMPLES
     printed = capsys.readouterr().out
     assert ".txt (2)" in printed
+    assert "\n  .txt: b.jpg.txt, readme.txt\n" in printed
     assert "no suffix (1)" in printed
     assert main(["info", str(tmp_path / "out"), "--workers", "1"]) == 0
-    assert ".heic (1)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert ".heic (1)" in printed
+    assert " .heic: a.heic\n" in printed
+
+
+@pytest.mark.parametrize("options", [(), ("--no-shuffle",)])
+def test_the_first_three_paths_of_a_kind_are_named(
+    options: tuple[str, ...],
+    tmp_path: Path,
+    draw_image: Callable[..., bytes],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    names = [f"{folder}/{number}\x1b.heic" for folder in "zmka" for number in range(3)]
+    source = _pack("folder", tmp_path, {**dict.fromkeys(names, b"odd"), "cat/0.jpg": draw_image(0)})
+    assert main(["shard", str(source), str(tmp_path / "out"), *options]) == 0
+    first = [f"a/{number}\x1b.heic" for number in range(3)]
+    assert read_manifest(tmp_path / "out").examples == {".heic": first}
+    shown = ", ".join(f"a/{number}\\x1b.heic" for number in range(3))
+    assert f"skipped: .heic (12)\n  .heic: {shown}, ...\n" in capsys.readouterr().out
+    path = tmp_path / "out" / MANIFEST_NAME
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "skipped_examples": {".heic": "a"}}))
+    with pytest.raises(ManifestError, match="skipped_examples"):
+        read_manifest(tmp_path / "out")
 
 
 def test_parts_and_choices_count_too(tmp_path: Path, draw_image: Callable[..., bytes]) -> None:
