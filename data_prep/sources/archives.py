@@ -11,7 +11,7 @@ from data_prep.format.kinds import Examples, archive_stem, is_hidden
 from data_prep.format.storage import ByteReader, Location
 from data_prep.format.tars import TarError, Warn, open_part
 from data_prep.sources.files import SourceError, SourceFile, UnreadableFileError
-from data_prep.sources.members import Archive, list_members
+from data_prep.sources.members import Archive, find_replaced, list_members
 from data_prep.sources.unpacking import (
     HEAD_BYTES,
     UnpackedFiles,
@@ -28,6 +28,8 @@ _HEADER = b"PK\x03\x04"
 _EMPTY_ZIP = b"PK\x05\x06"
 _MAX_DEPTH = 3
 _MAX_OPEN = 32
+REPLACED = "replaced by a later member of the same path"
+"""Kind of members that unpacking would overwrite."""
 _WHOLE = "."
 """Container of the members of a tar that is compressed as a whole."""
 
@@ -63,6 +65,7 @@ class ArchiveSource:
         self._is_zip = is_zip
         self._unpacked = UnpackedFiles(path, scratch)
         self._readers: dict[str, ByteReader] = {}
+        self._replaced: dict[Archive, frozenset[int]] = {}
 
     def files(self) -> Iterator[SourceFile]:
         """Yield every member that is not a folder; those of archives in it in their place.
@@ -72,6 +75,7 @@ class ArchiveSource:
             OSError: an archive in it cannot be unpacked for lack of space.
         """
         self._unpacked.forget()
+        self.skipped.clear()
         archive = Archive(self.path, is_zip=self._is_zip)
         try:
             if not self._is_zip:
@@ -118,7 +122,15 @@ class ArchiveSource:
         return self._readers[container]
 
     def _walk(self, archive: Archive, depth: int) -> Iterator[SourceFile]:
-        for file in list_members(archive, self._end_warning(archive)):
+        warn = self._end_warning(archive)
+        if archive not in self._replaced:
+            self._replaced[archive] = find_replaced(archive, warn)
+        replaced = self._replaced[archive]
+        for position, file in enumerate(list_members(archive, warn)):
+            if position in replaced:
+                self.skipped[REPLACED] += 1
+                self.examples.add(REPLACED, file.path)
+                continue
             stem = archive_stem(file.path)
             if not stem or file.problem or is_hidden(file.path):
                 yield file

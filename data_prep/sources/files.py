@@ -1,5 +1,6 @@
 """Files of a source, and the selection of files to use."""
 
+import os
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -14,6 +15,13 @@ class SourceError(ValueError):
 
 class UnreadableFileError(ValueError):
     """One file of a source cannot be read; the others may be."""
+
+
+def normal_path(path: str) -> str:
+    """Return one form of all ways to write a path."""
+    if "//" not in path and "./" not in path and path[-1:] != "/":
+        return path  # nearly always, and much faster
+    return os.path.normpath(path)
 
 
 class SourceFile(NamedTuple):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import tempfile
 from array import array
 from collections import Counter
@@ -18,7 +17,7 @@ from data_prep.format.kinds import Examples
 from data_prep.format.storage import Location, RemotePath, StorageError, locate
 from data_prep.format.tars import as_local_file
 from data_prep.sources.external_sort import ExternalSort
-from data_prep.sources.files import Selection, SourceError, SourceFile
+from data_prep.sources.files import Selection, SourceError, SourceFile, normal_path
 from data_prep.sources.folders import FolderSource, RemoteFolderSource
 from data_prep.sources.json_fields import clean_fields
 from data_prep.sources.list_columns import find_column
@@ -155,7 +154,7 @@ class ListSource:
         columns = overview.columns
         for row in read_rows(path, overview.layout):
             place, problem = self._place(row, columns)
-            hashes.append(hash(_normal(place)))
+            hashes.append(hash(normal_path(place)))
             if columns.label is None or problem or row.problem:
                 continue
             file = SourceFile(place, 0, 0, split=self._split(row, columns))
@@ -171,7 +170,7 @@ class ListSource:
         with tempfile.TemporaryDirectory(prefix="data-prep-") as folder:
             sorter = ExternalSort(Path(folder), "rows")
             for number, row in enumerate(read_rows(path, overview.layout)):
-                place = _normal(self._place(row, overview.columns)[0])
+                place = normal_path(self._place(row, overview.columns)[0])
                 if hash(place) not in repeated:
                     continue
                 file = self._describe(row, overview.columns)
@@ -292,13 +291,6 @@ def _compare(rows: list[tuple[str, int, list[Any]]], overview: _Overview) -> Non
         if content in seen:
             overview.repeated.add(number)
         seen.add(content)
-
-
-def _normal(path: str) -> str:
-    """Return one form of all ways to write a path."""
-    if "//" not in path and "./" not in path and path[-1:] != "/":
-        return path  # nearly always, and much faster
-    return os.path.normpath(path)
 
 
 def _cut(value: object) -> str:

@@ -3,18 +3,23 @@
 import struct
 import tarfile
 import zipfile
+from array import array
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
+
+import numpy as np
 
 from data_prep.format.storage import Location
 from data_prep.format.tars import (
+    TarError,
     Warn,
     describe_path_problem,
     describe_problem,
     open_part,
     walk_tar,
 )
-from data_prep.sources.files import SourceError, SourceFile
+from data_prep.sources.files import SourceError, SourceFile, normal_path
 from data_prep.sources.zip_methods import METHODS
 
 _MEMBER = b"PK\x03\x04"
@@ -50,6 +55,30 @@ def list_members(archive: Archive, missing_end: Warn | None = None) -> Iterator[
     for file in files:
         if file.path[-1:] != "/":
             yield file._replace(offset=archive.start + file.offset, container=archive.container)
+
+
+def find_replaced(archive: Archive, missing_end: Warn | None = None) -> frozenset[int]:
+    """Return the positions of members that a later one of the same path replaces.
+
+    Unpacking an archive leaves the last of them; several are there where files were added to a tar
+    again. Only the headers are read, and 8 bytes held for each; a damaged archive as far as it can
+    be, since listing it raises the error.
+    """
+    hashes = array("q")
+    with suppress(SourceError, TarError):
+        hashes.extend(hash(normal_path(file.path)) for file in list_members(archive, missing_end))
+    ordered = np.sort(np.frombuffer(hashes, dtype=np.int64))
+    repeated = frozenset(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    replaced: set[int] = set()
+    last: dict[str, int] = {}
+    with suppress(SourceError, TarError):
+        for position, file in enumerate(list_members(archive, missing_end) if repeated else ()):
+            path = normal_path(file.path)
+            if hash(path) in repeated:
+                if path in last:
+                    replaced.add(last[path])
+                last[path] = position
+    return frozenset(replaced)
 
 
 def _list_zip(archive: Archive) -> Iterator[SourceFile]:

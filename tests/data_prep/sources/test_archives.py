@@ -11,10 +11,11 @@ from contextlib import closing
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 
 from data_prep.cli import main
-from data_prep.format.index import read_index
+from data_prep.format.index import read_images, read_index
 from data_prep.format.manifest import read_manifest
 from data_prep.format.storage import RemotePath
 from data_prep.sources import unpacking
@@ -77,6 +78,54 @@ def test_archives_in_archives_are_classes(
             files = [file for file in source.files() if Selection().wants(file)]
             found = {file.path: (source.read(file), class_name(file)) for file in files}
         assert found == expected
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("kind", ["tar", "zip", "tgz"])
+@pytest.mark.parametrize("options", [(), ("--no-shuffle",)])
+def test_the_last_member_of_a_path_counts_as_in_unpacking(
+    kind: str,
+    options: tuple[str, ...],
+    tmp_path: Path,
+    draw_image: Callable[..., bytes],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    images = [draw_image(number) for number in range(6)]
+    inner = [_pack("tgz", {f"{number}.jpg": images[number]}) for number in (4, 5)]
+    members = [
+        ("cat/0.jpg", images[0]),
+        ("./cat//0.jpg", images[1]),
+        ("dog/0.jpg", images[2]),
+        ("owls.tgz", inner[0]),
+        ("cat/0.jpg", images[3]),
+        ("owls.tgz", inner[1]),
+    ]
+    path = tmp_path / f"a.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in members:
+                archive.writestr(name, data)
+    else:
+        with tarfile.open(path, "w:gz" if kind == "tgz" else "w") as tar:
+            for name, data in members:
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    assert main(["shard", str(path), str(tmp_path / "out"), *options, "--workers", "1"]) == 0
+    manifest = read_manifest(tmp_path / "out")
+    found = {}
+    for shard in manifest.shards:
+        index = read_index(tmp_path / "out", shard)
+        read = read_images(tmp_path / "out" / shard.name, index, np.arange(len(index)))
+        found |= dict(zip(read, index.labels.tolist(), strict=True))
+    assert [manifest.classes[found[images[number]]] for number in (3, 2, 5)] == [
+        "cat",
+        "dog",
+        "owls",
+    ]
+    assert manifest.samples == len(found) == 3
+    assert manifest.skipped == {"replaced by a later member of the same path": 3}
+    assert "replaced by a later member of the same path (3)" in capsys.readouterr().out
 
 
 def test_three_levels_are_read_and_a_fourth_is_refused(
