@@ -255,6 +255,15 @@ def with_statistics(data: Data, read: Callable[[str], ChannelStatistics] | None 
     return replace(data, mean=mean, std=std)
 
 
+def follows_images(data: DataSettings) -> bool:
+    """Return whether both mean and std are measured; see `with_statistics`."""
+    return (
+        MEASURED in (data.mean, data.std)
+        and data.mean in (MEASURED, IMAGENET_MEAN)
+        and data.std in (MEASURED, IMAGENET_STD)
+    )
+
+
 @settings
 class AugmentedDataSettings(DataSettings, CroppedSettings):
     """Images that are cropped and mirrored at random in training."""

@@ -89,7 +89,6 @@ def examine(
 ) -> list[Check]:
     """Check everything but the recipe; all ranks call it, and the main one has the results."""
     recipe, device, world = stage.recipe, accelerator.device, accelerator.num_processes
-    trained = (given or recipe).architecture_source
     checks: list[Check] = []
 
     def check(name: str, examine: Callable[[], Iterable[Check]]) -> None:
@@ -99,7 +98,7 @@ def examine(
 
     check("run folder", lambda: [check_run(run, stage, resume, given)])
     check("plan", lambda: check_hyperparameters(recipe, stage.samples_per_epoch, device))
-    check("shards" if _reads_images(stage) else "data", lambda: _check_data(stage, trained))
+    check("shards" if _reads_images(stage) else "data", lambda: _check_data(stage, given or recipe))
     check("order", lambda: [check_order(stage.order, recipe.training.batch_size)])
     check("workers", lambda: [check_workers(recipe.data.workers)])
     check("memory", lambda: check_memory(recipe, device, world))
@@ -131,13 +130,13 @@ def _reads_images(stage: TaskStage) -> bool:
     return isinstance(stage.training_shards, ImageSet | MixedShards)
 
 
-def _check_data(stage: Any, trained: str | None) -> Iterable[Check]:
-    """Check the training and validation data; `trained` as in `input_of`."""
+def _check_data(stage: Any, given: TaskRecipe) -> Iterable[Check]:
+    """Check the training and validation data; `given` as in `input_of`."""
     if not _reads_images(stage):
-        yield from check_labelled_files(stage, trained)
+        yield from check_labelled_files(stage, given)
         return
     training, validation = stage.training_shards, stage.validation_shards
-    yield from check_shards(training, validation, stage.recipe.data, input_of(stage, trained))
+    yield from check_shards(training, validation, stage.recipe.data, input_of(stage, given))
     if isinstance(stage, ClassificationStage) and stage.recipe.data.multi_label is None:
         counts = np.bincount(all_labels(training), minlength=len(training.classes))
         yield check_class_sizes(training.classes, counts.tolist(), stage.recipe.SAMPLES)

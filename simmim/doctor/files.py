@@ -21,6 +21,7 @@ from simmim.doctor.checks import Check
 from simmim.doctor.shards import input_checks
 from simmim.tasks.fine_tuning import FineTuningStage, Prepare
 from simmim.tasks.input_check import input_of
+from simmim.tasks.recipe import TaskRecipe
 
 PREPARED = 256
 """Maximum number of samples of a set that are prepared."""
@@ -50,8 +51,8 @@ class PreparedSamples:
     """Number of objects in each crop."""
 
 
-def check_labelled_files(stage: FineTuningStage[Any, Any], trained: str | None) -> Iterator[Check]:
-    """Check the training and validation files; `trained` as in `input_of`."""
+def check_labelled_files(stage: FineTuningStage[Any, Any], given: TaskRecipe) -> Iterator[Check]:
+    """Check the training and validation files; `given` as in `input_of`."""
     training, validation = stage.training_shards, stage.validation_shards
     of = stage.recipe.SAMPLES
     yield Check(
@@ -79,7 +80,7 @@ def check_labelled_files(stage: FineTuningStage[Any, Any], trained: str | None) 
             most=MEASURED,
             seconds=PREPARING_SECONDS,
         )
-        yield from input_checks(found, input_of(stage, trained))
+        yield from input_checks(found, input_of(stage, given))
     if validation is not None:
         yield from _check_samples(stage, "held out", validation, stage.validation_transform())
     if isinstance(training, ClipSet):  # it has a shard for each class

@@ -86,7 +86,7 @@ def train_recipe(
     if environment.is_main:  # others would see what rank 0 has written
         changed = check()
         starts = resume is None or find_checkpoint(run.checkpoints, resume) is None
-        warnings = check_stage_input(stage, recipe.architecture_source) if starts else []
+        warnings = check_stage_input(stage, recipe) if starts else []
         warnings += batch_above_data(recipe.training.batch_size, stage.samples_per_epoch)
         if starts and needless_slots(stage.order):
             warnings.append(f"{describe_order(stage.order)}: remove data.slots to train on all")

@@ -155,7 +155,7 @@ def test_missing_truncated_and_changed_files_are_named(
 
 def samples_of(stage: PretrainStage, **data: Any) -> list[Check]:
     changed = replace(stage.recipe.data, **data)
-    wanted = replace(input_of(stage, None), mean=changed.mean, std=changed.std)
+    wanted = replace(input_of(stage), mean=changed.mean, std=changed.std)
     return list(check_samples(stage.training_shards, changed, wanted))
 
 

@@ -153,6 +153,7 @@ def test_what_fits_is_ok_and_what_trains_is_a_warning(tmp_path: Path) -> None:
     ok = {"channels": "ok", "statistics": "ok"}
     assert findings(photos, PHOTOS) == ok
     assert findings(photos, wide)["statistics"] == "warning"
+    assert findings(photos, replace(wide, measured=True)) == ok  # of more images than these
     usual = replace(wide, std=(0.5,) * 3)  # fits less than it could, as many recipes do
     assert findings(photos, usual)["statistics"] == "warning"
     assert check_input(open_sets(str(photos)), usual, max_pixels=10**6) == []
@@ -272,7 +273,7 @@ def test_the_images_of_probes_are_compared(
     pretrain_values["probe"] = {"shards": str(tmp_path / "bands"), "every": 1}
     stage = PretrainStage(parse(PretrainRecipe, pretrain_values, "test"))
     with pytest.raises(ValueError, match=r"probe\.shards.*5 channels and 16 bits"):
-        check_stage_input(stage, None)
+        check_stage_input(stage)
 
 
 @pytest.mark.parametrize("tarred", [False, True])
@@ -419,17 +420,22 @@ def test_measured_is_of_the_channels_that_are_trained_on(
         assert data_prep.cli.main(["info", str(folder), "--statistics"]) == 0
     pretrain_values["data"] |= {"shards": str(folder), "mean": "measured", "validation_shards": 0}
     pretrain_values["encoder"]["in_channels"] = channels
-    stage = PretrainStage(parse(PretrainRecipe, pretrain_values, "test"))
+    recipe = parse(PretrainRecipe, pretrain_values, "test")
+    stage = PretrainStage(recipe)
     data: Any = stage.recipe.data
     assert len(data.mean) == len(data.std) == channels
     if channels == 4:
         mean, std = truth("uint8x4-255")
         assert data.mean == pytest.approx(mean, rel=1e-3)
         assert data.std == pytest.approx(std, rel=1e-3)
-        assert check_stage_input(stage, None) == []
+        assert check_stage_input(stage) == []
     else:
         assert min(data.mean) > 0.6  # on white
-        assert "transparency" in " ".join(check_stage_input(stage, None))
+        (warning,) = check_stage_input(stage, recipe)
+        assert "transparency" in warning
+        # Not what the recipe says already.
+        assert "set encoder.in_channels to 4; data.mean and data.std, which are measured" in warning
+        assert "to measured" not in warning
 
 
 def test_a_folder_of_opaque_pictures_has_no_fourth_channel_to_measure(
@@ -459,12 +465,12 @@ def test_held_out_images_are_compared_too(
             parse(ClassificationRecipe, classification_values | {"data": own}, "test")
         )
 
-    assert "held-out" not in " ".join(check_stage_input(stage("rgb"), None))
-    (text,) = [one for one in check_stage_input(stage("dark"), None) if "held-out" in one]
+    assert "held-out" not in " ".join(check_stage_input(stage("rgb")))
+    (text,) = [one for one in check_stage_input(stage("dark")) if "held-out" in one]
     assert "16 bits" in text
     assert "images like those of the training" in text
     with pytest.raises(ValueError, match=r"held-out images: .*5 channels and 16 bits"):
-        check_stage_input(stage("bands"), None)
+        check_stage_input(stage("bands"))
 
 
 @pytest.mark.parametrize("start", ["init", "like"])
