@@ -160,7 +160,11 @@ def add_finetune(command: CommandParser) -> None:
     """Add the arguments of `simmim finetune`."""
     from simmim.tasks.all_tasks import FINE_TUNING  # noqa: PLC0415
 
-    _add_training(command, "Fine-tune an encoder on the task of a recipe.", FINE_TUNING)
+    summary = (
+        "Fine-tune an encoder on the task of a recipe: --init PATH names the encoder directory or "
+        "the finished run to start from."
+    )
+    _add_training(command, summary, FINE_TUNING)
 
 
 def _add_training(command: CommandParser, summary: str, task_names: Sequence[str]) -> None:

@@ -18,7 +18,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "Check recipe, run folder, data, memory, disk and speeds, take dry steps on every process, "
         "and print what to change. Nothing is written. Launch it the same way as training: with "
         "accelerate launch or torchrun for several processes. --KEY VALUE overrides any field of "
-        "the recipe. Exit code 2 if training would fail."
+        "the recipe, as in training: --init PATH names the encoder directory or the finished run "
+        "that a fine-tuning starts from. Exit code 2 if training would fail."
     )
     command.add_argument("--config", required=True, type=Path, help="the recipe, a YAML file")
     command.add_argument("--folder", help="run folder (default: runs/ and the recipe's name)")

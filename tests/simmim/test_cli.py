@@ -325,6 +325,16 @@ def test_what_is_no_option_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
     assert "--speed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["finetune", "doctor"])
+def test_help_names_the_option_of_trained_weights(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    description = capsys.readouterr().out.partition("options:")[0]
+    assert "--init PATH names the encoder directory" in " ".join(description.split())
+
+
 def test_help_of_training_tells_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("pretrain", "finetune"):
         with pytest.raises(SystemExit):
