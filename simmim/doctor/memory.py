@@ -10,8 +10,8 @@ import psutil
 import torch
 from torch import nn
 
-from data_prep.format.text import count_noun
-from simmim.bench.memory import GIB, Placement, Sharding, make_rows
+from data_prep.format.text import count_noun, format_bytes
+from simmim.bench.memory import Placement, Sharding, make_rows
 from simmim.bench.step import StepCase
 from simmim.doctor.checks import Check
 from simmim.doctor.estimates import (
@@ -50,17 +50,17 @@ def check_memory(recipe: TaskRecipe, device: torch.device, world: int) -> Iterat
         yield Check(
             name="memory",
             verdict="problem",
-            found=f"at least {least / GIB:.2f} GiB for micro-batches of "
-            f"{count_noun(micro, 'image')} per process; {there / GIB:.2f} GiB available",
+            found=f"at least {format_bytes(least)} for micro-batches of "
+            f"{count_noun(micro, 'image')} per process; {format_bytes(there)} available",
             change=advise_accumulation(max(1, share), free / most_activations(config)),
         )
         return
     case = step_case(recipe, micro, recipe.mask_cell_for_estimate)
     needed = needed_memory(case, placement)
     found = (
-        f"{needed / GIB:.2f} GiB estimated for micro-batches of {count_noun(micro, 'image')} per "
+        f"{format_bytes(needed)} estimated for micro-batches of {count_noun(micro, 'image')} per "
         f"process; "
-        f"{there / GIB:.2f} GiB available"
+        f"{format_bytes(there)} available"
     )
     if needed <= FULL * there:
         yield Check(name="memory", verdict="ok", found=found)
@@ -85,7 +85,7 @@ def advise(case: StepCase, placement: Placement, needed: int, there: int, share:
         advice.append(f"raise training.accumulation to {parts}")
     if case.checkpointing != "full":
         again = needed_memory(replace(case, checkpointing="full"), placement)
-        advice.append(f"set execution.checkpointing to full (estimate {again / GIB:.2f} GiB)")
+        advice.append(f"set execution.checkpointing to full (estimate {format_bytes(again)})")
     if case.precision == "fp32":
         advice.append("set training.precision to bf16")
     advice.append("shard over devices, see `simmim bench memory`")
@@ -95,12 +95,13 @@ def advise(case: StepCase, placement: Placement, needed: int, there: int, share:
 def step_case(recipe: TaskRecipe, batch: int, mask_cell: int) -> StepCase:
     """Return the SimMIM step whose memory is estimated for a recipe."""
     encoder, size = recipe.encoder, recipe.data.image_size
+    (window, _) = encoder.config(size).window_size
     names = ("embed_dim", "depths", "num_heads", "extra_norm_every", "mlp_ratio")
     chosen = [(name, getattr(encoder, name)) for name in names]
     return StepCase(
         variant=encoder.variant,
         image_size=size,
-        window_size=encoder.window_size,
+        window_size=window,
         attention=recipe.execution.attention,
         checkpointing=recipe.execution.checkpointing,
         precision="fp32" if recipe.training.precision == "fp32" else "bf16",  # as large as fp16
@@ -160,9 +161,9 @@ def check_disk(folder: Path, model: nn.Module, *, kept: int, average: bool = Fal
     free = shutil.disk_usage(place).free
     present = sum(path.stat().st_size for path in folder.glob("checkpoints/*/*") if path.is_file())
     found = (
-        f"{needed / GIB:.2f} GiB for {count_noun(kept, 'checkpoint')} of "
-        f"{checkpoint / GIB:.2f} GiB, one more while it is written, and the encoder; "
-        f"{free / GIB:.2f} GiB free for {folder}"
+        f"{format_bytes(needed)} for {count_noun(kept, 'checkpoint')} of "
+        f"{format_bytes(checkpoint)}, one more while it is written, and the encoder; "
+        f"{format_bytes(free)} free for {folder}"
     )
     if not os.access(place, os.W_OK):
         return Check(

@@ -64,6 +64,9 @@ def settings_of(wanted: EncoderSettings, config: SwinV2Config) -> EncoderSetting
         "patch_size": config.patch_size,
         "in_channels": config.in_channels,
     }
+    rows, columns = config.window_size
+    if wanted.window_size is None and rows == columns:  # else load_encoder takes both
+        values["window_size"] = rows
     for name in OF_VARIANT:
         value, usual = getattr(config, name), getattr(published, name)
         as_given = variant == wanted.variant and getattr(wanted, name) == value
@@ -104,12 +107,24 @@ def overridden(given: TaskRecipe, trained: TaskRecipe) -> str | None:
     source = given.architecture_source
     if source is None:
         return None
-    found = differences(to_values(given), to_values(trained))
+    found = differences(_with_sizes(given), _with_sizes(trained))
+    described = given.encoder.window_size is not None  # else nothing is said that is overridden
     listed = [
         f"{key} {text}"
         for key, text in found.items()
-        if key.startswith("encoder.") or key in ("data.mean", "data.std")
+        if (key.startswith("encoder.") and described) or key in ("data.mean", "data.std")
     ]
     if not listed:
         return None
     return f"the encoder of {source} overrides the recipe: {', '.join(listed)}"
+
+
+def _with_sizes(recipe: TaskRecipe) -> dict[str, Any]:
+    """Return a recipe's values with the sizes of its variant where it leaves them to that."""
+    values = to_values(recipe)
+    published = variant_config(recipe.encoder.variant)
+    for name in OF_VARIANT:
+        if values["encoder"][name] is None:
+            size = getattr(published, name)
+            values["encoder"][name] = list(size) if isinstance(size, tuple) else size
+    return values

@@ -30,8 +30,9 @@ class EncoderSettings:
 
     variant: Literal["tiny", "small", "base", "large", "huge", "giant"] = "base"
     """Architecture from the paper; the fields below override parts of it."""
-    window_size: int
-    """Side of the attention windows in tokens; clamped to the size of the stage's map."""
+    window_size: int | None = None
+    """Side of the attention windows in tokens; clamped to the size of the stage's map. Null is that
+    of the trained weights that training starts from; random weights need a number."""
     patch_size: int = 4
     """Side of a patch in pixels."""
     in_channels: int = 3
@@ -74,8 +75,13 @@ class EncoderSettings:
         """Return the encoder's configuration for square images of `image_size` pixels.
 
         Raises:
-            ValueError: the sizes do not fit together.
+            ValueError: the sizes do not fit together, or there is no window size.
         """
+        if self.window_size is None:
+            raise ValueError(
+                "encoder.window_size is missing: give the side of the attention windows in tokens, "
+                "such as 8."
+            )
         replaced = {
             name: getattr(self, name)
             for name in ("embed_dim", "depths", "num_heads", "extra_norm_every", "mlp_ratio")
@@ -205,7 +211,9 @@ class TaskRecipe:
     @property
     def input_text(self) -> str:
         """Size of the input and of the attention windows, for a person."""
-        return f"{self.data.image_size} pixels with windows of {self.encoder.window_size}"
+        window = self.encoder.window_size
+        windows = "its windows" if window is None else f"windows of {window}"
+        return f"{self.data.image_size} pixels with {windows}"
 
     @classmethod
     def validating_on(cls, source: str, overrides: Sequence[str]) -> list[str]:
@@ -252,13 +260,13 @@ class FineTuningRecipe(TaskRecipe, ABC):
     """`scratch` for random weights, an encoder directory, or the folder of a finished run, which
     exports its best checkpoint (`simmim export RUN FOLDER --last` exports the last). Trained
     weights come with their architecture (variant, patch, channels, sizes), mean and std: then only
-    `window_size` and `drop_path` of `encoder` apply, and data.mean and data.std do not; the recipe
-    in the run records what was trained."""
+    `window_size` and `drop_path` of `encoder` apply, which may be left out, and data.mean and
+    data.std do not; the recipe in the run records what was trained."""
     like: str | None = None
     """For random weights: the encoder directory or run that they are compared with, whose
     architecture, mean and std they take; null takes those of the recipe."""
-    encoder: EncoderSettings
-    """The encoder."""
+    encoder: EncoderSettings = EncoderSettings()
+    """The encoder; trained weights bring theirs."""
     data: CroppedSettings
     """The training data."""
     execution: ExecutionSettings = ExecutionSettings()
@@ -274,6 +282,12 @@ class FineTuningRecipe(TaskRecipe, ABC):
                 "out, trained weights have an architecture of their own."
             )
         if self.architecture_source is None:
+            if self.encoder == type(self.encoder)():
+                raise ValueError(
+                    "there is no encoder to train: name trained weights by --init PATH (an encoder "
+                    "directory or a finished run), or describe one in the section encoder of the "
+                    "recipe."
+                )
             measurable = isinstance(self.data, DataSettings)
             self.encoder.check_channels(self.data.mean, measurable=measurable)
             config = self.encoder.config(self.data.image_size)  # raises if sizes do not fit

@@ -15,8 +15,9 @@ class ClassifierRecipe(FineTuningRecipe):
     init: str = SCRATCH
     """`scratch` for random weights, an encoder directory, or the folder of a finished run. Trained
     weights come with their architecture (variant, patch, channels, sizes), mean and std: then only
-    `window_size` and `drop_path` of `encoder` apply, and data.mean and data.std do not; the recipe
-    in the run records what was trained. For the head see `init_head`."""
+    `window_size` and `drop_path` of `encoder` apply, which may be left out, and data.mean and
+    data.std do not; the recipe in the run records what was trained. For the head see
+    `init_head`."""
     init_head: bool | None = None
     """Whether to start from the head of `init` too, of a classification run or its native export;
     null takes it if it has all classes by name, true requires that, false starts a random head."""

@@ -1,5 +1,6 @@
 """Recipe of the classification of clips."""
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from simmim.data.settings import ClipDataSettings
@@ -53,17 +54,19 @@ class VideoRecipe(ClassifierRecipe):
     that a still clip has the features of its image; or of a video encoder), or the folder of a
     finished run. Trained weights come with their architecture, mean and std: then only
     `window_size`, `window_frames`, `frame_patch` (of image encoders) and `drop_path` of `encoder`
-    apply, and data.mean and data.std do not; the recipe in the run records what was trained. For
-    the head see `init_head`."""
-    encoder: VideoEncoderSettings
-    """The encoder."""
+    apply, which may be left out, and data.mean and data.std do not; the recipe in the run records
+    what was trained. For the head see `init_head`."""
+    encoder: VideoEncoderSettings = VideoEncoderSettings()
+    """The encoder; trained weights bring theirs."""
     data: ClipDataSettings
     """The clips."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Raises if sizes do not fit.
-        self.encoder.video_config(self.data.image_size, self.data.frames)
+        encoder = self.encoder
+        if encoder.window_size is None:  # that of the trained weights
+            encoder = replace(encoder, window_size=1)
+        encoder.video_config(self.data.image_size, self.data.frames)  # raises if sizes do not fit
 
     @property
     def input_text(self) -> str:

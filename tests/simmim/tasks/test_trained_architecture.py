@@ -76,6 +76,50 @@ def test_scratch_takes_the_architecture_that_it_is_compared_with(
     assert ClassificationStage(again).recipe == scratch.recipe
 
 
+@pytest.mark.parametrize("start", ["init", "like"])
+def test_trained_weights_need_no_section_that_describes_the_encoder(
+    start: str, classification_values: dict[str, Any], encoder_directory: Path
+) -> None:
+    described = ClassificationStage(
+        recipe_of(classification_values | {start: str(encoder_directory)})
+    )
+    del classification_values["encoder"]
+    given = recipe_of(classification_values | {start: str(encoder_directory)})
+    stage = ClassificationStage(given)
+    trained = read_encoder_config(encoder_directory).config
+    assert stage.encoder.config == replace(described.encoder.config, drop_path=0.0)
+    assert stage.encoder.config.window_size == trained.window_size
+    assert (stage.recipe.encoder.window_size,) * 2 == trained.window_size
+    line = overridden(given, stage.recipe)
+    assert line is not None
+    assert "data.mean" in line
+    assert "encoder." not in line  # it says nothing that could be overridden
+    # The recorded recipe is complete.
+    assert recipe_of(yaml.safe_load(to_yaml(stage.recipe))) == stage.recipe
+
+
+def test_random_weights_need_a_section_that_describes_the_encoder(
+    classification_values: dict[str, Any],
+) -> None:
+    classification_values["encoder"] = {"drop_path": 0.1}
+    with pytest.raises(RecipeError, match=r"encoder\.window_size is missing: give"):
+        recipe_of(classification_values)
+    del classification_values["encoder"]
+    with pytest.raises(RecipeError, match=r"no encoder to train: .*--init PATH .*section encoder"):
+        recipe_of(classification_values)
+
+
+def test_sizes_that_are_left_to_the_variant_are_named_when_overridden(
+    classification_values: dict[str, Any], encoder_directory: Path
+) -> None:
+    encoder = {"variant": "tiny", "window_size": 4}
+    given = recipe_of(classification_values | {"encoder": encoder, "init": str(encoder_directory)})
+    line = overridden(given, resolve_architecture(given))
+    assert line is not None
+    assert "encoder.embed_dim 96 → 16" in line
+    assert "encoder.depths [2, 2, 6, 2] → [1, 2]" in line
+
+
 def test_like_is_for_random_weights(
     classification_values: dict[str, Any], encoder_directory: Path
 ) -> None:
