@@ -278,8 +278,15 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> d
         if isinstance(before, dict) and isinstance(after, dict):
             found |= differences(before, after, f"{prefix}{key}.")
         elif before != after:
-            found[f"{prefix}{key}"] = f"{before} → {after}"
+            found[f"{prefix}{key}"] = f"{_as_text(before)} → {_as_text(after)}"
     return found
+
+
+def _as_text(value: Any) -> str:
+    """Return a value as a recipe has it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def describe(recipe_type: type[Any]) -> str:

@@ -1,5 +1,6 @@
 """Summary of a set of shards from its indexes and image headers, as a table."""
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -217,7 +218,10 @@ def describe_statistics(statistics: Sequence[Statistics]) -> str:
 
 
 def _describe_counts(counts: Counter[str]) -> str:
-    return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items()))
+    return ", ".join(
+        count_noun(count, name, re.sub(r"\Aarray\b", "arrays", name))
+        for name, count in sorted(counts.items())
+    )
 
 
 def _describe_sizes(summary: SetSummary, samples: int) -> list[tuple[str, str]]:

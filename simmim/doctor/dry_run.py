@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator
 
-from data_prep.format.text import count_noun
+from data_prep.format.text import count_noun, format_bytes
 from simmim.data.loader.batch import Batch
 from simmim.data.settings import DataSettings
 from simmim.doctor.checks import Check, problem
@@ -122,7 +122,7 @@ def _step_checks(accelerator: Accelerator, loss: float, norm: float) -> Iterator
     on_device = accelerator.device.type == "cuda"
     peak = memory_in_use(accelerator.device).device_peak if on_device else host_peak()
     place = "device memory" if on_device else "host memory per process"
-    found += f", peak {place} {max(gather_value(accelerator, peak / 2**30)):.2f} GiB"
+    found += f", peak {place} {format_bytes(max(gather_value(accelerator, peak)))}"
     if finite:
         yield Check(name="dry step", verdict="ok", found=found)
     else:

@@ -8,7 +8,7 @@ import numpy as np
 
 from data_prep.format.manifest import ShardEntry
 from data_prep.format.storage import Location
-from data_prep.format.text import count_noun, count_range
+from data_prep.format.text import count_noun, count_range, format_bytes
 from simmim.data.datasets.folder import ImageFolder
 from simmim.data.datasets.image_set import ImageSet
 from simmim.data.datasets.mixture import MixedShards, Shards
@@ -43,7 +43,7 @@ def check_shards(
 ) -> Iterator[Check]:
     """Check the training and validation shards."""
     tars = [entry for one in shard_sets_of(training) for entry in entries_of(one)]
-    there = f" ({sum(entry.bytes for entry in tars) / 2**30:,.2f} GiB)" if tars else ""
+    there = f" ({format_bytes(sum(entry.bytes for entry in tars))})" if tars else ""
     yield Check(
         name="shards",
         verdict="ok",

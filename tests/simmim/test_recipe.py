@@ -321,8 +321,8 @@ def test_differences_name_keys_and_values() -> None:
     new = {"a": 1.0, "b": {"c": [1, 3], "d": 3}, "new": "x"}
     assert differences(old, new) == {
         "b.c": "[1, 2] → [1, 3]",
-        "gone": "True → None",
-        "new": "None → x",
+        "gone": "true → null",
+        "new": "null → x",
     }
 
 

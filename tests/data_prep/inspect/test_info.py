@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_prep.format.text import format_bytes
@@ -18,6 +19,15 @@ def test_the_table_counts_samples_and_classes(image_zip: Path, tmp_path: Path) -
     assert rows["shards"] == "4 with 6 samples"
     assert rows["labelled"] == "24 of 24"
     assert lines[-3:] == [["12", "cat"], ["6", "dog"], ["6", "owl"]]
+
+
+@pytest.mark.parametrize(("count", "text"), [(1, "1 array of"), (3, "3 arrays of")])
+def test_arrays_are_counted_in_their_number(count: int, text: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(count):
+        np.save(tmp_path / "in" / f"{number}.npy", np.zeros((4, 4, 5), dtype=np.uint16))
+    built = build_shards(tmp_path / "in", tmp_path / "out", ShardOptions())
+    assert f"{text} 5 channels, uint16" in describe_shards(built.manifest)
 
 
 @pytest.mark.parametrize(

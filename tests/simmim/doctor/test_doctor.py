@@ -27,6 +27,8 @@ def test_a_good_recipe_passes_and_nothing_is_written(
     run = tmp_path / "runs" / "new"
     assert doctor(pretrain_config, run) == 0
     text = capsys.readouterr().out
+    assert " KiB) to train on" in " ".join(text.split())
+    assert "0.00 GiB" not in text
     for name in (
         "recipe",
         "run folder",

@@ -88,7 +88,7 @@ def test_a_run_resumes_with_its_own_recipe(run: RunFolder) -> None:
         ({"training__precision": "bf16"}, "training.precision: fp32 → bf16"),
         ({"encoder__drop_path": 0.1}, "encoder.drop_path: 0.0 → 0.1"),
         ({"mask__ratio": 0.5}, "mask.ratio: 0.6 → 0.5"),
-        ({"data__slots": 32}, "data.slots: None → 32"),
+        ({"data__slots": 32}, "data.slots: null → 32"),
     ],
 )
 def test_a_change_of_the_weights_is_refused_unless_allowed(
