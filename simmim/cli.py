@@ -17,7 +17,7 @@ from simmim.engine.exit_codes import BAD_INPUT, LOST, STOPPED, RankLostError, ou
 from simmim.environment import process_environment
 from simmim.recipe import describe, load, read_values
 from simmim.start import TRAINING, start_process
-from simmim.stop_signals import ignore_stop_signals
+from simmim.stop_signals import ProcessExit, ignore_stop_signals
 
 if TYPE_CHECKING:
     from simmim.tasks.all_tasks import Task
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None, *, ends_process: bool = False) -> in
     Args:
         argv: the command and its arguments; None takes those of the process.
         ends_process: the process exits afterwards, so stop signals that arrive once a training has
-            stopped on request are ignored.
+            ended are ignored.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = build_parser(argv[:1])
@@ -144,8 +144,9 @@ def run_quickstart(arguments: argparse.Namespace, overrides: Sequence[str]) -> i
     from simmim.quickstart import quickstart  # noqa: PLC0415
 
     del overrides
-    ignore_signals_at_exit(arguments)
-    outcome = quickstart(arguments.images, arguments.folder)
+    # Once training has ended, the probe follows, which a signal may stop.
+    process_exit: ProcessExit = "if stopped" if arguments.ends_process else "no"
+    outcome = quickstart(arguments.images, arguments.folder, process_exit=process_exit)
     if outcome.text:
         print(outcome.text)
     return STOPPED if outcome.stopped else 0
@@ -216,7 +217,6 @@ def run_training(arguments: argparse.Namespace, overrides: Sequence[str]) -> int
         overrides = [*overrides, "--execution.compile", "true"]
     task = task_of(arguments)
     recipe = load(task.recipe, arguments.config, overrides)
-    ignore_signals_at_exit(arguments)
     from simmim.doctor.fits import check_fits  # noqa: PLC0415 (imports torch)
     from simmim.tasks.train import run_folder, train_recipe  # noqa: PLC0415
 
@@ -228,18 +228,9 @@ def run_training(arguments: argparse.Namespace, overrides: Sequence[str]) -> int
         allow_changes=arguments.allow_recipe_changes,
         init_from=arguments.init_from,
         check_memory=None if arguments.ignore_memory else check_fits,
+        process_exit="always" if arguments.ends_process else "no",
     )
     return STOPPED if result.stopped else 0
-
-
-def ignore_signals_at_exit(arguments: argparse.Namespace) -> None:
-    """Ignore the signals that still arrive while a process exits after its training."""
-    from simmim.engine.distributed.signals import StopRequest  # noqa: PLC0415 (imports torch)
-
-    StopRequest.ends_process = arguments.ends_process
-    # Others do something after the training.
-    last = arguments.command in ("pretrain", "finetune")
-    StopRequest.ends_when_finished = arguments.ends_process and last
 
 
 def task_of(arguments: argparse.Namespace) -> "Task":
@@ -368,7 +359,6 @@ def run_labels(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run `simmim labels`."""
     from simmim.tasks.label_efficiency import compare_labels  # noqa: PLC0415
 
-    ignore_signals_at_exit(arguments)
     text = compare_labels(
         arguments.config,
         arguments.init,

@@ -16,6 +16,7 @@ from simmim.doctor.fits import find_room, most_memory
 from simmim.engine.folder_lock import locked_folder
 from simmim.engine.run import RunFolder
 from simmim.recipe import load, parse
+from simmim.stop_signals import ProcessExit
 from simmim.tasks.input_check import SAMPLES, SECONDS
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.pretrain.stage import PretrainStage
@@ -40,12 +41,13 @@ class Outcome:
     """Whether a signal stopped it early."""
 
 
-def quickstart(images: Path | None, folder: Path) -> Outcome:
+def quickstart(images: Path | None, folder: Path, *, process_exit: ProcessExit = "no") -> Outcome:
     """Run the pipeline in `folder`; the same call resumes an earlier one that was stopped.
 
     Args:
         images: a folder, zip or tar of images; None draws labelled procedural ones.
         folder: output folder of images, shards and the run.
+        process_exit: whether the process exits after a training; see `train_recipe`.
 
     Raises:
         ValueError: the images cannot be used, the folder holds another run, or there is too little
@@ -53,10 +55,10 @@ def quickstart(images: Path | None, folder: Path) -> Outcome:
     """
     check_memory(embedded_recipe(folder / "shards"))
     with locked_folder(folder):
-        return _run_pipeline(images, folder)
+        return _run_pipeline(images, folder, process_exit)
 
 
-def _run_pipeline(images: Path | None, folder: Path) -> Outcome:
+def _run_pipeline(images: Path | None, folder: Path, process_exit: ProcessExit) -> Outcome:
     began = time.perf_counter()
     if images is None:
         say(f"1/4 drawing {NUM_IMAGES} images of shapes, textures and backgrounds")
@@ -72,7 +74,14 @@ def _run_pipeline(images: Path | None, folder: Path) -> Outcome:
     recipe = quickstart_recipe(shards)
     if not run.recipe.is_file() or load(PretrainRecipe, run.recipe).encoder != recipe.encoder:
         recipe = fit_to_images(recipe, shards)
-    result = train_recipe(PretrainStage, recipe, run=run, resume="auto", allow_changes=False)
+    result = train_recipe(
+        PretrainStage,
+        recipe,
+        run=run,
+        resume="auto",
+        allow_changes=False,
+        process_exit=process_exit,
+    )
     if result.stopped:
         return Outcome(text="", stopped=True)  # training has said how to resume
     say("4/4 probing its frozen features")

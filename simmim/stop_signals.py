@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Literal
 
 # ruff: noqa: PLC0415 (signals have to be handled before anything is imported)
 
@@ -16,6 +16,10 @@ before the time limit."""
 
 PATIENCE = 60.0
 """Seconds that child processes have to end before training has begun."""
+
+ProcessExit = Literal["no", "if stopped", "always"]
+"""Whether the process exits after its training, so that further stop signals are ignored: never,
+only if training has stopped on request, or also once it has reached its last step."""
 
 Handler = Callable[[int, FrameType | None], Any]
 

@@ -24,6 +24,7 @@ from simmim.engine.optimizer import set_learning_rate, step_if_finite
 from simmim.engine.run import RunFolder
 from simmim.engine.stage import TrainingStage
 from simmim.engine.trainer import Trainer
+from simmim.stop_signals import ProcessExit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ def train(
     allow_changes: bool = False,
     init_from: Path | None = None,
     write_report: ReportWriter | None = None,
+    process_exit: ProcessExit = "no",
 ) -> TrainingResult:
     """Train a stage to its last step, or until a signal asks to stop.
 
@@ -59,6 +61,7 @@ def train(
         allow_changes: resume with another batch size than the checkpoint's.
         init_from: initial weights, unless a checkpoint is resumed; see `load_initial`.
         write_report: writes the report of the run; None writes none.
+        process_exit: whether the process exits afterwards.
 
     Raises:
         DivergedError: loss or gradient were non-finite in too many steps in a row; the last
@@ -67,7 +70,8 @@ def train(
         OSError: the checkpoint of the last step cannot be written. If that happens at a stop, only
             a warning is printed: the previous checkpoint can be resumed.
     """
-    stop = StopRequest(group_timeout(stage.recipe.training.rank_timeout))
+    timeout = group_timeout(stage.recipe.training.rank_timeout)
+    stop = StopRequest(timeout, process_exit=process_exit)
     module, optimizer = prepare(stage, accelerator)
     trainer = Trainer(
         stage, run, accelerator, module, optimizer, stop=stop, write_report=write_report

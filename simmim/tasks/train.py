@@ -30,6 +30,7 @@ from simmim.engine.run import RunFolder
 from simmim.engine.stage import TrainingStage
 from simmim.environment import process_environment
 from simmim.report.page import write_report
+from simmim.stop_signals import ProcessExit
 from simmim.tasks.architecture import describe_start, overridden
 from simmim.tasks.input_check import check_stage_input
 from simmim.tasks.loading import with_recorded_slots
@@ -49,6 +50,7 @@ def train_recipe(
     allow_changes: bool,
     init_from: Path | None = None,
     check_memory: Callable[[Any], None] | None = None,
+    process_exit: ProcessExit = "no",
 ) -> TrainingResult:
     """Train the stage of `recipe` in the run folder, on all processes that were asked for.
 
@@ -64,6 +66,7 @@ def train_recipe(
         init_from: weights to start from if no checkpoint is resumed.
         check_memory: called with the recipe before anything large is built, or with the resolved
             one if weights bring their own architecture; raises ValueError if it does not fit.
+        process_exit: whether the process exits afterwards.
 
     Raises:
         ValueError: the run folder, the shards or the sizes cannot be used.
@@ -110,6 +113,7 @@ def train_recipe(
             allow_changes=allow_changes,
             init_from=init_from,
             write_report=write_report,
+            process_exit=process_exit,
         )
         if accelerator.is_main_process:
             print_result(result, run, resume)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed
 
 from simmim.engine.exit_codes import LOST
-from simmim.stop_signals import handled_stop_signals
+from simmim.stop_signals import ProcessExit, handled_stop_signals
 
 LONGEST_WAIT = 60.0
 """Seconds after a stop signal in which a rank may wait in native code, where Python's handlers do
@@ -26,31 +26,28 @@ class StopRequest:
     """Context in which stop signals are recorded instead of ending the process.
 
     A launcher and the terminal may both deliver the same signal, so repeated ones are only
-    recorded, too. `agree` shares them with all ranks, so that none waits for a stopped one. If
-    the process ends after training, further signals on the way out are ignored.
+    recorded, too. `agree` shares them with all ranks, so that none waits for a stopped one.
 
     A rank that waits for another in native code cannot record a signal. A thread sees it arrive,
     and ends the process if it is not recorded in time.
 
     Args:
         timeout: the longest wait for another rank in `agree`; None is torch's default.
+        process_exit: whether the process exits afterwards; then further signals on the way out are
+            ignored.
         longest_wait: seconds after a signal until a rank that has not recorded it ends.
         end: ends this process with an exit code, whatever its main thread is waiting for.
     """
-
-    ends_process = False
-    """Whether the process ends once training has stopped on request, as a command's does."""
-    ends_when_finished = False
-    """Whether it also ends once training has reached its last step: nothing is left to stop."""
 
     def __init__(
         self,
         timeout: timedelta | None = None,
         *,
+        process_exit: ProcessExit = "no",
         longest_wait: float = LONGEST_WAIT,
         end: Callable[[int], None] = os._exit,
     ) -> None:
-        self._timeout = timeout
+        self._timeout, self._process_exit = timeout, process_exit
         self._longest_wait, self._end = longest_wait, end
         self._recorded = threading.Event()
         self._arrivals: _Arrivals | None = None
@@ -80,10 +77,10 @@ class StopRequest:
         if self._arrivals is not None:
             self._recorded.set()
             self._arrivals.close()
-        finished = error is None and not self.honoured
-        ends = (self.honoured and self.ends_process) or (finished and self.ends_when_finished)
+        exits = self._process_exit == "always" and error is None
+        exits |= self._process_exit != "no" and self.honoured
         for number, handler in self._before.items():
-            if ends:
+            if exits:
                 signal.signal(number, signal.SIG_IGN)
             else:
                 # None: a handler that was not installed from Python cannot be restored.

@@ -66,14 +66,13 @@ def test_previous_handlers_are_restored(number: signal.Signals, no_harm: list[in
 
 @EACH
 def test_after_a_stop_that_ends_the_process_signals_are_ignored(
-    number: signal.Signals, no_harm: list[int], monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, no_harm: list[int]
 ) -> None:
-    monkeypatch.setattr(StopRequest, "ends_process", True)
-    with StopRequest():
+    with StopRequest(process_exit="if stopped"):
         pass
     os.kill(os.getpid(), number)
     assert no_harm == [number]  # nothing was stopped
-    with StopRequest() as stop:
+    with StopRequest(process_exit="if stopped") as stop:
         stop.honoured = True
     os.kill(os.getpid(), number)
     assert no_harm == [number]
@@ -81,15 +80,28 @@ def test_after_a_stop_that_ends_the_process_signals_are_ignored(
 
 @EACH
 def test_after_a_finished_training_signals_are_ignored(
-    number: signal.Signals, no_harm: list[int], monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, no_harm: list[int]
 ) -> None:
-    monkeypatch.setattr(StopRequest, "ends_when_finished", True)
-    with pytest.raises(KeyError), StopRequest():
+    with pytest.raises(KeyError), StopRequest(process_exit="always"):
         raise KeyError
     os.kill(os.getpid(), number)
     assert no_harm == [number]  # nothing was finished
-    with StopRequest():
+    with StopRequest(process_exit="always"):
         pass
+    os.kill(os.getpid(), number)
+    assert no_harm == [number]
+
+
+@EACH
+def test_how_one_training_ends_its_process_is_not_known_to_the_next(
+    number: signal.Signals, no_harm: list[int]
+) -> None:
+    before = signal.getsignal(number)
+    with StopRequest(process_exit="always") as stop:
+        stop.honoured = True
+    signal.signal(number, before)
+    with StopRequest() as stop:
+        stop.honoured = True
     os.kill(os.getpid(), number)
     assert no_harm == [number]
 
