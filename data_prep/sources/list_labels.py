@@ -91,6 +91,7 @@ class LabelTally:
 
     Attributes:
         unlabelled: cell that means no label → number of rows.
+        unusable: number of rows that are rejected whatever their label is.
     """
 
     def __init__(self, path: Location) -> None:
@@ -100,6 +101,7 @@ class LabelTally:
         self._name: tuple[str, str] | None = None
         self._large: tuple[str, str] | None = None
         self.unlabelled: Counter[str] = Counter()
+        self.unusable = 0
 
     def add(self, place: str, value: object, label: str) -> None:
         """Count a row.
@@ -141,13 +143,24 @@ class LabelTally:
                 f"place of {MAX_CLASSES}), or number the classes from 0."
             )
 
-    def describe(self) -> str:
-        """Return how many rows are unlabelled, as a clause after a semicolon, or an empty text."""
+    def describe(self, repeated: int) -> str:
+        """Return how many rows are unlabelled, as a clause after a semicolon, or an empty text.
+
+        The images found are the rows counted and those that cannot be used, less the repeated ones.
+
+        Args:
+            repeated: number of rows counted that are the same as an earlier one.
+        """
         count = self.unlabelled.total()
         if not count:
             return ""
         rows = count_noun(self._rows, "row")
-        return f"; {count:,} of {rows} unlabelled: {describe_kinds(self.unlabelled, 5)}"
+        text = f"; {count:,} of {rows} unlabelled: {describe_kinds(self.unlabelled, 5)}"
+        if self.unusable:
+            text += f"; {count_noun(self.unusable, 'more row')} cannot be used"
+        if repeated:
+            text += f"; {count_noun(repeated, 'row')} listed again"
+        return text
 
 
 def _shown(found: tuple[str, str]) -> str:

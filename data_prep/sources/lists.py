@@ -118,7 +118,7 @@ class ListSource:
                 f"no column of one label per image among {names}: classes are names of folders; "
                 "--label-column chooses one"
             )
-        counts = overview.tally.describe()
+        counts = overview.tally.describe(len(overview.repeated))
         if not overview.layout.has_header and overview.layout.delimiter:
             return f"labels from the list{counts}"
         return f"paths from column {columns.path!r}, labels from column {columns.label!r}{counts}"
@@ -155,10 +155,14 @@ class ListSource:
         for row in read_rows(path, overview.layout):
             place, problem = self._place(row, columns)
             hashes.append(hash(normal_path(place)))
-            if columns.label is None or problem or row.problem:
+            if columns.label is None:
                 continue
             file = SourceFile(place, 0, 0, split=self._split(row, columns))
-            if self._selection.wants(file, explicit=True):
+            if not self._selection.wants(file, explicit=True):
+                continue
+            if problem or row.problem:
+                overview.tally.unusable += 1
+            else:
                 value = row.cells.get(columns.label)
                 label = self._parse(row, columns.label, value, parse_label)
                 overview.tally.add(row.place, value, label)
@@ -174,7 +178,7 @@ class ListSource:
                 if hash(place) not in repeated:
                     continue
                 file = self._describe(row, overview.columns)
-                if not file.problem and self._selection.only_split in (None, file.split):
+                if not file.problem and self._selection.wants(file, explicit=True):
                     key = place.encode("utf-8", "surrogateescape").hex()
                     values = [row.place, file.label, file.split, file.fields]
                     sorter.add(key, f"{number:018d}{json.dumps(values)}")

@@ -115,6 +115,28 @@ def test_labels_of_rows_that_are_not_used_do_not_matter(
     assert "1 of 3 rows unlabelled: 'NA' (1)" in capsys.readouterr().out
 
 
+def test_numbers_of_rows_add_up_to_the_images_found(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = f"{PATHS[0]},a\n{PATHS[3]},a\n{PATHS[3]},a\n"
+    path = _write_csv(folder, ["a", "b", "NA", "a"], f"{again},b\n../x.jpg,b\n1.jpg,b,c\n")
+    command = [
+        "shard",
+        str(path),
+        str(folder / "out"),
+        "--exclude",
+        PATHS[3],
+        "--max-rejected",
+        "1",
+    ]
+    assert main([*command, "--workers", "1"]) == 0
+    printed = capsys.readouterr().out
+    rows = "1 of 4 rows unlabelled: 'NA' (1); 3 more rows cannot be used; 1 row listed again\n"
+    assert rows in printed
+    assert "found 6 images and 2 classes" in printed  # 4 + 3 - 1
+    assert read_manifest(folder / "out").skipped == {"listed again": 1, "matches --exclude": 3}
+
+
 def test_odd_fields_of_json_lines_are_replaced_and_noted(folder: Path) -> None:
     digits = "7" * 5_000
     lines = [
