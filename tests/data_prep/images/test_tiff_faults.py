@@ -10,20 +10,10 @@ import pytest
 from data_prep.images.checking import RejectedImageError, check_image, read_pixels
 from simmim.data.order.source import BadSampleError
 from simmim.data.transforms.decoding import decode_pixels
+from tests.data_prep.images.tiff_files import stored_values, write_tiff
 
 tifffile = pytest.importorskip("tifffile")
 pytest.importorskip("imagecodecs")
-
-
-def _write(values: np.ndarray, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    tifffile.imwrite(buffer, values, **{"metadata": None, **options})
-    return buffer.getvalue()
-
-
-def _values(data: bytes, **options: object) -> np.ndarray:
-    checked = check_image(data, **options)
-    return read_pixels(checked.data, checked.extension)
 
 
 def _erase(data: bytes, names: tuple[str, ...], number: int) -> bytes:
@@ -53,7 +43,7 @@ def test_strips_and_tiles_that_were_never_written_are_no_zeros(
     values = np.random.default_rng(0).integers(1, 200, (40, 24, 3)).astype(kind)
     values = values if photometric == "rgb" else values[..., 0]
     options = {"compression": compression, "bigtiff": kind == "uint16", "photometric": photometric}
-    data = _write(values, **options, **({"tile": tile} if tile else {"rowsperstrip": 10}))
+    data = write_tiff(values, **options, **({"tile": tile} if tile else {"rowsperstrip": 10}))
     check_image(data)
     place = "TileOffsets" if tile else "StripOffsets"
     length = "TileByteCounts" if tile else "StripByteCounts"
@@ -68,7 +58,7 @@ def test_strips_and_tiles_that_were_never_written_are_no_zeros(
 def _palette_tiff(bits: int, colormap: np.ndarray, **options: object) -> tuple[bytes, np.ndarray]:
     indices = np.random.default_rng(0).integers(0, 2**bits, (16, 24), dtype=np.uint8)
     if bits == 8:
-        return _write(indices, photometric="palette", colormap=colormap, **options), indices
+        return write_tiff(indices, photometric="palette", colormap=colormap, **options), indices
     flat = "".join(f"{value:0{bits}b}" for value in indices.ravel())
     rows = int(flat, 2).to_bytes(len(flat) // 8, "big")
     tags = {256: 24, 257: 16, 258: bits, 259: 1, 262: 3, 273: 0, 277: 1, 278: 16, 279: len(rows)}
@@ -86,21 +76,21 @@ def test_a_palette_of_8_bits_is_not_black(wide: bool, bits: int) -> None:
     colours = np.random.default_rng(1).integers(0, 256, (3, 2**bits), dtype=np.uint16)
     colours[0, 0] = 200
     data, indices = _palette_tiff(bits, colours * 257 if wide else colours)
-    assert np.array_equal(_values(data), colours.T[indices])
+    assert np.array_equal(stored_values(data), colours.T[indices])
     assert np.array_equal(decode_pixels(data, "tif").pixels, colours.T[indices])
 
 
 def test_a_palette_of_8_bits_is_the_same_through_tifffile() -> None:
     colours = np.random.default_rng(1).integers(0, 256, (3, 256), dtype=np.uint16)
     data, indices = _palette_tiff(8, colours, compression="zstd")
-    assert np.array_equal(_values(data), colours.T[indices])
+    assert np.array_equal(stored_values(data), colours.T[indices])
 
 
 @pytest.mark.parametrize("compression", [None, "zstd"])
 @pytest.mark.parametrize("inks", [1, 2])
 def test_other_inks_than_cmyk_stay_bands(inks: int, compression: str | None) -> None:
     values = np.random.default_rng(0).integers(0, 256, (9, 11, 4), dtype=np.uint8)
-    data = _write(
+    data = write_tiff(
         values,
         photometric="separated",
         compression=compression,
@@ -121,10 +111,10 @@ def test_premultiplied_alpha_is_divided_out_however_the_file_is_written() -> Non
     values[..., :3] = np.minimum(values[..., :3], values[..., 3:])
     options = {"photometric": "rgb", "extrasamples": ["assocalpha"]}
     files = [
-        _write(values, **options),
-        _write(values, compression="zstd", **options),
-        _write(values, bigtiff=True, byteorder=">", **options),
-        _write(np.moveaxis(values, -1, 0), planarconfig="separate", **options),
+        write_tiff(values, **options),
+        write_tiff(values, compression="zstd", **options),
+        write_tiff(values, bigtiff=True, byteorder=">", **options),
+        write_tiff(np.moveaxis(values, -1, 0), planarconfig="separate", **options),
     ]
     first = check_image(files[0])
     stored = decode_pixels(first.data, "png", channels=4).pixels
@@ -142,20 +132,20 @@ def test_slices_without_a_page_of_their_own_are_noted(kind: str) -> None:
     values = np.random.default_rng(0).integers(0, 2**16, (5, 9, 11), dtype=np.uint16)
     options = {"imagej": True} if kind == "imagej" else {"photometric": "minisblack"}
     for truncate in (True, False):
-        data = _write(values, truncate=truncate, **{"metadata": {}, **options})
+        data = write_tiff(values, truncate=truncate, **{"metadata": {}, **options})
         checked = check_image(data)
         assert "first of several pages" in checked.notes
         assert np.array_equal(read_pixels(checked.data, "png")[..., 0], values[0])
-    single = _write(values[0], **{"metadata": {}, **options})
+    single = write_tiff(values[0], **{"metadata": {}, **options})
     assert "first of several pages" not in check_image(single).notes
 
 
 def test_the_old_tag_marks_previews_too() -> None:
     values = np.zeros((8, 9), dtype=np.uint8)
     full, reduced = ([(255, 3, 1, kind, True)] for kind in (1, 2))
-    assert check_image(_write(values, extratags=full)).width == 9
+    assert check_image(write_tiff(values, extratags=full)).width == 9
     with pytest.raises(RejectedImageError, match="preview"):
-        check_image(_write(values, extratags=reduced))
+        check_image(write_tiff(values, extratags=reduced))
     buffer = io.BytesIO()
     with tifffile.TiffWriter(buffer) as file:
         file.write(values, metadata=None)
@@ -197,7 +187,7 @@ def test_odd_depths_that_readers_disagree_on_are_named(name: str, bits: int, ord
 def test_values_of_undefined_format_are_unsigned(bits: int, order: str) -> None:
     values = np.random.default_rng(0).integers(0, 2**bits, (16, 24)).astype(f"{order}u{bits // 8}")
     data = _by_tags(values.tobytes(), order, bits, kind=4)
-    assert np.array_equal(_values(data)[..., 0], values)
+    assert np.array_equal(stored_values(data)[..., 0], values)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +207,7 @@ def test_predictors_without_a_defined_meaning_are_named(
 @pytest.mark.parametrize("compression", [None, "deflate"])
 def test_a_last_tile_that_is_cut_in_its_padding_is_truncated(compression: str | None) -> None:
     values = np.random.default_rng(0).integers(0, 256, (37, 45), dtype=np.uint8)
-    data = _write(values, tile=(16, 16), compression=compression)
+    data = write_tiff(values, tile=(16, 16), compression=compression)
     check_image(data)
     for cut in (1, 20, 100):
         with pytest.raises(RejectedImageError, match="TIFF"):
