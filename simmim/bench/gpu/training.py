@@ -14,8 +14,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -78,13 +79,11 @@ def check_resuming(scale: Scale) -> Values:
     with tempfile.TemporaryDirectory() as place:
         command = training_command(Path(place), scale, scale.training_steps)
         run = Path(place) / "run"
-        with started(command, scale) as process:
-            wait_for_checkpoint(process, run)
-            process.kill()
-            process.wait()
+        with started(command, scale) as training:
+            wait_for_checkpoint(training, run)
         killed_after = len(losses_of(run))
-        with started([*command, "--resume", "auto"], scale) as process:
-            finish(process)
+        with started([*command, "--resume", "auto"], scale) as training:
+            training.finish()
         losses = losses_of(run)
     steps = scale.training_steps
     found = {"steps": steps, "killed after": killed_after, "first loss": losses.get(1)}
@@ -116,8 +115,8 @@ def check_ranks(scale: Scale) -> Values:
     for name, (ranks, environment) in ways.items():
         with tempfile.TemporaryDirectory() as place:
             command = training_command(Path(place), scale, steps, ranks=ranks, precision="fp32")
-            with started(command, scale, **environment) as process:
-                finish(process)
+            with started(command, scale, **environment) as training:
+                training.finish()
             losses[name] = losses_of(Path(place) / "run")
     alone = losses["one device"]
     for name in ("DDP", "FSDP2"):
@@ -137,16 +136,16 @@ def check_lost_rank(scale: Scale) -> Values:
 
     with tempfile.TemporaryDirectory() as place:
         command = training_command(Path(place), scale, 10**6, ranks=scale.ranks)
-        with started(command, scale) as process:
-            wait_for_checkpoint(process, Path(place) / "run")
+        with started(command, scale) as training:
+            wait_for_checkpoint(training, Path(place) / "run")
             last = str(scale.ranks - 1)
-            for child in psutil.Process(process.pid).children(recursive=True):
+            for child in psutil.Process(training.process.pid).children(recursive=True):
                 if child.environ().get("RANK") == last:
                     child.kill()
                     break
             began = time.monotonic()
             try:
-                code = process.wait(SECONDS_AFTER_A_LOSS)
+                code = training.process.wait(SECONDS_AFTER_A_LOSS)
             except subprocess.TimeoutExpired:
                 raise CheckFailed("a training that lost a rank went on for a minute") from None
     found = {"seconds": round(time.monotonic() - began, 1), "exit code": code}
@@ -218,53 +217,54 @@ def draw_images(folder: Path, number: int, *, side: int, ending: str = "png") ->
         image.save(folder / f"{place:05d}.{ending}")
 
 
+@dataclass(frozen=True)
+class Training:
+    """A training in a process of its own."""
+
+    process: "subprocess.Popen[bytes]"
+    errors: IO[str]
+    """What it writes to standard error: a file, since nobody reads a pipe meanwhile."""
+
+    def finish(self) -> str:
+        """Wait for its end, and return what it wrote to standard error.
+
+        Raises:
+            CheckFailed: it failed; the message has its last lines.
+        """
+        try:
+            code = self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise CheckFailed(f"a training took more than {PATIENCE:.0f} s") from None
+        self.errors.seek(0)
+        errors = self.errors.read()
+        if code:
+            last = "\n".join(errors.strip().splitlines()[-8:])
+            raise CheckFailed(f"a training ended with exit code {code}: {last}")
+        return errors
+
+
 @contextmanager
-def started(
-    command: list[str], scale: Scale, **environment: str
-) -> Iterator["subprocess.Popen[str]"]:
+def started(command: list[str], scale: Scale, **environment: str) -> Iterator[Training]:
     """Start a training in its own session, and kill what is left of it at the end."""
     hidden = {} if scale.device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(
-        command,
-        env=dict(process_environment().variables) | hidden | environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        kill_session(process)
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        process = subprocess.Popen(
+            command,
+            env=dict(process_environment().variables) | hidden | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            start_new_session=True,
+        )
+        try:
+            yield Training(process, errors)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
-def kill_session(process: "subprocess.Popen[str]") -> None:
-    """Kill a process and all others of its session."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    if process.stderr is not None:
-        process.stderr.close()
-
-
-def finish(process: "subprocess.Popen[str]") -> str:
-    """Wait for a training, and return what it wrote to standard error.
-
-    Raises:
-        CheckFailed: it failed; the message has its last lines.
-    """
-    try:
-        _, errors = process.communicate(timeout=PATIENCE)
-    except subprocess.TimeoutExpired:
-        raise CheckFailed(f"a training took more than {PATIENCE:.0f} s") from None
-    if process.returncode:
-        last = "\n".join(errors.strip().splitlines()[-8:])
-        raise CheckFailed(f"a training ended with exit code {process.returncode}: {last}")
-    return errors
-
-
-def wait_for_checkpoint(process: "subprocess.Popen[str]", run: Path) -> None:
+def wait_for_checkpoint(training: Training, run: Path) -> None:
     """Wait until a training has written a checkpoint.
 
     Raises:
@@ -272,8 +272,8 @@ def wait_for_checkpoint(process: "subprocess.Popen[str]", run: Path) -> None:
     """
     deadline = time.monotonic() + PATIENCE
     while not list(run.glob("checkpoints/step-*")):
-        if process.poll() is not None:
-            finish(process)
+        if training.process.poll() is not None:
+            training.finish()
             raise CheckFailed("a training ended before it could be killed")
         if time.monotonic() > deadline:
             raise CheckFailed(f"a training wrote no checkpoint in {PATIENCE:.0f} s")
@@ -318,8 +318,8 @@ def measure_loader(scale: Scale) -> dict[str, Any]:
         }
         recipe["training"] |= {"batch_size": batch, "log_every": max(1, steps // 4)}
         (place / "recipe.yaml").write_text(json.dumps(recipe))
-        with started(command, scale) as process:
-            finish(process)
+        with started(command, scale) as training:
+            training.finish()
         lines = [json.loads(line) for line in metric_lines(place / "run")]
     last = [line for line in lines if "images_per_second" in line][-1]
     return {
