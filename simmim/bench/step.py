@@ -232,15 +232,20 @@ def forward_backward(
     model: SimMIM[SwinV2], precision: Precision, device: torch.device, *, batch: int, side: int
 ) -> None:
     """Compute the gradients of `batch` images of noise, `side` pixels high and wide."""
+    noise = noise_batch(model, batch, side, device)
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    accumulate_gradients(accelerator, StepModule(model, precision), [noise], lambda _: None)
+
+
+def noise_batch(model: SimMIM[SwinV2], batch: int, side: int, device: torch.device) -> Batch:
+    """Return a batch of images of noise, `side` pixels high and wide, hidden everywhere."""
     cells = side // model.mask_cell
-    noise = Batch(
+    return Batch(
         images=torch.randn(batch, model.encoder.config.in_channels, side, side, device=device),
         masks=torch.ones(batch, cells, cells, dtype=torch.bool),
         labels=None,
         addresses=torch.zeros(batch, 3, dtype=torch.int64, device="cpu"),
     )
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    accumulate_gradients(accelerator, StepModule(model, precision), [noise], lambda _: None)
 
 
 def _peak_of_process() -> int:

@@ -1,6 +1,7 @@
 """The self-test: the encoder computes on this device what it computes on a CPU, and only that."""
 
 import copy
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +13,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simmim.bench.gpu.cells import CheckFailed, Values
-from simmim.bench.gpu.gradients import adamw, assign_gradients, take_step
+from simmim.bench.gpu.gradients import adamw, assign_gradients
 from simmim.bench.gpu.scale import Scale, Size
+from simmim.bench.gpu.training import require_pipeline
 from simmim.bench.live_bytes import LiveBytes, materialise, only_two_groups
 from simmim.engine.generators import seeded
 from simmim.method.model import SimMIM
@@ -28,6 +30,8 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
 """Largest relative error of features, by the precision of autocast; float32 is without TF32."""
 MEMORY_TOLERANCE = 0.05
 """Largest relative difference between counted and measured memory."""
+WARM_UP_STEPS = 3
+"""First steps, which compile, allocate and make tables."""
 ROUNDING = 3
 """How much larger the error of gradients may be: rounding adds up on the way back."""
 
@@ -115,44 +119,78 @@ def quiet_compiler() -> Iterator[None]:
 
 
 def check_quiet_steps(scale: Scale) -> Values:
-    """Take training steps in which nothing may wait for the device."""
-    device = scale.torch_device
-    encoder = build_moving_encoder(**scale.encoder)
-    model = SimMIM(encoder, mask_cell=2 * encoder.strides[-1]).to(device).train()
-    optimizer = adamw(model, device)
-    images, mask = _inputs(model, batch=2, device=device, pinned=True)
+    """Take training steps, eager and compiled, in which nothing may wait for the device.
 
-    def compute_loss() -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
-            loss: Tensor = model(images, mask).loss
-        return loss
-
-    losses = [take_step(model, optimizer, compute_loss) for _ in range(3)]
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        losses += [take_step(model, optimizer, compute_loss) for _ in range(scale.quiet_steps)]
-    finally:
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
-    values = torch.stack(losses).cpu()
-    found = {"steps": scale.quiet_steps, "first loss": float(values[0]), "last": float(values[-1])}
-    if not bool(values.isfinite().all()):
-        raise CheckFailed("a loss is not finite", found)
+    Raises:
+        Skipped: packages of the pipeline, whose step it is, are missing.
+        CheckFailed: a loss is not finite.
+    """
+    require_pipeline()
+    found: dict[str, Any] = {"steps": scale.quiet_steps}
+    for compiled in (False, True):
+        with quiet_compiler():
+            losses = _quiet_losses(scale, compiled=compiled)
+        mode = "compiled" if compiled else "eager"
+        found |= {f"{mode}, first loss": losses[0], f"{mode}, last loss": losses[-1]}
+        if not all(map(math.isfinite, losses)):
+            raise CheckFailed("a loss is not finite", found)
     return found
 
 
-def _inputs(
-    model: SimMIM[SwinV2], *, batch: int, device: torch.device, pinned: bool
-) -> tuple[Tensor, Tensor]:
+def _quiet_losses(scale: Scale, *, compiled: bool) -> list[float]:
+    """Return the losses of the engine's steps; waiting for the device in any but a few raises."""
+    # Of the pipeline, which is there.
+    from simmim.bench.step import StepModule, noise_batch  # noqa: PLC0415
+    from simmim.engine.devices import build_accelerator, own_process_state  # noqa: PLC0415
+    from simmim.engine.loop import training_step  # noqa: PLC0415
+
+    device = scale.torch_device
+    encoder = build_moving_encoder(**scale.encoder, drop_path=0.1)
+    if compiled:
+        encoder.compile_blocks(backend=scale.backend)
+    model = SimMIM(encoder, mask_cell=2 * encoder.strides[-1]).to(device).train()
+    batch = noise_batch(model, 2, encoder.config.image_size[0], torch.device("cpu"))
+    if device.type == "cuda":
+        batch = batch.pin_memory()
+
+    with own_process_state():
+        accelerator = build_accelerator("bf16")
+        module = accelerator.prepare(StepModule(model, "fp32"))
+        optimizer = accelerator.prepare(adamw(model, device))
+
+        def step() -> Tensor:
+            loss, _ = training_step(
+                accelerator, module, optimizer, [batch], clip_norm=5.0, normalisers=lambda _: None
+            )
+            return loss
+
+        losses = [step() for _ in range(WARM_UP_STEPS)]
+        with no_waiting(device):
+            losses += [step() for _ in range(scale.quiet_steps)]
+        return [float(loss) for loss in losses]
+
+
+@contextmanager
+def no_waiting(device: torch.device) -> Iterator[None]:
+    """Raise wherever something waits for a GPU."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _inputs(model: SimMIM[SwinV2], batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return images of noise on the device, and masks on the host, as training has them."""
     config = model.encoder.config
     images = torch.randn(batch, config.in_channels, *config.image_size, device=device)
     rows, columns = (side // model.mask_cell for side in config.image_size)
     hidden = torch.arange(rows * columns).view(rows, columns) % 5 < 3
-    mask = hidden.repeat(batch, 1, 1)
-    return images, mask.pin_memory() if device.type == "cuda" and pinned else mask
+    return images, hidden.repeat(batch, 1, 1)
 
 
 def check_memory(scale: Scale) -> Values:
@@ -206,7 +244,7 @@ def _model_of_step(scale: Scale) -> SimMIM[SwinV2]:
 
 
 def _compute_gradients(model: SimMIM[SwinV2], batch: int, device: torch.device) -> None:
-    images, mask = _inputs(model, batch=batch, device=device, pinned=False)
+    images, mask = _inputs(model, batch, device)
     with torch.autocast(device.type, torch.bfloat16):
         loss = model(images, mask).loss
     assign_gradients(loss, model.parameters())
