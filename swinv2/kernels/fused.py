@@ -141,7 +141,7 @@ _region_mask_operator = torch.library.custom_op(
     _region_mask,
     mutates_args=(),
     schema="(Tensor regions, float across, int? padding) -> Tensor",
-    tags=torch.Tag.flexible_layout,
+    tags=(torch.Tag.flexible_layout,),
 )
 
 

@@ -69,14 +69,14 @@ _product_operator = torch.library.custom_op(
     onednn_linear,
     mutates_args=(),
     schema="(Tensor rows, Tensor weight, Tensor? bias) -> Tensor",
-    tags=torch.Tag.flexible_layout,
+    tags=(torch.Tag.flexible_layout,),
 )
 _weight_gradient_operator = torch.library.custom_op(
     "swinv2::linear_weight_gradient",
     _weight_gradient,
     mutates_args=(),
     schema="(Tensor gradient, Tensor rows) -> Tensor",
-    tags=torch.Tag.flexible_layout,
+    tags=(torch.Tag.flexible_layout,),
 )
 
 

@@ -38,7 +38,7 @@ def gather_relative_positions(table: Tensor, index: Tensor, window: tuple[int, .
     "swinv2::gather_relative_positions",
     mutates_args=(),
     schema="(Tensor table, Tensor index, int[] window) -> Tensor",
-    tags=torch.Tag.flexible_layout,
+    tags=(torch.Tag.flexible_layout,),
 )
 def _gather(table: Tensor, index: Tensor, window: list[int]) -> Tensor:  # noqa: ARG001
     rows = table.t().contiguous().index_select(1, index.flatten())
@@ -49,7 +49,7 @@ def _gather(table: Tensor, index: Tensor, window: list[int]) -> Tensor:  # noqa:
     "swinv2::sum_relative_positions",
     mutates_args=(),
     schema="(Tensor by_pair, int[] window) -> Tensor",
-    tags=torch.Tag.flexible_layout,
+    tags=(torch.Tag.flexible_layout,),
 )
 def sum_relative_positions(by_pair: Tensor, window: list[int]) -> Tensor:
     """Sum (heads, queries, keys) over the pairs of each relative position: (offsets, heads).

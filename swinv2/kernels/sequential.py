@@ -142,7 +142,7 @@ _attend = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor qkv, Tensor scale, Tensor bias, Tensor? mask, int? scores_at_a_time, "
     "bool save_weights) -> (Tensor, Tensor)",
-    tags=torch.Tag.flexible_layout,
+    tags=(torch.Tag.flexible_layout,),
 )
 _attend_backward = torch.library.custom_op(
     "swinv2::sequential_attention_backward",
@@ -150,7 +150,7 @@ _attend_backward = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor gradient, Tensor qkv, Tensor scale, Tensor bias, Tensor? mask, Tensor saved, "
     "int? scores_at_a_time) -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.flexible_layout,
+    tags=(torch.Tag.flexible_layout,),
 )
 
 
