@@ -2,6 +2,7 @@
 
 import sys
 from functools import lru_cache
+from typing import get_args
 
 from simmim.bench.gpu.report import table
 from simmim.bench.roofline.ceiling import (
@@ -15,7 +16,7 @@ from simmim.bench.roofline.work import Mode, config_of, step_operations
 from swinv2.flops import forward_flops
 
 VARIANTS = ("tiny", "base", "large")
-MODES: tuple[Mode, ...] = ("eager", "compiled", "fused")
+MODES: tuple[Mode, ...] = get_args(Mode)
 BATCH = 128
 """Images of a step."""
 HEADS = (

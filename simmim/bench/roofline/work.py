@@ -1,4 +1,4 @@
-"""Operations of a training step of SimMIM: as implemented, eager and compiled, or all fused.
+"""Operations of a training step of SimMIM: as implemented, eager and compiled, or fused further.
 
 Weights, gradients and tokens are bf16, as under autocast; casts of weights, clipping and AdamW are
 added. Blocks of the same size are counted once.
@@ -20,10 +20,14 @@ from swinv2.attention import WindowGrid, window_grid
 from swinv2.blocks import Block, compile_run
 from swinv2.config import SwinV2Config
 
-Mode = Literal["eager", "compiled", "fused"]
-"""Operator by operator; blocks compiled; or everything in the products, which nobody has."""
+Mode = Literal["eager", "compiled", "kernel", "epilogues", "fused"]
+"""Operator by operator; blocks compiled; compiled with attention as one kernel; that with GELU in
+the products and one pass for each norm; or everything in the products. The last two are counted by
+formula, and nobody has them."""
 NUMBER = 2
 """Bytes of a bf16 number."""
+ATTENTION = {"sequential_attention": 2, "sequential_attention_backward": 5}
+"""Products of the operators of attention; the backward computes scores again."""
 BYTES_OF_A_WEIGHT = 52
 """Bytes that a step moves for each weight besides products: its bf16 copy is written (6) and its
 gradient made float32 (6), clipped (12), and read by AdamW with weight and states, which it writes
@@ -37,17 +41,16 @@ def step_operations(
     config, encoder = _shallow(size, overrides or {})
     operations = [_optimizer(size, overrides or {})]
     blocks = list(_kinds_of_blocks(config))
-    if mode == "fused":
-        for grid, dim, number, _ in blocks:
-            fused = _fused_block(grid, dim, batch, config.mlp_ratio)
-            operations += [_times(one, number) for one in fused]
-        return operations
     for grid, dim, number, (stage, position) in blocks:
-        block = encoder.stages[stage].blocks[position]  # type: ignore[index]
-        assert isinstance(block, Block)
-        shape = (batch, *grid.resolution, dim)
-        operations += [_times(one, number) for one in _count_block(block, shape, mode)]
-    return operations + _count_outside(encoder, batch)
+        if mode in ("epilogues", "fused"):
+            whole = mode == "fused"
+            found = _fused_block(grid, dim, batch, config.mlp_ratio, whole=whole)
+        else:
+            block = encoder.stages[stage].blocks[position]  # type: ignore[index]
+            assert isinstance(block, Block)
+            found = _count_block(block, grid, (batch, *grid.resolution, dim), mode)
+        operations += [_times(one, number) for one in found]
+    return operations if mode == "fused" else operations + _count_outside(encoder, batch)
 
 
 def config_of(size: StepSize, overrides: Mapping[str, Any]) -> SwinV2Config:
@@ -87,7 +90,9 @@ def _times(operation: Operation, number: float) -> Operation:
     return replace(operation, flops=operation.flops * number, bytes=operation.bytes * number)
 
 
-def _count_block(block: Block, shape: Sequence[int], mode: Mode) -> list[Operation]:
+def _count_block(
+    block: Block, grid: WindowGrid, shape: Sequence[int], mode: Mode
+) -> list[Operation]:
     tokens = torch.empty(shape, device="meta", dtype=torch.bfloat16, requires_grad=True)
     if mode == "eager":
         return count_eager(lambda: run_both_ways(block, tokens))
@@ -96,10 +101,22 @@ def _count_block(block: Block, shape: Sequence[int], mode: Mode) -> list[Operati
         block.compiled_run = compile_run(backend=backend)
         run_both_ways(block, tokens)
 
+    path = block.attention.path
+    if mode == "kernel":  # sequential attention is one operator in a graph, and saves no scores
+        block.attention.path = "sequential"
     try:
-        return count_compiled(compile_and_run)
+        operations = count_compiled(compile_and_run)
     finally:
-        block.compiled_run = None
+        block.compiled_run, block.attention.path = None, path
+    scores = _flops_of_scores(grid, shape[0], shape[-1])
+    return [
+        replace(one, flops=scores * ATTENTION.get(one.name, 0) or one.flops) for one in operations
+    ]
+
+
+def _flops_of_scores(grid: WindowGrid, batch: int, dim: int) -> int:
+    """Return the FLOPs of one of the two products of attention, over all heads."""
+    return 2 * batch * math.prod(grid.windows) * math.prod(grid.window) ** 2 * dim
 
 
 def run_both_ways(module: nn.Module, tokens: torch.Tensor, *rest: Any) -> None:
@@ -136,15 +153,17 @@ def _optimizer(size: StepSize, overrides: Mapping[str, Any]) -> Operation:
     return Operation(name="optimizer", flops=0, bytes=BYTES_OF_A_WEIGHT * weights)
 
 
-def _fused_block(grid: WindowGrid, dim: int, batch: int, mlp_ratio: float) -> list[Operation]:
-    """Return a block whose products do everything else as they read and write.
+def _fused_block(
+    grid: WindowGrid, dim: int, batch: int, mlp_ratio: float, *, whole: bool
+) -> list[Operation]:
+    """Return a block whose attention is one kernel each way, and never writes scores.
 
-    Attention is one kernel forward and one backward, which computes scores again and never writes
-    them.
+    Products read their operands and write their result. With `whole` they do everything else on
+    the way. Without, they do GELU and the sum of gradients, and read and write what these need;
+    each norm with its residual is one pass over the tokens each way.
     """
     tokens = batch * math.prod(grid.resolution)
-    window = math.prod(grid.window)
-    padded = batch * math.prod(grid.windows) * window
+    padded = batch * math.prod(grid.windows) * math.prod(grid.window)
     hidden = int(mlp_ratio * dim)
     layers = [(padded, dim, 3 * dim), (padded, dim, dim), (tokens, dim, hidden)]
     layers.append((tokens, hidden, dim))
@@ -157,10 +176,16 @@ def _fused_block(grid: WindowGrid, dim: int, batch: int, mlp_ratio: float) -> li
         for rows, inner, outer in layers
     ]
     numbers = padded * dim
-    scores = 2 * padded * window * dim  # FLOPs of one of the two products, over all heads
-    # Norm and residual, twice: the main branch is read and written; on the way back its gradient
-    # is, and the other branch is read again.
-    joins = 2 * (2 + 3) * tokens * dim
+    scores = _flops_of_scores(grid, batch, dim)
+    if whole:
+        # Norm and residual, twice: the main branch is read and written; on the way back its
+        # gradient is, and the other branch is read again.
+        joins = 2 * (2 + 3) * tokens * dim
+    else:
+        # Twice, each way: two are read and one is written. The gradients of the inputs of both
+        # branches are added to that of the main branch, which is read. What GELU is given is
+        # written, and read on the way back.
+        joins = 2 * (3 + 3 + 1) * tokens * dim + 2 * tokens * hidden
     return [
         *(_times(product, 3) for product in products),
         Operation(name="attention", flops=2 * scores, bytes=NUMBER * 4 * numbers),

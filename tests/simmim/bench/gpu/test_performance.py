@@ -67,11 +67,29 @@ def test_compiled_operators_between_products_are_one_kernel() -> None:
     assert moved / (2 * 32 * 8) in (5, 6)
 
 
-@pytest.mark.parametrize("mode", ["eager", "fused"])
+@pytest.mark.parametrize("mode", ["eager", "epilogues", "fused"])
 def test_a_step_has_the_products_that_the_model_requires(mode: Any) -> None:
     size = StepSize(variant="tiny", image_size=192, window_size=12)
     flops = sum(one.flops for one in step_operations(size, 4, mode)) / 4
     assert flops == pytest.approx(3 * forward_flops(config_of(size, {})), rel=0.04)
+
+
+def test_attention_as_one_kernel_writes_no_scores() -> None:
+    """By hand, for a single block of 16 windows of 16 tokens, 2 heads of 8 channels."""
+    size = StepSize(variant="tiny", image_size=64, window_size=4)
+    overrides = {"embed_dim": 16, "depths": (1,), "num_heads": (2,)}
+    with quiet_compiler():
+        operations = step_operations(size, 1, "kernel", overrides)
+    by_name = {one.name: one for one in operations}
+    tokens, dim, scores = 16 * 16, 16, 2 * 16 * 16 * 16 * 16
+    forward, backward = (
+        by_name[name] for name in ("sequential_attention", "sequential_attention_backward")
+    )
+    bias = 2 * 16 * 16 * 4 + 2 * 4  # and its scale, of each head
+    assert forward.flops == 2 * scores
+    assert forward.bytes == pytest.approx(2 * 4 * tokens * dim + bias, abs=16)
+    assert backward.flops == 5 * scores
+    assert backward.bytes == pytest.approx(2 * 8 * tokens * dim + 2 * bias, rel=0.15)
 
 
 def documented() -> dict[tuple[str, str], list[str]]:
@@ -83,9 +101,9 @@ def documented() -> dict[tuple[str, str], list[str]]:
 
 def test_the_documented_table_is_what_the_function_computes() -> None:
     found = documented()
-    assert len(found) == 9
+    assert len(found) == 15
     for variant in VARIANTS:
-        for row in rows(variant, ("eager", "fused")):
+        for row in rows(variant, ("eager", "epilogues", "fused")):
             assert found[row[0], row[1]] == row
 
 
@@ -93,8 +111,8 @@ def test_the_documented_table_is_what_the_function_computes() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_documented_compiled_rows_are_what_the_function_computes(variant: str) -> None:
     with quiet_compiler():
-        (row,) = rows(variant, ("compiled",))
-    assert documented()[variant, "compiled"] == row
+        for row in rows(variant, ("compiled", "kernel")):
+            assert documented()[variant, row[1]] == row
 
 
 def test_the_document_says_what_the_table_says() -> None:
