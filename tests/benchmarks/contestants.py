@@ -16,15 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from stand_in import import_with_stand_in
-from torch import Tensor, nn
 
-from simmim import SimMIM
+from simmim.bench.gpu import peers
 from simmim.engine.devices import keep_freed_memory
-from swinv2 import SwinV2, build_encoder
-from swinv2.bridges.timm import timm_arguments
-from swinv2.bridges.transformers_layout import transformers_config
+from swinv2 import variant_config
 
 SIDES = {"cpu": 1024, "cuda": 8192}
 """Side of the matrices that measure the limit."""
@@ -34,28 +30,6 @@ WARM_UP = {"cpu": 1, "cuda": 5}
 """Untimed first steps: they compile, choose kernels and fill caches."""
 
 Step = Callable[[], None]
-
-
-class TimmSimMIM(nn.Module):
-    """SimMIM on timm's encoder, following the published SimMIM code."""
-
-    def __init__(self, encoder: nn.Module, stride: int, channels: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, 1, encoder.embed_dim))
-        self.decoder = nn.Sequential(
-            nn.Conv2d(encoder.num_features, stride**2 * channels, kernel_size=1),
-            nn.PixelShuffle(stride),
-        )
-
-    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
-        tokens = self.encoder.patch_embed(images)
-        hidden = mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[..., None].type_as(tokens)
-        tokens = tokens * (1 - hidden) + self.mask_token * hidden
-        features = self.encoder.norm(self.encoder.layers(tokens)).permute(0, 3, 1, 2)
-        pixels = mask.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None].float()
-        loss = F.l1_loss(self.decoder(features), images, reduction="none")
-        return (loss * pixels).sum() / (pixels.sum() + 1e-5) / images.shape[1]
 
 
 def main() -> None:
@@ -71,7 +45,6 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    torch._dynamo.config.recompile_limit = 64
     on_gpu = options.device == "cuda"
     baseline = 0.0 if on_gpu else memory("VmRSS")
     step = build(options)
@@ -108,66 +81,30 @@ def main() -> None:
 def build(options: argparse.Namespace) -> Step:
     torch.manual_seed(0)
     torch.set_default_device(options.device)
-    encoder = build_encoder(options.variant, image_size=options.size, window_size=options.window)
-    cells = options.size // 32
+    checkpointed = options.contestant == "checkpointed"
+    name = "ours" if checkpointed else options.contestant
+    if name == "timm":
+        import_with_stand_in("timm")
+    config = variant_config(options.variant, image_size=options.size, window_size=options.window)
+    contestant = peers.build(name, config)
+    model: Any = contestant.model
+    if checkpointed:
+        model.encoder.set_execution(checkpointing="full")
+    if options.compile:
+        contestant.compile("inductor")
+    cells = options.size // peers.MASK_CELL
     images = torch.randn(options.batch, 3, options.size, options.size)
     hidden = (torch.arange(cells**2) < round(0.6 * cells**2)).view(cells, cells)
     mask = hidden.expand(options.batch, cells, cells)
-    build_loss = {
-        "ours": our_loss,
-        "checkpointed": checkpointed_loss,
-        "timm": timm_loss,
-        "transformers": transformers_loss,
-    }[options.contestant]
-    model, loss = build_loss(encoder, images, mask, options.compile)
     autocast = torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
 
     def step() -> None:
         model.zero_grad()
         with autocast:
-            value = loss()
+            value = contestant.compute_loss(images, mask)
         value.backward()
 
     return step
-
-
-Built = tuple[nn.Module, Callable[[], Tensor]]
-
-
-def our_loss(encoder: SwinV2, images: Tensor, mask: Tensor, compiled: bool) -> Built:
-    model = SimMIM(encoder).train()
-    if compiled:
-        encoder.compile_blocks()
-    return model, lambda: model(images, mask).loss
-
-
-def checkpointed_loss(encoder: SwinV2, images: Tensor, mask: Tensor, compiled: bool) -> Built:
-    encoder.set_execution(checkpointing="full")
-    return our_loss(encoder, images, mask, compiled)
-
-
-def timm_loss(encoder: SwinV2, images: Tensor, mask: Tensor, compiled: bool) -> Built:
-    timm: Any = import_with_stand_in("timm")
-    name, arguments = timm_arguments(encoder)
-    model = TimmSimMIM(timm.create_model(name, num_classes=0, **arguments), 32, 3).train()
-    if compiled:
-        for layer in model.encoder.layers:
-            for block in layer.blocks:
-                block.compile(dynamic=False)
-    return model, lambda: model(images, mask)
-
-
-def transformers_loss(encoder: SwinV2, images: Tensor, mask: Tensor, compiled: bool) -> Built:
-    import transformers
-
-    config = transformers.Swinv2Config(**transformers_config(encoder))
-    model = transformers.Swinv2ForMaskedImageModeling(config).train()
-    hidden = mask.repeat_interleave(8, 1).repeat_interleave(8, 2).flatten(1)
-    if compiled:
-        for layer in model.swinv2.encoder.layers:
-            for block in layer.blocks:
-                block.compile(dynamic=False)
-    return model, lambda: model(images, bool_masked_pos=hidden).loss
 
 
 def matrix_products(precision: str, device: str) -> Step:
