@@ -20,9 +20,15 @@ Result = TypeVar("Result")
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """Return the type that autocast casts to on a device, None without autocast."""
     kind = device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not _knows_autocast(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _knows_autocast(kind: str) -> bool:
+    """Return whether autocast knows a kind of device; compilers do not trace how."""
+    return torch.amp.is_autocast_available(kind)
 
 
 @contextmanager
