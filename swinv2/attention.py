@@ -207,10 +207,15 @@ def _runs(grid: WindowGrid, axis: int) -> list[_Run]:
         return tuple(PADDING if origin >= tokens else origin < shift for origin in origins)
 
     runs: list[_Run] = []
-    for pattern, alike in itertools.groupby(range(last + 1), key=regions):
-        start = runs[-1].end if runs else 0
-        masked = len(set(pattern)) > 1 or PADDING in pattern
-        runs.append(_Run(start, start + len(list(alike)), masked))
+    before: tuple[int, ...] | None = None
+    for number in range(last + 1):
+        pattern = regions(number)
+        if pattern == before:
+            runs[-1] = _Run(runs[-1].start, number + 1, runs[-1].masked)
+        else:
+            masked = len(set(pattern)) > 1 or PADDING in pattern
+            runs.append(_Run(number, number + 1, masked))
+        before = pattern
     return runs
 
 

@@ -165,15 +165,29 @@ class Features(nn.Module):
 
 
 def trace(plain: SwinV2, *, any_size: bool) -> ExportedProgram:
-    """Trace an encoder for any batch size, at its image size or at any size."""
+    """Trace an encoder for any batch size, at its image size or at any size.
+
+    Raises:
+        BridgeError: this version of torch cannot trace it for any size, as 2.8 cannot.
+    """
     height, width = plain.config.image_size
     images = torch.zeros(2, plain.config.in_channels, height, width)
     sizes: dict[int, Any] = {0: Dim("batch")}
     if any_size:
         sizes |= {2: Dim("height", min=1), 3: Dim("width", min=1)}
     model = AnySizeFeatures(plain) if any_size else Features(plain)
-    with lengths_of_one_allowed(), torch.no_grad():
-        return torch.export.export(model.eval(), (images,), dynamic_shapes=(sizes,), strict=False)
+    try:
+        with lengths_of_one_allowed(), torch.no_grad():
+            return torch.export.export(
+                model.eval(), (images,), dynamic_shapes=(sizes,), strict=False
+            )
+    except torch._dynamo.exc.UserError as error:
+        if not any_size:
+            raise
+        raise BridgeError(
+            f"torch {torch.__version__} cannot trace the encoder for images of any size: install "
+            f"torch 2.13 or newer, or export it for {height}x{width} pixels only."
+        ) from error
 
 
 def output_names(config: SwinV2Config) -> list[str]:

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from swinv2 import SwinV2, build_encoder
 from swinv2.bridges import onnx, torch_export
+from swinv2.bridges.checkpoints import BridgeError
 from swinv2.bridges.onnx import export_onnx
 from swinv2.bridges.torch_export import export_program
 from swinv2.bridges.verification import plain_copy
@@ -88,7 +90,7 @@ def test_a_fixed_size_from_an_encoder_in_training_mode(
     run = graph.load(tmp_path / "out")
     for batch in (1, 2, 5):
         assert_same_maps(plain, run, batch, 36, 70)
-    with pytest.raises(Exception, match=r"images|dimensions"):
+    with pytest.raises(Exception, match=r"images|dimension"):
         run(torch.zeros(1, 1, 40, 70))
 
 
@@ -97,7 +99,12 @@ def test_any_size(graph: Graph, build: Callable[..., SwinV2], tmp_path: Path) ->
     encoder = build(**NARROW, in_channels=4, window_size=(12, 10))
     lines: list[str] = []
     normalisation = {"mean": [0.5] * 4, "std": [0.5] * 4}
-    graph.export(encoder, tmp_path / "out", **normalisation, any_size=True, report=lines.append)
+    try:
+        graph.export(encoder, tmp_path / "out", **normalisation, any_size=True, report=lines.append)
+    except BridgeError as error:
+        if torch.__version__ < TorchVersion("2.13"):
+            pytest.skip(str(error))
+        raise
     assert reported(lines) < 1e-5
     run = graph.load(tmp_path / "out")
     for side in (192, 256, 384):
