@@ -132,6 +132,7 @@ def shard_by_block(
         ValueError: the model has no encoder, or the mesh has more than one dimension.
     """
     from torch.distributed.fsdp import (  # noqa: PLC0415
+        FSDPModule,
         MixedPrecisionPolicy,
         fully_shard,
         register_fsdp_forward_method,
@@ -152,6 +153,10 @@ def shard_by_block(
         elif isinstance(module, BATCH_NORMS):
             fully_shard(module, mesh=mesh, mp_policy=own, reshard_after_forward=False)
     fully_shard(model, mesh=mesh, mp_policy=outermost, reshard_after_forward=False)
+    if mesh.device_type == "cpu":  # gloo of torch 2.8 returns sums where means are asked for
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
     if _is_encoder(model):
         for name in ENTRY_POINTS:
             register_fsdp_forward_method(model, name)
