@@ -84,12 +84,15 @@ def without_forward_hooks(modules: "list[nn.Module]") -> Iterator[None]:
 def backward_compiled_at_once() -> AbstractContextManager[None]:
     """Return a context in which torch.compile compiles the backward with the forward.
 
-    By default it does so in the first backward, when it is too late to run the block eagerly.
+    By default it may do so in the first backward, when it is too late to run the block eagerly.
+    Torch 2.8 has no such setting, and does it at once wherever sizes are fixed.
     """
     import torch
 
-    at_once: AbstractContextManager[None] = torch._functorch.config.patch(
-        force_non_lazy_backward_lowering=True
+    config: Any = torch._functorch.config
+    setting = "force_non_lazy_backward_lowering"
+    at_once: AbstractContextManager[None] = config.patch(
+        {setting: True} if hasattr(config, setting) else {}
     )
     return at_once
 

@@ -37,7 +37,7 @@ def run_plan(results: Results, *, deadline: float) -> bool:
     while time.time() < deadline:
         done = results.count_done()
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-            code = _run_worker(results.path, deadline, output)
+            code = _run_worker(results, deadline, output)
             results = Results.load(results.path)
             if code in (0, TIME_IS_UP):
                 return code == 0
@@ -55,14 +55,17 @@ def run_plan(results: Results, *, deadline: float) -> bool:
     return False
 
 
-def _run_worker(path: Path, deadline: float, output: Any) -> int:
+def _run_worker(results: Results, deadline: float, output: Any) -> int:
     """Run a worker to its end, or to that of its time or of its cell's; return its exit code."""
+    path = results.path
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if results.document["settings"]["dry run"] else {}
     process = subprocess.Popen(
         [*WORKER, str(path), str(deadline)],
         stdin=subprocess.PIPE,
         stdout=output,
         stderr=subprocess.STDOUT,
         env=dict(process_environment().variables)
+        | hidden
         | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )
     try:

@@ -27,8 +27,6 @@ def main(arguments: Sequence[str]) -> int:
     threading.Thread(target=_end_with_the_command, daemon=True).start()
     results = Results.load(Path(path))
     scale = DRY if results.document["settings"]["dry run"] else FULL
-    if scale.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when CUDA is first asked for
     if scale.device == "cuda" and not torch.cuda.is_available():
         sys.stderr.write(
             "no CUDA device is found (torch.cuda.is_available() is false): run it on a GPU, or add "
