@@ -85,11 +85,12 @@ def backward_compiled_at_once() -> AbstractContextManager[None]:
     """Return a context in which torch.compile compiles the backward with the forward.
 
     By default it may do so in the first backward, when it is too late to run the block eagerly.
-    Torch 2.8 has no such setting, and does it at once wherever sizes are fixed.
+    Torch 2.8 has no such setting: there a backward that cannot be compiled, after a forward that
+    could, ends the training.
     """
-    import torch
+    import torch._functorch.config as functorch
 
-    config: Any = torch._functorch.config
+    config: Any = functorch
     setting = "force_non_lazy_backward_lowering"
     at_once: AbstractContextManager[None] = config.patch(
         {setting: True} if hasattr(config, setting) else {}

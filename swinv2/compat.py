@@ -59,3 +59,11 @@ def lengths_of_one_allowed() -> AbstractContextManager[None]:
         backed_size_oblivious=True
     )
     return allowed
+
+
+def export_is_refused(error: Exception) -> bool:
+    """Return whether an exception is `torch.export` refusing a model or its dynamic sizes.
+
+    It has no public name.
+    """
+    return isinstance(error, torch._dynamo.exc.UserError)

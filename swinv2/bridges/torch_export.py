@@ -32,7 +32,7 @@ from swinv2.bridges.any_size import AnySizeFeatures
 from swinv2.bridges.checkpoints import BridgeError
 from swinv2.bridges.preprocessing import WHOLE_PICTURES, Preparation, describe, sentences
 from swinv2.bridges.verification import TOLERANCE, Report, ignore, plain_copy, zone_plate
-from swinv2.compat import lengths_of_one_allowed
+from swinv2.compat import export_is_refused, lengths_of_one_allowed
 from swinv2.config import SwinV2Config
 from swinv2.config_file import README_FILE, check_normalisation
 from swinv2.encoder import SwinV2
@@ -181,8 +181,8 @@ def trace(plain: SwinV2, *, any_size: bool) -> ExportedProgram:
             return torch.export.export(
                 model.eval(), (images,), dynamic_shapes=(sizes,), strict=False
             )
-    except torch._dynamo.exc.UserError as error:
-        if not any_size:
+    except Exception as error:
+        if not any_size or not export_is_refused(error):
             raise
         raise BridgeError(
             f"torch {torch.__version__} cannot trace the encoder for images of any size: install "

@@ -75,3 +75,16 @@ def test_a_dynamic_length_may_be_1_in_an_export() -> None:
             Double(), (torch.ones(3),), dynamic_shapes=({0: length},), strict=False
         )
     assert program.module()(torch.ones(1)).tolist() == [1, 1]
+
+
+def test_the_refusal_of_an_export_is_known() -> None:
+    class Fixed(torch.nn.Module):
+        def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor * 2 if len(tensor) == 3 else tensor
+
+    with pytest.raises(Exception, match="length") as refused:
+        torch.export.export(
+            Fixed(), (torch.ones(3),), dynamic_shapes=({0: torch.export.Dim("length")},)
+        )
+    assert compat.export_is_refused(refused.value)
+    assert not compat.export_is_refused(ValueError("length"))
