@@ -1,8 +1,10 @@
 """Recipe of SimMIM pretraining."""
 
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from dataclasses import replace
+from typing import Literal
 
+from simmim.data.datasets.mixture import Shards
+from simmim.data.datasets.opening import open_sets
 from simmim.data.settings import AugmentedDataSettings, DrawnSettings
 from simmim.engine.settings import TrainingSettings
 from simmim.method.settings import LossSettings, MaskSettings
@@ -17,6 +19,8 @@ class PretrainData(AugmentedDataSettings, DrawnSettings):
 
     image_size: int = 192
     """Side of the square images in pixels."""
+    validation: str | None = None
+    """Separate images to validate on, shards or a folder; null holds out `validation_shards`."""
     scale: tuple[float, float] = (0.67, 1.0)
     """Random crop: range of its area, as a fraction of the image's."""
 
@@ -24,12 +28,20 @@ class PretrainData(AugmentedDataSettings, DrawnSettings):
         AugmentedDataSettings.__post_init__(self)
         DrawnSettings.__post_init__(self)
 
+    def split_shards(self) -> tuple[Shards, Shards]:
+        """Open the datasets and return (training, validation); see `open_shards`."""
+        if self.validation is None:
+            return super().split_shards()
+        training, _ = replace(self, validation=None, validation_shards=0).split_shards()
+        held_out = open_sets(self.validation, self.remote_reading)
+        chosen = self.classes if held_out.classes else None
+        return training, held_out if chosen is None else held_out.only_classes(chosen)
+
 
 @settings
 class PretrainRecipe(TaskRecipe):
     """SimMIM pretraining of a Swin Transformer V2."""
 
-    VALIDATION: ClassVar[str] = "--data.shards SHARDS --data.validation_shards NUMBER"
     task: Literal["pretrain"]
     """Task of the recipe."""
     encoder: EncoderSettings
@@ -58,15 +70,6 @@ class PretrainRecipe(TaskRecipe):
             raise ValueError("training.optimizer.layer_decay belongs to fine-tuning; leave it 1.")
         config = self.encoder.config(size)  # raises if the sizes do not fit together
         self.execution.check_stages(len(config.depths))
-
-    @classmethod
-    def validating_on(cls, source: str, overrides: Sequence[str]) -> list[str]:
-        """Refuse: validation is on held-out shards of the training data; see `TaskRecipe`."""
-        del overrides
-        raise ValueError(
-            f"--data {source} is for fine-tuned runs; pretraining is validated on the last shards "
-            f"of its data: give {cls.VALIDATION}."
-        )
 
     @property
     def mask_cell_for_estimate(self) -> int:

@@ -5,13 +5,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 import simmim.cli
+from simmim.data.datasets.procedural import draw_images
 from simmim.engine.checkpoint.directory import best_checkpoint
 from simmim.engine.run import RunFolder
+from simmim.recipe import parse
 from simmim.tasks.evaluate import evaluate
+from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.pretrain.stage import PretrainStage
 
 
 @pytest.fixture
@@ -105,3 +110,44 @@ def test_finetune_names_the_tasks_that_it_knows(
 ) -> None:
     assert simmim.cli.main(["finetune", "--config", str(pretrain_config)]) == 2
     assert "task is 'pretrain'; simmim finetune trains classification" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_a_pretraining_is_validated_on_other_images(
+    as_folder: bool,
+    pretrain_values: dict[str, Any],
+    shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, run, other = tmp_path / "pretrain.yaml", str(tmp_path / "run"), shards
+    pretrain_values["training"] |= {"steps": 2, "validate_every": 2}
+    config.write_text(yaml.safe_dump(pretrain_values))
+    assert simmim.cli.main(["pretrain", "--config", str(config), "--folder", run]) == 0
+    if as_folder:
+        other = tmp_path / "others"
+        draw_images(other, count=5, size=24, seed=3)
+    found = evaluate(Path(run), data=str(other))
+    assert found.data == f"{5 if as_folder else 96} images of {other}"
+    assert found.figures.keys() == evaluate(Path(run)).figures.keys()
+    assert found.figures["validation_loss"] != evaluate(Path(run)).figures["validation_loss"]
+    assert found.figures == evaluate(Path(run), ["--data.validation", str(other)]).figures
+    capsys.readouterr()
+    grey = write_grey_arrays(tmp_path / "grey")
+    assert simmim.cli.main(["evaluate", run, "--data", str(grey)]) == 2
+    assert "1 channel" in capsys.readouterr().err
+
+
+def write_grey_arrays(folder: Path) -> Path:
+    folder.mkdir()
+    for number in range(3):
+        np.save(folder / f"{number}.npy", np.zeros((24, 24, 1), dtype=np.float32))
+    return folder
+
+
+def test_a_pretraining_validates_on_images_of_their_own(
+    pretrain_values: dict[str, Any], shards: Path
+) -> None:
+    pretrain_values["data"] |= {"validation": str(shards)}
+    stage = PretrainStage(parse(PretrainRecipe, pretrain_values, "test"))
+    assert stage.training_shards.samples == stage.validation_shards.samples == 96
