@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -18,6 +19,7 @@ from simmim.export.load_trained import TrainedModel
 from simmim.tasks.features import Normalise, pool
 from swinv2 import SwinV2
 from swinv2.bridges.checkpoints import BridgeError
+from swinv2.bridges.preprocessing import least_side
 from swinv2.bridges.transformers_layout import FOLDERS
 from swinv2.bridges.verification import plain_copy, quiet_transformers
 
@@ -59,6 +61,8 @@ def compare_pictures(found: TrainedModel, folder: Path) -> str:
     largest = mean = 0.0
     for name, extension, data in pictures(found):
         decoded = decode_pixels(data, extension, channels=config.in_channels).pixels
+        if min(decoded.shape[:2]) < least_side(preparation):
+            continue  # README.md says that it is left out
         crop = center_crop_resize(decoded, (height, width), crop_pct=preparation.crop_pct)
         ours.append(normalise(crop[None]))
         theirs.append(_processed(processor, data, config.in_channels))
@@ -91,6 +95,8 @@ def _processed(processor: Any, data: bytes, channels: int) -> Tensor:
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
+    if picture.mode.startswith("I;16"):
+        picture = picture.point(lambda value: value / 257 + 0.5).convert("L")
     picture = picture.convert("L") if channels == 1 else picture
     prepared: Tensor = processor(images=picture, return_tensors="pt")["pixel_values"]
     return prepared.float()
@@ -134,7 +140,9 @@ def pictures(found: TrainedModel) -> Iterator[tuple[str, str, bytes]]:
         drawn = Image.fromarray(render("star", [number], max(side, 64), seed=0)[0])
         size = (max(1, round(width * side)), max(1, round(height * side)))
         picture = drawn.resize(size, Image.Resampling.BICUBIC)
-        for mode in ("RGB", "L"):
+        grey = picture.convert("L")
+        deep = Image.fromarray(np.asarray(grey, dtype=np.uint16) * 257)
+        for one in (picture, grey, deep):
             file = io.BytesIO()
-            picture.convert(mode).save(file, "PNG")
-            yield f"a drawn picture of {size[0]}x{size[1]} ({mode})", "png", file.getvalue()
+            one.save(file, "PNG")
+            yield f"a drawn picture of {size[0]}x{size[1]} ({one.mode})", "png", file.getvalue()

@@ -5,6 +5,7 @@ rounded to its stored type, scaled to [0, 1] and normalised. The crop comes befo
 transformers' PerceiverImageProcessor, whose pixels therefore equal ours to rounding.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,12 +98,21 @@ def processor_config(
     }
 
 
+def least_side(preparation: Preparation) -> int:
+    """Return the pixels that a picture has on either side if a processor's crop is not empty.
+
+    Of smaller ones validation crops one pixel, and a processor none.
+    """
+    return math.ceil(1 / preparation.crop_pct)
+
+
 def sentences(config: SwinV2Config, preparation: Preparation) -> str:
     """Return sentences for a README on how to prepare pictures."""
     height, width = config.image_size
-    values = {255.0: "8-bit values are divided by 255", 65535.0: "16-bit values by 65535"}.get(
-        preparation.largest, "values are taken as they are"
-    )
+    values = {
+        255.0: "values are divided by 255, those of 16 bits by 65535",
+        65535.0: "values are divided by 65535, those of 8 bits by 255",
+    }.get(preparation.largest, "values are taken as they are")
     part = f"the central {preparation.crop_pct:.4g} of the short side"
     if preparation.crop_pct == 1:
         square = height == width

@@ -37,7 +37,13 @@ from swinv2.bridges.conversion import (
     decoder_shapes,
 )
 from swinv2.bridges.layer_names import check_is_swinv2, split_off_buffers
-from swinv2.bridges.preprocessing import WHOLE_PICTURES, Preparation, processor_config, sentences
+from swinv2.bridges.preprocessing import (
+    WHOLE_PICTURES,
+    Preparation,
+    least_side,
+    processor_config,
+    sentences,
+)
 from swinv2.bridges.sizes import PretrainedWindows, given_sizes
 from swinv2.bridges.transformers_layout import (
     FOLDERS,
@@ -415,10 +421,18 @@ def _how_exact(config: SwinV2Config, preparation: Preparation) -> str:
         )
     elif config.in_channels in (1, 3) and preparation.largest == 255:
         text += (
-            " The processor does the same to rounding, but for Exif and transparency: open "
-            "pictures with `PIL.ImageOps.exif_transpose`, on a white background, and grey ones "
-            'for one channel with `convert("L")`.'
+            " The processor does the same to rounding, but for Exif, transparency and 16 bits: "
+            "open pictures with `PIL.ImageOps.exif_transpose`, on a white background, grey ones of "
+            "16 bits, which it would clip, with "
+            '`point(lambda value: value / 257 + 0.5).convert("L")`, and other grey ones for one '
+            'channel with `convert("L")`.'
         )
+        least = least_side(preparation)
+        if least > 1:
+            text += (
+                f" Pictures with fewer than {least} pixels on a side are black to it, since its "
+                "crop of them is empty: leave them out."
+            )
     else:
         text += (
             " The processor resizes pictures of 8 bits with 1 or 3 channels only: crop and resize "

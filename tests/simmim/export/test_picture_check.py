@@ -18,7 +18,7 @@ from simmim.engine.devices import build_accelerator
 from simmim.engine.loop import train
 from simmim.engine.run import RunFolder
 from simmim.export.load_trained import read_source
-from simmim.export.picture_check import compare_pictures
+from simmim.export.picture_check import _processed, compare_pictures
 from simmim.recipe import parse
 from simmim.tasks.classification.classifier import read_preparation, save_head
 from simmim.tasks.classification.recipe import ClassificationRecipe
@@ -93,6 +93,39 @@ def test_the_processor_of_transformers_does_what_validation_does(
             assert float(apart.mean()) < 0.1
 
 
+@pytest.mark.peer
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("crop_pct", "least"), [(1.0, 1), (0.875, 2), (0.3, 4)])
+def test_the_readme_says_which_pictures_a_processor_needs_prepared(
+    tmp_path: Path, channels: int, crop_pct: float, least: int
+) -> None:
+    """Grey ones of 16 bits, which it clips, and those of which its crop is empty."""
+    transformers = pytest.importorskip("transformers")
+    mean, std = [0.3] * channels, [0.2] * channels
+    preparation = Preparation(crop_pct=crop_pct)
+    out = tmp_path / "out"
+    export_transformers(encoder(channels), out, mean=mean, std=std, preparation=preparation)
+    readme = " ".join((out / "README.md").read_text().split())
+    assert "grey ones of 16 bits, which it would clip, with `point(lambda value: value" in readme
+    assert ("crop of them is empty" in readme) == (least > 1)
+    assert (f"fewer than {least} pixels" in readme) == (least > 1)
+    transform = EvalTransform(size=(32, 32), crop_pct=crop_pct, channels=channels)
+    processor = transformers.AutoImageProcessor.from_pretrained(out)
+    for size in ((70, 50), (least, 60), (60, least)):
+        grey = np.asarray(Image.open(io.BytesIO(picture(size, "L"))), dtype=np.uint16)
+        file = io.BytesIO()
+        Image.fromarray(grey * 256 + 100).save(file, "PNG")
+        data = file.getvalue()
+        image = transform(File(data), Address(epoch=0, shard=0, sample=0)).image
+        ours = Normalise(mean, std)(image[None])
+        apart = (ours - _processed(processor, data, channels)).abs() * 0.2 * 255
+        assert float(apart.max()) < 2.1
+    if least > 1:
+        thin = Image.new("RGB" if channels == 3 else "L", (60, least - 1), "white")
+        black = processor(images=thin, return_tensors="pt")["pixel_values"]
+        assert float((black * 0.2 + 0.3).abs().max()) < 1e-6
+
+
 @pytest.fixture
 def run(classification_values: dict[str, Any], tmp_path: Path) -> Path:
     classification_values["data"] |= {"crop_pct": 0.7}
@@ -110,8 +143,8 @@ def test_a_classifier_answers_alike_from_picture_files(
     out = tmp_path / "out"
     assert main(["export", str(run), str(out), "--format", "transformers"]) == 0
     said = capsys.readouterr().out
-    assert "from 11 picture files" in said
-    assert "the same class for 11 of 11" in said
+    assert "from 15 picture files" in said
+    assert "the same class for 15 of 15" in said
     for place in (out, out / "image-classification"):
         content = json.loads((place / "preprocessor_config.json").read_text())
         assert content["do_center_crop"]
@@ -125,6 +158,18 @@ def test_a_classifier_answers_alike_from_picture_files(
     found = replace(read_source(run), preparation=Preparation(crop_pct=0.7))
     with pytest.raises(BridgeError, match=r"prepares .* differently"):
         compare_pictures(found, out)
+
+
+@pytest.mark.peer
+def test_pictures_too_small_for_a_processor_are_not_compared(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    Image.new("RGB", (40, 1), "white").save(tmp_path / "thin.png")
+    out = tmp_path / "out"
+    assert main(["export", str(run), str(out), "--format", "transformers"]) == 0
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "thin.png").rename(tmp_path / "pictures" / "thin.png")
+    found = replace(read_source(run), shards=str(tmp_path / "pictures"))
+    assert "from 12 picture files" in compare_pictures(found, out)
 
 
 @pytest.mark.parametrize("form", ["timm", "reference", "torch-export", "native"])
