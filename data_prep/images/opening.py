@@ -13,6 +13,7 @@ import PIL
 from PIL import Image, ImageFile
 
 from data_prep.images.foreign_formats import name_format
+from data_prep.images.jpeg2000 import has_alpha
 
 KEPT = {"JPEG": "jpeg", "MPO": "jpeg", "PNG": "png", "WEBP": "webp"}
 """Pillow's name of each format that shards can hold → format."""
@@ -22,6 +23,7 @@ PNG_START = b"\x89PNG\r\n\x1a\n"
 """First bytes of every PNG."""
 
 _PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"eXIf", b"IEND")
+_TGA_DESCRIPTOR, _TGA_ALPHA_BITS = 17, 0x0F
 _MAX_PROFILE = 2**24
 _NOT_THIS_FORMAT = (SyntaxError, IndexError, TypeError, struct.error)
 """What Pillow's readers raise on files of another format, as in `Image.open`."""
@@ -57,7 +59,21 @@ def open_picture(data: bytes, formats: tuple[str, ...] = FORMATS) -> ImageFile.I
         return image
 
 
-def load(image: ImageFile.ImageFile, data: bytes) -> ImageFile.ImageFile:
+def has_transparency(image: Image.Image, data: bytes) -> bool:
+    """Return whether an opened picture has transparency by the rules of its format.
+
+    Pillow takes the last of two or four components for it in a JPEG 2000, and the bits that are
+    left over in a TGA, which may be all zero.
+    """
+    match image.format:
+        case "JPEG2000":
+            return image.has_transparency_data and has_alpha(data)
+        case "TGA":
+            return image.has_transparency_data and bool(data[_TGA_DESCRIPTOR] & _TGA_ALPHA_BITS)
+    return image.has_transparency_data
+
+
+def load(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
     """Decode the pixels of an opened picture.
 
     Args:
@@ -84,6 +100,8 @@ def load(image: ImageFile.ImageFile, data: bytes) -> ImageFile.ImageFile:
         image = again
     if image.mode == "P" and image.palette is None:
         raise ValueError("its palette is missing")
+    if image.format == "TGA" and image.mode == "RGBA" and not has_transparency(image, data):
+        return image.convert("RGB")
     return image
 
 

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_prep.format.text import count_noun
-from data_prep.images import jpeg2000
 from data_prep.images.arrays import ArrayError, read_header
 from data_prep.images.checking import RejectedImageError, read_pixels
 from data_prep.images.decoding import DecodingError, decode
 from data_prep.images.deep_png import is_deep_png
+from data_prep.images.opening import has_transparency
 from data_prep.images.tiff_layout import STARTS, TiffError, read_layout
 from simmim.data.order.source import BadSampleError, DataError, SampleSource
 from simmim.data.transforms.decoding import ARRAY_EXTENSION, channels_last, decode_pixels
@@ -208,9 +208,7 @@ def form_of(data: bytes, extension: str, max_pixels: int) -> ImageForm:
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as opened:
                 mode = "" if opened.format == "TIFF" or is_deep_png(data) else opened.mode
-                has_alpha = opened.has_transparency_data
-                if opened.format == "JPEG2000" and has_alpha and not jpeg2000.has_alpha(data):
-                    has_alpha = False  # a band of data
+                has_alpha = has_transparency(opened, data)
     except Exception:  # hostile bytes raise nearly any type
         mode, has_alpha = "", False
     if mode in STORED and not has_alpha:

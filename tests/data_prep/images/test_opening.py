@@ -14,6 +14,7 @@ from data_prep.images.opening import UnknownFormatError, load, open_picture
 from data_prep.images.settings import Encoding
 from data_prep.write.options import ShardOptions
 from simmim.data.transforms.decoding import decode_pixels
+from simmim.data.transforms.sampling import form_of
 
 Draw = Callable[..., bytes]
 
@@ -117,3 +118,22 @@ def test_what_is_opened_is_what_pillow_opens(draw_image: Draw) -> None:
                 expected.size,
             )
             assert np.array_equal(load(image, data), expected)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["raw", "packed"])
+def test_a_tga_has_transparency_only_if_its_header_counts_its_bits(packed: bool) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 4), dtype=np.uint8)
+    pixels[..., 3] = 0
+    buffer = io.BytesIO()
+    compression = "tga_rle" if packed else None
+    Image.fromarray(pixels).save(buffer, "TGA", compression=compression)
+    data = bytearray(buffer.getvalue())
+    assert (decode_pixels(bytes(data), "tga").pixels == 255).all()
+    assert form_of(bytes(data), "tga", 10**6).channels == 4
+    data[17] &= 0xF0
+    for channels, expected in ((3, pixels[..., :3]), (4, np.maximum(pixels, (0, 0, 0, 255)))):
+        found = decode_pixels(bytes(data), "tga", channels=channels).pixels
+        assert np.array_equal(found, expected)
+    checked = check_image(bytes(data))
+    assert np.array_equal(read_pixels(checked.data, checked.extension), pixels[..., :3])
+    assert form_of(bytes(data), "tga", 10**6).channels == 3
