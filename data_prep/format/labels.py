@@ -12,6 +12,9 @@ MAX_CLASSES = 1_000_000
 MAX_LABEL_BYTES = 32
 """Longest `cls` member, in bytes."""
 
+SPLIT_NAMES = frozenset({"test", "train", "training", "val", "valid", "validation"})
+"""Names of folders that are splits of a data set rather than classes, in lower case."""
+
 _DIGITS = re.compile("[0-9]+")
 _NAMED = 3
 

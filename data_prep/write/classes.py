@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from data_prep.format.labels import (
     MAX_CLASSES,
+    SPLIT_NAMES,
     describe_doubts,
     find_doubtful_classes,
     folder_class,
@@ -80,8 +81,15 @@ class ClassNames:
             self._are_labels = self._are_labels and file.label is not None
 
     def describe_doubts(self) -> str:
-        """Return which folders may mean something else; see `find_doubtful_classes`."""
-        return describe_doubts(find_doubtful_classes(self._folders).values())
+        """Return which folders may mean something else; see `find_doubtful_classes`.
+
+        So may one that is called like a split next to classes, as `val` is without folders in it.
+        """
+        doubts = find_doubtful_classes(self._folders)
+        for name in sorted({folder_class(folder) or "" for folder in self._folders}):
+            if name.lower() in SPLIT_NAMES and len(self._names) > 1:
+                doubts.setdefault(name, f"{name!r} is called like a split of the data")
+        return describe_doubts(doubts.values())
 
     def sorted(self) -> tuple[str, ...]:
         """Return the names, indexed by label."""

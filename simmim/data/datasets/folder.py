@@ -23,7 +23,12 @@ from data_prep.format.kinds import (
     kind_of,
     suffix_of,
 )
-from data_prep.format.labels import describe_doubts, find_doubtful_classes, folder_class
+from data_prep.format.labels import (
+    SPLIT_NAMES,
+    describe_doubts,
+    find_doubtful_classes,
+    folder_class,
+)
 from data_prep.format.text import count_noun
 from simmim.data.datasets.image_set import ImageSet, ShardUnavailableError, retry
 from simmim.data.order.randomness import shuffled
@@ -53,9 +58,6 @@ STAT_FILES = 1_024
 
 MAX_FILE_BYTES = 512 * 2**20
 """Largest file that is read; also the limit of `data-prep shard`."""
-
-SPLIT_NAMES = frozenset({"test", "train", "training", "val", "valid", "validation"})
-"""Folder names of splits; taken as classes only next to other names."""
 
 
 @dataclass(frozen=True, kw_only=True)

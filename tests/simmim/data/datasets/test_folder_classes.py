@@ -69,12 +69,16 @@ def test_classes_that_are_not_clear_are_refused(
 def test_sharding_names_classes_that_are_not_clear(
     option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for number, name in enumerate(("train/cat/1.png", "test/cat/2.png", "train/dog/3.png")):
+    names = ("train/cat/1.png", "test/cat/2.png", "train/dog/3.png", "val/4.png")
+    for number, name in enumerate(names):
         path = tmp_path / "source" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8 + number)).save(path)
     command = ["shard", str(tmp_path / "source"), str(tmp_path / "shards"), option, "5"]
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "folder that holds it: 'cat' is 2 folders (test/cat, train/cat)\n" in said
+    assert (
+        "folder that holds it: 'cat' is 2 folders (test/cat, train/cat); 'val' is called like a"
+        in said
+    )
     assert "dog" not in said
