@@ -23,6 +23,7 @@ from simmim.engine.monitor.hardware import (
     memory_in_use,
     utilisation,
 )
+from simmim.engine.monitor.observers import PROBE
 from simmim.engine.monitor.progress import duration
 from simmim.engine.optimizer import set_learning_rate
 from simmim.engine.stage import TrainingStage
@@ -259,7 +260,7 @@ def check_pace(
     of = recipe.SAMPLES
     yield check_data_speed(recipe, speed, world)
     peak = device_peak(device, recipe.training.precision)
-    share = utilisation(stage.flops_per_sample, speed.compute, peak, devices=world)
+    share = utilisation(stage.watch.flops_per_sample, speed.compute, peak, devices=world)
     source = "vendor figure" if peak.source == "maker" else "measured matrix product"
     yield Check(
         name="compute",
@@ -301,7 +302,7 @@ def check_data_speed(recipe: TaskRecipe, speed: Speed, world: int) -> Check:
 def check_duration(stage: TaskStage, recipe: TaskRecipe, rate: float) -> Iterator[Check]:
     """Check how long training takes, and how often it saves, validates and probes."""
     training = recipe.training
-    total = training.total_steps(stage.samples_per_epoch)
+    total = training.total_steps(stage.order.samples_per_epoch)
     step = training.batch_size / rate
     yield Check(
         name="duration",
@@ -339,13 +340,13 @@ def check_validation_time(stage: TaskStage, recipe: TaskRecipe, rate: float) -> 
         rate: samples that training takes per second.
     """
     training = recipe.training
-    total = training.total_steps(stage.samples_per_epoch)
+    total = training.total_steps(stage.order.samples_per_epoch)
     held_out = stage.validation_shards.samples if stage.validation_shards else 0
-    # As `Monitor` does, whatever the interval, after the last step too.
+    # As `Observer.is_due` says, whatever the interval, after the last step too.
     validations = math.ceil(total / training.validate_every)
-    probe_every = stage.probe_every
-    probes = 0 if probe_every is None else math.ceil(total / probe_every)
-    probed = 0.0 if probe_every is None else recipe.probed_per_step * probe_every
+    probe = stage.watch.observer(PROBE)
+    probes = 0 if probe is None else math.ceil(total / probe.every)
+    probed = 0.0 if probe is None else recipe.probed_per_step * probe.every
     forward = (held_out * validations + probed * probes) / 3
     share = forward / (total * training.batch_size)
     times = count_noun(validations, "validation") if held_out else "no validation"

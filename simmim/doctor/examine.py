@@ -97,7 +97,7 @@ def examine(
             checks.extend(attempt(name, examine))
 
     check("run folder", lambda: [check_run(run, stage, resume, given)])
-    check("plan", lambda: check_hyperparameters(recipe, stage.samples_per_epoch, device))
+    check("plan", lambda: check_hyperparameters(recipe, stage.order.samples_per_epoch, device))
     check("shards" if _reads_images(stage) else "data", lambda: _check_data(stage, given or recipe))
     check("order", lambda: [check_order(stage.order, recipe.training.batch_size)])
     check("workers", lambda: [check_workers(recipe.data.workers)])
@@ -110,7 +110,7 @@ def examine(
         return checks
     if accelerator.is_main_process:
         longer = warn_of_long_steps(
-            flops=stage.flops_per_sample,
+            flops=stage.watch.flops_per_sample,
             batch_size=recipe.training.batch_size,
             peak=device_peak(device, recipe.training.precision).flops * world,
             seconds=seconds,
@@ -148,12 +148,12 @@ def count_permanent_checkpoints(stage: TaskStage) -> int:
     if training.keep_every is None:
         return 0
     every = math.lcm(training.keep_every, training.checkpoint_every)
-    return training.total_steps(stage.samples_per_epoch) // every
+    return training.total_steps(stage.order.samples_per_epoch) // every
 
 
 def _disk(stage: TaskStage, run: RunFolder) -> Check:
     training = stage.recipe.training
-    best = training.keep_best and stage.best_metric is not None
+    best = training.keep_best and stage.watch.best_metric is not None
     return check_disk(
         run.path,
         stage.module,

@@ -20,6 +20,7 @@ from simmim.engine.distributed.signals import StopRequest
 from simmim.engine.distributed.watchdog import group_timeout
 from simmim.engine.monitor.anomalies import propagate_nonfinite
 from simmim.engine.monitor.monitor import ReportWriter
+from simmim.engine.monitor.observers import VALIDATION
 from simmim.engine.optimizer import set_learning_rate, step_if_finite
 from simmim.engine.run import RunFolder
 from simmim.engine.stage import TrainingStage
@@ -96,12 +97,12 @@ def train(
     return TrainingResult(
         step=max(0, trainer.saved_step),
         stopped=trainer.step < trainer.total,
-        figures=trainer.monitor.figures,
+        figures=trainer.monitor.figures.get(VALIDATION, {}),
     )
 
 
 def advance(trainer: Trainer, batches: Iterator[Batch]) -> None:
-    """Take one optimiser step; then log, evaluate and save, whichever is due."""
+    """Take one optimiser step; then log, observe and save, whichever is due."""
     set_learning_rate(trainer.optimizer, trainer.learning_rate)
     micro_batches = trainer.next_batch(batches)
     trainer.module.train()

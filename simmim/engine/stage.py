@@ -1,21 +1,20 @@
 """The interface between a task and the training loop."""
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any, Protocol
 
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from simmim.data.loader.bad_samples import BadSamples
 from simmim.data.loader.batch import Batch
 from simmim.data.order.order import Order
 from simmim.data.order.source import SampleSource
+from simmim.engine.monitor.observers import Watch
 from simmim.engine.run import RunFolder
 
 
 class TrainingStage(Protocol):
-    """Model, data and evaluation that a task supplies to the training loop."""
+    """Model, data and observers that a task supplies to the training loop."""
 
     @property
     def recipe(self) -> Any:
@@ -38,18 +37,6 @@ class TrainingStage(Protocol):
         """Order of the samples."""
 
     @property
-    def samples_per_epoch(self) -> int:
-        """Number of samples in one epoch of the data order."""
-
-    @property
-    def flops_per_sample(self) -> int:
-        """FLOPs of the matrix products in a forward pass over one sample."""
-
-    @property
-    def data_digest(self) -> str:
-        """Digest of the training data."""
-
-    @property
     def training_shards(self) -> SampleSource[Any]:
         """The shards that are trained on: what an address in a batch counts in."""
 
@@ -68,41 +55,12 @@ class TrainingStage(Protocol):
         cut. None if the loss is a mean over samples, of which every micro-batch has equally many.
         """
 
-    def baselines(self) -> Mapping[str, float]:
-        """Return losses that are reached without learning, by name, for comparison.
-
-        Called only on the main process, once the module is on its device.
-        """
-
     def fresh(self) -> "TrainingStage":
         """Return a stage of the same recipe with initial weights on the CPU."""
 
-    @property
-    def validates(self) -> bool:
-        """Whether there is validation data."""
-
-    def validate(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return figures on validation data, the same on every rank; empty if there is none."""
-
-    @property
-    def best_metric(self) -> str | None:
-        """Name of the figure of `validate` that selects the best checkpoint; higher is better.
-
-        None if no figure does.
-        """
-
-    @property
-    def probe_every(self) -> int | None:
-        """Steps between probes; None for no probe."""
-
-    def probe(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return the accuracy of classifiers on frozen features, the same on every rank."""
-
-    def visualize(self, accelerator: Accelerator, run: RunFolder, step: int) -> Path | None:
-        """Draw pictures into the run and return the file; None if there is nothing to draw.
-
-        Called only on the main process.
-        """
-
     def export_encoder(self, run: RunFolder, step: int, samples: int) -> None:
         """Write the encoder directory of the run; called on the main process, at the end."""
+
+    @property
+    def watch(self) -> Watch:
+        """What is watched besides the loss: validation, probes, pictures, baselines."""

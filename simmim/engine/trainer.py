@@ -78,7 +78,7 @@ class Trainer:
         self.stage, self.run, self.accelerator, self.stop = stage, run, accelerator, stop
         self.module, self.optimizer = module, optimizer
         self.settings: TrainingSettings = stage.recipe.training
-        self.total = self.settings.total_steps(stage.samples_per_epoch)
+        self.total = self.settings.total_steps(stage.order.samples_per_epoch)
         self.step = self.cursor = self.skipped = 0
         self.saved_step = -1
         """Step of the last complete checkpoint; -1 if there is none."""
@@ -176,7 +176,7 @@ class Trainer:
         )
         if state.cursor != state.step * self.settings.batch_size:  # the batch size has changed
             self.total = self.settings.steps_to_the_end(
-                state.step, state.cursor, self.stage.samples_per_epoch
+                state.step, state.cursor, self.stage.order.samples_per_epoch
             )
         if state.step > self.total:
             raise ValueError(
@@ -226,7 +226,7 @@ class Trainer:
             self.step,
             peak=self.settings.optimizer.lr * factor,
             total_steps=self.total,
-            steps_per_epoch=self.stage.samples_per_epoch / self.settings.batch_size,
+            steps_per_epoch=self.stage.order.samples_per_epoch / self.settings.batch_size,
         )
 
     def next_batch(self, batches: Iterator[Batch]) -> list[Batch]:
@@ -288,7 +288,7 @@ class Trainer:
         self.losses.clear()
         position = TrainingPosition(
             step=self.step,
-            epoch=self.cursor / self.stage.samples_per_epoch,
+            epoch=self.cursor / self.stage.order.samples_per_epoch,
             samples=self.cursor,
         )
         counts = {"skipped": self.skipped}
@@ -302,16 +302,16 @@ class Trainer:
         return losses
 
     def evaluate_and_save(self) -> None:
-        """Validate, probe, draw and save, whichever is due after the current step."""
-        figures = self.monitor.evaluate(self.step, self.averaged())
+        """Run the observers and save, whichever is due after the current step."""
+        figures = self.monitor.observe(self.step, self.averaged())
         if self._is_best(figures) or self.step % self.settings.checkpoint_every == 0:
             self.watchdog.at(self.step, "copying a checkpoint, or waiting for the previous one")
             self.save()
         self.watchdog.at(self.step, "agreeing with all ranks whether to continue")
 
     def _is_best(self, figures: Mapping[str, float]) -> bool:
-        """Return whether a validation is the best so far, and remember it."""
-        metric = self.stage.best_metric if self.settings.keep_best else None
+        """Return whether figures are the best so far, and remember them."""
+        metric = self.monitor.watch.best_metric if self.settings.keep_best else None
         if metric is None or self.anomalies.in_a_row or not is_better(self.best, figures, metric):
             return False
         self.best = Best(step=self.step, metric=metric, value=figures[metric])
@@ -341,7 +341,7 @@ class Trainer:
             batch_size=self.settings.batch_size,
             seed=self.settings.seed,
             losses=losses,
-            data_digest=self.stage.data_digest,
+            data_digest=self.stage.training_shards.digest,
             recipe_hash=recipe_hash(self.stage.recipe),
             processes=self.accelerator.num_processes,
             skipped_steps=self.skipped,

@@ -116,10 +116,11 @@ def evaluate(
         raise ValueError(
             f"{checkpoint} was trained without validation data: give some with {recipe.VALIDATION}."
         )
-    if not figures or stage.best_metric not in {None, *figures}:
+    metric = stage.watch.best_metric
+    if not figures or metric not in {None, *figures}:
         raise ValueError(
-            f"the validation data has nothing to measure {stage.best_metric or 'the loss'} by: all "
-            f"its samples are damaged or without labels. Give other data with {recipe.VALIDATION}."
+            f"the validation data has nothing to measure {metric or 'the loss'} by: all its "
+            f"samples are damaged or without labels. Give other data with {recipe.VALIDATION}."
         )
     found = Evaluation(
         checkpoint=checkpoint,

@@ -20,6 +20,7 @@ from simmim.data.loader.batches import BatchStream, evaluation_batches
 from simmim.data.order.order import Address
 from simmim.data.order.source import SampleSource
 from simmim.data.transforms.image_transforms import Sample
+from simmim.engine.monitor.observers import Watch, pictures, validation
 from simmim.engine.run import RunFolder
 from simmim.recipe import recipe_hash
 from simmim.tasks.architecture import resolve_architecture
@@ -49,8 +50,6 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
     """The encoder that training starts from."""
     module: nn.Module
     """Takes a Batch on its device and returns the mean loss over it."""
-    probe_every: int | None = None
-    """None: fine-tuning has labels, and no online probe."""
 
     def __init__(self, recipe: RecipeT, training: DataT, validation: DataT | None) -> None:
         self.recipe: RecipeT = with_slots(self.resolve(recipe), training)
@@ -58,8 +57,6 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
         self.validation_shards: DataT | None = validation
         self.bad_samples = recipe.data.bad_samples()
         self.order = order_for(self.recipe, training)
-        self.samples_per_epoch = self.order.samples_per_epoch
-        self.data_digest = training.digest
 
     @staticmethod
     def resolve(recipe: RecipeT) -> RecipeT:
@@ -83,11 +80,6 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
         Raises:
             ValueError: the data cannot be read.
         """
-
-    @property
-    def best_metric(self) -> str:
-        """Validation metric that selects the best checkpoint."""
-        return self.recipe.best_metric
 
     @property
     def encoder(self) -> Any:
@@ -176,10 +168,19 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
         del batch
         return None
 
-    def probe(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return no metrics: there is no probe."""
-        del accelerator
-        return {}
+    @property
+    def watch(self) -> Watch:
+        """Validation, whose metric selects the best checkpoint, and pictures."""
+        training = self.recipe.training
+        validates = validation(
+            self.validate, every=training.validate_every, best_metric=self.recipe.best_metric
+        )
+        draws = pictures(self.visualize, every=training.look_every)
+        return Watch(
+            observers=(validates, draws) if self.validates else (draws,),
+            flops_per_sample=self.flops_per_sample,
+            baselines=self.baselines,
+        )
 
     def baselines(self) -> dict[str, float]:
         """Return losses of trivial predictions; by default none."""

@@ -90,7 +90,7 @@ def train_recipe(
         changed = check()
         starts = resume is None or find_checkpoint(run.checkpoints, resume) is None
         warnings = check_stage_input(stage, recipe) if starts else []
-        warnings += batch_above_data(recipe.training.batch_size, stage.samples_per_epoch)
+        warnings += batch_above_data(recipe.training.batch_size, stage.order.samples_per_epoch)
         if starts and needless_slots(stage.order):
             warnings.append(f"{describe_order(stage.order)}: remove data.slots to train on all")
         if environment.processes_to_start < 2:  # printed once, by the process that trains

@@ -93,13 +93,14 @@ def measure_resume(folder: Path, images: int, repeats: int) -> Iterable[str]:
         seconds = []
         for _ in range(repeats):
             stage = PretrainStage(recipe)
-            cursor = int(share * stage.samples_per_epoch) // 64 * 64
+            epoch = stage.order.samples_per_epoch
+            cursor = int(share * epoch) // 64 * 64
             began = time.perf_counter()
             batches = iter(stage.batches(rank=0, world=1, start=cursor, end=cursor + 640))
             next(batches)
             seconds.append(time.perf_counter() - began)
             del batches
-        yield f"| {share:.0%} of an epoch of {stage.samples_per_epoch} | {median(seconds):.3f} |"
+        yield f"| {share:.0%} of an epoch of {epoch} | {median(seconds):.3f} |"
 
 
 def main() -> None:

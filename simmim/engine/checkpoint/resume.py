@@ -49,8 +49,8 @@ class Resumable(Protocol):
         """The trained module."""
 
     @property
-    def data_digest(self) -> str:
-        """Digest of the training data."""
+    def training_shards(self) -> Any:
+        """The training data, with its `digest`."""
 
     def fresh(self) -> Any:
         """Return a stage of the same recipe with initial weights on the CPU."""
@@ -101,7 +101,7 @@ def resumable_state(path: Path, stage: Resumable, *, allow_changes: bool) -> Tra
             "masks of the images would change. Restore the seed, or accept this with "
             "--allow-recipe-changes."
         )
-    if state.data_digest != stage.data_digest:
+    if state.data_digest != stage.training_shards.digest:
         raise ValueError(
             f"{path} was trained on other images than the recipe names now (other shards, or a "
             "folder whose files have changed since); its position in the data would be lost. Name "

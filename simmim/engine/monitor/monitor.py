@@ -1,13 +1,12 @@
-"""Monitor of a training: metrics, validation, probes and pictures, to bar, files and trackers."""
+"""Monitor of a training: metrics and observations, to bar, files and trackers."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 
-from simmim.disk import skip_if_unwritable
 from simmim.engine.distributed.sharding import gathered
 from simmim.engine.monitor.hardware import (
     DevicePeak,
@@ -16,6 +15,7 @@ from simmim.engine.monitor.hardware import (
     utilisation,
     write_environment,
 )
+from simmim.engine.monitor.observers import Observer
 from simmim.engine.monitor.progress import Bar, Clock, Forecast, duration
 from simmim.engine.monitor.tracking import Tracking, chosen_trackers
 from simmim.engine.run import RunFolder
@@ -41,7 +41,7 @@ class TrainingPosition:
 
 
 class Monitor:
-    """Observer of a training: writes to the bar, `metrics.jsonl`, trackers and the report.
+    """Watches a training: writes to the bar, `metrics.jsonl`, trackers and the report.
 
     All ranks call it together; only the main process writes.
 
@@ -50,7 +50,7 @@ class Monitor:
         run: folder of the run.
         accelerator: devices and processes.
         begin: called on every rank with a step and the activity that begins at it.
-        write_report: called at the end and after new pictures; None writes no report.
+        write_report: called at the end and after what it shows has changed; None writes no report.
     """
 
     def __init__(
@@ -65,9 +65,10 @@ class Monitor:
         self.stage, self.run, self.accelerator = stage, run, accelerator
         self.begin, self.write_report = begin, write_report
         self.training = stage.recipe.training
+        self.watch = stage.watch
         self.clock = Clock()
-        self.figures: dict[str, float] = {}
-        """Figures of the last validation."""
+        self.figures: dict[str, dict[str, float]] = {}
+        """Last figures of each observer, by its name."""
         self._baselines: dict[str, float] = {}
         self.total: int
         self._bar: Bar
@@ -84,9 +85,9 @@ class Monitor:
         try:
             if main:
                 self._begin(step)
-            if step == 0 and self._probes:
-                with gathered(self.stage.module):
-                    self._probe(step)  # what random weights reach
+            first = [one for one in self.watch.observers if one.before_first_step]
+            if step == 0 and first:
+                self._run(first, step)
             self._forecast = Forecast(step, self.total)
             yield self
         finally:
@@ -107,15 +108,11 @@ class Monitor:
         )
         self._peak = device_peak(self.accelerator.device, self.training.precision)
         write_environment(self.run.environment, self.accelerator, self._peak)
-        self._baselines = dict(self.stage.baselines())
+        self._baselines = dict(self.watch.baselines())
         for line in self.run.read_metrics():  # a resumed run has those of its last validation
             self._baselines |= {name: line[name] for name in self._baselines.keys() & line.keys()}
         for name, value in self._baselines.items():
             self.print(f"{name} {value:.4f}: baseline loss, reached without learning")
-
-    @property
-    def _probes(self) -> bool:
-        return self.stage.probe_every is not None
 
     def print(self, text: str) -> None:
         """Print a line above the bar, on the main process."""
@@ -151,7 +148,7 @@ class Monitor:
         devices = self.accelerator.num_processes
         eta = self._forecast.seconds_left(position.step)
         mfu = utilisation(
-            self.stage.flops_per_sample, rates.images_per_second, self._peak, devices=devices
+            self.watch.flops_per_sample, rates.images_per_second, self._peak, devices=devices
         )
         figures: Figures = {
             "step": position.step,
@@ -188,63 +185,45 @@ class Monitor:
         first, second, third = of_all.amax(dim=0).tolist()
         return first, second, third
 
-    def evaluate(self, step: int, weights: AbstractContextManager[None]) -> dict[str, float]:
-        """Validate, probe and draw pictures, whichever is due after `step`.
+    def observe(self, step: int, weights: AbstractContextManager[None]) -> dict[str, float]:
+        """Run the observers that are due after `step`.
 
         Args:
             step: the last step taken.
-            weights: entered meanwhile, to evaluate averaged weights for example.
+            weights: entered meanwhile, to look at averaged weights for example.
 
         Returns:
-            The figures of the validation; empty if none was due.
+            Their figures; empty if none was due.
         """
-        validates = self._due(step, self.training.validate_every)
-        probes = self._probes and self._due(step, self.stage.probe_every or 1)
-        draws = self._due(step, self.training.look_every)
-        if not (validates or probes or draws):
+        due = [one for one in self.watch.observers if one.is_due(step, self.total)]
+        if not due:
             return {}
-        with self.clock.paused(), weights, gathered(self.stage.module):
-            if validates:
-                self._validate(step)
-            if probes:
-                self._probe(step)
-            if draws:
-                self._draw(step)
-        return self.figures if validates else {}
+        with self.clock.paused(), weights:
+            self._run(due, step)
+        found = [self.figures.get(one.name, {}) for one in due]
+        return {name: value for figures in found for name, value in figures.items()}
 
-    def _due(self, step: int, every: int) -> bool:
-        return step % every == 0 or step == self.total
+    @torch.no_grad()
+    def _run(self, observers: Sequence[Observer], step: int) -> None:
+        with gathered(self.stage.module):
+            for observer in observers:
+                self.begin(step, observer.activity)
+                self.stage.module.eval()
+                if self.accelerator.is_main_process or not observer.main_process_only:
+                    self._observe(observer, step)
 
-    def _validate(self, step: int) -> None:
-        self.begin(step, "validating")
-        self.stage.module.eval()
-        with torch.no_grad():
-            self.figures = self.stage.validate(self.accelerator)
-        metric = self.stage.best_metric
-        if self.stage.validates and (not self.figures or metric not in {None, *self.figures}):
-            self.print(
-                f"WARNING: validation at step {step} found nothing to measure "
-                f"{metric or 'the loss'} by: all its samples are damaged or without labels."
-            )
-        for name in self._baselines.keys() & self.figures.keys():
-            self._baselines[name] = self.figures[name]  # over all validation samples
-        self._log(step, self.figures, "validation")
-
-    def _probe(self, step: int) -> None:
-        self.begin(step, "probing")
-        self.stage.module.eval()
-        with torch.no_grad():
-            self._log(step, self.stage.probe(self.accelerator), "probe")
-
-    def _draw(self, step: int) -> None:
-        self.begin(step, "drawing pictures, on rank 0")
-        if not self.accelerator.is_main_process:
-            return
-        with skip_if_unwritable("a picture", self.run.reconstructions):
-            picture = self.stage.visualize(self.accelerator, self.run, step)
-            if self._tracking is not None and picture is not None:
-                self._tracking.log_picture("reconstructions", picture, step)
-        self._report()
+    def _observe(self, observer: Observer, step: int) -> None:
+        found = observer.observe(self.accelerator, self.run, step)
+        if found.warning is not None:
+            self.print(f"WARNING: {found.warning}")
+        for name in self._baselines.keys() & found.figures.keys():
+            self._baselines[name] = found.figures[name]  # over all validation samples
+        self.figures[observer.name] = dict(found.figures)
+        self._log(step, found.figures, observer.name)
+        if self._tracking is not None and found.picture is not None:
+            self._tracking.log_picture(observer.name, found.picture, step)
+        if observer.main_process_only:
+            self._report()
 
     def _log(self, step: int, figures: Mapping[str, float], group: str) -> None:
         if figures:

@@ -126,7 +126,7 @@ class ClassifierStage(FineTuningStage[RecipeT, DataT]):
 
     @property
     def flops_per_sample(self) -> int:
-        """FLOPs of encoder and head; see `simmim.engine.stage.TrainingStage`."""
+        """FLOPs of encoder and head; see `simmim.engine.monitor.observers.Watch`."""
         config: SwinV2Config = self.initial.encoder.config
         return forward_flops(config) + 2 * config.num_features * len(self.classes)
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from simmim.engine.checkpoint.directory import (
 from simmim.engine.checkpoint.ema import load_average
 from simmim.engine.checkpoint.resume import load_model
 from simmim.engine.generators import seeded
+from simmim.engine.monitor.observers import Watch, pictures, probe, validation
 from simmim.engine.run import RunFolder
 from simmim.method.masking import MaskGenerator
 from simmim.method.model import SimMIM
@@ -85,8 +87,6 @@ class PretrainStage:
         self.training_shards, self.validation_shards = recipe.data.split_shards()
         self.recipe = recipe = with_slots(recipe, self.training_shards)
         self.order = order_for(recipe, self.training_shards)
-        self.samples_per_epoch = self.order.samples_per_epoch
-        self.data_digest = self.training_shards.digest
         self.model = build_model(recipe)
         recipe.execution.apply(self.model.encoder)
         self.module = PretrainModule(self.model, recipe.data, seed=recipe.training.seed)
@@ -103,7 +103,7 @@ class PretrainStage:
 
     @property
     def flops_per_sample(self) -> int:
-        """FLOPs of encoder and decoder; see `simmim.engine.stage.TrainingStage`."""
+        """FLOPs of encoder and decoder; see `simmim.engine.monitor.observers.Watch`."""
         config = self.model.encoder.config
         decoded = math.prod(config.stage_resolutions[-1])
         if self.recipe.loss.area == "masked" and self.recipe.mask.cell >= config.strides[-1]:
@@ -219,20 +219,24 @@ class PretrainStage:
         return PretrainStage(self.recipe)
 
     @property
-    def best_metric(self) -> str | None:
-        """None: a lower loss does not mean a better encoder."""
-        return None
+    def watch(self) -> Watch:
+        """Validation, the online probe, reconstructions, and the loss of the mean colour.
 
-    @property
-    def probe_every(self) -> int | None:
-        """Steps between probes; None for no probe."""
-        return None if self.recipe.probe is None else self.recipe.probe.every
-
-    def probe(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return the accuracy of classifiers on frozen features."""
-        if self.online_probe is None:
-            return {}
-        return self.online_probe.run(self.module.features, accelerator)
+        No metric selects the best checkpoint: a lower loss does not mean a better encoder.
+        """
+        training, online_probe = self.recipe.training, self.online_probe
+        observers = []
+        if self.validates:
+            observers.append(validation(self.validate, every=training.validate_every))
+        if online_probe is not None:
+            run_probe = partial(online_probe.run, self.module.features)
+            observers.append(probe(run_probe, every=online_probe.settings.every))
+        observers.append(pictures(self.visualize, every=training.look_every))
+        return Watch(
+            observers=tuple(observers),
+            flops_per_sample=self.flops_per_sample,
+            baselines=self.baselines,
+        )
 
     @torch.no_grad()
     def visualize(self, accelerator: Accelerator, run: RunFolder, step: int) -> Path | None:

@@ -242,7 +242,7 @@ class DenseStage(FineTuningStage[RecipeT, DataT]):
 
     @property
     def flops_per_sample(self) -> int:
-        """FLOPs of encoder and head; see `simmim.engine.stage.TrainingStage`."""
+        """FLOPs of encoder and head; see `simmim.engine.monitor.observers.Watch`."""
         return self._flops
 
     @property

@@ -27,7 +27,7 @@ EPOCHS = 3
 def load_as_rank(recipe: Path, rank: int, world: int, folder: Path) -> None:
     stage = PretrainStage(load(PretrainRecipe, recipe))
     training = stage.recipe.training
-    end = training.total_steps(stage.samples_per_epoch) * training.batch_size
+    end = training.total_steps(stage.order.samples_per_epoch) * training.batch_size
     with (folder / f"{world}-{rank}.jsonl").open("w") as file:
         for batch in stage.batches(rank=rank, world=world, start=0, end=end):
             found = [

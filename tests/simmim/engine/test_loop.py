@@ -216,7 +216,7 @@ def test_another_batch_size_resumes_at_the_same_image(
 ) -> None:
     run_training(pretrain_values, tmp_path, steps=None, epochs=1.0)
     stage = PretrainStage(parse(PretrainRecipe, pretrain_values, "test"))
-    assert stage.samples_per_epoch == 84
+    assert stage.order.samples_per_epoch == 84
     before = complete_checkpoints(tmp_path / "checkpoints")[0]
     assert load_state(before).cursor == 32
     values = pretrain_values | {

@@ -43,8 +43,8 @@ def test_all_images_of_a_small_set_are_in_every_epoch(
 ) -> None:
     values = of_folder(pretrain_values, images, batch_size)
     stage = PretrainStage(parse(PretrainRecipe, values, "test"))
-    assert stage.samples_per_epoch == IMAGES
-    steps = stage.recipe.training.total_steps(stage.samples_per_epoch)
+    assert stage.order.samples_per_epoch == IMAGES
+    steps = stage.recipe.training.total_steps(stage.order.samples_per_epoch)
     assert steps == round(4 * IMAGES / batch_size)
     end = steps * batch_size
     whole = [batch.addresses.tolist() for batch in stage.batches(rank=0, world=1, start=0, end=end)]

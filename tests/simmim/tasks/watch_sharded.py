@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from simmim.engine.distributed.launcher import run_as_rank
 from simmim.engine.distributed.sharding import gathered, shard_by_block
+from simmim.engine.monitor.observers import PROBE
 from simmim.engine.run import RunFolder
 from simmim.recipe import load
 from simmim.tasks.pretrain.recipe import PretrainRecipe
@@ -38,7 +39,9 @@ def main(config: Path, folder: Path, precision: str) -> int:
         with torch.no_grad(), gathered(stage.module):
             with accelerator.autocast():  # training's forward has it in itself
                 figures = stage.validate(accelerator)
-            figures |= stage.probe(accelerator)
+            probe = stage.watch.observer(PROBE)
+            assert probe is not None
+            figures |= probe.observe(accelerator, run, 1).figures
             if accelerator.is_main_process:  # the other one has nothing to compute
                 assert stage.visualize(accelerator, run, 1) is not None
         found.append(figures)

@@ -267,7 +267,7 @@ def test_objects_without_masks_are_for_box_detectors_only(values: dict[str, Any]
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"1 object of .* no segmentation"):
         build(values)
-    assert build(changed(values, "head", kind="rt_detr")).samples_per_epoch == 8
+    assert build(changed(values, "head", kind="rt_detr")).order.samples_per_epoch == 8
 
 
 def test_images_of_another_size_are_named(values: dict[str, Any]) -> None:
@@ -340,7 +340,7 @@ def test_validation_without_masks_is_refused_before_training(values: dict[str, A
     validated = changed(values, "data", validation_annotations=str(other))
     with pytest.raises(ValueError, match=r"1 object of .*others\.json has no segmentation"):
         build(validated)
-    assert build(changed(validated, "head", kind="rt_detr")).best_metric == "box_map"
+    assert build(changed(validated, "head", kind="rt_detr")).watch.best_metric == "box_map"
 
 
 @pytest.mark.slow
