@@ -363,6 +363,11 @@ def _describe_skipped(manifest: Manifest, *, rewriting: bool = False) -> str:
             "; the key of a sample ends at the first dot of a name: KEY.b.jpg is a member b.jpg, "
             "not its image, so write tars of names with one dot"
         )
+    if ".cls" in skipped and not rewriting:
+        hint += (
+            "; labels in .cls are read from uncompressed WebDataset tars alone, by `data-prep "
+            "reshard` and `index`"
+        )
     lines = [f"\nskipped: {describe_kinds(skipped)}{hint}"]
     return "\n  ".join([*lines, *describe_examples(skipped, manifest.examples)])
 

@@ -108,6 +108,18 @@ def test_the_first_three_paths_of_a_kind_are_named(
         read_manifest(tmp_path / "out")
 
 
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_labels_that_are_not_read_are_said(
+    kind: str,
+    tmp_path: Path,
+    draw_image: Callable[..., bytes],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = _pack(kind, tmp_path, {"a/0.jpg": draw_image(0), "a/0.cls": b"3"})
+    assert main(["shard", str(source), str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert "skipped: .cls (1); labels in .cls are read from" in capsys.readouterr().out
+
+
 def test_parts_and_choices_count_too(tmp_path: Path, draw_image: Callable[..., bytes]) -> None:
     files = {f"cat/{number}.jpg": draw_image(number) for number in range(4)}
     source = _pack("folder", tmp_path, {**files, "a.txt": b"text", "dog/0.jpg": draw_image(5)})
