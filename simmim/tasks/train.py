@@ -1,7 +1,7 @@
 """Training a recipe: check the input, start processes, train, print the result."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from simmim.stop_signals import ProcessExit
 from simmim.tasks.architecture import describe_start, overridden
 from simmim.tasks.input_check import check_stage_input
 from simmim.tasks.loading import with_recorded_slots
-from simmim.tasks.recipe import HEAD_FOLDERS, SCRATCH, TaskRecipe
+from simmim.tasks.recipe import HEAD_FOLDERS, TaskRecipe
 from swinv2.config_file import read_provenance
 
 RecipeT = TypeVar("RecipeT", bound=TaskRecipe)
@@ -78,28 +78,14 @@ def train_recipe(
     if environment.restarts and (resume is None or find_checkpoint(run.checkpoints, "auto")):
         resume = "auto"
     recipe = with_recorded_slots(recipe, run, resume)
-    check_memory = check_memory or (lambda _recipe: None)
-    own = getattr(recipe, "init", SCRATCH) == SCRATCH and getattr(recipe, "like", None) is None
-    if own:
-        check_memory(recipe)
-    stage = make_stage(recipe)
-    if not own:
-        check_memory(stage.recipe)
+    stage = build_stage(make_stage, recipe, check_memory or (lambda _recipe: None))
     check = partial(check_folder, run, stage.recipe, recipe, resume, allow_changes=allow_changes)
     if environment.is_main:  # others would see what rank 0 has written
         changed = check()
         starts = resume is None or find_checkpoint(run.checkpoints, resume) is None
-        warnings = check_stage_input(stage, recipe) if starts else []
-        warnings += batch_above_data(recipe.training.batch_size, stage.order.samples_per_epoch)
-        if starts and needless_slots(stage.order):
-            warnings.append(f"{describe_order(stage.order)}: remove data.slots to train on all")
+        warnings = check_data(stage, recipe, starts=starts)
         if environment.processes_to_start < 2:  # printed once, by the process that trains
-            if changed:
-                listed = "".join(f"\n  {key}: {text}" for key, text in changed.items())
-                sys.stderr.write(f"the recipe has changed:{listed}\n")
-            for line in (describe_start(recipe), overridden(recipe, stage.recipe)):
-                sys.stderr.write("" if line is None else f"{line}\n")
-            sys.stderr.writelines(f"WARNING: {text.rstrip('.')}.\n" for text in warnings)
+            print_start(stage, recipe, changed, warnings)
     stage.bad_samples.write_to(run.bad_samples)
     stage.batches(rank=0, world=environment.world, start=0, end=recipe.training.batch_size)
     start_processes()
@@ -119,6 +105,63 @@ def train_recipe(
             print_result(result, run, resume)
         end_processes(accelerator)
     return result
+
+
+def build_stage(
+    make_stage: Callable[[RecipeT], TrainingStage],
+    recipe: RecipeT,
+    check_memory: Callable[[Any], None],
+) -> TrainingStage:
+    """Build the stage of a recipe, once its memory is checked.
+
+    Weights that bring their own architecture are read first: the stage's recipe has their sizes.
+
+    Raises:
+        ValueError: it does not fit the memory, or the data or weights cannot be used.
+    """
+    if recipe.architecture_source is None:
+        check_memory(recipe)
+        return make_stage(recipe)
+    stage = make_stage(recipe)
+    check_memory(stage.recipe)
+    return stage
+
+
+def check_data(stage: TrainingStage, recipe: TaskRecipe, *, starts: bool) -> list[str]:
+    """Compare the data with the encoder and the batch size, and return warnings.
+
+    Args:
+        stage: the stage.
+        recipe: the recipe that it was made of.
+        starts: whether training starts from the beginning; what is resumed was checked before.
+
+    Raises:
+        ValueError: the images do not fit the encoder.
+    """
+    warnings = check_stage_input(stage, recipe) if starts else []
+    warnings += batch_above_data(recipe.training.batch_size, stage.order.samples_per_epoch)
+    if starts and needless_slots(stage.order):
+        warnings.append(f"{describe_order(stage.order)}: remove data.slots to train on all")
+    return warnings
+
+
+def print_start(
+    stage: TrainingStage, recipe: TaskRecipe, changed: Mapping[str, str], warnings: Sequence[str]
+) -> None:
+    """Print what a person should know when training starts.
+
+    Args:
+        stage: the stage.
+        recipe: the recipe that it was made of.
+        changed: accepted changes of the recipe of a run that is resumed.
+        warnings: warnings of the data.
+    """
+    if changed:
+        listed = "".join(f"\n  {key}: {text}" for key, text in changed.items())
+        sys.stderr.write(f"the recipe has changed:{listed}\n")
+    for line in (describe_start(recipe), overridden(recipe, stage.recipe)):
+        sys.stderr.write("" if line is None else f"{line}\n")
+    sys.stderr.writelines(f"WARNING: {text.rstrip('.')}.\n" for text in warnings)
 
 
 def batch_above_data(batch_size: int, samples: int) -> list[str]:

@@ -175,12 +175,9 @@ def _model_class() -> type[Any]:
             self.encoder = SwinV2(sizes)
             # It is one of the norms of the maps.
             self.encoder.norm = nn.Identity()  # type: ignore[assignment]
-            self.hidden_states_norms = nn.ModuleDict(
-                {
-                    name: nn.LayerNorm(channels)
-                    for name, channels in zip(self.out_features, self.channels, strict=True)
-                }
-            )
+            widths = dict(zip(self.out_features, self.channels, strict=True))
+            norms = {name: nn.LayerNorm(width) for name, width in widths.items()}
+            self.hidden_states_norms = nn.ModuleDict(norms)
             self.post_init()
 
         @classmethod
@@ -217,22 +214,36 @@ def _model_class() -> type[Any]:
                 raise ValueError(
                     "this backbone does not return attentions: leave output_attentions out."
                 )
-            maps = self.encoder.features(pixel_values, drop_path_noise)
-            if output_hidden_states or "stem" in self.out_features:
-                maps = [self.encoder.embed(pixel_values).permute(0, 3, 1, 2), *maps]
-            named = dict(zip(reversed(self.stage_names), reversed(maps), strict=False))
+            with_stem = bool(output_hidden_states) or "stem" in self.out_features
+            maps = _maps(self.encoder, pixel_values, drop_path_noise, with_stem=with_stem)
             output = BackboneOutput(
                 feature_maps=tuple(
-                    norm(named[name].permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
-                    for name, norm in self.hidden_states_norms.items()
+                    _normalised(maps[name], norm) for name, norm in self.hidden_states_norms.items()
                 ),
-                hidden_states=tuple(maps) if output_hidden_states else None,
+                hidden_states=tuple(maps.values()) if output_hidden_states else None,
             )
             as_dict = self.config.return_dict if return_dict is None else return_dict
             return output if as_dict else output.to_tuple()
 
     SwinV2Backbone.__qualname__ = SwinV2Backbone.__name__
     return SwinV2Backbone
+
+
+def _maps(
+    encoder: SwinV2, images: Tensor, drop_path_noise: Tensor | None, *, with_stem: bool
+) -> dict[str, Tensor]:
+    """Return the maps of all stages by name, and first that of the patches if it is wanted."""
+    maps = encoder.features(images, drop_path_noise)
+    named = {f"stage{number}": one for number, one in enumerate(maps, start=1)}
+    if with_stem:
+        named = {"stem": encoder.embed(images).permute(0, 3, 1, 2), **named}
+    return named
+
+
+def _normalised(channels_first: Tensor, norm: nn.Module) -> Tensor:
+    """Normalise the channels of a map (batch, channels, rows, columns)."""
+    normal: Tensor = norm(channels_first.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return normal.contiguous()
 
 
 def _check_transformers() -> None:
