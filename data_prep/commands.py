@@ -1,6 +1,5 @@
 """The commands of `data-prep`: shard, reshard, merge, index, verify and info."""
 
-import argparse
 import hashlib
 import os
 import sys
@@ -26,13 +25,11 @@ from data_prep.format.statistics_file import STATISTICS_NAME, write_statistics
 from data_prep.format.storage import Location, RemotePath, locate
 from data_prep.format.text import count_noun, format_bytes
 from data_prep.images.checking import MOVED, UNSURE
-from data_prep.images.settings import Encoding
 from data_prep.inspect.contact_sheet import draw_contact_sheet
 from data_prep.inspect.index_existing import IndexingOptions, index_existing
 from data_prep.inspect.info import describe_shards, describe_statistics
 from data_prep.inspect.statistics import measure_set
 from data_prep.inspect.verify import MAX_PROBLEMS, verify_shards
-from data_prep.sources.files import Selection
 from data_prep.write.build import BuildResult, build_shards, merge_parts
 from data_prep.write.options import RunOptions, ShardOptions
 from data_prep.write.output_dir import REJECTED_NAME, refuse_inside
@@ -40,41 +37,33 @@ from data_prep.write.progress import PlanSummary, Progress
 from data_prep.write.shard import ShardReport
 
 
-def run_command(arguments: argparse.Namespace, interruption: Interruption) -> int:
-    """Run a command of `data-prep` and return its exit code; see `data_prep.cli.main`."""
-    match arguments.command:
-        case "shard" | "reshard":
-            return _shard(arguments, interruption)
-        case "merge":
-            manifest = merge_parts(Path(arguments.folder), max_rejected=arguments.max_rejected)
-            print(_describe_set(manifest, "complete"))
-            return 0
-        case "index":
-            return _index(arguments, interruption)
-        case "verify":
-            return _verify(arguments, interruption)
-        case command:
-            assert command == "info", command
-            return _info(arguments, interruption)
-
-
-def _shard(arguments: argparse.Namespace, interruption: Interruption) -> int:
-    source, destination = locate(arguments.source), locate(arguments.folder)
-    if arguments.command == "shard":
-        refuse_inside(source, destination)
+def write_shards(
+    source: str,
+    folder: str,
+    options: ShardOptions,
+    run: RunOptions,
+    *,
+    from_shards: bool = False,
+    staging: Path | None,
+    overwrite: bool,
+    interruption: Interruption,
+) -> int:
+    """Run `data-prep shard`, or `reshard` with `from_shards`; return the exit code."""
+    origin, destination = locate(source), locate(folder)
+    if not from_shards:
+        refuse_inside(origin, destination)
     store = destination if isinstance(destination, RemotePath) else None
-    folder = _staging(store, arguments) if store else Path(arguments.folder)
     with _bar() as bar:
-        shown = _ProgressDisplay(bar, arguments.source)
+        shown = _ProgressDisplay(bar, source)
 
         built = build_shards(
-            source,
-            folder,
-            _shard_options(arguments),
+            origin,
+            _staging(store, staging) if store else Path(folder),
+            options,
             store=store,
-            shards=arguments.command == "reshard",
-            run=_run_options(arguments),
-            overwrite=arguments.overwrite,
+            shards=from_shards,
+            run=run,
+            overwrite=overwrite,
             progress=Progress(
                 listed=interruption.watch(shown.listed),
                 planned=shown.planned,
@@ -84,7 +73,13 @@ def _shard(arguments: argparse.Namespace, interruption: Interruption) -> int:
                 uploaded=shown.uploaded,
             ),
         )
-    print(_describe_built(built, arguments.folder))
+    print(_describe_built(built, folder))
+    return 0
+
+
+def merge_set(folder: str, *, max_rejected: float) -> int:
+    """Run `data-prep merge` and return its exit code."""
+    print(_describe_set(merge_parts(Path(folder), max_rejected=max_rejected), "complete"))
     return 0
 
 
@@ -130,25 +125,36 @@ class _ProgressDisplay:
         self._bar.set_postfix_str(f"{speed}, rejected {self._rejected:,}{self._sent}")
 
 
-def _staging(destination: RemotePath, arguments: argparse.Namespace) -> Path:
+def _staging(destination: RemotePath, parent: Path | None) -> Path:
     """Return the local folder of shards before their upload, the same for every run."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    parent = arguments.staging or caches / "data-prep"
+    parent = parent or caches / "data-prep"
     parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     return Path(parent, hashlib.sha256(destination.url.encode()).hexdigest()[:16])
 
 
-def _index(arguments: argparse.Namespace, interruption: Interruption) -> int:
+def index_tars(
+    folder: str,
+    *,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    output: Path | None,
+    overwrite: bool,
+    allow_missing_end: bool,
+    allow_pipe: bool,
+    workers: int,
+    interruption: Interruption,
+) -> int:
+    """Run `data-prep index` and return its exit code."""
     with _bar() as bar:
         indexed = index_existing(
-            _tars(arguments),
-            output=arguments.output,
+            _tars(folder, allow_pipe=allow_pipe),
+            output=output,
             options=IndexingOptions(
-                names=Names(include=tuple(arguments.include), exclude=tuple(arguments.exclude)),
-                allow_missing_end=arguments.allow_missing_end,
+                names=Names(include=include, exclude=exclude), allow_missing_end=allow_missing_end
             ),
-            overwrite=arguments.overwrite,
-            workers=arguments.workers,
+            overwrite=overwrite,
+            workers=workers,
             tick=interruption.watch(bar.update),
         )
     manifest = indexed.manifest
@@ -169,22 +175,31 @@ def _warn(remarks: Iterable[str]) -> None:
         print(f"WARNING: {remark}", file=sys.stderr)
 
 
-def _tars(arguments: argparse.Namespace) -> Location | PipedFile:
+def _tars(folder: str, *, allow_pipe: bool) -> Location | PipedFile:
     """Return the tars for `index`; commands only if they may run."""
-    if arguments.folder.startswith(PIPE) and arguments.allow_pipe:
-        return PipedFile(arguments.folder.removeprefix(PIPE))
-    return locate(arguments.folder)
+    if folder.startswith(PIPE) and allow_pipe:
+        return PipedFile(folder.removeprefix(PIPE))
+    return locate(folder)
 
 
-def _verify(arguments: argparse.Namespace, interruption: Interruption) -> int:
-    manifest = read_manifest(arguments.folder, allow_pipe=arguments.allow_pipe)
+def verify_set(
+    folder: str,
+    *,
+    deep: bool,
+    allow_missing_end: bool,
+    allow_pipe: bool,
+    workers: int,
+    interruption: Interruption,
+) -> int:
+    """Run `data-prep verify` and return its exit code."""
+    manifest = read_manifest(folder, allow_pipe=allow_pipe)
     with _bar(manifest.samples) as bar:
         tick = interruption.watch(bar.update)
         found = verify_shards(
             manifest,
-            decode=arguments.deep,
-            allow_missing_end=arguments.allow_missing_end,
-            workers=arguments.workers,
+            decode=deep,
+            allow_missing_end=allow_missing_end,
+            workers=workers,
             tick=tick,
         )
     _warn(found.remarks)
@@ -198,28 +213,38 @@ def _verify(arguments: argparse.Namespace, interruption: Interruption) -> int:
             lines.append(f"and {found.count - len(found.problems):,} more")
         print("\n  ".join(lines), file=sys.stderr)
         return 2
-    checked = "checksums, indexes and images" if arguments.deep else "checksums and indexes"
+    checked = "checksums, indexes and images" if deep else "checksums and indexes"
     print(f"{_count_samples(manifest)}: {checked} are correct")
-    if not arguments.deep and manifest.options.get("check") is not True:
+    if not deep and manifest.options.get("check") is not True:
         print("the images of this set were never decoded; use --deep to decode them")
     return 0
 
 
-def _info(arguments: argparse.Namespace, interruption: Interruption) -> int:
-    bands = _bands(arguments)
-    manifest = read_manifest(arguments.folder, allow_pipe=arguments.allow_pipe)
+def describe_set(
+    folder: str,
+    *,
+    statistics: bool,
+    contact_sheet: Path | None,
+    bands: tuple[int, ...] | None,
+    allow_pipe: bool,
+    workers: int,
+    interruption: Interruption,
+) -> int:
+    """Run `data-prep info` and return its exit code."""
+    _check_bands(bands, contact_sheet)
+    manifest = read_manifest(folder, allow_pipe=allow_pipe)
     with _bar(manifest.samples) as bar:
         tick = interruption.watch(bar.update)
-        text = describe_shards(manifest, workers=arguments.workers, tick=tick)
+        text = describe_shards(manifest, workers=workers, tick=tick)
     print(text)
-    if arguments.contact_sheet is not None:
-        channels = draw_contact_sheet(manifest, arguments.contact_sheet, bands)
-        print(f"contact sheet in {arguments.contact_sheet}{_describe_bands(bands, channels)}")
-    if not arguments.statistics:
+    if contact_sheet is not None:
+        channels = draw_contact_sheet(manifest, contact_sheet, bands)
+        print(f"contact sheet in {contact_sheet}{_describe_bands(bands, channels)}")
+    if not statistics:
         return 0
     with _bar(manifest.samples) as bar:
         tick = interruption.watch(bar.update)
-        measured = measure_set(manifest, workers=arguments.workers, tick=tick)
+        measured = measure_set(manifest, workers=workers, tick=tick)
     if measured.unreadable:
         number = count_noun(len(measured.unreadable), "image")
         lines = [f"data-prep: no {STATISTICS_NAME} written, since {number} cannot be decoded:"]
@@ -232,20 +257,15 @@ def _info(arguments: argparse.Namespace, interruption: Interruption) -> int:
     return 0
 
 
-def _bands(arguments: argparse.Namespace) -> tuple[int, ...] | None:
-    """Return the bands to draw, None for the first ones.
-
-    Raises:
-        ValueError: they cannot be drawn, or there is no contact sheet to draw them in.
-    """
-    if arguments.bands is None:
-        return None
-    if arguments.contact_sheet is None:
+def _check_bands(bands: Sequence[int] | None, contact_sheet: Path | None) -> None:
+    """Raise ValueError if bands cannot be drawn, or if there is no contact sheet for them."""
+    if bands is None:
+        return
+    if contact_sheet is None:
         raise ValueError("--bands chooses those of --contact-sheet PNG: give that too.")
-    if len(arguments.bands) not in (1, 3) or min(arguments.bands) < 0:
-        given = " ".join(map(str, arguments.bands))
+    if len(bands) not in (1, 3) or min(bands) < 0:
+        given = " ".join(map(str, bands)) or "none"
         raise ValueError(f"--bands must be one or three numbers of at least 0, got {given}.")
-    return tuple(arguments.bands)
 
 
 def _describe_bands(bands: Sequence[int] | None, channels: int) -> str:
@@ -256,51 +276,6 @@ def _describe_bands(bands: Sequence[int] | None, channels: int) -> str:
     numbers = ", ".join(map(str, shown))
     drawn = f"bands {numbers} as red, green, blue" if len(shown) == 3 else f"band {numbers} in grey"
     return f": {drawn}" + ("" if bands else "; --bands chooses others")
-
-
-def _shard_options(arguments: argparse.Namespace) -> ShardOptions:
-    """Return the options that determine the contents of the shards."""
-    return ShardOptions(
-        samples_per_shard=arguments.samples_per_shard,
-        bytes_per_shard=arguments.bytes_per_shard,
-        selection=Selection(
-            include=tuple(arguments.include),
-            exclude=tuple(arguments.exclude),
-            max_bytes=arguments.max_bytes,
-            split_column=arguments.split_column,
-            only_split=arguments.only_split,
-            path_column=arguments.path_column,
-            label_column=arguments.label_column,
-            root=arguments.root,
-            allow_missing_end=arguments.allow_missing_end,
-        ),
-        seed=arguments.seed,
-        shuffle=not arguments.no_shuffle,
-        shuffle_window=arguments.shuffle_window,
-        validation_fraction=arguments.validation_fraction,
-        deduplicate=arguments.deduplicate,
-        near_duplicates=arguments.near_duplicates,
-        check=not arguments.no_check,
-        max_pixels=arguments.max_pixels,
-        channel_axis=arguments.channel_axis,
-        encoding=Encoding(
-            max_side=arguments.max_side,
-            short_side=arguments.short_side,
-            format=arguments.format,
-            quality=arguments.quality,
-        ),
-    )
-
-
-def _run_options(arguments: argparse.Namespace) -> RunOptions:
-    """Return the options for how the work is done."""
-    return RunOptions(
-        workers=arguments.workers,
-        ray=arguments.executor == "ray",
-        address=arguments.address,
-        part=arguments.part,
-        max_rejected=arguments.max_rejected,
-    )
 
 
 def _bar(total: int | None = None) -> "tqdm[NoReturn]":

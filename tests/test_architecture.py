@@ -23,6 +23,7 @@ ALLOWED = {
     "data_prep": {
         "PIL",
         "braceexpand",
+        "cyclopts",
         "fsspec",
         "numpy",
         "simplejpeg",
@@ -31,6 +32,7 @@ ALLOWED = {
     "simmim": {
         "PIL",
         "accelerate",
+        "cyclopts",
         "einops",
         "numpy",
         "psutil",

@@ -11,6 +11,7 @@ import torch
 
 import data_prep.cli
 import simmim.cli
+from data_prep.format.command_line import parse_arguments
 from simmim.recipe import load
 from simmim.tasks.classification.recipe import ClassificationRecipe
 from simmim.tasks.pretrain.recipe import PretrainRecipe
@@ -63,7 +64,7 @@ def test_simmim_commands_are_understood(words: list[str], monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("words", ours("data-prep"), ids=" ".join)
 def test_data_prep_commands_are_understood(words: list[str]) -> None:
-    data_prep.cli._parser().parse_args(words)
+    parse_arguments(data_prep.cli.app, words)
 
 
 def test_its_python_moves_an_encoder_to_larger_images(

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 MAX_PIXELS = 89_478_485
 """Default of the largest accepted image, in pixels."""
 MAX_READ_PIXELS = 178_956_970
 """Default of the largest image that is read back from shards, in pixels."""
-FORMATS = ("keep", "jpeg", "png", "webp")
+Format = Literal["keep", "jpeg", "png", "webp"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 """Valid values of `Encoding.format`."""
 
 
@@ -23,11 +24,11 @@ class Encoding:
     """Size and format of stored pictures; the defaults keep the bytes of JPEG, PNG and WebP."""
 
     max_side: int | None = None
-    """Maximum longer side in pixels; larger pictures are shrunk, none is enlarged. None: any."""
+    """Shrink pictures whose longer side has more pixels."""
     short_side: int | None = None
-    """Maximum shorter side in pixels; larger pictures are shrunk. None: any."""
-    format: str = "keep"
-    """Format of all pictures: keep, jpeg, png or webp; keep is their own, or else PNG."""
+    """Shrink pictures whose shorter side has more pixels."""
+    format: Format = "keep"
+    """Format of all pictures; keep: JPEG, PNG and WebP byte for byte, others as PNG."""
     quality: int = 95
     """Quality of re-encoded JPEG and WebP, 1 to 100. JPEG is 4:4:4 from 90."""
 

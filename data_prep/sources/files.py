@@ -61,23 +61,23 @@ class Selection:
     """Which files of a source to use."""
 
     include: tuple[str, ...] = ()
-    """Glob patterns of paths to use, whatever their suffix; empty: every image suffix."""
+    """Use only paths that match, whatever their suffix; * also matches /; may be repeated."""
     exclude: tuple[str, ...] = ()
-    """Glob patterns of paths to skip."""
+    """Skip paths that match; * also matches /; may be repeated."""
     max_bytes: int = 512 * 2**20
-    """Largest accepted file, in bytes."""
+    """Reject image files with more bytes."""
     split_column: str = "split"
-    """Column or field with the split of a file."""
+    """Column or JSON field with the split of a file."""
     only_split: str | None = None
-    """Split to use; None: all."""
+    """Use this split only."""
     path_column: str | None = None
-    """Column with the paths of a list; None: found by its name."""
+    """Column with the paths of a list. Default: path, file, image, ..."""
     label_column: str | None = None
-    """Column with the labels of a list; None: found by its name."""
+    """Column with the labels of a list. Default: label, class, category, target, ..."""
     root: str | None = None
-    """Folder that the paths of a list are relative to; None: the folder of the list."""
+    """Folder that the paths of a list are relative to. Default: the folder of the list."""
     allow_missing_end: bool = False
-    """Whether tars may lack their end mark; see `data_prep.format.tars.walk_tar`."""
+    """Warn of tars without an end mark instead of refusing them: they may have been cut."""
 
     def wants(self, file: SourceFile, *, explicit: bool = False) -> bool:
         """Return whether to use a file; in a pattern, `*` also matches slashes.

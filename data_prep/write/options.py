@@ -1,41 +1,51 @@
 """Options of writing a set: contents of the shards, and execution of the work."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from cyclopts import Parameter, Token
+
+from data_prep.format.command_line import FLAT, PASSED
 from data_prep.images.settings import MAX_PIXELS, Encoding
 from data_prep.sources.files import Selection
+
+ChannelAxis = Literal["auto", "first", "last"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardOptions:
-    """Options that, with the input, determine the bytes of the shards."""
+    """Options that, with the input, determine the bytes of the shards.
+
+    They are the options of `data-prep shard`, where the fields are documented as there.
+    """
 
     samples_per_shard: int | None = None
-    """Maximum samples per shard. None: 10,000, fewer for shards of > 256 MiB or < 8 shards."""
+    """Maximum samples per shard. Default: 10,000, fewer for shards of > 256 MiB or < 8 shards."""
     bytes_per_shard: int | None = None
-    """Maximum bytes of source images per shard (a larger image has its own shard). None: any."""
-    selection: Selection = field(default_factory=Selection)
+    """Maximum bytes of source images per shard; a larger image has its own shard."""
+    selection: Annotated[Selection, FLAT] = field(default_factory=Selection)
     """Files to use."""
     seed: int = 0
     """Seed of the shuffle and of the choice of validation samples."""
     shuffle: bool = True
-    """Whether to shuffle samples; otherwise they keep the order of the source."""
+    """Shuffle the samples; --no-shuffle keeps the order of the source (of a folder: by path)."""
     shuffle_window: int | None = None
-    """Size of the windows, in files in source order, within which to shuffle; None: all files."""
+    """Shuffle within windows of this many files in source order. Default: all, listed first."""
     validation_fraction: float = 0.0
-    """Fraction of samples for validation, chosen by path, in the last shards."""
+    """Fraction of samples for validation, chosen by path and seed, in the last shards."""
     deduplicate: bool = False
-    """Whether to keep only the smallest path of files with identical bytes."""
+    """Of files with identical bytes, keep the one with the smallest path."""
     near_duplicates: int | None = None
-    """Maximum distance of near duplicates, in bits of a 64-bit perceptual hash; None keeps them."""
+    """Drop images whose 64-bit perceptual hash differs from another's in at most this many bits."""
     check: bool = True
-    """Whether to decode every image; otherwise only its header is read."""
+    """Decode every image; --no-check reads the headers only."""
     max_pixels: int = MAX_PIXELS
-    """Largest accepted image, in pixels."""
-    encoding: Encoding = field(default_factory=Encoding)
+    """Reject images with more pixels."""
+    encoding: Annotated[Encoding, FLAT] = field(default_factory=Encoding)
     """Size and format of stored pictures."""
-    channel_axis: str = "auto"
+    channel_axis: Annotated[ChannelAxis, PASSED] = "auto"
     """Axis of the channels of arrays: first, last, or auto, which recognises few channels before
     rows and columns. Shards hold them last."""
 
@@ -84,20 +94,30 @@ class ShardOptions:
         return {**values, **encoding, **selection, **lists}
 
 
+def parse_part(type_: object, tokens: Sequence[Token]) -> tuple[int, int]:
+    """Parse `I/N`, the part of `--part`."""
+    del type_
+    text = tokens[-1].value
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"{text!r} is not from 1/N to N/N.")
+    return int(match[1]), int(match[2])
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """How the work is done; the bytes written do not depend on it."""
 
     workers: int = 1
     """Number of worker processes, or maximum number of tasks on the cluster."""
-    ray: bool = False
-    """Whether to use a Ray cluster."""
+    executor: Literal["processes", "ray"] = "processes"
+    """Write shards in local processes or on a Ray cluster."""
     address: str | None = None
-    """Address of the Ray cluster; None: start a local one."""
-    part: tuple[int, int] | None = None
-    """(part, number of parts) to write, counted from 1; None: all."""
+    """Address of the Ray cluster. Default: start a local one."""
+    part: Annotated[tuple[int, int] | None, Parameter(converter=parse_part, n_tokens=1)] = None
+    """Write only this part of the shards, 1/N to N/N; finish with `data-prep merge`."""
     max_rejected: float = 1.0
-    """Maximum fraction of images that may be rejected, 0 to 1."""
+    """Fail if a larger fraction of images is rejected (duplicates not counted)."""
 
     def __post_init__(self) -> None:
         if self.part is not None and not 1 <= self.part[0] <= self.part[1]:

@@ -254,7 +254,7 @@ def map_shards(
     Raises:
         ValueError, OSError, WorkerError: see `map_tasks` and `map_on_ray`.
     """
-    if run.ray:
+    if run.executor == "ray":
         return map_on_ray(
             write_shard,
             tasks,

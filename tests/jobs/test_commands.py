@@ -11,6 +11,7 @@ from accelerate.commands.launch import launch_command_parser
 
 import data_prep.cli
 import simmim.cli
+from data_prep.format.command_line import parse_arguments
 from simmim.recipe import load
 from simmim.tasks.classification.recipe import ClassificationRecipe
 from simmim.tasks.probe.recipe import ProbeRecipe
@@ -84,7 +85,7 @@ def check(words: list[str]) -> None:
         case ["torchrun", *rest]:
             check_ours(rest[rest.index("simmim") + 1 :])
         case ["data-prep", *rest]:
-            data_prep.cli._parser().parse_args(rest)
+            parse_arguments(data_prep.cli.app, rest)
         case ["kubectl", "apply", "-f", file]:
             assert Path(file).is_file()
         case ["sbatch", *rest]:

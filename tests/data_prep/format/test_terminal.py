@@ -96,7 +96,10 @@ def test_help_that_cannot_be_written_is_an_error(columns: str) -> None:
             timeout=60,
             check=False,
         )
-    assert (done.returncode, done.stderr) == (CANNOT_WRITE, "<stdout>: No space left on device.\n")
+    assert (done.returncode, done.stderr) == (
+        CANNOT_WRITE,
+        "data-prep: <stdout>: No space left on device.\n",
+    )
 
 
 def test_a_message_that_cannot_be_written_changes_no_exit_code() -> None:

@@ -158,7 +158,7 @@ def test_invalid_run_options_are_reported() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
 def test_missing_ray_is_named(image_zip: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"pip install 'simmim\[ray\]'"):
-        build_shards(image_zip, tmp_path / "out", OPTIONS, run=RunOptions(ray=True))
+        build_shards(image_zip, tmp_path / "out", OPTIONS, run=RunOptions(executor="ray"))
 
 
 @pytest.mark.slow
@@ -170,7 +170,7 @@ def test_ray_writes_the_same_bytes(
     pytest.importorskip("ray")
     (image_folder / "train/cat/0.jpg").write_bytes(b"some text")
     build_shards(image_folder, tmp_path / "whole", options)
-    run = RunOptions(ray=True, workers=2)
+    run = RunOptions(executor="ray", workers=2)
     build_shards(image_folder, tmp_path / "ray", options, run=run)
     assert _hash_files(tmp_path / "ray") == _hash_files(tmp_path / "whole")
     assert read_manifest(tmp_path / "ray").rejected == 1

@@ -90,7 +90,7 @@ def test_a_cluster_uploads_the_same_bytes(gappy: Path, store: RemotePath, tmp_pa
     pytest.importorskip("ray")
     counts, staging = list[int](), tmp_path / "staging"
     progress = Progress(finished=lambda _: counts.append(tars(staging)))
-    run = RunOptions(workers=2, ray=True)
+    run = RunOptions(workers=2, executor="ray")
     ship(gappy, store, staging, EACH, run=run, progress=progress)
     assert held(store) == local(gappy, tmp_path / "local", EACH)
     assert max(counts) <= 6
