@@ -122,6 +122,33 @@ def forked(
         Job(started).kill()
 
 
+WAITING = """
+import time
+from datetime import timedelta
+import torch.distributed as dist
+from simmim.engine.distributed.signals import StopRequest
+from simmim.engine.distributed.watchdog import Watchdog
+
+dist.init_process_group("gloo", timeout=timedelta(seconds=500))
+with {guard}:
+    dist.barrier()
+    print(f"rank {{dist.get_rank()}} waits", flush=True)
+    if dist.get_rank() == {late}:
+        time.sleep(200)
+    dist.barrier()
+"""
+
+
+@contextmanager
+def waiting_ranks(guard: str, log: Path, *, late: int) -> Iterator[Job]:
+    """Run two ranks, of which one waits in native code for the late one, within a guard."""
+    with forked(["-c", WAITING.format(guard=guard, late=late)], log, ranks=2) as job:
+        deadline = time.monotonic() + 100
+        while log.read_text().count("waits") < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        yield job
+
+
 def free_port() -> int:
     """Return a port that nothing listens on."""
     with socket.socket() as found:

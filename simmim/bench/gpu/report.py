@@ -6,6 +6,8 @@ from typing import Any
 Outcome = Mapping[str, Any]
 Cells = Mapping[str, Outcome]
 
+SHARES = ("of the peak", "of the ceiling")
+
 
 def write_report(document: Mapping[str, Any]) -> str:
     """Return the report of a document of `Results`."""
@@ -74,24 +76,20 @@ def _selftest(cells: Cells) -> str:
 
 
 def _steps(cells: Cells) -> str:
-    rows = []
-    for name, one in _of(cells, "step"):
-        values = one["values"]
-        if one["status"] == "passed":
-            rows.append(
-                (
-                    name,
-                    f"{values['images per second']:,.1f}",
-                    _spread(values),
-                    str(values["batch"]),
-                    _percent(values.get("share of the measured peak")),
-                    _percent(values.get("share of the ceiling")),
-                    _text(values["peak memory GiB"]),
-                    f"{values['seconds of the first step']:.1f}",
-                )
-            )
-    heads = ("step", "images/s", "spread", "batch", "of the peak", "of the ceiling", "GiB")
-    text = _section("Training steps", (*heads, "first step, s"), rows)
+    rows = [
+        (
+            name,
+            f"{values['images per second']:,.1f}",
+            _spread(values),
+            str(values["batch"]),
+            *_shares(values),
+            _text(values["peak memory GiB"]),
+            f"{values['seconds of the first step']:.1f}",
+        )
+        for name, values in _passed(cells, "step")
+    ]
+    heads = ("step", "images/s", "spread", "batch", *SHARES, "GiB", "first step, s")
+    text = _section("Training steps", heads, rows)
     note = (
         "Forward, backward and AdamW of SimMIM in bf16. Peak: the measured matrix product, for the "
         "FLOPs that the model requires. Ceiling: the least time of all operations and bytes as "
@@ -101,21 +99,17 @@ def _steps(cells: Cells) -> str:
 
 
 def _attention(cells: Cells) -> str:
-    rows = []
-    for name, one in _of(cells, "attention"):
-        values = one["values"]
-        if one["status"] == "passed":
-            rows.append(
-                (
-                    name,
-                    f"{1e3 * values['seconds']:.3g}",
-                    _spread(values),
-                    f"{values['scores per second'] / 1e9:.4g}",
-                    _percent(values.get("share of the measured peak")),
-                    _percent(values.get("share of the ceiling")),
-                )
-            )
-    heads = ("tokens, path", "ms", "spread", "10⁹ scores/s", "of the peak", "of the ceiling")
+    rows = [
+        (
+            name,
+            f"{1e3 * values['seconds']:.3g}",
+            _spread(values),
+            f"{values['scores per second'] / 1e9:.4g}",
+            *_shares(values),
+        )
+        for name, values in _passed(cells, "attention")
+    ]
+    heads = ("tokens, path", "ms", "spread", "10⁹ scores/s", *SHARES)
     return _section("Window attention, forward and backward", heads, rows)
 
 
@@ -132,6 +126,19 @@ def _of(cells: Cells, section: str) -> Iterator[tuple[str, Outcome]]:
             yield rest, one
 
 
+def _passed(cells: Cells, section: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield what the cells of a section have measured."""
+    for name, one in _of(cells, section):
+        if one["status"] == "passed":
+            yield name, one["values"]
+
+
+def _shares(values: Mapping[str, Any]) -> tuple[str, str]:
+    shares = [values.get(f"share of the {limit}") for limit in ("measured peak", "ceiling")]
+    peak, ceiling = ("" if share is None else f"{share:.1%}" for share in shares)
+    return peak, ceiling
+
+
 def _spread(values: Mapping[str, Any]) -> str:
     """Return the quartiles of the repeats, relative to their median."""
     median = values["seconds"]
@@ -141,10 +148,6 @@ def _spread(values: Mapping[str, Any]) -> str:
 
 def _found(outcome: Outcome) -> str:
     return ", ".join(f"{name} {_text(value)}" for name, value in outcome["values"].items())
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.1%}"
 
 
 def _text(value: Any) -> str:

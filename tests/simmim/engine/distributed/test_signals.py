@@ -16,7 +16,7 @@ import torch
 from simmim.engine.distributed.signals import StopRequest, _Arrivals
 from simmim.engine.exit_codes import LOST
 from simmim.stop_signals import STOP_SIGNALS
-from tests.simmim.forked import finish, forked
+from tests.simmim.forked import finish, waiting_ranks
 
 EACH = pytest.mark.parametrize("number", STOP_SIGNALS)
 
@@ -169,29 +169,11 @@ def test_all_ranks_learn_of_a_signal_to_one_in_the_same_step(tmp_path: Path) -> 
     finish([__file__, str(tmp_path / "store")], tmp_path / "log")
 
 
-STUCK = """
-import time
-from datetime import timedelta
-import torch.distributed as dist
-from simmim.engine.distributed.signals import StopRequest
-
-dist.init_process_group("gloo", timeout=timedelta(seconds=200))
-with StopRequest(timedelta(seconds=200), longest_wait=1.0):
-    dist.barrier()
-    print(f"rank {dist.get_rank()} waits", flush=True)
-    if dist.get_rank() == 0:
-        time.sleep(200)
-    dist.barrier()
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="starts ranks by fork")
 def test_a_rank_that_waits_in_native_code_ends_on_a_signal(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with forked(["-c", STUCK], log, ranks=2) as job:
-        deadline = time.monotonic() + 100
-        while log.read_text().count("waits") < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
+    guard = "StopRequest(timedelta(seconds=500), longest_wait=1.0)"
+    with waiting_ranks(guard, log, late=0) as job:
         os.kill(job.pids[0], signal.SIGSTOP)
         os.kill(job.pids[1], signal.SIGTERM)
         assert job.code_of(1, timeout=60) == LOST, log.read_text()

@@ -21,7 +21,7 @@ from simmim.engine.distributed.watchdog import (
     group_timeout,
 )
 from simmim.engine.exit_codes import LOST
-from tests.simmim.forked import forked
+from tests.simmim.forked import waiting_ranks
 
 TIMEOUT = 100.0
 
@@ -68,29 +68,10 @@ def test_a_rank_without_a_sign_of_life_is_lost_long_before_one_without_progress(
         assert busy.verdict() is None
 
 
-WATCHED = """
-import time
-from datetime import timedelta
-import torch.distributed as dist
-from simmim.engine.distributed.watchdog import Watchdog
-
-dist.init_process_group("gloo", timeout=timedelta(seconds=500))
-with Watchdog(400.0, silence=2.0):
-    dist.barrier()
-    print(f"rank {dist.get_rank()} waits", flush=True)
-    if dist.get_rank() == 1:
-        time.sleep(200)
-    dist.barrier()
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="starts ranks by fork")
 def test_a_rank_that_waits_for_a_stopped_one_ends_after_the_short_limit(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with forked(["-c", WATCHED], log, ranks=2) as job:
-        deadline = time.monotonic() + 100
-        while log.read_text().count("waits") < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
+    with waiting_ranks("Watchdog(400.0, silence=2.0)", log, late=1) as job:
         os.kill(job.pids[1], signal.SIGSTOP)
         assert job.code_of(0, timeout=60) == LOST, log.read_text()
     assert f"rank 1 (process {job.pids[1]} on" in log.read_text()
