@@ -4,6 +4,7 @@ pytest -m gpu tests/simmim/test_cuda.py
 """
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,18 @@ from simmim.bench.gpu.selftest import (
     build_moving_encoder,
     features_and_gradients,
     images_of,
+    no_waiting,
     relative_error,
 )
 from simmim.cli import main
-from simmim.engine.devices import own_process_state
+from simmim.data.loader.batch import Batch
+from simmim.engine.devices import build_accelerator, own_process_state, prepare
 from simmim.engine.generators import seeded
+from simmim.engine.loop import training_step
 from simmim.engine.run import RunFolder
 from simmim.method.model import SimMIM
+from simmim.recipe import parse
+from simmim.tasks.all_tasks import task_named
 from swinv2 import SwinV2, build_encoder, load_encoder
 
 pytestmark = [
@@ -80,6 +86,37 @@ def test_large_windows_fit_and_are_finite() -> None:
         loss = model(torch.randn(1, 3, 1536, 1536, device=DEVICE), mask).loss
     loss.backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("task", ["pretrain", "classification"])
+def test_steps_of_a_stage_never_wait_for_the_device(
+    pretrain_values: dict[str, Any],
+    classification_values: dict[str, Any],
+    task: str,
+    compiled: bool,
+) -> None:
+    values = pretrain_values if task == "pretrain" else classification_values
+    kind = task_named(task, Path("test"))
+    stage: Any = kind.stage(
+        parse(kind.recipe, values | {"execution": {"compile": compiled}}, "test")  # type: ignore[arg-type]
+    )
+    with own_process_state():
+        accelerator = build_accelerator("bf16")
+        module, optimizer = prepare(stage, accelerator)
+        size = values["training"]["batch_size"]
+        batches: list[Batch] = list(stage.batches(rank=0, world=1, start=0, end=6 * size))
+        for number, batch in enumerate(batches):
+            with no_waiting(DEVICE) if number >= 3 else nullcontext():
+                loss, _ = training_step(
+                    accelerator,
+                    module.train(),
+                    optimizer,
+                    [batch],
+                    clip_norm=5.0,
+                    normalisers=stage.normalisers,
+                )
+        assert loss.isfinite()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

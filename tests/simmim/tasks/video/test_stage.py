@@ -29,6 +29,7 @@ from swinv2 import (
     read_video_config,
     save_encoder,
 )
+from tests.simmim.tasks.meta_steps import DEVICE, take_step
 
 pytest.importorskip("av", reason="clips need PyAV: pip install 'simmim[video]'")
 
@@ -348,3 +349,9 @@ def test_encoder_and_head_of_any_checkpoint_are_exported(
     # What was exported is a start, with its head.
     stage = VideoStage(parse(VideoRecipe, values | {"init": str(out)}, "recipe"))
     assert same(dict(stage.model.state_dict()), kept(last))
+
+
+def test_a_step_waits_for_nothing(values: dict[str, Any]) -> None:
+    blocking, optimizer = take_step(values)
+    assert not blocking
+    assert optimizer.seen == DEVICE
