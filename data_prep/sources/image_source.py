@@ -44,10 +44,37 @@ def open_source(
             temporary one.
 
     Raises:
-        SourceError: `path` does not exist, or it is not a supported source.
+        SourceError: `path` does not exist, it is not a supported source, or options of lists are
+            given for another one.
         TarError: it is a damaged tar.
     """
     selection = selection or Selection()
+    source = _open(path, selection, scratch, shards=shards, ordered=ordered, without=without)
+    if not isinstance(source, ListSource):
+        given = {
+            "--root": selection.root,
+            "--path-column": selection.path_column,
+            "--label-column": selection.label_column,
+        }
+        unused = [option for option, value in given.items() if value is not None]
+        if unused:
+            source.close()
+            raise SourceError(
+                f"source {path} is not a list: {', '.join(unused)} would have no effect. Leave out "
+                "what is for lists, or give a list."
+            )
+    return source
+
+
+def _open(
+    path: Location,
+    selection: Selection,
+    scratch: Path | None,
+    *,
+    shards: bool,
+    ordered: bool,
+    without: Path | None,
+) -> ImageSource:
     if isinstance(path, RemotePath):
         return _open_remote(path, selection, scratch, shards=shards)
     if shards and (path.is_dir() or is_pattern(path)):

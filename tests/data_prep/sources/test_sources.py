@@ -255,3 +255,12 @@ def test_a_member_of_negative_size_ends_the_walk(
     path.write_bytes(stream.getvalue()[:512] + bytes(header) + bytes(10_240))
     with pytest.raises(TarError):
         _list(path)
+
+
+@pytest.mark.parametrize("source", ["image_folder", "image_zip", "image_tar"])
+def test_options_of_lists_are_refused_for_other_sources(
+    source: str, request: pytest.FixtureRequest
+) -> None:
+    path = request.getfixturevalue(source)
+    with pytest.raises(SourceError, match=r"not a list: --root, --label-column would have no"):
+        open_source(path, Selection(root="elsewhere", label_column="class"))
