@@ -15,6 +15,7 @@ from swinv2.config import (
     variant_config,
 )
 from swinv2.field_values import Pair
+from swinv2.flops import forward_flops
 from swinv2.kernels.precision import LayerNorm, autocast_dtype
 
 
@@ -43,9 +44,44 @@ class HierarchicalEncoder(nn.Module):
         _initialise(self)
 
     @property
+    def image_size(self) -> Pair:
+        """Nominal height and width in pixels."""
+        return self.config.image_size
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of an image or a frame."""
+        return self.config.in_channels
+
+    @property
+    def patch_size(self) -> int:
+        """Side of the patch behind each token of `embed`, in pixels."""
+        return self.config.patch_size
+
+    @property
+    def embed_dim(self) -> int:
+        """Channels of the tokens of `embed`."""
+        return self.config.embed_dim
+
+    @property
     def num_features(self) -> int:
         """Channels of the last stage."""
         return self.config.num_features
+
+    @property
+    def map_axes(self) -> tuple[str, ...]:
+        """Axes of a token map: rows and columns, of clips also frames."""
+        return ("frames", "rows", "columns")[-len(self.config.map_window) :]
+
+    @property
+    def drop_path(self) -> float:
+        """Stochastic depth rate of the last block."""
+        return self.config.drop_path
+
+    @property
+    def forward_flops(self) -> int:
+        """FLOPs of encoding one input of the nominal size; see `swinv2.flops`."""
+        return forward_flops(self.config)
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -59,6 +95,45 @@ class HierarchicalEncoder(nn.Module):
         """Pixels between neighbouring tokens of each stage."""
         return self.config.strides
 
+    @property
+    def no_weight_decay(self) -> tuple[str, ...]:
+        """Components of the names of parameters that never decay, whatever their shape."""
+        return ("position_bias", "logit_scale")
+
+    @property
+    def num_layers(self) -> int:
+        """Layers for layer-wise learning rates: the embedding, the blocks, and what follows."""
+        return sum(self.config.depths) + 2
+
+    def layer_of(self, name: str) -> int:
+        """Return the layer of a parameter, for layer-wise learning rates: 0 to num_layers - 1.
+
+        The patch embedding is layer 0, blocks are counted from 1 over all stages, a patch merging
+        belongs to the last block before it, an extra norm to the block before it, and the final
+        norm to the last layer. The numbering follows the SimMIM code.
+
+        Args:
+            name: dotted name in this module.
+
+        Raises:
+            ValueError: the encoder has no such parameter.
+        """
+        depths = self.config.depths
+        match name.split("."):
+            case ["patch_embed", *_]:
+                return 0
+            case ["stages", stage, "blocks", block, *_]:
+                return sum(depths[: int(stage)]) + int(block) + 1
+            case ["stages", stage, "extra_norms", index, *_]:
+                follows = self.config.extra_norm_every * (int(index) + 1)
+                return sum(depths[: int(stage)]) + follows
+            case ["merges", stage, *_]:
+                return sum(depths[: int(stage) + 1])
+            case ["norm", *_]:
+                return self.num_layers - 1
+            case _:
+                raise ValueError(f"{type(self).__name__} has no parameter {name}: it has no layer.")
+
     def stage_outputs(self, tokens: Tensor, drop_path_noise: Tensor | None) -> list[Tensor]:
         """Return the output of each stage, (batch, *map, channels); the last is normalised.
 
@@ -69,7 +144,7 @@ class HierarchicalEncoder(nn.Module):
         Raises:
             ValueError: the tokens or the noise have a wrong shape or type.
         """
-        axes = ("frames", "rows", "columns")[-len(self.config.map_window) :]
+        axes = self.map_axes
         check_pixels("tokens", tokens)
         wrong = tokens.ndim != 2 + len(axes) or tokens.shape[-1] != self.config.embed_dim
         if wrong or not tokens.shape[1:].numel():

@@ -75,7 +75,7 @@ def check_labelled_files(stage: FineTuningStage[Any, Any], given: TaskRecipe) ->
     if not isinstance(training, ClipSet):
         found = sample_images(
             training,
-            channels=stage.encoder.config.in_channels,
+            channels=stage.encoder.in_channels,
             max_pixels=stage.recipe.data.max_pixels,
             most=MEASURED,
             seconds=PREPARING_SECONDS,

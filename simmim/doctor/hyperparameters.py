@@ -45,11 +45,19 @@ PAPER = (
 
 
 def check_hyperparameters(
-    recipe: TaskRecipe, samples_per_epoch: int, device: torch.device
+    recipe: TaskRecipe, samples_per_epoch: int, device: torch.device, *, published: bool = True
 ) -> Iterator[Check]:
-    """Check learning rate, schedule, precision and trackers."""
+    """Check learning rate, schedule, precision and trackers.
+
+    Args:
+        recipe: the recipe of the training.
+        samples_per_epoch: samples of an epoch.
+        device: device of the training.
+        published: whether the encoder is that of the papers, whose learning rates are compared.
+    """
     training = recipe.training
-    yield check_learning_rate(recipe)
+    if published:
+        yield check_learning_rate(recipe)
     if recipe.mask is not None:
         yield check_masks(recipe.mask, recipe.data.image_size)
     yield from check_schedule(training, samples_per_epoch)

@@ -96,7 +96,7 @@ def prepare(
     if sharded:
         shard_for_training(stage.module, accelerator)
     settings = stage.recipe.training.optimizer
-    groups = parameter_groups(stage.module, settings, stage.depths)
+    groups = parameter_groups(stage.module, settings)
     optimizer = accelerator.prepare(build_optimizer(stage.module, settings, groups))
     if sharded:
         return stage.module, optimizer

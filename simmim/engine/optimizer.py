@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from simmim.compat import accepts_found_inf
 from simmim.engine.checkpoint.sharded_state import is_sharded
 from simmim.engine.settings import OptimizerSettings
+from simmim.method.encoder_protocol import FoundEncoder, find_encoder
 
-EXCLUDED_FROM_DECAY = ("position_bias", "logit_scale", "mask_token")
-"""Components of the names of parameters that never decay, whatever their shape."""
+REPLACES_PATCHES = "mask_token"
+"""Component of the name of SimMIM's mask token, which never decays, and is embedded: layer 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,63 +25,66 @@ class ParameterGroup:
     lr_factor: float
 
 
-def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Return whether weight decay applies to a parameter."""
-    parts = name.split(".")
-    return parameter.ndim > 1 and not any(part in EXCLUDED_FROM_DECAY for part in parts)
+@dataclass(frozen=True, kw_only=True)
+class Layers:
+    """The layers of a model: those of its encoder, in the last of which are heads and decoders."""
+
+    found: FoundEncoder
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Layers":
+        """Return the layers of a model with an encoder.
+
+        Raises:
+            ValueError: it has none.
+        """
+        return cls(found=find_encoder(model))
+
+    @property
+    def number(self) -> int:
+        """How many there are."""
+        number: int = self.found.encoder.num_layers
+        return number
+
+    def layer_of(self, name: str) -> int:
+        """Return the layer of a parameter of the model, 0 to `number` - 1."""
+        inner = self.found.inner_name(name)
+        if inner is not None:
+            layer: int = self.found.encoder.layer_of(inner)
+            return layer
+        return 0 if REPLACES_PATCHES in name.split(".") else self.number - 1
+
+    def excluded_by(self, name: str) -> str | None:
+        """Return the component of a name by which weight decay excludes a parameter, if any."""
+        inner = self.found.inner_name(name)
+        excluded = (REPLACES_PATCHES,) if inner is None else self.found.encoder.no_weight_decay
+        parts = (name if inner is None else inner).split(".")
+        return next((part for part in excluded if part in parts), None)
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Return whether weight decay applies to a parameter."""
+        return parameter.ndim > 1 and self.excluded_by(name) is None
 
 
-def layer_of(name: str, depths: tuple[int, ...]) -> int:
-    """Return the layer of a parameter, for layer-wise learning-rate decay.
-
-    Patch embedding and mask token are layer 0, blocks are counted from 1 over all stages, a patch
-    merging belongs to the last block before it, and everything after the stages (the final norm and
-    the heads) is the top layer, sum(depths) + 1. The numbering follows the SimMIM code.
-
-    Args:
-        name: dotted name, with or without a prefix before the encoder's own name.
-        depths: number of blocks of each stage.
-    """
-    parts = name.split(".")
-    if "patch_embed" in parts or "mask_token" in parts:
-        return 0
-    for kind in ("stages", "merges"):
-        if kind in parts:
-            at = parts.index(kind)
-            stage = int(parts[at + 1])
-            if kind == "merges":
-                return sum(depths[: stage + 1])
-            below = sum(depths[:stage])
-            match parts[at + 2]:
-                case "blocks":
-                    return below + int(parts[at + 3]) + 1
-                case "extra_norms":
-                    # The norm of index k follows the block of index 6k + 5.
-                    return min(below + 6 * (int(parts[at + 3]) + 1), sum(depths[: stage + 1]))
-                case other:
-                    raise ValueError(f"parameter {name}: no layer is known for {other!r}.")
-    return sum(depths) + 1
-
-
-def parameter_groups(
-    model: nn.Module, optimizer: OptimizerSettings, depths: tuple[int, ...]
-) -> list[ParameterGroup]:
+def parameter_groups(model: nn.Module, optimizer: OptimizerSettings) -> list[ParameterGroup]:
     """Return the groups of the trainable parameters of `model`; each parameter is in exactly one.
 
     Raises:
-        ValueError: an exclusion from decay matches no parameter: a name must have changed.
+        ValueError: the model has no encoder, or one whose `no_weight_decay` matches no parameter: a
+            name must have changed.
     """
-    top = sum(depths) + 1
+    layers = Layers.of(model)
     parameters = dict(model.named_parameters())
-    for excluded in ("position_bias", "logit_scale"):
-        if not any(excluded in name.split(".") for name in parameters):
+    matched = {layers.excluded_by(name) for name in parameters}
+    for excluded in layers.found.encoder.no_weight_decay:
+        if excluded not in matched:
             raise ValueError(f"no parameter is named {excluded}, which weight decay must exclude.")
     members: dict[tuple[float, float], list[str]] = {}
     for name, parameter in parameters.items():
         if not parameter.requires_grad:
             continue
-        decay = optimizer.weight_decay if decays(name, parameter) else 0.0
-        factor = optimizer.layer_decay ** (top - layer_of(name, depths))
+        decay = optimizer.weight_decay if layers.decays(name, parameter) else 0.0
+        factor = optimizer.layer_decay ** (layers.number - 1 - layers.layer_of(name))
         members.setdefault((factor, decay), []).append(name)
     return [
         ParameterGroup(names=tuple(names), weight_decay=decay, lr_factor=factor)
@@ -156,31 +160,35 @@ def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
         del inner.found_inf
 
 
-def layer_table(model: nn.Module, groups: list[ParameterGroup], depths: tuple[int, ...]) -> str:
+def layer_table(model: nn.Module, groups: list[ParameterGroup]) -> str:
     """Return a table of layers: learning-rate factor and number of trained parameters.
 
-    Position bias and logit scale, which are identified by name, have columns of their own; the last
-    column names the modules outside the blocks.
+    Parameters that the encoder excludes from decay by name have columns of their own; the last
+    column names the modules before and after the blocks.
     """
+    layers = Layers.of(model)
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    kinds: tuple[str, ...] = layers.found.encoder.no_weight_decay
     rows: dict[int, list[tuple[str, float]]] = {}
     for group in groups:
         for name in group.names:
-            rows.setdefault(layer_of(name, depths), []).append((name, group.lr_factor))
-    lines = [f"layer  lr factor    parameters  {'position bias':>13}  {'logit scale':>11}"]
+            rows.setdefault(layers.layer_of(name), []).append((name, group.lr_factor))
+    titles = "".join(f"  {kind.replace('_', ' '):>11}" for kind in kinds)
+    lines = [f"layer  lr factor    parameters{titles}"]
     for layer, members in sorted(rows.items()):
         (factor,) = {factor for _, factor in members}
-        total, position, scale = (
-            sum(counts[name] for name, _ in members if not kind or kind in name.split("."))
-            for kind in ("", "position_bias", "logit_scale")
-        )
-        outside = sorted({_outermost(name) for name, _ in members} - {""})
-        line = f"{layer:5d}  {factor:9.4f}  {total:12,d}  {position:13,d}  {scale:11,d}"
-        lines.append(f"{line}  {', '.join(outside)}".rstrip())
+        line = f"{layer:5d}  {factor:9.4f}  {sum(counts[name] for name, _ in members):12,d}"
+        for kind in kinds:
+            total = sum(counts[name] for name, _ in members if layers.excluded_by(name) == kind)
+            line += f"  {total:{max(11, len(kind))},d}"
+        outside = set()
+        if layer in (0, layers.number - 1):
+            outside = {_outermost(layers, name) for name, _ in members}
+        lines.append(f"{line}  {', '.join(sorted(outside))}".rstrip())
     return "\n".join(lines)
 
 
-def _outermost(name: str) -> str:
-    """Return the outermost module of a parameter outside the blocks; empty for one in a block."""
-    parts = name.removeprefix("model.").removeprefix("encoder.").split(".")
-    return "" if parts[0] in ("stages", "merges") else parts[0]
+def _outermost(layers: Layers, name: str) -> str:
+    """Return the outermost module of a parameter, in the encoder or beside it."""
+    inner = layers.found.inner_name(name)
+    return (name.removeprefix("model.") if inner is None else inner).split(".")[0]

@@ -24,13 +24,12 @@ class TrainingStage(Protocol):
     def module(self) -> nn.Module:
         """The trained module: takes a Batch on its device, returns the mean loss, a scalar.
 
+        It contains an encoder (`simmim.method.encoder_protocol`), whose blocks are sharded and
+        whose layers have learning rates of their own.
+
         If the stage has `normalisers`, it also takes those of the whole optimiser batch as a second
         argument, and returns its part of the mean loss over that batch.
         """
-
-    @property
-    def depths(self) -> tuple[int, ...]:
-        """Number of blocks of each encoder stage, for layer-wise learning rates."""
 
     @property
     def order(self) -> Order:

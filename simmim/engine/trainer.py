@@ -110,10 +110,10 @@ class Trainer:
 
     def layer_table(self) -> str | None:
         """Return the table of layer-wise learning rates; None if all layers have the same."""
-        settings, module, depths = self.settings.optimizer, self.stage.module, self.stage.depths
+        settings, module = self.settings.optimizer, self.stage.module
         if settings.layer_decay == 1:
             return None
-        return layer_table(module, parameter_groups(module, settings, depths), depths)
+        return layer_table(module, parameter_groups(module, settings))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -27,6 +27,7 @@ from simmim.recipe import RecipeError, load, read_values, recipe_hash
 from simmim.tasks.all_tasks import FINE_TUNING, task_named
 from simmim.tasks.classification.classifier import read_head, read_preparation
 from simmim.tasks.fine_tuning import FineTuningStage
+from simmim.tasks.other_encoder import refuse_other_encoder
 from simmim.tasks.pretrain.stage import load_pretrained
 from simmim.tasks.recipe import HEAD_FOLDER, FineTuningRecipe
 from simmim.tasks.segmentation.dense_stage import DenseStage, load_dense
@@ -91,8 +92,11 @@ def read_source(source: Path, *, best: bool | None = None) -> TrainedModel:
         best: take the best checkpoint of a run, or the last; None is the best if it has one.
 
     Raises:
-        ValueError: `source` is none of them, has no such checkpoint, or cannot be read.
+        ValueError: `source` is none of them, has no such checkpoint, cannot be read, or has an
+            encoder that is not a SwinV2.
     """
+    for folder in (source, source / "encoder", source.parent.parent / "encoder"):
+        refuse_other_encoder(folder, "all formats of simmim export need")
     if (source / COMPLETE).is_file():
         checkpoint = chosen_checkpoint(source)
         return _read_run(RunFolder(path=checkpoint.parent.parent), checkpoint)

@@ -1,14 +1,14 @@
 """SimMIM: mask tokens, encode, and predict the masked pixels (arXiv 2111.09886)."""
 
 from dataclasses import dataclass
-from typing import Generic
+from typing import Any, Generic
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from simmim.method.encoder_protocol import EncoderT
+from simmim.method.encoder_protocol import IMAGE_AXES, EncoderT, check_encoder
 from simmim.method.losses import (
     loss_function,
     masked_mean,
@@ -33,6 +33,11 @@ class Decoder(nn.Module):
         self.stride = stride
         self.channels = channels
         self.projection = nn.Conv2d(num_features, channels * stride * stride, kernel_size=1)
+
+    @property
+    def flops_per_feature(self) -> int:
+        """FLOPs of decoding one feature."""
+        return 2 * self.projection.weight.numel()
 
     def patches(self, features: Tensor) -> Tensor:
         """Decode single features: (n, num_features) → (n, channels, stride, stride)."""
@@ -93,7 +98,9 @@ class SimMIM(nn.Module, Generic[EncoderT]):
         loss_area: average the loss over masked or all pixels.
 
     Raises:
-        ValueError: mask cells do not tile the patches or the encoder's image, or a loss is unknown.
+        ValueError: mask cells do not tile the patches or the encoder's image, a loss is unknown, or
+            the encoder is one of clips.
+        TypeError: `encoder` lacks members of `simmim.method.encoder_protocol.ImageEncoder`.
     """
 
     encoder: EncoderT
@@ -108,23 +115,23 @@ class SimMIM(nn.Module, Generic[EncoderT]):
     ) -> None:
         super().__init__()
         _check_types(encoder, mask_cell)
-        config = encoder.config
-        if mask_cell < 1 or mask_cell % config.patch_size:
+        patch = encoder.patch_size
+        if mask_cell < 1 or mask_cell % patch:
             raise ValueError(
-                f"mask cells of {mask_cell} pixels do not consist of whole patches of "
-                f"{config.patch_size} pixels: choose a multiple of {config.patch_size}."
+                f"mask cells of {mask_cell} pixels do not consist of whole patches of {patch} "
+                f"pixels: choose a multiple of {patch}."
             )
         if loss_area not in ("masked", "all"):
             raise ValueError(f"loss area {loss_area!r} is unknown: choose masked or all.")
-        mask_grid(config.image_size, mask_cell, config.patch_size)
+        mask_grid(encoder.image_size, mask_cell, patch)
         self.encoder = encoder
         self.mask_cell = mask_cell
         self.norm_target = norm_target
         self.loss_area = loss_area
         self.elementwise_loss = loss_function(loss)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, 1, config.embed_dim))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, 1, encoder.embed_dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        self.decoder = Decoder(encoder.num_features, encoder.strides[-1], config.in_channels)
+        self.decoder = Decoder(encoder.num_features, encoder.strides[-1], encoder.in_channels)
 
     def forward(
         self, images: Tensor, mask: Tensor, drop_path_noise: Tensor | None = None
@@ -175,7 +182,7 @@ class SimMIM(nn.Module, Generic[EncoderT]):
 
     def _encode(self, images: Tensor, mask: Tensor, drop_path_noise: Tensor | None) -> Tensor:
         tokens = self.encoder.embed(images)
-        hidden = enlarge_mask(mask, self.mask_cell // self.encoder.config.patch_size)
+        hidden = enlarge_mask(mask, self.mask_cell // self.encoder.patch_size)
         tokens = torch.where(hidden[..., None], self.mask_token.to(tokens.dtype), tokens)
         return self.encoder.encode(tokens, drop_path_noise)
 
@@ -189,7 +196,7 @@ class SimMIM(nn.Module, Generic[EncoderT]):
 
         Those of visible pixels only would be multiplied by 0. Computed on the mask's device.
         """
-        patch = self.encoder.config.patch_size
+        patch = self.encoder.patch_size
         hidden = enlarge_mask(mask, self.mask_cell // patch)
         patches = _cut_into_patches(hidden[:, None], self.decoder.stride // patch)
         if self.loss_area == "all":
@@ -212,14 +219,14 @@ class SimMIM(nn.Module, Generic[EncoderT]):
             raise ValueError(
                 f"images have shape {tuple(images.shape)}: the loss needs one image or more."
             )
-        config = self.encoder.config
-        if images.ndim != 4 or images.shape[1] != config.in_channels:
+        channels = self.encoder.in_channels
+        if images.ndim != 4 or images.shape[1] != channels:
             raise ValueError(
-                f"images have shape {tuple(images.shape)}; SimMIM takes (batch, "
-                f"{config.in_channels} channels, height, width)."
+                f"images have shape {tuple(images.shape)}; SimMIM takes (batch, {channels} "
+                "channels, height, width)."
             )
         height, width = images.shape[-2:]
-        grid = mask_grid((height, width), self.mask_cell, config.patch_size)
+        grid = mask_grid((height, width), self.mask_cell, self.encoder.patch_size)
         expected = (len(images), *grid)
         if tuple(mask.shape) != expected or mask.dtype != torch.bool:
             raise ValueError(
@@ -229,16 +236,20 @@ class SimMIM(nn.Module, Generic[EncoderT]):
             )
 
 
-def _check_types(encoder: object, mask_cell: object) -> None:
+def _check_types(encoder: Any, mask_cell: object) -> None:
     """Check arguments of `SimMIM` whose mistakes would show up far from it.
 
     Raises:
         TypeError: one is something else; names it.
+        ValueError: the encoder is not of images.
     """
-    if not isinstance(encoder, nn.Module) or not hasattr(encoder, "config"):
-        raise TypeError(
-            f"encoder is a {type(encoder).__name__}; give an encoder, for example "
-            "swinv2.build_encoder('tiny')."
+    check_encoder(encoder)
+    axes: tuple[str, ...] = encoder.map_axes
+    if axes != IMAGE_AXES:
+        raise ValueError(
+            f"encoder is a {type(encoder).__name__}, whose maps have {', '.join(axes)}; SimMIM "
+            "masks images: pretrain an image encoder, then inflate it for clips "
+            "(swinv2.inflate)."
         )
     if isinstance(mask_cell, bool) or not isinstance(mask_cell, int):
         raise TypeError(f"mask_cell is {mask_cell!r}; give its side in pixels, an integer.")

@@ -1,13 +1,13 @@
 """From a stored batch to features on the device: normalisation, drop path noise, pooling."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from simmim.data.loader.batch import Batch
 from simmim.data.order.randomness import sample_bits
-from swinv2.encoder import HierarchicalEncoder
 
 RANGES = {torch.uint8: 255.0, torch.uint16: 65535.0}
 """Integer value that stands for 1.0; floating-point images are taken as they are."""
@@ -48,28 +48,31 @@ class Normalise(nn.Module):
         return torch.where(flips.view(-1, 1, 1, 1), normal.flip(-1), normal)
 
 
-def sample_drop_path_noise(encoder: HierarchicalEncoder, batch: Batch, seed: int) -> Tensor | None:
+def sample_drop_path_noise(encoder: Any, batch: Batch, seed: int) -> Tensor | None:
     """Return the `drop_path_noise` of `SwinV2.encode`; None if nothing is dropped.
 
     Each sample has its own numbers in each epoch, derived from its address.
+
+    Args:
+        encoder: an `ImageEncoder`, or one of clips.
+        batch: the samples.
+        seed: seed of the training.
     """
-    if not encoder.training or not encoder.config.drop_path:
+    if not encoder.training or not encoder.drop_path:
         return None
-    blocks = sum(encoder.config.depths)
+    blocks = len(encoder.blocks)
     bits = sample_bits(seed, "drop path", batch.addresses.numpy(), 2 * blocks)
     noise = torch.from_numpy((bits >> 33).astype("int32")).view(-1, blocks, 2)
     return noise.to(batch.images.device, non_blocking=True)
 
 
-def pooled_features(
-    encoder: HierarchicalEncoder, images: Tensor, drop_path_noise: Tensor | None = None
-) -> Tensor:
-    """Return the average-pooled output of an encoder.
+def pooled_features(encoder: Any, images: Tensor, drop_path_noise: Tensor | None = None) -> Tensor:
+    """Return the average-pooled output of an encoder, an `ImageEncoder` or one of clips.
 
     Normalised images (batch, channels, height, width), or clips (batch, frames, channels, height,
     width), become (batch, num_features).
     """
-    return pool(encoder(images, drop_path_noise))
+    return pool(encoder.encode(encoder.embed(images), drop_path_noise))
 
 
 def pool(tokens: Tensor) -> Tensor:

@@ -87,12 +87,6 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
         return self.initial.encoder
 
     @property
-    def depths(self) -> tuple[int, ...]:
-        """Blocks of each encoder stage."""
-        depths: tuple[int, ...] = self.initial.encoder.config.depths
-        return depths
-
-    @property
     @abstractmethod
     def flops_per_sample(self) -> int:
         """FLOPs of the matrix products in a forward pass over one sample."""

@@ -88,7 +88,7 @@ def input_of(stage: Any, given: TaskRecipe | None = None) -> EncoderInput:
     normalise = stage.module.normalise
     recipe = stage.recipe if given is None else given
     return EncoderInput(
-        channels=stage.encoder.config.in_channels,
+        channels=stage.encoder.in_channels,
         mean=normalise.mean.flatten().tolist(),
         std=normalise.std.flatten().tolist(),
         measurable=is_measurable(stage.training_shards),

@@ -8,6 +8,7 @@ from simmim.data.settings import CroppedSettings
 from simmim.engine.checkpoint.directory import complete_checkpoints
 from simmim.engine.generators import seeded
 from simmim.engine.run import RunFolder
+from simmim.tasks.other_encoder import refuse_other_encoder
 from simmim.tasks.recipe import HEAD_FOLDER, SCRATCH, EncoderSettings
 from swinv2 import SwinV2, build_encoder, load_encoder
 from swinv2.config_file import Provenance, read_encoder_config
@@ -43,9 +44,11 @@ def find_weights(init: str) -> TrainedWeights:
     """Return the paths of the weights that `init` names, an encoder directory or a finished run.
 
     Raises:
-        ValueError: it is a run that has not finished.
+        ValueError: it is a run that has not finished, or whose encoder is not a SwinV2.
     """
     run = RunFolder(path=Path(init))
+    for folder in (run.encoder, run.path):
+        refuse_other_encoder(folder, "fine-tuning, probing and embedding need")
     if run.encoder.is_dir() and not (run.path / "config.json").is_file():
         return TrainedWeights(encoder=run.encoder, head=_folder(run.path / HEAD_FOLDER))
     if complete_checkpoints(run.checkpoints):

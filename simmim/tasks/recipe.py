@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import fields
+from typing import Any, ClassVar, Literal
 
 from data_prep.format.text import count_noun
 from simmim.data.settings import CroppedSettings, DataSettings, SampleSettings
@@ -10,9 +11,6 @@ from simmim.engine.settings import TrainingSettings
 from simmim.method.settings import MaskSettings
 from simmim.recipe import check_least, check_rates, settings
 from swinv2.config import AttentionPath, Checkpointing, Execution, SwinV2Config, variant_config
-
-if TYPE_CHECKING:
-    from swinv2.encoder import HierarchicalEncoder
 
 SCRATCH = "scratch"
 """Value of `init` for random weights."""
@@ -146,13 +144,17 @@ class ExecutionSettings:
                     "stages; give one value per stage, or a single one for all."
                 )
 
-    def apply(self, encoder: "HierarchicalEncoder") -> None:
+    def apply(self, encoder: Any) -> None:
         """Apply these settings to an encoder.
 
         Raises:
-            ValueError: a list does not have one entry per stage.
+            ValueError: a list does not have one entry per stage, or they are settings of SwinV2 and
+                the encoder is another.
         """
-        self.check_stages(len(encoder.stages))
+        if not hasattr(encoder, "set_execution"):
+            self._check_default(type(encoder).__name__)
+            return
+        self.check_stages(len(encoder.strides))
         encoder.set_execution(
             attention=self.attention,
             checkpointing=self.checkpointing,
@@ -160,6 +162,23 @@ class ExecutionSettings:
         )
         if self.compiles:
             encoder.compile_blocks()
+
+    def _check_default(self, encoder: str) -> None:
+        """Raise ValueError if a setting asks an encoder of another class for what only SwinV2 can.
+
+        Args:
+            encoder: name of the class.
+        """
+        asked = [
+            field.name
+            for field in fields(self)
+            if getattr(self, field.name) != field.default and getattr(self, field.name) is not False
+        ]
+        if asked:
+            raise ValueError(
+                f"execution.{asked[0]} is {getattr(self, asked[0])!r}, which is for a SwinV2, and "
+                f"the encoder is a {encoder}: remove it."
+            )
 
     @property
     def compiles(self) -> bool:

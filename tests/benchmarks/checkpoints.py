@@ -37,7 +37,7 @@ def trained(variant: str) -> tuple[SimMIM, torch.optim.Optimizer]:
     encoder = build_encoder(variant, image_size=192, window_size=12)
     model = SimMIM(encoder)
     settings = OptimizerSettings(lr=1e-3)
-    groups = parameter_groups(model, settings, encoder.config.depths)
+    groups = parameter_groups(model, settings)
     optimizer = build_optimizer(model, settings, groups)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

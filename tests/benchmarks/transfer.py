@@ -187,8 +187,7 @@ def train(model: Classifier, data: Labelled, *, seed: int, epochs: float, label:
     """Train in place with cross-entropy, AdamW and a cosine schedule, in bfloat16."""
     steps_per_epoch = len(data.images) // BATCH
     steps = round(epochs * steps_per_epoch)
-    depths = ENCODER.depths
-    optimizer = build_optimizer(model, OPTIMIZER, parameter_groups(model, OPTIMIZER, depths))
+    optimizer = build_optimizer(model, OPTIMIZER, parameter_groups(model, OPTIMIZER))
     normalise = Normalise(*NORMALISATION)
     batches = tqdm(training_batches(data, seed, steps), total=steps, desc=label, unit="step")
     model.train()

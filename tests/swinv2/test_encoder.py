@@ -226,3 +226,41 @@ def test_misuse_is_explained() -> None:
         build_encoder("tiny", image_sise=64)
     with pytest.raises(ValueError, match="did you mean"):
         build_encoder(variant_config("tiny"), dept=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("patch_embed.norm.weight", 0),
+        ("stages.0.blocks.0.norm1.weight", 1),
+        ("stages.1.blocks.1.norm1.weight", 4),
+        ("merges.0.norm.weight", 2),
+        ("merges.2.norm.weight", 22),
+        ("stages.2.extra_norms.0.weight", 10),
+        ("stages.2.extra_norms.2.weight", 22),
+        ("stages.3.blocks.1.norm2.bias", 24),
+        ("norm.weight", 25),
+    ],
+)
+def test_layers_of_parameters(name: str, layer: int) -> None:
+    with torch.device("meta"):
+        encoder = build_encoder("huge", image_size=192, window_size=12)
+    assert encoder.num_layers == 26
+    assert name in dict(encoder.named_parameters())
+    assert encoder.layer_of(name) == layer
+
+
+def test_extra_norms_have_the_layer_of_the_block_before_them() -> None:
+    encoder = build_encoder(
+        "tiny", image_size=32, window_size=4, embed_dim=8, depths=(4, 1), num_heads=(1, 1),
+        extra_norm_every=2,
+    )  # fmt: skip
+    assert [encoder.layer_of(f"stages.0.extra_norms.{k}.weight") for k in (0, 1)] == [2, 4]
+
+
+def test_a_name_without_a_layer_is_refused() -> None:
+    encoder = build_encoder(
+        "tiny", image_size=32, window_size=4, embed_dim=8, depths=(1,), num_heads=(1,)
+    )
+    with pytest.raises(ValueError, match=r"SwinV2 has no parameter stages\.0\.gates\.0\.weight"):
+        encoder.layer_of("stages.0.gates.0.weight")

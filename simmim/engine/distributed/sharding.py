@@ -5,7 +5,7 @@ after each. Everything else (embedding, merges, norms and heads) is one more uni
 of a head is a unit of its own, in its own precision, because its running statistics are.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from torch import nn
 from simmim.compat import without_forward_hooks
 from simmim.engine.checkpoint.sharded_state import is_sharded
 from simmim.environment import process_environment
+from simmim.method.encoder_protocol import find_encoder, is_encoder
 
 if TYPE_CHECKING:  # FSDP takes most of a second to import, so it is imported where it is used
     from torch.distributed.device_mesh import DeviceMesh
@@ -46,20 +47,12 @@ def trains_in_shards(accelerator: Accelerator) -> bool:
 
 
 def encoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks of the encoder in a model: the `blocks` of the module that encodes.
+    """Return the blocks of the encoder in a model.
 
     Raises:
-        ValueError: no module of the model has `embed` and `blocks`.
+        ValueError: the model has no encoder.
     """
-    for module in model.modules():
-        if _is_encoder(module):
-            blocks: Sequence[nn.Module] = module.blocks  # type: ignore[assignment]
-            return list(blocks)
-    raise ValueError(f"{type(model).__name__} has no encoder whose blocks can be sharded.")
-
-
-def _is_encoder(module: nn.Module) -> bool:
-    return hasattr(module, "blocks") and hasattr(module, "embed")
+    return list(find_encoder(model).encoder.blocks)
 
 
 def sharding_units(model: nn.Module) -> list[ShardingUnit]:
@@ -157,9 +150,10 @@ def shard_by_block(
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)
-    if _is_encoder(model):
+    if is_encoder(model):
         for name in ENTRY_POINTS:
-            register_fsdp_forward_method(model, name)
+            if hasattr(model, name):
+                register_fsdp_forward_method(model, name)
 
 
 def shard_for_training(module: nn.Module, accelerator: Accelerator) -> None:

@@ -218,7 +218,7 @@ class ClassificationStage(ClassifierStage[ClassificationRecipe, Shards]):
         return train_transform(
             recipe.data,
             seed=recipe.training.seed,
-            channels=self.initial.encoder.config.in_channels,
+            channels=self.initial.encoder.in_channels,
             augment=augment,
             label=label_reader(recipe.data),
         )
@@ -251,7 +251,7 @@ class ClassificationStage(ClassifierStage[ClassificationRecipe, Shards]):
             size=(data.image_size, data.image_size),
             crop_pct=data.crop_pct,
             label=label_reader(data),
-            channels=self.initial.encoder.config.in_channels,
+            channels=self.initial.encoder.in_channels,
             max_pixels=data.max_pixels,
         )
 

@@ -89,7 +89,7 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
             masks=self.model.has_masks,
             scale=data.scale,
             flip=data.flip,
-            channels=self.initial.encoder.config.in_channels,
+            channels=self.initial.encoder.in_channels,
             max_pixels=data.max_pixels,
         )
 
@@ -117,7 +117,7 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
         return EvalDetectionTransform(
             side=self.recipe.data.image_size,
             mean=self.initial.mean,
-            channels=self.initial.encoder.config.in_channels,
+            channels=self.initial.encoder.in_channels,
             max_pixels=self.recipe.data.max_pixels,
         )
 

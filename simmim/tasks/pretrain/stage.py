@@ -1,10 +1,11 @@
 """SimMIM pretraining on unlabelled images: the stage that the training loop runs."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -26,29 +27,45 @@ from simmim.engine.checkpoint.resume import load_model
 from simmim.engine.generators import seeded
 from simmim.engine.monitor.observers import Watch, pictures, probe, validation
 from simmim.engine.run import RunFolder
+from simmim.method.encoder_protocol import ImageEncoder, check_encoder, encoder_flops
 from simmim.method.masking import MaskGenerator
 from simmim.method.model import SimMIM
 from simmim.recipe import load, recipe_hash
 from simmim.report.panels import reconstruction_panel
-from simmim.tasks.features import Normalise, pool, sample_drop_path_noise
+from simmim.tasks.features import Normalise, pooled_features, sample_drop_path_noise
 from simmim.tasks.loading import order_for, train_transform, training_batches, with_slots
 from simmim.tasks.measured import with_measured
+from simmim.tasks.other_encoder import save_other_encoder
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.probe.online import OnlineProbe
 from swinv2 import SwinV2, build_encoder, save_encoder
 from swinv2.config_file import Provenance
-from swinv2.flops import forward_flops
 
 PANEL_IMAGES = 8
 BASELINE_IMAGES = 256
 """Held-out images for the baseline, which is computed before training."""
 
 
-def build_model(recipe: PretrainRecipe) -> SimMIM[SwinV2]:
-    """Build the model with its initial weights, which depend on the recipe's seed alone."""
+def build_swinv2(recipe: PretrainRecipe) -> SwinV2:
+    """Build the encoder that a recipe describes."""
+    return build_encoder(recipe.encoder.config(recipe.data.image_size))
+
+
+EncoderBuilder = Callable[[PretrainRecipe], ImageEncoder]
+"""Builds the encoder of a pretraining, with random weights drawn from torch's generator."""
+
+
+def build_model(recipe: PretrainRecipe, encoder: EncoderBuilder = build_swinv2) -> SimMIM[Any]:
+    """Build the model with its initial weights, which depend on the recipe's seed alone.
+
+    Raises:
+        ValueError: the encoder is for other images than the recipe's.
+    """
     with seeded(recipe.training.seed):
+        built = encoder(recipe)
+        _check_sizes(built, recipe)
         return SimMIM(
-            build_encoder(recipe.encoder.config(recipe.data.image_size)),
+            built,
             mask_cell=recipe.mask.cell,
             norm_target=recipe.loss.norm_target,
             loss=recipe.loss.name,
@@ -56,10 +73,26 @@ def build_model(recipe: PretrainRecipe) -> SimMIM[SwinV2]:
         )
 
 
+def _check_sizes(encoder: ImageEncoder, recipe: PretrainRecipe) -> None:
+    """Raise ValueError unless an encoder is for the images of a recipe, which the data follow."""
+    check_encoder(encoder)
+    side = recipe.data.image_size
+    for name, wanted, found in (
+        ("data.image_size", (side, side), encoder.image_size),
+        ("encoder.patch_size", recipe.encoder.patch_size, encoder.patch_size),
+        ("encoder.in_channels", recipe.encoder.in_channels, encoder.in_channels),
+    ):
+        if found != wanted:
+            raise ValueError(
+                f"the {type(encoder).__name__} has {name.split('.')[1]} {found}, and {name} of the "
+                f"recipe asks for {wanted}: change one of them."
+            )
+
+
 class PretrainModule(nn.Module):
     """SimMIM over stored batches: images are flipped and normalised on the device."""
 
-    def __init__(self, model: SimMIM[SwinV2], data: DataSettings, *, seed: int) -> None:
+    def __init__(self, model: SimMIM[Any], data: DataSettings, *, seed: int) -> None:
         super().__init__()
         self.model = model
         self.seed = seed
@@ -75,23 +108,31 @@ class PretrainModule(nn.Module):
 
     def features(self, batch: Batch) -> Tensor:
         """Return the pooled features of whole images, (batch, num_features)."""
-        return pool(self.model.encoder(self.normalise(batch.images, batch.flips)))
+        images = self.normalise(batch.images, batch.flips)
+        return pooled_features(self.model.encoder, images)
 
 
 class PretrainStage:
-    """SimMIM pretraining, as the training loop sees it."""
+    """SimMIM pretraining, as the training loop sees it.
 
-    def __init__(self, recipe: PretrainRecipe) -> None:
+    Args:
+        recipe: the recipe.
+        encoder: builds the encoder; by default the Swin Transformer V2 that the recipe describes.
+            Of another, the recipe's section `encoder` has patch_size and in_channels.
+    """
+
+    def __init__(self, recipe: PretrainRecipe, encoder: EncoderBuilder = build_swinv2) -> None:
+        self.build_encoder = encoder
         recipe = with_measured(recipe)
         self.bad_samples = recipe.data.bad_samples()
         self.training_shards, self.validation_shards = recipe.data.split_shards()
         self.recipe = recipe = with_slots(recipe, self.training_shards)
         self.order = order_for(recipe, self.training_shards)
-        self.model = build_model(recipe)
+        self.model = build_model(recipe, encoder)
         recipe.execution.apply(self.model.encoder)
         self.module = PretrainModule(self.model, recipe.data, seed=recipe.training.seed)
         self.encoder = self.model.encoder
-        self.depths = self.model.encoder.config.depths
+        self.flops_per_sample = self._count_flops()
         size = (recipe.data.image_size, recipe.data.image_size)
         self.draw_mask = MaskGenerator.from_settings(recipe.mask, size)
         self.online_probe = None
@@ -101,15 +142,14 @@ class PretrainStage:
                 recipe.probe, shape, width=self.model.encoder.num_features, data=recipe.data
             )
 
-    @property
-    def flops_per_sample(self) -> int:
-        """FLOPs of encoder and decoder; see `simmim.engine.monitor.observers.Watch`."""
-        config = self.model.encoder.config
-        decoded = math.prod(config.stage_resolutions[-1])
-        if self.recipe.loss.area == "masked" and self.recipe.mask.cell >= config.strides[-1]:
+    def _count_flops(self) -> int:
+        """Return the FLOPs of encoder and decoder; see `simmim.engine.monitor.observers`."""
+        encoder, stride = self.encoder, self.model.decoder.stride
+        decoded: int = math.prod(-(-side // stride) for side in encoder.image_size)
+        if self.recipe.loss.area == "masked" and self.recipe.mask.cell >= stride:
             decoded = math.ceil(decoded * self.recipe.mask.ratio)
-        pixels = config.in_channels * config.strides[-1] ** 2
-        return forward_flops(config) + 2 * decoded * config.num_features * pixels
+        per_feature: int = self.model.decoder.flops_per_feature
+        return encoder_flops(encoder) + decoded * per_feature
 
     def batches(self, *, rank: int, world: int, start: int, end: int) -> Iterable[Batch]:
         """Yield this rank's micro-batches; see `simmim.engine.stage.TrainingStage`."""
@@ -216,7 +256,7 @@ class PretrainStage:
 
     def fresh(self) -> "PretrainStage":
         """Return a stage of the same recipe, with initial weights on the CPU."""
-        return PretrainStage(self.recipe)
+        return PretrainStage(self.recipe, self.build_encoder)
 
     @property
     def watch(self) -> Watch:
@@ -283,34 +323,38 @@ class PretrainStage:
 
 
 def save_pretrained(
-    model: SimMIM[SwinV2], recipe: PretrainRecipe, path: Path, *, step: int, samples: int
+    model: SimMIM[Any], recipe: PretrainRecipe, path: Path, *, step: int, samples: int
 ) -> None:
-    """Write the encoder of a pretrained model as an encoder directory."""
+    """Write the encoder of a pretrained model as an encoder directory.
+
+    Of an encoder that is not a SwinV2, it is its weights alone; see `save_other_encoder`.
+    """
     mean, std = recipe.data.normalisation
-    save_encoder(
-        model.encoder,
-        path,
-        mean=mean,
-        std=std,
-        provenance=Provenance(step=step, samples_seen=samples, recipe_hash=recipe_hash(recipe)),
-    )
+    provenance = Provenance(step=step, samples_seen=samples, recipe_hash=recipe_hash(recipe))
+    if isinstance(model.encoder, SwinV2):
+        save_encoder(model.encoder, path, mean=mean, std=std, provenance=provenance)
+    else:
+        save_other_encoder(model.encoder, path, mean=mean, std=std, provenance=provenance)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained:
     """The model in a checkpoint of a pretraining run."""
 
-    model: SimMIM[SwinV2]
+    model: SimMIM[Any]
     recipe: PretrainRecipe
     state: TrainingState
 
 
-def load_pretrained(run: RunFolder, checkpoint: str = "auto") -> Pretrained:
+def load_pretrained(
+    run: RunFolder, checkpoint: str = "auto", encoder: EncoderBuilder = build_swinv2
+) -> Pretrained:
     """Rebuild the model of a run from a checkpoint, on the CPU, in evaluation mode.
 
     Args:
         run: a pretraining run folder.
         checkpoint: path, or `auto` for the last complete one.
+        encoder: builds the encoder, as the training did.
 
     Raises:
         ValueError: the run has no readable recipe or no complete checkpoint.
@@ -320,7 +364,7 @@ def load_pretrained(run: RunFolder, checkpoint: str = "auto") -> Pretrained:
         raise ValueError(f"{run.checkpoints} has no complete checkpoint; train further first.")
     check_small_files(path)
     recipe = load(PretrainRecipe, path / RECIPE_FILE)
-    module = PretrainModule(build_model(recipe), recipe.data, seed=recipe.training.seed)
+    module = PretrainModule(build_model(recipe, encoder), recipe.data, seed=recipe.training.seed)
     load_model(path, module)
     load_average(path, module)
     return Pretrained(model=module.model.eval(), recipe=recipe, state=load_state(path))

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data_prep.format.text import count_noun
@@ -157,7 +157,7 @@ def open_probe_shards(data: ProbeData) -> tuple[Shards, Shards]:
 
 
 def probe(
-    encoder: SwinV2,
+    encoder: Any,
     training: Shards,
     validation: Shards,
     *,
@@ -171,7 +171,7 @@ def probe(
     """Classify the validation images by the frozen features of the training images.
 
     Args:
-        encoder: at its nominal image size; moved to `device`, its weights do not change.
+        encoder: an `ImageEncoder`, moved to `device`; its weights do not change.
         training: labelled shards.
         validation: shards with the same classes.
         data: settings for reading images; the folders are not used.
@@ -212,7 +212,7 @@ def probe(
 
 
 def extract_features(
-    encoder: SwinV2,
+    encoder: Any,
     shards: Shards,
     *,
     data: ProbeData,
@@ -223,9 +223,9 @@ def extract_features(
 ) -> LabelledFeatures:
     """Return the average-pooled features of every sample of `shards`, in order."""
     transform = EvalTransform(
-        size=encoder.config.image_size,
+        size=encoder.image_size,
         crop_pct=data.crop_pct,
-        channels=encoder.config.in_channels,
+        channels=encoder.in_channels,
         max_pixels=data.max_pixels,
     )
     batches = evaluation_batches(
@@ -246,7 +246,7 @@ def extract_features(
 
 
 @contextmanager
-def _frozen(encoder: SwinV2) -> Iterator[None]:
+def _frozen(encoder: nn.Module) -> Iterator[None]:
     was_training = encoder.training
     encoder.eval()
     try:

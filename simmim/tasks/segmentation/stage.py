@@ -90,7 +90,7 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
             largest_class=data.largest_class,
             flip=data.flip,
             photometric=data.photometric,
-            channels=self.initial.encoder.config.in_channels,
+            channels=self.initial.encoder.in_channels,
             max_pixels=data.max_pixels,
         )
 
@@ -114,7 +114,7 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
         return EvalSegmentationTransform(
             labels=label_map_reader(data),
             short_side=data.short_side,
-            channels=self.initial.encoder.config.in_channels,
+            channels=self.initial.encoder.in_channels,
             max_pixels=data.max_pixels,
         )
 

@@ -7,10 +7,9 @@ from torch import nn
 
 from simmim import SimMIM
 from simmim.engine.optimizer import (
+    Layers,
     OptimizerSettings,
     build_optimizer,
-    decays,
-    layer_of,
     layer_table,
     parameter_groups,
     set_learning_rate,
@@ -73,11 +72,12 @@ def test_groups_of_every_variant(variant: str) -> None:
     depths = VARIANTS[variant].depths
     names = {parameter: name for name, parameter in model.named_parameters()}
     expected = {names[parameter]: layer for parameter, layer in layers_by_module(model)}
-    assert {name: layer_of(name, depths) for name in names.values()} == expected
+    layers = Layers.of(model)
+    assert {name: layers.layer_of(name) for name in names.values()} == expected
     assert set(expected.values()) == set(range(sum(depths) + 2))
 
     optimizer = OptimizerSettings(lr=1e-3, weight_decay=0.05, layer_decay=0.75)
-    groups = parameter_groups(model, optimizer, depths)
+    groups = parameter_groups(model, optimizer)
     listed = [name for group in groups for name in group.names]
     assert sorted(listed) == sorted(names.values())  # each parameter, once
     assert len({(group.lr_factor, group.weight_decay) for group in groups}) == len(groups)
@@ -113,8 +113,7 @@ def test_published_factors_of_fine_tuning() -> None:
     with torch.device("meta"):
         encoder = build_encoder("base", image_size=224, window_size=14)
         model = Classifier(encoder, encoder.num_features)
-    depths = VARIANTS["base"].depths
-    groups = parameter_groups(model, OptimizerSettings(lr=5e-3, layer_decay=0.75), depths)
+    groups = parameter_groups(model, OptimizerSettings(lr=5e-3, layer_decay=0.75))
     factors = {name: group.lr_factor for group in groups for name in group.names}
     assert factors["head.weight"] == factors["encoder.norm.bias"] == 1
     assert factors["encoder.stages.3.blocks.1.mlp.expand.weight"] == 0.75
@@ -124,45 +123,26 @@ def test_published_factors_of_fine_tuning() -> None:
     assert factors["encoder.merges.2.reduction.weight"] == last_of_stage_2 == 0.75**3
 
 
-@pytest.mark.parametrize(
-    ("name", "layer"),
-    [
-        ("patch_embed.norm.weight", 0),
-        ("model.mask_token", 0),
-        ("stages.0.blocks.0.norm1.weight", 1),
-        ("encoder.stages.1.blocks.1.norm1.weight", 4),
-        ("merges.0.norm.weight", 2),
-        ("merges.2.norm.weight", 22),
-        ("stages.2.extra_norms.0.weight", 10),
-        ("stages.2.extra_norms.2.weight", 22),
-        ("stages.3.blocks.1.norm2.bias", 24),
-        ("norm.weight", 25),
-        ("decoder.projection.bias", 25),
-    ],
-)
-def test_layers_of_known_names(name: str, layer: int) -> None:
-    assert layer_of(name, (2, 2, 18, 2)) == layer
-
-
-def test_an_unknown_component_of_a_stage_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"stages\.0\.gates\.0\.weight: no layer is known"):
-        layer_of("stages.0.gates.0.weight", (2, 2))
-
-
 @pytest.mark.parametrize("renamed", ["position_bias", "logit_scale"])
 def test_an_exclusion_that_matches_nothing_is_refused(renamed: str) -> None:
-    model = nn.ParameterDict(
-        {name: nn.Parameter(torch.ones(2, 2)) for name in ("position_bias", "logit_scale")}
-    )
-    model["other"] = model.pop(renamed)
+    model = tiny_model()
+    for module in list(model.modules()):
+        if hasattr(module, renamed):
+            setattr(module, renamed, None)
     with pytest.raises(ValueError, match=f"no parameter is named {renamed}"):
-        parameter_groups(model, OptimizerSettings(lr=1.0), (1,))
+        parameter_groups(model, OptimizerSettings(lr=1.0))
 
 
-def test_exclusions_match_whole_components() -> None:
-    matrix = nn.Parameter(torch.ones(2, 2))
-    assert decays("encoder.position_bias_projection.weight", matrix)
-    assert not decays("encoder.position_bias.expand.weight", matrix)
+def test_a_model_without_an_encoder_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Linear has no encoder .* layer_of"):
+        parameter_groups(nn.Linear(2, 2), OptimizerSettings(lr=1.0))
+
+
+def test_exclusions_match_whole_components_of_names_in_the_encoder() -> None:
+    layers, matrix = Layers.of(tiny_model()), nn.Parameter(torch.ones(2, 2))
+    assert layers.decays("encoder.position_bias_projection.weight", matrix)
+    assert not layers.decays("encoder.position_bias.expand.weight", matrix)
+    assert layers.decays("decoder.position_bias.expand.weight", matrix)
 
 
 def test_frozen_parameters_are_in_no_group() -> None:
@@ -170,14 +150,14 @@ def test_frozen_parameters_are_in_no_group() -> None:
     for parameter in encoder.parameters():
         parameter.requires_grad_(False)
     model = Classifier(encoder, encoder.num_features)
-    groups = parameter_groups(model, OptimizerSettings(lr=1e-3), (2, 1))
+    groups = parameter_groups(model, OptimizerSettings(lr=1e-3))
     assert {name for group in groups for name in group.names} == {"head.weight", "head.bias"}
 
 
 def test_without_gradient_only_decaying_parameters_shrink_by_their_layers_rate() -> None:
     model = tiny_model()
     settings = OptimizerSettings(lr=0.1, weight_decay=0.5, layer_decay=0.5)
-    groups = parameter_groups(model, settings, (2, 1))
+    groups = parameter_groups(model, settings)
     optimizer = build_optimizer(model, settings, groups)
     set_learning_rate(optimizer, lambda factor: 0.04 * factor)
     for parameter in model.parameters():
@@ -185,39 +165,39 @@ def test_without_gradient_only_decaying_parameters_shrink_by_their_layers_rate()
         parameter.grad = torch.zeros_like(parameter)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     optimizer.step()
-    layers = {name: layer_of(name, (2, 1)) for name in before}
+    layers = Layers.of(model)
     for name, after in model.named_parameters():
-        shrunk = 1 - 0.04 * 0.5 ** (4 - layers[name]) * 0.5 if decays(name, after) else 1
+        rate = 0.04 * 0.5 ** (4 - layers.layer_of(name))
+        shrunk = 1 - rate * 0.5 if layers.decays(name, after) else 1
         torch.testing.assert_close(after.detach(), before[name] * shrunk, rtol=1e-6, atol=0)
 
 
 def test_the_first_step_moves_every_weight_by_its_layers_rate() -> None:
     model = tiny_model()
     settings = OptimizerSettings(lr=1.0, weight_decay=0, layer_decay=0.5, betas=(0.9, 0.95))
-    optimizer = build_optimizer(model, settings, parameter_groups(model, settings, (2, 1)))
+    optimizer = build_optimizer(model, settings, parameter_groups(model, settings))
     assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
     set_learning_rate(optimizer, lambda factor: 0.01 * factor)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, -3.0)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     optimizer.step()
+    layers = Layers.of(model)
     for name, after in model.named_parameters():
         moved = (after.detach() - before[name]).mean().item()
-        assert moved == pytest.approx(0.01 * 0.5 ** (4 - layer_of(name, (2, 1))), rel=1e-3)
+        assert moved == pytest.approx(0.01 * 0.5 ** (4 - layers.layer_of(name)), rel=1e-3)
 
 
 def test_layer_decay_of_1_leaves_two_groups() -> None:
     model = tiny_model()
-    groups = parameter_groups(model, OptimizerSettings(lr=1e-3), (2, 1))
+    groups = parameter_groups(model, OptimizerSettings(lr=1e-3))
     assert [(group.weight_decay, group.lr_factor) for group in groups] == [(0.0, 1.0), (0.05, 1.0)]
 
 
 def test_the_table_counts_every_parameter() -> None:
     model = tiny_model()
-    groups = parameter_groups(model, OptimizerSettings(lr=1e-3, layer_decay=0.5), (2, 1))
-    rows = [
-        line.replace(",", "").split() for line in layer_table(model, groups, (2, 1)).split("\n")
-    ]
+    groups = parameter_groups(model, OptimizerSettings(lr=1e-3, layer_decay=0.5))
+    rows = [line.replace(",", "").split() for line in layer_table(model, groups).split("\n")]
     assert [row[0] for row in rows[1:]] == ["0", "1", "2", "3", "4"]
     assert [float(row[1]) for row in rows[1:]] == pytest.approx(
         [0.5**4, 0.5**3, 0.5**2, 0.5, 1], abs=1e-4
@@ -244,4 +224,4 @@ def test_adamw_8bit_without_bitsandbytes_names_the_pip_command(
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     model, settings = tiny_model(), OptimizerSettings(lr=1e-3, name="adamw_8bit")
     with pytest.raises(ValueError, match=r"pip install 'simmim\[8bit\]'"):
-        build_optimizer(model, settings, parameter_groups(model, settings, (2, 1)))
+        build_optimizer(model, settings, parameter_groups(model, settings))

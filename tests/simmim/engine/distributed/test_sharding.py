@@ -162,7 +162,7 @@ def test_sharding_units_of_giant() -> None:
 
 
 def test_a_model_without_blocks_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Linear has no .*blocks"):
+    with pytest.raises(ValueError, match=r"Linear has no encoder .*blocks"):
         sharding_units(nn.Linear(2, 2))
 
 

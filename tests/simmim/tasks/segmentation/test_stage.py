@@ -16,7 +16,7 @@ from simmim.cli import main
 from simmim.engine.checkpoint.resume import read_model
 from simmim.engine.devices import build_accelerator
 from simmim.engine.loop import TrainingResult, train
-from simmim.engine.optimizer import layer_of
+from simmim.engine.optimizer import Layers
 from simmim.engine.run import RunFolder
 from simmim.export.export import export
 from simmim.recipe import RecipeError, parse
@@ -187,12 +187,11 @@ def test_an_encoder_directory_brings_its_weights(values: dict[str, Any], tmp_pat
 
 def test_every_parameter_has_the_layer_it_should(values: dict[str, Any]) -> None:
     stage = build(values)
-    depths = stage.depths
-    encoder = stage.initial.encoder
-    own = {name: layer_of(name, depths) for name, _ in encoder.named_parameters()}
+    layers, encoder = Layers.of(stage.module), stage.initial.encoder
+    own = {name: encoder.layer_of(name) for name, _ in encoder.named_parameters()}
     for name, _ in stage.module.named_parameters():
         inner = name.partition("backbone.encoder.")[2]
-        assert layer_of(name, depths) == (own[inner] if inner else sum(depths) + 1), name
+        assert layers.layer_of(name) == (own[inner] if inner else sum((1, 1, 2, 1)) + 1), name
 
 
 def test_drop_path_depends_on_the_sample(values: dict[str, Any]) -> None:

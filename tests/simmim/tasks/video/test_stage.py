@@ -15,7 +15,7 @@ from simmim.data.loader.batch import Batch
 from simmim.engine.checkpoint.directory import best_checkpoint
 from simmim.engine.checkpoint.ema import read_average
 from simmim.engine.checkpoint.resume import read_model
-from simmim.engine.optimizer import layer_of, parameter_groups
+from simmim.engine.optimizer import Layers, parameter_groups
 from simmim.engine.settings import OptimizerSettings
 from simmim.recipe import RecipeError, load, parse
 from simmim.tasks.classification.classifier import load_classifier
@@ -223,9 +223,8 @@ def test_all_frames_of_a_clip_are_mirrored_alike(values: dict[str, Any]) -> None
 
 def test_every_parameter_learns_at_the_rate_of_its_layer(values: dict[str, Any]) -> None:
     stage = VideoStage(parse(VideoRecipe, values, "recipe"))
-    groups = parameter_groups(
-        stage.module, OptimizerSettings(lr=1.0, layer_decay=0.5), stage.depths
-    )
+    groups = parameter_groups(stage.module, OptimizerSettings(lr=1.0, layer_decay=0.5))
+    layers = Layers.of(stage.module)
     factors = {name: group.lr_factor for group in groups for name in group.names}
     decays = {name: group.weight_decay for group in groups for name in group.names}
     parameters = dict(stage.module.named_parameters())
@@ -240,7 +239,7 @@ def test_every_parameter_learns_at_the_rate_of_its_layer(values: dict[str, Any])
             layer = 2
         else:
             layer = 5
-        assert layer_of(name, stage.depths) == layer
+        assert layers.layer_of(name) == layer
         assert factors[name] == 0.5 ** (5 - layer)
         learned_bias = "position_bias" in name or "logit_scale" in name
         assert (decays[name] == 0) == (learned_bias or parameter.ndim == 1)
