@@ -24,7 +24,7 @@ from simmim.engine.checkpoint.directory import (
     set_aside,
     write_best,
 )
-from simmim.engine.checkpoint.ema import averaged, forget_average, update_average
+from simmim.engine.checkpoint.ema import RunningAverage
 from simmim.engine.checkpoint.resume import load_initial, restore
 from simmim.engine.checkpoint.saver import Saver, SavingOutcome, rank_contents
 from simmim.engine.compiling import CompiledBlocks
@@ -78,6 +78,8 @@ class Trainer:
         self.stage, self.run, self.accelerator, self.stop = stage, run, accelerator, stop
         self.module, self.optimizer = module, optimizer
         self.settings: TrainingSettings = stage.recipe.training
+        kept = self.settings.ema_decay is not None
+        self.average = RunningAverage(optimizer) if kept else None
         self.total = self.settings.total_steps(stage.order.samples_per_epoch)
         self.step = self.cursor = self.skipped = 0
         self.saved_step = -1
@@ -119,8 +121,7 @@ class Trainer:
     def averaged(self) -> Iterator[None]:
         """Return a context in which the weights are their averages, if these are kept."""
         self.settle()
-        kept = self.settings.ema_decay is not None
-        with averaged(self.optimizer) if kept else nullcontext():
+        with nullcontext() if self.average is None else self.average.swapped():
             yield
 
     def batches(self) -> Iterable[Batch]:
@@ -172,7 +173,12 @@ class Trainer:
             ValueError: the checkpoint does not fit the stage, or is of a step after the last.
         """
         state = restore(
-            path, self.stage, self.accelerator, self.optimizer, allow_changes=allow_changes
+            path,
+            self.stage,
+            self.accelerator,
+            self.optimizer,
+            self.average,
+            allow_changes=allow_changes,
         )
         if state.cursor != state.step * self.settings.batch_size:  # the batch size has changed
             self.total = self.settings.steps_to_the_end(
@@ -193,8 +199,6 @@ class Trainer:
             and (checkpoint_path(self.run.checkpoints, best.step) / COMPLETE).is_file()
         ):
             self.best = best
-        if self.settings.ema_decay is None:
-            forget_average(self.optimizer)
         self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in state.losses]
 
     def begin_run(self) -> None:
@@ -276,8 +280,9 @@ class Trainer:
         self.norm = float(taken.norm)
         if not math.isfinite(self.norm):
             self.skipped += 1
-        elif self.settings.ema_decay is not None:
-            update_average(self.optimizer, self.settings.ema_decay, taken.step)
+        elif self.average is not None:
+            assert self.settings.ema_decay is not None
+            self.average.update(self.settings.ema_decay, taken.step)
         self.anomalies.check(
             taken.step, self.norm, self.module, taken.micro_batches, self.monitor.print
         )
@@ -349,7 +354,12 @@ class Trainer:
             run=self.identity,
         )
         contents = rank_contents(
-            self.stage.module, self.optimizer, self.accelerator, state, to_yaml(self.stage.recipe)
+            self.stage.module,
+            self.optimizer,
+            self.accelerator,
+            state,
+            to_yaml(self.stage.recipe),
+            average=self.average,
         )
         self.saver.start(self.step, contents, self.best)
         self.begun_step = self.step

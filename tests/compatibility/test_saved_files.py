@@ -16,10 +16,14 @@ import yaml
 
 import data_prep.cli
 import simmim.cli
+from simmim.engine.checkpoint.ema import RunningAverage, read_average
+from simmim.engine.checkpoint.resume import load_optimizer
 from simmim.engine.run import RunFolder
 from simmim.recipe import load, read_values
 from simmim.tasks.all_tasks import task_named
 from simmim.tasks.loading import with_recorded_slots
+from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.pretrain.stage import PretrainStage
 from swinv2 import load_encoder, load_video_encoder
 
 SAVED = Path(__file__).parent / "saved"
@@ -51,6 +55,22 @@ def test_runs_resume_to_the_same_losses(saved: Path, command: str, recipe: str, 
     code = simmim.cli.main([command, "--config", recipe, "--folder", run, "--resume", "auto"])
     assert code == 0
     assert read_losses(saved / run) == pytest.approx(EXPECTED[run], rel=1e-4)
+
+
+def test_averages_of_the_weights_resume(saved: Path) -> None:
+    path = saved / "pretraining" / "checkpoints" / "step-00000004"
+    stage = PretrainStage(load(PretrainRecipe, saved / "pretrain.yaml"))
+    groups = [{"params": list(stage.module.named_parameters())}]
+    optimizer = torch.optim.AdamW(groups)  # type: ignore[arg-type]
+    load_optimizer(path, optimizer)
+    average = RunningAverage(optimizer)
+    average.load(path)
+    assert all("ema" not in state for state in optimizer.state.values())
+    saved_averages = read_average(path)
+    assert saved_averages.keys() == dict(stage.module.named_parameters()).keys()
+    with average.swapped():
+        for name, parameter in stage.module.named_parameters():
+            assert torch.equal(parameter, saved_averages[name])
 
 
 @pytest.mark.parametrize("resumes", ["checkpoint", "start"])

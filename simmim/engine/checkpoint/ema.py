@@ -1,7 +1,7 @@
 """Exponential moving average of the weights (EMA).
 
-It is kept in the optimiser's state, one tensor per parameter, so it is sharded, saved and resumed
-with that state. A parameter without an average has never been updated.
+It has one tensor for each trained parameter, sharded as the parameter is. In a checkpoint it stands
+beside the optimiser's tensors, as `ema/NAME`.
 """
 
 from collections.abc import Iterator
@@ -13,71 +13,93 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from simmim.engine.checkpoint.directory import OPTIMIZER
-from simmim.engine.checkpoint.shard_files import ShardFiles
+from simmim.engine.checkpoint.shard_files import ShardFiles, TensorShard
 from simmim.engine.checkpoint.sharded_state import (
+    AVERAGE,
     local_rows,
     local_tensor,
     named_parameters,
+    read_like,
+    shards_to_write,
 )
 
-AVERAGE = "ema"
-"""Key of the average in the state of a parameter."""
 
-
-@torch.no_grad()
-def update_average(optimizer: torch.optim.Optimizer, decay: float, step: int) -> None:
-    """Update the averages after an optimiser step.
+class RunningAverage:
+    """Averages of the parameters of an optimiser, of those that it has updated so far.
 
     Args:
-        optimizer: parameters that it has not updated yet get no average.
-        decay: fraction of the average that is kept. In early steps it is (1 + step) / (10 + step)
-            if that is less; otherwise its start would dominate the average of a short training.
-        step: number of the step, from 1.
+        optimizer: the optimiser, built with the names of its parameters.
     """
-    decay = min(decay, (1 + step) / (10 + step))
-    averages, weights = [], []
-    for parameter in named_parameters(optimizer).values():
-        state = optimizer.state.get(parameter)
-        if not state:  # no gradient so far: the optimiser creates its state with the first one
-            continue
-        if AVERAGE not in state:
-            state[AVERAGE] = parameter.detach().clone()
-        averages.append(local_tensor(state[AVERAGE]))
-        weights.append(local_tensor(parameter.detach()))
-    if averages:
-        update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-        update(averages, weights, step)
 
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._averages: dict[str, Tensor] = {}
 
-def forget_average(optimizer: torch.optim.Optimizer) -> None:
-    """Remove the averages from the optimiser's state."""
-    for parameter in named_parameters(optimizer).values():
-        if parameter in optimizer.state:
-            optimizer.state[parameter].pop(AVERAGE, None)
+    @torch.no_grad()
+    def update(self, decay: float, step: int) -> None:
+        """Update the averages after an optimiser step.
 
+        Args:
+            decay: fraction of the average that is kept. In early steps it is (1 + step) / (10 +
+                step) if that is less; otherwise its start would dominate the average of a short
+                training.
+            step: number of the step, from 1.
+        """
+        decay = min(decay, (1 + step) / (10 + step))
+        averages, weights = [], []
+        for name, parameter in named_parameters(self._optimizer).items():
+            if not self._optimizer.state.get(parameter):
+                continue  # no gradient so far: the optimiser creates its state with the first one
+            if name not in self._averages:
+                self._averages[name] = parameter.detach().clone()
+            averages.append(local_tensor(self._averages[name]))
+            weights.append(local_tensor(parameter.detach()))
+        if averages:
+            update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+            update(averages, weights, step)
 
-@contextmanager
-def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Swap the averages, if there are any, with the weights within this context.
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Swap the averages with the weights within this context, in which no step may be taken.
 
-    No step may be taken within.
-    """
-    _swap(optimizer)
-    try:
-        yield
-    finally:
-        _swap(optimizer)
+        Parameters without an average stay as they are.
+        """
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
 
-
-@torch.no_grad()
-def _swap(optimizer: torch.optim.Optimizer) -> None:
-    for parameter in named_parameters(optimizer).values():
-        state = optimizer.state.get(parameter)
-        if state and AVERAGE in state:
-            weight, average = local_tensor(parameter.detach()), local_tensor(state[AVERAGE])
+    @torch.no_grad()
+    def _swap(self) -> None:
+        parameters = named_parameters(self._optimizer)
+        for name, average in self._averages.items():
+            weight, held = local_tensor(parameters[name].detach()), local_tensor(average)
             trained = weight.clone()
-            weight.copy_(average)
-            average.copy_(trained)
+            weight.copy_(held)
+            held.copy_(trained)
+
+    def shards(self, rank: int) -> dict[str, TensorShard]:
+        """Return the averages that this rank writes into a checkpoint."""
+        named = {f"{AVERAGE}/{name}": average for name, average in self._averages.items()}
+        return shards_to_write(named, rank)
+
+    def load(self, path: Path, *, verified: bool = False) -> None:
+        """Load the averages of a checkpoint; if it has none they start with the next step.
+
+        Args:
+            path: a checkpoint.
+            verified: the digests have been compared already.
+
+        Raises:
+            ValueError: a file cannot be read, or an average has another shape than its parameter.
+        """
+        with ShardFiles(path, OPTIMIZER, verified=verified) as files:
+            self._averages = {
+                name: read_like(parameter, files, f"{AVERAGE}/{name}", parameter.device)
+                for name, parameter in named_parameters(self._optimizer).items()
+                if f"{AVERAGE}/{name}" in files.shapes
+            }
 
 
 @torch.no_grad()

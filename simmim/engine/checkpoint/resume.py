@@ -21,7 +21,7 @@ from simmim.engine.checkpoint.directory import (
     load_state,
     read_json,
 )
-from simmim.engine.checkpoint.ema import load_average
+from simmim.engine.checkpoint.ema import RunningAverage, load_average
 from simmim.engine.checkpoint.shard_files import ShardFiles
 from simmim.engine.checkpoint.sharded_state import (
     is_sharded,
@@ -61,12 +61,13 @@ def restore(
     stage: Resumable,
     accelerator: Accelerator,
     optimizer: torch.optim.Optimizer,
+    average: RunningAverage | None = None,
     *,
     allow_changes: bool,
 ) -> TrainingState:
     """Load a checkpoint, written by any number of ranks, into a stage and its optimiser.
 
-    It is one that `choose_checkpoint` has verified.
+    It is one that `choose_checkpoint` has verified. Its running averages are loaded into `average`.
 
     Raises:
         ValueError: the checkpoint belongs to another model, does not fit or cannot be read.
@@ -74,6 +75,8 @@ def restore(
     state = resumable_state(path, stage, allow_changes=allow_changes)
     load_model(path, stage.module, verified=True)
     load_optimizer(path, optimizer, verified=True)
+    if average is not None:
+        average.load(path, verified=True)
     if accelerator.scaler is not None and state.scaler is not None:
         accelerator.scaler.load_state_dict(state.scaler)
     return state

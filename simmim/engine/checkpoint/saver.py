@@ -34,6 +34,7 @@ from simmim.engine.checkpoint.directory import (
     temporary_path,
     write_best,
 )
+from simmim.engine.checkpoint.ema import RunningAverage
 from simmim.engine.checkpoint.shard_files import TensorShard, write_shards
 from simmim.engine.checkpoint.sharded_state import (
     is_sharded,
@@ -56,6 +57,7 @@ class RankContents:
     """Number of ranks that write shard files."""
     model: Mapping[str, TensorShard]
     optimizer: Mapping[str, TensorShard]
+    """State of the optimiser, and running averages of the weights."""
     texts: Mapping[str, str]
     """Content of the other files by name; rank 0 writes them."""
 
@@ -72,6 +74,8 @@ def rank_contents(
     accelerator: Accelerator,
     state: TrainingState,
     recipe: str,
+    *,
+    average: RunningAverage | None = None,
 ) -> RankContents:
     """Return the contents of the checkpoint of `state` for this rank; all ranks call it together.
 
@@ -85,12 +89,13 @@ def rank_contents(
         STATE_FILE: json.dumps(asdict(state), indent=2),
         RECIPE_FILE: recipe,
     }
+    averages = {} if average is None else average.shards(rank)
     sharded = is_sharded(module)
     return RankContents(
         shard=rank if sharded else 0,
         shard_count=accelerator.num_processes if sharded else 1,
         model=model_shards(module, rank),
-        optimizer=optimizer_shards(optimizer, rank),
+        optimizer=optimizer_shards(optimizer, rank) | averages,
         texts=texts if rank == 0 else {},
     )
 

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from simmim.engine.checkpoint.shard_files import ShardFiles, TensorShard, whole_tensor
 
-LIKE_PARAMETERS = ("exp_avg", "exp_avg_sq", "ema")
-"""Keys of an optimiser's state whose tensors have the shapes of the parameters."""
+AVERAGE = "ema"
+"""Key of the running averages, which are saved beside the optimiser's state."""
+LIKE_PARAMETERS = ("exp_avg", "exp_avg_sq", AVERAGE)
+"""Keys of tensors that have the shapes of the parameters."""
 
 
 def as_dtensor(tensor: Tensor) -> Any:
@@ -83,7 +85,7 @@ def shard_to_write(tensor: Tensor, rank: int) -> TensorShard | None:
 
 def model_shards(model: nn.Module, rank: int) -> dict[str, TensorShard]:
     """Return the weights and buffers that this rank writes."""
-    return _shards(model.state_dict(), rank)
+    return shards_to_write(model.state_dict(), rank)
 
 
 def optimizer_shards(optimizer: torch.optim.Optimizer, rank: int) -> dict[str, TensorShard]:
@@ -94,10 +96,11 @@ def optimizer_shards(optimizer: torch.optim.Optimizer, rank: int) -> dict[str, T
         for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }
-    return _shards(tensors, rank)
+    return shards_to_write(tensors, rank)
 
 
-def _shards(tensors: Mapping[str, Tensor], rank: int) -> dict[str, TensorShard]:
+def shards_to_write(tensors: Mapping[str, Tensor], rank: int) -> dict[str, TensorShard]:
+    """Return the shards of tensors that this rank writes, by name."""
     found = {name: shard_to_write(tensor, rank) for name, tensor in tensors.items()}
     return {name: shard for name, shard in found.items() if shard is not None}
 
@@ -193,15 +196,17 @@ def restore_optimizer(
     for name, parameter in parameters.items():
         state: dict[str, Any] = dict(scalars[name])
         for key in keys.get(name, ()):
+            if key == AVERAGE:
+                continue
             on_cpu = key == "step" and not fused[name]
             device = torch.device("cpu") if on_cpu else parameter.device
-            state[key] = _read_like(parameter, files, f"{key}/{name}", device)
+            state[key] = read_like(parameter, files, f"{key}/{name}", device)
         if state:
             optimizer.state[parameter] = state
 
 
-def _read_like(parameter: Tensor, files: ShardFiles, name: str, device: torch.device) -> Tensor:
-    """Read a state tensor, sharded as its parameter if it has the same shape."""
+def read_like(parameter: Tensor, files: ShardFiles, name: str, device: torch.device) -> Tensor:
+    """Read a tensor, sharded as a parameter if it has the same shape."""
     sharded = as_dtensor(parameter)
     if sharded is None or files.shapes[name] != tuple(parameter.shape):
         return files.read(name).to(device)

@@ -19,8 +19,9 @@ import torch
 import yaml
 
 import data_prep.cli
-from simmim.engine.checkpoint.directory import complete_checkpoints
+from simmim.engine.checkpoint.directory import OPTIMIZER, complete_checkpoints
 from simmim.engine.checkpoint.resume import read_model
+from simmim.engine.checkpoint.shard_files import ShardFiles
 from simmim.engine.run import RunFolder
 from simmim.export.export import export
 from swinv2 import load_encoder
@@ -149,6 +150,12 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return read_model(complete_checkpoints(run / "checkpoints")[-1])
 
 
+def states(run: Path) -> dict[str, torch.Tensor]:
+    """Return the optimiser's tensors in the last checkpoint, and the running averages."""
+    with ShardFiles(complete_checkpoints(run / "checkpoints")[-1], OPTIMIZER) as files:
+        return files.read_all()
+
+
 def assert_alike(one: Path, other: Path) -> None:
     assert keys(one) == keys(other)
     assert rates(one) == rates(other)
@@ -213,6 +220,24 @@ def test_sharded_training_equals_ddp_and_resumes(config: Path, tmp_path: Path) -
     for run in (whole, shards, broken):
         export(run, tmp_path / f"{run.name}-encoder", "native")
         assert (run / "encoder" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_sharded_averages_resume_bit_for_bit(config: Path, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    averaging = ("--training.ema_decay", "0.9")
+    go(SHARDED, config, whole, *averaging)
+    go(SHARDED, config, broken, "--stop-at", "3", *averaging, code=None)
+    shutil.copytree(broken, tmp_path / "alone")
+    go(SHARDED, config, broken, *averaging, "--resume", "auto")
+    assert_same(whole, broken)
+    first, second = (states(run) for run in (whole, broken))
+    assert first.keys() == second.keys()
+    assert {name.partition("/")[0] for name in first} == {"ema", "exp_avg", "exp_avg_sq", "step"}
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    go(1, config, tmp_path / "alone", *averaging, "--resume", "auto")
+    for name, tensor in states(tmp_path / "alone").items():
+        torch.testing.assert_close(first[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from simmim.engine.checkpoint.directory import (
     remove_later_checkpoints,
     remove_old_checkpoints,
 )
+from simmim.engine.checkpoint.ema import RunningAverage, read_average
 from simmim.engine.checkpoint.resume import load_model, load_optimizer
 from simmim.engine.checkpoint.saver import rank_contents, write_contents
 from simmim.engine.optimizer import ParameterGroup, build_optimizer
@@ -52,12 +53,20 @@ def build(
     return model, build_optimizer(model, settings, groups)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    first: int,
+    last: int,
+    average: RunningAverage | None = None,
+) -> None:
     for step in range(first, last):
         torch.manual_seed(step)
         optimizer.zero_grad()
         model(torch.randn(5, 3)).square().mean().backward()
         optimizer.step()
+        if average is not None:
+            average.update(0.9, step + 1)
 
 
 def state_of(step: int) -> TrainingState:
@@ -74,10 +83,15 @@ def state_of(step: int) -> TrainingState:
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: TrainingState,
+    average: RunningAverage | None = None,
 ) -> Path:
     """Write a checkpoint as a single rank does, and remove it if that fails."""
-    contents = rank_contents(model, optimizer, Accelerator(cpu=True), state, "")
+    accelerator = Accelerator(cpu=True)
+    contents = rank_contents(model, optimizer, accelerator, state, "", average=average)
     try:
         write_contents(folder, state.step, contents)
     except BaseException:
@@ -109,7 +123,9 @@ def assert_same(one: tuple[Any, Any], other: tuple[Any, Any]) -> None:
         assert torch.equal(left, right)
         first, second = one[1].state[left], other[1].state[right]
         assert first.keys() == second.keys()
-        assert all(torch.equal(first[key], second[key]) for key in first)
+        assert all(
+            torch.equal(torch.as_tensor(first[key]), torch.as_tensor(second[key])) for key in first
+        )
 
 
 def steps(folder: Path) -> list[int]:
@@ -232,23 +248,59 @@ def test_optimizer_state_is_restored_by_name_and_hyperparameters_stay(
     assert {group["eps"] for group in other.param_groups} == {1e-6}
 
 
-def test_the_8_bit_state_resumes_as_if_uninterrupted(tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes", reason="pip install 'simmim[8bit]'")
+class CoarseMomentum(torch.optim.Optimizer):
+    """SGD with momentum in 8 bits: states of other dtypes and shapes than the parameters."""
 
-    def build_large() -> tuple[nn.Module, torch.optim.Optimizer]:
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                gradient = parameter.grad.flatten(1) if parameter.ndim > 1 else parameter.grad
+                momentum = gradient
+                if state:
+                    sign = 2.0 * state["positive"] - 1
+                    momentum = gradient + sign * state["momentum"].float() * state["scale"]
+                scale = momentum.abs().amax(dim=-1, keepdim=True) / 255
+                parameter.sub_(group["lr"] * momentum.view(parameter.shape))
+                state["momentum"] = (momentum.abs() / scale).round().to(torch.uint8)
+                state["positive"] = momentum > 0
+                state["scale"] = scale
+                state["steps"] = state.get("steps", 0) + 1
+
+
+def coarse(model: nn.Module) -> torch.optim.Optimizer:
+    named = [{"params": list(model.named_parameters())}]
+    return CoarseMomentum(named, {"lr": 0.01})  # type: ignore[arg-type]
+
+
+def adamw_8bit(model: nn.Module) -> torch.optim.Optimizer:
+    pytest.importorskip("bitsandbytes", reason="pip install 'simmim[8bit]'")
+    return build_optimizer(model, replace(SETTINGS, name="adamw_8bit"), ONE_GROUP)
+
+
+@pytest.mark.parametrize("make", [coarse, adamw_8bit])
+def test_8_bit_states_and_averages_resume_as_if_uninterrupted(
+    tmp_path: Path, make: Callable[[nn.Module], torch.optim.Optimizer]
+) -> None:
+    def build_large() -> tuple[nn.Module, torch.optim.Optimizer, RunningAverage]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 2048), nn.Linear(2048, 4))  # above 4096 numbers
-        return model, build_optimizer(model, replace(SETTINGS, name="adamw_8bit"), ONE_GROUP)
+        optimizer = make(model)
+        return model, optimizer, RunningAverage(optimizer)
 
-    whole, whole_optimizer = build_large()
-    train(whole, whole_optimizer, 0, 5)
-    model, optimizer = build_large()
-    train(model, optimizer, 0, 3)
-    path = save_checkpoint(tmp_path, model, optimizer, state_of(3))
-    again, other = build_large()
+    whole, whole_optimizer, whole_average = build_large()
+    train(whole, whole_optimizer, 0, 5, whole_average)
+    model, optimizer, average = build_large()
+    train(model, optimizer, 0, 3, average)
+    path = save_checkpoint(tmp_path, model, optimizer, state_of(3), average)
+    again, other, other_average = build_large()
     load_model(path, again)
     load_optimizer(path, other)
-    train(again, other, 3, 5)
+    other_average.load(path)
+    assert_same((again, other), (model, optimizer))
+    train(again, other, 3, 5, other_average)
+    assert_same((again, other), (whole, whole_optimizer))
     kinds = {
         value.dtype
         for state in other.state.values()
@@ -256,8 +308,11 @@ def test_the_8_bit_state_resumes_as_if_uninterrupted(tmp_path: Path) -> None:
         if isinstance(value, torch.Tensor)
     }
     assert torch.uint8 in kinds
-    for left, right in zip(again.parameters(), whole.parameters(), strict=True):
-        assert torch.equal(left, right)
+    first = save_checkpoint(tmp_path / "first", whole, whole_optimizer, state_of(5), whole_average)
+    second = save_checkpoint(tmp_path / "second", again, other, state_of(5), other_average)
+    expected, found = read_average(first), read_average(second)
+    assert expected.keys() == found.keys() == dict(whole.named_parameters()).keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_the_state_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from simmim.engine.checkpoint.directory import complete_checkpoints
-from simmim.engine.checkpoint.ema import averaged, read_average, update_average
+from simmim.engine.checkpoint.ema import RunningAverage, read_average
 from simmim.engine.checkpoint.resume import read_model
 from simmim.engine.devices import build_accelerator
 from simmim.engine.loop import train
@@ -47,18 +47,19 @@ def small_optimizer() -> tuple[nn.Linear, torch.optim.Optimizer]:
 def test_the_average_is_the_weighted_sum_of_all_weights_so_far() -> None:
     torch.manual_seed(0)
     model, optimizer = small_optimizer()
+    average = RunningAverage(optimizer)
     expected: torch.Tensor | None = None
     for step in range(1, 30):
         model(torch.randn(4, 3)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        update_average(optimizer, 0.7, step)
+        average.update(0.7, step)
         decay = min(0.7, (1 + step) / (10 + step))
         weight = model.weight.detach().double()
         expected = weight if expected is None else decay * expected + (1 - decay) * weight
     trained = model.weight.detach().clone()
     assert expected is not None
-    with averaged(optimizer):
+    with average.swapped():
         torch.testing.assert_close(model.weight.detach().double(), expected, rtol=0, atol=1e-6)
         assert not torch.equal(model.weight, trained)
     assert torch.equal(model.weight, trained)
@@ -66,21 +67,41 @@ def test_the_average_is_the_weighted_sum_of_all_weights_so_far() -> None:
 
 def test_before_the_first_step_there_is_no_average() -> None:
     model, optimizer = small_optimizer()
-    update_average(optimizer, 0.9, 1)
+    average = RunningAverage(optimizer)
+    average.update(0.9, 1)
     assert not optimizer.state  # AdamW takes a state that holds anything for its own
     before = model.weight.detach().clone()
-    with averaged(optimizer):
+    with average.swapped():
         assert torch.equal(model.weight, before)
+
+
+def test_a_parameter_without_a_gradient_so_far_has_no_average() -> None:
+    model, optimizer = small_optimizer()
+    average = RunningAverage(optimizer)
+    model.weight.requires_grad_(False)
+    for step in (1, 2):
+        if step == 2:
+            model.weight.requires_grad_(True)
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(0.9, step)
+        expected = {"ema/bias"} if step == 1 else {"ema/bias", "ema/weight"}
+        assert average.shards(0).keys() == expected
+        assert average.shards(1) == {}
+    assert torch.equal(average.shards(0)["ema/weight"].rows, model.weight)  # it begins with it
+    assert all("ema" not in state for state in optimizer.state.values())
 
 
 def test_weights_come_back_after_an_error() -> None:
     model, optimizer = small_optimizer()
+    average = RunningAverage(optimizer)
     for step in (1, 2):
         model(torch.ones(1, 3)).sum().backward()
         optimizer.step()
-        update_average(optimizer, 0.9, step)
+        average.update(0.9, step)
     before = model.weight.detach().clone()
-    with pytest.raises(OSError, match="full"), averaged(optimizer):
+    with pytest.raises(OSError, match="full"), average.swapped():
         raise OSError("full")
     assert torch.equal(model.weight, before)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from simmim import SimMIM
-from simmim.engine.checkpoint.ema import averaged, update_average
+from simmim.engine.checkpoint.ema import RunningAverage
 from simmim.engine.distributed.launcher import run_as_rank
 from simmim.engine.distributed.sharding import shard_by_block, shard_size, sharding_units
 from swinv2 import build_encoder
@@ -35,28 +35,30 @@ def main(execution: dict[str, Any], param_dtype: torch.dtype | None) -> None:
         torch.optim.AdamW(list(model.named_parameters()), lr=1e-3, eps=1e-4)
         for model in (whole, sharded)
     ]
+    averages = [RunningAverage(optimizer) for optimizer in optimizers]
     losses = []
     for step in range(STEPS):
         images, mask = batch(step)
         ours = slice(rank, None, world)
         of_whole = whole(images, mask).loss
         of_sharded = sharded(images[ours], mask[ours]).loss
-        for loss, optimizer in zip((of_whole, of_sharded), optimizers, strict=True):
+        of_both = zip((of_whole, of_sharded), optimizers, averages, strict=True)
+        for loss, optimizer, average in of_both:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            update_average(optimizer, 0.5, step + 1)
+            average.update(0.5, step + 1)
         mean = of_sharded.detach().float()
         dist.all_reduce(mean)
         losses.append(abs(float(of_whole.detach()) - float(mean) / world))
     weights = largest_difference(whole, sharded)
-    with averaged(optimizers[0]), averaged(optimizers[1]):
-        averages = largest_difference(whole, sharded)
+    with averages[0].swapped(), averages[1].swapped():
+        of_averages = largest_difference(whole, sharded)
     again = largest_difference(whole, sharded)
     assert again == weights, (again, weights)
     features = check_features(whole, sharded)
     if rank == 0:
-        found = {"loss": max(losses), "weight": weights, "average": averages}
+        found = {"loss": max(losses), "weight": weights, "average": of_averages}
         print(json.dumps(found | {"feature": features}))
 
 
