@@ -24,6 +24,7 @@ from swinv2.bridges.transformers_backbone import (
     fill_backbone,
     register_backbone,
 )
+from swinv2.bridges.verification import quiet_transformers
 
 
 def check_installed(*, packages: Sequence[str] = ("transformers",)) -> None:
@@ -225,20 +226,21 @@ def build_mask2former(
         Mask2FormerForUniversalSegmentation,
     )
 
-    config = Mask2FormerConfig(
-        backbone_config=backbone,
-        feature_size=channels,
-        mask_feature_size=channels,
-        hidden_dim=channels,
-        encoder_feedforward_dim=4 * channels,
-        dim_feedforward=8 * channels,
-        num_queries=queries,
-        decoder_layers=decoder_layers,
-        train_num_points=points,
-        feature_strides=list(encoder.strides[-4:]),
-        common_stride=encoder.strides[-4],
-        **names_of_labels(names),
-    )
+    with quiet_transformers():  # it warns of backbones of other models
+        config = Mask2FormerConfig(
+            backbone_config=backbone,
+            feature_size=channels,
+            mask_feature_size=channels,
+            hidden_dim=channels,
+            encoder_feedforward_dim=4 * channels,
+            dim_feedforward=8 * channels,
+            num_queries=queries,
+            decoder_layers=decoder_layers,
+            train_num_points=points,
+            feature_strides=list(encoder.strides[-4:]),
+            common_stride=encoder.strides[-4],
+            **names_of_labels(names),
+        )
     net = Mask2FormerForUniversalSegmentation(config)
     fill_backbone(net.model.pixel_level_module.encoder, encoder)
     return net

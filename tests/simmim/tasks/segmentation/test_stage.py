@@ -307,6 +307,19 @@ def test_encoder_and_head_of_any_checkpoint_are_exported(
     )
 
 
+def test_warnings_of_transformers_stay_out_of_the_output(
+    values: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers.utils import logging
+
+    logging.warning_once.cache_clear()  # it warns once in a process
+    logger = logging.get_logger("transformers")
+    logger.addHandler(caplog.handler)
+    build(changed(values, "head", kind="mask2former", channels=32))
+    logger.removeHandler(caplog.handler)
+    assert caplog.text == ""
+
+
 def test_images_to_train_on_are_not_those_to_validate_on(values: dict[str, Any]) -> None:
     for change in ({"layout": {"images": "images"}}, {"train": "validation"}):
         with pytest.raises(RecipeError, match="training and validation both use"):
@@ -319,7 +332,17 @@ def test_two_processes_train_in_shards(
     values: dict[str, Any], tmp_path: Path, train_in_shards: Callable[..., list[dict[str, Any]]]
 ) -> None:
     """Batch norms of the head keep their own precision, while the rest is gathered in bf16."""
-    assert "miou" in train_in_shards(values, tmp_path / "run")[-1]
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert "miou" in train_in_shards(values, run)[-1]
+    for step in (2, 4):  # one of them is the best
+        checkpoint = run / "checkpoints" / f"step-{step:08d}"
+        assert (checkpoint / "model-00001-of-00002.safetensors").is_file()
+        export(checkpoint, out, "native")
+        kept = read_model(checkpoint)
+        head = load_dense(out / "segmentation").state_dict()
+        for name in ("decode_head.classifier.weight", "auxiliary_head.classifier.weight"):
+            (own,) = (one for one in kept if one.endswith(name))
+            assert torch.equal(head[name], kept[own])
 
 
 @pytest.mark.parametrize("split", ["training", "validation"])
