@@ -319,7 +319,10 @@ def _stream(
 def _describe_labels(source: ImageSource, doubts: str) -> str:
     lines = [source.describe_columns()] if isinstance(source, ListSource) else []
     if doubts:
-        lines.append(f"the class of an image is the folder that holds it: {doubts}")
+        lines.append(
+            f"the class of an image is the folder that holds it: {doubts}. A list of paths and "
+            "labels sets other classes"
+        )
     return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ import data_prep.cli
 from data_prep.format.manifest import ManifestError
 from simmim.data.datasets import folder as image_folder
 from simmim.data.datasets.folder import ImageFolder, open_folder
+from simmim.data.datasets.listing import list_images
 from simmim.data.datasets.mixture import MixedShards, Shards
 from simmim.data.datasets.opening import WeightedShards, open_sets
 from simmim.data.datasets.shards import ShardSet
@@ -225,9 +226,9 @@ def test_reads_of_a_missing_folder_are_retried(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "images")
     expected = open_folder(folder).read(0, 0).image
     away = folder.rename(tmp_path / "away")
-    images = ImageFolder(folder, image_folder.list_images(away), attempts=3)
+    images = ImageFolder(folder, list_images(away), attempts=3)
     with pytest.raises(DataError, match=r"\.png cannot be read .*after 1 attempt"):
-        _ = ImageFolder(folder, image_folder.list_images(away)).read(0, 0).image
+        _ = ImageFolder(folder, list_images(away)).read(0, 0).image
     back = threading.Timer(0.05, away.rename, [folder])
     back.start()
     began = time.perf_counter()
@@ -292,6 +293,7 @@ def test_skipped_entries_are_reported(
     open_folder(folder)
     assert capsys.readouterr().err == (
         f"{folder}: 6 images; skipped: .txt (1), hidden (1); folders without images (1): fox\n"
+        "  .txt: classes.txt\n  hidden: cat/.DS_Store\n"
     )
     monkeypatch.setenv("RANK", "1")
     process_environment.cache_clear()

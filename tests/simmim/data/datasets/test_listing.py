@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.format.manifest import IMAGE_SUFFIXES as SHARDED_SUFFIXES
-from simmim.data.datasets.folder import IMAGE_SUFFIXES, list_images
+from simmim.data.datasets.listing import IMAGE_SUFFIXES, list_images
 from simmim.data.order.source import DataError
 
 NAMES = st.sampled_from(["a.jpg", "b.PNG", "c.txt", "d", ".e.jpg", "f.tar.gz", "g.JPEG"])
