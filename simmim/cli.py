@@ -20,7 +20,7 @@ from simmim.start import TRAINING, start_process
 from simmim.stop_signals import ProcessExit, ignore_stop_signals
 
 if TYPE_CHECKING:
-    from simmim.tasks.all_tasks import Task
+    from simmim.tasks.task import Task
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -159,13 +159,13 @@ def add_pretrain(command: CommandParser) -> None:
 
 def add_finetune(command: CommandParser) -> None:
     """Add the arguments of `simmim finetune`."""
-    from simmim.tasks.all_tasks import FINE_TUNING  # noqa: PLC0415
+    from simmim.tasks.all_tasks import fine_tuning_tasks  # noqa: PLC0415
 
     summary = (
         "Fine-tune an encoder on the task of a recipe: --init PATH names the encoder directory or "
         "the finished run to start from."
     )
-    _add_training(command, summary, FINE_TUNING)
+    _add_training(command, summary, fine_tuning_tasks())
 
 
 def _add_training(command: CommandParser, summary: str, task_names: Sequence[str]) -> None:
@@ -402,10 +402,10 @@ def add_report(command: CommandParser) -> None:
 def run_report(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run `simmim report`."""
     from simmim.engine.run import RunFolder  # noqa: PLC0415
-    from simmim.report.page import write_report  # noqa: PLC0415
+    from simmim.tasks.train import report_run  # noqa: PLC0415
 
     del overrides
-    print(write_report(RunFolder(path=arguments.run)))
+    print(report_run(RunFolder(path=arguments.run)))
     return 0
 
 

@@ -12,6 +12,7 @@ from simmim.data.datasets.mixture import Shards
 from simmim.data.datasets.opening import (
     ChannelStatistics,
     ShardsSetting,
+    first_folder,
     folders_of,
     measured_statistics,
     open_sets,
@@ -73,6 +74,10 @@ class SampleSettings:
 
     REMEDY: ClassVar[str] = REMEDY
     """Remedy named in the error about too many bad samples."""
+    SMALLER: ClassVar[str] = "Smaller files load faster"
+    """Advice where loading is slow."""
+    MEASURABLE: ClassVar[bool] = False
+    """Whether mean and std may be `measured`."""
     workers: int = 2
     """Data worker processes per training process; 0 decodes in the training process itself."""
     UNRECORDED_SLOTS: ClassVar[int] = 64
@@ -111,6 +116,11 @@ class SampleSettings:
     def slots_of_sets(self) -> tuple[int, ...]:
         """Numbers of slots, one for all datasets or one for each; empty if not chosen yet."""
         return (self.slots,) if isinstance(self.slots, int) else self.slots or ()
+
+    @property
+    def first_shards(self) -> str | None:
+        """The first folder of images that can be opened without labels; None for other data."""
+        return None
 
     @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -170,6 +180,8 @@ class DrawnSettings(SampleSettings):
 class DataSettings(RemoteSettings, SampleSettings):
     """Images in shards or folders, and how they are read."""
 
+    SMALLER: ClassVar[str] = "Smaller images load faster: `data-prep shard --short-side`"
+    MEASURABLE: ClassVar[bool] = True
     shards: ShardsSetting
     """Folder of shards made by data-prep (tars, indexes and manifest.json), or its URL (s3, gs,
     http or https); or a pattern of shards in it, `DIR/train-{000..099}.tar` or `DIR/train-*.tar`;
@@ -222,6 +234,11 @@ class DataSettings(RemoteSettings, SampleSettings):
     def remote_reading(self) -> RemoteReading:
         """Options for reading remote shards in the shuffled order of an epoch."""
         return replace(super().remote_reading, slots=max(self.slots_of_sets, default=MAX_SLOTS))
+
+    @property
+    def first_shards(self) -> str:
+        """The first folder of shards or images."""
+        return first_folder(self.shards)
 
     def split_shards(self) -> tuple[Shards, Shards]:
         """Open the datasets and return (training, validation); see `open_shards`."""

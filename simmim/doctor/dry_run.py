@@ -5,14 +5,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 
 from data_prep.format.text import count_noun, format_bytes
 from simmim.data.loader.batch import Batch
-from simmim.data.settings import DataSettings
 from simmim.doctor.checks import Check, problem
 from simmim.engine.devices import prepare
 from simmim.engine.distributed.sharding import trains_in_shards
@@ -28,7 +27,6 @@ from simmim.engine.monitor.progress import duration
 from simmim.engine.optimizer import set_learning_rate
 from simmim.engine.stage import TrainingStage
 from simmim.environment import available_cores, process_environment
-from simmim.tasks.all_tasks import TaskStage
 from simmim.tasks.recipe import TaskRecipe
 
 Answer = TypeVar("Answer")
@@ -254,7 +252,7 @@ def warn_of_long_steps(*, flops: float, batch_size: int, peak: float, seconds: f
 
 
 def check_pace(
-    stage: TaskStage, recipe: TaskRecipe, speed: Speed, device: torch.device, world: int
+    stage: Any, recipe: TaskRecipe, speed: Speed, device: torch.device, world: int
 ) -> Iterator[Check]:
     """Check data loading, compute, duration, checkpoints and validation."""
     of = recipe.SAMPLES
@@ -285,9 +283,7 @@ def check_data_speed(recipe: TaskRecipe, speed: Speed, world: int) -> Check:
     wanted = math.ceil(max(workers, 1) * DATA_MARGIN * speed.compute / speed.data)
     cores = available_cores()
     possible = max(1, cores // process_environment().local_world)
-    smaller = "Smaller files load faster"
-    if isinstance(recipe.data, DataSettings):
-        smaller = "Smaller images load faster: `data-prep shard --short-side`"
+    smaller = recipe.data.SMALLER
     change = f"set data.workers to {min(wanted, possible)}"
     if wanted > possible:
         change = f"{change}, one per core; {wanted} would be needed. {smaller}"
@@ -299,7 +295,7 @@ def check_data_speed(recipe: TaskRecipe, speed: Speed, world: int) -> Check:
     return Check(name="data speed", verdict="warning", found=found, change=change)
 
 
-def check_duration(stage: TaskStage, recipe: TaskRecipe, rate: float) -> Iterator[Check]:
+def check_duration(stage: Any, recipe: TaskRecipe, rate: float) -> Iterator[Check]:
     """Check how long training takes, and how often it saves, validates and probes."""
     training = recipe.training
     total = training.total_steps(stage.order.samples_per_epoch)
@@ -331,7 +327,7 @@ def check_duration(stage: TaskStage, recipe: TaskRecipe, rate: float) -> Iterato
     yield check_validation_time(stage, recipe, rate)
 
 
-def check_validation_time(stage: TaskStage, recipe: TaskRecipe, rate: float) -> Check:
+def check_validation_time(stage: Any, recipe: TaskRecipe, rate: float) -> Check:
     """Check the time that validation and probes take: a forward pass is 1/3 of a step.
 
     Args:

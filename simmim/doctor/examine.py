@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -26,11 +25,10 @@ from simmim.engine.distributed.launcher import end_processes, end_with_launcher,
 from simmim.engine.monitor.hardware import device_peak
 from simmim.engine.run import RunFolder
 from simmim.environment import process_environment
-from simmim.tasks.all_tasks import TaskStage, task_named
+from simmim.tasks.all_tasks import task_named
 from simmim.tasks.architecture import overridden
-from simmim.tasks.classification.stage import ClassificationStage
 from simmim.tasks.input_check import input_of
-from simmim.tasks.loading import all_labels, with_recorded_slots
+from simmim.tasks.loading import with_recorded_slots
 from simmim.tasks.recipe import TaskRecipe
 from swinv2.encoder import HierarchicalEncoder
 
@@ -49,7 +47,7 @@ def examine_training(
         seconds: duration of reading data, and of the dry steps.
     """
     checks = [first]
-    stages: list[TaskStage] = []
+    stages: list[Any] = []
     run = RunFolder(path=Path(folder))
     found = attempt(
         "data and model", lambda: _open(with_recorded_slots(recipe, run, resume), stages)
@@ -68,7 +66,7 @@ def examine_training(
     return int(code)
 
 
-def _open(recipe: TaskRecipe, stages: list[TaskStage]) -> Iterable[Check]:
+def _open(recipe: TaskRecipe, stages: list[Any]) -> Iterable[Check]:
     """Open everything that training opens before it starts; yield nothing on success."""
     process_environment().check_parallelism()
     check_weights_fit(recipe)
@@ -81,7 +79,7 @@ def _open(recipe: TaskRecipe, stages: list[TaskStage]) -> Iterable[Check]:
 
 
 def examine(
-    stage: TaskStage,
+    stage: Any,
     run: RunFolder,
     accelerator: Accelerator,
     *,
@@ -127,19 +125,19 @@ def examine(
     return checks
 
 
-def _reads_images(stage: TaskStage) -> bool:
+def _reads_images(stage: Any) -> bool:
     """Return whether training is on images alone, in shards or folders, perhaps with a class."""
     return isinstance(stage.training_shards, ImageSet | MixedShards)
 
 
-def _check_plan(stage: TaskStage, device: torch.device) -> Iterable[Check]:
+def _check_plan(stage: Any, device: torch.device) -> Iterable[Check]:
     published = isinstance(stage.encoder, HierarchicalEncoder)
     return check_hyperparameters(
         stage.recipe, stage.order.samples_per_epoch, device, published=published
     )
 
 
-def _check_memory(stage: TaskStage, device: torch.device, world: int) -> Iterable[Check]:
+def _check_memory(stage: Any, device: torch.device, world: int) -> Iterable[Check]:
     """Estimate the memory of a step, whose sizes are in the recipe if the encoder is a SwinV2."""
     if isinstance(stage.encoder, HierarchicalEncoder):
         return check_memory(stage.recipe, device, world)
@@ -152,26 +150,27 @@ def _check_memory(stage: TaskStage, device: torch.device, world: int) -> Iterabl
 
 def _check_data(stage: Any, given: TaskRecipe) -> Iterable[Check]:
     """Check the training and validation data; `given` as in `input_of`."""
-    if not _reads_images(stage):
+    if _reads_images(stage):
+        training, validation = stage.training_shards, stage.validation_shards
+        yield from check_shards(training, validation, stage.recipe.data, input_of(stage, given))
+    else:
         yield from check_labelled_files(stage, given)
-        return
-    training, validation = stage.training_shards, stage.validation_shards
-    yield from check_shards(training, validation, stage.recipe.data, input_of(stage, given))
-    if isinstance(stage, ClassificationStage) and stage.recipe.data.multi_label is None:
-        counts = np.bincount(all_labels(training), minlength=len(training.classes))
-        yield check_class_sizes(training.classes, counts.tolist(), stage.recipe.SAMPLES)
+    counts = stage.class_counts()
+    if counts is not None:
+        yield check_class_sizes(counts, stage.recipe.SAMPLES)
 
 
-def count_permanent_checkpoints(stage: TaskStage) -> int:
+def count_permanent_checkpoints(stage: Any) -> int:
     """Return how many checkpoints a complete training keeps in addition to the last ones."""
     training = stage.recipe.training
     if training.keep_every is None:
         return 0
     every = math.lcm(training.keep_every, training.checkpoint_every)
-    return training.total_steps(stage.order.samples_per_epoch) // every
+    steps: int = training.total_steps(stage.order.samples_per_epoch)
+    return steps // every
 
 
-def _disk(stage: TaskStage, run: RunFolder) -> Check:
+def _disk(stage: Any, run: RunFolder) -> Check:
     training = stage.recipe.training
     best = training.keep_best and stage.watch.best_metric is not None
     return check_disk(
@@ -183,7 +182,7 @@ def _disk(stage: TaskStage, run: RunFolder) -> Check:
 
 
 def check_run(
-    run: RunFolder, stage: TaskStage, resume: str | None, given: TaskRecipe | None = None
+    run: RunFolder, stage: Any, resume: str | None, given: TaskRecipe | None = None
 ) -> Check:
     """Check that training may write into its folder, and resume from the checkpoint in it."""
     chosen = choose_checkpoint(run.checkpoints, resume, run=run.identity())

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,8 +83,6 @@ def check_labelled_files(stage: FineTuningStage[Any, Any], given: TaskRecipe) ->
         yield from input_checks(found, input_of(stage, given))
     if validation is not None:
         yield from _check_samples(stage, "held out", validation, stage.validation_transform())
-    if isinstance(training, ClipSet):  # it has a shard for each class
-        yield check_class_sizes(training.classes, training.sizes, of)
 
 
 def check_presence(sets: list[LocalFiles[Any]]) -> Check:
@@ -222,18 +220,17 @@ def _check_objects(objects: list[int]) -> Check:
     return Check(name="labels", verdict="ok", found=found)
 
 
-def check_class_sizes(classes: Sequence[str], sizes: Sequence[int], of: str) -> Check:
+def check_class_sizes(counts: Mapping[str, int], of: str) -> Check:
     """Check that every class has samples.
 
     Args:
-        classes: names of the classes.
-        sizes: number of training samples of each.
+        counts: number of training samples of each class.
         of: plural noun for samples.
     """
-    absent = [name for name, size in zip(classes, sizes, strict=True) if not size]
+    absent = [name for name, size in counts.items() if not size]
     found = (
-        f"{count_noun(len(classes), 'class', 'classes')} with "
-        f"{count_range(min(sizes), max(sizes))} {of}"
+        f"{count_noun(len(counts), 'class', 'classes')} with "
+        f"{count_range(min(counts.values()), max(counts.values()))} {of}"
     )
     if absent:
         more = ", …" if len(absent) > NAMED else ""

@@ -1,7 +1,6 @@
 """Checks of hyperparameters: learning rate, masks, schedule, precision."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
@@ -12,36 +11,14 @@ from simmim.engine.monitor.tracking import chosen_trackers
 from simmim.engine.settings import TrainingSettings
 from simmim.method.masking import describe_distance
 from simmim.method.settings import MaskSettings
+from simmim.tasks.all_tasks import task_named
 from simmim.tasks.recipe import TaskRecipe
+from simmim.tasks.task import REFERENCE_BATCH
 
-REFERENCE_BATCH = 512
 FASTER = 1.5
 """Speed-up of matrix products in bf16 on a CPU from which bf16 is advised."""
 FARTHEST = 4
 """Factor above or below the papers' learning rates from which there is a warning."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PaperRow:
-    """A learning rate from the papers (arXiv 2111.09883 and 2111.09886)."""
-
-    task: str
-    variants: tuple[str, ...]
-    lr: float
-    """Scaled linearly to REFERENCE_BATCH images."""
-    text: str
-
-
-PAPER = (
-    PaperRow(task="pretrain", variants=("base",), lr=2e-4, text="8e-4 at 2048, 100 epochs"),
-    PaperRow(task="pretrain", variants=("base", "large"), lr=1e-4, text="4e-4 at 2048, 800 epochs"),
-    PaperRow(task="pretrain", variants=("giant",), lr=1.4e-3 / 18, text="1.4e-3 at 9216"),
-    PaperRow(task="classification", variants=("base", "large"), lr=1.25e-3, text="5e-3 at 2048"),
-    PaperRow(task="segmentation", variants=("giant",), lr=6.4e-4, text="4e-5 at 32"),
-    PaperRow(task="detection", variants=("giant",), lr=3.2e-3, text="6e-4 at 96"),
-    PaperRow(task="video", variants=("giant",), lr=2.3e-3, text="3.6e-4 at 80, 256 pixels"),
-    PaperRow(task="video", variants=("giant",), lr=4e-4, text="5e-5 at 64, 320 pixels"),
-)
 
 
 def check_hyperparameters(
@@ -74,14 +51,17 @@ def check_learning_rate(recipe: TaskRecipe) -> Check:
     scale = batch / REFERENCE_BATCH
     encoder = recipe.encoder
     own = any(size is not None for size in (encoder.embed_dim, encoder.depths, encoder.num_heads))
-    scratch = recipe.task != "pretrain" and recipe.init_directory is None
-    rows = [row for row in PAPER if row.task == recipe.task]
-    fitting = [row for row in rows if encoder.variant in row.variants]
+    task = task_named(recipe.task, "recipe")
+    scratch = task.fine_tunes and recipe.init_directory is None
+    found = f"{lr:g} for {batch:,} {recipe.SAMPLES} per step"
+    if not task.rates:
+        found = f"{found}; the papers have no learning rate for the task {task.name}"
+        return Check(name="learning rate", verdict="ok", found=found)
+    fitting = [rate for rate in task.rates if encoder.variant in rate.variants]
     known = bool(fitting) and not own and not scratch
-    rates = [row.lr * scale for row in (fitting if known else rows)]
+    rates = [rate.lr * scale for rate in (fitting if known else task.rates)]
     low, high = min(rates), max(rates)
     span = f"{low:.1e}" if low == high else f"{low:.1e} to {high:.1e}"
-    found = f"{lr:g} for {batch:,} {recipe.SAMPLES} per step"
     if not known:
         kind = "training from scratch" if scratch else "an encoder of this size"
         return Check(
@@ -90,7 +70,7 @@ def check_learning_rate(recipe: TaskRecipe) -> Check:
             found=f"{found}; the papers have no learning rate for {kind}. Scaled linearly to this "
             f"batch, their others are {span}; small encoders take higher ones.",
         )
-    listed = "; ".join(row.text for row in fitting)
+    listed = "; ".join(rate.text for rate in fitting)
     found = f"{found}; the papers' for {encoder.variant} ({listed}), scaled linearly: {span}"
     if low / FARTHEST <= lr <= high * FARTHEST:
         return Check(name="learning rate", verdict="ok", found=found)

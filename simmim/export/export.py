@@ -5,20 +5,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from data_prep.format.text import count_noun
 from simmim.engine.checkpoint.directory import read_best
-from simmim.export.load_trained import TrainedModel, read_source
+from simmim.export.load_trained import read_source
 from simmim.export.picture_check import compare_pictures
 from simmim.export.trial_image import TrialImage, trial_clip, trial_image
-from simmim.tasks.classification.classifier import load_classifier, save_head
-from simmim.tasks.features import pool
-from simmim.tasks.recipe import HEAD_FOLDER
-from simmim.tasks.segmentation.dense_stage import flat_output, load_dense, save_dense
+from simmim.tasks.trained import TrainedModel
 from swinv2 import SwinV2, VideoSwinV2, load_video_encoder, save_video_encoder
 from swinv2.bridges.onnx import MODEL_FILE, export_onnx
-from swinv2.bridges.preprocessing import Preparation, describe, sentences
+from swinv2.bridges.preprocessing import Preparation, sentences
 from swinv2.bridges.reference import export_reference
 from swinv2.bridges.timm import export_timm
 from swinv2.bridges.torch_export import PROGRAM_FILE, export_program
@@ -112,7 +108,7 @@ def _write(
     """Write an export and return a line per part; `report` receives the comparison."""
     if form == "native":
         return _write_native(found, destination, images, report)
-    encoder, head, classifier = found.encoder, found.head, found.classifier
+    encoder, masked_image, classifier = found.encoder, found.masked_image, found.classifier
     if isinstance(encoder, VideoSwinV2):
         raise ValueError(
             f"{found.origin} is an encoder of clips, which can only be exported as native."
@@ -122,12 +118,13 @@ def _write(
     preparation = found.preparation
     verified = {**prepared, "images": images, "report": report, "preparation": preparation}
     loads = "README.md shows how to load"
-    # Our heads take normalised maps, and backbones of other libraries return others.
-    left_out = "not exported: the head of the {}, which --format native writes for transformers"
-    dense = [] if found.dense is None else [left_out.format(found.dense.task)]
+    other: list[str] = []
+    if found.head is not None and classifier is None:
+        # Our heads take normalised maps, and backbones of other libraries return others.
+        other = [f"not exported: the head of the {found.head.task}, which --format native writes"]
+    heads: dict[str, Any] = {"head": masked_image, "classifier": classifier}
     match form:
         case "transformers":
-            heads: dict[str, Any] = {"head": head, "classifier": classifier}
             from_files: list[str] = []
             export_transformers(
                 encoder,
@@ -139,17 +136,17 @@ def _write(
             )
             places = {name: destination / folder for name, folder in FOLDERS.items()}
             lines = [f"{place}: {name}" for name, place in places.items() if place.is_dir()]
-            return [*lines, f"{loads} them", *dense, *from_files]
+            return [*lines, f"{loads} them", *other, *from_files]
         case "reference":
-            export_reference(encoder, destination, **verified, head=head, classifier=classifier)
+            export_reference(encoder, destination, **verified, **heads)
             heads_text = "" if classifier is None else " and classifier"
-            heads_text = heads_text if head is None else ", mask token and decoder"
-            return [f"checkpoint.pth: encoder{heads_text}; {loads} it", *dense]
+            heads_text = heads_text if masked_image is None else ", mask token and decoder"
+            return [f"checkpoint.pth: encoder{heads_text}; {loads} it", *other]
         case "timm":
             export_timm(encoder, destination, **verified, classifier=classifier)
-            lines = [f"model.safetensors and config.json; {loads} them", *dense]
+            lines = [f"model.safetensors and config.json; {loads} them", *other]
             decoder = "not exported: mask token and decoder (timm has no place for them)"
-            return lines if head is None else [*lines, decoder]
+            return lines if masked_image is None else [*lines, decoder]
         case "onnx" | "torch-export":
             export_graph = export_onnx if form == "onnx" else export_program
             export_graph(encoder, destination, **verified, any_size=any_size)
@@ -158,7 +155,7 @@ def _write(
             file = MODEL_FILE if form == "onnx" else PROGRAM_FILE
             lines = [f"{file}: feature maps of all stages for images of {size}; {loads} it"]
             alone = "not exported: the head (graphs have the encoder only)"
-            return [*lines, alone] if head or classifier or dense else lines
+            return [*lines, alone] if masked_image or found.head else lines
 
 
 def _trial_input(found: TrainedModel) -> TrialImage:
@@ -180,13 +177,12 @@ def _write_native(
         if isinstance(encoder, SwinV2):
             _add_to_readme(folder, f"\n{prepared_text}\n")
         report(compare_native(encoder, folder, images))
-        if found.classifier is not None:
-            report(_write_classifier(found, folder, images))
-            classes = count_noun(len(found.classifier.bias), "class", "classes")
-            lines.append(f"{HEAD_FOLDER}: the head with {classes}")
-        if found.dense is not None:
-            report(_write_dense(found, folder, images))
-            lines.append(f"{found.dense.task}: encoder and head, for transformers")
+        if found.head is not None:
+            written = found.head.write(folder, found, images)
+            lines.append(f"{found.head.folder}: {written.line}")
+            _add_to_readme(folder, written.readme)
+            if written.comparison:
+                report(written.comparison)
 
     prepared: dict[str, Any] = {
         "mean": found.mean,
@@ -202,69 +198,9 @@ def _write_native(
     return [f"model.safetensors and config.json; {lines[0]}", *lines[1:]]
 
 
-def _write_classifier(found: TrainedModel, folder: Path, images: Tensor) -> str:
-    """Write a classifier into an encoder directory; return a line that compares its logits."""
-    assert found.classifier is not None
-    weight, bias = found.classifier.weight, found.classifier.bias
-    head = nn.Linear(weight.shape[1], weight.shape[0])
-    head.load_state_dict({"weight": weight, "bias": bias})
-    names = found.classes or tuple(f"class {number}" for number in range(len(bias)))
-    assert found.preparation is not None
-    prepared = None
-    if isinstance(found.encoder, SwinV2):
-        prepared = describe(found.encoder.config, found.preparation, found.mean, found.std)
-    save_head(head, folder / HEAD_FOLDER, names, prepared)
-    _add_to_readme(folder, CLASSIFIER_LINES)
-    with torch.no_grad():
-        ours = head(pool(plain_copy(found.encoder)(images)))
-        loaded = load_classifier(folder, folder / HEAD_FOLDER).model(images)
-    return compare("its logits after loading", ours, loaded, tolerance=0)
-
-
-def _write_dense(found: TrainedModel, folder: Path, images: Tensor) -> str:
-    """Write a segmentation or detection model into the directory; return its comparison."""
-    assert found.dense is not None
-    net, place = found.dense.net(), folder / found.dense.task
-    save_dense(net, place, mean=found.mean, std=found.std)
-    architecture = type(net).__name__
-    _add_to_readme(folder, DENSE_LINES.format(name=architecture, folder=found.dense.task))
-    with torch.no_grad():
-        ours, loaded = net(pixel_values=images), load_dense(place)(pixel_values=images)
-    # Convolutions may round differently from call to call, so the tolerance is not 0.
-    return compare(f"{architecture} after loading", flat_output(ours), flat_output(loaded))
-
-
 def _add_to_readme(folder: Path, text: str) -> None:
     with (folder / README_FILE).open("a", encoding="utf-8") as file:
         file.write(text)
-
-
-CLASSIFIER_LINES = f"""
-With its head, and `simmim` installed:
-
-```python
-from pathlib import Path
-
-from simmim.tasks.classification.classifier import load_classifier
-
-trained = load_classifier(Path("."), Path("{HEAD_FOLDER}"))
-```
-
-`trained.model` gives a score for each of `trained.classes`. For pictures, `preparation` in
-`{HEAD_FOLDER}/classes.json` has the steps to its input.
-"""
-
-DENSE_LINES = """
-With its head, and transformers installed:
-
-```python
-from swinv2.bridges.transformers_backbone import register_backbone
-from transformers import {name}
-
-register_backbone()
-model = {name}.from_pretrained("{folder}")
-```
-"""
 
 
 def compare_native(encoder: SwinV2 | VideoSwinV2, folder: Path, images: Tensor) -> str:

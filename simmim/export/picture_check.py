@@ -15,8 +15,8 @@ from simmim.data.datasets.procedural import render
 from simmim.data.datasets.remote import RemoteReading
 from simmim.data.transforms.cropping import center_crop_resize
 from simmim.data.transforms.decoding import decode_pixels
-from simmim.export.load_trained import TrainedModel
 from simmim.tasks.features import Normalise, pool
+from simmim.tasks.trained import TrainedModel
 from swinv2 import SwinV2
 from swinv2.bridges.checkpoints import BridgeError
 from swinv2.bridges.preprocessing import least_side

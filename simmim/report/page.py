@@ -15,9 +15,9 @@ from data_prep.format.text import count_noun
 from simmim.engine.metrics_file import read_lines
 from simmim.engine.monitor.progress import duration
 from simmim.engine.run import RunFolder
-from simmim.method.settings import MaskSettings
-from simmim.recipe import parse, read_values
+from simmim.recipe import read_values
 from simmim.report.charts import STYLE, Series, chart
+from simmim.report.section import NOTHING_MORE, ReportSection
 
 Lines = Sequence[dict[str, Any]]
 
@@ -26,8 +26,6 @@ KNOWN = {
     "epoch",
     "samples",
     "loss",
-    "mean_color_loss",
-    "uniform_loss",
     "validation_loss",
     "lr",
     "grad_norm",
@@ -38,14 +36,17 @@ KNOWN = {
     "host_memory_gib",
     "eta_seconds",
     "processes",
-    "top1",
-    "top5",
 }
-"""Figures with a tile or chart of their own; the others are drawn after these, by name."""
+"""Figures of every training with a tile or chart of their own; the others are drawn after these, by
+name."""
 
 
-def write_report(run: RunFolder) -> Path:
+def write_report(run: RunFolder, section: ReportSection = NOTHING_MORE) -> Path:
     """Write the HTML report of a run and return its path.
+
+    Args:
+        run: a run folder.
+        section: what the task of the run adds.
 
     Raises:
         ValueError: `run` is not a folder, or its metrics cannot be read.
@@ -64,19 +65,19 @@ def write_report(run: RunFolder) -> Path:
             f"WARNING: the report leaves out {count_noun(damaged, 'line')} of {run.metrics}, which "
             "cannot be read.\n"
         )
-    atomic_write_text(run.report, page(run, lines))
+    atomic_write_text(run.report, page(run, lines, section))
     return run.report
 
 
-def page(run: RunFolder, lines: Lines) -> str:
+def page(run: RunFolder, lines: Lines, section: ReportSection) -> str:
     """Return the report as HTML."""
     parts = [
         f"<h1>{escape(run.path.resolve().name)}</h1>",
         f'<p class="when">written {time.strftime("%Y-%m-%d %H:%M:%S %Z")}</p>',
-        _summary(lines),
-        _charts(lines) if lines else "<p>Nothing has been logged yet.</p>",
+        _summary(lines, section),
+        _charts(lines, section) if lines else "<p>Nothing has been logged yet.</p>",
         _pictures(run),
-        _masks(run),
+        _description(run, section),
         _bad_samples(run),
         _environment(run),
         _text("Recipe", run.recipe),
@@ -89,27 +90,21 @@ def page(run: RunFolder, lines: Lines) -> str:
     )
 
 
-def _summary(lines: Lines) -> str:
+def _summary(lines: Lines, section: ReportSection) -> str:
     """Return tiles with the latest values of the main figures."""
     last: dict[str, Any] = {}
     for line in lines:
         last |= line
     tiles = []
+    baselines = [(key, f"baseline: {name}", "{:.4f}") for key, name in section.baselines.items()]
     for key, title, form in (
         ("step", "step", "{:,}"),
         ("epoch", "epoch", "{:.2f}"),
         ("samples", "samples seen", "{:,}"),
         ("loss", "loss", "{:.4f}"),
-        ("mean_color_loss", "baseline: mean colour", "{:.4f}"),
-        ("uniform_loss", "baseline: uniform", "{:.4f}"),
+        *baselines,
         ("validation_loss", "validation loss", "{:.4f}"),
-        ("top1", "top-1 %", "{:.2f}"),
-        ("mean_average_precision", "mAP %", "{:.2f}"),
-        ("miou", "mIoU %", "{:.2f}"),
-        ("mask_map", "mask mAP %", "{:.2f}"),
-        ("box_map", "box mAP %", "{:.2f}"),
-        ("probe_knn_top1", "kNN top-1 %", "{:.2f}"),
-        ("probe_linear_top1", "linear top-1 %", "{:.2f}"),
+        *((tile.key, tile.title, tile.form) for tile in section.tiles),
         ("images_per_second", "images/s", "{:,.0f}"),
         ("data_wait", "data wait", "{:.1%}"),
         ("mfu", "MFU", "{:.1%}"),
@@ -121,7 +116,7 @@ def _summary(lines: Lines) -> str:
     return f'<section class="tiles">{"".join(tiles)}</section>'
 
 
-def _charts(lines: Lines) -> str:
+def _charts(lines: Lines, section: ReportSection) -> str:
     series = partial(_series, lines)
     probes = sorted({key for line in lines for key in line if key.startswith("probe_")})
     shown = [
@@ -130,11 +125,16 @@ def _charts(lines: Lines) -> str:
             [
                 series("loss", "training"),
                 series("validation_loss", "validation", "dots"),
-                series("mean_color_loss", "baseline: mean colour", "baseline"),
-                series("uniform_loss", "baseline: uniform prediction", "baseline"),
+                *(
+                    series(key, f"baseline: {name}", "baseline")
+                    for key, name in section.baselines.items()
+                ),
             ],
         ),
-        chart("Validation, %", [series("top1", "top-1", "dots"), series("top5", "top-5", "dots")]),
+        *(
+            chart(one.title, [series(key, name, "dots") for key, name in one.names.items()])
+            for one in section.charts
+        ),
         chart(
             "Frozen features, top-1 %",
             [one for number, key in enumerate(probes) for one in _probe(lines, key, number)],
@@ -164,7 +164,8 @@ def _charts(lines: Lines) -> str:
             from_zero=True,
         ),
     ]
-    shown += _other_charts(lines, KNOWN | set(probes))
+    drawn = {key for one in section.charts for key in one.names}
+    shown += _other_charts(lines, KNOWN | set(probes) | set(section.baselines) | drawn)
     return f'<section class="charts">{"".join(shown)}</section>'
 
 
@@ -223,17 +224,15 @@ def _text(title: str, path: Path) -> str:
     return f"<details><summary>{title}</summary><pre>{escape(text)}</pre></details>"
 
 
-def _masks(run: RunFolder) -> str:
-    """Return the AvgDist of a pretraining's masks; empty for other tasks."""
-    from simmim.method.masking import describe_distance  # noqa: PLC0415 (imports torch)
-
-    try:
-        values = read_values(run.recipe)
-        settings = parse(MaskSettings, values["mask"], "mask")
-        text = describe_distance(settings, int(values["data"]["image_size"]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # no recipe of a pretraining
+def _description(run: RunFolder, section: ReportSection) -> str:
+    """Return the task's sentence on the recipe; empty if there is none."""
+    if section.describe is None:
         return ""
-    return f"<h2>Masks</h2><p>{escape(text)}.</p>"
+    try:
+        text = section.describe(read_values(run.recipe))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # an edited recipe
+        return ""
+    return f"<p>{escape(text)}</p>"
 
 
 def _environment(run: RunFolder) -> str:

@@ -1,66 +1,32 @@
-"""All tasks by name: the recipe class of each, and its stage, which is imported when asked for."""
+"""All tasks. A new one is a folder with a recipe and a stage, and a line here."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 from simmim.recipe import RecipeError
-from simmim.tasks.classification.recipe import ClassificationRecipe
-from simmim.tasks.detection.recipe import DetectionRecipe
-from simmim.tasks.pretrain.recipe import PretrainRecipe
-from simmim.tasks.segmentation.recipe import SegmentationRecipe
-from simmim.tasks.video.recipe import VideoRecipe
+from simmim.tasks.classification.task import TASK as CLASSIFICATION
+from simmim.tasks.detection.task import TASK as DETECTION
+from simmim.tasks.pretrain.task import TASK as PRETRAIN
+from simmim.tasks.segmentation.task import TASK as SEGMENTATION
+from simmim.tasks.task import Task
+from simmim.tasks.video.task import TASK as VIDEO
 
-if TYPE_CHECKING:
-    from simmim.tasks.fine_tuning import FineTuningStage
-    from simmim.tasks.pretrain.stage import PretrainStage
-
-TaskStage: TypeAlias = "PretrainStage | FineTuningStage[Any, Any]"
-
-FINE_TUNING = ("classification", "segmentation", "detection", "video")
-"""Tasks of `simmim finetune`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """A task: the class of its recipes, and the stage that trains one."""
-
-    name: str
-    recipe: type[Any]
-
-    @property
-    def stage(self) -> Any:
-        """The stage class; importing it imports torch."""
-        # ruff: noqa: PLC0415 - recipes are read without torch
-        match self.name:
-            case "pretrain":
-                from simmim.tasks.pretrain.stage import PretrainStage
-
-                return PretrainStage
-            case "classification":
-                from simmim.tasks.classification.stage import ClassificationStage
-
-                return ClassificationStage
-            case "segmentation":
-                from simmim.tasks.segmentation.stage import SegmentationStage
-
-                return SegmentationStage
-            case "detection":
-                from simmim.tasks.detection.stage import DetectionStage
-
-                return DetectionStage
-            case _:
-                from simmim.tasks.video.stage import VideoStage
-
-                return VideoStage
+TASKS: list[Task] = [
+    PRETRAIN,
+    CLASSIFICATION,
+    SEGMENTATION,
+    DETECTION,
+    VIDEO,
+]
 
 
-RECIPES: dict[str, type[Any]] = {
-    "pretrain": PretrainRecipe,
-    "classification": ClassificationRecipe,
-    "segmentation": SegmentationRecipe,
-    "detection": DetectionRecipe,
-    "video": VideoRecipe,
-}
+def fine_tuning_tasks() -> list[str]:
+    """Return the names of the tasks of `simmim finetune`."""
+    return [task.name for task in TASKS if task.fine_tunes]
+
+
+def head_folders() -> list[str]:
+    """Return the names of the folders in a run or a native export that hold a head."""
+    return list(dict.fromkeys(task.head for task in TASKS if task.head is not None))
 
 
 def task_named(name: object, source: object) -> Task:
@@ -73,9 +39,11 @@ def task_named(name: object, source: object) -> Task:
     Raises:
         RecipeError: there is no such task.
     """
-    if not isinstance(name, str) or name not in RECIPES:
-        raise RecipeError(f"recipe {source}: task is {name!r}; choose one of {', '.join(RECIPES)}.")
-    return Task(name=name, recipe=RECIPES[name])
+    for task in TASKS:
+        if task.name == name:
+            return task
+    names = ", ".join(task.name for task in TASKS)
+    raise RecipeError(f"recipe {source}: task is {name!r}; choose one of {names}.")
 
 
 def fine_tuning_named(name: object, source: object) -> Task:
@@ -84,9 +52,15 @@ def fine_tuning_named(name: object, source: object) -> Task:
     Raises:
         RecipeError: `simmim finetune` does not train this task.
     """
-    if name not in FINE_TUNING:
+    if name not in fine_tuning_tasks():
         raise RecipeError(
             f"recipe {source}: task is {name!r}; simmim finetune trains "
-            f"{', '.join(FINE_TUNING)}, simmim pretrain and simmim probe have their own recipes."
+            f"{', '.join(fine_tuning_tasks())}, simmim pretrain and simmim probe have their own "
+            "recipes."
         )
     return task_named(name, source)
+
+
+def task_of_run(values: dict[str, Any]) -> Task | None:
+    """Return the task of a run, given the values of its recipe; None if it is not known."""
+    return next((task for task in TASKS if task.name == values.get("task")), None)

@@ -7,7 +7,8 @@ opens the data, builds the model, transforms samples, validates and exports;
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -20,6 +21,9 @@ from simmim.data.loader.batches import BatchStream, evaluation_batches
 from simmim.data.order.order import Address
 from simmim.data.order.source import SampleSource
 from simmim.data.transforms.image_transforms import Sample
+from simmim.engine.checkpoint.directory import load_state
+from simmim.engine.checkpoint.ema import read_average
+from simmim.engine.checkpoint.resume import read_model
 from simmim.engine.monitor.observers import Watch, pictures, validation
 from simmim.engine.run import RunFolder
 from simmim.recipe import recipe_hash
@@ -27,7 +31,23 @@ from simmim.tasks.architecture import resolve_architecture
 from simmim.tasks.loading import order_for, training_batches, with_slots
 from simmim.tasks.pretrained import InitialEncoder, load_initial_encoder
 from simmim.tasks.recipe import FineTuningRecipe
+from simmim.tasks.trained import (
+    MODEL_PREFIX,
+    PlainHead,
+    TrainedModel,
+    below,
+    provenance_of,
+    read_directory,
+    read_plain_head,
+    save_plain_head,
+)
+from swinv2 import save_encoder
+from swinv2.bridges.preprocessing import Preparation
 from swinv2.config_file import Provenance
+from swinv2.weights import load_strictly
+
+ENCODER_PREFIX = "encoder."
+"""Prefix of the encoder in the names of a fine-tuned model's tensors."""
 
 Prepare = Callable[[Any, Address], Sample]
 """A transform: turns an encoded sample and its address into a sample."""
@@ -153,9 +173,91 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         """Return metrics on held-out samples, the same on every rank; empty if there are none."""
 
-    @abstractmethod
     def export_encoder(self, run: RunFolder, step: int, samples: int) -> None:
-        """Write encoder and head into the run."""
+        """Write encoder and head into the run; by default only the weights of the head."""
+        mean, std = self.initial.mean, self.initial.std
+        provenance = self.provenance(step, samples)
+        save_encoder(self.encoder, run.encoder, mean=mean, std=std, provenance=provenance)
+        folder = self.recipe.HEAD
+        if folder is not None:
+            tensors = below(self.module.state_dict(), MODEL_PREFIX)
+            save_plain_head(run.path / folder, _without_encoder(tensors))
+
+    @classmethod
+    def read_trained(
+        cls, run: RunFolder, read_recipe: Callable[[], Any], checkpoint: Path | None
+    ) -> TrainedModel:
+        """Read the model of a run; if it has finished, without the weights that it started from.
+
+        Args:
+            run: the run.
+            read_recipe: reads its recipe, or that of the checkpoint.
+            checkpoint: the checkpoint; None for the run's own export.
+
+        Raises:
+            ValueError: a file is missing, damaged, or does not fit the recipe.
+        """
+        recipe = read_recipe()
+        shards = recipe.data.first_shards
+        ended = read_directory(run.encoder) if run.encoder.is_dir() else None
+        if ended is not None and (
+            checkpoint is None or load_state(checkpoint).step == ended.provenance.step
+        ):
+            folder = recipe.HEAD
+            whole = ended
+            if folder is not None and (run.path / folder).is_dir():
+                whole = cls.with_head(ended, run.path / folder)
+            crop = Preparation(crop_pct=recipe.validation_crop)
+            return replace(whole, preparation=whole.preparation or crop, shards=shards)
+        assert checkpoint is not None
+        found = replace(
+            ended or cls._initial_model(recipe),
+            provenance=provenance_of(checkpoint, recipe),
+            preparation=Preparation(crop_pct=recipe.validation_crop),
+            shards=shards,
+            origin=str(checkpoint),
+        )
+        tensors = below(read_model(checkpoint) | read_average(checkpoint), MODEL_PREFIX)
+        return cls.with_weights(found, recipe, run, tensors)
+
+    @classmethod
+    def _initial_model(cls, recipe: Any) -> TrainedModel:
+        """Return the initial encoder of a run that has not exported one yet."""
+        initial = cls.load_initial(recipe)
+        return TrainedModel(
+            encoder=initial.encoder,
+            mean=initial.mean,
+            std=initial.std,
+            provenance=Provenance(),
+            inflated_from=initial.inflated_from,
+            origin=recipe.init,
+        )
+
+    @classmethod
+    def with_weights(
+        cls, found: TrainedModel, recipe: Any, run: RunFolder, tensors: Mapping[str, Tensor]
+    ) -> TrainedModel:
+        """Return a model with encoder and head of a checkpoint; by default the head as weights.
+
+        Args:
+            found: the model with the encoder that the run started from or has exported.
+            recipe: the recipe of the checkpoint.
+            run: the run.
+            tensors: weights of the stage's model, by name.
+        """
+        del run
+        load_strictly(found.encoder, below(tensors, ENCODER_PREFIX), found.origin)
+        folder = recipe.HEAD
+        head = None
+        if folder is not None:
+            rest = _without_encoder(tensors)
+            head = PlainHead(task=recipe.task, folder=folder, tensors=rest)
+        return replace(found, encoder=found.encoder.eval(), head=head)
+
+    @classmethod
+    def with_head(cls, found: TrainedModel, folder: Path) -> TrainedModel:
+        """Return a model with the head that a finished run or a native export has in a folder."""
+        return replace(found, head=read_plain_head(folder, folder.name))
 
     def normalisers(self, batch: Batch) -> Tensor | None:
         """Return None: by default the loss is a mean over samples."""
@@ -190,6 +292,19 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
         make: Callable[[RecipeT], Self] = type(self)
         return make(self.recipe)
 
+    def class_counts(self) -> Mapping[str, int] | None:
+        """Return the number of training samples of each class; None if they have no single one."""
+        return None
+
+    @property
+    def evaluated_sources(self) -> Mapping[str, SampleSource[Any] | None]:
+        """Other samples than those trained on that the encoder gets, by what they are."""
+        return {"held-out images": self.validation_shards}
+
     def provenance(self, step: int, samples: int) -> Provenance:
         """Return the provenance to record in the encoder directory."""
         return Provenance(step=step, samples_seen=samples, recipe_hash=recipe_hash(self.recipe))
+
+
+def _without_encoder(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: one for name, one in tensors.items() if not name.startswith(ENCODER_PREFIX)}

@@ -115,12 +115,7 @@ def check_stage_input(stage: Any, given: TaskRecipe | None = None) -> list[str]:
     """
     wanted, data = input_of(stage, given), stage.recipe.data
     warnings = check_input(stage.training_shards, wanted, max_pixels=data.max_pixels)
-    probe = getattr(stage, "online_probe", None)
-    others = {
-        "held-out images": stage.validation_shards,
-        "probe.shards": None if probe is None else probe.known,
-    }
-    for name, source in others.items():
+    for name, source in stage.evaluated_sources.items():
         if source is None or not source.samples:
             continue
         compared = replace(

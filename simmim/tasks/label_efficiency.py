@@ -22,10 +22,9 @@ from simmim.engine.run import RunFolder
 from simmim.recipe import load, read_values
 from simmim.report.labels_page import LabelScores, labels_page, scores_svg, table_of
 from simmim.stop_signals import StopRelay
-from simmim.tasks.all_tasks import FINE_TUNING, fine_tuning_named
-from simmim.tasks.classification.recipe import ClassifierRecipe
+from simmim.tasks.all_tasks import fine_tuning_named, fine_tuning_tasks, head_folders
 from simmim.tasks.loading import with_recorded_slots
-from simmim.tasks.recipe import HEAD_FOLDER, HEAD_FOLDERS, SCRATCH, FineTuningRecipe
+from simmim.tasks.recipe import SCRATCH, FineTuningRecipe
 
 Start = Literal["pretrained", "scratch"]
 
@@ -152,10 +151,8 @@ def _arguments(
     if run.start == SCRATCH:
         start = {"init": SCRATCH, "like": init}
     else:
-        start = {"init": init}
-        if issubclass(recipe, ClassifierRecipe) and (Path(init) / HEAD_FOLDER).is_dir():
-            # It may have been trained on all labels; and the other initialisation has none.
-            start["init_head"] = "false"
+        # A head may have been trained on all labels; and the other initialisation has none.
+        start = {"init": init, **recipe.without_head(init)}
     own = {
         **start,
         "data.fraction": f"{run.fraction:g}",
@@ -239,9 +236,9 @@ def saw_labels(init: str) -> bool:
     """
     path = Path(init)
     for recipe in (path / "recipe.yaml", path.parent / "recipe.yaml"):
-        if recipe.is_file() and read_values(recipe).get("task") in FINE_TUNING:
+        if recipe.is_file() and read_values(recipe).get("task") in fine_tuning_tasks():
             return True
-    return any((path / name).is_dir() for name in HEAD_FOLDERS)
+    return any((path / name).is_dir() for name in head_folders())
 
 
 def _write(folder: Path, notes: Sequence[str], metric: str, scores: Sequence[LabelScores]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
 from data_prep.format.text import count_noun
-from simmim.data.settings import CroppedSettings, DataSettings, SampleSettings
+from simmim.data.settings import CroppedSettings, SampleSettings
 from simmim.engine.settings import TrainingSettings
 from simmim.method.settings import MaskSettings
 from simmim.recipe import check_least, check_rates, settings
@@ -17,9 +17,6 @@ SCRATCH = "scratch"
 
 HEAD_FOLDER = "classifier"
 """Folder in a run or a native export with a classifier's head and class names."""
-
-HEAD_FOLDERS = (HEAD_FOLDER, "segmentation", "detection")
-"""Folders in a run or a native export with a head, or a model with its encoder."""
 
 
 @settings
@@ -211,6 +208,8 @@ class TaskRecipe:
     """Plural noun for samples in messages."""
     VALIDATION: ClassVar[str] = "--data.validation SHARDS"
     """Options that name validation data, for messages."""
+    HEAD: ClassVar[str | None] = None
+    """Name of the folder in a run or a native export that holds the head; None if there is none."""
     task: str
     encoder: EncoderSettings
     data: Any
@@ -307,8 +306,7 @@ class FineTuningRecipe(TaskRecipe, ABC):
                     "directory or a finished run), or describe one in the section encoder of the "
                     "recipe."
                 )
-            measurable = isinstance(self.data, DataSettings)
-            self.encoder.check_channels(self.data.mean, measurable=measurable)
+            self.encoder.check_channels(self.data.mean, measurable=self.data.MEASURABLE)
             config = self.encoder.config(self.data.image_size)  # raises if sizes do not fit
             self.execution.check_stages(len(config.depths))
 
@@ -321,6 +319,12 @@ class FineTuningRecipe(TaskRecipe, ABC):
     def architecture_source(self) -> str | None:
         """Path of the trained weights whose architecture, mean and std are trained, if any."""
         return self.init_directory or self.like
+
+    @classmethod
+    def without_head(cls, init: str) -> dict[str, str]:
+        """Return the overrides by which a training from `init` begins with a random head."""
+        del init
+        return {}
 
     @property
     @abstractmethod

@@ -29,12 +29,15 @@ from simmim.engine.monitor.tracking import chosen_trackers
 from simmim.engine.run import RunFolder
 from simmim.engine.stage import TrainingStage
 from simmim.environment import process_environment
+from simmim.recipe import read_values
 from simmim.report.page import write_report
+from simmim.report.section import NOTHING_MORE
 from simmim.stop_signals import ProcessExit
+from simmim.tasks.all_tasks import head_folders, task_of_run
 from simmim.tasks.architecture import describe_start, overridden
 from simmim.tasks.input_check import check_stage_input
 from simmim.tasks.loading import with_recorded_slots
-from simmim.tasks.recipe import HEAD_FOLDERS, TaskRecipe
+from simmim.tasks.recipe import TaskRecipe
 from swinv2.config_file import read_provenance
 
 RecipeT = TypeVar("RecipeT", bound=TaskRecipe)
@@ -98,7 +101,7 @@ def train_recipe(
             resume,
             allow_changes=allow_changes,
             init_from=init_from,
-            write_report=write_report,
+            write_report=report_run,
             process_exit=process_exit,
         )
         if accelerator.is_main_process:
@@ -266,13 +269,26 @@ def _exported_lines(run: RunFolder, last: int) -> list[str]:
     best, path = read_best(run.path), kept_best(run.path)
     is_best = best is not None and read_provenance(run.encoder).step == best.step
     of = " (of the best checkpoint)" if is_best else ""
-    heads = [run.path / name for name in HEAD_FOLDERS if (run.path / name).is_dir()]
+    heads = [run.path / name for name in head_folders() if (run.path / name).is_dir()]
     lines = [f"Encoder  {run.encoder}{of}", *(f"Head     {head}{of}" for head in heads)]
     if best is not None and path is not None:
         lines.append(f"Best     {path}: {best.metric} {best.value:.4f} at step {best.step:,}")
         if best.step != last and is_best:
             lines.append(f"Last     simmim export {run.path} FOLDER --last exports step {last:,}")
     return lines
+
+
+def report_run(run: RunFolder) -> Path:
+    """Write the HTML report of a run, with what its task adds, and return its path.
+
+    Raises:
+        ValueError: see `write_report`.
+    """
+    try:
+        task = task_of_run(read_values(run.recipe))
+    except (OSError, ValueError):  # edited, or none yet
+        task = None
+    return write_report(run, NOTHING_MORE if task is None else task.report)
 
 
 def run_folder(path: str | None, config: Path) -> RunFolder:

@@ -2,16 +2,22 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from simmim.tasks.features import pooled_features
+from data_prep.format.text import count_noun
+from simmim.tasks.features import pool, pooled_features
+from simmim.tasks.recipe import HEAD_FOLDER
+from simmim.tasks.trained import TrainedModel, WrittenHead
+from swinv2 import SwinV2
 from swinv2.atomic import atomic_folder
-from swinv2.bridges.preprocessing import Preparation, from_description
+from swinv2.bridges.checkpoints import ClassifierHead
+from swinv2.bridges.preprocessing import Preparation, describe, from_description
+from swinv2.bridges.verification import compare, plain_copy
 from swinv2.config_file import (
     EncoderDescription,
     is_video_encoder,
@@ -164,3 +170,67 @@ def _read_classes(file: Path) -> tuple[str, ...]:
 
 def _is_head(path: Path) -> bool:
     return {place.name for place in path.iterdir()} == {HEAD_FILE, CLASSES_FILE}
+
+
+README_LINES = """
+With its head, and `simmim` installed:
+
+```python
+from pathlib import Path
+
+from simmim.tasks.classification.classifier import load_classifier
+
+trained = load_classifier(Path("."), Path("{folder}"))
+```
+
+`trained.model` gives a score for each of `trained.classes`. For pictures, `preparation` in
+`{folder}/classes.json` has the steps to its input.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearHead:
+    """The linear head of a classifier, as exports write it; see `TrainedHead`."""
+
+    task: str
+    weights: ClassifierHead
+    folder: str = HEAD_FOLDER
+
+    def write(self, folder: Path, model: TrainedModel, images: Tensor) -> WrittenHead:
+        """Write head and class names, and compare the logits; see `TrainedHead`."""
+        weight, bias = self.weights.weight, self.weights.bias
+        head = nn.Linear(weight.shape[1], weight.shape[0])
+        head.load_state_dict({"weight": weight, "bias": bias})
+        names = model.classes or tuple(f"class {number}" for number in range(len(bias)))
+        prepared = None
+        if isinstance(model.encoder, SwinV2):
+            assert model.preparation is not None
+            prepared = describe(model.encoder.config, model.preparation, model.mean, model.std)
+        save_head(head, folder / self.folder, names, prepared)
+        with torch.no_grad():
+            ours = head(pool(plain_copy(model.encoder)(images)))
+            loaded = load_classifier(folder, folder / self.folder).model(images)
+        return WrittenHead(
+            line=f"the head with {count_noun(len(bias), 'class', 'classes')}",
+            comparison=compare("its logits after loading", ours, loaded, tolerance=0),
+            readme=README_LINES.format(folder=self.folder),
+        )
+
+
+def read_linear_head(found: TrainedModel, folder: Path, task: str) -> TrainedModel:
+    """Return a model with the head, class names and preparation saved in a folder.
+
+    Raises:
+        ValueError: a file is missing or damaged, or the head does not fit the encoder.
+    """
+    tensors, classes = read_head(folder)
+    linear = nn.Linear(found.encoder.num_features, len(classes))
+    load_strictly(linear, tensors, str(folder))
+    weights = ClassifierHead(weight=linear.weight.detach(), bias=linear.bias.detach())
+    return replace(
+        found,
+        classifier=weights,
+        head=LinearHead(task=task, weights=weights),
+        classes=classes,
+        preparation=read_preparation(folder),
+    )

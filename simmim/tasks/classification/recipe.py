@@ -1,17 +1,19 @@
 """Recipe of image classification, and the base of all recipes with a linear head."""
 
-from typing import Literal
+from pathlib import Path
+from typing import ClassVar, Literal
 
 from simmim.data.settings import AugmentedDataSettings
 from simmim.data.transforms.settings import AugmentationSettings, MultiLabelSettings
 from simmim.recipe import check_rates, check_shares, settings
-from simmim.tasks.recipe import SCRATCH, FineTuningRecipe
+from simmim.tasks.recipe import HEAD_FOLDER, SCRATCH, FineTuningRecipe
 
 
 @settings
 class ClassifierRecipe(FineTuningRecipe):
     """A linear head on the encoder's average-pooled features, trained with it."""
 
+    HEAD: ClassVar[str] = HEAD_FOLDER
     init: str = SCRATCH
     """`scratch` for random weights, an encoder directory, or the folder of a finished run. Trained
     weights come with their architecture (variant, patch, channels, sizes), mean and std: then only
@@ -27,6 +29,11 @@ class ClassifierRecipe(FineTuningRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_rates(self, "label_smoothing")
+
+    @classmethod
+    def without_head(cls, init: str) -> dict[str, str]:
+        """Return the overrides that leave out the head of `init`; see `FineTuningRecipe`."""
+        return {"init_head": "false"} if (Path(init) / HEAD_FOLDER).is_dir() else {}
 
     @property
     def best_metric(self) -> str:

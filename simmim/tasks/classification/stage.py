@@ -2,11 +2,12 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -29,7 +30,14 @@ from simmim.data.transforms.settings import AugmentationSettings
 from simmim.engine.generators import seeded
 from simmim.engine.run import RunFolder
 from simmim.tasks.architecture import resolve_architecture
-from simmim.tasks.classification.classifier import Classifier, copy_head, save_head
+from simmim.tasks.classification.classifier import (
+    Classifier,
+    LinearHead,
+    copy_head,
+    read_head,
+    read_linear_head,
+    save_head,
+)
 from simmim.tasks.classification.multi_label import multi_label_figures, multi_label_losses
 from simmim.tasks.classification.recipe import (
     ClassificationData,
@@ -38,15 +46,18 @@ from simmim.tasks.classification.recipe import (
 )
 from simmim.tasks.features import Normalise, sample_drop_path_noise
 from simmim.tasks.fine_tuning import DataT, FineTuningStage
-from simmim.tasks.loading import any_labelled, open_labelled, train_transform
+from simmim.tasks.loading import all_labels, any_labelled, open_labelled, train_transform
 from simmim.tasks.measured import with_measured
 from simmim.tasks.metrics import AccuracySums, accuracy_sums, tells_top5
 from simmim.tasks.pretrained import InitialEncoder
 from simmim.tasks.recipe import HEAD_FOLDER
+from simmim.tasks.trained import TrainedModel, below
 from swinv2 import SwinV2, SwinV2Config, save_encoder
+from swinv2.bridges.checkpoints import ClassifierHead
 from swinv2.bridges.preprocessing import Preparation, describe
 from swinv2.config_file import Provenance
 from swinv2.flops import forward_flops
+from swinv2.weights import load_strictly
 
 
 class ClassificationModule(nn.Module):
@@ -162,6 +173,39 @@ class ClassifierStage(FineTuningStage[RecipeT, DataT]):
             figures["top5"] = 100 * top5 / count
         return figures | {"validation_loss": loss / count}
 
+    @classmethod
+    def with_weights(
+        cls, found: TrainedModel, recipe: Any, run: RunFolder, tensors: Mapping[str, Tensor]
+    ) -> TrainedModel:
+        """Return a model with encoder, head and class names; see `FineTuningStage`."""
+        load_strictly(found.encoder, below(tensors, "encoder."), found.origin)
+        head = below(tensors, "head.")
+        weights = ClassifierHead(weight=head["weight"], bias=head["bias"])
+        return replace(
+            found,
+            encoder=found.encoder.eval(),
+            classifier=weights,
+            head=LinearHead(task=recipe.task, weights=weights),
+            classes=cls._known_classes(recipe, run, len(head["bias"])),
+        )
+
+    @classmethod
+    def _known_classes(cls, recipe: Any, run: RunFolder, count: int) -> tuple[str, ...]:
+        """Return the class names; empty if the data are gone or have changed."""
+        try:
+            if (run.path / HEAD_FOLDER).is_dir():
+                _, classes = read_head(run.path / HEAD_FOLDER)
+            else:
+                classes = cls.class_names(recipe)
+        except ValueError:
+            return ()
+        return classes if len(classes) == count else ()
+
+    @classmethod
+    def with_head(cls, found: TrainedModel, folder: Path) -> TrainedModel:
+        """Return a model with the linear head in a folder; see `FineTuningStage`."""
+        return read_linear_head(found, folder, "classification")
+
     @abstractmethod
     def save_encoder(self, path: Path, provenance: Provenance) -> None:
         """Write the encoder directory."""
@@ -222,6 +266,14 @@ class ClassificationStage(ClassifierStage[ClassificationRecipe, Shards]):
             augment=augment,
             label=label_reader(recipe.data),
         )
+
+    def class_counts(self) -> dict[str, int] | None:
+        """Return the number of training images of each class; None for multi-label data."""
+        if self.recipe.data.multi_label is not None:
+            return None
+        names = self.training_shards.classes
+        counts = np.bincount(all_labels(self.training_shards), minlength=len(names))
+        return dict(zip(names, counts.tolist(), strict=True))
 
     def baselines(self) -> dict[str, float]:
         """Return the loss of a uniform prediction, or of probability 1/2 for each label."""

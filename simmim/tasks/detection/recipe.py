@@ -58,6 +58,7 @@ class DetectionHead:
 class DetectionRecipe(DenseRecipe):
     """Detection or instance segmentation on a Swin Transformer V2."""
 
+    HEAD: ClassVar[str] = "detection"
     VALIDATION: ClassVar[str] = (
         "--data.validation_annotations FILE, and --data.validation_images FOLDER"
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from simmim.data.loader.batch import Batch
 from simmim.data.loader.batches import BatchStream, evaluation_batches, picture_batches
+from simmim.data.order.source import SampleSource
 from simmim.data.settings import DataSettings
 from simmim.data.transforms.image_transforms import EvalTransform
 from simmim.engine.checkpoint.directory import (
@@ -38,7 +39,9 @@ from simmim.tasks.measured import with_measured
 from simmim.tasks.other_encoder import save_other_encoder
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.probe.online import OnlineProbe
+from simmim.tasks.trained import TrainedModel, provenance_of, read_directory
 from swinv2 import SwinV2, build_encoder, save_encoder
+from swinv2.bridges.checkpoints import MaskedImageHead
 from swinv2.config_file import Provenance
 
 PANEL_IMAGES = 8
@@ -141,6 +144,45 @@ class PretrainStage:
             self.online_probe = OnlineProbe(
                 recipe.probe, shape, width=self.model.encoder.num_features, data=recipe.data
             )
+
+    @property
+    def evaluated_sources(self) -> dict[str, SampleSource[Any] | None]:
+        """Other images than those trained on that the encoder gets, by what they are."""
+        probe = self.online_probe
+        return {
+            "held-out images": self.validation_shards,
+            "probe.shards": None if probe is None else probe.known,
+        }
+
+    def class_counts(self) -> None:
+        """Return None: the images have no labels."""
+
+    @classmethod
+    def read_trained(
+        cls, run: RunFolder, read_recipe: Callable[[], PretrainRecipe], checkpoint: Path | None
+    ) -> TrainedModel:
+        """Read encoder, mask token and decoder of a run; see `FineTuningStage.read_trained`."""
+        del read_recipe  # read with the checkpoint, and not needed without one
+        if checkpoint is None:
+            return read_directory(run.encoder)
+        pretrained = load_pretrained(run, str(checkpoint))
+        model, recipe = pretrained.model, pretrained.recipe
+        projection = model.decoder.projection
+        assert projection.bias is not None
+        mean, std = recipe.data.normalisation
+        return TrainedModel(
+            encoder=model.encoder,
+            mean=mean,
+            std=std,
+            provenance=provenance_of(checkpoint, recipe),
+            masked_image=MaskedImageHead(
+                mask_token=model.mask_token.detach(),
+                weight=projection.weight.detach(),
+                bias=projection.bias.detach(),
+            ),
+            shards=recipe.data.first_shards,
+            origin=str(checkpoint),
+        )
 
     def _count_flops(self) -> int:
         """Return the FLOPs of encoder and decoder; see `simmim.engine.monitor.observers`."""

@@ -2,9 +2,10 @@
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -25,10 +26,13 @@ from simmim.tasks.pretrained import InitialEncoder
 from simmim.tasks.segmentation.heads import check_installed, passing_noise, seeds_of
 from simmim.tasks.segmentation.overlays import palette, write_panel
 from simmim.tasks.segmentation.recipe import DenseRecipe
+from simmim.tasks.trained import TrainedModel, WrittenHead
 from swinv2 import SwinV2, save_encoder
 from swinv2.atomic import atomic_folder
 from swinv2.bridges.transformers_backbone import encoder_from_backbone, register_backbone
+from swinv2.bridges.verification import compare
 from swinv2.flops import forward_flops
+from swinv2.weights import load_strictly
 
 PREPROCESSING = "preprocessing.json"
 """File next to the model with the mean and std of its images."""
@@ -290,3 +294,65 @@ class DenseStage(FineTuningStage[RecipeT, DataT]):
         provenance = self.provenance(step, samples)
         save_encoder(encoder, run.encoder, mean=mean, std=std, provenance=provenance)
         save_dense(self.model.net, run.path / self.recipe.task, mean=mean, std=std)
+
+    @classmethod
+    def with_weights(
+        cls, found: TrainedModel, recipe: Any, run: RunFolder, tensors: Mapping[str, Tensor]
+    ) -> TrainedModel:
+        """Return a model with encoder and head in one network; see `FineTuningStage`."""
+        del run
+        assert isinstance(found.encoder, SwinV2)
+        with torch.random.fork_rng(devices=[]):
+            model = cls.build_model(recipe, found.encoder, cls.class_names(recipe))
+        load_strictly(model, tensors, found.origin)
+        return replace(
+            found,
+            encoder=encoder_from_backbone(model.backbone),
+            head=DenseHead(task=recipe.task, folder=recipe.task, net=model.net.eval),
+        )
+
+    @classmethod
+    def with_head(cls, found: TrainedModel, folder: Path) -> TrainedModel:
+        """Return a model with the network in a folder; see `FineTuningStage`."""
+        name = folder.name
+        return replace(
+            found, head=DenseHead(task=name, folder=name, net=partial(load_dense, folder))
+        )
+
+
+README_LINES = """
+With its head, and transformers installed:
+
+```python
+from swinv2.bridges.transformers_backbone import register_backbone
+from transformers import {name}
+
+register_backbone()
+model = {name}.from_pretrained("{folder}")
+```
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseHead:
+    """Encoder and head of segmentation or detection, as one model of transformers."""
+
+    task: str
+    folder: str
+    net: Callable[[], Any]
+    """Returns the model, in evaluation mode."""
+
+    def write(self, folder: Path, model: TrainedModel, images: Tensor) -> WrittenHead:
+        """Write the model, and compare its outputs; see `TrainedHead`."""
+        net, place = self.net(), folder / self.folder
+        save_dense(net, place, mean=model.mean, std=model.std)
+        architecture = type(net).__name__
+        with torch.no_grad():
+            ours, loaded = net(pixel_values=images), load_dense(place)(pixel_values=images)
+        # Convolutions may round differently from call to call, so the tolerance is not 0.
+        outputs = flat_output(ours), flat_output(loaded)
+        return WrittenHead(
+            line="encoder and head, for transformers",
+            comparison=compare(f"{architecture} after loading", *outputs),
+            readme=README_LINES.format(name=architecture, folder=self.folder),
+        )

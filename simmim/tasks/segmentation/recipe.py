@@ -185,6 +185,7 @@ class SegmentationData(DenseData):
 class SegmentationRecipe(DenseRecipe):
     """Semantic segmentation on a Swin Transformer V2, pretrained or from scratch."""
 
+    HEAD: ClassVar[str] = "segmentation"
     VALIDATION: ClassVar[str] = "--data.validation SPLIT, or --data.validation_folder FOLDER"
     task: Literal["segmentation"]
     data: SegmentationData

@@ -143,6 +143,11 @@ class VideoStage(ClassifierStage[VideoRecipe, ClipSet]):
         """Return the names of the classes of clips."""
         return recipe.data.open()[0].classes
 
+    def class_counts(self) -> dict[str, int]:
+        """Return the number of training clips of each class, which each have a shard."""
+        found = self.training_shards
+        return dict(zip(found.classes, found.sizes, strict=True))
+
     def training_transform(self) -> TrainClipTransform:
         """Return the transform: frame sampling, crop and flip."""
         data = self.recipe.data

@@ -85,7 +85,7 @@ def test_a_run_without_checkpoints_gives_its_encoder_directory(
     run, stage = pretrained
     (run / "checkpoints").rename(run / "gone")
     found = read_source(run)
-    assert found.head is None
+    assert found.masked_image is None
     assert_same_weights(found.encoder, stage.model.encoder)
 
 

@@ -16,8 +16,10 @@ from simmim.engine.run import RunFolder
 from simmim.recipe import parse
 from simmim.report.charts import POINTS, Series, chart, ticks
 from simmim.report.page import write_report
+from simmim.report.section import ReportSection, Tile
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.pretrain.stage import PretrainStage
+from simmim.tasks.train import report_run
 
 EMPTY = {"meta", "img"}
 
@@ -65,7 +67,7 @@ def test_training_writes_a_report(
     pretrain_values["probe"] = {"shards": str(shards), "every": 6}
     run = RunFolder(path=tmp_path / "run")
     stage = PretrainStage(parse(PretrainRecipe, pretrain_values, "test"))
-    train(stage, run, build_accelerator("fp32"), None, write_report=write_report)
+    train(stage, run, build_accelerator("fp32"), None, write_report=report_run)
     text = read(run)
     assert titles(text) == [
         "Loss",
@@ -155,7 +157,8 @@ def test_figures_of_0_are_shown_and_counts_of_0_are_not(tmp_path: Path) -> None:
     figures = {"miou": 0.0, "iou/road": 0.0, "mask_map": 0.0, "mean_average_precision": 0.0}
     lines = [{"step": 2, "loss": 1.0, "skipped": 0}, {"step": 2} | figures]
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_report(run)
+    tiles = (Tile(key="miou", title="mIoU %"), Tile(key="mask_map", title="mask mAP %"))
+    write_report(run, ReportSection(tiles=tiles))
     text = read(run)
     assert {"miou", "iou/road", "mask map", "mean average precision"} <= set(titles(text))
     assert "skipped" not in titles(text)
