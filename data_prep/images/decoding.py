@@ -19,7 +19,13 @@ from data_prep.images.arrays import ArrayError, read_header, read_values
 from data_prep.images.damage import DamageError, decode_jpeg, read_jpeg_header
 from data_prep.images.deep_png import is_deep_png, read_deep_png, to_channels
 from data_prep.images.headers import grey_maximum, jpeg2000_shift, truncated_bit_depth
-from data_prep.images.jpeg2000 import DepthError, check_sign, has_alpha, is_jpeg2000, scale_few_bits
+from data_prep.images.jpeg2000 import (
+    DepthError,
+    check_values,
+    has_alpha,
+    is_jpeg2000,
+    scale_few_bits,
+)
 from data_prep.images.opening import (
     FORMATS,
     UnknownFormatError,
@@ -206,9 +212,9 @@ def check_depth(image: Image.Image, data: bytes, *, accept_8_bits: bool = False)
 
     Raises:
         DecodingError: they are not.
-        DepthError: its values are signed.
+        DepthError: its values are signed, or of colours that are not read.
     """
-    check_sign(data)
+    check_values(data)
     bits = truncated_bit_depth(image, data)
     if bits and not accept_8_bits:
         raise DecodingError(

@@ -18,6 +18,17 @@ _SIZES = b"\xff\x4f\xff\x51"
 _COUNT, _FIRST = 40, 42
 """Offsets of the number of components and of the first one from there."""
 _YCC = b"colr\1\0\0\0\0\0\x12"
+_ENUMERATED = b"\1"
+_OTHER_COLOURS = {
+    **dict.fromkeys((1, 3, 4), "YCbCr of a kind that is not read"),
+    9: "PhotoYCC",
+    11: "CMY",
+    13: "YCCK",
+    14: "CIELab",
+    19: "CIEJab",
+    24: "e-sYCC",
+}
+"""Enumerated colour spaces that Pillow shows as RGB."""
 _COLOUR, _OPACITY, _PREMULTIPLIED = 0, 1, 2
 """Types of a channel in `cdef`."""
 _WHOLE, _NONE = 0, 65_535
@@ -49,17 +60,26 @@ def bit_depth(data: bytes) -> int:
     return max(map(abs, component_bits(data)), default=8)
 
 
-def check_sign(data: bytes) -> None:
-    """Check that a file, if it is a JPEG 2000, has unsigned values.
+def check_values(data: bytes) -> None:
+    """Check that a file, if it is a JPEG 2000, has unsigned values of colours that are read.
 
     Raises:
-        DepthError: some are signed.
+        DepthError: it has not.
     """
-    if is_jpeg2000(data) and min(component_bits(data), default=1) < 0:
+    if not is_jpeg2000(data):
+        return
+    if min(component_bits(data), default=1) < 0:
         raise DepthError(
             f"it is a JPEG 2000 with signed values of {bit_depth(data)} bits: convert it to an "
             "array (.npy)"
         )
+    for kind, start, stop in _header_boxes(data):
+        if kind == b"colr" and data[start : start + 1] == _ENUMERATED:
+            colours = int.from_bytes(data[start + 3 : min(start + 7, stop)], "big")
+            if colours in _OTHER_COLOURS:
+                raise DepthError(
+                    f"it is a JPEG 2000 in {_OTHER_COLOURS[colours]}: convert it to PNG"
+                )
 
 
 def has_alpha(data: bytes) -> bool:
@@ -81,12 +101,17 @@ def has_alpha(data: bytes) -> bool:
 
 def _definitions(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Yield (channel, type, colour) of what the `cdef` box of a JPEG 2000 defines."""
+    for kind, start, stop in _header_boxes(data):
+        if kind == b"cdef":
+            body = data[start + 2 : stop]
+            yield from struct.iter_unpack(">HHH", body[: len(body) // 6 * 6])
+
+
+def _header_boxes(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield the boxes in the header of a JP2; see `_boxes`."""
     for kind, start, stop in _boxes(data, 0, len(data)):
         if kind == b"jp2h":
-            for inner, first, end in _boxes(data, start, stop):
-                if inner == b"cdef":
-                    body = data[first + 2 : end]
-                    yield from struct.iter_unpack(">HHH", body[: len(body) // 6 * 6])
+            yield from _boxes(data, start, stop)
 
 
 def _boxes(data: bytes, start: int, stop: int) -> Iterator[tuple[bytes, int, int]]:

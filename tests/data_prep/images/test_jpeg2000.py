@@ -114,6 +114,19 @@ def test_odd_channels_of_jpeg_2000_are_refused_by_name(
         decode_pixels(data, "jp2", channels=3)
 
 
+@pytest.mark.parametrize(("number", "name"), [(14, "CIELab"), (11, "CMY"), (3, "YCbCr")])
+def test_colours_that_would_be_taken_for_rgb_are_refused(number: int, name: str) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "JPEG2000")
+    rgb, other = (b"colr\1\0\0" + colours.to_bytes(4, "big") for colours in (16, number))
+    data = buffer.getvalue().replace(rgb, other)
+    with pytest.raises(RejectedImageError, match=f"JPEG 2000 in {name}"):
+        check_image(data)
+    with pytest.raises(BadSampleError, match=f"JPEG 2000 in {name}"):
+        decode_pixels(data, "jp2", channels=3)
+
+
 @pytest.mark.parametrize("kind", ["int8", "int16"])
 def test_signed_jpeg_2000_is_refused_by_name(kind: str) -> None:
     values = np.random.default_rng(0).integers(-100, 100, (32, 40)).astype(kind)
