@@ -35,6 +35,7 @@ LEAVE_OUT = (
     "by --exclude PATTERN"
 )
 FOLLOW = "; data.mean and data.std, which are measured, follow"
+OTHER_IMAGES = "give images like those of the training, of the same channels, bits and range"
 SMALLEST_STD = 1e-5
 """Standard deviation that is proposed for constant channels; 0 would be no divisor."""
 
@@ -157,8 +158,11 @@ def check_input(source: SampleSource[Any], wanted: EncoderInput, *, max_pixels: 
 
 def _as_text(findings: Sequence[Finding]) -> str:
     """Return findings as one message; a change that several have in common is said once."""
-    changes = dict.fromkeys(one.change for one in findings)
-    return f"{'; '.join(one.found for one in findings)}. To fit the images, {'; '.join(changes)}."
+    changes = "; ".join(dict.fromkeys(one.change for one in findings))
+    found = "; ".join(one.found for one in findings)
+    if changes == OTHER_IMAGES:
+        return f"{found}. {changes.capitalize()}."
+    return f"{found}. To fit the images, {changes}."
 
 
 def compare_input(found: SampledImages, wanted: EncoderInput) -> Iterator[Finding]:
@@ -274,7 +278,7 @@ def advice(found: SampledImages, wanted: EncoderInput) -> str:
     """Return the settings of channels, mean and std that fit the images together."""
     form = found.main
     if wanted.evaluated:
-        return "give images like those of the training, of the same channels, bits and range"
+        return OTHER_IMAGES
     if wanted.trained is not None:
         return (
             "start from an encoder that was pretrained on such images, or from scratch and set "

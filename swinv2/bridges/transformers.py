@@ -392,22 +392,26 @@ def _readme(config: SwinV2Config, preparation: Preparation, classes: Sequence[Mo
     height, width = config.image_size
     options = ['return_tensors="pt"']
     resizes = "resizes and "
-    if config.in_channels not in (1, 3):
-        options.append('input_data_format="channels_last"')
-    if config.in_channels > 4:  # Pillow cannot resize these
-        options.append("do_resize=False")
+    if not _takes_pictures(config, preparation):
         resizes = ""
+        options += ["do_center_crop=False", "do_resize=False", 'input_data_format="channels_last"']
+    channels = f"{config.in_channels} channel{'' if config.in_channels == 1 else 's'}"
     return f"""# Swin Transformer V2 for transformers
 
 In this folder (transformers 5), for each class:
 
 {blocks}
 `model(**processor(images=image, {", ".join(options)}))` takes images of
-{width}x{height} pixels and {config.in_channels} channels, which the processor \
+{width}x{height} pixels and {channels}, which the processor \
 {resizes}normalises.
 
 {_how_exact(config, preparation)}
 """
+
+
+def _takes_pictures(config: SwinV2Config, preparation: Preparation) -> bool:
+    """Return whether the processor crops and resizes: pictures of 8 bits, and no others."""
+    return config.in_channels in (1, 3) and preparation.largest == 255
 
 
 def _how_exact(config: SwinV2Config, preparation: Preparation) -> str:
@@ -419,7 +423,7 @@ def _how_exact(config: SwinV2Config, preparation: Preparation) -> str:
             " The processor squashes whole pictures instead: transformers has none that crops to "
             "this shape, so crop them first."
         )
-    elif config.in_channels in (1, 3) and preparation.largest == 255:
+    elif _takes_pictures(config, preparation):
         text += (
             " The processor does the same to rounding, but for Exif, transparency and 16 bits: "
             "open pictures with `PIL.ImageOps.exif_transpose`, on a white background, grey ones of "
@@ -436,6 +440,7 @@ def _how_exact(config: SwinV2Config, preparation: Preparation) -> str:
     else:
         text += (
             " The processor resizes pictures of 8 bits with 1 or 3 channels only: crop and resize "
-            "others first, and give it float arrays with do_center_crop=False and do_resize=False."
+            "others first, and give it float arrays (rows, columns, channels) with the options "
+            "above."
         )
     return text

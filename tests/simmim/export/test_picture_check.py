@@ -218,7 +218,17 @@ def test_values_of_every_range_are_rescaled_once(tmp_path: Path, largest: float)
     assert content["rescale_factor"] == 1 / largest
     back = import_transformers(tmp_path / "out")
     assert list(back.mean) == mean
-    assert "1 or 3 channels only" in (tmp_path / "out" / "README.md").read_text()
+    readme = " ".join((tmp_path / "out" / "README.md").read_text().split())
+    assert "1 or 3 channels only" in readme
+    # As it says there.
+    options = readme.partition("processor(images=image, ")[2].partition("))`")[0]
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    image = np.random.default_rng(0).random((32, 32, 5), dtype=np.float32) * largest
+    wanted = eval(f"dict({options})")
+    found = processor(images=image, **wanted)["pixel_values"]
+    ours = Normalise(mean, std)(torch.from_numpy(image / largest).permute(2, 0, 1)[None])
+    torch.testing.assert_close(found.float(), ours, rtol=1e-4, atol=1e-4)
     described = describe(wide.config, preparation, mean, std)
     assert from_description(json.loads(json.dumps(described))) == preparation
 
