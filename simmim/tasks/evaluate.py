@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data_prep.format.text import count_noun
 from simmim.disk import append_line, why_not_written
 from simmim.engine.checkpoint.choosing import chosen_checkpoint
@@ -111,7 +113,8 @@ def evaluate(
     load_model(checkpoint, stage.module)
     averaged = load_average(checkpoint, stage.module)
     stage.module.to(accelerator.device).eval()
-    figures = stage.validate(accelerator)
+    with torch.no_grad():
+        figures = stage.validate(accelerator)
     if not stage.validates:
         raise ValueError(
             f"{checkpoint} was trained without validation data: give some with {recipe.VALIDATION}."

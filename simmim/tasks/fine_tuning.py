@@ -1,8 +1,8 @@
 """The base of all fine-tuning stages.
 
-A new task is a folder with a recipe (`FineTuningRecipe`) and a stage (`FineTuningStage`), which
-opens the data, builds the model, transforms samples, validates and exports;
-`simmim.tasks.all_tasks` lists it. `ClassifierStage` is the base for classes of whole samples,
+A new task is a folder with a recipe (`FineTuningRecipe`), a stage (`FineTuningStage`), which opens
+the data, builds the model, transforms samples, validates and exports, and a `Task` that names both;
+`simmim.tasks.all_tasks` lists it. tests/simmim/tasks/test_toy_task.py is one. `ClassifierStage` is the base for classes of whole samples,
 `DenseStage` for heads on feature maps.
 """
 
