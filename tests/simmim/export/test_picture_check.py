@@ -209,7 +209,7 @@ def test_heads_saved_without_the_preparation_still_load(run: Path) -> None:
 
 @pytest.mark.parametrize("largest", [255.0, 65535.0, 1.0])
 def test_values_of_every_range_are_rescaled_once(tmp_path: Path, largest: float) -> None:
-    preparation = Preparation(largest=largest)
+    preparation = Preparation(crop_pct=0.875, largest=largest)
     mean, std = [0.1, 0.2, 0.3, 0.4, 0.5], [0.1] * 5
     wide = encoder(channels=5)
     export_transformers(wide, tmp_path / "out", mean=mean, std=std, preparation=preparation)
