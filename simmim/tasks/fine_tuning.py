@@ -2,8 +2,8 @@
 
 A new task is a folder with a recipe (`FineTuningRecipe`), a stage (`FineTuningStage`), which opens
 the data, builds the model, transforms samples, validates and exports, and a `Task` that names both;
-`simmim.tasks.all_tasks` lists it. tests/simmim/tasks/test_toy_task.py is one. `ClassifierStage` is the base for classes of whole samples,
-`DenseStage` for heads on feature maps.
+`simmim.tasks.all_tasks` lists it. tests/simmim/tasks/test_toy_task.py has one in a single file.
+`ClassifierStage` is the base for classes of whole samples, `DenseStage` for heads on feature maps.
 """
 
 from abc import ABC, abstractmethod
