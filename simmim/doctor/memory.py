@@ -28,8 +28,17 @@ FULL = 0.9
 """Fraction of the device memory above which an estimate is too close to be sure."""
 
 
-def check_memory(recipe: TaskRecipe, device: torch.device, world: int) -> Iterator[Check]:
-    """Compare the estimated memory of a step with the device's; see `simmim bench memory`."""
+def check_memory(
+    recipe: TaskRecipe, device: torch.device, world: int, *, frozen: int = 0
+) -> Iterator[Check]:
+    """Compare the estimated memory of a step with the device's; see `simmim bench memory`.
+
+    Args:
+        recipe: the recipe of the training.
+        device: device of the training.
+        world: number of processes.
+        frozen: parameters of a frozen encoder, whose features are the target.
+    """
     if recipe.mask_cell_for_estimate is None:
         yield Check(
             name="memory",
@@ -42,7 +51,7 @@ def check_memory(recipe: TaskRecipe, device: torch.device, world: int) -> Iterat
     share = training.batch_size // world
     micro = max(1, share // training.accumulation)
     placement = placement_of(world)
-    there = device_memory(device)
+    there = device_memory(device) - 4 * frozen
     config = recipe.encoder.config(recipe.data.image_size)
     least = least_memory(recipe, config, micro, placement)
     if least > there:  # simulating it may take minutes

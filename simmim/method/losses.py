@@ -1,20 +1,13 @@
-"""Losses of the predicted pixels, and their targets.
-
-Losses share one signature: (prediction, target) → elementwise loss.
-"""
+"""Losses of the prediction. They share one signature: (prediction, target) → elementwise loss."""
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from simmim.method.settings import LossName
 
 ElementwiseLoss = Callable[[Tensor, Tensor], Tensor]
-
-TARGET_WINDOW = 47
-VARIANCE_EPS = 1e-6
 
 
 def l1(prediction: Tensor, target: Tensor) -> Tensor:
@@ -53,88 +46,25 @@ def masked_mean(values: Tensor, hidden: Tensor) -> Tensor:
     """Return sum(values · hidden) / (sum(hidden) + 1e-5) / channels (SimMIM code).
 
     Args:
-        values: (batch, channels, height, width).
-        hidden: (batch, height, width), True or 1 for pixels that count.
+        values: (batch, channels, rows, columns).
+        hidden: (batch, rows, columns), True or 1 for positions that count, such as pixels.
     """
     weights = hidden.to(values.dtype)
     return (values * weights[:, None]).sum() / (weights.sum() + 1e-5) / values.shape[1]
 
 
-def normalise_target(images: Tensor, window: int = TARGET_WINDOW) -> Tensor:
-    """Normalise each pixel by the mean and variance of the window around it (SimMIM code, SwinV2).
-
-    The variance is unbiased, 1e-6 is added to it, and windows are cropped at the border.
-
-    Args:
-        images: (batch, channels, height, width), floating point.
-        window: side of the window in pixels; odd.
-
-    Raises:
-        ValueError: the window is even, or smaller than 3 pixels.
-    """
-    mean, deviation = _local_statistics(images, window)
-    return (images - mean) / deviation
-
-
-def denormalise_target(values: Tensor, images: Tensor, window: int = TARGET_WINDOW) -> Tensor:
-    """Undo `normalise_target` with the mean and variance of ``images``, to display a prediction.
-
-    Args:
-        values: (batch, channels, height, width), normalised.
-        images: images to take the statistics from, same shape.
-        window: side of the window in pixels, as in `normalise_target`.
-    """
-    mean, deviation = _local_statistics(images, window)
-    return values * deviation + mean
-
-
-def _local_statistics(images: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation around each pixel, at least in single precision."""
-    if window < 3 or window % 2 == 0:
-        raise ValueError(
-            f"the target window is {window} pixels; it must be odd and at least 3, such as 47."
-        )
-    images = images.to(torch.promote_types(images.dtype, torch.float32))
-    # Relative to the image's own mean, mean(x²) - mean(x)² loses fewer digits.
-    offset = images.mean(dim=(2, 3), keepdim=True)
-    centred = images - offset
-    count = _window_counts(images, window)
-    mean = _window_mean(centred, window)
-    variance = _window_mean(centred.square(), window) - mean.square()
-    variance = (variance * count / (count - 1)).clamp(min=0)
-    return mean + offset, (variance + VARIANCE_EPS).sqrt()
-
-
-def _window_mean(values: Tensor, window: int) -> Tensor:
-    """Average over a window axis by axis: 2 · window sums per pixel instead of window²."""
-    half = window // 2
-    rows = F.avg_pool2d(values, (window, 1), 1, (half, 0), count_include_pad=False)
-    return F.avg_pool2d(rows, (1, window), 1, (0, half), count_include_pad=False)
-
-
-def _window_counts(images: Tensor, window: int) -> Tensor:
-    """Return the number of pixels in the window around each pixel, (height, width)."""
-    counts = []
-    for length in images.shape[-2:]:
-        position = torch.arange(length, device=images.device)
-        first = (position - window // 2).clamp(min=0)
-        last = (position + window // 2).clamp(max=length - 1)
-        counts.append((last - first + 1).to(images.dtype))
-    return counts[0][:, None] * counts[1]
-
-
 def mean_color_loss(
     target: Tensor, hidden: Tensor, loss: ElementwiseLoss = l1, counted: Tensor | None = None
 ) -> Tensor:
-    """Return the loss of predicting the mean colour of each image's visible pixels.
+    """Return the loss of predicting the mean of each image's visible target, such as its colour.
 
     The baseline that a trained model has to beat.
 
     Args:
-        target: (batch, channels, height, width), prediction target.
-        hidden: bool (batch, height, width), True = hidden.
+        target: (batch, channels, rows, columns), prediction target, for example pixels.
+        hidden: bool (batch, rows, columns), True = hidden.
         loss: elementwise loss.
-        counted: bool (batch, height, width), pixels to average over; ``hidden`` by default.
+        counted: bool (batch, rows, columns), positions to average over; ``hidden`` by default.
     """
     visible = (~hidden)[:, None].to(target.dtype)
     total = (target * visible).sum(dim=(2, 3), keepdim=True)

@@ -1,4 +1,4 @@
-"""SimMIM: mask tokens, encode, and predict the masked pixels (arXiv 2111.09886)."""
+"""SimMIM: mask tokens, encode, and predict what was masked (arXiv 2111.09886)."""
 
 from dataclasses import dataclass
 from typing import Any, Generic
@@ -13,26 +13,26 @@ from simmim.method.losses import (
     loss_function,
     masked_mean,
     mean_color_loss,
-    normalise_target,
 )
 from simmim.method.masking import enlarge_mask
 from simmim.method.settings import LossArea, LossName, mask_grid
+from simmim.method.targets import NormalisedPixels, Pixels, Target
 
 
 class Decoder(nn.Module):
-    """A 1x1 convolution and PixelShuffle: each feature is decoded to a patch of pixels.
+    """A 1x1 convolution and PixelShuffle: each feature is decoded to a patch of the target.
 
     Args:
         num_features: channels of the encoder's output.
-        stride: side of the patch of a feature in pixels.
-        channels: image channels.
+        side: side of the patch of a feature in positions of the target, such as pixels.
+        channels: channels of the target.
     """
 
-    def __init__(self, num_features: int, stride: int, channels: int) -> None:
+    def __init__(self, num_features: int, side: int, channels: int) -> None:
         super().__init__()
-        self.stride = stride
+        self.side = side
         self.channels = channels
-        self.projection = nn.Conv2d(num_features, channels * stride * stride, kernel_size=1)
+        self.projection = nn.Conv2d(num_features, channels * side * side, kernel_size=1)
 
     @property
     def flops_per_feature(self) -> int:
@@ -40,21 +40,21 @@ class Decoder(nn.Module):
         return 2 * self.projection.weight.numel()
 
     def patches(self, features: Tensor) -> Tensor:
-        """Decode single features: (n, num_features) → (n, channels, stride, stride)."""
+        """Decode single features: (n, num_features) → (n, channels, side, side)."""
         weight, bias = self.projection.weight.flatten(1), self.projection.bias
         device = features.device.type
         # Of some devices, such as meta, autocast knows nothing.
         if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             features = features.to(weight.dtype)
-        pixels = F.linear(features, weight, bias)
+        values = F.linear(features, weight, bias)
         return rearrange(
-            pixels, "... (c i j) -> ... c i j", c=self.channels, i=self.stride, j=self.stride
+            values, "... (c i j) -> ... c i j", c=self.channels, i=self.side, j=self.side
         )
 
     def forward(self, features: Tensor) -> Tensor:
         """Decode a feature map.
 
-        (batch, rows, columns, num_features) → (batch, channels, rows · stride, columns · stride).
+        (batch, rows, columns, num_features) → (batch, channels, rows · side, columns · side).
         """
         patches = self.patches(features)
         return rearrange(patches, "b row col c i j -> b c (row i) (col j)")
@@ -72,23 +72,24 @@ class SimMIMOutput:
 
     decoder: Decoder
 
-    image_size: tuple[int, int]
-    """Height and width in pixels."""
+    target_size: tuple[int, int]
+    """Rows and columns of the target: height and width, of pixels."""
 
     @property
     def reconstruction(self) -> Tensor:
-        """Prediction of every pixel, masked or visible: (batch, channels, height, width).
+        """Prediction of the whole target, masked or visible: (batch, channels, rows, columns).
 
-        Computed on demand, since training only needs the loss. With ``norm_target`` these are
-        normalised pixels; `simmim.method.losses.denormalise_target` converts them to colours.
+        Computed on demand, since training only needs the loss. Of pixels it is (batch, channels,
+        height, width); with ``norm_target`` these are normalised, and `Target.to_pixels` converts
+        them to colours.
         """
-        height, width = self.image_size
+        rows, columns = self.target_size
         decoded: Tensor = self.decoder(self.features)
-        return decoded[:, :, :height, :width]
+        return decoded[:, :, :rows, :columns]
 
 
 class SimMIM(nn.Module, Generic[EncoderT]):
-    """An encoder with a mask token and a decoder, trained to predict masked pixels.
+    """An encoder with a mask token and a decoder, trained to predict masked pixels or features.
 
     Args:
         encoder: the encoder to train; masked tokens are replaced between its two halves.
@@ -96,10 +97,11 @@ class SimMIM(nn.Module, Generic[EncoderT]):
         norm_target: predict pixels normalised by their 47x47 neighbourhood (SwinV2's recipes).
         loss: l1, smooth_l1 or l2.
         loss_area: average the loss over masked or all pixels.
+        target: what to predict; by default pixels, as `norm_target` says.
 
     Raises:
-        ValueError: mask cells do not tile the patches or the encoder's image, a loss is unknown, or
-            the encoder is one of clips.
+        ValueError: mask cells do not tile the patches or the encoder's image, a loss is unknown,
+            the encoder is one of clips, or the target does not fit mask cells or encoder.
         TypeError: `encoder` lacks members of `simmim.method.encoder_protocol.ImageEncoder`.
     """
 
@@ -112,6 +114,8 @@ class SimMIM(nn.Module, Generic[EncoderT]):
         norm_target: bool = False,
         loss: LossName = "l1",
         loss_area: LossArea = "masked",
+        *,
+        target: Target | None = None,
     ) -> None:
         super().__init__()
         _check_types(encoder, mask_cell)
@@ -126,12 +130,18 @@ class SimMIM(nn.Module, Generic[EncoderT]):
         mask_grid(encoder.image_size, mask_cell, patch)
         self.encoder = encoder
         self.mask_cell = mask_cell
-        self.norm_target = norm_target
+        if target is None:
+            target = (NormalisedPixels if norm_target else Pixels)(encoder.in_channels)
+        elif norm_target:
+            raise ValueError("norm_target is for pixels: leave it out, or target.")
+        _check_target(target.stride, mask_cell, encoder.strides[-1])
+        self.target = target
         self.loss_area = loss_area
         self.elementwise_loss = loss_function(loss)
         self.mask_token = nn.Parameter(torch.empty(1, 1, 1, encoder.embed_dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        self.decoder = Decoder(encoder.num_features, encoder.strides[-1], encoder.in_channels)
+        side = encoder.strides[-1] // target.stride
+        self.decoder = Decoder(encoder.num_features, side, target.channels)
 
     def forward(
         self, images: Tensor, mask: Tensor, drop_path_noise: Tensor | None = None
@@ -148,7 +158,6 @@ class SimMIM(nn.Module, Generic[EncoderT]):
             ValueError: mask and images do not match.
         """
         self._check(images, mask)
-        height, width = images.shape[-2:]
         chosen = self._positions_to_decode(mask)
         mask = mask.to(images.device, non_blocking=True)
         chosen = chosen.to(images.device, non_blocking=True)
@@ -156,28 +165,24 @@ class SimMIM(nn.Module, Generic[EncoderT]):
         features = self._encode(images, mask, drop_path_noise)
         prediction = self.decoder.patches(features.flatten(0, 2).index_select(0, chosen))
 
-        stride = self.decoder.stride
-        target = _cut_into_patches(self.target(images), stride).index_select(0, chosen)
-        counted = _cut_into_patches(self._counted(mask)[:, None], stride).index_select(0, chosen)
+        side, whole = self.decoder.side, self.target(images)
+        target = _cut_into_patches(whole, side).index_select(0, chosen)
+        counted = _cut_into_patches(self._counted(mask)[:, None], side).index_select(0, chosen)
         target = target.to(torch.promote_types(target.dtype, torch.float32))
         values = self.elementwise_loss(prediction.to(target.dtype), target)
         loss = masked_mean(values, counted[:, 0])
-        return SimMIMOutput(loss, features, self.decoder, (height, width))
-
-    def target(self, images: Tensor) -> Tensor:
-        """Return the prediction target: the images, or their normalised pixels."""
-        return normalise_target(images) if self.norm_target else images
+        rows, columns = whole.shape[-2:]
+        return SimMIMOutput(loss, features, self.decoder, (rows, columns))
 
     def mean_color_loss(self, images: Tensor, mask: Tensor) -> Tensor:
-        """Return the baseline loss of predicting the mean colour of the visible pixels.
+        """Return the baseline loss of predicting the mean of the visible target: of the colour.
 
         Arguments and errors as in `forward`.
         """
         self._check(images, mask)
         mask = mask.to(images.device, non_blocking=True)
-        hidden = enlarge_mask(mask, self.mask_cell)
         return mean_color_loss(
-            self.target(images), hidden, self.elementwise_loss, self._counted(mask)
+            self.target(images), self._hidden(mask), self.elementwise_loss, self._counted(mask)
         )
 
     def _encode(self, images: Tensor, mask: Tensor, drop_path_noise: Tensor | None) -> Tensor:
@@ -186,9 +191,13 @@ class SimMIM(nn.Module, Generic[EncoderT]):
         tokens = torch.where(hidden[..., None], self.mask_token.to(tokens.dtype), tokens)
         return self.encoder.encode(tokens, drop_path_noise)
 
+    def _hidden(self, mask: Tensor) -> Tensor:
+        """Return the hidden positions of the target, bool (batch, rows, columns)."""
+        return enlarge_mask(mask, self.mask_cell // self.target.stride)
+
     def _counted(self, mask: Tensor) -> Tensor:
-        """Return the pixels that the loss is averaged over, bool (batch, height, width)."""
-        hidden = enlarge_mask(mask, self.mask_cell)
+        """Return the positions that the loss is averaged over, bool (batch, rows, columns)."""
+        hidden = self._hidden(mask)
         return hidden if self.loss_area == "masked" else torch.ones_like(hidden)
 
     def _positions_to_decode(self, mask: Tensor) -> Tensor:
@@ -198,7 +207,7 @@ class SimMIM(nn.Module, Generic[EncoderT]):
         """
         patch = self.encoder.patch_size
         hidden = enlarge_mask(mask, self.mask_cell // patch)
-        patches = _cut_into_patches(hidden[:, None], self.decoder.stride // patch)
+        patches = _cut_into_patches(hidden[:, None], self.encoder.strides[-1] // patch)
         if self.loss_area == "all":
             return torch.arange(len(patches), device=mask.device)
         return patches.flatten(1).any(dim=1).nonzero()[:, 0]
@@ -253,6 +262,16 @@ def _check_types(encoder: Any, mask_cell: object) -> None:
         )
     if isinstance(mask_cell, bool) or not isinstance(mask_cell, int):
         raise TypeError(f"mask_cell is {mask_cell!r}; give its side in pixels, an integer.")
+
+
+def _check_target(stride: int, mask_cell: int, encoder_stride: int) -> None:
+    """Raise ValueError unless mask cells and the patches of features are whole positions."""
+    for name, side in (("mask cells", mask_cell), ("features of the encoder", encoder_stride)):
+        if side % stride:
+            raise ValueError(
+                f"the target has a position for every {stride} pixels, and {name} are of {side} "
+                f"pixels: choose a multiple of {stride}, or another target."
+            )
 
 
 def _cut_into_patches(images: Tensor, side: int) -> Tensor:

@@ -8,6 +8,7 @@ from simmim.recipe import settings
 Strategy = Literal["random", "square", "block"]
 LossName = Literal["l1", "smooth_l1", "l2"]
 LossArea = Literal["masked", "all"]
+TargetName = Literal["pixels", "normalised_pixels", "features"]
 
 Grid = tuple[int, int]
 """Rows and columns, of mask cells or of pixels."""
@@ -75,7 +76,31 @@ class LossSettings:
     area: LossArea = "masked"
     """Pixels that the loss is averaged over: `masked` or `all`."""
     norm_target: bool = False
-    """Normalise each target pixel by the mean and variance of its 47x47 neighbourhood."""
+    """Normalise each target pixel by the mean and variance of its 47x47 neighbourhood: the target
+    `normalised_pixels`."""
+    target: TargetName | None = None
+    """What is predicted: `pixels`, `normalised_pixels`, or `features` of a frozen encoder: its last
+    map, each token normalised to mean 0 and variance 1; null is pixels, as norm_target says."""
+    target_encoder: str | None = None
+    """For features: the encoder directory, or the finished run, of the frozen encoder."""
+
+    def __post_init__(self) -> None:
+        if self.norm_target and self.target not in (None, "normalised_pixels"):
+            raise ValueError(
+                f"norm_target is true and target is {self.target}: leave one of them out."
+            )
+        if self.target == "features" and self.target_encoder is None:
+            raise ValueError("target is features: name their encoder directory in target_encoder.")
+        if self.target != "features" and self.target_encoder is not None:
+            raise ValueError(
+                f"target_encoder is {self.target_encoder}: set target to features to predict its "
+                "features, or leave it out."
+            )
+
+    @property
+    def target_name(self) -> TargetName:
+        """The target, by its name."""
+        return self.target or ("normalised_pixels" if self.norm_target else "pixels")
 
 
 def mask_grid(

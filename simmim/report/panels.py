@@ -14,7 +14,6 @@ from torch import Tensor
 
 from data_prep.format.atomic import atomic_write_bytes
 from data_prep.images.display import choose_bands, stretch, stretch_limits
-from simmim.method.losses import denormalise_target
 from simmim.method.masking import enlarge_mask
 
 CAPTIONS = ("original", "masked", "prediction", "pasted")
@@ -37,7 +36,6 @@ def reconstruction_panel(
     mean: Sequence[float],
     std: Sequence[float],
     path: Path,
-    norm_target: bool = False,
     stretched: bool = False,
     bands: Sequence[int] | None = None,
     caption: str = CAPTIONS[0],
@@ -47,13 +45,10 @@ def reconstruction_panel(
     Args:
         images: (batch, channels, height, width), normalised.
         mask: bool (batch, rows, columns) of mask cells, True = hidden.
-        reconstruction: predicted pixels, same shape as `images`.
+        reconstruction: predicted pixels, same shape and normalisation as `images`.
         mean: mean of each channel, for values from 0 to 1.
         std: standard deviation of each channel, for values from 0 to 1.
         path: PNG to write atomically; its folder is created if missing.
-        norm_target: whether the prediction is of normalised pixels (see `normalise_target` in
-            `simmim.method.losses`); colours are restored with the local mean and variance of the
-            original.
         stretched: stretch each image from the 1st to the 99th percentile of the original, as
             contact sheets of more than 8 bits are; otherwise values from 0 to 1 are drawn.
         bands: channels that are drawn in red, green and blue, or one that is drawn in grey; None
@@ -65,8 +60,6 @@ def reconstruction_panel(
     """
     _check(images, mask, reconstruction, mean, std)
     images, reconstruction = images.detach().float(), reconstruction.detach().float()
-    if norm_target:
-        reconstruction = denormalise_target(reconstruction, images)
     original = _bands_of(images, mean, std, bands)
     prediction = _bands_of(reconstruction, mean, std, bands)
     if stretched:

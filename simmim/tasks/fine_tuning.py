@@ -70,6 +70,8 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
     """The encoder that training starts from."""
     module: nn.Module
     """Takes a Batch on its device and returns the mean loss over it."""
+    frozen_parameters: int = 0
+    """Parameters in memory beside the module."""
 
     def __init__(self, recipe: RecipeT, training: DataT, validation: DataT | None) -> None:
         self.recipe: RecipeT = with_slots(self.resolve(recipe), training)

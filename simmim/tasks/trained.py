@@ -69,7 +69,7 @@ class TrainedModel:
     inflated_from: Provenance | None = None
     """Provenance of the image encoder that an encoder of clips was inflated from."""
     masked_image: MaskedImageHead | None = None
-    """Mask token and decoder, from a pretraining run."""
+    """Mask token and decoder, from a pretraining run that predicts pixels."""
     classifier: ClassifierHead | None = None
     """Linear head, from a classification of images or clips."""
     classes: tuple[str, ...] = ()

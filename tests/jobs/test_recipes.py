@@ -11,8 +11,8 @@ from simmim.tasks.classification.classifier import Classifier
 from simmim.tasks.classification.recipe import ClassificationRecipe
 from simmim.tasks.detection.heads import build_detector
 from simmim.tasks.detection.recipe import DetectionRecipe
+from simmim.tasks.pretrain.model import build_model
 from simmim.tasks.pretrain.recipe import PretrainRecipe
-from simmim.tasks.pretrain.stage import build_model
 from simmim.tasks.probe.recipe import ProbeRecipe
 from simmim.tasks.segmentation.heads import build_segmenter
 from simmim.tasks.segmentation.recipe import SegmentationRecipe

@@ -25,10 +25,10 @@ from simmim.engine.checkpoint.directory import (
 )
 from simmim.engine.checkpoint.ema import load_average
 from simmim.engine.checkpoint.resume import load_model
-from simmim.engine.generators import seeded
+from simmim.engine.monitor.hardware import BACKWARD
 from simmim.engine.monitor.observers import Watch, pictures, probe, validation
 from simmim.engine.run import RunFolder
-from simmim.method.encoder_protocol import ImageEncoder, check_encoder, encoder_flops
+from simmim.method.encoder_protocol import encoder_flops
 from simmim.method.masking import MaskGenerator
 from simmim.method.model import SimMIM
 from simmim.recipe import load, recipe_hash
@@ -37,59 +37,17 @@ from simmim.tasks.features import Normalise, pooled_features, sample_drop_path_n
 from simmim.tasks.loading import order_for, train_transform, training_batches, with_slots
 from simmim.tasks.measured import with_measured
 from simmim.tasks.other_encoder import save_other_encoder
+from simmim.tasks.pretrain.model import EncoderBuilder, build_model, build_swinv2
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.probe.online import OnlineProbe
 from simmim.tasks.trained import TrainedModel, provenance_of, read_directory
-from swinv2 import SwinV2, build_encoder, save_encoder
+from swinv2 import SwinV2, save_encoder
 from swinv2.bridges.checkpoints import MaskedImageHead
 from swinv2.config_file import Provenance
 
 PANEL_IMAGES = 8
 BASELINE_IMAGES = 256
 """Held-out images for the baseline, which is computed before training."""
-
-
-def build_swinv2(recipe: PretrainRecipe) -> SwinV2:
-    """Build the encoder that a recipe describes."""
-    return build_encoder(recipe.encoder.config(recipe.data.image_size))
-
-
-EncoderBuilder = Callable[[PretrainRecipe], ImageEncoder]
-"""Builds the encoder of a pretraining, with random weights drawn from torch's generator."""
-
-
-def build_model(recipe: PretrainRecipe, encoder: EncoderBuilder = build_swinv2) -> SimMIM[Any]:
-    """Build the model with its initial weights, which depend on the recipe's seed alone.
-
-    Raises:
-        ValueError: the encoder is for other images than the recipe's.
-    """
-    with seeded(recipe.training.seed):
-        built = encoder(recipe)
-        _check_sizes(built, recipe)
-        return SimMIM(
-            built,
-            mask_cell=recipe.mask.cell,
-            norm_target=recipe.loss.norm_target,
-            loss=recipe.loss.name,
-            loss_area=recipe.loss.area,
-        )
-
-
-def _check_sizes(encoder: ImageEncoder, recipe: PretrainRecipe) -> None:
-    """Raise ValueError unless an encoder is for the images of a recipe, which the data follow."""
-    check_encoder(encoder)
-    side = recipe.data.image_size
-    for name, wanted, found in (
-        ("data.image_size", (side, side), encoder.image_size),
-        ("encoder.patch_size", recipe.encoder.patch_size, encoder.patch_size),
-        ("encoder.in_channels", recipe.encoder.in_channels, encoder.in_channels),
-    ):
-        if found != wanted:
-            raise ValueError(
-                f"the {type(encoder).__name__} has {name.split('.')[1]} {found}, and {name} of the "
-                f"recipe asks for {wanted}: change one of them."
-            )
 
 
 class PretrainModule(nn.Module):
@@ -154,6 +112,12 @@ class PretrainStage:
             "probe.shards": None if probe is None else probe.known,
         }
 
+    @property
+    def frozen_parameters(self) -> int:
+        """Parameters beside the module: of a frozen encoder whose features are the target."""
+        frozen: int = self.model.target.frozen_parameters
+        return frozen
+
     def class_counts(self) -> None:
         """Return None: the images have no labels."""
 
@@ -167,31 +131,27 @@ class PretrainStage:
             return read_directory(run.encoder)
         pretrained = load_pretrained(run, str(checkpoint))
         model, recipe = pretrained.model, pretrained.recipe
-        projection = model.decoder.projection
-        assert projection.bias is not None
         mean, std = recipe.data.normalisation
         return TrainedModel(
             encoder=model.encoder,
             mean=mean,
             std=std,
             provenance=provenance_of(checkpoint, recipe),
-            masked_image=MaskedImageHead(
-                mask_token=model.mask_token.detach(),
-                weight=projection.weight.detach(),
-                bias=projection.bias.detach(),
-            ),
+            masked_image=_masked_image_head(model) if model.target.is_pixels else None,
             shards=recipe.data.first_shards,
             origin=str(checkpoint),
         )
 
     def _count_flops(self) -> int:
         """Return the FLOPs of encoder and decoder; see `simmim.engine.monitor.observers`."""
-        encoder, stride = self.encoder, self.model.decoder.stride
+        encoder, target = self.encoder, self.model.target
+        stride = encoder.strides[-1]
         decoded: int = math.prod(-(-side // stride) for side in encoder.image_size)
         if self.recipe.loss.area == "masked" and self.recipe.mask.cell >= stride:
             decoded = math.ceil(decoded * self.recipe.mask.ratio)
         per_feature: int = self.model.decoder.flops_per_feature
-        return encoder_flops(encoder) + decoded * per_feature
+        of_target: int = target.flops // (1 + BACKWARD)  # training counts a backward pass on top
+        return encoder_flops(encoder) + decoded * per_feature + of_target
 
     def batches(self, *, rank: int, world: int, start: int, end: int) -> Iterable[Batch]:
         """Yield this rank's micro-batches; see `simmim.engine.stage.TrainingStage`."""
@@ -256,14 +216,14 @@ class PretrainStage:
         )
 
     def baselines(self) -> dict[str, float]:
-        """Return the loss of predicting the mean colour, on some of the held-out images."""
+        """Return the loss of predicting the mean target, on some of the held-out images."""
         total = count = 0.0
         for batch in self.held_out_batches(batch_size=64):
             total += self._mean_color_loss(batch) * len(batch)
             count += len(batch)
             if count >= BASELINE_IMAGES:
                 break
-        return {"mean_color_loss": total / count} if count else {}
+        return {self.model.target.baseline: total / count} if count else {}
 
     def _mean_color_loss(self, batch: Batch) -> float:
         batch = batch.to(self.module.normalise.mean.device)
@@ -277,7 +237,7 @@ class PretrainStage:
         return self.validation_shards.samples > 0
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return the loss on held-out images, and the loss of predicting the mean colour."""
+        """Return the loss on held-out images, and the loss of predicting the mean target."""
         sums = torch.zeros(3, dtype=torch.float64)
         training = self.recipe.training
         for batch in self.held_out_batches(
@@ -293,7 +253,7 @@ class PretrainStage:
             return {}
         return {
             "validation_loss": float(total[0] / total[2]),
-            "mean_color_loss": float(total[1] / total[2]),
+            self.model.target.baseline: float(total[1] / total[2]),
         }
 
     def fresh(self) -> "PretrainStage":
@@ -302,7 +262,7 @@ class PretrainStage:
 
     @property
     def watch(self) -> Watch:
-        """Validation, the online probe, reconstructions, and the loss of the mean colour.
+        """Validation, the online probe, reconstructions of pixels, and the loss of their mean.
 
         No metric selects the best checkpoint: a lower loss does not mean a better encoder.
         """
@@ -313,7 +273,8 @@ class PretrainStage:
         if online_probe is not None:
             run_probe = partial(online_probe.run, self.module.features)
             observers.append(probe(run_probe, every=online_probe.settings.every))
-        observers.append(pictures(self.visualize, every=training.look_every))
+        if self.model.target.is_pixels:
+            observers.append(pictures(self.visualize, every=training.look_every))
         return Watch(
             observers=tuple(observers),
             flops_per_sample=self.flops_per_sample,
@@ -343,6 +304,7 @@ class PretrainStage:
         self.module.eval()
         with accelerator.autocast():
             reconstruction = self.model(images, batch.masks).reconstruction.float()
+        reconstruction = self.model.target.to_pixels(reconstruction, images)
         mean, std = self.recipe.data.normalisation
         path = run.reconstructions / f"step-{step:08d}.png"
         reconstruction_panel(
@@ -352,7 +314,6 @@ class PretrainStage:
             mean=mean,
             std=std,
             path=path,
-            norm_target=self.recipe.loss.norm_target,
             stretched=batch.images.dtype != torch.uint8,
             bands=self.recipe.data.picture_bands,
             caption="original" if held_out else "training image",
@@ -362,6 +323,17 @@ class PretrainStage:
     def export_encoder(self, run: RunFolder, step: int, samples: int) -> None:
         """Write the encoder directory into the run."""
         save_pretrained(self.model, self.recipe, run.encoder, step=step, samples=samples)
+
+
+def _masked_image_head(model: SimMIM[Any]) -> MaskedImageHead:
+    """Return mask token and decoder of a model that predicts pixels."""
+    projection = model.decoder.projection
+    assert projection.bias is not None
+    return MaskedImageHead(
+        mask_token=model.mask_token.detach(),
+        weight=projection.weight.detach(),
+        bias=projection.bias.detach(),
+    )
 
 
 def save_pretrained(

@@ -39,7 +39,7 @@ TASK = Task(
             Tile(key="probe_knn_top1", title="kNN top-1 %"),
             Tile(key="probe_linear_top1", title="linear top-1 %"),
         ),
-        baselines={"mean_color_loss": "mean colour"},
+        baselines={"mean_color_loss": "mean colour", "mean_feature_loss": "mean feature"},
         describe=describe_masks,
     ),
 )

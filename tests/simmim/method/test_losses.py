@@ -4,15 +4,14 @@ from torch import Tensor
 
 from simmim.method.losses import (
     ElementwiseLoss,
-    denormalise_target,
     l1,
     l2,
     loss_function,
     masked_mean,
     mean_color_loss,
-    normalise_target,
     smooth_l1,
 )
+from simmim.method.targets import denormalise_target, normalise_target
 
 
 def images(*shape: int, seed: int = 0) -> Tensor:

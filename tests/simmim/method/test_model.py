@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simmim import SimMIM, random_mask
-from simmim.method.losses import l1, masked_mean, normalise_target
+from simmim.method.losses import l1, masked_mean
 from simmim.method.masking import enlarge_mask
+from simmim.method.targets import normalise_target
 from swinv2 import SwinV2, build_encoder
 
 SMALL: dict[str, Any] = {"embed_dim": 12, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 2, 4)}

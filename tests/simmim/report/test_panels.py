@@ -8,8 +8,8 @@ from torch import Tensor
 
 from data_prep.images.display import to_display
 from simmim import random_mask
-from simmim.method.losses import normalise_target
 from simmim.method.masking import enlarge_mask
+from simmim.method.targets import NormalisedPixels
 from simmim.report.panels import GAP, HEADER, reconstruction_panel
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -39,10 +39,11 @@ def test_tiles_show_original_mask_and_prediction(tmp_path: Path, norm_target: bo
     colors, predicted = random_colors(3, 3, 64, 96, seed=0), random_colors(3, 3, 64, 96, seed=1)
     reconstruction = normalise(predicted)
     if norm_target:  # the right answer, so that colours come back whatever the statistics are
-        predicted, reconstruction = colors, normalise_target(normalise(colors))
+        target, predicted = NormalisedPixels(3), colors
+        reconstruction = target.to_pixels(target(normalise(colors)), normalise(colors))
     mask = random_mask(3, (4, 6), 0.6, torch.Generator().manual_seed(0))
     path = tmp_path / "new" / "panel.png"
-    options = {"mean": MEAN, "std": STD, "norm_target": norm_target}
+    options = {"mean": MEAN, "std": STD}
     reconstruction_panel(normalise(colors), mask, reconstruction, path=path, **options)  # type: ignore[arg-type]
     with Image.open(path) as image:
         panel = np.asarray(image)

@@ -26,8 +26,9 @@ from simmim.engine.distributed.sharding import (
     sharding_units,
 )
 from simmim.recipe import parse
+from simmim.tasks.pretrain.model import build_model
 from simmim.tasks.pretrain.recipe import PretrainRecipe
-from simmim.tasks.pretrain.stage import PretrainModule, build_model
+from simmim.tasks.pretrain.stage import PretrainModule
 from swinv2 import build_encoder
 from swinv2.blocks import Block
 from tests.simmim.forked import finish

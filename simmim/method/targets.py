@@ -1,0 +1,210 @@
+"""Targets: what is predicted of the hidden part of an image. A new target is a class here.
+
+A target is a map (batch, channels, rows, columns) with a position for every `stride` pixels,
+rounded up. Width of the decoder, baseline, pictures, FLOPs and exports follow from it.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simmim.method.encoder_protocol import encoder_flops
+
+TARGET_WINDOW = 47
+VARIANCE_EPS = 1e-6
+
+
+class Target(Protocol):
+    """The target of a prediction; no part of the model that is trained, saved or exported."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of the map."""
+
+    @property
+    def stride(self) -> int:
+        """Pixels between neighbouring positions of the map: 1 for pixels."""
+
+    @property
+    def baseline(self) -> str:
+        """Name of the loss of predicting the mean of the visible positions, in metrics."""
+
+    @property
+    def is_pixels(self) -> bool:
+        """Whether the model predicts plain pixels or those that `to_pixels` restores.
+
+        Other predictions are not drawn, and their decoder is not exported.
+        """
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the target of one image, which need no backward pass."""
+
+    @property
+    def frozen_parameters(self) -> int:
+        """Number of parameters that are in memory for it."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the target of normalised images (batch, channels, height, width)."""
+
+    def to_pixels(self, prediction: Tensor, images: Tensor) -> Tensor:
+        """Return normalised pixels from a prediction, to display it.
+
+        Args:
+            prediction: (batch, channels, height, width).
+            images: the images that were predicted.
+        """
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The pixels as they are: SimMIM's default."""
+
+    channels: int
+    stride: int = 1
+    baseline: str = "mean_color_loss"
+    is_pixels: bool = True
+    flops: int = 0
+    frozen_parameters: int = 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the images."""
+        return images
+
+    def to_pixels(self, prediction: Tensor, images: Tensor) -> Tensor:
+        """Return the prediction."""
+        del images
+        return prediction
+
+
+@dataclass(frozen=True)
+class NormalisedPixels(Pixels):
+    """Pixels normalised by the mean and variance of the window around each (SwinV2)."""
+
+    window: int = TARGET_WINDOW
+    """Side of the window in pixels; odd."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the normalised images; see `normalise_target`."""
+        return normalise_target(images, self.window)
+
+    def to_pixels(self, prediction: Tensor, images: Tensor) -> Tensor:
+        """Return pixels with the mean and variance of the images; see `denormalise_target`."""
+        return denormalise_target(prediction, images, self.window)
+
+
+class Features:
+    """The last map of a frozen encoder, each token normalised by a LayerNorm without weights.
+
+    The encoder sees the whole image. It is no submodule of the model: not trained, averaged,
+    sharded or saved. It moves to the device of the images.
+
+    Args:
+        encoder: an `ImageEncoder`; it is frozen, in evaluation mode.
+        scale: number or one per channel, by which images are multiplied first.
+        shift: number or one per channel, added after that: both for an encoder that was trained
+            with another mean and std than the images are normalised with.
+
+    Source: BEiT v2 and EVA predict features of a frozen model; the normalisation is data2vec's.
+    """
+
+    is_pixels = False
+    baseline = "mean_feature_loss"
+
+    def __init__(
+        self, encoder: Any, *, scale: tuple[float, ...] = (1.0,), shift: tuple[float, ...] = (0.0,)
+    ) -> None:
+        assert isinstance(encoder, nn.Module)
+        frozen: Any = encoder.eval().requires_grad_(requires_grad=False)
+        self.encoder = frozen
+        self.channels: int = frozen.num_features
+        self.stride: int = frozen.strides[-1]
+        self.flops = encoder_flops(frozen)
+        self.frozen_parameters = sum(parameter.numel() for parameter in frozen.parameters())
+        self._same = set(scale) == {1.0} and set(shift) == {0.0}
+        self._scale, self._shift = (
+            torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (scale, shift)
+        )
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the normalised features of whole images, float32."""
+        device = images.device
+        if self._scale.device != device or next(self.encoder.parameters()).device != device:
+            self.encoder.to(device)
+            self._scale, self._shift = self._scale.to(device), self._shift.to(device)
+        if not self._same:
+            images = images * self._scale + self._shift
+        tokens = self.encoder.encode(self.encoder.embed(images)).float()
+        return F.layer_norm(tokens, tokens.shape[-1:]).permute(0, 3, 1, 2)
+
+    def to_pixels(self, prediction: Tensor, images: Tensor) -> Tensor:
+        """Refuse: features are no pixels."""
+        del prediction, images
+        raise ValueError("features cannot be drawn: the model predicts no pixels.")
+
+
+def normalise_target(images: Tensor, window: int = TARGET_WINDOW) -> Tensor:
+    """Normalise each pixel by the mean and variance of the window around it (SimMIM code, SwinV2).
+
+    The variance is unbiased, 1e-6 is added to it, and windows are cropped at the border.
+
+    Args:
+        images: (batch, channels, height, width), floating point.
+        window: side of the window in pixels; odd.
+
+    Raises:
+        ValueError: the window is even, or smaller than 3 pixels.
+    """
+    mean, deviation = _local_statistics(images, window)
+    return (images - mean) / deviation
+
+
+def denormalise_target(values: Tensor, images: Tensor, window: int = TARGET_WINDOW) -> Tensor:
+    """Undo `normalise_target` with the mean and variance of ``images``, to display a prediction.
+
+    Args:
+        values: (batch, channels, height, width), normalised.
+        images: images to take the statistics from, same shape.
+        window: side of the window in pixels, as in `normalise_target`.
+    """
+    mean, deviation = _local_statistics(images, window)
+    return values * deviation + mean
+
+
+def _local_statistics(images: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation around each pixel, at least in single precision."""
+    if window < 3 or window % 2 == 0:
+        raise ValueError(
+            f"the target window is {window} pixels; it must be odd and at least 3, such as 47."
+        )
+    images = images.to(torch.promote_types(images.dtype, torch.float32))
+    # Relative to the image's own mean, mean(x²) - mean(x)² loses fewer digits.
+    offset = images.mean(dim=(2, 3), keepdim=True)
+    centred = images - offset
+    count = _window_counts(images, window)
+    mean = _window_mean(centred, window)
+    variance = _window_mean(centred.square(), window) - mean.square()
+    variance = (variance * count / (count - 1)).clamp(min=0)
+    return mean + offset, (variance + VARIANCE_EPS).sqrt()
+
+
+def _window_mean(values: Tensor, window: int) -> Tensor:
+    """Average over a window axis by axis: 2 · window sums per pixel instead of window²."""
+    half = window // 2
+    rows = F.avg_pool2d(values, (window, 1), 1, (half, 0), count_include_pad=False)
+    return F.avg_pool2d(rows, (1, window), 1, (0, half), count_include_pad=False)
+
+
+def _window_counts(images: Tensor, window: int) -> Tensor:
+    """Return the number of pixels in the window around each pixel, (height, width)."""
+    counts = []
+    for length in images.shape[-2:]:
+        position = torch.arange(length, device=images.device)
+        first = (position - window // 2).clamp(min=0)
+        last = (position + window // 2).clamp(max=length - 1)
+        counts.append((last - first + 1).to(images.dtype))
+    return counts[0][:, None] * counts[1]

@@ -1,0 +1,124 @@
+"""Pretraining that predicts features of a frozen encoder, end to end."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from simmim.doctor.examine import examine
+from simmim.engine.checkpoint.resume import read_model
+from simmim.engine.devices import build_accelerator, prepare
+from simmim.engine.loop import train
+from simmim.engine.run import RunFolder
+from simmim.export.export import export
+from simmim.method.targets import Features
+from simmim.recipe import parse
+from simmim.report.page import write_report
+from simmim.tasks.pretrain.recipe import PretrainRecipe
+from simmim.tasks.pretrain.stage import PretrainStage
+from swinv2 import load_encoder
+from tests.simmim.conftest import MEAN, STD
+
+
+@pytest.fixture
+def values(pretrain_values: dict[str, Any], encoder_directory: Path) -> dict[str, Any]:
+    pretrain_values["loss"] = {
+        "name": "smooth_l1",
+        "target": "features",
+        "target_encoder": str(encoder_directory),
+    }
+    pretrain_values["training"] |= {"steps": 40, "optimizer": {"lr": 5e-3}}
+    return pretrain_values
+
+
+def build(values: dict[str, Any]) -> PretrainStage:
+    return PretrainStage(parse(PretrainRecipe, values, "test"))
+
+
+def test_it_trains_and_leaves_the_frozen_encoder_alone(
+    values: dict[str, Any], encoder_directory: Path, tmp_path: Path
+) -> None:
+    run, stage = RunFolder(path=tmp_path / "run"), build(values)
+    target = stage.model.target
+    assert isinstance(target, Features)
+    train(stage, run, build_accelerator("fp32"), None, write_report=write_report)
+    lines = run.read_metrics()
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < 0.75 * losses[0]
+    assert lines[-1]["validation_loss"] < lines[-1]["mean_feature_loss"]
+    assert "mean feature" in run.report.read_text()
+    assert not run.reconstructions.exists()
+
+    before = load_encoder(encoder_directory).state_dict()
+    assert all(torch.equal(one, before[name]) for name, one in target.encoder.state_dict().items())
+    saved = read_model(run.checkpoints / "step-00000040")
+    assert saved["model.decoder.projection.weight"].shape[0] == target.channels
+    assert saved.keys() == stage.module.state_dict().keys()
+    with pytest.raises(ValueError, match="features cannot be drawn"):
+        stage.visualize(build_accelerator("fp32"), run, 1)
+
+    lines_of_export = export(run.path, tmp_path / "timm", "timm")
+    assert any("its features" in line or "difference" in line for line in lines_of_export)
+    assert not any("decoder" in line for line in lines_of_export)
+
+
+def test_it_resumes_in_bits(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values["training"] |= {"steps": 8, "checkpoint_every": 4, "validate_every": 6}
+    whole, broken = RunFolder(path=tmp_path / "whole"), RunFolder(path=tmp_path / "broken")
+    train(build(values), whole, build_accelerator("fp32"), None)
+
+    def die(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PretrainStage, "validate", die)
+        with pytest.raises(KeyboardInterrupt):
+            train(build(values), broken, build_accelerator("fp32"), None)
+    train(build(values), broken, build_accelerator("fp32"), "auto")
+    one, two = (read_model(run.checkpoints / "step-00000008") for run in (whole, broken))
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def test_initial_weights_are_those_of_pixels(values: dict[str, Any]) -> None:
+    stage = build(values)
+    pixels = build({name: part for name, part in values.items() if name != "loss"})
+    weights = pixels.encoder.state_dict()
+    assert all(torch.equal(one, weights[name]) for name, one in stage.encoder.state_dict().items())
+    assert stage.flops_per_sample > 0
+
+
+def test_only_the_model_is_optimised(values: dict[str, Any]) -> None:
+    stage = build(values)
+    _, optimizer = prepare(stage, build_accelerator("fp32"))
+    optimised = {id(one) for group in optimizer.param_groups for one in group["params"]}
+    target = stage.model.target
+    assert isinstance(target, Features)
+    assert optimised == {id(one) for one in stage.module.parameters()}
+    assert not optimised & {id(one) for one in target.encoder.parameters()}
+
+
+def test_images_are_converted_to_the_frozen_encoders_mean_and_std(values: dict[str, Any]) -> None:
+    stage = build(values)
+    stored = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    target = stage.model.target
+    assert isinstance(target, Features)
+    own = (stored / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    wanted = Features(target.encoder)(own)
+    torch.testing.assert_close(target(stage.module.normalise(stored)), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_doctor_counts_the_frozen_encoder(values: dict[str, Any], tmp_path: Path) -> None:
+    run = RunFolder(path=tmp_path / "run")
+    checks = examine(build(values), run, build_accelerator("fp32"), resume=None, seconds=0.1)
+    assert not [check for check in checks if check.verdict == "problem"]
+
+
+def test_an_encoder_that_cannot_be_the_target_is_refused(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    values["loss"]["target_encoder"] = str(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"loss\.target_encoder: .*nowhere"):
+        build(values)
