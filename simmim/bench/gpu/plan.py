@@ -8,7 +8,7 @@ from simmim.bench.gpu.attention import measure_attention
 from simmim.bench.gpu.cells import Cell, Results
 from simmim.bench.gpu.peers import Name
 from simmim.bench.gpu.scale import Scale
-from simmim.bench.gpu.selftest import PATHS, PRECISIONS
+from simmim.bench.gpu.selftest import PATHS
 from simmim.bench.gpu.steps import measure_step
 from simmim.bench.roofline.ceiling import StepSize
 from swinv2.config import AttentionPath
@@ -66,7 +66,7 @@ def _agreement(
 ) -> Iterator[Cell]:
     """Yield the cells that compare attention paths with double precision."""
     for path in paths:
-        for precision in PRECISIONS:
+        for precision in scale.precisions:
             yield Cell(
                 name=f"selftest/{path} {precision} {_mode(compiled)}",
                 run=partial(selftest.check_agreement, scale, path, precision, compiled=compiled),

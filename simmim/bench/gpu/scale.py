@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from simmim.bench.roofline.ceiling import StepSize
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 Size = tuple[int, int]
+Precision = Literal["bf16", "fp16", "fp32"]
 
 
 def _published_steps() -> tuple[StepSize, ...]:
@@ -48,6 +49,8 @@ class Scale:
     """Height and width of its images: whole windows, and padded ones."""
     compiled_images: tuple[str, ...] = ("whole", "padded")
     """Those that compiled blocks are given."""
+    precisions: tuple[Precision, ...] = get_args(Precision)
+    """Those in which it is compared."""
     quiet_steps: int = 20
     """Steps in which nothing may wait for the device."""
     # Measurements
@@ -100,6 +103,7 @@ DRY = Scale(
     },
     images={"whole": (16, 16), "padded": (18, 22)},
     compiled_images=("padded",),
+    precisions=("bf16", "fp32"),
     quiet_steps=2,
     product_side=64,
     copied_bytes=2**16,
@@ -114,7 +118,7 @@ DRY = Scale(
     steps=(StepSize(variant="tiny", image_size=64, window_size=4),),
     overrides={"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 1)},
     largest_batch=2,
-    training_steps=100,
+    training_steps=60,
     loader_steps=0,
     loader_batch=4,
     ranks=1,

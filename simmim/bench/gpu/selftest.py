@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simmim.bench.gpu.cells import CheckFailed, Values
 from simmim.bench.gpu.gradients import adamw, assign_gradients
-from simmim.bench.gpu.scale import Scale, Size
+from simmim.bench.gpu.scale import Precision, Scale, Size
 from simmim.bench.gpu.training import require_pipeline
 from simmim.bench.live_bytes import LiveBytes, materialise, only_two_groups
 from simmim.engine.generators import seeded
@@ -22,9 +22,7 @@ from simmim.method.model import SimMIM
 from swinv2 import SwinV2, build_encoder
 from swinv2.config import AttentionPath
 
-Precision = Literal["bf16", "fp16", "fp32"]
 PATHS: tuple[AttentionPath, ...] = get_args(AttentionPath)
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
 """Largest relative error of features, by the precision of autocast; float32 is without TF32."""

@@ -29,7 +29,7 @@ def done_cells(path: Path) -> dict[str, Any]:
     return {name: one for name, one in cells.items() if one["status"] != "running"}
 
 
-@pytest.mark.timeout(600)  # a minute, on a quiet machine
+@pytest.mark.timeout(600)  # half a minute of processor time
 def test_a_killed_dry_run_is_continued_to_its_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
