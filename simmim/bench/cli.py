@@ -218,7 +218,7 @@ def memory_table(rows: Sequence[MemoryRow], placements: Sequence[Placement]) -> 
     case = rows[0].case
     images = count_noun(case.batch, "image")
     step = "a step" if case.optimizer else "a forward and backward pass"
-    how = f"{case.precision}, attention {case.attention}"
+    how = f"{case.precision}, attention {case.attention}, eager blocks"
     lines = [
         f"Estimated device memory in GiB for {step} of {images}: {how}\n",
         _line(_STEP_HEADS, heads),

@@ -55,7 +55,10 @@ def build(name: Name, config: SwinV2Config) -> Contestant:
         raise Skipped(f"{name} is not installed")
     if config.extra_norm_every:
         raise Skipped(f"{name} has no extra norms")
-    return _build_timm(config) if name == "timm" else _build_transformers(config)
+    try:
+        return _build_timm(config) if name == "timm" else _build_transformers(config)
+    except ImportError as error:  # timm needs torchvision, of the same version as torch
+        raise Skipped(f"{name} cannot be imported: {error}") from error
 
 
 class TimmSimMIM(nn.Module):

@@ -47,7 +47,7 @@ def make_plan(scale: Scale, results: Results) -> list[Cell]:
         *_agreement(scale, PATHS, compiled=False),
         *_agreement(scale, ("auto",), compiled=True),
         Cell(name="selftest/steps without waiting", run=partial(selftest.check_quiet_steps, scale)),
-        Cell(name="selftest/memory", run=partial(selftest.check_memory, scale)),
+        Cell(name="selftest/memory", run=partial(selftest.check_memory, scale), limit=COMPILING),
         *first,
         Cell(name="selftest/kill and resume", run=partial(training.check_resuming, scale)),
         Cell(name="selftest/ranks", run=partial(training.check_ranks, scale), limit=COMPILING),
