@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_prep.format.manifest import read_manifest
-from simmim.bench.memory import GIB
+from simmim.bench.choices import GIB
 from simmim.data.datasets.opening import measured_statistics
 from simmim.data.datasets.procedural import draw_images
 from simmim.data.transforms.sampling import ImageForm, sample_images

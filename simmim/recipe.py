@@ -8,11 +8,10 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from typing_extensions import dataclass_transform
@@ -31,6 +30,11 @@ YES_OR_NO = ("yes", "no", "on", "off", "y", "n")
 """Words that YAML 1.1 takes for true and false, and YAML 1.2 and recipes for text."""
 LARGEST_INTEGER = 2**63 - 1
 """Largest integer of a recipe, of the steps and samples of a training, and of a checkpoint."""
+ALTERNATIVES = (
+    ("training.epochs", "training.steps"),
+    ("training.schedule.warmup_epochs", "training.schedule.warmup_steps"),
+)
+"""Fields of which a recipe has one: an override of one replaces the other."""
 UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 
 Settings = TypeVar("Settings")
@@ -44,7 +48,7 @@ class RecipeError(ValueError):
 def settings(cls: type[Settings]) -> type[Settings]:
     """Turn a class into a frozen, keyword-only dataclass with strict validation.
 
-    The docstring below each field, with its unit, is shown by `--help`.
+    The docstring below each field, with its unit, is shown by `--help-fields`.
     """
     cls.__pydantic_config__ = {  # type: ignore[attr-defined]
         "extra": "forbid",
@@ -76,8 +80,14 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise RecipeError(f"recipe {path}: {error}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"recipe {path} must be a mapping of keys to values.")
+    given = {}
     for keys, value in _parse_overrides(overrides):
         _assign(values, keys, value)
+        given[".".join(keys)] = value
+    for pair in ALTERNATIVES:
+        for one, other in (pair, pair[::-1]):
+            if given.get(one) is not None and other not in given:
+                _remove(values, other.split("."))
     return values
 
 
@@ -113,13 +123,28 @@ def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
     values[keys[-1]] = value
 
 
-def parse(recipe_type: type[Settings], values: dict[str, Any], source: str) -> Settings:
+def _remove(values: dict[str, Any], keys: list[str]) -> None:
+    for key in keys[:-1]:
+        inner = values.get(key)
+        if not isinstance(inner, dict):
+            return
+        values = inner
+    values.pop(keys[-1], None)
+
+
+def parse(
+    recipe_type: type[Settings],
+    values: dict[str, Any],
+    source: str,
+    options: Sequence[str] = (),
+) -> Settings:
     """Validate `values` and build a recipe from them.
 
     Args:
         recipe_type: a class decorated with `settings`.
         values: parsed YAML.
         source: origin of the values, for the message.
+        options: options of the command that may be meant by a key that is unknown.
 
     Raises:
         RecipeError: every unknown key, missing key, wrong type and impossible value.
@@ -144,11 +169,11 @@ def parse(recipe_type: type[Settings], values: dict[str, Any], source: str) -> S
     from pydantic import ValidationError  # noqa: PLC0415
 
     try:
-        recipe: Settings = _adapter(recipe_type).validate_json(text)
+        recipe: Settings = adapter(recipe_type).validate_json(text)
     except ValidationError as error:
         found = error.errors()
         mistakes = _one_for_each_field(found[:MOST_MISTAKES])
-        lines = [_describe_mistake(recipe_type, mistake) for mistake in mistakes]
+        lines = [_describe_mistake(recipe_type, mistake, options) for mistake in mistakes]
         number = count_noun(len(lines), "mistake")
         if len(found) > MOST_MISTAKES:
             lines.append(f"and {len(found) - MOST_MISTAKES:,} more")
@@ -166,7 +191,7 @@ def _large_integers(value: Any, where: str = "") -> Iterator[tuple[str, int]]:
             yield from _large_integers(part, f"{where}.{key}" if where else str(key))
 
 
-def _adapter(recipe_type: type[Any]) -> "TypeAdapter[Any]":
+def adapter(recipe_type: type[Any]) -> "TypeAdapter[Any]":
     """Return the cached validator of `recipe_type`; building one is the slow part."""
     from pydantic import TypeAdapter  # noqa: PLC0415
 
@@ -175,9 +200,14 @@ def _adapter(recipe_type: type[Any]) -> "TypeAdapter[Any]":
     return _ADAPTERS[recipe_type]
 
 
-def load(recipe_type: type[Settings], path: Path, overrides: Sequence[str] = ()) -> Settings:
+def load(
+    recipe_type: type[Settings],
+    path: Path,
+    overrides: Sequence[str] = (),
+    options: Sequence[str] = (),
+) -> Settings:
     """Read, override and validate a recipe file; see `read_values` and `parse`."""
-    return parse(recipe_type, read_values(path, overrides), f"recipe {path}")
+    return parse(recipe_type, read_values(path, overrides), f"recipe {path}", options)
 
 
 def _one_for_each_field(mistakes: Sequence[Any]) -> Iterator[Any]:
@@ -206,14 +236,11 @@ def _names_a_type(part: str | int) -> bool:
     return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool"))
 
 
-def _describe_mistake(recipe_type: type[Any], mistake: Any) -> str:
+def _describe_mistake(recipe_type: type[Any], mistake: Any, options: Sequence[str]) -> str:
     path = [str(part) for part in mistake["loc"]]
     where = ".".join(path) or "the recipe"
     if mistake["type"] in UNKNOWN_KEY:
-        legal = _field_names(recipe_type, path[:-1])
-        close = difflib.get_close_matches(path[-1], legal, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"legal here: {', '.join(legal)}."
-        return f"{where}: unknown key; {hint}"
+        return f"{where}: unknown key; {_suggestion(recipe_type, path, options)}"
     if mistake["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{where}: missing; add it."
     message = mistake["msg"].removeprefix("Value error, ")
@@ -225,6 +252,15 @@ def _describe_mistake(recipe_type: type[Any], mistake: Any) -> str:
     elif str(mistake["type"]).startswith(("int_", "float_")) and isinstance(mistake["input"], str):
         hint = ": write a decimal number"
     return f"{where}: {message}, got {_shortened(mistake['input'])}{hint}"
+
+
+def _suggestion(recipe_type: type[Any], path: list[str], options: Sequence[str]) -> str:
+    legal = _field_names(recipe_type, path[:-1])
+    meant = {name: name for name in legal}
+    if len(path) == 1:  # --resum instead of --resume is read as a key of the recipe
+        meant |= {name: f"--{name}" for name in options}
+    close = difflib.get_close_matches(path[-1], meant, n=1)
+    return f"did you mean {meant[close[0]]}?" if close else f"legal here: {', '.join(legal)}."
 
 
 def _shortened(value: object) -> str:
@@ -254,7 +290,7 @@ def _settings_in(hint: Any) -> Iterator[type[Any]]:
 
 def to_values(recipe: Any) -> dict[str, Any]:
     """Return a recipe as plain values including every default; the inverse of `parse`."""
-    values = _adapter(type(recipe)).dump_python(recipe, mode="json")
+    values = adapter(type(recipe)).dump_python(recipe, mode="json")
     assert isinstance(values, dict)
     return values
 
@@ -287,51 +323,6 @@ def _as_text(value: Any) -> str:
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def describe(recipe_type: type[Any]) -> str:
-    """Return every field of a recipe with type, default and documentation."""
-    return "\n".join(_describe_fields(recipe_type, ""))
-
-
-def _describe_fields(recipe_type: type[Any], prefix: str) -> Iterator[str]:
-    documentation = _documentation(recipe_type)
-    hints = get_type_hints(recipe_type)
-    for field in dataclasses.fields(recipe_type):
-        hint = hints[field.name]
-        inner = [kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)]
-        text = " ".join(documentation[field.name].split())
-        if inner:
-            yield f"  {prefix}{field.name}: {text}".rstrip(": ")
-            yield from _describe_fields(inner[0], f"{prefix}{field.name}.")  # type: ignore[arg-type]
-            continue
-        default = (
-            "required" if field.default is dataclasses.MISSING else f"default {field.default!r}"
-        )
-        yield f"  --{prefix}{field.name}  ({_type_name(hint)}, {default})"
-        if text:
-            yield f"        {text}"
-
-
-def _documentation(recipe_type: type[Any]) -> dict[str, str]:
-    """Return the docstring of each field; pydantic reads those of one class, without its bases."""
-    found: dict[str, str] = {}
-    for base in reversed(recipe_type.__mro__):
-        if dataclasses.is_dataclass(base):
-            for name, field in _adapter(base).json_schema()["properties"].items():
-                found[name] = field.get("description") or found.get(name, "")
-    return found
-
-
-def _type_name(hint: Any) -> str:
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_type_name(part) for part in get_args(hint))
-    if hint is type(None):
-        return "null"
-    arguments = get_args(hint)
-    if arguments and get_origin(hint) is not tuple:
-        return " | ".join(str(argument) for argument in arguments)
-    return getattr(hint, "__name__", str(hint)) if not arguments else "list"
 
 
 def check_least(settings: Any, least: float, *names: str) -> None:

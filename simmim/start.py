@@ -9,6 +9,9 @@ from simmim.stop_signals import exit_on_stop_signals
 TRAINING = ("quickstart", "pretrain", "finetune", "labels")
 """Commands that train: they go on without a terminal, and stop signals end them with STOPPED."""
 
+HELP = {"-h", "--help", "--help-fields", "--version"}
+"""Options with which no command trains."""
+
 
 def start_process(argv: Sequence[str]) -> None:
     """Prepare this process for a command: standard streams and stop signals.
@@ -16,7 +19,7 @@ def start_process(argv: Sequence[str]) -> None:
     Args:
         argv: the command and its arguments.
     """
-    trains = bool(argv) and argv[0] in TRAINING and not {"-h", "--help"} & set(argv)
+    trains = bool(argv) and argv[0] in TRAINING and not HELP & set(argv)
     protect_output(optional=trains)
     if trains:
         exit_on_stop_signals(STOPPED)

@@ -181,6 +181,7 @@ IN_ROOM = {
     "simmim.compat": "simmim.recipe",
     "simmim.disk": "simmim.recipe",
     "simmim.environment": "simmim.recipe",
+    "simmim.fields": "simmim.recipe",
     "simmim.recipe_text": "simmim.recipe",
     "simmim.stop_signals": "simmim.recipe",
 }

@@ -50,16 +50,19 @@ def test_make_targets_exist() -> None:
 @pytest.mark.parametrize("words", ours("simmim"), ids=" ".join)
 def test_simmim_commands_are_understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    arguments, overrides = simmim.cli.build_parser().parse_known_args(words)
-    assert arguments.takes_overrides or not overrides
-    if arguments.command in ("pretrain", "finetune"):
-        load(simmim.cli.task_of(arguments).recipe, arguments.config, overrides)
-    elif arguments.command == "probe":
-        load(ProbeRecipe, arguments.config, overrides)
-    elif arguments.command == "labels":
-        load(ClassificationRecipe, arguments.config, ["--init", arguments.init, *overrides])
-    elif arguments.command == "doctor":
-        load(PretrainRecipe, arguments.config, overrides)
+    command, given, _ = parse_arguments(simmim.cli.app, words)
+    values = dict(given.arguments)
+    options, overrides = values.get("options"), values.get("overrides", ())
+    match command.__name__:
+        case "pretrain" | "finetune" as name:
+            load(simmim.cli.task_of(name, options.config).recipe, options.config, overrides)
+        case "probe":
+            load(ProbeRecipe, options.config, overrides)
+        case "labels":
+            init = ["--init", options.init, *overrides]
+            load(ClassificationRecipe, options.config, init)
+        case "doctor":
+            load(PretrainRecipe, options.config, overrides)
 
 
 @pytest.mark.parametrize("words", ours("data-prep"), ids=" ".join)

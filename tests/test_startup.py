@@ -26,6 +26,13 @@ print(*(name for name in {heavy!r} if name in sys.modules))
         ("simmim", []),
         ("simmim", ["--help"]),
         ("simmim", ["pretrian"]),
+        ("simmim", ["finetune", "--help"]),
+        ("simmim", ["import", "--help"]),
+        ("simmim", ["doctor", "--help"]),
+        ("simmim", ["bench", "memory", "--help"]),
+        ("simmim", ["bench", "memory", "--devices", "0"]),
+        ("simmim", ["pretrain", "--help-fields"]),
+        ("simmim", ["pretrain", "--config", "jobs/finetune/cifar10.yaml"]),
         ("simmim", ["pretrain", "--config", "jobs/pretrain/cifar10.yaml", "--mask.ratoi", "0.5"]),
         ("simmim", ["finetune", "--config", "jobs/finetune/cifar10.yaml", "--data.scael", "1"]),
         (

@@ -67,6 +67,7 @@ def make_app(name: str, summary: str, **options: Any) -> App:
         help_format="plaintext",
         help_formatter=HelpText(),
         # As of other programs, the last of several values counts. Lists have no --empty-NAME.
+        group_parameters="Options",
         default_parameter=Parameter(negative_iterable=(), allow_repeating=True),
         **options,
     )
@@ -181,7 +182,10 @@ def _about(entry: "HelpEntry", console: Console) -> str:
     if entry.required:
         parts.append("(required)")
     if entry.default not in (None, "False", "True", "()", "None"):
-        parts.append(f"(default: {entry.default})")
+        default = entry.default
+        if default[0] == "(":  # of several values, as they are typed
+            default = re.sub("[(),']", "", default)
+        parts.append(f"(default: {default})")
     return " ".join(part for part in parts if part)
 
 

@@ -1,188 +1,158 @@
-"""The command group `simmim bench`."""
+"""The command group `simmim bench`: what its commands take, and tables of memory."""
 
-import argparse
+# ruff: noqa: PLC0415 (what measures imports torch; help and mistakes need none)
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
-from data_prep.format.atomic import atomic_write_text
+from cyclopts import Parameter
+
+from data_prep.format.command_line import FLAT, MANY, Count, make_app
 from data_prep.format.text import count_noun
-from simmim.bench.gpu.cli import add_gpu
-from simmim.bench.memory import ASSUMPTIONS, GIB, MemoryRow, Placement, Sharding, make_rows
-from simmim.bench.step import MASK_CELL, Device, Precision, StepCase
+from simmim.bench.choices import ASSUMPTIONS, GIB, MASK_CELL, Device, Precision, Sharding
 from swinv2 import VARIANTS
 from swinv2.config import AttentionPath, Checkpointing
+
+if TYPE_CHECKING:
+    from simmim.bench.memory import MemoryRow, Placement
+    from simmim.bench.step import StepCase
 
 NUMBER = 10
 """Width of a column of numbers."""
 
 _STEP_HEADS = ("variant", "size", "checkpointing")
 
-
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Add the benchmarks of `simmim bench`."""
-    command.description = "Benchmarks of training."
-    benches = command.add_subparsers(dest="bench", required=True, metavar="BENCH")
-    add_memory(benches)
-    add_gpu(benches)
+app = make_app("bench", "Estimate and measure the memory that training needs.", sort_key=10)
 
 
-def add_memory(benches: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `simmim bench memory`."""
-    command = benches.add_parser(
-        "memory",
-        help="estimate device memory per variant, size, checkpointing and sharding",
-        description="Device memory of a SimMIM training step in GiB: estimated for every "
-        "placement, and measured on this machine if the step fits.",
-        epilog=f"assumptions:\n{ASSUMPTIONS}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    _add_step_arguments(command)
-    _add_device_arguments(command)
-    command.set_defaults(handler=run_memory, takes_overrides=False)
+def _parse_size(text: str) -> tuple[int, int]:
+    image, separator, window = text.partition("/")
+    if not separator or not image.isdecimal() or not window.isdecimal() or "0" in (image, window):
+        raise ValueError(f"--sizes: {text!r} is not a size: give IMAGE/WINDOW, such as 192/12.")
+    if int(image) % MASK_CELL:
+        raise ValueError(
+            f"--sizes: {image} is not a multiple of the mask cell, {MASK_CELL} pixels."
+        )
+    return int(image), int(window)
 
 
-def _add_step_arguments(command: argparse.ArgumentParser) -> None:
-    variants = list(VARIANTS)
-    command.add_argument(
-        "--variants",
-        nargs="+",
-        choices=variants,
-        default=variants,
-        metavar="NAME",
-        help=f"published variants: {', '.join(variants)} (default: all)",
-    )
-    command.add_argument(
-        "--sizes",
-        nargs="+",
-        type=_size,
-        default=[(192, 12)],
-        metavar="IMAGE/WINDOW",
-        help="side of the images in pixels and of the windows in tokens (default: 192/12)",
-    )
-    command.add_argument(
-        "--checkpointing",
-        nargs="+",
-        choices=get_args(Checkpointing),
-        default=["none", "full"],
-        help="activation checkpointing: what the backward pass recomputes (default: none full)",
-    )
-    command.add_argument(
-        "--attention",
-        choices=get_args(AttentionPath),
-        default="sequential",
-        help="attention implementation (default: %(default)s)",
-    )
-    command.add_argument(
-        "--precision",
-        choices=get_args(Precision),
-        default="bf16",
-        help="precision of training (default: %(default)s)",
-    )
-    command.add_argument(
-        "--batch", type=_count, default=1, help="images per device (default: %(default)s)"
-    )
-    command.add_argument(
-        "--optimizer",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="include AdamW; --no-optimizer is forward and backward only (default: yes)",
-    )
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions:
+    """Steps to count, and where."""
+
+    variants: Annotated[tuple[str, ...], MANY] = tuple(VARIANTS)
+    """Published variants."""
+    sizes: Annotated[tuple[str, ...], MANY] = ("192/12",)
+    """Side of the images in pixels and of the windows in tokens, as IMAGE/WINDOW."""
+    checkpointing: Annotated[tuple[Checkpointing, ...], MANY] = ("none", "full")
+    """Activation checkpointing: what the backward pass recomputes."""
+    attention: AttentionPath = "sequential"
+    """Attention implementation."""
+    precision: Precision = "bf16"
+    """Precision of training."""
+    batch: Count = 1
+    """Images per device."""
+    optimizer: bool = True
+    """Include AdamW; --no-optimizer is forward and backward only."""
+    devices: Annotated[tuple[int, ...], MANY] = (1, 8, 64)
+    """Numbers of devices to shard over."""
+    sharding: Annotated[tuple[Sharding, ...], MANY] = get_args(Sharding)
+    """Sharding over more than one device, in addition to none."""
+    device: Device = "cuda"
+    """Kind of device whose rules of precision are counted."""
+    device_memory: float | None = None
+    """Also list the largest batch that fits this device memory, in GiB."""
+    measure: bool = True
+    """Also run each step that fits this machine, on its GPU or else its CPU: minutes for large
+    ones."""
+    json: Path | None = None
+    """Also write the figures to this file."""
+
+    def __post_init__(self) -> None:
+        for variant in self.variants:
+            if variant not in VARIANTS:
+                raise ValueError(
+                    f"--variants: {variant!r} is not published; choose of {', '.join(VARIANTS)}."
+                )
+        for devices in self.devices:
+            if devices < 1:
+                raise ValueError(f"--devices: {devices} is below 1.")
+        for size in self.sizes:
+            _parse_size(size)
+
+    def cases(self) -> "list[StepCase]":
+        """Return every step to count."""
+        from simmim.bench.step import StepCase
+
+        return [
+            StepCase(
+                variant=variant,
+                image_size=image_size,
+                window_size=window_size,
+                attention=self.attention,
+                checkpointing=checkpointing,
+                precision=self.precision,
+                batch=self.batch,
+                device=self.device,
+                optimizer=self.optimizer,
+            )
+            for variant in self.variants
+            for image_size, window_size in map(_parse_size, self.sizes)
+            for checkpointing in self.checkpointing
+        ]
+
+    def placements(self) -> "list[Placement]":
+        """Return one whole device, and each sharding over each number of several."""
+        from simmim.bench.memory import Placement
+
+        return [Placement(sharding="none", devices=1)] + [
+            Placement(sharding=sharding, devices=devices)
+            for sharding in self.sharding
+            for devices in self.devices
+            if sharding != "none" and devices > 1
+        ]
 
 
-def _add_device_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--devices",
-        nargs="+",
-        type=_count,
-        default=[1, 8, 64],
-        metavar="N",
-        help="devices to shard over (default: 1 8 64)",
-    )
-    command.add_argument(
-        "--sharding",
-        nargs="+",
-        choices=get_args(Sharding),
-        default=list(get_args(Sharding)),
-        help="sharding over more than one device, in addition to none (default: all)",
-    )
-    command.add_argument(
-        "--device",
-        choices=get_args(Device),
-        default="cuda",
-        help="kind of device whose rules of precision are counted (default: %(default)s)",
-    )
-    command.add_argument(
-        "--device-memory",
-        type=float,
-        metavar="GIB",
-        help="also list the largest batch that fits this device memory",
-    )
-    command.add_argument(
-        "--measure",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="also run each step that fits this machine, on its GPU or else its CPU: "
-        "minutes for large ones (default: yes)",
-    )
-    command.add_argument(
-        "--json", type=Path, metavar="PATH", help="also write the figures to this file"
-    )
+def memory(*, options: Annotated[MemoryOptions, FLAT] = MemoryOptions()) -> int:
+    """Estimate device memory per variant, size, checkpointing and sharding."""
+    from data_prep.format.atomic import atomic_write_text
+    from simmim.bench.memory import make_rows
 
-
-def run_memory(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Run `simmim bench memory`."""
-    del overrides
-    placements = _placements(arguments)
-    memory: float | None = arguments.device_memory
+    placements, room = options.placements(), options.device_memory
     rows = make_rows(
-        _cases(arguments),
+        options.cases(),
         placements,
-        device_memory=None if memory is None else int(memory * GIB),
-        measure=arguments.measure,
+        device_memory=None if room is None else int(room * GIB),
+        measure=options.measure,
         say=_say,
     )
     print(memory_table(rows, placements))
-    if memory is not None:
-        print(f"\nLargest batch on a device with {memory:g} GiB:\n")
+    if room is not None:
+        print(f"\nLargest batch on a device with {room:g} GiB:\n")
         print(batch_table(rows, placements))
     print(f"\nAssumptions:\n{ASSUMPTIONS}")
-    if arguments.json is not None:
-        atomic_write_text(arguments.json, json.dumps(to_json(rows), indent=1) + "\n")
+    if options.json is not None:
+        atomic_write_text(options.json, json.dumps(to_json(rows), indent=1) + "\n")
     return 0
 
 
-def _cases(arguments: argparse.Namespace) -> list[StepCase]:
-    return [
-        StepCase(
-            variant=variant,
-            image_size=image_size,
-            window_size=window_size,
-            attention=arguments.attention,
-            checkpointing=checkpointing,
-            precision=arguments.precision,
-            batch=arguments.batch,
-            device=arguments.device,
-            optimizer=arguments.optimizer,
-        )
-        for variant in arguments.variants
-        for image_size, window_size in arguments.sizes
-        for checkpointing in arguments.checkpointing
-    ]
+def gpu(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
+    """Check training on this GPU, and measure its speed."""
+    from simmim.bench.gpu.cli import main
+
+    return main(arguments, program="simmim bench gpu")
 
 
-def _placements(arguments: argparse.Namespace) -> list[Placement]:
-    """Return one whole device, and each sharding over each number of several."""
-    return [Placement(sharding="none", devices=1)] + [
-        Placement(sharding=sharding, devices=devices)
-        for sharding in arguments.sharding
-        for devices in arguments.devices
-        if sharding != "none" and devices > 1
-    ]
+app.command(
+    memory,
+    help="Estimate device memory per variant, size, checkpointing and sharding.\n\n"
+    "It is that of a SimMIM training step in GiB: estimated for every placement, and measured on "
+    f"this machine if the step fits.\n\n{ASSUMPTIONS}",
+)
+app.command(gpu, help_flags=(), version_flags=())  # its own parser runs without our dependencies
 
 
 def _say(text: str) -> None:
@@ -190,27 +160,7 @@ def _say(text: str) -> None:
     sys.stderr.flush()
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return value
-
-
-def _size(text: str) -> tuple[int, int]:
-    image, separator, window = text.partition("/")
-    if not separator or not image.isdecimal() or not window.isdecimal() or "0" in (image, window):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a size: give IMAGE/WINDOW, such as 192/12"
-        )
-    if int(image) % MASK_CELL:
-        raise argparse.ArgumentTypeError(
-            f"{image} is not a multiple of the mask cell, {MASK_CELL} pixels"
-        )
-    return int(image), int(window)
-
-
-def memory_table(rows: Sequence[MemoryRow], placements: Sequence[Placement]) -> str:
+def memory_table(rows: "Sequence[MemoryRow]", placements: "Sequence[Placement]") -> str:
     """Return a table of the memory of each step in GiB, estimated per placement and measured."""
     names = [str(placement) for placement in placements]
     measured = any(row.measured for row in rows)
@@ -241,7 +191,7 @@ def memory_table(rows: Sequence[MemoryRow], placements: Sequence[Placement]) -> 
     return "\n".join(lines)
 
 
-def batch_table(rows: Sequence[MemoryRow], placements: Sequence[Placement]) -> str:
+def batch_table(rows: "Sequence[MemoryRow]", placements: "Sequence[Placement]") -> str:
     """Return the largest batch per device in each placement."""
     names = [str(placement) for placement in placements]
     lines = [_line(_STEP_HEADS, names)]
@@ -251,7 +201,7 @@ def batch_table(rows: Sequence[MemoryRow], placements: Sequence[Placement]) -> s
     return "\n".join(lines)
 
 
-def to_json(rows: Sequence[MemoryRow]) -> list[dict[str, Any]]:
+def to_json(rows: "Sequence[MemoryRow]") -> list[dict[str, Any]]:
     """Return the rows as JSON values; memory in bytes."""
     return [
         asdict(row)
@@ -265,7 +215,7 @@ def to_json(rows: Sequence[MemoryRow]) -> list[dict[str, Any]]:
     ]
 
 
-def _step_cells(row: MemoryRow) -> tuple[str, str, str]:
+def _step_cells(row: "MemoryRow") -> tuple[str, str, str]:
     case = row.case
     return case.variant, f"{case.image_size}/{case.window_size}", str(case.checkpointing)
 

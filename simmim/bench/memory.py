@@ -17,33 +17,17 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from simmim.bench.step import Measurement, Peak, Precision, Simulation, StepCase, build_step_model
+from simmim.bench.choices import Precision, Sharding
+from simmim.bench.step import Measurement, Peak, Simulation, StepCase, build_step_model
 from simmim.engine.distributed.sharding import shard_size, sharding_units
 from simmim.environment import process_environment
 
-Sharding = Literal["none", "fsdp2"]
-
-GIB = 2**30
 MULTIPLES = (1, 64, 128)
 """Multiples of the batch that are simulated to find the largest batch: the peak memory occurs at
 another point of the step as the batch grows."""
 ADAMW_STATES = 2
 MEMORY_TO_LEAVE = 0.8
 """Maximum fraction of the free memory that a step may need to be measured."""
-
-ASSUMPTIONS = """\
-weights   float32; with bf16, fsdp2 computes with bf16 weights and shards the float32 ones
-gradients in the precision of the forward weights; fsdp2 averages and keeps them in float32
-AdamW     two states, float32
-fsdp2     shards everything; gathered at a time are two blocks, the parameters outside the blocks,
-          and the gradients of one block
-bf16-weights: weights, gradients and states are all bf16
-activations: all tensors alive at once, in a step on fake tensors, with the kernels and by the rules
-          of autocast of CUDA (--device cpu: of the CPU); bf16 with whole weights is autocast,
-          including its bf16 copies of them. Blocks are counted as they run eagerly; compiled ones,
-          the default on CUDA, keep 3 % to 8 % more of the activations for the backward pass
-One micro-batch per step, without gradients in the forward pass and without communication buffers
-for them. Not included: memory that the allocator leaves unused, GPU context and libraries."""
 
 
 @dataclass(frozen=True, kw_only=True)

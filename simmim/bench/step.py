@@ -15,13 +15,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from simmim.bench.choices import MASK_CELL, Device, Precision
 from simmim.bench.cuda_rules import cuda_rules
 from simmim.bench.live_bytes import LiveBytes, materialise, only_two_groups
 from simmim.data.loader.batch import Batch
@@ -29,13 +29,6 @@ from simmim.engine.loop import accumulate_gradients
 from simmim.method.model import SimMIM
 from swinv2 import SwinV2, build_encoder
 from swinv2.config import AttentionPath, Checkpointing
-
-Precision = Literal["fp32", "bf16", "bf16-weights"]
-"""fp32; bf16 arithmetic over float32 weights (autocast); or weights in bf16 themselves."""
-
-Device = Literal["cuda", "cpu"]
-
-MASK_CELL = 32
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from data_prep.format.text import count_noun
-from simmim.bench.memory import GIB
+from simmim.bench.choices import GIB
 from simmim.doctor.estimates import (
     HEAD_ROOM,
     advise_accumulation,

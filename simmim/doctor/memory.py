@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from data_prep.format.text import count_noun, format_bytes
-from simmim.bench.memory import Placement, Sharding, make_rows
+from simmim.bench.choices import Sharding
+from simmim.bench.memory import Placement, make_rows
 from simmim.bench.step import StepCase
 from simmim.doctor.checks import Check
 from simmim.doctor.estimates import (

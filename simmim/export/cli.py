@@ -1,120 +1,116 @@
-"""The commands `simmim export` and `simmim import`."""
+"""The commands `simmim export` and `simmim import`: what they take."""
 
-import argparse
-from collections.abc import Sequence
+# ruff: noqa: PLC0415 (what converts imports torch; help and mistakes need none)
 from pathlib import Path
+from typing import Annotated, Literal
 
-from simmim.export.export import FORMATS, export
-from simmim.export.import_encoder import IMPORT_FORMATS, ImportOptions, import_encoder
-from swinv2.bridges.sizes import PretrainedWindows
+from cyclopts import Parameter
 
-
-def add_export_arguments(command: argparse.ArgumentParser) -> None:
-    """Add the arguments of `simmim export`."""
-    command.description = (
-        "Export the encoder of a run's best checkpoint (its last where none is the best), or of an "
-        "encoder directory. The native format includes the head of a fine-tuned model."
-    )
-    command.add_argument(
-        "source", metavar="RUN", type=Path, help="run folder, checkpoint or encoder directory"
-    )
-    command.add_argument("destination", metavar="DST", type=Path, help="output folder")
-    command.add_argument(
-        "--format",
-        choices=FORMATS,
-        default="native",
-        help="native: an encoder directory with any head; transformers, timm: in the format of "
-        "these libraries; reference: a checkpoint of the published code; onnx, torch-export: a "
-        "graph that runs without this code (default: %(default)s)",
-    )
-    command.add_argument(
-        "--any-size",
-        action="store_true",
-        help="onnx and torch-export: dynamic height and width (default: the encoder's size)",
-    )
-    command.set_defaults(handler=run_export)
+from data_prep.format.command_line import ONE_OF
+from simmim.export.formats import Format, ImportFormat
 
 
-def run_export(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Run `simmim export`."""
-    del overrides
-    lines = export(
-        arguments.source,
-        arguments.destination,
-        arguments.format,
-        any_size=arguments.any_size,
-        best=arguments.best,
-    )
-    print("\n".join(lines))
+def export(
+    run: Path,
+    destination: Path,
+    /,
+    *,
+    format: Format = "native",  # noqa: A002 (the name of the option)
+    any_size: bool = False,
+    best: Annotated[bool | None, ONE_OF, Parameter(negative="--last")] = None,
+) -> int:
+    """Export the encoder of a run's best checkpoint, or of an encoder directory.
+
+    The native format includes the head of a fine-tuned model. transformers and timm are the formats
+    of these libraries; reference is a checkpoint of the published code; onnx and torch-export are
+    graphs that run without this code.
+
+    Args:
+        run: Run folder, checkpoint or encoder directory.
+        destination: Output folder.
+        format: Format to write.
+        any_size: onnx and torch-export: dynamic height and width, not the encoder's size.
+        best: Checkpoint of the run. Default: the best, or the last if none is known.
+    """
+    from simmim.export.export import export as export_encoder
+
+    print("\n".join(export_encoder(run, destination, format, any_size=any_size, best=best)))
     return 0
 
 
-def add_import_arguments(command: argparse.ArgumentParser) -> None:
-    """Add the arguments of `simmim import`."""
-    command.description = (
-        "Convert a third-party Swin Transformer V2 checkpoint to an encoder directory. Sizes are "
-        "read from the file; give those that it does not record. Code in the file is never run."
-    )
-    command.add_argument("source", metavar="SRC", type=Path, help="checkpoint file or folder")
-    command.add_argument("destination", metavar="DST", type=Path, help="output folder")
-    command.add_argument(
-        "--format",
-        required=True,
-        choices=IMPORT_FORMATS,
-        help="reference: the published code (Swin Transformer, SimMIM); timm: its swinv2 models; "
-        "transformers: a folder written by save_pretrained of a Swinv2 class",
-    )
-    command.add_argument(
-        "--architecture", metavar="NAME", help="timm's name of the model, which implies all sizes"
-    )
-    command.add_argument(
-        "--image-size", metavar="N|H,W", type=_size, help="training image size in pixels"
-    )
-    command.add_argument("--window-size", metavar="N|H,W", type=_size, help="window size in tokens")
-    command.add_argument(
-        "--pretrained-windows",
-        metavar="same|N,N,...",
-        type=_windows,
-        help="pretraining window of each stage in tokens; same: the present windows",
-    )
-    for name in ("mean", "std"):
-        command.add_argument(
-            f"--{name}",
-            metavar="X,X,...",
-            type=_numbers,
-            help=f"{name} per channel, images in [0, 1] (default: from the file, or ImageNet's)",
-        )
-    command.set_defaults(handler=run_import)
+def import_(
+    source: Path,
+    destination: Path,
+    /,
+    *,
+    format: ImportFormat,  # noqa: A002 (the name of the option)
+    architecture: str | None = None,
+    image_size: str | None = None,
+    window_size: str | None = None,
+    pretrained_windows: str | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+) -> int:
+    """Convert a third-party Swin Transformer V2 checkpoint to an encoder directory.
 
+    Sizes are read from the file; give those that it does not record. Code in it is never run.
 
-def run_import(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Run `simmim import`."""
-    del overrides
-    known = ImportOptions(
-        architecture=arguments.architecture,
-        image_size=arguments.image_size,
-        window_size=arguments.window_size,
-        pretrained_window_sizes=arguments.pretrained_windows,
-        mean=arguments.mean,
-        std=arguments.std,
+    Args:
+        source: Checkpoint, a file or folder.
+        destination: Output folder.
+        format: reference: the published code (Swin Transformer, SimMIM); timm: its swinv2 models;
+            transformers: a folder written by save_pretrained of a Swinv2 class.
+        architecture: Name of the model in timm, which implies all sizes.
+        image_size: Training image size in pixels: N, or HEIGHT,WIDTH.
+        window_size: Window size in tokens: N, or HEIGHT,WIDTH.
+        pretrained_windows: Pretraining window of each stage in tokens: N,N,..., or same for the
+            present windows.
+        mean: Mean per channel, of images in [0, 1]: X,X,... Default: the file's, or ImageNet's.
+        std: Standard deviation per channel: X,X,... Default: the file's, or ImageNet's.
+    """
+    image, window = _size("--image-size", image_size), _size("--window-size", window_size)
+    windows = _windows(pretrained_windows)
+    means, deviations = _numbers("--mean", mean), _numbers("--std", std)
+    from simmim.export.import_encoder import ImportOptions, import_encoder
+
+    options = ImportOptions(
+        architecture=architecture,
+        image_size=image,
+        window_size=window,
+        pretrained_window_sizes=windows,
+        mean=means,
+        std=deviations,
     )
-    lines = import_encoder(arguments.source, arguments.destination, arguments.format, known)
-    print("\n".join(lines))
+    print("\n".join(import_encoder(source, destination, format, options)))
     return 0
 
 
-def _size(text: str) -> int | tuple[int, int]:
-    match [int(part) for part in text.split(",")]:
-        case [side]:
-            return side
-        case [height, width]:
-            return height, width
-    raise argparse.ArgumentTypeError(f"{text!r} is not a size: give a number, or height,width")
+def _size(name: str, text: str | None) -> int | tuple[int, int] | None:
+    try:
+        match [int(part) for part in text.split(",")] if text is not None else []:
+            case []:
+                return None
+            case [side]:
+                return side
+            case [height, width]:
+                return height, width
+    except ValueError:
+        pass
+    raise ValueError(f"{name} is {text!r}; give a number, or height,width.")
 
 
-def _windows(text: str) -> PretrainedWindows:
-    return "same" if text == "same" else [int(part) for part in text.split(",")]
+def _windows(text: str | None) -> list[int] | Literal["same"] | None:
+    if text is None or text == "same":
+        return "same" if text else None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        message = f"--pretrained-windows is {text!r}; give one number per stage, or same."
+        raise ValueError(message) from None
 
 
-def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+def _numbers(name: str, text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name} is {text!r}; give one number per channel: X,X,...") from None

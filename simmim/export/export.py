@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from simmim.engine.checkpoint.directory import read_best
+from simmim.export.formats import GRAPHS, Format
 from simmim.export.load_trained import read_source
 from simmim.export.picture_check import compare_pictures
 from simmim.export.trial_image import TrialImage, trial_clip, trial_image
@@ -23,20 +24,6 @@ from swinv2.bridges.transformers_layout import FOLDERS
 from swinv2.bridges.verification import Report, compare, plain_copy
 from swinv2.config_file import README_FILE
 from swinv2.weights import load_encoder, save_encoder
-
-Format = Literal["native", "transformers", "reference", "timm", "onnx", "torch-export"]
-
-FORMATS: tuple[Format, ...] = (
-    "native",
-    "transformers",
-    "reference",
-    "timm",
-    "onnx",
-    "torch-export",
-)
-
-GRAPHS: tuple[Format, ...] = ("onnx", "torch-export")
-"""Formats that allow a dynamic image size."""
 
 
 def export(

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from data_prep.format.text import count_noun
 from simmim.export.export import compare_native
+from simmim.export.formats import ImportFormat
 from simmim.export.trial_image import trial_image
 from swinv2.bridges.checkpoints import ImportedEncoder
 from swinv2.bridges.reference import import_reference
@@ -14,10 +15,6 @@ from swinv2.bridges.sizes import PretrainedWindows
 from swinv2.bridges.timm import import_timm
 from swinv2.bridges.transformers import import_transformers
 from swinv2.weights import save_encoder
-
-ImportFormat = Literal["reference", "timm", "transformers"]
-
-IMPORT_FORMATS: tuple[ImportFormat, ...] = ("reference", "timm", "transformers")
 
 
 @dataclass(frozen=True, kw_only=True)

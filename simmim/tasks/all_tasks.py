@@ -6,6 +6,7 @@ from simmim.recipe import RecipeError
 from simmim.tasks.classification.task import TASK as CLASSIFICATION
 from simmim.tasks.detection.task import TASK as DETECTION
 from simmim.tasks.pretrain.task import TASK as PRETRAIN
+from simmim.tasks.probe.recipe import ProbeRecipe
 from simmim.tasks.segmentation.task import TASK as SEGMENTATION
 from simmim.tasks.task import Task
 from simmim.tasks.video.task import TASK as VIDEO
@@ -46,17 +47,52 @@ def task_named(name: object, source: object) -> Task:
     raise RecipeError(f"recipe {source}: task is {name!r}; choose one of {names}.")
 
 
+def recipe_type(task: str, source: object) -> type[Any]:
+    """Return the class of the recipes of a task, `probe` included.
+
+    Raises:
+        RecipeError: there is no such task.
+    """
+    return ProbeRecipe if task == "probe" else task_named(task, source).recipe
+
+
+def command_of(task: object) -> str | None:
+    """Return the command for recipes of a task, without `simmim`; None if there is none."""
+    if task == "probe":
+        return "probe"
+    known = next((one for one in TASKS if one.name == task), None)
+    return None if known is None else "finetune" if known.fine_tunes else known.name
+
+
+def check_command(command: str, task: object, source: object) -> None:
+    """Refuse a recipe that is for another command; one whose task is unknown passes.
+
+    Args:
+        command: name of the command, without `simmim`.
+        task: value of the recipe's `task` field.
+        source: the recipe, for the message.
+
+    Raises:
+        RecipeError: the recipe is for another command, which is named.
+    """
+    right = command_of(task)
+    if right not in (None, command):
+        raise RecipeError(
+            f"recipe {source} has task {task}, which is for another command: "
+            f"simmim {right} --config {source}"
+        )
+
+
 def fine_tuning_named(name: object, source: object) -> Task:
     """Return the task of a recipe for `simmim finetune`.
 
     Raises:
         RecipeError: `simmim finetune` does not train this task.
     """
+    check_command("finetune", name, source)
     if name not in fine_tuning_tasks():
         raise RecipeError(
-            f"recipe {source}: task is {name!r}; simmim finetune trains "
-            f"{', '.join(fine_tuning_tasks())}, simmim pretrain and simmim probe have their own "
-            "recipes."
+            f"recipe {source}: task is {name!r}; choose one of {', '.join(fine_tuning_tasks())}."
         )
     return task_named(name, source)
 

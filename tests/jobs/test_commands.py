@@ -63,14 +63,17 @@ ALL = [
 
 def check_ours(words: list[str]) -> None:
     """Parse the arguments of `simmim`, and load the recipe they name."""
-    arguments, overrides = simmim.cli.build_parser().parse_known_args(words)
-    assert arguments.takes_overrides or not overrides
-    if arguments.command in ("pretrain", "finetune"):
-        load(simmim.cli.task_of(arguments).recipe, arguments.config, overrides)
-    elif arguments.command == "probe":
-        load(ProbeRecipe, arguments.config, overrides)
-    elif arguments.command == "labels":
-        load(ClassificationRecipe, arguments.config, ["--init", arguments.init, *overrides])
+    command, given, _ = parse_arguments(simmim.cli.app, words)
+    values = dict(given.arguments)
+    options, overrides = values.get("options"), values.get("overrides", ())
+    match command.__name__:
+        case "pretrain" | "finetune" as name:
+            load(simmim.cli.task_of(name, options.config).recipe, options.config, overrides)
+        case "probe":
+            load(ProbeRecipe, options.config, overrides)
+        case "labels":
+            init = ["--init", options.init, *overrides]
+            load(ClassificationRecipe, options.config, init)
 
 
 def check(words: list[str]) -> None:

@@ -14,7 +14,8 @@ import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from simmim.cli import BAD_INPUT, build_parser
+from data_prep.format.command_line import parse_arguments
+from simmim.cli import BAD_INPUT, app
 from simmim.engine.exit_codes import STOPPED
 from simmim.recipe import load
 from simmim.tasks.pretrain.recipe import PretrainRecipe
@@ -207,7 +208,8 @@ def test_a_pod_resumes_and_has_time_for_a_checkpoint(
     pod: PodSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    arguments, overrides = build_parser().parse_known_args(ours(pod))
+    given = parse_arguments(app, ours(pod))[1].arguments
+    arguments, overrides = given["options"], given.get("overrides", ())
     recipe = load(PretrainRecipe, arguments.config, overrides)
     assert arguments.resume == "auto"
     assert pod.terminationGracePeriodSeconds >= 300
@@ -254,7 +256,8 @@ def test_the_batch_divides_over_any_number_of_nodes(monkeypatch: pytest.MonkeyPa
     assert policy.minReplicas <= worker.replicas <= policy.maxReplicas
     assert worker.template.spec.restartPolicy is None  # the operator would overwrite it
     assert worker.template.spec.containers[0].name == "pytorch"
-    arguments, overrides = build_parser().parse_known_args(ours(worker.template.spec))
+    given = parse_arguments(app, ours(worker.template.spec))[1].arguments
+    arguments, overrides = given["options"], given.get("overrides", ())
     recipe = load(PretrainRecipe, arguments.config, overrides)
     for nodes in range(policy.minReplicas, policy.maxReplicas + 1):
         world = nodes * int(spec.nprocPerNode)

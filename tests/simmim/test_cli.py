@@ -15,6 +15,7 @@ from simmim.engine.exit_codes import LOST, STOPPED
 from simmim.engine.run import RunFolder
 from simmim.environment import process_environment
 from simmim.recipe import load
+from simmim.tasks.all_tasks import fine_tuning_tasks
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from swinv2 import SwinV2, SwinV2Config, read_encoder_config, save_encoder
 from swinv2.bridges.reference import to_reference
@@ -221,9 +222,7 @@ def test_control_characters_in_messages_are_escaped(
     ):
         message = refused(arguments, capsys)
         assert not set("\x1b\r\x9b\x07\u202e") & set(message), ascii(message)
-    with pytest.raises(SystemExit):
-        main(["report", "x", f"--{name}"])
-    assert "\x1b" not in capsys.readouterr().err
+    assert "\x1b" not in refused(["report", "x", f"--{name}"], capsys)
 
 
 def test_ranks_that_torchrun_starts_again_go_on(
@@ -254,20 +253,13 @@ def test_ranks_that_torchrun_starts_again_go_on(
     assert f"weights of {first}" in capsys.readouterr().err
 
 
-def test_export_and_help(
+def test_export_of_nothing(
     pretrain_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "does not exist" in refused(
         ["export", str(tmp_path / "none"), str(tmp_path / "out")], capsys
     )
     assert not (tmp_path / "out").exists()
-    for command in ("pretrain", "finetune", "probe"):
-        with pytest.raises(SystemExit) as exit_:
-            main([command, "--help"])
-        assert exit_.value.code == 0
-        text = capsys.readouterr().out
-        assert "default" in text
-        assert "required" in text
 
 
 def test_import_asks_for_what_a_checkpoint_does_not_tell(
@@ -293,9 +285,9 @@ def test_import_asks_for_what_a_checkpoint_does_not_tell(
     assert description.config.pretrained_window_sizes == ((3, 3), (2, 2))
     assert description.std == (0.5, 0.5, 0.5)
     assert main([*command, "--mean", "0,0,0"]) == 0  # an earlier encoder is replaced
-    with pytest.raises(SystemExit):
-        main([*command, "--window-size", "a"])
-    assert "--window-size" in capsys.readouterr().err
+    assert "--window-size is 'a'; give a number" in refused(
+        [*command, "--window-size", "a"], capsys
+    )
 
 
 def test_a_folder_of_transformers_goes_through(
@@ -319,26 +311,105 @@ def test_a_folder_of_transformers_goes_through(
 
 
 def test_what_is_no_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(["export", "a", "b", "--speed", "3"])
-    assert exit_.value.code == 2
-    assert "--speed" in capsys.readouterr().err
+    assert "Unknown option: --speed." in refused(["export", "a", "b", "--speed", "3"], capsys)
 
 
 @pytest.mark.parametrize("command", ["finetune", "doctor"])
 def test_help_names_the_option_of_trained_weights(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
-        main([command, "--help"])
+    assert main([command, "--help"]) == 0
     description = capsys.readouterr().out.partition("options:")[0]
     assert "--init PATH names the encoder directory" in " ".join(description.split())
 
 
+COMMANDS = (
+    *("quickstart", "pretrain", "finetune", "evaluate", "probe", "labels", "export", "import"),
+    *("report", "doctor", "bench", "bench memory", "bench gpu"),
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS[:-1])
+def test_help_fits_two_screens(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command.split(), "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 60
+    assert max(map(len, lines)) <= 100
+
+
+def test_a_mistyped_command_is_suggested(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Unknown command pretrian. Did you mean pretrain?" in refused(["pretrian"], capsys)
+    assert "Did you mean memory?" in refused(["bench", "memry"], capsys)
+
+
+def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    output = capsys.readouterr()
+    assert not output.err
+    for command in COMMANDS[:11]:
+        assert f"  {command} " in output.out
+    assert main(["--version"]) == 0
+
+
+def test_a_mistyped_option_is_suggested(
+    pretrain_config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["pretrain", "--config", str(pretrain_config)]
+    assert "resum: unknown key; did you mean --resume?" in refused(
+        [*command, "--resum", "auto"], capsys
+    )
+    assert "did you mean seed?" in refused([*command, "--training.sed", "1"], capsys)
+    assert "Did you mean --last?" in refused(["export", "a", "b", "--lats"], capsys)
+    assert f"give --config {pretrain_config}." in refused(
+        ["pretrain", str(pretrain_config)], capsys
+    )
+    assert "--last repeats an option, or is its opposite" in refused(
+        ["evaluate", "run", "--best", "--last"], capsys
+    )
+
+
+def test_a_recipe_for_another_command_is_one_mistake(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipes = {
+        name: Path(__file__).parents[2] / "jobs" / folder / "cifar10.yaml"
+        for name, folder in (
+            ("pretrain", "pretrain"),
+            ("finetune", "finetune"),
+            ("probe", "probe"),
+        )
+    }
+    for command in recipes:
+        for right, recipe in recipes.items():
+            if right != command:
+                message = refused([command, "--config", str(recipe)], capsys)
+                assert f"for another command: simmim {right} --config {recipe}" in message
+                assert message.count("\n") == 1
+
+
+def test_fields_of_recipes(pretrain_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fields(*arguments: str) -> str:
+        assert main([*arguments]) == 0
+        return capsys.readouterr().out
+
+    everything = fields("pretrain", "--help-fields")
+    assert "--training.optimizer.lr  number" in everything
+    assert "--mask.ratio" in everything
+    assert fields("pretrain", "--config", str(pretrain_config), "--help-fields") == everything
+    section = fields("pretrain", "--help-fields", "training.schedule")
+    assert "--training.schedule.warmup_steps  integer" in section
+    assert "(default: 0)" in section
+    assert "training.optimizer" not in section
+    tasks = fields("finetune", "--help-fields", "training")
+    assert all(f"Recipe of task {task}:" in tasks for task in fine_tuning_tasks())
+    masks = fields("finetune", "--help-fields", "data.multi_label")
+    assert "--data.multi_label.columns" in masks or "--data.multi_label." in masks
+    assert "did you mean training?" in refused(["pretrain", "--help-fields", "trainin"], capsys)
+
+
 def test_help_of_training_tells_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("pretrain", "finetune"):
-        with pytest.raises(SystemExit):
-            main([command, "--help"])
+        assert main([command, "--help"]) == 0
         text = capsys.readouterr().out
         assert f"{STOPPED}   stopped by SIGTERM, SIGINT or SIGUSR1" in text
         assert f"{LOST}   a process hung or was lost" in text

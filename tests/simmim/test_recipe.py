@@ -1,3 +1,4 @@
+import json
 import math
 from dataclasses import FrozenInstanceError, fields, is_dataclass
 from pathlib import Path
@@ -9,9 +10,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from simmim.engine.settings import OptimizerSettings, ScheduleSettings
+from simmim.fields import describe
 from simmim.recipe import (
     RecipeError,
-    describe,
     differences,
     load,
     parse,
@@ -349,20 +350,20 @@ def test_help_shows_every_field_with_type_default_and_meaning(recipe_type: Any) 
     text = describe(recipe_type)
     for kind in every_settings_class(recipe_type):
         for field in fields(kind):
-            assert f"{field.name}:" in text or f"{field.name}  (" in text
+            assert f"{field.name}:" in text or f"{field.name}  " in text
     lines = text.splitlines()
     for number, line in enumerate(lines):
         if line.startswith("  --"):
-            assert lines[number + 1].startswith("        "), f"{line} is not explained"
-            assert "required)" in line or "default " in line
+            assert lines[number + 1].startswith("      "), f"{line} is not explained"
+            assert "(required)" in line or "(default: " in line
 
 
 def test_help_shows_types_as_they_are_typed() -> None:
     text = describe(Whole)
-    assert "--batch_size  (int, required)" in text
-    assert "--kind  (one | two, default 'one')" in text
-    assert "--limit  (float or null, default None)" in text
-    assert "--inner.sizes  (list, default (1, 2))" in text
+    assert "--batch_size  integer (required)" in text
+    assert "--kind  one | two (default: one)" in text
+    assert "--limit  number or null (default: null)" in text
+    assert "--inner.sizes  list of integers (default: [1, 2])" in text
 
 
 def assert_complete(old: Any, new: Any) -> None:
@@ -416,3 +417,30 @@ def test_impossible_settings_of_the_engine(kind: Any, values: dict[str, Any], me
     with pytest.raises(RecipeError, match="test has 1 mistake") as caught:
         parse(kind, values, "test")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "overrides", "expected"),
+    [
+        ({"epochs": 3}, ["--training.steps", "5"], {"steps": 5}),
+        ({"steps": 3}, ["--training.epochs=0.5"], {"epochs": 0.5}),
+        ({"steps": 3, "epochs": None}, ["--training.epochs", "2"], {"epochs": 2}),
+        ({"epochs": 3}, ["--training.steps", "null"], {"epochs": 3, "steps": None}),
+        (
+            {"epochs": 3},
+            ["--training.steps", "5", "--training.epochs", "4"],
+            {"steps": 5, "epochs": 4},
+        ),
+        (
+            {"schedule": {"warmup_epochs": 1, "kind": "cosine"}},
+            ["--training.schedule.warmup_steps", "7"],
+            {"schedule": {"warmup_steps": 7, "kind": "cosine"}},
+        ),
+    ],
+)
+def test_an_override_replaces_its_alternative(
+    given: dict[str, Any], overrides: list[str], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps({"training": given}))
+    assert read_values(file, overrides) == {"training": expected}

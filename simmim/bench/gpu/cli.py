@@ -1,4 +1,4 @@
-"""The command `simmim bench gpu`."""
+"""The command `simmim bench gpu`; it runs where Python's own parser is all there is."""
 
 import argparse
 import sys
@@ -20,18 +20,6 @@ DESCRIPTION = (
     "is recorded, and the rest goes on; the exit code is then 1. `python -m simmim.bench.gpu` is "
     "the same where pydantic, simplejpeg or webdataset are missing: what needs them is skipped."
 )
-
-
-def add_gpu(benches: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `simmim bench gpu`."""
-    command = benches.add_parser(
-        "gpu",
-        help="check training on this GPU, and measure its speed",
-        description=DESCRIPTION,
-        allow_abbrev=False,
-    )
-    _add_arguments(command)
-    command.set_defaults(handler=_handle, takes_overrides=False)
 
 
 def _add_arguments(command: argparse.ArgumentParser) -> None:
@@ -66,22 +54,15 @@ def _minutes(text: str) -> float:
     return value
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], program: str = "python -m simmim.bench.gpu") -> int:
     """Run the command without the rest of simmim, and return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m simmim.bench.gpu", description=DESCRIPTION, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(prog=program, description=DESCRIPTION, allow_abbrev=False)
     _add_arguments(parser)
     try:
         return run_gpu(parser.parse_args(argv))
     except (ValueError, OSError) as error:
         print(f"simmim bench gpu: {error}", file=sys.stderr)
         return 2
-
-
-def _handle(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    del overrides
-    return run_gpu(arguments)
 
 
 def run_gpu(arguments: argparse.Namespace) -> int:

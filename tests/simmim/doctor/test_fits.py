@@ -8,7 +8,8 @@ import psutil
 import pytest
 import torch
 
-from simmim.bench.memory import GIB, Placement, make_rows
+from simmim.bench.choices import GIB
+from simmim.bench.memory import Placement, make_rows
 from simmim.bench.step import StepCase
 from simmim.cli import main
 from simmim.doctor import fits

@@ -1,6 +1,6 @@
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ from simmim.engine.checkpoint.resume import read_model
 from simmim.engine.devices import build_accelerator
 from simmim.engine.loop import train
 from simmim.engine.run import RunFolder
-from simmim.export.export import FORMATS, GRAPHS, export
+from simmim.export.export import export
+from simmim.export.formats import GRAPHS, Format
 from simmim.export.import_encoder import ImportOptions, import_encoder
 from simmim.export.load_trained import read_source
 from simmim.recipe import parse
@@ -267,7 +268,7 @@ def spoilt(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**tensors, last: tensors[last] + 1e-3}
 
 
-@pytest.mark.parametrize("form", [form for form in FORMATS if form not in GRAPHS])
+@pytest.mark.parametrize("form", [form for form in get_args(Format) if form not in GRAPHS])
 def test_a_wrong_export_is_not_kept(
     encoder_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Any
 ) -> None:
@@ -292,7 +293,7 @@ def test_a_wrong_export_is_not_kept(
     assert {place.name for place in tmp_path.iterdir()} == {"encoder", "out"}
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", get_args(Format))
 def test_every_export_has_a_readme_with_lines_to_load_it(
     encoder_directory: Path, tmp_path: Path, form: Any
 ) -> None:
@@ -354,7 +355,7 @@ def test_invalid_sources_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", get_args(Format))
 def test_an_occupied_destination_is_left_alone(
     encoder_directory: Path, tmp_path: Path, form: Any
 ) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -25,7 +25,8 @@ from simmim.engine.optimizer import (
     parameter_groups,
 )
 from simmim.engine.run import RunFolder
-from simmim.export.export import FORMATS, export
+from simmim.export.export import export
+from simmim.export.formats import Format
 from simmim.method.encoder_protocol import encoder_flops
 from simmim.recipe import parse
 from simmim.report.page import write_report
@@ -154,7 +155,7 @@ def test_its_weights_are_exported_and_what_needs_swinv2_says_so(
     assert all(torch.equal(tensor, saved[name]) for name, tensor in trained.items())
     sources = (run.path, run.encoder, run.checkpoints / "step-00000012")
     for source in sources:
-        for form in FORMATS:
+        for form in get_args(Format):
             with pytest.raises(ValueError, match=r"is a ToyEncoder: all formats .* need a SwinV2"):
                 export(source, tmp_path / "out", form)
     with pytest.raises(ValueError, match=r"is a ToyEncoder: fine-tuning.* need a SwinV2"):
