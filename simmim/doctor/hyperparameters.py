@@ -10,7 +10,7 @@ from simmim.engine.monitor.hardware import measured_peak
 from simmim.engine.monitor.tracking import chosen_trackers
 from simmim.engine.settings import TrainingSettings
 from simmim.method.masking import describe_distance
-from simmim.method.settings import MaskSettings
+from simmim.method.strategies import MaskSettings
 from simmim.tasks.all_tasks import task_named
 from simmim.tasks.recipe import TaskRecipe
 from simmim.tasks.task import REFERENCE_BATCH

@@ -1,31 +1,35 @@
-"""Masking strategies, and the distance of masked from visible pixels.
+"""Masks as tensors, and the distance of masked from visible pixels.
 
-Masks are bool, True = hidden, one value per mask cell. Every strategy hides exactly
-``hidden_count`` cells of every image and draws from an explicit generator.
+Masks are bool, True = hidden, one value per mask cell. Every strategy
+(`simmim.method.strategies`) hides exactly ``hidden_count`` cells of every image and draws from an
+explicit generator.
 """
 
-import math
 import numbers
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from einops import rearrange
+from numpy.typing import NDArray
 from torch import Tensor
 
-from simmim.method.settings import Grid, MaskSettings, Strategy, hidden_count
+from simmim.method.settings import Grid, hidden_count
+from simmim.method.strategies import (
+    BlockMask,
+    MaskSettings,
+    MaskStrategy,
+    RandomMask,
+    SquareMask,
+)
 
 GOOD_DISTANCES = (10, 20)
 """Range of AvgDist in pixels with good fine-tuning accuracy (SimMIM, section 4.1.2)."""
 
 WITHOUT_FLOAT64 = ("mps",)
 """Types of devices without float64."""
-
-BLOCK_ASPECT = (0.3, 1 / 0.3)
-"""Range of the aspect ratio (height / width) of blocks, as in BEiT."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class MaskGenerator:
 
     grid: Grid
     ratio: float
-    strategy: Strategy = "random"
+    strategy: MaskStrategy = field(default_factory=RandomMask)
 
     @classmethod
     def from_settings(cls, settings: MaskSettings, image_size: Grid) -> "MaskGenerator":
@@ -44,28 +48,11 @@ class MaskGenerator:
             ValueError: the cells do not tile the image, or no cell would stay visible.
         """
         grid = settings.grid(image_size)
-        return cls(grid=grid, ratio=settings.ratio, strategy=settings.strategy)
+        return cls(grid=grid, ratio=settings.ratio, strategy=settings.chosen)
 
     def __call__(self, generator: torch.Generator | None = None) -> Tensor:
         """Return a bool mask (rows, columns), True = hidden."""
-        return mask_function(self.strategy)(1, self.grid, self.ratio, generator)[0]
-
-
-def mask_function(
-    strategy: Strategy,
-) -> Callable[[int, Grid, float, torch.Generator | None], Tensor]:
-    """Return the mask function of a strategy."""
-    match strategy:
-        case "random":
-            return random_mask
-        case "square":
-            return square_mask
-        case "block":
-            return block_mask
-        case _:
-            raise ValueError(
-                f"mask strategy {strategy!r} is unknown: choose random, square or block."
-            )
+        return draw_masks(self.strategy, 1, self.grid, self.ratio, generator)[0]
 
 
 def random_mask(
@@ -82,6 +69,8 @@ def random_mask(
     Returns:
         bool (batch, rows, columns), True = hidden, exactly ``hidden_count(grid, ratio)`` per image.
     """
+    if batch == 1:  # in data workers, where torch calls cost more
+        return draw_masks(RandomMask(), batch, grid, ratio, generator)
     _check_request(batch, grid, ratio, generator)
     rows, columns = grid
     hidden = hidden_count(grid, ratio)
@@ -89,10 +78,6 @@ def random_mask(
     noise = torch.rand(
         batch, rows * columns, generator=generator, device=device, dtype=_widest(device)
     )
-    if noise.device.type == "cpu" and batch == 1:  # in data workers, where torch calls cost more
-        chosen = np.zeros(rows * columns, dtype=bool)
-        chosen[noise.numpy()[0].argsort(kind="stable")[:hidden]] = True
-        return torch.from_numpy(chosen).view(batch, rows, columns)
     mask = torch.zeros_like(noise, dtype=torch.bool)
     mask.scatter_(1, noise.argsort(dim=1, stable=True)[:, :hidden], True)
     return mask.view(batch, rows, columns)
@@ -131,80 +116,54 @@ def _is_integer(value: object) -> TypeGuard[numbers.Integral]:
 def square_mask(
     batch: int, grid: Grid, ratio: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Hide one square at a random position; arguments and result as in `random_mask`.
-
-    To hide the exact count, it is the box closest to a square that contains as many cells, with its
-    last column (or last row, if the grid is too narrow for a square) partly hidden.
-    """
-    rows, columns = grid
-    hidden = hidden_count(grid, ratio)
-    mask = torch.zeros(batch, rows, columns, dtype=torch.bool)
-    if hidden:
-        height = min(rows, round(math.sqrt(hidden)))
-        width = math.ceil(hidden / height)
-        if width <= columns:
-            box = (torch.arange(height * width) < hidden).view(width, height).T
-        else:
-            height = math.ceil(hidden / columns)
-            box = (torch.arange(height * columns) < hidden).view(height, columns)
-        height, width = box.shape
-        for image in mask:
-            top = _draw_integer(rows - height + 1, generator)
-            left = _draw_integer(columns - width + 1, generator)
-            image[top : top + height, left : left + width] = box
-    return mask.to(_device(generator))
+    """Hide one square at a random position; see `SquareMask` and, for the rest, `random_mask`."""
+    return draw_masks(SquareMask(), batch, grid, ratio, generator)
 
 
 def block_mask(
     batch: int, grid: Grid, ratio: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Hide blocks until the count is reached (BEiT, algorithm 1); otherwise as `random_mask`.
+    """Hide blocks as BEiT does; see `BlockMask` and, for the rest, `random_mask`."""
+    return draw_masks(BlockMask(), batch, grid, ratio, generator)
 
-    Blocks of random area and aspect ratio are placed at random and may overlap. A block that would
-    hide too many cells is redrawn; the last cells are added at the border of the hidden region.
-    """
-    hidden = hidden_count(grid, ratio)
-    masks = [_grow_blocks(grid, hidden, generator) for _ in range(batch)]
+
+def draw_masks(
+    strategy: MaskStrategy,
+    batch: int,
+    grid: Grid,
+    ratio: float,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw the masks of a strategy one by one; other arguments and result as in `random_mask`."""
+    _check_request(batch, grid, ratio, generator)
+    hidden, draws = hidden_count(grid, ratio), TorchDraws(generator)
+    masks = [torch.from_numpy(strategy.draw(grid, hidden, draws)) for _ in range(batch)]
     mask = torch.stack(masks) if masks else torch.zeros(0, *grid, dtype=torch.bool)
     return mask.to(_device(generator))
 
 
-def _grow_blocks(grid: Grid, hidden: int, generator: torch.Generator | None) -> Tensor:
-    rows, columns = grid
-    mask = torch.zeros(grid, dtype=torch.bool)
-    # BEiT's smallest block has 16 of the 75 cells that it hides.
-    smallest = max(1, hidden // 5)
-    remaining, attempts = hidden, 0
-    while remaining >= smallest and attempts < 10:
-        area = smallest + _draw(generator) * (remaining - smallest)
-        low, high = (math.log(aspect) for aspect in BLOCK_ASPECT)
-        aspect = math.exp(low + _draw(generator) * (high - low))
-        height = min(rows, max(1, round(math.sqrt(area * aspect))))
-        width = min(columns, max(1, round(math.sqrt(area / aspect))))
-        top = _draw_integer(rows - height + 1, generator)
-        left = _draw_integer(columns - width + 1, generator)
-        block = mask[top : top + height, left : left + width]
-        new = int((~block).sum())
-        attempts += 1
-        if 0 < new <= remaining:
-            block.fill_(True)
-            remaining, attempts = remaining - new, 0
-    for _ in range(remaining):
-        edge = _edge(mask).nonzero()
-        row, column = edge[_draw_integer(len(edge), generator)].tolist()
-        mask[row, column] = True
-    return mask
+@dataclass(frozen=True)
+class TorchDraws:
+    """Random numbers of a torch generator, for strategies; None is the global one of the CPU."""
 
+    generator: torch.Generator | None
 
-def _edge(mask: Tensor) -> Tensor:
-    """Return the visible cells next to a hidden one; all cells if none is hidden."""
-    edge = torch.zeros_like(mask)
-    edge[1:] |= mask[:-1]
-    edge[:-1] |= mask[1:]
-    edge[:, 1:] |= mask[:, :-1]
-    edge[:, :-1] |= mask[:, 1:]
-    edge &= ~mask
-    return edge if edge.any() else ~mask
+    def uniform(self) -> float:
+        """Return a number from 0 to below 1."""
+        return float(self._rand(()))
+
+    def uniforms(self, count: int) -> NDArray[np.floating[Any]]:
+        """Return numbers from 0 to below 1."""
+        numbers: NDArray[np.floating[Any]] = self._rand((count,)).cpu().numpy()
+        return numbers
+
+    def integer(self, below: int) -> int:
+        """Return an integer from 0 to below `below`."""
+        return min(below - 1, int(self.uniform() * below))
+
+    def _rand(self, shape: tuple[int, ...]) -> Tensor:
+        device = _device(self.generator)
+        return torch.rand(shape, generator=self.generator, device=device, dtype=_widest(device))
 
 
 def average_distance(mask: Tensor, cell: int) -> float:
@@ -272,15 +231,6 @@ def enlarge_mask(mask: Tensor, factor: int) -> Tensor:
     """Repeat each value of (batch, rows, columns) over ``factor`` x ``factor`` finer cells."""
     finer = mask[:, :, None, :, None].expand(-1, -1, factor, -1, factor)
     return rearrange(finer, "batch row i column j -> batch (row i) (column j)")
-
-
-def _draw(generator: torch.Generator | None) -> float:
-    device = _device(generator)
-    return float(torch.rand((), generator=generator, device=device, dtype=_widest(device)))
-
-
-def _draw_integer(below: int, generator: torch.Generator | None) -> int:
-    return min(below - 1, int(_draw(generator) * below))
 
 
 def _widest(device: torch.device) -> torch.dtype:

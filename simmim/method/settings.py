@@ -1,11 +1,10 @@
-"""Settings of masking and of the loss, and the grid of mask cells. Imports no torch."""
+"""Settings of mask cells and of the loss, and the grid of mask cells. Imports no torch."""
 
 import math
 from typing import Literal
 
 from simmim.recipe import settings
 
-Strategy = Literal["random", "square", "block"]
 LossName = Literal["l1", "smooth_l1", "l2"]
 LossArea = Literal["masked", "all"]
 TargetName = Literal["pixels", "normalised_pixels", "features"]
@@ -15,18 +14,14 @@ Grid = tuple[int, int]
 
 
 @settings
-class MaskSettings:
-    """Which part of an image is masked during pretraining."""
+class CellSettings:
+    """The cells of a mask, and how many of them are hidden."""
 
     cell: int = 32
     """Side of a mask cell in pixels: a multiple of the patch size that divides the image size."""
 
     ratio: float = 0.6
     """Fraction of the mask cells to hide, between 0 and 1; rounded up to whole cells."""
-
-    strategy: Strategy = "random"
-    """How masked cells are drawn: `random` cells, one `square`, or `block` (block-wise masking as
-    in BEiT)."""
 
     def __post_init__(self) -> None:
         if self.cell < 1:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from data_prep.format.text import count_noun
 from simmim.data.settings import CroppedSettings, SampleSettings
 from simmim.engine.settings import TrainingSettings
-from simmim.method.settings import MaskSettings
+from simmim.method.strategies import MaskSettings
 from simmim.recipe import check_least, check_rates, settings
 from swinv2.config import AttentionPath, Checkpointing, Execution, SwinV2Config, variant_config
 

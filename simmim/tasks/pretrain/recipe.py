@@ -7,7 +7,8 @@ from simmim.data.datasets.mixture import Shards
 from simmim.data.datasets.opening import open_sets
 from simmim.data.settings import AugmentedDataSettings, DrawnSettings
 from simmim.engine.settings import TrainingSettings
-from simmim.method.settings import LossSettings, MaskSettings
+from simmim.method.settings import LossSettings
+from simmim.method.strategies import MaskSettings
 from simmim.recipe import settings
 from simmim.tasks.probe.recipe import OnlineProbeSettings
 from simmim.tasks.recipe import EncoderSettings, ExecutionSettings, TaskRecipe, check_slots

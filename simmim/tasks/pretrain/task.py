@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from simmim.method.settings import MaskSettings
+from simmim.method.strategies import MaskSettings
 from simmim.recipe import parse
 from simmim.report.section import ReportSection, Tile
 from simmim.tasks.pretrain.recipe import PretrainRecipe

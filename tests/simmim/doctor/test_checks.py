@@ -25,7 +25,7 @@ from simmim.doctor.hyperparameters import (
 from simmim.doctor.memory import check_disk, check_memory
 from simmim.doctor.shards import check_files, check_samples, check_workers, entries_of, sets_of
 from simmim.engine.monitor.progress import duration
-from simmim.method.settings import MaskSettings
+from simmim.method.strategies import MaskSettings
 from simmim.recipe import load, parse
 from simmim.tasks.classification.recipe import ClassificationRecipe
 from simmim.tasks.input_check import input_of

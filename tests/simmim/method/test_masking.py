@@ -1,3 +1,5 @@
+import hashlib
+import itertools
 import math
 import pickle
 import re
@@ -10,16 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from simmim.fields import describe
 from simmim.method.masking import (
     MaskGenerator,
     average_distance,
     block_mask,
+    draw_masks,
     enlarge_mask,
-    mask_function,
     random_mask,
     square_mask,
 )
-from simmim.method.settings import Grid, MaskSettings, hidden_count, mask_grid
+from simmim.method.settings import Grid, hidden_count, mask_grid
+from simmim.method.strategies import BlockMask, MaskSettings, RandomMask, SquareMask
+from simmim.recipe import RecipeError, parse
 
 MaskFunction = Callable[[int, Grid, float, torch.Generator | None], Tensor]
 
@@ -130,12 +135,44 @@ def test_blocks_clump_more_than_random_cells() -> None:
     assert random < blocks < square
 
 
-def test_mask_functions_are_found_by_strategy() -> None:
-    assert mask_function("random") is random_mask
-    assert mask_function("square") is square_mask
-    assert mask_function("block") is block_mask
-    with pytest.raises(ValueError, match="choose random, square or block"):
-        mask_function("round")  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("draw", "digest"),
+    [
+        (random_mask, "3994cdf1c765bd22"),
+        (square_mask, "c1a935782ce19ce2"),
+        (block_mask, "1ee299f64a1e3603"),
+    ],
+)
+def test_masks_are_those_of_earlier_versions(draw: MaskFunction, digest: str) -> None:
+    found = hashlib.sha256()
+    for rows, columns in itertools.product(range(1, 15, 2), range(1, 15, 3)):
+        for ratio, batch in itertools.product((0.0, 0.1, 0.35, 0.6, 0.85, 1.0), (0, 1, 3)):
+            masks = draw(batch, (rows, columns), ratio, generator(rows * columns))
+            found.update(masks.numpy().tobytes())
+    assert found.hexdigest()[:16] == digest
+
+
+def test_recipes_choose_the_strategy_and_its_settings() -> None:
+    def read(**values: object) -> MaskSettings:
+        return parse(MaskSettings, values, "test")
+
+    assert read().chosen == RandomMask()
+    assert read(strategy="square").chosen == SquareMask()
+    assert read(strategy="block").chosen == BlockMask()
+    wide = read(strategy="block", block={"aspect": [0.1, 0.2]}).chosen
+    assert wide == BlockMask(aspect=(0.1, 0.2))
+    mask = draw_masks(wide, 20, (12, 12), 0.3, generator()).sum(1)
+    assert mask.ne(0).sum(1).double().mean() > 9  # blocks wider than they are high
+    for values, message in (
+        ({"strategy": "round"}, "'random', 'square' or 'block', got 'round'"),
+        ({"block": {}}, "block has the settings of the strategy block, and strategy is random"),
+        ({"strategy": "block", "block": {"aspcet": [1, 2]}}, "block.aspcet: unknown key; did you"),
+        ({"strategy": "block", "block": {"smallest": 0}}, "smallest is 0"),
+        ({"strategy": "block", "block": {"aspect": [2, 1]}}, r"aspect is \(2"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            read(**values)  # type: ignore[arg-type]
+    assert "--block.aspect" in describe(MaskSettings)
 
 
 def test_a_mask_generator_is_picklable() -> None:
