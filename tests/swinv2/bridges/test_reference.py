@@ -350,6 +350,7 @@ def test_a_tensor_that_does_not_fit_is_named(
         import_reference(tmp_path / "a.pth", **SIZES)
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")  # by torch 2.14
 @pytest.mark.parametrize(
     ("spoilt", "reason"),
     [

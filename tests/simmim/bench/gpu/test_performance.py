@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from simmim.bench.gpu.performance import HEADS, VARIANTS, rows
 from simmim.bench.gpu.report import table
@@ -99,6 +100,9 @@ def documented() -> dict[tuple[str, str], list[str]]:
     return {(row[0], row[1]): row for row in found}
 
 
+@pytest.mark.skipif(
+    torch.__version__ < TorchVersion("2.13"), reason="the table counts operators of torch 2.13"
+)
 def test_the_documented_table_is_what_the_function_computes() -> None:
     found = documented()
     assert len(found) == 15
