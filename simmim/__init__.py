@@ -3,25 +3,44 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from simmim.api import evaluate, finetune, load_run, pretrain
     from simmim.method.masking import random_mask
     from simmim.method.model import SimMIM
 
-__all__ = ["SimMIM", "random_mask"]
+    __version__: str
+
+__all__ = [
+    "SimMIM",
+    "__version__",
+    "evaluate",
+    "finetune",
+    "load_run",
+    "pretrain",
+    "random_mask",
+]
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use, so that a command line answers without loading torch.
+    # ruff: noqa: PLC0415 (on first use, so that a command line answers without loading torch)
     match name:
         case "SimMIM":
-            from simmim.method.model import SimMIM  # noqa: PLC0415
+            from simmim.method.model import SimMIM
 
             return SimMIM
         case "random_mask":
-            from simmim.method.masking import random_mask  # noqa: PLC0415
+            from simmim.method.masking import random_mask
 
             return random_mask
+        case "evaluate" | "finetune" | "load_run" | "pretrain":
+            from simmim import api
+
+            return getattr(api, name)
+        case "__version__":
+            from importlib.metadata import version
+
+            return version("simmim")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
+    return __all__

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
@@ -88,6 +88,17 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         for one, other in (pair, pair[::-1]):
             if given.get(one) is not None and other not in given:
                 _remove(values, other.split("."))
+    return values
+
+
+def override(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace values of a recipe by dotted key, in place, and return it.
+
+    Raises:
+        RecipeError: a key goes through a value that is not a section.
+    """
+    for key, value in overrides.items():
+        _assign(values, key.split("."), value)
     return values
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from simmim.compat import forget_precision, fresh_accelerate_state
-from simmim.engine.distributed.launcher import join_restarted_group
+from simmim.engine.distributed.launcher import join_group
 from simmim.engine.distributed.sharding import (
     shard_for_training,
     synchronise_norms,
@@ -69,7 +69,7 @@ def build_accelerator(precision: str, rank_timeout: float = 600.0) -> Accelerato
     mixed_precision = "no" if precision == "fp32" else precision
     forget_precision(mixed_precision)
     timeout = group_timeout(rank_timeout)
-    join_restarted_group(timeout)
+    join_group(timeout)
     handlers: list[KwargsHandler] = [InitProcessGroupKwargs(timeout=timeout)]
     if torch.cuda.is_available():
         as_views = DDP_OPTIONS["gradient_as_bucket_view"]

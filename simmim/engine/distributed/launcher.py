@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import count
 from typing import TYPE_CHECKING, NoReturn
 
 from data_prep.format.terminal import ExitCode, flush_output
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 PR_SET_PDEATHSIG = 1
 """Option of Linux's prctl: the signal that a process gets when its parent ends."""
+
+_groups = count()
+"""Numbers of the process groups that this process has joined."""
 
 
 def end_with_launcher() -> None:
@@ -55,7 +59,7 @@ def start_processes() -> None:
         "--nproc_per_node",
         str(number),
     ]
-    arguments = [sys.executable, *torchrun, "-m", "simmim", *sys.argv[1:]]
+    arguments = [sys.executable, *torchrun, *_this_program()]
     sys.stdout.flush()
     sys.stderr.flush()
     # Received by torchrun once it handles them, see `exit_on_stop_signals`.
@@ -63,11 +67,21 @@ def start_processes() -> None:
     os.execve(sys.executable, arguments, environment)  # noqa: S606 (no shell, our own arguments)
 
 
-def join_restarted_group(timeout: timedelta) -> None:
-    """Initialise the process group if torchrun has started the ranks again; else do nothing.
+def _this_program() -> list[str]:
+    """Return the program of this process and its arguments, as torchrun takes them."""
+    spec = sys.modules["__main__"].__spec__  # of a module; a script has none
+    if spec is not None:
+        return ["-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
+    return sys.argv
 
-    Their keys in torchrun's store are those of this start. In torch 2.13 the store outlives the
-    ranks, and a rank that comes first would read the addresses of those before.
+
+def join_group(timeout: timedelta) -> None:
+    """Initialise the process group if an earlier one has left keys in torchrun's store.
+
+    That is after torchrun has started the ranks again, in torch 2.13, where its store outlives
+    them, and in the second training of a program. A rank that comes first would read the addresses
+    of before, so the keys are those of this start and this training. In every other case this does
+    nothing, and accelerate initialises the group.
 
     Args:
         timeout: the longest wait for another rank.
@@ -77,13 +91,14 @@ def join_restarted_group(timeout: timedelta) -> None:
     from torch.distributed.rendezvous import rendezvous  # noqa: PLC0415
 
     environment = process_environment()
-    if not environment.restarts or not environment.keeps_store:
+    if not environment.keeps_store or torch.distributed.is_initialized():
         return
-    if torch.distributed.is_initialized():
+    number = next(_groups)  # the same on all ranks
+    if not environment.restarts and not number:
         return
     store, rank, world = next(rendezvous("env://", timeout=timeout))
     torch.distributed.init_process_group(
-        store=PrefixStore(f"restart-{environment.restarts}", store),
+        store=PrefixStore(f"restart-{environment.restarts}/training-{number}", store),
         rank=rank,
         world_size=world,
         timeout=timeout,

@@ -3,12 +3,14 @@
 import subprocess
 import sys
 from datetime import timedelta
+from itertools import count
 
 import pytest
 import torch.distributed
 from torch.distributed import TCPStore, distributed_c10d
 
-from simmim.engine.distributed.launcher import join_restarted_group
+from simmim.engine.distributed import launcher
+from simmim.engine.distributed.launcher import join_group
 from simmim.engine.exit_codes import LOST
 
 TIMEOUT = timedelta(seconds=60)
@@ -63,7 +65,10 @@ def test_a_crashing_rank_prints_its_stack() -> None:
 
 
 @pytest.mark.parametrize("restarts", [0, 1, 2])
-def test_each_restart_has_keys_of_its_own(restarts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_restart_and_each_training_has_keys_of_its_own(
+    restarts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "_groups", count())
     server = TCPStore("127.0.0.1", 0, is_master=True, timeout=TIMEOUT)
     environment = {
         "MASTER_ADDR": "127.0.0.1",
@@ -75,12 +80,15 @@ def test_each_restart_has_keys_of_its_own(restarts: int, monkeypatch: pytest.Mon
     }
     for name, value in environment.items():
         monkeypatch.setenv(name, str(value))
-    join_restarted_group(TIMEOUT)
-    assert torch.distributed.is_initialized() == (restarts > 0)
-    if restarts:
+    for training in (0, 1):
+        join_group(TIMEOUT)
+        assert torch.distributed.is_initialized() == (restarts + training > 0)
+        if not restarts + training:
+            continue  # accelerate initialises the first group
         try:
             distributed_c10d._get_default_store().set("key", "value")
+            place = f"restart-{restarts}/training-{training}"
             groups = ("default_pg", "0/")  # names in versions of torch
-            assert any(server.check([f"restart-{restarts}/{group}/key"]) for group in groups)
+            assert any(server.check([f"{place}/{group}/key"]) for group in groups)
         finally:
             torch.distributed.destroy_process_group()

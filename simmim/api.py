@@ -1,0 +1,260 @@
+"""The Python way: what the commands do, as functions.
+
+Like every program that starts worker processes, a script calls them below
+`if __name__ == "__main__":`.
+"""
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, is_dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from simmim.engine.run import RunFolder
+from simmim.recipe import RecipeError, load, override, parse, read_values, to_values
+from simmim.tasks.all_tasks import fine_tuning_named, task_named
+from simmim.tasks.task import Task
+
+if TYPE_CHECKING:
+    from simmim.tasks.evaluate import Evaluation
+    from swinv2 import SwinV2, VideoSwinV2
+
+# ruff: noqa: PLC0415 (what imports torch is imported when it is needed)
+
+RecipeSource: TypeAlias = Any
+"""A recipe: the path of a YAML file, a mapping of its values, or a recipe object."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a training has written into its folder."""
+
+    folder: Path
+    stopped: bool = False
+    """Whether a signal stopped the training that returned this: resume it with `resume="auto"`."""
+
+    @property
+    def recipe(self) -> Any:
+        """The resolved recipe, with all defaults."""
+        values = read_values(self._files.recipe)
+        return load(task_named(values.get("task"), self._files.recipe).recipe, self._files.recipe)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The logged figures, one mapping per line of `metrics.jsonl`, by step."""
+        return self._files.read_metrics()
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The complete checkpoints, the oldest first."""
+        from simmim.engine.checkpoint.directory import complete_checkpoints
+
+        return list(complete_checkpoints(self._files.checkpoints))
+
+    @property
+    def encoder_directory(self) -> Path:
+        """The encoder directory, for `swinv2.load_encoder`; there once the training has ended."""
+        return self._files.encoder
+
+    @property
+    def report(self) -> Path:
+        """The HTML report."""
+        return self._files.report
+
+    def load_encoder(self) -> "SwinV2 | VideoSwinV2":
+        """Load the encoder on the CPU: of the best checkpoint if one is kept, else of the last.
+
+        Raises:
+            ValueError: there is no checkpoint yet, or it cannot be read.
+        """
+        from simmim.export.load_trained import read_source
+
+        return read_source(self.folder).encoder
+
+    @property
+    def _files(self) -> RunFolder:
+        return RunFolder(path=self.folder)
+
+
+def pretrain(
+    recipe: RecipeSource,
+    folder: str | PathLike[str] | None = None,
+    *,
+    resume: str | PathLike[str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    init_from: str | PathLike[str] | None = None,
+    allow_recipe_changes: bool = False,
+    check_memory: bool = True,
+) -> Run:
+    """Pretrain an encoder on unlabelled images, as `simmim pretrain` does.
+
+    Started by `accelerate launch` or `torchrun`, it trains on all processes.
+
+    Args:
+        recipe: the path of a recipe, its values as a mapping, or a recipe object.
+        folder: run folder; None is `runs/` and the name of the recipe's file.
+        resume: `"auto"` for the last complete checkpoint in the folder, if there is one, or the
+            path of a checkpoint; None starts a new training.
+        overrides: values by dotted key, such as `{"training.steps": 1000}`.
+        init_from: run, checkpoint or encoder directory to start from, unless a checkpoint is
+            resumed.
+        allow_recipe_changes: resume although the recipe differs from that of the run.
+        check_memory: refuse a training that needs more memory than this machine has.
+
+    Raises:
+        ValueError: the recipe, the data or the folder cannot be used; names what, where and the
+            remedy.
+        OSError: a file cannot be read or written.
+    """
+    task = task_named("pretrain", "pretrain")
+    return _train(
+        task,
+        recipe,
+        folder,
+        resume=resume,
+        overrides=overrides,
+        init_from=init_from,
+        allow_recipe_changes=allow_recipe_changes,
+        check_memory=check_memory,
+    )
+
+
+def finetune(
+    recipe: RecipeSource,
+    folder: str | PathLike[str] | None = None,
+    *,
+    resume: str | PathLike[str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    init_from: str | PathLike[str] | None = None,
+    allow_recipe_changes: bool = False,
+    check_memory: bool = True,
+) -> Run:
+    """Fine-tune an encoder on the task of a recipe, as `simmim finetune` does.
+
+    Arguments and errors are those of `pretrain`. The encoder to start from is `init` of the recipe:
+    `overrides={"init": run.folder}`.
+    """
+    name = _values(recipe, overrides).get("task")
+    task = fine_tuning_named(name, _origin(recipe))
+    return _train(
+        task,
+        recipe,
+        folder,
+        resume=resume,
+        overrides=overrides,
+        init_from=init_from,
+        allow_recipe_changes=allow_recipe_changes,
+        check_memory=check_memory,
+    )
+
+
+def evaluate(
+    run: Run | str | PathLike[str],
+    *,
+    data: str | PathLike[str] | None = None,
+    best: bool | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> "Evaluation":
+    """Validate a checkpoint as its training did, as `simmim evaluate` does.
+
+    Args:
+        run: a run, its folder, or a checkpoint.
+        data: folder or file to validate on; None is the data of the recipe.
+        best: take the best checkpoint, or the last; None is the best if one is kept.
+        overrides: values of the recipe by dotted key.
+
+    Returns:
+        The figures over all processes, with the checkpoint and step that they are of.
+
+    Raises:
+        ValueError: there is no checkpoint, no validation data, or nothing to measure in it.
+    """
+    from simmim.tasks.evaluate import evaluate as evaluate_checkpoint
+
+    source = run.folder if isinstance(run, Run) else Path(run)
+    return evaluate_checkpoint(
+        source, _arguments(overrides), best=best, data=None if data is None else str(data)
+    )
+
+
+def load_run(folder: str | PathLike[str]) -> Run:
+    """Return the run in a folder.
+
+    Raises:
+        ValueError: the folder has no recipe.
+    """
+    files = RunFolder(path=Path(folder))
+    if not files.recipe.is_file():
+        raise ValueError(
+            f"{folder} is not a run folder, which has a recipe.yaml: give the folder of a training."
+        )
+    return Run(folder=files.path)
+
+
+def _train(
+    task: Task,
+    recipe: RecipeSource,
+    folder: str | PathLike[str] | None,
+    *,
+    resume: str | PathLike[str] | None,
+    overrides: Mapping[str, Any] | None,
+    init_from: str | PathLike[str] | None,
+    allow_recipe_changes: bool,
+    check_memory: bool,
+) -> Run:
+    from simmim.doctor.fits import check_fits
+    from simmim.tasks.train import run_folder, train_recipe
+
+    settings = _recipe(task, recipe, overrides)
+    if folder is None and not isinstance(recipe, str | PathLike):
+        raise ValueError("a recipe without a file has no name: give the run folder as `folder`.")
+    run = RunFolder(path=Path(folder)) if folder is not None else run_folder(None, Path(recipe))
+    result = train_recipe(
+        task.stage,
+        settings,
+        run=run,
+        resume=None if resume is None else str(resume),
+        allow_changes=allow_recipe_changes,
+        init_from=None if init_from is None else Path(init_from),
+        check_memory=check_fits if check_memory else None,
+    )
+    return Run(folder=run.path, stopped=result.stopped)
+
+
+def _recipe(task: Task, recipe: RecipeSource, overrides: Mapping[str, Any] | None) -> Any:
+    if isinstance(recipe, task.recipe) and not overrides:
+        return recipe
+    return parse(task.recipe, _values(recipe, overrides), _origin(recipe))
+
+
+def _values(recipe: RecipeSource, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the values of a recipe with overrides.
+
+    Raises:
+        RecipeError: the file cannot be read, or `recipe` is nothing that names a recipe.
+    """
+    if isinstance(recipe, str | PathLike):
+        values = read_values(Path(recipe))
+    elif isinstance(recipe, Mapping):
+        values = copy.deepcopy(dict(recipe))
+    elif is_dataclass(recipe) and not isinstance(recipe, type):
+        values = to_values(recipe)
+    else:
+        raise RecipeError(
+            f"recipe is {type(recipe).__name__}: give the path of a YAML file, a mapping of its "
+            "values, or a recipe object."
+        )
+    return override(values, overrides or {})
+
+
+def _arguments(overrides: Mapping[str, Any] | None) -> list[str]:
+    """Return overrides as the command line has them."""
+    given = (overrides or {}).items()
+    return [text for key, value in given for text in (f"--{key}", json.dumps(value))]
+
+
+def _origin(recipe: RecipeSource) -> str:
+    """Return where a recipe is from, for messages."""
+    return f"recipe {recipe}" if isinstance(recipe, str | PathLike) else "the recipe"
