@@ -123,7 +123,7 @@ def test_the_doctor_checks_a_folder(
     checks = {check.name: check for check in check_shards(training, validation, data, wanted)}
     assert checks["images"].found == f"84 files in {images}, 3 classes: circle, square, stripe"
     assert checks["images"].verdict == "ok"
-    assert ("GiB" in checks["shards"].found) == mixed
+    assert ("iB)" in checks["shards"].found) == mixed
     assert ("files" in checks) == mixed
     assert checks["samples"].verdict == ("warning" if mixed else "problem")
     assert f"the first {faulty}: the image is damaged" in checks["samples"].found
