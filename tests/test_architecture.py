@@ -170,7 +170,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "simmim.tasks.video": ("simmim.tasks", "simmim.tasks.classification"),
     "simmim.tasks.segmentation": ("simmim.tasks",),
     "simmim.tasks.detection": ("simmim.tasks", "simmim.tasks.segmentation"),
-    "simmim.bench": ("simmim.engine", "simmim.method", "swinv2"),
+    "simmim.bench": ("simmim.tasks", "simmim.tasks.pretrain", "swinv2"),
     "simmim.export": ("simmim.tasks", *(f"simmim.tasks.{task}" for task in TASKS)),
     "simmim.doctor": ("simmim.bench", "simmim.tasks", *(f"simmim.tasks.{task}" for task in TASKS)),
     "simmim": ("simmim.export", "simmim.doctor", "data_prep"),

@@ -8,7 +8,7 @@ Device: TypeAlias = Literal["cuda", "cpu"]
 Sharding: TypeAlias = Literal["none", "fsdp2"]
 
 MASK_CELL = 32
-"""Side of a mask cell in pixels."""
+"""Side of a mask cell in pixels, of images of several cells."""
 GIB = 2**30
 
 ASSUMPTIONS = """\

@@ -86,6 +86,7 @@ class MemoryOptions:
     def cases(self) -> "list[StepCase]":
         """Return every step to count."""
         from simmim.bench.step import StepCase
+        from simmim.method.strategies import MaskSettings
 
         return [
             StepCase(
@@ -96,6 +97,7 @@ class MemoryOptions:
                 checkpointing=checkpointing,
                 precision=self.precision,
                 batch=self.batch,
+                mask=MaskSettings(cell=min(MASK_CELL, image_size // 2)),
                 device=self.device,
                 optimizer=self.optimizer,
             )

@@ -75,7 +75,7 @@ def only_two_groups() -> Iterator[None]:
 
 
 def materialise(model: nn.Module, device: torch.device) -> None:
-    """Replace parameters on the meta device with ones on a device, fake ones in a fake mode.
+    """Replace parameters and buffers on the meta device, with fake ones in a fake mode.
 
     Of the devices autocast supports, the meta device is none.
     """
@@ -83,3 +83,6 @@ def materialise(model: nn.Module, device: torch.device) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
             setattr(module, name, nn.Parameter(empty))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))

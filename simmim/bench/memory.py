@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from simmim.bench.choices import Precision, Sharding
-from simmim.bench.step import Measurement, Peak, Simulation, StepCase, build_step_model
+from simmim.bench.step import Measurement, Peak, Simulation, StepCase, build_module
 from simmim.engine.distributed.sharding import shard_size, sharding_units
 from simmim.environment import process_environment
 
@@ -98,7 +98,7 @@ class MemoryRow:
 def model_size(case: StepCase, devices: Iterable[int]) -> ModelSize:
     """Count the parameters of the model of a step, built on the meta device."""
     with torch.device("meta"):
-        model = build_step_model(case)
+        model = build_module(case).model
     *blocks, outside = sharding_units(model)
     sizes = sorted((unit.size for unit in blocks), reverse=True)
     return ModelSize(

@@ -12,22 +12,31 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from pydantic import TypeAdapter
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from simmim.bench.choices import MASK_CELL, Device, Precision
+from simmim.bench.choices import Device, Precision
 from simmim.bench.cuda_rules import cuda_rules
 from simmim.bench.live_bytes import LiveBytes, materialise, only_two_groups
+from simmim.compat import fresh_accelerate_state
 from simmim.data.loader.batch import Batch
-from simmim.engine.loop import accumulate_gradients
-from simmim.method.model import SimMIM
-from swinv2 import SwinV2, build_encoder
+from simmim.engine.loop import accumulate_gradients, training_step
+from simmim.engine.settings import OptimizerSettings, TrainingSettings
+from simmim.method.masking import draw_masks
+from simmim.method.settings import Grid, LossSettings
+from simmim.method.strategies import MaskSettings
+from simmim.tasks.pretrain.model import build_model
+from simmim.tasks.pretrain.recipe import PretrainData, PretrainRecipe
+from simmim.tasks.pretrain.stage import PretrainModule
+from simmim.tasks.recipe import EncoderSettings
 from swinv2.config import AttentionPath, Checkpointing
 
 
@@ -46,18 +55,45 @@ class StepCase:
     precision: Precision
     batch: int
     """Number of images."""
-    mask_cell: int = MASK_CELL
-    """Side of a mask cell in pixels."""
+    mask: MaskSettings = field(default_factory=MaskSettings)
+    """The mask."""
+    loss: LossSettings = field(default_factory=LossSettings)
+    """The prediction target and the loss."""
     patch_size: int = 4
     """Side of a patch in pixels."""
     in_channels: int = 3
     """Channels of the images."""
     sizes: tuple[tuple[str, float | tuple[int, ...]], ...] = ()
-    """Fields of the encoder's config that override the variant's, with their values."""
+    """Fields of the encoder's settings that override the variant's, with their values."""
     device: Device = "cuda"
     """Kind of device, whose kernels and rules of autocast are counted."""
     optimizer: bool = True
     """Whether the step includes AdamW; else forward and backward only."""
+
+    @property
+    def recipe(self) -> PretrainRecipe:
+        """A pretraining that takes this step; its images are nowhere."""
+        return PretrainRecipe(
+            task="pretrain",
+            encoder=EncoderSettings(
+                variant=self.variant,  # type: ignore[arg-type]
+                window_size=self.window_size,
+                patch_size=self.patch_size,
+                in_channels=self.in_channels,
+                **dict(self.sizes),  # type: ignore[arg-type]
+            ),
+            data=PretrainData(
+                shards="nowhere",
+                image_size=self.image_size,
+                mean=(0.5,) * self.in_channels,
+                std=(0.25,) * self.in_channels,
+            ),
+            mask=self.mask,
+            loss=self.loss,
+            training=TrainingSettings(
+                batch_size=self.batch, steps=1, optimizer=OptimizerSettings(lr=1e-4)
+            ),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,15 +133,22 @@ def _fake_mode() -> FakeTensorMode:
 
 
 def simulate(case: StepCase) -> Simulation:
-    """Run the step on fake tensors, which have sizes but no values, and track live memory."""
-    with torch.device("meta"):
-        model = build_step_model(case)
+    """Run the step on fake tensors, which have sizes but no values, and track live memory.
+
+    Whatever the mask, all patches are decoded: that is the most that a mask can ask for.
+    """
+    case = replace(case, loss=replace(case.loss, area="all"))
     peaks: list[Peak] = []
     finished = 0
     rules = cuda_rules() if case.device == "cuda" else contextlib.nullcontext()
-    with _fake_mode(), LiveBytes() as live, only_two_groups(), rules:
-        materialise(model, torch.device("cpu"))
+    with torch.device("meta"):
+        module = build_module(case)
+    with fresh_accelerate_state(), _fake_mode(), LiveBytes() as live, only_two_groups(), rules:
+        accelerator = build_accelerator(case, torch.device("cpu"))
+        materialise(module, torch.device("cpu"))
         weights = live.now
+        rows, columns = mask_grid(case)
+        batch = batch_of(case, torch.ones(case.batch, rows, columns, dtype=torch.bool))
 
         def close() -> None:
             peaks.append(Peak(gradients=finished, activations=live.most - weights))
@@ -117,10 +160,10 @@ def simulate(case: StepCase) -> Simulation:
             finished += parameter.numel()
             parameter.grad = None
 
-        for parameter in model.parameters():
+        for parameter in module.parameters():
             parameter.register_post_accumulate_grad_hook(finish)  # type: ignore[no-untyped-call]
-        device = torch.device("cpu")
-        forward_backward(model, case.precision, device, batch=case.batch, side=case.image_size)
+        prepared = accelerator.prepare(module, device_placement=[False])  # it is there
+        accumulate_gradients(accelerator, prepared, [batch], lambda _: None)
         close()
     return Simulation(peaks=tuple(_rising(peaks)))
 
@@ -142,12 +185,10 @@ def measure(case: StepCase) -> Measurement:
     encoder before it keeps what torch loads on first use out of the measurement.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    _take_step(_smallest_model(case).to(device), case, device, batch=1, side=MASK_CELL)
-    before = _peak_of_process()
-    model = build_step_model(case).to(device)
-    seconds = _take_step(model, case, device, batch=case.batch, side=case.image_size)
-    if not all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters()):
-        raise ValueError("a gradient is missing or not finite.")
+    with fresh_accelerate_state():
+        take_step(smallest(case), device)
+        before = _peak_of_process()
+        seconds = take_step(case, device)
     if device.type == "cuda":
         peak, meter = torch.cuda.max_memory_allocated(), "torch.cuda.max_memory_allocated"
     else:
@@ -155,89 +196,112 @@ def measure(case: StepCase) -> Measurement:
     return Measurement(peak=peak, seconds=seconds, meter=meter)
 
 
-def _take_step(
-    model: SimMIM[SwinV2], case: StepCase, device: torch.device, *, batch: int, side: int
-) -> float:
-    """Run a step, with AdamW if the case includes it, and return its seconds."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda" or None)
+def smallest(case: StepCase) -> StepCase:
+    """Return a step like this one of one image and a very small encoder."""
+    sizes = (("embed_dim", 8), ("depths", (2, 1)), ("num_heads", (1, 2)))
+    return replace(
+        case,
+        variant="tiny",
+        image_size=64,
+        window_size=4,
+        patch_size=4,
+        sizes=sizes,
+        mask=MaskSettings(),
+        loss=LossSettings(),
+        batch=1,
+    )
+
+
+def take_step(case: StepCase, device: torch.device) -> float:
+    """Run a step of training, with AdamW if the case includes it, and return its seconds.
+
+    Raises:
+        ValueError: a gradient is missing or not finite.
+    """
+    accelerator = build_accelerator(case, device)
+    module = accelerator.prepare(build_module(case).to(device))
+    parameters = list(module.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda" or None)
     if case.optimizer:
-        for parameter in model.parameters():
+        for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad()
+    batch = draw_batch(case)
+    missing: list[bool] = []
+
+    def look_at_gradients() -> None:
+        missing.extend(parameter.grad is None for parameter in parameters)
+
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    forward_backward(model, case.precision, device, batch=batch, side=side)
     if case.optimizer:
-        optimizer.step()
+        loss, _ = training_step(
+            accelerator,
+            module,
+            optimizer,
+            [batch],
+            clip_norm=case.recipe.training.clip_norm,
+            normalisers=lambda _: None,
+            before_update=look_at_gradients,
+        )
+    else:
+        loss = accumulate_gradients(accelerator, module, [batch], lambda _: None)
+        look_at_gradients()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    if any(missing) or not bool(loss.isfinite()):
+        raise ValueError("a gradient is missing or not finite.")
+    return seconds
 
 
-def _smallest_model(case: StepCase) -> SimMIM[SwinV2]:
-    encoder = build_encoder(
-        "tiny", image_size=MASK_CELL, window_size=4, embed_dim=8, depths=(2, 1), num_heads=(1, 2)
-    )
-    return _prepare(encoder, replace(case, mask_cell=MASK_CELL))
+def build_accelerator(case: StepCase, device: torch.device) -> Accelerator:
+    """Build an accelerator for the precision of a step.
+
+    Unlike that of training it lets the allocator return freed memory, which is measured.
+    """
+    precision = "no" if case.precision == "fp32" else "bf16"
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
 
 
-def build_step_model(case: StepCase) -> SimMIM[SwinV2]:
-    """Build the model of a step on the current device, in training mode."""
-    encoder = build_encoder(
-        case.variant,
-        image_size=case.image_size,
-        window_size=case.window_size,
-        patch_size=case.patch_size,
-        in_channels=case.in_channels,
-        drop_path=0.1,
-        **dict(case.sizes),
-    )
-    return _prepare(encoder, case)
+def build_module(case: StepCase) -> PretrainModule:
+    """Build the module of a step on the current device, in training mode; blocks are eager."""
+    recipe = case.recipe
+    model = build_model(recipe)
+    model.encoder.set_execution(attention=case.attention, checkpointing=case.checkpointing)
+    if case.precision == "bf16-weights":
+        model = model.to(torch.bfloat16)
+    return PretrainModule(model, recipe.data, seed=recipe.training.seed).train()
 
 
-def _prepare(encoder: SwinV2, case: StepCase) -> SimMIM[SwinV2]:
-    encoder.set_execution(attention=case.attention, checkpointing=case.checkpointing)
-    # Decoding every pixel is the maximum over masks, and does not depend on the mask's values.
-    model = SimMIM(encoder, mask_cell=case.mask_cell, loss_area="all").train()
-    return model.to(torch.bfloat16) if case.precision == "bf16-weights" else model
+def draw_batch(case: StepCase) -> Batch:
+    """Return a batch of stored images of noise, with masks of the recipe; see `batch_of`."""
+    mask = case.mask
+    return batch_of(case, draw_masks(mask.chosen, case.batch, mask_grid(case), mask.ratio))
 
 
-class StepModule(nn.Module):
-    """SimMIM over batches, in the precision of a case."""
-
-    def __init__(self, model: SimMIM[SwinV2], precision: Precision) -> None:
-        super().__init__()
-        self.model, self.precision = model, precision
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the loss of a batch of normalised images."""
-        images = batch.images.bfloat16() if self.precision == "bf16-weights" else batch.images
-        device, autocast = images.device.type, self.precision == "bf16"
-        with torch.autocast(device, torch.bfloat16, enabled=autocast):
-            loss: Tensor = self.model(images, batch.masks).loss
-        return loss
+def mask_grid(case: StepCase) -> Grid:
+    """Return the rows and columns of mask cells of an image."""
+    return case.mask.grid((case.image_size, case.image_size), case.patch_size)
 
 
-def forward_backward(
-    model: SimMIM[SwinV2], precision: Precision, device: torch.device, *, batch: int, side: int
-) -> None:
-    """Compute the gradients of `batch` images of noise, `side` pixels high and wide."""
-    noise = noise_batch(model, batch, side, device)
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    accumulate_gradients(accelerator, StepModule(model, precision), [noise], lambda _: None)
+def batch_of(case: StepCase, masks: Tensor) -> Batch:
+    """Return a batch of stored images of noise, half of which are to be flipped.
 
-
-def noise_batch(model: SimMIM[SwinV2], batch: int, side: int, device: torch.device) -> Batch:
-    """Return a batch of images of noise, `side` pixels high and wide, hidden everywhere."""
-    cells = side // model.mask_cell
+    Args:
+        case: the step.
+        masks: mask of each image, bool (batch, rows, columns).
+    """
+    shape = (case.batch, case.image_size, case.image_size, case.in_channels)
     return Batch(
-        images=torch.randn(batch, model.encoder.config.in_channels, side, side, device=device),
-        masks=torch.ones(batch, cells, cells, dtype=torch.bool),
+        images=torch.randint(256, shape, dtype=torch.uint8).permute(0, 3, 1, 2),
+        masks=masks,
         labels=None,
-        addresses=torch.zeros(batch, 3, dtype=torch.int64, device="cpu"),
+        addresses=torch.zeros(case.batch, 3, dtype=torch.int64),
+        flips=torch.arange(case.batch) % 2 == 0,
     )
 
 
@@ -251,11 +315,23 @@ def _peak_of_process() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def read_case(values: dict[str, Any]) -> StepCase:
+    """Return the case that `asdict` has turned into JSON."""
+    settings = {
+        "mask": TypeAdapter(MaskSettings).validate_json(json.dumps(values["mask"])),
+        "loss": TypeAdapter(LossSettings).validate_json(json.dumps(values["loss"])),
+    }
+    sizes = tuple(
+        (name, tuple(value) if isinstance(value, list) else value)
+        for name, value in values["sizes"]
+    )
+    return StepCase(**values | settings | {"sizes": sizes})
+
+
 def main(arguments: Sequence[str]) -> None:
     """Simulate or measure the cases on stdin, one after another."""
     (action,) = arguments
-    for values in json.load(sys.stdin):
-        case = StepCase(**values)
+    for case in map(read_case, json.load(sys.stdin)):
         answer = simulate(case) if action == "simulate" else measure(case)
         sys.stdout.write(json.dumps(asdict(answer)) + "\n")
         sys.stdout.flush()

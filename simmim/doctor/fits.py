@@ -122,7 +122,7 @@ def count_need(recipe: TaskRecipe, micro: int, room: Room) -> Need | None:
     most, fixed = most_memory(recipe, micro, room), most_memory(recipe, 0, room)
     if most <= FULL * room.there:
         return None
-    cell = recipe.mask_cell_for_estimate
+    estimated = recipe.step_for_estimate
     config = recipe.encoder.config(recipe.data.image_size)
     placement = placement_of(room.world)
     share = max(1, recipe.training.batch_size // room.world)
@@ -131,11 +131,11 @@ def count_need(recipe: TaskRecipe, micro: int, room: Room) -> Need | None:
     least = least_memory(recipe, config, micro, placement)
     if least > room.there:
         return Need(least=True, number=least, change=change)
-    if cell is None:  # the encoder alone; heads and boxes come on top
+    if estimated is None:  # the encoder alone; heads and boxes come on top
         number = fixed + (most - fixed) / HEAD_ROOM * share_kept(recipe)
         return Need(least=False, number=number, change=change)
     sys.stderr.write("counting the memory of a training step, some seconds\n")
-    case = step_case(recipe, micro, cell)
+    case = step_case(recipe, micro, estimated)
     number = needed_memory(case, placement) + outside(recipe, room)
     number += checkpoint_copies(recipe, room)
     if number > room.there and not room.on_gpu:

@@ -23,6 +23,8 @@ from simmim.doctor.estimates import (
 )
 from simmim.doctor.machine import machine_memory
 from simmim.environment import process_environment
+from simmim.method.settings import LossSettings
+from simmim.method.strategies import MaskSettings
 from simmim.tasks.recipe import TaskRecipe
 
 FULL = 0.9
@@ -40,7 +42,7 @@ def check_memory(
         world: number of processes.
         frozen: parameters of a frozen encoder, whose features are the target.
     """
-    if recipe.mask_cell_for_estimate is None:
+    if recipe.step_for_estimate is None:
         yield Check(
             name="memory",
             verdict="ok",
@@ -65,7 +67,7 @@ def check_memory(
             change=advise_accumulation(max(1, share), free / most_activations(config)),
         )
         return
-    case = step_case(recipe, micro, recipe.mask_cell_for_estimate)
+    case = step_case(recipe, micro, recipe.step_for_estimate)
     needed = needed_memory(case, placement)
     found = (
         f"{format_bytes(needed)} estimated for micro-batches of {count_noun(micro, 'image')} per "
@@ -102,8 +104,11 @@ def advise(case: StepCase, placement: Placement, needed: int, there: int, share:
     return "; or ".join(advice)
 
 
-def step_case(recipe: TaskRecipe, batch: int, mask_cell: int) -> StepCase:
-    """Return the SimMIM step whose memory is estimated for a recipe."""
+def step_case(
+    recipe: TaskRecipe, batch: int, estimated: tuple[MaskSettings, LossSettings]
+) -> StepCase:
+    """Return the SimMIM step of this mask and loss whose memory is estimated for a recipe."""
+    mask, loss = estimated
     encoder, size = recipe.encoder, recipe.data.image_size
     (window, _) = encoder.config(size).window_size
     names = ("embed_dim", "depths", "num_heads", "extra_norm_every", "mlp_ratio")
@@ -116,7 +121,8 @@ def step_case(recipe: TaskRecipe, batch: int, mask_cell: int) -> StepCase:
         checkpointing=recipe.execution.checkpointing,
         precision="fp32" if recipe.training.precision == "fp32" else "bf16",  # as large as fp16
         batch=batch,
-        mask_cell=mask_cell,
+        mask=mask,
+        loss=loss,
         patch_size=encoder.patch_size,
         in_channels=encoder.in_channels,
         device="cuda" if torch.cuda.is_available() else "cpu",

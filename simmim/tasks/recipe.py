@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from data_prep.format.text import count_noun
 from simmim.data.settings import CroppedSettings, SampleSettings
 from simmim.engine.settings import TrainingSettings
+from simmim.method.settings import LossSettings
 from simmim.method.strategies import MaskSettings
 from simmim.recipe import check_least, check_rates, settings
 from swinv2.config import AttentionPath, Checkpointing, Execution, SwinV2Config, variant_config
@@ -258,8 +259,8 @@ class TaskRecipe:
         return None
 
     @property
-    def mask_cell_for_estimate(self) -> int | None:
-        """Mask cell of a SimMIM step that needs as much memory; None if no such step does."""
+    def step_for_estimate(self) -> tuple[MaskSettings, LossSettings] | None:
+        """Mask and loss of a SimMIM step that needs as much memory; None if no such step does."""
         return None
 
     @property

@@ -139,23 +139,35 @@ def check_quiet_steps(scale: Scale) -> Values:
 def _quiet_losses(scale: Scale, *, compiled: bool) -> list[float]:
     """Return the losses of the engine's steps; waiting for the device in any but a few raises."""
     # Of the pipeline, which is there.
-    from simmim.bench.step import StepModule, noise_batch  # noqa: PLC0415
+    from simmim.bench.step import StepCase, build_module, draw_batch  # noqa: PLC0415
     from simmim.engine.devices import build_accelerator, own_process_state  # noqa: PLC0415
     from simmim.engine.loop import training_step  # noqa: PLC0415
+    from simmim.method.strategies import MaskSettings  # noqa: PLC0415
 
-    device = scale.torch_device
-    encoder = build_moving_encoder(**scale.encoder, drop_path=0.1)
+    device, sizes = scale.torch_device, dict(scale.encoder)
+    side = sizes.pop("image_size")
+    case = StepCase(
+        variant="tiny",
+        image_size=side,
+        window_size=sizes.pop("window_size"),
+        attention="auto",
+        checkpointing="none",
+        precision="bf16",
+        batch=2,
+        mask=MaskSettings(cell=side // 2),
+        sizes=(*sizes.items(), ("drop_path", 0.1)),
+    )
+    training = build_module(case).to(device)
     if compiled:
-        encoder.compile_blocks(backend=scale.backend)
-    model = SimMIM(encoder, mask_cell=2 * encoder.strides[-1]).to(device).train()
-    batch = noise_batch(model, 2, encoder.config.image_size[0], torch.device("cpu"))
+        training.model.encoder.compile_blocks(backend=scale.backend)
+    batch = draw_batch(case)
     if device.type == "cuda":
         batch = batch.pin_memory()
 
     with own_process_state():
         accelerator = build_accelerator("bf16")
-        module = accelerator.prepare(StepModule(model, "fp32"))
-        optimizer = accelerator.prepare(adamw(model, device))
+        module = accelerator.prepare(training)
+        optimizer = accelerator.prepare(adamw(training, device))
 
         def step() -> Tensor:
             loss, _ = training_step(

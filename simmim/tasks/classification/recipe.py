@@ -5,6 +5,8 @@ from typing import ClassVar, Literal
 
 from simmim.data.settings import AugmentedDataSettings
 from simmim.data.transforms.settings import AugmentationSettings, MultiLabelSettings
+from simmim.method.settings import LossSettings
+from simmim.method.strategies import MaskSettings
 from simmim.recipe import check_rates, check_shares, settings
 from simmim.tasks.recipe import HEAD_FOLDER, SCRATCH, FineTuningRecipe
 
@@ -96,6 +98,6 @@ class ClassificationRecipe(ClassifierRecipe):
         return self.data.crop_pct
 
     @property
-    def mask_cell_for_estimate(self) -> int:
-        """One cell as large as the image: a classifier needs as much memory as SimMIM."""
-        return self.data.image_size
+    def step_for_estimate(self) -> tuple[MaskSettings, LossSettings]:
+        """Any mask and pixels as the target: a classifier needs as much memory as SimMIM."""
+        return MaskSettings(cell=self.encoder.patch_size), LossSettings()

@@ -73,9 +73,11 @@ class PretrainRecipe(TaskRecipe):
         self.execution.check_stages(len(config.depths))
 
     @property
-    def mask_cell_for_estimate(self) -> int:
-        """Side of the mask cells in pixels."""
-        return self.mask.cell
+    def step_for_estimate(self) -> tuple[MaskSettings, LossSettings]:
+        """Mask and loss of the training; pixels for features, whose encoder is counted apart."""
+        if self.loss.target_name == "features":
+            return self.mask, replace(self.loss, target=None, target_encoder=None)
+        return self.mask, self.loss
 
     @property
     def probed_per_step(self) -> float:

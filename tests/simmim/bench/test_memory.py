@@ -1,10 +1,12 @@
 """What a step takes of a device: the arithmetic by hand, the counting against a measured step."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from simmim.bench.choices import GIB, Precision
 from simmim.bench.memory import (
@@ -16,8 +18,19 @@ from simmim.bench.memory import (
     run_cases,
     worst_peak,
 )
-from simmim.bench.step import Peak, Simulation, StepCase
+from simmim.bench.step import (
+    Peak,
+    Simulation,
+    StepCase,
+    build_module,
+    draw_batch,
+    read_case,
+    take_step,
+)
 from simmim.cli import main
+from simmim.compat import fresh_accelerate_state
+from simmim.method.settings import LossSettings
+from simmim.method.strategies import MaskSettings
 from tests.simmim.forked import finish
 
 NONE = Placement(sharding="none", devices=1)
@@ -133,20 +146,56 @@ def test_a_simulated_step_tracks_live_memory() -> None:
     assert most["four times"] - most["twice"] == pytest.approx(2 * two_images, rel=0.02)
 
 
+def test_a_case_survives_json() -> None:
+    full = case(
+        sizes=(("depths", (1, 1, 2, 1)), ("embed_dim", 24)),
+        mask=MaskSettings(cell=16, strategy="block"),
+        loss=LossSettings(norm_target=True),
+    )
+    assert read_case(json.loads(json.dumps(asdict(full)))) == full
+
+
+def test_the_step_has_the_target_of_the_recipe() -> None:
+    shallow = {"sizes": (("depths", (1, 1, 1, 1)),), "mask": MaskSettings(cell=16)}
+    losses = {}
+    for loss in (
+        LossSettings(),
+        LossSettings(name="l2"),
+        LossSettings(norm_target=True),
+        LossSettings(area="all"),
+    ):
+        step = case(**shallow, loss=loss)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            losses[loss] = float(build_module(step)(draw_batch(step)).detach())
+    assert len(set(losses.values())) == len(losses)
+
+
+@pytest.mark.parametrize("optimizer", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-weights"])
+def test_the_step_is_that_of_training(optimizer: bool, precision: Precision) -> None:
+    mask = MaskSettings(cell=16, strategy="block")
+    step = case(
+        sizes=(("depths", (1, 1, 1, 1)),), precision=precision, optimizer=optimizer, mask=mask
+    )
+    with fresh_accelerate_state():
+        assert take_step(step, torch.device("cpu")) > 0
+
+
 FEW_AND_ALL = """
 from contextlib import nullcontext
 from simmim.bench import step
 
 case = step.StepCase(variant="tiny", image_size=64, window_size=8, attention="sequential",
     checkpointing="full", precision="fp32", batch=2, sizes=(("depths", (1, 1, 2, 1)),))
-build = step.build_step_model
+build = step.build_module
 
 def one_window_at_a_time(case):
-    model = build(case)
-    model.encoder.set_execution(scores_at_a_time=2 * 64**2)
-    return model
+    module = build(case)
+    module.model.encoder.set_execution(scores_at_a_time=2 * 64**2)
+    return module
 
-step.build_step_model = one_window_at_a_time
+step.build_module = one_window_at_a_time
 few = step.simulate(case)
 step.only_two_groups = nullcontext
 all_groups = step.simulate(case)

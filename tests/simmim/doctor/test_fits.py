@@ -25,6 +25,7 @@ from simmim.doctor.fits import check_fits
 from simmim.doctor.machine import machine_memory
 from simmim.doctor.memory import step_case
 from simmim.environment import process_environment
+from simmim.method.settings import LossSettings
 from simmim.quickstart import check_memory, embedded_recipe
 from simmim.recipe import parse
 from simmim.tasks.all_tasks import task_named
@@ -223,6 +224,25 @@ def test_parameters_are_estimated_from_above(variant: str) -> None:
     assert 0.9 * real < least_parameters(config) < real
 
 
+def test_the_step_that_is_counted_is_that_of_the_recipe() -> None:
+    values = {
+        **BASE,
+        "encoder": {"variant": "base", "window_size": 6, "depths": [1, 1, 2, 1]},
+        "mask": {"cell": 16, "ratio": 0.4, "strategy": "square"},
+        "loss": {"name": "l2", "norm_target": True},
+        "execution": {"checkpointing": "full"},
+    }
+    recipe = parse(task_named("pretrain", "test").recipe, values, "test")
+    found = step_case(recipe, 2, recipe.step_for_estimate).recipe
+    assert (found.mask, found.loss, found.encoder) == (recipe.mask, recipe.loss, recipe.encoder)
+    features = {**values, "loss": {"target": "features", "target_encoder": "somewhere"}}
+    recipe = parse(task_named("pretrain", "test").recipe, features, "test")
+    _, loss = recipe.step_for_estimate
+    assert loss.target_name == "pixels"  # the frozen encoder is counted apart
+    classifier = recipe_of("classification")
+    assert step_case(classifier, 2, classifier.step_for_estimate).recipe.loss == LossSettings()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "size", "window", "attention"),
@@ -263,7 +283,7 @@ def test_activations_are_estimated_from_below(checkpointing: Any, precision: Any
     values["training"] = {**BASE["training"], "precision": precision}
     recipe = parse(task_named("pretrain", "test").recipe, values, "test")
     (row,) = make_rows(
-        [step_case(recipe, 4, 32)],
+        [step_case(recipe, 4, recipe.step_for_estimate)],
         [Placement(sharding="none", devices=1)],
         device_memory=None,
         measure=False,
