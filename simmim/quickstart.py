@@ -180,7 +180,7 @@ def fit_to_images(recipe: PretrainRecipe, shards: Path) -> PretrainRecipe:
     found = sample_images(
         recipe.data.open_shards(),
         channels=recipe.encoder.in_channels,
-        max_pixels=recipe.data.max_pixels,
+        data=recipe.data,
         most=SAMPLES,
         seconds=SECONDS,
     )

@@ -22,8 +22,8 @@ from simmim.data.datasets.opening import (
 from simmim.data.datasets.remote import DEFAULT_CACHE_BYTES, RemoteReading
 from simmim.data.loader.bad_samples import MAX_BAD_SHARE, REMEDY, BadSamples
 from simmim.data.order.order import MAX_SLOTS, Slots
-from simmim.data.transforms.settings import MAX_PIXELS
-from simmim.recipe import check_least, check_probabilities, check_shares, check_span, settings
+from simmim.data.transforms.settings import CropSettings, DecodeSettings, RandomCropSettings
+from simmim.recipe import check_least, check_probabilities, check_shares, settings
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -69,7 +69,7 @@ class RemoteSettings:
 
 
 @settings
-class SampleSettings:
+class SampleSettings(DecodeSettings):
     """Reading and ordering of samples, images or clips."""
 
     REMEDY: ClassVar[str] = REMEDY
@@ -92,18 +92,16 @@ class SampleSettings:
     """Mean of each channel, on a scale of 0 to 1."""
     std: tuple[float, ...] | Literal["measured"] = IMAGENET_STD
     """Standard deviation of each channel, on the same scale."""
-    max_pixels: int = MAX_PIXELS
-    """Largest image or frame, in pixels; larger ones are rejected before decoding."""
     max_bad_share: float = MAX_BAD_SHARE
     """Maximum fraction of damaged samples, 0 to 1; more stop the run. Training replaces a damaged
     sample by another from its shard (a clip by one of its class), validation skips it, and both
     list it in bad_samples.jsonl."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_least(self, 0, "workers")
         if self.workers > MOST_WORKERS:
             raise ValueError(f"workers is {self.workers}; it must be at most {MOST_WORKERS}.")
-        check_least(self, 1, "max_pixels")
         if self.slots is not None and min(self.slots_of_sets, default=0) < 1:
             raise ValueError(f"slots is {self.slots}; it must be at least 1, or null.")
         check_probabilities(self, "max_bad_share")
@@ -135,18 +133,8 @@ class SampleSettings:
 
 
 @settings
-class CroppedSettings(SampleSettings):
+class CroppedSettings(SampleSettings, CropSettings):
     """Samples cropped to squares, and mirrored at random in training."""
-
-    image_size: int
-    """Side of the square input images in pixels."""
-    flip: float = 0.5
-    """Probability of a horizontal flip, 0 to 1."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, 1, "image_size")
-        check_probabilities(self, "flip")
 
 
 @settings
@@ -282,23 +270,12 @@ def follows_images(data: DataSettings) -> bool:
 
 
 @settings
-class AugmentedDataSettings(DataSettings, CroppedSettings):
+class AugmentedDataSettings(DataSettings, CroppedSettings, RandomCropSettings):
     """Images that are cropped and mirrored at random in training."""
-
-    scale: tuple[float, float]
-    """Range of the random crop's area, as a fraction of the image's."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Range of the random crop's aspect ratio (width / height)."""
-
-    def __post_init__(self) -> None:
-        DataSettings.__post_init__(self)
-        CroppedSettings.__post_init__(self)
-        check_span(self, "scale", most=1)
-        check_span(self, "ratio")
 
 
 @settings
-class ClipDataSettings(CroppedSettings):
+class ClipDataSettings(CroppedSettings, RandomCropSettings):
     """Labelled clips, the frames sampled from them, and their crops."""
 
     REMEDY = "Repair or remove these clips"
@@ -321,8 +298,6 @@ class ClipDataSettings(CroppedSettings):
     scale: tuple[float, float] = (0.08, 1.0)
     """Range of the random crop's area, as a fraction of the frame's; the same crop for all frames
     of a clip. Validation uses the largest central square."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Range of the random crop's aspect ratio (width / height)."""
     flip: float = 0.5
     """Probability of a horizontal flip, 0 to 1; use 0 if classes differ by left and right."""
     views: tuple[int, int] = (1, 1)
@@ -344,13 +319,6 @@ class ClipDataSettings(CroppedSettings):
         check_shares(self, "fraction")
         if min(self.views) < 1:
             raise ValueError(f"views is {list(self.views)}; both must be at least 1.")
-        check_span(self, "scale", most=1)
-        check_span(self, "ratio")
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of frames in pixels."""
-        return self.image_size, self.image_size
 
     def open(self) -> tuple[ClipSet, ClipSet | None]:
         """List the training clips and the validation clips.

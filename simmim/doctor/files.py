@@ -76,7 +76,7 @@ def check_labelled_files(stage: FineTuningStage[Any, Any], given: TaskRecipe) ->
         found = sample_images(
             training,
             channels=stage.encoder.in_channels,
-            max_pixels=stage.recipe.data.max_pixels,
+            data=stage.recipe.data,
             most=MEASURED,
             seconds=PREPARING_SECONDS,
         )

@@ -179,7 +179,7 @@ def check_samples(
     found = sample_images(
         shards,
         channels=wanted.channels,
-        max_pixels=data.max_pixels,
+        data=data,
         most=DECODED,
         seconds=DECODING_SECONDS,
     )

@@ -155,8 +155,7 @@ def check_validation_input(stage: Any, checkpoint: Path) -> None:
     """
     if stage.validation_shards is not None:
         wanted = replace(input_of(stage), trained=str(checkpoint), evaluated=True, measured=False)
-        max_pixels = stage.recipe.data.max_pixels
-        for text in check_input(stage.validation_shards, wanted, max_pixels=max_pixels):
+        for text in check_input(stage.validation_shards, wanted, stage.recipe.data):
             print_on_main(f"WARNING: {text}")
 
 

@@ -19,6 +19,7 @@ from simmim.data.datasets.shards import ShardSet
 from simmim.data.order.source import DataError, SampleSource
 from simmim.data.settings import DataSettings, follows_images
 from simmim.data.transforms.sampling import RANGES, ImageForm, SampledImages, sample_images
+from simmim.data.transforms.settings import DecodeSettings
 from simmim.tasks.recipe import TaskRecipe
 
 SAMPLES = 32
@@ -115,7 +116,7 @@ def check_stage_input(stage: Any, given: TaskRecipe | None = None) -> list[str]:
         ValueError: they do not fit the encoder; see `check_input`.
     """
     wanted, data = input_of(stage, given), stage.recipe.data
-    warnings = check_input(stage.training_shards, wanted, max_pixels=data.max_pixels)
+    warnings = check_input(stage.training_shards, wanted, data)
     for name, source in stage.evaluated_sources.items():
         if source is None or not source.samples:
             continue
@@ -123,14 +124,14 @@ def check_stage_input(stage: Any, given: TaskRecipe | None = None) -> list[str]:
             wanted, trained="the encoder of this training", evaluated=True, measured=False
         )
         try:
-            found = check_input(source, compared, max_pixels=data.max_pixels)
+            found = check_input(source, compared, data)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         warnings += [f"{name}: {text}" for text in found]
     return warnings
 
 
-def check_input(source: SampleSource[Any], wanted: EncoderInput, *, max_pixels: int) -> list[str]:
+def check_input(source: SampleSource[Any], wanted: EncoderInput, data: DecodeSettings) -> list[str]:
     """Compare a few images with what the encoder takes, and return warnings.
 
     Raises:
@@ -142,7 +143,7 @@ def check_input(source: SampleSource[Any], wanted: EncoderInput, *, max_pixels: 
         found = sample_images(
             source,
             channels=wanted.channels,
-            max_pixels=max_pixels,
+            data=data,
             most=SAMPLES if source.samples > SMALL_SET else SMALL_SET,
             seconds=SECONDS,
         )

@@ -12,15 +12,8 @@ from simmim.data.loader.bad_samples import BadSamples
 from simmim.data.loader.batches import TrainingBatches
 from simmim.data.order.order import Address, Order, Slots
 from simmim.data.order.source import BadSampleError, DataError, Encoded, SampleSource
-from simmim.data.settings import AugmentedDataSettings, SampleSettings
-from simmim.data.transforms.image_transforms import (
-    Augmentation,
-    LabelReader,
-    MaskFunction,
-    Sample,
-    TrainTransform,
-    class_of,
-)
+from simmim.data.settings import SampleSettings
+from simmim.data.transforms.image_transforms import Sample
 from simmim.engine.checkpoint.choosing import choose_checkpoint
 from simmim.engine.checkpoint.directory import RECIPE_FILE
 from simmim.engine.run import RunFolder
@@ -74,39 +67,6 @@ def _replace_slots(recipe: RecipeT, slots: Slots | None) -> RecipeT:
 def order_for(recipe: Any, training: SampleSource[Any]) -> Order:
     """Return the order of the samples for a recipe whose slots are chosen; see `with_slots`."""
     return order_of(training, seed=recipe.training.seed, slots=recipe.data.slots)
-
-
-def train_transform(
-    data: AugmentedDataSettings,
-    *,
-    seed: int,
-    channels: int,
-    mask: MaskFunction | None = None,
-    augment: Augmentation | None = None,
-    label: LabelReader = class_of,
-) -> TrainTransform:
-    """Return the training transform of images: random crop and flip.
-
-    Args:
-        data: size and augmentation of the images.
-        seed: seed of the random numbers.
-        channels: channels of the images.
-        mask: draws the mask of an image; None for no masks.
-        augment: further augmentation of the cropped image; None for none.
-        label: reads the label of an image.
-    """
-    return TrainTransform(
-        size=(data.image_size, data.image_size),
-        seed=seed,
-        scale=data.scale,
-        ratio=data.ratio,
-        flip=data.flip,
-        channels=channels,
-        mask=mask,
-        augment=augment,
-        label=label,
-        max_pixels=data.max_pixels,
-    )
 
 
 def training_batches(

@@ -78,7 +78,7 @@ def _sample(task: Any, folder: str, most: int, seconds: float) -> SampledImages:
     return sample_images(
         replace(data, shards=folder, classes=classes).open_shards(),
         channels=task.encoder.in_channels,
-        max_pixels=data.max_pixels,
+        data=data,
         most=most,
         seconds=seconds,
     )

@@ -39,6 +39,7 @@ from simmim.data.settings import IMAGENET_MEAN, IMAGENET_STD
 from simmim.data.transforms.cropping import random_box, resize
 from simmim.data.transforms.decoding import decode_pixels
 from simmim.data.transforms.image_transforms import TrainTransform
+from simmim.data.transforms.settings import RandomCropSettings
 from simmim.method.masking import MaskGenerator
 
 SIZE = 192
@@ -122,7 +123,8 @@ def ours(shards: ShardSet, workers: int) -> Iterator[Any]:
 
 def our_transform() -> TrainTransform:
     mask = MaskGenerator(grid=(SIZE // 32, SIZE // 32), ratio=0.6)
-    return TrainTransform(size=(SIZE, SIZE), seed=0, scale=SCALE, ratio=RATIO, mask=mask)
+    crop = RandomCropSettings(image_size=SIZE, scale=SCALE, ratio=RATIO)
+    return TrainTransform(data=crop, seed=0, mask=mask)
 
 
 @dataclass(kw_only=True)

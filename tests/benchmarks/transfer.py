@@ -177,7 +177,7 @@ def training_batches(data: Labelled, seed: int, steps: int) -> Iterator[tuple[Te
         for index in chosen:
             rng = numpy_stream("crop", seed, epoch, int(index))
             crop = random_resized_crop(
-                data.images[index], ENCODER.image_size, rng, scale=CROP_SCALE
+                data.images[index], ENCODER.image_size, rng, scale=CROP_SCALE, ratio=(3 / 4, 4 / 3)
             )
             crops.append(crop.flip(-1) if rng.random() < 0.5 else crop)
         yield torch.stack(crops), data.labels[chosen]

@@ -21,7 +21,7 @@ from simmim.data.order.randomness import numpy_stream
 from simmim.data.transforms.cropping import Box, central_box, random_box, resize
 from simmim.data.transforms.frames import Video
 from simmim.data.transforms.image_transforms import Sample
-from simmim.data.transforms.settings import MAX_PIXELS
+from simmim.data.transforms.settings import CropSettings, RandomCropSettings
 
 CHANNELS = 3
 
@@ -72,27 +72,19 @@ class TrainClipTransform:
     They differ between epochs but are reproducible.
     """
 
-    size: tuple[int, int]
-    """Height and width in pixels."""
+    data: RandomCropSettings
+    """The crop."""
     frames: int
     seed: int
-    scale: tuple[float, float]
-    """Range of the crop's area, as a fraction of the frame's."""
-    ratio: tuple[float, float]
-    """Range of the crop's aspect ratio (width / height)."""
-    flip: float
-    """Probability of a horizontal flip."""
-    max_pixels: int = MAX_PIXELS
-    """Pixels of the largest frame that is decoded."""
 
     def __call__(self, raw: RawClip, address: Address) -> Sample:
         """Return the clip of this epoch."""
-        video = Video(raw.path, max_pixels=self.max_pixels)
+        video = Video(raw.path, max_pixels=self.data.max_pixels)
         rng = numpy_stream("clip", self.seed, address.epoch, raw.name)
         frames = video.frames(frame_numbers(len(video), rng.random(self.frames)))
-        box = random_box(frames[0].shape, rng, scale=self.scale, ratio=self.ratio)
-        flip = bool(rng.random() < self.flip)
-        return Sample(crop_frames(frames, box, self.size), None, raw.label, flip)
+        box = random_box(frames[0].shape, rng, scale=self.data.scale, ratio=self.data.ratio)
+        flip = bool(rng.random() < self.data.flip)
+        return Sample(crop_frames(frames, box, self.data.size), None, raw.label, flip)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,25 +95,23 @@ class EvalClipTransform:
     evenly spaced along the longer axis. The same in every epoch.
     """
 
-    size: tuple[int, int]
-    """Height and width in pixels."""
+    data: CropSettings
+    """The size of frames."""
     frames: int
     temporal: int = 1
     spatial: int = 1
-    max_pixels: int = MAX_PIXELS
-    """Pixels of the largest frame that is decoded."""
 
     def __call__(self, raw: RawClip, address: Address) -> Sample:  # noqa: ARG002
         """Return the clip for evaluation, with spatial views varying fastest."""
-        video = Video(raw.path, max_pixels=self.max_pixels)
+        video = Video(raw.path, max_pixels=self.data.max_pixels)
         numbers = [
             frame_numbers(len(video), np.full(self.frames, (view + 0.5) / self.temporal))
             for view in range(self.temporal)
         ]
         decoded = video.frames([number for view in numbers for number in view])
-        boxes = spatial_boxes(decoded[0].shape, self.size, self.spatial)
+        boxes = spatial_boxes(decoded[0].shape, self.data.size, self.spatial)
         views = [
-            crop_frames(decoded[start : start + self.frames], box, self.size)
+            crop_frames(decoded[start : start + self.frames], box, self.data.size)
             for start in range(0, len(decoded), self.frames)
             for box in boxes
         ]

@@ -27,8 +27,8 @@ def random_resized_crop(
     size: tuple[int, int],
     rng: np.random.Generator,
     *,
-    scale: tuple[float, float] = (0.67, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
 ) -> Tensor:
     """Return a random crop of an image, resized; see `random_box` and `resize`."""
     return resize(pixels, random_box(pixels.shape, rng, scale=scale, ratio=ratio), size)

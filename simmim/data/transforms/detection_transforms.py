@@ -18,7 +18,11 @@ from simmim.data.order.randomness import numpy_stream
 from simmim.data.transforms.decoding import decode_pixels
 from simmim.data.transforms.image_transforms import Instances, Sample
 from simmim.data.transforms.segmentation_transforms import draw_crop, fill_values, pad, scale_image
-from simmim.data.transforms.settings import MAX_PIXELS
+from simmim.data.transforms.settings import (
+    CropSettings,
+    DecodeSettings,
+    DetectionCropSettings,
+)
 from simmim.data.transforms.turned import size_error, unsure_frame
 
 MIN_SIDE = 1.0
@@ -29,27 +33,23 @@ MIN_SIDE = 1.0
 class TrainDetectionTransform:
     """Random scale, crop and flip of an image and its objects."""
 
-    side: int
-    """Side of the square input in pixels."""
+    data: DetectionCropSettings
     seed: int
     mean: tuple[float, ...]
     labels: dict[int, int]
     """Class index of each category id."""
     masks: bool
     """Whether to return masks, or only boxes."""
-    scale: tuple[float, float] = (0.1, 2.0)
-    """Range of the scale, relative to the image just fitting the square."""
-    flip: float = 0.5
     channels: int = 3
-    max_pixels: int = MAX_PIXELS
 
     def __call__(self, raw: CocoImage, address: Address) -> Sample:
         """Return the sample of this epoch."""
-        decoded = _decoded(raw, self.channels, self.max_pixels)
+        decoded = _decoded(raw, self.channels, self.data)
         height, width = raw.size
+        side = self.data.image_size
         rng = numpy_stream("dense crop", self.seed, address.epoch, raw.name)
-        factor = self.side / max(height, width) * rng.uniform(*self.scale)
-        crop = draw_crop(raw.size, self.side, factor, rng)
+        factor = side / max(height, width) * rng.uniform(*self.data.scale)
+        crop = draw_crop(raw.size, side, factor, rng)
         image = crop.image(decoded.pixels)
         objects = [one for one in raw.objects if not one.get("iscrowd", 0)]
         boxes = np.array([one["bbox"] for one in objects], dtype=np.float64).reshape(-1, 4)
@@ -62,7 +62,7 @@ class TrainDetectionTransform:
             whole_masks = [mask_of(one, raw.size) for one in objects]
             masks = np.stack([crop.nearest(one) for one in whole_masks]) if objects else masks
             boxes = np.array([box_of(one) for one in masks], dtype=np.float64).reshape(-1, 4)
-        if rng.random() < self.flip:
+        if rng.random() < self.data.flip:
             image, masks = image.flip(-1), masks[..., ::-1]
             boxes[:, [0, 2]] = crop.size[1] - boxes[:, [2, 0]]
         kept = ((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE).all(axis=1)
@@ -70,12 +70,12 @@ class TrainDetectionTransform:
         targets = Instances(
             labels=torch.from_numpy(labels[kept]),
             boxes=torch.from_numpy(boxes[kept].astype(np.float32)),
-            masks=pad(torch.from_numpy(masks[kept].copy()), self.side, [0] * int(kept.sum()))
+            masks=pad(torch.from_numpy(masks[kept].copy()), side, [0] * int(kept.sum()))
             if self.masks
             else torch.zeros(int(kept.sum()), 0, 0, dtype=torch.bool),
             image=torch.tensor([raw.number, *raw.size]),
         )
-        image = pad(image, self.side, fill_values(self.mean, image.dtype))
+        image = pad(image, side, fill_values(self.mean, image.dtype))
         turned = unsure_frame(raw.image, raw.size) if raw.objects else None
         return Sample(image, None, -1, repaired=decoded.repaired, turned=turned, targets=targets)
 
@@ -84,29 +84,29 @@ class TrainDetectionTransform:
 class EvalDetectionTransform:
     """The whole image, as large as fits the square, in its upper left corner."""
 
-    side: int
+    data: CropSettings
     mean: tuple[float, ...]
     channels: int = 3
-    max_pixels: int = MAX_PIXELS
 
     def __call__(self, raw: CocoImage, address: Address) -> Sample:
         """Return the sample for evaluation; its targets identify the image."""
         del address
-        decoded = _decoded(raw, self.channels, self.max_pixels)
-        image = scale_image(decoded.pixels, self.side / max(raw.size))
+        side = self.data.image_size
+        decoded = _decoded(raw, self.channels, self.data)
+        image = scale_image(decoded.pixels, side / max(raw.size))
         targets = Instances(
             labels=torch.zeros(0, dtype=torch.int64),
             boxes=torch.zeros(0, 4),
             masks=torch.zeros(0, 0, 0, dtype=torch.bool),
             image=torch.tensor([raw.number, *raw.size]),
         )
-        image = pad(image, self.side, fill_values(self.mean, image.dtype))
+        image = pad(image, side, fill_values(self.mean, image.dtype))
         turned = unsure_frame(raw.image, raw.size) if raw.objects else None
         return Sample(image, None, -1, repaired=decoded.repaired, turned=turned, targets=targets)
 
 
-def _decoded(raw: CocoImage, channels: int, max_pixels: int) -> Decoded:
-    decoded = decode_pixels(raw.image, raw.extension, channels=channels, max_pixels=max_pixels)
+def _decoded(raw: CocoImage, channels: int, data: DecodeSettings) -> Decoded:
+    decoded = decode_pixels(raw.image, raw.extension, channels=channels, max_pixels=data.max_pixels)
     if decoded.pixels.shape[:2] != raw.size:
         rows, columns = decoded.pixels.shape[:2]
         raise size_error(

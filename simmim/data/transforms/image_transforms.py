@@ -4,7 +4,7 @@ Images keep their stored type; the device flips and normalises them.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, overload
 
 import numpy as np
@@ -18,7 +18,7 @@ from simmim.data.order.randomness import numpy_stream, stream_seed
 from simmim.data.order.source import DataError, EncodedImage
 from simmim.data.transforms.cropping import center_crop_resize, random_resized_crop
 from simmim.data.transforms.decoding import ARRAY_EXTENSION, decode_pixels
-from simmim.data.transforms.settings import MAX_PIXELS
+from simmim.data.transforms.settings import DecodeSettings, RandomCropSettings
 
 
 @dataclass(frozen=True)
@@ -180,34 +180,26 @@ def torch_stream(purpose: str, *key: int | str) -> torch.Generator:
 class TrainTransform:
     """Random crop, flip and mask, which differ between epochs but are reproducible."""
 
-    size: tuple[int, int]
-    """Height and width in pixels."""
+    data: RandomCropSettings
+    """The crop."""
     seed: int
-    scale: tuple[float, float] = (0.67, 1.0)
-    """Range of the crop's area, as a fraction of the image's."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Range of the crop's aspect ratio (width / height)."""
-    flip: float = 0.5
-    """Probability of a horizontal flip."""
     channels: int = 3
     """1 (grey), 3 (colour) or 4 (colour, alpha); any number for arrays."""
     mask: MaskFunction | None = None
     augment: Augmentation | None = None
     """Augmentation of the crop."""
     label: LabelReader = class_of
-    max_pixels: int = MAX_PIXELS
-    """Pixels of the largest image that is decoded."""
 
     def __call__(self, raw: EncodedImage, address: Address) -> Sample:
         """Return the sample of this epoch."""
         decoded = decode_pixels(
-            raw.image, raw.extension, channels=self.channels, max_pixels=self.max_pixels
+            raw.image, raw.extension, channels=self.channels, max_pixels=self.data.max_pixels
         )
         rng = numpy_stream("crop", self.seed, address.epoch, raw.name)
         crop = random_resized_crop(
-            decoded.pixels, self.size, rng, scale=self.scale, ratio=self.ratio
+            decoded.pixels, self.data.size, rng, scale=self.data.scale, ratio=self.data.ratio
         )
-        flip = bool(rng.random() < self.flip)
+        flip = bool(rng.random() < self.data.flip)
         if self.augment is not None:
             if crop.dtype == torch.uint16 and raw.extension != ARRAY_EXTENSION:
                 crop = ((crop.to(torch.int32) + 128) // 257).to(torch.uint8)
@@ -233,13 +225,13 @@ class EvalTransform:
     """1 (grey), 3 (colour) or 4 (colour, alpha); any number for arrays."""
     mask: MaskFunction | None = None
     label: LabelReader = class_of
-    max_pixels: int = MAX_PIXELS
-    """Pixels of the largest image that is decoded."""
+    data: DecodeSettings = field(default_factory=DecodeSettings)
+    """Decoding of the image."""
 
     def __call__(self, raw: EncodedImage, address: Address) -> Sample:  # noqa: ARG002
         """Return the sample for evaluation."""
         decoded = decode_pixels(
-            raw.image, raw.extension, channels=self.channels, max_pixels=self.max_pixels
+            raw.image, raw.extension, channels=self.channels, max_pixels=self.data.max_pixels
         )
         crop = center_crop_resize(decoded.pixels, self.size, crop_pct=self.crop_pct)
         mask = None

@@ -14,7 +14,7 @@ from data_prep.images.opening import UnknownFormatError, open_picture
 from data_prep.images.orientation import orientation_of, turn_array
 from simmim.data.order.source import BadSampleError, DataError, EncodedImage
 from simmim.data.transforms.decoding import too_large_error
-from simmim.data.transforms.settings import MAX_PIXELS, MultiLabelSettings
+from simmim.data.transforms.settings import LabelMapSettings, MultiLabelSettings
 from simmim.data.transforms.turned import size_error
 
 IGNORED = 255
@@ -70,16 +70,11 @@ class MultiLabelReader:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LabelMapReader:
     """Reader of label maps: PNG files with a class number per pixel."""
 
-    num_classes: int
-    ignore_label: int | None = 255
-    """Number in the files that means no class."""
-    reduce_zero_label: bool = False
-    """Whether 0 means no class and classes count from 1, as in ADE20K."""
-    max_pixels: int = MAX_PIXELS
+    settings: LabelMapSettings
 
     def __call__(
         self, data: bytes, shape: tuple[int, ...], image: bytes = b""
@@ -114,26 +109,26 @@ class LabelMapReader:
 
     def _classes(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return the classes for the numbers in a file. Raises DataError if one is not a class."""
-        ignored = numbers == self.ignore_label
-        if self.reduce_zero_label:
+        settings, first = self.settings, int(self.settings.reduce_zero_label)
+        ignored = numbers == settings.ignore_label
+        if settings.reduce_zero_label:
             ignored |= numbers == 0
-        classes = numbers - int(self.reduce_zero_label)
-        outside = ~ignored & ((classes < 0) | (classes >= self.num_classes))
+        classes = numbers - first
+        outside = ~ignored & ((classes < 0) | (classes >= settings.num_classes))
         if outside.any():
-            first = int(self.reduce_zero_label)
             raise DataError(
                 f"its label map contains {int(numbers[outside][0])}, which is not a class: the "
-                f"{self.num_classes} classes are {first} to {self.num_classes - 1 + first}, and "
-                f"{self.ignore_label} means no class. Correct the file, data.num_classes, "
-                "data.ignore_label or data.reduce_zero_label."
+                f"{settings.num_classes} classes are {first} to "
+                f"{settings.num_classes - 1 + first}, and {settings.ignore_label} means no class. "
+                "Correct the file, data.num_classes, data.ignore_label or data.reduce_zero_label."
             )
         return np.where(ignored, IGNORED, classes).astype(np.uint8)
 
     def _decode(self, data: bytes) -> NDArray[np.int64]:
         try:
             image = open_picture(data)
-            if image.width * image.height > self.max_pixels:
-                raise too_large_error(image.width, image.height, self.max_pixels)
+            if image.width * image.height > self.settings.max_pixels:
+                raise too_large_error(image.width, image.height, self.settings.max_pixels)
             mode, values = image.mode, turn_array(np.asarray(image), orientation_of(image))
         except UnknownFormatError:
             raise BadSampleError("its label map is damaged or of an unknown format") from None

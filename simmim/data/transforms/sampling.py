@@ -21,6 +21,7 @@ from data_prep.images.opening import has_transparency
 from data_prep.images.tiff_layout import STARTS, TiffError, read_layout
 from simmim.data.order.source import BadSampleError, DataError, SampleSource
 from simmim.data.transforms.decoding import ARRAY_EXTENSION, channels_last, decode_pixels
+from simmim.data.transforms.settings import DecodeSettings
 
 MEASURED_SIDE = 256
 """Rows and columns of an image that are measured, about; others between them are skipped."""
@@ -128,14 +129,14 @@ class Moments:
 
 
 def sample_images(
-    source: SampleSource[Any], *, channels: int, max_pixels: int, most: int, seconds: float
+    source: SampleSource[Any], *, channels: int, data: DecodeSettings, most: int, seconds: float
 ) -> SampledImages:
     """Decode samples spread evenly over a set as training does, for a limited time.
 
     Args:
         source: a set whose samples have an encoded `image` and an `extension`.
         channels: channels of the encoder.
-        max_pixels: largest image that is decoded.
+        data: decoding of the images.
         most: maximum number of samples.
         seconds: time after which no further sample is read.
 
@@ -143,24 +144,25 @@ def sample_images(
         DataError: a shard cannot be read.
     """
     found, began = SampledImages(), time.perf_counter()
+    max_pixels = data.max_pixels
     for raw in _spread(source, most, lambda: time.perf_counter() - began > seconds):
         found.count += 1
         try:
-            data = channels_last(raw.image, raw.extension, channels)
-            form = form_of(data, raw.extension, max_pixels)
+            encoded = channels_last(raw.image, raw.extension, channels)
+            form = form_of(encoded, raw.extension, max_pixels)
         except BadSampleError as error:
             found.bad.append(f"{raw.name}: {error}")
             continue
         try:
             pixels = decode_pixels(
-                data, raw.extension, channels=channels, max_pixels=max_pixels
+                encoded, raw.extension, channels=channels, max_pixels=max_pixels
             ).pixels
             found.trained_on.add(pixels)
             # Channels that the image does not have: copies of grey, or opaque.
             pixels = pixels[..., : form.channels]
         except DataError as error:
             try:
-                pixels = _read_stored(data, raw.extension, max_pixels)
+                pixels = _read_stored(encoded, raw.extension, max_pixels)
             except BadSampleError:
                 pixels = np.empty((0, 0, channels))
             if pixels.shape[-1] == channels:
@@ -171,7 +173,7 @@ def sample_images(
                 found.stopping.add(form)
         else:
             found.types.setdefault(pixels.dtype.name, raw.name)
-            if form.channels == WITH_ALPHA > channels and _shows_white(data, max_pixels):
+            if form.channels == WITH_ALPHA > channels and _shows_white(encoded, max_pixels):
                 found.transparent.append(raw.name)
         found.forms[form] += 1
         found.examples.setdefault(form, raw.name)

@@ -21,7 +21,7 @@ from simmim.data.transforms.cropping import Box, resize
 from simmim.data.transforms.decoding import decode_pixels
 from simmim.data.transforms.image_transforms import ClassMap, Sample
 from simmim.data.transforms.labels import IGNORED, LabelMapReader
-from simmim.data.transforms.settings import MAX_PIXELS
+from simmim.data.transforms.settings import SegmentationCropSettings
 from simmim.data.transforms.turned import unsure_frame
 
 CROP_ATTEMPTS = 10
@@ -85,41 +85,33 @@ def fill_values(mean: Sequence[float], dtype: torch.dtype) -> list[float]:
 class TrainSegmentationTransform:
     """Random scale, crop, flip and photometric distortion."""
 
-    side: int
-    """Side of the square crop in pixels."""
+    data: SegmentationCropSettings
     seed: int
     labels: LabelMapReader
     mean: tuple[float, ...]
-    short_side: int | None = None
-    """Length of the short side before random scaling, in pixels; None keeps the image's."""
-    scale: tuple[float, float] = (0.5, 2.0)
-    largest_class: float = 0.75
-    """Maximum fraction of a crop that one class should cover."""
-    flip: float = 0.5
-    photometric: bool = True
     channels: int = 3
-    max_pixels: int = MAX_PIXELS
 
     def __call__(self, raw: LabelledImage, address: Address) -> Sample:
         """Return the sample of this epoch."""
         decoded = decode_pixels(
-            raw.image, raw.extension, channels=self.channels, max_pixels=self.max_pixels
+            raw.image, raw.extension, channels=self.channels, max_pixels=self.data.max_pixels
         )
         labels = self.labels(raw.labels, decoded.pixels.shape, raw.image)
         rng = numpy_stream("dense crop", self.seed, address.epoch, raw.name)
-        factor = rng.uniform(*self.scale) * _factor(labels.shape, self.short_side)
+        data = self.data
+        factor = rng.uniform(*data.scale) * _factor(labels.shape, data.short_side)
         for _ in range(CROP_ATTEMPTS):
-            crop = draw_crop(labels.shape, self.side, factor, rng)
+            crop = draw_crop(labels.shape, data.image_size, factor, rng)
             classes = crop.nearest(labels)
-            if _largest_share(classes) <= self.largest_class:
+            if _largest_share(classes) <= data.largest_class:
                 break
         image = crop.image(decoded.pixels)
-        if rng.random() < self.flip:
+        if rng.random() < data.flip:
             image, classes = image.flip(-1), classes[:, ::-1]
-        if self.photometric and image.dtype == torch.uint8 and self.channels == 3:
+        if data.photometric and image.dtype == torch.uint8 and self.channels == 3:
             image = distort(image, rng)
-        image = pad(image, self.side, fill_values(self.mean, image.dtype))
-        target = pad(torch.from_numpy(classes.copy())[None], self.side, [IGNORED])[0]
+        image = pad(image, data.image_size, fill_values(self.mean, image.dtype))
+        target = pad(torch.from_numpy(classes.copy())[None], data.image_size, [IGNORED])[0]
         turned = unsure_frame(raw.image, labels.shape)
         return Sample(
             image,
@@ -135,19 +127,18 @@ class TrainSegmentationTransform:
 class EvalSegmentationTransform:
     """The whole image at evaluation size, and its label map at the original size."""
 
+    data: SegmentationCropSettings
     labels: LabelMapReader
-    short_side: int | None = None
     channels: int = 3
-    max_pixels: int = MAX_PIXELS
 
     def __call__(self, raw: LabelledImage, address: Address) -> Sample:
         """Return the sample for evaluation."""
         del address
         decoded = decode_pixels(
-            raw.image, raw.extension, channels=self.channels, max_pixels=self.max_pixels
+            raw.image, raw.extension, channels=self.channels, max_pixels=self.data.max_pixels
         )
         labels = self.labels(raw.labels, decoded.pixels.shape, raw.image)
-        image = scale_image(decoded.pixels, _factor(labels.shape, self.short_side))
+        image = scale_image(decoded.pixels, _factor(labels.shape, self.data.short_side))
         target = ClassMap(torch.from_numpy(labels))
         turned = unsure_frame(raw.image, labels.shape)
         return Sample(image, None, -1, repaired=decoded.repaired, turned=turned, targets=target)

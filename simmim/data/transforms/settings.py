@@ -1,12 +1,106 @@
-"""Settings of augmentation and of multi-label targets, and the largest image. Imports no torch."""
+"""Settings of transforms: decoding, crops, augmentation, multi-label targets. Imports no torch.
 
-from simmim.recipe import check_least, check_probabilities, settings
+Transforms hold these objects, and the data sections of recipes inherit them.
+"""
+
+from simmim.recipe import check_least, check_probabilities, check_shares, check_span, settings
 
 MAX_PIXELS = 178_956_970
 """Pixels of the largest image that is decoded by default."""
 
 MAX_LEVEL = 10.0
 """Highest level of a RandAugment operation."""
+
+
+@settings
+class DecodeSettings:
+    """Decoding of images and clips."""
+
+    max_pixels: int = MAX_PIXELS
+    """Largest image or frame, in pixels; larger ones are rejected before decoding."""
+
+    def __post_init__(self) -> None:
+        check_least(self, 1, "max_pixels")
+
+
+@settings
+class CropSettings(DecodeSettings):
+    """Square crops, which are mirrored at random in training."""
+
+    image_size: int
+    """Side of the square input images in pixels."""
+    flip: float = 0.5
+    """Probability of a horizontal flip, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 1, "image_size")
+        check_probabilities(self, "flip")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the input in pixels."""
+        return self.image_size, self.image_size
+
+
+@settings
+class RandomCropSettings(CropSettings):
+    """Crops of random area and aspect ratio, resized to one size."""
+
+    scale: tuple[float, float]
+    """Range of the random crop's area, as a fraction of the image's."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the random crop's aspect ratio (width / height)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_span(self, "scale", most=1)
+        check_span(self, "ratio")
+
+
+@settings
+class LabelMapSettings(DecodeSettings):
+    """Label maps: images whose pixels are class numbers."""
+
+    num_classes: int
+    """Number of classes, 2 to 255."""
+    ignore_label: int | None = 255
+    """Number in the annotations for pixels without a class."""
+    reduce_zero_label: bool = False
+    """Whether 0 means no class and classes are numbered from 1, as in ADE20K."""
+
+
+@settings
+class SegmentationCropSettings(CropSettings):
+    """Random scale, crop and distortion of images with label maps."""
+
+    short_side: int | None = None
+    """Length in pixels that the short side is resized to, before the random scale and in
+    validation; null keeps the image's size."""
+    scale: tuple[float, float] = (0.5, 2.0)
+    """Range of the random scale factor before the crop."""
+    largest_class: float = 0.75
+    """Maximum fraction of a crop that one class may have; up to ten crops are tried."""
+    photometric: bool = True
+    """Photometric distortion of brightness, contrast, saturation and hue, as in SSD."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 1, "short_side")
+        check_span(self, "scale")
+        check_shares(self, "largest_class")
+
+
+@settings
+class DetectionCropSettings(CropSettings):
+    """Random scale and crop of images with objects."""
+
+    scale: tuple[float, float] = (0.1, 2.0)
+    """Large-scale jitter: range of the scale relative to the size at which an image just fits."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_span(self, "scale")
 
 
 @settings

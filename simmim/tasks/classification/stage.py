@@ -46,7 +46,7 @@ from simmim.tasks.classification.recipe import (
 )
 from simmim.tasks.features import Normalise, sample_drop_path_noise
 from simmim.tasks.fine_tuning import DataT, FineTuningStage
-from simmim.tasks.loading import all_labels, any_labelled, open_labelled, train_transform
+from simmim.tasks.loading import all_labels, any_labelled, open_labelled
 from simmim.tasks.measured import with_measured
 from simmim.tasks.metrics import AccuracySums, accuracy_sums, tells_top5
 from simmim.tasks.pretrained import InitialEncoder
@@ -259,8 +259,8 @@ class ClassificationStage(ClassifierStage[ClassificationRecipe, Shards]):
         if recipe.augmentation.changes_images:
             mean, std = self.initial.mean, self.initial.std
             augment = Augment(settings=recipe.augmentation, mean=mean, std=std)
-        return train_transform(
-            recipe.data,
+        return TrainTransform(
+            data=recipe.data,
             seed=recipe.training.seed,
             channels=self.initial.encoder.in_channels,
             augment=augment,
@@ -304,7 +304,7 @@ class ClassificationStage(ClassifierStage[ClassificationRecipe, Shards]):
             crop_pct=data.crop_pct,
             label=label_reader(data),
             channels=self.initial.encoder.in_channels,
-            max_pixels=data.max_pixels,
+            data=data,
         )
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
+from simmim.data.transforms.settings import DetectionCropSettings
 from simmim.recipe import check_least, settings
 from simmim.tasks.segmentation.recipe import DenseData, DenseRecipe
 
 
 @settings
-class DetectionData(DenseData):
+class DetectionData(DenseData, DetectionCropSettings):
     """Images with annotations in COCO format."""
 
     images: str
@@ -20,8 +21,6 @@ class DetectionData(DenseData):
     """Folder of the validation images; null is `images`."""
     validation_annotations: str | None = None
     """COCO annotation file of the validation images; null for no validation."""
-    scale: tuple[float, float] = (0.1, 2.0)
-    """Large-scale jitter: range of the scale relative to the size at which an image just fits."""
 
 
 @settings

@@ -82,15 +82,12 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
         """Return the transform: large-scale jitter, crop and flip."""
         data, ids = self.recipe.data, self.training_shards.category_ids
         return TrainDetectionTransform(
-            side=data.image_size,
+            data=data,
             seed=self.recipe.training.seed,
             mean=self.initial.mean,
             labels={number: label for label, number in enumerate(ids)},
             masks=self.model.has_masks,
-            scale=data.scale,
-            flip=data.flip,
             channels=self.initial.encoder.in_channels,
-            max_pixels=data.max_pixels,
         )
 
     @torch.no_grad()
@@ -115,10 +112,9 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
     def validation_transform(self) -> EvalDetectionTransform:
         """Return the transform: the whole image, padded to a square."""
         return EvalDetectionTransform(
-            side=self.recipe.data.image_size,
+            data=self.recipe.data,
             mean=self.initial.mean,
             channels=self.initial.encoder.in_channels,
-            max_pixels=self.recipe.data.max_pixels,
         )
 
     def _find(self, accelerator: Accelerator, batch: Batch) -> list[Detections]:

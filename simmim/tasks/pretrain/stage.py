@@ -15,7 +15,7 @@ from simmim.data.loader.batch import Batch
 from simmim.data.loader.batches import BatchStream, evaluation_batches, picture_batches
 from simmim.data.order.source import SampleSource
 from simmim.data.settings import DataSettings
-from simmim.data.transforms.image_transforms import EvalTransform
+from simmim.data.transforms.image_transforms import EvalTransform, TrainTransform
 from simmim.engine.checkpoint.directory import (
     RECIPE_FILE,
     TrainingState,
@@ -34,7 +34,7 @@ from simmim.method.model import SimMIM
 from simmim.recipe import load, recipe_hash
 from simmim.report.panels import reconstruction_panel
 from simmim.tasks.features import Normalise, pooled_features, sample_drop_path_noise
-from simmim.tasks.loading import order_for, train_transform, training_batches, with_slots
+from simmim.tasks.loading import order_for, training_batches, with_slots
 from simmim.tasks.measured import with_measured
 from simmim.tasks.other_encoder import save_other_encoder
 from simmim.tasks.pretrain.model import EncoderBuilder, build_model, build_swinv2
@@ -159,8 +159,8 @@ class PretrainStage:
         return training_batches(
             self.training_shards,
             self.order,
-            train_transform(
-                recipe.data,
+            TrainTransform(
+                data=recipe.data,
                 seed=recipe.training.seed,
                 channels=recipe.encoder.in_channels,
                 mask=self.draw_mask,
@@ -209,10 +209,10 @@ class PretrainStage:
         """Return the transform of held-out images: centre crop, and the same mask every time."""
         data = self.recipe.data
         return EvalTransform(
-            size=(data.image_size, data.image_size),
+            size=data.size,
             channels=self.recipe.encoder.in_channels,
             mask=self.draw_mask,
-            max_pixels=data.max_pixels,
+            data=data,
         )
 
     def baselines(self) -> dict[str, float]:

@@ -118,9 +118,7 @@ class OnlineProbe:
         self, shards: Shards, features: Callable[[Batch], Tensor], accelerator: Accelerator
     ) -> LabelledFeatures:
         """Return the features of this rank's part of the images."""
-        transform = EvalTransform(
-            size=self.size[1:], channels=self.size[0], max_pixels=self.data.max_pixels
-        )
+        transform = EvalTransform(size=self.size[1:], channels=self.size[0], data=self.data)
         batches = evaluation_batches(
             shards,
             transform,

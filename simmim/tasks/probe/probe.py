@@ -78,7 +78,7 @@ def compare(recipe: ProbeRecipe, device: torch.device | str = "cpu") -> dict[Sta
         std=description.std,
         trained=recipe.encoder,
     )
-    for text in check_input(training, wanted, max_pixels=recipe.data.max_pixels):
+    for text in check_input(training, wanted, recipe.data):
         sys.stderr.write(f"WARNING: {text}\n")
     starts: tuple[Start, ...] = ("pretrained", "scratch")
     results: dict[Start, ProbeResult] = {}
@@ -226,7 +226,7 @@ def extract_features(
         size=encoder.image_size,
         crop_pct=data.crop_pct,
         channels=encoder.in_channels,
-        max_pixels=data.max_pixels,
+        data=data,
     )
     batches = evaluation_batches(
         shards, transform, batch_size=data.batch_size, workers=data.workers

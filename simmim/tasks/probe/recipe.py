@@ -3,12 +3,12 @@
 from typing import Literal
 
 from simmim.data.settings import RemoteSettings
-from simmim.data.transforms.settings import MAX_PIXELS
+from simmim.data.transforms.settings import DecodeSettings
 from simmim.recipe import check_least, check_shares, settings
 
 
 @settings
-class ProbeData(RemoteSettings):
+class ProbeData(RemoteSettings, DecodeSettings):
     """Labelled shards, and how they are read."""
 
     shards: str
@@ -33,14 +33,13 @@ class ProbeData(RemoteSettings):
     """Batch size of the encoder."""
     workers: int = 2
     """Worker processes that decode; 0 decodes in the main process."""
-    max_pixels: int = MAX_PIXELS
-    """Images with more pixels are rejected by their header, before they are decoded."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        RemoteSettings.__post_init__(self)
+        DecodeSettings.__post_init__(self)
         if self.validation is None and self.validation_shards < 1:
             raise ValueError("a probe needs validation images: set validation_shards to 1 or more.")
-        check_least(self, 1, "batch_size", "max_pixels")
+        check_least(self, 1, "batch_size")
         check_least(self, 0, "workers")
         check_shares(self, "fraction", "crop_pct")
 

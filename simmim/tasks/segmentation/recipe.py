@@ -6,7 +6,8 @@ from typing import ClassVar, Literal
 
 from simmim.data.datasets.label_maps import FolderLayout
 from simmim.data.settings import IMAGENET_MEAN, IMAGENET_STD, CroppedSettings, DrawnSettings
-from simmim.recipe import check_least, check_shares, check_span, settings
+from simmim.data.transforms.settings import LabelMapSettings, SegmentationCropSettings
+from simmim.recipe import check_least, check_shares, settings
 from simmim.tasks.recipe import FineTuningRecipe
 
 MAX_CLASSES = 255
@@ -25,8 +26,6 @@ class DenseData(CroppedSettings, DrawnSettings):
     """Seed of that choice."""
     image_size: int
     """Side of the square training crops in pixels."""
-    scale: tuple[float, float]
-    """Range of the random scale factor before the crop."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
@@ -34,7 +33,6 @@ class DenseData(CroppedSettings, DrawnSettings):
         CroppedSettings.__post_init__(self)
         DrawnSettings.__post_init__(self)
         check_shares(self, "fraction")
-        check_span(self, "scale")
 
 
 @settings
@@ -117,7 +115,7 @@ class SegmentationEvaluation:
 
 
 @settings
-class SegmentationData(DenseData):
+class SegmentationData(DenseData, SegmentationCropSettings, LabelMapSettings):
     """Images with label maps, and their augmentation."""
 
     folder: str
@@ -132,27 +130,11 @@ class SegmentationData(DenseData):
     """Name of the split to validate on; null for none."""
     validation_folder: str | None = None
     """Folder of the validation split; null is `folder`."""
-    num_classes: int
-    """Number of classes, 2 to 255."""
     class_names: tuple[str, ...] | None = None
     """Class names in the order of their numbers; null is class 0, class 1, ..."""
-    ignore_label: int | None = 255
-    """Number in the annotations for pixels without a class."""
-    reduce_zero_label: bool = False
-    """Whether 0 means no class and classes are numbered from 1, as in ADE20K."""
-    short_side: int | None = None
-    """Length in pixels that the short side is resized to, before the random scale and in
-    validation; null keeps the image's size."""
-    scale: tuple[float, float] = (0.5, 2.0)
-    """Range of the random scale factor before the crop."""
-    largest_class: float = 0.75
-    """Maximum fraction of a crop that one class may have; up to ten crops are tried."""
-    photometric: bool = True
-    """Photometric distortion of brightness, contrast, saturation and hue, as in SSD."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, 1, "short_side")
         images, _ = self.layout.folders(Path(self.folder), self.train)
         held_out = None
         if self.validation is not None:
@@ -163,7 +145,6 @@ class SegmentationData(DenseData):
                 f"training and validation both use the images of {images}: put "
                 "{split} into data.layout.images, or set data.validation to another split or null."
             )
-        check_shares(self, "largest_class")
         if not 2 <= self.num_classes <= MAX_CLASSES:
             raise ValueError(
                 f"num_classes is {self.num_classes}; it must be from 2 to {MAX_CLASSES}. For a "

@@ -81,17 +81,11 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
         """Return the transform: scale, crop, flip and photometric distortion."""
         data = self.recipe.data
         return TrainSegmentationTransform(
-            side=data.image_size,
+            data=data,
             seed=self.recipe.training.seed,
-            labels=label_map_reader(data),
+            labels=LabelMapReader(data),
             mean=self.initial.mean,
-            short_side=data.short_side,
-            scale=data.scale,
-            largest_class=data.largest_class,
-            flip=data.flip,
-            photometric=data.photometric,
             channels=self.initial.encoder.in_channels,
-            max_pixels=data.max_pixels,
         )
 
     @torch.no_grad()
@@ -112,10 +106,9 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
         """Return the transform: the whole image."""
         data = self.recipe.data
         return EvalSegmentationTransform(
-            labels=label_map_reader(data),
-            short_side=data.short_side,
+            data=data,
+            labels=LabelMapReader(data),
             channels=self.initial.encoder.in_channels,
-            max_pixels=data.max_pixels,
         )
 
     def _views(self, rank: int, world: int) -> BatchStream:
@@ -163,7 +156,7 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
 
 def require_labels(source: LabelledFolder, data: SegmentationData) -> None:
     """Raise ValueError if no pixel has a class; reading ends with the first label map that has."""
-    reader = label_map_reader(data)
+    reader = LabelMapReader(data)
     if not any_labelled(source, lambda raw: bool((reader.read(raw.labels) != IGNORED).any())):
         raise ValueError(
             f"no pixel of the label maps of {source.folder}, split {source.split}, has a class, so "
@@ -171,16 +164,6 @@ def require_labels(source: LabelledFolder, data: SegmentationData) -> None:
             f"({data.ignore_label}), data.reduce_zero_label ({data.reduce_zero_label}) and the "
             "files."
         )
-
-
-def label_map_reader(data: SegmentationData) -> LabelMapReader:
-    """Return the reader of annotations."""
-    return LabelMapReader(
-        num_classes=data.num_classes,
-        ignore_label=data.ignore_label,
-        reduce_zero_label=data.reduce_zero_label,
-        max_pixels=data.max_pixels,
-    )
 
 
 def class_map_of(batch: Batch, row: int = 0) -> Tensor:

@@ -151,26 +151,12 @@ class VideoStage(ClassifierStage[VideoRecipe, ClipSet]):
     def training_transform(self) -> TrainClipTransform:
         """Return the transform: frame sampling, crop and flip."""
         data = self.recipe.data
-        return TrainClipTransform(
-            size=data.size,
-            frames=data.frames,
-            seed=self.recipe.training.seed,
-            scale=data.scale,
-            ratio=data.ratio,
-            flip=data.flip,
-            max_pixels=data.max_pixels,
-        )
+        return TrainClipTransform(data=data, frames=data.frames, seed=self.recipe.training.seed)
 
     def validation_transform(self, views: tuple[int, int] = (1, 1)) -> EvalClipTransform:
         """Return the transform to this many views in time and space."""
         data = self.recipe.data
-        return EvalClipTransform(
-            size=data.size,
-            frames=data.frames,
-            temporal=views[0],
-            spatial=views[1],
-            max_pixels=data.max_pixels,
-        )
+        return EvalClipTransform(data=data, frames=data.frames, temporal=views[0], spatial=views[1])
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         """Return top-1 and top-5 accuracy in percent and the mean cross-entropy on held-out clips.

@@ -13,8 +13,14 @@ from PIL import Image
 
 from data_prep.format.index import ShardIndex, write_index
 from data_prep.format.manifest import Manifest, ShardEntry, write_manifest
+from simmim.data.transforms.settings import RandomCropSettings
 
 WriteShards = Callable[..., Path]
+
+
+def crop(side: int) -> RandomCropSettings:
+    """Settings of random crops of SimMIM's scale."""
+    return RandomCropSettings(image_size=side, scale=(0.67, 1.0))
 
 
 def encode(pixels: np.ndarray, form: str = "PNG") -> bytes:

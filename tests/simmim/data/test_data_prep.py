@@ -11,6 +11,7 @@ from simmim.data.datasets.shards import ShardSet
 from simmim.data.loader.batches import TrainingBatches, evaluation_batches
 from simmim.data.order.order import SampleOrder
 from simmim.data.transforms.image_transforms import EvalTransform, TrainTransform
+from tests.simmim.data.conftest import crop
 
 CLASSES = ("ant", "bee", "cow")
 
@@ -46,7 +47,7 @@ def test_an_epoch_of_training_shows_each_image_once(folder: Path) -> None:
     batches = TrainingBatches(
         training,
         order,
-        TrainTransform(size=(8, 8), seed=0),
+        TrainTransform(data=crop(8), seed=0),
         batch_size=4,
         start_position=0,
         end_position=order.samples_per_epoch,

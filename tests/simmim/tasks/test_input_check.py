@@ -17,6 +17,7 @@ import simmim.cli
 from simmim.data.datasets.coco import CocoSet
 from simmim.data.datasets.opening import open_sets
 from simmim.data.transforms.decoding import decode_pixels
+from simmim.data.transforms.settings import DecodeSettings
 from simmim.doctor.shards import input_checks
 from simmim.recipe import parse
 from simmim.tasks.classification.recipe import ClassificationRecipe
@@ -34,6 +35,7 @@ from simmim.tasks.probe.probe import compare
 from simmim.tasks.probe.recipe import ProbeRecipe
 from simmim.tasks.video.recipe import VideoRecipe
 
+LIMIT = DecodeSettings(max_pixels=10**6)
 PHOTOS = EncoderInput(channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 SIDE, IMAGES = 24, 12
 MORE = (
@@ -139,7 +141,7 @@ def test_other_channels_and_scales_are_refused_with_settings_that_train(
 
 def findings(folder: Path, wanted: EncoderInput) -> dict[str, str]:
     found = sample_images(
-        open_sets(str(folder)), channels=wanted.channels, max_pixels=10**6, most=32, seconds=60
+        open_sets(str(folder)), channels=wanted.channels, data=LIMIT, most=32, seconds=60
     )
     doctor = {check.name: check.verdict for check in input_checks(found, wanted)}
     assert doctor == {one.name: one.verdict for one in compare_input(found, wanted)}
@@ -156,14 +158,14 @@ def test_what_fits_is_ok_and_what_trains_is_a_warning(tmp_path: Path) -> None:
     assert findings(photos, replace(wide, measured=True)) == ok  # of more images than these
     usual = replace(wide, std=(0.5,) * 3)  # fits less than it could, as many recipes do
     assert findings(photos, usual)["statistics"] == "warning"
-    assert check_input(open_sets(str(photos)), usual, max_pixels=10**6) == []
-    assert check_input(open_sets(str(photos)), wide, max_pixels=10**6)
+    assert check_input(open_sets(str(photos)), usual, LIMIT) == []
+    assert check_input(open_sets(str(photos)), wide, LIMIT)
     assert findings(grey, PHOTOS) == {"channels": "warning", "statistics": "ok"}
     assert findings(photos, EncoderInput(channels=1, mean=(0.45,), std=(0.2,))) == ok
     opaque = EncoderInput(channels=4, mean=(0.5,) * 4, std=(0.28,) * 4)
     assert findings(photos, opaque)["channels"] == "warning"
-    assert check_input(open_sets(str(photos)), PHOTOS, max_pixels=10**6) == []
-    (text,) = check_input(open_sets(str(grey)), PHOTOS, max_pixels=10**6)
+    assert check_input(open_sets(str(photos)), PHOTOS, LIMIT) == []
+    (text,) = check_input(open_sets(str(grey)), PHOTOS, LIMIT)
     assert settings_in(text)[0] == 1
     assert "12 images of 1 channel and 8 bits" in text
 
@@ -174,7 +176,7 @@ def test_a_mean_from_0_to_255_is_refused(tmp_path: Path, values: list[float]) ->
     wanted = EncoderInput(channels=3, mean=values, std=[58.4, 57.1, 57.4])
     assert findings(photos, wanted) == {"channels": "ok", "range": "problem"}
     with pytest.raises(ValueError, match="not on the scale of 0 to 1") as caught:
-        check_input(open_sets(str(photos)), wanted, max_pixels=10**6)
+        check_input(open_sets(str(photos)), wanted, LIMIT)
     assert settings_in(str(caught.value))[1] == pytest.approx([0.5, 0.5, 0.5], abs=0.05)
     floats = write_images(tmp_path / "floats", "float32x3-250")
     unscaled = EncoderInput(channels=3, mean=[125.0] * 3, std=[72.0] * 3)
@@ -218,10 +220,10 @@ def test_a_trained_encoder_is_named_and_its_scale_only_warned_of(tmp_path: Path)
     photos = write_images(tmp_path / "photos", "uint8x3-200")
     encoder = EncoderInput(channels=3, mean=PHOTOS.mean, std=PHOTOS.std, trained="runs/base")
     with pytest.raises(ValueError, match=r"runs/base takes 3.*start from an encoder"):
-        check_input(open_sets(str(bands)), encoder, max_pixels=10**6)
-    (text,) = check_input(open_sets(str(dark)), encoder, max_pixels=10**6)
+        check_input(open_sets(str(bands)), encoder, LIMIT)
+    (text,) = check_input(open_sets(str(dark)), encoder, LIMIT)
     assert "runs/base was trained with [0.485, 0.456, 0.406]" in text
-    assert check_input(open_sets(str(photos)), encoder, max_pixels=10**6) == []
+    assert check_input(open_sets(str(photos)), encoder, LIMIT) == []
 
 
 def test_images_with_boxes_are_compared_too(tmp_path: Path) -> None:
@@ -237,7 +239,7 @@ def test_images_with_boxes_are_compared_too(tmp_path: Path) -> None:
     content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "a"}]}
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="1 channel and 16 bits") as caught:
-        check_input(CocoSet(folder, file, only_with_objects=True), PHOTOS, max_pixels=10**6)
+        check_input(CocoSet(folder, file, only_with_objects=True), PHOTOS, LIMIT)
     assert settings_in(str(caught.value))[0] == 1
 
 
@@ -295,11 +297,11 @@ def test_channels_before_rows_are_recognised_as_in_shard(tmp_path: Path, tarred:
         assert data_prep.cli.main(["index", str(place)]) == 0
         folder = place
     with pytest.raises(ValueError, match="5 channels and 16 bits") as caught:
-        check_input(open_sets(str(folder)), PHOTOS, max_pixels=10**6)
+        check_input(open_sets(str(folder)), PHOTOS, LIMIT)
     channels, mean, _ = settings_in(str(caught.value))
     assert channels == 5
     fits = EncoderInput(channels=5, mean=mean, std=settings_in(str(caught.value))[2])
-    assert check_input(open_sets(str(folder)), fits, max_pixels=10**6) == []
+    assert check_input(open_sets(str(folder)), fits, LIMIT) == []
     shards = open_sets(str(folder))
     raw = shards.read(0, 0)
     pixels = decode_pixels(raw.image, raw.extension, channels=5).pixels
@@ -312,7 +314,7 @@ def test_channels_before_rows_are_recognised_as_in_shard(tmp_path: Path, tarred:
 def test_long_lists_of_values_are_not_printed(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "images", "uint8x40-255")
     with pytest.raises(ValueError, match=r"encoder\.in_channels to 40.*measured") as caught:
-        check_input(open_sets(str(folder)), PHOTOS, max_pixels=10**6)
+        check_input(open_sets(str(folder)), PHOTOS, LIMIT)
     assert len(str(caught.value)) < 500
 
 
@@ -332,7 +334,7 @@ def test_types_that_no_batch_can_mix_are_refused_at_once_with_an_example_of_each
     channels = int(kinds[0].split("-")[0][-1])
     wanted = EncoderInput(channels=channels, mean=(0.5,) * channels, std=(0.28,) * channels)
     with pytest.raises(ValueError, match=r"cannot mix: float32 .*uint8") as caught:
-        check_input(open_sets(str(folder)), wanted, max_pixels=10**6)
+        check_input(open_sets(str(folder)), wanted, LIMIT)
     message = str(caught.value)
     for word in ("--include", "--exclude", *(() if as_shards else ("part0/", "part1/"))):
         assert word in message
@@ -346,14 +348,14 @@ def test_one_image_of_another_type_is_found_in_a_small_set(tmp_path: Path, place
         np.save(tmp_path / f"{number:02}.npy", np.zeros((8, 8, 3), dtype))
     wanted = EncoderInput(channels=3, mean=(0.5,) * 3, std=(0.28,) * 3)
     with pytest.raises(ValueError, match=r"cannot mix: float32 .*uint8"):
-        check_input(open_sets(str(tmp_path)), wanted, max_pixels=10**6)
+        check_input(open_sets(str(tmp_path)), wanted, LIMIT)
 
 
 def test_images_of_8_and_16_bits_share_a_batch(tmp_path: Path) -> None:
     for kind in ("uint8x1-255", "uint16x1-65535"):
         write_images(tmp_path / "images" / kind, kind)
     wanted = EncoderInput(channels=1, mean=(0.5,), std=(0.28,))
-    assert check_input(open_sets(str(tmp_path / "images")), wanted, max_pixels=10**6) == []
+    assert check_input(open_sets(str(tmp_path / "images")), wanted, LIMIT) == []
 
 
 def test_images_of_other_channels_are_named_with_the_option_that_leaves_them_out(
@@ -364,7 +366,7 @@ def test_images_of_other_channels_are_named_with_the_option_that_leaves_them_out
     fits = EncoderInput(channels=5, mean=(0.02,) * 5, std=(0.02,) * 5)
     # Pictures cannot have five channels: training would stop at the first.
     with pytest.raises(ValueError, match=r"such as labels/\d+\.png") as caught:
-        check_input(open_sets(str(tmp_path / "images")), fits, max_pixels=10**6)
+        check_input(open_sets(str(tmp_path / "images")), fits, LIMIT)
     assert "such as bands/" in str(caught.value)
     assert "--exclude" in str(caught.value)
 
@@ -397,7 +399,7 @@ def test_a_fourth_band_that_is_shown_as_transparency_is_pointed_out(
     wanted = EncoderInput(channels=channels, mean=(0.6,) * channels, std=(0.28,) * channels)
     checks = findings(folder, wanted)
     assert checks.get("transparency") == (None if channels == 4 else "warning")
-    texts = check_input(open_sets(str(folder)), wanted, max_pixels=10**6)
+    texts = check_input(open_sets(str(folder)), wanted, LIMIT)
     said = " ".join(texts)
     assert ("12 of 12 images" in said) == (channels != 4)
     assert ("set encoder.in_channels to 4" in said) == (channels != 4)

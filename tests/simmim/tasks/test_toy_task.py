@@ -30,7 +30,6 @@ from simmim.report.section import ReportSection, Tile
 from simmim.tasks.all_tasks import TASKS
 from simmim.tasks.features import Normalise
 from simmim.tasks.fine_tuning import FineTuningStage
-from simmim.tasks.loading import train_transform
 from simmim.tasks.recipe import FineTuningRecipe
 from simmim.tasks.task import Task
 from simmim.tasks.trained import PlainHead
@@ -116,12 +115,12 @@ class DepthStage(FineTuningStage[DepthRecipe, Shards]):
 
     def training_transform(self) -> TrainTransform:
         """Return the transform: crop and flip."""
-        return train_transform(self.recipe.data, seed=self.recipe.training.seed, channels=3)
+        return TrainTransform(data=self.recipe.data, seed=self.recipe.training.seed)
 
     def validation_transform(self) -> EvalTransform:
         """Return the transform: centre crop."""
-        side = self.recipe.data.image_size
-        return EvalTransform(size=(side, side))
+        data = self.recipe.data
+        return EvalTransform(size=data.size, data=data)
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         """Return loss and accuracy on held-out images."""

@@ -23,6 +23,7 @@ from simmim.data.transforms.clip_transforms import (
     unfold_frames,
 )
 from simmim.data.transforms.frames import Video
+from simmim.data.transforms.settings import RandomCropSettings
 
 av = pytest.importorskip("av", reason="clips need PyAV: pip install 'simmim[video]'")
 
@@ -141,16 +142,11 @@ def raw(folder: Path) -> RawClip:
     return open_clips(str(folder)).read(1, 0)
 
 
-def train_clip(**changes: object) -> TrainClipTransform:
-    fields = {
-        "size": (16, 16),
-        "frames": 4,
-        "seed": 3,
-        "scale": (0.3, 1.0),
-        "ratio": (0.75, 1.33),
-        "flip": 0.5,
-    }
-    return TrainClipTransform(**{**fields, **changes})
+CROP = RandomCropSettings(image_size=16, scale=(0.3, 1.0), ratio=(0.75, 1.33))
+
+
+def train_clip(seed: int = 3) -> TrainClipTransform:
+    return TrainClipTransform(data=CROP, frames=4, seed=seed)
 
 
 def test_a_training_clip_depends_on_seed_epoch_and_clip_alone(folder: Path) -> None:
@@ -186,7 +182,7 @@ def test_training_clips_take_every_frame_in_time(folder: Path) -> None:
 
 def test_views_are_ordered_and_the_single_one_is_the_middle(folder: Path) -> None:
     clip, greys = raw(folder), numbered(LENGTH)[:, 0, 0, 0].astype(int)
-    views = EvalClipTransform(size=(16, 16), frames=4, temporal=2, spatial=3)
+    views = EvalClipTransform(data=CROP, frames=4, temporal=2, spatial=3)
     image = views(clip, Address(0, 1, 0)).image
     assert image.shape == (2 * 3 * 4 * 3, 16, 16)
     found = unfold_frames(image[None], 4)
@@ -195,10 +191,8 @@ def test_views_are_ordered_and_the_single_one_is_the_middle(folder: Path) -> Non
     for view, phase in ((0, 0.25), (3, 0.75)):
         expected = frame_numbers(LENGTH, np.full(4, phase))
         assert [int(np.abs(greys - float(grey)).argmin()) for grey in shown[view]] == expected
-    one = EvalClipTransform(size=(16, 16), frames=4)(clip, Address(0, 1, 0)).image
-    assert torch.equal(
-        one, EvalClipTransform(size=(16, 16), frames=4)(clip, Address(5, 1, 0)).image
-    )
+    one = EvalClipTransform(data=CROP, frames=4)(clip, Address(0, 1, 0)).image
+    assert torch.equal(one, EvalClipTransform(data=CROP, frames=4)(clip, Address(5, 1, 0)).image)
 
 
 def test_folders_are_classes(folder: Path) -> None:
@@ -323,7 +317,7 @@ def test_a_damaged_clip_is_replaced_by_one_of_its_class_or_left_out(small: Path,
     assert sorted(batch.labels.tolist()) == [0, 0, 1, 1]
     assert [(bad.kind, bad.shard, bad.key) for bad in batch.bad] == [("replaced", "run", "0.mp4")]
 
-    view = EvalClipTransform(size=(16, 16), frames=4)
+    view = EvalClipTransform(data=CROP, frames=4)
     held_out = list(evaluation_batches(clips, view, batch_size=4, bad_samples=account))
     assert [len(batch) for batch in held_out] == [3]
     assert [bad.kind for bad in held_out[0].bad] == ["skipped"]

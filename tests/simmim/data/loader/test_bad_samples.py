@@ -15,13 +15,13 @@ from simmim.data.loader.batches import TrainingBatches, evaluation_batches
 from simmim.data.order.order import Address, SampleOrder
 from simmim.data.order.source import DataError
 from simmim.data.transforms.image_transforms import EvalTransform, TrainTransform
-from tests.simmim.data.conftest import WriteShards, random_images
+from tests.simmim.data.conftest import WriteShards, crop, random_images
 from tests.simmim.data.loader.test_batches import equal, joined
 from tests.simmim.data.transforms.test_decoding import damaged_in_the_middle, jpeg, saved
 from tests.simmim.data.transforms.test_image_transforms import DrawMask
 from tests.simmim.forked import finish
 
-TRAIN = TrainTransform(size=(8, 8), seed=3, mask=DrawMask((2, 2)))
+TRAIN = TrainTransform(data=crop(8), seed=3, mask=DrawMask((2, 2)))
 BAD = {2: b"no image at all", 11: b"\xff\xd8\xff", 17: random_images(1)[0][:40]}
 
 

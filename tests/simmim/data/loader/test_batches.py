@@ -27,11 +27,11 @@ from simmim.data.transforms.image_transforms import (
     StackedTargets,
     TrainTransform,
 )
-from tests.simmim.data.conftest import WriteShards, random_images
+from tests.simmim.data.conftest import WriteShards, crop, random_images
 from tests.simmim.data.transforms.test_image_transforms import DrawMask
 from tests.simmim.forked import forked
 
-TRAIN = TrainTransform(size=(8, 8), seed=3, mask=DrawMask((2, 2)))
+TRAIN = TrainTransform(data=crop(8), seed=3, mask=DrawMask((2, 2)))
 EVALUATE = EvalTransform(size=(8, 8), mask=DrawMask((2, 2)))
 
 
@@ -334,13 +334,15 @@ from simmim.data.datasets.shards import ShardSet
 from simmim.data.loader.batches import TrainingBatches
 from simmim.data.order.order import SampleOrder
 from simmim.data.transforms.image_transforms import TrainTransform
+from simmim.data.transforms.settings import RandomCropSettings
 
 asked = []
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, frame: asked.append(number))
+crop = RandomCropSettings(image_size=8, scale=(0.67, 1.0))
 shards = ShardSet(sys.argv[1])
 order = SampleOrder(shards.sizes, seed=1, slots=8)
-transform = TrainTransform(size=(8, 8), seed=3)
+transform = TrainTransform(data=crop, seed=3)
 batches = TrainingBatches(
     shards, order, transform, batch_size=16, start_position=0, end_position=160_000, workers=2
 )

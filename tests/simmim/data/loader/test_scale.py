@@ -18,13 +18,15 @@ from simmim.data.datasets.shards import ShardSet
 from simmim.data.loader.batches import TrainingBatches
 from simmim.data.order.order import SampleOrder
 from simmim.data.transforms.image_transforms import TrainTransform
+from simmim.data.transforms.settings import RandomCropSettings
 
 torch.set_num_threads(1)
+crop = RandomCropSettings(image_size=64, scale=(0.67, 1.0))
 shards = ShardSet(sys.argv[1])
 order = SampleOrder(shards.sizes, seed=0, slots=8)
 epoch = order.samples_per_epoch
 batches = TrainingBatches(
-    shards, order, TrainTransform(size=(64, 64), seed=0), batch_size=8, start_position=0,
+    shards, order, TrainTransform(data=crop, seed=0), batch_size=8, start_position=0,
     end_position=20 * epoch, workers=2,
 )
 me, seen = psutil.Process(), 0

@@ -18,7 +18,7 @@ from simmim.data.loader.batches import TrainingBatches
 from simmim.data.loader.shared_memory import BatchBuffers, BufferedArray, take
 from simmim.data.order.order import SampleOrder
 from simmim.data.transforms.image_transforms import TrainTransform
-from tests.simmim.data.conftest import WriteShards
+from tests.simmim.data.conftest import WriteShards, crop
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
 
@@ -90,7 +90,7 @@ def stream(shards: ShardSet, workers: int) -> TrainingBatches:
     return TrainingBatches(
         shards,
         SampleOrder(shards.sizes, seed=1, slots=8),
-        TrainTransform(size=(16, 16), seed=1, scale=(0.67, 1.0)),
+        TrainTransform(data=crop(16), seed=1),
         batch_size=8,
         start_position=0,
         end_position=8 * 24,

@@ -21,6 +21,7 @@ from simmim.data.transforms.augmentation import (
 )
 from simmim.data.transforms.image_transforms import TrainTransform
 from simmim.data.transforms.settings import AugmentationSettings
+from tests.simmim.data.conftest import crop
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 FILL = (102, 128, 153)
@@ -174,12 +175,12 @@ def test_erasing_has_its_probability() -> None:
 def test_a_sample_looks_different_in_each_epoch_and_always_the_same(shards: object) -> None:
     found = ShardSet(str(shards))
     augment = Augment(settings=PAPER, mean=MEAN, std=STD)
-    transform = TrainTransform(size=(16, 16), seed=3, augment=augment)
+    transform = TrainTransform(data=crop(16), seed=3, augment=augment)
     raw = found.read(0, 0)
     looks = [transform(raw, Address(epoch, 0, 0)).image for epoch in (0, 1, 2, 0)]
     assert torch.equal(looks[0], looks[3])
     assert not torch.equal(looks[0], looks[1])
-    plain = TrainTransform(size=(16, 16), seed=3)
+    plain = TrainTransform(data=crop(16), seed=3)
     same = [plain(raw, Address(epoch, 0, 0)) for epoch in range(3)]
     flips = [transform(raw, Address(epoch, 0, 0)).flip for epoch in range(3)]
     assert [sample.flip for sample in same] == flips  # augmentation has a stream of its own

@@ -7,6 +7,8 @@ from PIL import Image
 
 from simmim.data.transforms.cropping import center_crop_resize, random_resized_crop
 
+USUAL: dict[str, tuple[float, float]] = {"scale": (0.67, 1.0), "ratio": (3 / 4, 4 / 3)}
+
 
 @settings(max_examples=60, deadline=None)
 @given(
@@ -20,7 +22,7 @@ def test_crops_of_any_image_have_the_size_asked_for(
     width: int, height: int, size: tuple[int, int], mode: str, seed: int
 ) -> None:
     image = np.full((height, width, len(mode)), 77, dtype=np.uint8)
-    random = random_resized_crop(image, size, np.random.default_rng(seed))
+    random = random_resized_crop(image, size, np.random.default_rng(seed), **USUAL)
     middle = center_crop_resize(image, size, crop_pct=0.875)
     for crop in (random, middle):
         assert crop.shape == (len(mode), *size)
@@ -38,7 +40,7 @@ def test_random_crops_keep_to_scale_and_ratio() -> None:
     image = position_image(140, 140)
     shares, ratios = [], []
     for seed in range(400):
-        crop = random_resized_crop(image, (32, 32), np.random.default_rng(seed)).int()
+        crop = random_resized_crop(image, (32, 32), np.random.default_rng(seed), **USUAL).int()
         columns, rows = crop[0, 16], crop[1, :, 16]
         # The centres of the outer pixels lie half a step inside of the part.
         width = float(columns[-1] - columns[0]) * 32 / 31

@@ -10,6 +10,7 @@ from simmim.data.datasets.shards import RawSample
 from simmim.data.order.order import Address
 from simmim.data.order.source import DataError
 from simmim.data.transforms.image_transforms import EvalTransform, Sample, TrainTransform
+from simmim.data.transforms.settings import RandomCropSettings
 from tests.simmim.data.conftest import random_images
 
 
@@ -22,7 +23,18 @@ class DrawMask:
 
 
 RAW = [RawSample(str(place), image, 3, "s", "png") for place, image in enumerate(random_images(4))]
-TRAIN = TrainTransform(size=(12, 16), seed=5, mask=DrawMask((6, 8)))
+
+
+class Oblong(RandomCropSettings):
+    """Crops that are not square, as encoders may have them."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return 12, 16
+
+
+CROP = Oblong(image_size=12, scale=(0.67, 1.0))
+TRAIN = TrainTransform(data=CROP, seed=5, mask=DrawMask((6, 8)))
 EVALUATE = EvalTransform(size=(12, 16), seed=5, mask=DrawMask((6, 8)))
 
 
@@ -69,7 +81,8 @@ def test_evaluation_is_the_same_in_every_epoch() -> None:
 
 
 def test_the_mask_does_not_depend_on_the_crop() -> None:
-    plain = dataclasses.replace(TRAIN, flip=0.0, scale=(1.0, 1.0))
+    crop = dataclasses.replace(CROP, flip=0.0, scale=(1.0, 1.0))
+    plain = dataclasses.replace(TRAIN, data=crop)
     first, second = TRAIN(RAW[0], Address(0, 0, 0)), plain(RAW[0], Address(0, 0, 0))
     assert same(first, second) == (False, True)
 
@@ -82,20 +95,22 @@ def test_no_randomness_is_taken_from_the_process() -> None:
 
 def test_limits_reach_the_decoder() -> None:
     for transform in (TRAIN, EVALUATE):
+        data = dataclasses.replace(transform.data, max_pixels=10)
+        limited = dataclasses.replace(transform, data=data)
         with pytest.raises(DataError, match="the 10 allowed"):
-            dataclasses.replace(transform, max_pixels=10)(RAW[0], Address(0, 0, 0))
+            limited(RAW[0], Address(0, 0, 0))
 
 
 def test_impossible_channels_are_refused_at_the_first_image() -> None:
-    for kind in (TrainTransform, EvalTransform):
+    for transform in (TRAIN, EVALUATE):
         with pytest.raises(DataError, match="not 2: change in_channels"):
-            kind(size=(8, 8), seed=0, channels=2)(RAW[0], Address(0, 0, 0))
+            dataclasses.replace(transform, channels=2)(RAW[0], Address(0, 0, 0))
 
 
 def test_the_device_flips_the_chosen_images() -> None:
     flips = [TRAIN(raw, Address(epoch, 0, 0)).flip for raw in RAW for epoch in range(50)]
     assert 70 < sum(flips) < 130
-    plain = dataclasses.replace(TRAIN, flip=0.0)
+    plain = dataclasses.replace(TRAIN, data=dataclasses.replace(CROP, flip=0.0))
     for epoch in range(4):
         flipped, straight = TRAIN(RAW[0], Address(epoch, 0, 0)), plain(RAW[0], Address(epoch, 0, 0))
         assert torch.equal(flipped.image, straight.image)

@@ -25,6 +25,11 @@ from simmim.data.transforms.segmentation_transforms import (
     EvalSegmentationTransform,
     TrainSegmentationTransform,
 )
+from simmim.data.transforms.settings import (
+    DetectionCropSettings,
+    LabelMapSettings,
+    SegmentationCropSettings,
+)
 from simmim.data.transforms.turned import orientation_in
 
 UPRIGHT = np.zeros((24, 40), dtype=np.uint8)
@@ -73,23 +78,28 @@ def objects(tmp_path: Path, orientation: int, labels: np.ndarray) -> Any:
     return CocoSet(tmp_path, tmp_path / "objects.json", only_with_objects=True).read(0, 0)
 
 
+CROP = SegmentationCropSettings(image_size=40, photometric=False)
+
+
 def segmented(raw: Any, *, training: bool) -> Sample:
-    reader = LabelMapReader(num_classes=2)
+    reader = LabelMapReader(LabelMapSettings(num_classes=2))
     if training:
-        transform = TrainSegmentationTransform(
-            side=40, seed=0, labels=reader, mean=(0.5,) * 3, photometric=False
-        )
+        transform = TrainSegmentationTransform(data=CROP, seed=0, labels=reader, mean=(0.5,) * 3)
         return transform(raw, Address(0, 0, 0))
-    return EvalSegmentationTransform(labels=reader)(raw, Address(0, 0, 0))
+    return EvalSegmentationTransform(data=CROP, labels=reader)(raw, Address(0, 0, 0))
 
 
 def detected(raw: Any, *, training: bool) -> Sample:
     if training:
         transform = TrainDetectionTransform(
-            side=40, seed=0, mean=(0.5,) * 3, labels={1: 0}, masks=False
+            data=DetectionCropSettings(image_size=40),
+            seed=0,
+            mean=(0.5,) * 3,
+            labels={1: 0},
+            masks=False,
         )
         return transform(raw, Address(0, 0, 0))
-    return EvalDetectionTransform(side=40, mean=(0.5,) * 3)(raw, Address(0, 0, 0))
+    return EvalDetectionTransform(data=CROP, mean=(0.5,) * 3)(raw, Address(0, 0, 0))
 
 
 @pytest.mark.parametrize("orientation", list(STORED))
@@ -110,7 +120,7 @@ def test_label_maps_are_turned_by_their_own_orientation(tmp_path: Path, orientat
     exif[0x0112] = orientation
     file = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(STORED[orientation])).save(file, "PNG", exif=exif)
-    reader = LabelMapReader(num_classes=2)
+    reader = LabelMapReader(LabelMapSettings(num_classes=2))
     assert np.array_equal(reader(file.getvalue(), UPRIGHT.shape), UPRIGHT)
     assert np.array_equal(reader.read(file.getvalue()), UPRIGHT)
 
@@ -182,7 +192,9 @@ def test_a_turned_image_is_listed_and_said_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     label_maps(tmp_path, 3, UPRIGHT)
-    transform = EvalSegmentationTransform(labels=LabelMapReader(num_classes=2))
+    transform = EvalSegmentationTransform(
+        data=CROP, labels=LabelMapReader(LabelMapSettings(num_classes=2))
+    )
     batch = BatchDataset(LabelledFolder(tmp_path, "a"), transform, replacing=False)[
         [Address(0, 0, 0)]
     ]

@@ -11,11 +11,14 @@ from PIL import Image
 pytest.importorskip("transformers", reason="needs simmim[finetune]")
 pytest.importorskip("pycocotools", reason="needs simmim[finetune]")
 
+from dataclasses import replace
+
 from simmim.cli import main
 from simmim.data.datasets.coco import CocoSet
 from simmim.data.order.order import Address
 from simmim.data.transforms.detection_transforms import TrainDetectionTransform, box_of, mask_of
 from simmim.data.transforms.image_transforms import Instances
+from simmim.data.transforms.settings import DetectionCropSettings
 from simmim.engine.devices import build_accelerator
 from simmim.engine.loop import TrainingResult, nonzero, train
 from simmim.engine.run import RunFolder
@@ -165,8 +168,9 @@ def test_boxes_and_masks_follow_scale_crop_and_flip(values: dict[str, Any]) -> N
     source = coco(values)
     assert source.class_names == ("red", "blue")
     for epoch in range(10):
+        data = DetectionCropSettings(image_size=64, scale=(0.7, 1.6))
         transform = TrainDetectionTransform(
-            side=64, seed=0, mean=(0.5,) * 3, labels={3: 0, 7: 1}, masks=True, scale=(0.7, 1.6)
+            data=data, seed=0, mean=(0.5,) * 3, labels={3: 0, 7: 1}, masks=True
         )
         sample = transform(source.read(0, 1), Address(epoch, 0, 1))
         target = sample.targets
@@ -175,9 +179,7 @@ def test_boxes_and_masks_follow_scale_crop_and_flip(values: dict[str, Any]) -> N
             assert box.tolist() == box_of(mask.numpy())
             colour = sample.image.float()[:, mask].mean(dim=1)
             assert colour.argmax() == 2 * label
-        boxes_only = TrainDetectionTransform(
-            side=64, seed=0, mean=(0.5,) * 3, labels={3: 0, 7: 1}, masks=False, scale=(0.7, 1.6)
-        )
+        boxes_only = replace(transform, masks=False)
         other = boxes_only(source.read(0, 1), Address(epoch, 0, 1)).targets
         assert isinstance(other, Instances)
         assert other.masks.shape[1:] == (0, 0)

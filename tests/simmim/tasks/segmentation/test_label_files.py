@@ -20,10 +20,11 @@ from simmim.data.transforms.segmentation_transforms import (
     TrainSegmentationTransform,
     distort,
 )
+from simmim.data.transforms.settings import LabelMapSettings, SegmentationCropSettings
 
 
 def reading(**changes: Any) -> LabelMapReader:
-    return LabelMapReader(**({"num_classes": 3} | changes))
+    return LabelMapReader(LabelMapSettings(**({"num_classes": 3} | changes)))
 
 
 def labels_in(folder: LabelledFolder, sample: int = 0, **changes: Any) -> np.ndarray:
@@ -157,9 +158,9 @@ def test_labels_of_another_size_or_in_colours_are_refused(scenes: Path) -> None:
         labels_in(LabelledFolder(scenes, "training"))
 
 
-def transform(**changes: Any) -> TrainSegmentationTransform:
-    values = {"side": 32, "seed": 0, "labels": reading(), "mean": (0.5, 0.5, 0.5)}
-    return TrainSegmentationTransform(**(values | changes))
+def transform(seed: int = 0, side: int = 32, **crop: Any) -> TrainSegmentationTransform:
+    data = SegmentationCropSettings(image_size=side, **crop)
+    return TrainSegmentationTransform(data=data, seed=seed, labels=reading(), mean=(0.5, 0.5, 0.5))
 
 
 def test_a_sample_is_a_function_of_seed_epoch_and_name(scenes: Path) -> None:
@@ -200,7 +201,8 @@ def test_small_images_are_padded_with_the_mean_and_ignored_labels(scenes: Path) 
 
 def test_evaluation_keeps_labels_and_scales_the_image(scenes: Path) -> None:
     folder = LabelledFolder(scenes, "validation")
-    sample = EvalSegmentationTransform(labels=reading(), short_side=20)(
+    data = SegmentationCropSettings(image_size=32, short_side=20)
+    sample = EvalSegmentationTransform(data=data, labels=reading())(
         folder.read(0, 0), Address(0, 0, 0)
     )
     assert isinstance(sample.targets, ClassMap)
