@@ -4,17 +4,7 @@ from typing import Literal
 
 from simmim.recipe import LARGEST_INTEGER, settings
 
-TrackerName = Literal[
-    "tensorboard",
-    "wandb",
-    "mlflow",
-    "comet_ml",
-    "aim",
-    "clearml",
-    "dvclive",
-    "swanlab",
-    "trackio",
-]
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 Trackers = Literal["auto"] | tuple[TrackerName, ...]
 
 
@@ -136,7 +126,7 @@ class TrainingSettings:
     """Steps between pictures, for tasks that draw them; one follows the last step, too."""
     trackers: Trackers = "auto"
     """Where metrics go besides metrics.jsonl: auto is TensorBoard if it is installed; or a list of
-    tensorboard, wandb, mlflow, comet_ml, aim, clearml, dvclive, swanlab, trackio; [] is none."""
+    tensorboard, wandb and mlflow, the only trackers; [] is none."""
     optimizer: OptimizerSettings
     """The optimiser."""
     schedule: ScheduleSettings = ScheduleSettings()

@@ -1,4 +1,4 @@
-"""Trackers that receive metrics in addition to `metrics.jsonl`, through accelerate's classes.
+"""TensorBoard, wandb and mlflow: they receive what `metrics.jsonl` does, by accelerate's classes.
 
 An error of a tracker is printed once and never ends training.
 """
@@ -15,18 +15,22 @@ from PIL import Image
 
 from data_prep.format.atomic import atomic_write_text
 from simmim.engine.run import RunFolder
-from simmim.engine.settings import Trackers
+from simmim.engine.settings import TrackerName, Trackers
 from simmim.recipe import to_values, to_yaml
 
 PROJECT = "simmim"
 """Project name in trackers that group runs."""
-PACKAGES = {"tensorboard": "'simmim[track]'", "comet_ml": "comet-ml"}
-"""Pip packages of trackers whose package has another name."""
+PACKAGES: dict[TrackerName, str] = {
+    "tensorboard": "'simmim[track]'",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+}
+"""What pip installs for each tracker."""
 FAILURES = 5
 """Consecutive failures after which a tracker is dropped: each may have waited for a network."""
 
 
-def chosen_trackers(trackers: Trackers) -> tuple[str, ...]:
+def chosen_trackers(trackers: Trackers) -> tuple[TrackerName, ...]:
     """Return the names of the trackers to use; `auto` is TensorBoard if it is installed.
 
     Raises:
@@ -41,7 +45,7 @@ def chosen_trackers(trackers: Trackers) -> tuple[str, ...]:
         if name not in installed:
             raise ValueError(
                 f"training.trackers names {name}, which is not installed: "
-                f"pip install {PACKAGES.get(name, name)}, or leave it out."
+                f"pip install {PACKAGES[name]}, or leave it out."
             )
     return tuple(dict.fromkeys(trackers))
 
@@ -60,20 +64,20 @@ class Tracking:
     def __init__(
         self,
         run: RunFolder,
-        names: Sequence[str],
+        names: Sequence[TrackerName],
         *,
         recipe: Any,
         step: int,
         warn: Callable[[str], None],
     ) -> None:
         self._warn = warn
-        self._failures: dict[str, int] = {}
-        self._trackers: dict[str, Any] = {}
+        self._failures: dict[TrackerName, int] = {}
+        self._trackers: dict[TrackerName, Any] = {}
         ids = _Ids(run.path / "trackers.json")
         for name in names:
             self._try(name, partial(self._open, name, run, ids, recipe, step))
 
-    def _open(self, name: str, run: RunFolder, ids: "_Ids", recipe: Any, step: int) -> None:
+    def _open(self, name: TrackerName, run: RunFolder, ids: "_Ids", recipe: Any, step: int) -> None:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS  # noqa: PLC0415 (imports torch)
 
         tracker_class = LOGGER_TYPE_TO_CLASS[name]
@@ -88,13 +92,11 @@ class Tracking:
                 )
             case "mlflow":
                 tracker = tracker_class(PROJECT, run_name=run.path.name, run_id=ids.known(name))
-            case "aim":
-                tracker = tracker_class(PROJECT, run.path)
-            case _:
-                tracker = tracker_class(PROJECT)
         tracker.start()
         self._trackers[name] = tracker
         if name == "mlflow":
+            if ids.known(name) is not None:
+                return  # its parameters cannot be changed, as a resumed run's recipe may be
             ids.get(name, tracker.tracker.info.run_id)
         if name == "tensorboard":  # its hyperparameters would create a folder on each resume
             tracker.writer.add_text("recipe", f"```yaml\n{to_yaml(recipe)}```", step)
@@ -108,7 +110,7 @@ class Tracking:
             self._try(name, partial(tracker.log, numbers, step=step))
 
     def log_picture(self, title: str, picture: Path, step: int) -> None:
-        """Log a picture with the trackers that support pictures."""
+        """Log a picture."""
         for name, tracker in list(self._trackers.items()):
             self._try(name, partial(_show, name, tracker, title, picture, step))
 
@@ -117,7 +119,7 @@ class Tracking:
         for name, tracker in list(self._trackers.items()):
             self._try(name, tracker.finish)
 
-    def _try(self, name: str, call: Callable[[], None]) -> None:
+    def _try(self, name: TrackerName, call: Callable[[], None]) -> None:
         try:
             call()
         except Exception as error:  # trackers raise errors of their own and of the network
@@ -136,19 +138,17 @@ class Tracking:
             self._failures[name] = min(self._failures.get(name, 0), 1)  # counted again
 
 
-def _show(name: str, tracker: Any, title: str, picture: Path, step: int) -> None:
+def _show(name: TrackerName, tracker: Any, title: str, picture: Path, step: int) -> None:
     match name:
         case "tensorboard":
             with Image.open(picture) as image:
                 pixels = np.asarray(image.convert("RGB"))
             tracker.log_images({title: pixels[None]}, step=step, dataformats="NHWC")
-        case "wandb" | "swanlab" | "clearml":
+        case "wandb":
             with Image.open(picture) as image:
                 tracker.log_images({title: [np.asarray(image.convert("RGB"))]}, step=step)
         case "mlflow":
             tracker.log_artifact(str(picture), artifact_path=title)
-        case _:
-            return
 
 
 class _Ids:

@@ -1,7 +1,12 @@
 """Trackers: selection, logging, and failures that do not end training."""
 
+import json
+import re
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -10,9 +15,9 @@ from PIL import Image
 
 from simmim.engine.devices import build_accelerator
 from simmim.engine.loop import train
-from simmim.engine.monitor.tracking import Tracking, chosen_trackers, flattened
+from simmim.engine.monitor.tracking import PACKAGES, Tracking, chosen_trackers, flattened
 from simmim.engine.run import RunFolder
-from simmim.engine.settings import OptimizerSettings, TrainingSettings
+from simmim.engine.settings import OptimizerSettings, TrackerName, TrainingSettings
 from simmim.recipe import parse
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.pretrain.stage import PretrainStage
@@ -20,28 +25,79 @@ from simmim.tasks.pretrain.stage import PretrainStage
 RECIPE = TrainingSettings(batch_size=8, steps=4, optimizer=OptimizerSettings(lr=1e-3))
 
 
-def open_tracking(run: RunFolder, *names: str, step: int = 0) -> tuple[Tracking, list[str]]:
+def open_tracking(
+    run: RunFolder, *names: TrackerName, step: int = 0, recipe: TrainingSettings = RECIPE
+) -> tuple[Tracking, list[str]]:
     Accelerator(cpu=True)  # accelerate's trackers ask which process they are in
     said: list[str] = []
     run.path.mkdir(parents=True, exist_ok=True)
-    return Tracking(run, names, recipe=RECIPE, step=step, warn=said.append), said
+    return Tracking(run, names, recipe=recipe, step=step, warn=said.append), said
 
 
-def test_a_missing_package_is_named_with_its_pip_command() -> None:
-    missing = "aim"  # wants an old Python, and is on no machine of ours
-    with pytest.raises(ValueError, match="pip install aim"):
-        chosen_trackers((missing,))
+@pytest.mark.parametrize("other", ["comet_ml", "aim", "clearml", "swanlab", "trackio"])
+def test_other_trackers_are_refused_with_the_three_named(
+    pretrain_values: dict[str, Any], other: str
+) -> None:
+    pretrain_values["training"]["trackers"] = ["wandb", other]
+    named = rf"training\.trackers\.1: .*'tensorboard', 'wandb' or 'mlflow', got '{other}'"
+    with pytest.raises(ValueError, match=named):
+        parse(PretrainRecipe, pretrain_values, "test")
+    assert tuple(PACKAGES) == get_args(TrackerName) == ("tensorboard", "wandb", "mlflow")
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_missing_package_is_named_with_its_pip_command(name: TrackerName) -> None:
+    if find_spec(name) is not None:
+        assert chosen_trackers((name,)) == (name,)
+        return
+    with pytest.raises(ValueError, match=f"names {name}.*pip install {re.escape(PACKAGES[name])},"):
+        chosen_trackers((name,))
+
+
+def test_auto_is_tensorboard_alone() -> None:
     assert chosen_trackers(()) == ()
-    assert set(chosen_trackers("auto")) <= {"tensorboard"}
+    assert chosen_trackers("auto") == (("tensorboard",) if find_spec("tensorboard") else ())
 
 
-def test_a_tracker_that_cannot_start_is_reported_once(tmp_path: Path) -> None:
-    tracking, said = open_tracking(RunFolder(path=tmp_path / "run"), "aim")
+def test_a_tracker_that_cannot_start_is_reported_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)  # importing it fails
+    tracking, said = open_tracking(RunFolder(path=tmp_path / "run"), "mlflow")
     for step in range(1, 10):
         tracking.log({"train/loss": 1.0}, step)
     tracking.close()
     assert len(said) == 1
-    assert "aim" in said[0]
+    assert "tracker mlflow failed" in said[0]
+
+
+@pytest.mark.filterwarnings("default")  # the services' packages have their own
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_service_receives_figures_and_pictures_of_a_resumed_run(
+    name: TrackerName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(name, reason=f"pip install {PACKAGES[name]}")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    run = RunFolder(path=tmp_path / "run")
+    for step in (1, 2):
+        recipe = replace(RECIPE, log_every=step)  # a resumed run may change its recipe
+        tracking, said = open_tracking(run, name, step=step - 1, recipe=recipe)
+        tracking.log({"train/loss": 1.0 / step}, step)
+        tracking.log_picture("reconstructions", tmp_path / "picture.png", step)
+        tracking.close()
+        assert said == []
+    ids = json.loads((run.path / "trackers.json").read_text())
+    if name == "mlflow":
+        (metric,) = (tmp_path / "mlruns").glob(f"*/{ids[name]}/metrics/train/loss")
+        assert [line.split()[1] for line in metric.read_text().splitlines()] == ["1.0", "0.5"]
+        assert list((tmp_path / "mlruns").glob(f"*/{ids[name]}/artifacts/reconstructions/*.png"))
+    else:
+        written = list((run.path / "wandb").glob(f"offline-run-*-{ids[name]}"))
+        assert written
+        assert any(list(one.rglob("reconstructions*.png")) for one in written)
 
 
 def test_a_recipe_becomes_numbers_and_text_under_dotted_keys() -> None:
