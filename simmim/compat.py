@@ -5,13 +5,13 @@ No other module of this package uses one. tests/simmim/test_compat.py tells when
 
 import atexit
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch takes seconds to import, and every command imports this file
     import torch
-    from torch import nn
+    from torch import fx, nn
 
 # ruff: noqa: PLC0415 (see above)
 
@@ -144,3 +144,96 @@ def accepts_found_inf(optimizer: "torch.optim.Optimizer") -> bool:
     `torch.amp.GradScaler` asks fused optimisers the same; without it there is no public way.
     """
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def operator_mode(handle: Callable[[Any, Any, Any], Any]) -> AbstractContextManager[Any]:
+    """Return a context in which operators are called through a function.
+
+    `torch.overrides` intercepts functions; operators, as backward and compilers call them, only a
+    private module does.
+
+    Args:
+        handle: takes an operator, its arguments and its keyword arguments, and returns its result.
+            Operators that it calls are not intercepted, unless it enters the context again.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            del types
+            return handle(func, args, kwargs or {})
+
+    mode: AbstractContextManager[Any] = OperatorMode()  # type: ignore[no-untyped-call]
+    return mode
+
+
+def fake_tensor_mode() -> AbstractContextManager[Any]:
+    """Return a context in which tensors have sizes, types and devices, but no values."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+def tensors_in(value: Any) -> "list[torch.Tensor]":
+    """Return the tensors in nested lists, tuples and mappings, as torch.compile finds them."""
+    from torch import Tensor
+    from torch.utils._pytree import tree_leaves
+
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def map_tensors(function: "Callable[[torch.Tensor], object]", value: Any) -> Any:
+    """Return nested lists, tuples and mappings with a function applied to their tensors."""
+    from torch import Tensor
+    from torch.utils._pytree import tree_map_only
+
+    return tree_map_only(Tensor, function, value)
+
+
+def storage_key(tensor: "torch.Tensor") -> int:
+    """Return a number that tensors share if they share memory; fake tensors have no address."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def allow_compiled_graphs(most: int) -> None:
+    """Let torch.compile keep so many graphs of one function; beyond that it runs eagerly."""
+    import torch
+
+    torch._dynamo.config.recompile_limit = most
+
+
+def graphs_backend(keep: "Callable[[fx.Graph], object]") -> "Callable[..., Any]":
+    """Return a backend of torch.compile that runs graphs as they are, as its default one cuts them.
+
+    Args:
+        keep: called with each graph of a forward or a backward.
+    """
+
+    def compile_graph(gm: "fx.GraphModule", example_inputs: Any) -> Any:
+        del example_inputs
+        keep(gm.graph)
+
+        def run_boxed(inputs: list[Any]) -> Any:
+            return gm.forward(*inputs)
+
+        run_boxed._boxed_call = True  # type: ignore[attr-defined]  # as compiled graphs are called
+        return run_boxed
+
+    def backend(module: "fx.GraphModule", inputs: Any) -> Any:
+        # The compiler takes seconds to import, and imports what else is installed.
+        from torch._functorch.aot_autograd import aot_module_simplified
+        from torch._functorch.partitioners import min_cut_rematerialization_partition
+        from torch._inductor.decomposition import select_decomp_table
+
+        return aot_module_simplified(
+            module,
+            inputs,
+            fw_compiler=compile_graph,
+            bw_compiler=compile_graph,
+            decompositions=select_decomp_table(),
+            partition_fn=min_cut_rematerialization_partition,
+        )
+
+    return backend

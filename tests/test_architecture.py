@@ -236,9 +236,7 @@ def test_private_names_of_other_libraries_are_in_one_module(package: str) -> Non
     found = [
         f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)} {name}"
         for file, tree in trees.items()
-        if file.is_relative_to(ROOT / package)
-        and file != ROOT / package / "compat.py"
-        and "bench" not in file.parts
+        if file.is_relative_to(ROOT / package) and file != ROOT / package / "compat.py"
         for node in ast.walk(tree)
         for name in _private_names(node)
         if name not in known

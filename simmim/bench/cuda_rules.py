@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+
+from simmim.compat import map_tensors
 
 LOWER = {
     "__matmul__",
@@ -96,7 +97,7 @@ class CudaRules(TorchFunctionMode):
         if not cast or not torch.is_autocast_enabled("cpu"):
             return function(*args, **kwargs)
         dtype = torch.get_autocast_dtype("cpu") if name in LOWER else torch.float32
-        args, kwargs = tree_map_only(Tensor, lambda tensor: _cast(tensor, dtype), (args, kwargs))
+        args, kwargs = map_tensors(lambda tensor: _cast(tensor, dtype), (args, kwargs))
         with torch.autocast("cpu", enabled=False):
             return function(*args, **kwargs)
 

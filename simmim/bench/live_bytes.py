@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from simmim.compat import operator_mode, storage_key, tensors_in
 from swinv2.kernels import sequential
 
 OPERATORS: Mapping[Any, Callable[..., Any]] = {
@@ -20,33 +19,36 @@ OPERATORS: Mapping[Any, Callable[..., Any]] = {
 """Bodies of our custom operators, whose working set counts too."""
 
 
-class LiveBytes(TorchDispatchMode):
-    """Count the bytes of live storages that operations create or use."""
+class LiveBytes:
+    """Count, within its context, the bytes of live storages that operations create or use."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.most = 0
         self._known: set[int] = set()
+        self._mode = operator_mode(self._call)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        del types
+    def __enter__(self) -> "LiveBytes":
+        self._mode.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._mode.__exit__(*error)
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         body = OPERATORS.get(func)
         if body is None:
-            outcome = func(*args, **(kwargs or {}))
+            outcome = func(*args, **kwargs)
         else:
-            with self:
-                outcome = body(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, outcome)):
-            if isinstance(leaf, Tensor):
-                self._count(leaf)
+            with self._mode:
+                outcome = body(*args, **kwargs)
+        for tensor in tensors_in((args, outcome)):
+            self._count(tensor)
         return outcome
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_key(tensor)
         if key in self._known:
             return
         self._known.add(key)

@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -21,12 +22,11 @@ import torch
 from accelerate import Accelerator
 from pydantic import TypeAdapter
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simmim.bench.choices import Device, Precision
 from simmim.bench.cuda_rules import cuda_rules
 from simmim.bench.live_bytes import LiveBytes, materialise, only_two_groups
-from simmim.compat import fresh_accelerate_state
+from simmim.compat import fake_tensor_mode, fresh_accelerate_state
 from simmim.data.loader.batch import Batch
 from simmim.engine.loop import accumulate_gradients, training_step
 from simmim.engine.settings import OptimizerSettings, TrainingSettings
@@ -127,9 +127,9 @@ class Measurement:
 
 
 @cache
-def _fake_mode() -> FakeTensorMode:
+def _fake_mode() -> AbstractContextManager[Any]:
     """Return the one fake mode of this process, which the encoder's cached tables belong to."""
-    return FakeTensorMode()
+    return fake_tensor_mode()
 
 
 def simulate(case: StepCase) -> Simulation:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -130,3 +131,51 @@ def test_fused_optimisers_skip_a_step_by_themselves() -> None:
     fused.step()
     assert weight.tolist() != [1, 1, 1]
     assert not compat.accepts_found_inf(torch.optim.AdamW([weight], fused=False))
+
+
+def test_operators_are_called_through_a_function() -> None:
+    called: list[str] = []
+
+    def note(func: Any, args: Any, kwargs: Any) -> Any:
+        called.append(func.overloadpacket.__name__)
+        return func(*args, **kwargs)
+
+    weight = torch.ones(2, 2, requires_grad=True)
+    with compat.operator_mode(note):
+        (torch.ones(2, 2) @ weight).sum().backward()  # type: ignore[no-untyped-call]
+    assert called.count("mm") == 2  # the backward's, too
+    assert compat.tensors_in([(weight,), {"key": weight}, 3]) == [weight, weight]
+    doubled = compat.map_tensors(lambda tensor: tensor * 2, {"key": [weight, "text"]})
+    assert doubled["key"][0].tolist() == [[2, 2], [2, 2]]
+    assert doubled["key"][1] == "text"
+
+
+def test_fake_tensors_have_sizes_and_share_storages() -> None:
+    with compat.fake_tensor_mode():
+        whole = torch.empty(10**6, 10**6)
+        assert compat.storage_key(whole[1:]) == compat.storage_key(whole)
+        assert compat.storage_key(torch.empty(3)) != compat.storage_key(whole)
+
+
+def test_graphs_of_forward_and_backward_are_kept() -> None:
+    graphs: list[torch.fx.Graph] = []
+    weight = torch.ones(3, requires_grad=True)
+    compiled = torch.compile(
+        lambda tensor: (tensor.sin() * tensor).sum(), backend=compat.graphs_backend(graphs.append)
+    )
+    compiled(weight).backward()
+    assert len(graphs) == 2
+    assert weight.grad is not None
+    expected = torch.tensor(1.0).sin() + torch.tensor(1.0).cos()
+    torch.testing.assert_close(weight.grad, expected.expand(3))
+
+
+def test_the_limit_of_compiled_graphs_is_set() -> None:
+    import torch._dynamo.config as dynamo
+
+    before = dynamo.recompile_limit
+    try:
+        compat.allow_compiled_graphs(before + 12)
+        assert dynamo.recompile_limit == before + 12
+    finally:
+        dynamo.recompile_limit = before

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from simmim.bench.gpu.cells import Skipped
 from simmim.bench.gpu.training import is_installed
+from simmim.compat import allow_compiled_graphs
 from simmim.method.model import SimMIM
 from swinv2 import SwinV2, SwinV2Config
 
@@ -32,10 +33,10 @@ class Contestant:
 
     def compile(self, backend: str) -> None:
         """Compile the blocks."""
-        torch._dynamo.reset()
+        torch.compiler.reset()
         if isinstance(self.model, SimMIM):
             self.model.encoder.compile_blocks(backend=backend)
-        torch._dynamo.config.recompile_limit = MOST_GRAPHS
+        allow_compiled_graphs(MOST_GRAPHS)
         for block in self.blocks:
             block.compile(backend=backend, dynamic=False)
 

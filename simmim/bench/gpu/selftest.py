@@ -11,13 +11,13 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simmim.bench.gpu.cells import CheckFailed, Values
 from simmim.bench.gpu.gradients import adamw, assign_gradients
 from simmim.bench.gpu.scale import Precision, Scale, Size
 from simmim.bench.gpu.training import require_pipeline
 from simmim.bench.live_bytes import LiveBytes, materialise, only_two_groups
+from simmim.compat import fake_tensor_mode
 from simmim.engine.generators import seeded
 from simmim.method.model import SimMIM
 from swinv2 import SwinV2, build_encoder
@@ -90,7 +90,7 @@ def check_agreement(
                 continue
             encoder = copy.deepcopy(ours)
             if compiled:
-                torch._dynamo.reset()
+                torch.compiler.reset()
                 encoder.compile_blocks(backend=scale.backend)
             images = images_of(size).to(scale.device)
             exact = _exact(tuple(sorted(scale.encoder.items())), size)
@@ -216,7 +216,7 @@ def check_memory(scale: Scale) -> Values:
     batch = min(16, scale.largest_batch)
     with torch.device("meta"):
         model = _model_of_step(scale)
-    with FakeTensorMode(), LiveBytes() as live, only_two_groups():
+    with fake_tensor_mode(), LiveBytes() as live, only_two_groups():
         materialise(model, device)
         states = [torch.zeros_like(weight) for weight in model.parameters() for _ in range(2)]
         _compute_gradients(model, batch, device)
@@ -241,7 +241,7 @@ def check_memory(scale: Scale) -> Values:
 def _measured_peak(scale: Scale, batch: int, *, compiled: bool) -> int:
     """Return the peak bytes of a training step on a GPU, without what was there before."""
     device = scale.torch_device
-    torch._dynamo.reset()
+    torch.compiler.reset()
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()

@@ -122,7 +122,7 @@ def inputs(
 
 def free_memory_of_earlier_cells(device: torch.device) -> None:
     """Free what earlier cells have left, such as their compiled graphs."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -6,53 +6,44 @@ need: the least that a compiler can do without fusing products themselves.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from simmim.bench.live_bytes import OPERATORS
 from simmim.bench.roofline.ceiling import Operation
+from simmim.compat import graphs_backend, operator_mode, tensors_in
 
 FREE = {"alias", "detach", "empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view"}
 """Operators that move nothing, besides views."""
 REDUCTIONS = {"amax", "amin", "any", "max", "mean", "min", "prod", "sum", "var", "var_mean"}
 """Operators whose results are kept, not computed again for each use."""
+OPERATOR = type(torch.ops.aten.add.Tensor)
+"""The class of operators."""
 OVERWRITING = {"copy_", "fill_", "zero_"}
 """Operators that do not read what they change."""
 
 
-class OperationCounter(TorchDispatchMode):
-    """Note the operations of what runs."""
+def count_eager(run: Callable[[], object]) -> list[Operation]:
+    """Return the operations of a function of tensors on the meta device."""
+    operations: list[Operation] = []
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.operations: list[Operation] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        del types
-        kwargs = kwargs or {}
+    def note(func: Any, args: Any, kwargs: Any) -> Any:
         body = OPERATORS.get(func)
         if body is not None:
-            with self:
+            with mode:
                 return body(*args, **kwargs)
         outcome = func(*args, **kwargs)
         if not _is_free(func):
-            self.operations.append(_operation(func, args, kwargs, outcome))
+            operations.append(_operation(func, args, kwargs, outcome))
         return outcome
 
-
-def count_eager(run: Callable[[], object]) -> list[Operation]:
-    """Return the operations of a function of tensors on the meta device."""
-    with OperationCounter() as counter:
+    mode = operator_mode(note)
+    with mode:
         run()
-    operations: list[Operation] = counter.operations
     return operations
 
 
@@ -61,7 +52,7 @@ def _is_free(func: Any) -> bool:
 
 
 def _name(func: Any) -> str:
-    return str(func._schema.name.partition("::")[2])
+    return str(func.overloadpacket.__name__)
 
 
 def _operation(func: Any, args: Any, kwargs: Any, outcome: Any) -> Operation:
@@ -69,8 +60,8 @@ def _operation(func: Any, args: Any, kwargs: Any, outcome: Any) -> Operation:
     given = args[1:] if _name(func) in OVERWRITING else args
     written = {"out", "grad_input", "grad_weight"}
     read = [value for name, value in kwargs.items() if name not in written]
-    tensors = [leaf for leaf in tree_leaves((given, read, outcome)) if isinstance(leaf, Tensor)]
-    count = flop_registry.get(func._overloadpacket)
+    tensors = tensors_in((given, read, outcome))
+    count = flop_registry.get(func.overloadpacket)
     return Operation(
         name=_name(func),
         flops=0 if count is None else count(*args, **kwargs, out_val=outcome),
@@ -93,36 +84,8 @@ def count_compiled(run: Callable[[Callable[..., Any]], object]) -> list[Operatio
             and backward, each function once.
     """
     graphs: list[fx.Graph] = []
-
-    def keep(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        del example_inputs
-        graphs.append(gm.graph)
-
-        def run_boxed(inputs: list[Any]) -> Any:
-            return gm.forward(*inputs)
-
-        run_boxed._boxed_call = True  # type: ignore[attr-defined]  # what compiled graphs are
-        return run_boxed
-
-    def backend(module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        # The compiler takes seconds to import, and imports what else is installed.
-        from torch._functorch.aot_autograd import aot_module_simplified  # noqa: PLC0415
-        from torch._functorch.partitioners import (  # noqa: PLC0415
-            min_cut_rematerialization_partition,
-        )
-        from torch._inductor.decomposition import select_decomp_table  # noqa: PLC0415
-
-        return aot_module_simplified(
-            module,
-            inputs,
-            fw_compiler=keep,
-            bw_compiler=keep,
-            decompositions=select_decomp_table(),
-            partition_fn=min_cut_rematerialization_partition,
-        )
-
-    torch._dynamo.reset()
-    run(backend)
+    torch.compiler.reset()
+    run(graphs_backend(graphs.append))
     return [operation for graph in graphs for operation in fused_operations(graph)]
 
 
@@ -175,8 +138,7 @@ def _sources(node: fx.Node, stored: set[fx.Node]) -> set[fx.Node]:
 
 
 def _bytes_of(node: fx.Node) -> int:
-    leaves = tree_leaves(_value(node))
-    return sum(stored_bytes(leaf) for leaf in leaves if isinstance(leaf, Tensor))
+    return sum(map(stored_bytes, tensors_in(_value(node))))
 
 
 def _readers(node: fx.Node) -> Iterator[fx.Node]:
@@ -198,9 +160,9 @@ def _kind(node: fx.Node) -> str:
     if node.op != "call_function":
         return "input"
     func: Any = node.target
-    if not isinstance(func, torch._ops.OpOverload) or _is_free(func):
+    if not isinstance(func, OPERATOR) or _is_free(func):
         return "view" if node.all_input_nodes else "input"
-    is_product = func._overloadpacket in flop_registry
+    is_product = func.overloadpacket in flop_registry
     return "fixed" if is_product or func.namespace not in ("aten", "prims") else "fused"
 
 
