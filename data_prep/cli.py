@@ -28,7 +28,7 @@ from data_prep.format.command_line import (
     MANY,
     ONE_OF,
     PASSED,
-    Count,
+    CountOption,
     add_completion,
     describe_mistake,
     make_app,
@@ -113,7 +113,7 @@ def _describe(error: ValueError | OSError) -> str:
 class _Run(RunOptions):
     """How a command writes shards: with all cores, and few images rejected."""
 
-    workers: Count = field(default_factory=available_cores)
+    workers: CountOption = field(default_factory=available_cores)
     """Number of processes; the bytes written do not depend on it."""
     max_rejected: float = _MAX_REJECTED
     """Fail if a larger fraction of images is rejected (duplicates not counted)."""
@@ -140,7 +140,7 @@ class _Reading:
 
     allow_pipe: bool = False
     """Run the commands whose output shards are, as in 'pipe:COMMAND'."""
-    workers: Count = field(default_factory=available_cores)
+    workers: CountOption = field(default_factory=available_cores)
     """Number of processes."""
 
 

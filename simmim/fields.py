@@ -21,6 +21,8 @@ from typing import (
 
 from cyclopts import Parameter
 
+from data_prep.bounds import bounds_text, own_bounds
+
 if TYPE_CHECKING:
     from simmim.recipe import RecipeError
 
@@ -30,8 +32,8 @@ Section: TypeAlias = Annotated[tuple[str, ...] | None, Parameter(consume_multipl
 """A section of a recipe, or all of it if none is named."""
 
 _WIDTH = 100
-_COUNTED = (int, float, str)
 _WORDS = {int: "integer", float: "number", str: "text", bool: "true or false", Path: "path"}
+_COUNTED = ("integer", "number", "text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +134,8 @@ def fields_of(recipe_type: type[Any], prefix: str = "") -> Iterator[Field]:
 def section_type(hint: Any) -> Any:
     """Return the settings class of a field that is a section, or None."""
     parts = (hint, *get_args(hint))
-    return next((part for part in parts if dataclasses.is_dataclass(part)), None)
+    found = (part for part in parts if isinstance(part, type) and dataclasses.is_dataclass(part))
+    return next(found, None)
 
 
 def _documentation(recipe_type: type[Any]) -> dict[str, str]:
@@ -171,15 +174,25 @@ def _value_text(value: Any) -> str:
 
 def type_text(hint: Any) -> str:
     """Return a type in words, with what its values may be."""
-    origin, arguments = get_origin(hint), get_args(hint)
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        bounds = own_bounds(hint)
+        return ", ".join(filter(None, [type_text(parts[0]), bounds_text(bounds)]))
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(type_text(part) for part in arguments))
+        texts = list(dict.fromkeys(map(type_text, parts)))
+        return (", or " if any(", " in text for text in texts) else " or ").join(texts)
     if origin is Literal:
-        return " | ".join(_value_text(value) for value in arguments)
+        return " | ".join(map(_value_text, parts))
     if origin is tuple:
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return f"list of {type_text(arguments[0])}{'s' if arguments[0] in _COUNTED else ''}"
-        return f"[{', '.join(type_text(part) for part in arguments)}]"
-    if hint is type(None):
-        return "null"
-    return _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
+        return _list_text(parts)
+    if dataclasses.is_dataclass(hint):
+        return f"{{{', '.join(field.name for field in dataclasses.fields(hint))}}}"
+    return "null" if hint is type(None) else _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _list_text(parts: tuple[Any, ...]) -> str:
+    if parts[-1] is not Ellipsis:
+        return f"[{', '.join(map(type_text, parts))}]"
+    element, _, bounds = type_text(parts[0]).partition(", ")
+    plural = "s" if element in _COUNTED else ""
+    return f"list of {element}{plural}" + (f", each {bounds}" if bounds else "")

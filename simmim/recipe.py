@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 import yaml
 from typing_extensions import dataclass_transform
 
+from data_prep.bounds import bounds_in, bounds_text, check_bounds
 from data_prep.format.text import count_noun
 from simmim.recipe_text import MOST_BYTES, RecipeDumper, RecipeTextError, read_text
 
@@ -35,6 +36,10 @@ ALTERNATIVES = (
     ("training.schedule.warmup_epochs", "training.schedule.warmup_steps"),
 )
 """Fields of which a recipe has one: an override of one replaces the other."""
+OUT_OF_BOUNDS = (
+    *("greater_than", "greater_than_equal", "less_than", "less_than_equal"),
+    *("multiple_of", "predicate_failed"),
+)
 UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 
 Settings = TypeVar("Settings")
@@ -48,8 +53,12 @@ class RecipeError(ValueError):
 def settings(cls: type[Settings]) -> type[Settings]:
     """Turn a class into a frozen, keyword-only dataclass with strict validation.
 
-    The docstring below each field, with its unit, is shown by `--help-fields`.
+    Bounds of numbers are declared in the annotations; see `data_prep.bounds`. `__post_init__` has
+    the checks across fields; those of base classes run before it, without being called. The
+    docstring below each field, with its unit, is shown by `--help-fields`.
     """
+    cls.__own_check__ = vars(cls).get("__post_init__")  # type: ignore[attr-defined]
+    cls.__post_init__ = _check  # type: ignore[attr-defined]
     cls.__pydantic_config__ = {  # type: ignore[attr-defined]
         "extra": "forbid",
         "strict": True,
@@ -57,6 +66,14 @@ def settings(cls: type[Settings]) -> type[Settings]:
         "use_attribute_docstrings": True,
     }
     return dataclass(frozen=True, kw_only=True)(cls)
+
+
+def _check(self: Any) -> None:
+    """Check the bounds of all fields, then what each class has to check across them."""
+    check_bounds(self)
+    for base in reversed(type(self).__mro__):
+        if (check := vars(base).get("__own_check__")) is not None:
+            check(self)
 
 
 def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -257,6 +274,8 @@ def _describe_mistake(recipe_type: type[Any], mistake: Any, options: Sequence[st
     message = mistake["msg"].removeprefix("Value error, ")
     if mistake["type"] == "value_error":
         return f"{where}: {message}"
+    if mistake["type"] in OUT_OF_BOUNDS and (text := _bounds_at(recipe_type, path)):
+        return f"{where} is {_shortened(mistake['input'])}; it must be {text}."
     hint = ""
     if mistake["type"] == "bool_type" and str(mistake["input"]).lower() in YES_OR_NO:
         hint = ": write true or false"
@@ -272,6 +291,18 @@ def _suggestion(recipe_type: type[Any], path: list[str], options: Sequence[str])
         meant |= {name: f"--{name}" for name in options}
     close = difflib.get_close_matches(path[-1], meant, n=1)
     return f"did you mean {meant[close[0]]}?" if close else f"legal here: {', '.join(legal)}."
+
+
+def _bounds_at(recipe_type: type[Any], path: Sequence[str]) -> str:
+    """Return in words the bounds of a field, whose name ends a dotted path; empty if it has none.
+
+    Numbers at the end of a path are elements of a list.
+    """
+    names = [part for part in path if not part.isdigit()]
+    for part in names[:-1]:
+        recipe_type = next(_settings_in(get_type_hints(recipe_type).get(part)), recipe_type)
+    hint = get_type_hints(recipe_type, include_extras=True).get(names[-1] if names else "")
+    return bounds_text(bounds_in(hint))
 
 
 def _shortened(value: object) -> str:
@@ -334,43 +365,3 @@ def _as_text(value: Any) -> str:
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def check_least(settings: Any, least: float, *names: str) -> None:
-    """Raise ValueError unless each of these fields is `least` or more; null is fine."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name} is {value}; it must be {least} or more.")
-
-
-def check_shares(settings: Any, *names: str) -> None:
-    """Raise ValueError unless each of these fields is above 0 and at most 1."""
-    for name in names:
-        if not 0 < getattr(settings, name) <= 1:
-            raise ValueError(
-                f"{name} is {getattr(settings, name)}; it must be above 0 and at most 1."
-            )
-
-
-def check_probabilities(settings: Any, *names: str) -> None:
-    """Raise ValueError unless each of these fields is from 0 to 1."""
-    for name in names:
-        if not 0 <= getattr(settings, name) <= 1:
-            raise ValueError(f"{name} is {getattr(settings, name)}; it must be from 0 to 1.")
-
-
-def check_rates(settings: Any, *names: str) -> None:
-    """Raise ValueError unless each of these fields is 0 or more and below 1."""
-    for name in names:
-        if not 0 <= getattr(settings, name) < 1:
-            value = getattr(settings, name)
-            raise ValueError(f"{name} is {value}; it must be 0 or more and below 1.")
-
-
-def check_span(settings: Any, name: str, *, most: float | None = None) -> None:
-    """Raise ValueError unless a field is a range (from, to) above 0 and at most `most`."""
-    first, last = getattr(settings, name)
-    if not 0 < first <= last or (most is not None and last > most):
-        limit = "both above 0" if most is None else f"above 0 and at most {most}"
-        raise ValueError(f"{name} is {getattr(settings, name)}; it must be (from, to), {limit}.")

@@ -22,6 +22,7 @@ ALLOWED = {
     "swinv2": {"torch", "einops", "safetensors", "numpy"},
     "data_prep": {
         "PIL",
+        "annotated_types",
         "braceexpand",
         "cyclopts",
         "fsspec",
@@ -32,6 +33,7 @@ ALLOWED = {
     "simmim": {
         "PIL",
         "accelerate",
+        "annotated_types",
         "cyclopts",
         "einops",
         "numpy",
@@ -63,7 +65,7 @@ OPTIONAL = {
 NOT_IMPORTED = {"webdataset"}
 """Dependencies that no module imports. webdataset defines the shard format and people read shards
 with it; tests compare what we write and read with it."""
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"PIL": "pillow", "annotated_types": "annotated-types", "yaml": "pyyaml"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +179,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
 }
 """Which rooms a room may import, besides itself and what those may import."""
 IN_ROOM = {
+    "data_prep.bounds": "data_prep.format",
     "swinv2.compat": "swinv2.kernels",
     "simmim.compat": "simmim.recipe",
     "simmim.disk": "simmim.recipe",

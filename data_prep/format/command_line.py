@@ -22,6 +22,8 @@ from cyclopts.exceptions import (
     ValidationError,
 )
 
+from data_prep.bounds import Count, bounds_in, bounds_text
+
 if TYPE_CHECKING:
     from cyclopts.help import HelpEntry, HelpPanel
 
@@ -43,14 +45,14 @@ PASSED = Parameter(parse=False)
 """Not an argument: the program passes it."""
 
 
-def _check_count(type_: object, value: int | None) -> None:
+def _check_count(type_: object, value: int) -> None:
     del type_
-    if value is not None and value < 1:
+    if value < 1:
         raise ValueError(f"it must be 1 or more, got {value}.")
 
 
-Count = Annotated[int, Parameter(validator=_check_count)]
-"""An integer of at least 1."""
+CountOption = Annotated[Count, Parameter(validator=_check_count)]
+"""An integer of at least 1, of a command whose options no dataclass checks."""
 
 _LABELS = 25
 """Columns of the names of options, with their indentation."""
@@ -132,6 +134,9 @@ def _describe(error: CycloptsError) -> str:
             text = f"{first!r} is one argument too many: remove it."
         case ValidationError(exception_message=message, argument=argument) if argument is not None:
             text = f"{argument.name}: {message}"
+            if bounds := bounds_in(argument.field_info.annotation):
+                value = argument.tokens[-1].value
+                text = f"{argument.name} is {value}; it must be {bounds_text(bounds)}."
         case UnknownCommandError():
             text = text.replace('"', "")
     return text

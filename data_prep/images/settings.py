@@ -2,7 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
+
+from annotated_types import Interval
+
+from data_prep.bounds import Count, check_bounds
 
 MAX_PIXELS = 89_478_485
 """Default of the largest accepted image, in pixels."""
@@ -23,23 +27,19 @@ def read_limit(options: Mapping[str, Any]) -> int:
 class Encoding:
     """Size and format of stored pictures; the defaults keep the bytes of JPEG, PNG and WebP."""
 
-    max_side: int | None = None
+    max_side: Count | None = None
     """Shrink pictures whose longer side has more pixels."""
-    short_side: int | None = None
+    short_side: Count | None = None
     """Shrink pictures whose shorter side has more pixels."""
     format: Format = "keep"
     """Format of all pictures; keep: JPEG, PNG and WebP byte for byte, others as PNG."""
-    quality: int = 95
-    """Quality of re-encoded JPEG and WebP, 1 to 100. JPEG is 4:4:4 from 90."""
+    quality: Annotated[int, Interval(ge=1, le=100)] = 95
+    """Quality of re-encoded JPEG and WebP, 1 to 100; JPEG is 4:4:4 from 90."""
 
     def __post_init__(self) -> None:
-        for name, value in (("max-side", self.max_side), ("short-side", self.short_side)):
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1 pixel, got {value}.")
+        check_bounds(self, "--")
         if self.format not in FORMATS:
             raise ValueError(f"--format must be one of {', '.join(FORMATS)}, got {self.format!r}.")
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"--quality must be 1 to 100, got {self.quality}.")
 
     def target_size(self, width: int, height: int) -> tuple[int, int]:
         """Return the stored (width, height) of a picture of this size."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
+from data_prep.bounds import Count, check_bounds
 from data_prep.format.kinds import HIDDEN, is_archive_name, is_hidden, kind_of, suffix_of
 from data_prep.format.manifest import IMAGE_SUFFIXES
 
@@ -64,7 +65,7 @@ class Selection:
     """Use only paths that match, whatever their suffix; * also matches /; may be repeated."""
     exclude: tuple[str, ...] = ()
     """Skip paths that match; * also matches /; may be repeated."""
-    max_bytes: int = 512 * 2**20
+    max_bytes: Count = 512 * 2**20
     """Reject image files with more bytes."""
     split_column: str = "split"
     """Column or JSON field with the split of a file."""
@@ -78,6 +79,9 @@ class Selection:
     """Folder that the paths of a list are relative to. Default: the folder of the list."""
     allow_missing_end: bool = False
     """Warn of tars without an end mark instead of refusing them: they may have been cut."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "--")
 
     def wants(self, file: SourceFile, *, explicit: bool = False) -> bool:
         """Return whether to use a file; in a pattern, `*` also matches slashes.

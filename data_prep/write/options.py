@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
+from annotated_types import Interval
 from cyclopts import Parameter, Token
 
+from data_prep.bounds import Count, Probability, Rate, Seed, check_bounds
 from data_prep.format.command_line import FLAT, PASSED
 from data_prep.images.settings import MAX_PIXELS, Encoding
 from data_prep.sources.files import Selection
@@ -21,27 +23,27 @@ class ShardOptions:
     They are the options of `data-prep shard`, where the fields are documented as there.
     """
 
-    samples_per_shard: int | None = None
+    samples_per_shard: Count | None = None
     """Maximum samples per shard. Default: 10,000, fewer for shards of > 256 MiB or < 8 shards."""
-    bytes_per_shard: int | None = None
+    bytes_per_shard: Count | None = None
     """Maximum bytes of source images per shard; a larger image has its own shard."""
     selection: Annotated[Selection, FLAT] = field(default_factory=Selection)
     """Files to use."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the shuffle and of the choice of validation samples."""
     shuffle: bool = True
     """Shuffle the samples; --no-shuffle keeps the order of the source (of a folder: by path)."""
-    shuffle_window: int | None = None
+    shuffle_window: Count | None = None
     """Shuffle within windows of this many files in source order. Default: all, listed first."""
-    validation_fraction: float = 0.0
+    validation_fraction: Rate = 0.0
     """Fraction of samples for validation, chosen by path and seed, in the last shards."""
     deduplicate: bool = False
     """Of files with identical bytes, keep the one with the smallest path."""
-    near_duplicates: int | None = None
+    near_duplicates: Annotated[int, Interval(ge=0, le=16)] | None = None
     """Drop images whose 64-bit perceptual hash differs from another's in at most this many bits."""
     check: bool = True
     """Decode every image; --no-check reads the headers only."""
-    max_pixels: int = MAX_PIXELS
+    max_pixels: Count = MAX_PIXELS
     """Reject images with more pixels."""
     encoding: Annotated[Encoding, FLAT] = field(default_factory=Encoding)
     """Size and format of stored pictures."""
@@ -50,26 +52,9 @@ class ShardOptions:
     rows and columns. Shards hold them last."""
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("samples-per-shard", self.samples_per_shard),
-            ("bytes-per-shard", self.bytes_per_shard),
-            ("shuffle-window", self.shuffle_window),
-            ("max-pixels", self.max_pixels),
-            ("max-bytes", self.selection.max_bytes),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}.")
-        if self.near_duplicates is not None and not 0 <= self.near_duplicates <= 16:
-            raise ValueError(f"--near-duplicates must be 0 to 16, got {self.near_duplicates}.")
+        check_bounds(self, "--")
         if self.channel_axis not in ("auto", "first", "last"):
             raise ValueError(f"channel_axis is auto, first or last, got {self.channel_axis!r}.")
-        if not 0 <= self.validation_fraction < 1:
-            raise ValueError(
-                f"--validation-fraction must be at least 0 and below 1, got "
-                f"{self.validation_fraction}."
-            )
-        if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"--seed must fit into 64 bits, got {self.seed}.")
 
     @property
     def window(self) -> int | None:
@@ -108,7 +93,7 @@ def parse_part(type_: object, tokens: Sequence[Token]) -> tuple[int, int]:
 class RunOptions:
     """How the work is done; the bytes written do not depend on it."""
 
-    workers: int = 1
+    workers: Count = 1
     """Number of worker processes, or maximum number of tasks on the cluster."""
     executor: Literal["processes", "ray"] = "processes"
     """Write shards in local processes or on a Ray cluster."""
@@ -116,14 +101,13 @@ class RunOptions:
     """Address of the Ray cluster. Default: start a local one."""
     part: Annotated[tuple[int, int] | None, Parameter(converter=parse_part, n_tokens=1)] = None
     """Write only this part of the shards, 1/N to N/N; finish with `data-prep merge`."""
-    max_rejected: float = 1.0
+    max_rejected: Probability = 1.0
     """Fail if a larger fraction of images is rejected (duplicates not counted)."""
 
     def __post_init__(self) -> None:
+        check_bounds(self, "--")
         if self.part is not None and not 1 <= self.part[0] <= self.part[1]:
             raise ValueError(f"--part must be 1/N to N/N, got {self.part[0]}/{self.part[1]}.")
-        if not 0 <= self.max_rejected <= 1:
-            raise ValueError(f"--max-rejected must be 0 to 1, got {self.max_rejected}.")
 
     def writes(self, number: int) -> bool:
         """Return whether this run writes the shard of that number."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from cyclopts import Parameter
 
-from data_prep.format.command_line import FLAT, MANY, Count, make_app
+from data_prep.format.command_line import FLAT, MANY, CountOption, make_app
 from data_prep.format.text import count_noun
 from simmim.bench.choices import ASSUMPTIONS, GIB, MASK_CELL, Device, Precision, Sharding
 from swinv2 import VARIANTS
@@ -53,7 +53,7 @@ class MemoryOptions:
     """Attention implementation."""
     precision: Precision = "bf16"
     """Precision of training."""
-    batch: Count = 1
+    batch: CountOption = 1
     """Images per device."""
     optimizer: bool = True
     """Include AdamW; --no-optimizer is forward and backward only."""

@@ -4,8 +4,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
+from annotated_types import Interval
+
+from data_prep.bounds import Count, Fraction, Probability, Span, Whole
 from data_prep.format.patterns import Names
 from simmim.data.datasets.clips import ClipSet, open_clips
 from simmim.data.datasets.mixture import Shards
@@ -23,7 +26,7 @@ from simmim.data.datasets.remote import DEFAULT_CACHE_BYTES, RemoteReading
 from simmim.data.loader.bad_samples import MAX_BAD_SHARE, REMEDY, BadSamples
 from simmim.data.order.order import MAX_SLOTS, Slots
 from simmim.data.transforms.settings import CropSettings, DecodeSettings, RandomCropSettings
-from simmim.recipe import check_least, check_probabilities, check_shares, settings
+from simmim.recipe import settings
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -43,17 +46,14 @@ class RemoteSettings:
     cache_dir: str | None = None
     """Cache folder of fetched shards, shared by the processes of a machine; null uses the user's
     cache directory."""
-    cache_bytes: int = DEFAULT_CACHE_BYTES
+    cache_bytes: Count = DEFAULT_CACHE_BYTES
     """Size limit of the shard cache in bytes."""
-    attempts: int = 8
+    attempts: Count = 8
     """Attempts to read from a store, or a missing or truncated shard or folder, before the run
     stops; pauses grow from 0.1 s to 20 s, 13 s in total for 8 attempts."""
     allow_pipe: bool = False
     """Run the commands that a manifest lists instead of shards, as written by
     `data-prep index 'pipe:COMMAND' --allow-pipe`; their output is fetched whole."""
-
-    def __post_init__(self) -> None:
-        check_least(self, 1, "cache_bytes", "attempts")
 
     @property
     def remote_reading(self) -> RemoteReading:
@@ -78,7 +78,7 @@ class SampleSettings(DecodeSettings):
     """Advice where loading is slow."""
     MEASURABLE: ClassVar[bool] = False
     """Whether mean and std may be `measured`."""
-    workers: int = 2
+    workers: Annotated[int, Interval(ge=0, le=MOST_WORKERS)] = 2
     """Data worker processes per training process; 0 decodes in the training process itself."""
     UNRECORDED_SLOTS: ClassVar[int] = 64
     """Slots of a run whose recipe does not record them: the default of earlier versions."""
@@ -92,19 +92,14 @@ class SampleSettings(DecodeSettings):
     """Mean of each channel, on a scale of 0 to 1."""
     std: tuple[float, ...] | Literal["measured"] = IMAGENET_STD
     """Standard deviation of each channel, on the same scale."""
-    max_bad_share: float = MAX_BAD_SHARE
+    max_bad_share: Probability = MAX_BAD_SHARE
     """Maximum fraction of damaged samples, 0 to 1; more stop the run. Training replaces a damaged
     sample by another from its shard (a clip by one of its class), validation skips it, and both
     list it in bad_samples.jsonl."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, 0, "workers")
-        if self.workers > MOST_WORKERS:
-            raise ValueError(f"workers is {self.workers}; it must be at most {MOST_WORKERS}.")
         if self.slots is not None and min(self.slots_of_sets, default=0) < 1:
             raise ValueError(f"slots is {self.slots}; it must be at least 1, or null.")
-        check_probabilities(self, "max_bad_share")
         if isinstance(self.mean, str) or isinstance(self.std, str):
             return
         if len(self.mean) != len(self.std) or min(self.std, default=0) <= 0:
@@ -147,7 +142,6 @@ class DrawnSettings(SampleSettings):
     from the 1st to the 99th percentile of each channel."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         bands = self.picture_bands
         if bands is not None and (len(bands) not in (1, 3) or min(bands) < 0):
             raise ValueError(
@@ -180,12 +174,12 @@ class DataSettings(RemoteSettings, SampleSettings):
     of patterns; empty uses all of the manifest."""
     exclude: str | tuple[str, ...] = ()
     """Pattern of the names of shards to leave out, or a list of patterns."""
-    validation_shards: int = 1
+    validation_shards: Whole = 1
     """Number of shards at the end of each dataset held out for validation. A folder of images is
     divided into random shards of at most 1,000 images."""
     classes: tuple[str, ...] | None = None
     """Names of the classes to use; null uses all images."""
-    fraction: float = 1.0
+    fraction: Fraction = 1.0
     """Fraction of each class's training images to use, above 0 and at most 1. The choice depends
     only on `fraction_seed`, and a larger fraction contains every smaller one."""
     fraction_seed: int = 0
@@ -198,10 +192,6 @@ class DataSettings(RemoteSettings, SampleSettings):
     """Standard deviation of each channel, on the same scale, or `measured`."""
 
     def __post_init__(self) -> None:
-        RemoteSettings.__post_init__(self)
-        SampleSettings.__post_init__(self)
-        check_least(self, 0, "validation_shards")
-        check_shares(self, "fraction")
         if not self.shards:
             raise ValueError("shards is empty; give a folder, or a list of them.")
 
@@ -285,22 +275,22 @@ class ClipDataSettings(CroppedSettings, RandomCropSettings):
     Listed once, at the start."""
     validation: str | None = None
     """Folder or CSV file of the validation clips; null skips validation."""
-    fraction: float = 1.0
+    fraction: Fraction = 1.0
     """Fraction of each class's training clips to use, above 0 and at most 1; a larger fraction
     contains every smaller one."""
     fraction_seed: int = 0
     """Seed of that choice."""
-    frames: int = 8
+    frames: Count = 8
     """Number of frames per clip, one from each of as many equal segments: random in training, the
     middle one in validation. Shorter clips repeat frames."""
-    image_size: int = 224
+    image_size: Count = 224
     """Side of the square frames in pixels."""
-    scale: tuple[float, float] = (0.08, 1.0)
+    scale: Annotated[tuple[float, float], Span(most=1)] = (0.08, 1.0)
     """Range of the random crop's area, as a fraction of the frame's; the same crop for all frames
     of a clip. Validation uses the largest central square."""
-    flip: float = 0.5
+    flip: Probability = 0.5
     """Probability of a horizontal flip, 0 to 1; use 0 if classes differ by left and right."""
-    views: tuple[int, int] = (1, 1)
+    views: tuple[Count, Count] = (1, 1)
     """Validation views per clip (temporal, spatial), whose probabilities are averaged into
     views_top1 and views_top5, in addition to the single central view; [4, 5] in the paper. Each
     view costs a forward pass."""
@@ -309,16 +299,11 @@ class ClipDataSettings(CroppedSettings, RandomCropSettings):
     std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, 1, "frames")
         if max(*self.mean, *self.std) > 1:
             raise ValueError(
                 f"mean is {list(self.mean)} and std {list(self.std)}; both are on a scale of 0 to "
                 "1: divide values from 0 to 255 by 255."
             )
-        check_shares(self, "fraction")
-        if min(self.views) < 1:
-            raise ValueError(f"views is {list(self.views)}; both must be at least 1.")
 
     def open(self) -> tuple[ClipSet, ClipSet | None]:
         """List the training clips and the validation clips.

@@ -1,7 +1,10 @@
 """Training settings of a recipe: length, batch, checkpoints, optimiser, schedule and trackers."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Interval
+
+from data_prep.bounds import Amount, Count, Fraction, Positive, Rate, Seed, Whole
 from simmim.recipe import LARGEST_INTEGER, settings
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
@@ -15,32 +18,18 @@ class OptimizerSettings:
     name: Literal["adamw", "adamw_8bit"] = "adamw"
     """adamw_8bit keeps the moments in 8 bits, a quarter of the memory; it needs bitsandbytes
     (pip install 'simmim[8bit]') and does not support FSDP."""
-    lr: float
+    lr: Positive
     """Peak learning rate, reached at the end of the warm-up, for the recipe's batch size: it is not
     scaled."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Rate, Rate] = (0.9, 0.999)
     """Decay rates of the running means of the gradient and of its square."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """Added to the denominator of the update for numerical stability."""
-    weight_decay: float = 0.05
+    weight_decay: Amount = 0.05
     """Decoupled weight decay. 1-D parameters, biases, position bias, logit scale and mask token are
     not decayed."""
-    layer_decay: float = 1.0
+    layer_decay: Fraction = 1.0
     """Layer-wise learning-rate decay: factor from each encoder layer to the one below; 1 is off."""
-
-    def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ValueError(f"lr is {self.lr}; it must be above 0.")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas are {self.betas}; each must be at least 0 and below 1.")
-        if self.eps <= 0:
-            raise ValueError(f"eps is {self.eps}; it must be above 0.")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay is {self.weight_decay}; it must be 0 or more.")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(
-                f"layer_decay is {self.layer_decay}; it must be above 0 and at most 1."
-            )
 
 
 @settings
@@ -49,80 +38,75 @@ class ScheduleSettings:
 
     kind: Literal["cosine", "multistep", "linear"] = "cosine"
     """Decay after the warm-up: cosine or linear to min_lr, or multistep, by gamma at milestones."""
-    warmup_epochs: float = 0.0
+    warmup_epochs: Amount = 0.0
     """Length of the linear warm-up in epochs; excludes warmup_steps."""
-    warmup_steps: int = 0
+    warmup_steps: Whole = 0
     """Length of the linear warm-up in optimiser steps; excludes warmup_epochs."""
-    warmup_lr: float = 0.0
+    warmup_lr: Amount = 0.0
     """Learning rate at step 0 of the warm-up."""
-    min_lr: float = 0.0
+    min_lr: Amount = 0.0
     """Final learning rate of cosine and linear."""
     milestones: tuple[float, ...] = ()
     """Epochs at which multistep multiplies the learning rate by gamma."""
-    gamma: float = 0.1
+    gamma: Fraction = 0.1
     """Factor at each milestone of multistep."""
 
     def __post_init__(self) -> None:
         if self.warmup_epochs and self.warmup_steps:
             raise ValueError("warmup_epochs and warmup_steps are both given; keep one.")
-        for name in ("warmup_epochs", "warmup_steps", "warmup_lr", "min_lr"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
         if (self.kind == "multistep") != bool(self.milestones):
             raise ValueError("milestones belong to kind multistep, which needs at least one.")
         if list(self.milestones) != sorted({epoch for epoch in self.milestones if epoch > 0}):
             raise ValueError(f"milestones are {self.milestones}; they must be above 0 and rising.")
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma is {self.gamma}; it must be above 0 and at most 1.")
 
 
 @settings
 class TrainingSettings:
     """Length, batch, precision, intervals and optimisation of a training, for every task."""
 
-    batch_size: int
+    batch_size: Count
     """Images per optimiser step, over all processes."""
-    epochs: float | None = None
+    epochs: Positive | None = None
     """Length of training in passes over the data, rounded to whole steps; either this or steps. The
     stream of samples runs on from pass to pass, so one batch may hold samples of two."""
-    steps: int | None = None
+    steps: Count | None = None
     """Length of training in optimiser steps; either this or epochs."""
-    accumulation: int = 1
+    accumulation: Count = 1
     """Micro-batches per step: parts of a process's share of a batch, each with its own forward and
     backward."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the forward pass; weights and optimiser state are always float32. fp16 scales
     the loss, and skips steps whose gradients overflow; it is for GPUs without bf16. fp32 on a GPU
     multiplies matrices in TF32."""
-    clip_norm: float | None = 5.0
+    clip_norm: Positive | None = 5.0
     """Maximum norm of the gradient over all parameters; null disables clipping."""
-    max_nonfinite: int = 10
+    max_nonfinite: Count = 10
     """Training ends after this many steps in a row with a non-finite (NaN or Inf) loss or gradient.
     Such steps are skipped on all ranks and leave the weights as they are."""
-    rank_timeout: float = 600.0
+    rank_timeout: Positive = 600.0
     """Seconds that a process may make no progress while others wait for it; then the job ends. No
     step, validation, checkpoint or compilation may take longer. A single process may wait that long
     for data."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initial weights, the data order, augmentation, masks and drop path."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between lines in metrics.jsonl."""
-    checkpoint_every: int = 500
+    checkpoint_every: Count = 500
     """Steps between checkpoints. Each process copies what it saves to host memory, and a thread
     writes it from there; a step waits if the previous checkpoint is not written yet."""
-    keep_last: int = 3
+    keep_last: Count = 3
     """Number of most recent checkpoints to keep."""
-    keep_every: int | None = None
+    keep_every: Count | None = None
     """Steps between checkpoints that are kept permanently; null keeps only the most recent ones."""
     keep_best: bool = True
     """Whether to write and keep the checkpoint of the best validation, for tasks with a metric to
     select by; best.json in the run names it. The run then exports it, and not the last."""
-    ema_decay: float | None = None
+    ema_decay: Annotated[float, Interval(gt=0, lt=1)] | None = None
     """Decay per step of an exponential moving average of the weights, for example 0.9999; it rises
     to that value over the first steps. Validation and export use the average; null keeps none."""
-    validate_every: int = 500
+    validate_every: Count = 500
     """Steps between validations; one follows the last step, too."""
-    look_every: int = 500
+    look_every: Count = 500
     """Steps between pictures, for tasks that draw them; one follows the last step, too."""
     trackers: Trackers = "auto"
     """Where metrics go besides metrics.jsonl: auto is TensorBoard if it is installed; or a list of
@@ -135,21 +119,6 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give either epochs or steps, the length of training.")
-        positive = (
-            *("batch_size", "epochs", "steps", "accumulation", "clip_norm"),
-            *("keep_last", "max_nonfinite", "rank_timeout"),
-            *("log_every", "checkpoint_every", "keep_every", "validate_every", "look_every"),
-        )
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} is {value}; it must be above 0.")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(
-                f"ema_decay is {self.ema_decay}; it must be above 0 and below 1, or null."
-            )
-        if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}; it must fit into 64 bits.")
         if self.steps is not None:
             self._check_length(self.steps)
 

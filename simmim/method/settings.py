@@ -1,8 +1,11 @@
 """Settings of mask cells and of the loss, and the grid of mask cells. Imports no torch."""
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Interval
+
+from data_prep.bounds import Count
 from simmim.recipe import settings
 
 LossName = Literal["l1", "smooth_l1", "l2"]
@@ -17,17 +20,11 @@ Grid = tuple[int, int]
 class CellSettings:
     """The cells of a mask, and how many of them are hidden."""
 
-    cell: int = 32
+    cell: Count = 32
     """Side of a mask cell in pixels: a multiple of the patch size that divides the image size."""
 
-    ratio: float = 0.6
+    ratio: Annotated[float, Interval(gt=0, lt=1)] = 0.6
     """Fraction of the mask cells to hide, between 0 and 1; rounded up to whole cells."""
-
-    def __post_init__(self) -> None:
-        if self.cell < 1:
-            raise ValueError(f"cell is {self.cell} pixels; it must be at least 1.")
-        if not 0 < self.ratio < 1:
-            raise ValueError(f"ratio is {self.ratio}; it must be between 0 and 1, such as 0.6.")
 
     def grid(self, image_size: Grid, patch_size: int = 1) -> Grid:
         """Return (rows, columns) of mask cells of an image of this height and width in pixels.

@@ -6,13 +6,14 @@ and, if it has settings, a section of its name to `MaskSettings`.
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Annotated, Any, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.bounds import Fraction, Span
 from simmim.method.settings import CellSettings, Grid
-from simmim.recipe import check_shares, check_span, settings
+from simmim.recipe import settings
 
 Strategy = Literal["random", "square", "block"]
 
@@ -92,15 +93,11 @@ class BlockMask:
     last cells are added at the border of the hidden region.
     """
 
-    smallest: float = 0.2
+    smallest: Fraction = 0.2
     """Area of the smallest block, as a fraction of the cells to hide, above 0 and at most 1; BEiT's
     is 16 of 75 cells."""
-    aspect: tuple[float, float] = (0.3, 1 / 0.3)
+    aspect: Annotated[tuple[float, float], Span()] = (0.3, 1 / 0.3)
     """Range of the aspect ratio (height / width) of a block."""
-
-    def __post_init__(self) -> None:
-        check_shares(self, "smallest")
-        check_span(self, "aspect")
 
     def draw(self, grid: Grid, hidden: int, draws: Draws) -> NDArray[np.bool_]:
         """Return one mask; see `MaskStrategy`."""
@@ -156,7 +153,6 @@ class MaskSettings(CellSettings):
     """Settings of the strategy block; null is BEiT's."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name in get_args(Strategy):
             if name != self.strategy and getattr(self, name, None) is not None:
                 raise ValueError(

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
+from data_prep.bounds import Count, Rate
 from data_prep.format.text import count_noun
 from simmim.data.settings import CroppedSettings, SampleSettings
 from simmim.engine.settings import TrainingSettings
 from simmim.method.settings import LossSettings
 from simmim.method.strategies import MaskSettings
-from simmim.recipe import check_least, check_rates, settings
+from simmim.recipe import settings
 from swinv2.config import AttentionPath, Checkpointing, Execution, SwinV2Config, variant_config
 
 SCRATCH = "scratch"
@@ -26,12 +27,12 @@ class EncoderSettings:
 
     variant: Literal["tiny", "small", "base", "large", "huge", "giant"] = "base"
     """Architecture from the paper; the fields below override parts of it."""
-    window_size: int | None = None
+    window_size: Count | None = None
     """Side of the attention windows in tokens; clamped to the size of the stage's map. Null is that
     of the trained weights that training starts from; random weights need a number."""
-    patch_size: int = 4
+    patch_size: Count = 4
     """Side of a patch in pixels."""
-    in_channels: int = 3
+    in_channels: Count = 3
     """Channels of the images: 1 grey, 3 RGB, 4 RGBA; any number for arrays (.npy)."""
     embed_dim: int | None = None
     """Channels of the first stage; null is the variant's."""
@@ -43,12 +44,8 @@ class EncoderSettings:
     """Blocks of a stage between extra LayerNorms, 0 for none; null is the variant's."""
     mlp_ratio: float | None = None
     """Hidden units of a block's MLP per channel; null is 4."""
-    drop_path: float = 0.0
+    drop_path: Rate = 0.0
     """Stochastic depth rate of the last block; it grows linearly from 0 at the first."""
-
-    def __post_init__(self) -> None:
-        check_least(self, 1, "window_size", "patch_size", "in_channels")
-        check_rates(self, "drop_path")
 
     def check_channels(self, mean: tuple[float, ...] | str, *, measurable: bool = False) -> None:
         """Check the number of means against the channels, unless they are still to be measured.

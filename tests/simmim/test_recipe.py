@@ -1,6 +1,6 @@
 import json
 import math
-from dataclasses import FrozenInstanceError, fields, is_dataclass
+from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from simmim.engine.settings import OptimizerSettings, ScheduleSettings
+from data_prep.bounds import Count, Fraction
+from simmim.engine.settings import OptimizerSettings, ScheduleSettings, TrainingSettings
 from simmim.fields import describe
 from simmim.recipe import (
     RecipeError,
@@ -396,7 +397,7 @@ def test_recipes_of_jobs_resolve_to_files_that_say_the_same(path: Path, tmp_path
     [
         (OptimizerSettings, {"lr": 0}, "lr is 0"),
         (OptimizerSettings, {"lr": math.nan}, "lr: "),
-        (OptimizerSettings, {"lr": 1e-3, "betas": [0.9, 1.0]}, "betas are"),
+        (OptimizerSettings, {"lr": 1e-3, "betas": [0.9, 1.0]}, "betas.1 is 1.0"),
         (OptimizerSettings, {"lr": 1e-3, "betas": [0.9]}, "betas"),
         (OptimizerSettings, {"lr": 1e-3, "eps": 0.0}, "eps is 0"),
         (OptimizerSettings, {"lr": 1e-3, "weight_decay": -0.1}, "weight_decay"),
@@ -417,6 +418,83 @@ def test_impossible_settings_of_the_engine(kind: Any, values: dict[str, Any], me
     with pytest.raises(RecipeError, match="test has 1 mistake") as caught:
         parse(kind, values, "test")
     assert message in str(caught.value)
+
+
+@settings
+class Base:
+    """Settings that others extend."""
+
+    count: Count = 1
+    """A number."""
+    last: int = 3
+    """A number that is larger."""
+
+    def __post_init__(self) -> None:
+        if self.last <= self.count:
+            raise ValueError(f"last is {self.last}; it must be above count.")
+
+
+@settings
+class Other:
+    """Settings beside them."""
+
+    share: Fraction = 1.0
+    """A share."""
+
+    def __post_init__(self) -> None:
+        if self.share == 0.25:
+            raise ValueError("share is a quarter.")
+
+
+@settings
+class Both(Base, Other):
+    """Settings that extend both, and check nothing themselves."""
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"count": 0}, "count is 0; it must be 1 or more."),
+        ({"last": 1}, "last is 1; it must be above count."),
+        ({"share": 0.25}, "share is a quarter."),
+        ({"share": 0.0, "count": 0}, "share is 0.0; it must be above 0 and at most 1."),
+    ],
+)
+def test_checks_of_all_bases_run_without_and_with_a_recipe(
+    values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match="is") as direct:
+        Both(**values)
+    assert message in str(direct.value)
+    with pytest.raises(RecipeError) as read:
+        parse(Both, values, "test")
+    assert message in str(read.value)
+    assert Both(count=2) == parse(Both, {"count": 2}, "test")
+
+
+def test_settings_built_in_python_are_checked() -> None:
+    optimizer = OptimizerSettings(lr=1e-3)
+    with pytest.raises(ValueError, match=r"batch_size is 0; it must be 1 or more\."):
+        TrainingSettings(batch_size=0, steps=1, optimizer=optimizer)
+    with pytest.raises(ValueError, match=r"betas is 1\.0; it must be 0 or more and below 1\."):
+        replace(optimizer, betas=(0.9, 1.0))
+
+
+def test_all_numbers_out_of_bounds_are_reported_at_once(pretrain_values: dict[str, Any]) -> None:
+    pretrain_values["data"] |= {"scale": [0.5, 0.1], "max_pixels": 0}
+    pretrain_values["training"]["batch_size"] = 0
+    pretrain_values["training"]["optimizer"]["betas"] = [0.9, 1.0]
+    pretrain_values["mask"] = {"ratio": 2.0}
+    with pytest.raises(RecipeError) as caught:
+        parse(PretrainRecipe, pretrain_values, "test")
+    assert str(caught.value).splitlines() == [
+        "test has 5 mistakes:",
+        "  data.max_pixels is 0; it must be 1 or more.",
+        "  data.scale is [0.5, 0.1]; it must be (from, to), above 0 and at most 1.",
+        "  mask.ratio is 2.0; it must be above 0 and below 1.",
+        "  training.batch_size is 0; it must be 1 or more.",
+        "  training.optimizer.betas.1 is 1.0; it must be 0 or more and below 1.",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import TypeGuard
 
 import numpy as np
 
+from data_prep.bounds import Positive
 from data_prep.format.manifest import MANIFEST_NAME, describe_unfinished, read_manifest
 from data_prep.format.patterns import Names, describe_splits
 from data_prep.format.statistics_file import read_statistics
@@ -30,12 +31,8 @@ class WeightedShards:
     shards: str
     """Folder or URL of shards made by data-prep, a pattern of such shards, or a folder of images.
     """
-    weight: float = 1.0
+    weight: Positive = 1.0
     """Sampling weight relative to the other datasets."""
-
-    def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ValueError(f"weight is {self.weight}; it must be above 0.")
 
 
 ShardsSetting = str | tuple[WeightedShards, ...]

@@ -3,7 +3,12 @@
 Transforms hold these objects, and the data sections of recipes inherit them.
 """
 
-from simmim.recipe import check_least, check_probabilities, check_shares, check_span, settings
+from typing import Annotated
+
+from annotated_types import Interval
+
+from data_prep.bounds import Amount, Count, Fraction, Probability, Span
+from simmim.recipe import settings
 
 MAX_PIXELS = 178_956_970
 """Pixels of the largest image that is decoded by default."""
@@ -16,26 +21,18 @@ MAX_LEVEL = 10.0
 class DecodeSettings:
     """Decoding of images and clips."""
 
-    max_pixels: int = MAX_PIXELS
+    max_pixels: Count = MAX_PIXELS
     """Largest image or frame, in pixels; larger ones are rejected before decoding."""
-
-    def __post_init__(self) -> None:
-        check_least(self, 1, "max_pixels")
 
 
 @settings
 class CropSettings(DecodeSettings):
     """Square crops, which are mirrored at random in training."""
 
-    image_size: int
+    image_size: Count
     """Side of the square input images in pixels."""
-    flip: float = 0.5
+    flip: Probability = 0.5
     """Probability of a horizontal flip, 0 to 1."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, 1, "image_size")
-        check_probabilities(self, "flip")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -47,15 +44,10 @@ class CropSettings(DecodeSettings):
 class RandomCropSettings(CropSettings):
     """Crops of random area and aspect ratio, resized to one size."""
 
-    scale: tuple[float, float]
+    scale: Annotated[tuple[float, float], Span(most=1)]
     """Range of the random crop's area, as a fraction of the image's."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ratio: Annotated[tuple[float, float], Span()] = (3 / 4, 4 / 3)
     """Range of the random crop's aspect ratio (width / height)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_span(self, "scale", most=1)
-        check_span(self, "ratio")
 
 
 @settings
@@ -74,33 +66,23 @@ class LabelMapSettings(DecodeSettings):
 class SegmentationCropSettings(CropSettings):
     """Random scale, crop and distortion of images with label maps."""
 
-    short_side: int | None = None
+    short_side: Count | None = None
     """Length in pixels that the short side is resized to, before the random scale and in
     validation; null keeps the image's size."""
-    scale: tuple[float, float] = (0.5, 2.0)
+    scale: Annotated[tuple[float, float], Span()] = (0.5, 2.0)
     """Range of the random scale factor before the crop."""
-    largest_class: float = 0.75
+    largest_class: Fraction = 0.75
     """Maximum fraction of a crop that one class may have; up to ten crops are tried."""
     photometric: bool = True
     """Photometric distortion of brightness, contrast, saturation and hue, as in SSD."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, 1, "short_side")
-        check_span(self, "scale")
-        check_shares(self, "largest_class")
 
 
 @settings
 class DetectionCropSettings(CropSettings):
     """Random scale and crop of images with objects."""
 
-    scale: tuple[float, float] = (0.1, 2.0)
+    scale: Annotated[tuple[float, float], Span()] = (0.1, 2.0)
     """Large-scale jitter: range of the scale relative to the size at which an image just fits."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_span(self, "scale")
 
 
 @settings
@@ -110,37 +92,27 @@ class AugmentationSettings:
     A pure function of seed, epoch and sample, independent of ranks and workers.
     """
 
-    rand_magnitude: float | None = None
+    rand_magnitude: Annotated[float, Interval(ge=0, le=MAX_LEVEL)] | None = None
     """Mean level of RandAugment, 0 to 10 (9 in the papers); null turns it off. Needs images of 3
     channels; those of 16 bits are rounded to 8, arrays must have 8."""
-    rand_std: float = 0.5
+    rand_std: Amount = 0.5
     """Standard deviation of the RandAugment level."""
-    rand_operations: int = 2
+    rand_operations: Count = 2
     """RandAugment operations drawn per image; each is applied with probability 0.5."""
-    color_jitter: float = 0.0
+    color_jitter: Probability = 0.0
     """Largest relative change of brightness, contrast and saturation, 0 to 1 (0.4 in the papers); 0
     turns it off. As in the published code, ignored if RandAugment is on."""
-    erasing: float = 0.0
+    erasing: Probability = 0.0
     """Probability of replacing a random rectangle by noise (0.25 in the papers)."""
-    mixup: float = 0.0
+    mixup: Amount = 0.0
     """Mixup alpha: parameter of the beta distribution of mixing shares (0.8 in the papers); 0 turns
     it off."""
-    cutmix: float = 0.0
+    cutmix: Amount = 0.0
     """CutMix alpha, for the area of the exchanged rectangle (1.0 in the papers); 0 turns it off."""
-    mix_probability: float = 1.0
+    mix_probability: Probability = 1.0
     """Probability of mixing a pair of images, if mixup or cutmix is on."""
-    mix_switch: float = 0.5
+    mix_switch: Probability = 0.5
     """Probability of cutmix rather than mixup, if both are on."""
-
-    def __post_init__(self) -> None:
-        if self.rand_magnitude is not None and not 0 <= self.rand_magnitude <= MAX_LEVEL:
-            raise ValueError(
-                f"rand_magnitude is {self.rand_magnitude}; it must be from 0 to 10, or null."
-            )
-        check_least(self, 0, "rand_std", "color_jitter", "mixup", "cutmix")
-        check_probabilities(self, "erasing", "mix_probability", "mix_switch")
-        if self.rand_operations < 1 or self.color_jitter > 1:
-            raise ValueError("rand_operations must be at least 1, and color_jitter at most 1.")
 
     @property
     def mixes(self) -> bool:

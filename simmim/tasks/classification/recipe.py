@@ -1,13 +1,14 @@
 """Recipe of image classification, and the base of all recipes with a linear head."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
+from data_prep.bounds import Count, Fraction, Rate, Span
 from simmim.data.settings import AugmentedDataSettings
 from simmim.data.transforms.settings import AugmentationSettings, MultiLabelSettings
 from simmim.method.settings import LossSettings
 from simmim.method.strategies import MaskSettings
-from simmim.recipe import check_rates, check_shares, settings
+from simmim.recipe import settings
 from simmim.tasks.recipe import HEAD_FOLDER, SCRATCH, FineTuningRecipe
 
 
@@ -25,12 +26,8 @@ class ClassifierRecipe(FineTuningRecipe):
     init_head: bool | None = None
     """Whether to start from the head of `init` too, of a classification run or its native export;
     null takes it if it has all classes by name, true requires that, false starts a random head."""
-    label_smoothing: float = 0.1
+    label_smoothing: Rate = 0.1
     """Label smoothing: fraction of the target spread evenly over all classes, 0 to below 1."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rates(self, "label_smoothing")
 
     @classmethod
     def without_head(cls, init: str) -> dict[str, str]:
@@ -47,22 +44,20 @@ class ClassifierRecipe(FineTuningRecipe):
 class ClassificationData(AugmentedDataSettings):
     """Labelled shards and their augmentation."""
 
-    image_size: int = 224
+    image_size: Count = 224
     """Side of the square images in pixels."""
     validation: str | None = None
     """Separate validation shards, a folder or a pattern, with the same classes; null holds out
     `validation_shards`."""
-    scale: tuple[float, float] = (0.08, 1.0)
+    scale: Annotated[tuple[float, float], Span(most=1)] = (0.08, 1.0)
     """Random crop: range of its area, as a fraction of the image's."""
     multi_label: MultiLabelSettings | None = None
     """Multi-label classification: where the classes of an image are listed; null is one class per
     image, from the shards or folders."""
-    crop_pct: float = 0.875
+    crop_pct: Fraction = 0.875
     """Validation: fraction of the short side that the centre crop keeps, above 0 and at most 1."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_shares(self, "crop_pct")
         if self.multi_label is not None and self.classes is not None:
             raise ValueError("classes and multi_label.classes are both given; leave out classes.")
 
@@ -78,7 +73,6 @@ class ClassificationRecipe(ClassifierRecipe):
     """Augmentation in addition to crop and flip."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         augmentation = self.augmentation
         channels = self.encoder.in_channels
         if (augmentation.rand_magnitude is not None or augmentation.color_jitter) and channels != 3:

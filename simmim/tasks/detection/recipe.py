@@ -1,10 +1,13 @@
 """Recipe of object detection and instance segmentation."""
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
+from annotated_types import Ge, MultipleOf
+
+from data_prep.bounds import Count
 from simmim.data.transforms.settings import DetectionCropSettings
-from simmim.recipe import check_least, settings
+from simmim.recipe import settings
 from simmim.tasks.segmentation.recipe import DenseData, DenseRecipe
 
 
@@ -30,22 +33,17 @@ class DetectionHead:
     kind: Literal["mask2former", "rt_detr"] = "mask2former"
     """Mask2Former predicts masks, with boxes around them; RT-DETR boxes only. RT-DETR's batch norms
     are synchronised over GPUs (SyncBatchNorm); on CPUs each process has its own."""
-    channels: int = 256
+    channels: Annotated[int, Ge(32), MultipleOf(32)] = 256
     """Channels of the head, a multiple of 32."""
-    queries: int = 100
+    queries: Count = 100
     """Number of queries (object proposals per image)."""
     decoder_layers: int | None = None
     """Decoder layers; null is 10 for Mask2Former (9 layers plus the first prediction) and 6 for
     RT-DETR, as published."""
-    points: int = 12544
+    points: Count = 12544
     """Mask2Former: points of a mask that the loss is sampled at."""
-    detections: int = 100
+    detections: Count = 100
     """Maximum number of detections per image, those with the highest scores."""
-
-    def __post_init__(self) -> None:
-        check_least(self, 1, "queries", "points", "detections")
-        if self.channels < 32 or self.channels % 32:
-            raise ValueError(f"channels is {self.channels}; it must be a multiple of 32.")
 
     @property
     def predicts_masks(self) -> bool:

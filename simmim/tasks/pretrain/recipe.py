@@ -1,8 +1,9 @@
 """Recipe of SimMIM pretraining."""
 
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
+from data_prep.bounds import Count, Span
 from simmim.data.datasets.mixture import Shards
 from simmim.data.datasets.opening import open_sets
 from simmim.data.settings import AugmentedDataSettings, DrawnSettings
@@ -18,16 +19,12 @@ from simmim.tasks.recipe import EncoderSettings, ExecutionSettings, TaskRecipe, 
 class PretrainData(AugmentedDataSettings, DrawnSettings):
     """Unlabelled shards and their augmentation."""
 
-    image_size: int = 192
+    image_size: Count = 192
     """Side of the square images in pixels."""
     validation: str | None = None
     """Separate images to validate on, shards or a folder; null holds out `validation_shards`."""
-    scale: tuple[float, float] = (0.67, 1.0)
+    scale: Annotated[tuple[float, float], Span(most=1)] = (0.67, 1.0)
     """Random crop: range of its area, as a fraction of the image's."""
-
-    def __post_init__(self) -> None:
-        AugmentedDataSettings.__post_init__(self)
-        DrawnSettings.__post_init__(self)
 
     def split_shards(self) -> tuple[Shards, Shards]:
         """Open the datasets and return (training, validation); see `open_shards`."""

@@ -2,9 +2,10 @@
 
 from typing import Literal
 
+from data_prep.bounds import Count, Fraction, Positive, Seed, Whole
 from simmim.data.settings import RemoteSettings
 from simmim.data.transforms.settings import DecodeSettings
-from simmim.recipe import check_least, check_shares, settings
+from simmim.recipe import settings
 
 
 @settings
@@ -17,48 +18,38 @@ class ProbeData(RemoteSettings, DecodeSettings):
     validation: str | None = None
     """Separate validation shards, a folder or a pattern, with the same classes; null holds out
     `validation_shards`."""
-    validation_shards: int = 1
+    validation_shards: Whole = 1
     """Number of shards at the end of the set that are held out for validation."""
-    fraction: float = 1.0
+    fraction: Fraction = 1.0
     """Fraction of each class's training images to use, above 0 and at most 1."""
     fraction_seed: int = 0
     """Seed of that choice."""
-    image_size: int | None = None
+    image_size: Count | None = None
     """Side of the square images in pixels; null is the encoder's."""
-    window_size: int | None = None
+    window_size: Count | None = None
     """Side of the attention windows in tokens; null is the encoder's."""
-    crop_pct: float = 1.0
+    crop_pct: Fraction = 1.0
     """Fraction of the short side that the central crop keeps, above 0 and at most 1."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Batch size of the encoder."""
-    workers: int = 2
+    workers: Whole = 2
     """Worker processes that decode; 0 decodes in the main process."""
 
     def __post_init__(self) -> None:
-        RemoteSettings.__post_init__(self)
-        DecodeSettings.__post_init__(self)
         if self.validation is None and self.validation_shards < 1:
             raise ValueError("a probe needs validation images: set validation_shards to 1 or more.")
-        check_least(self, 1, "batch_size")
-        check_least(self, 0, "workers")
-        check_shares(self, "fraction", "crop_pct")
 
 
 @settings
 class ProbeSettings:
     """k-nearest-neighbour and linear classifiers on frozen features."""
 
-    neighbours: int = 20
+    neighbours: Count = 20
     """kNN: number of nearest training images that vote."""
-    temperature: float = 0.07
+    temperature: Positive = 0.07
     """kNN: a neighbour's vote has weight exp(cosine similarity / temperature)."""
-    linear_steps: int = 100
+    linear_steps: Count = 100
     """Linear classifier: maximum number of L-BFGS steps over all training features."""
-
-    def __post_init__(self) -> None:
-        check_least(self, 1, "neighbours", "linear_steps")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be above 0.")
 
 
 @settings
@@ -71,16 +62,12 @@ class ProbeRecipe:
     """Encoder directory, or the folder of a finished run."""
     init: Literal["pretrained", "scratch", "both"] = "both"
     """Weights: the directory's, random ones in the same architecture, or both in turn."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the random weights."""
     data: ProbeData
     """The images."""
     probe: ProbeSettings = ProbeSettings()
     """The classifiers."""
-
-    def __post_init__(self) -> None:
-        if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}; it must fit into 64 bits.")
 
 
 @settings
@@ -93,17 +80,17 @@ class OnlineProbeSettings:
     validation: str | None = None
     """Separate validation shards, a folder or a pattern, with the same classes; null holds out
     `validation_shards`."""
-    validation_shards: int = 1
+    validation_shards: Whole = 1
     """Number of shards at the end of the set that are held out for validation."""
-    every: int = 5000
+    every: Count = 5000
     """Steps between probes; there is also one of the random weights and one at the end."""
     kind: Literal["knn", "linear", "both"] = "knn"
     """k-nearest neighbours, a linear classifier, or both."""
-    samples: int = 10_000
+    samples: Count = 10_000
     """Maximum number of training images, the same fraction of each class."""
-    validation_samples: int = 5_000
+    validation_samples: Count = 5_000
     """Maximum number of validation images, the same fraction of each class."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Batch size of the encoder, over all processes."""
     classifier: ProbeSettings = ProbeSettings()
     """The classifiers."""
@@ -113,4 +100,3 @@ class OnlineProbeSettings:
             raise ValueError(
                 "a probe needs images to classify: set validation_shards to 1 or more."
             )
-        check_least(self, 1, "every", "samples", "validation_samples", "batch_size")

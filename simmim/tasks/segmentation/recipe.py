@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
+from annotated_types import Ge
+
+from data_prep.bounds import Amount, Count, Fraction, Whole
 from simmim.data.datasets.label_maps import FolderLayout
 from simmim.data.settings import IMAGENET_MEAN, IMAGENET_STD, CroppedSettings, DrawnSettings
 from simmim.data.transforms.settings import LabelMapSettings, SegmentationCropSettings
-from simmim.recipe import check_least, check_shares, settings
+from simmim.recipe import settings
 from simmim.tasks.recipe import FineTuningRecipe
 
 MAX_CLASSES = 255
@@ -20,19 +23,14 @@ class DenseData(CroppedSettings, DrawnSettings):
 
     REMEDY = "Repair or remove these files"
 
-    fraction: float = 1.0
+    fraction: Fraction = 1.0
     """Fraction of the training images that is used, above 0; larger ones contain smaller ones."""
     fraction_seed: int = 0
     """Seed of that choice."""
-    image_size: int
+    image_size: Count
     """Side of the square training crops in pixels."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
-
-    def __post_init__(self) -> None:
-        CroppedSettings.__post_init__(self)
-        DrawnSettings.__post_init__(self)
-        check_shares(self, "fraction")
 
 
 @settings
@@ -41,13 +39,9 @@ class DenseRecipe(FineTuningRecipe):
 
     data: DenseData
     """The images."""
-    pictures: int = 4
+    pictures: Whole = 4
     """Validation images to draw with their predictions, spread over the split and always the same,
     or training images if none are held out; 0 draws none."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, 0, "pictures")
 
 
 @settings
@@ -57,24 +51,21 @@ class SegmentationHead:
     kind: Literal["upernet", "mask2former"] = "upernet"
     """UperNet (the paper's), or Mask2Former. UperNet's batch norms are synchronised over GPUs
     (SyncBatchNorm); on CPUs each process has its own, and should have two images or more."""
-    channels: int | None = None
+    channels: Count | None = None
     """Channels of the head; null is 512 for UperNet and 256 for Mask2Former, as published.
     Mask2Former needs a multiple of 32."""
-    auxiliary_weight: float = 0.4
+    auxiliary_weight: Amount = 0.4
     """UperNet: loss weight of the auxiliary head on the second-to-last feature map; 0 for none."""
-    auxiliary_channels: int = 256
+    auxiliary_channels: Count = 256
     """UperNet: channels of the auxiliary head."""
-    queries: int = 100
+    queries: Count = 100
     """Mask2Former: number of queries (mask proposals per image)."""
-    decoder_layers: int = 10
+    decoder_layers: Annotated[int, Ge(2)] = 10
     """Mask2Former: number of decoder layers plus one; 10 in the paper."""
-    points: int = 12544
+    points: Count = 12544
     """Mask2Former: points of a mask that the loss is sampled at."""
 
     def __post_init__(self) -> None:
-        check_least(self, 1, "channels", "auxiliary_channels", "queries", "points")
-        check_least(self, 2, "decoder_layers")
-        check_least(self, 0, "auxiliary_weight")
         if self.kind == "mask2former" and (self.channels or 32) % 32:
             raise ValueError(
                 f"channels is {self.channels}; it must be a multiple of 32 for Mask2Former."
@@ -87,11 +78,11 @@ class SegmentationEvaluation:
 
     mode: Literal["whole", "slide"] = "whole"
     """Whole images, or square sliding windows whose scores are averaged where they overlap."""
-    size: int | None = None
+    size: Count | None = None
     """Side of the sliding windows in pixels; null is data.image_size."""
-    stride: int | None = None
+    stride: Count | None = None
     """Stride of the sliding windows in pixels; null is two thirds of a window."""
-    window_size: int | None = None
+    window_size: Count | None = None
     """Side of the attention windows in tokens; null is encoder.window_size. The paper uses 56
     with a size of 896 for an encoder trained at 640 with 40."""
     scales: tuple[float, ...] = (1.0,)
@@ -100,7 +91,6 @@ class SegmentationEvaluation:
     """Average with the scores of the flipped image."""
 
     def __post_init__(self) -> None:
-        check_least(self, 1, "size", "stride", "window_size")
         if not self.scales or min(self.scales) <= 0:
             raise ValueError(f"scales is {list(self.scales)}; give at least one, all above 0.")
 
@@ -134,7 +124,6 @@ class SegmentationData(DenseData, SegmentationCropSettings, LabelMapSettings):
     """Class names in the order of their numbers; null is class 0, class 1, ..."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         images, _ = self.layout.folders(Path(self.folder), self.train)
         held_out = None
         if self.validation is not None:
@@ -177,7 +166,6 @@ class SegmentationRecipe(DenseRecipe):
     """Inference in validation."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.evaluation.check_stride(self.data.image_size)
 
     @classmethod

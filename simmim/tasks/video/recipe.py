@@ -3,8 +3,9 @@
 from dataclasses import replace
 from typing import ClassVar, Literal
 
+from data_prep.bounds import Count
 from simmim.data.settings import ClipDataSettings
-from simmim.recipe import check_least, settings
+from simmim.recipe import settings
 from simmim.tasks.classification.recipe import ClassifierRecipe
 from simmim.tasks.recipe import SCRATCH, EncoderSettings
 from swinv2.config import VideoConfig, video_config
@@ -17,14 +18,12 @@ CHANNELS = 3
 class VideoEncoderSettings(EncoderSettings):
     """A Swin Transformer V2 encoder of clips."""
 
-    frame_patch: int = 1
+    frame_patch: Count = 1
     """Frames per patch; data.frames has to be a multiple of it."""
-    window_frames: int = 8
+    window_frames: Count = 8
     """Attention window along time in tokens; clamped to the length of a clip."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, 1, "frame_patch", "window_frames")
         if self.in_channels != CHANNELS:
             raise ValueError(f"in_channels is {self.in_channels}; it must be {CHANNELS} for clips.")
 
@@ -62,7 +61,6 @@ class VideoRecipe(ClassifierRecipe):
     """The clips."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         encoder = self.encoder
         if encoder.window_size is None:  # that of the trained weights
             encoder = replace(encoder, window_size=1)

@@ -46,11 +46,11 @@ def test_sizes(limits: dict[str, int], size: tuple[int, int], expected: tuple[in
 
 
 def test_invalid_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="--max-side must be at least 1"):
+    with pytest.raises(ValueError, match="--max-side is 0; it must be 1 or more"):
         Encoding(max_side=0)
     with pytest.raises(ValueError, match="--format must be one of"):
         Encoding(format="gif")
-    with pytest.raises(ValueError, match="--quality must be 1 to 100"):
+    with pytest.raises(ValueError, match="--quality is 101; it must be from 1 to 100"):
         Encoding(quality=101)
 
 

@@ -151,7 +151,7 @@ def test_a_part_of_other_input_is_refused(
 def test_invalid_run_options_are_reported() -> None:
     with pytest.raises(ValueError, match="--part must"):
         RunOptions(part=(3, 2))
-    with pytest.raises(ValueError, match="--max-rejected must"):
+    with pytest.raises(ValueError, match="--max-rejected is 2; it must"):
         RunOptions(max_rejected=2)
 
 

@@ -88,13 +88,13 @@ def test_default_number_of_shards() -> None:
 
 
 def test_invalid_options_are_reported() -> None:
-    with pytest.raises(ValueError, match="--samples-per-shard must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="--samples-per-shard is 0; it must be 1 or more"):
         ShardOptions(samples_per_shard=0)
     with pytest.raises(ValueError, match="--max-pixels"):
         ShardOptions(max_pixels=0)
     with pytest.raises(ValueError, match="--max-bytes"):
         ShardOptions(selection=Selection(max_bytes=-1))
-    with pytest.raises(ValueError, match="--validation-fraction must"):
+    with pytest.raises(ValueError, match=r"--validation-fraction is 1\.0; it must"):
         ShardOptions(validation_fraction=1.0)
     with pytest.raises(ValueError, match="--seed"):
         ShardOptions(seed=2**70)

@@ -254,7 +254,7 @@ def test_the_tables_are_aligned_and_complete(
         (["--sizes", "192"], "give IMAGE/WINDOW"),
         (["--sizes", "100/8"], "multiple of the mask cell"),
         (["--variants", "huger"], "'huger' is not published; choose of tiny,"),
-        (["--batch", "0"], "--batch: it must be 1 or more, got 0."),
+        (["--batch", "0"], "--batch is 0; it must be 1 or more."),
         (["--sharding", "fsdp"], 'Choose from: "none", "fsdp2"'),
         (["--devices", "0"], "0 is below 1"),
     ],

@@ -45,10 +45,10 @@ def test_a_part_of_the_images(write_shards: WriteShards) -> None:
     [
         ({"shards": ""}, "shards .*give a folder"),
         ({"shards": []}, "shards .*give a folder"),
-        ({"shards": [{"shards": "a", "weight": 0}]}, "weight is 0.0"),
+        ({"shards": [{"shards": "a", "weight": 0}]}, "weight is 0;"),
         ({"shards": [{"shards": "a", "wieght": 1}]}, "did you mean weight"),
-        ({"shards": "a", "fraction": 0}, "fraction is 0.0"),
-        ({"shards": "a", "max_bad_share": 2}, "max_bad_share is 2.0"),
+        ({"shards": "a", "fraction": 0}, "fraction is 0;"),
+        ({"shards": "a", "max_bad_share": 2}, "max_bad_share is 2;"),
         ({"shards": "a", "mean": "guessed"}, "measured"),
         ({"shards": "a", "mean": [0.5]}, "one number per channel"),
     ],

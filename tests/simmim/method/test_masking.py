@@ -168,7 +168,7 @@ def test_recipes_choose_the_strategy_and_its_settings() -> None:
         ({"block": {}}, "block has the settings of the strategy block, and strategy is random"),
         ({"strategy": "block", "block": {"aspcet": [1, 2]}}, "block.aspcet: unknown key; did you"),
         ({"strategy": "block", "block": {"smallest": 0}}, "smallest is 0"),
-        ({"strategy": "block", "block": {"aspect": [2, 1]}}, r"aspect is \(2"),
+        ({"strategy": "block", "block": {"aspect": [2, 1]}}, r"aspect is \[2"),
     ):
         with pytest.raises(RecipeError, match=message):
             read(**values)  # type: ignore[arg-type]

@@ -498,10 +498,10 @@ def test_both_starts_of_a_comparison_meet_the_same_check(
     assert "the recipe has" not in errors
 
 
-@pytest.mark.parametrize(("workers", "word"), [(10**6, "at most 1000"), (-1, "0 or more")])
+@pytest.mark.parametrize("workers", [10**6, -1])
 def test_numbers_of_workers_that_no_machine_has_are_refused(
-    pretrain_values: dict[str, Any], workers: int, word: str
+    pretrain_values: dict[str, Any], workers: int
 ) -> None:
     pretrain_values["data"]["workers"] = workers
-    with pytest.raises(ValueError, match=rf"workers is {workers}; it must be {word}"):
+    with pytest.raises(ValueError, match=rf"workers is {workers}; it must be from 0 to 1,000"):
         parse(PretrainRecipe, pretrain_values, "test")

@@ -193,7 +193,7 @@ def test_a_sample_looks_different_in_each_epoch_and_always_the_same(shards: obje
         ({"erasing": 1.5}, "erasing is 1.5"),
         ({"mixup": -1.0}, "mixup is -1.0"),
         ({"mix_switch": 2.0}, "mix_switch is 2.0"),
-        ({"color_jitter": 1.5}, "at most 1"),
+        ({"color_jitter": 1.5}, "from 0 to 1"),
     ],
 )
 def test_impossible_settings_are_refused(values: dict[str, float], message: str) -> None:

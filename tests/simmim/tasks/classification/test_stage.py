@@ -218,8 +218,8 @@ def test_scores_add_up() -> None:
 @pytest.mark.parametrize(
     ("section", "settings", "message"),
     [
-        ("data", {"fraction": 0.0}, "data: fraction is 0.0"),
-        ("data", {"crop_pct": 1.5}, "data: crop_pct is 1.5"),
+        ("data", {"fraction": 0.0}, "data.fraction is 0.0"),
+        ("data", {"crop_pct": 1.5}, "data.crop_pct is 1.5"),
         ("data", {"slots": 3}, "multiple of data.slots 3"),
         ("data", {"mean": [0.5], "std": [0.5]}, "data.mean has 1 value"),
         ("data", {"validatoin": "x"}, "did you mean validation"),

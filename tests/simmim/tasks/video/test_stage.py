@@ -273,12 +273,12 @@ def test_it_learns_what_single_frames_do_not_show(
 @pytest.mark.parametrize(
     ("section", "changes", "message"),
     [
-        ("data", {"views": [0, 5]}, r"data: views is \[0, 5\]"),
-        ("data", {"frames": 0}, "data: frames is 0"),
+        ("data", {"views": [0, 5]}, r"data\.views\.0 is 0"),
+        ("data", {"frames": 0}, "data.frames is 0"),
         ("data", {"frames": 7}, "frames is 7.* frame_patch 2"),
         ("data", {"slots": 3}, "multiple of data.slots 3"),
         ("encoder", {"in_channels": 1}, "encoder: in_channels is 1; .*3"),
-        ("encoder", {"window_frames": 0}, "encoder: window_frames is 0"),
+        ("encoder", {"window_frames": 0}, "encoder.window_frames is 0"),
         ("data", {"clip": "a"}, "data.clip: unknown key; did you mean clips"),
     ],
 )
