@@ -6,10 +6,12 @@ Like every program that starts worker processes, a script calls them below
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from simmim.engine.run import RunFolder
@@ -19,6 +21,7 @@ from simmim.tasks.task import Task
 
 if TYPE_CHECKING:
     from simmim.tasks.evaluate import Evaluation
+    from simmim.tasks.pretrain.model import EncoderBuilder
     from swinv2 import SwinV2, VideoSwinV2
 
 # ruff: noqa: PLC0415 (what imports torch is imported when it is needed)
@@ -87,6 +90,7 @@ def pretrain(
     init_from: str | PathLike[str] | None = None,
     allow_recipe_changes: bool = False,
     check_memory: bool = True,
+    encoder: "EncoderBuilder | None" = None,
 ) -> Run:
     """Pretrain an encoder on unlabelled images, as `simmim pretrain` does.
 
@@ -102,6 +106,9 @@ def pretrain(
             resumed.
         allow_recipe_changes: resume although the recipe differs from that of the run.
         check_memory: refuse a training that needs more memory than this machine has.
+        encoder: builds an encoder of another class from the recipe, with the members of
+            `simmim.method.encoder_protocol.ImageEncoder`; None builds the recipe's SwinV2. Its
+            weights are exported alone, and its memory is not estimated.
 
     Raises:
         ValueError: the recipe, the data or the folder cannot be used; names what, where and the
@@ -117,7 +124,8 @@ def pretrain(
         overrides=overrides,
         init_from=init_from,
         allow_recipe_changes=allow_recipe_changes,
-        check_memory=check_memory,
+        check_memory=check_memory and encoder is None,
+        stage_options={} if encoder is None else {"encoder": encoder},
     )
 
 
@@ -203,6 +211,7 @@ def _train(
     init_from: str | PathLike[str] | None,
     allow_recipe_changes: bool,
     check_memory: bool,
+    stage_options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Run:
     from simmim.doctor.fits import check_fits
     from simmim.tasks.train import run_folder, train_recipe
@@ -211,8 +220,9 @@ def _train(
     if folder is None and not isinstance(recipe, str | PathLike):
         raise ValueError("a recipe without a file has no name: give the run folder as `folder`.")
     run = RunFolder(path=Path(folder)) if folder is not None else run_folder(None, Path(recipe))
+    stage: Callable[..., Any] = task.stage
     result = train_recipe(
-        task.stage,
+        partial(stage, **stage_options),
         settings,
         run=run,
         resume=None if resume is None else str(resume),

@@ -109,6 +109,8 @@ def _write(
     if found.head is not None and classifier is None:
         # Our heads take normalised maps, and backbones of other libraries return others.
         other = [f"not exported: the head of the {found.head.task}, which --format native writes"]
+    if found.left_out is not None:
+        other.append(f"not exported: {found.left_out}")
     heads: dict[str, Any] = {"head": masked_image, "classifier": classifier}
     match form:
         case "transformers":

@@ -70,6 +70,8 @@ class TrainedModel:
     """Provenance of the image encoder that an encoder of clips was inflated from."""
     masked_image: MaskedImageHead | None = None
     """Mask token and decoder, from a pretraining run that predicts pixels."""
+    left_out: str | None = None
+    """What the model has besides, which no format has a place for, and why."""
     classifier: ClassifierHead | None = None
     """Linear head, from a classification of images or clips."""
     classes: tuple[str, ...] = ()

@@ -45,6 +45,8 @@ from swinv2 import SwinV2, save_encoder
 from swinv2.bridges.checkpoints import MaskedImageHead
 from swinv2.config_file import Provenance
 
+FEATURE_DECODER = "mask token and decoder (they predict features, not pixels)"
+"""Parts of a model of features that are not exported."""
 PANEL_IMAGES = 8
 BASELINE_IMAGES = 256
 """Held-out images for the baseline, which is computed before training."""
@@ -138,6 +140,7 @@ class PretrainStage:
             std=std,
             provenance=provenance_of(checkpoint, recipe),
             masked_image=_masked_image_head(model) if model.target.is_pixels else None,
+            left_out=None if model.target.is_pixels else FEATURE_DECODER,
             shards=recipe.data.first_shards,
             origin=str(checkpoint),
         )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+import simmim
 from simmim import SimMIM
 from simmim.doctor.examine import examine
 from simmim.engine.checkpoint.resume import load_initial, read_model
@@ -120,6 +121,14 @@ def test_it_trains_probes_and_reports(values: dict[str, Any], tmp_path: Path) ->
     assert [line["step"] for line in lines if "probe_linear_top1" in line] == [0, 12, 24, 30]
     assert (run.reconstructions / "step-00000030.png").is_file()
     assert "Reconstructions, step-00000030" in run.report.read_text()
+
+
+def test_it_trains_from_python(values: dict[str, Any], tmp_path: Path) -> None:
+    values["training"] |= {"steps": 2}
+    run = simmim.pretrain(values, tmp_path / "run", encoder=lambda _: ToyEncoder())
+    assert (run.folder / "encoder" / "encoder.json").is_file()
+    with pytest.raises(ValueError, match="is a ToyEncoder"):
+        run.load_encoder()
 
 
 def test_it_resumes_in_bits(
