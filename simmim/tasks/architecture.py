@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from simmim.engine.checkpoint.directory import read_best
 from simmim.recipe import differences, to_values
+from simmim.tasks.other_encoder import other_class
 from simmim.tasks.pretrained import find_weights
 from simmim.tasks.recipe import EncoderSettings, FineTuningRecipe, TaskRecipe
 from swinv2.config import SwinV2Config, VideoConfig, variant_config
@@ -85,6 +86,8 @@ def describe_start(recipe: TaskRecipe) -> str | None:
     source = recipe.init_directory
     if source is None:
         return None
+    if any(other_class(path) for path in (Path(source), Path(source) / "encoder")):
+        return None  # of an encoder that keeps no best
     encoder = find_weights(source).encoder
     run = next((path for path in (encoder.parent, encoder) if read_best(path)), encoder.parent)
     best, step = read_best(run), describe_directory(encoder).provenance.step

@@ -29,6 +29,7 @@ from simmim.engine.run import RunFolder
 from simmim.recipe import recipe_hash
 from simmim.tasks.architecture import resolve_architecture
 from simmim.tasks.loading import order_for, training_batches, with_slots
+from simmim.tasks.other_encoder import save_any_encoder
 from simmim.tasks.pretrained import InitialEncoder, load_initial_encoder
 from simmim.tasks.recipe import FineTuningRecipe
 from simmim.tasks.trained import (
@@ -41,7 +42,6 @@ from simmim.tasks.trained import (
     read_plain_head,
     save_plain_head,
 )
-from swinv2 import save_encoder
 from swinv2.bridges.preprocessing import Preparation
 from swinv2.config_file import Provenance
 from swinv2.weights import load_strictly
@@ -179,7 +179,7 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
         """Write encoder and head into the run; by default only the weights of the head."""
         mean, std = self.initial.mean, self.initial.std
         provenance = self.provenance(step, samples)
-        save_encoder(self.encoder, run.encoder, mean=mean, std=std, provenance=provenance)
+        save_any_encoder(self.encoder, run.encoder, mean=mean, std=std, provenance=provenance)
         folder = self.recipe.HEAD
         if folder is not None:
             tensors = below(self.module.state_dict(), MODEL_PREFIX)

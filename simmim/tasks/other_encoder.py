@@ -10,14 +10,30 @@ from pathlib import Path
 from torch import nn
 
 from simmim.method.encoder_protocol import ImageEncoder
+from swinv2 import SwinV2, save_encoder
 from swinv2.atomic import atomic_folder
-from swinv2.config_file import README_FILE, WEIGHTS_FILE, Provenance
+from swinv2.config_file import README_FILE, WEIGHTS_FILE, Provenance, read_provenance
 from swinv2.json_file import load_json
 from swinv2.weights import write_tensors
 
 OTHER_FILE = "encoder.json"
 """Description of the encoder; an encoder directory has `config.json` instead."""
 DESCRIBED = ("image_size", "in_channels", "patch_size", "embed_dim", "num_features", "strides")
+
+
+def save_any_encoder(
+    encoder: ImageEncoder,
+    path: Path,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    provenance: Provenance,
+) -> None:
+    """Write an encoder directory of a SwinV2, or else the folder of `save_other_encoder`."""
+    if isinstance(encoder, SwinV2):
+        save_encoder(encoder, path, mean=mean, std=std, provenance=provenance)
+    else:
+        save_other_encoder(encoder, path, mean=mean, std=std, provenance=provenance)
 
 
 def save_other_encoder(
@@ -77,6 +93,18 @@ def other_class(path: Path) -> str | None:
         return None
     name = found.get("class") if isinstance(found, dict) else None
     return name.rpartition(".")[2] if isinstance(name, str) else None
+
+
+def exported_step(path: Path) -> int | None:
+    """Return the step that the exported encoder in a folder is of, of any class; None if unknown.
+
+    Raises:
+        ValueError: the folder has no encoder, or its description is damaged.
+    """
+    if other_class(path) is None:
+        return read_provenance(path).step
+    found = load_json(path / OTHER_FILE)["provenance"]["step"]
+    return found if isinstance(found, int) else None
 
 
 def refuse_other_encoder(path: Path, what: str) -> None:

@@ -37,8 +37,8 @@ from simmim.tasks.all_tasks import head_folders, task_of_run
 from simmim.tasks.architecture import describe_start, overridden
 from simmim.tasks.input_check import check_stage_input
 from simmim.tasks.loading import with_recorded_slots
+from simmim.tasks.other_encoder import exported_step
 from simmim.tasks.recipe import TaskRecipe
-from swinv2.config_file import read_provenance
 
 RecipeT = TypeVar("RecipeT", bound=TaskRecipe)
 
@@ -267,7 +267,7 @@ def print_result(result: TrainingResult, run: RunFolder, resume: str | None) -> 
 def _exported_lines(run: RunFolder, last: int) -> list[str]:
     """Return lines on the folders of encoder and head, and the checkpoint that they are of."""
     best, path = read_best(run.path), kept_best(run.path)
-    is_best = best is not None and read_provenance(run.encoder).step == best.step
+    is_best = best is not None and exported_step(run.encoder) == best.step
     of = " (of the best checkpoint)" if is_best else ""
     heads = [run.path / name for name in head_folders() if (run.path / name).is_dir()]
     lines = [f"Encoder  {run.encoder}{of}", *(f"Head     {head}{of}" for head in heads)]

@@ -29,6 +29,7 @@ from simmim.data.transforms.mixing import draw_mixes, mix, partners
 from simmim.data.transforms.settings import AugmentationSettings
 from simmim.engine.generators import seeded
 from simmim.engine.run import RunFolder
+from simmim.method.encoder_protocol import encoder_flops
 from simmim.tasks.architecture import resolve_architecture
 from simmim.tasks.classification.classifier import (
     Classifier,
@@ -49,14 +50,14 @@ from simmim.tasks.fine_tuning import DataT, FineTuningStage
 from simmim.tasks.loading import all_labels, any_labelled, open_labelled
 from simmim.tasks.measured import with_measured
 from simmim.tasks.metrics import AccuracySums, accuracy_sums, tells_top5
+from simmim.tasks.other_encoder import save_any_encoder
 from simmim.tasks.pretrained import InitialEncoder
 from simmim.tasks.recipe import HEAD_FOLDER
 from simmim.tasks.trained import TrainedModel, below
-from swinv2 import SwinV2, SwinV2Config, save_encoder
+from swinv2 import SwinV2
 from swinv2.bridges.checkpoints import ClassifierHead
 from swinv2.bridges.preprocessing import Preparation, describe
 from swinv2.config_file import Provenance
-from swinv2.flops import forward_flops
 from swinv2.weights import load_strictly
 
 
@@ -138,8 +139,9 @@ class ClassifierStage(FineTuningStage[RecipeT, DataT]):
     @property
     def flops_per_sample(self) -> int:
         """FLOPs of encoder and head; see `simmim.engine.monitor.observers.Watch`."""
-        config: SwinV2Config = self.initial.encoder.config
-        return forward_flops(config) + 2 * config.num_features * len(self.classes)
+        encoder = self.initial.encoder
+        head: int = 2 * encoder.num_features * len(self.classes)
+        return encoder_flops(encoder) + head
 
     def baselines(self) -> dict[str, float]:
         """Return the cross-entropy of a uniform prediction."""
@@ -321,8 +323,10 @@ class ClassificationStage(ClassifierStage[ClassificationRecipe, Shards]):
             return multi_label_figures(batches, self._logits, accelerator, classes=count)
         return self.figures(batches, accelerator, self._logits)
 
-    def preparation(self) -> dict[str, Any]:
-        """Return how pictures are prepared, as in validation."""
+    def preparation(self) -> dict[str, Any] | None:
+        """Return how pictures are prepared, as in validation; None if not for a SwinV2."""
+        if not isinstance(self.initial.encoder, SwinV2):
+            return None
         # The range of stored values is the data's: an export looks at it.
         preparation = Preparation(crop_pct=self.recipe.validation_crop)
         config, mean, std = self.initial.encoder.config, self.initial.mean, self.initial.std
@@ -335,7 +339,7 @@ class ClassificationStage(ClassifierStage[ClassificationRecipe, Shards]):
     def save_encoder(self, path: Path, provenance: Provenance) -> None:
         """Write the encoder directory."""
         mean, std = self.initial.mean, self.initial.std
-        save_encoder(self.initial.encoder, path, mean=mean, std=std, provenance=provenance)
+        save_any_encoder(self.initial.encoder, path, mean=mean, std=std, provenance=provenance)
 
 
 def label_reader(data: ClassificationData) -> LabelReader:

@@ -36,12 +36,11 @@ from simmim.report.panels import reconstruction_panel
 from simmim.tasks.features import Normalise, pooled_features, sample_drop_path_noise
 from simmim.tasks.loading import order_for, training_batches, with_slots
 from simmim.tasks.measured import with_measured
-from simmim.tasks.other_encoder import save_other_encoder
+from simmim.tasks.other_encoder import save_any_encoder
 from simmim.tasks.pretrain.model import EncoderBuilder, build_model, build_swinv2
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.probe.online import OnlineProbe
 from simmim.tasks.trained import TrainedModel, provenance_of, read_directory
-from swinv2 import SwinV2, save_encoder
 from swinv2.bridges.checkpoints import MaskedImageHead
 from swinv2.config_file import Provenance
 
@@ -348,10 +347,7 @@ def save_pretrained(
     """
     mean, std = recipe.data.normalisation
     provenance = Provenance(step=step, samples_seen=samples, recipe_hash=recipe_hash(recipe))
-    if isinstance(model.encoder, SwinV2):
-        save_encoder(model.encoder, path, mean=mean, std=std, provenance=provenance)
-    else:
-        save_other_encoder(model.encoder, path, mean=mean, std=std, provenance=provenance)
+    save_any_encoder(model.encoder, path, mean=mean, std=std, provenance=provenance)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,23 +1,30 @@
 """An encoder of another class goes through what SwinV2 does: only its members are asked for."""
 
+import json
+import os
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import simmim
+import simmim.cli
 from simmim import SimMIM
 from simmim.doctor.examine import examine
 from simmim.engine.checkpoint.resume import load_initial, read_model
 from simmim.engine.devices import build_accelerator
 from simmim.engine.distributed.sharding import shard_by_block, sharding_units
+from simmim.engine.generators import seeded
 from simmim.engine.loop import TrainingResult, train
 from simmim.engine.optimizer import (
     OptimizerSettings,
@@ -29,11 +36,16 @@ from simmim.engine.run import RunFolder
 from simmim.export.export import export
 from simmim.export.formats import Format
 from simmim.method.encoder_protocol import encoder_flops
-from simmim.recipe import parse
+from simmim.recipe import parse, settings
 from simmim.report.page import write_report
+from simmim.tasks import all_tasks
+from simmim.tasks.classification.recipe import ClassificationRecipe
+from simmim.tasks.classification.stage import ClassificationStage
+from simmim.tasks.classification.task import TASK as CLASSIFICATION
+from simmim.tasks.measured import with_measured
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.pretrain.stage import PretrainStage, load_pretrained
-from simmim.tasks.pretrained import find_weights
+from simmim.tasks.pretrained import InitialEncoder, find_weights
 from simmim.tasks.probe.probe import open_probe_shards, probe
 from simmim.tasks.probe.recipe import ProbeData, ProbeSettings
 from swinv2 import VideoSwinV2, build_encoder, inflate
@@ -279,3 +291,80 @@ def test_an_encoder_of_clips_is_refused_when_the_model_is_built() -> None:
     assert isinstance(clips, VideoSwinV2)
     with pytest.raises(ValueError, match="VideoSwinV2, whose maps have frames, rows, columns"):
         SimMIM(clips, mask_cell=8)
+
+
+class ToyClassificationStage(ClassificationStage):
+    """Classification on the toy encoder; `init` is a run that has pretrained one."""
+
+    @staticmethod
+    def resolve(recipe: ClassificationRecipe) -> ClassificationRecipe:
+        return with_measured(recipe)
+
+    @staticmethod
+    def load_initial(recipe: ClassificationRecipe) -> InitialEncoder[Any]:
+        with seeded(recipe.training.seed):
+            encoder = ToyEncoder()
+        if recipe.init != "scratch":
+            places = [Path(recipe.init) / "encoder", Path(recipe.init)]  # a run, or its export
+            folder = next(path for path in places if (path / "model.safetensors").is_file())
+            encoder.load_state_dict(load_file(folder / "model.safetensors"))
+        mean, std = recipe.data.normalisation
+        return InitialEncoder(encoder=encoder, mean=mean, std=std)
+
+
+@settings
+class ToyClassificationRecipe(ClassificationRecipe):
+    """Classification on the toy encoder."""
+
+    task: Literal["toy-classification"]  # type: ignore[assignment]
+
+
+TOY_CLASSIFICATION = replace(
+    CLASSIFICATION,
+    name="toy-classification",
+    recipe=ToyClassificationRecipe,
+    load_stage=lambda: ToyClassificationStage,
+)
+
+
+@pytest.mark.timeout(900)  # two trainings in processes of their own
+def test_it_is_fine_tuned_and_its_labels_compared(
+    values: dict[str, Any],
+    classification_values: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(all_tasks, "TASKS", [*all_tasks.TASKS, TOY_CLASSIFICATION])
+    pretrained = tmp_path / "pretrained"
+    run_training(values, pretrained)
+    classification_values |= {"task": "toy-classification", "encoder": values["encoder"]}
+    classification_values["training"] |= {"steps": 4, "validate_every": 4}
+    config = tmp_path / "toy.yaml"
+    config.write_text(yaml.safe_dump(classification_values))
+    start = ["--config", str(config), "--init", str(pretrained)]
+    run = ["--folder", str(tmp_path / "run")]
+    assert simmim.cli.main(["doctor", *start, *run, "--seconds", "0.1"]) == 0
+    assert simmim.cli.main(["finetune", *start, *run]) == 0
+    assert simmim.cli.main(["evaluate", str(tmp_path / "run")]) == 0
+    assert "top1" in capsys.readouterr().out
+    weights = load_file(tmp_path / "run" / "encoder" / "model.safetensors")
+    assert weights.keys() == ToyEncoder().state_dict().keys()
+    assert simmim.cli.main(["export", str(tmp_path / "run"), str(tmp_path / "native")]) == 2
+    assert "is a ToyEncoder" in capsys.readouterr().err
+    # The processes of the compared runs list the task when Python starts.
+    listing = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_toy_encoder import TOY_CLASSIFICATION
+from simmim.tasks.all_tasks import TASKS
+TASKS.append(TOY_CLASSIFICATION)
+"""
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "sitecustomize.py").write_text(listing)
+    path = os.pathsep.join([str(tmp_path / "start"), *filter(None, sys.path)])
+    monkeypatch.setenv("PYTHONPATH", path)
+    places = ["--folder", str(tmp_path / "labels"), "--fractions", "0.5", "--seeds", "1"]
+    assert simmim.cli.main(["labels", *start, *places]) == 0
+    scores = json.loads((tmp_path / "labels" / "labels.json").read_text())
+    assert {one["start"] for one in scores} == {"pretrained", "scratch"}
