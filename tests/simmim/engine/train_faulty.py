@@ -16,6 +16,7 @@ import simmim.cli
 import simmim.tasks.pretrain.stage
 from simmim.data.datasets.mixture import Shards
 from simmim.data.loader.batch import Batch
+from simmim.tasks.pretrain.model import EncoderBuilder, build_swinv2
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.pretrain.stage import PretrainModule, PretrainStage
 
@@ -49,8 +50,8 @@ def faulty(fault: str) -> type[PretrainStage]:
     """Return a stage with this fault."""
 
     class FaultyStage(PretrainStage):
-        def __init__(self, recipe: PretrainRecipe) -> None:
-            super().__init__(recipe)
+        def __init__(self, recipe: PretrainRecipe, encoder: EncoderBuilder = build_swinv2) -> None:
+            super().__init__(recipe, encoder)
             self.module = FaultyModule(self.model, self.recipe.data, seed=self.recipe.training.seed)
             self.module.fault, self.module.shards = fault, self.training_shards
 
