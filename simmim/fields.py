@@ -21,7 +21,7 @@ from typing import (
 
 from cyclopts import Parameter
 
-from data_prep.bounds import bounds_text, own_bounds
+from data_prep.bounds import own_bounds
 
 if TYPE_CHECKING:
     from simmim.recipe import RecipeError
@@ -177,7 +177,7 @@ def type_text(hint: Any) -> str:
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
         bounds = own_bounds(hint)
-        return ", ".join(filter(None, [type_text(parts[0]), bounds_text(bounds)]))
+        return type_text(parts[0]) if bounds is None else f"{type_text(parts[0])}, {bounds}"
     if origin in (Union, types.UnionType):
         texts = list(dict.fromkeys(map(type_text, parts)))
         return (", or " if any(", " in text for text in texts) else " or ").join(texts)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 import yaml
 from typing_extensions import dataclass_transform
 
-from data_prep.bounds import bounds_in, bounds_text, check_bounds
+from data_prep.bounds import bounds_in, check_bounds
 from data_prep.format.text import count_noun
 from simmim.recipe_text import MOST_BYTES, RecipeDumper, RecipeTextError, read_text
 
@@ -302,7 +302,7 @@ def _bounds_at(recipe_type: type[Any], path: Sequence[str]) -> str:
     for part in names[:-1]:
         recipe_type = next(_settings_in(get_type_hints(recipe_type).get(part)), recipe_type)
     hint = get_type_hints(recipe_type, include_extras=True).get(names[-1] if names else "")
-    return bounds_text(bounds_in(hint))
+    return str(bounds_in(hint) or "")
 
 
 def _shortened(value: object) -> str:

@@ -22,7 +22,7 @@ from cyclopts.exceptions import (
     ValidationError,
 )
 
-from data_prep.bounds import Count, bounds_in, bounds_text
+from data_prep.bounds import Count, bounds_in
 
 if TYPE_CHECKING:
     from cyclopts.help import HelpEntry, HelpPanel
@@ -136,7 +136,7 @@ def _describe(error: CycloptsError) -> str:
             text = f"{argument.name}: {message}"
             if bounds := bounds_in(argument.field_info.annotation):
                 value = argument.tokens[-1].value
-                text = f"{argument.name} is {value}; it must be {bounds_text(bounds)}."
+                text = f"{argument.name} is {value}; it must be {bounds}."
         case UnknownCommandError():
             text = text.replace('"', "")
     return text

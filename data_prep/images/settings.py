@@ -4,9 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
-from annotated_types import Interval
-
-from data_prep.bounds import Count, check_bounds
+from data_prep.bounds import Bounds, Count, check_bounds
 
 MAX_PIXELS = 89_478_485
 """Default of the largest accepted image, in pixels."""
@@ -33,7 +31,7 @@ class Encoding:
     """Shrink pictures whose shorter side has more pixels."""
     format: Format = "keep"
     """Format of all pictures; keep: JPEG, PNG and WebP byte for byte, others as PNG."""
-    quality: Annotated[int, Interval(ge=1, le=100)] = 95
+    quality: Annotated[int, Bounds(ge=1, le=100)] = 95
     """Quality of re-encoded JPEG and WebP, 1 to 100; JPEG is 4:4:4 from 90."""
 
     def __post_init__(self) -> None:

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
-from annotated_types import Interval
 from cyclopts import Parameter, Token
 
-from data_prep.bounds import Count, Probability, Rate, Seed, check_bounds
+from data_prep.bounds import Bounds, Count, Probability, Rate, Seed, check_bounds
 from data_prep.format.command_line import FLAT, PASSED
 from data_prep.images.settings import MAX_PIXELS, Encoding
 from data_prep.sources.files import Selection
@@ -39,7 +38,7 @@ class ShardOptions:
     """Fraction of samples for validation, chosen by path and seed, in the last shards."""
     deduplicate: bool = False
     """Of files with identical bytes, keep the one with the smallest path."""
-    near_duplicates: Annotated[int, Interval(ge=0, le=16)] | None = None
+    near_duplicates: Annotated[int, Bounds(ge=0, le=16)] | None = None
     """Drop images whose 64-bit perceptual hash differs from another's in at most this many bits."""
     check: bool = True
     """Decode every image; --no-check reads the headers only."""

@@ -6,9 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, TypeVar
 
-from annotated_types import Interval
-
-from data_prep.bounds import Count, Fraction, Probability, Span, Whole
+from data_prep.bounds import Bounds, Count, Fraction, Probability, Span, Whole
 from data_prep.format.patterns import Names
 from simmim.data.datasets.clips import ClipSet, open_clips
 from simmim.data.datasets.mixture import Shards
@@ -78,7 +76,7 @@ class SampleSettings(DecodeSettings):
     """Advice where loading is slow."""
     MEASURABLE: ClassVar[bool] = False
     """Whether mean and std may be `measured`."""
-    workers: Annotated[int, Interval(ge=0, le=MOST_WORKERS)] = 2
+    workers: Annotated[int, Bounds(ge=0, le=MOST_WORKERS)] = 2
     """Data worker processes per training process; 0 decodes in the training process itself."""
     UNRECORDED_SLOTS: ClassVar[int] = 64
     """Slots of a run whose recipe does not record them: the default of earlier versions."""

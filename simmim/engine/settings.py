@@ -2,9 +2,7 @@
 
 from typing import Annotated, Literal
 
-from annotated_types import Interval
-
-from data_prep.bounds import Amount, Count, Fraction, Positive, Rate, Seed, Whole
+from data_prep.bounds import Amount, Bounds, Count, Fraction, Positive, Rate, Seed, Whole
 from simmim.recipe import LARGEST_INTEGER, settings
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
@@ -101,7 +99,7 @@ class TrainingSettings:
     keep_best: bool = True
     """Whether to write and keep the checkpoint of the best validation, for tasks with a metric to
     select by; best.json in the run names it. The run then exports it, and not the last."""
-    ema_decay: Annotated[float, Interval(gt=0, lt=1)] | None = None
+    ema_decay: Annotated[float, Bounds(gt=0, lt=1)] | None = None
     """Decay per step of an exponential moving average of the weights, for example 0.9999; it rises
     to that value over the first steps. Validation and export use the average; null keeps none."""
     validate_every: Count = 500

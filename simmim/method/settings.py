@@ -3,9 +3,7 @@
 import math
 from typing import Annotated, Literal
 
-from annotated_types import Interval
-
-from data_prep.bounds import Count
+from data_prep.bounds import Bounds, Count
 from simmim.recipe import settings
 
 LossName = Literal["l1", "smooth_l1", "l2"]
@@ -23,7 +21,7 @@ class CellSettings:
     cell: Count = 32
     """Side of a mask cell in pixels: a multiple of the patch size that divides the image size."""
 
-    ratio: Annotated[float, Interval(gt=0, lt=1)] = 0.6
+    ratio: Annotated[float, Bounds(gt=0, lt=1)] = 0.6
     """Fraction of the mask cells to hide, between 0 and 1; rounded up to whole cells."""
 
     def grid(self, image_size: Grid, patch_size: int = 1) -> Grid:

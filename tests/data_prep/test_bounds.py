@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import pytest
-from annotated_types import Ge, Interval, MultipleOf
+from pydantic import TypeAdapter, ValidationError
 
 from data_prep.bounds import (
+    Bounds,
     Count,
     Fraction,
     Positive,
@@ -14,7 +15,6 @@ from data_prep.bounds import (
     Seed,
     Span,
     bounds_in,
-    bounds_text,
     check_bounds,
 )
 
@@ -31,8 +31,8 @@ class Options:
     span: Annotated[tuple[float, float], Span(most=1)] = (0.1, 1.0)
     open_span: Annotated[tuple[float, float], Span()] = (2.0, 3.0)
     seed: Seed = 0
-    channels: Annotated[int, Ge(32), MultipleOf(32)] = 64
-    share: Annotated[float, Interval(gt=0, lt=1)] | None = 0.5
+    channels: Annotated[int, Bounds(ge=32, multiple_of=32)] = 64
+    share: Annotated[float, Bounds(gt=0, lt=1)] | None = 0.5
     free: float = -1.0
 
 
@@ -75,7 +75,22 @@ def test_all_mistakes_are_named_at_once_and_as_options() -> None:
 
 
 def test_bounds_read_as_words() -> None:
-    assert bounds_text(bounds_in(Count | None)) == "1 or more"
-    assert bounds_text(bounds_in(tuple[Fraction, ...])) == "above 0 and at most 1"
-    assert bounds_text(bounds_in(Annotated[int, Interval(ge=0, le=1000)])) == "from 0 to 1,000"
-    assert bounds_in(int | None) == ()
+    assert str(bounds_in(Count | None)) == "1 or more"
+    assert str(bounds_in(tuple[Fraction, ...])) == "above 0 and at most 1"
+    assert str(bounds_in(Annotated[int, Bounds(ge=0, le=1000)])) == "from 0 to 1,000"
+    assert bounds_in(int | None) is None
+
+
+def test_pydantic_reads_the_same_bounds() -> None:
+    adapter = TypeAdapter(Options)
+    assert adapter.validate_python({"count": 2, "maybe": None, "span": (0.5, 0.5)})
+    wrong = {"count": 0, "maybe": 0, "rates": (0.5, 1.0), "span": (1.0, 0.5), "channels": 48}
+    with pytest.raises(ValidationError) as caught:
+        adapter.validate_python(wrong)
+    assert [one["loc"] for one in caught.value.errors()] == [
+        ("count",),
+        ("maybe",),
+        ("rates", 1),
+        ("span",),
+        ("channels",),
+    ]

@@ -18,7 +18,8 @@ DESCRIPTION = (
     "after every check and measurement, and report.md. What tells most comes first; what does not "
     "fit into the time is left to the next call with --continue, which repeats nothing. A failure "
     "is recorded, and the rest goes on; the exit code is then 1. `python -m simmim.bench.gpu` is "
-    "the same where pydantic, simplejpeg or webdataset are missing: what needs them is skipped."
+    "the same where packages are missing that only training needs, such as pydantic, cyclopts or "
+    "simplejpeg: what needs them is skipped."
 )
 
 

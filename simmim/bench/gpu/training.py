@@ -28,7 +28,9 @@ from simmim.environment import process_environment
 PIPELINE = (
     "PIL",
     "accelerate",
+    "annotated_types",
     "braceexpand",
+    "cyclopts",
     "fsspec",
     "psutil",
     "pydantic",

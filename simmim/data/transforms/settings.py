@@ -5,9 +5,7 @@ Transforms hold these objects, and the data sections of recipes inherit them.
 
 from typing import Annotated
 
-from annotated_types import Interval
-
-from data_prep.bounds import Amount, Count, Fraction, Probability, Span
+from data_prep.bounds import Amount, Bounds, Count, Fraction, Probability, Span
 from simmim.recipe import settings
 
 MAX_PIXELS = 178_956_970
@@ -92,7 +90,7 @@ class AugmentationSettings:
     A pure function of seed, epoch and sample, independent of ranks and workers.
     """
 
-    rand_magnitude: Annotated[float, Interval(ge=0, le=MAX_LEVEL)] | None = None
+    rand_magnitude: Annotated[float, Bounds(ge=0, le=MAX_LEVEL)] | None = None
     """Mean level of RandAugment, 0 to 10 (9 in the papers); null turns it off. Needs images of 3
     channels; those of 16 bits are rounded to 8, arrays must have 8."""
     rand_std: Amount = 0.5

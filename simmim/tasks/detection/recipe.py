@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
-from annotated_types import Ge, MultipleOf
-
-from data_prep.bounds import Count
+from data_prep.bounds import Bounds, Count
 from simmim.data.transforms.settings import DetectionCropSettings
 from simmim.recipe import settings
 from simmim.tasks.segmentation.recipe import DenseData, DenseRecipe
@@ -33,7 +31,7 @@ class DetectionHead:
     kind: Literal["mask2former", "rt_detr"] = "mask2former"
     """Mask2Former predicts masks, with boxes around them; RT-DETR boxes only. RT-DETR's batch norms
     are synchronised over GPUs (SyncBatchNorm); on CPUs each process has its own."""
-    channels: Annotated[int, Ge(32), MultipleOf(32)] = 256
+    channels: Annotated[int, Bounds(ge=32, multiple_of=32)] = 256
     """Channels of the head, a multiple of 32."""
     queries: Count = 100
     """Number of queries (object proposals per image)."""

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from annotated_types import Ge
-
-from data_prep.bounds import Amount, Count, Fraction, Whole
+from data_prep.bounds import Amount, Bounds, Count, Fraction, Whole
 from simmim.data.datasets.label_maps import FolderLayout
 from simmim.data.settings import IMAGENET_MEAN, IMAGENET_STD, CroppedSettings, DrawnSettings
 from simmim.data.transforms.settings import LabelMapSettings, SegmentationCropSettings
@@ -60,7 +58,7 @@ class SegmentationHead:
     """UperNet: channels of the auxiliary head."""
     queries: Count = 100
     """Mask2Former: number of queries (mask proposals per image)."""
-    decoder_layers: Annotated[int, Ge(2)] = 10
+    decoder_layers: Annotated[int, Bounds(ge=2)] = 10
     """Mask2Former: number of decoder layers plus one; 10 in the paper."""
     points: Count = 12544
     """Mask2Former: points of a mask that the loss is sampled at."""
