@@ -278,6 +278,28 @@ def _private_names(node: ast.AST) -> list[str]:
     return [name for name in names if re.match(r"_(?!_)", name)]
 
 
+def test_nobody_asks_for_the_class_of_a_recipe_or_a_stage() -> None:
+    """Only the folder of a task may: what differs between tasks is declared by the task."""
+    kinds = {
+        node.name
+        for file in (ROOT / "simmim").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef) and node.name.endswith(("Recipe", "Stage"))
+    }
+    assert {"TaskRecipe", "PretrainRecipe", "ClassificationStage"} <= kinds
+    asking = [
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for file in sorted((ROOT / "simmim").rglob("*.py"))
+        if file.parent.name not in TASKS
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("isinstance", "issubclass")
+        and kinds & {one.id for one in ast.walk(node.args[1]) if isinstance(one, ast.Name)}
+    ]
+    assert not asking, "\n".join(asking)
+
+
 def room_of(module: str) -> str:
     """Return the room of a module: the longest name in ROOMS that it begins with."""
     module = IN_ROOM.get(module, module)

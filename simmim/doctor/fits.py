@@ -64,7 +64,7 @@ def check_fits(recipe: Any) -> None:
     Raises:
         ValueError: training does not fit the memory of the machine.
     """
-    if process_environment().local_rank or not isinstance(recipe, TaskRecipe):
+    if process_environment().local_rank:
         return
     room = find_room()
     if room is None:

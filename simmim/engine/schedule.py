@@ -1,4 +1,8 @@
-"""Learning-rate schedules: stateless functions of the optimiser step."""
+"""Learning-rate schedules: stateless functions of the optimiser step.
+
+torch's schedulers are objects with a state of their own, which would have to be saved, and moved
+where a resumed training has another length.
+"""
 
 import math
 

@@ -1,4 +1,8 @@
-"""Line charts as SVG text, without plotting libraries or network."""
+"""Line charts as SVG text, without plotting libraries or network.
+
+A report is one small file that follows the width and the colours of its reader's screen: plotly
+adds megabytes of script to it, and matplotlib draws pictures of one size and colour.
+"""
 
 import math
 from collections.abc import Sequence

@@ -6,6 +6,9 @@ of all samples that is cut into a fixed number of equal slots; a global batch ta
 of samples from every slot. Each rank takes a contiguous, equal part of the global batch. So the
 global batches are the same on any number of ranks, and a rank reads only its own part of a large
 set. The whole state is the cursor: the number of samples that all ranks together have consumed.
+
+The samplers of torch and accelerate tie the order to the number of processes, and find a position
+again by reading what came before it.
 """
 
 from collections.abc import Iterator, Sequence

@@ -3,6 +3,9 @@
 A collective operation waits for every rank. A rank that is stopped, hangs or has ended would make
 the others wait until the process group's timeout, or forever, and the error would not name it. Here
 each rank posts its status to the store, and a thread in each rank reads the status of all.
+
+torch's `monitored_barrier` names late ranks for gloo only, and only where all call it; its own
+watchdog ends a collective after the timeout, without a word on who was missing.
 """
 
 import itertools
