@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import CycloptsError, Parameter
+from cyclopts import CycloptsError, Parameter, UnknownOptionError
 
 from data_prep.format.command_line import (
     FLAT,
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None, *, ends_process: bool = False) -> in
         ours = {"ends_process": ends_process} if "ends_process" in passed else {}
         return command(*given.args, **given.kwargs, **ours) or 0
     except CycloptsError as error:
-        print(printable_lines(describe_mistake(error, "simmim")), file=sys.stderr)
+        print(printable_lines(_mistake(argv, error)), file=sys.stderr)
         return BAD_INPUT
     except RankLostError as error:
         print(f"simmim {argv[0]}: {printable_lines(error)}", file=sys.stderr)
@@ -102,6 +102,14 @@ def main(argv: Sequence[str] | None = None, *, ends_process: bool = False) -> in
     except KeyboardInterrupt:
         print(f"simmim {argv[0]}: interrupted", file=sys.stderr)
         return 128 + 2
+
+
+def _mistake(argv: Sequence[str], error: CycloptsError) -> str:
+    if argv[0] == "evaluate" and isinstance(error, UnknownOptionError):
+        key = error.token.keyword or error.token.value
+        if "." in key:
+            return f"simmim evaluate: {key} belongs behind RUN: RUN --KEY VALUE."
+    return describe_mistake(error, "simmim")
 
 
 def _fail(command: str, error: Exception) -> int:

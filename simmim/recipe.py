@@ -289,8 +289,20 @@ def _suggestion(recipe_type: type[Any], path: list[str], options: Sequence[str])
     meant = {name: name for name in legal}
     if len(path) == 1:  # --resum instead of --resume is read as a key of the recipe
         meant |= {name: f"--{name}" for name in options}
-    close = difflib.get_close_matches(path[-1], meant, n=1)
-    return f"did you mean {meant[close[0]]}?" if close else f"legal here: {', '.join(legal)}."
+    if close := difflib.get_close_matches(path[-1], meant, n=1):
+        return f"did you mean {meant[close[0]]}?"
+    if elsewhere := [name for name in _dotted_names(recipe_type) if name.endswith(f".{path[-1]}")]:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    return f"legal here: {', '.join(legal)}."
+
+
+def _dotted_names(recipe_type: type[Any], prefix: str = "") -> Iterator[str]:
+    """Yield the names of all fields of a recipe, with the sections around them."""
+    hints = get_type_hints(recipe_type)
+    for field in dataclasses.fields(recipe_type):
+        yield f"{prefix}{field.name}"
+        for section in _settings_in(hints[field.name]):
+            yield from _dotted_names(section, f"{prefix}{field.name}.")
 
 
 def _bounds_at(recipe_type: type[Any], path: Sequence[str]) -> str:

@@ -34,7 +34,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     [
         (["--mask.cell", "5"], "multiple of encoder.patch_size 2"),
         (["--mask.cell", "6"], "do not divide"),
-        (["--mask.ratio", "1.5"], "between 0 and 1"),
+        (["--mask.ratio", "1.5"], "above 0 and below 1"),
         (["--mask.ratio", "0.99"], "hides all"),
         (["--mask.strategy", "stripes"], "random"),
         (["--encoder.window_size", "0"], "window_size is 0"),
@@ -359,6 +359,11 @@ def test_a_mistyped_option_is_suggested(
         [*command, "--resum", "auto"], capsys
     )
     assert "did you mean seed?" in refused([*command, "--training.sed", "1"], capsys)
+    for key in ("--lr", "--training.lr"):
+        assert "did you mean training.optimizer.lr?" in refused([*command, key, "1"], capsys)
+    assert "--data.validation belongs behind RUN" in refused(
+        ["evaluate", "--data.validation", "shards", "run"], capsys
+    )
     assert "Did you mean --last?" in refused(["export", "a", "b", "--lats"], capsys)
     assert f"give --config {pretrain_config}." in refused(
         ["pretrain", str(pretrain_config)], capsys
