@@ -12,11 +12,12 @@ from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from simmim.engine.run import RunFolder
 from simmim.recipe import RecipeError, load, override, parse, read_values, to_values
-from simmim.tasks.all_tasks import fine_tuning_named, task_named
+from simmim.stop_signals import ProcessExit
+from simmim.tasks.all_tasks import task_named
 from simmim.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -115,9 +116,8 @@ def pretrain(
             remedy.
         OSError: a file cannot be read or written.
     """
-    task = task_named("pretrain", "pretrain")
     return _train(
-        task,
+        "pretrain",
         recipe,
         folder,
         resume=resume,
@@ -144,10 +144,8 @@ def finetune(
     Arguments and errors are those of `pretrain`. The encoder to start from is `init` of the recipe:
     `overrides={"init": run.folder}`.
     """
-    name = _values(recipe, overrides).get("task")
-    task = fine_tuning_named(name, _origin(recipe))
     return _train(
-        task,
+        "finetune",
         recipe,
         folder,
         resume=resume,
@@ -201,42 +199,80 @@ def load_run(folder: str | PathLike[str]) -> Run:
     return Run(folder=files.path)
 
 
-def _train(
+def train_task(
     task: Task,
+    recipe: Any,
+    folder: Path,
+    *,
+    resume: str | None = None,
+    init_from: Path | None = None,
+    allow_recipe_changes: bool = False,
+    check_memory: bool = True,
+    process_exit: ProcessExit = "no",
+    stage_options: Mapping[str, Any] = MappingProxyType({}),
+) -> Run:
+    """Train a recipe on its task, which `simmim pretrain` and `simmim finetune` do too.
+
+    Args:
+        task: the task.
+        recipe: a recipe object of the task.
+        folder: run folder.
+        resume: see `pretrain`, like what follows.
+        init_from: see there.
+        allow_recipe_changes: see there.
+        check_memory: see there.
+        process_exit: whether the process exits afterwards.
+        stage_options: further arguments of the task's stage.
+    """
+    from simmim.doctor.fits import check_fits
+    from simmim.tasks.train import train_recipe
+
+    stage: Callable[..., Any] = task.stage
+    result = train_recipe(
+        partial(stage, **stage_options),
+        recipe,
+        run=RunFolder(path=folder),
+        resume=resume,
+        allow_changes=allow_recipe_changes,
+        init_from=init_from,
+        check_memory=check_fits if check_memory else None,
+        process_exit=process_exit,
+    )
+    return Run(folder=folder, stopped=result.stopped)
+
+
+def _train(
+    command: Literal["pretrain", "finetune"],
     recipe: RecipeSource,
     folder: str | PathLike[str] | None,
     *,
     resume: str | PathLike[str] | None,
     overrides: Mapping[str, Any] | None,
     init_from: str | PathLike[str] | None,
-    allow_recipe_changes: bool,
-    check_memory: bool,
-    stage_options: Mapping[str, Any] = MappingProxyType({}),
+    **options: Any,
 ) -> Run:
-    from simmim.doctor.fits import check_fits
-    from simmim.tasks.train import run_folder, train_recipe
-
-    settings = _recipe(task, recipe, overrides)
-    if folder is None and not isinstance(recipe, str | PathLike):
+    values = _values(recipe, overrides)
+    named = isinstance(recipe, str | PathLike)
+    origin = f"recipe {recipe}" if named else "the recipe"
+    if folder is None and not named:
         raise ValueError("a recipe without a file has no name: give the run folder as `folder`.")
-    run = RunFolder(path=Path(folder)) if folder is not None else run_folder(None, Path(recipe))
-    stage: Callable[..., Any] = task.stage
-    result = train_recipe(
-        partial(stage, **stage_options),
-        settings,
-        run=run,
+    task = task_named(values.get("task"), recipe if named else "given")
+    if task.fine_tunes != (command == "finetune"):
+        other = "finetune" if task.fine_tunes else "pretrain"
+        raise RecipeError(f"{origin} has task {task.name}: call simmim.{other} for it.")
+    return train_task(
+        task,
+        parse(task.recipe, values, origin),
+        default_folder(Path(recipe)) if folder is None else Path(folder),
         resume=None if resume is None else str(resume),
-        allow_changes=allow_recipe_changes,
         init_from=None if init_from is None else Path(init_from),
-        check_memory=check_fits if check_memory else None,
+        **options,
     )
-    return Run(folder=run.path, stopped=result.stopped)
 
 
-def _recipe(task: Task, recipe: RecipeSource, overrides: Mapping[str, Any] | None) -> Any:
-    if isinstance(recipe, task.recipe) and not overrides:
-        return recipe
-    return parse(task.recipe, _values(recipe, overrides), _origin(recipe))
+def default_folder(recipe: Path) -> Path:
+    """Return the run folder of a recipe's file if none is given: `runs/` and its name."""
+    return Path("runs") / recipe.stem
 
 
 def _values(recipe: RecipeSource, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -263,8 +299,3 @@ def _arguments(overrides: Mapping[str, Any] | None) -> list[str]:
     """Return overrides as the command line has them."""
     given = (overrides or {}).items()
     return [text for key, value in given for text in (f"--{key}", json.dumps(value))]
-
-
-def _origin(recipe: RecipeSource) -> str:
-    """Return where a recipe is from, for messages."""
-    return f"recipe {recipe}" if isinstance(recipe, str | PathLike) else "the recipe"

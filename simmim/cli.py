@@ -239,20 +239,19 @@ def _train(
         overrides = [*overrides, "--execution.compile", "true"]
     task = task_of(command, config)
     recipe = load(task.recipe, config, overrides, options.names())
-    from simmim.doctor.fits import check_fits
-    from simmim.tasks.train import run_folder, train_recipe
+    from simmim.api import default_folder, train_task
 
-    result = train_recipe(
-        task.stage,
+    run = train_task(
+        task,
         recipe,
-        run=run_folder(options.folder, config),
+        Path(options.folder) if options.folder else default_folder(config),
         resume=options.resume,
-        allow_changes=options.allow_recipe_changes,
         init_from=options.init_from,
-        check_memory=None if options.ignore_memory else check_fits,
+        allow_recipe_changes=options.allow_recipe_changes,
+        check_memory=not options.ignore_memory,
         process_exit="always" if ends_process else "no",
     )
-    return STOPPED if result.stopped else 0
+    return STOPPED if run.stopped else 0
 
 
 def task_of(command: str, config: Path) -> "Task":

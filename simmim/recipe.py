@@ -97,29 +97,28 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise RecipeError(f"recipe {path}: {error}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"recipe {path} must be a mapping of keys to values.")
-    given = {}
-    for keys, value in _parse_overrides(overrides):
-        _assign(values, keys, value)
-        given[".".join(keys)] = value
-    for pair in ALTERNATIVES:
-        for one, other in (pair, pair[::-1]):
-            if given.get(one) is not None and other not in given:
-                _remove(values, other.split("."))
-    return values
+    return override(values, dict(_parse_overrides(overrides)))
 
 
 def override(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Replace values of a recipe by dotted key, in place, and return it.
+
+    Of two fields in ALTERNATIVES, one that is given removes the other.
 
     Raises:
         RecipeError: a key goes through a value that is not a section.
     """
     for key, value in overrides.items():
         _assign(values, key.split("."), value)
+    for pair in ALTERNATIVES:
+        for one, other in (pair, pair[::-1]):
+            if overrides.get(one) is not None and other not in overrides:
+                _remove(values, other.split("."))
     return values
 
 
-def _parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[list[str], Any]]:
+def _parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and values of `--key.key value` or `--key.key=value`."""
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
@@ -133,7 +132,7 @@ def _parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[list[str], Any]
             if text.startswith("--"):
                 raise RecipeError(f"--{name} has no value before {text}: add one.")
         try:
-            yield name.split("."), read_text(text)
+            yield name, read_text(text)
         except yaml.YAMLError:
             raise RecipeError(f"--{name}: {_shortened(text)} is not a YAML value.") from None
         except RecipeTextError as error:

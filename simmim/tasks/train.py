@@ -289,8 +289,3 @@ def report_run(run: RunFolder) -> Path:
     except (OSError, ValueError):  # edited, or none yet
         task = None
     return write_report(run, NOTHING_MORE if task is None else task.report)
-
-
-def run_folder(path: str | None, config: Path) -> RunFolder:
-    """Return the run folder: `path`, or `runs/` and the recipe's name."""
-    return RunFolder(path=Path(path) if path else Path("runs") / config.stem)

@@ -78,6 +78,13 @@ def test_a_recipe_is_a_file_a_mapping_or_an_object(
     assert resumed.metrics[-1]["step"] == 2
 
 
+def test_an_override_of_epochs_replaces_steps(
+    pretrain_values: dict[str, Any], tmp_path: Path
+) -> None:
+    run = simmim.pretrain(pretrain_values, tmp_path / "run", overrides={"training.epochs": 1})
+    assert (run.recipe.training.epochs, run.recipe.training.steps) == (1, None)
+
+
 def test_mistakes_are_named(pretrain_values: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"(?s)mask\.ratoi: .*did you mean|mask\.ratoi"):
         simmim.pretrain(pretrain_values, tmp_path / "run", overrides={"mask.ratoi": 0.5})
@@ -85,7 +92,7 @@ def test_mistakes_are_named(pretrain_values: dict[str, Any], tmp_path: Path) -> 
         simmim.pretrain(pretrain_values)
     with pytest.raises(RecipeError, match="recipe is int"):
         simmim.pretrain(3, tmp_path / "run")
-    with pytest.raises(ValueError, match="simmim finetune trains"):
+    with pytest.raises(ValueError, match=r"call simmim\.pretrain for it"):
         simmim.finetune(pretrain_values, tmp_path / "run")
     with pytest.raises(ValueError, match="is not a run folder"):
         simmim.load_run(tmp_path)
