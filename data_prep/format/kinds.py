@@ -125,7 +125,7 @@ def describe_kinds(counts: Mapping[str, int], most: int = _NAMED) -> str:
 def describe_examples(
     counts: Mapping[str, int], examples: Mapping[str, Sequence[str]], most: int = _NAMED
 ) -> list[str]:
-    """Return a line for each kind of which there are examples: `.heic: a.heic, b.heic, ...`."""
+    """Return one line per kind that has examples: `.heic: a.heic, b.heic, ...`."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]
     return [
         f"{kind}: {', '.join(map(printable, examples[kind]))}"
