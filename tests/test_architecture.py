@@ -49,6 +49,7 @@ ALLOWED = {
 }
 """What a package may import at the top of its files, besides Python's own modules and itself."""
 OPTIONAL = {
+    "aiohttp",
     "av",
     "bitsandbytes",
     "imagecodecs",

@@ -28,7 +28,8 @@ from data_prep.format.manifest import (
 )
 from data_prep.format.pipes import PipedFile
 from data_prep.format.samples import SampleReader
-from data_prep.format.storage import Location, RemotePath, StorageError, locate
+from data_prep.format.storage import Location, RemotePath, locate
+from data_prep.format.stores import StorageError
 from data_prep.format.tars import TarError, Warn, open_seekable
 
 _REFUSALS_NAMED = 20

@@ -14,7 +14,8 @@ from typing import Any
 
 from data_prep.format.atomic import atomic_write_bytes
 from data_prep.format.pipes import PIPE, PipedFile
-from data_prep.format.storage import Location, RemotePath, StorageError, locate
+from data_prep.format.storage import Location, RemotePath, locate
+from data_prep.format.stores import StorageError
 
 MANIFEST_NAME = "manifest.json"
 PARTIAL_NAME = ".partial"

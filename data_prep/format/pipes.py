@@ -7,14 +7,14 @@ import os
 import re
 import signal
 import subprocess
-import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import IO
 
-from data_prep.format.storage import ATTEMPTS, FIRST_DELAY, LONGEST_DELAY, StorageError
+from data_prep.format.storage import ATTEMPTS, read_resumed
+from data_prep.format.stores import StorageError
 
 PIPE = "pipe:"
 """Prefix of the URL of a command."""
@@ -59,23 +59,27 @@ class PipedFile:
         Raises:
             StorageError: every attempt failed.
         """
-        had = start
-        for attempt in range(1, self.attempts + 1):
-            with _running(self.command) as (process, output):
-                place = 0
-                while block := output.read(_BLOCK):
-                    new = block[max(0, had - place) :]
-                    place += len(block)
-                    had = max(had, place)
-                    if new:
-                        yield new
-                code = process.wait()
-            if code == 0:
-                return
-            if attempt < self.attempts:
-                time.sleep(min(LONGEST_DELAY, FIRST_DELAY * 2 ** (attempt - 1)))
-        times = "once" if self.attempts == 1 else f"{self.attempts} times"
-        raise StorageError(f"{self} failed {times}, last with exit code {code}.")
+        try:
+            yield from read_resumed(self._output, start, self.attempts, _is_exit)
+        except _ExitError as error:
+            times = "once" if self.attempts == 1 else f"{self.attempts} times in a row"
+            raise StorageError(f"{self} failed {times}, last with exit code {error}.") from None
+
+    def _output(self) -> Generator[bytes, None, None]:
+        with _running(self.command) as (process, output):
+            while block := output.read(_BLOCK):
+                yield block
+            code = process.wait()
+        if code:
+            raise _ExitError(code)
+
+
+class _ExitError(Exception):
+    """A command failed; its argument is the exit code."""
+
+
+def _is_exit(error: Exception) -> bool:
+    return isinstance(error, _ExitError)
 
 
 @contextmanager

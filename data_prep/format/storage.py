@@ -1,28 +1,36 @@
-"""Local and remote files: the part of `pathlib.Path` that shards need, for URLs through fsspec.
+"""Local and remote files: opening, byte ranges and retries, for URLs through fsspec.
 
 A location is a `Path` or a `RemotePath`, and code that reads shards treats both alike. Only plain
 object stores and web servers are supported: nothing that runs a command or chains file systems.
 """
 
-import hashlib
+import io
 import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
-if TYPE_CHECKING:
-    import fsspec
-
-PROTOCOLS = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "memory": "fsspec"}
-"""Supported protocols, each with the package it needs."""
+from data_prep.format.stores import (
+    PROTOCOLS,
+    AccessError,
+    StorageError,
+    WholeFilesError,
+    byte_callback,
+    file_system,
+    is_on_web,
+    is_transient,
+    named_errors,
+    read_range,
+    stamp_of,
+)
 
 ATTEMPTS = 8
 """Attempts at a request before it counts as failed."""
@@ -35,16 +43,68 @@ LONGEST_DELAY = 20.0
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _NO_NAME = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # Python keeps other bytes in the rest
-_EXTRAS = {"s3fs": "s3", "gcsfs": "gcs", "aiohttp": "http"}
 _BLOCK = 2**22
 _READ_AHEAD = 2**22
 _MAX_REMOVED_PER_REQUEST = 1000
-_NOT_RETRIED = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError)
 _Result = TypeVar("_Result")
 
 
-class StorageError(ValueError):
-    """A URL cannot be used, or a store does not answer."""
+def pause_after(attempt: int) -> float:
+    """Return the seconds to wait after a failed attempt, counted from 1: doubled, with jitter."""
+    longest = min(LONGEST_DELAY, FIRST_DELAY * 2 ** (attempt - 1))
+    return random.uniform(longest / 2, longest)
+
+
+def retry(
+    call: Callable[[], _Result],
+    attempts: int,
+    is_transient: Callable[[Exception], bool],
+    announce: Callable[[Exception, int, float], object] = lambda _error, _attempt, _pause: None,
+) -> _Result:
+    """Return the result of `call`, called up to `attempts` times while its errors are transient.
+
+    `announce` is told the error, the number of the attempt and the pause before the next one.
+    """
+    for attempt in range(1, attempts):
+        try:
+            return call()
+        except Exception as error:
+            if not is_transient(error):
+                raise
+            pause = pause_after(attempt)
+            announce(error, attempt, pause)
+        time.sleep(pause)
+    return call()
+
+
+def read_resumed(
+    stream: Callable[[], Generator[bytes, None, None]],
+    start: int,
+    attempts: int,
+    is_transient: Callable[[Exception], bool],
+) -> Iterator[bytes]:
+    """Yield the bytes from `start` of a stream that can only be read from its beginning.
+
+    After an error it is read again and what was yielded is skipped. Raises the error of `attempts`
+    failures in a row without new bytes.
+    """
+    had, failures = start, 0
+    while True:
+        place = 0
+        try:
+            with closing(stream()) as blocks:
+                for block in blocks:
+                    new = block[max(0, had - place) :]
+                    place += len(block)
+                    if new:
+                        had, failures = had + len(new), 0
+                        yield new
+            return
+        except Exception as error:
+            failures += 1
+            if failures >= attempts or not is_transient(error):
+                raise
+        time.sleep(pause_after(failures))
 
 
 @dataclass(frozen=True)
@@ -56,6 +116,7 @@ class RemotePath:
 
     Raises:
         FileNotFoundError: the URL does not exist.
+        AccessError: the store refuses the request.
         StorageError: the store does not answer, or the package for its protocol is missing.
     """
 
@@ -89,79 +150,53 @@ class RemotePath:
 
     def read_range(self, offset: int, size: int) -> bytes:
         """Return `size` bytes from `offset`, or fewer at the end of the file."""
-
-        def read(system: Any) -> bytes:
-            data: bytes = system.cat_file(self.url, start=offset, end=offset + size)
-            return data
-
-        data = self._try(read)
-        if len(data) > size:  # a web server may answer with the whole file
-            raise StorageError(
-                f"{self} cannot be read by byte range: its server sends whole files only. Read "
-                "whole shards (in training: data.remote=shards), or use a server that supports "
-                "range requests."
-            )
-        return data
+        return self._try(lambda system: read_range(system, self.url, offset, size))
 
     def read_text(self, encoding: str = "utf-8") -> str:
         """Return the whole file as text."""
         return self.read_bytes().decode(encoding)
 
     def open(self, mode: str = "rb") -> BinaryIO:
-        """Open the file for reading, in blocks; seeking needs a server with range requests."""
+        """Open the file for random reads, by range requests."""
         assert mode == "rb", mode
-        return cast(BinaryIO, self._try(lambda system: system.open(self.url, "rb", _BLOCK)))
+        reader = ByteReader(self)
+        return cast(BinaryIO, RangeFile(reader.read, reader.size))
 
     def blocks(self, start: int = 0) -> Iterator[bytes]:
         """Yield the bytes of the file from `start`, one block at a time."""
         if not self.supports_ranges():
             yield from self._stream(start)
             return
-        size = self.stat().st_size
-        for offset in range(start, size, _BLOCK):
-            yield self.read_range(offset, min(_BLOCK, size - offset))
+        size, offset = self.stat().st_size, start
+        while offset < size:
+            block = self._try(partial(self._read_block, offset, min(_BLOCK, size - offset)))
+            offset += len(block)
+            yield block
+
+    def _read_block(self, offset: int, size: int, system: Any) -> bytes:
+        """Return `size` bytes, or some of them: a server may send less than was asked for."""
+        data = read_range(system, self.url, offset, size)
+        if not data:
+            raise ConnectionError(f"no bytes from {offset:,} on, although the file is longer")
+        return data
 
     def supports_ranges(self) -> bool:
         """Return whether the server supports range requests; some web servers do not."""
-
-        def probe(system: Any) -> bool:
-            try:
-                with system.open(self.url, "rb", _BLOCK) as file:
-                    file.seek(1)
-                    file.read(1)
-            except ValueError:
-                return False
-            return True
-
-        return not self.url.startswith("http") or self._try(probe)
+        try:
+            return not is_on_web(self.url) or self.read_range(1, 1) is not None
+        except WholeFilesError:
+            return False
 
     def _stream(self, start: int) -> Iterator[bytes]:
         """Yield the bytes from `start`, from one request for the whole file, retried on failure."""
-        place, stream = 0, None
 
-        def read(system: Any) -> bytes:
-            nonlocal place, stream
-            if stream is None:
-                place, stream = 0, system.open(self.url, "rb", block_size=0)
-            try:
-                data: bytes = stream.read(_BLOCK)
-            except BaseException:
-                stream.close()
-                stream = None
-                raise
-            return data
+        def stream() -> Generator[bytes, None, None]:
+            with file_system(self.url).open(self.url, "rb", block_size=0) as file:
+                while block := file.read(_BLOCK):
+                    yield block
 
-        had = start
-        try:
-            while block := self._try(read):
-                new = block[max(0, had - place) :]
-                place += len(block)
-                had += len(new)
-                if new:
-                    yield new
-        finally:
-            if stream is not None:
-                stream.close()
+        with named_errors(self.url, self.attempts):
+            yield from read_resumed(stream, start, self.attempts, is_transient)
 
     def stat(self) -> SimpleNamespace:
         """Return `st_size`, the length in bytes; if the server does not say, the file is read."""
@@ -174,7 +209,13 @@ class RemotePath:
 
     def exists(self) -> bool:
         """Return whether there is a file or a folder."""
-        return bool(self._try(lambda system: system.exists(self.url)))
+        if not is_on_web(self.url):
+            return bool(self._try(lambda system: system.exists(self.url)))
+        try:
+            self._info()
+        except (FileNotFoundError, AccessError):  # buckets refuse what they do not have
+            return False
+        return True
 
     def is_dir(self) -> bool:
         """Return whether there is a folder, that is, a prefix of other names."""
@@ -200,7 +241,7 @@ class RemotePath:
                         yield f"{below}/{path}", size, stamp
             elif not name.endswith("/"):  # some stores mark a folder with an empty object
                 found = entry if entry.get("size") is not None else (self / below)._info()
-                yield below, (self / below)._length(found), _stamp(found)
+                yield below, (self / below)._length(found), stamp_of(found)
 
     def list_sizes(self) -> dict[str, int]:
         """Return name → length in bytes of the files and folders directly in this folder."""
@@ -219,7 +260,7 @@ class RemotePath:
     def size_and_stamp(self) -> tuple[int, int]:
         """Return the length in bytes and a stamp, a number that changes with the content."""
         info = self._info()
-        return self._length(info), _stamp(info)
+        return self._length(info), stamp_of(info)
 
     def _length(self, info: dict[str, Any]) -> int:
         size = info.get("size")
@@ -237,7 +278,8 @@ class RemotePath:
         """Upload a local file as one object, calling `sent` with the number of bytes sent."""
 
         def put(system: Any) -> None:
-            system.put_file(str(path), self.url, callback=_byte_callback(sent))
+            system.retries = self.attempts  # of each part
+            system.put_file(str(path), self.url, callback=byte_callback(sent))
 
         self._try(put)
 
@@ -263,22 +305,8 @@ class RemotePath:
 
     def _try(self, request: Callable[[Any], _Result]) -> _Result:
         """Make a request, retrying until it succeeds or all attempts are used."""
-        for attempt in range(1, self.attempts + 1):
-            try:
-                return request(_file_system(self.url))
-            except (*_NOT_RETRIED, StorageError):
-                raise
-            # Each store's library raises its own types for a broken connection.
-            except Exception as error:
-                if attempt == self.attempts:
-                    raise StorageError(
-                        f"{self} cannot be reached after {attempt} attempts "
-                        f"({type(error).__name__}: {error}). Check the address, the network and "
-                        "the credentials."
-                    ) from error
-            longest = min(LONGEST_DELAY, FIRST_DELAY * 2 ** (attempt - 1))
-            time.sleep(random.uniform(longest / 2, longest))
-        raise ValueError(f"attempts must be at least 1, got {self.attempts}.")
+        with named_errors(self.url, self.attempts):
+            return retry(lambda: request(file_system(self.url)), self.attempts, is_transient)
 
 
 Location = Path | RemotePath
@@ -322,41 +350,42 @@ def locate(place: str | os.PathLike[str] | RemotePath) -> Location:
     return RemotePath(text.rstrip("/"))
 
 
-def _byte_callback(sent: Callable[[int], object]) -> "fsspec.Callback":
-    """Return an fsspec callback that reports bytes sent; a retried request reports them again."""
-    import fsspec  # noqa: PLC0415 - with asyncio, which takes a while and local files do not need
-
-    class Sent(fsspec.Callback):  # type: ignore[misc]  # fsspec has no types
-        def relative_update(self, inc: int = 1) -> None:
-            sent(inc)
-
-    return Sent()
-
-
 def _remove(urls: list[str], system: Any) -> None:
     system.rm(urls)
 
 
-def _stamp(info: dict[str, Any]) -> int:
-    """Return a number from whichever content mark the store has for a file."""
-    marks = [str(info[name]) for name in ("ETag", "etag", "md5Hash", "mtime") if info.get(name)]
-    marks = marks or [str(info.get("LastModified") or info.get("created") or "")]
-    return int.from_bytes(hashlib.blake2b(marks[0].encode(), digest_size=7).digest(), "big")
+class RangeFile(io.RawIOBase):
+    """A read-only file of `size` bytes, of which `read_at(offset, size)` returns a part."""
 
+    def __init__(self, read_at: Callable[[int, int], bytes], size: int) -> None:
+        self._read_at, self._position = read_at, 0
+        self.size = size
 
-def _file_system(url: str) -> Any:
-    """Return the file system of a URL; fsspec caches one per process and thread."""
-    import fsspec  # noqa: PLC0415 - with asyncio, which takes a while and local files do not need
+    def readable(self) -> bool:
+        """Return True."""
+        return True
 
-    protocol = url.partition("://")[0]
-    package = PROTOCOLS[protocol]
-    try:
-        return fsspec.filesystem(protocol, use_listings_cache=False)
-    except ImportError:
-        extra = _EXTRAS[package]
-        raise StorageError(
-            f"{url} needs the package {package}: pip install 'simmim[{extra}]'."
-        ) from None
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to a position, and return it."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Return `size` bytes, or fewer at the end of the file."""
+        left = max(0, self.size - self._position)
+        size = left if size is None or size < 0 else min(size, left)
+        data = self._read_at(self._position, size)
+        self._position += len(data)
+        return data
 
 
 class ByteReader:
@@ -370,8 +399,12 @@ class ByteReader:
     def __init__(self, path: Location) -> None:
         self._path = path
         self._descriptor = os.open(path, os.O_RDONLY) if isinstance(path, Path) else -1
-        self._size = -1
         self._held, self._held_from = b"", 0
+
+    @cached_property
+    def size(self) -> int:
+        """Length of the file in bytes."""
+        return int(self._path.stat().st_size)
 
     def read(self, offset: int, size: int) -> bytes:
         """Return `size` bytes from `offset`, or fewer at the end of the file."""
@@ -386,15 +419,13 @@ class ByteReader:
             self._descriptor = -1
 
     def _fetch(self, path: RemotePath, offset: int, size: int) -> bytes:
-        if self._size < 0:
-            self._size = path.stat().st_size
-        size = max(0, min(size, self._size - offset))
+        size = max(0, min(size, self.size - offset))
         held_to = self._held_from + len(self._held)
         if not (self._held_from <= offset and offset + size <= held_to):
             # A read that begins just behind the last one is part of a sequence.
             follows = self._held and self._held_from <= offset <= held_to + _READ_AHEAD // 4
             length = max(size, _READ_AHEAD) if follows else size
-            self._held = path.read_range(offset, min(length, self._size - offset)) if size else b""
+            self._held = path.read_range(offset, min(length, self.size - offset)) if size else b""
             self._held_from = offset
         start = offset - self._held_from
         return self._held[start : start + size]

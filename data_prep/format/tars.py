@@ -1,6 +1,5 @@
 """Uncompressed tars from any source, read without trusting them, and fetched if remote."""
 
-import io
 import os
 import tarfile
 import tempfile
@@ -11,7 +10,8 @@ from typing import IO, BinaryIO, cast
 
 from data_prep.format.atomic import name_in_errors
 from data_prep.format.pipes import PipedFile
-from data_prep.format.storage import Location, RemotePath
+from data_prep.format.storage import Location, RangeFile, RemotePath
+from data_prep.format.stores import StorageError
 
 
 class TarError(ValueError):
@@ -51,18 +51,19 @@ def walk_tar(
 
     Raises:
         TarError: the file is not a tar, is compressed, is truncated, or loops back on itself.
+        StorageError: the store does not answer, or sends whole files only.
     """
     try:
         with path.open("rb") as file:
-            stream = _Part(file, start, _length_of(file) - start if length is None else length)
+            stream = _part(file, start, _length_of(file) - start if length is None else length)
             yield from _walk(path, stream, missing_end)
     except (tarfile.TarError, OverflowError, ValueError) as error:
-        if isinstance(error, TarError):
+        if isinstance(error, TarError | StorageError):
             raise
         raise TarError(_describe(path, error)) from None
 
 
-def _walk(path: Location, stream: "_Part", missing_end: Warn | None) -> Iterator[tarfile.TarInfo]:
+def _walk(path: Location, stream: RangeFile, missing_end: Warn | None) -> Iterator[tarfile.TarInfo]:
     """Yield the members of a tar, then check its end."""
     place, member = -1, None
     with tarfile.open(fileobj=stream, mode="r:") as tar:
@@ -79,7 +80,7 @@ def _walk(path: Location, stream: "_Part", missing_end: Warn | None) -> Iterator
                 tar.members.clear()  # type: ignore[attr-defined]
         except tarfile.ReadError:
             # The file ends before the block after a member: its data may be whole nevertheless.
-            if member is None or not _only_padding_is_missing(member, stream.length):
+            if member is None or not _only_padding_is_missing(member, stream.size):
                 raise
             _refuse_or_warn(path, "its last block is not filled up", missing_end)
             return
@@ -91,7 +92,7 @@ def _only_padding_is_missing(last: tarfile.TarInfo, length: int) -> bool:
     return not last.issparse() and stop <= length < stop + -stop % _BLOCK
 
 
-def _check_end(path: Location, stream: "_Part", offset: int, missing_end: Warn | None) -> None:
+def _check_end(path: Location, stream: RangeFile, offset: int, missing_end: Warn | None) -> None:
     """Check what follows the last member: tarfile stops at anything that is not a header.
 
     Raises:
@@ -115,9 +116,9 @@ def _check_end(path: Location, stream: "_Part", offset: int, missing_end: Warn |
         )
     if len(tail) < _END_BYTES:
         _refuse_or_warn(path, "it has no end mark (two blocks of zeros)", missing_end)
-    elif stream.length % _BLOCK:
+    elif stream.size % _BLOCK:
         _refuse_or_warn(
-            path, f"its length of {stream.length:,} bytes is not a multiple of 512", missing_end
+            path, f"its length of {stream.size:,} bytes is not a multiple of 512", missing_end
         )
 
 
@@ -134,39 +135,17 @@ def _length_of(file: IO[bytes]) -> int:
     return file.seek(0, os.SEEK_END)
 
 
-class _Part(io.RawIOBase):
-    """A byte range of a file as a file of its own."""
-
-    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
-        self._file, self._start, self._position = file, start, 0
-        self.length = length
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.length}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def read(self, size: int | None = -1) -> bytes:
-        left = max(0, self.length - self._position)
-        size = left if size is None or size < 0 else min(size, left)
-        self._file.seek(self._start + self._position)
-        data = self._file.read(size)
-        self._position += len(data)
-        return data
-
-
 def open_part(file: IO[bytes], start: int, length: int) -> IO[bytes]:
     """Return a byte range of an open file as a file of its own."""
-    return cast(IO[bytes], _Part(file, start, length))
+    return cast(IO[bytes], _part(file, start, length))
+
+
+def _part(file: IO[bytes], start: int, length: int) -> RangeFile:
+    def read_at(offset: int, size: int) -> bytes:
+        file.seek(start + offset)
+        return file.read(size)
+
+    return RangeFile(read_at, length)
 
 
 def is_tar(path: Location) -> bool:

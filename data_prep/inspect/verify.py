@@ -10,7 +10,8 @@ import numpy as np
 from data_prep.executors.processes import Tick, map_tasks
 from data_prep.format.index import ShardIndex, index_tar, read_images, read_index
 from data_prep.format.manifest import IMAGE_EXTENSIONS, Manifest, ManifestError, ShardEntry
-from data_prep.format.storage import Location, StorageError
+from data_prep.format.storage import Location
+from data_prep.format.stores import StorageError
 from data_prep.format.tars import TarError, as_local_file
 from data_prep.images.arrays import MAGIC, is_channels_first, read_header
 from data_prep.images.checking import RE_ENCODED, RejectedImageError, check_image

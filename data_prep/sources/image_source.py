@@ -103,8 +103,10 @@ def _open_remote(
     if not _is_named_as_file(path) and path.is_dir():
         _refuse_finished_set(path)
         return RemoteFolderSource(path)
-    if not path.exists():
-        raise SourceError(f"{path} does not exist. Give the URL of {_KINDS}.")
+    try:
+        path.content_length()
+    except FileNotFoundError:
+        raise SourceError(f"{path} does not exist. Give the URL of {_KINDS}.") from None
     return _open_file(path, selection, scratch)
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.format.kinds import Examples
-from data_prep.format.storage import Location, RemotePath, StorageError, locate
+from data_prep.format.storage import Location, RemotePath, locate
+from data_prep.format.stores import StorageError
 from data_prep.format.tars import as_local_file
 from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import Selection, SourceError, SourceFile, normal_path

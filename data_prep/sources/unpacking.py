@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_prep.format.atomic import name_in_errors
-from data_prep.format.storage import Location, RemotePath, StorageError
+from data_prep.format.storage import Location, RemotePath
+from data_prep.format.stores import StorageError
 from data_prep.format.text import format_bytes
 from data_prep.sources.zip_methods import MemberDataError, MemberDecoder
 

@@ -27,7 +27,8 @@ from data_prep.format.manifest import (
     read_manifest,
     write_manifest,
 )
-from data_prep.format.storage import RemotePath, StorageError
+from data_prep.format.storage import RemotePath
+from data_prep.format.stores import StorageError
 from data_prep.write.shard import shard_name
 
 _LOG_NAME = "uploaded.txt"

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from data_prep.format.manifest import ShardEntry
-from data_prep.format.storage import StorageError
+from data_prep.format.stores import StorageError
 from data_prep.write.shard import ShardReport, ShardTask, read_report, shard_exists
 from data_prep.write.upload import Upload
 

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 
 from data_prep.bounds import Bounds, Count, Fraction, Probability, Span, Whole
 from data_prep.format.patterns import Names
+from data_prep.format.storage import ATTEMPTS
 from simmim.data.datasets.clips import ClipSet, open_clips
 from simmim.data.datasets.mixture import Shards
 from simmim.data.datasets.opening import (
@@ -46,9 +47,11 @@ class RemoteSettings:
     cache directory."""
     cache_bytes: Count = DEFAULT_CACHE_BYTES
     """Size limit of the shard cache in bytes."""
-    attempts: Count = 8
+    attempts: Count = ATTEMPTS
     """Attempts to read from a store, or a missing or truncated shard or folder, before the run
-    stops; pauses grow from 0.1 s to 20 s, 13 s in total for 8 attempts."""
+    stops; pauses grow from 0.1 s to 20 s: 13 s in total for 8 attempts, 20 s more for each further
+    one. An attempt at a store fails after 30 s without a byte; on gs, whose library repeats it up
+    to 6 times itself, later. Denied access is not retried, and a command is not timed."""
     allow_pipe: bool = False
     """Run the commands that a manifest lists instead of shards, as written by
     `data-prep index 'pipe:COMMAND' --allow-pipe`; their output is fetched whole."""

@@ -19,7 +19,7 @@ from data_prep.format.labels import (
     folder_class,
 )
 from data_prep.format.text import count_noun
-from simmim.data.datasets.image_set import ImageSet, ShardUnavailableError, retry
+from simmim.data.datasets.image_set import ImageSet, ShardUnavailableError, read_patiently
 from simmim.data.datasets.listing import (
     IMAGE_SUFFIXES,
     VANISHED,
@@ -85,7 +85,7 @@ class ImageFile:
             DataError: the folder is missing.
         """
         try:
-            return retry(self._try_to_read, self.attempts)
+            return read_patiently(self._try_to_read, self.attempts)
         except BadSampleError:
             raise
         except DataError as error:

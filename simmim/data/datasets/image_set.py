@@ -1,9 +1,7 @@
 """Images in shards or folders, of which classes, shares and splits can be selected."""
 
 import copy
-import random
 import sys
-import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -12,19 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
-from data_prep.format.storage import Location
+from data_prep.format.storage import Location, retry
 from data_prep.format.text import count_noun
 from simmim.data.order.randomness import choose_share
 from simmim.data.order.source import DataError, EncodedImage, SampleSource
 
-FIRST_PAUSE = 0.1
-"""Seconds before the second attempt; each further pause is twice as long, with jitter."""
-
-LONGEST_PAUSE = 20.0
-"""Longest pause between two attempts, in seconds."""
-
-WARN_FROM = 0.7
-"""Shortest pause, in seconds, that a warning is printed for."""
+WARN_FROM = 4
+"""First failed attempt that a warning is printed for, after pauses of half a second in total."""
 
 Result = TypeVar("Result")
 
@@ -33,26 +25,22 @@ class ShardUnavailableError(DataError):
     """A shard is missing or shorter than it should be; it may come back."""
 
 
-def retry(read: Callable[[], Result], attempts: int) -> Result:
+def read_patiently(read: Callable[[], Result], attempts: int) -> Result:
     """Return the result of `read`, called again while a shard is unavailable.
 
     Raises:
         DataError: it is still unavailable after `attempts` calls.
     """
-    for attempt in range(1, attempts):
-        try:
-            return read()
-        except ShardUnavailableError as error:
-            longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (attempt - 1))
-            pause = random.uniform(longest / 2, longest)
-            if longest > WARN_FROM:
-                sys.stderr.write(
-                    f"\nWARNING: {error}; retrying in {pause:.1f} s"
-                    f" (attempt {attempt} of {attempts} failed, data.attempts)\n"
-                )
-            time.sleep(pause)
+
+    def warn(error: Exception, attempt: int, pause: float) -> None:
+        if attempt >= WARN_FROM:
+            sys.stderr.write(
+                f"\nWARNING: {error}; retrying in {pause:.1f} s"
+                f" (attempt {attempt} of {attempts} failed, data.attempts)\n"
+            )
+
     try:
-        return read()
+        return retry(read, attempts, lambda error: isinstance(error, ShardUnavailableError), warn)
     except ShardUnavailableError as error:
         tried = count_noun(attempts, "attempt")
         raise DataError(f"{error} (after {tried}, data.attempts).") from None

@@ -12,7 +12,7 @@ from typing import BinaryIO, Literal, Protocol
 
 from data_prep.format.manifest import Manifest, ShardEntry
 from data_prep.format.pipes import PipedFile
-from data_prep.format.storage import RemotePath
+from data_prep.format.storage import ATTEMPTS, RemotePath
 from simmim.data.datasets.image_set import ShardUnavailableError
 from simmim.data.order.order import BLOCK_SAMPLES, WHOLE_SHUFFLE_LIMIT
 from simmim.data.order.source import DataError
@@ -184,7 +184,7 @@ class RemoteReading:
     """Folder of fetched shards; None is a folder in the user's cache directory."""
     cache_bytes: int = DEFAULT_CACHE_BYTES
     """Size limit of the cache."""
-    attempts: int = 8
+    attempts: int = ATTEMPTS
     """Attempts per request before it fails."""
     allow_pipe: bool = False
     """Whether to run commands in the manifest whose output are the shards."""

@@ -1,7 +1,6 @@
 """Random access to the samples of shards, through the indexes written by `data-prep`."""
 
 import io
-import os
 import tarfile
 import weakref
 from collections import OrderedDict
@@ -25,8 +24,8 @@ from data_prep.format.manifest import (
 )
 from data_prep.format.patterns import Names, PatternError, is_pattern, split_pattern
 from data_prep.format.pipes import PipedFile
-from data_prep.format.storage import Location, RemotePath, locate
-from simmim.data.datasets.image_set import ImageSet, ShardUnavailableError, retry
+from data_prep.format.storage import ByteReader, Location, RemotePath, locate
+from simmim.data.datasets.image_set import ImageSet, ShardUnavailableError, read_patiently
 from simmim.data.datasets.remote import RemoteReading, RemoteShard, ShardCache
 from simmim.data.order.source import DataError
 
@@ -68,19 +67,19 @@ class LocalShard:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = os.open(path, os.O_RDONLY)
+            self._file = ByteReader(path)
         except OSError as error:
             kind = DataError if isinstance(error, PermissionError) else ShardUnavailableError
             raise kind(
                 f"shard {path} cannot be opened ({error.strerror}): make it readable, or"
                 " write the shards again with `data-prep shard`"
             ) from None
-        self.close = weakref.finalize(self, os.close, self._file)
+        self.close = weakref.finalize(self, self._file.close)
 
     def read(self, offset: int, size: int) -> bytes:
         """Return bytes of the shard. Raises ShardUnavailableError if it cannot be read."""
         try:
-            return os.pread(self._file, size, offset)
+            return self._file.read(offset, size)
         except OSError as error:
             raise ShardUnavailableError(
                 f"shard {self.path} cannot be read: {error.strerror}"
@@ -267,11 +266,11 @@ class ShardSet(ImageSet):
 
         Raises DataError naming the shard if it still cannot be read.
         """
-        return retry(lambda: self._try_to_read(number, row), self.remote.attempts)
+        return read_patiently(lambda: self._try_to_read(number, row), self.remote.attempts)
 
     def _about(self, number: int, row: int) -> bytes | None:
         """Return the JSON member of a sample; see `_read`."""
-        return retry(lambda: self._opened(number).about(row), self.remote.attempts)
+        return read_patiently(lambda: self._opened(number).about(row), self.remote.attempts)
 
     def _try_to_read(self, number: int, row: int) -> RawSample:
         try:

@@ -112,15 +112,14 @@ def test_commands_without_a_tar_or_a_folder_are_refused(
 def test_a_failed_command_is_retried_and_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_prep.format.pipes.FIRST_DELAY", 0.001)
-    assert storage.FIRST_DELAY == 0.1
+    monkeypatch.setattr(storage, "FIRST_DELAY", 0.001)
     count = shlex.quote(str(tmp_path / "count"))
     # It writes one number more each time, and is content at the fourth.
     command = f"echo x >>{count}; n=$(wc -l <{count}); seq 1 $n; test $n -ge 4 # shard-0.tar"
     assert b"".join(PipedFile(command).blocks()) == b"1\n2\n3\n4\n"
     (tmp_path / "count").unlink()
     assert b"".join(PipedFile(command).blocks(5)) == b"\n4\n"
-    with pytest.raises(StorageError, match="failed 2 times, last with exit code 3"):
+    with pytest.raises(StorageError, match="failed 2 times in a row, last with exit code 3"):
         list(PipedFile("exit 3 # a.tar", attempts=2).blocks())
 
 

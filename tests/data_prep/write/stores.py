@@ -52,13 +52,13 @@ class Death:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.left, self.after, self.is_dead = 10**9, False, False
         self.sent: list[str] = []
-        whole_system, whole_add = storage._file_system, upload._Log.add
+        whole_system, whole_add = storage.file_system, upload._Log.add
 
         def add(log: upload._Log, name: str, digest: str) -> None:
             self.change(whole_add, log, name, digest)
 
         monkeypatch.setattr(upload._Log, "add", add)
-        monkeypatch.setattr(storage, "_file_system", lambda url: Mortal(whole_system(url), self))
+        monkeypatch.setattr(storage, "file_system", lambda url: Mortal(whole_system(url), self))
 
     def change(self, action: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Do it, unless dead before."""
