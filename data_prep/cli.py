@@ -126,10 +126,10 @@ class _Output:
     channels_first: Annotated[
         bool | None, ONE_OF, Parameter(negative="--channels-last", show_default=False)
     ] = None
-    """Axis of the channels of arrays (.npy). Default: few channels before rows and columns, like
+    """Axis of channels in arrays (.npy). Default: few channels before rows and columns, like
     5x224x224, are recognised."""
     staging: Path | None = None
-    """Local folder for shards until they are uploaded to a URL. Default: in the user's cache."""
+    """Local folder of shards before their upload. Default: the user's cache."""
     overwrite: bool = False
     """Replace shards written with other options or from other input."""
 
@@ -149,7 +149,7 @@ class _Ends:
     """Tars that end early."""
 
     allow_missing_end: bool = False
-    """Warn of tars without an end mark instead of refusing them: they may have been cut."""
+    """Only warn of tars without an end mark, which may have been cut."""
 
 
 @app.command(sort_key=0)

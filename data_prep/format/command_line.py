@@ -54,7 +54,7 @@ def _check_count(type_: object, value: int) -> None:
 CountOption = Annotated[Count, Parameter(validator=_check_count)]
 """An integer of at least 1, of a command whose options no dataclass checks."""
 
-_LABELS = 25
+_LABELS = 28
 """Columns of the names of options, with their indentation."""
 _COLUMNS = 100
 """Columns of help, on a narrower terminal as many as that has."""
@@ -184,7 +184,7 @@ def _about(entry: "HelpEntry", console: Console) -> str:
     parts = [_plain(entry.description, console)]
     if entry.choices:
         parts.append(f"({', '.join(entry.choices)})")
-    if entry.required:
+    if entry.required and _label(entry).startswith("-"):  # the usage names the others
         parts.append("(required)")
     if entry.default not in (None, "False", "True", "()", "None"):
         default = entry.default

@@ -62,9 +62,9 @@ class Selection:
     """Which files of a source to use."""
 
     include: tuple[str, ...] = ()
-    """Use only paths that match, whatever their suffix; * also matches /; may be repeated."""
+    """Use only paths that match, of any suffix; * matches / too; repeatable."""
     exclude: tuple[str, ...] = ()
-    """Skip paths that match; * also matches /; may be repeated."""
+    """Skip paths that match; * matches / too; repeatable."""
     max_bytes: Count = 512 * 2**20
     """Reject image files with more bytes."""
     split_column: str = "split"
@@ -74,11 +74,11 @@ class Selection:
     path_column: str | None = None
     """Column with the paths of a list. Default: path, file, image, ..."""
     label_column: str | None = None
-    """Column with the labels of a list. Default: label, class, category, target, ..."""
+    """Column with the labels of a list. Default: label, class, ..."""
     root: str | None = None
-    """Folder that the paths of a list are relative to. Default: the folder of the list."""
+    """Folder that the paths of a list are relative to. Default: the list's."""
     allow_missing_end: bool = False
-    """Warn of tars without an end mark instead of refusing them: they may have been cut."""
+    """Only warn of tars without an end mark, which may have been cut."""
 
     def __post_init__(self) -> None:
         check_bounds(self, "--")

@@ -23,17 +23,17 @@ class ShardOptions:
     """
 
     samples_per_shard: Count | None = None
-    """Maximum samples per shard. Default: 10,000, fewer for shards of > 256 MiB or < 8 shards."""
+    """Maximum samples per shard. Default: 10,000, fewer if > 256 MiB or < 8 shards."""
     bytes_per_shard: Count | None = None
-    """Maximum bytes of source images per shard; a larger image has its own shard."""
+    """Maximum bytes of source images per shard; larger images have their own."""
     selection: Annotated[Selection, FLAT] = field(default_factory=Selection)
     """Files to use."""
     seed: Seed = 0
-    """Seed of the shuffle and of the choice of validation samples."""
+    """Seed of the shuffle and of the choice for validation."""
     shuffle: bool = True
-    """Shuffle the samples; --no-shuffle keeps the order of the source (of a folder: by path)."""
+    """Shuffle the samples, or keep the order of the source (folders: by path)."""
     shuffle_window: Count | None = None
-    """Shuffle within windows of this many files in source order. Default: all, listed first."""
+    """Shuffle within windows of this many files. Default: all, listed first."""
     validation_fraction: Rate = 0.0
     """Fraction of samples for validation, chosen by path and seed, in the last shards."""
     deduplicate: bool = False
@@ -99,7 +99,7 @@ class RunOptions:
     address: str | None = None
     """Address of the Ray cluster. Default: start a local one."""
     part: Annotated[tuple[int, int] | None, Parameter(converter=parse_part, n_tokens=1)] = None
-    """Write only this part of the shards, 1/N to N/N; finish with `data-prep merge`."""
+    """Write only this part, 1/N to N/N; finish with `data-prep merge`."""
     max_rejected: Probability = 1.0
     """Fail if a larger fraction of images is rejected (duplicates not counted)."""
 
