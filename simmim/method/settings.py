@@ -70,7 +70,8 @@ class LossSettings:
     `normalised_pixels`."""
     target: TargetName | None = None
     """What is predicted: `pixels`, `normalised_pixels`, or `features` of a frozen encoder: its last
-    map, each token normalised to mean 0 and variance 1; null is pixels, as norm_target says."""
+    map, each token normalised to mean 0 and variance 1, which is not drawn. null is pixels, as
+    norm_target says."""
     target_encoder: str | None = None
     """For features: the encoder directory, or the finished run, of the frozen encoder."""
 
