@@ -69,6 +69,8 @@ def read_index(folder: str | os.PathLike[str] | RemotePath, shard: ShardEntry) -
         rows = _map_rows(path)
     except FileNotFoundError:
         raise ManifestError(f"index {path} is missing. {REMEDY}") from None
+    except StorageError as error:  # nothing is wrong with the index
+        raise ManifestError(f"index {error}") from None
     # NumPy raises nearly any type when a header is hostile.
     except Exception as error:
         raise ManifestError(f"index {path} cannot be read ({error}). {REMEDY}") from None

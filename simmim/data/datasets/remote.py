@@ -257,9 +257,9 @@ class RemoteShard:
         """Do nothing: no file is kept open."""
 
     def _describe(self, error: Exception) -> str:
-        reason = (
-            "it does not exist; restore it"
-            if isinstance(error, FileNotFoundError)
-            else str(error).rstrip(".")
-        )
+        reason = str(error).rstrip(".")
+        if isinstance(error, FileNotFoundError):
+            reason = "it does not exist; restore it"
+        elif reason.startswith(str(self.source)):
+            return f"shard {reason}"
         return f"shard {self.source} cannot be read: {reason}"

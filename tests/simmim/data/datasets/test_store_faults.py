@@ -187,8 +187,10 @@ def test_faults_that_stay_are_named(
         remote.labels(2)
     faults.kind, faults.left = fault, -1
     began = time.monotonic()
-    with pytest.raises(ValueError, match=rf"{served}/shard-000002\.tar.*({named})"):
+    with pytest.raises(ValueError, match=rf"{served}/shard-000002\.tar.*({named})") as caught:
         remote.read(2, 5)
+    before_the_reason = str(caught.value).partition("(")[0]
+    assert before_the_reason.count("shard-000002.tar") == 1
     assert time.monotonic() - began < 3 * ATTEMPTS * 0.3 + 1.5
     if fault in ("401", "403"):
         assert len([path for path in faults.requests if path == "/shard-000002.tar"]) < 6
@@ -204,6 +206,16 @@ def test_a_manifest_that_cannot_be_fetched_is_named(
     faults.left = ATTEMPTS - 1
     if fault != "403":
         assert DataSettings(shards=served, attempts=ATTEMPTS).open_shards().sizes
+
+
+@pytest.mark.parametrize(("fault", "remedy"), [("500", "the network"), ("403", "the credentials")])
+def test_an_index_that_cannot_be_fetched_is_not_to_be_made_again(
+    served: str, faults: Faults, tmp_path: Path, fault: str, remedy: str
+) -> None:
+    faults.kind, faults.left, faults.suffix = fault, -1, ".npy"
+    with pytest.raises(ValueError, match=rf"index {served}/shard-000002\.npy.*{remedy}") as caught:
+        ShardSet(served, remote=reading(tmp_path, "ranges")).read(2, 5)
+    assert "data-prep" not in str(caught.value)
 
 
 @pytest.mark.parametrize("fault", ["cut", "500", "silent"])
