@@ -49,10 +49,12 @@ def write_report(run: RunFolder, section: ReportSection = NOTHING_MORE) -> Path:
         section: what the task of the run adds.
 
     Raises:
-        ValueError: `run` is not a folder, or its metrics cannot be read.
+        ValueError: the folder has neither recipe nor metrics, or its metrics cannot be read.
     """
-    if not run.path.is_dir():
-        raise ValueError(f"{run.path} is not a run folder: give the folder of a training.")
+    if not (run.recipe.is_file() or run.metrics.is_file()):
+        raise ValueError(
+            f"{run.path} is not a run folder, which has a recipe.yaml: give the folder of a training."
+        )
     lines = run.read_metrics()
     damaged = sum(line.step is None for line in read_lines(run.metrics))
     if damaged and not lines:

@@ -153,6 +153,8 @@ def _chosen(source: Path, best: bool | None) -> Path:
         assert kept is not None
         return kept
     if not found:
+        if not source.exists():
+            raise ValueError(f"{source} does not exist: give a run folder or a checkpoint in one.")
         raise ValueError(
             f"{source} holds no complete checkpoint: give a run folder or a checkpoint in one."
         )

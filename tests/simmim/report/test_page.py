@@ -103,13 +103,16 @@ def test_the_report_command_rewrites_the_report(
 
 
 def test_a_run_without_metrics_has_a_report(tmp_path: Path) -> None:
+    RunFolder(path=tmp_path).recipe.touch()
     write_report(RunFolder(path=tmp_path))
     assert "Nothing has been logged yet" in read(RunFolder(path=tmp_path))
 
 
 def test_other_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(tmp_path / "nowhere")]) == 2
-    assert "not a run folder" in capsys.readouterr().err
+    for folder in (tmp_path / "nowhere", tmp_path):
+        assert main(["report", str(folder)]) == 2
+        assert "not a run folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
     (tmp_path / "metrics.jsonl").write_text("no json\n")
     assert main(["report", str(tmp_path)]) == 2
     assert "metrics.jsonl cannot be read" in capsys.readouterr().err

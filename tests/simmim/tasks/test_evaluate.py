@@ -81,7 +81,7 @@ def test_the_initial_weights_may_be_gone(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "no complete checkpoint"),
+        (["nowhere"], "nowhere does not exist: give a run folder"),
         (["RUN", "--best", "--data.validation_shards", "0"], "--data.validation"),
         (["RUN", "--data", "nowhere"], "nowhere"),
         (["RUN", "--data.crop_pct", "2"], "crop_pct is 2"),
