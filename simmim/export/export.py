@@ -143,7 +143,8 @@ def _write(
             size = "any size" if any_size else f"{height}x{width} pixels"
             file = MODEL_FILE if form == "onnx" else PROGRAM_FILE
             lines = [f"{file}: feature maps of all stages for images of {size}; {loads} it"]
-            alone = "not exported: the head (graphs have the encoder only)"
+            left = "the head" if masked_image is None else "mask token and decoder"
+            alone = f"not exported: {left} (graphs have the encoder only)"
             return [*lines, alone] if masked_image or found.head else lines
 
 

@@ -367,6 +367,13 @@ def test_an_occupied_destination_is_left_alone(
     assert [path.name for path in occupied.iterdir()] == ["thesis.txt"]
 
 
+def test_a_graph_export_of_a_pretraining_says_that_it_has_no_decoder(
+    pretrained: tuple[Path, PretrainStage], tmp_path: Path
+) -> None:
+    lines = export(pretrained[0], tmp_path / "out", "torch-export")
+    assert "  not exported: mask token and decoder (graphs have the encoder only)" in lines
+
+
 @pytest.mark.parametrize(("form", "file"), [("onnx", "model.onnx"), ("torch-export", "model.pt2")])
 def test_a_graph_export_reports_its_difference(
     encoder_directory: Path, tmp_path: Path, form: Any, file: str
