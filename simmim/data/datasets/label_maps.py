@@ -111,8 +111,13 @@ class LabelledFolder(FileSet[LabelledImage, ImageAndLabels]):
                 f"{min(lone)}.png: set data.layout.image_suffix and annotation_suffix."
             )
         if not self._items:
-            ending = f" whose names end with {layout.image_suffix}" if layout.image_suffix else ""
-            raise ValueError(f"{images} contains no images{ending}: choose another split.")
+            if layout.image_suffix:
+                raise ValueError(
+                    f"{images} contains no images whose names, without .jpg or the like, end with "
+                    f"data.layout.image_suffix {layout.image_suffix}: change it, or choose another "
+                    "split."
+                )
+            raise ValueError(f"{images} contains no images: choose another split.")
         self._check_shared()
         missing = [str(pair.labels) for pair in self._items if not pair.labels.is_file()]
         if missing:

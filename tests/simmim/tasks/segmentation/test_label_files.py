@@ -129,6 +129,10 @@ def test_an_empty_or_absent_split_is_refused(scenes: Path) -> None:
         (scenes / kind / "test").mkdir()
     with pytest.raises(ValueError, match="contains no images"):
         LabelledFolder(scenes, "test")
+    with pytest.raises(
+        ValueError, match=r"without \.jpg .* data\.layout\.image_suffix \.jpg: change"
+    ):
+        LabelledFolder(scenes, "training", FolderLayout(image_suffix=".jpg"))
 
 
 def test_a_class_out_of_range_is_named(scenes: Path) -> None:
