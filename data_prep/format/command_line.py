@@ -8,6 +8,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from inspect import BoundArguments
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -18,6 +19,7 @@ from cyclopts.exceptions import (
     MissingArgumentError,
     RepeatArgumentError,
     UnknownCommandError,
+    UnknownOptionError,
     UnusedCliTokensError,
     ValidationError,
 )
@@ -43,6 +45,13 @@ MANY = Parameter(consume_multiple=True)
 """An option that takes all values that follow it."""
 PASSED = Parameter(parse=False)
 """Not an argument: the program passes it."""
+
+
+def shown_as(text: str, **options: Any) -> Parameter:
+    """Return the parameter of an option whose value help shows as `text`."""
+    if not hasattr(Parameter(), "metavar"):  # releases for Python 3.10 show no values
+        return Parameter(**options)
+    return Parameter(metavar=text, **options)
 
 
 def _check_count(type_: object, value: int) -> None:
@@ -137,6 +146,12 @@ def _describe(error: CycloptsError) -> str:
             if bounds := bounds_in(argument.field_info.annotation):
                 value = argument.tokens[-1].value
                 text = f"{argument.name} is {value}; it must be {bounds}."
+        case UnknownOptionError(token=token):
+            # cyclopts counts the dashes, which all options share: --foo would be --root
+            what, meant, name = text.partition(" Did you mean ")
+            given = (token.keyword or token.value).lstrip("-")
+            if meant and not get_close_matches(given, [name.strip('"?').lstrip("-")]):
+                text = what
         case UnknownCommandError():
             text = text.replace('"', "")
     return text

@@ -5,6 +5,7 @@ with the number of its line.
 """
 
 import csv
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -228,7 +229,10 @@ def _read_json(path: Path) -> Iterator[ListRow]:
                 values = decode_json(line, notes.add)
             except (ValueError, RecursionError) as error:
                 reason = "not UTF-8" if isinstance(error, UnicodeEncodeError) else "not JSON"
-                raise SourceError(f"{path}, line {number} is {reason} ({error}).") from None
+                what = str(error)
+                if isinstance(error, json.JSONDecodeError):  # it counts lines from this one
+                    what = f"{error.msg}, character {error.pos + 1}"
+                raise SourceError(f"{path}, line {number} is {reason} ({what}).") from None
             if not isinstance(values, dict):
                 raise SourceError(f"{path}, line {number} is not a JSON object: {line[:80]!r}.")
             yield ListRow(place=f"line {number}", cells=values, notes=frozenset(notes))

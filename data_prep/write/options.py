@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
-from cyclopts import Parameter, Token
+from cyclopts import Token
 
 from data_prep.bounds import Bounds, Count, Probability, Rate, Seed, check_bounds
-from data_prep.format.command_line import FLAT, PASSED
+from data_prep.format.command_line import FLAT, PASSED, shown_as
 from data_prep.images.settings import MAX_PIXELS, Encoding
 from data_prep.sources.files import Selection
 
@@ -98,7 +98,9 @@ class RunOptions:
     """Write shards in local processes or on a Ray cluster."""
     address: str | None = None
     """Address of the Ray cluster. Default: start a local one."""
-    part: Annotated[tuple[int, int] | None, Parameter(converter=parse_part, n_tokens=1)] = None
+    part: Annotated[tuple[int, int] | None, shown_as("I/N", converter=parse_part, n_tokens=1)] = (
+        None
+    )
     """Write only this part, 1/N to N/N; finish with `data-prep merge`."""
     max_rejected: Probability = 1.0
     """Fail if a larger fraction of images is rejected (duplicates not counted)."""

@@ -53,7 +53,8 @@ def write_report(run: RunFolder, section: ReportSection = NOTHING_MORE) -> Path:
     """
     if not (run.recipe.is_file() or run.metrics.is_file()):
         raise ValueError(
-            f"{run.path} is not a run folder, which has a recipe.yaml: give the folder of a training."
+            f"{run.path} is not a run folder, which has a recipe.yaml: give the folder of a "
+            "training."
         )
     lines = run.read_metrics()
     damaged = sum(line.step is None for line in read_lines(run.metrics))

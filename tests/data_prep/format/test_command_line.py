@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[3]
         (["shrad"], "data-prep: Unknown command shrad. Did you mean shard?"),
         (["shard", "a"], "data-prep shard: FOLDER is missing: add it."),
         (["shard", "a", "b", "--worker", "2"], "Unknown option: --worker. Did you mean --workers?"),
+        (["shard", "a", "b", "--foo"], "Unknown option: --foo. See data-prep shard --help."),
         (["shard", "a", "b", "--workers"], "--workers has no value: add one."),
         (["shard", "a", "b", "--workers", "0"], "--workers is 0; it must be 1 or more."),
         (["shard", "a", "b", "c"], "'c' is one argument too many: remove it."),
@@ -57,6 +58,12 @@ def test_help_fits_two_screens(command: str, capsys: pytest.CaptureFixture[str])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 60
     assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="cyclopts for Python 3.10 shows no values")
+def test_help_shows_a_part_as_it_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["shard", "--help"]) == 0
+    assert "  --part I/N  " in capsys.readouterr().out
 
 
 def test_the_last_of_several_values_counts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -169,7 +169,12 @@ DAMAGE = [
     ("a.csv", "", "utf-8", ("no column `path`", "empty")),
     ("a.txt", "{0}\tx\tz\n", "utf-8", ("line 1", "3 values")),
     ("a.txt", "name\tlabel\n{0}\tx\n", "utf-8", ("no column `path`", "--path-column")),
-    ("a.jsonl", '{{"path": "{0}"}}\n{{"path": \n', "utf-8", ("line 2", "not JSON")),
+    (
+        "a.jsonl",
+        '{{"path": "{0}"}}\n{{"path": \n',
+        "utf-8",
+        ("line 2 is not JSON (Expecting value, character 11)",),
+    ),
     ("a.jsonl", '{{"path": "{0}"}}\n["{1}"]\n', "utf-8", ("line 2", "not a JSON object")),
     ("a.jsonl", '{{"path": "{0}", "label": "ä"}}\n', "latin-1", ("line 1", "not UTF-8")),
     ("a.jsonl", '{{"path": "{0}", "label": ["x"]}}\n', "utf-8", ("line 1", "label", "list")),
