@@ -224,7 +224,7 @@ def test_whole_files_that_are_always_cut_off_end(served: str, faults: Faults, fa
     faults.kind, faults.left = fault, -1
     with pytest.raises(StorageError, match=r"after 3 attempts.*Check the address"):
         list(RemotePath(f"{served}/shard-000002.tar", attempts=ATTEMPTS).blocks())
-    assert len(faults.requests) <= 2 * ATTEMPTS + 1
+    assert len(faults.requests) < 30  # of any length, since bytes that are new count as progress
 
 
 @pytest.mark.parametrize("fault", ["500", "cut", "less", "silent"])
