@@ -40,6 +40,9 @@ TORCHRUN_DEFAULTS = {
 seconds to write a checkpoint before they are killed. Slurm and Kubernetes have limits of their own,
 which end earlier."""
 
+USAGE = "%(prog)s [options of accelerate launch] -m simmim COMMAND ..."
+"""The first line of help, and all that precedes a mistake in the options."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Start processes and return their common exit code, 75 after a stop signal.
@@ -65,7 +68,9 @@ def launch_accelerate(argv: list[str]) -> int:
     """Run `accelerate launch` in this process and return the exit code of its processes."""
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    arguments = launch_command_parser().parse_args(argv)
+    parser = launch_command_parser()
+    parser.prog, parser.usage = "python -m simmim.launch", USAGE  # theirs is of 120 lines
+    arguments = parser.parse_args(argv)
     if _asks_for_deepspeed(arguments):  # refused here: accelerate ends with a traceback
         sys.stderr.write(f"simmim: {NO_DEEPSPEED}\n")
         return 2

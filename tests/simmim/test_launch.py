@@ -77,6 +77,25 @@ def test_stop_signals_are_passed_on(processes: int, number: signal.Signals, tmp_
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: training_script"),
+        (["--foo", "-m", "simmim", "pretrain"], "unrecognized arguments: --foo"),
+    ],
+    ids=["no program", "an unknown option"],
+)
+def test_a_mistake_in_the_options_is_two_lines(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ending:
+        main(arguments)
+    assert ending.value.code == 2
+    usage, mistake = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: python -m simmim.launch [options of accelerate launch] -m ")
+    assert message in mistake
+
+
+@pytest.mark.parametrize(
     ("codes", "code"),
     [
         ([75, 75], 75),
