@@ -270,7 +270,7 @@ def _describe_mistake(recipe_type: type[Any], mistake: Any, options: Sequence[st
         return f"{where}: unknown key; {_suggestion(recipe_type, path, options)}"
     if mistake["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{where}: missing; add it."
-    message = mistake["msg"].removeprefix("Value error, ")
+    message = mistake["msg"].removeprefix("Value error, ").replace("a valid array", "a list")
     if mistake["type"] == "value_error":
         return f"{where}: {message}"
     if mistake["type"] in OUT_OF_BOUNDS and (text := _bounds_at(recipe_type, path)):
@@ -317,8 +317,9 @@ def _bounds_at(recipe_type: type[Any], path: Sequence[str]) -> str:
 
 
 def _shortened(value: object) -> str:
-    """Return the representation of a value for a message, at most 200 characters of it."""
-    text = repr(value)
+    """Return a value as a message shows it: null, true and false of YAML, else at most 200
+    characters of its representation."""
+    text = {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 

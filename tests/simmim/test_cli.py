@@ -51,6 +51,8 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--data.validation_shards", "8"], "validation_shards is 8"),
         (["--loss.name", "l3"], "l1"),
         (["--training.optimizer.lr", "fast"], "valid number"),
+        (["--training.validate_every", "null"], "valid integer, got null"),
+        (["--encoder.depths", "measured"], "should be a list, got 'measured'"),
         (["--data.mean", "[0.5]"], "data"),
         (["--training.steps"], "has no value"),
         (["loose"], "--key.key value"),

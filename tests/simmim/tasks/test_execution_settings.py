@@ -77,7 +77,7 @@ def test_by_default_blocks_are_compiled_on_a_gpu(
     [
         (
             {"attention": "fast"},
-            ["execution.attention: Input should be 'auto', ", "or a valid array, got 'fast'"],
+            ["execution.attention: Input should be 'auto', ", "or a list, got 'fast'"],
         ),
         ({"checkpointing": ["full", "half"]}, ["execution.checkpointing.1: ", "got 'half'"]),
         (
