@@ -54,6 +54,8 @@ class RecipeOptions:
         if self.config is not None:
             return self.config
         stray = [text for text in overrides[:1] if not text.startswith("-")]
+        if overrides[:1] and not overrides[0].startswith("--") and not stray:
+            raise recipe_error(f"{overrides[0]}: options begin with two dashes.")
         found = f"--config {stray[0]}" if stray else "one, for example from jobs/"
         raise recipe_error(f"--config is missing: give {found}.")
 

@@ -29,6 +29,12 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return message
 
 
+def test_an_option_with_one_dash_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(["pretrain", "-config", "a.yaml"], capsys) == (
+        "simmim pretrain: -config: options begin with two dashes.\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
