@@ -7,14 +7,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from simmim.engine.checkpoint.directory import complete_checkpoints
+from simmim.engine.checkpoint.directory import OPTIMIZER, complete_checkpoints
+from simmim.engine.checkpoint.ema import read_average
 from simmim.engine.checkpoint.resume import read_model
+from simmim.engine.checkpoint.shard_files import ShardFiles
 from simmim.engine.run import RunFolder
 from tests.simmim.forked import finish, forked
 
@@ -103,6 +106,32 @@ def test_a_signal_ends_with_a_checkpoint_that_can_be_resumed(
     finish(arguments(pretrain_config, broken, *steps, "--resume", "auto"), log)
     finish(arguments(pretrain_config, whole, *steps), log)
     assert_same_ending(whole, broken)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="pip install 'simmim[8bit]'")
+def test_two_ranks_resume_8_bit_states_and_the_average(
+    pretrain_config: Path, tmp_path: Path
+) -> None:
+    whole, resumed, log = tmp_path / "whole", tmp_path / "resumed", tmp_path / "log"
+    settings = ["--training.optimizer.name", "adamw_8bit", "--training.ema_decay", "0.9"]
+    settings += ["--encoder.embed_dim", "32", "--training.checkpoint_every", "4"]
+    finish(arguments(pretrain_config, whole, *settings), log, ranks=2)
+    middle = complete_checkpoints(whole / "checkpoints")[0]
+    again = [*settings, "--resume", str(middle)]
+    finish(arguments(pretrain_config, resumed, *again), log, ranks=2)
+    ends = [complete_checkpoints(run / "checkpoints")[-1] for run in (whole, resumed)]
+    assert middle.name < ends[0].name == ends[1].name
+    for read in (read_model, read_average, read_states):
+        first, second = (read(end) for end in ends)
+        assert first.keys() == second.keys() != set()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.uint8 in {tensor.dtype for tensor in read_states(ends[0]).values()}
+
+
+def read_states(checkpoint: Path) -> dict[str, torch.Tensor]:
+    with ShardFiles(checkpoint, OPTIMIZER) as files:
+        return files.read_all()
 
 
 @pytest.mark.slow
