@@ -85,7 +85,7 @@ def test_other_names_and_folders_are_found(scenes: Path) -> None:
         LabelledFolder(scenes, "training", FolderLayout(annotations="gt"))
     with pytest.raises(ValueError, match=r"/nowhere is not a folder: .* data\.layout\.images"):
         LabelledFolder(scenes, "training", FolderLayout(images="/nowhere"))
-    with pytest.raises(ValueError, match="no images whose names end with _right"):
+    with pytest.raises(ValueError, match=r"end with data\.layout\.image_suffix _right"):
         LabelledFolder(
             scenes, "training", FolderLayout(annotations="labels", image_suffix="_right")
         )
