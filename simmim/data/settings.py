@@ -102,6 +102,12 @@ class SampleSettings(DecodeSettings):
         if self.slots is not None and min(self.slots_of_sets, default=0) < 1:
             raise ValueError(f"slots is {self.slots}; it must be at least 1, or null.")
         if isinstance(self.mean, str) or isinstance(self.std, str):
+            if not self.MEASURABLE:
+                raise ValueError(
+                    "mean and std are measured for pretraining and classification of images only: "
+                    "give one number per channel, or start from trained weights (--init), which "
+                    "bring their own."
+                )
             return
         if len(self.mean) != len(self.std) or min(self.std, default=0) <= 0:
             raise ValueError("mean and std need one number per channel, every std above 0.")
@@ -296,13 +302,14 @@ class ClipDataSettings(CroppedSettings, RandomCropSettings):
     views_top1 and views_top5, in addition to the single central view; [4, 5] in the paper. Each
     view costs a forward pass."""
     UNRECORDED_SLOTS: ClassVar[int] = 8
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, float, float] | Literal["measured"] = IMAGENET_MEAN
+    std: tuple[float, float, float] | Literal["measured"] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        if max(*self.mean, *self.std) > 1:
+        mean, std = self.normalisation
+        if max(*mean, *std) > 1:
             raise ValueError(
-                f"mean is {list(self.mean)} and std {list(self.std)}; both are on a scale of 0 to "
+                f"mean is {list(mean)} and std {list(std)}; both are on a scale of 0 to "
                 "1: divide values from 0 to 255 by 255."
             )
 

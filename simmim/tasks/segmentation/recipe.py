@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from data_prep.bounds import Amount, Bounds, Count, Fraction, Whole
 from simmim.data.datasets.label_maps import FolderLayout
-from simmim.data.settings import IMAGENET_MEAN, IMAGENET_STD, CroppedSettings, DrawnSettings
+from simmim.data.settings import CroppedSettings, DrawnSettings
 from simmim.data.transforms.settings import LabelMapSettings, SegmentationCropSettings
 from simmim.recipe import settings
 from simmim.tasks.recipe import FineTuningRecipe
@@ -27,8 +27,6 @@ class DenseData(CroppedSettings, DrawnSettings):
     """Seed of that choice."""
     image_size: Count
     """Side of the square training crops in pixels."""
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
 
 
 @settings

@@ -102,7 +102,8 @@ class VideoStage(ClassifierStage[VideoRecipe, ClipSet]):
         if init == SCRATCH:
             with seeded(seed):
                 encoder = VideoSwinV2(wanted.video_config(data.image_size, data.frames))
-            return InitialEncoder(encoder=encoder, mean=data.mean, std=data.std, inflated_from=None)
+            mean, std = data.normalisation
+            return InitialEncoder(encoder=encoder, mean=mean, std=std)
         source = find_weights(init)
         if is_video_encoder(source.encoder):
             clips = read_video_config(source.encoder)

@@ -1,0 +1,21 @@
+"""Tasks that cannot measure mean and std say so, and what to give instead."""
+
+from pathlib import Path
+
+import pytest
+
+from simmim.cli import main
+
+RECIPES = Path(__file__).parents[3] / "jobs" / "finetune"
+
+
+@pytest.mark.parametrize("field", ["mean", "std"])
+@pytest.mark.parametrize("name", ["segmentation-camvid", "detection-camvid", "video-tiny"])
+def test_measured_is_refused_with_a_remedy(
+    name: str, field: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = RECIPES / f"{name}.yaml"
+    command = ["finetune", "--config", str(recipe), "--folder", str(tmp_path / "run")]
+    assert main([*command, f"--data.{field}", "measured"]) == 2
+    message = capsys.readouterr().err
+    assert "give one number per channel, or start from trained weights (--init)" in message
