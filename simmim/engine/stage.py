@@ -1,6 +1,6 @@
 """The interface between a task and the training loop."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -30,6 +30,10 @@ class TrainingStage(Protocol):
         If the stage has `normalisers`, it also takes those of the whole optimiser batch as a second
         argument, and returns its part of the mean loss over that batch.
         """
+
+    @property
+    def checkpoint_notes(self) -> Mapping[str, str]:
+        """Text files about the model that checkpoints have besides, by name."""
 
     @property
     def order(self) -> Order:

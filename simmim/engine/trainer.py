@@ -359,6 +359,7 @@ class Trainer:
             self.accelerator,
             state,
             to_yaml(self.stage.recipe),
+            notes=self.stage.checkpoint_notes,
             average=self.average,
         )
         self.saver.start(self.step, contents, self.best)

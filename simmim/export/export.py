@@ -9,9 +9,12 @@ from torch import Tensor
 
 from simmim.engine.checkpoint.directory import read_best
 from simmim.export.formats import GRAPHS, Format
-from simmim.export.load_trained import read_source
+from simmim.export.load_trained import Source, find_source, read_model_at
 from simmim.export.picture_check import compare_pictures
 from simmim.export.trial_image import TrialImage, trial_clip, trial_image
+from simmim.recipe import read_values
+from simmim.tasks.all_tasks import task_of_run
+from simmim.tasks.other_encoder import OTHER_FILE, OtherEncoder, read_other_encoder
 from simmim.tasks.trained import TrainedModel
 from swinv2 import SwinV2, VideoSwinV2, load_video_encoder, save_video_encoder
 from swinv2.bridges.onnx import MODEL_FILE, export_onnx
@@ -22,7 +25,7 @@ from swinv2.bridges.torch_export import PROGRAM_FILE, export_program
 from swinv2.bridges.transformers import export_transformers
 from swinv2.bridges.transformers_layout import FOLDERS
 from swinv2.bridges.verification import Report, compare, plain_copy
-from swinv2.config_file import README_FILE
+from swinv2.config_file import README_FILE, WEIGHTS_FILE
 from swinv2.weights import load_encoder, save_encoder
 
 
@@ -40,7 +43,8 @@ def export(
         source: a run folder (a complete checkpoint or, without one, its exported encoder), a
             checkpoint, or an encoder directory.
         destination: a new or empty folder, or an earlier export of the same format.
-        form: `native` is the encoder directory, with a fine-tuned head in a folder in it;
+        form: `native` is the encoder directory, with a fine-tuned head in a folder in it, or
+            weights and description of an encoder that is not a SwinV2 (no other format has these);
             `transformers` is folders for its model classes, `reference` a checkpoint of the
             published code, `timm` weights for its create_model, `onnx` and `torch-export` a graph
             that runs without this code.
@@ -59,7 +63,14 @@ def export(
         raise ValueError(
             f"any_size is for the formats {' and '.join(GRAPHS)}, not for {form}: leave it out."
         )
-    found = read_source(source, best=best)
+    place = find_source(source, best=best)
+    other = read_other_encoder(place.checkpoint, place.directory)
+    if other is not None:
+        written = _write_other(other, place, destination, form)
+        note = describe_best(source, other.provenance.step)
+        title = f"Exported the encoder of {place.weights}{note} as {destination}"
+        return [title, *(f"  {line}" for line in written)]
+    found = read_model_at(place)
     trial = _trial_input(found)
     preparation = found.preparation or Preparation()
     if trial.largest is not None:  # the data tell
@@ -70,6 +81,22 @@ def export(
     note = describe_best(source, found.provenance.step)
     title = f"Exported the encoder of {found.origin}{note} as {destination}"
     return [title, *(f"  {line}" for line in [*written, *compared])]
+
+
+def _write_other(other: OtherEncoder, place: Source, destination: Path, form: Format) -> list[str]:
+    """Write the weights of an encoder that is not a SwinV2, as the end of its training does."""
+    if form != "native":
+        raise ValueError(
+            f"the encoder of {place.weights} is a {other.name}, and the format {form} needs a "
+            f"SwinV2: --format native writes its weights, for {other.name}.load_state_dict."
+        )
+    other.save(destination)
+    lines = [f"{WEIGHTS_FILE} and {OTHER_FILE} of a {other.name}; README.md shows how to load them"]
+    task = None if place.run is None else task_of_run(read_values(place.run.recipe))
+    if place.run is not None and task is not None and task.head is not None:
+        head = place.run.path / task.head
+        lines.append(f"not exported: the head, which the end of the training writes as {head}")
+    return lines
 
 
 def describe_best(source: Path, step: int | None) -> str:

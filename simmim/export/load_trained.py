@@ -1,5 +1,6 @@
 """Loading trained weights: encoder and head of a run, a checkpoint or an encoder directory."""
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,13 +15,29 @@ from simmim.engine.checkpoint.directory import (
 from simmim.engine.run import RunFolder
 from simmim.recipe import RecipeError, load, read_values
 from simmim.tasks.all_tasks import TASKS, task_named
-from simmim.tasks.other_encoder import refuse_other_encoder
+from simmim.tasks.other_encoder import OTHER_FILE, exported_step, refuse_other_encoder
 from simmim.tasks.trained import TrainedModel, read_directory
-from swinv2.config_file import read_provenance
 
 
-def read_source(source: Path, *, best: bool | None = None) -> TrainedModel:
-    """Load the encoder of a run folder, a checkpoint or an encoder directory, on the CPU.
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where trained weights are."""
+
+    directory: Path
+    """The encoder directory, or that of the run, which may not exist yet."""
+    run: RunFolder | None = None
+    """The run; None for an encoder directory."""
+    checkpoint: Path | None = None
+    """The checkpoint; None for the weights in the directory."""
+
+    @property
+    def weights(self) -> Path:
+        """The folder that has the weights."""
+        return self.checkpoint or self.directory
+
+
+def find_source(source: Path, *, best: bool | None = None) -> Source:
+    """Find the weights of a run folder, a checkpoint or an encoder directory.
 
     Args:
         source: a run folder (a complete checkpoint or, without one, its exported encoder), a
@@ -28,28 +45,50 @@ def read_source(source: Path, *, best: bool | None = None) -> TrainedModel:
         best: take the best checkpoint of a run, or the last; None is the best if it has one.
 
     Raises:
-        ValueError: `source` is none of them, has no such checkpoint, cannot be read, or has an
-            encoder that is not a SwinV2.
+        ValueError: `source` is none of them, or has no such checkpoint.
     """
-    for folder in (source, source / "encoder", source.parent.parent / "encoder"):
-        refuse_other_encoder(folder, "all formats of simmim export need")
     if (source / COMPLETE).is_file():
         checkpoint = chosen_checkpoint(source)
-        return _read_run(RunFolder(path=checkpoint.parent.parent), checkpoint)
+        run = RunFolder(path=checkpoint.parent.parent)
+        return Source(directory=run.encoder, run=run, checkpoint=checkpoint)
     run = RunFolder(path=source)
     if run.recipe.is_file():
         exported = _is_only_in_export(run, best)
-        return _read_run(run, None if exported else chosen_checkpoint(source, best=best))
+        chosen = None if exported else chosen_checkpoint(source, best=best)
+        return Source(directory=run.encoder, run=run, checkpoint=chosen)
     if best is not None:
         name = "best" if best else "last"
         raise ValueError(f"{source} is not a run folder, so it has no {name} checkpoint.")
-    if (source / "config.json").is_file():
-        return _with_head(read_directory(source), source)
+    if any((source / name).is_file() for name in ("config.json", OTHER_FILE)):
+        return Source(directory=source)
     state = "does not exist" if not source.exists() else "has no trained weights"
     raise ValueError(
         f"{source} {state}: give a run folder (with recipe.yaml and checkpoints/) or an encoder "
         "directory (with config.json and model.safetensors)."
     )
+
+
+def read_source(source: Path, *, best: bool | None = None) -> TrainedModel:
+    """Load the encoder at a source, on the CPU; see `find_source`.
+
+    Raises:
+        ValueError: `source` has no weights, cannot be read, or has an encoder that is not a SwinV2.
+    """
+    return read_model_at(find_source(source, best=best))
+
+
+def read_model_at(found: Source) -> TrainedModel:
+    """Load the SwinV2 at a source, on the CPU.
+
+    Raises:
+        ValueError: it cannot be read, or is not a SwinV2.
+    """
+    for folder in (found.directory, found.checkpoint):
+        if folder is not None:
+            refuse_other_encoder(folder, "load_encoder needs")
+    if found.run is None:
+        return _with_head(read_directory(found.directory), found.directory)
+    return _read_run(found.run, found.checkpoint)
 
 
 def _is_only_in_export(run: RunFolder, best: bool | None) -> bool:
@@ -59,7 +98,7 @@ def _is_only_in_export(run: RunFolder, best: bool | None) -> bool:
         return not (best or named) and not complete_checkpoints(run.checkpoints)
     if kept_best(run.path) is not None or not run.encoder.is_dir():
         return False
-    return read_provenance(run.encoder).step == named.step
+    return exported_step(run.encoder) == named.step
 
 
 def _read_run(run: RunFolder, checkpoint: Path | None) -> TrainedModel:

@@ -29,7 +29,7 @@ from simmim.engine.run import RunFolder
 from simmim.recipe import recipe_hash
 from simmim.tasks.architecture import resolve_architecture
 from simmim.tasks.loading import order_for, training_batches, with_slots
-from simmim.tasks.other_encoder import save_any_encoder
+from simmim.tasks.other_encoder import checkpoint_notes, save_any_encoder
 from simmim.tasks.pretrained import InitialEncoder, load_initial_encoder
 from simmim.tasks.recipe import FineTuningRecipe
 from simmim.tasks.trained import (
@@ -174,6 +174,11 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
     @abstractmethod
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         """Return metrics on held-out samples, the same on every rank; empty if there are none."""
+
+    @property
+    def checkpoint_notes(self) -> dict[str, str]:
+        """Description of an encoder that is not a SwinV2."""
+        return checkpoint_notes(self.encoder, self.initial.mean, self.initial.std)
 
     def export_encoder(self, run: RunFolder, step: int, samples: int) -> None:
         """Write encoder and head into the run; by default only the weights of the head."""

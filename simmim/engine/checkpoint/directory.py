@@ -1,9 +1,9 @@
 """Checkpoint directories: layout, completion, and which ones are found, kept and removed.
 
 `step-00001000/` holds `model-….safetensors` and `optimizer-….safetensors`, one file of each or one
-per rank, `optimizer.json`, `state.json` and `recipe.yaml`. It is written under a temporary name,
-renamed, and then marked complete; the mark holds the digests of the other files. Nothing in it can
-run code.
+per rank, `optimizer.json`, `state.json`, `recipe.yaml`, and the notes of the stage, if any. It is
+written under a temporary name, renamed, and then marked complete; the mark holds the digests of the
+other files. Nothing in it can run code.
 """
 
 import json

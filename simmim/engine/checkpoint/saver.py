@@ -75,6 +75,7 @@ def rank_contents(
     state: TrainingState,
     recipe: str,
     *,
+    notes: Mapping[str, str] | None = None,
     average: RunningAverage | None = None,
 ) -> RankContents:
     """Return the contents of the checkpoint of `state` for this rank; all ranks call it together.
@@ -88,6 +89,7 @@ def rank_contents(
         SCALARS_FILE: json.dumps(optimizer_scalars(optimizer)),
         STATE_FILE: json.dumps(asdict(state), indent=2),
         RECIPE_FILE: recipe,
+        **(notes or {}),
     }
     averages = {} if average is None else average.shards(rank)
     sharded = is_sharded(module)

@@ -36,7 +36,7 @@ from simmim.report.panels import reconstruction_panel
 from simmim.tasks.features import Normalise, pooled_features, sample_drop_path_noise
 from simmim.tasks.loading import order_for, training_batches, with_slots
 from simmim.tasks.measured import with_measured
-from simmim.tasks.other_encoder import save_any_encoder
+from simmim.tasks.other_encoder import checkpoint_notes, save_any_encoder
 from simmim.tasks.pretrain.model import EncoderBuilder, build_model, build_swinv2
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.probe.online import OnlineProbe
@@ -322,6 +322,11 @@ class PretrainStage:
         )
         return path
 
+    @property
+    def checkpoint_notes(self) -> dict[str, str]:
+        """Description of an encoder that is not a SwinV2."""
+        return checkpoint_notes(self.encoder, *self.recipe.data.normalisation)
+
     def export_encoder(self, run: RunFolder, step: int, samples: int) -> None:
         """Write the encoder directory into the run."""
         save_pretrained(self.model, self.recipe, run.encoder, step=step, samples=samples)
@@ -343,7 +348,7 @@ def save_pretrained(
 ) -> None:
     """Write the encoder of a pretrained model as an encoder directory.
 
-    Of an encoder that is not a SwinV2, it is its weights alone; see `save_other_encoder`.
+    Of an encoder that is not a SwinV2, it is its weights alone; see `OtherEncoder`.
     """
     mean, std = recipe.data.normalisation
     provenance = Provenance(step=step, samples_seen=samples, recipe_hash=recipe_hash(recipe))

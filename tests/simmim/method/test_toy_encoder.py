@@ -2,11 +2,11 @@
 
 import json
 import os
+import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -24,7 +24,6 @@ from simmim.doctor.examine import examine
 from simmim.engine.checkpoint.resume import load_initial, read_model
 from simmim.engine.devices import build_accelerator
 from simmim.engine.distributed.sharding import shard_by_block, sharding_units
-from simmim.engine.generators import seeded
 from simmim.engine.loop import TrainingResult, train
 from simmim.engine.optimizer import (
     OptimizerSettings,
@@ -36,71 +35,16 @@ from simmim.engine.run import RunFolder
 from simmim.export.export import export
 from simmim.export.formats import Format
 from simmim.method.encoder_protocol import encoder_flops
-from simmim.recipe import parse, settings
+from simmim.recipe import parse
 from simmim.report.page import write_report
 from simmim.tasks import all_tasks
-from simmim.tasks.classification.recipe import ClassificationRecipe
-from simmim.tasks.classification.stage import ClassificationStage
-from simmim.tasks.classification.task import TASK as CLASSIFICATION
-from simmim.tasks.measured import with_measured
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.pretrain.stage import PretrainStage, load_pretrained
-from simmim.tasks.pretrained import InitialEncoder, find_weights
+from simmim.tasks.pretrained import find_weights
 from simmim.tasks.probe.probe import open_probe_shards, probe
 from simmim.tasks.probe.recipe import ProbeData, ProbeSettings
 from swinv2 import VideoSwinV2, build_encoder, inflate
-
-
-class ToyBlock(nn.Module):
-    """A residual depthwise and pointwise convolution, with a gate of two axes."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.mix = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.reduce = nn.Linear(dim, dim)
-        self.gate = nn.Parameter(torch.ones(1, dim))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        mixed = self.mix(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return tokens + self.gate * self.reduce(nn.functional.gelu(mixed))
-
-
-class ToyEncoder(nn.Module):
-    """Two blocks of convolutions at strides 2 and 4."""
-
-    image_size = (16, 16)
-    in_channels = 3
-    patch_size = 2
-    embed_dim = 12
-    num_features = 24
-    strides = (2, 4)
-    map_axes = ("rows", "columns")
-    drop_path = 0.0
-    no_weight_decay = ("gate",)
-    num_layers = 4
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 12, 2, stride=2)
-        self.first, self.second = ToyBlock(12), ToyBlock(24)
-        self.halve = nn.Conv2d(12, 24, 2, stride=2)
-        self.norm = nn.LayerNorm(24)
-
-    @property
-    def blocks(self) -> tuple[nn.Module, ...]:
-        return self.first, self.second
-
-    def layer_of(self, name: str) -> int:
-        layers = {"stem": 0, "first": 1, "halve": 1, "second": 2, "norm": 3}
-        return layers[name.split(".", maxsplit=1)[0]]
-
-    def embed(self, images: Tensor) -> Tensor:
-        return self.stem(images).permute(0, 2, 3, 1)
-
-    def encode(self, tokens: Tensor, drop_path_noise: Tensor | None = None) -> Tensor:
-        assert drop_path_noise is None
-        halved = self.halve(self.first(tokens).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.norm(self.second(halved))
+from tests.simmim.method.toy_encoder import TOY_CLASSIFICATION, ToyEncoder, build_toy
 
 
 @pytest.fixture
@@ -113,7 +57,12 @@ def values(pretrain_values: dict[str, Any], shards: Path) -> dict[str, Any]:
 
 
 def build(values: dict[str, Any]) -> PretrainStage:
-    return PretrainStage(parse(PretrainRecipe, values, "test"), lambda _: ToyEncoder())
+    return PretrainStage(parse(PretrainRecipe, values, "test"), build_toy)
+
+
+def assert_equal(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
 
 
 def run_training(values: dict[str, Any], folder: Path, resume: str | None = None) -> TrainingResult:
@@ -137,7 +86,7 @@ def test_it_trains_probes_and_reports(values: dict[str, Any], tmp_path: Path) ->
 
 def test_it_trains_from_python(values: dict[str, Any], tmp_path: Path) -> None:
     values["training"] |= {"steps": 2}
-    run = simmim.pretrain(values, tmp_path / "run", encoder=lambda _: ToyEncoder())
+    run = simmim.pretrain(values, tmp_path / "run", encoder=build_toy)
     assert (run.folder / "encoder" / "encoder.json").is_file()
     with pytest.raises(ValueError, match="is a ToyEncoder"):
         run.load_encoder()
@@ -159,9 +108,7 @@ def test_it_resumes_in_bits(
             run_training(values, broken)
     assert not (broken / "checkpoints/step-00000012").exists()
     run_training(values, broken, resume="auto")
-    first, second = (read_model(folder / "checkpoints/step-00000012") for folder in (whole, broken))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert_equal(*(read_model(folder / "checkpoints/step-00000012") for folder in (whole, broken)))
 
 
 def test_its_weights_are_exported_and_what_needs_swinv2_says_so(
@@ -170,20 +117,56 @@ def test_its_weights_are_exported_and_what_needs_swinv2_says_so(
     run = RunFolder(path=tmp_path / "run")
     for _ in range(2):  # an earlier export is replaced
         run_training(values, run.path, resume="auto")
-    trained = load_pretrained(run, encoder=lambda _: ToyEncoder()).model.encoder.state_dict()
+    trained = load_pretrained(run, encoder=build_toy).model.encoder.state_dict()
     saved = load_file(run.encoder / "model.safetensors")
-    assert saved.keys() == trained.keys()
-    assert all(torch.equal(tensor, saved[name]) for name, tensor in trained.items())
+    assert_equal(saved, trained)
     sources = (run.path, run.encoder, run.checkpoints / "step-00000012")
     for source in sources:
-        for form in get_args(Format):
-            with pytest.raises(ValueError, match=r"is a ToyEncoder: all formats .* need a SwinV2"):
+        export(source, tmp_path / "out", "native")
+        for file in run.encoder.iterdir():
+            assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+        for form in set(get_args(Format)) - {"native"}:
+            with pytest.raises(ValueError, match=rf"is a ToyEncoder, and the format {form} needs"):
                 export(source, tmp_path / "out", form)
-    with pytest.raises(ValueError, match=r"is a ToyEncoder: fine-tuning.* need a SwinV2"):
-        find_weights(str(run.path))
+    for source in sources:
+        with pytest.raises(ValueError, match=r"is a ToyEncoder: fine-tuning.* need a SwinV2"):
+            find_weights(str(source))
     again = build(values)
     load_initial(run.encoder, again.module)
     assert torch.equal(again.encoder.stem.weight, saved["stem.weight"])
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_a_checkpoint_of_a_training_that_has_not_ended_is_exported(
+    values: dict[str, Any], tmp_path: Path, ema_decay: float | None
+) -> None:
+    values["training"] |= {"checkpoint_every": 6, "keep_last": 2, "ema_decay": ema_decay}
+    run = RunFolder(path=tmp_path / "run")
+    run_training(values, run.path)
+    shutil.rmtree(run.encoder)  # the end of the training writes it
+    middle = run.checkpoints / "step-00000006"
+    for source, step in ((run.path, 12), (middle, 6)):
+        lines = export(source, tmp_path / "out", "native")
+        assert "model.safetensors and encoder.json of a ToyEncoder" in lines[1]
+        trained = load_pretrained(run, str(run.checkpoints / f"step-{step:08d}"), build_toy)
+        encoder = ToyEncoder()
+        encoder.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
+        assert_equal(encoder.state_dict(), trained.model.encoder.state_dict())
+        described = json.loads((tmp_path / "out" / "encoder.json").read_text())
+        assert described["class"].endswith("ToyEncoder")
+        assert described["provenance"]["step"] == step
+    (middle / "encoder.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"encoder\.json .*(differs|damaged|written)"):
+        export(middle, tmp_path / "out", "native")
+
+
+def test_a_damaged_description_is_named(values: dict[str, Any], tmp_path: Path) -> None:
+    run = RunFolder(path=tmp_path / "run")
+    run_training(values, run.path)
+    for text in ("{", "[]", "{}", '{"class": 3}', '{"class": "a.B", "provenance": 1}'):
+        (run.encoder / "encoder.json").write_text(text)
+        with pytest.raises(ValueError, match=r"encoder\.json is damaged"):
+            export(run.encoder, tmp_path / "out", "native")
 
 
 def test_the_doctor_examines_it(values: dict[str, Any], tmp_path: Path) -> None:
@@ -293,40 +276,6 @@ def test_an_encoder_of_clips_is_refused_when_the_model_is_built() -> None:
         SimMIM(clips, mask_cell=8)
 
 
-class ToyClassificationStage(ClassificationStage):
-    """Classification on the toy encoder; `init` is a run that has pretrained one."""
-
-    @staticmethod
-    def resolve(recipe: ClassificationRecipe) -> ClassificationRecipe:
-        return with_measured(recipe)
-
-    @staticmethod
-    def load_initial(recipe: ClassificationRecipe) -> InitialEncoder[Any]:
-        with seeded(recipe.training.seed):
-            encoder = ToyEncoder()
-        if recipe.init != "scratch":
-            places = [Path(recipe.init) / "encoder", Path(recipe.init)]  # a run, or its export
-            folder = next(path for path in places if (path / "model.safetensors").is_file())
-            encoder.load_state_dict(load_file(folder / "model.safetensors"))
-        mean, std = recipe.data.normalisation
-        return InitialEncoder(encoder=encoder, mean=mean, std=std)
-
-
-@settings
-class ToyClassificationRecipe(ClassificationRecipe):
-    """Classification on the toy encoder."""
-
-    task: Literal["toy-classification"]  # type: ignore[assignment]
-
-
-TOY_CLASSIFICATION = replace(
-    CLASSIFICATION,
-    name="toy-classification",
-    recipe=ToyClassificationRecipe,
-    load_stage=lambda: ToyClassificationStage,
-)
-
-
 @pytest.mark.timeout(900)  # two trainings in processes of their own
 def test_it_is_fine_tuned_and_its_labels_compared(
     values: dict[str, Any],
@@ -350,13 +299,14 @@ def test_it_is_fine_tuned_and_its_labels_compared(
     assert "top1" in capsys.readouterr().out
     weights = load_file(tmp_path / "run" / "encoder" / "model.safetensors")
     assert weights.keys() == ToyEncoder().state_dict().keys()
-    assert simmim.cli.main(["export", str(tmp_path / "run"), str(tmp_path / "native")]) == 2
-    assert "is a ToyEncoder" in capsys.readouterr().err
+    assert simmim.cli.main(["export", str(tmp_path / "run"), str(tmp_path / "native")]) == 0
+    assert "not exported: the head" in capsys.readouterr().out
+    assert_equal(load_file(tmp_path / "native" / "model.safetensors"), weights)
     # The processes of the compared runs list the task when Python starts.
     listing = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_toy_encoder import TOY_CLASSIFICATION
+from toy_encoder import TOY_CLASSIFICATION
 from simmim.tasks.all_tasks import TASKS
 TASKS.append(TOY_CLASSIFICATION)
 """

@@ -14,7 +14,7 @@ from simmim.engine.devices import build_accelerator
 from simmim.engine.loop import train
 from simmim.engine.run import RunFolder
 from simmim.engine.settings import OptimizerSettings, TrainingSettings
-from simmim.export.export import read_source
+from simmim.export.load_trained import read_source
 from simmim.recipe import parse
 from simmim.tasks.classification.recipe import ClassificationRecipe
 from simmim.tasks.classification.stage import ClassificationStage
