@@ -1,12 +1,13 @@
-"""Bounds of numbers that are declared in annotations, `Annotated[int, Bounds(ge=1)]`.
+"""Bounds that are declared in annotations, `Annotated[int, Bounds(ge=1)]`.
 
 One declaration serves the check, the message and the help. pydantic reads it as annotated_types'
 own, which is imported for it alone: settings are also built where neither is installed.
 """
 
 import dataclasses
+import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Annotated, Any, ClassVar, TypeAlias, Union, get_args, get_origin, get_type_hints
 
@@ -30,9 +31,11 @@ class Bounds:
     __is_annotated_types_grouped_metadata__: ClassVar = True
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield each bound as pydantic reads it."""
+        """Yield each bound as pydantic reads it; neither text nor true and false are numbers."""
         from annotated_types import Ge, Gt, Le, Lt, MultipleOf
+        from pydantic import Strict
 
+        yield Strict()
         for kind, value in ((Ge, self.ge), (Gt, self.gt), (Le, self.le), (Lt, self.lt)):
             if value is not None:
                 yield kind(value)
@@ -90,6 +93,37 @@ class Span:
         return f"(from, to), {limit}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Matching:
+    """Annotation of a text that a regular expression has to match as a whole."""
+
+    pattern: str
+    """The regular expression."""
+    about: str
+    """The texts that it matches, in words."""
+    __is_annotated_types_grouped_metadata__: ClassVar = True
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the check as pydantic reads it."""
+        from annotated_types import Predicate
+
+        yield Predicate(self.hold)
+
+    def hold(self, value: Any) -> bool:
+        """Return whether a text is matched."""
+        return re.fullmatch(self.pattern, value) is not None
+
+    def __str__(self) -> str:
+        """Return in words what a text has to be."""
+        return self.about
+
+
+Bound: TypeAlias = Bounds | Span | Matching
+OUT_OF_BOUNDS = (
+    *("greater_than", "greater_than_equal", "less_than", "less_than_equal"),
+    *("multiple_of", "predicate_failed"),
+)
+"""pydantic's names of the mistakes that bounds find."""
 Count: TypeAlias = Annotated[int, Bounds(ge=1)]
 """An integer of at least 1."""
 Whole: TypeAlias = Annotated[int, Bounds(ge=0)]
@@ -139,7 +173,7 @@ def _bounded_fields(cls: type[Any]) -> list[tuple[str, Any]]:
     return [(name, hints[name]) for name in names if bounds_in(hints[name])]
 
 
-def _outside(hint: Any, value: Any) -> Iterator[tuple[Any, Bounds | Span]]:
+def _outside(hint: Any, value: Any) -> Iterator[tuple[Any, Bound]]:
     """Yield each number outside its bounds, with these."""
     if value is None or isinstance(value, str):
         return
@@ -168,13 +202,30 @@ def _plain(hint: Any) -> Any:
     return get_origin(hint) or hint
 
 
-def own_bounds(hint: Any) -> Bounds | Span | None:
+def own_bounds(hint: Any) -> Bound | None:
     """Return the bounds of an `Annotated` type itself, without those of its parts."""
     annotations = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
-    return next((one for one in annotations if isinstance(one, Bounds | Span)), None)
+    return next((one for one in annotations if isinstance(one, Bound)), None)
 
 
-def bounds_in(hint: Any) -> Bounds | Span | None:
+def bounds_at(hint: Any, place: Sequence[str | int]) -> Bound | None:
+    """Return the bounds at a place in a type: names of fields, keys and positions."""
+    for part in place:
+        for section in dataclasses_in(hint):
+            hint = get_type_hints(section, include_extras=True).get(str(part), hint)
+            break
+    return bounds_in(hint)
+
+
+def dataclasses_in(hint: Any) -> Iterator[type[Any]]:
+    """Yield the dataclasses that a type refers to."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        yield hint
+    for part in get_args(hint):
+        yield from dataclasses_in(part)
+
+
+def bounds_in(hint: Any) -> Bound | None:
     """Return the first bounds in a type: its own, or those of an alternative or element."""
     if own := own_bounds(hint):
         return own

@@ -344,7 +344,7 @@ def _describe_skipped(manifest: Manifest, *, rewriting: bool = False) -> str:
             "reshard` and `index`"
         )
     lines = [f"\nskipped: {describe_kinds(skipped)}{hint}"]
-    return "\n  ".join([*lines, *describe_examples(skipped, manifest.examples)])
+    return "\n  ".join([*lines, *describe_examples(skipped, manifest.skipped_examples)])
 
 
 def _count_samples(manifest: Manifest) -> str:

@@ -22,6 +22,7 @@ from typing import (
 from cyclopts import Parameter
 
 from data_prep.bounds import own_bounds
+from data_prep.validation import adapter
 
 if TYPE_CHECKING:
     from simmim.recipe import RecipeError
@@ -142,8 +143,6 @@ def section_type(hint: Any) -> Any:
 
 def _documentation(recipe_type: type[Any]) -> dict[str, str]:
     """Return the docstring of each field; pydantic reads those of one class, without its bases."""
-    from simmim.recipe import adapter  # noqa: PLC0415
-
     found: dict[str, str] = {}
     for base in reversed(recipe_type.__mro__):
         if dataclasses.is_dataclass(base):

@@ -11,19 +11,15 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from typing_extensions import dataclass_transform
 
-from data_prep.bounds import bounds_in, check_bounds
+from data_prep.bounds import OUT_OF_BOUNDS, bounds_at, check_bounds, dataclasses_in
 from data_prep.format.text import count_noun
+from data_prep.validation import adapter
 from simmim.recipe_text import MOST_BYTES, RecipeDumper, RecipeTextError, read_text
-
-if TYPE_CHECKING:  # settings are classes; only checking a recipe takes pydantic
-    from pydantic import TypeAdapter
-
-_ADAPTERS: "dict[type[Any], TypeAdapter[Any]]" = {}
 
 MOST_MISTAKES = 50
 """Mistakes that are listed."""
@@ -36,10 +32,6 @@ ALTERNATIVES = (
     ("training.schedule.warmup_epochs", "training.schedule.warmup_steps"),
 )
 """Fields of which a recipe has one: an override of one replaces the other."""
-OUT_OF_BOUNDS = (
-    *("greater_than", "greater_than_equal", "less_than", "less_than_equal"),
-    *("multiple_of", "predicate_failed"),
-)
 UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 
 Settings = TypeVar("Settings")
@@ -218,15 +210,6 @@ def _large_integers(value: Any, where: str = "") -> Iterator[tuple[str, int]]:
             yield from _large_integers(part, f"{where}.{key}" if where else str(key))
 
 
-def adapter(recipe_type: type[Any]) -> "TypeAdapter[Any]":
-    """Return the cached validator of `recipe_type`; building one is the slow part."""
-    from pydantic import TypeAdapter  # noqa: PLC0415
-
-    if recipe_type not in _ADAPTERS:
-        _ADAPTERS[recipe_type] = TypeAdapter(recipe_type)
-    return _ADAPTERS[recipe_type]
-
-
 def load(
     recipe_type: type[Settings],
     path: Path,
@@ -273,7 +256,7 @@ def _describe_mistake(recipe_type: type[Any], mistake: Any, options: Sequence[st
     message = mistake["msg"].removeprefix("Value error, ").replace("a valid array", "a list")
     if mistake["type"] == "value_error":
         return f"{where}: {message}"
-    if mistake["type"] in OUT_OF_BOUNDS and (text := _bounds_at(recipe_type, path)):
+    if mistake["type"] in OUT_OF_BOUNDS and (text := bounds_at(recipe_type, path)):
         return f"{where} is {_shortened(mistake['input'])}; it must be {text}."
     hint = ""
     if mistake["type"] == "bool_type" and str(mistake["input"]).lower() in YES_OR_NO:
@@ -300,20 +283,8 @@ def _dotted_names(recipe_type: type[Any], prefix: str = "") -> Iterator[str]:
     hints = get_type_hints(recipe_type)
     for field in dataclasses.fields(recipe_type):
         yield f"{prefix}{field.name}"
-        for section in _settings_in(hints[field.name]):
+        for section in dataclasses_in(hints[field.name]):
             yield from _dotted_names(section, f"{prefix}{field.name}.")
-
-
-def _bounds_at(recipe_type: type[Any], path: Sequence[str]) -> str:
-    """Return in words the bounds of a field, whose name ends a dotted path; empty if it has none.
-
-    Numbers at the end of a path are elements of a list.
-    """
-    names = [part for part in path if not part.isdigit()]
-    for part in names[:-1]:
-        recipe_type = next(_settings_in(get_type_hints(recipe_type).get(part)), recipe_type)
-    hint = get_type_hints(recipe_type, include_extras=True).get(names[-1] if names else "")
-    return str(bounds_in(hint) or "")
 
 
 def _shortened(value: object) -> str:
@@ -327,19 +298,11 @@ def _field_names(recipe_type: type[Any], path: list[str]) -> list[str]:
     for part in path:
         if part.isdigit():  # an index in a list of settings
             continue
-        found = list(_settings_in(get_type_hints(recipe_type).get(part)))
+        found = list(dataclasses_in(get_type_hints(recipe_type).get(part)))
         if not found:
             break
         recipe_type = found[0]
     return [field.name for field in dataclasses.fields(recipe_type)]
-
-
-def _settings_in(hint: Any) -> Iterator[type[Any]]:
-    """Yield the settings classes that a type refers to."""
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        yield hint
-    for part in get_args(hint):
-        yield from _settings_in(part)
 
 
 def to_values(recipe: Any) -> dict[str, Any]:

@@ -6,16 +6,17 @@ A set is a folder of WebDataset tars with one index each (see `data_prep.format.
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from data_prep.bounds import Count, Matching, Whole
 from data_prep.format.atomic import atomic_write_bytes
 from data_prep.format.pipes import PIPE, PipedFile
 from data_prep.format.storage import Location, RemotePath, locate
 from data_prep.format.stores import StorageError
+from data_prep.validation import validate
 
 MANIFEST_NAME = "manifest.json"
 PARTIAL_NAME = ".partial"
@@ -37,9 +38,11 @@ READ_EXTENSIONS = (*IMAGE_EXTENSIONS, *sorted(set(_SUFFIXES.split()) - set(IMAGE
 REMEDY = "Make the shards again with `data-prep shard`, or index them again with `data-prep index`."
 """Remedy in error messages about a damaged manifest or index."""
 
-_SHARD_NAME = re.compile(r"[^/\\\x00.][^/\\\x00]*\.(?i:tar)")
-_INDEX_NAME = re.compile(r"[^/\\\x00.][^/\\\x00]*\.npy")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_ShardName = Annotated[str, Matching(r"[^/\\\x00.][^/\\\x00]*\.(?i:tar)", "the file name of a tar")]
+_IndexName = Annotated[str, Matching(r"[^/\\\x00.][^/\\\x00]*\.npy", "a file name ending in .npy")]
+_Sha256 = Annotated[str, Matching(r"[0-9a-f]{64}", "64 hexadecimal digits")]
+_ALWAYS = ("classes", "rejected", "options", "fingerprint")
+"""Fields with a default that every manifest has."""
 
 
 class ManifestError(ValueError):
@@ -50,15 +53,15 @@ class ManifestError(ValueError):
 class ShardEntry:
     """One shard in the manifest."""
 
-    name: str
+    name: _ShardName
     """File name of the tar, without folder."""
-    samples: int
-    """Number of samples, at least 1."""
-    bytes: int
+    samples: Count
+    """Number of samples."""
+    bytes: Count
     """Length of the tar in bytes."""
-    sha256: str
-    """SHA-256 of the tar, 64 hexadecimal digits."""
-    index: str
+    sha256: _Sha256
+    """SHA-256 of the tar."""
+    index: _IndexName
     """File name of the index, without folder."""
     place: str = ""
     """Path or URL of a tar outside the folder, as after `data-prep index --output`, or `pipe:` and
@@ -78,16 +81,16 @@ class Manifest:
     folder: Location
     """Folder of the shards, their indexes and the manifest, local or at a URL."""
     shards: tuple[ShardEntry, ...]
-    """The shards in order, at least 1."""
+    """The shards in order, at least one."""
     classes: tuple[str, ...] = ()
     """Class names, indexed by label; empty if no sample is labelled."""
-    rejected: int = 0
+    rejected: Whole = 0
     """Number of inputs that were found but rejected; `rejected.jsonl` lists them."""
-    notes: Mapping[str, int] = field(default_factory=dict)
+    notes: Mapping[str, Count] = field(default_factory=dict)
     """Note on images → number of samples with it, for example `NaN values`."""
-    skipped: Mapping[str, int] = field(default_factory=dict)
+    skipped: Mapping[str, Count] = field(default_factory=dict)
     """Kind of file (see `data_prep.format.kinds`) → number that were met and not taken."""
-    examples: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    skipped_examples: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Kind of file that was not taken → the first few paths."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options the shards were written with."""
@@ -149,7 +152,12 @@ def read_manifest(
             f"{path} has version {values.get('version')!r}, but this program reads version "
             f"{VERSION}. {REMEDY}"
         )
-    return _parse(values, path, allow_pipe)
+    try:
+        manifest = validate(dict.fromkeys(_ALWAYS) | values | {"folder": place}, Manifest)
+    except ValueError as error:
+        raise ManifestError(f"{path}: {error}. {REMEDY}") from None
+    _check(manifest, values.get("samples"), path, allow_pipe)
+    return manifest
 
 
 def write_manifest(manifest: Manifest) -> None:
@@ -165,7 +173,7 @@ def write_manifest(manifest: Manifest) -> None:
         "rejected": manifest.rejected,
         "notes": dict(manifest.notes),
         **({"skipped": dict(sorted(manifest.skipped.items()))} if manifest.skipped else {}),
-        **({"skipped_examples": _sorted_examples(manifest)} if manifest.examples else {}),
+        **({"skipped_examples": _sorted_examples(manifest)} if manifest.skipped_examples else {}),
         "classes": list(manifest.classes),
         "options": dict(manifest.options),
         "fingerprint": manifest.fingerprint,
@@ -176,7 +184,7 @@ def write_manifest(manifest: Manifest) -> None:
 
 
 def _sorted_examples(manifest: Manifest) -> dict[str, list[str]]:
-    return {kind: list(paths) for kind, paths in sorted(manifest.examples.items())}
+    return {kind: list(paths) for kind, paths in sorted(manifest.skipped_examples.items())}
 
 
 def _values_of(shard: ShardEntry) -> dict[str, Any]:
@@ -216,83 +224,31 @@ def _describe_absence(folder: Location) -> str:
     return f"{folder} has no {MANIFEST_NAME}. Write shards into it: data-prep shard SRC {folder}"
 
 
-def _parse(values: dict[str, Any], path: Location, allow_pipe: bool) -> Manifest:
-    shards = _field(values, "shards", list, path)
-    entries = tuple(
-        _parse_shard(shard, number, path, allow_pipe) for number, shard in enumerate(shards)
-    )
-    classes = _field(values, "classes", list, path)
-    if not entries:
+def _check(manifest: Manifest, samples: Any, path: Location, allow_pipe: bool) -> None:
+    """Check a manifest across its fields, and the places of its shards."""
+    shards, classes = manifest.shards, manifest.classes
+    if not shards:
         raise ManifestError(f"{path} lists no shards. {REMEDY}")
-    if len({entry.name for entry in entries}) < len(entries):
+    if len({shard.name for shard in shards}) < len(shards):
         raise ManifestError(f"{path} lists a shard twice. {REMEDY}")
-    if not all(isinstance(name, str) for name in classes) or len(set(classes)) < len(classes):
+    if len(set(classes)) < len(classes):
         raise ManifestError(f"{path}: `classes` must be unique names. {REMEDY}")
-    manifest = Manifest(
-        folder=path.parent,
-        shards=entries,
-        classes=tuple(classes),
-        rejected=_count(values, "rejected", 0, path),
-        notes=_parse_counts(values, "notes", path),
-        skipped=_parse_counts(values, "skipped", path),
-        examples=_parse_examples(values, path),
-        options=_field(values, "options", dict, path),
-        fingerprint=_field(values, "fingerprint", str, path),
-    )
-    if _count(values, "samples", 1, path) != manifest.samples:
+    if samples != manifest.samples:
         raise ManifestError(
-            f"{path}: `samples` is {values['samples']}, but the shards have {manifest.samples}. "
-            f"{REMEDY}"
+            f"{path}: `samples` is {samples!r}, but the shards have {manifest.samples}. {REMEDY}"
         )
-    return manifest
+    for number, shard in enumerate(shards):
+        if shard.place:
+            _check_place(shard, number, path, allow_pipe)
 
 
-def _parse_counts(values: dict[str, Any], field_name: str, path: Location) -> dict[str, int]:
-    counts = _field({field_name: {}} | values, field_name, dict, path)
-    return {name: _count(counts, name, 1, path) for name in counts}
-
-
-def _parse_examples(values: dict[str, Any], path: Location) -> dict[str, list[str]]:
-    name = "skipped_examples"
-    found: dict[str, list[str]] = _field({name: {}} | values, name, dict, path)
-    for paths in found.values():
-        if not isinstance(paths, list) or not all(isinstance(one, str) for one in paths):
-            raise ManifestError(f"{path}: `{name}` must be lists of paths. {REMEDY}")
-    return found
-
-
-def _parse_shard(values: Any, number: int, path: Location, allow_pipe: bool) -> ShardEntry:
-    if not isinstance(values, dict):
-        raise ManifestError(f"{path}: shard {number} must be a mapping. {REMEDY}")
-    entry = ShardEntry(
-        name=_field(values, "name", str, path),
-        samples=_count(values, "samples", 1, path),
-        bytes=_count(values, "bytes", 1, path),
-        sha256=_field(values, "sha256", str, path),
-        index=_field(values, "index", str, path),
-        place=_parse_place(values, number, path, allow_pipe),
-    )
-    for pattern, text in (
-        (_SHARD_NAME, entry.name),
-        (_INDEX_NAME, entry.index),
-        (_SHA256, entry.sha256),
-    ):
-        if not pattern.fullmatch(text):
-            raise ManifestError(f"{path}: shard {number} has the invalid value {text!r}. {REMEDY}")
-    return entry
-
-
-def _parse_place(values: dict[str, Any], number: int, path: Location, allow_pipe: bool) -> str:
-    """Return the place of a tar outside the manifest's folder, or "" if it is inside.
+def _check_place(shard: ShardEntry, number: int, path: Location, allow_pipe: bool) -> None:
+    """Check the place of a tar outside the manifest's folder.
 
     Only a local manifest may name such a place: a remote one could make its reader contact hosts
     and open files that are none of its business.
     """
-    place = values.get("place", "")
-    if not isinstance(place, str) or "\x00" in place:
-        raise ManifestError(f"{path}: shard {number} has the invalid place {place!r}. {REMEDY}")
-    if not place:
-        return ""
+    place = shard.place
     if isinstance(path, RemotePath):
         raise ManifestError(
             f"{path}: shard {number} has the place {place!r}, but a remote manifest may only list "
@@ -304,27 +260,11 @@ def _parse_place(values: dict[str, Any], number: int, path: Location, allow_pipe
             "allowed: data.allow_pipe=true in a recipe, or --allow-pipe of data-prep."
         )
     try:
-        location = PipedFile(place[len(PIPE) :]) if place.startswith(PIPE) else locate(place)
-        named = location.name == values.get("name")
+        location = shard.location(path.parent)
+        named = location.name == shard.name
     except StorageError as error:
         raise ManifestError(f"{path}: shard {number}: {error}") from None
-    if isinstance(location, PipedFile) and named:
-        return place
-    wrong = isinstance(location, Path) and not location.is_absolute()
-    if wrong or not named or ".." in place.split("/"):
+    inside = isinstance(location, Path) and not location.is_absolute()
+    wrong = not isinstance(location, PipedFile) and (inside or ".." in place.split("/"))
+    if wrong or not named or "\x00" in place:
         raise ManifestError(f"{path}: shard {number} has the invalid place {place!r}. {REMEDY}")
-    return place
-
-
-def _field(values: dict[str, Any], name: str, kind: type, path: Location) -> Any:
-    value = values.get(name)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ManifestError(f"{path}: `{name}` must be a {kind.__name__}, got {value!r}. {REMEDY}")
-    return value
-
-
-def _count(values: dict[str, Any], name: str, least: int, path: Location) -> int:
-    value = _field(values, name, int, path)
-    if value < least:
-        raise ManifestError(f"{path}: `{name}` must be at least {least}, got {value}. {REMEDY}")
-    return int(value)

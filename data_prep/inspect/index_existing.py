@@ -205,7 +205,7 @@ def _publish(
         shards=tuple(one.entry for one in full),
         classes=tuple(str(label) for label in range(largest + 1)),
         skipped=skipped,
-        examples=examples.paths,
+        skipped_examples=examples.paths,
         options={"index": options.values()},
     )
     write_manifest(manifest)

@@ -190,7 +190,10 @@ def describe_shards(manifest: Manifest, *, workers: int = 1, tick: Tick = lambda
         ("labelled", f"{summary.labelled:,} of {manifest.samples:,}"),
         *(("notes", f"{note}: {count:,}") for note, count in sorted(manifest.notes.items())),
         *([("skipped", describe_kinds(manifest.skipped))] if manifest.skipped else []),
-        *(("", f"  {line}") for line in describe_examples(manifest.skipped, manifest.examples)),
+        *(
+            ("", f"  {line}")
+            for line in describe_examples(manifest.skipped, manifest.skipped_examples)
+        ),
         ("classes", f"{len(manifest.classes):,}"),
     ]
     lines = [f"{name:<11} {value}" for name, value in rows]

@@ -139,7 +139,7 @@ def _describe(output: OutputDir, listing: SourceListing, totals: _Totals) -> Man
         classes=listing.survey.classes,
         notes=dict(sorted(totals.notes.items())),
         skipped=listing.survey.skipped,
-        examples=listing.survey.examples,
+        skipped_examples=listing.survey.examples,
         options=options,
         fingerprint=identity.fingerprint,
     )

@@ -99,13 +99,17 @@ def test_an_index_is_read_back_as_written(
         ({"samples": 3}, "samples.* 3"),
         ({"samples": "2"}, "samples"),
         ({"samples": True}, "samples"),
-        ({"classes": [1]}, "classes"),
+        ({"classes": [1]}, r"classes\[0\] is 1, and must be text"),
         ({"classes": ["a", "a"]}, "classes"),
+        ({"classes": None}, "classes is null, and must be a list"),
         ({"shards": []}, "no shards"),
-        ({"shards": [3]}, "shard 0"),
-        ({"shards": None}, "shards"),
-        ({"rejected": -1}, "rejected"),
-        ({"options": []}, "options"),
+        ({"shards": [3]}, r"shards\[0\] is 3, and must be an object"),
+        ({"shards": None}, "shards is null, and must be a list"),
+        ({"shards": [{}] * 9}, r"shards\[0\].name is missing; .*; and 40 more mistakes\. Make"),
+        ({"rejected": -1}, "rejected is -1, and must be 0 or more"),
+        ({"notes": {"NaN values": 0}}, "notes.NaN values is 0, and must be 1 or more"),
+        ({"skipped_examples": {"text": "a"}}, "skipped_examples.text"),
+        ({"options": []}, r"options is \[\], and must be an object"),
     ],
 )
 def test_a_damaged_manifest_is_named(folder: Path, change: dict[str, Any], named: str) -> None:
@@ -129,6 +133,8 @@ def test_a_damaged_manifest_is_named(folder: Path, change: dict[str, Any], named
         ("samples", 0),
         ("bytes", -1),
         ("bytes", 1.5),
+        ("bytes", "10240"),
+        ("bytes", True),
     ],
 )
 def test_an_impossible_shard_is_named(folder: Path, field: str, value: object) -> None:
@@ -136,7 +142,17 @@ def test_an_impossible_shard_is_named(folder: Path, field: str, value: object) -
     values = json.loads(path.read_text())
     values["shards"][0][field] = value
     path.write_text(json.dumps(values))
-    with pytest.raises(ManifestError):
+    with pytest.raises(ManifestError, match=rf"shards\[0\]\.{field} is .*, and must be .*\. Make"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("name", ["classes", "rejected", "options", "fingerprint", "shards"])
+def test_a_missing_field_is_named(folder: Path, name: str) -> None:
+    path = folder / "manifest.json"
+    values = json.loads(path.read_text())
+    del values[name]
+    path.write_text(json.dumps(values))
+    with pytest.raises(ManifestError, match=f"{name} is "):
         read_manifest(folder)
 
 

@@ -177,7 +177,9 @@ def test_members_beside_the_image_are_counted(
     assert _indexed(folder) == ["0.tar"]
     manifest = read_manifest(tmp_path / "out")
     assert manifest.skipped == expected
-    assert manifest.examples[".mask.png"] == [f"0.tar/{number}.mask.png" for number in range(3)]
+    assert manifest.skipped_examples[".mask.png"] == [
+        f"0.tar/{number}.mask.png" for number in range(3)
+    ]
     for number, command in enumerate((["reshard", str(folder)], ["shard", str(folder / "0.tar")])):
         assert main([*command, str(tmp_path / f"b{number}"), "--workers", "1"]) == 0
         manifest = read_manifest(tmp_path / f"b{number}")
@@ -219,7 +221,9 @@ def test_images_with_a_second_dot_in_their_names_are_counted_with_a_remedy(
     assert manifest.samples == 1
     dotted = {".jpg after a second dot": 3, ".png after a second dot": 1}
     assert manifest.skipped == {**dotted, ".mask.png": 1, ".txt": 1}
-    assert manifest.examples[".jpg after a second dot"] == [f"0.tar/img.{n}.jpg" for n in range(3)]
+    assert manifest.skipped_examples[".jpg after a second dot"] == [
+        f"0.tar/img.{n}.jpg" for n in range(3)
+    ]
     printed = capsys.readouterr().out
     assert "write tars of names with one dot" in printed
     assert "\n  .png after a second dot: 0.tar/1.image.png\n" in printed

@@ -76,7 +76,7 @@ def test_what_is_not_taken_is_counted_printed_and_kept(
     command = ["shard", str(source), str(tmp_path / "out"), "--workers", "1", *options]
     assert main(command) == 0
     assert read_manifest(tmp_path / "out").skipped == SKIPPED
-    assert read_manifest(tmp_path / "out").examples == EXAMPLES
+    assert read_manifest(tmp_path / "out").skipped_examples == EXAMPLES
     printed = capsys.readouterr().out
     assert ".txt (2)" in printed
     assert "\n  .txt: b.jpg.txt, readme.txt\n" in printed
@@ -98,7 +98,7 @@ def test_the_first_three_paths_of_a_kind_are_named(
     source = _pack("folder", tmp_path, {**dict.fromkeys(names, b"odd"), "cat/0.jpg": draw_image(0)})
     assert main(["shard", str(source), str(tmp_path / "out"), *options]) == 0
     first = [f"a/{number}\x1b.heic" for number in range(3)]
-    assert read_manifest(tmp_path / "out").examples == {".heic": first}
+    assert read_manifest(tmp_path / "out").skipped_examples == {".heic": first}
     shown = ", ".join(f"a/{number}\\x1b.heic" for number in range(3))
     assert f"skipped: .heic (12)\n  .heic: {shown}, ...\n" in capsys.readouterr().out
     path = tmp_path / "out" / MANIFEST_NAME
