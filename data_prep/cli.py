@@ -243,6 +243,7 @@ def index(
     *,
     include: tuple[str, ...] = (),
     exclude: tuple[str, ...] = (),
+    image_key: str | None = None,
     output: Path | None = None,
     overwrite: bool = False,
     ends: Annotated[_Ends, FLAT] = _Ends(),
@@ -257,6 +258,8 @@ def index(
         include: Use only tars whose names match, as in 'train-*.tar' or 'train-{000..099}.tar';
             may be repeated.
         exclude: Leave out tars whose names match; may be repeated.
+        image_key: What the names of images have after the key, if it is no extension alone:
+            image.png of KEY.image.png. Other members are left out.
         output: Folder for manifest and indexes if the folder of the tars is not writable.
         overwrite: Replace an existing manifest.
     """
@@ -266,6 +269,7 @@ def index(
         folder,
         include=include,
         exclude=exclude,
+        image_key=image_key,
         output=output,
         overwrite=overwrite,
         allow_missing_end=ends.allow_missing_end,

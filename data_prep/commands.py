@@ -21,6 +21,7 @@ from data_prep.format.kinds import (
 from data_prep.format.manifest import Manifest, read_manifest
 from data_prep.format.patterns import Names
 from data_prep.format.pipes import PIPE, PipedFile
+from data_prep.format.samples import check_image_key
 from data_prep.format.statistics_file import STATISTICS_NAME, write_statistics
 from data_prep.format.storage import Location, RemotePath, locate
 from data_prep.format.text import count_noun, format_bytes
@@ -138,6 +139,7 @@ def index_tars(
     *,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
+    image_key: str | None,
     output: Path | None,
     overwrite: bool,
     allow_missing_end: bool,
@@ -151,7 +153,9 @@ def index_tars(
             _tars(folder, allow_pipe=allow_pipe),
             output=output,
             options=IndexingOptions(
-                names=Names(include=include, exclude=exclude), allow_missing_end=allow_missing_end
+                names=Names(include=include, exclude=exclude),
+                image_key=None if image_key is None else check_image_key(image_key),
+                allow_missing_end=allow_missing_end,
             ),
             overwrite=overwrite,
             workers=workers,
@@ -336,8 +340,10 @@ def _describe_skipped(manifest: Manifest, *, rewriting: bool = False) -> str:
     if any(kind.endswith(SECOND_DOT) for kind in skipped):
         hint += (
             "; the key of a sample ends at the first dot of a name: KEY.b.jpg is a member b.jpg, "
-            "not its image, so write tars of names with one dot"
+            "not its image, so "
         )
+        hint += "name it by --image-key b.jpg, or " if rewriting else ""
+        hint += "write tars of names with one dot"
     if ".cls" in skipped and not rewriting:
         hint += (
             "; labels in .cls are read from uncompressed WebDataset tars alone, by `data-prep "

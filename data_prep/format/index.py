@@ -193,6 +193,7 @@ def index_tar(
     tick: Callable[[int], object],
     *,
     extensions: tuple[str, ...] = IMAGE_EXTENSIONS,
+    image_key: str | None = None,
     missing_end: Warn | None = None,
     refusals: Refusals | None = None,
 ) -> IndexedTar:
@@ -206,6 +207,7 @@ def index_tar(
         path: the tar.
         tick: called with 1 after each sample.
         extensions: extensions of images, in lower case.
+        image_key: the one name of images after their key; see `check_image_key`.
         missing_end: see `walk_tar`.
         refusals: takes the samples that must not be used; None: they are an error.
 
@@ -218,7 +220,7 @@ def index_tar(
     rows: list[_Row] = []
     skipped: Counter[str] = Counter()
     without_image = 0
-    reader = SampleReader(path, extensions=extensions, missing_end=missing_end)
+    reader = SampleReader(path, extensions=extensions, image_key=image_key, missing_end=missing_end)
     for sample in reader.samples():
         tick(1)
         if sample.problem:
@@ -229,7 +231,8 @@ def index_tar(
                 reader.examples.add(count_kind(skipped, kind), name)
             without_image += 1
             continue
-        ((extension, member),) = sample.images.items()
+        ((name, member),) = sample.images.items()
+        extension = name.rpartition(".")[2]
         rows.append(_Row(member.offset_data, member.size, sample.label, sample.key, extension))
     if refusals is None and refused.count:
         raise refused.error()

@@ -110,6 +110,12 @@ class Manifest:
         return tuple(found) if known and found else IMAGE_EXTENSIONS
 
     @property
+    def image_key(self) -> str | None:
+        """The one name of images after their key that its indexes were made of, if any."""
+        found = self._index_options.get("image_key")
+        return found if isinstance(found, str) else None
+
+    @property
     def allows_missing_end(self) -> bool:
         """Whether its tars were indexed with leave to lack their end mark."""
         return self._index_options.get("allow_missing_end") is True

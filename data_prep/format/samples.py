@@ -7,7 +7,7 @@ and labels, and refuse the same samples.
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -48,14 +48,17 @@ class TarSample:
     def others(self) -> list[tuple[str, str]]:
         """Kind (see `data_prep.format.kinds`) and name of what it holds instead of an image.
 
-        They are all images whose extension has a dot, as `a.1.jpg` and `a.2.jpg` of the key `a` and
-        the extensions `1.jpg` and `2.jpg`, or else one member.
+        They are all images that are not meant, as `a.1.jpg` and `a.2.jpg` of the key `a` and the
+        extensions `1.jpg` and `2.jpg`, or else one member.
         """
         members = [f"{self.key}.{extension}" for extension in self.extensions]
-        images = [name for name in members if suffix_of(name) in IMAGE_SUFFIXES]
+        pairs = list(zip(self.extensions, members, strict=True))
+        images = [pair for pair in pairs if suffix_of(pair[1]) in IMAGE_SUFFIXES]
         if images:
-            return [(f"{suffix_of(name)}{SECOND_DOT}", name) for name in images]
-        pairs = zip(self.extensions, members, strict=True)
+            return [
+                (suffix_of(name) + (SECOND_DOT if "." in extension else ""), name)
+                for extension, name in images
+            ]
         main = [name for extension, name in pairs if extension not in _COMPANIONS] or members
         return [(kind_of(main[0]), main[0])]
 
@@ -74,12 +77,40 @@ def has_labelled_samples(path: Location) -> bool:
     return not images.isdisjoint(labels)
 
 
+def check_image_key(name: str) -> str:
+    """Return what the names of images have after their key, in lower case: `image.png`.
+
+    Raises:
+        ValueError: no image has such a name.
+    """
+    image_key = name.removeprefix(".").lower()
+    if "/" in image_key or image_key.rpartition(".")[2] not in READ_EXTENSIONS:
+        raise ValueError(
+            f"the image key is {name!r}; give what follows the key and a dot in the names of the "
+            f"images, as image.png of KEY.image.png, ending in one of {', '.join(READ_EXTENSIONS)}."
+        )
+    return image_key
+
+
+def choose_images(names: Sequence[str]) -> list[str]:
+    """Return those of the extensions of a sample's images that may be meant.
+
+    Next to a picture that shards may hold, an array or a picture of another format is something
+    else: depth, a mask.
+    """
+    pictures = [name for name in names if name in IMAGE_EXTENSIONS and name != "npy"]
+    arrays = [name for name in names if name == "npy"]
+    return pictures or arrays or list(names)
+
+
 class SampleReader:
     """Groups the members of a tar into samples.
 
     Args:
         path: the tar.
         extensions: extensions of images, in lower case.
+        image_key: the one name of images after their key, as `check_image_key` returns it; None:
+            one of `extensions`.
         missing_end: see `walk_tar`.
 
     Attributes:
@@ -93,9 +124,11 @@ class SampleReader:
         path: Location,
         *,
         extensions: tuple[str, ...] = READ_EXTENSIONS,
+        image_key: str | None = None,
         missing_end: Warn | None = None,
     ) -> None:
-        self._path, self._extensions, self._missing_end = path, extensions, missing_end
+        self._path, self._missing_end = path, missing_end
+        self._extensions = extensions if image_key is None else (image_key,)
         self.skipped: Counter[str] = Counter()
         self.examples = Examples()
 
@@ -164,7 +197,7 @@ class SampleReader:
         self.examples.add(count_kind(self.skipped, kind), member)
 
     def _finish(self, sample: TarSample) -> TarSample:
-        sample.images = _choose(sample.images)
+        sample.images = {name: sample.images[name] for name in choose_images(list(sample.images))}
         sample.problem = sample.problem or _describe_images(sample)
         if sample.images and not sample.problem and len(sample.extensions) > 1:
             used = {*sample.images, "cls", "json"}
@@ -179,18 +212,6 @@ class SampleReader:
 def _kind_of_member(key: str, extension: str) -> str:
     """Return the kind of a member beside an image: `.txt`, `.mask.png`."""
     return f".{extension}" if _DOUBLE.fullmatch(extension) else kind_of(f"{key}.{extension}")
-
-
-def _choose(images: dict[str, tarfile.TarInfo]) -> dict[str, tarfile.TarInfo]:
-    """Return the images of a sample that may be meant.
-
-    Next to a picture that shards may hold, an array or a picture of another format is something
-    else: depth, a mask.
-    """
-    pictures = [name for name in images if name in IMAGE_EXTENSIONS and name != "npy"]
-    arrays = [name for name in images if name == "npy"]
-    names = pictures or arrays or list(images)
-    return {name: images[name] for name in names}
 
 
 def _describe_images(sample: TarSample) -> str:

@@ -46,6 +46,8 @@ class IndexingOptions:
 
     names: Names = field(default_factory=Names)
     """Tars to use of those in the folder."""
+    image_key: str | None = None
+    """The one name of images after their key; see `data_prep.format.samples.check_image_key`."""
     allow_missing_end: bool = False
     """Whether tars may lack their end mark; see `data_prep.format.tars.walk_tar`."""
 
@@ -56,6 +58,8 @@ class IndexingOptions:
             values["include"], values["exclude"] = map(
                 list, (self.names.include, self.names.exclude)
             )
+        if self.image_key is not None:
+            values["image_key"] = self.image_key
         if self.allow_missing_end:
             values["allow_missing_end"] = True
         return values
@@ -91,6 +95,7 @@ class _IndexTask:
     path: Location | PipedFile
     partial: Path
     place: str
+    image_key: str | None
     allow_missing_end: bool
 
 
@@ -150,6 +155,7 @@ def index_existing(
                 path=path,
                 partial=Path(partial),
                 place=str(path) if output is not None else "",
+                image_key=options.image_key,
                 allow_missing_end=options.allow_missing_end,
             )
             for path in listed.tars
@@ -184,10 +190,16 @@ def _publish(
     full = [one for one in found if one.entry.samples]
     if not full:
         others = f", only {describe_kinds(skipped)}" if skipped else ""
+        if options.image_key is not None:
+            raise ManifestError(
+                f"the tars in {folder} have no member KEY.{options.image_key}{others}. Give "
+                "another --image-key."
+            )
         raise ManifestError(
             f"the tars in {folder} have no images{others}. The image of a WebDataset sample must "
             f"be a member KEY.EXT, where EXT is one of {', '.join(READ_EXTENSIONS)}, and the only "
-            "dot in its file name is that before EXT."
+            "dot in its file name is that before EXT; name others by --image-key, as image.png of "
+            "KEY.image.png."
         )
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
     for one in full:
@@ -315,6 +327,7 @@ def _index_aside(task: _IndexTask, tick: Tick) -> _IndexedShard:
                 path,
                 tick,
                 extensions=READ_EXTENSIONS,
+                image_key=task.image_key,
                 missing_end=remark if task.allow_missing_end else None,
                 refusals=refusals,
             )

@@ -50,6 +50,7 @@ class _VerifyTask:
     decode: bool
     max_pixels: int
     extensions: tuple[str, ...]
+    image_key: str | None
     allow_missing_end: bool
 
 
@@ -100,6 +101,7 @@ def verify_shards(
             decode=decode,
             max_pixels=read_limit(manifest.options),
             extensions=manifest.extensions,
+            image_key=manifest.image_key,
             allow_missing_end=allow_missing_end or manifest.allows_missing_end,
         )
         for shard in manifest.shards
@@ -153,6 +155,7 @@ def _compare(
         path,
         (lambda _: None) if task.decode else tick,
         extensions=task.extensions,
+        image_key=task.image_key,
         missing_end=found.remarks.append if task.allow_missing_end else None,
     )
     problems = []

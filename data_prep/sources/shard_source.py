@@ -181,7 +181,11 @@ class ShardSource:
     def _samples(self, name: str, entry: ShardEntry | None) -> Iterator[SourceFile]:
         path = self._folder / name
         promised = None if entry is None else _Promise(self._folder, entry)
-        reader = SampleReader(path, missing_end=self._say if self._may_lack_end() else None)
+        reader = SampleReader(
+            path,
+            image_key=None if self._manifest is None else self._manifest.image_key,
+            missing_end=self._say if self._may_lack_end() else None,
+        )
         with closing(ByteReader(path)) as tar:
             for sample in reader.samples():
                 if promised is not None:

@@ -9,7 +9,7 @@ from data_prep.cli import main
 from data_prep.format.index import index_tar, read_index, write_index
 from data_prep.format.manifest import Manifest, ManifestError, read_manifest, write_manifest
 from data_prep.format.tars import TarError
-from data_prep.inspect.index_existing import index_existing
+from data_prep.inspect.index_existing import IndexingOptions, index_existing
 from data_prep.inspect.verify import verify_shards
 from data_prep.write.build import build_shards
 from data_prep.write.options import ShardOptions
@@ -320,3 +320,37 @@ def test_tars_of_several_folders_need_a_place_for_the_manifest(
     manifest = index_existing(pattern, output=tmp_path / "out").manifest
     assert [shard.name for shard in manifest.shards] == ["a-0.tar", "b-0.tar"]
     assert ShardSet(tmp_path / "out").read(1, 0).image == draw_image(0)
+
+
+def test_images_of_another_name_are_indexed_by_image_key(
+    tmp_path: Path,
+    write_tar: WriteTar,
+    draw_image: Callable[..., bytes],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, image = tmp_path / "foreign", draw_image(0, image_format="PNG")
+    folder.mkdir()
+    members = {"x.image.png": image, "x.mask.png": draw_image(1), "x.cls": b"1", "y.mask.png": b"?"}
+    write_tar(folder / "a.tar", members)
+    assert main(["index", str(folder)]) == 2
+    assert "--image-key" in capsys.readouterr().err
+    assert main(["index", str(folder), "--image-key", "Image.PNG"]) == 0
+    assert "1 sample without an image" in capsys.readouterr().out
+    sample = ShardSet(folder).read(0, 0)
+    assert (sample.key, sample.extension, sample.image, sample.label) == ("x", "png", image, 1)
+    assert main(["verify", str(folder), "--deep"]) == 0
+    assert main(["reshard", str(folder), str(tmp_path / "out"), "--max-rejected", "1"]) == 0
+    assert ShardSet(tmp_path / "out").read(0, 0).image == image
+
+
+@pytest.mark.parametrize("key", ["", "image", "json", "a/b.png", "image.pyd"])
+def test_an_image_key_that_no_image_has_is_refused(
+    foreign: Path, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["index", str(foreign), "--image-key", key]) == 2
+    assert "KEY.image.png" in capsys.readouterr().err
+
+
+def test_an_image_key_that_no_sample_has_is_refused(foreign: Path) -> None:
+    with pytest.raises(ManifestError, match=r"no member KEY\.input\.jpeg, only \.txt"):
+        index_existing(foreign, options=IndexingOptions(image_key="input.jpeg"))
