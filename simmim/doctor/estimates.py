@@ -1,10 +1,15 @@
 """The memory of a training step from its sizes alone: bounds that take no time."""
 
+import math
+from dataclasses import replace
 from typing import Any
 
 from simmim.bench.memory import Placement
+from simmim.tasks.pretrained import find_weights
 from simmim.tasks.recipe import TaskRecipe
 from swinv2.config import SwinV2Config
+from swinv2.config_file import WEIGHTS_FILE, read_encoder_config
+from swinv2.weights import read_shapes
 
 HEAD_ROOM = 1.6
 """Factor by which `most_activations` may exceed the activations of a step in fp32."""
@@ -34,8 +39,8 @@ def least_memory(
 ) -> float:
     """Return a lower bound of the bytes of a training step, from its sizes.
 
-    Weights and AdamW's two states are there throughout; gradients replace activations in the
-    backward. Images are counted once.
+    Weights and AdamW's two states are there throughout, as a frozen encoder's weights are;
+    gradients replace activations in the backward. Images are counted once.
     """
     weights = 4 * least_parameters(config) / placement.devices
     states = 0.5 if recipe.training.optimizer.name == "adamw_8bit" else 2.0
@@ -43,7 +48,8 @@ def least_memory(
     maps = least_activations(config) * clip_length(recipe) * share_kept(recipe)
     height, width = config.image_size
     images = 4 * height * width * config.in_channels * getattr(recipe.data, "frames", 1)
-    return weights * kept + max(weights, micro * maps) + micro * images
+    trained = weights * kept + max(weights, micro * maps) + micro * images
+    return trained + frozen_memory(recipe, 0)
 
 
 def least_activations(config: SwinV2Config) -> float:
@@ -60,24 +66,49 @@ def least_activations(config: SwinV2Config) -> float:
 
 
 def most_activations(config: SwinV2Config) -> float:
-    """Return an upper estimate of the bytes of activations of an image, in fp32.
+    """Return an upper estimate of the bytes of activations of an image, in fp32."""
+    blocks = _activations_of_blocks(config)
+    return sum(depth * block for depth, block in zip(config.depths, blocks, strict=True))
 
-    A block keeps about 10 maps of its width, 3 of its MLP's, and two sets of attention weights.
+
+def _activations_of_blocks(config: SwinV2Config) -> list[float]:
+    """Return an upper estimate of the bytes of activations of a block of each stage, in fp32.
+
+    It keeps about 10 maps of its width, 3 of its MLP's, and two sets of attention weights.
     """
-    return sum(
+    return [
         4.0
-        * depth
         * (rows * columns)
         * (dim * (10 + 3 * config.mlp_ratio) + 2 * heads * window[0] * window[1])
-        for (rows, columns), dim, heads, window, depth in zip(
+        for (rows, columns), dim, heads, window in zip(
             config.stage_resolutions,
             config.stage_dims,
             config.num_heads,
             config.stage_windows,
-            config.depths,
             strict=True,
         )
-    )
+    ]
+
+
+def frozen_memory(recipe: TaskRecipe, micro: int) -> float:
+    """Return the bytes that a frozen encoder takes beside the trained one; 0 if there is none.
+
+    They are its weights, which are not sharded, and the activations of one block at a time.
+
+    Args:
+        recipe: the recipe.
+        micro: samples of a micro-batch; 0 for the weights alone.
+    """
+    if recipe.frozen_encoder is None:
+        return 0.0
+    try:
+        folder = find_weights(recipe.frozen_encoder).encoder
+        config = read_encoder_config(folder).config
+        config = replace(config, image_size=recipe.data.image_size)
+        shapes = read_shapes(folder / WEIGHTS_FILE).values()
+    except ValueError:  # loading it says why
+        return 0.0
+    return 4.0 * sum(map(math.prod, shapes)) + micro * max(_activations_of_blocks(config))
 
 
 def share_kept(recipe: TaskRecipe) -> float:

@@ -140,7 +140,7 @@ def _check_plan(stage: Any, device: torch.device) -> Iterable[Check]:
 def _check_memory(stage: Any, device: torch.device, world: int) -> Iterable[Check]:
     """Estimate the memory of a step, whose sizes are in the recipe if the encoder is a SwinV2."""
     if isinstance(stage.encoder, HierarchicalEncoder):
-        return check_memory(stage.recipe, device, world, frozen=stage.frozen_parameters)
+        return check_memory(stage.recipe, device, world)
     found = (
         f"not estimated for a {type(stage.encoder).__name__}, only for a SwinV2; the dry step "
         "measures a training step"

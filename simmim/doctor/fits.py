@@ -12,6 +12,7 @@ from simmim.doctor.estimates import (
     HEAD_ROOM,
     advise_accumulation,
     clip_length,
+    frozen_memory,
     least_memory,
     most_activations,
     most_parameters,
@@ -114,7 +115,8 @@ def most_memory(recipe: TaskRecipe, micro: int, room: Room) -> float:
     average = recipe.training.ema_decay is not None
     weights = 4.0 * most_parameters(config) / placement_of(room.world).devices
     states = weights * (4 + average) + checkpoint_copies(recipe, room)
-    return states + micro * most_activations(config) * clip_length(recipe) + outside(recipe, room)
+    trained = states + micro * most_activations(config) * clip_length(recipe)
+    return trained + frozen_memory(recipe, micro) + outside(recipe, room)
 
 
 def count_need(recipe: TaskRecipe, micro: int, room: Room) -> Need | None:
@@ -137,7 +139,7 @@ def count_need(recipe: TaskRecipe, micro: int, room: Room) -> Need | None:
     sys.stderr.write("counting the memory of a training step, some seconds\n")
     case = step_case(recipe, micro, estimated)
     number = needed_memory(case, placement) + outside(recipe, room)
-    number += checkpoint_copies(recipe, room)
+    number += checkpoint_copies(recipe, room) + frozen_memory(recipe, micro)
     if number > room.there and not room.on_gpu:
         change = advise(case, placement, round(number), room.there, share)
     return Need(least=False, number=number, change=change)

@@ -17,6 +17,7 @@ from simmim.bench.step import StepCase
 from simmim.doctor.checks import Check
 from simmim.doctor.estimates import (
     advise_accumulation,
+    frozen_memory,
     least_memory,
     most_activations,
     most_parameters,
@@ -31,16 +32,13 @@ FULL = 0.9
 """Fraction of the device memory above which an estimate is too close to be sure."""
 
 
-def check_memory(
-    recipe: TaskRecipe, device: torch.device, world: int, *, frozen: int = 0
-) -> Iterator[Check]:
+def check_memory(recipe: TaskRecipe, device: torch.device, world: int) -> Iterator[Check]:
     """Compare the estimated memory of a step with the device's; see `simmim bench memory`.
 
     Args:
         recipe: the recipe of the training.
         device: device of the training.
         world: number of processes.
-        frozen: parameters of a frozen encoder, whose features are the target.
     """
     if recipe.step_for_estimate is None:
         yield Check(
@@ -54,11 +52,12 @@ def check_memory(
     share = training.batch_size // world
     micro = max(1, share // training.accumulation)
     placement = placement_of(world)
-    there = device_memory(device) - 4 * frozen
+    there = device_memory(device)
     config = recipe.encoder.config(recipe.data.image_size)
     least = least_memory(recipe, config, micro, placement)
     if least > there:  # simulating it may take minutes
         free = FULL * there - 4 * 4 * most_parameters(config) / placement.devices
+        free -= frozen_memory(recipe, 0)
         yield Check(
             name="memory",
             verdict="problem",
@@ -68,7 +67,8 @@ def check_memory(
         )
         return
     case = step_case(recipe, micro, recipe.step_for_estimate)
-    needed = needed_memory(case, placement)
+    beside = round(frozen_memory(recipe, micro))
+    needed = needed_memory(case, placement) + beside
     found = (
         f"{format_bytes(needed)} estimated for micro-batches of {count_noun(micro, 'image')} per "
         f"process; "
@@ -81,7 +81,7 @@ def check_memory(
         name="memory",
         verdict="problem" if needed > there else "warning",
         found=found,
-        change=advise(case, placement, needed, there, share),
+        change=advise(case, placement, needed - beside, there - beside, share),
     )
 
 

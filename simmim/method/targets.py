@@ -43,10 +43,6 @@ class Target(Protocol):
     def flops(self) -> int:
         """FLOPs of the target of one image, which need no backward pass."""
 
-    @property
-    def frozen_parameters(self) -> int:
-        """Number of parameters that are in memory for it."""
-
     def __call__(self, images: Tensor) -> Tensor:
         """Return the target of normalised images (batch, channels, height, width)."""
 
@@ -68,7 +64,6 @@ class Pixels:
     baseline: str = "mean_color_loss"
     is_pixels: bool = True
     flops: int = 0
-    frozen_parameters: int = 0
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the images."""
@@ -123,7 +118,6 @@ class Features:
         self.channels: int = frozen.num_features
         self.stride: int = frozen.strides[-1]
         self.flops = encoder_flops(frozen)
-        self.frozen_parameters = sum(parameter.numel() for parameter in frozen.parameters())
         self._same = set(scale) == {1.0} and set(shift) == {0.0}
         self._scale, self._shift = (
             torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (scale, shift)

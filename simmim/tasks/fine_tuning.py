@@ -22,8 +22,7 @@ from simmim.data.order.order import Address
 from simmim.data.order.source import SampleSource
 from simmim.data.transforms.image_transforms import Sample
 from simmim.engine.checkpoint.directory import load_state
-from simmim.engine.checkpoint.ema import read_average
-from simmim.engine.checkpoint.resume import read_model
+from simmim.engine.checkpoint.resume import read_weights
 from simmim.engine.monitor.observers import Watch, pictures, validation
 from simmim.engine.run import RunFolder
 from simmim.recipe import recipe_hash
@@ -70,8 +69,6 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
     """The encoder that training starts from."""
     module: nn.Module
     """Takes a Batch on its device and returns the mean loss over it."""
-    frozen_parameters: int = 0
-    """Parameters in memory beside the module."""
 
     def __init__(self, recipe: RecipeT, training: DataT, validation: DataT | None) -> None:
         self.recipe: RecipeT = with_slots(self.resolve(recipe), training)
@@ -224,7 +221,7 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
             shards=shards,
             origin=str(checkpoint),
         )
-        tensors = below(read_model(checkpoint) | read_average(checkpoint), MODEL_PREFIX)
+        tensors = below(read_weights(checkpoint), MODEL_PREFIX)
         return cls.with_weights(found, recipe, run, tensors)
 
     @classmethod

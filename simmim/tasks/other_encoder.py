@@ -14,8 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from simmim.engine.checkpoint.directory import load_state
-from simmim.engine.checkpoint.ema import read_average
-from simmim.engine.checkpoint.resume import ENCODER, read_model
+from simmim.engine.checkpoint.resume import ENCODER, read_weights
 from simmim.method.encoder_protocol import ImageEncoder
 from simmim.tasks.trained import below
 from swinv2 import SwinV2, VideoSwinV2, save_encoder
@@ -124,7 +123,7 @@ def read_other_encoder(checkpoint: Path | None, directory: Path) -> OtherEncoder
         tensors = read_tensors(directory / WEIGHTS_FILE)
         provenance = Provenance(**{name: recorded.get(name) for name in PROVENANCE})
     else:
-        tensors = below(read_model(checkpoint) | read_average(checkpoint), f"{ENCODER}.")
+        tensors = below(read_weights(checkpoint), f"{ENCODER}.")
         state = load_state(checkpoint)
         provenance = Provenance(
             step=state.step, samples_seen=state.cursor, recipe_hash=state.recipe_hash

@@ -261,6 +261,16 @@ class TaskRecipe:
         return None
 
     @property
+    def frozen_encoder(self) -> str | None:
+        """Path of an encoder that runs beside the trained one, without gradients, if any."""
+        return None
+
+    @property
+    def start_note(self) -> str | None:
+        """What a person should know of this training when it starts; None for nothing."""
+        return None
+
+    @property
     def probed_per_step(self) -> float:
         """Images that online probes encode, averaged over the training steps."""
         return 0.0

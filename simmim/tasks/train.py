@@ -162,7 +162,7 @@ def print_start(
     if changed:
         listed = "".join(f"\n  {key}: {text}" for key, text in changed.items())
         sys.stderr.write(f"the recipe has changed:{listed}\n")
-    for line in (describe_start(recipe), overridden(recipe, stage.recipe)):
+    for line in (describe_start(recipe), overridden(recipe, stage.recipe), recipe.start_note):
         sys.stderr.write("" if line is None else f"{line}\n")
     sys.stderr.writelines(f"WARNING: {text.rstrip('.')}.\n" for text in warnings)
 

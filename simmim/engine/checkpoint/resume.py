@@ -21,7 +21,7 @@ from simmim.engine.checkpoint.directory import (
     load_state,
     read_json,
 )
-from simmim.engine.checkpoint.ema import RunningAverage, load_average
+from simmim.engine.checkpoint.ema import RunningAverage, load_average, read_average
 from simmim.engine.checkpoint.shard_files import ShardFiles
 from simmim.engine.checkpoint.sharded_state import (
     is_sharded,
@@ -144,6 +144,11 @@ def read_model(path: Path) -> dict[str, Tensor]:
     """
     with ShardFiles(path, MODEL) as files:
         return files.read_all()
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint as `read_model`, or their averages if it has some."""
+    return read_model(path) | read_average(path)
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, *, verified: bool = False) -> None:

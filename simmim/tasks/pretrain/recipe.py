@@ -72,9 +72,21 @@ class PretrainRecipe(TaskRecipe):
     @property
     def step_for_estimate(self) -> tuple[MaskSettings, LossSettings]:
         """Mask and loss of the training; pixels for features, whose encoder is counted apart."""
-        if self.loss.target_name == "features":
+        if self.frozen_encoder is not None:
             return self.mask, replace(self.loss, target=None, target_encoder=None)
         return self.mask, self.loss
+
+    @property
+    def frozen_encoder(self) -> str | None:
+        """Path of the encoder whose features are the target; None if the target is pixels."""
+        return self.loss.target_encoder
+
+    @property
+    def start_note(self) -> str | None:
+        """That there are no pictures, if the target is not pixels."""
+        if self.frozen_encoder is None:
+            return None
+        return "no reconstructions are drawn: loss.target is features, which are not pixels"
 
     @property
     def probed_per_step(self) -> float:

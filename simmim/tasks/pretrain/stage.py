@@ -24,7 +24,7 @@ from simmim.engine.checkpoint.directory import (
     load_state,
 )
 from simmim.engine.checkpoint.ema import load_average
-from simmim.engine.checkpoint.resume import load_model
+from simmim.engine.checkpoint.resume import ENCODER, load_model, read_weights
 from simmim.engine.monitor.hardware import BACKWARD
 from simmim.engine.monitor.observers import Watch, pictures, probe, validation
 from simmim.engine.run import RunFolder
@@ -40,9 +40,10 @@ from simmim.tasks.other_encoder import checkpoint_notes, save_any_encoder
 from simmim.tasks.pretrain.model import EncoderBuilder, build_model, build_swinv2
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.probe.online import OnlineProbe
-from simmim.tasks.trained import TrainedModel, provenance_of, read_directory
+from simmim.tasks.trained import TrainedModel, below, provenance_of, read_directory
 from swinv2.bridges.checkpoints import MaskedImageHead
 from swinv2.config_file import Provenance
+from swinv2.weights import load_strictly
 
 FEATURE_DECODER = "mask token and decoder (they predict features, not pixels)"
 """Parts of a model of features that are not exported."""
@@ -113,12 +114,6 @@ class PretrainStage:
             "probe.shards": None if probe is None else probe.known,
         }
 
-    @property
-    def frozen_parameters(self) -> int:
-        """Parameters beside the module: of a frozen encoder whose features are the target."""
-        frozen: int = self.model.target.frozen_parameters
-        return frozen
-
     def class_counts(self) -> None:
         """Return None: the images have no labels."""
 
@@ -127,19 +122,23 @@ class PretrainStage:
         cls, run: RunFolder, read_recipe: Callable[[], PretrainRecipe], checkpoint: Path | None
     ) -> TrainedModel:
         """Read encoder, mask token and decoder of a run; see `FineTuningStage.read_trained`."""
-        del read_recipe  # read with the checkpoint, and not needed without one
         if checkpoint is None:
             return read_directory(run.encoder)
-        pretrained = load_pretrained(run, str(checkpoint))
-        model, recipe = pretrained.model, pretrained.recipe
+        recipe = read_recipe()
+        if recipe.frozen_encoder is None:
+            model = load_pretrained(run, str(checkpoint)).model
+            encoder, head, left_out = model.encoder, _masked_image_head(model), None
+        else:  # it may be gone, and without it there is no decoder
+            encoder, head, left_out = build_swinv2(recipe).eval(), None, FEATURE_DECODER
+            load_strictly(encoder, below(read_weights(checkpoint), f"{ENCODER}."), str(checkpoint))
         mean, std = recipe.data.normalisation
         return TrainedModel(
-            encoder=model.encoder,
+            encoder=encoder,
             mean=mean,
             std=std,
             provenance=provenance_of(checkpoint, recipe),
-            masked_image=_masked_image_head(model) if model.target.is_pixels else None,
-            left_out=None if model.target.is_pixels else FEATURE_DECODER,
+            masked_image=head,
+            left_out=left_out,
             shards=recipe.data.first_shards,
             origin=str(checkpoint),
         )

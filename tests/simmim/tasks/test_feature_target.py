@@ -1,5 +1,6 @@
 """Pretraining that predicts features of a frozen encoder, end to end."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+import simmim
+from simmim.bench.live_bytes import LiveBytes
+from simmim.bench.memory import Placement
+from simmim.doctor.estimates import frozen_memory, least_memory
 from simmim.doctor.examine import examine
+from simmim.doctor.fits import Room, count_need, most_memory
 from simmim.engine.checkpoint.resume import read_model
 from simmim.engine.devices import build_accelerator, prepare
 from simmim.engine.distributed.sharding import shard_by_block
@@ -141,10 +147,64 @@ def test_sharded_weights_have_the_same_loss(values: dict[str, Any], tmp_path: Pa
     assert not any(isinstance(one, DTensor) for one in target.encoder.parameters())
 
 
+def test_a_checkpoint_is_exported_without_the_frozen_encoder(
+    values: dict[str, Any], encoder_directory: Path, tmp_path: Path
+) -> None:
+    run = RunFolder(path=tmp_path / "run")
+    values["training"] |= {"steps": 2, "checkpoint_every": 2}
+    train(build(values), run, build_accelerator("fp32"), None)
+    shutil.rmtree(encoder_directory)
+    export(run.path, tmp_path / "native", "native")
+    trained, exported = (load_encoder(path) for path in (run.encoder, tmp_path / "native"))
+    assert all(
+        torch.equal(one, exported.state_dict()[name]) for name, one in trained.state_dict().items()
+    )
+
+
 def test_doctor_counts_the_frozen_encoder(values: dict[str, Any], tmp_path: Path) -> None:
     run = RunFolder(path=tmp_path / "run")
     checks = examine(build(values), run, build_accelerator("fp32"), resume=None, seconds=0.1)
     assert not [check for check in checks if check.verdict == "problem"]
+
+
+def test_the_estimate_of_a_frozen_encoder_bounds_what_it_takes(values: dict[str, Any]) -> None:
+    stage = build(values)
+    target = stage.model.target
+    assert isinstance(target, Features)
+    images = torch.randn(4, 3, 16, 16)
+    target(images)  # position tables are computed once
+    with LiveBytes() as live:
+        target(images)
+    weights = 4 * sum(one.numel() for one in target.encoder.parameters())
+    counted = frozen_memory(stage.recipe, 4)
+    assert frozen_memory(stage.recipe, 0) == weights
+    assert live.most < counted < 3 * live.most
+
+
+def test_the_memory_of_training_has_the_frozen_encoder(values: dict[str, Any]) -> None:
+    recipe, pixels = (
+        parse(PretrainRecipe, given, "test")
+        for given in (values, {name: part for name, part in values.items() if name != "loss"})
+    )
+    config, whole = recipe.encoder.config(16), Placement(sharding="none", devices=1)
+    least = least_memory(pixels, config, 4, whole)
+    weights = frozen_memory(recipe, 0)
+    assert least_memory(recipe, config, 4, whole) == least + weights
+    room = Room(there=round(least + weights / 2), processes=1, world=1, on_gpu=False)
+    more = most_memory(recipe, 4, room) - most_memory(pixels, 4, room)
+    assert more == pytest.approx(frozen_memory(recipe, 4), rel=1e-6)
+    need = count_need(recipe, 4, room)
+    assert need is not None
+    assert need.number > room.there > least
+
+
+def test_the_start_says_that_nothing_is_drawn(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values["training"] |= {"steps": 1}
+    simmim.pretrain(values, tmp_path / "run", check_memory=False)
+    line = "no reconstructions are drawn: loss.target is features"
+    assert capsys.readouterr().err.count(line) == 1
 
 
 def test_an_encoder_that_cannot_be_the_target_is_refused(
