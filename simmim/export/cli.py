@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from data_prep.format.command_line import ONE_OF
-from simmim.export.formats import Format, ImportFormat
+from simmim.export.formats import Format, ImportFormat, WeightsChoice
 
 
 def export(
@@ -43,7 +43,9 @@ def import_(
     destination: Path,
     /,
     *,
-    format: ImportFormat,  # noqa: A002 (the name of the option)
+    format: ImportFormat | None = None,  # noqa: A002 (the name of the option)
+    weights: WeightsChoice | None = None,
+    key: str | None = None,
     architecture: str | None = None,
     image_size: str | None = None,
     window_size: str | None = None,
@@ -59,7 +61,10 @@ def import_(
         source: Checkpoint, a file or folder.
         destination: Output folder.
         format: reference: the published code (Swin Transformer, SimMIM); timm: its swinv2 models;
-            transformers: a folder written by save_pretrained of a Swinv2 class.
+            transformers: a folder written by save_pretrained of a Swinv2 class; torchvision: its
+            swin_v2 models; mmpretrain: its SwinTransformerV2. Default: told by the names in it.
+        weights: Averaged or raw weights of a file that has both. Default: averaged, if there are.
+        key: Entry of the file, or prefix of names, of one of several models: student, teacher, ...
         architecture: Name of the model in timm, which implies all sizes.
         image_size: Training image size in pixels: N, or HEIGHT,WIDTH.
         window_size: Window size in tokens: N, or HEIGHT,WIDTH.
@@ -80,6 +85,8 @@ def import_(
         pretrained_window_sizes=windows,
         mean=means,
         std=deviations,
+        weights=weights,
+        key=key,
     )
     print("\n".join(import_encoder(source, destination, format, options)))
     return 0

@@ -7,4 +7,5 @@ Format: TypeAlias = Literal["native", "transformers", "reference", "timm", "onnx
 as these libraries and the published code (reference) save theirs."""
 GRAPHS: tuple[Format, ...] = ("onnx", "torch-export")
 """Formats that allow a dynamic image size."""
-ImportFormat: TypeAlias = Literal["reference", "timm", "transformers"]
+ImportFormat: TypeAlias = Literal["reference", "timm", "transformers", "torchvision", "mmpretrain"]
+WeightsChoice: TypeAlias = Literal["averaged", "raw"]

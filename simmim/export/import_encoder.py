@@ -1,4 +1,4 @@
-"""Convert a checkpoint of the published code, timm or transformers to an encoder directory."""
+"""Convert a checkpoint of another library to an encoder directory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,9 +7,12 @@ from typing import Any
 
 from data_prep.format.text import count_noun
 from simmim.export.export import compare_native
-from simmim.export.formats import ImportFormat
+from simmim.export.formats import ImportFormat, WeightsChoice
 from simmim.export.trial_image import trial_image
 from swinv2.bridges.checkpoints import ImportedEncoder
+from swinv2.bridges.importing.detection import require_library
+from swinv2.bridges.importing.mmpretrain import import_mmpretrain
+from swinv2.bridges.importing.torchvision import import_torchvision
 from swinv2.bridges.reference import import_reference
 from swinv2.bridges.sizes import PretrainedWindows
 from swinv2.bridges.timm import import_timm
@@ -33,17 +36,21 @@ class ImportOptions:
     """Mean per channel, for images in [0, 1]."""
     std: Sequence[float] | None = None
     """Standard deviation per channel."""
+    weights: WeightsChoice | None = None
+    """Averaged or raw weights of a file that has both; None takes averaged ones, if any."""
+    key: str | None = None
+    """Entry of the file, or prefix of names, of one of several models."""
 
 
 def import_encoder(
-    source: Path, destination: Path, form: ImportFormat, known: ImportOptions
+    source: Path, destination: Path, form: ImportFormat | None, known: ImportOptions
 ) -> list[str]:
     """Convert a third-party checkpoint to the encoder directory `destination`.
 
     Args:
         source: a file, or a folder from an export or a model hub.
         destination: a new or empty folder, or an earlier encoder directory.
-        form: the format of the checkpoint.
+        form: the format of the checkpoint; None tells it by its files and names.
         known: values that the file may lack.
 
     Returns:
@@ -53,6 +60,8 @@ def import_encoder(
         ValueError: the checkpoint is of another model, does not fit, lacks a size, or would run
             code; or the destination is occupied.
     """
+    if form is None:
+        form = require_library(source, weights=known.weights, key=known.key)
     imported = _read(source, form, known)
     encoder, config = imported.encoder, imported.encoder.config
     trial = trial_image(config, imported.mean, imported.std)
@@ -72,9 +81,10 @@ def import_encoder(
         f"depths {config.depths}, {config.embed_dim} channels"
     )
     lines = [
-        f"Imported {source} as {destination}",
+        f"Imported {source} ({form}) as {destination}",
         sizes,
         f"  mean {imported.mean}, std {imported.std}",
+        *(f"  {note}" for note in imported.notes),
     ]
     if imported.head is not None:
         lines.append("  not imported: mask token and decoder (an encoder directory has neither)")
@@ -99,6 +109,8 @@ def _read(source: Path, form: ImportFormat, known: ImportOptions) -> ImportedEnc
         "pretrained_window_sizes": known.pretrained_window_sizes,
         "mean": known.mean,
         "std": known.std,
+        "weights": known.weights,
+        "key": known.key,
     }
     if known.architecture is not None and form != "timm":
         raise ValueError(f"architecture is for the timm format, not for {form}: give the sizes.")
@@ -109,3 +121,7 @@ def _read(source: Path, form: ImportFormat, known: ImportOptions) -> ImportedEnc
             return import_timm(source, architecture=known.architecture, **given)
         case "transformers":
             return import_transformers(source, **given)
+        case "torchvision":
+            return import_torchvision(source, **given)
+        case "mmpretrain":
+            return import_mmpretrain(source, **given)

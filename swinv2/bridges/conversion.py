@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from swinv2.bridges.checkpoints import BridgeError, ClassifierHead, ImportedEncoder, MaskedImageHead
-from swinv2.bridges.sizes import Sizes, resolve_config
+from swinv2.bridges.importing.reading import list_names
+from swinv2.bridges.sizes import Sizes, missing_sizes, resolve_config
 from swinv2.config import SwinV2Config
 from swinv2.config_file import check_normalisation, list_problems
 from swinv2.encoder import SwinV2
@@ -66,6 +67,10 @@ class ParsedCheckpoint:
     """Names of its classes."""
     fresh: Mapping[str, Tensor] | None = None
     """Tensors of the encoder that such a model lacks, with their initial values."""
+    usual: Sizes | None = None
+    """Sizes to take where no other source has one."""
+    notes: tuple[str, ...] = ()
+    """What was taken of the file, and what was not, a line each."""
 
 
 def convert(encoder: SwinV2, rename: RenameTensor) -> dict[str, Tensor]:
@@ -99,6 +104,14 @@ def assemble(
     """
     _check_finite(found.tensors, found.source)
     sizes = [given, *found.sizes]
+    notes = list(found.notes)
+    if found.usual is not None:
+        usual = missing_sizes(sizes, found.usual)
+        sizes.append(usual)
+        if usual.image_size is not None:
+            notes.append(
+                f"image size: {usual.origin}; give --image-size if it was trained at another"
+            )
     config = resolve_config(
         found.architecture, sizes, found.source, found.drop_path, found.own_config
     )
@@ -129,6 +142,7 @@ def assemble(
         dropped=found.dropped,
         classes=found.classes,
         fresh=tuple(found.fresh or ()),
+        notes=tuple(notes),
     )
 
 
@@ -155,6 +169,22 @@ def count_classes(tensors: Mapping[str, Tensor], classifier: str) -> int | None:
     """Return the number of classes of the classifier with this prefix; None if there is none."""
     parts = [tensors[name] for leaf in ("weight", "bias") if (name := classifier + leaf) in tensors]
     return len(parts[0]) if parts and parts[0].ndim else None
+
+
+def fresh_norm(architecture: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the final norm of a model that has none: ones and zeros, not allocated yet."""
+    features = architecture["embed_dim"] * 2 ** (len(architecture["depths"]) - 1)
+    initial = {"norm.weight": torch.ones(1), "norm.bias": torch.zeros(1)}
+    return {name: part.expand(features) for name, part in initial.items()}
+
+
+def describe_beside(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return a line on the tensors beside the encoder that are not imported, if any."""
+    if not tensors:
+        return []
+    plural = "" if len(tensors) == 1 else "s"
+    names = list_names(list(tensors))
+    return [f"not imported: {len(tensors)} tensor{plural} beside the encoder ({names})"]
 
 
 def decoder_shapes(config: SwinV2Config, layout: TensorLayout) -> Shapes:

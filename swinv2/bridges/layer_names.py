@@ -89,12 +89,19 @@ def check_is_swinv2(
     Raises:
         BridgeError: they are those of another model or library; the message says of which.
     """
-    leaves = {name.rpartition(".")[2] for name in tensors}
-    firsts = {name.partition(".")[0] for name in tensors}
-    parts = {part for name in tensors for part in name.split(".")}
-    found = "transformers" if firsts & {"swinv2", "embeddings"} else "layers"
-    some = f"it begins with {', '.join(list(tensors)[:3])}"
-    remedy = "give a Swin Transformer V2 of the published code, timm or transformers"
+    found = _other_model(tensors) or _other_layout(tensors, naming)
+    if found is not None:
+        reason, remedy = found
+        raise BridgeError(f"{source} holds {reason}: {remedy}.")
+
+
+def _leaves(tensors: Mapping[str, Tensor]) -> set[str]:
+    return {name.rpartition(".")[2] for name in tensors}
+
+
+def _other_model(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """Return what model tensors are of, if not of a Swin Transformer V2, and the remedy."""
+    leaves = _leaves(tensors)
     if "logit_scale" not in leaves and "cls_token" in leaves:
         reason = "a ViT (it has a class token, and no logit_scale)"
     elif "relative_position_bias_table" in leaves:
@@ -102,12 +109,36 @@ def check_is_swinv2(
     elif "logit_scale" not in leaves and leaves & POSITIONS:
         reason = "a ViT (it has position tokens, and no logit_scale)"
     elif "logit_scale" not in leaves:
-        reason = f"not a Swin Transformer V2 (no block has a logit_scale; {some})"
-    elif "meta_mlp" in parts:
+        reason = f"not a Swin Transformer V2 (no block has a logit_scale; {_some(tensors)})"
+    elif any("meta_mlp" in name.split(".") for name in tensors):
         reason = "a swinv2_cr of timm (it has meta_mlp), another architecture"
+    else:
+        return None
+    return reason, "give a Swin Transformer V2 of the published code, timm or transformers"
+
+
+def _some(tensors: Mapping[str, Tensor]) -> str:
+    return f"it begins with {', '.join(list(tensors)[:3])}"
+
+
+def _other_layout(
+    tensors: Mapping[str, Tensor], naming: Literal["layers", "transformers"]
+) -> tuple[str, str] | None:
+    """Return whose layout tensors have, if not the expected one, and the remedy."""
+    leaves = _leaves(tensors)
+    firsts = {name.partition(".")[0] for name in tensors}
+    found = "transformers" if firsts & {"swinv2", "embeddings"} else "layers"
+    remedy = "give a Swin Transformer V2 of the published code, timm or transformers"
+    if any("w_msa" in name.split(".") for name in tensors):
+        reason, remedy = (
+            "a model of mmpretrain (it has w_msa)",
+            "import it with --format mmpretrain",
+        )
+    elif "features" in firsts:
+        reason = "a model of torchvision (its stages are features.*)"
+        remedy = "import it with --format torchvision"
     elif "stages" in firsts:
-        reason = "an encoder of swinv2"
-        remedy = "load its directory with load_encoder"
+        reason, remedy = "an encoder of swinv2", "load its directory with load_encoder"
     elif found != naming and found == "transformers":
         reason = "a model in the layout of transformers (it has embeddings)"
         remedy = "import its folder with --format transformers"
@@ -120,11 +151,11 @@ def check_is_swinv2(
         reason = "a SimMIM model of the published code (it has encoder.mask_token)"
         remedy = "import it with --format reference"
     elif naming == "layers" and not firsts & {"layers", "patch_embed"}:
-        reason = f"a Swin Transformer V2 under other names ({some})"
+        reason = f"a Swin Transformer V2 under other names ({_some(tensors)})"
         remedy = "rename its tensors as in the published code (patch_embed.*, layers.*)"
     else:
-        return
-    raise BridgeError(f"{source} holds {reason}: {remedy}.")
+        return None
+    return reason, remedy
 
 
 def read_architecture(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:

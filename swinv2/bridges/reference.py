@@ -23,7 +23,6 @@ from swinv2.bridges.checkpoints import (
     ClassifierHead,
     ImportedEncoder,
     MaskedImageHead,
-    read_checkpoint,
 )
 from swinv2.bridges.conversion import (
     CONFIG_KEY,
@@ -35,6 +34,12 @@ from swinv2.bridges.conversion import (
     convert,
     count_classes,
     decoder_shapes,
+    describe_beside,
+)
+from swinv2.bridges.importing.reading import (
+    CheckpointContents,
+    WeightsChoice,
+    read_checkpoint,
 )
 from swinv2.bridges.layer_names import (
     check_is_swinv2,
@@ -209,6 +214,8 @@ def import_reference(
     pretrained_window_sizes: PretrainedWindows = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    weights: WeightsChoice | None = None,
+    key: str | None = None,
 ) -> ImportedEncoder:
     """Read a checkpoint of the published code, or a folder written by `export_reference`.
 
@@ -222,20 +229,33 @@ def import_reference(
         pretrained_window_sizes: one per stage, in tokens; "same" if it was trained at these sizes.
         mean: mean per channel; by default the file's, or ImageNet's, as in the published code.
         std: standard deviation per channel, likewise.
+        weights: averaged or raw weights, and
+        key: one of several models in the file; see `read_checkpoint`.
 
     Raises:
         BridgeError: it is another model, a tensor is missing, unexpected or of a wrong shape, a
             size is unknown or contradictory, or reading the file would run code.
     """
     place = Path(path)
-    found = _parse(place / CHECKPOINT_FILE if place.is_dir() else place)
+    file = place / CHECKPOINT_FILE if place.is_dir() else place
+    found = parse_published(read_checkpoint(file, weights=weights, key=key))
     given = given_sizes(image_size, window_size, pretrained_window_sizes)
     return assemble(found, given, mean=mean, std=std)
 
 
-def _parse(file: Path) -> ParsedCheckpoint:
-    checkpoint = read_checkpoint(file, entries=("model", "state_dict"))
+def parse_published(checkpoint: CheckpointContents, library: str = "") -> ParsedCheckpoint:
+    """Parse a checkpoint whose tensors have the published names.
+
+    Args:
+        checkpoint: the checkpoint.
+        library: the library whose names were translated, for messages; empty for none.
+
+    Raises:
+        BridgeError: see `import_reference`.
+    """
     source, extras = checkpoint.source, checkpoint.extras
+    if library:
+        source += f" ({library}; tensors named as in the published code)"
     named = {
         name.replace(".rpe_mlp.", ".cpb_mlp."): part for name, part in checkpoint.tensors.items()
     }
@@ -261,6 +281,7 @@ def _parse(file: Path) -> ParsedCheckpoint:
         num_classes=count_classes(learned, layout.classifier),
         mean=norms.get("mean"),
         std=norms.get("std"),
+        notes=(*checkpoint.notes, *describe_beside(checkpoint.beside)),
     )
 
 

@@ -6,7 +6,7 @@ contradictions are refused.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -28,6 +28,8 @@ class Sizes:
     image_size: Pair | None = None
     window_size: Pair | None = None
     pretrained_window_sizes: tuple[Pair, ...] | Literal["same"] | None = None
+    stage_windows: tuple[Pair, ...] | None = None
+    """Window of each stage, which only buffers have; not compared between sources."""
 
 
 def read_buffers(tensors: Mapping[str, Tensor], architecture: Mapping[str, Any]) -> Sizes:
@@ -62,6 +64,7 @@ def read_buffers(tensors: Mapping[str, Tensor], architecture: Mapping[str, Any])
         pretrained_window_sizes=(
             None if None in references else tuple(pair for pair in references if pair is not None)
         ),
+        stage_windows=windows,
     )
 
 
@@ -96,6 +99,24 @@ def _image_side(
     return None
 
 
+def smallest_image(sizes: Sequence[Sizes], architecture: Mapping[str, Any]) -> Sizes | None:
+    """Return the size of the smallest square image whose last stage is one of its windows.
+
+    Args:
+        sizes: sizes from each source, of which buffers say the windows.
+        architecture: fields of `SwinV2Config`.
+    """
+    stages = len(architecture["depths"])
+    windows = next((one.stage_windows for one in sizes if one.stage_windows is not None), None)
+    if windows is None:
+        return None
+    side = windows[-1][0] * architecture["patch_size"] * 2 ** (stages - 1)
+    return Sizes(
+        origin=f"{side}x{side}, the smallest that its windows fit (the file has none)",
+        image_size=(side, side),
+    )
+
+
 def variant_of(architecture: Mapping[str, Any]) -> str | None:
     """Return the published variant with these fields; None if there is none."""
     return next(
@@ -120,6 +141,14 @@ def given_sizes(
         window_size=None if window_size is None else as_pair(window_size),
         pretrained_window_sizes=as_windows(pretrained_window_sizes),
     )
+
+
+def missing_sizes(known: Sequence[Sizes], other: Sizes) -> Sizes:
+    """Return the sizes of `other` that the known ones leave open."""
+    changes: dict[str, Any] = {
+        name: None for name in _ARGUMENTS if any(getattr(one, name) is not None for one in known)
+    }
+    return replace(other, **changes)
 
 
 def as_pair(size: int | Sequence[int]) -> Pair:
@@ -160,7 +189,7 @@ def resolve_config(
     """
     given = {
         name: [(one.origin, value) for one in sizes if (value := getattr(one, name)) is not None]
-        for name in (field.name for field in fields(Sizes) if field.name != "origin")
+        for name in _ARGUMENTS
     }
     unknown = [name for name, values in given.items() if not values]
     if unknown:

@@ -21,7 +21,6 @@ from swinv2.bridges.checkpoints import (
     BridgeError,
     ClassifierHead,
     ImportedEncoder,
-    read_checkpoint,
     read_json,
 )
 from swinv2.bridges.conversion import (
@@ -31,7 +30,10 @@ from swinv2.bridges.conversion import (
     assemble,
     convert,
     count_classes,
+    describe_beside,
+    fresh_norm,
 )
+from swinv2.bridges.importing.reading import WeightsChoice, read_checkpoint
 from swinv2.bridges.layer_names import (
     check_is_swinv2,
     pretrained_windows_argument,
@@ -47,6 +49,7 @@ from swinv2.bridges.sizes import (
     as_pair,
     as_windows,
     given_sizes,
+    missing_sizes,
     read_buffers,
 )
 from swinv2.bridges.verification import (
@@ -69,6 +72,8 @@ README_FILE = "README.md"
 _PICKLE_FILE = "pytorch_model.bin"
 _NAME = re.compile(r"swinv2_(\w+?)_window(\d+)(?:to(\d+))?_(\d+)(?:to(\d+))?(?=\.|$)")
 _LAYOUT = TensorLayout(rename=partial(rename_tensor, merge_shift=1), classifier="head.fc.")
+_FLAT = re.compile(r"^layers_(?=\d+\.)")
+"""Stages in a model of `features_only`, which flattens sequences."""
 
 
 def _model_name(config: SwinV2Config, arguments: Mapping[str, Any]) -> str:
@@ -110,18 +115,6 @@ def _named_sizes(origin: str, name: object, num_stages: int) -> Sizes:
         image_size=as_pair(int(to_size or size)),
         window_size=as_pair(int(to_window or window)),
         pretrained_window_sizes=windows,
-    )
-
-
-def _only_missing(known: Sizes, other: Sizes) -> Sizes:
-    """Return the sizes of `other` that `known` leaves open."""
-    return Sizes(
-        origin=other.origin,
-        image_size=None if known.image_size is not None else other.image_size,
-        window_size=None if known.window_size is not None else other.window_size,
-        pretrained_window_sizes=None
-        if known.pretrained_window_sizes is not None
-        else other.pretrained_window_sizes,
     )
 
 
@@ -300,12 +293,15 @@ def import_timm(
     pretrained_window_sizes: PretrainedWindows = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    weights: WeightsChoice | None = None,
+    key: str | None = None,
 ) -> ImportedEncoder:
-    """Read the weights of a `swinv2_*` model of timm.
+    """Read the weights of a `swinv2_*` model of timm, or of its `features_only`.
 
     The architecture follows from the learned tensors. Image size, window size and pretraining
     windows come from `config.json` next to the weights, from the name of the model, or from the
-    position buffers of old files, and must be given if none of these has them.
+    position buffers of old files, and must be given if none of these has them. A model of
+    `features_only` has no final norm; ours then starts with ones and zeros.
 
     Args:
         path: a folder as on the model hub (config.json and model.safetensors or pytorch_model.bin),
@@ -316,27 +312,32 @@ def import_timm(
         pretrained_window_sizes: one per stage, in tokens; "same" if it was trained at these sizes.
         mean: mean per channel; by default the folder's, or ImageNet's, as in timm.
         std: standard deviation per channel, likewise.
+        weights: averaged or raw weights, and
+        key: one of several models in the file; see `read_checkpoint`.
 
     Raises:
         BridgeError: it is another model, a tensor is missing, unexpected or of a wrong shape, a
             size is unknown or contradictory, or reading the file would run code.
     """
-    found = _parse(Path(path), architecture)
+    found = _parse(Path(path), architecture, weights, key)
     given = given_sizes(image_size, window_size, pretrained_window_sizes)
     return assemble(found, given, mean=mean, std=std)
 
 
-def _parse(path: Path, name: str | None) -> ParsedCheckpoint:
+def _parse(
+    path: Path, name: str | None, weights: WeightsChoice | None, key: str | None
+) -> ParsedCheckpoint:
     """Parse a file or folder; `name` is the model name that the caller gives."""
     folder = path if path.is_dir() else None
     content = {} if folder is None else _read_config(folder / CONFIG_FILE)
     file = path if folder is None else folder / WEIGHTS_FILE
     if folder is not None and not file.is_file() and (folder / _PICKLE_FILE).is_file():
         file = folder / _PICKLE_FILE
-    # In the order in which timm looks for them.
-    checkpoint = read_checkpoint(file, ("state_dict_ema", "model_ema", "state_dict", "model"))
+    checkpoint = read_checkpoint(file, weights=weights, key=key)
     source = checkpoint.source
-    tensors, dropped = split_off_buffers(checkpoint.tensors)
+    named_tensors = {_FLAT.sub("layers.", name): one for name, one in checkpoint.tensors.items()}
+    only_features = named_tensors.keys() != checkpoint.tensors.keys()
+    tensors, dropped = split_off_buffers(named_tensors)
     check_is_swinv2(tensors, source, "layers")
     _check_is_not_reference(tensors, source)
     fields = read_architecture(tensors, source)
@@ -353,14 +354,16 @@ def _parse(path: Path, name: str | None) -> ParsedCheckpoint:
         sizes=[
             arguments,
             _named_sizes("the given name", name, stages),
-            _only_missing(arguments, named),
-            read_buffers({key: checkpoint.tensors[key] for key in dropped}, fields),
+            missing_sizes([arguments], named),
+            read_buffers({key: named_tensors[key] for key in dropped}, fields),
         ],
         drop_path=drop_path,
         own_config=content.get(CONFIG_KEY),
         num_classes=count_classes(tensors, _LAYOUT.classifier),
         mean=described.get("mean"),
         std=described.get("std"),
+        fresh=fresh_norm(fields) if only_features and "norm.weight" not in tensors else None,
+        notes=(*checkpoint.notes, *describe_beside(checkpoint.beside)),
     )
 
 

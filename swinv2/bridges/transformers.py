@@ -10,12 +10,11 @@ transformers; if it is installed, its outputs are compared before an export is k
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from swinv2.atomic import atomic_folder
@@ -24,7 +23,6 @@ from swinv2.bridges.checkpoints import (
     ClassifierHead,
     ImportedEncoder,
     MaskedImageHead,
-    read_checkpoint,
     read_json,
 )
 from swinv2.bridges.conversion import (
@@ -35,6 +33,13 @@ from swinv2.bridges.conversion import (
     classifier_shapes,
     convert,
     decoder_shapes,
+    describe_beside,
+    fresh_norm,
+)
+from swinv2.bridges.importing.reading import (
+    CheckpointContents,
+    WeightsChoice,
+    read_checkpoint,
 )
 from swinv2.bridges.layer_names import check_is_swinv2, split_off_buffers
 from swinv2.bridges.preprocessing import (
@@ -208,6 +213,8 @@ def import_transformers(
     pretrained_window_sizes: PretrainedWindows = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    weights: WeightsChoice | None = None,
+    key: str | None = None,
 ) -> ImportedEncoder:
     """Read a folder written by `save_pretrained` of a Swin Transformer V2 class.
 
@@ -224,6 +231,8 @@ def import_transformers(
         pretrained_window_sizes: one per stage, in tokens; "same" for the present windows.
         mean: mean per channel; by default from preprocessor_config.json, or ImageNet's.
         std: standard deviation per channel, likewise.
+        weights: averaged or raw weights, and
+        key: one of several models in the file; see `read_checkpoint`.
 
     Raises:
         BridgeError: it is another model, a field asks for something this encoder lacks, a tensor is
@@ -232,7 +241,7 @@ def import_transformers(
     folder = Path(path)
     content = read_json(folder / _CONFIG_FILE, "give a folder written by save_pretrained")
     given = given_sizes(image_size, window_size, pretrained_window_sizes)
-    imported = assemble(_parse(folder, content), given, mean=mean, std=std)
+    imported = assemble(_parse(folder, content, weights, key), given, mean=mean, std=std)
     problems = unsupported(imported.encoder.config)
     if problems:
         raise BridgeError(
@@ -244,19 +253,19 @@ def import_transformers(
     return imported
 
 
-def _parse(folder: Path, content: Mapping[str, Any]) -> ParsedCheckpoint:
+def _parse(
+    folder: Path, content: Mapping[str, Any], weights: WeightsChoice | None, key: str | None
+) -> ParsedCheckpoint:
     """Parse a folder whose `config.json` has this content."""
     config_source = str(folder / _CONFIG_FILE)
     check_config_is_swinv2(content, config_source)
-    source, named = _read_weights(folder)
-    tensors, dropped = split_off_buffers(named)
-    check_is_swinv2(tensors, source, "transformers")
+    read = _read_weights(folder, weights, key)
+    tensors, dropped = split_off_buffers(read.tensors)
+    check_is_swinv2(tensors, read.source, "transformers")
     parsed = parse_config(content, tensors.keys(), config_source)
     mean, std = _read_processor(folder / _PROCESSOR_FILE)
-    features = parsed.architecture["embed_dim"] * 2 ** (len(parsed.architecture["depths"]) - 1)
-    norm = {"norm.weight": torch.ones(1), "norm.bias": torch.zeros(1)}
     return ParsedCheckpoint(
-        source=source,
+        source=read.source,
         tensors=tensors,
         dropped=dropped,
         layout=layout_of(parsed.model),
@@ -268,11 +277,8 @@ def _parse(folder: Path, content: Mapping[str, Any]) -> ParsedCheckpoint:
         mean=mean,
         std=std,
         classes=parsed.classes if parsed.num_classes else (),
-        fresh=(
-            {name: part.expand(features) for name, part in norm.items()}  # not allocated yet
-            if parsed.model == "Swinv2Backbone"
-            else None
-        ),
+        fresh=fresh_norm(parsed.architecture) if parsed.model == "Swinv2Backbone" else None,
+        notes=(*read.notes, *describe_beside(read.beside)),
     )
 
 
@@ -345,22 +351,26 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_weights(folder: Path) -> tuple[str, dict[str, Tensor]]:
-    """Return the source of the tensors of a folder, for messages, and all of them by name."""
-    entries = ("state_dict", "model")
+def _read_weights(
+    folder: Path, weights: WeightsChoice | None, key: str | None
+) -> CheckpointContents:
+    """Return the tensors of a folder, in one file or in shards."""
     shards = folder / _SHARDS_FILE
     if (folder / WEIGHTS_FILE).is_file() or not shards.is_file():
         pickled = not (folder / WEIGHTS_FILE).is_file() and (folder / _PICKLE_FILE).is_file()
-        checkpoint = read_checkpoint(folder / (_PICKLE_FILE if pickled else WEIGHTS_FILE), entries)
-        return checkpoint.source, checkpoint.tensors
+        file = folder / (_PICKLE_FILE if pickled else WEIGHTS_FILE)
+        return read_checkpoint(file, weights=weights, key=key)
     places = read_json(shards, "copy the folder again").get("weight_map")
     files = sorted(set(places.values())) if isinstance(places, Mapping) else []
     if not files or any(Path(str(name)).name != name for name in files):
         raise BridgeError(f"{shards} does not name files next to it: copy the folder again.")
-    tensors: dict[str, Tensor] = {}
-    for name in files:
-        tensors |= read_checkpoint(folder / name, entries).tensors
-    return str(shards), tensors
+    parts = [read_checkpoint(folder / name, weights=weights, key=key) for name in files]
+    return replace(
+        parts[0],
+        source=str(shards),
+        tensors={name: one for part in parts for name, one in part.tensors.items()},
+        beside={name: one for part in parts for name, one in part.beside.items()},
+    )
 
 
 def _read_processor(file: Path) -> tuple[list[float] | None, list[float] | None]:

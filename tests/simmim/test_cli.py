@@ -298,6 +298,27 @@ def test_import_asks_for_what_a_checkpoint_does_not_tell(
     )
 
 
+def test_import_tells_the_format_and_says_which_weights_it_took(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2)}
+    encoder = SwinV2(SwinV2Config(image_size=32, window_size=4, **sizes))
+    file, out = tmp_path / "dino.pth", tmp_path / "out"
+    tensors = {f"backbone.{name}": part for name, part in to_reference(encoder).items()}
+    torch.save({"student": tensors, "teacher": tensors, "head": {"w": torch.ones(1)}}, file)
+    command = ["import", str(file), str(out), "--image-size", "32", "--window-size", "4"]
+    command += ["--pretrained-windows", "same"]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert f"Imported {file} (reference) as {out}" in text
+    assert "weights: averaged (teacher.backbone); --weights raw takes student.backbone" in text
+    assert main([*command, "--key", "student"]) == 0
+    assert "weights: raw (student.backbone)" in capsys.readouterr().out
+    assert "several" not in refused([*command, "--key", "tutor"], capsys)
+    torch.save({"a": {"weight": torch.ones(1)}}, file)
+    assert "layout of no known library" in refused(command, capsys)
+
+
 def test_a_folder_of_transformers_goes_through(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

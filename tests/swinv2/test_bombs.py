@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from swinv2 import SwinV2, SwinV2Config, load_encoder, load_video_encoder, save_encoder
-from swinv2.bridges.checkpoints import BridgeError, read_checkpoint
+from swinv2.bridges.checkpoints import BridgeError
+from swinv2.bridges.importing.reading import read_checkpoint
 from swinv2.bridges.timm import export_timm, import_timm
 from swinv2.bridges.transformers import export_transformers, import_transformers
 from swinv2.config import video_config
@@ -168,7 +169,7 @@ def test_a_compressed_pickle_is_not_unpacked(
             packed.writestr(name, whole.read(name))
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it is unpacked"))
     with pytest.raises(BridgeError, match=r"bomb\.pth.*compressed"):
-        read_checkpoint(tmp_path / "bomb.pth", ["model"])
+        read_checkpoint(tmp_path / "bomb.pth")
 
 
 def test_entries_that_claim_more_than_the_file_are_refused(tmp_path: Path) -> None:
@@ -178,7 +179,7 @@ def test_entries_that_claim_more_than_the_file_are_refused(tmp_path: Path) -> No
     data[place + 20 : place + 28] = struct.pack("<II", 2**31, 2**31)
     path.write_bytes(data)
     with pytest.raises(BridgeError, match=r"bomb\.pth"):
-        read_checkpoint(path, ["model"])
+        read_checkpoint(path)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -189,23 +190,23 @@ def test_a_tensor_that_claims_more_than_the_file_is_refused(tmp_path: Path, zipp
         _use_new_zipfile_serialization=zipped,
     )
     data = path.read_bytes().replace(b"K\x64", b"K\xff", 1)
-    assert read_checkpoint(path, ["model"]).tensors["a"].shape == (100,)
+    assert read_checkpoint(path).tensors["a"].shape == (100,)
     if not zipped:
         data = path.read_bytes().replace(b"K\x64", b"J\xff\xff\xff\x7f", 1)
         path.write_bytes(data)
         with pytest.raises(BridgeError, match=r"claim 2,147,483,647 elements"):
-            read_checkpoint(path, ["model"])
+            read_checkpoint(path)
 
 
 def test_a_tensor_that_repeats_its_elements_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "bomb.pth", {"a": torch.zeros(1).expand(10**6, 10**6)})
     with pytest.raises(BridgeError, match="repeats its elements"):
-        read_checkpoint(path, ["model"])
+        read_checkpoint(path)
 
 
 def test_a_bytearray_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BridgeError, match="bytearray"):
-        read_checkpoint(save(tmp_path / "bomb.pth", bytearray(8)), ["model"])
+        read_checkpoint(save(tmp_path / "bomb.pth", bytearray(8)))
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -217,7 +218,7 @@ def test_good_checkpoints_with_shared_storages_and_large_numbers_are_read(
     path = tmp_path / "good.pth"
     content = {"model": tensors, "step": 10**15, "seed": 2**62, "rates": [1e300]}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    found = read_checkpoint(path, ["model"])
+    found = read_checkpoint(path)
     assert found.tensors.keys() == tensors.keys()
     assert found.extras["seed"] == 2**62
 
@@ -229,4 +230,4 @@ def test_truncated_checkpoints_are_refused_at_every_length(tmp_path: Path, zippe
     for length in {*range(0, len(data) - 1, 41), len(data) - 2}:
         path.write_bytes(data[:length])
         with pytest.raises(BridgeError, match=r"cut\.pth"):
-            read_checkpoint(path, ["model"])
+            read_checkpoint(path)

@@ -154,7 +154,15 @@ OTHER_MODELS = {
     "swinv2-cr": (swinv2_cr_tensors, "swinv2_cr of timm.*meta_mlp"),
     "torchvision": (
         lambda: {"features.1.0.attn.logit_scale": torch.zeros(1, 1, 1)},
-        r"under other names \(it begins with features\.1\.0\.attn\.logit_scale",
+        "a model of torchvision .*--format torchvision",
+    ),
+    "mmpretrain": (
+        lambda: {"backbone.stages.0.blocks.0.attn.w_msa.logit_scale": torch.zeros(1, 1, 1)},
+        "a model of mmpretrain .*--format mmpretrain",
+    ),
+    "other names": (
+        lambda: {"stem.0.attn.logit_scale": torch.zeros(1, 1, 1)},
+        r"under other names \(it begins with stem\.0\.attn\.logit_scale",
     ),
     "resnet": (lambda: {"conv1.weight": torch.zeros(1)}, "not a Swin Transformer V2.*conv1.weight"),
     "transformers": (
