@@ -152,15 +152,42 @@ class _Ends:
     """Only warn of tars without an end mark, which may have been cut."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Writing:
+    """Options of the commands that write shards."""
+
+    options: Annotated[ShardOptions, FLAT] = ShardOptions()
+    run: Annotated[_Run, FLAT] = _Run()
+    output: Annotated[_Output, FLAT] = _Output()
+
+    def write(
+        self, source: str, folder: str, interruption: Interruption, *, from_shards: bool
+    ) -> int:
+        """Write the images of a source, or the samples of shards, as shards."""
+        from data_prep.commands import write_shards
+
+        options, first = self.options, self.output.channels_first
+        if first is not None:
+            options = replace(options, channel_axis="first" if first else "last")
+        return write_shards(
+            source,
+            folder,
+            options,
+            self.run,
+            from_shards=from_shards,
+            staging=self.output.staging,
+            overwrite=self.output.overwrite,
+            interruption=interruption,
+        )
+
+
 @app.command(sort_key=0)
 def shard(
     source: str,
     folder: str,
     /,
     *,
-    options: Annotated[ShardOptions, FLAT] = ShardOptions(),
-    run: Annotated[_Run, FLAT] = _Run(),
-    output: Annotated[_Output, FLAT] = _Output(),
+    writing: Annotated[_Writing, FLAT] = _Writing(),
     interruption: Annotated[Interruption, PASSED],
 ) -> int:
     """Write images as shards, with classes from folder names or from a list.
@@ -172,17 +199,7 @@ def shard(
         source: Folder, zip, tar (also compressed) or list of images; path or URL.
         folder: Folder of the shards to write; path or URL (s3, gs, http).
     """
-    from data_prep.commands import write_shards
-
-    return write_shards(
-        source,
-        folder,
-        _with_axis(options, output),
-        run,
-        staging=output.staging,
-        overwrite=output.overwrite,
-        interruption=interruption,
-    )
+    return writing.write(source, folder, interruption, from_shards=False)
 
 
 @app.command(sort_key=1)
@@ -191,9 +208,7 @@ def reshard(
     folder: str,
     /,
     *,
-    options: Annotated[ShardOptions, FLAT] = ShardOptions(),
-    run: Annotated[_Run, FLAT] = _Run(),
-    output: Annotated[_Output, FLAT] = _Output(),
+    writing: Annotated[_Writing, FLAT] = _Writing(),
     interruption: Annotated[Interruption, PASSED],
 ) -> int:
     """Write the samples of existing shards as new shards.
@@ -203,24 +218,7 @@ def reshard(
             or URL.
         folder: Folder of the shards to write; path or URL (s3, gs, http).
     """
-    from data_prep.commands import write_shards
-
-    return write_shards(
-        source,
-        folder,
-        _with_axis(options, output),
-        run,
-        from_shards=True,
-        staging=output.staging,
-        overwrite=output.overwrite,
-        interruption=interruption,
-    )
-
-
-def _with_axis(options: ShardOptions, output: _Output) -> ShardOptions:
-    if output.channels_first is None:
-        return options
-    return replace(options, channel_axis="first" if output.channels_first else "last")
+    return writing.write(source, folder, interruption, from_shards=True)
 
 
 @app.command(sort_key=2)
