@@ -10,23 +10,18 @@ import pytest
 import torch
 
 import data_prep.cli
-import simmim.cli
 from data_prep.format.command_line import parse_arguments
 from simmim.recipe import load
-from simmim.tasks.classification.recipe import ClassificationRecipe
 from simmim.tasks.pretrain.recipe import PretrainRecipe
-from simmim.tasks.probe.recipe import ProbeRecipe
 from swinv2 import build_encoder, save_encoder
+from tests.commands import bash_lines, check_simmim
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
 def commands() -> list[list[str]]:
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    text = "\n".join(line.split("   #")[0] for block in blocks for line in block.splitlines())
-    joined = re.sub(r"\\\n\s*", "", text)
-    return [shlex.split(line) for line in joined.splitlines() if line.strip()]
+    return [shlex.split(line) for line in bash_lines(README)]
 
 
 def ours(name: str) -> list[list[str]]:
@@ -50,19 +45,7 @@ def test_make_targets_exist() -> None:
 @pytest.mark.parametrize("words", ours("simmim"), ids=" ".join)
 def test_simmim_commands_are_understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    command, given, _ = parse_arguments(simmim.cli.app, words)
-    values = dict(given.arguments)
-    options, overrides = values.get("options"), values.get("overrides", ())
-    match command.__name__:
-        case "pretrain" | "finetune" as name:
-            load(simmim.cli.task_of(name, options.config).recipe, options.config, overrides)
-        case "probe":
-            load(ProbeRecipe, options.config, overrides)
-        case "labels":
-            init = ["--init", options.init, *overrides]
-            load(ClassificationRecipe, options.config, init)
-        case "doctor":
-            load(PretrainRecipe, options.config, overrides)
+    check_simmim(words)
 
 
 @pytest.mark.parametrize("words", ours("data-prep"), ids=" ".join)

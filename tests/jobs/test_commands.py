@@ -10,11 +10,8 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 
 import data_prep.cli
-import simmim.cli
 from data_prep.format.command_line import parse_arguments
-from simmim.recipe import load
-from simmim.tasks.classification.recipe import ClassificationRecipe
-from simmim.tasks.probe.recipe import ProbeRecipe
+from tests.commands import bash_lines, check_simmim
 
 ROOT = Path(__file__).parents[2]
 JOBS = ROOT / "jobs"
@@ -43,8 +40,7 @@ def header(path: Path) -> str:
 def commands(path: Path) -> Iterator[list[str]]:
     """Yield the commands in a file's header, or in the code blocks of a Markdown file, as words."""
     if path.suffix == ".md":
-        text = "\n".join(re.findall(r"```bash\n(.*?)```", path.read_text(), re.DOTALL))
-        lines = re.sub(r"\\\n\s*", "", text).splitlines()
+        lines = bash_lines(path.read_text())
     else:
         lines = re.findall(r"^  (\S.*)$", re.sub(r"\\\n\s*", "", header(path)), re.MULTILINE)
     for line in lines:
@@ -61,21 +57,6 @@ ALL = [
 ]
 
 
-def check_ours(words: list[str]) -> None:
-    """Parse the arguments of `simmim`, and load the recipe they name."""
-    command, given, _ = parse_arguments(simmim.cli.app, words)
-    values = dict(given.arguments)
-    options, overrides = values.get("options"), values.get("overrides", ())
-    match command.__name__:
-        case "pretrain" | "finetune" as name:
-            load(simmim.cli.task_of(name, options.config).recipe, options.config, overrides)
-        case "probe":
-            load(ProbeRecipe, options.config, overrides)
-        case "labels":
-            init = ["--init", options.init, *overrides]
-            load(ClassificationRecipe, options.config, init)
-
-
 def check(words: list[str]) -> None:
     """Fail if a command does not parse."""
     for launcher in LAUNCHERS:
@@ -84,9 +65,9 @@ def check(words: list[str]) -> None:
             return
     match words:
         case ["simmim", *rest]:
-            check_ours(rest)
+            check_simmim(rest)
         case ["torchrun", *rest]:
-            check_ours(rest[rest.index("simmim") + 1 :])
+            check_simmim(rest[rest.index("simmim") + 1 :])
         case ["data-prep", *rest]:
             parse_arguments(data_prep.cli.app, rest)
         case ["kubectl", "apply", "-f", file]:
@@ -108,7 +89,7 @@ def check_launch(words: list[str]) -> None:
     if arguments.training_script != "PROGRAM":  # a placeholder for the reader's own
         assert arguments.module
         assert arguments.training_script == "simmim"
-        check_ours(arguments.training_script_args)
+        check_simmim(arguments.training_script_args)
 
 
 def check_sbatch(words: list[str]) -> None:
