@@ -5,6 +5,7 @@ own, which is imported for it alone: settings are also built where neither is in
 """
 
 import dataclasses
+import math
 import re
 import types
 from collections.abc import Iterator, Sequence
@@ -56,6 +57,8 @@ class Bounds:
         """Return in words what a number has to be: `from 0 to 1`."""
         if (self.ge, self.lt) == (-(2**63), 2**63):
             return "within 64 bits"
+        if (self.gt, self.lt) == (-math.inf, math.inf):
+            return "finite"
         if self.ge is not None and self.le is not None:
             return f"from {_number(self.ge)} to {_number(self.le)}"
         words = (
@@ -128,6 +131,8 @@ Count: TypeAlias = Annotated[int, Bounds(ge=1)]
 """An integer of at least 1."""
 Whole: TypeAlias = Annotated[int, Bounds(ge=0)]
 """An integer of at least 0."""
+Finite: TypeAlias = Annotated[float, Bounds(gt=-math.inf, lt=math.inf)]
+"""A number that is neither infinite nor NaN."""
 Positive: TypeAlias = Annotated[float, Bounds(gt=0)]
 """A number above 0."""
 Amount: TypeAlias = Annotated[float, Bounds(ge=0)]

@@ -56,7 +56,7 @@ def validate(values: Any, content: type[Content]) -> Content:
     try:
         return cast(Content, adapter(content).validate_python(values))
     except ValidationError as error:
-        mistakes = error.errors(include_url=False, include_context=False)
+        mistakes = error.errors(include_url=False)
         lines = [_describe(mistake, content) for mistake in mistakes[:_MOST_MISTAKES]]
         if len(mistakes) > len(lines):
             lines.append(f"and {len(mistakes) - len(lines):,} more mistakes")
@@ -75,11 +75,11 @@ def adapter(content: type[Any]) -> "TypeAdapter[Any]":
 def _describe(mistake: Any, content: Any) -> str:
     place, kind = mistake["loc"], mistake["type"]
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
-    where = where.removeprefix(".") or "it"
+    where = where.removeprefix(".")
     if kind == "missing":
-        return f"{where} is missing"
+        return f"{where or 'it'} is missing"
     if kind == "value_error":
-        return f"{where}: {mistake['msg'].removeprefix('Value error, ')}"
+        return f"{where}: {mistake['ctx']['error']}".removeprefix(": ")
     bounds = bounds_at(content, place) if kind in OUT_OF_BOUNDS else None
     legal = bounds or _LEGAL.get(kind) or mistake["msg"].removeprefix("Input should be ")
     value = mistake["input"]
@@ -90,4 +90,4 @@ def _describe(mistake: Any, content: Any) -> str:
         if isinstance(value, str)
         else reprlib.repr(value)
     )
-    return f"{where} is {shown}, and must be {legal}"
+    return f"{where or 'it'} is {shown}, and must be {legal}"

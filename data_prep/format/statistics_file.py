@@ -5,13 +5,13 @@ It is stored next to the manifest and records which shards it was measured on.
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
+from data_prep.bounds import Count, Finite, Whole
 from data_prep.format.atomic import atomic_write_bytes, remove_leftovers
 from data_prep.format.manifest import Manifest, ManifestError
+from data_prep.validation import parse_json
 
 STATISTICS_NAME = "statistics.json"
 
@@ -20,23 +20,30 @@ STATISTICS_NAME = "statistics.json"
 class Statistics:
     """Mean and standard deviation per channel, over every value of all images of one kind."""
 
-    images: int
+    images: Count
     """Images measured."""
     is_array: bool
     """Whether they are NumPy arrays rather than pictures."""
     scale: str
     """`0 to 1`: integers divided by the maximum of their type; `as stored`: floating point."""
-    mean: tuple[float, ...]
+    mean: tuple[Finite, ...]
     """Mean of each channel."""
-    std: tuple[float, ...]
+    std: tuple[Finite, ...]
     """Standard deviation of each channel."""
-    missing: int
+    missing: Whole
     """NaN values, which are not counted."""
 
     @property
     def channels(self) -> int:
         """Number of channels."""
         return len(self.mean)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    shards: str
+    """Digest of the shards that were measured."""
+    statistics: tuple[Statistics, ...]
 
 
 def write_statistics(manifest: Manifest, statistics: Sequence[Statistics]) -> None:
@@ -64,26 +71,18 @@ def read_statistics(manifest: Manifest) -> tuple[Statistics, ...]:
     path = manifest.folder / STATISTICS_NAME
     command = f"data-prep info {manifest.folder} --statistics"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        measured = [_parse_statistics(one) for one in values["statistics"]]
-        shards = values["shards"]
+        file = parse_json(path.read_text(encoding="utf-8"), _File)
+        if any(len(one.std) != one.channels or not one.mean for one in file.statistics):
+            raise ValueError("mean and std must have one number per channel")
     except FileNotFoundError:
         raise ManifestError(
             f"{manifest.folder} has no {STATISTICS_NAME}. Measure: {command}"
         ) from None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ManifestError(f"{path} is damaged ({error}). Measure again: {command}") from None
-    if shards != _digest_shards(manifest) or not measured:
+    if file.shards != _digest_shards(manifest) or not file.statistics:
         raise ManifestError(f"{path} was measured on other shards. Measure again: {command}")
-    return tuple(measured)
-
-
-def _parse_statistics(values: dict[str, Any]) -> Statistics:
-    mean, std = (tuple(map(float, values[name])) for name in ("mean", "std"))
-    one = Statistics(**values | {"mean": mean, "std": std})
-    if len(mean) != len(std) or not mean or not all(map(math.isfinite, mean + std)):
-        raise ValueError("mean and std must be finite, with one number per channel")
-    return one
+    return file.statistics
 
 
 def _digest_shards(manifest: Manifest) -> str:

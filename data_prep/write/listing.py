@@ -23,6 +23,7 @@ from data_prep.sources.external_sort import ExternalSort
 from data_prep.sources.files import Selection, SourceError, SourceFile
 from data_prep.sources.folders import VANISHED
 from data_prep.sources.image_source import ImageSource
+from data_prep.validation import validate
 from data_prep.write.classes import ClassNames, FoundClasses
 from data_prep.write.options import ShardOptions
 from data_prep.write.plan import LISTING_NAME, MIN_SHARDS, Cutter, ShardPlan, order_key, path_key
@@ -152,13 +153,7 @@ def read_listing(folder: Path) -> SourceListing | None:
         values = json.loads((folder / _SUMMARY_NAME).read_text())
     except FileNotFoundError:
         return None
-    survey = values["survey"]
-    return SourceListing(
-        folder=folder,
-        survey=Survey(**{**survey, "classes": tuple(survey["classes"])}),
-        shards=tuple(ShardPlan(**shard) for shard in values["shards"]),
-        validation_shards=values["validation_shards"],
-    )
+    return validate(values | {"folder": folder}, SourceListing)
 
 
 def read_files(path: Path, start: int, length: int) -> Iterator[SourceFile]:

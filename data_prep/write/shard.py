@@ -24,6 +24,7 @@ from data_prep.images.arrays import read_header
 from data_prep.images.checking import CheckedImage, RejectedImageError, check_image
 from data_prep.sources.files import SourceFile, UnreadableFileError
 from data_prep.sources.image_source import ImageSource, open_source
+from data_prep.validation import parse_json
 from data_prep.write.classes import class_name
 from data_prep.write.listing import read_files
 from data_prep.write.options import RunOptions, ShardOptions
@@ -269,19 +270,10 @@ def map_shards(
 def read_report(folder: Path, number: int) -> ShardReport | None:
     """Return the report of a finished shard, or None."""
     try:
-        values = json.loads((folder / report_name(number)).read_text())
+        text = (folder / report_name(number)).read_text()
     except FileNotFoundError:
         return None
-    entry = ShardEntry(**values["entry"]) if values["entry"] else None
-    rejected = tuple(Rejection(**rejection) for rejection in values["rejected"])
-    return ShardReport(
-        number=number,
-        entry=entry,
-        rejected=rejected,
-        notes=values["notes"],
-        listing=values["listing"],
-        kinds={name: (count, path) for name, (count, path) in values.get("kinds", {}).items()},
-    )
+    return parse_json(text, ShardReport)
 
 
 def finished_shards(folder: Path) -> list[int]:
