@@ -10,8 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
 from simmim.engine.checkpoint.directory import (
     AN_EARLIER_ONE,
     ANOTHER_ONE,
@@ -180,7 +178,7 @@ def _why_unusable(path: Path, run: str, mine: range) -> str | None:
         misplaced = _why_misplaced(path, load_state(path), run)
         if misplaced is not None:
             return f"{misplaced} {ITS_OWN_PLACE}"
-        read_json(path / SCALARS_FILE, TypeAdapter(Scalars))
+        read_json(path / SCALARS_FILE, Scalars)
         check_file(path / RECIPE_FILE)
         read_values(path / RECIPE_FILE)
         large = [file for kind in (MODEL, OPTIMIZER) for file in shard_files(path, kind)]

@@ -11,14 +11,14 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
-
+from data_prep.bounds import Bounds, Finite, Seed, check_bounds
 from data_prep.format.atomic import atomic_write_text
+from data_prep.validation import parse_json
 from simmim.engine.checkpoint.digests import (
     FileDigest,
     describe_difference,
@@ -50,14 +50,18 @@ Scalars = dict[str, dict[str, Any]]
 """State of the optimiser without its tensors, by the name of the parameter."""
 
 
+_Whole: TypeAlias = Annotated[int, Bounds(ge=0, le=LARGEST)]
+_Count: TypeAlias = Annotated[int, Bounds(ge=1, le=LARGEST)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Best:
     """The best validation so far."""
 
-    step: int
+    step: _Whole
     metric: str
     """Name of the metric."""
-    value: float
+    value: Finite
     """Value of the metric; higher is better."""
 
 
@@ -65,27 +69,27 @@ class Best:
 class TrainingState:
     """Everything that a resumed training needs besides weights and optimiser state."""
 
-    step: int
+    step: _Whole
     """Optimiser steps taken."""
-    cursor: int
+    cursor: Annotated[int, Bounds(ge=0, le=LARGEST_CURSOR)]
     """Samples consumed over all ranks: the whole state of the data order."""
-    total_steps: int
+    total_steps: _Whole
     """Length of the schedule in steps."""
-    batch_size: int
+    batch_size: _Count
     """Global batch size in images."""
-    seed: int
+    seed: Seed
     """Seed of the run. All randomness is a function of it and of a sample or a step."""
-    losses: tuple[float, ...]
+    losses: tuple[Annotated[float, Bounds()], ...]
     """Losses of the steps since the last line in the metrics."""
     data_digest: str
     """Digest of the training data, in which the cursor counts."""
     recipe_hash: str
     """Hash of the recipe in force."""
-    processes: int = 1
+    processes: _Count = 1
     """Number of processes that trained; any other number can resume."""
     scaler: dict[str, int | float] | None = None
     """State of the fp16 gradient scaler."""
-    skipped_steps: int = 0
+    skipped_steps: _Whole = 0
     """Steps without an update, because of a non-finite loss or gradient."""
     best: Best | None = None
     """The best validation so far, whose checkpoint is kept."""
@@ -93,31 +97,24 @@ class TrainingState:
     """Identity of the run; empty in checkpoints of earlier versions."""
 
     def __post_init__(self) -> None:
+        check_bounds(self)
+        # Every step takes one sample or more, of whatever batch size it was.
+        ranges = {
+            "step": (self.step, 0, self.total_steps),
+            "cursor": (self.cursor, self.step, LARGEST_CURSOR if self.step else 0),
+            "skipped_steps": (self.skipped_steps, 0, self.step),
+            "best.step": (0 if self.best is None else self.best.step, 0, self.step),
+        }
         wrong = [
             f"{name} is {value}; it must be {least} to {most}"
-            for name, value, least, most in self._ranges()
+            for name, (value, least, most) in ranges.items()
             if not least <= value <= most
         ]
-        if self.best is not None and not math.isfinite(self.best.value):
-            wrong.append(f"best.value is {self.best.value}; it must be finite")
         for name, number in (self.scaler or {}).items():
             if not (math.isfinite(number) and number >= 0):
                 wrong.append(f"scaler.{name} is {number}; it must be finite, and 0 or more")
         if wrong:
             raise ValueError("; ".join(wrong))
-
-    def _ranges(self) -> Iterator[tuple[str, int, int, int]]:
-        """Yield name, value, least and most of each number."""
-        yield "total_steps", self.total_steps, 0, LARGEST
-        yield "step", self.step, 0, self.total_steps
-        yield "batch_size", self.batch_size, 1, LARGEST
-        # Every step takes one sample or more, of whatever batch size it was.
-        yield "cursor", self.cursor, self.step, LARGEST_CURSOR if self.step else 0
-        yield "seed", self.seed, -LARGEST - 1, LARGEST
-        yield "processes", self.processes, 1, LARGEST
-        yield "skipped_steps", self.skipped_steps, 0, self.step
-        if self.best is not None:
-            yield "best.step", self.best.step, 0, self.step
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -314,9 +311,8 @@ def best_checkpoint(run: Path) -> Path:
 def read_best(run: Path) -> Best | None:
     """Return what `best.json` in a run folder says; None if there is none, or it cannot be read."""
     try:
-        named = json.loads((run / BEST_FILE).read_text(encoding="utf-8"))
-        return TypeAdapter(Best).validate_python({key: named[key] for key in Best.__annotations__})
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return parse_json((run / BEST_FILE).read_bytes(), Best)
+    except (OSError, ValueError):
         return None
 
 
@@ -327,23 +323,19 @@ def load_state(path: Path) -> TrainingState:
         ValueError: the file cannot be read, is not what was written, or does not hold a training
             state.
     """
-    return read_json(path / STATE_FILE, TypeAdapter(TrainingState), strict=True)
+    return read_json(path / STATE_FILE, TrainingState)
 
 
-def read_json(file: Path, content: "TypeAdapter[Content]", *, strict: bool = False) -> Content:
+def read_json(file: Path, content: type[Content]) -> Content:
     """Read a JSON file of a checkpoint and validate its content and its digest.
 
     Raises:
         ValueError: the file cannot be read, has other content, or is not what was written.
     """
     try:
-        found = content.validate_json(file.read_bytes(), strict=strict)
-    except ValidationError as error:
-        mistakes = [(".".join(map(str, found["loc"])), found["msg"]) for found in error.errors()]
-        reason = "; ".join(
-            f"{where}: {what}" if where else what.removeprefix("Value error, ")
-            for where, what in mistakes
-        )
+        found = parse_json(file.read_bytes(), content)
+    except ValueError as error:
+        reason = str(error)
     except OSError as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
     else:

@@ -5,7 +5,6 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from simmim.engine.checkpoint.choosing import chosen_checkpoint
@@ -164,7 +163,7 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, *, verified: bo
     Raises:
         ValueError: a file cannot be read, or lacks a parameter of `optimizer`.
     """
-    scalars = read_json(path / SCALARS_FILE, TypeAdapter(Scalars))
+    scalars = read_json(path / SCALARS_FILE, Scalars)
     with ShardFiles(path, OPTIMIZER, verified=verified) as files:
         restore_optimizer(optimizer, files, scalars)
 

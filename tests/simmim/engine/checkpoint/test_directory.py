@@ -474,5 +474,5 @@ def test_a_state_of_another_version_names_missing_fields(tmp_path: Path) -> None
     values = json.loads((path / "state.json").read_text())
     del values["data_digest"]
     (path / "state.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="data_digest: Field required"):
+    with pytest.raises(ValueError, match="data_digest is missing"):
         load_state(path)
