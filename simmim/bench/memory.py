@@ -17,6 +17,7 @@ from typing import Any, Literal
 import psutil
 import torch
 
+from data_prep.validation import adapter
 from simmim.bench.choices import Precision, Sharding
 from simmim.bench.step import Measurement, Peak, Simulation, StepCase, build_module
 from simmim.engine.distributed.sharding import shard_size, sharding_units
@@ -179,6 +180,7 @@ def run_cases(action: Literal["simulate", "measure"], cases: Sequence[StepCase])
     Raises:
         ValueError: the process failed; the message has its last line.
     """
+    answer = Simulation if action == "simulate" else Measurement
     # Return large tensors to the system when they are freed, so that the peak is of tensors.
     at_once = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
     with (
@@ -197,11 +199,7 @@ def run_cases(action: Literal["simulate", "measure"], cases: Sequence[StepCase])
         process.stdin.write(json.dumps([asdict(case) for case in cases]))
         process.stdin.close()
         for line in process.stdout:
-            values = json.loads(line)
-            if action == "measure":
-                yield Measurement(**values)
-            else:
-                yield Simulation(peaks=tuple(Peak(**peak) for peak in values["peaks"]))
+            yield adapter(answer).validate_json(line)
         if process.wait():
             errors.seek(0)
             last = (errors.read().strip().splitlines() or [f"exit code {process.returncode}"])[-1]

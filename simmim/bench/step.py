@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from pydantic import TypeAdapter
 from torch import Tensor
 
+from data_prep.validation import adapter
 from simmim.bench.choices import Device, Precision
 from simmim.bench.cuda_rules import cuda_rules
 from simmim.bench.live_bytes import LiveBytes, materialise, only_two_groups
@@ -63,7 +63,7 @@ class StepCase:
     """Side of a patch in pixels."""
     in_channels: int = 3
     """Channels of the images."""
-    sizes: tuple[tuple[str, float | tuple[int, ...]], ...] = ()
+    sizes: tuple[tuple[str, int | float | tuple[int, ...]], ...] = ()
     """Fields of the encoder's settings that override the variant's, with their values."""
     device: Device = "cuda"
     """Kind of device, whose kernels and rules of autocast are counted."""
@@ -315,23 +315,10 @@ def _peak_of_process() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def read_case(values: dict[str, Any]) -> StepCase:
-    """Return the case that `asdict` has turned into JSON."""
-    settings = {
-        "mask": TypeAdapter(MaskSettings).validate_json(json.dumps(values["mask"])),
-        "loss": TypeAdapter(LossSettings).validate_json(json.dumps(values["loss"])),
-    }
-    sizes = tuple(
-        (name, tuple(value) if isinstance(value, list) else value)
-        for name, value in values["sizes"]
-    )
-    return StepCase(**values | settings | {"sizes": sizes})
-
-
 def main(arguments: Sequence[str]) -> None:
     """Simulate or measure the cases on stdin, one after another."""
     (action,) = arguments
-    for case in map(read_case, json.load(sys.stdin)):
+    for case in adapter(list[StepCase]).validate_json(sys.stdin.read()):
         answer = simulate(case) if action == "simulate" else measure(case)
         sys.stdout.write(json.dumps(asdict(answer)) + "\n")
         sys.stdout.flush()

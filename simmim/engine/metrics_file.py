@@ -1,4 +1,7 @@
-"""Lines of JSON that a run logs by step; people may have edited them, and kills cut them short."""
+"""Lines of JSON that a run logs by step; people may have edited them, and kills cut them short.
+
+They are checked by hand: any names are legal, and of a line with wrong values the others are used.
+"""
 
 import json
 import math

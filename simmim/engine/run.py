@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.format.atomic import atomic_write_text, remove_leftovers
+from data_prep.validation import parse_json
 from simmim.disk import append_line, skip_if_unwritable
 from simmim.engine.checkpoint.directory import (
     RECIPE_FILE,
@@ -159,17 +160,14 @@ class RunFolder:
         """
         file = self.path / IDENTITY
         try:
-            found = json.loads(file.read_bytes())["run"]
+            return parse_json(file.read_bytes(), dict[str, str])["run"]
         except FileNotFoundError:
             return ""  # a new run, or one of an earlier version
-        except (ValueError, KeyError, TypeError, RecursionError):
-            found = None
-        if not isinstance(found, str):
+        except (ValueError, KeyError):
             raise ValueError(
                 f"{file} is damaged: remove it, and the run takes the identity of the checkpoint "
                 "that it resumes from."
-            )
-        return found
+            ) from None
 
     def set_identity(self, identity: str) -> None:
         """Write the identity of the run, unless it is written already."""

@@ -67,16 +67,17 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> "Results":
-        """Read a file.
+        """Read a file; it is checked by hand, as a declaration of its outcomes would be longer.
 
         Raises:
             ValueError: it is not one of this command.
         """
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+        except (ValueError, RecursionError):
             document = None
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
+        parts = ("format", "settings", "cells")
+        if not isinstance(document, dict) or (*document,) != parts or document["format"] != FORMAT:
             raise ValueError(
                 f"{path} is not a file of results of simmim bench gpu: give its results.json."
             )

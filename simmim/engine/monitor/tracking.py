@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep.format.atomic import atomic_write_text
+from data_prep.validation import parse_json
 from simmim.engine.run import RunFolder
 from simmim.engine.settings import TrackerName, Trackers
 from simmim.recipe import to_values, to_yaml
@@ -157,10 +158,8 @@ class _Ids:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._ids = {
-                str(key): str(value) for key, value in json.loads(path.read_text()).items()
-            }
-        except (OSError, ValueError, AttributeError, RecursionError):
+            self._ids = parse_json(path.read_bytes(), dict[str, str])
+        except (OSError, ValueError):
             self._ids = {}
 
     def known(self, name: str) -> str | None:

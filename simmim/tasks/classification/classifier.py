@@ -123,7 +123,7 @@ def read_preparation(path: Path) -> Preparation | None:
     try:
         content = json.loads((path / CLASSES_FILE).read_text(encoding="utf-8"))
         return from_description(content[PREPARATION])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -158,6 +158,7 @@ def copy_head(head: nn.Linear, classes: Sequence[str], source: Path) -> bool:
 
 
 def _read_classes(file: Path) -> tuple[str, ...]:
+    """Read the class names, which is shorter by hand than with a declaration of the file."""
     try:
         classes = json.loads(file.read_text(encoding="utf-8"))["classes"]
         return tuple(str(name) for name in classes)

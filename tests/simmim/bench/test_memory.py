@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from data_prep.validation import adapter
 from simmim.bench.choices import GIB, Precision
 from simmim.bench.memory import (
     ModelSize,
@@ -24,7 +25,6 @@ from simmim.bench.step import (
     StepCase,
     build_module,
     draw_batch,
-    read_case,
     take_step,
 )
 from simmim.cli import main
@@ -152,7 +152,7 @@ def test_a_case_survives_json() -> None:
         mask=MaskSettings(cell=16, strategy="block"),
         loss=LossSettings(norm_target=True),
     )
-    assert read_case(json.loads(json.dumps(asdict(full)))) == full
+    assert adapter(StepCase).validate_json(json.dumps(asdict(full))) == full
 
 
 def test_the_step_has_the_target_of_the_recipe() -> None:

@@ -155,6 +155,7 @@ def test_mistakes_are_explained(
     assert main(["--continue", str(results.path)]) == 2
     assert "was begun with --dry-run" in capsys.readouterr().err
     other = tmp_path / "other.json"
-    other.write_text(json.dumps([1]))
-    assert main(["--continue", str(other)]) == 2
-    assert "is not a file of results of simmim bench gpu" in capsys.readouterr().err
+    for content in ([1], {"format": 1, "settings": {}}):
+        other.write_text(json.dumps(content))
+        assert main(["--continue", str(other)]) == 2
+        assert "is not a file of results of simmim bench gpu" in capsys.readouterr().err
