@@ -216,18 +216,18 @@ def own_bounds(hint: Any) -> Bound | None:
 def bounds_at(hint: Any, place: Sequence[str | int]) -> Bound | None:
     """Return the bounds at a place in a type: names of fields, keys and positions."""
     for part in place:
-        for section in dataclasses_in(hint):
+        for section in shapes_in(hint):
             hint = get_type_hints(section, include_extras=True).get(str(part), hint)
             break
     return bounds_in(hint)
 
 
-def dataclasses_in(hint: Any) -> Iterator[type[Any]]:
-    """Yield the dataclasses that a type refers to."""
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+def shapes_in(hint: Any) -> Iterator[type[Any]]:
+    """Yield the dataclasses and typed dictionaries that a type refers to."""
+    if isinstance(hint, type) and (dataclasses.is_dataclass(hint) or hasattr(hint, "__total__")):
         yield hint
     for part in get_args(hint):
-        yield from dataclasses_in(part)
+        yield from shapes_in(part)
 
 
 def bounds_in(hint: Any) -> Bound | None:

@@ -73,21 +73,16 @@ def adapter(content: type[Any]) -> "TypeAdapter[Any]":
 
 
 def _describe(mistake: Any, content: Any) -> str:
-    place, kind = mistake["loc"], mistake["type"]
+    place, kind, value = mistake["loc"], mistake["type"], mistake["input"]
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
     where = where.removeprefix(".")
     if kind == "missing":
-        return f"{where or 'it'} is missing"
+        return f"{where} is missing"
     if kind == "value_error":
         return f"{where}: {mistake['ctx']['error']}".removeprefix(": ")
     bounds = bounds_at(content, place) if kind in OUT_OF_BOUNDS else None
     legal = bounds or _LEGAL.get(kind) or mistake["msg"].removeprefix("Input should be ")
-    value = mistake["input"]
-    shown = (
-        "null"
-        if value is None
-        else repr(value)[:100]
-        if isinstance(value, str)
-        else reprlib.repr(value)
-    )
-    return f"{where or 'it'} is {shown}, and must be {legal}"
+    is_text = isinstance(value, str)
+    shown = "null" if value is None else repr(value)[:100] if is_text else reprlib.repr(value)
+    hint = " (write it without quotes)" if kind in ("int_type", "float_type") and is_text else ""
+    return f"{where or 'it'} is {shown}, and must be {legal}{hint}"

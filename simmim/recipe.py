@@ -16,7 +16,7 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 from typing_extensions import dataclass_transform
 
-from data_prep.bounds import OUT_OF_BOUNDS, bounds_at, check_bounds, dataclasses_in
+from data_prep.bounds import OUT_OF_BOUNDS, bounds_at, check_bounds, shapes_in
 from data_prep.format.text import count_noun
 from data_prep.validation import adapter
 from simmim.recipe_text import MOST_BYTES, RecipeDumper, RecipeTextError, read_text
@@ -283,7 +283,7 @@ def _dotted_names(recipe_type: type[Any], prefix: str = "") -> Iterator[str]:
     hints = get_type_hints(recipe_type)
     for field in dataclasses.fields(recipe_type):
         yield f"{prefix}{field.name}"
-        for section in dataclasses_in(hints[field.name]):
+        for section in shapes_in(hints[field.name]):
             yield from _dotted_names(section, f"{prefix}{field.name}.")
 
 
@@ -298,7 +298,7 @@ def _field_names(recipe_type: type[Any], path: list[str]) -> list[str]:
     for part in path:
         if part.isdigit():  # an index in a list of settings
             continue
-        found = list(dataclasses_in(get_type_hints(recipe_type).get(part)))
+        found = list(shapes_in(get_type_hints(recipe_type).get(part)))
         if not found:
             break
         recipe_type = found[0]

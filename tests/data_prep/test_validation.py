@@ -48,11 +48,14 @@ def test_values_are_read_as_declared_and_other_fields_ignored() -> None:
         ({"name": None}, "parts[1].name is null, and must be text"),
         ({"sizes": [1, 0]}, "parts[1].sizes[1] is 0, and must be 1 or more"),
         ({"sizes": "1"}, "parts[1].sizes is '1', and must be a list"),
-        ({"sizes": ["1"]}, "parts[1].sizes[0] is '1', and must be an integer"),
+        (
+            {"sizes": ["1"]},
+            "parts[1].sizes[0] is '1', and must be an integer (write it without quotes)",
+        ),
         ({"sizes": [1.0]}, "parts[1].sizes[0] is 1.0, and must be an integer"),
         ({"sizes": [True]}, "parts[1].sizes[0] is True, and must be an integer"),
         ({"weight": float("nan")}, "parts[1].weight is nan, and must be 0 or more"),
-        ({"weight": "1"}, "parts[1].weight is '1', and must be a number"),
+        ({"weight": "1"}, "parts[1].weight is '1', and must be a number (write it without quotes)"),
     ],
 )
 def test_mistakes_are_named(part: dict[str, Any], message: str) -> None:

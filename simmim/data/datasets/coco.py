@@ -4,23 +4,50 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
+from pydantic import BeforeValidator, with_config
+from typing_extensions import TypedDict
+
+from data_prep.bounds import Bounds
 from data_prep.format.text import count_noun
+from data_prep.validation import parse_json
 from simmim.data.datasets.local_files import FileSet, list_files, read_bytes
-
-FIELDS: dict[str, dict[str, type]] = {
-    "images": {"id": int, "file_name": str, "height": int, "width": int},
-    "annotations": {},
-    "categories": {"id": int, "name": object},
-}
-"""Required fields of each section; annotations are checked one by one."""
 
 MAX_COORDINATE = 100_000
 """Largest coordinate of a polygon, in pixels."""
+
+
+def _as_integer(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Integer: TypeAlias = Annotated[int, Bounds(), BeforeValidator(_as_integer)]
+_Side: TypeAlias = Annotated[int, Bounds(ge=1), BeforeValidator(_as_integer)]
+
+
+@with_config({"extra": "allow"})
+class _Image(TypedDict):
+    id: _Integer
+    file_name: str
+    height: _Side
+    width: _Side
+
+
+@with_config({"extra": "allow"})
+class _Category(TypedDict):
+    id: _Integer
+    name: Any
+
+
+class _Content(TypedDict):
+    images: list[_Image]
+    annotations: list[dict[str, Any]]
+    """Checked one by one, by `CocoSet`: messages name them by their ids."""
+    categories: list[_Category]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +71,7 @@ class CocoImage:
         return f"{self.shard_name}/{self.key}"
 
 
-class CocoSet(FileSet[CocoImage, dict[str, Any]]):
+class CocoSet(FileSet[CocoImage, _Image]):
     """The images of a COCO JSON file.
 
     Args:
@@ -120,7 +147,7 @@ class CocoSet(FileSet[CocoImage, dict[str, Any]]):
                 raise ValueError(
                     f"{what} has the image_id {_shown(image)}, which is not in images."
                 )
-            box = one.get("bbox")
+            box: Any = one.get("bbox")
             if not _numbers(box, 4) or min(box[2:]) < 0:
                 raise ValueError(
                     f"{what} has the bbox {box}; it must be [left, top, width, height]."
@@ -225,7 +252,7 @@ def category_names(annotations: str | Path) -> tuple[str, ...]:
     return _names(_read(Path(annotations)))
 
 
-def _names(content: dict[str, Any]) -> tuple[str, ...]:
+def _names(content: _Content) -> tuple[str, ...]:
     return tuple(
         str(one["name"]) for one in sorted(content["categories"], key=lambda one: one["id"])
     )
@@ -236,46 +263,18 @@ def has_mask(annotation: dict[str, Any]) -> bool:
     return bool(annotation.get("segmentation"))
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> _Content:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_bytes(), _Content)
     except FileNotFoundError:
         raise ValueError(f"{file} does not exist: give the JSON file of the annotations.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not a readable JSON file: {error}.") from None
-    missing = [part for part in FIELDS if not isinstance(content, dict) or part not in content]
-    if missing:
-        raise ValueError(f"{file} is not a COCO file of objects: it has no {', '.join(missing)}.")
-    assert isinstance(content, dict)
-    for part, fields in FIELDS.items():
-        if not isinstance(content[part], list):
-            raise ValueError(f"{file}: {part} is not a list.")
-        for one in content[part]:
-            _check_fields(one, fields, f"{file}: one of the {part}")
-        if "id" in fields:
-            for number, count in Counter(one["id"] for one in content[part]).most_common(1):
-                if count > 1:
-                    raise ValueError(f"{file}: {part} has the id {number} more than once.")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as a COCO file of objects: {error}.") from None
+    for part, entries in (("images", content["images"]), ("categories", content["categories"])):
+        for number, count in Counter(one["id"] for one in entries).most_common(1):
+            if count > 1:
+                raise ValueError(f"{file}: {part} has the id {number} more than once.")
     return content
-
-
-def _check_fields(one: Any, fields: Mapping[str, type], what: str) -> None:
-    """Check the fields of an entry; floats with integer values become integers."""
-    if not isinstance(one, dict):
-        raise ValueError(f"{what} is not an object: {one}.")
-    missing = [field for field in fields if field not in one]
-    if missing:
-        raise ValueError(f"{what} has no {', '.join(missing)}: {one}.")
-    for field, kind in fields.items():
-        value = one[field]
-        if kind is int and isinstance(value, float) and value.is_integer():
-            one[field] = value = int(value)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            expected = "an integer (write it without quotes)" if kind is int else "text"
-            raise ValueError(f"{what} has the {field} {value!r}, which is not {expected}: {one}.")
-    sides = [one[field] for field in ("height", "width") if field in fields]
-    if sides and min(sides) < 1:
-        raise ValueError(f"{what} has no pixels: {one}.")
 
 
 def _numbers(found: Any, count: int | None = None) -> bool:

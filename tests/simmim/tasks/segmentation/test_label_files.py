@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,7 +233,7 @@ def test_photometric_distortion_has_the_right_bounds_and_rates() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: content.pop("categories"), "has no categories"),
+        (lambda content: content.pop("categories"), "categories is missing"),
         (
             lambda content: content["annotations"][1].update(category_id=9),
             "annotation 2 .*category_id 9.*3, 7",
@@ -243,18 +244,30 @@ def test_photometric_distortion_has_the_right_bounds_and_rates() -> None:
         ),
         (lambda content: content["annotations"][0].update(image_id=99), "image_id 99"),
         (lambda content: content["annotations"][0].update(image_id=[1]), r"image_id \[1\]"),
-        (lambda content: content["images"][0].pop("height"), "one of the images has no height"),
-        (lambda content: content["images"][0].update(height="40"), "the height '40', which is not"),
-        (lambda content: content["images"][0].update(width=0), "has no pixels"),
+        (lambda content: content["images"][0].pop("height"), r"images\[0\]\.height is missing"),
+        (
+            lambda content: content["images"][0].update(height="40"),
+            r"images\[0\]\.height is '40', .*integer \(write",
+        ),
+        (
+            lambda content: content["images"][0].update(width=0),
+            r"images\[0\]\.width is 0, .* 1 or more",
+        ),
         (
             lambda content: content["images"][0].update(file_name=5),
-            "the file_name 5, which",
+            r"images\[0\]\.file_name is 5, and must be text",
         ),
         (lambda content: content["images"][1].update(id=1), "images has the id 1 more than once"),
-        (lambda content: content["categories"][0].pop("name"), "one of the categories has no name"),
+        (lambda content: content["categories"][0].pop("name"), r"categories\[0\]\.name is missing"),
         (lambda content: content["categories"][0].update(id=7), "has the id 7 more than once"),
-        (lambda content: content.update(annotations=None), "annotations is not a list"),
-        (lambda content: content["annotations"].append([1]), "is not an object"),
+        (
+            lambda content: content.update(annotations=None),
+            "annotations is null, ",
+        ),
+        (
+            lambda content: content["annotations"].append([1]),
+            r"annotations\[\d+\] is \[1\], .* object",
+        ),
         (
             lambda content: content["annotations"][2].update(iscrowd="0"),
             "annotation 3 has the iscrowd '0'",
@@ -368,7 +381,7 @@ def test_an_absent_or_broken_coco_file_is_named(scenes: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere\.json does not exist"):
         CocoSet(images, scenes / "nowhere.json", only_with_objects=True)
     (scenes / "training.json").write_text("{")
-    with pytest.raises(ValueError, match="is not a readable JSON file"):
+    with pytest.raises(ValueError, match="COCO file of objects: it is not valid JSON"):
         CocoSet(images, scenes / "training.json", only_with_objects=True)
     with pytest.raises(ValueError, match="is not a folder"):
         CocoSet(scenes / "nowhere", scenes / "training.json", only_with_objects=True)
@@ -418,4 +431,4 @@ def test_an_id_in_quotes_is_shown_as_text(scenes: Path, part: str, field: str) -
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="without quotes") as refused:
         CocoSet(scenes / "images" / "training", file, only_with_objects=True)
-    assert f"{field} '{number}'" in str(refused.value)
+    assert re.search(f"{field} (is )?'{number}'", str(refused.value))
