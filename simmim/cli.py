@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None, *, ends_process: bool = False) -> in
         ours = {"ends_process": ends_process} if "ends_process" in passed else {}
         return command(*given.args, **given.kwargs, **ours) or 0
     except CycloptsError as error:
-        print(printable_lines(_mistake(argv, error)), file=sys.stderr)
+        _say_for_machine(_mistake(argv, error))
         return BAD_INPUT
     except RankLostError as error:
         print(f"simmim {argv[0]}: {printable_lines(error)}", file=sys.stderr)
@@ -116,7 +116,11 @@ def _fail(command: str, error: Exception) -> int:
     """Say why a command failed, and return its exit code; other errors are raised."""
     from simmim.data.loader.lost_workers import lost_worker
     from simmim.engine.exit_codes import out_of_memory
+    from simmim.recipe import RecipeError
 
+    if isinstance(error, RecipeError):
+        _say_for_machine(f"simmim {command}: {error}")
+        return BAD_INPUT
     lost = lost_worker(error) if isinstance(error, RuntimeError) else None
     reason = lost or out_of_memory(error)
     if reason is None and isinstance(error, RuntimeError):
@@ -124,6 +128,12 @@ def _fail(command: str, error: Exception) -> int:
     resume = " Resume with --resume auto." if reason and command in TRAINING else ""
     print(f"simmim {command}: {printable_lines(reason or error)}{resume}", file=sys.stderr)
     return LOST if reason else BAD_INPUT
+
+
+def _say_for_machine(mistake: str) -> None:
+    """Print a mistake in arguments or recipe, which all ranks of a machine find, once."""
+    if not process_environment().local_rank:
+        print(printable_lines(mistake), file=sys.stderr)
 
 
 def _recipe_options(arguments: dict[str, object]) -> RecipeOptions | None:

@@ -17,12 +17,13 @@ import os
 import signal
 import subprocess
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from data_prep.format.terminal import protect_output
-from simmim.engine.exit_codes import LOST, STOPPED
+from simmim.engine.exit_codes import BAD_INPUT, LOST, STOPPED
 from simmim.environment import NO_DEEPSPEED, set_defaults
 from simmim.stop_signals import (
     StopRelay,
@@ -39,9 +40,6 @@ TORCHRUN_DEFAULTS = {
 """Settings of torchrun unless the environment or its options say otherwise: ranks have this many
 seconds to write a checkpoint before they are killed. Slurm and Kubernetes have limits of their own,
 which end earlier."""
-
-USAGE = "%(prog)s [options of accelerate launch] -m simmim COMMAND ..."
-"""The first line of help, and all that precedes a mistake in the options."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,6 +59,13 @@ def launch_torchrun(arguments: list[str]) -> int:
     """Run torchrun in this process and return the exit code of its ranks."""
     from torch.distributed import run
 
+    name = "python -m simmim.launch torchrun"
+    asked = parse_options(run.get_args_parser(), name, "torchrun", arguments)
+    try:
+        run.config_from_args(asked)
+    except (AssertionError, ValueError) as error:  # a value that cannot be; torchrun has it raised
+        sys.stderr.write(f"{name}: {error}. See {name} --help.\n")
+        return BAD_INPUT
     return exit_code_of(lambda: run.main(arguments))
 
 
@@ -68,12 +73,11 @@ def launch_accelerate(argv: list[str]) -> int:
     """Run `accelerate launch` in this process and return the exit code of its processes."""
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    parser = launch_command_parser()
-    parser.prog, parser.usage = "python -m simmim.launch", USAGE  # theirs is of 120 lines
-    arguments = parser.parse_args(argv)
+    name = "python -m simmim.launch"
+    arguments = parse_options(launch_command_parser(), name, "accelerate launch", argv)
     if _asks_for_deepspeed(arguments):  # refused here: accelerate ends with a traceback
         sys.stderr.write(f"simmim: {NO_DEEPSPEED}\n")
-        return 2
+        return BAD_INPUT
     # If accelerate runs torchrun, torchrun's own handler replaces this one.
     with StopRelay(without_children=lambda: os._exit(STOPPED)) as relay:
         try:
@@ -81,6 +85,27 @@ def launch_accelerate(argv: list[str]) -> int:
         except subprocess.CalledProcessError as error:  # one process, started by accelerate
             code = common_exit_code([error.returncode])
     return STOPPED if code and relay.asked else code
+
+
+def parse_options(
+    parser: ArgumentParser, name: str, launcher: str, arguments: Sequence[str]
+) -> Namespace:
+    """Parse the arguments of a launcher; a mistake in them is one line, without its long usage.
+
+    Args:
+        parser: the parser of the launcher.
+        name: what was called in its place.
+        launcher: its name.
+        arguments: its arguments.
+    """
+
+    def refuse(message: str) -> NoReturn:
+        parser.exit(BAD_INPUT, f"{name}: {message}. See {name} --help.\n")
+
+    parser.prog = name
+    parser.usage = f"%(prog)s [options of {launcher}] -m simmim COMMAND ..."
+    parser.error = refuse  # type: ignore[method-assign] # argparse knows no other way
+    return parser.parse_args(arguments)
 
 
 def exit_code_of(torchrun: Callable[[], object]) -> int:

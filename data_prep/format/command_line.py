@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.completion.detect import ShellDetectionError
 from cyclopts.exceptions import (
+    ConsumeMultipleError,
     MissingArgumentError,
     RepeatArgumentError,
     UnknownCommandError,
@@ -133,6 +134,9 @@ def _describe(error: CycloptsError) -> str:
     error.verbose = False
     text = str(error)
     match error:
+        case ConsumeMultipleError(max_allowed=1, actual_count=count, argument=argument):
+            name = "it" if argument is None else argument.name
+            text = f"{name} takes one value, not {count}: remove the others."
         case MissingArgumentError(argument=argument) if argument is not None:
             alone = error.keyword or argument.tokens
             name = error.keyword or argument.name

@@ -421,6 +421,23 @@ def test_a_recipe_for_another_command_is_one_mistake(
                 assert message.count("\n") == 1
 
 
+@pytest.mark.parametrize("mistake", [["--mask.ratio", "2"], ["--resume"]])
+def test_the_first_rank_of_a_machine_names_a_mistake_for_all(
+    pretrain_config: Path,
+    mistake: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        process_environment.cache_clear()
+        assert main(["pretrain", "--config", str(pretrain_config), *mistake]) == 2
+        assert capsys.readouterr().err.count("simmim pretrain: ") == lines
+    elsewhere = ["--data.shards", "absent", "--folder", str(pretrain_config.parent / "run")]
+    assert main(["pretrain", "--config", str(pretrain_config), *elsewhere]) == 2
+    assert "absent" in capsys.readouterr().err  # which one rank alone may find
+
+
 def test_fields_of_recipes(pretrain_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def fields(*arguments: str) -> str:
         assert main([*arguments]) == 0
@@ -439,6 +456,8 @@ def test_fields_of_recipes(pretrain_config: Path, capsys: pytest.CaptureFixture[
     masks = fields("finetune", "--help-fields", "data.multi_label")
     assert "--data.multi_label.columns" in masks or "--data.multi_label." in masks
     assert "did you mean training?" in refused(["pretrain", "--help-fields", "trainin"], capsys)
+    twice = refused(["pretrain", "--help-fields", "training", "mask"], capsys)
+    assert "--help-fields takes one value, not 2: remove the others." in twice
 
 
 def test_help_of_training_tells_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,23 +76,38 @@ def test_stop_signals_are_passed_on(processes: int, number: signal.Signals, tmp_
         assert process.wait(timeout=100) == 75
 
 
+@pytest.mark.parametrize("launcher", [[], ["torchrun"]], ids=["accelerate", "torchrun"])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "required: training_script"),
-        (["--foo", "-m", "simmim", "pretrain"], "unrecognized arguments: --foo"),
+        (["--foo", "-m", "simmim", "pretrain"], "--foo"),
     ],
     ids=["no program", "an unknown option"],
 )
-def test_a_mistake_in_the_options_is_two_lines(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+def test_a_mistake_in_the_options_is_one_line(
+    launcher: list[str], arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ending:
-        main(arguments)
+        main([*launcher, *arguments])
     assert ending.value.code == 2
-    usage, mistake = capsys.readouterr().err.splitlines()
-    assert usage.startswith("usage: python -m simmim.launch [options of accelerate launch] -m ")
+    (mistake,) = capsys.readouterr().err.splitlines()
+    name = " ".join(["python -m simmim.launch", *launcher])
+    assert mistake.startswith(f"{name}: ")
     assert message in mistake
+    assert mistake.endswith(f" See {name} --help.")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--nproc-per-node", "many"), ("--nnodes", "0"), ("--nnodes", "x"), ("--max-restarts", "-1")],
+)
+def test_a_value_that_torchrun_cannot_take_is_one_line(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["torchrun", option, value, "-m", "simmim", "pretrain"]) == 2
+    (mistake,) = capsys.readouterr().err.splitlines()
+    assert mistake.endswith(" See python -m simmim.launch torchrun --help.")
 
 
 @pytest.mark.parametrize(
