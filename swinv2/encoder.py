@@ -1,7 +1,8 @@
 """Swin Transformer V2 (arXiv 2111.09883): images → tokens → features."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from swinv2.config import (
 from swinv2.field_values import Pair
 from swinv2.flops import forward_flops
 from swinv2.kernels.precision import LayerNorm, autocast_dtype
+
+TrainedT = TypeVar("TrainedT", bound="HierarchicalEncoder")
 
 
 class HierarchicalEncoder(nn.Module):
@@ -41,6 +44,7 @@ class HierarchicalEncoder(nn.Module):
         self.merges = nn.ModuleList(PatchMerging(dim) for dim in config.stage_dims[:-1])
         self.norm = LayerNorm(config.num_features)
         self.execution = Execution()
+        self.frozen: int | Literal["all"] = 0
         _initialise(self)
 
     @property
@@ -134,6 +138,48 @@ class HierarchicalEncoder(nn.Module):
             case _:
                 raise ValueError(f"{type(self).__name__} has no parameter {name}: it has no layer.")
 
+    def freeze(self, stages: int | Literal["all"]) -> None:
+        """Exclude the first stages from training, with patch embedding and the merging after each.
+
+        Frozen parts are always in evaluation mode, without drop path, and compute no gradients,
+        neither of their weights nor of their input. 0 trains everything again.
+
+        Args:
+            stages: number of stages, or `all` for the whole encoder with its final norm.
+
+        Raises:
+            ValueError: the encoder has fewer stages.
+        """
+        if stages != "all" and not 0 <= stages <= len(self.stages):
+            raise ValueError(
+                f"freeze is {stages}, and the encoder has {len(self.stages)} stages: give a number "
+                f"from 0 to {len(self.stages)}, or all."
+            )
+        self.frozen = stages
+        self.requires_grad_()
+        for module in self._frozen_modules():
+            module.requires_grad_(requires_grad=False)
+        self.train(self.training)
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        if self.frozen == "all":
+            return list(self.children())
+        if not self.frozen:
+            return []
+        return [self.patch_embed, *self.stages[: self.frozen], *self.merges[: self.frozen]]
+
+    def train(self: TrainedT, mode: bool = True) -> TrainedT:
+        """Set the mode of all but frozen parts, which stay in evaluation mode."""
+        super().train(mode and self.frozen != "all")
+        for module in self._frozen_modules():
+            module.eval()
+        return self
+
+    def _gradients(self, stage: int) -> AbstractContextManager[object]:
+        """Return a context in which a stage builds no graph if it is frozen."""
+        frozen = self.frozen == "all" or stage < self.frozen
+        return torch.no_grad() if frozen else nullcontext()
+
     def stage_outputs(self, tokens: Tensor, drop_path_noise: Tensor | None) -> list[Tensor]:
         """Return the output of each stage, (batch, *map, channels); the last is normalised.
 
@@ -165,11 +211,15 @@ class HierarchicalEncoder(nn.Module):
             noise = torch.split(drop_path_noise, depths, dim=1)
         outputs: list[Tensor] = []
         for index, stage in enumerate(self.stages):
-            tokens = self.merges[index - 1](outputs[-1]) if index else tokens
+            if index:
+                with self._gradients(index - 1):
+                    tokens = self.merges[index - 1](outputs[-1])
             if tokens.shape[0]:  # blocks keep the shape, and have nothing to do in an empty batch
-                tokens = stage(tokens, noise[index])
+                with self._gradients(index):
+                    tokens = stage(tokens, noise[index])
             outputs.append(tokens)
-        outputs[-1] = self.norm(outputs[-1])
+        with self._gradients(len(self.stages)):
+            outputs[-1] = self.norm(outputs[-1])
         return outputs
 
     def in_weight_precision(self, pixels: Tensor) -> Tensor:

@@ -65,8 +65,8 @@ def check_fits(recipe: Any) -> None:
     Raises:
         ValueError: training does not fit the memory of the machine.
     """
-    if process_environment().local_rank:
-        return
+    if process_environment().local_rank or recipe.training.optimizer.freeze == "all":
+        return  # a head alone needs the memory of inference
     room = find_room()
     if room is None:
         return

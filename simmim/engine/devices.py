@@ -21,7 +21,7 @@ from simmim.engine.distributed.sharding import (
 from simmim.engine.distributed.switches import DDP_OPTIONS, switched, switches_for
 from simmim.engine.distributed.watchdog import group_timeout
 from simmim.engine.generators import own_generators
-from simmim.engine.optimizer import build_optimizer, parameter_groups
+from simmim.engine.optimizer import build_optimizer, freeze, parameter_groups
 from simmim.engine.stage import TrainingStage
 from simmim.environment import fsdp_hidden, process_environment, restored_variables
 
@@ -90,12 +90,13 @@ def prepare(
     Returns:
         The module, wrapped for DDP if needed, and the optimiser.
     """
+    settings = stage.recipe.training.optimizer
+    freeze(stage.module, settings.freeze)
     stage.module.to(accelerator.device)
     synchronise_norms(stage.module, accelerator.device, accelerator.num_processes)
     sharded = trains_in_shards(accelerator)
     if sharded:
         shard_for_training(stage.module, accelerator)
-    settings = stage.recipe.training.optimizer
     groups = parameter_groups(stage.module, settings)
     optimizer = accelerator.prepare(build_optimizer(stage.module, settings, groups))
     if sharded:

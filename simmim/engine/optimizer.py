@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,23 @@ class Layers:
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Return whether weight decay applies to a parameter."""
         return parameter.ndim > 1 and self.excluded_by(name) is None
+
+
+def freeze(model: nn.Module, stages: int | Literal["all"] | None) -> None:
+    """Freeze the first stages of the encoder in a model; see `swinv2.SwinV2.freeze`.
+
+    Raises:
+        ValueError: the encoder has fewer stages, or is of a class that cannot be frozen.
+    """
+    if stages is None:
+        return
+    encoder = find_encoder(model).encoder
+    if not hasattr(encoder, "freeze"):
+        raise ValueError(
+            f"training.optimizer.freeze is {stages}, and a {type(encoder).__name__} has no method "
+            "freeze: leave it null."
+        )
+    encoder.freeze(stages)
 
 
 def parameter_groups(model: nn.Module, optimizer: OptimizerSettings) -> list[ParameterGroup]:

@@ -28,6 +28,22 @@ class OptimizerSettings:
     not decayed."""
     layer_decay: Fraction = 1.0
     """Layer-wise learning-rate decay: factor from each encoder layer to the one below; 1 is off."""
+    freeze: Count | Literal["all"] | None = None
+    """First stages of the encoder that are not trained, with the patch embedding and the merging
+    after each; all is the whole encoder, so that the head alone is trained; null freezes nothing.
+    Frozen parts have no drop path, and need the time and memory of inference."""
+
+    def check_freeze(self, stages: int) -> None:
+        """Check that the encoder has the stages that are not trained.
+
+        Raises:
+            ValueError: it has fewer.
+        """
+        if isinstance(self.freeze, int) and self.freeze > stages:
+            raise ValueError(
+                f"training.optimizer.freeze is {self.freeze}, and the encoder has {stages} stages: "
+                f"give a number up to {stages}, or all."
+            )
 
 
 @settings

@@ -45,6 +45,7 @@ def resolve_architecture(recipe: RecipeT) -> RecipeT:
     if source is None:
         return recipe
     description = describe_directory(find_weights(source).encoder)
+    recipe.training.optimizer.check_freeze(len(description.config.depths))
     try:
         return replace(
             recipe,

@@ -23,6 +23,7 @@ from simmim.data.order.source import SampleSource
 from simmim.data.transforms.image_transforms import Sample
 from simmim.engine.checkpoint.directory import load_state
 from simmim.engine.checkpoint.resume import read_weights
+from simmim.engine.monitor.hardware import BACKWARD
 from simmim.engine.monitor.observers import Watch, pictures, validation
 from simmim.engine.run import RunFolder
 from simmim.recipe import recipe_hash
@@ -276,9 +277,12 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
             self.validate, every=training.validate_every, best_metric=self.recipe.best_metric
         )
         draws = pictures(self.visualize, every=training.look_every)
+        frozen = training.optimizer.freeze == "all"
+        # Training counts a backward pass on top, which a frozen encoder has not.
+        flops = self.flops_per_sample // (1 + BACKWARD if frozen else 1)
         return Watch(
             observers=(validates, draws) if self.validates else (draws,),
-            flops_per_sample=self.flops_per_sample,
+            flops_per_sample=flops,
             baselines=self.baselines,
         )
 

@@ -317,6 +317,7 @@ class FineTuningRecipe(TaskRecipe, ABC):
             self.encoder.check_channels(self.data.mean, measurable=self.data.MEASURABLE)
             config = self.encoder.config(self.data.image_size)  # raises if sizes do not fit
             self.execution.check_stages(len(config.depths))
+            self.training.optimizer.check_freeze(len(config.depths))
 
     @property
     def init_directory(self) -> str | None:

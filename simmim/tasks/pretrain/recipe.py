@@ -66,6 +66,8 @@ class PretrainRecipe(TaskRecipe):
         check_slots(self.data, self.training)
         if self.training.optimizer.layer_decay != 1.0:
             raise ValueError("training.optimizer.layer_decay belongs to fine-tuning; leave it 1.")
+        if self.training.optimizer.freeze is not None:
+            raise ValueError("training.optimizer.freeze belongs to fine-tuning; leave it null.")
         config = self.encoder.config(size)  # raises if the sizes do not fit together
         self.execution.check_stages(len(config.depths))
 
