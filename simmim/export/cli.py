@@ -18,6 +18,8 @@ def export(
     format: Format = "native",  # noqa: A002 (the name of the option)
     any_size: bool = False,
     best: Annotated[bool | None, ONE_OF, Parameter(negative="--last")] = None,
+    image_size: str | None = None,
+    window_size: str | None = None,
 ) -> int:
     """Export the encoder of a run's best checkpoint, or of an encoder directory.
 
@@ -31,10 +33,16 @@ def export(
         format: Format to write.
         any_size: onnx and torch-export: dynamic height and width, not the encoder's size.
         best: Checkpoint of the run. Default: the best, or the last if none is known.
+        image_size: Transfer to images of this size in pixels: N, or HEIGHT,WIDTH.
+        window_size: Transfer to windows of this size in tokens: N, or HEIGHT,WIDTH.
     """
+    image, window = _size("--image-size", image_size), _size("--window-size", window_size)
+    from simmim.export.export import Sizes
     from simmim.export.export import export as export_encoder
 
-    print("\n".join(export_encoder(run, destination, format, any_size=any_size, best=best)))
+    sizes = Sizes(image_size=image, window_size=window)
+    lines = export_encoder(run, destination, format, any_size=any_size, best=best, sizes=sizes)
+    print("\n".join(lines))
     return 0
 
 

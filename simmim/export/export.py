@@ -1,6 +1,6 @@
 """Export a trained encoder as an encoder directory or in the format of another library."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,47 @@ from swinv2.bridges.torch_export import PROGRAM_FILE, export_program
 from swinv2.bridges.transformers import export_transformers
 from swinv2.bridges.transformers_layout import FOLDERS
 from swinv2.bridges.verification import Report, compare, plain_copy
+from swinv2.config import record_windows
 from swinv2.config_file import README_FILE, WEIGHTS_FILE
-from swinv2.weights import load_encoder, save_encoder
+from swinv2.field_values import Pair
+from swinv2.weights import load_encoder, load_strictly, save_encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Sizes to transfer an encoder to; None is its own."""
+
+    image_size: int | Pair | None = None
+    """Height and width of the images in pixels, or the side of a square."""
+    window_size: int | Pair | None = None
+    """Height and width of the attention windows in tokens, or the side of a square."""
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The sizes that are not its own."""
+        return {name: size for name, size in vars(self).items() if size is not None}
+
+    def refuse(self, kind: str) -> None:
+        """Raise ValueError if sizes are given, for an encoder that is not a SwinV2."""
+        for name in self.given:
+            raise ValueError(f"{name} is for a SwinV2, and the encoder is a {kind}: leave it out.")
+
+    def transferred(self, found: TrainedModel) -> TrainedModel:
+        """Return a model with its encoder at these sizes; no weight changes.
+
+        Raises:
+            ValueError: a size cannot work, or the encoder is one of clips.
+        """
+        encoder = found.encoder
+        if not self.given:
+            return found
+        if isinstance(encoder, VideoSwinV2):
+            self.refuse("VideoSwinV2")
+        windows = record_windows(encoder.config)
+        config = replace(encoder.config, pretrained_window_sizes=windows, **self.given)
+        other = SwinV2(config)
+        load_strictly(other, encoder.state_dict(), found.origin)
+        return replace(found, encoder=other.eval())
 
 
 def export(
@@ -36,6 +75,7 @@ def export(
     *,
     any_size: bool = False,
     best: bool | None = None,
+    sizes: Sizes = Sizes(),
 ) -> list[str]:
     """Write the encoder of `source` as the folder `destination`.
 
@@ -50,6 +90,7 @@ def export(
             that runs without this code.
         any_size: dynamic image height and width; for graphs.
         best: take the best checkpoint of a run, or the last; None is the best if it has one.
+        sizes: other sizes to transfer the encoder to, as `swinv2.load_encoder` does.
 
     Returns:
         Lines to print: what was written, and its difference from the source after loading.
@@ -66,11 +107,12 @@ def export(
     place = find_source(source, best=best)
     other = read_other_encoder(place.checkpoint, place.directory)
     if other is not None:
+        sizes.refuse(other.name)
         written = _write_other(other, place, destination, form)
         note = describe_best(source, other.provenance.step)
         title = f"Exported the encoder of {place.weights}{note} as {destination}"
         return [title, *(f"  {line}" for line in written)]
-    found = read_model_at(place)
+    found = sizes.transferred(read_model_at(place))
     trial = _trial_input(found)
     preparation = found.preparation or Preparation()
     if trial.largest is not None:  # the data tell

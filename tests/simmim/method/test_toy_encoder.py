@@ -32,7 +32,7 @@ from simmim.engine.optimizer import (
     parameter_groups,
 )
 from simmim.engine.run import RunFolder
-from simmim.export.export import export
+from simmim.export.export import Sizes, export
 from simmim.export.formats import Format
 from simmim.method.encoder_protocol import encoder_flops
 from simmim.recipe import parse
@@ -128,6 +128,8 @@ def test_its_weights_are_exported_and_what_needs_swinv2_says_so(
         for form in set(get_args(Format)) - {"native"}:
             with pytest.raises(ValueError, match=rf"is a ToyEncoder, and the format {form} needs"):
                 export(source, tmp_path / "out", form)
+        with pytest.raises(ValueError, match=r"window_size is for a SwinV2, .* is a ToyEncoder"):
+            export(source, tmp_path / "out", "native", sizes=Sizes(window_size=4))
     for source in sources:
         with pytest.raises(ValueError, match=r"is a ToyEncoder: fine-tuning.* need a SwinV2"):
             find_weights(str(source))
