@@ -33,6 +33,7 @@ from data_prep.format.command_line import (
     describe_mistake,
     make_app,
     parse_arguments,
+    shown_as,
 )
 from data_prep.format.terminal import CANNOT_WRITE, ExitCode, flush_output, protect_output
 from data_prep.format.text import printable_lines
@@ -234,6 +235,17 @@ def merge(folder: str, /, *, max_rejected: float = _MAX_REJECTED) -> int:
     return merge_set(folder, max_rejected=max_rejected)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Channels:
+    """What the channels of images are."""
+
+    channels: Annotated[str | None, shown_as("NAME,...")] = None
+    """Names of the channels in stored order, as in B2,B3,B4,B8,B12 (Sentinel-2's) or red,nir.
+    Default: those that the files tell."""
+    no_data: float | None = None
+    """Value of arrays without a measurement, left out of statistics. Default: GDAL's tag."""
+
+
 @app.command(sort_key=3)
 def index(
     folder: str,
@@ -244,6 +256,7 @@ def index(
     image_key: str | None = None,
     output: Path | None = None,
     overwrite: bool = False,
+    named: Annotated[_Channels, FLAT] = _Channels(),
     ends: Annotated[_Ends, FLAT] = _Ends(),
     reading: Annotated[_Reading, FLAT] = _Reading(),
     interruption: Annotated[Interruption, PASSED],
@@ -268,6 +281,8 @@ def index(
         include=include,
         exclude=exclude,
         image_key=image_key,
+        channels=named.channels,
+        no_data=named.no_data,
         output=output,
         overwrite=overwrite,
         allow_missing_end=ends.allow_missing_end,
@@ -313,7 +328,7 @@ def info(
     *,
     statistics: bool = False,
     contact_sheet: Path | None = None,
-    bands: Annotated[tuple[int, ...] | None, MANY] = None,
+    bands: Annotated[tuple[str, ...] | None, MANY] = None,
     reading: Annotated[_Reading, FLAT] = _Reading(),
     interruption: Annotated[Interruption, PASSED],
 ) -> int:
@@ -323,8 +338,9 @@ def info(
         folder: Folder of shards; path or URL (s3, gs, http).
         statistics: Measure mean and standard deviation per channel, and write statistics.json.
         contact_sheet: Draw samples of the set as a picture, in this PNG.
-        bands: Bands of the contact sheet, counted from 0: three as red, green and blue, or one in
-            grey. Default: the first three, or the first of fewer.
+        bands: Bands of the contact sheet, by name or counted from 0: three as red, green and blue,
+            or one in grey. Default: red, green and blue if they have these names, else the first
+            three, or the first of fewer.
     """
     from data_prep.commands import describe_set
 

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from data_prep.channels import RGB, describe, read_name, read_names
 from data_prep.executors.processes import Interruption
 from data_prep.format.kinds import (
     SECOND_DOT,
@@ -140,6 +141,8 @@ def index_tars(
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     image_key: str | None,
+    channels: str | None,
+    no_data: float | None,
     output: Path | None,
     overwrite: bool,
     allow_missing_end: bool,
@@ -155,6 +158,8 @@ def index_tars(
             options=IndexingOptions(
                 names=Names(include=include, exclude=exclude),
                 image_key=None if image_key is None else check_image_key(image_key),
+                channels=None if channels is None else read_names(channels),
+                no_data=no_data,
                 allow_missing_end=allow_missing_end,
             ),
             overwrite=overwrite,
@@ -229,21 +234,22 @@ def describe_set(
     *,
     statistics: bool,
     contact_sheet: Path | None,
-    bands: tuple[int, ...] | None,
+    bands: tuple[str, ...] | None,
     allow_pipe: bool,
     workers: int,
     interruption: Interruption,
 ) -> int:
     """Run `data-prep info` and return its exit code."""
-    _check_bands(bands, contact_sheet)
     manifest = read_manifest(folder, allow_pipe=allow_pipe)
+    chosen = _find_bands(bands, contact_sheet, manifest)
     with _bar(manifest.samples) as bar:
         tick = interruption.watch(bar.update)
         text = describe_shards(manifest, workers=workers, tick=tick)
     print(text)
     if contact_sheet is not None:
-        channels = draw_contact_sheet(manifest, contact_sheet, bands)
-        print(f"contact sheet in {contact_sheet}{_describe_bands(bands, channels)}")
+        channels = draw_contact_sheet(manifest, contact_sheet, chosen)
+        shown = _describe_bands(chosen, channels, manifest.channels, asked=bands is not None)
+        print(f"contact sheet in {contact_sheet}{shown}")
     if not statistics:
         return 0
     with _bar(manifest.samples) as bar:
@@ -261,25 +267,46 @@ def describe_set(
     return 0
 
 
-def _check_bands(bands: Sequence[int] | None, contact_sheet: Path | None) -> None:
-    """Raise ValueError if bands cannot be drawn, or if there is no contact sheet for them."""
+def _find_bands(
+    bands: Sequence[str] | None, contact_sheet: Path | None, manifest: Manifest
+) -> tuple[int, ...] | None:
+    """Return the numbers of the bands to draw; None: the first three, or the first of fewer.
+
+    Raises:
+        ValueError: they cannot be drawn, or there is no contact sheet for them.
+    """
+    names = manifest.channels or ()
     if bands is None:
-        return
+        has_colours = len(names) > len(RGB) and set(RGB) <= set(names)
+        return tuple(map(names.index, RGB)) if has_colours else None
     if contact_sheet is None:
         raise ValueError("--bands chooses those of --contact-sheet PNG: give that too.")
-    if len(bands) not in (1, 3) or min(bands) < 0:
-        given = " ".join(map(str, bands)) or "none"
-        raise ValueError(f"--bands must be one or three numbers of at least 0, got {given}.")
+    given = " ".join(bands) or "none"
+    try:
+        found = tuple(
+            int(band) if band.lstrip("-").isdigit() else names.index(read_name(band))
+            for band in bands
+        )
+    except ValueError:
+        known = f"has {describe(names)}" if names else "has no names for its channels"
+        raise ValueError(
+            f"--bands: {manifest.folder} {known}; got {given}. Bands are also counted from 0."
+        ) from None
+    if len(found) not in (1, 3) or min(found) < 0:
+        raise ValueError(f"--bands must be one or three of at least 0, or names, got {given}.")
+    return found
 
 
-def _describe_bands(bands: Sequence[int] | None, channels: int) -> str:
+def _describe_bands(
+    bands: Sequence[int] | None, channels: int, names: Sequence[str] | None, *, asked: bool
+) -> str:
     """Return which bands were drawn, unless all are seen: the largest image has `channels`."""
     if bands is None and channels in (0, 1, 3):  # 0: none could be decoded
         return ""
     shown = bands or ((0, 1, 2) if channels > 3 else (0,))
-    numbers = ", ".join(map(str, shown))
-    drawn = f"bands {numbers} as red, green, blue" if len(shown) == 3 else f"band {numbers} in grey"
-    return f": {drawn}" + ("" if bands else "; --bands chooses others")
+    listed = ", ".join(f"{band} ({names[band]})" if names else str(band) for band in shown)
+    drawn = f"bands {listed} as red, green, blue" if len(shown) == 3 else f"band {listed} in grey"
+    return f": {drawn}" + ("" if asked else "; --bands chooses others")
 
 
 def _bar(total: int | None = None) -> "tqdm[NoReturn]":

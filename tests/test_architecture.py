@@ -182,6 +182,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
 """Which rooms a room may import, besides itself and what those may import."""
 IN_ROOM = {
     "data_prep.bounds": "data_prep.format",
+    "data_prep.channels": "data_prep.format",
     "data_prep.validation": "data_prep.format",
     "swinv2.compat": "swinv2.kernels",
     "simmim.compat": "simmim.recipe",

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from data_prep.bounds import Count, Matching, Whole
+from data_prep.bounds import Bounds, Count, Matching, Whole
+from data_prep.channels import ChannelNameError, ChannelNames, read_names
 from data_prep.format.atomic import atomic_write_bytes
 from data_prep.format.pipes import PIPE, PipedFile
 from data_prep.format.storage import Location, RemotePath, locate
@@ -84,6 +85,10 @@ class Manifest:
     """The shards in order, at least one."""
     classes: tuple[str, ...] = ()
     """Class names, indexed by label; empty if no sample is labelled."""
+    channels: ChannelNames | None = None
+    """Names of the channels of all images, in stored order; None if they are not known."""
+    no_data: Annotated[float, Bounds()] | None = None
+    """Value that stands for no measurement in arrays, besides NaN; None if there is none."""
     rejected: Whole = 0
     """Number of inputs that were found but rejected; `rejected.jsonl` lists them."""
     notes: Mapping[str, Count] = field(default_factory=dict)
@@ -181,6 +186,8 @@ def write_manifest(manifest: Manifest) -> None:
         **({"skipped": dict(sorted(manifest.skipped.items()))} if manifest.skipped else {}),
         **({"skipped_examples": _sorted_examples(manifest)} if manifest.skipped_examples else {}),
         "classes": list(manifest.classes),
+        **({} if manifest.channels is None else {"channels": list(manifest.channels)}),
+        **({} if manifest.no_data is None else {"no_data": manifest.no_data}),
         "options": dict(manifest.options),
         "fingerprint": manifest.fingerprint,
         "shards": [_values_of(shard) for shard in manifest.shards],
@@ -239,6 +246,11 @@ def _check(manifest: Manifest, samples: Any, path: Location, allow_pipe: bool) -
         raise ManifestError(f"{path} lists a shard twice. {REMEDY}")
     if len(set(classes)) < len(classes):
         raise ManifestError(f"{path}: `classes` must be unique names. {REMEDY}")
+    if manifest.channels is not None:
+        try:
+            read_names(manifest.channels)
+        except ChannelNameError as error:
+            raise ManifestError(f"{path}: `channels`: {error} {REMEDY}") from None
     if samples != manifest.samples:
         raise ManifestError(
             f"{path}: `samples` is {samples!r}, but the shards have {manifest.samples}. {REMEDY}"

@@ -31,7 +31,9 @@ class Statistics:
     std: tuple[Finite, ...]
     """Standard deviation of each channel."""
     missing: Whole
-    """NaN values, which are not counted."""
+    """NaN and no-data values, which are not counted."""
+    values: tuple[Whole, ...] = ()
+    """Values counted of each channel; empty in files of earlier versions."""
 
     @property
     def channels(self) -> int:

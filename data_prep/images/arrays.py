@@ -171,6 +171,26 @@ def count_nan(values: NDArray[Any]) -> int:
     return missing
 
 
+def is_measured(values: NDArray[Any], no_data: float | None) -> NDArray[np.bool_]:
+    """Return which values are measurements: neither NaN nor the value that stands for none.
+
+    Args:
+        values: any values, as they are stored.
+        no_data: that value; None if there is none. One that their type cannot hold occurs nowhere.
+    """
+    known = np.ones(values.shape, dtype=bool)
+    if values.dtype.kind == "f":
+        known = ~np.isnan(values)
+        if no_data is not None:
+            with np.errstate(over="ignore"):
+                known &= values != values.dtype.type(no_data)
+    elif no_data is not None and float(no_data).is_integer():
+        limits = np.iinfo(values.dtype)
+        if limits.min <= no_data <= limits.max:
+            known = values != values.dtype.type(no_data)
+    return known
+
+
 def is_channels_first(shape: tuple[int, ...]) -> bool:
     """Return whether a shape is that of a few channels, followed by rows and columns.
 

@@ -16,13 +16,15 @@ STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """First bytes of every TIFF and BigTIFF."""
 
 _PROFILE, _SUBFILE, _OLD_SUBFILE, _DESCRIPTION, _COLORMAP, _INK_SET = 34675, 254, 255, 270, 320, 332
+_GDAL_METADATA, _GDAL_NO_DATA = 42112, 42113
 _PLACES = {False: (273, 279), True: (324, 325)}
 """Tags of offsets and lengths of strips (False) or tiles (True)."""
 _TAGS = {
     *(_SUBFILE, _OLD_SUBFILE, _DESCRIPTION, _COLORMAP, _INK_SET),
     *(256, 257, 258, 259, 262, 266, 274, 277, 284, 317, 322, 323, 338, 339, 32997),
-    *(278, *_PLACES[False], *_PLACES[True], _PROFILE),
+    *(278, *_PLACES[False], *_PLACES[True], _PROFILE, _GDAL_METADATA, _GDAL_NO_DATA),
 }
+_BYTES = (_PROFILE, _DESCRIPTION, _GDAL_METADATA, _GDAL_NO_DATA)
 _LONG = (*_PLACES[False], *_PLACES[True])
 _CMYK_INKS, _OLD_REDUCED = 1, 2
 _TYPES = {1: "B", 2: "c", 3: "H", 4: "I", 6: "b", 7: "B", 8: "h", 9: "i", 16: "Q", 17: "q"}
@@ -150,6 +152,19 @@ class TiffLayout:
     """InkSet of separated bands: 1 CMYK, 2 other inks."""
     colormap: tuple[int, ...]
     """All red, all green and all blue values of the palette."""
+    gdal_metadata: bytes = b""
+    """XML of GDAL, with the descriptions of the bands among others."""
+    gdal_no_data: bytes = b""
+    """Value of GDAL that stands for no measurement, as text."""
+
+    @property
+    def no_data(self) -> float | None:
+        """Value that stands for no measurement; None if the tags name none, or NaN."""
+        try:
+            value = float(self.gdal_no_data.rstrip(b"\0 "))
+        except ValueError:
+            return None
+        return None if math.isnan(value) else value
 
     @property
     def alpha(self) -> int:
@@ -269,7 +284,7 @@ def _read_page(data: bytes, offset: int) -> tuple[dict[int, Any], int]:
             held = field if start is None else data[start : start + one * values]
             if len(held) < one * values:
                 raise struct.error
-            if tag in (_PROFILE, _DESCRIPTION):
+            if tag in _BYTES:
                 tags[tag] = held[:values]
             elif tag in _LONG:
                 tags[tag] = np.frombuffer(held, f"{order}{_TYPES[kind]}", values)
@@ -373,6 +388,8 @@ def _to_layout(start: bytes, tags: dict[int, Any], has_more_pages: bool) -> Tiff
         profile=tags.get(_PROFILE),
         inks=first(_INK_SET, _CMYK_INKS),
         colormap=tags.get(_COLORMAP, ()),
+        gdal_metadata=tags.get(_GDAL_METADATA, b""),
+        gdal_no_data=tags.get(_GDAL_NO_DATA, b""),
     )
     if min(layout.width, layout.height, layout.samples, layout.depth, *(layout.tile or ())) < 1:
         raise TiffError("it is a TIFF with damaged tags: its sizes are not positive")

@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
+
+from data_prep.channels import ChannelNames
 from data_prep.executors.processes import Tick, map_tasks
 from data_prep.format.atomic import remove_leftovers
-from data_prep.format.index import Refusals, index_tar, write_index
+from data_prep.format.index import Refusals, ShardIndex, index_tar, read_images, write_index
 from data_prep.format.kinds import Examples, describe_kinds
 from data_prep.format.manifest import (
     MANIFEST_NAME,
@@ -35,6 +38,10 @@ from data_prep.format.patterns import (
 from data_prep.format.pipes import PipedFile
 from data_prep.format.storage import Location
 from data_prep.format.tars import as_local_file
+from data_prep.images.arrays import ArrayError, read_header
+from data_prep.images.channel_names import check_names, told_names, told_no_data
+
+T = TypeVar("T")
 
 _COMMAND_RANGE = re.compile(r"(.*?)\{(\d+)\.\.(\d+)\}(.*)", re.DOTALL)
 _MAX_TARS = 1_000_000
@@ -48,6 +55,10 @@ class IndexingOptions:
     """Tars to use of those in the folder."""
     image_key: str | None = None
     """The one name of images after their key; see `data_prep.format.samples.check_image_key`."""
+    channels: ChannelNames | None = None
+    """Names of the channels in stored order; None: not known."""
+    no_data: float | None = None
+    """Value that stands for no measurement in arrays; None if there is none."""
     allow_missing_end: bool = False
     """Whether tars may lack their end mark; see `data_prep.format.tars.walk_tar`."""
 
@@ -88,6 +99,8 @@ class _IndexedShard:
     examples: Examples
     remarks: tuple[str, ...]
     refusals: Refusals
+    channels: ChannelNames | None
+    no_data: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +109,7 @@ class _IndexTask:
     partial: Path
     place: str
     image_key: str | None
+    channels: ChannelNames | None
     allow_missing_end: bool
 
 
@@ -156,6 +170,7 @@ def index_existing(
                 partial=Path(partial),
                 place=str(path) if output is not None else "",
                 image_key=options.image_key,
+                channels=options.channels,
                 allow_missing_end=options.allow_missing_end,
             )
             for path in listed.tars
@@ -216,6 +231,10 @@ def _publish(
         folder=folder,
         shards=tuple(one.entry for one in full),
         classes=tuple(str(label) for label in range(largest + 1)),
+        channels=_shared("channels", [one.channels for one in full]),
+        no_data=options.no_data
+        if options.no_data is not None
+        else _shared("no_data", [one.no_data for one in full]),
         skipped=skipped,
         skipped_examples=examples.paths,
         options={"index": options.values()},
@@ -332,6 +351,7 @@ def _index_aside(task: _IndexTask, tick: Tick) -> _IndexedShard:
                 refusals=refusals,
             )
             refusals.named = [text.replace(str(path), str(task.path)) for text in refusals.named]
+            told = _first_told(task, path, indexed.index)
     except FileNotFoundError:
         raise ManifestError(f"{task.path} is missing. Restore it, or index the others.") from None
     entry = replace(indexed.entry(task.path.name), place=task.place)
@@ -339,8 +359,10 @@ def _index_aside(task: _IndexTask, tick: Tick) -> _IndexedShard:
     for kind, names in indexed.examples.paths.items():
         for name in names:
             examples.add(kind, f"{task.path.name}/{name}")
+    channels, no_data = None, None
     if len(indexed.index):
         write_index(task.partial / entry.index, indexed.index)
+        channels, no_data = told
     return _IndexedShard(
         entry=entry,
         without_image=indexed.without_image,
@@ -349,4 +371,48 @@ def _index_aside(task: _IndexTask, tick: Tick) -> _IndexedShard:
         largest_label=int(indexed.index.labels.max(initial=-1)),
         remarks=tuple(remarks),
         refusals=refusals,
+        channels=channels,
+        no_data=no_data,
     )
+
+
+def _first_told(
+    task: _IndexTask, path: Path, index: ShardIndex
+) -> tuple[ChannelNames | None, float | None]:
+    """Return the names of the channels and the no-data value of a tar, by its first image.
+
+    Raises:
+        ManifestError: the names that are given do not fit it.
+    """
+    if not len(index):
+        return None, None
+    data = next(iter(read_images(path, index, np.arange(1))))
+    extension = str(index.extensions[0])
+    told = told_names(data, extension)
+    if task.channels is not None:
+        stored = None
+        try:
+            stored = read_header(data).channels if extension == "npy" else None
+        except ArrayError:
+            return task.channels, None  # `verify --deep` reports it
+        reason = check_names(told, stored, task.channels)
+        if reason and not (told is None and stored is None):
+            raise ManifestError(f"{task.path}: image {index.keys[0]}: {reason}.")
+        return task.channels, told_no_data(data)
+    return told.names if told is not None and told.described else None, told_no_data(data)
+
+
+def _shared(name: str, found: Sequence[T | None]) -> T | None:
+    """Return what all tars have in common.
+
+    Raises:
+        ManifestError: they differ.
+    """
+    known = list(dict.fromkeys(found))
+    if len(known) > 1:
+        listed = ", ".join(map(str, known))
+        raise ManifestError(
+            f"the first images of the tars have different {name}: {listed}. Index the tars of each "
+            "kind as a set of its own (--include, --output)."
+        )
+    return known[0]

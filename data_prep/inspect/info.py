@@ -187,6 +187,8 @@ def describe_shards(manifest: Manifest, *, workers: int = 1, tick: Tick = lambda
             ),
         ),
         *_describe_sizes(summary, manifest.samples),
+        *([("names", ", ".join(manifest.channels))] if manifest.channels else []),
+        *([] if manifest.no_data is None else [("no data", f"{manifest.no_data:g}")]),
         ("labelled", f"{summary.labelled:,} of {manifest.samples:,}"),
         *(("notes", f"{note}: {count:,}") for note, count in sorted(manifest.notes.items())),
         *([("skipped", describe_kinds(manifest.skipped))] if manifest.skipped else []),
@@ -210,7 +212,7 @@ def describe_statistics(statistics: Sequence[Statistics]) -> str:
     lines = []
     for one in statistics:
         images = count_noun(one.images, "array" if one.is_array else "picture")
-        missing = f"; NaN values left out: {one.missing:,}" if one.missing else ""
+        missing = f"; values left out: {one.missing:,}" if one.missing else ""
         channels = count_noun(one.channels, "channel")
         lines.append(f"statistics  {images}, {channels}, {one.scale}{missing}")
         lines += [

@@ -13,6 +13,7 @@ from data_prep.format.manifest import Manifest, ShardEntry
 from data_prep.format.statistics_file import Statistics
 from data_prep.format.storage import Location
 from data_prep.format.tars import as_local_file
+from data_prep.images.arrays import is_measured
 from data_prep.images.checking import RejectedImageError, read_pixels
 from data_prep.images.settings import read_limit
 from data_prep.inspect.pixels import stored_form
@@ -43,18 +44,25 @@ class Moments:
         )
 
 
-def measure_moments(values: NDArray[Any]) -> Moments:
+def measure_moments(values: NDArray[Any], no_data: float | None = None) -> Moments:
     """Return the moments of an array of shape (height, width, channels), without NaN.
 
     Integers are scaled to [0, 1]; floating-point values are used as they are.
+
+    Args:
+        values: the array.
+        no_data: value that is left out of each channel, as it is stored; None for none.
     """
     rows = max(1, _VALUES_PER_PART // (values.shape[1] * values.shape[2]))
     parts = (values[row : row + rows] for row in range(0, len(values), rows))
     if values.dtype == np.uint8:
-        return _moments_of_bins(sum(map(_count_levels, parts), np.zeros((1, 256), dtype=np.int64)))
-    moments = _measure_part(next(parts))
+        bins = sum(map(_count_levels, parts), np.zeros((1, 256), dtype=np.int64))
+        if no_data is not None and no_data in range(256):
+            bins[:, int(no_data)] = 0
+        return _moments_of_bins(bins)
+    moments = _measure_part(next(parts), no_data)
     for part in parts:
-        moments = moments.merged(_measure_part(part))
+        moments = moments.merged(_measure_part(part, no_data))
     return moments
 
 
@@ -66,15 +74,15 @@ def _count_levels(values: NDArray[np.uint8]) -> NDArray[np.int64]:
 def _moments_of_bins(bins: NDArray[np.int64]) -> Moments:
     levels = np.arange(256) / 255
     count = bins.sum(axis=1)
-    mean = bins @ levels / count
+    mean = bins @ levels / np.maximum(count, 1)
     squares = (bins * (levels - mean[:, None]) ** 2).sum(axis=1)
     return Moments(count=count, mean=mean, squares=squares)
 
 
-def _measure_part(values: NDArray[Any]) -> Moments:
+def _measure_part(values: NDArray[Any], no_data: float | None) -> Moments:
     scale = np.iinfo(values.dtype).max if values.dtype.kind == "u" else 1
     numbers = values.reshape(-1, values.shape[-1]).astype(np.float64) / scale
-    known = np.isfinite(numbers)
+    known = np.isfinite(numbers) & is_measured(values, no_data).reshape(numbers.shape)
     count = known.sum(axis=0)
     mean = np.where(known, numbers, 0).sum(axis=0) / np.maximum(count, 1)
     squares = (np.where(known, numbers - mean, 0) ** 2).sum(axis=0)
@@ -107,6 +115,7 @@ class _StatisticsTask:
     folder: Location
     shard: ShardEntry
     max_pixels: int
+    no_data: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +153,7 @@ def measure_set(
             folder=manifest.folder,
             shard=shard,
             max_pixels=read_limit(manifest.options),
+            no_data=manifest.no_data,
         )
         for number, shard in enumerate(manifest.shards)
     ]
@@ -184,7 +194,7 @@ def _measure_images(
             unreadable.append(f"{task.shard.name}: image {index.keys[row]}: {error}")
         else:
             kind = _Kind(extension == "npy", values.shape[2], values.dtype.kind == "f")
-            moments = measure_moments(values)
+            moments = measure_moments(values, task.no_data)
             missing = values.size - int(moments.count.sum())
             _add_all(sums, {kind: _Sum(moments=moments, images=1, missing=missing)})
         tick(1)
@@ -220,4 +230,5 @@ def _to_statistics(kind: _Kind, total: _Sum) -> Statistics:
         mean=tuple(total.moments.mean.tolist()),
         std=tuple(np.sqrt(variance).tolist()),
         missing=total.missing,
+        values=tuple(total.moments.count.tolist()),
     )

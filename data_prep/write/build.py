@@ -6,8 +6,10 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from data_prep.channels import are_pictures, describe
 from data_prep.executors.processes import Tick
-from data_prep.format.manifest import MANIFEST_NAME, Manifest
+from data_prep.format.manifest import MANIFEST_NAME, Manifest, read_manifest
+from data_prep.format.patterns import is_pattern
 from data_prep.format.storage import Location, RemotePath
 from data_prep.sources.files import SourceError
 from data_prep.sources.image_source import ImageSource, open_source
@@ -116,6 +118,8 @@ def build_shards(
         raise OutputDirError("--overwrite would remove the work of other parts: leave it out.")
     if run.part and store:
         raise OutputDirError("--part writes to a folder that all parts share, not to a URL.")
+    if shards:
+        options = _with_source_channels(source_path, options)
     job = _Job(source=source_path, shards=shards, options=options, run=run)
     if not shards:  # a folder of shards is read without its subfolders
         refuse_inside(source_path, folder)
@@ -141,6 +145,29 @@ def build_shards(
             if run.part is None:
                 manifest = finalize_set(output, listing, max_rejected=run.max_rejected)
     return BuildResult(manifest=manifest, found=listing.survey.found, was_complete=False)
+
+
+def _with_source_channels(source: Location, options: ShardOptions) -> ShardOptions:
+    """Return the options with the channel names and no-data value of a set that is written anew.
+
+    Raises:
+        SourceError: other names are given than the set has.
+    """
+    folder = source.parent if is_pattern(source) else source
+    if not (folder / MANIFEST_NAME).exists():
+        return options
+    manifest = read_manifest(folder)
+    names, given = manifest.channels, options.channel_names
+    if names is not None and (not are_pictures(names) or "channels" in manifest.options):
+        if given not in (None, names):
+            raise SourceError(
+                f"the set in {folder} has channels {describe(names)}, and --channels names "
+                f"{describe(given)}: leave it out; training takes channels by name."
+            )
+        options = replace(options, channels=",".join(names))
+    if manifest.no_data is not None and options.no_data is None:
+        options = replace(options, no_data=manifest.no_data)
+    return options
 
 
 def _read_built(place: Location, job: _Job, source: ImageSource, progress: Progress) -> BuildResult:

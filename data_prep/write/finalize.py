@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+from data_prep.channels import ChannelNames, are_pictures, describe, read_names
 from data_prep.format.atomic import name_in_errors
 from data_prep.format.index import checksum, index_name
 from data_prep.format.manifest import Manifest, ShardEntry
@@ -22,7 +24,7 @@ from data_prep.write.output_dir import (
     OutputDirError,
 )
 from data_prep.write.plan import path_key
-from data_prep.write.shard import Rejection, report_name, shard_name, share_batches
+from data_prep.write.shard import Counts, Rejection, report_name, shard_name, share_batches
 
 _NAMED = 5
 
@@ -35,7 +37,9 @@ class TooManyRejectedError(SourceError):
 class _Totals:
     entries: list[ShardEntry] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
-    kinds: dict[str, tuple[int, str]] = field(default_factory=dict)
+    kinds: Counts = field(default_factory=Counts)
+    channels: Counts = field(default_factory=Counts)
+    no_data: Counts = field(default_factory=Counts)
     validation_shards: int = 0
     damaged: int = 0
     """Images rejected for damage."""
@@ -74,7 +78,7 @@ def finalize_set(output: OutputDir, listing: SourceListing, *, max_rejected: flo
                 f"same command again with a larger --max-rejected. All are listed in {path}; the "
                 f"first are:\n  {_describe_first(path)}"
             )
-        hint = _describe_mixture(totals.kinds)
+        hint = _describe_mixture(totals.kinds.counts)
         if hint:
             WarnOnce()(hint)
         manifest = replace(_describe(output, listing, totals), rejected=rejected)
@@ -137,12 +141,57 @@ def _describe(output: OutputDir, listing: SourceListing, totals: _Totals) -> Man
             for entry, name in zip(totals.entries, names, strict=True)
         ),
         classes=listing.survey.classes,
+        channels=_channels(options, totals.channels.counts),
+        no_data=_no_data(options, totals.no_data.counts),
         notes=dict(sorted(totals.notes.items())),
         skipped=listing.survey.skipped,
         skipped_examples=listing.survey.examples,
         options=options,
         fingerprint=identity.fingerprint,
     )
+
+
+def _channels(
+    options: Mapping[str, Any], found: Mapping[str, tuple[int, str]]
+) -> ChannelNames | None:
+    """Return the names of the channels of all images; None if they are not known.
+
+    Raises:
+        SourceError: the files tell different ones; the shards are kept.
+    """
+    if "channels" in options:
+        return read_names(options["channels"])
+    named = {tuple(key.split(",")): count for key, count in found.items() if key}
+    if named and are_pictures(*named):
+        named = {max(named, key=len): (0, "")}  # grey is trained on as colour
+    if len(named) > 1:
+        listed = "; ".join(
+            f"{count_noun(count, 'image')} of {describe(names)}, as {path}"
+            for names, (count, path) in named.items()
+        )
+        raise SourceError(
+            f"the files name their channels differently: {listed}. The finished shards are kept: "
+            "write each kind as a set of its own (--include, --exclude), which training matches by "
+            "name."
+        )
+    return next(iter(named), None) if "" not in found else None
+
+
+def _no_data(options: Mapping[str, Any], found: Mapping[str, tuple[int, str]]) -> float | None:
+    """Return the value that stands for no measurement.
+
+    Raises:
+        SourceError: the files tell different ones; the shards are kept.
+    """
+    if "no_data" in options:
+        return float(options["no_data"])
+    if len(found) > 1:
+        listed = "; ".join(f"{value}, as {path}" for value, (_, path) in found.items())
+        raise SourceError(
+            f"different values stand for no measurement: {listed}. The finished shards are kept: "
+            "write each kind as a set of its own (--include, --exclude)."
+        )
+    return next(map(float, found), None)
 
 
 def _write_rejected(path: Path, rows: Iterator[Rejection]) -> int:
@@ -177,9 +226,9 @@ def _gather(output: OutputDir, listing: SourceListing, sorter: ExternalSort) -> 
         totals.rejected += len(report.rejected)
         totals.damaged += len(report.rejected)
         totals.notes.update(report.notes)
-        for kind, (count, path) in report.kinds.items():
-            before, example = totals.kinds.get(kind, (0, path))
-            totals.kinds[kind] = before + count, example
+        totals.kinds.update(report.kinds)
+        totals.channels.update(report.channels)
+        totals.no_data.update(report.no_data)
         if report.entry is not None:
             totals.entries.append(report.entry)
             is_validation = plan.number >= len(listing.shards) - listing.validation_shards

@@ -1,5 +1,6 @@
 """Options of writing a set: contents of the shards, and execution of the work."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -8,6 +9,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Token
 
 from data_prep.bounds import Bounds, Count, Probability, Rate, Seed, check_bounds
+from data_prep.channels import ChannelNames, read_names
 from data_prep.format.command_line import FLAT, PASSED, shown_as
 from data_prep.images.settings import MAX_PIXELS, Encoding
 from data_prep.sources.files import Selection
@@ -46,14 +48,28 @@ class ShardOptions:
     """Reject images with more pixels."""
     encoding: Annotated[Encoding, FLAT] = field(default_factory=Encoding)
     """Size and format of stored pictures."""
+    channels: Annotated[str | None, shown_as("NAME,...")] = None
+    """Names of the channels in stored order, as in B2,B3,B4,B8,B12 (Sentinel-2's) or red,nir.
+    Default: those that the files tell."""
+    no_data: float | None = None
+    """Value of arrays without a measurement, left out of statistics. Default: GDAL's tag."""
     channel_axis: Annotated[ChannelAxis, PASSED] = "auto"
     """Axis of the channels of arrays: first, last, or auto, which recognises few channels before
     rows and columns. Shards hold them last."""
 
     def __post_init__(self) -> None:
         check_bounds(self, "--")
+        if self.channels is not None:
+            read_names(self.channels)
+        if self.no_data is not None and not math.isfinite(self.no_data):
+            raise ValueError("--no-data must be a number; NaN is always left out.")
         if self.channel_axis not in ("auto", "first", "last"):
             raise ValueError(f"channel_axis is auto, first or last, got {self.channel_axis!r}.")
+
+    @property
+    def channel_names(self) -> ChannelNames | None:
+        """Names of the channels, if they are given."""
+        return None if self.channels is None else read_names(self.channels)
 
     @property
     def window(self) -> int | None:
@@ -74,6 +90,11 @@ class ShardOptions:
         encoding: dict[str, Any] = values.pop("encoding")
         if values["channel_axis"] == "auto":
             del values["channel_axis"]  # as in the manifests of earlier versions
+        for name in ("channels", "no_data"):
+            if values[name] is None:
+                del values[name]  # as in the manifests of earlier versions
+        if self.channel_names is not None:
+            values["channels"] = list(self.channel_names)
         lists = {name: list(selection[name]) for name in ("include", "exclude")}
         return {**values, **encoding, **selection, **lists}
 

@@ -20,7 +20,8 @@ from data_prep.format.index import IndexedTar, ShardIndex, index_name, write_ind
 from data_prep.format.manifest import IMAGE_EXTENSIONS, ShardEntry
 from data_prep.format.storage import Location
 from data_prep.format.text import count_noun
-from data_prep.images.arrays import read_header
+from data_prep.images.arrays import MAGIC, read_header
+from data_prep.images.channel_names import ToldNames, check_names, told_names, told_no_data
 from data_prep.images.checking import CheckedImage, RejectedImageError, check_image
 from data_prep.sources.files import SourceFile, UnreadableFileError
 from data_prep.sources.image_source import ImageSource, open_source
@@ -195,6 +196,10 @@ class ShardReport:
     """Digest of its listing; see `ShardPlan.digest`."""
     kinds: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Kind of image, as training tells them apart → number of images and the path of the first."""
+    channels: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Names of the channels that files tell, separated by commas, empty for none → the same."""
+    no_data: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Value that stands for no measurement, as text → the same."""
 
     @property
     def found(self) -> int:
@@ -223,7 +228,7 @@ def write_shard(task: ShardTask, tick: Tick) -> ShardReport:
     name = shard_name(task.plan.number)
     partial = task.folder / f".{name}.partial-{os.getpid()}"
     try:
-        indexed, rejected, notes, kinds = _write_tar(partial, task, tick)
+        indexed, rejected, notes, found = _write_tar(partial, task, tick)
         entry = None
         if len(indexed.index):
             entry = indexed.entry(name)
@@ -237,7 +242,9 @@ def write_shard(task: ShardTask, tick: Tick) -> ShardReport:
         rejected=tuple(rejected),
         notes=notes,
         listing=task.plan.digest,
-        kinds=kinds,
+        kinds=found.kinds.counts,
+        channels=found.channels.counts,
+        no_data=found.no_data.counts,
     )
     text = json.dumps(asdict(report))
     atomic_write_bytes(task.folder / report_name(report.number), text.encode())
@@ -290,10 +297,10 @@ def shard_exists(folder: Path, entry: ShardEntry) -> bool:
 
 def _write_tar(
     path: Path, task: ShardTask, tick: Tick
-) -> tuple[IndexedTar, list[Rejection], dict[str, int], dict[str, tuple[int, str]]]:
+) -> tuple[IndexedTar, list[Rejection], dict[str, int], "_Found"]:
     rejected: list[Rejection] = []
     notes: Counter[str] = Counter()
-    kinds: dict[str, tuple[int, str]] = {}
+    found = _Found()
     opened = open_source(
         task.source, task.options.selection, shards=task.shards, scratch=task.folder
     )
@@ -302,7 +309,7 @@ def _write_tar(
         for position, file in enumerate(files, start=task.plan.first):
             key = f"{position:09d}"
             try:
-                image = _read_image(source, file, task.options)
+                image, told, no_data = _read_image(source, file, task.options)
             except (RejectedImageError, UnreadableFileError) as error:
                 rejected.append(Rejection(path=file.path, reason=str(error), key=key))
             else:
@@ -311,11 +318,36 @@ def _write_tar(
                 image_notes = [*_notes_of(file), *image.notes]
                 writer.write(key, _members(file, image, image_notes, label, task), label)
                 notes.update(image_notes)
-                kind = _kind_of(image)
-                count, example = kinds.get(kind, (0, file.path))
-                kinds[kind] = count + 1, example
+                found.kinds.add(_kind_of(image), file.path)
+                found.channels.add("" if told is None else ",".join(told.names), file.path)
+                if no_data is not None:
+                    found.no_data.add(repr(no_data), file.path)
             tick(1)
-        return writer.finish(), rejected, dict(sorted(notes.items())), kinds
+        return writer.finish(), rejected, dict(sorted(notes.items())), found
+
+
+class Counts:
+    """Numbers of images by what they are, with the path of the first of each."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, tuple[int, str]] = {}
+
+    def add(self, key: str, path: str, count: int = 1) -> None:
+        """Count images."""
+        before, example = self.counts.get(key, (0, path))
+        self.counts[key] = before + count, example
+
+    def update(self, others: Mapping[str, tuple[int, str]]) -> None:
+        """Add the counts of other images."""
+        for key, (count, path) in others.items():
+            self.add(key, path, count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    kinds: Counts = field(default_factory=Counts)
+    channels: Counts = field(default_factory=Counts)
+    no_data: Counts = field(default_factory=Counts)
 
 
 def share_batches(kinds: Collection[str]) -> bool:
@@ -338,15 +370,26 @@ def _kind_of_arrays(channels: int, dtype: str) -> str:
     return f"arrays of {count_noun(channels, 'channel')}, {values}"
 
 
-def _read_image(source: ImageSource, file: SourceFile, options: ShardOptions) -> CheckedImage:
+def _read_image(
+    source: ImageSource, file: SourceFile, options: ShardOptions
+) -> tuple[CheckedImage, ToldNames | None, float | None]:
+    """Return an image that passed all checks, and the names and no-data value its file tells."""
     data = source.read(file)
-    return check_image(
+    image = check_image(
         data,
         max_pixels=options.max_pixels,
         decode=options.check,
         encoding=options.encoding,
         channel_axis=options.channel_axis,
     )
+    is_array = image.extension == "npy"
+    told = told_names(data, "npy" if data.startswith(MAGIC) else "")
+    if options.channel_names is not None:
+        stored = read_header(image.data).channels if is_array else None
+        reason = check_names(told, stored, options.channel_names)
+        if reason:
+            raise RejectedImageError(reason)
+    return image, told, told_no_data(data) if is_array else None
 
 
 def _notes_of(file: SourceFile) -> list[str]:

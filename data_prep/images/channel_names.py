@@ -1,0 +1,117 @@
+"""Names of the channels that an image file tells: its colours, or the descriptions of its bands."""
+
+import re
+from dataclasses import dataclass
+
+from data_prep.channels import (
+    GRAY,
+    RGB,
+    RGBA,
+    ChannelNameError,
+    ChannelNames,
+    are_pictures,
+    compare_names,
+    describe,
+    read_names,
+)
+from data_prep.format.text import count_noun
+from data_prep.images.damage import read_jpeg_header
+from data_prep.images.tiff_layout import STARTS, TiffError, TiffLayout, read_layout
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_COLOUR, _PNG_GREYS = 25, (0, 4)
+"""Offset of a PNG's colour type, and those of grey without and with transparency."""
+_ITEM = re.compile(rb"<Item\b([^>]{1,500})>([^<]{0,500})</Item>")
+_SAMPLE = re.compile(rb"""\bsample=["'](\d{1,5})["']""")
+_DESCRIPTION = re.compile(rb"""\bname=["']DESCRIPTION["']""", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToldNames:
+    """Names that a file tells."""
+
+    names: ChannelNames
+    described: bool
+    """Whether its bands are described one by one, rather than known by the kind of picture."""
+
+
+def told_names(data: bytes, extension: str) -> ToldNames | None:
+    """Return the names that an image file tells; None if it tells none, as arrays do.
+
+    Args:
+        data: the file.
+        extension: file name extension; npy distinguishes arrays from pictures.
+    """
+    if extension == "npy":
+        return None
+    if data.startswith(STARTS):
+        try:
+            return tiff_names(read_layout(data))
+        except TiffError:  # decoding it will report it
+            return None
+    return ToldNames(names=GRAY if _is_grey(data) else RGB, described=False)
+
+
+def told_no_data(data: bytes) -> float | None:
+    """Return the value that an image file says stands for no measurement, if it says one."""
+    if not data.startswith(STARTS):
+        return None
+    try:
+        return read_layout(data).no_data
+    except TiffError:
+        return None
+
+
+def check_names(told: ToldNames | None, stored: int | None, names: ChannelNames) -> str:
+    """Return why an image cannot have channels of these names; empty if it can.
+
+    Args:
+        told: names that its file tells.
+        stored: number of its channels if it is stored as an array, None for a picture.
+        names: the names that are given.
+    """
+    if told is not None and told.described and told.names != names:
+        return (
+            f"its bands are described as {describe(told.names)}, and --channels names "
+            f"{describe(names)}: {compare_names(told.names, names)}"
+        )
+    if stored is None and are_pictures(names):
+        return ""  # the decoder converts them
+    count = stored if stored is not None else 1 if told is None else len(told.names)
+    if count == len(names) or (stored is None and (count, len(names)) == (3, 4)):
+        return ""
+    channels = count_noun(count, "channel")
+    return f"it has {channels}, and --channels names {len(names)}: {describe(names)}"
+
+
+def tiff_names(layout: TiffLayout) -> ToldNames | None:
+    """Return the names that the tags of a TIFF tell: GDAL's band descriptions, or its colours."""
+    described = _descriptions(layout)
+    if described is not None:
+        return ToldNames(names=described, described=True)
+    colours = {"L": GRAY, "LA": GRAY, "RGB": RGB, "RGBA": RGBA, "CMYK": RGB}.get(layout.colours)
+    if colours == RGBA and layout.type == "uint8":
+        colours = RGB  # a picture, which is shown on white unless four channels are asked for
+    return None if colours is None else ToldNames(names=colours, described=False)
+
+
+def _descriptions(layout: TiffLayout) -> ChannelNames | None:
+    found: dict[int, str] = {}
+    for attributes, text in _ITEM.findall(layout.gdal_metadata):
+        place = _SAMPLE.search(attributes)
+        if place is not None and _DESCRIPTION.search(attributes):
+            plain = re.sub(r"[^a-z0-9]+", "_", text.decode("utf-8", "replace").lower())
+            found[int(place[1])] = plain.strip("_")
+    if sorted(found) != list(range(layout.samples)):
+        return None
+    try:
+        return read_names([found[band] for band in range(layout.samples)])
+    except ChannelNameError:  # two bands of one description, for example
+        return None
+
+
+def _is_grey(data: bytes) -> bool:
+    if data.startswith(_PNG):
+        return data[_PNG_COLOUR : _PNG_COLOUR + 1] in (b"\0", b"\4")
+    header = read_jpeg_header(data)
+    return header is not None and header[2] == "Gray"
