@@ -26,6 +26,8 @@ MOST_PROBLEMS = 20
 FORMAT = "swinv2-encoder"
 VIDEO_FORMAT = "swinv2-video-encoder"
 FORMAT_VERSION = 1
+IMPLIED_CHANNELS: Mapping[int, tuple[str, ...]] = {1: ("gray",), 3: ("red", "green", "blue")}
+"""Names of the channels, by their number, of a file of earlier versions, which has none."""
 LOADERS: Mapping[str, str] = {FORMAT: "load_encoder", VIDEO_FORMAT: "load_video_encoder"}
 """The function that loads a directory of each format."""
 
@@ -69,6 +71,9 @@ class EncoderDescription:
     std: tuple[float, ...]
     """Each channel is divided by it after that."""
     provenance: Provenance
+    channels: tuple[str, ...] | None = None
+    """Names of the channels in the order of the images, such as red, green, blue; None if they are
+    not known."""
 
     def __post_init__(self) -> None:
         provenance: object = self.provenance
@@ -76,6 +81,7 @@ class EncoderDescription:
             kind = type(provenance).__name__
             raise TypeError(f"provenance is a {kind}; give a swinv2.Provenance.")
         check_normalisation(self.mean, self.std, self.config.in_channels)
+        check_channels(self.channels, self.config.in_channels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +123,21 @@ def check_normalisation(mean: Sequence[float], std: Sequence[float], channels: i
         raise WeightsError(f"std is {list(std)}: give values greater than 0.")
 
 
+def check_channels(channels: Sequence[str] | None, count: int) -> None:
+    """Check that there is one name for each channel, and no name twice.
+
+    Raises:
+        WeightsError: there is not.
+    """
+    if channels is None:
+        return
+    if len(channels) != count or len(set(channels)) < count or not all(channels):
+        raise WeightsError(
+            f"channels is {list(channels)}, and the images have {count} channels: give one name "
+            "for each, all different."
+        )
+
+
 def to_json(description: EncoderDescription) -> str:
     """Return the text of `config.json`."""
     origins: dict[str, Provenance | None] = {"provenance": description.provenance}
@@ -130,6 +151,7 @@ def to_json(description: EncoderDescription) -> str:
         "config": asdict(description.config),
         "mean": description.mean,
         "std": description.std,
+        "channels": description.channels,
         **{name: None if of is None else dict(vars(of)) for name, of in origins.items()},
     }
     return json.dumps(content, indent=2) + "\n"
@@ -209,7 +231,7 @@ def _read(
     content = _parse(source, format_name)
     problems: list[str] = []
     top_fields = {**_TOP_FIELDS, **dict.fromkeys(more, _anything)}
-    top = _read_fields(content, top_fields, "", problems)
+    top = _read_fields({"channels": ...} | content, top_fields, "", problems)
     values = _read_fields(content.get("config"), _config_fields(config_type), "config.", problems)
     origins = {
         name: _read_fields(content.get(name), _PROVENANCE_FIELDS, f"{name}.", problems)
@@ -221,12 +243,17 @@ def _read(
     try:
         config = config_type(**values)
         check_normalisation(top["mean"], top["std"], config.in_channels)
+        channels = top["channels"]
+        if channels is ...:
+            channels = IMPLIED_CHANNELS.get(config.in_channels)
+        check_channels(channels, config.in_channels)
     except ValueError as error:
         raise WeightsError(f"{source}: {error}") from error
     return {
         "config": config,
         "mean": top["mean"],
         "std": top["std"],
+        "channels": channels,
         **dict.fromkeys(more),
         **{name: Provenance(**origin) for name, origin in origins.items()},
     }
@@ -334,6 +361,11 @@ def _list_of(read: Callable[[object], Any]) -> Callable[[object], Any]:
     return read_list
 
 
+def _channels(value: object) -> object:
+    """Read the names of the channels; `...` stands for a file without the field."""
+    return ... if value is ... else _optional(_list_of(_string))(value)
+
+
 _TOP_FIELDS: dict[str, Callable[[object], Any]] = {
     "format": _string,
     "version": _integer,
@@ -341,6 +373,7 @@ _TOP_FIELDS: dict[str, Callable[[object], Any]] = {
     "provenance": _anything,
     "mean": _list_of(_number),
     "std": _list_of(_number),
+    "channels": _channels,
 }
 _PROVENANCE_FIELDS: dict[str, Callable[[object], Any]] = {
     "step": _optional(_integer),

@@ -46,6 +46,7 @@ def save_encoder(
     *,
     mean: Sequence[float],
     std: Sequence[float],
+    channels: Sequence[str] | None = None,
     provenance: Provenance | None = None,
     check: Callable[[Path], object] | None = None,
 ) -> Path:
@@ -59,12 +60,13 @@ def save_encoder(
         path: a new or empty folder, or an encoder directory.
         mean: one value per channel, for images in [0, 1].
         std: one positive value per channel.
+        channels: names of the channels in the order of the images; None if they are not known.
         provenance: steps, samples and recipe behind the weights.
         check: called with the written folder before it is renamed to `path`; if it raises, `path`
             stays as it was.
 
     Raises:
-        ValueError: `mean` or `std` does not fit the channels, or `path` holds other files.
+        ValueError: `mean`, `std` or `channels` does not fit, or `path` holds other files.
         TypeError: `encoder` is not an image encoder.
     """
     _check_type(encoder, SwinV2)
@@ -75,6 +77,7 @@ def save_encoder(
         config=config,
         mean=per_channel("mean", mean),
         std=per_channel("std", std),
+        channels=None if channels is None else tuple(channels),
         provenance=provenance or Provenance(),
     )
     return _write_directory(encoder, path, description, _readme(description), check)
@@ -86,6 +89,7 @@ def save_video_encoder(
     *,
     mean: Sequence[float],
     std: Sequence[float],
+    channels: Sequence[str] | None = None,
     provenance: Provenance | None = None,
     inflated_from: Provenance | None = None,
     check: Callable[[Path], object] | None = None,
@@ -97,12 +101,13 @@ def save_video_encoder(
         path: a new or empty folder, or an encoder directory.
         mean: one value per channel, for frames in [0, 1].
         std: one positive value per channel.
+        channels: names of the channels in the order of the images; None if they are not known.
         provenance: steps, clips and recipe behind the weights.
         inflated_from: provenance of the image encoder that it was inflated from.
         check: called with the written folder before it is renamed to `path`.
 
     Raises:
-        ValueError: `mean` or `std` does not fit the channels, or `path` holds other files.
+        ValueError: `mean`, `std` or `channels` does not fit, or `path` holds other files.
         TypeError: `encoder` is not a video encoder.
     """
     _check_type(encoder, VideoSwinV2)
@@ -115,6 +120,7 @@ def save_video_encoder(
         config=config,
         mean=per_channel("mean", mean),
         std=per_channel("std", std),
+        channels=None if channels is None else tuple(channels),
         provenance=provenance or Provenance(),
         inflated_from=inflated_from,
     )
@@ -386,13 +392,17 @@ description = read_encoder_config(".")
 
 `encoder.features(images)` returns {len(config.depths)} maps, at strides \
 {", ".join(map(str, config.strides))}; `encoder(images)` the last as
-(batch, rows, columns, {config.num_features}). Images have {config.in_channels} channels; from \
-values in [0, 1] subtract `description.mean`,
+(batch, rows, columns, {config.num_features}). Images have {config.in_channels} \
+channels{_listed(description.channels)}; from values in [0, 1] subtract `description.mean`,
 {list(description.mean)}, then divide by `description.std`, {list(description.std)}.
 
 Architecture: {config.variant or "custom"}, trained at {width}x{height} pixels. For another size: \
 `load_encoder(".", image_size=..., window_size=...)`.
 """
+
+
+def _listed(channels: Sequence[str] | None) -> str:
+    return "" if channels is None else f" ({', '.join(channels)})"
 
 
 def _video_readme(description: VideoEncoderDescription) -> str:

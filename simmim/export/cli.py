@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from data_prep.channels import read_names
 from data_prep.format.command_line import ONE_OF
 from simmim.export.formats import Format, ImportFormat, WeightsChoice
 
@@ -60,6 +61,7 @@ def import_(
     pretrained_windows: str | None = None,
     mean: str | None = None,
     std: str | None = None,
+    channels: str | None = None,
 ) -> int:
     """Convert a third-party Swin Transformer V2 checkpoint to an encoder directory.
 
@@ -80,9 +82,12 @@ def import_(
             present windows.
         mean: Mean per channel, of images in [0, 1]: X,X,... Default: the file's, or ImageNet's.
         std: Standard deviation per channel: X,X,... Default: the file's, or ImageNet's.
+        channels: Names of the channels: NAME,NAME,... Default: red,green,blue of three, gray of
+            one.
     """
     image, window = _size("--image-size", image_size), _size("--window-size", window_size)
     windows = _windows(pretrained_windows)
+    names = None if channels is None else read_names(channels)
     means, deviations = _numbers("--mean", mean), _numbers("--std", std)
     from simmim.export.import_encoder import ImportOptions, import_encoder
 
@@ -95,6 +100,7 @@ def import_(
         std=deviations,
         weights=weights,
         key=key,
+        channels=names,
     )
     print("\n".join(import_encoder(source, destination, format, options)))
     return 0

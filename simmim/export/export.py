@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_prep.channels import GRAY, RGB, describe
 from simmim.engine.checkpoint.directory import read_best
 from simmim.export.formats import GRAPHS, Format
 from simmim.export.load_trained import Source, find_source, read_model_at
@@ -117,7 +118,7 @@ def export(
     preparation = found.preparation or Preparation()
     if trial.largest is not None:  # the data tell
         preparation = replace(preparation, largest=trial.largest)
-    found = replace(found, preparation=preparation)
+    found = replace(found, preparation=replace(preparation, channels=found.channels))
     compared = [f"compared on {trial.origin}:"]
     written = _write(found, destination, form, trial.images, compared.append, any_size=any_size)
     note = describe_best(source, found.provenance.step)
@@ -169,6 +170,7 @@ def _write(
         raise ValueError(
             f"{found.origin} is an encoder of clips, which can only be exported as native."
         )
+    _refuse_other_order(found, form)
     prepared: dict[str, Any] = {"mean": found.mean, "std": found.std}
     assert found.preparation is not None
     preparation = found.preparation
@@ -194,6 +196,8 @@ def _write(
             )
             places = {name: destination / folder for name, folder in FOLDERS.items()}
             lines = [f"{place}: {name}" for name, place in places.items() if place.is_dir()]
+            if found.channels not in (None, RGB, GRAY):
+                other.append("not exported: names of the channels, which README.md alone lists")
             return [*lines, f"{loads} them", *other, *from_files]
         case "reference":
             export_reference(encoder, destination, **verified, **heads)
@@ -215,6 +219,19 @@ def _write(
             left = "the head" if masked_image is None else "mask token and decoder"
             alone = f"not exported: {left} (graphs have the encoder only)"
             return [*lines, alone] if masked_image or found.head else lines
+
+
+def _refuse_other_order(found: TrainedModel, form: Format) -> None:
+    """Raise ValueError if a library that hands pictures to the model has their colours in another
+    order than the encoder."""
+    names = found.channels
+    if form in GRAPHS or names is None or names == RGB or set(names) != set(RGB):
+        return
+    raise ValueError(
+        f"the encoder of {found.origin} takes channels {describe(names)}, and models of {form} get "
+        f"pictures in {describe(RGB)}: export it as native, onnx or torch-export, which record the "
+        f"order, or fine-tune it with data.channels {describe(RGB)}, which reorders its weights."
+    )
 
 
 def _trial_input(found: TrainedModel) -> TrialImage:
@@ -246,6 +263,7 @@ def _write_native(
     prepared: dict[str, Any] = {
         "mean": found.mean,
         "std": found.std,
+        "channels": found.channels,
         "provenance": found.provenance,
         "check": complete,
     }

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.channels import describe
 from data_prep.format.text import count_noun
 from simmim.export.export import compare_native
 from simmim.export.formats import ImportFormat, WeightsChoice
@@ -17,6 +18,7 @@ from swinv2.bridges.reference import import_reference
 from swinv2.bridges.sizes import PretrainedWindows
 from swinv2.bridges.timm import import_timm
 from swinv2.bridges.transformers import import_transformers
+from swinv2.config_file import IMPLIED_CHANNELS
 from swinv2.weights import save_encoder
 
 
@@ -40,6 +42,8 @@ class ImportOptions:
     """Averaged or raw weights of a file that has both; None takes averaged ones, if any."""
     key: str | None = None
     """Entry of the file, or prefix of names, of one of several models."""
+    channels: Sequence[str] | None = None
+    """Names of the channels; None: red, green and blue of three, gray of one."""
 
 
 def import_encoder(
@@ -65,12 +69,16 @@ def import_encoder(
     imported = _read(source, form, known)
     encoder, config = imported.encoder, imported.encoder.config
     trial = trial_image(config, imported.mean, imported.std)
+    channels = known.channels
+    if channels is None:
+        channels = IMPLIED_CHANNELS.get(config.in_channels)
     compared = [f"compared on {trial.origin}:"]
     save_encoder(
         encoder,
         destination,
         mean=imported.mean,
         std=imported.std,
+        channels=channels,
         check=lambda folder: compared.append(compare_native(encoder, folder, trial.images)),
     )
     height, width = config.image_size
@@ -83,7 +91,7 @@ def import_encoder(
     lines = [
         f"Imported {source} ({form}) as {destination}",
         sizes,
-        f"  mean {imported.mean}, std {imported.std}",
+        f"  mean {imported.mean}, std {imported.std}, channels {describe(channels)}",
         *(f"  {note}" for note in imported.notes),
     ]
     if imported.head is not None:

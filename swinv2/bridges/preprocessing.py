@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from swinv2.config import SwinV2Config
+from swinv2.config_file import IMPLIED_CHANNELS
 
+RGB = IMPLIED_CHANNELS[3]
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, as processors store it
 MARGIN = 1e-9
 """Relative margin by which the crop of a processor is enlarged, so that it is truncated as ours."""
@@ -25,6 +27,8 @@ class Preparation:
     """Fraction of the short side that the central crop keeps."""
     largest: float = 255.0
     """Stored value that becomes 1.0: 255 for 8 bits, 65535 for 16, 1 for floating point."""
+    channels: tuple[str, ...] | None = None
+    """Names of the channels in the order of the input; None if they are not known."""
 
 
 WHOLE_PICTURES = Preparation()
@@ -39,6 +43,7 @@ def describe(
     return {
         "orientation": "upright, by Exif",
         "channels": config.in_channels,
+        **({} if preparation.channels is None else {"channel_names": list(preparation.channels)}),
         "crop": {
             "kind": "centre",
             "crop_pct": preparation.crop_pct,
@@ -77,7 +82,7 @@ def processor_config(
     height, width = config.image_size
     rescales = preparation.largest != 1.0
     content = {
-        "do_convert_rgb": config.in_channels == 3,
+        "do_convert_rgb": config.in_channels == 3 and preparation.channels in (None, RGB),
         "do_resize": True,
         "size": {"height": height, "width": width},
         "resample": BICUBIC,
@@ -117,7 +122,9 @@ def sentences(config: SwinV2Config, preparation: Preparation) -> str:
     if preparation.crop_pct == 1:
         square = height == width
         part = "the central square" if square else "the largest central part of that aspect ratio"
+    names = preparation.channels
+    order = "" if names is None else f" The channels are, in this order: {', '.join(names)}."
     return (
         f"Pictures are turned upright (Exif), {part} is cropped, resized to {width}x{height} "
-        f"pixels (bicubic, antialiased), and {values}."
+        f"pixels (bicubic, antialiased), and {values}.{order}"
     )
