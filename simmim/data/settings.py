@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal, TypeVar
 
 from data_prep.bounds import Bounds, Count, Fraction, Probability, Span, Whole
+from data_prep.channels import RGB, describe, read_name
 from data_prep.format.patterns import Names
 from data_prep.format.storage import ATTEMPTS
 from simmim.data.datasets.clips import ClipSet, open_clips
@@ -143,26 +144,63 @@ class CroppedSettings(SampleSettings, CropSettings):
 class DrawnSettings(SampleSettings):
     """Images of which pictures are drawn."""
 
-    picture_bands: tuple[int, ...] | None = None
-    """Channels that pictures show in red, green and blue, counted from 0; one is shown in grey.
-    null shows the first three, or the first of one or two. Images of more than 8 bits are stretched
-    from the 1st to the 99th percentile of each channel."""
+    picture_bands: tuple[int | str, ...] | None = None
+    """Channels that pictures show in red, green and blue, by name or counted from 0; one is shown
+    in grey. null shows red, green and blue if the channels have these names, else the first three,
+    or the first of one or two. Images of more than 8 bits are stretched from the 1st to the 99th
+    percentile of each channel."""
 
     def __post_init__(self) -> None:
-        bands = self.picture_bands
-        if bands is not None and (len(bands) not in (1, 3) or min(bands) < 0):
+        bands = (0,) if self.picture_bands is None else self.picture_bands
+        numbers = [band for band in bands if isinstance(band, int)]
+        for name in bands:
+            if isinstance(name, str):
+                read_name(name)
+        if len(bands) not in (1, 3) or min(numbers, default=0) < 0:
             raise ValueError(
                 f"picture_bands is {list(bands)}; give three channels for red, green and blue or "
-                "one for grey, counted from 0."
+                "one for grey, by name or counted from 0."
             )
 
     def check_bands(self, channels: int) -> None:
-        """Raise ValueError unless the encoder's images have the channels that pictures show."""
-        if max(self.picture_bands or (0,)) >= channels:
+        """Raise ValueError unless the encoder's images have the channels that pictures show.
+
+        Names are compared once the images have some.
+        """
+        bands, names = self.picture_bands or (0,), self.wanted_channels
+        missing = [
+            band
+            for band in bands
+            if (band >= channels if isinstance(band, int) else read_name(band) not in (names or ()))
+        ]
+        if not missing or (names is None and all(isinstance(band, str) for band in missing)):
+            return
+        have = f"{channels} channels, counted from 0"
+        have = have if names is None else f"{have}: {describe(names)}"
+        raise ValueError(
+            f"data.picture_bands is {list(bands)}, and the images have {have}: choose among these."
+        )
+
+    @property
+    def drawn_bands(self) -> tuple[int, ...] | None:
+        """Numbers of the channels that pictures show; None are the first three.
+
+        Raises:
+            ValueError: they are given by name, and the channels have no names.
+        """
+        names = self.wanted_channels
+        if self.picture_bands is None:
+            has_colours = names is not None and set(RGB) <= set(names)
+            return tuple(map((names or RGB).index, RGB)) if has_colours else None
+        if names is None and any(isinstance(band, str) for band in self.picture_bands):
             raise ValueError(
-                f"data.picture_bands is {list(self.picture_bands or ())}, and the images have "
-                f"{channels} channels, counted from 0: choose among these."
+                f"data.picture_bands is {list(self.picture_bands)}, and the channels of the images "
+                "have no names: name them in data.channels, or count them from 0."
             )
+        return tuple(
+            band if isinstance(band, int) else (names or ()).index(read_name(band))
+            for band in self.picture_bands
+        )
 
 
 @settings
@@ -250,7 +288,9 @@ def with_statistics(data: Data, read: Callable[[str], ChannelStatistics] | None 
     """
     if MEASURED not in (data.mean, data.std):
         return data
-    read = read or partial(recorded_statistics, allow_pipe=data.allow_pipe)
+    read = read or partial(
+        recorded_statistics, allow_pipe=data.allow_pipe, channels=data.wanted_channels
+    )
     found = measured_statistics(folders_of(data.shards), weights_of(data.shards), read=read)
     mean = found.mean if data.mean in (MEASURED, IMAGENET_MEAN) else data.mean
     std = found.std if data.std in (MEASURED, IMAGENET_STD) else data.std
@@ -307,6 +347,9 @@ class ClipDataSettings(CroppedSettings, RandomCropSettings):
 
     def __post_init__(self) -> None:
         mean, std = self.normalisation
+        if self.wanted_channels not in (None, RGB) or self.image_channels is not None:
+            given = describe(self.wanted_channels or self.untold_channels)
+            raise ValueError(f"clips have channels {describe(RGB)}, got {given}: leave it out.")
         if max(*mean, *std) > 1:
             raise ValueError(
                 f"mean is {list(mean)} and std {list(std)}; both are on a scale of 0 to "

@@ -164,7 +164,11 @@ class Trainer:
                 )
             self.restore(self.chosen.path, allow_changes=allow_changes)
             return self.chosen.warning
-        return None if init_from is None else load_initial(init_from, self.stage.module)
+        return (
+            None
+            if init_from is None
+            else load_initial(init_from, self.stage.module, self.stage.recipe)
+        )
 
     def restore(self, path: Path, *, allow_changes: bool) -> None:
         """Load a checkpoint.

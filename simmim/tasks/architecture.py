@@ -8,8 +8,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from data_prep.channels import describe
+from simmim.data.settings import IMAGENET_MEAN, MEASURED
+from simmim.engine.checkpoint.adapting import ChannelChange, find_change
 from simmim.engine.checkpoint.directory import read_best
 from simmim.recipe import differences, to_values
+from simmim.tasks.measured import with_measured
 from simmim.tasks.other_encoder import other_class
 from simmim.tasks.pretrained import find_weights
 from simmim.tasks.recipe import EncoderSettings, FineTuningRecipe, TaskRecipe
@@ -46,15 +50,56 @@ def resolve_architecture(recipe: RecipeT) -> RecipeT:
         return recipe
     description = describe_directory(find_weights(source).encoder)
     recipe.training.optimizer.check_freeze(len(description.config.depths))
+    data, count = recipe.data, description.config.in_channels
+    change = find_change(
+        description.channels,
+        data.wanted_channels,
+        recipe.encoder.adapt_channels,
+        source=f"the encoder of {source}",
+        count=count,
+    )
+    mean, std = description.mean, description.std
+    if change is not None:
+        given = _given_statistics(recipe, change)
+        mean, std = change.mix(mean, given[0]), change.mix(std, given[1])
+        count = len(change.want)
+    channels = data.wanted_channels or description.channels
     try:
         return replace(
             recipe,
-            encoder=settings_of(recipe.encoder, description.config),
-            data=replace(recipe.data, mean=description.mean, std=description.std),
+            encoder=replace(settings_of(recipe.encoder, description.config), in_channels=count),
+            data=replace(data, mean=mean, std=std, channels=channels),
             like=None,
         )
     except ValueError as error:
         raise ValueError(f"the encoder of {source} does not fit the recipe: {error}") from None
+
+
+def _given_statistics(
+    recipe: FineTuningRecipe, change: ChannelChange
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the recipe's mean and std of each channel, those of shared ones being of no concern.
+
+    Raises:
+        ValueError: there are new channels, and none are given or measured.
+    """
+    data, count = recipe.data, len(change.want)
+    unused = ((0.0,) * count, (1.0,) * count)
+    if not change.new:
+        return unused
+    if MEASURED in (data.mean, data.std):
+        encoder = replace(recipe.encoder, in_channels=count)
+        data = with_measured(replace(recipe, encoder=encoder)).data
+    mean, std = data.normalisation
+    if len(mean) != count or mean == IMAGENET_MEAN:
+        measured = ", or set both to measured" if data.MEASURABLE else ""
+        raise ValueError(
+            f"{', '.join(change.new)} {'is' if len(change.new) == 1 else 'are'} new to the trained "
+            f"weights, so mean and std are not known: give data.mean and data.std of "
+            f"{describe(change.want)}, one number each, of which those of new channels count"
+            f"{measured}."
+        )
+    return mean, std
 
 
 def settings_of(wanted: EncoderSettings, config: SwinV2Config) -> EncoderSettings:

@@ -44,6 +44,17 @@ EVALUATED = (
 )
 """Keys of `training` that validation uses, or that have to fit those it does."""
 
+IMAGES = {
+    "data.shards",
+    "data.validation",
+    "data.folder",
+    "data.validation_folder",
+    "data.images",
+    "data.validation_images",
+    "data.validation_annotations",
+}
+"""Recipe keys that name the images."""
+
 SIZES = ("encoder", "data.image_size")
 """Recipe keys and sections that change the encoder's sizes."""
 
@@ -101,6 +112,7 @@ def evaluate(
     if data is not None:
         overrides = [*overrides, *task.recipe.validating_on(data, overrides)]
     recipe, stage_type = _recipe(checkpoint, run, overrides), task.stage
+    recipe = _as_asked(recipe, overrides)
     stage = stage_type(recipe)
     check_overrides(file, overrides, recipe, stage.recipe)
     check_validation_input(stage, checkpoint)
@@ -204,6 +216,17 @@ def _recipe(checkpoint: Path, run: RunFolder, overrides: Sequence[str]) -> Any:
                 "that records the pretraining windows: finish the training first."
             )
     return recipe
+
+
+def _as_asked(recipe: Any, overrides: Sequence[str]) -> Any:
+    """Return a recipe that reorders the channels of other images only if that is asked for.
+
+    The recipe of a run names the channels that were trained on, whoever has asked for them.
+    """
+    given = {one.partition("=")[0].removeprefix("--") for one in overrides}
+    if "data.channels" in given or not given & IMAGES or recipe.init_directory is None:
+        return recipe
+    return replace(recipe, data=replace(recipe.data, channels=None))
 
 
 def _note(run: RunFolder, found: Evaluation, overrides: Sequence[str]) -> None:

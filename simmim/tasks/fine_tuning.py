@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from simmim.data.channels import with_channels
 from simmim.data.loader.batch import Batch
 from simmim.data.loader.batches import BatchStream, evaluation_batches
 from simmim.data.order.order import Address
@@ -72,7 +73,13 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
     """Takes a Batch on its device and returns the mean loss over it."""
 
     def __init__(self, recipe: RecipeT, training: DataT, validation: DataT | None) -> None:
-        self.recipe: RecipeT = with_slots(self.resolve(recipe), training)
+        named = with_channels(
+            self.resolve(recipe),
+            {"training images": training, "held-out images": validation},
+            asked=recipe.asks_for_channels,
+            trained=_weights_in_messages(recipe),
+        )
+        self.recipe: RecipeT = with_slots(named, training)
         self.training_shards: DataT = training
         self.validation_shards: DataT | None = validation
         self.bad_samples = recipe.data.bad_samples()
@@ -176,13 +183,17 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
     @property
     def checkpoint_notes(self) -> dict[str, str]:
         """Description of an encoder that is not a SwinV2."""
-        return checkpoint_notes(self.encoder, self.initial.mean, self.initial.std)
+        initial = self.initial
+        return checkpoint_notes(self.encoder, initial.mean, initial.std, initial.channels)
 
     def export_encoder(self, run: RunFolder, step: int, samples: int) -> None:
         """Write encoder and head into the run; by default only the weights of the head."""
         mean, std = self.initial.mean, self.initial.std
         provenance = self.provenance(step, samples)
-        save_any_encoder(self.encoder, run.encoder, mean=mean, std=std, provenance=provenance)
+        channels = self.initial.channels
+        save_any_encoder(
+            self.encoder, run.encoder, mean=mean, std=std, channels=channels, provenance=provenance
+        )
         folder = self.recipe.HEAD
         if folder is not None:
             tensors = below(self.module.state_dict(), MODEL_PREFIX)
@@ -233,6 +244,7 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
             encoder=initial.encoder,
             mean=initial.mean,
             std=initial.std,
+            channels=initial.channels,
             provenance=Provenance(),
             inflated_from=initial.inflated_from,
             origin=recipe.init,
@@ -312,6 +324,12 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
     def provenance(self, step: int, samples: int) -> Provenance:
         """Return the provenance to record in the encoder directory."""
         return Provenance(step=step, samples_seen=samples, recipe_hash=recipe_hash(self.recipe))
+
+
+def _weights_in_messages(recipe: FineTuningRecipe) -> str | None:
+    """Return what messages call the weights whose channels are trained; None for random ones."""
+    source = recipe.architecture_source
+    return None if source is None else f"the encoder of {source}"
 
 
 def _without_encoder(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -42,7 +42,9 @@ def _read(task: Any, folder: str) -> ChannelStatistics:
     channels = task.encoder.in_channels
     if not is_image_folder(locate(folder)):
         try:
-            recorded = recorded_statistics(folder, allow_pipe=task.data.allow_pipe)
+            recorded = recorded_statistics(
+                folder, allow_pipe=task.data.allow_pipe, channels=task.data.wanted_channels
+            )
         except ValueError as error:
             raise _with_settings(error, _sample(task, folder, SAMPLES, SECONDS), channels) from None
         if len(recorded.mean) == channels or task.architecture_source is not None:

@@ -64,34 +64,44 @@ def save_any_encoder(
     *,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    channels: tuple[str, ...] | None = None,
     provenance: Provenance,
 ) -> None:
     """Write an encoder directory of a SwinV2, or else the folder of an `OtherEncoder`."""
     if isinstance(encoder, SwinV2):
-        save_encoder(encoder, path, mean=mean, std=std, provenance=provenance)
+        save_encoder(encoder, path, mean=mean, std=std, channels=channels, provenance=provenance)
         return
     assert isinstance(encoder, nn.Module)
     tensors = {
         name: tensor.detach().to("cpu", copy=True).contiguous()
         for name, tensor in encoder.state_dict().items()
     }
-    described = describe(encoder, mean, std)
+    described = describe(encoder, mean, std, channels)
     OtherEncoder(description=described, tensors=tensors, provenance=provenance).save(path)
 
 
-def describe(encoder: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
-    """Return class and sizes of an encoder, with mean and std of its images."""
+def describe(
+    encoder: Any,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    channels: tuple[str, ...] | None,
+) -> dict[str, Any]:
+    """Return class and sizes of an encoder, with mean, std and channels of its images."""
     kind = type(encoder)
     return {
         "class": f"{kind.__module__}.{kind.__qualname__}",
         **{name: getattr(encoder, name) for name in DESCRIBED},
         "mean": mean,
         "std": std,
+        "channels": channels,
     }
 
 
 def checkpoint_notes(
-    encoder: Any, mean: tuple[float, ...], std: tuple[float, ...]
+    encoder: Any,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    channels: tuple[str, ...] | None,
 ) -> dict[str, str]:
     """Return the file that checkpoints of an encoder have besides, by its name; none of a SwinV2.
 
@@ -99,7 +109,7 @@ def checkpoint_notes(
     """
     if isinstance(encoder, SwinV2 | VideoSwinV2):
         return {}
-    return {OTHER_FILE: _to_json(describe(encoder, mean, std))}
+    return {OTHER_FILE: _to_json(describe(encoder, mean, std, channels))}
 
 
 def read_other_encoder(checkpoint: Path | None, directory: Path) -> OtherEncoder | None:

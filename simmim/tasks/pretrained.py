@@ -1,10 +1,15 @@
 """The encoder that fine-tuning starts from: random, or from an encoder directory or a run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import torch
+
+from data_prep.channels import describe
+from simmim.data.channels import say_once
 from simmim.data.settings import CroppedSettings
+from simmim.engine.checkpoint.adapting import PATCH_WEIGHT, ChannelChange, find_change
 from simmim.engine.checkpoint.directory import complete_checkpoints
 from simmim.engine.generators import seeded
 from simmim.engine.run import RunFolder
@@ -34,6 +39,8 @@ class InitialEncoder(Generic[EncoderT]):
     encoder: EncoderT
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    channels: tuple[str, ...] | None = None
+    """Names of the channels of its images; None if they are not known."""
     head: Path | None = None
     """Folder of a trained classifier head."""
     inflated_from: Provenance | None = None
@@ -70,13 +77,14 @@ def load_initial_encoder(
 
     Raises:
         ValueError: `init` is neither an encoder directory nor a finished run, or its encoder does
-            not fit the image or window size.
+            not fit the image or window size, or takes other channels and no rule says what new ones
+            start from.
     """
     if init == SCRATCH:
         with seeded(seed):
             encoder = build_encoder(wanted.config(data.image_size))
         mean, std = data.normalisation
-        return InitialEncoder(encoder=encoder, mean=mean, std=std)
+        return InitialEncoder(encoder=encoder, mean=mean, std=std, channels=data.wanted_channels)
     source = find_weights(init)
     directory = read_encoder_config(source.encoder)
     encoder = load_encoder(
@@ -85,4 +93,33 @@ def load_initial_encoder(
         window_size=wanted.window_size,
         drop_path=wanted.drop_path,
     )
-    return InitialEncoder(encoder=encoder, mean=directory.mean, std=directory.std, head=source.head)
+    mean, std = directory.mean, directory.std
+    channels = data.wanted_channels or directory.channels
+    change = find_change(
+        directory.channels,
+        channels,
+        wanted.adapt_channels,
+        source=f"the encoder of {init}",
+        count=directory.config.in_channels,
+    )
+    if change is not None:
+        encoder = adapt_encoder(encoder, change)
+        mean, std = data.normalisation
+        say_once(f"{init}: {change}")
+    elif directory.channels is None and channels is not None:
+        say_once(
+            f"the encoder of {init} does not name its channels: they are taken as "
+            f"{describe(channels)}"
+        )
+    return InitialEncoder(encoder=encoder, mean=mean, std=std, channels=channels, head=source.head)
+
+
+def adapt_encoder(encoder: SwinV2, change: ChannelChange) -> SwinV2:
+    """Return an encoder for images of other channels, with the weights of those it shares."""
+    config = replace(encoder.config, in_channels=len(change.want))
+    with torch.random.fork_rng(devices=[]):  # of random weights that are replaced
+        adapted = build_encoder(config)
+    state = encoder.state_dict()
+    state[PATCH_WEIGHT] = change.apply(state[PATCH_WEIGHT])
+    adapted.load_state_dict(state)
+    return adapted.train(encoder.training)

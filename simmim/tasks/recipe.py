@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
 from data_prep.bounds import Count, Rate
+from data_prep.channels import AdaptRule
 from data_prep.format.text import count_noun
 from simmim.data.settings import CroppedSettings, SampleSettings
 from simmim.engine.settings import TrainingSettings
@@ -34,6 +35,11 @@ class EncoderSettings:
     """Side of a patch in pixels."""
     in_channels: Count = 3
     """Channels of the images: 1 grey, 3 RGB, 4 RGBA; any number for arrays (.npy)."""
+    adapt_channels: AdaptRule | None = None
+    """Weights of the channels of data.channels that trained weights do not have by name, in
+    fine-tuning (`init`) and with --init-from: each takes those of one trained channel in turn
+    (repeat), their mean (average), or zeros (zero). Channels that both have keep their weights,
+    their mean and std; those of others are data.mean and data.std. null refuses other channels."""
     embed_dim: int | None = None
     """Channels of the first stage; null is the variant's."""
     depths: tuple[int, ...] | None = None
@@ -223,6 +229,11 @@ class TaskRecipe:
     def architecture_source(self) -> str | None:
         """Path of the trained weights whose architecture, mean and std are trained, if any."""
         return self.init_directory
+
+    @property
+    def asks_for_channels(self) -> bool:
+        """Whether the recipe names the channels, so that images are reordered by name."""
+        return self.data.channels is not None
 
     @property
     def input_text(self) -> str:

@@ -66,6 +66,8 @@ class TrainedModel:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     provenance: Provenance
+    channels: tuple[str, ...] | None = None
+    """Names of the channels of its images; None if they are not known."""
     inflated_from: Provenance | None = None
     """Provenance of the image encoder that an encoder of clips was inflated from."""
     masked_image: MaskedImageHead | None = None
@@ -130,6 +132,7 @@ def read_directory(path: Path) -> TrainedModel:
             encoder=load_video_encoder(path),
             mean=clips.mean,
             std=clips.std,
+            channels=clips.channels,
             provenance=clips.provenance,
             inflated_from=clips.inflated_from,
             origin=str(path),
@@ -139,6 +142,7 @@ def read_directory(path: Path) -> TrainedModel:
         encoder=load_encoder(path),
         mean=images.mean,
         std=images.std,
+        channels=images.channels,
         provenance=images.provenance,
         origin=str(path),
     )

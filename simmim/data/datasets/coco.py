@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, with_config
 from typing_extensions import TypedDict
 
 from data_prep.bounds import Bounds
+from data_prep.channels import ChannelNames
 from data_prep.format.text import count_noun
 from data_prep.validation import parse_json
 from simmim.data.datasets.local_files import FileSet, list_files, read_bytes
@@ -58,6 +59,8 @@ class CocoImage:
     shard_name: str
     image: bytes
     extension: str
+    channels: ChannelNames | None = None
+    """Names of its channels; None: only the file may tell them."""
     number: int
     """Image id."""
     size: tuple[int, int]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.channels import ChannelNames
 from data_prep.format.kinds import (
     describe_examples,
 )
@@ -53,6 +54,8 @@ class ImageFile:
     path: bytes
     """Path of the file relative to the folder."""
     label: int | None
+    channels: ChannelNames | None = None
+    """None: only the file may tell them."""
     attempts: int
     """Attempts to read it if the folder is missing or the disk fails."""
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
+from data_prep.channels import ChannelNames
 from data_prep.format.storage import Location, retry
 from data_prep.format.text import count_noun
 from simmim.data.order.randomness import choose_share
@@ -87,6 +88,11 @@ class ImageSet(SampleSource[EncodedImage]):
     @abstractmethod
     def _fingerprint(self, number: int) -> str:
         """Return text that changes with the content of a shard."""
+
+    @property
+    def channels(self) -> ChannelNames | None:
+        """Names of the channels of all images; None if only the files may tell them."""
+        return None
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep.channels import ChannelNames
 from simmim.data.datasets.local_files import FileSet, list_files, read_bytes
 from simmim.recipe import settings
 
@@ -21,6 +22,8 @@ class LabelledImage:
     image: bytes
     extension: str
     labels: bytes
+    channels: ChannelNames | None = None
+    """Names of its channels; None: only the file may tell them."""
 
     @property
     def name(self) -> str:

@@ -8,6 +8,7 @@ from typing import TypeGuard
 import numpy as np
 
 from data_prep.bounds import Positive
+from data_prep.channels import PICTURES, ChannelNameError, ChannelNames, choose
 from data_prep.format.manifest import MANIFEST_NAME, describe_unfinished, read_manifest
 from data_prep.format.patterns import Names, describe_splits
 from data_prep.format.statistics_file import read_statistics
@@ -153,16 +154,33 @@ def measured_statistics(
     return ChannelStatistics(mean=tuple(mean.tolist()), std=tuple(spread.tolist()))
 
 
-def recorded_statistics(folder: str, *, allow_pipe: bool = False) -> ChannelStatistics:
+def recorded_statistics(
+    folder: str, *, allow_pipe: bool = False, channels: ChannelNames | None = None
+) -> ChannelStatistics:
     """Read what `data-prep info --statistics` measured of a set of shards.
 
     If it has images of several types, those of the most frequent type are taken.
 
+    Args:
+        folder: the set, as a recipe names it.
+        allow_pipe: see `read_manifest`.
+        channels: the channels to take, by name; None: all, in stored order.
+
     Raises:
-        ValueError: it was not measured, or a channel is constant.
+        ValueError: it was not measured, or lacks a channel, or one is constant.
     """
     place = set_of(locate(folder))[0]  # what is measured are all shards of a folder
-    measured = read_statistics(read_manifest(place, allow_pipe=allow_pipe))[0]
+    manifest = read_manifest(place, allow_pipe=allow_pipe)
+    measured = read_statistics(manifest)[0]
+    names = manifest.channels
+    if names is None and not measured.is_array:
+        names = PICTURES.get(measured.channels)
+    try:
+        choice = choose(names, channels)
+    except ChannelNameError as error:
+        raise ValueError(f"{folder}: {error}.") from None
+    if choice is not None and choice.count == measured.channels:
+        measured = replace(measured, mean=choice.of(measured.mean), std=choice.of(measured.std))
     if min(measured.std) <= 0:
         raise ValueError(
             f"a channel of the images in {folder} is constant, so its measured standard deviation"

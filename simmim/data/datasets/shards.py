@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.channels import ChannelNames, read_names
 from data_prep.format.index import read_index
 from data_prep.format.manifest import (
     MANIFEST_NAME,
@@ -45,6 +46,8 @@ class RawSample:
     extension: str
     read_about: Callable[[], bytes | None] = field(default=lambda: None, compare=False, repr=False)
     """Reads the JSON member."""
+    channels: ChannelNames | None = None
+    """Names of its channels; None if the manifest has none."""
 
     @property
     def about(self) -> bytes | None:
@@ -247,6 +250,12 @@ class ShardSet(ImageSet):
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_open": OrderedDict()}
 
+    @property
+    def channels(self) -> ChannelNames | None:
+        """Names of the channels of all images; None if the manifest has none."""
+        names = self.manifest.channels
+        return None if names is None else read_names(names)
+
     def _size(self, number: int) -> int:
         return self.manifest.shards[number].samples
 
@@ -281,6 +290,7 @@ class ShardSet(ImageSet):
                 label=self._label(int(opened.labels[row])),
                 shard_name=opened.path.stem,
                 extension=opened.extension(row),
+                channels=self.channels,
                 read_about=partial(self._about, number, row),
             )
         except ShardUnavailableError:  # the open file may have been replaced since

@@ -7,6 +7,8 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
+from data_prep.channels import ChannelNames
+
 
 class DataError(ValueError):
     """Shards or images that cannot be used; the message says which, why and what to do."""
@@ -42,6 +44,10 @@ class EncodedImage(EncodedSample, Protocol):
     @property
     def extension(self) -> str:
         """File name extension, in lower case and without the dot."""
+
+    @property
+    def channels(self) -> ChannelNames | None:
+        """Names of its channels, if its set has them; None if only the file may tell them."""
 
     @property
     def label(self) -> int | None:

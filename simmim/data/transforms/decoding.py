@@ -1,7 +1,11 @@
 """Decoding of the images that are trained on, by the decoder of `data_prep`, with its pixels."""
 
+from dataclasses import replace
+from typing import Protocol
+
 import numpy as np
 
+from data_prep.channels import ChannelNameError, ChannelNames, Choice, choose
 from data_prep.format.text import count_noun
 from data_prep.images.arrays import (
     ArrayError,
@@ -10,6 +14,7 @@ from data_prep.images.arrays import (
     read_values,
     write_array,
 )
+from data_prep.images.channel_names import told_names
 from data_prep.images.decoding import (
     MODES,
     ChannelsError,
@@ -23,7 +28,7 @@ from data_prep.images.jpeg2000 import is_jpeg2000
 from data_prep.images.opening import UnknownFormatError
 from data_prep.images.tiff_layout import STARTS
 from simmim.data.order.source import BadSampleError, DataError
-from simmim.data.transforms.settings import MAX_PIXELS
+from simmim.data.transforms.settings import MAX_PIXELS, DecodeSettings
 
 ARRAY_EXTENSION = "npy"
 
@@ -48,6 +53,77 @@ def channels_last(data: bytes, extension: str, channels: int) -> bytes:
         return write_array(np.moveaxis(read_values(data, header), 0, -1))
     except ArrayError:  # decoding it will report it
         return data
+
+
+class NamedImage(Protocol):
+    """An encoded image whose set may name its channels."""
+
+    @property
+    def image(self) -> bytes:
+        """The encoded file."""
+
+    @property
+    def extension(self) -> str:
+        """File name extension."""
+
+    @property
+    def channels(self) -> ChannelNames | None:
+        """Names of its channels by its set; None if that has none."""
+
+
+def names_of(raw: NamedImage, data: bytes, settings: DecodeSettings) -> ChannelNames | None:
+    """Return the names of the channels of an image: its set's, or its file's, or those given.
+
+    Args:
+        raw: the image.
+        data: its file.
+        settings: names for files that tell none.
+    """
+    if raw.channels is not None:
+        return raw.channels
+    told = told_names(data, raw.extension)
+    if told is not None and told.described:
+        return told.names
+    return settings.untold_channels or (None if told is None else told.names)
+
+
+def choice_for(raw: NamedImage, data: bytes, settings: DecodeSettings) -> Choice | None:
+    """Return which of the channels of an image are wanted; None: all, in their order.
+
+    Args:
+        raw: the image.
+        data: its file.
+        settings: names of the wanted channels.
+
+    Raises:
+        BadSampleError: the image lacks one of them.
+    """
+    wanted = settings.wanted_channels
+    if wanted is None:
+        return None
+    try:
+        return choose(names_of(raw, data, settings), wanted)
+    except ChannelNameError as error:
+        raise BadSampleError(f"the image cannot be used: its {error}") from None
+
+
+def decode_image(raw: NamedImage, *, channels: int, settings: DecodeSettings) -> Decoded:
+    """Decode an image to the channels that are wanted by name; see `decode_pixels`.
+
+    Args:
+        raw: the image.
+        channels: channels of the result.
+        settings: names of the wanted channels, and the size limit.
+
+    Raises:
+        BadSampleError: the image lacks one of them, or as `decode_pixels`.
+        DataError: see `decode_pixels`.
+    """
+    data, extension, max_pixels = raw.image, raw.extension, settings.max_pixels
+    choice = choice_for(raw, data, settings)
+    count = channels if choice is None else choice.count
+    decoded = decode_pixels(data, extension, channels=count, max_pixels=max_pixels)
+    return decoded if choice is None else replace(decoded, pixels=choice.take(decoded.pixels))
 
 
 def decode_pixels(

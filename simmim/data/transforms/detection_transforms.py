@@ -15,7 +15,7 @@ from data_prep.images.decoding import Decoded
 from simmim.data.datasets.coco import CocoImage
 from simmim.data.order.order import Address
 from simmim.data.order.randomness import numpy_stream
-from simmim.data.transforms.decoding import decode_pixels
+from simmim.data.transforms.decoding import decode_image
 from simmim.data.transforms.image_transforms import Instances, Sample
 from simmim.data.transforms.segmentation_transforms import draw_crop, fill_values, pad, scale_image
 from simmim.data.transforms.settings import (
@@ -106,7 +106,7 @@ class EvalDetectionTransform:
 
 
 def _decoded(raw: CocoImage, channels: int, data: DecodeSettings) -> Decoded:
-    decoded = decode_pixels(raw.image, raw.extension, channels=channels, max_pixels=data.max_pixels)
+    decoded = decode_image(raw, channels=channels, settings=data)
     if decoded.pixels.shape[:2] != raw.size:
         rows, columns = decoded.pixels.shape[:2]
         raise size_error(

@@ -17,7 +17,7 @@ from simmim.data.order.order import Address
 from simmim.data.order.randomness import numpy_stream, stream_seed
 from simmim.data.order.source import DataError, EncodedImage
 from simmim.data.transforms.cropping import center_crop_resize, random_resized_crop
-from simmim.data.transforms.decoding import ARRAY_EXTENSION, decode_pixels
+from simmim.data.transforms.decoding import ARRAY_EXTENSION, decode_image
 from simmim.data.transforms.settings import DecodeSettings, RandomCropSettings
 
 
@@ -192,9 +192,7 @@ class TrainTransform:
 
     def __call__(self, raw: EncodedImage, address: Address) -> Sample:
         """Return the sample of this epoch."""
-        decoded = decode_pixels(
-            raw.image, raw.extension, channels=self.channels, max_pixels=self.data.max_pixels
-        )
+        decoded = decode_image(raw, channels=self.channels, settings=self.data)
         rng = numpy_stream("crop", self.seed, address.epoch, raw.name)
         crop = random_resized_crop(
             decoded.pixels, self.data.size, rng, scale=self.data.scale, ratio=self.data.ratio
@@ -230,9 +228,7 @@ class EvalTransform:
 
     def __call__(self, raw: EncodedImage, address: Address) -> Sample:  # noqa: ARG002
         """Return the sample for evaluation."""
-        decoded = decode_pixels(
-            raw.image, raw.extension, channels=self.channels, max_pixels=self.data.max_pixels
-        )
+        decoded = decode_image(raw, channels=self.channels, settings=self.data)
         crop = center_crop_resize(decoded.pixels, self.size, crop_pct=self.crop_pct)
         mask = None
         if self.mask is not None:

@@ -5,7 +5,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,12 @@ from data_prep.images.deep_png import is_deep_png
 from data_prep.images.opening import has_transparency
 from data_prep.images.tiff_layout import STARTS, TiffError, read_layout
 from simmim.data.order.source import BadSampleError, DataError, SampleSource
-from simmim.data.transforms.decoding import ARRAY_EXTENSION, channels_last, decode_pixels
+from simmim.data.transforms.decoding import (
+    ARRAY_EXTENSION,
+    channels_last,
+    choice_for,
+    decode_pixels,
+)
 from simmim.data.transforms.settings import DecodeSettings
 
 MEASURED_SIDE = 256
@@ -148,15 +153,20 @@ def sample_images(
     for raw in _spread(source, most, lambda: time.perf_counter() - began > seconds):
         found.count += 1
         try:
-            encoded = channels_last(raw.image, raw.extension, channels)
+            encoded = raw.image
+            choice = choice_for(raw, encoded, data)
+            count = channels if choice is None else choice.count
+            encoded = channels_last(encoded, raw.extension, count)
             form = form_of(encoded, raw.extension, max_pixels)
         except BadSampleError as error:
             found.bad.append(f"{raw.name}: {error}")
             continue
         try:
             pixels = decode_pixels(
-                encoded, raw.extension, channels=channels, max_pixels=max_pixels
+                encoded, raw.extension, channels=count, max_pixels=max_pixels
             ).pixels
+            if choice is not None:
+                pixels, form = choice.take(pixels), replace(form, channels=channels)
             found.trained_on.add(pixels)
             # Channels that the image does not have: copies of grey, or opaque.
             pixels = pixels[..., : form.channels]
@@ -165,7 +175,7 @@ def sample_images(
                 pixels = _read_stored(encoded, raw.extension, max_pixels)
             except BadSampleError:
                 pixels = np.empty((0, 0, channels))
-            if pixels.shape[-1] == channels:
+            if pixels.shape[-1] == count:
                 found.bad.append(f"{raw.name}: {error}")
                 continue
             found.refused[form] += 1

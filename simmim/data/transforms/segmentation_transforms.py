@@ -18,7 +18,7 @@ from simmim.data.datasets.label_maps import LabelledImage
 from simmim.data.order.order import Address
 from simmim.data.order.randomness import numpy_stream
 from simmim.data.transforms.cropping import Box, resize
-from simmim.data.transforms.decoding import decode_pixels
+from simmim.data.transforms.decoding import decode_image
 from simmim.data.transforms.image_transforms import ClassMap, Sample
 from simmim.data.transforms.labels import IGNORED, LabelMapReader
 from simmim.data.transforms.settings import SegmentationCropSettings
@@ -93,9 +93,7 @@ class TrainSegmentationTransform:
 
     def __call__(self, raw: LabelledImage, address: Address) -> Sample:
         """Return the sample of this epoch."""
-        decoded = decode_pixels(
-            raw.image, raw.extension, channels=self.channels, max_pixels=self.data.max_pixels
-        )
+        decoded = decode_image(raw, channels=self.channels, settings=self.data)
         labels = self.labels(raw.labels, decoded.pixels.shape, raw.image)
         rng = numpy_stream("dense crop", self.seed, address.epoch, raw.name)
         data = self.data
@@ -134,9 +132,7 @@ class EvalSegmentationTransform:
     def __call__(self, raw: LabelledImage, address: Address) -> Sample:
         """Return the sample for evaluation."""
         del address
-        decoded = decode_pixels(
-            raw.image, raw.extension, channels=self.channels, max_pixels=self.data.max_pixels
-        )
+        decoded = decode_image(raw, channels=self.channels, settings=self.data)
         labels = self.labels(raw.labels, decoded.pixels.shape, raw.image)
         image = scale_image(decoded.pixels, _factor(labels.shape, self.data.short_side))
         target = ClassMap(torch.from_numpy(labels))

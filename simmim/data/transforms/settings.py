@@ -6,6 +6,7 @@ Transforms hold these objects, and the data sections of recipes inherit them.
 from typing import Annotated
 
 from data_prep.bounds import Amount, Bounds, Count, Fraction, Probability, Span
+from data_prep.channels import ChannelNames, read_names
 from simmim.recipe import settings
 
 MAX_PIXELS = 178_956_970
@@ -21,6 +22,29 @@ class DecodeSettings:
 
     max_pixels: Count = MAX_PIXELS
     """Largest image or frame, in pixels; larger ones are rejected before decoding."""
+    channels: ChannelNames | None = None
+    """Names of the channels to take, in this order, such as [red, green, blue, nir]: images whose
+    channels have names are selected and reordered by them (`data-prep shard --channels` gives
+    names; B1 to B12 are Sentinel-2's). null takes the channels as they are stored, and refuses sets
+    and trained weights whose names differ. A run records the names in its recipe."""
+    image_channels: ChannelNames | None = None
+    """Names of the channels of files that do not tell them, such as arrays in a folder, in stored
+    order; null takes those of `channels`."""
+
+    def __post_init__(self) -> None:
+        for names in (self.channels, self.image_channels):
+            if names is not None:
+                read_names(names)
+
+    @property
+    def wanted_channels(self) -> ChannelNames | None:
+        """Names of the channels to take, as they are written everywhere."""
+        return None if self.channels is None else read_names(self.channels)
+
+    @property
+    def untold_channels(self) -> ChannelNames | None:
+        """Names of the channels of files that do not tell them."""
+        return None if self.image_channels is None else read_names(self.image_channels)
 
 
 @settings

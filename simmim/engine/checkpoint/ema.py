@@ -4,7 +4,7 @@ It has one tensor for each trained parameter, sharded as the parameter is. In a 
 beside the optimiser's tensors, as `ema/NAME`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -103,19 +103,28 @@ class RunningAverage:
 
 
 @torch.no_grad()
-def load_average(path: Path, module: nn.Module, prefix: str = "") -> bool:
+def load_average(
+    path: Path,
+    module: nn.Module,
+    prefix: str = "",
+    *,
+    adapt: Callable[[ShardFiles, str], None] | None = None,
+) -> bool:
     """Replace the weights of a module by the averages in a checkpoint.
 
     Args:
         path: a checkpoint.
         module: the trained module, or a submodule; each rank fills the rows it holds.
         prefix: dotted name of the submodule, with a dot at the end.
+        adapt: replaces tensors of the files whose names begin with a prefix; None for none.
 
     Returns:
         Whether the checkpoint has averages.
     """
     found = False
     with ShardFiles(path, OPTIMIZER) as files:
+        if adapt is not None:
+            adapt(files, f"{AVERAGE}/{prefix}")
         for name, parameter in module.named_parameters():
             saved = f"{AVERAGE}/{prefix}{name}"
             if saved in files.shapes:

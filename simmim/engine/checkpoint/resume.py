@@ -1,5 +1,7 @@
 """Loading: resume a training, start from other weights, or read a checkpoint."""
 
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -7,6 +9,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from data_prep.channels import ChannelNames, describe
+from simmim.engine.checkpoint.adapting import (
+    PATCH_WEIGHT,
+    ChannelChange,
+    described_channels,
+    find_change,
+    trained_channels,
+)
 from simmim.engine.checkpoint.choosing import chosen_checkpoint
 from simmim.engine.checkpoint.directory import (
     COMPLETE,
@@ -168,22 +178,25 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, *, verified: bo
         restore_optimizer(optimizer, files, scalars)
 
 
-def load_initial(path: Path, module: nn.Module) -> str:
+def load_initial(path: Path, module: nn.Module, recipe: Any = None) -> str:
     """Load only weights into a module that is to be trained, without optimiser and data position.
 
-    If the module has other parts than the model at `path`, only its encoder is loaded. If a
-    checkpoint has averages of its weights, they are loaded.
+    If the module has other parts than the model at `path`, or takes other channels, only its
+    encoder is loaded. If a checkpoint has averages of its weights, they are loaded.
 
     Args:
         path: a checkpoint, a run folder (its best checkpoint if it has kept one, else its last, or
             else its encoder), or an encoder directory.
         module: the module of a stage, sharded or not.
+        recipe: its recipe, whose channels the weights are adapted to by name; None takes them as
+            they are.
 
     Returns:
         A message that says what was loaded.
 
     Raises:
-        ValueError: there are no weights at `path`, or the encoder does not fit.
+        ValueError: there are no weights at `path`, or the encoder does not fit, or takes other
+            channels and the recipe does not say how to adapt it.
     """
     checkpoint = None
     if (path / COMPLETE).is_file() or complete_checkpoints(path / "checkpoints"):
@@ -196,17 +209,72 @@ def load_initial(path: Path, module: nn.Module) -> str:
         )
     if checkpoint is None:
         with ShardFiles(encoder, MODEL, file=ENCODER_FILE) as files:
+            change = _channel_change(recipe, encoder, described_channels(encoder), files.shapes)
+            _adapt(change, files, "")
             restore_model(module.get_submodule(ENCODER), files)
-        return f"Starting from the encoder in {encoder}."
+            said = _unnamed(recipe, described_channels(encoder)) or _described(change)
+        return f"Starting from the encoder in {encoder}.{said}"
     with ShardFiles(checkpoint, MODEL) as files:
-        if files.shapes.keys() == module.state_dict().keys():
+        shapes = {name.removeprefix(f"{ENCODER}."): shape for name, shape in files.shapes.items()}
+        names = trained_channels(read_values(checkpoint / RECIPE_FILE))
+        change = _channel_change(recipe, checkpoint, names, shapes)
+        said = _unnamed(recipe, names) or _described(change)
+        if change is None and files.shapes.keys() == module.state_dict().keys():
             restore_model(module, files)
             load_average(checkpoint, module)
-            return f"Starting from the weights of {checkpoint}."
+            return f"Starting from the weights of {checkpoint}.{said}"
         files.keep_below(f"{ENCODER}.")
+        _adapt(change, files, "")
         restore_model(module.get_submodule(ENCODER), files)
-        load_average(checkpoint, module.get_submodule(ENCODER), f"{ENCODER}.")
-    return f"Starting from the encoder of {checkpoint}; everything else is initialised."
+        adapt = None if change is None else partial(_adapt, change)
+        load_average(checkpoint, module.get_submodule(ENCODER), f"{ENCODER}.", adapt=adapt)
+    return f"Starting from the encoder of {checkpoint}; everything else is initialised.{said}"
+
+
+def _channel_change(
+    recipe: Any,
+    source: Path,
+    have: ChannelNames | None,
+    shapes: Mapping[str, Sequence[int]],
+) -> ChannelChange | None:
+    """Return how the weights at `source` are adapted to the channels of a recipe, if they are.
+
+    Args:
+        recipe: the recipe; None takes the weights as they are.
+        source: a checkpoint or an encoder directory.
+        have: names of the channels of the weights.
+        shapes: shapes of the tensors of the encoder.
+
+    Raises:
+        ValueError: see `find_change`.
+    """
+    if recipe is None or PATCH_WEIGHT not in shapes:  # not a SwinV2
+        return None
+    return find_change(
+        have,
+        recipe.data.wanted_channels,
+        recipe.encoder.adapt_channels,
+        source=source,
+        count=shapes[PATCH_WEIGHT][1],
+    )
+
+
+def _adapt(change: ChannelChange | None, files: ShardFiles, prefix: str) -> None:
+    """Replace the patch weights of an encoder, if its channels change."""
+    name = f"{prefix}{PATCH_WEIGHT}"
+    if change is not None and name in files.shapes:
+        files.replace(name, change.apply(files.read(name)))
+
+
+def _unnamed(recipe: Any, have: ChannelNames | None) -> str:
+    """Return a sentence if weights without names are taken for channels that have some."""
+    if recipe is None or have is not None or recipe.data.wanted_channels is None:
+        return ""
+    return f" Its channels have no names: they are taken as {describe(recipe.data.channels)}."
+
+
+def _described(change: ChannelChange | None) -> str:
+    return "" if change is None else f" {str(change)[0].upper()}{str(change)[1:]}."
 
 
 def stage_to_export(stage: StageT, checkpoint: Path, *, trained: bool) -> StageT:

@@ -162,6 +162,7 @@ class ShardFiles:
         self._prefix = ""
         self._open = ExitStack()
         self._held: dict[str, list[tuple[int, int, Path, Any]]] = {}
+        self._replaced: dict[str, Tensor] = {}
         try:
             for path in shard_files(folder, kind) if file is None else [folder / file]:
                 self._read_header(path)
@@ -221,6 +222,11 @@ class ShardFiles:
             if [first for first, _, _, _ in held] != ends[:-1] or ends[-1] != rows:
                 raise _damaged(self.folder, f"rows of {name} are missing in the {self.kind} files")
 
+    def replace(self, name: str, tensor: Tensor) -> None:
+        """Read this tensor under a name from now on, in place of the one in the files."""
+        self._replaced[name] = tensor
+        self.shapes[name] = tuple(tensor.shape)
+
     def keep_below(self, prefix: str) -> None:
         """Drop all tensors whose names do not begin with a prefix; strip it from the others."""
         self.shapes = _below(self.shapes, prefix)
@@ -230,6 +236,8 @@ class ShardFiles:
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         """Return rows `first` to `last` (exclusive) of a tensor, on the CPU; all by default."""
         shape = self.shapes[name]
+        if name in self._replaced:
+            return self._replaced[name][first:last]
         if not shape:
             tensor: Tensor = self._held[name][0][3].get_tensor(self._prefix + name)
             return tensor

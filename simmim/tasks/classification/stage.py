@@ -338,8 +338,14 @@ class ClassificationStage(ClassifierStage[ClassificationRecipe, Shards]):
 
     def save_encoder(self, path: Path, provenance: Provenance) -> None:
         """Write the encoder directory."""
-        mean, std = self.initial.mean, self.initial.std
-        save_any_encoder(self.initial.encoder, path, mean=mean, std=std, provenance=provenance)
+        save_any_encoder(
+            self.initial.encoder,
+            path,
+            mean=self.initial.mean,
+            std=self.initial.std,
+            channels=self.initial.channels,
+            provenance=provenance,
+        )
 
 
 def label_reader(data: ClassificationData) -> LabelReader:

@@ -142,7 +142,7 @@ class DetectionStage(DenseStage[DetectionRecipe, CocoSet]):
     ) -> list[np.ndarray]:
         """Return an image with its true and with its detected objects."""
         number, rows, columns = instances_of(batch, row).image.tolist()
-        pixels = square_picture_of(batch, row, (rows, columns), self.recipe.data.picture_bands)
+        pixels = square_picture_of(batch, row, (rows, columns), self.recipe.data.drawn_bands)
         truth = self.pictured.objects_of(number)
         labels = {one: place for place, one in enumerate(self.pictured.category_ids)}
         tiles = []

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from data_prep.channels import are_pictures, describe
 from simmim.engine.generators import seeded
 from simmim.method.encoder_protocol import ImageEncoder, check_encoder
 from simmim.method.model import SimMIM
@@ -86,6 +87,13 @@ def _features(recipe: PretrainRecipe, source: str) -> Features:
         raise ValueError(
             f"the encoder of loss.target_encoder {source} has {encoder.in_channels} channels, and "
             f"encoder.in_channels is {recipe.encoder.in_channels}: both see the same images."
+        )
+    named, its = recipe.data.wanted_channels, described.channels
+    if named is not None and its is not None and named != its and not are_pictures(named, its):
+        raise ValueError(
+            f"the encoder of loss.target_encoder {source} takes channels {describe(its)}, and the "
+            f"training {describe(named)}: both see the same images. Set data.channels to "
+            f"{describe(its)}, or give another encoder."
         )
     # (x · std + mean - its mean) / its std, of images that are normalised as the recipe says.
     mean, std = recipe.data.normalisation

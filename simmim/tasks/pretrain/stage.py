@@ -11,11 +11,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from simmim.data.channels import check_channels, with_channels
 from simmim.data.loader.batch import Batch
 from simmim.data.loader.batches import BatchStream, evaluation_batches, picture_batches
 from simmim.data.order.source import SampleSource
 from simmim.data.settings import DataSettings
 from simmim.data.transforms.image_transforms import EvalTransform, TrainTransform
+from simmim.engine.checkpoint.adapting import trained_channels
 from simmim.engine.checkpoint.directory import (
     RECIPE_FILE,
     TrainingState,
@@ -31,7 +33,7 @@ from simmim.engine.run import RunFolder
 from simmim.method.encoder_protocol import encoder_flops
 from simmim.method.masking import MaskGenerator
 from simmim.method.model import SimMIM
-from simmim.recipe import load, recipe_hash
+from simmim.recipe import load, read_values, recipe_hash
 from simmim.report.panels import reconstruction_panel
 from simmim.tasks.features import Normalise, pooled_features, sample_drop_path_noise
 from simmim.tasks.loading import order_for, training_batches, with_slots
@@ -89,7 +91,11 @@ class PretrainStage:
         recipe = with_measured(recipe)
         self.bad_samples = recipe.data.bad_samples()
         self.training_shards, self.validation_shards = recipe.data.split_shards()
-        self.recipe = recipe = with_slots(recipe, self.training_shards)
+        asked = recipe.asks_for_channels
+        sources = {"data.shards": self.training_shards, "held-out images": self.validation_shards}
+        named = with_channels(recipe, sources, asked=asked)
+        named.data.check_bands(recipe.encoder.in_channels)
+        self.recipe = recipe = with_slots(named, self.training_shards)
         self.order = order_for(recipe, self.training_shards)
         self.model = build_model(recipe, encoder)
         recipe.execution.apply(self.model.encoder)
@@ -103,6 +109,13 @@ class PretrainStage:
             shape = (recipe.encoder.in_channels, *size)
             self.online_probe = OnlineProbe(
                 recipe.probe, shape, width=self.model.encoder.num_features, data=recipe.data
+            )
+            check_channels(
+                {"probe.shards": self.online_probe.known, "probe images": self.online_probe.asked},
+                recipe.data,
+                recipe.data.channels,
+                asked=asked,
+                trained="the encoder of this training",
             )
 
     @property
@@ -136,6 +149,7 @@ class PretrainStage:
             encoder=encoder,
             mean=mean,
             std=std,
+            channels=trained_channels(read_values(checkpoint / RECIPE_FILE)),
             provenance=provenance_of(checkpoint, recipe),
             masked_image=head,
             left_out=left_out,
@@ -316,7 +330,7 @@ class PretrainStage:
             std=std,
             path=path,
             stretched=batch.images.dtype != torch.uint8,
-            bands=self.recipe.data.picture_bands,
+            bands=self.recipe.data.drawn_bands,
             caption="original" if held_out else "training image",
         )
         return path
@@ -324,7 +338,9 @@ class PretrainStage:
     @property
     def checkpoint_notes(self) -> dict[str, str]:
         """Description of an encoder that is not a SwinV2."""
-        return checkpoint_notes(self.encoder, *self.recipe.data.normalisation)
+        return checkpoint_notes(
+            self.encoder, *self.recipe.data.normalisation, self.recipe.data.wanted_channels
+        )
 
     def export_encoder(self, run: RunFolder, step: int, samples: int) -> None:
         """Write the encoder directory into the run."""
@@ -351,7 +367,14 @@ def save_pretrained(
     """
     mean, std = recipe.data.normalisation
     provenance = Provenance(step=step, samples_seen=samples, recipe_hash=recipe_hash(recipe))
-    save_any_encoder(model.encoder, path, mean=mean, std=std, provenance=provenance)
+    save_any_encoder(
+        model.encoder,
+        path,
+        mean=mean,
+        std=std,
+        channels=recipe.data.wanted_channels,
+        provenance=provenance,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from data_prep.channels import describe as describe_names
 from data_prep.format.text import count_noun
+from simmim.data.channels import check_channels
 from simmim.data.datasets.mixture import Shards
 from simmim.data.datasets.opening import open_sets
 from simmim.data.loader.batches import evaluation_batches
@@ -72,6 +74,7 @@ def compare(recipe: ProbeRecipe, device: torch.device | str = "cpu") -> dict[Sta
     )
     sys.stderr.write(f"{describe(directory, description, pretrained)}\n")
     training, validation = open_probe_shards(recipe.data)
+    recipe = replace(recipe, data=_with_channels(recipe, description, training, validation))
     wanted = EncoderInput(
         channels=description.config.in_channels,
         mean=description.mean,
@@ -98,13 +101,36 @@ def compare(recipe: ProbeRecipe, device: torch.device | str = "cpu") -> dict[Sta
     return results
 
 
+def _with_channels(
+    recipe: ProbeRecipe, description: EncoderDescription, training: Shards, validation: Shards
+) -> ProbeData:
+    """Return the settings of the images with the channels of the encoder, which they must have.
+
+    Raises:
+        ValueError: they have others, or another order though none is asked for.
+    """
+    data, trained = recipe.data, f"the encoder of {recipe.encoder}"
+    asked, wanted = data.wanted_channels, description.channels
+    if asked is not None and wanted is not None and asked != wanted:
+        raise ValueError(
+            f"data.channels are {describe_names(asked)}, and {trained} takes "
+            f"{describe_names(wanted)}: set data.channels to these, or leave it out."
+        )
+    data = replace(data, channels=asked or wanted)
+    sources = {"data.shards": training, "validation images": validation}
+    check_channels(sources, data, asked or wanted, asked=asked is not None, trained=trained)
+    return data
+
+
 def describe(directory: Path, description: EncoderDescription, probed: SwinV2) -> str:
     """Return a line on the architecture and normalisation that both initialisations have."""
     config, trained = probed.config, description.config
     (height, width), (rows, columns) = config.image_size, config.window_size
+    names = description.channels
+    named = "" if names is None else f" {describe_names(names)}"
     line = (
         f"the encoder of {directory} ({config.variant or 'sizes of its own'}, "
-        f"{count_noun(config.in_channels, 'channel')}, mean {list(description.mean)}, std "
+        f"{count_noun(config.in_channels, 'channel')}{named}, mean {list(description.mean)}, std "
         f"{list(description.std)}) at {width}x{height} pixels with windows of {columns}x{rows}"
     )
     if (config.image_size, config.window_size) == (trained.image_size, trained.window_size):

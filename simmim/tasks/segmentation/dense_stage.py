@@ -292,7 +292,14 @@ class DenseStage(FineTuningStage[RecipeT, DataT]):
         mean, std = self.initial.mean, self.initial.std
         encoder = encoder_from_backbone(self.model.backbone)
         provenance = self.provenance(step, samples)
-        save_encoder(encoder, run.encoder, mean=mean, std=std, provenance=provenance)
+        save_encoder(
+            encoder,
+            run.encoder,
+            mean=mean,
+            std=std,
+            channels=self.initial.channels,
+            provenance=provenance,
+        )
         save_dense(self.model.net, run.path / self.recipe.task, mean=mean, std=std)
 
     @classmethod

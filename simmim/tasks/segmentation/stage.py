@@ -148,7 +148,7 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
         with self._at_evaluation_windows():
             for batch in self.pictured_batches(at_a_time=1):
                 truth = class_map_of(batch).numpy()
-                pixels = picture_of(batch, 0, truth.shape, self.recipe.data.picture_bands)
+                pixels = picture_of(batch, 0, truth.shape, self.recipe.data.drawn_bands)
                 found = self._predict(accelerator, batch).cpu().numpy().astype(np.uint8)
                 painted = [paint_classes(pixels, classes, colours) for classes in (truth, found)]
                 yield [pixels, *painted]

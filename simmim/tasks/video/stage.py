@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from data_prep.channels import RGB
 from simmim.data.datasets.clips import ClipSet
 from simmim.data.loader.batch import Batch
 from simmim.data.transforms.clip_transforms import (
@@ -199,6 +200,7 @@ class VideoStage(ClassifierStage[VideoRecipe, ClipSet]):
             path,
             mean=initial.mean,
             std=initial.std,
+            channels=RGB,
             provenance=provenance,
             inflated_from=initial.inflated_from,
         )

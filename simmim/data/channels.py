@@ -1,0 +1,199 @@
+"""The channels that a training takes, matched by name with those of its images and its weights."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from data_prep.channels import (
+    PICTURES,
+    ChannelNames,
+    are_pictures,
+    compare_names,
+    describe,
+)
+from data_prep.format.text import count_noun
+from simmim.data.datasets.clips import ClipSet
+from simmim.data.datasets.mixture import MixedShards
+from simmim.data.datasets.shards import ShardSet
+from simmim.data.order.source import BadSampleError, DataError, SampleSource
+from simmim.data.transforms.decoding import names_of
+from simmim.data.transforms.settings import DecodeSettings
+from simmim.environment import print_on_main
+
+RecipeT = TypeVar("RecipeT")
+
+FILES_LOOKED_AT = 8
+"""Files of a folder whose names are compared before training starts; workers compare all."""
+
+_said: set[str] = set()
+
+
+def with_channels(
+    recipe: RecipeT,
+    sources: Mapping[str, SampleSource[Any] | None],
+    *,
+    asked: bool,
+    trained: str | None = None,
+) -> RecipeT:
+    """Return a recipe that names the channels it takes, once all images have proved to have them.
+
+    Without names in the recipe they are those of the first set that has some.
+
+    Args:
+        recipe: a recipe whose `data.channels` are those of the trained weights, if there are any.
+        sources: the images of the training, by what they are.
+        asked: whether the user has named the channels, so that others are left out and reordered;
+            otherwise such images are refused.
+        trained: the trained weights, for messages; None for random ones.
+
+    Raises:
+        ValueError: images lack a channel, or have others or another order though none are asked
+            for; the message has both lists and the remedy.
+    """
+    task: Any = recipe
+    data: DecodeSettings = task.data
+    count = task.encoder.in_channels
+    found = [
+        (where, names)
+        for name, source in sources.items()
+        if source is not None
+        for where, names in _names_of_sets(name, source, data)
+    ]
+    wanted, owner = data.wanted_channels, f"{trained} takes" if trained else "data.channels are"
+    if wanted is not None and len(wanted) != count:
+        raise ValueError(
+            f"data.channels names {count_noun(len(wanted), 'channel')}, {describe(wanted)}, and "
+            f"encoder.in_channels is {count}: set it to {len(wanted)}, or name {count}."
+        )
+    if wanted is None:
+        first = next(((where, names) for where, names in found if names is not None), None)
+        if first is None:
+            return recipe
+        owner = f"{first[0]} has"
+        wanted = first[1]
+        if are_pictures(wanted):  # decoders convert them to the channels of the encoder
+            wanted = PICTURES.get(count, wanted)
+        if len(wanted) != count:  # refused by their number, with the settings that fit
+            return recipe
+    for where, names in found:
+        _compare(where, names, wanted, owner, asked=asked, trained=trained)
+    named: RecipeT = replace(task, data=replace(task.data, channels=wanted))
+    return named
+
+
+def check_channels(
+    sources: Mapping[str, SampleSource[Any] | None],
+    data: DecodeSettings,
+    wanted: ChannelNames | None,
+    *,
+    asked: bool,
+    trained: str,
+) -> None:
+    """Compare the channels of images with those of trained weights that are not trained further.
+
+    Args:
+        sources: the images, by what they are.
+        data: how they are read.
+        wanted: channels of the weights; None if they are not known.
+        asked: see `with_channels`.
+        trained: the weights, for messages.
+
+    Raises:
+        ValueError: see `with_channels`.
+    """
+    for name, source in sources.items():
+        if source is None or wanted is None:
+            continue
+        for where, names in _names_of_sets(name, source, data):
+            _compare(where, names, wanted, f"{trained} takes", asked=asked, trained=trained)
+
+
+def _compare(
+    where: str,
+    names: ChannelNames | None,
+    wanted: ChannelNames,
+    owner: str,
+    *,
+    asked: bool,
+    trained: str | None,
+) -> None:
+    """Raise ValueError if images have other channels than those wanted, or say how they match."""
+    if names is None:
+        if asked or trained is not None:
+            say_once(f"{where} does not name its channels: they are taken as {describe(wanted)}")
+        return
+    if names == wanted or are_pictures(names, wanted):
+        return
+    difference = compare_names(names, wanted)
+    has = set(names) | (set(PICTURES[3]) if are_pictures(names) else set())
+    if set(wanted) <= has:
+        if asked:
+            say_once(
+                f"{where} has channels {describe(names)}: {describe(wanted)} are taken by name"
+            )
+            return
+        remedy = f"set data.channels to {describe(wanted)} to take them by name"
+    else:
+        remedy = "give images that have them"
+        if trained is not None:
+            remedy += (
+                f", or adapt the weights by name: set data.channels to {describe(names)} and "
+                "encoder.adapt_channels to repeat, average or zero"
+            )
+        elif set(names) & set(wanted):
+            shared = [name for name in wanted if name in names]
+            remedy += f", or set data.channels to those of both, {describe(shared)}"
+    raise ValueError(
+        f"{where} has channels {describe(names)}, and {owner} {describe(wanted)}: {difference}; "
+        f"{remedy}."
+    )
+
+
+def _names_of_sets(
+    name: str, source: SampleSource[Any], data: DecodeSettings
+) -> Iterator[tuple[str, ChannelNames | None]]:
+    """Yield what each dataset of a source is called in messages, and the names of its channels."""
+    sets = source.sets if isinstance(source, MixedShards) else (source,)
+    for one in sets:
+        if isinstance(one, ClipSet) or not one.samples:
+            continue
+        where = f"{name} ({one.folder_of(0)})"
+        if isinstance(one, ShardSet) and one.channels is not None:
+            yield where, one.channels
+        else:
+            yield where, _told(where, one, data)
+
+
+def _told(where: str, source: SampleSource[Any], data: DecodeSettings) -> ChannelNames | None:
+    """Return the names that a few files tell; None if they tell none, or cannot be read.
+
+    Raises:
+        ValueError: some tell others.
+    """
+    found: dict[ChannelNames | None, str] = {}
+    for place in source.spread(1 if isinstance(source, ShardSet) else FILES_LOOKED_AT):
+        try:
+            raw = source.read(*place)
+            names = names_of(raw, raw.image, data)
+        except BadSampleError:
+            continue
+        except DataError:  # training will retry it, and report it
+            return None
+        if names is not None and are_pictures(names):
+            names = PICTURES[3]
+        found.setdefault(names, raw.name)
+    if len(found) < 2:
+        return next(iter(found), None)
+    if data.channels is not None:
+        return next(names for names in found if names is not None)
+    listed = "; ".join(f"{describe(names)} (such as {name})" for names, name in found.items())
+    raise ValueError(
+        f"{where} has files of different channels: {listed}. Name those to take by data.channels."
+    )
+
+
+def say_once(text: str) -> None:
+    """Print a line once: a stage may be built several times."""
+    if text not in _said:
+        _said.add(text)
+        print_on_main(text)
