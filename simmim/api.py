@@ -6,7 +6,9 @@ Like every program that starts worker processes, a script calls them below
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from functools import partial
 from os import PathLike
@@ -29,6 +31,33 @@ if TYPE_CHECKING:
 
 RecipeSource: TypeAlias = Any
 """A recipe: the path of a YAML file, a mapping of its values, or a recipe object."""
+
+ARGUMENTS = {
+    "--resume auto": 'resume="auto"',
+    "--resume PATH": "resume=PATH",
+    "--folder": "folder=PATH",
+    "--init-from": "init_from=PATH",
+    "--allow-recipe-changes": "allow_recipe_changes=True",
+    "--ignore-memory": "check_memory=False",
+    "leave out --best": "leave out best=True",
+}
+"""Options of the commands, as errors name them, and the arguments of functions in their place."""
+FIELD = re.compile(r"--((?:[a-z_]+\.)+[a-z_]+|init)(?![\w-])")
+"""A field of the recipe as an option; `overrides` has its name."""
+
+
+@contextmanager
+def _named_as_in_python() -> Iterator[None]:
+    """Let errors raised in this context name arguments of functions, not options of commands."""
+    try:
+        yield
+    except ValueError as error:
+        if error.args and isinstance(error.args[0], str):
+            text = error.args[0]
+            for option, argument in ARGUMENTS.items():
+                text = text.replace(option, argument)
+            error.args = (FIELD.sub(r"\1", text), *error.args[1:])
+        raise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,9 +209,10 @@ def evaluate(
     from simmim.tasks.evaluate import evaluate as evaluate_checkpoint
 
     source = run.folder if isinstance(run, Run) else Path(run)
-    return evaluate_checkpoint(
-        source, _arguments(overrides), best=best, data=None if data is None else str(data)
-    )
+    with _named_as_in_python():
+        return evaluate_checkpoint(
+            source, _arguments(overrides), best=best, data=None if data is None else str(data)
+        )
 
 
 def load_run(folder: str | PathLike[str]) -> Run:
@@ -241,6 +271,7 @@ def train_task(
     return Run(folder=folder, stopped=result.stopped)
 
 
+@_named_as_in_python()
 def _train(
     command: Literal["pretrain", "finetune"],
     recipe: RecipeSource,

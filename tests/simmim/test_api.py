@@ -1,6 +1,7 @@
 """The functions of the package do what the commands do."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,23 @@ if __name__ == "__main__":
         run = simmim.pretrain(recipe, f"{folder}/{name}")
         assert {line.get("processes", 2) for line in run.metrics} == {2}
 """
+
+
+def test_errors_name_arguments_of_functions(
+    pretrain_values: dict[str, Any], tmp_path: Path
+) -> None:
+    def refused(words: str, **options: Any) -> None:
+        with pytest.raises(ValueError, match=re.escape(words)) as caught:
+            simmim.pretrain(pretrain_values, tmp_path, **options)
+        assert "--" not in str(caught.value)
+
+    pretrain_values["training"]["steps"] = 1
+    simmim.pretrain(pretrain_values, tmp_path)
+    refused('Continue that run with resume="auto", or choose another with folder=PATH.')
+    refused("allow_recipe_changes=True", resume="auto", overrides={"mask.ratio": 0.5})
+    with pytest.raises(ValueError, match=r"data\.validation") as caught:
+        simmim.evaluate(tmp_path, overrides={"data.validation_shards": 0})
+    assert "--" not in str(caught.value)
 
 
 @pytest.mark.slow
