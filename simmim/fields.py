@@ -2,9 +2,11 @@
 
 import dataclasses
 import difflib
+import functools
+import operator
 import textwrap
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import (
@@ -119,19 +121,32 @@ def fields_of(recipe_type: type[Any], prefix: str = "") -> Iterator[Field]:
     """Yield all fields of a recipe; first those that are in no section, as in a file."""
     about = _documentation(recipe_type)
     hints = get_type_hints(recipe_type, include_extras=True)
+    refused: tuple[str, ...] = getattr(recipe_type, "refused_values", tuple)()
     sections = []
     for field in dataclasses.fields(recipe_type):
         hint = hints[field.name]
         text = " ".join(about[field.name].split())
         inner = section_type(hint)
         if inner is None:
-            value = f"{type_text(hint)} ({_default(field)})"
+            value = f"{type_text(_accepted(hint, refused))} ({_default(field)})"
             yield Field(name=f"{prefix}{field.name}", about=text, value=value)
         else:
             sections.append((Field(name=f"{prefix}{field.name}", about=text), inner))
     for section, inner in sections:
         yield section
         yield from fields_of(inner, f"{section.name}.")
+
+
+def _accepted(hint: Any, refused: Collection[object]) -> Any:
+    """Return a type without the values that a class of settings refuses."""
+    if not refused or get_origin(hint) not in (Union, types.UnionType):
+        return hint
+    kept = [
+        part
+        for part in get_args(hint)
+        if get_origin(part) is not Literal or not {*get_args(part)} <= {*refused}
+    ]
+    return functools.reduce(operator.or_, kept)
 
 
 def section_type(hint: Any) -> Any:

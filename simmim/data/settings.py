@@ -80,6 +80,12 @@ class SampleSettings(DecodeSettings):
     """Advice where loading is slow."""
     MEASURABLE: ClassVar[bool] = False
     """Whether mean and std may be `measured`."""
+
+    @classmethod
+    def refused_values(cls) -> tuple[str, ...]:
+        """Values in the types of its fields that it refuses, and which help does not show."""
+        return () if cls.MEASURABLE else (MEASURED,)
+
     workers: Annotated[int, Bounds(ge=0, le=MOST_WORKERS)] = 2
     """Data worker processes per training process; 0 decodes in the training process itself."""
     UNRECORDED_SLOTS: ClassVar[int] = 64

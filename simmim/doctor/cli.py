@@ -72,7 +72,7 @@ def read_recipe(config: Path, overrides: Sequence[str]) -> "TaskRecipe":
 def describe_recipe(recipe: "TaskRecipe") -> str:
     """Summarise a recipe in one line."""
     init = recipe.init_directory
-    model = recipe.encoder.variant if init is None else f"the encoder of {init}"
+    model = recipe.encoder.architecture if init is None else f"the encoder of {init}"
     return (
         f"{recipe.task}, {model} at {recipe.input_text}, "
         f"{recipe.training.batch_size:,} {recipe.SAMPLES} per step"

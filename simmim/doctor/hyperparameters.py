@@ -50,7 +50,6 @@ def check_learning_rate(recipe: TaskRecipe) -> Check:
     lr, batch = recipe.training.optimizer.lr, recipe.training.batch_size
     scale = batch / REFERENCE_BATCH
     encoder = recipe.encoder
-    own = any(size is not None for size in (encoder.embed_dim, encoder.depths, encoder.num_heads))
     task = task_named(recipe.task, "recipe")
     scratch = task.fine_tunes and recipe.init_directory is None
     found = f"{lr:g} for {batch:,} {recipe.SAMPLES} per step"
@@ -58,7 +57,7 @@ def check_learning_rate(recipe: TaskRecipe) -> Check:
         found = f"{found}; the papers have no learning rate for the task {task.name}"
         return Check(name="learning rate", verdict="ok", found=found)
     fitting = [rate for rate in task.rates if encoder.variant in rate.variants]
-    known = bool(fitting) and not own and not scratch
+    known = bool(fitting) and not encoder.is_custom and not scratch
     rates = [rate.lr * scale for rate in (fitting if known else task.rates)]
     low, high = min(rates), max(rates)
     span = f"{low:.1e}" if low == high else f"{low:.1e} to {high:.1e}"

@@ -26,7 +26,7 @@ from simmim.doctor.machine import machine_memory
 from simmim.environment import process_environment
 from simmim.method.settings import LossSettings
 from simmim.method.strategies import MaskSettings
-from simmim.tasks.recipe import TaskRecipe
+from simmim.tasks.recipe import OF_VARIANT, TaskRecipe
 
 FULL = 0.9
 """Fraction of the device memory above which an estimate is too close to be sure."""
@@ -111,8 +111,7 @@ def step_case(
     mask, loss = estimated
     encoder, size = recipe.encoder, recipe.data.image_size
     (window, _) = encoder.config(size).window_size
-    names = ("embed_dim", "depths", "num_heads", "extra_norm_every", "mlp_ratio")
-    chosen = [(name, getattr(encoder, name)) for name in names]
+    chosen = [(name, getattr(encoder, name)) for name in OF_VARIANT]
     return StepCase(
         variant=encoder.variant,
         image_size=size,

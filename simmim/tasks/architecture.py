@@ -16,7 +16,7 @@ from simmim.recipe import differences, to_values
 from simmim.tasks.measured import with_measured
 from simmim.tasks.other_encoder import other_class
 from simmim.tasks.pretrained import find_weights
-from simmim.tasks.recipe import EncoderSettings, FineTuningRecipe, TaskRecipe
+from simmim.tasks.recipe import OF_VARIANT, EncoderSettings, FineTuningRecipe, TaskRecipe
 from swinv2.config import SwinV2Config, VideoConfig, variant_config
 from swinv2.config_file import (
     EncoderDescription,
@@ -26,9 +26,6 @@ from swinv2.config_file import (
 )
 
 RecipeT = TypeVar("RecipeT", bound=FineTuningRecipe)
-
-OF_VARIANT = ("embed_dim", "depths", "num_heads", "extra_norm_every", "mlp_ratio")
-"""Fields of the encoder's settings that are null where the variant's value holds."""
 
 
 def describe_directory(path: Path) -> EncoderDescription:

@@ -207,15 +207,13 @@ def _scores(folder: Path, runs: Sequence[LabelRun], metric: str) -> list[LabelSc
 def _notes(config: Path, init: str, trained: FineTuningRecipe) -> list[str]:
     """Return paragraphs on what is compared: the protocol, the architecture, and any doubt."""
     encoder = trained.encoder
-    sizes = (getattr(encoder, name) for name in ("embed_dim", "depths", "num_heads"))
-    custom = "" if all(size is None for size in sizes) else ", with sizes of its own"
     protocol = (
         f"Fine-tuning with {config} from both initialisations; pretrained is {init}. Mean and "
         "standard deviation over seeds, each with its own subset of the labels; last validation "
         "of each run."
     )
     architecture = (
-        f"Both initialisations train the architecture of {init} ({encoder.variant}{custom}) on "
+        f"Both initialisations train the architecture of {init} ({encoder.architecture}) on "
         f"{trained.input_text}, {count_noun(encoder.in_channels, 'channel')}, with its mean and "
         "std, and start with a random head."
     )

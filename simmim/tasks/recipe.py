@@ -21,6 +21,9 @@ SCRATCH = "scratch"
 HEAD_FOLDER = "classifier"
 """Folder in a run or a native export with a classifier's head and class names."""
 
+OF_VARIANT = ("embed_dim", "depths", "num_heads", "extra_norm_every", "mlp_ratio")
+"""Fields of the encoder's settings that are null where the variant's value holds."""
+
 
 @settings
 class EncoderSettings:
@@ -53,6 +56,19 @@ class EncoderSettings:
     drop_path: Rate = 0.0
     """Stochastic depth rate of the last block; it grows linearly from 0 at the first."""
 
+    @property
+    def is_custom(self) -> bool:
+        """Whether it has other sizes than its variant."""
+        published = variant_config(self.variant)
+        return any(
+            getattr(self, name) not in (None, getattr(published, name)) for name in OF_VARIANT
+        )
+
+    @property
+    def architecture(self) -> str:
+        """Its architecture, for a person."""
+        return f"custom architecture based on {self.variant}" if self.is_custom else self.variant
+
     def check_channels(self, mean: tuple[float, ...] | str, *, measurable: bool = False) -> None:
         """Check the number of means against the channels, unless they are still to be measured.
 
@@ -82,9 +98,7 @@ class EncoderSettings:
                 "such as 8."
             )
         replaced = {
-            name: getattr(self, name)
-            for name in ("embed_dim", "depths", "num_heads", "extra_norm_every", "mlp_ratio")
-            if getattr(self, name) is not None
+            name: getattr(self, name) for name in OF_VARIANT if getattr(self, name) is not None
         }
         return variant_config(
             self.variant,

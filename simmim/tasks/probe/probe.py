@@ -129,7 +129,7 @@ def describe(directory: Path, description: EncoderDescription, probed: SwinV2) -
     names = description.channels
     named = "" if names is None else f" {describe_names(names)}"
     line = (
-        f"the encoder of {directory} ({config.variant or 'sizes of its own'}, "
+        f"the encoder of {directory} ({config.variant or 'custom architecture'}, "
         f"{count_noun(config.in_channels, 'channel')}{named}, mean {list(description.mean)}, std "
         f"{list(description.std)}) at {width}x{height} pixels with windows of {columns}x{rows}"
     )

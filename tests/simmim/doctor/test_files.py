@@ -138,7 +138,8 @@ def test_it_checks_a_segmentation(
     assert not list(
         missing(
             text,
-            "segmentation, tiny at 32 pixels with windows of 4, 4 images per step",
+            "segmentation, custom architecture based on tiny at 32 pixels with windows of 4, 4 "
+            "images per step",
             "data 8 images to train on",
             "validation 4 images",
             "files all 24 exist",
