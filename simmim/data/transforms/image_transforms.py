@@ -18,6 +18,7 @@ from simmim.data.order.randomness import numpy_stream, stream_seed
 from simmim.data.order.source import DataError, EncodedImage
 from simmim.data.transforms.cropping import center_crop_resize, random_resized_crop
 from simmim.data.transforms.decoding import ARRAY_EXTENSION, decode_image
+from simmim.data.transforms.labels import IGNORED
 from simmim.data.transforms.settings import DecodeSettings, RandomCropSettings
 
 
@@ -106,6 +107,14 @@ class ClassMap(Targets):
 
     classes: Tensor
     """uint8 (height, width), 255 for ignored pixels."""
+    present: Tensor
+    """int64 (kinds,), the classes of any pixels, ascending; the host knows how many."""
+
+    @classmethod
+    def of(cls, classes: Tensor) -> Self:
+        """Return the target of an image whose pixels have these classes."""
+        counts = classes.flatten().bincount(minlength=256)
+        return cls(classes, counts[:IGNORED].nonzero()[:, 0])
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ class TrainSegmentationTransform:
             -1,
             repaired=decoded.repaired,
             turned=turned,
-            targets=ClassMap(target),
+            targets=ClassMap.of(target),
         )
 
 
@@ -135,7 +135,7 @@ class EvalSegmentationTransform:
         decoded = decode_image(raw, channels=self.channels, settings=self.data)
         labels = self.labels(raw.labels, decoded.pixels.shape, raw.image)
         image = scale_image(decoded.pixels, _factor(labels.shape, self.data.short_side))
-        target = ClassMap(torch.from_numpy(labels))
+        target = ClassMap.of(torch.from_numpy(labels))
         turned = unsure_frame(raw.image, labels.shape)
         return Sample(image, None, -1, repaired=decoded.repaired, turned=turned, targets=target)
 

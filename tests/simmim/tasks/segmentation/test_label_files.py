@@ -216,9 +216,16 @@ def test_evaluation_keeps_labels_and_scales_the_image(scenes: Path) -> None:
 
 
 def test_targets_survive_the_transfer_from_a_worker() -> None:
-    target = ClassMap(torch.arange(6, dtype=torch.uint8).view(2, 3))
+    target = ClassMap.of(torch.arange(6, dtype=torch.uint8).view(2, 3))
     again = pickle.loads(pickle.dumps(target))
     assert torch.equal(again.classes, target.classes)
+    assert torch.equal(again.present, target.present)
+
+
+def test_the_classes_of_an_image_are_listed_without_that_of_ignored_pixels() -> None:
+    classes = torch.tensor([[7, 255, 0], [254, 7, 7]], dtype=torch.uint8)
+    assert ClassMap.of(classes).present.tolist() == [0, 7, 254]
+    assert ClassMap.of(torch.full((2, 3), 255, dtype=torch.uint8)).present.tolist() == []
 
 
 def test_photometric_distortion_has_the_right_bounds_and_rates() -> None:
