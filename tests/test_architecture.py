@@ -59,6 +59,7 @@ OPTIONAL = {
     "pyarrow",
     "pycocotools",
     "ray",
+    "scipy",
     "tifffile",
     "timm",
     "transformers",

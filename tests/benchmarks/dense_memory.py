@@ -9,6 +9,7 @@ import time
 
 import torch
 
+from simmim.data.transforms.image_transforms import ClassMap
 from simmim.tasks.segmentation.heads import build_segmenter
 from simmim.tasks.segmentation.recipe import SegmentationHead
 from swinv2 import build_encoder
@@ -32,9 +33,10 @@ def main() -> None:
         checkpointing=arguments.checkpointing,
     )
     images = torch.randn(1, 3, arguments.size, arguments.size)
-    classes = torch.randint(0, arguments.classes, images.shape[-2:], dtype=torch.uint8)[None]
+    classes = torch.randint(0, arguments.classes, images.shape[-2:], dtype=torch.uint8)
+    targets = [ClassMap.of(classes)]
     before, began = _peak(), time.perf_counter()
-    loss = model.loss(images, classes, seeds=[0], normalisers=model.normalisers(classes))
+    loss = model.loss(images, targets, seeds=[0], normalisers=model.normalisers(targets))
     forward = time.perf_counter() - began
     loss.backward()
     total = time.perf_counter() - began

@@ -4,6 +4,7 @@ pytest -m gpu tests/simmim/test_cuda.py
 """
 
 import copy
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from simmim.method.model import SimMIM
 from simmim.recipe import parse
 from simmim.tasks.all_tasks import task_named
 from swinv2 import SwinV2, build_encoder, load_encoder
+from tests.simmim.tasks.dense_values import dense_values
 
 pytestmark = [
     pytest.mark.gpu,
@@ -117,6 +119,37 @@ def test_steps_of_a_stage_never_wait_for_the_device(
                     normalisers=stage.normalisers,
                 )
         assert loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [("segmentation", "mask2former"), ("detection", "mask2former"), ("detection", "rt_detr")],
+)
+def test_steps_that_match_queries_wait_for_the_device_once(
+    classification_values: dict[str, Any], tmp_path: Path, task: str, kind: str
+) -> None:
+    values = dense_values(tmp_path, classification_values["encoder"], task, kind)
+    stage: Any = task_named(task, Path("test")).stage(
+        parse(task_named(task, Path("test")).recipe, values, "test")  # type: ignore[arg-type]
+    )
+    with own_process_state():
+        accelerator = build_accelerator("bf16")
+        module, optimizer = prepare(stage, accelerator)
+        for batch in list(stage.batches(rank=0, world=1, start=0, end=16)):
+            torch.cuda.set_sync_debug_mode("warn")
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                training_step(
+                    accelerator,
+                    module.train(),
+                    optimizer,
+                    [batch],
+                    clip_norm=5.0,
+                    normalisers=stage.normalisers,
+                )
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [str(one.message) for one in caught if "synchronizing" in str(one.message)]
+    assert len(waits) == 1
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -1,131 +1,169 @@
 """The loss of RT-DETR, a sum over images divided by a given number of boxes.
 
-transformers divides by the boxes at hand, and pads the noised boxes of the denoising task to the
-largest number in the batch, which changes how many there are and what they attend to. Here each
-image has its own noised boxes, from its own random numbers, and padding is attended to by none.
+That of transformers divides by the boxes at hand, and waits for the device for every decoder layer.
+
+Source: RT-DETR (CVPR 2024); varifocal loss (CVPR 2021); generalised IoU (CVPR 2019).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-Targets = Sequence[dict[str, Tensor]]
-"""Of each image `class_labels`, int64 (boxes,), and `boxes`, float32 (boxes, 4): centre, width and
-height as fractions of the image."""
-
-Noised = tuple[Tensor | None, Tensor | None, Tensor | None, dict[str, Any] | None]
-"""Embedded classes (batch, noised, channels), boxes before the sigmoid (batch, noised, 4), an
-attention mask that is added to scores, and how the queries are grouped; None without boxes."""
+from simmim.tasks.detection.denoising import BoxTargets, NoisedBoxes, noise_boxes
+from simmim.tasks.segmentation.matching import assign_queries, padded, precise
+from simmim.tasks.segmentation.without_waiting import skip_finite_checks
+from swinv2.kernels.precision import without_autocast
 
 
 def box_loss(
-    net: Any, images: Tensor, targets: Targets, *, seeds: Sequence[int], boxes: Tensor
+    net: Any, images: Tensor, targets: BoxTargets, *, seeds: Sequence[int], boxes: Tensor
 ) -> Tensor:
     """Return the loss over all decoder layers, with the denoising task, as published.
 
     Args:
         net: RT-DETR of transformers.
         images: normalised (batch, channels, side, side).
-        targets: objects of each image.
+        targets: boxes to find, and their classes.
         seeds: seed of each image, for the noise on its boxes.
         boxes: number of boxes to divide by.
     """
-    with _noising_each_image(seeds):
-        output = net.model(images, labels=targets)
-    groups = output.denoising_meta_values if net.training else None
-    # Without objects the embedding is not used, and DDP waits for a gradient of every parameter.
-    total: Tensor = 0.0 * net.model.denoising_class_embed.weight.sum()
-    for row, target in enumerate(targets):
-        own = None if groups is None else groups["images"][row]
-        total = total + _loss_of_image(net, output, row, target, own) / boxes
-    return total
-
-
-def _loss_of_image(
-    net: Any, output: Any, row: int, target: dict[str, Tensor], groups: dict[str, Any] | None
-) -> Tensor:
-    """Return the sum of the loss over the boxes of an image."""
-    queries = net.config.num_queries
-    noised = 0 if groups is None else groups["dn_num_split"][0]
-
-    def own(values: Tensor) -> Tensor:
-        """Return the image's row, (1, ..., queries, size), without padding of noised boxes."""
-        values = values[row : row + 1]
-        return torch.cat([values[..., :noised, :], values[..., -queries:, :]], dim=-2)
-
-    classes, boxes = own(output.intermediate_logits), own(output.intermediate_reference_points)
-    loss, _, _ = net.loss_function(
-        classes[:, -1],
-        [target],
-        classes.device,
-        boxes[:, -1],
-        net.config,
-        classes,
-        boxes,
-        enc_topk_logits=output.enc_topk_logits[row : row + 1],
-        enc_topk_bboxes=output.enc_topk_bboxes[row : row + 1],
-        denoising_meta_values=groups,
-    )
-    summed: Tensor = loss * max(1, len(target["class_labels"]))
-    return summed
+    noised = noise_boxes(net.config, targets, seeds) if net.training else None
+    with _denoising(net, noised):
+        output = net.model(images, labels=[])
+    with without_autocast(images.device):
+        # Without objects the embedding is not used, and DDP needs a gradient of every parameter.
+        unused: Tensor = 0.0 * net.model.denoising_class_embed.weight.sum()
+        return unused + _summed_terms(net.config, output, targets, noised) / boxes
 
 
 @contextmanager
-def _noising_each_image(seeds: Sequence[int]) -> Iterator[None]:
-    """Let RT-DETR noise the boxes of each image on their own."""
+def _denoising(net: Any, noised: NoisedBoxes | None) -> Iterator[None]:
+    """Let RT-DETR find these noised boxes instead of those it would draw, without waiting."""
     from transformers.models.rt_detr import modeling_rt_detr  # noqa: PLC0415 - an optional part
 
-    noise = modeling_rt_detr.get_contrastive_denoising_training_group
+    def given(*, class_embed: nn.Module, num_queries: int, **_: Any) -> tuple[Any, ...]:
+        if noised is None:
+            return None, None, None, None
+        groups = {"dn_num_split": [noised.boxes.shape[1], num_queries]}
+        return class_embed(noised.classes), noised.boxes, noised.attention, groups
 
-    def noise_each(*, targets: Targets, num_queries: int, **settings: Any) -> Noised:
-        return noised_boxes(noise, targets, num_queries, seeds, settings)
-
-    with mock.patch.object(modeling_rt_detr, noise.__name__, noise_each):
+    skip_finite_checks(net, modeling_rt_detr.RTDetrEncoderLayer)
+    name = modeling_rt_detr.get_contrastive_denoising_training_group.__name__
+    with mock.patch.object(modeling_rt_detr, name, given):
         yield
 
 
-def noised_boxes(
-    noise: Callable[..., Noised],
-    targets: Targets,
-    num_queries: int,
-    seeds: Sequence[int],
-    settings: dict[str, Any],
-) -> Noised:
-    """Return the noised boxes of all images, padded to the largest number.
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """The predictions of all layers."""
+
+    logits: Tensor
+    """float32 (layers, batch, queries, classes)."""
+    boxes: Tensor
+    """float32 (layers, batch, queries, 4): centre, width and height as fractions."""
+    weights: Tensor
+    """float32 (batch, queries), the weight of each in the loss."""
+
+
+def _summed_terms(
+    config: Any, output: Any, targets: BoxTargets, noised: NoisedBoxes | None
+) -> Tensor:
+    """Return the weighted sum of all terms over the decoder layers and the encoder's proposals."""
+    count = config.num_queries
+    logits = precise(output.intermediate_logits).transpose(0, 1)
+    boxes = precise(output.intermediate_reference_points).transpose(0, 1)
+    proposals = precise(output.enc_topk_logits)[None], precise(output.enc_topk_bboxes)[None]
+    found = Found(
+        logits=torch.cat([logits[:, :, -count:], proposals[0]]),
+        boxes=torch.cat([boxes[:, :, -count:], proposals[1]]),
+        weights=logits.new_ones(logits.shape[1], count),
+    )
+    with torch.no_grad():
+        queries = assign_queries(_costs(config, found, targets), targets.counts)
+    total = _terms(config, found, queries, targets)
+    if noised is None:
+        return total
+    found = Found(logits=logits[:, :, :-count], boxes=boxes[:, :, :-count], weights=noised.weights)
+    places = noised.places.expand(len(logits), -1)
+    return total + _terms(config, found, places, noised.targets)
+
+
+def _costs(config: Any, found: Found, targets: BoxTargets) -> Tensor:
+    """Return the costs of matching, (layers, batch, queries, targets)."""
+    alpha, gamma = config.matcher_alpha, config.matcher_gamma
+    labels = padded(targets.labels, targets.counts)[:, None]
+    chance = found.logits.sigmoid().gather(-1, labels.expand(*found.logits.shape[:-1], -1))
+    absent = (1 - alpha) * chance**gamma * -(1 - chance + 1e-8).log()
+    present = alpha * (1 - chance) ** gamma * -(chance + 1e-8).log()
+    boxes, given = found.boxes[..., None, :], padded(targets.boxes, targets.counts)[:, None]
+    distance = (boxes - given).abs().sum(-1)
+    _, overlap = box_overlap(boxes, given)
+    costs: Tensor = (
+        config.matcher_bbox_cost * distance
+        + config.matcher_class_cost * (present - absent)
+        - config.matcher_giou_cost * overlap
+    )
+    return costs
+
+
+def _terms(config: Any, found: Found, queries: Tensor, targets: BoxTargets) -> Tensor:
+    """Return the weighted sum of varifocal loss, L1 distance and generalised IoU.
 
     Args:
-        noise: `get_contrastive_denoising_training_group` of transformers.
-        targets: objects of each image.
-        num_queries: number of queries that find objects.
-        seeds: seed of each image.
-        settings: more arguments of `noise`.
-
-    Returns:
-        As of `noise`, with an attention mask for each image, (batch, 1, all queries, all queries);
-        `images` of the last part has the grouping of each image, None without boxes.
+        config: that of RT-DETR, with the weights of terms.
+        found: the predictions.
+        queries: query of each target, (layers, targets); the number of queries for none.
+        targets: boxes to find.
     """
-    found = []
-    for target, seed in zip(targets, seeds, strict=True):
-        torch.manual_seed(seed)
-        found.append(noise(targets=[target], num_queries=num_queries, **settings))
-    longest = max((len(boxes[0]) for _, boxes, _, _ in found if boxes is not None), default=0)
-    if not longest:
-        return None, None, None, None
-    total = longest + num_queries
-    filled = next((classes, boxes) for classes, boxes, _, _ in found if boxes is not None)
-    classes, boxes = (one.new_zeros(len(found), longest, one.shape[-1]) for one in filled)  # type: ignore[union-attr]
-    mask = boxes.new_full((len(found), 1, total, total), -torch.inf)
-    mask[..., range(total), range(total)] = 0.0  # padding attends to itself
-    for row, (own_classes, own_boxes, own_mask, _) in enumerate(found):
-        kept = torch.arange(longest, total, device=mask.device)
-        if own_classes is not None and own_boxes is not None:
-            count = len(own_boxes[0])
-            classes[row, :count], boxes[row, :count] = own_classes[0], own_boxes[0]
-            kept = torch.cat([torch.arange(count, device=mask.device), kept])
-        mask[row, 0, kept[:, None], kept] = 0.0 if own_mask is None else own_mask
-    groups = [one for _, _, _, one in found]
-    return classes, boxes, mask, {"images": groups, "dn_num_split": [longest, num_queries]}
+    layers, batch, count, classes = found.logits.shape
+    layer = torch.arange(layers, device=queries.device)[:, None]
+    boxes = found.boxes[layer, targets.images, queries.clamp(max=count - 1)]
+    overlap, generalised = box_overlap(boxes, targets.boxes)
+    distance = (boxes - targets.boxes).abs().sum(-1)
+    losses = config.weight_loss_bbox * distance + config.weight_loss_giou * (1 - generalised)
+    # One more query: that of targets that none is left for. It weighs nothing.
+    of_targets = F.pad(found.weights, (0, 1))[targets.images, queries]
+    scores = found.logits.new_zeros(2, layers, batch, count + 1, classes)
+    scores[:, layer, targets.images, queries, targets.labels] = torch.stack(
+        [overlap.detach(), torch.ones_like(overlap)]
+    )
+    score, is_target = scores[:, :, :, :count]
+    chance = found.logits.detach().sigmoid()
+    focus = config.focal_loss_alpha * chance**config.focal_loss_gamma * (1 - is_target) + score
+    varifocal = F.binary_cross_entropy_with_logits(found.logits, score, reduction="none") * focus
+    on_boxes: Tensor = (losses * of_targets).sum()
+    on_classes: Tensor = config.weight_loss_vfl * (varifocal * found.weights[..., None]).sum()
+    return on_boxes + on_classes
+
+
+def box_overlap(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Return IoU and generalised IoU of pairs of boxes.
+
+    Args:
+        first: centre, width and height, (..., 4).
+        second: the same, of a shape that broadcasts.
+    """
+    (start, end), (other_start, other_end) = _corners(first), _corners(second)
+    common = (torch.minimum(end, other_end) - torch.maximum(start, other_start)).clamp(min=0)
+    around = torch.maximum(end, other_end) - torch.minimum(start, other_start)
+    inside, outside = _area(common), _area(around)
+    union = _area(end - start) + _area(other_end - other_start) - inside
+    overlap = inside / union
+    return overlap, overlap - (outside - union) / outside
+
+
+def _corners(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the upper left and lower right corners."""
+    centre, extent = boxes.chunk(2, dim=-1)
+    return centre - extent / 2, centre + extent / 2
+
+
+def _area(extent: Tensor) -> Tensor:
+    """Return width times height; the gradient of `prod` would wait for the device."""
+    return extent[..., 0] * extent[..., 1]

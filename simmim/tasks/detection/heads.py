@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from simmim.data.transforms.image_transforms import Instances
 from simmim.tasks.detection.box_loss import box_loss
+from simmim.tasks.detection.denoising import BoxTargets
 from simmim.tasks.detection.recipe import DetectionHead
 from simmim.tasks.segmentation.heads import (
     backbone_config_of,
@@ -20,7 +21,8 @@ from simmim.tasks.segmentation.heads import (
     last_maps,
     names_of_labels,
 )
-from simmim.tasks.segmentation.mask_loss import mask_loss, mask_normalisers
+from simmim.tasks.segmentation.mask_loss import MaskTargets, mask_loss, mask_normalisers
+from simmim.tasks.segmentation.matching import image_of_targets
 from swinv2 import SwinV2
 from swinv2.bridges.transformers_backbone import fill_backbone
 
@@ -74,8 +76,14 @@ class InstanceMask2Former(nn.Module):
         normalisers: Tensor,
     ) -> Tensor:
         """Return the loss over normalised images (batch, channels, side, side)."""
-        masks, labels = [one.masks.float() for one in targets], [one.labels for one in targets]
-        return mask_loss(self.net, images, masks, labels, seeds=seeds, normalisers=normalisers)
+        counts = [len(one.labels) for one in targets]
+        found = MaskTargets(
+            masks=torch.cat([one.masks for one in targets]),
+            labels=torch.cat([one.labels for one in targets]),
+            images=image_of_targets(counts, images.device),
+            counts=counts,
+        )
+        return mask_loss(self.net, images, found, seeds=seeds, normalisers=normalisers)
 
     def find(self, images: Tensor) -> list[Detections]:
         """Return the detections in each image, scored by class and mean mask probability."""
@@ -143,13 +151,16 @@ class RTDetr(nn.Module):
         normalisers: Tensor,
     ) -> Tensor:
         """Return the loss over normalised images (batch, channels, side, side)."""
-        size = images.new_tensor([images.shape[-1], images.shape[-2]] * 2)
-        labels = []
-        for one in targets:
-            left_top, right_bottom = one.boxes[:, :2], one.boxes[:, 2:]
-            centred = torch.cat([(left_top + right_bottom) / 2, right_bottom - left_top], dim=1)
-            labels.append({"class_labels": one.labels, "boxes": centred / size})
-        return box_loss(self.net, images, labels, seeds=seeds, boxes=normalisers[0])
+        counts = [len(one.labels) for one in targets]
+        left_top, right_bottom = torch.cat([one.boxes for one in targets]).chunk(2, dim=1)
+        centred = torch.cat([(left_top + right_bottom) / 2, right_bottom - left_top], dim=1)
+        found = BoxTargets(
+            boxes=centred / images.shape[-1],
+            labels=torch.cat([one.labels for one in targets]),
+            images=image_of_targets(counts, images.device),
+            counts=counts,
+        )
+        return box_loss(self.net, images, found, seeds=seeds, boxes=normalisers[0])
 
     def find(self, images: Tensor) -> list[Detections]:
         """Return the detections in each image."""

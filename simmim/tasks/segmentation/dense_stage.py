@@ -7,7 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -135,13 +135,6 @@ class _EmptyMaps(nn.Module):
 RecipeT = TypeVar("RecipeT", bound=DenseRecipe)
 
 
-class TargetReader(Protocol):
-    """Returns the targets of a batch for the model's loss."""
-
-    def __call__(self, batch: Batch, /) -> Any:
-        """Return the targets."""
-
-
 class DenseModule(nn.Module):
     """The loss of a model over stored batches."""
 
@@ -149,13 +142,11 @@ class DenseModule(nn.Module):
         self,
         model: Any,
         initial: InitialEncoder[SwinV2],
-        targets: TargetReader,
         *,
         seed: int,
     ) -> None:
         super().__init__()
         self.model = model
-        self.targets = targets
         self.seed = seed
         self.normalise = Normalise(initial.mean, initial.std)
 
@@ -167,15 +158,11 @@ class DenseModule(nn.Module):
             normalisers: what the terms of the loss are divided by, if the batch is a part of a
                 larger one; None for those of the batch.
         """
-        images, targets = self.normalise(batch.images, batch.flips), self.targets(batch)
+        images, targets = self.normalise(batch.images, batch.flips), batch.targets
         if normalisers is None:
             normalisers = nonzero(self.model.normalisers(targets)).to(images.device)
         noise = sample_drop_path_noise(self.model.backbone.encoder, batch, self.seed)
-        device = images.device
-        with (
-            passing_noise(self.model.backbone, noise),
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        ):
+        with passing_noise(self.model.backbone, noise):
             loss: Tensor = self.model.loss(
                 images, targets, seeds=seeds_of(batch, self.seed), normalisers=normalisers
             )
@@ -214,7 +201,7 @@ class DenseStage(FineTuningStage[RecipeT, DataT]):
         # Before sharding: sharded modules cannot be copied.
         self._flops = count_flops(self.model.net, self.model.backbone, recipe.data.image_size)
         recipe.execution.apply(self.initial.encoder)
-        self.module = DenseModule(self.model, self.initial, self.targets_of, seed=seed)
+        self.module = DenseModule(self.model, self.initial, seed=seed)
 
     @staticmethod
     @abstractmethod
@@ -234,14 +221,9 @@ class DenseStage(FineTuningStage[RecipeT, DataT]):
             ValueError: a package is not installed, or the encoder does not fit the head.
         """
 
-    @staticmethod
-    def targets_of(batch: Batch) -> Any:
-        """Return the targets for the model's loss."""
-        return batch.targets
-
     def normalisers(self, batch: Batch) -> Tensor:
         """Return numbers of pixels or objects; see `simmim.engine.stage.TrainingStage`."""
-        counts: Tensor = self.model.normalisers(self.targets_of(batch))
+        counts: Tensor = self.model.normalisers(batch.targets)
         return counts
 
     @property

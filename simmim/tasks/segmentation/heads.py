@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from simmim.data.loader.batch import Batch
 from simmim.data.order.randomness import stream_seed
+from simmim.data.transforms.image_transforms import ClassMap
 from simmim.data.transforms.labels import IGNORED
-from simmim.tasks.segmentation.mask_loss import mask_loss, mask_normalisers
+from simmim.tasks.segmentation.mask_loss import MaskTargets, mask_loss, mask_normalisers
+from simmim.tasks.segmentation.matching import image_of_targets
 from simmim.tasks.segmentation.recipe import SegmentationHead
 from swinv2 import SwinV2
 from swinv2.bridges.transformers_backbone import (
@@ -125,22 +127,28 @@ class UperNet(nn.Module):
         """The encoder."""
         return self.net.backbone
 
-    def normalisers(self, classes: Tensor) -> Tensor:
+    def normalisers(self, targets: Sequence[ClassMap]) -> Tensor:
         """Return the number of pixels that are not ignored, float32 (1,)."""
-        return (classes != IGNORED).sum().view(1).float()
+        return (_stacked(targets) != IGNORED).sum().view(1).float()
 
     def loss(
-        self, images: Tensor, classes: Tensor, *, seeds: Sequence[int], normalisers: Tensor
+        self,
+        images: Tensor,
+        targets: Sequence[ClassMap],
+        *,
+        seeds: Sequence[int],
+        normalisers: Tensor,
     ) -> Tensor:
         """Return the cross entropy, plus the weighted one of the auxiliary head.
 
         Args:
             images: normalised (batch, channels, side, side).
-            classes: uint8 (batch, side, side).
+            targets: classes of the pixels of each image.
             seeds: not used, since the head draws nothing at random.
             normalisers: number of pixels that the loss is averaged over.
         """
         del seeds
+        classes = _stacked(targets)
         self._spare_lone_values(len(images))
         maps = self.backbone.forward_with_filtered_kwargs(images).feature_maps
         total = _cross_entropy(self.net.decode_head(maps), classes)
@@ -182,20 +190,25 @@ class Mask2Former(nn.Module):
         """The encoder."""
         return self.net.model.pixel_level_module.encoder
 
-    def normalisers(self, classes: Tensor) -> Tensor:
+    def normalisers(self, targets: Sequence[ClassMap]) -> Tensor:
         """Return those of `mask_normalisers`, with one target mask per class in an image."""
-        return mask_normalisers(self.net, [len(one) for one in _classes_in(classes)])
+        return mask_normalisers(self.net, [len(one.present) for one in targets])
 
     def loss(
-        self, images: Tensor, classes: Tensor, *, seeds: Sequence[int], normalisers: Tensor
+        self,
+        images: Tensor,
+        targets: Sequence[ClassMap],
+        *,
+        seeds: Sequence[int],
+        normalisers: Tensor,
     ) -> Tensor:
         """Return the loss, with one target mask per class in an image; see `mask_loss`."""
-        labels = _classes_in(classes)
-        masks = [
-            (one[None] == there[:, None, None]).float()
-            for one, there in zip(classes, labels, strict=True)
-        ]
-        return mask_loss(self.net, images, masks, labels, seeds=seeds, normalisers=normalisers)
+        counts = [len(one.present) for one in targets]
+        labels = torch.cat([one.present for one in targets])
+        of_image = image_of_targets(counts, images.device)
+        masks = _stacked(targets)[of_image] == labels[:, None, None]
+        found = MaskTargets(masks=masks, labels=labels, images=of_image, counts=counts)
+        return mask_loss(self.net, images, found, seeds=seeds, normalisers=normalisers)
 
     def scores(self, images: Tensor) -> Tensor:
         """Return sums over masks of the probability of class and pixel."""
@@ -269,9 +282,9 @@ def names_of_labels(names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _classes_in(classes: Tensor) -> list[Tensor]:
-    """Return the classes that occur in each label map, int64."""
-    return [one[one != IGNORED].unique().long() for one in classes]
+def _stacked(targets: Sequence[ClassMap]) -> Tensor:
+    """Return the classes of the pixels of all images: uint8 (batch, side, side)."""
+    return torch.stack([one.classes for one in targets])
 
 
 def _cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:

@@ -65,11 +65,6 @@ class SegmentationStage(DenseStage[SegmentationRecipe, LabelledFolder]):
         """Return the model; see `DenseStage.build_model`."""
         return build_segmenter(encoder, names, recipe.head)
 
-    @staticmethod
-    def targets_of(batch: Batch) -> Tensor:
-        """Return the classes of all pixels: uint8 (batch, rows, columns)."""
-        return torch.stack([class_map_of(batch, row) for row in range(len(batch))])
-
     def baselines(self) -> dict[str, float]:
         """Return the loss of a uniform prediction for UperNet; none for Mask2Former."""
         if self.recipe.head.kind != "upernet":

@@ -84,6 +84,6 @@ def test_a_run_that_seeds_everything_leaves_cuda_the_seed_of_the_caller() -> Non
     torch.manual_seed(7)
     assert not initialised_cuda_devices()
     with own_process_state():
-        torch.manual_seed(1)  # as transformers' losses are drawn
+        torch.manual_seed(1)
         assert queued_cuda_seed() == 1
     assert queued_cuda_seed() == torch.initial_seed() == 7

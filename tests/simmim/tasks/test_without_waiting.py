@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from simmim.engine.optimizer import step_if_finite
+from tests.simmim.tasks.dense_values import dense_values
 from tests.simmim.tasks.meta_steps import DEVICE, take_step
 
 
@@ -19,8 +19,8 @@ def test_a_step_of_pretraining_waits_for_nothing(
 ) -> None:
     # Autocast does not know the meta device.
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _device: False)
-    blocking, optimizer = take_step(pretrain_values | {"loss": loss})
-    assert not blocking
+    waits, optimizer = take_step(pretrain_values | {"loss": loss})
+    assert not waits.copies + waits.reads
     assert optimizer.seen == DEVICE
 
 
@@ -28,32 +28,33 @@ def test_a_step_of_pretraining_waits_for_nothing(
 def test_a_step_of_classification_waits_for_nothing(
     classification_values: dict[str, Any], augmentation: dict[str, Any]
 ) -> None:
-    blocking, _ = take_step(classification_values | {"augmentation": augmentation})
-    assert not blocking
+    waits, _ = take_step(classification_values | {"augmentation": augmentation})
+    assert not waits.copies + waits.reads
 
 
-def test_a_step_of_segmentation_waits_for_nothing(
+def test_a_step_of_upernet_waits_for_nothing(
     classification_values: dict[str, Any], tmp_path: Path
 ) -> None:
-    pytest.importorskip("transformers", reason="needs simmim[finetune]")
-    random = np.random.default_rng(0)
-    for number in range(16):
-        for folder, shape in (("images", (32, 32, 3)), ("annotations", (32, 32))):
-            file = tmp_path / "scenes" / folder / "training" / f"{number}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(random.integers(0, 3, shape, dtype=np.uint8)).save(file)
-    data = {"folder": str(tmp_path / "scenes"), "validation": None, "num_classes": 3}
-    sizes = {"image_size": 32, "workers": 0, "largest_class": 1.0}
-    values = {
-        "task": "segmentation",
-        "encoder": classification_values["encoder"] | {"depths": [1, 1, 1, 1]},
-        "data": data | sizes,
-        "head": {"channels": 8, "auxiliary_channels": 8},
-        "training": {"batch_size": 4, "steps": 2, "optimizer": {"lr": 1e-3}},
-    }
-    values["encoder"] |= {"num_heads": [1, 2, 2, 2], "window_size": 4, "patch_size": 2}
-    blocking, _ = take_step(values)
-    assert not blocking
+    values = dense_values(tmp_path, classification_values["encoder"], "segmentation", "upernet")
+    waits, _ = take_step(values)
+    assert not waits.copies + waits.reads
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "layers"),
+    [
+        ("segmentation", "mask2former", 3),
+        ("detection", "mask2former", 3),
+        ("detection", "rt_detr", 4),  # the encoder's proposals are one
+    ],
+)
+def test_a_step_that_matches_queries_waits_for_their_costs_alone(
+    classification_values: dict[str, Any], tmp_path: Path, task: str, kind: str, layers: int
+) -> None:
+    waits, _ = take_step(dense_values(tmp_path, classification_values["encoder"], task, kind))
+    (read,) = waits.reads
+    assert read.startswith(f"cpu of shape ({layers}, 4, 6, ")
+    assert not waits.copies
 
 
 @pytest.mark.parametrize("norm", [np.nan, np.inf])
