@@ -267,6 +267,9 @@ def _describe_mistake(recipe_type: type[Any], mistake: Any, options: Sequence[st
 
 
 def _suggestion(recipe_type: type[Any], path: list[str], options: Sequence[str]) -> str:
+    refused: dict[str, str] = getattr(_section(recipe_type, path[:-1]), "REFUSED", {})
+    if path[-1] in refused:
+        return f"{refused[path[-1]]}."
     legal = _field_names(recipe_type, path[:-1])
     meant = {name: name for name in legal}
     if len(path) == 1:  # --resum instead of --resume is read as a key of the recipe
@@ -294,7 +297,8 @@ def _shortened(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def _field_names(recipe_type: type[Any], path: list[str]) -> list[str]:
+def _section(recipe_type: type[Any], path: list[str]) -> type[Any]:
+    """Return the settings class of a section, or of the last one on its path."""
     for part in path:
         if part.isdigit():  # an index in a list of settings
             continue
@@ -302,7 +306,11 @@ def _field_names(recipe_type: type[Any], path: list[str]) -> list[str]:
         if not found:
             break
         recipe_type = found[0]
-    return [field.name for field in dataclasses.fields(recipe_type)]
+    return recipe_type
+
+
+def _field_names(recipe_type: type[Any], path: list[str]) -> list[str]:
+    return [field.name for field in dataclasses.fields(_section(recipe_type, path))]
 
 
 def to_values(recipe: Any) -> dict[str, Any]:

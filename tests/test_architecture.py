@@ -45,6 +45,7 @@ ALLOWED = {
         "torch",
         "tqdm",
         "typing_extensions",  # torch brings it
+        "webdataset",
         "yaml",
     },
 }
@@ -65,9 +66,10 @@ OPTIONAL = {
     "transformers",
 }
 """What an extra brings: imported where it is used, inside a function."""
-NOT_IMPORTED = {"webdataset"}
-"""Dependencies that no module imports. webdataset defines the shard format and people read shards
-with it; tests compare what we write and read with it."""
+STREAMS = {"simmim/data/datasets/stream.py", "simmim/data/loader/stream_batches.py"}
+"""The only files that import webdataset, inside functions."""
+WEBDATASET = {"DataPipeline", "WebLoader", "shuffle", "split_by_worker"}
+"""What is used of it: nothing that opens URLs, which runs commands, or decodes, which unpickles."""
 DISTRIBUTIONS = {"PIL": "pillow", "annotated_types": "annotated-types", "yaml": "pyyaml"}
 
 
@@ -351,8 +353,22 @@ def test_what_is_imported_is_what_is_installed_with_us_no_more_and_no_less() -> 
         for found in imports_of(package)
         if found.package not in set(sys.stdlib_module_names) | OURS | OPTIONAL
     }
-    assert core >= NOT_IMPORTED
-    assert imported - {"typing_extensions"} == core - NOT_IMPORTED
+    assert imported - {"typing_extensions"} == core
+
+
+def test_webdataset_neither_opens_nor_decodes_for_us() -> None:
+    found = [one for one in imports_of("simmim") if one.package == "webdataset"]
+    assert {str(one.file.relative_to(ROOT)) for one in found} == STREAMS
+    assert {(one.module, one.inside_function) for one in found} == {("webdataset", True)}
+    used = {
+        node.attr
+        for name in STREAMS
+        for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "webdataset"
+    }
+    assert used == WEBDATASET
 
 
 def test_the_walk_sees_every_form_of_import(tmp_path: Path) -> None:

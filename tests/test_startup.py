@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("torch", "accelerate", "transformers")
+HEAVY = ("torch", "accelerate", "transformers", "webdataset")
 RUN = """
 import sys
 from {package}.cli import run

@@ -9,7 +9,7 @@ import signal
 import subprocess
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import IO
 
@@ -19,6 +19,10 @@ from data_prep.format.stores import StorageError
 PIPE = "pipe:"
 """Prefix of the URL of a command."""
 
+MAX_COMMANDS = 1_000_000
+"""Largest number of commands that one with a range stands for."""
+
+_RANGE = re.compile(r"(.*?)\{(\d+)\.\.(\d+)\}(.*)", re.DOTALL)
 _TAR_NAME = re.compile(r"[^\s/\\'\"=;|&<>().][^\s/\\'\"=;|&<>()]*?\.tar\b")
 _BLOCK = 2**20
 
@@ -72,6 +76,27 @@ class PipedFile:
             code = process.wait()
         if code:
             raise _ExitError(code)
+
+
+def expand_command(source: PipedFile) -> list[PipedFile]:
+    """Return the commands of one with a range of numbers in braces, or the command itself.
+
+    Raises:
+        StorageError: the range is malformed, or two outputs would have the same name.
+    """
+    pattern = _RANGE.fullmatch(source.command)
+    if pattern is None:
+        return [source]
+    head, first, last, tail = pattern.groups()
+    if int(last) < int(first) or int(last) - int(first) >= MAX_COMMANDS:
+        raise StorageError(
+            f"{source}: numbers in braces must ascend, over at most {MAX_COMMANDS:,} tars."
+        )
+    numbers = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+    commands = [replace(source, command=f"{head}{number}{tail}") for number in numbers]
+    if len({command.name for command in commands}) < len(commands):
+        raise StorageError(f"{source}: the number in braces must be in the name of the tar.")
+    return commands
 
 
 class _ExitError(Exception):

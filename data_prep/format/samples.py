@@ -7,7 +7,7 @@ and labels, and refuse the same samples.
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -15,6 +15,7 @@ from itertools import islice
 from data_prep.format.kinds import SECOND_DOT, Examples, count_kind, kind_of, suffix_of
 from data_prep.format.labels import MAX_LABEL_BYTES, LabelError, parse_label
 from data_prep.format.manifest import IMAGE_EXTENSIONS, IMAGE_SUFFIXES, READ_EXTENSIONS
+from data_prep.format.pipes import PipedFile
 from data_prep.format.storage import ByteReader, Location
 from data_prep.format.tars import TarError, Warn, describe_problem, walk_tar
 
@@ -24,6 +25,9 @@ _META = re.compile(r"__[^/]*__($|/)")
 _COMPANIONS = {"cls", "json", "txt"}
 _DOUBLE = re.compile(r"[a-z][a-z0-9_-]{0,11}\.[a-z][a-z0-9_-]{0,11}")
 _PEEKED = 1_000
+
+ReadMember = Callable[[tarfile.TarInfo, int], bytes]
+"""Returns the first bytes of a member, up to so many."""
 
 
 @dataclass(kw_only=True)
@@ -121,7 +125,7 @@ class SampleReader:
 
     def __init__(
         self,
-        path: Location,
+        path: Location | PipedFile,
         *,
         extensions: tuple[str, ...] = READ_EXTENSIONS,
         image_key: str | None = None,
@@ -139,25 +143,49 @@ class SampleReader:
             TarError: the tar is damaged (see `walk_tar`), or the members of a sample are apart.
             OSError: it cannot be read.
         """
+        assert not isinstance(self._path, PipedFile)
+        with closing(ByteReader(self._path)) as tar:
+            members = walk_tar(self._path, missing_end=self._missing_end)
+            yield from self.group(
+                members, lambda member, most: tar.read(member.offset_data, min(member.size, most))
+            )
+
+    def group(
+        self,
+        members: Iterable[tarfile.TarInfo],
+        read: ReadMember,
+        take: Callable[[int, tarfile.TarInfo], object] = lambda _row, _member: None,
+    ) -> Iterator[TarSample]:
+        """Yield every sample of members that are met in order.
+
+        Args:
+            members: the members.
+            read: returns the first bytes of a member.
+            take: called with the number of the sample and the member when an image is met.
+
+        Raises:
+            TarError: the members of a sample are apart.
+        """
         seen: set[str] = set()
         sample: TarSample | None = None
-        with closing(ByteReader(self._path)) as tar:
-            for member in walk_tar(self._path, missing_end=self._missing_end):
-                match = None if member.isdir() else self._key(member)
-                if match is None:
-                    continue
-                key, extension = match.group(1), match.group(2).lower()
-                if sample is None or sample.key != key:
-                    if sample is not None:
-                        yield self._finish(sample)
-                    if key in seen:
-                        raise TarError(
-                            f"{self._path}: the members of sample {key!r} are not contiguous, so "
-                            "that no reader finds them together. Sort them."
-                        )
-                    seen.add(key)
-                    sample = TarSample(key=key, problem=_describe_key(key))
-                self._add(sample, member, extension, tar)
+        for member in members:
+            match = None if member.isdir() else self._key(member)
+            if match is None:
+                continue
+            key, extension = match.group(1), match.group(2).lower()
+            if sample is None or sample.key != key:
+                if sample is not None:
+                    yield self._finish(sample)
+                if key in seen:
+                    raise TarError(
+                        f"{self._path}: the members of sample {key!r} are not contiguous, so "
+                        "that no reader finds them together. Sort them."
+                    )
+                seen.add(key)
+                sample = TarSample(key=key, problem=_describe_key(key))
+            self._add(sample, member, extension, read)
+            if sample.images.get(extension) is member:
+                take(len(seen) - 1, member)
         if sample is not None:
             yield self._finish(sample)
 
@@ -170,7 +198,7 @@ class SampleReader:
         return match
 
     def _add(
-        self, sample: TarSample, member: tarfile.TarInfo, extension: str, tar: ByteReader
+        self, sample: TarSample, member: tarfile.TarInfo, extension: str, read: ReadMember
     ) -> None:
         sample.extensions.append(extension)
         is_image = extension in self._extensions
@@ -186,9 +214,8 @@ class SampleReader:
         elif extension == "cls" and sample.extensions.count("cls") > 1:
             problem = problem or f"its sample {sample.key!r} has two labels (cls)"
         elif extension == "cls" and not problem:
-            length = min(member.size, MAX_LABEL_BYTES + 1)
             try:
-                sample.label = parse_label(tar.read(member.offset_data, length))
+                sample.label = parse_label(read(member, MAX_LABEL_BYTES + 1))
             except LabelError as error:
                 problem = str(error)
         sample.problem = sample.problem or problem or ""

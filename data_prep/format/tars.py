@@ -5,6 +5,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO, cast
 
@@ -60,7 +61,115 @@ def walk_tar(
     except (tarfile.TarError, OverflowError, ValueError) as error:
         if isinstance(error, TarError | StorageError):
             raise
-        raise TarError(_describe(path, error)) from None
+        with path.open("rb") as file:
+            head = file.read(8)
+        raise TarError(_describe(path, head, error)) from None
+
+
+def stream_tar(
+    place: object, blocks: Iterator[bytes]
+) -> Generator[tuple[tarfile.TarInfo, Callable[[], bytes]], None, None]:
+    """Yield every member of an uncompressed tar that is read once, from its first byte to its last.
+
+    What `walk_tar` refuses is refused here, but only where it is met: the members before it have
+    been yielded.
+
+    Args:
+        place: what the tar is called in messages.
+        blocks: the bytes of the tar.
+
+    Yields:
+        A member, and a function that returns its bytes until the next one is asked for.
+
+    Raises:
+        TarError: see `walk_tar`.
+        Exception: what `blocks` raises.
+    """
+    stream, last = _SequentialFile(blocks), -1
+    try:
+        with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|", bufsize=_READ_BYTES) as tar:
+            for member in tar:
+                if member.size < 0 or member.offset <= last:
+                    raise TarError(_impossible(place, member))
+                last = member.offset
+                yield member, partial(_read_member, place, tar, member)
+                tar.members.clear()  # type: ignore[attr-defined]
+            end = tar.offset
+    except (tarfile.TarError, OverflowError, ValueError) as error:
+        if isinstance(error, TarError) or error is stream.failure:
+            raise
+        raise TarError(_describe(place, stream.head, error)) from None
+    stream.drain()
+    if stream.data_end > end:
+        raise TarError(
+            f"{place} is damaged: there is no header of a member at byte {end:,}, and the tar goes "
+            "on behind it. Fetch or write it again."
+        )
+    if stream.position < end + _END_BYTES or stream.position % _BLOCK:
+        raise TarError(
+            f"{place} is truncated: it does not end with two blocks of zeros, at a multiple of 512 "
+            "bytes, so members may be missing. Fetch or write it again."
+        )
+
+
+def _read_member(place: object, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    try:
+        file = tar.extractfile(member)
+        data = b"" if file is None else file.read()
+    except tarfile.TarError:
+        data = b""
+    if len(data) < member.size:
+        raise TarError(
+            f"{place} is truncated: it ends within member {member.name!r}. Fetch or write it again."
+        )
+    return data
+
+
+class _SequentialFile:
+    """A file that is read from beginning to end, of whose bytes only the last are kept.
+
+    Attributes:
+        head: its first bytes.
+        position: number of bytes read.
+        data_end: position behind the last byte that is not zero.
+        failure: the error that ended `blocks`, if one did.
+    """
+
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks, self._rest = blocks, memoryview(b"")
+        self.head, self.position, self.data_end = b"", 0, 0
+        self.failure: Exception | None = None
+
+    def read(self, size: int) -> bytes:
+        """Return the next bytes, fewer than `size` at the end of a block or of the file."""
+        while not self._rest:
+            try:
+                block = next(self._blocks, None)
+            except Exception as error:
+                self.failure = error
+                raise
+            if block is None:
+                return b""
+            self._rest = memoryview(block)
+        data = bytes(self._rest[:size])
+        self._rest = self._rest[size:]
+        self.head = self.head or data[:8]
+        if filled := len(data.rstrip(b"\0")):
+            self.data_end = self.position + filled
+        self.position += len(data)
+        return data
+
+    def drain(self) -> None:
+        """Read to the end."""
+        while self.read(_READ_BYTES):
+            pass
+
+
+def _impossible(place: object, member: tarfile.TarInfo) -> str:
+    return (
+        f"{place} is damaged: member {member.name!r} has an impossible size. Fetch or write it "
+        "again."
+    )
 
 
 def _walk(path: Location, stream: RangeFile, missing_end: Warn | None) -> Iterator[tarfile.TarInfo]:
@@ -71,10 +180,7 @@ def _walk(path: Location, stream: RangeFile, missing_end: Warn | None) -> Iterat
             for member in tar:
                 # A negative size would make tarfile read the same header forever.
                 if member.size < 0 or member.offset <= place:
-                    raise TarError(
-                        f"{path} is damaged: member {member.name!r} has an impossible size. "
-                        "Fetch or write it again."
-                    )
+                    raise TarError(_impossible(path, member))
                 place = member.offset
                 yield member
                 tar.members.clear()  # type: ignore[attr-defined]
@@ -178,9 +284,7 @@ def describe_path_problem(name: str) -> str | None:
     return None
 
 
-def _describe(path: Location, error: Exception) -> str:
-    with path.open("rb") as file:
-        head = file.read(8)
+def _describe(path: object, head: bytes, error: Exception) -> str:
     for mark, command in _COMPRESSED.items():
         if head.startswith(mark):
             return (

@@ -1,7 +1,6 @@
 """Indexing existing WebDataset tars, written by any tool, so that they can be used as a set."""
 
 import os
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -35,16 +34,13 @@ from data_prep.format.patterns import (
     is_pattern,
     list_tars,
 )
-from data_prep.format.pipes import PipedFile
+from data_prep.format.pipes import PipedFile, expand_command
 from data_prep.format.storage import Location
 from data_prep.format.tars import as_local_file
 from data_prep.images.arrays import ArrayError, read_header
 from data_prep.images.channel_names import check_names, told_names, told_no_data
 
 T = TypeVar("T")
-
-_COMMAND_RANGE = re.compile(r"(.*?)\{(\d+)\.\.(\d+)\}(.*)", re.DOTALL)
-_MAX_TARS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +255,7 @@ def _folder_for(tars: Sequence[Location | PipedFile], output: Path | None) -> Lo
 def _find_tars(source: Location | PipedFile, names: Names) -> _Found:
     try:
         if isinstance(source, PipedFile):
-            return _Found(tars=_choose_commands(_expand_command(source), names))
+            return _Found(tars=_choose_commands(expand_command(source), names))
         listed = list_tars(source, names)
     except PatternError as error:
         raise ManifestError(str(error)) from None
@@ -296,23 +292,6 @@ def _choose_commands(commands: list[PipedFile], names: Names) -> list[PipedFile]
         return commands
     chosen = set(names.chosen([command.name for command in commands], "the commands"))
     return [command for command in commands if command.name in chosen]
-
-
-def _expand_command(source: PipedFile) -> list[PipedFile]:
-    """Return the commands of one with a range of numbers in braces, or the command itself."""
-    pattern = _COMMAND_RANGE.fullmatch(source.command)
-    if pattern is None:
-        return [source]
-    head, first, last, tail = pattern.groups()
-    if int(last) < int(first) or int(last) - int(first) >= _MAX_TARS:
-        raise ManifestError(
-            f"{source}: numbers in braces must ascend, over at most {_MAX_TARS:,} tars."
-        )
-    numbers = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
-    commands = [replace(source, command=f"{head}{number}{tail}") for number in numbers]
-    if len({command.name for command in commands}) < len(commands):
-        raise ManifestError(f"{source}: the number in braces must be in the name of the tar.")
-    return commands
 
 
 def _refuse_replacing(folder: Location, overwrite: bool) -> None:

@@ -1,6 +1,6 @@
 """The channels that a training takes, matched by name with those of its images and its weights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from data_prep.channels import (
 )
 from data_prep.format.text import count_noun
 from simmim.data.datasets.clips import ClipSet
-from simmim.data.datasets.mixture import MixedShards
+from simmim.data.datasets.mixture import MixedShards, StreamedShards
 from simmim.data.datasets.shards import ShardSet
 from simmim.data.order.source import BadSampleError, DataError, SampleSource
 from simmim.data.transforms.decoding import names_of
@@ -153,7 +153,9 @@ def _names_of_sets(
     name: str, source: SampleSource[Any], data: DecodeSettings
 ) -> Iterator[tuple[str, ChannelNames | None]]:
     """Yield what each dataset of a source is called in messages, and the names of its channels."""
-    sets = source.sets if isinstance(source, MixedShards) else (source,)
+    sets: Sequence[SampleSource[Any]] = (source,)
+    if isinstance(source, MixedShards | StreamedShards):
+        sets = source.sets if isinstance(source, MixedShards) else source.parts
     for one in sets:
         if isinstance(one, ClipSet) or not one.samples:
             continue

@@ -214,6 +214,11 @@ class DataSettings(RemoteSettings, SampleSettings):
     """Images in shards or folders, and how they are read."""
 
     SMALLER: ClassVar[str] = "Smaller images load faster: `data-prep shard --short-side`"
+    REFUSED: ClassVar[dict[str, str]] = {
+        "stream": "only pretraining reads tars without a manifest, as labels need one; make it "
+        "with `data-prep index TARS --output FOLDER`, and name FOLDER as data.shards"
+    }
+    """Fields that other recipes have, with the remedy."""
     MEASURABLE: ClassVar[bool] = True
     shards: ShardsSetting
     """Folder of shards made by data-prep (tars, indexes and manifest.json), or its URL (s3, gs,
@@ -243,8 +248,13 @@ class DataSettings(RemoteSettings, SampleSettings):
     """Standard deviation of each channel, on the same scale, or `measured`."""
 
     def __post_init__(self) -> None:
-        if not self.shards:
+        if not self.shards and not self.reads_stream:
             raise ValueError("shards is empty; give a folder, or a list of them.")
+
+    @property
+    def reads_stream(self) -> bool:
+        """Whether there is a stream of tars to train on."""
+        return False
 
     def open_shards(self) -> Shards:
         """Open the datasets and select the images of `classes`.
@@ -265,9 +275,9 @@ class DataSettings(RemoteSettings, SampleSettings):
         return replace(super().remote_reading, slots=max(self.slots_of_sets, default=MAX_SLOTS))
 
     @property
-    def first_shards(self) -> str:
-        """The first folder of shards or images."""
-        return first_folder(self.shards)
+    def first_shards(self) -> str | None:
+        """The first folder of shards or images; None if there is only a stream."""
+        return first_folder(self.shards) if self.shards else None
 
     def split_shards(self) -> tuple[Shards, Shards]:
         """Open the datasets and return (training, validation); see `open_shards`."""

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from simmim.data.datasets.image_set import ImageSet
-from simmim.data.datasets.mixture import MixedShards
+from simmim.data.datasets.mixture import MixedShards, StreamedShards
 from simmim.doctor.checks import Check, attempt, print_checks
 from simmim.doctor.dry_run import check_pace, dry_run, gather_value, warn_of_long_steps
 from simmim.doctor.files import check_class_sizes, check_labelled_files
@@ -127,7 +127,7 @@ def examine(
 
 def _reads_images(stage: Any) -> bool:
     """Return whether training is on images alone, in shards or folders, perhaps with a class."""
-    return isinstance(stage.training_shards, ImageSet | MixedShards)
+    return isinstance(stage.training_shards, ImageSet | MixedShards | StreamedShards)
 
 
 def _check_plan(stage: Any, device: torch.device) -> Iterable[Check]:

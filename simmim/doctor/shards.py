@@ -11,7 +11,7 @@ from data_prep.format.storage import Location
 from data_prep.format.text import count_noun, count_range, format_bytes
 from simmim.data.datasets.folder import ImageFolder
 from simmim.data.datasets.image_set import ImageSet
-from simmim.data.datasets.mixture import MixedShards, Shards
+from simmim.data.datasets.mixture import MixedShards, Shards, StreamedShards
 from simmim.data.datasets.shards import ShardSet
 from simmim.data.order.order import (
     MAX_SLOTS,
@@ -34,14 +34,18 @@ DECODING_SECONDS = 20.0
 MANY_FILES = 2_000_000
 """Files in a folder from which shards are advised."""
 SMALL_SHARE = 0.1
+_OTHERS = "name indexed shards or a folder of images as data.validation"
 FEW_SLOTS = 8
 """Slots of a large set below which its batches are poorly mixed."""
 
 
 def check_shards(
-    training: Shards, validation: Shards | None, data: AugmentedDataSettings, wanted: EncoderInput
+    training: Shards | StreamedShards,
+    validation: Shards | None,
+    data: AugmentedDataSettings,
+    wanted: EncoderInput,
 ) -> Iterator[Check]:
-    """Check the training and validation shards."""
+    """Check the training and validation shards, and the first samples of a stream."""
     tars = [entry for one in shard_sets_of(training) for entry in entries_of(one)]
     there = f" ({format_bytes(sum(entry.bytes for entry in tars))})" if tars else ""
     yield Check(
@@ -50,12 +54,16 @@ def check_shards(
         found=f"{_samples_in_shards(training)}{there} to train on",
     )
     yield from check_folders(training)
+    if isinstance(training, StreamedShards):
+        readers = process_environment().world * max(1, data.workers)
+        yield Check(name="stream", verdict="ok", found=training.describe(readers))
     if validation is None or not validation.samples:
         yield Check(
             name="validation",
             verdict="warning",
             found="no shard is held out, so there is no validation loss",
-            change="set data.validation_shards to 1 or more: that loss predicts fine-tuning",
+            change=("set data.validation_shards to 1 or more" if sets_of(training) else _OTHERS)
+            + ": that loss predicts fine-tuning",
         )
     else:
         yield Check(
@@ -71,19 +79,19 @@ def check_shards(
     yield from check_samples(training, data, wanted)
 
 
-def _samples_in_shards(shards: Shards) -> str:
+def _samples_in_shards(shards: Shards | StreamedShards) -> str:
     samples = count_noun(shards.samples, "sample")
     if not shard_sets_of(shards):  # a folder's parts are nothing to the user
         return samples
     return f"{samples} in {count_noun(len(shards.sizes), 'shard')}"
 
 
-def sets_of(shards: Shards) -> tuple[ImageSet, ...]:
-    """Return the sets of a mixture, or the one set."""
-    return shards.sets if isinstance(shards, MixedShards) else (shards,)
+def sets_of(shards: Shards | StreamedShards) -> tuple[ImageSet, ...]:
+    """Return the indexed sets of a mixture, or the one set."""
+    return shards.sets if isinstance(shards, MixedShards | StreamedShards) else (shards,)
 
 
-def shard_sets_of(shards: Shards) -> list[ShardSet]:
+def shard_sets_of(shards: Shards | StreamedShards) -> list[ShardSet]:
     """Return the sets that have shards."""
     return [one for one in sets_of(shards) if isinstance(one, ShardSet)]
 
@@ -102,7 +110,7 @@ def check_order(order: Order, batch_size: int) -> Check:
     return Check(name="order", verdict="warning" if change else "ok", found=found, change=change)
 
 
-def check_folders(shards: Shards) -> Iterator[Check]:
+def check_folders(shards: Shards | StreamedShards) -> Iterator[Check]:
     """Report image folders, and warn of very large ones."""
     for one in sets_of(shards):
         if not isinstance(one, ImageFolder):
@@ -173,7 +181,7 @@ def _sha256(place: Path) -> str:
 
 
 def check_samples(
-    shards: Shards, data: AugmentedDataSettings, wanted: EncoderInput
+    shards: Shards | StreamedShards, data: AugmentedDataSettings, wanted: EncoderInput
 ) -> Iterator[Check]:
     """Decode some samples, and compare sizes, channels and statistics with the recipe."""
     found = sample_images(

@@ -34,6 +34,8 @@ FREE_TO_CHANGE = (
     "data.attempts",
     "data.allow_pipe",
     "data.picture_bands",
+    "data.stream.tars",  # as data.shards
+    "data.stream.shuffle",  # a resumed run starts a new shuffle in any case
     "execution",
     "training.accumulation",
     "training.log_every",

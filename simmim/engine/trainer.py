@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from simmim.data.loader.batch import Batch
+from simmim.data.loader.stream_batches import StreamBatches
 from simmim.engine.checkpoint.choosing import Choice, choose_checkpoint
 from simmim.engine.checkpoint.directory import (
     COMPLETE,
@@ -95,6 +96,7 @@ class Trainer:
         self.norm = math.nan
         """Norm of the gradient of the last settled step."""
         self._taken: TakenStep | None = None
+        self._stream: StreamBatches | None = None
         self.compiled = CompiledBlocks(stage.module)
         self.watchdog = Watchdog(self.settings.rank_timeout)
         self.anomalies = Anomalies(
@@ -126,12 +128,14 @@ class Trainer:
 
     def batches(self) -> Iterable[Batch]:
         """Return this rank's micro-batches from the current position to the last step."""
-        return self.stage.batches(
+        batches = self.stage.batches(
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
             start=self.cursor,
             end=self.cursor + (self.total - self.step) * self.settings.batch_size,
         )
+        self._stream = batches if isinstance(batches, StreamBatches) else None
+        return batches
 
     def load_weights(
         self, resume: str | None, init_from: Path | None, *, allow_changes: bool
@@ -219,13 +223,27 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def must_stop(self) -> bool:
-        """Agree with the other ranks on stop requests, compiling and the checkpoint in progress."""
-        flags = [self.stop.wanted, self.compiled.failed, *self.saver.flags()]
-        wanted, eager, *saving = self.stop.agree(flags)
+        """Agree with the other ranks on stop requests, compiling, the end of an epoch of a stream,
+        and the checkpoint in progress."""
+        short = self._stream_is_short()
+        flags = [self.stop.wanted, self.compiled.failed, short, *self.saver.flags()]
+        wanted, eager, short, *saving = self.stop.agree(flags)
         self._note_outcome(self.saver.update(*saving))
+        if short and self._stream is not None:
+            self._stream.begin_again()
         if eager:
             self.monitor.print(self.compiled.run_eagerly(lambda reason: gather_object([reason])))
         return bool(wanted)
+
+    def _stream_is_short(self) -> int:
+        """Return 1 if this rank's part of a stream has no samples left for the next step."""
+        if self._stream is None or self.stop.wanted:
+            return 0
+        self.watchdog.at(self.step + 1, WAITING_FOR_DATA)
+        began = time.perf_counter()
+        short = self._stream.is_short()
+        self.monitor.clock.add(0, time.perf_counter() - began)
+        return int(short)
 
     def learning_rate(self, factor: float) -> float:
         """Return the learning rate of the next step; the factor scales only the schedule's peak."""

@@ -7,9 +7,11 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from simmim.data.datasets.mixture import Shards, order_of, slots_of
+from simmim.data.datasets.mixture import Shards, StreamedShards, order_of, slots_of
 from simmim.data.loader.bad_samples import BadSamples
 from simmim.data.loader.batches import TrainingBatches
+from simmim.data.loader.sampler import TrainingSampler
+from simmim.data.loader.stream_batches import StreamBatches
 from simmim.data.order.order import Address, Order, Slots
 from simmim.data.order.source import BadSampleError, DataError, Encoded, SampleSource
 from simmim.data.settings import SampleSettings
@@ -81,7 +83,7 @@ def training_batches(
     start: int,
     end: int,
     bad_samples: BadSamples,
-) -> TrainingBatches:
+) -> TrainingBatches | StreamBatches:
     """Return this rank's micro-batches, from `start` to `end` samples of the global stream.
 
     Args:
@@ -96,6 +98,25 @@ def training_batches(
         end: cursor after the last batch.
         bad_samples: counts the samples that had to be replaced.
     """
+    if isinstance(shards, StreamedShards):
+        sampler = TrainingSampler(
+            order=order,
+            batch_size=training.batch_size,
+            accumulation=training.accumulation,
+            rank=rank,
+            world=world,
+            start=start,
+            stop=end,
+        )
+        return StreamBatches(
+            shards,
+            transform,
+            sampler,
+            seed=training.seed,
+            workers=data.workers,
+            pin_memory=torch.cuda.is_available(),
+            bad_samples=bad_samples,
+        )
     return TrainingBatches(
         shards,
         order,

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from data_prep.format.text import count_noun
+from simmim.data.datasets.mixture import StreamedShards
 from simmim.data.order.order import describe_order, needless_slots
 from simmim.engine.checkpoint.choosing import choose_checkpoint
 from simmim.engine.checkpoint.directory import (
@@ -162,7 +163,12 @@ def print_start(
     if changed:
         listed = "".join(f"\n  {key}: {text}" for key, text in changed.items())
         sys.stderr.write(f"the recipe has changed:{listed}\n")
-    for line in (describe_start(recipe), overridden(recipe, stage.recipe), recipe.start_note):
+    images, stream = stage.training_shards, None
+    if isinstance(images, StreamedShards):
+        readers = process_environment().world * max(1, recipe.data.workers)
+        stream = images.describe(readers)
+    told = (describe_start(recipe), overridden(recipe, stage.recipe), recipe.start_note, stream)
+    for line in told:
         sys.stderr.write("" if line is None else f"{line}\n")
     sys.stderr.writelines(f"WARNING: {text.rstrip('.')}.\n" for text in warnings)
 

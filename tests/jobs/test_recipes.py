@@ -33,7 +33,7 @@ RECIPES = sorted(
     if not path.stem.startswith("video-")  # test_video_recipes.py
 )
 SMALL = {
-    "pretrain": {"cifar10", "cifar10-hour", "camvid"},
+    "pretrain": {"cifar10", "cifar10-hour", "camvid", "stream"},
     "finetune": {
         "cifar10",
         "cifar10-labels",

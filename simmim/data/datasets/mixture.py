@@ -1,4 +1,4 @@
-"""Several datasets of images read as one, mixed by weight."""
+"""Several datasets of images read as one, mixed by weight; one of them may be a stream."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.format.text import count_noun
 from simmim.data.datasets.image_set import ImageSet
-from simmim.data.order.order import MixedOrder, Order, SampleOrder, Slots, choose_slots
+from simmim.data.datasets.stream import StreamedImage, TarStream
+from simmim.data.order.order import MixedOrder, Order, SampleOrder, Slots, StreamOrder, choose_slots
 from simmim.data.order.source import EncodedImage, SampleSource
 
 
@@ -114,12 +116,137 @@ class MixedShards(SampleSource[EncodedImage]):
         return number, shard - int(self._firsts[number])
 
 
+class StreamedShards(SampleSource[EncodedImage]):
+    """A stream of tars, alone or after indexed datasets that it is mixed with.
+
+    The shards of the datasets come first, then the tars. The order counts the stream as one shard,
+    with the samples of an epoch.
+
+    Args:
+        indexed: indexed datasets, if there are any.
+        weights: their weights.
+        stream: the stream.
+    """
+
+    def __init__(
+        self, indexed: Sequence[ImageSet], weights: Sequence[float], stream: TarStream
+    ) -> None:
+        self.indexed = MixedShards(indexed, weights) if indexed else None
+        self.stream = stream
+        self.weights = (*weights, stream.settings.weight)
+        self.first_tar = len(self.indexed.sizes) if self.indexed else 0
+        """Number of the shard that stands for the stream in the order, and of the first tar."""
+        self._first: dict[tuple[int, int], StreamedImage] = {}
+
+    def describe(self, readers: int) -> str:
+        """Return what a person should know of the stream before training.
+
+        Args:
+            readers: data workers of all processes.
+        """
+        tars, settings = len(self.stream.places), self.stream.settings
+        text = (
+            f"data.stream: {count_noun(tars, 'tar')} of {settings.tars}, read in sequence. Not "
+            "guaranteed: the same order on another number of processes or workers, and an exact "
+            "resume (a resumed run starts a new shuffle at its step, and images of the epoch may "
+            f"come again). For both, run `{settings.index_command}` and give FOLDER as data.shards."
+        )
+        if tars < readers:
+            text += (
+                f" Each tar is read by several of the {readers:,} data workers, which share its "
+                "samples: use fewer, or more tars."
+            )
+        return text
+
+    @property
+    def sets(self) -> tuple[ImageSet, ...]:
+        """The indexed datasets."""
+        return self.indexed.sets if self.indexed else ()
+
+    @property
+    def parts(self) -> tuple[SampleSource[EncodedImage], ...]:
+        """The indexed datasets, and the stream alone."""
+        return (*self.sets, StreamedShards((), (), self.stream) if self.sets else self)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of samples in each shard, the stream being the last."""
+        return [*(self.indexed.sizes if self.indexed else ()), self.stream.samples]
+
+    def _digest_parts(self) -> Iterator[bytes]:
+        """Yield the digest of the datasets, and the names of the tars."""
+        if self.indexed:
+            yield self.indexed.digest.encode()
+        yield repr((self.weights, self.stream.settings.image_key)).encode()
+        for name in self.stream.names:
+            yield f"{name.rpartition('/')[2]}\n".encode()
+
+    def folder_of(self, shard: int) -> str:
+        """Return the folder of a shard, or the pattern of the stream, for messages."""
+        if self.indexed and shard < self.first_tar:
+            return self.indexed.folder_of(shard)
+        return self.stream.settings.tars
+
+    def name(self, shard: int, sample: int) -> str:
+        """Return shard and key of a sample, for messages; of the stream, tar and number."""
+        if self.indexed and shard < self.first_tar:
+            return self.indexed.name(shard, sample)
+        return f"{self.stream.names[shard - self.first_tar]}, sample {sample:,} from 0"
+
+    def read(self, shard: int, sample: int) -> EncodedImage:
+        """Return a sample of an indexed dataset, or one of `spread`."""
+        if self.indexed and shard < self.first_tar:
+            return self.indexed.read(shard, sample)
+        return self._first[shard, sample]
+
+    def spread(self, count: int) -> list[tuple[int, int]]:
+        """Return shard and number of samples of the datasets, and of the first of the stream.
+
+        Raises:
+            ValueError: the first tar of the stream has no image.
+        """
+        found = self.indexed.spread(count // 2) if self.indexed else []
+        if len(self._first) < count - len(found):
+            images = self.stream.first_images(count - len(found))
+            self._first = {(self.first_tar + one.tar, one.row): one for one in images}
+        return found + list(self._first)[: count - len(found)]
+
+
+class NoImages(SampleSource[EncodedImage]):
+    """No images: what validates a training on a stream alone, unless the recipe names others."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """No shards."""
+        return []
+
+    def _digest_parts(self) -> Iterator[bytes]:
+        """Yield nothing."""
+        yield from ()
+
+    def folder_of(self, shard: int) -> str:
+        """Raise IndexError."""
+        raise IndexError(shard)
+
+    def name(self, shard: int, sample: int) -> str:
+        """Raise IndexError."""
+        raise IndexError(shard, sample)
+
+    def read(self, shard: int, sample: int) -> EncodedImage:
+        """Raise IndexError."""
+        raise IndexError(shard, sample)
+
+
 Shards = ImageSet | MixedShards
 """One dataset of images, or a mixture."""
 
 
 def slots_of(shards: SampleSource[Any], batch_size: int) -> Slots:
     """Return the slots of a source, or of a mixture, for this global batch size."""
+    if isinstance(shards, StreamedShards):
+        if not shards.sets:
+            return 1
+        return choose_slots([*(one.samples for one in shards.sets), 0], batch_size)
     sets = shards.sets if isinstance(shards, MixedShards) else (shards,)
     return choose_slots([one.samples for one in sets], batch_size)
 
@@ -130,6 +257,13 @@ def order_of(shards: SampleSource[Any], *, seed: int, slots: Slots) -> Order:
     Raises:
         ValueError: the numbers of slots do not fit the datasets.
     """
+    if isinstance(shards, StreamedShards):
+        if not shards.sets:
+            if slots != 1:
+                raise ValueError("data.slots is for indexed datasets: remove it.")
+            return StreamOrder(shards.stream.samples)
+        sizes = [*(one.sizes for one in shards.sets), [shards.stream.samples]]
+        return MixedOrder(sizes, shards.weights, seed=seed, slots=slots, stream=True)
     if isinstance(shards, MixedShards):
         sizes = [one.sizes for one in shards.sets]
         return MixedOrder(sizes, shards.weights, seed=seed, slots=slots)

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,18 +29,26 @@ CHANNELS_REMEDY = (
 )
 
 
+BadKind = Literal["replaced", "skipped", "repaired", "turned", "no image"]
+"""How a sample was handled: `replaced`: training used another sample of the shard; `skipped`:
+evaluation, or the reading of a stream, left it out; `repaired`: it is damaged but could be decoded,
+with some pixels possibly wrong; `turned`: its image was turned upright, and its labels may not be;
+`no image`: a sample of a stream that has none, which is counted and is not damaged."""
+
+MOST_WITHOUT_IMAGE = 3
+"""Samples without an image that are listed of each kind."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BadSample:
     """A damaged sample, its defect and how it was handled."""
 
-    kind: Literal["replaced", "skipped", "repaired", "turned"]
-    """`replaced`: training used another sample of the shard; `skipped`: evaluation left it out;
-    `repaired`: it is damaged but could be decoded, with some pixels possibly wrong; `turned`: its
-    image was turned upright, and its labels may not be."""
+    kind: BadKind
     folder: str
     shard: str
     key: str
     reason: str
+    """Its defect; of a sample without an image, the kind of member that it has instead."""
 
 
 class BadSamples:
@@ -61,6 +70,8 @@ class BadSamples:
         """Number of damaged samples that could be decoded, with repetitions."""
         self.turned = 0
         """Number of samples whose labels may not be upright, with repetitions."""
+        self.without_image: Counter[str] = Counter()
+        """Number of samples without an image by what they have instead, with repetitions."""
         self.first: BadSample | None = None
         """The first replaced or skipped sample."""
         self.path: Path | None = None
@@ -94,6 +105,10 @@ class BadSamples:
                 self.repaired += 1
             elif sample.kind == "turned":
                 self._warn_of_turned(sample)
+            elif sample.kind == "no image":
+                self._warn_of_no_image(sample)
+                if self.without_image[sample.reason] > MOST_WITHOUT_IMAGE:
+                    continue
             else:
                 self.bad += 1
                 self.first = self.first or sample
@@ -120,6 +135,15 @@ class BadSamples:
             sys.stderr.write(
                 f"\nWARNING: sample {sample.shard}/{sample.key} in {sample.folder}: "
                 f"{sample.reason}.{listed}\n"
+            )
+
+    def _warn_of_no_image(self, sample: BadSample) -> None:
+        """Count a sample without an image, and warn of the first of its kind."""
+        self.without_image[sample.reason] += 1
+        if self.without_image[sample.reason] == 1:
+            sys.stderr.write(
+                f"\nWARNING: sample {sample.shard}/{sample.key} in {sample.folder} has no image, "
+                f"only {sample.reason}; samples like it are left out and counted\n"
             )
 
     def _name(self, sample: BadSample) -> None:

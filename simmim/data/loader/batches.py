@@ -26,7 +26,7 @@ from simmim.stop_signals import STOP_SIGNALS
 Item = TypeVar("Item")
 
 
-def start_without_stop_signals(loader: DataLoader[Item]) -> Iterator[Item]:
+def start_without_stop_signals(loader: Iterable[Item]) -> Iterator[Item]:
     """Start the workers with stop signals blocked until `init_worker` handles them.
 
     A terminal or a launcher signals the whole process group; only the main process decides how a
@@ -73,7 +73,7 @@ def exit_with_parent(starter: int) -> None:
     os._exit(0)
 
 
-def next_batch(batches: Iterator[Batch | Failure]) -> Batch | Failure | None:
+def next_batch(batches: Iterator[Item]) -> Item | None:
     """Return the next batch, the error that prevented it, or None at the end.
 
     Raises:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
-from simmim.data.loader.batch import Batch, Failure, unpack_batch
+from simmim.data.loader.batch import Batch, unpack_batch
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,9 @@ class BatchSender:
 
     buffers: BatchBuffers
 
-    def __call__(self, batch: Batch | Failure) -> Batch | Failure | BufferedBatch:
-        """Return the object to send through the pipe."""
-        if isinstance(batch, Failure):
+    def __call__(self, batch: Any) -> Any:
+        """Return the object to send through the pipe: a batch whose images are in a buffer."""
+        if not isinstance(batch, Batch):
             return batch
         images = self.buffers.fill(batch.pixels)
         return batch if images is None else BufferedBatch(images, batch.rest)

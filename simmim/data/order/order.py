@@ -233,6 +233,23 @@ class SampleOrder:
         return EpochStream(shards, np.cumsum(sizes) - sizes, shuffle)
 
 
+class StreamOrder(SampleOrder):
+    """The endless sequence of samples that come as they are read, of which only the number counts.
+
+    Addresses are of shard 0, and number the samples of an epoch as they are drawn.
+    """
+
+    def __init__(self, samples: int) -> None:
+        super().__init__([samples], seed=0, slots=1)
+
+    def slot_addresses(self, slot: int, turns: NDArray[np.int64]) -> list[Address]:
+        """Return the numbers of the samples at these turns; see `SampleOrder`."""
+        assert slot == 0
+        epochs, numbers = np.divmod(turns, self.samples)
+        places = zip(epochs.tolist(), numbers.tolist(), strict=True)
+        return [Address(epoch, 0, number) for epoch, number in places]
+
+
 class MixedOrder:
     """The endless sequence of samples of several datasets; see `SampleOrder` for a single one.
 
@@ -245,6 +262,7 @@ class MixedOrder:
         seed: seed of the first dataset's order; those of the others follow.
         slots: slots of each order; or one number for each, of which those other than 1 are equal.
             A dataset of one slot is traversed by all slots of the others in turn.
+        stream: whether the last dataset is a stream, which is of one slot.
 
     Raises:
         ValueError: a dataset has fewer samples than slots, or a weight too small to be drawn; or
@@ -252,18 +270,28 @@ class MixedOrder:
     """
 
     def __init__(
-        self, sets: Sequence[Sequence[int]], weights: Sequence[float], *, seed: int, slots: Slots
+        self,
+        sets: Sequence[Sequence[int]],
+        weights: Sequence[float],
+        *,
+        seed: int,
+        slots: Slots,
+        stream: bool = False,
     ) -> None:
-        of_sets = (slots,) * len(sets) if isinstance(slots, int) else slots
+        of_sets = slots
+        if isinstance(of_sets, int):
+            of_sets = (of_sets,) * (len(sets) - stream) + (1,) * stream
         if len(of_sets) != len(sets) or len({1, *of_sets}) > 2:
             raise ValueError(
                 f"slots is {list(of_sets)} for {count_noun(len(sets), 'set')}; give one number per"
                 " set, 1 or one that is the same for all others."
             )
+        indexed = zip(sets[: len(sets) - stream], of_sets, strict=not stream)
         self.orders = [
             SampleOrder(sizes, seed=seed + number, slots=of_set)
-            for number, (sizes, of_set) in enumerate(zip(sets, of_sets, strict=True))
+            for number, (sizes, of_set) in enumerate(indexed)
         ]
+        self.orders += [StreamOrder(sum(sets[-1]))] * stream
         self.slots = slots = max(of_sets)
         self.shard_sizes = np.concatenate([order.shard_sizes for order in self.orders])
         self._firsts = np.cumsum([0, *(len(order.shard_sizes) for order in self.orders)])
@@ -365,6 +393,8 @@ def needless_slots(order: Order) -> bool:
 def describe_order(order: Order) -> str:
     """Describe for a person how an epoch is shuffled, and how many samples it leaves out."""
     left_out = order.samples - order.samples_per_epoch
+    if isinstance(order, StreamOrder):
+        return "tars in a new order each epoch, and samples from a shuffle buffer"
     if order.slots == 1 and order.samples <= WHOLE_SHUFFLE_LIMIT:
         return "one shuffle of all samples per epoch"
     text = f"shuffled in {count_noun(order.slots, 'slot')}"

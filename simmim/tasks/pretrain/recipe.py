@@ -1,12 +1,16 @@
 """Recipe of SimMIM pretraining."""
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from data_prep.bounds import Count, Span
-from simmim.data.datasets.mixture import Shards
-from simmim.data.datasets.opening import open_sets
-from simmim.data.settings import AugmentedDataSettings, DrawnSettings
+from simmim.data.datasets.image_set import ImageSet
+from simmim.data.datasets.mixture import MixedShards, NoImages, Shards, StreamedShards
+from simmim.data.datasets.opening import ShardsSetting, open_sets, weights_of
+from simmim.data.datasets.stream import StreamSettings, open_stream
+from simmim.data.order.source import SampleSource
+from simmim.data.settings import MEASURED, AugmentedDataSettings, DrawnSettings
 from simmim.engine.settings import TrainingSettings
 from simmim.method.settings import LossSettings
 from simmim.method.strategies import MaskSettings
@@ -17,8 +21,16 @@ from simmim.tasks.recipe import EncoderSettings, ExecutionSettings, TaskRecipe, 
 
 @settings
 class PretrainData(AugmentedDataSettings, DrawnSettings):
-    """Unlabelled shards and their augmentation."""
+    """Unlabelled shards or streams of tars, and their augmentation."""
 
+    shards: ShardsSetting = ()
+    """Folder of shards made by data-prep (tars, indexes and manifest.json), or its URL (s3, gs,
+    http or https); or a pattern of shards in it, `DIR/train-{000..099}.tar` or `DIR/train-*.tar`;
+    or a local folder of images; or a list of {shards: any of these, weight: number}, from which
+    every batch samples in proportion. Not needed with `stream`, and mixed with it (a single one has
+    weight 1)."""
+    stream: StreamSettings | None = None
+    """Tars of anyone that have no manifest, read in sequence; null for none."""
     image_size: Count = 192
     """Side of the square images in pixels."""
     validation: str | None = None
@@ -26,14 +38,43 @@ class PretrainData(AugmentedDataSettings, DrawnSettings):
     scale: Annotated[tuple[float, float], Span(most=1)] = (0.67, 1.0)
     """Random crop: range of its area, as a fraction of the image's."""
 
+    def __post_init__(self) -> None:
+        if self.stream is not None and MEASURED in (self.mean, self.std):
+            raise ValueError(
+                "mean and std cannot be measured of a stream: give numbers, or measure a set made "
+                f"by `{self.stream.index_command}`."
+            )
+
+    @property
+    def reads_stream(self) -> bool:
+        """Whether there is a stream of tars to train on."""
+        return self.stream is not None
+
+    def open_images(self) -> tuple[SampleSource[Any], SampleSource[Any]]:
+        """Open the datasets, and the stream, and return (training, validation)."""
+        if self.stream is None:
+            return self.split_shards()
+        validation: SampleSource[Any] = NoImages()
+        indexed: Sequence[ImageSet] = ()
+        if self.shards:
+            training, validation = self.split_shards()
+            indexed = training.sets if isinstance(training, MixedShards) else (training,)
+        elif self.validation is not None:
+            validation = self._open_validation(self.validation)
+        stream = open_stream(self.stream, self.remote_reading)
+        return StreamedShards(indexed, weights_of(self.shards), stream), validation
+
     def split_shards(self) -> tuple[Shards, Shards]:
         """Open the datasets and return (training, validation); see `open_shards`."""
         if self.validation is None:
             return super().split_shards()
         training, _ = replace(self, validation=None, validation_shards=0).split_shards()
-        held_out = open_sets(self.validation, self.remote_reading)
+        return training, self._open_validation(self.validation)
+
+    def _open_validation(self, validation: str) -> Shards:
+        held_out = open_sets(validation, self.remote_reading)
         chosen = self.classes if held_out.classes else None
-        return training, held_out if chosen is None else held_out.only_classes(chosen)
+        return held_out if chosen is None else held_out.only_classes(chosen)
 
 
 @settings

@@ -90,7 +90,7 @@ class PretrainStage:
         self.build_encoder = encoder
         recipe = with_measured(recipe)
         self.bad_samples = recipe.data.bad_samples()
-        self.training_shards, self.validation_shards = recipe.data.split_shards()
+        self.training_shards, self.validation_shards = recipe.data.open_images()
         asked = recipe.asks_for_channels
         sources = {"data.shards": self.training_shards, "held-out images": self.validation_shards}
         named = with_channels(recipe, sources, asked=asked)
