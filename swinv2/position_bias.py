@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from swinv2.config import Axes
 from swinv2.kernels.cached_tables import cached_table
-from swinv2.kernels.dispatch import use_operators
+from swinv2.kernels.dispatch import is_exporting, use_operators
 from swinv2.kernels.linear import Linear
 from swinv2.kernels.precision import without_autocast
 from swinv2.kernels.relative_position_ops import gather_relative_positions
@@ -152,7 +152,7 @@ class PositionBias(nn.Module):
         On other devices than a CPU, where a change is known by the version counter, only in
         evaluation, and only for real tensors.
         """
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or is_exporting():  # what is traced belongs to the trace
             return False
         unsure = self.training or weight.is_inference() or weight.is_meta
         return weight.is_cpu or not (unsure or use_operators())

@@ -9,7 +9,7 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor
 
-from swinv2.kernels.dispatch import use_operators
+from swinv2.kernels.dispatch import is_exporting, use_operators
 
 Sizes = ParamSpec("Sizes")
 
@@ -65,7 +65,7 @@ def cached_table(build: Callable[Sizes, Tensor]) -> Callable[Sizes, Tensor]:
     @wraps(build)
     def table(*args: Sizes.args, **kwargs: Sizes.kwargs) -> Tensor:
         # What is built during tracing, or of fake tensors, belongs to the trace.
-        if use_operators():
+        if use_operators() or is_exporting():
             return build(*args, **kwargs)
         key: Any = (build, args, tuple(sorted(kwargs.items())))
         found = TABLES.get(key)

@@ -293,3 +293,19 @@ def test_a_compiled_encoder_is_copied_saved_and_exported(
         torch.testing.assert_close(program(images), expected)
         encoder.load_state_dict(program.state_dict())
         torch.testing.assert_close(encoder(images), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # that sizes are constants
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_loaded_encoder_passes_the_check_of_torch_jit_trace(
+    randomise: Callable[[nn.Module], None], tmp_path: Path, grad: bool
+) -> None:
+    encoder = build_encoder("tiny", **SIZES)
+    randomise(encoder)
+    save_encoder(encoder, tmp_path / "encoder", mean=(0.5,) * 3, std=(0.5,) * 3)
+    loaded = load_encoder(tmp_path / "encoder")
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(loaded, torch.randn(1, 3, 62, 86), check_trace=True)
+        images = torch.randn(3, 3, 62, 86)
+        torch.testing.assert_close(traced(images), loaded(images), rtol=1e-4, atol=1e-5)
