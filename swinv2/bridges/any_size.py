@@ -1,10 +1,14 @@
 """The encoder for graphs with dynamic height and width: no Python branch depends on a size.
 
 The encoder fits windows, shifts, padding and masks to a map in Python, which tracing would make
-constant. Here they are tensors, computed in the graph from its input. A map is (batch, tokens,
-channels) throughout a stage. Two lists of indices gather its tokens into windows and scatter them
-back: padding and rolling, partitioning and reversing at once. Padding repeats the last row or
-column, and the mask hides it.
+constant. Here windows always have their full size, and what depends on the map is computed in the
+graph from its input. A map is (batch, tokens, channels) throughout a stage. Two lists of indices
+gather its tokens into windows and scatter them back: padding and rolling, partitioning and
+reversing at once. Padding repeats the last row or column, and the mask hides it, also where a map
+is smaller than a window.
+
+All lengths are expressions of height and width. None is read from a tensor: compilers such as
+AOTInductor refuse lengths that they know nothing about.
 """
 
 import math
@@ -29,13 +33,11 @@ from swinv2.field_values import Pair
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """Windows along one axis of a map; sizes are scalar int64 tensors."""
+    """Windows along one axis of a map; sizes of the map are scalar int64 tensors."""
 
     tokens: Tensor
-    window: Tensor
     windows: Tensor
-    side: int
-    """The window size before it is fitted to the map."""
+    window: int
 
     def places(self, places: Tensor, *, shifted: bool) -> tuple[Tensor, Tensor]:
         """Return the original places and the regions of tokens at places of the shifted map.
@@ -51,7 +53,7 @@ class Axis:
 
     def shift(self, *, shifted: bool) -> Tensor:
         """Return the shift: half a window, or 0 if one window spans the axis."""
-        return (self.windows > 1).long() * (self.side // 2 if shifted else 0)
+        return (self.windows > 1).long() * (self.window // 2 if shifted else 0)
 
     def destinations(self, tokens: int, *, shifted: bool) -> Tensor:
         """Return the place of each token in the shifted map, (tokens,)."""
@@ -81,21 +83,17 @@ class StagePartitions:
     """Row of the bias table for each pair of tokens of a window, (queries, keys)."""
 
 
-def fit_axis(tokens: int, side: int) -> Axis:
-    """Fit windows to one axis of a map, as `swinv2.config.clamp_window` does."""
-    number = torch.scalar_tensor(tokens, dtype=torch.int64)
-    window = number.clamp(max=side)
-    return Axis(tokens=number, window=window, windows=(number + window - 1) // window, side=side)
-
-
 def partition_map(rows: int, columns: int, window: Pair) -> StagePartitions:
     """Return the partitions of a map into windows, without and with a shift."""
-    down, along = fit_axis(rows, window[0]), fit_axis(columns, window[1])
-    windows = torch.arange(_length(down.windows * along.windows))[:, None]
-    places = torch.arange(_length(down.window * along.window))
-    place_rows, place_columns = places // along.window, places % along.window
-    row_places = windows // along.windows * down.window + place_rows
-    column_places = windows % along.windows * along.window + place_columns
+    height, width = window
+    windows_down, windows_along = (rows + height - 1) // height, (columns + width - 1) // width
+    down = Axis(tokens=_scalar(rows), windows=_scalar(windows_down), window=height)
+    along = Axis(tokens=_scalar(columns), windows=_scalar(windows_along), window=width)
+    windows = torch.arange(windows_down * windows_along)[:, None]
+    places = torch.arange(height * width)
+    place_rows, place_columns = places // width, places % width
+    row_places = windows // along.windows * height + place_rows
+    column_places = windows % along.windows * width + place_columns
 
     def build(*, shifted: bool) -> Partition:
         from_rows, row_regions = down.places(row_places, shifted=shifted)
@@ -106,33 +104,30 @@ def partition_map(rows: int, columns: int, window: Pair) -> StagePartitions:
         mask = torch.where(queries == keys, 0.0, ACROSS_REGIONS)
         to_rows = down.destinations(rows, shifted=shifted)[:, None]
         to_columns = along.destinations(columns, shifted=shifted)
-        to_windows = to_rows // down.window * along.windows + to_columns // along.window
-        to_places = to_rows % down.window * along.window + to_columns % along.window
+        to_windows = to_rows // height * along.windows + to_columns // width
+        to_places = to_rows % height * width + to_columns % width
         return Partition(
             gather=torch.minimum(from_rows, down.tokens - 1) * along.tokens
             + torch.minimum(from_columns, along.tokens - 1),
-            scatter=(to_windows * (down.window * along.window) + to_places).flatten(),
+            scatter=(to_windows * (height * width) + to_places).flatten(),
             mask=mask.masked_fill(keys == PADDING, -math.inf),
         )
 
-    row_offsets = place_rows[:, None] - place_rows + window[0] - 1
-    column_offsets = place_columns[:, None] - place_columns + window[1] - 1
+    row_offsets = place_rows[:, None] - place_rows + height - 1
+    column_offsets = place_columns[:, None] - place_columns + width - 1
     return StagePartitions(
         plain=build(shifted=False),
         shifted=build(shifted=True),
-        offsets=row_offsets * (2 * window[1] - 1) + column_offsets,
+        offsets=row_offsets * (2 * width - 1) + column_offsets,
     )
 
 
-def _length(number: Tensor) -> int:
-    """Turn a positive tensor into a length; in a trace it becomes a symbol."""
-    length = cast(int, number.item())
-    torch._check(length >= 1)  # type: ignore[no-untyped-call]
-    return length
+def _scalar(number: int) -> Tensor:
+    return torch.scalar_tensor(number, dtype=torch.int64)
 
 
 class AnySizeAttention(nn.Module):
-    """WindowAttention with its grid given as tensors and its constants precomputed."""
+    """WindowAttention with its partition given as tensors and its constants precomputed."""
 
     def __init__(self, attention: WindowAttention, window: Pair) -> None:
         super().__init__()
@@ -149,14 +144,17 @@ class AnySizeAttention(nn.Module):
         self.bias_table: Tensor
 
     def forward(self, tokens: Tensor, partition: Partition, offsets: Tensor) -> Tensor:
-        """Attend within windows; (batch, tokens, channels) to the same shape."""
-        gathered = tokens.index_select(1, partition.gather.flatten())
+        """Attend within windows; (batch, tokens, channels) to the same shape.
+
+        Linear layers see the tokens of the map, without the padding of windows.
+        """
+        qkv = F.linear(tokens, self.qkv.weight, self.qkv_bias)
+        gathered = qkv.index_select(1, partition.gather.flatten())
         windows: Tensor = gathered.unflatten(1, partition.gather.shape)  # type: ignore[no-untyped-call]
-        qkv = F.linear(windows, self.qkv.weight, self.qkv_bias)
         bias = F.embedding(offsets, self.bias_table).permute(2, 0, 1)
-        mixed = explicit_attention(qkv, scale=self.scale, bias=bias, mask=partition.mask)
-        joined: Tensor = self.projection(mixed).flatten(1, 2)
-        return joined.index_select(1, partition.scatter)
+        mixed = explicit_attention(windows, scale=self.scale, bias=bias, mask=partition.mask)
+        output: Tensor = self.projection(mixed.flatten(1, 2).index_select(1, partition.scatter))
+        return output
 
 
 def bias_table(attention: WindowAttention, window: Pair) -> Tensor:
@@ -231,10 +229,12 @@ class AnySizeFeatures(nn.Module):
 
         Images are (batch, channels, height, width), at least one pixel high and wide.
         """
-        # Padding by a patch less one pixel turns rounding down into rounding up.
-        margin = self.patch_embed.patch_size - 1
-        patches = self.patch_embed.projection(F.pad(images, (0, margin, 0, margin)))
-        rows, columns = patches.shape[2:]
+        side = self.patch_embed.patch_size
+        height, width = images.shape[2:]
+        # Quotients without a summand: compilers do not simplify products of sums.
+        rows, columns = (height + side - 1) // side, (width + side - 1) // side
+        whole = F.pad(images, (0, columns * side - width, 0, rows * side - height))
+        patches = self.patch_embed.projection(whole)
         tokens = self.patch_embed.norm(patches.flatten(2).transpose(1, 2))
         outputs = []
         for index, stage in enumerate(self.stages):
@@ -250,7 +250,7 @@ class AnySizeFeatures(nn.Module):
 
 def merge(merging: PatchMerging, tokens: Tensor, rows: int, columns: int) -> Tensor:
     """Apply PatchMerging to (batch, rows·columns, channels)."""
-    height, width = (torch.scalar_tensor(side, dtype=torch.int64) for side in (rows, columns))
+    height, width = _scalar(rows), _scalar(columns)
     outside = height * width
     tokens = F.pad(tokens, (0, 0, 0, 1))  # zeros, for neighbours outside an odd map
     neighbours = []

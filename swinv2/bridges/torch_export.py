@@ -89,6 +89,7 @@ def export_program(
         files={PROGRAM_FILE},
         write=write,
         example=_EXAMPLE,
+        note=_COMPILE,
         mean=mean,
         std=std,
         any_size=any_size,
@@ -103,6 +104,12 @@ program = torch.export.load("{PROGRAM_FILE}").module()
 images = torch.zeros(SHAPE)  # yours, prepared as below
 maps = program(images)"""
 
+_COMPILE = f"""
+With a C++ compiler, AOTInductor compiles it ahead of time for programs without Python:
+`torch._inductor.aoti_compile_and_package(torch.export.load("{PROGRAM_FILE}"),
+package_path="compiled.pt2")`, and `torch._inductor.aoti_load_package("compiled.pt2")` runs it.
+"""
+
 
 def write_graph(
     encoder: SwinV2,
@@ -112,6 +119,7 @@ def write_graph(
     files: set[str],
     write: Callable[[SwinV2, Path], str],
     example: str,
+    note: str = "",
     mean: Sequence[float],
     std: Sequence[float],
     any_size: bool,
@@ -128,6 +136,7 @@ def write_graph(
         write: writes a plain copy of the encoder to a folder, compares it, and returns a line about
             the comparison.
         example: lines of the README that run the graph, with SHAPE for the shape of the images.
+        note: further lines of the README.
         mean: one value per channel.
         std: one positive value per channel.
         any_size: whether height and width are dynamic.
@@ -147,7 +156,7 @@ def write_graph(
         text = json.dumps(content, indent=2) + "\n"
         (folder / DESCRIPTION_FILE).write_text(text, encoding="utf-8")
         readme = _readme(config, example.replace("SHAPE", shape), any_size=any_size)
-        readme += f"\n{sentences(config, preparation)}\n"
+        readme += f"\n{sentences(config, preparation)}\n{note}"
         (folder / README_FILE).write_text(readme, encoding="utf-8")
     return Path(path)
 
@@ -171,10 +180,14 @@ def trace(plain: SwinV2, *, any_size: bool) -> ExportedProgram:
         BridgeError: this version of torch cannot trace it for any size, as 2.8 cannot.
     """
     height, width = plain.config.image_size
-    images = torch.zeros(2, plain.config.in_channels, height, width)
     sizes: dict[int, Any] = {0: Dim("batch")}
     if any_size:
+        # A compiler takes the lengths of this example for hints, and a hint of 1 for a constant:
+        # every stage has more than one window.
+        stride = plain.config.strides[-1]
+        height, width = ((side + 1) * stride for side in plain.config.window_size)
         sizes |= {2: Dim("height", min=1), 3: Dim("width", min=1)}
+    images = torch.zeros(2, plain.config.in_channels, height, width)
     model = AnySizeFeatures(plain) if any_size else Features(plain)
     try:
         with lengths_of_one_allowed(), torch.no_grad():

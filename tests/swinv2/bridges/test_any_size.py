@@ -1,12 +1,16 @@
-"""The encoder for dynamic sizes equals the encoder at every size."""
+"""The encoder for dynamic sizes equals the encoder at every size, also when compiled."""
 
+import shutil
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from swinv2 import SwinV2
 from swinv2.bridges.any_size import AnySizeFeatures, bias_table
+from swinv2.bridges.torch_export import export_program
 from swinv2.bridges.verification import plain_copy
 
 SIZES = [(64, 64), (70, 133), (33, 35), (9, 100), (4, 4), (1, 1), (31, 65)]
@@ -32,6 +36,32 @@ def test_any_size_equals_the_encoder(
         with torch.no_grad():
             for ours, theirs in zip(encoder.features(images), graph(images), strict=True):
                 torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # a compiler, on a machine that does much else
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+def test_a_written_program_compiles_ahead_of_time(
+    build: Callable[..., SwinV2], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    sizes = {"depths": (2, 2), "num_heads": (1, 2), "image_size": 32, "extra_norm_every": 2}
+    encoder = build(**sizes, window_size=(1, 6))
+    normalisation = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    export_program(encoder, tmp_path / "out", **normalisation, any_size=True)
+    program = torch.export.load(tmp_path / "out" / "model.pt2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own
+        file = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "compiled.pt2")
+        )
+    compiled = torch._inductor.aoti_load_package(file)
+    for height, width in SIZES:
+        for batch in (1, 3):
+            images = torch.randn(batch, 3, height, width)
+            with torch.no_grad():
+                for ours, theirs in zip(encoder.features(images), compiled(images), strict=True):
+                    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
 def test_the_bias_of_a_smaller_window_is_a_subset_of_the_table(
