@@ -1,131 +1,45 @@
 """Checkpoint directories. Run as a script, this file writes checkpoints until it is killed."""
 
-import json
 import os
 import shutil
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from simmim.engine.checkpoint.directory import (
     COMPLETE,
-    TrainingState,
     checkpoint_path,
     complete_checkpoints,
-    discard,
     discard_all,
     find_checkpoint,
-    finish_checkpoint,
     load_state,
     remove_later_checkpoints,
     remove_old_checkpoints,
 )
 from simmim.engine.checkpoint.ema import RunningAverage, read_average
 from simmim.engine.checkpoint.resume import load_model, load_optimizer
-from simmim.engine.checkpoint.saver import rank_contents, write_contents
 from simmim.engine.optimizer import ParameterGroup, build_optimizer
 from simmim.engine.settings import OptimizerSettings
+from tests.simmim.engine.checkpoint.small_training import (
+    MODEL,
+    ONE_GROUP,
+    SETTINGS,
+    assert_same,
+    assert_whole,
+    build,
+    save,
+    save_checkpoint,
+    state_of,
+    train,
+)
 from tests.simmim.forked import finish
-
-MODEL, OPTIMIZER = "model-00000-of-00001.safetensors", "optimizer-00000-of-00001.safetensors"
-SETTINGS = OptimizerSettings(lr=0.01)
-ONE_GROUP = [
-    ParameterGroup(
-        names=("0.weight", "0.bias", "1.weight", "1.bias"), weight_decay=0.05, lr_factor=1.0
-    )
-]
-
-
-def build(
-    groups: list[ParameterGroup] = ONE_GROUP, settings: OptimizerSettings = SETTINGS
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    return model, build_optimizer(model, settings, groups)
-
-
-def train(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    first: int,
-    last: int,
-    average: RunningAverage | None = None,
-) -> None:
-    for step in range(first, last):
-        torch.manual_seed(step)
-        optimizer.zero_grad()
-        model(torch.randn(5, 3)).square().mean().backward()
-        optimizer.step()
-        if average is not None:
-            average.update(0.9, step + 1)
-
-
-def state_of(step: int) -> TrainingState:
-    return TrainingState(
-        step=step,
-        cursor=8 * step,
-        total_steps=100,
-        batch_size=8,
-        seed=3,
-        losses=(0.1 + step, 1 / 3),
-        data_digest="d1",
-        recipe_hash="0123456789abcdef",
-    )
-
-
-def save_checkpoint(
-    folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: TrainingState,
-    average: RunningAverage | None = None,
-) -> Path:
-    """Write a checkpoint as a single rank does, and remove it if that fails."""
-    accelerator = Accelerator(cpu=True)
-    contents = rank_contents(model, optimizer, accelerator, state, "", average=average)
-    try:
-        write_contents(folder, state.step, contents)
-    except BaseException:
-        discard(folder, state.step)
-        raise
-    return finish_checkpoint(folder, state.step, 1)
-
-
-def save(folder: Path, step: int) -> Path:
-    model, optimizer = build()
-    train(model, optimizer, 0, step)
-    return save_checkpoint(folder, model, optimizer, state_of(step))
-
-
-def assert_whole(path: Path) -> None:
-    """What a checkpoint holds is what training had at its step, bit for bit."""
-    step = int(path.name.removeprefix("step-"))
-    expected, expected_optimizer = build()
-    train(expected, expected_optimizer, 0, step)
-    model, optimizer = build()
-    load_model(path, model)
-    load_optimizer(path, optimizer)
-    assert load_state(path) == state_of(step)
-    assert_same((model, optimizer), (expected, expected_optimizer))
-
-
-def assert_same(one: tuple[Any, Any], other: tuple[Any, Any]) -> None:
-    for left, right in zip(one[0].parameters(), other[0].parameters(), strict=True):
-        assert torch.equal(left, right)
-        first, second = one[1].state[left], other[1].state[right]
-        assert first.keys() == second.keys()
-        assert all(
-            torch.equal(torch.as_tensor(first[key]), torch.as_tensor(second[key])) for key in first
-        )
 
 
 def steps(folder: Path) -> list[int]:
@@ -315,79 +229,6 @@ def test_8_bit_states_and_averages_resume_as_if_uninterrupted(
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_the_state_of_another_model_is_refused(tmp_path: Path) -> None:
-    groups = [ParameterGroup(names=("0.weight",), weight_decay=0.0, lr_factor=1.0)]
-    model, optimizer = build(groups)
-    path = save_checkpoint(tmp_path, model, optimizer, state_of(1))
-    with pytest.raises(ValueError, match=r"lacks .*0\.bias, 1\.bias, 1\.weight"):
-        load_optimizer(path, build()[1])
-    with pytest.raises(ValueError, match=r"(?s)missing: 2\.weight.*shape of 0\.weight"):
-        load_model(path, nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2), nn.Linear(2, 2)))
-
-
-def test_nothing_in_a_checkpoint_can_run_code(tmp_path: Path) -> None:
-    names = {path.name for path in save(tmp_path, 1).iterdir()}
-    assert names == {MODEL, OPTIMIZER, "optimizer.json", "state.json", "recipe.yaml", "complete"}
-
-
-DAMAGES: dict[str, Callable[[Path], object]] = {
-    "absent": Path.unlink,
-    "empty": lambda file: file.write_bytes(b""),
-    "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
-    "text": lambda file: file.write_bytes(b"not what it should be"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", [MODEL, OPTIMIZER, "optimizer.json", "state.json"])
-def test_damaged_files_are_named(tmp_path: Path, name: str, damage: str) -> None:
-    path = save(tmp_path, 2)
-    DAMAGES[damage](path / name)
-    model, optimizer = build()
-    loads: dict[str, Callable[[], object]] = {
-        MODEL: lambda: load_model(path, model),
-        OPTIMIZER: lambda: load_optimizer(path, optimizer),
-        "optimizer.json": lambda: load_optimizer(path, optimizer),
-        "state.json": lambda: load_state(path),
-    }
-    with pytest.raises(ValueError, match=r"cannot be read: .+ Copy it again") as caught:
-        loads[name]()
-    assert str(path / name) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "changed", [{"step": "4"}, {"losses": ["x"]}, {"cursor": 1.5}, {"seed": None}]
-)
-def test_a_state_of_wrong_types_is_refused(tmp_path: Path, changed: dict[str, Any]) -> None:
-    file = save(tmp_path, 2) / "state.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
-    with pytest.raises(ValueError, match=r"state\.json cannot be read"):
-        load_state(file.parent)
-
-
-def test_an_error_while_writing_leaves_nothing_behind(tmp_path: Path) -> None:
-    save(tmp_path, 1)
-    model, optimizer = build()
-    model.register_buffer("complex", torch.zeros(2, dtype=torch.complex64))
-    with pytest.raises(KeyError, match="complex64"):
-        save_checkpoint(tmp_path, model, optimizer, state_of(2))
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-
-
-@pytest.mark.parametrize(("length", "file"), [(200, MODEL), (1000, OPTIMIZER)])
-def test_a_full_disk_leaves_the_earlier_checkpoint(
-    tmp_path: Path,
-    no_file_above: Callable[[int], AbstractContextManager[None]],
-    length: int,
-    file: str,
-) -> None:
-    save(tmp_path, 1)
-    with no_file_above(length), pytest.raises(OSError, match=f"{file} cannot be written"):
-        save(tmp_path, 2)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-    assert_whole(tmp_path / "step-00000001")
-
-
 def write_next(folder: Path) -> None:
     """What training does when a checkpoint is due, in a folder that holds steps 1 and 2."""
     save(folder, 3)
@@ -467,12 +308,3 @@ if __name__ == "__main__":
     os.fsync = lambda descriptor: None  # slow, and for power cuts: kills lose nothing written
     print(kill_everywhere(write_next, Path(sys.argv[1]) / "next", {2, 3}, [2, 3]))
     print(kill_everywhere(write_again, Path(sys.argv[1]) / "again", {1, 2}, [1, 2]))
-
-
-def test_a_state_of_another_version_names_missing_fields(tmp_path: Path) -> None:
-    path = save(tmp_path, 4)
-    values = json.loads((path / "state.json").read_text())
-    del values["data_digest"]
-    (path / "state.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="data_digest is missing"):
-        load_state(path)
