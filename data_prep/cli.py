@@ -14,6 +14,7 @@ from typing import Annotated
 
 from cyclopts import CycloptsError, Parameter
 
+from data_prep.bounds import Count, Probability, check_bounds
 from data_prep.executors.processes import (
     InterruptedBySignal,
     Interruption,
@@ -28,7 +29,6 @@ from data_prep.format.command_line import (
     MANY,
     ONE_OF,
     PASSED,
-    CountOption,
     add_completion,
     describe_mistake,
     make_app,
@@ -114,9 +114,9 @@ def _describe(error: ValueError | OSError) -> str:
 class _Run(RunOptions):
     """How a command writes shards: with all cores, and few images rejected."""
 
-    workers: CountOption = field(default_factory=available_cores)
+    workers: Count = field(default_factory=available_cores)
     """Number of processes; the bytes written do not depend on it."""
-    max_rejected: float = _MAX_REJECTED
+    max_rejected: Probability = _MAX_REJECTED
     """Fail if a larger fraction of images is rejected (duplicates not counted)."""
 
 
@@ -141,8 +141,11 @@ class _Reading:
 
     allow_pipe: bool = False
     """Run the commands whose output shards are, as in 'pipe:COMMAND'."""
-    workers: CountOption = field(default_factory=available_cores)
+    workers: Count = field(default_factory=available_cores)
     """Number of processes."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "--")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +226,7 @@ def reshard(
 
 
 @app.command(sort_key=2)
-def merge(folder: str, /, *, max_rejected: float = _MAX_REJECTED) -> int:
+def merge(folder: str, /, *, max_rejected: Probability = _MAX_REJECTED) -> int:
     """Merge the parts written with --part into one set.
 
     Args:
@@ -232,7 +235,8 @@ def merge(folder: str, /, *, max_rejected: float = _MAX_REJECTED) -> int:
     """
     from data_prep.commands import merge_set
 
-    return merge_set(folder, max_rejected=max_rejected)
+    run = RunOptions(max_rejected=max_rejected)
+    return merge_set(folder, max_rejected=run.max_rejected)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import CycloptsError, Parameter, UnknownOptionError
 
+from data_prep.bounds import Fraction, Seed
 from data_prep.format.command_line import (
     FLAT,
     MANY,
@@ -332,9 +333,9 @@ class LabelsOptions(RecipeOptions):
     """Pretrained run or encoder directory. (required)"""
     folder: Path = Path("runs/labels")
     """Folder of all runs."""
-    fractions: Annotated[tuple[float, ...], MANY] = (0.01, 0.1, 1.0)
+    fractions: Annotated[tuple[Fraction, ...], MANY] = (0.01, 0.1, 1.0)
     """Fractions of the labels."""
-    seeds: Annotated[tuple[int, ...], MANY] = (0, 1, 2)
+    seeds: Annotated[tuple[Seed, ...], MANY] = (0, 1, 2)
     """Training seeds."""
 
 

@@ -23,7 +23,7 @@ from typing import (
 
 from cyclopts import Parameter
 
-from data_prep.bounds import own_bounds
+from data_prep.bounds import check_bounds, own_bounds
 from data_prep.validation import adapter
 
 if TYPE_CHECKING:
@@ -47,6 +47,9 @@ class RecipeOptions:
     """Recipe, a YAML file. --KEY VALUE overrides any field of it. (required)"""
     help_fields: Section = None
     """Show the fields of the recipe, or of one section, with bounds and defaults."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "--")
 
     def recipe_file(self, overrides: Sequence[str] = ()) -> Path:
         """Return the file of the recipe.

@@ -224,7 +224,7 @@ def _one_for_each_field(mistakes: Sequence[Any]) -> Iterator[Any]:
     """Merge pydantic's errors for the alternatives of a union into one error per field.
 
     pydantic appends the alternative to the location. If a value matches an alternative except for
-    one of its parts, only the error of that part is kept.
+    its bounds, or one of its parts, only that error is kept.
     """
     found: dict[tuple[Any, ...], Any] = {}
     for mistake in mistakes:
@@ -232,6 +232,8 @@ def _one_for_each_field(mistakes: Sequence[Any]) -> Iterator[Any]:
         around = mistake["loc"][: len(mistake["loc"]) - len(key)]
         place = (*(part for part in around if not _names_a_type(part)), *key)
         message = mistake["msg"]
+        if place in found and found[place]["type"] in OUT_OF_BOUNDS:
+            continue
         if place in found:
             message = f"{found[place]['msg']}, or {message.removeprefix('Input should be ')}"
         found[place] = mistake | {"loc": place, "msg": message}
@@ -243,7 +245,9 @@ def _one_for_each_field(mistakes: Sequence[Any]) -> Iterator[Any]:
 
 def _names_a_type(part: str | int) -> bool:
     """Return whether a part of a location is pydantic's name of an alternative of a union."""
-    return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool"))
+    return isinstance(part, str) and (
+        "[" in part or part.removeprefix("constrained-") in ("str", "int", "float", "bool")
+    )
 
 
 def _describe_mistake(recipe_type: type[Any], mistake: Any, options: Sequence[str]) -> str:

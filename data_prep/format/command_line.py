@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from inspect import BoundArguments
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.completion.detect import ShellDetectionError
@@ -25,7 +25,7 @@ from cyclopts.exceptions import (
     ValidationError,
 )
 
-from data_prep.bounds import Count, bounds_in
+from data_prep.bounds import bounds_in
 
 if TYPE_CHECKING:
     from cyclopts.help import HelpEntry, HelpPanel
@@ -55,34 +55,25 @@ def shown_as(text: str, **options: Any) -> Parameter:
     return Parameter(metavar=text, **options)
 
 
-def _check_count(type_: object, value: int) -> None:
-    del type_
-    if value < 1:
-        raise ValueError(f"it must be 1 or more, got {value}.")
-
-
-CountOption = Annotated[Count, Parameter(validator=_check_count)]
-"""An integer of at least 1, of a command whose options no dataclass checks."""
-
 _LABELS = 28
 """Columns of the names of options, with their indentation."""
 _COLUMNS = 100
 """Columns of help, on a narrower terminal as many as that has."""
 
 
-def make_app(name: str, summary: str, **options: Any) -> App:
-    """Make the command line of a program or of a group of commands; see `cyclopts.App`."""
-    return App(
+def make_app(name: str, summary: str) -> App:
+    """Make the command line of a program; groups of its commands are plain `cyclopts.App`s."""
+    app = App(
         name=name,
         help=summary,
         version=_version,
         help_format="plaintext",
-        help_formatter=HelpText(),
         # As of other programs, the last of several values counts. Lists have no --empty-NAME.
         group_parameters="Options",
         default_parameter=Parameter(negative_iterable=(), allow_repeating=True),
-        **options,
     )
+    app.help_formatter = HelpText(app)
+    return app
 
 
 def _version() -> str:
@@ -164,13 +155,27 @@ def _describe(error: CycloptsError) -> str:
 class HelpText:
     """Help as plain text in two columns, as wide as the terminal: options, and what they do."""
 
+    def __init__(self, app: App) -> None:
+        self._app = app
+
     def __call__(self, console: Console, options: object, panel: "HelpPanel") -> None:
         """Print a group of options or commands."""
         del options
-        rows = [(_label(entry), _about(entry, console)) for entry in panel.entries]
+        bounds = self._bounds()
+        rows = [
+            (_label(entry), _about(entry, bounds.get(entry.names[:1], ""), console))
+            for entry in panel.entries
+        ]
         if rows:
             lines = [f"{_plain(panel.title, console)}:", *_two_columns(rows, _width(console))]
             _print(console, "\n".join(lines) + "\n")
+
+    def _bounds(self) -> dict[tuple[str, ...], str]:
+        """Return in words the bounds of the options of the command, by name."""
+        command = self._app.app_stack.current_frame[-1]
+        options = command.assemble_argument_collection() if command.default_command else ()
+        found = {one.names[:1]: bounds_in(one.field_info.annotation) for one in options}
+        return {name: str(bounds) for name, bounds in found.items() if bounds}
 
     def render_usage(self, console: Console, options: object, usage: object) -> None:
         """Print how the command is called."""
@@ -199,18 +204,16 @@ def _label(entry: "HelpEntry") -> str:
     return ", ".join(names)
 
 
-def _about(entry: "HelpEntry", console: Console) -> str:
-    parts = [_plain(entry.description, console)]
-    if entry.choices:
-        parts.append(f"({', '.join(entry.choices)})")
+def _about(entry: "HelpEntry", bounds: str, console: Console) -> str:
+    notes = [*([", ".join(entry.choices)] if entry.choices else []), *([bounds] if bounds else [])]
     if entry.required and _label(entry).startswith("-"):  # the usage names the others
-        parts.append("(required)")
+        notes.append("required")
     if entry.default not in (None, "False", "True", "()", "None"):
         default = entry.default
         if default[0] == "(":  # of several values, as they are typed
             default = re.sub("[(),']", "", default)
-        parts.append(f"(default: {default})")
-    return " ".join(part for part in parts if part)
+        notes.append(f"default: {default}")
+    return f"{_plain(entry.description, console)} ({'; '.join(notes)})".removesuffix(" ()")
 
 
 def _two_columns(rows: Iterable[tuple[str, str]], width: int) -> Iterable[str]:

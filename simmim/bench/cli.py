@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
-from cyclopts import Parameter
+from cyclopts import App, Parameter
 
-from data_prep.format.command_line import FLAT, MANY, CountOption, make_app
+from data_prep.bounds import Count, Positive, check_bounds
+from data_prep.format.command_line import FLAT, MANY
 from data_prep.format.text import count_noun
 from simmim.bench.choices import ASSUMPTIONS, GIB, MASK_CELL, Device, Precision, Sharding
 from swinv2 import VARIANTS
@@ -25,7 +26,12 @@ NUMBER = 10
 
 _STEP_HEADS = ("variant", "size", "checkpointing")
 
-app = make_app("bench", "Estimate and measure the memory that training needs.", sort_key=10)
+app = App(
+    name="bench",
+    help="Estimate and measure the memory that training needs.",
+    group_parameters="Options",
+    sort_key=10,
+)
 
 
 def _parse_size(text: str) -> tuple[int, int]:
@@ -53,17 +59,17 @@ class MemoryOptions:
     """Attention implementation."""
     precision: Precision = "bf16"
     """Precision of training."""
-    batch: CountOption = 1
+    batch: Count = 1
     """Images per device."""
     optimizer: bool = True
     """Include AdamW; --no-optimizer is forward and backward only."""
-    devices: Annotated[tuple[int, ...], MANY] = (1, 8, 64)
+    devices: Annotated[tuple[Count, ...], MANY] = (1, 8, 64)
     """Numbers of devices to shard over."""
     sharding: Annotated[tuple[Sharding, ...], MANY] = get_args(Sharding)
     """Sharding over more than one device, in addition to none."""
     device: Device = "cuda"
     """Kind of device whose rules of precision are counted."""
-    device_memory: float | None = None
+    device_memory: Positive | None = None
     """Also list the largest batch that fits this device memory, in GiB."""
     measure: bool = True
     """Also run each step that fits this machine, on its GPU or else its CPU: minutes for large
@@ -72,14 +78,12 @@ class MemoryOptions:
     """Also write the figures to this file."""
 
     def __post_init__(self) -> None:
+        check_bounds(self, "--")
         for variant in self.variants:
             if variant not in VARIANTS:
                 raise ValueError(
                     f"--variants: {variant!r} is not published; choose of {', '.join(VARIANTS)}."
                 )
-        for devices in self.devices:
-            if devices < 1:
-                raise ValueError(f"--devices: {devices} is below 1.")
         for size in self.sizes:
             _parse_size(size)
 

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, TypeVar
 
-from data_prep.bounds import Bounds, Count, Fraction, Probability, Span, Whole
+from data_prep.bounds import Bounds, Count, Fraction, Positive, Probability, Span, Whole
 from data_prep.channels import RGB, describe, read_name
 from data_prep.format.patterns import Names
 from data_prep.format.storage import ATTEMPTS
@@ -98,16 +98,14 @@ class SampleSettings(DecodeSettings):
     the order of samples."""
     mean: tuple[float, ...] | Literal["measured"] = IMAGENET_MEAN
     """Mean of each channel, on a scale of 0 to 1."""
-    std: tuple[float, ...] | Literal["measured"] = IMAGENET_STD
+    std: tuple[Positive, ...] | Literal["measured"] = IMAGENET_STD
     """Standard deviation of each channel, on the same scale."""
     max_bad_share: Probability = MAX_BAD_SHARE
-    """Maximum fraction of damaged samples, 0 to 1; more stop the run. Training replaces a damaged
+    """Maximum fraction of damaged samples; more stop the run. Training replaces a damaged
     sample by another from its shard (a clip by one of its class), validation skips it, and both
     list it in bad_samples.jsonl."""
 
     def __post_init__(self) -> None:
-        if self.slots is not None and min(self.slots_of_sets, default=0) < 1:
-            raise ValueError(f"slots is {self.slots}; it must be at least 1, or null.")
         if isinstance(self.mean, str) or isinstance(self.std, str):
             if not self.MEASURABLE:
                 raise ValueError(
@@ -116,8 +114,8 @@ class SampleSettings(DecodeSettings):
                     "bring their own."
                 )
             return
-        if len(self.mean) != len(self.std) or min(self.std, default=0) <= 0:
-            raise ValueError("mean and std need one number per channel, every std above 0.")
+        if len(self.mean) != len(self.std) or not self.std:
+            raise ValueError("mean and std need one number per channel.")
 
     @property
     def slots_of_sets(self) -> tuple[int, ...]:
@@ -150,7 +148,7 @@ class CroppedSettings(SampleSettings, CropSettings):
 class DrawnSettings(SampleSettings):
     """Images of which pictures are drawn."""
 
-    picture_bands: tuple[int | str, ...] | None = None
+    picture_bands: tuple[Whole | str, ...] | None = None
     """Channels that pictures show in red, green and blue, by name or counted from 0; one is shown
     in grey. null shows red, green and blue if the channels have these names, else the first three,
     or the first of one or two. Images of more than 8 bits are stretched from the 1st to the 99th
@@ -158,14 +156,13 @@ class DrawnSettings(SampleSettings):
 
     def __post_init__(self) -> None:
         bands = (0,) if self.picture_bands is None else self.picture_bands
-        numbers = [band for band in bands if isinstance(band, int)]
         for name in bands:
             if isinstance(name, str):
                 read_name(name)
-        if len(bands) not in (1, 3) or min(numbers, default=0) < 0:
+        if len(bands) not in (1, 3):
             raise ValueError(
                 f"picture_bands is {list(bands)}; give three channels for red, green and blue or "
-                "one for grey, by name or counted from 0."
+                "one for grey, by name or number."
             )
 
     def check_bands(self, channels: int) -> None:
@@ -236,7 +233,7 @@ class DataSettings(RemoteSettings, SampleSettings):
     classes: tuple[str, ...] | None = None
     """Names of the classes to use; null uses all images."""
     fraction: Fraction = 1.0
-    """Fraction of each class's training images to use, above 0 and at most 1. The choice depends
+    """Fraction of each class's training images to use. The choice depends
     only on `fraction_seed`, and a larger fraction contains every smaller one."""
     fraction_seed: int = 0
     """Seed of that choice; separate from training.seed, so that runs with other seeds share it."""
@@ -244,7 +241,7 @@ class DataSettings(RemoteSettings, SampleSettings):
     """Mean of each channel, on a scale of 0 to 1 (floating point values unscaled). `measured` uses
     the result of `data-prep info --statistics`, or measures up to 1,000 images of a folder at the
     start, for data.std as well unless that is given."""
-    std: tuple[float, ...] | Literal["measured"] = IMAGENET_STD
+    std: tuple[Positive, ...] | Literal["measured"] = IMAGENET_STD
     """Standard deviation of each channel, on the same scale, or `measured`."""
 
     def __post_init__(self) -> None:
@@ -352,14 +349,14 @@ class ClipDataSettings(CroppedSettings, RandomCropSettings):
     """Range of the random crop's area, as a fraction of the frame's; the same crop for all frames
     of a clip. Validation uses the largest central square."""
     flip: Probability = 0.5
-    """Probability of a horizontal flip, 0 to 1; use 0 if classes differ by left and right."""
+    """Probability of a horizontal flip; use 0 if classes differ by left and right."""
     views: tuple[Count, Count] = (1, 1)
     """Validation views per clip (temporal, spatial), whose probabilities are averaged into
     views_top1 and views_top5, in addition to the single central view; [4, 5] in the paper. Each
     view costs a forward pass."""
     UNRECORDED_SLOTS: ClassVar[int] = 8
     mean: tuple[float, float, float] | Literal["measured"] = IMAGENET_MEAN
-    std: tuple[float, float, float] | Literal["measured"] = IMAGENET_STD
+    std: tuple[Positive, Positive, Positive] | Literal["measured"] = IMAGENET_STD
 
     def __post_init__(self) -> None:
         mean, std = self.normalisation

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from data_prep.bounds import Amount
 from data_prep.format.command_line import FLAT
 from simmim.fields import Overrides, RecipeOptions
 
@@ -23,7 +24,7 @@ class DoctorOptions(RecipeOptions):
     """Run folder. Default: runs/ and the recipe's name."""
     resume: str | None = None
     """The value of --resume that training will be started with: auto, or a checkpoint."""
-    seconds: float = SECONDS
+    seconds: Amount = SECONDS
     """Seconds of reading data, and of taking dry steps."""
 
 

@@ -60,7 +60,7 @@ class ScheduleSettings:
     """Learning rate at step 0 of the warm-up."""
     min_lr: Amount = 0.0
     """Final learning rate of cosine and linear."""
-    milestones: tuple[float, ...] = ()
+    milestones: tuple[Positive, ...] = ()
     """Epochs at which multistep multiplies the learning rate by gamma."""
     gamma: Fraction = 0.1
     """Factor at each milestone of multistep."""
@@ -70,8 +70,8 @@ class ScheduleSettings:
             raise ValueError("warmup_epochs and warmup_steps are both given; keep one.")
         if (self.kind == "multistep") != bool(self.milestones):
             raise ValueError("milestones belong to kind multistep, which needs at least one.")
-        if list(self.milestones) != sorted({epoch for epoch in self.milestones if epoch > 0}):
-            raise ValueError(f"milestones are {self.milestones}; they must be above 0 and rising.")
+        if list(self.milestones) != sorted({*self.milestones}):
+            raise ValueError(f"milestones are {self.milestones}; they must be rising.")
 
 
 @settings

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
-from data_prep.bounds import Count, Rate
+from data_prep.bounds import Count, Positive, Rate, Whole
 from data_prep.channels import AdaptRule
 from data_prep.format.text import count_noun
 from simmim.data.settings import CroppedSettings, SampleSettings
@@ -43,15 +43,15 @@ class EncoderSettings:
     fine-tuning (`init`) and with --init-from: each takes those of one trained channel in turn
     (repeat), their mean (average), or zeros (zero). Channels that both have keep their weights,
     their mean and std; those of others are data.mean and data.std. null refuses other channels."""
-    embed_dim: int | None = None
+    embed_dim: Count | None = None
     """Channels of the first stage; null is the variant's."""
-    depths: tuple[int, ...] | None = None
+    depths: tuple[Count, ...] | None = None
     """Blocks of each stage; null is the variant's."""
-    num_heads: tuple[int, ...] | None = None
+    num_heads: tuple[Count, ...] | None = None
     """Attention heads of each stage; null is the variant's."""
-    extra_norm_every: int | None = None
+    extra_norm_every: Whole | None = None
     """Blocks of a stage between extra LayerNorms, 0 for none; null is the variant's."""
-    mlp_ratio: float | None = None
+    mlp_ratio: Positive | None = None
     """Hidden units of a block's MLP per channel; null is 4."""
     drop_path: Rate = 0.0
     """Stochastic depth rate of the last block; it grows linearly from 0 at the first."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, Protocol
 
+from data_prep.bounds import Count, check_bounds
 from data_prep.format.manifest import Manifest, ShardEntry
 from data_prep.format.pipes import PipedFile
 from data_prep.format.storage import ATTEMPTS, RemotePath
@@ -182,21 +183,19 @@ class RemoteReading:
     `auto` uses ranges if the cache cannot hold the shards that are shuffled together."""
     cache_dir: Path | None = None
     """Folder of fetched shards; None is a folder in the user's cache directory."""
-    cache_bytes: int = DEFAULT_CACHE_BYTES
+    cache_bytes: Count = DEFAULT_CACHE_BYTES
     """Size limit of the cache."""
-    attempts: int = ATTEMPTS
+    attempts: Count = ATTEMPTS
     """Attempts per request before it fails."""
     allow_pipe: bool = False
     """Whether to run commands in the manifest whose output are the shards."""
-    slots: int = 64
+    slots: Count = 64
     """Slots of the order, which determine how many shards are shuffled together."""
-    sets: int = 1
+    sets: Count = 1
     """Number of datasets in the mixture, which share the cache equally."""
 
     def __post_init__(self) -> None:
-        for name in ("cache_bytes", "attempts", "slots", "sets"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        check_bounds(self)
 
     def cache_for(self, manifest: Manifest, share: float) -> ShardCache | None:
         """Return the cache for a dataset of which this share is read; None to read by ranges."""

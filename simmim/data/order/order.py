@@ -13,11 +13,12 @@ again by reading what came before it.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.bounds import Count
 from data_prep.format.text import count_noun
 from simmim.data.order.randomness import shuffled
 
@@ -35,7 +36,7 @@ PERIODS = (10_007, 10_009)
 every slot passes through all of it."""
 
 
-Slots = int | tuple[int, ...]
+Slots: TypeAlias = Count | tuple[Count, ...]
 """Number of slots of a dataset or of each dataset of a mixture; or one number for each."""
 
 

@@ -54,7 +54,7 @@ class CropSettings(DecodeSettings):
     image_size: Count
     """Side of the square input images in pixels."""
     flip: Probability = 0.5
-    """Probability of a horizontal flip, 0 to 1."""
+    """Probability of a horizontal flip."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -76,8 +76,8 @@ class RandomCropSettings(CropSettings):
 class LabelMapSettings(DecodeSettings):
     """Label maps: images whose pixels are class numbers."""
 
-    num_classes: int
-    """Number of classes, 2 to 255."""
+    num_classes: Annotated[int, Bounds(ge=2, le=255)]  # of uint8, with 255 for no class
+    """Number of classes; for a single class of interest the background is the other one."""
     ignore_label: int | None = 255
     """Number in the annotations for pixels without a class."""
     reduce_zero_label: bool = False
@@ -115,14 +115,14 @@ class AugmentationSettings:
     """
 
     rand_magnitude: Annotated[float, Bounds(ge=0, le=MAX_LEVEL)] | None = None
-    """Mean level of RandAugment, 0 to 10 (9 in the papers); null turns it off. Needs images of 3
+    """Mean level of RandAugment (9 in the papers); null turns it off. Needs images of 3
     channels; those of 16 bits are rounded to 8, arrays must have 8."""
     rand_std: Amount = 0.5
     """Standard deviation of the RandAugment level."""
     rand_operations: Count = 2
     """RandAugment operations drawn per image; each is applied with probability 0.5."""
     color_jitter: Probability = 0.0
-    """Largest relative change of brightness, contrast and saturation, 0 to 1 (0.4 in the papers); 0
+    """Largest relative change of brightness, contrast and saturation (0.4 in the papers); 0
     turns it off. As in the published code, ignored if RandAugment is on."""
     erasing: Probability = 0.0
     """Probability of replacing a random rectangle by noise (0.25 in the papers)."""

@@ -4,15 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from data_prep.bounds import Amount, Bounds, Count, Fraction, Whole
+from data_prep.bounds import Amount, Bounds, Count, Fraction, Positive, Whole
 from simmim.data.datasets.label_maps import FolderLayout
 from simmim.data.settings import CroppedSettings, DrawnSettings
 from simmim.data.transforms.settings import LabelMapSettings, SegmentationCropSettings
 from simmim.recipe import settings
 from simmim.tasks.recipe import FineTuningRecipe
-
-MAX_CLASSES = 255
-"""Maximum number of classes of a label map, which is uint8 with 255 for no class."""
 
 
 @settings
@@ -81,14 +78,14 @@ class SegmentationEvaluation:
     window_size: Count | None = None
     """Side of the attention windows in tokens; null is encoder.window_size. The paper uses 56
     with a size of 896 for an encoder trained at 640 with 40."""
-    scales: tuple[float, ...] = (1.0,)
+    scales: tuple[Positive, ...] = (1.0,)
     """Scale factors for multi-scale inference, whose scores are averaged."""
     flip: bool = False
     """Average with the scores of the flipped image."""
 
     def __post_init__(self) -> None:
-        if not self.scales or min(self.scales) <= 0:
-            raise ValueError(f"scales is {list(self.scales)}; give at least one, all above 0.")
+        if not self.scales:
+            raise ValueError("scales is empty; give at least one.")
 
     def check_stride(self, side: int) -> None:
         """Raise ValueError if sliding windows leave gaps; `side` is the default of their size."""
@@ -129,11 +126,6 @@ class SegmentationData(DenseData, SegmentationCropSettings, LabelMapSettings):
             raise ValueError(
                 f"training and validation both use the images of {images}: put "
                 "{split} into data.layout.images, or set data.validation to another split or null."
-            )
-        if not 2 <= self.num_classes <= MAX_CLASSES:
-            raise ValueError(
-                f"num_classes is {self.num_classes}; it must be from 2 to {MAX_CLASSES}. For a "
-                "single class of interest the background is the other one."
             )
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ValueError(

@@ -66,6 +66,29 @@ def test_help_shows_a_part_as_it_is_typed(capsys: pytest.CaptureFixture[str]) ->
     assert "  --part I/N  " in capsys.readouterr().out
 
 
+def test_help_shows_the_bounds_of_options(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, texts in {
+        "shard": (
+            "(1 or more; default: 536870912)",
+            "(from 0 to 16)",
+            "(from 1 to 100; default: 95)",
+            "(from 0 to 1; default: 0.05)",
+            "(keep, jpeg, png, webp; default: keep)",
+        ),
+        "merge": ("(from 0 to 1; default: 0.05)",),
+        "verify": ("Number of processes. (1 or more; default:",),
+    }.items():
+        assert main([command, "--help"]) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert [text for text in texts if text not in shown] == []
+
+
+@pytest.mark.parametrize("arguments", [["shard", "a", "b"], ["reshard", "a", "b"], ["merge", "a"]])
+def test_fractions_are_bounded(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments, "--max-rejected", "2.0"]) == 2
+    assert "--max-rejected is 2.0; it must be from 0 to 1." in capsys.readouterr().err
+
+
 def test_the_last_of_several_values_counts(capsys: pytest.CaptureFixture[str]) -> None:
     for first, last in (("0", "1"), ("1", "0")):
         code = main(["verify", "/nowhere", "--workers", first, "--workers", last])

@@ -256,7 +256,7 @@ def test_the_tables_are_aligned_and_complete(
         (["--variants", "huger"], "'huger' is not published; choose of tiny,"),
         (["--batch", "0"], "--batch is 0; it must be 1 or more."),
         (["--sharding", "fsdp"], 'Choose from: "none", "fsdp2"'),
-        (["--devices", "0"], "0 is below 1"),
+        (["--devices", "0"], "--devices is 0; it must be 1 or more."),
     ],
 )
 def test_impossible_arguments_are_explained(

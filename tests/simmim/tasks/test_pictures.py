@@ -76,7 +76,7 @@ def test_bands_that_images_do_not_have_are_refused(pretrain_values: dict[str, An
     for bands, message in (
         ([0, 1, 3], r"picture_bands is \[0, 1, 3\], and the images have 3 channels"),
         ([0, 1], "give three channels"),
-        ([-1], "counted from 0"),
+        ([-1], "picture_bands.0 is -1; it must be 0 or more"),
         ([], "give three channels"),
     ):
         pretrain_values["data"]["picture_bands"] = bands

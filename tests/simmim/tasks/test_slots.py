@@ -1,6 +1,7 @@
 """The number of slots follows from the data, is recorded, and is kept when a run is resumed."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,11 @@ def test_a_list_of_slots_is_for_mixtures(pretrain_values: dict[str, Any]) -> Non
     pretrain_values["data"] |= {"shards": [{"shards": pretrain_values["data"]["shards"]}] * 2}
     stage = PretrainStage(parse(PretrainRecipe, pretrain_values, "test"))
     assert (stage.order.slots, stage.recipe.data.slots) == (4, (1, 4))
-    pretrain_values["data"]["slots"] = 0
-    with pytest.raises(ValueError, match="slots is 0"):
-        parse(PretrainRecipe, pretrain_values, "test")
+    for slots, message in (
+        (0, "1 mistake:\n  data.slots is 0; it must be 1 or more."),
+        ([4, 0], "1 mistake:\n  data.slots.1 is 0; it must be 1 or more."),
+        ("x", "data.slots: Input should be a valid integer, or a list, got 'x'"),
+    ):
+        pretrain_values["data"]["slots"] = slots
+        with pytest.raises(ValueError, match=re.escape(message)):
+            parse(PretrainRecipe, pretrain_values, "test")

@@ -245,7 +245,7 @@ def test_a_class_out_of_range_ends_the_run(values: dict[str, Any]) -> None:
     ("section", "settings", "message"),
     [
         ("data", {"num_classes": 256}, "num_classes is 256"),
-        ("data", {"num_classes": 1}, "num_classes is 1; .* background is the other one"),
+        ("data", {"num_classes": 1}, "num_classes is 1; it must be from 2 to 255"),
         ("data", {"class_names": ["a"]}, "num_classes is 3, .*class_names.* 1;"),
         ("data", {"slots": 3}, "multiple of data.slots 3"),
         ("data", {"scale": [0.0, 1.0]}, "scale is"),
