@@ -48,6 +48,8 @@ class RawSample:
     """Reads the JSON member."""
     channels: ChannelNames | None = None
     """Names of its channels; None if the manifest has none."""
+    no_data: float | None = None
+    """Value that stands for no measurement in arrays; None if the manifest has none."""
 
     @property
     def about(self) -> bytes | None:
@@ -291,6 +293,7 @@ class ShardSet(ImageSet):
                 shard_name=opened.path.stem,
                 extension=opened.extension(row),
                 channels=self.channels,
+                no_data=self.manifest.no_data,
                 read_about=partial(self._about, number, row),
             )
         except ShardUnavailableError:  # the open file may have been replaced since

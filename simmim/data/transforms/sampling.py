@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_prep.format.text import count_noun
-from data_prep.images.arrays import ArrayError, read_header
+from data_prep.images.arrays import ArrayError, is_measured, read_header
+from data_prep.images.channel_names import told_no_data
 from data_prep.images.checking import RejectedImageError, read_pixels
 from data_prep.images.decoding import DecodingError, decode
 from data_prep.images.deep_png import is_deep_png
 from data_prep.images.opening import has_transparency
 from data_prep.images.tiff_layout import STARTS, TiffError, read_layout
+from simmim.data.datasets.shards import RawSample
 from simmim.data.order.source import BadSampleError, DataError, SampleSource
 from simmim.data.transforms.decoding import (
     ARRAY_EXTENSION,
@@ -107,30 +109,54 @@ class SampledImages:
         """Return mean and std of each channel over the images of a form, integers as 0 to 1."""
         return self._moments[form].statistics()
 
-    def measure(self, form: ImageForm, pixels: NDArray[Any]) -> None:
-        """Add the pixels (rows, columns, channels) of an image of a form."""
-        self._moments.setdefault(form, Moments()).add(pixels)
+    def measure(self, form: ImageForm, pixels: NDArray[Any], no_data: float | None) -> None:
+        """Add the pixels (rows, columns, channels) of an image of a form; see `Moments.add`."""
+        self._moments.setdefault(form, Moments()).add(pixels, no_data)
 
 
 @dataclass
 class Moments:
-    """Means of the values, and of their squares, of each channel of some images."""
+    """Means of the values, and of their squares, of each channel of some images.
+
+    NaN for a channel without any measurement.
+    """
 
     means: list[NDArray[Any]] = field(default_factory=list)
     squares: list[NDArray[Any]] = field(default_factory=list)
 
-    def add(self, pixels: NDArray[Any]) -> None:
-        """Add an image (rows, columns, channels)."""
+    def add(self, pixels: NDArray[Any], no_data: float | None = None) -> None:
+        """Add an image (rows, columns, channels).
+
+        Args:
+            pixels: the image.
+            no_data: value that stands for no measurement, which is left out; None for none.
+        """
         step = max(1, min(pixels.shape[:2]) // MEASURED_SIDE)
-        values = pixels[::step, ::step].reshape(-1, pixels.shape[-1]).astype(np.float64)
-        values /= RANGES.get(str(pixels.dtype), 1.0)
-        self.means.append(values.mean(axis=0))
-        self.squares.append((values**2).mean(axis=0))
+        stored = pixels[::step, ::step].reshape(-1, pixels.shape[-1])
+        values = stored.astype(np.float64) / RANGES.get(str(pixels.dtype), 1.0)
+        if no_data is None:
+            self.means.append(values.mean(axis=0))
+            self.squares.append((values**2).mean(axis=0))
+            return
+        values[~is_measured(stored, no_data)] = np.nan
+        self.means.append(_mean_of_known(values))
+        self.squares.append(_mean_of_known(values**2))
 
     def statistics(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return mean and std of each channel, integers as 0 to 1."""
-        mean = np.mean(self.means, axis=0)
-        return mean, np.sqrt(np.maximum(np.mean(self.squares, axis=0) - mean**2, 0.0))
+        """Return mean and std of each channel, integers as 0 to 1; 0 where nothing was measured."""
+        mean = np.nan_to_num(_mean_of_known(np.array(self.means)))
+        squares = np.nan_to_num(_mean_of_known(np.array(self.squares)))
+        return mean, np.sqrt(np.maximum(squares - mean**2, 0.0))
+
+
+def _mean_of_known(values: NDArray[Any]) -> NDArray[Any]:
+    """Return the mean along the first axis without NaN; NaN where there is nothing else."""
+    if not np.isnan(values).any():
+        return np.asarray(values.mean(axis=0))
+    known = ~np.isnan(values)
+    total = np.where(known, values, 0.0).sum(axis=0)
+    count = known.sum(axis=0)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def sample_images(
@@ -154,6 +180,7 @@ def sample_images(
         found.count += 1
         try:
             encoded = raw.image
+            no_data = raw.no_data if isinstance(raw, RawSample) else told_no_data(encoded)
             choice = choice_for(raw, encoded, data)
             count = channels if choice is None else choice.count
             encoded = channels_last(encoded, raw.extension, count)
@@ -167,7 +194,7 @@ def sample_images(
             ).pixels
             if choice is not None:
                 pixels, form = choice.take(pixels), replace(form, channels=channels)
-            found.trained_on.add(pixels)
+            found.trained_on.add(pixels, no_data)
             # Channels that the image does not have: copies of grey, or opaque.
             pixels = pixels[..., : form.channels]
         except DataError as error:
@@ -188,7 +215,7 @@ def sample_images(
         found.forms[form] += 1
         found.examples.setdefault(form, raw.name)
         found.short_sides.append(min(pixels.shape[:2]))
-        found.measure(form, pixels)
+        found.measure(form, pixels, no_data)
     found.seconds = time.perf_counter() - began
     return found
 

@@ -135,6 +135,12 @@ def find_change(
             f"({'; '.join(parts)}). Say what new channels start from: set encoder.adapt_channels "
             "to repeat, average or zero."
         )
+    if rule == "zero" and not change.shared:
+        raise ValueError(
+            f"{source} takes channels {describe(have)}, and data.channels are {describe(want)}: "
+            "none is shared, so encoder.adapt_channels zero would leave no weights. Set it to "
+            "repeat or average."
+        )
     return change
 
 

@@ -14,7 +14,10 @@ from torch import Tensor
 import data_prep.cli
 import simmim.cli
 from data_prep.channels import PICTURES, RGB, AdaptRule
+from simmim.data.datasets.opening import open_sets
 from simmim.data.transforms.decoding import decode_image
+from simmim.data.transforms.sampling import sample_images
+from simmim.data.transforms.settings import DecodeSettings
 from simmim.engine.checkpoint.adapting import PATCH_WEIGHT
 from simmim.engine.checkpoint.resume import load_initial
 from simmim.recipe import parse
@@ -32,7 +35,7 @@ from tests.simmim.conftest import MEAN, STD, small_encoder
 FIRES = ("blue", "green", "red", "nir", "swir2")
 SWAPPED = ("red", "green", "blue", "nir", "swir2")
 TWELVE = (*SWAPPED, *(f"rededge{number}" for number in (1, 2, 3)), "swir1", "coastal", "a", "b")
-SETS = {1: ("nir",), 4: (*RGB, "nir"), 5: FIRES, 12: TWELVE}
+SETS = {1: ("green",), 4: (*RGB, "nir"), 5: FIRES, 12: TWELVE}
 MakeSet = Callable[..., str]
 
 
@@ -258,11 +261,11 @@ def test_an_encoder_is_adapted_by_name(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("channels", [4, 5, 12])
+@pytest.mark.parametrize("channels", [1, 4, 5, 12])
 def test_an_adapted_encoder_starts_with_the_same_features(
     classification_values: dict[str, Any], make_set: MakeSet, tmp_path: Path, channels: int
 ) -> None:
-    """Of the same pixels: the other bands have zero weight."""
+    """Of the same pixels: other bands have zero weight, and those that are missing are 0."""
     init, many = saved(tmp_path, RGB), SETS[channels]
     few = finetuning(classification_values, init, shards=make_set(RGB))
     given = {"mean": [0.3] * channels, "std": [0.1] * channels}
@@ -279,12 +282,10 @@ def test_an_adapted_encoder_starts_with_the_same_features(
     features = []
     for name, image in images_of(few).items():
         other = found[name.replace(str(folders[0]), str(folders[1]))]
-        features.append(
-            [
-                stage.encoder.eval()(stage.module.normalise(one[None]))
-                for stage, one in ((few, image), (adapted, other))
-            ]
-        )
+        ours = few.module.normalise(image[None])
+        ours[:, [name not in many for name in RGB]] = 0
+        theirs = adapted.module.normalise(other[None])
+        features.append([few.encoder.eval()(ours), adapted.encoder.eval()(theirs)])
     assert len(features) == 8
     for ours, theirs in features:
         torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
@@ -300,6 +301,10 @@ def test_an_adapted_encoder_starts_with_the_same_features(
             r"shared: none; new: nir; left out: red, green, blue\). Say what new channels start",
         ),
         ({"channels": ["nir"], "rule": "average"}, "nir is new to the trained weights"),
+        (
+            {"channels": ["nir"], "rule": "zero"},
+            "none is shared, so .* Set it to repeat or average",
+        ),
     ],
 )
 def test_weights_are_never_adapted_silently(
@@ -449,3 +454,28 @@ def test_libraries_that_hand_over_colour_get_no_other_order(tmp_path: Path) -> N
 def test_names_of_pictures_agree_with_the_encoder_directory() -> None:
     assert {count: PICTURES[count] for count in IMPLIED_CHANNELS} == dict(IMPLIED_CHANNELS)
     assert PATCH_WEIGHT in SwinV2(small_encoder().config).state_dict()
+
+
+def test_values_without_a_measurement_are_left_out_of_sampled_statistics(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(4):
+        values = scene(number, FIRES) // 2 + 20_000
+        values[: 5 * number, :, 3] = 0
+        values[:, :, 4] *= number > 0  # one image without any
+        np.save(folder / f"{number}.npy", values)
+    for name, options in (("left_out", ["--no-data", "0"]), ("counted", [])):
+        command = ["shard", str(folder), str(tmp_path / name), "--workers", "1", *options]
+        assert data_prep.cli.main(command) == 0
+    found = {
+        name: sample_images(
+            open_sets(str(tmp_path / name)), channels=5, data=DecodeSettings(), most=9, seconds=60
+        )
+        for name in ("left_out", "counted")
+    }
+    mean, std = found["left_out"].statistics(found["left_out"].main)
+    np.testing.assert_allclose(mean, 35_000 / 65_535, atol=0.02)
+    np.testing.assert_allclose(std, 30_000 / 12**0.5 / 65_535, atol=0.02)
+    counted, _ = found["counted"].statistics(found["counted"].main)
+    assert counted[3] < 0.4 < mean[3]
+    assert counted[4] < 0.45 < mean[4]
