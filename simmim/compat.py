@@ -237,3 +237,52 @@ def graphs_backend(keep: "Callable[[fx.Graph], object]") -> "Callable[..., Any]"
         )
 
     return backend
+
+
+@contextmanager
+def tensors_sent_by(
+    send: "Callable[[torch.Tensor, torch.device], torch.Tensor]", module: Any
+) -> Iterator[None]:
+    """Let a module of transformers send tensors of Python numbers to a device in another way.
+
+    `torch.tensor(numbers, device=device)` waits for a GPU, and transformers has no switch for it.
+
+    Args:
+        send: copies a tensor on the CPU to a device.
+        module: a module that has `import torch`.
+    """
+    import torch
+
+    module.torch = _TorchThatSends(send)
+    try:
+        yield
+    finally:
+        module.torch = torch
+
+
+class _TorchThatSends:
+    """torch, with another way for `tensor` and `as_tensor` to send what is on the CPU."""
+
+    def __init__(self, send: "Callable[[torch.Tensor, torch.device], torch.Tensor]") -> None:
+        self.send = send
+
+    def __getattr__(self, name: str) -> Any:
+        import torch
+
+        return getattr(torch, name)
+
+    def as_tensor(
+        self,
+        data: Any,
+        *,
+        dtype: "torch.dtype | None" = None,
+        device: "torch.device | None" = None,
+    ) -> "torch.Tensor":
+        """Return a tensor of the data; see `torch.as_tensor`."""
+        import torch
+
+        if device is None or isinstance(data, torch.Tensor):
+            return torch.as_tensor(data, dtype=dtype, device=device)
+        return self.send(torch.as_tensor(data, dtype=dtype), device)
+
+    tensor = as_tensor

@@ -179,3 +179,19 @@ def test_the_limit_of_compiled_graphs_is_set() -> None:
         assert dynamo.recompile_limit == before + 12
     finally:
         dynamo.recompile_limit = before
+
+
+def test_transformers_sends_numbers_as_told() -> None:
+    modeling = pytest.importorskip("transformers.models.mask2former.modeling_mask2former")
+    device, sent = torch.device("meta"), []
+
+    def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        sent.append(tensor.tolist())
+        return tensor.to(device)
+
+    with compat.tensors_sent_by(send, modeling):
+        assert modeling.torch.as_tensor([[2, 3]], dtype=torch.long, device=device).shape == (1, 2)
+        assert modeling.torch.tensor([4.0], device=device).is_meta
+        assert modeling.torch.ones(2).sum() == 2
+    assert sent == [[[2, 3]], [4.0]]
+    assert modeling.torch is torch

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simmim.compat import tensors_sent_by
 from simmim.tasks.segmentation.matching import assign_queries, padded, precise
-from simmim.tasks.segmentation.without_waiting import sending_numbers, skip_finite_checks
+from simmim.tasks.segmentation.without_waiting import skip_finite_checks, to_device
 from swinv2.kernels.precision import without_autocast
 
 
@@ -64,7 +65,7 @@ def mask_loss(
     from transformers.models.mask2former import modeling_mask2former  # noqa: PLC0415 - optional
 
     skip_finite_checks(net, modeling_mask2former.Mask2FormerPixelDecoderEncoderLayer)
-    with sending_numbers(modeling_mask2former):
+    with tensors_sent_by(to_device, modeling_mask2former):
         output = net(pixel_values=images, output_auxiliary_logits=True)
     layers = [output, *output.auxiliary_logits]
     logits = [one["masks_queries_logits"] for one in layers]

@@ -1,10 +1,5 @@
 """Keep the steps of transformers' heads from waiting for a GPU."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-from unittest import mock
-
 import torch
 from torch import Tensor, nn
 
@@ -30,28 +25,3 @@ def skip_finite_checks(net: nn.Module, layer: type[nn.Module]) -> None:
     for part in net.modules():
         if isinstance(part, layer):
             part.training = False
-
-
-@contextmanager
-def sending_numbers(module: Any) -> Iterator[None]:
-    """Let a module of transformers send Python numbers to a GPU without waiting for it."""
-    with mock.patch.object(module, "torch", _Torch()):
-        yield
-
-
-class _Torch:
-    """torch, with other functions where those of torch wait."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-    @staticmethod
-    def tensor(
-        data: Any, *, dtype: torch.dtype | None = None, device: torch.device | None = None
-    ) -> Tensor:
-        """Return a tensor of the data, as `torch.as_tensor` does."""
-        if device is None or isinstance(data, Tensor):
-            return torch.as_tensor(data, dtype=dtype, device=device)
-        return to_device(torch.as_tensor(data, dtype=dtype), device)
-
-    as_tensor = tensor
