@@ -89,7 +89,8 @@ def test_it_checks_a_classifier(
     config = tmp_path / "recipe.yaml"
     config.write_text(yaml.safe_dump(pretrain_values | {"task": "classification"}))
     assert doctor(config, tmp_path / "run") == 0
-    assert "classification, tiny at 16 pixels" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "classification, custom architecture based on tiny at 16 pixels" in text
 
 
 def test_all_mistakes_of_a_recipe_are_listed(
