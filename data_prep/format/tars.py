@@ -23,6 +23,8 @@ _BLOCK = tarfile.BLOCKSIZE
 _END_BYTES = 2 * _BLOCK
 """Length of the end mark: two blocks of zeros."""
 _READ_BYTES = 2**20
+MOST_PADDING = 2**24
+"""Longest run of zeros behind the members of a tar that is read once."""
 _COMPRESSED = {
     b"\x1f\x8b": "gunzip",
     b"BZh": "bunzip2",
@@ -99,8 +101,8 @@ def stream_tar(
         if isinstance(error, TarError) or error is stream.failure:
             raise
         raise TarError(_describe(place, stream.head, error)) from None
-    stream.drain()
-    if stream.data_end > end:
+    stream.drain(end + MOST_PADDING)
+    if stream.data_end > end or stream.position > end + MOST_PADDING:
         raise TarError(
             f"{place} is damaged: there is no header of a member at byte {end:,}, and the tar goes "
             "on behind it. Fetch or write it again."
@@ -159,9 +161,9 @@ class _SequentialFile:
         self.position += len(data)
         return data
 
-    def drain(self) -> None:
-        """Read to the end."""
-        while self.read(_READ_BYTES):
+    def drain(self, stop: int) -> None:
+        """Read to the end, or until behind a position."""
+        while self.position <= stop and self.read(_READ_BYTES):
             pass
 
 

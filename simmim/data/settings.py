@@ -245,13 +245,12 @@ class DataSettings(RemoteSettings, SampleSettings):
     """Standard deviation of each channel, on the same scale, or `measured`."""
 
     def __post_init__(self) -> None:
-        if not self.shards and not self.reads_stream:
-            raise ValueError("shards is empty; give a folder, or a list of them.")
+        self.check_sources()
 
-    @property
-    def reads_stream(self) -> bool:
-        """Whether there is a stream of tars to train on."""
-        return False
+    def check_sources(self) -> None:
+        """Raise ValueError unless there are images to train on."""
+        if not self.shards:
+            raise ValueError("shards is empty; give a folder, or a list of them.")
 
     def open_shards(self) -> Shards:
         """Open the datasets and select the images of `classes`.

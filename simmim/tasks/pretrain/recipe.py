@@ -45,10 +45,13 @@ class PretrainData(AugmentedDataSettings, DrawnSettings):
                 f"by `{self.stream.index_command}`."
             )
 
-    @property
-    def reads_stream(self) -> bool:
-        """Whether there is a stream of tars to train on."""
-        return self.stream is not None
+    def check_sources(self) -> None:
+        """Raise ValueError unless there are images to train on."""
+        if not self.shards and self.stream is None:
+            raise ValueError(
+                "shards is missing: give a folder, or a list of them, or tars without a manifest "
+                "as data.stream."
+            )
 
     def open_images(self) -> tuple[SampleSource[Any], SampleSource[Any]]:
         """Open the datasets, and the stream, and return (training, validation)."""

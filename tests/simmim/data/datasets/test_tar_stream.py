@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,8 @@ def test_a_sequential_tar_is_refused_where_an_index_refuses_it(tmp_path: Path) -
             assert [one.name for one, _ in stream_tar(path, iter([whole]))] == members
     with pytest.raises(TarError, match="goes on behind"):
         list(stream_tar(path, iter([whole, whole])))
+    with pytest.raises(TarError, match="goes on behind"):  # endless
+        list(stream_tar(path, chain([whole], repeat(bytes(2**20)))))
 
 
 class Mark:
