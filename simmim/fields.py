@@ -59,6 +59,9 @@ class RecipeOptions:
         """
         if self.config is not None:
             return self.config
+        typed = [text.partition("=")[0] for text in overrides if text.startswith("--")]
+        for name in difflib.get_close_matches("--config", typed, n=1, cutoff=0.8):
+            raise recipe_error(f"{name} is unknown: did you mean --config?")
         stray = [text for text in overrides[:1] if not text.startswith("-")]
         if overrides[:1] and not overrides[0].startswith("--") and not stray:
             raise recipe_error(f"{overrides[0]}: options begin with two dashes.")

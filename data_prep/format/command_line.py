@@ -145,11 +145,19 @@ def _describe(error: CycloptsError) -> str:
             # cyclopts counts the dashes, which all options share: --foo would be --root
             what, meant, name = text.partition(" Did you mean ")
             given = (token.keyword or token.value).lstrip("-")
-            if meant and not get_close_matches(given, [name.strip('"?').lstrip("-")]):
-                text = what
+            if not meant or not get_close_matches(given, [name.strip('"?').lstrip("-")]):
+                text = f"{what}{_suggest_general(given)}"
+        case UnknownCommandError(unused_tokens=[option, *_]) if option.startswith("-"):
+            text = f"Unknown option: {option}.{_suggest_general(option.lstrip('-'))}"
         case UnknownCommandError():
             text = text.replace('"', "")
     return text
+
+
+def _suggest_general(name: str) -> str:
+    """Return which option that every program has may be meant by an unknown one."""
+    close = get_close_matches(name, ("help", "version"), n=1)
+    return f" Did you mean --{close[0]}?" if close else ""
 
 
 class HelpText:

@@ -32,7 +32,7 @@ class Encoding:
     format: Format = "keep"
     """Format of all pictures; keep: JPEG, PNG and WebP byte for byte, others as PNG."""
     quality: Annotated[int, Bounds(ge=1, le=100)] = 95
-    """Quality of re-encoded JPEG and WebP; 4:4:4 from 90."""
+    """Quality of new JPEG, WebP; 4:4:4 from 90."""
 
     def __post_init__(self) -> None:
         check_bounds(self, "--")

@@ -27,15 +27,15 @@ class ShardOptions:
     samples_per_shard: Count | None = None
     """Maximum samples per shard. Default: 10,000, fewer if > 256 MiB or < 8 shards."""
     bytes_per_shard: Count | None = None
-    """Maximum bytes of source images per shard; larger images have their own."""
+    """Maximum source bytes per shard; a larger image has its own."""
     selection: Annotated[Selection, FLAT] = field(default_factory=Selection)
     """Files to use."""
     seed: Seed = 0
-    """Seed of the shuffle and of the choice for validation."""
+    """Seed of shuffle and validation."""
     shuffle: bool = True
     """Shuffle the samples, or keep the order of the source (folders: by path)."""
     shuffle_window: Count | None = None
-    """Shuffle within windows of this many files. Default: all, listed first."""
+    """Files per window of the shuffle. Default: all, listed first."""
     validation_fraction: Rate = 0.0
     """Fraction of samples for validation, chosen by path and seed, in the last shards."""
     deduplicate: bool = False

@@ -35,6 +35,14 @@ def test_an_option_with_one_dash_is_named(capsys: pytest.CaptureFixture[str]) ->
     )
 
 
+@pytest.mark.parametrize("typed", [["--confg", "a.yaml"], ["--mask.cell", "5", "--conf=a.yaml"]])
+def test_a_mistyped_config_is_suggested(
+    typed: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(["pretrain", *typed], capsys)
+    assert message.endswith(" is unknown: did you mean --config?\n")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

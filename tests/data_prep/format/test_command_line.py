@@ -15,6 +15,12 @@ ROOT = Path(__file__).parents[3]
     ("arguments", "message"),
     [
         (["shrad"], "data-prep: Unknown command shrad. Did you mean shard?"),
+        (
+            ["--hlep"],
+            "data-prep: Unknown option: --hlep. Did you mean --help? See data-prep --help.",
+        ),
+        (["info", "--hlep"], "Unknown option: --hlep. Did you mean --help? See data-prep info"),
+        (["--nothing"], "data-prep: Unknown option: --nothing. See data-prep --help."),
         (["shard", "a"], "data-prep shard: FOLDER is missing: add it."),
         (["shard", "a", "b", "--worker", "2"], "Unknown option: --worker. Did you mean --workers?"),
         (["shard", "a", "b", "--foo"], "Unknown option: --foo. See data-prep shard --help."),
