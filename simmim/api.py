@@ -191,14 +191,17 @@ def evaluate(
     data: str | PathLike[str] | None = None,
     best: bool | None = None,
     overrides: Mapping[str, Any] | None = None,
+    config: str | PathLike[str] | None = None,
 ) -> "Evaluation":
     """Validate a checkpoint as its training did, as `simmim evaluate` does.
 
     Args:
-        run: a run, its folder, or a checkpoint.
+        run: a run, its folder, or a checkpoint; with `config` an encoder directory.
         data: folder or file to validate on; None is the data of the recipe.
         best: take the best checkpoint, or the last; None is the best if one is kept.
         overrides: values of the recipe by dotted key.
+        config: recipe of a pretraining, by which the reconstruction loss of an encoder directory
+            with mask token and decoder is measured; not with `best`.
 
     Returns:
         The figures over all processes, with the checkpoint and step that they are of.
@@ -207,12 +210,14 @@ def evaluate(
         ValueError: there is no checkpoint, no validation data, or nothing to measure in it.
     """
     from simmim.tasks.evaluate import evaluate as evaluate_checkpoint
+    from simmim.tasks.evaluate import evaluate_encoder
 
     source = run.folder if isinstance(run, Run) else Path(run)
+    images = None if data is None else str(data)
     with _named_as_in_python():
-        return evaluate_checkpoint(
-            source, _arguments(overrides), best=best, data=None if data is None else str(data)
-        )
+        if config is not None:
+            return evaluate_encoder(source, Path(config), _arguments(overrides), data=images)
+        return evaluate_checkpoint(source, _arguments(overrides), best=best, data=images)
 
 
 def load_run(folder: str | PathLike[str]) -> Run:

@@ -288,21 +288,30 @@ def evaluate(
     *overrides: Overrides,
     best: Annotated[bool | None, ONE_OF, Parameter(negative="--last")] = None,
     data: str | None = None,
+    config: Path | None = None,
 ) -> int:
     """Validate a trained run, on its data or on other data.
 
     It is validated as in training, and a line is added to evaluations.jsonl in the run. --KEY VALUE
-    overrides any field of its recipe.
+    overrides any field of its recipe. Of an encoder directory with mask token and decoder, --config
+    gives the reconstruction loss.
 
     Args:
-        run: Run folder, or a checkpoint.
+        run: Run folder, checkpoint, or with --config an encoder directory.
         best: Checkpoint of the run. Default: the best, or the last if none is known.
         data: Other validation data: shards or a folder of images, clips, a folder of images and
             annotations, or a COCO file.
+        config: Recipe of a pretraining: mask, loss and images for an encoder directory.
     """
     from simmim.tasks.evaluate import evaluate as validate
+    from simmim.tasks.evaluate import evaluate_encoder
 
-    validate(run, overrides, best=best, data=data)
+    if config is None:
+        validate(run, overrides, best=best, data=data)
+        return 0
+    if best is not None:
+        raise ValueError("--best and --last choose a checkpoint of a run: leave --config out.")
+    evaluate_encoder(run, config, overrides, data=data)
     return 0
 
 

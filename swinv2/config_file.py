@@ -20,6 +20,8 @@ from swinv2.json_file import load_json, shortened
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 README_FILE = "README.md"
+METHOD_FILE = "simmim.safetensors"
+"""Mask token and decoder of the pretraining, if they are known; see `swinv2.method_file`."""
 
 MOST_PROBLEMS = 20
 """Wrong fields or tensors that an error message lists."""
@@ -189,7 +191,7 @@ def is_video_encoder(path: str | os.PathLike[str]) -> bool:
 
 
 def is_encoder_directory(path: Path) -> bool:
-    """Return whether `path` holds an encoder, heads trained on it, and nothing else.
+    """Return whether `path` holds an encoder, what was trained with or on it, and nothing else.
 
     A head is a subfolder of safetensors and JSON files.
     """
@@ -197,7 +199,7 @@ def is_encoder_directory(path: Path) -> bool:
     required = {CONFIG_FILE, WEIGHTS_FILE}  # early versions wrote no README
     if not required <= entries.keys():
         return False
-    others = entries.keys() - required - {README_FILE}
+    others = entries.keys() - required - {README_FILE, METHOD_FILE}
     if not all(_is_head_folder(entries[name]) for name in others):
         return False
     return _format_of(path / CONFIG_FILE) in LOADERS

@@ -20,6 +20,7 @@ from swinv2.atomic import atomic_folder
 from swinv2.config import SwinV2Config, record_windows
 from swinv2.config_file import (
     CONFIG_FILE,
+    METHOD_FILE,
     README_FILE,
     WEIGHTS_FILE,
     EncoderDescription,
@@ -34,6 +35,7 @@ from swinv2.config_file import (
     to_json,
 )
 from swinv2.encoder import SwinV2
+from swinv2.method_file import MethodTensors
 from swinv2.video import VideoSwinV2
 
 Encoder = TypeVar("Encoder", bound=nn.Module)
@@ -48,6 +50,7 @@ def save_encoder(
     std: Sequence[float],
     channels: Sequence[str] | None = None,
     provenance: Provenance | None = None,
+    method: MethodTensors | None = None,
     check: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write `encoder` as the directory `path` and return it; an earlier encoder is replaced.
@@ -62,6 +65,7 @@ def save_encoder(
         std: one positive value per channel.
         channels: names of the channels in the order of the images; None if they are not known.
         provenance: steps, samples and recipe behind the weights.
+        method: mask token and decoder of the pretraining; None if they are not known.
         check: called with the written folder before it is renamed to `path`; if it raises, `path`
             stays as it was.
 
@@ -80,7 +84,8 @@ def save_encoder(
         channels=None if channels is None else tuple(channels),
         provenance=provenance or Provenance(),
     )
-    return _write_directory(encoder, path, description, _readme(description), check)
+    readme = _readme(description, has_method=method is not None)
+    return _write_directory(encoder, path, description, readme, check, method=method)
 
 
 def save_video_encoder(
@@ -148,6 +153,8 @@ def _write_directory(
     description: EncoderDescription,
     readme: str,
     check: Callable[[Path], object] | None,
+    *,
+    method: MethodTensors | None = None,
 ) -> Path:
     tensors = {
         name: tensor.detach().to("cpu", copy=True).contiguous()
@@ -157,6 +164,8 @@ def _write_directory(
         write_tensors(folder / WEIGHTS_FILE, tensors)
         (folder / CONFIG_FILE).write_text(to_json(description), encoding="utf-8")
         (folder / README_FILE).write_text(readme, encoding="utf-8")
+        if method is not None:
+            method.write(folder)
         if check is not None:
             check(folder)
     return Path(path)
@@ -376,9 +385,14 @@ def _check_fit(module: nn.Module, shapes: Mapping[str, Shape], source: str) -> N
         )
 
 
-def _readme(description: EncoderDescription) -> str:
+def _readme(description: EncoderDescription, *, has_method: bool) -> str:
     config = description.config
     height, width = config.image_size
+    method = (
+        f"\n`{METHOD_FILE}` has mask token and decoder of SimMIM: `swinv2.method_file.read_method`."
+        if has_method
+        else ""
+    )
     return f"""# Swin Transformer V2 encoder
 
 In this folder, with `swinv2` installed:
@@ -397,7 +411,7 @@ channels{_listed(description.channels)}; from values in [0, 1] subtract `descrip
 {list(description.mean)}, then divide by `description.std`, {list(description.std)}.
 
 Architecture: {config.variant or "custom"}, trained at {width}x{height} pixels. For another size: \
-`load_encoder(".", image_size=..., window_size=...)`.
+`load_encoder(".", image_size=..., window_size=...)`.{method}
 """
 
 

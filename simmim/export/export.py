@@ -16,7 +16,7 @@ from simmim.export.trial_image import TrialImage, trial_clip, trial_image
 from simmim.recipe import read_values
 from simmim.tasks.all_tasks import task_of_run
 from simmim.tasks.other_encoder import OTHER_FILE, OtherEncoder, read_other_encoder
-from simmim.tasks.trained import TrainedModel
+from simmim.tasks.trained import TrainedModel, method_tensors
 from swinv2 import SwinV2, VideoSwinV2, load_video_encoder, save_video_encoder
 from swinv2.bridges.onnx import MODEL_FILE, export_onnx
 from swinv2.bridges.preprocessing import Preparation, sentences
@@ -27,7 +27,7 @@ from swinv2.bridges.transformers import export_transformers
 from swinv2.bridges.transformers_layout import FOLDERS
 from swinv2.bridges.verification import Report, compare, plain_copy
 from swinv2.config import record_windows
-from swinv2.config_file import README_FILE, WEIGHTS_FILE
+from swinv2.config_file import METHOD_FILE, README_FILE, WEIGHTS_FILE
 from swinv2.field_values import Pair
 from swinv2.weights import load_encoder, load_strictly, save_encoder
 
@@ -182,6 +182,9 @@ def _write(
         other = [f"not exported: the head of the {found.head.task}, which --format native writes"]
     if found.left_out is not None:
         other.append(f"not exported: {found.left_out}")
+    if masked_image is not None and (reason := _without_place(encoder, form)) is not None:
+        masked_image = None
+        other.append(f"not exported: mask token and decoder ({reason})")
     heads: dict[str, Any] = {"head": masked_image, "classifier": classifier}
     match form:
         case "transformers":
@@ -206,9 +209,7 @@ def _write(
             return [f"checkpoint.pth: encoder{heads_text}; {loads} it", *other]
         case "timm":
             export_timm(encoder, destination, **verified, classifier=classifier)
-            lines = [f"model.safetensors and config.json; {loads} them", *other]
-            decoder = "not exported: mask token and decoder (timm has no place for them)"
-            return lines if masked_image is None else [*lines, decoder]
+            return [f"model.safetensors and config.json; {loads} them", *other]
         case "onnx" | "torch-export":
             export_graph = export_onnx if form == "onnx" else export_program
             export_graph(encoder, destination, **verified, any_size=any_size)
@@ -216,9 +217,23 @@ def _write(
             size = "any size" if any_size else f"{height}x{width} pixels"
             file = MODEL_FILE if form == "onnx" else PROGRAM_FILE
             lines = [f"{file}: feature maps of all stages for images of {size}; {loads} it"]
-            left = "the head" if masked_image is None else "mask token and decoder"
-            alone = f"not exported: {left} (graphs have the encoder only)"
-            return [*lines, alone] if masked_image or found.head else lines
+            alone = "not exported: the head (graphs have the encoder only)"
+            return [*lines, *other] if found.head is None else [*lines, alone]
+
+
+def _without_place(encoder: SwinV2, form: Format) -> str | None:
+    """Say why a format has no place for mask token and decoder; None if it has."""
+    height, width = encoder.config.image_size
+    match form:
+        case "timm":
+            return "timm has no place for them"
+        case "onnx" | "torch-export":
+            return "graphs have the encoder only"
+        case "reference" if encoder.config.in_channels != 3:
+            return "the published decoder predicts images of 3 channels"
+        case "transformers" if height != width or height % encoder.strides[-1]:
+            return f"transformers decodes square images of a multiple of {encoder.strides[-1]}"
+    return None
 
 
 def _refuse_other_order(found: TrainedModel, form: Format) -> None:
@@ -267,11 +282,15 @@ def _write_native(
         "provenance": found.provenance,
         "check": complete,
     }
+    masked_image = found.masked_image
     if isinstance(encoder, VideoSwinV2):
         inflated_from = found.inflated_from
         save_video_encoder(encoder, destination, **prepared, inflated_from=inflated_from)
     else:
-        save_encoder(encoder, destination, **prepared)
+        method = None if masked_image is None else method_tensors(masked_image)
+        save_encoder(encoder, destination, **prepared, method=method)
+        if method is not None:
+            lines.append(f"{METHOD_FILE}: mask token and decoder")
     return [f"model.safetensors and config.json; {lines[0]}", *lines[1:]]
 
 

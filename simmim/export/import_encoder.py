@@ -10,7 +10,8 @@ from data_prep.format.text import count_noun
 from simmim.export.export import compare_native
 from simmim.export.formats import ImportFormat, WeightsChoice
 from simmim.export.trial_image import trial_image
-from swinv2.bridges.checkpoints import ImportedEncoder
+from simmim.tasks.trained import method_tensors
+from swinv2.bridges.checkpoints import ImportedEncoder, MaskedImageHead
 from swinv2.bridges.importing.detection import require_library
 from swinv2.bridges.importing.mmpretrain import import_mmpretrain
 from swinv2.bridges.importing.torchvision import import_torchvision
@@ -18,7 +19,7 @@ from swinv2.bridges.reference import import_reference
 from swinv2.bridges.sizes import PretrainedWindows
 from swinv2.bridges.timm import import_timm
 from swinv2.bridges.transformers import import_transformers
-from swinv2.config_file import IMPLIED_CHANNELS
+from swinv2.config_file import IMPLIED_CHANNELS, METHOD_FILE
 from swinv2.weights import save_encoder
 
 
@@ -79,6 +80,7 @@ def import_encoder(
         mean=imported.mean,
         std=imported.std,
         channels=channels,
+        method=None if imported.head is None else method_tensors(imported.head),
         check=lambda folder: compared.append(compare_native(encoder, folder, trial.images)),
     )
     height, width = config.image_size
@@ -95,7 +97,7 @@ def import_encoder(
         *(f"  {note}" for note in imported.notes),
     ]
     if imported.head is not None:
-        lines.append("  not imported: mask token and decoder (an encoder directory has neither)")
+        lines.append(f"  {METHOD_FILE}: mask token and decoder{_predicts(imported.head)}")
     if imported.classifier is not None:
         classes = len(imported.classifier.bias)
         lines.append(f"  not imported: the classifier of {count_noun(classes, 'class', 'classes')}")
@@ -108,6 +110,12 @@ def import_encoder(
             f"  not in the file: {', '.join(imported.fresh)}; initialised with ones and zeros"
         )
     return [*lines, *(f"  {line}" for line in compared)]
+
+
+def _predicts(head: MaskedImageHead) -> str:
+    if head.norm_target is None:
+        return " (the file does not say whether of normalised pixels: loss.norm_target)"
+    return " of normalised pixels" if head.norm_target else " of pixels"
 
 
 def _read(source: Path, form: ImportFormat, known: ImportOptions) -> ImportedEncoder:

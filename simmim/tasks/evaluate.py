@@ -15,7 +15,7 @@ from simmim.disk import append_line, why_not_written
 from simmim.engine.checkpoint.choosing import chosen_checkpoint
 from simmim.engine.checkpoint.directory import RECIPE_FILE, load_state
 from simmim.engine.checkpoint.ema import load_average
-from simmim.engine.checkpoint.resume import load_model
+from simmim.engine.checkpoint.resume import load_initial, load_model
 from simmim.engine.devices import build_accelerator, own_process_state
 from simmim.engine.distributed.launcher import (
     end_processes,
@@ -26,8 +26,11 @@ from simmim.engine.run import RunFolder
 from simmim.environment import print_on_main
 from simmim.recipe import differences, load, read_values, to_values
 from simmim.tasks.all_tasks import task_named
-from simmim.tasks.architecture import overridden
+from simmim.tasks.architecture import overridden, settings_of
 from simmim.tasks.input_check import check_input, input_of
+from simmim.tasks.pretrained import find_weights
+from swinv2.config_file import METHOD_FILE, EncoderDescription, read_encoder_config
+from swinv2.method_file import read_method
 
 EVALUATIONS = "evaluations.jsonl"
 """File in the run with one line per evaluation."""
@@ -55,6 +58,9 @@ IMAGES = {
 }
 """Recipe keys that name the images."""
 
+OF_ENCODER = ("encoder", "data.mean", "data.std")
+"""Recipe keys and sections that an encoder directory decides on."""
+
 SIZES = ("encoder", "data.image_size")
 """Recipe keys and sections that change the encoder's sizes."""
 
@@ -64,7 +70,9 @@ class Evaluation:
     """Result of an evaluation."""
 
     checkpoint: Path
-    step: int
+    """The checkpoint, or an encoder directory."""
+    step: int | None
+    """Step of its training; None if it is not known."""
     averaged: bool
     """Whether the weights are a running average (EMA)."""
     figures: dict[str, float]
@@ -74,8 +82,9 @@ class Evaluation:
     @property
     def text(self) -> str:
         """The result as text, one line per metric."""
-        average = ", averaged weights" if self.averaged else ""
-        lines = [f"{self.checkpoint} (step {self.step}{average})"]
+        known = [] if self.step is None else [f"step {self.step}"]
+        known += ["averaged weights"] if self.averaged else []
+        lines = [f"{self.checkpoint} ({', '.join(known)})" if known else str(self.checkpoint)]
         if self.data:
             lines.append(f"  on {self.data}")
         return "\n".join(lines + [f"  {name} {value:.4f}" for name, value in self.figures.items()])
@@ -149,6 +158,117 @@ def evaluate(
         _note(run, found, overrides)
     end_processes(accelerator)
     return found
+
+
+@own_process_state()
+def evaluate_encoder(
+    source: Path, config: Path, overrides: Sequence[str] = (), *, data: str | None = None
+) -> Evaluation:
+    """Measure the reconstruction loss of an encoder directory that has mask token and decoder.
+
+    Mask, loss and images are those of a recipe; architecture, mean and std the encoder's. So a
+    published pretraining is checked before it is continued.
+
+    Args:
+        source: an encoder directory, or a run that has finished.
+        config: recipe of a pretraining.
+        overrides: `--key value` for the recipe.
+        data: shards or a folder of images; None takes the held-out images of the recipe.
+
+    Returns:
+        The loss over all processes.
+
+    Raises:
+        ValueError: the recipe is of another task, the directory has no mask token and decoder of
+            its target, or there are no images.
+    """
+    end_with_launcher()
+    task = task_named(read_values(config).get("task"), config)
+    if task.name != "pretrain":
+        raise ValueError(
+            f"{config} has task {task.name}: --config gives the reconstruction loss of an encoder "
+            "by the recipe of a pretraining. Evaluate a trained run without it."
+        )
+    if data is not None:
+        overrides = [*overrides, "--data.shards", data, "--data.validation", data]
+    directory = find_weights(str(source)).encoder
+    given: Any = load(task.recipe, config, overrides)
+    recipe = of_encoder(given, read_encoder_config(directory))
+    stage = task.stage(recipe)
+    warnings = _check_method(directory, stage)
+    check_validation_input(stage, directory)
+    start_processes()
+    training = recipe.training
+    accelerator = build_accelerator(training.precision, training.rank_timeout)
+    if accelerator.is_main_process:
+        changed = differences(to_values(given), to_values(recipe))
+        listed = [f"{key} {text}" for key, text in changed.items() if _within(key, OF_ENCODER)]
+        if listed:
+            sys.stderr.write(f"the encoder overrides the recipe: {', '.join(listed)}\n")
+        sys.stderr.writelines(f"WARNING: {text}.\n" for text in warnings)
+    load_initial(directory, stage.module)
+    stage.module.to(accelerator.device).eval()
+    with torch.no_grad():
+        figures = stage.validate(accelerator)
+    if not figures:
+        raise ValueError(
+            f"{config} holds out no images: name some with --data FOLDER, or data.validation."
+        )
+    found = Evaluation(
+        checkpoint=directory,
+        step=read_encoder_config(directory).provenance.step,
+        averaged=False,
+        figures=figures,
+        data=_describe_data(stage),
+    )
+    if accelerator.is_main_process:
+        sys.stdout.write(found.text + "\n")
+    end_processes(accelerator)
+    return found
+
+
+def of_encoder(recipe: Any, start: EncoderDescription) -> Any:
+    """Return the recipe of a pretraining for the evaluation of an encoder, which trains nothing."""
+    data = recipe.data
+    changed = replace(
+        recipe,
+        encoder=settings_of(recipe.encoder, start.config),
+        data=replace(
+            data,
+            mean=start.mean,
+            std=start.std,
+            channels=None if data.channels is None else start.channels,
+            shards=data.validation or data.shards,
+            slots=None,
+        ),
+        probe=None,
+    )
+    return changed.starting_from(start)
+
+
+def _check_method(directory: Path, stage: Any) -> list[str]:
+    """Check that mask token and decoder of a directory are for a stage, and return warnings.
+
+    Raises:
+        ValueError: there are none, or they are for another target.
+    """
+    found = read_method(directory)
+    if found is None:
+        raise ValueError(
+            f"{directory} has no mask token and decoder ({METHOD_FILE}), without which nothing is "
+            "reconstructed: give the encoder of a pretraining, or import a SimMIM checkpoint."
+        )
+    wanted, held = stage.recipe.loss.target_name, found.target
+    decoder = stage.model.decoder.projection.weight
+    if decoder.shape != found.weight.shape:
+        raise ValueError(
+            f"the decoder of {directory} predicts {held or 'other values'}, "
+            f"{len(found.bias):,} for each feature, and the recipe asks for {wanted}, "
+            f"{len(decoder):,}: set loss.target to what it was trained for."
+        )
+    if held in (None, wanted):
+        return []
+    return [f"the decoder of {directory} was trained for {held}, and the recipe measures {wanted}"]
 
 
 def _describe_data(stage: Any) -> str:

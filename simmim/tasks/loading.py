@@ -22,6 +22,7 @@ from simmim.engine.run import RunFolder
 from simmim.engine.settings import TrainingSettings
 from simmim.environment import print_on_main
 from simmim.recipe import read_values
+from swinv2.config_file import EncoderDescription
 
 RecipeT = TypeVar("RecipeT")
 
@@ -49,14 +50,49 @@ def with_recorded_slots(recipe: RecipeT, run: RunFolder, resume: str | None) -> 
         ValueError: there is no such checkpoint, or its recipe cannot be read.
     """
     settings: Any = recipe
-    if settings.data.slots is not None or resume is None:
+    if settings.data.slots is not None:
         return recipe
+    saved = _recorded(run, resume)
+    if saved is None:
+        return recipe
+    recorded = saved["data"].get("slots", settings.data.UNRECORDED_SLOTS)
+    return _replace_slots(recipe, tuple(recorded) if isinstance(recorded, list) else recorded)
+
+
+def with_recorded_windows(
+    recipe: RecipeT, run: RunFolder, resume: str | None, start: EncoderDescription | None
+) -> RecipeT:
+    """Return a task's recipe with the pretraining windows that its position offsets relate to.
+
+    Args:
+        recipe: the recipe.
+        run: the run folder.
+        resume: None to start a new training, `auto`, or the path of a checkpoint.
+        start: the encoder of `--init-from`, from which training starts if it does not resume.
+    """
+    settings: Any = recipe
+    saved = _recorded(run, resume)
+    name = "pretrained_window_sizes"
+    if saved is None:
+        started: RecipeT = recipe if start is None else settings.starting_from(start)
+        return started
+    windows = saved["encoder"].get(name)
+    if windows is None or getattr(settings.encoder, name, ...) is not None:
+        return recipe
+    pairs = tuple((rows, columns) for rows, columns in windows)
+    changed: RecipeT = replace(
+        settings, encoder=replace(settings.encoder, pretrained_window_sizes=pairs)
+    )
+    return changed
+
+
+def _recorded(run: RunFolder, resume: str | None) -> dict[str, Any] | None:
+    """Return the values of the recipe of the run that is resumed; None if there is none yet."""
+    if resume is None:
+        return None
     checkpoint = choose_checkpoint(run.checkpoints, resume, run=run.identity(), tensors=False).path
     saved = run.recipe if checkpoint is None else checkpoint / RECIPE_FILE
-    if not saved.is_file():
-        return recipe
-    recorded = read_values(saved)["data"].get("slots", settings.data.UNRECORDED_SLOTS)
-    return _replace_slots(recipe, tuple(recorded) if isinstance(recorded, list) else recorded)
+    return read_values(saved) if saved.is_file() else None
 
 
 def _replace_slots(recipe: RecipeT, slots: Slots | None) -> RecipeT:

@@ -21,6 +21,7 @@ from swinv2 import SwinV2, VideoSwinV2, save_encoder
 from swinv2.atomic import atomic_folder
 from swinv2.config_file import README_FILE, WEIGHTS_FILE, Provenance, read_provenance
 from swinv2.json_file import load_json
+from swinv2.method_file import MethodTensors
 from swinv2.weights import read_tensors, write_tensors
 
 OTHER_FILE = "encoder.json"
@@ -66,10 +67,15 @@ def save_any_encoder(
     std: tuple[float, ...],
     channels: tuple[str, ...] | None = None,
     provenance: Provenance,
+    method: MethodTensors | None = None,
 ) -> None:
-    """Write an encoder directory of a SwinV2, or else the folder of an `OtherEncoder`."""
+    """Write an encoder directory of a SwinV2, or else the folder of an `OtherEncoder`.
+
+    Of the latter, what was trained beside the encoder, `method`, is left out.
+    """
     if isinstance(encoder, SwinV2):
-        save_encoder(encoder, path, mean=mean, std=std, channels=channels, provenance=provenance)
+        described: dict[str, Any] = {"mean": mean, "std": std, "channels": channels}
+        save_encoder(encoder, path, **described, provenance=provenance, method=method)
         return
     assert isinstance(encoder, nn.Module)
     tensors = {

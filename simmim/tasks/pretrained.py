@@ -13,11 +13,23 @@ from simmim.engine.checkpoint.adapting import PATCH_WEIGHT, ChannelChange, find_
 from simmim.engine.checkpoint.directory import complete_checkpoints
 from simmim.engine.generators import seeded
 from simmim.engine.run import RunFolder
-from simmim.tasks.other_encoder import refuse_other_encoder
+from simmim.tasks.other_encoder import OTHER_FILE, refuse_other_encoder
 from simmim.tasks.recipe import HEAD_FOLDER, SCRATCH, EncoderSettings
 from swinv2 import SwinV2, build_encoder, load_encoder
-from swinv2.config_file import Provenance, read_encoder_config
+from swinv2.config_file import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    EncoderDescription,
+    Provenance,
+    is_video_encoder,
+    read_encoder_config,
+)
 from swinv2.encoder import HierarchicalEncoder
+from swinv2.json_file import load_json
+from swinv2.method_file import read_method
+
+FOREIGN_FILES = ("checkpoint.pth", "pytorch_model.bin")
+"""Weights in folders of other libraries."""
 
 EncoderT = TypeVar("EncoderT", bound=HierarchicalEncoder)
 
@@ -51,8 +63,10 @@ def find_weights(init: str) -> TrainedWeights:
     """Return the paths of the weights that `init` names, an encoder directory or a finished run.
 
     Raises:
-        ValueError: it is a run that has not finished, or whose encoder is not a SwinV2.
+        ValueError: it is a run that has not finished, or whose encoder is not a SwinV2, or weights
+            of another library, which `simmim import` makes usable.
     """
+    refuse_foreign(init)
     run = RunFolder(path=Path(init))
     for folder in (run.encoder, run.path):
         refuse_other_encoder(folder, "fine-tuning, probing and embedding need")
@@ -64,6 +78,71 @@ def find_weights(init: str) -> TrainedWeights:
             f"last checkpoint with `simmim export {init} FOLDER` and start from FOLDER."
         )
     return TrainedWeights(encoder=run.path, head=_folder(run.path / HEAD_FOLDER))
+
+
+def describe_initial(path: Path) -> EncoderDescription | None:
+    """Return the description of the encoder that `--init-from` names; None if it has none yet.
+
+    Raises:
+        ValueError: it names weights of another library.
+    """
+    refuse_foreign(str(path))
+    folder = _initial_directory(path)
+    return None if folder is None else read_encoder_config(folder)
+
+
+def initial_target(path: Path | None) -> str | None:
+    """Return what the decoder that `--init-from` names predicts; None if that is not known."""
+    folder = None if path is None else _initial_directory(path)
+    method = None if folder is None else read_method(folder)
+    return None if method is None else method.target
+
+
+def _initial_directory(path: Path) -> Path | None:
+    folders = (path / "encoder", path, path.parent.parent / "encoder")
+    images = (one for one in folders if (one / CONFIG_FILE).is_file() and not is_video_encoder(one))
+    return next(images, None)
+
+
+def refuse_foreign(name: str) -> None:
+    """Refuse weights of another library with the command that makes them usable.
+
+    Args:
+        name: value of `init` or `--init-from`.
+
+    Raises:
+        ValueError: it is a file, a folder of another library, or looks like the name of a model.
+    """
+    path = Path(name)
+    if path.is_file() or path.is_dir():
+        kind = "a file" if path.is_file() else _foreign_folder(path)
+        if kind is not None:
+            raise ValueError(
+                f"{name} is {kind}, not an encoder directory: run `simmim import {name} ENCODER`, "
+                "then start from ENCODER."
+            )
+    elif "swin" in path.name.lower() or (name.count("/") == 1 and not path.parent.exists()):
+        repository = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
+        raise ValueError(
+            f"{name} does not exist here: if it is the name of a model on a hub, run `hf download "
+            f"{repository} --local-dir FOLDER` and `simmim import FOLDER ENCODER`, then start from "
+            "ENCODER."
+        )
+
+
+def _foreign_folder(path: Path) -> str | None:
+    """Say of which library a folder is; None for encoder directories, runs and all others."""
+    try:
+        content = load_json(path / CONFIG_FILE)
+    except (OSError, ValueError):
+        names = FOREIGN_FILES if (path / OTHER_FILE).is_file() else (*FOREIGN_FILES, WEIGHTS_FILE)
+        held = next((name for name in names if (path / name).is_file()), None)
+        return None if held is None else f"a folder with {held} of another library"
+    if not isinstance(content, dict) or "format" in content:
+        return None
+    if "model_type" in content:
+        return "a folder of transformers"
+    return "a folder of timm" if "architecture" in content else None
 
 
 def _folder(path: Path) -> Path | None:

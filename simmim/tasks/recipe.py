@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
+from typing_extensions import Self
+
 from data_prep.bounds import Count, Positive, Rate, Whole
 from data_prep.channels import AdaptRule
 from data_prep.format.text import count_noun
@@ -14,6 +16,7 @@ from simmim.method.settings import LossSettings
 from simmim.method.strategies import MaskSettings
 from simmim.recipe import settings
 from swinv2.config import AttentionPath, Checkpointing, Execution, SwinV2Config, variant_config
+from swinv2.config_file import EncoderDescription
 
 SCRATCH = "scratch"
 """Value of `init` for random weights."""
@@ -243,6 +246,21 @@ class TaskRecipe:
     def architecture_source(self) -> str | None:
         """Path of the trained weights whose architecture, mean and std are trained, if any."""
         return self.init_directory
+
+    def starting_from(self, start: EncoderDescription) -> Self:
+        """Return the recipe for weights of `--init-from`; by default it is as it is."""
+        del start
+        return self
+
+    def differences_from(self, start: EncoderDescription, target: str | None) -> list[str]:
+        """Return warnings of how the recipe differs from the encoder of `--init-from`.
+
+        Args:
+            start: the encoder.
+            target: what its decoder predicts, as `loss.target` names it; None if it is not known.
+        """
+        del start, target
+        return []
 
     @property
     def asks_for_channels(self) -> bool:

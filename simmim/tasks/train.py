@@ -37,8 +37,9 @@ from simmim.stop_signals import ProcessExit
 from simmim.tasks.all_tasks import head_folders, task_of_run
 from simmim.tasks.architecture import describe_start, overridden
 from simmim.tasks.input_check import check_stage_input
-from simmim.tasks.loading import with_recorded_slots
+from simmim.tasks.loading import with_recorded_slots, with_recorded_windows
 from simmim.tasks.other_encoder import exported_step
+from simmim.tasks.pretrained import describe_initial, initial_target
 from simmim.tasks.recipe import TaskRecipe
 
 RecipeT = TypeVar("RecipeT", bound=TaskRecipe)
@@ -82,12 +83,17 @@ def train_recipe(
     if environment.restarts and (resume is None or find_checkpoint(run.checkpoints, "auto")):
         resume = "auto"
     recipe = with_recorded_slots(recipe, run, resume)
+    start = None if init_from is None else describe_initial(init_from)
+    recipe = with_recorded_windows(recipe, run, resume, start)
     stage = build_stage(make_stage, recipe, check_memory or (lambda _recipe: None))
     check = partial(check_folder, run, stage.recipe, recipe, resume, allow_changes=allow_changes)
     if environment.is_main:  # others would see what rank 0 has written
         changed = check()
         starts = resume is None or find_checkpoint(run.checkpoints, resume) is None
         warnings = check_data(stage, recipe, starts=starts)
+        if starts and start is not None:
+            target = initial_target(init_from)
+            warnings += stage.recipe.differences_from(start, target)
         if environment.processes_to_start < 2:  # printed once, by the process that trains
             print_start(stage, recipe, changed, warnings)
     stage.bad_samples.write_to(run.bad_samples)

@@ -13,13 +13,20 @@ from swinv2 import SwinV2, VideoSwinV2, load_video_encoder, read_video_config
 from swinv2.atomic import atomic_folder
 from swinv2.bridges.checkpoints import ClassifierHead, MaskedImageHead
 from swinv2.bridges.preprocessing import Preparation
+from swinv2.config import SwinV2Config
 from swinv2.config_file import Provenance, is_video_encoder, read_encoder_config
+from swinv2.method_file import MethodTensors, read_method
 from swinv2.weights import load_encoder, read_tensors, write_tensors
 
 MODEL_PREFIX = "model."
 """Prefix of encoder and head in the names of a fine-tuning checkpoint's tensors."""
 
 HEAD_FILE = "model.safetensors"
+
+PIXELS, NORMALISED_PIXELS, FEATURES = "pixels", "normalised_pixels", "features"
+"""What a decoder predicts, as `loss.target` names it."""
+FEATURE_DECODER = "mask token and decoder (they predict features, not pixels)"
+"""Parts of a model of features that are not exported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,14 +144,42 @@ def read_directory(path: Path) -> TrainedModel:
             inflated_from=clips.inflated_from,
             origin=str(path),
         )
-    images = read_encoder_config(path)
+    images, method = read_encoder_config(path), read_method(path)
+    of_features = method is not None and method.target == FEATURES
     return TrainedModel(
         encoder=load_encoder(path),
         mean=images.mean,
         std=images.std,
         channels=images.channels,
         provenance=images.provenance,
+        masked_image=masked_image_of(method, images.config),
+        left_out=FEATURE_DECODER if of_features else None,
         origin=str(path),
+    )
+
+
+def masked_image_of(found: MethodTensors | None, config: SwinV2Config) -> MaskedImageHead | None:
+    """Return mask token and decoder of an encoder directory, if the decoder predicts pixels."""
+    if found is None or found.target == FEATURES:
+        return None
+    if len(found.bias) != config.strides[-1] ** 2 * config.in_channels:
+        return None
+    return MaskedImageHead(
+        mask_token=found.mask_token,
+        weight=found.weight,
+        bias=found.bias,
+        norm_target=None if found.target is None else found.target == NORMALISED_PIXELS,
+    )
+
+
+def method_tensors(head: MaskedImageHead) -> MethodTensors:
+    """Return mask token and decoder of pixels, as an encoder directory has them."""
+    known = {None: None, True: NORMALISED_PIXELS, False: PIXELS}
+    return MethodTensors(
+        mask_token=head.mask_token.reshape(1, 1, 1, -1),
+        weight=head.weight,
+        bias=head.bias,
+        target=known[head.norm_target],
     )
 
 

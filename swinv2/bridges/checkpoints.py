@@ -24,6 +24,8 @@ class MaskedImageHead:
     """Weight of the decoder, a 1x1 convolution: (stride² · in_channels, num_features, 1, 1)."""
     bias: Tensor
     """Bias of the decoder: (stride² · in_channels,)."""
+    norm_target: bool | None = None
+    """Whether it predicts normalised pixels; None if that is not recorded."""
 
 
 @dataclass(frozen=True, kw_only=True)

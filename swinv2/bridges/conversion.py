@@ -67,6 +67,8 @@ class ParsedCheckpoint:
     """Names of its classes."""
     fresh: Mapping[str, Tensor] | None = None
     """Tensors of the encoder that such a model lacks, with their initial values."""
+    norm_target: bool | None = None
+    """Whether a decoder predicts normalised pixels; None if that is not recorded."""
     usual: Sizes | None = None
     """Sizes to take where no other source has one."""
     notes: tuple[str, ...] = ()
@@ -153,6 +155,7 @@ def _masked_image_head(found: ParsedCheckpoint) -> MaskedImageHead | None:
         mask_token=found.tensors[found.layout.mask].float().reshape(1, 1, 1, -1),
         weight=found.tensors["decoder.0.weight"].float(),
         bias=found.tensors["decoder.0.bias"].float(),
+        norm_target=found.norm_target,
     )
 
 

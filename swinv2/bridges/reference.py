@@ -182,6 +182,8 @@ def export_reference(
     if classifier is not None:
         arguments["num_classes"] = len(classifier.bias)
     settings = _settings(arguments)
+    if head is not None and head.norm_target is not None:
+        settings["MODEL"]["SIMMIM"] = {"NORM_TARGET": {"ENABLE": head.norm_target}}
     content = {
         "model": tensors,
         "config": settings,
@@ -278,6 +280,7 @@ def parse_published(checkpoint: CheckpointContents, library: str = "") -> Parsed
         sizes=[settings, read_buffers(buffers, architecture)],
         drop_path=drop_path,
         own_config=extras.get(CONFIG_KEY),
+        norm_target=_read_norm_target(extras),
         num_classes=count_classes(learned, layout.classifier),
         mean=norms.get("mean"),
         std=norms.get("std"),
@@ -372,6 +375,13 @@ def _read_settings(extras: Mapping[str, Any]) -> tuple[Sizes, float]:
         window_size=as_pair(swin["WINDOW_SIZE"]),
         pretrained_window_sizes=as_windows(swin.get("PRETRAINED_WINDOW_SIZES", "same")),
     ), float(drop_path)
+
+
+def _read_norm_target(extras: Mapping[str, Any]) -> bool | None:
+    """Return whether the settings say that SimMIM predicts normalised pixels; None if neither."""
+    simmim = _node(_node(extras.get("config"), "MODEL"), "SIMMIM")
+    enabled = _node(simmim, "NORM_TARGET").get("ENABLE")
+    return enabled if isinstance(enabled, bool) else None
 
 
 def _node(settings: object, name: str) -> Mapping[str, Any]:

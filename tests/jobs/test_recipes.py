@@ -43,8 +43,11 @@ SMALL = {
     },
 }
 DENSE = {"giant-ade20k", "giant-coco"}
+CONTINUED = {"continue"}
 FULL_SCALE = [
-    path for path in RECIPES if path.stem not in DENSE | SMALL["pretrain"] | SMALL["finetune"]
+    path
+    for path in RECIPES
+    if path.stem not in DENSE | CONTINUED | SMALL["pretrain"] | SMALL["finetune"]
 ]
 PRETRAINING = {
     # variant, window, epochs, batch, lr, schedule, weight decay, clip, drop path
@@ -79,7 +82,7 @@ def test_all_variants_have_recipes() -> None:
     found = {
         folder.name: {path.stem for path in RECIPES if path.parent == folder} for folder in folders
     }
-    assert found["pretrain"] == {*PRETRAINING, *SMALL["pretrain"]}
+    assert found["pretrain"] == {*PRETRAINING, *CONTINUED, *SMALL["pretrain"]}
     assert found["finetune"] == {*FINE_TUNING, *DENSE, *SMALL["finetune"]}
     for table in (PRETRAINING, FINE_TUNING):
         assert {row[0] for row in table.values()} == set(VARIANTS)
@@ -144,6 +147,20 @@ def test_pretraining_recipes_have_the_papers_settings(name: str) -> None:
     assert recipe.data.scale == (0.67, 1.0)
     assert training.optimizer.betas == (0.9, 0.999)
     assert training.schedule.warmup_lr == pytest.approx(5e-7 * training.batch_size / 512)
+
+
+def test_domain_pretraining_continues_the_published_base_gently() -> None:
+    recipe = load(PretrainRecipe, JOBS / "pretrain" / "continue.yaml")
+    scratch = load(PretrainRecipe, JOBS / "pretrain" / "base-800ep.yaml")
+    assert recipe.encoder.config(192) == scratch.encoder.config(192)
+    assert (recipe.mask, recipe.loss) == (scratch.mask, scratch.loss)
+    training, schedule = recipe.training, recipe.training.schedule
+    per_image = scratch.training.optimizer.lr / scratch.training.batch_size
+    assert training.optimizer.lr == pytest.approx(per_image * training.batch_size / 4)
+    assert schedule.warmup_epochs > 0
+    assert schedule.warmup_lr < training.optimizer.lr / 100
+    header = (JOBS / "pretrain" / "continue.yaml").read_text()
+    assert "--init-from encoders/simmim-base" in header
 
 
 @pytest.mark.parametrize("name", FINE_TUNING)

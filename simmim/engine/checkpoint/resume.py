@@ -34,6 +34,8 @@ from simmim.engine.checkpoint.ema import RunningAverage, load_average, read_aver
 from simmim.engine.checkpoint.shard_files import ShardFiles
 from simmim.engine.checkpoint.sharded_state import (
     is_sharded,
+    local_rows,
+    local_tensor,
     restore_model,
     restore_optimizer,
 )
@@ -42,6 +44,8 @@ from simmim.recipe import read_values
 ENCODER_FOLDER, ENCODER_FILE = "encoder", "model.safetensors"
 ENCODER = "model.encoder"
 """Dotted name of the encoder in a stage's module."""
+METHOD, METHOD_FILE = "model.", "simmim.safetensors"
+"""Prefix in a pretraining's module, and file in an encoder directory, of mask token and decoder."""
 
 StageT = TypeVar("StageT", bound="Resumable")
 
@@ -213,7 +217,8 @@ def load_initial(path: Path, module: nn.Module, recipe: Any = None) -> str:
             _adapt(change, files, "")
             restore_model(module.get_submodule(ENCODER), files)
             said = _unnamed(recipe, described_channels(encoder)) or _described(change)
-        return f"Starting from the encoder in {encoder}.{said}"
+        loaded = load_method(encoder, module, same_channels=change is None)
+        return f"Starting from {loaded}.{said}"
     with ShardFiles(checkpoint, MODEL) as files:
         shapes = {name.removeprefix(f"{ENCODER}."): shape for name, shape in files.shapes.items()}
         names = trained_channels(read_values(checkpoint / RECIPE_FILE))
@@ -275,6 +280,51 @@ def _unnamed(recipe: Any, have: ChannelNames | None) -> str:
 
 def _described(change: ChannelChange | None) -> str:
     return "" if change is None else f" {str(change)[0].upper()}{str(change)[1:]}."
+
+
+def load_method(encoder: Path, module: nn.Module, *, same_channels: bool = True) -> str:
+    """Load mask token and decoder of an encoder directory into a pretraining, if it has them.
+
+    Args:
+        encoder: the directory, whose encoder has been loaded.
+        module: the module of a stage, sharded or not.
+        same_channels: whether images have the channels of the directory, which the decoder
+            predicts.
+
+    Returns:
+        Which parts the module has from the directory, and why others are initialised.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    expected = {
+        name: tensor
+        for name, tensor in module.state_dict().items()
+        if name.startswith(METHOD) and not name.startswith(f"{ENCODER}.")
+    }
+    if f"{METHOD}mask_token" not in expected:  # another task
+        return f"the encoder in {encoder}"
+    if not (encoder / METHOD_FILE).is_file():
+        return (
+            f"the encoder in {encoder}; mask token and decoder are initialised, since it has no "
+            f"{METHOD_FILE}"
+        )
+    with ShardFiles(encoder, MODEL, file=METHOD_FILE) as files:
+        fitting = [
+            name
+            for name, tensor in expected.items()
+            if files.shapes.get(name.removeprefix(METHOD)) == tuple(tensor.shape)
+            and (same_channels or name == f"{METHOD}mask_token")
+        ]
+        for name in fitting:
+            tensor = expected[name]
+            rows = files.read(name.removeprefix(METHOD), *local_rows(tensor))
+            local_tensor(tensor).copy_(rows)
+    if len(fitting) == len(expected):
+        return f"the encoder, mask token and decoder in {encoder}"
+    others = ", ".join(name.removeprefix(METHOD) for name in expected if name not in fitting)
+    reason = "have other shapes" if same_channels else "are for other channels"
+    return f"the encoder in {encoder}; {others} are initialised, since they {reason} there"
 
 
 def stage_to_export(stage: StageT, checkpoint: Path, *, trained: bool) -> StageT:

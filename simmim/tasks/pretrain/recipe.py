@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
+from typing_extensions import Self
+
 from data_prep.bounds import Count, Span
 from simmim.data.datasets.image_set import ImageSet
 from simmim.data.datasets.mixture import MixedShards, NoImages, Shards, StreamedShards
@@ -17,6 +19,8 @@ from simmim.method.strategies import MaskSettings
 from simmim.recipe import settings
 from simmim.tasks.probe.recipe import OnlineProbeSettings
 from simmim.tasks.recipe import EncoderSettings, ExecutionSettings, TaskRecipe, check_slots
+from swinv2.config import SwinV2Config, record_windows
+from swinv2.config_file import EncoderDescription
 
 
 @settings
@@ -81,12 +85,29 @@ class PretrainData(AugmentedDataSettings, DrawnSettings):
 
 
 @settings
+class PretrainEncoderSettings(EncoderSettings):
+    """A Swin Transformer V2 encoder that is pretrained."""
+
+    pretrained_window_sizes: tuple[tuple[int, int], ...] | None = None
+    """Windows (rows, columns) of each stage that position offsets are relative to, in tokens: those
+    of an earlier training. null is the windows of this one; with --init-from, the windows that the
+    encoder there records, which the recipe in the run then has."""
+
+    def config(self, image_size: int) -> SwinV2Config:
+        """Return the encoder's configuration; see `EncoderSettings.config`."""
+        config = super().config(image_size)
+        if self.pretrained_window_sizes is None:
+            return config
+        return replace(config, pretrained_window_sizes=self.pretrained_window_sizes)
+
+
+@settings
 class PretrainRecipe(TaskRecipe):
     """SimMIM pretraining of a Swin Transformer V2."""
 
     task: Literal["pretrain"]
     """Task of the recipe."""
-    encoder: EncoderSettings
+    encoder: PretrainEncoderSettings
     """The encoder."""
     data: PretrainData
     """The images."""
@@ -114,6 +135,33 @@ class PretrainRecipe(TaskRecipe):
             raise ValueError("training.optimizer.freeze belongs to fine-tuning; leave it null.")
         config = self.encoder.config(size)  # raises if the sizes do not fit together
         self.execution.check_stages(len(config.depths))
+
+    def starting_from(self, start: EncoderDescription) -> Self:
+        """Return the recipe with the pretraining windows of the encoder that it starts from."""
+        windows = start.config.pretrained_window_sizes
+        present = self.encoder.config(self.data.image_size)
+        if self.encoder.pretrained_window_sizes is not None or windows == record_windows(present):
+            return self
+        return replace(self, encoder=replace(self.encoder, pretrained_window_sizes=windows))
+
+    def differences_from(self, start: EncoderDescription, target: str | None) -> list[str]:
+        """Return warnings of how images and target differ from those that it starts from."""
+        warnings = [
+            f"data.{name} is {list(ours)}, and {list(theirs)} at the encoder of --init-from: set "
+            "it to that, or the features change"
+            for name, ours, theirs in (
+                ("mean", self.data.mean, start.mean),
+                ("std", self.data.std, start.std),
+            )
+            if tuple(ours) != tuple(theirs)
+        ]
+        wanted = self.loss.target_name
+        if target not in (None, wanted):
+            warnings.append(
+                f"the decoder of --init-from was trained for {target}, and the recipe trains it "
+                f"for {wanted}"
+            )
+        return warnings
 
     @property
     def step_for_estimate(self) -> tuple[MaskSettings, LossSettings]:

@@ -42,13 +42,18 @@ from simmim.tasks.other_encoder import checkpoint_notes, save_any_encoder
 from simmim.tasks.pretrain.model import EncoderBuilder, build_model, build_swinv2
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.probe.online import OnlineProbe
-from simmim.tasks.trained import TrainedModel, below, provenance_of, read_directory
-from swinv2.bridges.checkpoints import MaskedImageHead
+from simmim.tasks.trained import (
+    FEATURE_DECODER,
+    TrainedModel,
+    below,
+    masked_image_of,
+    provenance_of,
+    read_directory,
+)
 from swinv2.config_file import Provenance
+from swinv2.method_file import MethodTensors
 from swinv2.weights import load_strictly
 
-FEATURE_DECODER = "mask token and decoder (they predict features, not pixels)"
-"""Parts of a model of features that are not exported."""
 PANEL_IMAGES = 8
 BASELINE_IMAGES = 256
 """Held-out images for the baseline, which is computed before training."""
@@ -140,7 +145,8 @@ class PretrainStage:
         recipe = read_recipe()
         if recipe.frozen_encoder is None:
             model = load_pretrained(run, str(checkpoint)).model
-            encoder, head, left_out = model.encoder, _masked_image_head(model), None
+            encoder, left_out = model.encoder, None
+            head = masked_image_of(_method_tensors(model, recipe), encoder.config)
         else:  # it may be gone, and without it there is no decoder
             encoder, head, left_out = build_swinv2(recipe).eval(), None, FEATURE_DECODER
             load_strictly(encoder, below(read_weights(checkpoint), f"{ENCODER}."), str(checkpoint))
@@ -347,21 +353,22 @@ class PretrainStage:
         save_pretrained(self.model, self.recipe, run.encoder, step=step, samples=samples)
 
 
-def _masked_image_head(model: SimMIM[Any]) -> MaskedImageHead:
-    """Return mask token and decoder of a model that predicts pixels."""
+def _method_tensors(model: SimMIM[Any], recipe: PretrainRecipe) -> MethodTensors:
+    """Return mask token and decoder of a model."""
     projection = model.decoder.projection
     assert projection.bias is not None
-    return MaskedImageHead(
+    return MethodTensors(
         mask_token=model.mask_token.detach(),
         weight=projection.weight.detach(),
         bias=projection.bias.detach(),
+        target=recipe.loss.target_name,
     )
 
 
 def save_pretrained(
     model: SimMIM[Any], recipe: PretrainRecipe, path: Path, *, step: int, samples: int
 ) -> None:
-    """Write the encoder of a pretrained model as an encoder directory.
+    """Write the encoder of a pretrained model as an encoder directory, with mask token and decoder.
 
     Of an encoder that is not a SwinV2, it is its weights alone; see `OtherEncoder`.
     """
@@ -374,6 +381,7 @@ def save_pretrained(
         std=std,
         channels=recipe.data.wanted_channels,
         provenance=provenance,
+        method=_method_tensors(model, recipe),
     )
 
 

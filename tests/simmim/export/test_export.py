@@ -27,6 +27,7 @@ from simmim.tasks.pretrained import find_weights
 from swinv2.bridges.reference import import_reference
 from swinv2.bridges.timm import import_timm
 from swinv2.config_file import read_encoder_config
+from swinv2.method_file import read_method
 from swinv2.weights import load_encoder
 
 
@@ -56,6 +57,16 @@ def assert_same_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def assert_method(folder: Path, stage: PretrainStage | None, lines: list[str]) -> None:
+    """Mask token and decoder of an encoder directory are those of a model, or there are none."""
+    found = read_method(folder)
+    assert any("simmim.safetensors: mask token" in line for line in lines) == (stage is not None)
+    assert (found is not None) == (stage is not None)
+    if found is not None and stage is not None:
+        ours = stage.model.state_dict()
+        assert all(torch.equal(ours[name], one) for name, one in found.named().items())
+
+
 def test_native_export_of_a_run_is_its_trained_encoder(
     pretrained: tuple[Path, PretrainStage], tmp_path: Path
 ) -> None:
@@ -67,6 +78,9 @@ def test_native_export_of_a_run_is_its_trained_encoder(
     assert lines[-1].endswith("0.0e+00")
     ours, handed_on = read_encoder_config(tmp_path / "out"), read_encoder_config(run / "encoder")
     assert ours == handed_on
+    assert_method(tmp_path / "out", stage, lines)
+    (run / "checkpoints").rename(run / "gone")
+    assert_method(tmp_path / "out", stage, export(run, tmp_path / "out", "native"))
 
 
 def test_native_export_of_an_unfinished_run(
@@ -86,7 +100,9 @@ def test_a_run_without_checkpoints_gives_its_encoder_directory(
     run, stage = pretrained
     (run / "checkpoints").rename(run / "gone")
     found = read_source(run)
-    assert found.masked_image is None
+    assert found.masked_image is not None
+    assert torch.equal(found.masked_image.mask_token, stage.model.mask_token)
+    assert found.masked_image.norm_target is False
     assert_same_weights(found.encoder, stage.model.encoder)
 
 
@@ -313,7 +329,7 @@ def test_a_run_goes_to_transformers_and_back(
         lines = import_encoder(
             tmp_path / "out" / folder, tmp_path / "back", "transformers", ImportOptions()
         )
-        assert any("not imported: mask token" in line for line in lines) == (folder != ".")
+        assert_method(tmp_path / "back", stage if folder != "." else None, lines)
         assert lines[-1].endswith("0.0e+00")
         assert_same_weights(load_encoder(tmp_path / "back"), stage.model.encoder)
         ours, back = read_encoder_config(run / "encoder"), read_encoder_config(tmp_path / "back")
@@ -338,7 +354,7 @@ def test_an_exported_run_is_imported_again(
     assert any("mask token and decoder" in line for line in lines)
     lines = import_encoder(tmp_path / "out", tmp_path / "back", form, ImportOptions())
     assert lines[-1].endswith("0.0e+00")
-    assert any("not imported: mask token" in line for line in lines) == (form == "reference")
+    assert_method(tmp_path / "back", stage if form == "reference" else None, lines)
     assert_same_weights(load_encoder(tmp_path / "back"), stage.model.encoder)
     ours, back = read_encoder_config(run / "encoder"), read_encoder_config(tmp_path / "back")
     assert (back.config, back.mean, back.std) == (ours.config, ours.mean, ours.std)

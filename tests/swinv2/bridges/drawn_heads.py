@@ -20,6 +20,7 @@ def draw_head(encoder: SwinV2) -> MaskedImageHead:
         mask_token=torch.randn(1, 1, 1, encoder.config.embed_dim, generator=generator),
         weight=torch.randn(channels, encoder.num_features, 1, 1, generator=generator),
         bias=torch.randn(channels, generator=generator),
+        norm_target=True,
     )
 
 
