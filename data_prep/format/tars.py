@@ -23,6 +23,8 @@ _BLOCK = tarfile.BLOCKSIZE
 _END_BYTES = 2 * _BLOCK
 """Length of the end mark: two blocks of zeros."""
 _READ_BYTES = 2**20
+_STREAM_BYTES = 2**15
+"""Bytes asked for at a time of a tar that is read once: tarfile copies the rest at every read."""
 MOST_PADDING = 2**24
 """Longest run of zeros behind the members of a tar that is read once."""
 _COMPRESSED = {
@@ -89,7 +91,7 @@ def stream_tar(
     """
     stream, last = _SequentialFile(blocks), -1
     try:
-        with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|", bufsize=_READ_BYTES) as tar:
+        with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|", bufsize=_STREAM_BYTES) as tar:
             for member in tar:
                 if member.size < 0 or member.offset <= last:
                     raise TarError(_impossible(place, member))

@@ -1,6 +1,7 @@
 """Training a recipe: check the input, start processes, train, print the result."""
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -8,8 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
+from data_prep.format.kinds import describe_kinds
 from data_prep.format.text import count_noun
 from simmim.data.datasets.mixture import StreamedShards
 from simmim.data.order.order import describe_order, needless_slots
@@ -111,8 +113,9 @@ def train_recipe(
             write_report=report_run,
             process_exit=process_exit,
         )
+        left_out = merge_left_out(gather_object([stage.bad_samples.without_image]))
         if accelerator.is_main_process:
-            print_result(result, run, resume)
+            print_result(result, run, resume, left_out)
         end_processes(accelerator)
     return result
 
@@ -244,13 +247,22 @@ def locked_and_checked_again(
         yield
 
 
-def print_result(result: TrainingResult, run: RunFolder, resume: str | None) -> None:
+def merge_left_out(counts: Sequence[Counter[str]]) -> str:
+    """Return what samples without an image have instead, and how often, given that of each rank."""
+    return describe_kinds(sum(counts, Counter()))
+
+
+def print_result(
+    result: TrainingResult, run: RunFolder, resume: str | None, left_out: str = ""
+) -> None:
     """Print how training ended and where its results are.
 
     Args:
         result: the result of training.
         run: the run folder.
         resume: what training was started with: with `auto`, the same command resumes.
+        left_out: what samples without an image have instead, and how often; empty if there are
+            none.
     """
     if result.stopped:
         lines = [
@@ -271,6 +283,8 @@ def print_result(result: TrainingResult, run: RunFolder, resume: str | None) -> 
             lines.append(
                 f"Damaged  {run.bad_samples}: samples that were replaced, skipped or noted"
             )
+        if left_out:
+            lines.append(f"Left out samples without an image, counted in each epoch: {left_out}")
         if run.reconstructions.is_dir():
             lines.append(f"Pictures {run.reconstructions}")
     sys.stdout.write("\n".join(lines) + "\n")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import threading
 from collections.abc import Callable, Iterator
@@ -176,3 +177,4 @@ def test_damage_is_listed_in_the_run(
     assert "sample 00004.tar/8 in" in printed.err
     assert "has no image, only .mp4" in printed.err
     assert "bad_samples.jsonl" in printed.out
+    assert re.search(r"Left out samples without an image.*: \.mp4 \(\d\)", printed.out)
