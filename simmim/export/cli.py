@@ -82,8 +82,8 @@ def import_(
             present windows.
         mean: Mean per channel, of images in [0, 1]: X,X,... Default: the file's, or ImageNet's.
         std: Standard deviation per channel: X,X,... Default: the file's, or ImageNet's.
-        channels: Names of the channels: NAME,NAME,... Default: red,green,blue of three, gray of
-            one.
+        channels: Names of the channels: NAME,NAME,... Default: the file's, or red,green,blue of
+            three, gray of one.
     """
     image, window = _size("--image-size", image_size), _size("--window-size", window_size)
     windows = _windows(pretrained_windows)

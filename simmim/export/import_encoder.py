@@ -44,7 +44,8 @@ class ImportOptions:
     key: str | None = None
     """Entry of the file, or prefix of names, of one of several models."""
     channels: Sequence[str] | None = None
-    """Names of the channels; None: red, green and blue of three, gray of one."""
+    """Names of the channels; None: the file's, or else red, green and blue of three, gray of one.
+    """
 
 
 def import_encoder(
@@ -70,7 +71,7 @@ def import_encoder(
     imported = _read(source, form, known)
     encoder, config = imported.encoder, imported.encoder.config
     trial = trial_image(config, imported.mean, imported.std)
-    channels = known.channels
+    channels = known.channels or imported.channels
     if channels is None:
         channels = IMPLIED_CHANNELS.get(config.in_channels)
     compared = [f"compared on {trial.origin}:"]

@@ -56,6 +56,8 @@ class ImportedEncoder:
     """Linear head of a classification model."""
     dropped: tuple[str, ...]
     """Buffers of the file that are not read: they are computed from the sizes."""
+    channels: tuple[str, ...] | None = None
+    """Names of the channels of its images, if the checkpoint has them."""
     classes: tuple[str, ...] = ()
     """Names of the classifier's classes, if the checkpoint has them."""
     fresh: tuple[str, ...] = ()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from swinv2.bridges.checkpoints import BridgeError, ClassifierHead, ImportedEncoder, MaskedImageHead
 from swinv2.bridges.importing.reading import list_names
+from swinv2.bridges.preprocessing import channel_names
 from swinv2.bridges.sizes import Sizes, missing_sizes, resolve_config
 from swinv2.config import SwinV2Config
 from swinv2.config_file import check_normalisation, list_problems
@@ -63,6 +64,8 @@ class ParsedCheckpoint:
     mean: Sequence[float] | None
     """Mean per channel, if the checkpoint records it."""
     std: Sequence[float] | None
+    preparation: object = None
+    """How its images are prepared, if `swinv2` exported the checkpoint; see `describe`."""
     classes: tuple[str, ...] = ()
     """Names of its classes."""
     fresh: Mapping[str, Tensor] | None = None
@@ -139,6 +142,7 @@ def assemble(
         encoder=encoder,
         mean=mean,
         std=std,
+        channels=channel_names(found.preparation, config.in_channels),
         head=_masked_image_head(found),
         classifier=_classifier(found),
         dropped=found.dropped,

@@ -6,7 +6,7 @@ transformers' PerceiverImageProcessor, whose pixels therefore equal ours to roun
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,19 @@ def from_description(content: Any) -> Preparation:
         )
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"it does not describe the preparation of pictures ({error})") from None
+
+
+def channel_names(content: Any, count: int) -> tuple[str, ...] | None:
+    """Return the names of the channels in what `describe` wrote; None if it has none.
+
+    Args:
+        content: the values, of any form.
+        count: number of channels; other names are left out.
+    """
+    names = content.get("channel_names") if isinstance(content, Mapping) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None
+    return tuple(names) if len(names) == len(set(names)) == count else None
 
 
 def processor_config(

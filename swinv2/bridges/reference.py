@@ -284,6 +284,7 @@ def parse_published(checkpoint: CheckpointContents, library: str = "") -> Parsed
         num_classes=count_classes(learned, layout.classifier),
         mean=norms.get("mean"),
         std=norms.get("std"),
+        preparation=extras.get("preparation"),
         notes=(*checkpoint.notes, *describe_beside(checkpoint.beside)),
     )
 

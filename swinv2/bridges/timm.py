@@ -362,6 +362,7 @@ def _parse(
         num_classes=count_classes(tensors, _LAYOUT.classifier),
         mean=described.get("mean"),
         std=described.get("std"),
+        preparation=content.get("preparation"),
         fresh=fresh_norm(fields) if only_features and "norm.weight" not in tensors else None,
         notes=(*checkpoint.notes, *describe_beside(checkpoint.beside)),
     )

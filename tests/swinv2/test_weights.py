@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from swinv2.weights import load_strictly
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+NUMBERS: dict[str, Any] = {"mean": MEAN, "std": STD}
+CONFIG = SwinV2Config(image_size=16, embed_dim=8, depths=(1, 1), num_heads=(1, 2), window_size=4)
 
 
 def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
@@ -338,3 +341,39 @@ def test_a_failed_check_keeps_the_earlier_encoder(encoder: SwinV2, saved: Path) 
     with pytest.raises(ValueError, match="not good enough"):
         save_encoder(encoder, saved, mean=(0.1,) * 3, std=STD, check=check)
     assert (saved / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("names", [("red", "nir", "green"), None])
+def test_names_of_the_channels_are_saved(tmp_path: Path, names: tuple[str, ...] | None) -> None:
+    path = save_encoder(SwinV2(CONFIG), tmp_path / "encoder", **NUMBERS, channels=names)
+    assert read_encoder_config(path).channels == names
+    assert ("(red, nir, green)" in (path / "README.md").read_text()) == (names is not None)
+
+
+@pytest.mark.parametrize(
+    ("count", "names"), [(1, ("gray",)), (3, ("red", "green", "blue")), (5, None)]
+)
+def test_files_of_earlier_versions_imply_the_names(
+    tmp_path: Path, count: int, names: tuple[str, ...] | None
+) -> None:
+    numbers: dict[str, Any] = {"mean": [0.5] * count, "std": [0.2] * count}
+    encoder = SwinV2(replace(CONFIG, in_channels=count))
+    path = save_encoder(encoder, tmp_path / "encoder", **numbers)
+    content = json.loads((path / "config.json").read_text())
+    assert content.pop("channels") is None
+    assert read_encoder_config(path).channels is None
+    (path / "config.json").write_text(json.dumps(content))
+    assert read_encoder_config(path).channels == names
+
+
+@pytest.mark.parametrize("names", [["red"], ["red", "red", "blue"], ["red", "", "blue"], [1, 2, 3]])
+def test_wrong_names_of_channels_are_refused(tmp_path: Path, names: list[Any]) -> None:
+    encoder = SwinV2(CONFIG)
+    path = save_encoder(encoder, tmp_path / "encoder", **NUMBERS)
+    content = json.loads((path / "config.json").read_text()) | {"channels": names}
+    (path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="channels"):
+        read_encoder_config(path)
+    if all(isinstance(name, str) for name in names):
+        with pytest.raises(ValueError, match="one name for each"):
+            save_encoder(encoder, tmp_path / "other", **NUMBERS, channels=names)
