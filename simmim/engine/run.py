@@ -140,9 +140,14 @@ class RunFolder:
         saved = self.recipe if checkpoint is None else checkpoint / RECIPE_FILE
         if not saved.is_file():
             return {}
-        changed = differences(read_values(saved), to_values(recipe))
+        before, now = read_values(saved), to_values(recipe)
+        asked = now if given is None else to_values(given)
+        names = [values.get("data", {}).get("channels") for values in (before, now)]
+        if asked.get("data", {}).get("channels") is None and None in names:
+            before, now = _without_channels(before), _without_channels(now)
+        changed = differences(before, now)
         if given is not None:
-            as_before = differences(read_values(saved), to_values(given))
+            as_before = differences(before, to_values(given))
             changed = as_before if all(map(_is_free, as_before)) else changed
         refused = [f"{key}: {text}" for key, text in changed.items() if not _is_free(key)]
         if refused and not allow_changes:
@@ -211,6 +216,13 @@ class RunFolder:
             self.metrics.open("ab", buffering=0) as file,
         ):
             append_line(file, json.dumps(metrics).encode() + b"\n")
+
+
+def _without_channels(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values without the names of the channels, which runs of before do not record, and
+    which are not known before the data are read."""
+    data = {name: value for name, value in values.get("data", {}).items() if name != "channels"}
+    return values | {"data": data}
 
 
 def _is_free(key: str) -> bool:
