@@ -361,7 +361,11 @@ class ClipDataSettings(CroppedSettings, RandomCropSettings):
         mean, std = self.normalisation
         if self.wanted_channels not in (None, RGB) or self.image_channels is not None:
             given = describe(self.wanted_channels or self.untold_channels)
-            raise ValueError(f"clips have channels {describe(RGB)}, got {given}: leave it out.")
+            raise ValueError(
+                f"clips have channels {describe(RGB)}, and data.channels are {given}: set it to "
+                "those (encoder.adapt_channels adapts weights of others), or start from another "
+                "encoder."
+            )
         if max(*mean, *std) > 1:
             raise ValueError(
                 f"mean is {list(mean)} and std {list(std)}; both are on a scale of 0 to "

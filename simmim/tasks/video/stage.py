@@ -124,7 +124,7 @@ class VideoStage(ClassifierStage[VideoRecipe, ClipSet]):
                 inflated_from=clips.inflated_from,
             )
         images = read_encoder_config(source.encoder)
-        if images.config.in_channels != CHANNELS:
+        if images.config.in_channels != CHANNELS and data.channels is None:  # else by name
             raise ValueError(
                 f"the encoder {init} has {images.config.in_channels} input channels, clips "
                 f"have {CHANNELS}; start from another encoder."

@@ -1,7 +1,9 @@
 """Channels by name in training: sets, mixtures and trained weights that match, or are refused."""
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,9 @@ from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.pretrain.stage import PretrainStage
 from simmim.tasks.probe.probe import compare
 from simmim.tasks.probe.recipe import ProbeRecipe
-from swinv2 import SwinV2, load_encoder, read_encoder_config
+from simmim.tasks.video.recipe import VideoRecipe
+from simmim.tasks.video.stage import VideoStage
+from swinv2 import SwinV2, SwinV2Config, load_encoder, read_encoder_config
 from swinv2.config_file import IMPLIED_CHANNELS
 from swinv2.weights import save_encoder
 from tests.simmim.conftest import MEAN, STD, small_encoder
@@ -479,3 +483,63 @@ def test_values_without_a_measurement_are_left_out_of_sampled_statistics(tmp_pat
     counted, _ = found["counted"].statistics(found["counted"].main)
     assert counted[3] < 0.4 < mean[3]
     assert counted[4] < 0.45 < mean[4]
+
+
+@pytest.mark.parametrize("form", ["reference", "timm"])
+def test_names_come_back_from_exports(tmp_path: Path, form: str) -> None:
+    config = SwinV2Config(
+        image_size=64, in_channels=5, embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2)
+    )
+    encoder = SwinV2(replace(config, window_size=(8, 8)))
+    numbers = {"mean": [0.5] * 5, "std": [0.2] * 5}
+    save_encoder(encoder, tmp_path / "five", **numbers, channels=FIRES)
+    out, back = tmp_path / form, tmp_path / "back"
+    command = ["export", str(tmp_path / "five"), str(out), "--format", form]
+    assert simmim.cli.main(command) == 0
+    assert "blue, green, red, nir, swir2" in (out / "README.md").read_text()
+    source = out / "checkpoint.pth" if form == "reference" else out
+    assert simmim.cli.main(["import", str(source), str(back), "--format", form]) == 0
+    assert read_encoder_config(back).channels == FIRES
+    given = ["import", str(source), str(back), "--format", form, "--channels", "a,b,c,d,e"]
+    assert simmim.cli.main(given) == 0
+    assert read_encoder_config(back).channels == ("a", "b", "c", "d", "e")
+
+
+def test_clips_take_weights_of_their_channels_by_name(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    swapped = saved(tmp_path, ("blue", "green", "red"), "swapped")
+    video = {"clips": str(tmp_path), "image_size": 16, "frames": 4}
+    values: dict[str, Any] = {"task": "video", "init": swapped, "data": video}
+    values |= {"encoder": {"window_size": 4}, "training": {"batch_size": 2, "steps": 2}}
+    values["training"]["optimizer"] = {"lr": 1e-3}
+    with pytest.raises(ValueError, match=r"clips have channels \[red, green, blue\], and data"):
+        VideoStage.resolve(parse(VideoRecipe, values, "test"))
+    values["data"] = video | {"channels": list(RGB)}
+    recipe = VideoStage.resolve(parse(VideoRecipe, values, "test"))
+    assert recipe.data.mean == MEAN[::-1]
+    initial = VideoStage.load_initial(recipe)
+    plain = load_encoder(swapped).state_dict()[PATCH_WEIGHT]
+    found = initial.encoder.state_dict()[PATCH_WEIGHT]
+    shape = (*found.shape[:1], 3, -1, *found.shape[2:])
+    assert torch.allclose(found.reshape(shape).sum(2), plain.flip(1), atol=1e-5)
+
+
+def test_a_run_of_before_resumes_though_its_recipe_names_no_channels(
+    pretrain_values: dict[str, Any], pretrain_config: Path, shards: Path, tmp_path: Path
+) -> None:
+    code = data_prep.cli.main(["info", str(shards), "--statistics", "--workers", "1"])
+    assert code == 0
+    pretrain_values["data"] |= {"mean": "measured", "std": "measured"}
+    pretrain_values["training"] |= {"steps": 4, "checkpoint_every": 4}
+    pretrain_config.write_text(yaml.safe_dump(pretrain_values))
+    run = tmp_path / "run"
+    command = ["pretrain", "--config", str(pretrain_config), "--folder", str(run)]
+    assert simmim.cli.main(command) == 0
+    shutil.rmtree(run / "checkpoints")  # stopped before the first
+    values = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert values["data"].pop("channels") == list(RGB)
+    (run / "recipe.yaml").write_text(yaml.safe_dump(values))
+    resumed = [*command, "--resume", "auto"]
+    turned = [*resumed, "--data.channels", "[blue, green, red]"]
+    assert simmim.cli.main(turned) == 2
+    assert simmim.cli.main(resumed) == 0
