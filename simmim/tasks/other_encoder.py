@@ -152,7 +152,10 @@ def _to_json(description: Mapping[str, Any]) -> str:
 
 
 def _read_description(file: Path) -> dict[str, Any]:
-    """Read a description; see `describe`. One in a directory has the provenance too."""
+    """Read a description; see `describe`. One in a directory has the provenance too.
+
+    It is checked by hand: no dataclass can declare a field called class.
+    """
     try:
         found = load_json(file)
         if isinstance(found["class"], str) and isinstance(found.get("provenance", {}), dict):

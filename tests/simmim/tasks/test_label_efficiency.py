@@ -73,7 +73,7 @@ def test_mistakes_are_reported_before_the_first_run(
     config.write_text(yaml.safe_dump(classification_values))
     command = ["labels", "--config", str(config), "--init", "x", "--folder", str(tmp_path / "f")]
     assert simmim.cli.main([*command, "--fractions", "0.5", "2"]) == 2
-    assert "fraction is 2" in capsys.readouterr().err
+    assert "--fractions is 2; it must be above 0 and at most 1." in capsys.readouterr().err
     assert not (tmp_path / "f").exists()
 
 
