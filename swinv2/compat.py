@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 HAS_LINEAR_POINTWISE = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+COMPILING_IS_EXPORTING = torch.__version__.startswith("2.8.")
+"""Whether `torch.compiler.is_exporting` is True wherever Dynamo traces: in torch 2.8."""
 
 
 def onednn_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

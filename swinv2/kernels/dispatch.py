@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from swinv2.compat import HAS_LINEAR_POINTWISE, in_dispatch_mode
+from swinv2.compat import COMPILING_IS_EXPORTING, HAS_LINEAR_POINTWISE, in_dispatch_mode
 
 AttentionPath = Literal["auto", "explicit", "sdpa", "sequential"]
 AttentionKernel = Literal["explicit", "sdpa", "sequential", "sequential_saving", "fused"]
@@ -73,7 +73,10 @@ def use_operators() -> bool:
 
 def is_exporting() -> bool:
     """Return whether a graph is traced for other programs, which have PyTorch's operators only."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    exporting = torch.compiler.is_exporting()
+    if COMPILING_IS_EXPORTING and torch.compiler.is_dynamo_compiling():
+        exporting = False
+    return exporting or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def is_compiling_kernels() -> bool:

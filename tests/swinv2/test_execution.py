@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from swinv2 import Execution, SwinV2, build_encoder, load_encoder, save_encoder
+from swinv2.kernels import dispatch
 from swinv2.kernels.linear import Linear, linear
 
 SIZES: dict[str, Any] = {
@@ -309,3 +310,11 @@ def test_a_loaded_encoder_passes_the_check_of_torch_jit_trace(
         traced = torch.jit.trace(loaded, torch.randn(1, 3, 62, 86), check_trace=True)
         images = torch.randn(3, 3, 62, 86)
         torch.testing.assert_close(traced(images), loaded(images), rtol=1e-4, atol=1e-5)
+
+
+def test_compiling_is_not_exporting() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda tensor: tensor + (1 if dispatch.is_exporting() else 2), backend="eager"
+    )
+    assert compiled(torch.zeros(())) == 2
