@@ -3,7 +3,7 @@
 `step.py` runs it as a subprocess: it prints "ready", then answers each line on standard input with
 a line of JSON. "step" runs a step and returns seconds, "products" multiplies matrices and returns
 operations per second; "peak" returns the memory in bytes that a step adds to what the process, or
-the GPU, used before the model was built.
+the GPU, used before the model was built, with all libraries imported.
 """
 
 import argparse
@@ -29,6 +29,9 @@ PRODUCTS = 16
 WARM_UP = {"cpu": 1, "cuda": 5}
 """Untimed first steps: they compile, choose kernels and fill caches."""
 
+SMALL = {"variant": "tiny", "size": 64, "window": 4, "batch": 1, "compile": False}
+"""Options of the first step, before which no memory is measured: it imports what steps need."""
+
 Step = Callable[[], None]
 
 
@@ -46,6 +49,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     on_gpu = options.device == "cuda"
+    if options.contestant == "timm":
+        import_with_stand_in("timm")
+    build(argparse.Namespace(**vars(options) | SMALL))()  # imports what a step needs
     baseline = 0.0 if on_gpu else memory("VmRSS")
     step = build(options)
     with torch.random.fork_rng():
@@ -83,8 +89,6 @@ def build(options: argparse.Namespace) -> Step:
     torch.set_default_device(options.device)
     checkpointed = options.contestant == "checkpointed"
     name = "ours" if checkpointed else options.contestant
-    if name == "timm":
-        import_with_stand_in("timm")
     config = variant_config(options.variant, image_size=options.size, window_size=options.window)
     contestant = peers.build(name, config)
     model: Any = contestant.model
