@@ -7,6 +7,7 @@ import atexit
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch takes seconds to import, and every command imports this file
@@ -14,6 +15,9 @@ if TYPE_CHECKING:  # torch takes seconds to import, and every command imports th
     from torch import fx, nn
 
 # ruff: noqa: PLC0415 (see above)
+
+CHECKPOINTED = count()
+"""Numbers the checkpointed functions that are traced."""
 
 
 def run_exit_functions() -> None:
@@ -286,3 +290,76 @@ class _TorchThatSends:
         return self.send(torch.as_tensor(data, dtype=dtype), device)
 
     tensor = as_tensor
+
+
+def compiled_graphs(
+    function: "Callable[..., torch.Tensor]",
+    weights: "list[torch.Tensor]",
+    tensors: "list[torch.Tensor]",
+) -> "tuple[fx.Graph, fx.Graph]":
+    """Return the graphs of a function's forward and backward, cut as torch.compile cuts them.
+
+    The forward returns what the function does, and then what is saved for the backward, whose first
+    inputs these are. Dynamo is not asked, and dispatch modes see nothing of it: tensors may be fake
+    ones of a mode. Torch has no public way to ask for the graphs.
+
+    Args:
+        function: takes the weights and the tensors, as two lists.
+        weights: tensors that exist throughout the training.
+        tensors: the others.
+    """
+    import torch
+    from torch import fx
+    from torch._functorch._aot_autograd.utils import make_boxed_func
+    from torch._functorch.aot_autograd import aot_function
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.autograd.graph import saved_tensors_hooks
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    graphs: list[fx.Graph] = []
+
+    def partition(joint: Any, inputs: Any, **options: Any) -> Any:
+        options["static_lifetime_input_indices"] = list(range(len(weights)))
+        parts = min_cut_rematerialization_partition(joint, inputs, **options)
+        graphs.extend(part.graph for part in parts)
+        return parts
+
+    def return_traced(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        del example_inputs
+        (output,) = (node for node in gm.graph.nodes if node.op == "output")
+        results = fx.map_arg(output.args[0], lambda node: node.meta["val"])
+        return make_boxed_func(lambda *_: results)
+
+    traced = aot_function(
+        function,
+        fw_compiler=return_traced,
+        bw_compiler=return_traced,
+        partition_fn=partition,
+        decompositions=select_decomp_table(),
+    )
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        # Hooks of a checkpointed function that this is called in would count what is saved here.
+        with _disable_current_modes(), saved_tensors_hooks(lambda one: one, lambda one: one):
+            traced(weights, tensors)
+    finally:
+        torch.compiler._is_compiling_flag = before
+    forward, backward = graphs
+    return forward, backward
+
+
+@contextmanager
+def recomputed_in_backward() -> Iterator[None]:
+    """Mark what is traced within this context as torch.compile marks checkpointed functions.
+
+    It does so itself only for functions that Dynamo traces.
+    """
+    from torch.fx import traceback
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    with traceback.preserve_node_meta():
+        traceback.current_meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+        traceback.current_meta["ac_graph_id"] = next(CHECKPOINTED)
+        yield

@@ -69,6 +69,8 @@ class MemoryOptions:
     """Sharding over more than one device, in addition to none."""
     device: Device = "cuda"
     """Kind of device whose rules of precision are counted."""
+    compile: bool | None = None
+    """Count compiled blocks; by default, as in training, on CUDA."""
     device_memory: Positive | None = None
     """Also list the largest batch that fits this device memory, in GiB."""
     measure: bool = True
@@ -104,6 +106,7 @@ class MemoryOptions:
                 mask=MaskSettings(cell=min(MASK_CELL, image_size // 2)),
                 device=self.device,
                 optimizer=self.optimizer,
+                compiled=self.device == "cuda" if self.compile is None else self.compile,
             )
             for variant in self.variants
             for image_size, window_size in map(_parse_size, self.sizes)
@@ -174,7 +177,8 @@ def memory_table(rows: "Sequence[MemoryRow]", placements: "Sequence[Placement]")
     case = rows[0].case
     images = count_noun(case.batch, "image")
     step = "a step" if case.optimizer else "a forward and backward pass"
-    how = f"{case.precision}, attention {case.attention}, eager blocks"
+    blocks = "compiled" if case.compiled else "eager"
+    how = f"{case.precision}, attention {case.attention}, {blocks} blocks"
     lines = [
         f"Estimated device memory in GiB for {step} of {images}: {how}\n",
         _line(_STEP_HEADS, heads),
@@ -182,10 +186,10 @@ def memory_table(rows: "Sequence[MemoryRow]", placements: "Sequence[Placement]")
     for row in rows:
         cells = [f"{row.parameters / 1e6:,.0f} M", _gib(row.activations)]
         cells += [_gib(row.needs[name].total) for name in names]
-        if row.measured is not None and row.ratio is not None:
+        if row.measured is not None:
             cells += [
                 _gib(row.measured.peak),
-                f"{row.ratio:.2f}",
+                "-" if row.ratio is None else f"{row.ratio:.2f}",
                 f"{row.measured.seconds:.0f}",
             ]
         lines.append(_line(_step_cells(row), cells))
@@ -194,6 +198,8 @@ def memory_table(rows: "Sequence[MemoryRow]", placements: "Sequence[Placement]")
         lines.append(
             f"\nmeasured: {', '.join(meters)}. ratio: measured / estimated without sharding."
         )
+        if any(row.measured and row.ratio is None for row in rows):
+            lines.append("Measured with eager blocks: --no-compile estimates these.")
     return "\n".join(lines)
 
 

@@ -2,7 +2,7 @@
 
 Weights, gradients and AdamW's state follow from the parameters. Activations come from running the
 step on fake tensors (`simmim.bench.step`): everything that is alive at once, including recomputed
-parts and the working set of sequential attention.
+parts and the working set of sequential attention. Blocks are compiled if those of training are.
 """
 
 import json
@@ -90,8 +90,8 @@ class MemoryRow:
 
     @property
     def ratio(self) -> float | None:
-        """Measured over estimated memory."""
-        if self.measured is None:
+        """Measured over estimated memory; None if one is of compiled blocks and one of eager."""
+        if self.measured is None or self.measured.compiled != self.case.compiled:
             return None
         return self.measured.peak / self.needs["none"].total
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from data_prep.validation import adapter
 from simmim.bench.choices import Device, Precision
+from simmim.bench.compiled_blocks import count_compiled_blocks
 from simmim.bench.cuda_rules import cuda_rules
 from simmim.bench.live_bytes import LiveBytes, materialise, only_two_groups
 from simmim.compat import fake_tensor_mode, fresh_accelerate_state
@@ -69,6 +70,8 @@ class StepCase:
     """Kind of device, whose kernels and rules of autocast are counted."""
     optimizer: bool = True
     """Whether the step includes AdamW; else forward and backward only."""
+    compiled: bool = False
+    """Whether the encoder's blocks are compiled."""
 
     @property
     def recipe(self) -> PretrainRecipe:
@@ -122,6 +125,8 @@ class Measurement:
     """Peak bytes, minus the memory of the process before the model was built."""
     seconds: float
     """Duration of the step."""
+    compiled: bool
+    """Whether the encoder's blocks were compiled."""
     meter: str
     """How it was measured."""
 
@@ -135,7 +140,8 @@ def _fake_mode() -> AbstractContextManager[Any]:
 def simulate(case: StepCase) -> Simulation:
     """Run the step on fake tensors, which have sizes but no values, and track live memory.
 
-    Whatever the mask, all patches are decoded: that is the most that a mask can ask for.
+    Whatever the mask, all patches are decoded: that is the most that a mask can ask for. Compiled
+    blocks allocate what their graphs do, and are not compiled.
     """
     case = replace(case, loss=replace(case.loss, area="all"))
     peaks: list[Peak] = []
@@ -143,6 +149,8 @@ def simulate(case: StepCase) -> Simulation:
     rules = cuda_rules() if case.device == "cuda" else contextlib.nullcontext()
     with torch.device("meta"):
         module = build_module(case)
+    if case.compiled:
+        count_compiled_blocks(module.model.encoder)
     with fresh_accelerate_state(), _fake_mode(), LiveBytes() as live, only_two_groups(), rules:
         accelerator = build_accelerator(case, torch.device("cpu"))
         materialise(module, torch.device("cpu"))
@@ -182,9 +190,11 @@ def measure(case: StepCase) -> Measurement:
     """Run the step on this machine's GPU or CPU, and measure the peak of its memory.
 
     AdamW's state exists from the start, as in every step but the first. A step of a very small
-    encoder before it keeps what torch loads on first use out of the measurement.
+    encoder before it keeps what torch loads on first use out of the measurement. On a CPU, where
+    compiling takes minutes and training does not do it by default, blocks are eager.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    case = replace(case, compiled=case.compiled and device.type == "cuda")
     with fresh_accelerate_state():
         take_step(smallest(case), device)
         before = _peak_of_process()
@@ -193,7 +203,7 @@ def measure(case: StepCase) -> Measurement:
         peak, meter = torch.cuda.max_memory_allocated(), "torch.cuda.max_memory_allocated"
     else:
         peak, meter = _peak_of_process() - before, "peak resident memory"
-    return Measurement(peak=peak, seconds=seconds, meter=meter)
+    return Measurement(peak=peak, seconds=seconds, meter=meter, compiled=case.compiled)
 
 
 def smallest(case: StepCase) -> StepCase:
@@ -209,6 +219,7 @@ def smallest(case: StepCase) -> StepCase:
         mask=MaskSettings(),
         loss=LossSettings(),
         batch=1,
+        compiled=False,
     )
 
 
@@ -219,7 +230,10 @@ def take_step(case: StepCase, device: torch.device) -> float:
         ValueError: a gradient is missing or not finite.
     """
     accelerator = build_accelerator(case, device)
-    module = accelerator.prepare(build_module(case).to(device))
+    pretraining = build_module(case).to(device)
+    if case.compiled:
+        pretraining.model.encoder.compile_blocks()
+    module = accelerator.prepare(pretraining)
     parameters = list(module.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda" or None)
     if case.optimizer:
@@ -233,23 +247,30 @@ def take_step(case: StepCase, device: torch.device) -> float:
     def look_at_gradients() -> None:
         missing.extend(parameter.grad is None for parameter in parameters)
 
+    def step() -> Tensor:
+        if case.optimizer:
+            loss, _ = training_step(
+                accelerator,
+                module,
+                optimizer,
+                [batch],
+                clip_norm=case.recipe.training.clip_norm,
+                normalisers=lambda _: None,
+                before_update=look_at_gradients,
+            )
+        else:
+            loss = accumulate_gradients(accelerator, module, [batch], lambda _: None)
+            look_at_gradients()
+        return loss
+
+    if case.compiled:  # the first step compiles, which takes memory of its own
+        step()
+        optimizer.zero_grad()
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    if case.optimizer:
-        loss, _ = training_step(
-            accelerator,
-            module,
-            optimizer,
-            [batch],
-            clip_norm=case.recipe.training.clip_norm,
-            normalisers=lambda _: None,
-            before_update=look_at_gradients,
-        )
-    else:
-        loss = accumulate_gradients(accelerator, module, [batch], lambda _: None)
-        look_at_gradients()
+    loss = step()
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - began

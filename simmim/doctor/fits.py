@@ -19,7 +19,7 @@ from simmim.doctor.estimates import (
     share_kept,
 )
 from simmim.doctor.machine import machine_memory
-from simmim.doctor.memory import FULL, advise, needed_memory, placement_of, step_case
+from simmim.doctor.memory import FULL, advise, blocks_of, needed_memory, placement_of, step_case
 from simmim.environment import process_environment
 from simmim.tasks.recipe import TaskRecipe
 
@@ -136,8 +136,10 @@ def count_need(recipe: TaskRecipe, micro: int, room: Room) -> Need | None:
     if estimated is None:  # the encoder alone; heads and boxes come on top
         number = fixed + (most - fixed) / HEAD_ROOM * share_kept(recipe)
         return Need(least=False, number=number, change=change)
-    sys.stderr.write("counting the memory of a training step, some seconds\n")
     case = step_case(recipe, micro, estimated)
+    sys.stderr.write(
+        f"counting the memory of a training step with {blocks_of(case)} blocks, some seconds\n"
+    )
     number = needed_memory(case, placement) + outside(recipe, room)
     number += checkpoint_copies(recipe, room) + frozen_memory(recipe, micro)
     if number > room.there and not room.on_gpu:

@@ -71,8 +71,7 @@ def check_memory(recipe: TaskRecipe, device: torch.device, world: int) -> Iterat
     needed = needed_memory(case, placement) + beside
     found = (
         f"{format_bytes(needed)} estimated for micro-batches of {count_noun(micro, 'image')} per "
-        f"process; "
-        f"{format_bytes(there)} available"
+        f"process, with {blocks_of(case)} blocks; {format_bytes(there)} available"
     )
     if needed <= FULL * there:
         yield Check(name="memory", verdict="ok", found=found)
@@ -83,6 +82,11 @@ def check_memory(recipe: TaskRecipe, device: torch.device, world: int) -> Iterat
         found=found,
         change=advise(case, placement, needed - beside, there - beside, share),
     )
+
+
+def blocks_of(case: StepCase) -> str:
+    """Return how the blocks of a step run."""
+    return "compiled" if case.compiled else "eager"
 
 
 def advise(case: StepCase, placement: Placement, needed: int, there: int, share: int) -> str:
@@ -125,6 +129,7 @@ def step_case(
         patch_size=encoder.patch_size,
         in_channels=encoder.in_channels,
         device="cuda" if torch.cuda.is_available() else "cpu",
+        compiled=recipe.execution.compiles,
         sizes=tuple((name, value) for name, value in chosen if value is not None),
     )
 

@@ -1,11 +1,14 @@
 """Every recipe in jobs/ is valid, builds its model, and has the papers' settings."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from simmim.bench.choices import GIB
+from simmim.cli import main
 from simmim.recipe import load, parse, read_values, to_values
 from simmim.tasks.classification.classifier import Classifier
 from simmim.tasks.classification.recipe import ClassificationRecipe
@@ -235,3 +238,42 @@ def test_each_dense_model_can_be_built(name: str) -> None:
             found = build_detector(encoder, [str(one) for one in range(80)], objects.head)
             objects.execution.apply(found.backbone.encoder)
     assert encoder.config.variant == "giant"
+
+
+ESTIMATE = re.compile(r"([\d.]+) GiB per GPU.*?`simmim (bench memory [^`]*)`")
+
+
+def estimate_in_header(path: Path) -> tuple[float, list[str]]:
+    """Return the memory of a GPU in GiB, and the arguments of the command that estimates it."""
+    comments = [line.lstrip("# ") for line in path.read_text().splitlines() if line[:1] == "#"]
+    found = ESTIMATE.search(" ".join(comments))
+    assert found is not None
+    return float(found[1]), found[2].split()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[] if path.stem == "tiny-800ep" else pytest.mark.slow)
+        for path in FULL_SCALE
+    ],
+    ids=name,
+)
+def test_the_memory_in_the_header_is_that_of_the_command(path: Path, tmp_path: Path) -> None:
+    memory, arguments = estimate_in_header(path)
+    recipe = load(TYPES[read_values(path)["task"]], path)
+    file = tmp_path / "memory.json"
+    if "--checkpointing" not in arguments:
+        arguments += ["--checkpointing", recipe.execution.checkpointing]
+    if "--devices" not in arguments:
+        arguments += ["--devices", "1"]
+    assert main([*arguments, "--no-measure", "--json", str(file)]) == 0
+    (row,) = json.loads(file.read_text())
+    case, encoder = row["case"], recipe.encoder
+    assert (case["variant"], case["window_size"]) == (encoder.variant, encoder.window_size)
+    assert (case["image_size"], case["precision"]) == (recipe.data.image_size, "bf16")
+    assert case["checkpointing"] == recipe.execution.checkpointing
+    assert (case["attention"], case["compiled"]) == (recipe.execution.attention, True)
+    assert recipe.execution.compile == "auto"
+    *_, need = row["needs"].values()
+    assert memory == pytest.approx(need["total"] / GIB, abs=0.006)

@@ -195,3 +195,52 @@ def test_transformers_sends_numbers_as_told() -> None:
         assert modeling.torch.ones(2).sum() == 2
     assert sent == [[[2, 3]], [4.0]]
     assert modeling.torch is torch
+
+
+def saved_for_backward(function: Any, weight: torch.Tensor, tensor: torch.Tensor) -> list[str]:
+    """Return the names of what the forward returns besides its result."""
+    forward, backward = compat.compiled_graphs(
+        lambda weights, tensors: function(weights[0], tensors[0]), [weight], [tensor]
+    )
+    (output,) = (node for node in forward.nodes if node.op == "output")
+    _, *saved = (node.name for node in output.args[0])
+    inputs = [node.name for node in backward.nodes if node.op == "placeholder"]
+    assert inputs[: len(saved)] == saved
+    assert len(inputs) == len(saved) + 1  # and the gradient
+    return saved
+
+
+def test_graphs_are_cut_as_compiled_ones_are() -> None:
+    def function(weight: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        assert torch.compiler.is_compiling()
+        return (tensor @ weight).cos().sin()
+
+    kept: list[torch.fx.Graph] = []
+    weight, tensor = (torch.randn(4, 4, requires_grad=True) for _ in range(2))
+    torch.compile(function, backend=compat.graphs_backend(kept.append))(weight, tensor)
+    (output,) = (node for node in kept[0].nodes if node.op == "output")
+    saved = saved_for_backward(function, weight, tensor)
+    assert len(saved) == len(output.args[0]) - 1
+    assert "mm" in saved  # from which the rest is computed again
+    assert not torch.compiler.is_compiling()
+
+
+def test_tracing_is_not_seen_by_modes_or_hooks() -> None:
+    seen: list[Any] = []
+    with compat.fake_tensor_mode():
+        weight, tensor = (torch.empty(4, 4, requires_grad=True) for _ in range(2))
+        with (
+            compat.operator_mode(lambda func, args, kwargs: seen.append(func)),
+            torch.autograd.graph.saved_tensors_hooks(seen.append, lambda one: one),
+        ):
+            saved_for_backward(lambda left, right: (right @ left).cos(), weight, tensor)
+    assert not seen
+
+
+def test_what_is_marked_is_computed_again_in_the_backward() -> None:
+    def function(weight: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        with compat.recomputed_in_backward():
+            return (tensor @ weight).cos()
+
+    weight, tensor = (torch.randn(4, 4, requires_grad=True) for _ in range(2))
+    assert not [one for one in saved_for_backward(function, weight, tensor) if "mm" in one]

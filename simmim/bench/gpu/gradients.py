@@ -1,4 +1,8 @@
-"""A training step without the pipeline, which a rented machine may lack parts of."""
+"""A training step without the pipeline, which a rented machine may lack parts of.
+
+The engine's own (`simmim.engine.loop`) takes accelerate, and imports settings and loaders, which
+need pydantic and simplejpeg.
+"""
 
 from collections.abc import Callable, Iterable
 

@@ -95,18 +95,18 @@ def fused_operations(graph: fx.Graph) -> Iterator[Operation]:
     Elementwise results are computed again by each kernel that needs them, unless fixed operators do
     or they are reduced. All that depends on the same fixed operators is one kernel.
     """
-    stored = {node for node in graph.nodes if _is_stored(node)}
+    stored = {node for node in graph.nodes if is_stored(node)}
     sources = {node: _sources(node, stored) for node in graph.nodes}
     level: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        ready = (level[one] + (_kind(one) == "fixed") for one in sources[node])
+        ready = (level[one] + (kind_of(one) == "fixed") for one in sources[node])
         level[node] = max(ready, default=0)
-        if _kind(node) == "fixed":
+        if kind_of(node) == "fixed":
             args, kwargs = fx.map_arg((node.args, node.kwargs), _value)
             yield _operation(node.target, args, kwargs, _value(node))
     readers: dict[fx.Node, set[fx.Node]] = {node: set() for node in graph.nodes}
     for node in graph.nodes:
-        if node in stored or _kind(node) == "fixed" or node.op == "output":
+        if node in stored or kind_of(node) == "fixed" or node.op == "output":
             for source in sources[node]:
                 readers[source].add(node)
     for number in sorted({level[node] for node in stored}):
@@ -116,12 +116,12 @@ def fused_operations(graph: fx.Graph) -> Iterator[Operation]:
         yield Operation(name="kernel", flops=0, bytes=sum(map(_bytes_of, read | written)))
 
 
-def _is_stored(node: fx.Node) -> bool:
+def is_stored(node: fx.Node) -> bool:
     """Return whether a fused operator's result is written, or kept for what is computed next."""
-    if _kind(node) != "fused":
+    if kind_of(node) != "fused":
         return False
     return _name(node.target) in REDUCTIONS or any(
-        reader.op == "output" or _kind(reader) == "fixed" for reader in _readers(node)
+        reader.op == "output" or kind_of(reader) == "fixed" for reader in _readers(node)
     )
 
 
@@ -131,10 +131,10 @@ def _sources(node: fx.Node, stored: set[fx.Node]) -> set[fx.Node]:
     pending = list(node.all_input_nodes)
     while pending:
         source = _base(pending.pop())
-        if source not in seen and _kind(source) == "fused" and source not in stored:
+        if source not in seen and kind_of(source) == "fused" and source not in stored:
             pending += source.all_input_nodes
         seen.add(source)
-    return {one for one in seen if one in stored or _kind(one) != "fused"}
+    return {one for one in seen if one in stored or kind_of(one) != "fused"}
 
 
 def _bytes_of(node: fx.Node) -> int:
@@ -144,7 +144,7 @@ def _bytes_of(node: fx.Node) -> int:
 def _readers(node: fx.Node) -> Iterator[fx.Node]:
     """Yield the nodes that read a result, or a view of it."""
     for user in node.users:
-        if _kind(user) == "view":
+        if kind_of(user) == "view":
             yield from _readers(user)
         else:
             yield user
@@ -152,10 +152,10 @@ def _readers(node: fx.Node) -> Iterator[fx.Node]:
 
 def _base(node: fx.Node) -> fx.Node:
     """Return the node whose result a view shows."""
-    return _base(node.all_input_nodes[0]) if _kind(node) == "view" else node
+    return _base(node.all_input_nodes[0]) if kind_of(node) == "view" else node
 
 
-def _kind(node: fx.Node) -> str:
+def kind_of(node: fx.Node) -> str:
     """Return input, view, fixed (an operator of its own) or fused."""
     if node.op != "call_function":
         return "input"

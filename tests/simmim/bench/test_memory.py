@@ -127,6 +127,8 @@ def test_a_simulated_step_tracks_live_memory() -> None:
         "full": {"checkpointing": "full"},
         "bf16": {"precision": "bf16"},
         "bf16 weights": {"precision": "bf16-weights"},
+        "compiled": {"compiled": True},
+        "compiled, full": {"compiled": True, "checkpointing": "full"},
     }
     steps = [case(sizes=shallow, **changes) for changes in cases.values()]
     found = dict(zip(cases, run_cases("simulate", steps), strict=True))
@@ -140,6 +142,8 @@ def test_a_simulated_step_tracks_live_memory() -> None:
     most = {name: simulation.peaks[0].activations for name, simulation in found.items()}
     assert most["full"] < most["attention"] < most["plain"]
     assert most["sequential"] < most["plain"]
+    assert most["compiled"] != most["plain"]
+    assert most["compiled, full"] < most["compiled"]
     assert most["bf16 weights"] < 0.6 * most["plain"]
     assert most["bf16"] > most["bf16 weights"] + parameters  # weights are kept in bf16, too
     two_images = most["twice"] - most["plain"]
@@ -219,6 +223,7 @@ def test_estimate_and_measurement_agree(capsys: pytest.CaptureFixture[str], tmp_
     assert 0.9 < row["ratio"] < 1.3
     assert row["ratio"] == row["measured"]["peak"] / row["needs"]["none"]["total"]
     printed = capsys.readouterr().out
+    assert "eager blocks" in printed
     assert f"{row['ratio']:.2f}" in printed
     assert "ratio: measured /" in printed
 
@@ -236,6 +241,8 @@ def test_the_tables_are_aligned_and_complete(
     printed = capsys.readouterr().out.splitlines()
     heads = [line for line in printed if line.startswith("variant")]
     assert [head.split()[-2:] for head in heads] == [["none", "fsdp2/8"]] * 2
+    assert "attention sequential, compiled blocks" in printed[0]
+    assert all(row["case"]["compiled"] for row in rows)
     lines = [line for line in printed if line.startswith("tiny")]
     assert len(lines) == 2 * len(rows)
     assert {len(line) for line in lines[: len(rows)]} == {len(heads[0])}

@@ -102,6 +102,21 @@ def test_what_does_not_fit_is_refused_with_figures_and_remedies(machine: dict[st
     check_fits(recipe_of(batch_size=96))
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_blocks_are_counted_as_the_recipe_runs_them(
+    machine: dict[str, int], capsys: pytest.CaptureFixture[str], compiled: bool
+) -> None:
+    values = {**BASE, "execution": {"compile": compiled}}
+    values["training"] = {**BASE["training"], "batch_size": 96}
+    recipe = parse(task_named("pretrain", "test").recipe, values, "test")
+    assert step_case(recipe, 2, recipe.step_for_estimate).compiled == compiled
+    with pytest.raises(ValueError, match="96 images"):
+        check_fits(recipe)
+    blocks = "compiled" if compiled else "eager"
+    assert f"a training step with {blocks} blocks" in capsys.readouterr().err
+    assert machine["counted"] == 1
+
+
 def test_what_clearly_does_not_fit_is_not_simulated(machine: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"at least 2\d\d\.\d GiB .* raise .*accumulation to \d+"):
         check_fits(recipe_of())
