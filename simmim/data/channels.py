@@ -119,8 +119,7 @@ def _compare(
 ) -> None:
     """Raise ValueError if images have other channels than those wanted, or say how they match."""
     if names is None:
-        if asked or trained is not None:
-            say_once(f"{where} does not name its channels: they are taken as {describe(wanted)}")
+        say_once(f"{where} does not name its channels: they are taken as {describe(wanted)}")
         return
     if names == wanted or are_pictures(names, wanted):
         return

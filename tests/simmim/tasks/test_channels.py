@@ -543,3 +543,20 @@ def test_a_run_of_before_resumes_though_its_recipe_names_no_channels(
     turned = [*resumed, "--data.channels", "[blue, green, red]"]
     assert simmim.cli.main(turned) == 2
     assert simmim.cli.main(resumed) == 0
+
+
+def test_a_stream_beside_a_set_is_named_too(
+    pretrain_values: dict[str, Any], make_set: MakeSet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = {"tars": f"{make_set(SWAPPED)}/*.tar", "samples": 8}
+    folder = make_set(FIRES)
+    pretrain_values["training"]["batch_size"] = 4
+    plain = pretraining(pretrain_values, shards=folder, stream=stream)
+    assert plain.recipe.data.channels == FIRES
+    said = capsys.readouterr().err
+    assert f"({stream['tars']}) does not name its channels: they are taken as [blue, green" in said
+    named = {"channels": list(FIRES), "image_channels": list(SWAPPED)}
+    pretraining(pretrain_values, shards=folder, stream=stream, **named)
+    assert f"({stream['tars']}) has channels [red, green, blue, nir" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"the same in another order; set data.channels to"):
+        pretraining(pretrain_values, shards=folder, stream=stream, image_channels=list(SWAPPED))
