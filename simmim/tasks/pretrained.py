@@ -124,9 +124,9 @@ def refuse_foreign(name: str) -> None:
     elif "swin" in path.name.lower() or (name.count("/") == 1 and not path.parent.exists()):
         repository = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
         raise ValueError(
-            f"{name} does not exist here: if it is the name of a model on a hub, run `hf download "
-            f"{repository} --local-dir FOLDER` and `simmim import FOLDER ENCODER`, then start from "
-            "ENCODER."
+            f"{name} does not exist: give an encoder directory or a run; or if it is the name of a "
+            f"model on a hub, run `hf download {repository} --local-dir FOLDER` and `simmim import "
+            "FOLDER ENCODER`, then start from ENCODER."
         )
 
 

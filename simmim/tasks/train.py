@@ -85,15 +85,15 @@ def train_recipe(
     if environment.restarts and (resume is None or find_checkpoint(run.checkpoints, "auto")):
         resume = "auto"
     recipe = with_recorded_slots(recipe, run, resume)
-    start = None if init_from is None else describe_initial(init_from)
+    starts = resume is None or find_checkpoint(run.checkpoints, resume) is None
+    start = describe_initial(init_from) if starts and init_from is not None else None
     recipe = with_recorded_windows(recipe, run, resume, start)
     stage = build_stage(make_stage, recipe, check_memory or (lambda _recipe: None))
     check = partial(check_folder, run, stage.recipe, recipe, resume, allow_changes=allow_changes)
     if environment.is_main:  # others would see what rank 0 has written
         changed = check()
-        starts = resume is None or find_checkpoint(run.checkpoints, resume) is None
         warnings = check_data(stage, recipe, starts=starts)
-        if starts and start is not None:
+        if start is not None:
             target = initial_target(init_from)
             warnings += stage.recipe.differences_from(start, target)
         if environment.processes_to_start < 2:  # printed once, by the process that trains

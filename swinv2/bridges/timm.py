@@ -336,7 +336,6 @@ def _parse(
     checkpoint = read_checkpoint(file, weights=weights, key=key)
     source = checkpoint.source
     named_tensors = {_FLAT.sub("layers.", name): one for name, one in checkpoint.tensors.items()}
-    only_features = named_tensors.keys() != checkpoint.tensors.keys()
     tensors, dropped = split_off_buffers(named_tensors)
     check_is_swinv2(tensors, source, "layers")
     _check_is_not_reference(tensors, source)
@@ -363,9 +362,14 @@ def _parse(
         mean=described.get("mean"),
         std=described.get("std"),
         preparation=content.get("preparation"),
-        fresh=fresh_norm(fields) if only_features and "norm.weight" not in tensors else None,
+        fresh=fresh_norm(fields) if _has_only_features(tensors) else None,
         notes=(*checkpoint.notes, *describe_beside(checkpoint.beside)),
     )
+
+
+def _has_only_features(tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether they are of a `features_only`, which has neither final norm nor head."""
+    return not any(name.startswith(("norm.", "head.")) for name in tensors)
 
 
 def _check_is_not_reference(tensors: Mapping[str, Tensor], source: str) -> None:

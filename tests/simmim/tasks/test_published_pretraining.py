@@ -82,10 +82,11 @@ def published(tensors: dict[str, Tensor], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def encoder(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    assert main(["import", str(published), str(tmp_path / "encoder")]) == 0
+    directory = tmp_path / "simmim-swin"  # as a hub's model might be called
+    assert main(["import", str(published), str(directory)]) == 0
     text = capsys.readouterr().out
     assert "simmim.safetensors: mask token and decoder of normalised pixels" in text
-    return tmp_path / "encoder"
+    return directory
 
 
 @pytest.fixture
@@ -189,7 +190,7 @@ def test_the_first_loss_of_the_continued_training_equals_it(
     whole = load_encoder(run.encoder).state_dict()
     (run.checkpoints / "step-00000004" / "complete").unlink()
     encoder.rename(tmp_path / "gone")
-    assert main([*command, "--resume", "auto"]) == 0
+    assert main([*command, *start, "--resume", "auto"]) == 0  # as one command serves both
     again = load_encoder(run.encoder).state_dict()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert read_encoder_config(run.encoder).config.pretrained_window_sizes == WINDOWS

@@ -101,6 +101,24 @@ def changed(values: dict[str, Any], section: str, **settings: Any) -> dict[str, 
     return values | {section: values[section] | settings}
 
 
+@pytest.mark.parametrize("freeze", [2, "all"])
+def test_a_frozen_encoder_stays_as_it_is(
+    values: dict[str, Any], tmp_path: Path, freeze: int | str
+) -> None:
+    optimizer = values["training"]["optimizer"] | {"freeze": freeze}
+    stage = build(changed(values, "training", optimizer=optimizer))
+    before = {name: part.clone() for name, part in stage.module.state_dict().items()}
+    run_training(stage, tmp_path / "run")
+    after = stage.module.state_dict()
+    frozen = {name for name, one in stage.module.named_parameters() if not one.requires_grad}
+    trained = set(dict(stage.module.named_parameters())) - frozen
+    assert frozen == {name for name in frozen if torch.equal(before[name], after[name])}
+    assert any(not torch.equal(before[name], after[name]) for name in trained)
+    stage.module.train()
+    assert stage.encoder.training == (freeze != "all")
+    assert len([name for name in frozen if ".encoder." in name]) == len(frozen) > 20
+
+
 def test_training_learns_and_exports_everything(values: dict[str, Any], tmp_path: Path) -> None:
     stage = build(changed(values, "training", steps=40, validate_every=40, look_every=40))
     result = run_training(stage, tmp_path / "run")

@@ -261,13 +261,21 @@ def test_a_large_scalar_is_not_allocated(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "a.pth")
 
 
+FEATURES = {
+    "rewritten": lambda name: name.replace("layers.", "layers_", 1),
+    "getter": lambda name: f"model.{name}",
+}
+"""Names in timm's two classes for `features_only`."""
+
+
 @pytest.mark.parametrize("stages", [4, 3])
+@pytest.mark.parametrize("names", FEATURES)
 def test_features_only_of_timm(
-    build: Build, assert_same_weights: Same, tmp_path: Path, stages: int
+    build: Build, assert_same_weights: Same, tmp_path: Path, stages: int, names: str
 ) -> None:
     encoder = build(depths=(1, 2, 2, 1)[:stages], num_heads=(1, 1, 2, 4)[:stages])
     tensors = {
-        name.replace("layers.", "layers_", 1): part
+        FEATURES[names](name): part
         for name, part in to_timm(encoder).items()
         if not name.startswith("norm.")
     }
@@ -278,7 +286,7 @@ def test_features_only_of_timm(
     nn.init.ones_(encoder.norm.weight)
     nn.init.zeros_(encoder.norm.bias)
     assert_same_weights(encoder, found.encoder)
-    del tensors["layers_1.blocks.0.norm1.bias"]
+    del tensors[FEATURES[names]("layers.1.blocks.0.norm1.bias")]
     save_file(tensors, tmp_path / "features.safetensors")
     with pytest.raises(BridgeError, match=r"missing: layers\.1\.blocks\.0\.norm1\.bias"):
         import_timm(tmp_path / "features.safetensors", **SIZES)
