@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +23,7 @@ from tests.simmim.engine.test_processes import arguments, losses, wait_for_step
 from tests.simmim.forked import finish, forked
 
 STEPS = 48
+LOGGED = str(Path(__file__).with_name("train_logged.py"))
 
 
 @pytest.fixture
@@ -85,21 +87,37 @@ def stream_config(pretrain_values: dict[str, Any], tmp_path: Path) -> Callable[.
 
 
 def train_killed_and_resumed(config: Path, folder: Path) -> None:
-    """Kill two ranks after a checkpoint, resume, and check losses and messages."""
+    """Kill two ranks after a checkpoint, resume, and check samples, losses and messages."""
     run, log = folder / "run", folder / "log"
-    with forked(arguments(config, run), log, ranks=2) as job:
+
+    def command(start: str, *more: str) -> list[str]:
+        return [LOGGED, str(folder / start), *arguments(config, run, *more)[1:]]
+
+    with forked(command("first"), log, ranks=2) as job:
         wait_for_step(run, 16, log)
         job.kill()
-    assert (
-        "step-00000012" <= complete_checkpoints(run / "checkpoints")[-1].name < f"step-{STEPS:08}"
-    )
-    text = finish(arguments(config, run, "--resume", "auto"), log, ranks=2)
+    last = complete_checkpoints(run / "checkpoints")[-1].name
+    assert "step-00000012" <= last < f"step-{STEPS:08}"
+    text = finish(command("second", "--resume", "auto"), log, ranks=2)
     assert log.read_text().count("Not guaranteed: the same order") == 2
     assert "a resumed run starts a new shuffle at its step" in text
     assert "data-prep index" in text
     found = losses(run)
     assert [*found] == [*range(4, STEPS + 1, 4)]
     assert sum([*found.values()][-4:]) < sum([*found.values()][:4])
+    for start in ("first", "second"):
+        taken = Counter(
+            tuple(one)
+            for rank in range(2)
+            for line in (folder / f"{start}-{rank}").read_text().splitlines(keepends=True)
+            if line.endswith("\n")  # not cut by the kill
+            for one in json.loads(line)
+            if ".tar" in one[1]
+        )
+        assert set(taken.values()) == {1}  # at most once an epoch, over both ranks
+        epochs = Counter(epoch for epoch, _ in taken)
+        assert start == "first" or len(epochs) > 1
+        assert all(count >= 72 for count in [*epochs.values()][:-1])  # of 96
 
 
 def test_a_folder_of_shard_writer(
