@@ -2,7 +2,8 @@
 
 The encoder itself runs, so that every size works: images of any shape, oblong windows, extra norms.
 Each map is normalised by a LayerNorm of its own, as transformers' Swin backbone does.
-`SwinV2BackboneConfig` and `SwinV2Backbone` are classes of transformers, created on first access.
+`SwinV2BackboneConfig`, `SwinV2Backbone` and `CheckpointedBlock` are classes of transformers,
+created on first access.
 
     register_backbone()
     encoder = load_encoder("encoders/mine")
@@ -12,6 +13,9 @@ Each map is normalised by a LayerNorm of its own, as transformers' Swin backbone
 
 Load a folder written by `save_pretrained` of a backbone with `SwinV2Backbone.from_pretrained`
 (`AutoBackbone.from_pretrained` only looks on the model hub).
+
+`gradient_checkpointing_enable()` of the backbone, or of a model around it that has the method,
+recomputes blocks in the backward. `out_features` of a backbone may be changed after it is built.
 """
 
 import math
@@ -38,6 +42,8 @@ def __getattr__(name: str) -> type[Any]:
         return _config_class()
     if name == "SwinV2Backbone":
         return _model_class()
+    if name == "CheckpointedBlock":
+        return _block_class()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -153,6 +159,20 @@ def _config_class() -> type[Any]:
 
 
 @cache
+def _block_class() -> type[Any]:
+    _check_transformers()
+    from transformers.modeling_layers import (  # noqa: PLC0415 - an optional part
+        GradientCheckpointingLayer,
+    )
+
+    class CheckpointedBlock(GradientCheckpointingLayer, Block):  # type: ignore[misc]
+        """A Block that `gradient_checkpointing_enable` recomputes in the backward."""
+
+    CheckpointedBlock.__qualname__ = CheckpointedBlock.__name__
+    return CheckpointedBlock
+
+
+@cache
 def _model_class() -> type[Any]:
     _check_transformers()
     from transformers import PreTrainedModel  # noqa: PLC0415 - an optional part
@@ -160,13 +180,21 @@ def _model_class() -> type[Any]:
     from transformers.modeling_outputs import BackboneOutput  # noqa: PLC0415
 
     class SwinV2Backbone(BackboneMixin, PreTrainedModel):  # type: ignore[misc]
-        """An encoder that returns the maps of some stages, each with a norm of its own."""
+        """An encoder that returns the maps of some stages, each with a norm of its own.
+
+        It is its own base model: the encoder in it is a plain module, which transformers cannot
+        save.
+        """
 
         config_class = _config_class()
         main_input_name = "pixel_values"
-        base_model_prefix = "encoder"
+        input_modalities = ("image",)
+        base_model_prefix = "backbone"  # its name in dense heads
         has_attentions = False
-        _no_split_modules = ["Block"]  # noqa: RUF012
+        supports_gradient_checkpointing = True
+        _no_split_modules = ["CheckpointedBlock"]  # noqa: RUF012
+        # Norms of maps that are no longer returned.
+        _keys_to_ignore_on_load_unexpected = [r"^hidden_states_norms\."]  # noqa: RUF012
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
@@ -175,10 +203,48 @@ def _model_class() -> type[Any]:
             self.encoder = SwinV2(sizes)
             # It is one of the norms of the maps.
             self.encoder.norm = nn.Identity()  # type: ignore[assignment]
-            widths = dict(zip(self.out_features, self.channels, strict=True))
-            norms = {name: nn.LayerNorm(width) for name, width in widths.items()}
-            self.hidden_states_norms = nn.ModuleDict(norms)
+            for block in self.encoder.blocks:
+                block.__class__ = _block_class()  # the same block, called by transformers' rules
+            self.hidden_states_norms = nn.ModuleDict()
+            self._add_norms()
             self.post_init()
+
+        @property
+        def out_features(self) -> list[str]:
+            """Names of the maps to return; new ones get fresh norms."""
+            names: list[str] = self.config.out_features
+            return names
+
+        @out_features.setter
+        def out_features(self, names: list[str]) -> None:
+            self.config.out_features = names
+            self._add_norms()
+
+        @property
+        def out_indices(self) -> list[int]:
+            """Places of `out_features` in `stage_names`."""
+            places: list[int] = self.config.out_indices
+            return places
+
+        @out_indices.setter
+        def out_indices(self, places: Sequence[int]) -> None:
+            self.config.out_indices = places
+            self._add_norms()
+
+        def _add_norms(self) -> None:
+            weight = self.encoder.patch_embed.norm.weight
+            for name, width in zip(self.out_features, self.channels, strict=True):
+                if name not in self.hidden_states_norms:
+                    norm = nn.LayerNorm(width, device=weight.device, dtype=weight.dtype)
+                    self.hidden_states_norms[name] = norm.train(self.training)
+
+        def get_input_embeddings(self) -> nn.Module:
+            """Return the patch embedding."""
+            return self.encoder.patch_embed
+
+        def set_input_embeddings(self, value: nn.Module) -> None:
+            """Replace the patch embedding."""
+            self.encoder.patch_embed = value  # type: ignore[assignment]
 
         @classmethod
         def is_custom_code(cls) -> bool:
@@ -204,21 +270,31 @@ def _model_class() -> type[Any]:
             """Turn (batch, channels, height, width) of any size into a `BackboneOutput`.
 
             `feature_maps` are (batch, embed_dim·2^i, height/stride, width/stride), rounded up, for
-            stage i + 1; `hidden_states`, on demand, all maps before their norms. For
-            `drop_path_noise` see `SwinV2.encode`.
+            stage i + 1; `hidden_states`, if they are requested here or in the config, all maps
+            before their norms. For `drop_path_noise` see `SwinV2.encode`.
 
             Raises:
-                ValueError: attentions are requested.
+                ValueError: attentions are requested, or the config names a map without a norm.
             """
             if output_attentions:
                 raise ValueError(
                     "this backbone does not return attentions: leave output_attentions out."
                 )
+            if output_hidden_states is None:
+                output_hidden_states = self.config.output_hidden_states
+            missing = [one for one in self.out_features if one not in self.hidden_states_norms]
+            if missing:
+                raise ValueError(
+                    f"the config was changed to the maps {', '.join(self.out_features)}, and there "
+                    f"is no norm for {', '.join(missing)}: set out_features of the backbone, not "
+                    "of its config."
+                )
             with_stem = bool(output_hidden_states) or "stem" in self.out_features
             maps = _maps(self.encoder, pixel_values, drop_path_noise, with_stem=with_stem)
             output = BackboneOutput(
                 feature_maps=tuple(
-                    _normalised(maps[name], norm) for name, norm in self.hidden_states_norms.items()
+                    _normalised(maps[name], self.hidden_states_norms[name])
+                    for name in self.out_features
                 ),
                 hidden_states=tuple(maps.values()) if output_hidden_states else None,
             )
@@ -233,11 +309,14 @@ def _maps(
     encoder: SwinV2, images: Tensor, drop_path_noise: Tensor | None, *, with_stem: bool
 ) -> dict[str, Tensor]:
     """Return the maps of all stages by name, and first that of the patches if it is wanted."""
-    maps = encoder.features(images, drop_path_noise)
-    named = {f"stage{number}": one for number, one in enumerate(maps, start=1)}
     if with_stem:
-        named = {"stem": encoder.embed(images).permute(0, 3, 1, 2), **named}
-    return named
+        stem = encoder.embed(images).permute(0, 3, 1, 2)
+        # From the map itself, so that gradients of the stages reach it.
+        outputs = encoder.stage_outputs(stem.permute(0, 2, 3, 1), drop_path_noise)
+        first, maps = {"stem": stem}, [tokens.permute(0, 3, 1, 2) for tokens in outputs]
+    else:
+        first, maps = {}, encoder.features(images, drop_path_noise)
+    return {**first, **{f"stage{number}": one for number, one in enumerate(maps, start=1)}}
 
 
 def _normalised(channels_first: Tensor, norm: nn.Module) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from swinv2 import SwinV2, SwinV2Config
+from swinv2.blocks import Block
 from swinv2.bridges.transformers_backbone import backbone_config, fill_backbone, register_backbone
 
 pytestmark = pytest.mark.peer
@@ -96,6 +97,128 @@ def test_maps_are_selected_by_name_or_index(build: Build) -> None:
         build_backbone(encoder, out_features=["stage5"])
     with pytest.raises(ValueError, match="attentions"):
         backbone(images, output_attentions=True)
+
+
+def test_hidden_states_follow_the_config_and_share_the_graph(build: Build) -> None:
+    backbone = build_backbone(build())
+    images = draw(2, 3, 64, 64)
+    assert backbone(images).hidden_states is None
+    backbone.config.output_hidden_states = True
+    output = backbone(images)
+    assert [one.shape[1] for one in output.hidden_states] == [8, *backbone.channels]
+    assert backbone(images, output_hidden_states=False).hidden_states is None
+    output.hidden_states[0].retain_grad()
+    output.feature_maps[-1].sum().backward()
+    assert output.hidden_states[0].grad.abs().max() > 0
+
+
+def test_maps_can_be_changed_after_building(build: Build, tmp_path: Path) -> None:
+    from swinv2.bridges.transformers_backbone import SwinV2Backbone
+
+    encoder = build()
+    backbone = build_backbone(encoder, out_features=STAGES[2:]).double().eval()
+    images = draw(1, 3, 64, 64).double()
+    *_, third, fourth = backbone(images).feature_maps
+    backbone.out_features = STAGES[1:3]
+    second, still_third = backbone(images).feature_maps
+    assert torch.equal(still_third, third)
+    expected = encoder.double().features(images)[1].permute(0, 2, 3, 1)
+    torch.testing.assert_close(
+        second.permute(0, 2, 3, 1), nn.functional.layer_norm(expected, expected.shape[3:])
+    )
+    backbone.save_pretrained(tmp_path / "saved")
+    loaded, report = SwinV2Backbone.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(report.values()), report
+    assert loaded.out_features == STAGES[1:3]
+    backbone.out_indices = [4]
+    assert backbone.out_features == STAGES[3:]
+    (again,) = backbone(images).feature_maps
+    assert torch.equal(again, fourth)
+    backbone.config.out_features = ["stem"]
+    with pytest.raises(ValueError, match="set out_features of the backbone"):
+        backbone(images)
+
+
+def test_base_model_and_input_embeddings(build: Build, tmp_path: Path) -> None:
+    from swinv2.bridges.transformers_backbone import SwinV2Backbone
+
+    backbone = build_backbone(build())
+    assert backbone.base_model is backbone
+    embedding = backbone.get_input_embeddings()
+    assert embedding is backbone.encoder.patch_embed
+    frozen = backbone.requires_grad_(False)
+    frozen.enable_input_require_grads()  # as adapters do
+    assert frozen(draw(1, 3, 64, 64)).feature_maps[0].requires_grad
+    frozen.disable_input_require_grads()
+    assert not frozen(draw(1, 3, 64, 64)).feature_maps[0].requires_grad
+    other = SwinV2Backbone(backbone.config).get_input_embeddings()
+    backbone.set_input_embeddings(other)
+    assert backbone.encoder.patch_embed is other
+
+
+def gradients_and_calls(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[list[Tensor], int]:
+    """Gradients of a loss, and how often the first block is computed for them."""
+    block = next(one for one in model.modules() if isinstance(one, Block))
+    calls: list[None] = []
+    hook = block.attention.register_forward_hook(lambda *_: calls.append(None))
+    model.zero_grad()
+    torch.manual_seed(2)
+    loss().backward()
+    hook.remove()
+    return [one.grad.clone() for one in model.parameters() if one.grad is not None], len(calls)
+
+
+def test_blocks_are_recomputed_in_the_backward_of_the_backbone(build: Build) -> None:
+    backbone = build_backbone(build(drop_path=0.3)).train()
+    images = draw(4, 3, 64, 64)
+
+    def loss() -> Tensor:
+        maps = backbone(images).feature_maps
+        return torch.stack([one.square().mean() for one in maps]).sum()
+
+    plain, once = gradients_and_calls(backbone, loss)
+    backbone.gradient_checkpointing_enable()
+    assert backbone.is_gradient_checkpointing
+    again, twice = gradients_and_calls(backbone, loss)
+    assert (once, twice) == (1, 2)
+    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+    backbone.gradient_checkpointing_disable()
+    assert gradients_and_calls(backbone, loss)[1] == 1
+    backbone.gradient_checkpointing_enable()
+    backbone.eval()
+    assert gradients_and_calls(backbone, loss)[1] == 1
+    assert pickle.loads(pickle.dumps(backbone)).is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("head", ["UperNet", "Detr"])
+def test_blocks_are_recomputed_inside_dense_heads(
+    build: Build, transformers: Any, head: str
+) -> None:
+    config = build_backbone(build(), out_features=STAGES[2:]).config
+    if head == "UperNet":
+        sizes = {"hidden_size": 8, "num_labels": 3, "use_auxiliary_head": False}
+        model = transformers.UperNetForSemanticSegmentation(
+            transformers.UperNetConfig(backbone_config=config, **sizes)
+        )
+        checkpointed = model.backbone  # the head has no checkpointing of its own
+    else:
+        layers = {"encoder_layers": 1, "decoder_layers": 1, "num_queries": 2, "dropout": 0.0}
+        heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "d_model": 32}
+        model = checkpointed = transformers.DetrForObjectDetection(
+            transformers.DetrConfig(backbone_config=config, num_labels=3, **layers, **heads)
+        )
+    images = draw(2, 3, 64, 64)
+
+    def loss() -> Tensor:
+        return model(pixel_values=images).logits.square().mean()
+
+    model.train()
+    plain, once = gradients_and_calls(model, loss)
+    checkpointed.gradient_checkpointing_enable()
+    again, twice = gradients_and_calls(model, loss)
+    assert (once, twice) == (1, 2)
+    for one, other in zip(plain, again, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_it_is_saved_and_loaded_by_transformers(
