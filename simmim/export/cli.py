@@ -26,7 +26,7 @@ def export(
 
     The native format includes the head of a fine-tuned model. transformers and timm are the formats
     of these libraries; reference is a checkpoint of the published code; onnx and torch-export are
-    graphs that run without this code.
+    graphs that run without this code, of a fine-tuned classifier with its logits.
 
     Args:
         run: Run folder, checkpoint or encoder directory.

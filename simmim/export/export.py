@@ -212,13 +212,14 @@ def _write(
             return [f"model.safetensors and config.json; {loads} them", *other]
         case "onnx" | "torch-export":
             export_graph = export_onnx if form == "onnx" else export_program
-            export_graph(encoder, destination, **verified, any_size=any_size)
+            options: dict[str, Any] = {"classifier": classifier, "classes": found.classes}
+            export_graph(encoder, destination, **verified, **options, any_size=any_size)
             height, width = encoder.config.image_size
             size = "any size" if any_size else f"{height}x{width} pixels"
             file = MODEL_FILE if form == "onnx" else PROGRAM_FILE
-            lines = [f"{file}: feature maps of all stages for images of {size}; {loads} it"]
-            alone = "not exported: the head (graphs have the encoder only)"
-            return [*lines, *other] if found.head is None else [*lines, alone]
+            logits = "" if classifier is None else ", and logits,"
+            what = f"feature maps of all stages{logits} for images of {size}"
+            return [f"{file}: {what}; {loads} it", *other]
 
 
 def _without_place(encoder: SwinV2, form: Format) -> str | None:

@@ -213,6 +213,20 @@ def classifier_shapes(config: SwinV2Config, classifier: str, classes: int) -> Sh
     }
 
 
+def class_names(classifier: ClassifierHead, classes: Sequence[str]) -> list[str]:
+    """Return the names of the classes; LABEL_0, LABEL_1, ... if there are none.
+
+    Raises:
+        BridgeError: there are more or fewer names than classes.
+    """
+    count = len(classifier.bias)
+    if classes and len(classes) != count:
+        raise BridgeError(
+            f"there are {len(classes)} names for {count} classes: give one for each, or none."
+        )
+    return list(classes) or [f"LABEL_{number}" for number in range(count)]
+
+
 def checked_head(tensors: Mapping[str, Tensor], shapes: Shapes) -> dict[str, Tensor]:
     """Return the tensors of a head on the CPU.
 

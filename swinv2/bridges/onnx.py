@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swinv2.bridges.checkpoints import BridgeError
+from swinv2.bridges.checkpoints import BridgeError, ClassifierHead
 from swinv2.bridges.preprocessing import WHOLE_PICTURES, Preparation
 from swinv2.bridges.torch_export import (
     INPUT,
-    compare_maps,
-    output_names,
+    PlainModel,
+    compare_outputs,
     trace,
     write_graph,
 )
@@ -50,6 +50,8 @@ def export_onnx(
     *,
     mean: Sequence[float],
     std: Sequence[float],
+    classifier: ClassifierHead | None = None,
+    classes: Sequence[str] = (),
     any_size: bool = False,
     preparation: Preparation = WHOLE_PICTURES,
     images: Tensor | None = None,
@@ -62,15 +64,17 @@ def export_onnx(
         path: a new or empty folder, or an earlier export.
         mean: one value per channel, for images in [0, 1].
         std: one positive value per channel.
+        classifier: a linear head on average-pooled features.
+        classes: names of its classes, if known.
         any_size: make height and width dynamic.
         preparation: how pictures are prepared.
-        images: normalised (batch, channels, height, width), to compare the maps on; by default a
-            zone plate.
-        report: called with the largest difference of the maps.
+        images: normalised (batch, channels, height, width), to compare the outputs on; by default
+            a zone plate.
+        report: called with the largest difference of the outputs.
 
     Raises:
-        BridgeError: onnx or onnxscript is not installed, or the model computes something different
-            from PyTorch.
+        BridgeError: onnx or onnxscript is not installed, the model computes something different
+            from PyTorch, or the classifier or the names of its classes do not fit.
         ValueError: `mean` or `std` does not fit the channels, or `path` holds other files.
     """
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
@@ -81,9 +85,9 @@ def export_onnx(
             "pip install 'simmim[export]'."
         )
 
-    def write(plain: SwinV2, folder: Path) -> str:
-        _write_model(plain, folder / MODEL_FILE, any_size=any_size)
-        return _compare(plain, folder / MODEL_FILE, images, any_size=any_size)
+    def write(model: PlainModel, folder: Path) -> str:
+        _write_model(model, folder / MODEL_FILE, any_size=any_size)
+        return _compare(model, folder / MODEL_FILE, images, any_size=any_size)
 
     return write_graph(
         encoder,
@@ -94,6 +98,8 @@ def export_onnx(
         example=_EXAMPLE,
         mean=mean,
         std=std,
+        classifier=classifier,
+        classes=classes,
         any_size=any_size,
         preparation=preparation,
         report=report,
@@ -105,27 +111,27 @@ import onnxruntime
 
 session = onnxruntime.InferenceSession("{MODEL_FILE}")
 images = np.zeros((SHAPE), np.float32)  # yours, prepared as below
-maps = session.run(None, {{"{INPUT}": images}})"""
+RESULT = session.run(None, {{"{INPUT}": images}})"""
 
 
-def _write_model(plain: SwinV2, file: Path, *, any_size: bool) -> None:
+def _write_model(model: PlainModel, file: Path, *, any_size: bool) -> None:
     names = {0: "batch", 2: "height", 3: "width"} if any_size else {0: "batch"}
-    program = trace(plain, any_size=any_size)
+    program = trace(model, any_size=any_size)
     with _silence_torch():
-        model: Any = torch.onnx.export(
+        written: Any = torch.onnx.export(
             program,
             input_names=[INPUT],
-            output_names=output_names(plain.config),
+            output_names=model.output_names,
             opset_version=OPSET,
             dynamic_shapes={INPUT: names},
             dynamo=True,
             verbose=False,
         )
     weights = sum(tensor.nbytes for tensor in program.state_dict.values())
-    model.save(file, external_data=weights > LARGEST_FILE)
+    written.save(file, external_data=weights > LARGEST_FILE)
 
 
-def _compare(plain: SwinV2, file: Path, images: Tensor | None, *, any_size: bool) -> str:
+def _compare(model: PlainModel, file: Path, images: Tensor | None, *, any_size: bool) -> str:
     if find_spec("onnxruntime") is None:
         return "not compared: onnxruntime is not installed (pip install 'simmim[export]')"
     import onnxruntime  # noqa: PLC0415 - an optional part
@@ -135,10 +141,10 @@ def _compare(plain: SwinV2, file: Path, images: Tensor | None, *, any_size: bool
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
     def run(images: Tensor) -> list[Tensor]:
-        maps = session.run(output_names(plain.config), {INPUT: images.numpy()})
-        return [torch.from_numpy(array) for array in maps]
+        outputs = session.run(model.output_names, {INPUT: images.numpy()})
+        return [torch.from_numpy(array) for array in outputs]
 
-    return compare_maps(plain, run, images, any_size=any_size)
+    return compare_outputs(model, run, images, any_size=any_size)
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """The encoder as a `.pt2` program of torch.export, which runs without this code; the graph of ONNX.
 
 A graph takes `images`, float32 (batch, channels, height, width), normalised, and returns the maps
-of `SwinV2.features` as `stage1`, `stage2` and so on. The batch size is dynamic; height and width
-are those of the encoder, or dynamic too with `any_size`: then windows, shifts, padding and masks
-are computed in the graph, and one pixel is enough. A program with fixed sizes refuses others.
+of `SwinV2.features` as `stage1`, `stage2` and so on, then the `logits` of a classifier, if there is
+one. The batch size is dynamic; height and width are those of the encoder, or dynamic too with
+`any_size`: then windows, shifts, padding and masks are computed in the graph, and one pixel is
+enough. A program with fixed sizes refuses others.
 
 It is traced from a copy of the encoder that shares its weights: on the CPU, in float32, in
 evaluation mode, without compiled blocks and with the default execution. The encoder is not changed.
@@ -20,6 +21,7 @@ code. Here they are only written, and only what was just written is read back.
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +31,8 @@ from torch.export import Dim, ExportedProgram
 
 from swinv2.atomic import atomic_folder
 from swinv2.bridges.any_size import AnySizeFeatures
-from swinv2.bridges.checkpoints import BridgeError
+from swinv2.bridges.checkpoints import BridgeError, ClassifierHead
+from swinv2.bridges.conversion import checked_head, class_names, classifier_shapes
 from swinv2.bridges.preprocessing import WHOLE_PICTURES, Preparation, describe, sentences
 from swinv2.bridges.verification import TOLERANCE, Report, ignore, plain_copy, zone_plate
 from swinv2.compat import export_is_refused, lengths_of_one_allowed
@@ -43,6 +46,7 @@ GraphKind = Literal["onnx", "torch-export"]
 PROGRAM_FILE = "model.pt2"
 DESCRIPTION_FILE = "preprocessing.json"
 INPUT = "images"
+LOGITS = "logits"
 _FORMAT = "swinv2-graph"
 _FORMAT_VERSION = 1
 _BATCHES = (1, 3)
@@ -54,6 +58,8 @@ def export_program(
     *,
     mean: Sequence[float],
     std: Sequence[float],
+    classifier: ClassifierHead | None = None,
+    classes: Sequence[str] = (),
     any_size: bool = False,
     preparation: Preparation = WHOLE_PICTURES,
     images: Tensor | None = None,
@@ -66,21 +72,24 @@ def export_program(
         path: a new or empty folder, or an earlier export.
         mean: one value per channel, for images in [0, 1].
         std: one positive value per channel.
+        classifier: a linear head on average-pooled features.
+        classes: names of its classes, if known.
         any_size: make height and width dynamic.
         preparation: how pictures are prepared.
-        images: normalised (batch, channels, height, width), to compare the maps on; by default a
-            zone plate.
-        report: called with the largest difference of the maps.
+        images: normalised (batch, channels, height, width), to compare the outputs on; by default
+            a zone plate.
+        report: called with the largest difference of the outputs.
 
     Raises:
-        BridgeError: the program computes something different from PyTorch.
+        BridgeError: the program computes something different from PyTorch, or the classifier or
+            the names of its classes do not fit.
         ValueError: `mean` or `std` does not fit the channels, or `path` holds other files.
     """
 
-    def write(plain: SwinV2, folder: Path) -> str:
-        torch.export.save(trace(plain, any_size=any_size), folder / PROGRAM_FILE)
+    def write(model: PlainModel, folder: Path) -> str:
+        torch.export.save(trace(model, any_size=any_size), folder / PROGRAM_FILE)
         program = torch.export.load(folder / PROGRAM_FILE).module()
-        return compare_maps(plain, program, images, any_size=any_size)
+        return compare_outputs(model, program, images, any_size=any_size)
 
     return write_graph(
         encoder,
@@ -92,6 +101,8 @@ def export_program(
         note=_COMPILE,
         mean=mean,
         std=std,
+        classifier=classifier,
+        classes=classes,
         any_size=any_size,
         preparation=preparation,
         report=report,
@@ -102,7 +113,7 @@ _EXAMPLE = f"""import torch
 
 program = torch.export.load("{PROGRAM_FILE}").module()
 images = torch.zeros(SHAPE)  # yours, prepared as below
-maps = program(images)"""
+RESULT = program(images)"""
 
 _COMPILE = f"""
 With a C++ compiler, AOTInductor compiles it ahead of time for programs without Python:
@@ -117,11 +128,13 @@ def write_graph(
     *,
     kind: GraphKind,
     files: set[str],
-    write: Callable[[SwinV2, Path], str],
+    write: Callable[["PlainModel", Path], str],
     example: str,
     note: str = "",
     mean: Sequence[float],
     std: Sequence[float],
+    classifier: ClassifierHead | None,
+    classes: Sequence[str],
     any_size: bool,
     preparation: Preparation,
     report: Report,
@@ -133,79 +146,119 @@ def write_graph(
         path: a new or empty folder, or an earlier export of this kind.
         kind: kind of graph.
         files: names that `write` may write.
-        write: writes a plain copy of the encoder to a folder, compares it, and returns a line about
+        write: writes a plain copy of the model to a folder, compares it, and returns a line about
             the comparison.
-        example: lines of the README that run the graph, with SHAPE for the shape of the images.
+        example: lines of the README that run the graph, with SHAPE for the shape of the images and
+            RESULT for what it returns.
         note: further lines of the README.
         mean: one value per channel.
         std: one positive value per channel.
+        classifier: a linear head on average-pooled features.
+        classes: names of its classes, if known.
         any_size: whether height and width are dynamic.
         preparation: how pictures are prepared.
         report: called with the line of `write`.
 
     Raises:
+        BridgeError: the classifier or the names of its classes do not fit.
         ValueError: `mean` or `std` does not fit the channels, or `path` holds other files.
     """
     config = encoder.config
+    head = None if classifier is None else _linear(encoder, classifier)
+    model = PlainModel(plain_copy(encoder).requires_grad_(False), head)
+    names = [] if classifier is None else class_names(classifier, classes)
     check_normalisation(mean, std, config.in_channels)
     shape = ", ".join(str(side) for side in (1, config.in_channels, *config.image_size))
     with atomic_folder(path, may_replace=lambda old: is_graph_export(old, kind, files)) as folder:
-        report(write(plain_copy(encoder).requires_grad_(False), folder))
+        report(write(model, folder))
         content = _description(kind, config, mean, std, any_size=any_size)
+        if names:
+            content["outputs"].append({"name": LOGITS, "classes": names})
         content["preparation"] = describe(config, preparation, mean, std)
-        text = json.dumps(content, indent=2) + "\n"
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (folder / DESCRIPTION_FILE).write_text(text, encoding="utf-8")
-        readme = _readme(config, example.replace("SHAPE", shape), any_size=any_size)
+        filled = example.replace("SHAPE", shape)
+        filled = filled.replace("RESULT", f"*maps, {LOGITS}" if names else "maps")
+        readme = _readme(config, filled, num_classes=len(names), any_size=any_size)
         readme += f"\n{sentences(config, preparation)}\n{note}"
         (folder / README_FILE).write_text(readme, encoding="utf-8")
     return Path(path)
 
 
-class Features(nn.Module):
-    """`SwinV2.features` as a module."""
+@dataclass(frozen=True)
+class PlainModel:
+    """What a graph computes, in float32 on the CPU, without gradients."""
 
-    def __init__(self, encoder: SwinV2) -> None:
+    encoder: SwinV2
+    classifier: nn.Linear | None = None
+    """A linear head on average-pooled features."""
+
+    @property
+    def output_names(self) -> list[str]:
+        """Names of the outputs: stage1, stage2 and so on, then logits if there is a classifier."""
+        stages = [f"stage{index + 1}" for index in range(len(self.encoder.config.depths))]
+        return stages if self.classifier is None else [*stages, LOGITS]
+
+    def outputs(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the outputs, given the maps of `SwinV2.features`."""
+        if self.classifier is None:
+            return tuple(maps)
+        return (*maps, self.classifier(maps[-1].mean((2, 3))))
+
+
+class Outputs(nn.Module):
+    """The outputs of a model as a module, for images of the nominal size or of any size."""
+
+    def __init__(self, model: PlainModel, *, any_size: bool) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.model = model
+        self.encoder = AnySizeFeatures(model.encoder) if any_size else model.encoder
+        self.classifier = model.classifier
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the maps of `SwinV2.features`."""
-        return tuple(self.encoder.features(images))
+        """Return the outputs in the order of `PlainModel.output_names`."""
+        encoder = self.encoder
+        maps = encoder.features(images) if isinstance(encoder, SwinV2) else encoder(images)
+        return self.model.outputs(maps)
 
 
-def trace(plain: SwinV2, *, any_size: bool) -> ExportedProgram:
-    """Trace an encoder for any batch size, at its image size or at any size.
+def _linear(encoder: SwinV2, classifier: ClassifierHead) -> nn.Linear:
+    tensors = {"weight": classifier.weight, "bias": classifier.bias}
+    shapes = classifier_shapes(encoder.config, "", len(classifier.bias))
+    checked = {name: one.float() for name, one in checked_head(tensors, shapes).items()}
+    with torch.device("meta"):
+        linear = nn.Linear(encoder.num_features, len(classifier.bias))
+    linear.load_state_dict(checked, assign=True)
+    return linear.requires_grad_(False)
+
+
+def trace(model: PlainModel, *, any_size: bool) -> ExportedProgram:
+    """Trace a model for any batch size, at the encoder's image size or at any size.
 
     Raises:
         BridgeError: this version of torch cannot trace it for any size, as 2.8 cannot.
     """
-    height, width = plain.config.image_size
+    config = model.encoder.config
+    height, width = config.image_size
     sizes: dict[int, Any] = {0: Dim("batch")}
     if any_size:
         # A compiler takes the lengths of this example for hints, and a hint of 1 for a constant:
         # every stage has more than one window.
-        stride = plain.config.strides[-1]
-        height, width = ((side + 1) * stride for side in plain.config.window_size)
+        height, width = ((side + 1) * config.strides[-1] for side in config.window_size)
         sizes |= {2: Dim("height", min=1), 3: Dim("width", min=1)}
-    images = torch.zeros(2, plain.config.in_channels, height, width)
-    model = AnySizeFeatures(plain) if any_size else Features(plain)
+    images = torch.zeros(2, config.in_channels, height, width)
+    outputs = Outputs(model, any_size=any_size).eval()
     try:
         with lengths_of_one_allowed(), torch.no_grad():
-            return torch.export.export(
-                model.eval(), (images,), dynamic_shapes=(sizes,), strict=False
-            )
+            return torch.export.export(outputs, (images,), dynamic_shapes=(sizes,), strict=False)
     except Exception as error:
         if not any_size or not export_is_refused(error):
             raise
+        nominal = "x".join(str(side) for side in config.image_size)
         raise BridgeError(
             f"torch {torch.__version__} cannot trace the encoder for images of any size: install "
-            f"torch 2.13 or newer, or export it for {height}x{width} pixels only."
+            f"torch 2.13 or newer, or export it for {nominal} pixels only."
         ) from error
-
-
-def output_names(config: SwinV2Config) -> list[str]:
-    """Name the maps: stage1, stage2 and so on."""
-    return [f"stage{index + 1}" for index in range(len(config.depths))]
 
 
 def trial_sizes(config: SwinV2Config, *, any_size: bool) -> list[Pair]:
@@ -223,33 +276,34 @@ def trial_sizes(config: SwinV2Config, *, any_size: bool) -> list[Pair]:
 
 
 @torch.no_grad()
-def compare_maps(
-    plain: SwinV2,
+def compare_outputs(
+    model: PlainModel,
     run: Callable[[Tensor], Sequence[Tensor]],
     images: Tensor | None,
     *,
     any_size: bool,
 ) -> str:
-    """Return a line with the largest difference between the maps of a graph and PyTorch's.
+    """Return a line with the largest difference between the outputs of a graph and PyTorch's.
 
-    Differences are relative to the largest value of their map. Compared are `images`, or a zone
+    Differences are relative to the largest value of their output. Compared are `images`, or a zone
     plate, and random batches of 1 and 3 images at the sizes of `trial_sizes`.
 
     Raises:
-        BridgeError: a difference exceeds TOLERANCE, or a map has another shape.
+        BridgeError: a difference exceeds TOLERANCE, or an output has another shape.
     """
     largest = 0.0
-    pictures = zone_plate(plain.config) if images is None else images
-    for batch in (pictures, *_trial_images(plain.config, any_size=any_size)):
-        ours, theirs = plain.features(batch), run(batch)
-        shapes = [[tuple(one.shape) for one in maps] for maps in (ours, theirs)]
+    config = model.encoder.config
+    pictures = zone_plate(config) if images is None else images
+    for batch in (pictures, *_trial_images(config, any_size=any_size)):
+        ours, theirs = model.outputs(model.encoder.features(batch)), run(batch)
+        shapes = [[tuple(one.shape) for one in outputs] for outputs in (ours, theirs)]
         size = "x".join(str(side) for side in batch.shape)
         if shapes[0] != shapes[1]:
             raise BridgeError(
                 f"not exported: for images of {size} the graph returns {shapes[1]}, "
                 f"not {shapes[0]}."
             )
-        for name, one, other in zip(output_names(plain.config), ours, theirs, strict=True):
+        for name, one, other in zip(model.output_names, ours, theirs, strict=True):
             scale = max(float(one.abs().max()), torch.finfo(one.dtype).tiny)
             difference = float((one - other).abs().max()) / scale
             if not difference <= TOLERANCE:
@@ -259,7 +313,8 @@ def compare_maps(
                     f"{TOLERANCE:.0e}: try another version of torch, onnxscript or onnxruntime."
                 )
             largest = max(largest, difference)
-    return f"largest difference of its maps, relative to their largest value: {largest:.1e}"
+    what = "maps" if model.classifier is None else "maps and logits"
+    return f"largest difference of its {what}, relative to their largest value: {largest:.1e}"
 
 
 def _trial_images(config: SwinV2Config, *, any_size: bool) -> Iterator[Tensor]:
@@ -278,7 +333,7 @@ def _description(
     any_size: bool,
 ) -> dict[str, Any]:
     """Return the content of `preprocessing.json`: the input and the outputs of a graph."""
-    stages = zip(output_names(config), config.stage_dims, config.strides, strict=True)
+    stages = zip(config.stage_dims, config.strides, strict=True)
     return {
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
@@ -295,19 +350,23 @@ def _description(
             "std": [float(value) for value in std],
         },
         "outputs": [
-            {"name": name, "channels": channels, "stride": stride}
-            for name, channels, stride in stages
+            {"name": f"stage{number}", "channels": channels, "stride": stride}
+            for number, (channels, stride) in enumerate(stages, start=1)
         ],
     }
 
 
-def _readme(config: SwinV2Config, example: str, *, any_size: bool) -> str:
+def _readme(config: SwinV2Config, example: str, *, num_classes: int, any_size: bool) -> str:
     height, width = config.image_size
+    stages = zip(config.stage_dims, config.strides, strict=True)
     maps = "\n".join(
-        f"- `{name}`: {channels} channels, at stride {stride}"
-        for name, channels, stride in zip(
-            output_names(config), config.stage_dims, config.strides, strict=True
-        )
+        f"- `stage{number}`: {channels} channels, at stride {stride}"
+        for number, (channels, stride) in enumerate(stages, start=1)
+    )
+    logits = (
+        f"\n`{LOGITS}` is (batch, {num_classes}): a score for each class, before the softmax (or "
+        f"sigmoid, of a model of several labels),\nin the order of the names in "
+        f"`{DESCRIPTION_FILE}`.\n"
     )
     sizes = (
         "of any height and width; this encoder was trained at "
@@ -332,7 +391,7 @@ The maps are (batch, channels, height / stride, width / stride), rounded up:
 
 The last is normalised and is the encoder's output, channels first; the others are outputs of the
 stages, without a norm.
-"""
+{logits if num_classes else ""}"""
 
 
 def is_graph_export(path: Path, kind: GraphKind, files: set[str]) -> bool:

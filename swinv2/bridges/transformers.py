@@ -30,6 +30,7 @@ from swinv2.bridges.conversion import (
     ParsedCheckpoint,
     assemble,
     checked_head,
+    class_names,
     classifier_shapes,
     convert,
     decoder_shapes,
@@ -318,12 +319,7 @@ def _contents(
     if head is not None:
         contents["Swinv2ForMaskedImageModeling"] = (config, to_transformers_masked(encoder, head))
     if classifier is not None:
-        count = len(classifier.bias)
-        if classes and len(classes) != count:
-            raise BridgeError(
-                f"there are {len(classes)} names for {count} classes: give one for each, or none."
-            )
-        names = list(classes) or [f"LABEL_{number}" for number in range(count)]
+        names = class_names(classifier, classes)
         labels = {
             "id2label": {str(number): name for number, name in enumerate(names)},
             "label2id": {name: number for number, name in enumerate(names)},

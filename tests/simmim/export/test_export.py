@@ -390,6 +390,26 @@ def test_a_graph_export_of_a_pretraining_says_that_it_has_no_decoder(
     assert "  not exported: mask token and decoder (graphs have the encoder only)" in lines
 
 
+def test_a_graph_export_of_a_fine_tuned_classifier_gives_logits(
+    classified: tuple[Path, ClassificationStage], tmp_path: Path
+) -> None:
+    run, stage = classified
+    lines = export(run, tmp_path / "out", "torch-export")
+    assert "feature maps of all stages, and logits, for images of 16x16 pixels" in lines[1]
+    assert not any("not exported" in line for line in lines)
+    description = json.loads((tmp_path / "out" / "preprocessing.json").read_text())
+    assert description["outputs"][-1] == {
+        "name": "logits",
+        "classes": ["circle", "square", "stripe"],
+    }
+    *_, logits = torch.export.load(tmp_path / "out" / "model.pt2").module()(
+        torch.ones(2, 3, 16, 16)
+    )
+    with torch.no_grad():
+        expected = stage.model.eval()(torch.ones(2, 3, 16, 16))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("form", "file"), [("onnx", "model.onnx"), ("torch-export", "model.pt2")])
 def test_a_graph_export_reports_its_difference(
     encoder_directory: Path, tmp_path: Path, form: Any, file: str

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -113,6 +114,77 @@ def test_any_size(graph: Graph, build: Callable[..., SwinV2], tmp_path: Path) ->
         assert_same_maps(encoder, run, *shape)
 
 
+@pytest.mark.parametrize("any_size", [False, True])
+@pytest.mark.timeout(900)  # an export, on a machine that does much else
+def test_a_classifier_gives_its_logits_in_another_process(
+    graph: Graph,
+    build: Callable[..., SwinV2],
+    draw_heads: Callable[[SwinV2], dict[str, Any]],
+    tmp_path: Path,
+    any_size: bool,
+) -> None:
+    encoder = build(**NARROW, image_size=32, window_size=4)
+    classifier, names = draw_heads(encoder)["classifier"], ["a", "b", "c", "d", "é"]
+    normalisation = {"mean": MEAN, "std": STD}
+    lines: list[str] = []
+    graph.export(
+        encoder,
+        tmp_path / "out",
+        **normalisation,
+        classifier=classifier,
+        classes=names,
+        any_size=any_size,
+        report=lines.append,
+    )
+    assert "maps and logits" in lines[0]
+    assert reported(lines) < 1e-5
+    text = (tmp_path / "out" / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert "*maps, logits = " in example
+    assert "`logits` is (batch, 5)" in text
+    description = json.loads((tmp_path / "out" / "preprocessing.json").read_text("utf-8"))
+    assert [one["name"] for one in description["outputs"]] == ["stage1", "stage2", "logits"]
+    assert description["outputs"][-1] == {"name": "logits", "classes": names}
+
+    shape = (3, 3, 20, 45) if any_size else (3, 3, 32, 32)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    np.save(tmp_path / "images.npy", images.numpy())
+    loading = "np.load('../images.npy')"
+    loading = loading if graph.file == "model.onnx" else f"torch.from_numpy({loading})"
+    program = re.sub(r"images = .*", f"images = {loading}", example)
+    script = f"import numpy as np\n{program}\nnp.save('../logits.npy', np.asarray(logits.tolist()))"
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        cwd=tmp_path / "out",
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        check=True,
+    )
+    with torch.no_grad():
+        expected = classifier.logits(encoder(images))
+    logits = torch.from_numpy(np.load(tmp_path / "logits.npy")).float()
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_classifier_that_does_not_fit_is_refused(
+    build: Callable[..., SwinV2],
+    draw_heads: Callable[[SwinV2], dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    encoder = build(**NARROW)
+    classifier = draw_heads(build(embed_dim=16))["classifier"]
+    options = {"mean": MEAN, "std": STD}
+    with pytest.raises(BridgeError, match="does not fit the encoder"):
+        export_program(encoder, tmp_path / "out", **options, classifier=classifier)
+    classifier = draw_heads(encoder)["classifier"]
+    with pytest.raises(BridgeError, match="2 names for 5 classes"):
+        export_program(
+            encoder, tmp_path / "out", **options, classifier=classifier, classes=("a", "b")
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_readme_example_runs(
     graph: Graph, build: Callable[..., SwinV2], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,10 +279,11 @@ def test_maps_that_differ_are_refused(
     build: Callable[..., SwinV2], change: Callable[[list[Tensor]], list[Tensor]], reason: str
 ) -> None:
     plain = plain_copy(build(**NARROW))
-    assert reported([torch_export.compare_maps(plain, plain.features, None, any_size=True)]) == 0
+    model = torch_export.PlainModel(plain)
+    assert reported([torch_export.compare_outputs(model, plain.features, None, any_size=True)]) == 0
     with pytest.raises(ValueError, match=reason):
-        torch_export.compare_maps(
-            plain, lambda images: change(plain.features(images)), None, any_size=True
+        torch_export.compare_outputs(
+            model, lambda images: change(plain.features(images)), None, any_size=True
         )
 
 
