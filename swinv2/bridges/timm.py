@@ -249,7 +249,8 @@ def export_timm(
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         text = json.dumps(content, indent=2) + "\n"
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
-        text = _readme(name, arguments, classes, sentences(encoder.config, preparation))
+        prepared = sentences(encoder.config, preparation)
+        text = _readme(encoder.config, name, arguments, classes, prepared)
         (folder / README_FILE).write_text(text, encoding="utf-8")
         back = import_timm(folder).encoder
         check_read_back(encoder, back)
@@ -397,7 +398,11 @@ def _read_config(file: Path) -> dict[str, Any]:
     return read_json(file, "export it again") if file.is_file() else {}
 
 
-def _readme(name: str, arguments: Mapping[str, Any], classes: int, prepared: str) -> str:
+def _readme(
+    config: SwinV2Config, name: str, arguments: Mapping[str, Any], classes: int, prepared: str
+) -> str:
+    features = config.num_features
+    strides = " and ".join(", ".join(map(str, config.strides)).rsplit(", ", 1))
     listed = "".join(f"    {key}={value!r},\n" for key, value in arguments.items())
     return f"""# Swin Transformer V2 for timm
 
@@ -413,9 +418,16 @@ model = timm.create_model(
 {listed})
 ```
 
-`model.forward_features(images)` returns (batch, rows, columns, channels). From elsewhere, load the
-folder with `timm.create_model("local-dir:FOLDER", pretrained=True)`; `config.json` has the mean and
-std of its images, and in `pretrained_cfg` what `timm.data.create_transform` needs.
+`model.forward_features(images)` returns (batch, rows, columns, channels). `config.json` has the
+mean and std of its images, and in `pretrained_cfg` what `timm.data.create_transform` needs.
+
+From elsewhere `timm.create_model("local-dir:FOLDER", pretrained=True)` loads the folder. With
+further arguments it gives features:
+
+- `num_classes=0`: `model(images)` is the average of the last map, (batch, {features});
+- `features_only=True`: `model(images)` is a list of maps, (batch, rows, columns, channels), at
+  strides {strides}; `out_indices=(1, 3)` chooses some. The last has no norm, unlike
+  `forward_features`.
 
 {prepared} timm resizes before it crops, so its pixels are shifted
 by less than one; `preparation` in `config.json` has the exact steps.

@@ -160,6 +160,31 @@ def test_timm_computes_the_same_at_published_sizes(
 
 
 @pytest.mark.peer
+def test_the_readme_says_how_features_are_taken(
+    timm: ModuleType, build: Build, tmp_path: Path
+) -> None:
+    encoder, images = build(), torch.randn(2, 3, 64, 64)
+    classifier = draw_classifier(encoder)
+    path = export_timm(encoder, tmp_path / "out", **normalisation(encoder), classifier=classifier)
+    text = (path / "README.md").read_text()
+    load = partial(timm.create_model, f"local-dir:{path}", pretrained=True)
+    assert '`timm.create_model("local-dir:FOLDER", pretrained=True)`' in text
+    maps = encoder.features(images)
+    assert "`num_classes=0`: `model(images)` is the average of the last map, (batch, 64)" in text
+    torch.testing.assert_close(
+        load(num_classes=0).eval()(images), maps[-1].mean((2, 3)), rtol=1e-3, atol=1e-4
+    )
+    assert "at\n  strides 4, 8, 16 and 32; `out_indices=(1, 3)` chooses some" in text
+    *theirs, last = load(features_only=True).eval()(images)
+    for one, other in zip(maps, theirs, strict=False):
+        torch.testing.assert_close(other.permute(0, 3, 1, 2), one, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        encoder.norm(last).permute(0, 3, 1, 2), maps[-1], rtol=1e-3, atol=1e-4
+    )
+    assert len(load(features_only=True, out_indices=(1, 3)).eval()(images)) == 2
+
+
+@pytest.mark.peer
 @pytest.mark.parametrize("form", ["readme", "local-dir"])
 def test_the_readme_example_loads_it(
     build: Build, timm: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
