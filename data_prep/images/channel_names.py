@@ -15,12 +15,15 @@ from data_prep.channels import (
     read_names,
 )
 from data_prep.format.text import count_noun
+from data_prep.images.arrays import read_header
 from data_prep.images.damage import read_jpeg_header
 from data_prep.images.tiff_layout import STARTS, TiffError, TiffLayout, read_layout
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_PNG_COLOUR, _PNG_GREYS = 25, (0, 4)
-"""Offset of a PNG's colour type, and those of grey without and with transparency."""
+_JPEG = b"\xff\xd8\xff"
+_PNG_COLOUR, _PNG_CHANNELS = 25, {0: 1, 2: 3, 3: 3, 4: 4, 6: 4}
+"""Offset of a PNG's colour type, and the channels that a picture of each is decoded to; grey with
+transparency has four."""
 _ITEM = re.compile(rb"<Item\b([^>]{1,500})>([^<]{0,500})</Item>")
 _SAMPLE = re.compile(rb"""\bsample=["'](\d{1,5})["']""")
 _DESCRIPTION = re.compile(rb"""\bname=["']DESCRIPTION["']""", re.IGNORECASE)
@@ -62,26 +65,40 @@ def told_no_data(data: bytes) -> float | None:
         return None
 
 
-def check_names(told: ToldNames | None, stored: int | None, names: ChannelNames) -> str:
+def check_names(told: ToldNames | None, data: bytes, extension: str, names: ChannelNames) -> str:
     """Return why an image cannot have channels of these names; empty if it can.
 
     Args:
-        told: names that its file tells.
-        stored: number of its channels if it is stored as an array, None for a picture.
+        told: names that its own file tells.
+        data: the image as it is stored.
+        extension: file name extension of the stored image.
         names: the names that are given.
+
+    Raises:
+        ArrayError: it is a damaged array.
     """
     if told is not None and told.described and told.names != names:
         return (
-            f"its bands are described as {describe(told.names)}, and --channels names "
+            f"its bands are described as {describe(told.names)}, and those of the set are "
             f"{describe(names)}: {compare_names(told.names, names)}"
         )
-    if stored is None and are_pictures(names):
+    is_array = extension == "npy"
+    if not is_array and are_pictures(names):
         return ""  # the decoder converts them
-    count = stored if stored is not None else 1 if told is None else len(told.names)
-    if count == len(names) or (stored is None and (count, len(names)) == (3, 4)):
+    counts = (read_header(data).channels,) if is_array else _channels_of_picture(data)
+    if len(names) in counts:
         return ""
-    channels = count_noun(count, "channel")
-    return f"it has {channels}, and --channels names {len(names)}: {describe(names)}"
+    has = count_noun(counts[-1], "channel")
+    return f"it has {has}, and the set names {len(names)}: {describe(names)}"
+
+
+def _channels_of_picture(data: bytes) -> tuple[int, ...]:
+    """Return the numbers of channels that a picture may have."""
+    if data.startswith(_PNG):
+        return (_PNG_CHANNELS.get(data[_PNG_COLOUR], 3),)
+    if data.startswith(_JPEG):
+        return (1,) if _is_grey(data) else (3,)
+    return 1, 4, 3
 
 
 def tiff_names(layout: TiffLayout) -> ToldNames | None:
@@ -112,6 +129,6 @@ def _descriptions(layout: TiffLayout) -> ChannelNames | None:
 
 def _is_grey(data: bytes) -> bool:
     if data.startswith(_PNG):
-        return data[_PNG_COLOUR : _PNG_COLOUR + 1] in (b"\0", b"\4")
+        return data[_PNG_COLOUR : _PNG_COLOUR + 1] in (b"\0", b"\4")  # 4: with transparency
     header = read_jpeg_header(data)
     return header is not None and header[2] == "Gray"

@@ -37,8 +37,11 @@ from data_prep.format.patterns import (
 from data_prep.format.pipes import PipedFile, expand_command
 from data_prep.format.storage import Location
 from data_prep.format.tars import as_local_file
-from data_prep.images.arrays import ArrayError, read_header
+from data_prep.images.arrays import ArrayError
 from data_prep.images.channel_names import check_names, told_names, told_no_data
+from data_prep.images.checking import RejectedImageError
+from data_prep.images.settings import MAX_READ_PIXELS
+from data_prep.inspect.pixels import stored_form
 
 T = TypeVar("T")
 
@@ -369,13 +372,12 @@ def _first_told(
     extension = str(index.extensions[0])
     told = told_names(data, extension)
     if task.channels is not None:
-        stored = None
         try:
-            stored = read_header(data).channels if extension == "npy" else None
-        except ArrayError:
-            return task.channels, None  # `verify --deep` reports it
-        reason = check_names(told, stored, task.channels)
-        if reason and not (told is None and stored is None):
+            stored = stored_form(data, extension, max_pixels=MAX_READ_PIXELS)
+            reason = check_names(told, *stored, task.channels)
+        except (ArrayError, RejectedImageError):
+            reason = ""  # `verify --deep` reports it
+        if reason:
             raise ManifestError(f"{task.path}: image {index.keys[0]}: {reason}.")
         return task.channels, told_no_data(data)
     return told.names if told is not None and told.described else None, told_no_data(data)

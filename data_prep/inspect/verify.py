@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.channels import ChannelNames
 from data_prep.executors.processes import Tick, map_tasks
 from data_prep.format.index import ShardIndex, index_tar, read_images, read_index
 from data_prep.format.manifest import IMAGE_EXTENSIONS, Manifest, ManifestError, ShardEntry
@@ -14,6 +15,7 @@ from data_prep.format.storage import Location
 from data_prep.format.stores import StorageError
 from data_prep.format.tars import TarError, as_local_file
 from data_prep.images.arrays import MAGIC, is_channels_first, read_header
+from data_prep.images.channel_names import check_names, told_names
 from data_prep.images.checking import RE_ENCODED, RejectedImageError, check_image
 from data_prep.images.settings import read_limit
 
@@ -51,6 +53,7 @@ class _VerifyTask:
     max_pixels: int
     extensions: tuple[str, ...]
     image_key: str | None
+    channels: ChannelNames | None
     allow_missing_end: bool
 
 
@@ -102,6 +105,7 @@ def verify_shards(
             max_pixels=read_limit(manifest.options),
             extensions=manifest.extensions,
             image_key=manifest.image_key,
+            channels=manifest.channels,
             allow_missing_end=allow_missing_end or manifest.allows_missing_end,
         )
         for shard in manifest.shards
@@ -177,14 +181,16 @@ def _decode_all(
     images = read_images(path, index, np.arange(len(index)))
     for data, key, extension in zip(images, index.keys, index.extensions, strict=True):
         try:
-            found.notes.update(_check_stored(data, extension, task.max_pixels))
+            found.notes.update(_check_stored(data, extension, task.max_pixels, task.channels))
         except RejectedImageError as error:
             found.add([f"{path.name}: image {key}: {error}"], _MAX_PER_SHARD)
         tick(1)
     found.keep_first(_MAX_PER_SHARD)
 
 
-def _check_stored(data: bytes, extension: str, max_pixels: int) -> list[str]:
+def _check_stored(
+    data: bytes, extension: str, max_pixels: int, channels: ChannelNames | None
+) -> list[str]:
     """Check an image as training reads it, where the extension tells arrays from pictures.
 
     Raises:
@@ -195,6 +201,10 @@ def _check_stored(data: bytes, extension: str, max_pixels: int) -> list[str]:
         what = "a NumPy array" if is_array else "no NumPy array"
         raise RejectedImageError(f"it is {what}, but its extension is {extension}: rename it")
     checked = check_image(data, max_pixels=max_pixels)
+    if channels is not None:
+        reason = check_names(told_names(data, extension), checked.data, checked.extension, channels)
+        if reason:
+            raise RejectedImageError(reason)
     notes = [note for note in checked.notes if note != RE_ENCODED]  # it is not written
     if len(notes) < len(checked.notes) and extension in IMAGE_EXTENSIONS:
         notes.append(OTHER_FORMAT)

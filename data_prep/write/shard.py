@@ -385,8 +385,7 @@ def _read_image(
     is_array = image.extension == "npy"
     told = told_names(data, "npy" if data.startswith(MAGIC) else "")
     if options.channel_names is not None:
-        stored = read_header(image.data).channels if is_array else None
-        reason = check_names(told, stored, options.channel_names)
+        reason = check_names(told, image.data, image.extension, options.channel_names)
         if reason:
             raise RejectedImageError(reason)
     return image, told, told_no_data(data) if is_array else None

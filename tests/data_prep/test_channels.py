@@ -1,6 +1,7 @@
 """Names of channels: how they are read and matched, and what manifests and files tell of them."""
 
 import json
+import tarfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def test_images_of_another_number_of_channels_are_rejected(tmp_path: Path) -> No
     assert run("shard", source, tmp_path / "set", *arguments) == 0
     (line,) = (tmp_path / "set" / "rejected.jsonl").read_text().splitlines()
     assert json.loads(line)["reason"] == (
-        "it has 4 channels, and --channels names 5: [blue, green, red, nir, swir2]"
+        "it has 4 channels, and the set names 5: [blue, green, red, nir, swir2]"
     )
 
 
@@ -141,7 +142,7 @@ def test_tars_are_indexed_with_names(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "set" / "manifest.json").unlink()
     arguments = ("index", tmp_path / "set", "--overwrite")
     assert run(*arguments, "--channels", "B2,B3,B4") == 2
-    assert "it has 5 channels, and --channels names 3" in capsys.readouterr().err
+    assert "it has 5 channels, and the set names 3" in capsys.readouterr().err
     assert run(*arguments, "--channels", "B2,B3,B4,B8,B12", "--no-data", "0") == 0
     manifest = read_manifest(tmp_path / "set")
     assert (manifest.channels, manifest.no_data) == (FIRES, 0)
@@ -276,3 +277,44 @@ def test_damaged_names_in_a_manifest_are_refused(tmp_path: Path, channels: objec
     (tmp_path / "set" / "manifest.json").write_text(json.dumps(values))
     with pytest.raises(ManifestError, match="channels"), warnings.catch_warnings():
         read_manifest(tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mode", "names", "accepted"),
+    [
+        ("jpg", "RGB", "nir,red,green", True),
+        ("jpg", "RGB", "red,green,blue,nir", False),
+        ("jpg", "L", "ct", True),
+        ("jpg", "RGB", "ct", False),
+        ("jpg", "L", "rgb", True),
+        ("png", "RGBA", "red,green,blue,nir", True),
+        ("png", "RGB", "red,green,blue,nir", False),
+        ("png", "L", "ct", True),
+        ("webp", "RGB", "nir,red,green", True),
+        ("webp", "RGB", "a,b", False),
+    ],
+)
+def test_pictures_have_as_many_channels_as_names(
+    tmp_path: Path, suffix: str, mode: str, names: str, accepted: bool
+) -> None:
+    (tmp_path / "images").mkdir()
+    Image.new(mode, (8, 8), 40).save(tmp_path / "images" / f"a.{suffix}")
+    code = run("shard", tmp_path / "images", tmp_path / "set", "--channels", names)
+    assert (code == 0) == accepted
+
+
+def test_deep_verification_compares_every_image_with_the_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = arrays(tmp_path / "images")
+    np.save(source / "9.npy", np.zeros((8, 8, 4), np.uint16))
+    (tmp_path / "set").mkdir()
+    with tarfile.open(tmp_path / "set" / "a.tar", "w") as tar:
+        for file in sorted(source.iterdir()):
+            tar.add(file, file.name)
+    assert run("index", tmp_path / "set", "--channels", "B2,B3,B4,B8,B12") == 0
+    assert run("verify", tmp_path / "set") == 0
+    assert run("verify", tmp_path / "set", "--deep") == 2
+    message = capsys.readouterr().err
+    assert "a.tar: image 9: it has 4 channels, and the set names 5" in message
+    assert message.count("image ") == 1
