@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from data_prep.channels import (
     PICTURES,
+    RGB,
     ChannelNames,
     are_pictures,
     compare_names,
@@ -16,6 +17,7 @@ from simmim.data.datasets.clips import ClipSet
 from simmim.data.datasets.mixture import MixedShards, StreamedShards
 from simmim.data.datasets.shards import ShardSet
 from simmim.data.order.source import BadSampleError, DataError, SampleSource
+from simmim.data.settings import IMAGENET_MEAN, IMAGENET_STD
 from simmim.data.transforms.decoding import names_of
 from simmim.data.transforms.settings import DecodeSettings
 from simmim.environment import print_on_main
@@ -77,7 +79,14 @@ def with_channels(
             return recipe
     for where, names in found:
         _compare(where, names, wanted, owner, asked=asked, trained=trained)
-    named: RecipeT = replace(task, data=replace(task.data, channels=wanted))
+    changes: dict[str, Any] = {"channels": wanted}
+    given = (task.data.mean, task.data.std)
+    imagenet = trained is None and given == (IMAGENET_MEAN, IMAGENET_STD)
+    if imagenet and wanted != RGB and set(wanted) == set(RGB):
+        mean, std = (tuple(one[RGB.index(name)] for name in wanted) for one in given)
+        changes |= {"mean": mean, "std": std}
+        say_once(f"data.mean and data.std are ImageNet's, in the order {describe(wanted)}")
+    named: RecipeT = replace(task, data=replace(task.data, **changes))
     return named
 
 

@@ -560,3 +560,16 @@ def test_a_stream_beside_a_set_is_named_too(
     assert f"({stream['tars']}) has channels [red, green, blue, nir" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"the same in another order; set data.channels to"):
         pretraining(pretrain_values, shards=folder, stream=stream, image_channels=list(SWAPPED))
+
+
+def test_mean_and_std_of_imagenet_follow_the_order_of_the_colours(
+    pretrain_values: dict[str, Any], make_set: MakeSet
+) -> None:
+    pretrain_values["data"] |= {"shards": make_set(("blue", "green", "red"))}
+    stage = PretrainStage(parse(PretrainRecipe, pretrain_values, "test"))
+    assert stage.recipe.data.mean == (0.406, 0.456, 0.485)
+    assert stage.recipe.data.std == (0.225, 0.224, 0.229)
+    assert stage.fresh().recipe == stage.recipe
+    pretrain_values["data"] |= {"channels": ["red", "green", "blue"]}
+    stage = PretrainStage(parse(PretrainRecipe, pretrain_values, "test"))
+    assert stage.recipe.data.mean == (0.485, 0.456, 0.406)
