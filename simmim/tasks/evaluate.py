@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,11 @@ def evaluate(
         ValueError: there is no checkpoint, no validation data, or nothing to measure in it.
     """
     end_with_launcher()
+    if (source / METHOD_FILE).is_file():
+        raise ValueError(
+            f"{source} is an encoder directory with mask token and decoder: --config PRETRAIN.yaml "
+            "measures its reconstruction loss."
+        )
     checkpoint = chosen_checkpoint(source, best=best)
     run = RunFolder(path=checkpoint.parent.parent)
     file = checkpoint / RECIPE_FILE
@@ -193,6 +198,7 @@ def evaluate_encoder(
         overrides = [*overrides, "--data.shards", data, "--data.validation", data]
     directory = find_weights(str(source)).encoder
     given: Any = load(task.recipe, config, overrides)
+    refuse_unused(differences(read_values(config), read_values(config, overrides)))
     recipe = of_encoder(given, read_encoder_config(directory))
     stage = task.stage(recipe)
     warnings = _check_method(directory, stage)
@@ -310,6 +316,12 @@ def check_overrides(file: Path, overrides: Sequence[str], given: Any, trained: A
                 f"--{key} ({text}) has no effect: the trained encoder has {key} of its own. Leave "
                 "it out."
             )
+        refuse_unused({key: text})
+
+
+def refuse_unused(changed: Mapping[str, str]) -> None:
+    """Raise ValueError if a change of a recipe is one that only training uses; names the key."""
+    for key, text in changed.items():
         if _within(key, OF_TRAINING) and not _within(key, EVALUATED):
             raise ValueError(
                 f"--{key} ({text}) has no effect: only training uses it. Leave it out."

@@ -231,8 +231,8 @@ def import_reference(
         pretrained_window_sizes: one per stage, in tokens; "same" if it was trained at these sizes.
         mean: mean per channel; by default the file's, or ImageNet's, as in the published code.
         std: standard deviation per channel, likewise.
-        weights: averaged or raw weights, and
-        key: one of several models in the file; see `read_checkpoint`.
+        weights: averaged or raw weights of a file that has both; see `read_checkpoint`.
+        key: entry of the file, or prefix of names, of one of several models.
 
     Raises:
         BridgeError: it is another model, a tensor is missing, unexpected or of a wrong shape, a

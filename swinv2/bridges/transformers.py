@@ -232,8 +232,8 @@ def import_transformers(
         pretrained_window_sizes: one per stage, in tokens; "same" for the present windows.
         mean: mean per channel; by default from preprocessor_config.json, or ImageNet's.
         std: standard deviation per channel, likewise.
-        weights: averaged or raw weights, and
-        key: one of several models in the file; see `read_checkpoint`.
+        weights: averaged or raw weights of a file that has both; see `read_checkpoint`.
+        key: entry of the file, or prefix of names, of one of several models.
 
     Raises:
         BridgeError: it is another model, a field asks for something this encoder lacks, a tensor is

@@ -54,8 +54,8 @@ def import_mmpretrain(
         pretrained_window_sizes: one per stage, in tokens; "same" if it was trained at these sizes.
         mean: mean per channel; by default ImageNet's.
         std: standard deviation per channel, likewise.
-        weights: averaged or raw weights, and
-        key: one of several models in the file; see `read_checkpoint`.
+        weights: averaged or raw weights of a file that has both; see `read_checkpoint`.
+        key: entry of the file, or prefix of names, of one of several models.
 
     Raises:
         BridgeError: as for `import_reference`; tensors are named as in the published code.

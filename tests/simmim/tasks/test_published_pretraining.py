@@ -216,6 +216,11 @@ def test_what_is_absent_or_differs_is_said(
     assert "was trained for normalised_pixels, and the recipe measures pixels" in (
         capsys.readouterr().err
     )
+    assert main(["evaluate", str(encoder)]) == 2
+    assert "--config PRETRAIN.yaml measures its reconstruction loss" in capsys.readouterr().err
+    unused = ["--training.optimizer.lr", "1"]
+    assert main(["evaluate", str(encoder), "--config", str(config), *unused]) == 2
+    assert "--training.optimizer.lr (0.001 → 1) has no effect" in capsys.readouterr().err
     tuning = Path("jobs/finetune/cifar10.yaml").resolve()
     assert main(["evaluate", str(encoder), "--config", str(tuning)]) == 2
     assert "has task classification: --config gives" in capsys.readouterr().err
