@@ -11,20 +11,17 @@ chosen as `data-prep index` does it. Nor is its reader of tars, which takes a da
 end.
 """
 
-import math
 import random
 import shlex
 import tarfile
-from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import partial
-from itertools import accumulate, islice, pairwise
+from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, Literal
 
 from data_prep.bounds import Count, Positive
 from data_prep.channels import ChannelNames
@@ -38,13 +35,12 @@ from data_prep.format.tars import TarError, describe_problem, stream_tar
 from simmim.data.datasets.folder import MAX_FILE_BYTES
 from simmim.data.datasets.image_set import ShardUnavailableError, read_patiently
 from simmim.data.datasets.remote import RemoteReading
+from simmim.data.order.parts import WHOLE, Part, Piece, pieces_of
 from simmim.data.order.randomness import shuffled, stream_seed
 from simmim.data.order.source import DataError
 from simmim.environment import print_on_main
 from simmim.recipe import settings
 
-GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
-"""Its multiples, modulo 1, are spread evenly over 0 to 1, however many there are."""
 MOST_REQUESTS = 128
 """Largest number of tars at URLs whose lengths are asked for; more are taken to be equal."""
 _BLOCK = 2**20
@@ -118,7 +114,7 @@ class LeftOut:
     kind: Literal["skipped", "no image"]
     """`skipped`: it is damaged; `no image`: it has none."""
     shard_name: str
-    key: str = ""
+    key: str
     """Empty for the rest of a tar."""
     reason: str
     """Its defect, or the kind of member that it has instead of an image."""
@@ -126,49 +122,6 @@ class LeftOut:
 
 Report = Callable[[LeftOut], object]
 """Takes what was left out."""
-
-
-class Part(NamedTuple):
-    """A part of the tars of a pass, in their order: from and to which fraction of their length."""
-
-    start: Fraction
-    stop: Fraction
-
-    def cut(self, count: int) -> list["Part"]:
-        """Return equal parts of this part."""
-        edges = [self.start + (self.stop - self.start) * n / count for n in range(count + 1)]
-        return [Part(*edge) for edge in pairwise(edges)]
-
-
-WHOLE = Part(Fraction(0), Fraction(1))
-
-
-class Piece(NamedTuple):
-    """A tar, or the samples of one whose places are from `low` to `high`."""
-
-    tar: int
-    low: float = 0.0
-    high: float = 1.0
-
-    def has(self, row: int) -> bool:
-        """Return whether a sample of the tar, counted from 0, belongs to the piece."""
-        return self.low <= (row + 1) * GOLDEN_RATIO % 1 < self.high
-
-
-def pieces_of(part: Part, order: Sequence[int], lengths: Sequence[int]) -> Iterator[Piece]:
-    """Yield the pieces of a part.
-
-    Args:
-        part: the part.
-        order: numbers of all tars in the order of the pass.
-        lengths: length of each tar, above 0, by its number.
-    """
-    edges = [0, *accumulate(lengths[tar] for tar in order)]
-    start, stop = part.start * edges[-1], part.stop * edges[-1]
-    for place in range(bisect_right(edges, start) - 1, bisect_left(edges, stop)):
-        tar, edge = order[place], edges[place]
-        low, high = (start - edge) / lengths[tar], (stop - edge) / lengths[tar]
-        yield Piece(tar, float(max(low, Fraction(0))), float(min(high, Fraction(1))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,55 +199,10 @@ class TarStream:
             yield from self._read(piece, report)
 
     def _read(self, piece: Piece, report: Report) -> Generator[StreamedImage, None, None]:
-        """Yield the images of a piece; a tar that is damaged ends where the damage is.
-
-        Raises:
-            DataError: it cannot be opened or fetched.
-        """
-        place, name = self.places[piece.tar], self.names[piece.tar]
-        image_key = self.settings.image_key
-        reader = SampleReader(
-            place, image_key=None if image_key is None else check_image_key(image_key)
-        )
-        read: Callable[[], bytes] = bytes
-        taken: dict[str, bytes] = {}
-        """Images of the sample whose members are being read, by the names of the members."""
-
-        def members() -> Generator[tarfile.TarInfo, None, None]:
-            nonlocal read
-            try:
-                for member, read in stream_tar(place, self._blocks(place)):  # noqa: B007 - for `take`
-                    yield member
-            except TarError as error:  # the sample before the damage is whole
-                report_damage(error)
-
-        def report_damage(error: TarError) -> None:
-            report(LeftOut(kind="skipped", shard_name=name, reason=str(error).rstrip(".")))
-
-        def take(row: int, member: tarfile.TarInfo) -> None:
-            if piece.has(row) and describe_problem(member) is None and fits(member):
-                taken[member.name] = read()
-
-        try:
-            with closing(members()) as found:
-                # Labels are not used, so any that is valid will do.
-                for row, sample in enumerate(reader.group(found, lambda *_: b"0", take)):
-                    if piece.has(row):
-                        image = _image_of(sample, taken)
-                        if isinstance(image, _Image):
-                            yield StreamedImage(
-                                tar=piece.tar,
-                                row=row,
-                                shard_name=name,
-                                key=sample.key,
-                                extension=image.extension,
-                                image=image.image,
-                            )
-                        else:
-                            report(replace(image, shard_name=name))
-                    taken.clear()
-        except TarError as error:
-            report_damage(error)
+        place = self.places[piece.tar]
+        reader = _PieceReader(piece, place, self.names[piece.tar], report)
+        with closing(stream_tar(place, self._blocks(place))) as members:
+            yield from reader.images(members, self.settings.image_key)
 
     def _blocks(self, place: Location | PipedFile) -> Iterator[bytes]:
         """Yield the bytes of a tar.
@@ -318,26 +226,83 @@ class TarStream:
             raise DataError(f"tar {named}.") from None
 
 
-class _Image(NamedTuple):
-    extension: str
-    image: bytes
+class _PieceReader:
+    """Finds the images of a piece of a tar among its members; a tar ends where it is damaged.
+
+    Args:
+        piece: the piece.
+        place: the tar.
+        name: name of the tar.
+        report: takes what is left out.
+    """
+
+    def __init__(
+        self, piece: Piece, place: Location | PipedFile, name: str, report: Report
+    ) -> None:
+        self.piece, self.place, self.name, self.report = piece, place, name, report
+        self._read: Callable[[], bytes] = bytes
+        """Returns the bytes of the current member."""
+        self._taken: dict[str, bytes] = {}
+        """Images of the current sample, by the names of their members."""
+
+    def images(
+        self, members: Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]], image_key: str | None
+    ) -> Iterator[StreamedImage]:
+        """Yield the images, given the members of the tar and functions that read them."""
+        key = None if image_key is None else check_image_key(image_key)
+        reader = SampleReader(self.place, image_key=key)
+        # Labels are not used, so any that is valid will do.
+        samples = reader.group(self._until_damaged(members), lambda *_: b"0", self._take)
+        try:
+            for row, sample in enumerate(samples):
+                if self.piece.has(row) and (image := self._image_of(row, sample)) is not None:
+                    yield image
+                self._taken.clear()
+        except TarError as error:
+            self._leave_out("", str(error))
+
+    def _until_damaged(
+        self, members: Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]
+    ) -> Iterator[tarfile.TarInfo]:
+        try:
+            for member, read in members:
+                self._read = read
+                yield member
+        except TarError as error:  # the sample before the damage is whole
+            self._leave_out("", str(error))
+
+    def _take(self, row: int, member: tarfile.TarInfo) -> None:
+        """Read an image of the piece when its member is met."""
+        if self.piece.has(row) and describe_problem(member) is None and _fits(member):
+            self._taken[member.name] = self._read()
+
+    def _image_of(self, row: int, sample: TarSample) -> StreamedImage | None:
+        """Return the image of a sample; None if it is left out."""
+        if not sample.problem and sample.images:
+            ((extension, member),) = sample.images.items()
+            if _fits(member):
+                return StreamedImage(
+                    tar=self.piece.tar,
+                    row=row,
+                    shard_name=self.name,
+                    key=sample.key,
+                    extension=extension.rpartition(".")[2],
+                    image=self._taken[member.name],
+                )
+            self._leave_out(sample.key, f"the file has more than {MAX_FILE_BYTES:,} bytes")
+        elif sample.problem:
+            self._leave_out(sample.key, f"the sample is refused: {sample.problem}")
+        else:
+            self._leave_out(sample.key, sample.others[0][0], kind="no image")
+        return None
+
+    def _leave_out(
+        self, key: str, reason: str, kind: Literal["skipped", "no image"] = "skipped"
+    ) -> None:
+        self.report(LeftOut(kind=kind, shard_name=self.name, key=key, reason=reason.rstrip(".")))
 
 
-def _image_of(sample: TarSample, taken: Mapping[str, bytes]) -> _Image | LeftOut:
-    """Return the image of a sample, or why it has none; the name of its tar is added later."""
-    left_out = partial(LeftOut, shard_name="", key=sample.key)
-    if sample.problem:
-        return left_out(kind="skipped", reason=f"the sample is refused: {sample.problem}")
-    for extension, member in sample.images.items():
-        if not fits(member):
-            return left_out(
-                kind="skipped", reason=f"the file has more than {MAX_FILE_BYTES:,} bytes"
-            )
-        return _Image(extension.rpartition(".")[2], taken[member.name])
-    return left_out(kind="no image", reason=sample.others[0][0])
-
-
-def fits(member: tarfile.TarInfo) -> bool:
+def _fits(member: tarfile.TarInfo) -> bool:
     """Return whether a member is small enough to be read into memory."""
     return member.size <= MAX_FILE_BYTES
 

@@ -235,10 +235,7 @@ class SampleOrder:
 
 
 class StreamOrder(SampleOrder):
-    """The endless sequence of samples that come as they are read, of which only the number counts.
-
-    Addresses are of shard 0, and number the samples of an epoch as they are drawn.
-    """
+    """The endless samples of a stream; addresses number those of an epoch, in shard 0."""
 
     def __init__(self, samples: int) -> None:
         super().__init__([samples], seed=0, slots=1)

@@ -18,15 +18,7 @@ import webdataset
 
 from data_prep.format.tars import TarError, stream_tar, walk_tar
 from simmim.data.datasets.remote import RemoteReading
-from simmim.data.datasets.stream import (
-    WHOLE,
-    LeftOut,
-    Piece,
-    StreamSettings,
-    TarStream,
-    open_stream,
-    pieces_of,
-)
+from simmim.data.datasets.stream import LeftOut, StreamSettings, TarStream, open_stream
 from simmim.data.order.source import DataError
 from tests.simmim.data.conftest import random_images
 
@@ -69,34 +61,6 @@ def names(
     report = (lambda _: None) if left_out is None else left_out.append
     images = stream.images(rank=rank, world=world, workers=1, seed=0, began=began, report=report)
     return [image.name for image in images]
-
-
-@pytest.mark.parametrize("tars", [1, 2, 5, 16])
-@pytest.mark.parametrize("parts", [1, 2, 3, 7])
-def test_parts_share_all_samples_evenly(tars: int, parts: int) -> None:
-    found: Counter[tuple[int, int]] = Counter()
-    counts = []
-    for node in WHOLE.cut(parts):
-        for part in node.cut(2):
-            pieces = list(pieces_of(part, range(tars), [7] * tars))
-            own = [(one.tar, row) for one in pieces for row in range(200) if one.has(row)]
-            found.update(own)
-            counts.append(len(own))
-            assert len(pieces) <= tars / (2 * parts) + 2
-    assert len(found) == found.total() == 200 * tars
-    assert max(counts) - min(counts) <= 6
-
-
-def test_parts_of_unequal_tars_have_equal_lengths() -> None:
-    lengths = [4000, 300, 2000, 900]
-    order = [2, 0, 3, 1]
-    shares = [list(pieces_of(part, order, lengths)) for part in WHOLE.cut(4)]
-    sums = [sum((one.high - one.low) * lengths[one.tar] for one in part) for part in shares]
-    assert sums == pytest.approx([1800] * 4)
-    covered = Counter(
-        (one.tar, row) for part in shares for one in part for row in range(99) if one.has(row)
-    )
-    assert len(covered) == covered.total() == 4 * 99
 
 
 def test_ranks_read_every_sample_once_in_another_order_in_each_pass(tmp_path: Path) -> None:
@@ -239,8 +203,3 @@ def test_settings_say_how_to_count_and_what_an_image_key_is() -> None:
     assert command == (
         "data-prep index 'pipe:cat a.tar' --output FOLDER --image-key x.png --allow-pipe"
     )
-
-
-def test_pieces_of_one_tar_are_disjoint() -> None:
-    pieces = [Piece(0, 0.0, 0.25), Piece(0, 0.25, 1.0)]
-    assert all(sum(one.has(row) for one in pieces) == 1 for row in range(1000))
