@@ -15,6 +15,8 @@ from simmim.method.encoder_protocol import encoder_flops
 
 TARGET_WINDOW = 47
 VARIANCE_EPS = 1e-6
+CACHED_VALUES = 2**17
+"""Values whose intermediate results fit into the cache of a processor's core."""
 
 
 class Target(Protocol):
@@ -144,7 +146,9 @@ class Features:
 def normalise_target(images: Tensor, window: int = TARGET_WINDOW) -> Tensor:
     """Normalise each pixel by the mean and variance of the window around it (SimMIM code, SwinV2).
 
-    The variance is unbiased, 1e-6 is added to it, and windows are cropped at the border.
+    The variance is unbiased, 1e-6 is added to it, and windows are cropped at the border. Neither
+    autocast nor TF32 changes the result: it is computed without matrix products, at least in
+    single precision.
 
     Args:
         images: (batch, channels, height, width), floating point.
@@ -153,8 +157,10 @@ def normalise_target(images: Tensor, window: int = TARGET_WINDOW) -> Tensor:
     Raises:
         ValueError: the window is even, or smaller than 3 pixels.
     """
-    mean, deviation = _local_statistics(images, window)
-    return (images - mean) / deviation
+    if not images.is_cpu or len(images) < 2:
+        return _normalise(images, window)
+    number = max(1, CACHED_VALUES // max(1, images[0].numel()))
+    return torch.cat([_normalise(part, window) for part in torch.split(images, number)])
 
 
 def denormalise_target(values: Tensor, images: Tensor, window: int = TARGET_WINDOW) -> Tensor:
@@ -165,32 +171,53 @@ def denormalise_target(values: Tensor, images: Tensor, window: int = TARGET_WIND
         images: images to take the statistics from, same shape.
         window: side of the window in pixels, as in `normalise_target`.
     """
-    mean, deviation = _local_statistics(images, window)
-    return values * deviation + mean
+    mean, variance, offset = _local_statistics(images, window)
+    return values * variance.sqrt() + mean + offset
 
 
-def _local_statistics(images: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation around each pixel, at least in single precision."""
+def _normalise(images: Tensor, window: int) -> Tensor:
+    mean, variance, offset = _local_statistics(images, window)
+    return (images - offset).sub_(mean).div_(variance.sqrt_())
+
+
+def _local_statistics(images: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean, variance + 1e-6 and offset: of the window around each pixel of image - offset.
+
+    At least in single precision. Relative to the image's own mean, the offset, mean(x²) - mean(x)²
+    loses fewer digits.
+    """
     if window < 3 or window % 2 == 0:
         raise ValueError(
             f"the target window is {window} pixels; it must be odd and at least 3, such as 47."
         )
     images = images.to(torch.promote_types(images.dtype, torch.float32))
-    # Relative to the image's own mean, mean(x²) - mean(x)² loses fewer digits.
     offset = images.mean(dim=(2, 3), keepdim=True)
     centred = images - offset
     count = _window_counts(images, window)
-    mean = _window_mean(centred, window)
-    variance = _window_mean(centred.square(), window) - mean.square()
-    variance = (variance * count / (count - 1)).clamp(min=0)
-    return mean + offset, (variance + VARIANCE_EPS).sqrt()
+    window_sum = _window_sum_on_cpu if images.is_cpu else _window_sum
+    mean = window_sum(centred, window).div_(count)
+    variance = window_sum(centred.square_(), window).div_(count - 1)
+    variance.addcmul_(mean * (count / (count - 1)), mean, value=-1)
+    return mean, variance.clamp_(min=0).add_(VARIANCE_EPS), offset
 
 
-def _window_mean(values: Tensor, window: int) -> Tensor:
-    """Average over a window axis by axis: 2 · window sums per pixel instead of window²."""
+def _window_sum(values: Tensor, window: int) -> Tensor:
+    """Sum over windows axis by axis: 2 · window sums per pixel instead of window²."""
     half = window // 2
-    rows = F.avg_pool2d(values, (window, 1), 1, (half, 0), count_include_pad=False)
-    return F.avg_pool2d(rows, (1, window), 1, (0, half), count_include_pad=False)
+    rows = F.avg_pool2d(values, (window, 1), 1, (half, 0), divisor_override=1)
+    return F.avg_pool2d(rows, (1, window), 1, (0, half), divisor_override=1)
+
+
+def _window_sum_on_cpu(values: Tensor, window: int) -> Tensor:
+    """Return `_window_sum`, in a tenth of the pooling's time.
+
+    Along rows, differences of running sums, in float64: float32 would lose digits next to a bright
+    pixel. Along columns, one sum over shifted rows, which is vectorised.
+    """
+    half = window // 2
+    running = F.pad(values, (half + 1, half)).cumsum(-1, dtype=torch.float64)
+    rows = (running[..., window:] - running[..., :-window]).to(values.dtype)
+    return F.pad(rows, (0, 0, half, half)).unfold(-2, window, 1).sum(-1)
 
 
 def _window_counts(images: Tensor, window: int) -> Tensor:

@@ -30,6 +30,7 @@ from simmim.engine.generators import seeded
 from simmim.engine.loop import training_step
 from simmim.engine.run import RunFolder
 from simmim.method.model import SimMIM
+from simmim.method.targets import normalise_target
 from simmim.recipe import parse
 from simmim.tasks.all_tasks import task_named
 from swinv2 import SwinV2, build_encoder, load_encoder
@@ -172,6 +173,15 @@ def test_it_trains_resumes_and_exports(
     target = tmp_path / "encoder"
     assert main(["export", str(folder), str(target)]) == 0
     assert load_encoder(target).config.embed_dim == 16
+
+
+def test_targets_are_float32_whatever_autocast_and_tf32_say() -> None:
+    images = torch.randn(2, 3, 192, 192, generator=torch.Generator().manual_seed(0))
+    with own_process_state(), torch.autocast("cuda", torch.bfloat16):
+        torch.set_float32_matmul_precision("medium")
+        target = normalise_target(images.to(DEVICE))
+        assert torch.equal(normalise_target(images.to(DEVICE)), target)
+    torch.testing.assert_close(target.cpu(), normalise_target(images), rtol=0, atol=1e-5)
 
 
 def test_a_run_leaves_the_generators_of_the_caller() -> None:

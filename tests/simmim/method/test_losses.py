@@ -1,3 +1,6 @@
+import time
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +14,13 @@ from simmim.method.losses import (
     mean_color_loss,
     smooth_l1,
 )
-from simmim.method.targets import denormalise_target, normalise_target
+from simmim.method.targets import (
+    CACHED_VALUES,
+    _window_sum,
+    _window_sum_on_cpu,
+    denormalise_target,
+    normalise_target,
+)
 
 
 def images(*shape: int, seed: int = 0) -> Tensor:
@@ -62,15 +71,72 @@ def test_targets_are_normalised_by_the_real_pixels_around_each(
             torch.testing.assert_close(result[:, :, row, column], expected)
 
 
-def test_default_target_equals_the_reference_code() -> None:
-    image = images(2, 3, 64, 96).float()
+def reference_target(image: Tensor) -> Tensor:
+    """SimMIM's own code."""
     pool = torch.nn.functional.avg_pool2d
     mean = pool(image, 47, 1, 23, count_include_pad=False)
     square = pool(image**2.0, 47, 1, 23, count_include_pad=False)
     count = pool(torch.ones_like(image), 47, 1, 23, count_include_pad=True) * 47**2
     variance = ((square - mean**2.0) * (count / (count - 1))).clamp(min=0.0)
-    expected = (image - mean) / (variance + 1.0e-6) ** 0.5
+    return (image - mean) / (variance + 1.0e-6) ** 0.5
+
+
+def test_default_target_equals_the_reference_code() -> None:
+    image = images(2, 3, 64, 96).float()
+    expected = reference_target(image)
     torch.testing.assert_close(normalise_target(image), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "window"), [((9, 13), 5), ((60, 7), 47), ((1, 90), 47)])
+def test_processors_and_other_devices_sum_over_the_same_windows(
+    size: tuple[int, int], window: int
+) -> None:
+    values = images(2, 3, *size)
+    torch.testing.assert_close(_window_sum_on_cpu(values, window), _window_sum(values, window))
+
+
+def test_targets_of_a_processor_take_a_fraction_of_the_poolings_time() -> None:
+    values = images(2, 3, 128, 128).float()
+
+    def seconds(run: Callable[[], object]) -> float:
+        times = []
+        for _ in range(3):
+            before = time.process_time()
+            run()
+            times.append(time.process_time() - before)
+        return min(times)
+
+    pooling = seconds(lambda: (_window_sum(values, 47), _window_sum(values, 47)))
+    assert seconds(lambda: normalise_target(values)) < pooling / 3
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3], ids=["8 bits", "a small part of 16 bits"])
+def test_targets_are_precise_next_to_a_bright_pixel(scale: float) -> None:
+    image = scale * images(1, 3, 64, 80) - 1.7
+    image[..., 30, 40] += 10_000 * scale
+    image = image.float().double()
+    error = (normalise_target(image.float()) - reference_target(image)).abs()
+    error[..., 7:54, 17:64] = 0  # the pixel is in these windows, and its square outweighs the rest
+    assert error.max() < 2e-5
+
+
+def test_neither_autocast_nor_reduced_precision_of_products_changes_targets() -> None:
+    image = images(2, 3, 64, 64).float()
+    expected = normalise_target(image)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(normalise_target(image), expected)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def test_the_target_of_an_image_does_not_depend_on_its_batch() -> None:
+    batch = images(CACHED_VALUES // (3 * 64 * 64) + 2, 3, 64, 64).float()
+    separate = torch.cat([normalise_target(image[None]) for image in batch])
+    assert torch.equal(normalise_target(batch), separate)
+    assert normalise_target(batch[:0]).shape == (0, 3, 64, 64)
 
 
 def test_a_flat_image_has_a_flat_target() -> None:
