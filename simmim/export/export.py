@@ -254,7 +254,8 @@ def _trial_input(found: TrainedModel) -> TrialImage:
     """Return the input that source and export are compared on: an image or a clip."""
     if isinstance(found.encoder, VideoSwinV2):
         return trial_clip(found.encoder.config, found.mean, found.std)
-    return trial_image(found.encoder.config, found.mean, found.std, found.shards)
+    config = found.encoder.config
+    return trial_image(config, found.mean, found.std, found.shards, found.channels)
 
 
 def _write_native(

@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from data_prep.channels import are_pictures
 from simmim.data.datasets.opening import open_set
 from simmim.data.datasets.procedural import render
 from simmim.data.datasets.remote import RemoteReading
@@ -46,10 +47,12 @@ def compare_pictures(found: TrainedModel, folder: Path) -> str:
     assert preparation is not None
     config = encoder.config
     height, width = config.image_size
-    if height != width or config.in_channels not in (1, 3) or preparation.largest != 255:
+    is_picture = found.channels is None or are_pictures(found.channels)
+    square = height == width and config.in_channels in (1, 3)
+    if not is_picture or not square or preparation.largest != 255:
         return (
             "not compared from picture files: processors of transformers crop and resize square "
-            "pictures of 8 bits with 1 or 3 channels; README.md says how to prepare others"
+            "pictures of 8 bits, grey or RGB; README.md says how to prepare others"
         )
     from transformers import AutoImageProcessor  # noqa: PLC0415 - an optional part
 

@@ -573,3 +573,20 @@ def test_mean_and_std_of_imagenet_follow_the_order_of_the_colours(
     pretrain_values["data"] |= {"channels": ["red", "green", "blue"]}
     stage = PretrainStage(parse(PretrainRecipe, pretrain_values, "test"))
     assert stage.recipe.data.mean == (0.485, 0.456, 0.406)
+
+
+def test_exports_know_the_range_of_images_of_more_bands(
+    classification_values: dict[str, Any], make_set: MakeSet, tmp_path: Path
+) -> None:
+    """Of 16 bits, though the set has five bands and the encoder takes three of them."""
+    values = classification_values | {"init": saved(tmp_path, RGB)}
+    values["training"] |= {"steps": 2, "checkpoint_every": 2}
+    values["data"] |= {"shards": make_set(FIRES), "slots": None, "validation_shards": 1}
+    values["data"]["channels"] = list(RGB)
+    config, run, out = tmp_path / "three.yaml", tmp_path / "run", tmp_path / "out"
+    config.write_text(yaml.safe_dump(values))
+    assert simmim.cli.main(["finetune", "--config", str(config), "--folder", str(run)]) == 0
+    assert simmim.cli.main(["export", str(run), str(out), "--format", "torch-export"]) == 0
+    described = json.loads((out / "preprocessing.json").read_text())["preparation"]
+    assert described["channel_names"] == list(RGB)
+    assert described["rescale_factor"] == pytest.approx(1 / 65_535)
