@@ -4,15 +4,20 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from swinv2 import SwinV2
 from swinv2.bridges.any_size import AnySizeFeatures, bias_table
-from swinv2.bridges.torch_export import export_program
+from swinv2.bridges.torch_export import PlainModel, export_program, trace
 from swinv2.bridges.verification import plain_copy
 
+traces_any_size = pytest.mark.skipif(
+    torch.__version__ < TorchVersion("2.13"), reason="only torch 2.13 traces every size"
+)
 SIZES = [(64, 64), (70, 133), (33, 35), (9, 100), (4, 4), (1, 1), (31, 65)]
 
 
@@ -40,15 +45,20 @@ def test_any_size_equals_the_encoder(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # a compiler, on a machine that does much else
+@traces_any_size
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 def test_a_written_program_compiles_ahead_of_time(
-    build: Callable[..., SwinV2], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: Callable[..., SwinV2],
+    draw_heads: Callable[[SwinV2], dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     sizes = {"depths": (2, 2), "num_heads": (1, 2), "image_size": 32, "extra_norm_every": 2}
     encoder = build(**sizes, window_size=(1, 6))
     normalisation = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-    export_program(encoder, tmp_path / "out", **normalisation, any_size=True)
+    classifier = draw_heads(encoder)["classifier"]
+    export_program(encoder, tmp_path / "out", **normalisation, classifier=classifier, any_size=True)
     program = torch.export.load(tmp_path / "out" / "model.pt2")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own
@@ -60,8 +70,21 @@ def test_a_written_program_compiles_ahead_of_time(
         for batch in (1, 3):
             images = torch.randn(batch, 3, height, width)
             with torch.no_grad():
-                for ours, theirs in zip(encoder.features(images), compiled(images), strict=True):
-                    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+                maps = encoder.features(images)
+                logits = classifier.logits(maps[-1].permute(0, 2, 3, 1))
+            for ours, theirs in zip((*maps, logits), compiled(images), strict=True):
+                torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+@traces_any_size
+def test_compilers_know_every_length(build: Callable[..., SwinV2]) -> None:
+    encoder = build(depths=(2, 1), num_heads=(1, 2), window_size=(3, 4))
+    program = trace(PlainModel(plain_copy(encoder)), any_size=True)
+    assert len(program.range_constraints) == 3  # batch, height and width; others would be unknown
+    images = next(node for node in program.graph.nodes if node.name == "images").meta["val"]
+    stage = encoder.strides[-1]
+    hints = [side.node.hint for side in images.shape[2:]]
+    assert all(hint > stage * side for hint, side in zip(hints, (3, 4), strict=True))
 
 
 def test_the_bias_of_a_smaller_window_is_a_subset_of_the_table(
