@@ -35,9 +35,8 @@ from simmim.method.masking import draw_masks
 from simmim.method.settings import Grid, LossSettings
 from simmim.method.strategies import MaskSettings
 from simmim.tasks.pretrain.model import build_model
-from simmim.tasks.pretrain.recipe import PretrainData, PretrainRecipe
+from simmim.tasks.pretrain.recipe import PretrainData, PretrainEncoderSettings, PretrainRecipe
 from simmim.tasks.pretrain.stage import PretrainModule
-from simmim.tasks.recipe import EncoderSettings
 from swinv2.config import AttentionPath, Checkpointing
 
 
@@ -78,7 +77,7 @@ class StepCase:
         """A pretraining that takes this step; its images are nowhere."""
         return PretrainRecipe(
             task="pretrain",
-            encoder=EncoderSettings(
+            encoder=PretrainEncoderSettings(
                 variant=self.variant,  # type: ignore[arg-type]
                 window_size=self.window_size,
                 patch_size=self.patch_size,
