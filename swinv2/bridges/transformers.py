@@ -82,6 +82,8 @@ _SHARDS_FILE = "model.safetensors.index.json"
 _PICKLE_FILE = "pytorch_model.bin"
 _PROCESSOR_FILE = "preprocessor_config.json"
 _README_FILE = "README.md"
+_NORM_TARGET = "simmim_norm_target"
+"""Key of config.json: whether the decoder predicts normalised pixels. transformers ignores it."""
 
 
 def to_transformers(encoder: SwinV2) -> dict[str, Tensor]:
@@ -265,6 +267,7 @@ def _parse(
     check_is_swinv2(tensors, read.source, "transformers")
     parsed = parse_config(content, tensors.keys(), config_source)
     mean, std = _read_processor(folder / _PROCESSOR_FILE)
+    norm_target = content.get(_NORM_TARGET)
     return ParsedCheckpoint(
         source=read.source,
         tensors=tensors,
@@ -274,6 +277,7 @@ def _parse(
         sizes=[parsed.sizes],
         drop_path=parsed.drop_path,
         own_config=content.get(CONFIG_KEY),
+        norm_target=norm_target if isinstance(norm_target, bool) else None,
         num_classes=parsed.num_classes,
         mean=mean,
         std=std,
@@ -317,7 +321,9 @@ def _contents(
         "Swinv2Backbone": ({**config, "out_features": stages}, backbone),
     }
     if head is not None:
-        contents["Swinv2ForMaskedImageModeling"] = (config, to_transformers_masked(encoder, head))
+        known = {} if head.norm_target is None else {_NORM_TARGET: head.norm_target}
+        masked = to_transformers_masked(encoder, head)
+        contents["Swinv2ForMaskedImageModeling"] = ({**config, **known}, masked)
     if classifier is not None:
         names = class_names(classifier, classes)
         labels = {

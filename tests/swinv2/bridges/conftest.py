@@ -221,6 +221,7 @@ def heads_of(encoder: SwinV2) -> dict[str, Any]:
             mask_token=draw(1, 1, 1, encoder.config.embed_dim),
             weight=draw(channels, encoder.num_features, 1, 1),
             bias=draw(channels),
+            norm_target=True,
         ),
         "classifier": ClassifierHead(weight=draw(5, encoder.num_features), bias=draw(5)),
     }
