@@ -32,6 +32,7 @@ from data_prep.format.samples import SampleReader, TarSample, check_image_key
 from data_prep.format.storage import Location, RemotePath, locate
 from data_prep.format.stores import StorageError
 from data_prep.format.tars import TarError, describe_problem, stream_tar
+from data_prep.format.text import count_noun
 from simmim.data.datasets.folder import MAX_FILE_BYTES
 from simmim.data.datasets.image_set import ShardUnavailableError, read_patiently
 from simmim.data.datasets.remote import RemoteReading
@@ -41,6 +42,8 @@ from simmim.data.order.source import DataError
 from simmim.environment import print_on_main
 from simmim.recipe import settings
 
+MOST_FIRST_TARS = 8
+"""Largest number of tars, from the first on, that are looked at for a first image."""
 MOST_REQUESTS = 128
 """Largest number of tars at URLs whose lengths are asked for; more are taken to be equal."""
 _BLOCK = 2**20
@@ -54,7 +57,7 @@ class StreamSettings:
     tars: str
     """Pattern of WebDataset tars, `DIR/{000..099}.tar` or `DIR/*.tar`, a folder of them, or the URL
     of either (s3, gs, http or https; web servers need the pattern in braces); or `pipe:COMMAND`
-    with data.allow_pipe, as in `pipe:cat DIR/{000..099}.tar`."""
+    with data.allow_pipe, as in `pipe:gzip -dc DIR/{000..099}.tar.gz`."""
     samples: Count | None = None
     """Samples of an epoch, over all processes: at most those in the tars. An epoch ends early, on
     all processes, where one has no more."""
@@ -174,25 +177,33 @@ class TarStream:
         return iter(pipeline)
 
     def first_images(self, most: int) -> list[StreamedImage]:
-        """Return the first images of the first tar, for checks and pictures.
+        """Return the first images of the first tar that has any, for checks and pictures.
 
         Raises:
-            ValueError: it has none.
-            DataError: it cannot be opened or fetched.
+            ValueError: none of the first tars has an image.
+            DataError: a tar cannot be opened or fetched.
         """
         left_out: list[LeftOut] = []
-        with closing(self._read(Piece(0), left_out.append)) as images:
-            found = list(islice(images, most))
-        if not found:
-            kinds = Counter(one.reason for one in left_out if one.kind == "no image")
-            damage = next((one.reason for one in left_out if one.kind == "skipped"), "")
-            has = damage or (f"only {describe_kinds(kinds)}" if kinds else "it is empty")
-            raise ValueError(
-                f"data.stream: {self.places[0]} has no image that can be read: {has.rstrip('.')}. "
-                "Images are members KEY.jpg, KEY.png and others; name those of other names by "
-                "data.stream.image_key, as image.png of KEY.image.png."
-            )
-        return found
+        looked_at = self.places[:MOST_FIRST_TARS]
+        for number in range(len(looked_at)):
+            with closing(self._read(Piece(number), left_out.append)) as images:
+                if found := list(islice(images, most)):
+                    return found
+        kinds = Counter(one.reason for one in left_out if one.kind == "no image")
+        damage = next((one.reason for one in left_out if one.kind == "skipped"), "")
+        other = f"only {describe_kinds(kinds)}" if kinds else "no samples"
+        others = len(looked_at) - 1
+        more = f" and {count_noun(others, 'tar')} after it" if others else ""
+        hint = (
+            ""
+            if damage
+            else " Images are members KEY.jpg, KEY.png and others; name those of "
+            "other names by data.stream.image_key, as image.png of KEY.image.png."
+        )
+        raise ValueError(
+            f"data.stream: no image can be read from {looked_at[0]}{more}: "
+            f"{(damage or other).rstrip('.')}.{hint}"
+        )
 
     def _read_pieces(self, pieces: Iterable[Piece], report: Report) -> Iterator[StreamedImage]:
         for piece in pieces:

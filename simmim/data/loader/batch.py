@@ -171,8 +171,7 @@ class BatchDataset(Dataset[Batch | Failure], Generic[Encoded]):
             try:
                 taken = self._sample(address, bad)
             except (DataError, ManifestError) as error:
-                folder = self.shards.folder_of(address.shard)
-                return Failure(f"shard {address.shard} of {folder}: {error}")
+                return Failure(f"{self._where(address)}: {error}")
             if taken is not None:
                 samples.append(taken[0])
                 found.append(taken[1])
@@ -196,6 +195,10 @@ class BatchDataset(Dataset[Batch | Failure], Generic[Encoded]):
                 [sample.targets for sample in samples if sample.targets is not None]
             ),
         )
+
+    def _where(self, address: Address) -> str:
+        """Return where an address is, for messages."""
+        return f"shard {address.shard} of {self.shards.folder_of(address.shard)}"
 
     def _sample(self, address: Address, bad: list[BadSample]) -> tuple[Sample, Address, str] | None:
         """Return the sample at an address or its replacement, with the address and name of it."""

@@ -83,6 +83,11 @@ class StreamDataset(BatchDataset[EncodedImage]):
         bad, self._bad = tuple(self._bad), []
         return replace(made, bad=made.bad + bad)
 
+    def _where(self, address: Address) -> str:
+        if address.shard < self.streamed.first_tar:
+            return super()._where(address)
+        return "data.stream"  # the error names the tar, and the address does not
+
     def _sample(self, address: Address, bad: list[BadSample]) -> tuple[Sample, Address, str] | None:
         shards = self.streamed
         if address.shard < shards.first_tar:

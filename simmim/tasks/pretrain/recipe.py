@@ -48,6 +48,18 @@ class PretrainData(AugmentedDataSettings, DrawnSettings):
                 "mean and std cannot be measured of a stream: give numbers, or measure a set made "
                 f"by `{self.stream.index_command}`."
             )
+        chosen = {
+            "include": self.include != (),
+            "exclude": self.exclude != (),
+            "fraction": self.fraction != 1,
+            "classes": self.classes is not None and self.validation is None,
+        }
+        given = [name for name, is_given in chosen.items() if is_given]
+        if self.stream is not None and not self.shards and given:
+            raise ValueError(
+                f"{given[0]} chooses from indexed datasets, and a stream is read whole: remove it, "
+                f"or make an indexed set by `{self.stream.index_command}`."
+            )
 
     def check_sources(self) -> None:
         """Raise ValueError unless there are images to train on."""

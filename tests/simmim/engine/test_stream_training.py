@@ -159,6 +159,8 @@ def test_what_a_stream_cannot_do_is_refused_with_the_command_that_does(
         (["--data.mean", "measured"], "data-prep index"),
         (["--data.stream.samples", "null"], "counts them"),
         (["--data.slots", "4"], "data.slots is for indexed"),
+        (["--data.fraction", "0.5"], "fraction chooses from indexed datasets"),
+        (["--data.classes", "[cat, dog]"], "classes chooses from indexed datasets"),
         (["--data.stream.tars", "pipe:cat a.tar"], "data.allow_pipe"),
         (["--data.stream.image_key", "image.png"], "image_key"),
         (["--data.stream", "null"], "data.stream"),

@@ -123,8 +123,25 @@ def test_a_crawlers_layout_and_other_names_of_images(tmp_path: Path) -> None:
     assert names(opened(tmp_path, image_key="image.png")) == ["a.tar/0"]
     (image,) = opened(tmp_path, image_key="input.jpeg").first_images(5)
     assert (image.key, image.extension, image.image) == ("1", "jpeg", picture)
-    with pytest.raises(ValueError, match=r"no image that can be read.*image_key"):
+    with pytest.raises(ValueError, match=r"no image can be read.*image_key"):
         opened(tmp_path).first_images(5)
+
+
+def test_the_first_images_are_those_of_the_first_tar_that_has_some(tmp_path: Path) -> None:
+    folder = write_tars(tmp_path / "tars", [6, 6, 6])
+    add(folder / "000.tar", {})
+    whole = (folder / "001.tar").read_bytes()
+    (folder / "001.tar").write_bytes(whole[:700])
+    assert [one.name for one in opened(folder).first_images(2)] == [
+        "002.tar/2-0000",
+        "002.tar/2-0001",
+    ]
+    (folder / "002.tar").unlink()
+    with pytest.raises(
+        ValueError, match=r"from \S+000\.tar and 1 tar after it: .*is truncated"
+    ) as cut:
+        opened(folder).first_images(2)
+    assert "image_key" not in str(cut.value)
 
 
 def test_damage_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
