@@ -322,6 +322,22 @@ def follows_images(data: DataSettings) -> bool:
 class AugmentedDataSettings(DataSettings, CroppedSettings, RandomCropSettings):
     """Images that are cropped and mirrored at random in training."""
 
+    validation: str | None = None
+    """Separate images to validate on, shards or a folder; null holds out `validation_shards`."""
+
+    def split_shards(self) -> tuple[Shards, Shards]:
+        """Open the datasets and return (training, validation); see `open_shards`."""
+        if self.validation is None:
+            return super().split_shards()
+        training, _ = replace(self, validation=None, validation_shards=0).split_shards()
+        return training, self.open_validation(self.validation)
+
+    def open_validation(self, validation: str) -> Shards:
+        """Open separate validation images, and select those of `classes` if they have classes."""
+        held_out = open_sets(validation, self.remote_reading)
+        chosen = self.classes if held_out.classes else None
+        return held_out if chosen is None else held_out.only_classes(chosen)
+
 
 @settings
 class ClipDataSettings(CroppedSettings, RandomCropSettings):

@@ -89,7 +89,12 @@ def compare_labels(
         if not _train_all(config, folder, metric, planned, notes):
             return None
     table = table_of(_scores(folder, list(planned), metric), metric)
-    return "\n".join("  ".join(f"{cell:<20}" for cell in row).rstrip() for row in table)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = (
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+        for row in table
+    )
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _train_all(

@@ -372,7 +372,8 @@ def open_split(data: ClassificationData) -> tuple[Shards, Shards | None]:
         )
     if data.multi_label is not None:
         held_out_shards = data.validation_shards if validation is None else 0
-        training, held_out = replace(data, validation_shards=held_out_shards).split_shards()
+        alone = replace(data, validation=None, validation_shards=held_out_shards)
+        training, held_out = alone.split_shards()
         held_out = held_out if validation is None else validation
         training.require_own_metadata()
         held_out.require_own_metadata()

@@ -8,8 +8,8 @@ from typing_extensions import Self
 
 from data_prep.bounds import Count, Span
 from simmim.data.datasets.image_set import ImageSet
-from simmim.data.datasets.mixture import MixedShards, NoImages, Shards, StreamedShards
-from simmim.data.datasets.opening import ShardsSetting, open_sets, weights_of
+from simmim.data.datasets.mixture import MixedShards, NoImages, StreamedShards
+from simmim.data.datasets.opening import ShardsSetting, weights_of
 from simmim.data.datasets.stream import StreamSettings, open_stream
 from simmim.data.order.source import SampleSource
 from simmim.data.settings import MEASURED, AugmentedDataSettings, DrawnSettings
@@ -37,8 +37,6 @@ class PretrainData(AugmentedDataSettings, DrawnSettings):
     """Tars of anyone that have no manifest, read in sequence; null for none."""
     image_size: Count = 192
     """Side of the square images in pixels."""
-    validation: str | None = None
-    """Separate images to validate on, shards or a folder; null holds out `validation_shards`."""
     scale: Annotated[tuple[float, float], Span(most=1)] = (0.67, 1.0)
     """Random crop: range of its area, as a fraction of the image's."""
 
@@ -79,21 +77,9 @@ class PretrainData(AugmentedDataSettings, DrawnSettings):
             training, validation = self.split_shards()
             indexed = training.sets if isinstance(training, MixedShards) else (training,)
         elif self.validation is not None:
-            validation = self._open_validation(self.validation)
+            validation = self.open_validation(self.validation)
         stream = open_stream(self.stream, self.remote_reading)
         return StreamedShards(indexed, weights_of(self.shards), stream), validation
-
-    def split_shards(self) -> tuple[Shards, Shards]:
-        """Open the datasets and return (training, validation); see `open_shards`."""
-        if self.validation is None:
-            return super().split_shards()
-        training, _ = replace(self, validation=None, validation_shards=0).split_shards()
-        return training, self._open_validation(self.validation)
-
-    def _open_validation(self, validation: str) -> Shards:
-        held_out = open_sets(validation, self.remote_reading)
-        chosen = self.classes if held_out.classes else None
-        return held_out if chosen is None else held_out.only_classes(chosen)
 
 
 @settings
