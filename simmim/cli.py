@@ -277,7 +277,7 @@ def task_of(command: str, config: Path) -> "Task":
     task = read_values(config).get("task")
     check_command(command, task, config)
     if command == "pretrain":
-        return task_named("pretrain", config)
+        return task_named("pretrain", f"recipe {config}")
     return fine_tuning_named(task, config)
 
 

@@ -60,8 +60,10 @@ class RecipeOptions:
         if self.config is not None:
             return self.config
         typed = [text.partition("=")[0] for text in overrides if text.startswith("--")]
-        for name in difflib.get_close_matches("--config", typed, n=1, cutoff=0.8):
-            raise recipe_error(f"{name} is unknown: did you mean --config?")
+        options = [f"--{name}" for name in (*self.names(), "help", "version")]
+        for name in typed:
+            for meant in difflib.get_close_matches(name, options, n=1, cutoff=0.8):
+                raise recipe_error(f"{name} is unknown: did you mean {meant}?")
         stray = [text for text in overrides[:1] if not text.startswith("-")]
         if overrides[:1] and not overrides[0].startswith("--") and not stray:
             raise recipe_error(f"{overrides[0]}: options begin with two dashes.")
@@ -215,6 +217,8 @@ def type_text(hint: Any) -> str:
 def _list_text(parts: tuple[Any, ...]) -> str:
     if parts[-1] is not Ellipsis:
         return f"[{', '.join(map(type_text, parts))}]"
+    if get_origin(parts[0]) is tuple:
+        return f"list of {type_text(parts[0])}"
     element, _, bounds = type_text(parts[0]).partition(", ")
     plural = "s" if element in _COUNTED else ""
     return f"list of {element}{plural}" + (f", each {bounds}" if bounds else "")

@@ -28,7 +28,7 @@ _STEP_HEADS = ("variant", "size", "checkpointing")
 
 app = App(
     name="bench",
-    help="Estimate and measure the memory that training needs.",
+    help="Count the memory that training needs, and test and time a GPU.",
     group_parameters="Options",
     sort_key=10,
 )

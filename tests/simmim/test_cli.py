@@ -35,6 +35,14 @@ def test_an_option_with_one_dash_is_named(capsys: pytest.CaptureFixture[str]) ->
     )
 
 
+def test_other_mistyped_options_are_suggested_before_a_missing_config(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for typed, meant in (("--hepl", "--help"), ("--resum", "--resume"), ("--foldr", "--folder")):
+        message = refused(["pretrain", typed, "x"], capsys)
+        assert message == f"simmim pretrain: {typed} is unknown: did you mean {meant}?\n"
+
+
 @pytest.mark.parametrize("typed", [["--confg", "a.yaml"], ["--mask.cell", "5", "--conf=a.yaml"]])
 def test_a_mistyped_config_is_suggested(
     typed: list[str], capsys: pytest.CaptureFixture[str]

@@ -129,6 +129,8 @@ def test_help_shows_types_as_they_are_typed() -> None:
     assert "--kind  one | two (default: one)" in text
     assert "--limit  number or null (default: null)" in text
     assert "--inner.sizes  list of integers (default: [1, 2])" in text
+    pairs = describe(RECIPES["pretrain"], "encoder.pretrained_window_sizes")
+    assert "--encoder.pretrained_window_sizes  list of [integer, integer], or null" in pairs
 
 
 def assert_complete(old: Any, new: Any) -> None:

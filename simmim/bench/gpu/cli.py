@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from data_prep.format.atomic import atomic_write_text
@@ -14,30 +15,30 @@ from simmim.bench.gpu.report import write_report
 from simmim.bench.gpu.scale import FULL
 
 DESCRIPTION = (
-    "Check on this GPU that training is right, then measure how fast it is. Writes results.json, "
-    "after every check and measurement, and report.md. What tells most comes first; what does not "
-    "fit into the time is left to the next call with --continue, which repeats nothing. A failure "
-    "is recorded, and the rest goes on; the exit code is then 1. `python -m simmim.bench.gpu` is "
-    "the same where packages are missing that only training needs, such as pydantic, cyclopts or "
-    "simplejpeg: what needs them is skipped."
+    "Check that training works correctly on this GPU, then measure its speed. Writes results.json "
+    "after every check and measurement, and report.md at the end. The most informative ones come "
+    "first; those that do not fit into the time limit are left to a further call with --continue, "
+    "which repeats nothing. A failure is recorded, the rest still runs, and the exit code is 1. "
+    "`python -m simmim.bench.gpu` does the same where packages that only training needs, such as "
+    "pydantic, cyclopts or simplejpeg, are not installed: checks that need them are skipped."
 )
 
 
 def _add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--minutes", type=_minutes, default=8.0, help="time to take (default: %(default)s)"
+        "--minutes", type=_minutes, default=8.0, help="time limit (default: %(default)s)"
     )
     command.add_argument(
         "--continue",
         dest="earlier",
         type=Path,
         metavar="FILE",
-        help="results.json of an earlier call: do what is left, and add to it",
+        help="results.json of an earlier call: run what is left, and add to it",
     )
     command.add_argument(
         "--dry-run",
         action="store_true",
-        help="walk through all of it on a CPU, in tiny sizes: the figures mean nothing",
+        help="run everything on a CPU at tiny sizes: the figures mean nothing",
     )
     command.add_argument(
         "--output",
@@ -60,10 +61,20 @@ def main(argv: Sequence[str], program: str = "python -m simmim.bench.gpu") -> in
     parser = argparse.ArgumentParser(prog=program, description=DESCRIPTION, allow_abbrev=False)
     _add_arguments(parser)
     try:
-        return run_gpu(parser.parse_args(argv))
+        arguments, unknown = parser.parse_known_args(argv)
+        if unknown:
+            parser.error(f"unknown: {unknown[0]}.{_suggestion(unknown[0])}")
+        return run_gpu(arguments)
     except (ValueError, OSError) as error:
         print(f"simmim bench gpu: {error}", file=sys.stderr)
         return 2
+
+
+def _suggestion(given: str) -> str:
+    """Return which option may be meant by an unknown one; empty if none is close."""
+    options = ("--minutes", "--continue", "--dry-run", "--output", "--help")
+    close = get_close_matches(given.partition("=")[0], options, n=1)
+    return f" Did you mean {close[0]}?" if close else ""
 
 
 def run_gpu(arguments: argparse.Namespace) -> int:

@@ -29,6 +29,12 @@ def done_cells(path: Path) -> dict[str, Any]:
     return {name: one for name, one in cells.items() if one["status"] != "running"}
 
 
+def test_mistyped_options_are_suggested(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "gpu", "--dry-rn"])
+    assert "unknown: --dry-rn. Did you mean --dry-run?" in capsys.readouterr().err
+
+
 @pytest.mark.timeout(600)  # half a minute of processor time
 def test_a_killed_dry_run_is_continued_to_its_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
