@@ -6,6 +6,7 @@ Like every program that starts worker processes, a script calls them below
 
 import copy
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,15 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from simmim.engine.run import RunFolder
-from simmim.recipe import RecipeError, load, override, parse, read_values, to_values
+from simmim.recipe import (
+    RecipeError,
+    load,
+    override,
+    parse,
+    plain_value,
+    read_values,
+    to_values,
+)
 from simmim.stop_signals import ProcessExit
 from simmim.tasks.all_tasks import task_named
 from simmim.tasks.task import Task
@@ -39,6 +48,7 @@ ARGUMENTS = {
     "--init-from": "init_from=PATH",
     "--allow-recipe-changes": "allow_recipe_changes=True",
     "--ignore-memory": "check_memory=False",
+    "--config PRETRAIN.yaml": "config=RECIPE",
     "leave out --best": "leave out best=True",
 }
 """Options of the commands, as errors name them, and the arguments of functions in their place."""
@@ -68,11 +78,18 @@ class Run:
     stopped: bool = False
     """Whether a signal stopped the training that returned this: resume it with `resume="auto"`."""
 
+    def __fspath__(self) -> str:
+        """Return the folder, so that functions which take the path of a run take the run too."""
+        return str(self.folder)
+
     @property
     def recipe(self) -> Any:
         """The resolved recipe, with all defaults."""
         values = read_values(self._files.recipe)
-        return load(task_named(values.get("task"), self._files.recipe).recipe, self._files.recipe)
+        return load(
+            task_named(values.get("task"), f"recipe {self._files.recipe}").recipe,
+            self._files.recipe,
+        )
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -171,7 +188,7 @@ def finetune(
     """Fine-tune an encoder on the task of a recipe, as `simmim finetune` does.
 
     Arguments and errors are those of `pretrain`. The encoder to start from is `init` of the recipe:
-    `overrides={"init": run.folder}`.
+    `overrides={"init": run}`.
     """
     return _train(
         "finetune",
@@ -186,22 +203,24 @@ def finetune(
 
 
 def evaluate(
-    run: Run | str | PathLike[str],
+    run: str | PathLike[str],
     *,
     data: str | PathLike[str] | None = None,
     best: bool | None = None,
     overrides: Mapping[str, Any] | None = None,
     config: str | PathLike[str] | None = None,
+    encoder: "EncoderBuilder | None" = None,
 ) -> "Evaluation":
     """Validate a checkpoint as its training did, as `simmim evaluate` does.
 
     Args:
-        run: a run, its folder, or a checkpoint; with `config` an encoder directory.
+        run: a `Run`, its folder, or a checkpoint; with `config` an encoder directory.
         data: folder or file to validate on; None is the data of the recipe.
         best: take the best checkpoint, or the last; None is the best if one is kept.
         overrides: values of the recipe by dotted key.
         config: recipe of a pretraining, by which the reconstruction loss of an encoder directory
             with mask token and decoder is measured; not with `best`.
+        encoder: builds the encoder of a pretraining that was given one; see `pretrain`.
 
     Returns:
         The figures over all processes, with the checkpoint and step that they are of.
@@ -212,12 +231,15 @@ def evaluate(
     from simmim.tasks.evaluate import evaluate as evaluate_checkpoint
     from simmim.tasks.evaluate import evaluate_encoder
 
-    source = run.folder if isinstance(run, Run) else Path(run)
+    source = Path(run)
     images = None if data is None else str(data)
     with _named_as_in_python():
         if config is not None:
             return evaluate_encoder(source, Path(config), _arguments(overrides), data=images)
-        return evaluate_checkpoint(source, _arguments(overrides), best=best, data=images)
+        options = {} if encoder is None else {"encoder": encoder}
+        return evaluate_checkpoint(
+            source, _arguments(overrides), best=best, data=images, stage_options=options
+        )
 
 
 def load_run(folder: str | PathLike[str]) -> Run:
@@ -289,10 +311,10 @@ def _train(
 ) -> Run:
     values = _values(recipe, overrides)
     named = isinstance(recipe, str | PathLike)
-    origin = f"recipe {recipe}" if named else "the recipe"
+    origin = f"recipe {os.fspath(recipe)}" if named else "the recipe"
     if folder is None and not named:
         raise ValueError("a recipe without a file has no name: give the run folder as `folder`.")
-    task = task_named(values.get("task"), recipe if named else "given")
+    task = task_named(values.get("task"), origin)
     if task.fine_tunes != (command == "finetune"):
         other = "finetune" if task.fine_tunes else "pretrain"
         raise RecipeError(f"{origin} has task {task.name}: call simmim.{other} for it.")
@@ -300,7 +322,7 @@ def _train(
         task,
         parse(task.recipe, values, origin),
         default_folder(Path(recipe)) if folder is None else Path(folder),
-        resume=None if resume is None else str(resume),
+        resume=None if resume is None else os.fspath(resume),
         init_from=None if init_from is None else Path(init_from),
         **options,
     )
@@ -328,10 +350,28 @@ def _values(recipe: RecipeSource, overrides: Mapping[str, Any] | None) -> dict[s
             f"recipe is {type(recipe).__name__}: give the path of a YAML file, a mapping of its "
             "values, or a recipe object."
         )
-    return override(values, overrides or {})
+    return override(values, _checked(overrides))
+
+
+def _checked(overrides: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Return overrides; none if they are None.
+
+    Raises:
+        RecipeError: they are not a mapping.
+    """
+    if overrides is None or isinstance(overrides, Mapping):
+        return overrides or {}
+    raise RecipeError(
+        f"overrides is a {type(overrides).__name__}: give a mapping by dotted key, such as "
+        '{"training.steps": 1000}.'
+    )
 
 
 def _arguments(overrides: Mapping[str, Any] | None) -> list[str]:
     """Return overrides as the command line has them."""
-    given = (overrides or {}).items()
-    return [text for key, value in given for text in (f"--{key}", json.dumps(value))]
+    given = _checked(overrides).items()
+    return [
+        text
+        for key, value in given
+        for text in (f"--{key}", json.dumps(value, default=plain_value))
+    ]

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,7 +170,7 @@ def parse(
         RecipeError: every unknown key, missing key, wrong type and impossible value.
     """
     try:
-        text = json.dumps(values, default=str)
+        text = json.dumps(values, default=plain_value)
     except (ValueError, RecursionError):
         raise RecipeError(
             f"{source} has a value that contains itself, is nested too deeply, or is a number of "
@@ -198,6 +199,18 @@ def parse(
             lines.append(f"and {len(found) - MOST_MISTAKES:,} more")
         raise RecipeError("\n  ".join([f"{source} has {number}:", *lines])) from None
     return recipe
+
+
+def plain_value(value: Any) -> Any:
+    """Return a value of a Python script as a recipe has it.
+
+    Paths become text, numbers and arrays of NumPy and PyTorch numbers and lists; any other object
+    becomes its representation, which messages show.
+    """
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    plain = getattr(value, "tolist", None)  # NumPy and PyTorch need not be imported
+    return plain() if callable(plain) else str(value)
 
 
 def _large_integers(value: Any, where: str = "") -> Iterator[tuple[str, int]]:

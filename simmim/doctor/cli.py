@@ -65,7 +65,7 @@ def read_recipe(config: Path, overrides: Sequence[str]) -> "TaskRecipe":
     from simmim.recipe import load, read_values
     from simmim.tasks.all_tasks import task_named
 
-    task = task_named(read_values(config, overrides).get("task"), config)
+    task = task_named(read_values(config, overrides).get("task"), f"recipe {config}")
     recipe: TaskRecipe = load(task.recipe, config, overrides, DoctorOptions.names())
     return recipe
 

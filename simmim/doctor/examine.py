@@ -70,7 +70,7 @@ def _open(recipe: TaskRecipe, stages: list[Any]) -> Iterable[Check]:
     """Open everything that training opens before it starts; yield nothing on success."""
     process_environment().check_parallelism()
     check_weights_fit(recipe)
-    stage: Any = task_named(recipe.task, "recipe").stage(recipe)
+    stage: Any = task_named(recipe.task, "the recipe").stage(recipe)
     stage.batches(
         rank=0, world=process_environment().world, start=0, end=recipe.training.batch_size
     )

@@ -50,7 +50,7 @@ def check_learning_rate(recipe: TaskRecipe) -> Check:
     lr, batch = recipe.training.optimizer.lr, recipe.training.batch_size
     scale = batch / REFERENCE_BATCH
     encoder = recipe.encoder
-    task = task_named(recipe.task, "recipe")
+    task = task_named(recipe.task, "the recipe")
     scratch = task.fine_tunes and recipe.init_directory is None
     found = f"{lr:g} for {batch:,} {recipe.SAMPLES} per step"
     if not task.rates:

@@ -179,7 +179,7 @@ def _write(
     other: list[str] = []
     if found.head is not None and classifier is None:
         # Our heads take normalised maps, and backbones of other libraries return others.
-        other = [f"not exported: the head of the {found.head.task}, which --format native writes"]
+        other = [f"not exported: the head ({found.head.task}), which --format native writes"]
     if found.left_out is not None:
         other.append(f"not exported: {found.left_out}")
     if masked_image is not None and (reason := _without_place(encoder, form)) is not None:

@@ -110,7 +110,7 @@ def _read_run(run: RunFolder, checkpoint: Path | None) -> TrainedModel:
         )
     if name not in [task.name for task in TASKS]:
         raise RecipeError(f"{file} has task {name!r}, which has no encoder to export.")
-    task = task_named(name, file)
+    task = task_named(name, f"recipe {file}")
     found: TrainedModel = task.stage.read_trained(run, partial(load, task.recipe, file), checkpoint)
     return found
 

@@ -1,5 +1,6 @@
 """All tasks. A new one is a folder with a recipe and a stage, and a line here."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from simmim.recipe import RecipeError
@@ -35,7 +36,7 @@ def task_named(name: object, source: object) -> Task:
 
     Args:
         name: value of the field.
-        source: the recipe, for the message.
+        source: the recipe, for the message: `recipe PATH`.
 
     Raises:
         RecipeError: there is no such task.
@@ -43,8 +44,13 @@ def task_named(name: object, source: object) -> Task:
     for task in TASKS:
         if task.name == name:
             return task
-    names = ", ".join(task.name for task in TASKS)
-    raise RecipeError(f"recipe {source}: task is {name!r}; choose one of {names}.")
+    raise unknown_task(name, source, [task.name for task in TASKS])
+
+
+def unknown_task(name: object, source: object, known: Sequence[str]) -> RecipeError:
+    """Return the error of a recipe whose `task` is missing, or none of those known."""
+    found = "is missing" if name is None else f"is {name!r}"
+    return RecipeError(f"{source}: task {found}; choose one of {', '.join(known)}.")
 
 
 def recipe_type(task: str, source: object) -> type[Any]:
@@ -53,7 +59,7 @@ def recipe_type(task: str, source: object) -> type[Any]:
     Raises:
         RecipeError: there is no such task.
     """
-    return ProbeRecipe if task == "probe" else task_named(task, source).recipe
+    return ProbeRecipe if task == "probe" else task_named(task, f"recipe {source}").recipe
 
 
 def command_of(task: object) -> str | None:
@@ -91,9 +97,7 @@ def fine_tuning_named(name: object, source: object) -> Task:
     """
     check_command("finetune", name, source)
     if name not in fine_tuning_tasks():
-        raise RecipeError(
-            f"recipe {source}: task is {name!r}; choose one of {', '.join(fine_tuning_tasks())}."
-        )
+        raise unknown_task(name, f"recipe {source}", fine_tuning_tasks())
     return task_named(name, source)
 
 

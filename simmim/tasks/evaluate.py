@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from simmim.recipe import differences, load, read_values, to_values
 from simmim.tasks.all_tasks import task_named
 from simmim.tasks.architecture import overridden, settings_of
 from simmim.tasks.input_check import check_input, input_of
+from simmim.tasks.other_encoder import other_class
 from simmim.tasks.pretrained import find_weights
 from swinv2.config_file import METHOD_FILE, EncoderDescription, read_encoder_config
 from swinv2.method_file import read_method
@@ -97,6 +99,7 @@ def evaluate(
     *,
     best: bool | None = None,
     data: str | None = None,
+    stage_options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Evaluation:
     """Validate a checkpoint as its training did, and add a line to the run's evaluations.
 
@@ -106,6 +109,7 @@ def evaluate(
             too, once the run has finished.
         best: take the best checkpoint of a run, or the last; None is the best if it has one.
         data: validate on this folder or file, named as the task's recipe names it.
+        stage_options: further arguments of the task's stage.
 
     Returns:
         The metrics over all processes.
@@ -122,13 +126,14 @@ def evaluate(
     checkpoint = chosen_checkpoint(source, best=best)
     run = RunFolder(path=checkpoint.parent.parent)
     file = checkpoint / RECIPE_FILE
-    task = task_named(read_values(file).get("task"), file)
+    task = task_named(read_values(file).get("task"), f"recipe {file}")
     if data is not None:
         overrides = [*overrides, *task.recipe.validating_on(data, overrides)]
     recipe, stage_type = _recipe(checkpoint, run, overrides), task.stage
     recipe = _as_asked(recipe, overrides)
-    stage = stage_type(recipe)
+    stage = stage_type(recipe, **stage_options)
     check_overrides(file, overrides, recipe, stage.recipe)
+    check_class(checkpoint, stage.encoder)
     check_validation_input(stage, checkpoint)
     start_processes()
     line = overridden(recipe, stage.recipe)
@@ -188,7 +193,7 @@ def evaluate_encoder(
             its target, or there are no images.
     """
     end_with_launcher()
-    task = task_named(read_values(config).get("task"), config)
+    task = task_named(read_values(config).get("task"), f"recipe {config}")
     if task.name != "pretrain":
         raise ValueError(
             f"{config} has task {task.name}: --config gives the reconstruction loss of an encoder "
@@ -285,6 +290,21 @@ def _describe_data(stage: Any) -> str:
     return f"{count_noun(source.samples, noun)} of {', '.join(folders)}"
 
 
+def check_class(checkpoint: Path, encoder: Any) -> None:
+    """Refuse a checkpoint of an encoder of another class than the one that is built for it.
+
+    Raises:
+        ValueError: it is of another class; names both.
+    """
+    built, trained = type(encoder).__name__, other_class(checkpoint)
+    if trained not in (None, built):
+        raise ValueError(
+            f"the encoder of {checkpoint} is a {trained}, and its recipe alone builds a {built}: "
+            f"evaluate it from Python, simmim.evaluate(run, encoder=...) with a function that "
+            f"builds the {trained}."
+        )
+
+
 def check_validation_input(stage: Any, checkpoint: Path) -> None:
     """Warn of held-out images of another scale than the weights of a checkpoint were trained on.
 
@@ -335,7 +355,9 @@ def _within(key: str, sections: Sequence[str]) -> bool:
 def _recipe(checkpoint: Path, run: RunFolder, overrides: Sequence[str]) -> Any:
     """Return the recipe of a checkpoint with overrides."""
     file = checkpoint / RECIPE_FILE
-    recipe: Any = load(task_named(read_values(file).get("task"), file).recipe, file, overrides)
+    recipe: Any = load(
+        task_named(read_values(file).get("task"), f"recipe {file}").recipe, file, overrides
+    )
     if "init" not in to_values(recipe):
         return recipe
     if run.encoder.is_dir():

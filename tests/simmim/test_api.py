@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,6 +17,7 @@ from simmim.api import Run
 from simmim.recipe import RecipeError, parse
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from swinv2 import SwinV2, load_encoder
+from tests.simmim.method.toy_encoder import ToyEncoder
 
 PUBLIC = ["SimMIM", "__version__", "evaluate", "finetune", "load_run", "pretrain", "random_mask"]
 
@@ -100,6 +102,36 @@ def test_mistakes_are_named(pretrain_values: dict[str, Any], tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
+def test_values_of_numpy_and_paths_are_those_of_a_recipe(
+    pretrain_values: dict[str, Any], tmp_path: Path
+) -> None:
+    values = pretrain_values
+    values["data"] |= {"shards": Path(values["data"]["shards"])}
+    values["training"] |= {"steps": np.int64(1), "optimizer": {"lr": np.float32(0.5)}}
+    values["encoder"] |= {"depths": np.array([1, 1]), "num_heads": (np.int8(1), 2)}
+    size = {"data.image_size": np.int64(values["data"]["image_size"])}
+    run = simmim.pretrain(values, tmp_path / "run", overrides=size)
+    assert run.recipe.training.optimizer.lr == 0.5
+    assert run.recipe.encoder.depths == (1, 1)
+    found = simmim.evaluate(run, overrides={"data.workers": np.int64(0)})
+    assert found.step == 1
+    again = simmim.pretrain(values, tmp_path / "again", init_from=run, overrides=size)
+    assert (again.folder / "encoder").is_dir()
+
+
+def test_arguments_of_other_types_are_named(
+    pretrain_values: dict[str, Any], classification_values: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="overrides is a list: give a mapping by dotted key"):
+        simmim.pretrain(pretrain_values, tmp_path / "run", overrides=["--mask.ratio", "0.5"])  # type: ignore[arg-type]
+    del classification_values["task"]
+    with pytest.raises(ValueError, match=r"\Athe recipe: task is missing; choose one of pretrain"):
+        simmim.finetune(classification_values, tmp_path / "run")
+    encoder: Any = ToyEncoder()
+    with pytest.raises(TypeError, match="encoder is a ToyEncoder: give a function that builds one"):
+        simmim.pretrain(pretrain_values, tmp_path / "run", encoder=encoder)
+
+
 SCRIPT = """
 import sys
 import simmim
@@ -127,6 +159,8 @@ def test_errors_name_arguments_of_functions(
     with pytest.raises(ValueError, match=r"data\.validation") as caught:
         simmim.evaluate(tmp_path, overrides={"data.validation_shards": 0})
     assert "--" not in str(caught.value)
+    with pytest.raises(ValueError, match="config=RECIPE measures"):
+        simmim.evaluate(tmp_path / "encoder")
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ Parameters that FSDP2 has sharded are DTensors, cut along their first axis: ever
 them. All ranks hold everything else whole, and rank 0 writes it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ AVERAGE = "ema"
 """Key of the running averages, which are saved beside the optimiser's state."""
 LIKE_PARAMETERS = ("exp_avg", "exp_avg_sq", AVERAGE)
 """Keys of tensors that have the shapes of the parameters."""
+MOST_PROBLEMS = 20
+"""Maximum number of tensors that a message lists."""
 
 
 def as_dtensor(tensor: Tensor) -> Any:
@@ -144,10 +146,17 @@ def restore_model(model: nn.Module, files: ShardFiles) -> None:
     if problems:
         raise ValueError(
             f"{files.folder} does not fit {type(model).__name__}; use the recipe of that run:\n  "
-            + "\n  ".join(problems)
+            + _first_lines(problems)
         )
     for name, tensor in expected.items():
         local_tensor(tensor).copy_(files.read(name, *local_rows(tensor)))
+
+
+def _first_lines(problems: Sequence[str]) -> str:
+    """Return problems as indented lines, at most MOST_PROBLEMS of them."""
+    more = len(problems) - MOST_PROBLEMS
+    shown = [*problems[:MOST_PROBLEMS], *([f"and {more:,} more"] if more > 0 else [])]
+    return "\n  ".join(shown)
 
 
 def restore_optimizer(
@@ -185,7 +194,7 @@ def restore_optimizer(
     if wrong:
         raise ValueError(
             f"{files.folder} does not fit the optimiser; use the recipe of that run:\n  "
-            + "\n  ".join(wrong)
+            + _first_lines(wrong)
         )
     optimizer.state.clear()
     fused = {

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from data_prep.channels import are_pictures, describe
 from simmim.engine.generators import seeded
@@ -28,8 +29,15 @@ def build_model(recipe: PretrainRecipe, encoder: EncoderBuilder = build_swinv2) 
     """Build the model with its initial weights, which depend on the recipe's seed alone.
 
     Raises:
+        TypeError: `encoder` is an encoder, not a function that builds one.
         ValueError: the encoder is for other images than the recipe's.
     """
+    if isinstance(encoder, nn.Module):
+        name = type(encoder).__name__
+        raise TypeError(
+            f"encoder is a {name}: give a function that builds one from the recipe, such as "
+            f"`lambda recipe: {name}()`, so that its initial weights depend on the seed alone."
+        )
     target = build_target(recipe)
     with seeded(recipe.training.seed):
         built = encoder(recipe)

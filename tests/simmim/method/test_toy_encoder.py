@@ -90,6 +90,12 @@ def test_it_trains_from_python(values: dict[str, Any], tmp_path: Path) -> None:
     assert (run.folder / "encoder" / "encoder.json").is_file()
     with pytest.raises(ValueError, match="is a ToyEncoder"):
         run.load_encoder()
+    found = simmim.evaluate(run, encoder=build_toy)
+    assert found.figures["validation_loss"] == next(
+        line["validation_loss"] for line in run.metrics if "validation_loss" in line
+    )
+    with pytest.raises(ValueError, match="is a ToyEncoder, and its recipe alone builds a SwinV2"):
+        simmim.evaluate(run)
 
 
 def test_it_resumes_in_bits(
