@@ -7,8 +7,8 @@ gigabytes, are in `model.onnx.data` next to it.
 
 Measured with torch 2.13 and onnxruntime 1.32, in seconds on one CPU core, comparison included:
 
-    tiny, 256 pixels, window 8     118 MB, 25 s     any size  112 MB, 59 s
-    base, 192 pixels, window 12    358 MB, 48 s     any size  350 MB, 77 s
+    tiny, 256 pixels, window 8     117 MB, 17 s     any size  114 MB, 34 s
+    base, 192 pixels, window 12    350 MB, 36 s     any size  351 MB, 38 s
 """
 
 import logging

@@ -11,8 +11,8 @@ evaluation mode, without compiled blocks and with the default execution. The enc
 
 Measured with torch 2.13, in seconds on one CPU core, comparison included:
 
-    tiny, 256 pixels, window 8     114 MB, 13 s     any size  114 MB, 27 s
-    base, 192 pixels, window 12    353 MB, 19 s     any size  352 MB, 36 s
+    tiny, 256 pixels, window 8     114 MB, 10 s     any size  115 MB, 25 s
+    base, 192 pixels, window 12    352 MB, 15 s     any size  356 MB, 35 s
 
 Load a `.pt2` only from someone you trust: torch.export.load falls back to a pickle that can run
 code. Here they are only written, and only what was just written is read back.
