@@ -112,7 +112,7 @@ def parameter_groups(model: nn.Module, optimizer: OptimizerSettings) -> list[Par
 def build_optimizer(
     model: nn.Module, optimizer: OptimizerSettings, groups: list[ParameterGroup]
 ) -> torch.optim.Optimizer:
-    """Build the optimiser over `groups`; AdamW is fused if the parameters are on a CUDA device.
+    """Build the optimiser over `groups`; AdamW is fused on CUDA devices and on CPUs.
 
     Its groups hold the names of the parameters, by which checkpoints store its state.
 
@@ -137,8 +137,8 @@ def build_optimizer(
             )
         in_8_bits: torch.optim.Optimizer = _adamw_8bit()(named, **shared)
         return in_8_bits
-    on_cuda = any(parameter.is_cuda for parameter in parameters.values())
-    return torch.optim.AdamW(named, **shared, fused=on_cuda or None)
+    fuses = all(parameter.is_cuda or parameter.is_cpu for parameter in parameters.values())
+    return torch.optim.AdamW(named, **shared, fused=fuses or None)
 
 
 def _adamw_8bit() -> Any:

@@ -1,3 +1,4 @@
+import math
 import sys
 from collections.abc import Iterator
 
@@ -13,6 +14,7 @@ from simmim.engine.optimizer import (
     layer_table,
     parameter_groups,
     set_learning_rate,
+    step_if_finite,
 )
 from swinv2 import VARIANTS, build_encoder
 
@@ -186,6 +188,26 @@ def test_the_first_step_moves_every_weight_by_its_layers_rate() -> None:
     for name, after in model.named_parameters():
         moved = (after.detach() - before[name]).mean().item()
         assert moved == pytest.approx(0.01 * 0.5 ** (4 - layers.layer_of(name)), rel=1e-3)
+
+
+def test_adamw_is_fused_on_cpus_and_skips_a_nonfinite_step() -> None:
+    model = tiny_model()
+    settings = OptimizerSettings(lr=1e-3)
+    optimizer = build_optimizer(model, settings, parameter_groups(model, settings))
+    assert all(group["fused"] for group in optimizer.param_groups)
+    for norm in (1.0, math.nan, math.inf):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 3.0 if norm == 1.0 else norm)
+        step_if_finite(optimizer, torch.tensor(norm))
+    once = tiny_model()
+    reference = build_optimizer(once, settings, parameter_groups(once, settings))
+    for parameter in once.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    reference.step()
+    for one, other in zip(model.parameters(), once.parameters(), strict=True):
+        assert torch.equal(one, other)
+        states = optimizer.state[one], reference.state[other]
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
 
 
 def test_layer_decay_of_1_leaves_two_groups() -> None:
