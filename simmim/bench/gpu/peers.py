@@ -65,9 +65,10 @@ def build(name: Name, config: SwinV2Config) -> Contestant:
 class TimmSimMIM(nn.Module):
     """SimMIM on timm's encoder, following the published SimMIM code."""
 
-    def __init__(self, encoder: Any, config: SwinV2Config) -> None:
+    def __init__(self, encoder: Any, config: SwinV2Config, mask_cell: int = MASK_CELL) -> None:
         super().__init__()
         self.encoder = encoder
+        self.mask_cell = mask_cell
         self.patch_size, stride = config.patch_size, config.strides[-1]
         self.mask_token = nn.Parameter(torch.zeros(1, 1, 1, config.embed_dim))
         self.decoder = nn.Sequential(
@@ -78,10 +79,10 @@ class TimmSimMIM(nn.Module):
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
         """Return the loss of images and a mask of cells."""
         tokens = self.encoder.patch_embed(images)
-        hidden = enlarged(mask, MASK_CELL // self.patch_size)[..., None].type_as(tokens)
+        hidden = enlarged(mask, self.mask_cell // self.patch_size)[..., None].type_as(tokens)
         tokens = tokens * (1 - hidden) + self.mask_token * hidden
         features = self.encoder.norm(self.encoder.layers(tokens)).permute(0, 3, 1, 2)
-        pixels = enlarged(mask, MASK_CELL)[:, None].float()
+        pixels = enlarged(mask, self.mask_cell)[:, None].float()
         loss = F.l1_loss(self.decoder(features), images, reduction="none")
         return (loss * pixels).sum() / (pixels.sum() + 1e-5) / images.shape[1]
 
