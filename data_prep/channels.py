@@ -58,7 +58,7 @@ def read_names(names: str | Iterable[str]) -> ChannelNames:
             One of SETS alone stands for its channels.
 
     Raises:
-        ChannelNameError: there is none, one is no name, or one stands there twice.
+        ChannelNameError: there is none, one is not a name, or one is given twice.
     """
     if isinstance(names, str):
         names = re.split(r"[,\s]+", names.strip(", \t\n"))
@@ -72,7 +72,7 @@ def _read_names(parts: tuple[str, ...]) -> ChannelNames:
     found = tuple(read_name(part) for part in parts)
     repeated = sorted({name for name in found if found.count(name) > 1})
     if not found or repeated:
-        what = f"{repeated[0]} stands there twice" if repeated else "there are none"
+        what = f"{repeated[0]} is given twice" if repeated else "there are none"
         raise ChannelNameError(f"channels {describe(found)}: {what}; give each channel one name.")
     return found
 
@@ -81,14 +81,14 @@ def read_name(name: str) -> str:
     """Return one name as it is written everywhere: lower case, B4 of Sentinel-2 as red.
 
     Raises:
-        ChannelNameError: it is none.
+        ChannelNameError: it is not a name.
     """
     plain = re.sub(r"[\s-]+", "_", name.strip().lower())
     plain = re.sub(r"\Ab0(?=\d)", "b", plain)  # B04 of Sentinel-2's files
     plain = _ALIASES.get(plain, plain)
     if not _NAME.fullmatch(plain):
         raise ChannelNameError(
-            f"{name!r} is no name of a channel: use letters, digits and underscores, as in red, "
+            f"{name!r} is not a channel name: use letters, digits and underscores, as in red, "
             "nir or B8A."
         )
     return plain

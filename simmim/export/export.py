@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from data_prep.channels import GRAY, RGB, describe
+from simmim.data.transforms.settings import DecodeSettings
 from simmim.engine.checkpoint.directory import read_best
 from simmim.export.formats import GRAPHS, Format
 from simmim.export.load_trained import Source, find_source, read_model_at
@@ -255,7 +256,8 @@ def _trial_input(found: TrainedModel) -> TrialImage:
     if isinstance(found.encoder, VideoSwinV2):
         return trial_clip(found.encoder.config, found.mean, found.std)
     config = found.encoder.config
-    return trial_image(config, found.mean, found.std, found.shards, found.channels)
+    settings = DecodeSettings(channels=found.channels, image_channels=found.image_channels)
+    return trial_image(config, found.mean, found.std, found.shards, settings)
 
 
 def _write_native(

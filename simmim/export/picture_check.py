@@ -15,7 +15,13 @@ from simmim.data.datasets.opening import open_set
 from simmim.data.datasets.procedural import render
 from simmim.data.datasets.remote import RemoteReading
 from simmim.data.transforms.cropping import center_crop_resize
-from simmim.data.transforms.decoding import decode_pixels
+from simmim.data.transforms.decoding import (
+    ARRAY_EXTENSION,
+    NamedImage,
+    choice_for,
+    decode_pixels,
+)
+from simmim.data.transforms.settings import DecodeSettings
 from simmim.tasks.features import Normalise, pool
 from simmim.tasks.trained import TrainedModel
 from swinv2 import SwinV2
@@ -128,6 +134,12 @@ def _answers(
     return "logits", same, float((logits - answers).abs().max())
 
 
+def _opens(image: NamedImage, found: TrainedModel) -> bool:
+    """Return whether Pillow opens a file, with no more channels than the encoder takes."""
+    settings = DecodeSettings(channels=found.channels, image_channels=found.image_channels)
+    return image.extension != ARRAY_EXTENSION and choice_for(image, image.image, settings) is None
+
+
 def pictures(found: TrainedModel) -> Iterator[tuple[str, str, bytes]]:
     """Yield name, extension and bytes of picture files: of the data, and drawn ones."""
     if found.shards is not None:
@@ -135,7 +147,9 @@ def pictures(found: TrainedModel) -> Iterator[tuple[str, str, bytes]]:
             shards = open_set(found.shards, RemoteReading(mode="ranges", attempts=2))
             count = min(OF_DATA, shards.sizes[0])
             samples = [shards.read(0, number) for number in range(count)]
-            yield from ((one.name, one.extension, one.image) for one in samples)
+            yield from (
+                (one.name, one.extension, one.image) for one in samples if _opens(one, found)
+            )
         except ValueError:  # the data are gone or damaged: drawn pictures are left
             pass
     side = found.encoder.config.image_size[0]

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_prep.channels import ChannelNames
 from simmim.data.datasets.opening import open_set
 from simmim.data.datasets.procedural import MIN_SIZE, render
 from simmim.data.datasets.remote import RemoteReading
@@ -34,7 +33,7 @@ def trial_image(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     shards: str | Path | None = None,
-    channels: ChannelNames | None = None,
+    settings: DecodeSettings | None = None,
 ) -> TrialImage:
     """Return an image with the size, mean and std of an encoder.
 
@@ -43,7 +42,7 @@ def trial_image(
         mean: mean per channel, for images in [0, 1].
         std: standard deviation per channel.
         shards: data whose first image is used if it can still be read.
-        channels: names of the encoder's channels; None if they are not known.
+        settings: names of the encoder's channels, and of files in `shards` that do not tell them.
     """
     pixels, origin, largest = None, "a drawn image", None
     if shards is not None:
@@ -51,8 +50,9 @@ def trial_image(
             # By range: do not fetch a shard for one image.
             reading = RemoteReading(mode="ranges", attempts=2)
             sample = open_set(shards, reading).read(0, 0)
-            settings = DecodeSettings(channels=channels)
-            image = decode_image(sample, channels=config.in_channels, settings=settings)
+            image = decode_image(
+                sample, channels=config.in_channels, settings=settings or DecodeSettings()
+            )
             pixels = center_crop_resize(image.pixels, config.image_size)
             largest = RANGES.get(pixels.dtype, 1.0)
             origin = f"{sample.name} of {shards}"

@@ -248,7 +248,7 @@ def of_encoder(recipe: Any, start: EncoderDescription) -> Any:
             data,
             mean=start.mean,
             std=start.std,
-            channels=None if data.channels is None else start.channels,
+            channels=start.channels or data.channels,
             shards=data.validation or data.shards,
             slots=None,
         ),

@@ -75,7 +75,7 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
     def __init__(self, recipe: RecipeT, training: DataT, validation: DataT | None) -> None:
         named = with_channels(
             self.resolve(recipe),
-            {"training images": training, "held-out images": validation},
+            {"training set": training, "held-out set": validation},
             asked=recipe.asks_for_channels,
             trained=_weights_in_messages(recipe),
         )
@@ -224,13 +224,15 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
             if folder is not None and (run.path / folder).is_dir():
                 whole = cls.with_head(ended, run.path / folder)
             crop = Preparation(crop_pct=recipe.validation_crop)
-            return replace(whole, preparation=whole.preparation or crop, shards=shards)
+            prepared = replace(whole, preparation=whole.preparation or crop)
+            return replace(prepared, shards=shards, image_channels=recipe.data.untold_channels)
         assert checkpoint is not None
         found = replace(
             ended or cls._initial_model(recipe),
             provenance=provenance_of(checkpoint, recipe),
             preparation=Preparation(crop_pct=recipe.validation_crop),
             shards=shards,
+            image_channels=recipe.data.untold_channels,
             origin=str(checkpoint),
         )
         tensors = below(read_weights(checkpoint), MODEL_PREFIX)

@@ -91,6 +91,9 @@ class TrainedModel:
     """Preparation of pictures besides mean and std, as validation has it; None if unknown."""
     shards: str | None = None
     """Training data of the run."""
+    image_channels: tuple[str, ...] | None = None
+    """Names of the channels of files in `shards` that do not tell them; None if they are not known.
+    """
     origin: str
     """Source of the weights, for messages."""
 

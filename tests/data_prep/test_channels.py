@@ -122,7 +122,7 @@ def test_names_are_checked_before_anything_is_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("shard", tmp_path / "none", tmp_path / "set", "--channels", "red,red") == 2
-    assert "red stands there twice" in capsys.readouterr().err
+    assert "red is given twice" in capsys.readouterr().err
 
 
 def test_resharding_keeps_the_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from typing_extensions import Self
 
 from data_prep.bounds import Count, Span
+from data_prep.channels import ChannelNames, describe
+from data_prep.format.text import count_noun
 from simmim.data.datasets.image_set import ImageSet
 from simmim.data.datasets.mixture import MixedShards, NoImages, StreamedShards
 from simmim.data.datasets.opening import ShardsSetting, weights_of
@@ -124,6 +126,12 @@ class PretrainRecipe(TaskRecipe):
         size = self.data.image_size
         # Raises unless cells consist of patches, tile the image, and some stay visible.
         self.mask.grid((size, size), self.encoder.patch_size)
+        names, count = self.data.wanted_channels, self.encoder.in_channels
+        if names is not None and len(names) != count:
+            raise ValueError(
+                f"data.channels names {count_noun(len(names), 'channel')}, {describe(names)}, and "
+                f"encoder.in_channels is {count}: set it to {len(names)}, or name {count}."
+            )
         self.encoder.check_channels(self.data.mean, measurable=True)
         self.data.check_bands(self.encoder.in_channels)
         check_slots(self.data, self.training)
@@ -144,15 +152,14 @@ class PretrainRecipe(TaskRecipe):
 
     def differences_from(self, start: EncoderDescription, target: str | None) -> list[str]:
         """Return warnings of how images and target differ from those that it starts from."""
-        warnings = [
-            f"data.{name} is {list(ours)}, and {list(theirs)} at the encoder of --init-from: set "
-            "it to that, or the features change"
-            for name, ours, theirs in (
-                ("mean", self.data.mean, start.mean),
-                ("std", self.data.std, start.std),
-            )
-            if tuple(ours) != tuple(theirs)
-        ]
+        (mean, std), warnings = self.data.normalisation, []
+        for name, ours, trained in (("mean", mean, start.mean), ("std", std, start.std)):
+            theirs = self._in_own_order(trained, ours, start.channels)
+            if ours != theirs:
+                warnings.append(
+                    f"data.{name} is {list(ours)}; to keep the features of the encoder of "
+                    f"--init-from, set it to {list(theirs)}"
+                )
         wanted = self.loss.target_name
         if target not in (None, wanted):
             warnings.append(
@@ -160,6 +167,16 @@ class PretrainRecipe(TaskRecipe):
                 f"for {wanted}"
             )
         return warnings
+
+    def _in_own_order(
+        self, trained: tuple[float, ...], ours: tuple[float, ...], names: ChannelNames | None
+    ) -> tuple[float, ...]:
+        """Return the trained numbers in the order of the images; new channels keep ours."""
+        wanted = self.data.wanted_channels
+        if names is None or wanted is None:
+            return trained if len(trained) == len(ours) else ours
+        known = dict(zip(names, trained, strict=True))
+        return tuple(known.get(name, value) for name, value in zip(wanted, ours, strict=True))
 
     @property
     def step_for_estimate(self) -> tuple[MaskSettings, LossSettings]:

@@ -97,7 +97,7 @@ class PretrainStage:
         self.bad_samples = recipe.data.bad_samples()
         self.training_shards, self.validation_shards = recipe.data.open_images()
         asked = recipe.asks_for_channels
-        sources = {"data.shards": self.training_shards, "held-out images": self.validation_shards}
+        sources = {"data.shards": self.training_shards, "held-out set": self.validation_shards}
         named = with_channels(recipe, sources, asked=asked)
         named.data.check_bands(recipe.encoder.in_channels)
         self.recipe = recipe = with_slots(named, self.training_shards)
@@ -116,7 +116,7 @@ class PretrainStage:
                 recipe.probe, shape, width=self.model.encoder.num_features, data=recipe.data
             )
             check_channels(
-                {"probe.shards": self.online_probe.known, "probe images": self.online_probe.asked},
+                {"probe.shards": self.online_probe.known, "probe set": self.online_probe.asked},
                 recipe.data,
                 recipe.data.channels,
                 asked=asked,
@@ -160,6 +160,7 @@ class PretrainStage:
             masked_image=head,
             left_out=left_out,
             shards=recipe.data.first_shards,
+            image_channels=recipe.data.untold_channels,
             origin=str(checkpoint),
         )
 

@@ -117,7 +117,7 @@ def _with_channels(
             f"{describe_names(wanted)}: set data.channels to these, or leave it out."
         )
     data = replace(data, channels=asked or wanted)
-    sources = {"data.shards": training, "validation images": validation}
+    sources = {"data.shards": training, "validation set": validation}
     check_channels(sources, data, asked or wanted, asked=asked is not None, trained=trained)
     return data
 

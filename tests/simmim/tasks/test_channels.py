@@ -154,6 +154,8 @@ def test_channels_are_selected_with_their_statistics(
     wanted = {"channels": ["nir", "red"], "mean": "measured", "std": "measured"}
     stage = pretraining(pretrain_values, 2, shards=folder, **wanted)
     assert stage.recipe.data.mean == (measured[3], measured[2])
+    with pytest.raises(ValueError, match=r"names 2 channels, .* and encoder.in_channels is 5"):
+        pretraining(pretrain_values, 5, shards=folder, **wanted)
     with pytest.raises(ValueError, match=r"lack thermal"):
         pretraining(pretrain_values, 2, shards=folder, **wanted | {"channels": ["nir", "thermal"]})
 
@@ -163,7 +165,7 @@ def test_channels_are_selected_with_their_statistics(
     [
         (["blue", "green"], "names 2 channels, .* and encoder.in_channels is 5"),
         (["blue", "green", "red", "nir", "thermal"], "no thermal and swir2 besides; give images"),
-        (["red", "red"], "red stands there twice"),
+        (["red", "red"], "red is given twice"),
     ],
 )
 def test_channels_that_cannot_be_taken_are_refused(
@@ -193,7 +195,7 @@ def test_held_out_images_of_other_bands_are_refused(
     pretrain_values: dict[str, Any], make_set: MakeSet
 ) -> None:
     folders = {"shards": make_set(FIRES), "validation": make_set(SWAPPED)}
-    with pytest.raises(ValueError, match=r"held-out images .* the same in another order"):
+    with pytest.raises(ValueError, match=r"held-out set .* the same in another order"):
         pretraining(pretrain_values, **folders)
 
 
@@ -435,6 +437,50 @@ def test_a_pretraining_starts_from_weights_of_other_channels(
     torch.testing.assert_close(found[:, 3:], starts[rule], rtol=0, atol=1e-7)
 
 
+def test_mean_and_std_to_keep_are_matched_by_name(
+    pretrain_values: dict[str, Any], tmp_path: Path
+) -> None:
+    """Those of --init-from, in the order of the images; new channels keep the recipe's."""
+    start = read_encoder_config(Path(saved(tmp_path, RGB)))
+    values = pretrain_values | {"encoder": pretrain_values["encoder"] | {"in_channels": 5}}
+    values["data"] |= {"mean": [0.1] * 5, "std": [0.2] * 5, "channels": list(FIRES)}
+    red, green, blue = start.mean
+    mean, std = parse(PretrainRecipe, values, "test").differences_from(start, None)
+    assert mean.startswith("data.mean is [0.1, 0.1, 0.1, 0.1, 0.1]; ")
+    assert mean.endswith(f"set it to {[blue, green, red, 0.1, 0.1]}")
+    assert std.endswith("0.2, 0.2]")
+    values["data"] |= {
+        "mean": [blue, green, red, 0.1, 0.1],
+        "std": [*start.std[::-1], 0.2, 0.2],
+    }
+    assert parse(PretrainRecipe, values, "test").differences_from(start, None) == []
+
+
+def test_an_encoder_is_evaluated_on_its_channels_by_name(
+    pretrain_values: dict[str, Any],
+    make_set: MakeSet,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The loss is the same on a set in another order, though the recipe names no channels."""
+    values = pretrain_values | {"encoder": pretrain_values["encoder"] | {"in_channels": 5}}
+    values["training"] |= {"steps": 2, "checkpoint_every": 2}
+    first, second = make_set(FIRES), make_set(SWAPPED)
+    values["data"] |= {"shards": first, "slots": None, "mean": [0.4] * 5, "std": [0.2] * 5}
+    config, run = tmp_path / "five.yaml", tmp_path / "run"
+    config.write_text(yaml.safe_dump(values))
+    assert simmim.cli.main(["pretrain", "--config", str(config), "--folder", str(run)]) == 0
+    found = []
+    for folder in (first, second):
+        command = ["evaluate", str(run / "encoder"), "--config", str(config)]
+        capsys.readouterr()
+        assert simmim.cli.main([*command, "--data.validation", folder]) == 0
+        said = capsys.readouterr()
+        found.append([line for line in said.out.splitlines() if "validation_loss" in line])
+    assert found[0] == found[1] != []
+    assert "are taken by name" in said.err
+
+
 def test_a_probe_refuses_images_of_another_order(make_set: MakeSet, tmp_path: Path) -> None:
     init, folder = saved(tmp_path, RGB), make_set(("blue", "green", "red"))
     data: dict[str, Any] = {"shards": folder, "workers": 0}
@@ -590,3 +636,27 @@ def test_exports_know_the_range_of_images_of_more_bands(
     described = json.loads((out / "preprocessing.json").read_text())["preparation"]
     assert described["channel_names"] == list(RGB)
     assert described["rescale_factor"] == pytest.approx(1 / 65_535)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint8"])
+def test_exports_look_at_arrays_whose_channels_the_recipe_names(
+    pretrain_values: dict[str, Any], tmp_path: Path, dtype: str
+) -> None:
+    """Three of five bands, of a folder; arrays are no pictures for an image processor."""
+    for number in range(16):
+        path = tmp_path / "images" / f"{number:02}.npy"
+        path.parent.mkdir(exist_ok=True)
+        np.save(path, scene(number, FIRES).astype(dtype))
+    values = pretrain_values
+    values["training"] |= {"steps": 2, "checkpoint_every": 2}
+    values["data"] |= {"shards": str(tmp_path / "images"), "slots": None}
+    values["data"] |= {"image_channels": list(FIRES), "channels": list(RGB)}
+    config, run, out = tmp_path / "three.yaml", tmp_path / "run", tmp_path / "out"
+    config.write_text(yaml.safe_dump(values))
+    assert simmim.cli.main(["pretrain", "--config", str(config), "--folder", str(run)]) == 0
+    assert simmim.cli.main(["export", str(run), str(out), "--format", "torch-export"]) == 0
+    described = json.loads((out / "preprocessing.json").read_text())["preparation"]
+    assert described["rescale_factor"] == pytest.approx(1 / np.iinfo(dtype).max)
+    pytest.importorskip("transformers")
+    shutil.rmtree(out)
+    assert simmim.cli.main(["export", str(run), str(out), "--format", "transformers"]) == 0
