@@ -32,7 +32,7 @@ class Bounds:
     __is_annotated_types_grouped_metadata__: ClassVar = True
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield each bound as pydantic reads it; neither text nor true and false are numbers."""
+        """Yield each bound as pydantic reads it; text and booleans do not count as numbers."""
         from annotated_types import Ge, Gt, Le, Lt, MultipleOf
         from pydantic import Strict
 

@@ -273,8 +273,8 @@ def index(
         include: Use only tars whose names match, as in 'train-*.tar' or 'train-{000..099}.tar';
             may be repeated.
         exclude: Leave out tars whose names match; may be repeated.
-        image_key: What the names of images have after the key, if it is no extension alone:
-            image.png of KEY.image.png. Other members are left out.
+        image_key: What follows the key in the names of images, if more than an extension:
+            image.png for KEY.image.png. Other members are ignored.
         output: Folder for manifest and indexes if the folder of the tars is not writable.
         overwrite: Replace an existing manifest.
     """

@@ -1,4 +1,4 @@
-"""JSON of which a dataclass declares the fields, with bounds in their annotations.
+"""JSON whose fields a dataclass declares, with bounds in their annotations.
 
 Numbers take bounds (see `data_prep.bounds`): those without would be read from text as well. Fields
 of the JSON that the dataclass lacks are ignored. pydantic is imported by the first call.

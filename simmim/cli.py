@@ -293,15 +293,15 @@ def evaluate(
     """Validate a trained run, on its data or on other data.
 
     It is validated as in training, and a line is added to evaluations.jsonl in the run. --KEY VALUE
-    overrides any field of its recipe. Of an encoder directory with mask token and decoder, --config
-    gives the reconstruction loss.
+    overrides any field of its recipe. With --config, the reconstruction loss of an encoder
+    directory that has mask token and decoder is measured instead.
 
     Args:
         run: Run folder, checkpoint, or with --config an encoder directory.
         best: Checkpoint of the run. Default: the best, or the last if none is known.
         data: Other validation data: shards or a folder of images, clips, a folder of images and
             annotations, or a COCO file.
-        config: Recipe of a pretraining: mask, loss and images for an encoder directory.
+        config: Recipe of a pretraining, with mask, loss and images for an encoder directory.
     """
     from simmim.tasks.evaluate import evaluate as validate
     from simmim.tasks.evaluate import evaluate_encoder

@@ -202,7 +202,7 @@ def storage_key(tensor: "torch.Tensor") -> int:
 
 
 def allow_compiled_graphs(most: int) -> None:
-    """Let torch.compile keep so many graphs of one function; beyond that it runs eagerly."""
+    """Let torch.compile keep at most this many graphs of a function, which then runs eagerly."""
     import torch
 
     torch._dynamo.config.recompile_limit = most

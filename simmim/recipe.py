@@ -277,7 +277,9 @@ def _describe_mistake(recipe_type: type[Any], mistake: Any, options: Sequence[st
         return f"{where} is {_shortened(mistake['input'])}; it must be {text}."
     if mistake["type"] == "dataclass_type":
         fields = ", ".join(_field_names(recipe_type, path))
-        return f"{where}: is a section with fields {fields}, got {_shortened(mistake['input'])}"
+        return (
+            f"{where}: must be a section with fields {fields}, got {_shortened(mistake['input'])}"
+        )
     hint = ""
     if mistake["type"] == "bool_type" and str(mistake["input"]).lower() in YES_OR_NO:
         hint = ": write true or false"

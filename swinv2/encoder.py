@@ -29,7 +29,7 @@ class HierarchicalEncoder(nn.Module):
     """
 
     CONFIG: ClassVar[type[SwinV2Config]] = SwinV2Config
-    """Type of its config: that of clips is no config of images, nor the other way round."""
+    """Type of its config: an encoder of images takes no config of clips, and vice versa."""
 
     def __init__(self, config: SwinV2Config) -> None:
         super().__init__()

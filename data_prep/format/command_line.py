@@ -1,7 +1,7 @@
 """Command lines from declarations: a command is a function, and its signature is its arguments.
 
 cyclopts reads the signatures, option dataclasses and docstrings. This module holds what all
-commands share: how help is laid out, and what is said of a mistake.
+commands share: how help is laid out, and how mistakes are reported.
 """
 
 import re
@@ -155,7 +155,7 @@ def _describe(error: CycloptsError) -> str:
 
 
 def _suggest_general(name: str) -> str:
-    """Return which option that every program has may be meant by an unknown one."""
+    """Return a suggestion of an option of every program for an unknown one, or nothing."""
     close = get_close_matches(name, ("help", "version"), n=1)
     return f" Did you mean --{close[0]}?" if close else ""
 

@@ -27,7 +27,7 @@ _DOUBLE = re.compile(r"[a-z][a-z0-9_-]{0,11}\.[a-z][a-z0-9_-]{0,11}")
 _PEEKED = 1_000
 
 ReadMember = Callable[[tarfile.TarInfo, int], bytes]
-"""Returns the first bytes of a member, up to so many."""
+"""Returns at most the given number of bytes from the start of a member."""
 
 
 @dataclass(kw_only=True)

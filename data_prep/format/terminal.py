@@ -1,7 +1,7 @@
 """Standard output and error that may be closed, broken or full.
 
 A command that prints its result ends quietly when nobody reads it, as other Unix tools do. A
-training goes on without a terminal: it outlives the one it was started in.
+training continues without a terminal: it outlives the one it was started in.
 """
 
 import errno
@@ -100,7 +100,7 @@ def protect_output(*, optional: bool) -> None:
     opened later would take their numbers, and receive what libraries print.
 
     Args:
-        optional: whether the command goes on without them.
+        optional: whether the command continues without them.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)

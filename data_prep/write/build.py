@@ -148,7 +148,7 @@ def build_shards(
 
 
 def _with_source_channels(source: Location, options: ShardOptions) -> ShardOptions:
-    """Return the options with the channel names and no-data value of a set that is written anew.
+    """Return the options with the channel names and no-data value of a set that is rewritten.
 
     Raises:
         SourceError: other names are given than the set has.

@@ -18,11 +18,11 @@ AdamW     two states, float32
 fsdp2     shards everything; gathered at a time are two blocks, the parameters outside the blocks,
           and the gradients of one block
 bf16-weights: weights, gradients and states are all bf16
-activations: all tensors alive at once, in a step on fake tensors, with the kernels and by the rules
-          of autocast of CUDA (--device cpu: of the CPU); bf16 with whole weights is autocast,
-          including its bf16 copies of them. Blocks are compiled by default on CUDA: what they keep
-          for the backward pass is decided as torch.compile does, and what is between products is
-          fused (--no-compile: eager blocks)
+activations: all tensors alive at once in a step on fake tensors, with CUDA's kernels and autocast
+          rules (--device cpu: the CPU's); bf16 with whole weights is autocast, including its bf16
+          copies of them. On CUDA, blocks are compiled by default: the tensors kept for the backward
+          pass are chosen as torch.compile chooses them, and operations between products are fused
+          (--no-compile: eager blocks)
 One micro-batch per step, without gradients in the forward pass and without communication buffers
 for them. Not included: memory that the allocator leaves unused, GPU context and libraries."""
 """What the estimate counts."""

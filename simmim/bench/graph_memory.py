@@ -16,7 +16,7 @@ from simmim.bench.roofline.counting import OPERATOR, is_stored, kind_of, stored_
 from simmim.compat import tensors_in
 
 UNCHANGED = {"alias", "detach", "_unsafe_view"}
-"""Operators that return the storage they are given, besides views."""
+"""Operators, other than views, that return the storage of an argument."""
 
 
 @dataclass(frozen=True)

@@ -309,7 +309,7 @@ def mask_grid(case: StepCase) -> Grid:
 
 
 def batch_of(case: StepCase, masks: Tensor) -> Batch:
-    """Return a batch of stored images of noise, half of which are to be flipped.
+    """Return a batch of stored images of noise, half of them to be flipped.
 
     Args:
         case: the step.

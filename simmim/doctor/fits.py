@@ -60,7 +60,7 @@ def check_fits(recipe: Any) -> None:
     """Compare the memory of a training step on all ranks of this machine with the machine's.
 
     A step that clearly fits, or clearly does not, is told from its sizes in no time; another is
-    simulated, which takes some seconds. On a GPU a step that does not fit is warned of.
+    simulated, which takes a few seconds. On a GPU, a step that does not fit only causes a warning.
 
     Raises:
         ValueError: training does not fit the memory of the machine.
@@ -138,7 +138,8 @@ def count_need(recipe: TaskRecipe, micro: int, room: Room) -> Need | None:
         return Need(least=False, number=number, change=change)
     case = step_case(recipe, micro, estimated)
     sys.stderr.write(
-        f"counting the memory of a training step with {blocks_of(case)} blocks, some seconds\n"
+        f"counting the memory of a training step with {blocks_of(case)} blocks, "
+        "which takes a few seconds\n"
     )
     number = needed_memory(case, placement) + outside(recipe, room)
     number += checkpoint_copies(recipe, room) + frozen_memory(recipe, micro)

@@ -219,8 +219,10 @@ class RunFolder:
 
 
 def _without_channels(values: dict[str, Any]) -> dict[str, Any]:
-    """Return values without the names of the channels, which runs of before do not record, and
-    which are not known before the data are read."""
+    """Return values without the channel names.
+
+    Earlier versions did not record them, and they are not known before the data are read.
+    """
     data = {name: value for name, value in values.get("data", {}).items() if name != "channels"}
     return values | {"data": data}
 

@@ -53,9 +53,9 @@ class ScheduleSettings:
     kind: Literal["cosine", "multistep", "linear"] = "cosine"
     """Decay after the warm-up: cosine or linear to min_lr, or multistep, by gamma at milestones."""
     warmup_epochs: Amount = 0.0
-    """Length of the linear warm-up in epochs; excludes warmup_steps."""
+    """Length of the linear warm-up in epochs; cannot be combined with warmup_steps."""
     warmup_steps: Whole = 0
-    """Length of the linear warm-up in optimiser steps; excludes warmup_epochs."""
+    """Length of the linear warm-up in optimiser steps; cannot be combined with warmup_epochs."""
     warmup_lr: Amount = 0.0
     """Learning rate at step 0 of the warm-up."""
     min_lr: Amount = 0.0

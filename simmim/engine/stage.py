@@ -33,7 +33,7 @@ class TrainingStage(Protocol):
 
     @property
     def checkpoint_notes(self) -> Mapping[str, str]:
-        """Text files about the model that checkpoints have besides, by name."""
+        """Further text files about the model to write into checkpoints, by name."""
 
     @property
     def order(self) -> Order:

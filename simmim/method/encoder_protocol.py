@@ -114,7 +114,7 @@ def check_encoder(encoder: object) -> None:
     """Check that an object is an encoder.
 
     Raises:
-        TypeError: it is no module, or lacks members of `ImageEncoder`; names them.
+        TypeError: it is not a module, or lacks members of `ImageEncoder`; names them.
     """
     name = type(encoder).__name__
     if not isinstance(encoder, nn.Module):

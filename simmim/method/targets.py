@@ -96,8 +96,8 @@ class NormalisedPixels(Pixels):
 class Features:
     """The last map of a frozen encoder, each token normalised by a LayerNorm without weights.
 
-    The encoder sees the whole image. It is no submodule of the model: not trained, averaged,
-    sharded or saved. It moves to the device of the images.
+    The encoder sees the whole image. It is not a submodule of the model: it is not
+    trained, averaged, sharded or saved. It moves to the device of the images.
 
     Args:
         encoder: an `ImageEncoder`; it is frozen, in evaluation mode.
@@ -138,7 +138,7 @@ class Features:
         return F.layer_norm(tokens, tokens.shape[-1:]).permute(0, 3, 1, 2)
 
     def to_pixels(self, prediction: Tensor, images: Tensor) -> Tensor:
-        """Refuse: features are no pixels."""
+        """Raise ValueError: features cannot be drawn."""
         del prediction, images
         raise ValueError("features cannot be drawn: the model predicts no pixels.")
 

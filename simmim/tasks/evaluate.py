@@ -396,6 +396,6 @@ def _note(run: RunFolder, found: Evaluation, overrides: Sequence[str]) -> None:
     try:
         with path.open("ab", buffering=0) as file:
             append_line(file, json.dumps(line).encode() + b"\n")
-    except OSError as error:  # a run of others may be read-only
+    except OSError as error:  # someone else's run may be read-only
         reason = why_not_written(error, run.path)
         sys.stderr.write(f"WARNING: the result was not added to {path}: {reason}.\n")

@@ -109,9 +109,10 @@ def checkpoint_notes(
     std: tuple[float, ...],
     channels: tuple[str, ...] | None,
 ) -> dict[str, str]:
-    """Return the file that checkpoints of an encoder have besides, by its name; none of a SwinV2.
+    """Return the description that checkpoints of an encoder contain, by file name.
 
-    Without it an export would not know whose weights they are.
+    Empty for a SwinV2, which the recipe describes. Without it an export could not name the class
+    of the weights.
     """
     if isinstance(encoder, SwinV2 | VideoSwinV2):
         return {}

@@ -280,7 +280,7 @@ class TaskRecipe:
 
         Args:
             source: folder or file of the data.
-            overrides: the overrides that are given besides.
+            overrides: the other overrides.
 
         Raises:
             ValueError: more of them are needed; says which.

@@ -80,7 +80,7 @@ class TrainedModel:
     masked_image: MaskedImageHead | None = None
     """Mask token and decoder, from a pretraining run that predicts pixels."""
     left_out: str | None = None
-    """What the model has besides, which no format has a place for, and why."""
+    """What else the model has that no format has a place for, and why."""
     classifier: ClassifierHead | None = None
     """Linear head, from a classification of images or clips."""
     classes: tuple[str, ...] = ()
@@ -88,7 +88,7 @@ class TrainedModel:
     head: TrainedHead | None = None
     """The head of a fine-tuning."""
     preparation: Preparation | None = None
-    """Preparation of pictures besides mean and std, as validation has it; None if unknown."""
+    """How validation prepares pictures, apart from mean and std; None if unknown."""
     shards: str | None = None
     """Training data of the run."""
     image_channels: tuple[str, ...] | None = None

@@ -63,7 +63,7 @@ class ImportedEncoder:
     fresh: tuple[str, ...] = ()
     """Tensors of the encoder that such a model lacks: they start as ones and zeros."""
     notes: tuple[str, ...] = ()
-    """What was taken of the file, and what was not, a line each."""
+    """What was imported from the file and what was not, one line per item."""
 
 
 def describe_missing(file: Path) -> str:

@@ -75,7 +75,7 @@ class ParsedCheckpoint:
     usual: Sizes | None = None
     """Sizes to take where no other source has one."""
     notes: tuple[str, ...] = ()
-    """What was taken of the file, and what was not, a line each."""
+    """What was imported from the file and what was not, one line per item."""
 
 
 def convert(encoder: SwinV2, rename: RenameTensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The command `simmim bench gpu`; it runs where Python's own parser is all there is."""
+"""The command `simmim bench gpu`; it uses argparse, as it also runs without cyclopts."""
 
 import argparse
 import sys
@@ -71,7 +71,7 @@ def main(argv: Sequence[str], program: str = "python -m simmim.bench.gpu") -> in
 
 
 def _suggestion(given: str) -> str:
-    """Return which option may be meant by an unknown one; empty if none is close."""
+    """Return a suggestion for an unknown option; empty if none is close."""
     options = ("--minutes", "--continue", "--dry-run", "--output", "--help")
     close = get_close_matches(given.partition("=")[0], options, n=1)
     return f" Did you mean {close[0]}?" if close else ""

@@ -1,4 +1,4 @@
-"""Sizes of the cells: those of a GPU, and tiny ones that walk through all of it on a CPU."""
+"""Sizes of the cells: those of a GPU, and tiny ones for a dry run on a CPU."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -112,7 +112,7 @@ def check_agreement(
 
 @contextmanager
 def quiet_compiler() -> Iterator[None]:
-    """Silence the compiler's warnings, of which nothing here depends."""
+    """Silence the compiler's warnings, on which nothing here depends."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

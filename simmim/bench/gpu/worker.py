@@ -18,7 +18,7 @@ from simmim.bench.gpu.plan import make_plan
 from simmim.bench.gpu.scale import DRY, FULL
 
 SPOILED = 70
-"""Exit code: the device answers nothing any more in this process."""
+"""Exit code: the device no longer answers this process."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     if scale.device == "cuda" and not torch.cuda.is_available():
         sys.stderr.write(
             "no CUDA device is found (torch.cuda.is_available() is false): run it on a GPU, or add "
-            "--dry-run to walk through it on a CPU.\n"
+            "--dry-run to run it at tiny sizes on a CPU.\n"
         )
         return NO_DEVICE
     torch.manual_seed(scale.seed)
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _end_with_the_command() -> None:
-    """End when the command does, however: it holds the other end of standard input."""
+    """End when the command ends in any way: it holds the other end of standard input."""
     sys.stdin.read()
     os._exit(1)
 

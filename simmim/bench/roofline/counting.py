@@ -18,7 +18,7 @@ from simmim.bench.roofline.ceiling import Operation
 from simmim.compat import graphs_backend, operator_mode, tensors_in
 
 FREE = {"alias", "detach", "empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view"}
-"""Operators that move nothing, besides views."""
+"""Operators, other than views, that move no bytes."""
 REDUCTIONS = {"amax", "amin", "any", "max", "mean", "min", "prod", "sum", "var", "var_mean"}
 """Operators whose results are kept, not computed again for each use."""
 OPERATOR = type(torch.ops.aten.add.Tensor)

@@ -29,7 +29,7 @@ NUMBER = 2
 ATTENTION = {"sequential_attention": 2, "sequential_attention_backward": 5}
 """Products of the operators of attention; the backward computes scores again."""
 BYTES_OF_A_WEIGHT = 52
-"""Bytes that a step moves for each weight besides products: its bf16 copy is written (6) and its
+"""Bytes that a step moves per weight, apart from products: its bf16 copy is written (6) and its
 gradient made float32 (6), clipped (12), and read by AdamW with weight and states, which it writes
 (28)."""
 

@@ -162,7 +162,7 @@ class ImageSet(SampleSource[EncodedImage]):
         if not 0 <= validation_shards < total:
             raise ValueError(
                 f"data.validation_shards is {validation_shards}, and {self.folder} has"
-                f" {count_noun(total, 'shard')}, of which one at least has to be trained on: set it"
+                f" {count_noun(total, 'shard')}, at least one of which has to be trained on: set it"
                 f" to {total - 1} or less, or write more, smaller shards with"
                 " `data-prep shard --samples-per-shard` (`data-prep reshard` of existing ones)."
             )

@@ -36,7 +36,7 @@ class StackedTargets(Sequence[Targets]):
     """The targets of a batch, one tensor for each field, so that each is one copy to the device.
 
     Images may have tensors of different shapes, such as different numbers of objects. Pickled as
-    arrays, like batches. This is no dataclass, since FSDP would convert the values of one to the
+    arrays, like batches. This is not a dataclass, since FSDP would convert the values of one to the
     precision of the weights.
 
     Args:

@@ -78,10 +78,10 @@ def _this_program() -> list[str]:
 def join_group(timeout: timedelta) -> None:
     """Initialise the process group if an earlier one has left keys in torchrun's store.
 
-    That is after torchrun has started the ranks again, in torch 2.13, where its store outlives
-    them, and in the second training of a program. A rank that comes first would read the addresses
-    of before, so the keys are those of this start and this training. In every other case this does
-    nothing, and accelerate initialises the group.
+    That happens after torchrun has restarted the ranks, in torch 2.13, where its store outlives
+    them, and in the second training of a program. The first rank to arrive would read stale
+    addresses, so keys are prefixed with this start and this training. Otherwise this does nothing,
+    and accelerate initialises the group.
 
     Args:
         timeout: the longest wait for another rank.

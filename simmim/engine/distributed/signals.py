@@ -19,7 +19,7 @@ from simmim.stop_signals import ProcessExit, handled_stop_signals
 
 LONGEST_WAIT = 60.0
 """Seconds after a stop signal in which a rank may wait in native code, where Python's handlers do
-not run. Then no answer of the other ranks is to be expected: one of them is hung or lost."""
+not run. After that the other ranks are not expected to answer: one of them is hung or lost."""
 
 
 class StopRequest:

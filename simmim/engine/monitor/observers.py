@@ -52,7 +52,7 @@ class Observer:
 
 @dataclass(frozen=True, kw_only=True)
 class Watch:
-    """What is watched of a training besides its loss."""
+    """What is measured during a training, apart from its loss."""
 
     observers: tuple[Observer, ...]
     """In the order in which they look."""

@@ -127,7 +127,7 @@ def _terms(config: Any, found: Found, queries: Tensor, targets: BoxTargets) -> T
     overlap, generalised = box_overlap(boxes, targets.boxes)
     distance = (boxes - targets.boxes).abs().sum(-1)
     losses = config.weight_loss_bbox * distance + config.weight_loss_giou * (1 - generalised)
-    # One more query: that of targets that none is left for. It weighs nothing.
+    # One more query, of weight 0, for targets without one.
     of_targets = F.pad(found.weights, (0, 1))[targets.images, queries]
     scores = found.logits.new_zeros(2, layers, batch, count + 1, classes)
     scores[:, layer, targets.images, queries, targets.labels] = torch.stack(

@@ -36,7 +36,7 @@ class PretrainData(AugmentedDataSettings, DrawnSettings):
     every batch samples in proportion. Not needed with `stream`, and mixed with it (a single one has
     weight 1)."""
     stream: StreamSettings | None = None
-    """Tars of anyone that have no manifest, read in sequence; null for none."""
+    """Third-party tars without a manifest, read in sequence; null for none."""
     image_size: Count = 192
     """Side of the square images in pixels."""
     scale: Annotated[tuple[float, float], Span(most=1)] = (0.67, 1.0)

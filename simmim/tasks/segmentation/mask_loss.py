@@ -200,7 +200,7 @@ def _uncertain_points(
 def _class_terms(net: Any, classes: Tensor, queries: Tensor, targets: MaskTargets) -> Tensor:
     """Return the weighted sum of the cross entropies of all queries of all layers."""
     layers, batch, count, num_classes = classes.shape
-    # One more query: that of targets that none is left for.
+    # One more query, for targets without one.
     wanted = targets.labels.new_full((layers, batch, count + 1), num_classes - 1)
     layer = torch.arange(layers, device=classes.device)[:, None]
     wanted[layer, targets.images, queries] = targets.labels.expand_as(queries)

@@ -1,4 +1,4 @@
-"""The assignment of predictions to targets in the losses of dense heads, with one wait a step.
+"""The assignment of predictions to targets in the losses of dense heads, with one wait per step.
 
 The Hungarian algorithm runs on the host. The costs of all decoder layers and images go there in one
 copy, and all indices come back in one that nothing waits for. The targets of the images of a batch
@@ -18,7 +18,7 @@ from simmim.tasks.segmentation.without_waiting import to_device
 
 
 def assign_queries(costs: Tensor, counts: Sequence[int]) -> Tensor:
-    """Return the query of each target, such that the sum of their costs is smallest in an image.
+    """Assign a query to each target so that the total cost of each image is minimal.
 
     This waits for the device. NaN and infinite costs count as the largest number.
 

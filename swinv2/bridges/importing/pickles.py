@@ -126,7 +126,7 @@ def _check_sizes(file: Path) -> None:
     except _TooLargeError as error:
         raise BridgeError(
             f"{file} was not read: it has {length:,} bytes, and {error}, which torch.save never "
-            "writes: unpacked it could take any amount of memory. Save its tensors anew with "
+            "writes: unpacked it could take any amount of memory. Save its tensors again with "
             "torch.save({'model': state_dict}, ...)."
         ) from None
     except (ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, OverflowError):

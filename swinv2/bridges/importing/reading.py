@@ -53,7 +53,7 @@ class CheckpointContents:
     beside: dict[str, Tensor]
     """Tensors outside the common prefix of the encoder's, by their names without wrappings."""
     notes: tuple[str, ...]
-    """Which weights were taken and what was left out, a line each."""
+    """Which weights were imported and which were not, one line per item."""
 
 
 @dataclass(frozen=True, kw_only=True)

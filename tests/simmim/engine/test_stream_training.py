@@ -164,7 +164,7 @@ def test_what_a_stream_cannot_do_is_refused_with_the_command_that_does(
         (["--data.stream.tars", "pipe:cat a.tar"], "data.allow_pipe"),
         (["--data.stream.image_key", "image.png"], "image_key"),
         (["--data.stream", "null"], "data.stream"),
-        (["--data.stream", str(written)], "is a section with fields tars, samples, image_key"),
+        (["--data.stream", str(written)], "must be a section with fields tars, samples, image_key"),
     ):
         assert simmim.cli.main([*command, *more]) == 2, more
         assert told in capsys.readouterr().err
