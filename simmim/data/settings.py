@@ -309,7 +309,7 @@ def with_statistics(data: Data, read: Callable[[str], ChannelStatistics] | None 
     return replace(data, mean=mean, std=std)
 
 
-def follows_images(data: DataSettings) -> bool:
+def follows_images(data: SampleSettings) -> bool:
     """Return whether both mean and std are measured; see `with_statistics`."""
     return (
         MEASURED in (data.mean, data.std)

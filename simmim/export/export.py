@@ -139,7 +139,7 @@ def _write_other(other: OtherEncoder, place: Source, destination: Path, form: Fo
     task = None if place.run is None else task_of_run(read_values(place.run.recipe))
     if place.run is not None and task is not None and task.head is not None:
         head = place.run.path / task.head
-        lines.append(f"not exported: the head, which the end of the training writes as {head}")
+        lines.append(f"not exported: the head, which a training writes to {head} when it ends")
     return lines
 
 

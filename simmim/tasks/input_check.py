@@ -17,7 +17,7 @@ from simmim.data.datasets.clips import ClipSet
 from simmim.data.datasets.mixture import MixedShards
 from simmim.data.datasets.shards import ShardSet
 from simmim.data.order.source import DataError, SampleSource
-from simmim.data.settings import DataSettings, follows_images
+from simmim.data.settings import follows_images
 from simmim.data.transforms.sampling import RANGES, ImageForm, SampledImages, sample_images
 from simmim.data.transforms.settings import DecodeSettings
 from simmim.tasks.recipe import TaskRecipe
@@ -94,7 +94,7 @@ def input_of(stage: Any, given: TaskRecipe | None = None) -> EncoderInput:
         mean=normalise.mean.flatten().tolist(),
         std=normalise.std.flatten().tolist(),
         measurable=is_measurable(stage.training_shards),
-        measured=isinstance(recipe.data, DataSettings) and follows_images(recipe.data),
+        measured=follows_images(recipe.data),
         trained=recipe.architecture_source,
     )
 

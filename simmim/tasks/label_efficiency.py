@@ -24,6 +24,7 @@ from simmim.report.labels_page import LabelScores, labels_page, scores_svg, tabl
 from simmim.stop_signals import StopRelay
 from simmim.tasks.all_tasks import fine_tuning_named, fine_tuning_tasks, head_folders
 from simmim.tasks.loading import with_recorded_slots
+from simmim.tasks.other_encoder import other_class
 from simmim.tasks.recipe import SCRATCH, FineTuningRecipe
 
 Start = Literal["pretrained", "scratch"]
@@ -217,10 +218,14 @@ def _notes(config: Path, init: str, trained: FineTuningRecipe) -> list[str]:
         "standard deviation over seeds, each with its own subset of the labels; last validation "
         "of each run."
     )
+    places = (Path(init), RunFolder(path=Path(init)).encoder)
+    other = next(filter(None, map(other_class, places)), None)
+    what = f"the architecture of {init} ({encoder.architecture}) on {trained.input_text}"
+    if other is not None:  # the sizes in the recipe are those of a SwinV2
+        what = f"a {other}, as in {init}, on {trained.data.image_size} pixels"
     architecture = (
-        f"Both initialisations train the architecture of {init} ({encoder.architecture}) on "
-        f"{trained.input_text}, {count_noun(encoder.in_channels, 'channel')}, with its mean and "
-        "std, and start with a random head."
+        f"Both initialisations train {what}, {count_noun(encoder.in_channels, 'channel')}, with "
+        "its mean and std, and start with a random head."
     )
     notes = [protocol, architecture]
     if saw_labels(init):

@@ -324,5 +324,6 @@ TASKS.append(TOY_CLASSIFICATION)
     monkeypatch.setenv("PYTHONPATH", path)
     places = ["--folder", str(tmp_path / "labels"), "--fractions", "0.5", "--seeds", "1"]
     assert simmim.cli.main(["labels", *start, *places]) == 0
+    assert f"train a ToyEncoder, as in {pretrained}, on 16 pixels" in capsys.readouterr().err
     scores = json.loads((tmp_path / "labels" / "labels.json").read_text())
     assert {one["start"] for one in scores} == {"pretrained", "scratch"}
