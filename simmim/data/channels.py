@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from data_prep.channels import (
     PICTURES,
@@ -78,7 +78,7 @@ def with_channels(
         if len(wanted) != count:  # refused by their number, with the settings that fit
             return recipe
     for where, names in found:
-        _compare(where, names, wanted, owner, asked=asked, trained=trained)
+        _compare(where, names, wanted, owner, asked=asked, weights="adaptable" if trained else None)
     changes: dict[str, Any] = {"channels": wanted}
     given = (task.data.mean, task.data.std)
     imagenet = trained is None and given == (IMAGENET_MEAN, IMAGENET_STD)
@@ -114,7 +114,7 @@ def check_channels(
         if source is None or wanted is None:
             continue
         for where, names in _names_of_sets(name, source, data):
-            _compare(where, names, wanted, f"{trained} takes", asked=asked, trained=trained)
+            _compare(where, names, wanted, f"{trained} takes", asked=asked, weights="fixed")
 
 
 def _compare(
@@ -124,9 +124,18 @@ def _compare(
     owner: str,
     *,
     asked: bool,
-    trained: str | None,
+    weights: Literal["adaptable", "fixed"] | None,
 ) -> None:
-    """Raise ValueError if images have other channels than those wanted, or say how they match."""
+    """Raise ValueError if images have other channels than those wanted, or say how they match.
+
+    Args:
+        where: the images, for messages.
+        names: their channels; None if they are not known.
+        wanted: the channels wanted.
+        owner: what wants them, for messages.
+        asked: see `with_channels`.
+        weights: whether those are the channels of weights, which may be adapted or not.
+    """
     if names is None:
         say_once(f"{where} does not name its channels: they are taken as {describe(wanted)}")
         return
@@ -134,6 +143,10 @@ def _compare(
         return
     difference = compare_names(names, wanted)
     has = set(names) | (set(PICTURES[3]) if are_pictures(names) else set())
+    adapt = (
+        f", or adapt the weights by name: set data.channels to {describe(names)} and "
+        "encoder.adapt_channels to repeat, average or zero"
+    )
     if set(wanted) <= has:
         if asked:
             say_once(
@@ -141,14 +154,12 @@ def _compare(
             )
             return
         remedy = f"set data.channels to {describe(wanted)} to take them by name"
+        remedy += adapt if weights == "adaptable" and len(names) > len(wanted) else ""
     else:
         remedy = "give images that have them"
-        if trained is not None:
-            remedy += (
-                f", or adapt the weights by name: set data.channels to {describe(names)} and "
-                "encoder.adapt_channels to repeat, average or zero"
-            )
-        elif set(names) & set(wanted):
+        if weights == "adaptable":
+            remedy += adapt
+        elif weights is None and set(names) & set(wanted):
             shared = [name for name in wanted if name in names]
             remedy += f", or set data.channels to those of both, {describe(shared)}"
     raise ValueError(

@@ -23,6 +23,11 @@ class DetectionData(DenseData, DetectionCropSettings):
     validation_annotations: str | None = None
     """COCO annotation file of the validation images; null for no validation."""
 
+    @property
+    def first_shards(self) -> str | None:
+        """The folder of the training images."""
+        return self.images
+
 
 @settings
 class DetectionHead:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,9 +140,11 @@ class PretrainStage:
         cls, run: RunFolder, read_recipe: Callable[[], PretrainRecipe], checkpoint: Path | None
     ) -> TrainedModel:
         """Read encoder, mask token and decoder of a run; see `FineTuningStage.read_trained`."""
-        if checkpoint is None:
-            return read_directory(run.encoder)
         recipe = read_recipe()
+        shards, named = recipe.data.first_shards, recipe.data.untold_channels
+        if checkpoint is None:
+            found = read_directory(run.encoder)
+            return replace(found, shards=shards, image_channels=named)
         if recipe.frozen_encoder is None:
             model = load_pretrained(run, str(checkpoint)).model
             encoder, left_out = model.encoder, None
@@ -159,8 +161,8 @@ class PretrainStage:
             provenance=provenance_of(checkpoint, recipe),
             masked_image=head,
             left_out=left_out,
-            shards=recipe.data.first_shards,
-            image_channels=recipe.data.untold_channels,
+            shards=shards,
+            image_channels=named,
             origin=str(checkpoint),
         )
 

@@ -134,6 +134,12 @@ class SegmentationData(DenseData, SegmentationCropSettings, LabelMapSettings):
             )
 
     @property
+    def first_shards(self) -> str | None:
+        """The folder of the training images."""
+        images, _ = self.layout.folders(Path(self.folder), self.train)
+        return str(images)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Names of the classes."""
         return self.class_names or tuple(f"class {one}" for one in range(self.num_classes))

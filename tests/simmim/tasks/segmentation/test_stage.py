@@ -388,3 +388,14 @@ def test_evaluate_takes_another_folder(
     others = ["--data", str(tmp_path / "others")]
     assert main(["evaluate", str(tmp_path / "run"), *others, *options]) == 0
     assert "miou" in capsys.readouterr().out
+
+
+def test_exports_know_the_range_of_arrays(values: dict[str, Any], tmp_path: Path) -> None:
+    for file in (tmp_path / "scenes" / "images").rglob("*.png"):
+        pixels = np.asarray(Image.open(file)).astype(np.uint16) * 257
+        np.save(file.with_suffix(".npy"), pixels)
+        file.unlink()
+    run_training(build(changed(values, "training", steps=2, validate_every=2)), tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "out", "torch-export")
+    described = json.loads((tmp_path / "out" / "preprocessing.json").read_text())["preparation"]
+    assert described["rescale_factor"] == pytest.approx(1 / 65_535)
