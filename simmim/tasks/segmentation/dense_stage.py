@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from data_prep.channels import ChannelNames
 from simmim.data.loader.batch import Batch
 from simmim.data.loader.batches import BatchStream, picture_batches
 from simmim.engine.generators import seeded
@@ -35,18 +36,26 @@ from swinv2.flops import forward_flops
 from swinv2.weights import load_strictly
 
 PREPROCESSING = "preprocessing.json"
-"""File next to the model with the mean and std of its images."""
+"""File next to the model with the mean, std and channel names of its images."""
 
 
-def save_dense(net: Any, folder: Path, *, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Write encoder and head for `from_pretrained`, and the mean and std of images.
+def save_dense(
+    net: Any,
+    folder: Path,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    channels: ChannelNames | None,
+) -> None:
+    """Write encoder and head for `from_pretrained`, and mean, std and channel names of images.
 
     Call `swinv2.bridges.transformers_backbone.register_backbone` before `from_pretrained`.
     """
     _hide_progress()
     with atomic_folder(folder, may_replace=_is_dense) as written:
         net.save_pretrained(written)
-        text = json.dumps({"mean": list(mean), "std": list(std)}, indent=1)
+        described = {"mean": list(mean), "std": list(std), "channels": channels}
+        text = json.dumps(described, indent=1)
         (written / PREPROCESSING).write_text(text + "\n", encoding="utf-8")
 
 
@@ -282,7 +291,9 @@ class DenseStage(FineTuningStage[RecipeT, DataT]):
             channels=self.initial.channels,
             provenance=provenance,
         )
-        save_dense(self.model.net, run.path / self.recipe.task, mean=mean, std=std)
+        channels = self.recipe.data.wanted_channels
+        folder = run.path / self.recipe.task
+        save_dense(self.model.net, folder, mean=mean, std=std, channels=channels)
 
     @classmethod
     def with_weights(
@@ -334,7 +345,7 @@ class DenseHead:
     def write(self, folder: Path, model: TrainedModel, images: Tensor) -> WrittenHead:
         """Write the model, and compare its outputs; see `TrainedHead`."""
         net, place = self.net(), folder / self.folder
-        save_dense(net, place, mean=model.mean, std=model.std)
+        save_dense(net, place, mean=model.mean, std=model.std, channels=model.channels)
         architecture = type(net).__name__
         with torch.no_grad():
             ours, loaded = net(pixel_values=images), load_dense(place)(pixel_values=images)

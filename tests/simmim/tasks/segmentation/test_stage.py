@@ -135,7 +135,9 @@ def test_training_learns_and_exports_everything(values: dict[str, Any], tmp_path
     folder = tmp_path / "run" / "segmentation"
     loaded = UperNetForSemanticSegmentation.from_pretrained(folder).eval()
     assert loaded.config.id2label == {0: "sky", 1: "ground", 2: "box"}
-    assert json.loads((folder / "preprocessing.json").read_text())["mean"][0] == 0.485
+    described = json.loads((folder / "preprocessing.json").read_text())
+    assert described["mean"][0] == 0.485
+    assert described["channels"] == ["red", "green", "blue"]
     images = torch.randn(1, 3, 32, 48)
     stage.model.eval()
     with torch.no_grad():
