@@ -36,6 +36,8 @@ import data_prep.cli
 
 CONTESTANTS = Path(__file__).with_name("train_contestants.py")
 NAMES = ("transformers", "timm", "ours")
+WARM_UP = 2
+"""First turns, which are not counted: they fill caches, and start data workers."""
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 
@@ -104,9 +106,11 @@ def compare(options: argparse.Namespace, precision: str, folder: Path) -> None:
     for one in contestants:
         if one.read() != "ready":
             raise SystemExit(f"{one.name} failed to start; see the output above")
-    for _ in range(options.repeats):
+    for _ in range(WARM_UP + options.repeats):
         for one in contestants:
             one.take_turn(options.batch * options.steps)
+    for one in contestants:
+        del one.rates[:WARM_UP]
     for one in contestants:
         one.process.kill()
         one.process.communicate()
