@@ -51,14 +51,14 @@ class ChannelNameError(ValueError):
 
 
 def read_names(names: str | Iterable[str]) -> ChannelNames:
-    """Return names of channels as they are written everywhere.
+    """Return names of channels in their canonical form.
 
     Args:
         names: names, or text in which commas or blanks separate them: `red,green,blue`, `B2 B3`.
             One of SETS alone stands for its channels.
 
     Raises:
-        ChannelNameError: there is none, one is not a name, or one is given twice.
+        ChannelNameError: there are none, one is not a name, or one is given twice.
     """
     if isinstance(names, str):
         names = re.split(r"[,\s]+", names.strip(", \t\n"))
@@ -78,7 +78,7 @@ def _read_names(parts: tuple[str, ...]) -> ChannelNames:
 
 
 def read_name(name: str) -> str:
-    """Return one name as it is written everywhere: lower case, B4 of Sentinel-2 as red.
+    """Return one name in its canonical form: lower case, and B4 of Sentinel-2 as red.
 
     Raises:
         ChannelNameError: it is not a name.

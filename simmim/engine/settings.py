@@ -30,8 +30,9 @@ class OptimizerSettings:
     """Layer-wise learning-rate decay: factor from each encoder layer to the one below; 1 is off."""
     freeze: Count | Literal["all"] | None = None
     """First stages of the encoder that are not trained, with the patch embedding and the merging
-    after each; all is the whole encoder, so that the head alone is trained; null freezes nothing.
-    Frozen parts have no drop path, and need the time and memory of inference."""
+    after each; all is the whole encoder, so that the head alone is trained, to which the norms of
+    the maps belong in segmentation and detection; null freezes nothing. Frozen parts have no drop
+    path, and need the time and memory of inference."""
 
     def check_freeze(self, stages: int) -> None:
         """Check that the encoder has the stages that are not trained.

@@ -1,4 +1,4 @@
-"""Anyone's WebDataset tars without a manifest, read in sequence by a pipeline of webdataset.
+"""Third-party WebDataset tars without a manifest, read in sequence by webdataset's pipeline.
 
 A pass reads every tar once, in an order of its own: the tars are cut into parts of equal length,
 one for each data worker of each process, and the samples of a part go through a shuffle buffer.
@@ -62,9 +62,9 @@ class StreamSettings:
     """Samples of an epoch, over all processes: at most those in the tars. An epoch ends early, on
     all processes, where one has no more."""
     image_key: str | None = None
-    """What the names of images have after the key, if it is no extension alone: `image.png` of
-    KEY.image.png, `input.jpeg` of KEY.input.jpeg. null takes KEY.jpg and others as
-    `data-prep index` does."""
+    """Suffix of the images after the key, if it is not an extension alone: `image.png` for
+    KEY.image.png, `input.jpeg` for KEY.input.jpeg. null takes KEY.jpg and the other extensions of
+    images, as `data-prep index` does."""
     shuffle: Count = 1000
     """Samples in the shuffle buffer of each data worker, encoded; they are held in memory."""
     weight: Positive = 1.0

@@ -38,7 +38,7 @@ class DecodeSettings:
 
     @property
     def wanted_channels(self) -> ChannelNames | None:
-        """Names of the channels to take, as they are written everywhere."""
+        """Names of the channels to take, in their canonical form."""
         return None if self.channels is None else read_names(self.channels)
 
     @property
