@@ -1,6 +1,6 @@
-"""`simmim.safetensors` of an encoder directory: what SimMIM trains beside the encoder.
+"""`simmim.safetensors` of an encoder directory: the mask token and the decoder of SimMIM.
 
-Mask token and decoder: with them a pretraining goes on anywhere, and its loss can be measured.
+With them a pretraining can be continued elsewhere, and its loss can be measured.
 """
 
 import os

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from data_prep.format.text import count_noun
 from simmim.data.datasets.clips import ClipSet
-from simmim.data.datasets.mixture import MixedShards
+from simmim.data.datasets.mixture import MixedShards, StreamedShards
 from simmim.data.datasets.shards import ShardSet
 from simmim.data.order.source import DataError, SampleSource
 from simmim.data.settings import follows_images
@@ -70,6 +70,8 @@ class EncoderInput:
     std: Sequence[float]
     measurable: bool = False
     """Whether the images are shards, of which mean and std can be measured."""
+    streamed: bool = False
+    """Whether the images are streamed, so that mean and std cannot be measured."""
     measured: bool = False
     """Whether the recipe has mean and std measured, so that they follow the images."""
     trained: str | None = None
@@ -94,6 +96,7 @@ def input_of(stage: Any, given: TaskRecipe | None = None) -> EncoderInput:
         mean=normalise.mean.flatten().tolist(),
         std=normalise.std.flatten().tolist(),
         measurable=is_measurable(stage.training_shards),
+        streamed=isinstance(stage.training_shards, StreamedShards),
         measured=follows_images(recipe.data),
         trained=recipe.architecture_source,
     )
@@ -289,6 +292,8 @@ def advice(found: SampledImages, wanted: EncoderInput) -> str:
         return f"set encoder.in_channels to {form.channels}{FOLLOW}"
     keeps = form not in found.refused and form.channels > wanted.channels
     text = f"set {settings_for(found, wanted.channels if keeps else None)}"
+    if wanted.streamed:
+        return text
     info = "`data-prep info --statistics`" if wanted.measurable else ""
     if len(found.statistics(form)[0]) > LISTED_CHANNELS and not keeps:
         return f"{text}, after {info}" if info else text

@@ -131,7 +131,7 @@ def refuse_foreign(name: str) -> None:
 
 
 def _foreign_folder(path: Path) -> str | None:
-    """Say of which library a folder is; None for encoder directories, runs and all others."""
+    """Describe a folder of another library; None for encoder directories, runs and the rest."""
     try:
         content = load_json(path / CONFIG_FILE)
     except (OSError, ValueError):

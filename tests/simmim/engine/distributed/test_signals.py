@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -49,6 +50,19 @@ def test_a_signal_is_recorded_instead_of_obeyed(number: signal.Signals, no_harm:
         os.kill(os.getpid(), number)  # launcher and terminal both deliver it
         assert any(stop.agree([stop.wanted]))
     assert no_harm == []
+
+
+def test_a_flood_of_signals_is_recorded() -> None:
+    with StopRequest() as stop:
+        flood = subprocess.Popen(["sh", "-c", f"while kill -USR1 {os.getpid()}; do :; done"])
+        try:
+            began = time.monotonic()
+            while time.monotonic() < began + 1.5:  # signals interrupt the handling of others
+                pass
+        finally:
+            flood.kill()
+            flood.wait()
+        assert stop.received == signal.SIGUSR1
 
 
 @EACH
