@@ -5,6 +5,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -20,6 +21,9 @@ from simmim.stop_signals import ProcessExit, handled_stop_signals
 LONGEST_WAIT = 60.0
 """Seconds after a stop signal in which a rank may wait in native code, where Python's handlers do
 not run. After that the other ranks are not expected to answer: one of them is hung or lost."""
+
+POLL = 0.05
+"""Seconds between two looks at whether a signal has been recorded."""
 
 
 class StopRequest:
@@ -49,7 +53,7 @@ class StopRequest:
     ) -> None:
         self._timeout, self._process_exit = timeout, process_exit
         self._longest_wait, self._end = longest_wait, end
-        self._recorded = threading.Event()
+        self._ended = False
         self._arrivals: _Arrivals | None = None
         self.honoured = False
         """Whether training has been stopped on request."""
@@ -74,8 +78,8 @@ class StopRequest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._ended = True
         if self._arrivals is not None:
-            self._recorded.set()
             self._arrivals.close()
         exits = self._process_exit == "always" and error is None
         exits |= self._process_exit != "no" and self.honoured
@@ -87,13 +91,20 @@ class StopRequest:
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _record(self, number: int, _frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        self._recorded.set()
+        # A signal may interrupt this while it handles another: no lock may be taken, as those of
+        # `threading.Event` are, and little may be done.
+        if self.received is None:
+            self.received = signal.Signals(number)
 
     def _expect_record(self, number: int) -> None:
         """End this process if the main thread does not record a stop signal in time."""
-        if number not in self._before or self._recorded.wait(self._longest_wait):
+        if number not in self._before:
             return
+        deadline = time.monotonic() + self._longest_wait
+        while time.monotonic() < deadline:
+            if self._ended or self.received is not None:
+                return
+            time.sleep(POLL)
         rank = torch.distributed.get_rank()
         sys.stderr.write(
             f"\nsimmim: {signal.Signals(number).name} arrived {self._longest_wait:.0f} s ago, and"
