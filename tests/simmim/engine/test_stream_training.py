@@ -199,3 +199,18 @@ def test_damage_is_listed_in_the_run(
     assert "has no image, only .mp4" in printed.err
     assert "bad_samples.jsonl" in printed.out
     assert re.search(r"Left out samples without an image.*: \.mp4 \(\d\)", printed.out)
+
+
+def test_mean_and_std_of_a_stream_are_advised_as_numbers(
+    written: Path,
+    stream_config: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`measured` is refused for a stream."""
+    config = stream_config(written, workers=0, mean=[0.01] * 3, std=[0.01] * 3)
+    command = ["pretrain", "--config", str(config), "--folder", str(tmp_path / "run")]
+    simmim.cli.main([*command, "--training.steps", "1"])
+    said = capsys.readouterr().err
+    assert "set encoder.in_channels to 3, data.mean to [" in said
+    assert "measured" not in said
