@@ -16,6 +16,7 @@ from typing import Any
 
 from simmim.cli import main
 from simmim.data.loader.batch import Batch
+from simmim.engine.distributed.launcher import run_as_rank
 from simmim.tasks.pretrain.stage import PretrainStage
 
 FILE, *ARGUMENTS = sys.argv[1:]
@@ -46,4 +47,4 @@ def noted(self: PretrainStage, *, rank: int, world: int, **cursors: Any) -> Iter
 
 if __name__ == "__main__":
     PretrainStage.batches = noted  # type: ignore[method-assign]
-    sys.exit(main(ARGUMENTS))
+    run_as_rank(lambda: main(ARGUMENTS))  # as `python -m simmim` does
