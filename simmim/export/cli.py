@@ -89,7 +89,8 @@ def import_(
     windows = _windows(pretrained_windows)
     names = None if channels is None else read_names(channels)
     means, deviations = _numbers("--mean", mean), _numbers("--std", std)
-    from simmim.export.import_encoder import ImportOptions, import_encoder
+    from simmim.export.import_encoder import import_encoder
+    from swinv2.bridges.importing.options import ImportOptions
 
     options = ImportOptions(
         architecture=architecture,
@@ -100,9 +101,8 @@ def import_(
         std=deviations,
         weights=weights,
         key=key,
-        channels=names,
     )
-    print("\n".join(import_encoder(source, destination, format, options)))
+    print("\n".join(import_encoder(source, destination, format, options, channels=names)))
     return 0
 
 

@@ -1,55 +1,32 @@
 """Convert a checkpoint of another library to an encoder directory."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from data_prep.channels import describe
+from data_prep.channels import ChannelNames, describe
 from data_prep.format.text import count_noun
 from simmim.export.export import compare_native
-from simmim.export.formats import ImportFormat, WeightsChoice
+from simmim.export.formats import ImportFormat
 from simmim.export.trial_image import trial_image
 from simmim.tasks.trained import method_tensors
 from swinv2.bridges.checkpoints import ImportedEncoder, MaskedImageHead
 from swinv2.bridges.importing.detection import require_library
 from swinv2.bridges.importing.mmpretrain import import_mmpretrain
+from swinv2.bridges.importing.options import ImportOptions
 from swinv2.bridges.importing.torchvision import import_torchvision
 from swinv2.bridges.reference import import_reference
-from swinv2.bridges.sizes import PretrainedWindows
 from swinv2.bridges.timm import import_timm
 from swinv2.bridges.transformers import import_transformers
 from swinv2.config_file import IMPLIED_CHANNELS, METHOD_FILE
 from swinv2.weights import save_encoder
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImportOptions:
-    """Sizes and normalisation given by the user; None is read from the file."""
-
-    architecture: str | None = None
-    """Name of the model in timm, which determines all sizes."""
-    image_size: int | tuple[int, int] | None = None
-    """Height and width of training images in pixels, or the side of a square."""
-    window_size: int | tuple[int, int] | None = None
-    """Height and width of the attention windows in tokens, or the side of a square."""
-    pretrained_window_sizes: PretrainedWindows = None
-    """Pretraining windows in tokens, one per stage; "same" for the present windows."""
-    mean: Sequence[float] | None = None
-    """Mean per channel, for images in [0, 1]."""
-    std: Sequence[float] | None = None
-    """Standard deviation per channel."""
-    weights: WeightsChoice | None = None
-    """Averaged or raw weights of a file that has both; None takes averaged ones, if any."""
-    key: str | None = None
-    """Entry of the file, or prefix of names, of one of several models."""
-    channels: Sequence[str] | None = None
-    """Names of the channels; None: the file's, or else red, green and blue of three, gray of one.
-    """
-
-
 def import_encoder(
-    source: Path, destination: Path, form: ImportFormat | None, known: ImportOptions
+    source: Path,
+    destination: Path,
+    form: ImportFormat | None,
+    known: ImportOptions,
+    *,
+    channels: ChannelNames | None = None,
 ) -> list[str]:
     """Convert a third-party checkpoint to the encoder directory `destination`.
 
@@ -58,6 +35,8 @@ def import_encoder(
         destination: a new or empty folder, or an earlier encoder directory.
         form: the format of the checkpoint; None tells it by its files and names.
         known: values that the file may lack.
+        channels: names of the channels; None: the file's, or else red, green and blue of three,
+            gray of one.
 
     Returns:
         Lines to print: what was imported and what was not, and the difference after loading.
@@ -71,7 +50,7 @@ def import_encoder(
     imported = _read(source, form, known)
     encoder, config = imported.encoder, imported.encoder.config
     trial = trial_image(config, imported.mean, imported.std)
-    channels = known.channels or imported.channels
+    channels = channels or imported.channels
     if channels is None:
         channels = IMPLIED_CHANNELS.get(config.in_channels)
     compared = [f"compared on {trial.origin}:"]
@@ -120,25 +99,16 @@ def _predicts(head: MaskedImageHead) -> str:
 
 
 def _read(source: Path, form: ImportFormat, known: ImportOptions) -> ImportedEncoder:
-    given: dict[str, Any] = {
-        "image_size": known.image_size,
-        "window_size": known.window_size,
-        "pretrained_window_sizes": known.pretrained_window_sizes,
-        "mean": known.mean,
-        "std": known.std,
-        "weights": known.weights,
-        "key": known.key,
-    }
     if known.architecture is not None and form != "timm":
         raise ValueError(f"architecture is for the timm format, not for {form}: give the sizes.")
     match form:
         case "reference":
-            return import_reference(source, **given)
+            return import_reference(source, known)
         case "timm":
-            return import_timm(source, architecture=known.architecture, **given)
+            return import_timm(source, known)
         case "transformers":
-            return import_transformers(source, **given)
+            return import_transformers(source, known)
         case "torchvision":
-            return import_torchvision(source, **given)
+            return import_torchvision(source, known)
         case "mmpretrain":
-            return import_mmpretrain(source, **given)
+            return import_mmpretrain(source, known)

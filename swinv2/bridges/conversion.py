@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from swinv2.bridges.checkpoints import BridgeError, ClassifierHead, ImportedEncoder, MaskedImageHead
+from swinv2.bridges.importing.options import ImportOptions
 from swinv2.bridges.importing.reading import list_names
 from swinv2.bridges.preprocessing import channel_names
 from swinv2.bridges.sizes import Sizes, missing_sizes, resolve_config
@@ -87,20 +88,13 @@ def convert(encoder: SwinV2, rename: RenameTensor) -> dict[str, Tensor]:
     }
 
 
-def assemble(
-    found: ParsedCheckpoint,
-    given: Sizes,
-    *,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-) -> ImportedEncoder:
+def assemble(found: ParsedCheckpoint, options: ImportOptions) -> ImportedEncoder:
     """Build the encoder of a checkpoint, with its heads and normalisation.
 
     Args:
         found: the parsed checkpoint.
-        given: sizes from the caller, which must not contradict the checkpoint.
-        mean: mean per channel; by default the checkpoint's, or ImageNet's.
-        std: standard deviation per channel, likewise.
+        options: sizes from the caller, which must not contradict the checkpoint, and mean and std,
+            by default the checkpoint's, or ImageNet's.
 
     Raises:
         BridgeError: a tensor is missing, unexpected, of a wrong shape or not finite, or a size is
@@ -108,7 +102,7 @@ def assemble(
         ValueError: mean or std does not fit the channels.
     """
     _check_finite(found.tensors, found.source)
-    sizes = [given, *found.sizes]
+    sizes = [options.sizes, *found.sizes]
     notes = list(found.notes)
     if found.usual is not None:
         usual = missing_sizes(sizes, found.usual)
@@ -135,8 +129,8 @@ def assemble(
         prefix=layout.prefix,
         fresh=found.fresh,
     )
-    mean = tuple(mean or found.mean or IMAGENET_MEAN)
-    std = tuple(std or found.std or IMAGENET_STD)
+    mean = tuple(options.mean or found.mean or IMAGENET_MEAN)
+    std = tuple(options.std or found.std or IMAGENET_STD)
     check_normalisation(mean, std, config.in_channels)
     return ImportedEncoder(
         encoder=encoder,

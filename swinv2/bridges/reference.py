@@ -36,10 +36,9 @@ from swinv2.bridges.conversion import (
     decoder_shapes,
     describe_beside,
 )
+from swinv2.bridges.importing.options import NO_OPTIONS, ImportOptions
 from swinv2.bridges.importing.reading import (
     CheckpointContents,
-    WeightsChoice,
-    read_checkpoint,
 )
 from swinv2.bridges.layer_names import (
     check_is_swinv2,
@@ -51,18 +50,15 @@ from swinv2.bridges.layer_names import (
 )
 from swinv2.bridges.preprocessing import WHOLE_PICTURES, Preparation, describe, sentences
 from swinv2.bridges.sizes import (
-    PretrainedWindows,
     Sizes,
     as_pair,
     as_windows,
-    given_sizes,
     read_buffers,
 )
 from swinv2.bridges.verification import Report, check_read_back, compare_read_back, ignore
 from swinv2.config import SwinV2Config, clamp_window
 from swinv2.config_file import check_normalisation
 from swinv2.encoder import SwinV2
-from swinv2.field_values import Pair
 
 CHECKPOINT_FILE = "checkpoint.pth"
 CONFIG_FILE = "config.yaml"
@@ -210,14 +206,7 @@ def export_reference(
 
 def import_reference(
     path: str | os.PathLike[str],
-    *,
-    image_size: int | Pair | None = None,
-    window_size: int | Pair | None = None,
-    pretrained_window_sizes: PretrainedWindows = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    weights: WeightsChoice | None = None,
-    key: str | None = None,
+    options: ImportOptions = NO_OPTIONS,
 ) -> ImportedEncoder:
     """Read a checkpoint of the published code, or a folder written by `export_reference`.
 
@@ -226,13 +215,7 @@ def import_reference(
 
     Args:
         path: a file (.pth or .safetensors) or a folder.
-        image_size: (height, width) in pixels that it was trained at.
-        window_size: (height, width) in tokens.
-        pretrained_window_sizes: one per stage, in tokens; "same" if it was trained at these sizes.
-        mean: mean per channel; by default the file's, or ImageNet's, as in the published code.
-        std: standard deviation per channel, likewise.
-        weights: averaged or raw weights of a file that has both; see `read_checkpoint`.
-        key: entry of the file, or prefix of names, of one of several models.
+        options: sizes that the file lacks, and which of several models is read.
 
     Raises:
         BridgeError: it is another model, a tensor is missing, unexpected or of a wrong shape, a
@@ -240,9 +223,8 @@ def import_reference(
     """
     place = Path(path)
     file = place / CHECKPOINT_FILE if place.is_dir() else place
-    found = parse_published(read_checkpoint(file, weights=weights, key=key))
-    given = given_sizes(image_size, window_size, pretrained_window_sizes)
-    return assemble(found, given, mean=mean, std=std)
+    found = parse_published(options.read(file))
+    return assemble(found, options)
 
 
 def parse_published(checkpoint: CheckpointContents, library: str = "") -> ParsedCheckpoint:

@@ -129,20 +129,6 @@ def variant_of(architecture: Mapping[str, Any]) -> str | None:
     )
 
 
-def given_sizes(
-    image_size: int | Pair | None,
-    window_size: int | Pair | None,
-    pretrained_window_sizes: PretrainedWindows,
-) -> Sizes:
-    """Return the sizes that a caller gives."""
-    return Sizes(
-        origin="your arguments",
-        image_size=None if image_size is None else as_pair(image_size),
-        window_size=None if window_size is None else as_pair(window_size),
-        pretrained_window_sizes=as_windows(pretrained_window_sizes),
-    )
-
-
 def missing_sizes(known: Sequence[Sizes], other: Sizes) -> Sizes:
     """Return the sizes of `other` that the known ones leave open."""
     changes: dict[str, Any] = {

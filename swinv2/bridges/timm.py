@@ -33,7 +33,7 @@ from swinv2.bridges.conversion import (
     describe_beside,
     fresh_norm,
 )
-from swinv2.bridges.importing.reading import WeightsChoice, read_checkpoint
+from swinv2.bridges.importing.options import NO_OPTIONS, ImportOptions
 from swinv2.bridges.layer_names import (
     check_is_swinv2,
     pretrained_windows_argument,
@@ -44,11 +44,9 @@ from swinv2.bridges.layer_names import (
 )
 from swinv2.bridges.preprocessing import WHOLE_PICTURES, Preparation, describe, sentences
 from swinv2.bridges.sizes import (
-    PretrainedWindows,
     Sizes,
     as_pair,
     as_windows,
-    given_sizes,
     missing_sizes,
     read_buffers,
 )
@@ -64,7 +62,6 @@ from swinv2.bridges.verification import (
 from swinv2.config import SwinV2Config
 from swinv2.config_file import check_normalisation
 from swinv2.encoder import SwinV2
-from swinv2.field_values import Pair
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -287,15 +284,7 @@ def _pretrained_cfg(
 
 def import_timm(
     path: str | os.PathLike[str],
-    *,
-    architecture: str | None = None,
-    image_size: int | Pair | None = None,
-    window_size: int | Pair | None = None,
-    pretrained_window_sizes: PretrainedWindows = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    weights: WeightsChoice | None = None,
-    key: str | None = None,
+    options: ImportOptions = NO_OPTIONS,
 ) -> ImportedEncoder:
     """Read the weights of a `swinv2_*` model of timm, or of its `features_only`.
 
@@ -307,34 +296,24 @@ def import_timm(
     Args:
         path: a folder as on the model hub (config.json and model.safetensors or pytorch_model.bin),
             or a file (.safetensors, .pth, .bin).
-        architecture: timm's name of the model, such as `swinv2_base_window12to16_192to256`.
-        image_size: (height, width) in pixels.
-        window_size: (height, width) in tokens.
-        pretrained_window_sizes: one per stage, in tokens; "same" if it was trained at these sizes.
-        mean: mean per channel; by default the folder's, or ImageNet's, as in timm.
-        std: standard deviation per channel, likewise.
-        weights: averaged or raw weights of a file that has both; see `read_checkpoint`.
-        key: entry of the file, or prefix of names, of one of several models.
+        options: sizes that the file lacks, and which of several models is read.
 
     Raises:
         BridgeError: it is another model, a tensor is missing, unexpected or of a wrong shape, a
             size is unknown or contradictory, or reading the file would run code.
     """
-    found = _parse(Path(path), architecture, weights, key)
-    given = given_sizes(image_size, window_size, pretrained_window_sizes)
-    return assemble(found, given, mean=mean, std=std)
+    found = _parse(Path(path), options)
+    return assemble(found, options)
 
 
-def _parse(
-    path: Path, name: str | None, weights: WeightsChoice | None, key: str | None
-) -> ParsedCheckpoint:
-    """Parse a file or folder; `name` is the model name that the caller gives."""
+def _parse(path: Path, options: ImportOptions) -> ParsedCheckpoint:
+    """Parse a file or folder."""
     folder = path if path.is_dir() else None
     content = {} if folder is None else _read_config(folder / CONFIG_FILE)
     file = path if folder is None else folder / WEIGHTS_FILE
     if folder is not None and not file.is_file() and (folder / _PICKLE_FILE).is_file():
         file = folder / _PICKLE_FILE
-    checkpoint = read_checkpoint(file, weights=weights, key=key)
+    checkpoint = options.read(file)
     source = checkpoint.source
     named_tensors = {_FLAT.sub("layers.", name): one for name, one in checkpoint.tensors.items()}
     tensors, dropped = split_off_buffers(named_tensors)
@@ -353,7 +332,7 @@ def _parse(
         architecture=fields,
         sizes=[
             arguments,
-            _named_sizes("the given name", name, stages),
+            _named_sizes("the given name", options.architecture, stages),
             missing_sizes([arguments], named),
             read_buffers({key: named_tensors[key] for key in dropped}, fields),
         ],

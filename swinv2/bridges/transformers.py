@@ -37,10 +37,9 @@ from swinv2.bridges.conversion import (
     describe_beside,
     fresh_norm,
 )
+from swinv2.bridges.importing.options import NO_OPTIONS, ImportOptions
 from swinv2.bridges.importing.reading import (
     CheckpointContents,
-    WeightsChoice,
-    read_checkpoint,
 )
 from swinv2.bridges.layer_names import check_is_swinv2, split_off_buffers
 from swinv2.bridges.preprocessing import (
@@ -50,7 +49,6 @@ from swinv2.bridges.preprocessing import (
     processor_config,
     sentences,
 )
-from swinv2.bridges.sizes import PretrainedWindows, given_sizes
 from swinv2.bridges.transformers_layout import (
     FOLDERS,
     WEIGHTS_FILE,
@@ -73,7 +71,6 @@ from swinv2.bridges.verification import (
 from swinv2.config import SwinV2Config
 from swinv2.config_file import check_normalisation
 from swinv2.encoder import SwinV2
-from swinv2.field_values import Pair
 from swinv2.json_file import load_json
 from swinv2.weights import write_tensors
 
@@ -210,14 +207,7 @@ def export_transformers(
 
 def import_transformers(
     path: str | os.PathLike[str],
-    *,
-    image_size: int | Pair | None = None,
-    window_size: int | Pair | None = None,
-    pretrained_window_sizes: PretrainedWindows = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    weights: WeightsChoice | None = None,
-    key: str | None = None,
+    options: ImportOptions = NO_OPTIONS,
 ) -> ImportedEncoder:
     """Read a folder written by `save_pretrained` of a Swin Transformer V2 class.
 
@@ -228,14 +218,7 @@ def import_transformers(
     Args:
         path: with config.json and model.safetensors, in one file or in shards, or
             pytorch_model.bin.
-        image_size: (height, width) in pixels; like the next two, it must not contradict
-            config.json.
-        window_size: (height, width) in tokens.
-        pretrained_window_sizes: one per stage, in tokens; "same" for the present windows.
-        mean: mean per channel; by default from preprocessor_config.json, or ImageNet's.
-        std: standard deviation per channel, likewise.
-        weights: averaged or raw weights of a file that has both; see `read_checkpoint`.
-        key: entry of the file, or prefix of names, of one of several models.
+        options: sizes must not contradict config.json.
 
     Raises:
         BridgeError: it is another model, a field asks for something this encoder lacks, a tensor is
@@ -243,8 +226,7 @@ def import_transformers(
     """
     folder = Path(path)
     content = read_json(folder / _CONFIG_FILE, "give a folder written by save_pretrained")
-    given = given_sizes(image_size, window_size, pretrained_window_sizes)
-    imported = assemble(_parse(folder, content, weights, key), given, mean=mean, std=std)
+    imported = assemble(_parse(folder, content, options), options)
     problems = unsupported(imported.encoder.config)
     if problems:
         raise BridgeError(
@@ -256,13 +238,11 @@ def import_transformers(
     return imported
 
 
-def _parse(
-    folder: Path, content: Mapping[str, Any], weights: WeightsChoice | None, key: str | None
-) -> ParsedCheckpoint:
+def _parse(folder: Path, content: Mapping[str, Any], options: ImportOptions) -> ParsedCheckpoint:
     """Parse a folder whose `config.json` has this content."""
     config_source = str(folder / _CONFIG_FILE)
     check_config_is_swinv2(content, config_source)
-    read = _read_weights(folder, weights, key)
+    read = _read_weights(folder, options)
     tensors, dropped = split_off_buffers(read.tensors)
     check_is_swinv2(tensors, read.source, "transformers")
     parsed = parse_config(content, tensors.keys(), config_source)
@@ -353,20 +333,18 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_weights(
-    folder: Path, weights: WeightsChoice | None, key: str | None
-) -> CheckpointContents:
+def _read_weights(folder: Path, options: ImportOptions) -> CheckpointContents:
     """Return the tensors of a folder, in one file or in shards."""
     shards = folder / _SHARDS_FILE
     if (folder / WEIGHTS_FILE).is_file() or not shards.is_file():
         pickled = not (folder / WEIGHTS_FILE).is_file() and (folder / _PICKLE_FILE).is_file()
         file = folder / (_PICKLE_FILE if pickled else WEIGHTS_FILE)
-        return read_checkpoint(file, weights=weights, key=key)
+        return options.read(file)
     places = read_json(shards, "copy the folder again").get("weight_map")
     files = sorted(set(places.values())) if isinstance(places, Mapping) else []
     if not files or any(Path(str(name)).name != name for name in files):
         raise BridgeError(f"{shards} does not name files next to it: copy the folder again.")
-    parts = [read_checkpoint(folder / name, weights=weights, key=key) for name in files]
+    parts = [options.read(folder / name) for name in files]
     return replace(
         parts[0],
         source=str(shards),

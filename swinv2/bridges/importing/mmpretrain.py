@@ -6,10 +6,8 @@ norms of large models after their blocks.
 
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from einops import rearrange
@@ -17,12 +15,12 @@ from torch import Tensor
 
 from swinv2.bridges.checkpoints import BridgeError, ImportedEncoder
 from swinv2.bridges.conversion import ParsedCheckpoint, assemble
-from swinv2.bridges.importing.reading import WeightsChoice, list_names, read_checkpoint
+from swinv2.bridges.importing.options import NO_OPTIONS, ImportOptions
+from swinv2.bridges.importing.reading import list_names
 from swinv2.bridges.importing.torchvision import check_windows
 from swinv2.bridges.layer_names import rename_tensor
 from swinv2.bridges.reference import parse_published
-from swinv2.bridges.sizes import PretrainedWindows, given_sizes, smallest_image, variant_of
-from swinv2.field_values import Pair
+from swinv2.bridges.sizes import smallest_image, variant_of
 
 MARK = ".attn.w_msa."
 """Part of its names that no other library has."""
@@ -33,14 +31,7 @@ _EXTRA_NORM = re.compile(r"layers\.\d+\.blocks\.(\d+)\.norm3\.weight")
 
 def import_mmpretrain(
     path: str | os.PathLike[str],
-    *,
-    image_size: int | Pair | None = None,
-    window_size: int | Pair | None = None,
-    pretrained_window_sizes: PretrainedWindows = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    weights: WeightsChoice | None = None,
-    key: str | None = None,
+    options: ImportOptions = NO_OPTIONS,
 ) -> ImportedEncoder:
     """Read the weights of a `SwinTransformerV2` of mmpretrain, with or without a classifier.
 
@@ -49,18 +40,12 @@ def import_mmpretrain(
 
     Args:
         path: a file (.pth or .safetensors).
-        image_size: (height, width) in pixels that it was trained at.
-        window_size: (height, width) in tokens.
-        pretrained_window_sizes: one per stage, in tokens; "same" if it was trained at these sizes.
-        mean: mean per channel; by default ImageNet's.
-        std: standard deviation per channel, likewise.
-        weights: averaged or raw weights of a file that has both; see `read_checkpoint`.
-        key: entry of the file, or prefix of names, of one of several models.
+        options: sizes that the file lacks, and which of several models is read.
 
     Raises:
         BridgeError: as for `import_reference`; tensors are named as in the published code.
     """
-    checkpoint = read_checkpoint(Path(path), weights=weights, key=key)
+    checkpoint = options.read(path)
     if not any(MARK in name for name in checkpoint.tensors):
         raise BridgeError(
             f"{checkpoint.source} is not a SwinTransformerV2 of mmpretrain (it has no w_msa): "
@@ -83,8 +68,7 @@ def import_mmpretrain(
     if other_norms:
         notes += (f"not imported: norms of other stages' outputs ({list_names(other_norms)})",)
     found = replace(found, usual=smallest_image(found.sizes, found.architecture), notes=notes)
-    given = given_sizes(image_size, window_size, pretrained_window_sizes)
-    imported = assemble(found, given, mean=mean, std=std)
+    imported = assemble(found, options)
     check_windows(imported.encoder.config, found, "mmpretrain")
     return imported
 

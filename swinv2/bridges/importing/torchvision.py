@@ -5,33 +5,23 @@ biases of query, key and value are one tensor, of which the model ignores the ke
 """
 
 import os
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from torch import Tensor
 
 from swinv2.bridges.checkpoints import BridgeError, ImportedEncoder
 from swinv2.bridges.conversion import ParsedCheckpoint, assemble
-from swinv2.bridges.importing.reading import WeightsChoice, read_checkpoint
+from swinv2.bridges.importing.options import NO_OPTIONS, ImportOptions
 from swinv2.bridges.reference import parse_published
-from swinv2.bridges.sizes import PretrainedWindows, given_sizes, smallest_image
+from swinv2.bridges.sizes import smallest_image
 from swinv2.config import SwinV2Config
-from swinv2.field_values import Pair
 
 _BLOCK_NAMES = {"mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2"}
 
 
 def import_torchvision(
     path: str | os.PathLike[str],
-    *,
-    image_size: int | Pair | None = None,
-    window_size: int | Pair | None = None,
-    pretrained_window_sizes: PretrainedWindows = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    weights: WeightsChoice | None = None,
-    key: str | None = None,
+    options: ImportOptions = NO_OPTIONS,
 ) -> ImportedEncoder:
     """Read the weights of a `swin_v2_t`, `_s` or `_b` of torchvision.
 
@@ -40,18 +30,12 @@ def import_torchvision(
 
     Args:
         path: a file (.pth or .safetensors).
-        image_size: (height, width) in pixels that it was trained at.
-        window_size: (height, width) in tokens.
-        pretrained_window_sizes: one per stage, in tokens; "same" if it was trained at these sizes.
-        mean: mean per channel; by default ImageNet's.
-        std: standard deviation per channel, likewise.
-        weights: averaged or raw weights of a file that has both; see `read_checkpoint`.
-        key: entry of the file, or prefix of names, of one of several models.
+        options: sizes that the file lacks, and which of several models is read.
 
     Raises:
         BridgeError: as for `import_reference`; tensors are named as in the published code.
     """
-    checkpoint = read_checkpoint(Path(path), weights=weights, key=key)
+    checkpoint = options.read(path)
     source = checkpoint.source
     if not any(name.startswith("features.") for name in checkpoint.tensors):
         raise BridgeError(
@@ -64,8 +48,7 @@ def import_torchvision(
     }
     found = parse_published(replace(checkpoint, tensors=tensors), library="torchvision")
     found = replace(found, usual=smallest_image(found.sizes, found.architecture))
-    given = given_sizes(image_size, window_size, pretrained_window_sizes)
-    imported = assemble(found, given, mean=mean, std=std)
+    imported = assemble(found, options)
     check_windows(imported.encoder.config, found, "torchvision")
     return imported
 

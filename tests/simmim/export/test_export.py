@@ -15,7 +15,7 @@ from simmim.engine.loop import train
 from simmim.engine.run import RunFolder
 from simmim.export.export import export
 from simmim.export.formats import GRAPHS, Format
-from simmim.export.import_encoder import ImportOptions, import_encoder
+from simmim.export.import_encoder import import_encoder
 from simmim.export.load_trained import read_source
 from simmim.recipe import parse
 from simmim.tasks.classification.classifier import load_classifier
@@ -24,6 +24,7 @@ from simmim.tasks.classification.stage import ClassificationStage
 from simmim.tasks.pretrain.recipe import PretrainRecipe
 from simmim.tasks.pretrain.stage import PretrainStage
 from simmim.tasks.pretrained import find_weights
+from swinv2.bridges.importing.options import ImportOptions
 from swinv2.bridges.reference import import_reference
 from swinv2.bridges.timm import import_timm
 from swinv2.config_file import read_encoder_config

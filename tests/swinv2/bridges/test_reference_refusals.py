@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from swinv2.bridges.checkpoints import BridgeError
+from swinv2.bridges.importing.options import ImportOptions
 from swinv2.bridges.reference import (
     export_reference,
     import_reference,
@@ -28,8 +29,8 @@ def test_unknown_sizes_are_asked_for(
     with pytest.raises(BridgeError, match=r"image_size, window_size, pretrained_window_sizes"):
         import_reference(file)
     with pytest.raises(BridgeError, match=r"pretrained_window_sizes: give"):
-        import_reference(file, image_size=64, window_size=8)
-    back = import_reference(file, **SIZES)
+        import_reference(file, ImportOptions(image_size=64, window_size=8))
+    back = import_reference(file, ImportOptions(**SIZES))
     assert_same_weights(encoder, back.encoder)
     assert back.encoder.config == encoder.config
     assert back.mean == (0.485, 0.456, 0.406)
@@ -38,10 +39,10 @@ def test_unknown_sizes_are_asked_for(
 def test_a_size_that_contradicts_the_file_is_refused(build: Build, tmp_path: Path) -> None:
     path = export_reference(build(), tmp_path / "out", mean=MEAN, std=STD)
     with pytest.raises(BridgeError, match=r"image_size is \(128, 128\).* and \(64, 64\)"):
-        import_reference(path, image_size=128)
+        import_reference(path, ImportOptions(image_size=128))
     with pytest.raises(BridgeError, match="pretrained_window_sizes"):
-        import_reference(path, pretrained_window_sizes=[4, 4, 4, 2])
-    assert import_reference(path, pretrained_window_sizes=[8, 8, 4, 2])
+        import_reference(path, ImportOptions(pretrained_window_sizes=[4, 4, 4, 2]))
+    assert import_reference(path, ImportOptions(pretrained_window_sizes=[8, 8, 4, 2]))
 
 
 def test_a_tensor_that_does_not_fit_is_named(
@@ -51,7 +52,7 @@ def test_a_tensor_that_does_not_fit_is_named(
     message = spoil(tensors)
     torch.save({"model": tensors}, tmp_path / "a.pth")
     with pytest.raises(BridgeError, match=message):
-        import_reference(tmp_path / "a.pth", **SIZES)
+        import_reference(tmp_path / "a.pth", ImportOptions(**SIZES))
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")  # by torch 2.14
@@ -73,14 +74,14 @@ def test_tensors_that_are_not_finite_are_named(
     tensors = to_reference(build()) | {"norm.weight": spoilt}
     torch.save({"model": tensors}, tmp_path / "a.pth")
     with pytest.raises(BridgeError, match=rf"finite.*:\n  norm\.weight: {reason}"):
-        import_reference(tmp_path / "a.pth", **SIZES)
+        import_reference(tmp_path / "a.pth", ImportOptions(**SIZES))
 
 
 def test_an_empty_tensor_is_refused(build: Build, tmp_path: Path) -> None:
     tensors = to_reference(build()) | {"patch_embed.proj.weight": torch.zeros(0, 3, 4, 4)}
     torch.save({"model": tensors}, tmp_path / "a.pth")
     with pytest.raises(BridgeError, match=r"shape of patch_embed\.proj\.weight: \(0, 3, 4, 4\)"):
-        import_reference(tmp_path / "a.pth", **SIZES)
+        import_reference(tmp_path / "a.pth", ImportOptions(**SIZES))
 
 
 @pytest.mark.parametrize("lost", ["encoder.mask_token", "decoder.0.bias", "encoder.norm.bias"])
@@ -90,20 +91,20 @@ def test_a_simmim_checkpoint_must_be_complete(build: Build, tmp_path: Path, lost
     del tensors[lost]
     torch.save({"model": tensors}, tmp_path / "a.pth")
     with pytest.raises(BridgeError, match=f"missing: {lost}"):
-        import_reference(tmp_path / "a.pth", **SIZES)
+        import_reference(tmp_path / "a.pth", ImportOptions(**SIZES))
 
 
 def test_a_pickle_that_runs_code_is_refused(malicious: tuple[Path, Path]) -> None:
     file, folder = malicious
     with pytest.raises(BridgeError, match=r"mkdir.*would run code"):
-        import_reference(file, **SIZES)
+        import_reference(file, ImportOptions(**SIZES))
     assert not folder.exists()
 
 
 def test_other_architectures_are_refused_by_name(other_model: tuple[Path, str]) -> None:
     file, reason = other_model
     with pytest.raises(BridgeError, match=reason):
-        import_reference(file, **SIZES)
+        import_reference(file, ImportOptions(**SIZES))
 
 
 def test_files_that_are_not_checkpoints_are_refused(build: Build, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from swinv2 import SwinV2, build_encoder, variant_config
 from swinv2.bridges.checkpoints import BridgeError, ClassifierHead
 from swinv2.bridges.conversion import load_renamed
+from swinv2.bridges.importing.options import ImportOptions
 from swinv2.bridges.layer_names import rename_tensor
 from swinv2.bridges.reference import to_reference
 from swinv2.bridges.timm import (
@@ -310,9 +311,9 @@ def test_sizes_follow_from_the_name(build: Build, tmp_path: Path) -> None:
     with pytest.raises(BridgeError, match="image_size, window_size, pretrained_window_sizes"):
         import_timm(file)
     name = "swinv2_base_window12to16_192to256.ms_in22k_ft_in1k"
-    assert import_timm(file, architecture=name).encoder.config == encoder.config
+    assert import_timm(file, ImportOptions(architecture=name)).encoder.config == encoder.config
     with pytest.raises(BridgeError, match="not a swinv2 model of timm"):
-        import_timm(file, architecture="resnet50")
+        import_timm(file, ImportOptions(architecture="resnet50"))
     # A folder as on the model hub, whose name says everything.
     hub = tmp_path / "hub"
     hub.mkdir()
@@ -323,7 +324,7 @@ def test_sizes_follow_from_the_name(build: Build, tmp_path: Path) -> None:
     assert imported.encoder.config == encoder.config
     assert imported.mean == MEAN
     with pytest.raises(BridgeError, match=r"window_size is \(8, 8\) .*your arguments"):
-        import_timm(hub, window_size=8)
+        import_timm(hub, ImportOptions(window_size=8))
 
 
 def test_arguments_in_a_folder_override_its_name(build: Build, tmp_path: Path) -> None:
@@ -340,8 +341,8 @@ def test_unknown_sizes_are_asked_for(build: Build, tmp_path: Path) -> None:
     encoder = build()
     file = bare(encoder, tmp_path)
     with pytest.raises(BridgeError, match="pretrained_window_sizes: give"):
-        import_timm(file, image_size=64, window_size=8)
-    assert import_timm(file, **SIZES).encoder.config == encoder.config
+        import_timm(file, ImportOptions(image_size=64, window_size=8))
+    assert import_timm(file, ImportOptions(**SIZES)).encoder.config == encoder.config
 
 
 def test_a_tensor_that_does_not_fit_is_named(
@@ -351,20 +352,20 @@ def test_a_tensor_that_does_not_fit_is_named(
     message = spoil(tensors)
     torch.save(tensors, tmp_path / "a.pth")
     with pytest.raises(BridgeError, match=message):
-        import_timm(tmp_path / "a.pth", **SIZES)
+        import_timm(tmp_path / "a.pth", ImportOptions(**SIZES))
 
 
 def test_a_pickle_that_runs_code_is_refused(malicious: tuple[Path, Path]) -> None:
     file, folder = malicious
     with pytest.raises(BridgeError, match=r"mkdir.*would run code"):
-        import_timm(file, **SIZES)
+        import_timm(file, ImportOptions(**SIZES))
     assert not folder.exists()
 
 
 def test_other_architectures_are_refused_by_name(other_model: tuple[Path, str]) -> None:
     file, reason = other_model
     with pytest.raises(BridgeError, match=reason):
-        import_timm(file, **SIZES)
+        import_timm(file, ImportOptions(**SIZES))
 
 
 def test_the_published_layout_names_its_format(
@@ -375,13 +376,13 @@ def test_the_published_layout_names_its_format(
     encoder = build()
     torch.save({"model": to_reference(encoder)}, tmp_path / "reference.pth")
     with pytest.raises(BridgeError, match="import it with --format reference"):
-        import_timm(tmp_path / "reference.pth", **SIZES)
+        import_timm(tmp_path / "reference.pth", ImportOptions(**SIZES))
     masked = to_reference(encoder, head=draw_heads(encoder)["head"])
     torch.save({"model": masked}, tmp_path / "simmim.pth")
     with pytest.raises(BridgeError, match=r"has encoder\.mask_token.*--format reference"):
-        import_timm(tmp_path / "simmim.pth", **SIZES)
+        import_timm(tmp_path / "simmim.pth", ImportOptions(**SIZES))
     with pytest.raises(BridgeError, match="import it with --format timm"):
-        import_reference(bare(encoder, tmp_path), **SIZES)
+        import_reference(bare(encoder, tmp_path), ImportOptions(**SIZES))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from swinv2 import SwinV2, build_encoder
+from swinv2.bridges.importing.options import ImportOptions
 from swinv2.bridges.transformers import export_transformers, import_transformers
 from swinv2.bridges.transformers_layout import parse_config
 
@@ -236,7 +237,7 @@ def test_windows_of_zero_mean_the_present_ones(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     model: Any = peer_model(transformers, "Swinv2Model", pretrained_window_sizes=[6, 0, 3])
     model.save_pretrained(tmp_path)
-    encoder = import_transformers(tmp_path, mean=MEAN, std=STD).encoder
+    encoder = import_transformers(tmp_path, ImportOptions(mean=MEAN, std=STD)).encoder
     assert encoder.config.pretrained_window_sizes == ((6, 6), (4, 4), (3, 3))
     images = draw(1, 3, 64, 64)
     with torch.no_grad():

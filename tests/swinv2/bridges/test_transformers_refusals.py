@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from swinv2 import SwinV2, save_encoder
 from swinv2.bridges.checkpoints import BridgeError
+from swinv2.bridges.importing.options import ImportOptions
 from swinv2.bridges.reference import import_reference, to_reference
 from swinv2.bridges.timm import export_timm, import_timm
 from swinv2.bridges.transformers import import_transformers
@@ -31,9 +32,12 @@ def change(folder: Path, **fields: object) -> None:
 
 
 def test_sizes_that_contradict_the_folder_are_refused(exported: Path) -> None:
-    assert import_transformers(exported, image_size=64, window_size=8, mean=STD).mean == STD
+    assert (
+        import_transformers(exported, ImportOptions(image_size=64, window_size=8, mean=STD)).mean
+        == STD
+    )
     with pytest.raises(BridgeError, match=r"image_size is \(96, 96\).* its config.json"):
-        import_transformers(exported, image_size=96)
+        import_transformers(exported, ImportOptions(image_size=96))
 
 
 @pytest.mark.parametrize("stored", ["safetensors", "pickle"])

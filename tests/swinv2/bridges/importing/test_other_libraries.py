@@ -13,6 +13,7 @@ from swinv2 import SwinV2
 from swinv2.bridges.checkpoints import BridgeError
 from swinv2.bridges.importing.detection import detect_library
 from swinv2.bridges.importing.mmpretrain import import_mmpretrain
+from swinv2.bridges.importing.options import ImportOptions
 from swinv2.bridges.importing.torchvision import import_torchvision
 from swinv2.bridges.reference import import_reference
 
@@ -192,7 +193,7 @@ def test_padded_windows_and_missing_tensors_are_refused(
     tensors = write(encoder)
     torch.save(tensors, file)
     with pytest.raises(BridgeError, match=f"windows of 8x8 do not divide .*{library} attends"):
-        read(file, image_size=224)
+        read(file, ImportOptions(image_size=224))
     with pytest.raises(BridgeError, match=f"{library}.*--format {library}"):
         import_reference(file)
     lost = next(name for name in tensors if name.endswith("2.norm2.bias") or "1.norm2.bias" in name)

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from swinv2 import SwinV2
 from swinv2.bridges.checkpoints import BridgeError, ImportedEncoder
 from swinv2.bridges.importing.detection import detect_library
+from swinv2.bridges.importing.options import ImportOptions
 from swinv2.bridges.importing.reading import read_checkpoint
 from swinv2.bridges.reference import import_reference, to_reference
 from swinv2.bridges.timm import import_timm, to_timm
@@ -54,7 +55,7 @@ def test_wrapped_names(
     assert wrapped.keys() != to_reference(encoder).keys()
     file = tmp_path / ("a.safetensors" if safe else "a.pth")
     save_file(wrapped, file) if safe else torch.save({"state_dict": wrapped}, file)
-    assert_same_weights(encoder, import_reference(file, **SIZES).encoder)
+    assert_same_weights(encoder, import_reference(file, ImportOptions(**SIZES)).encoder)
     assert detect_library(file) == "reference"
 
 
@@ -65,7 +66,7 @@ def test_a_prefix_leaves_other_tensors_out_and_says_so(
     tensors = {f"backbone.{name}": part for name, part in to_reference(encoder).items()}
     tensors |= {"head.mlp.0.weight": torch.zeros(2, 2), "head.last_layer.weight": torch.zeros(1)}
     torch.save({"model": tensors}, tmp_path / "a.pth")
-    found = import_reference(tmp_path / "a.pth", **SIZES)
+    found = import_reference(tmp_path / "a.pth", ImportOptions(**SIZES))
     assert_same_weights(encoder, found.encoder)
     assert "names: without the prefix backbone." in found.notes
     expected = "2 tensors beside the encoder (head.mlp.0.weight, head.last_layer.weight)"
@@ -82,7 +83,7 @@ def test_a_simmim_model_below_a_prefix_keeps_its_head(
     head = draw_heads(encoder)["head"]
     tensors = {f"module.model.{k}": v for k, v in to_reference(encoder, head=head).items()}
     torch.save({"state_dict": tensors}, tmp_path / "a.pth")
-    found = import_reference(tmp_path / "a.pth", **SIZES)
+    found = import_reference(tmp_path / "a.pth", ImportOptions(**SIZES))
     assert_same_weights(encoder, found.encoder)
     assert found.head is not None
     assert torch.equal(found.head.mask_token, head.mask_token)
@@ -94,7 +95,7 @@ def test_names_that_differ_only_by_a_wrapping_are_refused(build: Build, tmp_path
     tensors |= {"module.norm.weight": tensors["norm.weight"] + 1}
     torch.save(tensors, tmp_path / "a.pth")
     with pytest.raises(BridgeError, match=r"norm\.weight and module\.norm\.weight, the same name"):
-        import_reference(tmp_path / "a.pth", **SIZES)
+        import_reference(tmp_path / "a.pth", ImportOptions(**SIZES))
 
 
 def test_an_averaged_model_of_torch(
@@ -107,11 +108,11 @@ def test_an_averaged_model_of_torch(
         f"module.{name}": part for name, part in to_reference(encoder).items()
     }
     torch.save(named, tmp_path / "a.pth")
-    found = import_reference(tmp_path / "a.pth", **SIZES)
+    found = import_reference(tmp_path / "a.pth", ImportOptions(**SIZES))
     assert_same_weights(encoder, found.encoder)
     assert taken(found) == "weights: averaged; the file has no raw ones"
     with pytest.raises(BridgeError, match="no raw weights, only averaged"):
-        import_reference(tmp_path / "a.pth", weights="raw", **SIZES)
+        import_reference(tmp_path / "a.pth", ImportOptions(weights="raw", **SIZES))
 
 
 def files_of_each_format(
@@ -150,13 +151,13 @@ def test_averaged_weights_are_taken_by_one_rule_and_it_is_said(
         for parameter in averaged.parameters():
             parameter.mul_(0.5)
     read, file, sizes = files_of_each_format(raw, averaged, tmp_path)[form]
-    found = read(file, **sizes)
+    found = read(file, ImportOptions(**sizes))
     assert_same_weights(averaged, found.encoder)
     assert taken(found) == "weights: averaged (model_ema); --weights raw takes model"
-    found = read(file, weights="raw", **sizes)
+    found = read(file, ImportOptions(weights="raw", **sizes))
     assert_same_weights(raw, found.encoder)
     assert taken(found) == "weights: raw (model); --weights averaged takes model_ema"
-    assert_same_weights(raw, read(file, key="model", **sizes).encoder)
+    assert_same_weights(raw, read(file, ImportOptions(key="model", **sizes)).encoder)
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["entries", "prefixes"])
@@ -176,14 +177,14 @@ def test_student_and_teacher(
         named = {f"{who}.{k}": v for who, model in models.items() for k, v in model.items()}
         content = {"state_dict": named}
     torch.save(content, tmp_path / "dino.pth")
-    found = import_reference(tmp_path / "dino.pth", **SIZES)
+    found = import_reference(tmp_path / "dino.pth", ImportOptions(**SIZES))
     assert_same_weights(teacher, found.encoder)
     assert "teacher.backbone" in taken(found)
     for who, encoder in (("student", student), ("teacher", teacher)):
-        chosen = import_reference(tmp_path / "dino.pth", key=who, **SIZES)
+        chosen = import_reference(tmp_path / "dino.pth", ImportOptions(key=who, **SIZES))
         assert_same_weights(encoder, chosen.encoder)
     with pytest.raises(BridgeError, match=r"no model 'tutor': give one of .*student\.backbone"):
-        import_reference(tmp_path / "dino.pth", key="tutor", **SIZES)
+        import_reference(tmp_path / "dino.pth", ImportOptions(key="tutor", **SIZES))
 
 
 def test_one_of_several_models_is_asked_for(
@@ -195,9 +196,13 @@ def test_one_of_several_models_is_asked_for(
     content = {"fold1": to_reference(one), "nested": {"fold2": to_reference(other)}}
     torch.save(content, tmp_path / "a.pth")
     with pytest.raises(BridgeError, match=r"several models, fold1, nested\.fold2: .*--key fold1"):
-        import_reference(tmp_path / "a.pth", **SIZES)
-    assert_same_weights(one, import_reference(tmp_path / "a.pth", key="fold1", **SIZES).encoder)
-    assert_same_weights(other, import_reference(tmp_path / "a.pth", key="fold2", **SIZES).encoder)
+        import_reference(tmp_path / "a.pth", ImportOptions(**SIZES))
+    assert_same_weights(
+        one, import_reference(tmp_path / "a.pth", ImportOptions(key="fold1", **SIZES)).encoder
+    )
+    assert_same_weights(
+        other, import_reference(tmp_path / "a.pth", ImportOptions(key="fold2", **SIZES)).encoder
+    )
 
 
 SCALARS: dict[str, Any] = {
@@ -217,7 +222,7 @@ def test_numpy_scalars_are_plain_values(
     encoder, file = build(), tmp_path / "a.pth"
     content = {"model": to_reference(encoder), **SCALARS, "args": Namespace(lr=np.float64(0.1))}
     torch.save(content, file, _use_new_zipfile_serialization=not old)
-    assert_same_weights(encoder, import_reference(file, **SIZES).encoder)
+    assert_same_weights(encoder, import_reference(file, ImportOptions(**SIZES)).encoder)
     extras = read_checkpoint(file).extras
     assert {name: extras[name] for name in SCALARS} == SCALARS
     assert all(not isinstance(extras[name], np.generic) for name in SCALARS)
@@ -233,7 +238,7 @@ def test_scalars_of_numpy_1_are_read_too(
     renamed = file.read_bytes().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
     assert renamed != file.read_bytes()
     file.write_bytes(renamed)
-    assert_same_weights(encoder, import_reference(file, **SIZES).encoder)
+    assert_same_weights(encoder, import_reference(file, ImportOptions(**SIZES)).encoder)
     assert read_checkpoint(file).extras["top1"] == 84.5
 
 
@@ -244,7 +249,7 @@ def test_other_values_of_numpy_are_refused_by_name(build: Build, tmp_path: Path)
     ):
         torch.save({"model": to_reference(build()), "x": value}, tmp_path / "a.pth")
         with pytest.raises(BridgeError, match=f"holds {name}, and reading that would run code"):
-            import_reference(tmp_path / "a.pth", **SIZES)
+            import_reference(tmp_path / "a.pth", ImportOptions(**SIZES))
 
 
 class Bomb:
@@ -281,7 +286,7 @@ def test_features_only_of_timm(
     }
     save_file(tensors, tmp_path / "features.safetensors")
     assert detect_library(tmp_path / "features.safetensors") == "timm"
-    found = import_timm(tmp_path / "features.safetensors", **SIZES)
+    found = import_timm(tmp_path / "features.safetensors", ImportOptions(**SIZES))
     assert found.fresh == ("norm.weight", "norm.bias")
     nn.init.ones_(encoder.norm.weight)
     nn.init.zeros_(encoder.norm.bias)
@@ -289,4 +294,4 @@ def test_features_only_of_timm(
     del tensors[FEATURES[names]("layers.1.blocks.0.norm1.bias")]
     save_file(tensors, tmp_path / "features.safetensors")
     with pytest.raises(BridgeError, match=r"missing: layers\.1\.blocks\.0\.norm1\.bias"):
-        import_timm(tmp_path / "features.safetensors", **SIZES)
+        import_timm(tmp_path / "features.safetensors", ImportOptions(**SIZES))
