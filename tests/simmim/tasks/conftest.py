@@ -4,11 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
+import data_prep.cli
 from simmim.engine.run import RunFolder
 from tests.simmim.forked import FSDP2, finish
+from tests.simmim.tasks.channel_sets import MakeSet, scene
 
 
 @pytest.fixture
@@ -24,3 +27,24 @@ def train_in_shards(tmp_path: Path) -> Callable[[dict[str, Any], Path], list[dic
         return list(RunFolder(path=run).read_metrics())
 
     return train
+
+
+@pytest.fixture
+def make_set(tmp_path: Path) -> MakeSet:
+    """Return a function that writes labelled arrays as shards: names, given or not → folder."""
+
+    def make(names: tuple[str, ...], *, named: bool = True, folder: str = "") -> str:
+        folder = folder or f"{'_'.join(names)}{named}"
+        for number in range(16):
+            path = tmp_path / folder / "images" / "ab"[number % 2] / f"{number:02}.npy"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, scene(number, names))
+        place = tmp_path / folder / "shards"
+        arguments = ["shard", str(tmp_path / folder / "images"), str(place)]
+        arguments += ["--samples-per-shard", "4", "--workers", "1"]
+        if named:
+            arguments += ["--channels", ",".join(names)]
+        assert data_prep.cli.main(arguments) == 0
+        return str(place)
+
+    return make
