@@ -208,7 +208,8 @@ def test_what_is_absent_or_differs_is_said(
     assert main([*command, str(tmp_path / "run"), "--init-from", str(bare)]) == 0
     text = "".join(capsys.readouterr())
     assert f"the encoder in {bare}; mask token and decoder are initialised" in text
-    assert "data.mean is [0.485, 0.456, 0.406], and [0.5, 0.5, 0.5] at the encoder" in text
+    assert "data.mean is [0.485, 0.456, 0.406]; to keep the features of the encoder of" in text
+    assert "--init-from, set it to [0.5, 0.5, 0.5]" in text
     assert main(["evaluate", str(bare), "--config", str(config)]) == 2
     assert "has no mask token and decoder (simmim.safetensors)" in capsys.readouterr().err
     pixels = ["--loss.norm_target", "false"]
