@@ -161,9 +161,9 @@ def compare_names(have: Sequence[str], want: Sequence[str]) -> str:
     more = [name for name in have if name not in want]
     if not missing and not more:
         return "the same in another order"
-    parts = [f"no {', '.join(missing)}"] if missing else []
-    parts += [f"{', '.join(more)} besides"] if more else []
-    return " and ".join(parts)
+    parts = [f"missing {', '.join(missing)}"] if missing else []
+    parts += [f"additional {', '.join(more)}"] if more else []
+    return ", ".join(parts)
 
 
 def channel_sources(

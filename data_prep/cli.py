@@ -245,9 +245,9 @@ class _Channels:
 
     channels: Annotated[str | None, shown_as("NAME,...")] = None
     """Names of the channels in stored order, as in B2,B3,B4,B8,B12 (Sentinel-2's) or red,nir.
-    Default: those that the files tell."""
+    Default: those given in the files."""
     no_data: float | None = None
-    """Value of arrays without a measurement, left out of statistics. Default: GDAL's tag."""
+    """No-data value of arrays, excluded from statistics. Default: GDAL's tag."""
 
 
 @app.command(sort_key=3)

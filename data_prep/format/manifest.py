@@ -88,7 +88,7 @@ class Manifest:
     channels: ChannelNames | None = None
     """Names of the channels of all images, in stored order; None if they are not known."""
     no_data: Annotated[float, Bounds()] | None = None
-    """Value that stands for no measurement in arrays, besides NaN; None if there is none."""
+    """No-data value of arrays, in addition to NaN; None if there is none."""
     rejected: Whole = 0
     """Number of inputs that were found but rejected; `rejected.jsonl` lists them."""
     notes: Mapping[str, Count] = field(default_factory=dict)

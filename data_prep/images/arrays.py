@@ -172,11 +172,12 @@ def count_nan(values: NDArray[Any]) -> int:
 
 
 def is_measured(values: NDArray[Any], no_data: float | None) -> NDArray[np.bool_]:
-    """Return which values are measurements: neither NaN nor the value that stands for none.
+    """Return which values are measurements: neither NaN nor the no-data value.
 
     Args:
         values: any values, as they are stored.
-        no_data: that value; None if there is none. One that their type cannot hold occurs nowhere.
+        no_data: the no-data value; None if there is none. It may be one that the type of the
+            values cannot hold.
     """
     known = np.ones(values.shape, dtype=bool)
     if values.dtype.kind == "f":

@@ -1,4 +1,4 @@
-"""Names of the channels that an image file tells: its colours, or the descriptions of its bands."""
+"""Channel names given in an image file: its colours, or the descriptions of its bands."""
 
 import re
 from dataclasses import dataclass
@@ -30,16 +30,16 @@ _DESCRIPTION = re.compile(rb"""\bname=["']DESCRIPTION["']""", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToldNames:
-    """Names that a file tells."""
+class NamesInFile:
+    """Channel names given in a file."""
 
     names: ChannelNames
     described: bool
     """Whether its bands are described one by one, rather than known by the kind of picture."""
 
 
-def told_names(data: bytes, extension: str) -> ToldNames | None:
-    """Return the names that an image file tells; None if it tells none, as arrays do.
+def names_in_file(data: bytes, extension: str) -> NamesInFile | None:
+    """Return the channel names given in an image file; None if there are none, as in arrays.
 
     Args:
         data: the file.
@@ -52,11 +52,11 @@ def told_names(data: bytes, extension: str) -> ToldNames | None:
             return tiff_names(read_layout(data))
         except TiffError:  # decoding it will report it
             return None
-    return ToldNames(names=GRAY if _is_grey(data) else RGB, described=False)
+    return NamesInFile(names=GRAY if _is_grey(data) else RGB, described=False)
 
 
-def told_no_data(data: bytes) -> float | None:
-    """Return the value that an image file says stands for no measurement, if it says one."""
+def no_data_in_file(data: bytes) -> float | None:
+    """Return the no-data value given in an image file, if any."""
     if not data.startswith(STARTS):
         return None
     try:
@@ -65,11 +65,11 @@ def told_no_data(data: bytes) -> float | None:
         return None
 
 
-def check_names(told: ToldNames | None, data: bytes, extension: str, names: ChannelNames) -> str:
+def check_names(told: NamesInFile | None, data: bytes, extension: str, names: ChannelNames) -> str:
     """Return why an image cannot have channels of these names; empty if it can.
 
     Args:
-        told: names that its own file tells.
+        told: names given in its own file.
         data: the image as it is stored.
         extension: file name extension of the stored image.
         names: the names that are given.
@@ -101,15 +101,15 @@ def _channels_of_picture(data: bytes) -> tuple[int, ...]:
     return 1, 4, 3
 
 
-def tiff_names(layout: TiffLayout) -> ToldNames | None:
-    """Return the names that the tags of a TIFF tell: GDAL's band descriptions, or its colours."""
+def tiff_names(layout: TiffLayout) -> NamesInFile | None:
+    """Return the names given in the tags of a TIFF: GDAL's band descriptions, or its colours."""
     described = _descriptions(layout)
     if described is not None:
-        return ToldNames(names=described, described=True)
+        return NamesInFile(names=described, described=True)
     colours = {"L": GRAY, "LA": GRAY, "RGB": RGB, "RGBA": RGBA, "CMYK": RGB}.get(layout.colours)
     if colours == RGBA and layout.type == "uint8":
         colours = RGB  # a picture, which is shown on white unless four channels are asked for
-    return None if colours is None else ToldNames(names=colours, described=False)
+    return None if colours is None else NamesInFile(names=colours, described=False)
 
 
 def _descriptions(layout: TiffLayout) -> ChannelNames | None:

@@ -155,11 +155,11 @@ class TiffLayout:
     gdal_metadata: bytes = b""
     """XML of GDAL, with the descriptions of the bands among others."""
     gdal_no_data: bytes = b""
-    """Value of GDAL that stands for no measurement, as text."""
+    """GDAL's no-data value, as text."""
 
     @property
     def no_data(self) -> float | None:
-        """Value that stands for no measurement; None if the tags name none, or NaN."""
+        """No-data value; None if the tags have none, or NaN."""
         try:
             value = float(self.gdal_no_data.rstrip(b"\0 "))
         except ValueError:

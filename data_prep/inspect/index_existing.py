@@ -38,7 +38,7 @@ from data_prep.format.pipes import PipedFile, expand_command
 from data_prep.format.storage import Location
 from data_prep.format.tars import as_local_file
 from data_prep.images.arrays import ArrayError
-from data_prep.images.channel_names import check_names, told_names, told_no_data
+from data_prep.images.channel_names import check_names, names_in_file, no_data_in_file
 from data_prep.images.checking import RejectedImageError
 from data_prep.images.settings import MAX_READ_PIXELS
 from data_prep.inspect.pixels import stored_form
@@ -57,7 +57,7 @@ class IndexingOptions:
     channels: ChannelNames | None = None
     """Names of the channels in stored order; None: not known."""
     no_data: float | None = None
-    """Value that stands for no measurement in arrays; None if there is none."""
+    """No-data value of arrays; None if there is none."""
     allow_missing_end: bool = False
     """Whether tars may lack their end mark; see `data_prep.format.tars.walk_tar`."""
 
@@ -370,7 +370,7 @@ def _first_told(
         return None, None
     data = next(iter(read_images(path, index, np.arange(1))))
     extension = str(index.extensions[0])
-    told = told_names(data, extension)
+    told = names_in_file(data, extension)
     if task.channels is not None:
         try:
             stored = stored_form(data, extension, max_pixels=MAX_READ_PIXELS)
@@ -379,8 +379,8 @@ def _first_told(
             reason = ""  # `verify --deep` reports it
         if reason:
             raise ManifestError(f"{task.path}: image {index.keys[0]}: {reason}.")
-        return task.channels, told_no_data(data)
-    return told.names if told is not None and told.described else None, told_no_data(data)
+        return task.channels, no_data_in_file(data)
+    return told.names if told is not None and told.described else None, no_data_in_file(data)
 
 
 def _shared(name: str, found: Sequence[T | None]) -> T | None:

@@ -15,7 +15,7 @@ from data_prep.format.storage import Location
 from data_prep.format.stores import StorageError
 from data_prep.format.tars import TarError, as_local_file
 from data_prep.images.arrays import MAGIC, is_channels_first, read_header
-from data_prep.images.channel_names import check_names, told_names
+from data_prep.images.channel_names import check_names, names_in_file
 from data_prep.images.checking import RE_ENCODED, RejectedImageError, check_image
 from data_prep.images.settings import read_limit
 
@@ -202,7 +202,9 @@ def _check_stored(
         raise RejectedImageError(f"it is {what}, but its extension is {extension}: rename it")
     checked = check_image(data, max_pixels=max_pixels)
     if channels is not None:
-        reason = check_names(told_names(data, extension), checked.data, checked.extension, channels)
+        reason = check_names(
+            names_in_file(data, extension), checked.data, checked.extension, channels
+        )
         if reason:
             raise RejectedImageError(reason)
     notes = [note for note in checked.notes if note != RE_ENCODED]  # it is not written

@@ -157,7 +157,7 @@ def _channels(
     """Return the names of the channels of all images; None if they are not known.
 
     Raises:
-        SourceError: the files tell different ones; the shards are kept.
+        SourceError: the files have different ones; the shards are kept.
     """
     if "channels" in options:
         return read_names(options["channels"])
@@ -178,17 +178,17 @@ def _channels(
 
 
 def _no_data(options: Mapping[str, Any], found: Mapping[str, tuple[int, str]]) -> float | None:
-    """Return the value that stands for no measurement.
+    """Return the no-data value of the set.
 
     Raises:
-        SourceError: the files tell different ones; the shards are kept.
+        SourceError: the files have different ones; the shards are kept.
     """
     if "no_data" in options:
         return float(options["no_data"])
     if len(found) > 1:
         listed = "; ".join(f"{value}, as {path}" for value, (_, path) in found.items())
         raise SourceError(
-            f"different values stand for no measurement: {listed}. The finished shards are kept: "
+            f"the files have different no-data values: {listed}. The finished shards are kept: "
             "write each kind as a set of its own (--include, --exclude)."
         )
     return next(map(float, found), None)

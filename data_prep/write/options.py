@@ -50,9 +50,9 @@ class ShardOptions:
     """Size and format of stored pictures."""
     channels: Annotated[str | None, shown_as("NAME,...")] = None
     """Names of the channels in stored order, as in B2,B3,B4,B8,B12 (Sentinel-2's) or red,nir.
-    Default: those that the files tell."""
+    Default: those given in the files."""
     no_data: float | None = None
-    """Value of arrays without a measurement, left out of statistics. Default: GDAL's tag."""
+    """No-data value of arrays, excluded from statistics. Default: GDAL's tag."""
     channel_axis: Annotated[ChannelAxis, PASSED] = "auto"
     """Axis of the channels of arrays: first, last, or auto, which recognises few channels before
     rows and columns. Shards hold them last."""

@@ -21,7 +21,7 @@ from data_prep.format.manifest import IMAGE_EXTENSIONS, ShardEntry
 from data_prep.format.storage import Location
 from data_prep.format.text import count_noun
 from data_prep.images.arrays import MAGIC, read_header
-from data_prep.images.channel_names import ToldNames, check_names, told_names, told_no_data
+from data_prep.images.channel_names import NamesInFile, check_names, names_in_file, no_data_in_file
 from data_prep.images.checking import CheckedImage, RejectedImageError, check_image
 from data_prep.sources.files import SourceFile, UnreadableFileError
 from data_prep.sources.image_source import ImageSource, open_source
@@ -197,9 +197,9 @@ class ShardReport:
     kinds: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Kind of image, as training tells them apart → number of images and the path of the first."""
     channels: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """Names of the channels that files tell, separated by commas, empty for none → the same."""
+    """Channel names given in files, separated by commas, empty for none → the same."""
     no_data: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """Value that stands for no measurement, as text → the same."""
+    """No-data value, as text → the same."""
 
     @property
     def found(self) -> int:
@@ -372,8 +372,8 @@ def _kind_of_arrays(channels: int, dtype: str) -> str:
 
 def _read_image(
     source: ImageSource, file: SourceFile, options: ShardOptions
-) -> tuple[CheckedImage, ToldNames | None, float | None]:
-    """Return an image that passed all checks, and the names and no-data value its file tells."""
+) -> tuple[CheckedImage, NamesInFile | None, float | None]:
+    """Return an image that passed all checks, and the names and no-data value in its file."""
     data = source.read(file)
     image = check_image(
         data,
@@ -383,12 +383,12 @@ def _read_image(
         channel_axis=options.channel_axis,
     )
     is_array = image.extension == "npy"
-    told = told_names(data, "npy" if data.startswith(MAGIC) else "")
+    told = names_in_file(data, "npy" if data.startswith(MAGIC) else "")
     if options.channel_names is not None:
         reason = check_names(told, image.data, image.extension, options.channel_names)
         if reason:
             raise RejectedImageError(reason)
-    return image, told, told_no_data(data) if is_array else None
+    return image, told, no_data_in_file(data) if is_array else None
 
 
 def _notes_of(file: SourceFile) -> list[str]:

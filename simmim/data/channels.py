@@ -186,10 +186,10 @@ def _names_of_sets(
 
 
 def _told(where: str, source: SampleSource[Any], data: DecodeSettings) -> ChannelNames | None:
-    """Return the names that a few files tell; None if they tell none, or cannot be read.
+    """Return the names given in a few files; None if they have none, or cannot be read.
 
     Raises:
-        ValueError: some tell others.
+        ValueError: some have other names.
     """
     found: dict[ChannelNames | None, str] = {}
     for place in source.spread(1 if isinstance(source, ShardSet) else FILES_LOOKED_AT):

@@ -376,7 +376,7 @@ class ClipDataSettings(CroppedSettings, RandomCropSettings):
     def __post_init__(self) -> None:
         mean, std = self.normalisation
         if self.wanted_channels not in (None, RGB) or self.image_channels is not None:
-            given = describe(self.wanted_channels or self.untold_channels)
+            given = describe(self.wanted_channels or self.fallback_channels)
             raise ValueError(
                 f"clips have channels {describe(RGB)}, and data.channels are {given}: set it to "
                 "those (encoder.adapt_channels adapts weights of others), or start from another "

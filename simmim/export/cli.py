@@ -72,7 +72,7 @@ def import_(
         destination: Output folder.
         format: reference: the published code (Swin Transformer, SimMIM); timm: its swinv2 models;
             transformers: a folder written by save_pretrained of a Swinv2 class; torchvision: its
-            swin_v2 models; mmpretrain: its SwinTransformerV2. Default: told by the names in it.
+            swin_v2 models; mmpretrain: its SwinTransformerV2. Default: detected.
         weights: Averaged or raw weights of a file that has both. Default: averaged, if there are.
         key: Entry of the file, or prefix of names, of one of several models: student, teacher, ...
         architecture: Name of the model in timm, which implies all sizes.

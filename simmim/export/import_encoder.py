@@ -33,7 +33,7 @@ def import_encoder(
     Args:
         source: a file, or a folder from an export or a model hub.
         destination: a new or empty folder, or an earlier encoder directory.
-        form: the format of the checkpoint; None tells it by its files and names.
+        form: the format of the checkpoint; None detects it by its files and names.
         known: values that the file may lack.
         channels: names of the channels; None: the file's, or else red, green and blue of three,
             gray of one.

@@ -225,14 +225,14 @@ class FineTuningStage(ABC, Generic[RecipeT, DataT]):
                 whole = cls.with_head(ended, run.path / folder)
             crop = Preparation(crop_pct=recipe.validation_crop)
             prepared = replace(whole, preparation=whole.preparation or crop)
-            return replace(prepared, shards=shards, image_channels=recipe.data.untold_channels)
+            return replace(prepared, shards=shards, image_channels=recipe.data.fallback_channels)
         assert checkpoint is not None
         found = replace(
             ended or cls._initial_model(recipe),
             provenance=provenance_of(checkpoint, recipe),
             preparation=Preparation(crop_pct=recipe.validation_crop),
             shards=shards,
-            image_channels=recipe.data.untold_channels,
+            image_channels=recipe.data.fallback_channels,
             origin=str(checkpoint),
         )
         tensors = below(read_weights(checkpoint), MODEL_PREFIX)

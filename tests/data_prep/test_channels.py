@@ -1,4 +1,4 @@
-"""Names of channels: how they are read and matched, and what manifests and files tell of them."""
+"""Names of channels: how they are read and matched, and what manifests and files say of them."""
 
 import json
 import tarfile
@@ -22,7 +22,7 @@ from data_prep.channels import (
 )
 from data_prep.format.manifest import ManifestError, read_manifest
 from data_prep.format.statistics_file import read_statistics
-from data_prep.images.channel_names import told_names, told_no_data
+from data_prep.images.channel_names import names_in_file, no_data_in_file
 
 FIRES = ("blue", "green", "red", "nir", "swir2")
 
@@ -81,7 +81,7 @@ def test_channels_are_chosen_by_name() -> None:
 def test_differences_are_named() -> None:
     assert compare_names(RGB, RGB) == ""
     assert compare_names(("blue", "green", "red"), RGB) == "the same in another order"
-    assert compare_names(("red", "nir"), RGB) == "no green, blue and nir besides"
+    assert compare_names(("red", "nir"), RGB) == "missing green, blue, additional nir"
 
 
 @pytest.mark.parametrize(
@@ -186,9 +186,9 @@ def test_tiffs_tell_the_descriptions_of_their_bands(tmp_path: Path) -> None:
     values = np.arange(8 * 8 * 5, dtype=np.uint16).reshape(8, 8, 5)
     write_tiff(source / "a.tif", values, ["B2", "B3", "B4", "B8", "B12"], "7")
     data = (source / "a.tif").read_bytes()
-    told = told_names(data, "tif")
+    told = names_in_file(data, "tif")
     assert told is not None
-    assert (told.names, told.described, told_no_data(data)) == (FIRES, True, 7)
+    assert (told.names, told.described, no_data_in_file(data)) == (FIRES, True, 7)
     assert run("shard", source, tmp_path / "set") == 0
     manifest = read_manifest(tmp_path / "set")
     assert (manifest.channels, manifest.no_data) == (FIRES, 7)
@@ -200,7 +200,7 @@ def test_bands_without_names_of_their_own_tell_nothing(
     tmp_path: Path, names: list[str] | None
 ) -> None:
     write_tiff(tmp_path / "a.tif", np.zeros((8, 8, 3), np.uint16), names)
-    assert told_names((tmp_path / "a.tif").read_bytes(), "tif") is None
+    assert names_in_file((tmp_path / "a.tif").read_bytes(), "tif") is None
 
 
 def test_files_of_other_bands_are_not_one_set(

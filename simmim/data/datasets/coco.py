@@ -60,7 +60,7 @@ class CocoImage:
     image: bytes
     extension: str
     channels: ChannelNames | None = None
-    """Names of its channels; None: only the file may tell them."""
+    """Names of its channels; None if only the file itself may have them."""
     number: int
     """Image id."""
     size: tuple[int, int]

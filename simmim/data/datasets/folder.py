@@ -55,7 +55,7 @@ class ImageFile:
     """Path of the file relative to the folder."""
     label: int | None
     channels: ChannelNames | None = None
-    """None: only the file may tell them."""
+    """None: only the file itself may have them."""
     attempts: int
     """Attempts to read it if the folder is missing or the disk fails."""
 

@@ -91,7 +91,7 @@ class ImageSet(SampleSource[EncodedImage]):
 
     @property
     def channels(self) -> ChannelNames | None:
-        """Names of the channels of all images; None if only the files may tell them."""
+        """Names of the channels of all images; None if only the files themselves may have them."""
         return None
 
     @property

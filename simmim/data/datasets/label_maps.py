@@ -23,7 +23,7 @@ class LabelledImage:
     extension: str
     labels: bytes
     channels: ChannelNames | None = None
-    """Names of its channels; None: only the file may tell them."""
+    """Names of its channels; None if only the file itself may have them."""
 
     @property
     def name(self) -> str:

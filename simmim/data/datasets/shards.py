@@ -49,7 +49,7 @@ class RawSample:
     channels: ChannelNames | None = None
     """Names of its channels; None if the manifest has none."""
     no_data: float | None = None
-    """Value that stands for no measurement in arrays; None if the manifest has none."""
+    """No-data value of arrays; None if the manifest has none."""
 
     @property
     def about(self) -> bytes | None:

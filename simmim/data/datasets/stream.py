@@ -100,7 +100,7 @@ class StreamedImage:
     extension: str
     image: bytes
     channels: ChannelNames | None = None
-    """None: only the file may tell them."""
+    """None: only the file itself may have them."""
     label: None = None
     about: None = None
 

@@ -47,7 +47,7 @@ class EncodedImage(EncodedSample, Protocol):
 
     @property
     def channels(self) -> ChannelNames | None:
-        """Names of its channels, if its set has them; None if only the file may tell them."""
+        """Names of its channels, if its set has them; None if only the file may have them."""
 
     @property
     def label(self) -> int | None:

@@ -14,7 +14,7 @@ from data_prep.images.arrays import (
     read_values,
     write_array,
 )
-from data_prep.images.channel_names import told_names
+from data_prep.images.channel_names import names_in_file
 from data_prep.images.decoding import (
     MODES,
     ChannelsError,
@@ -77,14 +77,14 @@ def names_of(raw: NamedImage, data: bytes, settings: DecodeSettings) -> ChannelN
     Args:
         raw: the image.
         data: its file.
-        settings: names for files that tell none.
+        settings: names for files without them.
     """
     if raw.channels is not None:
         return raw.channels
-    told = told_names(data, raw.extension)
+    told = names_in_file(data, raw.extension)
     if told is not None and told.described:
         return told.names
-    return settings.untold_channels or (None if told is None else told.names)
+    return settings.fallback_channels or (None if told is None else told.names)
 
 
 def choice_for(raw: NamedImage, data: bytes, settings: DecodeSettings) -> Choice | None:

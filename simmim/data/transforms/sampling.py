@@ -14,7 +14,7 @@ from PIL import Image
 
 from data_prep.format.text import count_noun
 from data_prep.images.arrays import ArrayError, is_measured, read_header
-from data_prep.images.channel_names import told_no_data
+from data_prep.images.channel_names import no_data_in_file
 from data_prep.images.checking import RejectedImageError, read_pixels
 from data_prep.images.decoding import DecodingError, decode
 from data_prep.images.deep_png import is_deep_png
@@ -129,7 +129,7 @@ class Moments:
 
         Args:
             pixels: the image.
-            no_data: value that stands for no measurement, which is left out; None for none.
+            no_data: no-data value, which is left out; None for none.
         """
         step = max(1, min(pixels.shape[:2]) // MEASURED_SIDE)
         stored = pixels[::step, ::step].reshape(-1, pixels.shape[-1])
@@ -180,7 +180,7 @@ def sample_images(
         found.count += 1
         try:
             encoded = raw.image
-            no_data = raw.no_data if isinstance(raw, RawSample) else told_no_data(encoded)
+            no_data = raw.no_data if isinstance(raw, RawSample) else no_data_in_file(encoded)
             choice = choice_for(raw, encoded, data)
             count = channels if choice is None else choice.count
             encoded = channels_last(encoded, raw.extension, count)

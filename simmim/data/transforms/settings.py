@@ -28,7 +28,7 @@ class DecodeSettings:
     names; B1 to B12 are Sentinel-2's). null takes the channels as they are stored, and refuses sets
     and trained weights whose names differ. A run records the names in its recipe."""
     image_channels: ChannelNames | None = None
-    """Names of the channels of files that do not tell them, such as arrays in a folder, in stored
+    """Names of the channels of files that do not name them, such as arrays in a folder, in stored
     order; null takes those of `channels`."""
 
     def __post_init__(self) -> None:
@@ -42,8 +42,8 @@ class DecodeSettings:
         return None if self.channels is None else read_names(self.channels)
 
     @property
-    def untold_channels(self) -> ChannelNames | None:
-        """Names of the channels of files that do not tell them."""
+    def fallback_channels(self) -> ChannelNames | None:
+        """Names of the channels of files that do not name them."""
         return None if self.image_channels is None else read_names(self.image_channels)
 
 

@@ -141,7 +141,7 @@ class PretrainStage:
     ) -> TrainedModel:
         """Read encoder, mask token and decoder of a run; see `FineTuningStage.read_trained`."""
         recipe = read_recipe()
-        shards, named = recipe.data.first_shards, recipe.data.untold_channels
+        shards, named = recipe.data.first_shards, recipe.data.fallback_channels
         if checkpoint is None:
             found = read_directory(run.encoder)
             return replace(found, shards=shards, image_channels=named)

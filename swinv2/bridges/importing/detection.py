@@ -1,4 +1,4 @@
-"""The format of a checkpoint, told by its files and the names of its tensors."""
+"""Detect the format of a checkpoint by its files and the names of its tensors."""
 
 import re
 from pathlib import Path

@@ -108,7 +108,7 @@ def test_an_adapted_encoder_starts_with_the_same_features(
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({}, "no red, green, blue and nir besides; give images .* encoder.adapt_channels"),
+        ({}, "missing red, green, blue, additional nir; give images .* encoder.adapt_channels"),
         (
             {"channels": ["nir"]},
             r"shared: none; new: nir; left out: red, green, blue\). Say what new channels start",
@@ -148,7 +148,7 @@ def test_images_in_another_order_than_the_weights_are_refused(
     )
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
     more = make_set(FIRES)
-    with pytest.raises(ValueError, match=r"nir, swir2 besides; set data.channels to") as refused:
+    with pytest.raises(ValueError, match=r"additional nir, swir2; set data.channels to") as refused:
         finetuning(classification_values, init, shards=more)
     assert "data.channels to [blue, green, red, nir, swir2] and encoder.adapt_channels" in str(
         refused.value

@@ -105,7 +105,10 @@ def test_channels_are_selected_with_their_statistics(
     ("channels", "message"),
     [
         (["blue", "green"], "names 2 channels, .* and encoder.in_channels is 5"),
-        (["blue", "green", "red", "nir", "thermal"], "no thermal and swir2 besides; give images"),
+        (
+            ["blue", "green", "red", "nir", "thermal"],
+            "missing thermal, additional swir2; give images",
+        ),
         (["red", "red"], "red is given twice"),
     ],
 )
@@ -188,7 +191,9 @@ def test_a_probe_refuses_images_of_another_order(make_set: MakeSet, tmp_path: Pa
     own = {"shards": make_set(RGB), "workers": 0}
     assert taken == compare(parse(ProbeRecipe, values | {"data": own}, "test"))
     other = {"shards": make_set(("green", "blue", "nir")), "workers": 0}
-    with pytest.raises(ValueError, match=r"no red and nir besides; give images that have them\.$"):
+    with pytest.raises(
+        ValueError, match=r"missing red, additional nir; give images that have them\.$"
+    ):
         compare(parse(ProbeRecipe, values | {"data": other}, "test"))
     with pytest.raises(ValueError, match=r"set data.channels to these"):
         compare(parse(ProbeRecipe, values | {"data": data | {"channels": ["blue"]}}, "test"))
